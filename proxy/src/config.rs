@@ -1,0 +1,395 @@
+//! The configuration file: strict, total, and complete once loaded.
+//!
+//! Unknown keys, wrong units, unreachable rules and duplicates are errors that name file, line and
+//! key. An accepted key is never ignored.
+
+mod credentials;
+mod pattern;
+mod units;
+mod upstream;
+
+use std::collections::HashMap;
+use std::fmt;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+
+use ipnet::IpNet;
+use serde::Deserialize;
+use toml::Spanned;
+
+use crate::oci::Registry;
+pub use credentials::{Credentials, PasswordSource};
+pub use pattern::HostPattern;
+pub use units::{Size, Span};
+pub use upstream::{Scheme, Upstream};
+
+/// Everything a running dray needs to know, with every default filled in.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Config {
+    /// Where container runtimes connect.
+    pub listen: SocketAddr,
+    /// Where operators and probes connect.
+    pub admin: SocketAddr,
+    pub cache: Cache,
+    pub access: Access,
+    pub guard: Guard,
+    pub dns: Dns,
+    pub tls: Tls,
+    /// Rules in order; the first match wins.
+    pub registry: Vec<Spanned<Rule>>,
+    pub peers: Peers,
+}
+
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Cache {
+    pub dir: PathBuf,
+    /// Bytes on disk, in all.
+    pub disk: Size,
+    /// Bytes of small objects in memory.
+    pub memory: Size,
+}
+
+#[derive(Debug, Clone, PartialEq, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Access {
+    /// What happens to registries that no rule names.
+    pub unlisted: Unlisted,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Default, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Unlisted {
+    #[default]
+    Allow,
+    Deny,
+}
+
+#[derive(Debug, Clone, PartialEq, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Guard {
+    /// Networks beside the public Internet that upstreams not written in this file may reach.
+    pub allow: Vec<IpNet>,
+}
+
+#[derive(Debug, Clone, PartialEq, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Dns {
+    /// Name servers to ask instead of the system's.
+    pub servers: Vec<SocketAddr>,
+}
+
+#[derive(Debug, Clone, PartialEq, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Tls {
+    /// Certificate chain of the registry listener, PEM.
+    pub cert: Option<PathBuf>,
+    pub key: Option<PathBuf>,
+    /// Clients must show a certificate signed by this CA.
+    pub client_ca: Option<PathBuf>,
+    /// Further roots to trust for every upstream, PEM.
+    pub ca: Option<PathBuf>,
+}
+
+/// What holds for the registries that a pattern matches.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Rule {
+    #[serde(rename = "match")]
+    pub pattern: HostPattern,
+    /// Names without a port by which clients may call this registry in a path.
+    #[serde(default)]
+    pub alias: Vec<String>,
+    /// Where to fetch from, in order. Empty: the registry itself.
+    #[serde(default)]
+    pub upstreams: Vec<Upstream>,
+    #[serde(default)]
+    pub credentials: Option<Credentials>,
+    /// Further roots to trust for this rule's upstreams, PEM.
+    #[serde(default)]
+    pub ca: Option<PathBuf>,
+    #[serde(default)]
+    pub deny: bool,
+    #[serde(default)]
+    pub access: RuleAccess,
+    /// For how long a tag is believed without asking.
+    #[serde(default = "default_tag_ttl")]
+    pub tag_ttl: Span,
+    /// Regular expressions of tags that never change.
+    #[serde(default, deserialize_with = "units::regexes")]
+    pub immutable_tags: Vec<String>,
+    /// For how long a "not found" is believed.
+    #[serde(default = "default_negative_ttl")]
+    pub negative_ttl: Span,
+}
+
+/// Who may have what a rule can pull.
+#[derive(Debug, Clone, Copy, PartialEq, Default, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum RuleAccess {
+    /// Every caller.
+    #[default]
+    Shared,
+}
+
+#[derive(Debug, Clone, PartialEq, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Peers {
+    /// Where other drays connect; without it this process keeps to itself.
+    pub listen: Option<SocketAddr>,
+    /// The peer listeners of all drays, this one included.
+    #[serde(rename = "static")]
+    pub members: Vec<SocketAddr>,
+}
+
+/// What is wrong with a configuration, and where.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    #[error("{file}: cannot be read: {source}")]
+    Unreadable { file: String, source: std::io::Error },
+    #[error("{file}: {error}")]
+    Syntax { file: String, error: Box<toml::de::Error> },
+    #[error("{file}:{line}: {key}: {problem}")]
+    Invalid { file: String, line: usize, key: String, problem: String },
+}
+
+// === impl Config ===
+
+impl Config {
+    /// Reads and checks a file.
+    pub fn load(path: &Path) -> Result<Self, ConfigError> {
+        let file = path.display().to_string();
+        let text = std::fs::read_to_string(path)
+            .map_err(|source| ConfigError::Unreadable { file: file.clone(), source })?;
+        Self::parse(&text, &file)
+    }
+
+    /// Checks a text; `file` is only for messages.
+    pub fn parse(text: &str, file: &str) -> Result<Self, ConfigError> {
+        let config: Self = toml::from_str(text)
+            .map_err(|error| ConfigError::Syntax { file: file.to_owned(), error: Box::new(error) })?;
+        config.check(text, file)?;
+        Ok(config)
+    }
+
+    fn check(&self, text: &str, file: &str) -> Result<(), ConfigError> {
+        let at = |offset: usize, key: &str, problem: String| ConfigError::Invalid {
+            file: file.to_owned(),
+            line: text[..offset.min(text.len())].matches('\n').count() + 1,
+            key: key.to_owned(),
+            problem,
+        };
+        let section = |name: &str| text.find(name).unwrap_or(0);
+        if self.tls.cert.is_some() != self.tls.key.is_some() {
+            return Err(at(section("[tls]"), "tls", "cert and key belong together".into()));
+        }
+        if self.tls.client_ca.is_some() && self.tls.cert.is_none() {
+            return Err(at(section("[tls]"), "tls.client_ca", "needs cert and key".into()));
+        }
+        if !self.peers.members.is_empty() && self.peers.listen.is_none() {
+            return Err(at(section("[peers]"), "peers.static", "needs peers.listen, so that they can ask back".into()));
+        }
+        self.check_rules(&at)
+    }
+
+    fn check_rules(
+        &self,
+        at: &dyn Fn(usize, &str, String) -> ConfigError,
+    ) -> Result<(), ConfigError> {
+        let mut aliases: HashMap<&str, &HostPattern> = HashMap::new();
+        for (index, spanned) in self.registry.iter().enumerate() {
+            let (rule, start) = (spanned.get_ref(), spanned.span().start);
+            let earlier = self.registry[..index].iter().map(|r| &r.get_ref().pattern);
+            if let Some(cover) = earlier.into_iter().find(|p| p.covers(&rule.pattern)) {
+                let problem = format!("\"{}\" is never reached: \"{cover}\" above matches first", rule.pattern);
+                return Err(at(start, "registry.match", problem));
+            }
+            if rule.deny && (!rule.upstreams.is_empty() || rule.credentials.is_some()) {
+                let problem = "a denied registry has no upstreams and no credentials".to_owned();
+                return Err(at(start, "registry.deny", problem));
+            }
+            let one_secret = matches!(rule.credentials, Some(Credentials::Static { .. }));
+            if one_secret && rule.upstreams.is_empty() && rule.pattern.is_glob() {
+                let problem = format!(
+                    "a username for every host that \"{}\" matches would send the password to hosts that \
+                     others choose: name the upstreams, or use credentials = {{ file = ... }}",
+                    rule.pattern
+                );
+                return Err(at(start, "registry.credentials", problem));
+            }
+            for alias in &rule.alias {
+                if Registry::looks_like(alias) || alias.contains('/') || alias.is_empty() {
+                    let problem = format!("\"{alias}\" must be a plain name: no dot, colon or slash");
+                    return Err(at(start, "registry.alias", problem));
+                }
+                if rule.pattern.is_glob() {
+                    let problem = format!("\"{alias}\" cannot stand for the many hosts of \"{}\"", rule.pattern);
+                    return Err(at(start, "registry.alias", problem));
+                }
+                if let Some(other) = aliases.insert(alias, &rule.pattern) {
+                    let problem = format!("\"{alias}\" already stands for \"{other}\"");
+                    return Err(at(start, "registry.alias", problem));
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            listen: SocketAddr::from(([127, 0, 0, 1], 5050)),
+            admin: SocketAddr::from(([127, 0, 0, 1], 5051)),
+            cache: Cache::default(),
+            access: Access::default(),
+            guard: Guard::default(),
+            dns: Dns::default(),
+            tls: Tls::default(),
+            registry: Vec::new(),
+            peers: Peers::default(),
+        }
+    }
+}
+
+// === impl Cache ===
+
+impl Default for Cache {
+    fn default() -> Self {
+        Self { dir: default_dir(), disk: Size(20 << 30), memory: Size(64 << 20) }
+    }
+}
+
+/// `/var/cache/dray` for root, otherwise `dray` in the user's XDG cache home.
+fn default_dir() -> PathBuf {
+    if rustix::process::geteuid().is_root() {
+        return PathBuf::from("/var/cache/dray");
+    }
+    let absolute = |name| std::env::var_os(name).map(PathBuf::from).filter(|p| p.is_absolute());
+    absolute("XDG_CACHE_HOME")
+        .or_else(|| absolute("HOME").map(|home| home.join(".cache")))
+        .map_or_else(|| PathBuf::from("/var/cache/dray"), |cache| cache.join("dray"))
+}
+
+// === impl Rule ===
+
+impl Rule {
+    /// The rule that stands behind all others.
+    pub fn implicit(unlisted: Unlisted) -> Self {
+        Self {
+            pattern: HostPattern::any(),
+            alias: Vec::new(),
+            upstreams: Vec::new(),
+            credentials: None,
+            ca: None,
+            deny: unlisted == Unlisted::Deny,
+            access: RuleAccess::Shared,
+            tag_ttl: default_tag_ttl(),
+            immutable_tags: Vec::new(),
+            negative_ttl: default_negative_ttl(),
+        }
+    }
+}
+
+fn default_tag_ttl() -> Span {
+    Span::seconds(60)
+}
+
+fn default_negative_ttl() -> Span {
+    Span::seconds(2)
+}
+
+impl fmt::Display for Unlisted {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Allow => "allow",
+            Self::Deny => "deny",
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn problem(text: &str) -> String {
+        Config::parse(text, "dray.toml").unwrap_err().to_string()
+    }
+
+    #[test]
+    fn the_sample_file_shows_every_default() {
+        let sample = include_str!("../../config/dray.toml");
+        assert_eq!(Config::parse(sample, "config/dray.toml").unwrap(), Config::default());
+        // Optional keys stand there as comments: uncommented, the file must still be understood.
+        let uncommented: String = sample
+            .lines()
+            .map(|line| line.strip_prefix("#: ").unwrap_or(line).to_owned() + "\n")
+            .collect();
+        let full = Config::parse(&uncommented, "config/dray.toml").unwrap();
+        assert_eq!(full.registry.len(), 1);
+        assert!(full.peers.listen.is_some() && full.tls.client_ca.is_some());
+    }
+
+    #[test]
+    fn a_bogus_key_in_any_table_is_an_error() {
+        let sample = include_str!("../../config/dray.toml");
+        let uncommented: String = sample
+            .lines()
+            .map(|line| line.strip_prefix("#: ").unwrap_or(line).to_owned() + "\n")
+            .collect();
+        let tables = uncommented.lines().filter(|l| l.starts_with('[')).count();
+        assert!(tables >= 7, "the sample shows every table");
+        for nth in 0..=tables {
+            let mut seen = 0;
+            let mut text = if nth == 0 { "bogus = 1\n".to_owned() } else { String::new() };
+            for line in uncommented.lines() {
+                text += &format!("{line}\n");
+                if line.starts_with('[') {
+                    seen += 1;
+                    if seen == nth {
+                        text += "bogus = 1\n";
+                    }
+                }
+            }
+            let line = text.lines().position(|l| l == "bogus = 1").unwrap() + 1;
+            let message = problem(&text);
+            assert!(message.contains("bogus") && message.contains(&format!("line {line}")), "{message}");
+        }
+    }
+
+    #[test]
+    fn errors_name_file_line_and_key() {
+        for (text, wants) in [
+            ("[cache]\ndisk = \"20GB\"", &["dray.toml", "line 2", "disk", "GiB"][..]),
+            ("[cache]\nmemory = 5", &["line 2", "memory"]),
+            ("[[registry]]\nmatch = \"a.io\"\ntag_ttl = \"5\"", &["line 3", "tag_ttl"]),
+            ("[[registry]]\nmatch = \"a.io\"\nupstreams = [\"ftp://x\"]", &["line 3", "http"]),
+            ("[[registry]]\nmatch = \"a.io\"\nupstreams = [\"https://x/y\"]", &["line 3", "{repo}"]),
+            ("[[registry]]\nmatch = \"a.io\"\nimmutable_tags = [\"(\"]", &["line 3", "immutable_tags"]),
+            ("[[registry]]\nmatch = \"a b\"", &["line 2", "match"]),
+            ("[[registry]]\nupstreams = []", &["match"]),
+            ("[[registry]]\nmatch = \"a.io\"\n[[registry]]\nmatch = \"a.io\"", &["dray.toml:3", "registry.match", "a.io"]),
+            ("[[registry]]\nmatch = \"*\"\n[[registry]]\nmatch = \"b.io\"", &["dray.toml:3", "never reached"]),
+            ("[[registry]]\nmatch = \"*.io\"\ncredentials = { username = \"u\", password_env = \"P\" }", &["dray.toml:1", "credentials"]),
+            ("[[registry]]\nmatch = \"a.io\"\ncredentials = { username = \"u\" }", &["line 3", "password"]),
+            ("[[registry]]\nmatch = \"a.io\"\naccess = \"client\"", &["line 3", "shared"]),
+            ("[[registry]]\nmatch = \"a.io\"\nalias = [\"x.y\"]", &["dray.toml:1", "registry.alias"]),
+            ("[tls]\ncert = \"c\"", &["dray.toml:1", "tls"]),
+            ("listen = \"here\"", &["line 1", "listen"]),
+            ("listen = \"127.0.0.1:1\"\nlisten = \"127.0.0.1:2\"", &["line 2", "listen"]),
+        ] {
+            let message = problem(text);
+            for want in wants {
+                assert!(message.contains(want), "{text}\n-> {message}\nlacks {want}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_private_registry_takes_two_keys() {
+        let text = "[[registry]]\nmatch = \"reg.corp\"\nupstreams = [\"http://10.0.0.1:5000\"]";
+        let config = Config::parse(text, "x").unwrap();
+        assert_eq!(config.registry.len(), 1);
+    }
+}

@@ -1,0 +1,95 @@
+//! Sizes and durations as people write them.
+
+use std::fmt;
+use std::time::Duration;
+
+use serde::de::{Deserialize, Deserializer, Error};
+
+/// A number of bytes, written with a binary unit: `"20GiB"`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Size(pub u64);
+
+/// A duration with its unit: `"90s"`, `"5m"`, `"1h 30m"`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Span(pub Duration);
+
+const UNITS: [(&str, u32); 5] = [("TiB", 40), ("GiB", 30), ("MiB", 20), ("KiB", 10), ("B", 0)];
+
+// === impl Size ===
+
+impl std::str::FromStr for Size {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let parse = || {
+            let (unit, shift) = UNITS.iter().find(|(unit, _)| text.ends_with(unit))?;
+            let digits = text.strip_suffix(unit)?.trim_end();
+            let plain = !digits.is_empty() && digits.bytes().all(|b| b.is_ascii_digit());
+            let count: u64 = plain.then(|| digits.parse().ok()).flatten()?;
+            count.checked_shl(*shift).filter(|bytes| bytes >> shift == count)
+        };
+        parse().map(Self).ok_or_else(|| {
+            format!("\"{text}\" is no size: write a whole number with B, KiB, MiB, GiB or TiB, such as \"20GiB\"")
+        })
+    }
+}
+
+impl<'de> Deserialize<'de> for Size {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        String::deserialize(deserializer)?.parse().map_err(D::Error::custom)
+    }
+}
+
+impl fmt::Display for Size {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (unit, shift) = UNITS
+            .iter()
+            .find(|(_, shift)| self.0 >> shift > 0 && self.0.trailing_zeros() >= *shift)
+            .unwrap_or(&UNITS[4]);
+        write!(f, "{}{unit}", self.0 >> shift)
+    }
+}
+
+// === impl Span ===
+
+impl Span {
+    pub(super) const fn seconds(seconds: u64) -> Self {
+        Self(Duration::from_secs(seconds))
+    }
+}
+
+impl<'de> Deserialize<'de> for Span {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        humantime::parse_duration(&text).map(Self).map_err(|_| {
+            D::Error::custom(format!("\"{text}\" is no duration: write it with a unit, such as \"90s\" or \"5m\""))
+        })
+    }
+}
+
+/// A list of regular expressions that compile, each taken to match a whole tag.
+pub(super) fn regexes<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<String>, D::Error> {
+    let patterns = Vec::<String>::deserialize(deserializer)?;
+    for pattern in &patterns {
+        regex::Regex::new(pattern).map_err(|e| D::Error::custom(format!("\"{pattern}\": {e}")))?;
+    }
+    Ok(patterns)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes() {
+        for (text, bytes) in [("20GiB", 20 << 30), ("1 MiB", 1 << 20), ("7B", 7), ("0B", 0), ("3TiB", 3 << 40)] {
+            assert_eq!(text.parse::<Size>().unwrap().0, bytes, "{text}");
+        }
+        for text in ["20GB", "20", "GiB", "-1MiB", "1.5GiB", "99999999999TiB", "20gib", ""] {
+            assert!(text.parse::<Size>().is_err(), "{text}");
+        }
+        assert_eq!(Size(20 << 30).to_string(), "20GiB");
+        assert_eq!(Size((1 << 20) + 1).to_string(), "1048577B");
+        assert_eq!(Size(0).to_string(), "0B");
+    }
+}

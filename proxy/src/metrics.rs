@@ -1,0 +1,124 @@
+//! Metric names and handles. A leaf: it knows nobody's types, labels come in as `&'static str` or
+//! as names that the configuration bounds.
+
+use prometheus::core::Collector;
+use prometheus::{
+    Encoder, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts,
+    Registry, TextEncoder,
+};
+
+pub const REQUESTS: &str = "dray_requests_total";
+pub const SENT_BYTES: &str = "dray_sent_bytes_total";
+pub const FIRST_BYTE: &str = "dray_first_byte_seconds";
+pub const ORIGIN_REQUESTS: &str = "dray_origin_requests_total";
+pub const ORIGIN_BYTES: &str = "dray_origin_bytes_total";
+pub const PEER_BYTES: &str = "dray_peer_bytes_total";
+pub const FILLS: &str = "dray_fills";
+pub const EVICTED_BYTES: &str = "dray_evicted_bytes_total";
+pub const CACHE_BYTES: &str = "dray_cache_bytes";
+pub const STALE: &str = "dray_stale_total";
+pub const MISMATCHES: &str = "dray_digest_mismatches_total";
+pub const UNCACHED: &str = "dray_uncached_total";
+pub const BUILD_INFO: &str = "dray_build_info";
+
+/// Handles to every metric, resolved once.
+pub struct Metrics {
+    registry: Registry,
+    /// by route, source, status
+    pub requests: IntCounterVec,
+    /// by source
+    pub sent_bytes: IntCounterVec,
+    /// by source, in seconds
+    pub first_byte: HistogramVec,
+    /// by rule, kind, outcome
+    pub origin_requests: IntCounterVec,
+    /// by rule
+    pub origin_bytes: IntCounterVec,
+    /// by from_zone, to_zone
+    pub peer_bytes: IntCounterVec,
+    /// by state
+    pub fills: IntGaugeVec,
+    pub evicted_bytes: IntCounter,
+    /// by tier
+    pub cache_bytes: IntGaugeVec,
+    /// by reason
+    pub stale: IntCounterVec,
+    pub mismatches: IntCounter,
+    /// by reason
+    pub uncached: IntCounterVec,
+}
+
+impl Metrics {
+    /// Registers everything in a registry of its own.
+    ///
+    /// # Panics
+    /// If a name or label above is malformed or used twice, which the first test would show.
+    pub fn new() -> Self {
+        let registry = Registry::new();
+        let counters = |name, help, labels: &[&str]| {
+            let counter = IntCounterVec::new(Opts::new(name, help), labels);
+            register(&registry, counter)
+        };
+        let gauges = |name, help, labels: &[&str]| {
+            register(&registry, IntGaugeVec::new(Opts::new(name, help), labels))
+        };
+        let seconds = HistogramOpts::new(FIRST_BYTE, "Time to the first byte of an answer, by source.")
+            .buckets(vec![0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0]);
+        let info = gauges(BUILD_INFO, "Always 1; the version is a label.", &["version"]);
+        info.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
+        Self {
+            requests: counters(REQUESTS, "Requests answered.", &["route", "source", "status"]),
+            sent_bytes: counters(SENT_BYTES, "Body bytes sent to clients.", &["source"]),
+            first_byte: register(&registry, HistogramVec::new(seconds, &["source"])),
+            origin_requests: counters(ORIGIN_REQUESTS, "Requests sent to origins.", &["rule", "kind", "outcome"]),
+            origin_bytes: counters(ORIGIN_BYTES, "Body bytes received from origins.", &["rule"]),
+            peer_bytes: counters(PEER_BYTES, "Body bytes received from peers.", &["from_zone", "to_zone"]),
+            fills: gauges(FILLS, "Blobs being fetched.", &["state"]),
+            evicted_bytes: register(&registry, IntCounter::new(EVICTED_BYTES, "Bytes of blobs evicted from disk.")),
+            cache_bytes: gauges(CACHE_BYTES, "Bytes held, by tier.", &["tier"]),
+            stale: counters(STALE, "Tags answered from an expired record, by reason.", &["reason"]),
+            mismatches: register(&registry, IntCounter::new(MISMATCHES, "Bodies that did not match their digest.")),
+            uncached: counters(UNCACHED, "Blobs passed through without being kept, by reason.", &["reason"]),
+            registry,
+        }
+    }
+
+    /// Adds a gauge that others set.
+    pub fn gauge(&self, name: &str, help: &str) -> IntGauge {
+        register(&self.registry, IntGauge::new(name, help))
+    }
+
+    /// The text exposition format.
+    pub fn render(&self) -> Vec<u8> {
+        let mut text = Vec::new();
+        // Writing into memory fails only on a malformed family, which register() refused.
+        let _ = TextEncoder::new().encode(&self.registry.gather(), &mut text);
+        text
+    }
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+fn register<C: Collector + Clone + 'static>(registry: &Registry, made: prometheus::Result<C>) -> C {
+    let collector = made.expect("metric names and labels are constants of this file");
+    registry.register(Box::new(collector.clone())).expect("each name is registered once");
+    collector
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_name_can_be_scraped() {
+        let metrics = Metrics::new();
+        metrics.requests.with_label_values(&["blob", "disk", "200"]).inc();
+        let text = String::from_utf8(metrics.render()).unwrap();
+        assert!(text.contains("dray_requests_total{route=\"blob\",source=\"disk\",status=\"200\"} 1"));
+        assert!(text.contains(BUILD_INFO));
+    }
+}

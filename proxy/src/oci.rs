@@ -1,0 +1,23 @@
+//! The words of the OCI distribution specification: names, digests, ranges, routes, errors.
+
+pub mod accept;
+pub mod digest;
+pub mod error;
+pub mod name;
+pub mod range;
+pub mod route;
+
+pub use digest::{Algorithm, Digest, Verifier};
+pub use error::ErrorCode;
+pub use name::{Reference, Registry, Repository, Tag};
+pub use range::{ContentRange, RangeRequest, Span};
+pub use route::{Endpoint, NamedBy, Route};
+
+/// Largest manifest dray accepts, in bytes: the limit of containerd and of the specification.
+pub const MAX_MANIFEST_BYTES: u64 = 4 * 1024 * 1024;
+
+/// What a blob is served as; its real type stands in the manifest that names it.
+pub const BLOB_MEDIA_TYPE: &str = "application/octet-stream";
+
+/// Media type of an OCI image index, which is also the shape of a referrers answer.
+pub const INDEX_MEDIA_TYPE: &str = "application/vnd.oci.image.index.v1+json";

@@ -1,0 +1,62 @@
+//! The `Accept` value that dray sends to an origin.
+
+/// Every manifest type in use. A narrower set makes some registries convert a manifest, which
+/// changes its digest.
+pub const MANIFEST_TYPES: [&str; 6] = [
+    "application/vnd.oci.image.index.v1+json",
+    "application/vnd.oci.image.manifest.v1+json",
+    "application/vnd.oci.artifact.manifest.v1+json",
+    "application/vnd.docker.distribution.manifest.list.v2+json",
+    "application/vnd.docker.distribution.manifest.v2+json",
+    "*/*",
+];
+
+/// Longest value sent upstream, in bytes; what a client adds beyond it is left out.
+const MAX_ACCEPT_BYTES: usize = 2048;
+
+/// Joins the full set with whatever else the client's `Accept` lines name.
+pub fn merge<'a>(client_lines: impl Iterator<Item = &'a str>) -> String {
+    let mut types: Vec<&str> = MANIFEST_TYPES[..MANIFEST_TYPES.len() - 1].to_vec();
+    let mut len: usize = types.iter().map(|t| t.len() + 2).sum();
+    for line in client_lines {
+        for offered in line.split(',') {
+            let media_type = offered.split(';').next().unwrap_or_default().trim();
+            let known = types.iter().any(|t| t.eq_ignore_ascii_case(media_type));
+            if media_type.is_empty() || media_type == "*/*" || known {
+                continue;
+            }
+            len += media_type.len() + 2;
+            if len > MAX_ACCEPT_BYTES {
+                break;
+            }
+            types.push(media_type);
+        }
+    }
+    types.push("*/*");
+    types.join(", ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn several_lines_become_one_set() {
+        let merged = merge(
+            [
+                "application/vnd.oci.image.index.v1+json;q=0.9, application/x-new",
+                "application/x-new, */*",
+            ]
+            .into_iter(),
+        );
+        assert_eq!(merged.matches("application/x-new").count(), 1);
+        assert_eq!(merged.matches("image.index.v1").count(), 1);
+        assert!(merged.ends_with("*/*"));
+    }
+
+    #[test]
+    fn a_hostile_client_cannot_grow_the_header() {
+        let long = "a/b,".repeat(5000) + &"x".repeat(9000);
+        assert!(merge([long.as_str()].into_iter()).len() < MAX_ACCEPT_BYTES + 16);
+    }
+}

@@ -1,0 +1,55 @@
+//! The error body of the distribution specification.
+
+/// Codes of the specification that a pull-only registry can answer with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ErrorCode {
+    BlobUnknown,
+    ManifestUnknown,
+    NameInvalid,
+    NameUnknown,
+    DigestInvalid,
+    Denied,
+    Unauthorized,
+    Unsupported,
+    /// Not in the specification's table; registries use it for their own trouble.
+    Unavailable,
+    RangeInvalid,
+}
+
+impl ErrorCode {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::BlobUnknown => "BLOB_UNKNOWN",
+            Self::ManifestUnknown => "MANIFEST_UNKNOWN",
+            Self::NameInvalid => "NAME_INVALID",
+            Self::NameUnknown => "NAME_UNKNOWN",
+            Self::DigestInvalid => "DIGEST_INVALID",
+            Self::Denied => "DENIED",
+            Self::Unauthorized => "UNAUTHORIZED",
+            Self::Unsupported => "UNSUPPORTED",
+            Self::Unavailable => "UNAVAILABLE",
+            Self::RangeInvalid => "RANGE_INVALID",
+        }
+    }
+}
+
+/// `{"errors":[{"code","message","detail"}]}`.
+pub fn body(code: ErrorCode, message: &str) -> Vec<u8> {
+    let detail = serde_json::Value::Null;
+    serde_json::json!({"errors": [{"code": code.as_str(), "message": message, "detail": detail}]})
+        .to_string()
+        .into_bytes()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn is_json_whatever_the_message() {
+        let body = body(ErrorCode::Denied, "a \"quoted\"\nmessage");
+        let value: serde_json::Value = serde_json::from_slice(&body).unwrap();
+        assert_eq!(value["errors"][0]["code"], "DENIED");
+        assert_eq!(value["errors"][0]["message"], "a \"quoted\"\nmessage");
+    }
+}

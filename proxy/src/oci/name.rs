@@ -1,0 +1,260 @@
+//! Registries, repositories, tags and references.
+
+use std::fmt;
+use std::str::FromStr;
+use std::sync::Arc;
+
+use super::digest::Digest;
+
+/// A registry as it stands in an image name: `host`, `host:port` or `[ipv6]:port`, lower case.
+///
+/// The names under which Docker Hub is known are folded into `docker.io`.
+#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Registry(Arc<str>);
+
+/// A repository path below its registry, such as `library/alpine`.
+#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Repository(Arc<str>);
+
+/// A tag: up to 128 word characters, dots and dashes.
+#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Tag(Arc<str>);
+
+/// What stands after `/manifests/`.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Reference {
+    Tag(Tag),
+    Digest(Digest),
+}
+
+/// A name that breaks the grammar of the specification.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum NameError {
+    #[error("not a registry host")]
+    Registry,
+    #[error("not a repository name")]
+    Repository,
+    #[error("not a tag")]
+    Tag,
+}
+
+const DOCKER_HUB: &str = "docker.io";
+const DOCKER_HUB_ALIASES: [&str; 3] = ["index.docker.io", "registry-1.docker.io", "registry.hub.docker.com"];
+
+// === impl Registry ===
+
+impl Registry {
+    pub fn docker_hub() -> Self {
+        Self(DOCKER_HUB.into())
+    }
+
+    pub fn is_docker_hub(&self) -> bool {
+        &*self.0 == DOCKER_HUB
+    }
+
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+
+    /// The host without its port.
+    pub fn host(&self) -> &str {
+        split_port(&self.0).0
+    }
+
+    /// The port, when the name carries one.
+    pub fn port(&self) -> Option<u16> {
+        split_port(&self.0).1
+    }
+
+    /// Whether the first component of a path can only be a registry: the rule of image names.
+    pub fn looks_like(component: &str) -> bool {
+        component == "localhost" || component.contains('.') || component.contains(':')
+    }
+}
+
+impl FromStr for Registry {
+    type Err = NameError;
+
+    fn from_str(text: &str) -> Result<Self, NameError> {
+        let lower = text.to_ascii_lowercase();
+        let (host, port) = split_port(&lower);
+        let has_port_text = lower.len() > host.len();
+        let literal = host.strip_prefix('[').and_then(|h| h.strip_suffix(']'));
+        let host_ok = match literal {
+            Some(address) => address.parse::<std::net::Ipv6Addr>().is_ok(),
+            None => is_host_name(host),
+        };
+        if text.len() > 255 || !host_ok || (has_port_text && port.is_none_or(|p| p == 0)) {
+            return Err(NameError::Registry);
+        }
+        if DOCKER_HUB_ALIASES.contains(&lower.as_str()) {
+            return Ok(Self::docker_hub());
+        }
+        Ok(Self(lower.into()))
+    }
+}
+
+fn split_port(name: &str) -> (&str, Option<u16>) {
+    let after_literal = name.rfind(']').map_or(0, |end| end + 1);
+    match name[after_literal..].find(':') {
+        Some(colon) => {
+            let (host, port) = name.split_at(after_literal + colon);
+            (host, port[1..].parse().ok())
+        }
+        None => (name, None),
+    }
+}
+
+fn is_host_name(host: &str) -> bool {
+    !host.is_empty()
+        && host.split('.').all(|label| {
+            let bytes = label.as_bytes();
+            let inner = |b: &u8| b.is_ascii_alphanumeric() || *b == b'-' || *b == b'_';
+            matches!((bytes.first(), bytes.last()), (Some(first), Some(last))
+                if first.is_ascii_alphanumeric() && last.is_ascii_alphanumeric())
+                && bytes.iter().all(inner)
+        })
+}
+
+// === impl Repository ===
+
+impl Repository {
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl FromStr for Repository {
+    type Err = NameError;
+
+    /// `[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*` between slashes, at most 255 bytes in all.
+    fn from_str(text: &str) -> Result<Self, NameError> {
+        if text.is_empty() || text.len() > 255 || !text.split('/').all(is_path_component) {
+            return Err(NameError::Repository);
+        }
+        Ok(Self(text.into()))
+    }
+}
+
+fn is_path_component(component: &str) -> bool {
+    let alphanumeric = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit();
+    let bytes = component.as_bytes();
+    let (Some(&first), Some(&last)) = (bytes.first(), bytes.last()) else {
+        return false;
+    };
+    if !alphanumeric(first) || !alphanumeric(last) {
+        return false;
+    }
+    bytes.split(|b| alphanumeric(*b)).all(|separator| {
+        matches!(separator, b"" | b"." | b"_" | b"__") || separator.iter().all(|b| *b == b'-')
+    })
+}
+
+// === impl Tag ===
+
+impl Tag {
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl FromStr for Tag {
+    type Err = NameError;
+
+    fn from_str(text: &str) -> Result<Self, NameError> {
+        let word = |b: u8| b.is_ascii_alphanumeric() || b == b'_';
+        let bytes = text.as_bytes();
+        let first_ok = bytes.first().is_some_and(|b| word(*b));
+        let rest_ok = bytes.iter().all(|b| word(*b) || *b == b'.' || *b == b'-');
+        if !first_ok || !rest_ok || bytes.len() > 128 {
+            return Err(NameError::Tag);
+        }
+        Ok(Self(text.into()))
+    }
+}
+
+// === impl Reference ===
+
+impl FromStr for Reference {
+    type Err = NameError;
+
+    fn from_str(text: &str) -> Result<Self, NameError> {
+        match text.parse() {
+            Ok(digest) => Ok(Self::Digest(digest)),
+            Err(_) => text.parse().map(Self::Tag),
+        }
+    }
+}
+
+impl fmt::Display for Reference {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Tag(tag) => tag.fmt(f),
+            Self::Digest(digest) => digest.fmt(f),
+        }
+    }
+}
+
+macro_rules! displays_its_text {
+    ($($name:ident),*) => {$(
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(&self.0)
+            }
+        }
+        impl fmt::Debug for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(&self.0)
+            }
+        }
+    )*};
+}
+displays_its_text!(Registry, Repository, Tag);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn docker_hub_has_one_name() {
+        for alias in ["docker.io", "index.docker.io", "registry-1.docker.io", "Docker.IO"] {
+            assert!(alias.parse::<Registry>().unwrap().is_docker_hub(), "{alias}");
+        }
+    }
+
+    #[test]
+    fn registries_carry_a_port_or_not() {
+        let registry: Registry = "Reg.Example:5000".parse().unwrap();
+        assert_eq!((registry.host(), registry.port()), ("reg.example", Some(5000)));
+        let registry: Registry = "[::1]:5000".parse().unwrap();
+        assert_eq!((registry.host(), registry.port()), ("[::1]", Some(5000)));
+        assert_eq!("ghcr.io".parse::<Registry>().unwrap().port(), None);
+    }
+
+    #[test]
+    fn hostile_registries_are_refused() {
+        for text in ["", "a/b", "user@host", "host:", "host:99999", "host:0", "a..b", "-a", "a b", "host?x", "[::1", "é.io"] {
+            assert!(text.parse::<Registry>().is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn repositories_follow_the_grammar() {
+        for text in ["alpine", "library/alpine", "a/b/c", "a__b", "a--b", "a.b_c-d", "0"] {
+            assert!(text.parse::<Repository>().is_ok(), "{text}");
+        }
+        for text in ["", "A", "a//b", "/a", "a/", "a..b", "a___b", ".a", "a.", "_a", "a._b", "a/../b", "a%2fb"] {
+            assert!(text.parse::<Repository>().is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn references_are_tags_or_digests() {
+        let digest = Digest::of(b"x");
+        assert_eq!(digest.to_string().parse(), Ok(Reference::Digest(digest)));
+        assert!(matches!("v1.0-rc_1".parse(), Ok(Reference::Tag(_))));
+        assert!(".INVALID_MANIFEST_NAME".parse::<Reference>().is_err());
+        assert!("sha256:baddigeststring".parse::<Reference>().is_err());
+        assert!("a".repeat(129).parse::<Reference>().is_err());
+    }
+}

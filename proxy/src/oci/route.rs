@@ -1,0 +1,339 @@
+//! From a request's path, query and `Host` to a registry, a repository and an endpoint.
+
+use std::borrow::Cow;
+use std::fmt;
+
+use percent_encoding::percent_decode_str;
+
+use super::digest::Digest;
+use super::error::ErrorCode;
+use super::name::{Reference, Registry, Repository};
+
+/// A request that dray understands.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Route {
+    /// `GET /v2/`
+    Ping,
+    /// Anything below a repository of a registry.
+    Content { registry: Registry, repository: Repository, endpoint: Endpoint, named_by: NamedBy },
+}
+
+/// What of the repository is asked for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Endpoint {
+    Manifest(Reference),
+    Blob(Digest),
+    Tags,
+    Referrers(Digest),
+}
+
+/// Which part of the request named the registry.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NamedBy {
+    /// The `ns` query parameter of containerd and BuildKit.
+    Namespace,
+    /// The first component of the path: podman, CRI-O, Docker's URL style.
+    Path,
+    /// The `Host` header: a registry's name was pointed at dray.
+    Host,
+    /// Nothing did: Docker's `registry-mirrors`, lazy snapshotters.
+    Default,
+}
+
+/// What the naming rule needs to know of the configuration.
+pub trait Names {
+    /// The registry behind a port-less alias.
+    fn alias(&self, component: &str) -> Option<Registry>;
+    /// Whether a `Host` is a registry that a rule names, and not dray itself.
+    fn host_is_registry(&self, host: &Registry) -> bool;
+}
+
+/// A request that no registry could answer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RouteError {
+    pub status: u16,
+    pub code: ErrorCode,
+    pub message: String,
+}
+
+/// Finds the way of a request.
+///
+/// `path` is the raw path, `query` the raw query without its question mark, `host` the value of
+/// the `Host` header. The naming rule: `ns` wins; then a first path component that looks like a
+/// host or is an alias; then a `Host` that a rule names; then Docker Hub.
+pub fn parse(
+    path: &str,
+    query: Option<&str>,
+    host: Option<&str>,
+    names: &dyn Names,
+) -> Result<Route, RouteError> {
+    let path = percent_decode_str(path).decode_utf8().map_err(|_| not_found("the path is not UTF-8"))?;
+    let below = match path.as_ref() {
+        "/v2" | "/v2/" => return Ok(Route::Ping),
+        other => other.strip_prefix("/v2/").ok_or_else(|| outside_api(other))?,
+    };
+    let (name, endpoint) = split_endpoint(below)?;
+    let namespace = namespace(query, names)?;
+    let (registry, named_by, name) = name_registry(name, namespace, host, names)?;
+    if name == "v2" || name.starts_with("v2/") {
+        return Err(second_v2(&registry));
+    }
+    let repository = repository(&registry, name)?;
+    Ok(Route::Content { registry, repository, endpoint: endpoint.parse()?, named_by })
+}
+
+/// The value of a query parameter, decoded.
+pub fn query_value<'a>(query: Option<&'a str>, key: &str) -> Option<Cow<'a, str>> {
+    url::form_urlencoded::parse(query?.as_bytes()).find(|(k, _)| k == key).map(|(_, value)| value)
+}
+
+enum RawEndpoint<'a> {
+    Manifest(&'a str),
+    Blob(&'a str),
+    Tags,
+    Referrers(&'a str),
+}
+
+/// Splits from the end: a repository may itself be called `a/manifests/b`.
+fn split_endpoint(below: &str) -> Result<(&str, RawEndpoint<'_>), RouteError> {
+    if let Some(name) = below.strip_suffix("/tags/list") {
+        return Ok((name, RawEndpoint::Tags));
+    }
+    let (rest, last) = below.rsplit_once('/').ok_or_else(|| not_found("no such endpoint"))?;
+    let (name, kind) = rest.rsplit_once('/').ok_or_else(|| not_found("no such endpoint"))?;
+    match kind {
+        "manifests" => Ok((name, RawEndpoint::Manifest(last))),
+        "blobs" => Ok((name, RawEndpoint::Blob(last))),
+        "referrers" => Ok((name, RawEndpoint::Referrers(last))),
+        _ => Err(not_found("no such endpoint")),
+    }
+}
+
+fn namespace(query: Option<&str>, names: &dyn Names) -> Result<Option<Registry>, RouteError> {
+    let Some(value) = query_value(query, "ns").filter(|v| !v.is_empty()) else {
+        return Ok(None);
+    };
+    if let Some(registry) = names.alias(&value) {
+        return Ok(Some(registry));
+    }
+    value.parse().map(Some).map_err(|_| RouteError {
+        status: 400,
+        code: ErrorCode::NameInvalid,
+        message: format!("ns={value:?} is no registry: expected host or host:port"),
+    })
+}
+
+fn name_registry<'a>(
+    name: &'a str,
+    namespace: Option<Registry>,
+    host: Option<&str>,
+    names: &dyn Names,
+) -> Result<(Registry, NamedBy, &'a str), RouteError> {
+    let prefix = name.split_once('/').and_then(|(first, rest)| {
+        let registry = names.alias(first).or_else(|| {
+            Registry::looks_like(first).then(|| first.parse().ok()).flatten()
+        })?;
+        Some((registry, rest))
+    });
+    match (namespace, prefix) {
+        // BuildKit sends both: they agree, so the prefix is not part of the repository.
+        (Some(ns), Some((prefix, rest))) if prefix == ns => Ok((ns, NamedBy::Namespace, rest)),
+        (Some(ns), _) => Ok((ns, NamedBy::Namespace, name)),
+        (None, Some((prefix, rest))) => Ok((prefix, NamedBy::Path, rest)),
+        (None, None) => {
+            let named = host.and_then(|h| h.parse().ok()).filter(|h| names.host_is_registry(h));
+            match named {
+                Some(host) => Ok((host, NamedBy::Host, name)),
+                None => Ok((Registry::docker_hub(), NamedBy::Default, name)),
+            }
+        }
+    }
+}
+
+/// Docker Hub's official images live in `library/`, which some clients leave out.
+fn repository(registry: &Registry, name: &str) -> Result<Repository, RouteError> {
+    let official = registry.is_docker_hub() && !name.contains('/');
+    let name = if official { Cow::Owned(format!("library/{name}")) } else { Cow::Borrowed(name) };
+    name.parse().map_err(|_| RouteError {
+        status: 404,
+        code: ErrorCode::NameInvalid,
+        message: format!("{name:?} is no repository name"),
+    })
+}
+
+fn not_found(message: &str) -> RouteError {
+    RouteError { status: 404, code: ErrorCode::Unsupported, message: message.to_owned() }
+}
+
+/// `override_path = true` with a mirror URL that lacks its `/v2`.
+fn outside_api(path: &str) -> RouteError {
+    let endpoint = ["/manifests/", "/blobs/", "/tags/list", "/referrers/"];
+    if endpoint.iter().any(|part| path.contains(part)) {
+        return not_found(
+            "the path does not begin with /v2/: with override_path = true in hosts.toml the mirror's \
+             URL must end in /v2, or better: leave override_path out",
+        );
+    }
+    not_found("no such endpoint: the registry API begins with /v2/")
+}
+
+/// A mirror URL with a path but without `override_path = true`.
+fn second_v2(registry: &Registry) -> RouteError {
+    not_found(&format!(
+        "the path holds a second v2/ after {registry}: a mirror URL with a path needs \
+         override_path = true in hosts.toml, or better: give the URL without a path"
+    ))
+}
+
+// === impl RawEndpoint ===
+
+impl RawEndpoint<'_> {
+    fn parse(self) -> Result<Endpoint, RouteError> {
+        let digest = |text: &str| {
+            text.parse::<Digest>().map_err(|why| RouteError {
+                status: 400,
+                code: ErrorCode::DigestInvalid,
+                message: format!("{text:?}: {why}"),
+            })
+        };
+        match self {
+            Self::Manifest(text) => match text.parse() {
+                Ok(reference) => Ok(Endpoint::Manifest(reference)),
+                // The conformance suite asks for 404 where a reference breaks the grammar.
+                Err(_) => Err(RouteError {
+                    status: 404,
+                    code: ErrorCode::ManifestUnknown,
+                    message: format!("{text:?} is neither a tag nor a sha256 or sha512 digest"),
+                }),
+            },
+            Self::Blob(text) => digest(text).map(Endpoint::Blob),
+            Self::Tags => Ok(Endpoint::Tags),
+            Self::Referrers(text) => digest(text).map(Endpoint::Referrers),
+        }
+    }
+}
+
+// === impl NamedBy ===
+
+impl NamedBy {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Namespace => "ns",
+            Self::Path => "path",
+            Self::Host => "host",
+            Self::Default => "default",
+        }
+    }
+}
+
+impl Route {
+    /// The endpoint's name in logs and metrics.
+    pub fn as_str(&self) -> &'static str {
+        match self {
+            Self::Ping => "ping",
+            Self::Content { endpoint, .. } => match endpoint {
+                Endpoint::Manifest(_) => "manifest",
+                Endpoint::Blob(_) => "blob",
+                Endpoint::Tags => "tags",
+                Endpoint::Referrers(_) => "referrers",
+            },
+        }
+    }
+}
+
+impl fmt::Display for RouteError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct Fixed;
+
+    impl Names for Fixed {
+        fn alias(&self, component: &str) -> Option<Registry> {
+            (component == "corp").then(|| "reg.corp:5000".parse().unwrap())
+        }
+
+        fn host_is_registry(&self, host: &Registry) -> bool {
+            host.as_str() == "quay.io"
+        }
+    }
+
+    fn named(path: &str, query: &str, host: &str) -> (String, String, &'static str) {
+        match parse(path, Some(query), Some(host), &Fixed).unwrap() {
+            Route::Content { registry, repository, named_by, .. } => {
+                (registry.to_string(), repository.to_string(), named_by.as_str())
+            }
+            Route::Ping => panic!("a ping"),
+        }
+    }
+
+    #[test]
+    fn every_url_form_finds_its_registry() {
+        let me = "127.0.0.1:5050";
+        for (path, query, host, want) in [
+            ("/v2/library/alpine/manifests/3", "ns=docker.io", me, ("docker.io", "library/alpine", "ns")),
+            ("/v2/library/alpine/manifests/3", "ns=registry-1.docker.io", me, ("docker.io", "library/alpine", "ns")),
+            ("/v2/app/manifests/3", "ns=myreg.io%3A5000", me, ("myreg.io:5000", "app", "ns")),
+            ("/v2/app/manifests/3", "ns=corp", me, ("reg.corp:5000", "app", "ns")),
+            ("/v2/docker.io/library/alpine/manifests/3", "ns=docker.io", me, ("docker.io", "library/alpine", "ns")),
+            ("/v2/index.docker.io/library/alpine/manifests/3", "ns=docker.io", me, ("docker.io", "library/alpine", "ns")),
+            ("/v2/ghcr.io/team/app/manifests/3", "ns=docker.io", me, ("docker.io", "ghcr.io/team/app", "ns")),
+            ("/v2/ghcr.io/team/app/manifests/3", "", me, ("ghcr.io", "team/app", "path")),
+            ("/v2/docker.io/alpine/manifests/3", "", me, ("docker.io", "library/alpine", "path")),
+            ("/v2/localhost/app/manifests/3", "", me, ("localhost", "app", "path")),
+            ("/v2/reg.io%3A5000/app/manifests/3", "", me, ("reg.io:5000", "app", "path")),
+            ("/v2/reg.io:5000/app/manifests/3", "", me, ("reg.io:5000", "app", "path")),
+            ("/v2/corp/app/manifests/3", "", me, ("reg.corp:5000", "app", "path")),
+            ("/v2/team/app/manifests/3", "", "quay.io", ("quay.io", "team/app", "host")),
+            ("/v2/team/app/manifests/3", "", me, ("docker.io", "team/app", "default")),
+            ("/v2/alpine/manifests/3", "", me, ("docker.io", "library/alpine", "default")),
+            ("/v2/a/manifests/b/manifests/3", "ns=x.io", me, ("x.io", "a/manifests/b", "ns")),
+        ] {
+            let (registry, repository, by) = named(path, query, host);
+            assert_eq!((registry.as_str(), repository.as_str(), by), want, "{path}?{query}");
+        }
+    }
+
+    #[test]
+    fn endpoints() {
+        let digest = Digest::of(b"");
+        let of = |path: &str| parse(path, None, None, &Fixed).map(|r| r.as_str());
+        assert_eq!(of("/v2/"), Ok("ping"));
+        assert_eq!(of("/v2"), Ok("ping"));
+        assert_eq!(of("/v2/a/tags/list"), Ok("tags"));
+        assert_eq!(of(&format!("/v2/a/blobs/{digest}")), Ok("blob"));
+        assert_eq!(of(&format!("/v2/a/referrers/{digest}")), Ok("referrers"));
+    }
+
+    #[test]
+    fn refusals_have_the_status_that_helps_the_client() {
+        for (path, status, code) in [
+            ("/v2/a/manifests/.INVALID_MANIFEST_NAME", 404, ErrorCode::ManifestUnknown),
+            ("/v2/a/manifests/sha256:baddigeststring", 404, ErrorCode::ManifestUnknown),
+            ("/v2/a/blobs/sha256:baddigeststring", 400, ErrorCode::DigestInvalid),
+            ("/v2/A/manifests/x", 404, ErrorCode::NameInvalid),
+            ("/v2/_catalog", 404, ErrorCode::Unsupported),
+            ("/v1/search", 404, ErrorCode::Unsupported),
+            ("/v2/..%2f..%2fetc/manifests/x", 404, ErrorCode::NameInvalid),
+            ("/v2/%ff/manifests/x", 404, ErrorCode::Unsupported),
+        ] {
+            let error = parse(path, None, None, &Fixed).unwrap_err();
+            assert_eq!((error.status, error.code), (status, code), "{path}");
+        }
+        let error = parse("/v2/a/manifests/x", Some("ns=http://x"), None, &Fixed).unwrap_err();
+        assert_eq!(error.status, 400);
+    }
+
+    #[test]
+    fn override_path_mistakes_are_explained() {
+        let error = parse("/v2/docker.io/v2/library/alpine/manifests/3", Some("ns=docker.io"), None, &Fixed);
+        assert!(error.unwrap_err().message.contains("override_path = true"));
+        let error = parse("/library/alpine/manifests/3", Some("ns=docker.io"), None, &Fixed);
+        assert!(error.unwrap_err().message.contains("must end in /v2"));
+    }
+}
