@@ -5,3 +5,5 @@
 pub mod config;
 pub mod metrics;
 pub mod oci;
+pub mod registries;
+pub mod store;

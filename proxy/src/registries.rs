@@ -1,0 +1,179 @@
+//! Which rule holds for a registry, and where its content is fetched from.
+
+use std::collections::HashMap;
+use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use regex::Regex;
+
+use crate::config::{self, Config, Credentials, HostPattern, Scheme, Upstream};
+use crate::oci::route::Names;
+use crate::oci::{Registry, Tag};
+
+/// The rules of a configuration, ready to be asked.
+pub struct Registries {
+    /// In order; the last one matches everything.
+    rules: Vec<Arc<Rule>>,
+    aliases: HashMap<String, Registry>,
+    listen: SocketAddr,
+}
+
+/// What holds for the registries that a pattern matches.
+pub struct Rule {
+    pattern: HostPattern,
+    upstreams: Vec<Upstream>,
+    pub credentials: Option<Credentials>,
+    pub ca: Option<PathBuf>,
+    pub deny: bool,
+    pub tag_ttl: Duration,
+    pub negative_ttl: Duration,
+    immutable_tags: Vec<Regex>,
+}
+
+/// How far an upstream may lead.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Trust {
+    /// Written in the configuration: trusted as written.
+    Written,
+    /// Derived from what a client or an origin said: https to public addresses only.
+    Derived,
+}
+
+impl Registries {
+    pub fn new(config: &Config) -> Self {
+        let implicit = config::Rule::implicit(config.access.unlisted);
+        let mut aliases = HashMap::new();
+        let written = config.registry.iter().map(|spanned| spanned.get_ref());
+        for rule in written.clone() {
+            for alias in &rule.alias {
+                if let Ok(registry) = rule.pattern.as_str().parse() {
+                    aliases.insert(alias.clone(), registry);
+                }
+            }
+        }
+        let rules = written.chain([&implicit]).map(|rule| Arc::new(Rule::new(rule))).collect();
+        Self { rules, aliases, listen: config.listen }
+    }
+
+    /// The first rule that matches.
+    pub fn rule(&self, registry: &Registry) -> &Arc<Rule> {
+        self.rules
+            .iter()
+            .find(|rule| rule.pattern.matches(registry))
+            .expect("the implicit last rule matches every registry")
+    }
+
+    pub fn rules(&self) -> &[Arc<Rule>] {
+        &self.rules
+    }
+
+    /// Whether a `Host` is this process rather than a registry.
+    fn is_own_address(&self, host: &Registry) -> bool {
+        let literal = host.host().trim_matches(['[', ']']).parse::<IpAddr>().is_ok();
+        let same_port = host.port().unwrap_or(80) == self.listen.port();
+        host.as_str() == self.listen.to_string() || (same_port && (literal || host.host() == "localhost"))
+    }
+}
+
+impl Names for Registries {
+    fn alias(&self, component: &str) -> Option<Registry> {
+        self.aliases.get(component).cloned()
+    }
+
+    fn host_is_registry(&self, host: &Registry) -> bool {
+        !self.rule(host).pattern.is_any() && !self.is_own_address(host)
+    }
+}
+
+impl Rule {
+    fn new(rule: &config::Rule) -> Self {
+        Self {
+            pattern: rule.pattern.clone(),
+            upstreams: rule.upstreams.clone(),
+            credentials: rule.credentials.clone(),
+            ca: rule.ca.clone(),
+            deny: rule.deny,
+            tag_ttl: rule.tag_ttl.0,
+            negative_ttl: rule.negative_ttl.0,
+            // The configuration refused patterns that do not compile.
+            immutable_tags: rule.immutable_tags.iter().filter_map(|p| Regex::new(&format!("^(?:{p})$")).ok()).collect(),
+        }
+    }
+
+    /// The rule's name in logs, metrics and records: its pattern.
+    pub fn name(&self) -> &str {
+        self.pattern.as_str()
+    }
+
+    /// Where to fetch from, in order.
+    pub fn upstreams(&self, registry: &Registry) -> Vec<(Upstream, Trust)> {
+        if self.upstreams.is_empty() {
+            let authority = if registry.is_docker_hub() { "registry-1.docker.io" } else { registry.as_str() };
+            return vec![(Upstream::new(Scheme::Https, authority), Trust::Derived)];
+        }
+        self.upstreams.iter().map(|upstream| (upstream.clone(), Trust::Written)).collect()
+    }
+
+    pub fn is_immutable(&self, tag: &Tag) -> bool {
+        self.immutable_tags.iter().any(|pattern| pattern.is_match(tag.as_str()))
+    }
+
+    /// Whether what it fetches may need a secret that other processes do not have.
+    pub fn is_private(&self) -> bool {
+        self.credentials.is_some()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn registries(text: &str) -> Registries {
+        Registries::new(&Config::parse(text, "test").unwrap())
+    }
+
+    #[test]
+    fn the_first_match_wins_and_something_always_matches() {
+        let registries = registries(
+            "[[registry]]\nmatch = \"ghcr.io\"\nupstreams = [\"http://m1\", \"https://m2/x/{repo}\"]\n\
+             [[registry]]\nmatch = \"*.io\"\ndeny = true",
+        );
+        let ghcr: Registry = "ghcr.io".parse().unwrap();
+        let upstreams = registries.rule(&ghcr).upstreams(&ghcr);
+        assert_eq!(upstreams.len(), 2);
+        assert!(upstreams.iter().all(|(_, trust)| *trust == Trust::Written));
+        assert!(registries.rule(&"quay.io".parse().unwrap()).deny);
+        let hub = Registry::docker_hub();
+        assert_eq!(registries.rule(&"mcr.microsoft.com".parse().unwrap()).name(), "*");
+        assert_eq!(registries.rules()[2].upstreams(&hub)[0].0.base(), "https://registry-1.docker.io");
+    }
+
+    #[test]
+    fn unlisted_registries_can_be_denied() {
+        let registries = registries("[access]\nunlisted = \"deny\"");
+        assert!(registries.rule(&Registry::docker_hub()).deny);
+    }
+
+    #[test]
+    fn a_host_is_a_registry_only_by_rule() {
+        let registries = registries(
+            "listen = \"0.0.0.0:5050\"\n[[registry]]\nmatch = \"*.io\"\n[[registry]]\nmatch = \"localhost:5050\"\nalias = [\"me\"]",
+        );
+        let is = |host: &str| registries.host_is_registry(&host.parse().unwrap());
+        assert!(is("quay.io"));
+        assert!(!is("gcr.example"));
+        assert!(!is("localhost:5050"), "our own address");
+        assert!(!is("10.0.0.1:5050"), "our own address");
+        assert_eq!(registries.alias("me").unwrap().as_str(), "localhost:5050");
+    }
+
+    #[test]
+    fn immutable_patterns_match_whole_tags() {
+        let registries = registries("[[registry]]\nmatch = \"a.io\"\nimmutable_tags = ['v\\d+|x']");
+        let rule = &registries.rules()[0];
+        let is = |tag: &str| rule.is_immutable(&tag.parse().unwrap());
+        assert!(is("v12") && is("x") && !is("v12-rc") && !is("ax"));
+    }
+}

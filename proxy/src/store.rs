@@ -1,0 +1,98 @@
+//! What dray keeps: small objects in memory and on disk, large blobs as verified files, and tiny
+//! records of tags.
+//!
+//! The directory may vanish at any moment, and a process may be killed at any moment: whatever is
+//! found afterwards is checked before it is believed.
+
+mod budget;
+mod large;
+mod layout;
+mod records;
+mod small;
+
+use std::path::Path;
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+
+use crate::metrics::Metrics;
+use crate::oci::Digest;
+pub use budget::NoSpace;
+pub use large::{Blob, Draft, Large, Proof};
+pub use layout::LayoutError;
+pub use records::{Records, RepositoryRecord, TagRecord};
+pub use small::{Kind, Small, SmallObject};
+
+/// Objects up to this many bytes are kept in the small tier, whole.
+pub const SMALL_BYTES: u64 = 256 * 1024;
+
+/// Everything on disk, and its memory tier.
+pub struct Store {
+    pub small: Small,
+    pub large: Arc<Large>,
+    pub records: Records,
+    layout: layout::Layout,
+}
+
+/// Where the bytes of a digest were found.
+pub enum Found {
+    Small { object: SmallObject, tier: Tier },
+    Large { blob: Arc<Blob>, proof: Proof },
+}
+
+/// Which tier of the cache answered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Tier {
+    Memory,
+    Disk,
+}
+
+/// By which rule and from which repository an object was first fetched. A digest opens nothing by
+/// itself: access rules are held against this record.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Provenance {
+    pub rule: String,
+    pub registry: String,
+    pub repository: String,
+}
+
+/// Why the cache directory cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    #[error(transparent)]
+    Layout(#[from] LayoutError),
+    #[error("the cache directory cannot be read: {0}")]
+    Scan(std::io::Error),
+    #[error("the small-object cache cannot be opened: {0}")]
+    Small(String),
+}
+
+impl Store {
+    /// Opens or creates a cache directory and takes its lock. `disk` and `memory` in bytes.
+    pub async fn open(dir: &Path, disk: u64, memory: u64, metrics: &Metrics) -> Result<Self, StoreError> {
+        let layout = layout::Layout::open(dir)?;
+        let small = Small::open(&layout.small(), disk, memory).await.map_err(StoreError::Small)?;
+        let for_blobs = disk.saturating_sub(small.disk_bytes());
+        let large = Large::open(&layout, for_blobs, metrics).map_err(StoreError::Scan)?;
+        metrics.cache_bytes.with_label_values(&["small"]).set(i64::try_from(small.disk_bytes()).unwrap_or(i64::MAX));
+        let records = Records::new(layout.records());
+        Ok(Self { small, large: Arc::new(large), records, layout })
+    }
+
+    /// Finds an object by its digest, wherever it is kept.
+    pub async fn find(&self, digest: &Digest, kind: Kind) -> Option<Found> {
+        if let Some((object, tier)) = self.small.get(digest, kind).await {
+            return Some(Found::Small { object, tier });
+        }
+        match kind {
+            Kind::Manifest => None,
+            Kind::Blob => self.large.get(digest).map(|(blob, proof)| Found::Large { blob, proof }),
+        }
+    }
+
+    /// Flushes, and marks the directory as left in order.
+    pub async fn close(&self) {
+        self.small.close().await;
+        self.layout.mark_clean();
+    }
+}

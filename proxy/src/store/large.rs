@@ -1,0 +1,379 @@
+//! Large blobs: one verified file each, least recently used out first.
+//!
+//! Order of publication: the hash agrees (the readers' tail is released by the fill), fdatasync,
+//! rename, fsync of the directory. Bytes are written once per inode; a file under its final name
+//! is never written again, only unlinked.
+
+use std::collections::HashMap;
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::{Duration, SystemTime};
+
+use prometheus::IntCounter;
+use rustix::fs::{FallocateFlags, Timestamps};
+
+use super::Provenance;
+use super::budget::{Budget, Charge, NoSpace};
+use super::layout::Layout;
+use crate::metrics::Metrics;
+use crate::oci::{Algorithm, Digest};
+
+/// The verified files and their index.
+pub struct Large {
+    blobs: PathBuf,
+    fills: PathBuf,
+    budget: Arc<Budget>,
+    index: Mutex<HashMap<Digest, Entry>>,
+    evicted: IntCounter,
+    next_draft: AtomicU64,
+}
+
+/// An open blob. Its bytes stay readable, and counted, until the last reader lets go.
+pub struct Blob {
+    pub file: Arc<File>,
+    pub len: u64,
+    pub provenance: Option<Provenance>,
+    _charge: Arc<Charge>,
+}
+
+/// A blob being written, with its space reserved. Unlinked when dropped without being published.
+pub struct Draft {
+    path: PathBuf,
+    pub file: Arc<File>,
+    pub len: u64,
+    charge: Arc<Charge>,
+}
+
+/// Whether a file can be believed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Proof {
+    /// Its hash agreed, and nothing happened to the machine since.
+    Verified,
+    /// The machine went down since: hash it before its last byte leaves.
+    Unproven,
+}
+
+struct Entry {
+    len: u64,
+    proof: Proof,
+    last_used: SystemTime,
+    /// When `last_used` was last written to the file's times.
+    touched: SystemTime,
+    charge: Arc<Charge>,
+    open: Weak<Blob>,
+}
+
+/// A hit renews the file's times at most this often.
+const TOUCH_INTERVAL: Duration = Duration::from_secs(3600);
+
+/// What a file takes beyond its bytes: rounding to blocks, inode, record.
+const FILE_OVERHEAD: u64 = 8192;
+
+// === impl Large ===
+
+impl Large {
+    pub(super) fn open(layout: &Layout, limit: u64, metrics: &Metrics) -> io::Result<Self> {
+        let budget = Budget::new(limit, metrics.cache_bytes.with_label_values(&["large"]));
+        let proof = if layout.left_in_order() { Proof::Verified } else { Proof::Unproven };
+        let index = scan(&layout.blobs(), &budget, proof)?;
+        let large = Self {
+            blobs: layout.blobs(),
+            fills: layout.fills(),
+            budget,
+            index: Mutex::new(index),
+            evicted: metrics.evicted_bytes.clone(),
+            next_draft: AtomicU64::new(0),
+        };
+        // The limit may have been lowered since.
+        while large.budget.over() && large.evict_one() {}
+        Ok(large)
+    }
+
+    /// Opens a blob and marks it as used. Opening a file on a local disk does not block long
+    /// enough to be worth a thread.
+    pub fn get(&self, digest: &Digest) -> Option<(Arc<Blob>, Proof)> {
+        let now = SystemTime::now();
+        let mut index = self.index();
+        let entry = index.get_mut(digest)?;
+        entry.last_used = now;
+        let proof = entry.proof;
+        let touch = now.duration_since(entry.touched).is_ok_and(|age| age > TOUCH_INTERVAL);
+        if touch {
+            entry.touched = now;
+        }
+        if let Some(blob) = entry.open.upgrade() {
+            return Some((blob, proof));
+        }
+        match open_blob(&self.path(digest), entry.len) {
+            Ok((file, provenance)) => {
+                if touch {
+                    touch_times(&file, now);
+                }
+                let charge = entry.charge.clone();
+                let blob = Arc::new(Blob { file: Arc::new(file), len: entry.len, provenance, _charge: charge });
+                entry.open = Arc::downgrade(&blob);
+                Some((blob, proof))
+            }
+            Err(error) => {
+                tracing::warn!(%digest, %error, "a cached blob is gone or damaged");
+                index.remove(digest);
+                None
+            }
+        }
+    }
+
+    /// Reserves space for a blob of `len` bytes, evicting others if need be. Blocks on the disk.
+    pub fn draft(&self, len: u64) -> Result<Draft, NoSpace> {
+        let bytes = len.checked_add(FILE_OVERHEAD).filter(|b| *b <= self.budget.limit()).ok_or(NoSpace)?;
+        let charge = loop {
+            match self.budget.reserve(bytes) {
+                Ok(charge) => break Arc::new(charge),
+                Err(NoSpace) if self.evict_one() => {}
+                Err(NoSpace) => return Err(NoSpace),
+            }
+        };
+        let path = self.fills.join(self.next_draft.fetch_add(1, Ordering::Relaxed).to_string());
+        match self.create(&path, len) {
+            Ok(file) => Ok(Draft { path, file: Arc::new(file), len, charge }),
+            Err(error) => {
+                tracing::warn!(%error, "no file for a blob, it will not be kept");
+                let _ = fs::remove_file(&path);
+                Err(NoSpace)
+            }
+        }
+    }
+
+    /// Makes a draft durable and gives it its name. Call it only after its hash agreed.
+    pub fn publish(&self, draft: Draft, digest: &Digest, provenance: &Provenance) -> io::Result<()> {
+        draft.file.sync_data()?;
+        let path = self.path(digest);
+        let dir = path.parent().unwrap_or(&self.blobs);
+        fs::create_dir_all(dir)?;
+        fs::write(record_path(&path), serde_json::to_vec(provenance)?)?;
+        fs::rename(&draft.path, &path)?;
+        File::open(dir)?.sync_all()?;
+        let now = SystemTime::now();
+        let blob = Arc::new(Blob {
+            file: draft.file.clone(),
+            len: draft.len,
+            provenance: Some(provenance.clone()),
+            _charge: draft.charge.clone(),
+        });
+        let entry = Entry {
+            len: draft.len,
+            proof: Proof::Verified,
+            last_used: now,
+            touched: now,
+            charge: draft.charge.clone(),
+            open: Arc::downgrade(&blob),
+        };
+        self.index().insert(digest.clone(), entry);
+        Ok(())
+    }
+
+    /// Remembers that an unproven file turned out to be right.
+    pub fn prove(&self, digest: &Digest) {
+        if let Some(entry) = self.index().get_mut(digest) {
+            entry.proof = Proof::Verified;
+        }
+    }
+
+    /// Drops a blob that turned out to be wrong.
+    pub fn forget(&self, digest: &Digest) {
+        if self.index().remove(digest).is_some() {
+            self.unlink(digest);
+        }
+    }
+
+    /// Unlinks the least recently used blob that nobody reads. False: there is none.
+    fn evict_one(&self) -> bool {
+        let mut index = self.index();
+        let idle = index.iter().filter(|(_, entry)| entry.open.strong_count() == 0);
+        let Some(victim) = idle.min_by_key(|(_, entry)| entry.last_used).map(|(d, _)| d.clone()) else {
+            return false;
+        };
+        let entry = index.remove(&victim);
+        drop(index);
+        self.unlink(&victim);
+        if let Some(entry) = entry {
+            self.evicted.inc_by(entry.len);
+            tracing::debug!(digest = %victim, bytes = entry.len, "evicted");
+        }
+        true
+    }
+
+    fn unlink(&self, digest: &Digest) {
+        let path = self.path(digest);
+        for path in [record_path(&path), path] {
+            if let Err(error) = fs::remove_file(&path) {
+                tracing::debug!(path = %path.display(), %error, "already gone");
+            }
+        }
+    }
+
+    /// A new file with its space allocated, so that a full disk shows now and not half-way.
+    fn create(&self, path: &Path, len: u64) -> io::Result<File> {
+        let open = || OpenOptions::new().read(true).write(true).create_new(true).open(path);
+        let file = match open() {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                fs::create_dir_all(&self.fills)?;
+                open()?
+            }
+            other => other?,
+        };
+        loop {
+            match rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, len) {
+                Ok(()) => return Ok(file),
+                Err(rustix::io::Errno::OPNOTSUPP) => return Ok(file),
+                // Others fill the disk: our budget says there is room, the disk says there is not.
+                Err(rustix::io::Errno::NOSPC) if self.evict_one() => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
+    fn path(&self, digest: &Digest) -> PathBuf {
+        self.blobs.join(digest.algorithm().as_str()).join(&digest.hex()[..2]).join(digest.hex())
+    }
+
+    fn index(&self) -> MutexGuard<'_, HashMap<Digest, Entry>> {
+        // Nothing inside the lock panics half-way through a change.
+        self.index.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Draft {
+    fn drop(&mut self) {
+        // After a rename this name is gone.
+        let _ = fs::remove_file(&self.path);
+    }
+}
+
+/// Lists the blobs on disk.
+fn scan(blobs: &Path, budget: &Arc<Budget>, proof: Proof) -> io::Result<HashMap<Digest, Entry>> {
+    let mut index = HashMap::new();
+    for algorithm in Algorithm::ALL {
+        for shard in fs::read_dir(blobs.join(algorithm.as_str()))? {
+            let shard = shard?.path();
+            if !shard.is_dir() {
+                continue;
+            }
+            for file in fs::read_dir(shard)? {
+                let file = file?;
+                let name = file.file_name();
+                let digest = name.to_str().and_then(|hex| format!("{}:{hex}", algorithm.as_str()).parse::<Digest>().ok());
+                let (Some(digest), Ok(meta)) = (digest, file.metadata()) else {
+                    continue;
+                };
+                let last_used = meta.modified().unwrap_or(SystemTime::UNIX_EPOCH);
+                let charge = Arc::new(budget.account(meta.size() + FILE_OVERHEAD));
+                let entry = Entry { len: meta.size(), proof, last_used, touched: last_used, charge, open: Weak::new() };
+                index.insert(digest, entry);
+            }
+        }
+    }
+    Ok(index)
+}
+
+fn open_blob(path: &Path, len: u64) -> io::Result<(File, Option<Provenance>)> {
+    let file = File::open(path)?;
+    if file.metadata()?.size() != len {
+        return Err(io::Error::new(io::ErrorKind::InvalidData, "its length changed"));
+    }
+    let record = fs::read(record_path(path)).ok();
+    Ok((file, record.and_then(|json| serde_json::from_slice(&json).ok())))
+}
+
+fn record_path(blob: &Path) -> PathBuf {
+    blob.with_extension("json")
+}
+
+fn touch_times(file: &File, now: SystemTime) {
+    let since = now.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    let time = rustix::fs::Timespec { tv_sec: i64::try_from(since.as_secs()).unwrap_or_default(), tv_nsec: 0 };
+    let times = Timestamps { last_access: time, last_modification: time };
+    let _ = rustix::fs::futimens(file, &times);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::FileExt;
+
+    fn provenance() -> Provenance {
+        Provenance { rule: "*".into(), registry: "docker.io".into(), repository: "library/a".into() }
+    }
+
+    fn large(dir: &Path, limit: u64) -> Large {
+        Large::open(&Layout::open(dir).unwrap(), limit, &Metrics::new()).unwrap()
+    }
+
+    fn put(large: &Large, bytes: &[u8]) -> Digest {
+        let digest = Digest::of(bytes);
+        let draft = large.draft(bytes.len() as u64).unwrap();
+        draft.file.write_all_at(bytes, 0).unwrap();
+        large.publish(draft, &digest, &provenance()).unwrap();
+        digest
+    }
+
+    #[test]
+    fn blobs_survive_a_restart_with_their_provenance() {
+        let dir = tempfile::tempdir().unwrap();
+        let digest = put(&large(dir.path(), 1 << 20), b"hello");
+        let (blob, proof) = large(dir.path(), 1 << 20).get(&digest).unwrap();
+        assert_eq!((blob.len, proof), (5, Proof::Verified));
+        assert_eq!(blob.provenance, Some(provenance()));
+    }
+
+    #[test]
+    fn after_a_crash_of_the_machine_nothing_is_believed_unseen() {
+        let dir = tempfile::tempdir().unwrap();
+        let digest = put(&large(dir.path(), 1 << 20), b"hello");
+        fs::write(dir.path().join("v1/state"), "another boot").unwrap();
+        let large = large(dir.path(), 1 << 20);
+        assert_eq!(large.get(&digest).unwrap().1, Proof::Unproven);
+        large.prove(&digest);
+        assert_eq!(large.get(&digest).unwrap().1, Proof::Verified);
+    }
+
+    #[test]
+    fn the_least_recently_used_goes_first_but_never_under_a_reader() {
+        let dir = tempfile::tempdir().unwrap();
+        let large = large(dir.path(), 3 * (1000 + FILE_OVERHEAD));
+        let [a, b, c] = [b'a', b'b', b'c'].map(|byte| put(&large, &[byte; 1000]));
+        let reader = large.get(&a).unwrap();
+        large.get(&b).unwrap();
+        let d = put(&large, &[b'd'; 1000]);
+        assert!(large.get(&c).is_none(), "least recently used");
+        assert!(large.get(&a).is_some() && large.get(&b).is_some() && large.get(&d).is_some());
+        let readers = [&b, &d].map(|digest| large.get(digest).unwrap());
+        assert_eq!(large.draft(1000).err(), Some(NoSpace), "everything is being read");
+        drop((reader, readers));
+        assert!(large.draft(1000).is_ok());
+        assert_eq!(large.draft(u64::MAX).err(), Some(NoSpace));
+    }
+
+    #[test]
+    fn a_vanished_directory_is_a_miss_and_is_made_anew() {
+        let dir = tempfile::tempdir().unwrap();
+        let large = large(dir.path(), 1 << 20);
+        let digest = put(&large, b"hello");
+        fs::remove_dir_all(dir.path().join("v1")).unwrap();
+        assert!(large.get(&digest).is_none());
+        let digest = put(&large, b"hello");
+        assert!(large.get(&digest).is_some());
+    }
+
+    #[test]
+    fn a_truncated_file_is_not_served() {
+        let dir = tempfile::tempdir().unwrap();
+        let large = large(dir.path(), 1 << 20);
+        let digest = put(&large, b"hello");
+        File::options().write(true).open(large.path(&digest)).unwrap().set_len(2).unwrap();
+        assert!(large.get(&digest).is_none());
+    }
+}
