@@ -1,9 +1,14 @@
 //! dray: a stateless pull-through cache proxy for container registries.
 //!
-//! Modules are levels: imports only point down (see ARCHITECTURE.md, and `tests/levels.rs`).
+//! Modules stand in levels and import only downwards; `tests/levels.rs` holds them to it.
 
 pub mod config;
+pub mod fill;
+pub mod flights;
 pub mod metrics;
 pub mod oci;
+pub mod origin;
+pub mod provenance;
 pub mod registries;
+pub mod source;
 pub mod store;

@@ -1,6 +1,7 @@
 //! Which rule holds for a registry, and where its content is fetched from.
 
 use std::collections::HashMap;
+use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -10,7 +11,8 @@ use regex::Regex;
 
 use crate::config::{self, Config, Credentials, HostPattern, Scheme, Upstream};
 use crate::oci::route::Names;
-use crate::oci::{Registry, Tag};
+use crate::oci::{Registry, Repository, Tag};
+use crate::provenance::Provenance;
 
 /// The rules of a configuration, ready to be asked.
 pub struct Registries {
@@ -30,6 +32,14 @@ pub struct Rule {
     pub tag_ttl: Duration,
     pub negative_ttl: Duration,
     immutable_tags: Vec<Regex>,
+}
+
+/// A repository as a client named it, with the rule that holds for it.
+#[derive(Clone)]
+pub struct Place {
+    pub rule: Arc<Rule>,
+    pub registry: Registry,
+    pub repository: Repository,
 }
 
 /// How far an upstream may lead.
@@ -74,6 +84,30 @@ impl Registries {
         let literal = host.host().trim_matches(['[', ']']).parse::<IpAddr>().is_ok();
         let same_port = host.port().unwrap_or(80) == self.listen.port();
         host.as_str() == self.listen.to_string() || (same_port && (literal || host.host() == "localhost"))
+    }
+}
+
+impl Place {
+    /// What is remembered of objects that come from here.
+    pub fn provenance(&self) -> Provenance {
+        Provenance {
+            rule: self.rule.name().to_owned(),
+            registry: self.registry.to_string(),
+            repository: self.repository.to_string(),
+        }
+    }
+}
+
+impl PartialEq for Place {
+    /// A registry has one rule, so the names say it all.
+    fn eq(&self, other: &Self) -> bool {
+        self.registry == other.registry && self.repository == other.repository
+    }
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.registry, self.repository)
     }
 }
 

@@ -13,8 +13,6 @@ mod small;
 use std::path::Path;
 use std::sync::Arc;
 
-use serde::{Deserialize, Serialize};
-
 use crate::metrics::Metrics;
 use crate::oci::Digest;
 pub use budget::NoSpace;
@@ -45,15 +43,6 @@ pub enum Found {
 pub enum Tier {
     Memory,
     Disk,
-}
-
-/// By which rule and from which repository an object was first fetched. A digest opens nothing by
-/// itself: access rules are held against this record.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Provenance {
-    pub rule: String,
-    pub registry: String,
-    pub repository: String,
 }
 
 /// Why the cache directory cannot be used.

@@ -16,11 +16,11 @@ use std::time::{Duration, SystemTime};
 use prometheus::IntCounter;
 use rustix::fs::{FallocateFlags, Timestamps};
 
-use super::Provenance;
 use super::budget::{Budget, Charge, NoSpace};
 use super::layout::Layout;
 use crate::metrics::Metrics;
 use crate::oci::{Algorithm, Digest};
+use crate::provenance::Provenance;
 
 /// The verified files and their index.
 pub struct Large {

@@ -15,8 +15,9 @@ use foyer::{
 };
 use rustix::fs::FallocateFlags;
 
-use super::{Provenance, SMALL_BYTES, Tier};
+use super::{SMALL_BYTES, Tier};
 use crate::oci::{Digest, MAX_MANIFEST_BYTES};
+use crate::provenance::Provenance;
 
 /// Both instances.
 pub struct Small {

@@ -1,0 +1,333 @@
+//! One growing blob: bytes come in once, many read along.
+//!
+//! A fill belongs to no client. It hashes in order, writes, and lets readers follow up to the last
+//! 64 KiB, which it holds until the digest agrees. Whoever asks for the same digest meanwhile
+//! joins it.
+
+mod feed;
+mod passage;
+mod piece;
+mod reader;
+mod write;
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::Duration;
+
+use prometheus::IntGauge;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+
+pub use self::feed::{Feed, Sources};
+pub use self::passage::Passage;
+pub use self::reader::Reader;
+use crate::metrics::Metrics;
+use crate::oci::{BLOB_MEDIA_TYPE, Digest, Span};
+use crate::registries::Place;
+use crate::source::{ServedFrom, SourceError};
+use crate::store::{Blob, Kind, NoSpace, SMALL_BYTES, SmallObject, Store};
+
+/// Bytes at the end of a blob that no reader gets before the digest agrees.
+pub const HELD_BYTES: u64 = 64 * 1024;
+
+/// Fills that run at the same time; more wait.
+const MAX_FILLS: usize = 256;
+
+/// For how long a digest that did not match is distrusted.
+const DISTRUST: Duration = Duration::from_secs(600);
+
+/// All running fills.
+pub struct Fills {
+    running: Mutex<HashMap<Digest, Arc<Fill>>>,
+    distrusted: moka::sync::Cache<Digest, ()>,
+    permits: Arc<Semaphore>,
+    store: Arc<Store>,
+    metrics: Arc<Metrics>,
+    gauge: IntGauge,
+}
+
+/// One blob on its way in.
+pub struct Fill {
+    pub digest: Digest,
+    /// Whose request started it; None: a file on disk is being proven.
+    pub place: Option<Place>,
+    opened: OnceLock<Result<Opened, SourceError>>,
+    progress: watch::Sender<Progress>,
+}
+
+/// What a fill turned out to be once its source answered.
+#[derive(Clone)]
+pub enum Opened {
+    /// A small object, whole and verified.
+    Small { object: SmallObject, from: ServedFrom },
+    /// A file that grows to `total` bytes.
+    Growing { file: Arc<File>, total: u64, from: ServedFrom },
+    /// There is no space to keep it.
+    Uncached { total: u64 },
+}
+
+/// How far a fill is.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Progress {
+    /// Bytes from the start that may be read.
+    released: u64,
+    phase: Phase,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    Opening,
+    Growing,
+    Verified,
+    Failed,
+}
+
+// === impl Fills ===
+
+impl Fills {
+    pub fn new(store: Arc<Store>, metrics: Arc<Metrics>) -> Self {
+        Self {
+            running: Mutex::default(),
+            distrusted: moka::sync::Cache::builder().max_capacity(100_000).time_to_live(DISTRUST).build(),
+            permits: Arc::new(Semaphore::new(MAX_FILLS)),
+            store,
+            gauge: metrics.fills.with_label_values(&["running"]),
+            metrics,
+        }
+    }
+
+    /// The running fill of a digest.
+    pub fn running(&self, digest: &Digest) -> Option<Arc<Fill>> {
+        self.lock().get(digest).cloned()
+    }
+
+    /// Whether this digest lately came with wrong bytes: a client may hold a bad beginning, which
+    /// a good end must not complete.
+    pub fn is_distrusted(&self, digest: &Digest) -> bool {
+        self.distrusted.contains_key(digest)
+    }
+
+    /// Joins the running fill of a digest, or starts one from these sources.
+    pub fn join(self: &Arc<Self>, digest: &Digest, place: &Place, sources: Arc<dyn Sources>) -> Arc<Fill> {
+        let (fill, started) = self.enter(digest, Some(place.clone()));
+        if started {
+            let (fills, fill) = (self.clone(), fill.clone());
+            tokio::spawn(async move {
+                let running = Running { fills: &fills, fill: &fill };
+                running.fill_from(sources).await;
+            });
+        }
+        fill
+    }
+
+    /// Proves a file on disk by hashing it, while readers follow.
+    pub fn prove(self: &Arc<Self>, digest: &Digest, blob: Arc<Blob>) -> Arc<Fill> {
+        let (fill, started) = self.enter(digest, None);
+        if started {
+            let (fills, fill) = (self.clone(), fill.clone());
+            tokio::task::spawn_blocking(move || {
+                let running = Running { fills: &fills, fill: &fill };
+                running.prove(&blob);
+            });
+        }
+        fill
+    }
+
+    fn enter(&self, digest: &Digest, place: Option<Place>) -> (Arc<Fill>, bool) {
+        let mut running = self.lock();
+        if let Some(fill) = running.get(digest) {
+            return (fill.clone(), false);
+        }
+        let fill = Arc::new(Fill::new(digest.clone(), place));
+        running.insert(digest.clone(), fill.clone());
+        self.gauge.inc();
+        (fill, true)
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<Digest, Arc<Fill>>> {
+        // Only looked up and changed under the lock, never across an await.
+        self.running.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+// === impl Fill ===
+
+impl Fill {
+    fn new(digest: Digest, place: Option<Place>) -> Self {
+        let progress = watch::Sender::new(Progress { released: 0, phase: Phase::Opening });
+        Self { digest, place, opened: OnceLock::new(), progress }
+    }
+
+    /// Waits until a source has answered, or none does.
+    pub async fn opened(&self) -> Result<Opened, SourceError> {
+        let mut progress = self.progress.subscribe();
+        // An error means that the fill ended without a word, which the fallback below says.
+        let _ = progress.wait_for(|progress| progress.phase != Phase::Opening).await;
+        self.opened.get().cloned().unwrap_or_else(|| Err(SourceError::Unreachable("the fill ended".into())))
+    }
+
+    /// Reads a span of a growing file.
+    pub fn reader(&self, file: &Arc<File>, span: Span) -> Reader {
+        Reader::of_fill(file.clone(), self.progress.subscribe(), span)
+    }
+
+    fn open(&self, opened: Result<Opened, SourceError>) {
+        let phase = match &opened {
+            Ok(Opened::Growing { .. }) => Phase::Growing,
+            Ok(_) => Phase::Verified,
+            Err(_) => Phase::Failed,
+        };
+        if self.opened.set(opened).is_ok() {
+            self.progress.send_modify(|progress| progress.phase = phase);
+        }
+    }
+
+    fn release(&self, released: u64) {
+        self.progress.send_modify(|progress| progress.released = released);
+    }
+
+    fn end(&self, phase: Phase, released: u64) {
+        self.progress.send_replace(Progress { released, phase });
+    }
+}
+
+impl Progress {
+    fn is_over(self) -> bool {
+        matches!(self.phase, Phase::Verified | Phase::Failed)
+    }
+}
+
+/// A fill while it runs; dropping it, also by a panic, takes it off the list and wakes its readers.
+struct Running<'a> {
+    fills: &'a Fills,
+    fill: &'a Fill,
+}
+
+impl Running<'_> {
+    async fn fill_from(&self, sources: Arc<dyn Sources>) {
+        let permits = self.fills.permits.clone();
+        let Ok(permit) = permits.acquire_owned().await else { return };
+        let feed = match Feed::open(sources, 0, None).await {
+            Ok(feed) => feed,
+            Err(error) => return self.fill.open(Err(error)),
+        };
+        if feed.total() <= SMALL_BYTES {
+            self.fill.open(self.small(feed).await);
+        } else {
+            self.large(feed, permit).await;
+        }
+    }
+
+    /// Takes a small object whole, and verifies it before anybody sees it.
+    async fn small(&self, mut feed: Feed) -> Result<Opened, SourceError> {
+        let mut bytes = bytes::BytesMut::with_capacity(usize::try_from(feed.total()).unwrap_or(0));
+        while let Some(piece) = feed.next().await? {
+            bytes.extend_from_slice(&piece);
+        }
+        let bytes = bytes.freeze();
+        if !self.fill.digest.matches(&bytes) {
+            self.mismatch();
+            return Err(SourceError::Malformed("the bytes do not match their digest".into()));
+        }
+        let Some(place) = &self.fill.place else {
+            return Err(SourceError::NotFound);
+        };
+        let object = SmallObject {
+            media_type: BLOB_MEDIA_TYPE.into(),
+            provenance: Arc::new(place.provenance()),
+            bytes,
+        };
+        self.fills.store.small.insert(&self.fill.digest, Kind::Blob, object.clone());
+        Ok(Opened::Small { object, from: feed.served_from() })
+    }
+
+    async fn large(&self, mut feed: Feed, permit: OwnedSemaphorePermit) {
+        let (total, from) = (feed.total(), feed.served_from());
+        let large = self.fills.store.large.clone();
+        let draft = tokio::task::spawn_blocking(move || large.draft(total)).await.unwrap_or(Err(NoSpace));
+        let Ok(draft) = draft else {
+            self.fills.metrics.uncached.with_label_values(&["no_space"]).inc();
+            tracing::warn!(digest = %self.fill.digest, total, "no space, passing through uncached");
+            return self.fill.open(Ok(Opened::Uncached { total }));
+        };
+        self.fill.open(Ok(Opened::Growing { file: draft.file.clone(), total, from }));
+        let (pieces, writing) = write::start(self.fill, &draft);
+        let fed = async {
+            while let Some(piece) = feed.next().await? {
+                if pieces.send(piece).await.is_err() {
+                    return Err(SourceError::Unreachable("the disk refuses to write".into()));
+                }
+            }
+            Ok(())
+        };
+        let fed = fed.await;
+        drop(pieces);
+        let written = writing.await;
+        drop(permit);
+        match (fed, written) {
+            (Ok(()), Ok(write::Written::Verified)) => self.publish(draft, total).await,
+            (Ok(()), Ok(write::Written::Mismatch)) => {
+                self.mismatch();
+                self.fill.end(Phase::Failed, 0);
+            }
+            (fed, written) => {
+                let error = fed.err().map_or_else(|| format!("{written:?}"), |error| error.to_string());
+                tracing::warn!(digest = %self.fill.digest, error, "a fill failed");
+                // What was released stays readable, so that a resume loses nothing.
+                self.fill.progress.send_modify(|progress| progress.phase = Phase::Failed);
+            }
+        }
+    }
+
+    /// Lets the readers have the tail, then makes the file durable.
+    async fn publish(&self, draft: crate::store::Draft, total: u64) {
+        self.fill.end(Phase::Verified, total);
+        let Some(place) = &self.fill.place else { return };
+        let (large, digest, provenance) =
+            (self.fills.store.large.clone(), self.fill.digest.clone(), place.provenance());
+        let published =
+            tokio::task::spawn_blocking(move || large.publish(draft, &digest, &provenance)).await;
+        if let Ok(Err(error)) = published {
+            tracing::warn!(digest = %self.fill.digest, %error, "a blob could not be kept");
+        }
+    }
+
+    fn prove(&self, blob: &Blob) {
+        let opened = Opened::Growing { file: blob.file.clone(), total: blob.len, from: ServedFrom::Disk };
+        self.fill.open(Ok(opened));
+        if write::hash_file(self.fill, blob) {
+            self.fills.store.large.prove(&self.fill.digest);
+            self.fill.end(Phase::Verified, blob.len);
+        } else {
+            tracing::warn!(digest = %self.fill.digest, "a cached blob was damaged when the machine went down");
+            self.fills.store.large.forget(&self.fill.digest);
+            self.distrust();
+            self.fill.end(Phase::Failed, 0);
+        }
+    }
+
+    fn mismatch(&self) {
+        self.fills.metrics.mismatches.inc();
+        tracing::error!(digest = %self.fill.digest, place = self.fill.place.as_ref().map(ToString::to_string), "the bytes do not match their digest");
+        self.distrust();
+    }
+
+    fn distrust(&self) {
+        self.fills.distrusted.insert(self.fill.digest.clone(), ());
+    }
+}
+
+impl Drop for Running<'_> {
+    fn drop(&mut self) {
+        self.fills.lock().remove(&self.fill.digest);
+        self.fills.gauge.dec();
+        self.fill.open(Err(SourceError::Unreachable("the fill ended".into())));
+        self.fill.progress.send_if_modified(|progress| {
+            let unfinished = !progress.is_over();
+            if unfinished {
+                progress.phase = Phase::Failed;
+            }
+            unfinished
+        });
+    }
+}

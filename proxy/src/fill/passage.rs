@@ -1,0 +1,65 @@
+//! Bytes that pass through without being kept: ranges of blobs that are not here, and whole blobs
+//! for which there is no space.
+
+use bytes::{Bytes, BytesMut};
+
+use super::HELD_BYTES;
+use super::feed::Feed;
+use crate::oci::{Digest, digest::Verifier};
+use crate::source::{Broken, ServedFrom};
+
+/// A span of a blob straight from its source.
+pub struct Passage {
+    feed: Feed,
+    /// For a whole blob: hashes what passes, and holds back the tail until the hash agrees.
+    check: Option<Check>,
+}
+
+struct Check {
+    verifier: Verifier,
+    tail: BytesMut,
+}
+
+impl Passage {
+    /// A part of a blob: its reader checks the whole.
+    pub fn part(feed: Feed) -> Self {
+        Self { feed, check: None }
+    }
+
+    /// A whole blob, which ends only if it matches its digest.
+    pub fn whole(feed: Feed, digest: &Digest) -> Self {
+        Self { feed, check: Some(Check { verifier: digest.verifier(), tail: BytesMut::new() }) }
+    }
+
+    pub fn served_from(&self) -> ServedFrom {
+        self.feed.served_from()
+    }
+
+    /// The next piece; None at the end.
+    pub async fn next(&mut self) -> Result<Option<Bytes>, Broken> {
+        loop {
+            let piece = self.feed.next().await.map_err(|error| Broken(error.to_string()))?;
+            let Some(check) = &mut self.check else {
+                return Ok(piece);
+            };
+            match piece {
+                Some(piece) => {
+                    check.verifier.update(&piece);
+                    check.tail.extend_from_slice(&piece);
+                    let held = usize::try_from(HELD_BYTES).unwrap_or(usize::MAX);
+                    if check.tail.len() > held {
+                        let ready = check.tail.len() - held;
+                        return Ok(Some(check.tail.split_to(ready).freeze()));
+                    }
+                }
+                None => {
+                    let Some(check) = self.check.take() else { return Ok(None) };
+                    if !check.verifier.verified() {
+                        return Err(Broken("the bytes do not match their digest".into()));
+                    }
+                    return Ok(Some(check.tail.freeze()).filter(|tail| !tail.is_empty()));
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,112 @@
+//! Single flight: many ask, one goes.
+
+use std::collections::HashMap;
+use std::future::Future;
+use std::hash::Hash;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use tokio::sync::watch;
+
+/// Questions under way, by key.
+pub struct Flights<K, V> {
+    under_way: Arc<Mutex<HashMap<K, watch::Receiver<Option<V>>>>>,
+}
+
+impl<K, V> Flights<K, V>
+where
+    K: Clone + Eq + Hash + Send + 'static,
+    V: Clone + Send + Sync + 'static,
+{
+    pub fn new() -> Self {
+        Self { under_way: Arc::default() }
+    }
+
+    /// Waits for the answer of the flight under way, or starts one.
+    ///
+    /// The flight is a task of its own: callers may leave, it still lands. None: it panicked.
+    pub async fn join<F>(&self, key: K, start: impl FnOnce() -> F) -> Option<V>
+    where
+        F: Future<Output = V> + Send + 'static,
+    {
+        let mut answer = {
+            // The map is only locked for look-ups, never across an await.
+            let mut under_way = self.under_way.lock().unwrap_or_else(PoisonError::into_inner);
+            match under_way.get(&key) {
+                Some(answer) => answer.clone(),
+                None => {
+                    let (sender, receiver) = watch::channel(None);
+                    under_way.insert(key.clone(), receiver.clone());
+                    let landing = Landing { key, under_way: self.under_way.clone() };
+                    let flight = start();
+                    tokio::spawn(async move {
+                        let answer = flight.await;
+                        // Off the map first: whoever comes now sees what the flight has stored.
+                        drop(landing);
+                        sender.send_replace(Some(answer));
+                    });
+                    receiver
+                }
+            }
+        };
+        let landed = answer.wait_for(Option::is_some).await.ok()?;
+        landed.clone()
+    }
+}
+
+/// Takes a flight off the map, also when it panics.
+struct Landing<K: Eq + Hash, V> {
+    key: K,
+    under_way: Arc<Mutex<HashMap<K, watch::Receiver<Option<V>>>>>,
+}
+
+impl<K: Eq + Hash, V> Drop for Landing<K, V> {
+    fn drop(&mut self) {
+        self.under_way.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.key);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    #[tokio::test]
+    async fn many_ask_one_goes_and_the_next_goes_again() {
+        let flights = Arc::new(Flights::<u8, usize>::new());
+        let started = Arc::new(AtomicUsize::new(0));
+        let ask = || {
+            let (flights, started) = (flights.clone(), started.clone());
+            async move {
+                flights.join(1, || async move {
+                    tokio::task::yield_now().await;
+                    started.fetch_add(1, Ordering::SeqCst)
+                }).await
+            }
+        };
+        let answers = futures_util::future::join_all((0..50).map(|_| ask())).await;
+        assert!(answers.iter().all(|answer| *answer == Some(0)));
+        assert_eq!(ask().await, Some(1));
+    }
+
+    #[tokio::test]
+    async fn the_first_caller_may_leave() {
+        let flights = Flights::<u8, u8>::new();
+        let (go, gone) = tokio::sync::oneshot::channel::<()>();
+        let first = flights.join(1, || async move {
+            let _ = gone.await;
+            7
+        });
+        let left = tokio::time::timeout(std::time::Duration::ZERO, first).await;
+        assert!(left.is_err());
+        let second = flights.join(1, || async { unreachable!("the first is under way") });
+        go.send(()).unwrap();
+        assert_eq!(second.await, Some(7));
+    }
+
+    #[tokio::test]
+    async fn a_panic_blocks_nobody() {
+        let flights = Flights::<u8, u8>::new();
+        assert_eq!(flights.join(1, || async { panic!("on purpose") }).await, None);
+        assert_eq!(flights.join(1, || async { 3 }).await, Some(3));
+    }
+}

@@ -1,0 +1,427 @@
+//! The registry client: upstreams in order, authorization, redirects, retries, the guard.
+
+mod auth;
+pub mod challenge;
+mod credentials;
+mod guard;
+mod http;
+mod redirects;
+mod retry;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use ::http::header::{
+    ACCEPT, ACCEPT_ENCODING, CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, RANGE, RETRY_AFTER,
+    WWW_AUTHENTICATE,
+};
+use ::http::{HeaderMap, HeaderValue, Method};
+use bytes::{Bytes, BytesMut};
+use futures_util::TryStreamExt;
+use reqwest::Response;
+use tokio::time::{Instant, timeout_at};
+use url::Url;
+
+use self::auth::Tokens;
+use self::challenge::Challenge;
+use self::guard::Guard;
+use self::http::{Ask, Home, Http, Patience};
+use self::redirects::Redirects;
+use self::retry::RetryBudget;
+use crate::config::{Config, Upstream};
+use crate::metrics::Metrics;
+use crate::oci::{ContentRange, Digest, MAX_MANIFEST_BYTES, Reference, Span};
+use crate::registries::{Place, Registries};
+use crate::source::{Broken, Incoming, SourceError};
+
+/// All origins, behind one door.
+pub struct Origin {
+    http: Arc<Http>,
+    tokens: Tokens,
+    redirects: Redirects,
+    retries: RetryBudget,
+    metrics: Arc<Metrics>,
+}
+
+/// A manifest as an origin sent it. Its digest is not yet verified.
+pub struct ManifestAnswer {
+    pub media_type: String,
+    /// What the origin says in `Docker-Content-Digest`.
+    pub claimed: Option<Digest>,
+    pub bytes: Bytes,
+}
+
+/// A tag list or referrers answer, passed on as it came.
+pub struct ListAnswer {
+    pub media_type: String,
+    pub link: Option<String>,
+    pub filters_applied: Option<String>,
+    pub bytes: Bytes,
+}
+
+/// Which part of a blob to ask for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Part {
+    From(u64),
+    Span(Span),
+}
+
+/// Largest tag list or referrers answer, in bytes.
+const MAX_LIST_BYTES: usize = 8 * 1024 * 1024;
+
+const DOCKER_CONTENT_DIGEST: &str = "docker-content-digest";
+
+/// One question to a registry, without saying which.
+struct Question<'a> {
+    kind: &'static str,
+    method: Method,
+    /// Below the repository: `manifests/<reference>`
+    path: String,
+    query: Option<&'a str>,
+    headers: HeaderMap,
+    /// The blob whose redirect may be remembered.
+    blob: Option<&'a Digest>,
+}
+
+impl Origin {
+    /// Must run inside a tokio runtime, which drives DNS.
+    pub fn new(config: &Config, registries: &Registries, metrics: Arc<Metrics>) -> Result<Self, String> {
+        let guard = Guard::new(config)?;
+        let cas = registries.rules().iter().map(|rule| rule.ca.as_deref());
+        let http = Http::new(guard, cas, config.tls.ca.as_deref())?;
+        Ok(Self {
+            http: Arc::new(http),
+            tokens: Tokens::new(),
+            redirects: Redirects::new(),
+            retries: RetryBudget::new(),
+            metrics,
+        })
+    }
+
+    /// `GET manifests/<reference>`.
+    pub async fn manifest(
+        &self,
+        place: &Place,
+        reference: &Reference,
+        accept: &str,
+        deadline: Instant,
+    ) -> Result<ManifestAnswer, SourceError> {
+        let question = Question::new("manifest", Method::GET, format!("manifests/{reference}")).accept(accept);
+        let response = self.ask(place, &question, deadline).await?;
+        let claimed = claimed_digest(&response);
+        let stated = media_type(&response);
+        let limit = usize::try_from(MAX_MANIFEST_BYTES).unwrap_or(usize::MAX);
+        let bytes = read_limited(response, limit, deadline).await?;
+        let media_type = stated
+            .or_else(|| inner_media_type(&bytes))
+            .ok_or_else(|| SourceError::Malformed("a manifest without a media type".into()))?;
+        self.count_bytes(place, bytes.len());
+        Ok(ManifestAnswer { media_type, claimed, bytes })
+    }
+
+    /// `HEAD manifests/<tag>`: the digest that a tag means now. None: the origin does not say.
+    pub async fn manifest_digest(
+        &self,
+        place: &Place,
+        reference: &Reference,
+        accept: &str,
+        deadline: Instant,
+    ) -> Result<Option<Digest>, SourceError> {
+        let question = Question::new("manifest_head", Method::HEAD, format!("manifests/{reference}")).accept(accept);
+        match self.ask(place, &question, deadline).await {
+            Ok(response) => Ok(claimed_digest(&response)),
+            // Some registries know no HEAD.
+            Err(SourceError::Failed(405)) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// `GET blobs/<digest>`, whole or in part. Where Range is not honoured the answer starts at 0.
+    pub async fn blob(
+        &self,
+        place: &Place,
+        digest: &Digest,
+        part: Part,
+        deadline: Instant,
+    ) -> Result<Incoming, SourceError> {
+        let mut question = Question::new("blob", Method::GET, format!("blobs/{digest}"));
+        question.blob = Some(digest);
+        if let Some(range) = part.header() {
+            question.headers.insert(RANGE, range);
+        }
+        let response = self.ask(place, &question, deadline).await?;
+        if claimed_digest(&response).is_some_and(|claimed| claimed.algorithm() == digest.algorithm() && claimed != *digest) {
+            return Err(SourceError::Malformed("another blob's Docker-Content-Digest".into()));
+        }
+        let (start, total) = part.position(&response)?;
+        let counter = self.metrics.origin_bytes.with_label_values(&[place.rule.name()]);
+        let body = response
+            .bytes_stream()
+            .inspect_ok(move |piece| counter.inc_by(piece.len() as u64))
+            .map_err(|error| Broken(http::chain(&error.without_url())));
+        Ok(Incoming::new(start, total, body))
+    }
+
+    /// The length of a blob, in bytes.
+    pub async fn blob_length(&self, place: &Place, digest: &Digest, deadline: Instant) -> Result<u64, SourceError> {
+        let mut question = Question::new("blob_head", Method::HEAD, format!("blobs/{digest}"));
+        question.blob = Some(digest);
+        match self.ask(place, &question, deadline).await {
+            Ok(response) => match header_u64(&response, CONTENT_LENGTH.as_str()) {
+                Some(length) => return Ok(length),
+                None => tracing::debug!(%place, %digest, "HEAD without a length"),
+            },
+            Err(error @ (SourceError::NotFound | SourceError::Unreachable(_) | SourceError::TimedOut)) => return Err(error),
+            // Signed URLs are often good for GET only.
+            Err(error) => tracing::debug!(%place, %digest, %error, "HEAD refused, asking by GET"),
+        }
+        Ok(self.blob(place, digest, Part::From(0), deadline).await?.total)
+    }
+
+    /// `GET tags/list` or `GET referrers/<digest>`.
+    pub async fn list(
+        &self,
+        place: &Place,
+        path: String,
+        query: Option<&str>,
+        deadline: Instant,
+    ) -> Result<ListAnswer, SourceError> {
+        let mut question = Question::new("list", Method::GET, path);
+        question.query = query;
+        let response = self.ask(place, &question, deadline).await?;
+        let text = |name: &str| response.headers().get(name).and_then(|v| v.to_str().ok()).map(str::to_owned);
+        let (link, filters_applied) = (text("link"), text("oci-filters-applied"));
+        let media_type = media_type(&response).unwrap_or_else(|| "application/json".to_owned());
+        let bytes = read_limited(response, MAX_LIST_BYTES, deadline).await?;
+        Ok(ListAnswer { media_type, link, filters_applied, bytes })
+    }
+
+    /// Asks the upstreams in order until one answers with 200 or 206.
+    async fn ask(&self, place: &Place, question: &Question<'_>, deadline: Instant) -> Result<Response, SourceError> {
+        let upstreams = place.rule.upstreams(&place.registry);
+        let mut worst = SourceError::NotFound;
+        for (nth, (upstream, trust)) in upstreams.iter().enumerate() {
+            let last = nth + 1 == upstreams.len();
+            let patience = if last { Patience::LastResort } else { Patience::OthersFollow };
+            let home = Home { upstream, trust: *trust, ca: place.rule.ca.as_deref(), patience };
+            let answer = self.ask_patiently(home, place, question, deadline).await;
+            let outcome = answer.as_ref().map_or_else(SourceError::as_str, |_| "ok");
+            self.metrics.origin_requests.with_label_values(&[place.rule.name(), question.kind, outcome]).inc();
+            match answer {
+                Ok(response) => return Ok(response),
+                Err(error) => {
+                    tracing::debug!(%place, upstream = upstream.base(), kind = question.kind, %error, "upstream gave nothing");
+                    worst = worst.severer(error);
+                }
+            }
+        }
+        Err(worst)
+    }
+
+    /// Repeats what is likely to pass, within the deadline and the budget.
+    async fn ask_patiently(
+        &self,
+        home: Home<'_>,
+        place: &Place,
+        question: &Question<'_>,
+        deadline: Instant,
+    ) -> Result<Response, SourceError> {
+        self.retries.earn();
+        let mut attempt = 0;
+        loop {
+            match self.ask_once(home, place, question, deadline).await {
+                Err(error) if error.is_passing() => match self.retries.pause(attempt, deadline) {
+                    Some(pause) => tokio::time::sleep(pause).await,
+                    None => return Err(error),
+                },
+                other => return other,
+            }
+            attempt += 1;
+        }
+    }
+
+    async fn ask_once(
+        &self,
+        home: Home<'_>,
+        place: &Place,
+        question: &Question<'_>,
+        deadline: Instant,
+    ) -> Result<Response, SourceError> {
+        let url = question.url(home.upstream, place)?;
+        if let Some(response) = self.ask_remembered(home, question, &url, deadline).await {
+            return Ok(response);
+        }
+        let mut authorization = self.tokens.known(&self.http, home, place, deadline).await?;
+        for last_try in [false, true] {
+            let ask = Ask {
+                method: question.method.clone(),
+                url: url.clone(),
+                headers: &question.headers,
+                authorization: authorization.clone(),
+                form: None,
+            };
+            let (response, answered_by) = self.http.follow(home, ask, deadline).await?;
+            // Only the upstream itself is given credentials, never the target of its redirect.
+            let challenged = response.status().as_u16() == 401 && answered_by == url && !last_try;
+            if !challenged {
+                if question.blob.is_some() && answered_by != url && response.status().is_success() {
+                    self.redirects.remember(&url, answered_by).await;
+                }
+                return checked(response);
+            }
+            let lines = response.headers().get_all(WWW_AUTHENTICATE).iter().filter_map(|value| value.to_str().ok());
+            let challenge = Challenge::pick(lines).ok_or(SourceError::Denied)?;
+            let answer =
+                self.tokens.answer(&self.http, home, place, challenge, authorization.as_ref(), deadline).await?;
+            if answer.is_none() {
+                return Err(SourceError::Denied);
+            }
+            authorization = answer;
+        }
+        Err(SourceError::Denied)
+    }
+
+    /// Asks where an earlier redirect led. None: ask the registry again.
+    async fn ask_remembered(
+        &self,
+        home: Home<'_>,
+        question: &Question<'_>,
+        url: &Url,
+        deadline: Instant,
+    ) -> Option<Response> {
+        question.blob?;
+        let target = self.redirects.target(url).await?;
+        let ask =
+            Ask { method: question.method.clone(), url: target, headers: &question.headers, authorization: None, form: None };
+        match self.http.send(home, &ask, deadline).await.and_then(checked) {
+            Ok(response) => Some(response),
+            Err(error) => {
+                tracing::debug!(%error, "a remembered redirect no longer works");
+                self.redirects.forget(url).await;
+                None
+            }
+        }
+    }
+
+    fn count_bytes(&self, place: &Place, bytes: usize) {
+        self.metrics.origin_bytes.with_label_values(&[place.rule.name()]).inc_by(bytes as u64);
+    }
+}
+
+impl<'a> Question<'a> {
+    fn new(kind: &'static str, method: Method, path: String) -> Self {
+        let mut headers = HeaderMap::new();
+        // Ranges and lengths are those of the stored bytes.
+        headers.insert(ACCEPT_ENCODING, HeaderValue::from_static("identity"));
+        Self { kind, method, path, query: None, headers, blob: None }
+    }
+
+    fn accept(mut self, accept: &str) -> Self {
+        if let Ok(value) = HeaderValue::from_str(accept) {
+            self.headers.insert(ACCEPT, value);
+        }
+        self
+    }
+
+    fn url(&self, upstream: &Upstream, place: &Place) -> Result<Url, SourceError> {
+        let repository = upstream.repository(&place.repository);
+        let query = self.query.map_or_else(String::new, |query| format!("?{query}"));
+        let text = format!("{}/v2/{repository}/{}{query}", upstream.base(), self.path);
+        Url::parse(&text).map_err(|e| SourceError::Malformed(format!("no URL: {e}")))
+    }
+}
+
+impl Part {
+    fn header(self) -> Option<HeaderValue> {
+        let text = match self {
+            Self::From(0) => return None,
+            Self::From(start) => format!("bytes={start}-"),
+            Self::Span(span) => format!("bytes={}-{}", span.start, span.end - 1),
+        };
+        HeaderValue::from_str(&text).ok()
+    }
+
+    /// Where an answer starts and how long the whole blob is. A 206 is believed only if it is
+    /// exactly what was asked for.
+    fn position(self, response: &Response) -> Result<(u64, u64), SourceError> {
+        let malformed = |what: &str| SourceError::Malformed(what.to_owned());
+        let length = header_u64(response, CONTENT_LENGTH.as_str());
+        if response.status().as_u16() != 206 {
+            return length.map(|total| (0, total)).ok_or_else(|| malformed("a blob without Content-Length"));
+        }
+        let range = response.headers().get(CONTENT_RANGE).and_then(|value| value.to_str().ok());
+        let range: ContentRange = range
+            .and_then(|text| text.parse().ok())
+            .ok_or_else(|| malformed("206 without a valid Content-Range"))?;
+        let asked = match self {
+            Self::From(start) => Span { start, end: range.total },
+            Self::Span(span) => Span { start: span.start, end: span.end.min(range.total) },
+        };
+        if range.span != asked || length.is_some_and(|length| length != asked.len()) {
+            return Err(malformed("206 for another range than asked"));
+        }
+        Ok((range.span.start, range.total))
+    }
+}
+
+/// Turns an answer that is no content into an error.
+fn checked(response: Response) -> Result<Response, SourceError> {
+    match response.status().as_u16() {
+        200 | 206 => {}
+        404 | 410 => return Err(SourceError::NotFound),
+        401 | 403 => return Err(SourceError::Denied),
+        429 => {
+            let retry_after = header_u64(&response, RETRY_AFTER.as_str()).map(Duration::from_secs);
+            return Err(SourceError::Limited { retry_after });
+        }
+        status => return Err(SourceError::Failed(status)),
+    }
+    let encoding = response.headers().get(CONTENT_ENCODING);
+    if encoding.is_some_and(|value| !value.as_bytes().eq_ignore_ascii_case(b"identity")) {
+        return Err(SourceError::Malformed("compressed although identity was asked for".into()));
+    }
+    Ok(response)
+}
+
+/// Reads a body of at most `limit` bytes.
+async fn read_limited(mut response: Response, limit: usize, deadline: Instant) -> Result<Bytes, SourceError> {
+    let too_large = || SourceError::Malformed(format!("an answer of more than {limit} bytes"));
+    if header_u64(&response, CONTENT_LENGTH.as_str()).is_some_and(|length| length > limit as u64) {
+        return Err(too_large());
+    }
+    let mut bytes = BytesMut::new();
+    loop {
+        match timeout_at(deadline, response.chunk()).await {
+            Err(_) => return Err(SourceError::TimedOut),
+            Ok(Err(error)) => return Err(SourceError::Unreachable(http::chain(&error.without_url()))),
+            Ok(Ok(None)) => return Ok(bytes.freeze()),
+            Ok(Ok(Some(piece))) if bytes.len() + piece.len() > limit => return Err(too_large()),
+            Ok(Ok(Some(piece))) => bytes.extend_from_slice(&piece),
+        }
+    }
+}
+
+fn header_u64(response: &Response, name: &str) -> Option<u64> {
+    response.headers().get(name)?.to_str().ok()?.trim().parse().ok()
+}
+
+fn claimed_digest(response: &Response) -> Option<Digest> {
+    response.headers().get(DOCKER_CONTENT_DIGEST)?.to_str().ok()?.parse().ok()
+}
+
+/// The media type without parameters, which clients would take as part of it.
+fn media_type(response: &Response) -> Option<String> {
+    let value = response.headers().get(CONTENT_TYPE)?.to_str().ok()?;
+    let bare = value.split(';').next().unwrap_or_default().trim();
+    (!bare.is_empty()).then(|| bare.to_owned())
+}
+
+/// What a manifest says of itself.
+fn inner_media_type(manifest: &[u8]) -> Option<String> {
+    #[derive(serde::Deserialize)]
+    struct Typed {
+        #[serde(rename = "mediaType")]
+        media_type: String,
+    }
+    serde_json::from_slice::<Typed>(manifest).ok().map(|typed| typed.media_type)
+}

@@ -1,0 +1,269 @@
+//! Authorization towards origins: Basic, and Bearer with a token from the realm that the origin
+//! names. Tokens are fetched once for all who need one and renewed before they expire.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use http::{HeaderMap, HeaderValue, Method};
+use moka::Expiry;
+use serde::Deserialize;
+use tokio::time::Instant as Deadline;
+use url::form_urlencoded::Serializer;
+
+use super::challenge::Challenge;
+use super::credentials::{self, Secret};
+use super::http::{Ask, Home, Http};
+use crate::registries::Place;
+use crate::source::SourceError;
+
+/// Remembered challenges and grants.
+pub(super) struct Tokens {
+    /// What an upstream asked for, by upstream and repository: saves the 401 next time.
+    challenges: moka::future::Cache<(String, String), Challenge>,
+    grants: moka::future::Cache<GrantKey, Grant>,
+}
+
+#[derive(Clone, PartialEq, Eq, Hash)]
+struct GrantKey {
+    rule: String,
+    upstream: String,
+    realm: String,
+    service: Option<String>,
+    scope: String,
+}
+
+/// The value of an `Authorization` header; None where the upstream is asked anonymously.
+#[derive(Clone)]
+struct Grant {
+    header: Option<HeaderValue>,
+    life: Duration,
+}
+
+/// A token's share of its lifetime during which it is used: it is renewed well before its end.
+const USED_PERCENT: u32 = 80;
+
+/// The specification's default where `expires_in` is missing.
+const DEFAULT_LIFE: Duration = Duration::from_secs(60);
+
+/// Secrets read from files are read again after this time.
+const SECRET_LIFE: Duration = Duration::from_secs(60);
+
+const MAX_TOKEN_BYTES: usize = 64 * 1024;
+
+impl Tokens {
+    pub(super) fn new() -> Self {
+        Self {
+            challenges: moka::future::Cache::builder()
+                .max_capacity(10_000)
+                .time_to_live(Duration::from_secs(3600))
+                .build(),
+            grants: moka::future::Cache::builder().max_capacity(10_000).expire_after(ByLife).build(),
+        }
+    }
+
+    /// The header to send at once, where an earlier request learned what is asked for.
+    pub(super) async fn known(
+        &self,
+        http: &Arc<Http>,
+        home: Home<'_>,
+        place: &Place,
+        deadline: Deadline,
+    ) -> Result<Option<HeaderValue>, SourceError> {
+        match self.challenges.get(&challenge_key(home, place)).await {
+            Some(challenge) => self.grant(http, home, place, challenge, deadline).await,
+            None => Ok(None),
+        }
+    }
+
+    /// Answers a challenge. `rejected` is the header that the origin has just refused.
+    pub(super) async fn answer(
+        &self,
+        http: &Arc<Http>,
+        home: Home<'_>,
+        place: &Place,
+        challenge: Challenge,
+        rejected: Option<&HeaderValue>,
+        deadline: Deadline,
+    ) -> Result<Option<HeaderValue>, SourceError> {
+        let key = grant_key(home, place, &challenge);
+        if let Some(known) = self.grants.get(&key).await
+            && rejected.is_some()
+            && known.header.as_ref() == rejected
+        {
+            self.grants.invalidate(&key).await;
+        }
+        self.challenges.insert(challenge_key(home, place), challenge.clone()).await;
+        self.grant(http, home, place, challenge, deadline).await
+    }
+
+    async fn grant(
+        &self,
+        http: &Arc<Http>,
+        home: Home<'_>,
+        place: &Place,
+        challenge: Challenge,
+        deadline: Deadline,
+    ) -> Result<Option<HeaderValue>, SourceError> {
+        let key = grant_key(home, place, &challenge);
+        let (http, place, upstream) = (http.clone(), place.clone(), home.upstream.clone());
+        let (trust, patience) = (home.trust, home.patience);
+        // A task of its own: the first caller may leave, the others still wait for the token.
+        let fetch = async move {
+            let task = tokio::spawn(async move {
+                let home = Home { upstream: &upstream, trust, ca: place.rule.ca.as_deref(), patience };
+                fetch(&http, home, &place, &challenge, deadline).await
+            });
+            task.await.unwrap_or_else(|e| Err(SourceError::Unreachable(e.to_string())))
+        };
+        let granted = self.grants.try_get_with(key, fetch).await;
+        granted.map(|grant| grant.header).map_err(|error| (*error).clone())
+    }
+}
+
+async fn fetch(
+    http: &Http,
+    home: Home<'_>,
+    place: &Place,
+    challenge: &Challenge,
+    deadline: Deadline,
+) -> Result<Grant, SourceError> {
+    let secret = match &place.rule.credentials {
+        Some(source) => credentials::read(source, &home.upstream.authority).map_err(|error| {
+            tracing::error!(rule = place.rule.name(), %error, "no credentials");
+            SourceError::Denied
+        })?,
+        None => None,
+    };
+    match challenge {
+        Challenge::Basic => {
+            let header = secret.as_ref().and_then(Secret::basic).and_then(|value| sensitive(&value));
+            Ok(Grant { header, life: SECRET_LIFE })
+        }
+        Challenge::Bearer { .. } => fetch_token(http, home, place, challenge, secret, deadline).await,
+    }
+}
+
+async fn fetch_token(
+    http: &Http,
+    home: Home<'_>,
+    place: &Place,
+    challenge: &Challenge,
+    secret: Option<Secret>,
+    deadline: Deadline,
+) -> Result<Grant, SourceError> {
+    let Challenge::Bearer { realm, service, .. } = challenge else {
+        return Err(SourceError::Denied);
+    };
+    let scope = scope(home, place, challenge);
+    let headers = HeaderMap::new();
+    let by_get = {
+        let mut url = realm.clone();
+        if let Some(service) = service {
+            url.query_pairs_mut().append_pair("service", service);
+        }
+        url.query_pairs_mut().append_pair("scope", &scope);
+        let authorization = secret.as_ref().and_then(Secret::basic).and_then(|value| sensitive(&value));
+        Ask { method: Method::GET, url, headers: &headers, authorization, form: None }
+    };
+    let by_post = secret.as_ref().map(|secret| {
+        let mut form = Serializer::new(String::new());
+        form.append_pair("client_id", "dray").append_pair("scope", &scope);
+        if let Some(service) = service {
+            form.append_pair("service", service);
+        }
+        match secret {
+            Secret::Identity(token) => {
+                form.append_pair("grant_type", "refresh_token").append_pair("refresh_token", token);
+            }
+            Secret::Password { username, password } => {
+                form.append_pair("grant_type", "password")
+                    .append_pair("username", username)
+                    .append_pair("password", password);
+            }
+        }
+        let url = realm.clone();
+        Ask { method: Method::POST, url, headers: &headers, authorization: None, form: Some(form.finish()) }
+    });
+    // An identity token can only be posted. A password is sent as GET, which every registry knows;
+    // some endpoints only take a POST.
+    match (secret, by_post) {
+        (Some(Secret::Identity(_)), Some(post)) => token(http, home, &post, deadline).await,
+        (Some(Secret::Password { .. }), Some(post)) => match token(http, home, &by_get, deadline).await {
+            Err(SourceError::Failed(405) | SourceError::NotFound) => token(http, home, &post, deadline).await,
+            other => other,
+        },
+        _ => token(http, home, &by_get, deadline).await,
+    }
+}
+
+#[derive(Deserialize)]
+struct TokenAnswer {
+    #[serde(default)]
+    token: String,
+    #[serde(default)]
+    access_token: String,
+    expires_in: Option<u64>,
+}
+
+async fn token(http: &Http, home: Home<'_>, ask: &Ask<'_>, deadline: Deadline) -> Result<Grant, SourceError> {
+    let response = http.send(home, ask, deadline).await?;
+    match response.status().as_u16() {
+        200 => {}
+        400 | 401 | 403 => return Err(SourceError::Denied),
+        404 => return Err(SourceError::NotFound),
+        429 => return Err(SourceError::Limited { retry_after: None }),
+        status => return Err(SourceError::Failed(status)),
+    }
+    let malformed = |what: &str| SourceError::Malformed(format!("the token endpoint: {what}"));
+    let body = super::read_limited(response, MAX_TOKEN_BYTES, deadline).await?;
+    let answer: TokenAnswer = serde_json::from_slice(&body).map_err(|_| malformed("no JSON with a token"))?;
+    let token = if answer.token.is_empty() { answer.access_token } else { answer.token };
+    if token.is_empty() {
+        return Err(malformed("an empty token"));
+    }
+    let header = sensitive(&format!("Bearer {token}")).ok_or_else(|| malformed("a token that fits no header"))?;
+    let life = answer.expires_in.map_or(DEFAULT_LIFE, Duration::from_secs);
+    Ok(Grant { header: Some(header), life: life * USED_PERCENT / 100 })
+}
+
+/// The challenge's scope, or the one that pulling from this repository needs.
+fn scope(home: Home<'_>, place: &Place, challenge: &Challenge) -> String {
+    match challenge {
+        Challenge::Bearer { scope: Some(scope), .. } if !scope.is_empty() => scope.clone(),
+        _ => format!("repository:{}:pull", home.upstream.repository(&place.repository)),
+    }
+}
+
+fn challenge_key(home: Home<'_>, place: &Place) -> (String, String) {
+    (home.upstream.to_string(), place.repository.to_string())
+}
+
+fn grant_key(home: Home<'_>, place: &Place, challenge: &Challenge) -> GrantKey {
+    let (realm, service) = match challenge {
+        Challenge::Basic => ("basic".to_owned(), None),
+        Challenge::Bearer { realm, service, .. } => (realm.to_string(), service.clone()),
+    };
+    let scope = match challenge {
+        Challenge::Basic => String::new(),
+        Challenge::Bearer { .. } => scope(home, place, challenge),
+    };
+    GrantKey { rule: place.rule.name().to_owned(), upstream: home.upstream.base(), realm, service, scope }
+}
+
+fn sensitive(value: &str) -> Option<HeaderValue> {
+    let mut header = HeaderValue::from_str(value).ok()?;
+    header.set_sensitive(true);
+    Some(header)
+}
+
+struct ByLife;
+
+impl Expiry<GrantKey, Grant> for ByLife {
+    fn expire_after_create(&self, _: &GrantKey, grant: &Grant, _: Instant) -> Option<Duration> {
+        Some(grant.life)
+    }
+
+    fn expire_after_update(&self, _: &GrantKey, grant: &Grant, _: Instant, _: Option<Duration>) -> Option<Duration> {
+        Some(grant.life)
+    }
+}

@@ -1,0 +1,65 @@
+//! What an origin asks for in `WWW-Authenticate`.
+
+use url::Url;
+
+/// The challenge that dray answers.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Challenge {
+    Basic,
+    /// A token is to be fetched (the distribution project's token specification).
+    Bearer { realm: Url, service: Option<String>, scope: Option<String> },
+}
+
+impl Challenge {
+    /// Picks the strongest challenge that dray can answer from all header lines. One line may hold
+    /// several challenges.
+    pub fn pick<'a>(lines: impl Iterator<Item = &'a str>) -> Option<Self> {
+        let mut basic = None;
+        for line in lines {
+            for challenge in http_auth::parser::ChallengeParser::new(line).map_while(Result::ok) {
+                if challenge.scheme.eq_ignore_ascii_case("basic") {
+                    basic = Some(Self::Basic);
+                } else if challenge.scheme.eq_ignore_ascii_case("bearer") {
+                    let param = |name: &str| {
+                        let value = challenge.params.iter().find(|(key, _)| key.eq_ignore_ascii_case(name));
+                        value.map(|(_, value)| value.to_unescaped())
+                    };
+                    if let Some(realm) = param("realm").and_then(|realm| Url::parse(&realm).ok()) {
+                        return Some(Self::Bearer { realm, service: param("service"), scope: param("scope") });
+                    }
+                }
+            }
+        }
+        basic
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bearer_is_preferred_wherever_it_stands() {
+        let bearer = r#"Bearer realm="https://auth.io/token",service="reg, io",scope="repository:a/b:pull""#;
+        for lines in [
+            vec![bearer],
+            vec!["Basic realm=\"x\"", bearer],
+            vec!["Basic realm=\"x\", Bearer realm=\"https://auth.io/token\",service=\"reg, io\",scope=\"repository:a/b:pull\""],
+        ] {
+            let Some(Challenge::Bearer { realm, service, scope }) = Challenge::pick(lines.into_iter()) else {
+                panic!("no bearer");
+            };
+            assert_eq!(realm.as_str(), "https://auth.io/token");
+            assert_eq!(service.as_deref(), Some("reg, io"));
+            assert_eq!(scope.as_deref(), Some("repository:a/b:pull"));
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_answered_is_none() {
+        assert_eq!(Challenge::pick(["Negotiate", "Digest realm=\"x\""].into_iter()), None);
+        assert_eq!(Challenge::pick(["Bearer realm=\"not a url\""].into_iter()), None);
+        assert_eq!(Challenge::pick(["Basic"].into_iter()), Some(Challenge::Basic));
+        assert_eq!(Challenge::pick(["\u{1}\u{2}, = ,,"].into_iter()), None);
+    }
+}

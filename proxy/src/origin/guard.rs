@@ -1,0 +1,261 @@
+//! Where dray may connect to when others choose the name: https at public addresses.
+//!
+//! An upstream written in the configuration is trusted as written. Everything else, which is what
+//! `ns` names, what redirects point at and what token realms say, is checked here: as a literal
+//! before the request, as a resolved address when connecting, so that no second DNS answer can
+//! differ from the one that was checked.
+
+use std::collections::HashSet;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::sync::Arc;
+
+use hickory_resolver::config::{ConnectionConfig, NameServerConfig, ResolverConfig};
+use hickory_resolver::net::runtime::TokioRuntimeProvider;
+use hickory_resolver::{Resolver, TokioResolver};
+use ipnet::IpNet;
+use reqwest::dns::{Addrs, Name, Resolve, Resolving};
+use url::{Host, Url};
+
+use crate::config::Config;
+
+/// The rules for names that others choose.
+#[derive(Clone)]
+pub(super) struct Guard {
+    resolver: Arc<TokioResolver>,
+    allow: Arc<[IpNet]>,
+    /// Hosts of HTTP proxies, which are connected to on behalf of any name.
+    proxies: Arc<HashSet<String>>,
+}
+
+/// Which addresses a connection may reach.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) enum Reach {
+    /// Anything: the upstream is written in the configuration.
+    Anywhere,
+    /// Public addresses and the networks of `[guard] allow`.
+    Public,
+    /// Only the networks of `[guard] allow`: without TLS.
+    Allowed,
+}
+
+/// Why a URL is not followed.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub(super) enum Refused {
+    #[error("{0} is neither http nor https")]
+    Scheme(String),
+    #[error("{0} is not a public address, and no network in [guard] allow holds it")]
+    Address(String),
+    #[error("{0} is the configured HTTP proxy")]
+    Proxy(String),
+}
+
+impl Guard {
+    /// Must run inside a tokio runtime, which drives the resolver.
+    pub(super) fn new(config: &Config) -> Result<Self, String> {
+        Ok(Self {
+            resolver: Arc::new(resolver(&config.dns.servers)?),
+            allow: config.guard.allow.clone().into(),
+            proxies: Arc::new(proxy_hosts(|name| std::env::var(name).ok())),
+        })
+    }
+
+    /// How a URL that others chose may be reached.
+    pub async fn check(&self, url: &Url) -> Result<Reach, Refused> {
+        let reach = match url.scheme() {
+            "https" => Reach::Public,
+            "http" => Reach::Allowed,
+            other => return Err(Refused::Scheme(other.to_owned())),
+        };
+        let refused = || Refused::Address(url.host_str().unwrap_or_default().to_owned());
+        match url.host().ok_or_else(refused)? {
+            Host::Ipv4(address) if !self.permits(reach, address.into()) => Err(refused()),
+            Host::Ipv6(address) if !self.permits(reach, address.into()) => Err(refused()),
+            Host::Domain(name) if self.proxies.contains(name) => Err(Refused::Proxy(name.to_owned())),
+            // Behind a proxy nobody asks our resolver when connecting. What cannot be resolved
+            // here is left to the proxy: inside many networks only it knows public names.
+            Host::Domain(name) if !self.proxies.is_empty() => match self.resolver.lookup_ip(name).await {
+                Ok(found) if !found.iter().all(|a| self.permits(reach, a)) => Err(refused()),
+                _ => Ok(reach),
+            },
+            _ => Ok(reach),
+        }
+    }
+
+    /// A resolver for connections of one reach.
+    pub(super) fn resolver(&self, reach: Reach) -> Arc<dyn Resolve> {
+        Arc::new(GuardedResolver { guard: self.clone(), reach })
+    }
+
+    fn permits(&self, reach: Reach, address: IpAddr) -> bool {
+        let allowed = || self.allow.iter().any(|network| network.contains(&address.to_canonical()));
+        match reach {
+            Reach::Anywhere => true,
+            Reach::Public => is_public(address) || allowed(),
+            Reach::Allowed => allowed(),
+        }
+    }
+}
+
+struct GuardedResolver {
+    guard: Guard,
+    reach: Reach,
+}
+
+impl Resolve for GuardedResolver {
+    fn resolve(&self, name: Name) -> Resolving {
+        let (guard, reach) = (self.guard.clone(), self.reach);
+        Box::pin(async move {
+            let found = guard.resolver.lookup_ip(name.as_str()).await?;
+            let is_proxy = guard.proxies.contains(name.as_str());
+            let addresses: Vec<SocketAddr> = found
+                .iter()
+                .filter(|address| is_proxy || guard.permits(reach, *address))
+                .map(|address| SocketAddr::new(address, 0))
+                .collect();
+            if addresses.is_empty() {
+                return Err(Refused::Address(name.as_str().to_owned()).into());
+            }
+            Ok(Box::new(addresses.into_iter()) as Addrs)
+        })
+    }
+}
+
+fn resolver(servers: &[SocketAddr]) -> Result<TokioResolver, String> {
+    let mut builder = if servers.is_empty() {
+        TokioResolver::builder_tokio().map_err(|e| format!("the system's name servers cannot be read: {e}"))?
+    } else {
+        let servers = servers.iter().map(|server| {
+            let mut connections = vec![ConnectionConfig::udp(), ConnectionConfig::tcp()];
+            for connection in &mut connections {
+                connection.port = server.port();
+            }
+            NameServerConfig::new(server.ip(), true, connections)
+        });
+        let config = ResolverConfig::from_parts(None, Vec::new(), servers.collect());
+        Resolver::builder_with_config(config, TokioRuntimeProvider::default())
+    };
+    let options = builder.options_mut();
+    options.timeout = std::time::Duration::from_secs(1);
+    options.attempts = 2;
+    // Clusters ask for five dots before a name is tried as it stands: five lookups for nothing.
+    options.ndots = 1;
+    options.positive_max_ttl = Some(std::time::Duration::from_secs(300));
+    options.negative_max_ttl = Some(std::time::Duration::from_secs(2));
+    builder.build().map_err(|e| e.to_string())
+}
+
+/// The hosts that the environment names as proxies, in either case of the variables.
+fn proxy_hosts(variable: impl Fn(&str) -> Option<String>) -> HashSet<String> {
+    ["HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"]
+        .iter()
+        .flat_map(|name| [variable(name), variable(&name.to_ascii_lowercase())])
+        .flatten()
+        .filter_map(|value| {
+            let url = Url::parse(&value).ok().filter(Url::has_host).or_else(|| Url::parse(&format!("http://{value}")).ok())?;
+            url.host_str().map(str::to_owned)
+        })
+        .collect()
+}
+
+/// Whether an address belongs to the public Internet, by the special-purpose registries of IANA.
+fn is_public(address: IpAddr) -> bool {
+    match address.to_canonical() {
+        IpAddr::V4(v4) => is_public_v4(v4),
+        IpAddr::V6(v6) => is_public_v6(v6),
+    }
+}
+
+fn is_public_v4(address: Ipv4Addr) -> bool {
+    let [a, b, c, _] = address.octets();
+    !(address.is_private()
+        || address.is_loopback()
+        || address.is_link_local()
+        || address.is_multicast()
+        || address.is_broadcast()
+        || address.is_documentation()
+        || a == 0
+        || a >= 240
+        || (a == 100 && (64..128).contains(&b))
+        || (a == 192 && b == 0 && c == 0)
+        || (a == 192 && b == 88 && c == 99)
+        || (a == 198 && (18..20).contains(&b)))
+}
+
+fn is_public_v6(address: Ipv6Addr) -> bool {
+    let s = address.segments();
+    // Addresses that carry an IPv4 address inside lead where that one leads.
+    let embedded = match s {
+        [0x64, 0xff9b, 0, 0, 0, 0, high, low] | [0x2002, high, low, ..] => {
+            Some(Ipv4Addr::from((u32::from(high) << 16) | u32::from(low)))
+        }
+        _ => None,
+    };
+    if let Some(v4) = embedded {
+        return is_public_v4(v4);
+    }
+    // Global unicast is 2000::/3; of it, Teredo, benchmarks, ORCHID and documentation are not.
+    (s[0] & 0xe000) == 0x2000
+        && !(s[0] == 0x2001 && s[1] < 0x200)
+        && !(s[0] == 0x2001 && s[1] == 0xdb8)
+        && !(s[0] == 0x3fff && s[1] < 0x1000)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn guard(allow: &[&str]) -> Guard {
+        let config = Config {
+            guard: crate::config::Guard { allow: allow.iter().map(|net| net.parse().unwrap()).collect() },
+            ..Config::default()
+        };
+        Guard { proxies: Arc::default(), ..Guard::new(&config).unwrap() }
+    }
+
+    #[test]
+    fn special_addresses_are_not_public() {
+        for address in [
+            "127.0.0.1", "10.1.2.3", "172.16.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1", "0.0.0.0",
+            "224.0.0.1", "255.255.255.255", "198.18.0.1", "192.0.0.1", "240.0.0.1", "::", "::1", "fe80::1",
+            "fc00::1", "ff02::1", "::ffff:127.0.0.1", "::ffff:10.0.0.1", "64:ff9b::a00:1", "2002:a00:1::",
+            "2001:db8::1", "2001::1", "::7f00:1", "fec0::1", "64:ff9b:1::1",
+        ] {
+            assert!(!is_public(address.parse().unwrap()), "{address}");
+        }
+        for address in ["1.1.1.1", "104.18.121.25", "2606:4700::1", "::ffff:1.1.1.1", "64:ff9b::101:101"] {
+            assert!(is_public(address.parse().unwrap()), "{address}");
+        }
+    }
+
+    #[tokio::test]
+    async fn literals_are_checked_before_connecting() {
+        let guard = guard(&["10.0.0.0/8"]);
+        for (url, reach) in [
+            ("https://1.1.1.1/", Some(Reach::Public)),
+            ("https://10.0.0.1/", Some(Reach::Public)),
+            ("http://10.0.0.1/", Some(Reach::Allowed)),
+            ("https://example.com/", Some(Reach::Public)),
+            ("http://1.1.1.1/", None),
+            ("https://127.0.0.1/", None),
+            ("https://2130706433/", None),
+            ("https://0x7f.1/", None),
+            ("https://[::1]/", None),
+            ("https://[::ffff:7f00:1]/", None),
+            ("https://169.254.169.254/latest/meta-data", None),
+            ("ftp://1.1.1.1/", None),
+            ("file:///etc/passwd", None),
+        ] {
+            assert_eq!(guard.check(&Url::parse(url).unwrap()).await.ok(), reach, "{url}");
+        }
+    }
+
+    #[test]
+    fn proxies_are_known_by_their_hosts() {
+        let hosts = proxy_hosts(|name| match name {
+            "HTTPS_PROXY" => Some("http://user:secret@proxy.corp:3128".into()),
+            "http_proxy" => Some("other.corp:80".into()),
+            _ => None,
+        });
+        assert_eq!(hosts, HashSet::from(["proxy.corp".to_owned(), "other.corp".to_owned()]));
+    }
+}

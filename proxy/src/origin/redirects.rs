@@ -1,0 +1,78 @@
+//! Where an upstream's redirects led, for as long as the signed URLs live.
+
+use std::time::{Duration, Instant};
+
+use moka::Expiry;
+use url::Url;
+
+/// Targets by the URL that redirected.
+pub(super) struct Redirects {
+    targets: moka::future::Cache<Url, Target>,
+}
+
+#[derive(Clone)]
+struct Target {
+    url: Url,
+    life: Duration,
+}
+
+/// Where a URL does not say how long it is good for.
+const UNKNOWN_LIFE: Duration = Duration::from_secs(60);
+
+/// Not reused this shortly before its end: the answer has to begin before that.
+const MARGIN: Duration = Duration::from_secs(15);
+
+impl Redirects {
+    pub(super) fn new() -> Self {
+        Self { targets: moka::future::Cache::builder().max_capacity(10_000).expire_after(ByLife).build() }
+    }
+
+    pub(super) async fn target(&self, url: &Url) -> Option<Url> {
+        self.targets.get(url).await.map(|target| target.url)
+    }
+
+    pub(super) async fn remember(&self, from: &Url, target: Url) {
+        let life = life(&target).saturating_sub(MARGIN);
+        self.targets.insert(from.clone(), Target { url: target, life }).await;
+    }
+
+    pub(super) async fn forget(&self, url: &Url) {
+        self.targets.invalidate(url).await;
+    }
+}
+
+/// What the signature says: `X-Amz-Expires` (S3, R2) and `X-Goog-Expires` (GCS), in seconds from
+/// the signing, which has just happened.
+fn life(url: &Url) -> Duration {
+    let seconds = url.query_pairs().find_map(|(key, value)| {
+        let key = key.to_ascii_lowercase();
+        matches!(key.as_str(), "x-amz-expires" | "x-goog-expires").then(|| value.parse().ok()).flatten()
+    });
+    seconds.map_or(UNKNOWN_LIFE, |seconds: u64| Duration::from_secs(seconds.min(3600)))
+}
+
+struct ByLife;
+
+impl Expiry<Url, Target> for ByLife {
+    fn expire_after_create(&self, _: &Url, target: &Target, _: Instant) -> Option<Duration> {
+        Some(target.life)
+    }
+
+    fn expire_after_update(&self, _: &Url, target: &Target, _: Instant, _: Option<Duration>) -> Option<Duration> {
+        Some(target.life)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn signed_urls_say_how_long_they_live() {
+        let of = |url: &str| life(&Url::parse(url).unwrap()).as_secs();
+        assert_eq!(of("https://s3/x?X-Amz-Expires=1200&X-Amz-Signature=y"), 1200);
+        assert_eq!(of("https://gcs/x?x-goog-expires=300"), 300);
+        assert_eq!(of("https://cdn/x?sig=y"), 60);
+        assert_eq!(of("https://cdn/x?X-Amz-Expires=99999999"), 3600);
+    }
+}

@@ -1,0 +1,60 @@
+//! When to ask again: after a jittered pause, a few times, and never so often that retries become
+//! the load.
+
+use std::sync::atomic::{AtomicI64, Ordering};
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+/// Retries that may be spent. Each request earns a fifth of one.
+pub(super) struct RetryBudget {
+    fifths: AtomicI64,
+}
+
+const COST: i64 = 5;
+const MOST: i64 = 50 * COST;
+const MAX_RETRIES: u32 = 2;
+
+impl RetryBudget {
+    pub(super) fn new() -> Self {
+        Self { fifths: AtomicI64::new(10 * COST) }
+    }
+
+    /// Called once a request.
+    pub(super) fn earn(&self) {
+        let _ = self.fifths.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |fifths| {
+            (fifths < MOST).then_some(fifths + 1)
+        });
+    }
+
+    /// How long to wait before the next attempt; None: give up.
+    pub(super) fn pause(&self, attempt: u32, deadline: Instant) -> Option<Duration> {
+        let most = 100 << attempt.min(8);
+        let pause = Duration::from_millis(fastrand::u64(most / 2..=most));
+        if attempt >= MAX_RETRIES || Instant::now() + pause >= deadline {
+            return None;
+        }
+        let spend = |fifths: i64| (fifths >= COST).then_some(fifths - COST);
+        self.fifths.fetch_update(Ordering::Relaxed, Ordering::Relaxed, spend).ok().map(|_| pause)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn retries_are_few_late_and_paid_for() {
+        let budget = RetryBudget::new();
+        let deadline = Instant::now() + Duration::from_secs(10);
+        let first = budget.pause(0, deadline).unwrap();
+        let second = budget.pause(1, deadline).unwrap();
+        assert!((50..=100).contains(&first.as_millis()) && (100..=200).contains(&second.as_millis()));
+        assert_eq!(budget.pause(2, deadline), None);
+        assert_eq!(budget.pause(0, Instant::now()), None, "no time left");
+        let spent = (0..100).filter(|_| budget.pause(0, deadline).is_some()).count();
+        assert_eq!(spent, 8, "ten at the start, two spent above");
+        (0..5).for_each(|_| budget.earn());
+        assert!(budget.pause(0, deadline).is_some() && budget.pause(0, deadline).is_none());
+    }
+}
