@@ -135,7 +135,9 @@ impl Fills {
 
     fn enter(&self, digest: &Digest, place: Option<Place>) -> (Arc<Fill>, bool) {
         let mut running = self.lock();
-        if let Some(fill) = running.get(digest) {
+        if let Some(fill) = running.get(digest)
+            && fill.progress.borrow().phase != Phase::Failed
+        {
             return (fill.clone(), false);
         }
         let fill = Arc::new(Fill::new(digest.clone(), place));
@@ -166,6 +168,11 @@ impl Fill {
         self.opened.get().cloned().unwrap_or_else(|| Err(SourceError::Unreachable("the fill ended".into())))
     }
 
+    /// Bytes from the start that may be read by now.
+    pub fn released(&self) -> u64 {
+        self.progress.borrow().released
+    }
+
     /// Reads a span of a growing file.
     pub fn reader(&self, file: &Arc<File>, span: Span) -> Reader {
         Reader::of_fill(file.clone(), self.progress.subscribe(), span)
@@ -188,6 +195,17 @@ impl Fill {
 
     fn end(&self, phase: Phase, released: u64) {
         self.progress.send_replace(Progress { released, phase });
+    }
+}
+
+impl Opened {
+    /// The blob's length, and where its bytes come from.
+    pub fn length(&self) -> (u64, ServedFrom) {
+        match self {
+            Self::Small { object, from } => (object.bytes.len() as u64, *from),
+            Self::Growing { total, from, .. } => (*total, *from),
+            Self::Uncached { total } => (*total, ServedFrom::Origin),
+        }
     }
 }
 
@@ -319,7 +337,12 @@ impl Running<'_> {
 
 impl Drop for Running<'_> {
     fn drop(&mut self) {
-        self.fills.lock().remove(&self.fill.digest);
+        let mut running = self.fills.lock();
+        // A failed fill may have been replaced by now.
+        if running.get(&self.fill.digest).is_some_and(|fill| std::ptr::eq(&raw const **fill, self.fill)) {
+            running.remove(&self.fill.digest);
+        }
+        drop(running);
         self.fills.gauge.dec();
         self.fill.open(Err(SourceError::Unreachable("the fill ended".into())));
         self.fill.progress.send_if_modified(|progress| {

@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use ::http::header::{
-    ACCEPT, ACCEPT_ENCODING, CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, RANGE, RETRY_AFTER,
+    ACCEPT, ACCEPT_ENCODING, CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE, RANGE, RETRY_AFTER,
     WWW_AUTHENTICATE,
 };
 use ::http::{HeaderMap, HeaderValue, Method};
@@ -30,9 +30,9 @@ use self::redirects::Redirects;
 use self::retry::RetryBudget;
 use crate::config::{Config, Upstream};
 use crate::metrics::Metrics;
-use crate::oci::{ContentRange, Digest, MAX_MANIFEST_BYTES, Reference, Span};
+use crate::oci::{Digest, MAX_MANIFEST_BYTES, Reference};
 use crate::registries::{Place, Registries};
-use crate::source::{Broken, Incoming, SourceError};
+use crate::source::{Broken, Incoming, Part, SourceError, error_chain};
 
 /// All origins, behind one door.
 pub struct Origin {
@@ -57,13 +57,6 @@ pub struct ListAnswer {
     pub link: Option<String>,
     pub filters_applied: Option<String>,
     pub bytes: Bytes,
-}
-
-/// Which part of a blob to ask for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Part {
-    From(u64),
-    Span(Span),
 }
 
 /// Largest tag list or referrers answer, in bytes.
@@ -153,12 +146,12 @@ impl Origin {
         if claimed_digest(&response).is_some_and(|claimed| claimed.algorithm() == digest.algorithm() && claimed != *digest) {
             return Err(SourceError::Malformed("another blob's Docker-Content-Digest".into()));
         }
-        let (start, total) = part.position(&response)?;
+        let (start, total) = part.position(response.status().as_u16(), response.headers())?;
         let counter = self.metrics.origin_bytes.with_label_values(&[place.rule.name()]);
         let body = response
             .bytes_stream()
             .inspect_ok(move |piece| counter.inc_by(piece.len() as u64))
-            .map_err(|error| Broken(http::chain(&error.without_url())));
+            .map_err(|error| Broken(error_chain(&error.without_url())));
         Ok(Incoming::new(start, total, body))
     }
 
@@ -331,39 +324,6 @@ impl<'a> Question<'a> {
     }
 }
 
-impl Part {
-    fn header(self) -> Option<HeaderValue> {
-        let text = match self {
-            Self::From(0) => return None,
-            Self::From(start) => format!("bytes={start}-"),
-            Self::Span(span) => format!("bytes={}-{}", span.start, span.end - 1),
-        };
-        HeaderValue::from_str(&text).ok()
-    }
-
-    /// Where an answer starts and how long the whole blob is. A 206 is believed only if it is
-    /// exactly what was asked for.
-    fn position(self, response: &Response) -> Result<(u64, u64), SourceError> {
-        let malformed = |what: &str| SourceError::Malformed(what.to_owned());
-        let length = header_u64(response, CONTENT_LENGTH.as_str());
-        if response.status().as_u16() != 206 {
-            return length.map(|total| (0, total)).ok_or_else(|| malformed("a blob without Content-Length"));
-        }
-        let range = response.headers().get(CONTENT_RANGE).and_then(|value| value.to_str().ok());
-        let range: ContentRange = range
-            .and_then(|text| text.parse().ok())
-            .ok_or_else(|| malformed("206 without a valid Content-Range"))?;
-        let asked = match self {
-            Self::From(start) => Span { start, end: range.total },
-            Self::Span(span) => Span { start: span.start, end: span.end.min(range.total) },
-        };
-        if range.span != asked || length.is_some_and(|length| length != asked.len()) {
-            return Err(malformed("206 for another range than asked"));
-        }
-        Ok((range.span.start, range.total))
-    }
-}
-
 /// Turns an answer that is no content into an error.
 fn checked(response: Response) -> Result<Response, SourceError> {
     match response.status().as_u16() {
@@ -393,7 +353,7 @@ async fn read_limited(mut response: Response, limit: usize, deadline: Instant) -
     loop {
         match timeout_at(deadline, response.chunk()).await {
             Err(_) => return Err(SourceError::TimedOut),
-            Ok(Err(error)) => return Err(SourceError::Unreachable(http::chain(&error.without_url()))),
+            Ok(Err(error)) => return Err(SourceError::Unreachable(error_chain(&error.without_url()))),
             Ok(Ok(None)) => return Ok(bytes.freeze()),
             Ok(Ok(Some(piece))) if bytes.len() + piece.len() > limit => return Err(too_large()),
             Ok(Ok(Some(piece))) => bytes.extend_from_slice(&piece),

@@ -5,6 +5,10 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures_util::StreamExt;
 use futures_util::stream::BoxStream;
+use http::header::{CONTENT_LENGTH, CONTENT_RANGE};
+use http::{HeaderMap, HeaderValue};
+
+use crate::oci::{ContentRange, Span};
 
 /// A blob's body as an origin or a peer sends it.
 pub struct Incoming {
@@ -13,6 +17,13 @@ pub struct Incoming {
     /// Offset of the first byte that comes.
     pub start: u64,
     body: BoxStream<'static, Result<Bytes, Broken>>,
+}
+
+/// Which part of a blob to ask a source for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Part {
+    From(u64),
+    Span(Span),
 }
 
 /// Where the bytes of an answer came from: the same words in the response, the log and the metrics.
@@ -64,6 +75,44 @@ impl Incoming {
     /// The next piece; None at the end of the body.
     pub async fn next(&mut self) -> Option<Result<Bytes, Broken>> {
         self.body.next().await
+    }
+}
+
+impl Part {
+    pub fn new(from: u64, end: Option<u64>) -> Self {
+        end.map_or(Self::From(from), |end| Self::Span(Span { start: from, end }))
+    }
+
+    /// The value of the `Range` header; None: the whole blob.
+    pub fn header(self) -> Option<HeaderValue> {
+        let text = match self {
+            Self::From(0) => return None,
+            Self::From(start) => format!("bytes={start}-"),
+            Self::Span(span) => format!("bytes={}-{}", span.start, span.end - 1),
+        };
+        HeaderValue::from_str(&text).ok()
+    }
+
+    /// Where an answer of status 200 or 206 starts and how long the whole blob is. A 206 is
+    /// believed only if it is exactly what was asked for; a 200 begins at 0.
+    pub fn position(self, status: u16, headers: &HeaderMap) -> Result<(u64, u64), SourceError> {
+        let malformed = |what: &str| SourceError::Malformed(what.to_owned());
+        let text = |name| headers.get(name).and_then(|value| value.to_str().ok());
+        let length: Option<u64> = text(CONTENT_LENGTH).and_then(|text| text.trim().parse().ok());
+        if status != 206 {
+            return length.map(|total| (0, total)).ok_or_else(|| malformed("a blob without Content-Length"));
+        }
+        let range: ContentRange = text(CONTENT_RANGE)
+            .and_then(|text| text.parse().ok())
+            .ok_or_else(|| malformed("206 without a valid Content-Range"))?;
+        let asked = match self {
+            Self::From(start) => Span { start, end: range.total },
+            Self::Span(span) => Span { start: span.start, end: span.end.min(range.total) },
+        };
+        if range.span != asked || length.is_some_and(|length| length != asked.len()) {
+            return Err(malformed("206 for another range than asked"));
+        }
+        Ok((range.span.start, range.total))
     }
 }
 
@@ -119,5 +168,52 @@ impl SourceError {
             Self::Limited { .. } => 7,
         };
         if rank(&other) > rank(&self) { other } else { self }
+    }
+}
+
+/// An error with its causes.
+pub fn error_chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(inner) = cause {
+        text += &format!(": {inner}");
+        cause = inner.source();
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn position(part: Part, status: u16, headers: &[(&'static str, &str)]) -> Option<(u64, u64)> {
+        let mut map = HeaderMap::new();
+        for (name, value) in headers {
+            map.insert(*name, value.parse().unwrap());
+        }
+        part.position(status, &map).ok()
+    }
+
+    #[test]
+    fn only_the_exact_range_is_believed() {
+        let span = Part::Span(Span { start: 5, end: 10 });
+        let range = |value| [("content-range", value)];
+        assert_eq!(position(Part::From(5), 206, &range("bytes 5-9/10")), Some((5, 10)));
+        assert_eq!(position(Part::From(5), 206, &range("bytes 5-8/10")), None, "not to the end");
+        assert_eq!(position(Part::From(5), 206, &range("bytes 4-9/10")), None);
+        assert_eq!(position(span, 206, &range("bytes 5-9/100")), Some((5, 100)));
+        assert_eq!(position(span, 206, &range("bytes 5-7/8")), Some((5, 8)), "clipped");
+        assert_eq!(position(span, 206, &range("bytes 5-7/100")), None);
+        assert_eq!(position(span, 206, &[]), None);
+        assert_eq!(position(span, 206, &[("content-range", "bytes 5-9/100"), ("content-length", "4")]), None);
+        assert_eq!(position(span, 200, &[("content-length", "100")]), Some((0, 100)));
+        assert_eq!(position(Part::From(0), 200, &[]), None);
+    }
+
+    #[test]
+    fn an_outage_outweighs_a_not_found() {
+        let outage = SourceError::TimedOut;
+        assert_eq!(SourceError::NotFound.severer(outage.clone()), outage);
+        assert_eq!(outage.clone().severer(SourceError::NotFound), outage);
     }
 }

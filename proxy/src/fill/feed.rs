@@ -7,7 +7,6 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use tokio::time::timeout;
 
-use crate::oci::Span;
 use crate::source::{Incoming, ServedFrom, SourceError};
 
 /// Where a blob's bytes can be had.
@@ -51,8 +50,9 @@ impl Feed {
         self.total
     }
 
-    pub fn end(&self) -> u64 {
-        self.end
+    /// Whether the source begins before the span: it does not honour ranges.
+    pub fn skips(&self) -> bool {
+        self.incoming.as_ref().is_some_and(|incoming| incoming.start < self.position)
     }
 
     pub fn served_from(&self) -> ServedFrom {
@@ -129,11 +129,6 @@ impl Feed {
             }
         }
         Ok(())
-    }
-
-    /// The span still to come.
-    pub fn rest(&self) -> Span {
-        Span { start: self.position, end: self.end }
     }
 }
 

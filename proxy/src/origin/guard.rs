@@ -60,7 +60,7 @@ impl Guard {
     }
 
     /// How a URL that others chose may be reached.
-    pub async fn check(&self, url: &Url) -> Result<Reach, Refused> {
+    pub(super) async fn check(&self, url: &Url) -> Result<Reach, Refused> {
         let reach = match url.scheme() {
             "https" => Reach::Public,
             "http" => Reach::Allowed,

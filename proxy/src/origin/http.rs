@@ -13,7 +13,7 @@ use url::Url;
 use super::guard::{Guard, Reach};
 use crate::config::Upstream;
 use crate::registries::Trust;
-use crate::source::SourceError;
+use crate::source::{SourceError, error_chain};
 
 /// Time to reach a host: DNS, TCP and TLS.
 const CONNECT_TIMEOUT: Duration = Duration::from_millis(2500);
@@ -90,7 +90,7 @@ impl Http {
                         .dns_resolver(guard.resolver(reach))
                         .tls_certs_merge(extra.iter().chain(&roots).cloned())
                         .build()
-                        .map_err(|e| format!("no HTTP client: {}; is the package ca-certificates installed?", chain(&e)))?;
+                        .map_err(|e| format!("no HTTP client: {}; is the package ca-certificates installed?", error_chain(&e)))?;
                     clients.insert(key, client);
                 }
             }
@@ -170,7 +170,7 @@ fn certificates(path: &Path) -> Result<Vec<Certificate>, String> {
 /// An error of the client library, without the URL: it may be signed.
 fn explain(error: reqwest::Error) -> SourceError {
     let error = error.without_url();
-    let text = chain(&error);
+    let text = error_chain(&error);
     // The resolver's refusal comes wrapped in layers of connection errors.
     let mut cause: Option<&dyn std::error::Error> = Some(&error);
     while let Some(inner) = cause {
@@ -183,15 +183,4 @@ fn explain(error: reqwest::Error) -> SourceError {
         return SourceError::TimedOut;
     }
     SourceError::Unreachable(text)
-}
-
-/// An error with its causes.
-pub(super) fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(inner) = cause {
-        text += &format!(": {inner}");
-        cause = inner.source();
-    }
-    text
 }

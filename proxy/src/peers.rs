@@ -1,0 +1,171 @@
+//! Other drays: who owns a digest, and asking them.
+//!
+//! Peers speak the registry protocol, digests only, on a port of their own. Whoever is asked there
+//! goes to the origin itself, so that no request ever travels in a circle.
+
+pub mod ring;
+
+use std::net::{SocketAddr, UdpSocket};
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::TryStreamExt;
+use http::header::{ACCEPT_ENCODING, CONTENT_TYPE, RANGE};
+use reqwest::{Client, Response};
+use tokio::time::{Instant, timeout_at};
+
+use crate::config::Config;
+use crate::metrics::Metrics;
+use crate::oci::{Digest, MAX_MANIFEST_BYTES};
+use crate::registries::Place;
+use crate::source::{Broken, Incoming, Part, SourceError, error_chain};
+
+/// The other processes and what is known of their health.
+pub struct Peers {
+    /// All members, this process included.
+    members: Vec<SocketAddr>,
+    own: SocketAddr,
+    down: moka::sync::Cache<SocketAddr, ()>,
+    client: Client,
+    metrics: Arc<Metrics>,
+}
+
+/// A peer that cannot be reached is left alone for this long.
+const DOWN: Duration = Duration::from_secs(5);
+
+/// Owners tried before the origin is asked instead.
+const MAX_OWNERS: usize = 3;
+
+const CONNECT_TIMEOUT: Duration = Duration::from_millis(500);
+
+/// Where all members count as one zone.
+const ZONE: &str = "-";
+
+impl Peers {
+    /// None: this process keeps to itself.
+    pub fn new(config: &Config, metrics: Arc<Metrics>) -> Result<Option<Self>, String> {
+        let Some(listen) = config.peers.listen else { return Ok(None) };
+        let own = config.peers.members.iter().copied().find(|member| is_own(*member, listen)).unwrap_or(listen);
+        let mut members = config.peers.members.clone();
+        members.push(own);
+        members.sort_unstable();
+        members.dedup();
+        let client = Client::builder()
+            .user_agent(concat!("dray/", env!("CARGO_PKG_VERSION")))
+            .http1_only()
+            .no_proxy()
+            .redirect(reqwest::redirect::Policy::none())
+            .connect_timeout(CONNECT_TIMEOUT)
+            .build()
+            .map_err(|e| error_chain(&e))?;
+        let down = moka::sync::Cache::builder().max_capacity(100_000).time_to_live(DOWN).build();
+        Ok(Some(Self { members, own, down, client, metrics }))
+    }
+
+    /// The peers to ask before the origin, best first. Empty: this process is the owner.
+    pub fn owners(&self, digest: &Digest) -> Vec<SocketAddr> {
+        let alive = |peer: &SocketAddr| !self.down.contains_key(peer);
+        ring::order(&self.members, digest)
+            .into_iter()
+            .take(MAX_OWNERS)
+            .take_while(|member| *member != self.own)
+            .filter(alive)
+            .collect()
+    }
+
+    /// A blob, or the rest of it, from a peer.
+    pub async fn blob(
+        &self,
+        peer: SocketAddr,
+        place: &Place,
+        digest: &Digest,
+        part: Part,
+        deadline: Instant,
+    ) -> Result<Incoming, SourceError> {
+        let response = self.get(peer, place, &format!("blobs/{digest}"), part, deadline).await?;
+        let (start, total) = part.position(response.status().as_u16(), response.headers())?;
+        let counter = self.metrics.peer_bytes.with_label_values(&[ZONE, ZONE]);
+        let body = response
+            .bytes_stream()
+            .inspect_ok(move |piece| counter.inc_by(piece.len() as u64))
+            .map_err(|error| Broken(error_chain(&error)));
+        Ok(Incoming::new(start, total, body))
+    }
+
+    /// A manifest by digest from a peer, with its media type. Not yet verified.
+    pub async fn manifest(
+        &self,
+        peer: SocketAddr,
+        place: &Place,
+        digest: &Digest,
+        deadline: Instant,
+    ) -> Result<(String, bytes::Bytes), SourceError> {
+        let response = self.get(peer, place, &format!("manifests/{digest}"), Part::From(0), deadline).await?;
+        let media_type = response.headers().get(CONTENT_TYPE).and_then(|value| value.to_str().ok()).map(str::to_owned);
+        let media_type = media_type.ok_or_else(|| SourceError::Malformed("a peer's manifest without a type".into()))?;
+        if response.content_length().is_none_or(|length| length > MAX_MANIFEST_BYTES) {
+            return Err(SourceError::Malformed("a peer's manifest without an acceptable length".into()));
+        }
+        let bytes = match timeout_at(deadline, response.bytes()).await {
+            Ok(Ok(bytes)) => bytes,
+            Ok(Err(error)) => return Err(SourceError::Unreachable(error_chain(&error))),
+            Err(_) => return Err(SourceError::TimedOut),
+        };
+        self.metrics.peer_bytes.with_label_values(&[ZONE, ZONE]).inc_by(bytes.len() as u64);
+        Ok((media_type, bytes))
+    }
+
+    async fn get(
+        &self,
+        peer: SocketAddr,
+        place: &Place,
+        path: &str,
+        part: Part,
+        deadline: Instant,
+    ) -> Result<Response, SourceError> {
+        let namespace = url::form_urlencoded::byte_serialize(place.registry.as_str().as_bytes());
+        let url = format!("http://{peer}/v2/{}/{path}?ns={}", place.repository, namespace.collect::<String>());
+        let mut request = self.client.get(url).header(ACCEPT_ENCODING, "identity");
+        if let Some(range) = part.header() {
+            request = request.header(RANGE, range);
+        }
+        let response = match timeout_at(deadline, request.send()).await {
+            Ok(Ok(response)) => response,
+            Ok(Err(error)) => {
+                self.down.insert(peer, ());
+                return Err(SourceError::Unreachable(error_chain(&error)));
+            }
+            Err(_) => {
+                self.down.insert(peer, ());
+                return Err(SourceError::TimedOut);
+            }
+        };
+        match response.status().as_u16() {
+            200 | 206 => Ok(response),
+            404 => Err(SourceError::NotFound),
+            403 => Err(SourceError::Denied),
+            status => Err(SourceError::Failed(status)),
+        }
+    }
+}
+
+/// Whether a member is this process: it listens on that port, and on that address or on all
+/// addresses of which that one is local.
+fn is_own(member: SocketAddr, listen: SocketAddr) -> bool {
+    let local = || UdpSocket::bind((member.ip(), 0)).is_ok();
+    member == listen || (member.port() == listen.port() && listen.ip().is_unspecified() && local())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn this_process_knows_itself() {
+        let own = |member: &str, listen: &str| is_own(member.parse().unwrap(), listen.parse().unwrap());
+        assert!(own("127.0.0.1:5052", "127.0.0.1:5052"));
+        assert!(own("127.0.0.1:5052", "0.0.0.0:5052"));
+        assert!(!own("127.0.0.1:5053", "0.0.0.0:5052"));
+        assert!(!own("192.0.2.1:5052", "0.0.0.0:5052"));
+    }
+}

@@ -1,0 +1,129 @@
+//! What dray does with a request: serve what is kept, join what is under way, fetch the rest once.
+
+mod blob;
+mod manifest;
+mod negatives;
+mod refusal;
+mod sources;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+pub use self::blob::{BlobAnswer, Body};
+pub use self::manifest::ManifestAnswer;
+use self::negatives::Negatives;
+pub use self::refusal::Refusal;
+use self::sources::AskPeers;
+use crate::fill::Fills;
+use crate::flights::Flights;
+use crate::metrics::Metrics;
+use crate::oci::{Digest, ErrorCode, Registry, Repository, Tag};
+use crate::origin::{ListAnswer, Origin};
+use crate::peers::Peers;
+use crate::registries::{Place, Registries};
+use crate::source::SourceError;
+use crate::store::{RepositoryRecord, Store};
+use crate::tags::Tags;
+
+/// A source has this long for its first byte.
+const FIRST_BYTE: Duration = Duration::from_secs(10);
+
+/// Everything that a pull needs.
+pub struct Pull {
+    registries: Arc<Registries>,
+    store: Arc<Store>,
+    origin: Origin,
+    peers: Option<Peers>,
+    fills: Arc<Fills>,
+    tags: Tags,
+    metrics: Arc<Metrics>,
+    negatives: Negatives,
+    manifest_flights: Flights<(String, Digest), manifest::Fetched>,
+    tag_flights: Flights<(String, Tag), Result<ManifestAnswer, SourceError>>,
+    length_flights: Flights<(String, Digest), Result<u64, SourceError>>,
+    /// The registry that last served a repository.
+    learned: moka::sync::Cache<Repository, Registry>,
+    /// Bytes of bounded ranges asked for, by blob.
+    asked: moka::sync::Cache<Digest, u64>,
+}
+
+/// Who asks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Asker {
+    /// A container runtime.
+    Client,
+    /// Another dray, which takes this one for the owner.
+    Peer,
+}
+
+impl Pull {
+    pub fn new(
+        registries: Arc<Registries>,
+        store: Arc<Store>,
+        origin: Origin,
+        peers: Option<Peers>,
+        metrics: Arc<Metrics>,
+    ) -> Self {
+        Self {
+            fills: Arc::new(Fills::new(store.clone(), metrics.clone())),
+            tags: Tags::new(store.clone()),
+            registries,
+            store,
+            origin,
+            peers,
+            metrics,
+            negatives: Negatives::new(),
+            manifest_flights: Flights::new(),
+            tag_flights: Flights::new(),
+            length_flights: Flights::new(),
+            learned: moka::sync::Cache::new(50_000),
+            asked: moka::sync::Cache::builder().max_capacity(50_000).time_to_idle(Duration::from_secs(600)).build(),
+        }
+    }
+
+    /// A repository with the rule that holds for it.
+    pub fn place(&self, registry: Registry, repository: Repository) -> Place {
+        let rule = self.registries.rule(&registry).clone();
+        Place { rule, registry, repository }
+    }
+
+    /// What a rule forbids, and what peers may not have without proof of who they are.
+    pub fn permit(&self, place: &Place, asker: Asker) -> Result<(), Refusal> {
+        if place.rule.deny {
+            return Err(Refusal::Denied(format!("{} is denied by rule \"{}\"", place.registry, place.rule.name())));
+        }
+        if asker == Asker::Peer && place.rule.is_private() {
+            return Err(Refusal::Denied(format!("{} needs credentials and is not shared with peers", place.registry)));
+        }
+        Ok(())
+    }
+
+    /// `tags/list` and `referrers`: passed on, never kept.
+    pub async fn list(&self, place: &Place, path: String, query: Option<&str>) -> Result<ListAnswer, Refusal> {
+        let deadline = Instant::now() + FIRST_BYTE;
+        let answer = self.origin.list(place, path, query, deadline).await;
+        answer.map_err(|error| Refusal::of(&error, ErrorCode::NameUnknown))
+    }
+
+    fn ask_peers(&self, place: &Place, asker: Asker) -> AskPeers {
+        if self.peers.is_some() && asker == Asker::Client && !place.rule.is_private() {
+            AskPeers::Yes
+        } else {
+            AskPeers::No
+        }
+    }
+
+    /// Remembers who serves a repository, for requests that do not say.
+    fn learn(&self, place: &Place) {
+        if self.learned.get(&place.repository).as_ref() == Some(&place.registry) {
+            return;
+        }
+        self.learned.insert(place.repository.clone(), place.registry.clone());
+        let record =
+            RepositoryRecord { repository: place.repository.to_string(), registry: place.registry.to_string() };
+        let store = self.store.clone();
+        tokio::task::spawn_blocking(move || store.records.put_repository(&record));
+    }
+}

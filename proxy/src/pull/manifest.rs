@@ -1,0 +1,195 @@
+//! The way of a manifest: verified before its first byte, by tag or by digest.
+
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use tokio::time::{Instant, timeout};
+
+use super::sources::AskPeers;
+use super::{Asker, FIRST_BYTE, Pull, Refusal};
+use crate::oci::{Digest, ErrorCode, Reference, Tag};
+use crate::registries::Place;
+use crate::source::{ServedFrom, SourceError};
+use crate::store::{Found, Kind, SmallObject, Tier};
+
+/// A manifest and how it was come by.
+#[derive(Clone)]
+pub struct ManifestAnswer {
+    pub digest: Digest,
+    pub object: SmallObject,
+    pub from: ServedFrom,
+    /// For a tag: since when the origin was not asked what it means.
+    pub age: Option<Duration>,
+}
+
+/// How long the origin has where an older answer is at hand.
+const WITH_STALE: Duration = Duration::from_secs(1);
+
+pub(super) type Fetched = Result<(SmallObject, ServedFrom), SourceError>;
+
+impl Pull {
+    /// `GET` or `HEAD manifests/<reference>`.
+    pub async fn manifest(
+        self: &Arc<Self>,
+        place: &Place,
+        reference: &Reference,
+        accept: &str,
+        asker: Asker,
+    ) -> Result<ManifestAnswer, Refusal> {
+        let answer = match reference {
+            Reference::Digest(digest) => {
+                let found = self.manifest_by_digest(place, digest, accept, asker).await;
+                found.map(|(object, from)| ManifestAnswer { digest: digest.clone(), object, from, age: None })
+            }
+            Reference::Tag(tag) => self.manifest_by_tag(place, tag, accept).await,
+        };
+        let answer = answer.map_err(|error| Refusal::of(&error, ErrorCode::ManifestUnknown))?;
+        self.learn(place);
+        Ok(answer)
+    }
+
+    async fn manifest_by_digest(self: &Arc<Self>, place: &Place, digest: &Digest, accept: &str, asker: Asker) -> Fetched {
+        if let Some(found) = self.kept_manifest(digest).await {
+            return Ok(found);
+        }
+        if let Some(error) = self.negatives.get(place, digest.as_str()) {
+            return Err(error);
+        }
+        let key = (place.to_string(), digest.clone());
+        let landed = self
+            .manifest_flights
+            .join(key, || {
+                let (pull, place, digest, accept) = (self.clone(), place.clone(), digest.clone(), accept.to_owned());
+                async move {
+                    let fetched = pull.fetch_manifest(&place, &digest, &accept, asker).await;
+                    if let Err(error) = &fetched {
+                        pull.negatives.put(&place, digest.as_str(), error);
+                    }
+                    fetched
+                }
+            })
+            .await;
+        landed.unwrap_or_else(|| Err(SourceError::Unreachable("the fetch ended".into())))
+    }
+
+    async fn fetch_manifest(&self, place: &Place, digest: &Digest, accept: &str, asker: Asker) -> Fetched {
+        // Another place may have brought it while we waited for our turn.
+        if let Some(found) = self.kept_manifest(digest).await {
+            return Ok(found);
+        }
+        let deadline = Instant::now() + FIRST_BYTE;
+        if self.ask_peers(place, asker) == AskPeers::Yes
+            && let Some(peers) = &self.peers
+        {
+            for owner in peers.owners(digest) {
+                match peers.manifest(owner, place, digest, deadline).await {
+                    Ok((media_type, bytes)) if digest.matches(&bytes) => {
+                        return Ok((self.keep_manifest(place, digest, &media_type, bytes), ServedFrom::Peer));
+                    }
+                    Ok(_) => tracing::warn!(%owner, %digest, "a peer sent a manifest that does not match"),
+                    Err(error @ (SourceError::NotFound | SourceError::Denied)) => return Err(error),
+                    Err(error) => tracing::info!(%owner, %digest, %error, "the owner gives nothing"),
+                }
+            }
+        }
+        let reference = Reference::Digest(digest.clone());
+        let answer = self.origin.manifest(place, &reference, accept, deadline).await?;
+        if !digest.matches(&answer.bytes) {
+            return Err(self.mismatched(place, digest));
+        }
+        Ok((self.keep_manifest(place, digest, &answer.media_type, answer.bytes), ServedFrom::Origin))
+    }
+
+    async fn manifest_by_tag(self: &Arc<Self>, place: &Place, tag: &Tag, accept: &str) -> Result<ManifestAnswer, SourceError> {
+        let now = SystemTime::now();
+        let mut stale = None;
+        if let Some(lease) = self.tags.lease(place, tag)
+            && let Some((object, from)) = self.kept_manifest(&lease.digest).await
+        {
+            let age = Some(lease.age(now));
+            let answer = ManifestAnswer { digest: lease.digest.clone(), object, from, age };
+            if lease.is_fresh(place, tag, now) {
+                return Ok(answer);
+            }
+            stale = Some(answer);
+        }
+        let Some(stale) = stale else {
+            return self.ask_for_tag(place, tag, accept).await;
+        };
+        let reason = match timeout(WITH_STALE, self.ask_for_tag(place, tag, accept)).await {
+            Ok(Err(error)) if error.is_outage() => error.as_str(),
+            Ok(answer) => return answer,
+            // The flight goes on and renews the lease for whoever comes next.
+            Err(_) => "slow",
+        };
+        self.metrics.stale.with_label_values(&[reason]).inc();
+        tracing::info!(%place, %tag, reason, "served stale");
+        Ok(ManifestAnswer { from: ServedFrom::Stale, ..stale })
+    }
+
+    async fn ask_for_tag(self: &Arc<Self>, place: &Place, tag: &Tag, accept: &str) -> Result<ManifestAnswer, SourceError> {
+        if let Some(error) = self.negatives.get(place, tag.as_str()) {
+            return Err(error);
+        }
+        let key = (place.to_string(), tag.clone());
+        let landed = self
+            .tag_flights
+            .join(key, || {
+                let (pull, place, tag, accept) = (self.clone(), place.clone(), tag.clone(), accept.to_owned());
+                async move {
+                    let answer = pull.revalidate(&place, &tag, &accept).await;
+                    match &answer {
+                        Ok(answer) => pull.tags.renew(&place, &tag, &answer.digest, SystemTime::now()),
+                        Err(error) => {
+                            pull.negatives.put(&place, tag.as_str(), error);
+                            if *error == SourceError::NotFound {
+                                pull.tags.forget(&place, &tag);
+                            }
+                        }
+                    }
+                    answer
+                }
+            })
+            .await;
+        landed.unwrap_or_else(|| Err(SourceError::Unreachable("the fetch ended".into())))
+    }
+
+    /// Asks the origin what a tag means. A HEAD is not counted by rate limits; only a digest that
+    /// is not here yet is fetched.
+    async fn revalidate(self: &Arc<Self>, place: &Place, tag: &Tag, accept: &str) -> Result<ManifestAnswer, SourceError> {
+        let deadline = Instant::now() + FIRST_BYTE;
+        let reference = Reference::Tag(tag.clone());
+        if let Some(digest) = self.origin.manifest_digest(place, &reference, accept, deadline).await? {
+            let (object, from) = self.manifest_by_digest(place, &digest, accept, Asker::Client).await?;
+            return Ok(ManifestAnswer { digest, object, from, age: Some(Duration::ZERO) });
+        }
+        let answer = self.origin.manifest(place, &reference, accept, deadline).await?;
+        let digest = Digest::of(&answer.bytes);
+        if answer.claimed.is_some_and(|claimed| !claimed.matches(&answer.bytes)) {
+            return Err(self.mismatched(place, &digest));
+        }
+        let object = self.keep_manifest(place, &digest, &answer.media_type, answer.bytes);
+        Ok(ManifestAnswer { digest, object, from: ServedFrom::Origin, age: Some(Duration::ZERO) })
+    }
+
+    async fn kept_manifest(&self, digest: &Digest) -> Option<(SmallObject, ServedFrom)> {
+        match self.store.find(digest, Kind::Manifest).await? {
+            Found::Small { object, tier: Tier::Memory } => Some((object, ServedFrom::Memory)),
+            Found::Small { object, tier: Tier::Disk } => Some((object, ServedFrom::Disk)),
+            Found::Large { .. } => None,
+        }
+    }
+
+    fn keep_manifest(&self, place: &Place, digest: &Digest, media_type: &str, bytes: bytes::Bytes) -> SmallObject {
+        let provenance = Arc::new(place.provenance());
+        let object = SmallObject { media_type: media_type.into(), provenance, bytes };
+        self.store.small.insert(digest, Kind::Manifest, object.clone());
+        object
+    }
+
+    fn mismatched(&self, place: &Place, digest: &Digest) -> SourceError {
+        self.metrics.mismatches.inc();
+        tracing::error!(%place, %digest, "the origin sent a manifest that does not match its digest");
+        SourceError::Malformed("the manifest does not match its digest".into())
+    }
+}

@@ -1,0 +1,34 @@
+//! Why a client gets no content.
+
+use crate::oci::ErrorCode;
+use crate::source::SourceError;
+
+/// A refusal, in words that a client may read.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Refusal {
+    /// Nobody has it: the client may ask elsewhere.
+    NotFound { code: ErrorCode, message: String },
+    /// A rule or the origin denies it.
+    Denied(String),
+    /// Nothing reachable, or limited: the client may ask elsewhere or later.
+    Unavailable(String),
+    /// The origin's answer cannot be passed on.
+    BadOrigin(String),
+    /// No byte of the body lies in the range asked for.
+    Unsatisfiable { total: u64 },
+}
+
+impl Refusal {
+    pub(super) fn of(error: &SourceError, missing: ErrorCode) -> Self {
+        let message = error.to_string();
+        match error {
+            SourceError::NotFound => Self::NotFound { code: missing, message },
+            SourceError::Denied | SourceError::Guarded(_) => Self::Denied(message),
+            SourceError::Limited { .. } | SourceError::Unreachable(_) | SourceError::TimedOut => {
+                Self::Unavailable(message)
+            }
+            SourceError::Failed(500..) => Self::Unavailable(message),
+            SourceError::Failed(_) | SourceError::Malformed(_) => Self::BadOrigin(message),
+        }
+    }
+}

@@ -1,0 +1,73 @@
+//! Tags are leases: what a tag meant, and when that was last known to be true.
+
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use crate::oci::{Digest, Tag};
+use crate::registries::Place;
+use crate::store::{Store, TagRecord};
+
+/// Leases in memory, backed by record files.
+pub struct Tags {
+    leases: moka::sync::Cache<(String, Tag), Lease>,
+    store: Arc<Store>,
+}
+
+/// The digest that a tag meant at a time.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Lease {
+    pub digest: Digest,
+    checked_at: SystemTime,
+}
+
+const MAX_LEASES: u64 = 50_000;
+
+impl Tags {
+    pub fn new(store: Arc<Store>) -> Self {
+        Self { leases: moka::sync::Cache::new(MAX_LEASES), store }
+    }
+
+    pub fn lease(&self, place: &Place, tag: &Tag) -> Option<Lease> {
+        let key = (place.to_string(), tag.clone());
+        if let Some(lease) = self.leases.get(&key) {
+            return Some(lease);
+        }
+        let record = self.store.records.tag(&place.registry, &place.repository, tag)?;
+        let checked_at = UNIX_EPOCH + Duration::from_secs(record.checked_at);
+        let lease = Lease { digest: record.digest.parse().ok()?, checked_at };
+        self.leases.insert(key, lease.clone());
+        Some(lease)
+    }
+
+    /// The origin has just said what the tag means.
+    pub fn renew(&self, place: &Place, tag: &Tag, digest: &Digest, now: SystemTime) {
+        self.leases.insert((place.to_string(), tag.clone()), Lease { digest: digest.clone(), checked_at: now });
+        let record = TagRecord {
+            registry: place.registry.to_string(),
+            repository: place.repository.to_string(),
+            tag: tag.to_string(),
+            digest: digest.to_string(),
+            checked_at: now.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs(),
+        };
+        let store = self.store.clone();
+        tokio::task::spawn_blocking(move || store.records.put_tag(&record));
+    }
+
+    /// The origin has just said that the tag is gone.
+    pub fn forget(&self, place: &Place, tag: &Tag) {
+        self.leases.invalidate(&(place.to_string(), tag.clone()));
+        self.store.records.forget_tag(&place.registry, &place.repository, tag);
+    }
+}
+
+impl Lease {
+    pub fn age(&self, now: SystemTime) -> Duration {
+        // A clock that was set back makes a lease new, not eternal: the next check renews it.
+        now.duration_since(self.checked_at).unwrap_or_default()
+    }
+
+    /// Whether the tag may be believed without asking.
+    pub fn is_fresh(&self, place: &Place, tag: &Tag, now: SystemTime) -> bool {
+        place.rule.is_immutable(tag) || self.age(now) < place.rule.tag_ttl
+    }
+}

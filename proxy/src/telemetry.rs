@@ -1,0 +1,23 @@
+//! Logs: one line an event, text for people or JSON for machines, on stderr.
+
+use tracing_subscriber::EnvFilter;
+
+/// How log lines look.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum LogFormat {
+    Text,
+    Json,
+}
+
+/// Starts logging; `filter` as in `info` or `dray=debug,access=off`.
+pub fn init(filter: &str, format: LogFormat) -> Result<(), String> {
+    // Pingora reports each early close of a client as an error; the access log has it already.
+    let directives = format!("{filter},pingora_core=off,pingora_proxy=off,hickory_resolver=error,hickory_net=error");
+    let filter = EnvFilter::try_new(&directives).map_err(|e| format!("log filter \"{filter}\": {e}"))?;
+    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let started = match format {
+        LogFormat::Text => builder.try_init(),
+        LogFormat::Json => builder.json().flatten_event(true).with_current_span(false).try_init(),
+    };
+    started.map_err(|e| e.to_string())
+}
