@@ -2,7 +2,9 @@
 //!
 //! Modules stand in levels and import only downwards; `tests/levels.rs` holds them to it.
 
+pub mod admin;
 pub mod config;
+pub mod containerd;
 pub mod fill;
 pub mod flights;
 pub mod metrics;
@@ -10,8 +12,11 @@ pub mod oci;
 pub mod origin;
 pub mod peers;
 pub mod provenance;
+pub mod proxy;
 pub mod pull;
 pub mod registries;
+pub mod respond;
+pub mod server;
 pub mod source;
 pub mod store;
 pub mod tags;

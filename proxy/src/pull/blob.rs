@@ -262,7 +262,8 @@ fn span_of(range: Option<RangeRequest>, total: u64) -> Result<Option<Span>, Refu
 }
 
 impl BlobAnswer {
-    fn of_bytes(bytes: &Bytes, range: Option<RangeRequest>, from: ServedFrom) -> Result<Self, Refusal> {
+    /// A part of what is in memory.
+    pub fn of_bytes(bytes: &Bytes, range: Option<RangeRequest>, from: ServedFrom) -> Result<Self, Refusal> {
         let total = bytes.len() as u64;
         let span = span_of(range, total)?;
         let Span { start, end } = span.unwrap_or(Span::whole(total));

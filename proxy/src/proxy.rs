@@ -1,0 +1,308 @@
+//! Pingora's phases: every request is answered from the first one, and logged in the last.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use async_trait::async_trait;
+use http::Method;
+use http::header::{ACCEPT, HOST, RANGE, USER_AGENT};
+use pingora::modules::http::HttpModules;
+use pingora::prelude::{Error, ErrorType, HttpPeer};
+use pingora::proxy::{ProxyHttp, Session};
+
+use crate::metrics::Metrics;
+use crate::oci::route::{self, query_value};
+use crate::oci::{Endpoint, NamedBy, RangeRequest, Reference, Registry, Repository, Route, accept};
+use crate::pull::{Asker, Body, Pull, Refusal};
+use crate::registries::Registries;
+use crate::respond::Reply;
+
+/// Answers one listener's requests.
+pub struct Front {
+    pub pull: Arc<Pull>,
+    pub registries: Arc<Registries>,
+    pub metrics: Arc<Metrics>,
+    pub load: Arc<Load>,
+    /// Who connects to this listener.
+    pub asker: Asker,
+}
+
+/// Requests being answered.
+#[derive(Default)]
+pub struct Load {
+    requests: AtomicUsize,
+}
+
+/// A request's place in the load.
+struct Seat(Arc<Load>);
+
+/// One request and what became of it.
+pub struct Exchange {
+    id: String,
+    started: Instant,
+    /// Counts the request as load for as long as it is answered.
+    seat: Option<Seat>,
+    route: &'static str,
+    content: Option<Content>,
+    status: u16,
+    source: &'static str,
+    sent: u64,
+    first_byte: Option<Duration>,
+    failure: Option<String>,
+}
+
+struct Content {
+    registry: Registry,
+    repository: Repository,
+    rule: String,
+    named_by: NamedBy,
+}
+
+/// More requests than this at once are refused.
+const MAX_REQUESTS: usize = 10_000;
+
+/// An idle connection is closed after so many seconds.
+const KEEPALIVE_SECONDS: u64 = 75;
+
+/// A client that takes no byte for this long is gone.
+const WRITE_TIMEOUT: Duration = Duration::from_secs(300);
+
+/// In metrics and logs, where an answer has no content.
+const NO_SOURCE: &str = "none";
+
+#[async_trait]
+impl ProxyHttp for Front {
+    type CTX = Exchange;
+
+    fn new_ctx(&self) -> Exchange {
+        Exchange::new()
+    }
+
+    /// No modules: nothing is ever compressed.
+    fn init_downstream_modules(&self, _: &mut HttpModules) {}
+
+    async fn request_filter(&self, session: &mut Session, exchange: &mut Exchange) -> pingora::Result<bool> {
+        session.set_keepalive(Some(KEEPALIVE_SECONDS));
+        session.set_write_timeout(Some(WRITE_TIMEOUT));
+        let reply = match self.load.enter() {
+            Some(seat) => {
+                exchange.seat = Some(seat);
+                Box::pin(self.answer(session, exchange)).await
+            }
+            None => Reply::overloaded(),
+        };
+        send(session, exchange, reply).await?;
+        Ok(true)
+    }
+
+    /// Never reached: no request passes the filter.
+    async fn upstream_peer(&self, _: &mut Session, _: &mut Exchange) -> pingora::Result<Box<HttpPeer>> {
+        Error::e_explain(ErrorType::InternalError, "every request is answered by the filter")
+    }
+
+    async fn logging(&self, session: &mut Session, error: Option<&Error>, exchange: &mut Exchange) {
+        if exchange.status == 0 && error.is_none() {
+            return;
+        }
+        self.count(exchange);
+        log(session, error, exchange);
+    }
+
+    fn suppress_error_log(&self, _: &Session, _: &Exchange, _: &Error) -> bool {
+        true
+    }
+}
+
+impl Front {
+    async fn answer(&self, session: &Session, exchange: &mut Exchange) -> Reply {
+        let request = session.req_header();
+        let header = |name| request.headers.get(name).and_then(|value| value.to_str().ok());
+        if !matches!(request.method, Method::GET | Method::HEAD) {
+            return Reply::read_only();
+        }
+        let (path, query) = (request.uri.path(), request.uri.query());
+        let host = header(HOST).or_else(|| request.uri.authority().map(|a| a.as_str()));
+        let route = match route::parse(path, query, host, &*self.registries) {
+            Ok(route) => route,
+            Err(error) => {
+                if error.message.contains("override_path") {
+                    tracing::warn!(path, problem = error.message, "a client's mirror configuration is wrong");
+                }
+                return Reply::route_error(&error);
+            }
+        };
+        exchange.route = route.as_str();
+        let Route::Content { registry, repository, endpoint, named_by } = route else {
+            return Reply::ping();
+        };
+        let place = self.pull.place(registry.clone(), repository.clone());
+        let rule = place.rule.name().to_owned();
+        exchange.content = Some(Content { registry: registry.clone(), repository, rule, named_by });
+        if let Err(refusal) = self.pull.permit(&place, self.asker) {
+            return Reply::refusal(&refusal);
+        }
+        let range = header(RANGE).and_then(RangeRequest::parse);
+        let accepted = request.headers.get_all(ACCEPT).iter().filter_map(|value| value.to_str().ok());
+        let head_only = request.method == Method::HEAD;
+        let answer = match endpoint {
+            Endpoint::Manifest(Reference::Tag(_)) | Endpoint::Tags | Endpoint::Referrers(_)
+                if self.asker == Asker::Peer =>
+            {
+                Err(Refusal::Denied("peers share what a digest proves, not tags".into()))
+            }
+            Endpoint::Manifest(reference) => {
+                let accept = accept::merge(accepted);
+                let answer = self.pull.manifest(&place, &reference, &accept, self.asker).await;
+                // A HEAD describes the whole.
+                answer.map(|answer| Reply::manifest(&answer, range.filter(|_| !head_only)))
+            }
+            Endpoint::Blob(digest) if head_only => {
+                let length = self.pull.blob_length(&place, &digest, named_by).await;
+                length.map(|(length, from)| Reply::blob_length(length, from, &digest))
+            }
+            Endpoint::Blob(digest) => {
+                let answer = self.pull.blob(&place, &digest, range, named_by, self.asker).await;
+                answer.map(|answer| Reply::blob(answer, &digest))
+            }
+            Endpoint::Tags => self.list(&place, "tags/list".into(), path, query).await,
+            Endpoint::Referrers(digest) => self.list(&place, format!("referrers/{digest}"), path, query).await,
+        };
+        answer.unwrap_or_else(|refusal| Reply::refusal(&refusal)).of_registry(&registry)
+    }
+
+    async fn list(
+        &self,
+        place: &crate::registries::Place,
+        endpoint: String,
+        path: &str,
+        query: Option<&str>,
+    ) -> Result<Reply, Refusal> {
+        let passed = paging(query);
+        let answer = self.pull.list(place, endpoint, Some(&*passed).filter(|q| !q.is_empty())).await?;
+        Ok(Reply::list(answer, path, query_value(query, "ns").as_deref()))
+    }
+
+    fn count(&self, exchange: &Exchange) {
+        let status = exchange.status.to_string();
+        self.metrics.requests.with_label_values(&[exchange.route, exchange.source, &status]).inc();
+        self.metrics.sent_bytes.with_label_values(&[exchange.source]).inc_by(exchange.sent);
+        if let Some(first_byte) = exchange.first_byte {
+            self.metrics.first_byte.with_label_values(&[exchange.source]).observe(first_byte.as_secs_f64());
+        }
+    }
+}
+
+/// What of a query is the origin's business.
+fn paging(query: Option<&str>) -> String {
+    let mut passed = url::form_urlencoded::Serializer::new(String::new());
+    for (key, value) in url::form_urlencoded::parse(query.unwrap_or_default().as_bytes()) {
+        if matches!(&*key, "n" | "last" | "artifactType") {
+            passed.append_pair(&key, &value);
+        }
+    }
+    passed.finish()
+}
+
+/// Writes an answer. An error means that the connection must close: the client sees fewer bytes
+/// than announced, and knows.
+async fn send(session: &mut Session, exchange: &mut Exchange, mut reply: Reply) -> pingora::Result<()> {
+    exchange.status = reply.status.as_u16();
+    exchange.source = reply.from.map_or(NO_SOURCE, |from| from.as_str());
+    if !session.is_body_empty() {
+        // Somebody pushes: what they send is not read, so the connection cannot be used again.
+        session.set_keepalive(None);
+    }
+    let head = reply.head(&exchange.id)?;
+    if session.req_header().method == Method::HEAD {
+        reply.body = Body::Memory(None);
+        session.write_response_header(Box::new(head), true).await?;
+        exchange.first_byte = Some(exchange.started.elapsed());
+        return Ok(());
+    }
+    session.write_response_header(Box::new(head), false).await?;
+    loop {
+        let piece = match reply.body.next().await {
+            Ok(Some(piece)) => piece,
+            Ok(None) => break,
+            Err(broken) => {
+                exchange.failure = Some(broken.to_string());
+                return Error::e_explain(ErrorType::InternalError, broken.to_string());
+            }
+        };
+        let len = piece.len() as u64;
+        session.write_response_body(Some(piece), false).await?;
+        exchange.first_byte.get_or_insert_with(|| exchange.started.elapsed());
+        exchange.sent += len;
+    }
+    session.write_response_body(None, true).await
+}
+
+/// The access log: one line a request.
+fn log(session: &Session, error: Option<&Error>, exchange: &Exchange) {
+    let content = exchange.content.as_ref();
+    let agent = session.req_header().headers.get(USER_AGENT).and_then(|value| value.to_str().ok());
+    let failure = exchange.failure.clone().or_else(|| error.map(|_| "the client left".to_owned()));
+    tracing::info!(
+        target: "access",
+        id = exchange.id,
+        client = session.client_addr().map(tracing::field::display),
+        agent,
+        method = session.req_header().method.as_str(),
+        path = session.req_header().uri.path(),
+        route = exchange.route,
+        registry = content.map(|c| c.registry.as_str()),
+        repository = content.map(|c| c.repository.as_str()),
+        named_by = content.map(|c| c.named_by.as_str()),
+        rule = content.map(|c| c.rule.as_str()),
+        status = exchange.status,
+        source = exchange.source,
+        bytes = exchange.sent,
+        first_byte_ms = exchange.first_byte.map(milliseconds),
+        total_ms = milliseconds(exchange.started.elapsed()),
+        failure,
+        "request"
+    );
+}
+
+/// Rounded to microseconds.
+fn milliseconds(duration: Duration) -> f64 {
+    (duration.as_secs_f64() * 1e6).round() / 1e3
+}
+
+impl Exchange {
+    fn new() -> Self {
+        Self {
+            id: format!("{:016x}", fastrand::u64(..)),
+            started: Instant::now(),
+            seat: None,
+            route: "other",
+            content: None,
+            status: 0,
+            source: NO_SOURCE,
+            sent: 0,
+            first_byte: None,
+            failure: None,
+        }
+    }
+}
+
+impl Load {
+    /// Counts a request, if there is room for it.
+    fn enter(self: &Arc<Self>) -> Option<Seat> {
+        let before = self.requests.fetch_add(1, Ordering::AcqRel);
+        let seat = Seat(self.clone());
+        (before < MAX_REQUESTS).then_some(seat)
+    }
+
+    /// How many requests are being answered.
+    pub fn current(&self) -> usize {
+        self.requests.load(Ordering::Acquire)
+    }
+}
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        self.0.requests.fetch_sub(1, Ordering::AcqRel);
+    }
+}

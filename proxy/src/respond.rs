@@ -1,0 +1,209 @@
+//! Answers: status, headers and body of everything a registry client can get.
+//!
+//! Only this file knows which status a refusal has. Lengths are always known, so that nothing is
+//! ever sent in chunks: containerd takes a missing length for an unknown size.
+
+use bytes::Bytes;
+use http::header::{ACCEPT_RANGES, AGE, ALLOW, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, LINK};
+use http::{HeaderName, HeaderValue, StatusCode};
+use pingora::http::ResponseHeader;
+
+use crate::oci::route::RouteError;
+use crate::oci::{BLOB_MEDIA_TYPE, Digest, ErrorCode, RangeRequest, Registry, Span, error};
+use crate::origin::ListAnswer;
+use crate::pull::{BlobAnswer, Body, ManifestAnswer, Refusal};
+use crate::source::ServedFrom;
+
+pub const SOURCE: HeaderName = HeaderName::from_static("x-dray-source");
+pub const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+const NAMESPACE: HeaderName = HeaderName::from_static("oci-namespace");
+const FILTERS_APPLIED: HeaderName = HeaderName::from_static("oci-filters-applied");
+const CONTENT_DIGEST: HeaderName = HeaderName::from_static("docker-content-digest");
+const API_VERSION: HeaderName = HeaderName::from_static("docker-distribution-api-version");
+
+/// An answer, ready to be written.
+pub struct Reply {
+    pub status: StatusCode,
+    headers: Vec<(HeaderName, HeaderValue)>,
+    pub body: Body,
+    /// Where its content came from; None: it has none.
+    pub from: Option<ServedFrom>,
+}
+
+impl Reply {
+    /// `GET /v2/`
+    pub fn ping() -> Self {
+        Self::with_bytes(StatusCode::OK, "application/json", Bytes::from_static(b"{}"))
+    }
+
+    pub fn refusal(refusal: &Refusal) -> Self {
+        match refusal {
+            Refusal::NotFound { code, message } => Self::error(StatusCode::NOT_FOUND, *code, message),
+            Refusal::Denied(message) => Self::error(StatusCode::FORBIDDEN, ErrorCode::Denied, message),
+            // Never 408 or 429: containerd repeats those at once. And without Retry-After, for
+            // which podman would wait instead of asking elsewhere.
+            Refusal::Unavailable(message) => {
+                Self::error(StatusCode::SERVICE_UNAVAILABLE, ErrorCode::Unavailable, message)
+            }
+            Refusal::BadOrigin(message) => Self::error(StatusCode::BAD_GATEWAY, ErrorCode::Unavailable, message),
+            Refusal::Unsatisfiable { total } => {
+                let message = format!("the body has {total} bytes");
+                Self::error(StatusCode::RANGE_NOT_SATISFIABLE, ErrorCode::RangeInvalid, &message)
+                    .header(CONTENT_RANGE, &format!("bytes */{total}"))
+            }
+        }
+    }
+
+    pub fn route_error(error: &RouteError) -> Self {
+        let status = StatusCode::from_u16(error.status).unwrap_or(StatusCode::NOT_FOUND);
+        Self::error(status, error.code, &error.message)
+    }
+
+    /// Anything but GET and HEAD.
+    pub fn read_only() -> Self {
+        Self::error(StatusCode::METHOD_NOT_ALLOWED, ErrorCode::Unsupported, "this is a pull-through cache: push to the registry itself")
+            .header(ALLOW, "GET, HEAD")
+    }
+
+    pub fn overloaded() -> Self {
+        Self::error(StatusCode::SERVICE_UNAVAILABLE, ErrorCode::Unavailable, "too many requests at once")
+    }
+
+    /// A manifest, or the part of it that a range means.
+    pub fn manifest(answer: &ManifestAnswer, range: Option<RangeRequest>) -> Self {
+        match BlobAnswer::of_bytes(&answer.object.bytes, range, answer.from) {
+            Ok(part) => {
+                let reply = Self::content(part, &answer.digest, &answer.object.media_type);
+                match answer.age {
+                    Some(age) => reply.header(AGE, &age.as_secs().to_string()),
+                    None => reply,
+                }
+            }
+            Err(refusal) => Self::refusal(&refusal),
+        }
+    }
+
+    pub fn blob(answer: BlobAnswer, digest: &Digest) -> Self {
+        Self::content(answer, digest, BLOB_MEDIA_TYPE)
+    }
+
+    /// `HEAD` of a blob: its length without its bytes.
+    pub fn blob_length(length: u64, from: ServedFrom, digest: &Digest) -> Self {
+        let answer = BlobAnswer { total: length, span: None, from, body: Body::Memory(None) };
+        Self::blob(answer, digest)
+    }
+
+    /// A list as it came, with its link to the next page led back here.
+    pub fn list(answer: ListAnswer, path: &str, namespace: Option<&str>) -> Self {
+        let link = answer.link.and_then(|link| next_page(&link, path, namespace));
+        let mut reply = Self::with_bytes(StatusCode::OK, &answer.media_type, answer.bytes);
+        reply.from = Some(ServedFrom::Origin);
+        if let Some(link) = link {
+            reply = reply.header(LINK, &link);
+        }
+        if let Some(filters) = answer.filters_applied {
+            reply = reply.header(FILTERS_APPLIED, &filters);
+        }
+        reply
+    }
+
+    /// Says which registry the content belongs to.
+    pub fn of_registry(self, registry: &Registry) -> Self {
+        self.header(NAMESPACE, registry.as_str())
+    }
+
+    /// The head as it is sent, with what every answer has.
+    pub fn head(&self, request_id: &str) -> pingora::Result<ResponseHeader> {
+        let mut head = ResponseHeader::build(self.status, Some(self.headers.len() + 3))?;
+        for (name, value) in &self.headers {
+            head.insert_header(name.clone(), value.clone())?;
+        }
+        head.insert_header(API_VERSION, "registry/2.0")?;
+        head.insert_header(REQUEST_ID, request_id)?;
+        if let Some(from) = self.from {
+            head.insert_header(SOURCE, from.as_str())?;
+        }
+        Ok(head)
+    }
+
+    fn content(answer: BlobAnswer, digest: &Digest, media_type: &str) -> Self {
+        let BlobAnswer { total, span, from, body } = answer;
+        let status = if span.is_some() { StatusCode::PARTIAL_CONTENT } else { StatusCode::OK };
+        let sent = span.unwrap_or(Span::whole(total));
+        let mut reply = Self { status, headers: Vec::with_capacity(8), body, from: Some(from) }
+            .header(CONTENT_TYPE, media_type)
+            .header(CONTENT_LENGTH, &sent.len().to_string())
+            .header(CONTENT_DIGEST, digest.as_str())
+            .header(ACCEPT_RANGES, "bytes");
+        if span.is_some() {
+            reply = reply.header(CONTENT_RANGE, &sent.content_range(total));
+        }
+        reply
+    }
+
+    fn error(status: StatusCode, code: ErrorCode, message: &str) -> Self {
+        Self::with_bytes(status, "application/json", error::body(code, message).into())
+    }
+
+    fn with_bytes(status: StatusCode, media_type: &str, bytes: Bytes) -> Self {
+        let length = bytes.len().to_string();
+        Self { status, headers: Vec::new(), body: Body::Memory(Some(bytes)), from: None }
+            .header(CONTENT_TYPE, media_type)
+            .header(CONTENT_LENGTH, &length)
+    }
+
+    /// Adds a header. A value that fits no header is left out: it came from an origin.
+    fn header(mut self, name: HeaderName, value: &str) -> Self {
+        if let Ok(value) = HeaderValue::from_str(value) {
+            self.headers.push((name, value));
+        }
+        self
+    }
+}
+
+/// Turns an origin's `Link: <...?last=x>; rel="next"` into one that leads to the same path here.
+fn next_page(link: &str, path: &str, namespace: Option<&str>) -> Option<String> {
+    let (target, params) = link.trim().strip_prefix('<')?.split_once('>')?;
+    let query = target.split_once('?').map_or("", |(_, query)| query);
+    let mut pairs = url::form_urlencoded::Serializer::new(String::new());
+    for (key, value) in url::form_urlencoded::parse(query.as_bytes()).filter(|(key, _)| key != "ns") {
+        pairs.append_pair(&key, &value);
+    }
+    if let Some(namespace) = namespace {
+        pairs.append_pair("ns", namespace);
+    }
+    Some(format!("<{path}?{}>{params}", pairs.finish()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pages_lead_back_here() {
+        let of = |link: &str, ns: Option<&str>| next_page(link, "/v2/library/alpine/tags/list", ns);
+        assert_eq!(
+            of("</v2/mirror/alpine/tags/list?last=a%2Bb&n=2>; rel=\"next\"", Some("docker.io")).unwrap(),
+            "</v2/library/alpine/tags/list?last=a%2Bb&n=2&ns=docker.io>; rel=\"next\""
+        );
+        assert_eq!(
+            of("<https://origin/v2/x/tags/list?n=2&last=b>; rel=\"next\"", None).unwrap(),
+            "</v2/library/alpine/tags/list?n=2&last=b>; rel=\"next\""
+        );
+        assert_eq!(of("garbage", None), None);
+    }
+
+    #[test]
+    fn an_outage_never_makes_a_client_hammer() {
+        let reply = Reply::refusal(&Refusal::Unavailable("x".into()));
+        assert_eq!(reply.status, StatusCode::SERVICE_UNAVAILABLE);
+        assert!(reply.head("id").unwrap().headers.get("retry-after").is_none());
+    }
+
+    #[test]
+    fn an_unsatisfiable_range_says_how_long_the_body_is() {
+        let reply = Reply::refusal(&Refusal::Unsatisfiable { total: 7 });
+        assert_eq!(reply.status, StatusCode::RANGE_NOT_SATISFIABLE);
+        assert_eq!(reply.head("id").unwrap().headers["content-range"], "bytes */7");
+    }
+}

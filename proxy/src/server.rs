@@ -1,0 +1,293 @@
+//! Composition: opens the store, starts the listeners, says so, and drains before it stops.
+
+use std::net::{SocketAddr, TcpStream};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use async_trait::async_trait;
+use pingora::listeners::tls::TlsSettings;
+use pingora::prelude::Server;
+use pingora::proxy::ProxyServiceBuilder;
+use pingora::server::configuration::ServerConf;
+use pingora::server::{RunArgs, ShutdownSignal, ShutdownSignalWatch};
+use pingora::services::listening::Service;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use rustls::server::WebPkiClientVerifier;
+use tokio::runtime::Runtime;
+use tokio::signal::unix::{SignalKind, signal};
+
+use crate::admin::{Admin, Readiness};
+use crate::config::{Config, Tls};
+use crate::metrics::Metrics;
+use crate::origin::Origin;
+use crate::peers::Peers;
+use crate::proxy::{Front, Load};
+use crate::pull::{Asker, Pull};
+use crate::registries::Registries;
+use crate::store::Store;
+
+/// Requests under way get this long after the stop signal.
+const DRAIN: Duration = Duration::from_secs(25);
+
+/// After the stop signal the listeners stay open this long, until nobody is sent here any more.
+const LINGER: Duration = Duration::from_secs(1);
+
+/// Where a started dray listens.
+#[derive(Debug, Clone, Copy)]
+pub struct Bound {
+    pub registry: SocketAddr,
+    pub admin: SocketAddr,
+    pub peers: Option<SocketAddr>,
+}
+
+/// Why dray does not start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// The configuration is understood but cannot work here.
+    #[error("{0}")]
+    Config(String),
+    #[error("{0}")]
+    Failed(String),
+}
+
+/// Runs until a signal stops it. `started` is called once every listener accepts.
+pub fn run(mut config: Config, started: impl FnOnce(Bound) + Send + 'static) -> Result<(), StartError> {
+    raise_descriptor_limit();
+    let tls = config.tls.cert.is_some().then(|| tls_settings(&config.tls)).transpose()?;
+    let ports = Ports::reserve(&mut config)?;
+    let bound = ports.bound;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .thread_name("dray")
+        .enable_all()
+        .build()
+        .map_err(|e| StartError::Failed(format!("no threads: {e}")))?;
+    let metrics = Arc::new(Metrics::new());
+    let registries = Arc::new(Registries::new(&config));
+    let (pull, store) = runtime.block_on(compose(&config, &registries, &metrics))?;
+
+    let load = Arc::new(Load::default());
+    let front = |asker| Front {
+        pull: pull.clone(),
+        registries: registries.clone(),
+        metrics: metrics.clone(),
+        load: load.clone(),
+        asker,
+    };
+    let readiness = Arc::new(Readiness::default());
+    let conf = ServerConf {
+        threads: std::thread::available_parallelism().map_or(2, usize::from),
+        // Draining is done before pingora hears of the signal.
+        grace_period_seconds: Some(0),
+        graceful_shutdown_timeout_seconds: Some(1),
+        ..ServerConf::default()
+    };
+    let mut server = Server::new_with_opt_and_conf(None, conf);
+    server.bootstrap();
+    let conf = server.configuration.clone();
+    let mut clients = ProxyServiceBuilder::new(&conf, front(Asker::Client)).name("registry").build();
+    match tls {
+        Some(settings) => clients.add_tls_with_settings(&bound.registry.to_string(), None, settings),
+        None => clients.add_tcp(&bound.registry.to_string()),
+    }
+    server.add_service(clients);
+    if let Some(address) = bound.peers {
+        let mut peers = ProxyServiceBuilder::new(&conf, front(Asker::Peer)).name("peers").build();
+        peers.add_tcp(&address.to_string());
+        server.add_service(peers);
+    }
+    let admin = Admin { metrics, readiness: readiness.clone() };
+    let mut admin = Service::new("admin".to_owned(), admin);
+    admin.threads = Some(1);
+    admin.add_tcp(&bound.admin.to_string());
+    server.add_service(admin);
+
+    runtime.spawn_blocking({
+        let readiness = readiness.clone();
+        move || {
+            if ports.wait_until_open() {
+                readiness.set(true);
+                started(bound);
+            } else {
+                tracing::error!("the listeners did not open");
+            }
+        }
+    });
+    let housekeeping = store.clone();
+    runtime.spawn_blocking(move || housekeeping.records.thin_out());
+    let stop = Stop { readiness, load };
+    server.run(RunArgs { shutdown_signal: Box::new(stop) });
+    close(runtime, &store);
+    Ok(())
+}
+
+async fn compose(
+    config: &Config,
+    registries: &Arc<Registries>,
+    metrics: &Arc<Metrics>,
+) -> Result<(Arc<Pull>, Arc<Store>), StartError> {
+    let cache = &config.cache;
+    let store = Store::open(&cache.dir, cache.disk.0, cache.memory.0, metrics)
+        .await
+        .map_err(|e| StartError::Failed(e.to_string()))?;
+    let store = Arc::new(store);
+    let origin = Origin::new(config, registries, metrics.clone()).map_err(StartError::Config)?;
+    let peers = Peers::new(config, metrics.clone()).map_err(StartError::Config)?;
+    Ok((Arc::new(Pull::new(registries.clone(), store.clone(), origin, peers, metrics.clone())), store))
+}
+
+fn close(runtime: Runtime, store: &Store) {
+    runtime.block_on(store.close());
+    // A fill may still be waiting for its origin.
+    runtime.shutdown_timeout(Duration::from_millis(100));
+}
+
+/// Sockets that hold the ports until pingora listens on them: bound, but not listening, so that
+/// the number behind port 0 is known and a taken port is an error before anything starts.
+struct Ports {
+    bound: Bound,
+    held: Vec<std::os::fd::OwnedFd>,
+}
+
+impl Ports {
+    fn reserve(config: &mut Config) -> Result<Self, StartError> {
+        let mut held = Vec::new();
+        let mut hold = |key: &str, address: SocketAddr| {
+            let (socket, bound) = hold_port(address)
+                .map_err(|e| StartError::Failed(format!("{key} = \"{address}\": {e}; choose another address or port")))?;
+            held.push(socket);
+            Ok(bound)
+        };
+        let bound = Bound {
+            registry: hold("listen", config.listen)?,
+            admin: hold("admin", config.admin)?,
+            peers: config.peers.listen.map(|address| hold("peers.listen", address)).transpose()?,
+        };
+        config.listen = bound.registry;
+        config.peers.listen = bound.peers;
+        Ok(Self { bound, held })
+    }
+
+    /// Waits for pingora, which retries for 30 s itself.
+    fn wait_until_open(self) -> bool {
+        let deadline = Instant::now() + Duration::from_secs(35);
+        let open = [Some(self.bound.registry), Some(self.bound.admin), self.bound.peers]
+            .into_iter()
+            .flatten()
+            .all(|address| wait_until_open(reachable(address), deadline));
+        drop(self.held);
+        open
+    }
+}
+
+fn hold_port(address: SocketAddr) -> Result<(std::os::fd::OwnedFd, SocketAddr), std::io::Error> {
+    use rustix::net::{AddressFamily, SocketType, bind, getsockname, socket, sockopt};
+    let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
+    let socket = socket(family, SocketType::STREAM, None)?;
+    sockopt::set_socket_reuseaddr(&socket, true)?;
+    bind(&socket, &address)?;
+    let bound = SocketAddr::try_from(getsockname(&socket)?)?;
+    Ok((socket, bound))
+}
+
+fn reachable(address: SocketAddr) -> SocketAddr {
+    match address {
+        SocketAddr::V4(v4) if v4.ip().is_unspecified() => SocketAddr::from(([127, 0, 0, 1], v4.port())),
+        SocketAddr::V6(v6) if v6.ip().is_unspecified() => {
+            SocketAddr::from((std::net::Ipv6Addr::LOCALHOST, v6.port()))
+        }
+        other => other,
+    }
+}
+
+fn wait_until_open(address: SocketAddr, deadline: Instant) -> bool {
+    while Instant::now() < deadline {
+        if TcpStream::connect_timeout(&address, Duration::from_secs(1)).is_ok() {
+            return true;
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    false
+}
+
+/// SIGTERM: stop being ready, let requests end, then stop. SIGINT: stop.
+struct Stop {
+    readiness: Arc<Readiness>,
+    load: Arc<Load>,
+}
+
+#[async_trait]
+impl ShutdownSignalWatch for Stop {
+    async fn recv(&self) -> ShutdownSignal {
+        let (Ok(mut terminate), Ok(mut interrupt)) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt()))
+        else {
+            tracing::error!("no signal handlers, stopping");
+            return ShutdownSignal::FastShutdown;
+        };
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => return ShutdownSignal::FastShutdown,
+        }
+        self.readiness.set(false);
+        tracing::info!(requests = self.load.current(), "draining");
+        let drained = async {
+            tokio::time::sleep(LINGER).await;
+            while self.load.current() > 0 {
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+        };
+        tokio::select! {
+            _ = tokio::time::timeout(DRAIN, drained) => {}
+            _ = interrupt.recv() => {}
+        }
+        ShutdownSignal::GracefulTerminate
+    }
+}
+
+/// Checks the files first: pingora would panic in a thread of its own.
+fn tls_settings(tls: &Tls) -> Result<TlsSettings, StartError> {
+    let wrong = |what: &str, path: &std::path::Path, why: String| {
+        StartError::Config(format!("tls.{what} = \"{}\": {why}", path.display()))
+    };
+    let (Some(cert), Some(key)) = (&tls.cert, &tls.key) else {
+        return Err(StartError::Config("tls.cert and tls.key belong together".into()));
+    };
+    let chain = read_certificates(cert).map_err(|e| wrong("cert", cert, e))?;
+    let private = {
+        use rustls::pki_types::pem::PemObject;
+        rustls::pki_types::PrivateKeyDer::from_pem_file(key).map_err(|e| wrong("key", key, e.to_string()))?
+    };
+    rustls::ServerConfig::builder()
+        .with_no_client_auth()
+        .with_single_cert(chain, private)
+        .map_err(|e| wrong("cert", cert, format!("does not fit the key: {e}")))?;
+    let text = |path: &std::path::Path| path.to_string_lossy().into_owned();
+    let mut settings =
+        TlsSettings::intermediate(&text(cert), &text(key)).map_err(|e| wrong("cert", cert, e.to_string()))?;
+    settings.enable_h2();
+    if let Some(ca) = &tls.client_ca {
+        let mut roots = rustls::RootCertStore::empty();
+        for certificate in read_certificates(ca).map_err(|e| wrong("client_ca", ca, e))? {
+            roots.add(certificate).map_err(|e| wrong("client_ca", ca, e.to_string()))?;
+        }
+        let verifier = WebPkiClientVerifier::builder(Arc::new(roots)).build();
+        settings.set_client_cert_verifier(verifier.map_err(|e| wrong("client_ca", ca, e.to_string()))?);
+    }
+    Ok(settings)
+}
+
+fn read_certificates(path: &std::path::Path) -> Result<Vec<rustls::pki_types::CertificateDer<'static>>, String> {
+    use rustls::pki_types::pem::PemObject;
+    let found = rustls::pki_types::CertificateDer::pem_file_iter(path)
+        .and_then(Iterator::collect::<Result<Vec<_>, _>>)
+        .map_err(|e| e.to_string())?;
+    if found.is_empty() { Err("holds no certificate in PEM".to_owned()) } else { Ok(found) }
+}
+
+/// Blobs, clients and origins all take descriptors; the usual soft limit of 1,024 is soon reached.
+fn raise_descriptor_limit() {
+    let limit = getrlimit(Resource::Nofile);
+    if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum }) {
+        tracing::warn!(%error, "the descriptor limit stays as it is");
+    }
+}
