@@ -1,5 +1,7 @@
 //! Logs: one line an event, text for people or JSON for machines, on stderr.
 
+use std::io::IsTerminal;
+
 use tracing_subscriber::EnvFilter;
 
 /// How log lines look.
@@ -12,9 +14,9 @@ pub enum LogFormat {
 /// Starts logging; `filter` as in `info` or `dray=debug,access=off`.
 pub fn init(filter: &str, format: LogFormat) -> Result<(), String> {
     // Pingora reports each early close of a client as an error; the access log has it already.
-    let directives = format!("{filter},pingora_core=off,pingora_proxy=off,hickory_resolver=error,hickory_net=error");
+    let directives = format!("{filter},pingora_core=off,pingora_proxy=off,foyer=warn,foyer_storage=warn,hickory_resolver=error,hickory_net=error");
     let filter = EnvFilter::try_new(&directives).map_err(|e| format!("log filter \"{filter}\": {e}"))?;
-    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(std::io::stderr().is_terminal());
     let started = match format {
         LogFormat::Text => builder.try_init(),
         LogFormat::Json => builder.json().flatten_event(true).with_current_span(false).try_init(),

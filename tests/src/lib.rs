@@ -1,1 +1,40 @@
-pub fn placeholder() {}
+//! What the integration tests stand on: real registries and clients, a hostile origin, DNS, TLS.
+
+pub mod containerd;
+pub mod dns;
+pub mod dray;
+pub mod http;
+pub mod image;
+pub mod origin;
+pub mod process;
+pub mod registry;
+pub mod tls;
+pub mod tokens;
+
+use std::path::PathBuf;
+
+/// Waits for something that another process is about to do. Panics after 30 s.
+pub async fn eventually<T>(what: &str, mut probe: impl AsyncFnMut() -> Option<T>) -> T {
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(30);
+    loop {
+        if let Some(found) = probe().await {
+            return found;
+        }
+        assert!(std::time::Instant::now() < deadline, "still waiting after 30 s: {what}");
+        tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+    }
+}
+
+/// The directory that `cargo` builds into for this profile.
+pub fn build_dir() -> PathBuf {
+    let test = std::env::current_exe().expect("a test has a path");
+    test.ancestors().nth(2).expect("tests lie in <profile>/deps").to_owned()
+}
+
+/// A Go tool built by `make tools`.
+pub fn tool(name: &str) -> PathBuf {
+    let root = PathBuf::from(env!("CARGO_MANIFEST_DIR"));
+    let path = root.parent().expect("the workspace").join("target/tools").join(name);
+    assert!(path.exists(), "{} is missing: run `make tools`", path.display());
+    path
+}

@@ -1,0 +1,93 @@
+//! Real containerd daemons, each with a root of its own.
+
+use std::path::PathBuf;
+use std::process::{Command, Output, Stdio};
+
+use tempfile::TempDir;
+
+use crate::eventually;
+use crate::process::{Process, output};
+
+/// A running containerd and the `ctr` that fits it.
+pub struct Containerd {
+    dir: TempDir,
+    socket: PathBuf,
+    ctr: PathBuf,
+    _process: Process,
+}
+
+/// Which containerd.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Version {
+    /// Debian's 1.6.
+    V1,
+    /// 2.x built from its Go module, with parallel layer fetch.
+    V2,
+}
+
+impl Containerd {
+    pub async fn start(version: Version) -> Self {
+        assert!(rustix::process::geteuid().is_root(), "containerd needs root: run the tests as root");
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let (daemon, ctr) = match version {
+            Version::V1 => (PathBuf::from("containerd"), PathBuf::from("ctr")),
+            Version::V2 => (crate::tool("containerd"), crate::tool("ctr")),
+        };
+        let socket = dir.path().join("containerd.sock");
+        let config = dir.path().join("config.toml");
+        std::fs::create_dir_all(dir.path().join("certs.d")).expect("a hosts directory");
+        let head = format!(
+            "root = \"{root}/root\"\nstate = \"{root}/state\"\n[grpc]\n  address = \"{root}/containerd.sock\"\n",
+            root = dir.path().display()
+        );
+        let hosts = dir.path().join("certs.d");
+        let plugins = match version {
+            Version::V1 => format!(
+                "version = 2\ndisabled_plugins = [\"io.containerd.internal.v1.opt\"]\n{head}\
+                 [plugins.\"io.containerd.grpc.v1.cri\".registry]\n  config_path = \"{}\"\n",
+                hosts.display()
+            ),
+            Version::V2 => format!(
+                "version = 3\ndisabled_plugins = [\"io.containerd.internal.v1.opt\", \"io.containerd.nri.v1.nri\"]\n{head}\
+                 [plugins.'io.containerd.transfer.v1.local']\n  config_path = \"{hosts}\"\n  max_concurrent_downloads = 4\n  \
+                 concurrent_layer_fetch_buffer = 1048576\n\
+                 [[plugins.'io.containerd.transfer.v1.local'.unpack_config]]\n  platform = \"linux/amd64\"\n  snapshotter = \"native\"\n\
+                 [plugins.'io.containerd.cri.v1.images'.registry]\n  config_path = \"{hosts}\"\n",
+                hosts = hosts.display()
+            ),
+        };
+        std::fs::write(&config, plugins).expect("the configuration is written");
+        let log = std::fs::File::create(dir.path().join("log")).expect("a log file");
+        let process = Process::spawn(
+            Command::new(daemon).arg("--config").arg(&config).arg("--log-level").arg("debug").stdout(Stdio::null()).stderr(log),
+        );
+        let containerd = Self { dir, socket, ctr, _process: process };
+        eventually("containerd answers", async || containerd.ctr(&["version"]).status.success().then_some(())).await;
+        containerd
+    }
+
+    /// Where hosts.toml files go.
+    pub fn hosts_dir(&self) -> PathBuf {
+        self.dir.path().join("certs.d")
+    }
+
+    pub fn ctr(&self, args: &[&str]) -> Output {
+        output(Command::new(&self.ctr).arg("--address").arg(&self.socket).args(["--namespace", "k8s.io"]).args(args))
+    }
+
+    /// Pulls and unpacks an image by the hosts directory.
+    pub fn pull(&self, image: &str) -> Result<(), String> {
+        let hosts = self.hosts_dir();
+        let hosts = hosts.to_str().expect("a UTF-8 path");
+        let pulled = self.ctr(&["images", "pull", "--snapshotter", "native", "--hosts-dir", hosts, image]);
+        if pulled.status.success() {
+            return Ok(());
+        }
+        Err(format!("{}{}", String::from_utf8_lossy(&pulled.stdout), String::from_utf8_lossy(&pulled.stderr)))
+    }
+
+    /// The log so far.
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(self.dir.path().join("log")).unwrap_or_default()
+    }
+}

@@ -1,0 +1,151 @@
+//! dray as its users run it: a process with a file, flags and a directory.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+
+use tempfile::TempDir;
+
+use crate::build_dir;
+use crate::http::{Answer, get};
+use crate::process::Process;
+
+/// A running dray.
+pub struct Dray {
+    pub registry: SocketAddr,
+    pub admin: SocketAddr,
+    pub peers: Option<SocketAddr>,
+    process: Process,
+    start: Start,
+}
+
+/// How to start it, again if need be.
+#[derive(Clone)]
+pub struct Start {
+    config: String,
+    dir: std::sync::Arc<TempDir>,
+    cache: PathBuf,
+    disk: String,
+    env: Vec<(String, String)>,
+}
+
+impl Start {
+    /// With a configuration and an empty cache of its own.
+    pub fn new(config: impl Into<String>) -> Self {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let cache = dir.path().join("cache");
+        Self { config: config.into(), dir: dir.into(), cache, disk: "4GiB".into(), env: Vec::new() }
+    }
+
+    /// With one rule: `registry` is fetched from `upstream`.
+    pub fn with_upstream(registry: &str, upstream: &str) -> Self {
+        Self::new(rule(registry, upstream))
+    }
+
+    pub fn cache(mut self, cache: impl Into<PathBuf>) -> Self {
+        self.cache = cache.into();
+        self
+    }
+
+    pub fn disk(mut self, disk: &str) -> Self {
+        self.disk = disk.to_owned();
+        self
+    }
+
+    pub fn env(mut self, key: &str, value: &str) -> Self {
+        self.env.push((key.to_owned(), value.to_owned()));
+        self
+    }
+
+    pub fn cache_dir(&self) -> &PathBuf {
+        &self.cache
+    }
+
+    /// A directory that lives as long as this.
+    pub fn dir(&self) -> &std::path::Path {
+        self.dir.path()
+    }
+
+    /// The command, not yet run.
+    pub fn command(&self) -> Command {
+        let file = self.dir.path().join("dray.toml");
+        std::fs::write(&file, &self.config).expect("the configuration is written");
+        let mut command = Command::new(binary());
+        command
+            .args(["--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0", "--config"])
+            .arg(file)
+            .arg("--cache-dir")
+            .arg(&self.cache)
+            .args(["--cache-disk", &self.disk, "--cache-memory", "16MiB"])
+            .envs(self.env.iter().map(|(key, value)| (key, value)))
+            .stdout(Stdio::piped());
+        if std::env::var_os("DRAY_LOG").is_none() {
+            command.env("DRAY_LOG", "error");
+        }
+        command
+    }
+
+    pub fn run(self) -> Dray {
+        let mut process = Process::spawn(&mut self.command());
+        let line = process.line("listening ");
+        let field = |name: &str| {
+            let value = line.split(' ').find_map(|field| field.strip_prefix(name)).expect("a field of the start line");
+            value.parse().ok()
+        };
+        Dray {
+            registry: field("registry=").expect("an address"),
+            admin: field("admin=").expect("an address"),
+            peers: field("peers="),
+            process,
+            start: self,
+        }
+    }
+}
+
+impl Dray {
+    pub fn url(&self, path: &str) -> String {
+        format!("http://{}{path}", self.registry)
+    }
+
+    /// `GET` of a path of the registry port.
+    pub async fn get(&self, path: &str) -> Answer {
+        get(&self.url(path), &[]).await
+    }
+
+    pub async fn get_range(&self, path: &str, range: &str) -> Answer {
+        get(&self.url(path), &[("range", range)]).await
+    }
+
+    /// The value of a metric, its labels as they stand in the exposition; 0 if it is not there.
+    pub async fn metric(&self, name: &str) -> u64 {
+        let text = get(&format!("http://{}/metrics", self.admin), &[]).await.text();
+        let line = text.lines().find(|line| line.split(' ').next() == Some(name));
+        line.and_then(|line| line.rsplit(' ').next()?.parse().ok()).unwrap_or(0)
+    }
+
+    pub fn process(&mut self) -> &mut Process {
+        &mut self.process
+    }
+
+    pub fn start(&self) -> &Start {
+        &self.start
+    }
+
+    /// SIGKILL, then the same again.
+    pub fn kill_and_restart(mut self) -> Self {
+        self.process.kill();
+        self.start.clone().run()
+    }
+}
+
+/// A `[[registry]]` table.
+pub fn rule(registry: &str, upstream: &str) -> String {
+    format!("[[registry]]\nmatch = \"{registry}\"\nupstreams = [\"{upstream}\"]\n")
+}
+
+/// The binary that cargo built beside this test.
+pub fn binary() -> PathBuf {
+    let path = build_dir().join("dray");
+    assert!(path.exists(), "{} is missing: run `make test`", path.display());
+    path
+}

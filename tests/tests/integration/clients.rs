@@ -1,0 +1,161 @@
+//! Real clients pull real images of several registries; the second time with every registry off.
+
+use std::path::Path;
+use std::process::Command;
+
+use dray_tests::containerd::{Containerd, Version};
+use dray_tests::dray::{Dray, Start, binary, rule};
+use dray_tests::image::Image;
+use dray_tests::process::run;
+use dray_tests::registry::Registry;
+use dray_tests::tool;
+
+/// Two registries and a dray that knows both.
+struct Rig {
+    hub: Registry,
+    quay: Registry,
+    dray: Dray,
+}
+
+const LAYERS: [usize; 3] = [3_000_000, 300_000, 1_000];
+
+impl Rig {
+    async fn new() -> Self {
+        let (hub, quay) = (Registry::open().await, Registry::open().await);
+        hub.push("library/app", "1", &Image::new(1, &LAYERS)).await;
+        quay.push("team/app", "1", &Image::new(2, &LAYERS)).await;
+        let rules = [rule("docker.io", &hub.url()), rule("quay.io", &quay.url())].concat();
+        let dray = Start::new(rules).run();
+        Self { hub, quay, dray }
+    }
+
+    fn switch_registries_off(&mut self) {
+        self.hub.stop();
+        self.quay.stop();
+    }
+
+    /// A registries.conf that sends both registries here, each by its prefix.
+    fn registries_conf(&self, dir: &Path) -> std::path::PathBuf {
+        let here = self.dray.registry;
+        let entry = |host: &str| {
+            format!(
+                "[[registry]]\nprefix = \"{host}\"\nlocation = \"{host}\"\n\
+                 [[registry.mirror]]\nlocation = \"{here}/{host}\"\ninsecure = true\n"
+            )
+        };
+        let file = dir.join("registries.conf");
+        std::fs::write(&file, [entry("docker.io"), entry("quay.io")].concat()).expect("written");
+        file
+    }
+}
+
+async fn containerd_pulls(version: Version) {
+    let mut rig = Rig::new().await;
+    let containerd = Containerd::start(version).await;
+    let hosts = containerd.hosts_dir();
+    let mirror = rig.dray.url("");
+    run(Command::new(binary()).args(["containerd", "install", "--mirror", &mirror, "--hosts-dir"]).arg(&hosts));
+    let images = ["docker.io/library/app:1", "quay.io/team/app:1"];
+    for image in images {
+        containerd.pull(image).unwrap_or_else(|e| panic!("{image}: {e}\n{}", containerd.log()));
+    }
+    assert!(rig.dray.metric("dray_fills{state=\"running\"}").await == 0);
+    rig.switch_registries_off();
+    // A node that has nothing yet.
+    let fresh = Containerd::start(version).await;
+    run(Command::new(binary()).args(["containerd", "install", "--mirror", &mirror, "--hosts-dir"]).arg(fresh.hosts_dir()));
+    for image in images {
+        fresh.pull(image).unwrap_or_else(|e| panic!("{image} with its registry off: {e}"));
+    }
+    run(Command::new(binary()).args(["containerd", "uninstall", "--hosts-dir"]).arg(&hosts));
+    assert_eq!(std::fs::read_dir(&hosts).unwrap().count(), 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn containerd_1_pulls_twice_the_second_time_without_registries() {
+    containerd_pulls(Version::V1).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn containerd_2_with_parallel_layer_fetch_pulls_twice() {
+    containerd_pulls(Version::V2).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn skopeo_by_mirror_and_by_url() {
+    let mut rig = Rig::new().await;
+    let dir = tempfile::tempdir().unwrap();
+    let conf = rig.registries_conf(dir.path());
+    for round in ["first", "off"] {
+        for image in ["docker.io/library/app:1", "quay.io/team/app:1"] {
+            let target = format!("dir:{}/{round}-{}", dir.path().display(), image.replace(['/', ':'], "-"));
+            run(Command::new("skopeo")
+                .arg("--registries-conf")
+                .arg(&conf)
+                .args(["copy", "--all", "--insecure-policy", &format!("docker://{image}"), &target]));
+        }
+        rig.switch_registries_off();
+    }
+    // Docker's URL style, and a registry without its library/.
+    for name in ["docker.io/library/app:1", "docker.io/app:1", "library/app:1", "app:1"] {
+        let image = format!("docker://{}/{name}", rig.dray.registry);
+        let shown = run(Command::new("skopeo").args(["inspect", "--raw", "--tls-verify=false", &image]));
+        assert_eq!(shown.as_bytes(), Image::new(1, &LAYERS).index(), "{name}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn buildah_by_mirror() {
+    let mut rig = Rig::new().await;
+    let dir = tempfile::tempdir().unwrap();
+    let conf = rig.registries_conf(dir.path());
+    for round in ["first", "off"] {
+        let storage = dir.path().join(round);
+        run(Command::new("buildah")
+            .env("CONTAINERS_REGISTRIES_CONF", &conf)
+            .args(["--storage-driver", "vfs", "--root"])
+            .arg(storage.join("root"))
+            .arg("--runroot")
+            .arg(storage.join("run"))
+            .args(["pull", "--policy", "always", "quay.io/team/app:1"]));
+        rig.switch_registries_off();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn crane_checks_every_byte() {
+    let mut rig = Rig::new().await;
+    for _ in 0..2 {
+        for name in ["docker.io/library/app:1", "quay.io/team/app:1"] {
+            let image = format!("{}/{name}", rig.dray.registry);
+            run(Command::new(tool("crane")).args(["validate", "--remote", &image]));
+        }
+        rig.switch_registries_off();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn after_wrong_bytes_the_next_pull_by_containerd_succeeds() {
+    use dray_tests::origin::Origin;
+    use std::sync::atomic::{AtomicBool, Ordering};
+    let image = Image::new(7, &[2_000_000]);
+    let lie = std::sync::Arc::new(AtomicBool::new(true));
+    let lying = lie.clone();
+    let origin = Origin::start(&[("library/app", "1", &image)], move |request, mut response| {
+        if request.is_blob() && response.body.len() > 1_000_000 && lying.load(Ordering::SeqCst) {
+            let mut bytes = response.body.to_vec();
+            bytes[1000] ^= 1;
+            response.body = bytes.into();
+        }
+        response
+    })
+    .await;
+    let dray = Start::with_upstream("docker.io", &origin.url()).run();
+    let containerd = Containerd::start(Version::V1).await;
+    let hosts = containerd.hosts_dir();
+    run(Command::new(binary()).args(["containerd", "install", "--mirror", &dray.url(""), "--hosts-dir"]).arg(&hosts));
+    let error = containerd.pull("docker.io/library/app:1").unwrap_err();
+    assert!(dray.metric("dray_digest_mismatches_total").await >= 1, "{error}");
+    lie.store(false, Ordering::SeqCst);
+    containerd.pull("docker.io/library/app:1").unwrap_or_else(|e| panic!("{e}"));
+}

@@ -1,0 +1,246 @@
+//! Every URL form, every endpoint, and what a registry client may be told.
+
+use dray_tests::dray::{Start, rule};
+use dray_tests::http::{get, head, send};
+use dray_tests::image::{INDEX, Image, digest, noise};
+use dray_tests::origin::{Origin, Response};
+use dray_tests::registry::Registry;
+use reqwest::Method;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_url_form_reaches_its_registry() {
+    let (hub, corp) = (Image::new(1, &[1000]), Image::new(2, &[1000]));
+    let hub_origin = Origin::start(&[("library/app", "1", &hub)], |_, r| r).await;
+    let corp_origin = Origin::start(&[("team/app", "1", &corp), ("app", "1", &corp)], |_, r| r).await;
+    let config = format!(
+        "{}[[registry]]\nmatch = \"reg.corp:5000\"\nalias = [\"corp\"]\nupstreams = [\"{}\"]\n{}",
+        rule("docker.io", &hub_origin.url()),
+        corp_origin.url(),
+        rule("quay.io", &corp_origin.url()),
+    );
+    let dray = Start::new(config).run();
+    for path in [
+        "/v2/library/app/manifests/1?ns=docker.io",
+        "/v2/library/app/manifests/1?ns=registry-1.docker.io",
+        "/v2/library/app/manifests/1?ns=index.docker.io",
+        "/v2/docker.io/library/app/manifests/1?ns=docker.io",
+        "/v2/docker.io/library/app/manifests/1",
+        "/v2/docker.io/app/manifests/1",
+        "/v2/library/app/manifests/1",
+        "/v2/app/manifests/1",
+    ] {
+        let answer = dray.get(path).await;
+        assert_eq!((answer.status, &answer.body), (200, hub.index()), "{path}");
+        assert_eq!(answer.header("oci-namespace"), Some("docker.io"));
+    }
+    for path in [
+        "/v2/team/app/manifests/1?ns=reg.corp%3A5000",
+        "/v2/team/app/manifests/1?ns=corp",
+        "/v2/corp/team/app/manifests/1",
+        "/v2/reg.corp:5000/team/app/manifests/1",
+        "/v2/reg.corp%3A5000/team/app/manifests/1",
+        "/v2/quay.io/app/manifests/1",
+    ] {
+        let answer = dray.get(path).await;
+        assert_eq!((answer.status, &answer.body), (200, corp.index()), "{path}");
+    }
+    let by_host = get(&dray.url("/v2/team/app/manifests/1"), &[("host", "quay.io")]).await;
+    assert_eq!((by_host.status, by_host.header("oci-namespace")), (200, Some("quay.io")));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_manifest_comes_with_everything_a_client_needs() {
+    let image = Image::new(1, &[1000]);
+    let origin = Origin::start(&[("library/app", "1", &image)], |request, response| {
+        match response.headers.iter().any(|(name, value)| name == "content-type" && value == INDEX) {
+            // Parameters would become part of the type in go-containerregistry.
+            true => response.with("content-type", format!("{INDEX}; charset=utf-8")).with("x-path", &request.path),
+            false => response,
+        }
+    })
+    .await;
+    let dray = Start::with_upstream("docker.io", &origin.url()).run();
+    let accept = [("accept", "application/x-one"), ("accept", "application/x-two, */*"), ("accept-encoding", "gzip")];
+    let answer = get(&dray.url("/v2/library/app/manifests/1?ns=docker.io"), &accept).await;
+    assert_eq!(answer.header("content-type"), Some(INDEX));
+    assert_eq!(answer.header("docker-content-digest"), Some(image.digest.as_str()));
+    assert_eq!(answer.header("content-length"), Some(image.index().len().to_string().as_str()));
+    assert_eq!(answer.header("transfer-encoding"), None);
+    assert_eq!(answer.header("content-encoding"), None);
+    assert_eq!(answer.header("accept-ranges"), Some("bytes"));
+    assert_eq!(answer.header("docker-distribution-api-version"), Some("registry/2.0"));
+    assert_eq!(answer.source(), "origin");
+    assert!(answer.header("x-request-id").is_some());
+    for request in origin.requests() {
+        let accepted = request.header("accept").unwrap();
+        for wanted in ["application/x-one", "application/x-two", INDEX, "manifest.list.v2+json", "manifest.v2+json"] {
+            assert!(accepted.contains(wanted), "{accepted}");
+        }
+        assert_eq!(request.header("accept-encoding"), Some("identity"));
+    }
+    let again = head(&dray.url("/v2/library/app/manifests/1?ns=docker.io")).await;
+    assert_eq!(again.header("content-length"), Some(image.index().len().to_string().as_str()));
+    assert_eq!((again.status, again.source()), (200, "memory"));
+    let by_digest = head(&dray.url(&format!("/v2/library/app/manifests/{}?ns=docker.io", image.digest))).await;
+    assert_eq!((by_digest.status, by_digest.header("content-type")), (200, Some(INDEX)));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn head_of_a_blob_has_its_length() {
+    let image = Image::new(1, &[1_000_000]);
+    let (layer, bytes) = image.layer();
+    let origin = Origin::start(&[("library/app", "1", &image)], |_, r| r).await;
+    let dray = Start::with_upstream("docker.io", &origin.url()).run();
+    let path = format!("/v2/library/app/blobs/{layer}?ns=docker.io");
+    let length = bytes.len().to_string();
+    let cold = head(&dray.url(&path)).await;
+    assert_eq!((cold.status, cold.header("content-length"), cold.source()), (200, Some(length.as_str()), "origin"));
+    assert_eq!(origin.count("GET", layer), 0);
+    dray.get(&path).await;
+    let warm = head(&dray.url(&path)).await;
+    assert_eq!((warm.status, warm.header("content-length"), warm.source()), (200, Some(length.as_str()), "disk"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn refusals_follow_the_specification() {
+    let image = Image::new(1, &[1000]);
+    let registry = Registry::open().await;
+    registry.push("library/app", "1", &image).await;
+    let dray = Start::with_upstream("docker.io", &registry.url()).run();
+    let unknown = digest(b"nobody has this");
+    for (path, status, code) in [
+        ("/v2/".to_owned(), 200, ""),
+        ("/v2/library/app/manifests/none".to_owned(), 404, "MANIFEST_UNKNOWN"),
+        ("/v2/library/app/manifests/.INVALID_MANIFEST_NAME".to_owned(), 404, "MANIFEST_UNKNOWN"),
+        (format!("/v2/library/app/manifests/{unknown}"), 404, "MANIFEST_UNKNOWN"),
+        (format!("/v2/library/app/blobs/{unknown}"), 404, "BLOB_UNKNOWN"),
+        ("/v2/library/app/blobs/sha256:baddigeststring".to_owned(), 400, "DIGEST_INVALID"),
+        ("/v2/library/APP/tags/list".to_owned(), 404, "NAME_INVALID"),
+        ("/v2/library/none/tags/list".to_owned(), 404, "NAME_UNKNOWN"),
+        ("/v2/_catalog".to_owned(), 404, "UNSUPPORTED"),
+        ("/".to_owned(), 404, "UNSUPPORTED"),
+    ] {
+        let answer = dray.get(&path).await;
+        assert_eq!((answer.status, answer.code().as_str()), (status, code), "{path}");
+    }
+    let head = head(&dray.url(&format!("/v2/library/app/blobs/{unknown}"))).await;
+    assert_eq!((head.status, head.body.len()), (404, 0));
+    for method in [Method::PUT, Method::POST, Method::PATCH, Method::DELETE] {
+        let answer = send(method, &dray.url("/v2/library/app/manifests/1"), &[]).await;
+        assert_eq!((answer.status, answer.code().as_str()), (405, "UNSUPPORTED"));
+        assert_eq!(answer.header("allow"), Some("GET, HEAD"));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn tag_lists_are_paged_and_lead_back_here() {
+    let registry = Registry::open().await;
+    let image = Image::new(1, &[1000]);
+    for tag in ["a", "b", "c", "d", "e"] {
+        registry.push("library/app", tag, &image).await;
+    }
+    let dray = Start::with_upstream("docker.io", &registry.url()).run();
+    let mut path = "/v2/library/app/tags/list?n=2&ns=docker.io".to_owned();
+    let mut tags = Vec::new();
+    loop {
+        let page = dray.get(&path).await;
+        assert_eq!(page.status, 200);
+        let json: serde_json::Value = serde_json::from_slice(&page.body).unwrap();
+        tags.extend(json["tags"].as_array().unwrap().iter().map(|tag| tag.as_str().unwrap().to_owned()));
+        let Some(link) = page.header("link") else { break };
+        let (target, rel) = link.strip_prefix('<').unwrap().split_once('>').unwrap();
+        assert_eq!(rel, "; rel=\"next\"");
+        assert!(target.contains("ns=docker.io"), "{target}");
+        path = target.to_owned();
+    }
+    // Debian's registry does not sort.
+    tags.sort();
+    assert_eq!(tags, ["a", "b", "c", "d", "e"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn referrers_are_passed_on() {
+    let empty = format!(r#"{{"schemaVersion":2,"mediaType":"{INDEX}","manifests":[]}}"#);
+    let origin = Origin::answering(move |request| {
+        if request.path.contains("/referrers/") && !request.path.contains("old") {
+            let filtered = request.path.contains("artifactType=a%2Fb");
+            let answer = Response::new(200, empty.clone()).with("content-type", INDEX);
+            return if filtered { answer.with("oci-filters-applied", "artifactType") } else { answer };
+        }
+        Response::new(404, "404 page not found")
+    })
+    .await;
+    let dray = Start::with_upstream("docker.io", &origin.url()).run();
+    let subject = digest(b"subject");
+    let answer = dray.get(&format!("/v2/library/app/referrers/{subject}?ns=docker.io&artifactType=a/b")).await;
+    assert_eq!((answer.status, answer.header("content-type")), (200, Some(INDEX)));
+    assert_eq!(answer.header("oci-filters-applied"), Some("artifactType"));
+    assert!(origin.requests().iter().all(|request| !request.path.contains("ns=")));
+    // An old registry: the client then looks for the tag schema.
+    assert_eq!(dray.get(&format!("/v2/library/old/referrers/{subject}?ns=docker.io")).await.status, 404);
+    assert_eq!(dray.get("/v2/library/app/referrers/sha256:bad").await.status, 400);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_blob_without_namespace_is_found_where_its_repository_was() {
+    let image = Image::new(1, &[400_000, 1000]);
+    let origin = Origin::start(&[("team/app", "1", &image)], |_, r| r).await;
+    let hub = Origin::answering(|_| Response::new(404, "")).await;
+    let start = Start::new([rule("ghcr.io", &origin.url()), rule("docker.io", &hub.url())].concat());
+    let dray = start.run();
+    let (layer, bytes) = image.layer();
+    assert_eq!(dray.get(&format!("/v2/team/app/blobs/{layer}")).await.status, 404, "nobody said where");
+    assert_eq!(dray.get("/v2/team/app/manifests/1?ns=ghcr.io").await.status, 200);
+    let found = dray.get(&format!("/v2/team/app/blobs/{layer}")).await;
+    assert_eq!((found.status, &found.body), (200, bytes));
+    // By digest from what is kept, whatever the repository is called; and remembered by a restart.
+    assert_eq!(dray.get(&format!("/v2/other/name/blobs/{layer}")).await.status, 200);
+    let small = &image.layers[1];
+    let dray = dray.kill_and_restart();
+    assert_eq!(dray.get(&format!("/v2/team/app/blobs/{small}")).await.status, 200);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn override_path_mistakes_are_explained() {
+    let dray = Start::new("").run();
+    let missing = dray.get("/v2/docker.io/v2/library/alpine/manifests/3?ns=docker.io").await;
+    assert_eq!(missing.status, 404);
+    assert!(missing.text().contains("override_path = true"), "{}", missing.text());
+    let surplus = dray.get("/library/alpine/manifests/3?ns=docker.io").await;
+    assert_eq!(surplus.status, 404);
+    assert!(surplus.text().contains("must end in /v2"), "{}", surplus.text());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn upstreams_in_order_and_rewritten() {
+    let image = Image::new(1, &[400_000]);
+    let mirror = Origin::answering(|_| Response::new(404, "")).await;
+    let harbor = Origin::start(&[("proxy/team/app", "1", &image)], |_, r| r).await;
+    let config = format!(
+        "[[registry]]\nmatch = \"ghcr.io\"\nupstreams = [\"{}\", \"{}/proxy/{{repo}}\"]\n\
+         [[registry]]\nmatch = \"*.evil.example\"\ndeny = true\n",
+        mirror.url(),
+        harbor.url()
+    );
+    let dray = Start::new(config).run();
+    let (layer, bytes) = image.layer();
+    assert_eq!(dray.get("/v2/team/app/manifests/1?ns=ghcr.io").await.status, 200);
+    assert_eq!(&dray.get(&format!("/v2/team/app/blobs/{layer}?ns=ghcr.io")).await.body, bytes);
+    assert!(mirror.count("HEAD", "/v2/team/app/manifests/1") > 0, "asked first");
+    let denied = dray.get("/v2/team/app/manifests/1?ns=a.evil.example").await;
+    assert_eq!((denied.status, denied.code().as_str()), (403, "DENIED"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_tls_client_on_the_plain_port_is_refused_at_once() {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let dray = Start::new("").run();
+    let mut stream = tokio::net::TcpStream::connect(dray.registry).await.unwrap();
+    let mut hello = vec![0x16, 3, 1, 2, 0, 1, 0, 1, 0xfc, 3, 3];
+    hello.extend(noise(1, 512));
+    stream.write_all(&hello).await.unwrap();
+    let mut answer = Vec::new();
+    let ended = tokio::time::timeout(std::time::Duration::from_secs(5), stream.read_to_end(&mut answer)).await;
+    assert!(ended.is_ok(), "the connection stayed open");
+    assert_ne!(answer.first(), Some(&0x16), "no TLS");
+}
