@@ -143,6 +143,9 @@ pub struct Peers {
     pub members: Vec<SocketAddr>,
 }
 
+/// Below this the preallocated files for small objects leave no room for blobs.
+pub const MIN_DISK: Size = Size(64 << 20);
+
 /// What is wrong with a configuration, and where.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
@@ -181,6 +184,10 @@ impl Config {
             problem,
         };
         let section = |name: &str| text.find(name).unwrap_or(0);
+        if self.cache.disk < MIN_DISK {
+            let problem = format!("\"{}\" is too little, at least {MIN_DISK} are needed", self.cache.disk);
+            return Err(at(section("[cache]"), "cache.disk", problem));
+        }
         if self.tls.cert.is_some() != self.tls.key.is_some() {
             return Err(at(section("[tls]"), "tls", "cert and key belong together".into()));
         }
@@ -375,6 +382,7 @@ mod tests {
             ("[[registry]]\nmatch = \"a.io\"\ncredentials = { username = \"u\" }", &["line 3", "password"]),
             ("[[registry]]\nmatch = \"a.io\"\naccess = \"client\"", &["line 3", "shared"]),
             ("[[registry]]\nmatch = \"a.io\"\nalias = [\"x.y\"]", &["dray.toml:1", "registry.alias"]),
+            ("\n[cache]\ndisk = \"1MiB\"", &["dray.toml:2", "cache.disk", "64MiB"]),
             ("[tls]\ncert = \"c\"", &["dray.toml:1", "tls"]),
             ("listen = \"here\"", &["line 1", "listen"]),
             ("listen = \"127.0.0.1:1\"\nlisten = \"127.0.0.1:2\"", &["line 2", "listen"]),

@@ -25,7 +25,7 @@ use crate::metrics::Metrics;
 use crate::oci::{BLOB_MEDIA_TYPE, Digest, Span};
 use crate::registries::Place;
 use crate::source::{ServedFrom, SourceError};
-use crate::store::{Blob, Kind, NoSpace, SMALL_BYTES, SmallObject, Store};
+use crate::store::{Blob, Found, Kind, NoSpace, Proof, SMALL_BYTES, SmallObject, Store};
 
 /// Bytes at the end of a blob that no reader gets before the digest agrees.
 pub const HELD_BYTES: u64 = 64 * 1024;
@@ -225,6 +225,18 @@ impl Running<'_> {
     async fn fill_from(&self, sources: Arc<dyn Sources>) {
         let permits = self.fills.permits.clone();
         let Ok(permit) = permits.acquire_owned().await else { return };
+        // An earlier fill may have ended between its last look-up and our start.
+        match self.fills.store.find(&self.fill.digest, Kind::Blob).await {
+            Some(Found::Small { object, .. }) => {
+                return self.fill.open(Ok(Opened::Small { object, from: ServedFrom::Memory }));
+            }
+            Some(Found::Large { blob, proof: Proof::Verified }) => {
+                let opened = Opened::Growing { file: blob.file.clone(), total: blob.len, from: ServedFrom::Disk };
+                self.fill.open(Ok(opened));
+                return self.fill.end(Phase::Verified, blob.len);
+            }
+            _ => {}
+        }
         let feed = match Feed::open(sources, 0, None).await {
             Ok(feed) => feed,
             Err(error) => return self.fill.open(Err(error)),

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
-use dray::config::{Config, Size};
+use dray::config::{Config, MIN_DISK, Size};
 use dray::containerd::{Change, HostsDir, Mode};
 use dray::server::{self, Bound, StartError};
 use dray::telemetry::{self, LogFormat};
@@ -134,7 +134,8 @@ impl Serve {
         rustls::crypto::ring::default_provider()
             .install_default()
             .map_err(|_| Failure::Failed("no TLS provider".into()))?;
-        server::run(config, announce).map_err(|error| match error {
+        let scheme = if config.tls.cert.is_some() { "https" } else { "http" };
+        server::run(config, move |bound| announce(bound, scheme)).map_err(|error| match error {
             StartError::Config(message) => Failure::Usage(message),
             StartError::Failed(message) => Failure::Failed(message),
         })
@@ -156,6 +157,9 @@ impl Serve {
             config.cache.dir.clone_from(dir);
         }
         if let Some(disk) = self.cache_disk {
+            if disk < MIN_DISK {
+                return Err(Failure::Usage(format!("--cache-disk {disk} is too little, at least {MIN_DISK} are needed")));
+            }
             config.cache.disk = disk;
         }
         if let Some(memory) = self.cache_memory {
@@ -166,13 +170,13 @@ impl Serve {
 }
 
 /// The start line, which others parse, and something to try at once.
-fn announce(bound: Bound) {
+fn announce(bound: Bound, scheme: &str) {
     let peers = bound.peers.map_or_else(|| "-".to_owned(), |peers| peers.to_string());
     say(&format!("listening registry={} admin={} peers={peers}", bound.registry, bound.admin));
     say(&format!(
-        "try: curl http://{}/v2/docker.io/library/alpine/manifests/latest\n\
-         then point containerd here: dray containerd install --hosts-dir /etc/containerd/certs.d --mirror http://{}",
-        bound.registry, bound.registry
+        "try: curl {scheme}://{0}/v2/docker.io/library/alpine/manifests/latest\n\
+         then point containerd here: dray containerd install --hosts-dir /etc/containerd/certs.d --mirror {scheme}://{0}",
+        bound.registry
     ));
 }
 

@@ -86,6 +86,19 @@ impl Containerd {
         Err(format!("{}{}", String::from_utf8_lossy(&pulled.stdout), String::from_utf8_lossy(&pulled.stderr)))
     }
 
+    /// Bytes of blobs that are being fetched.
+    pub fn ingested(&self) -> u64 {
+        let ingests = self.dir.path().join("root/io.containerd.content.v1.content/ingest");
+        let sizes = std::fs::read_dir(ingests).into_iter().flatten().flatten();
+        sizes.filter_map(|dir| Some(std::fs::metadata(dir.path().join("data")).ok()?.len())).sum()
+    }
+
+    /// What the daemon does by itself after some changes.
+    pub fn collect_garbage(&self) {
+        let pruned = self.ctr(&["content", "prune", "references"]);
+        assert!(pruned.status.success(), "{}", String::from_utf8_lossy(&pruned.stderr));
+    }
+
     /// The log so far.
     pub fn log(&self) -> String {
         std::fs::read_to_string(self.dir.path().join("log")).unwrap_or_default()

@@ -27,6 +27,7 @@ pub struct Start {
     cache: PathBuf,
     disk: String,
     env: Vec<(String, String)>,
+    log: Option<PathBuf>,
 }
 
 impl Start {
@@ -34,7 +35,7 @@ impl Start {
     pub fn new(config: impl Into<String>) -> Self {
         let dir = tempfile::tempdir().expect("a temporary directory");
         let cache = dir.path().join("cache");
-        Self { config: config.into(), dir: dir.into(), cache, disk: "4GiB".into(), env: Vec::new() }
+        Self { config: config.into(), dir: dir.into(), cache, disk: "4GiB".into(), env: Vec::new(), log: None }
     }
 
     /// With one rule: `registry` is fetched from `upstream`.
@@ -54,6 +55,12 @@ impl Start {
 
     pub fn env(mut self, key: &str, value: &str) -> Self {
         self.env.push((key.to_owned(), value.to_owned()));
+        self
+    }
+
+    /// Its log goes to a file.
+    pub fn log_to(mut self, file: &std::path::Path) -> Self {
+        self.log = Some(file.to_owned());
         self
     }
 
@@ -77,10 +84,13 @@ impl Start {
             .arg("--cache-dir")
             .arg(&self.cache)
             .args(["--cache-disk", &self.disk, "--cache-memory", "16MiB"])
-            .envs(self.env.iter().map(|(key, value)| (key, value)))
             .stdout(Stdio::piped());
         if std::env::var_os("DRAY_LOG").is_none() {
             command.env("DRAY_LOG", "error");
+        }
+        command.envs(self.env.iter().map(|(key, value)| (key, value)));
+        if let Some(log) = &self.log {
+            command.stderr(std::fs::File::create(log).expect("a log file"));
         }
         command
     }

@@ -92,7 +92,7 @@ pub fn htpasswd(dir: &Path, username: &str, password: &str) -> String {
 fn serve(dir: &Path, name: &str, port: u16, settings: &str) -> Process {
     let config = dir.join(format!("{name}.yml"));
     let storage = dir.join("storage");
-    let http = if settings.contains("http:") {
+    let http = if settings.contains("ADDR") {
         settings.replace("ADDR", &format!("127.0.0.1:{port}"))
     } else {
         format!("{settings}http: {{addr: 127.0.0.1:{port}}}\n")

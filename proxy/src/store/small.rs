@@ -56,14 +56,17 @@ struct Shape {
 
 const PAGE: u64 = 4096;
 
+/// With fewer blocks the engine has nothing to write to while it reclaims.
+const MIN_BLOCKS: u64 = 3;
+
 // === impl Small ===
 
 impl Small {
     pub(super) async fn open(dir: &Path, disk: u64, memory: u64) -> Result<Self, String> {
-        // An eighth of a small disk, at most 1 GiB, is plenty: a manifest has a few KiB.
+        // An eighth of a disk, at most 1 GiB, is plenty: a manifest has a few KiB.
         let share = (disk / 8).min(1 << 30);
-        let manifests = Shape::new("manifests", MAX_MANIFEST_BYTES, 2, share / 4, memory / 2);
-        let blobs = Shape::new("blobs", SMALL_BYTES, 32, share - share / 4, memory / 2);
+        let manifests = Shape::new("manifests", MAX_MANIFEST_BYTES, 1, share / 4, memory / 2);
+        let blobs = Shape::new("blobs", SMALL_BYTES, 16, share - share / 4, memory / 2);
         Ok(Self { manifests: manifests.open(dir).await?, blobs: blobs.open(dir).await? })
     }
 
@@ -126,8 +129,7 @@ impl Shape {
         // Room for key, media type and provenance beside the bytes.
         let largest_entry = largest + PAGE;
         let block = Self { name, largest_entry, entries_per_block, blocks: 0, memory };
-        // Fewer blocks than this and the engine has nothing to write to while it reclaims.
-        let blocks = (share / block.block_bytes()).max(4);
+        let blocks = (share / block.block_bytes()).max(MIN_BLOCKS);
         Self { blocks, ..block }
     }
 

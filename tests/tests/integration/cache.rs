@@ -1,1 +1,196 @@
-//! soon
+//! What is kept survives, and what cannot be kept is served all the same.
+
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::process::Command;
+
+use dray_tests::dray::{Dray, Start};
+use dray_tests::eventually;
+use dray_tests::image::Image;
+use dray_tests::origin::{Fault, Origin};
+use dray_tests::process::run;
+
+fn path(digest: &str) -> String {
+    format!("/v2/library/app/blobs/{digest}?ns=docker.io")
+}
+
+async fn fills_end(dray: &Dray) {
+    eventually("fills end", async || (dray.metric("dray_fills{state=\"running\"}").await == 0).then_some(())).await;
+}
+
+async fn origin(image: &Image) -> Origin {
+    Origin::start(&[("library/app", "1", image)], |_, r| r).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_kill_at_any_moment_loses_nothing_that_was_whole() {
+    let image = Image::new(1, &[3_000_000, 1000]);
+    let origin = Origin::start(&[("library/app", "1", &image)], |request, response| {
+        if request.header("user-agent").is_some() && response.body.len() > 2_000_000 {
+            response.fault(Fault::GateAfter(1_500_000))
+        } else {
+            response
+        }
+    })
+    .await;
+    let dray = Start::with_upstream("docker.io", &origin.url()).run();
+    let manifest = "/v2/library/app/manifests/1?ns=docker.io";
+    assert_eq!(dray.get(manifest).await.status, 200);
+    let small = dray.get(&path(&image.layers[1])).await;
+    assert_eq!(small.status, 200);
+    // In the middle of a fill.
+    let url = dray.url(&path(&image.layers[0]));
+    let half = tokio::spawn(async move { dray_tests::http::get(&url, &[]).await });
+    eventually("the fill begins", async || (origin.count("GET", &image.layers[0]) == 1).then_some(())).await;
+    let dray = dray.kill_and_restart();
+    assert!(!half.await.unwrap().complete);
+    origin.open_gate();
+    let answer = dray.get(&path(&image.layers[0])).await;
+    assert!(answer.complete && answer.body == image.layer().1);
+    fills_end(&dray).await;
+    // And after it.
+    let dray = dray.kill_and_restart();
+    drop(origin);
+    assert_eq!(dray.get(manifest).await.status, 200);
+    for layer in &image.layers {
+        let answer = dray.get(&path(layer)).await;
+        assert_eq!((answer.status, answer.source()), (200, "disk"));
+        assert!(answer.body == image.blobs[layer]);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn after_a_crash_of_the_machine_files_are_hashed_before_they_are_believed() {
+    let image = Image::new(1, &[3_000_000, 2_000_000]);
+    let origin = origin(&image).await;
+    let mut dray = Start::with_upstream("docker.io", &origin.url()).run();
+    for layer in &image.layers {
+        assert_eq!(dray.get(&path(layer)).await.status, 200);
+    }
+    fills_end(&dray).await;
+    dray.process().kill();
+    let cache = dray.start().cache_dir().clone();
+    let hex = |layer: &str| layer.trim_start_matches("sha256:").to_owned();
+    let file = |layer: &str| cache.join("v1/blobs/sha256").join(&hex(layer)[..2]).join(hex(layer));
+    // Power went: a page of the first never reached the disk.
+    let damaged = std::fs::File::options().write(true).open(file(&image.layers[0])).unwrap();
+    damaged.write_all_at(&[0; 4096], 1_000_000).unwrap();
+    std::fs::write(cache.join("v1/state"), "another boot").unwrap();
+    let dray = dray.start().clone().run();
+    let first = dray.get(&path(&image.layers[0])).await;
+    assert!(!first.complete, "wrong bytes never leave whole");
+    let again = dray.get(&path(&image.layers[0])).await;
+    assert_eq!(again.source(), "origin");
+    assert!(again.complete && again.body == image.blobs[&image.layers[0]]);
+    let asked = origin.count("GET", &image.layers[1]);
+    let sound = dray.get(&path(&image.layers[1])).await;
+    assert!(sound.complete && sound.body == image.blobs[&image.layers[1]]);
+    assert_eq!((sound.source(), origin.count("GET", &image.layers[1])), ("disk", asked));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_deleted_directory_is_only_a_miss() {
+    let image = Image::new(1, &[2_000_000, 1000]);
+    let origin = origin(&image).await;
+    let dray = Start::with_upstream("docker.io", &origin.url()).run();
+    for _ in 0..2 {
+        for layer in &image.layers {
+            let answer = dray.get(&path(layer)).await;
+            assert!(answer.complete && answer.body == image.blobs[layer]);
+        }
+        assert_eq!(dray.get("/v2/library/app/manifests/1?ns=docker.io").await.status, 200);
+        fills_end(&dray).await;
+        std::fs::remove_dir_all(dray.start().cache_dir()).unwrap();
+    }
+    assert_eq!(origin.count("GET", &image.layers[0]), 2);
+    let dray = dray.kill_and_restart();
+    assert_eq!(dray.get("/v2/library/app/manifests/1?ns=docker.io").await.status, 200);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_disk_stays_within_its_bound() {
+    let images: Vec<Image> = (0..8).map(|seed| Image::new(seed, &[20_000_000])).collect();
+    let served: Vec<_> = images.iter().map(|image| ("library/app", "1", image)).collect();
+    let origin = Origin::start(&served, |_, r| r).await;
+    let dray = Start::with_upstream("docker.io", &origin.url()).disk("160MiB").run();
+    for image in &images {
+        let (layer, bytes) = image.layer();
+        let answer = dray.get(&path(layer)).await;
+        assert!(answer.complete && answer.body == bytes);
+        fills_end(&dray).await;
+    }
+    let used = run(Command::new("du").arg("-sm").arg(dray.start().cache_dir()));
+    let megabytes: u64 = used.split_whitespace().next().unwrap().parse().unwrap();
+    assert!(megabytes <= 160, "{megabytes} MiB");
+    assert!(dray.metric("dray_evicted_bytes_total").await > 20_000_000);
+    let newest = dray.get(&path(images[7].layer().0)).await;
+    assert_eq!(newest.source(), "disk");
+    let oldest = dray.get(&path(images[0].layer().0)).await;
+    assert_eq!((oldest.source(), oldest.body == images[0].layer().1), ("origin", true));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_does_not_fit_passes_through() {
+    let image = Image::new(1, &[50_000_000]);
+    let (layer, bytes) = image.layer();
+    // By its own bound.
+    let origin = origin(&image).await;
+    let dray = Start::with_upstream("docker.io", &origin.url()).disk("64MiB").run();
+    for range in [None, Some("bytes=49000000-"), Some("bytes=0-")] {
+        let answer = match range {
+            None => dray.get(&path(layer)).await,
+            Some(range) => dray.get_range(&path(layer), range).await,
+        };
+        let from = if range == Some("bytes=49000000-") { 49_000_000 } else { 0 };
+        assert!(answer.complete && answer.body == bytes.slice(from..), "{range:?}");
+    }
+    assert!(dray.metric("dray_uncached_total{reason=\"no_space\"}").await >= 3);
+
+    // Because others filled the disk.
+    let mount = Mount::tmpfs("90m");
+    let start = Start::with_upstream("docker.io", &origin.url()).disk("85MiB").cache(mount.path().join("cache"));
+    let dray = start.run();
+    std::fs::write(mount.path().join("others"), vec![1; 30_000_000]).unwrap();
+    let answer = dray.get(&path(layer)).await;
+    assert!(answer.complete && answer.body == bytes);
+    assert_eq!(dray.get("/v2/library/app/manifests/1?ns=docker.io").await.status, 200);
+    assert!(dray.metric("dray_uncached_total{reason=\"no_space\"}").await >= 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn wrong_bytes_pass_through_no_more_than_elsewhere() {
+    let image = Image::new(1, &[50_000_000]);
+    let origin = Origin::start(&[("library/app", "1", &image)], |request, mut response| {
+        if request.is_blob() {
+            let mut bytes = response.body.to_vec();
+            bytes[500] ^= 1;
+            response.body = bytes.into();
+        }
+        response
+    })
+    .await;
+    let dray = Start::with_upstream("docker.io", &origin.url()).disk("64MiB").run();
+    let answer = dray.get(&path(image.layer().0)).await;
+    assert!(!answer.complete && answer.body.len() + 64 * 1024 <= image.layer().1.len());
+}
+
+/// A file system of a fixed size, unmounted when dropped.
+struct Mount(tempfile::TempDir);
+
+impl Mount {
+    fn tmpfs(size: &str) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        run(Command::new("mount").args(["-t", "tmpfs", "-o", &format!("size={size}"), "tmpfs"]).arg(dir.path()));
+        Self(dir)
+    }
+
+    fn path(&self) -> &Path {
+        self.0.path()
+    }
+}
+
+impl Drop for Mount {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("-l").arg(self.0.path()).status();
+    }
+}

@@ -1,1 +1,128 @@
-//! soon
+//! The command line, as scripts and people use it.
+
+use std::process::Command;
+
+use dray_tests::dray::{Start, binary};
+use dray_tests::eventually;
+use dray_tests::http::get;
+use dray_tests::process::output;
+
+fn check(text: &str) -> (i32, String) {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("dray.toml");
+    std::fs::write(&file, text).unwrap();
+    let output = output(Command::new(binary()).arg("check-config").arg(&file));
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    (output.status.code().unwrap(), said)
+}
+
+#[test]
+fn check_config_says_what_is_wrong() {
+    assert_eq!(check("").0, 0);
+    assert_eq!(check(include_str!("../../../config/dray.toml")).0, 0);
+    let (code, said) = check("[cache]\nsize = \"20GiB\"");
+    assert_eq!(code, 2);
+    for part in ["dray.toml", "line 2", "size"] {
+        assert!(said.contains(part), "{said}");
+    }
+}
+
+#[test]
+fn every_example_is_valid() {
+    let examples = std::fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/../config")).unwrap();
+    let mut count = 0;
+    for example in examples {
+        let path = example.unwrap().path();
+        let output = output(Command::new(binary()).arg("check-config").arg(&path));
+        assert!(output.status.success(), "{}: {}", path.display(), String::from_utf8_lossy(&output.stderr));
+        count += 1;
+    }
+    assert!(count >= 3, "{count} files");
+}
+
+#[test]
+fn a_wrong_configuration_opens_no_port() {
+    for (config, code, want) in [
+        ("[cache]\ndisk = \"20GB\"\n", 2, "GiB"),
+        ("[[registry]]\nmatch = \"a.io\"\nca = \"/nowhere.pem\"\n", 2, "/nowhere.pem"),
+        ("[tls]\ncert = \"/nowhere.crt\"\nkey = \"/nowhere.key\"\n", 2, "/nowhere.crt"),
+    ] {
+        let output = output(&mut Start::new(config).command());
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(code), "{said}");
+        assert!(said.contains(want), "{said}");
+        assert!(output.stdout.is_empty());
+    }
+    let wrong_flag = output(Command::new(binary()).args(["--cache-disk", "20GB"]));
+    assert_eq!(wrong_flag.status.code(), Some(2));
+    assert!(String::from_utf8_lossy(&wrong_flag.stderr).contains("GiB"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn variables_and_flags_override_the_file() {
+    let start = Start::new("listen = \"127.0.0.1:1\"\nadmin = \"127.0.0.1:1\"\n[cache]\ndir = \"/proc/x\"\n");
+    let dray = start.run();
+    assert_eq!(dray.get("/v2/").await.status, 200);
+    let dir = tempfile::tempdir().unwrap();
+    let mut command = Command::new(binary());
+    command
+        .env("DRAY_LISTEN", "127.0.0.1:0")
+        .env("DRAY_ADMIN", "127.0.0.1:0")
+        .env("DRAY_CACHE_DIR", dir.path())
+        .env("DRAY_CACHE_DISK", "100MiB")
+        .env("DRAY_CACHE_MEMORY", "8MiB")
+        .env("DRAY_LOG", "warn")
+        .env("DRAY_LOG_FORMAT", "json")
+        .stdout(std::process::Stdio::piped());
+    let mut process = dray_tests::process::Process::spawn(&mut command);
+    assert!(process.line("listening ").contains("peers=-"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_taken_port_or_directory_is_named() {
+    let first = Start::new("").run();
+    let second = Start::new("");
+    let dir = output(&mut second.clone().cache(first.start().cache_dir()).command());
+    let said = String::from_utf8_lossy(&dir.stderr);
+    assert_eq!(dir.status.code(), Some(1));
+    assert!(said.contains("in use by another dray") && said.contains("--cache-dir"), "{said}");
+    let mut command = second.command();
+    let port = output(command.args(["--listen", &first.registry.to_string()]));
+    let said = String::from_utf8_lossy(&port.stderr);
+    assert_ne!(port.status.code(), Some(0), "{said}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn probes_and_metrics() {
+    let dray = Start::new("").run();
+    for (path, status) in [("/livez", 200), ("/readyz", 200), ("/metrics", 200), ("/", 200), ("/none", 404)] {
+        assert_eq!(get(&format!("http://{}{path}", dray.admin), &[]).await.status, status, "{path}");
+    }
+    dray.get("/v2/").await;
+    assert_eq!(dray.metric("dray_requests_total{route=\"ping\",source=\"none\",status=\"200\"}").await, 1);
+    let pushed = dray_tests::http::send(reqwest::Method::POST, &format!("http://{}/metrics", dray.admin), &[]).await;
+    assert_eq!(pushed.status, 405);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_line_a_request_in_json() {
+    let start = Start::new("").env("DRAY_LOG", "info").env("DRAY_LOG_FORMAT", "json");
+    let log = start.dir().join("log");
+    let mut dray = start.log_to(&log).run();
+    let answer = dray.get("/v2/library/app/manifests/x?ns=localhost").await;
+    assert_eq!(answer.status, 403);
+    // Written once the answer is out.
+    let text = eventually("the request is logged", async || {
+        std::fs::read_to_string(&log).ok().filter(|text| text.contains("\"access\"") && text.ends_with('\n'))
+    })
+    .await;
+    dray.process().kill();
+    let lines: Vec<serde_json::Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let requests: Vec<_> = lines.iter().filter(|line| line["target"] == "access").collect();
+    assert_eq!(requests.len(), 1);
+    let line = requests[0];
+    assert_eq!(line["id"], answer.header("x-request-id").unwrap());
+    assert_eq!((&line["route"], &line["rule"], &line["status"]), (&"manifest".into(), &"*".into(), &403.into()));
+    assert_eq!((&line["registry"], &line["source"]), (&"localhost".into(), &"none".into()));
+    assert!(line["first_byte_ms"].is_number() && line["bytes"].is_number());
+}

@@ -2,10 +2,13 @@
 
 use std::path::Path;
 use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use dray_tests::containerd::{Containerd, Version};
 use dray_tests::dray::{Dray, Start, binary, rule};
 use dray_tests::image::Image;
+use dray_tests::origin::{Fault, Origin};
 use dray_tests::process::run;
 use dray_tests::registry::Registry;
 use dray_tests::tool;
@@ -134,18 +137,19 @@ async fn crane_checks_every_byte() {
     }
 }
 
+/// A client that was fed a wrong beginning must not be given a right end: it would keep the
+/// mixture. It is sent away until it starts again.
 #[tokio::test(flavor = "multi_thread")]
 async fn after_wrong_bytes_the_next_pull_by_containerd_succeeds() {
-    use dray_tests::origin::Origin;
-    use std::sync::atomic::{AtomicBool, Ordering};
     let image = Image::new(7, &[2_000_000]);
-    let lie = std::sync::Arc::new(AtomicBool::new(true));
+    let lie = Arc::new(AtomicBool::new(true));
     let lying = lie.clone();
     let origin = Origin::start(&[("library/app", "1", &image)], move |request, mut response| {
         if request.is_blob() && response.body.len() > 1_000_000 && lying.load(Ordering::SeqCst) {
             let mut bytes = response.body.to_vec();
             bytes[1000] ^= 1;
             response.body = bytes.into();
+            return response.fault(Fault::GateAfter(1_500_000));
         }
         response
     })
@@ -154,8 +158,18 @@ async fn after_wrong_bytes_the_next_pull_by_containerd_succeeds() {
     let containerd = Containerd::start(Version::V1).await;
     let hosts = containerd.hosts_dir();
     run(Command::new(binary()).args(["containerd", "install", "--mirror", &dray.url(""), "--hosts-dir"]).arg(&hosts));
-    let error = containerd.pull("docker.io/library/app:1").unwrap_err();
-    assert!(dray.metric("dray_digest_mismatches_total").await >= 1, "{error}");
+    let pull = std::thread::scope(|scope| {
+        let pull = scope.spawn(|| containerd.pull("docker.io/library/app:1"));
+        while containerd.ingested() < 1_000_000 {
+            std::thread::yield_now();
+        }
+        origin.open_gate();
+        pull.join().unwrap()
+    });
+    let error = pull.unwrap_err();
+    assert_eq!(dray.metric("dray_digest_mismatches_total").await, 1, "{error}");
     lie.store(false, Ordering::SeqCst);
+    // What the failed pull left goes with its lease.
+    containerd.collect_garbage();
     containerd.pull("docker.io/library/app:1").unwrap_or_else(|e| panic!("{e}"));
 }

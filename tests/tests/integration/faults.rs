@@ -1,1 +1,289 @@
-//! soon
+//! What origins do wrong, and what clients see of it: the right bytes, or a clean refusal.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use dray_tests::dray::{Dray, Start};
+use dray_tests::http::{Answer, get, head};
+use dray_tests::image::{Image, noise};
+use dray_tests::origin::{Content, Fault, Origin, Request, Response};
+
+/// One layer of 2 MB behind an origin whose blob answers are spoiled; the number of the blob
+/// request comes along.
+async fn rig(spoil: impl Fn(usize, &Request, Response) -> Response + Send + Sync + 'static) -> (Origin, Dray, Image) {
+    let image = Image::new(1, &[2_000_000]);
+    let count = AtomicUsize::new(0);
+    let origin = Origin::start(&[("library/app", "1", &image)], move |request, response| {
+        if request.is_blob() && request.method == "GET" {
+            spoil(count.fetch_add(1, Ordering::SeqCst), request, response)
+        } else {
+            response
+        }
+    })
+    .await;
+    let dray = Start::with_upstream("docker.io", &origin.url()).run();
+    (origin, dray, image)
+}
+
+fn blob_path(image: &Image) -> String {
+    format!("/v2/library/app/blobs/{}?ns=docker.io", image.layer().0)
+}
+
+async fn pull(dray: &Dray, image: &Image) -> Answer {
+    dray.get(&blob_path(image)).await
+}
+
+/// The client must not notice.
+fn assert_right(answer: &Answer, image: &Image) {
+    assert_eq!((answer.status, answer.complete), (200, true));
+    assert!(answer.body == image.layer().1, "wrong bytes");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_body_that_breaks_goes_on_unnoticed() {
+    for fault in [Fault::CutAfter(700_000), Fault::ResetAfter(700_000), Fault::CutAfter(0)] {
+        let (origin, dray, image) = rig(move |nth, _, response| match nth {
+            0 | 1 => response.fault(fault),
+            _ => response,
+        })
+        .await;
+        assert_right(&pull(&dray, &image).await, &image);
+        let starts: Vec<_> = origin.requests().iter().filter(|r| r.is_blob()).map(Request::range_start).collect();
+        assert_eq!(starts.len(), 3, "{fault:?}: {starts:?}");
+        let by_range = starts[1..].iter().any(Option::is_some);
+        assert_eq!(by_range, fault != Fault::CutAfter(0), "{fault:?}: {starts:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stalling_origin_is_changed() {
+    let (_origin, dray, image) = rig(|nth, _, response| match nth {
+        0 => response.fault(Fault::StallAfter(700_000)),
+        _ => response,
+    })
+    .await;
+    assert_right(&pull(&dray, &image).await, &image);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_origin_without_ranges_is_read_again_and_skipped() {
+    let whole = Image::new(1, &[2_000_000]);
+    let content = Content::new(&[("library/app", "1", &whole)]);
+    let (_origin, dray, image) = rig(move |nth, request, _| {
+        let plain = Request { headers: Default::default(), ..request.clone() };
+        let answer = content.answer(&plain);
+        if nth == 0 { answer.fault(Fault::CutAfter(900_000)) } else { answer }
+    })
+    .await;
+    assert_right(&pull(&dray, &image).await, &image);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lying_range_is_not_believed() {
+    let (_origin, dray, image) = rig(|nth, request, response| match (nth, request.range_start()) {
+        (0, _) => response.fault(Fault::CutAfter(900_000)),
+        // 206, but for bytes that nobody asked for.
+        (1, Some(start)) => {
+            let (total, body) = (response.body.len() + start, response.body.clone());
+            let range = format!("bytes {}-{}/{total}", start - 5, total - 6);
+            Response { body, ..response }.with("content-range", range)
+        }
+        (2, Some(_)) => response.without("content-range"),
+        _ => response,
+    })
+    .await;
+    assert_right(&pull(&dray, &image).await, &image);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn wrong_bytes_never_leave_whole() {
+    let (_origin, dray, image) = rig(|_, _, response| {
+        let mut bytes = response.body.to_vec();
+        let last = bytes.len() - 1;
+        bytes[last / 2] ^= 1;
+        Response { body: bytes.into(), ..response }
+    })
+    .await;
+    let answer = pull(&dray, &image).await;
+    assert!(!answer.complete, "the connection closes short");
+    assert!(answer.body.len() + 64 * 1024 <= image.layer().1.len(), "the tail was held");
+    let resume = get(&dray.url(&blob_path(&image)), &[("range", "bytes=1000-")]).await;
+    assert_eq!((resume.status, resume.code().as_str()), (404, "BLOB_UNKNOWN"));
+    assert!(dray.metric("dray_digest_mismatches_total").await >= 1);
+    let config = image.blobs.iter().find(|(_, bytes)| bytes.len() < 1000).unwrap();
+    let small = dray.get(&format!("/v2/library/app/blobs/{}?ns=docker.io", config.0)).await;
+    assert_eq!((small.status, small.body.is_empty()), (502, false), "a small object is verified before its first byte");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn wrong_lengths() {
+    // Announces more than it has, every time: the client is told, and not left hanging.
+    let (_origin, dray, image) = rig(|_, request, response| {
+        let announced = response.body.len() + 10;
+        if request.range_start().is_some() { response } else { response.with("content-length", announced).fault(Fault::CutAfter(usize::MAX)) }
+    })
+    .await;
+    let answer = pull(&dray, &image).await;
+    assert!(!answer.complete || answer.status >= 500);
+    // No length at all.
+    let (_origin, dray, image) = rig(|_, _, response| {
+        Response { body: format!("{:x}\r\n", response.body.len()).into_bytes().into(), ..response }.with("transfer-encoding", "chunked")
+    })
+    .await;
+    assert_eq!(pull(&dray, &image).await.status, 502);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn refusals_of_the_origin_have_a_status_that_helps() {
+    for (origin_says, client_sees) in [(404, 404), (410, 404), (403, 403), (401, 403), (429, 503), (500, 503), (503, 503), (400, 502)] {
+        let (_origin, dray, image) = rig(move |_, _, _| Response::new(origin_says, "").with("retry-after", 60)).await;
+        let answer = pull(&dray, &image).await;
+        assert_eq!(answer.status, client_sees, "for {origin_says}");
+        assert_eq!(answer.header("retry-after"), None, "podman would wait");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn passing_trouble_is_tried_again() {
+    let (origin, dray, image) = rig(|nth, _, response| if nth == 0 { Response::new(502, "") } else { response }).await;
+    assert_right(&pull(&dray, &image).await, &image);
+    assert_eq!(origin.count("GET", "/blobs/"), 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_origin_that_is_off_is_refused_soon() {
+    let (origin, dray, image) = rig(|_, _, response| response).await;
+    drop(origin);
+    let answer = pull(&dray, &image).await;
+    assert_eq!((answer.status, answer.code().as_str()), (503, "UNAVAILABLE"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn another_digest_in_the_header_is_a_lie() {
+    let (_origin, dray, image) =
+        rig(|_, _, response| response.with("docker-content-digest", dray_tests::image::digest(b"other"))).await;
+    assert_eq!(pull(&dray, &image).await.status, 502);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn compressed_answers_are_refused() {
+    let (_origin, dray, image) = rig(|_, _, response| response.with("content-encoding", "gzip")).await;
+    assert_eq!(pull(&dray, &image).await.status, 502);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_slow_drip_still_arrives() {
+    let image = Image::new(1, &[1000]);
+    let origin = Origin::start(&[("library/app", "1", &image)], |_, response| response.fault(Fault::Drip)).await;
+    let dray = Start::with_upstream("docker.io", &origin.url()).run();
+    let (layer, bytes) = image.layer();
+    assert_eq!(&dray.get("/v2/library/app/manifests/1?ns=docker.io").await.body, image.index());
+    assert_eq!(&dray.get(&format!("/v2/library/app/blobs/{layer}?ns=docker.io")).await.body, bytes);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn manifests_that_lie_or_are_huge_are_refused() {
+    let image = Image::new(1, &[1000]);
+    for (spoil, status) in [
+        // Other bytes than the digest says.
+        (Box::new(|r: Response| Response { body: "{}".into(), ..r }) as Box<dyn Fn(Response) -> Response + Send + Sync>, 502),
+        (Box::new(|r: Response| Response { body: vec![b' '; 5 << 20].into(), ..r }), 502),
+        (Box::new(|r: Response| r.with("content-encoding", "gzip")), 502),
+    ] {
+        let origin = Origin::start(&[("library/app", "1", &image)], move |request, response| {
+            if request.method == "GET" { spoil(response) } else { response }
+        })
+        .await;
+        let dray = Start::with_upstream("docker.io", &origin.url()).run();
+        for reference in ["1", image.digest.as_str()] {
+            let answer = dray.get(&format!("/v2/library/app/manifests/{reference}?ns=docker.io")).await;
+            assert_eq!(answer.status, status, "{reference}: {}", answer.text());
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_tag_is_what_its_bytes_hash_to() {
+    let image = Image::new(1, &[1000]);
+    // HEAD is refused, so the bytes themselves must tell; the header lies.
+    let origin = Origin::start(&[("library/app", "1", &image)], |request, response| match request.method.as_str() {
+        "HEAD" => Response::new(405, ""),
+        _ => response.with("docker-content-digest", dray_tests::image::digest(b"other")),
+    })
+    .await;
+    let dray = Start::with_upstream("docker.io", &origin.url()).run();
+    assert_eq!(dray.get("/v2/library/app/manifests/1?ns=docker.io").await.status, 502);
+    let honest = Origin::start(&[("library/app", "1", &image)], |request, response| match request.method.as_str() {
+        "HEAD" => Response::new(405, ""),
+        _ => response.without("docker-content-digest"),
+    })
+    .await;
+    let dray = Start::with_upstream("docker.io", &honest.url()).run();
+    let answer = head(&dray.url("/v2/library/app/manifests/1?ns=docker.io")).await;
+    assert_eq!((answer.status, answer.header("docker-content-digest")), (200, Some(image.digest.as_str())));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn redirects_are_followed_reused_and_asked_for_again() {
+    let image = Image::new(1, &[2_000_000]);
+    let content = Content::new(&[("library/app", "1", &image)]);
+    let expired = Arc::new(AtomicUsize::new(0));
+    let (cdn_content, expiry) = (content.clone(), expired.clone());
+    // The CDN lies on the same host and port, as it is written in the configuration.
+    let origin = Origin::answering(move |request| {
+        if let Some(path) = request.path.strip_prefix("/cdn") {
+            let (path, signature) = path.split_once("?signature=").unwrap();
+            if signature != expiry.load(Ordering::SeqCst).to_string() {
+                return Response::new(403, "expired");
+            }
+            return cdn_content.answer(&Request { path: path.to_owned(), ..request.clone() });
+        }
+        if request.is_blob() {
+            let target = format!("/cdn{}?signature={}", request.path, expiry.load(Ordering::SeqCst));
+            return Response::new(307, "").with("location", target);
+        }
+        content.answer(request)
+    })
+    .await;
+    let dray = Start::with_upstream("docker.io", &origin.url()).run();
+    let path = blob_path(&image);
+    let bytes = image.layer().1;
+    let part = |from: usize| format!("bytes={from}-{}", from + 99);
+    for from in [0, 1000, 2000] {
+        let answer = dray.get_range(&path, &part(from)).await;
+        assert_eq!((answer.status, &answer.body[..]), (206, &bytes[from..from + 100]));
+    }
+    assert_eq!(origin.count("GET", "/v2/library/app/blobs") - origin.count("GET", "/cdn"), 1, "asked once, reused twice");
+    expired.fetch_add(1, Ordering::SeqCst);
+    let answer = dray.get_range(&path, &part(3000)).await;
+    assert_eq!((answer.status, &answer.body[..]), (206, &bytes[3000..3100]));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn redirects_in_circles_and_to_private_addresses_are_refused() {
+    let secret = Origin::answering(|_| Response::new(200, noise(1, 1000))).await;
+    let inside = secret.url();
+    for target in ["/v2/library/app/blobs/x", inside.as_str(), "https://169.254.169.254/latest", "https://127.0.0.1/x", "file:///etc/passwd", ""] {
+        let location = target.to_owned();
+        let (_origin, dray, image) = rig(move |_, _, _| Response::new(307, "").with("location", &location)).await;
+        // Either the origin makes no sense, or the guard says no.
+        let answer = pull(&dray, &image).await;
+        assert!(matches!(answer.status, 502 | 403), "{target}: {}", answer.status);
+    }
+    assert_eq!(secret.requests().len(), 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_second_upstream_takes_over() {
+    let image = Image::new(1, &[2_000_000]);
+    let limited = Origin::answering(|_| Response::new(429, "")).await;
+    let honest = Origin::start(&[("library/app", "1", &image)], |_, r| r).await;
+    let config = format!(
+        "[[registry]]\nmatch = \"docker.io\"\nupstreams = [\"http://127.0.0.1:1\", \"{}\", \"{}\"]\n",
+        limited.url(),
+        honest.url()
+    );
+    let dray = Start::new(config).run();
+    assert_eq!(dray.get("/v2/library/app/manifests/1?ns=docker.io").await.status, 200);
+    assert_right(&pull(&dray, &image).await, &image);
+}

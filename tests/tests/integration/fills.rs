@@ -1,1 +1,143 @@
-//! soon
+//! One fill, many readers: slow, stalled, gone.
+
+use std::time::Duration;
+
+use dray_tests::dray::{Dray, Start};
+use dray_tests::eventually;
+use dray_tests::http::client;
+use dray_tests::image::Image;
+use dray_tests::origin::{Fault, Origin};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio::task::JoinSet;
+
+const SIZE: usize = 4_000_000;
+
+async fn rig(fault: Fault) -> (Origin, Dray, Image) {
+    let image = Image::new(1, &[SIZE]);
+    let origin = Origin::start(&[("library/app", "1", &image)], move |request, response| {
+        if request.is_blob() { response.fault(fault) } else { response }
+    })
+    .await;
+    let dray = Start::with_upstream("docker.io", &origin.url()).run();
+    (origin, dray, image)
+}
+
+fn path(image: &Image) -> String {
+    format!("/v2/library/app/blobs/{}?ns=docker.io", image.layer().0)
+}
+
+/// A connection that has asked for the blob and read nothing yet.
+async fn ask(dray: &Dray, image: &Image) -> TcpStream {
+    let mut stream = TcpStream::connect(dray.registry).await.unwrap();
+    let request = format!("GET {} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n", path(image));
+    stream.write_all(request.as_bytes()).await.unwrap();
+    stream
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_hundred_clients_and_one_fetch() {
+    let (origin, dray, image) = rig(Fault::GateAfter(1000)).await;
+    let url = dray.url(&path(&image));
+    let mut pulls = JoinSet::new();
+    for nth in 0..100 {
+        let url = url.clone();
+        pulls.spawn(async move {
+            let mut request = client().get(url);
+            // Some resume, as clients do.
+            let skip = if nth % 4 == 0 { nth * 1000 } else { 0 };
+            if skip > 0 {
+                request = request.header("range", format!("bytes={skip}-"));
+            }
+            let answer = request.send().await.unwrap();
+            (skip, answer.headers()["x-dray-source"].clone(), answer.bytes().await.unwrap())
+        });
+    }
+    eventually("the origin is asked", async || (origin.count("GET", "/blobs/") > 0).then_some(())).await;
+    origin.open_gate();
+    let bytes = image.layer().1;
+    while let Some(pulled) = pulls.join_next().await {
+        let (skip, source, body) = pulled.unwrap();
+        assert!(body == bytes.slice(skip..), "wrong bytes");
+        assert!(source == "origin" || source == "disk");
+    }
+    assert_eq!(origin.count("GET", "/blobs/"), 1);
+    assert_eq!(origin.sent(), bytes.len() as u64);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn readers_that_leave_stall_or_crawl_disturb_nobody() {
+    let (origin, dray, image) = rig(Fault::GateAfter(2_000_000)).await;
+    let leaver = ask(&dray, &image).await;
+    let staller = ask(&dray, &image).await;
+    let mut crawler = ask(&dray, &image).await;
+    let crawl = tokio::spawn(async move {
+        let mut byte = [0];
+        let mut count = 0u64;
+        while count < 20_000 && crawler.read(&mut byte).await.is_ok_and(|n| n == 1) {
+            count += 1;
+        }
+        (count, crawler)
+    });
+    eventually("the fill begins", async || (dray.metric("dray_fills{state=\"running\"}").await == 1).then_some(())).await;
+    drop(leaver);
+    origin.open_gate();
+    let answer = dray.get(&path(&image)).await;
+    assert!(answer.complete && answer.body == image.layer().1);
+    let (count, _still_open) = crawl.await.unwrap();
+    assert_eq!(count, 20_000);
+    drop(staller);
+    assert_eq!(origin.count("GET", "/blobs/"), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_fill_whose_only_reader_left_still_ends() {
+    let (origin, dray, image) = rig(Fault::GateAfter(2_000_000)).await;
+    let mut only = ask(&dray, &image).await;
+    let mut some = vec![0; 100_000];
+    only.read_exact(&mut some).await.unwrap();
+    drop(only);
+    origin.open_gate();
+    eventually("the fill ends", async || (dray.metric("dray_fills{state=\"running\"}").await == 0).then_some(())).await;
+    drop(origin);
+    let answer = dray.get(&path(&image)).await;
+    assert_eq!((answer.status, answer.source()), (200, "disk"));
+    assert!(answer.body == image.layer().1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn readers_follow_while_the_blob_grows() {
+    let (origin, dray, image) = rig(Fault::GateAfter(2_000_000)).await;
+    let mut reader = ask(&dray, &image).await;
+    // More than a million bytes arrive although the origin holds back the rest.
+    let mut first = vec![0; 1_000_000];
+    tokio::time::timeout(Duration::from_secs(20), reader.read_exact(&mut first)).await.unwrap().unwrap();
+    assert_eq!(dray.metric("dray_fills{state=\"running\"}").await, 1);
+    origin.open_gate();
+    let mut rest = Vec::new();
+    reader.read_to_end(&mut rest).await.unwrap();
+    first.extend(rest);
+    let body = first.windows(4).position(|w| w == b"\r\n\r\n").unwrap() + 4;
+    assert!(first[body..] == image.layer().1[..]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn pulls_under_way_end_before_a_stopping_dray_does() {
+    let (origin, mut dray, image) = rig(Fault::GateAfter(2_000_000)).await;
+    let mut reader = ask(&dray, &image).await;
+    let mut head = [0; 1000];
+    reader.read_exact(&mut head).await.unwrap();
+    dray.process().signal(rustix::process::Signal::TERM);
+    let readyz = format!("http://{}/readyz", dray.admin);
+    eventually("it is no longer ready", async || {
+        let answer = client().get(&readyz).send().await;
+        answer.map_or(true, |answer| answer.status() == 503).then_some(())
+    })
+    .await;
+    origin.open_gate();
+    let mut rest = Vec::new();
+    reader.read_to_end(&mut rest).await.unwrap();
+    let body = head.windows(4).position(|w| w == b"\r\n\r\n").unwrap() + 4;
+    assert!([&head[body..], &rest].concat() == image.layer().1[..]);
+    assert!(dray.process().wait().success());
+}

@@ -1,1 +1,87 @@
-//! soon
+//! Several drays: each object leaves its origin once.
+
+use dray_tests::dray::{Dray, Start, rule};
+use dray_tests::http::get;
+use dray_tests::image::Image;
+use dray_tests::origin::Origin;
+use dray_tests::process::free_port;
+
+fn cluster(count: usize, registry_rule: &str) -> Vec<Dray> {
+    let ports: Vec<u16> = (0..count).map(|_| free_port()).collect();
+    let members: Vec<String> = ports.iter().map(|port| format!("\"127.0.0.1:{port}\"")).collect();
+    let start = |port: &u16| {
+        let peers = format!("[peers]\nlisten = \"127.0.0.1:{port}\"\nstatic = [{}]\n", members.join(", "));
+        Start::new(format!("{registry_rule}\n{peers}")).run()
+    };
+    ports.iter().map(start).collect()
+}
+
+fn paths(image: &Image) -> Vec<String> {
+    let manifests = image.manifests.keys().map(|digest| format!("/v2/library/app/manifests/{digest}?ns=docker.io"));
+    manifests.chain(image.blobs.keys().map(|digest| format!("/v2/library/app/blobs/{digest}?ns=docker.io"))).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn three_nodes_and_one_fetch_of_each_object() {
+    let image = Image::new(1, &[2_000_000, 700_000, 1000]);
+    let origin = Origin::start(&[("library/app", "1", &image)], |_, r| r).await;
+    let nodes = cluster(3, &rule("docker.io", &origin.url()));
+    let mut peer_answers = 0;
+    for path in paths(&image) {
+        let answers = futures_util::future::join_all(nodes.iter().map(|node| node.get(&path))).await;
+        for answer in &answers {
+            assert_eq!((answer.status, answer.complete), (200, true), "{path}");
+            assert!(answer.body == answers[0].body);
+            peer_answers += usize::from(answer.source() == "peer");
+        }
+        let object = path.split('?').next().unwrap();
+        assert_eq!(origin.count("GET", object), 1, "{path}");
+    }
+    let objects = paths(&image).len();
+    assert_eq!(peer_answers, 2 * objects, "every node but the owner got it from the owner");
+    let received: u64 = futures_util::future::join_all(nodes.iter().map(|node| node.metric("dray_peer_bytes_total{from_zone=\"-\",to_zone=\"-\"}"))).await.iter().sum();
+    let sizes = image.blobs.values().map(bytes::Bytes::len).chain(image.manifests.values().map(|(_, b)| b.len()));
+    assert_eq!(received, 2 * sizes.sum::<usize>() as u64);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_dead_owner_costs_nothing_but_its_share() {
+    let image = Image::new(1, &[2_000_000, 700_000, 1000]);
+    let origin = Origin::start(&[("library/app", "1", &image)], |_, r| r).await;
+    let mut nodes = cluster(3, &rule("docker.io", &origin.url()));
+    nodes[0].process().kill();
+    for path in paths(&image) {
+        for node in &nodes[1..] {
+            let answer = node.get(&path).await;
+            assert_eq!((answer.status, answer.complete), (200, true), "{path}");
+        }
+        let object = path.split('?').next().unwrap();
+        assert_eq!(origin.count("GET", object), 1, "the next owner fetches for all: {path}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_peer_port_gives_only_what_a_digest_proves() {
+    let image = Image::new(1, &[1000]);
+    let origin = Origin::start(&[("library/app", "1", &image)], |_, r| r).await;
+    let rules = format!(
+        "{}[[registry]]\nmatch = \"private.io\"\nupstreams = [\"{}\"]\ncredentials = {{ username = \"u\", password_env = \"HOME\" }}\n\
+         [[registry]]\nmatch = \"denied.io\"\ndeny = true\n",
+        rule("docker.io", &origin.url()),
+        origin.url()
+    );
+    let nodes = cluster(1, &rules);
+    let peer = nodes[0].peers.unwrap();
+    let (layer, _) = image.layer();
+    for (path, status) in [
+        (format!("/v2/library/app/blobs/{layer}?ns=docker.io"), 200),
+        (format!("/v2/library/app/manifests/{}?ns=docker.io", image.digest), 200),
+        ("/v2/library/app/manifests/1?ns=docker.io".to_owned(), 403),
+        ("/v2/library/app/tags/list?ns=docker.io".to_owned(), 403),
+        (format!("/v2/library/app/blobs/{layer}?ns=private.io"), 403),
+        (format!("/v2/library/app/blobs/{layer}?ns=denied.io"), 403),
+        (format!("/v2/library/app/blobs/{layer}?ns=127.0.0.1%3A{}", origin.address.port()), 200),
+    ] {
+        assert_eq!(get(&format!("http://{peer}{path}"), &[]).await.status, status, "{path}");
+    }
+}

@@ -1,1 +1,100 @@
-//! soon
+//! Ranges on hits, on running fills and on misses.
+
+use dray_tests::dray::Start;
+use dray_tests::eventually;
+use dray_tests::http::get;
+use dray_tests::image::Image;
+use dray_tests::origin::Origin;
+
+/// The cases of the conformance suite, on a blob of any size: what is asked, and what comes.
+fn cases(total: usize) -> Vec<(String, Option<(usize, usize)>)> {
+    vec![
+        ("bytes=500-1499".into(), Some((500, 1500))),
+        ("bytes=500-".into(), Some((500, total))),
+        ("bytes=0-".into(), Some((0, total))),
+        ("bytes=-500".into(), Some((total - 500, total))),
+        (format!("bytes={}-{}", total - 100, total + 5000), Some((total - 100, total))),
+        ("bytes=0-0".into(), Some((0, 1))),
+        ("bytes=500-0".into(), None),
+        (format!("bytes={total}-"), None),
+    ]
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_right_bytes_small_and_large_cold_and_warm() {
+    let image = Image::new(1, &[2_000_000, 3000]);
+    for layer in &image.layers {
+        let bytes = &image.blobs[layer];
+        for (range, want) in cases(bytes.len()) {
+            let origin = Origin::start(&[("library/app", "1", &image)], |_, r| r).await;
+            let dray = Start::with_upstream("docker.io", &origin.url()).run();
+            let path = format!("/v2/library/app/blobs/{layer}?ns=docker.io");
+            for state in ["cold", "warm"] {
+                let answer = dray.get_range(&path, &range).await;
+                let case = format!("{range} of {} bytes, {state}", bytes.len());
+                match want {
+                    Some((start, end)) => {
+                        assert_eq!(answer.status, 206, "{case}: {}", answer.text());
+                        assert!(answer.body == bytes.slice(start..end), "{case}: wrong bytes");
+                        let content_range = format!("bytes {start}-{}/{}", end - 1, bytes.len());
+                        assert_eq!(answer.header("content-range"), Some(content_range.as_str()), "{case}");
+                    }
+                    None => {
+                        assert_eq!(answer.status, 416, "{case}");
+                        let content_range = format!("bytes */{}", bytes.len());
+                        assert_eq!(answer.header("content-range"), Some(content_range.as_str()), "{case}");
+                    }
+                }
+                let whole = dray.get(&path).await;
+                assert!(whole.body == *bytes, "{case}: the whole afterwards");
+                assert_eq!(whole.header("accept-ranges"), Some("bytes"));
+            }
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn several_ranges_are_answered_with_the_whole() {
+    let image = Image::new(1, &[400_000]);
+    let origin = Origin::start(&[("library/app", "1", &image)], |_, r| r).await;
+    let dray = Start::with_upstream("docker.io", &origin.url()).run();
+    let (layer, bytes) = image.layer();
+    let answer = dray.get_range(&format!("/v2/library/app/blobs/{layer}?ns=docker.io"), "bytes=0-1,5-9").await;
+    assert_eq!((answer.status, &answer.body), (200, bytes));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_small_read_of_a_large_blob_does_not_fetch_it() {
+    let image = Image::new(1, &[12_000_000]);
+    let origin = Origin::start(&[("library/app", "1", &image)], |_, r| r).await;
+    let dray = Start::with_upstream("docker.io", &origin.url()).run();
+    let (layer, bytes) = image.layer();
+    let path = format!("/v2/library/app/blobs/{layer}?ns=docker.io");
+    for start in [5_000_000, 1_000_000, 11_000_000] {
+        let answer = dray.get_range(&path, &format!("bytes={start}-{}", start + 49_999)).await;
+        assert_eq!((answer.status, answer.source()), (206, "origin"));
+        assert!(answer.body == bytes.slice(start..start + 50_000));
+    }
+    assert_eq!(origin.sent(), 150_000, "nothing but what was asked for");
+    // A good share: now the whole is worth having.
+    let answer = dray.get_range(&path, "bytes=0-999999").await;
+    assert!(answer.body == bytes.slice(..1_000_000));
+    let whole = dray.get(&path).await;
+    assert!(whole.body == *bytes);
+    eventually("the fill ends", async || (dray.metric("dray_fills{state=\"running\"}").await == 0).then_some(())).await;
+    drop(origin);
+    assert_eq!(dray.get(&path).await.source(), "disk");
+}
+
+/// containerd 2.1.0 to 2.1.2 ask for manifests like this, and parallel layer fetch does.
+#[tokio::test(flavor = "multi_thread")]
+async fn manifests_know_ranges_too() {
+    let image = Image::new(1, &[1000]);
+    let origin = Origin::start(&[("library/app", "1", &image)], |_, r| r).await;
+    let dray = Start::with_upstream("docker.io", &origin.url()).run();
+    let url = dray.url("/v2/library/app/manifests/1?ns=docker.io");
+    let answer = get(&url, &[("range", "bytes=0-")]).await;
+    assert_eq!((answer.status, &answer.body), (206, image.index()));
+    let answer = get(&url, &[("range", "bytes=10-19")]).await;
+    assert_eq!((answer.status, &answer.body[..]), (206, &image.index()[10..20]));
+}

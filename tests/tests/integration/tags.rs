@@ -1,1 +1,174 @@
-//! soon
+//! Tags are leases: believed for a while, asked again, served stale rather than failed.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use dray_tests::dray::Start;
+use dray_tests::http::Answer;
+use dray_tests::image::Image;
+use dray_tests::origin::{Content, Fault, Origin, Response};
+
+const PATH: &str = "/v2/library/app/manifests/1?ns=docker.io";
+
+/// How the origin behaves by now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Mood {
+    First,
+    Second,
+    Fails,
+    Limits,
+    Silent,
+    Gone,
+    Denies,
+}
+
+const MOODS: [Mood; 7] =
+    [Mood::First, Mood::Second, Mood::Fails, Mood::Limits, Mood::Silent, Mood::Gone, Mood::Denies];
+
+struct Rig {
+    origin: Origin,
+    mood: Arc<AtomicUsize>,
+    images: [Image; 2],
+}
+
+impl Rig {
+    async fn new() -> Self {
+        let images = [Image::new(1, &[1000]), Image::new(2, &[1000])];
+        let contents = images.each_ref().map(|image| Content::new(&[("library/app", "1", image)]));
+        let mood = Arc::new(AtomicUsize::new(0));
+        let now = mood.clone();
+        let origin = Origin::answering(move |request| match MOODS[now.load(Ordering::SeqCst)] {
+            Mood::First => contents[0].answer(request),
+            Mood::Second => contents[1].answer(request),
+            Mood::Fails => Response::new(500, ""),
+            Mood::Limits => Response::new(429, ""),
+            Mood::Silent => Response::new(200, "").fault(Fault::Silent),
+            Mood::Gone => Response::new(404, ""),
+            Mood::Denies => Response::new(403, ""),
+        })
+        .await;
+        Self { origin, mood, images }
+    }
+
+    fn is(&self, mood: Mood) {
+        let nth = MOODS.iter().position(|m| *m == mood).unwrap();
+        self.mood.store(nth, Ordering::SeqCst);
+    }
+
+    fn start(&self, more: &str) -> Start {
+        Start::new(format!(
+            "[[registry]]\nmatch = \"docker.io\"\nupstreams = [\"{}\"]\nnegative_ttl = \"0s\"\n{more}",
+            self.origin.url()
+        ))
+    }
+
+    fn assert_is(&self, answer: &Answer, nth: usize) {
+        assert_eq!((answer.status, &answer.body), (200, self.images[nth].index()), "{}", answer.text());
+        assert_eq!(answer.header("docker-content-digest"), Some(self.images[nth].digest.as_str()));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn within_its_time_a_tag_is_not_asked_for_again() {
+    let rig = Rig::new().await;
+    let dray = rig.start("tag_ttl = \"1h\"").run();
+    rig.assert_is(&dray.get(PATH).await, 0);
+    let asked = rig.origin.requests().len();
+    rig.is(Mood::Second);
+    let again = dray.get(PATH).await;
+    rig.assert_is(&again, 0);
+    assert_eq!((rig.origin.requests().len(), again.source()), (asked, "memory"));
+    assert!(again.header("age").is_some());
+    // Not even after a kill: the lease is on disk.
+    let dray = dray.kill_and_restart();
+    rig.assert_is(&dray.get(PATH).await, 0);
+    assert_eq!(rig.origin.requests().len(), asked);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn after_its_time_a_head_finds_the_new_meaning() {
+    let rig = Rig::new().await;
+    let dray = rig.start("tag_ttl = \"0s\"").run();
+    rig.assert_is(&dray.get(PATH).await, 0);
+    rig.assert_is(&dray.get(PATH).await, 0);
+    assert_eq!((rig.origin.count("HEAD", "/1"), rig.origin.count("GET", "/")), (2, 1), "unchanged: no second GET");
+    rig.is(Mood::Second);
+    rig.assert_is(&dray.get(PATH).await, 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_origin_in_trouble_means_stale_and_says_so() {
+    let rig = Rig::new().await;
+    let dray = rig.start("tag_ttl = \"0s\"").run();
+    rig.assert_is(&dray.get(PATH).await, 0);
+    for mood in [Mood::Fails, Mood::Limits, Mood::Silent] {
+        rig.is(mood);
+        let stale = dray.get(PATH).await;
+        rig.assert_is(&stale, 0);
+        assert_eq!(stale.source(), "stale", "{mood:?}");
+    }
+    assert_eq!(dray.metric("dray_stale_total{reason=\"limited\"}").await, 1);
+    let start = dray.start().clone();
+    drop((rig.origin, dray));
+    let dray = start.run();
+    let off = dray.get(PATH).await;
+    assert_eq!((off.status, off.source()), (200, "stale"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn gone_and_denied_are_answers_and_not_trouble() {
+    let rig = Rig::new().await;
+    let dray = rig.start("tag_ttl = \"0s\"").run();
+    rig.assert_is(&dray.get(PATH).await, 0);
+    rig.is(Mood::Denies);
+    assert_eq!(dray.get(PATH).await.status, 403);
+    rig.is(Mood::Gone);
+    assert_eq!(dray.get(PATH).await.status, 404);
+    rig.is(Mood::Fails);
+    assert_eq!(dray.get(PATH).await.status, 503, "a deleted tag does not come back as stale");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn immutable_tags_are_never_asked_for_again() {
+    let rig = Rig::new().await;
+    let dray = rig.start("tag_ttl = \"0s\"\nimmutable_tags = ['\\d+']").run();
+    rig.assert_is(&dray.get(PATH).await, 0);
+    rig.is(Mood::Second);
+    rig.assert_is(&dray.get(PATH).await, 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn not_found_is_believed_for_a_moment_only() {
+    let rig = Rig::new().await;
+    rig.is(Mood::Gone);
+    let config = format!(
+        "[[registry]]\nmatch = \"docker.io\"\nupstreams = [\"{0}\"]\nnegative_ttl = \"1h\"\n\
+         [[registry]]\nmatch = \"quay.io\"\nupstreams = [\"{0}\"]\nnegative_ttl = \"0s\"",
+        rig.origin.url()
+    );
+    let dray = Start::new(config).run();
+    for _ in 0..5 {
+        assert_eq!(dray.get(PATH).await.status, 404);
+    }
+    assert_eq!(rig.origin.count("HEAD", "/1"), 1);
+    let elsewhere = "/v2/library/app/manifests/1?ns=quay.io";
+    assert_eq!(dray.get(elsewhere).await.status, 404);
+    rig.is(Mood::First);
+    assert_eq!(dray.get(PATH).await.status, 404, "still believed");
+    rig.assert_is(&dray.get(elsewhere).await, 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn many_ask_for_a_tag_and_one_request_goes_out() {
+    let rig = Rig::new().await;
+    let dray = rig.start("").run();
+    let mut pulls = tokio::task::JoinSet::new();
+    for _ in 0..50 {
+        let url = dray.url(PATH);
+        pulls.spawn(async move { dray_tests::http::get(&url, &[]).await });
+    }
+    while let Some(answer) = pulls.join_next().await {
+        rig.assert_is(&answer.unwrap(), 0);
+    }
+    assert_eq!((rig.origin.count("HEAD", "/1"), rig.origin.count("GET", "/manifests/")), (1, 1));
+}
