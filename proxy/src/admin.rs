@@ -22,7 +22,8 @@ pub struct Readiness {
     ready: AtomicBool,
 }
 
-const INDEX: &str = "dray\n\n/livez    the process answers\n/readyz   clients may be sent here\n/metrics  for Prometheus\n";
+const INDEX: &str =
+    "dray\n\n/livez    the process answers\n/readyz   clients may be sent here\n/metrics  for Prometheus\n";
 
 #[async_trait]
 impl ServeHttp for Admin {

@@ -163,8 +163,8 @@ impl Config {
     /// Reads and checks a file.
     pub fn load(path: &Path) -> Result<Self, ConfigError> {
         let file = path.display().to_string();
-        let text = std::fs::read_to_string(path)
-            .map_err(|source| ConfigError::Unreadable { file: file.clone(), source })?;
+        let text =
+            std::fs::read_to_string(path).map_err(|source| ConfigError::Unreadable { file: file.clone(), source })?;
         Self::parse(&text, &file)
     }
 
@@ -200,10 +200,7 @@ impl Config {
         self.check_rules(&at)
     }
 
-    fn check_rules(
-        &self,
-        at: &dyn Fn(usize, &str, String) -> ConfigError,
-    ) -> Result<(), ConfigError> {
+    fn check_rules(&self, at: &dyn Fn(usize, &str, String) -> ConfigError) -> Result<(), ConfigError> {
         let mut aliases: HashMap<&str, &HostPattern> = HashMap::new();
         for (index, spanned) in self.registry.iter().enumerate() {
             let (rule, start) = (spanned.get_ref(), spanned.span().start);
@@ -329,10 +326,8 @@ mod tests {
         let sample = include_str!("../../config/dray.toml");
         assert_eq!(Config::parse(sample, "config/dray.toml").unwrap(), Config::default());
         // Optional keys stand there as comments: uncommented, the file must still be understood.
-        let uncommented: String = sample
-            .lines()
-            .map(|line| line.strip_prefix("#: ").unwrap_or(line).to_owned() + "\n")
-            .collect();
+        let uncommented: String =
+            sample.lines().map(|line| line.strip_prefix("#: ").unwrap_or(line).to_owned() + "\n").collect();
         let full = Config::parse(&uncommented, "config/dray.toml").unwrap();
         assert_eq!(full.registry.len(), 1);
         assert!(full.peers.listen.is_some() && full.tls.client_ca.is_some());
@@ -341,10 +336,8 @@ mod tests {
     #[test]
     fn a_bogus_key_in_any_table_is_an_error() {
         let sample = include_str!("../../config/dray.toml");
-        let uncommented: String = sample
-            .lines()
-            .map(|line| line.strip_prefix("#: ").unwrap_or(line).to_owned() + "\n")
-            .collect();
+        let uncommented: String =
+            sample.lines().map(|line| line.strip_prefix("#: ").unwrap_or(line).to_owned() + "\n").collect();
         let tables = uncommented.lines().filter(|l| l.starts_with('[')).count();
         assert!(tables >= 7, "the sample shows every table");
         for nth in 0..=tables {
@@ -376,9 +369,15 @@ mod tests {
             ("[[registry]]\nmatch = \"a.io\"\nimmutable_tags = [\"(\"]", &["line 3", "immutable_tags"]),
             ("[[registry]]\nmatch = \"a b\"", &["line 2", "match"]),
             ("[[registry]]\nupstreams = []", &["match"]),
-            ("[[registry]]\nmatch = \"a.io\"\n[[registry]]\nmatch = \"a.io\"", &["dray.toml:3", "registry.match", "a.io"]),
+            (
+                "[[registry]]\nmatch = \"a.io\"\n[[registry]]\nmatch = \"a.io\"",
+                &["dray.toml:3", "registry.match", "a.io"],
+            ),
             ("[[registry]]\nmatch = \"*\"\n[[registry]]\nmatch = \"b.io\"", &["dray.toml:3", "never reached"]),
-            ("[[registry]]\nmatch = \"*.io\"\ncredentials = { username = \"u\", password_env = \"P\" }", &["dray.toml:1", "credentials"]),
+            (
+                "[[registry]]\nmatch = \"*.io\"\ncredentials = { username = \"u\", password_env = \"P\" }",
+                &["dray.toml:1", "credentials"],
+            ),
             ("[[registry]]\nmatch = \"a.io\"\ncredentials = { username = \"u\" }", &["line 3", "password"]),
             ("[[registry]]\nmatch = \"a.io\"\naccess = \"client\"", &["line 3", "shared"]),
             ("[[registry]]\nmatch = \"a.io\"\nalias = [\"x.y\"]", &["dray.toml:1", "registry.alias"]),

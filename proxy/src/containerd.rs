@@ -123,9 +123,7 @@ fn hosts_toml(mirror: &str) -> Result<String, HostsError> {
         return Err(wrong());
     }
     let origin = url.origin().ascii_serialization();
-    Ok(format!(
-        "{MARK}\n\n[host.\"{origin}\"]\n  capabilities = [\"pull\", \"resolve\"]\n  dial_timeout = \"1s\"\n"
-    ))
+    Ok(format!("{MARK}\n\n[host.\"{origin}\"]\n  capabilities = [\"pull\", \"resolve\"]\n  dial_timeout = \"1s\"\n"))
 }
 
 fn is_ours(content: &[u8]) -> bool {

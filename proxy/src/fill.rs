@@ -262,11 +262,8 @@ impl Running<'_> {
         let Some(place) = &self.fill.place else {
             return Err(SourceError::NotFound);
         };
-        let object = SmallObject {
-            media_type: BLOB_MEDIA_TYPE.into(),
-            provenance: Arc::new(place.provenance()),
-            bytes,
-        };
+        let object =
+            SmallObject { media_type: BLOB_MEDIA_TYPE.into(), provenance: Arc::new(place.provenance()), bytes };
         self.fills.store.small.insert(&self.fill.digest, Kind::Blob, object.clone());
         Ok(Opened::Small { object, from: feed.served_from() })
     }
@@ -315,8 +312,7 @@ impl Running<'_> {
         let Some(place) = &self.fill.place else { return };
         let (large, digest, provenance) =
             (self.fills.store.large.clone(), self.fill.digest.clone(), place.provenance());
-        let published =
-            tokio::task::spawn_blocking(move || large.publish(draft, &digest, &provenance)).await;
+        let published = tokio::task::spawn_blocking(move || large.publish(draft, &digest, &provenance)).await;
         if let Ok(Err(error)) = published {
             tracing::warn!(digest = %self.fill.digest, %error, "a blob could not be kept");
         }

@@ -12,15 +12,17 @@ pub struct Flights<K, V> {
     under_way: Arc<Mutex<HashMap<K, watch::Receiver<Option<V>>>>>,
 }
 
+impl<K, V> Default for Flights<K, V> {
+    fn default() -> Self {
+        Self { under_way: Arc::default() }
+    }
+}
+
 impl<K, V> Flights<K, V>
 where
     K: Clone + Eq + Hash + Send + 'static,
     V: Clone + Send + Sync + 'static,
 {
-    pub fn new() -> Self {
-        Self { under_way: Arc::default() }
-    }
-
     /// Waits for the answer of the flight under way, or starts one.
     ///
     /// The flight is a task of its own: callers may leave, it still lands. None: it panicked.
@@ -72,15 +74,17 @@ mod tests {
 
     #[tokio::test]
     async fn many_ask_one_goes_and_the_next_goes_again() {
-        let flights = Arc::new(Flights::<u8, usize>::new());
+        let flights = Arc::new(Flights::<u8, usize>::default());
         let started = Arc::new(AtomicUsize::new(0));
         let ask = || {
             let (flights, started) = (flights.clone(), started.clone());
             async move {
-                flights.join(1, || async move {
-                    tokio::task::yield_now().await;
-                    started.fetch_add(1, Ordering::SeqCst)
-                }).await
+                flights
+                    .join(1, || async move {
+                        tokio::task::yield_now().await;
+                        started.fetch_add(1, Ordering::SeqCst)
+                    })
+                    .await
             }
         };
         let answers = futures_util::future::join_all((0..50).map(|_| ask())).await;
@@ -90,7 +94,7 @@ mod tests {
 
     #[tokio::test]
     async fn the_first_caller_may_leave() {
-        let flights = Flights::<u8, u8>::new();
+        let flights = Flights::<u8, u8>::default();
         let (go, gone) = tokio::sync::oneshot::channel::<()>();
         let first = flights.join(1, || async move {
             let _ = gone.await;
@@ -105,7 +109,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_panic_blocks_nobody() {
-        let flights = Flights::<u8, u8>::new();
+        let flights = Flights::<u8, u8>::default();
         assert_eq!(flights.join(1, || async { panic!("on purpose") }).await, None);
         assert_eq!(flights.join(1, || async { 3 }).await, Some(3));
     }

@@ -158,7 +158,9 @@ impl Serve {
         }
         if let Some(disk) = self.cache_disk {
             if disk < MIN_DISK {
-                return Err(Failure::Usage(format!("--cache-disk {disk} is too little, at least {MIN_DISK} are needed")));
+                return Err(Failure::Usage(format!(
+                    "--cache-disk {disk} is too little, at least {MIN_DISK} are needed"
+                )));
             }
             config.cache.disk = disk;
         }

@@ -3,8 +3,7 @@
 
 use prometheus::core::Collector;
 use prometheus::{
-    Encoder, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts,
-    Registry, TextEncoder,
+    Encoder, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder,
 };
 
 pub const REQUESTS: &str = "dray_requests_total";
@@ -59,9 +58,7 @@ impl Metrics {
             let counter = IntCounterVec::new(Opts::new(name, help), labels);
             register(&registry, counter)
         };
-        let gauges = |name, help, labels: &[&str]| {
-            register(&registry, IntGaugeVec::new(Opts::new(name, help), labels))
-        };
+        let gauges = |name, help, labels: &[&str]| register(&registry, IntGaugeVec::new(Opts::new(name, help), labels));
         let seconds = HistogramOpts::new(FIRST_BYTE, "Time to the first byte of an answer, by source.")
             .buckets(vec![0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0]);
         let info = gauges(BUILD_INFO, "Always 1; the version is a label.", &["version"]);

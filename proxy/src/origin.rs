@@ -12,8 +12,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use ::http::header::{
-    ACCEPT, ACCEPT_ENCODING, CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE, RANGE, RETRY_AFTER,
-    WWW_AUTHENTICATE,
+    ACCEPT, ACCEPT_ENCODING, CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE, RANGE, RETRY_AFTER, WWW_AUTHENTICATE,
 };
 use ::http::{HeaderMap, HeaderValue, Method};
 use bytes::{Bytes, BytesMut};
@@ -143,7 +142,9 @@ impl Origin {
             question.headers.insert(RANGE, range);
         }
         let response = self.ask(place, &question, deadline).await?;
-        if claimed_digest(&response).is_some_and(|claimed| claimed.algorithm() == digest.algorithm() && claimed != *digest) {
+        if claimed_digest(&response)
+            .is_some_and(|claimed| claimed.algorithm() == digest.algorithm() && claimed != *digest)
+        {
             return Err(SourceError::Malformed("another blob's Docker-Content-Digest".into()));
         }
         let (start, total) = part.position(response.status().as_u16(), response.headers())?;
@@ -164,7 +165,9 @@ impl Origin {
                 Some(length) => return Ok(length),
                 None => tracing::debug!(%place, %digest, "HEAD without a length"),
             },
-            Err(error @ (SourceError::NotFound | SourceError::Unreachable(_) | SourceError::TimedOut)) => return Err(error),
+            Err(error @ (SourceError::NotFound | SourceError::Unreachable(_) | SourceError::TimedOut)) => {
+                return Err(error);
+            }
             // Signed URLs are often good for GET only.
             Err(error) => tracing::debug!(%place, %digest, %error, "HEAD refused, asking by GET"),
         }
@@ -284,8 +287,13 @@ impl Origin {
     ) -> Option<Response> {
         question.blob?;
         let target = self.redirects.target(url).await?;
-        let ask =
-            Ask { method: question.method.clone(), url: target, headers: &question.headers, authorization: None, form: None };
+        let ask = Ask {
+            method: question.method.clone(),
+            url: target,
+            headers: &question.headers,
+            authorization: None,
+            form: None,
+        };
         match self.http.send(home, &ask, deadline).await.and_then(checked) {
             Ok(response) => Some(response),
             Err(error) => {

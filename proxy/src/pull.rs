@@ -75,9 +75,9 @@ impl Pull {
             peers,
             metrics,
             negatives: Negatives::new(),
-            manifest_flights: Flights::new(),
-            tag_flights: Flights::new(),
-            length_flights: Flights::new(),
+            manifest_flights: Flights::default(),
+            tag_flights: Flights::default(),
+            length_flights: Flights::default(),
             learned: moka::sync::Cache::new(50_000),
             asked: moka::sync::Cache::builder().max_capacity(50_000).time_to_idle(Duration::from_secs(600)).build(),
         }

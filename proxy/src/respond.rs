@@ -61,8 +61,12 @@ impl Reply {
 
     /// Anything but GET and HEAD.
     pub fn read_only() -> Self {
-        Self::error(StatusCode::METHOD_NOT_ALLOWED, ErrorCode::Unsupported, "this is a pull-through cache: push to the registry itself")
-            .header(ALLOW, "GET, HEAD")
+        Self::error(
+            StatusCode::METHOD_NOT_ALLOWED,
+            ErrorCode::Unsupported,
+            "this is a pull-through cache: push to the registry itself",
+        )
+        .header(ALLOW, "GET, HEAD")
     }
 
     pub fn overloaded() -> Self {

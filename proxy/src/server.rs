@@ -153,8 +153,9 @@ impl Ports {
     fn reserve(config: &mut Config) -> Result<Self, StartError> {
         let mut held = Vec::new();
         let mut hold = |key: &str, address: SocketAddr| {
-            let (socket, bound) = hold_port(address)
-                .map_err(|e| StartError::Failed(format!("{key} = \"{address}\": {e}; choose another address or port")))?;
+            let (socket, bound) = hold_port(address).map_err(|e| {
+                StartError::Failed(format!("{key} = \"{address}\": {e}; choose another address or port"))
+            })?;
             held.push(socket);
             Ok(bound)
         };
@@ -193,9 +194,7 @@ fn hold_port(address: SocketAddr) -> Result<(std::os::fd::OwnedFd, SocketAddr), 
 fn reachable(address: SocketAddr) -> SocketAddr {
     match address {
         SocketAddr::V4(v4) if v4.ip().is_unspecified() => SocketAddr::from(([127, 0, 0, 1], v4.port())),
-        SocketAddr::V6(v6) if v6.ip().is_unspecified() => {
-            SocketAddr::from((std::net::Ipv6Addr::LOCALHOST, v6.port()))
-        }
+        SocketAddr::V6(v6) if v6.ip().is_unspecified() => SocketAddr::from((std::net::Ipv6Addr::LOCALHOST, v6.port())),
         other => other,
     }
 }

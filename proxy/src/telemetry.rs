@@ -15,9 +15,14 @@ pub enum LogFormat {
 pub fn init(filter: &str, format: LogFormat) -> Result<(), String> {
     // Pingora reports each early close of a client as an error, the TLS verifier each refused
     // certificate: both stand in our own lines already.
-    let directives = format!("{filter},pingora_core=off,pingora_proxy=off,foyer=error,foyer_storage=error,rustls_platform_verifier=off,hickory_resolver=error,hickory_net=error");
+    let directives = format!(
+        "{filter},pingora_core=off,pingora_proxy=off,foyer=error,foyer_storage=error,rustls_platform_verifier=off,hickory_resolver=error,hickory_net=error"
+    );
     let filter = EnvFilter::try_new(&directives).map_err(|e| format!("log filter \"{filter}\": {e}"))?;
-    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(std::io::stderr().is_terminal());
+    let builder = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal());
     let started = match format {
         LogFormat::Text => builder.try_init(),
         LogFormat::Json => builder.json().flatten_event(true).with_current_span(false).try_init(),

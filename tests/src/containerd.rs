@@ -59,7 +59,13 @@ impl Containerd {
         std::fs::write(&config, plugins).expect("the configuration is written");
         let log = std::fs::File::create(dir.path().join("log")).expect("a log file");
         let process = Process::spawn(
-            Command::new(daemon).arg("--config").arg(&config).arg("--log-level").arg("debug").stdout(Stdio::null()).stderr(log),
+            Command::new(daemon)
+                .arg("--config")
+                .arg(&config)
+                .arg("--log-level")
+                .arg("debug")
+                .stdout(Stdio::null())
+                .stderr(log),
         );
         let containerd = Self { dir, socket, ctr, _process: process };
         eventually("containerd answers", async || containerd.ctr(&["version"]).status.success().then_some(())).await;

@@ -133,6 +133,11 @@ impl Dray {
         line.and_then(|line| line.rsplit(' ').next()?.parse().ok()).unwrap_or(0)
     }
 
+    /// The process id.
+    pub fn id(&self) -> u32 {
+        self.process.id()
+    }
+
     pub fn process(&mut self) -> &mut Process {
         &mut self.process
     }

@@ -42,11 +42,7 @@ pub fn client() -> Client {
     PROVIDER.get_or_init(|| {
         let _ = rustls::crypto::ring::default_provider().install_default();
     });
-    Client::builder()
-        .no_proxy()
-        .redirect(reqwest::redirect::Policy::none())
-        .build()
-        .expect("a client of constants")
+    Client::builder().no_proxy().redirect(reqwest::redirect::Policy::none()).build().expect("a client of constants")
 }
 
 pub async fn get(url: &str, headers: &[(&str, &str)]) -> Answer {

@@ -27,8 +27,11 @@ pub async fn eventually<T>(what: &str, mut probe: impl AsyncFnMut() -> Option<T>
 
 /// The directory that `cargo` builds into for this profile.
 pub fn build_dir() -> PathBuf {
-    let test = std::env::current_exe().expect("a test has a path");
-    test.ancestors().nth(2).expect("tests lie in <profile>/deps").to_owned()
+    let program = std::env::current_exe().expect("a program has a path");
+    let dir = program.parent().expect("a program lies in a directory");
+    // Tests lie in <profile>/deps, programs in <profile>.
+    let profile = if dir.ends_with("deps") { dir.parent() } else { Some(dir) };
+    profile.expect("cargo's layout").to_owned()
 }
 
 /// A Go tool built by `make tools`.

@@ -160,7 +160,7 @@ impl Response {
         Self { status, headers: Vec::new(), body: body.into(), fault: Fault::None }
     }
 
-    pub fn with(mut self, name: &str, value: impl ToString) -> Self {
+    pub fn with(mut self, name: &str, value: impl std::fmt::Display) -> Self {
         self.headers.retain(|(known, _)| !known.eq_ignore_ascii_case(name));
         self.headers.push((name.to_owned(), value.to_string()));
         self

@@ -109,8 +109,6 @@ fn serve(dir: &Path, name: &str, port: u16, settings: &str) -> Process {
 }
 
 async fn listening(port: u16) {
-    eventually("docker-registry listens", async || {
-        tokio::net::TcpStream::connect(("127.0.0.1", port)).await.ok()
-    })
-    .await;
+    eventually("docker-registry listens", async || tokio::net::TcpStream::connect(("127.0.0.1", port)).await.ok())
+        .await;
 }

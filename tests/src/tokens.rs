@@ -69,6 +69,11 @@ fn sign(key: &Path, cert: &str, repository: &str) -> String {
     let dir = tempfile::tempdir().expect("a temporary directory");
     let (input, output) = (dir.path().join("in"), dir.path().join("out"));
     std::fs::write(&input, format!("{head}.{claims}")).expect("written");
-    run(std::process::Command::new("openssl").args(["dgst", "-sha256", "-sign"]).arg(key).arg("-out").arg(&output).arg(&input));
+    run(std::process::Command::new("openssl")
+        .args(["dgst", "-sha256", "-sign"])
+        .arg(key)
+        .arg("-out")
+        .arg(&output)
+        .arg(&input));
     format!("{head}.{claims}.{}", URL_SAFE_NO_PAD.encode(std::fs::read(output).expect("signed")))
 }

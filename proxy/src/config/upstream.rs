@@ -55,15 +55,18 @@ impl std::str::FromStr for Upstream {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let url = url::Url::parse(text)
-            .map_err(|e| format!("upstream \"{text}\": {e}: write it as \"https://host\""))?;
+        let url =
+            url::Url::parse(text).map_err(|e| format!("upstream \"{text}\": {e}: write it as \"https://host\""))?;
         let scheme = match url.scheme() {
             "http" => Scheme::Http,
             "https" => Scheme::Https,
             other => return Err(format!("upstream \"{text}\": {other} is neither http nor https")),
         };
         if !url.username().is_empty() || url.password().is_some() {
-            return Err(format!("upstream at {}: a password belongs into credentials", url.host_str().unwrap_or_default()));
+            return Err(format!(
+                "upstream at {}: a password belongs into credentials",
+                url.host_str().unwrap_or_default()
+            ));
         }
         if url.query().is_some() || url.fragment().is_some() {
             return Err(format!("upstream \"{text}\": a query has no place here"));

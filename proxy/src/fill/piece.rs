@@ -5,40 +5,27 @@ use std::sync::{Mutex, PoisonError};
 
 use bytes::Bytes;
 
-/// Memory that all readers' pieces take together, in bytes.
-const ALL_PIECES: usize = 32 * 1024 * 1024;
-const LARGEST: usize = 256 * 1024;
+/// Memory that all pieces together should take, in bytes.
+const ALL_PIECES: usize = 24 * 1024 * 1024;
+const LARGEST: usize = 1024 * 1024;
 const SMALLEST: usize = 16 * 1024;
 
-/// Buffers kept for the next reader.
-const MAX_SPARE: usize = 16;
+/// A new piece takes at most this part of what is left.
+const SHARE: usize = 16;
 
-static READERS: AtomicUsize = AtomicUsize::new(0);
+/// Buffers kept for the next piece.
+const MAX_SPARE: usize = 8;
+
+static IN_USE: AtomicUsize = AtomicUsize::new(0);
 static SPARE: Mutex<Vec<Box<[u8]>>> = Mutex::new(Vec::new());
 
-/// Counts one reader for as long as it lives.
-pub(super) struct Seat(());
-
-impl Seat {
-    pub(super) fn take() -> Self {
-        READERS.fetch_add(1, Ordering::Relaxed);
-        Self(())
-    }
-
-    /// How much to read at once: the more readers, the less each.
-    pub(super) fn piece_len(&self) -> usize {
-        piece_len(READERS.load(Ordering::Relaxed))
-    }
+/// How much to read at once: the more slow readers hold, the less is left for each.
+pub(super) fn piece_len() -> usize {
+    len_with(IN_USE.load(Ordering::Relaxed))
 }
 
-impl Drop for Seat {
-    fn drop(&mut self) {
-        READERS.fetch_sub(1, Ordering::Relaxed);
-    }
-}
-
-fn piece_len(readers: usize) -> usize {
-    let share = ALL_PIECES / readers.max(1);
+fn len_with(in_use: usize) -> usize {
+    let share = ALL_PIECES.saturating_sub(in_use) / SHARE;
     (share / SMALLEST * SMALLEST).clamp(SMALLEST, LARGEST)
 }
 
@@ -51,13 +38,13 @@ pub(super) struct Piece {
 
 impl Piece {
     pub(super) fn new(len: usize) -> Self {
-        let spare = (len == LARGEST).then(|| SPARE.lock().unwrap_or_else(PoisonError::into_inner).pop()).flatten();
+        let spare = (len == LARGEST).then(|| spares().pop()).flatten();
+        IN_USE.fetch_add(len, Ordering::Relaxed);
         Self { memory: spare.unwrap_or_else(|| vec![0; len].into_boxed_slice()), filled: 0 }
     }
 
-    pub(super) fn memory(&mut self, len: usize) -> &mut [u8] {
-        let len = len.min(self.memory.len());
-        &mut self.memory[..len]
+    pub(super) fn memory(&mut self) -> &mut [u8] {
+        &mut self.memory
     }
 
     /// The first `filled` bytes.
@@ -75,8 +62,9 @@ impl AsRef<[u8]> for Piece {
 
 impl Drop for Piece {
     fn drop(&mut self) {
+        IN_USE.fetch_sub(self.memory.len(), Ordering::Relaxed);
         if self.memory.len() == LARGEST {
-            let mut spare = SPARE.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut spare = spares();
             if spare.len() < MAX_SPARE {
                 spare.push(std::mem::take(&mut self.memory));
             }
@@ -84,23 +72,30 @@ impl Drop for Piece {
     }
 }
 
+fn spares() -> std::sync::MutexGuard<'static, Vec<Box<[u8]>>> {
+    // Only pushed to and popped from under the lock.
+    SPARE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn pieces_shrink_as_readers_grow() {
-        assert_eq!(piece_len(1), LARGEST);
-        assert_eq!(piece_len(128), LARGEST);
-        assert_eq!(piece_len(500), 64 * 1024);
-        assert_eq!(piece_len(100_000), SMALLEST);
-        assert!((0..4000).all(|n| n * piece_len(n) <= ALL_PIECES || piece_len(n) == SMALLEST));
+    fn five_hundred_slow_readers_stay_within_the_bound() {
+        assert_eq!(len_with(0), LARGEST);
+        let mut in_use = 0;
+        for _ in 0..500 {
+            in_use += len_with(in_use);
+        }
+        assert!(in_use < ALL_PIECES + 500 * SMALLEST, "{in_use}");
+        assert_eq!(len_with(in_use), SMALLEST);
     }
 
     #[test]
     fn a_piece_shows_only_what_was_read() {
         let mut piece = Piece::new(LARGEST);
-        piece.memory(3).copy_from_slice(b"abc");
+        piece.memory()[..3].copy_from_slice(b"abc");
         assert_eq!(&piece.into_bytes(3)[..], b"abc");
         assert_eq!(Piece::new(LARGEST).into_bytes(0).len(), 0);
     }

@@ -10,7 +10,7 @@ use rustix::io::{Errno, ReadWriteFlags, preadv2};
 use tokio::sync::watch;
 
 use super::Progress;
-use super::piece::{Piece, Seat};
+use super::piece::{Piece, piece_len};
 use crate::oci::Span;
 use crate::source::Broken;
 use crate::store::Blob;
@@ -21,18 +21,17 @@ pub struct Reader {
     span: Span,
     /// None: the whole file is there.
     progress: Option<watch::Receiver<Progress>>,
-    seat: Seat,
     /// Keeps the blob's bytes counted.
     _blob: Option<Arc<Blob>>,
 }
 
 impl Reader {
     pub fn of_blob(blob: Arc<Blob>, span: Span) -> Self {
-        Self { file: blob.file.clone(), span, progress: None, seat: Seat::take(), _blob: Some(blob) }
+        Self { file: blob.file.clone(), span, progress: None, _blob: Some(blob) }
     }
 
     pub(super) fn of_fill(file: Arc<File>, progress: watch::Receiver<Progress>, span: Span) -> Self {
-        Self { file, span, progress: Some(progress), seat: Seat::take(), _blob: None }
+        Self { file, span, progress: Some(progress), _blob: None }
     }
 
     /// The next piece; None at the end of the span.
@@ -41,7 +40,7 @@ impl Reader {
             return Ok(None);
         }
         let readable = self.readable().await?;
-        let len = usize::try_from(readable - self.span.start).unwrap_or(usize::MAX).min(self.seat.piece_len());
+        let len = usize::try_from(readable - self.span.start).unwrap_or(usize::MAX).min(piece_len());
         let bytes = read(&self.file, self.span.start, len).await.map_err(|e| Broken(e.to_string()))?;
         if bytes.is_empty() {
             return Err(Broken("the file is shorter than it was".into()));
@@ -69,7 +68,7 @@ impl Reader {
 async fn read(file: &Arc<File>, offset: u64, len: usize) -> io::Result<Bytes> {
     let mut piece = Piece::new(len);
     let cached = {
-        let mut slices = [IoSliceMut::new(piece.memory(len))];
+        let mut slices = [IoSliceMut::new(piece.memory())];
         preadv2(file, &mut slices, offset, ReadWriteFlags::NOWAIT)
     };
     match cached {
@@ -79,7 +78,7 @@ async fn read(file: &Arc<File>, offset: u64, len: usize) -> io::Result<Bytes> {
     }
     let file = file.clone();
     let reading = tokio::task::spawn_blocking(move || {
-        let count = file.read_at(piece.memory(len), offset)?;
+        let count = file.read_at(piece.memory(), offset)?;
         Ok(piece.into_bytes(count))
     });
     reading.await.map_err(io::Error::other)?

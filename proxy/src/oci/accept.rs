@@ -43,11 +43,7 @@ mod tests {
     #[test]
     fn several_lines_become_one_set() {
         let merged = merge(
-            [
-                "application/vnd.oci.image.index.v1+json;q=0.9, application/x-new",
-                "application/x-new, */*",
-            ]
-            .into_iter(),
+            ["application/vnd.oci.image.index.v1+json;q=0.9, application/x-new", "application/x-new, */*"].into_iter(),
         );
         assert_eq!(merged.matches("application/x-new").count(), 1);
         assert_eq!(merged.matches("image.index.v1").count(), 1);

@@ -145,9 +145,9 @@ fn is_path_component(component: &str) -> bool {
     if !alphanumeric(first) || !alphanumeric(last) {
         return false;
     }
-    bytes.split(|b| alphanumeric(*b)).all(|separator| {
-        matches!(separator, b"" | b"." | b"_" | b"__") || separator.iter().all(|b| *b == b'-')
-    })
+    bytes
+        .split(|b| alphanumeric(*b))
+        .all(|separator| matches!(separator, b"" | b"." | b"_" | b"__") || separator.iter().all(|b| *b == b'-'))
 }
 
 // === impl Tag ===
@@ -233,7 +233,9 @@ mod tests {
 
     #[test]
     fn hostile_registries_are_refused() {
-        for text in ["", "a/b", "user@host", "host:", "host:99999", "host:0", "a..b", "-a", "a b", "host?x", "[::1", "é.io"] {
+        for text in
+            ["", "a/b", "user@host", "host:", "host:99999", "host:0", "a..b", "-a", "a b", "host?x", "[::1", "é.io"]
+        {
             assert!(text.parse::<Registry>().is_err(), "{text}");
         }
     }

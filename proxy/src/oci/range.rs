@@ -126,7 +126,16 @@ mod tests {
 
     #[test]
     fn what_is_not_understood_is_answered_whole() {
-        for header in ["bytes=", "bytes=a-b", "bytes=+1-2", "lines=1-2", "bytes=0-1,4-5", "0-1", "bytes=-", "bytes=1-99999999999999999999"] {
+        for header in [
+            "bytes=",
+            "bytes=a-b",
+            "bytes=+1-2",
+            "lines=1-2",
+            "bytes=0-1,4-5",
+            "0-1",
+            "bytes=-",
+            "bytes=1-99999999999999999999",
+        ] {
             assert_eq!(RangeRequest::parse(header), None, "{header}");
         }
     }

@@ -61,12 +61,7 @@ pub struct RouteError {
 /// `path` is the raw path, `query` the raw query without its question mark, `host` the value of
 /// the `Host` header. The naming rule: `ns` wins; then a first path component that looks like a
 /// host or is an alias; then a `Host` that a rule names; then Docker Hub.
-pub fn parse(
-    path: &str,
-    query: Option<&str>,
-    host: Option<&str>,
-    names: &dyn Names,
-) -> Result<Route, RouteError> {
+pub fn parse(path: &str, query: Option<&str>, host: Option<&str>, names: &dyn Names) -> Result<Route, RouteError> {
     let path = percent_decode_str(path).decode_utf8().map_err(|_| not_found("the path is not UTF-8"))?;
     let below = match path.as_ref() {
         "/v2" | "/v2/" => return Ok(Route::Ping),
@@ -130,9 +125,8 @@ fn name_registry<'a>(
     names: &dyn Names,
 ) -> Result<(Registry, NamedBy, &'a str), RouteError> {
     let prefix = name.split_once('/').and_then(|(first, rest)| {
-        let registry = names.alias(first).or_else(|| {
-            Registry::looks_like(first).then(|| first.parse().ok()).flatten()
-        })?;
+        let registry =
+            names.alias(first).or_else(|| Registry::looks_like(first).then(|| first.parse().ok()).flatten())?;
         Some((registry, rest))
     });
     match (namespace, prefix) {
@@ -281,7 +275,12 @@ mod tests {
             ("/v2/app/manifests/3", "ns=myreg.io%3A5000", me, ("myreg.io:5000", "app", "ns")),
             ("/v2/app/manifests/3", "ns=corp", me, ("reg.corp:5000", "app", "ns")),
             ("/v2/docker.io/library/alpine/manifests/3", "ns=docker.io", me, ("docker.io", "library/alpine", "ns")),
-            ("/v2/index.docker.io/library/alpine/manifests/3", "ns=docker.io", me, ("docker.io", "library/alpine", "ns")),
+            (
+                "/v2/index.docker.io/library/alpine/manifests/3",
+                "ns=docker.io",
+                me,
+                ("docker.io", "library/alpine", "ns"),
+            ),
             ("/v2/ghcr.io/team/app/manifests/3", "ns=docker.io", me, ("docker.io", "ghcr.io/team/app", "ns")),
             ("/v2/ghcr.io/team/app/manifests/3", "", me, ("ghcr.io", "team/app", "path")),
             ("/v2/docker.io/alpine/manifests/3", "", me, ("docker.io", "library/alpine", "path")),

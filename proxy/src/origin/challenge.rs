@@ -7,7 +7,11 @@ use url::Url;
 pub enum Challenge {
     Basic,
     /// A token is to be fetched (the distribution project's token specification).
-    Bearer { realm: Url, service: Option<String>, scope: Option<String> },
+    Bearer {
+        realm: Url,
+        service: Option<String>,
+        scope: Option<String>,
+    },
 }
 
 impl Challenge {
@@ -44,7 +48,9 @@ mod tests {
         for lines in [
             vec![bearer],
             vec!["Basic realm=\"x\"", bearer],
-            vec!["Basic realm=\"x\", Bearer realm=\"https://auth.io/token\",service=\"reg, io\",scope=\"repository:a/b:pull\""],
+            vec![
+                "Basic realm=\"x\", Bearer realm=\"https://auth.io/token\",service=\"reg, io\",scope=\"repository:a/b:pull\"",
+            ],
         ] {
             let Some(Challenge::Bearer { realm, service, scope }) = Challenge::pick(lines.into_iter()) else {
                 panic!("no bearer");

@@ -13,7 +13,10 @@ use crate::config::{Credentials, PasswordSource};
 /// A secret for one upstream. Its debug form does not show it.
 #[derive(Clone, PartialEq, Eq)]
 pub(super) enum Secret {
-    Password { username: String, password: String },
+    Password {
+        username: String,
+        password: String,
+    },
     /// Docker's `identitytoken`: an OAuth2 refresh token.
     Identity(String),
 }
@@ -62,8 +65,8 @@ pub(super) fn read(credentials: &Credentials, authority: &str) -> Result<Option<
         Credentials::DockerConfig { file } => {
             let text = read_file(file)?;
             let wrong = |problem: String| CredentialsError::Docker(file.display().to_string(), problem);
-            let mut config: DockerConfig = serde_json::from_str(&text)
-                .map_err(|e| wrong(format!("line {}, column {}", e.line(), e.column())))?;
+            let mut config: DockerConfig =
+                serde_json::from_str(&text).map_err(|e| wrong(format!("line {}, column {}", e.line(), e.column())))?;
             let key = config.auths.keys().find(|key| names_upstream(key, authority)).cloned();
             match key.and_then(|key| config.auths.remove(&key).map(|entry| (key, entry))) {
                 Some((key, entry)) => entry.secret().map_err(|problem| wrong(format!("auths[\"{key}\"]: {problem}"))),
@@ -153,7 +156,10 @@ mod tests {
             let message = docker(json, "a").unwrap_err().to_string();
             assert!(message.contains("config.json") && !message.contains("secret"), "{message}");
         }
-        assert!(!format!("{:?}", docker(r#"{"auths": {"a": {"username": "u", "password": "secret"}}}"#, "a")).contains("secret"));
+        assert!(
+            !format!("{:?}", docker(r#"{"auths": {"a": {"username": "u", "password": "secret"}}}"#, "a"))
+                .contains("secret")
+        );
     }
 
     #[test]
@@ -161,14 +167,11 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("password");
         std::fs::write(&path, "hush\n").unwrap();
-        let credentials =
-            Credentials::Static { username: "u".into(), password: PasswordSource::File(path) };
+        let credentials = Credentials::Static { username: "u".into(), password: PasswordSource::File(path) };
         let secret = read(&credentials, "anything").unwrap().unwrap();
         assert_eq!(secret.basic().unwrap(), format!("Basic {}", STANDARD.encode("u:hush")));
-        let credentials = Credentials::Static {
-            username: "u".into(),
-            password: PasswordSource::Variable("DRAY_TEST_UNSET".into()),
-        };
+        let credentials =
+            Credentials::Static { username: "u".into(), password: PasswordSource::Variable("DRAY_TEST_UNSET".into()) };
         assert!(read(&credentials, "x").unwrap_err().to_string().contains("DRAY_TEST_UNSET"));
     }
 }

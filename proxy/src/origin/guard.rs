@@ -151,7 +151,10 @@ fn proxy_hosts(variable: impl Fn(&str) -> Option<String>) -> HashSet<String> {
         .flat_map(|name| [variable(name), variable(&name.to_ascii_lowercase())])
         .flatten()
         .filter_map(|value| {
-            let url = Url::parse(&value).ok().filter(Url::has_host).or_else(|| Url::parse(&format!("http://{value}")).ok())?;
+            let url = Url::parse(&value)
+                .ok()
+                .filter(Url::has_host)
+                .or_else(|| Url::parse(&format!("http://{value}")).ok())?;
             url.host_str().map(str::to_owned)
         })
         .collect()
@@ -215,10 +218,32 @@ mod tests {
     #[test]
     fn special_addresses_are_not_public() {
         for address in [
-            "127.0.0.1", "10.1.2.3", "172.16.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1", "0.0.0.0",
-            "224.0.0.1", "255.255.255.255", "198.18.0.1", "192.0.0.1", "240.0.0.1", "::", "::1", "fe80::1",
-            "fc00::1", "ff02::1", "::ffff:127.0.0.1", "::ffff:10.0.0.1", "64:ff9b::a00:1", "2002:a00:1::",
-            "2001:db8::1", "2001::1", "::7f00:1", "fec0::1", "64:ff9b:1::1",
+            "127.0.0.1",
+            "10.1.2.3",
+            "172.16.0.1",
+            "192.168.1.1",
+            "169.254.169.254",
+            "100.64.0.1",
+            "0.0.0.0",
+            "224.0.0.1",
+            "255.255.255.255",
+            "198.18.0.1",
+            "192.0.0.1",
+            "240.0.0.1",
+            "::",
+            "::1",
+            "fe80::1",
+            "fc00::1",
+            "ff02::1",
+            "::ffff:127.0.0.1",
+            "::ffff:10.0.0.1",
+            "64:ff9b::a00:1",
+            "2002:a00:1::",
+            "2001:db8::1",
+            "2001::1",
+            "::7f00:1",
+            "fec0::1",
+            "64:ff9b:1::1",
         ] {
             assert!(!is_public(address.parse().unwrap()), "{address}");
         }

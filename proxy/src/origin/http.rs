@@ -90,7 +90,9 @@ impl Http {
                         .dns_resolver(guard.resolver(reach))
                         .tls_certs_merge(extra.iter().chain(&roots).cloned())
                         .build()
-                        .map_err(|e| format!("no HTTP client: {}; is the package ca-certificates installed?", error_chain(&e)))?;
+                        .map_err(|e| {
+                            format!("no HTTP client: {}; is the package ca-certificates installed?", error_chain(&e))
+                        })?;
                     clients.insert(key, client);
                 }
             }

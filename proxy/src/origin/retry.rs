@@ -22,9 +22,9 @@ impl RetryBudget {
 
     /// Called once a request.
     pub(super) fn earn(&self) {
-        let _ = self.fifths.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |fifths| {
-            (fifths < MOST).then_some(fifths + 1)
-        });
+        let _ = self
+            .fifths
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |fifths| (fifths < MOST).then_some(fifths + 1));
     }
 
     /// How long to wait before the next attempt; None: give up.

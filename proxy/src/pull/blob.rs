@@ -52,7 +52,8 @@ impl Pull {
         asker: Asker,
     ) -> Result<BlobAnswer, Refusal> {
         // Bytes that lately proved wrong: whoever holds a beginning must not get an end.
-        let resumes = matches!(range, Some(RangeRequest::From(1..) | RangeRequest::Bounded(1.., _) | RangeRequest::Suffix(_)));
+        let resumes =
+            matches!(range, Some(RangeRequest::From(1..) | RangeRequest::Bounded(1.., _) | RangeRequest::Suffix(_)));
         if resumes && self.fills.is_distrusted(digest) && self.store.find(digest, Kind::Blob).await.is_none() {
             let message = "the bytes that came before did not match this digest: start again".to_owned();
             return Err(Refusal::NotFound { code: ErrorCode::BlobUnknown, message });
@@ -88,8 +89,12 @@ impl Pull {
         named_by: NamedBy,
     ) -> Result<(u64, ServedFrom), Refusal> {
         match self.store.find(digest, Kind::Blob).await {
-            Some(Found::Small { object, tier: Tier::Memory }) => return Ok((object.bytes.len() as u64, ServedFrom::Memory)),
-            Some(Found::Small { object, tier: Tier::Disk }) => return Ok((object.bytes.len() as u64, ServedFrom::Disk)),
+            Some(Found::Small { object, tier: Tier::Memory }) => {
+                return Ok((object.bytes.len() as u64, ServedFrom::Memory));
+            }
+            Some(Found::Small { object, tier: Tier::Disk }) => {
+                return Ok((object.bytes.len() as u64, ServedFrom::Disk));
+            }
             Some(Found::Large { blob, .. }) => return Ok((blob.len, ServedFrom::Disk)),
             None => {}
         }
@@ -121,7 +126,8 @@ impl Pull {
             NamedBy::Default => self.learned(&place.repository).filter(|registry| *registry != place.registry),
             _ => None,
         };
-        let mut places: Vec<Place> = learned.into_iter().map(|registry| self.place(registry, place.repository.clone())).collect();
+        let mut places: Vec<Place> =
+            learned.into_iter().map(|registry| self.place(registry, place.repository.clone())).collect();
         places.push(place.clone());
         places.retain(|place| !place.rule.deny);
         places

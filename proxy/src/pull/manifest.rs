@@ -48,7 +48,13 @@ impl Pull {
         Ok(answer)
     }
 
-    async fn manifest_by_digest(self: &Arc<Self>, place: &Place, digest: &Digest, accept: &str, asker: Asker) -> Fetched {
+    async fn manifest_by_digest(
+        self: &Arc<Self>,
+        place: &Place,
+        digest: &Digest,
+        accept: &str,
+        asker: Asker,
+    ) -> Fetched {
         if let Some(found) = self.kept_manifest(digest).await {
             return Ok(found);
         }
@@ -100,7 +106,12 @@ impl Pull {
         Ok((self.keep_manifest(place, digest, &answer.media_type, answer.bytes), ServedFrom::Origin))
     }
 
-    async fn manifest_by_tag(self: &Arc<Self>, place: &Place, tag: &Tag, accept: &str) -> Result<ManifestAnswer, SourceError> {
+    async fn manifest_by_tag(
+        self: &Arc<Self>,
+        place: &Place,
+        tag: &Tag,
+        accept: &str,
+    ) -> Result<ManifestAnswer, SourceError> {
         let now = SystemTime::now();
         let mut stale = None;
         if let Some(lease) = self.tags.lease(place, tag)
@@ -127,7 +138,12 @@ impl Pull {
         Ok(ManifestAnswer { from: ServedFrom::Stale, ..stale })
     }
 
-    async fn ask_for_tag(self: &Arc<Self>, place: &Place, tag: &Tag, accept: &str) -> Result<ManifestAnswer, SourceError> {
+    async fn ask_for_tag(
+        self: &Arc<Self>,
+        place: &Place,
+        tag: &Tag,
+        accept: &str,
+    ) -> Result<ManifestAnswer, SourceError> {
         if let Some(error) = self.negatives.get(place, tag.as_str()) {
             return Err(error);
         }
@@ -156,7 +172,12 @@ impl Pull {
 
     /// Asks the origin what a tag means. A HEAD is not counted by rate limits; only a digest that
     /// is not here yet is fetched.
-    async fn revalidate(self: &Arc<Self>, place: &Place, tag: &Tag, accept: &str) -> Result<ManifestAnswer, SourceError> {
+    async fn revalidate(
+        self: &Arc<Self>,
+        place: &Place,
+        tag: &Tag,
+        accept: &str,
+    ) -> Result<ManifestAnswer, SourceError> {
         let deadline = Instant::now() + FIRST_BYTE;
         let reference = Reference::Tag(tag.clone());
         if let Some(digest) = self.origin.manifest_digest(place, &reference, accept, deadline).await? {

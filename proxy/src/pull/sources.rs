@@ -35,7 +35,7 @@ impl Sources for BlobSources {
         let deadline = Instant::now() + FIRST_BYTE;
         if failures == 0
             && self.peers == AskPeers::Yes
-            && let Some(incoming) = self.from_owner(part, deadline).await?
+            && let Some(incoming) = self.ask_owner(part, deadline).await?
         {
             return Ok((incoming, ServedFrom::Peer));
         }
@@ -47,7 +47,7 @@ impl Sources for BlobSources {
 
 impl BlobSources {
     /// None: this process is the owner, or no owner can be reached.
-    async fn from_owner(&self, part: Part, deadline: Instant) -> Result<Option<Incoming>, SourceError> {
+    async fn ask_owner(&self, part: Part, deadline: Instant) -> Result<Option<Incoming>, SourceError> {
         let Some(peers) = &self.pull.peers else { return Ok(None) };
         for owner in peers.owners(&self.digest) {
             match peers.blob(owner, &self.place, &self.digest, part, deadline).await {

@@ -148,6 +148,7 @@ impl Large {
     }
 
     /// Makes a draft durable and gives it its name. Call it only after its hash agreed.
+    #[allow(clippy::needless_pass_by_value, reason = "a draft is published once")]
     pub fn publish(&self, draft: Draft, digest: &Digest, provenance: &Provenance) -> io::Result<()> {
         draft.file.sync_data()?;
         let path = self.path(digest);
@@ -265,7 +266,8 @@ fn scan(blobs: &Path, budget: &Arc<Budget>, proof: Proof) -> io::Result<HashMap<
             for file in fs::read_dir(shard)? {
                 let file = file?;
                 let name = file.file_name();
-                let digest = name.to_str().and_then(|hex| format!("{}:{hex}", algorithm.as_str()).parse::<Digest>().ok());
+                let digest =
+                    name.to_str().and_then(|hex| format!("{}:{hex}", algorithm.as_str()).parse::<Digest>().ok());
                 let (Some(digest), Ok(meta)) = (digest, file.metadata()) else {
                     continue;
                 };

@@ -23,7 +23,9 @@ pub(super) struct Layout {
 pub enum LayoutError {
     #[error("cache directory {dir} cannot be used: {source}; choose another with [cache] dir or --cache-dir")]
     Unusable { dir: PathBuf, source: io::Error },
-    #[error("cache directory {dir} is in use by another dray; give each process its own with [cache] dir or --cache-dir")]
+    #[error(
+        "cache directory {dir} is in use by another dray; give each process its own with [cache] dir or --cache-dir"
+    )]
     InUse { dir: PathBuf },
 }
 

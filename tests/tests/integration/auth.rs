@@ -19,7 +19,9 @@ fn image() -> Image {
 }
 
 fn config(upstream: &str, credentials: &str) -> String {
-    format!("[[registry]]\nmatch = \"reg.example\"\nupstreams = [\"{upstream}\"]\nnegative_ttl = \"0s\"\n{credentials}\n")
+    format!(
+        "[[registry]]\nmatch = \"reg.example\"\nupstreams = [\"{upstream}\"]\nnegative_ttl = \"0s\"\n{credentials}\n"
+    )
 }
 
 async fn assert_pulls(dray: &Dray, image: &Image) {
@@ -112,33 +114,52 @@ fn granted(token: &str, expires_in: u64) -> Response {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn several_challenges_in_one_header() {
-    let origin = scripted(|realm| format!("Negotiate, Basic realm=\"x\", {}", bearer(realm)), |_, _| granted("t", 300), |a| a == "Bearer t").await;
+    let origin = scripted(
+        |realm| format!("Negotiate, Basic realm=\"x\", {}", bearer(realm)),
+        |_, _| granted("t", 300),
+        |a| a == "Bearer t",
+    )
+    .await;
     assert_pulls(&Start::new(config(&origin.url(), "")).run(), &image()).await;
     let asked = origin.requests().into_iter().find(|r| r.path.starts_with("/token")).unwrap();
-    assert!(asked.path.contains("service=s") && asked.path.contains("scope=repository%3Ateam%2Fapp%3Apull"), "{}", asked.path);
+    assert!(
+        asked.path.contains("service=s") && asked.path.contains("scope=repository%3Ateam%2Fapp%3Apull"),
+        "{}",
+        asked.path
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_token_endpoint_that_only_takes_posts() {
-    let origin = scripted(bearer, |_, request| match request.method.as_str() {
-        "POST" => {
-            let form = String::from_utf8(request.body.clone()).unwrap();
-            assert!(form.contains("grant_type=password") && form.contains("password=hush"), "{form}");
-            granted("t", 300)
-        }
-        _ => Response::new(405, ""),
-    }, |a| a == "Bearer t").await;
+    let origin = scripted(
+        bearer,
+        |_, request| match request.method.as_str() {
+            "POST" => {
+                let form = String::from_utf8(request.body.clone()).unwrap();
+                assert!(form.contains("grant_type=password") && form.contains("password=hush"), "{form}");
+                granted("t", 300)
+            }
+            _ => Response::new(405, ""),
+        },
+        |a| a == "Bearer t",
+    )
+    .await;
     let credentials = "credentials = { username = \"robot\", password_env = \"P\" }";
     assert_pulls(&Start::new(config(&origin.url(), credentials)).env("P", "hush").run(), &image()).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_identity_token_is_posted() {
-    let origin = scripted(bearer, |_, request| {
-        let form = String::from_utf8(request.body.clone()).unwrap();
-        assert!(form.contains("grant_type=refresh_token") && form.contains("refresh_token=id"), "{form}");
-        granted("t", 300)
-    }, |a| a == "Bearer t").await;
+    let origin = scripted(
+        bearer,
+        |_, request| {
+            let form = String::from_utf8(request.body.clone()).unwrap();
+            assert!(form.contains("grant_type=refresh_token") && form.contains("refresh_token=id"), "{form}");
+            granted("t", 300)
+        },
+        |a| a == "Bearer t",
+    )
+    .await;
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("config.json");
     std::fs::write(&file, json!({"auths": {origin.address.to_string(): {"identitytoken": "id"}}}).to_string()).unwrap();

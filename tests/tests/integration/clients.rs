@@ -66,7 +66,9 @@ async fn containerd_pulls(version: Version) {
     rig.switch_registries_off();
     // A node that has nothing yet.
     let fresh = Containerd::start(version).await;
-    run(Command::new(binary()).args(["containerd", "install", "--mirror", &mirror, "--hosts-dir"]).arg(fresh.hosts_dir()));
+    run(Command::new(binary())
+        .args(["containerd", "install", "--mirror", &mirror, "--hosts-dir"])
+        .arg(fresh.hosts_dir()));
     for image in images {
         fresh.pull(image).unwrap_or_else(|e| panic!("{image} with its registry off: {e}"));
     }
@@ -92,10 +94,13 @@ async fn skopeo_by_mirror_and_by_url() {
     for round in ["first", "off"] {
         for image in ["docker.io/library/app:1", "quay.io/team/app:1"] {
             let target = format!("dir:{}/{round}-{}", dir.path().display(), image.replace(['/', ':'], "-"));
-            run(Command::new("skopeo")
-                .arg("--registries-conf")
-                .arg(&conf)
-                .args(["copy", "--all", "--insecure-policy", &format!("docker://{image}"), &target]));
+            run(Command::new("skopeo").arg("--registries-conf").arg(&conf).args([
+                "copy",
+                "--all",
+                "--insecure-policy",
+                &format!("docker://{image}"),
+                &target,
+            ]));
         }
         rig.switch_registries_off();
     }

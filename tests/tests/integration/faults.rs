@@ -120,14 +120,19 @@ async fn wrong_lengths() {
     // Announces more than it has, every time: the client is told, and not left hanging.
     let (_origin, dray, image) = rig(|_, request, response| {
         let announced = response.body.len() + 10;
-        if request.range_start().is_some() { response } else { response.with("content-length", announced).fault(Fault::CutAfter(usize::MAX)) }
+        if request.range_start().is_some() {
+            response
+        } else {
+            response.with("content-length", announced).fault(Fault::CutAfter(usize::MAX))
+        }
     })
     .await;
     let answer = pull(&dray, &image).await;
     assert!(!answer.complete || answer.status >= 500);
     // No length at all.
     let (_origin, dray, image) = rig(|_, _, response| {
-        Response { body: format!("{:x}\r\n", response.body.len()).into_bytes().into(), ..response }.with("transfer-encoding", "chunked")
+        Response { body: format!("{:x}\r\n", response.body.len()).into_bytes().into(), ..response }
+            .with("transfer-encoding", "chunked")
     })
     .await;
     assert_eq!(pull(&dray, &image).await.status, 502);
@@ -135,7 +140,9 @@ async fn wrong_lengths() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn refusals_of_the_origin_have_a_status_that_helps() {
-    for (origin_says, client_sees) in [(404, 404), (410, 404), (403, 403), (401, 403), (429, 503), (500, 503), (503, 503), (400, 502)] {
+    for (origin_says, client_sees) in
+        [(404, 404), (410, 404), (403, 403), (401, 403), (429, 503), (500, 503), (503, 503), (400, 502)]
+    {
         let (_origin, dray, image) = rig(move |_, _, _| Response::new(origin_says, "").with("retry-after", 60)).await;
         let answer = pull(&dray, &image).await;
         assert_eq!(answer.status, client_sees, "for {origin_says}");
@@ -186,7 +193,11 @@ async fn manifests_that_lie_or_are_huge_are_refused() {
     let image = Image::new(1, &[1000]);
     for (spoil, status) in [
         // Other bytes than the digest says.
-        (Box::new(|r: Response| Response { body: "{}".into(), ..r }) as Box<dyn Fn(Response) -> Response + Send + Sync>, 502),
+        (
+            Box::new(|r: Response| Response { body: "{}".into(), ..r })
+                as Box<dyn Fn(Response) -> Response + Send + Sync>,
+            502,
+        ),
         (Box::new(|r: Response| Response { body: vec![b' '; 5 << 20].into(), ..r }), 502),
         (Box::new(|r: Response| r.with("content-encoding", "gzip")), 502),
     ] {
@@ -253,7 +264,11 @@ async fn redirects_are_followed_reused_and_asked_for_again() {
         let answer = dray.get_range(&path, &part(from)).await;
         assert_eq!((answer.status, &answer.body[..]), (206, &bytes[from..from + 100]));
     }
-    assert_eq!(origin.count("GET", "/v2/library/app/blobs") - origin.count("GET", "/cdn"), 1, "asked once, reused twice");
+    assert_eq!(
+        origin.count("GET", "/v2/library/app/blobs") - origin.count("GET", "/cdn"),
+        1,
+        "asked once, reused twice"
+    );
     expired.fetch_add(1, Ordering::SeqCst);
     let answer = dray.get_range(&path, &part(3000)).await;
     assert_eq!((answer.status, &answer.body[..]), (206, &bytes[3000..3100]));
@@ -263,7 +278,14 @@ async fn redirects_are_followed_reused_and_asked_for_again() {
 async fn redirects_in_circles_and_to_private_addresses_are_refused() {
     let secret = Origin::answering(|_| Response::new(200, noise(1, 1000))).await;
     let inside = secret.url();
-    for target in ["/v2/library/app/blobs/x", inside.as_str(), "https://169.254.169.254/latest", "https://127.0.0.1/x", "file:///etc/passwd", ""] {
+    for target in [
+        "/v2/library/app/blobs/x",
+        inside.as_str(),
+        "https://169.254.169.254/latest",
+        "https://127.0.0.1/x",
+        "file:///etc/passwd",
+        "",
+    ] {
         let location = target.to_owned();
         let (_origin, dray, image) = rig(move |_, _, _| Response::new(307, "").with("location", &location)).await;
         // Either the origin makes no sense, or the guard says no.

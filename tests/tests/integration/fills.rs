@@ -79,7 +79,8 @@ async fn readers_that_leave_stall_or_crawl_disturb_nobody() {
         }
         (count, crawler)
     });
-    eventually("the fill begins", async || (dray.metric("dray_fills{state=\"running\"}").await == 1).then_some(())).await;
+    eventually("the fill begins", async || (dray.metric("dray_fills{state=\"running\"}").await == 1).then_some(()))
+        .await;
     drop(leaver);
     origin.open_gate();
     let answer = dray.get(&path(&image)).await;

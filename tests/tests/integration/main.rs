@@ -1,5 +1,7 @@
 //! Everything that needs a running dray.
 
+#![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
+
 mod auth;
 mod cache;
 mod cli;

@@ -39,7 +39,12 @@ async fn three_nodes_and_one_fetch_of_each_object() {
     }
     let objects = paths(&image).len();
     assert_eq!(peer_answers, 2 * objects, "every node but the owner got it from the owner");
-    let received: u64 = futures_util::future::join_all(nodes.iter().map(|node| node.metric("dray_peer_bytes_total{from_zone=\"-\",to_zone=\"-\"}"))).await.iter().sum();
+    let received: u64 = futures_util::future::join_all(
+        nodes.iter().map(|node| node.metric("dray_peer_bytes_total{from_zone=\"-\",to_zone=\"-\"}")),
+    )
+    .await
+    .iter()
+    .sum();
     let sizes = image.blobs.values().map(bytes::Bytes::len).chain(image.manifests.values().map(|(_, b)| b.len()));
     assert_eq!(received, 2 * sizes.sum::<usize>() as u64);
 }

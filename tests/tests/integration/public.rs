@@ -64,8 +64,10 @@ async fn private_addresses_are_out_of_reach_however_they_are_named() {
     let authority = Authority::new(dir.path());
     let image = Image::new(1, &[1000]);
     let content = Content::new(&[("team/app", "1", &image)]);
-    let inside =
-        Origin::answering_tls(authority.acceptor(&["inside.example", "127.0.0.1"]), move |request| content.answer(request)).await;
+    let inside = Origin::answering_tls(authority.acceptor(&["inside.example", "127.0.0.1"]), move |request| {
+        content.answer(request)
+    })
+    .await;
     let port = inside.address.port();
     let dns = Dns::start(&[("inside.example", "127.0.0.1"), ("mapped.example", "::ffff:127.0.0.1")]).await;
     let dray = Start::new(config(&dns, &authority, "")).run();
@@ -99,7 +101,8 @@ async fn an_untrusted_certificate_is_refused() {
     let dns = Dns::start(&[("one.example", "127.0.0.1")]).await;
     let image = Image::new(1, &[1000]);
     let content = Content::new(&[("team/app", "1", &image)]);
-    let other = Origin::answering_tls(authority.acceptor(&["other.example"]), move |request| content.answer(request)).await;
+    let other =
+        Origin::answering_tls(authority.acceptor(&["other.example"]), move |request| content.answer(request)).await;
     let dray = Start::new(config(&dns, &authority, "\"127.0.0.0/8\"")).run();
     let path = format!("/v2/team/app/manifests/1?ns=one.example%3A{}", other.address.port());
     assert_eq!(dray.get(&path).await.status, 503);
@@ -112,7 +115,8 @@ async fn a_rule_has_a_ca_of_its_own() {
     let authority = Authority::new(dir.path());
     let image = Image::new(1, &[500_000]);
     let content = Content::new(&[("team/app", "1", &image)]);
-    let origin = Origin::answering_tls(authority.acceptor(&["127.0.0.1"]), move |request| content.answer(request)).await;
+    let origin =
+        Origin::answering_tls(authority.acceptor(&["127.0.0.1"]), move |request| content.answer(request)).await;
     let rule = format!("[[registry]]\nmatch = \"reg.corp\"\nupstreams = [\"https://{}\"]\n", origin.address);
     let with_ca = format!("{rule}ca = \"{}\"\n", authority.ca_file.display());
     let path = "/v2/team/app/manifests/1?ns=reg.corp";

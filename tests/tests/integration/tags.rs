@@ -22,8 +22,7 @@ enum Mood {
     Denies,
 }
 
-const MOODS: [Mood; 7] =
-    [Mood::First, Mood::Second, Mood::Fails, Mood::Limits, Mood::Silent, Mood::Gone, Mood::Denies];
+const MOODS: [Mood; 7] = [Mood::First, Mood::Second, Mood::Fails, Mood::Limits, Mood::Silent, Mood::Gone, Mood::Denies];
 
 struct Rig {
     origin: Origin,

@@ -1,0 +1,45 @@
+# Thin: each target is one or two commands that can be run by hand.
+PROFILE ?= ci
+BIN := target/$(PROFILE)/dray
+TOOLS := target/tools
+CARGO_TEST := cargo test --profile $(PROFILE) --workspace
+
+.PHONY: run test lint bench soak image setup tools fuzz fmt
+
+run: $(BIN) ## Build dray and start it with its built-in defaults
+	$(BIN)
+
+test: setup tools ## Build, install what the tests need, and run them all
+	cargo build --profile $(PROFILE) --workspace --all-targets
+	$(CARGO_TEST)
+
+lint: ## Formatting, clippy, licences and bans
+	cargo fmt --all --check
+	cargo clippy --profile $(PROFILE) --workspace --all-targets -- --deny warnings
+	tests/deny.sh
+
+fuzz: ## Every fuzz target for some seconds: make fuzz SECONDS=10
+	tests/fuzz.sh $(or $(SECONDS),10)
+
+bench: setup tools $(BIN) ## Compare with direct pulls and nginx on this machine
+	loadtest/bench.sh
+
+setup: ## Install missing system packages, or say which
+	@tests/setup.sh
+
+tools: ## Build the Go tools that the tests use
+	@tests/tools.sh $(TOOLS)
+
+fmt:
+	cargo fmt --all
+
+image: ## A container image as an OCI layout, without a container engine
+	k8s/image.sh
+
+.PHONY: $(BIN)
+$(BIN): build-setup
+	cargo build --profile $(PROFILE) --package dray
+
+.PHONY: build-setup
+build-setup:
+	@tests/setup.sh build

@@ -1,0 +1,34 @@
+#!/bin/sh
+# Installs the system packages that building ("build") or testing (no argument) needs, or says
+# which are missing where it may not install.
+set -eu
+
+# program:package
+build="cc:gcc cmake:cmake make:make"
+all="$build curl:curl openssl:openssl docker-registry:docker-registry htpasswd:apache2-utils skopeo:skopeo \
+buildah:buildah containerd:containerd nginx:nginx-light mount:mount jq:jq go:golang-go"
+
+[ "${1:-}" = build ] && wanted=$build || wanted=$all
+missing=""
+for pair in $wanted; do
+    PATH=$PATH:/usr/sbin:/sbin command -v "${pair%%:*}" >/dev/null 2>&1 || missing="$missing ${pair##*:}"
+done
+# shellcheck disable=SC2086 # a list of words
+set -- $missing
+if [ $# -eq 0 ]; then exit 0; fi
+
+if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then
+    echo "installing: $*"
+    export DEBIAN_FRONTEND=noninteractive
+    apt-get update -qq
+    # Services of these packages are not wanted: the tests start their own.
+    printf '#!/bin/sh\nexit 101\n' >/usr/sbin/policy-rc.d.dray && chmod +x /usr/sbin/policy-rc.d.dray
+    [ -e /usr/sbin/policy-rc.d ] || { mv /usr/sbin/policy-rc.d.dray /usr/sbin/policy-rc.d; ours=1; }
+    apt-get install -y -qq --no-install-recommends "$@" >/dev/null
+    rm -f /usr/sbin/policy-rc.d.dray
+    [ -z "${ours:-}" ] || rm -f /usr/sbin/policy-rc.d
+else
+    echo "missing packages: $*" >&2
+    echo "install them with: sudo apt-get install $*" >&2
+    exit 1
+fi
