@@ -1,0 +1,9 @@
+//! No header of an origin may panic.
+#![no_main]
+
+use dray_fuzz::origin::challenge::Challenge;
+use libfuzzer_sys::fuzz_target;
+
+fuzz_target!(|lines: Vec<&str>| {
+    let _ = Challenge::pick(lines.into_iter());
+});
