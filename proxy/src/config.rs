@@ -141,6 +141,10 @@ pub struct Peers {
     /// The peer listeners of all drays, this one included.
     #[serde(rename = "static")]
     pub members: Vec<SocketAddr>,
+    /// Names whose addresses are those of all drays, such as a headless Service. Each listens on
+    /// the port of `listen`.
+    #[serde(deserialize_with = "units::one_or_many")]
+    pub service: Vec<String>,
 }
 
 /// Below this the preallocated files for small objects leave no room for blobs.
@@ -194,8 +198,9 @@ impl Config {
         if self.tls.client_ca.is_some() && self.tls.cert.is_none() {
             return Err(at(section("[tls]"), "tls.client_ca", "needs cert and key".into()));
         }
-        if !self.peers.members.is_empty() && self.peers.listen.is_none() {
-            return Err(at(section("[peers]"), "peers.static", "needs peers.listen, so that they can ask back".into()));
+        let has_peers = !self.peers.members.is_empty() || !self.peers.service.is_empty();
+        if has_peers && self.peers.listen.is_none() {
+            return Err(at(section("[peers]"), "peers.listen", "is needed, so that the others can ask back".into()));
         }
         self.check_rules(&at)
     }

@@ -5,6 +5,7 @@
 pub mod admin;
 pub mod config;
 pub mod containerd;
+pub mod dns;
 pub mod fill;
 pub mod flights;
 pub mod metrics;

@@ -58,6 +58,9 @@ struct Serve {
     /// Bytes of small objects in memory, such as 64MiB
     #[arg(long, env = "DRAY_CACHE_MEMORY", value_name = "SIZE")]
     cache_memory: Option<Size>,
+    /// The name that has the addresses of all drays, such as a headless Service
+    #[arg(long, env = "DRAY_PEERS_SERVICE", value_name = "NAME")]
+    peers_service: Option<String>,
     /// What to log: error, warn, info, debug; or by part, such as "warn,access=info"
     #[arg(long, env = "DRAY_LOG", default_value = "info", value_name = "FILTER")]
     log: String,
@@ -89,6 +92,9 @@ enum Containerd {
         dry_run: bool,
     },
 }
+
+/// Where peers meet when only the name of their service is given.
+const PEERS_PORT: u16 = 5052;
 
 /// Why a command ends without success.
 enum Failure {
@@ -152,6 +158,12 @@ impl Serve {
         }
         if let Some(admin) = self.admin {
             config.admin = admin;
+        }
+        if let Some(service) = &self.peers_service {
+            config.peers.service = vec![service.clone()];
+            if config.peers.listen.is_none() {
+                config.peers.listen = Some(SocketAddr::from(([0, 0, 0, 0], PEERS_PORT)));
+            }
         }
         if let Some(dir) = &self.cache_dir {
             config.cache.dir.clone_from(dir);

@@ -9,12 +9,15 @@ use std::net::{SocketAddr, UdpSocket};
 use std::sync::Arc;
 use std::time::Duration;
 
+use arc_swap::ArcSwap;
 use futures_util::TryStreamExt;
+use hickory_resolver::TokioResolver;
 use http::header::{ACCEPT_ENCODING, CONTENT_TYPE, RANGE};
 use reqwest::{Client, Response};
 use tokio::time::{Instant, timeout_at};
 
 use crate::config::Config;
+use crate::dns;
 use crate::metrics::Metrics;
 use crate::oci::{Digest, MAX_MANIFEST_BYTES};
 use crate::registries::Place;
@@ -22,13 +25,28 @@ use crate::source::{Broken, Incoming, Part, SourceError, error_chain};
 
 /// The other processes and what is known of their health.
 pub struct Peers {
-    /// All members, this process included.
-    members: Vec<SocketAddr>,
-    own: SocketAddr,
+    members: ArcSwap<Members>,
+    /// Members that the configuration names, and where this process listens.
+    written: Vec<SocketAddr>,
+    listen: SocketAddr,
+    /// Names that have the addresses of the others.
+    services: Vec<String>,
+    resolver: TokioResolver,
     down: moka::sync::Cache<SocketAddr, ()>,
     client: Client,
     metrics: Arc<Metrics>,
 }
+
+/// Who takes part.
+#[derive(Debug, PartialEq, Eq)]
+struct Members {
+    /// All members, this process included, in order.
+    all: Vec<SocketAddr>,
+    own: SocketAddr,
+}
+
+/// How often the names are asked.
+const REFRESH: Duration = Duration::from_secs(5);
 
 /// A peer that cannot be reached is left alone for this long.
 const DOWN: Duration = Duration::from_secs(5);
@@ -45,11 +63,9 @@ impl Peers {
     /// None: this process keeps to itself.
     pub fn new(config: &Config, metrics: Arc<Metrics>) -> Result<Option<Self>, String> {
         let Some(listen) = config.peers.listen else { return Ok(None) };
-        let own = config.peers.members.iter().copied().find(|member| is_own(*member, listen)).unwrap_or(listen);
-        let mut members = config.peers.members.clone();
-        members.push(own);
-        members.sort_unstable();
-        members.dedup();
+        let resolver = dns::resolver(&config.dns.servers)?;
+        let written = config.peers.members.clone();
+        let members = ArcSwap::from_pointee(Members::new(written.clone(), listen));
         let client = Client::builder()
             .user_agent(concat!("dray/", env!("CARGO_PKG_VERSION")))
             .http1_only()
@@ -59,16 +75,48 @@ impl Peers {
             .build()
             .map_err(|e| error_chain(&e))?;
         let down = moka::sync::Cache::builder().max_capacity(100_000).time_to_live(DOWN).build();
-        Ok(Some(Self { members, own, down, client, metrics }))
+        let services = config.peers.service.clone();
+        Ok(Some(Self { members, written, listen, services, resolver, down, client, metrics }))
+    }
+
+    /// Follows the names for as long as it is polled. While they cannot be resolved, everybody
+    /// known stays a member.
+    pub async fn follow_services(&self) {
+        while !self.services.is_empty() {
+            match self.resolve().await {
+                Ok(found) => self.take(found),
+                Err(error) => tracing::warn!(%error, "the peers' name cannot be resolved"),
+            }
+            let jitter = fastrand::u64(0..1000);
+            tokio::time::sleep(REFRESH + Duration::from_millis(jitter)).await;
+        }
+    }
+
+    async fn resolve(&self) -> Result<Vec<SocketAddr>, String> {
+        let mut found = self.written.clone();
+        for service in &self.services {
+            let answer = self.resolver.lookup_ip(service.as_str()).await.map_err(|e| format!("{service}: {e}"))?;
+            found.extend(answer.iter().map(|ip| SocketAddr::new(ip, self.listen.port())));
+        }
+        Ok(found)
+    }
+
+    fn take(&self, found: Vec<SocketAddr>) {
+        let members = Members::new(found, self.listen);
+        if **self.members.load() != members {
+            tracing::info!(members = members.all.len(), own = %members.own, "the peers changed");
+            self.members.store(Arc::new(members));
+        }
     }
 
     /// The peers to ask before the origin, best first. Empty: this process is the owner.
     pub fn owners(&self, digest: &Digest) -> Vec<SocketAddr> {
         let alive = |peer: &SocketAddr| !self.down.contains_key(peer);
-        ring::order(&self.members, digest)
+        let members = self.members.load();
+        ring::order(&members.all, digest)
             .into_iter()
             .take(MAX_OWNERS)
-            .take_while(|member| *member != self.own)
+            .take_while(|member| *member != members.own)
             .filter(alive)
             .collect()
     }
@@ -146,6 +194,16 @@ impl Peers {
             403 => Err(SourceError::Denied),
             status => Err(SourceError::Failed(status)),
         }
+    }
+}
+
+impl Members {
+    fn new(mut all: Vec<SocketAddr>, listen: SocketAddr) -> Self {
+        let own = all.iter().copied().find(|member| is_own(*member, listen)).unwrap_or(listen);
+        all.push(own);
+        all.sort_unstable();
+        all.dedup();
+        Self { all, own }
     }
 }
 

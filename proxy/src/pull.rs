@@ -83,6 +83,13 @@ impl Pull {
         }
     }
 
+    /// Work that goes on for as long as it is polled.
+    pub async fn keep_house(&self) {
+        if let Some(peers) = &self.peers {
+            peers.follow_services().await;
+        }
+    }
+
     /// A repository with the rule that holds for it.
     pub fn place(&self, registry: Registry, repository: Repository) -> Place {
         let rule = self.registries.rule(&registry).clone();

@@ -113,6 +113,8 @@ pub fn run(mut config: Config, started: impl FnOnce(Bound) + Send + 'static) -> 
             }
         }
     });
+    let house = pull.clone();
+    runtime.spawn(async move { house.keep_house().await });
     let housekeeping = store.clone();
     runtime.spawn_blocking(move || housekeeping.records.thin_out());
     let stop = Stop { readiness, load };

@@ -6,7 +6,7 @@ use std::path::Path;
 const LEVELS: [&[&str]; 8] = [
     &["oci", "metrics"],
     &["config", "flights", "provenance"],
-    &["registries", "source", "store", "telemetry"],
+    &["dns", "registries", "source", "store", "telemetry"],
     &["origin", "peers", "fill", "tags"],
     &["pull"],
     &["respond"],

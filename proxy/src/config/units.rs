@@ -67,6 +67,20 @@ impl<'de> Deserialize<'de> for Span {
     }
 }
 
+/// A text, or a list of texts.
+pub(super) fn one_or_many<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<String>, D::Error> {
+    #[derive(serde::Deserialize)]
+    #[serde(untagged)]
+    enum OneOrMany {
+        One(String),
+        Many(Vec<String>),
+    }
+    match OneOrMany::deserialize(deserializer).map_err(|_| D::Error::custom("expected a name or a list of names"))? {
+        OneOrMany::One(name) => Ok(vec![name]),
+        OneOrMany::Many(names) => Ok(names),
+    }
+}
+
 /// A list of regular expressions that compile, each taken to match a whole tag.
 pub(super) fn regexes<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<String>, D::Error> {
     let patterns = Vec::<String>::deserialize(deserializer)?;

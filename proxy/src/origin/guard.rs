@@ -9,14 +9,13 @@ use std::collections::HashSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 
-use hickory_resolver::config::{ConnectionConfig, NameServerConfig, ResolverConfig};
-use hickory_resolver::net::runtime::TokioRuntimeProvider;
-use hickory_resolver::{Resolver, TokioResolver};
+use hickory_resolver::TokioResolver;
 use ipnet::IpNet;
 use reqwest::dns::{Addrs, Name, Resolve, Resolving};
 use url::{Host, Url};
 
 use crate::config::Config;
+use crate::dns;
 
 /// The rules for names that others choose.
 #[derive(Clone)]
@@ -53,7 +52,7 @@ impl Guard {
     /// Must run inside a tokio runtime, which drives the resolver.
     pub(super) fn new(config: &Config) -> Result<Self, String> {
         Ok(Self {
-            resolver: Arc::new(resolver(&config.dns.servers)?),
+            resolver: Arc::new(dns::resolver(&config.dns.servers)?),
             allow: config.guard.allow.clone().into(),
             proxies: Arc::new(proxy_hosts(|name| std::env::var(name).ok())),
         })
@@ -118,30 +117,6 @@ impl Resolve for GuardedResolver {
             Ok(Box::new(addresses.into_iter()) as Addrs)
         })
     }
-}
-
-fn resolver(servers: &[SocketAddr]) -> Result<TokioResolver, String> {
-    let mut builder = if servers.is_empty() {
-        TokioResolver::builder_tokio().map_err(|e| format!("the system's name servers cannot be read: {e}"))?
-    } else {
-        let servers = servers.iter().map(|server| {
-            let mut connections = vec![ConnectionConfig::udp(), ConnectionConfig::tcp()];
-            for connection in &mut connections {
-                connection.port = server.port();
-            }
-            NameServerConfig::new(server.ip(), true, connections)
-        });
-        let config = ResolverConfig::from_parts(None, Vec::new(), servers.collect());
-        Resolver::builder_with_config(config, TokioRuntimeProvider::default())
-    };
-    let options = builder.options_mut();
-    options.timeout = std::time::Duration::from_secs(1);
-    options.attempts = 2;
-    // Clusters ask for five dots before a name is tried as it stands: five lookups for nothing.
-    options.ndots = 1;
-    options.positive_max_ttl = Some(std::time::Duration::from_secs(300));
-    options.negative_max_ttl = Some(std::time::Duration::from_secs(2));
-    builder.build().map_err(|e| e.to_string())
 }
 
 /// The hosts that the environment names as proxies, in either case of the variables.

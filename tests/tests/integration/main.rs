@@ -8,6 +8,7 @@ mod cli;
 mod clients;
 mod faults;
 mod fills;
+mod load;
 mod peers;
 mod public;
 mod ranges;

@@ -90,3 +90,35 @@ async fn the_peer_port_gives_only_what_a_digest_proves() {
         assert_eq!(get(&format!("http://{peer}{path}"), &[]).await.status, status, "{path}");
     }
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_name_is_enough_to_form_a_cluster() {
+    use dray_tests::dns::Dns;
+    let image = Image::new(1, &[2_000_000, 700_000, 1000]);
+    let origin = Origin::start(&[("library/app", "1", &image)], |_, r| r).await;
+    let dns = Dns::start(&[]).await;
+    let port = free_port();
+    let addresses = ["127.0.0.11", "127.0.0.12", "127.0.0.13"];
+    dns.set("dray.example", &addresses);
+    let start = |address: &&str| {
+        let peers = format!(
+            "[dns]\nservers = [\"{}\"]\n[peers]\nlisten = \"{address}:{port}\"\nservice = \"dray.example\"\n",
+            dns.address
+        );
+        Start::new(format!("{}\n{peers}", rule("docker.io", &origin.url()))).run()
+    };
+    let nodes: Vec<Dray> = addresses.iter().map(start).collect();
+    for path in paths(&image) {
+        // A node that has not yet heard of the others would fetch for itself, once.
+        for node in &nodes {
+            assert_eq!(node.get(&path).await.status, 200);
+        }
+    }
+    let received: u64 = futures_util::future::join_all(
+        nodes.iter().map(|node| node.metric("dray_peer_bytes_total{from_zone=\"-\",to_zone=\"-\"}")),
+    )
+    .await
+    .iter()
+    .sum();
+    assert!(received > 1_000_000, "they share: {received} bytes");
+}
