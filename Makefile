@@ -4,7 +4,7 @@ BIN := target/$(PROFILE)/dray
 TOOLS := target/tools
 CARGO_TEST := cargo test --profile $(PROFILE) --workspace
 
-.PHONY: run test lint bench soak image setup tools fuzz fmt
+.PHONY: run test lint bench image setup tools fuzz fmt
 
 run: $(BIN) ## Build dray and start it with its built-in defaults
 	$(BIN)
@@ -22,7 +22,8 @@ fuzz: ## Every fuzz target for some seconds: make fuzz SECONDS=10
 	tests/fuzz.sh $(or $(SECONDS),10)
 
 bench: setup tools $(BIN) ## Compare with direct pulls and nginx on this machine
-	loadtest/bench.sh
+	cargo build --profile $(PROFILE) --workspace --bins
+	target/$(PROFILE)/bench
 
 setup: ## Install missing system packages, or say which
 	@tests/setup.sh
@@ -33,8 +34,8 @@ tools: ## Build the Go tools that the tests use
 fmt:
 	cargo fmt --all
 
-image: ## A container image as an OCI layout, without a container engine
-	k8s/image.sh
+image: ## A container image; needs Docker or, with DOCKER=podman or "buildah", one of those
+	$(or $(DOCKER),docker) build --file k8s/Dockerfile --tag dray:0.1.0 .
 
 .PHONY: $(BIN)
 $(BIN): build-setup

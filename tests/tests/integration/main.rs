@@ -8,6 +8,7 @@ mod cli;
 mod clients;
 mod faults;
 mod fills;
+mod k8s;
 mod load;
 mod peers;
 mod public;
