@@ -4,6 +4,25 @@
 set -eu
 out=$(mkdir -p "$1" && cd "$1" && pwd)
 cd "$(dirname "$0")/tools"
+
+# Debian's Go may be too old for the tools: any Go can fetch a newer one as a module.
+wanted=$(sed -n 's/^go //p' ./*/go.mod | sort -V | tail -n 1)
+present=$(go env GOVERSION | sed 's/^go//')
+if [ "$(printf '%s\n%s\n' "$wanted" "$present" | sort -V | head -n 1)" != "$wanted" ]; then
+    root="$out/go-$wanted"
+    if [ ! -x "$root/bin/go" ]; then
+        echo "fetching Go $wanted"
+        module=golang.org/toolchain@v0.0.1-go$wanted.$(go env GOOS)-$(go env GOARCH)
+        dir=$(cd "$out" && GO111MODULE=on GOFLAGS=-mod=mod go mod download -json "$module" | sed -n 's/.*"Dir": "\(.*\)".*/\1/p')
+        cp -r "$dir" "$root.new"
+        # Modules carry no permissions.
+        chmod -R u+w "$root.new" && chmod +x "$root.new"/bin/* "$root.new"/pkg/tool/*/*
+        mv "$root.new" "$root"
+    fi
+    PATH="$root/bin:$PATH"
+    export PATH GOTOOLCHAIN=local
+fi
+
 for tool in *; do
     # Rebuilt only when its go.mod changed.
     stamp="$out/.$tool.$(cksum <"$tool/go.mod" | tr ' ' -)"

@@ -11,7 +11,6 @@ mod reader;
 mod write;
 
 use std::collections::HashMap;
-use std::fs::File;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
@@ -60,8 +59,8 @@ pub struct Fill {
 pub enum Opened {
     /// A small object, whole and verified.
     Small { object: SmallObject, from: ServedFrom },
-    /// A file that grows to `total` bytes.
-    Growing { file: Arc<File>, total: u64, from: ServedFrom },
+    /// A file that grows to its length.
+    Growing { blob: Arc<Blob>, from: ServedFrom },
     /// There is no space to keep it.
     Uncached { total: u64 },
 }
@@ -174,8 +173,8 @@ impl Fill {
     }
 
     /// Reads a span of a growing file.
-    pub fn reader(&self, file: &Arc<File>, span: Span) -> Reader {
-        Reader::of_fill(file.clone(), self.progress.subscribe(), span)
+    pub fn reader(&self, blob: Arc<Blob>, span: Span) -> Reader {
+        Reader::of_fill(blob, self.progress.subscribe(), span)
     }
 
     fn open(&self, opened: Result<Opened, SourceError>) {
@@ -203,7 +202,7 @@ impl Opened {
     pub fn length(&self) -> (u64, ServedFrom) {
         match self {
             Self::Small { object, from } => (object.bytes.len() as u64, *from),
-            Self::Growing { total, from, .. } => (*total, *from),
+            Self::Growing { blob, from } => (blob.len, *from),
             Self::Uncached { total } => (*total, ServedFrom::Origin),
         }
     }
@@ -231,8 +230,7 @@ impl Running<'_> {
                 return self.fill.open(Ok(Opened::Small { object, from: ServedFrom::Memory }));
             }
             Some(Found::Large { blob, proof: Proof::Verified }) => {
-                let opened = Opened::Growing { file: blob.file.clone(), total: blob.len, from: ServedFrom::Disk };
-                self.fill.open(Ok(opened));
+                self.fill.open(Ok(Opened::Growing { blob: blob.clone(), from: ServedFrom::Disk }));
                 return self.fill.end(Phase::Verified, blob.len);
             }
             _ => {}
@@ -270,14 +268,15 @@ impl Running<'_> {
 
     async fn large(&self, mut feed: Feed, permit: OwnedSemaphorePermit) {
         let (total, from) = (feed.total(), feed.served_from());
-        let large = self.fills.store.large.clone();
-        let draft = tokio::task::spawn_blocking(move || large.draft(total)).await.unwrap_or(Err(NoSpace));
+        let Some(place) = &self.fill.place else { return };
+        let (large, provenance) = (self.fills.store.large.clone(), place.provenance());
+        let draft = tokio::task::spawn_blocking(move || large.draft(total, provenance)).await.unwrap_or(Err(NoSpace));
         let Ok(draft) = draft else {
             self.fills.metrics.uncached.with_label_values(&["no_space"]).inc();
             tracing::warn!(digest = %self.fill.digest, total, "no space, passing through uncached");
             return self.fill.open(Ok(Opened::Uncached { total }));
         };
-        self.fill.open(Ok(Opened::Growing { file: draft.file.clone(), total, from }));
+        self.fill.open(Ok(Opened::Growing { blob: draft.blob.clone(), from }));
         let (pieces, writing) = write::start(self.fill, &draft);
         let fed = async {
             while let Some(piece) = feed.next().await? {
@@ -309,18 +308,15 @@ impl Running<'_> {
     /// Lets the readers have the tail, then makes the file durable.
     async fn publish(&self, draft: crate::store::Draft, total: u64) {
         self.fill.end(Phase::Verified, total);
-        let Some(place) = &self.fill.place else { return };
-        let (large, digest, provenance) =
-            (self.fills.store.large.clone(), self.fill.digest.clone(), place.provenance());
-        let published = tokio::task::spawn_blocking(move || large.publish(draft, &digest, &provenance)).await;
+        let (large, digest) = (self.fills.store.large.clone(), self.fill.digest.clone());
+        let published = tokio::task::spawn_blocking(move || large.publish(draft, &digest)).await;
         if let Ok(Err(error)) = published {
             tracing::warn!(digest = %self.fill.digest, %error, "a blob could not be kept");
         }
     }
 
-    fn prove(&self, blob: &Blob) {
-        let opened = Opened::Growing { file: blob.file.clone(), total: blob.len, from: ServedFrom::Disk };
-        self.fill.open(Ok(opened));
+    fn prove(&self, blob: &Arc<Blob>) {
+        self.fill.open(Ok(Opened::Growing { blob: blob.clone(), from: ServedFrom::Disk }));
         if write::hash_file(self.fill, blob) {
             self.fills.store.large.prove(&self.fill.digest);
             self.fill.end(Phase::Verified, blob.len);

@@ -1,6 +1,5 @@
 //! Reads a span of a file that is complete, or that a fill is still writing.
 
-use std::fs::File;
 use std::io::{self, IoSliceMut};
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
@@ -17,21 +16,19 @@ use crate::store::Blob;
 
 /// A span of a blob, piece by piece.
 pub struct Reader {
-    file: Arc<File>,
+    blob: Arc<Blob>,
     span: Span,
     /// None: the whole file is there.
     progress: Option<watch::Receiver<Progress>>,
-    /// Keeps the blob's bytes counted.
-    _blob: Option<Arc<Blob>>,
 }
 
 impl Reader {
     pub fn of_blob(blob: Arc<Blob>, span: Span) -> Self {
-        Self { file: blob.file.clone(), span, progress: None, _blob: Some(blob) }
+        Self { blob, span, progress: None }
     }
 
-    pub(super) fn of_fill(file: Arc<File>, progress: watch::Receiver<Progress>, span: Span) -> Self {
-        Self { file, span, progress: Some(progress), _blob: None }
+    pub(super) fn of_fill(blob: Arc<Blob>, progress: watch::Receiver<Progress>, span: Span) -> Self {
+        Self { blob, span, progress: Some(progress) }
     }
 
     /// The next piece; None at the end of the span.
@@ -41,7 +38,7 @@ impl Reader {
         }
         let readable = self.readable().await?;
         let len = usize::try_from(readable - self.span.start).unwrap_or(usize::MAX).min(piece_len());
-        let bytes = read(&self.file, self.span.start, len).await.map_err(|e| Broken(e.to_string()))?;
+        let bytes = read(&self.blob, self.span.start, len).await.map_err(|e| Broken(e.to_string()))?;
         if bytes.is_empty() {
             return Err(Broken("the file is shorter than it was".into()));
         }
@@ -65,20 +62,20 @@ impl Reader {
 }
 
 /// Reads without a thread what the page cache holds, and everything else on a thread that may block.
-async fn read(file: &Arc<File>, offset: u64, len: usize) -> io::Result<Bytes> {
+async fn read(blob: &Arc<Blob>, offset: u64, len: usize) -> io::Result<Bytes> {
     let mut piece = Piece::new(len);
     let cached = {
         let mut slices = [IoSliceMut::new(piece.memory())];
-        preadv2(file, &mut slices, offset, ReadWriteFlags::NOWAIT)
+        preadv2(&blob.file, &mut slices, offset, ReadWriteFlags::NOWAIT)
     };
     match cached {
         Ok(count) if count > 0 => return Ok(piece.into_bytes(count)),
         Ok(_) | Err(Errno::AGAIN | Errno::OPNOTSUPP | Errno::INTR | Errno::INVAL) => {}
         Err(error) => return Err(error.into()),
     }
-    let file = file.clone();
+    let blob = blob.clone();
     let reading = tokio::task::spawn_blocking(move || {
-        let count = file.read_at(piece.memory(), offset)?;
+        let count = blob.file.read_at(piece.memory(), offset)?;
         Ok(piece.into_bytes(count))
     });
     reading.await.map_err(io::Error::other)?

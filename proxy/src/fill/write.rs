@@ -28,13 +28,13 @@ pub(super) enum Written {
 /// Starts a thread that writes what it is sent into the draft.
 pub(super) fn start(fill: &Fill, draft: &Draft) -> (mpsc::Sender<Bytes>, JoinHandle<Written>) {
     let (sender, mut pieces) = mpsc::channel::<Bytes>(QUEUE);
-    let (file, total, progress) = (draft.file.clone(), draft.len, fill.progress.clone());
+    let (blob, total, progress) = (draft.blob.clone(), draft.blob.len, fill.progress.clone());
     let mut verifier = fill.digest.verifier();
     let thread = tokio::task::spawn_blocking(move || {
         let mut written = 0;
         while let Some(piece) = pieces.blocking_recv() {
             verifier.update(&piece);
-            if let Err(error) = file.write_all_at(&piece, written) {
+            if let Err(error) = blob.file.write_all_at(&piece, written) {
                 tracing::error!(%error, "a blob cannot be written");
                 return Written::DiskFailed;
             }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use tokio::time::{Instant, timeout};
+use tokio::time::{Instant, timeout_at};
 
 use super::sources::BlobSources;
 use super::{Asker, FIRST_BYTE, Pull, Refusal};
@@ -31,8 +31,10 @@ pub enum Body {
     Passing(Box<Passage>),
 }
 
-/// A request without `ns` cannot be sent elsewhere by the client, so it is worth a longer wait.
+/// A client that sends no `ns` has chosen its mirror for the whole image: a blob refused is a pull
+/// failed, so an outage is waited out this long, asking again and again.
 const FIRST_BYTE_WITHOUT_NS: Duration = Duration::from_secs(60);
+const AGAIN: Duration = Duration::from_secs(2);
 
 /// Bounded ranges of a blob are passed through until this much, or this share, was asked for.
 const FILL_AFTER_BYTES: u64 = 8 * 1024 * 1024;
@@ -147,13 +149,20 @@ impl Pull {
             return Ok(answer);
         }
         let sources = self.sources(place, digest, asker);
-        let wait = if named_by == NamedBy::Default { FIRST_BYTE_WITHOUT_NS } else { FIRST_BYTE };
+        let patience = if named_by == NamedBy::Namespace { FIRST_BYTE } else { FIRST_BYTE_WITHOUT_NS };
+        let deadline = Instant::now() + patience;
         loop {
             let fill = self.fills.join(digest, place, sources.clone());
-            let opened = timeout(wait, self.follow(&fill, place, digest, range, asker)).await;
+            let opened = timeout_at(deadline, self.follow(&fill, place, digest, range, asker)).await;
             match opened.unwrap_or(Err(Fetch::Source(SourceError::TimedOut))) {
                 // Another place's origin refused: ours may have it.
                 Err(Fetch::Source(_)) if fill.place.as_ref() != Some(place) => {}
+                Err(Fetch::Source(error)) if error.is_outage() && Instant::now() + AGAIN < deadline => {
+                    if named_by == NamedBy::Namespace {
+                        return Err(Fetch::Source(error));
+                    }
+                    tokio::time::sleep(AGAIN).await;
+                }
                 other => return other,
             }
         }
@@ -170,9 +179,10 @@ impl Pull {
     ) -> Result<BlobAnswer, Fetch> {
         match fill.opened().await? {
             Opened::Small { object, from } => Ok(BlobAnswer::of_bytes(&object.bytes, range, from)?),
-            Opened::Growing { file, total, from } => {
+            Opened::Growing { blob, from } => {
+                let total = blob.len;
                 let span = span_of(range, total)?;
-                let reader = fill.reader(&file, span.unwrap_or(Span::whole(total)));
+                let reader = fill.reader(blob, span.unwrap_or(Span::whole(total)));
                 Ok(BlobAnswer { total, span, from, body: Body::File(reader) })
             }
             Opened::Uncached { total } => {

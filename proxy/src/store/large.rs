@@ -32,20 +32,20 @@ pub struct Large {
     next_draft: AtomicU64,
 }
 
-/// An open blob. Its bytes stay readable, and counted, until the last reader lets go.
+/// An open blob, or one that is being written. Its bytes stay readable, and counted, until the
+/// last reader lets go, wherever its name went.
 pub struct Blob {
-    pub file: Arc<File>,
+    pub file: File,
     pub len: u64,
+    /// None: its record was lost.
     pub provenance: Option<Provenance>,
-    _charge: Arc<Charge>,
+    charge: Arc<Charge>,
 }
 
 /// A blob being written, with its space reserved. Unlinked when dropped without being published.
 pub struct Draft {
     path: PathBuf,
-    pub file: Arc<File>,
-    pub len: u64,
-    charge: Arc<Charge>,
+    pub blob: Arc<Blob>,
 }
 
 /// Whether a file can be believed.
@@ -114,7 +114,7 @@ impl Large {
                     touch_times(&file, now);
                 }
                 let charge = entry.charge.clone();
-                let blob = Arc::new(Blob { file: Arc::new(file), len: entry.len, provenance, _charge: charge });
+                let blob = Arc::new(Blob { file, len: entry.len, provenance, charge });
                 entry.open = Arc::downgrade(&blob);
                 Some((blob, proof))
             }
@@ -127,7 +127,7 @@ impl Large {
     }
 
     /// Reserves space for a blob of `len` bytes, evicting others if need be. Blocks on the disk.
-    pub fn draft(&self, len: u64) -> Result<Draft, NoSpace> {
+    pub fn draft(&self, len: u64, provenance: Provenance) -> Result<Draft, NoSpace> {
         let bytes = len.checked_add(FILE_OVERHEAD).filter(|b| *b <= self.budget.limit()).ok_or(NoSpace)?;
         let charge = loop {
             match self.budget.reserve(bytes) {
@@ -138,7 +138,10 @@ impl Large {
         };
         let path = self.fills.join(self.next_draft.fetch_add(1, Ordering::Relaxed).to_string());
         match self.create(&path, len) {
-            Ok(file) => Ok(Draft { path, file: Arc::new(file), len, charge }),
+            Ok(file) => {
+                let blob = Blob { file, len, provenance: Some(provenance), charge };
+                Ok(Draft { path, blob: Arc::new(blob) })
+            }
             Err(error) => {
                 tracing::warn!(%error, "no file for a blob, it will not be kept");
                 let _ = fs::remove_file(&path);
@@ -149,28 +152,23 @@ impl Large {
 
     /// Makes a draft durable and gives it its name. Call it only after its hash agreed.
     #[allow(clippy::needless_pass_by_value, reason = "a draft is published once")]
-    pub fn publish(&self, draft: Draft, digest: &Digest, provenance: &Provenance) -> io::Result<()> {
-        draft.file.sync_data()?;
+    pub fn publish(&self, draft: Draft, digest: &Digest) -> io::Result<()> {
+        let blob = &draft.blob;
+        blob.file.sync_data()?;
         let path = self.path(digest);
         let dir = path.parent().unwrap_or(&self.blobs);
         fs::create_dir_all(dir)?;
-        fs::write(record_path(&path), serde_json::to_vec(provenance)?)?;
+        fs::write(record_path(&path), serde_json::to_vec(&blob.provenance)?)?;
         fs::rename(&draft.path, &path)?;
         File::open(dir)?.sync_all()?;
         let now = SystemTime::now();
-        let blob = Arc::new(Blob {
-            file: draft.file.clone(),
-            len: draft.len,
-            provenance: Some(provenance.clone()),
-            _charge: draft.charge.clone(),
-        });
         let entry = Entry {
-            len: draft.len,
+            len: blob.len,
             proof: Proof::Verified,
             last_used: now,
             touched: now,
-            charge: draft.charge.clone(),
-            open: Arc::downgrade(&blob),
+            charge: blob.charge.clone(),
+            open: Arc::downgrade(blob),
         };
         self.index().insert(digest.clone(), entry);
         Ok(())
@@ -316,9 +314,9 @@ mod tests {
 
     fn put(large: &Large, bytes: &[u8]) -> Digest {
         let digest = Digest::of(bytes);
-        let draft = large.draft(bytes.len() as u64).unwrap();
-        draft.file.write_all_at(bytes, 0).unwrap();
-        large.publish(draft, &digest, &provenance()).unwrap();
+        let draft = large.draft(bytes.len() as u64, provenance()).unwrap();
+        draft.blob.file.write_all_at(bytes, 0).unwrap();
+        large.publish(draft, &digest).unwrap();
         digest
     }
 
@@ -353,10 +351,23 @@ mod tests {
         assert!(large.get(&c).is_none(), "least recently used");
         assert!(large.get(&a).is_some() && large.get(&b).is_some() && large.get(&d).is_some());
         let readers = [&b, &d].map(|digest| large.get(digest).unwrap());
-        assert_eq!(large.draft(1000).err(), Some(NoSpace), "everything is being read");
+        assert_eq!(large.draft(1000, provenance()).err(), Some(NoSpace), "everything is being read");
         drop((reader, readers));
-        assert!(large.draft(1000).is_ok());
-        assert_eq!(large.draft(u64::MAX).err(), Some(NoSpace));
+        assert!(large.draft(1000, provenance()).is_ok());
+        assert_eq!(large.draft(u64::MAX, provenance()).err(), Some(NoSpace));
+    }
+
+    #[test]
+    fn a_dropped_draft_leaves_nothing_once_its_last_reader_is_gone() {
+        let dir = tempfile::tempdir().unwrap();
+        let large = large(dir.path(), 2 * (1000 + FILE_OVERHEAD));
+        let draft = large.draft(1000, provenance()).unwrap();
+        let reader = draft.blob.clone();
+        drop(draft);
+        assert_eq!(fs::read_dir(dir.path().join("v1/fills")).unwrap().count(), 0);
+        assert!(large.draft(2000, provenance()).is_err(), "still open, still counted");
+        drop(reader);
+        assert!(large.draft(2000, provenance()).is_ok());
     }
 
     #[test]
