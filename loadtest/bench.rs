@@ -115,7 +115,7 @@ impl Bench {
     async fn warm(&self) {
         let dray = self.dray(self.fast);
         curl(&dray.url(&self.path()));
-        settled(&dray).await;
+        dray.fills_end().await;
         let (mut rates, mut costs, mut nginx_rates, mut ratios) = (vec![], vec![], vec![], vec![]);
         for _ in 0..ROUNDS * 2 {
             let before = cpu_seconds(dray.id());
@@ -171,7 +171,7 @@ impl Bench {
         tokio::time::sleep(Duration::from_secs(1)).await;
         row("memory, idle", &format!("{} MiB", resident(dray.id()) >> 20), "16 MiB memory tier", "<= tier + 64 MiB");
         curl(&dray.url(&self.path()));
-        settled(&dray).await;
+        dray.fills_end().await;
         tokio::time::sleep(Duration::from_secs(1)).await;
         let before = resident(dray.id());
         let mut readers = Vec::new();
@@ -267,10 +267,6 @@ fn curl(url: &str) -> Transfer {
     let text = String::from_utf8(output.stdout).unwrap();
     let (seconds, first_byte) = text.split_once(' ').unwrap();
     Transfer { seconds: seconds.parse().unwrap(), first_byte: first_byte.parse().unwrap() }
-}
-
-async fn settled(dray: &Dray) {
-    eventually("fills end", async || (dray.metric("dray_fills{state=\"running\"}").await == 0).then_some(())).await;
 }
 
 /// Ends a dray and removes its cache.

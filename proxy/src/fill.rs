@@ -11,45 +11,70 @@ mod reader;
 mod write;
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use prometheus::IntGauge;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tokio::sync::{Semaphore, watch};
+use tokio::time::timeout;
 
 pub use self::feed::{Feed, Sources};
 pub use self::passage::Passage;
 pub use self::reader::Reader;
 use crate::metrics::Metrics;
-use crate::oci::{BLOB_MEDIA_TYPE, Digest, Span};
+use crate::oci::{BLOB_MEDIA_TYPE, Digest, Registry, Span};
 use crate::registries::Place;
 use crate::source::{ServedFrom, SourceError};
-use crate::store::{Blob, Found, Kind, NoSpace, Proof, SMALL_BYTES, SmallObject, Store};
+use crate::store::{Blob, Draft, Found, Kind, NoSpace, Proof, SMALL_BYTES, SmallObject, Store};
 
 /// Bytes at the end of a blob that no reader gets before the digest agrees.
 pub const HELD_BYTES: u64 = 64 * 1024;
 
-/// Fills that run at the same time; more wait.
+/// Large blobs written at the same time; more pass through uncached. Each takes a thread.
 const MAX_FILLS: usize = 256;
+
+/// A small object has to be here whole within this time.
+const SMALL_TIME: Duration = Duration::from_secs(30);
 
 /// For how long a digest that did not match is distrusted.
 const DISTRUST: Duration = Duration::from_secs(600);
 
 /// All running fills.
 pub struct Fills {
-    running: Mutex<HashMap<Digest, Arc<Fill>>>,
-    distrusted: moka::sync::Cache<Digest, ()>,
+    running: Mutex<HashMap<FillKey, Arc<Fill>>>,
+    distrusted: moka::sync::Cache<(Digest, Registry), ()>,
     permits: Arc<Semaphore>,
     store: Arc<Store>,
     metrics: Arc<Metrics>,
     gauge: IntGauge,
 }
 
+/// Whom a fill may follow.
+///
+/// Two nodes that disagree about the owner must not wait for each other: what a peer asks for is
+/// never joined to a fill that follows a peer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Side {
+    /// It goes to the origin, for whoever asks.
+    Owner,
+    /// It follows the owner first.
+    Follower,
+}
+
+/// Which requests share a fill: those for the same bytes of the same registry. Another registry's
+/// bytes are proven only at their end, so nobody waits for them or reads them before.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct FillKey {
+    pub digest: Digest,
+    pub registry: Registry,
+    pub side: Side,
+}
+
 /// One blob on its way in.
 pub struct Fill {
-    pub digest: Digest,
-    /// Whose request started it; None: a file on disk is being proven.
-    pub place: Option<Place>,
+    key: FillKey,
+    /// Whose request started it.
+    pub place: Place,
     opened: OnceLock<Result<Opened, SourceError>>,
     progress: watch::Sender<Progress>,
 }
@@ -61,8 +86,8 @@ pub enum Opened {
     Small { object: SmallObject, from: ServedFrom },
     /// A file that grows to its length.
     Growing { blob: Arc<Blob>, from: ServedFrom },
-    /// There is no space to keep it.
-    Uncached { total: u64 },
+    /// It cannot be kept. The first reader may have the feed that was opened.
+    Uncached { total: u64, from: ServedFrom, feed: Arc<Mutex<Option<Feed>>> },
 }
 
 /// How far a fill is.
@@ -96,19 +121,26 @@ impl Fills {
     }
 
     /// The running fill of a digest.
-    pub fn running(&self, digest: &Digest) -> Option<Arc<Fill>> {
-        self.lock().get(digest).cloned()
+    pub fn running(&self, key: &FillKey) -> Option<Arc<Fill>> {
+        self.lock().get(key).cloned()
     }
 
-    /// Whether this digest lately came with wrong bytes: a client may hold a bad beginning, which
-    /// a good end must not complete.
-    pub fn is_distrusted(&self, digest: &Digest) -> bool {
-        self.distrusted.contains_key(digest)
+    /// Whether this digest lately came with wrong bytes from this registry: a client may hold a bad
+    /// beginning, which a good end must not complete.
+    pub fn is_distrusted(&self, digest: &Digest, registry: &Registry) -> bool {
+        self.distrusted.contains_key(&(digest.clone(), registry.clone()))
+    }
+
+    /// Remembers that a registry sent wrong bytes.
+    pub fn distrust(&self, digest: &Digest, place: &Place) {
+        self.metrics.mismatches.inc();
+        tracing::error!(%digest, %place, "the bytes do not match their digest");
+        self.distrusted.insert((digest.clone(), place.registry.clone()), ());
     }
 
     /// Joins the running fill of a digest, or starts one from these sources.
-    pub fn join(self: &Arc<Self>, digest: &Digest, place: &Place, sources: Arc<dyn Sources>) -> Arc<Fill> {
-        let (fill, started) = self.enter(digest, Some(place.clone()));
+    pub fn join(self: &Arc<Self>, key: &FillKey, place: &Place, sources: Arc<dyn Sources>) -> Arc<Fill> {
+        let (fill, started) = self.enter(key, place);
         if started {
             let (fills, fill) = (self.clone(), fill.clone());
             tokio::spawn(async move {
@@ -120,32 +152,38 @@ impl Fills {
     }
 
     /// Proves a file on disk by hashing it, while readers follow.
-    pub fn prove(self: &Arc<Self>, digest: &Digest, blob: Arc<Blob>) -> Arc<Fill> {
-        let (fill, started) = self.enter(digest, None);
+    pub fn prove(self: &Arc<Self>, key: &FillKey, place: &Place, blob: Arc<Blob>) -> Arc<Fill> {
+        let (fill, started) = self.enter(key, place);
         if started {
             let (fills, fill) = (self.clone(), fill.clone());
-            tokio::task::spawn_blocking(move || {
-                let running = Running { fills: &fills, fill: &fill };
-                running.prove(&blob);
+            tokio::spawn(async move {
+                // Readers of what is proven already need threads as well.
+                let permit = fills.permits.clone().acquire_owned().await;
+                let proving = tokio::task::spawn_blocking(move || {
+                    let running = Running { fills: &fills, fill: &fill };
+                    running.prove(&blob);
+                });
+                let _ = proving.await;
+                drop(permit);
             });
         }
         fill
     }
 
-    fn enter(&self, digest: &Digest, place: Option<Place>) -> (Arc<Fill>, bool) {
+    fn enter(&self, key: &FillKey, place: &Place) -> (Arc<Fill>, bool) {
         let mut running = self.lock();
-        if let Some(fill) = running.get(digest)
+        if let Some(fill) = running.get(key)
             && fill.progress.borrow().phase != Phase::Failed
         {
             return (fill.clone(), false);
         }
-        let fill = Arc::new(Fill::new(digest.clone(), place));
-        running.insert(digest.clone(), fill.clone());
+        let fill = Arc::new(Fill::new(key.clone(), place.clone()));
+        running.insert(key.clone(), fill.clone());
         self.gauge.inc();
         (fill, true)
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<Digest, Arc<Fill>>> {
+    fn lock(&self) -> MutexGuard<'_, HashMap<FillKey, Arc<Fill>>> {
         // Only looked up and changed under the lock, never across an await.
         self.running.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -154,9 +192,9 @@ impl Fills {
 // === impl Fill ===
 
 impl Fill {
-    fn new(digest: Digest, place: Option<Place>) -> Self {
+    fn new(key: FillKey, place: Place) -> Self {
         let progress = watch::Sender::new(Progress { released: 0, phase: Phase::Opening });
-        Self { digest, place, opened: OnceLock::new(), progress }
+        Self { key, place, opened: OnceLock::new(), progress }
     }
 
     /// Waits until a source has answered, or none does.
@@ -203,7 +241,7 @@ impl Opened {
         match self {
             Self::Small { object, from } => (object.bytes.len() as u64, *from),
             Self::Growing { blob, from } => (blob.len, *from),
-            Self::Uncached { total } => (*total, ServedFrom::Origin),
+            Self::Uncached { total, from, .. } => (*total, *from),
         }
     }
 }
@@ -222,10 +260,8 @@ struct Running<'a> {
 
 impl Running<'_> {
     async fn fill_from(&self, sources: Arc<dyn Sources>) {
-        let permits = self.fills.permits.clone();
-        let Ok(permit) = permits.acquire_owned().await else { return };
         // An earlier fill may have ended between its last look-up and our start.
-        match self.fills.store.find(&self.fill.digest, Kind::Blob).await {
+        match self.fills.store.find(&self.fill.key.digest, Kind::Blob).await {
             Some(Found::Small { object, .. }) => {
                 return self.fill.open(Ok(Opened::Small { object, from: ServedFrom::Memory }));
             }
@@ -240,9 +276,10 @@ impl Running<'_> {
             Err(error) => return self.fill.open(Err(error)),
         };
         if feed.total() <= SMALL_BYTES {
-            self.fill.open(self.small(feed).await);
+            let whole = timeout(SMALL_TIME, self.small(feed)).await;
+            self.fill.open(whole.unwrap_or(Err(SourceError::TimedOut)));
         } else {
-            self.large(feed, permit).await;
+            self.large(feed).await;
         }
     }
 
@@ -252,29 +289,26 @@ impl Running<'_> {
         while let Some(piece) = feed.next().await? {
             bytes.extend_from_slice(&piece);
         }
-        let bytes = bytes.freeze();
-        if !self.fill.digest.matches(&bytes) {
-            self.mismatch();
+        let (bytes, place) = (bytes.freeze(), &self.fill.place);
+        if !self.fill.key.digest.matches(&bytes) {
+            self.fills.distrust(&self.fill.key.digest, place);
             return Err(SourceError::Malformed("the bytes do not match their digest".into()));
         }
-        let Some(place) = &self.fill.place else {
-            return Err(SourceError::NotFound);
-        };
-        let object =
-            SmallObject { media_type: BLOB_MEDIA_TYPE.into(), provenance: Arc::new(place.provenance()), bytes };
-        self.fills.store.small.insert(&self.fill.digest, Kind::Blob, object.clone());
+        let provenance = Arc::new(place.provenance());
+        let object = SmallObject { media_type: BLOB_MEDIA_TYPE.into(), provenance, bytes };
+        self.fills.store.small.insert(&self.fill.key.digest, Kind::Blob, object.clone());
         Ok(Opened::Small { object, from: feed.served_from() })
     }
 
-    async fn large(&self, mut feed: Feed, permit: OwnedSemaphorePermit) {
+    async fn large(&self, mut feed: Feed) {
         let (total, from) = (feed.total(), feed.served_from());
-        let Some(place) = &self.fill.place else { return };
-        let (large, provenance) = (self.fills.store.large.clone(), place.provenance());
+        let Ok(permit) = self.fills.permits.clone().try_acquire_owned() else {
+            return self.pass(feed, "busy");
+        };
+        let (large, provenance) = (self.fills.store.large.clone(), self.fill.place.provenance());
         let draft = tokio::task::spawn_blocking(move || large.draft(total, provenance)).await.unwrap_or(Err(NoSpace));
         let Ok(draft) = draft else {
-            self.fills.metrics.uncached.with_label_values(&["no_space"]).inc();
-            tracing::warn!(digest = %self.fill.digest, total, "no space, passing through uncached");
-            return self.fill.open(Ok(Opened::Uncached { total }));
+            return self.pass(feed, "no_space");
         };
         self.fill.open(Ok(Opened::Growing { blob: draft.blob.clone(), from }));
         let (pieces, writing) = write::start(self.fill, &draft);
@@ -293,49 +327,48 @@ impl Running<'_> {
         match (fed, written) {
             (Ok(()), Ok(write::Written::Verified)) => self.publish(draft, total).await,
             (Ok(()), Ok(write::Written::Mismatch)) => {
-                self.mismatch();
+                self.fills.distrust(&self.fill.key.digest, &self.fill.place);
                 self.fill.end(Phase::Failed, 0);
             }
             (fed, written) => {
                 let error = fed.err().map_or_else(|| format!("{written:?}"), |error| error.to_string());
-                tracing::warn!(digest = %self.fill.digest, error, "a fill failed");
+                tracing::warn!(digest = %self.fill.key.digest, error, "a fill failed");
                 // What was released stays readable, so that a resume loses nothing.
                 self.fill.progress.send_modify(|progress| progress.phase = Phase::Failed);
             }
         }
     }
 
+    /// Leaves it to each reader to fetch for itself.
+    fn pass(&self, feed: Feed, reason: &str) {
+        self.fills.metrics.uncached.with_label_values(&[reason]).inc();
+        tracing::warn!(digest = %self.fill.key.digest, total = feed.total(), reason, "passing through uncached");
+        let (total, from) = (feed.total(), feed.served_from());
+        self.fill.open(Ok(Opened::Uncached { total, from, feed: Arc::new(Mutex::new(Some(feed))) }));
+    }
+
     /// Lets the readers have the tail, then makes the file durable.
-    async fn publish(&self, draft: crate::store::Draft, total: u64) {
+    async fn publish(&self, draft: Draft, total: u64) {
         self.fill.end(Phase::Verified, total);
-        let (large, digest) = (self.fills.store.large.clone(), self.fill.digest.clone());
+        let (large, digest) = (self.fills.store.large.clone(), self.fill.key.digest.clone());
         let published = tokio::task::spawn_blocking(move || large.publish(draft, &digest)).await;
         if let Ok(Err(error)) = published {
-            tracing::warn!(digest = %self.fill.digest, %error, "a blob could not be kept");
+            tracing::warn!(digest = %self.fill.key.digest, %error, "a blob could not be kept");
         }
     }
 
     fn prove(&self, blob: &Arc<Blob>) {
         self.fill.open(Ok(Opened::Growing { blob: blob.clone(), from: ServedFrom::Disk }));
+        let digest = &self.fill.key.digest;
         if write::hash_file(self.fill, blob) {
-            self.fills.store.large.prove(&self.fill.digest);
+            self.fills.store.large.prove(digest);
             self.fill.end(Phase::Verified, blob.len);
         } else {
-            tracing::warn!(digest = %self.fill.digest, "a cached blob was damaged when the machine went down");
-            self.fills.store.large.forget(&self.fill.digest);
-            self.distrust();
+            tracing::warn!(%digest, "a cached blob was damaged when the machine went down");
+            self.fills.store.large.forget(digest);
+            self.fills.distrust(digest, &self.fill.place);
             self.fill.end(Phase::Failed, 0);
         }
-    }
-
-    fn mismatch(&self) {
-        self.fills.metrics.mismatches.inc();
-        tracing::error!(digest = %self.fill.digest, place = self.fill.place.as_ref().map(ToString::to_string), "the bytes do not match their digest");
-        self.distrust();
-    }
-
-    fn distrust(&self) {
-        self.fills.distrusted.insert(self.fill.digest.clone(), ());
     }
 }
 
@@ -343,8 +376,9 @@ impl Drop for Running<'_> {
     fn drop(&mut self) {
         let mut running = self.fills.lock();
         // A failed fill may have been replaced by now.
-        if running.get(&self.fill.digest).is_some_and(|fill| std::ptr::eq(&raw const **fill, self.fill)) {
-            running.remove(&self.fill.digest);
+        let key = &self.fill.key;
+        if running.get(key).is_some_and(|fill| std::ptr::eq(&raw const **fill, self.fill)) {
+            running.remove(key);
         }
         drop(running);
         self.fills.gauge.dec();

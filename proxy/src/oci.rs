@@ -3,6 +3,7 @@
 pub mod accept;
 pub mod digest;
 pub mod error;
+pub mod manifest;
 pub mod name;
 pub mod range;
 pub mod route;

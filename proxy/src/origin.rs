@@ -12,12 +12,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use ::http::header::{
-    ACCEPT, ACCEPT_ENCODING, CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE, RANGE, RETRY_AFTER, WWW_AUTHENTICATE,
+    ACCEPT, ACCEPT_ENCODING, CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE, RANGE, WWW_AUTHENTICATE,
 };
 use ::http::{HeaderMap, HeaderValue, Method};
 use bytes::{Bytes, BytesMut};
 use futures_util::TryStreamExt;
 use reqwest::Response;
+use tokio::sync::Semaphore;
 use tokio::time::{Instant, timeout_at};
 use url::Url;
 
@@ -29,7 +30,7 @@ use self::redirects::Redirects;
 use self::retry::RetryBudget;
 use crate::config::{Config, Upstream};
 use crate::metrics::Metrics;
-use crate::oci::{Digest, MAX_MANIFEST_BYTES, Reference};
+use crate::oci::{Digest, MAX_MANIFEST_BYTES, Reference, manifest};
 use crate::registries::{Place, Registries};
 use crate::source::{Broken, Incoming, Part, SourceError, error_chain};
 
@@ -39,6 +40,10 @@ pub struct Origin {
     tokens: Tokens,
     redirects: Redirects,
     retries: RetryBudget,
+    /// Upstreams that did not answer lately.
+    silent: moka::sync::Cache<String, ()>,
+    /// Memory for answers that are read whole, in KiB.
+    whole: Semaphore,
     metrics: Arc<Metrics>,
 }
 
@@ -58,8 +63,17 @@ pub struct ListAnswer {
     pub bytes: Bytes,
 }
 
+/// An upstream has this long to answer where another one follows.
+const OTHERS_FOLLOW: Duration = Duration::from_millis(2500);
+
+/// For how long a silent upstream is asked last.
+const SILENT: Duration = Duration::from_secs(10);
+
+/// All answers that are being read whole share this many KiB.
+const WHOLE_KIB: usize = 64 * 1024;
+
 /// Largest tag list or referrers answer, in bytes.
-const MAX_LIST_BYTES: usize = 8 * 1024 * 1024;
+const MAX_LIST_BYTES: usize = 4 * 1024 * 1024;
 
 const DOCKER_CONTENT_DIGEST: &str = "docker-content-digest";
 
@@ -86,6 +100,8 @@ impl Origin {
             tokens: Tokens::new(),
             redirects: Redirects::new(),
             retries: RetryBudget::new(),
+            silent: moka::sync::Cache::builder().max_capacity(10_000).time_to_live(SILENT).build(),
+            whole: Semaphore::new(WHOLE_KIB),
             metrics,
         })
     }
@@ -103,9 +119,9 @@ impl Origin {
         let claimed = claimed_digest(&response);
         let stated = media_type(&response);
         let limit = usize::try_from(MAX_MANIFEST_BYTES).unwrap_or(usize::MAX);
-        let bytes = read_limited(response, limit, deadline).await?;
-        let media_type = stated
-            .or_else(|| inner_media_type(&bytes))
+        let bytes = self.read_whole(response, limit, deadline).await?;
+        let media_type = manifest::media_type(&bytes)
+            .or(stated)
             .ok_or_else(|| SourceError::Malformed("a manifest without a media type".into()))?;
         self.count_bytes(place, bytes.len());
         Ok(ManifestAnswer { media_type, claimed, bytes })
@@ -188,17 +204,23 @@ impl Origin {
         let text = |name: &str| response.headers().get(name).and_then(|v| v.to_str().ok()).map(str::to_owned);
         let (link, filters_applied) = (text("link"), text("oci-filters-applied"));
         let media_type = media_type(&response).unwrap_or_else(|| "application/json".to_owned());
-        let bytes = read_limited(response, MAX_LIST_BYTES, deadline).await?;
+        let bytes = self.read_whole(response, MAX_LIST_BYTES, deadline).await?;
         Ok(ListAnswer { media_type, link, filters_applied, bytes })
     }
 
     /// Asks the upstreams in order until one answers with 200 or 206.
     async fn ask(&self, place: &Place, question: &Question<'_>, deadline: Instant) -> Result<Response, SourceError> {
-        let upstreams = place.rule.upstreams(&place.registry);
+        let mut upstreams = place.rule.upstreams(&place.registry);
+        // Who was silent a moment ago is asked last.
+        upstreams.sort_by_key(|(upstream, _)| self.silent.contains_key(&upstream.base()));
         let mut worst = SourceError::NotFound;
         for (nth, (upstream, trust)) in upstreams.iter().enumerate() {
             let last = nth + 1 == upstreams.len();
-            let patience = if last { Patience::LastResort } else { Patience::OthersFollow };
+            let (patience, deadline) = if last {
+                (Patience::LastResort, deadline)
+            } else {
+                (Patience::OthersFollow, deadline.min(Instant::now() + OTHERS_FOLLOW))
+            };
             let home = Home { upstream, trust: *trust, ca: place.rule.ca.as_deref(), patience };
             let answer = self.ask_patiently(home, place, question, deadline).await;
             let outcome = answer.as_ref().map_or_else(SourceError::as_str, |_| "ok");
@@ -207,6 +229,9 @@ impl Origin {
                 Ok(response) => return Ok(response),
                 Err(error) => {
                     tracing::debug!(%place, upstream = upstream.base(), kind = question.kind, %error, "upstream gave nothing");
+                    if matches!(error, SourceError::TimedOut | SourceError::Unreachable(_)) {
+                        self.silent.insert(upstream.base(), ());
+                    }
                     worst = worst.severer(error);
                 }
             }
@@ -247,7 +272,14 @@ impl Origin {
         if let Some(response) = self.ask_remembered(home, question, &url, deadline).await {
             return Ok(response);
         }
-        let mut authorization = self.tokens.known(&self.http, home, place, deadline).await?;
+        let mut authorization = match self.tokens.known(&self.http, home, place, deadline).await {
+            Ok(authorization) => authorization,
+            Err(error) => {
+                tracing::debug!(%place, %error, "the remembered challenge leads nowhere, asking anew");
+                self.tokens.forget(home, place).await;
+                None
+            }
+        };
         for last_try in [false, true] {
             let ask = Ask {
                 method: question.method.clone(),
@@ -294,12 +326,33 @@ impl Origin {
             authorization: None,
             form: None,
         };
-        match self.http.send(home, &ask, deadline).await.and_then(checked) {
+        let soon = deadline.min(Instant::now() + OTHERS_FOLLOW);
+        match self.http.send(home, &ask, soon).await.and_then(checked) {
             Ok(response) => Some(response),
             Err(error) => {
                 tracing::debug!(%error, "a remembered redirect no longer works");
                 self.redirects.forget(url).await;
                 None
+            }
+        }
+    }
+
+    /// Reads a body within the memory that all such bodies share.
+    async fn read_whole(&self, response: Response, limit: usize, deadline: Instant) -> Result<Bytes, SourceError> {
+        let announced = header_u64(&response, CONTENT_LENGTH.as_str()).and_then(|length| usize::try_from(length).ok());
+        let kib = u32::try_from(announced.unwrap_or(limit).min(limit) / 1024 + 1).unwrap_or(u32::MAX);
+        match timeout_at(deadline, self.whole.acquire_many(kib)).await {
+            Ok(Ok(_permit)) => read_limited(response, limit, deadline).await,
+            _ => Err(SourceError::TimedOut),
+        }
+    }
+
+    /// Forgets where a blob's redirect led: the bytes from there broke off or were wrong.
+    pub async fn forget_redirects(&self, place: &Place, digest: &Digest) {
+        let question = Question::new("blob", Method::GET, format!("blobs/{digest}"));
+        for (upstream, _) in place.rule.upstreams(&place.registry) {
+            if let Ok(url) = question.url(&upstream, place) {
+                self.redirects.forget(&url).await;
             }
         }
     }
@@ -338,10 +391,7 @@ fn checked(response: Response) -> Result<Response, SourceError> {
         200 | 206 => {}
         404 | 410 => return Err(SourceError::NotFound),
         401 | 403 => return Err(SourceError::Denied),
-        429 => {
-            let retry_after = header_u64(&response, RETRY_AFTER.as_str()).map(Duration::from_secs);
-            return Err(SourceError::Limited { retry_after });
-        }
+        429 => return Err(SourceError::Limited),
         status => return Err(SourceError::Failed(status)),
     }
     let encoding = response.headers().get(CONTENT_ENCODING);
@@ -382,14 +432,4 @@ fn media_type(response: &Response) -> Option<String> {
     let value = response.headers().get(CONTENT_TYPE)?.to_str().ok()?;
     let bare = value.split(';').next().unwrap_or_default().trim();
     (!bare.is_empty()).then(|| bare.to_owned())
-}
-
-/// What a manifest says of itself.
-fn inner_media_type(manifest: &[u8]) -> Option<String> {
-    #[derive(serde::Deserialize)]
-    struct Typed {
-        #[serde(rename = "mediaType")]
-        media_type: String,
-    }
-    serde_json::from_slice::<Typed>(manifest).ok().map(|typed| typed.media_type)
 }

@@ -183,10 +183,8 @@ impl Peers {
                 self.down.insert(peer, ());
                 return Err(SourceError::Unreachable(error_chain(&error)));
             }
-            Err(_) => {
-                self.down.insert(peer, ());
-                return Err(SourceError::TimedOut);
-            }
+            // Its origin may be slow: that is no reason for everybody to ask the origin.
+            Err(_) => return Err(SourceError::TimedOut),
         };
         match response.status().as_u16() {
             200 | 206 => Ok(response),

@@ -10,11 +10,12 @@ use http::header::{ACCEPT, HOST, RANGE, USER_AGENT};
 use pingora::modules::http::HttpModules;
 use pingora::prelude::{Error, ErrorType, HttpPeer};
 use pingora::proxy::{ProxyHttp, Session};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::metrics::Metrics;
 use crate::oci::route::{self, query_value};
 use crate::oci::{Endpoint, NamedBy, RangeRequest, Reference, Registry, Repository, Route, accept};
-use crate::pull::{Asker, Body, Pull, Refusal};
+use crate::pull::{Asker, BlobRequest, Body, Pull, Refusal};
 use crate::registries::Registries;
 use crate::respond::Reply;
 
@@ -28,11 +29,15 @@ pub struct Front {
     pub asker: Asker,
 }
 
-/// Requests being answered.
-#[derive(Default)]
+/// Requests being answered, and the memory that their answers take.
 pub struct Load {
     requests: AtomicUsize,
+    /// KiB for answers that are sent whole: large manifests and lists.
+    memory: Arc<Semaphore>,
 }
+
+/// There is no memory for another answer.
+struct Overloaded;
 
 /// A request's place in the load.
 struct Seat(Arc<Load>);
@@ -43,6 +48,8 @@ pub struct Exchange {
     started: Instant,
     /// Counts the request as load for as long as it is answered.
     seat: Option<Seat>,
+    /// Its share of the memory for answers that are sent whole.
+    held: Option<OwnedSemaphorePermit>,
     route: &'static str,
     content: Option<Content>,
     status: u16,
@@ -61,6 +68,10 @@ struct Content {
 
 /// More requests than this at once are refused.
 const MAX_REQUESTS: usize = 10_000;
+
+/// Answers sent whole that are at least this large share this much memory.
+const SMALL_ANSWER: usize = 64 * 1024;
+const WHOLE_ANSWERS_KIB: usize = 128 * 1024;
 
 /// An idle connection is closed after so many seconds.
 const KEEPALIVE_SECONDS: u64 = 75;
@@ -88,7 +99,14 @@ impl ProxyHttp for Front {
         let reply = match self.load.enter() {
             Some(seat) => {
                 exchange.seat = Some(seat);
-                Box::pin(self.answer(session, exchange)).await
+                let reply = Box::pin(self.answer(session, exchange)).await;
+                match self.load.hold(reply.body.held()) {
+                    Ok(held) => {
+                        exchange.held = held;
+                        reply
+                    }
+                    Err(Overloaded) => Reply::overloaded(),
+                }
             }
             None => Reply::overloaded(),
         };
@@ -157,13 +175,15 @@ impl Front {
                 // A HEAD describes the whole.
                 answer.map(|answer| Reply::manifest(&answer, range.filter(|_| !head_only)))
             }
-            Endpoint::Blob(digest) if head_only => {
-                let length = self.pull.blob_length(&place, &digest, named_by).await;
-                length.map(|(length, from)| Reply::blob_length(length, from, &digest))
-            }
             Endpoint::Blob(digest) => {
-                let answer = self.pull.blob(&place, &digest, range, named_by, self.asker).await;
-                answer.map(|answer| Reply::blob(answer, &digest))
+                let request = BlobRequest { place: place.clone(), digest, range, named_by, asker: self.asker };
+                if head_only {
+                    let length = self.pull.blob_length(&request).await;
+                    length.map(|(length, from)| Reply::blob_length(length, from, &request.digest))
+                } else {
+                    let answer = self.pull.blob(&request).await;
+                    answer.map(|answer| Reply::blob(answer, &request.digest))
+                }
             }
             Endpoint::Tags => self.list(&place, "tags/list".into(), path, query).await,
             Endpoint::Referrers(digest) => self.list(&place, format!("referrers/{digest}"), path, query).await,
@@ -276,6 +296,7 @@ impl Exchange {
             id: format!("{:016x}", fastrand::u64(..)),
             started: Instant::now(),
             seat: None,
+            held: None,
             route: "other",
             content: None,
             status: 0,
@@ -287,7 +308,22 @@ impl Exchange {
     }
 }
 
+impl Default for Load {
+    fn default() -> Self {
+        Self { requests: AtomicUsize::new(0), memory: Arc::new(Semaphore::new(WHOLE_ANSWERS_KIB)) }
+    }
+}
+
 impl Load {
+    /// Takes memory for an answer that is sent whole; small ones need none.
+    fn hold(&self, bytes: usize) -> Result<Option<OwnedSemaphorePermit>, Overloaded> {
+        if bytes < SMALL_ANSWER {
+            return Ok(None);
+        }
+        let kib = u32::try_from(bytes / 1024).unwrap_or(u32::MAX);
+        self.memory.clone().try_acquire_many_owned(kib).map(Some).map_err(|_| Overloaded)
+    }
+
     /// Counts a request, if there is room for it.
     fn enter(self: &Arc<Self>) -> Option<Seat> {
         let before = self.requests.fetch_add(1, Ordering::AcqRel);

@@ -3,6 +3,7 @@
 mod blob;
 mod manifest;
 mod negatives;
+mod range;
 mod refusal;
 mod sources;
 
@@ -11,12 +12,11 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-pub use self::blob::{BlobAnswer, Body};
+pub use self::blob::{BlobAnswer, BlobRequest, Body};
 pub use self::manifest::ManifestAnswer;
 use self::negatives::Negatives;
 pub use self::refusal::Refusal;
-use self::sources::AskPeers;
-use crate::fill::Fills;
+use crate::fill::{Fills, Side};
 use crate::flights::Flights;
 use crate::metrics::Metrics;
 use crate::oci::{Digest, ErrorCode, Registry, Repository, Tag};
@@ -40,13 +40,13 @@ pub struct Pull {
     tags: Tags,
     metrics: Arc<Metrics>,
     negatives: Negatives,
-    manifest_flights: Flights<(String, Digest), manifest::Fetched>,
+    manifest_flights: Flights<(String, Digest, Side), manifest::Fetched>,
     tag_flights: Flights<(String, Tag), Result<ManifestAnswer, SourceError>>,
     length_flights: Flights<(String, Digest), Result<u64, SourceError>>,
     /// The registry that last served a repository.
     learned: moka::sync::Cache<Repository, Registry>,
     /// Bytes of bounded ranges asked for, by blob.
-    asked: moka::sync::Cache<Digest, u64>,
+    asked: moka::sync::Cache<Digest, range::Asked>,
 }
 
 /// Who asks.
@@ -114,17 +114,24 @@ impl Pull {
         answer.map_err(|error| Refusal::of(&error, ErrorCode::NameUnknown))
     }
 
-    fn ask_peers(&self, place: &Place, asker: Asker) -> AskPeers {
-        if self.peers.is_some() && asker == Asker::Client && !place.rule.is_private() {
-            AskPeers::Yes
-        } else {
-            AskPeers::No
+    /// Whether this process fetches a digest itself: it is asked as the owner, is the owner, or may
+    /// not show it to peers.
+    fn side(&self, place: &Place, digest: &Digest, asker: Asker) -> Side {
+        match &self.peers {
+            Some(peers) if asker == Asker::Client && !place.rule.is_private() && !peers.owners(digest).is_empty() => {
+                Side::Follower
+            }
+            _ => Side::Owner,
         }
     }
 
     /// Remembers who serves a repository, for requests that do not say.
     fn learn(&self, place: &Place) {
-        if self.learned.get(&place.repository).as_ref() == Some(&place.registry) {
+        let known = self.learned.get(&place.repository);
+        // Nobody takes a name from the registry that such requests mean by default.
+        let taken =
+            known.as_ref().is_some_and(Registry::is_docker_hub) || place.repository.as_str().starts_with("library/");
+        if known.as_ref() == Some(&place.registry) || (taken && !place.registry.is_docker_hub()) {
             return;
         }
         self.learned.insert(place.repository.clone(), place.registry.clone());

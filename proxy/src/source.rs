@@ -1,7 +1,5 @@
 //! Bodies on their way in, whoever sends them, and why a source sends none.
 
-use std::time::Duration;
-
 use bytes::Bytes;
 use futures_util::StreamExt;
 use futures_util::stream::BoxStream;
@@ -50,7 +48,7 @@ pub enum SourceError {
     #[error("the origin denies access")]
     Denied,
     #[error("the origin limits its requests")]
-    Limited { retry_after: Option<Duration> },
+    Limited,
     #[error("unreachable: {0}")]
     Unreachable(String),
     #[error("no answer in time")]
@@ -134,7 +132,7 @@ impl SourceError {
         match self {
             Self::NotFound => "not_found",
             Self::Denied => "denied",
-            Self::Limited { .. } => "limited",
+            Self::Limited => "limited",
             Self::Unreachable(_) => "unreachable",
             Self::TimedOut => "timed_out",
             Self::Failed(_) => "failed",
@@ -154,6 +152,11 @@ impl SourceError {
         !matches!(self, Self::NotFound | Self::Denied)
     }
 
+    /// Whether waiting may help: the origin was not there, or said "later".
+    pub fn is_passing_outage(&self) -> bool {
+        matches!(self, Self::Unreachable(_) | Self::TimedOut | Self::Limited | Self::Failed(500..))
+    }
+
     /// Of two upstreams' errors the one that says more: an outage of one means that the other's
     /// "not found" is not the whole truth.
     pub fn severer(self, other: Self) -> Self {
@@ -165,7 +168,7 @@ impl SourceError {
             Self::Failed(_) => 4,
             Self::TimedOut => 5,
             Self::Unreachable(_) => 6,
-            Self::Limited { .. } => 7,
+            Self::Limited => 7,
         };
         if rank(&other) > rank(&self) { other } else { self }
     }

@@ -33,7 +33,7 @@ impl Tags {
             return Some(lease);
         }
         let record = self.store.records.tag(&place.registry, &place.repository, tag)?;
-        let checked_at = UNIX_EPOCH + Duration::from_secs(record.checked_at);
+        let checked_at = UNIX_EPOCH.checked_add(Duration::from_secs(record.checked_at))?;
         let lease = Lease { digest: record.digest.parse().ok()?, checked_at };
         self.leases.insert(key, lease.clone());
         Some(lease)
@@ -62,12 +62,13 @@ impl Tags {
 
 impl Lease {
     pub fn age(&self, now: SystemTime) -> Duration {
-        // A clock that was set back makes a lease new, not eternal: the next check renews it.
         now.duration_since(self.checked_at).unwrap_or_default()
     }
 
     /// Whether the tag may be believed without asking.
     pub fn is_fresh(&self, place: &Place, tag: &Tag, now: SystemTime) -> bool {
-        place.rule.is_immutable(tag) || self.age(now) < place.rule.tag_ttl
+        // A date in the future comes from a wrong clock and says nothing.
+        let young = now.duration_since(self.checked_at).is_ok_and(|age| age < place.rule.tag_ttl);
+        young || place.rule.is_immutable(tag)
     }
 }

@@ -6,9 +6,9 @@ use std::process::{Command, Stdio};
 
 use tempfile::TempDir;
 
-use crate::build_dir;
 use crate::http::{Answer, get};
 use crate::process::Process;
+use crate::{build_dir, eventually};
 
 /// A running dray.
 pub struct Dray {
@@ -131,6 +131,17 @@ impl Dray {
         let text = get(&format!("http://{}/metrics", self.admin), &[]).await.text();
         let line = text.lines().find(|line| line.split(' ').next() == Some(name));
         line.and_then(|line| line.rsplit(' ').next()?.parse().ok()).unwrap_or(0)
+    }
+
+    /// Waits until every blob that is being fetched is published or given up.
+    pub async fn fills_end(&self) {
+        eventually("fills end", async || (self.metric("dray_fills{state=\"running\"}").await == 0).then_some(())).await;
+    }
+
+    /// Waits until a fill runs.
+    pub async fn fill_begins(&self) {
+        eventually("a fill begins", async || (self.metric("dray_fills{state=\"running\"}").await > 0).then_some(()))
+            .await;
     }
 
     /// The process id.

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 
 use crate::source::{Incoming, ServedFrom, SourceError};
 
@@ -28,13 +28,30 @@ pub struct Feed {
     served_from: ServedFrom,
     failures: u32,
     barren: u32,
+    /// Bytes that this connection has brought.
+    brought: u64,
+    pace: Pace,
+}
+
+/// How fast a connection is, counting only the time spent waiting for it.
+#[derive(Default)]
+struct Pace {
+    waited: Duration,
+    bytes: u64,
 }
 
 /// A source that sends nothing for this long is changed.
 const STALL: Duration = Duration::from_secs(10);
 
-/// So many connections in a row without a single byte, and the feed ends.
+/// So is one that brings less than this in this time.
+const SLOWEST: u64 = 64 * 1024;
+const PACE_WINDOW: Duration = Duration::from_secs(30);
+
+/// So many connections in a row that bring next to nothing, and the feed ends.
 const MAX_BARREN: u32 = 4;
+
+/// Whatever they bring, more connections than this are an origin that cannot be used.
+const MAX_FAILURES: u32 = 100;
 
 impl Feed {
     /// Opens a span; without `end` to the end of the blob.
@@ -42,7 +59,18 @@ impl Feed {
         let (incoming, served_from) = sources.open(from, end, 0).await?;
         let total = incoming.total;
         let end = end.map_or(total, |end| end.min(total));
-        Ok(Self { sources, incoming: Some(incoming), total, position: from, end, served_from, failures: 0, barren: 0 })
+        Ok(Self {
+            sources,
+            incoming: Some(incoming),
+            total,
+            position: from,
+            end,
+            served_from,
+            failures: 0,
+            barren: 0,
+            brought: 0,
+            pace: Pace::default(),
+        })
     }
 
     /// Length of the whole blob.
@@ -63,19 +91,25 @@ impl Feed {
     pub async fn next(&mut self) -> Result<Option<Bytes>, SourceError> {
         while self.position < self.end {
             let piece = match &mut self.incoming {
-                Some(incoming) => match timeout(STALL, incoming.next()).await {
-                    Ok(Some(Ok(piece))) => self.place(piece),
-                    Ok(Some(Err(broken))) => self.lose(&broken.0),
-                    Ok(None) => self.lose("ended early"),
-                    Err(_) => self.lose("stalled"),
-                },
+                Some(incoming) => {
+                    let asked = Instant::now();
+                    let next = timeout(STALL, incoming.next()).await;
+                    let waited = asked.elapsed();
+                    match next {
+                        Ok(Some(Ok(piece))) if self.pace.keeps_up(waited, piece.len()) => self.place(piece),
+                        Ok(Some(Ok(_))) => self.lose("too slow"),
+                        Ok(Some(Err(broken))) => self.lose(&broken.0),
+                        Ok(None) => self.lose("ended early"),
+                        Err(_) => self.lose("stalled"),
+                    }
+                }
                 None => {
                     self.reopen().await?;
                     continue;
                 }
             };
             if let Some(piece) = piece {
-                self.barren = 0;
+                self.brought += piece.len() as u64;
                 self.position += piece.len() as u64;
                 return Ok(Some(piece));
             }
@@ -103,12 +137,14 @@ impl Feed {
         tracing::info!(why, position = self.position, total = self.total, "a source broke, going on with another");
         self.incoming = None;
         self.failures += 1;
-        self.barren += 1;
+        // Whoever brings a byte a connection brings nothing.
+        self.barren = if self.brought < SLOWEST { self.barren + 1 } else { 1 };
+        (self.brought, self.pace) = (0, Pace::default());
         None
     }
 
     async fn reopen(&mut self) -> Result<(), SourceError> {
-        if self.barren >= MAX_BARREN {
+        if self.barren >= MAX_BARREN || self.failures >= MAX_FAILURES {
             return Err(SourceError::Unreachable("every source broke".into()));
         }
         if self.barren > 1 {
@@ -129,6 +165,18 @@ impl Feed {
             }
         }
         Ok(())
+    }
+}
+
+impl Pace {
+    /// Counts a piece. False: the window is over and brought too little.
+    fn keeps_up(&mut self, waited: Duration, len: usize) -> bool {
+        self.waited += waited;
+        self.bytes += len as u64;
+        if self.waited < PACE_WINDOW {
+            return true;
+        }
+        std::mem::take(self).bytes >= SLOWEST
     }
 }
 
@@ -203,6 +251,21 @@ mod tests {
             assert_eq!(read(acts, 0, None).await.unwrap(), whole);
         }
         assert_eq!(read(&[Act::Send(5), Act::FromStart(300)], 10, Some(40)).await.unwrap(), whole[10..40]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_byte_a_connection_is_nothing() {
+        let error = read(&[Act::Send(1); 300], 0, None).await.unwrap_err();
+        assert!(matches!(error, SourceError::Unreachable(_)), "{error}");
+    }
+
+    #[test]
+    fn a_trickle_is_too_slow() {
+        let second = Duration::from_secs(1);
+        let mut pace = Pace::default();
+        assert!((0..29).all(|_| pace.keeps_up(second, 1)));
+        assert!(!pace.keeps_up(second, 1));
+        assert!((0..100).all(|_| pace.keeps_up(second, 4096)));
     }
 
     #[tokio::test(start_paused = true)]

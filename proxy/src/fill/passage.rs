@@ -1,11 +1,14 @@
 //! Bytes that pass through without being kept: ranges of blobs that are not here, and whole blobs
 //! for which there is no space.
 
+use std::sync::Arc;
+
 use bytes::{Bytes, BytesMut};
 
-use super::HELD_BYTES;
 use super::feed::Feed;
+use super::{Fills, HELD_BYTES};
 use crate::oci::{Digest, digest::Verifier};
+use crate::registries::Place;
 use crate::source::{Broken, ServedFrom};
 
 /// A span of a blob straight from its source.
@@ -18,6 +21,9 @@ pub struct Passage {
 struct Check {
     verifier: Verifier,
     tail: BytesMut,
+    fills: Arc<Fills>,
+    digest: Digest,
+    place: Place,
 }
 
 impl Passage {
@@ -27,8 +33,15 @@ impl Passage {
     }
 
     /// A whole blob, which ends only if it matches its digest.
-    pub fn whole(feed: Feed, digest: &Digest) -> Self {
-        Self { feed, check: Some(Check { verifier: digest.verifier(), tail: BytesMut::new() }) }
+    pub fn whole(feed: Feed, fills: &Arc<Fills>, digest: &Digest, place: &Place) -> Self {
+        let check = Check {
+            verifier: digest.verifier(),
+            tail: BytesMut::new(),
+            fills: fills.clone(),
+            digest: digest.clone(),
+            place: place.clone(),
+        };
+        Self { feed, check: Some(check) }
     }
 
     pub fn served_from(&self) -> ServedFrom {
@@ -55,6 +68,7 @@ impl Passage {
                 None => {
                     let Some(check) = self.check.take() else { return Ok(None) };
                     if !check.verifier.verified() {
+                        check.fills.distrust(&check.digest, &check.place);
                         return Err(Broken("the bytes do not match their digest".into()));
                     }
                     return Ok(Some(check.tail.freeze()).filter(|tail| !tail.is_empty()));

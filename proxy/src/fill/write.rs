@@ -29,7 +29,7 @@ pub(super) enum Written {
 pub(super) fn start(fill: &Fill, draft: &Draft) -> (mpsc::Sender<Bytes>, JoinHandle<Written>) {
     let (sender, mut pieces) = mpsc::channel::<Bytes>(QUEUE);
     let (blob, total, progress) = (draft.blob.clone(), draft.blob.len, fill.progress.clone());
-    let mut verifier = fill.digest.verifier();
+    let mut verifier = fill.key.digest.verifier();
     let thread = tokio::task::spawn_blocking(move || {
         let mut written = 0;
         while let Some(piece) = pieces.blocking_recv() {
@@ -52,7 +52,7 @@ pub(super) fn start(fill: &Fill, draft: &Draft) -> (mpsc::Sender<Bytes>, JoinHan
 
 /// Hashes a file that is whole, releasing as it goes. Whether it matches.
 pub(super) fn hash_file(fill: &Fill, blob: &Blob) -> bool {
-    let mut verifier = fill.digest.verifier();
+    let mut verifier = fill.key.digest.verifier();
     let mut buffer = vec![0; 1 << 20];
     let mut position = 0;
     while position < blob.len {

@@ -49,6 +49,11 @@ impl RangeRequest {
         }
     }
 
+    /// Whether whoever asks may hold what comes before.
+    pub fn is_resumption(self) -> bool {
+        !matches!(self, Self::From(0) | Self::Bounded(0, _))
+    }
+
     /// Clips the range to a body of `total` bytes.
     pub fn within(self, total: u64) -> Result<Span, Unsatisfiable> {
         let span = match self {

@@ -45,6 +45,9 @@ const USED_PERCENT: u32 = 80;
 /// The specification's default where `expires_in` is missing.
 const DEFAULT_LIFE: Duration = Duration::from_secs(60);
 
+/// Whatever a token endpoint promises.
+const MAX_LIFE: Duration = Duration::from_secs(24 * 3600);
+
 /// Secrets read from files are read again after this time.
 const SECRET_LIFE: Duration = Duration::from_secs(60);
 
@@ -73,6 +76,11 @@ impl Tokens {
             Some(challenge) => self.grant(http, home, place, challenge, deadline).await,
             None => Ok(None),
         }
+    }
+
+    /// Forgets what an upstream asked for: it may have changed its mind.
+    pub(super) async fn forget(&self, home: Home<'_>, place: &Place) {
+        self.challenges.invalidate(&challenge_key(home, place)).await;
     }
 
     /// Answers a challenge. `rejected` is the header that the origin has just refused.
@@ -189,7 +197,7 @@ async fn fetch_token(
     match (secret, by_post) {
         (Some(Secret::Identity(_)), Some(post)) => token(http, home, &post, deadline).await,
         (Some(Secret::Password { .. }), Some(post)) => match token(http, home, &by_get, deadline).await {
-            Err(SourceError::Failed(405) | SourceError::NotFound) => token(http, home, &post, deadline).await,
+            Err(SourceError::Failed(405)) => token(http, home, &post, deadline).await,
             other => other,
         },
         _ => token(http, home, &by_get, deadline).await,
@@ -209,9 +217,9 @@ async fn token(http: &Http, home: Home<'_>, ask: &Ask<'_>, deadline: Deadline) -
     let response = http.send(home, ask, deadline).await?;
     match response.status().as_u16() {
         200 => {}
-        400 | 401 | 403 => return Err(SourceError::Denied),
-        404 => return Err(SourceError::NotFound),
-        429 => return Err(SourceError::Limited { retry_after: None }),
+        // "Not found" would be taken for the image.
+        400 | 401 | 403 | 404 => return Err(SourceError::Denied),
+        429 => return Err(SourceError::Limited),
         status => return Err(SourceError::Failed(status)),
     }
     let malformed = |what: &str| SourceError::Malformed(format!("the token endpoint: {what}"));
@@ -222,7 +230,7 @@ async fn token(http: &Http, home: Home<'_>, ask: &Ask<'_>, deadline: Deadline) -
         return Err(malformed("an empty token"));
     }
     let header = sensitive(&format!("Bearer {token}")).ok_or_else(|| malformed("a token that fits no header"))?;
-    let life = answer.expires_in.map_or(DEFAULT_LIFE, Duration::from_secs);
+    let life = answer.expires_in.map_or(DEFAULT_LIFE, |seconds| Duration::from_secs(seconds).min(MAX_LIFE));
     Ok(Grant { header: Some(header), life: life * USED_PERCENT / 100 })
 }
 

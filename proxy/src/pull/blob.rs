@@ -1,18 +1,28 @@
 //! The way of a blob: kept, being filled, or fetched.
 
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
-use tokio::time::{Instant, timeout_at};
+use tokio::time::{Instant, timeout, timeout_at};
 
 use super::sources::BlobSources;
 use super::{Asker, FIRST_BYTE, Pull, Refusal};
-use crate::fill::{Feed, Fill, Opened, Passage, Reader};
-use crate::oci::{Digest, ErrorCode, NamedBy, RangeRequest, Registry, Span};
+use crate::fill::{Feed, Fill, FillKey, Opened, Passage, Reader};
+use crate::oci::{Digest, ErrorCode, NamedBy, RangeRequest, Registry, Repository, Span};
 use crate::registries::Place;
 use crate::source::{Broken, ServedFrom, SourceError};
 use crate::store::{Blob, Found, Kind, Proof, Tier};
+
+/// A request for a blob, or a part of it.
+#[derive(Clone)]
+pub struct BlobRequest {
+    pub place: Place,
+    pub digest: Digest,
+    pub range: Option<RangeRequest>,
+    pub named_by: NamedBy,
+    pub asker: Asker,
+}
 
 /// A blob or a part of it, ready to be sent.
 pub struct BlobAnswer {
@@ -31,94 +41,82 @@ pub enum Body {
     Passing(Box<Passage>),
 }
 
+/// Why a blob was not fetched.
+pub(super) enum Fetch {
+    Source(SourceError),
+    Refused(Refusal),
+}
+
 /// A client that sends no `ns` has chosen its mirror for the whole image: a blob refused is a pull
 /// failed, so an outage is waited out this long, asking again and again.
 const FIRST_BYTE_WITHOUT_NS: Duration = Duration::from_secs(60);
 const AGAIN: Duration = Duration::from_secs(2);
 
-/// Bounded ranges of a blob are passed through until this much, or this share, was asked for.
-const FILL_AFTER_BYTES: u64 = 8 * 1024 * 1024;
-const FILL_AFTER_SHARE: u64 = 20;
-
-/// A bounded range waits for a running fill that is at most this far behind it.
-const WAIT_FOR_FILL: u64 = 16 * 1024 * 1024;
-
 impl Pull {
     /// `GET blobs/<digest>`.
-    pub async fn blob(
-        self: &Arc<Self>,
-        place: &Place,
-        digest: &Digest,
-        range: Option<RangeRequest>,
-        named_by: NamedBy,
-        asker: Asker,
-    ) -> Result<BlobAnswer, Refusal> {
+    pub async fn blob(self: &Arc<Self>, request: &BlobRequest) -> Result<BlobAnswer, Refusal> {
+        let (digest, range) = (&request.digest, request.range);
         // Bytes that lately proved wrong: whoever holds a beginning must not get an end.
-        let resumes =
-            matches!(range, Some(RangeRequest::From(1..) | RangeRequest::Bounded(1.., _) | RangeRequest::Suffix(_)));
-        if resumes && self.fills.is_distrusted(digest) && self.store.find(digest, Kind::Blob).await.is_none() {
+        if range.is_some_and(RangeRequest::is_resumption) && self.fills.is_distrusted(digest, &request.place.registry) {
             let message = "the bytes that came before did not match this digest: start again".to_owned();
             return Err(Refusal::NotFound { code: ErrorCode::BlobUnknown, message });
         }
         match self.store.find(digest, Kind::Blob).await {
-            Some(Found::Small { object, tier }) => {
-                let from = if tier == Tier::Memory { ServedFrom::Memory } else { ServedFrom::Disk };
-                return BlobAnswer::of_bytes(&object.bytes, range, from);
-            }
+            Some(Found::Small { object, tier }) => return BlobAnswer::of_bytes(&object.bytes, range, tier.into()),
             Some(Found::Large { blob, proof: Proof::Verified }) => return BlobAnswer::of_blob(blob, range),
             Some(Found::Large { blob, proof: Proof::Unproven }) => {
-                let fill = self.fills.prove(digest, blob);
-                return self.follow(&fill, place, digest, range, asker).await.map_err(blob_refusal);
+                let fill = self.fills.prove(&self.fill_key(request), &request.place, blob);
+                return self.follow(&fill, request).await.map_err(Fetch::into_refusal);
             }
             None => {}
         }
+        let patience = if request.named_by == NamedBy::Namespace { FIRST_BYTE } else { FIRST_BYTE_WITHOUT_NS };
+        let deadline = Instant::now() + patience;
         let mut last = SourceError::NotFound;
-        for place in self.candidates(place, named_by) {
-            match self.fetch_blob(&place, digest, range, named_by, asker).await {
+        for place in self.candidates(&request.place, request.named_by) {
+            let request = BlobRequest { place, ..request.clone() };
+            // The fill goes on for whoever comes next.
+            let fetched = timeout_at(deadline, self.fetch_blob(&request, deadline)).await;
+            match fetched.unwrap_or(Err(Fetch::Source(SourceError::TimedOut))) {
                 Ok(answer) => return Ok(answer),
                 Err(Fetch::Refused(refusal)) => return Err(refusal),
                 Err(Fetch::Source(error)) => last = last.severer(error),
             }
         }
-        Err(blob_refusal(Fetch::Source(last)))
+        Err(Fetch::Source(last).into_refusal())
     }
 
     /// `HEAD blobs/<digest>`: its length, and where it would come from.
-    pub async fn blob_length(
-        self: &Arc<Self>,
-        place: &Place,
-        digest: &Digest,
-        named_by: NamedBy,
-    ) -> Result<(u64, ServedFrom), Refusal> {
+    pub async fn blob_length(self: &Arc<Self>, request: &BlobRequest) -> Result<(u64, ServedFrom), Refusal> {
+        let digest = &request.digest;
         match self.store.find(digest, Kind::Blob).await {
-            Some(Found::Small { object, tier: Tier::Memory }) => {
-                return Ok((object.bytes.len() as u64, ServedFrom::Memory));
-            }
-            Some(Found::Small { object, tier: Tier::Disk }) => {
-                return Ok((object.bytes.len() as u64, ServedFrom::Disk));
-            }
+            Some(Found::Small { object, tier }) => return Ok((object.bytes.len() as u64, tier.into())),
             Some(Found::Large { blob, .. }) => return Ok((blob.len, ServedFrom::Disk)),
             None => {}
         }
-        if let Some(fill) = self.fills.running(digest)
-            && let Ok(opened) = fill.opened().await
+        if let Some(fill) = self.fills.running(&self.fill_key(request))
+            && let Ok(Ok(opened)) = timeout(FIRST_BYTE, fill.opened()).await
         {
             return Ok(opened.length());
         }
         let mut last = SourceError::NotFound;
-        for place in self.candidates(place, named_by) {
-            let key = (place.to_string(), digest.clone());
-            let landed = self.length_flights.join(key, || {
-                let (pull, place, digest) = (self.clone(), place.clone(), digest.clone());
-                async move { pull.origin.blob_length(&place, &digest, Instant::now() + FIRST_BYTE).await }
-            });
-            match landed.await {
-                Some(Ok(length)) => return Ok((length, ServedFrom::Origin)),
-                Some(Err(error)) => last = last.severer(error),
-                None => last = last.severer(SourceError::Unreachable("the fetch ended".into())),
+        for place in self.candidates(&request.place, request.named_by) {
+            match self.origin_length(&place, digest).await {
+                Ok(length) => return Ok((length, ServedFrom::Origin)),
+                Err(error) => last = last.severer(error),
             }
         }
-        Err(blob_refusal(Fetch::Source(last)))
+        Err(Fetch::Source(last).into_refusal())
+    }
+
+    /// What the origin says, asked once for all who want to know.
+    pub(super) async fn origin_length(self: &Arc<Self>, place: &Place, digest: &Digest) -> Result<u64, SourceError> {
+        let key = (place.to_string(), digest.clone());
+        let landed = self.length_flights.join(key, || {
+            let (pull, place, digest) = (self.clone(), place.clone(), digest.clone());
+            async move { pull.origin.blob_length(&place, &digest, Instant::now() + FIRST_BYTE).await }
+        });
+        landed.await.unwrap_or_else(|| Err(SourceError::Unreachable("the fetch ended".into())))
     }
 
     /// The places that may have a blob. A request that names no registry is first looked for where
@@ -135,122 +133,105 @@ impl Pull {
         places
     }
 
-    async fn fetch_blob(
-        self: &Arc<Self>,
-        place: &Place,
-        digest: &Digest,
-        range: Option<RangeRequest>,
-        named_by: NamedBy,
-        asker: Asker,
-    ) -> Result<BlobAnswer, Fetch> {
-        if let Some(RangeRequest::Bounded(..) | RangeRequest::Suffix(_)) = range
-            && let Some(answer) = self.pass_range(place, digest, range, asker).await?
-        {
+    async fn fetch_blob(self: &Arc<Self>, request: &BlobRequest, deadline: Instant) -> Result<BlobAnswer, Fetch> {
+        let (place, digest) = (&request.place, &request.digest);
+        if let Some(error) = self.negatives.get(place, digest.as_str()) {
+            return Err(error.into());
+        }
+        if let Some(answer) = self.pass_range(request).await? {
             return Ok(answer);
         }
-        let sources = self.sources(place, digest, asker);
-        let patience = if named_by == NamedBy::Namespace { FIRST_BYTE } else { FIRST_BYTE_WITHOUT_NS };
-        let deadline = Instant::now() + patience;
+        let (key, sources) = (self.fill_key(request), self.sources(request));
         loop {
-            let fill = self.fills.join(digest, place, sources.clone());
-            let opened = timeout_at(deadline, self.follow(&fill, place, digest, range, asker)).await;
-            match opened.unwrap_or(Err(Fetch::Source(SourceError::TimedOut))) {
-                // Another place's origin refused: ours may have it.
-                Err(Fetch::Source(_)) if fill.place.as_ref() != Some(place) => {}
-                Err(Fetch::Source(error)) if error.is_outage() && Instant::now() + AGAIN < deadline => {
-                    if named_by == NamedBy::Namespace {
-                        return Err(Fetch::Source(error));
-                    }
-                    tokio::time::sleep(AGAIN).await;
-                }
+            let fill = self.fills.join(&key, place, sources.clone());
+            let error = match self.follow(&fill, request).await {
+                Err(Fetch::Source(error)) => error,
                 other => return other,
+            };
+            // Another repository's request began this fill and was refused: ours may be granted.
+            if fill.place != *place {
+                continue;
             }
+            if !error.is_outage() {
+                self.negatives.put(place, digest.as_str(), &error);
+            }
+            let may_wait = request.named_by != NamedBy::Namespace && error.is_passing_outage();
+            if !may_wait || Instant::now() + AGAIN > deadline {
+                return Err(error.into());
+            }
+            tokio::time::sleep(AGAIN).await;
         }
     }
 
-    /// Serves a range from a fill, or around it where there was no space.
-    async fn follow(
-        self: &Arc<Self>,
-        fill: &Arc<Fill>,
-        place: &Place,
-        digest: &Digest,
-        range: Option<RangeRequest>,
-        asker: Asker,
-    ) -> Result<BlobAnswer, Fetch> {
+    /// Serves a range from a fill, or around it where it cannot be kept.
+    async fn follow(self: &Arc<Self>, fill: &Arc<Fill>, request: &BlobRequest) -> Result<BlobAnswer, Fetch> {
         match fill.opened().await? {
-            Opened::Small { object, from } => Ok(BlobAnswer::of_bytes(&object.bytes, range, from)?),
+            Opened::Small { object, from } => Ok(BlobAnswer::of_bytes(&object.bytes, request.range, from)?),
             Opened::Growing { blob, from } => {
                 let total = blob.len;
-                let span = span_of(range, total)?;
+                let span = span_of(request.range, total)?;
                 let reader = fill.reader(blob, span.unwrap_or(Span::whole(total)));
                 Ok(BlobAnswer { total, span, from, body: Body::File(reader) })
             }
-            Opened::Uncached { total } => {
-                let span = span_of(range, total)?;
-                let sources = self.sources(place, digest, asker);
-                let end = span.map(|span| span.end).filter(|end| *end < total);
-                let feed = Feed::open(sources, span.map_or(0, |span| span.start), end).await?;
-                Ok(BlobAnswer::passing(feed, span, digest))
+            Opened::Uncached { total, feed, .. } => {
+                let wanted = span_of(request.range, total)?.unwrap_or(Span::whole(total));
+                let whole = wanted == Span::whole(total);
+                let opened = whole.then(|| feed.lock().unwrap_or_else(PoisonError::into_inner).take()).flatten();
+                let feed = match opened {
+                    Some(feed) => feed,
+                    None => {
+                        let end = (wanted.end < total).then_some(wanted.end);
+                        Feed::open(self.sources(request), wanted.start, end).await?
+                    }
+                };
+                self.passing(feed, request)
             }
         }
     }
 
-    /// Answers a bounded range straight from the source, while little of the blob was asked for.
-    /// None: the blob is worth a fill.
-    async fn pass_range(
-        self: &Arc<Self>,
-        place: &Place,
-        digest: &Digest,
-        range: Option<RangeRequest>,
-        asker: Asker,
-    ) -> Result<Option<BlobAnswer>, Fetch> {
-        let (start, end) = match range {
-            Some(RangeRequest::Bounded(start, last)) if start <= last => (start, last.saturating_add(1)),
-            Some(RangeRequest::Suffix(_)) => {
-                let total = self.origin.blob_length(place, digest, Instant::now() + FIRST_BYTE).await?;
-                let span = span_of(range, total)?.unwrap_or(Span::whole(total));
-                (span.start, span.end)
-            }
-            _ => return Ok(None),
+    /// Sends a feed on as it comes; a whole blob only if it matches in the end.
+    pub(super) fn passing(&self, feed: Feed, request: &BlobRequest) -> Result<BlobAnswer, Fetch> {
+        let (total, from) = (feed.total(), feed.served_from());
+        let span = span_of(request.range, total)?;
+        let passage = if span.is_none_or(|span| span == Span::whole(total)) {
+            Passage::whole(feed, &self.fills, &request.digest, &request.place)
+        } else {
+            Passage::part(feed)
         };
-        if let Some(fill) = self.fills.running(digest)
-            && fill.released() + WAIT_FOR_FILL >= start
-        {
-            return Ok(None);
-        }
-        let asked = self.asked.get(digest).unwrap_or(0) + (end - start);
-        self.asked.insert(digest.clone(), asked);
-        if asked >= FILL_AFTER_BYTES {
-            // Enough to want it all; this range need not wait for what lies before it.
-            self.fills.join(digest, place, self.sources(place, digest, asker));
-            if start < WAIT_FOR_FILL {
-                return Ok(None);
-            }
-        }
-        let feed = Feed::open(self.sources(place, digest, asker), start, Some(end)).await?;
-        let total = feed.total();
-        if feed.skips() || asked >= total / FILL_AFTER_SHARE {
-            // Its source knows no ranges, or a good share was asked for.
-            return Ok(None);
-        }
-        let span = span_of(range, total)?;
-        Ok(Some(BlobAnswer::passing(feed, span, digest)))
+        Ok(BlobAnswer { total, span, from, body: Body::Passing(Box::new(passage)) })
     }
 
-    fn sources(self: &Arc<Self>, place: &Place, digest: &Digest, asker: Asker) -> Arc<BlobSources> {
-        let peers = self.ask_peers(place, asker);
-        Arc::new(BlobSources { pull: self.clone(), place: place.clone(), digest: digest.clone(), peers })
+    pub(super) fn fill_key(&self, request: &BlobRequest) -> FillKey {
+        FillKey {
+            digest: request.digest.clone(),
+            registry: request.place.registry.clone(),
+            side: self.side(&request.place, &request.digest, request.asker),
+        }
     }
 
-    fn learned(&self, repository: &crate::oci::Repository) -> Option<Registry> {
+    pub(super) fn sources(self: &Arc<Self>, request: &BlobRequest) -> Arc<BlobSources> {
+        let side = self.side(&request.place, &request.digest, request.asker);
+        let (place, digest) = (request.place.clone(), request.digest.clone());
+        Arc::new(BlobSources { pull: self.clone(), place, digest, side })
+    }
+
+    fn learned(&self, repository: &Repository) -> Option<Registry> {
         self.learned.get(repository).or_else(|| self.store.records.repository(repository))
     }
 }
 
-/// Why a blob was not fetched.
-enum Fetch {
-    Source(SourceError),
-    Refused(Refusal),
+/// The part of a blob that a range means; None: the whole.
+pub(super) fn span_of(range: Option<RangeRequest>, total: u64) -> Result<Option<Span>, Refusal> {
+    range.map(|range| range.within(total)).transpose().map_err(|_| Refusal::Unsatisfiable { total })
+}
+
+impl Fetch {
+    fn into_refusal(self) -> Refusal {
+        match self {
+            Self::Source(error) => Refusal::of(&error, ErrorCode::BlobUnknown),
+            Self::Refused(refusal) => refusal,
+        }
+    }
 }
 
 impl From<SourceError> for Fetch {
@@ -265,16 +246,13 @@ impl From<Refusal> for Fetch {
     }
 }
 
-fn blob_refusal(fetch: Fetch) -> Refusal {
-    match fetch {
-        Fetch::Source(error) => Refusal::of(&error, ErrorCode::BlobUnknown),
-        Fetch::Refused(refusal) => refusal,
+impl From<Tier> for ServedFrom {
+    fn from(tier: Tier) -> Self {
+        match tier {
+            Tier::Memory => Self::Memory,
+            Tier::Disk => Self::Disk,
+        }
     }
-}
-
-/// The part of a blob that a range means; None: the whole.
-fn span_of(range: Option<RangeRequest>, total: u64) -> Result<Option<Span>, Refusal> {
-    range.map(|range| range.within(total)).transpose().map_err(|_| Refusal::Unsatisfiable { total })
 }
 
 impl BlobAnswer {
@@ -294,13 +272,6 @@ impl BlobAnswer {
         let reader = Reader::of_blob(blob, span.unwrap_or(Span::whole(total)));
         Ok(Self { total, span, from: ServedFrom::Disk, body: Body::File(reader) })
     }
-
-    fn passing(feed: Feed, span: Option<Span>, digest: &Digest) -> Self {
-        let (total, from) = (feed.total(), feed.served_from());
-        let whole = span.is_none_or(|span| span == Span::whole(total));
-        let passage = if whole { Passage::whole(feed, digest) } else { Passage::part(feed) };
-        Self { total, span, from, body: Body::Passing(Box::new(passage)) }
-    }
 }
 
 impl Body {
@@ -310,6 +281,14 @@ impl Body {
             Self::Memory(bytes) => Ok(bytes.take().filter(|bytes| !bytes.is_empty())),
             Self::File(reader) => reader.next().await,
             Self::Passing(passage) => passage.next().await,
+        }
+    }
+
+    /// Bytes that are held in memory until they are sent.
+    pub fn held(&self) -> usize {
+        match self {
+            Self::Memory(Some(bytes)) => bytes.len(),
+            _ => 0,
         }
     }
 }

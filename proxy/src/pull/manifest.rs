@@ -5,9 +5,9 @@ use std::time::{Duration, SystemTime};
 
 use tokio::time::{Instant, timeout};
 
-use super::sources::AskPeers;
 use super::{Asker, FIRST_BYTE, Pull, Refusal};
-use crate::oci::{Digest, ErrorCode, Reference, Tag};
+use crate::fill::Side;
+use crate::oci::{Digest, ErrorCode, Reference, Tag, manifest};
 use crate::registries::Place;
 use crate::source::{ServedFrom, SourceError};
 use crate::store::{Found, Kind, SmallObject, Tier};
@@ -36,13 +36,17 @@ impl Pull {
         accept: &str,
         asker: Asker,
     ) -> Result<ManifestAnswer, Refusal> {
-        let answer = match reference {
-            Reference::Digest(digest) => {
-                let found = self.manifest_by_digest(place, digest, accept, asker).await;
-                found.map(|(object, from)| ManifestAnswer { digest: digest.clone(), object, from, age: None })
+        let answer = async {
+            match reference {
+                Reference::Digest(digest) => {
+                    let found = self.manifest_by_digest(place, digest, accept, asker).await;
+                    found.map(|(object, from)| ManifestAnswer { digest: digest.clone(), object, from, age: None })
+                }
+                Reference::Tag(tag) => self.manifest_by_tag(place, tag, accept).await,
             }
-            Reference::Tag(tag) => self.manifest_by_tag(place, tag, accept).await,
         };
+        // The flights go on for whoever comes next.
+        let answer = timeout(FIRST_BYTE, answer).await.unwrap_or(Err(SourceError::TimedOut));
         let answer = answer.map_err(|error| Refusal::of(&error, ErrorCode::ManifestUnknown))?;
         self.learn(place);
         Ok(answer)
@@ -61,13 +65,14 @@ impl Pull {
         if let Some(error) = self.negatives.get(place, digest.as_str()) {
             return Err(error);
         }
-        let key = (place.to_string(), digest.clone());
+        let side = self.side(place, digest, asker);
+        let key = (place.to_string(), digest.clone(), side);
         let landed = self
             .manifest_flights
             .join(key, || {
                 let (pull, place, digest, accept) = (self.clone(), place.clone(), digest.clone(), accept.to_owned());
                 async move {
-                    let fetched = pull.fetch_manifest(&place, &digest, &accept, asker).await;
+                    let fetched = pull.fetch_manifest(&place, &digest, &accept, side).await;
                     if let Err(error) = &fetched {
                         pull.negatives.put(&place, digest.as_str(), error);
                     }
@@ -78,18 +83,18 @@ impl Pull {
         landed.unwrap_or_else(|| Err(SourceError::Unreachable("the fetch ended".into())))
     }
 
-    async fn fetch_manifest(&self, place: &Place, digest: &Digest, accept: &str, asker: Asker) -> Fetched {
+    async fn fetch_manifest(&self, place: &Place, digest: &Digest, accept: &str, side: Side) -> Fetched {
         // Another place may have brought it while we waited for our turn.
         if let Some(found) = self.kept_manifest(digest).await {
             return Ok(found);
         }
-        let deadline = Instant::now() + FIRST_BYTE;
-        if self.ask_peers(place, asker) == AskPeers::Yes
+        if side == Side::Follower
             && let Some(peers) = &self.peers
         {
             for owner in peers.owners(digest) {
-                match peers.manifest(owner, place, digest, deadline).await {
-                    Ok((media_type, bytes)) if digest.matches(&bytes) => {
+                match peers.manifest(owner, place, digest, Instant::now() + FIRST_BYTE).await {
+                    Ok((stated, bytes)) if digest.matches(&bytes) => {
+                        let media_type = manifest::media_type(&bytes).unwrap_or(stated);
                         return Ok((self.keep_manifest(place, digest, &media_type, bytes), ServedFrom::Peer));
                     }
                     Ok(_) => tracing::warn!(%owner, %digest, "a peer sent a manifest that does not match"),
@@ -98,6 +103,7 @@ impl Pull {
                 }
             }
         }
+        let deadline = Instant::now() + FIRST_BYTE;
         let reference = Reference::Digest(digest.clone());
         let answer = self.origin.manifest(place, &reference, accept, deadline).await?;
         if !digest.matches(&answer.bytes) {

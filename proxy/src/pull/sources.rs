@@ -6,7 +6,7 @@ use async_trait::async_trait;
 use tokio::time::Instant;
 
 use super::{FIRST_BYTE, Pull};
-use crate::fill::Sources;
+use crate::fill::{Side, Sources};
 use crate::oci::Digest;
 use crate::registries::Place;
 use crate::source::{Incoming, Part, ServedFrom, SourceError};
@@ -16,28 +16,26 @@ pub(super) struct BlobSources {
     pub(super) pull: Arc<Pull>,
     pub(super) place: Place,
     pub(super) digest: Digest,
-    pub(super) peers: AskPeers,
+    pub(super) side: Side,
 }
 
-/// Whether peers may be asked.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum AskPeers {
-    /// A client asks: the owner fetches for all.
-    Yes,
-    /// A peer asks, or peers must not see this: straight to the origin.
-    No,
-}
+/// After so many broken sources the owners are no longer asked.
+const ASK_OWNERS: u32 = 3;
 
 #[async_trait]
 impl Sources for BlobSources {
     async fn open(&self, from: u64, end: Option<u64>, failures: u32) -> Result<(Incoming, ServedFrom), SourceError> {
         let part = Part::new(from, end);
-        let deadline = Instant::now() + FIRST_BYTE;
-        if failures == 0
-            && self.peers == AskPeers::Yes
-            && let Some(incoming) = self.ask_owner(part, deadline).await?
+        // When a connection breaks, the owner still has, or fetches, what comes next: asking it
+        // again keeps every follower from going to the origin.
+        if self.side == Side::Follower
+            && failures < ASK_OWNERS
+            && let Some(incoming) = self.ask_owners(part).await?
         {
             return Ok((incoming, ServedFrom::Peer));
+        }
+        if failures > 0 {
+            self.pull.origin.forget_redirects(&self.place, &self.digest).await;
         }
         let deadline = Instant::now() + FIRST_BYTE;
         let incoming = self.pull.origin.blob(&self.place, &self.digest, part, deadline).await?;
@@ -46,10 +44,12 @@ impl Sources for BlobSources {
 }
 
 impl BlobSources {
-    /// None: this process is the owner, or no owner can be reached.
-    async fn ask_owner(&self, part: Part, deadline: Instant) -> Result<Option<Incoming>, SourceError> {
+    /// None: this process is the owner, or no owner can be reached. A silent owner is followed by
+    /// its successor, not by everybody's going to the origin.
+    async fn ask_owners(&self, part: Part) -> Result<Option<Incoming>, SourceError> {
         let Some(peers) = &self.pull.peers else { return Ok(None) };
         for owner in peers.owners(&self.digest) {
+            let deadline = Instant::now() + FIRST_BYTE;
             match peers.blob(owner, &self.place, &self.digest, part, deadline).await {
                 Ok(incoming) => return Ok(Some(incoming)),
                 // The owner has asked the origin with the same credentials: none.

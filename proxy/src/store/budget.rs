@@ -47,6 +47,10 @@ impl Budget {
         self.charged(bytes)
     }
 
+    pub(super) fn free(&self) -> u64 {
+        self.limit.saturating_sub(self.used.load(Ordering::Acquire))
+    }
+
     pub(super) fn over(&self) -> bool {
         self.used.load(Ordering::Acquire) > self.limit
     }

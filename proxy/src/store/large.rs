@@ -129,6 +129,9 @@ impl Large {
     /// Reserves space for a blob of `len` bytes, evicting others if need be. Blocks on the disk.
     pub fn draft(&self, len: u64, provenance: Provenance) -> Result<Draft, NoSpace> {
         let bytes = len.checked_add(FILE_OVERHEAD).filter(|b| *b <= self.budget.limit()).ok_or(NoSpace)?;
+        if !self.could_hold(bytes) {
+            return Err(NoSpace);
+        }
         let charge = loop {
             match self.budget.reserve(bytes) {
                 Ok(charge) => break Arc::new(charge),
@@ -186,6 +189,17 @@ impl Large {
         if self.index().remove(digest).is_some() {
             self.unlink(digest);
         }
+    }
+
+    /// Whether evicting everything idle would make enough room: nothing is given up in vain.
+    fn could_hold(&self, bytes: u64) -> bool {
+        let free = self.budget.free();
+        if free >= bytes {
+            return true;
+        }
+        let index = self.index();
+        let idle = index.values().filter(|entry| entry.open.strong_count() == 0);
+        free + idle.map(|entry| entry.len + FILE_OVERHEAD).sum::<u64>() >= bytes
     }
 
     /// Unlinks the least recently used blob that nobody reads. False: there is none.

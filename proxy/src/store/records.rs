@@ -15,7 +15,7 @@ use crate::oci::{Digest, Registry, Repository, Tag};
 /// The record files.
 pub struct Records {
     dir: PathBuf,
-    next: AtomicU64,
+    written: AtomicU64,
 }
 
 /// What a tag meant, and when that was last known to be true.
@@ -39,9 +39,12 @@ pub struct RepositoryRecord {
 /// More files than this are thinned out, oldest first.
 const MAX_RECORDS: usize = 100_000;
 
+/// Looked after once in so many writes.
+const THIN_OUT_EVERY: u64 = 10_000;
+
 impl Records {
     pub(super) fn new(dir: PathBuf) -> Self {
-        Self { dir, next: AtomicU64::new(0) }
+        Self { dir, written: AtomicU64::new(0) }
     }
 
     pub fn tag(&self, registry: &Registry, repository: &Repository, tag: &Tag) -> Option<TagRecord> {
@@ -93,7 +96,11 @@ impl Records {
     /// Without fsync: after a crash of the machine an empty or missing record is no record.
     fn write<T: Serialize>(&self, key: &str, record: &T) {
         let path = self.path(key);
-        let temporary = self.dir.join(format!(".{}", self.next.fetch_add(1, Ordering::Relaxed)));
+        let nth = self.written.fetch_add(1, Ordering::Relaxed);
+        if nth % THIN_OUT_EVERY == THIN_OUT_EVERY - 1 {
+            self.thin_out();
+        }
+        let temporary = self.dir.join(format!(".{nth}"));
         let write = || -> io::Result<()> {
             write_creating(&temporary, &serde_json::to_vec(record)?)?;
             fs::rename(&temporary, &path)

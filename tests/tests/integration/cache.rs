@@ -4,7 +4,7 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::Command;
 
-use dray_tests::dray::{Dray, Start};
+use dray_tests::dray::Start;
 use dray_tests::eventually;
 use dray_tests::image::Image;
 use dray_tests::origin::{Fault, Origin};
@@ -12,10 +12,6 @@ use dray_tests::process::run;
 
 fn path(digest: &str) -> String {
     format!("/v2/library/app/blobs/{digest}?ns=docker.io")
-}
-
-async fn fills_end(dray: &Dray) {
-    eventually("fills end", async || (dray.metric("dray_fills{state=\"running\"}").await == 0).then_some(())).await;
 }
 
 async fn origin(image: &Image) -> Origin {
@@ -47,7 +43,7 @@ async fn a_kill_at_any_moment_loses_nothing_that_was_whole() {
     origin.open_gate();
     let answer = dray.get(&path(&image.layers[0])).await;
     assert!(answer.complete && answer.body == image.layer().1);
-    fills_end(&dray).await;
+    dray.fills_end().await;
     // And after it.
     let dray = dray.kill_and_restart();
     drop(origin);
@@ -67,7 +63,7 @@ async fn after_a_crash_of_the_machine_files_are_hashed_before_they_are_believed(
     for layer in &image.layers {
         assert_eq!(dray.get(&path(layer)).await.status, 200);
     }
-    fills_end(&dray).await;
+    dray.fills_end().await;
     dray.process().kill();
     let cache = dray.start().cache_dir().clone();
     let hex = |layer: &str| layer.trim_start_matches("sha256:").to_owned();
@@ -99,7 +95,7 @@ async fn a_deleted_directory_is_only_a_miss() {
             assert!(answer.complete && answer.body == image.blobs[layer]);
         }
         assert_eq!(dray.get("/v2/library/app/manifests/1?ns=docker.io").await.status, 200);
-        fills_end(&dray).await;
+        dray.fills_end().await;
         std::fs::remove_dir_all(dray.start().cache_dir()).unwrap();
     }
     assert_eq!(origin.count("GET", &image.layers[0]), 2);
@@ -117,7 +113,7 @@ async fn the_disk_stays_within_its_bound() {
         let (layer, bytes) = image.layer();
         let answer = dray.get(&path(layer)).await;
         assert!(answer.complete && answer.body == bytes);
-        fills_end(&dray).await;
+        dray.fills_end().await;
     }
     let used = run(Command::new("du").arg("-sm").arg(dray.start().cache_dir()));
     let megabytes: u64 = used.split_whitespace().next().unwrap().parse().unwrap();
@@ -172,6 +168,9 @@ async fn wrong_bytes_pass_through_no_more_than_elsewhere() {
     let dray = Start::with_upstream("docker.io", &origin.url()).disk("64MiB").run();
     let answer = dray.get(&path(image.layer().0)).await;
     assert!(!answer.complete && answer.body.len() + 64 * 1024 <= image.layer().1.len());
+    let resume = dray.get_range(&path(image.layer().0), "bytes=49000000-").await;
+    assert_eq!(resume.status, 404, "the wrong beginning is not completed");
+    assert_eq!(dray.metric("dray_digest_mismatches_total").await, 1);
 }
 
 /// A file system of a fixed size, unmounted when dropped.

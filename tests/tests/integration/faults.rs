@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use dray_tests::dray::{Dray, Start};
+use dray_tests::dray::{Dray, Start, rule};
 use dray_tests::http::{Answer, get, head};
 use dray_tests::image::{Image, noise};
 use dray_tests::origin::{Content, Fault, Origin, Request, Response};
@@ -113,6 +113,74 @@ async fn wrong_bytes_never_leave_whole() {
     let config = image.blobs.iter().find(|(_, bytes)| bytes.len() < 1000).unwrap();
     let small = dray.get(&format!("/v2/library/app/blobs/{}?ns=docker.io", config.0)).await;
     assert_eq!((small.status, small.body.is_empty()), (502, false), "a small object is verified before its first byte");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_right_end_never_completes_a_wrong_beginning() {
+    let (_origin, dray, image) = rig(|nth, _, response| {
+        let mut bytes = response.body.to_vec();
+        bytes[500] ^= u8::from(nth == 0);
+        Response { body: bytes.into(), ..response }
+    })
+    .await;
+    let first = pull(&dray, &image).await;
+    assert!(!first.complete);
+    assert_right(&pull(&dray, &image).await, &image);
+    // It is here and verified now, but whoever resumes may be the one with the wrong beginning.
+    let resume = get(&dray.url(&blob_path(&image)), &[("range", &format!("bytes={}-", first.body.len()))]).await;
+    assert_eq!(resume.status, 404);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_registry_spoils_nothing_for_another() {
+    let image = Image::new(1, &[2_000_000, 1000]);
+    let honest = Origin::start(&[("team/app", "1", &image)], |_, r| r).await;
+    let evil = Origin::start(&[("team/app", "1", &image)], |request, response| match request.is_blob() {
+        // Large ones come with wrong bytes, small ones hardly at all.
+        true if response.body.len() > 1_000_000 => {
+            Response { body: vec![0; response.body.len()].into(), ..response }.fault(Fault::GateAfter(1_000_000))
+        }
+        true => response.fault(Fault::StallAfter(10)),
+        false => response.with("content-type", "text/plain"),
+    })
+    .await;
+    let rules = [rule("good.example", &honest.url()), rule("evil.example", &evil.url())].concat();
+    let dray = Start::new(rules).run();
+    let path = |digest: &str, ns: &str| format!("/v2/team/app/blobs/{digest}?ns={ns}");
+    for digest in &image.layers {
+        let spoiled = dray.url(&path(digest, "evil.example"));
+        let waiting = tokio::spawn(async move { get(&spoiled, &[]).await });
+        dray_tests::eventually("the evil fill runs", async || (evil.count("GET", digest) > 0).then_some(())).await;
+        let answer = dray.get(&path(digest, "good.example")).await;
+        assert!(answer.complete && answer.body == image.blobs[digest]);
+        evil.open_gate();
+        waiting.abort();
+    }
+    let by_digest = format!("/v2/team/app/manifests/{}?ns=", image.digest);
+    assert_eq!(dray.get(&format!("{by_digest}evil.example")).await.status, 200);
+    let manifest = dray.get(&format!("{by_digest}good.example")).await;
+    assert_eq!(manifest.header("content-type"), Some(dray_tests::image::INDEX), "the bytes tell their type");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_byte_a_connection_ends_soon() {
+    let (origin, dray, image) = rig(|_, _, response| response.fault(Fault::CutAfter(1))).await;
+    let answer = pull(&dray, &image).await;
+    assert!(!answer.complete);
+    assert!(origin.count("GET", "/blobs/") <= 10, "{}", origin.count("GET", "/blobs/"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_silent_upstream_is_left_for_the_next() {
+    let image = Image::new(1, &[2_000_000]);
+    let silent = Origin::answering(|_| Response::new(200, "").fault(Fault::Silent)).await;
+    let honest = Origin::start(&[("library/app", "1", &image)], |_, r| r).await;
+    let config =
+        format!("[[registry]]\nmatch = \"docker.io\"\nupstreams = [\"{}\", \"{}\"]\n", silent.url(), honest.url());
+    let dray = Start::new(config).run();
+    assert_right(&pull(&dray, &image).await, &image);
+    assert_eq!(dray.get("/v2/library/app/manifests/1?ns=docker.io").await.status, 200);
+    assert_eq!(silent.requests().len(), 1, "and then asked last");
 }
 
 #[tokio::test(flavor = "multi_thread")]

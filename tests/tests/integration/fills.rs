@@ -79,8 +79,7 @@ async fn readers_that_leave_stall_or_crawl_disturb_nobody() {
         }
         (count, crawler)
     });
-    eventually("the fill begins", async || (dray.metric("dray_fills{state=\"running\"}").await == 1).then_some(()))
-        .await;
+    dray.fill_begins().await;
     drop(leaver);
     origin.open_gate();
     let answer = dray.get(&path(&image)).await;
@@ -99,7 +98,7 @@ async fn a_fill_whose_only_reader_left_still_ends() {
     only.read_exact(&mut some).await.unwrap();
     drop(only);
     origin.open_gate();
-    eventually("the fill ends", async || (dray.metric("dray_fills{state=\"running\"}").await == 0).then_some(())).await;
+    dray.fills_end().await;
     drop(origin);
     let answer = dray.get(&path(&image)).await;
     assert_eq!((answer.status, answer.source()), (200, "disk"));

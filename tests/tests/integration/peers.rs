@@ -122,3 +122,23 @@ async fn a_name_is_enough_to_form_a_cluster() {
     .sum();
     assert!(received > 1_000_000, "they share: {received} bytes");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nodes_that_disagree_never_wait_for_each_other() {
+    let image = Image::new(1, &[2_000_000, 700_000, 1000]);
+    let origin = Origin::start(&[("library/app", "1", &image)], |_, r| r).await;
+    let ports = [free_port(), free_port()];
+    // Each takes itself for somebody else, so each may take the other for the owner.
+    let stranger = [free_port(), free_port()];
+    let start = |own: usize| {
+        let members = format!("\"127.0.0.1:{}\", \"127.0.0.1:{}\"", ports[1 - own], stranger[own]);
+        let peers = format!("[peers]\nlisten = \"127.0.0.1:{}\"\nstatic = [{members}]\n", ports[own]);
+        Start::new(format!("{}\n{peers}", rule("docker.io", &origin.url()))).run()
+    };
+    let nodes = [start(0), start(1)];
+    for path in paths(&image) {
+        for answer in futures_util::future::join_all(nodes.iter().map(|node| node.get(&path))).await {
+            assert_eq!((answer.status, answer.complete), (200, true), "{path}");
+        }
+    }
+}

@@ -97,6 +97,7 @@ async fn head_of_a_blob_has_its_length() {
     assert_eq!((cold.status, cold.header("content-length"), cold.source()), (200, Some(length.as_str()), "origin"));
     assert_eq!(origin.count("GET", layer), 0);
     dray.get(&path).await;
+    dray.fills_end().await;
     let warm = head(&dray.url(&path)).await;
     assert_eq!((warm.status, warm.header("content-length"), warm.source()), (200, Some(length.as_str()), "disk"));
 }

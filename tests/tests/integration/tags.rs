@@ -128,6 +128,30 @@ async fn gone_and_denied_are_answers_and_not_trouble() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_date_from_a_wrong_clock_is_not_believed() {
+    let rig = Rig::new().await;
+    let mut dray = rig.start("tag_ttl = \"1h\"").run();
+    rig.assert_is(&dray.get(PATH).await, 0);
+    let start = dray.start().clone();
+    let records = start.cache_dir().join("v1/records");
+    let record = dray_tests::eventually("the lease is written", async || {
+        let files = std::fs::read_dir(&records).ok()?.flatten().map(|file| file.path());
+        files.into_iter().find(|path| std::fs::read_to_string(path).is_ok_and(|text| text.contains("checked_at")))
+    })
+    .await;
+    dray.process().kill();
+    let mut json: serde_json::Value = serde_json::from_slice(&std::fs::read(&record).unwrap()).unwrap();
+    rig.is(Mood::Second);
+    for date in [4_000_000_000, u64::MAX] {
+        json["checked_at"] = date.into();
+        std::fs::write(&record, json.to_string()).unwrap();
+        let mut dray = start.clone().run();
+        rig.assert_is(&dray.get(PATH).await, 1);
+        dray.process().kill();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn immutable_tags_are_never_asked_for_again() {
     let rig = Rig::new().await;
     let dray = rig.start("tag_ttl = \"0s\"\nimmutable_tags = ['\\d+']").run();

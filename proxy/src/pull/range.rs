@@ -1,0 +1,87 @@
+//! Bounded ranges of blobs that are not here: straight from the source, while little is asked for.
+//!
+//! A lazy snapshotter reads 50 KB of a 5 GB blob; that must not fetch 5 GB. But once a good part was
+//! asked for, the whole is worth having.
+
+use std::sync::Arc;
+
+use super::blob::{Fetch, span_of};
+use super::{BlobAnswer, BlobRequest, Pull, Refusal};
+use crate::fill::Feed;
+use crate::oci::{RangeRequest, Span};
+use crate::source::SourceError;
+
+/// A blob is filled once this much, or this share, of it was asked for.
+const FILL_AFTER_BYTES: u64 = 8 * 1024 * 1024;
+const FILL_AFTER_SHARE: u64 = 20;
+
+/// A range waits for a running fill that is at most this far behind it.
+const WAIT_FOR_FILL: u64 = 16 * 1024 * 1024;
+
+/// What was asked for of a blob, in bounded ranges.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Asked {
+    bytes: u64,
+    /// Known after the first answer.
+    total: Option<u64>,
+}
+
+impl Pull {
+    /// Passes a bounded range through. None: it is no such range, or a fill serves it.
+    pub(super) async fn pass_range(self: &Arc<Self>, request: &BlobRequest) -> Result<Option<BlobAnswer>, Fetch> {
+        let Some(span) = self.bounded(request).await? else { return Ok(None) };
+        let key = self.fill_key(request);
+        if let Some(fill) = self.fills.running(&key)
+            && fill.released().saturating_add(WAIT_FOR_FILL) >= span.start
+        {
+            return Ok(None);
+        }
+        let asked = self.asked.get(&request.digest).unwrap_or_default().plus(span.len());
+        self.asked.insert(request.digest.clone(), asked);
+        if asked.is_much() {
+            self.fills.join(&key, &request.place, self.sources(request));
+            // What lies far into the blob need not wait for all that comes before.
+            if span.start < WAIT_FOR_FILL {
+                return Ok(None);
+            }
+        }
+        let feed = match Feed::open(self.sources(request), span.start, Some(span.end)).await {
+            Ok(feed) => feed,
+            // Beyond the end: say where that is.
+            Err(SourceError::Failed(416)) => {
+                let total = self.origin_length(&request.place, &request.digest).await?;
+                return Err(Refusal::Unsatisfiable { total }.into());
+            }
+            Err(error) => return Err(error.into()),
+        };
+        if feed.skips() {
+            // Its source knows no ranges: then all of it may as well be kept.
+            return Ok(None);
+        }
+        self.asked.insert(request.digest.clone(), Asked { total: Some(feed.total()), ..asked });
+        self.passing(feed, request).map(Some)
+    }
+
+    async fn bounded(self: &Arc<Self>, request: &BlobRequest) -> Result<Option<Span>, Fetch> {
+        match request.range {
+            Some(RangeRequest::Bounded(start, last)) if start <= last => {
+                Ok(Some(Span { start, end: last.saturating_add(1) }))
+            }
+            Some(RangeRequest::Suffix(_)) => {
+                let total = self.origin_length(&request.place, &request.digest).await?;
+                Ok(span_of(request.range, total)?)
+            }
+            _ => Ok(None),
+        }
+    }
+}
+
+impl Asked {
+    fn plus(self, bytes: u64) -> Self {
+        Self { bytes: self.bytes.saturating_add(bytes), ..self }
+    }
+
+    fn is_much(self) -> bool {
+        self.bytes >= FILL_AFTER_BYTES || self.total.is_some_and(|total| self.bytes >= total / FILL_AFTER_SHARE)
+    }
+}
