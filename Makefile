@@ -34,7 +34,7 @@ tools: ## Build the Go tools that the tests use
 fmt:
 	cargo fmt --all
 
-image: ## A container image; needs Docker or, with DOCKER=podman or "buildah", one of those
+image: ## A container image; DOCKER=podman or DOCKER=buildah work as well
 	$(or $(DOCKER),docker) build --file k8s/Dockerfile --tag dray:0.1.0 .
 
 .PHONY: $(BIN)

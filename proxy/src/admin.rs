@@ -59,7 +59,11 @@ impl Readiness {
         self.ready.load(Ordering::Acquire)
     }
 
-    pub fn set(&self, ready: bool) {
-        self.ready.store(ready, Ordering::Release);
+    pub fn begin(&self) {
+        self.ready.store(true, Ordering::Release);
+    }
+
+    pub fn end(&self) {
+        self.ready.store(false, Ordering::Release);
     }
 }

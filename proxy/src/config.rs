@@ -9,7 +9,6 @@ mod units;
 mod upstream;
 
 use std::collections::HashMap;
-use std::fmt;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
@@ -20,7 +19,7 @@ use toml::Spanned;
 use crate::oci::Registry;
 pub use credentials::{Credentials, PasswordSource};
 pub use pattern::HostPattern;
-pub use units::{Size, Span};
+pub use units::{Size, Span, whole_tag};
 pub use upstream::{Scheme, Upstream};
 
 /// Everything a running dray needs to know, with every default filled in.
@@ -187,7 +186,15 @@ impl Config {
             key: key.to_owned(),
             problem,
         };
-        let section = |name: &str| text.find(name).unwrap_or(0);
+        // The line that opens a table; its name may also stand in a comment.
+        let section = |name: &str| {
+            let lines = text.lines().scan(0, |offset, line| {
+                let start = *offset;
+                *offset += line.len() + 1;
+                Some((start, line))
+            });
+            lines.filter(|(_, line)| line.trim_start().starts_with(name)).map(|(start, _)| start).next().unwrap_or(0)
+        };
         if self.cache.disk < MIN_DISK {
             let problem = format!("\"{}\" is too little, at least {MIN_DISK} are needed", self.cache.disk);
             return Err(at(section("[cache]"), "cache.disk", problem));
@@ -309,15 +316,6 @@ fn default_negative_ttl() -> Span {
     Span::seconds(2)
 }
 
-impl fmt::Display for Unlisted {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Allow => "allow",
-            Self::Deny => "deny",
-        })
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -326,13 +324,17 @@ mod tests {
         Config::parse(text, "dray.toml").unwrap_err().to_string()
     }
 
+    /// The sample with its examples switched on.
+    fn uncommented(sample: &str) -> String {
+        sample.lines().map(|line| line.strip_prefix("#: ").unwrap_or(line).to_owned() + "\n").collect()
+    }
+
     #[test]
     fn the_sample_file_shows_every_default() {
         let sample = include_str!("../../config/dray.toml");
         assert_eq!(Config::parse(sample, "config/dray.toml").unwrap(), Config::default());
         // Optional keys stand there as comments: uncommented, the file must still be understood.
-        let uncommented: String =
-            sample.lines().map(|line| line.strip_prefix("#: ").unwrap_or(line).to_owned() + "\n").collect();
+        let uncommented = uncommented(sample);
         let full = Config::parse(&uncommented, "config/dray.toml").unwrap();
         assert_eq!(full.registry.len(), 1);
         assert!(full.peers.listen.is_some() && full.tls.client_ca.is_some());
@@ -341,8 +343,7 @@ mod tests {
     #[test]
     fn a_bogus_key_in_any_table_is_an_error() {
         let sample = include_str!("../../config/dray.toml");
-        let uncommented: String =
-            sample.lines().map(|line| line.strip_prefix("#: ").unwrap_or(line).to_owned() + "\n").collect();
+        let uncommented = uncommented(sample);
         let tables = uncommented.lines().filter(|l| l.starts_with('[')).count();
         assert!(tables >= 7, "the sample shows every table");
         for nth in 0..=tables {
@@ -386,7 +387,7 @@ mod tests {
             ("[[registry]]\nmatch = \"a.io\"\ncredentials = { username = \"u\" }", &["line 3", "password"]),
             ("[[registry]]\nmatch = \"a.io\"\naccess = \"client\"", &["line 3", "shared"]),
             ("[[registry]]\nmatch = \"a.io\"\nalias = [\"x.y\"]", &["dray.toml:1", "registry.alias"]),
-            ("\n[cache]\ndisk = \"1MiB\"", &["dray.toml:2", "cache.disk", "64MiB"]),
+            ("# [cache]\n[cache]\ndisk = \"1MiB\"", &["dray.toml:2", "cache.disk", "64MiB"]),
             ("[tls]\ncert = \"c\"", &["dray.toml:1", "tls"]),
             ("listen = \"here\"", &["line 1", "listen"]),
             ("listen = \"127.0.0.1:1\"\nlisten = \"127.0.0.1:2\"", &["line 2", "listen"]),

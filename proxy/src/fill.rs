@@ -1,6 +1,6 @@
 //! One growing blob: bytes come in once, many read along.
 //!
-//! A fill belongs to no client. It hashes in order, writes, and lets readers follow up to the last
+//! A fill belongs to no client, and there is one for each digest, registry and [`Side`]. It hashes in order, writes, and lets readers follow up to the last
 //! 64 KiB, which it holds until the digest agrees. Whoever asks for the same digest meanwhile
 //! joins it.
 
@@ -205,6 +205,10 @@ impl Fill {
         self.opened.get().cloned().unwrap_or_else(|| Err(SourceError::Unreachable("the fill ended".into())))
     }
 
+    pub fn side(&self) -> Side {
+        self.key.side
+    }
+
     /// Bytes from the start that may be read by now.
     pub fn released(&self) -> u64 {
         self.progress.borrow().released
@@ -224,10 +228,6 @@ impl Fill {
         if self.opened.set(opened).is_ok() {
             self.progress.send_modify(|progress| progress.phase = phase);
         }
-    }
-
-    fn release(&self, released: u64) {
-        self.progress.send_modify(|progress| progress.released = released);
     }
 
     fn end(&self, phase: Phase, released: u64) {
@@ -260,8 +260,11 @@ struct Running<'a> {
 
 impl Running<'_> {
     async fn fill_from(&self, sources: Arc<dyn Sources>) {
-        // An earlier fill may have ended between its last look-up and our start.
-        match self.fills.store.find(&self.fill.key.digest, Kind::Blob).await {
+        // An earlier fill may have ended between our request's look-up and our start. What came from
+        // another registry was not given to that request either.
+        let kept = self.fills.store.find(&self.fill.key.digest, Kind::Blob).await;
+        let registry = self.fill.key.registry.as_str();
+        match kept.filter(|found| found.provenance().is_some_and(|known| known.registry == registry)) {
             Some(Found::Small { object, .. }) => {
                 return self.fill.open(Ok(Opened::Small { object, from: ServedFrom::Memory }));
             }

@@ -8,6 +8,7 @@ pub mod containerd;
 pub mod dns;
 pub mod fill;
 pub mod flights;
+pub mod lifetimes;
 pub mod metrics;
 pub mod oci;
 pub mod origin;

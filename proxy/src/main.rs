@@ -17,7 +17,8 @@ static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 /// A stateless pull-through cache proxy for container registries.
 ///
 /// Point every container runtime at it once; from then on any image of any registry is fetched
-/// once, verified by digest, and served from here.
+/// once, verified by digest, and served from here. Without a command it serves; options stand
+/// before or after that, but not before another command.
 #[derive(Parser)]
 #[command(version, args_conflicts_with_subcommands = true)]
 struct Cli {
@@ -32,7 +33,12 @@ enum Command {
     /// Serve registry clients (the default)
     Serve(Serve),
     /// Check a configuration file and say what is wrong with it
-    CheckConfig { file: PathBuf },
+    ///
+    /// Does not open the files that it names.
+    CheckConfig {
+        /// The file
+        file: PathBuf,
+    },
     /// Point containerd at dray, or take that back
     #[command(subcommand)]
     Containerd(Containerd),
@@ -58,7 +64,8 @@ struct Serve {
     /// Bytes of small objects in memory, such as 64MiB
     #[arg(long, env = "DRAY_CACHE_MEMORY", value_name = "SIZE")]
     cache_memory: Option<Size>,
-    /// The name that has the addresses of all drays, such as a headless Service
+    /// The name that has the addresses of all drays, such as a headless Service. Unless the file
+    /// says where peers connect, opens 0.0.0.0:5052 for them
     #[arg(long, env = "DRAY_PEERS_SERVICE", value_name = "NAME")]
     peers_service: Option<String>,
     /// What to log: error, warn, info, debug; or by part, such as "warn,access=info"
@@ -85,6 +92,7 @@ enum Containerd {
     },
     /// Remove what install wrote, and put back what was there before
     Uninstall {
+        /// containerd's config_path, such as /etc/containerd/certs.d
         #[arg(long, value_name = "DIR")]
         hosts_dir: PathBuf,
         /// Only say what would be done
@@ -190,7 +198,7 @@ fn announce(bound: Bound, scheme: &str) {
     say(&format!(
         "try: curl {scheme}://{0}/v2/docker.io/library/alpine/manifests/latest\n\
          then point containerd here: dray containerd install --hosts-dir /etc/containerd/certs.d --mirror {scheme}://{0}",
-        bound.registry
+        server::reachable(bound.registry)
     ));
 }
 

@@ -18,6 +18,7 @@ pub const CACHE_BYTES: &str = "dray_cache_bytes";
 pub const STALE: &str = "dray_stale_total";
 pub const MISMATCHES: &str = "dray_digest_mismatches_total";
 pub const UNCACHED: &str = "dray_uncached_total";
+pub const PEERS: &str = "dray_peers";
 pub const BUILD_INFO: &str = "dray_build_info";
 
 /// Handles to every metric, resolved once.
@@ -45,6 +46,8 @@ pub struct Metrics {
     pub mismatches: IntCounter,
     /// by reason
     pub uncached: IntCounterVec,
+    /// members of the cluster, this process included
+    pub peers: IntGauge,
 }
 
 impl Metrics {
@@ -76,13 +79,9 @@ impl Metrics {
             stale: counters(STALE, "Tags answered from an expired record, by reason.", &["reason"]),
             mismatches: register(&registry, IntCounter::new(MISMATCHES, "Bodies that did not match their digest.")),
             uncached: counters(UNCACHED, "Blobs passed through without being kept, by reason.", &["reason"]),
+            peers: register(&registry, IntGauge::new(PEERS, "Members of the cluster, this one included.")),
             registry,
         }
-    }
-
-    /// Adds a gauge that others set.
-    pub fn gauge(&self, name: &str, help: &str) -> IntGauge {
-        register(&self.registry, IntGauge::new(name, help))
     }
 
     /// The text exposition format.

@@ -63,6 +63,9 @@ pub struct ListAnswer {
     pub bytes: Bytes,
 }
 
+/// Only failures this fast are worth another try.
+const FAILS_FAST: Duration = Duration::from_secs(1);
+
 /// An upstream has this long to answer where another one follows.
 const OTHERS_FOLLOW: Duration = Duration::from_millis(2500);
 
@@ -250,11 +253,15 @@ impl Origin {
         self.retries.earn();
         let mut attempt = 0;
         loop {
+            let asked = Instant::now();
             match self.ask_once(home, place, question, deadline).await {
-                Err(error) if error.is_passing() => match self.retries.pause(attempt, deadline) {
-                    Some(pause) => tokio::time::sleep(pause).await,
-                    None => return Err(error),
-                },
+                // What took long to fail will take long again, and the client waits.
+                Err(error) if error.is_passing() && asked.elapsed() < FAILS_FAST => {
+                    match self.retries.pause(attempt, deadline) {
+                        Some(pause) => tokio::time::sleep(pause).await,
+                        None => return Err(error),
+                    }
+                }
                 other => return other,
             }
             attempt += 1;

@@ -65,7 +65,16 @@ impl Peers {
         let Some(listen) = config.peers.listen else { return Ok(None) };
         let resolver = dns::resolver(&config.dns.servers)?;
         let written = config.peers.members.clone();
-        let members = ArcSwap::from_pointee(Members::new(written.clone(), listen));
+        let members = Members::new(written.clone(), listen);
+        if config.peers.service.is_empty() && !members.has_own() {
+            return Err(format!(
+                "peers.static holds no address of this host with port {}: write all members, this one included, \
+                 or set peers.listen to its own address",
+                listen.port()
+            ));
+        }
+        metrics.peers.set(i64::try_from(members.all.len()).unwrap_or(i64::MAX));
+        let members = ArcSwap::from_pointee(members);
         let client = Client::builder()
             .user_agent(concat!("dray/", env!("CARGO_PKG_VERSION")))
             .http1_only()
@@ -82,10 +91,18 @@ impl Peers {
     /// Follows the names for as long as it is polled. While they cannot be resolved, everybody
     /// known stays a member.
     pub async fn follow_services(&self) {
+        let mut trouble = None;
         while !self.services.is_empty() {
             match self.resolve().await {
-                Ok(found) => self.take(found),
-                Err(error) => tracing::warn!(%error, "the peers' name cannot be resolved"),
+                Ok(found) => {
+                    trouble = None;
+                    self.take(found);
+                }
+                Err(error) if trouble.as_ref() == Some(&error) => {}
+                Err(error) => {
+                    tracing::warn!(error, "the peers' name cannot be resolved");
+                    trouble = Some(error);
+                }
             }
             let jitter = fastrand::u64(0..1000);
             tokio::time::sleep(REFRESH + Duration::from_millis(jitter)).await;
@@ -105,6 +122,10 @@ impl Peers {
         let members = Members::new(found, self.listen);
         if **self.members.load() != members {
             tracing::info!(members = members.all.len(), own = %members.own, "the peers changed");
+            if !members.has_own() {
+                tracing::warn!("none of the peers' addresses is this host's: it asks them, but owns nothing");
+            }
+            self.metrics.peers.set(i64::try_from(members.all.len()).unwrap_or(i64::MAX));
             self.members.store(Arc::new(members));
         }
     }
@@ -198,10 +219,18 @@ impl Peers {
 impl Members {
     fn new(mut all: Vec<SocketAddr>, listen: SocketAddr) -> Self {
         let own = all.iter().copied().find(|member| is_own(*member, listen)).unwrap_or(listen);
-        all.push(own);
+        // Others know this process by the address they were given: 0.0.0.0 owns nothing.
+        if !own.ip().is_unspecified() {
+            all.push(own);
+        }
         all.sort_unstable();
         all.dedup();
         Self { all, own }
+    }
+
+    /// Whether the others know this process as a member.
+    fn has_own(&self) -> bool {
+        !self.own.ip().is_unspecified()
     }
 }
 

@@ -22,6 +22,7 @@ use crate::metrics::Metrics;
 use crate::oci::{Digest, ErrorCode, Registry, Repository, Tag};
 use crate::origin::{ListAnswer, Origin};
 use crate::peers::Peers;
+use crate::provenance::Provenance;
 use crate::registries::{Place, Registries};
 use crate::source::SourceError;
 use crate::store::{RepositoryRecord, Store};
@@ -83,8 +84,8 @@ impl Pull {
         }
     }
 
-    /// Work that goes on for as long as it is polled.
-    pub async fn keep_house(&self) {
+    /// Follows who the peers are, for as long as it is polled.
+    pub async fn follow_peers(&self) {
         if let Some(peers) = &self.peers {
             peers.follow_services().await;
         }
@@ -105,6 +106,20 @@ impl Pull {
             return Err(Refusal::Denied(format!("{} needs credentials and is not shared with peers", place.registry)));
         }
         Ok(())
+    }
+
+    /// Whether something kept may be given out, by the rule of the registry that it came from. What
+    /// may not is as good as not kept: the origin of whoever asks decides.
+    fn may_give(&self, provenance: Option<&Provenance>, asker: Asker) -> bool {
+        let registry = provenance.and_then(|provenance| provenance.registry.parse().ok());
+        match registry {
+            Some(registry) => {
+                let rule = self.registries.rule(&registry);
+                !rule.deny && (asker == Asker::Client || !rule.is_private())
+            }
+            // Its record is lost: only those who may have everything may have it.
+            None => asker == Asker::Client,
+        }
     }
 
     /// `tags/list` and `referrers`: passed on, never kept.

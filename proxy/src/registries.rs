@@ -132,7 +132,7 @@ impl Rule {
             tag_ttl: rule.tag_ttl.0,
             negative_ttl: rule.negative_ttl.0,
             // The configuration refused patterns that do not compile.
-            immutable_tags: rule.immutable_tags.iter().filter_map(|p| Regex::new(&format!("^(?:{p})$")).ok()).collect(),
+            immutable_tags: rule.immutable_tags.iter().filter_map(|p| config::whole_tag(p).ok()).collect(),
         }
     }
 

@@ -106,15 +106,15 @@ pub fn run(mut config: Config, started: impl FnOnce(Bound) + Send + 'static) -> 
         let readiness = readiness.clone();
         move || {
             if ports.wait_until_open() {
-                readiness.set(true);
+                readiness.begin();
                 started(bound);
             } else {
                 tracing::error!("the listeners did not open");
             }
         }
     });
-    let house = pull.clone();
-    runtime.spawn(async move { house.keep_house().await });
+    let following = pull.clone();
+    runtime.spawn(async move { following.follow_peers().await });
     let housekeeping = store.clone();
     runtime.spawn_blocking(move || housekeeping.records.thin_out());
     let stop = Stop { readiness, load };
@@ -177,7 +177,7 @@ impl Ports {
         let open = [Some(self.bound.registry), Some(self.bound.admin), self.bound.peers]
             .into_iter()
             .flatten()
-            .all(|address| wait_until_open(reachable(address), deadline));
+            .all(|address| opens(reachable(address), deadline));
         drop(self.held);
         open
     }
@@ -193,7 +193,8 @@ fn hold_port(address: SocketAddr) -> Result<(std::os::fd::OwnedFd, SocketAddr), 
     Ok((socket, bound))
 }
 
-fn reachable(address: SocketAddr) -> SocketAddr {
+/// Where a listener can be reached from this host.
+pub fn reachable(address: SocketAddr) -> SocketAddr {
     match address {
         SocketAddr::V4(v4) if v4.ip().is_unspecified() => SocketAddr::from(([127, 0, 0, 1], v4.port())),
         SocketAddr::V6(v6) if v6.ip().is_unspecified() => SocketAddr::from((std::net::Ipv6Addr::LOCALHOST, v6.port())),
@@ -201,7 +202,7 @@ fn reachable(address: SocketAddr) -> SocketAddr {
     }
 }
 
-fn wait_until_open(address: SocketAddr, deadline: Instant) -> bool {
+fn opens(address: SocketAddr, deadline: Instant) -> bool {
     while Instant::now() < deadline {
         if TcpStream::connect_timeout(&address, Duration::from_secs(1)).is_ok() {
             return true;
@@ -229,7 +230,7 @@ impl ShutdownSignalWatch for Stop {
             _ = terminate.recv() => {}
             _ = interrupt.recv() => return ShutdownSignal::FastShutdown,
         }
-        self.readiness.set(false);
+        self.readiness.end();
         tracing::info!(requests = self.load.current(), "draining");
         let drained = async {
             tokio::time::sleep(LINGER).await;

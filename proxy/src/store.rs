@@ -15,6 +15,7 @@ use std::sync::Arc;
 
 use crate::metrics::Metrics;
 use crate::oci::Digest;
+use crate::provenance::Provenance;
 pub use budget::NoSpace;
 pub use large::{Blob, Draft, Large, Proof};
 pub use layout::LayoutError;
@@ -54,6 +55,16 @@ pub enum StoreError {
     Scan(std::io::Error),
     #[error("the small-object cache cannot be opened: {0}")]
     Small(String),
+}
+
+impl Found {
+    /// None: its record was lost.
+    pub fn provenance(&self) -> Option<&Provenance> {
+        match self {
+            Self::Small { object, .. } => Some(&object.provenance),
+            Self::Large { blob, .. } => blob.provenance.as_ref(),
+        }
+    }
 }
 
 impl Store {

@@ -5,7 +5,7 @@ use std::path::Path;
 
 const LEVELS: [&[&str]; 8] = [
     &["oci", "metrics"],
-    &["config", "flights", "provenance"],
+    &["config", "flights", "lifetimes", "provenance"],
     &["dns", "registries", "source", "store", "telemetry"],
     &["origin", "peers", "fill", "tags"],
     &["pull"],

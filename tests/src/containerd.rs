@@ -5,8 +5,9 @@ use std::process::{Command, Output, Stdio};
 
 use tempfile::TempDir;
 
+use crate::dray::{Dray, binary};
 use crate::eventually;
-use crate::process::{Process, output};
+use crate::process::{Process, output, run};
 
 /// A running containerd and the `ctr` that fits it.
 pub struct Containerd {
@@ -70,6 +71,13 @@ impl Containerd {
         let containerd = Self { dir, socket, ctr, _process: process };
         eventually("containerd answers", async || containerd.ctr(&["version"]).status.success().then_some(())).await;
         containerd
+    }
+
+    /// Points it at a dray, as a person would.
+    pub fn use_mirror(&self, dray: &Dray) {
+        run(Command::new(binary())
+            .args(["containerd", "install", "--mirror", &dray.url(""), "--hosts-dir"])
+            .arg(self.hosts_dir()));
     }
 
     /// Where hosts.toml files go.

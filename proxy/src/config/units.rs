@@ -81,11 +81,16 @@ pub(super) fn one_or_many<'de, D: Deserializer<'de>>(deserializer: D) -> Result<
     }
 }
 
+/// A pattern that matches a whole tag or not at all.
+pub fn whole_tag(pattern: &str) -> Result<regex::Regex, regex::Error> {
+    regex::Regex::new(&format!("^(?:{pattern})$"))
+}
+
 /// A list of regular expressions that compile, each taken to match a whole tag.
 pub(super) fn regexes<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<String>, D::Error> {
     let patterns = Vec::<String>::deserialize(deserializer)?;
     for pattern in &patterns {
-        regex::Regex::new(pattern).map_err(|e| D::Error::custom(format!("\"{pattern}\": {e}")))?;
+        whole_tag(pattern).map_err(|e| D::Error::custom(format!("\"{pattern}\": {e}")))?;
     }
     Ok(patterns)
 }

@@ -60,7 +60,7 @@ pub(super) fn hash_file(fill: &Fill, blob: &Blob) -> bool {
             Ok(count) if count > 0 => position += count as u64,
             _ => return false,
         }
-        fill.release(position.min(blob.len.saturating_sub(HELD_BYTES)));
+        release(&fill.progress, position.min(blob.len.saturating_sub(HELD_BYTES)));
     }
     verifier.verified()
 }

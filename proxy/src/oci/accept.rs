@@ -2,13 +2,12 @@
 
 /// Every manifest type in use. A narrower set makes some registries convert a manifest, which
 /// changes its digest.
-pub const MANIFEST_TYPES: [&str; 6] = [
+pub const MANIFEST_TYPES: [&str; 5] = [
     "application/vnd.oci.image.index.v1+json",
     "application/vnd.oci.image.manifest.v1+json",
     "application/vnd.oci.artifact.manifest.v1+json",
     "application/vnd.docker.distribution.manifest.list.v2+json",
     "application/vnd.docker.distribution.manifest.v2+json",
-    "*/*",
 ];
 
 /// Longest value sent upstream, in bytes; what a client adds beyond it is left out.
@@ -16,7 +15,7 @@ const MAX_ACCEPT_BYTES: usize = 2048;
 
 /// Joins the full set with whatever else the client's `Accept` lines name.
 pub fn merge<'a>(client_lines: impl Iterator<Item = &'a str>) -> String {
-    let mut types: Vec<&str> = MANIFEST_TYPES[..MANIFEST_TYPES.len() - 1].to_vec();
+    let mut types: Vec<&str> = MANIFEST_TYPES.to_vec();
     let mut len: usize = types.iter().map(|t| t.len() + 2).sum();
     for line in client_lines {
         for offered in line.split(',') {

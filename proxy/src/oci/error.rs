@@ -9,7 +9,6 @@ pub enum ErrorCode {
     NameUnknown,
     DigestInvalid,
     Denied,
-    Unauthorized,
     Unsupported,
     /// Not in the specification's table; registries use it for their own trouble.
     Unavailable,
@@ -25,7 +24,6 @@ impl ErrorCode {
             Self::NameUnknown => "NAME_UNKNOWN",
             Self::DigestInvalid => "DIGEST_INVALID",
             Self::Denied => "DENIED",
-            Self::Unauthorized => "UNAUTHORIZED",
             Self::Unsupported => "UNSUPPORTED",
             Self::Unavailable => "UNAVAILABLE",
             Self::RangeInvalid => "RANGE_INVALID",

@@ -2,10 +2,9 @@
 //! names. Tokens are fetched once for all who need one and renewed before they expire.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use http::{HeaderMap, HeaderValue, Method};
-use moka::Expiry;
 use serde::Deserialize;
 use tokio::time::Instant as Deadline;
 use url::form_urlencoded::Serializer;
@@ -13,6 +12,7 @@ use url::form_urlencoded::Serializer;
 use super::challenge::Challenge;
 use super::credentials::{self, Secret};
 use super::http::{Ask, Home, Http};
+use crate::lifetimes::{ByLifetime, Lifetime};
 use crate::registries::Place;
 use crate::source::SourceError;
 
@@ -60,7 +60,7 @@ impl Tokens {
                 .max_capacity(10_000)
                 .time_to_live(Duration::from_secs(3600))
                 .build(),
-            grants: moka::future::Cache::builder().max_capacity(10_000).expire_after(ByLife).build(),
+            grants: moka::future::Cache::builder().max_capacity(10_000).expire_after(ByLifetime).build(),
         }
     }
 
@@ -264,14 +264,8 @@ fn sensitive(value: &str) -> Option<HeaderValue> {
     Some(header)
 }
 
-struct ByLife;
-
-impl Expiry<GrantKey, Grant> for ByLife {
-    fn expire_after_create(&self, _: &GrantKey, grant: &Grant, _: Instant) -> Option<Duration> {
-        Some(grant.life)
-    }
-
-    fn expire_after_update(&self, _: &GrantKey, grant: &Grant, _: Instant, _: Option<Duration>) -> Option<Duration> {
-        Some(grant.life)
+impl Lifetime for Grant {
+    fn life(&self) -> Duration {
+        self.life
     }
 }

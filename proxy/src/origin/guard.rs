@@ -42,7 +42,9 @@ pub(super) enum Reach {
 pub(super) enum Refused {
     #[error("{0} is neither http nor https")]
     Scheme(String),
-    #[error("{0} is not a public address, and no network in [guard] allow holds it")]
+    #[error(
+        "{0} is not a public address, and no network in [guard] allow holds it: name it there, or as an upstream of a [[registry]] rule"
+    )]
     Address(String),
     #[error("{0} is the configured HTTP proxy")]
     Proxy(String),

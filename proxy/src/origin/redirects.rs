@@ -1,9 +1,10 @@
 //! Where an upstream's redirects led, for as long as the signed URLs live.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use moka::Expiry;
 use url::Url;
+
+use crate::lifetimes::{ByLifetime, Lifetime};
 
 /// Targets by the URL that redirected.
 pub(super) struct Redirects {
@@ -24,7 +25,7 @@ const MARGIN: Duration = Duration::from_secs(15);
 
 impl Redirects {
     pub(super) fn new() -> Self {
-        Self { targets: moka::future::Cache::builder().max_capacity(10_000).expire_after(ByLife).build() }
+        Self { targets: moka::future::Cache::builder().max_capacity(10_000).expire_after(ByLifetime).build() }
     }
 
     pub(super) async fn target(&self, url: &Url) -> Option<Url> {
@@ -51,15 +52,9 @@ fn life(url: &Url) -> Duration {
     seconds.map_or(UNKNOWN_LIFE, |seconds: u64| Duration::from_secs(seconds.min(3600)))
 }
 
-struct ByLife;
-
-impl Expiry<Url, Target> for ByLife {
-    fn expire_after_create(&self, _: &Url, target: &Target, _: Instant) -> Option<Duration> {
-        Some(target.life)
-    }
-
-    fn expire_after_update(&self, _: &Url, target: &Target, _: Instant, _: Option<Duration>) -> Option<Duration> {
-        Some(target.life)
+impl Lifetime for Target {
+    fn life(&self) -> Duration {
+        self.life
     }
 }
 

@@ -8,7 +8,7 @@ use tokio::time::{Instant, timeout, timeout_at};
 
 use super::sources::BlobSources;
 use super::{Asker, FIRST_BYTE, Pull, Refusal};
-use crate::fill::{Feed, Fill, FillKey, Opened, Passage, Reader};
+use crate::fill::{Feed, Fill, FillKey, Opened, Passage, Reader, Side};
 use crate::oci::{Digest, ErrorCode, NamedBy, RangeRequest, Registry, Repository, Span};
 use crate::registries::Place;
 use crate::source::{Broken, ServedFrom, SourceError};
@@ -56,12 +56,14 @@ impl Pull {
     /// `GET blobs/<digest>`.
     pub async fn blob(self: &Arc<Self>, request: &BlobRequest) -> Result<BlobAnswer, Refusal> {
         let (digest, range) = (&request.digest, request.range);
+        let places = self.candidates(&request.place, request.named_by);
         // Bytes that lately proved wrong: whoever holds a beginning must not get an end.
-        if range.is_some_and(RangeRequest::is_resumption) && self.fills.is_distrusted(digest, &request.place.registry) {
+        let distrusted = || places.iter().any(|place| self.fills.is_distrusted(digest, &place.registry));
+        if range.is_some_and(RangeRequest::is_resumption) && distrusted() {
             let message = "the bytes that came before did not match this digest: start again".to_owned();
             return Err(Refusal::NotFound { code: ErrorCode::BlobUnknown, message });
         }
-        match self.store.find(digest, Kind::Blob).await {
+        match self.kept_blob(request).await {
             Some(Found::Small { object, tier }) => return BlobAnswer::of_bytes(&object.bytes, range, tier.into()),
             Some(Found::Large { blob, proof: Proof::Verified }) => return BlobAnswer::of_blob(blob, range),
             Some(Found::Large { blob, proof: Proof::Unproven }) => {
@@ -73,7 +75,7 @@ impl Pull {
         let patience = if request.named_by == NamedBy::Namespace { FIRST_BYTE } else { FIRST_BYTE_WITHOUT_NS };
         let deadline = Instant::now() + patience;
         let mut last = SourceError::NotFound;
-        for place in self.candidates(&request.place, request.named_by) {
+        for place in places {
             let request = BlobRequest { place, ..request.clone() };
             // The fill goes on for whoever comes next.
             let fetched = timeout_at(deadline, self.fetch_blob(&request, deadline)).await;
@@ -89,7 +91,7 @@ impl Pull {
     /// `HEAD blobs/<digest>`: its length, and where it would come from.
     pub async fn blob_length(self: &Arc<Self>, request: &BlobRequest) -> Result<(u64, ServedFrom), Refusal> {
         let digest = &request.digest;
-        match self.store.find(digest, Kind::Blob).await {
+        match self.kept_blob(request).await {
             Some(Found::Small { object, tier }) => return Ok((object.bytes.len() as u64, tier.into())),
             Some(Found::Large { blob, .. }) => return Ok((blob.len, ServedFrom::Disk)),
             None => {}
@@ -107,6 +109,11 @@ impl Pull {
             }
         }
         Err(Fetch::Source(last).into_refusal())
+    }
+
+    async fn kept_blob(&self, request: &BlobRequest) -> Option<Found> {
+        let found = self.store.find(&request.digest, Kind::Blob).await?;
+        self.may_give(found.provenance(), request.asker).then_some(found)
     }
 
     /// What the origin says, asked once for all who want to know.
@@ -141,7 +148,8 @@ impl Pull {
         if let Some(answer) = self.pass_range(request).await? {
             return Ok(answer);
         }
-        let (key, sources) = (self.fill_key(request), self.sources(request));
+        let key = self.fill_key(request);
+        let sources = self.sources(request, key.side);
         loop {
             let fill = self.fills.join(&key, place, sources.clone());
             let error = match self.follow(&fill, request).await {
@@ -181,7 +189,7 @@ impl Pull {
                     Some(feed) => feed,
                     None => {
                         let end = (wanted.end < total).then_some(wanted.end);
-                        Feed::open(self.sources(request), wanted.start, end).await?
+                        Feed::open(self.sources(request, fill.side()), wanted.start, end).await?
                     }
                 };
                 self.passing(feed, request)
@@ -209,8 +217,7 @@ impl Pull {
         }
     }
 
-    pub(super) fn sources(self: &Arc<Self>, request: &BlobRequest) -> Arc<BlobSources> {
-        let side = self.side(&request.place, &request.digest, request.asker);
+    pub(super) fn sources(self: &Arc<Self>, request: &BlobRequest, side: Side) -> Arc<BlobSources> {
         let (place, digest) = (request.place.clone(), request.digest.clone());
         Arc::new(BlobSources { pull: self.clone(), place, digest, side })
     }

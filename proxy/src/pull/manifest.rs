@@ -10,7 +10,7 @@ use crate::fill::Side;
 use crate::oci::{Digest, ErrorCode, Reference, Tag, manifest};
 use crate::registries::Place;
 use crate::source::{ServedFrom, SourceError};
-use crate::store::{Found, Kind, SmallObject, Tier};
+use crate::store::{Found, Kind, SmallObject};
 
 /// A manifest and how it was come by.
 #[derive(Clone)]
@@ -59,7 +59,7 @@ impl Pull {
         accept: &str,
         asker: Asker,
     ) -> Fetched {
-        if let Some(found) = self.kept_manifest(digest).await {
+        if let Some(found) = self.kept_manifest(digest, asker).await {
             return Ok(found);
         }
         if let Some(error) = self.negatives.get(place, digest.as_str()) {
@@ -72,7 +72,7 @@ impl Pull {
             .join(key, || {
                 let (pull, place, digest, accept) = (self.clone(), place.clone(), digest.clone(), accept.to_owned());
                 async move {
-                    let fetched = pull.fetch_manifest(&place, &digest, &accept, side).await;
+                    let fetched = pull.fetch_manifest(&place, &digest, &accept, asker, side).await;
                     if let Err(error) = &fetched {
                         pull.negatives.put(&place, digest.as_str(), error);
                     }
@@ -83,9 +83,9 @@ impl Pull {
         landed.unwrap_or_else(|| Err(SourceError::Unreachable("the fetch ended".into())))
     }
 
-    async fn fetch_manifest(&self, place: &Place, digest: &Digest, accept: &str, side: Side) -> Fetched {
+    async fn fetch_manifest(&self, place: &Place, digest: &Digest, accept: &str, asker: Asker, side: Side) -> Fetched {
         // Another place may have brought it while we waited for our turn.
-        if let Some(found) = self.kept_manifest(digest).await {
+        if let Some(found) = self.kept_manifest(digest, asker).await {
             return Ok(found);
         }
         if side == Side::Follower
@@ -121,7 +121,7 @@ impl Pull {
         let now = SystemTime::now();
         let mut stale = None;
         if let Some(lease) = self.tags.lease(place, tag)
-            && let Some((object, from)) = self.kept_manifest(&lease.digest).await
+            && let Some((object, from)) = self.kept_manifest(&lease.digest, Asker::Client).await
         {
             let age = Some(lease.age(now));
             let answer = ManifestAnswer { digest: lease.digest.clone(), object, from, age };
@@ -199,11 +199,12 @@ impl Pull {
         Ok(ManifestAnswer { digest, object, from: ServedFrom::Origin, age: Some(Duration::ZERO) })
     }
 
-    async fn kept_manifest(&self, digest: &Digest) -> Option<(SmallObject, ServedFrom)> {
+    async fn kept_manifest(&self, digest: &Digest, asker: Asker) -> Option<(SmallObject, ServedFrom)> {
         match self.store.find(digest, Kind::Manifest).await? {
-            Found::Small { object, tier: Tier::Memory } => Some((object, ServedFrom::Memory)),
-            Found::Small { object, tier: Tier::Disk } => Some((object, ServedFrom::Disk)),
-            Found::Large { .. } => None,
+            Found::Small { object, tier } if self.may_give(Some(&object.provenance), asker) => {
+                Some((object, tier.into()))
+            }
+            _ => None,
         }
     }
 

@@ -1,9 +1,8 @@
 //! Errors believed for seconds, so that a storm of requests is not passed on.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use moka::Expiry;
-
+use crate::lifetimes::{ByLifetime, Lifetime};
 use crate::registries::Place;
 use crate::source::SourceError;
 
@@ -21,7 +20,7 @@ struct Negative {
 
 impl Negatives {
     pub(super) fn new() -> Self {
-        Self { errors: moka::sync::Cache::builder().max_capacity(50_000).expire_after(ByLife).build() }
+        Self { errors: moka::sync::Cache::builder().max_capacity(50_000).expire_after(ByLifetime).build() }
     }
 
     pub(super) fn get(&self, place: &Place, reference: &str) -> Option<SourceError> {
@@ -34,20 +33,8 @@ impl Negatives {
     }
 }
 
-struct ByLife;
-
-impl Expiry<(String, String), Negative> for ByLife {
-    fn expire_after_create(&self, _: &(String, String), negative: &Negative, _: Instant) -> Option<Duration> {
-        Some(negative.life)
-    }
-
-    fn expire_after_update(
-        &self,
-        _: &(String, String),
-        negative: &Negative,
-        _: Instant,
-        _: Option<Duration>,
-    ) -> Option<Duration> {
-        Some(negative.life)
+impl Lifetime for Negative {
+    fn life(&self) -> Duration {
+        self.life
     }
 }

@@ -39,13 +39,13 @@ impl Pull {
         let asked = self.asked.get(&request.digest).unwrap_or_default().plus(span.len());
         self.asked.insert(request.digest.clone(), asked);
         if asked.is_much() {
-            self.fills.join(&key, &request.place, self.sources(request));
+            self.fills.join(&key, &request.place, self.sources(request, key.side));
             // What lies far into the blob need not wait for all that comes before.
             if span.start < WAIT_FOR_FILL {
                 return Ok(None);
             }
         }
-        let feed = match Feed::open(self.sources(request), span.start, Some(span.end)).await {
+        let feed = match Feed::open(self.sources(request, key.side), span.start, Some(span.end)).await {
             Ok(feed) => feed,
             // Beyond the end: say where that is.
             Err(SourceError::Failed(416)) => {

@@ -52,8 +52,7 @@ impl Layout {
         Ok(layout)
     }
 
-    /// Makes the directories anew where they are missing: somebody may have emptied the cache.
-    pub(super) fn create_dirs(&self) -> io::Result<()> {
+    fn create_dirs(&self) -> io::Result<()> {
         for algorithm in Algorithm::ALL {
             fs::create_dir_all(self.blobs().join(algorithm.as_str()))?;
         }

@@ -64,8 +64,11 @@ async fn variables_and_flags_override_the_file() {
     let dray = start.run();
     assert_eq!(dray.get("/v2/").await.status, 200);
     let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("dray.toml");
+    std::fs::write(&file, "listen = \"127.0.0.1:1\"\nadmin = \"127.0.0.1:1\"\n[cache]\ndir = \"/proc/x\"\n").unwrap();
     let mut command = Command::new(binary());
     command
+        .env("DRAY_CONFIG", file)
         .env("DRAY_LISTEN", "127.0.0.1:0")
         .env("DRAY_ADMIN", "127.0.0.1:0")
         .env("DRAY_CACHE_DIR", dir.path())
@@ -86,10 +89,12 @@ async fn a_taken_port_or_directory_is_named() {
     let said = String::from_utf8_lossy(&dir.stderr);
     assert_eq!(dir.status.code(), Some(1));
     assert!(said.contains("in use by another dray") && said.contains("--cache-dir"), "{said}");
-    let mut command = second.command();
-    let port = output(command.args(["--listen", &first.registry.to_string()]));
+    let mut command = Command::new(binary());
+    command.args(["--admin", "127.0.0.1:0", "--listen", &first.registry.to_string(), "--cache-dir"]);
+    let port = output(command.arg(second.cache_dir()));
     let said = String::from_utf8_lossy(&port.stderr);
-    assert_ne!(port.status.code(), Some(0), "{said}");
+    assert_eq!(port.status.code(), Some(1), "{said}");
+    assert!(said.contains(&first.registry.to_string()) && said.contains("choose another address or port"), "{said}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

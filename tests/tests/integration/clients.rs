@@ -55,9 +55,7 @@ impl Rig {
 async fn containerd_pulls(version: Version) {
     let mut rig = Rig::new().await;
     let containerd = Containerd::start(version).await;
-    let hosts = containerd.hosts_dir();
-    let mirror = rig.dray.url("");
-    run(Command::new(binary()).args(["containerd", "install", "--mirror", &mirror, "--hosts-dir"]).arg(&hosts));
+    containerd.use_mirror(&rig.dray);
     let images = ["docker.io/library/app:1", "quay.io/team/app:1"];
     for image in images {
         containerd.pull(image).unwrap_or_else(|e| panic!("{image}: {e}\n{}", containerd.log()));
@@ -74,14 +72,12 @@ async fn containerd_pulls(version: Version) {
     rig.switch_registries_off();
     // A node that has nothing yet.
     let fresh = Containerd::start(version).await;
-    run(Command::new(binary())
-        .args(["containerd", "install", "--mirror", &mirror, "--hosts-dir"])
-        .arg(fresh.hosts_dir()));
+    fresh.use_mirror(&rig.dray);
     for image in images {
         fresh.pull(image).unwrap_or_else(|e| panic!("{image} with its registry off: {e}"));
     }
-    run(Command::new(binary()).args(["containerd", "uninstall", "--hosts-dir"]).arg(&hosts));
-    assert_eq!(std::fs::read_dir(&hosts).unwrap().count(), 0);
+    run(Command::new(binary()).args(["containerd", "uninstall", "--hosts-dir"]).arg(containerd.hosts_dir()));
+    assert_eq!(std::fs::read_dir(containerd.hosts_dir()).unwrap().count(), 0);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -169,8 +165,7 @@ async fn after_wrong_bytes_the_next_pull_by_containerd_succeeds() {
     .await;
     let dray = Start::with_upstream("docker.io", &origin.url()).run();
     let containerd = Containerd::start(Version::V1).await;
-    let hosts = containerd.hosts_dir();
-    run(Command::new(binary()).args(["containerd", "install", "--mirror", &dray.url(""), "--hosts-dir"]).arg(&hosts));
+    containerd.use_mirror(&dray);
     let pull = std::thread::scope(|scope| {
         let pull = scope.spawn(|| containerd.pull("docker.io/library/app:1"));
         while containerd.ingested() < 1_000_000 {

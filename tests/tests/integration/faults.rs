@@ -132,6 +132,27 @@ async fn a_right_end_never_completes_a_wrong_beginning() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn nor_for_a_client_that_does_not_say_which_registry() {
+    let image = Image::new(1, &[2_000_000]);
+    let origin = Origin::start(&[("team/app", "1", &image)], |request, response| match request.is_blob() {
+        true => {
+            let mut bytes = response.body.to_vec();
+            bytes[0] ^= 1;
+            Response { body: bytes.into(), ..response }
+        }
+        false => response,
+    })
+    .await;
+    let hub = Origin::answering(|_| Response::new(404, "")).await;
+    let dray = Start::new([rule("ghcr.io", &origin.url()), rule("docker.io", &hub.url())].concat()).run();
+    assert_eq!(dray.get("/v2/team/app/manifests/1?ns=ghcr.io").await.status, 200);
+    let path = format!("/v2/team/app/blobs/{}", image.layer().0);
+    let first = dray.get(&path).await;
+    assert!(!first.complete && !first.body.is_empty());
+    assert_eq!(dray.get_range(&path, &format!("bytes={}-", first.body.len())).await.status, 404);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn one_registry_spoils_nothing_for_another() {
     let image = Image::new(1, &[2_000_000, 1000]);
     let honest = Origin::start(&[("team/app", "1", &image)], |_, r| r).await;

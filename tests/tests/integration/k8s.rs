@@ -51,6 +51,13 @@ fn check(file: &str, workload: &str) {
     }
 }
 
+/// A variable in the image would override the file of whoever runs it.
+#[test]
+fn the_image_sets_no_variables() {
+    let dockerfile = std::fs::read_to_string(format!("{}/../k8s/Dockerfile", env!("CARGO_MANIFEST_DIR"))).unwrap();
+    assert!(dockerfile.contains("ENTRYPOINT") && !dockerfile.lines().any(|line| line.starts_with("ENV")));
+}
+
 #[test]
 fn the_daemonset() {
     check("daemonset.yaml", "DaemonSet");

@@ -108,19 +108,48 @@ async fn a_name_is_enough_to_form_a_cluster() {
         Start::new(format!("{}\n{peers}", rule("docker.io", &origin.url()))).run()
     };
     let nodes: Vec<Dray> = addresses.iter().map(start).collect();
+    for node in &nodes {
+        dray_tests::eventually("they know each other", async || (node.metric("dray_peers").await == 3).then_some(()))
+            .await;
+    }
     for path in paths(&image) {
-        // A node that has not yet heard of the others would fetch for itself, once.
         for node in &nodes {
             assert_eq!(node.get(&path).await.status, 200);
         }
+        let object = path.split('?').next().unwrap();
+        assert_eq!(origin.count("GET", object), 1, "{path}");
     }
-    let received: u64 = futures_util::future::join_all(
-        nodes.iter().map(|node| node.metric("dray_peer_bytes_total{from_zone=\"-\",to_zone=\"-\"}")),
-    )
-    .await
-    .iter()
-    .sum();
-    assert!(received > 1_000_000, "they share: {received} bytes");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_came_with_credentials_is_not_shared_under_another_name() {
+    let image = Image::new(1, &[2_000_000, 1000]);
+    let private = Origin::start(&[("library/app", "1", &image)], |_, r| r).await;
+    let public = Origin::answering(|_| dray_tests::origin::Response::new(404, "")).await;
+    let rules = format!(
+        "{}[[registry]]\nmatch = \"private.io\"\nupstreams = [\"{}\"]\ncredentials = {{ username = \"u\", password_env = \"HOME\" }}\n",
+        rule("docker.io", &public.url()),
+        private.url()
+    );
+    let nodes = cluster(1, &rules);
+    let peer = nodes[0].peers.unwrap();
+    for path in paths(&image) {
+        let kept = nodes[0].get(&path.replace("docker.io", "private.io")).await;
+        assert_eq!(kept.status, 200);
+        nodes[0].fills_end().await;
+        assert_eq!(nodes[0].get(&path).await.status, 200, "every client may have it: {path}");
+        assert_eq!(get(&format!("http://{peer}{path}"), &[]).await.status, 404, "{path}");
+    }
+}
+
+#[test]
+fn a_list_without_this_node_is_refused() {
+    use dray_tests::process::output;
+    let start = Start::new("[peers]\nlisten = \"0.0.0.0:5052\"\nstatic = [\"192.0.2.1:5052\"]\n");
+    let refused = output(&mut start.command());
+    let said = String::from_utf8_lossy(&refused.stderr);
+    assert_eq!(refused.status.code(), Some(2), "{said}");
+    assert!(said.contains("peers.static"), "{said}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -2,10 +2,9 @@
 
 use dray_tests::containerd::{Containerd, Version};
 use dray_tests::dns::Dns;
-use dray_tests::dray::{Start, binary};
+use dray_tests::dray::Start;
 use dray_tests::image::Image;
 use dray_tests::origin::{Content, Origin};
-use dray_tests::process::run;
 use dray_tests::registry::Registry;
 use dray_tests::tls::Authority;
 use std::process::Command;
@@ -42,17 +41,13 @@ async fn containerd_pulls_from_registries_that_no_rule_names() {
     }
     let dray = Start::new(config(&dns, &authority, "\"127.0.0.0/8\"")).run();
     let containerd = Containerd::start(Version::V1).await;
-    run(Command::new(binary())
-        .args(["containerd", "install", "--mirror", &dray.url(""), "--hosts-dir"])
-        .arg(containerd.hosts_dir()));
+    containerd.use_mirror(&dray);
     for image in &images {
         containerd.pull(image).unwrap_or_else(|e| panic!("{image}: {e}"));
     }
     registries.iter_mut().for_each(Registry::stop);
     let fresh = Containerd::start(Version::V1).await;
-    run(Command::new(binary())
-        .args(["containerd", "install", "--mirror", &dray.url(""), "--hosts-dir"])
-        .arg(fresh.hosts_dir()));
+    fresh.use_mirror(&dray);
     for image in &images {
         fresh.pull(image).unwrap_or_else(|e| panic!("{image} with its registry off: {e}"));
     }

@@ -194,6 +194,7 @@ async fn a_blob_without_namespace_is_found_where_its_repository_was() {
     assert_eq!(dray.get("/v2/team/app/manifests/1?ns=ghcr.io").await.status, 200);
     let found = dray.get(&format!("/v2/team/app/blobs/{layer}")).await;
     assert_eq!((found.status, &found.body), (200, bytes));
+    dray.fills_end().await;
     // By digest from what is kept, whatever the repository is called; and remembered by a restart.
     assert_eq!(dray.get(&format!("/v2/other/name/blobs/{layer}")).await.status, 200);
     let small = &image.layers[1];
