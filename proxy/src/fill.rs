@@ -352,6 +352,7 @@ impl Running<'_> {
 
     /// Lets the readers have the tail, then makes the file durable.
     async fn publish(&self, draft: Draft, total: u64) {
+        self.fills.store.large.announce(&draft, &self.fill.key.digest);
         self.fill.end(Phase::Verified, total);
         let (large, digest) = (self.fills.store.large.clone(), self.fill.key.digest.clone());
         let published = tokio::task::spawn_blocking(move || large.publish(draft, &digest)).await;

@@ -1,7 +1,7 @@
 //! Large blobs: one verified file each, least recently used out first.
 //!
-//! Order of publication: the hash agrees (the readers' tail is released by the fill), fdatasync,
-//! rename, fsync of the directory. Bytes are written once per inode; a file under its final name
+//! Order of publication: the hash agrees, the blob is announced and its readers get the tail; then
+//! fdatasync, rename, fsync of the directory. Bytes are written once per inode; a file under its final name
 //! is never written again, only unlinked.
 
 use std::collections::HashMap;
@@ -153,28 +153,40 @@ impl Large {
         }
     }
 
-    /// Makes a draft durable and gives it its name. Call it only after its hash agreed.
-    #[allow(clippy::needless_pass_by_value, reason = "a draft is published once")]
-    pub fn publish(&self, draft: Draft, digest: &Digest) -> io::Result<()> {
-        let blob = &draft.blob;
-        blob.file.sync_data()?;
-        let path = self.path(digest);
-        let dir = path.parent().unwrap_or(&self.blobs);
-        fs::create_dir_all(dir)?;
-        fs::write(record_path(&path), serde_json::to_vec(&blob.provenance)?)?;
-        fs::rename(&draft.path, &path)?;
-        File::open(dir)?.sync_all()?;
+    /// Makes a draft known, while it is still being made durable: from now on it is found. Call it
+    /// only after its hash agreed.
+    pub fn announce(&self, draft: &Draft, digest: &Digest) {
         let now = SystemTime::now();
         let entry = Entry {
-            len: blob.len,
+            len: draft.blob.len,
             proof: Proof::Verified,
             last_used: now,
             touched: now,
-            charge: blob.charge.clone(),
-            open: Arc::downgrade(blob),
+            charge: draft.blob.charge.clone(),
+            // The draft keeps it open until it has its name.
+            open: Arc::downgrade(&draft.blob),
         };
         self.index().insert(digest.clone(), entry);
-        Ok(())
+    }
+
+    /// Makes an announced draft durable and gives it its name. Blocks on the disk.
+    #[allow(clippy::needless_pass_by_value, reason = "a draft is published once")]
+    pub fn publish(&self, draft: Draft, digest: &Digest) -> io::Result<()> {
+        let published = self.make_durable(&draft, digest);
+        if published.is_err() {
+            self.forget(digest);
+        }
+        published
+    }
+
+    fn make_durable(&self, draft: &Draft, digest: &Digest) -> io::Result<()> {
+        draft.blob.file.sync_data()?;
+        let path = self.path(digest);
+        let dir = path.parent().unwrap_or(&self.blobs);
+        fs::create_dir_all(dir)?;
+        fs::write(record_path(&path), serde_json::to_vec(&draft.blob.provenance)?)?;
+        fs::rename(&draft.path, &path)?;
+        File::open(dir)?.sync_all()
     }
 
     /// Remembers that an unproven file turned out to be right.
@@ -330,6 +342,8 @@ mod tests {
         let digest = Digest::of(bytes);
         let draft = large.draft(bytes.len() as u64, provenance()).unwrap();
         draft.blob.file.write_all_at(bytes, 0).unwrap();
+        large.announce(&draft, &digest);
+        assert!(large.get(&digest).is_some(), "found before it is durable");
         large.publish(draft, &digest).unwrap();
         digest
     }
