@@ -13,12 +13,12 @@ test: setup tools ## Build, install what the tests need, and run them all
 	cargo build --profile $(PROFILE) --workspace --all-targets
 	$(CARGO_TEST)
 
-lint: ## Formatting, clippy, licences and bans
+lint: build-setup ## Formatting, clippy, licences and bans
 	cargo fmt --all --check
 	cargo clippy --profile $(PROFILE) --workspace --all-targets -- --deny warnings
 	tests/deny.sh
 
-fuzz: ## Every fuzz target for some seconds: make fuzz SECONDS=10
+fuzz: setup ## Every fuzz target for some seconds: make fuzz SECONDS=10
 	tests/fuzz.sh $(or $(SECONDS),10)
 
 bench: setup tools $(BIN) ## Compare with direct pulls and nginx on this machine

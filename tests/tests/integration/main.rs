@@ -6,6 +6,7 @@ mod auth;
 mod cache;
 mod cli;
 mod clients;
+mod conformance;
 mod faults;
 mod fills;
 mod k8s;
