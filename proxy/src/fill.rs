@@ -33,8 +33,18 @@ pub const HELD_BYTES: u64 = 64 * 1024;
 /// Large blobs written at the same time; more pass through uncached. Each takes a thread.
 const MAX_FILLS: usize = 256;
 
+/// Fills of any size that run at the same time, in all and for one registry; more are refused.
+const MAX_RUNNING: usize = 1024;
+const MAX_OF_REGISTRY: usize = 256;
+
 /// A small object has to be here whole within this time.
-const SMALL_TIME: Duration = Duration::from_secs(30);
+const SMALL_TIME: Duration = Duration::from_secs(10);
+
+/// Memory for small objects on their way in, in KiB.
+const SMALL_KIB: usize = 64 * 1024;
+
+/// Files being proven at the same time. Each takes a thread and the disk.
+const MAX_PROOFS: usize = 8;
 
 /// For how long a digest that did not match is distrusted.
 const DISTRUST: Duration = Duration::from_secs(600);
@@ -44,6 +54,8 @@ pub struct Fills {
     running: Mutex<HashMap<FillKey, Arc<Fill>>>,
     distrusted: moka::sync::Cache<(Digest, Registry), ()>,
     permits: Arc<Semaphore>,
+    proofs: Arc<Semaphore>,
+    small: Semaphore,
     store: Arc<Store>,
     metrics: Arc<Metrics>,
     gauge: IntGauge,
@@ -114,6 +126,8 @@ impl Fills {
             running: Mutex::default(),
             distrusted: moka::sync::Cache::builder().max_capacity(100_000).time_to_live(DISTRUST).build(),
             permits: Arc::new(Semaphore::new(MAX_FILLS)),
+            proofs: Arc::new(Semaphore::new(MAX_PROOFS)),
+            small: Semaphore::new(SMALL_KIB),
             store,
             gauge: metrics.fills.with_label_values(&["running"]),
             metrics,
@@ -158,7 +172,7 @@ impl Fills {
             let (fills, fill) = (self.clone(), fill.clone());
             tokio::spawn(async move {
                 // Readers of what is proven already need threads as well.
-                let permit = fills.permits.clone().acquire_owned().await;
+                let permit = fills.proofs.clone().acquire_owned().await;
                 let proving = tokio::task::spawn_blocking(move || {
                     let running = Running { fills: &fills, fill: &fill };
                     running.prove(&blob);
@@ -178,6 +192,11 @@ impl Fills {
             return (fill.clone(), false);
         }
         let fill = Arc::new(Fill::new(key.clone(), place.clone()));
+        let of_registry = running.keys().filter(|other| other.registry == key.registry).count();
+        if running.len() >= MAX_RUNNING || of_registry >= MAX_OF_REGISTRY {
+            fill.open(Err(SourceError::Busy));
+            return (fill, false);
+        }
         running.insert(key.clone(), fill.clone());
         self.gauge.inc();
         (fill, true)
@@ -288,6 +307,8 @@ impl Running<'_> {
 
     /// Takes a small object whole, and verifies it before anybody sees it.
     async fn small(&self, mut feed: Feed) -> Result<Opened, SourceError> {
+        let kib = u32::try_from(feed.total() / 1024 + 1).unwrap_or(u32::MAX);
+        let _memory = self.fills.small.acquire_many(kib).await.map_err(|_| SourceError::Busy)?;
         let mut bytes = bytes::BytesMut::with_capacity(usize::try_from(feed.total()).unwrap_or(0));
         while let Some(piece) = feed.next().await? {
             bytes.extend_from_slice(&piece);
@@ -334,6 +355,10 @@ impl Running<'_> {
                 self.fill.end(Phase::Failed, 0);
             }
             (fed, written) => {
+                if fed.as_ref().is_err_and(|error| *error == SourceError::NotFound) && self.fill.released() > 0 {
+                    // The owner will not let us go on: what we have from it proved wrong there.
+                    self.fills.distrust(&self.fill.key.digest, &self.fill.place);
+                }
                 let error = fed.err().map_or_else(|| format!("{written:?}"), |error| error.to_string());
                 tracing::warn!(digest = %self.fill.key.digest, error, "a fill failed");
                 // What was released stays readable, so that a resume loses nothing.
@@ -369,7 +394,7 @@ impl Running<'_> {
             self.fill.end(Phase::Verified, blob.len);
         } else {
             tracing::warn!(%digest, "a cached blob was damaged when the machine went down");
-            self.fills.store.large.forget(digest);
+            self.fills.store.large.forget(digest, blob);
             self.fills.distrust(digest, &self.fill.place);
             self.fill.end(Phase::Failed, 0);
         }

@@ -75,6 +75,8 @@ const SILENT: Duration = Duration::from_secs(10);
 /// All answers that are being read whole share this many KiB.
 const WHOLE_KIB: usize = 64 * 1024;
 
+const STEP_KIB: usize = 64;
+
 /// Largest tag list or referrers answer, in bytes.
 const MAX_LIST_BYTES: usize = 4 * 1024 * 1024;
 
@@ -346,12 +348,8 @@ impl Origin {
 
     /// Reads a body within the memory that all such bodies share.
     async fn read_whole(&self, response: Response, limit: usize, deadline: Instant) -> Result<Bytes, SourceError> {
-        let announced = header_u64(&response, CONTENT_LENGTH.as_str()).and_then(|length| usize::try_from(length).ok());
-        let kib = u32::try_from(announced.unwrap_or(limit).min(limit) / 1024 + 1).unwrap_or(u32::MAX);
-        match timeout_at(deadline, self.whole.acquire_many(kib)).await {
-            Ok(Ok(_permit)) => read_limited(response, limit, deadline).await,
-            _ => Err(SourceError::TimedOut),
-        }
+        let reading = read_limited(response, limit, deadline, Some(&self.whole));
+        timeout_at(deadline, reading).await.unwrap_or(Err(SourceError::TimedOut))
     }
 
     /// Forgets where a blob's redirect led: the bytes from there broke off or were wrong.
@@ -408,14 +406,24 @@ fn checked(response: Response) -> Result<Response, SourceError> {
     Ok(response)
 }
 
-/// Reads a body of at most `limit` bytes.
-async fn read_limited(mut response: Response, limit: usize, deadline: Instant) -> Result<Bytes, SourceError> {
+/// Reads a body of at most `limit` bytes, taking from the shared memory (in KiB) what has come, not
+/// what is announced.
+async fn read_limited(
+    mut response: Response,
+    limit: usize,
+    deadline: Instant,
+    memory: Option<&Semaphore>,
+) -> Result<Bytes, SourceError> {
     let too_large = || SourceError::Malformed(format!("an answer of more than {limit} bytes"));
     if header_u64(&response, CONTENT_LENGTH.as_str()).is_some_and(|length| length > limit as u64) {
         return Err(too_large());
     }
     let mut bytes = BytesMut::new();
+    let mut taken = Vec::new();
     loop {
+        while let Some(memory) = memory.filter(|_| taken.len() * STEP_KIB * 1024 <= bytes.len()) {
+            taken.push(memory.acquire_many(u32::try_from(STEP_KIB).unwrap_or(1)).await.map_err(|_| SourceError::Busy)?);
+        }
         match timeout_at(deadline, response.chunk()).await {
             Err(_) => return Err(SourceError::TimedOut),
             Ok(Err(error)) => return Err(SourceError::Unreachable(error_chain(&error.without_url()))),

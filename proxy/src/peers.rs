@@ -14,7 +14,7 @@ use futures_util::TryStreamExt;
 use hickory_resolver::TokioResolver;
 use http::header::{ACCEPT_ENCODING, CONTENT_TYPE, RANGE};
 use reqwest::{Client, Response};
-use tokio::time::{Instant, timeout_at};
+use tokio::time::{Instant, timeout, timeout_at};
 
 use crate::config::Config;
 use crate::dns;
@@ -50,6 +50,10 @@ const REFRESH: Duration = Duration::from_secs(5);
 
 /// A peer that cannot be reached is left alone for this long.
 const DOWN: Duration = Duration::from_secs(5);
+
+/// A peer that has not answered after this long is asked whether it is alive.
+const ALIVE: Duration = Duration::from_millis(2500);
+const PING: Duration = Duration::from_millis(500);
 
 /// Owners tried before the origin is asked instead.
 const MAX_OWNERS: usize = 3;
@@ -184,6 +188,12 @@ impl Peers {
         Ok((media_type, bytes))
     }
 
+    /// Whether a peer answers at all.
+    async fn answers(&self, peer: SocketAddr) -> bool {
+        let ping = self.client.get(format!("http://{peer}/v2/")).send();
+        matches!(timeout(PING, ping).await, Ok(Ok(_)))
+    }
+
     async fn get(
         &self,
         peer: SocketAddr,
@@ -198,7 +208,17 @@ impl Peers {
         if let Some(range) = part.header() {
             request = request.header(RANGE, range);
         }
-        let response = match timeout_at(deadline, request.send()).await {
+        let mut sending = std::pin::pin!(request.send());
+        let answered = match timeout(ALIVE, &mut sending).await {
+            Ok(answered) => Ok(answered),
+            // It waits for its origin, or it is frozen.
+            Err(_) if self.answers(peer).await => timeout_at(deadline, sending).await,
+            Err(_) => {
+                self.down.insert(peer, ());
+                return Err(SourceError::Unreachable("the peer is silent".into()));
+            }
+        };
+        let response = match answered {
             Ok(Ok(response)) => response,
             Ok(Err(error)) => {
                 self.down.insert(peer, ());

@@ -142,7 +142,7 @@ impl Pull {
 
     /// Remembers who serves a repository, for requests that do not say.
     fn learn(&self, place: &Place) {
-        let known = self.learned.get(&place.repository);
+        let known = self.learned(&place.repository);
         // Nobody takes a name from the registry that such requests mean by default.
         let taken =
             known.as_ref().is_some_and(Registry::is_docker_hub) || place.repository.as_str().starts_with("library/");

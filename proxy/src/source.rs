@@ -49,6 +49,8 @@ pub enum SourceError {
     Denied,
     #[error("the origin limits its requests")]
     Limited,
+    #[error("too many fetches at once")]
+    Busy,
     #[error("unreachable: {0}")]
     Unreachable(String),
     #[error("no answer in time")]
@@ -133,6 +135,7 @@ impl SourceError {
             Self::NotFound => "not_found",
             Self::Denied => "denied",
             Self::Limited => "limited",
+            Self::Busy => "busy",
             Self::Unreachable(_) => "unreachable",
             Self::TimedOut => "timed_out",
             Self::Failed(_) => "failed",
@@ -154,7 +157,7 @@ impl SourceError {
 
     /// Whether waiting may help: the origin was not there, or said "later".
     pub fn is_passing_outage(&self) -> bool {
-        matches!(self, Self::Unreachable(_) | Self::TimedOut | Self::Limited | Self::Failed(500..))
+        matches!(self, Self::Unreachable(_) | Self::TimedOut | Self::Limited | Self::Busy | Self::Failed(500..))
     }
 
     /// Of two upstreams' errors the one that says more: an outage of one means that the other's
@@ -169,6 +172,7 @@ impl SourceError {
             Self::TimedOut => 5,
             Self::Unreachable(_) => 6,
             Self::Limited => 7,
+            Self::Busy => 8,
         };
         if rank(&other) > rank(&self) { other } else { self }
     }

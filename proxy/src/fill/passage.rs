@@ -9,7 +9,7 @@ use super::feed::Feed;
 use super::{Fills, HELD_BYTES};
 use crate::oci::{Digest, digest::Verifier};
 use crate::registries::Place;
-use crate::source::{Broken, ServedFrom};
+use crate::source::{Broken, ServedFrom, SourceError};
 
 /// A span of a blob straight from its source.
 pub struct Passage {
@@ -51,7 +51,18 @@ impl Passage {
     /// The next piece; None at the end.
     pub async fn next(&mut self) -> Result<Option<Bytes>, Broken> {
         loop {
-            let piece = self.feed.next().await.map_err(|error| Broken(error.to_string()))?;
+            let piece = match self.feed.next().await {
+                Ok(piece) => piece,
+                Err(error) => {
+                    if let Some(check) = &self.check
+                        && error == SourceError::NotFound
+                    {
+                        // The owner will not let us go on: what it sent proved wrong there.
+                        check.fills.distrust(&check.digest, &check.place);
+                    }
+                    return Err(Broken(error.to_string()));
+                }
+            };
             let Some(check) = &mut self.check else {
                 return Ok(piece);
             };

@@ -223,7 +223,7 @@ async fn token(http: &Http, home: Home<'_>, ask: &Ask<'_>, deadline: Deadline) -
         status => return Err(SourceError::Failed(status)),
     }
     let malformed = |what: &str| SourceError::Malformed(format!("the token endpoint: {what}"));
-    let body = super::read_limited(response, MAX_TOKEN_BYTES, deadline).await?;
+    let body = super::read_limited(response, MAX_TOKEN_BYTES, deadline, None).await?;
     let answer: TokenAnswer = serde_json::from_slice(&body).map_err(|_| malformed("no JSON with a token"))?;
     let token = if answer.token.is_empty() { answer.access_token } else { answer.token };
     if token.is_empty() {

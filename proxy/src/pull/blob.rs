@@ -47,8 +47,16 @@ pub(super) enum Fetch {
     Refused(Refusal),
 }
 
-/// A client that sends no `ns` has chosen its mirror for the whole image: a blob refused is a pull
-/// failed, so an outage is waited out this long, asking again and again.
+/// What an outage means for a blob.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Patience {
+    /// The client can ask elsewhere: refuse soon.
+    Refuse,
+    /// A client that sends no `ns` has chosen its mirror for the whole image: a blob refused is a
+    /// pull failed, so an outage is waited out, asking again and again.
+    WaitOut,
+}
+
 const FIRST_BYTE_WITHOUT_NS: Duration = Duration::from_secs(60);
 const AGAIN: Duration = Duration::from_secs(2);
 
@@ -56,7 +64,7 @@ impl Pull {
     /// `GET blobs/<digest>`.
     pub async fn blob(self: &Arc<Self>, request: &BlobRequest) -> Result<BlobAnswer, Refusal> {
         let (digest, range) = (&request.digest, request.range);
-        let places = self.candidates(&request.place, request.named_by);
+        let places = self.candidates(request);
         // Bytes that lately proved wrong: whoever holds a beginning must not get an end.
         let distrusted = || places.iter().any(|place| self.fills.is_distrusted(digest, &place.registry));
         if range.is_some_and(RangeRequest::is_resumption) && distrusted() {
@@ -68,17 +76,24 @@ impl Pull {
             Some(Found::Large { blob, proof: Proof::Verified }) => return BlobAnswer::of_blob(blob, range),
             Some(Found::Large { blob, proof: Proof::Unproven }) => {
                 let fill = self.fills.prove(&self.fill_key(request), &request.place, blob);
-                return self.follow(&fill, request).await.map_err(Fetch::into_refusal);
+                let followed = timeout(FIRST_BYTE, self.follow(&fill, request)).await;
+                return followed.unwrap_or(Err(Fetch::Source(SourceError::TimedOut))).map_err(Fetch::into_refusal);
             }
             None => {}
         }
-        let patience = if request.named_by == NamedBy::Namespace { FIRST_BYTE } else { FIRST_BYTE_WITHOUT_NS };
-        let deadline = Instant::now() + patience;
         let mut last = SourceError::NotFound;
-        for place in places {
+        let count = places.len();
+        for (nth, place) in places.into_iter().enumerate() {
+            let patience = match request.named_by {
+                // Another place may have it, now.
+                _ if nth + 1 < count => Patience::Refuse,
+                NamedBy::Namespace => Patience::Refuse,
+                NamedBy::Path | NamedBy::Host | NamedBy::Default => Patience::WaitOut,
+            };
             let request = BlobRequest { place, ..request.clone() };
+            let deadline = Instant::now() + patience.limit();
             // The fill goes on for whoever comes next.
-            let fetched = timeout_at(deadline, self.fetch_blob(&request, deadline)).await;
+            let fetched = timeout_at(deadline, self.fetch_blob(&request, patience, deadline)).await;
             match fetched.unwrap_or(Err(Fetch::Source(SourceError::TimedOut))) {
                 Ok(answer) => return Ok(answer),
                 Err(Fetch::Refused(refusal)) => return Err(refusal),
@@ -90,6 +105,11 @@ impl Pull {
 
     /// `HEAD blobs/<digest>`: its length, and where it would come from.
     pub async fn blob_length(self: &Arc<Self>, request: &BlobRequest) -> Result<(u64, ServedFrom), Refusal> {
+        let length = timeout(FIRST_BYTE, self.find_length(request)).await;
+        length.unwrap_or(Err(SourceError::TimedOut)).map_err(|error| Fetch::Source(error).into_refusal())
+    }
+
+    async fn find_length(self: &Arc<Self>, request: &BlobRequest) -> Result<(u64, ServedFrom), SourceError> {
         let digest = &request.digest;
         match self.kept_blob(request).await {
             Some(Found::Small { object, tier }) => return Ok((object.bytes.len() as u64, tier.into())),
@@ -97,18 +117,18 @@ impl Pull {
             None => {}
         }
         if let Some(fill) = self.fills.running(&self.fill_key(request))
-            && let Ok(Ok(opened)) = timeout(FIRST_BYTE, fill.opened()).await
+            && let Ok(opened) = fill.opened().await
         {
             return Ok(opened.length());
         }
         let mut last = SourceError::NotFound;
-        for place in self.candidates(&request.place, request.named_by) {
+        for place in self.candidates(request) {
             match self.origin_length(&place, digest).await {
                 Ok(length) => return Ok((length, ServedFrom::Origin)),
                 Err(error) => last = last.severer(error),
             }
         }
-        Err(Fetch::Source(last).into_refusal())
+        Err(last)
     }
 
     async fn kept_blob(&self, request: &BlobRequest) -> Option<Found> {
@@ -128,19 +148,25 @@ impl Pull {
 
     /// The places that may have a blob. A request that names no registry is first looked for where
     /// its repository was last served from.
-    fn candidates(&self, place: &Place, named_by: NamedBy) -> Vec<Place> {
-        let learned = match named_by {
+    fn candidates(&self, request: &BlobRequest) -> Vec<Place> {
+        let place = &request.place;
+        let learned = match request.named_by {
             NamedBy::Default => self.learned(&place.repository).filter(|registry| *registry != place.registry),
             _ => None,
         };
         let mut places: Vec<Place> =
             learned.into_iter().map(|registry| self.place(registry, place.repository.clone())).collect();
         places.push(place.clone());
-        places.retain(|place| !place.rule.deny);
+        places.retain(|place| self.permit(place, request.asker).is_ok());
         places
     }
 
-    async fn fetch_blob(self: &Arc<Self>, request: &BlobRequest, deadline: Instant) -> Result<BlobAnswer, Fetch> {
+    async fn fetch_blob(
+        self: &Arc<Self>,
+        request: &BlobRequest,
+        patience: Patience,
+        deadline: Instant,
+    ) -> Result<BlobAnswer, Fetch> {
         let (place, digest) = (&request.place, &request.digest);
         if let Some(error) = self.negatives.get(place, digest.as_str()) {
             return Err(error.into());
@@ -163,7 +189,7 @@ impl Pull {
             if !error.is_outage() {
                 self.negatives.put(place, digest.as_str(), &error);
             }
-            let may_wait = request.named_by != NamedBy::Namespace && error.is_passing_outage();
+            let may_wait = patience == Patience::WaitOut && error.is_passing_outage();
             if !may_wait || Instant::now() + AGAIN > deadline {
                 return Err(error.into());
             }
@@ -222,7 +248,7 @@ impl Pull {
         Arc::new(BlobSources { pull: self.clone(), place, digest, side })
     }
 
-    fn learned(&self, repository: &Repository) -> Option<Registry> {
+    pub(super) fn learned(&self, repository: &Repository) -> Option<Registry> {
         self.learned.get(repository).or_else(|| self.store.records.repository(repository))
     }
 }
@@ -237,6 +263,15 @@ impl Fetch {
         match self {
             Self::Source(error) => Refusal::of(&error, ErrorCode::BlobUnknown),
             Self::Refused(refusal) => refusal,
+        }
+    }
+}
+
+impl Patience {
+    fn limit(self) -> Duration {
+        match self {
+            Self::Refuse => FIRST_BYTE,
+            Self::WaitOut => FIRST_BYTE_WITHOUT_NS,
         }
     }
 }

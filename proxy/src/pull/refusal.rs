@@ -24,7 +24,9 @@ impl Refusal {
         match error {
             SourceError::NotFound => Self::NotFound { code: missing, message },
             SourceError::Denied | SourceError::Guarded(_) => Self::Denied(message),
-            SourceError::Limited | SourceError::Unreachable(_) | SourceError::TimedOut => Self::Unavailable(message),
+            SourceError::Limited | SourceError::Busy | SourceError::Unreachable(_) | SourceError::TimedOut => {
+                Self::Unavailable(message)
+            }
             SourceError::Failed(500..) => Self::Unavailable(message),
             SourceError::Failed(_) | SourceError::Malformed(_) => Self::BadOrigin(message),
         }

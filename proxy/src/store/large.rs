@@ -119,8 +119,13 @@ impl Large {
                 Some((blob, proof))
             }
             Err(error) => {
-                tracing::warn!(%digest, %error, "a cached blob is gone or damaged");
-                index.remove(digest);
+                tracing::warn!(%digest, %error, "a cached blob cannot be read");
+                let damaged = error.kind() == io::ErrorKind::InvalidData;
+                // Any other error, such as too many open files, says nothing about the blob.
+                if damaged || error.kind() == io::ErrorKind::NotFound {
+                    index.remove(digest);
+                    self.unlink(digest);
+                }
                 None
             }
         }
@@ -174,7 +179,7 @@ impl Large {
     pub fn publish(&self, draft: Draft, digest: &Digest) -> io::Result<()> {
         let published = self.make_durable(&draft, digest);
         if published.is_err() {
-            self.forget(digest);
+            self.forget(digest, &draft.blob);
         }
         published
     }
@@ -184,7 +189,9 @@ impl Large {
         let path = self.path(digest);
         let dir = path.parent().unwrap_or(&self.blobs);
         fs::create_dir_all(dir)?;
-        fs::write(record_path(&path), serde_json::to_vec(&draft.blob.provenance)?)?;
+        let record = draft.path.with_extension("json");
+        fs::write(&record, serde_json::to_vec(&draft.blob.provenance)?)?;
+        fs::rename(&record, record_path(&path))?;
         fs::rename(&draft.path, &path)?;
         File::open(dir)?.sync_all()
     }
@@ -196,9 +203,11 @@ impl Large {
         }
     }
 
-    /// Drops a blob that turned out to be wrong.
-    pub fn forget(&self, digest: &Digest) {
-        if self.index().remove(digest).is_some() {
+    /// Drops a blob that turned out to be wrong, unless another copy has taken its place.
+    pub fn forget(&self, digest: &Digest, blob: &Blob) {
+        let mut index = self.index();
+        if index.get(digest).is_some_and(|entry| Arc::ptr_eq(&entry.charge, &blob.charge)) {
+            index.remove(digest);
             self.unlink(digest);
         }
     }

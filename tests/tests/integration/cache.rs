@@ -39,7 +39,8 @@ async fn a_kill_at_any_moment_loses_nothing_that_was_whole() {
     let half = tokio::spawn(async move { dray_tests::http::get(&url, &[]).await });
     eventually("the fill begins", async || (origin.count("GET", &image.layers[0]) == 1).then_some(())).await;
     let dray = dray.kill_and_restart();
-    assert!(!half.await.unwrap().complete);
+    // Whoever asked has half of it, or not even an answer.
+    assert!(half.await.map_or(true, |answer| !answer.complete));
     origin.open_gate();
     let answer = dray.get(&path(&image.layers[0])).await;
     assert!(answer.complete && answer.body == image.layer().1);

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use dray_tests::dray::{Dray, Start};
+use dray_tests::dray::{Dray, Start, rule};
 use dray_tests::eventually;
 use dray_tests::http::client;
 use dray_tests::image::Image;
@@ -140,4 +140,30 @@ async fn pulls_under_way_end_before_a_stopping_dray_does() {
     let body = head.windows(4).position(|w| w == b"\r\n\r\n").unwrap() + 4;
     assert!([&head[body..], &rest].concat() == image.layer().1[..]);
     assert!(dray.process().wait().success());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_registry_that_never_ends_takes_no_more_than_its_share() {
+    let image = Image::new(1, &[SIZE]);
+    let stuck =
+        Origin::answering(|_| dray_tests::origin::Response::new(200, vec![0; 200_000]).fault(Fault::StallAfter(1000)))
+            .await;
+    let honest = Origin::start(&[("library/app", "1", &image)], |_, r| r).await;
+    let rules = [("stuck.example", &stuck), ("docker.io", &honest)].map(|(name, origin)| rule(name, &origin.url()));
+    let dray = Start::new(rules.concat()).run();
+    let mut waiting = JoinSet::new();
+    for n in 0..300_u32 {
+        let digest = dray_tests::image::digest(&n.to_le_bytes());
+        let url = dray.url(&format!("/v2/a/b/blobs/{digest}?ns=stuck.example"));
+        waiting.spawn(async move { client().get(url).send().await.map(|answer| answer.status().as_u16()) });
+    }
+    let mut refused = 0;
+    while refused < 44 {
+        let status = waiting.join_next().await.unwrap().unwrap().unwrap();
+        assert_eq!(status, 503);
+        refused += 1;
+    }
+    assert!(dray.metric("dray_fills{state=\"running\"}").await <= 256);
+    let answer = dray.get(&path(&image)).await;
+    assert!(answer.complete && answer.body == image.layer().1);
 }

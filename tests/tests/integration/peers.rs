@@ -139,6 +139,53 @@ async fn what_came_with_credentials_is_not_shared_under_another_name() {
         nodes[0].fills_end().await;
         assert_eq!(nodes[0].get(&path).await.status, 200, "every client may have it: {path}");
         assert_eq!(get(&format!("http://{peer}{path}"), &[]).await.status, 404, "{path}");
+        let without = path.split('?').next().unwrap();
+        assert_ne!(get(&format!("http://{peer}{without}"), &[]).await.status, 200, "nor where it was learned: {path}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_frozen_owner_is_passed_over_in_time() {
+    let image = Image::new(1, &[2_000_000, 700_000, 1000]);
+    let origin = Origin::start(&[("library/app", "1", &image)], |_, r| r).await;
+    let mut nodes = cluster(3, &rule("docker.io", &origin.url()));
+    nodes[0].process().signal(rustix::process::Signal::STOP);
+    for path in paths(&image) {
+        for node in &nodes[1..] {
+            let answer = node.get(&path).await;
+            assert_eq!((answer.status, answer.complete), (200, true), "{path}: {}", answer.text());
+        }
+    }
+}
+
+/// The owner knows that a beginning was wrong; who follows it must not complete it either.
+#[tokio::test(flavor = "multi_thread")]
+async fn wrong_bytes_of_an_owner_are_not_completed_by_a_follower() {
+    let image = Image::new(1, &[2_000_000]);
+    let (layer, bytes) = image.layer();
+    let lie = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(true));
+    let lying = lie.clone();
+    let origin = Origin::start(&[("library/app", "1", &image)], move |request, mut response| {
+        if request.is_blob() && lying.load(std::sync::atomic::Ordering::SeqCst) {
+            let mut wrong = response.body.to_vec();
+            wrong[0] ^= 1;
+            response.body = wrong.into();
+        }
+        response
+    })
+    .await;
+    let nodes = cluster(2, &rule("docker.io", &origin.url()));
+    let path = format!("/v2/library/app/blobs/{layer}?ns=docker.io");
+    let first = futures_util::future::join_all(nodes.iter().map(|node| node.get(&path))).await;
+    lie.store(false, std::sync::atomic::Ordering::SeqCst);
+    for (node, answer) in nodes.iter().zip(first) {
+        assert!(!answer.complete);
+        let resume = node.get_range(&path, &format!("bytes={}-", answer.body.len())).await;
+        assert!(resume.status == 404 || answer.body.is_empty(), "{} after {}", resume.status, answer.body.len());
+    }
+    for node in &nodes {
+        let again = node.get(&path).await;
+        assert!(again.complete && again.body == bytes);
     }
 }
 
