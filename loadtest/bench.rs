@@ -245,7 +245,7 @@ fn write_blob(dir: &Path, len: u64) -> String {
 fn nginx(dir: &Path, slow: u16, fast: u16) -> Process {
     let config = dir.join("nginx.conf");
     let text = format!(
-        "daemon off;\nworker_processes 1;\npid {dir}/nginx.pid;\nerror_log {dir}/error.log;\nevents {{}}\n\
+        "daemon off;\nmaster_process off;\nworker_processes 1;\npid {dir}/nginx.pid;\nerror_log {dir}/error.log;\nevents {{}}\n\
          http {{\n  access_log off;\n  sendfile on;\n  default_type application/octet-stream;\n  root {dir}/www;\n  \
          server {{ listen 127.0.0.1:{slow}; limit_rate {ORIGIN_RATE}; }}\n  \
          server {{ listen 127.0.0.1:{fast}; }}\n}}\n",
