@@ -156,3 +156,8 @@ impl Pull {
         tokio::task::spawn_blocking(move || store.records.put_repository(&record));
     }
 }
+
+/// What a flight that panicked has brought.
+fn fetch_ended<T>() -> Result<T, SourceError> {
+    Err(SourceError::Unreachable("the fetch ended".into()))
+}

@@ -173,7 +173,7 @@ async fn fetch_token(
         let authorization = secret.as_ref().and_then(Secret::basic).and_then(|value| sensitive(&value));
         Ask { method: Method::GET, url, headers: &headers, authorization, form: None }
     };
-    let by_post = secret.as_ref().map(|secret| {
+    let by_post = |secret: &Secret| {
         let mut form = Serializer::new(String::new());
         form.append_pair("client_id", "dray").append_pair("scope", &scope);
         if let Some(service) = service {
@@ -191,16 +191,16 @@ async fn fetch_token(
         }
         let url = realm.clone();
         Ask { method: Method::POST, url, headers: &headers, authorization: None, form: Some(form.finish()) }
-    });
+    };
     // An identity token can only be posted. A password is sent as GET, which every registry knows;
     // some endpoints only take a POST.
-    match (secret, by_post) {
-        (Some(Secret::Identity(_)), Some(post)) => token(http, home, &post, deadline).await,
-        (Some(Secret::Password { .. }), Some(post)) => match token(http, home, &by_get, deadline).await {
-            Err(SourceError::Failed(405)) => token(http, home, &post, deadline).await,
+    match &secret {
+        Some(secret @ Secret::Identity(_)) => token(http, home, &by_post(secret), deadline).await,
+        Some(secret @ Secret::Password { .. }) => match token(http, home, &by_get, deadline).await {
+            Err(SourceError::Failed(405)) => token(http, home, &by_post(secret), deadline).await,
             other => other,
         },
-        _ => token(http, home, &by_get, deadline).await,
+        None => token(http, home, &by_get, deadline).await,
     }
 }
 

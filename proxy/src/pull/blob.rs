@@ -7,7 +7,7 @@ use bytes::Bytes;
 use tokio::time::{Instant, timeout, timeout_at};
 
 use super::sources::BlobSources;
-use super::{Asker, FIRST_BYTE, Pull, Refusal};
+use super::{Asker, FIRST_BYTE, Pull, Refusal, fetch_ended};
 use crate::fill::{Feed, Fill, FillKey, Opened, Passage, Reader, Side};
 use crate::oci::{Digest, ErrorCode, NamedBy, RangeRequest, Registry, Repository, Span};
 use crate::registries::Place;
@@ -143,7 +143,7 @@ impl Pull {
             let (pull, place, digest) = (self.clone(), place.clone(), digest.clone());
             async move { pull.origin.blob_length(&place, &digest, Instant::now() + FIRST_BYTE).await }
         });
-        landed.await.unwrap_or_else(|| Err(SourceError::Unreachable("the fetch ended".into())))
+        landed.await.unwrap_or_else(fetch_ended)
     }
 
     /// The places that may have a blob. A request that names no registry is first looked for where
@@ -249,7 +249,11 @@ impl Pull {
     }
 
     pub(super) fn learned(&self, repository: &Repository) -> Option<Registry> {
-        self.learned.get(repository).or_else(|| self.store.records.repository(repository))
+        self.learned.get(repository).or_else(|| {
+            let recorded = self.store.records.repository(repository)?;
+            self.learned.insert(repository.clone(), recorded.clone());
+            Some(recorded)
+        })
     }
 }
 

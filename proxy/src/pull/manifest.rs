@@ -5,7 +5,7 @@ use std::time::{Duration, SystemTime};
 
 use tokio::time::{Instant, timeout};
 
-use super::{Asker, FIRST_BYTE, Pull, Refusal};
+use super::{Asker, FIRST_BYTE, Pull, Refusal, fetch_ended};
 use crate::fill::Side;
 use crate::oci::{Digest, ErrorCode, Reference, Tag, manifest};
 use crate::registries::Place;
@@ -80,7 +80,7 @@ impl Pull {
                 }
             })
             .await;
-        landed.unwrap_or_else(|| Err(SourceError::Unreachable("the fetch ended".into())))
+        landed.unwrap_or_else(fetch_ended)
     }
 
     async fn fetch_manifest(&self, place: &Place, digest: &Digest, accept: &str, asker: Asker, side: Side) -> Fetched {
@@ -173,7 +173,7 @@ impl Pull {
                 }
             })
             .await;
-        landed.unwrap_or_else(|| Err(SourceError::Unreachable("the fetch ended".into())))
+        landed.unwrap_or_else(fetch_ended)
     }
 
     /// Asks the origin what a tag means. A HEAD is not counted by rate limits; only a digest that
