@@ -19,7 +19,7 @@ use toml::Spanned;
 use crate::oci::Registry;
 pub use credentials::{Credentials, PasswordSource};
 pub use pattern::HostPattern;
-pub use units::{Size, Span, whole_tag};
+pub use units::{Share, Size, Span, whole_tag};
 pub use upstream::{Scheme, Upstream};
 
 /// Everything a running dray needs to know, with every default filled in.
@@ -44,8 +44,12 @@ pub struct Config {
 #[serde(deny_unknown_fields, default)]
 pub struct Cache {
     pub dir: PathBuf,
-    /// Bytes on disk, in all.
-    pub disk: Size,
+    /// On disk, in all.
+    pub disk: Share,
+    /// Of the file system, left to others.
+    pub keep_free: Share,
+    /// Bytes a second that the scrub reads; 0: no scrub.
+    pub scrub: Size,
     /// Bytes of small objects in memory.
     pub memory: Size,
 }
@@ -121,6 +125,19 @@ pub struct Rule {
     /// For how long a "not found" is believed.
     #[serde(default = "default_negative_ttl")]
     pub negative_ttl: Span,
+    #[serde(default)]
+    pub abandoned: Abandoned,
+}
+
+/// What becomes of a blob that is being fetched when everybody who asked for it has left.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Abandoned {
+    /// Fetching stops, unless little is left; what is there is kept for a while.
+    #[default]
+    Keep,
+    /// It is fetched to its end.
+    Finish,
 }
 
 /// Who may have what a rule can pull.
@@ -195,7 +212,7 @@ impl Config {
             });
             lines.filter(|(_, line)| line.trim_start().starts_with(name)).map(|(start, _)| start).next().unwrap_or(0)
         };
-        if self.cache.disk < MIN_DISK {
+        if matches!(self.cache.disk, Share::Size(disk) if disk < MIN_DISK) {
             let problem = format!("\"{}\" is too little, at least {MIN_DISK} are needed", self.cache.disk);
             return Err(at(section("[cache]"), "cache.disk", problem));
         }
@@ -273,7 +290,13 @@ impl Default for Config {
 
 impl Default for Cache {
     fn default() -> Self {
-        Self { dir: default_dir(), disk: Size(20 << 30), memory: Size(64 << 20) }
+        Self {
+            dir: default_dir(),
+            disk: Share::Size(Size(20 << 30)),
+            keep_free: Share::Percent(5),
+            scrub: Size(8 << 20),
+            memory: Size(64 << 20),
+        }
     }
 }
 
@@ -304,6 +327,7 @@ impl Rule {
             tag_ttl: default_tag_ttl(),
             immutable_tags: Vec::new(),
             negative_ttl: default_negative_ttl(),
+            abandoned: Abandoned::Keep,
         }
     }
 }

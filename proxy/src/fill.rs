@@ -4,10 +4,18 @@
 //! 64 KiB, which it holds until the digest agrees. Whoever asks for the same digest meanwhile
 //! joins it.
 
+mod allowance;
+mod audience;
+mod climb;
+mod engine;
 mod feed;
+mod flow;
 mod passage;
 mod piece;
+mod plan;
+mod progress;
 mod reader;
+mod run;
 mod write;
 
 use std::collections::HashMap;
@@ -16,16 +24,19 @@ use std::time::Duration;
 
 use prometheus::IntGauge;
 use tokio::sync::{Semaphore, watch};
-use tokio::time::timeout;
 
+use self::allowance::Allowance;
+use self::audience::Audience;
 pub use self::feed::{Feed, Sources};
 pub use self::passage::Passage;
+use self::progress::{Phase, Progress};
 pub use self::reader::Reader;
+use self::run::Running;
 use crate::metrics::Metrics;
-use crate::oci::{BLOB_MEDIA_TYPE, Digest, Registry, Span};
+use crate::oci::{Digest, Registry, Span, Spans};
 use crate::registries::Place;
 use crate::source::{ServedFrom, SourceError};
-use crate::store::{Blob, Draft, Found, Kind, NoSpace, Proof, SMALL_BYTES, SmallObject, Store};
+use crate::store::{Blob, Draft, SmallObject, Store};
 
 /// Bytes at the end of a blob that no reader gets before the digest agrees.
 pub const HELD_BYTES: u64 = 64 * 1024;
@@ -37,11 +48,12 @@ const MAX_FILLS: usize = 256;
 const MAX_RUNNING: usize = 1024;
 const MAX_OF_REGISTRY: usize = 256;
 
-/// A small object has to be here whole within this time.
-const SMALL_TIME: Duration = Duration::from_secs(10);
-
 /// Memory for small objects on their way in, in KiB.
 const SMALL_KIB: usize = 64 * 1024;
+
+/// A fill that nobody reads any more goes on for this long, and to its end if no more is left.
+const ABANDONED_AFTER: Duration = Duration::from_secs(10);
+const LITTLE_LEFT: u64 = 32 * 1024 * 1024;
 
 /// Files being proven at the same time. Each takes a thread and the disk.
 const MAX_PROOFS: usize = 8;
@@ -56,6 +68,7 @@ pub struct Fills {
     permits: Arc<Semaphore>,
     proofs: Arc<Semaphore>,
     small: Semaphore,
+    allowance: Allowance,
     store: Arc<Store>,
     metrics: Arc<Metrics>,
     gauge: IntGauge,
@@ -89,6 +102,7 @@ pub struct Fill {
     pub place: Place,
     opened: OnceLock<Result<Opened, SourceError>>,
     progress: watch::Sender<Progress>,
+    audience: Arc<Audience>,
 }
 
 /// What a fill turned out to be once its source answered.
@@ -102,22 +116,6 @@ pub enum Opened {
     Uncached { total: u64, from: ServedFrom, feed: Arc<Mutex<Option<Feed>>> },
 }
 
-/// How far a fill is.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Progress {
-    /// Bytes from the start that may be read.
-    released: u64,
-    phase: Phase,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Phase {
-    Opening,
-    Growing,
-    Verified,
-    Failed,
-}
-
 // === impl Fills ===
 
 impl Fills {
@@ -128,6 +126,7 @@ impl Fills {
             permits: Arc::new(Semaphore::new(MAX_FILLS)),
             proofs: Arc::new(Semaphore::new(MAX_PROOFS)),
             small: Semaphore::new(SMALL_KIB),
+            allowance: Allowance::new(),
             store,
             gauge: metrics.fills.with_label_values(&["running"]),
             metrics,
@@ -152,14 +151,15 @@ impl Fills {
         self.distrusted.insert((digest.clone(), place.registry.clone()), ());
     }
 
-    /// Joins the running fill of a digest, or starts one from these sources.
-    pub fn join(self: &Arc<Self>, key: &FillKey, place: &Place, sources: Arc<dyn Sources>) -> Arc<Fill> {
+    /// Joins the running fill of a digest, or starts one from these sources, for a reader who begins
+    /// at `from`.
+    pub fn join(self: &Arc<Self>, key: &FillKey, place: &Place, sources: Arc<dyn Sources>, from: u64) -> Arc<Fill> {
         let (fill, started) = self.enter(key, place);
         if started {
             let (fills, fill) = (self.clone(), fill.clone());
             tokio::spawn(async move {
                 let running = Running { fills: &fills, fill: &fill };
-                running.fill_from(sources).await;
+                running.fill_from(sources, from).await;
             });
         }
         fill
@@ -187,7 +187,7 @@ impl Fills {
     fn enter(&self, key: &FillKey, place: &Place) -> (Arc<Fill>, bool) {
         let mut running = self.lock();
         if let Some(fill) = running.get(key)
-            && fill.progress.borrow().phase != Phase::Failed
+            && fill.progress.borrow().phase() != Phase::Failed
         {
             return (fill.clone(), false);
         }
@@ -212,15 +212,15 @@ impl Fills {
 
 impl Fill {
     fn new(key: FillKey, place: Place) -> Self {
-        let progress = watch::Sender::new(Progress { released: 0, phase: Phase::Opening });
-        Self { key, place, opened: OnceLock::new(), progress }
+        let progress = watch::Sender::new(Progress::new());
+        Self { key, place, opened: OnceLock::new(), progress, audience: Arc::default() }
     }
 
     /// Waits until a source has answered, or none does.
     pub async fn opened(&self) -> Result<Opened, SourceError> {
         let mut progress = self.progress.subscribe();
         // An error means that the fill ended without a word, which the fallback below says.
-        let _ = progress.wait_for(|progress| progress.phase != Phase::Opening).await;
+        let _ = progress.wait_for(|progress| progress.phase() != Phase::Opening).await;
         self.opened.get().cloned().unwrap_or_else(|| Err(SourceError::Unreachable("the fill ended".into())))
     }
 
@@ -228,14 +228,21 @@ impl Fill {
         self.key.side
     }
 
-    /// Bytes from the start that may be read by now.
-    pub fn released(&self) -> u64 {
-        self.progress.borrow().released
+    /// Whether what begins at `start` is there, or comes soon.
+    pub fn is_near(&self, start: u64, distance: u64) -> bool {
+        let progress = self.progress.borrow();
+        progress.written().run_end(start) > start || progress.written().run_end(0).saturating_add(distance) >= start
     }
 
     /// Reads a span of a growing file.
     pub fn reader(&self, blob: Arc<Blob>, span: Span) -> Reader {
-        Reader::of_fill(blob, self.progress.subscribe(), span)
+        Reader::of_fill(blob, self.progress.subscribe(), self.audience.sit(), span)
+    }
+
+    /// A source has answered, and there is a file for its bytes, some of which it may hold already.
+    fn begin(&self, draft: &Draft, from: ServedFrom, written: &Spans) {
+        self.progress.send_modify(|progress| progress.set_written(written.clone()));
+        self.open(Ok(Opened::Growing { blob: draft.blob.clone(), from }));
     }
 
     fn open(&self, opened: Result<Opened, SourceError>) {
@@ -245,12 +252,16 @@ impl Fill {
             Err(_) => Phase::Failed,
         };
         if self.opened.set(opened).is_ok() {
-            self.progress.send_modify(|progress| progress.phase = phase);
+            self.progress.send_modify(|progress| progress.enter(phase));
         }
     }
 
-    fn end(&self, phase: Phase, released: u64) {
-        self.progress.send_replace(Progress { released, phase });
+    fn end(&self, phase: Phase) {
+        self.progress.send_modify(|progress| progress.enter(phase));
+    }
+
+    fn disown(&self) {
+        self.progress.send_modify(Progress::disown);
     }
 }
 
@@ -262,162 +273,5 @@ impl Opened {
             Self::Growing { blob, from } => (blob.len, *from),
             Self::Uncached { total, from, .. } => (*total, *from),
         }
-    }
-}
-
-impl Progress {
-    fn is_over(self) -> bool {
-        matches!(self.phase, Phase::Verified | Phase::Failed)
-    }
-}
-
-/// A fill while it runs; dropping it, also by a panic, takes it off the list and wakes its readers.
-struct Running<'a> {
-    fills: &'a Fills,
-    fill: &'a Fill,
-}
-
-impl Running<'_> {
-    async fn fill_from(&self, sources: Arc<dyn Sources>) {
-        // An earlier fill may have ended between our request's look-up and our start. What came from
-        // another registry was not given to that request either.
-        let kept = self.fills.store.find(&self.fill.key.digest, Kind::Blob).await;
-        let registry = self.fill.key.registry.as_str();
-        match kept.filter(|found| found.provenance().is_some_and(|known| known.registry == registry)) {
-            Some(Found::Small { object, .. }) => {
-                return self.fill.open(Ok(Opened::Small { object, from: ServedFrom::Memory }));
-            }
-            Some(Found::Large { blob, proof: Proof::Verified }) => {
-                self.fill.open(Ok(Opened::Growing { blob: blob.clone(), from: ServedFrom::Disk }));
-                return self.fill.end(Phase::Verified, blob.len);
-            }
-            _ => {}
-        }
-        let feed = match Feed::open(sources, 0, None).await {
-            Ok(feed) => feed,
-            Err(error) => return self.fill.open(Err(error)),
-        };
-        if feed.total() <= SMALL_BYTES {
-            let whole = timeout(SMALL_TIME, self.small(feed)).await;
-            self.fill.open(whole.unwrap_or(Err(SourceError::TimedOut)));
-        } else {
-            self.large(feed).await;
-        }
-    }
-
-    /// Takes a small object whole, and verifies it before anybody sees it.
-    async fn small(&self, mut feed: Feed) -> Result<Opened, SourceError> {
-        let kib = u32::try_from(feed.total() / 1024 + 1).unwrap_or(u32::MAX);
-        let _memory = self.fills.small.acquire_many(kib).await.map_err(|_| SourceError::Busy)?;
-        let mut bytes = bytes::BytesMut::with_capacity(usize::try_from(feed.total()).unwrap_or(0));
-        while let Some(piece) = feed.next().await? {
-            bytes.extend_from_slice(&piece);
-        }
-        let (bytes, place) = (bytes.freeze(), &self.fill.place);
-        if !self.fill.key.digest.matches(&bytes) {
-            self.fills.distrust(&self.fill.key.digest, place);
-            return Err(SourceError::Malformed("the bytes do not match their digest".into()));
-        }
-        let provenance = Arc::new(place.provenance());
-        let object = SmallObject { media_type: BLOB_MEDIA_TYPE.into(), provenance, bytes };
-        self.fills.store.small.insert(&self.fill.key.digest, Kind::Blob, object.clone());
-        Ok(Opened::Small { object, from: feed.served_from() })
-    }
-
-    async fn large(&self, mut feed: Feed) {
-        let (total, from) = (feed.total(), feed.served_from());
-        let Ok(permit) = self.fills.permits.clone().try_acquire_owned() else {
-            return self.pass(feed, "busy");
-        };
-        let (large, provenance) = (self.fills.store.large.clone(), self.fill.place.provenance());
-        let draft = tokio::task::spawn_blocking(move || large.draft(total, provenance)).await.unwrap_or(Err(NoSpace));
-        let Ok(draft) = draft else {
-            return self.pass(feed, "no_space");
-        };
-        self.fill.open(Ok(Opened::Growing { blob: draft.blob.clone(), from }));
-        let (pieces, writing) = write::start(self.fill, &draft);
-        let fed = async {
-            while let Some(piece) = feed.next().await? {
-                if pieces.send(piece).await.is_err() {
-                    return Err(SourceError::Unreachable("the disk refuses to write".into()));
-                }
-            }
-            Ok(())
-        };
-        let fed = fed.await;
-        drop(pieces);
-        let written = writing.await;
-        drop(permit);
-        match (fed, written) {
-            (Ok(()), Ok(write::Written::Verified)) => self.publish(draft, total).await,
-            (Ok(()), Ok(write::Written::Mismatch)) => {
-                self.fills.distrust(&self.fill.key.digest, &self.fill.place);
-                self.fill.end(Phase::Failed, 0);
-            }
-            (fed, written) => {
-                if fed.as_ref().is_err_and(|error| *error == SourceError::NotFound) && self.fill.released() > 0 {
-                    // The owner will not let us go on: what we have from it proved wrong there.
-                    self.fills.distrust(&self.fill.key.digest, &self.fill.place);
-                }
-                let error = fed.err().map_or_else(|| format!("{written:?}"), |error| error.to_string());
-                tracing::warn!(digest = %self.fill.key.digest, error, "a fill failed");
-                // What was released stays readable, so that a resume loses nothing.
-                self.fill.progress.send_modify(|progress| progress.phase = Phase::Failed);
-            }
-        }
-    }
-
-    /// Leaves it to each reader to fetch for itself.
-    fn pass(&self, feed: Feed, reason: &str) {
-        self.fills.metrics.uncached.with_label_values(&[reason]).inc();
-        tracing::warn!(digest = %self.fill.key.digest, total = feed.total(), reason, "passing through uncached");
-        let (total, from) = (feed.total(), feed.served_from());
-        self.fill.open(Ok(Opened::Uncached { total, from, feed: Arc::new(Mutex::new(Some(feed))) }));
-    }
-
-    /// Lets the readers have the tail, then makes the file durable.
-    async fn publish(&self, draft: Draft, total: u64) {
-        self.fills.store.large.announce(&draft, &self.fill.key.digest);
-        self.fill.end(Phase::Verified, total);
-        let (large, digest) = (self.fills.store.large.clone(), self.fill.key.digest.clone());
-        let published = tokio::task::spawn_blocking(move || large.publish(draft, &digest)).await;
-        if let Ok(Err(error)) = published {
-            tracing::warn!(digest = %self.fill.key.digest, %error, "a blob could not be kept");
-        }
-    }
-
-    fn prove(&self, blob: &Arc<Blob>) {
-        self.fill.open(Ok(Opened::Growing { blob: blob.clone(), from: ServedFrom::Disk }));
-        let digest = &self.fill.key.digest;
-        if write::hash_file(self.fill, blob) {
-            self.fills.store.large.prove(digest);
-            self.fill.end(Phase::Verified, blob.len);
-        } else {
-            tracing::warn!(%digest, "a cached blob was damaged when the machine went down");
-            self.fills.store.large.forget(digest, blob);
-            self.fills.distrust(digest, &self.fill.place);
-            self.fill.end(Phase::Failed, 0);
-        }
-    }
-}
-
-impl Drop for Running<'_> {
-    fn drop(&mut self) {
-        let mut running = self.fills.lock();
-        // A failed fill may have been replaced by now.
-        let key = &self.fill.key;
-        if running.get(key).is_some_and(|fill| std::ptr::eq(&raw const **fill, self.fill)) {
-            running.remove(key);
-        }
-        drop(running);
-        self.fills.gauge.dec();
-        self.fill.open(Err(SourceError::Unreachable("the fill ended".into())));
-        self.fill.progress.send_if_modified(|progress| {
-            let unfinished = !progress.is_over();
-            if unfinished {
-                progress.phase = Phase::Failed;
-            }
-            unfinished
-        });
     }
 }

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
-use dray::config::{Config, MIN_DISK, Size};
+use dray::config::{Config, MIN_DISK, Share, Size};
 use dray::containerd::{Change, HostsDir, Mode};
 use dray::server::{self, Bound, StartError};
 use dray::telemetry::{self, LogFormat};
@@ -58,9 +58,9 @@ struct Serve {
     /// The cache directory; it may be deleted at any time
     #[arg(long, env = "DRAY_CACHE_DIR", value_name = "DIR")]
     cache_dir: Option<PathBuf>,
-    /// Bytes on disk, such as 20GiB
+    /// Disk to use: a size such as 20GiB, or a share of its file system such as 50%
     #[arg(long, env = "DRAY_CACHE_DISK", value_name = "SIZE")]
-    cache_disk: Option<Size>,
+    cache_disk: Option<Share>,
     /// Bytes of small objects in memory, such as 64MiB
     #[arg(long, env = "DRAY_CACHE_MEMORY", value_name = "SIZE")]
     cache_memory: Option<Size>,
@@ -177,7 +177,7 @@ impl Serve {
             config.cache.dir.clone_from(dir);
         }
         if let Some(disk) = self.cache_disk {
-            if disk < MIN_DISK {
+            if matches!(disk, Share::Size(size) if size < MIN_DISK) {
                 return Err(Failure::Usage(format!(
                     "--cache-disk {disk} is too little, at least {MIN_DISK} are needed"
                 )));

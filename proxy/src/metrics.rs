@@ -13,6 +13,7 @@ pub const ORIGIN_REQUESTS: &str = "dray_origin_requests_total";
 pub const ORIGIN_BYTES: &str = "dray_origin_bytes_total";
 pub const PEER_BYTES: &str = "dray_peer_bytes_total";
 pub const FILLS: &str = "dray_fills";
+pub const RESUMED_BYTES: &str = "dray_resumed_bytes_total";
 pub const EVICTED_BYTES: &str = "dray_evicted_bytes_total";
 pub const CACHE_BYTES: &str = "dray_cache_bytes";
 pub const STALE: &str = "dray_stale_total";
@@ -39,6 +40,8 @@ pub struct Metrics {
     /// by state
     pub fills: IntGaugeVec,
     pub evicted_bytes: IntCounter,
+    /// not fetched again, because an earlier attempt had fetched them
+    pub resumed_bytes: IntCounter,
     /// by tier
     pub cache_bytes: IntGaugeVec,
     /// by reason
@@ -75,6 +78,10 @@ impl Metrics {
             peer_bytes: counters(PEER_BYTES, "Body bytes received from peers.", &["from_zone", "to_zone"]),
             fills: gauges(FILLS, "Blobs being fetched.", &["state"]),
             evicted_bytes: register(&registry, IntCounter::new(EVICTED_BYTES, "Bytes of blobs evicted from disk.")),
+            resumed_bytes: register(
+                &registry,
+                IntCounter::new(RESUMED_BYTES, "Bytes that an earlier, unfinished fetch had left."),
+            ),
             cache_bytes: gauges(CACHE_BYTES, "Bytes held, by tier.", &["tier"]),
             stale: counters(STALE, "Tags answered from an expired record, by reason.", &["reason"]),
             mismatches: register(&registry, IntCounter::new(MISMATCHES, "Bodies that did not match their digest.")),

@@ -7,12 +7,14 @@ pub mod manifest;
 pub mod name;
 pub mod range;
 pub mod route;
+pub mod spans;
 
 pub use digest::{Algorithm, Digest, Verifier};
 pub use error::ErrorCode;
 pub use name::{Reference, Registry, Repository, Tag};
 pub use range::{ContentRange, RangeRequest, Span};
 pub use route::{Endpoint, NamedBy, Route};
+pub use spans::Spans;
 
 /// Largest manifest dray accepts, in bytes: the limit of containerd and of the specification.
 pub const MAX_MANIFEST_BYTES: u64 = 4 * 1024 * 1024;

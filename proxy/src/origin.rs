@@ -63,6 +63,15 @@ pub struct ListAnswer {
     pub bytes: Bytes,
 }
 
+/// What came of asking where an earlier redirect led.
+enum Remembered {
+    Answered(Response),
+    /// None is known.
+    Nothing,
+    /// It did not lead there any more.
+    Expired,
+}
+
 /// Only failures this fast are worth another try.
 const FAILS_FAST: Duration = Duration::from_secs(1);
 
@@ -168,13 +177,13 @@ impl Origin {
         {
             return Err(SourceError::Malformed("another blob's Docker-Content-Digest".into()));
         }
-        let (start, total) = part.position(response.status().as_u16(), response.headers())?;
+        let (span, total) = part.brought(response.status().as_u16(), response.headers())?;
         let counter = self.metrics.origin_bytes.with_label_values(&[place.rule.name()]);
         let body = response
             .bytes_stream()
             .inspect_ok(move |piece| counter.inc_by(piece.len() as u64))
             .map_err(|error| Broken(error_chain(&error.without_url())));
-        Ok(Incoming::new(start, total, body))
+        Ok(Incoming::new(span, total, body))
     }
 
     /// The length of a blob, in bytes.
@@ -278,8 +287,17 @@ impl Origin {
         deadline: Instant,
     ) -> Result<Response, SourceError> {
         let url = question.url(home.upstream, place)?;
-        if let Some(response) = self.ask_remembered(home, question, &url, deadline).await {
-            return Ok(response);
+        // Held until the registry has told where the blob is now.
+        let mut _turn = None;
+        match self.ask_remembered(home, question, &url, deadline).await {
+            Remembered::Answered(response) => return Ok(response),
+            Remembered::Nothing => {}
+            Remembered::Expired => {
+                _turn = timeout_at(deadline, self.redirects.turn(&url)).await.ok();
+                if let Remembered::Answered(response) = self.ask_remembered(home, question, &url, deadline).await {
+                    return Ok(response);
+                }
+            }
         }
         let mut authorization = match self.tokens.known(&self.http, home, place, deadline).await {
             Ok(authorization) => authorization,
@@ -318,30 +336,31 @@ impl Origin {
         Err(SourceError::Denied)
     }
 
-    /// Asks where an earlier redirect led. None: ask the registry again.
+    /// Asks where an earlier redirect led.
     async fn ask_remembered(
         &self,
         home: Home<'_>,
         question: &Question<'_>,
         url: &Url,
         deadline: Instant,
-    ) -> Option<Response> {
-        question.blob?;
-        let target = self.redirects.target(url).await?;
+    ) -> Remembered {
+        let Some(target) = self.redirects.target(url).await.filter(|_| question.blob.is_some()) else {
+            return Remembered::Nothing;
+        };
         let ask = Ask {
             method: question.method.clone(),
-            url: target,
+            url: target.clone(),
             headers: &question.headers,
             authorization: None,
             form: None,
         };
         let soon = deadline.min(Instant::now() + OTHERS_FOLLOW);
         match self.http.send(home, &ask, soon).await.and_then(checked) {
-            Ok(response) => Some(response),
+            Ok(response) => Remembered::Answered(response),
             Err(error) => {
                 tracing::debug!(%error, "a remembered redirect no longer works");
-                self.redirects.forget(url).await;
-                None
+                self.redirects.expired(url, &target).await;
+                Remembered::Expired
             }
         }
     }

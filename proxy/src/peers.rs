@@ -156,13 +156,13 @@ impl Peers {
         deadline: Instant,
     ) -> Result<Incoming, SourceError> {
         let response = self.get(peer, place, &format!("blobs/{digest}"), part, deadline).await?;
-        let (start, total) = part.position(response.status().as_u16(), response.headers())?;
+        let (span, total) = part.brought(response.status().as_u16(), response.headers())?;
         let counter = self.metrics.peer_bytes.with_label_values(&[ZONE, ZONE]);
         let body = response
             .bytes_stream()
             .inspect_ok(move |piece| counter.inc_by(piece.len() as u64))
             .map_err(|error| Broken(error_chain(&error)));
-        Ok(Incoming::new(start, total, body))
+        Ok(Incoming::new(span, total, body))
     }
 
     /// A manifest by digest from a peer, with its media type. Not yet verified.

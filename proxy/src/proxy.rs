@@ -1,5 +1,7 @@
 //! Pingora's phases: every request is answered from the first one, and logged in the last.
 
+mod sendfile;
+
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -12,6 +14,7 @@ use pingora::prelude::{Error, ErrorType, HttpPeer};
 use pingora::proxy::{ProxyHttp, Session};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
+use self::sendfile::Socket;
 use crate::metrics::Metrics;
 use crate::oci::route::{self, query_value};
 use crate::oci::{Endpoint, NamedBy, RangeRequest, Reference, Registry, Repository, Route, accept};
@@ -239,6 +242,19 @@ async fn send(session: &mut Session, exchange: &mut Exchange, mut reply: Reply) 
         session.write_response_header(Box::new(head), true).await?;
         exchange.first_byte = Some(exchange.started.elapsed());
         return Ok(());
+    }
+    if let Body::File(reader) = &reply.body
+        && let Some((blob, span)) = reader.complete()
+        && span.len() >= sendfile::WORTHWHILE
+        && let Some(socket) = Socket::of(session)
+    {
+        Socket::write_head(session, head).await?;
+        exchange.first_byte = Some(exchange.started.elapsed());
+        let sent = socket.send(blob, span, WRITE_TIMEOUT, &mut exchange.sent).await;
+        return sent.or_else(|error| {
+            exchange.failure = Some(error.to_string());
+            Error::e_explain(ErrorType::WriteError, error.to_string())
+        });
     }
     session.write_response_header(Box::new(head), false).await?;
     loop {

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use regex::Regex;
 
-use crate::config::{self, Config, Credentials, HostPattern, Scheme, Upstream};
+use crate::config::{self, Abandoned, Config, Credentials, HostPattern, Scheme, Upstream};
 use crate::oci::route::Names;
 use crate::oci::{Registry, Repository, Tag};
 use crate::provenance::Provenance;
@@ -31,6 +31,7 @@ pub struct Rule {
     pub deny: bool,
     pub tag_ttl: Duration,
     pub negative_ttl: Duration,
+    pub abandoned: Abandoned,
     immutable_tags: Vec<Regex>,
 }
 
@@ -131,6 +132,7 @@ impl Rule {
             deny: rule.deny,
             tag_ttl: rule.tag_ttl.0,
             negative_ttl: rule.negative_ttl.0,
+            abandoned: rule.abandoned,
             // The configuration refused patterns that do not compile.
             immutable_tags: rule.immutable_tags.iter().filter_map(|p| config::whole_tag(p).ok()).collect(),
         }

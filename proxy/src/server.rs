@@ -17,14 +17,14 @@ use tokio::runtime::Runtime;
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::admin::{Admin, Readiness};
-use crate::config::{Config, Tls};
+use crate::config::{Config, Share, Tls};
 use crate::metrics::Metrics;
 use crate::origin::Origin;
 use crate::peers::Peers;
 use crate::proxy::{Front, Load};
 use crate::pull::{Asker, Pull};
 use crate::registries::Registries;
-use crate::store::Store;
+use crate::store::{HOUSEKEEPING, Store};
 
 /// Requests under way get this long after the stop signal.
 const DRAIN: Duration = Duration::from_secs(25);
@@ -115,8 +115,7 @@ pub fn run(mut config: Config, started: impl FnOnce(Bound) + Send + 'static) -> 
     });
     let following = pull.clone();
     runtime.spawn(async move { following.follow_peers().await });
-    let housekeeping = store.clone();
-    runtime.spawn_blocking(move || housekeeping.records.thin_out());
+    runtime.spawn(keep_house(store.clone(), config.cache.keep_free));
     let stop = Stop { readiness, load };
     server.run(RunArgs { shutdown_signal: Box::new(stop) });
     close(runtime, &store);
@@ -129,13 +128,26 @@ async fn compose(
     metrics: &Arc<Metrics>,
 ) -> Result<(Arc<Pull>, Arc<Store>), StartError> {
     let cache = &config.cache;
-    let store = Store::open(&cache.dir, cache.disk.0, cache.memory.0, metrics)
+    let store = Store::open(&cache.dir, cache.disk, cache.memory.0, metrics)
         .await
         .map_err(|e| StartError::Failed(e.to_string()))?;
     let store = Arc::new(store);
     let origin = Origin::new(config, registries, metrics.clone()).map_err(StartError::Config)?;
     let peers = Peers::new(config, metrics.clone()).map_err(StartError::Config)?;
     Ok((Arc::new(Pull::new(registries.clone(), store.clone(), origin, peers, metrics.clone())), store))
+}
+
+/// Looks after the disk for as long as the process lives.
+async fn keep_house(store: Arc<Store>, keep_free: Share) {
+    let records = store.clone();
+    tokio::task::spawn_blocking(move || records.records.thin_out());
+    let mut tick = tokio::time::interval(HOUSEKEEPING);
+    tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        tick.tick().await;
+        let large = store.large.clone();
+        let _ = tokio::task::spawn_blocking(move || large.keep_house(keep_free)).await;
+    }
 }
 
 fn close(runtime: Runtime, store: &Store) {

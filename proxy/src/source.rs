@@ -12,8 +12,8 @@ use crate::oci::{ContentRange, Span};
 pub struct Incoming {
     /// Length of the whole blob, in bytes.
     pub total: u64,
-    /// Offset of the first byte that comes.
-    pub start: u64,
+    /// The part of it that comes.
+    pub span: Span,
     body: BoxStream<'static, Result<Bytes, Broken>>,
 }
 
@@ -65,11 +65,11 @@ pub enum SourceError {
 
 impl Incoming {
     pub fn new(
-        start: u64,
+        span: Span,
         total: u64,
         body: impl futures_util::Stream<Item = Result<Bytes, Broken>> + Send + 'static,
     ) -> Self {
-        Self { total, start, body: body.boxed() }
+        Self { total, span, body: body.boxed() }
     }
 
     /// The next piece; None at the end of the body.
@@ -93,14 +93,16 @@ impl Part {
         HeaderValue::from_str(&text).ok()
     }
 
-    /// Where an answer of status 200 or 206 starts and how long the whole blob is. A 206 is
-    /// believed only if it is exactly what was asked for; a 200 begins at 0.
-    pub fn position(self, status: u16, headers: &HeaderMap) -> Result<(u64, u64), SourceError> {
+    /// Which part an answer of status 200 or 206 brings and how long the whole blob is. A 206 is
+    /// believed only if it is exactly what was asked for; a 200 brings everything.
+    pub fn brought(self, status: u16, headers: &HeaderMap) -> Result<(Span, u64), SourceError> {
         let malformed = |what: &str| SourceError::Malformed(what.to_owned());
         let text = |name| headers.get(name).and_then(|value| value.to_str().ok());
         let length: Option<u64> = text(CONTENT_LENGTH).and_then(|text| text.trim().parse().ok());
         if status != 206 {
-            return length.map(|total| (0, total)).ok_or_else(|| malformed("a blob without Content-Length"));
+            return length
+                .map(|total| (Span::whole(total), total))
+                .ok_or_else(|| malformed("a blob without Content-Length"));
         }
         let range: ContentRange = text(CONTENT_RANGE)
             .and_then(|text| text.parse().ok())
@@ -112,7 +114,7 @@ impl Part {
         if range.span != asked || length.is_some_and(|length| length != asked.len()) {
             return Err(malformed("206 for another range than asked"));
         }
-        Ok((range.span.start, range.total))
+        Ok((range.span, range.total))
     }
 }
 
@@ -193,28 +195,28 @@ pub fn error_chain(error: &dyn std::error::Error) -> String {
 mod tests {
     use super::*;
 
-    fn position(part: Part, status: u16, headers: &[(&'static str, &str)]) -> Option<(u64, u64)> {
+    fn brought(part: Part, status: u16, headers: &[(&'static str, &str)]) -> Option<(u64, u64, u64)> {
         let mut map = HeaderMap::new();
         for (name, value) in headers {
             map.insert(*name, value.parse().unwrap());
         }
-        part.position(status, &map).ok()
+        part.brought(status, &map).ok().map(|(span, total)| (span.start, span.end, total))
     }
 
     #[test]
     fn only_the_exact_range_is_believed() {
         let span = Part::Span(Span { start: 5, end: 10 });
         let range = |value| [("content-range", value)];
-        assert_eq!(position(Part::From(5), 206, &range("bytes 5-9/10")), Some((5, 10)));
-        assert_eq!(position(Part::From(5), 206, &range("bytes 5-8/10")), None, "not to the end");
-        assert_eq!(position(Part::From(5), 206, &range("bytes 4-9/10")), None);
-        assert_eq!(position(span, 206, &range("bytes 5-9/100")), Some((5, 100)));
-        assert_eq!(position(span, 206, &range("bytes 5-7/8")), Some((5, 8)), "clipped");
-        assert_eq!(position(span, 206, &range("bytes 5-7/100")), None);
-        assert_eq!(position(span, 206, &[]), None);
-        assert_eq!(position(span, 206, &[("content-range", "bytes 5-9/100"), ("content-length", "4")]), None);
-        assert_eq!(position(span, 200, &[("content-length", "100")]), Some((0, 100)));
-        assert_eq!(position(Part::From(0), 200, &[]), None);
+        assert_eq!(brought(Part::From(5), 206, &range("bytes 5-9/10")), Some((5, 10, 10)));
+        assert_eq!(brought(Part::From(5), 206, &range("bytes 5-8/10")), None, "not to the end");
+        assert_eq!(brought(Part::From(5), 206, &range("bytes 4-9/10")), None);
+        assert_eq!(brought(span, 206, &range("bytes 5-9/100")), Some((5, 10, 100)));
+        assert_eq!(brought(span, 206, &range("bytes 5-7/8")), Some((5, 8, 8)), "clipped");
+        assert_eq!(brought(span, 206, &range("bytes 5-7/100")), None);
+        assert_eq!(brought(span, 206, &[]), None);
+        assert_eq!(brought(span, 206, &[("content-range", "bytes 5-9/100"), ("content-length", "4")]), None);
+        assert_eq!(brought(span, 200, &[("content-length", "100")]), Some((0, 100, 100)));
+        assert_eq!(brought(Part::From(0), 200, &[]), None);
     }
 
     #[test]

@@ -5,20 +5,25 @@
 //! found afterwards is checked before it is believed.
 
 mod budget;
+mod evict;
 mod large;
 mod layout;
+mod partial;
 mod records;
 mod small;
 
 use std::path::Path;
 use std::sync::Arc;
 
+use crate::config::Share;
 use crate::metrics::Metrics;
 use crate::oci::Digest;
 use crate::provenance::Provenance;
 pub use budget::NoSpace;
+pub use evict::HOUSEKEEPING;
 pub use large::{Blob, Draft, Large, Proof};
 pub use layout::LayoutError;
+pub use partial::Partial;
 pub use records::{Records, RepositoryRecord, TagRecord};
 pub use small::{Kind, Small, SmallObject};
 
@@ -68,9 +73,10 @@ impl Found {
 }
 
 impl Store {
-    /// Opens or creates a cache directory and takes its lock. `disk` and `memory` in bytes.
-    pub async fn open(dir: &Path, disk: u64, memory: u64, metrics: &Metrics) -> Result<Self, StoreError> {
+    /// Opens or creates a cache directory and takes its lock. `memory` in bytes.
+    pub async fn open(dir: &Path, disk: Share, memory: u64, metrics: &Metrics) -> Result<Self, StoreError> {
         let layout = layout::Layout::open(dir)?;
+        let disk = disk.of(evict::FileSystem::of(dir).map_or(0, |file_system| file_system.total));
         let small = Small::open(&layout.small(), disk, memory).await.map_err(StoreError::Small)?;
         let for_blobs = disk.saturating_sub(small.disk_bytes());
         let large = Large::open(&layout, for_blobs, metrics).map_err(StoreError::Scan)?;

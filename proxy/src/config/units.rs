@@ -9,6 +9,14 @@ use serde::de::{Deserialize, Deserializer, Error};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Size(pub u64);
 
+/// A part of a disk: a number of bytes, or percent of its file system.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Share {
+    Size(Size),
+    /// From 1 to 100.
+    Percent(u8),
+}
+
 /// A duration with its unit: `"90s"`, `"5m"`, `"1h 30m"`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Span(pub Duration);
@@ -47,6 +55,45 @@ impl fmt::Display for Size {
             .find(|(_, shift)| self.0 >> shift > 0 && self.0.trailing_zeros() >= *shift)
             .unwrap_or(&UNITS[4]);
         write!(f, "{}{unit}", self.0 >> shift)
+    }
+}
+
+// === impl Share ===
+
+impl Share {
+    /// In bytes, of a whole of `total` bytes.
+    pub fn of(self, total: u64) -> u64 {
+        match self {
+            Self::Size(size) => size.0,
+            Self::Percent(percent) => total / 100 * u64::from(percent),
+        }
+    }
+}
+
+impl std::str::FromStr for Share {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let Some(digits) = text.strip_suffix('%') else {
+            return text.parse().map(Self::Size).map_err(|error| format!("{error}, or percent such as \"50%\""));
+        };
+        let percent = digits.trim_end().parse().ok().filter(|percent| (1..=100).contains(percent));
+        percent.map(Self::Percent).ok_or_else(|| format!("\"{text}\" is no share: write 1% to 100%"))
+    }
+}
+
+impl<'de> Deserialize<'de> for Share {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        String::deserialize(deserializer)?.parse().map_err(D::Error::custom)
+    }
+}
+
+impl fmt::Display for Share {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Size(size) => size.fmt(f),
+            Self::Percent(percent) => write!(f, "{percent}%"),
+        }
     }
 }
 

@@ -1,12 +1,11 @@
 //! A body that arrives in order, whatever happens to the connections that carry it.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use tokio::time::{Instant, timeout};
 
+use super::flow::{Breaks, Flow};
 use crate::source::{Incoming, ServedFrom, SourceError};
 
 /// Where a blob's bytes can be had.
@@ -16,61 +15,50 @@ pub trait Sources: Send + Sync {
     /// source does not honour ranges. `failures` counts the sources that broke before: a reason to
     /// ask another one.
     async fn open(&self, from: u64, end: Option<u64>, failures: u32) -> Result<(Incoming, ServedFrom), SourceError>;
+
+    /// Whether a blob may be asked for in ranges, several at a time.
+    fn gives_ranges(&self) -> bool;
 }
 
 /// The bytes of one span of a blob, in order.
 pub struct Feed {
     sources: Arc<dyn Sources>,
-    incoming: Option<Incoming>,
+    flow: Option<Flow>,
     total: u64,
     position: u64,
     end: u64,
     served_from: ServedFrom,
-    failures: u32,
-    barren: u32,
-    /// Bytes that this connection has brought.
+    breaks: Breaks,
+    /// New bytes that this connection has brought.
     brought: u64,
-    pace: Pace,
 }
-
-/// How fast a connection is, counting only the time spent waiting for it.
-#[derive(Default)]
-struct Pace {
-    waited: Duration,
-    bytes: u64,
-}
-
-/// A source that sends nothing for this long is changed.
-const STALL: Duration = Duration::from_secs(10);
-
-/// So is one that brings less than this in this time.
-const SLOWEST: u64 = 64 * 1024;
-const PACE_WINDOW: Duration = Duration::from_secs(30);
-
-/// So many connections in a row that bring next to nothing, and the feed ends.
-const MAX_BARREN: u32 = 4;
-
-/// Whatever they bring, more connections than this are an origin that cannot be used.
-const MAX_FAILURES: u32 = 100;
 
 impl Feed {
     /// Opens a span; without `end` to the end of the blob.
     pub async fn open(sources: Arc<dyn Sources>, from: u64, end: Option<u64>) -> Result<Self, SourceError> {
         let (incoming, served_from) = sources.open(from, end, 0).await?;
+        let end = end.map_or(incoming.total, |end| end.min(incoming.total));
+        Ok(Self::of(sources, incoming, served_from, from, end))
+    }
+
+    /// Opens a whole blob at `from` by asking for the first range only, where that is understood:
+    /// what is left can then be asked for elsewhere, or by several connections.
+    pub(super) async fn open_range(sources: Arc<dyn Sources>, from: u64, len: u64) -> Result<Self, SourceError> {
+        match sources.open(from, Some(from.saturating_add(len)), 0).await {
+            Ok((incoming, served_from)) => {
+                let (start, total) = (incoming.span.start, incoming.total);
+                Ok(Self::of(sources, incoming, served_from, start, total))
+            }
+            // It stumbles over the range, or the blob ends before it: all of it then, in order.
+            Err(SourceError::Malformed(_) | SourceError::Failed(400..=499 | 501)) => Self::open(sources, 0, None).await,
+            Err(error) => Err(error),
+        }
+    }
+
+    fn of(sources: Arc<dyn Sources>, incoming: Incoming, served_from: ServedFrom, position: u64, end: u64) -> Self {
         let total = incoming.total;
-        let end = end.map_or(total, |end| end.min(total));
-        Ok(Self {
-            sources,
-            incoming: Some(incoming),
-            total,
-            position: from,
-            end,
-            served_from,
-            failures: 0,
-            barren: 0,
-            brought: 0,
-            pace: Pace::default(),
-        })
+        let flow = Some(Flow::new(incoming));
+        Self { sources, flow, total, position, end, served_from, breaks: Breaks::default(), brought: 0 }
     }
 
     /// Length of the whole blob.
@@ -78,50 +66,54 @@ impl Feed {
         self.total
     }
 
+    /// Offset of the next byte that comes.
+    pub fn position(&self) -> u64 {
+        self.position
+    }
+
     /// Whether the source begins before the span: it does not honour ranges.
     pub fn skips(&self) -> bool {
-        self.incoming.as_ref().is_some_and(|incoming| incoming.start < self.position)
+        self.flow.as_ref().is_some_and(|flow| flow.position() < self.position)
     }
 
     pub fn served_from(&self) -> ServedFrom {
         self.served_from
     }
 
+    /// The connection that is open, if it brings only a part of the blob.
+    pub(super) fn take_part(&mut self) -> Option<Flow> {
+        self.flow.take_if(|flow| flow.position() > 0 || flow.end() < self.total)
+    }
+
     /// The next piece; None at the end of the span.
     pub async fn next(&mut self) -> Result<Option<Bytes>, SourceError> {
         while self.position < self.end {
-            let piece = match &mut self.incoming {
-                Some(incoming) => {
-                    let asked = Instant::now();
-                    let next = timeout(STALL, incoming.next()).await;
-                    let waited = asked.elapsed();
-                    match next {
-                        Ok(Some(Ok(piece))) if self.pace.keeps_up(waited, piece.len()) => self.place(piece),
-                        Ok(Some(Ok(_))) => self.lose("too slow"),
-                        Ok(Some(Err(broken))) => self.lose(&broken.0),
-                        Ok(None) => self.lose("ended early"),
-                        Err(_) => self.lose("stalled"),
+            let Some(flow) = &mut self.flow else {
+                self.reopen().await?;
+                continue;
+            };
+            if flow.position() == flow.end() {
+                // It brought the part that was asked for.
+                self.flow = None;
+                continue;
+            }
+            let starts_at = flow.position();
+            match flow.next().await {
+                Ok(piece) => {
+                    if let Some(piece) = self.cut(piece, starts_at) {
+                        self.position += piece.len() as u64;
+                        self.brought += piece.len() as u64;
+                        return Ok(Some(piece));
                     }
                 }
-                None => {
-                    self.reopen().await?;
-                    continue;
-                }
-            };
-            if let Some(piece) = piece {
-                self.brought += piece.len() as u64;
-                self.position += piece.len() as u64;
-                return Ok(Some(piece));
+                Err(why) => self.lose(&why),
             }
         }
         Ok(None)
     }
 
     /// Cuts from a piece what is new: a source without ranges begins again at the start.
-    fn place(&mut self, mut piece: Bytes) -> Option<Bytes> {
-        let incoming = self.incoming.as_mut()?;
-        let starts_at = incoming.start;
-        incoming.start += piece.len() as u64;
+    fn cut(&self, mut piece: Bytes, starts_at: u64) -> Option<Bytes> {
         let known = self.position - starts_at;
         if known >= piece.len() as u64 {
             return None;
@@ -133,30 +125,23 @@ impl Feed {
         Some(piece)
     }
 
-    fn lose(&mut self, why: &str) -> Option<Bytes> {
+    fn lose(&mut self, why: &str) {
         tracing::info!(why, position = self.position, total = self.total, "a source broke, going on with another");
-        self.incoming = None;
-        self.failures += 1;
-        // Whoever brings a byte a connection brings nothing.
-        self.barren = if self.brought < SLOWEST { self.barren + 1 } else { 1 };
-        (self.brought, self.pace) = (0, Pace::default());
-        None
+        self.flow = None;
+        self.breaks.broke(std::mem::take(&mut self.brought));
     }
 
     async fn reopen(&mut self) -> Result<(), SourceError> {
-        if self.barren >= MAX_BARREN || self.failures >= MAX_FAILURES {
+        if self.breaks.too_many() {
             return Err(SourceError::Unreachable("every source broke".into()));
         }
-        if self.barren > 1 {
-            let most = 200 << self.barren;
-            tokio::time::sleep(Duration::from_millis(fastrand::u64(most / 2..=most))).await;
-        }
+        tokio::time::sleep(self.breaks.pause()).await;
         let end = (self.end < self.total).then_some(self.end);
-        match self.sources.open(self.position, end, self.failures).await {
-            Ok((incoming, _)) if incoming.total != self.total || incoming.start > self.position => {
+        match self.sources.open(self.position, end, self.breaks.failures).await {
+            Ok((incoming, _)) if incoming.total != self.total || incoming.span.start > self.position => {
                 self.lose("another length than before");
             }
-            Ok((incoming, _)) => self.incoming = Some(incoming),
+            Ok((incoming, _)) => self.flow = Some(Flow::new(incoming)),
             Err(error) => {
                 self.lose(error.as_str());
                 if !error.is_outage() {
@@ -168,21 +153,10 @@ impl Feed {
     }
 }
 
-impl Pace {
-    /// Counts a piece. False: the window is over and brought too little.
-    fn keeps_up(&mut self, waited: Duration, len: usize) -> bool {
-        self.waited += waited;
-        self.bytes += len as u64;
-        if self.waited < PACE_WINDOW {
-            return true;
-        }
-        std::mem::take(self).bytes >= SLOWEST
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::oci::Span;
     use crate::source::Broken;
     use futures_util::{StreamExt, stream};
     use std::sync::Mutex;
@@ -216,14 +190,25 @@ mod tests {
                 Act::Send(count) => (from, count),
                 Act::FromStart(count) => (0, count),
                 Act::Refuse => return Err(SourceError::Failed(503)),
-                Act::OtherLength => return Ok((Incoming::new(from, total + 1, stream::empty()), ServedFrom::Origin)),
-                Act::Stall => return Ok((Incoming::new(from, total, stream::pending()), ServedFrom::Origin)),
+                Act::OtherLength => {
+                    let span = Span { start: from, end: total + 1 };
+                    return Ok((Incoming::new(span, total + 1, stream::empty()), ServedFrom::Origin));
+                }
+                Act::Stall => {
+                    let span = Span { start: from, end: total };
+                    return Ok((Incoming::new(span, total, stream::pending()), ServedFrom::Origin));
+                }
             };
             let rest = &self.body[usize::try_from(start).unwrap()..];
             let sent = rest[..count.min(rest.len())].to_vec();
             let pieces: Vec<_> = sent.chunks(7).map(|piece| Ok(Bytes::copy_from_slice(piece))).collect();
             let end = Err(Broken("reset".into()));
-            Ok((Incoming::new(start, total, stream::iter(pieces).chain(stream::iter([end]))), ServedFrom::Origin))
+            let span = Span { start, end: total };
+            Ok((Incoming::new(span, total, stream::iter(pieces).chain(stream::iter([end]))), ServedFrom::Origin))
+        }
+
+        fn gives_ranges(&self) -> bool {
+            false
         }
     }
 
@@ -257,15 +242,6 @@ mod tests {
     async fn a_byte_a_connection_is_nothing() {
         let error = read(&[Act::Send(1); 300], 0, None).await.unwrap_err();
         assert!(matches!(error, SourceError::Unreachable(_)), "{error}");
-    }
-
-    #[test]
-    fn a_trickle_is_too_slow() {
-        let second = Duration::from_secs(1);
-        let mut pace = Pace::default();
-        assert!((0..29).all(|_| pace.keeps_up(second, 1)));
-        assert!(!pace.keeps_up(second, 1));
-        assert!((0..100).all(|_| pace.keeps_up(second, 4096)));
     }
 
     #[tokio::test(start_paused = true)]

@@ -8,8 +8,9 @@ use bytes::Bytes;
 use rustix::io::{Errno, ReadWriteFlags, preadv2};
 use tokio::sync::watch;
 
-use super::Progress;
+use super::audience::Seat;
 use super::piece::{Piece, piece_len};
+use super::progress::{Phase, Progress};
 use crate::oci::Span;
 use crate::source::Broken;
 use crate::store::Blob;
@@ -19,16 +20,28 @@ pub struct Reader {
     blob: Arc<Blob>,
     span: Span,
     /// None: the whole file is there.
-    progress: Option<watch::Receiver<Progress>>,
+    fill: Option<Following>,
+}
+
+/// A fill that is read along.
+struct Following {
+    progress: watch::Receiver<Progress>,
+    seat: Seat,
 }
 
 impl Reader {
     pub fn of_blob(blob: Arc<Blob>, span: Span) -> Self {
-        Self { blob, span, progress: None }
+        Self { blob, span, fill: None }
     }
 
-    pub(super) fn of_fill(blob: Arc<Blob>, progress: watch::Receiver<Progress>, span: Span) -> Self {
-        Self { blob, span, progress: Some(progress) }
+    pub(super) fn of_fill(blob: Arc<Blob>, progress: watch::Receiver<Progress>, seat: Seat, span: Span) -> Self {
+        Self { blob, span, fill: Some(Following { progress, seat }) }
+    }
+
+    /// What is still to be read, if all of it is there and proven.
+    pub fn complete(&self) -> Option<(&Arc<Blob>, Span)> {
+        let proven = |fill: &Following| fill.progress.borrow().phase() == Phase::Verified;
+        self.fill.as_ref().is_none_or(proven).then_some((&self.blob, self.span))
     }
 
     /// The next piece; None at the end of the span.
@@ -48,16 +61,23 @@ impl Reader {
 
     /// The end of what may be read now; waits until that is something.
     async fn readable(&mut self) -> Result<u64, Broken> {
-        let Some(progress) = &mut self.progress else {
+        let Some(Following { progress, seat }) = &mut self.fill else {
             return Ok(self.span.end);
         };
-        let start = self.span.start;
-        let moved = progress.wait_for(|p| p.released > start || p.is_over()).await;
-        let released = moved.map_err(|_| Broken("the fill vanished".into()))?.released;
-        if released <= start {
+        let (start, total) = (self.span.start, self.blob.len);
+        let now = progress.borrow().readable(start, total);
+        let readable = if now > start {
+            now
+        } else {
+            seat.wait_for(start);
+            let moved = progress.wait_for(|p| p.readable(start, total) > start || p.is_over()).await;
+            seat.served();
+            moved.map_err(|_| Broken("the fill vanished".into()))?.readable(start, total)
+        };
+        if readable <= start {
             return Err(Broken("the fill failed".into()));
         }
-        Ok(released.min(self.span.end))
+        Ok(readable.min(self.span.end))
     }
 }
 

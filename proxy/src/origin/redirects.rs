@@ -1,7 +1,9 @@
 //! Where an upstream's redirects led, for as long as the signed URLs live.
 
+use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::sync::{Mutex, OwnedMutexGuard};
 use url::Url;
 
 use crate::lifetimes::{ByLifetime, Lifetime};
@@ -9,6 +11,8 @@ use crate::lifetimes::{ByLifetime, Lifetime};
 /// Targets by the URL that redirected.
 pub(super) struct Redirects {
     targets: moka::future::Cache<Url, Target>,
+    /// Who asks for a new target; the others wait for what it finds.
+    turns: moka::sync::Cache<Url, Arc<Mutex<()>>>,
 }
 
 #[derive(Clone)]
@@ -25,7 +29,16 @@ const MARGIN: Duration = Duration::from_secs(15);
 
 impl Redirects {
     pub(super) fn new() -> Self {
-        Self { targets: moka::future::Cache::builder().max_capacity(10_000).expire_after(ByLifetime).build() }
+        Self {
+            targets: moka::future::Cache::builder().max_capacity(10_000).expire_after(ByLifetime).build(),
+            turns: moka::sync::Cache::builder().max_capacity(10_000).time_to_idle(UNKNOWN_LIFE).build(),
+        }
+    }
+
+    /// Waits until nobody else asks where this URL leads. A signed URL that expires under several
+    /// connections is so asked for once.
+    pub(super) async fn turn(&self, url: &Url) -> OwnedMutexGuard<()> {
+        self.turns.get_with_by_ref(url, Arc::default).lock_owned().await
     }
 
     pub(super) async fn target(&self, url: &Url) -> Option<Url> {
@@ -39,6 +52,13 @@ impl Redirects {
 
     pub(super) async fn forget(&self, url: &Url) {
         self.targets.invalidate(url).await;
+    }
+
+    /// Forgets a target that no longer works, unless a newer one is known.
+    pub(super) async fn expired(&self, url: &Url, target: &Url) {
+        if self.target(url).await.as_ref() == Some(target) {
+            self.forget(url).await;
+        }
     }
 }
 

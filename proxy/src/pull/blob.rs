@@ -12,7 +12,7 @@ use crate::fill::{Feed, Fill, FillKey, Opened, Passage, Reader, Side};
 use crate::oci::{Digest, ErrorCode, NamedBy, RangeRequest, Registry, Repository, Span};
 use crate::registries::Place;
 use crate::source::{Broken, ServedFrom, SourceError};
-use crate::store::{Blob, Found, Kind, Proof, Tier};
+use crate::store::{Blob, Found, Kind, Proof, SMALL_BYTES, Tier};
 
 /// A request for a blob, or a part of it.
 #[derive(Clone)]
@@ -177,7 +177,7 @@ impl Pull {
         let key = self.fill_key(request);
         let sources = self.sources(request, key.side);
         loop {
-            let fill = self.fills.join(&key, place, sources.clone());
+            let fill = self.fills.join(&key, place, sources.clone(), first_byte_wanted(request.range));
             let error = match self.follow(&fill, request).await {
                 Err(Fetch::Source(error)) => error,
                 other => return other,
@@ -260,6 +260,14 @@ impl Pull {
 /// The part of a blob that a range means; None: the whole.
 pub(super) fn span_of(range: Option<RangeRequest>, total: u64) -> Result<Option<Span>, Refusal> {
     range.map(|range| range.within(total)).transpose().map_err(|_| Refusal::Unsatisfiable { total })
+}
+
+/// Where a fill for this range had best begin; what is near the start is no detour.
+fn first_byte_wanted(range: Option<RangeRequest>) -> u64 {
+    match range {
+        Some(RangeRequest::From(start) | RangeRequest::Bounded(start, _)) if start > SMALL_BYTES => start,
+        _ => 0,
+    }
 }
 
 impl Fetch {

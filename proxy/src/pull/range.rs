@@ -32,14 +32,14 @@ impl Pull {
         let Some(span) = self.bounded(request).await? else { return Ok(None) };
         let key = self.fill_key(request);
         if let Some(fill) = self.fills.running(&key)
-            && fill.released().saturating_add(WAIT_FOR_FILL) >= span.start
+            && fill.is_near(span.start, WAIT_FOR_FILL)
         {
             return Ok(None);
         }
         let asked = self.asked.get(&request.digest).unwrap_or_default().plus(span.len());
         self.asked.insert(request.digest.clone(), asked);
         if asked.is_much() {
-            self.fills.join(&key, &request.place, self.sources(request, key.side));
+            self.fills.join(&key, &request.place, self.sources(request, key.side), 0);
             // What lies far into the blob need not wait for all that comes before.
             if span.start < WAIT_FOR_FILL {
                 return Ok(None);

@@ -41,6 +41,11 @@ impl Sources for BlobSources {
         let incoming = self.pull.origin.blob(&self.place, &self.digest, part, deadline).await?;
         Ok((incoming, ServedFrom::Origin))
     }
+
+    /// An owner is asked for everything: what it has not fetched yet it fetches in order.
+    fn gives_ranges(&self) -> bool {
+        self.side == Side::Owner
+    }
 }
 
 impl BlobSources {

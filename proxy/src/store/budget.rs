@@ -8,6 +8,8 @@ use prometheus::IntGauge;
 /// A limit in bytes, and how much of it is taken.
 pub(super) struct Budget {
     limit: u64,
+    /// What others have left of the limit on their way through the file system.
+    ceiling: AtomicU64,
     used: AtomicU64,
     gauge: IntGauge,
 }
@@ -25,16 +27,27 @@ pub struct NoSpace;
 
 impl Budget {
     pub(super) fn new(limit: u64, gauge: IntGauge) -> Arc<Self> {
-        Arc::new(Self { limit, used: AtomicU64::new(0), gauge })
+        Arc::new(Self { limit, ceiling: AtomicU64::new(limit), used: AtomicU64::new(0), gauge })
     }
 
+    /// Most that may be taken now.
     pub(super) fn limit(&self) -> u64 {
-        self.limit
+        self.ceiling.load(Ordering::Acquire)
+    }
+
+    pub(super) fn used(&self) -> u64 {
+        self.used.load(Ordering::Acquire)
+    }
+
+    /// Yields to others: no more than `bytes`, and never more than the limit.
+    pub(super) fn yield_to(&self, bytes: u64) {
+        self.ceiling.store(bytes.min(self.limit), Ordering::Release);
     }
 
     /// Takes a share if it fits.
     pub(super) fn reserve(self: &Arc<Self>, bytes: u64) -> Result<Charge, NoSpace> {
-        let fits = |used: u64| used.checked_add(bytes).filter(|sum| *sum <= self.limit);
+        let limit = self.limit();
+        let fits = |used: u64| used.checked_add(bytes).filter(|sum| *sum <= limit);
         match self.used.fetch_update(Ordering::AcqRel, Ordering::Acquire, fits) {
             Ok(_) => Ok(self.charged(bytes)),
             Err(_) => Err(NoSpace),
@@ -48,11 +61,7 @@ impl Budget {
     }
 
     pub(super) fn free(&self) -> u64 {
-        self.limit.saturating_sub(self.used.load(Ordering::Acquire))
-    }
-
-    pub(super) fn over(&self) -> bool {
-        self.used.load(Ordering::Acquire) > self.limit
+        self.limit().saturating_sub(self.used())
     }
 
     fn charged(self: &Arc<Self>, bytes: u64) -> Charge {
@@ -61,7 +70,7 @@ impl Budget {
     }
 
     fn show(&self) {
-        self.gauge.set(i64::try_from(self.used.load(Ordering::Acquire)).unwrap_or(i64::MAX));
+        self.gauge.set(i64::try_from(self.used()).unwrap_or(i64::MAX));
     }
 }
 
@@ -84,10 +93,20 @@ mod tests {
         let four = budget.reserve(4).unwrap();
         drop(six);
         assert!(budget.reserve(u64::MAX).is_err());
-        assert!(!budget.over());
         let found = budget.account(20);
-        assert!(budget.over());
+        assert_eq!((budget.used(), budget.free()), (24, 0));
         drop((found, four));
         assert!(budget.reserve(10).is_ok());
+    }
+
+    #[test]
+    fn yields_and_comes_back() {
+        let budget = Budget::new(10, IntGauge::new("x", "x").unwrap());
+        let _eight = budget.reserve(8).unwrap();
+        budget.yield_to(5);
+        assert_eq!((budget.limit(), budget.free()), (5, 0));
+        assert!(budget.reserve(1).is_err());
+        budget.yield_to(u64::MAX);
+        assert_eq!((budget.limit(), budget.free()), (10, 2));
     }
 }

@@ -11,23 +11,26 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use prometheus::IntCounter;
 use rustix::fs::{FallocateFlags, Timestamps};
 
 use super::budget::{Budget, Charge, NoSpace};
+use super::evict::Candidate;
 use super::layout::Layout;
+use super::partial::{Partial, Partials};
 use crate::metrics::Metrics;
-use crate::oci::{Algorithm, Digest};
+use crate::oci::{Algorithm, Digest, Registry, Spans};
 use crate::provenance::Provenance;
 
 /// The verified files and their index.
 pub struct Large {
     blobs: PathBuf,
     fills: PathBuf,
-    budget: Arc<Budget>,
+    pub(super) budget: Arc<Budget>,
     index: Mutex<HashMap<Digest, Entry>>,
+    partials: Mutex<Partials>,
     evicted: IntCounter,
     next_draft: AtomicU64,
 }
@@ -61,6 +64,8 @@ struct Entry {
     len: u64,
     proof: Proof,
     last_used: SystemTime,
+    /// How often it was used, at different times, since this process found it.
+    uses: u32,
     /// When `last_used` was last written to the file's times.
     touched: SystemTime,
     charge: Arc<Charge>,
@@ -69,6 +74,12 @@ struct Entry {
 
 /// A hit renews the file's times at most this often.
 const TOUCH_INTERVAL: Duration = Duration::from_secs(3600);
+
+/// Hits within this time are one use.
+const ONE_USE: Duration = Duration::from_secs(60);
+
+/// Partials together take at most this part of the disk.
+const PARTIALS_PART: u64 = 8;
 
 /// What a file takes beyond its bytes: rounding to blocks, inode, record.
 const FILE_OVERHEAD: u64 = 8192;
@@ -85,11 +96,12 @@ impl Large {
             fills: layout.fills(),
             budget,
             index: Mutex::new(index),
+            partials: Mutex::default(),
             evicted: metrics.evicted_bytes.clone(),
             next_draft: AtomicU64::new(0),
         };
         // The limit may have been lowered since.
-        while large.budget.over() && large.evict_one() {}
+        while large.budget.used() > limit && large.evict_one() {}
         Ok(large)
     }
 
@@ -99,6 +111,9 @@ impl Large {
         let now = SystemTime::now();
         let mut index = self.index();
         let entry = index.get_mut(digest)?;
+        if now.duration_since(entry.last_used).is_ok_and(|age| age > ONE_USE) {
+            entry.uses = entry.uses.saturating_add(1);
+        }
         entry.last_used = now;
         let proof = entry.proof;
         let touch = now.duration_since(entry.touched).is_ok_and(|age| age > TOUCH_INTERVAL);
@@ -134,13 +149,10 @@ impl Large {
     /// Reserves space for a blob of `len` bytes, evicting others if need be. Blocks on the disk.
     pub fn draft(&self, len: u64, provenance: Provenance) -> Result<Draft, NoSpace> {
         let bytes = len.checked_add(FILE_OVERHEAD).filter(|b| *b <= self.budget.limit()).ok_or(NoSpace)?;
-        if !self.could_hold(bytes) {
-            return Err(NoSpace);
-        }
         let charge = loop {
             match self.budget.reserve(bytes) {
                 Ok(charge) => break Arc::new(charge),
-                Err(NoSpace) if self.evict_one() => {}
+                Err(NoSpace) if self.make_room(bytes) => {}
                 Err(NoSpace) => return Err(NoSpace),
             }
         };
@@ -166,6 +178,7 @@ impl Large {
             len: draft.blob.len,
             proof: Proof::Verified,
             last_used: now,
+            uses: 1,
             touched: now,
             charge: draft.blob.charge.clone(),
             // The draft keeps it open until it has its name.
@@ -212,30 +225,49 @@ impl Large {
         }
     }
 
-    /// Whether evicting everything idle would make enough room: nothing is given up in vain.
-    fn could_hold(&self, bytes: u64) -> bool {
-        let free = self.budget.free();
-        if free >= bytes {
-            return true;
-        }
-        let index = self.index();
-        let idle = index.values().filter(|entry| entry.open.strong_count() == 0);
-        free + idle.map(|entry| entry.len + FILE_OVERHEAD).sum::<u64>() >= bytes
+    /// Keeps what there is of a blob for whoever asks next, within bounds.
+    pub fn keep_partial(&self, digest: &Digest, registry: &Registry, draft: Draft, written: Spans) {
+        let limit = self.budget.limit() / PARTIALS_PART;
+        self.partials().keep(digest, registry, Partial { draft, written }, limit, Instant::now());
     }
 
-    /// Unlinks the least recently used blob that nobody reads. False: there is none.
-    fn evict_one(&self) -> bool {
-        let mut index = self.index();
+    /// What an earlier attempt to fetch this blob from this registry has left.
+    pub fn take_partial(&self, digest: &Digest, registry: &Registry) -> Option<Partial> {
+        self.partials().take(digest, registry)
+    }
+
+    /// Whether evicting everything idle would make enough room.
+    pub(super) fn could_hold(&self, bytes: u64) -> bool {
+        let partials = self.partials().bytes();
+        let idle: u64 = self.idle().iter().map(|candidate| candidate.bytes).sum();
+        self.budget.free() + partials + idle >= bytes
+    }
+
+    /// The blobs that nobody reads.
+    pub(super) fn idle(&self) -> Vec<Candidate> {
+        let index = self.index();
         let idle = index.iter().filter(|(_, entry)| entry.open.strong_count() == 0);
-        let Some(victim) = idle.min_by_key(|(_, entry)| entry.last_used).map(|(d, _)| d.clone()) else {
+        idle.map(|(digest, entry)| Candidate {
+            digest: digest.clone(),
+            bytes: entry.len + FILE_OVERHEAD,
+            last_used: entry.last_used,
+            uses: entry.uses,
+        })
+        .collect()
+    }
+
+    /// Unlinks a blob, unless somebody reads it by now.
+    pub(super) fn evict(&self, digest: &Digest) -> bool {
+        let mut index = self.index();
+        if index.get(digest).is_none_or(|entry| entry.open.strong_count() > 0) {
             return false;
-        };
-        let entry = index.remove(&victim);
+        }
+        let entry = index.remove(digest);
         drop(index);
-        self.unlink(&victim);
+        self.unlink(digest);
         if let Some(entry) = entry {
             self.evicted.inc_by(entry.len);
-            tracing::debug!(digest = %victim, bytes = entry.len, "evicted");
+            tracing::debug!(%digest, bytes = entry.len, "evicted");
         }
         true
     }
@@ -274,6 +306,15 @@ impl Large {
         self.blobs.join(digest.algorithm().as_str()).join(&digest.hex()[..2]).join(digest.hex())
     }
 
+    pub(super) fn blobs(&self) -> &Path {
+        &self.blobs
+    }
+
+    pub(super) fn partials(&self) -> MutexGuard<'_, Partials> {
+        // Nothing inside the lock panics half-way through a change.
+        self.partials.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn index(&self) -> MutexGuard<'_, HashMap<Digest, Entry>> {
         // Nothing inside the lock panics half-way through a change.
         self.index.lock().unwrap_or_else(PoisonError::into_inner)
@@ -306,7 +347,15 @@ fn scan(blobs: &Path, budget: &Arc<Budget>, proof: Proof) -> io::Result<HashMap<
                 };
                 let last_used = meta.modified().unwrap_or(SystemTime::UNIX_EPOCH);
                 let charge = Arc::new(budget.account(meta.size() + FILE_OVERHEAD));
-                let entry = Entry { len: meta.size(), proof, last_used, touched: last_used, charge, open: Weak::new() };
+                let entry = Entry {
+                    len: meta.size(),
+                    proof,
+                    last_used,
+                    uses: 1,
+                    touched: last_used,
+                    charge,
+                    open: Weak::new(),
+                };
                 index.insert(digest, entry);
             }
         }

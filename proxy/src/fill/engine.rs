@@ -1,0 +1,321 @@
+//! Brings a blob by several connections at once: each fetches a range, in whatever order they end.
+//!
+//! There are more connections only while they make it faster ([`Climb`]), ranges that readers wait
+//! for come first ([`Plan`]), and a source that breaks loses only its range. Where ranges are not
+//! understood, one connection brings the rest in order.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures_util::stream::{FuturesUnordered, StreamExt};
+use tokio::sync::mpsc;
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
+
+use super::allowance::{Allowance, Leave, MAX_OF_BLOB};
+use super::climb::Climb;
+use super::feed::{Feed, Sources};
+use super::flow::{Breaks, Flow};
+use super::plan::Plan;
+use super::write::Piece;
+use super::{ABANDONED_AFTER, Fill, LITTLE_LEFT};
+use crate::config::Abandoned;
+use crate::oci::Span;
+use crate::source::SourceError;
+
+/// How the bytes ended.
+#[derive(Debug)]
+pub(super) enum Ended {
+    /// All were brought.
+    Complete,
+    /// Nobody wants them any more.
+    Abandoned,
+    Broken(SourceError),
+}
+
+/// One blob on its way in.
+pub(super) struct Engine<'a> {
+    pub(super) fill: &'a Fill,
+    pub(super) sources: Arc<dyn Sources>,
+    pub(super) allowance: &'a Allowance,
+    pub(super) plan: Plan,
+    pub(super) total: u64,
+    pub(super) pieces: mpsc::Sender<Piece>,
+}
+
+/// What all connections of a blob have brought.
+#[derive(Default)]
+struct Meter {
+    bytes: AtomicU64,
+    /// Connections that are bringing bytes now.
+    busy: AtomicUsize,
+}
+
+/// One connection's range.
+struct Lane<'a> {
+    sources: &'a dyn Sources,
+    span: Span,
+    total: u64,
+    failures: u32,
+    pieces: mpsc::Sender<Piece>,
+    meter: &'a Meter,
+    _leave: Option<Leave>,
+}
+
+/// What became of a range: its first missing byte, and why the rest did not come.
+struct Fetched {
+    span: Span,
+    position: u64,
+    lost: Option<Lost>,
+}
+
+enum Lost {
+    /// The connection broke.
+    Broke(String),
+    /// The source gives nothing.
+    Refused(SourceError),
+    /// It does not understand ranges.
+    NoRanges,
+    /// The disk takes no more.
+    Unwritable,
+}
+
+/// How often the number of connections is thought over.
+const TICK: Duration = Duration::from_millis(100);
+
+impl Engine<'_> {
+    /// Fetches what is missing. `first` is the connection that is open already.
+    pub(super) async fn run(mut self, first: Feed) -> Ended {
+        let mut first = first;
+        if !self.sources.gives_ranges() {
+            return self.in_order(first).await;
+        }
+        match first.take_part() {
+            Some(flow) => {
+                drop(first);
+                match self.by_ranges(flow).await {
+                    Some(ended) => ended,
+                    None => self.again_in_order().await,
+                }
+            }
+            None => self.in_order(first).await,
+        }
+    }
+
+    /// None: the source does not understand ranges after all.
+    async fn by_ranges(&mut self, first: Flow) -> Option<Ended> {
+        let meter = Meter::default();
+        let sources = self.sources.clone();
+        let mut climb = Climb::new(MAX_OF_BLOB);
+        let mut breaks = Breaks::default();
+        let mut resume_at = Instant::now();
+        let mut understood = true;
+        let mut lanes = FuturesUnordered::new();
+        let lane = |span, failures, pieces, leave| Lane {
+            sources: &*sources,
+            span,
+            total: self.total,
+            failures,
+            pieces,
+            meter: &meter,
+            _leave: leave,
+        };
+        let span = Span { start: first.position(), end: first.end() };
+        self.plan.take(span);
+        lanes.push(lane(span, 0, self.pieces.clone(), None).run(Some(first)));
+        let mut progress = self.fill.progress.subscribe();
+        let mut tick = interval(TICK);
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            let now = Instant::now();
+            while understood && now >= resume_at {
+                let wanted = self.fill.audience.wanted();
+                // Who waits for a byte that nobody brings need not wait for a whole range to end.
+                let urgent = self.plan.waited_for(&wanted).is_some() && lanes.len() < MAX_OF_BLOB;
+                if lanes.len() >= climb.lanes() && !urgent {
+                    break;
+                }
+                let leave = if lanes.is_empty() { None } else { self.allowance.take(&self.fill.key.registry) };
+                if leave.is_none() && !lanes.is_empty() {
+                    climb.limit(lanes.len());
+                    break;
+                }
+                let hashed = progress.borrow_and_update().hashed();
+                let Some(span) = self.plan.next(hashed, &wanted, climb.lanes()) else { break };
+                lanes.push(lane(span, breaks.failures, self.pieces.clone(), leave).run(None));
+            }
+            if lanes.is_empty() && self.plan.is_complete() {
+                return Some(Ended::Complete);
+            }
+            if lanes.is_empty() && !understood {
+                return None;
+            }
+            tokio::select! {
+                Some(fetched) = lanes.next() => {
+                    let Fetched { span, position, lost } = fetched;
+                    let Some(lost) = lost else {
+                        breaks.recovered();
+                        continue;
+                    };
+                    self.plan.give_back(Span { start: position, end: span.end });
+                    let alone = lanes.is_empty();
+                    match lost {
+                        Lost::NoRanges => {
+                            understood = false;
+                            continue;
+                        }
+                        Lost::Unwritable => return Some(Ended::Broken(unwritable())),
+                        // The others get on: one fewer will do.
+                        Lost::Refused(error) if !alone => {
+                            tracing::info!(error = error.as_str(), lanes = lanes.len(), "a further connection is refused");
+                            climb.limit(lanes.len());
+                            continue;
+                        }
+                        Lost::Refused(error) if !error.is_outage() => return Some(Ended::Broken(error)),
+                        Lost::Refused(error) => log_break(error.as_str(), position, self.total),
+                        Lost::Broke(why) => log_break(&why, position, self.total),
+                    }
+                    breaks.broke(position - span.start);
+                    if alone && breaks.too_many() {
+                        return Some(Ended::Broken(SourceError::Unreachable("every source broke".into())));
+                    }
+                    resume_at = Instant::now() + breaks.pause();
+                }
+                _ = tick.tick() => {
+                    climb.observe(Instant::now(), meter.bytes.load(Ordering::Relaxed), meter.busy.load(Ordering::Relaxed));
+                    if self.is_abandoned() {
+                        return Some(Ended::Abandoned);
+                    }
+                }
+                () = self.fill.audience.waiting.notified() => {}
+                () = sleep_until(resume_at), if now < resume_at => {}
+                // The plan may go on when more is hashed.
+                changed = progress.changed(), if lanes.len() < climb.lanes() => {
+                    if changed.is_err() {
+                        return Some(Ended::Broken(unwritable()));
+                    }
+                }
+            }
+        }
+    }
+
+    /// Asks for everything from the start, and skips what is there.
+    async fn again_in_order(self) -> Ended {
+        tracing::info!(digest = %self.fill.key.digest, "ranges are not understood, going on with one connection");
+        match Feed::open(self.sources.clone(), 0, None).await {
+            Ok(feed) if feed.total() == self.total => self.in_order(feed).await,
+            Ok(_) => Ended::Broken(SourceError::Malformed("another length than before".into())),
+            Err(error) => Ended::Broken(error),
+        }
+    }
+
+    async fn in_order(mut self, mut feed: Feed) -> Ended {
+        loop {
+            let mut position = feed.position();
+            let piece = tokio::select! {
+                piece = feed.next() => piece,
+                () = self.abandoned() => return Ended::Abandoned,
+            };
+            let mut bytes = match piece {
+                Ok(Some(bytes)) => bytes,
+                Ok(None) if self.plan.is_complete() => return Ended::Complete,
+                Ok(None) => return Ended::Broken(SourceError::Unreachable("every source broke".into())),
+                Err(error) => return Ended::Broken(error),
+            };
+            // What an earlier attempt has written is not written again.
+            while let Some(gap) = self.plan.gap(position) {
+                let _ = split(&mut bytes, gap.start - position);
+                let bytes = split(&mut bytes, gap.end - gap.start);
+                if bytes.is_empty() {
+                    break;
+                }
+                let span = Span { start: gap.start, end: gap.start + bytes.len() as u64 };
+                self.plan.take(span);
+                if self.pieces.send(Piece { position: span.start, bytes }).await.is_err() {
+                    return Ended::Broken(unwritable());
+                }
+                position = span.end;
+            }
+        }
+    }
+
+    async fn abandoned(&self) {
+        while !self.is_abandoned() {
+            tokio::time::sleep(Duration::from_secs(1)).await;
+        }
+    }
+
+    /// Whether everybody has left long ago, and much is still to come.
+    fn is_abandoned(&self) -> bool {
+        let left = self.total - self.fill.progress.borrow().written().len();
+        let since = self.fill.audience.empty_since();
+        left > LITTLE_LEFT
+            && self.fill.place.rule.abandoned == Abandoned::Keep
+            && since.is_some_and(|since| since.elapsed() > ABANDONED_AFTER)
+    }
+}
+
+impl Lane<'_> {
+    async fn run(self, opened: Option<Flow>) -> Fetched {
+        let mut position = self.span.start;
+        let lost = self.bring(opened, &mut position).await.err();
+        Fetched { span: self.span, position, lost }
+    }
+
+    async fn bring(&self, opened: Option<Flow>, position: &mut u64) -> Result<(), Lost> {
+        let mut flow = match opened {
+            Some(flow) => flow,
+            None => match self.sources.open(self.span.start, Some(self.span.end), self.failures).await {
+                Ok((incoming, _)) if incoming.total != self.total => return Err(Lost::Broke("another length".into())),
+                Ok((incoming, _)) if incoming.span != self.span => return Err(Lost::NoRanges),
+                Ok((incoming, _)) => Flow::new(incoming),
+                Err(SourceError::Malformed(_)) => return Err(Lost::NoRanges),
+                Err(error) => return Err(Lost::Refused(error)),
+            },
+        };
+        let mut busy = None;
+        while *position < self.span.end {
+            let mut bytes = flow.next().await.map_err(Lost::Broke)?;
+            busy.get_or_insert_with(|| Busy::new(self.meter));
+            bytes.truncate(usize::try_from(self.span.end - *position).unwrap_or(usize::MAX));
+            let len = bytes.len() as u64;
+            self.pieces.send(Piece { position: *position, bytes }).await.map_err(|_| Lost::Unwritable)?;
+            self.meter.bytes.fetch_add(len, Ordering::Relaxed);
+            *position += len;
+        }
+        Ok(())
+    }
+}
+
+/// Counts a connection as busy for as long as it is held.
+struct Busy<'a>(&'a Meter);
+
+impl<'a> Busy<'a> {
+    fn new(meter: &'a Meter) -> Self {
+        meter.busy.fetch_add(1, Ordering::Relaxed);
+        Self(meter)
+    }
+}
+
+impl Drop for Busy<'_> {
+    fn drop(&mut self) {
+        self.0.busy.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// Takes up to so many bytes from the front.
+fn split(bytes: &mut Bytes, count: u64) -> Bytes {
+    bytes.split_to(usize::try_from(count).unwrap_or(usize::MAX).min(bytes.len()))
+}
+
+fn log_break(why: &str, position: u64, total: u64) {
+    tracing::info!(why, position, total, "a source broke, going on with another");
+}
+
+fn unwritable() -> SourceError {
+    SourceError::Unreachable("the disk refuses to write".into())
+}
+
+#[cfg(test)]
+mod tests;

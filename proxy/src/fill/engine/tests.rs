@@ -1,0 +1,214 @@
+//! Any interleaving of sources, faults and readers ends in the right bytes or a clean refusal.
+
+use std::sync::Mutex;
+use std::sync::atomic::AtomicU32;
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use futures_util::stream;
+
+use super::super::progress::Phase;
+use super::super::{FillKey, Side};
+use super::*;
+use crate::config::Config;
+use crate::oci::{Digest, Spans};
+use crate::registries::Registries;
+use crate::source::{Broken, Incoming, ServedFrom};
+
+const MIB: usize = 1024 * 1024;
+
+/// An origin whose every answer is drawn by lot.
+struct Lottery {
+    body: Bytes,
+    random: Mutex<fastrand::Rng>,
+    /// Of a hundred answers so many go wrong.
+    faults: u8,
+    /// How a limited origin divides itself.
+    pace: Duration,
+    opened: AtomicU32,
+    whole: AtomicU32,
+}
+
+impl Lottery {
+    fn new(body: &Bytes, seed: u64, faults: u8) -> Arc<Self> {
+        let random = Mutex::new(fastrand::Rng::with_seed(seed));
+        let pace = Duration::from_millis(25);
+        Arc::new(Self { body: body.clone(), random, faults, pace, opened: AtomicU32::new(0), whole: AtomicU32::new(0) })
+    }
+
+    /// Sends a span in pieces of 1 MiB, so many of them and then `end`.
+    fn send(&self, span: Span, total: u64, pieces: usize, end: Option<Result<Bytes, Broken>>) -> Incoming {
+        let part = self.body.slice(usize::try_from(span.start).unwrap()..usize::try_from(span.end).unwrap());
+        let cut: Vec<_> = (0..part.len()).step_by(MIB).map(|at| part.slice(at..part.len().min(at + MIB))).collect();
+        let stalls = end.is_none() && pieces < cut.len();
+        let pace = self.pace;
+        let sent = stream::iter(cut.into_iter().take(pieces)).then(move |piece| async move {
+            tokio::time::sleep(pace).await;
+            Ok(piece)
+        });
+        let rest = stream::iter(end);
+        let never = stream::once(async move {
+            if stalls {
+                std::future::pending::<()>().await;
+            }
+            Err(Broken("over".into()))
+        });
+        Incoming::new(span, total, sent.chain(rest).chain(never))
+    }
+}
+
+#[async_trait]
+impl Sources for Lottery {
+    async fn open(&self, from: u64, end: Option<u64>, _: u32) -> Result<(Incoming, ServedFrom), SourceError> {
+        self.opened.fetch_add(1, Ordering::Relaxed);
+        let total = self.body.len() as u64;
+        let span = Span { start: from, end: end.unwrap_or(total).min(total) };
+        let (lot, pieces, delay) = {
+            let mut random = self.random.lock().unwrap();
+            let fault = random.u8(0..100) < self.faults;
+            (if fault { random.u8(1..8) } else { 0 }, random.usize(0..16), random.u64(0..200))
+        };
+        tokio::time::sleep(Duration::from_millis(delay)).await;
+        if from >= total {
+            return Err(SourceError::Failed(416));
+        }
+        let incoming = match lot {
+            1 => return Err(SourceError::Failed(503)),
+            2 => return Err(SourceError::TimedOut),
+            3 => return Err(SourceError::Malformed("206 for another range".into())),
+            4 => self.send(span, total, pieces, Some(Err(Broken("reset".into())))),
+            5 => self.send(span, total, pieces, None),
+            6 => self.send(span, total + 1, usize::MAX, None),
+            7 => {
+                self.whole.fetch_add(1, Ordering::Relaxed);
+                self.send(Span::whole(total), total, usize::MAX, None)
+            }
+            _ => self.send(span, total, usize::MAX, None),
+        };
+        Ok((incoming, ServedFrom::Origin))
+    }
+
+    fn gives_ranges(&self) -> bool {
+        true
+    }
+}
+
+fn body(mib: usize) -> Bytes {
+    let mut random = fastrand::Rng::with_seed(1);
+    // Not a whole number of pieces.
+    (0..(mib * MIB + 12_345) / 8).flat_map(|_| random.u64(..).to_le_bytes()).collect()
+}
+
+fn fill(digest: &Digest) -> Arc<Fill> {
+    let registries = Registries::new(&Config::default());
+    let (registry, repository) = ("docker.io".parse().unwrap(), "library/a".parse().unwrap());
+    let rule = registries.rule(&registry).clone();
+    let place = crate::registries::Place { rule, registry, repository };
+    let key = FillKey { digest: digest.clone(), registry: place.registry.clone(), side: Side::Owner };
+    Arc::new(Fill::new(key, place))
+}
+
+/// Runs the engine against a disk that only checks what it is given, and hashes with a delay.
+async fn run(sources: Arc<dyn Sources>, body: &Bytes, fill: &Arc<Fill>, from: u64, written: Spans) -> (Ended, Spans) {
+    let (pieces, mut received) = mpsc::channel::<Piece>(16);
+    fill.progress.send_modify(|progress| {
+        progress.set_written(written.clone());
+        progress.enter(Phase::Growing);
+    });
+    let (truth, watched, mut there) = (body.clone(), fill.clone(), written.clone());
+    let disk = tokio::spawn(async move {
+        while let Some(Piece { position, bytes }) = received.recv().await {
+            let at = usize::try_from(position).unwrap();
+            assert!(truth[at..at + bytes.len()] == bytes[..], "wrong bytes at {position}");
+            let span = Span { start: position, end: position + bytes.len() as u64 };
+            assert_eq!(there.gap(span.start, span.end), Some(span), "written twice");
+            there.insert(span);
+            watched.progress.send_modify(|progress| {
+                progress.wrote(span);
+                progress.hashed_to(there.run_end(0));
+            });
+        }
+        there
+    });
+    let total = body.len() as u64;
+    let allowance = Allowance::new();
+    let first = Plan::new(total, written.clone()).next(0, &[from], 1).unwrap();
+    let opened = Feed::open_range(sources.clone(), first.start, first.len()).await;
+    let feed = match opened {
+        Ok(feed) if feed.total() == total => feed,
+        Ok(_) => return (Ended::Broken(SourceError::Malformed("another length".into())), written),
+        Err(error) => return (Ended::Broken(error), written),
+    };
+    let engine = Engine { fill, sources, allowance: &allowance, plan: Plan::new(total, written), total, pieces };
+    let ended = engine.run(feed).await;
+    (ended, disk.await.unwrap())
+}
+
+#[tokio::test(start_paused = true)]
+async fn any_interleaving_of_faults_ends_right_or_refused() {
+    let body = body(70);
+    let digest = Digest::of(b"unused");
+    let (mut complete, mut broken) = (0, 0);
+    for seed in 0..150 {
+        let fill = fill(&digest);
+        let faults = [0, 5, 20, 60][usize::try_from(seed % 4).unwrap()];
+        let sources = Lottery::new(&body, seed, faults);
+        // Readers that wait here and there, and leave.
+        let _readers: Vec<_> = (0..seed % 5)
+            .map(|nth| {
+                let seat = fill.audience.sit();
+                seat.wait_for((seed * 7 + nth * 13) % 70 * MIB as u64);
+                seat
+            })
+            .collect();
+        let (ended, there) = run(sources.clone(), &body, &fill, 0, Spans::default()).await;
+        match ended {
+            Ended::Complete => {
+                assert_eq!(there, Spans::from(Span::whole(body.len() as u64)), "seed {seed}");
+                complete += 1;
+            }
+            Ended::Broken(error) => {
+                assert!(faults > 0 && error.is_outage(), "seed {seed}: {error}");
+                broken += 1;
+            }
+            Ended::Abandoned => panic!("seed {seed}: somebody reads"),
+        }
+    }
+    assert!(complete > 100 && broken > 0, "{complete} complete, {broken} broken");
+}
+
+#[tokio::test(start_paused = true)]
+async fn goes_on_with_what_is_there_and_fetches_the_rest_once() {
+    let body = body(70);
+    let fill = fill(&Digest::of(b"unused"));
+    let mut written = Spans::from(Span { start: 0, end: 20 * MIB as u64 });
+    written.insert(Span { start: 30 * MIB as u64, end: 31 * MIB as u64 });
+    let sources = Lottery::new(&body, 1, 0);
+    let (ended, there) = run(sources.clone(), &body, &fill, 20 * MIB as u64, written).await;
+    assert!(matches!(ended, Ended::Complete), "{ended:?}");
+    assert_eq!(there.len(), body.len() as u64);
+    assert_eq!(sources.whole.load(Ordering::Relaxed), 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn stops_when_everybody_left() {
+    let body = body(70);
+    let fill = fill(&Digest::of(b"unused"));
+    drop(fill.audience.sit());
+    let mut slow = Lottery::new(&body, 1, 0);
+    Arc::get_mut(&mut slow).unwrap().pace = Duration::from_secs(5);
+    let (ended, there) = run(slow, &body, &fill, 0, Spans::default()).await;
+    assert!(matches!(ended, Ended::Abandoned), "{ended:?}");
+    assert!(!there.is_empty() && there.len() < 40 * MIB as u64);
+}
+
+#[tokio::test(start_paused = true)]
+async fn each_connection_limited_means_several() {
+    let body = body(200);
+    let fill = fill(&Digest::of(b"unused"));
+    let begun = Instant::now();
+    // 40 MiB a second for each connection: 5 s for one.
+    let (ended, _) = run(Lottery::new(&body, 1, 0), &body, &fill, 0, Spans::default()).await;
+    assert!(matches!(ended, Ended::Complete), "{ended:?}");
+    assert!(begun.elapsed() < Duration::from_millis(2500), "{:?}", begun.elapsed());
+}

@@ -1,0 +1,140 @@
+//! One connection's bytes, for as long as it brings enough of them, and what its breaks cost.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use tokio::time::{Instant, timeout};
+
+use crate::source::Incoming;
+
+/// A source that sends nothing for this long is changed.
+const STALL: Duration = Duration::from_secs(10);
+
+/// So is one that brings less than this in this time.
+const SLOWEST: u64 = 64 * 1024;
+const PACE_WINDOW: Duration = Duration::from_secs(30);
+
+/// So many connections in a row that bring next to nothing, and it is over.
+const MAX_BARREN: u32 = 4;
+
+/// Whatever they bring, more connections than this are an origin that cannot be used.
+const MAX_FAILURES: u32 = 100;
+
+/// A body that is watched.
+pub(super) struct Flow {
+    incoming: Incoming,
+    /// Bytes that it has brought.
+    pub(super) brought: u64,
+    pace: Pace,
+}
+
+/// How fast a connection is, counting only the time spent waiting for it.
+#[derive(Default)]
+struct Pace {
+    waited: Duration,
+    bytes: u64,
+}
+
+/// The connections of one blob that broke.
+#[derive(Default)]
+pub(super) struct Breaks {
+    pub(super) failures: u32,
+    /// How many in a row brought next to nothing.
+    barren: u32,
+}
+
+impl Flow {
+    pub(super) fn new(incoming: Incoming) -> Self {
+        Self { incoming, brought: 0, pace: Pace::default() }
+    }
+
+    /// Offset of the next byte that comes.
+    pub(super) fn position(&self) -> u64 {
+        self.incoming.span.start + self.brought
+    }
+
+    /// Offset after the last byte that comes.
+    pub(super) fn end(&self) -> u64 {
+        self.incoming.span.end
+    }
+
+    /// The next piece, or why there is none.
+    pub(super) async fn next(&mut self) -> Result<Bytes, String> {
+        let asked = Instant::now();
+        let next = timeout(STALL, self.incoming.next()).await;
+        match next {
+            Ok(Some(Ok(piece))) if self.pace.keeps_up(asked.elapsed(), piece.len()) => {
+                self.brought += piece.len() as u64;
+                Ok(piece)
+            }
+            Ok(Some(Ok(_))) => Err("too slow".into()),
+            Ok(Some(Err(broken))) => Err(broken.0),
+            Ok(None) => Err("ended early".into()),
+            Err(_) => Err("stalled".into()),
+        }
+    }
+}
+
+impl Breaks {
+    /// Counts a connection that broke. Whoever brings a byte a connection brings nothing.
+    pub(super) fn broke(&mut self, brought: u64) {
+        self.failures += 1;
+        self.barren = if brought < SLOWEST { self.barren + 1 } else { 1 };
+    }
+
+    /// A connection brought all that it was asked for.
+    pub(super) fn recovered(&mut self) {
+        self.barren = 0;
+    }
+
+    /// Whether there is no sense in going on.
+    pub(super) fn too_many(&self) -> bool {
+        self.barren >= MAX_BARREN || self.failures >= MAX_FAILURES
+    }
+
+    /// How long to wait before the next connection.
+    pub(super) fn pause(&self) -> Duration {
+        if self.barren <= 1 {
+            return Duration::ZERO;
+        }
+        let most = 200 << self.barren;
+        Duration::from_millis(fastrand::u64(most / 2..=most))
+    }
+}
+
+impl Pace {
+    /// Counts a piece. False: the window is over and brought too little.
+    fn keeps_up(&mut self, waited: Duration, len: usize) -> bool {
+        self.waited += waited;
+        self.bytes += len as u64;
+        if self.waited < PACE_WINDOW {
+            return true;
+        }
+        std::mem::take(self).bytes >= SLOWEST
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_trickle_is_too_slow() {
+        let second = Duration::from_secs(1);
+        let mut pace = Pace::default();
+        assert!((0..29).all(|_| pace.keeps_up(second, 1)));
+        assert!(!pace.keeps_up(second, 1));
+        assert!((0..100).all(|_| pace.keeps_up(second, 4096)));
+    }
+
+    #[test]
+    fn a_byte_a_connection_is_nothing() {
+        let mut breaks = Breaks::default();
+        (0..3).for_each(|_| breaks.broke(1));
+        assert!(!breaks.too_many() && breaks.pause() > Duration::ZERO);
+        breaks.broke(SLOWEST);
+        assert!(breaks.pause().is_zero());
+        (0..3).for_each(|_| breaks.broke(1));
+        assert!(breaks.too_many());
+    }
+}

@@ -1,0 +1,95 @@
+//! How far a fill is, as its readers see it.
+
+use super::HELD_BYTES;
+use crate::oci::{Span, Spans};
+
+/// What of a blob is there, and whether more will come.
+#[derive(Clone, Debug)]
+pub(super) struct Progress {
+    written: Spans,
+    /// Bytes from the start that were hashed.
+    hashed: u64,
+    phase: Phase,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Phase {
+    Opening,
+    Growing,
+    Verified,
+    Failed,
+}
+
+impl Progress {
+    pub(super) fn new() -> Self {
+        Self { written: Spans::default(), hashed: 0, phase: Phase::Opening }
+    }
+
+    pub(super) fn phase(&self) -> Phase {
+        self.phase
+    }
+
+    pub(super) fn hashed(&self) -> u64 {
+        self.hashed
+    }
+
+    pub(super) fn written(&self) -> &Spans {
+        &self.written
+    }
+
+    pub(super) fn is_over(&self) -> bool {
+        matches!(self.phase, Phase::Verified | Phase::Failed)
+    }
+
+    /// How far a reader at `start` may read in a blob of `total` bytes; `start` if not at all. The
+    /// end of the blob is held until its digest agrees.
+    pub(super) fn readable(&self, start: u64, total: u64) -> u64 {
+        match self.phase {
+            Phase::Verified => total,
+            _ => self.written.run_end(start).min(total.saturating_sub(HELD_BYTES)).max(start),
+        }
+    }
+
+    pub(super) fn enter(&mut self, phase: Phase) {
+        self.phase = phase;
+    }
+
+    pub(super) fn set_written(&mut self, written: Spans) {
+        self.written = written;
+    }
+
+    pub(super) fn wrote(&mut self, span: Span) {
+        self.written.insert(span);
+    }
+
+    pub(super) fn hashed_to(&mut self, end: u64) {
+        self.hashed = end;
+    }
+
+    /// Takes back what was written: it is wrong.
+    pub(super) fn disown(&mut self) {
+        self.written = Spans::default();
+        self.phase = Phase::Failed;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_end_is_held_until_the_digest_agrees() {
+        let total = 10 * HELD_BYTES;
+        let mut progress = Progress::new();
+        progress.wrote(Span { start: 0, end: 5 });
+        progress.wrote(Span { start: 100, end: total });
+        assert_eq!(progress.readable(0, total), 5);
+        assert_eq!(progress.readable(5, total), 5, "a gap");
+        assert_eq!(progress.readable(200, total), total - HELD_BYTES);
+        assert_eq!(progress.readable(total - 1, total), total - 1);
+        progress.enter(Phase::Verified);
+        assert_eq!(progress.readable(total - 1, total), total);
+        progress.disown();
+        assert_eq!(progress.readable(0, total), 0);
+    }
+}

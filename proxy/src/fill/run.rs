@@ -1,0 +1,224 @@
+//! One fill from its first question to the file under its name.
+
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use tokio::time::timeout;
+
+use super::engine::{Ended, Engine};
+use super::feed::{Feed, Sources};
+use super::plan::{LARGEST_RANGE, Plan};
+use super::progress::Phase;
+use super::write::{self, Written};
+use super::{Fill, Fills, Opened};
+use crate::oci::{BLOB_MEDIA_TYPE, Span, Spans};
+use crate::source::{ServedFrom, SourceError};
+use crate::store::{Blob, Draft, Found, Kind, NoSpace, Partial, Proof, SMALL_BYTES, SmallObject};
+
+/// A small object has to be here whole within this time.
+const SMALL_TIME: Duration = Duration::from_secs(10);
+
+/// A fill while it runs; dropping it, also by a panic, takes it off the list and wakes its readers.
+pub(super) struct Running<'a> {
+    pub(super) fills: &'a Fills,
+    pub(super) fill: &'a Fill,
+}
+
+impl Running<'_> {
+    /// Fetches a blob; whoever asks first wants to read from `from`.
+    pub(super) async fn fill_from(&self, sources: Arc<dyn Sources>, from: u64) {
+        // An earlier fill may have ended between our request's look-up and our start. What came from
+        // another registry was not given to that request either.
+        let kept = self.fills.store.find(&self.fill.key.digest, Kind::Blob).await;
+        let registry = self.fill.key.registry.as_str();
+        match kept.filter(|found| found.provenance().is_some_and(|known| known.registry == registry)) {
+            Some(Found::Small { object, .. }) => {
+                return self.fill.open(Ok(Opened::Small { object, from: ServedFrom::Memory }));
+            }
+            Some(Found::Large { blob, proof: Proof::Verified }) => {
+                self.fill.open(Ok(Opened::Growing { blob: blob.clone(), from: ServedFrom::Disk }));
+                return self.fill.end(Phase::Verified);
+            }
+            _ => {}
+        }
+        let partial = self.fills.store.large.take_partial(&self.fill.key.digest, &self.fill.key.registry);
+        let feed = match self.first_feed(&sources, partial.as_ref(), from).await {
+            Ok(feed) => feed,
+            Err(error) => {
+                self.keep_again(partial);
+                return self.fill.open(Err(error));
+            }
+        };
+        if feed.total() > SMALL_BYTES {
+            return self.large(feed, sources, partial).await;
+        }
+        let whole = timeout(SMALL_TIME, self.small(feed, sources)).await;
+        self.fill.open(whole.unwrap_or(Err(SourceError::TimedOut)));
+    }
+
+    /// Asks for the first range that is wanted; for all, in order, where ranges cannot be trusted.
+    async fn first_feed(
+        &self,
+        sources: &Arc<dyn Sources>,
+        partial: Option<&Partial>,
+        from: u64,
+    ) -> Result<Feed, SourceError> {
+        // What proved wrong may have been put together from a good and a bad source.
+        let distrusted = self.fills.is_distrusted(&self.fill.key.digest, &self.fill.key.registry);
+        if distrusted || !sources.gives_ranges() {
+            return Feed::open(sources.clone(), 0, None).await;
+        }
+        let first = match partial {
+            Some(partial) => {
+                let total = partial.draft.blob.len;
+                Plan::new(total, partial.written.clone()).next(0, &[from], 1).unwrap_or(Span::whole(total))
+            }
+            None => Span { start: from, end: from.saturating_add(LARGEST_RANGE) },
+        };
+        Feed::open_range(sources.clone(), first.start, first.end.saturating_sub(first.start)).await
+    }
+
+    /// Takes a small object whole, and verifies it before anybody sees it.
+    async fn small(&self, mut feed: Feed, sources: Arc<dyn Sources>) -> Result<Opened, SourceError> {
+        if feed.position() > 0 {
+            feed = Feed::open(sources, 0, None).await?;
+        }
+        let kib = u32::try_from(feed.total() / 1024 + 1).unwrap_or(u32::MAX);
+        let _memory = self.fills.small.acquire_many(kib).await.map_err(|_| SourceError::Busy)?;
+        let mut bytes = bytes::BytesMut::with_capacity(usize::try_from(feed.total()).unwrap_or(0));
+        while let Some(piece) = feed.next().await? {
+            bytes.extend_from_slice(&piece);
+        }
+        let (bytes, place) = (bytes.freeze(), &self.fill.place);
+        if !self.fill.key.digest.matches(&bytes) {
+            self.fills.distrust(&self.fill.key.digest, place);
+            return Err(SourceError::Malformed("the bytes do not match their digest".into()));
+        }
+        let provenance = Arc::new(place.provenance());
+        let object = SmallObject { media_type: BLOB_MEDIA_TYPE.into(), provenance, bytes };
+        self.fills.store.small.insert(&self.fill.key.digest, Kind::Blob, object.clone());
+        Ok(Opened::Small { object, from: feed.served_from() })
+    }
+
+    async fn large(&self, feed: Feed, sources: Arc<dyn Sources>, partial: Option<Partial>) {
+        let (total, from) = (feed.total(), feed.served_from());
+        let Ok(permit) = self.fills.permits.clone().try_acquire_owned() else {
+            self.keep_again(partial);
+            return self.pass(feed, "busy");
+        };
+        // A blob of another length is another blob: its partial is dropped.
+        let resumed = partial.filter(|partial| partial.draft.blob.len == total);
+        let (draft, written) = match resumed {
+            Some(Partial { draft, written }) => (draft, written),
+            None => match self.draft(total).await {
+                Ok(draft) => (draft, Spans::default()),
+                Err(NoSpace) => return self.pass(feed, "no_space"),
+            },
+        };
+        if !written.is_empty() {
+            tracing::info!(digest = %self.fill.key.digest, bytes = written.len(), total, "going on with a partial");
+            self.fills.metrics.resumed_bytes.inc_by(written.len());
+        }
+        self.fill.begin(&draft, from, &written);
+        let plan = Plan::new(total, written.clone());
+        let (pieces, writing) = write::start(self.fill, &draft, written);
+        let engine = Engine { fill: self.fill, sources, allowance: &self.fills.allowance, plan, total, pieces };
+        let ended = Box::pin(engine.run(feed)).await;
+        let written = writing.await.unwrap_or(Written::DiskFailed);
+        drop(permit);
+        self.conclude(draft, ended, written).await;
+    }
+
+    async fn draft(&self, total: u64) -> Result<Draft, NoSpace> {
+        let (large, provenance) = (self.fills.store.large.clone(), self.fill.place.provenance());
+        tokio::task::spawn_blocking(move || large.draft(total, provenance)).await.unwrap_or(Err(NoSpace))
+    }
+
+    async fn conclude(&self, draft: Draft, ended: Ended, written: Written) {
+        let digest = &self.fill.key.digest;
+        match (written, ended) {
+            (Written::Verified, _) => self.publish(draft).await,
+            (Written::Mismatch, _) => {
+                self.fills.distrust(digest, &self.fill.place);
+                self.fill.disown();
+            }
+            // The owner will not let us go on: what we have from it proved wrong there.
+            (Written::Part(spans), Ended::Broken(SourceError::NotFound)) if !spans.is_empty() => {
+                self.fills.distrust(digest, &self.fill.place);
+                self.fill.disown();
+            }
+            (Written::Part(spans), ended) => {
+                match ended {
+                    Ended::Broken(error) => tracing::warn!(%digest, %error, "a fill failed"),
+                    _ => tracing::info!(%digest, bytes = spans.len(), "nobody waits for a blob any more"),
+                }
+                // What was released stays readable, so that a resume loses nothing.
+                self.fill.end(Phase::Failed);
+                self.fills.store.large.keep_partial(digest, &self.fill.key.registry, draft, spans);
+            }
+            (Written::DiskFailed, _) => self.fill.end(Phase::Failed),
+        }
+    }
+
+    fn keep_again(&self, partial: Option<Partial>) {
+        if let Some(Partial { draft, written }) = partial {
+            self.fills.store.large.keep_partial(&self.fill.key.digest, &self.fill.key.registry, draft, written);
+        }
+    }
+
+    /// Leaves it to each reader to fetch for itself.
+    fn pass(&self, feed: Feed, reason: &str) {
+        self.fills.metrics.uncached.with_label_values(&[reason]).inc();
+        tracing::warn!(digest = %self.fill.key.digest, total = feed.total(), reason, "passing through uncached");
+        let (total, from) = (feed.total(), feed.served_from());
+        let feed = Some(feed).filter(|feed| feed.position() == 0);
+        self.fill.open(Ok(Opened::Uncached { total, from, feed: Arc::new(Mutex::new(feed)) }));
+    }
+
+    /// Lets the readers have the tail, then makes the file durable.
+    async fn publish(&self, draft: Draft) {
+        self.fills.store.large.announce(&draft, &self.fill.key.digest);
+        self.fill.end(Phase::Verified);
+        let (large, digest) = (self.fills.store.large.clone(), self.fill.key.digest.clone());
+        let published = tokio::task::spawn_blocking(move || large.publish(draft, &digest)).await;
+        if let Ok(Err(error)) = published {
+            tracing::warn!(digest = %self.fill.key.digest, %error, "a blob could not be kept");
+        }
+    }
+
+    /// Hashes a file that may have been damaged. Blocks on the disk.
+    pub(super) fn prove(&self, blob: &Arc<Blob>) {
+        self.fill.open(Ok(Opened::Growing { blob: blob.clone(), from: ServedFrom::Disk }));
+        let digest = &self.fill.key.digest;
+        if write::hash_file(self.fill, blob) {
+            self.fills.store.large.prove(digest);
+            self.fill.end(Phase::Verified);
+        } else {
+            tracing::warn!(%digest, "a cached blob was damaged when the machine went down");
+            self.fills.store.large.forget(digest, blob);
+            self.fills.distrust(digest, &self.fill.place);
+            self.fill.disown();
+        }
+    }
+}
+
+impl Drop for Running<'_> {
+    fn drop(&mut self) {
+        let mut running = self.fills.lock();
+        // A failed fill may have been replaced by now.
+        let key = &self.fill.key;
+        if running.get(key).is_some_and(|fill| std::ptr::eq(&raw const **fill, self.fill)) {
+            running.remove(key);
+        }
+        drop(running);
+        self.fills.gauge.dec();
+        self.fill.open(Err(SourceError::Unreachable("the fill ended".into())));
+        self.fill.progress.send_if_modified(|progress| {
+            let unfinished = !progress.is_over();
+            if unfinished {
+                progress.enter(Phase::Failed);
+            }
+            unfinished
+        });
+    }
+}

@@ -1,0 +1,168 @@
+//! Making room: which blobs go, when, and how far others on the same disk are yielded to.
+
+use std::cmp::Reverse;
+use std::path::Path;
+use std::time::{Duration, Instant, SystemTime};
+
+use super::large::Large;
+use crate::config::Share;
+use crate::oci::Digest;
+
+/// Above the high mark the housekeeper evicts down to the low one, so that a fill seldom has to
+/// wait for room. In percent of what may be used.
+const HIGH: u64 = 95;
+const LOW: u64 = 90;
+
+/// Used so often, at different times, a small blob is hot.
+const HOT: u32 = 2;
+
+/// A hot blob has at most this part of the disk, all hot ones together that part.
+const SMALL_PART: u64 = 100;
+const PROTECTED_PART: u64 = 4;
+
+/// Hot is what was used within this time.
+const HOT_FOR: Duration = Duration::from_secs(24 * 3600);
+
+/// How often the housekeeper looks.
+pub const HOUSEKEEPING: Duration = Duration::from_secs(5);
+
+/// What eviction knows of a blob that nobody reads.
+#[derive(Clone, Debug)]
+pub(super) struct Candidate {
+    pub(super) digest: Digest,
+    pub(super) bytes: u64,
+    pub(super) last_used: SystemTime,
+    pub(super) uses: u32,
+}
+
+/// Puts candidates in the order in which they go: least recently used first, but large ones before
+/// hot small ones, which cost little to keep and are asked for by everybody.
+pub(super) fn order(mut candidates: Vec<Candidate>, limit: u64, now: SystemTime) -> Vec<Candidate> {
+    candidates.sort_by_key(|candidate| Reverse(candidate.last_used));
+    let mut allowance = limit / PROTECTED_PART;
+    let mut protected = |candidate: &Candidate| {
+        let recent = now.duration_since(candidate.last_used).is_ok_and(|age| age < HOT_FOR);
+        let hot = candidate.uses >= HOT && candidate.bytes <= limit / SMALL_PART && recent;
+        let fits = hot && candidate.bytes <= allowance;
+        if fits {
+            allowance -= candidate.bytes;
+        }
+        fits
+    };
+    let (mut kept, mut gone): (Vec<_>, Vec<_>) = candidates.into_iter().partition(|candidate| protected(candidate));
+    gone.reverse();
+    kept.reverse();
+    gone.append(&mut kept);
+    gone
+}
+
+impl Large {
+    /// Frees at least so many bytes of the budget, partials first, if that can be done. Blocks on
+    /// the disk.
+    pub(super) fn make_room(&self, bytes: u64) -> bool {
+        if self.budget.free() >= bytes {
+            return true;
+        }
+        if !self.could_hold(bytes) {
+            // Nothing is given up in vain.
+            return false;
+        }
+        while self.budget.free() < bytes && self.partials().drop_one() {}
+        let mut victims = order(self.idle(), self.budget.limit(), SystemTime::now()).into_iter();
+        while self.budget.free() < bytes {
+            let Some(victim) = victims.next() else { return false };
+            self.evict(&victim.digest);
+        }
+        true
+    }
+
+    /// Gives up one thing that nobody reads, whatever the budget says. False: there is none.
+    pub(super) fn evict_one(&self) -> bool {
+        if self.partials().drop_one() {
+            return true;
+        }
+        let victims = order(self.idle(), self.budget.limit(), SystemTime::now());
+        victims.iter().any(|victim| self.evict(&victim.digest))
+    }
+
+    /// Looks after the disk: yields what others need, evicts down to the low mark, drops old
+    /// partials. Blocks on the disk.
+    pub fn keep_house(&self, keep_free: Share) {
+        self.partials().drop_old(Instant::now());
+        if let Some(file_system) = FileSystem::of(self.blobs()) {
+            let reserve = keep_free.of(file_system.total);
+            let ours = self.budget.used().saturating_add(file_system.available);
+            self.budget.yield_to(ours.saturating_sub(reserve));
+        }
+        let (used, limit) = (self.budget.used(), self.budget.limit());
+        if used > limit / 100 * HIGH {
+            let wanted = limit - limit / 100 * LOW;
+            let mut victims = order(self.idle(), limit, SystemTime::now()).into_iter();
+            while self.budget.free() < wanted {
+                if self.partials().drop_one() {
+                    continue;
+                }
+                let Some(victim) = victims.next() else { break };
+                self.evict(&victim.digest);
+            }
+        }
+    }
+}
+
+/// A file system's size and what of it others may still take, in bytes.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct FileSystem {
+    pub(super) total: u64,
+    pub(super) available: u64,
+}
+
+impl FileSystem {
+    pub(super) fn of(path: &Path) -> Option<Self> {
+        let stat = rustix::fs::statvfs(path).ok()?;
+        Some(Self { total: stat.f_blocks * stat.f_frsize, available: stat.f_bavail * stat.f_frsize })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn candidate(name: &str, bytes: u64, hours_ago: u64, uses: u32) -> Candidate {
+        let last_used = SystemTime::UNIX_EPOCH + Duration::from_secs((1000 - hours_ago) * 3600);
+        Candidate { digest: Digest::of(name.as_bytes()), bytes, last_used, uses }
+    }
+
+    #[test]
+    fn least_recently_used_first_hot_small_ones_last() {
+        let now = SystemTime::UNIX_EPOCH + Duration::from_secs(1000 * 3600);
+        let all = [
+            ("large, new", 500, 1, 9),
+            ("small, hot", 10, 5, 3),
+            ("small, once", 10, 4, 1),
+            ("small, hot, older", 10, 6, 2),
+            ("small, hot long ago", 10, 48, 5),
+            ("large, old", 500, 9, 9),
+        ];
+        let order_of = |limit| -> Vec<&str> {
+            let candidates = all.map(|(name, bytes, age, uses)| candidate(name, bytes, age, uses)).to_vec();
+            let name =
+                |digest: &Digest| all.iter().find(|(name, ..)| Digest::of(name.as_bytes()) == *digest).unwrap().0;
+            order(candidates, limit, now).iter().map(|candidate| name(&candidate.digest)).collect()
+        };
+        let plain =
+            ["small, hot long ago", "large, old", "small, once", "large, new", "small, hot, older", "small, hot"];
+        assert_eq!(order_of(1000), plain);
+        assert_eq!(order_of(100).last(), Some(&"large, new"), "nothing is small on a small disk");
+    }
+
+    #[test]
+    fn what_is_protected_is_bounded() {
+        let now = SystemTime::UNIX_EPOCH + Duration::from_secs(1000 * 3600);
+        let mut candidates: Vec<_> = (0..50).map(|nth| candidate(&nth.to_string(), 10, nth % 20, 5)).collect();
+        let large = candidate("large", 100, 0, 1);
+        candidates.push(large.clone());
+        let order = order(candidates, 1000, now);
+        let before_large = order.iter().position(|candidate| candidate.digest == large.digest).unwrap();
+        assert_eq!(before_large, 25, "a quarter of 1,000 bytes is for the hot, 25 of 50");
+    }
+}

@@ -1,0 +1,65 @@
+//! Blobs that were begun and left: kept for a while, so that a later pull goes on where they stopped.
+
+use std::time::{Duration, Instant};
+
+use super::large::Draft;
+use crate::oci::{Digest, Registry, Spans};
+
+/// A blob of which some bytes are there. Nothing about them is proven.
+pub struct Partial {
+    pub draft: Draft,
+    /// Which bytes are there.
+    pub written: Spans,
+}
+
+/// All partials, oldest first.
+#[derive(Default)]
+pub(super) struct Partials {
+    kept: Vec<Kept>,
+}
+
+struct Kept {
+    digest: Digest,
+    /// Bytes of one registry are no help to another: they are proven only at their end.
+    registry: Registry,
+    partial: Partial,
+    since: Instant,
+}
+
+const MAX_AGE: Duration = Duration::from_secs(600);
+const MAX_COUNT: usize = 64;
+
+impl Partials {
+    /// Keeps a partial; all together take at most `limit` bytes of disk.
+    pub(super) fn keep(&mut self, digest: &Digest, registry: &Registry, partial: Partial, limit: u64, now: Instant) {
+        self.kept.retain(|kept| (&kept.digest, &kept.registry) != (digest, registry));
+        let (digest, registry) = (digest.clone(), registry.clone());
+        self.kept.push(Kept { digest, registry, partial, since: now });
+        while self.kept.len() > MAX_COUNT || self.bytes() > limit {
+            self.kept.remove(0);
+        }
+    }
+
+    pub(super) fn take(&mut self, digest: &Digest, registry: &Registry) -> Option<Partial> {
+        let at = self.kept.iter().position(|kept| (&kept.digest, &kept.registry) == (digest, registry))?;
+        Some(self.kept.remove(at).partial)
+    }
+
+    pub(super) fn drop_old(&mut self, now: Instant) {
+        self.kept.retain(|kept| now.duration_since(kept.since) < MAX_AGE);
+    }
+
+    /// Gives up the oldest. False: there is none.
+    pub(super) fn drop_one(&mut self) -> bool {
+        let any = !self.kept.is_empty();
+        if any {
+            self.kept.remove(0);
+        }
+        any
+    }
+
+    /// Disk space that they hold; the whole of each is reserved.
+    pub(super) fn bytes(&self) -> u64 {
+        self.kept.iter().map(|kept| kept.partial.draft.blob.len).sum()
+    }
+}
