@@ -52,7 +52,7 @@ const MAX_OF_REGISTRY: usize = 256;
 const SMALL_KIB: usize = 64 * 1024;
 
 /// A fill that nobody reads any more goes on for this long, and to its end if no more is left.
-const ABANDONED_AFTER: Duration = Duration::from_secs(10);
+const ABANDONED_AFTER: Duration = Duration::from_secs(5);
 const LITTLE_LEFT: u64 = 32 * 1024 * 1024;
 
 /// Files being proven at the same time. Each takes a thread and the disk.

@@ -54,6 +54,8 @@ pub enum Fault {
     StallAfter(usize),
     /// Waits after so many bytes until [`Origin::open_gate`] is called.
     GateAfter(usize),
+    /// Sends so many bytes a second until [`Origin::open_gate`] is called.
+    SlowUntilGate(usize),
     /// Sends one byte at a time.
     Drip,
     /// Takes the request and never answers.
@@ -274,7 +276,7 @@ impl Connection {
         }
         let upto = match response.fault {
             Fault::CutAfter(n) | Fault::ResetAfter(n) | Fault::StallAfter(n) | Fault::GateAfter(n) => n,
-            Fault::Drip => 0,
+            Fault::Drip | Fault::SlowUntilGate(_) => 0,
             Fault::None | Fault::Silent => response.body.len(),
         };
         let upto = upto.min(response.body.len());
@@ -299,6 +301,15 @@ impl Connection {
             Fault::GateAfter(_) => {
                 self.gate.wait_for(|open| *open).await.ok()?;
                 self.send(stream, &response.body[upto..]).await
+            }
+            Fault::SlowUntilGate(rate) => {
+                let mut rest = response.body;
+                while !*self.gate.borrow() && !rest.is_empty() {
+                    let piece = rest.split_to(rest.len().min(rate / 20 + 1));
+                    self.send(stream, &piece).await?;
+                    tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+                }
+                self.send(stream, &rest).await
             }
             Fault::Drip => {
                 for byte in response.body.chunks(1) {

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use super::blob::{Fetch, span_of};
 use super::{BlobAnswer, BlobRequest, Pull, Refusal};
-use crate::fill::Feed;
+use crate::fill::{Feed, Side};
 use crate::oci::{RangeRequest, Span};
 use crate::source::SourceError;
 
@@ -39,11 +39,12 @@ impl Pull {
         let asked = self.asked.get(&request.digest).unwrap_or_default().plus(span.len());
         self.asked.insert(request.digest.clone(), asked);
         if asked.is_much() {
-            self.fills.join(&key, &request.place, self.sources(request, key.side), 0);
-            // What lies far into the blob need not wait for all that comes before.
-            if span.start < WAIT_FOR_FILL {
+            // An owner's fill brings first what is waited for. Behind another's, what lies far into
+            // the blob need not wait for all that comes before.
+            if key.side == Side::Owner || span.start < WAIT_FOR_FILL {
                 return Ok(None);
             }
+            self.fills.join(&key, &request.place, self.sources(request, key.side), 0);
         }
         let feed = match Feed::open(self.sources(request, key.side), span.start, Some(span.end)).await {
             Ok(feed) => feed,

@@ -1,0 +1,214 @@
+//! Blobs that come in ranges, by several connections, after breaks, or in spite of their origin.
+
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use bytes::Bytes;
+use dray_tests::dray::{Dray, Start, rule};
+use dray_tests::eventually;
+use dray_tests::image::{digest, noise};
+use dray_tests::nginx::{Nginx, put_blob};
+use dray_tests::origin::{Fault, Origin, Request, Response};
+
+const MIB: usize = 1024 * 1024;
+const SIZE: usize = 50 * MIB + 4321;
+
+/// One blob for all tests.
+fn blob() -> &'static (String, Bytes) {
+    static BLOB: OnceLock<(String, Bytes)> = OnceLock::new();
+    BLOB.get_or_init(|| {
+        let bytes = noise(42, SIZE);
+        (digest(&bytes), bytes.into())
+    })
+}
+
+fn path() -> String {
+    format!("/v2/library/app/blobs/{}?ns=docker.io", blob().0)
+}
+
+/// What an honest origin answers.
+fn honest(request: &Request) -> Response {
+    let bytes = &blob().1;
+    let Some(start) = request.range_start() else { return Response::new(200, bytes.clone()) };
+    let last = request.header("range").and_then(|range| range.rsplit('-').next()?.parse().ok()).unwrap_or(SIZE - 1);
+    let last: usize = last.min(SIZE - 1);
+    Response::new(206, bytes.slice(start..=last)).with("content-range", format!("bytes {start}-{last}/{SIZE}"))
+}
+
+async fn rig(handler: impl Fn(usize, &Request) -> Response + Send + Sync + 'static) -> (Origin, Dray) {
+    let count = AtomicUsize::new(0);
+    let origin = Origin::answering(move |request| handler(count.fetch_add(1, Ordering::SeqCst), request)).await;
+    let dray = Start::with_upstream("docker.io", &origin.url()).run();
+    (origin, dray)
+}
+
+async fn assert_right(dray: &Dray) {
+    let answer = dray.get(&path()).await;
+    assert_eq!((answer.status, answer.complete), (200, true));
+    assert!(answer.body == blob().1, "wrong bytes");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_origin_that_limits_each_connection_gets_several_and_sends_each_byte_once() {
+    let dir = tempfile::tempdir().unwrap();
+    put_blob(dir.path(), "library/app", &blob().0, &blob().1);
+    let nginx = Nginx::start(dir.path(), &["limit_rate 15m;"]).await;
+    let dray = Start::with_upstream("docker.io", &nginx.url(0)).run();
+    assert_right(&dray).await;
+    let log = eventually("nginx has logged everything", async || {
+        let log = nginx.log();
+        (log.iter().map(|(_, bytes, _)| bytes).sum::<u64>() >= SIZE as u64).then_some(log)
+    })
+    .await;
+    assert_eq!(log.iter().map(|(_, bytes, _)| bytes).sum::<u64>(), SIZE as u64, "{log:?}");
+    assert!(log.len() > 4 && log.iter().all(|(status, ..)| *status == 206), "{log:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_origin_without_ranges_is_asked_once() {
+    let (origin, dray) = rig(|_, _| Response::new(200, blob().1.clone())).await;
+    assert_right(&dray).await;
+    assert_eq!((origin.requests().len(), origin.sent()), (1, SIZE as u64));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_origin_that_botches_ranges_falls_back_to_one_stream() {
+    type Botch = fn(usize, &Request) -> Response;
+    let botches: [(&str, Botch); 5] = [
+        ("another start", |_, request| match request.range_start() {
+            Some(start) => {
+                let range = format!("bytes {}-{}/{SIZE}", start + 1, start + 10);
+                Response::new(206, blob().1.slice(start + 1..start + 11)).with("content-range", range)
+            }
+            None => honest(request),
+        }),
+        ("no Content-Range", |_, request| match request.range_start() {
+            Some(start) => Response::new(206, blob().1.slice(start..start + 10)),
+            None => honest(request),
+        }),
+        ("an error", |_, request| match request.range_start() {
+            Some(_) => Response::new(501, ""),
+            None => honest(request),
+        }),
+        ("only the first", |_, request| match request.range_start() {
+            Some(0) | None => honest(request),
+            Some(_) => Response::new(200, blob().1.clone()),
+        }),
+        ("another total later", |_, request| match request.range_start() {
+            Some(0) | None => honest(request),
+            Some(start) => {
+                let range = format!("bytes {start}-{}/{}", start + 9, SIZE + 1);
+                Response::new(206, blob().1.slice(start..start + 10)).with("content-range", range)
+            }
+        }),
+    ];
+    for (name, botch) in botches {
+        let (origin, dray) = rig(botch).await;
+        let answer = dray.get(&path()).await;
+        assert!(answer.complete && answer.body == blob().1, "{name}: {} {:?}", answer.status, origin.requests().len());
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_signed_url_that_expires_is_refreshed_once_for_all() {
+    let fresh = Arc::new(AtomicUsize::new(0));
+    let (signed, served) = (fresh.clone(), AtomicUsize::new(0));
+    // The third answer of the store is the last one that the first signature gets.
+    let store = Origin::answering(move |request| {
+        let expired = request.path.contains("signature=1") && served.fetch_add(1, Ordering::SeqCst) >= 2;
+        if expired { Response::new(403, "expired") } else { honest(request) }
+    })
+    .await;
+    let location = format!("{}/blob?signature=", store.url());
+    let registry = Origin::answering(move |_| {
+        let nth = signed.fetch_add(1, Ordering::SeqCst) + 1;
+        Response::new(307, "").with("location", format!("{location}{nth}"))
+    })
+    .await;
+    let dray = Start::new(rule("docker.io", &registry.url()) + "\n[guard]\nallow = [\"127.0.0.0/8\"]\n").run();
+    assert_right(&dray).await;
+    assert_eq!(fresh.load(Ordering::SeqCst), 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_an_origin_sent_before_it_failed_is_not_fetched_again() {
+    let healthy = Arc::new(AtomicBool::new(false));
+    let well = healthy.clone();
+    let (origin, dray) = rig(move |nth, request| match nth {
+        0 => honest(request).fault(Fault::CutAfter(12 * MIB)),
+        _ if well.load(Ordering::SeqCst) => honest(request),
+        _ => Response::new(503, ""),
+    })
+    .await;
+    let answer = dray.get(&path()).await;
+    assert!(!answer.complete && blob().1.starts_with(&answer.body), "cut short, and right so far");
+    assert!(answer.body.len() > 11 * MIB);
+    dray.fills_end().await;
+    healthy.store(true, Ordering::SeqCst);
+    assert_right(&dray).await;
+    assert!(origin.sent() < (SIZE + MIB) as u64, "{} sent of {SIZE}", origin.sent());
+    assert!(dray.metric("dray_resumed_bytes_total").await > 11 * MIB as u64);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_proved_wrong_is_fetched_anew_by_one_stream() {
+    let (origin, dray) = rig(|nth, request| match nth {
+        0 => {
+            let right = honest(request);
+            let mut body = right.body.to_vec();
+            body[5 * MIB] ^= 1;
+            Response { body: body.into(), ..right }
+        }
+        _ => honest(request),
+    })
+    .await;
+    let answer = dray.get(&path()).await;
+    assert!(!answer.complete, "a wrong byte");
+    dray.fills_end().await;
+    let resumed = dray.get_range(&path(), "bytes=1000000-").await;
+    assert_eq!(resumed.status, 404, "a good end must not complete a bad beginning");
+    let before = origin.requests().len();
+    assert_right(&dray).await;
+    let after = origin.requests().split_off(before);
+    assert_eq!(after.iter().map(Request::range_start).collect::<Vec<_>>(), [None]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_resumes_far_into_a_cold_blob_does_not_wait_for_its_beginning() {
+    let start = 40 * MIB;
+    let (origin, dray) = rig(move |_, request| {
+        let answer = honest(request);
+        if request.range_start().is_none_or(|from| from < start) { answer.fault(Fault::GateAfter(0)) } else { answer }
+    })
+    .await;
+    let answer = dray.get_range(&path(), &format!("bytes={start}-{}", SIZE - 100_000)).await;
+    assert_eq!((answer.status, answer.complete), (206, true));
+    assert!(answer.body == blob().1[start..=SIZE - 100_000], "wrong bytes");
+    origin.open_gate();
+    assert_right(&dray).await;
+    assert_eq!(origin.sent(), SIZE as u64, "each byte once");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_fill_that_nobody_wants_any_more_stops_and_is_gone_on_with() {
+    for (abandoned, goes_on) in [("keep", false), ("finish", true)] {
+        let origin = Origin::answering(|request| honest(request).fault(Fault::SlowUntilGate(300_000))).await;
+        let config = rule("docker.io", &origin.url()) + &format!("abandoned = \"{abandoned}\"\n");
+        let dray = Start::new(config).run();
+        drop(dray_tests::http::client().get(dray.url(&path())).send().await.unwrap());
+        if goes_on {
+            tokio::time::sleep(Duration::from_secs(7)).await;
+            origin.open_gate();
+            dray.fills_end().await;
+            assert_eq!(dray.get(&path()).await.source(), "disk");
+        } else {
+            dray.fills_end().await;
+            let sent = origin.sent();
+            assert!(sent < 20 * MIB as u64, "{sent}");
+            origin.open_gate();
+            assert_right(&dray).await;
+            assert!(dray.metric("dray_resumed_bytes_total").await > MIB as u64);
+        }
+    }
+}

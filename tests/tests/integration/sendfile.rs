@@ -1,0 +1,98 @@
+//! Warm blobs leave by sendfile, on connections that go on, whatever the client does.
+
+use std::time::Duration;
+
+use dray_tests::dray::{Dray, Start};
+use dray_tests::image::Image;
+use dray_tests::origin::Origin;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+
+/// A dray that holds a blob of so many bytes, and nobody to ask.
+async fn warm(size: usize) -> (Dray, Image) {
+    let image = Image::new(1, &[size]);
+    let origin = Origin::start(&[("library/app", "1", &image)], |_, r| r).await;
+    let dray = Start::with_upstream("docker.io", &origin.url()).run();
+    assert!(dray.get(&path(&image)).await.complete);
+    dray.fills_end().await;
+    (dray, image)
+}
+
+fn path(image: &Image) -> String {
+    format!("/v2/library/app/blobs/{}?ns=docker.io", image.layer().0)
+}
+
+async fn ask(stream: &mut TcpStream, method: &str, image: &Image, more: &str) {
+    let request = format!("{method} {} HTTP/1.1\r\nhost: x\r\n{more}\r\n", path(image));
+    stream.write_all(request.as_bytes()).await.unwrap();
+}
+
+/// An answer's head, and the length that it announces.
+async fn head(stream: &mut TcpStream) -> (String, usize) {
+    let mut head = Vec::new();
+    while !head.ends_with(b"\r\n\r\n") {
+        head.push(stream.read_u8().await.expect("the connection goes on"));
+    }
+    let head = String::from_utf8(head).unwrap().to_ascii_lowercase();
+    let length = head.lines().find_map(|line| line.strip_prefix("content-length: ")?.parse().ok()).unwrap();
+    (head, length)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_connection_for_many_answers() {
+    let (dray, image) = warm(3_000_000).await;
+    let bytes = image.layer().1;
+    let mut stream = TcpStream::connect(dray.registry).await.unwrap();
+    for nth in 0..10 {
+        ask(&mut stream, "HEAD", &image, "").await;
+        assert_eq!(head(&mut stream).await.1, bytes.len());
+        let start = nth * 100_000;
+        ask(&mut stream, "GET", &image, &format!("range: bytes={start}-\r\n")).await;
+        let (text, length) = head(&mut stream).await;
+        assert!(text.starts_with("http/1.1 206") && text.contains("connection: keep-alive"), "{text}");
+        let mut body = vec![0; length];
+        stream.read_exact(&mut body).await.unwrap();
+        assert!(body == bytes[start..], "wrong bytes");
+    }
+    assert_eq!(dray.metric("dray_requests_total{route=\"blob\",source=\"disk\",status=\"206\"}").await, 10);
+    let sent: usize = (0..10).map(|nth| bytes.len() - nth * 100_000).sum();
+    assert_eq!(dray.metric("dray_sent_bytes_total{source=\"disk\"}").await, sent as u64);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn stalled_clients_hold_no_thread() {
+    let (dray, image) = warm(3_000_000).await;
+    let mut stalled = Vec::new();
+    // More than there are workers and blocking threads together.
+    for _ in 0..600 {
+        let mut stream = TcpStream::connect(dray.registry).await.unwrap();
+        ask(&mut stream, "GET", &image, "").await;
+        stalled.push(stream);
+    }
+    for stream in &mut stalled {
+        head(stream).await;
+    }
+    let answer = tokio::time::timeout(Duration::from_secs(20), dray.get(&path(&image))).await.unwrap();
+    assert!(answer.complete && answer.body == image.layer().1);
+    // And who wakes up gets the rest.
+    let mut last = stalled.pop().unwrap();
+    let mut body = vec![0; image.layer().1.len()];
+    last.read_exact(&mut body).await.unwrap();
+    assert!(body == image.layer().1[..]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_file_that_shrank_closes_the_connection_short() {
+    let (dray, image) = warm(40_000_000).await;
+    let mut stream = TcpStream::connect(dray.registry).await.unwrap();
+    ask(&mut stream, "GET", &image, "").await;
+    let (_, length) = head(&mut stream).await;
+    let hex = image.layer().0.strip_prefix("sha256:").unwrap();
+    let file = dray.start().cache_dir().join("v1/blobs/sha256").join(&hex[..2]).join(hex);
+    std::fs::File::options().write(true).open(file).unwrap().set_len(1000).unwrap();
+    let mut body = Vec::new();
+    let ended = tokio::time::timeout(Duration::from_secs(20), stream.read_to_end(&mut body)).await;
+    assert!(ended.is_ok() && body.len() < length, "the connection closes");
+    let answer = dray.get(&path(&image)).await;
+    assert!(answer.status != 200 || answer.body == image.layer().1, "{}", answer.status);
+}
