@@ -4,6 +4,7 @@ pub mod accept;
 pub mod digest;
 pub mod error;
 pub mod manifest;
+pub mod multipart;
 pub mod name;
 pub mod range;
 pub mod route;
@@ -11,8 +12,9 @@ pub mod spans;
 
 pub use digest::{Algorithm, Digest, Verifier};
 pub use error::ErrorCode;
+pub use multipart::Multipart;
 pub use name::{Reference, Registry, Repository, Tag};
-pub use range::{ContentRange, RangeRequest, Span};
+pub use range::{ContentRange, RangeRequest, RangeSet, Span};
 pub use route::{Endpoint, NamedBy, Route};
 pub use spans::Spans;
 

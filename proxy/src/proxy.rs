@@ -17,7 +17,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use self::sendfile::Socket;
 use crate::metrics::Metrics;
 use crate::oci::route::{self, query_value};
-use crate::oci::{Endpoint, NamedBy, RangeRequest, Reference, Registry, Repository, Route, accept};
+use crate::oci::{Endpoint, NamedBy, RangeSet, Reference, Registry, Repository, Route, accept};
 use crate::pull::{Asker, BlobRequest, Body, Pull, Refusal};
 use crate::registries::Registries;
 use crate::respond::Reply;
@@ -163,7 +163,8 @@ impl Front {
         if let Err(refusal) = self.pull.permit(&place, self.asker) {
             return Reply::refusal(&refusal);
         }
-        let range = header(RANGE).and_then(RangeRequest::parse);
+        let ranges = header(RANGE).and_then(RangeSet::parse);
+        let range = ranges.as_ref().and_then(RangeSet::single);
         let accepted = request.headers.get_all(ACCEPT).iter().filter_map(|value| value.to_str().ok());
         let head_only = request.method == Method::HEAD;
         let answer = match endpoint {
@@ -184,7 +185,10 @@ impl Front {
                     let length = self.pull.blob_length(&request).await;
                     length.map(|(length, from)| Reply::blob_length(length, from, &request.digest))
                 } else {
-                    let answer = self.pull.blob(&request).await;
+                    let answer = match ranges.filter(|_| range.is_none()) {
+                        Some(ranges) => self.pull.blob_parts(&request, &ranges).await,
+                        None => self.pull.blob(&request).await,
+                    };
                     answer.map(|answer| Reply::blob(answer, &request.digest))
                 }
             }

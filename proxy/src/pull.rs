@@ -3,6 +3,7 @@
 mod blob;
 mod manifest;
 mod negatives;
+mod parts;
 mod range;
 mod refusal;
 mod sources;
@@ -12,7 +13,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-pub use self::blob::{BlobAnswer, BlobRequest, Body};
+pub use self::blob::{BlobAnswer, BlobRequest, Body, Extent};
 pub use self::manifest::ManifestAnswer;
 use self::negatives::Negatives;
 pub use self::refusal::Refusal;

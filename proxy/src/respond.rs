@@ -9,9 +9,9 @@ use http::{HeaderName, HeaderValue, StatusCode};
 use pingora::http::ResponseHeader;
 
 use crate::oci::route::RouteError;
-use crate::oci::{BLOB_MEDIA_TYPE, Digest, ErrorCode, RangeRequest, Registry, Span, error};
+use crate::oci::{BLOB_MEDIA_TYPE, Digest, ErrorCode, RangeRequest, Registry, error};
 use crate::origin::ListAnswer;
-use crate::pull::{BlobAnswer, Body, ManifestAnswer, Refusal};
+use crate::pull::{BlobAnswer, Body, Extent, ManifestAnswer, Refusal};
 use crate::source::ServedFrom;
 
 pub const SOURCE: HeaderName = HeaderName::from_static("x-dray-source");
@@ -93,7 +93,7 @@ impl Reply {
 
     /// `HEAD` of a blob: its length without its bytes.
     pub fn blob_length(length: u64, from: ServedFrom, digest: &Digest) -> Self {
-        let answer = BlobAnswer { total: length, span: None, from, body: Body::Memory(None) };
+        let answer = BlobAnswer { total: length, extent: Extent::Whole, from, body: Body::Memory(None) };
         Self::blob(answer, digest)
     }
 
@@ -131,18 +131,25 @@ impl Reply {
     }
 
     fn content(answer: BlobAnswer, digest: &Digest, media_type: &str) -> Self {
-        let BlobAnswer { total, span, from, body } = answer;
-        let status = if span.is_some() { StatusCode::PARTIAL_CONTENT } else { StatusCode::OK };
-        let sent = span.unwrap_or(Span::whole(total));
-        let mut reply = Self { status, headers: Vec::with_capacity(8), body, from: Some(from) }
+        let BlobAnswer { total, extent, from, body } = answer;
+        let multipart_type;
+        let (status, media_type, length) = match &extent {
+            Extent::Whole => (StatusCode::OK, media_type, total),
+            Extent::Part(span) => (StatusCode::PARTIAL_CONTENT, media_type, span.len()),
+            Extent::Parts(parts) => {
+                multipart_type = parts.content_type();
+                (StatusCode::PARTIAL_CONTENT, &*multipart_type, parts.len())
+            }
+        };
+        let reply = Self { status, headers: Vec::with_capacity(8), body, from: Some(from) }
             .header(CONTENT_TYPE, media_type)
-            .header(CONTENT_LENGTH, &sent.len().to_string())
+            .header(CONTENT_LENGTH, &length.to_string())
             .header(CONTENT_DIGEST, digest.as_str())
             .header(ACCEPT_RANGES, "bytes");
-        if span.is_some() {
-            reply = reply.header(CONTENT_RANGE, &sent.content_range(total));
+        match extent {
+            Extent::Part(span) => reply.header(CONTENT_RANGE, &span.content_range(total)),
+            Extent::Whole | Extent::Parts(_) => reply,
         }
-        reply
     }
 
     fn error(status: StatusCode, code: ErrorCode, message: &str) -> Self {

@@ -2,7 +2,13 @@
 
 use std::str::FromStr;
 
-/// A `Range` header with a single range, not yet held against a length.
+use super::Spans;
+
+/// A `Range` header: one range or several.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RangeSet(Vec<RangeRequest>);
+
+/// A single range, not yet held against a length.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RangeRequest {
     /// `bytes=a-`
@@ -31,17 +37,45 @@ pub struct ContentRange {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Unsatisfiable;
 
+/// More ranges in one header than this are answered with the whole body.
+const MAX_RANGES: usize = 256;
+
+// === impl RangeSet ===
+
+impl RangeSet {
+    /// Reads a `Range` header. None means: answer with the whole body, which is what a server does
+    /// with units or syntax that it does not serve.
+    pub fn parse(header: &str) -> Option<Self> {
+        let (unit, set) = header.trim().split_once('=')?;
+        if !unit.trim().eq_ignore_ascii_case("bytes") || set.split(',').count() > MAX_RANGES {
+            return None;
+        }
+        set.split(',').map(RangeRequest::parse).collect::<Option<_>>().map(Self)
+    }
+
+    /// The range, if it is only one.
+    pub fn single(&self) -> Option<RangeRequest> {
+        if let [range] = self.0[..] { Some(range) } else { None }
+    }
+
+    pub fn iter(&self) -> impl Iterator<Item = RangeRequest> {
+        self.0.iter().copied()
+    }
+
+    /// The parts of a body of `total` bytes, in the order asked for; those that overlap or touch are
+    /// joined (RFC 9110 section 14.2), so that together they are no longer than the body.
+    pub fn within(&self, total: u64) -> Vec<Span> {
+        let spans: Vec<Span> = self.iter().filter_map(|range| range.within(total).ok()).collect();
+        let joined: Spans = spans.iter().copied().collect();
+        if joined.iter().count() == spans.len() { spans } else { joined.iter().collect() }
+    }
+}
+
 // === impl RangeRequest ===
 
 impl RangeRequest {
-    /// Reads a `Range` header. None means: answer with the whole body, which is what a server does
-    /// with units, syntax or sets of ranges it does not serve.
-    pub fn parse(header: &str) -> Option<Self> {
-        let (unit, set) = header.trim().split_once('=')?;
-        if !unit.trim().eq_ignore_ascii_case("bytes") {
-            return None;
-        }
-        let (first, last) = set.trim().split_once('-')?;
+    fn parse(text: &str) -> Option<Self> {
+        let (first, last) = text.trim().split_once('-')?;
         match (first.trim(), last.trim()) {
             ("", suffix) => Some(Self::Suffix(number(suffix)?)),
             (start, "") => Some(Self::From(number(start)?)),
@@ -113,7 +147,7 @@ mod tests {
     use super::*;
 
     fn span(header: &str, total: u64) -> Option<Result<(u64, u64), Unsatisfiable>> {
-        RangeRequest::parse(header).map(|r| r.within(total).map(|s| (s.start, s.end)))
+        RangeSet::parse(header).and_then(|set| set.single()).map(|r| r.within(total).map(|s| (s.start, s.end)))
     }
 
     #[test]
@@ -136,13 +170,26 @@ mod tests {
             "bytes=a-b",
             "bytes=+1-2",
             "lines=1-2",
-            "bytes=0-1,4-5",
+            "bytes=0-1,x",
             "0-1",
             "bytes=-",
             "bytes=1-99999999999999999999",
         ] {
-            assert_eq!(RangeRequest::parse(header), None, "{header}");
+            assert_eq!(RangeSet::parse(header), None, "{header}");
         }
+        assert_eq!(RangeSet::parse(&format!("bytes=0-0{}", ",0-0".repeat(256))), None, "too many");
+    }
+
+    #[test]
+    fn sets_keep_their_order_unless_they_overlap() {
+        let of = |header: &str| -> Vec<(u64, u64)> {
+            RangeSet::parse(header).unwrap().within(100).iter().map(|span| (span.start, span.end)).collect()
+        };
+        assert_eq!(of("bytes=50-59, 0-1 ,-5"), [(50, 60), (0, 2), (95, 100)]);
+        assert_eq!(of("bytes=50-59,0-1,55-200"), [(0, 2), (50, 100)]);
+        assert_eq!(of("bytes=0-9,10-19"), [(0, 20)], "they touch");
+        assert_eq!(of("bytes=200-,300-400,7-3"), []);
+        assert_eq!(of(&format!("bytes=0-{}", ",0-".repeat(200))), [(0, 100)]);
     }
 
     #[test]

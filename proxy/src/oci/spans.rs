@@ -50,6 +50,10 @@ impl Spans {
         (start < end).then_some(Span { start, end })
     }
 
+    pub fn iter(&self) -> impl Iterator<Item = Span> {
+        self.0.iter().copied()
+    }
+
     /// How many bytes there are.
     pub fn len(&self) -> u64 {
         self.0.iter().map(|span| span.len()).sum()
@@ -57,6 +61,14 @@ impl Spans {
 
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
+    }
+}
+
+impl FromIterator<Span> for Spans {
+    fn from_iter<I: IntoIterator<Item = Span>>(all: I) -> Self {
+        let mut spans = Self::default();
+        all.into_iter().for_each(|span| spans.insert(span));
+        spans
     }
 }
 

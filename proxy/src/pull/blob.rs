@@ -6,10 +6,11 @@ use std::time::Duration;
 use bytes::Bytes;
 use tokio::time::{Instant, timeout, timeout_at};
 
+use super::parts::Parts;
 use super::sources::BlobSources;
 use super::{Asker, FIRST_BYTE, Pull, Refusal, fetch_ended};
 use crate::fill::{Feed, Fill, FillKey, Opened, Passage, Reader, Side};
-use crate::oci::{Digest, ErrorCode, NamedBy, RangeRequest, Registry, Repository, Span};
+use crate::oci::{Digest, ErrorCode, Multipart, NamedBy, RangeRequest, Registry, Repository, Span};
 use crate::registries::Place;
 use crate::source::{Broken, ServedFrom, SourceError};
 use crate::store::{Blob, Found, Kind, Proof, SMALL_BYTES, Tier};
@@ -27,10 +28,18 @@ pub struct BlobRequest {
 /// A blob or a part of it, ready to be sent.
 pub struct BlobAnswer {
     pub total: u64,
-    /// The part that was asked for; None: the whole.
-    pub span: Option<Span>,
+    pub extent: Extent,
     pub from: ServedFrom,
     pub body: Body,
+}
+
+/// What of a blob an answer holds.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Extent {
+    Whole,
+    Part(Span),
+    /// Several, with what is between them.
+    Parts(Multipart),
 }
 
 /// Where the bytes of an answer come from, piece by piece.
@@ -39,6 +48,7 @@ pub enum Body {
     Memory(Option<Bytes>),
     File(Reader),
     Passing(Box<Passage>),
+    Parts(Box<Parts>),
 }
 
 /// Why a blob was not fetched.
@@ -205,7 +215,7 @@ impl Pull {
                 let total = blob.len;
                 let span = span_of(request.range, total)?;
                 let reader = fill.reader(blob, span.unwrap_or(Span::whole(total)));
-                Ok(BlobAnswer { total, span, from, body: Body::File(reader) })
+                Ok(BlobAnswer { total, extent: span.into(), from, body: Body::File(reader) })
             }
             Opened::Uncached { total, feed, .. } => {
                 let wanted = span_of(request.range, total)?.unwrap_or(Span::whole(total));
@@ -232,7 +242,7 @@ impl Pull {
         } else {
             Passage::part(feed)
         };
-        Ok(BlobAnswer { total, span, from, body: Body::Passing(Box::new(passage)) })
+        Ok(BlobAnswer { total, extent: span.into(), from, body: Body::Passing(Box::new(passage)) })
     }
 
     pub(super) fn fill_key(&self, request: &BlobRequest) -> FillKey {
@@ -300,6 +310,12 @@ impl From<Refusal> for Fetch {
     }
 }
 
+impl From<Option<Span>> for Extent {
+    fn from(span: Option<Span>) -> Self {
+        span.map_or(Self::Whole, Self::Part)
+    }
+}
+
 impl From<Tier> for ServedFrom {
     fn from(tier: Tier) -> Self {
         match tier {
@@ -317,14 +333,14 @@ impl BlobAnswer {
         let Span { start, end } = span.unwrap_or(Span::whole(total));
         // Both lie within the bytes, so they fit.
         let part = bytes.slice(usize::try_from(start).unwrap_or(0)..usize::try_from(end).unwrap_or(0));
-        Ok(Self { total, span, from, body: Body::Memory(Some(part)) })
+        Ok(Self { total, extent: span.into(), from, body: Body::Memory(Some(part)) })
     }
 
     fn of_blob(blob: Arc<Blob>, range: Option<RangeRequest>) -> Result<Self, Refusal> {
         let total = blob.len;
         let span = span_of(range, total)?;
         let reader = Reader::of_blob(blob, span.unwrap_or(Span::whole(total)));
-        Ok(Self { total, span, from: ServedFrom::Disk, body: Body::File(reader) })
+        Ok(Self { total, extent: span.into(), from: ServedFrom::Disk, body: Body::File(reader) })
     }
 }
 
@@ -335,6 +351,7 @@ impl Body {
             Self::Memory(bytes) => Ok(bytes.take().filter(|bytes| !bytes.is_empty())),
             Self::File(reader) => reader.next().await,
             Self::Passing(passage) => passage.next().await,
+            Self::Parts(parts) => parts.next().await,
         }
     }
 

@@ -11,6 +11,7 @@ mod engine;
 mod faults;
 mod fills;
 mod k8s;
+mod lazy;
 mod load;
 mod peers;
 mod public;

@@ -55,16 +55,6 @@ async fn the_right_bytes_small_and_large_cold_and_warm() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn several_ranges_are_answered_with_the_whole() {
-    let image = Image::new(1, &[400_000]);
-    let origin = Origin::start(&[("library/app", "1", &image)], |_, r| r).await;
-    let dray = Start::with_upstream("docker.io", &origin.url()).run();
-    let (layer, bytes) = image.layer();
-    let answer = dray.get_range(&format!("/v2/library/app/blobs/{layer}?ns=docker.io"), "bytes=0-1,5-9").await;
-    assert_eq!((answer.status, &answer.body), (200, bytes));
-}
-
-#[tokio::test(flavor = "multi_thread")]
 async fn a_small_read_of_a_large_blob_does_not_fetch_it() {
     let image = Image::new(1, &[12_000_000]);
     let origin = Origin::start(&[("library/app", "1", &image)], |_, r| r).await;

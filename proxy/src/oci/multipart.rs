@@ -1,0 +1,71 @@
+//! Several ranges in one answer: `multipart/byteranges` (RFC 9110 section 14.6).
+
+use bytes::Bytes;
+
+use super::{BLOB_MEDIA_TYPE, Span};
+
+/// What is between the ranges.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Multipart {
+    boundary: String,
+    total: u64,
+    spans: Vec<Span>,
+}
+
+impl Multipart {
+    /// For these parts of a blob of `total` bytes. The boundary must not be guessed by whoever wrote
+    /// the blob.
+    pub fn new(boundary: String, total: u64, spans: Vec<Span>) -> Self {
+        Self { boundary, total, spans }
+    }
+
+    pub fn spans(&self) -> &[Span] {
+        &self.spans
+    }
+
+    /// The value of `Content-Type`.
+    pub fn content_type(&self) -> String {
+        format!("multipart/byteranges; boundary={}", self.boundary)
+    }
+
+    /// The value of `Content-Length`: all parts and what is between them.
+    pub fn len(&self) -> u64 {
+        let parts = self.spans.iter().map(|span| self.head(*span).len() as u64 + span.len());
+        parts.sum::<u64>() + self.end().len() as u64
+    }
+
+    /// What stands before a part.
+    pub fn head(&self, span: Span) -> Bytes {
+        let Self { boundary, total, .. } = self;
+        let range = span.content_range(*total);
+        format!("\r\n--{boundary}\r\nContent-Type: {BLOB_MEDIA_TYPE}\r\nContent-Range: {range}\r\n\r\n").into()
+    }
+
+    /// What stands after the last one.
+    pub fn end(&self) -> Bytes {
+        format!("\r\n--{}--\r\n", self.boundary).into()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn looks_as_in_the_rfc() {
+        let spans = vec![Span { start: 0, end: 2 }, Span { start: 5, end: 6 }];
+        let parts = Multipart::new("SEP".into(), 8, spans.clone());
+        let text: String = spans
+            .iter()
+            .map(|span| String::from_utf8_lossy(&parts.head(*span)).into_owned() + &"x".repeat(span.len() as usize))
+            .chain([String::from_utf8_lossy(&parts.end()).into_owned()])
+            .collect();
+        assert_eq!(
+            text,
+            "\r\n--SEP\r\nContent-Type: application/octet-stream\r\nContent-Range: bytes 0-1/8\r\n\r\nxx\
+             \r\n--SEP\r\nContent-Type: application/octet-stream\r\nContent-Range: bytes 5-5/8\r\n\r\nx\
+             \r\n--SEP--\r\n"
+        );
+        assert_eq!(parts.len(), text.len() as u64);
+    }
+}
