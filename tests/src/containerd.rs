@@ -1,6 +1,6 @@
 //! Real containerd daemons, each with a root of its own.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
 use tempfile::TempDir;
@@ -28,8 +28,13 @@ pub enum Version {
 
 impl Containerd {
     pub async fn start(version: Version) -> Self {
+        Self::start_in(version, &std::env::temp_dir()).await
+    }
+
+    /// With everything it keeps in a directory below this one.
+    pub async fn start_in(version: Version, parent: &Path) -> Self {
         assert!(rustix::process::geteuid().is_root(), "containerd needs root: run the tests as root");
-        let dir = tempfile::tempdir().expect("a temporary directory");
+        let dir = tempfile::tempdir_in(parent).expect("a temporary directory");
         let (daemon, ctr) = match version {
             Version::V1 => (PathBuf::from("containerd"), PathBuf::from("ctr")),
             Version::V2 => (crate::tool("containerd"), crate::tool("ctr")),
@@ -91,9 +96,14 @@ impl Containerd {
 
     /// Pulls and unpacks an image by the hosts directory.
     pub fn pull(&self, image: &str) -> Result<(), String> {
+        self.pull_by("native", image)
+    }
+
+    /// The same by another snapshotter.
+    pub fn pull_by(&self, snapshotter: &str, image: &str) -> Result<(), String> {
         let hosts = self.hosts_dir();
         let hosts = hosts.to_str().expect("a UTF-8 path");
-        let pulled = self.ctr(&["images", "pull", "--snapshotter", "native", "--hosts-dir", hosts, image]);
+        let pulled = self.ctr(&["images", "pull", "--snapshotter", snapshotter, "--hosts-dir", hosts, image]);
         if pulled.status.success() {
             return Ok(());
         }

@@ -28,6 +28,14 @@ pub struct Start {
     disk: String,
     env: Vec<(String, String)>,
     log: Option<PathBuf>,
+    cores: Cores,
+}
+
+/// Which cores it may use.
+#[derive(Clone, Copy)]
+enum Cores {
+    All,
+    First,
 }
 
 impl Start {
@@ -35,7 +43,15 @@ impl Start {
     pub fn new(config: impl Into<String>) -> Self {
         let dir = tempfile::tempdir().expect("a temporary directory");
         let cache = dir.path().join("cache");
-        Self { config: config.into(), dir: dir.into(), cache, disk: "4GiB".into(), env: Vec::new(), log: None }
+        Self {
+            config: config.into(),
+            dir: dir.into(),
+            cache,
+            disk: "4GiB".into(),
+            env: Vec::new(),
+            log: None,
+            cores: Cores::All,
+        }
     }
 
     /// With one rule: `registry` is fetched from `upstream`.
@@ -64,6 +80,12 @@ impl Start {
         self
     }
 
+    /// On the first core only.
+    pub fn pinned(mut self) -> Self {
+        self.cores = Cores::First;
+        self
+    }
+
     pub fn cache_dir(&self) -> &PathBuf {
         &self.cache
     }
@@ -77,7 +99,14 @@ impl Start {
     pub fn command(&self) -> Command {
         let file = self.dir.path().join("dray.toml");
         std::fs::write(&file, &self.config).expect("the configuration is written");
-        let mut command = Command::new(binary());
+        let mut command = match self.cores {
+            Cores::All => Command::new(binary()),
+            Cores::First => {
+                let mut command = Command::new("taskset");
+                command.args(["-c", "0"]).arg(binary());
+                command
+            }
+        };
         command
             .args(["--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0", "--config"])
             .arg(file)

@@ -25,14 +25,25 @@ impl Nginx {
 
     /// The same with settings for all of them.
     pub async fn with(settings: &str, dir: &Path, servers: &[&str]) -> Self {
+        Self::run(Command::new(program()), settings, dir, servers).await
+    }
+
+    /// The same on the first core only.
+    pub async fn pinned(dir: &Path, servers: &[&str]) -> Self {
+        let mut command = Command::new("taskset");
+        command.args(["-c", "0", program()]);
+        Self::run(command, "", dir, servers).await
+    }
+
+    async fn run(mut command: Command, settings: &str, dir: &Path, servers: &[&str]) -> Self {
         // nginx drops its privileges, so it must get here.
         fs::set_permissions(dir, std::os::unix::fs::PermissionsExt::from_mode(0o755)).expect("a directory of ours");
         fs::create_dir_all(dir.join("www")).expect("a directory");
         let ports: Vec<u16> = servers.iter().map(|_| free_port()).collect();
-        let servers = ports
-            .iter()
-            .zip(servers)
-            .map(|(port, server)| format!("  server {{ listen 127.0.0.1:{port}; {server} }}\n"));
+        let servers = ports.iter().zip(servers).map(|(port, server)| {
+            let tls = if server.contains("ssl_certificate") { " ssl" } else { "" };
+            format!("  server {{ listen 127.0.0.1:{port}{tls}; {server} }}\n")
+        });
         let text = format!(
             "daemon off;\nmaster_process off;\nworker_processes 1;\npid {dir}/nginx.pid;\nerror_log {dir}/error.log;\n\
              events {{}}\nhttp {{\n  log_format short '$status $body_bytes_sent $http_range';\n  \
@@ -43,8 +54,6 @@ impl Nginx {
         );
         let config = dir.join("nginx.conf");
         fs::write(&config, text).expect("the configuration is written");
-        let program = if Path::new("/usr/sbin/nginx").exists() { "/usr/sbin/nginx" } else { "nginx" };
-        let mut command = Command::new(program);
         let process = Process::spawn(command.arg("-c").arg(&config).stdout(Stdio::null()).stderr(Stdio::null()));
         for port in &ports {
             eventually("nginx listens", async || TcpStream::connect(("127.0.0.1", *port)).await.ok()).await;
@@ -71,6 +80,11 @@ impl Nginx {
         };
         text.lines().filter_map(line).collect()
     }
+}
+
+/// Debian keeps it where not everybody looks.
+fn program() -> &'static str {
+    if Path::new("/usr/sbin/nginx").exists() { "/usr/sbin/nginx" } else { "nginx" }
 }
 
 /// Puts a blob where a server finds it.

@@ -1,0 +1,52 @@
+//! The comparison benchmark: dray beside direct pulls, nginx and docker-registry, in one run on one
+//! machine.
+//!
+//! Every figure is a ratio to something measured in the same run, the median of several rounds, each
+//! in turn. Run it with `make bench`; what it printed last stands in RESULTS.md.
+
+#![allow(clippy::print_stdout, clippy::unwrap_used, reason = "a benchmark prints, and stops at the first surprise")]
+
+mod cold;
+mod disk;
+mod load;
+mod node;
+mod rig;
+mod small;
+mod warm;
+
+use rig::Rig;
+
+#[tokio::main]
+async fn main() {
+    // Names of parts on the command line; none: all of them.
+    let wanted: Vec<String> = std::env::args().skip(1).collect();
+    let runs = |part: &str| wanted.is_empty() || wanted.iter().any(|name| name == part);
+    let rig = Rig::new().await;
+    println!("| what | measured | compared with | bar |\n|---|---|---|---|");
+    if runs("cold") {
+        cold::limited(&rig).await;
+        cold::unlimited(&rig).await;
+    }
+    if runs("crowd") {
+        cold::crowd(&rig).await;
+    }
+    if runs("warm") {
+        warm::plain(&rig).await;
+        warm::tls(&rig).await;
+    }
+    if runs("small") {
+        small::rates(&rig).await;
+    }
+    if runs("memory") {
+        load::memory(&rig).await;
+    }
+    if runs("start") {
+        disk::start(&rig).await;
+    }
+    if runs("disk") {
+        disk::churn(&rig).await;
+    }
+    if runs("node") {
+        node::pull(&rig).await;
+    }
+}
