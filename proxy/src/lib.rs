@@ -2,6 +2,7 @@
 //!
 //! Modules stand in levels and import only downwards; `tests/levels.rs` holds them to it.
 
+pub mod access_log;
 pub mod admin;
 pub mod config;
 pub mod containerd;

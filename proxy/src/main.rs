@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
+use dray::access_log::AccessLog;
 use dray::config::{Config, MIN_DISK, Share, Size};
 use dray::containerd::{Change, HostsDir, Mode};
 use dray::server::{self, Bound, StartError};
@@ -149,7 +150,8 @@ impl Serve {
             .install_default()
             .map_err(|_| Failure::Failed("no TLS provider".into()))?;
         let scheme = if config.tls.cert.is_some() { "https" } else { "http" };
-        server::run(config, move |bound| announce(bound, scheme)).map_err(|error| match error {
+        let access_log = AccessLog::new(self.log_format);
+        server::run(config, access_log, move |bound| announce(bound, scheme)).map_err(|error| match error {
             StartError::Config(message) => Failure::Usage(message),
             StartError::Failed(message) => Failure::Failed(message),
         })

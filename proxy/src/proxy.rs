@@ -15,6 +15,7 @@ use pingora::proxy::{ProxyHttp, Session};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use self::sendfile::Socket;
+use crate::access_log::{AccessLog, Line};
 use crate::metrics::Metrics;
 use crate::oci::route::{self, query_value};
 use crate::oci::{Endpoint, NamedBy, RangeSet, Reference, Registry, Repository, Route, accept};
@@ -27,6 +28,7 @@ pub struct Front {
     pub pull: Arc<Pull>,
     pub registries: Arc<Registries>,
     pub metrics: Arc<Metrics>,
+    pub access_log: Arc<AccessLog>,
     pub load: Arc<Load>,
     /// Who connects to this listener.
     pub asker: Asker,
@@ -127,7 +129,7 @@ impl ProxyHttp for Front {
             return;
         }
         self.count(exchange);
-        log(session, error, exchange);
+        log(&self.access_log, session, error, exchange);
     }
 
     fn suppress_error_log(&self, _: &Session, _: &Exchange, _: &Error) -> bool {
@@ -240,7 +242,7 @@ async fn send(session: &mut Session, exchange: &mut Exchange, mut reply: Reply) 
         // Somebody pushes: what they send is not read, so the connection cannot be used again.
         session.set_keepalive(None);
     }
-    let head = reply.head(&exchange.id)?;
+    let head = reply.head(&exchange.id);
     if session.req_header().method == Method::HEAD {
         reply.body = Body::Memory(None);
         session.write_response_header(Box::new(head), true).await?;
@@ -260,6 +262,10 @@ async fn send(session: &mut Session, exchange: &mut Exchange, mut reply: Reply) 
             Error::e_explain(ErrorType::WriteError, error.to_string())
         });
     }
+    let small = sendfile::CORKED.contains(&reply.body.held());
+    if small {
+        sendfile::cork(session);
+    }
     session.write_response_header(Box::new(head), false).await?;
     loop {
         let piece = match reply.body.next().await {
@@ -275,34 +281,36 @@ async fn send(session: &mut Session, exchange: &mut Exchange, mut reply: Reply) 
         exchange.first_byte.get_or_insert_with(|| exchange.started.elapsed());
         exchange.sent += len;
     }
-    session.write_response_body(None, true).await
+    session.write_response_body(None, true).await?;
+    if small {
+        sendfile::uncork(session);
+    }
+    Ok(())
 }
 
-/// The access log: one line a request.
-fn log(session: &Session, error: Option<&Error>, exchange: &Exchange) {
+/// Adds a line to the access log.
+fn log(access_log: &AccessLog, session: &Session, error: Option<&Error>, exchange: &Exchange) {
     let content = exchange.content.as_ref();
-    let agent = session.req_header().headers.get(USER_AGENT).and_then(|value| value.to_str().ok());
-    let failure = exchange.failure.clone().or_else(|| error.map(|_| "the client left".to_owned()));
-    tracing::info!(
-        target: "access",
-        id = exchange.id,
-        client = session.client_addr().map(tracing::field::display),
-        agent,
-        method = session.req_header().method.as_str(),
-        path = session.req_header().uri.path(),
-        route = exchange.route,
-        registry = content.map(|c| c.registry.as_str()),
-        repository = content.map(|c| c.repository.as_str()),
-        named_by = content.map(|c| c.named_by.as_str()),
-        rule = content.map(|c| c.rule.as_str()),
-        status = exchange.status,
-        source = exchange.source,
-        bytes = exchange.sent,
-        first_byte_ms = exchange.first_byte.map(milliseconds),
-        total_ms = milliseconds(exchange.started.elapsed()),
-        failure,
-        "request"
-    );
+    let request = session.req_header();
+    let left = error.map(|_| "the client left");
+    access_log.add(&Line {
+        id: &exchange.id,
+        client: session.client_addr().and_then(|address| address.as_inet()).copied(),
+        agent: request.headers.get(USER_AGENT).and_then(|value| value.to_str().ok()),
+        method: request.method.as_str(),
+        path: request.uri.path(),
+        route: exchange.route,
+        registry: content.map(|c| c.registry.as_str()),
+        repository: content.map(|c| c.repository.as_str()),
+        named_by: content.map(|c| c.named_by.as_str()),
+        rule: content.map(|c| c.rule.as_str()),
+        status: exchange.status,
+        source: exchange.source,
+        bytes: exchange.sent,
+        first_byte_ms: exchange.first_byte.map(milliseconds),
+        total_ms: milliseconds(exchange.started.elapsed()),
+        failure: exchange.failure.as_deref().or(left),
+    });
 }
 
 /// Rounded to microseconds.

@@ -16,6 +16,7 @@ use rustls::server::WebPkiClientVerifier;
 use tokio::runtime::Runtime;
 use tokio::signal::unix::{SignalKind, signal};
 
+use crate::access_log::{AccessLog, FLUSHED_EVERY};
 use crate::admin::{Admin, Readiness};
 use crate::config::{Config, Share, Tls};
 use crate::metrics::Metrics;
@@ -51,7 +52,12 @@ pub enum StartError {
 }
 
 /// Runs until a signal stops it. `started` is called once every listener accepts.
-pub fn run(mut config: Config, started: impl FnOnce(Bound) + Send + 'static) -> Result<(), StartError> {
+pub fn run(
+    mut config: Config,
+    access_log: AccessLog,
+    started: impl FnOnce(Bound) + Send + 'static,
+) -> Result<(), StartError> {
+    let access_log = Arc::new(access_log);
     raise_descriptor_limit();
     let tls = config.tls.cert.is_some().then(|| tls_settings(&config.tls)).transpose()?;
     let ports = Ports::reserve(&mut config)?;
@@ -71,6 +77,7 @@ pub fn run(mut config: Config, started: impl FnOnce(Bound) + Send + 'static) -> 
         pull: pull.clone(),
         registries: registries.clone(),
         metrics: metrics.clone(),
+        access_log: access_log.clone(),
         load: load.clone(),
         asker,
     };
@@ -116,9 +123,11 @@ pub fn run(mut config: Config, started: impl FnOnce(Bound) + Send + 'static) -> 
     let following = pull.clone();
     runtime.spawn(async move { following.follow_peers().await });
     runtime.spawn(keep_house(store.clone(), config.cache.keep_free));
+    runtime.spawn(write_access_log(access_log.clone()));
     let stop = Stop { readiness, load };
     server.run(RunArgs { shutdown_signal: Box::new(stop) });
     close(runtime, &store);
+    access_log.flush();
     Ok(())
 }
 
@@ -135,6 +144,15 @@ async fn compose(
     let origin = Origin::new(config, registries, metrics.clone()).map_err(StartError::Config)?;
     let peers = Peers::new(config, metrics.clone()).map_err(StartError::Config)?;
     Ok((Arc::new(Pull::new(registries.clone(), store.clone(), origin, peers, metrics.clone())), store))
+}
+
+async fn write_access_log(access_log: Arc<AccessLog>) {
+    let mut tick = tokio::time::interval(FLUSHED_EVERY);
+    tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        tick.tick().await;
+        access_log.flush();
+    }
 }
 
 /// Looks after the disk for as long as the process lives.

@@ -7,7 +7,7 @@ const LEVELS: [&[&str]; 8] = [
     &["oci", "metrics"],
     &["config", "flights", "lifetimes", "provenance"],
     &["dns", "registries", "source", "store", "telemetry"],
-    &["origin", "peers", "fill", "tags"],
+    &["access_log", "origin", "peers", "fill", "tags"],
     &["pull"],
     &["respond"],
     &["proxy", "admin", "containerd"],

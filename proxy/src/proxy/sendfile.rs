@@ -6,6 +6,8 @@
 //! a connection on which some are missing; it counts none for a HEAD. While the head is written, the
 //! request is therefore said to be one. The connection is then in the state that Pingora thinks it
 //! is in once exactly the announced bytes were sent; if fewer were, the caller must close it.
+//!
+//! A small body and its head, which Pingora writes one after the other, go out together ([`cork`]).
 
 use std::io::{self, IoSliceMut};
 use std::os::fd::{AsRawFd, BorrowedFd};
@@ -28,6 +30,10 @@ use crate::store::Blob;
 /// Below this, what saves a copy costs more than it.
 pub(super) const WORTHWHILE: u64 = 256 * 1024;
 
+/// Bodies in memory of this size go out together with their head; smaller ones do anyway, from
+/// Pingora's buffer.
+pub(super) const CORKED: std::ops::Range<usize> = 1000..64 * 1024;
+
 /// Sent at once: a fast client must not keep a worker to itself.
 const CHUNK: u64 = 2 * 1024 * 1024;
 
@@ -38,15 +44,29 @@ const PROBE: u64 = 128 * 1024;
 /// A client's socket, beside the one that Pingora holds.
 pub(super) struct Socket(Arc<TcpStream>);
 
+/// Holds back what is written until [`uncork`]: one packet, and one wake-up of the client, for a head
+/// and a small body. Does nothing where the connection is no plain HTTP/1.1.
+pub(super) fn cork(session: &Session) {
+    let _ = descriptor(session).map(|socket| set_tcp_cork(socket, true));
+}
+
+pub(super) fn uncork(session: &Session) {
+    let _ = descriptor(session).map(|socket| set_tcp_cork(socket, false));
+}
+
+/// The client's socket. None: the connection is no plain HTTP/1.1.
+fn descriptor(session: &Session) -> Option<BorrowedFd<'_>> {
+    let stream = session.as_http1()?.stream();
+    let stream = (**stream).as_any().downcast_ref::<Stream>()?;
+    // SAFETY: the stream owns the descriptor, and lives as long as the session that is borrowed.
+    #[allow(unsafe_code)]
+    Some(unsafe { BorrowedFd::borrow_raw(stream.as_raw_fd()) })
+}
+
 impl Socket {
     /// None: the connection is no plain HTTP/1.1, so its bytes have to pass through this process.
     pub(super) fn of(session: &Session) -> Option<Self> {
-        let stream = session.as_http1()?.stream();
-        let stream = (**stream).as_any().downcast_ref::<Stream>()?;
-        // SAFETY: the stream owns the descriptor and outlives this borrow, which ends with the dup.
-        #[allow(unsafe_code)]
-        let borrowed = unsafe { BorrowedFd::borrow_raw(stream.as_raw_fd()) };
-        let own = rustix::io::fcntl_dupfd_cloexec(borrowed, 0).ok()?;
+        let own = rustix::io::fcntl_dupfd_cloexec(descriptor(session)?, 0).ok()?;
         Some(Self(Arc::new(TcpStream::from_std(own.into()).ok()?)))
     }
 
