@@ -16,6 +16,7 @@ mod plan;
 mod progress;
 mod reader;
 mod run;
+mod scrub;
 mod write;
 
 use std::collections::HashMap;
@@ -116,6 +117,20 @@ pub enum Opened {
     Uncached { total: u64, from: ServedFrom, feed: Arc<Mutex<Option<Feed>>> },
 }
 
+/// Whether somebody may have read what is damaged.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Seen {
+    Never,
+    Maybe,
+}
+
+/// How a fill ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    Verified,
+    Failed,
+}
+
 // === impl Fills ===
 
 impl Fills {
@@ -145,10 +160,23 @@ impl Fills {
     }
 
     /// Remembers that a registry sent wrong bytes.
-    pub fn distrust(&self, digest: &Digest, place: &Place) {
+    pub fn distrust(&self, digest: &Digest, registry: &Registry) {
         self.metrics.mismatches.inc();
-        tracing::error!(%digest, %place, "the bytes do not match their digest");
-        self.distrusted.insert((digest.clone(), place.registry.clone()), ());
+        tracing::error!(%digest, %registry, "the bytes do not match their digest");
+        self.distrusted.insert((digest.clone(), registry.clone()), ());
+    }
+
+    /// Drops a cached blob that does not match any more.
+    fn damaged(&self, digest: &Digest, blob: &Blob, seen: Seen) {
+        tracing::warn!(%digest, "a cached blob was damaged on disk");
+        self.metrics.damaged.inc();
+        self.store.large.forget(digest, blob);
+        // Who has read its beginning must not get the end of another copy.
+        if seen == Seen::Maybe
+            && let Some(registry) = blob.provenance.as_ref().and_then(|known| known.registry.parse().ok())
+        {
+            self.distrusted.insert((digest.clone(), registry), ());
+        }
     }
 
     /// Joins the running fill of a digest, or starts one from these sources, for a reader who begins
@@ -222,6 +250,15 @@ impl Fill {
         // An error means that the fill ended without a word, which the fallback below says.
         let _ = progress.wait_for(|progress| progress.phase() != Phase::Opening).await;
         self.opened.get().cloned().unwrap_or_else(|| Err(SourceError::Unreachable("the fill ended".into())))
+    }
+
+    /// Waits until the fill is over.
+    pub async fn ended(&self) -> Outcome {
+        let mut progress = self.progress.subscribe();
+        match progress.wait_for(Progress::is_over).await {
+            Ok(progress) if progress.phase() == Phase::Verified => Outcome::Verified,
+            _ => Outcome::Failed,
+        }
     }
 
     pub fn side(&self) -> Side {

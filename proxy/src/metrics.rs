@@ -16,6 +16,9 @@ pub const FILLS: &str = "dray_fills";
 pub const RESUMED_BYTES: &str = "dray_resumed_bytes_total";
 pub const EVICTED_BYTES: &str = "dray_evicted_bytes_total";
 pub const CACHE_BYTES: &str = "dray_cache_bytes";
+pub const SCRUBBED_BYTES: &str = "dray_scrubbed_bytes_total";
+pub const DAMAGED: &str = "dray_damaged_blobs_total";
+pub const SMALL_DROPPED: &str = "dray_small_dropped_total";
 pub const STALE: &str = "dray_stale_total";
 pub const MISMATCHES: &str = "dray_digest_mismatches_total";
 pub const UNCACHED: &str = "dray_uncached_total";
@@ -42,6 +45,10 @@ pub struct Metrics {
     pub evicted_bytes: IntCounter,
     /// not fetched again, because an earlier attempt had fetched them
     pub resumed_bytes: IntCounter,
+    pub scrubbed_bytes: IntCounter,
+    pub damaged: IntCounter,
+    /// by cache, reason
+    pub small_dropped: IntCounterVec,
     /// by tier
     pub cache_bytes: IntGaugeVec,
     /// by reason
@@ -78,6 +85,19 @@ impl Metrics {
             peer_bytes: counters(PEER_BYTES, "Body bytes received from peers.", &["from_zone", "to_zone"]),
             fills: gauges(FILLS, "Blobs being fetched.", &["state"]),
             evicted_bytes: register(&registry, IntCounter::new(EVICTED_BYTES, "Bytes of blobs evicted from disk.")),
+            scrubbed_bytes: register(
+                &registry,
+                IntCounter::new(SCRUBBED_BYTES, "Bytes of cached blobs read again to find damage."),
+            ),
+            damaged: register(
+                &registry,
+                IntCounter::new(DAMAGED, "Cached blobs that no longer matched their digest, and were dropped."),
+            ),
+            small_dropped: counters(
+                SMALL_DROPPED,
+                "Small objects that did not reach the disk, by queue that was full.",
+                &["cache", "reason"],
+            ),
             resumed_bytes: register(
                 &registry,
                 IntCounter::new(RESUMED_BYTES, "Bytes that an earlier, unfinished fetch had left."),

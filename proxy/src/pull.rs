@@ -92,6 +92,11 @@ impl Pull {
         }
     }
 
+    /// Reads what is kept again, at most `rate` bytes a second, for as long as it is polled.
+    pub async fn scrub(&self, rate: u64) {
+        self.fills.scrub(rate).await;
+    }
+
     /// A repository with the rule that holds for it.
     pub fn place(&self, registry: Registry, repository: Repository) -> Place {
         let rule = self.registries.rule(&registry).clone();

@@ -122,6 +122,8 @@ pub fn run(
     });
     let following = pull.clone();
     runtime.spawn(async move { following.follow_peers().await });
+    let scrubbing = pull.clone();
+    runtime.spawn(async move { scrubbing.scrub(config.cache.scrub.0).await });
     runtime.spawn(keep_house(store.clone(), config.cache.keep_free));
     runtime.spawn(write_access_log(access_log.clone()));
     let stop = Stop { readiness, load };

@@ -5,6 +5,7 @@ pub mod dns;
 pub mod dray;
 pub mod http;
 pub mod image;
+pub mod mount;
 pub mod nginx;
 pub mod origin;
 pub mod process;

@@ -84,8 +84,10 @@ pub fn output(command: &mut Command) -> Output {
     output.unwrap_or_else(|e| panic!("{command:?}: {e}; run `make setup`"))
 }
 
-/// A port that is free now, for programs that cannot take port 0.
+/// A port that is free now, for programs that cannot take port 0. Below those that the kernel gives
+/// to outgoing connections, so that none of them takes it meanwhile.
 pub fn free_port() -> u16 {
-    let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
-    listener.local_addr().expect("a bound address").port()
+    let free = |port: &u16| TcpListener::bind(("127.0.0.1", *port)).is_ok();
+    let mut candidates = std::iter::repeat_with(|| fastrand::u16(10_000..32_000));
+    candidates.find(free).expect("a free port")
 }

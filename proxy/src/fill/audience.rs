@@ -52,6 +52,11 @@ impl Audience {
         self.seats().empty_since
     }
 
+    /// Whether anybody ever read.
+    pub(super) fn had_readers(&self) -> bool {
+        self.seats().next > 0
+    }
+
     fn seats(&self) -> MutexGuard<'_, Seats> {
         // Only looked up and changed under the lock.
         self.seats.lock().unwrap_or_else(PoisonError::into_inner)

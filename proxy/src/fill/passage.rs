@@ -7,7 +7,7 @@ use bytes::{Bytes, BytesMut};
 
 use super::feed::Feed;
 use super::{Fills, HELD_BYTES};
-use crate::oci::{Digest, digest::Verifier};
+use crate::oci::{Digest, Registry, digest::Verifier};
 use crate::registries::Place;
 use crate::source::{Broken, ServedFrom, SourceError};
 
@@ -23,7 +23,7 @@ struct Check {
     tail: BytesMut,
     fills: Arc<Fills>,
     digest: Digest,
-    place: Place,
+    registry: Registry,
 }
 
 impl Passage {
@@ -39,7 +39,7 @@ impl Passage {
             tail: BytesMut::new(),
             fills: fills.clone(),
             digest: digest.clone(),
-            place: place.clone(),
+            registry: place.registry.clone(),
         };
         Self { feed, check: Some(check) }
     }
@@ -58,7 +58,7 @@ impl Passage {
                         && error == SourceError::NotFound
                     {
                         // The owner will not let us go on: what it sent proved wrong there.
-                        check.fills.distrust(&check.digest, &check.place);
+                        check.fills.distrust(&check.digest, &check.registry);
                     }
                     return Err(Broken(error.to_string()));
                 }
@@ -79,7 +79,7 @@ impl Passage {
                 None => {
                     let Some(check) = self.check.take() else { return Ok(None) };
                     if !check.verifier.verified() {
-                        check.fills.distrust(&check.digest, &check.place);
+                        check.fills.distrust(&check.digest, &check.registry);
                         return Err(Broken("the bytes do not match their digest".into()));
                     }
                     return Ok(Some(check.tail.freeze()).filter(|tail| !tail.is_empty()));

@@ -10,7 +10,7 @@ use super::feed::{Feed, Sources};
 use super::plan::{LARGEST_RANGE, Plan};
 use super::progress::Phase;
 use super::write::{self, Written};
-use super::{Fill, Fills, Opened};
+use super::{Fill, Fills, Opened, Seen};
 use crate::oci::{BLOB_MEDIA_TYPE, Span, Spans};
 use crate::source::{ServedFrom, SourceError};
 use crate::store::{Blob, Draft, Found, Kind, NoSpace, Partial, Proof, SMALL_BYTES, SmallObject};
@@ -91,12 +91,12 @@ impl Running<'_> {
         }
         let (bytes, place) = (bytes.freeze(), &self.fill.place);
         if !self.fill.key.digest.matches(&bytes) {
-            self.fills.distrust(&self.fill.key.digest, place);
+            self.fills.distrust(&self.fill.key.digest, &place.registry);
             return Err(SourceError::Malformed("the bytes do not match their digest".into()));
         }
         let provenance = Arc::new(place.provenance());
         let object = SmallObject { media_type: BLOB_MEDIA_TYPE.into(), provenance, bytes };
-        self.fills.store.small.insert(&self.fill.key.digest, Kind::Blob, object.clone());
+        self.fills.store.small.insert(&self.fill.key.digest, Kind::Blob, object.clone()).await;
         Ok(Opened::Small { object, from: feed.served_from() })
     }
 
@@ -139,12 +139,12 @@ impl Running<'_> {
         match (written, ended) {
             (Written::Verified, _) => self.publish(draft).await,
             (Written::Mismatch, _) => {
-                self.fills.distrust(digest, &self.fill.place);
+                self.fills.distrust(digest, &self.fill.key.registry);
                 self.fill.disown();
             }
             // The owner will not let us go on: what we have from it proved wrong there.
             (Written::Part(spans), Ended::Broken(SourceError::NotFound)) if !spans.is_empty() => {
-                self.fills.distrust(digest, &self.fill.place);
+                self.fills.distrust(digest, &self.fill.key.registry);
                 self.fill.disown();
             }
             (Written::Part(spans), ended) => {
@@ -175,7 +175,7 @@ impl Running<'_> {
         self.fill.open(Ok(Opened::Uncached { total, from, feed: Arc::new(Mutex::new(feed)) }));
     }
 
-    /// Lets the readers have the tail, then makes the file durable.
+    /// Lets the readers have the tail, then gives the file its name.
     async fn publish(&self, draft: Draft) {
         self.fills.store.large.announce(&draft, &self.fill.key.digest);
         self.fill.end(Phase::Verified);
@@ -191,12 +191,11 @@ impl Running<'_> {
         self.fill.open(Ok(Opened::Growing { blob: blob.clone(), from: ServedFrom::Disk }));
         let digest = &self.fill.key.digest;
         if write::hash_file(self.fill, blob) {
-            self.fills.store.large.prove(digest);
+            self.fills.store.large.prove(digest, blob);
             self.fill.end(Phase::Verified);
         } else {
-            tracing::warn!(%digest, "a cached blob was damaged when the machine went down");
-            self.fills.store.large.forget(digest, blob);
-            self.fills.distrust(digest, &self.fill.place);
+            let seen = if self.fill.audience.had_readers() { Seen::Maybe } else { Seen::Never };
+            self.fills.damaged(digest, blob, seen);
             self.fill.disown();
         }
     }

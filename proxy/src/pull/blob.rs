@@ -9,7 +9,7 @@ use tokio::time::{Instant, timeout, timeout_at};
 use super::parts::Parts;
 use super::sources::BlobSources;
 use super::{Asker, FIRST_BYTE, Pull, Refusal, fetch_ended};
-use crate::fill::{Feed, Fill, FillKey, Opened, Passage, Reader, Side};
+use crate::fill::{Feed, Fill, FillKey, Opened, Outcome, Passage, Reader, Side};
 use crate::oci::{Digest, ErrorCode, Multipart, NamedBy, RangeRequest, Registry, Repository, Span};
 use crate::registries::Place;
 use crate::source::{Broken, ServedFrom, SourceError};
@@ -68,6 +68,8 @@ enum Patience {
 }
 
 const FIRST_BYTE_WITHOUT_NS: Duration = Duration::from_secs(60);
+/// A file that may be damaged is hashed for this long before it is read along.
+const PROVEN_SOON: Duration = Duration::from_secs(5);
 const AGAIN: Duration = Duration::from_secs(2);
 
 impl Pull {
@@ -86,8 +88,13 @@ impl Pull {
             Some(Found::Large { blob, proof: Proof::Verified }) => return BlobAnswer::of_blob(blob, range),
             Some(Found::Large { blob, proof: Proof::Unproven }) => {
                 let fill = self.fills.prove(&self.fill_key(request), &request.place, blob);
-                let followed = timeout(FIRST_BYTE, self.follow(&fill, request)).await;
-                return followed.unwrap_or(Err(Fetch::Source(SourceError::TimedOut))).map_err(Fetch::into_refusal);
+                // Most files are hashed soon: then a damaged one is fetched anew and nobody notices.
+                // Who cannot wait for a large one reads along.
+                let proven = timeout(PROVEN_SOON, fill.ended()).await;
+                if proven != Ok(Outcome::Failed) {
+                    let followed = timeout(FIRST_BYTE - PROVEN_SOON, self.follow(&fill, request)).await;
+                    return followed.unwrap_or(Err(Fetch::Source(SourceError::TimedOut))).map_err(Fetch::into_refusal);
+                }
             }
             None => {}
         }

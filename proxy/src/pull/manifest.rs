@@ -95,7 +95,7 @@ impl Pull {
                 match peers.manifest(owner, place, digest, Instant::now() + FIRST_BYTE).await {
                     Ok((stated, bytes)) if digest.matches(&bytes) => {
                         let media_type = manifest::media_type(&bytes).unwrap_or(stated);
-                        return Ok((self.keep_manifest(place, digest, &media_type, bytes), ServedFrom::Peer));
+                        return Ok((self.keep_manifest(place, digest, &media_type, bytes).await, ServedFrom::Peer));
                     }
                     Ok(_) => tracing::warn!(%owner, %digest, "a peer sent a manifest that does not match"),
                     Err(error @ (SourceError::NotFound | SourceError::Denied)) => return Err(error),
@@ -109,7 +109,7 @@ impl Pull {
         if !digest.matches(&answer.bytes) {
             return Err(self.mismatched(place, digest));
         }
-        Ok((self.keep_manifest(place, digest, &answer.media_type, answer.bytes), ServedFrom::Origin))
+        Ok((self.keep_manifest(place, digest, &answer.media_type, answer.bytes).await, ServedFrom::Origin))
     }
 
     async fn manifest_by_tag(
@@ -195,7 +195,7 @@ impl Pull {
         if answer.claimed.is_some_and(|claimed| !claimed.matches(&answer.bytes)) {
             return Err(self.mismatched(place, &digest));
         }
-        let object = self.keep_manifest(place, &digest, &answer.media_type, answer.bytes);
+        let object = self.keep_manifest(place, &digest, &answer.media_type, answer.bytes).await;
         Ok(ManifestAnswer { digest, object, from: ServedFrom::Origin, age: Some(Duration::ZERO) })
     }
 
@@ -208,10 +208,16 @@ impl Pull {
         }
     }
 
-    fn keep_manifest(&self, place: &Place, digest: &Digest, media_type: &str, bytes: bytes::Bytes) -> SmallObject {
+    async fn keep_manifest(
+        &self,
+        place: &Place,
+        digest: &Digest,
+        media_type: &str,
+        bytes: bytes::Bytes,
+    ) -> SmallObject {
         let provenance = Arc::new(place.provenance());
         let object = SmallObject { media_type: media_type.into(), provenance, bytes };
-        self.store.small.insert(digest, Kind::Manifest, object.clone());
+        self.store.small.insert(digest, Kind::Manifest, object.clone()).await;
         object
     }
 

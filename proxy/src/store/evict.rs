@@ -94,11 +94,10 @@ impl Large {
             let ours = self.budget.used().saturating_add(file_system.available);
             self.budget.yield_to(ours.saturating_sub(reserve));
         }
-        let (used, limit) = (self.budget.used(), self.budget.limit());
-        if used > limit / 100 * HIGH {
-            let wanted = limit - limit / 100 * LOW;
+        let limit = self.budget.limit();
+        if self.budget.used() > limit / 100 * HIGH {
             let mut victims = order(self.idle(), limit, SystemTime::now()).into_iter();
-            while self.budget.free() < wanted {
+            while self.budget.used() > limit / 100 * LOW {
                 if self.partials().drop_one() {
                     continue;
                 }

@@ -1,8 +1,10 @@
 //! Large blobs: one verified file each, least recently used out first.
 //!
-//! Order of publication: the hash agrees, the blob is announced and its readers get the tail; then
-//! fdatasync, rename, fsync of the directory. Bytes are written once per inode; a file under its final name
-//! is never written again, only unlinked.
+//! Order of publication: the hash agrees, the blob is announced and its readers get the tail; then its
+//! record and itself get their names. The kernel writes them to the disk when it likes, so as not to
+//! hold up whoever else writes: a crash of the machine begins a new epoch, in which a blob is hashed
+//! before it is believed. Bytes are written once per inode; a file under its final name is never
+//! written again, only unlinked.
 
 use std::collections::HashMap;
 use std::fs::{self, File, OpenOptions};
@@ -10,11 +12,12 @@ use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
 use std::time::{Duration, Instant, SystemTime};
 
 use prometheus::IntCounter;
-use rustix::fs::{FallocateFlags, Timestamps};
+use rustix::fs::{FallocateFlags, Mode, OFlags, Timestamps};
+use serde::{Deserialize, Serialize};
 
 use super::budget::{Budget, Charge, NoSpace};
 use super::evict::Candidate;
@@ -33,6 +36,10 @@ pub struct Large {
     partials: Mutex<Partials>,
     evicted: IntCounter,
     next_draft: AtomicU64,
+    /// What was proven in another one has to be proven again.
+    epoch: String,
+    /// Whether nothing gets a name any more. Held while something does.
+    sealed: RwLock<bool>,
 }
 
 /// An open blob, or one that is being written. Its bytes stay readable, and counted, until the
@@ -62,7 +69,8 @@ pub enum Proof {
 
 struct Entry {
     len: u64,
-    proof: Proof,
+    /// None: its record was not read yet.
+    proof: Option<Proof>,
     last_used: SystemTime,
     /// How often it was used, at different times, since this process found it.
     uses: u32,
@@ -70,6 +78,16 @@ struct Entry {
     touched: SystemTime,
     charge: Arc<Charge>,
     open: Weak<Blob>,
+}
+
+/// What is known of a blob, in a file beside it.
+#[derive(Serialize, Deserialize)]
+struct Record {
+    #[serde(flatten)]
+    provenance: Provenance,
+    /// When its hash agreed last.
+    #[serde(default)]
+    epoch: String,
 }
 
 /// A hit renews the file's times at most this often.
@@ -89,8 +107,7 @@ const FILE_OVERHEAD: u64 = 8192;
 impl Large {
     pub(super) fn open(layout: &Layout, limit: u64, metrics: &Metrics) -> io::Result<Self> {
         let budget = Budget::new(limit, metrics.cache_bytes.with_label_values(&["large"]));
-        let proof = if layout.left_in_order() { Proof::Verified } else { Proof::Unproven };
-        let index = scan(&layout.blobs(), &budget, proof)?;
+        let index = scan(&layout.blobs(), &budget)?;
         let large = Self {
             blobs: layout.blobs(),
             fills: layout.fills(),
@@ -99,14 +116,15 @@ impl Large {
             partials: Mutex::default(),
             evicted: metrics.evicted_bytes.clone(),
             next_draft: AtomicU64::new(0),
+            epoch: layout.epoch().to_owned(),
+            sealed: RwLock::default(),
         };
         // The limit may have been lowered since.
         while large.budget.used() > limit && large.evict_one() {}
         Ok(large)
     }
 
-    /// Opens a blob and marks it as used. Opening a file on a local disk does not block long
-    /// enough to be worth a thread.
+    /// Opens a blob and marks it as used.
     pub fn get(&self, digest: &Digest) -> Option<(Arc<Blob>, Proof)> {
         let now = SystemTime::now();
         let mut index = self.index();
@@ -115,20 +133,38 @@ impl Large {
             entry.uses = entry.uses.saturating_add(1);
         }
         entry.last_used = now;
-        let proof = entry.proof;
         let touch = now.duration_since(entry.touched).is_ok_and(|age| age > TOUCH_INTERVAL);
         if touch {
             entry.touched = now;
         }
-        if let Some(blob) = entry.open.upgrade() {
+        let (blob, proof) = self.open_entry(&mut index, digest)?;
+        if touch {
+            touch_times(&blob.file, now);
+        }
+        Some((blob, proof))
+    }
+
+    /// Opens a blob as the scrub does, which is no use.
+    pub fn peek(&self, digest: &Digest) -> Option<(Arc<Blob>, Proof)> {
+        self.open_entry(&mut self.index(), digest)
+    }
+
+    /// All blobs.
+    pub fn digests(&self) -> Vec<Digest> {
+        self.index().keys().cloned().collect()
+    }
+
+    /// Opening a file on a local disk does not block long enough to be worth a thread.
+    fn open_entry(&self, index: &mut HashMap<Digest, Entry>, digest: &Digest) -> Option<(Arc<Blob>, Proof)> {
+        let entry = index.get_mut(digest)?;
+        if let (Some(blob), Some(proof)) = (entry.open.upgrade(), entry.proof) {
             return Some((blob, proof));
         }
         match open_blob(&self.path(digest), entry.len) {
-            Ok((file, provenance)) => {
-                if touch {
-                    touch_times(&file, now);
-                }
-                let charge = entry.charge.clone();
+            Ok((file, record)) => {
+                let known = record.as_ref().is_some_and(|record| record.epoch == self.epoch);
+                let proof = *entry.proof.get_or_insert(if known { Proof::Verified } else { Proof::Unproven });
+                let (charge, provenance) = (entry.charge.clone(), record.map(|record| record.provenance));
                 let blob = Arc::new(Blob { file, len: entry.len, provenance, charge });
                 entry.open = Arc::downgrade(&blob);
                 Some((blob, proof))
@@ -176,7 +212,7 @@ impl Large {
         let now = SystemTime::now();
         let entry = Entry {
             len: draft.blob.len,
-            proof: Proof::Verified,
+            proof: Some(Proof::Verified),
             last_used: now,
             uses: 1,
             touched: now,
@@ -187,33 +223,53 @@ impl Large {
         self.index().insert(digest.clone(), entry);
     }
 
-    /// Makes an announced draft durable and gives it its name. Blocks on the disk.
+    /// Gives an announced draft its name. Blocks on the disk.
     #[allow(clippy::needless_pass_by_value, reason = "a draft is published once")]
     pub fn publish(&self, draft: Draft, digest: &Digest) -> io::Result<()> {
-        let published = self.make_durable(&draft, digest);
-        if published.is_err() {
+        let sealed = self.sealed.read().unwrap_or_else(PoisonError::into_inner);
+        if *sealed {
+            return Err(io::Error::other("the cache is closed"));
+        }
+        let path = self.path(digest);
+        let named = fs::create_dir_all(path.parent().unwrap_or(&self.blobs))
+            .and_then(|()| self.write_record(digest, &draft.blob))
+            .and_then(|()| fs::rename(&draft.path, &path));
+        if named.is_err() {
             self.forget(digest, &draft.blob);
         }
-        published
+        named
     }
 
-    fn make_durable(&self, draft: &Draft, digest: &Digest) -> io::Result<()> {
-        draft.blob.file.sync_data()?;
-        let path = self.path(digest);
-        let dir = path.parent().unwrap_or(&self.blobs);
-        fs::create_dir_all(dir)?;
-        let record = draft.path.with_extension("json");
-        fs::write(&record, serde_json::to_vec(&draft.blob.provenance)?)?;
-        fs::rename(&record, record_path(&path))?;
-        fs::rename(&draft.path, &path)?;
-        File::open(dir)?.sync_all()
+    /// Nothing gets a name after this, so that everything that has one can be written to the disk.
+    pub(super) fn seal(&self) {
+        *self.sealed.write().unwrap_or_else(PoisonError::into_inner) = true;
     }
 
-    /// Remembers that an unproven file turned out to be right.
-    pub fn prove(&self, digest: &Digest) {
+    fn write_record(&self, digest: &Digest, blob: &Blob) -> io::Result<()> {
+        let Some(provenance) = blob.provenance.clone() else { return Ok(()) };
+        let record = Record { provenance, epoch: self.epoch.clone() };
+        let new = self.fills.join(format!("{}.json", self.next_draft.fetch_add(1, Ordering::Relaxed)));
+        fs::write(&new, serde_json::to_vec(&record)?)?;
+        fs::rename(new, record_path(&self.path(digest)))
+    }
+
+    /// Remembers that an unproven file turned out to be right. Blocks on the disk.
+    pub fn prove(&self, digest: &Digest, blob: &Blob) {
         if let Some(entry) = self.index().get_mut(digest) {
-            entry.proof = Proof::Verified;
+            entry.proof = Some(Proof::Verified);
         }
+        if let Err(error) = self.write_record(digest, blob) {
+            tracing::warn!(%digest, %error, "a proof could not be recorded");
+        }
+    }
+
+    /// Opens a blob's file past the page cache, to see what the disk holds; with it where the file
+    /// system knows no other way.
+    pub fn open_direct(&self, digest: &Digest) -> io::Result<File> {
+        let (path, flags) = (self.path(digest), OFlags::RDONLY | OFlags::CLOEXEC);
+        let open = |flags| rustix::fs::open(&path, flags, Mode::empty());
+        let file = open(flags | OFlags::DIRECT).or_else(|_| open(flags))?;
+        Ok(file.into())
     }
 
     /// Drops a blob that turned out to be wrong, unless another copy has taken its place.
@@ -329,7 +385,7 @@ impl Drop for Draft {
 }
 
 /// Lists the blobs on disk.
-fn scan(blobs: &Path, budget: &Arc<Budget>, proof: Proof) -> io::Result<HashMap<Digest, Entry>> {
+fn scan(blobs: &Path, budget: &Arc<Budget>) -> io::Result<HashMap<Digest, Entry>> {
     let mut index = HashMap::new();
     for algorithm in Algorithm::ALL {
         for shard in fs::read_dir(blobs.join(algorithm.as_str()))? {
@@ -349,7 +405,7 @@ fn scan(blobs: &Path, budget: &Arc<Budget>, proof: Proof) -> io::Result<HashMap<
                 let charge = Arc::new(budget.account(meta.size() + FILE_OVERHEAD));
                 let entry = Entry {
                     len: meta.size(),
-                    proof,
+                    proof: None,
                     last_used,
                     uses: 1,
                     touched: last_used,
@@ -363,7 +419,7 @@ fn scan(blobs: &Path, budget: &Arc<Budget>, proof: Proof) -> io::Result<HashMap<
     Ok(index)
 }
 
-fn open_blob(path: &Path, len: u64) -> io::Result<(File, Option<Provenance>)> {
+fn open_blob(path: &Path, len: u64) -> io::Result<(File, Option<Record>)> {
     let file = File::open(path)?;
     if file.metadata()?.size() != len {
         return Err(io::Error::new(io::ErrorKind::InvalidData, "its length changed"));
@@ -418,12 +474,22 @@ mod tests {
     #[test]
     fn after_a_crash_of_the_machine_nothing_is_believed_unseen() {
         let dir = tempfile::tempdir().unwrap();
-        let digest = put(&large(dir.path(), 1 << 20), b"hello");
-        fs::write(dir.path().join("v1/state"), "another boot").unwrap();
+        let [first, second] = {
+            let large = large(dir.path(), 1 << 20);
+            [b"hello", b"world"].map(|bytes| put(&large, bytes))
+        };
+        fs::write(dir.path().join("v1/state"), "another-boot 0").unwrap();
+        {
+            let large = large(dir.path(), 1 << 20);
+            let (blob, proof) = large.get(&first).unwrap();
+            assert_eq!(proof, Proof::Unproven);
+            large.prove(&first, &blob);
+            assert_eq!(large.get(&first).unwrap().1, Proof::Verified);
+        }
+        // What was not proven then is not believed later either.
         let large = large(dir.path(), 1 << 20);
-        assert_eq!(large.get(&digest).unwrap().1, Proof::Unproven);
-        large.prove(&digest);
-        assert_eq!(large.get(&digest).unwrap().1, Proof::Verified);
+        assert_eq!(large.get(&first).unwrap().1, Proof::Verified);
+        assert_eq!(large.get(&second).unwrap().1, Proof::Unproven);
     }
 
     #[test]

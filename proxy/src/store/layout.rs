@@ -4,7 +4,7 @@
 //! nor serves them wrongly.
 
 use std::fs::{self, File, TryLockError};
-use std::io;
+use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
@@ -13,7 +13,7 @@ use crate::oci::Algorithm;
 /// A locked cache directory.
 pub(super) struct Layout {
     root: PathBuf,
-    left_in_order: bool,
+    epoch: String,
     /// Held for as long as the process lives.
     _lock: File,
 }
@@ -43,12 +43,12 @@ impl Layout {
             Err(TryLockError::Error(source)) => return Err(unusable(source)),
         }
         let state = fs::read_to_string(root.join("state")).unwrap_or_default();
-        let left_in_order = state == CLEAN || (!state.is_empty() && state == boot_id());
-        let layout = Self { root, left_in_order, _lock: lock };
+        let layout = Self { root, epoch: epoch_after(&state), _lock: lock };
         // Unfinished fills belong to a process that is gone.
         let _ = fs::remove_dir_all(layout.fills());
         layout.create_dirs().map_err(unusable)?;
-        fs::write(layout.root.join("state"), boot_id()).map_err(unusable)?;
+        // Before anything else changes: were the machine to go down now, nothing may say "clean".
+        layout.write_state(&boot_id()).map_err(unusable)?;
         Ok(layout)
     }
 
@@ -62,16 +62,27 @@ impl Layout {
         Ok(())
     }
 
-    /// Whether the last process stopped in order, or was killed while the kernel lived on. After a
-    /// crash of the machine, files may hold less than was written to them.
-    pub(super) fn left_in_order(&self) -> bool {
-        self.left_in_order
+    /// What was proven in this epoch may be believed. A new one begins when the machine went down
+    /// without warning: files may then hold less than was written to them.
+    pub(super) fn epoch(&self) -> &str {
+        &self.epoch
     }
 
+    /// Writes everything to the disk, then says that it is there. Blocks on the disk.
     pub(super) fn mark_clean(&self) {
-        if let Err(error) = fs::write(self.root.join("state"), CLEAN) {
+        let synced = File::open(&self.root).and_then(|root| Ok(rustix::fs::syncfs(root)?));
+        if let Err(error) = synced.and_then(|()| self.write_state(CLEAN)) {
             tracing::debug!(%error, "the cache directory is gone");
         }
+    }
+
+    fn write_state(&self, mark: &str) -> io::Result<()> {
+        let new = self.root.join("state.new");
+        let mut file = File::create(&new)?;
+        file.write_all(format!("{mark} {}", self.epoch).as_bytes())?;
+        file.sync_all()?;
+        fs::rename(new, self.root.join("state"))?;
+        File::open(&self.root)?.sync_all()
     }
 
     pub(super) fn blobs(&self) -> PathBuf {
@@ -95,7 +106,15 @@ const CLEAN: &str = "clean";
 
 /// The kernel's id of this boot: the page cache has survived if it is the same.
 fn boot_id() -> String {
-    fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default()
+    fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default().trim().to_owned()
+}
+
+/// The old epoch, if the last process stopped in order, or was killed while the kernel lived on.
+fn epoch_after(state: &str) -> String {
+    match state.split_once(' ') {
+        Some((mark, epoch)) if mark == CLEAN || (!mark.is_empty() && mark == boot_id()) => epoch.to_owned(),
+        _ => format!("{:016x}", fastrand::u64(..)),
+    }
 }
 
 #[cfg(test)]
@@ -112,15 +131,17 @@ mod tests {
     }
 
     #[test]
-    fn a_crash_of_the_machine_is_noticed() {
+    fn a_crash_of_the_machine_begins_an_epoch() {
         let dir = tempfile::tempdir().unwrap();
-        let order = || Layout::open(dir.path()).unwrap().left_in_order();
-        assert!(!order(), "nothing is known of a new directory");
-        assert!(order(), "killed, but the kernel lives");
-        fs::write(dir.path().join("v1/state"), "another boot").unwrap();
-        assert!(!order());
+        let epoch = || Layout::open(dir.path()).unwrap().epoch().to_owned();
+        let first = epoch();
+        assert_eq!(epoch(), first, "killed, but the kernel lives");
         Layout::open(dir.path()).unwrap().mark_clean();
-        assert!(order());
+        assert_eq!(epoch(), first, "stopped in order");
+        for state in ["another-boot 0123456789abcdef", "clean", "", " x"] {
+            fs::write(dir.path().join("v1/state"), state).unwrap();
+            assert_ne!(epoch(), first, "{state}");
+        }
     }
 
     #[test]

@@ -1,20 +1,26 @@
 //! Small objects, whole, in foyer's hybrid cache: memory in front of disk.
 //!
 //! Manifests have an instance of their own, because foyer's disk evicts by block in order of
-//! writing, and a churn of small blobs would sweep them out. This is the only file that knows foyer.
+//! writing, and a churn of small blobs would sweep them out. Only this room knows foyer.
+
+mod overflow;
+mod writer;
 
 use std::fs::OpenOptions;
 use std::io::{Read, Write};
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 
 use bytes::Bytes;
 use foyer::{
     BlockEngineConfig, Code, DeviceBuilder, FsDeviceBuilder, HybridCache, HybridCacheBuilder, HybridCachePolicy,
-    PsyncIoEngineConfig, RecoverMode, Source, Spawner,
+    HybridCacheProperties, Location, PsyncIoEngineConfig, RecoverMode, Source, Spawner,
 };
+use prometheus::IntCounterVec;
 use rustix::fs::FallocateFlags;
 
+use self::overflow::Overflow;
+use self::writer::Writer;
 use super::{SMALL_BYTES, Tier};
 use crate::oci::{Digest, MAX_MANIFEST_BYTES};
 use crate::provenance::Provenance;
@@ -43,6 +49,8 @@ pub struct SmallObject {
 struct Instance {
     cache: HybridCache<String, SmallObject>,
     disk_bytes: u64,
+    /// None once it is closed.
+    writer: std::sync::RwLock<Option<Arc<Writer>>>,
 }
 
 /// How an instance lies on disk.
@@ -62,12 +70,12 @@ const MIN_BLOCKS: u64 = 3;
 // === impl Small ===
 
 impl Small {
-    pub(super) async fn open(dir: &Path, disk: u64, memory: u64) -> Result<Self, String> {
+    pub(super) async fn open(dir: &Path, disk: u64, memory: u64, dropped: &IntCounterVec) -> Result<Self, String> {
         // An eighth of a disk, at most 1 GiB, is plenty: a manifest has a few KiB.
         let share = (disk / 8).min(1 << 30);
         let manifests = Shape::new("manifests", MAX_MANIFEST_BYTES, 1, share / 4, memory / 2);
         let blobs = Shape::new("blobs", SMALL_BYTES, 16, share - share / 4, memory / 2);
-        Ok(Self { manifests: manifests.open(dir).await?, blobs: blobs.open(dir).await? })
+        Ok(Self { manifests: manifests.open(dir, dropped).await?, blobs: blobs.open(dir, dropped).await? })
     }
 
     /// Bytes that both instances take on disk, always.
@@ -87,6 +95,7 @@ impl Small {
         };
         let object = entry.value().clone();
         if entry.source() != Source::Disk {
+            self.of(kind).used(&key, &object);
             return Some((object, Tier::Memory));
         }
         // What comes from disk is checked before it is believed.
@@ -95,16 +104,27 @@ impl Small {
             cache.remove(&key);
             return None;
         }
+        self.of(kind).used(&key, &object);
         Some((object, Tier::Disk))
     }
 
-    /// Keeps a verified object.
-    pub fn insert(&self, digest: &Digest, kind: Kind, object: SmallObject) {
-        self.of(kind).cache.insert(digest.to_string(), object);
+    /// Keeps a verified object: in memory at once, on disk as soon as that takes it. Waits where too
+    /// many wait already.
+    pub async fn insert(&self, digest: &Digest, kind: Kind, object: SmallObject) {
+        let instance = self.of(kind);
+        let in_memory = HybridCacheProperties::default().with_location(Location::InMem);
+        instance.cache.insert_with_properties(digest.to_string(), object.clone(), in_memory);
+        if let Some(writer) = instance.writer() {
+            writer.write(digest.to_string(), object).await;
+        }
     }
 
     pub(super) async fn close(&self) {
         for instance in [&self.manifests, &self.blobs] {
+            let writer = instance.writer.write().unwrap_or_else(PoisonError::into_inner).take();
+            if let Some(writer) = writer.and_then(Arc::into_inner) {
+                writer.close().await;
+            }
             let cache = instance.cache.clone();
             // A writer that died on a full disk makes close() panic: it must not take us along.
             let closed = tokio::spawn(async move { cache.close().await }).await;
@@ -118,6 +138,20 @@ impl Small {
         match kind {
             Kind::Manifest => &self.manifests,
             Kind::Blob => &self.blobs,
+        }
+    }
+}
+
+// === impl Instance ===
+
+impl Instance {
+    fn writer(&self) -> Option<Arc<Writer>> {
+        self.writer.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn used(&self, key: &str, object: &SmallObject) {
+        if let Some(writer) = &*self.writer.read().unwrap_or_else(PoisonError::into_inner) {
+            writer.used(key, object);
         }
     }
 }
@@ -138,12 +172,13 @@ impl Shape {
         self.entries_per_block * (self.largest_entry + PAGE) + PAGE
     }
 
-    async fn open(self, dir: &Path) -> Result<Instance, String> {
+    async fn open(self, dir: &Path, dropped: &IntCounterVec) -> Result<Instance, String> {
         let dir = dir.join(self.name);
         let builder = HybridCacheBuilder::new()
             .with_name(self.name)
             .with_policy(HybridCachePolicy::WriteOnInsertion)
             .with_flush_on_close(false)
+            .with_metrics_registry(Box::new(Overflow(dropped.clone())))
             .memory(usize::try_from(self.memory).unwrap_or(usize::MAX))
             .with_shards(2)
             .with_weighter(|key: &String, object: &SmallObject| key.len() + object.bytes.len() + 256)
@@ -154,7 +189,7 @@ impl Shape {
         if let Err(error) = self.allocate(&dir) {
             tracing::warn!(%error, cache = self.name, "no disk for small objects, they stay in memory");
             let cache = builder.build().await.map_err(|e| e.to_string())?;
-            return Ok(Instance { cache, disk_bytes: 0 });
+            return Ok(Instance { cache, disk_bytes: 0, writer: std::sync::RwLock::default() });
         }
         let device = FsDeviceBuilder::new(&dir)
             .with_capacity(usize::try_from(self.blocks * self.block_bytes()).unwrap_or(usize::MAX))
@@ -171,7 +206,10 @@ impl Shape {
             .with_indexer_shards(16)
             .with_recover_concurrency(4);
         let cache = builder.with_engine_config(engine).build().await.map_err(|e| e.to_string())?;
-        Ok(Instance { cache, disk_bytes: self.blocks * self.block_bytes() })
+        let disk_bytes = self.blocks * self.block_bytes();
+        // Half of the buffer: the engine keeps it twice, one in flight.
+        let writer = Writer::start(cache.clone(), disk_bytes, buffer as u64 / 2);
+        Ok(Instance { cache, disk_bytes, writer: std::sync::RwLock::new(Some(Arc::new(writer))) })
     }
 
     /// foyer's writer dies on a full disk, so its files get their blocks before it sees them.
@@ -231,23 +269,87 @@ mod tests {
         }
     }
 
+    fn dropped() -> IntCounterVec {
+        crate::metrics::Metrics::new().small_dropped
+    }
+
+    async fn open(dir: &Path, disk: u64) -> Small {
+        Small::open(dir, disk, 1 << 22, &dropped()).await.unwrap()
+    }
+
     #[tokio::test]
     async fn objects_survive_a_restart_whole() {
         let dir = tempfile::tempdir().unwrap();
         let largest = vec![7; usize::try_from(MAX_MANIFEST_BYTES).unwrap()];
-        let small = Small::open(dir.path(), 1 << 28, 1 << 22).await.unwrap();
-        let digests = [&largest[..], b"tiny"].map(|bytes| {
-            small.insert(&Digest::of(bytes), Kind::Manifest, object(bytes));
-            Digest::of(bytes)
-        });
+        let small = open(dir.path(), 1 << 28).await;
+        let mut digests = Vec::new();
+        for bytes in [&largest[..], b"tiny"] {
+            small.insert(&Digest::of(bytes), Kind::Manifest, object(bytes)).await;
+            digests.push(Digest::of(bytes));
+        }
         assert!(small.get(&digests[1], Kind::Manifest).await.is_some());
         assert!(small.get(&digests[1], Kind::Blob).await.is_none());
         small.close().await;
         drop(small);
-        let small = Small::open(dir.path(), 1 << 28, 1 << 22).await.unwrap();
+        let small = open(dir.path(), 1 << 28).await;
         for (digest, bytes) in digests.iter().zip([&largest[..], b"tiny"]) {
             let (found, tier) = small.get(digest, Kind::Manifest).await.unwrap();
             assert_eq!((found, tier), (object(bytes), Tier::Disk));
         }
+    }
+
+    /// A blob of so many bytes, no two alike.
+    fn blob(nth: u64, len: usize) -> Vec<u8> {
+        let mut bytes = vec![0; len];
+        fastrand::Rng::with_seed(nth).fill(&mut bytes);
+        bytes
+    }
+
+    #[tokio::test]
+    async fn manifests_and_hot_blobs_survive_ten_revolutions_of_churn() {
+        let dir = tempfile::tempdir().unwrap();
+        let small = open(dir.path(), 1 << 29).await;
+        let ring = small.blobs.disk_bytes;
+        let manifests: Vec<_> = (0..50).map(|nth| blob(nth, 3000)).collect();
+        for manifest in &manifests {
+            small.insert(&Digest::of(manifest), Kind::Manifest, object(manifest)).await;
+        }
+        let hot = blob(999, 5000);
+        small.insert(&Digest::of(&hot), Kind::Blob, object(&hot)).await;
+        let len = 200 * 1024;
+        for nth in 0..10 * ring / len as u64 {
+            let cold = blob(1000 + nth, len);
+            small.insert(&Digest::of(&cold), Kind::Blob, object(&cold)).await;
+            if nth % 20 == 0 {
+                assert!(small.get(&Digest::of(&hot), Kind::Blob).await.is_some(), "after {nth}");
+            }
+        }
+        small.close().await;
+        drop(small);
+        let small = open(dir.path(), 1 << 29).await;
+        for manifest in &manifests {
+            assert!(small.get(&Digest::of(manifest), Kind::Manifest).await.is_some());
+        }
+        assert!(small.get(&Digest::of(&hot), Kind::Blob).await.is_some());
+    }
+
+    #[tokio::test]
+    async fn a_burst_loses_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let counter = dropped();
+        let small = Small::open(dir.path(), 1 << 29, 1 << 22, &counter).await.unwrap();
+        let burst: Vec<_> = (0..200).map(|nth| blob(nth, 200 * 1024)).collect();
+        for bytes in &burst {
+            small.insert(&Digest::of(bytes), Kind::Blob, object(bytes)).await;
+        }
+        small.close().await;
+        drop(small);
+        let small = Small::open(dir.path(), 1 << 29, 1 << 22, &counter).await.unwrap();
+        for bytes in &burst {
+            assert!(small.get(&Digest::of(bytes), Kind::Blob).await.is_some());
+        }
+        let lost: u64 =
+            ["buffer", "channel"].map(|queue| counter.with_label_values(&["blobs", queue]).get()).iter().sum();
+        assert_eq!(lost, 0);
     }
 }

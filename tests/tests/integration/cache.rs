@@ -1,12 +1,12 @@
 //! What is kept survives, and what cannot be kept is served all the same.
 
 use std::os::unix::fs::FileExt;
-use std::path::Path;
 use std::process::Command;
 
-use dray_tests::dray::Start;
+use dray_tests::dray::{Start, rule};
 use dray_tests::eventually;
 use dray_tests::image::Image;
+use dray_tests::mount::Mount;
 use dray_tests::origin::{Fault, Origin};
 use dray_tests::process::run;
 
@@ -75,14 +75,63 @@ async fn after_a_crash_of_the_machine_files_are_hashed_before_they_are_believed(
     std::fs::write(cache.join("v1/state"), "another boot").unwrap();
     let dray = dray.start().clone().run();
     let first = dray.get(&path(&image.layers[0])).await;
-    assert!(!first.complete, "wrong bytes never leave whole");
-    let again = dray.get(&path(&image.layers[0])).await;
-    assert_eq!(again.source(), "origin");
-    assert!(again.complete && again.body == image.blobs[&image.layers[0]]);
+    assert_eq!(first.source(), "origin", "fetched anew before anybody notices");
+    assert!(first.complete && first.body == image.blobs[&image.layers[0]]);
     let asked = origin.count("GET", &image.layers[1]);
     let sound = dray.get(&path(&image.layers[1])).await;
     assert!(sound.complete && sound.body == image.blobs[&image.layers[1]]);
     assert_eq!((sound.source(), origin.count("GET", &image.layers[1])), ("disk", asked));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_scrub_finds_what_the_disk_has_damaged() {
+    let image = Image::new(1, &[3_000_000, 2_000_000]);
+    let origin = origin(&image).await;
+    let dray = Start::with_upstream("docker.io", &origin.url()).run();
+    for layer in &image.layers {
+        assert!(dray.get(&path(layer)).await.complete);
+    }
+    dray.fills_end().await;
+    let hex = image.layers[0].trim_start_matches("sha256:");
+    let file = dray.start().cache_dir().join("v1/blobs/sha256").join(&hex[..2]).join(hex);
+    let rotten = std::fs::File::options().write(true).open(file).unwrap();
+    rotten.write_all_at(b"x", 2_000_000).unwrap();
+    eventually("the scrub is through", async || {
+        (dray.metric("dray_damaged_blobs_total").await == 1
+            && dray.metric("dray_scrubbed_bytes_total").await > 5_000_000)
+            .then_some(())
+    })
+    .await;
+    let again = dray.get(&path(&image.layers[0])).await;
+    assert!(again.complete && again.source() == "origin" && again.body == image.blobs[&image.layers[0]]);
+    assert_eq!(dray.get(&path(&image.layers[1])).await.source(), "disk");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn others_on_the_same_disk_are_yielded_to() {
+    let image = Image::new(1, &[20_000_000]);
+    let origin = origin(&image).await;
+    let disk = Mount::tmpfs("256m");
+    let config = rule("docker.io", &origin.url()) + "[cache]\nkeep_free = \"40%\"\n";
+    let dray = Start::new(config).cache(disk.path().join("cache")).disk("50%").run();
+    assert!(dray.get(&path(&image.layers[0])).await.complete);
+    dray.fills_end().await;
+    assert_eq!(dray.get(&path(&image.layers[0])).await.source(), "disk");
+    let used = dray.metric("dray_cache_bytes{tier=\"large\"}").await;
+    assert!(used > 20_000_000, "{used}");
+    std::fs::write(disk.path().join("somebody-elses"), vec![1; 140_000_000]).unwrap();
+    eventually("the cache is smaller", async || {
+        (dray.metric("dray_cache_bytes{tier=\"large\"}").await == 0).then_some(())
+    })
+    .await;
+    let through = dray.get(&path(&image.layers[0])).await;
+    assert!(through.complete && through.body == image.layer().1, "served all the same");
+    std::fs::remove_file(disk.path().join("somebody-elses")).unwrap();
+    eventually("it is kept again", async || {
+        assert!(dray.get(&path(&image.layers[0])).await.complete);
+        (dray.metric("dray_cache_bytes{tier=\"large\"}").await > 0).then_some(())
+    })
+    .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -172,25 +221,4 @@ async fn wrong_bytes_pass_through_no_more_than_elsewhere() {
     let resume = dray.get_range(&path(image.layer().0), "bytes=49000000-").await;
     assert_eq!(resume.status, 404, "the wrong beginning is not completed");
     assert_eq!(dray.metric("dray_digest_mismatches_total").await, 1);
-}
-
-/// A file system of a fixed size, unmounted when dropped.
-struct Mount(tempfile::TempDir);
-
-impl Mount {
-    fn tmpfs(size: &str) -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        run(Command::new("mount").args(["-t", "tmpfs", "-o", &format!("size={size}"), "tmpfs"]).arg(dir.path()));
-        Self(dir)
-    }
-
-    fn path(&self) -> &Path {
-        self.0.path()
-    }
-}
-
-impl Drop for Mount {
-    fn drop(&mut self) {
-        let _ = Command::new("umount").arg("-l").arg(self.0.path()).status();
-    }
 }

@@ -18,4 +18,5 @@ mod public;
 mod ranges;
 mod routing;
 mod sendfile;
+mod soak;
 mod tags;

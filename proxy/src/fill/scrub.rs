@@ -1,0 +1,85 @@
+//! Reads what is kept again, slowly, to find what the disk has damaged.
+
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::task::spawn_blocking;
+use tokio::time::{Instant, sleep, sleep_until};
+
+use super::{Fills, Seen};
+use crate::oci::Digest;
+use crate::store::Proof;
+
+/// The first pass begins this long after the start.
+const BEGINS_AFTER: Duration = Duration::from_secs(5);
+
+/// A pass begins at most this often.
+const PASS: Duration = Duration::from_secs(24 * 3600);
+
+/// Read at once; a multiple of what direct reads are aligned to.
+const PIECE: usize = 1024 * 1024;
+const ALIGNMENT: usize = 4096;
+
+impl Fills {
+    /// Hashes every blob once a day, at most `rate` bytes a second, for as long as it is polled. What
+    /// was not believed since the machine went down is proven on the way.
+    pub async fn scrub(self: &Arc<Self>, rate: u64) {
+        if rate == 0 {
+            return;
+        }
+        sleep(BEGINS_AFTER).await;
+        loop {
+            let next_pass = Instant::now() + PASS;
+            for digest in self.store.large.digests() {
+                if let Err(error) = self.scrub_one(&digest, rate).await {
+                    tracing::debug!(%digest, %error, "not scrubbed");
+                }
+            }
+            sleep_until(next_pass).await;
+        }
+    }
+
+    async fn scrub_one(self: &Arc<Self>, digest: &Digest, rate: u64) -> io::Result<()> {
+        let Some((blob, proof)) = self.store.large.peek(digest) else { return Ok(()) };
+        let file = Arc::new(self.store.large.open_direct(digest)?);
+        let mut verifier = digest.verifier();
+        let mut position = 0;
+        while position < blob.len {
+            let begun = Instant::now();
+            let reading = file.clone();
+            let (hashed, count) = spawn_blocking(move || {
+                let count = read_aligned(&reading, position, |bytes| verifier.update(bytes))?;
+                io::Result::Ok((verifier, count))
+            })
+            .await
+            .map_err(io::Error::other)??;
+            verifier = hashed;
+            if count == 0 {
+                break;
+            }
+            position += count as u64;
+            self.metrics.scrubbed_bytes.inc_by(count as u64);
+            sleep_until(begun + Duration::from_secs(1).mul_f64(count as f64 / rate as f64)).await;
+        }
+        if position != blob.len || !verifier.verified() {
+            self.damaged(digest, &blob, Seen::Maybe);
+        } else if proof == Proof::Unproven {
+            let fills = self.clone();
+            let digest = digest.clone();
+            spawn_blocking(move || fills.store.large.prove(&digest, &blob)).await.map_err(io::Error::other)?;
+        }
+        Ok(())
+    }
+}
+
+/// Reads a piece into memory that is aligned as direct reads want it.
+fn read_aligned(file: &std::fs::File, position: u64, use_bytes: impl FnOnce(&[u8])) -> io::Result<usize> {
+    let mut memory = vec![0; PIECE + ALIGNMENT];
+    let start = memory.as_ptr().align_offset(ALIGNMENT).min(ALIGNMENT);
+    let piece = &mut memory[start..start + PIECE];
+    let count = file.read_at(piece, position)?;
+    use_bytes(&piece[..count]);
+    Ok(count)
+}

@@ -1,0 +1,88 @@
+//! Writes small objects to disk no faster than the disk takes them.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use foyer::HybridCache;
+use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
+
+use super::SmallObject;
+
+/// Objects that wait to be written; whoever inserts more waits as well.
+const QUEUE: usize = 256;
+
+/// Where an object that is used is written again: when this part of the ring was written since.
+/// foyer gives up what was written first, used or not.
+const FAR_BEHIND: u64 = 4;
+
+/// The way to one cache's disk.
+pub(super) struct Writer {
+    queue: mpsc::Sender<(String, SmallObject)>,
+    task: JoinHandle<()>,
+    ring: Arc<Ring>,
+}
+
+/// Where on the ring each object was written last.
+struct Ring {
+    bytes: u64,
+    written: AtomicU64,
+    positions: moka::sync::Cache<String, u64>,
+}
+
+impl Writer {
+    /// For a cache of `bytes` on disk, which takes `batch` bytes at once.
+    pub(super) fn start(cache: HybridCache<String, SmallObject>, bytes: u64, batch: u64) -> Self {
+        let (queue, mut waiting) = mpsc::channel::<(String, SmallObject)>(QUEUE);
+        let positions = moka::sync::Cache::new(100_000);
+        let ring = Arc::new(Ring { bytes, written: AtomicU64::new(0), positions });
+        let writing = ring.clone();
+        let task = tokio::spawn(async move {
+            let mut taken = 0;
+            while let Some((key, object)) = waiting.recv().await {
+                let size = object.bytes.len() as u64;
+                if taken + size > batch {
+                    cache.storage().wait().await;
+                    taken = 0;
+                }
+                taken += size;
+                writing.wrote(&key, size);
+                cache.insert(key, object);
+            }
+            cache.storage().wait().await;
+        });
+        Self { queue, task, ring }
+    }
+
+    pub(super) async fn write(&self, key: String, object: SmallObject) {
+        // The receiver lives until close().
+        let _ = self.queue.send((key, object)).await;
+    }
+
+    /// An object was used: it is written again before the ring comes round to it.
+    pub(super) fn used(&self, key: &str, object: &SmallObject) {
+        if self.ring.is_far_behind(key) && self.queue.try_send((key.to_owned(), object.clone())).is_ok() {
+            self.ring.positions.insert(key.to_owned(), self.ring.written.load(Ordering::Relaxed));
+        }
+    }
+
+    /// Writes what waits.
+    pub(super) async fn close(self) {
+        drop(self.queue);
+        let _ = self.task.await;
+    }
+}
+
+impl Ring {
+    fn wrote(&self, key: &str, size: u64) {
+        let position = self.written.fetch_add(size, Ordering::Relaxed);
+        self.positions.insert(key.to_owned(), position);
+    }
+
+    fn is_far_behind(&self, key: &str) -> bool {
+        let written = self.written.load(Ordering::Relaxed);
+        // What an earlier process wrote lies behind all that this one wrote.
+        let position = self.positions.get(key).unwrap_or(0);
+        written - position.min(written) > self.bytes / FAR_BEHIND
+    }
+}
