@@ -141,7 +141,7 @@ impl Reply {
             Extent::Part(span) => (StatusCode::PARTIAL_CONTENT, media_type, span.len()),
             Extent::Parts(parts) => {
                 multipart_type = parts.content_type();
-                (StatusCode::PARTIAL_CONTENT, &*multipart_type, parts.len())
+                (StatusCode::PARTIAL_CONTENT, &*multipart_type, parts.content_length())
             }
         };
         let reply = Self { status, headers: Vec::with_capacity(8), body, from: Some(from) }

@@ -106,7 +106,7 @@ impl Engine<'_> {
     /// None: the source does not understand ranges after all.
     async fn by_ranges(&mut self, first: Flow) -> Option<Ended> {
         let meter = Meter::default();
-        let sources = self.sources.clone();
+        let (sources, total) = (self.sources.clone(), self.total);
         let mut climb = Climb::new(MAX_OF_BLOB);
         let mut breaks = Breaks::default();
         let mut resume_at = Instant::now();
@@ -115,7 +115,7 @@ impl Engine<'_> {
         let lane = |span, failures, pieces, leave| Lane {
             sources: &*sources,
             span,
-            total: self.total,
+            total,
             failures,
             pieces,
             meter: &meter,
@@ -129,20 +129,11 @@ impl Engine<'_> {
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             let now = Instant::now();
-            while understood && now >= resume_at {
-                let wanted = self.fill.audience.wanted();
-                // Who waits for a byte that nobody brings need not wait for a whole range to end.
-                let urgent = self.plan.waited_for(&wanted).is_some() && lanes.len() < MAX_OF_BLOB;
-                if lanes.len() >= climb.lanes() && !urgent {
-                    break;
-                }
-                let leave = if lanes.is_empty() { None } else { self.allowance.take(&self.fill.key.registry) };
-                if leave.is_none() && !lanes.is_empty() {
-                    climb.limit(lanes.len());
-                    break;
-                }
-                let hashed = progress.borrow_and_update().hashed();
-                let Some(span) = self.plan.next(hashed, &wanted, climb.lanes()) else { break };
+            let may_open = understood && now >= resume_at;
+            while may_open
+                && let Some((span, leave)) =
+                    self.next_range(lanes.len(), &mut climb, progress.borrow_and_update().hashed())
+            {
                 lanes.push(lane(span, breaks.failures, self.pieces.clone(), leave).run(None));
             }
             if lanes.is_empty() && self.plan.is_complete() {
@@ -198,6 +189,22 @@ impl Engine<'_> {
                 }
             }
         }
+    }
+
+    /// The next range, and the leave to fetch it beside so many others. None: not now.
+    fn next_range(&mut self, running: usize, climb: &mut Climb, hashed: u64) -> Option<(Span, Option<Leave>)> {
+        let wanted = self.fill.audience.wanted();
+        // Who waits for a byte that nobody brings need not wait for a whole range to end.
+        let urgent = self.plan.waited_for(&wanted).is_some() && running < MAX_OF_BLOB;
+        if running >= climb.lanes() && !urgent {
+            return None;
+        }
+        let leave = if running == 0 { None } else { self.allowance.take(&self.fill.key.registry) };
+        if running > 0 && leave.is_none() {
+            climb.limit(running);
+            return None;
+        }
+        Some((self.plan.next(hashed, &wanted, climb.lanes())?, leave))
     }
 
     /// Asks for everything from the start, and skips what is there.

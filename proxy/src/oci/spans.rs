@@ -102,9 +102,9 @@ mod tests {
                 let put = random.u8(0..3) > 0;
                 let part = span(start as u64, end as u64);
                 if put {
-                    spans.insert(part)
+                    spans.insert(part);
                 } else {
-                    spans.remove(part)
+                    spans.remove(part);
                 }
                 flags[start..end].fill(put);
             }

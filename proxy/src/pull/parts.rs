@@ -71,29 +71,27 @@ impl Pull {
 impl Parts {
     /// The next piece; None at the end.
     pub async fn next(&mut self) -> Result<Option<Bytes>, Broken> {
-        loop {
-            if let Some(current) = &mut self.current {
-                match Box::pin(current.body.next()).await? {
-                    Some(piece) => return Ok(Some(piece)),
-                    None => self.current = None,
-                }
+        if let Some(current) = &mut self.current {
+            if let Some(piece) = Box::pin(current.body.next()).await? {
+                return Ok(Some(piece));
             }
-            let Some(span) = self.multipart.spans().get(self.next).copied() else {
-                let end = (!self.ended).then(|| self.multipart.end());
-                self.ended = true;
-                return Ok(end);
-            };
-            let answer = match self.answers.next().await {
-                Some(Ok(answer)) => answer,
-                Some(Err(refusal)) => return Err(Broken(format!("a part was refused: {refusal:?}"))),
-                None => return Err(Broken("a part is missing".into())),
-            };
-            if answer.extent != Extent::Part(span) {
-                return Err(Broken("another part than asked for".into()));
-            }
-            self.next += 1;
-            self.current = Some(answer);
-            return Ok(Some(self.multipart.head(span)));
+            self.current = None;
         }
+        let Some(span) = self.multipart.spans().get(self.next).copied() else {
+            let end = (!self.ended).then(|| self.multipart.end());
+            self.ended = true;
+            return Ok(end);
+        };
+        let answer = match self.answers.next().await {
+            Some(Ok(answer)) => answer,
+            Some(Err(refusal)) => return Err(Broken(format!("a part was refused: {refusal:?}"))),
+            None => return Err(Broken("a part is missing".into())),
+        };
+        if answer.extent != Extent::Part(span) {
+            return Err(Broken("another part than asked for".into()));
+        }
+        self.next += 1;
+        self.current = Some(answer);
+        Ok(Some(self.multipart.head(span)))
     }
 }

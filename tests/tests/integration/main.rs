@@ -10,6 +10,7 @@ mod conformance;
 mod engine;
 mod faults;
 mod fills;
+mod hotpaths;
 mod k8s;
 mod lazy;
 mod load;

@@ -1,0 +1,109 @@
+//! What every request goes through, alone and over and over, for counting instructions:
+//!
+//! ```sh
+//! valgrind --tool=callgrind --callgrind-out-file=/dev/null target/ci/examples/hotpaths route 1000
+//! ```
+//!
+//! The integration test `hotpaths` runs all of them and holds them to a bound.
+
+#![allow(clippy::print_stderr, clippy::unwrap_used, reason = "a tool for whoever changes a hot path")]
+
+use std::hint::black_box;
+use std::net::SocketAddr;
+use std::process::ExitCode;
+
+use dray::config::{Config, Share, Size};
+use dray::metrics::Metrics;
+use dray::oci::{Digest, RangeSet, Span, Spans, route};
+use dray::peers::ring;
+use dray::provenance::Provenance;
+use dray::registries::Registries;
+use dray::respond::Reply;
+use dray::source::ServedFrom;
+use dray::store::{Kind, SmallObject, Store};
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let [name, count] = &arguments[..] else {
+        eprintln!("usage: hotpaths route|range|spans|ring|head|lookup COUNT");
+        return ExitCode::from(2);
+    };
+    let count: u32 = count.parse().unwrap();
+    match name.as_str() {
+        "route" => route(count),
+        "range" => range(count),
+        "spans" => spans(count),
+        "ring" => ring(count),
+        "head" => head(count),
+        "lookup" => lookup(count),
+        other => {
+            eprintln!("no hot path is called {other}");
+            return ExitCode::from(2);
+        }
+    }
+    ExitCode::SUCCESS
+}
+
+/// The path and query of a blob request.
+fn route(count: u32) {
+    let registries = Registries::new(&Config::default());
+    let path = format!("/v2/library/alpine/blobs/{}", Digest::of(b"x"));
+    for _ in 0..count {
+        let parsed = route::parse(black_box(&path), Some("ns=docker.io"), Some("127.0.0.1:5050"), &registries);
+        black_box(parsed.is_ok());
+    }
+}
+
+/// A `Range` header with four ranges.
+fn range(count: u32) {
+    for _ in 0..count {
+        let set = RangeSet::parse(black_box("bytes=0-49999,100000-149999,5000000-5049999,-1000"));
+        black_box(set.unwrap().within(10_000_000));
+    }
+}
+
+/// The bytes of a blob that come by four connections.
+fn spans(count: u32) {
+    let mut spans = Spans::default();
+    for nth in 0..u64::from(count) {
+        let start = (nth % 4) * (1 << 40) + (nth / 4) * 65_536;
+        spans.insert(black_box(Span { start, end: start + 65_536 }));
+        black_box(spans.run_end(0));
+    }
+}
+
+/// The owners of a digest among 50 members.
+fn ring(count: u32) {
+    let members: Vec<SocketAddr> = (0..50).map(|n| SocketAddr::from(([10, 0, 0, n], 5052))).collect();
+    let digest = Digest::of(b"x");
+    for _ in 0..count {
+        black_box(ring::order(black_box(&members), &digest));
+    }
+}
+
+/// The head of an answer.
+fn head(count: u32) {
+    let digest = Digest::of(b"x");
+    let registry = "docker.io".parse().unwrap();
+    for _ in 0..count {
+        let reply = Reply::blob_length(black_box(1234), ServedFrom::Memory, &digest).of_registry(&registry);
+        black_box(reply.head("0123456789abcdef"));
+    }
+}
+
+/// A manifest in memory.
+fn lookup(count: u32) {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    runtime.block_on(async {
+        let disk = Share::Size(Size(64 << 20));
+        let store = Store::open(dir.path(), disk, 16 << 20, &Metrics::new()).await.unwrap();
+        let digest = Digest::of(b"x");
+        let provenance = Provenance { rule: "*".into(), registry: "docker.io".into(), repository: "a/b".into() };
+        let object = SmallObject { media_type: "a/b".into(), provenance: provenance.into(), bytes: b"x"[..].into() };
+        store.small.insert(&digest, Kind::Manifest, object).await;
+        for _ in 0..count {
+            black_box(store.find(black_box(&digest), Kind::Manifest).await.is_some());
+        }
+    });
+}
