@@ -4,7 +4,7 @@ BIN := target/$(PROFILE)/dray
 TOOLS := target/tools
 CARGO_TEST := cargo test --profile $(PROFILE) --workspace
 
-.PHONY: run test lint bench image setup tools fuzz fmt
+.PHONY: run test lint bench soak image setup tools fuzz fmt
 
 run: $(BIN) ## Build dray and start it with its built-in defaults
 	$(BIN)
@@ -24,6 +24,10 @@ fuzz: setup ## Every fuzz target for some seconds: make fuzz SECONDS=10
 bench: setup tools $(BIN) ## Compare with direct pulls and nginx on this machine
 	cargo build --profile $(PROFILE) --workspace --bins
 	target/$(PROFILE)/bench
+
+soak: setup tools ## The fault tests ten times as long: some minutes
+	cargo build --profile $(PROFILE) --workspace --all-targets
+	DRAY_SOAK=1 cargo test --profile $(PROFILE) --package dray-tests --test integration soak:: -- --nocapture
 
 setup: ## Install missing system packages, or say which
 	@tests/setup.sh

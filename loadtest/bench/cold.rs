@@ -64,14 +64,14 @@ pub(crate) async fn unlimited(rig: &Rig) {
     );
 }
 
-/// Twenty clients at once on a cold blob.
+/// Twenty clients at once on a cold blob, from an origin that is slower than this machine.
 pub(crate) async fn crowd(rig: &Rig) {
     let (mut ratios, mut shares) = (vec![], vec![]);
     for _ in 0..3 {
-        let alone = rig.dray(Server::Gigabit);
+        let alone = rig.dray(Server::Single);
         let one = curl(&alone.url(&rig.path()));
         clean(alone);
-        let dray = rig.dray(Server::Gigabit);
+        let dray = rig.dray(Server::Single);
         let started = Instant::now();
         curls(&dray.url(&rig.path()), 20);
         ratios.push(started.elapsed().as_secs_f64() / one.seconds);
@@ -80,7 +80,12 @@ pub(crate) async fn crowd(rig: &Rig) {
         shares.push(share);
         clean(dray);
     }
-    row("20 clients, one cold GiB", &format!("{:.2} x one client's time", median(&ratios)), "", "<= 1.15 x");
+    row(
+        "20 clients, one cold GiB, origin at 125 MB/s in all",
+        &format!("{:.2} x one client's time", median(&ratios)),
+        "",
+        "<= 1.15 x",
+    );
     row("its origin bytes", &format!("{:.3} x the blob", median(&shares)), "", "<= 1.01 x");
 }
 

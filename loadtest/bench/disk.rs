@@ -29,7 +29,7 @@ pub(crate) async fn churn(rig: &Rig) {
     });
     for nth in 0..20 * GIB / BLOB {
         // Another length, another blob.
-        let digest = write_blob(&blobs, BLOB - (nth << 14 << 10));
+        let digest = write_blob(&blobs, BLOB - (nth << 20));
         curl(&dray.url(&format!("/v2/library/churn/blobs/{digest}")));
         fs::remove_file(blobs.join(digest)).unwrap();
     }

@@ -26,6 +26,8 @@ pub(crate) enum Server {
     Tls,
     /// Caching what the fast one has.
     Cache,
+    /// 125 MB/s in all: one connection, and no other beside it.
+    Single,
 }
 
 /// One nginx over one blob of 1 GiB.
@@ -52,7 +54,10 @@ impl Rig {
         let tls = Authority::new(dir.path()).files(&["localhost"]);
         fs::set_permissions(&tls.key, std::os::unix::fs::PermissionsExt::from_mode(0o644)).unwrap();
         let path = dir.path().display();
-        let settings = format!("proxy_cache_path {path}/proxy_cache keys_zone=blobs:1m max_size=8g;");
+        let settings = format!(
+            "proxy_cache_path {path}/proxy_cache keys_zone=blobs:1m max_size=8g; \
+             limit_conn_zone $server_port zone=single:1m;"
+        );
         let fast = "location = /v2/ { default_type application/json; return 200 '{}'; }";
         let with_tls = format!("ssl_certificate {}; ssl_certificate_key {};", tls.cert.display(), tls.key.display());
         let cache = "location / { proxy_cache blobs; proxy_cache_valid 200 1h; proxy_buffering on; \
@@ -60,7 +65,8 @@ impl Rig {
         let socket = format!("{path}/fast.sock");
         let fast = format!("listen unix:{socket}; {fast}");
         let cache = cache.replace("FAST", &format!("{socket}:"));
-        let servers = ["limit_rate 125000000;", "limit_rate 40000000;", &fast, &with_tls, &cache];
+        let single = "limit_rate 125000000; limit_conn single 1;";
+        let servers = ["limit_rate 125000000;", "limit_rate 40000000;", &fast, &with_tls, &cache, single];
         let nginx = Nginx::with(&settings, dir.path(), &servers).await;
         Self { dir, digest, nginx, tls }
     }

@@ -59,6 +59,9 @@ const LITTLE_LEFT: u64 = 32 * 1024 * 1024;
 /// Files being proven at the same time. Each takes a thread and the disk.
 const MAX_PROOFS: usize = 8;
 
+/// After the disk refused to write, blobs pass through for this long.
+const DISK_REST: Duration = Duration::from_secs(30);
+
 /// For how long a digest that did not match is distrusted.
 const DISTRUST: Duration = Duration::from_secs(600);
 
@@ -66,6 +69,10 @@ const DISTRUST: Duration = Duration::from_secs(600);
 pub struct Fills {
     running: Mutex<HashMap<FillKey, Arc<Fill>>>,
     distrusted: moka::sync::Cache<(Digest, Registry), ()>,
+    /// What was damaged here, and so may have been read by whoever asked for it anywhere.
+    damaged: moka::sync::Cache<Digest, ()>,
+    /// The disk refused to write lately.
+    disk_failed: moka::sync::Cache<(), ()>,
     permits: Arc<Semaphore>,
     proofs: Arc<Semaphore>,
     small: Semaphore,
@@ -138,6 +145,8 @@ impl Fills {
         Self {
             running: Mutex::default(),
             distrusted: moka::sync::Cache::builder().max_capacity(100_000).time_to_live(DISTRUST).build(),
+            damaged: moka::sync::Cache::builder().max_capacity(100_000).time_to_live(DISTRUST).build(),
+            disk_failed: moka::sync::Cache::builder().time_to_live(DISK_REST).build(),
             permits: Arc::new(Semaphore::new(MAX_FILLS)),
             proofs: Arc::new(Semaphore::new(MAX_PROOFS)),
             small: Semaphore::new(SMALL_KIB),
@@ -156,7 +165,7 @@ impl Fills {
     /// Whether this digest lately came with wrong bytes from this registry: a client may hold a bad
     /// beginning, which a good end must not complete.
     pub fn is_distrusted(&self, digest: &Digest, registry: &Registry) -> bool {
-        self.distrusted.contains_key(&(digest.clone(), registry.clone()))
+        self.damaged.contains_key(digest) || self.distrusted.contains_key(&(digest.clone(), registry.clone()))
     }
 
     /// Remembers that a registry sent wrong bytes.
@@ -172,10 +181,8 @@ impl Fills {
         self.metrics.damaged.inc();
         self.store.large.forget(digest, blob);
         // Who has read its beginning must not get the end of another copy.
-        if seen == Seen::Maybe
-            && let Some(registry) = blob.provenance.as_ref().and_then(|known| known.registry.parse().ok())
-        {
-            self.distrusted.insert((digest.clone(), registry), ());
+        if seen == Seen::Maybe {
+            self.damaged.insert(digest.clone(), ());
         }
     }
 

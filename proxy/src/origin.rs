@@ -291,8 +291,8 @@ impl Origin {
         let mut _turn = None;
         match self.ask_remembered(home, question, &url, deadline).await {
             Remembered::Answered(response) => return Ok(response),
-            Remembered::Nothing => {}
-            Remembered::Expired => {
+            Remembered::Nothing if !self.redirects.is_redirector(&url) => {}
+            Remembered::Nothing | Remembered::Expired => {
                 _turn = timeout_at(deadline, self.redirects.turn(&url)).await.ok();
                 if let Remembered::Answered(response) = self.ask_remembered(home, question, &url, deadline).await {
                     return Ok(response);

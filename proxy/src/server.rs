@@ -16,7 +16,7 @@ use rustls::server::WebPkiClientVerifier;
 use tokio::runtime::Runtime;
 use tokio::signal::unix::{SignalKind, signal};
 
-use crate::access_log::{AccessLog, FLUSHED_EVERY};
+use crate::access_log::AccessLog;
 use crate::admin::{Admin, Readiness};
 use crate::config::{Config, Share, Tls};
 use crate::metrics::Metrics;
@@ -125,11 +125,10 @@ pub fn run(
     let scrubbing = pull.clone();
     runtime.spawn(async move { scrubbing.scrub(config.cache.scrub.0).await });
     runtime.spawn(keep_house(store.clone(), config.cache.keep_free));
-    runtime.spawn(write_access_log(access_log.clone()));
     let stop = Stop { readiness, load };
     server.run(RunArgs { shutdown_signal: Box::new(stop) });
     close(runtime, &store);
-    access_log.flush();
+    access_log.close();
     Ok(())
 }
 
@@ -146,15 +145,6 @@ async fn compose(
     let origin = Origin::new(config, registries, metrics.clone()).map_err(StartError::Config)?;
     let peers = Peers::new(config, metrics.clone()).map_err(StartError::Config)?;
     Ok((Arc::new(Pull::new(registries.clone(), store.clone(), origin, peers, metrics.clone())), store))
-}
-
-async fn write_access_log(access_log: Arc<AccessLog>) {
-    let mut tick = tokio::time::interval(FLUSHED_EVERY);
-    tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    loop {
-        tick.tick().await;
-        access_log.flush();
-    }
 }
 
 /// Looks after the disk for as long as the process lives.

@@ -162,6 +162,11 @@ impl SourceError {
         matches!(self, Self::Unreachable(_) | Self::TimedOut | Self::Limited | Self::Busy | Self::Failed(500..))
     }
 
+    /// Whether it may come from asking for a range: the same question without one may be answered.
+    pub fn is_about_ranges(&self) -> bool {
+        matches!(self, Self::Malformed(_) | Self::Failed(400..=499 | 501))
+    }
+
     /// Of two upstreams' errors the one that says more: an outage of one means that the other's
     /// "not found" is not the whole truth.
     pub fn severer(self, other: Self) -> Self {

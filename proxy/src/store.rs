@@ -6,6 +6,7 @@
 
 mod budget;
 mod evict;
+mod files;
 mod large;
 mod layout;
 mod partial;

@@ -52,6 +52,13 @@ struct Meter {
     busy: AtomicUsize,
 }
 
+/// Connections beside others that were refused.
+#[derive(Default)]
+struct Refusals {
+    count: u32,
+    wait_until: Option<Instant>,
+}
+
 /// One connection's range.
 struct Lane<'a> {
     sources: &'a dyn Sources,
@@ -80,6 +87,9 @@ enum Lost {
     /// The disk takes no more.
     Unwritable,
 }
+
+/// After a further connection was refused none is opened for this long, then for twice as long.
+const AFTER_REFUSAL: Duration = Duration::from_secs(1);
 
 /// How often the number of connections is thought over.
 const TICK: Duration = Duration::from_millis(100);
@@ -111,6 +121,7 @@ impl Engine<'_> {
         let mut breaks = Breaks::default();
         let mut resume_at = Instant::now();
         let mut understood = true;
+        let mut refusals = Refusals::default();
         let mut lanes = FuturesUnordered::new();
         let lane = |span, failures, pieces, leave| Lane {
             sources: &*sources,
@@ -132,9 +143,9 @@ impl Engine<'_> {
             let may_open = understood && now >= resume_at;
             while may_open
                 && let Some((span, leave)) =
-                    self.next_range(lanes.len(), &mut climb, progress.borrow_and_update().hashed())
+                    self.next_range(lanes.len(), &mut climb, &refusals, progress.borrow_and_update().hashed())
             {
-                lanes.push(lane(span, breaks.failures, self.pieces.clone(), leave).run(None));
+                lanes.push(lane(span, breaks.barren, self.pieces.clone(), leave).run(None));
             }
             if lanes.is_empty() && self.plan.is_complete() {
                 return Some(Ended::Complete);
@@ -147,6 +158,7 @@ impl Engine<'_> {
                     let Fetched { span, position, lost } = fetched;
                     let Some(lost) = lost else {
                         breaks.recovered();
+                        resume_at = Instant::now();
                         continue;
                     };
                     self.plan.give_back(Span { start: position, end: span.end });
@@ -159,7 +171,7 @@ impl Engine<'_> {
                         Lost::Unwritable => return Some(Ended::Broken(unwritable())),
                         // The others get on: one fewer will do.
                         Lost::Refused(error) if !alone => {
-                            tracing::info!(error = error.as_str(), lanes = lanes.len(), "a further connection is refused");
+                            refusals.another(&error, Instant::now());
                             climb.limit(lanes.len());
                             continue;
                         }
@@ -192,7 +204,16 @@ impl Engine<'_> {
     }
 
     /// The next range, and the leave to fetch it beside so many others. None: not now.
-    fn next_range(&mut self, running: usize, climb: &mut Climb, hashed: u64) -> Option<(Span, Option<Leave>)> {
+    fn next_range(
+        &mut self,
+        running: usize,
+        climb: &mut Climb,
+        refusals: &Refusals,
+        hashed: u64,
+    ) -> Option<(Span, Option<Leave>)> {
+        if running > 0 && refusals.is_too_soon(Instant::now()) {
+            return None;
+        }
         let wanted = self.fill.audience.wanted();
         // Who waits for a byte that nobody brings need not wait for a whole range to end.
         let urgent = self.plan.waited_for(&wanted).is_some() && running < MAX_OF_BLOB;
@@ -207,10 +228,16 @@ impl Engine<'_> {
         Some((self.plan.next(hashed, &wanted, climb.lanes())?, leave))
     }
 
-    /// Asks for everything from the start, and skips what is there.
+    /// Asks for everything that is missing, and skips what is there; from the start where not even
+    /// that is understood.
     async fn again_in_order(self) -> Ended {
         tracing::info!(digest = %self.fill.key.digest, "ranges are not understood, going on with one connection");
-        match Feed::open(self.sources.clone(), 0, None).await {
+        let from = self.plan.gap(0).map_or(0, |gap| gap.start);
+        let opened = match Feed::open(self.sources.clone(), from, None).await {
+            Err(error) if error.is_about_ranges() => Feed::open(self.sources.clone(), 0, None).await,
+            other => other,
+        };
+        match opened {
             Ok(feed) if feed.total() == self.total => self.in_order(feed).await,
             Ok(_) => Ended::Broken(SourceError::Malformed("another length than before".into())),
             Err(error) => Ended::Broken(error),
@@ -239,7 +266,7 @@ impl Engine<'_> {
                 }
                 let span = Span { start: gap.start, end: gap.start + bytes.len() as u64 };
                 self.plan.take(span);
-                if self.pieces.send(Piece { position: span.start, bytes }).await.is_err() {
+                if self.pieces.send(Piece::new(span.start, bytes).await).await.is_err() {
                     return Ended::Broken(unwritable());
                 }
                 position = span.end;
@@ -260,6 +287,20 @@ impl Engine<'_> {
         left > LITTLE_LEFT
             && self.fill.place.rule.abandoned == Abandoned::Keep
             && since.is_some_and(|since| since.elapsed() > ABANDONED_AFTER)
+    }
+}
+
+impl Refusals {
+    fn another(&mut self, error: &SourceError, now: Instant) {
+        if self.count == 0 {
+            tracing::info!(error = error.as_str(), "a further connection is refused");
+        }
+        self.wait_until = Some(now + (AFTER_REFUSAL * 2u32.pow(self.count.min(5))));
+        self.count += 1;
+    }
+
+    fn is_too_soon(&self, now: Instant) -> bool {
+        self.wait_until.is_some_and(|until| now < until)
     }
 }
 
@@ -287,7 +328,7 @@ impl Lane<'_> {
             busy.get_or_insert_with(|| Busy::new(self.meter));
             bytes.truncate(usize::try_from(self.span.end - *position).unwrap_or(usize::MAX));
             let len = bytes.len() as u64;
-            self.pieces.send(Piece { position: *position, bytes }).await.map_err(|_| Lost::Unwritable)?;
+            self.pieces.send(Piece::new(*position, bytes).await).await.map_err(|_| Lost::Unwritable)?;
             self.meter.bytes.fetch_add(len, Ordering::Relaxed);
             *position += len;
         }

@@ -50,7 +50,7 @@ impl Feed {
                 Ok(Self::of(sources, incoming, served_from, start, total))
             }
             // It stumbles over the range, or the blob ends before it: all of it then, in order.
-            Err(SourceError::Malformed(_) | SourceError::Failed(400..=499 | 501)) => Self::open(sources, 0, None).await,
+            Err(error) if error.is_about_ranges() => Self::open(sources, 0, None).await,
             Err(error) => Err(error),
         }
     }

@@ -40,7 +40,7 @@ struct Pace {
 pub(super) struct Breaks {
     pub(super) failures: u32,
     /// How many in a row brought next to nothing.
-    barren: u32,
+    pub(super) barren: u32,
 }
 
 impl Flow {
@@ -97,7 +97,7 @@ impl Breaks {
         if self.barren <= 1 {
             return Duration::ZERO;
         }
-        let most = 200 << self.barren;
+        let most = 200 << self.barren.min(MAX_BARREN);
         Duration::from_millis(fastrand::u64(most / 2..=most))
     }
 }

@@ -56,6 +56,7 @@ impl Passage {
                 Err(error) => {
                     if let Some(check) = &self.check
                         && error == SourceError::NotFound
+                        && self.feed.served_from() == ServedFrom::Peer
                     {
                         // The owner will not let us go on: what it sent proved wrong there.
                         check.fills.distrust(&check.digest, &check.registry);

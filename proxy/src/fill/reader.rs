@@ -51,7 +51,8 @@ impl Reader {
         }
         let readable = self.readable().await?;
         let len = usize::try_from(readable - self.span.start).unwrap_or(usize::MAX).min(piece_len());
-        let bytes = read(&self.blob, self.span.start, len).await.map_err(|e| Broken(e.to_string()))?;
+        let read = read(&self.blob, self.span.start, len).await.inspect_err(|error| self.blob.failed(error));
+        let bytes = read.map_err(|e| Broken(e.to_string()))?;
         if bytes.is_empty() {
             return Err(Broken("the file is shorter than it was".into()));
         }

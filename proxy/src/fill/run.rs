@@ -10,7 +10,7 @@ use super::feed::{Feed, Sources};
 use super::plan::{LARGEST_RANGE, Plan};
 use super::progress::Phase;
 use super::write::{self, Written};
-use super::{Fill, Fills, Opened, Seen};
+use super::{Fill, Fills, Opened, Seen, Side};
 use crate::oci::{BLOB_MEDIA_TYPE, Span, Spans};
 use crate::source::{ServedFrom, SourceError};
 use crate::store::{Blob, Draft, Found, Kind, NoSpace, Partial, Proof, SMALL_BYTES, SmallObject};
@@ -30,8 +30,9 @@ impl Running<'_> {
         // An earlier fill may have ended between our request's look-up and our start. What came from
         // another registry was not given to that request either.
         let kept = self.fills.store.find(&self.fill.key.digest, Kind::Blob).await;
-        let registry = self.fill.key.registry.as_str();
-        match kept.filter(|found| found.provenance().is_some_and(|known| known.registry == registry)) {
+        let from_here =
+            |found: &Found| found.provenance().is_some_and(|known| known.registry == self.fill.key.registry.as_str());
+        match kept.filter(from_here) {
             Some(Found::Small { object, .. }) => {
                 return self.fill.open(Ok(Opened::Small { object, from: ServedFrom::Memory }));
             }
@@ -41,7 +42,11 @@ impl Running<'_> {
             }
             _ => {}
         }
-        let partial = self.fills.store.large.take_partial(&self.fill.key.digest, &self.fill.key.registry);
+        let (digest, registry) = (&self.fill.key.digest, &self.fill.key.registry);
+        // What proved wrong may have been put together from a good and a bad source: then all of it
+        // comes from one.
+        let distrusted = self.fills.is_distrusted(digest, registry);
+        let partial = self.fills.store.large.take_partial(digest, registry).filter(|_| !distrusted);
         let feed = match self.first_feed(&sources, partial.as_ref(), from).await {
             Ok(feed) => feed,
             Err(error) => {
@@ -63,7 +68,6 @@ impl Running<'_> {
         partial: Option<&Partial>,
         from: u64,
     ) -> Result<Feed, SourceError> {
-        // What proved wrong may have been put together from a good and a bad source.
         let distrusted = self.fills.is_distrusted(&self.fill.key.digest, &self.fill.key.registry);
         if distrusted || !sources.gives_ranges() {
             return Feed::open(sources.clone(), 0, None).await;
@@ -106,6 +110,9 @@ impl Running<'_> {
             self.keep_again(partial);
             return self.pass(feed, "busy");
         };
+        if self.fills.disk_failed.contains_key(&()) {
+            return self.pass(feed, "disk");
+        }
         // A blob of another length is another blob: its partial is dropped.
         let resumed = partial.filter(|partial| partial.draft.blob.len == total);
         let (draft, written) = match resumed {
@@ -143,7 +150,9 @@ impl Running<'_> {
                 self.fill.disown();
             }
             // The owner will not let us go on: what we have from it proved wrong there.
-            (Written::Part(spans), Ended::Broken(SourceError::NotFound)) if !spans.is_empty() => {
+            (Written::Part(spans), Ended::Broken(SourceError::NotFound))
+                if self.fill.key.side == Side::Follower && !spans.is_empty() =>
+            {
                 self.fills.distrust(digest, &self.fill.key.registry);
                 self.fill.disown();
             }
@@ -152,11 +161,14 @@ impl Running<'_> {
                     Ended::Broken(error) => tracing::warn!(%digest, %error, "a fill failed"),
                     _ => tracing::info!(%digest, bytes = spans.len(), "nobody waits for a blob any more"),
                 }
+                self.fills.store.large.keep_partial(digest, &self.fill.key.registry, draft, spans);
                 // What was released stays readable, so that a resume loses nothing.
                 self.fill.end(Phase::Failed);
-                self.fills.store.large.keep_partial(digest, &self.fill.key.registry, draft, spans);
             }
-            (Written::DiskFailed, _) => self.fill.end(Phase::Failed),
+            (Written::DiskFailed, _) => {
+                self.fills.disk_failed.insert((), ());
+                self.fill.end(Phase::Failed);
+            }
         }
     }
 
@@ -194,9 +206,10 @@ impl Running<'_> {
             self.fills.store.large.prove(digest, blob);
             self.fill.end(Phase::Verified);
         } else {
+            // Nobody can read it any more: now it is known who did.
+            self.fill.disown();
             let seen = if self.fill.audience.had_readers() { Seen::Maybe } else { Seen::Never };
             self.fills.damaged(digest, blob, seen);
-            self.fill.disown();
         }
     }
 }

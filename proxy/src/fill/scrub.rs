@@ -54,7 +54,8 @@ impl Fills {
                 io::Result::Ok((verifier, count))
             })
             .await
-            .map_err(io::Error::other)??;
+            .map_err(io::Error::other)?
+            .inspect_err(|error| blob.failed(error))?;
             verifier = hashed;
             if count == 0 {
                 break;

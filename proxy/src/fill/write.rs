@@ -3,10 +3,10 @@
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
+use std::sync::mpsc::{self as std_mpsc, TryRecvError};
 
 use bytes::Bytes;
-use tokio::sync::mpsc::error::TryRecvError;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Semaphore, SemaphorePermit, mpsc, watch};
 use tokio::task::JoinHandle;
 
 use super::Fill;
@@ -25,6 +25,30 @@ const READ_BACK: u64 = 1024 * 1024;
 pub(super) struct Piece {
     pub(super) position: u64,
     pub(super) bytes: Bytes,
+    _memory: Option<SemaphorePermit<'static>>,
+}
+
+/// All pieces that wait for the disk share so many KiB: a disk that hangs must not take the memory.
+static WAITING_KIB: Semaphore = Semaphore::const_new(128 * 1024);
+
+impl Piece {
+    /// Waits until there is memory for it.
+    pub(super) async fn new(position: u64, bytes: Bytes) -> Self {
+        let kib = u32::try_from(bytes.len() / 1024 + 1).unwrap_or(u32::MAX);
+        // The semaphore is never closed.
+        Self { position, bytes, _memory: WAITING_KIB.acquire_many(kib).await.ok() }
+    }
+
+    fn span(&self) -> Span {
+        Span { start: self.position, end: self.position + self.bytes.len() as u64 }
+    }
+}
+
+impl Written {
+    fn failed(error: &io::Error) -> Self {
+        tracing::error!(%error, "a blob cannot be written");
+        Self::DiskFailed
+    }
 }
 
 /// How a file ended.
@@ -38,45 +62,60 @@ pub(super) enum Written {
     DiskFailed,
 }
 
-/// Starts a thread that writes what it is sent into the draft, in which some of it may be already.
+/// Starts two threads, one that writes what it is sent into the draft, in which some of it may be
+/// already, and one that hashes it: together they would be the slowest part of a fill.
 pub(super) fn start(fill: &Fill, draft: &Draft, written: Spans) -> (mpsc::Sender<Piece>, JoinHandle<Written>) {
-    let (sender, pieces) = mpsc::channel(QUEUE);
-    let writer = Writer {
-        blob: draft.blob.clone(),
-        progress: fill.progress.clone(),
-        verifier: fill.key.digest.verifier(),
-        hashed: 0,
-        written,
-    };
+    let (sender, mut pieces) = mpsc::channel(QUEUE);
+    let (blob, progress) = (draft.blob.clone(), fill.progress.clone());
+    let hasher = Hasher::new(fill, &draft.blob, written);
     let thread = tokio::task::spawn_blocking(move || {
-        writer.run(pieces).unwrap_or_else(|error| {
-            tracing::error!(%error, "a blob cannot be written");
-            Written::DiskFailed
-        })
+        let (to_hash, from_disk) = std_mpsc::sync_channel(QUEUE);
+        let hashing = std::thread::Builder::new().name("hash".into()).spawn(move || hasher.run(&from_disk));
+        let hashing = match hashing {
+            Ok(hashing) => hashing,
+            Err(error) => return Written::failed(&error),
+        };
+        let mut failure = None;
+        while let Some(piece) = pieces.blocking_recv() {
+            if let Err(error) = write(&blob, &piece, &progress) {
+                failure = Some(error);
+                break;
+            }
+            if to_hash.send(piece).is_err() {
+                break;
+            }
+        }
+        drop(to_hash);
+        let hashed = hashing.join().unwrap_or_else(|_| Err(io::Error::other("the hash panicked")));
+        match (failure, hashed) {
+            (Some(error), _) | (None, Err(error)) => Written::failed(&error),
+            (None, Ok(written)) => written,
+        }
     });
     (sender, thread)
 }
 
 /// Hashes a file that is whole, telling its readers as it goes. Whether it matches.
 pub(super) fn hash_file(fill: &Fill, blob: &Arc<Blob>) -> bool {
-    let mut writer = Writer {
-        blob: blob.clone(),
-        progress: fill.progress.clone(),
-        verifier: fill.key.digest.verifier(),
-        hashed: 0,
-        written: Spans::default(),
-    };
-    while writer.hashed < blob.len {
-        let next = Span { start: writer.hashed, end: blob.len.min(writer.hashed + READ_BACK) };
-        if writer.hash_from_file(next).is_err() {
+    let mut hasher = Hasher::new(fill, blob, Spans::default());
+    while hasher.hashed < blob.len {
+        let next = Span { start: hasher.hashed, end: blob.len.min(hasher.hashed + READ_BACK) };
+        if hasher.hash_from_file(next).is_err() {
             return false;
         }
-        writer.progress.send_modify(|progress| progress.wrote(next));
+        hasher.progress.send_modify(|progress| progress.wrote(next));
     }
-    writer.verifier.verified()
+    hasher.verifier.verified()
 }
 
-struct Writer {
+fn write(blob: &Blob, piece: &Piece, progress: &watch::Sender<Progress>) -> io::Result<()> {
+    blob.file.write_all_at(&piece.bytes, piece.position)?;
+    progress.send_modify(|progress| progress.wrote(piece.span()));
+    Ok(())
+}
+
+/// Hashes in order what is written in any.
+struct Hasher {
     blob: Arc<Blob>,
     progress: watch::Sender<Progress>,
     verifier: Verifier,
@@ -85,12 +124,17 @@ struct Writer {
     written: Spans,
 }
 
-impl Writer {
-    fn run(mut self, mut pieces: mpsc::Receiver<Piece>) -> io::Result<Written> {
+impl Hasher {
+    fn new(fill: &Fill, blob: &Arc<Blob>, written: Spans) -> Self {
+        let (verifier, progress) = (fill.key.digest.verifier(), fill.progress.clone());
+        Self { blob: blob.clone(), progress, verifier, hashed: 0, written }
+    }
+
+    fn run(mut self, pieces: &std_mpsc::Receiver<Piece>) -> io::Result<Written> {
         loop {
             let backlog = self.written.run_end(self.hashed);
             let piece = if backlog > self.hashed {
-                // Between two pieces from the network, some of what waits to be hashed.
+                // Between two pieces, some of what waits to be hashed.
                 self.hash_from_file(Span { start: self.hashed, end: backlog.min(self.hashed + READ_BACK) })?;
                 match pieces.try_recv() {
                     Ok(piece) => piece,
@@ -99,40 +143,38 @@ impl Writer {
                     Err(TryRecvError::Disconnected) => break,
                 }
             } else {
-                match pieces.blocking_recv() {
-                    Some(piece) => piece,
-                    None => break,
+                match pieces.recv() {
+                    Ok(piece) => piece,
+                    Err(_) => break,
                 }
             };
-            self.write(&piece)?;
+            self.take(&piece);
         }
         if self.hashed < self.blob.len {
-            return Ok(Written::Part(std::mem::take(&mut self.written)));
+            return Ok(Written::Part(self.written));
         }
         Ok(if self.verifier.verified() { Written::Verified } else { Written::Mismatch })
     }
 
-    fn write(&mut self, piece: &Piece) -> io::Result<()> {
-        let span = Span { start: piece.position, end: piece.position + piece.bytes.len() as u64 };
-        self.blob.file.write_all_at(&piece.bytes, span.start)?;
+    fn take(&mut self, piece: &Piece) {
+        let span = piece.span();
         self.written.insert(span);
         if span.start == self.hashed {
             self.verifier.update(&piece.bytes);
-            self.hashed = span.end;
+            self.advance(span.end);
         }
-        self.progress.send_modify(|progress| {
-            progress.wrote(span);
-            progress.hashed_to(self.hashed);
-        });
-        Ok(())
     }
 
     fn hash_from_file(&mut self, span: Span) -> io::Result<()> {
         let mut buffer = vec![0; usize::try_from(span.len()).unwrap_or(0)];
         self.blob.file.read_exact_at(&mut buffer, span.start)?;
         self.verifier.update(&buffer);
-        self.hashed = span.end;
-        self.progress.send_modify(|progress| progress.hashed_to(span.end));
+        self.advance(span.end);
         Ok(())
+    }
+
+    fn advance(&mut self, end: u64) {
+        self.hashed = end;
+        self.progress.send_modify(|progress| progress.hashed_to(end));
     }
 }

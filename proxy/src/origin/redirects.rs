@@ -47,11 +47,17 @@ impl Redirects {
 
     pub(super) async fn remember(&self, from: &Url, target: Url) {
         let life = life(&target).saturating_sub(MARGIN);
+        self.turns.get_with_by_ref(from, Arc::default);
         self.targets.insert(from.clone(), Target { url: target, life }).await;
     }
 
     pub(super) async fn forget(&self, url: &Url) {
         self.targets.invalidate(url).await;
+    }
+
+    /// Whether it lately led somewhere.
+    pub(super) fn is_redirector(&self, url: &Url) -> bool {
+        self.turns.contains_key(url)
     }
 
     /// Forgets a target that no longer works, unless a newer one is known.

@@ -111,7 +111,10 @@ impl Socket {
                     *sent += count as u64;
                 }
                 Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
-                Err(error) => return Err(error),
+                Err(error) => {
+                    blob.failed(&error);
+                    return Err(error);
+                }
             }
         }
         let _ = set_tcp_cork(&*self.0, false);

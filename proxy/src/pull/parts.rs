@@ -26,22 +26,13 @@ impl Pull {
     /// `GET blobs/<digest>` with several ranges. Each is served on its own: kept, from a running
     /// fill, or from its source.
     pub async fn blob_parts(self: &Arc<Self>, request: &BlobRequest, ranges: &RangeSet) -> Result<BlobAnswer, Refusal> {
-        // The first one that can be served tells the length, without which none can be clipped.
-        let mut first = None;
-        let mut unsatisfiable = None;
-        for range in ranges.iter() {
-            match self.blob(&BlobRequest { range: Some(range), ..request.clone() }).await {
-                Ok(answer) => {
-                    first = Some(answer);
-                    break;
-                }
-                Err(refusal @ Refusal::Unsatisfiable { .. }) => unsatisfiable = Some(refusal),
-                Err(refusal) => return Err(refusal),
-            }
-        }
-        let Some(first) = first else {
-            let message = "no range asks for anything".to_owned();
-            return Err(unsatisfiable.unwrap_or(Refusal::BadOrigin(message)));
+        // Some answer tells the length, without which no range can be clipped.
+        let first = match self.blob(&BlobRequest { range: ranges.iter().next(), ..request.clone() }).await {
+            Err(Refusal::Unsatisfiable { total }) => match ranges.within(total).first() {
+                Some(span) => self.part(request, *span).await?,
+                None => return Err(Refusal::Unsatisfiable { total }),
+            },
+            other => other?,
         };
         let (total, from) = (first.total, first.from);
         let spans = ranges.within(total);
@@ -54,7 +45,11 @@ impl Pull {
         let (pull, request) = (self.clone(), request.clone());
         let opening = stream::iter(rest).map(move |span| {
             let (pull, request) = (pull.clone(), request.clone());
-            async move { pull.part(&request, span).await }
+            async move {
+                // On its own, so that a slow client does not use up its deadline.
+                let opened = tokio::spawn(async move { pull.part(&request, span).await });
+                opened.await.unwrap_or_else(|_| Err(Refusal::Unavailable("a part was not opened".into())))
+            }
         });
         let answers = stream::iter(opened.map(Ok)).chain(opening.buffered(AHEAD)).boxed();
         let extent = Extent::Parts(multipart.clone());

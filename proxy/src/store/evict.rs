@@ -96,14 +96,21 @@ impl Large {
         }
         let limit = self.budget.limit();
         if self.budget.used() > limit / 100 * HIGH {
-            let mut victims = order(self.idle(), limit, SystemTime::now()).into_iter();
-            while self.budget.used() > limit / 100 * LOW {
-                if self.partials().drop_one() {
-                    continue;
-                }
-                let Some(victim) = victims.next() else { break };
-                self.evict(&victim.digest);
+            self.shrink_to(limit / 100 * LOW);
+        }
+    }
+
+    /// Gives up what nobody reads until no more than so many bytes are taken, or nothing is left.
+    pub(super) fn shrink_to(&self, bytes: u64) {
+        while self.budget.used() > bytes && self.partials().drop_one() {}
+        if self.budget.used() <= bytes {
+            return;
+        }
+        for victim in order(self.idle(), self.budget.limit(), SystemTime::now()) {
+            if self.budget.used() <= bytes {
+                break;
             }
+            self.evict(&victim.digest);
         }
     }
 }

@@ -9,22 +9,22 @@
 use std::collections::HashMap;
 use std::fs::{self, File, OpenOptions};
 use std::io;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
 use std::time::{Duration, Instant, SystemTime};
 
 use prometheus::IntCounter;
-use rustix::fs::{FallocateFlags, Mode, OFlags, Timestamps};
-use serde::{Deserialize, Serialize};
+use rustix::fs::{FallocateFlags, Mode, OFlags};
+use rustix::io::Errno;
 
 use super::budget::{Budget, Charge, NoSpace};
 use super::evict::Candidate;
+use super::files::{self, Record};
 use super::layout::Layout;
 use super::partial::{Partial, Partials};
 use crate::metrics::Metrics;
-use crate::oci::{Algorithm, Digest, Registry, Spans};
+use crate::oci::{Digest, Registry, Spans};
 use crate::provenance::Provenance;
 
 /// The verified files and their index.
@@ -50,6 +50,8 @@ pub struct Blob {
     /// None: its record was lost.
     pub provenance: Option<Provenance>,
     charge: Arc<Charge>,
+    /// The disk could not read it.
+    unreadable: Arc<AtomicBool>,
 }
 
 /// A blob being written, with its space reserved. Unlinked when dropped without being published.
@@ -77,17 +79,17 @@ struct Entry {
     /// When `last_used` was last written to the file's times.
     touched: SystemTime,
     charge: Arc<Charge>,
+    unreadable: Arc<AtomicBool>,
     open: Weak<Blob>,
 }
 
-/// What is known of a blob, in a file beside it.
-#[derive(Serialize, Deserialize)]
-struct Record {
-    #[serde(flatten)]
-    provenance: Provenance,
-    /// When its hash agreed last.
-    #[serde(default)]
-    epoch: String,
+impl Blob {
+    /// Says that the disk could not read it: it is not found again.
+    pub fn failed(&self, error: &io::Error) {
+        if error.raw_os_error() == Some(Errno::IO.raw_os_error()) {
+            self.unreadable.store(true, Ordering::Relaxed);
+        }
+    }
 }
 
 /// A hit renews the file's times at most this often.
@@ -107,7 +109,23 @@ const FILE_OVERHEAD: u64 = 8192;
 impl Large {
     pub(super) fn open(layout: &Layout, limit: u64, metrics: &Metrics) -> io::Result<Self> {
         let budget = Budget::new(limit, metrics.cache_bytes.with_label_values(&["large"]));
-        let index = scan(&layout.blobs(), &budget)?;
+        let found = files::scan(&layout.blobs())?;
+        let index = found.into_iter().map(|found| {
+            let charge = Arc::new(budget.account(found.len + FILE_OVERHEAD));
+            let (len, last_used) = (found.len, found.modified);
+            let entry = Entry {
+                len,
+                proof: None,
+                last_used,
+                uses: 1,
+                touched: last_used,
+                charge,
+                unreadable: Arc::default(),
+                open: Weak::new(),
+            };
+            (found.digest, entry)
+        });
+        let index = index.collect();
         let large = Self {
             blobs: layout.blobs(),
             fills: layout.fills(),
@@ -120,7 +138,7 @@ impl Large {
             sealed: RwLock::default(),
         };
         // The limit may have been lowered since.
-        while large.budget.used() > limit && large.evict_one() {}
+        large.shrink_to(limit);
         Ok(large)
     }
 
@@ -139,7 +157,7 @@ impl Large {
         }
         let (blob, proof) = self.open_entry(&mut index, digest)?;
         if touch {
-            touch_times(&blob.file, now);
+            files::touch(&blob.file, now);
         }
         Some((blob, proof))
     }
@@ -157,15 +175,22 @@ impl Large {
     /// Opening a file on a local disk does not block long enough to be worth a thread.
     fn open_entry(&self, index: &mut HashMap<Digest, Entry>, digest: &Digest) -> Option<(Arc<Blob>, Proof)> {
         let entry = index.get_mut(digest)?;
+        if entry.unreadable.load(Ordering::Relaxed) {
+            tracing::warn!(%digest, "the disk cannot read a cached blob, it is given up");
+            index.remove(digest);
+            self.unlink(digest);
+            return None;
+        }
         if let (Some(blob), Some(proof)) = (entry.open.upgrade(), entry.proof) {
             return Some((blob, proof));
         }
-        match open_blob(&self.path(digest), entry.len) {
+        match files::open(&self.path(digest), entry.len) {
             Ok((file, record)) => {
                 let known = record.as_ref().is_some_and(|record| record.epoch == self.epoch);
                 let proof = *entry.proof.get_or_insert(if known { Proof::Verified } else { Proof::Unproven });
                 let (charge, provenance) = (entry.charge.clone(), record.map(|record| record.provenance));
-                let blob = Arc::new(Blob { file, len: entry.len, provenance, charge });
+                let unreadable = entry.unreadable.clone();
+                let blob = Arc::new(Blob { file, len: entry.len, provenance, charge, unreadable });
                 entry.open = Arc::downgrade(&blob);
                 Some((blob, proof))
             }
@@ -195,7 +220,7 @@ impl Large {
         let path = self.fills.join(self.next_draft.fetch_add(1, Ordering::Relaxed).to_string());
         match self.create(&path, len) {
             Ok(file) => {
-                let blob = Blob { file, len, provenance: Some(provenance), charge };
+                let blob = Blob { file, len, provenance: Some(provenance), charge, unreadable: Arc::default() };
                 Ok(Draft { path, blob: Arc::new(blob) })
             }
             Err(error) => {
@@ -206,8 +231,8 @@ impl Large {
         }
     }
 
-    /// Makes a draft known, while it is still being made durable: from now on it is found. Call it
-    /// only after its hash agreed.
+    /// Makes a draft known before it has its name: from now on it is found. Call it only after its
+    /// hash agreed.
     pub fn announce(&self, draft: &Draft, digest: &Digest) {
         let now = SystemTime::now();
         let entry = Entry {
@@ -217,6 +242,7 @@ impl Large {
             uses: 1,
             touched: now,
             charge: draft.blob.charge.clone(),
+            unreadable: draft.blob.unreadable.clone(),
             // The draft keeps it open until it has its name.
             open: Arc::downgrade(&draft.blob),
         };
@@ -250,7 +276,7 @@ impl Large {
         let record = Record { provenance, epoch: self.epoch.clone() };
         let new = self.fills.join(format!("{}.json", self.next_draft.fetch_add(1, Ordering::Relaxed)));
         fs::write(&new, serde_json::to_vec(&record)?)?;
-        fs::rename(new, record_path(&self.path(digest)))
+        fs::rename(new, files::record_path(&self.path(digest)))
     }
 
     /// Remembers that an unproven file turned out to be right. Blocks on the disk.
@@ -277,6 +303,7 @@ impl Large {
         let mut index = self.index();
         if index.get(digest).is_some_and(|entry| Arc::ptr_eq(&entry.charge, &blob.charge)) {
             index.remove(digest);
+            drop(index);
             self.unlink(digest);
         }
     }
@@ -330,7 +357,7 @@ impl Large {
 
     fn unlink(&self, digest: &Digest) {
         let path = self.path(digest);
-        for path in [record_path(&path), path] {
+        for path in [files::record_path(&path), path] {
             if let Err(error) = fs::remove_file(&path) {
                 tracing::debug!(path = %path.display(), %error, "already gone");
             }
@@ -382,61 +409,6 @@ impl Drop for Draft {
         // After a rename this name is gone.
         let _ = fs::remove_file(&self.path);
     }
-}
-
-/// Lists the blobs on disk.
-fn scan(blobs: &Path, budget: &Arc<Budget>) -> io::Result<HashMap<Digest, Entry>> {
-    let mut index = HashMap::new();
-    for algorithm in Algorithm::ALL {
-        for shard in fs::read_dir(blobs.join(algorithm.as_str()))? {
-            let shard = shard?.path();
-            if !shard.is_dir() {
-                continue;
-            }
-            for file in fs::read_dir(shard)? {
-                let file = file?;
-                let name = file.file_name();
-                let digest =
-                    name.to_str().and_then(|hex| format!("{}:{hex}", algorithm.as_str()).parse::<Digest>().ok());
-                let (Some(digest), Ok(meta)) = (digest, file.metadata()) else {
-                    continue;
-                };
-                let last_used = meta.modified().unwrap_or(SystemTime::UNIX_EPOCH);
-                let charge = Arc::new(budget.account(meta.size() + FILE_OVERHEAD));
-                let entry = Entry {
-                    len: meta.size(),
-                    proof: None,
-                    last_used,
-                    uses: 1,
-                    touched: last_used,
-                    charge,
-                    open: Weak::new(),
-                };
-                index.insert(digest, entry);
-            }
-        }
-    }
-    Ok(index)
-}
-
-fn open_blob(path: &Path, len: u64) -> io::Result<(File, Option<Record>)> {
-    let file = File::open(path)?;
-    if file.metadata()?.size() != len {
-        return Err(io::Error::new(io::ErrorKind::InvalidData, "its length changed"));
-    }
-    let record = fs::read(record_path(path)).ok();
-    Ok((file, record.and_then(|json| serde_json::from_slice(&json).ok())))
-}
-
-fn record_path(blob: &Path) -> PathBuf {
-    blob.with_extension("json")
-}
-
-fn touch_times(file: &File, now: SystemTime) {
-    let since = now.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-    let time = rustix::fs::Timespec { tv_sec: i64::try_from(since.as_secs()).unwrap_or_default(), tv_nsec: 0 };
-    let times = Timestamps { last_access: time, last_modification: time };
-    let _ = rustix::fs::futimens(file, &times);
 }
 
 #[cfg(test)]

@@ -14,6 +14,8 @@ use crate::oci::Algorithm;
 pub(super) struct Layout {
     root: PathBuf,
     epoch: String,
+    /// Open from the start, so that it is told of every write that failed since.
+    directory: File,
     /// Held for as long as the process lives.
     _lock: File,
 }
@@ -43,12 +45,13 @@ impl Layout {
             Err(TryLockError::Error(source)) => return Err(unusable(source)),
         }
         let state = fs::read_to_string(root.join("state")).unwrap_or_default();
-        let layout = Self { root, epoch: epoch_after(&state), _lock: lock };
+        let directory = File::open(&root).map_err(unusable)?;
+        let layout = Self { root, epoch: epoch_after(&state), directory, _lock: lock };
         // Unfinished fills belong to a process that is gone.
         let _ = fs::remove_dir_all(layout.fills());
         layout.create_dirs().map_err(unusable)?;
         // Before anything else changes: were the machine to go down now, nothing may say "clean".
-        layout.write_state(&boot_id()).map_err(unusable)?;
+        layout.write_state(&boot_id(), &layout.epoch).map_err(unusable)?;
         Ok(layout)
     }
 
@@ -70,16 +73,22 @@ impl Layout {
 
     /// Writes everything to the disk, then says that it is there. Blocks on the disk.
     pub(super) fn mark_clean(&self) {
-        let synced = File::open(&self.root).and_then(|root| Ok(rustix::fs::syncfs(root)?));
-        if let Err(error) = synced.and_then(|()| self.write_state(CLEAN)) {
+        let written = match rustix::fs::syncfs(&self.directory) {
+            Ok(()) => self.write_state(CLEAN, &self.epoch),
+            Err(error) => {
+                tracing::warn!(%error, "not everything could be written, it will be hashed again");
+                self.write_state(CLEAN, &new_epoch())
+            }
+        };
+        if let Err(error) = written {
             tracing::debug!(%error, "the cache directory is gone");
         }
     }
 
-    fn write_state(&self, mark: &str) -> io::Result<()> {
+    fn write_state(&self, mark: &str, epoch: &str) -> io::Result<()> {
         let new = self.root.join("state.new");
         let mut file = File::create(&new)?;
-        file.write_all(format!("{mark} {}", self.epoch).as_bytes())?;
+        file.write_all(format!("{mark} {epoch}").as_bytes())?;
         file.sync_all()?;
         fs::rename(new, self.root.join("state"))?;
         File::open(&self.root)?.sync_all()
@@ -113,8 +122,12 @@ fn boot_id() -> String {
 fn epoch_after(state: &str) -> String {
     match state.split_once(' ') {
         Some((mark, epoch)) if mark == CLEAN || (!mark.is_empty() && mark == boot_id()) => epoch.to_owned(),
-        _ => format!("{:016x}", fastrand::u64(..)),
+        _ => new_epoch(),
     }
+}
+
+fn new_epoch() -> String {
+    format!("{:016x}", fastrand::u64(..))
 }
 
 #[cfg(test)]

@@ -208,7 +208,12 @@ impl Shape {
         let cache = builder.with_engine_config(engine).build().await.map_err(|e| e.to_string())?;
         let disk_bytes = self.blocks * self.block_bytes();
         // Half of the buffer: the engine keeps it twice, one in flight.
-        let writer = Writer::start(cache.clone(), disk_bytes, buffer as u64 / 2);
+        let writer = Writer::start(
+            cache.clone(),
+            disk_bytes,
+            buffer as u64 / 2,
+            dropped.with_label_values(&[self.name, "queue"]),
+        );
         Ok(Instance { cache, disk_bytes, writer: std::sync::RwLock::new(Some(Arc::new(writer))) })
     }
 

@@ -102,6 +102,9 @@ async fn the_scrub_finds_what_the_disk_has_damaged() {
             .then_some(())
     })
     .await;
+    // Whoever read its beginning, from whatever registry, must not get another copy's end.
+    let elsewhere = path(&image.layers[0]).replace("docker.io", "ghcr.io");
+    assert_eq!(dray.get_range(&elsewhere, "bytes=1000000-").await.status, 404);
     let again = dray.get(&path(&image.layers[0])).await;
     assert!(again.complete && again.source() == "origin" && again.body == image.blobs[&image.layers[0]]);
     assert_eq!(dray.get(&path(&image.layers[1])).await.source(), "disk");

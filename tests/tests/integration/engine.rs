@@ -111,6 +111,59 @@ async fn an_origin_that_botches_ranges_falls_back_to_one_stream() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn one_answer_without_range_does_not_fetch_everything_again() {
+    let (origin, dray) = rig(|nth, request| match nth {
+        2 => Response::new(200, blob().1.clone()).fault(Fault::CutAfter(MIB)),
+        _ => honest(request),
+    })
+    .await;
+    assert_right(&dray).await;
+    assert!(origin.sent() < (SIZE + 20 * MIB) as u64, "{} sent of {SIZE}", origin.sent());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_replica_that_has_lost_it_spoils_nothing() {
+    let (_origin, dray) = rig(|nth, request| match nth {
+        1 => Response::new(404, ""),
+        _ => honest(request),
+    })
+    .await;
+    let first = dray.get(&path()).await;
+    dray.fills_end().await;
+    if !first.complete {
+        let from = first.body.len();
+        let rest = dray.get_range(&path(), &format!("bytes={from}-")).await;
+        assert_eq!((rest.status, rest.complete), (206, true), "what came before is right");
+        assert!([&first.body[..], &rest.body[..]].concat() == blob().1[..]);
+    }
+    assert_eq!(dray.metric("dray_digest_mismatches_total").await, 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_limits_connections_is_not_hammered() {
+    let open = Arc::new(AtomicUsize::new(0));
+    let counted = open.clone();
+    let (origin, dray) = rig(move |_, request| {
+        if counted.fetch_add(1, Ordering::SeqCst) > 0 {
+            return Response::new(429, "");
+        }
+        honest(request).fault(Fault::GateAfter(MIB))
+    })
+    .await;
+    let url = dray.url(&path());
+    let first = tokio::spawn(async move { dray_tests::http::get(&url, &[]).await });
+    dray.fill_begins().await;
+    let url = dray.url(&path());
+    let second = tokio::spawn(async move { dray_tests::http::get(&url, &[("range", "bytes=40000000-")]).await });
+    tokio::time::sleep(Duration::from_secs(4)).await;
+    assert!(origin.requests().len() < 8, "{} requests", origin.requests().len());
+    open.store(0, Ordering::SeqCst);
+    origin.open_gate();
+    first.abort();
+    second.abort();
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_signed_url_that_expires_is_refreshed_once_for_all() {
     let fresh = Arc::new(AtomicUsize::new(0));
     let (signed, served) = (fresh.clone(), AtomicUsize::new(0));

@@ -5,13 +5,10 @@ use std::process::Command;
 use dray_tests::build_dir;
 use dray_tests::process::output;
 
-/// Instructions of one pass, as they were counted last. Who makes one cheaper or, with a good reason,
-/// dearer, writes the new count here.
-const COUNTS: [(&str, u64); 6] =
-    [("route", 6_730), ("range", 6_170), ("spans", 400), ("ring", 108_400), ("head", 6_800), ("lookup", 2_960)];
-
-/// Other processors and allocators differ by so much, in percent.
-const TOLERANCE: u64 = 25;
+/// Instructions of one pass at most: what was counted last, and a third more for other compilers'
+/// moods. Who makes one much cheaper writes a lower bound here; who makes one dearer says why.
+const BOUNDS: [(&str, u64); 6] =
+    [("route", 9_000), ("range", 8_000), ("spans", 550), ("ring", 145_000), ("head", 9_000), ("lookup", 4_000)];
 
 /// Instructions of so many passes.
 fn instructions(path: &str, passes: u32) -> u64 {
@@ -28,14 +25,14 @@ fn instructions(path: &str, passes: u32) -> u64 {
 }
 
 #[test]
-fn hot_paths_cost_what_they_cost() {
+fn hot_paths_stay_cheap() {
     let mut wrong = Vec::new();
-    for (path, expected) in COUNTS {
+    for (path, bound) in BOUNDS {
         // What the start of the process costs is in both, and differs a little from run to run.
-        let passes = if expected > 5_000 { 2_000 } else { 20_000 };
+        let passes = if bound > 5_000 { 2_000 } else { 20_000 };
         let one = (instructions(path, passes + 100) - instructions(path, 100)) / u64::from(passes);
-        if one.abs_diff(expected) * 100 > expected * TOLERANCE {
-            wrong.push(format!("{path}: {one} instead of {expected}"));
+        if one > bound {
+            wrong.push(format!("{path}: {one}, more than {bound}"));
         }
     }
     assert!(wrong.is_empty(), "instructions a pass: {wrong:?}");

@@ -98,6 +98,15 @@ async fn sets_that_mean_one_range_or_none() {
     }
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn many_ranges_of_nothing_are_one_question() {
+    let (origin, dray, image) = rig().await;
+    let ranges = (0..200).map(|nth| format!("{}-", 900_000_000 + nth)).collect::<Vec<_>>().join(",");
+    let answer = read(&url(&dray, &image), &format!("bytes={ranges}")).await;
+    assert_eq!(answer.status, 416);
+    assert!(origin.requests().len() <= 4, "{}", origin.requests().len());
+}
+
 /// Spans of 4 MiB and a parallel mode with many connections; it insists on Accept-Ranges.
 #[tokio::test(flavor = "multi_thread")]
 async fn soci_reads_spans_on_many_connections() {

@@ -117,7 +117,7 @@ async fn run(sources: Arc<dyn Sources>, body: &Bytes, fill: &Arc<Fill>, from: u6
     });
     let (truth, watched, mut there) = (body.clone(), fill.clone(), written.clone());
     let disk = tokio::spawn(async move {
-        while let Some(Piece { position, bytes }) = received.recv().await {
+        while let Some(Piece { position, bytes, .. }) = received.recv().await {
             let at = usize::try_from(position).unwrap();
             assert!(truth[at..at + bytes.len()] == bytes[..], "wrong bytes at {position}");
             let span = Span { start: position, end: position + bytes.len() as u64 };
@@ -211,4 +211,41 @@ async fn each_connection_limited_means_several() {
     let (ended, _) = run(Lottery::new(&body, 1, 0), &body, &fill, 0, Spans::default()).await;
     assert!(matches!(ended, Ended::Complete), "{ended:?}");
     assert!(begun.elapsed() < Duration::from_millis(2500), "{:?}", begun.elapsed());
+}
+
+/// Gives one connection at a time, and counts the rest.
+struct Jealous {
+    inner: Arc<Lottery>,
+    open: AtomicU32,
+    refused: AtomicU32,
+}
+
+#[async_trait]
+impl Sources for Jealous {
+    async fn open(&self, from: u64, end: Option<u64>, _: u32) -> Result<(Incoming, ServedFrom), SourceError> {
+        if self.open.fetch_add(1, Ordering::Relaxed) > 0 {
+            self.refused.fetch_add(1, Ordering::Relaxed);
+            return Err(SourceError::Limited);
+        }
+        self.inner.open(from, end, 0).await
+    }
+
+    fn gives_ranges(&self) -> bool {
+        true
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_refuses_further_connections_is_not_hammered() {
+    let body = body(70);
+    let fill = fill(&Digest::of(b"unused"));
+    let reader = fill.audience.sit();
+    reader.wait_for(60 * MIB as u64);
+    let mut slow = Lottery::new(&body, 1, 0);
+    Arc::get_mut(&mut slow).unwrap().pace = Duration::from_secs(1);
+    let jealous = Arc::new(Jealous { inner: slow, open: AtomicU32::new(0), refused: AtomicU32::new(0) });
+    let (ended, _) = run(jealous.clone(), &body, &fill, 0, Spans::default()).await;
+    // The first range takes 16 s; then nothing is given any more.
+    assert!(matches!(ended, Ended::Broken(_)), "{ended:?}");
+    assert!(jealous.refused.load(Ordering::Relaxed) < 12, "{}", jealous.refused.load(Ordering::Relaxed));
 }

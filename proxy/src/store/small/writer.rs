@@ -2,15 +2,21 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use foyer::HybridCache;
+use prometheus::IntCounter;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
+use tokio::time::timeout;
 
 use super::SmallObject;
 
 /// Objects that wait to be written; whoever inserts more waits as well.
-const QUEUE: usize = 256;
+const QUEUE: usize = 32;
+
+/// For how long.
+const PATIENCE: Duration = Duration::from_secs(1);
 
 /// Where an object that is used is written again: when this part of the ring was written since.
 /// foyer gives up what was written first, used or not.
@@ -19,8 +25,11 @@ const FAR_BEHIND: u64 = 4;
 /// The way to one cache's disk.
 pub(super) struct Writer {
     queue: mpsc::Sender<(String, SmallObject)>,
+    /// What is used and has to be written again: before what is new, which only queues up.
+    again: mpsc::Sender<(String, SmallObject)>,
     task: JoinHandle<()>,
     ring: Arc<Ring>,
+    dropped: IntCounter,
 }
 
 /// Where on the ring each object was written last.
@@ -31,15 +40,23 @@ struct Ring {
 }
 
 impl Writer {
-    /// For a cache of `bytes` on disk, which takes `batch` bytes at once.
-    pub(super) fn start(cache: HybridCache<String, SmallObject>, bytes: u64, batch: u64) -> Self {
+    /// For a cache of `bytes` on disk, which takes `batch` bytes at once. What waits in vain is
+    /// counted as `dropped`.
+    pub(super) fn start(cache: HybridCache<String, SmallObject>, bytes: u64, batch: u64, dropped: IntCounter) -> Self {
         let (queue, mut waiting) = mpsc::channel::<(String, SmallObject)>(QUEUE);
+        let (again, mut used) = mpsc::channel::<(String, SmallObject)>(QUEUE);
         let positions = moka::sync::Cache::new(100_000);
         let ring = Arc::new(Ring { bytes, written: AtomicU64::new(0), positions });
         let writing = ring.clone();
         let task = tokio::spawn(async move {
             let mut taken = 0;
-            while let Some((key, object)) = waiting.recv().await {
+            loop {
+                let next = tokio::select! {
+                    biased;
+                    Some(used) = used.recv() => Some(used),
+                    new = waiting.recv() => new,
+                };
+                let Some((key, object)) = next else { break };
                 let size = object.bytes.len() as u64;
                 if taken + size > batch {
                     cache.storage().wait().await;
@@ -51,24 +68,26 @@ impl Writer {
             }
             cache.storage().wait().await;
         });
-        Self { queue, task, ring }
+        Self { queue, again, task, ring, dropped }
     }
 
     pub(super) async fn write(&self, key: String, object: SmallObject) {
-        // The receiver lives until close().
-        let _ = self.queue.send((key, object)).await;
+        // A disk that hangs must not hold up who has the object in memory.
+        if timeout(PATIENCE, self.queue.send((key, object))).await.is_err() {
+            self.dropped.inc();
+        }
     }
 
     /// An object was used: it is written again before the ring comes round to it.
     pub(super) fn used(&self, key: &str, object: &SmallObject) {
-        if self.ring.is_far_behind(key) && self.queue.try_send((key.to_owned(), object.clone())).is_ok() {
+        if self.ring.is_far_behind(key) && self.again.try_send((key.to_owned(), object.clone())).is_ok() {
             self.ring.positions.insert(key.to_owned(), self.ring.written.load(Ordering::Relaxed));
         }
     }
 
     /// Writes what waits.
     pub(super) async fn close(self) {
-        drop(self.queue);
+        drop((self.queue, self.again));
         let _ = self.task.await;
     }
 }
