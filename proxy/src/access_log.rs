@@ -1,46 +1,18 @@
-//! The access log: one line a request on stderr, text for people or JSON for machines.
-//!
-//! Lines are gathered and written together by a thread of their own, at the latest after
-//! [`WRITTEN_EVERY`]: a write for each would be the dearest part of a small answer, and who reads them
-//! slowly must not hold up a request.
+//! The access log: one line a request, text for people or JSON for machines.
 
 use std::fmt::Write as _;
-use std::io::Write as _;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, SystemTime};
+use std::sync::Arc;
+use std::time::SystemTime;
 
 use serde::Serialize;
 
-use crate::telemetry::LogFormat;
+use crate::telemetry::{LogFormat, Sink};
 
-/// How long a line may wait to be written.
-const WRITTEN_EVERY: Duration = Duration::from_millis(200);
-
-/// Lines together of this size are written at once; beyond the other they are dropped, and counted.
-const FULL: usize = 32 * 1024;
-const MOST: usize = 4 * 1024 * 1024;
-
-/// At the end the last lines have this long to be written.
-const FAREWELL: Duration = Duration::from_secs(1);
-
-/// Where lines are gathered.
+/// Where lines go, and how they look.
 pub struct AccessLog {
+    /// None: nobody wants it.
     format: Option<LogFormat>,
-    gathered: Arc<Gathered>,
-}
-
-#[derive(Default)]
-struct Gathered {
-    state: Mutex<State>,
-    changed: Condvar,
-}
-
-#[derive(Default)]
-struct State {
-    lines: Vec<u8>,
-    dropped: u64,
-    writing: bool,
-    closed: bool,
+    sink: Arc<Sink>,
 }
 
 /// One request and what became of it.
@@ -85,14 +57,9 @@ struct Event<'a> {
 
 impl AccessLog {
     /// Writes in this format, unless the log's filter turns the target `access` off.
-    pub fn new(format: LogFormat) -> Self {
+    pub fn new(format: LogFormat, sink: Arc<Sink>) -> Self {
         let wanted = tracing::enabled!(target: "access", tracing::Level::INFO);
-        let gathered = Arc::new(Gathered::default());
-        if wanted {
-            let writing = gathered.clone();
-            std::thread::spawn(move || writing.write_until_closed());
-        }
-        Self { format: wanted.then_some(format), gathered }
+        Self { format: wanted.then_some(format), sink }
     }
 
     pub fn add(&self, line: &Line<'_>) {
@@ -101,58 +68,7 @@ impl AccessLog {
             LogFormat::Text => as_text(SystemTime::now(), line),
             LogFormat::Json => as_json(SystemTime::now(), line),
         };
-        let mut state = self.gathered.state();
-        if state.lines.len() > MOST {
-            state.dropped += 1;
-            return;
-        }
-        state.lines.extend_from_slice(text.as_bytes());
-        if state.lines.len() > FULL {
-            self.gathered.changed.notify_all();
-        }
-    }
-
-    /// Writes what has gathered; later lines are lost.
-    pub fn close(&self) {
-        let mut state = self.gathered.state();
-        state.closed = true;
-        self.gathered.changed.notify_all();
-        let unwritten = |state: &mut State| state.writing || !state.lines.is_empty();
-        let _ = self.gathered.changed.wait_timeout_while(state, FAREWELL, unwritten);
-    }
-}
-
-impl Gathered {
-    /// The lock is never held while something is written.
-    fn write_until_closed(&self) {
-        let mut spare = Vec::new();
-        loop {
-            let mut state = self.state();
-            if state.lines.len() <= FULL && !state.closed {
-                let waited = self.changed.wait_timeout(state, WRITTEN_EVERY);
-                state = waited.unwrap_or_else(PoisonError::into_inner).0;
-            }
-            let (dropped, closed) = (std::mem::take(&mut state.dropped), state.closed);
-            std::mem::swap(&mut state.lines, &mut spare);
-            state.writing = true;
-            drop(state);
-            // Nobody is left to be told that the log cannot be written.
-            let _ = std::io::stderr().write_all(&spare);
-            spare.clear();
-            if dropped > 0 {
-                tracing::warn!(lines = dropped, "the access log is read too slowly, lines are missing");
-            }
-            self.state().writing = false;
-            self.changed.notify_all();
-            if closed {
-                return;
-            }
-        }
-    }
-
-    fn state(&self) -> MutexGuard<'_, State> {
-        // Only appended to, emptied and looked at under the lock.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.sink.gather(text.as_bytes());
     }
 }
 

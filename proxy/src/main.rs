@@ -144,14 +144,16 @@ fn check_config(file: &std::path::Path) -> Result<(), Failure> {
 impl Serve {
     fn run(self) -> Result<(), Failure> {
         let config = self.merged()?;
-        telemetry::init(&self.log, self.log_format).map_err(Failure::Usage)?;
+        let sink = telemetry::init(&self.log, self.log_format).map_err(Failure::Usage)?;
         // Before anything else may choose another provider.
         rustls::crypto::ring::default_provider()
             .install_default()
             .map_err(|_| Failure::Failed("no TLS provider".into()))?;
         let scheme = if config.tls.cert.is_some() { "https" } else { "http" };
-        let access_log = AccessLog::new(self.log_format);
-        server::run(config, access_log, move |bound| announce(bound, scheme)).map_err(|error| match error {
+        let access_log = AccessLog::new(self.log_format, sink.clone());
+        let ended = server::run(config, access_log, move |bound| announce(bound, scheme));
+        sink.close();
+        ended.map_err(|error| match error {
             StartError::Config(message) => Failure::Usage(message),
             StartError::Failed(message) => Failure::Failed(message),
         })

@@ -128,7 +128,6 @@ pub fn run(
     let stop = Stop { readiness, load };
     server.run(RunArgs { shutdown_signal: Box::new(stop) });
     close(runtime, &store);
-    access_log.close();
     Ok(())
 }
 

@@ -1,8 +1,13 @@
 //! Logs: one line an event, text for people or JSON for machines, on stderr.
 
+mod sink;
+
 use std::io::IsTerminal;
+use std::sync::Arc;
 
 use tracing_subscriber::EnvFilter;
+
+pub use self::sink::Sink;
 
 /// How log lines look.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -11,21 +16,24 @@ pub enum LogFormat {
     Json,
 }
 
-/// Starts logging; `filter` as in `info` or `dray=debug,access=off`.
-pub fn init(filter: &str, format: LogFormat) -> Result<(), String> {
+/// Starts logging; `filter` as in `info` or `dray=debug,access=off`. Close the sink at the end.
+pub fn init(filter: &str, format: LogFormat) -> Result<Arc<Sink>, String> {
     // Pingora reports each early close of a client as an error, the TLS verifier each refused
     // certificate: both stand in our own lines already.
     let directives = format!(
         "{filter},pingora_core=off,pingora_proxy=off,foyer=error,foyer_storage=error,rustls_platform_verifier=off,hickory_resolver=error,hickory_net=error"
     );
     let filter = EnvFilter::try_new(&directives).map_err(|e| format!("log filter \"{filter}\": {e}"))?;
+    let sink = Sink::start().map_err(|e| format!("no thread for the log: {e}"))?;
+    let urgent = sink.clone();
     let builder = tracing_subscriber::fmt()
         .with_env_filter(filter)
-        .with_writer(std::io::stderr)
+        .with_writer(move || sink::Urgent(urgent.clone()))
         .with_ansi(std::io::stderr().is_terminal());
     let started = match format {
         LogFormat::Text => builder.try_init(),
         LogFormat::Json => builder.json().flatten_event(true).with_current_span(false).try_init(),
     };
-    started.map_err(|e| e.to_string())
+    started.map_err(|e| e.to_string())?;
+    Ok(sink)
 }
