@@ -122,12 +122,14 @@ struct Hasher {
     /// Bytes from the start that went through the verifier.
     hashed: u64,
     written: Spans,
+    /// What is read back.
+    buffer: Vec<u8>,
 }
 
 impl Hasher {
     fn new(fill: &Fill, blob: &Arc<Blob>, written: Spans) -> Self {
         let (verifier, progress) = (fill.key.digest.verifier(), fill.progress.clone());
-        Self { blob: blob.clone(), progress, verifier, hashed: 0, written }
+        Self { blob: blob.clone(), progress, verifier, hashed: 0, written, buffer: Vec::new() }
     }
 
     fn run(mut self, pieces: &std_mpsc::Receiver<Piece>) -> io::Result<Written> {
@@ -166,9 +168,9 @@ impl Hasher {
     }
 
     fn hash_from_file(&mut self, span: Span) -> io::Result<()> {
-        let mut buffer = vec![0; usize::try_from(span.len()).unwrap_or(0)];
-        self.blob.file.read_exact_at(&mut buffer, span.start)?;
-        self.verifier.update(&buffer);
+        self.buffer.resize(usize::try_from(span.len()).unwrap_or(0), 0);
+        self.blob.file.read_exact_at(&mut self.buffer, span.start)?;
+        self.verifier.update(&self.buffer);
         self.advance(span.end);
         Ok(())
     }
