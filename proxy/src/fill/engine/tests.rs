@@ -196,7 +196,7 @@ async fn stops_when_everybody_left() {
     let fill = fill(&Digest::of(b"unused"));
     drop(fill.audience.sit());
     let mut slow = Lottery::new(&body, 1, 0);
-    Arc::get_mut(&mut slow).unwrap().pace = Duration::from_secs(5);
+    Arc::get_mut(&mut slow).unwrap().pace = Duration::from_secs(2);
     let (ended, there) = run(slow, &body, &fill, 0, Spans::default()).await;
     assert!(matches!(ended, Ended::Abandoned), "{ended:?}");
     assert!(!there.is_empty() && there.len() < 40 * MIB as u64);
