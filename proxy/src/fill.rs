@@ -42,7 +42,8 @@ use crate::store::{Blob, Draft, SmallObject, Store};
 /// Bytes at the end of a blob that no reader gets before the digest agrees.
 pub const HELD_BYTES: u64 = 64 * 1024;
 
-/// Large blobs written at the same time; more pass through uncached. Each takes a thread.
+/// Large blobs written at the same time; more pass through uncached. Each takes two
+/// threads.
 const MAX_FILLS: usize = 256;
 
 /// Fills of any size that run at the same time, in all and for one registry; more are refused.
@@ -52,7 +53,8 @@ const MAX_OF_REGISTRY: usize = 256;
 /// Memory for small objects on their way in, in KiB.
 const SMALL_KIB: usize = 64 * 1024;
 
-/// A fill that nobody reads any more goes on for this long, and to its end if no more is left.
+/// A fill that nobody reads any more goes on for this long, and to its end if no more than
+/// [`LITTLE_LEFT`] is missing.
 const ABANDONED_AFTER: Duration = Duration::from_secs(5);
 const LITTLE_LEFT: u64 = 32 * 1024 * 1024;
 

@@ -83,7 +83,7 @@ impl Metrics {
             origin_requests: counters(ORIGIN_REQUESTS, "Requests sent to origins.", &["rule", "kind", "outcome"]),
             origin_bytes: counters(ORIGIN_BYTES, "Body bytes received from origins.", &["rule"]),
             peer_bytes: counters(PEER_BYTES, "Body bytes received from peers.", &["from_zone", "to_zone"]),
-            fills: gauges(FILLS, "Blobs being fetched.", &["state"]),
+            fills: gauges(FILLS, "Blobs being fetched, or proven on disk.", &["state"]),
             evicted_bytes: register(&registry, IntCounter::new(EVICTED_BYTES, "Bytes of blobs evicted from disk.")),
             scrubbed_bytes: register(
                 &registry,

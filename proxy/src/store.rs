@@ -2,7 +2,8 @@
 //! records of tags.
 //!
 //! The directory may vanish at any moment, and a process may be killed at any moment: whatever is
-//! found afterwards is checked before it is believed.
+//! found afterwards is checked before it is believed: small objects are hashed whenever they are read from
+//! disk, large blobs once in each epoch (`layout.rs`), and otherwise by their length.
 
 mod budget;
 mod evict;

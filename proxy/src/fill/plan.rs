@@ -6,8 +6,8 @@ use crate::oci::{Span, Spans};
 pub(super) const LARGEST_RANGE: u64 = 16 * 1024 * 1024;
 const SMALLEST_RANGE: u64 = 2 * 1024 * 1024;
 
-/// Ranges lie at most this far ahead of what was hashed: so much is read again to be hashed, and
-/// should still be in the page cache then.
+/// Ranges that nobody waits for begin at most this far ahead of what was hashed: so much is read again
+/// to be hashed, and should still be in the page cache then.
 const WINDOW: u64 = 96 * 1024 * 1024;
 
 /// All ranges together should take this much of the window.

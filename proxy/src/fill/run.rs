@@ -111,6 +111,7 @@ impl Running<'_> {
             return self.pass(feed, "busy");
         };
         if self.fills.disk_failed.contains_key(&()) {
+            self.keep_again(partial);
             return self.pass(feed, "disk");
         }
         // A blob of another length is another blob: its partial is dropped.

@@ -23,8 +23,8 @@ const PIECE: usize = 1024 * 1024;
 const ALIGNMENT: usize = 4096;
 
 impl Fills {
-    /// Hashes every blob once a day, at most `rate` bytes a second, for as long as it is polled. What
-    /// was not believed since the machine went down is proven on the way.
+    /// Hashes every large blob, at most `rate` bytes a second, for as long as it is polled; a pass
+    /// begins at most once a day. What was not believed since the machine went down is proven on the way.
     pub async fn scrub(self: &Arc<Self>, rate: u64) {
         if rate == 0 {
             return;

@@ -15,7 +15,7 @@ use crate::oci::digest::Verifier;
 use crate::oci::{Span, Spans};
 use crate::store::{Blob, Draft};
 
-/// Pieces between the network and the disk; some 4 MiB.
+/// Pieces that wait for the disk, and as many that wait for the hash.
 const QUEUE: usize = 16;
 
 /// What came out of order is read back this many bytes at a time.
@@ -28,7 +28,8 @@ pub(super) struct Piece {
     _memory: Option<SemaphorePermit<'static>>,
 }
 
-/// All pieces that wait for the disk share so many KiB: a disk that hangs must not take the memory.
+/// All pieces that wait for the disk or the hash share so many KiB: a disk that hangs must not take the
+/// memory.
 static WAITING_KIB: Semaphore = Semaphore::const_new(128 * 1024);
 
 impl Piece {
@@ -63,7 +64,7 @@ pub(super) enum Written {
 }
 
 /// Starts two threads, one that writes what it is sent into the draft, in which some of it may be
-/// already, and one that hashes it: together they would be the slowest part of a fill.
+/// already, and one that hashes it: on one thread the time for both would add up.
 pub(super) fn start(fill: &Fill, draft: &Draft, written: Spans) -> (mpsc::Sender<Piece>, JoinHandle<Written>) {
     let (sender, mut pieces) = mpsc::channel(QUEUE);
     let (blob, progress) = (draft.blob.clone(), fill.progress.clone());

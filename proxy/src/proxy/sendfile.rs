@@ -1,5 +1,6 @@
 //! `sendfile(2)`: a file's bytes to a plain HTTP/1.1 client without copying them through this
-//! process. It costs a third of reading and writing.
+//! process. It costs as much as reading and writing large pieces,
+//! and no memory for a client that reads slowly.
 //!
 //! Pingora neither sends files nor lets go of its socket, so the answer's head goes through it and
 //! the body past it, on a duplicate of the descriptor. Pingora counts the bytes of a body and closes
@@ -27,7 +28,7 @@ use tokio::time::timeout;
 use crate::oci::Span;
 use crate::store::Blob;
 
-/// Below this, what saves a copy costs more than it.
+/// Below this, the set-up costs more than the copy that it saves.
 pub(super) const WORTHWHILE: u64 = 256 * 1024;
 
 /// Bodies in memory of this size go out together with their head; smaller ones do anyway, from
@@ -88,7 +89,7 @@ impl Socket {
         patience: Duration,
         sent: &mut u64,
     ) -> io::Result<()> {
-        // Only full segments until the end: pushing each page costs almost twice the CPU.
+        // Only full segments until the end: pushing each page costs a third more CPU.
         let _ = self.0.set_nodelay(false);
         let _ = set_tcp_cork(&*self.0, true);
         while !span.is_empty() {

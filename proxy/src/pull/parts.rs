@@ -73,7 +73,7 @@ impl Parts {
             self.current = None;
         }
         let Some(span) = self.multipart.spans().get(self.next).copied() else {
-            let end = (!self.ended).then(|| self.multipart.end());
+            let end = (!self.ended).then(|| self.multipart.end().into());
             self.ended = true;
             return Ok(end);
         };
@@ -87,6 +87,6 @@ impl Parts {
         }
         self.next += 1;
         self.current = Some(answer);
-        Ok(Some(self.multipart.head(span)))
+        Ok(Some(self.multipart.head(span).into()))
     }
 }

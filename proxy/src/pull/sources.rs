@@ -42,7 +42,7 @@ impl Sources for BlobSources {
         Ok((incoming, ServedFrom::Origin))
     }
 
-    /// An owner is asked for everything: what it has not fetched yet it fetches in order.
+    /// An owner is asked for everything in one stream: it fetches by ranges itself.
     fn gives_ranges(&self) -> bool {
         self.side == Side::Owner
     }

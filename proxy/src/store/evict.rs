@@ -16,7 +16,7 @@ const LOW: u64 = 90;
 /// Used so often, at different times, a small blob is hot.
 const HOT: u32 = 2;
 
-/// A hot blob has at most this part of the disk, all hot ones together that part.
+/// A hot blob has at most a hundredth of the disk, all that are protected together a quarter.
 const SMALL_PART: u64 = 100;
 const PROTECTED_PART: u64 = 4;
 

@@ -429,7 +429,7 @@ mod tests {
         let draft = large.draft(bytes.len() as u64, provenance()).unwrap();
         draft.blob.file.write_all_at(bytes, 0).unwrap();
         large.announce(&draft, &digest);
-        assert!(large.get(&digest).is_some(), "found before it is durable");
+        assert!(large.get(&digest).is_some(), "found before it has its name");
         large.publish(draft, &digest).unwrap();
         digest
     }
