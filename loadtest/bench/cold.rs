@@ -1,11 +1,8 @@
 //! First pulls: through dray, direct, and through others.
 
-use std::process::{Command, Stdio};
 use std::time::Instant;
 
-use dray_tests::eventually;
-use dray_tests::process::{Process, free_port};
-use tokio::net::TcpStream;
+use dray_tests::registry::Registry;
 
 use super::rig::{GIB, ROUNDS, Rig, Server, clean, curl, curls, gigabytes, median, row};
 
@@ -41,8 +38,9 @@ pub(crate) async fn unlimited(rig: &Rig) {
         let dray = rig.dray(Server::Fast);
         let pull = curl(&dray.url(&rig.path())).seconds;
         clean(dray);
-        let registry = PullThrough::start(rig).await;
-        let through = curl(&format!("http://127.0.0.1:{}{}", registry.port, rig.path())).seconds;
+        let remote = rig.nginx.url(Server::Fast as usize);
+        let registry = Registry::with(&format!("proxy: {{remoteurl: \"{remote}\"}}\n")).await;
+        let through = curl(&format!("{}{}", registry.url(), rig.path())).seconds;
         drop(registry);
         let _ = std::fs::remove_dir_all(rig.dir.path().join("proxy_cache"));
         let cache = curl(&rig.url(Server::Cache)).seconds;
@@ -87,31 +85,4 @@ pub(crate) async fn crowd(rig: &Rig) {
         "<= 1.15 x",
     );
     row("its origin bytes", &format!("{:.3} x the blob", median(&shares)), "", "<= 1.01 x");
-}
-
-/// docker-registry as a pull-through cache.
-struct PullThrough {
-    port: u16,
-    _process: Process,
-    _dir: tempfile::TempDir,
-}
-
-impl PullThrough {
-    async fn start(rig: &Rig) -> Self {
-        let dir = tempfile::tempdir_in(rig.dir.path()).unwrap();
-        let port = free_port();
-        let config = dir.path().join("config.yml");
-        let yaml = format!(
-            "version: 0.1\nlog: {{level: error, accesslog: {{disabled: true}}}}\n\
-             storage: {{filesystem: {{rootdirectory: {}}}}}\nhttp: {{addr: 127.0.0.1:{port}}}\n\
-             proxy: {{remoteurl: \"{}\"}}\n",
-            dir.path().display(),
-            rig.nginx.url(Server::Fast as usize)
-        );
-        std::fs::write(&config, yaml).unwrap();
-        let mut command = Command::new("docker-registry");
-        let process = Process::spawn(command.arg("serve").arg(config).stdout(Stdio::null()).stderr(Stdio::null()));
-        eventually("docker-registry listens", async || TcpStream::connect(("127.0.0.1", port)).await.ok()).await;
-        Self { port, _process: process, _dir: dir }
-    }
 }

@@ -6,6 +6,7 @@
 
 #![allow(clippy::print_stdout, clippy::unwrap_used, reason = "a benchmark prints, and stops at the first surprise")]
 
+mod cluster;
 mod cold;
 mod disk;
 mod load;
@@ -21,8 +22,14 @@ async fn main() {
     // Names of parts on the command line; none: all of them.
     let wanted: Vec<String> = std::env::args().skip(1).collect();
     let runs = |part: &str| wanted.is_empty() || wanted.iter().any(|name| name == part);
-    let rig = Rig::new().await;
     println!("| what | measured | compared with | bar |\n|---|---|---|---|");
+    for part in cluster::PARTS.into_iter().filter(|part| runs(part)) {
+        cluster::part(part);
+    }
+    if !wanted.is_empty() && wanted.iter().all(|name| cluster::PARTS.contains(&name.as_str())) {
+        return;
+    }
+    let rig = Rig::new().await;
     if runs("cold") {
         cold::limited(&rig).await;
         cold::unlimited(&rig).await;

@@ -27,7 +27,6 @@ pub(crate) async fn rates(rig: &Rig) {
     let cache = tempfile::Builder::new().prefix("cache").tempdir_in(rig.dir.path()).unwrap().keep();
     let start = Start::with_upstream("docker.io", &nginx.url(0)).cache(cache).env("DRAY_LOG", "info");
     let dray = start.log_to(&dir.path().join("dray.log")).pinned().run();
-    let port = |url: &str| url.rsplit(':').next().unwrap().parse::<u16>().unwrap();
     for (what, path) in [
         ("manifests", format!("/v2/library/app/manifests/{manifest_digest}")),
         ("blobs of 4 KiB", format!("/v2/library/app/blobs/{blob_digest}")),
@@ -36,7 +35,7 @@ pub(crate) async fn rates(rig: &Rig) {
         let request =
             |path: &str| format!("GET {path}?ns=docker.io HTTP/1.1\r\nHost: x\r\nAccept: {media_type}\r\n\r\n");
         let ours = Target { port: dray.registry.port(), request: request(&path) };
-        let theirs = Target { port: port(&nginx.url(0)), request: request(&path) };
+        let theirs = Target { port: nginx.ports[0], request: request(&path) };
         let (mut rates, mut their_rates, mut ratios) = (vec![], vec![], vec![]);
         for _ in 0..5 {
             let (our_rate, their_rate) = (ours.most(), theirs.most());

@@ -15,7 +15,7 @@ use std::process::ExitCode;
 use dray::config::{Config, Share, Size};
 use dray::metrics::Metrics;
 use dray::oci::{Digest, RangeSet, Span, Spans, route};
-use dray::peers::ring;
+use dray::peers::ring::Ring;
 use dray::provenance::Provenance;
 use dray::registries::Registries;
 use dray::respond::Reply;
@@ -74,10 +74,10 @@ fn spans(count: u32) {
 
 /// The owners of a digest among 50 members.
 fn ring(count: u32) {
-    let members: Vec<SocketAddr> = (0..50).map(|n| SocketAddr::from(([10, 0, 0, n], 5052))).collect();
+    let members: Ring = (0..50).map(|n| SocketAddr::from(([10, 0, 0, n], 5052))).collect();
     let digest = Digest::of(b"x");
     for _ in 0..count {
-        black_box(ring::order(black_box(&members), &digest));
+        black_box(black_box(&members).owners(&digest, 3));
     }
 }
 

@@ -11,6 +11,7 @@ mod upstream;
 use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use ipnet::IpNet;
 use serde::Deserialize;
@@ -155,12 +156,32 @@ pub struct Peers {
     /// Where other drays connect; without it this process keeps to itself.
     pub listen: Option<SocketAddr>,
     /// The peer listeners of all drays, this one included.
-    #[serde(rename = "static")]
-    pub members: Vec<SocketAddr>,
+    #[serde(rename = "static", deserialize_with = "units::by_zone")]
+    pub members: Vec<(Zone, SocketAddr)>,
     /// Names whose addresses are those of all drays, such as a headless Service. Each listens on
     /// the port of `listen`.
-    #[serde(deserialize_with = "units::one_or_many")]
-    pub service: Vec<String>,
+    #[serde(deserialize_with = "units::by_zone")]
+    pub service: Vec<(Zone, String)>,
+    /// This process's own; without it, that of the name or list that has its address.
+    #[serde(deserialize_with = "units::zone")]
+    pub zone: Zone,
+    pub zones: Zones,
+}
+
+/// A zone's name; None: no zone that anybody knows.
+pub type Zone = Option<Arc<str>>;
+
+/// What zones mean for who asks whom.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Zones {
+    /// The owner in the zone is asked, and it asks the owner in all zones.
+    #[default]
+    Prefer,
+    /// Nobody in another zone is asked: each zone fetches from the origin for itself.
+    Isolate,
+    /// There are none.
+    Ignore,
 }
 
 /// Below this the preallocated files for small objects leave no room for blobs.
@@ -212,7 +233,7 @@ impl Config {
             });
             lines.filter(|(_, line)| line.trim_start().starts_with(name)).map(|(start, _)| start).next().unwrap_or(0)
         };
-        if matches!(self.cache.disk, Share::Size(disk) if disk < MIN_DISK) {
+        if self.cache.disk.is_below(MIN_DISK) {
             let problem = format!("\"{}\" is too little, at least {MIN_DISK} are needed", self.cache.disk);
             return Err(at(section("[cache]"), "cache.disk", problem));
         }

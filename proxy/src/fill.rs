@@ -1,8 +1,8 @@
 //! One growing blob: bytes come in once, many read along.
 //!
-//! A fill belongs to no client, and there is one for each digest, registry and [`Side`]. It hashes in order, writes, and lets readers follow up to the last
-//! 64 KiB, which it holds until the digest agrees. Whoever asks for the same digest meanwhile
-//! joins it.
+//! A fill belongs to no client, and there is one for each digest, registry and [`Role`]. It writes,
+//! hashes in order, and lets readers follow up to the last 64 KiB, which it holds until the digest
+//! agrees. Whoever asks for the same digest meanwhile joins it.
 
 mod allowance;
 mod audience;
@@ -28,7 +28,7 @@ use tokio::sync::{Semaphore, watch};
 
 use self::allowance::Allowance;
 use self::audience::Audience;
-pub use self::feed::{Feed, Sources};
+pub use self::feed::{Connections, Feed, Sources};
 pub use self::passage::Passage;
 use self::progress::{Phase, Progress};
 pub use self::reader::Reader;
@@ -36,6 +36,7 @@ use self::run::Running;
 use crate::metrics::Metrics;
 use crate::oci::{Digest, Registry, Span, Spans};
 use crate::registries::Place;
+use crate::role::Role;
 use crate::source::{ServedFrom, SourceError};
 use crate::store::{Blob, Draft, SmallObject, Store};
 
@@ -64,8 +65,14 @@ const MAX_PROOFS: usize = 8;
 /// After the disk refused to write, blobs pass through for this long.
 const DISK_REST: Duration = Duration::from_secs(30);
 
+/// Who reads only what comes waits for so long.
+const COMES: Duration = Duration::from_secs(1);
+
+/// Who must not be seen to wait looks this often.
+const LOOK_AGAIN: Duration = Duration::from_millis(10);
+
 /// For how long a digest that did not match is distrusted.
-const DISTRUST: Duration = Duration::from_secs(600);
+pub const DISTRUST: Duration = Duration::from_secs(600);
 
 /// All running fills.
 pub struct Fills {
@@ -84,33 +91,29 @@ pub struct Fills {
     gauge: IntGauge,
 }
 
-/// Whom a fill may follow.
-///
-/// Two nodes that disagree about the owner must not wait for each other: what a peer asks for is
-/// never joined to a fill that follows a peer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Side {
-    /// It goes to the origin, for whoever asks.
-    Owner,
-    /// It follows the owner first.
-    Follower,
-}
-
 /// Which requests share a fill: those for the same bytes of the same registry. Another registry's
 /// bytes are proven only at their end, so nobody waits for them or reads them before.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct FillKey {
     pub digest: Digest,
     pub registry: Registry,
-    pub side: Side,
+    /// As what this node fetches it. Two nodes that disagree about the owner must not wait for each
+    /// other: who is asked as the owner never joins a fill that follows one.
+    pub role: Role,
 }
 
 /// One blob on its way in.
 pub struct Fill {
-    key: FillKey,
+    pub key: FillKey,
     /// Whose request started it.
     pub place: Place,
     opened: OnceLock<Result<Opened, SourceError>>,
+    progress: watch::Sender<Progress>,
+    audience: Arc<Audience>,
+}
+
+/// Says what was written.
+struct Teller {
     progress: watch::Sender<Progress>,
     audience: Arc<Audience>,
 }
@@ -131,6 +134,18 @@ pub enum Opened {
 enum Seen {
     Never,
     Maybe,
+}
+
+/// How a running fill is read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reading {
+    /// The last bytes once the digest agrees.
+    Proven,
+    /// All bytes as they come: whoever reads checks the whole itself.
+    Unproven,
+    /// The same, for as long as some come: whoever reads can find them elsewhere, and may be one that
+    /// this fill waits for.
+    OfWhatComes,
 }
 
 /// How a fill ended.
@@ -270,8 +285,31 @@ impl Fill {
         }
     }
 
-    pub fn side(&self) -> Side {
-        self.key.side
+    /// The bytes that are there.
+    pub fn written(&self) -> Spans {
+        self.progress.borrow().written().clone()
+    }
+
+    /// The blob's length, if a source has told it.
+    pub fn length_now(&self) -> Option<u64> {
+        Some(self.opened.get()?.as_ref().ok()?.length().0)
+    }
+
+    /// Waits until the byte at `position` is there, without making anybody fetch it. False: the fill
+    /// is over before.
+    pub async fn reaches(&self, position: u64) -> bool {
+        loop {
+            {
+                let progress = self.progress.borrow();
+                if progress.written().run_end(position) > position {
+                    return true;
+                }
+                if progress.is_over() {
+                    return false;
+                }
+            }
+            tokio::time::sleep(LOOK_AGAIN).await;
+        }
     }
 
     /// Whether what begins at `start` is there, or comes soon.
@@ -281,12 +319,13 @@ impl Fill {
     }
 
     /// Reads a span of a growing file.
-    pub fn reader(&self, blob: Arc<Blob>, span: Span) -> Reader {
-        Reader::of_fill(blob, self.progress.subscribe(), self.audience.sit(), span)
+    pub fn reader(&self, blob: Arc<Blob>, span: Span, reading: Reading) -> Reader {
+        Reader::of_fill(blob, self.progress.subscribe(), self.audience.sit(), span, reading)
     }
 
     /// A source has answered, and there is a file for its bytes, some of which it may hold already.
     fn begin(&self, draft: &Draft, from: ServedFrom, written: &Spans) {
+        self.audience.begin();
         self.progress.send_modify(|progress| progress.set_written(written.clone()));
         self.open(Ok(Opened::Growing { blob: draft.blob.clone(), from }));
     }
@@ -302,12 +341,28 @@ impl Fill {
         }
     }
 
+    /// Tells from other threads what was written.
+    fn teller(&self) -> Teller {
+        Teller { progress: self.progress.clone(), audience: self.audience.clone() }
+    }
+
     fn end(&self, phase: Phase) {
         self.progress.send_modify(|progress| progress.enter(phase));
     }
 
     fn disown(&self) {
         self.progress.send_modify(Progress::disown);
+    }
+}
+
+impl Teller {
+    /// Who waits for these bytes is woken; a hundred others need not know.
+    fn wrote(&self, span: Span) {
+        self.progress.send_if_modified(|progress| {
+            progress.wrote(span);
+            false
+        });
+        self.audience.came(span);
     }
 }
 

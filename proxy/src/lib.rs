@@ -19,6 +19,7 @@ pub mod proxy;
 pub mod pull;
 pub mod registries;
 pub mod respond;
+pub mod role;
 pub mod server;
 pub mod source;
 pub mod store;

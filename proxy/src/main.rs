@@ -69,6 +69,9 @@ struct Serve {
     /// says where peers connect, opens 0.0.0.0:5052 for them
     #[arg(long, env = "DRAY_PEERS_SERVICE", value_name = "NAME")]
     peers_service: Option<String>,
+    /// The zone that this node is in
+    #[arg(long, env = "DRAY_ZONE", value_name = "ZONE")]
+    zone: Option<String>,
     /// What to log: error, warn, info, debug; or by part, such as "warn,access=info"
     #[arg(long, env = "DRAY_LOG", default_value = "info", value_name = "FILTER")]
     log: String,
@@ -172,16 +175,19 @@ impl Serve {
             config.admin = admin;
         }
         if let Some(service) = &self.peers_service {
-            config.peers.service = vec![service.clone()];
+            config.peers.service = vec![(None, service.clone())];
             if config.peers.listen.is_none() {
                 config.peers.listen = Some(SocketAddr::from(([0, 0, 0, 0], PEERS_PORT)));
             }
+        }
+        if let Some(zone) = &self.zone {
+            config.peers.zone = Some(zone.as_str().into());
         }
         if let Some(dir) = &self.cache_dir {
             config.cache.dir.clone_from(dir);
         }
         if let Some(disk) = self.cache_disk {
-            if matches!(disk, Share::Size(size) if size < MIN_DISK) {
+            if disk.is_below(MIN_DISK) {
                 return Err(Failure::Usage(format!(
                     "--cache-disk {disk} is too little, at least {MIN_DISK} are needed"
                 )));

@@ -18,6 +18,7 @@ pub const EVICTED_BYTES: &str = "dray_evicted_bytes_total";
 pub const CACHE_BYTES: &str = "dray_cache_bytes";
 pub const SCRUBBED_BYTES: &str = "dray_scrubbed_bytes_total";
 pub const DAMAGED: &str = "dray_damaged_blobs_total";
+pub const SHUT_OUT: &str = "dray_peers_shut_out_total";
 pub const SMALL_DROPPED: &str = "dray_small_dropped_total";
 pub const STALE: &str = "dray_stale_total";
 pub const MISMATCHES: &str = "dray_digest_mismatches_total";
@@ -47,6 +48,7 @@ pub struct Metrics {
     pub resumed_bytes: IntCounter,
     pub scrubbed_bytes: IntCounter,
     pub damaged: IntCounter,
+    pub shut_out: IntCounter,
     /// by cache, reason
     pub small_dropped: IntCounterVec,
     /// by tier
@@ -88,6 +90,10 @@ impl Metrics {
             scrubbed_bytes: register(
                 &registry,
                 IntCounter::new(SCRUBBED_BYTES, "Bytes of cached blobs read again to find damage."),
+            ),
+            shut_out: register(
+                &registry,
+                IntCounter::new(SHUT_OUT, "Times a peer was left alone for sending wrong bytes."),
             ),
             damaged: register(
                 &registry,

@@ -1,166 +1,322 @@
-//! Other drays: who owns a digest, and asking them.
+//! Other drays: who owns a digest, who else has it, and asking them.
 //!
-//! Peers speak the registry protocol, digests only, on a port of their own. Whoever is asked there
-//! goes to the origin itself, so that no request ever travels in a circle.
+//! Peers speak the registry protocol, digests only, on a port of their own, and a few headers
+//! beside it ([`wire`]). Questions only travel towards the origin ([`Role`]); whoever is asked as the
+//! owner goes to the origin itself.
 
+mod discovery;
+mod health;
+mod members;
 pub mod ring;
+pub mod swarm;
+mod visit;
+pub mod wire;
 
-use std::net::{SocketAddr, UdpSocket};
-use std::sync::Arc;
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use futures_util::TryStreamExt;
-use hickory_resolver::TokioResolver;
-use http::header::{ACCEPT_ENCODING, CONTENT_TYPE, RANGE};
+use futures_util::future::join_all;
+use http::header::{ACCEPT_ENCODING, CACHE_CONTROL, CONTENT_TYPE, LOCATION, RANGE};
+use http::{HeaderMap, Method};
 use reqwest::{Client, Response};
+use tokio::sync::watch;
 use tokio::time::{Instant, timeout, timeout_at};
+use xxhash_rust::xxh64::Xxh64;
 
-use crate::config::Config;
-use crate::dns;
+use self::discovery::Discovery;
+use self::health::Health;
+pub use self::members::Lead;
+use self::members::Members;
+use self::swarm::{Contribution, Time, Tracker, View};
+pub use self::visit::{Sending, Visitor};
+use self::wire::Holder;
+use crate::config::{Config, Peers as Settings, Zone};
 use crate::metrics::Metrics;
-use crate::oci::{Digest, MAX_MANIFEST_BYTES};
+use crate::oci::{Digest, MAX_MANIFEST_BYTES, Span, Spans};
 use crate::registries::Place;
+use crate::role::Role;
 use crate::source::{Broken, Incoming, Part, SourceError, error_chain};
 
-/// The other processes and what is known of their health.
+/// The other processes and what is known of them.
 pub struct Peers {
     members: ArcSwap<Members>,
-    /// Members that the configuration names, and where this process listens.
-    written: Vec<SocketAddr>,
+    settings: Settings,
     listen: SocketAddr,
-    /// Names that have the addresses of the others.
-    services: Vec<String>,
-    resolver: TokioResolver,
-    down: moka::sync::Cache<SocketAddr, ()>,
+    discovery: tokio::sync::Mutex<Discovery>,
+    /// Whether the members are known.
+    formed: watch::Sender<bool>,
+    health: Health,
     client: Client,
+    /// Who fetches what from this node, asked as what.
+    trackers: moka::sync::Cache<(Digest, Role), Arc<Mutex<Tracker>>>,
+    /// Bodies sent to peers at the moment.
+    sending: AtomicU32,
+    started: Instant,
     metrics: Arc<Metrics>,
 }
 
-/// Who takes part.
-#[derive(Debug, PartialEq, Eq)]
-struct Members {
-    /// All members, this process included, in order.
-    all: Vec<SocketAddr>,
-    own: SocketAddr,
+/// A question to a peer.
+pub struct Question<'a> {
+    pub place: &'a Place,
+    pub digest: &'a Digest,
+    pub manner: Manner,
+    pub redirects: Redirects,
+    pub aim: Aim,
+    pub deadline: Instant,
 }
 
-/// How often the names are asked.
-const REFRESH: Duration = Duration::from_secs(5);
+/// How a peer is asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Manner {
+    /// For what it has, or gets now.
+    IfKept,
+    /// To get it, being that.
+    As(Role),
+}
 
-/// A peer that cannot be reached is left alone for this long.
-const DOWN: Duration = Duration::from_secs(5);
+/// Whether a busy peer may name another one instead.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Redirects {
+    Followed,
+    /// Those that it named could not help, or it was named by another one.
+    Refused,
+}
+
+/// Where an answer may come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reach {
+    /// Wherever it can be had.
+    Origin,
+    /// What is here, or comes now: nobody else is asked for it.
+    Kept,
+}
+
+/// What a range is asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Aim {
+    /// Somebody wants just that.
+    Range,
+    /// All the others follow.
+    Whole,
+}
+
+/// Why a peer gives nothing.
+#[derive(Debug)]
+pub enum Declined {
+    /// It does not have it.
+    NotKept,
+    /// Another one has it as well, and is less busy.
+    Redirected(SocketAddr),
+    /// It cannot get it.
+    Source(SourceError),
+}
 
 /// A peer that has not answered after this long is asked whether it is alive.
 const ALIVE: Duration = Duration::from_millis(2500);
-const PING: Duration = Duration::from_millis(500);
+const PING: Duration = CONNECT_TIMEOUT;
 
-/// Owners tried before the origin is asked instead.
-const MAX_OWNERS: usize = 3;
+/// Who only has to look has this long.
+const LOOK: Duration = Duration::from_millis(500);
 
-const CONNECT_TIMEOUT: Duration = Duration::from_millis(500);
+/// Those who may have fetched a digest while this node was away.
+const SUCCESSORS: usize = 2;
 
-/// Where all members count as one zone.
-const ZONE: &str = "-";
+/// Those asked when no origin answers.
+const LAST_RESORT: usize = 16;
+
+/// More than the second after which a lost SYN is sent again: a busy link is not a dead peer.
+const CONNECT_TIMEOUT: Duration = Duration::from_millis(1500);
+
+/// Shorter than what the other side keeps an idle connection for.
+const IDLE: Duration = Duration::from_secs(60);
+
+/// Blobs whose peers are remembered, for how long.
+const MAX_TRACKERS: u64 = 2_000;
+const TRACKED: Duration = Duration::from_secs(60);
 
 impl Peers {
-    /// None: this process keeps to itself.
+    /// None: this process keeps to itself. Must run inside a tokio runtime.
     pub fn new(config: &Config, metrics: Arc<Metrics>) -> Result<Option<Self>, String> {
-        let Some(listen) = config.peers.listen else { return Ok(None) };
-        let resolver = dns::resolver(&config.dns.servers)?;
-        let written = config.peers.members.clone();
-        let members = Members::new(written.clone(), listen);
-        if config.peers.service.is_empty() && !members.has_own() {
+        let settings = config.peers.clone();
+        let Some(listen) = settings.listen else { return Ok(None) };
+        let discovery = Discovery::new(&settings, &config.dns.servers, listen)?;
+        let members = Members::new(&settings.members, listen, settings.zone.clone(), settings.zones);
+        if !discovery.is_needed() && !members.has_own() {
             return Err(format!(
                 "peers.static holds no address of this host with port {}: write all members, this one included, \
                  or set peers.listen to its own address",
                 listen.port()
             ));
         }
-        metrics.peers.set(i64::try_from(members.all.len()).unwrap_or(i64::MAX));
-        let members = ArcSwap::from_pointee(members);
+        metrics.peers.set(i64::try_from(members.len()).unwrap_or(i64::MAX));
         let client = Client::builder()
             .user_agent(concat!("dray/", env!("CARGO_PKG_VERSION")))
             .http1_only()
             .no_proxy()
             .redirect(reqwest::redirect::Policy::none())
             .connect_timeout(CONNECT_TIMEOUT)
+            .pool_idle_timeout(IDLE)
             .build()
             .map_err(|e| error_chain(&e))?;
-        let down = moka::sync::Cache::builder().max_capacity(100_000).time_to_live(DOWN).build();
-        let services = config.peers.service.clone();
-        Ok(Some(Self { members, written, listen, services, resolver, down, client, metrics }))
+        Ok(Some(Self {
+            members: ArcSwap::from_pointee(members),
+            formed: watch::Sender::new(!discovery.is_needed()),
+            discovery: tokio::sync::Mutex::new(discovery),
+            settings,
+            listen,
+            health: Health::new(),
+            client,
+            trackers: moka::sync::Cache::builder().max_capacity(MAX_TRACKERS).time_to_idle(TRACKED).build(),
+            sending: AtomicU32::new(0),
+            started: Instant::now(),
+            metrics,
+        }))
     }
 
     /// Follows the names for as long as it is polled. While they cannot be resolved, everybody
     /// known stays a member.
     pub async fn follow_services(&self) {
-        let mut trouble = None;
-        while !self.services.is_empty() {
-            match self.resolve().await {
-                Ok(found) => {
-                    trouble = None;
-                    self.take(found);
-                }
-                Err(error) if trouble.as_ref() == Some(&error) => {}
-                Err(error) => {
-                    tracing::warn!(error, "the peers' name cannot be resolved");
-                    trouble = Some(error);
-                }
+        let mut discovery = self.discovery.lock().await;
+        while discovery.is_needed() {
+            if let Some(mut found) = discovery.next().await {
+                found.extend(self.settings.members.iter().cloned());
+                self.take(&found);
+                self.formed.send_replace(true);
             }
-            let jitter = fastrand::u64(0..1000);
-            tokio::time::sleep(REFRESH + Duration::from_millis(jitter)).await;
         }
     }
 
-    async fn resolve(&self) -> Result<Vec<SocketAddr>, String> {
-        let mut found = self.written.clone();
-        for service in &self.services {
-            let answer = self.resolver.lookup_ip(service.as_str()).await.map_err(|e| format!("{service}: {e}"))?;
-            found.extend(answer.iter().map(|ip| SocketAddr::new(ip, self.listen.port())));
-        }
-        Ok(found)
+    /// Waits until the members are known.
+    pub async fn formed(&self) {
+        // The sender lives as long as this.
+        let _ = self.formed.subscribe().wait_for(|formed| *formed).await;
     }
 
-    fn take(&self, found: Vec<SocketAddr>) {
-        let members = Members::new(found, self.listen);
+    fn take(&self, found: &[(Zone, SocketAddr)]) {
+        let members = Members::new(found, self.listen, self.settings.zone.clone(), self.settings.zones);
         if **self.members.load() != members {
-            tracing::info!(members = members.all.len(), own = %members.own, "the peers changed");
+            tracing::info!(members = members.len(), own = %members.own, zone = members.own_zone(), "the peers changed");
             if !members.has_own() {
                 tracing::warn!("none of the peers' addresses is this host's: it asks them, but owns nothing");
             }
-            self.metrics.peers.set(i64::try_from(members.all.len()).unwrap_or(i64::MAX));
+            self.metrics.peers.set(i64::try_from(members.len()).unwrap_or(i64::MAX));
             self.members.store(Arc::new(members));
         }
     }
 
-    /// The peers to ask before the origin, best first. Empty: this process is the owner.
-    pub fn owners(&self, digest: &Digest) -> Vec<SocketAddr> {
-        let alive = |peer: &SocketAddr| !self.down.contains_key(peer);
-        let members = self.members.load();
-        ring::order(&members.all, digest)
-            .into_iter()
-            .take(MAX_OWNERS)
-            .take_while(|member| *member != members.own)
-            .filter(alive)
-            .collect()
+    /// Whom to ask for a digest, having been asked as `role`.
+    pub fn lead(&self, digest: &Digest, role: Role) -> Lead {
+        self.members.load().lead(digest, role, |peer| self.health.is_well(peer))
     }
 
-    /// A blob, or the rest of it, from a peer.
+    /// Those who may have a digest that this node owns.
+    pub async fn ask_successors(&self, question: &Question<'_>) -> Vec<Holder> {
+        self.who_has(question, SUCCESSORS).await
+    }
+
+    /// Those who may have a digest that no origin gives.
+    pub async fn ask_around(&self, question: &Question<'_>) -> Vec<Holder> {
+        self.who_has(question, LAST_RESORT).await
+    }
+
+    async fn who_has(&self, question: &Question<'_>, count: usize) -> Vec<Holder> {
+        let successors = self.members.load().successors(question.digest, count, |peer| self.health.is_well(peer));
+        let asked = successors.into_iter().map(|peer| async move {
+            let path = format!("blobs/{}", question.digest);
+            let asking = self.get(Method::HEAD, peer, question, &path, Part::From(0), HeaderMap::new());
+            let response = timeout(LOOK, asking).await.ok()?.ok().filter(|response| response.status() == 200)?;
+            let length: u64 = wire::read(response.headers(), &http::header::CONTENT_LENGTH)?;
+            let have = match wire::read_spans(response.headers()) {
+                some if some.is_empty() => Span::whole(length).into(),
+                some => some,
+            };
+            Some(Holder { peer, load: 0, have })
+        });
+        join_all(asked).await.into_iter().flatten().collect()
+    }
+
+    /// A blob, or a part of it, from a peer. What it says of others goes to `view`, and whether it
+    /// could help.
     pub async fn blob(
         &self,
         peer: SocketAddr,
-        place: &Place,
-        digest: &Digest,
+        question: &Question<'_>,
         part: Part,
-        deadline: Instant,
-    ) -> Result<Incoming, SourceError> {
-        let response = self.get(peer, place, &format!("blobs/{digest}"), part, deadline).await?;
-        let (span, total) = part.brought(response.status().as_u16(), response.headers())?;
-        let counter = self.metrics.peer_bytes.with_label_values(&[ZONE, ZONE]);
+        have: &Spans,
+        view: &Arc<Mutex<View>>,
+    ) -> Result<Incoming, Declined> {
+        let answer = self.ask_for_blob(peer, question, part, have, view).await;
+        match &answer {
+            Ok(_) | Err(Declined::Redirected(_)) => {}
+            Err(Declined::NotKept) => lock(view).refused(peer, self.now()),
+            Err(Declined::Source(_)) => lock(view).broke(peer, self.now()),
+        }
+        answer
+    }
+
+    async fn ask_for_blob(
+        &self,
+        peer: SocketAddr,
+        question: &Question<'_>,
+        part: Part,
+        have: &Spans,
+        view: &Arc<Mutex<View>>,
+    ) -> Result<Incoming, Declined> {
+        let members = self.members.load_full();
+        let mut more = HeaderMap::new();
+        if members.has_own()
+            && let Ok(own) = members.own.to_string().parse()
+        {
+            more.insert(wire::PEER, own);
+            more.insert(wire::LOAD, self.sending.load(Ordering::Relaxed).into());
+        }
+        if let Some(have) = wire::write_spans(have) {
+            more.insert(wire::HAVE, have);
+        }
+        let path = format!("blobs/{}", question.digest);
+        let response = self.get(Method::GET, peer, question, &path, part, more).await.map_err(Declined::Source)?;
+        let headers = response.headers();
+        let may_be_asked =
+            |other: &SocketAddr| *other != members.own && members.contains(*other) && self.health.is_well(other);
+        {
+            let mut view = lock(view);
+            let others = wire::read_holders(headers).into_iter();
+            others.filter(|holder| may_be_asked(&holder.peer)).for_each(|holder| view.learn(&holder));
+            if headers.contains_key(wire::HAVE) {
+                let load = wire::read(headers, &wire::LOAD).unwrap_or(0);
+                view.learn(&Holder { peer, load, have: wire::read_spans(headers) });
+            }
+        }
+        match response.status().as_u16() {
+            200 | 206 => {}
+            307 => {
+                let to: Option<SocketAddr> = wire::read(headers, &LOCATION);
+                let followed = question.redirects == Redirects::Followed;
+                let to = to.filter(|to| followed && *to != peer && may_be_asked(to));
+                return Err(to.map_or(Declined::NotKept, Declined::Redirected));
+            }
+            504 => return Err(Declined::NotKept),
+            status => return Err(Declined::Source(refused(status))),
+        }
+        let brought = part.brought(response.status().as_u16(), headers);
+        let brought = brought.and_then(|(span, total)| match part {
+            // Peers honour ranges.
+            Part::Span(asked) if span.start != asked.start => Err(SourceError::Malformed("another range".into())),
+            _ => Ok((span, total)),
+        });
+        let (span, total) = brought.map_err(Declined::Source)?;
+        let counter = self.metrics.peer_bytes.with_label_values(&[members.zone_of(peer), members.own_zone()]);
+        let mut fetching = Fetching::new(view, peer, span, self.started);
         let body = response
             .bytes_stream()
-            .inspect_ok(move |piece| counter.inc_by(piece.len() as u64))
+            .inspect_ok(move |piece| {
+                fetching.passed(piece);
+                counter.inc_by(piece.len() as u64);
+            })
             .map_err(|error| Broken(error_chain(&error)));
         Ok(Incoming::new(span, total, body))
     }
@@ -169,23 +325,50 @@ impl Peers {
     pub async fn manifest(
         &self,
         peer: SocketAddr,
-        place: &Place,
-        digest: &Digest,
-        deadline: Instant,
+        question: &Question<'_>,
     ) -> Result<(String, bytes::Bytes), SourceError> {
-        let response = self.get(peer, place, &format!("manifests/{digest}"), Part::From(0), deadline).await?;
+        let path = format!("manifests/{}", question.digest);
+        let response = self.get(Method::GET, peer, question, &path, Part::From(0), HeaderMap::new()).await?;
+        match response.status().as_u16() {
+            200 => {}
+            504 => return Err(SourceError::NotKept),
+            status => return Err(refused(status)),
+        }
         let media_type = response.headers().get(CONTENT_TYPE).and_then(|value| value.to_str().ok()).map(str::to_owned);
         let media_type = media_type.ok_or_else(|| SourceError::Malformed("a peer's manifest without a type".into()))?;
         if response.content_length().is_none_or(|length| length > MAX_MANIFEST_BYTES) {
             return Err(SourceError::Malformed("a peer's manifest without an acceptable length".into()));
         }
-        let bytes = match timeout_at(deadline, response.bytes()).await {
+        let bytes = match timeout_at(question.deadline, response.bytes()).await {
             Ok(Ok(bytes)) => bytes,
             Ok(Err(error)) => return Err(SourceError::Unreachable(error_chain(&error))),
             Err(_) => return Err(SourceError::TimedOut),
         };
-        self.metrics.peer_bytes.with_label_values(&[ZONE, ZONE]).inc_by(bytes.len() as u64);
+        let members = self.members.load();
+        let counter = self.metrics.peer_bytes.with_label_values(&[members.zone_of(peer), members.own_zone()]);
+        counter.inc_by(bytes.len() as u64);
         Ok((media_type, bytes))
+    }
+
+    /// The first successor that has a manifest, with its media type. Not yet verified.
+    pub async fn kept_manifest(&self, question: &Question<'_>) -> Option<(String, bytes::Bytes)> {
+        let successors = self.members.load().successors(question.digest, SUCCESSORS, |peer| self.health.is_well(peer));
+        let asked = successors
+            .into_iter()
+            .map(|peer| async move { timeout(LOOK, self.manifest(peer, question)).await.ok()?.ok() });
+        join_all(asked).await.into_iter().flatten().next()
+    }
+
+    /// Leaves a peer alone that sent wrong bytes.
+    pub fn lies(&self, peer: SocketAddr) {
+        tracing::warn!(%peer, "a peer sent wrong bytes");
+        self.metrics.shut_out.inc();
+        self.health.lies(peer);
+    }
+
+    /// The clock of trackers and views.
+    pub fn now(&self) -> Time {
+        self.started.elapsed()
     }
 
     /// Whether a peer answers at all.
@@ -196,15 +379,29 @@ impl Peers {
 
     async fn get(
         &self,
+        method: Method,
         peer: SocketAddr,
-        place: &Place,
+        question: &Question<'_>,
         path: &str,
         part: Part,
-        deadline: Instant,
+        more: HeaderMap,
     ) -> Result<Response, SourceError> {
+        let place = question.place;
         let namespace = url::form_urlencoded::byte_serialize(place.registry.as_str().as_bytes());
         let url = format!("http://{peer}/v2/{}/{path}?ns={}", place.repository, namespace.collect::<String>());
-        let mut request = self.client.get(url).header(ACCEPT_ENCODING, "identity");
+        let mut request = self.client.request(method, url).header(ACCEPT_ENCODING, "identity").headers(more);
+        request = match question.manner {
+            Manner::IfKept => request.header(CACHE_CONTROL, wire::ONLY_IF_CACHED),
+            Manner::As(role) => request.header(wire::ROLE, role.as_str()),
+        };
+        if question.redirects == Redirects::Refused {
+            request = request.header(wire::REDIRECT, wire::NO);
+        }
+        if question.aim == Aim::Whole {
+            request = request.header(wire::WHOLE, wire::YES);
+        }
+        let left = question.deadline.saturating_duration_since(Instant::now());
+        request = request.header(wire::DEADLINE, u64::try_from(left.as_millis()).unwrap_or(u64::MAX));
         if let Some(range) = part.header() {
             request = request.header(RANGE, range);
         }
@@ -212,65 +409,71 @@ impl Peers {
         let answered = match timeout(ALIVE, &mut sending).await {
             Ok(answered) => Ok(answered),
             // It waits for its origin, or it is frozen.
-            Err(_) if self.answers(peer).await => timeout_at(deadline, sending).await,
+            Err(_) if self.answers(peer).await => timeout_at(question.deadline, sending).await,
             Err(_) => {
-                self.down.insert(peer, ());
+                self.health.is_down(peer);
                 return Err(SourceError::Unreachable("the peer is silent".into()));
             }
         };
-        let response = match answered {
-            Ok(Ok(response)) => response,
+        match answered {
+            Ok(Ok(response)) => Ok(response),
             Ok(Err(error)) => {
-                self.down.insert(peer, ());
-                return Err(SourceError::Unreachable(error_chain(&error)));
+                self.health.is_down(peer);
+                Err(SourceError::Unreachable(error_chain(&error)))
             }
             // Its origin may be slow: that is no reason for everybody to ask the origin.
-            Err(_) => return Err(SourceError::TimedOut),
-        };
-        match response.status().as_u16() {
-            200 | 206 => Ok(response),
-            404 => Err(SourceError::NotFound),
-            403 => Err(SourceError::Denied),
-            status => Err(SourceError::Failed(status)),
+            Err(_) => Err(SourceError::TimedOut),
         }
     }
 }
 
-impl Members {
-    fn new(mut all: Vec<SocketAddr>, listen: SocketAddr) -> Self {
-        let own = all.iter().copied().find(|member| is_own(*member, listen)).unwrap_or(listen);
-        // Others know this process by the address they were given: 0.0.0.0 owns nothing.
-        if !own.ip().is_unspecified() {
-            all.push(own);
+/// A range on its way from a peer.
+struct Fetching {
+    view: Arc<Mutex<View>>,
+    peer: SocketAddr,
+    span: Span,
+    /// What it promised.
+    promised: u64,
+    /// When the view's clock started.
+    clock: Instant,
+    checksum: Xxh64,
+}
+
+impl Fetching {
+    fn new(view: &Arc<Mutex<View>>, peer: SocketAddr, promised: Span, clock: Instant) -> Self {
+        lock(view).begin(peer);
+        let span = Span { start: promised.start, end: promised.start };
+        Self { view: view.clone(), peer, span, promised: promised.end, clock, checksum: Xxh64::new(0) }
+    }
+
+    fn passed(&mut self, piece: &[u8]) {
+        self.checksum.update(piece);
+        self.span.end += piece.len() as u64;
+    }
+}
+
+impl Drop for Fetching {
+    fn drop(&mut self) {
+        let contribution = Contribution { peer: self.peer, span: self.span, checksum: self.checksum.digest() };
+        let mut view = lock(&self.view);
+        view.end(contribution);
+        // It stalled, broke off, or was not needed any more: others come first for a while.
+        if self.span.end < self.promised {
+            view.broke(self.peer, self.clock.elapsed());
         }
-        all.sort_unstable();
-        all.dedup();
-        Self { all, own }
-    }
-
-    /// Whether the others know this process as a member.
-    fn has_own(&self) -> bool {
-        !self.own.ip().is_unspecified()
     }
 }
 
-/// Whether a member is this process: it listens on that port, and on that address or on all
-/// addresses of which that one is local.
-fn is_own(member: SocketAddr, listen: SocketAddr) -> bool {
-    let local = || UdpSocket::bind((member.ip(), 0)).is_ok();
-    member == listen || (member.port() == listen.port() && listen.ip().is_unspecified() && local())
+/// What a status that brings nothing says of the origin.
+fn refused(status: u16) -> SourceError {
+    match status {
+        404 => SourceError::NotFound,
+        403 => SourceError::Denied,
+        status => SourceError::Failed(status),
+    }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn this_process_knows_itself() {
-        let own = |member: &str, listen: &str| is_own(member.parse().unwrap(), listen.parse().unwrap());
-        assert!(own("127.0.0.1:5052", "127.0.0.1:5052"));
-        assert!(own("127.0.0.1:5052", "0.0.0.0:5052"));
-        assert!(!own("127.0.0.1:5053", "0.0.0.0:5052"));
-        assert!(!own("192.0.2.1:5052", "0.0.0.0:5052"));
-    }
+/// What peers have is only looked up and changed under the lock.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

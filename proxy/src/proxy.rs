@@ -1,6 +1,7 @@
 //! Pingora's phases: every request is answered from the first one, and logged in the last.
 
 mod sendfile;
+mod socket;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -14,14 +15,18 @@ use pingora::prelude::{Error, ErrorType, HttpPeer};
 use pingora::proxy::{ProxyHttp, Session};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-use self::sendfile::Socket;
+use self::sendfile::Sending;
+use self::socket::Socket;
 use crate::access_log::{AccessLog, Line};
 use crate::metrics::Metrics;
 use crate::oci::route::{self, query_value};
 use crate::oci::{Endpoint, NamedBy, RangeSet, Reference, Registry, Repository, Route, accept};
-use crate::pull::{Asker, BlobRequest, Body, Pull, Refusal};
+use crate::peers::swarm::Direction;
+use crate::peers::{Sending as Counted, Visitor};
+use crate::pull::{Asker, Asking, BlobRequest, Body, Pull, Refusal};
 use crate::registries::Registries;
 use crate::respond::Reply;
+use crate::source::Broken;
 
 /// Answers one listener's requests.
 pub struct Front {
@@ -53,6 +58,8 @@ pub struct Exchange {
     started: Instant,
     /// Counts the request as load for as long as it is answered.
     seat: Option<Seat>,
+    /// Counts its body as sent to a peer.
+    counted: Option<Counted>,
     /// Its share of the memory for answers that are sent whole.
     held: Option<OwnedSemaphorePermit>,
     route: &'static str,
@@ -163,8 +170,12 @@ impl Front {
         let rule = place.rule.name().to_owned();
         exchange.content = Some(Content { registry: registry.clone(), repository, rule, named_by });
         if let Err(refusal) = self.pull.permit(&place, self.asker) {
+            // Peers go by their own rules, which may be newer or older: this is no word of the origin.
+            let refusal = if self.asker == Asker::Peer { Refusal::NotKept } else { refusal };
             return Reply::refusal(&refusal);
         }
+        let visitor = self.visitor(session);
+        let asking = visitor.as_ref().map_or(Asking::CLIENT, asking);
         let ranges = header(RANGE).and_then(RangeSet::parse);
         let range = ranges.as_ref().and_then(RangeSet::single);
         let accepted = request.headers.get_all(ACCEPT).iter().filter_map(|value| value.to_str().ok());
@@ -177,15 +188,24 @@ impl Front {
             }
             Endpoint::Manifest(reference) => {
                 let accept = accept::merge(accepted);
-                let answer = self.pull.manifest(&place, &reference, &accept, self.asker).await;
+                let answer = self.pull.manifest(&place, &reference, &accept, asking).await;
                 // A HEAD describes the whole.
                 answer.map(|answer| Reply::manifest(&answer, range.filter(|_| !head_only)))
             }
             Endpoint::Blob(digest) => {
-                let request = BlobRequest { place: place.clone(), digest, range, named_by, asker: self.asker };
+                let request = BlobRequest { place: place.clone(), digest, range, named_by, asking };
                 if head_only {
                     let length = self.pull.blob_length(&request).await;
-                    length.map(|(length, from)| Reply::blob_length(length, from, &request.digest))
+                    let reply = length.map(|(length, from)| Reply::blob_length(length, from, &request.digest));
+                    match (visitor, self.pull.peers()) {
+                        (Some(visitor), Some(peers)) => {
+                            let here = self.pull.here(&request).await;
+                            reply.map(|reply| reply.telling(peers.tell(&visitor, &request.digest, &here)))
+                        }
+                        _ => reply,
+                    }
+                } else if let Some(visitor) = visitor {
+                    self.blob_for(&visitor, &request, exchange).await
                 } else {
                     let answer = match ranges.filter(|_| range.is_none()) {
                         Some(ranges) => self.pull.blob_parts(&request, &ranges).await,
@@ -198,6 +218,37 @@ impl Front {
             Endpoint::Referrers(digest) => self.list(&place, format!("referrers/{digest}"), path, query).await,
         };
         answer.unwrap_or_else(|refusal| Reply::refusal(&refusal)).of_registry(&registry)
+    }
+
+    /// Who asks on the peers' port.
+    fn visitor(&self, session: &Session) -> Option<Visitor> {
+        let peers = self.pull.peers().filter(|_| self.asker == Asker::Peer)?;
+        let from =
+            session.client_addr().and_then(|address| address.as_inet()).map(|address| address.ip().to_canonical());
+        Some(Visitor::read(&session.req_header().headers, from, peers))
+    }
+
+    /// A blob for a peer: from here, or from somebody who has it as well and is less busy.
+    async fn blob_for(
+        &self,
+        visitor: &Visitor,
+        request: &BlobRequest,
+        exchange: &mut Exchange,
+    ) -> Result<Reply, Refusal> {
+        let Some(peers) = self.pull.peers() else { return Err(Refusal::NotKept) };
+        let digest = &request.digest;
+        let direction = peers.direct(visitor, digest, self.pull.likely_span(request));
+        let reply = match direction {
+            Direction::Redirect(peer) => Reply::redirect(peer),
+            Direction::Answer => {
+                exchange.counted = Some(peers.send());
+                match self.pull.blob(request).await {
+                    Ok(answer) => Reply::blob(answer, digest),
+                    Err(refusal) => Reply::refusal(&refusal),
+                }
+            }
+        };
+        Ok(reply.telling(peers.tell(visitor, digest, &self.pull.here(request).await)))
     }
 
     async fn list(
@@ -220,6 +271,10 @@ impl Front {
             self.metrics.first_byte.with_label_values(&[exchange.source]).observe(first_byte.as_secs_f64());
         }
     }
+}
+
+fn asking(visitor: &Visitor) -> Asking {
+    Asking { asker: Asker::Peer, role: visitor.role, reach: visitor.reach, aim: visitor.aim, left: visitor.deadline }
 }
 
 /// What of a query is the origin's business.
@@ -249,43 +304,50 @@ async fn send(session: &mut Session, exchange: &mut Exchange, mut reply: Reply) 
         exchange.first_byte = Some(exchange.started.elapsed());
         return Ok(());
     }
-    if let Body::File(reader) = &reply.body
-        && let Some((blob, span)) = reader.complete()
-        && span.len() >= sendfile::WORTHWHILE
-        && let Some(socket) = Socket::of(session)
+    if let Body::File(reader) = &mut reply.body
+        && reader.left() >= sendfile::WORTHWHILE
+        && let Some(socket) = Socket::of_plain(session)
     {
-        Socket::write_head(session, head).await?;
-        exchange.first_byte = Some(exchange.started.elapsed());
-        let sent = socket.send(blob, span, WRITE_TIMEOUT, &mut exchange.sent).await;
-        return sent.or_else(|error| {
-            exchange.failure = Some(error.to_string());
-            Error::e_explain(ErrorType::WriteError, error.to_string())
-        });
+        sendfile::write_head(session, head).await?;
+        let mut sending = Sending::new(socket, reader, WRITE_TIMEOUT);
+        while let Some(sent) = sending.next().await.map_err(|broken| exchange.broke(&broken))? {
+            exchange.sent(sent);
+        }
+        return Ok(());
     }
-    let small = sendfile::CORKED.contains(&reply.body.held());
+    let small = socket::CORKED.contains(&reply.body.held());
     if small {
-        sendfile::cork(session);
+        socket::cork(session);
     }
     session.write_response_header(Box::new(head), false).await?;
+    let client = if matches!(reply.body, Body::Memory(_)) { None } else { Socket::of(session) };
     loop {
-        let piece = match reply.body.next().await {
-            Ok(Some(piece)) => piece,
-            Ok(None) => break,
-            Err(broken) => {
-                exchange.failure = Some(broken.to_string());
-                return Error::e_explain(ErrorType::InternalError, broken.to_string());
-            }
+        let next = tokio::select! {
+            biased;
+            next = reply.body.next() => next,
+            () = left(session, client.as_ref()) => Err(Broken("the client left".into())),
         };
+        let Some(piece) = next.map_err(|broken| exchange.broke(&broken))? else { break };
         let len = piece.len() as u64;
         session.write_response_body(Some(piece), false).await?;
-        exchange.first_byte.get_or_insert_with(|| exchange.started.elapsed());
-        exchange.sent += len;
+        exchange.sent(len);
     }
     session.write_response_body(None, true).await?;
     if small {
-        sendfile::uncork(session);
+        socket::uncork(session);
     }
     Ok(())
+}
+
+/// Ends when the client has left; its connection says so on HTTP/1.1, its stream on HTTP/2.
+async fn left(session: &mut Session, socket: Option<&Socket>) {
+    if let Some(socket) = socket {
+        socket.closed().await;
+    } else if let Some(closed) = session.as_downstream_mut().watch_h2_stream_close() {
+        let _ = closed.await;
+    } else {
+        std::future::pending::<()>().await;
+    }
 }
 
 /// Adds a line to the access log.
@@ -319,11 +381,24 @@ fn milliseconds(duration: Duration) -> f64 {
 }
 
 impl Exchange {
+    /// Counts bytes that left.
+    fn sent(&mut self, count: u64) {
+        self.first_byte.get_or_insert_with(|| self.started.elapsed());
+        self.sent += count;
+    }
+
+    /// Notes why the answer ends early.
+    fn broke(&mut self, broken: &Broken) -> Box<Error> {
+        self.failure = Some(broken.to_string());
+        Error::explain(ErrorType::WriteError, broken.to_string())
+    }
+
     fn new() -> Self {
         Self {
             id: format!("{:016x}", fastrand::u64(..)),
             started: Instant::now(),
             seat: None,
+            counted: None,
             held: None,
             route: "other",
             content: None,

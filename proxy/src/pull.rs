@@ -1,6 +1,8 @@
 //! What dray does with a request: serve what is kept, join what is under way, fetch the rest once.
 
+mod asking;
 mod blob;
+mod kept;
 mod manifest;
 mod negatives;
 mod parts;
@@ -13,18 +15,21 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
+pub use self::asking::{Asker, Asking};
 pub use self::blob::{BlobAnswer, BlobRequest, Body, Extent};
 pub use self::manifest::ManifestAnswer;
 use self::negatives::Negatives;
 pub use self::refusal::Refusal;
-use crate::fill::{Fills, Side};
+use crate::fill::{DISTRUST, Fills};
 use crate::flights::Flights;
 use crate::metrics::Metrics;
 use crate::oci::{Digest, ErrorCode, Registry, Repository, Tag};
 use crate::origin::{ListAnswer, Origin};
 use crate::peers::Peers;
+use crate::peers::swarm::Contribution;
 use crate::provenance::Provenance;
 use crate::registries::{Place, Registries};
+use crate::role::Role;
 use crate::source::SourceError;
 use crate::store::{RepositoryRecord, Store};
 use crate::tags::Tags;
@@ -37,27 +42,20 @@ pub struct Pull {
     registries: Arc<Registries>,
     store: Arc<Store>,
     origin: Origin,
-    peers: Option<Peers>,
+    peers: Option<Arc<Peers>>,
     fills: Arc<Fills>,
     tags: Tags,
     metrics: Arc<Metrics>,
     negatives: Negatives,
-    manifest_flights: Flights<(String, Digest, Side), manifest::Fetched>,
+    manifest_flights: Flights<(String, Digest, Role), manifest::Fetched>,
     tag_flights: Flights<(String, Tag), Result<ManifestAnswer, SourceError>>,
     length_flights: Flights<(String, Digest), Result<u64, SourceError>>,
     /// The registry that last served a repository.
     learned: moka::sync::Cache<Repository, Registry>,
+    /// Who sent what of blobs that did not match, until the truth is known.
+    suspects: moka::sync::Cache<(Digest, Registry), Arc<Vec<Contribution>>>,
     /// Bytes of bounded ranges asked for, by blob.
     asked: moka::sync::Cache<Digest, range::Asked>,
-}
-
-/// Who asks.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Asker {
-    /// A container runtime.
-    Client,
-    /// Another dray, which takes this one for the owner.
-    Peer,
 }
 
 impl Pull {
@@ -74,13 +72,14 @@ impl Pull {
             registries,
             store,
             origin,
-            peers,
+            peers: peers.map(Arc::new),
             metrics,
             negatives: Negatives::new(),
             manifest_flights: Flights::default(),
             tag_flights: Flights::default(),
             length_flights: Flights::default(),
             learned: moka::sync::Cache::new(50_000),
+            suspects: moka::sync::Cache::builder().max_capacity(100).time_to_live(DISTRUST).build(),
             asked: moka::sync::Cache::builder().max_capacity(50_000).time_to_idle(Duration::from_secs(600)).build(),
         }
     }
@@ -89,6 +88,13 @@ impl Pull {
     pub async fn follow_peers(&self) {
         if let Some(peers) = &self.peers {
             peers.follow_services().await;
+        }
+    }
+
+    /// Waits until the peers are known.
+    pub async fn peers_known(&self) {
+        if let Some(peers) = &self.peers {
+            peers.formed().await;
         }
     }
 
@@ -135,15 +141,18 @@ impl Pull {
         answer.map_err(|error| Refusal::of(&error, ErrorCode::NameUnknown))
     }
 
-    /// Whether this process fetches a digest itself: it is asked as the owner, is the owner, or may
-    /// not show it to peers.
-    fn side(&self, place: &Place, digest: &Digest, asker: Asker) -> Side {
+    /// As what this process fetches a digest: it goes to the origin if it is asked as the owner, is the
+    /// owner, or may not show the digest to peers.
+    fn role(&self, place: &Place, digest: &Digest, asking: Asking) -> Role {
         match &self.peers {
-            Some(peers) if asker == Asker::Client && !place.rule.is_private() && !peers.owners(digest).is_empty() => {
-                Side::Follower
-            }
-            _ => Side::Owner,
+            Some(peers) if !place.rule.is_private() => peers.lead(digest, asking.role).role,
+            _ => Role::Global,
         }
+    }
+
+    /// What other drays see of this one.
+    pub fn peers(&self) -> Option<&Arc<Peers>> {
+        self.peers.as_ref()
     }
 
     /// Remembers who serves a repository, for requests that do not say.

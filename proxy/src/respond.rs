@@ -4,7 +4,7 @@
 //! ever sent in chunks: containerd takes a missing length for an unknown size.
 
 use bytes::Bytes;
-use http::header::{ACCEPT_RANGES, AGE, ALLOW, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, LINK};
+use http::header::{ACCEPT_RANGES, AGE, ALLOW, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, LINK, LOCATION};
 use http::{HeaderName, HeaderValue, StatusCode};
 use pingora::http::ResponseHeader;
 
@@ -46,6 +46,10 @@ impl Reply {
                 Self::error(StatusCode::SERVICE_UNAVAILABLE, ErrorCode::Unavailable, message)
             }
             Refusal::BadOrigin(message) => Self::error(StatusCode::BAD_GATEWAY, ErrorCode::Unavailable, message),
+            // What HTTP has for a question that was only for what a cache has.
+            Refusal::NotKept => {
+                Self::error(StatusCode::GATEWAY_TIMEOUT, ErrorCode::Unavailable, "only-if-cached: it is not")
+            }
             Refusal::Unsatisfiable { total } => {
                 let message = format!("the body has {total} bytes");
                 Self::error(StatusCode::RANGE_NOT_SATISFIABLE, ErrorCode::RangeInvalid, &message)
@@ -67,6 +71,19 @@ impl Reply {
             "this is a pull-through cache: push to the registry itself",
         )
         .header(ALLOW, "GET, HEAD")
+    }
+
+    /// Another peer has it, and is less busy.
+    pub fn redirect(peer: std::net::SocketAddr) -> Self {
+        let message = format!("{peer} has it as well");
+        Self::error(StatusCode::TEMPORARY_REDIRECT, ErrorCode::Unavailable, &message)
+            .header(LOCATION, &peer.to_string())
+    }
+
+    /// What a peer hears beside the answer.
+    pub fn telling(mut self, headers: Vec<(HeaderName, HeaderValue)>) -> Self {
+        self.headers.extend(headers);
+        self
     }
 
     pub fn overloaded() -> Self {

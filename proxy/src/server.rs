@@ -15,6 +15,7 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use rustls::server::WebPkiClientVerifier;
 use tokio::runtime::Runtime;
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::time::timeout;
 
 use crate::access_log::AccessLog;
 use crate::admin::{Admin, Readiness};
@@ -32,6 +33,9 @@ const DRAIN: Duration = Duration::from_secs(25);
 
 /// After the stop signal the listeners stay open this long, until nobody is sent here any more.
 const LINGER: Duration = Duration::from_secs(1);
+
+/// A new process waits this long to hear who its peers are before it is ready.
+const MEMBERSHIP: Duration = Duration::from_secs(5);
 
 /// Where a started dray listens.
 #[derive(Debug, Clone, Copy)]
@@ -110,9 +114,13 @@ pub fn run(
     server.add_service(admin);
 
     runtime.spawn_blocking({
-        let readiness = readiness.clone();
+        let (readiness, knowing, handle) = (readiness.clone(), pull.clone(), runtime.handle().clone());
         move || {
             if ports.wait_until_open() {
+                // Whoever does not know its peers yet would fetch everything itself.
+                if handle.block_on(async { timeout(MEMBERSHIP, knowing.peers_known()).await }).is_err() {
+                    tracing::warn!("the peers are not known yet: starting alone");
+                }
                 readiness.begin();
                 started(bound);
             } else {

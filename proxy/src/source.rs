@@ -47,6 +47,8 @@ pub enum SourceError {
     NotFound,
     #[error("the origin denies access")]
     Denied,
+    #[error("it is not kept here")]
+    NotKept,
     #[error("the origin limits its requests")]
     Limited,
     #[error("too many fetches at once")]
@@ -81,6 +83,14 @@ impl Incoming {
 impl Part {
     pub fn new(from: u64, end: Option<u64>) -> Self {
         end.map_or(Self::From(from), |end| Self::Span(Span { start: from, end }))
+    }
+
+    /// Its first byte.
+    pub fn start(self) -> u64 {
+        match self {
+            Self::From(start) => start,
+            Self::Span(span) => span.start,
+        }
     }
 
     /// The value of the `Range` header; None: the whole blob.
@@ -136,6 +146,7 @@ impl SourceError {
         match self {
             Self::NotFound => "not_found",
             Self::Denied => "denied",
+            Self::NotKept => "not_kept",
             Self::Limited => "limited",
             Self::Busy => "busy",
             Self::Unreachable(_) => "unreachable",
@@ -171,7 +182,7 @@ impl SourceError {
     /// "not found" is not the whole truth.
     pub fn severer(self, other: Self) -> Self {
         let rank = |error: &Self| match error {
-            Self::NotFound => 0,
+            Self::NotFound | Self::NotKept => 0,
             Self::Denied => 1,
             Self::Guarded(_) => 2,
             Self::Malformed(_) => 3,

@@ -6,6 +6,7 @@
 //! disk, large blobs once in each epoch (`layout.rs`), and otherwise by their length.
 
 mod budget;
+mod draft;
 mod evict;
 mod files;
 mod large;
@@ -22,8 +23,9 @@ use crate::metrics::Metrics;
 use crate::oci::Digest;
 use crate::provenance::Provenance;
 pub use budget::NoSpace;
+pub use draft::Draft;
 pub use evict::HOUSEKEEPING;
-pub use large::{Blob, Draft, Large, Proof};
+pub use large::{Blob, Large, Proof};
 pub use layout::LayoutError;
 pub use partial::Partial;
 pub use records::{Records, RepositoryRecord, TagRecord};

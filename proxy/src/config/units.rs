@@ -1,9 +1,12 @@
 //! Sizes and durations as people write them.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::time::Duration;
 
 use serde::de::{Deserialize, Deserializer, Error};
+
+use super::Zone;
 
 /// A number of bytes, written with a binary unit: `"20GiB"`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -61,6 +64,11 @@ impl fmt::Display for Size {
 // === impl Share ===
 
 impl Share {
+    /// Whether it is less than so many bytes on every disk.
+    pub fn is_below(self, least: Size) -> bool {
+        matches!(self, Self::Size(size) if size < least)
+    }
+
     /// In bytes, of a whole of `total` bytes.
     pub fn of(self, total: u64) -> u64 {
         match self {
@@ -114,18 +122,45 @@ impl<'de> Deserialize<'de> for Span {
     }
 }
 
-/// A text, or a list of texts.
-pub(super) fn one_or_many<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<String>, D::Error> {
+pub(super) fn zone<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Zone, D::Error> {
+    String::deserialize(deserializer).map(|name| Some(name.into()))
+}
+
+/// One, or a list, or for each zone one or a list.
+pub(super) fn by_zone<'de, D, T>(deserializer: D) -> Result<Vec<(Zone, T)>, D::Error>
+where
+    D: Deserializer<'de>,
+    T: std::str::FromStr<Err: std::fmt::Display>,
+{
     #[derive(serde::Deserialize)]
     #[serde(untagged)]
-    enum OneOrMany {
+    enum Texts {
         One(String),
         Many(Vec<String>),
     }
-    match OneOrMany::deserialize(deserializer).map_err(|_| D::Error::custom("expected a name or a list of names"))? {
-        OneOrMany::One(name) => Ok(vec![name]),
-        OneOrMany::Many(names) => Ok(names),
+    #[derive(serde::Deserialize)]
+    #[serde(untagged)]
+    enum ByZone {
+        All(Texts),
+        Each(BTreeMap<String, Texts>),
     }
+    let wrong = |_| D::Error::custom("expected a text, a list of texts, or a table of these by zone");
+    let by_zone = match ByZone::deserialize(deserializer).map_err(wrong)? {
+        ByZone::All(texts) => vec![(None, texts)],
+        ByZone::Each(zones) => zones.into_iter().map(|(zone, texts)| (Some(zone.into()), texts)).collect(),
+    };
+    let mut found = Vec::new();
+    for (zone, texts) in by_zone {
+        let texts = match texts {
+            Texts::One(text) => vec![text],
+            Texts::Many(texts) => texts,
+        };
+        for text in texts {
+            let item = text.parse().map_err(|error| D::Error::custom(format!("\"{text}\": {error}")))?;
+            found.push((zone.clone(), item));
+        }
+    }
+    Ok(found)
 }
 
 /// A pattern that matches a whole tag or not at all.

@@ -6,6 +6,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
+use crate::oci::Span;
+
 /// The readers of one fill.
 #[derive(Default)]
 pub(super) struct Audience {
@@ -17,16 +19,22 @@ pub(super) struct Audience {
 #[derive(Default)]
 struct Seats {
     next: u64,
-    /// What each reader waits for; None: it is being served.
-    taken: HashMap<u64, Option<u64>>,
+    taken: HashMap<u64, Waiting>,
     /// Since when nobody reads any more.
     empty_since: Option<Instant>,
+}
+
+/// What a reader waits for; None: it is being served.
+struct Waiting {
+    position: Option<u64>,
+    came: Arc<Notify>,
 }
 
 /// One reader's place, given up when dropped.
 pub(super) struct Seat {
     id: u64,
     audience: Arc<Audience>,
+    came: Arc<Notify>,
 }
 
 impl Audience {
@@ -34,20 +42,35 @@ impl Audience {
         let mut seats = self.seats();
         seats.next += 1;
         let id = seats.next;
-        seats.taken.insert(id, None);
+        let came = Arc::new(Notify::new());
+        seats.taken.insert(id, Waiting { position: None, came: came.clone() });
         seats.empty_since = None;
-        Seat { id, audience: self.clone() }
+        Seat { id, audience: self.clone(), came }
+    }
+
+    /// A source has answered: whoever wants to read comes now.
+    pub(super) fn begin(&self) {
+        let mut seats = self.seats();
+        if seats.taken.is_empty() {
+            seats.empty_since = Some(Instant::now());
+        }
+    }
+
+    /// These bytes are there: wakes those that wait for one of them, and nobody else.
+    pub(super) fn came(&self, span: Span) {
+        let waits = |waiting: &&Waiting| waiting.position.is_some_and(|at| span.start <= at && at < span.end);
+        self.seats().taken.values().filter(waits).for_each(|waiting| waiting.came.notify_one());
     }
 
     /// The bytes that are waited for, first ones first.
     pub(super) fn wanted(&self) -> Vec<u64> {
-        let mut wanted: Vec<u64> = self.seats().taken.values().flatten().copied().collect();
+        let mut wanted: Vec<u64> = self.seats().taken.values().filter_map(|waiting| waiting.position).collect();
         wanted.sort_unstable();
         wanted.dedup();
         wanted
     }
 
-    /// Since when all readers have left; None where some read, or none ever did.
+    /// Since when nobody reads; None where some do, or no source has answered yet.
     pub(super) fn empty_since(&self) -> Option<Instant> {
         self.seats().empty_since
     }
@@ -66,13 +89,24 @@ impl Audience {
 impl Seat {
     /// The reader can go no further before this byte comes.
     pub(super) fn wait_for(&self, position: u64) {
-        self.audience.seats().taken.insert(self.id, Some(position));
+        self.set(Some(position));
         self.audience.waiting.notify_one();
     }
 
     /// It came.
     pub(super) fn served(&self) {
-        self.audience.seats().taken.insert(self.id, None);
+        self.set(None);
+    }
+
+    /// Ends when the byte that is waited for has come, or had come before.
+    pub(super) async fn came(&self) {
+        self.came.notified().await;
+    }
+
+    fn set(&self, position: Option<u64>) {
+        if let Some(waiting) = self.audience.seats().taken.get_mut(&self.id) {
+            waiting.position = position;
+        }
     }
 }
 
@@ -98,6 +132,9 @@ mod tests {
         first.wait_for(7);
         second.wait_for(3);
         assert_eq!(audience.wanted(), [3, 7]);
+        audience.came(Span { start: 4, end: 8 });
+        first.came().await;
+        assert!(futures_util::FutureExt::now_or_never(second.came()).is_none(), "that was not for it");
         first.served();
         drop(second);
         assert_eq!((audience.wanted(), audience.empty_since()), (vec![], None));

@@ -16,6 +16,40 @@ const WORTHWHILE: f64 = 1.25;
 /// After a try in vain, or at the top.
 const REST: Duration = Duration::from_secs(10);
 
+/// How many connections a blob comes by.
+pub(super) enum Width {
+    Climbing(Climb),
+    Fixed(usize),
+}
+
+impl Width {
+    /// How many connections there should be.
+    pub(super) fn lanes(&self) -> usize {
+        match self {
+            Self::Climbing(climb) => climb.lanes,
+            Self::Fixed(lanes) => *lanes,
+        }
+    }
+
+    pub(super) fn is_fixed(&self) -> bool {
+        matches!(self, Self::Fixed(_))
+    }
+
+    /// No more than this many can be had.
+    pub(super) fn limit(&mut self, most: usize) {
+        if let Self::Climbing(climb) = self {
+            climb.limit(most);
+        }
+    }
+
+    /// Looks at the bytes that came so far; `busy` connections have brought some of them.
+    pub(super) fn observe(&mut self, now: Instant, bytes: u64, busy: usize) {
+        if let Self::Climbing(climb) = self {
+            climb.observe(now, bytes, busy);
+        }
+    }
+}
+
 /// Climbs by doubling, and steps back where that brought nothing.
 pub(super) struct Climb {
     lanes: usize,
@@ -44,20 +78,15 @@ impl Climb {
         Self { lanes: 1, most, step: Step::Start, stepped: None, since: None }
     }
 
-    /// How many connections there should be.
-    pub(super) fn lanes(&self) -> usize {
-        self.lanes
-    }
-
     /// No more than this many can be had.
-    pub(super) fn limit(&mut self, most: usize) {
+    fn limit(&mut self, most: usize) {
         self.most = most.max(1);
         self.lanes = self.lanes.min(self.most);
         (self.step, self.stepped, self.since) = (Step::Start, None, None);
     }
 
     /// Looks at the bytes that came so far; `busy` connections have brought some of them.
-    pub(super) fn observe(&mut self, now: Instant, bytes: u64, busy: usize) {
+    fn observe(&mut self, now: Instant, bytes: u64, busy: usize) {
         let stepped = *self.stepped.get_or_insert(now);
         let Some((since, before)) = self.since else {
             // It counts from when all of them bring bytes.
@@ -97,40 +126,40 @@ mod tests {
         let (mut climb, mut now, mut bytes, mut highest) = (Climb::new(most), Instant::now(), 0, 1);
         for _ in 0..seconds * 10 {
             now += Duration::from_millis(100);
-            bytes += rate(climb.lanes()) / 10;
-            climb.observe(now, bytes, climb.lanes());
-            highest = highest.max(climb.lanes());
+            bytes += rate(climb.lanes) / 10;
+            climb.observe(now, bytes, climb.lanes);
+            highest = highest.max(climb.lanes);
         }
         (climb, highest)
     }
 
     #[test]
     fn climbs_where_each_connection_is_limited() {
-        assert_eq!(climb(8, 3, |lanes| 40_000_000 * lanes as u64).0.lanes(), 8);
-        assert_eq!(climb(4, 3, |lanes| 40_000_000 * lanes as u64).0.lanes(), 4);
+        assert_eq!(climb(8, 3, |lanes| 40_000_000 * lanes as u64).0.lanes, 8);
+        assert_eq!(climb(4, 3, |lanes| 40_000_000 * lanes as u64).0.lanes, 4);
     }
 
     #[test]
     fn steps_back_where_all_share_a_limit() {
         let (ended, highest) = climb(8, 3, |_| 100_000_000);
-        assert_eq!((ended.lanes(), highest), (1, 2));
+        assert_eq!((ended.lanes, highest), (1, 2));
         let (ended, highest) = climb(8, 3, |lanes| 40_000_000 * (lanes as u64).min(3));
-        assert_eq!((ended.lanes(), highest), (4, 8), "three would do, four are near");
+        assert_eq!((ended.lanes, highest), (4, 8), "three would do, four are near");
     }
 
     #[test]
     fn keeps_to_what_can_be_had_and_waits_for_what_is_opening() {
         let (mut ended, _) = climb(8, 3, |lanes| 40_000_000 * lanes as u64);
         ended.limit(3);
-        assert_eq!(ended.lanes(), 3);
+        assert_eq!(ended.lanes, 3);
         let mut trying = climb(8, 1, |lanes| 40_000_000 * lanes as u64).0;
         trying.limit(1);
         let now = Instant::now() + Duration::from_secs(60);
         (0..100).for_each(|nth| trying.observe(now + Duration::from_millis(nth * 100), 0, 1));
-        assert_eq!(trying.lanes(), 1);
+        assert_eq!(trying.lanes, 1);
         let mut opening = Climb::new(8);
         let now = Instant::now();
         (0..20).for_each(|nth| opening.observe(now + Duration::from_millis(nth * 100), nth * 1_000_000, 0));
-        assert_eq!(opening.lanes(), 1);
+        assert_eq!(opening.lanes, 1);
     }
 }

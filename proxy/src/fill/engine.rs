@@ -14,8 +14,8 @@ use tokio::sync::mpsc;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
 
 use super::allowance::{Allowance, Leave, MAX_OF_BLOB};
-use super::climb::Climb;
-use super::feed::{Feed, Sources};
+use super::climb::{Climb, Width};
+use super::feed::{Connections, Feed, Sources};
 use super::flow::{Breaks, Flow};
 use super::plan::Plan;
 use super::write::Piece;
@@ -91,20 +91,24 @@ enum Lost {
 /// After a further connection was refused none is opened for this long, then for twice as long.
 const AFTER_REFUSAL: Duration = Duration::from_secs(1);
 
+/// After a peer gave nothing, while others do.
+const ANOTHER_PEER: Duration = Duration::from_millis(100);
+
 /// How often the number of connections is thought over.
 const TICK: Duration = Duration::from_millis(100);
 
 impl Engine<'_> {
     /// Fetches what is missing. `first` is the connection that is open already.
-    pub(super) async fn run(mut self, first: Feed) -> Ended {
-        let mut first = first;
-        if !self.sources.gives_ranges() {
-            return self.in_order(first).await;
-        }
+    pub(super) async fn run(mut self, mut first: Feed) -> Ended {
+        let width = match self.sources.connections() {
+            Connections::One => return self.in_order(first).await,
+            Connections::Climbing => Width::Climbing(Climb::new(MAX_OF_BLOB)),
+            Connections::Chosen(lanes) => Width::Fixed(lanes),
+        };
         match first.take_part() {
             Some(flow) => {
                 drop(first);
-                match self.by_ranges(flow).await {
+                match self.by_ranges(flow, width).await {
                     Some(ended) => ended,
                     None => self.again_in_order().await,
                 }
@@ -114,10 +118,9 @@ impl Engine<'_> {
     }
 
     /// None: the source does not understand ranges after all.
-    async fn by_ranges(&mut self, first: Flow) -> Option<Ended> {
+    async fn by_ranges(&mut self, first: Flow, mut width: Width) -> Option<Ended> {
         let meter = Meter::default();
         let (sources, total) = (self.sources.clone(), self.total);
-        let mut climb = Climb::new(MAX_OF_BLOB);
         let mut breaks = Breaks::default();
         let mut resume_at = Instant::now();
         let mut understood = true;
@@ -143,7 +146,7 @@ impl Engine<'_> {
             let may_open = understood && now >= resume_at;
             while may_open
                 && let Some((span, leave)) =
-                    self.next_range(lanes.len(), &mut climb, &refusals, progress.borrow_and_update().hashed())
+                    self.next_range(lanes.len(), &mut width, &refusals, progress.borrow_and_update().hashed())
             {
                 lanes.push(lane(span, breaks.barren, self.pieces.clone(), leave).run(None));
             }
@@ -164,6 +167,12 @@ impl Engine<'_> {
                     self.plan.give_back(Span { start: position, end: span.end });
                     let alone = lanes.is_empty();
                     match lost {
+                        // One of several peers: the next time another one is asked.
+                        Lost::Broke(_) | Lost::Refused(_) if !alone && width.is_fixed() => {
+                            log_break(lost.why(), position, self.total);
+                            resume_at = Instant::now() + ANOTHER_PEER;
+                            continue;
+                        }
                         Lost::NoRanges => {
                             understood = false;
                             continue;
@@ -172,12 +181,11 @@ impl Engine<'_> {
                         // The others get on: one fewer will do.
                         Lost::Refused(error) if !alone => {
                             refusals.another(&error, Instant::now());
-                            climb.limit(lanes.len());
+                            width.limit(lanes.len());
                             continue;
                         }
                         Lost::Refused(error) if !error.is_outage() => return Some(Ended::Broken(error)),
-                        Lost::Refused(error) => log_break(error.as_str(), position, self.total),
-                        Lost::Broke(why) => log_break(&why, position, self.total),
+                        Lost::Refused(_) | Lost::Broke(_) => log_break(lost.why(), position, self.total),
                     }
                     breaks.broke(position - span.start);
                     if alone && breaks.too_many() {
@@ -186,7 +194,7 @@ impl Engine<'_> {
                     resume_at = Instant::now() + breaks.pause();
                 }
                 _ = tick.tick() => {
-                    climb.observe(Instant::now(), meter.bytes.load(Ordering::Relaxed), meter.busy.load(Ordering::Relaxed));
+                    width.observe(Instant::now(), meter.bytes.load(Ordering::Relaxed), meter.busy.load(Ordering::Relaxed));
                     if self.is_abandoned() {
                         return Some(Ended::Abandoned);
                     }
@@ -194,7 +202,7 @@ impl Engine<'_> {
                 () = self.fill.audience.waiting.notified() => {}
                 () = sleep_until(resume_at), if now < resume_at => {}
                 // The plan may go on when more is hashed.
-                changed = progress.changed(), if lanes.len() < climb.lanes() => {
+                changed = progress.changed(), if lanes.len() < width.lanes() => {
                     if changed.is_err() {
                         return Some(Ended::Broken(unwritable()));
                     }
@@ -207,7 +215,7 @@ impl Engine<'_> {
     fn next_range(
         &mut self,
         running: usize,
-        climb: &mut Climb,
+        width: &mut Width,
         refusals: &Refusals,
         hashed: u64,
     ) -> Option<(Span, Option<Leave>)> {
@@ -217,15 +225,19 @@ impl Engine<'_> {
         let wanted = self.fill.audience.wanted();
         // Who waits for a byte that nobody brings need not wait for a whole range to end.
         let urgent = self.plan.waited_for(&wanted).is_some() && running < MAX_OF_BLOB;
-        if running >= climb.lanes() && !urgent {
+        if running >= width.lanes() && !urgent {
             return None;
+        }
+        // Peers are not spared as origins are.
+        if let Width::Fixed(_) = width {
+            return Some((self.plan.chosen(hashed, &wanted, |ranges| self.sources.choose(ranges))?, None));
         }
         let leave = if running == 0 { None } else { self.allowance.take(&self.fill.key.registry) };
         if running > 0 && leave.is_none() {
-            climb.limit(running);
+            width.limit(running);
             return None;
         }
-        Some((self.plan.next(hashed, &wanted, climb.lanes())?, leave))
+        Some((self.plan.next(hashed, &wanted, width.lanes())?, leave))
     }
 
     /// Asks for everything that is missing, and skips what is there; from the start where not even
@@ -290,6 +302,18 @@ impl Engine<'_> {
     }
 }
 
+impl Lost {
+    /// For the log.
+    fn why(&self) -> &str {
+        match self {
+            Self::Broke(why) => why,
+            Self::Refused(error) => error.as_str(),
+            Self::NoRanges => "no ranges",
+            Self::Unwritable => "unwritable",
+        }
+    }
+}
+
 impl Refusals {
     fn another(&mut self, error: &SourceError, now: Instant) {
         if self.count == 0 {
@@ -324,7 +348,7 @@ impl Lane<'_> {
         };
         let mut busy = None;
         while *position < self.span.end {
-            let mut bytes = flow.next().await.map_err(Lost::Broke)?;
+            let mut bytes = flow.gather().await.map_err(Lost::Broke)?;
             busy.get_or_insert_with(|| Busy::new(self.meter));
             bytes.truncate(usize::try_from(self.span.end - *position).unwrap_or(usize::MAX));
             let len = bytes.len() as u64;

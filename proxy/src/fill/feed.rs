@@ -6,7 +6,9 @@ use async_trait::async_trait;
 use bytes::Bytes;
 
 use super::flow::{Breaks, Flow};
+use crate::oci::Span;
 use crate::source::{Incoming, ServedFrom, SourceError};
+use crate::store::Blob;
 
 /// Where a blob's bytes can be had.
 #[async_trait]
@@ -16,8 +18,30 @@ pub trait Sources: Send + Sync {
     /// ask another one.
     async fn open(&self, from: u64, end: Option<u64>, failures: u32) -> Result<(Incoming, ServedFrom), SourceError>;
 
-    /// Whether a blob may be asked for in ranges, several at a time.
-    fn gives_ranges(&self) -> bool;
+    /// By how many connections the bytes come best.
+    fn connections(&self) -> Connections;
+
+    /// Which of these ranges to fetch next, where the order is free.
+    fn choose(&self, ranges: &[Span]) -> Option<usize> {
+        (!ranges.is_empty()).then_some(0)
+    }
+
+    /// What came from them is the blob.
+    fn matched(&self, _blob: &Arc<Blob>) {}
+
+    /// What came from them is not: one of them lied.
+    fn mismatched(&self) {}
+}
+
+/// How a blob is asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Connections {
+    /// In order, by one.
+    One,
+    /// By as many as make it faster.
+    Climbing,
+    /// By so many, in the order that [`Sources::choose`] likes best.
+    Chosen(usize),
 }
 
 /// The bytes of one span of a blob, in order.
@@ -156,7 +180,6 @@ impl Feed {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::oci::Span;
     use crate::source::Broken;
     use futures_util::{StreamExt, stream};
     use std::sync::Mutex;
@@ -207,8 +230,8 @@ mod tests {
             Ok((Incoming::new(span, total, stream::iter(pieces).chain(stream::iter([end]))), ServedFrom::Origin))
         }
 
-        fn gives_ranges(&self) -> bool {
-            false
+        fn connections(&self) -> Connections {
+            Connections::One
         }
     }
 

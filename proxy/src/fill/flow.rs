@@ -2,7 +2,8 @@
 
 use std::time::Duration;
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
+use futures_util::FutureExt;
 use tokio::time::{Instant, timeout};
 
 use crate::source::Incoming;
@@ -20,12 +21,19 @@ const MAX_BARREN: u32 = 4;
 /// Whatever they bring, more connections than this are an origin that cannot be used.
 const MAX_FAILURES: u32 = 100;
 
+/// A slow connection brings a few packets at a time, and each piece costs several threads a wake-up:
+/// so much is gathered, for so long at most.
+const GATHERED: usize = 64 * 1024;
+const GATHERING: Duration = Duration::from_millis(5);
+
 /// A body that is watched.
 pub(super) struct Flow {
     incoming: Incoming,
     /// Bytes that it has brought.
-    pub(super) brought: u64,
+    brought: u64,
     pace: Pace,
+    /// Why the next piece will not come.
+    broken: Option<String>,
 }
 
 /// How fast a connection is, counting only the time spent waiting for it.
@@ -45,7 +53,7 @@ pub(super) struct Breaks {
 
 impl Flow {
     pub(super) fn new(incoming: Incoming) -> Self {
-        Self { incoming, brought: 0, pace: Pace::default() }
+        Self { incoming, brought: 0, pace: Pace::default(), broken: None }
     }
 
     /// Offset of the next byte that comes.
@@ -58,8 +66,36 @@ impl Flow {
         self.incoming.span.end
     }
 
+    /// The next piece and what comes soon after it; the very first piece at once.
+    pub(super) async fn gather(&mut self) -> Result<Bytes, String> {
+        let is_first = self.brought == 0;
+        let piece = self.next().await?;
+        if is_first || piece.len() >= GATHERED || self.position() >= self.end() {
+            return Ok(piece);
+        }
+        tokio::time::sleep(GATHERING).await;
+        let mut gathered = BytesMut::from(piece);
+        while gathered.len() < GATHERED
+            && self.broken.is_none()
+            && let Some(next) = self.incoming.next().now_or_never()
+        {
+            match next {
+                Some(Ok(piece)) => {
+                    self.brought += piece.len() as u64;
+                    gathered.extend_from_slice(&piece);
+                }
+                Some(Err(broken)) => self.broken = Some(broken.0),
+                None => self.broken = Some("ended early".into()),
+            }
+        }
+        Ok(gathered.freeze())
+    }
+
     /// The next piece, or why there is none.
     pub(super) async fn next(&mut self) -> Result<Bytes, String> {
+        if let Some(broken) = self.broken.take() {
+            return Err(broken);
+        }
         let asked = Instant::now();
         let next = timeout(STALL, self.incoming.next()).await;
         match next {

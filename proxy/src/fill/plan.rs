@@ -6,9 +6,16 @@ use crate::oci::{Span, Spans};
 pub(super) const LARGEST_RANGE: u64 = 16 * 1024 * 1024;
 const SMALLEST_RANGE: u64 = 2 * 1024 * 1024;
 
+/// Chosen ranges are this part of the blob, where that is between smallest and largest.
+const SHARES: u64 = 32;
+
 /// Ranges that nobody waits for begin at most this far ahead of what was hashed: so much is read again
 /// to be hashed, and should still be in the page cache then.
 const WINDOW: u64 = 96 * 1024 * 1024;
+
+/// Where the order is free, so many different ranges should be on their way in the cluster that nodes
+/// have something to give to each other.
+const WIDE_WINDOW: u64 = 1024 * 1024 * 1024;
 
 /// All ranges together should take this much of the window.
 const IN_FLIGHT: u64 = 64 * 1024 * 1024;
@@ -23,6 +30,31 @@ pub(super) struct Plan {
 impl Plan {
     pub(super) fn new(total: u64, written: Spans) -> Self {
         Self { total, taken: written }
+    }
+
+    /// Takes a range where a reader waits, otherwise the one that `choose` picks of those that are missing
+    /// and not too far from what was `hashed`. Ranges begin at the same places on every node, so that
+    /// what one has is what another asks for.
+    pub(super) fn chosen(
+        &mut self,
+        hashed: u64,
+        wanted: &[u64],
+        choose: impl FnOnce(&[Span]) -> Option<usize>,
+    ) -> Option<Span> {
+        let unit = (self.total / SHARES).clamp(SMALLEST_RANGE, LARGEST_RANGE).next_multiple_of(SMALLEST_RANGE);
+        let cut = |gap: Span| Span { start: gap.start, end: gap.end.min((gap.start / unit + 1) * unit) };
+        let waited_for = self.waited_for(wanted).and_then(|at| self.gap(at)).map(cut);
+        let span = waited_for.or_else(|| {
+            let mut missing = Vec::new();
+            let mut from = 0;
+            while let Some(gap) = self.gap(from).map(cut).filter(|gap| gap.start < hashed + WIDE_WINDOW) {
+                missing.push(gap);
+                from = gap.end;
+            }
+            missing.get(choose(&missing)?).copied()
+        })?;
+        self.taken.insert(span);
+        Some(span)
     }
 
     /// Takes the next range for one of `lanes` connections: where a reader waits, otherwise the
@@ -88,6 +120,18 @@ mod tests {
         assert_eq!(mib(plan.next(16 * MIB, &[], 4)), Some((96, 112)));
         plan.give_back(Span { start: 20 * MIB, end: 32 * MIB });
         assert_eq!(mib(plan.next(16 * MIB, &[], 4)), Some((20, 32)), "what was lost comes first");
+    }
+
+    #[test]
+    fn chosen_ranges_begin_at_the_same_places_everywhere() {
+        let mut plan = plan(512);
+        let none = |_: &[Span]| None;
+        assert_eq!(mib(plan.chosen(0, &[19 * MIB], none)), Some((19, 32)), "who waits comes first");
+        plan.give_back(Span { start: 24 * MIB, end: 32 * MIB });
+        assert_eq!(mib(plan.chosen(0, &[], |missing| Some(missing.len() - 1))), Some((496, 512)));
+        let ranges: Vec<_> = std::iter::from_fn(|| mib(plan.chosen(0, &[], |_| Some(0)))).take(4).collect();
+        assert_eq!(ranges, [(0, 16), (16, 19), (24, 32), (32, 48)]);
+        assert_eq!(mib(Plan::new(20 * MIB, Spans::default()).chosen(0, &[5 * MIB], none)), Some((5, 6)));
     }
 
     #[test]

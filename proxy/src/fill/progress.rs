@@ -1,6 +1,6 @@
 //! How far a fill is, as its readers see it.
 
-use super::HELD_BYTES;
+use super::{HELD_BYTES, Reading};
 use crate::oci::{Span, Spans};
 
 /// What of a blob is there, and whether more will come.
@@ -19,6 +19,9 @@ pub(super) enum Phase {
     Verified,
     Failed,
 }
+
+/// How often it is told how much was hashed, in bytes.
+const HASHED_STEP: u64 = 8 * 1024 * 1024;
 
 impl Progress {
     pub(super) fn new() -> Self {
@@ -42,11 +45,12 @@ impl Progress {
     }
 
     /// How far a reader at `start` may read in a blob of `total` bytes; `start` if not at all. The
-    /// end of the blob is held until its digest agrees.
-    pub(super) fn readable(&self, start: u64, total: u64) -> u64 {
-        match self.phase {
-            Phase::Verified => total,
-            _ => self.written.run_end(start).min(total.saturating_sub(HELD_BYTES)).max(start),
+    /// end of the blob may be held until its digest agrees.
+    pub(super) fn readable(&self, start: u64, total: u64, reading: Reading) -> u64 {
+        match (self.phase, reading) {
+            (Phase::Verified, _) => total,
+            (_, Reading::Unproven | Reading::OfWhatComes) => self.written.run_end(start),
+            (_, Reading::Proven) => self.written.run_end(start).min(total.saturating_sub(HELD_BYTES)).max(start),
         }
     }
 
@@ -62,8 +66,10 @@ impl Progress {
         self.written.insert(span);
     }
 
-    pub(super) fn hashed_to(&mut self, end: u64) {
-        self.hashed = end;
+    /// Whether it moved so far that somebody should know: no reader waits for it, only the plan.
+    pub(super) fn hashed_to(&mut self, end: u64) -> bool {
+        let before = std::mem::replace(&mut self.hashed, end);
+        before / HASHED_STEP != end / HASHED_STEP
     }
 
     /// Takes back what was written: it is wrong.
@@ -83,13 +89,14 @@ mod tests {
         let mut progress = Progress::new();
         progress.wrote(Span { start: 0, end: 5 });
         progress.wrote(Span { start: 100, end: total });
-        assert_eq!(progress.readable(0, total), 5);
-        assert_eq!(progress.readable(5, total), 5, "a gap");
-        assert_eq!(progress.readable(200, total), total - HELD_BYTES);
-        assert_eq!(progress.readable(total - 1, total), total - 1);
+        assert_eq!(progress.readable(0, total, Reading::Proven), 5);
+        assert_eq!(progress.readable(5, total, Reading::Proven), 5, "a gap");
+        assert_eq!(progress.readable(200, total, Reading::Proven), total - HELD_BYTES);
+        assert_eq!(progress.readable(total - 1, total, Reading::Proven), total - 1);
+        assert_eq!(progress.readable(200, total, Reading::Unproven), total);
         progress.enter(Phase::Verified);
-        assert_eq!(progress.readable(total - 1, total), total);
+        assert_eq!(progress.readable(total - 1, total, Reading::Proven), total);
         progress.disown();
-        assert_eq!(progress.readable(0, total), 0);
+        assert_eq!(progress.readable(0, total, Reading::Proven), 0);
     }
 }

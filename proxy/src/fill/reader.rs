@@ -7,10 +7,12 @@ use std::sync::Arc;
 use bytes::Bytes;
 use rustix::io::{Errno, ReadWriteFlags, preadv2};
 use tokio::sync::watch;
+use tokio::time::sleep;
 
 use super::audience::Seat;
 use super::piece::{Piece, piece_len};
-use super::progress::{Phase, Progress};
+use super::progress::Progress;
+use super::{COMES, Reading};
 use crate::oci::Span;
 use crate::source::Broken;
 use crate::store::Blob;
@@ -27,6 +29,7 @@ pub struct Reader {
 struct Following {
     progress: watch::Receiver<Progress>,
     seat: Seat,
+    reading: Reading,
 }
 
 impl Reader {
@@ -34,51 +37,89 @@ impl Reader {
         Self { blob, span, fill: None }
     }
 
-    pub(super) fn of_fill(blob: Arc<Blob>, progress: watch::Receiver<Progress>, seat: Seat, span: Span) -> Self {
-        Self { blob, span, fill: Some(Following { progress, seat }) }
+    pub(super) fn of_fill(
+        blob: Arc<Blob>,
+        progress: watch::Receiver<Progress>,
+        seat: Seat,
+        span: Span,
+        reading: Reading,
+    ) -> Self {
+        Self { blob, span, fill: Some(Following { progress, seat, reading }) }
     }
 
-    /// What is still to be read, if all of it is there and proven.
-    pub fn complete(&self) -> Option<(&Arc<Blob>, Span)> {
-        let proven = |fill: &Following| fill.progress.borrow().phase() == Phase::Verified;
-        self.fill.as_ref().is_none_or(proven).then_some((&self.blob, self.span))
+    /// How much is still to be read.
+    pub fn left(&self) -> u64 {
+        self.span.len()
+    }
+
+    /// Whether the next byte is still on its way.
+    pub fn must_wait(&self) -> bool {
+        self.fill.as_ref().is_some_and(|fill| {
+            let progress = fill.progress.borrow();
+            !progress.is_over() && progress.readable(self.span.start, self.blob.len, fill.reading) <= self.span.start
+        })
+    }
+
+    /// What may be read of the file now; waits until that is something. None: all was read.
+    pub async fn ready(&mut self) -> Result<Option<(Arc<Blob>, Span)>, Broken> {
+        if self.span.is_empty() {
+            return Ok(None);
+        }
+        let end = self.readable().await?;
+        Ok(Some((self.blob.clone(), Span { start: self.span.start, end })))
+    }
+
+    /// So many of the bytes that are ready were read.
+    pub fn skip(&mut self, count: u64) {
+        self.span.start = self.span.end.min(self.span.start + count);
     }
 
     /// The next piece; None at the end of the span.
     pub async fn next(&mut self) -> Result<Option<Bytes>, Broken> {
-        if self.span.is_empty() {
-            return Ok(None);
-        }
-        let readable = self.readable().await?;
-        let len = usize::try_from(readable - self.span.start).unwrap_or(usize::MAX).min(piece_len());
-        let read = read(&self.blob, self.span.start, len).await.inspect_err(|error| self.blob.failed(error));
+        let Some((blob, span)) = self.ready().await? else { return Ok(None) };
+        let len = usize::try_from(span.len()).unwrap_or(usize::MAX).min(piece_len());
+        let read = read(&blob, span.start, len).await.inspect_err(|error| blob.failed(error));
         let bytes = read.map_err(|e| Broken(e.to_string()))?;
         if bytes.is_empty() {
             return Err(Broken("the file is shorter than it was".into()));
         }
-        self.span.start += bytes.len() as u64;
+        self.skip(bytes.len() as u64);
         Ok(Some(bytes))
     }
 
     /// The end of what may be read now; waits until that is something.
     async fn readable(&mut self) -> Result<u64, Broken> {
-        let Some(Following { progress, seat }) = &mut self.fill else {
+        let Some(Following { progress, seat, reading }) = &mut self.fill else {
             return Ok(self.span.end);
         };
-        let (start, total) = (self.span.start, self.blob.len);
-        let now = progress.borrow().readable(start, total);
-        let readable = if now > start {
-            now
-        } else {
-            seat.wait_for(start);
-            let moved = progress.wait_for(|p| p.readable(start, total) > start || p.is_over()).await;
-            seat.served();
-            moved.map_err(|_| Broken("the fill vanished".into()))?.readable(start, total)
-        };
-        if readable <= start {
-            return Err(Broken("the fill failed".into()));
+        let (start, total, reading) = (self.span.start, self.blob.len, *reading);
+        let mut waits = false;
+        loop {
+            {
+                let progress = progress.borrow_and_update();
+                let readable = progress.readable(start, total, reading);
+                if readable > start {
+                    if waits {
+                        seat.served();
+                    }
+                    return Ok(readable.min(self.span.end));
+                }
+                if progress.is_over() {
+                    return Err(Broken("the fill failed".into()));
+                }
+            }
+            if !waits {
+                // It may have come just before: looked at again once it is known who waits.
+                seat.wait_for(start);
+                waits = true;
+                continue;
+            }
+            tokio::select! {
+                () = seat.came() => {}
+                () = sleep(COMES), if reading == Reading::OfWhatComes => return Err(Broken("nothing comes".into())),
+                changed = progress.changed() => changed.map_err(|_| Broken("the fill vanished".into()))?,
+            }
         }
-        Ok(readable.min(self.span.end))
     }
 }
 

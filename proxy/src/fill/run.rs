@@ -6,12 +6,13 @@ use std::time::Duration;
 use tokio::time::timeout;
 
 use super::engine::{Ended, Engine};
-use super::feed::{Feed, Sources};
+use super::feed::{Connections, Feed, Sources};
 use super::plan::{LARGEST_RANGE, Plan};
 use super::progress::Phase;
 use super::write::{self, Written};
-use super::{Fill, Fills, Opened, Seen, Side};
+use super::{Fill, Fills, Opened, Seen};
 use crate::oci::{BLOB_MEDIA_TYPE, Span, Spans};
+use crate::role::Role;
 use crate::source::{ServedFrom, SourceError};
 use crate::store::{Blob, Draft, Found, Kind, NoSpace, Partial, Proof, SMALL_BYTES, SmallObject};
 
@@ -47,7 +48,12 @@ impl Running<'_> {
         // comes from one.
         let distrusted = self.fills.is_distrusted(digest, registry);
         let partial = self.fills.store.large.take_partial(digest, registry).filter(|_| !distrusted);
-        let feed = match self.first_feed(&sources, partial.as_ref(), from).await {
+        let opened = if distrusted || sources.connections() == Connections::One {
+            Feed::open(sources.clone(), 0, None).await
+        } else {
+            first_range(sources.clone(), partial.as_ref(), from).await
+        };
+        let feed = match opened {
             Ok(feed) => feed,
             Err(error) => {
                 self.keep_again(partial);
@@ -59,27 +65,6 @@ impl Running<'_> {
         }
         let whole = timeout(SMALL_TIME, self.small(feed, sources)).await;
         self.fill.open(whole.unwrap_or(Err(SourceError::TimedOut)));
-    }
-
-    /// Asks for the first range that is wanted; for all, in order, where ranges cannot be trusted.
-    async fn first_feed(
-        &self,
-        sources: &Arc<dyn Sources>,
-        partial: Option<&Partial>,
-        from: u64,
-    ) -> Result<Feed, SourceError> {
-        let distrusted = self.fills.is_distrusted(&self.fill.key.digest, &self.fill.key.registry);
-        if distrusted || !sources.gives_ranges() {
-            return Feed::open(sources.clone(), 0, None).await;
-        }
-        let first = match partial {
-            Some(partial) => {
-                let total = partial.draft.blob.len;
-                Plan::new(total, partial.written.clone()).next(0, &[from], 1).unwrap_or(Span::whole(total))
-            }
-            None => Span { start: from, end: from.saturating_add(LARGEST_RANGE) },
-        };
-        Feed::open_range(sources.clone(), first.start, first.end.saturating_sub(first.start)).await
     }
 
     /// Takes a small object whole, and verifies it before anybody sees it.
@@ -130,11 +115,12 @@ impl Running<'_> {
         self.fill.begin(&draft, from, &written);
         let plan = Plan::new(total, written.clone());
         let (pieces, writing) = write::start(self.fill, &draft, written);
-        let engine = Engine { fill: self.fill, sources, allowance: &self.fills.allowance, plan, total, pieces };
+        let engine =
+            Engine { fill: self.fill, sources: sources.clone(), allowance: &self.fills.allowance, plan, total, pieces };
         let ended = Box::pin(engine.run(feed)).await;
         let written = writing.await.unwrap_or(Written::DiskFailed);
         drop(permit);
-        self.conclude(draft, ended, written).await;
+        self.conclude(draft, ended, written, &*sources).await;
     }
 
     async fn draft(&self, total: u64) -> Result<Draft, NoSpace> {
@@ -142,17 +128,21 @@ impl Running<'_> {
         tokio::task::spawn_blocking(move || large.draft(total, provenance)).await.unwrap_or(Err(NoSpace))
     }
 
-    async fn conclude(&self, draft: Draft, ended: Ended, written: Written) {
+    async fn conclude(&self, draft: Draft, ended: Ended, written: Written, sources: &dyn Sources) {
         let digest = &self.fill.key.digest;
         match (written, ended) {
-            (Written::Verified, _) => self.publish(draft).await,
+            (Written::Verified, _) => {
+                sources.matched(&draft.blob);
+                self.publish(draft).await;
+            }
             (Written::Mismatch, _) => {
+                sources.mismatched();
                 self.fills.distrust(digest, &self.fill.key.registry);
                 self.fill.disown();
             }
             // The owner will not let us go on: what we have from it proved wrong there.
             (Written::Part(spans), Ended::Broken(SourceError::NotFound))
-                if self.fill.key.side == Side::Follower && !spans.is_empty() =>
+                if self.fill.key.role != Role::Global && !spans.is_empty() =>
             {
                 self.fills.distrust(digest, &self.fill.key.registry);
                 self.fill.disown();
@@ -213,6 +203,18 @@ impl Running<'_> {
             self.fills.damaged(digest, blob, seen);
         }
     }
+}
+
+/// Asks for the first range that is wanted and missing.
+async fn first_range(sources: Arc<dyn Sources>, partial: Option<&Partial>, from: u64) -> Result<Feed, SourceError> {
+    let first = match partial {
+        Some(partial) => {
+            let total = partial.draft.blob.len;
+            Plan::new(total, partial.written.clone()).next(0, &[from], 1).unwrap_or(Span::whole(total))
+        }
+        None => Span { start: from, end: from.saturating_add(LARGEST_RANGE) },
+    };
+    Feed::open_range(sources, first.start, first.end.saturating_sub(first.start)).await
 }
 
 impl Drop for Running<'_> {

@@ -9,8 +9,8 @@ use bytes::Bytes;
 use tokio::sync::{Semaphore, SemaphorePermit, mpsc, watch};
 use tokio::task::JoinHandle;
 
-use super::Fill;
 use super::progress::Progress;
+use super::{Fill, Teller};
 use crate::oci::digest::Verifier;
 use crate::oci::{Span, Spans};
 use crate::store::{Blob, Draft};
@@ -67,7 +67,7 @@ pub(super) enum Written {
 /// already, and one that hashes it: on one thread the time for both would add up.
 pub(super) fn start(fill: &Fill, draft: &Draft, written: Spans) -> (mpsc::Sender<Piece>, JoinHandle<Written>) {
     let (sender, mut pieces) = mpsc::channel(QUEUE);
-    let (blob, progress) = (draft.blob.clone(), fill.progress.clone());
+    let (blob, teller) = (draft.blob.clone(), fill.teller());
     let hasher = Hasher::new(fill, &draft.blob, written);
     let thread = tokio::task::spawn_blocking(move || {
         let (to_hash, from_disk) = std_mpsc::sync_channel(QUEUE);
@@ -78,7 +78,7 @@ pub(super) fn start(fill: &Fill, draft: &Draft, written: Spans) -> (mpsc::Sender
         };
         let mut failure = None;
         while let Some(piece) = pieces.blocking_recv() {
-            if let Err(error) = write(&blob, &piece, &progress) {
+            if let Err(error) = write(&blob, &piece, &teller) {
                 failure = Some(error);
                 break;
             }
@@ -104,14 +104,14 @@ pub(super) fn hash_file(fill: &Fill, blob: &Arc<Blob>) -> bool {
         if hasher.hash_from_file(next).is_err() {
             return false;
         }
-        hasher.progress.send_modify(|progress| progress.wrote(next));
+        fill.teller().wrote(next);
     }
     hasher.verifier.verified()
 }
 
-fn write(blob: &Blob, piece: &Piece, progress: &watch::Sender<Progress>) -> io::Result<()> {
+fn write(blob: &Blob, piece: &Piece, teller: &Teller) -> io::Result<()> {
     blob.file.write_all_at(&piece.bytes, piece.position)?;
-    progress.send_modify(|progress| progress.wrote(piece.span()));
+    teller.wrote(piece.span());
     Ok(())
 }
 
@@ -178,6 +178,6 @@ impl Hasher {
 
     fn advance(&mut self, end: u64) {
         self.hashed = end;
-        self.progress.send_modify(|progress| progress.hashed_to(end));
+        self.progress.send_if_modified(|progress| progress.hashed_to(end));
     }
 }

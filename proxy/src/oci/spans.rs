@@ -14,12 +14,14 @@ impl Spans {
         }
         let first = self.0.partition_point(|known| known.end < span.start);
         let last = self.0.partition_point(|known| known.start <= span.end);
-        let mut joined = span;
-        for known in self.0.drain(first..last) {
-            joined.start = joined.start.min(known.start);
-            joined.end = joined.end.max(known.end);
+        if first == last {
+            self.0.insert(first, span);
+            return;
         }
-        self.0.insert(first, joined);
+        let end = span.end.max(self.0[last - 1].end);
+        self.0[first].start = span.start.min(self.0[first].start);
+        self.0[first].end = end;
+        self.0.drain(first + 1..last);
     }
 
     /// Takes a span out.

@@ -6,21 +6,47 @@ use xxhash_rust::xxh64::xxh64;
 
 use crate::oci::Digest;
 
-/// All members in the order in which they own a digest; the first is the owner, the others its
-/// successors. Placement never moves between releases: golden tests hold it.
-pub fn order(members: &[SocketAddr], digest: &Digest) -> Vec<SocketAddr> {
-    let key = xxh64(digest.as_str().as_bytes(), 0);
-    let mut scored: Vec<(u64, SocketAddr)> = members.iter().map(|member| (score(member, key), *member)).collect();
-    scored.sort_unstable_by(|a, b| b.cmp(a));
-    scored.into_iter().map(|(_, member)| member).collect()
+/// Members, and the hash of each one's address. Placement never moves between releases: golden tests
+/// hold it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Ring(Vec<(u64, SocketAddr)>);
+
+impl Ring {
+    /// The first `count` members in the order in which they own a digest: the owner, then its
+    /// successors.
+    pub fn owners(&self, digest: &Digest, count: usize) -> Vec<SocketAddr> {
+        self.owners_of(digest, count, |_| true)
+    }
+
+    /// The same of those members only that count.
+    pub fn owners_of(&self, digest: &Digest, count: usize, counts: impl Fn(&SocketAddr) -> bool) -> Vec<SocketAddr> {
+        let key = xxh64(digest.as_str().as_bytes(), 0);
+        let mut first: Vec<(u64, SocketAddr)> = Vec::with_capacity(count + 1);
+        for (hash, member) in &self.0 {
+            let scored = (splitmix(hash ^ key), *member);
+            let is_among = first.len() < count || first.last().is_some_and(|last| scored > *last);
+            if is_among && counts(member) {
+                let place = first.partition_point(|better| *better > scored);
+                first.insert(place, scored);
+                first.truncate(count);
+            }
+        }
+        first.into_iter().map(|(_, member)| member).collect()
+    }
 }
 
-fn score(member: &SocketAddr, key: u64) -> u64 {
-    splitmix(xxh64(member.to_string().as_bytes(), 0) ^ key)
+impl FromIterator<SocketAddr> for Ring {
+    fn from_iter<I: IntoIterator<Item = SocketAddr>>(members: I) -> Self {
+        let mut members: Vec<SocketAddr> = members.into_iter().collect();
+        members.sort_unstable();
+        members.dedup();
+        let hash = |member: &SocketAddr| xxh64(member.to_string().as_bytes(), 0);
+        Self(members.iter().map(|member| (hash(member), *member)).collect())
+    }
 }
 
 /// The finalizer of SplitMix64: every bit of the input reaches every bit of the output.
-fn splitmix(mut x: u64) -> u64 {
+pub(super) fn splitmix(mut x: u64) -> u64 {
     x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
     x ^ (x >> 31)
@@ -30,13 +56,17 @@ fn splitmix(mut x: u64) -> u64 {
 mod tests {
     use super::*;
 
+    fn ring(count: u8) -> Ring {
+        members(count).into_iter().collect()
+    }
+
     fn members(count: u8) -> Vec<SocketAddr> {
         (1..=count).map(|n| SocketAddr::from(([10, 0, 0, n], 5052))).collect()
     }
 
     #[test]
     fn placement_never_moves() {
-        let last = |text: &[u8]| match order(&members(5), &Digest::of(text))[0] {
+        let last = |text: &[u8]| match ring(5).owners(&Digest::of(text), 1)[0] {
             SocketAddr::V4(v4) => v4.ip().octets()[3],
             SocketAddr::V6(_) => unreachable!("the members are IPv4"),
         };
@@ -49,14 +79,14 @@ mod tests {
     #[test]
     fn load_is_even_and_a_leave_moves_only_its_own() {
         let all = members(16);
-        let fewer = &all[..15];
+        let (whole, fewer) = (ring(16), ring(15));
         let mut owned = [0usize; 16];
         for n in 0..20_000u32 {
             let digest = Digest::of(&n.to_le_bytes());
-            let before = order(&all, &digest);
+            let before = whole.owners(&digest, 2);
             let owner = all.iter().position(|m| *m == before[0]).unwrap();
             owned[owner] += 1;
-            let after = order(fewer, &digest)[0];
+            let after = fewer.owners(&digest, 1)[0];
             assert_eq!(after, if before[0] == all[15] { before[1] } else { before[0] });
         }
         let most = owned.iter().max().unwrap();
@@ -65,9 +95,10 @@ mod tests {
 
     #[test]
     fn the_order_of_the_list_does_not_matter() {
-        let mut backwards = members(7);
-        backwards.reverse();
+        let backwards: Ring = members(7).into_iter().rev().collect();
         let digest = Digest::of(b"x");
-        assert_eq!(order(&backwards, &digest), order(&members(7), &digest));
+        assert_eq!(backwards.owners(&digest, 7), ring(7).owners(&digest, 7));
+        assert_eq!(backwards.owners(&digest, 3), ring(7).owners(&digest, 7)[..3]);
+        assert_eq!(backwards.owners(&digest, 9).len(), 7);
     }
 }

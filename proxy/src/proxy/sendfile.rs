@@ -1,6 +1,6 @@
 //! `sendfile(2)`: a file's bytes to a plain HTTP/1.1 client without copying them through this
-//! process. It costs as much as reading and writing large pieces,
-//! and no memory for a client that reads slowly.
+//! process. It costs as much as reading and writing large pieces, and no memory for a client that
+//! reads slowly.
 //!
 //! Pingora neither sends files nor lets go of its socket, so the answer's head goes through it and
 //! the body past it, on a duplicate of the descriptor. Pingora counts the bytes of a body and closes
@@ -8,32 +8,27 @@
 //! request is therefore said to be one. The connection is then in the state that Pingora thinks it
 //! is in once exactly the announced bytes were sent; if fewer were, the caller must close it.
 //!
-//! A small body and its head, which Pingora writes one after the other, go out together ([`cork`]).
+//! A file that is still growing is sent as far as it is there, again and again.
 
 use std::io::{self, IoSliceMut};
-use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
 use http::Method;
 use pingora::http::ResponseHeader;
-use pingora::protocols::l4::stream::Stream;
 use pingora::proxy::Session;
 use rustix::io::{Errno, ReadWriteFlags, preadv2};
-use rustix::net::sockopt::set_tcp_cork;
 use tokio::io::Interest;
-use tokio::net::TcpStream;
 use tokio::time::timeout;
 
+use super::socket::Socket;
+use crate::fill::Reader;
 use crate::oci::Span;
+use crate::source::Broken;
 use crate::store::Blob;
 
 /// Below this, the set-up costs more than the copy that it saves.
 pub(super) const WORTHWHILE: u64 = 256 * 1024;
-
-/// Bodies in memory of this size go out together with their head; smaller ones do anyway, from
-/// Pingora's buffer.
-pub(super) const CORKED: std::ops::Range<usize> = 1000..64 * 1024;
 
 /// Sent at once: a fast client must not keep a worker to itself.
 const CHUNK: u64 = 2 * 1024 * 1024;
@@ -42,97 +37,85 @@ const CHUNK: u64 = 2 * 1024 * 1024;
 /// least as much.
 const PROBE: u64 = 128 * 1024;
 
-/// A client's socket, beside the one that Pingora holds.
-pub(super) struct Socket(Arc<TcpStream>);
-
-/// Holds back what is written until [`uncork`]: one packet, and one wake-up of the client, for a head
-/// and a small body. Does nothing where the connection is no plain HTTP/1.1.
-pub(super) fn cork(session: &Session) {
-    let _ = descriptor(session).map(|socket| set_tcp_cork(socket, true));
+/// A body on its way past Pingora.
+pub(super) struct Sending<'a> {
+    socket: Socket,
+    reader: &'a mut Reader,
+    /// A client that takes nothing for so long is gone.
+    patience: Duration,
 }
 
-pub(super) fn uncork(session: &Session) {
-    let _ = descriptor(session).map(|socket| set_tcp_cork(socket, false));
+/// Writes the head of an answer whose body goes past Pingora.
+pub(super) async fn write_head(session: &mut Session, head: ResponseHeader) -> pingora::Result<()> {
+    let method = session.req_header().method.clone();
+    session.req_header_mut().set_method(Method::HEAD);
+    let written = session.write_response_header(Box::new(head), true).await;
+    session.req_header_mut().set_method(method);
+    written
 }
 
-/// The client's socket. None: the connection is no plain HTTP/1.1.
-fn descriptor(session: &Session) -> Option<BorrowedFd<'_>> {
-    let stream = session.as_http1()?.stream();
-    let stream = (**stream).as_any().downcast_ref::<Stream>()?;
-    // SAFETY: the stream owns the descriptor, and lives as long as the session that is borrowed.
-    #[allow(unsafe_code)]
-    Some(unsafe { BorrowedFd::borrow_raw(stream.as_raw_fd()) })
-}
-
-impl Socket {
-    /// None: the connection is no plain HTTP/1.1, so its bytes have to pass through this process.
-    pub(super) fn of(session: &Session) -> Option<Self> {
-        let own = rustix::io::fcntl_dupfd_cloexec(descriptor(session)?, 0).ok()?;
-        Some(Self(Arc::new(TcpStream::from_std(own.into()).ok()?)))
+impl<'a> Sending<'a> {
+    pub(super) fn new(socket: Socket, reader: &'a mut Reader, patience: Duration) -> Self {
+        socket.hold_back();
+        Self { socket, reader, patience }
     }
 
-    /// Writes the head of an answer whose body goes past Pingora.
-    pub(super) async fn write_head(session: &mut Session, head: ResponseHeader) -> pingora::Result<()> {
-        let method = session.req_header().method.clone();
-        session.req_header_mut().set_method(Method::HEAD);
-        let written = session.write_response_header(Box::new(head), true).await;
-        session.req_header_mut().set_method(method);
-        written
+    /// Sends some of what is there, or waits until more is; how many bytes the client took. None:
+    /// it has all.
+    pub(super) async fn next(&mut self) -> Result<Option<u64>, Broken> {
+        if self.reader.must_wait() {
+            self.socket.push();
+            tokio::select! {
+                ready = self.reader.ready() => drop(ready?),
+                () = self.socket.closed() => return Err(Broken("the client left".into())),
+            }
+            self.socket.hold_back();
+        }
+        let Some((blob, mut span)) = self.reader.ready().await? else {
+            self.socket.push();
+            return Ok(None);
+        };
+        span.end = span.end.min(span.start + CHUNK);
+        let sent = self.send(&blob, span).await.inspect_err(|error| blob.failed(error));
+        let sent = sent.map_err(|error| Broken(error.to_string()))?;
+        self.reader.skip(sent);
+        Ok(Some(sent))
     }
 
-    /// Sends a span of a file and adds to `sent` what was taken. A client that takes nothing for
-    /// `patience` is gone.
-    pub(super) async fn send(
-        &self,
-        blob: &Arc<Blob>,
-        mut span: Span,
-        patience: Duration,
-        sent: &mut u64,
-    ) -> io::Result<()> {
-        // Only full segments until the end: pushing each page costs a third more CPU.
-        let _ = self.0.set_nodelay(false);
-        let _ = set_tcp_cork(&*self.0, true);
-        while !span.is_empty() {
-            timeout(patience, self.0.writable()).await.map_err(|_| io::ErrorKind::TimedOut)??;
-            let count = span.len().min(CHUNK);
-            let result = if is_cached(blob, span.start, count) {
-                send_chunk(&self.0, blob, span.start, count)
+    /// Sends some of a span.
+    async fn send(&self, blob: &Arc<Blob>, span: Span) -> io::Result<u64> {
+        loop {
+            let writable = timeout(self.patience, self.socket.stream().writable()).await;
+            writable.map_err(|_| io::ErrorKind::TimedOut)??;
+            let result = if is_cached(blob, span) {
+                send_chunk(&self.socket, blob, span)
             } else {
                 // The disk may block, so that happens on a thread that may. The client cannot: its
                 // socket is non-blocking.
-                let (socket, blob, start) = (self.0.clone(), blob.clone(), span.start);
-                let sending = tokio::task::spawn_blocking(move || send_chunk(&socket, &blob, start, count));
+                let (socket, blob) = (self.socket.clone(), blob.clone());
+                let sending = tokio::task::spawn_blocking(move || send_chunk(&socket, &blob, span));
                 sending.await.map_err(io::Error::other)?
             };
             match result {
                 // More was promised than the file holds.
                 Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-                Ok(count) => {
-                    span.start += count as u64;
-                    *sent += count as u64;
-                }
+                Ok(count) => return Ok(count as u64),
                 Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
-                Err(error) => {
-                    blob.failed(&error);
-                    return Err(error);
-                }
+                Err(error) => return Err(error),
             }
         }
-        let _ = set_tcp_cork(&*self.0, false);
-        let _ = self.0.set_nodelay(true);
-        Ok(())
     }
 }
 
-fn send_chunk(socket: &TcpStream, blob: &Blob, mut start: u64, count: u64) -> io::Result<usize> {
-    let count = usize::try_from(count).unwrap_or(usize::MAX);
+fn send_chunk(socket: &Socket, blob: &Blob, span: Span) -> io::Result<usize> {
+    let (mut start, count) = (span.start, usize::try_from(span.len()).unwrap_or(usize::MAX));
+    let socket = socket.stream();
     socket.try_io(Interest::WRITABLE, || Ok(rustix::fs::sendfile(socket, &blob.file, Some(&mut start), count)?))
 }
 
-/// Whether sending this chunk would hardly wait for the disk.
-fn is_cached(blob: &Blob, start: u64, count: u64) -> bool {
-    let end = start + count;
-    let probes = (start..end).step_by(usize::try_from(PROBE).unwrap_or(usize::MAX)).chain([end - 1]);
+/// Whether sending this would hardly wait for the disk.
+fn is_cached(blob: &Blob, span: Span) -> bool {
+    let probes = (span.start..span.end).step_by(usize::try_from(PROBE).unwrap_or(usize::MAX)).chain([span.end - 1]);
     let cached = |at| {
         let mut byte = [0];
         preadv2(&blob.file, &mut [IoSliceMut::new(&mut byte)], at, ReadWriteFlags::NOWAIT) != Err(Errno::AGAIN)

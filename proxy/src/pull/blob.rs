@@ -8,9 +8,10 @@ use tokio::time::{Instant, timeout, timeout_at};
 
 use super::parts::Parts;
 use super::sources::BlobSources;
-use super::{Asker, FIRST_BYTE, Pull, Refusal, fetch_ended};
-use crate::fill::{Feed, Fill, FillKey, Opened, Outcome, Passage, Reader, Side};
+use super::{Asker, Asking, FIRST_BYTE, Pull, Refusal, fetch_ended};
+use crate::fill::{Feed, Fill, FillKey, Opened, Outcome, Passage, Reader, Reading};
 use crate::oci::{Digest, ErrorCode, Multipart, NamedBy, RangeRequest, Registry, Repository, Span};
+use crate::peers::{Aim, Reach};
 use crate::registries::Place;
 use crate::source::{Broken, ServedFrom, SourceError};
 use crate::store::{Blob, Found, Kind, Proof, SMALL_BYTES, Tier};
@@ -22,7 +23,7 @@ pub struct BlobRequest {
     pub digest: Digest,
     pub range: Option<RangeRequest>,
     pub named_by: NamedBy,
-    pub asker: Asker,
+    pub asking: Asking,
 }
 
 /// A blob or a part of it, ready to be sent.
@@ -79,11 +80,18 @@ impl Pull {
         let places = self.candidates(request);
         // Bytes that lately proved wrong: whoever holds a beginning must not get an end.
         let distrusted = || places.iter().any(|place| self.fills.is_distrusted(digest, &place.registry));
-        if range.is_some_and(RangeRequest::is_resumption) && distrusted() {
+        let kept = self.kept_blob(request).await;
+        // Peers hash the whole: they may have any part of what is verified.
+        let is_proven = matches!(kept, Some(Found::Small { .. } | Found::Large { proof: Proof::Verified, .. }));
+        let may_resume = request.asking.asker == Asker::Peer && is_proven;
+        if range.is_some_and(RangeRequest::is_resumption) && !may_resume && distrusted() {
             let message = "the bytes that came before did not match this digest: start again".to_owned();
             return Err(Refusal::NotFound { code: ErrorCode::BlobUnknown, message });
         }
-        match self.kept_blob(request).await {
+        if request.asking.reach == Reach::Kept {
+            return self.blob_here(request, kept).await;
+        }
+        match kept {
             Some(Found::Small { object, tier }) => return BlobAnswer::of_bytes(&object.bytes, range, tier.into()),
             Some(Found::Large { blob, proof: Proof::Verified }) => return BlobAnswer::of_blob(blob, range),
             Some(Found::Large { blob, proof: Proof::Unproven }) => {
@@ -108,7 +116,7 @@ impl Pull {
                 NamedBy::Path | NamedBy::Host | NamedBy::Default => Patience::WaitOut,
             };
             let request = BlobRequest { place, ..request.clone() };
-            let deadline = Instant::now() + patience.limit();
+            let deadline = Instant::now() + request.asking.at_most(patience.limit());
             // The fill goes on for whoever comes next.
             let fetched = timeout_at(deadline, self.fetch_blob(&request, patience, deadline)).await;
             match fetched.unwrap_or(Err(Fetch::Source(SourceError::TimedOut))) {
@@ -131,6 +139,13 @@ impl Pull {
         match self.kept_blob(request).await {
             Some(Found::Small { object, tier }) => return Ok((object.bytes.len() as u64, tier.into())),
             Some(Found::Large { blob, .. }) => return Ok((blob.len, ServedFrom::Disk)),
+            None if request.asking.reach == Reach::Kept => {
+                let running = self.fills_of(request).into_iter().filter(|fill| !fill.written().is_empty());
+                return match running.filter_map(|fill| fill.length_now()).next() {
+                    Some(length) => Ok((length, ServedFrom::Peer)),
+                    None => Err(SourceError::NotKept),
+                };
+            }
             None => {}
         }
         if let Some(fill) = self.fills.running(&self.fill_key(request))
@@ -148,9 +163,9 @@ impl Pull {
         Err(last)
     }
 
-    async fn kept_blob(&self, request: &BlobRequest) -> Option<Found> {
+    pub(super) async fn kept_blob(&self, request: &BlobRequest) -> Option<Found> {
         let found = self.store.find(&request.digest, Kind::Blob).await?;
-        self.may_give(found.provenance(), request.asker).then_some(found)
+        self.may_give(found.provenance(), request.asking.asker).then_some(found)
     }
 
     /// What the origin says, asked once for all who want to know.
@@ -174,7 +189,7 @@ impl Pull {
         let mut places: Vec<Place> =
             learned.into_iter().map(|registry| self.place(registry, place.repository.clone())).collect();
         places.push(place.clone());
-        places.retain(|place| self.permit(place, request.asker).is_ok());
+        places.retain(|place| self.permit(place, request.asking.asker).is_ok());
         places
     }
 
@@ -192,7 +207,7 @@ impl Pull {
             return Ok(answer);
         }
         let key = self.fill_key(request);
-        let sources = self.sources(request, key.side);
+        let sources = self.sources(&request.place, key.clone(), Aim::Whole);
         loop {
             let fill = self.fills.join(&key, place, sources.clone(), first_byte_wanted(request.range));
             let error = match self.follow(&fill, request).await {
@@ -215,13 +230,18 @@ impl Pull {
     }
 
     /// Serves a range from a fill, or around it where it cannot be kept.
-    async fn follow(self: &Arc<Self>, fill: &Arc<Fill>, request: &BlobRequest) -> Result<BlobAnswer, Fetch> {
+    pub(super) async fn follow(self: &Arc<Self>, fill: &Arc<Fill>, request: &BlobRequest) -> Result<BlobAnswer, Fetch> {
         match fill.opened().await? {
             Opened::Small { object, from } => Ok(BlobAnswer::of_bytes(&object.bytes, request.range, from)?),
             Opened::Growing { blob, from } => {
                 let total = blob.len;
                 let span = span_of(request.range, total)?;
-                let reader = fill.reader(blob, span.unwrap_or(Span::whole(total)));
+                let manner = match (request.asking.asker, request.asking.reach, span) {
+                    (Asker::Peer, Reach::Kept, Some(_)) => Reading::OfWhatComes,
+                    (Asker::Peer, Reach::Origin, Some(_)) => Reading::Unproven,
+                    _ => Reading::Proven,
+                };
+                let reader = fill.reader(blob, span.unwrap_or(Span::whole(total)), manner);
                 Ok(BlobAnswer { total, extent: span.into(), from, body: Body::File(reader) })
             }
             Opened::Uncached { total, feed, .. } => {
@@ -232,7 +252,8 @@ impl Pull {
                     Some(feed) => feed,
                     None => {
                         let end = (wanted.end < total).then_some(wanted.end);
-                        Feed::open(self.sources(request, fill.side()), wanted.start, end).await?
+                        Feed::open(self.sources(&request.place, fill.key.clone(), Aim::Range), wanted.start, end)
+                            .await?
                     }
                 };
                 self.passing(feed, request)
@@ -256,13 +277,12 @@ impl Pull {
         FillKey {
             digest: request.digest.clone(),
             registry: request.place.registry.clone(),
-            side: self.side(&request.place, &request.digest, request.asker),
+            role: self.role(&request.place, &request.digest, request.asking),
         }
     }
 
-    pub(super) fn sources(self: &Arc<Self>, request: &BlobRequest, side: Side) -> Arc<BlobSources> {
-        let (place, digest) = (request.place.clone(), request.digest.clone());
-        Arc::new(BlobSources { pull: self.clone(), place, digest, side })
+    pub(super) fn sources(self: &Arc<Self>, place: &Place, key: FillKey, aim: Aim) -> Arc<BlobSources> {
+        Arc::new(BlobSources::new(self, place, key, aim))
     }
 
     pub(super) fn learned(&self, repository: &Repository) -> Option<Registry> {
@@ -288,7 +308,7 @@ fn first_byte_wanted(range: Option<RangeRequest>) -> u64 {
 }
 
 impl Fetch {
-    fn into_refusal(self) -> Refusal {
+    pub(super) fn into_refusal(self) -> Refusal {
         match self {
             Self::Source(error) => Refusal::of(&error, ErrorCode::BlobUnknown),
             Self::Refused(refusal) => refusal,
@@ -343,7 +363,7 @@ impl BlobAnswer {
         Ok(Self { total, extent: span.into(), from, body: Body::Memory(Some(part)) })
     }
 
-    fn of_blob(blob: Arc<Blob>, range: Option<RangeRequest>) -> Result<Self, Refusal> {
+    pub(super) fn of_blob(blob: Arc<Blob>, range: Option<RangeRequest>) -> Result<Self, Refusal> {
         let total = blob.len;
         let span = span_of(range, total)?;
         let reader = Reader::of_blob(blob, span.unwrap_or(Span::whole(total)));

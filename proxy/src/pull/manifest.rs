@@ -5,10 +5,12 @@ use std::time::{Duration, SystemTime};
 
 use tokio::time::{Instant, timeout};
 
-use super::{Asker, FIRST_BYTE, Pull, Refusal, fetch_ended};
-use crate::fill::Side;
+use super::sources::Refusals;
+use super::{Asker, Asking, FIRST_BYTE, Pull, Refusal, fetch_ended};
 use crate::oci::{Digest, ErrorCode, Reference, Tag, manifest};
+use crate::peers::{Aim, Manner, Question, Reach, Redirects};
 use crate::registries::Place;
+use crate::role::Role;
 use crate::source::{ServedFrom, SourceError};
 use crate::store::{Found, Kind, SmallObject};
 
@@ -34,19 +36,19 @@ impl Pull {
         place: &Place,
         reference: &Reference,
         accept: &str,
-        asker: Asker,
+        asking: Asking,
     ) -> Result<ManifestAnswer, Refusal> {
         let answer = async {
             match reference {
                 Reference::Digest(digest) => {
-                    let found = self.manifest_by_digest(place, digest, accept, asker).await;
+                    let found = self.manifest_by_digest(place, digest, accept, asking).await;
                     found.map(|(object, from)| ManifestAnswer { digest: digest.clone(), object, from, age: None })
                 }
                 Reference::Tag(tag) => self.manifest_by_tag(place, tag, accept).await,
             }
         };
         // The flights go on for whoever comes next.
-        let answer = timeout(FIRST_BYTE, answer).await.unwrap_or(Err(SourceError::TimedOut));
+        let answer = timeout(asking.at_most(FIRST_BYTE), answer).await.unwrap_or(Err(SourceError::TimedOut));
         let answer = answer.map_err(|error| Refusal::of(&error, ErrorCode::ManifestUnknown))?;
         self.learn(place);
         Ok(answer)
@@ -57,22 +59,25 @@ impl Pull {
         place: &Place,
         digest: &Digest,
         accept: &str,
-        asker: Asker,
+        asking: Asking,
     ) -> Fetched {
-        if let Some(found) = self.kept_manifest(digest, asker).await {
+        if let Some(found) = self.kept_manifest(digest, asking.asker).await {
             return Ok(found);
+        }
+        if asking.reach == Reach::Kept {
+            return Err(SourceError::NotKept);
         }
         if let Some(error) = self.negatives.get(place, digest.as_str()) {
             return Err(error);
         }
-        let side = self.side(place, digest, asker);
-        let key = (place.to_string(), digest.clone(), side);
+        let role = self.role(place, digest, asking);
+        let key = (place.to_string(), digest.clone(), role);
         let landed = self
             .manifest_flights
             .join(key, || {
                 let (pull, place, digest, accept) = (self.clone(), place.clone(), digest.clone(), accept.to_owned());
                 async move {
-                    let fetched = pull.fetch_manifest(&place, &digest, &accept, asker, side).await;
+                    let fetched = pull.fetch_manifest(&place, &digest, &accept, role).await;
                     if let Err(error) = &fetched {
                         pull.negatives.put(&place, digest.as_str(), error);
                     }
@@ -83,25 +88,14 @@ impl Pull {
         landed.unwrap_or_else(fetch_ended)
     }
 
-    async fn fetch_manifest(&self, place: &Place, digest: &Digest, accept: &str, asker: Asker, side: Side) -> Fetched {
-        // Another place may have brought it while we waited for our turn.
-        if let Some(found) = self.kept_manifest(digest, asker).await {
+    async fn fetch_manifest(&self, place: &Place, digest: &Digest, accept: &str, role: Role) -> Fetched {
+        // Another place may have brought it while we waited for our turn. Peers may wait for this as
+        // well, and get what they may have.
+        if let Some(found) = self.kept_manifest(digest, Asker::Peer).await {
             return Ok(found);
         }
-        if side == Side::Follower
-            && let Some(peers) = &self.peers
-        {
-            for owner in peers.owners(digest) {
-                match peers.manifest(owner, place, digest, Instant::now() + FIRST_BYTE).await {
-                    Ok((stated, bytes)) if digest.matches(&bytes) => {
-                        let media_type = manifest::media_type(&bytes).unwrap_or(stated);
-                        return Ok((self.keep_manifest(place, digest, &media_type, bytes).await, ServedFrom::Peer));
-                    }
-                    Ok(_) => tracing::warn!(%owner, %digest, "a peer sent a manifest that does not match"),
-                    Err(error @ (SourceError::NotFound | SourceError::Denied)) => return Err(error),
-                    Err(error) => tracing::info!(%owner, %digest, %error, "the owner gives nothing"),
-                }
-            }
+        if let Some(object) = self.manifest_of_peers(place, digest, role).await? {
+            return Ok((object, ServedFrom::Peer));
         }
         let deadline = Instant::now() + FIRST_BYTE;
         let reference = Reference::Digest(digest.clone());
@@ -110,6 +104,50 @@ impl Pull {
             return Err(self.mismatched(place, digest));
         }
         Ok((self.keep_manifest(place, digest, &answer.media_type, answer.bytes).await, ServedFrom::Origin))
+    }
+
+    /// A manifest that another node has or fetches. None: this node has to fetch it.
+    async fn manifest_of_peers(
+        &self,
+        place: &Place,
+        digest: &Digest,
+        role: Role,
+    ) -> Result<Option<SmallObject>, SourceError> {
+        let Some(peers) = self.peers.as_ref().filter(|_| !place.rule.is_private()) else { return Ok(None) };
+        let question = |manner| Question {
+            place,
+            digest,
+            manner,
+            redirects: Redirects::Refused,
+            aim: Aim::Whole,
+            deadline: Instant::now() + FIRST_BYTE,
+        };
+        let matching = |(stated, bytes): (String, bytes::Bytes)| {
+            let media_type = manifest::media_type(&bytes).unwrap_or(stated);
+            digest.matches(&bytes).then_some((media_type, bytes))
+        };
+        let lead = peers.lead(digest, role);
+        if role == Role::Global || lead.leaders.is_empty() {
+            let found = peers.kept_manifest(&question(Manner::IfKept)).await.and_then(matching);
+            return Ok(match found {
+                Some((media_type, bytes)) => Some(self.keep_manifest(place, digest, &media_type, bytes).await),
+                None => None,
+            });
+        }
+        let mut refusals = Refusals::default();
+        for owner in lead.leaders {
+            match peers.manifest(owner, &question(Manner::As(lead.asked_as))).await.map(matching) {
+                Ok(Some((media_type, bytes))) => {
+                    return Ok(Some(self.keep_manifest(place, digest, &media_type, bytes).await));
+                }
+                Ok(None) => peers.lies(owner),
+                Err(error) => {
+                    tracing::info!(%owner, %digest, %error, "the owner gives nothing");
+                    refusals.add(error)?;
+                }
+            }
+        }
+        Ok(None)
     }
 
     async fn manifest_by_tag(
@@ -187,7 +225,7 @@ impl Pull {
         let deadline = Instant::now() + FIRST_BYTE;
         let reference = Reference::Tag(tag.clone());
         if let Some(digest) = self.origin.manifest_digest(place, &reference, accept, deadline).await? {
-            let (object, from) = self.manifest_by_digest(place, &digest, accept, Asker::Client).await?;
+            let (object, from) = self.manifest_by_digest(place, &digest, accept, Asking::CLIENT).await?;
             return Ok(ManifestAnswer { digest, object, from, age: Some(Duration::ZERO) });
         }
         let answer = self.origin.manifest(place, &reference, accept, deadline).await?;

@@ -7,8 +7,10 @@ use std::sync::Arc;
 
 use super::blob::{Fetch, span_of};
 use super::{BlobAnswer, BlobRequest, Pull, Refusal};
-use crate::fill::{Feed, Side};
+use crate::fill::Feed;
 use crate::oci::{RangeRequest, Span};
+use crate::peers::Aim;
+use crate::role::Role;
 use crate::source::SourceError;
 
 /// A blob is filled once this much, or this share, of it was asked for.
@@ -29,6 +31,9 @@ pub(super) struct Asked {
 impl Pull {
     /// Passes a bounded range through. None: it is no such range, or a fill serves it.
     pub(super) async fn pass_range(self: &Arc<Self>, request: &BlobRequest) -> Result<Option<BlobAnswer>, Fetch> {
+        if request.asking.aim == Aim::Whole {
+            return Ok(None);
+        }
         let Some(span) = self.bounded(request).await? else { return Ok(None) };
         let key = self.fill_key(request);
         if let Some(fill) = self.fills.running(&key)
@@ -41,12 +46,12 @@ impl Pull {
         if asked.is_much() {
             // An owner's fill brings first what is waited for. Behind another's, what lies far into
             // the blob need not wait for all that comes before.
-            if key.side == Side::Owner || span.start < WAIT_FOR_FILL {
+            if key.role == Role::Global || span.start < WAIT_FOR_FILL {
                 return Ok(None);
             }
-            self.fills.join(&key, &request.place, self.sources(request, key.side), 0);
+            self.fills.join(&key, &request.place, self.sources(&request.place, key.clone(), Aim::Whole), 0);
         }
-        let feed = match Feed::open(self.sources(request, key.side), span.start, Some(span.end)).await {
+        let feed = match Feed::open(self.sources(&request.place, key, Aim::Range), span.start, Some(span.end)).await {
             Ok(feed) => feed,
             // Beyond the end: say where that is.
             Err(SourceError::Failed(416)) => {

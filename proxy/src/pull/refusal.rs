@@ -14,6 +14,8 @@ pub enum Refusal {
     Unavailable(String),
     /// The origin's answer cannot be passed on.
     BadOrigin(String),
+    /// Only what is here was asked for, and it is not.
+    NotKept,
     /// No byte of the body lies in the range asked for.
     Unsatisfiable { total: u64 },
 }
@@ -23,6 +25,7 @@ impl Refusal {
         let message = error.to_string();
         match error {
             SourceError::NotFound => Self::NotFound { code: missing, message },
+            SourceError::NotKept => Self::NotKept,
             SourceError::Denied | SourceError::Guarded(_) => Self::Denied(message),
             SourceError::Limited | SourceError::Busy | SourceError::Unreachable(_) | SourceError::TimedOut => {
                 Self::Unavailable(message)

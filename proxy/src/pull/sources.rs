@@ -1,67 +1,261 @@
-//! Where a blob is fetched from: its owner among the peers, then the origin.
+//! Where a blob is fetched from: whoever has it, its owner among the peers, then the origin.
 
-use std::sync::Arc;
+use std::net::SocketAddr;
+use std::os::unix::fs::FileExt;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use async_trait::async_trait;
 use tokio::time::Instant;
+use xxhash_rust::xxh64::Xxh64;
 
 use super::{FIRST_BYTE, Pull};
-use crate::fill::{Side, Sources};
-use crate::oci::Digest;
+use crate::fill::{Connections, FillKey, Sources};
+use crate::oci::{Span, Spans};
+use crate::peers::swarm::{Contribution, View};
+use crate::peers::{Aim, Declined, Manner, Peers, Question, Redirects};
 use crate::registries::Place;
+use crate::role::Role;
 use crate::source::{Incoming, Part, ServedFrom, SourceError};
+use crate::store::Blob;
 
 /// The sources of one blob.
 pub(super) struct BlobSources {
-    pub(super) pull: Arc<Pull>,
-    pub(super) place: Place,
-    pub(super) digest: Digest,
-    pub(super) side: Side,
+    pull: Arc<Pull>,
+    place: Place,
+    key: FillKey,
+    aim: Aim,
+    /// Which peers have some of it.
+    view: Arc<Mutex<View>>,
+    looked: Mutex<Looked>,
+}
+
+/// Whether others were asked for what this node owns.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Looked {
+    NotYet,
+    AtSuccessors,
+    Everywhere,
+}
+
+/// What owners said that could be reached.
+#[derive(Default)]
+pub(super) struct Refusals {
+    answered: u32,
+}
+
+impl Refusals {
+    /// An error: it is the origin's word, which nobody else needs to hear again. What an owner has
+    /// asked for in vain one successor may try as well.
+    pub(super) fn add(&mut self, error: SourceError) -> Result<(), SourceError> {
+        match error {
+            SourceError::NotFound | SourceError::Denied | SourceError::Failed(416) => Err(error),
+            SourceError::Failed(_) => {
+                self.answered += 1;
+                if self.answered > 1 { Err(error) } else { Ok(()) }
+            }
+            _ => Ok(()),
+        }
+    }
 }
 
 /// After so many broken sources the owners are no longer asked.
 const ASK_OWNERS: u32 = 3;
 
+/// Peers asked for one range before its owner is.
+const ASK_HOLDERS: usize = 3;
+
+/// Ranges fetched from peers at the same time.
+const IN_FLIGHT: usize = 4;
+
 #[async_trait]
 impl Sources for BlobSources {
     async fn open(&self, from: u64, end: Option<u64>, failures: u32) -> Result<(Incoming, ServedFrom), SourceError> {
         let part = Part::new(from, end);
-        // When a connection breaks, the owner still has, or fetches, what comes next: asking it
-        // again keeps every follower from going to the origin.
-        if self.side == Side::Follower
-            && failures < ASK_OWNERS
-            && let Some(incoming) = self.ask_owners(part).await?
-        {
-            return Ok((incoming, ServedFrom::Peer));
+        if let Some(peers) = self.peers() {
+            if self.key.role == Role::Global && self.look_at(Looked::AtSuccessors) {
+                let found = peers.ask_successors(&self.question(Manner::IfKept)).await;
+                found.iter().for_each(|holder| self.view().learn(holder));
+            }
+            // After a break whoever is best placed comes before whoever said that it has it.
+            if failures == 0
+                && let Some(incoming) = self.ask_holders(peers, part).await
+            {
+                return Ok((incoming, ServedFrom::Peer));
+            }
+            // When a connection breaks, the owner still has, or fetches, what comes next: asking it
+            // again keeps every follower from going to the origin.
+            if failures < ASK_OWNERS
+                && let Some(incoming) = self.ask_owners(peers, part, failures).await?
+            {
+                return Ok((incoming, ServedFrom::Peer));
+            }
         }
         if failures > 0 {
-            self.pull.origin.forget_redirects(&self.place, &self.digest).await;
+            self.pull.origin.forget_redirects(&self.place, &self.key.digest).await;
         }
         let deadline = Instant::now() + FIRST_BYTE;
-        let incoming = self.pull.origin.blob(&self.place, &self.digest, part, deadline).await?;
-        Ok((incoming, ServedFrom::Origin))
+        match self.pull.origin.blob(&self.place, &self.key.digest, part, deadline).await {
+            Ok(incoming) => Ok((incoming, ServedFrom::Origin)),
+            Err(error) => match self.last_resort(part, &error).await {
+                Some(incoming) => Ok((incoming, ServedFrom::Peer)),
+                None => Err(error),
+            },
+        }
     }
 
-    /// An owner is asked for everything in one stream: it fetches by ranges itself.
-    fn gives_ranges(&self) -> bool {
-        self.side == Side::Owner
+    /// How many connections an origin is worth is found out; peers are asked for a few ranges.
+    fn connections(&self) -> Connections {
+        match self.key.role {
+            Role::Global => Connections::Climbing,
+            Role::Client | Role::Zone => Connections::Chosen(IN_FLIGHT),
+        }
+    }
+
+    fn choose(&self, ranges: &[Span]) -> Option<usize> {
+        self.view().choose(ranges, fastrand::u64(..))
+    }
+
+    fn matched(&self, blob: &Arc<Blob>) {
+        let key = (self.key.digest.clone(), self.key.registry.clone());
+        if let (Some(suspects), Some(peers)) = (self.pull.suspects.remove(&key), &self.pull.peers) {
+            let (blob, peers) = (blob.clone(), peers.clone());
+            tokio::task::spawn_blocking(move || {
+                suspects.iter().filter(|contribution| is_wrong(contribution, &blob)).for_each(|c| peers.lies(c.peer));
+            });
+        }
+    }
+
+    fn mismatched(&self) {
+        let contributions = self.view().contributions().to_vec();
+        if !contributions.is_empty() {
+            let key = (self.key.digest.clone(), self.key.registry.clone());
+            self.pull.suspects.insert(key, Arc::new(contributions));
+        }
     }
 }
 
+/// Whether a peer sent something else than stands in a verified file.
+fn is_wrong(contribution: &Contribution, blob: &Blob) -> bool {
+    let mut truth = Xxh64::new(0);
+    let mut piece = vec![0; 1 << 20];
+    let mut at = contribution.span.start;
+    while at < contribution.span.end {
+        let count = piece.len().min(usize::try_from(contribution.span.end - at).unwrap_or(usize::MAX));
+        if blob.file.read_exact_at(&mut piece[..count], at).is_err() {
+            return false;
+        }
+        truth.update(&piece[..count]);
+        at += count as u64;
+    }
+    truth.digest() != contribution.checksum
+}
+
 impl BlobSources {
+    pub(super) fn new(pull: &Arc<Pull>, place: &Place, key: FillKey, aim: Aim) -> Self {
+        let looked = Mutex::new(Looked::NotYet);
+        Self { pull: pull.clone(), place: place.clone(), key, aim, view: Arc::default(), looked }
+    }
+
+    /// The first of the holders that gives it.
+    async fn ask_holders(&self, peers: &Peers, part: Part) -> Option<Incoming> {
+        for _ in 0..ASK_HOLDERS {
+            let holder = self.view().pick(part.start(), peers.now(), fastrand::u64(..))?;
+            match self.ask(peers, holder, Manner::IfKept, part).await {
+                Ok(incoming) => return Some(incoming),
+                Err(why) => tracing::debug!(%holder, digest = %self.key.digest, ?why, "a holder gives nothing"),
+            }
+        }
+        None
+    }
+
     /// None: this process is the owner, or no owner can be reached. A silent owner is followed by
     /// its successor, not by everybody's going to the origin.
-    async fn ask_owners(&self, part: Part) -> Result<Option<Incoming>, SourceError> {
-        let Some(peers) = &self.pull.peers else { return Ok(None) };
-        for owner in peers.owners(&self.digest) {
-            let deadline = Instant::now() + FIRST_BYTE;
-            match peers.blob(owner, &self.place, &self.digest, part, deadline).await {
+    async fn ask_owners(&self, peers: &Peers, part: Part, failures: u32) -> Result<Option<Incoming>, SourceError> {
+        let lead = peers.lead(&self.key.digest, self.key.role);
+        let manner = Manner::As(lead.asked_as);
+        let mut refusals = Refusals::default();
+        for owner in lead.leaders {
+            let answer = match failures {
+                0 => self.ask(peers, owner, manner, part).await,
+                _ => self.ask_once(peers, owner, manner, Redirects::Refused, part).await,
+            };
+            match answer {
                 Ok(incoming) => return Ok(Some(incoming)),
-                // The owner has asked the origin with the same credentials: none.
-                Err(error @ (SourceError::NotFound | SourceError::Denied)) => return Err(error),
-                Err(error) => tracing::info!(%owner, digest = %self.digest, %error, "the owner gives nothing"),
+                Err(Declined::Source(error)) => {
+                    tracing::info!(%owner, digest = %self.key.digest, %error, "the owner gives nothing");
+                    refusals.add(error)?;
+                }
+                Err(Declined::NotKept | Declined::Redirected(_)) => {}
             }
         }
         Ok(None)
+    }
+
+    /// Asks one peer; if it names another, that one, and if that cannot help, the first again.
+    async fn ask(&self, peers: &Peers, peer: SocketAddr, manner: Manner, part: Part) -> Result<Incoming, Declined> {
+        match self.ask_once(peers, peer, manner, Redirects::Followed, part).await {
+            Err(Declined::Redirected(other)) => {
+                match self.ask_once(peers, other, Manner::IfKept, Redirects::Refused, part).await {
+                    Ok(incoming) => Ok(incoming),
+                    Err(_) => self.ask_once(peers, peer, manner, Redirects::Refused, part).await,
+                }
+            }
+            answer => answer,
+        }
+    }
+
+    async fn ask_once(
+        &self,
+        peers: &Peers,
+        peer: SocketAddr,
+        manner: Manner,
+        redirects: Redirects,
+        part: Part,
+    ) -> Result<Incoming, Declined> {
+        let have = self.pull.fills.running(&self.key).map_or_else(Spans::default, |fill| fill.written());
+        let question = Question { redirects, ..self.question(manner) };
+        peers.blob(peer, &question, part, &have, &self.view).await
+    }
+
+    /// Where the origin is out of order, somebody may still have it.
+    async fn last_resort(&self, part: Part, error: &SourceError) -> Option<Incoming> {
+        let peers = self.peers().filter(|_| error.is_outage() && !error.is_about_ranges())?;
+        if self.look_at(Looked::Everywhere) {
+            let found = peers.ask_around(&self.question(Manner::IfKept)).await;
+            found.iter().for_each(|holder| self.view().learn(holder));
+        }
+        self.ask_holders(peers, part).await
+    }
+
+    fn question(&self, manner: Manner) -> Question<'_> {
+        Question {
+            place: &self.place,
+            digest: &self.key.digest,
+            manner,
+            redirects: Redirects::Refused,
+            aim: self.aim,
+            deadline: Instant::now() + FIRST_BYTE,
+        }
+    }
+
+    /// None: what a rule fetches with credentials is not for peers, and what came wrong comes from the
+    /// origin alone, since whoever lied may be among them.
+    fn peers(&self) -> Option<&Arc<Peers>> {
+        let distrusted = || self.pull.fills.is_distrusted(&self.key.digest, &self.key.registry);
+        self.pull.peers.as_ref().filter(|_| !self.place.rule.is_private() && !distrusted())
+    }
+
+    /// Whether this has not been done yet.
+    fn look_at(&self, next: Looked) -> bool {
+        // Only compared and changed under the lock.
+        let mut looked = self.looked.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_new = *looked < next;
+        *looked = next.max(*looked);
+        is_new
+    }
+
+    fn view(&self) -> MutexGuard<'_, View> {
+        // Only looked up and changed under the lock.
+        self.view.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

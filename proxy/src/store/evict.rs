@@ -63,17 +63,11 @@ impl Large {
         if self.budget.free() >= bytes {
             return true;
         }
-        if !self.could_hold(bytes) {
-            // Nothing is given up in vain.
-            return false;
+        // Nothing is given up in vain.
+        if self.could_hold(bytes) {
+            self.shrink_to(self.budget.limit().saturating_sub(bytes));
         }
-        while self.budget.free() < bytes && self.partials().drop_one() {}
-        let mut victims = order(self.idle(), self.budget.limit(), SystemTime::now()).into_iter();
-        while self.budget.free() < bytes {
-            let Some(victim) = victims.next() else { return false };
-            self.evict(&victim.digest);
-        }
-        true
+        self.budget.free() >= bytes
     }
 
     /// Gives up one thing that nobody reads, whatever the budget says. False: there is none.
@@ -89,7 +83,7 @@ impl Large {
     /// partials. Blocks on the disk.
     pub fn keep_house(&self, keep_free: Share) {
         self.partials().drop_old(Instant::now());
-        if let Some(file_system) = FileSystem::of(self.blobs()) {
+        if let Some(file_system) = FileSystem::of(&self.blobs) {
             let reserve = keep_free.of(file_system.total);
             let ours = self.budget.used().saturating_add(file_system.available);
             self.budget.yield_to(ours.saturating_sub(reserve));

@@ -7,39 +7,40 @@
 //! written again, only unlinked.
 
 use std::collections::HashMap;
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File};
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, SystemTime};
 
 use prometheus::IntCounter;
-use rustix::fs::{FallocateFlags, Mode, OFlags};
+use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 
-use super::budget::{Budget, Charge, NoSpace};
+use super::budget::{Budget, Charge};
+use super::draft::Draft;
 use super::evict::Candidate;
 use super::files::{self, Record};
 use super::layout::Layout;
-use super::partial::{Partial, Partials};
+use super::partial::Partials;
 use crate::metrics::Metrics;
-use crate::oci::{Digest, Registry, Spans};
+use crate::oci::Digest;
 use crate::provenance::Provenance;
 
 /// The verified files and their index.
 pub struct Large {
-    blobs: PathBuf,
-    fills: PathBuf,
+    pub(super) blobs: PathBuf,
+    pub(super) fills: PathBuf,
     pub(super) budget: Arc<Budget>,
     index: Mutex<HashMap<Digest, Entry>>,
     partials: Mutex<Partials>,
     evicted: IntCounter,
-    next_draft: AtomicU64,
+    pub(super) next_draft: AtomicU64,
     /// What was proven in another one has to be proven again.
     epoch: String,
     /// Whether nothing gets a name any more. Held while something does.
-    sealed: RwLock<bool>,
+    pub(super) sealed: RwLock<bool>,
 }
 
 /// An open blob, or one that is being written. Its bytes stay readable, and counted, until the
@@ -49,15 +50,9 @@ pub struct Blob {
     pub len: u64,
     /// None: its record was lost.
     pub provenance: Option<Provenance>,
-    charge: Arc<Charge>,
+    pub(super) charge: Arc<Charge>,
     /// The disk could not read it.
-    unreadable: Arc<AtomicBool>,
-}
-
-/// A blob being written, with its space reserved. Unlinked when dropped without being published.
-pub struct Draft {
-    path: PathBuf,
-    pub blob: Arc<Blob>,
+    pub(super) unreadable: Arc<AtomicBool>,
 }
 
 /// Whether a file can be believed.
@@ -98,11 +93,8 @@ const TOUCH_INTERVAL: Duration = Duration::from_secs(3600);
 /// Hits within this time are one use.
 const ONE_USE: Duration = Duration::from_secs(60);
 
-/// Partials together take at most this part of the disk.
-const PARTIALS_PART: u64 = 8;
-
 /// What a file takes beyond its bytes: rounding to blocks, inode, record.
-const FILE_OVERHEAD: u64 = 8192;
+pub(super) const FILE_OVERHEAD: u64 = 8192;
 
 // === impl Large ===
 
@@ -207,30 +199,6 @@ impl Large {
         }
     }
 
-    /// Reserves space for a blob of `len` bytes, evicting others if need be. Blocks on the disk.
-    pub fn draft(&self, len: u64, provenance: Provenance) -> Result<Draft, NoSpace> {
-        let bytes = len.checked_add(FILE_OVERHEAD).filter(|b| *b <= self.budget.limit()).ok_or(NoSpace)?;
-        let charge = loop {
-            match self.budget.reserve(bytes) {
-                Ok(charge) => break Arc::new(charge),
-                Err(NoSpace) if self.make_room(bytes) => {}
-                Err(NoSpace) => return Err(NoSpace),
-            }
-        };
-        let path = self.fills.join(self.next_draft.fetch_add(1, Ordering::Relaxed).to_string());
-        match self.create(&path, len) {
-            Ok(file) => {
-                let blob = Blob { file, len, provenance: Some(provenance), charge, unreadable: Arc::default() };
-                Ok(Draft { path, blob: Arc::new(blob) })
-            }
-            Err(error) => {
-                tracing::warn!(%error, "no file for a blob, it will not be kept");
-                let _ = fs::remove_file(&path);
-                Err(NoSpace)
-            }
-        }
-    }
-
     /// Makes a draft known before it has its name: from now on it is found. Call it only after its
     /// hash agreed.
     pub fn announce(&self, draft: &Draft, digest: &Digest) {
@@ -249,29 +217,7 @@ impl Large {
         self.index().insert(digest.clone(), entry);
     }
 
-    /// Gives an announced draft its name. Blocks on the disk.
-    #[allow(clippy::needless_pass_by_value, reason = "a draft is published once")]
-    pub fn publish(&self, draft: Draft, digest: &Digest) -> io::Result<()> {
-        let sealed = self.sealed.read().unwrap_or_else(PoisonError::into_inner);
-        if *sealed {
-            return Err(io::Error::other("the cache is closed"));
-        }
-        let path = self.path(digest);
-        let named = fs::create_dir_all(path.parent().unwrap_or(&self.blobs))
-            .and_then(|()| self.write_record(digest, &draft.blob))
-            .and_then(|()| fs::rename(&draft.path, &path));
-        if named.is_err() {
-            self.forget(digest, &draft.blob);
-        }
-        named
-    }
-
-    /// Nothing gets a name after this, so that everything that has one can be written to the disk.
-    pub(super) fn seal(&self) {
-        *self.sealed.write().unwrap_or_else(PoisonError::into_inner) = true;
-    }
-
-    fn write_record(&self, digest: &Digest, blob: &Blob) -> io::Result<()> {
+    pub(super) fn write_record(&self, digest: &Digest, blob: &Blob) -> io::Result<()> {
         let Some(provenance) = blob.provenance.clone() else { return Ok(()) };
         let record = Record { provenance, epoch: self.epoch.clone() };
         let new = self.fills.join(format!("{}.json", self.next_draft.fetch_add(1, Ordering::Relaxed)));
@@ -306,17 +252,6 @@ impl Large {
             drop(index);
             self.unlink(digest);
         }
-    }
-
-    /// Keeps what there is of a blob for whoever asks next, within bounds.
-    pub fn keep_partial(&self, digest: &Digest, registry: &Registry, draft: Draft, written: Spans) {
-        let limit = self.budget.limit() / PARTIALS_PART;
-        self.partials().keep(digest, registry, Partial { draft, written }, limit, Instant::now());
-    }
-
-    /// What an earlier attempt to fetch this blob from this registry has left.
-    pub fn take_partial(&self, digest: &Digest, registry: &Registry) -> Option<Partial> {
-        self.partials().take(digest, registry)
     }
 
     /// Whether evicting everything idle would make enough room.
@@ -364,33 +299,8 @@ impl Large {
         }
     }
 
-    /// A new file with its space allocated, so that a full disk shows now and not half-way.
-    fn create(&self, path: &Path, len: u64) -> io::Result<File> {
-        let open = || OpenOptions::new().read(true).write(true).create_new(true).open(path);
-        let file = match open() {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                fs::create_dir_all(&self.fills)?;
-                open()?
-            }
-            other => other?,
-        };
-        loop {
-            match rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, len) {
-                Ok(()) => return Ok(file),
-                Err(rustix::io::Errno::OPNOTSUPP) => return Ok(file),
-                // Others fill the disk: our budget says there is room, the disk says there is not.
-                Err(rustix::io::Errno::NOSPC) if self.evict_one() => {}
-                Err(error) => return Err(error.into()),
-            }
-        }
-    }
-
-    fn path(&self, digest: &Digest) -> PathBuf {
+    pub(super) fn path(&self, digest: &Digest) -> PathBuf {
         self.blobs.join(digest.algorithm().as_str()).join(&digest.hex()[..2]).join(digest.hex())
-    }
-
-    pub(super) fn blobs(&self) -> &Path {
-        &self.blobs
     }
 
     pub(super) fn partials(&self) -> MutexGuard<'_, Partials> {
@@ -404,15 +314,11 @@ impl Large {
     }
 }
 
-impl Drop for Draft {
-    fn drop(&mut self) {
-        // After a rename this name is gone.
-        let _ = fs::remove_file(&self.path);
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
+    use super::super::budget::NoSpace;
     use super::*;
     use std::os::unix::fs::FileExt;
 

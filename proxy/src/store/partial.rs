@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use super::large::Draft;
+use super::draft::Draft;
 use crate::oci::{Digest, Registry, Spans};
 
 /// A blob of which some bytes are there. Nothing about them is proven.

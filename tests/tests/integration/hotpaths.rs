@@ -5,10 +5,10 @@ use std::process::Command;
 use dray_tests::build_dir;
 use dray_tests::process::output;
 
-/// Instructions of one pass at most: what was counted last, and a third more for other compilers'
-/// moods. Who makes one much cheaper writes a lower bound here; who makes one dearer says why.
+/// Instructions of one pass at most: what was counted last, and half as much more for what the
+/// compiler inlines one day and not the next. Who makes one much cheaper writes a lower bound here; who makes one dearer says why.
 const BOUNDS: [(&str, u64); 6] =
-    [("route", 9_000), ("range", 8_000), ("spans", 550), ("ring", 145_000), ("head", 9_000), ("lookup", 4_000)];
+    [("route", 10_000), ("range", 8_000), ("spans", 450), ("ring", 6_000), ("head", 10_000), ("lookup", 5_000)];
 
 /// Instructions of so many passes.
 fn instructions(path: &str, passes: u32) -> u64 {
@@ -28,8 +28,8 @@ fn instructions(path: &str, passes: u32) -> u64 {
 fn hot_paths_stay_cheap() {
     let mut wrong = Vec::new();
     for (path, bound) in BOUNDS {
-        // What the start of the process costs is in both, and differs a little from run to run.
-        let passes = if bound > 5_000 { 2_000 } else { 20_000 };
+        // The start of a process costs millions, and never the same: a library measures the clock.
+        let passes = if bound < 1_000 { 200_000 } else { 20_000 };
         let one = (instructions(path, passes + 100) - instructions(path, 100)) / u64::from(passes);
         if one > bound {
             wrong.push(format!("{path}: {one}, more than {bound}"));

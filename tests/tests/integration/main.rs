@@ -6,6 +6,7 @@ mod auth;
 mod cache;
 mod cli;
 mod clients;
+mod cluster;
 mod conformance;
 mod engine;
 mod faults;

@@ -83,8 +83,8 @@ async fn the_peer_port_gives_only_what_a_digest_proves() {
         (format!("/v2/library/app/manifests/{}?ns=docker.io", image.digest), 200),
         ("/v2/library/app/manifests/1?ns=docker.io".to_owned(), 403),
         ("/v2/library/app/tags/list?ns=docker.io".to_owned(), 403),
-        (format!("/v2/library/app/blobs/{layer}?ns=private.io"), 403),
-        (format!("/v2/library/app/blobs/{layer}?ns=denied.io"), 403),
+        (format!("/v2/library/app/blobs/{layer}?ns=private.io"), 504),
+        (format!("/v2/library/app/blobs/{layer}?ns=denied.io"), 504),
         (format!("/v2/library/app/blobs/{layer}?ns=127.0.0.1%3A{}", origin.address.port()), 200),
     ] {
         assert_eq!(get(&format!("http://{peer}{path}"), &[]).await.status, status, "{path}");
@@ -217,4 +217,48 @@ async fn nodes_that_disagree_never_wait_for_each_other() {
             assert_eq!((answer.status, answer.complete), (200, true), "{path}");
         }
     }
+}
+
+/// A member that is no dray and lies about everything.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lying_owner_is_found_out_and_left_alone() {
+    let images: Vec<Image> = (0..12).map(|seed| Image::new(seed, &[1_000_000])).collect();
+    let tags: Vec<String> = (0..12).map(|seed| seed.to_string()).collect();
+    let content: Vec<_> = images.iter().zip(&tags).map(|(image, tag)| ("library/app", tag.as_str(), image)).collect();
+    let origin = Origin::start(&content, |_, r| r).await;
+    let lies = std::sync::Arc::new(dray_tests::origin::Content::new(&content));
+    let liar = Origin::answering(move |request| {
+        let mut response = lies.answer(request);
+        if request.is_blob() && response.body.len() > 1000 {
+            let mut wrong = response.body.to_vec();
+            wrong[500] ^= 1;
+            response.body = wrong.into();
+        }
+        response
+    })
+    .await;
+    let port = free_port();
+    let peers =
+        format!("[peers]\nlisten = \"127.0.0.1:{port}\"\nstatic = [\"127.0.0.1:{port}\", \"{}\"]\n", liar.address);
+    let node = Start::new(format!("{}\n{peers}", rule("docker.io", &origin.url()))).run();
+    let mut lied = 0;
+    for image in &images {
+        let (digest, bytes) = image.layer();
+        let path = format!("/v2/library/app/blobs/{digest}?ns=docker.io");
+        let first = node.get(&path).await;
+        if !first.complete {
+            lied += 1;
+            let again = node.get(&path).await;
+            assert!(again.complete && again.body == bytes, "the origin has it: {}", again.status);
+            assert_eq!(again.source(), "origin");
+            dray_tests::eventually("the liar is found out", async || {
+                (node.metric("dray_peers_shut_out_total").await == 1).then_some(())
+            })
+            .await;
+        } else {
+            assert!(first.body == bytes);
+        }
+        node.fills_end().await;
+    }
+    assert_eq!(lied, 1, "it is believed once");
 }

@@ -1,10 +1,14 @@
 //! Warm blobs leave by sendfile, on connections that go on, whatever the client does.
 
+use std::fs;
+use std::process::Command;
 use std::time::Duration;
 
-use dray_tests::dray::{Dray, Start};
+use dray_tests::dray::{Dray, Start, rule};
+use dray_tests::eventually;
 use dray_tests::image::Image;
-use dray_tests::origin::Origin;
+use dray_tests::origin::{Content, Fault, Origin};
+use dray_tests::tls::Authority;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
@@ -95,4 +99,34 @@ async fn a_file_that_shrank_closes_the_connection_short() {
     assert!(ended.is_ok() && body.len() < length, "the connection closes");
     let answer = dray.get(&path(&image)).await;
     assert!(answer.status != 200 || answer.body == image.layer().1, "{}", answer.status);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_that_leaves_while_it_waits_is_noticed() {
+    let dir = tempfile::tempdir().unwrap();
+    let authority = Authority::new(dir.path());
+    let files = authority.files(&["localhost"]);
+    let tls = format!("[tls]\ncert = \"{}\"\nkey = \"{}\"\n", files.cert.display(), files.key.display());
+    let image = Image::new(1, &[3_000_000]);
+    let content = Content::new(&[("library/app", "1", &image)]);
+    let origin = Origin::answering(move |request| content.answer(request).fault(Fault::GateAfter(1_000_000))).await;
+    for (name, config, version) in [("plain", "", "--http1.1"), ("tls", &tls, "--http1.1"), ("h2", &tls, "--http2")] {
+        let log = dir.path().join(name);
+        let dray = Start::new(config.to_owned() + &rule("docker.io", &origin.url()))
+            .env("DRAY_LOG", "info")
+            .log_to(&log)
+            .run();
+        let scheme = if config.is_empty() { "http" } else { "https" };
+        let url = format!("{scheme}://localhost:{}{}", dray.registry.port(), path(&image));
+        let mut curl = Command::new("curl")
+            .args(["-s", "-4", "-k", "--noproxy", "*", "-o", "/dev/null", "--max-time", "1", version, &url])
+            .spawn()
+            .unwrap();
+        curl.wait().unwrap();
+        eventually("the log says so", async || {
+            fs::read_to_string(&log).unwrap().contains("the client left").then_some(())
+        })
+        .await;
+        assert_eq!(dray.metric("dray_fills{state=\"running\"}").await, 1, "{name}: the fill goes on");
+    }
 }

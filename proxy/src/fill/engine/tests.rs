@@ -8,11 +8,12 @@ use bytes::Bytes;
 use futures_util::stream;
 
 use super::super::progress::Phase;
-use super::super::{FillKey, Side};
+use super::super::{Connections, FillKey};
 use super::*;
 use crate::config::Config;
 use crate::oci::{Digest, Spans};
 use crate::registries::Registries;
+use crate::role::Role;
 use crate::source::{Broken, Incoming, ServedFrom};
 
 const MIB: usize = 1024 * 1024;
@@ -88,8 +89,8 @@ impl Sources for Lottery {
         Ok((incoming, ServedFrom::Origin))
     }
 
-    fn gives_ranges(&self) -> bool {
-        true
+    fn connections(&self) -> Connections {
+        Connections::Climbing
     }
 }
 
@@ -104,7 +105,7 @@ fn fill(digest: &Digest) -> Arc<Fill> {
     let (registry, repository) = ("docker.io".parse().unwrap(), "library/a".parse().unwrap());
     let rule = registries.rule(&registry).clone();
     let place = crate::registries::Place { rule, registry, repository };
-    let key = FillKey { digest: digest.clone(), registry: place.registry.clone(), side: Side::Owner };
+    let key = FillKey { digest: digest.clone(), registry: place.registry.clone(), role: Role::Global };
     Arc::new(Fill::new(key, place))
 }
 
@@ -230,8 +231,8 @@ impl Sources for Jealous {
         self.inner.open(from, end, 0).await
     }
 
-    fn gives_ranges(&self) -> bool {
-        true
+    fn connections(&self) -> Connections {
+        Connections::Climbing
     }
 }
 

@@ -1,0 +1,312 @@
+//! Who has which bytes of a blob: pure decisions, for real nodes and simulated ones.
+//!
+//! A [`Tracker`] is kept by whoever is asked: it remembers what those who ask have, tells others of
+//! them, and sends a question on once others can answer it as well as itself. A [`View`] is kept by
+//! whoever fetches: it knows what the answers told, and picks for each range the least loaded that is
+//! ahead. Both are hints. Whoever is asked for what it does not have says so, and a digest proves
+//! what came.
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use super::wire::{Holder, MAX_HOLDERS};
+use crate::oci::{Span, Spans};
+
+/// Peers that a tracker remembers for one blob, and that a view does.
+const MAX_TRACKED: usize = 64;
+const MAX_KNOWN: usize = 32;
+
+/// Ranges on their way to one peer: as many as anybody fetches at a time, and some.
+const MAX_COMING: usize = 16;
+
+/// Ranges of which is known who sent them.
+const MAX_CONTRIBUTIONS: usize = 4096;
+
+/// What was sent to somebody is believed to arrive for this long.
+const ARRIVES: Duration = Duration::from_secs(15);
+
+/// A peer that could not help is not asked again for this long.
+const REFUSED: Duration = Duration::from_millis(250);
+
+/// A peer that broke, for this long.
+const BROKE: Duration = Duration::from_secs(5);
+
+/// A time in any clock.
+pub type Time = Duration;
+
+/// One node's knowledge of who fetches a blob from it.
+#[derive(Default)]
+pub struct Tracker {
+    peers: HashMap<SocketAddr, Tracked>,
+}
+
+#[derive(Default)]
+struct Tracked {
+    have: Spans,
+    /// What is on its way to it.
+    coming: Vec<(Span, Time)>,
+    /// Bodies that it sends, and those sent to it for since it said so.
+    load: u32,
+    seen: Time,
+}
+
+/// One fetching node's knowledge of who has a blob.
+#[derive(Default)]
+pub struct View {
+    peers: HashMap<SocketAddr, Known>,
+    contributions: Vec<Contribution>,
+}
+
+/// What a peer sent: to be compared once the truth is known.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Contribution {
+    pub peer: SocketAddr,
+    pub span: Span,
+    /// xxHash64 of the bytes.
+    pub checksum: u64,
+}
+
+#[derive(Default)]
+struct Known {
+    have: Spans,
+    load: u32,
+    /// Ranges that this node fetches from it.
+    in_flight: u32,
+    not_before: Time,
+}
+
+/// What to do with a question.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Direction {
+    Answer,
+    Redirect(SocketAddr),
+}
+
+impl Tracker {
+    /// A peer said what it has, by asking.
+    pub fn heard(&mut self, peer: SocketAddr, have: Spans, load: u32, now: Time) {
+        if !self.peers.contains_key(&peer) && self.peers.len() >= MAX_TRACKED {
+            let oldest = self.peers.iter().min_by_key(|(_, tracked)| tracked.seen).map(|(peer, _)| *peer);
+            oldest.map(|oldest| self.peers.remove(&oldest));
+        }
+        let tracked = self.peers.entry(peer).or_default();
+        tracked.coming.retain(|(_, since)| now < *since + ARRIVES);
+        *tracked = Tracked { have, load, seen: now, coming: std::mem::take(&mut tracked.coming) };
+    }
+
+    /// Whether to answer for a range that begins at `at`, or who else could. `sending` are the bodies
+    /// that this node sends already.
+    pub fn direct(&mut self, asker: Option<SocketAddr>, span: Span, sending: u32, now: Time) -> Direction {
+        let able =
+            self.peers.iter_mut().filter(|(peer, tracked)| Some(**peer) != asker && tracked.gets(span.start, now));
+        let best = able.min_by_key(|(peer, tracked)| (tracked.load, **peer));
+        if let Some((peer, tracked)) = best
+            && tracked.load < sending
+        {
+            tracked.load = tracked.load.saturating_add(1);
+            return Direction::Redirect(*peer);
+        }
+        if let Some(tracked) = asker.and_then(|asker| self.peers.get_mut(&asker)) {
+            tracked.coming.truncate(MAX_COMING - 1);
+            tracked.coming.insert(0, (span, now));
+        }
+        Direction::Answer
+    }
+
+    /// Those that whoever asks may ask as well: the least loaded first.
+    pub fn holders(&self, asker: Option<SocketAddr>) -> Vec<Holder> {
+        let mut others: Vec<_> =
+            self.peers.iter().filter(|(peer, tracked)| Some(**peer) != asker && !tracked.have.is_empty()).collect();
+        others.sort_unstable_by_key(|(peer, tracked)| (tracked.load, std::cmp::Reverse(tracked.have.len()), **peer));
+        let holder = |(peer, tracked): (&SocketAddr, &Tracked)| Holder {
+            peer: *peer,
+            load: tracked.load,
+            have: tracked.have.clone(),
+        };
+        others.into_iter().take(MAX_HOLDERS).map(holder).collect()
+    }
+}
+
+impl Tracked {
+    /// Whether it has this byte, or gets it now.
+    fn gets(&self, at: u64, now: Time) -> bool {
+        let coming = |(span, since): &(Span, Time)| span.start <= at && at < span.end && now < *since + ARRIVES;
+        self.have.run_end(at) > at || self.coming.iter().any(coming)
+    }
+}
+
+impl View {
+    /// Somebody has these bytes.
+    pub fn learn(&mut self, holder: &Holder) {
+        if self.peers.len() >= MAX_KNOWN && !self.peers.contains_key(&holder.peer) {
+            let idle = |(_, known): &(&SocketAddr, &Known)| known.in_flight == 0;
+            let least = self.peers.iter().filter(idle).min_by_key(|(peer, known)| (known.have.len(), **peer));
+            let Some(least) = least.map(|(peer, _)| *peer) else { return };
+            self.peers.remove(&least);
+        }
+        let known = self.peers.entry(holder.peer).or_default();
+        known.load = holder.load;
+        // Nobody loses bytes: an older word adds nothing, and takes nothing away.
+        holder.have.iter().for_each(|span| known.have.insert(span));
+    }
+
+    /// The least loaded that has the byte at `at`; of equals the one that `lot` falls on.
+    pub fn pick(&self, at: u64, now: Time, lot: u64) -> Option<SocketAddr> {
+        let able = self.peers.iter().filter(|(_, known)| now >= known.not_before && known.have.run_end(at) > at);
+        able.min_by_key(|(peer, known)| (known.load.saturating_add(known.in_flight), scatter(**peer, lot)))
+            .map(|(peer, _)| *peer)
+    }
+
+    /// Which range to fetch next: one that somebody has whole, the rarest first, so that what this node
+    /// has differs from what others have; otherwise one that somebody is getting; otherwise the first.
+    pub fn choose(&self, ranges: &[Span], lot: u64) -> Option<usize> {
+        let rarity = |span: &Span| {
+            let ends = self.peers.values().map(|known| known.have.run_end(span.start));
+            let (whole, some) = ends.fold((0u32, 0u32), |(whole, some), end| {
+                (whole + u32::from(end >= span.end), some + u32::from(end > span.start))
+            });
+            match (whole, some) {
+                (0, 0) => (2, 0),
+                (0, _) => (1, 0),
+                _ => (0, whole),
+            }
+        };
+        let scattered =
+            |nth: usize, class: u32| if class == 0 { super::ring::splitmix(nth as u64 ^ lot) } else { nth as u64 };
+        let rated = ranges.iter().enumerate().map(|(nth, span)| {
+            let (class, holders) = rarity(span);
+            ((class, holders, scattered(nth, class)), nth)
+        });
+        rated.min().map(|(_, nth)| nth)
+    }
+
+    /// Asks a peer for a range.
+    pub fn begin(&mut self, peer: SocketAddr) {
+        self.peers.entry(peer).or_default().in_flight += 1;
+    }
+
+    /// The range came, or as much of it as did.
+    pub fn end(&mut self, contribution: Contribution) {
+        if let Some(known) = self.peers.get_mut(&contribution.peer) {
+            known.in_flight = known.in_flight.saturating_sub(1);
+        }
+        if !contribution.span.is_empty() && self.contributions.len() < MAX_CONTRIBUTIONS {
+            self.contributions.push(contribution);
+        }
+    }
+
+    /// Who sent what so far.
+    pub fn contributions(&self) -> &[Contribution] {
+        &self.contributions
+    }
+
+    /// It could not help just now.
+    pub fn refused(&mut self, peer: SocketAddr, now: Time) {
+        self.peers.entry(peer).or_default().not_before = now + REFUSED;
+    }
+
+    /// It is not there, or breaks off.
+    pub fn broke(&mut self, peer: SocketAddr, now: Time) {
+        let known = self.peers.entry(peer).or_default();
+        known.not_before = now + BROKE;
+        known.have = Spans::default();
+    }
+}
+
+/// An order of peers that differs from lot to lot.
+fn scatter(peer: SocketAddr, lot: u64) -> u64 {
+    let port = u64::from(peer.port());
+    let address = match peer {
+        SocketAddr::V4(v4) => u64::from(v4.ip().to_bits()),
+        #[allow(clippy::cast_possible_truncation, reason = "any bits will do")]
+        SocketAddr::V6(v6) => v6.ip().to_bits() as u64,
+    };
+    super::ring::splitmix(address ^ port.rotate_left(48) ^ lot)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MIB: u64 = 1024 * 1024;
+
+    fn peer(n: u8) -> SocketAddr {
+        SocketAddr::from(([10, 0, 0, n], 5052))
+    }
+
+    fn mib(start: u64, end: u64) -> Span {
+        Span { start: start * MIB, end: end * MIB }
+    }
+
+    fn at(millis: u64) -> Time {
+        Duration::from_millis(millis)
+    }
+
+    #[test]
+    fn a_busy_node_sends_on_to_whoever_gets_the_bytes_now() {
+        let mut tracker = Tracker::default();
+        for n in 1..=3 {
+            tracker.heard(peer(n), Spans::default(), 0, at(0));
+        }
+        assert_eq!(tracker.direct(Some(peer(1)), mib(0, 16), 0, at(0)), Direction::Answer);
+        assert_eq!(tracker.direct(Some(peer(2)), mib(0, 16), 1, at(0)), Direction::Redirect(peer(1)));
+        assert_eq!(tracker.direct(Some(peer(3)), mib(0, 16), 1, at(0)), Direction::Answer, "no busier than the other");
+        assert_eq!(tracker.direct(Some(peer(2)), mib(16, 32), 9, at(0)), Direction::Answer, "nobody else has that");
+        assert_eq!(tracker.direct(Some(peer(1)), mib(0, 16), 9, at(0)), Direction::Redirect(peer(3)), "not to itself");
+        assert_eq!(tracker.direct(Some(peer(2)), mib(0, 16), 9, at(20_000)), Direction::Answer, "it never came");
+        assert!(tracker.holders(None).is_empty(), "nobody has said that it has any");
+    }
+
+    #[test]
+    fn holders_are_told_of_least_loaded_first_and_bounded() {
+        let mut tracker = Tracker::default();
+        for n in 0..100 {
+            tracker.heard(peer(n), mib(0, 16).into(), 100 - u32::from(n), at(n.into()));
+        }
+        assert_eq!(tracker.peers.len(), MAX_TRACKED);
+        let told: Vec<_> = tracker.holders(Some(peer(99))).into_iter().map(|holder| holder.peer).collect();
+        assert_eq!(told, (91..99).rev().map(peer).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn the_least_loaded_that_is_ahead_is_picked() {
+        let mut view = View::default();
+        let holder = |n, load, have: Span| Holder { peer: peer(n), load, have: have.into() };
+        view.learn(&holder(1, 3, mib(0, 64)));
+        view.learn(&holder(2, 1, mib(0, 32)));
+        assert_eq!(view.pick(0, at(0), 1), Some(peer(2)));
+        assert_eq!(view.pick(40 * MIB, at(0), 1), Some(peer(1)));
+        assert_eq!(view.pick(64 * MIB, at(0), 1), None);
+        (0..3).for_each(|_| view.begin(peer(2)));
+        assert_eq!(view.pick(0, at(0), 1), Some(peer(1)));
+        view.end(Contribution { peer: peer(2), span: mib(0, 16), checksum: 1 });
+        assert_eq!(view.contributions().len(), 1);
+        view.refused(peer(1), at(0));
+        assert_eq!(view.pick(40 * MIB, at(100), 1), None);
+        assert_eq!(view.pick(40 * MIB, at(300), 1), Some(peer(1)));
+        view.broke(peer(1), at(300));
+        assert_eq!(view.pick(40 * MIB, at(60_000), 1), None, "until it says again what it has");
+    }
+
+    #[test]
+    fn what_is_rare_is_fetched_first() {
+        let mut view = View::default();
+        let ranges = [mib(0, 16), mib(16, 32), mib(32, 48), mib(48, 64)];
+        assert_eq!(view.choose(&[], 0), None);
+        assert_eq!(view.choose(&ranges, 5), Some(0), "in order where nobody has any");
+        view.learn(&Holder { peer: peer(1), load: 0, have: mib(32, 40).into() });
+        assert_eq!(view.choose(&ranges, 5), Some(2), "on its way to somebody");
+        view.learn(&Holder { peer: peer(1), load: 0, have: mib(0, 32).into() });
+        view.learn(&Holder { peer: peer(2), load: 0, have: mib(0, 16).into() });
+        assert_eq!(view.choose(&ranges, 5), Some(1), "one has it, two have the other");
+    }
+
+    #[test]
+    fn equals_share_the_work() {
+        let mut view = View::default();
+        (0..4).for_each(|n| view.learn(&Holder { peer: peer(n), load: 0, have: mib(0, 16).into() }));
+        let picked: std::collections::BTreeSet<_> = (0..100).filter_map(|lot| view.pick(0, at(0), lot)).collect();
+        assert_eq!(picked.len(), 4);
+    }
+}

@@ -1,0 +1,98 @@
+//! A peer's question, as the one who is asked sees it.
+
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use http::header::CACHE_CONTROL;
+use http::{HeaderMap, HeaderName, HeaderValue};
+
+use super::swarm::Direction;
+use super::{Aim, Peers, Reach, Redirects, lock, wire};
+use crate::oci::{Digest, Span, Spans};
+use crate::role::Role;
+
+/// Who asks, and what it said of itself.
+#[derive(Clone, Debug)]
+pub struct Visitor {
+    /// None: no member, or one that does not say so. It is answered, but nobody is sent to it.
+    peer: Option<SocketAddr>,
+    /// What this node is asked as.
+    pub role: Role,
+    pub reach: Reach,
+    pub redirects: Redirects,
+    pub aim: Aim,
+    /// What is left of the time to answer.
+    pub deadline: Option<Duration>,
+    have: Spans,
+    load: u32,
+}
+
+/// A body on its way to a peer, counted for as long as it is held.
+pub struct Sending(Arc<Peers>);
+
+impl Visitor {
+    /// Reads a question's headers; `from` is the other end of its connection.
+    pub fn read(headers: &HeaderMap, from: Option<IpAddr>, peers: &Peers) -> Self {
+        let text = |name: HeaderName| headers.get(name).and_then(|value| value.to_str().ok()).unwrap_or_default();
+        let kept = text(CACHE_CONTROL).split(',').any(|word| word.trim() == wire::ONLY_IF_CACHED);
+        let refuses = text(wire::REDIRECT) == wire::NO;
+        let named: Option<SocketAddr> = wire::read(headers, &wire::PEER);
+        // Others are sent to it: it has to be a member, and where it says it is.
+        let is_true = |peer: &SocketAddr| Some(peer.ip()) == from && peers.members.load().contains(*peer);
+        Self {
+            peer: named.filter(is_true),
+            // Nobody is asked as a client; without a word, it is the owner.
+            role: wire::read(headers, &wire::ROLE).filter(|role| *role != Role::Client).unwrap_or(Role::Global),
+            reach: if kept { Reach::Kept } else { Reach::Origin },
+            redirects: if refuses { Redirects::Refused } else { Redirects::Followed },
+            aim: if text(wire::WHOLE) == wire::YES { Aim::Whole } else { Aim::Range },
+            deadline: wire::read(headers, &wire::DEADLINE).map(Duration::from_millis),
+            have: wire::read_spans(headers),
+            load: wire::read(headers, &wire::LOAD).unwrap_or(0),
+        }
+    }
+}
+
+impl Peers {
+    /// Whether to answer a question for a range of a blob, or who else could.
+    pub fn direct(&self, visitor: &Visitor, digest: &Digest, span: Span) -> Direction {
+        let now = self.now();
+        let tracker = self.trackers.get_with((digest.clone(), visitor.role), Arc::default);
+        let mut tracker = lock(&tracker);
+        if let Some(peer) = visitor.peer {
+            tracker.heard(peer, visitor.have.clone(), visitor.load, now);
+        }
+        match (visitor.redirects, visitor.peer) {
+            (Redirects::Followed, Some(_)) => tracker.direct(visitor.peer, span, self.sending(), now),
+            _ => Direction::Answer,
+        }
+    }
+
+    /// What an answer tells of others, and of this node, which has `have`.
+    pub fn tell(&self, visitor: &Visitor, digest: &Digest, have: &Spans) -> Vec<(HeaderName, HeaderValue)> {
+        let tracker = self.trackers.get(&(digest.clone(), visitor.role));
+        let holders = tracker.and_then(|tracker| wire::write_holders(&lock(&tracker).holders(visitor.peer)));
+        let have = wire::write_spans(have);
+        let load = have.as_ref().map(|_| (wire::LOAD, HeaderValue::from(self.sending())));
+        let told = [holders.map(|value| (wire::HOLDERS, value)), have.map(|value| (wire::HAVE, value)), load];
+        told.into_iter().flatten().collect()
+    }
+
+    /// Counts a body that is sent to a peer.
+    pub fn send(self: &Arc<Self>) -> Sending {
+        self.sending.fetch_add(1, Ordering::Relaxed);
+        Sending(self.clone())
+    }
+
+    fn sending(&self) -> u32 {
+        self.sending.load(Ordering::Relaxed)
+    }
+}
+
+impl Drop for Sending {
+    fn drop(&mut self) {
+        self.0.sending.fetch_sub(1, Ordering::Relaxed);
+    }
+}

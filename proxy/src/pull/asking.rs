@@ -1,0 +1,38 @@
+//! Who asks, and how far a question may go.
+
+use std::time::Duration;
+
+use crate::peers::{Aim, Reach};
+use crate::role::Role;
+
+/// Who asks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Asker {
+    /// A container runtime.
+    Client,
+    /// Another dray.
+    Peer,
+}
+
+/// A question's circumstances.
+#[derive(Clone, Copy, Debug)]
+pub struct Asking {
+    pub asker: Asker,
+    /// What this node is asked as.
+    pub role: Role,
+    pub reach: Reach,
+    pub aim: Aim,
+    /// What is left of the time to answer, where whoever asks said so.
+    pub left: Option<Duration>,
+}
+
+impl Asking {
+    /// A container runtime asks for anything.
+    pub const CLIENT: Self =
+        Self { asker: Asker::Client, role: Role::Client, reach: Reach::Origin, aim: Aim::Range, left: None };
+
+    /// How long a source may take, and leave whoever asks some time to hear of it.
+    pub(super) fn at_most(&self, limit: Duration) -> Duration {
+        self.left.map_or(limit, |left| limit.min(left.mul_f64(0.9)))
+    }
+}

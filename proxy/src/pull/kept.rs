@@ -1,0 +1,65 @@
+//! What a peer may have of a blob without anybody else being asked.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::time::timeout;
+
+use super::blob::{Fetch, span_of};
+use super::{BlobAnswer, BlobRequest, Pull, Refusal};
+use crate::fill::{Fill, FillKey};
+use crate::oci::{RangeRequest, Span, Spans};
+use crate::role::Role;
+use crate::store::{Found, Proof};
+
+/// What is on its way here is waited for so long.
+const ON_ITS_WAY: Duration = Duration::from_millis(250);
+
+impl Pull {
+    /// What is kept, or comes now. A running fill is followed only where it is ahead: whoever asks can
+    /// then never wait for itself, through however many others.
+    pub(super) async fn blob_here(
+        self: &Arc<Self>,
+        request: &BlobRequest,
+        kept: Option<Found>,
+    ) -> Result<BlobAnswer, Refusal> {
+        match kept {
+            Some(Found::Small { object, tier }) => {
+                return BlobAnswer::of_bytes(&object.bytes, request.range, tier.into());
+            }
+            Some(Found::Large { blob, proof: Proof::Verified }) => return BlobAnswer::of_blob(blob, request.range),
+            _ => {}
+        }
+        let start = match request.range {
+            Some(RangeRequest::From(start) | RangeRequest::Bounded(start, _)) => start,
+            Some(RangeRequest::Suffix(_)) => return Err(Refusal::NotKept),
+            None => 0,
+        };
+        for fill in self.fills_of(request) {
+            if timeout(ON_ITS_WAY, fill.reaches(start)).await == Ok(true) {
+                return self.follow(&fill, request).await.map_err(Fetch::into_refusal);
+            }
+        }
+        Err(Refusal::NotKept)
+    }
+
+    /// The bytes of a blob that this node has, by what a peer may know of it.
+    pub async fn here(&self, request: &BlobRequest) -> Spans {
+        if let Some(Found::Large { blob, proof: Proof::Verified }) = self.kept_blob(request).await {
+            return Span::whole(blob.len).into();
+        }
+        self.fills_of(request).iter().flat_map(|fill| fill.written().iter().collect::<Vec<_>>()).collect()
+    }
+
+    /// What runs for a blob, as whatever this node fetches it.
+    pub(super) fn fills_of(&self, request: &BlobRequest) -> Vec<Arc<Fill>> {
+        let key = |role| FillKey { digest: request.digest.clone(), registry: request.place.registry.clone(), role };
+        let roles = [Role::Global, Role::Zone, Role::Client].into_iter();
+        roles.filter_map(|role| self.fills.running(&key(role))).collect()
+    }
+
+    /// The range that a request means, as far as that is known before its answer.
+    pub fn likely_span(&self, request: &BlobRequest) -> Span {
+        span_of(request.range, u64::MAX).ok().flatten().unwrap_or(Span::whole(u64::MAX))
+    }
+}

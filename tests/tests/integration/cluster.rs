@@ -1,0 +1,165 @@
+//! A cluster of real processes on shaped links, and what becomes of pulls when parts of it fail.
+
+use std::fs;
+
+use dray_tests::cluster::{Cluster, Shape, unavailable};
+use dray_tests::image::{digest, noise};
+
+const MIB: usize = 1024 * 1024;
+
+/// Blobs that the origin has, and their digests.
+struct Blobs {
+    dir: tempfile::TempDir,
+    digests: Vec<String>,
+    bytes: u64,
+}
+
+fn blobs(sizes: &[usize]) -> Blobs {
+    let dir = tempfile::Builder::new().prefix("dray-cluster").tempdir_in("/var/tmp").unwrap();
+    let place = dir.path().join("www/v2/library/app/blobs");
+    fs::create_dir_all(&place).unwrap();
+    let put = |(seed, size): (usize, &usize)| {
+        let bytes = noise(seed as u64, *size);
+        let digest = digest(&bytes);
+        fs::write(place.join(&digest), bytes).unwrap();
+        digest
+    };
+    let digests = sizes.iter().enumerate().map(put).collect();
+    Blobs { dir, digests, bytes: sizes.iter().sum::<usize>() as u64 }
+}
+
+fn path(digest: &str) -> String {
+    format!("/v2/library/app/blobs/{digest}?ns=docker.io")
+}
+
+fn fast() -> Shape {
+    Shape { node: 2000, origin: 2000, between_zones: 2000, ..Shape::default() }
+}
+
+/// Pulls a blob on these nodes at once, and checks what came.
+fn pull_everywhere(cluster: &Cluster, nodes: &[usize], digest: &str) {
+    let pulled: Vec<_> = std::thread::scope(|scope| {
+        let pulls: Vec<_> = nodes.iter().map(|node| scope.spawn(|| cluster.pull(*node, &path(digest)))).collect();
+        pulls.into_iter().map(|pull| pull.join().unwrap()).collect()
+    });
+    for (node, pulled) in nodes.iter().zip(&pulled) {
+        assert_eq!((pulled.status, pulled.digest.as_deref()), (200, Some(digest)), "node {node}: {pulled:?}");
+    }
+}
+
+#[test]
+fn eight_nodes_share_what_left_the_origin_once() {
+    if let Some(why) = unavailable() {
+        return eprintln!("skipped: {why}");
+    }
+    let Blobs { dir, digests, bytes } = blobs(&[40 * MIB + 77, 3 * MIB, 100_000]);
+    let cluster = Cluster::start(fast(), dir);
+    let everybody = cluster.everybody();
+    for digest in &digests {
+        pull_everywhere(&cluster, &everybody, digest);
+    }
+    assert_eq!(cluster.origin_bytes(), bytes, "each byte once");
+    cluster.wait_until_idle();
+    let most = everybody.iter().map(|node| cluster.sent(*node)).max().unwrap();
+    assert!(most < bytes * 5, "nobody serves all the others: {most} of {bytes}");
+}
+
+#[test]
+fn a_blob_crosses_into_a_zone_once_or_never() {
+    if let Some(why) = unavailable() {
+        return eprintln!("skipped: {why}");
+    }
+    for (peers, crossings, fetches) in
+        [("zones = \"prefer\"", Some(1), 1), ("zones = \"isolate\"", Some(0), 2), ("zones = \"ignore\"", None, 1)]
+    {
+        let Blobs { dir, digests, bytes } = blobs(&[24 * MIB, 3 * MIB]);
+        let shape = Shape { zones: vec![3, 3], peers, ..fast() };
+        let cluster = Cluster::start(shape, dir);
+        let everybody = cluster.everybody();
+        for digest in &digests {
+            pull_everywhere(&cluster, &everybody, digest);
+        }
+        let between = |from: &str, to: &str| {
+            let name = format!("dray_peer_bytes_total{{from_zone=\"{from}\",to_zone=\"{to}\"}}");
+            everybody.iter().map(|node| cluster.metric(*node, &name)).sum::<u64>()
+        };
+        let crossed = between("z0", "z1") + between("z1", "z0");
+        if let Some(crossings) = crossings {
+            assert_eq!(crossed, crossings * bytes, "{peers}");
+        }
+        assert_eq!(cluster.origin_bytes(), fetches * bytes, "{peers}");
+    }
+}
+
+#[test]
+fn what_any_node_has_is_found_when_the_origin_is_gone() {
+    if let Some(why) = unavailable() {
+        return eprintln!("skipped: {why}");
+    }
+    let Blobs { dir, digests, .. } = blobs(&[20 * MIB, 5 * MIB, 4 * MIB]);
+    let mut cluster = Cluster::start(Shape { zones: vec![5], ..fast() }, dir);
+    for (nth, digest) in digests.iter().enumerate() {
+        pull_everywhere(&cluster, &[nth], digest);
+    }
+    cluster.wait_until_idle();
+    cluster.stop_origin();
+    let everybody = cluster.everybody();
+    for digest in &digests {
+        pull_everywhere(&cluster, &everybody, digest);
+    }
+}
+
+#[test]
+fn restarts_and_a_new_node_do_not_send_anybody_back_to_the_origin() {
+    if let Some(why) = unavailable() {
+        return eprintln!("skipped: {why}");
+    }
+    let Blobs { dir, digests, bytes } = blobs(&[2 * MIB; 12]);
+    let mut cluster = Cluster::start_without(Shape { zones: vec![5], ..fast() }, dir, &[4]);
+    let first: Vec<usize> = (0..4).collect();
+    for digest in &digests {
+        pull_everywhere(&cluster, &first, digest);
+    }
+    cluster.wait_until_idle();
+    assert_eq!(cluster.origin_bytes(), bytes);
+    for node in first {
+        cluster.stop(node);
+        let others: Vec<usize> = (0..4).filter(|other| *other != node).collect();
+        digests.iter().for_each(|digest| pull_everywhere(&cluster, &others, digest));
+        cluster.launch(node);
+        digests.iter().for_each(|digest| pull_everywhere(&cluster, &[node], digest));
+    }
+    cluster.join(4);
+    cluster.wait_until_formed();
+    digests.iter().for_each(|digest| pull_everywhere(&cluster, &[4], digest));
+    assert_eq!(cluster.origin_bytes(), bytes, "nothing was fetched again");
+}
+
+#[test]
+fn killed_and_cut_off_nodes_fail_nobody_else() {
+    if let Some(why) = unavailable() {
+        return eprintln!("skipped: {why}");
+    }
+    let Blobs { dir, digests, bytes } = blobs(&[6 * MIB; 6]);
+    let mut cluster = Cluster::start(Shape { zones: vec![6], node: 400, origin: 400, ..Shape::default() }, dir);
+    for (nth, digest) in digests.iter().enumerate() {
+        let victim = nth % 6;
+        let living: Vec<usize> = (0..6).filter(|node| *node != victim).collect();
+        std::thread::scope(|scope| {
+            let pulls = scope.spawn(|| pull_everywhere(&cluster, &living, digest));
+            std::thread::sleep(std::time::Duration::from_millis(40 * nth as u64));
+            if nth % 2 == 0 {
+                cluster.freeze(victim);
+            } else {
+                cluster.cut(victim);
+            }
+            pulls.join().unwrap();
+        });
+        cluster.heal(victim);
+        cluster.kill(victim);
+        cluster.launch(victim);
+        pull_everywhere(&cluster, &[victim], digest);
+    }
+    let share = cluster.origin_bytes() * 10 / bytes;
+    assert!(share <= 13, "{share} tenths of what there is");
+}
