@@ -179,6 +179,17 @@ impl Fills {
         self.lock().get(key).cloned()
     }
 
+    /// What runs for the same bytes as somebody's follower while `key` is the owner's, and its file.
+    fn following(&self, key: &FillKey) -> Option<(Arc<Fill>, Arc<Blob>)> {
+        let followers = [Role::Zone, Role::Client].into_iter().filter(|role| key.role > *role);
+        followers.filter_map(|role| self.running(&FillKey { role, ..key.clone() })).find_map(|fill| {
+            match fill.opened.get()? {
+                Ok(Opened::Growing { blob, .. }) => Some((fill.clone(), blob.clone())),
+                _ => None,
+            }
+        })
+    }
+
     /// Whether this digest lately came with wrong bytes from this registry: a client may hold a bad
     /// beginning, which a good end must not complete.
     pub fn is_distrusted(&self, digest: &Digest, registry: &Registry) -> bool {

@@ -6,7 +6,7 @@ use futures_util::stream::BoxStream;
 use http::header::{CONTENT_LENGTH, CONTENT_RANGE};
 use http::{HeaderMap, HeaderValue};
 
-use crate::oci::{ContentRange, Span};
+use crate::oci::{ContentRange, RangeRequest, Span};
 
 /// A blob's body as an origin or a peer sends it.
 pub struct Incoming {
@@ -83,6 +83,15 @@ impl Incoming {
 impl Part {
     pub fn new(from: u64, end: Option<u64>) -> Self {
         end.map_or(Self::From(from), |end| Self::Span(Span { start: from, end }))
+    }
+
+    /// The same as a client would ask for it; None: the whole blob.
+    pub fn request(self) -> Option<RangeRequest> {
+        match self {
+            Self::From(0) => None,
+            Self::From(start) => Some(RangeRequest::From(start)),
+            Self::Span(span) => Some(RangeRequest::Bounded(span.start, span.end - 1)),
+        }
     }
 
     /// Its first byte.

@@ -47,7 +47,11 @@ impl Running<'_> {
         // What proved wrong may have been put together from a good and a bad source: then all of it
         // comes from one.
         let distrusted = self.fills.is_distrusted(digest, registry);
-        let partial = self.fills.store.large.take_partial(digest, registry).filter(|_| !distrusted);
+        let partial = match self.fills.store.large.take_partial(digest, registry) {
+            _ if distrusted => None,
+            None => self.inherit().await,
+            partial => partial,
+        };
         let opened = if distrusted || sources.connections() == Connections::One {
             Feed::open(sources.clone(), 0, None).await
         } else {
@@ -121,6 +125,18 @@ impl Running<'_> {
         let written = writing.await.unwrap_or(Written::DiskFailed);
         drop(permit);
         self.conclude(draft, ended, written, &*sources).await;
+    }
+
+    /// A copy of what this node fetches already as somebody's follower, where it has to take the
+    /// owner's place.
+    async fn inherit(&self) -> Option<Partial> {
+        let (follower, blob) = self.fills.following(&self.fill.key)?;
+        let draft = self.draft(blob.len).await.ok()?;
+        let copying = tokio::task::spawn_blocking(move || {
+            let written = follower.written().iter().take_while(|span| draft.copy(&blob, *span).is_ok()).collect();
+            Partial { draft, written }
+        });
+        copying.await.ok()
     }
 
     async fn draft(&self, total: u64) -> Result<Draft, NoSpace> {

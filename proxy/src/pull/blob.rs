@@ -314,6 +314,14 @@ impl Fetch {
             Self::Refused(refusal) => refusal,
         }
     }
+
+    pub(super) fn into_source(self) -> SourceError {
+        match self {
+            Self::Source(error) => error,
+            // A fill refuses only what lies beyond its blob.
+            Self::Refused(_) => SourceError::Failed(416),
+        }
+    }
 }
 
 impl Patience {

@@ -3,6 +3,8 @@
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use futures_util::FutureExt;
+use futures_util::future::BoxFuture;
 use tokio::time::{Instant, timeout};
 
 use super::sources::Refusals;
@@ -70,25 +72,32 @@ impl Pull {
         if let Some(error) = self.negatives.get(place, digest.as_str()) {
             return Err(error);
         }
-        let role = self.role(place, digest, asking);
-        let key = (place.to_string(), digest.clone(), role);
-        let landed = self
-            .manifest_flights
-            .join(key, || {
-                let (pull, place, digest, accept) = (self.clone(), place.clone(), digest.clone(), accept.to_owned());
-                async move {
-                    let fetched = pull.fetch_manifest(&place, &digest, &accept, role).await;
-                    if let Err(error) = &fetched {
-                        pull.negatives.put(&place, digest.as_str(), error);
-                    }
-                    fetched
-                }
-            })
-            .await;
-        landed.unwrap_or_else(fetch_ended)
+        self.manifest_flight(place, digest, accept, self.role(place, digest, asking)).await
     }
 
-    async fn fetch_manifest(&self, place: &Place, digest: &Digest, accept: &str, role: Role) -> Fetched {
+    /// Fetched once for all who ask for it at the same time.
+    fn manifest_flight<'a>(
+        self: &'a Arc<Self>,
+        place: &'a Place,
+        digest: &'a Digest,
+        accept: &'a str,
+        role: Role,
+    ) -> BoxFuture<'a, Fetched> {
+        let key = (place.to_string(), digest.clone(), role);
+        let landed = self.manifest_flights.join(key, move || {
+            let (pull, place, digest, accept) = (self.clone(), place.clone(), digest.clone(), accept.to_owned());
+            async move {
+                let fetched = pull.fetch_manifest(&place, &digest, &accept, role).await;
+                if let Err(error) = &fetched {
+                    pull.negatives.put(&place, digest.as_str(), error);
+                }
+                fetched
+            }
+        });
+        async move { landed.await.unwrap_or_else(fetch_ended) }.boxed()
+    }
+
+    async fn fetch_manifest(self: &Arc<Self>, place: &Place, digest: &Digest, accept: &str, role: Role) -> Fetched {
         // Another place may have brought it while we waited for our turn. Peers may wait for this as
         // well, and get what they may have.
         if let Some(found) = self.kept_manifest(digest, Asker::Peer).await {
@@ -96,6 +105,10 @@ impl Pull {
         }
         if let Some(object) = self.manifest_of_peers(place, digest, role).await? {
             return Ok((object, ServedFrom::Peer));
+        }
+        if role != Role::Global {
+            // It takes the owner's place, as others may ask it to.
+            return self.manifest_flight(place, digest, accept, Role::Global).await;
         }
         let deadline = Instant::now() + FIRST_BYTE;
         let reference = Reference::Digest(digest.clone());

@@ -5,12 +5,14 @@ use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use async_trait::async_trait;
+use futures_util::stream::try_unfold;
 use tokio::time::Instant;
 use xxhash_rust::xxh64::Xxh64;
 
-use super::{FIRST_BYTE, Pull};
+use super::blob::Fetch;
+use super::{Asker, Asking, BlobRequest, Extent, FIRST_BYTE, Pull};
 use crate::fill::{Connections, FillKey, Sources};
-use crate::oci::{Span, Spans};
+use crate::oci::{NamedBy, Span, Spans};
 use crate::peers::swarm::{Contribution, View};
 use crate::peers::{Aim, Declined, Manner, Peers, Question, Redirects};
 use crate::registries::Place;
@@ -88,6 +90,9 @@ impl Sources for BlobSources {
                 && let Some(incoming) = self.ask_owners(peers, part, failures).await?
             {
                 return Ok((incoming, ServedFrom::Peer));
+            }
+            if self.key.role != Role::Global && self.aim == Aim::Whole {
+                return self.as_owner(part).await;
             }
         }
         if failures > 0 {
@@ -189,6 +194,29 @@ impl BlobSources {
             }
         }
         Ok(None)
+    }
+
+    /// Where no owner can be reached this node takes its place. Others may ask it as the owner as well:
+    /// all of them share one fill, which goes to the origin.
+    async fn as_owner(&self, part: Part) -> Result<(Incoming, ServedFrom), SourceError> {
+        let key = FillKey { role: Role::Global, ..self.key.clone() };
+        let sources = self.pull.sources(&self.place, key.clone(), self.aim);
+        let fill = self.pull.fills.join(&key, &self.place, sources, part.start());
+        let asking = Asking { asker: Asker::Peer, role: Role::Global, ..Asking::CLIENT };
+        let request = BlobRequest {
+            place: self.place.clone(),
+            digest: key.digest,
+            range: part.request(),
+            named_by: NamedBy::Namespace,
+            asking,
+        };
+        let answer = self.pull.follow(&fill, &request).await.map_err(Fetch::into_source)?;
+        let span = match answer.extent {
+            Extent::Part(span) => span,
+            Extent::Whole | Extent::Parts(_) => Span::whole(answer.total),
+        };
+        let body = try_unfold(answer.body, |mut body| async move { Ok(body.next().await?.map(|piece| (piece, body))) });
+        Ok((Incoming::new(span, answer.total, body), answer.from))
     }
 
     /// Asks one peer; if it names another, that one, and if that cannot help, the first again.

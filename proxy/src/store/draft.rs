@@ -7,13 +7,13 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
 use std::time::Instant;
 
-use rustix::fs::FallocateFlags;
+use rustix::fs::{FallocateFlags, copy_file_range};
 use rustix::io::Errno;
 
 use super::budget::NoSpace;
 use super::large::{Blob, FILE_OVERHEAD, Large};
 use super::partial::Partial;
-use crate::oci::{Digest, Registry, Spans};
+use crate::oci::{Digest, Registry, Span, Spans};
 use crate::provenance::Provenance;
 
 /// A blob being written, with its space reserved. Unlinked when dropped without being published.
@@ -102,6 +102,21 @@ impl Large {
                 Err(error) => return Err(error.into()),
             }
         }
+    }
+}
+
+impl Draft {
+    /// Copies a span of another file for the same blob. Blocks on the disk.
+    pub fn copy(&self, from: &Blob, span: Span) -> io::Result<()> {
+        let (mut read, mut written) = (span.start, span.start);
+        while written < span.end {
+            let left = usize::try_from(span.end - written).unwrap_or(usize::MAX);
+            let count = copy_file_range(&from.file, Some(&mut read), &self.blob.file, Some(&mut written), left)?;
+            if count == 0 {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+        }
+        Ok(())
     }
 }
 
