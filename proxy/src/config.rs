@@ -166,6 +166,20 @@ pub struct Peers {
     #[serde(deserialize_with = "units::zone")]
     pub zone: Zone,
     pub zones: Zones,
+    /// A file with a secret that all drays share, one to a line: the first signs, all are believed.
+    pub key_file: Option<PathBuf>,
+    /// Certificates by which drays know each other.
+    pub mtls: Option<Mtls>,
+}
+
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Mtls {
+    /// Certificate chain, PEM. Peers have to have one for the same name.
+    pub cert: PathBuf,
+    pub key: PathBuf,
+    /// Who issues the peers' certificates, PEM.
+    pub ca: PathBuf,
 }
 
 /// A zone's name; None: no zone that anybody knows.
@@ -246,6 +260,15 @@ impl Config {
         let has_peers = !self.peers.members.is_empty() || !self.peers.service.is_empty();
         if has_peers && self.peers.listen.is_none() {
             return Err(at(section("[peers]"), "peers.listen", "is needed, so that the others can ask back".into()));
+        }
+        let proves = self.peers.key_file.is_some() || self.peers.mtls.is_some();
+        if proves && self.peers.listen.is_none() {
+            let problem = "is needed: without it there are no peers to know".into();
+            return Err(at(section("[peers]"), "peers.listen", problem));
+        }
+        if self.peers.key_file.is_some() && self.peers.mtls.is_some() {
+            let problem = "is not needed beside mtls: choose one of them".into();
+            return Err(at(section("[peers]"), "peers.key_file", problem));
         }
         self.check_rules(&at)
     }
@@ -435,6 +458,12 @@ mod tests {
             ("# [cache]\n[cache]\ndisk = \"1MiB\"", &["dray.toml:2", "cache.disk", "64MiB"]),
             ("[tls]\ncert = \"c\"", &["dray.toml:1", "tls"]),
             ("listen = \"here\"", &["line 1", "listen"]),
+            ("[peers]\nkey_file = \"k\"", &["dray.toml:1", "peers.listen"]),
+            (
+                "[peers]\nlisten = \"0.0.0.0:1\"\nkey_file = \"k\"\nmtls = { cert = \"c\", key = \"k\", ca = \"a\" }",
+                &["dray.toml:1", "peers.key_file", "mtls"],
+            ),
+            ("[peers]\nmtls = { cert = \"c\" }", &["line 2", "key"]),
             ("listen = \"127.0.0.1:1\"\nlisten = \"127.0.0.1:2\"", &["line 2", "listen"]),
         ] {
             let message = problem(text);

@@ -9,6 +9,7 @@ pub mod containerd;
 pub mod dns;
 pub mod fill;
 pub mod flights;
+pub mod identity;
 pub mod lifetimes;
 pub mod metrics;
 pub mod oci;

@@ -72,6 +72,9 @@ struct Serve {
     /// The zone that this node is in
     #[arg(long, env = "DRAY_ZONE", value_name = "ZONE")]
     zone: Option<String>,
+    /// A file with a secret that all drays share, by which they prove to each other who they are
+    #[arg(long, env = "DRAY_PEERS_KEY_FILE", value_name = "FILE")]
+    peers_key_file: Option<PathBuf>,
     /// What to log: error, warn, info, debug; or by part, such as "warn,access=info"
     #[arg(long, env = "DRAY_LOG", default_value = "info", value_name = "FILTER")]
     log: String,
@@ -179,6 +182,9 @@ impl Serve {
             if config.peers.listen.is_none() {
                 config.peers.listen = Some(SocketAddr::from(([0, 0, 0, 0], PEERS_PORT)));
             }
+        }
+        if let Some(key_file) = &self.peers_key_file {
+            config.peers.key_file = Some(key_file.clone());
         }
         if let Some(zone) = &self.zone {
             config.peers.zone = Some(zone.as_str().into());

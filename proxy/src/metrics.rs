@@ -19,6 +19,7 @@ pub const CACHE_BYTES: &str = "dray_cache_bytes";
 pub const SCRUBBED_BYTES: &str = "dray_scrubbed_bytes_total";
 pub const DAMAGED: &str = "dray_damaged_blobs_total";
 pub const SHUT_OUT: &str = "dray_peers_shut_out_total";
+pub const UNPROVEN: &str = "dray_peers_unproven_total";
 pub const SMALL_DROPPED: &str = "dray_small_dropped_total";
 pub const STALE: &str = "dray_stale_total";
 pub const MISMATCHES: &str = "dray_digest_mismatches_total";
@@ -49,6 +50,7 @@ pub struct Metrics {
     pub scrubbed_bytes: IntCounter,
     pub damaged: IntCounter,
     pub shut_out: IntCounter,
+    pub unproven: IntCounterVec,
     /// by cache, reason
     pub small_dropped: IntCounterVec,
     /// by tier
@@ -95,6 +97,7 @@ impl Metrics {
                 &registry,
                 IntCounter::new(SHUT_OUT, "Times a peer was left alone for sending wrong bytes."),
             ),
+            unproven: counters(UNPROVEN, "Questions and answers of peers that did not know our key.", &["what"]),
             damaged: register(
                 &registry,
                 IntCounter::new(DAMAGED, "Cached blobs that no longer matched their digest, and were dropped."),

@@ -8,8 +8,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
-use http::Method;
 use http::header::{ACCEPT, HOST, RANGE, USER_AGENT};
+use http::{HeaderName, HeaderValue, Method};
 use pingora::modules::http::HttpModules;
 use pingora::prelude::{Error, ErrorType, HttpPeer};
 use pingora::proxy::{ProxyHttp, Session};
@@ -22,9 +22,9 @@ use crate::metrics::Metrics;
 use crate::oci::route::{self, query_value};
 use crate::oci::{Endpoint, NamedBy, RangeSet, Reference, Registry, Repository, Route, accept};
 use crate::peers::swarm::Direction;
-use crate::peers::{Sending as Counted, Visitor};
-use crate::pull::{Asker, Asking, BlobRequest, Body, Pull, Refusal};
-use crate::registries::Registries;
+use crate::peers::{Seal, Sending as Counted, Standing, Unproven, Visitor, wire};
+use crate::pull::{Asker, Asking, BlobRequest, Body, ManifestAnswer, Pull, Refusal};
+use crate::registries::{Registries, Rule};
 use crate::respond::Reply;
 use crate::source::Broken;
 
@@ -35,8 +35,14 @@ pub struct Front {
     pub metrics: Arc<Metrics>,
     pub access_log: Arc<AccessLog>,
     pub load: Arc<Load>,
-    /// Who connects to this listener.
-    pub asker: Asker,
+    pub listener: Listener,
+}
+
+/// Whom a listener is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Listener {
+    Clients,
+    Peers,
 }
 
 /// Requests being answered, and the memory that their answers take.
@@ -58,6 +64,8 @@ pub struct Exchange {
     started: Instant,
     /// Counts the request as load for as long as it is answered.
     seat: Option<Seat>,
+    /// Proves the answer to a peer.
+    seal: Option<Seal>,
     /// Counts its body as sent to a peer.
     counted: Option<Counted>,
     /// Its share of the memory for answers that are sent whole.
@@ -169,28 +177,36 @@ impl Front {
         let place = self.pull.place(registry.clone(), repository.clone());
         let rule = place.rule.name().to_owned();
         exchange.content = Some(Content { registry: registry.clone(), repository, rule, named_by });
-        if let Err(refusal) = self.pull.permit(&place, self.asker) {
+        let visitor = match self.visitor(session) {
+            Ok(visitor) => visitor,
+            Err(unproven) => return Reply::unproven(unproven),
+        };
+        exchange.seal = visitor.as_ref().and_then(|visitor| visitor.seal.clone());
+        let asking = visitor.as_ref().map_or(Asking::CLIENT, |visitor| asking(visitor, &place.rule));
+        if let Err(refusal) = self.pull.permit(&place, asking.asker) {
             // Peers go by their own rules, which may be newer or older: this is no word of the origin.
-            let refusal = if self.asker == Asker::Peer { Refusal::NotKept } else { refusal };
+            let refusal = if asking.asker.is_peer() { Refusal::NotKept } else { refusal };
             return Reply::refusal(&refusal);
         }
-        let visitor = self.visitor(session);
-        let asking = visitor.as_ref().map_or(Asking::CLIENT, asking);
         let ranges = header(RANGE).and_then(RangeSet::parse);
         let range = ranges.as_ref().and_then(RangeSet::single);
         let accepted = request.headers.get_all(ACCEPT).iter().filter_map(|value| value.to_str().ok());
         let head_only = request.method == Method::HEAD;
         let answer = match endpoint {
-            Endpoint::Manifest(Reference::Tag(_)) | Endpoint::Tags | Endpoint::Referrers(_)
-                if self.asker == Asker::Peer =>
-            {
-                Err(Refusal::Denied("peers share what a digest proves, not tags".into()))
+            Endpoint::Manifest(Reference::Tag(_)) if asking.asker == Asker::Peer(Standing::Stranger) => {
+                Err(self.no_tags(visitor.as_ref()))
+            }
+            Endpoint::Tags | Endpoint::Referrers(_) if asking.asker.is_peer() => {
+                Err(Refusal::Denied("peers share content, not lists".into()))
             }
             Endpoint::Manifest(reference) => {
                 let accept = accept::merge(accepted);
                 let answer = self.pull.manifest(&place, &reference, &accept, asking).await;
                 // A HEAD describes the whole.
-                answer.map(|answer| Reply::manifest(&answer, range.filter(|_| !head_only)))
+                answer.map(|answer| {
+                    let reply = Reply::manifest(&answer, range.filter(|_| !head_only));
+                    reply.telling(visitor.is_some().then(|| told_age(&answer)).flatten().into_iter().collect())
+                })
             }
             Endpoint::Blob(digest) => {
                 let request = BlobRequest { place: place.clone(), digest, range, named_by, asking };
@@ -221,11 +237,19 @@ impl Front {
     }
 
     /// Who asks on the peers' port.
-    fn visitor(&self, session: &Session) -> Option<Visitor> {
-        let peers = self.pull.peers().filter(|_| self.asker == Asker::Peer)?;
+    fn visitor(&self, session: &Session) -> Result<Option<Visitor>, Unproven> {
+        let Some(peers) = self.pull.peers().filter(|_| self.listener == Listener::Peers) else { return Ok(None) };
         let from =
             session.client_addr().and_then(|address| address.as_inet()).map(|address| address.ip().to_canonical());
-        Some(Visitor::read(&session.req_header().headers, from, peers))
+        Visitor::read(session.req_header(), from, peers).map(Some)
+    }
+
+    /// Why a stranger is not told what a tag means; a peer whose rules differ asks elsewhere.
+    fn no_tags(&self, visitor: Option<&Visitor>) -> Refusal {
+        if visitor.is_some_and(|visitor| visitor.seal.is_some()) {
+            return Refusal::NotKept;
+        }
+        Refusal::Denied("peers that do not prove who they are share what a digest proves, not tags".into())
     }
 
     /// A blob for a peer: from here, or from somebody who has it as well and is less busy.
@@ -273,8 +297,15 @@ impl Front {
     }
 }
 
-fn asking(visitor: &Visitor) -> Asking {
-    Asking { asker: Asker::Peer, role: visitor.role, reach: visitor.reach, aim: visitor.aim, left: visitor.deadline }
+fn asking(visitor: &Visitor, rule: &Rule) -> Asking {
+    let (standing, reach) = visitor.within(rule);
+    Asking { asker: Asker::Peer(standing), role: visitor.role, reach, aim: visitor.aim, left: visitor.deadline }
+}
+
+/// How old a tag's meaning is, more exactly than clients need to know it.
+fn told_age(answer: &ManifestAnswer) -> Option<(HeaderName, HeaderValue)> {
+    let age = u64::try_from(answer.age?.as_millis()).unwrap_or(u64::MAX);
+    Some((wire::AGE, age.into()))
 }
 
 /// What of a query is the origin's business.
@@ -297,7 +328,11 @@ async fn send(session: &mut Session, exchange: &mut Exchange, mut reply: Reply) 
         // Somebody pushes: what they send is not read, so the connection cannot be used again.
         session.set_keepalive(None);
     }
-    let head = reply.head(&exchange.id);
+    let mut head = reply.head(&exchange.id);
+    if let Some(seal) = exchange.seal.take() {
+        let (name, value) = seal.sign(exchange.status, &head.headers);
+        head.insert_header(name, value)?;
+    }
     if session.req_header().method == Method::HEAD {
         reply.body = Body::Memory(None);
         session.write_response_header(Box::new(head), true).await?;
@@ -398,6 +433,7 @@ impl Exchange {
             id: format!("{:016x}", fastrand::u64(..)),
             started: Instant::now(),
             seat: None,
+            seal: None,
             counted: None,
             held: None,
             route: "other",

@@ -9,6 +9,7 @@ mod parts;
 mod range;
 mod refusal;
 mod sources;
+mod tag;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -48,7 +49,7 @@ pub struct Pull {
     metrics: Arc<Metrics>,
     negatives: Negatives,
     manifest_flights: Flights<(String, Digest, Role), manifest::Fetched>,
-    tag_flights: Flights<(String, Tag), Result<ManifestAnswer, SourceError>>,
+    tag_flights: Flights<(String, Tag, Role), tag::Meant>,
     length_flights: Flights<(String, Digest), Result<u64, SourceError>>,
     /// The registry that last served a repository.
     learned: moka::sync::Cache<Repository, Registry>,
@@ -114,7 +115,7 @@ impl Pull {
         if place.rule.deny {
             return Err(Refusal::Denied(format!("{} is denied by rule \"{}\"", place.registry, place.rule.name())));
         }
-        if asker == Asker::Peer && place.rule.is_private() {
+        if !asker.is_trusted() && place.rule.is_private() {
             return Err(Refusal::Denied(format!("{} needs credentials and is not shared with peers", place.registry)));
         }
         Ok(())
@@ -122,12 +123,15 @@ impl Pull {
 
     /// Whether something kept may be given out, by the rule of the registry that it came from. What
     /// may not is as good as not kept: the origin of whoever asks decides.
-    fn may_give(&self, provenance: Option<&Provenance>, asker: Asker) -> bool {
+    ///
+    /// A peer's rules were compared for the registry that it asks for, and for no other.
+    fn may_give(&self, provenance: Option<&Provenance>, asker: Asker, place: &Place) -> bool {
         let registry = provenance.and_then(|provenance| provenance.registry.parse().ok());
         match registry {
             Some(registry) => {
                 let rule = self.registries.rule(&registry);
-                !rule.deny && (asker == Asker::Client || !rule.is_private())
+                let is_known = asker == Asker::Client || (asker.is_trusted() && registry == place.registry);
+                !rule.deny && (is_known || !rule.is_private())
             }
             // Its record is lost: only those who may have everything may have it.
             None => asker == Asker::Client,
@@ -144,10 +148,12 @@ impl Pull {
     /// As what this process fetches a digest: it goes to the origin if it is asked as the owner, is the
     /// owner, or may not show the digest to peers.
     fn role(&self, place: &Place, digest: &Digest, asking: Asking) -> Role {
-        match &self.peers {
-            Some(peers) if !place.rule.is_private() => peers.lead(digest, asking.role).role,
-            _ => Role::Global,
-        }
+        self.peers_for(place).map_or(Role::Global, |peers| peers.lead(digest, asking.role).role)
+    }
+
+    /// Those who may be asked for what belongs there.
+    fn peers_for(&self, place: &Place) -> Option<&Arc<Peers>> {
+        self.peers.as_ref().filter(|peers| may_share(peers, place))
     }
 
     /// What other drays see of this one.
@@ -170,6 +176,11 @@ impl Pull {
         let store = self.store.clone();
         tokio::task::spawn_blocking(move || store.records.put_repository(&record));
     }
+}
+
+/// What a rule fetches with credentials is only for peers that prove who they are.
+fn may_share(peers: &Peers, place: &Place) -> bool {
+    peers.are_proven() || !place.rule.is_private()
 }
 
 /// What a flight that panicked has brought.

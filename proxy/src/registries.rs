@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use regex::Regex;
+use xxhash_rust::xxh64::xxh64;
 
 use crate::config::{self, Abandoned, Config, Credentials, HostPattern, Scheme, Upstream};
 use crate::oci::route::Names;
@@ -33,6 +34,7 @@ pub struct Rule {
     pub negative_ttl: Duration,
     pub abandoned: Abandoned,
     immutable_tags: Vec<Regex>,
+    fingerprint: String,
 }
 
 /// A repository as a client named it, with the rule that holds for it.
@@ -64,7 +66,7 @@ impl Registries {
                 }
             }
         }
-        let rules = written.chain([&implicit]).map(|rule| Arc::new(Rule::new(rule))).collect();
+        let rules = written.chain([&implicit]).map(|rule| Arc::new(Rule::new(rule, &config.guard))).collect();
         Self { rules, aliases, listen: config.listen }
     }
 
@@ -123,7 +125,7 @@ impl Names for Registries {
 }
 
 impl Rule {
-    fn new(rule: &config::Rule) -> Self {
+    fn new(rule: &config::Rule, guard: &config::Guard) -> Self {
         Self {
             pattern: rule.pattern.clone(),
             upstreams: rule.upstreams.clone(),
@@ -135,7 +137,13 @@ impl Rule {
             abandoned: rule.abandoned,
             // The configuration refused patterns that do not compile.
             immutable_tags: rule.immutable_tags.iter().filter_map(|p| config::whole_tag(p).ok()).collect(),
+            fingerprint: fingerprint(rule, guard),
         }
+    }
+
+    /// The same on nodes that would fetch the same in the same way.
+    pub fn fingerprint(&self) -> &str {
+        &self.fingerprint
     }
 
     /// The rule's name in logs, metrics and records: its pattern.
@@ -162,9 +170,43 @@ impl Rule {
     }
 }
 
+/// What decides where something comes from, who may have it, and for how long it is believed. Never a
+/// secret, and no file's place: nodes may keep theirs elsewhere.
+fn fingerprint(rule: &config::Rule, guard: &config::Guard) -> String {
+    let upstreams: Vec<_> = rule.upstreams.iter().map(Upstream::base).collect();
+    let credentials = match &rule.credentials {
+        None => "none",
+        Some(Credentials::DockerConfig { .. }) => "docker config",
+        Some(Credentials::Static { username, .. }) => username,
+    };
+    let text = format!(
+        "{} {upstreams:?} {credentials:?} {} {:?} {:?} {:?}",
+        rule.pattern.as_str(),
+        rule.deny,
+        rule.tag_ttl.0,
+        rule.immutable_tags,
+        guard.allow,
+    );
+    format!("{:016x}", xxh64(text.as_bytes(), 0))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_fingerprint_is_of_what_decides() {
+        let of = |text: &str| registries(text).rules()[0].fingerprint().to_owned();
+        let plain = of("[[registry]]\nmatch = \"a.io\"");
+        assert_eq!(plain, of("listen = \"127.0.0.1:1\"\n[[registry]]\nmatch = \"a.io\"\nnegative_ttl = \"9s\""));
+        let secret = "credentials = { username = \"u\", password_env = ";
+        let with = |name: &str| of(&format!("[[registry]]\nmatch = \"a.io\"\n{secret}\"{name}\" }}"));
+        assert_eq!(with("A"), with("B"));
+        for other in ["deny = true", "upstreams = [\"http://m\"]", "tag_ttl = \"9s\"", "immutable_tags = [\"v\"]"] {
+            assert_ne!(plain, of(&format!("[[registry]]\nmatch = \"a.io\"\n{other}")), "{other}");
+        }
+        assert_ne!(plain, with("A"));
+    }
 
     fn registries(text: &str) -> Registries {
         Registries::new(&Config::parse(text, "test").unwrap())

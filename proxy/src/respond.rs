@@ -4,13 +4,16 @@
 //! ever sent in chunks: containerd takes a missing length for an unknown size.
 
 use bytes::Bytes;
-use http::header::{ACCEPT_RANGES, AGE, ALLOW, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, LINK, LOCATION};
+use http::header::{
+    ACCEPT_RANGES, AGE, ALLOW, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, LINK, LOCATION, WWW_AUTHENTICATE,
+};
 use http::{HeaderName, HeaderValue, StatusCode};
 use pingora::http::ResponseHeader;
 
 use crate::oci::route::RouteError;
 use crate::oci::{BLOB_MEDIA_TYPE, Digest, ErrorCode, RangeRequest, Registry, error};
 use crate::origin::ListAnswer;
+use crate::peers::Unproven;
 use crate::pull::{BlobAnswer, Body, Extent, ManifestAnswer, Refusal};
 use crate::source::ServedFrom;
 
@@ -71,6 +74,12 @@ impl Reply {
             "this is a pull-through cache: push to the registry itself",
         )
         .header(ALLOW, "GET, HEAD")
+    }
+
+    /// Whoever asks on the peers' port does not prove who it is.
+    pub fn unproven(unproven: Unproven) -> Self {
+        Self::error(StatusCode::UNAUTHORIZED, ErrorCode::Unauthorized, unproven.as_str())
+            .header(WWW_AUTHENTICATE, "dray-auth")
     }
 
     /// Another peer has it, and is less busy.

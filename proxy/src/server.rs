@@ -12,7 +12,6 @@ use pingora::server::configuration::ServerConf;
 use pingora::server::{RunArgs, ShutdownSignal, ShutdownSignalWatch};
 use pingora::services::listening::Service;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-use rustls::server::WebPkiClientVerifier;
 use tokio::runtime::Runtime;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::time::timeout;
@@ -20,11 +19,12 @@ use tokio::time::timeout;
 use crate::access_log::AccessLog;
 use crate::admin::{Admin, Readiness};
 use crate::config::{Config, Share, Tls};
+use crate::identity::{Files, Identity, Welcome};
 use crate::metrics::Metrics;
 use crate::origin::Origin;
-use crate::peers::Peers;
-use crate::proxy::{Front, Load};
-use crate::pull::{Asker, Pull};
+use crate::peers::{Peers, RELOAD};
+use crate::proxy::{Front, Listener, Load};
+use crate::pull::Pull;
 use crate::registries::Registries;
 use crate::store::{HOUSEKEEPING, Store};
 
@@ -63,7 +63,7 @@ pub fn run(
 ) -> Result<(), StartError> {
     let access_log = Arc::new(access_log);
     raise_descriptor_limit();
-    let tls = config.tls.cert.is_some().then(|| tls_settings(&config.tls)).transpose()?;
+    let identity = identity(&config.tls).map_err(StartError::Config)?;
     let ports = Ports::reserve(&mut config)?;
     let bound = ports.bound;
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -77,13 +77,13 @@ pub fn run(
     let (pull, store) = runtime.block_on(compose(&config, &registries, &metrics))?;
 
     let load = Arc::new(Load::default());
-    let front = |asker| Front {
+    let front = |listener| Front {
         pull: pull.clone(),
         registries: registries.clone(),
         metrics: metrics.clone(),
         access_log: access_log.clone(),
         load: load.clone(),
-        asker,
+        listener,
     };
     let readiness = Arc::new(Readiness::default());
     let conf = ServerConf {
@@ -96,15 +96,25 @@ pub fn run(
     let mut server = Server::new_with_opt_and_conf(None, conf);
     server.bootstrap();
     let conf = server.configuration.clone();
-    let mut clients = ProxyServiceBuilder::new(&conf, front(Asker::Client)).name("registry").build();
-    match tls {
-        Some(settings) => clients.add_tls_with_settings(&bound.registry.to_string(), None, settings),
+    let mut clients = ProxyServiceBuilder::new(&conf, front(Listener::Clients)).name("registry").build();
+    match &identity {
+        Some(identity) => {
+            let mut settings = tls_settings(identity, config.tls.client_ca.is_some().then_some(Welcome::Anybody))?;
+            settings.enable_h2();
+            clients.add_tls_with_settings(&bound.registry.to_string(), None, settings);
+        }
         None => clients.add_tcp(&bound.registry.to_string()),
     }
     server.add_service(clients);
     if let Some(address) = bound.peers {
-        let mut peers = ProxyServiceBuilder::new(&conf, front(Asker::Peer)).name("peers").build();
-        peers.add_tcp(&address.to_string());
+        let mut peers = ProxyServiceBuilder::new(&conf, front(Listener::Peers)).name("peers").build();
+        match pull.peers().and_then(|peers| peers.identity()) {
+            Some(identity) => {
+                let settings = tls_settings(identity, Some(Welcome::Namesakes))?;
+                peers.add_tls_with_settings(&address.to_string(), None, settings);
+            }
+            None => peers.add_tcp(&address.to_string()),
+        }
         server.add_service(peers);
     }
     let admin = Admin { metrics, readiness: readiness.clone() };
@@ -130,6 +140,7 @@ pub fn run(
     });
     let following = pull.clone();
     runtime.spawn(async move { following.follow_peers().await });
+    runtime.spawn(keep_secrets(identity, pull.clone()));
     let scrubbing = pull.clone();
     runtime.spawn(async move { scrubbing.scrub(config.cache.scrub.0).await });
     runtime.spawn(keep_house(store.clone(), config.cache.keep_free));
@@ -164,6 +175,26 @@ async fn keep_house(store: Arc<Store>, keep_free: Share) {
         tick.tick().await;
         let large = store.large.clone();
         let _ = tokio::task::spawn_blocking(move || large.keep_house(keep_free)).await;
+    }
+}
+
+/// Reads certificates and keys again, which others replace, for as long as the process lives.
+async fn keep_secrets(identity: Option<Arc<Identity>>, pull: Arc<Pull>) {
+    let mut known = (None, None);
+    loop {
+        tokio::time::sleep(RELOAD).await;
+        let (identity, pull) = (identity.clone(), pull.clone());
+        let reloaded = tokio::task::spawn_blocking(move || {
+            let own = identity.and_then(|identity| identity.reload().err());
+            (own, pull.peers().and_then(|peers| peers.reload().err()))
+        });
+        let Ok(trouble) = reloaded.await else { continue };
+        for (new, old) in [(&trouble.0, &known.0), (&trouble.1, &known.1)] {
+            if let Some(error) = new.as_ref().filter(|_| new != old) {
+                tracing::warn!(error, "a changed file cannot be used: what was read before still holds");
+            }
+        }
+        known = trouble;
     }
 }
 
@@ -275,44 +306,21 @@ impl ShutdownSignalWatch for Stop {
     }
 }
 
-/// Checks the files first: pingora would panic in a thread of its own.
-fn tls_settings(tls: &Tls) -> Result<TlsSettings, StartError> {
-    let wrong = |what: &str, path: &std::path::Path, why: String| {
-        StartError::Config(format!("tls.{what} = \"{}\": {why}", path.display()))
-    };
-    let (Some(cert), Some(key)) = (&tls.cert, &tls.key) else {
-        return Err(StartError::Config("tls.cert and tls.key belong together".into()));
-    };
-    let chain = read_certificates(cert).map_err(|e| wrong("cert", cert, e))?;
-    let private = {
-        use rustls::pki_types::pem::PemObject;
-        rustls::pki_types::PrivateKeyDer::from_pem_file(key).map_err(|e| wrong("key", key, e.to_string()))?
-    };
-    rustls::ServerConfig::builder()
-        .with_no_client_auth()
-        .with_single_cert(chain, private)
-        .map_err(|e| wrong("cert", cert, format!("does not fit the key: {e}")))?;
-    let text = |path: &std::path::Path| path.to_string_lossy().into_owned();
-    let mut settings =
-        TlsSettings::intermediate(&text(cert), &text(key)).map_err(|e| wrong("cert", cert, e.to_string()))?;
-    settings.enable_h2();
-    if let Some(ca) = &tls.client_ca {
-        let mut roots = rustls::RootCertStore::empty();
-        for certificate in read_certificates(ca).map_err(|e| wrong("client_ca", ca, e))? {
-            roots.add(certificate).map_err(|e| wrong("client_ca", ca, e.to_string()))?;
-        }
-        let verifier = WebPkiClientVerifier::builder(Arc::new(roots)).build();
-        settings.set_client_cert_verifier(verifier.map_err(|e| wrong("client_ca", ca, e.to_string()))?);
-    }
-    Ok(settings)
+/// What the registry listener shows. None: it speaks plain HTTP.
+fn identity(tls: &Tls) -> Result<Option<Arc<Identity>>, String> {
+    let (Some(cert), Some(key)) = (&tls.cert, &tls.key) else { return Ok(None) };
+    let ca = tls.client_ca.clone().map(|path| ("client_ca", path));
+    Identity::load(Files { table: "tls", cert: cert.clone(), key: key.clone(), ca }).map(Some)
 }
 
-fn read_certificates(path: &std::path::Path) -> Result<Vec<rustls::pki_types::CertificateDer<'static>>, String> {
-    use rustls::pki_types::pem::PemObject;
-    let found = rustls::pki_types::CertificateDer::pem_file_iter(path)
-        .and_then(Iterator::collect::<Result<Vec<_>, _>>)
-        .map_err(|e| e.to_string())?;
-    if found.is_empty() { Err("holds no certificate in PEM".to_owned()) } else { Ok(found) }
+/// A listener that shows an identity, and wants certificates of those who are welcome.
+fn tls_settings(identity: &Arc<Identity>, welcome: Option<Welcome>) -> Result<TlsSettings, StartError> {
+    let mut settings = TlsSettings::intermediate("", "").map_err(|e| StartError::Failed(e.to_string()))?;
+    settings.set_cert_resolver(identity.clone());
+    if let Some(welcome) = welcome {
+        settings.set_client_cert_verifier(identity.verifier(welcome));
+    }
+    Ok(settings)
 }
 
 /// Blobs, clients and origins all take descriptors; the usual soft limit of 1,024 is soon reached.

@@ -39,15 +39,20 @@ impl Tags {
         Some(lease)
     }
 
-    /// The origin has just said what the tag means.
-    pub fn renew(&self, place: &Place, tag: &Tag, digest: &Digest, now: SystemTime) {
-        self.leases.insert((place.to_string(), tag.clone()), Lease { digest: digest.clone(), checked_at: now });
+    /// The origin said at that time what the tag means. The youngest word wins.
+    pub fn renew(&self, place: &Place, tag: &Tag, digest: &Digest, checked_at: SystemTime) {
+        let now = SystemTime::now();
+        let younger = |known: &Lease| known.checked_at > checked_at && known.checked_at <= now;
+        if self.lease(place, tag).is_some_and(|known| younger(&known)) {
+            return;
+        }
+        self.leases.insert((place.to_string(), tag.clone()), Lease { digest: digest.clone(), checked_at });
         let record = TagRecord {
             registry: place.registry.to_string(),
             repository: place.repository.to_string(),
             tag: tag.to_string(),
             digest: digest.to_string(),
-            checked_at: now.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs(),
+            checked_at: checked_at.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs(),
         };
         let store = self.store.clone();
         tokio::task::spawn_blocking(move || store.records.put_tag(&record));

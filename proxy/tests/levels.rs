@@ -5,7 +5,7 @@ use std::path::Path;
 
 const LEVELS: [&[&str]; 8] = [
     &["oci", "metrics"],
-    &["config", "flights", "lifetimes", "provenance", "role"],
+    &["config", "flights", "identity", "lifetimes", "provenance", "role"],
     &["dns", "registries", "source", "store", "telemetry"],
     &["access_log", "origin", "peers", "fill", "tags"],
     &["pull"],

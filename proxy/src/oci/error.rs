@@ -8,6 +8,7 @@ pub enum ErrorCode {
     NameInvalid,
     NameUnknown,
     DigestInvalid,
+    Unauthorized,
     Denied,
     Unsupported,
     /// Not in the specification's table; registries use it for their own trouble.
@@ -23,6 +24,7 @@ impl ErrorCode {
             Self::NameInvalid => "NAME_INVALID",
             Self::NameUnknown => "NAME_UNKNOWN",
             Self::DigestInvalid => "DIGEST_INVALID",
+            Self::Unauthorized => "UNAUTHORIZED",
             Self::Denied => "DENIED",
             Self::Unsupported => "UNSUPPORTED",
             Self::Unavailable => "UNAVAILABLE",

@@ -6,11 +6,13 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use http::header::CACHE_CONTROL;
-use http::{HeaderMap, HeaderName, HeaderValue};
+use http::request::Parts;
+use http::{HeaderName, HeaderValue};
 
 use super::swarm::Direction;
-use super::{Aim, Peers, Reach, Redirects, lock, wire};
+use super::{Aim, Peers, Reach, Redirects, Seal, Standing, Unproven, lock, wire};
 use crate::oci::{Digest, Span, Spans};
+use crate::registries::Rule;
 use crate::role::Role;
 
 /// Who asks, and what it said of itself.
@@ -20,28 +22,39 @@ pub struct Visitor {
     peer: Option<SocketAddr>,
     /// What this node is asked as.
     pub role: Role,
-    pub reach: Reach,
+    reach: Reach,
     pub redirects: Redirects,
     pub aim: Aim,
     /// What is left of the time to answer.
     pub deadline: Option<Duration>,
     have: Spans,
     load: u32,
+    /// Whether it has proven who it is, and what proves the answer.
+    standing: Standing,
+    pub seal: Option<Seal>,
+    /// The fingerprint of the rule that it goes by.
+    rules: Option<String>,
 }
 
 /// A body on its way to a peer, counted for as long as it is held.
 pub struct Sending(Arc<Peers>);
 
 impl Visitor {
-    /// Reads a question's headers; `from` is the other end of its connection.
-    pub fn read(headers: &HeaderMap, from: Option<IpAddr>, peers: &Peers) -> Self {
+    /// Reads a question; `from` is the other end of its connection. An error: it is no peer's.
+    pub fn read(request: &Parts, from: Option<IpAddr>, peers: &Peers) -> Result<Self, Unproven> {
+        let headers = &request.headers;
+        let proven = peers.proof.check(&request.method, &request.uri, headers);
+        let (standing, seal) = proven.inspect_err(|why| {
+            peers.metrics.unproven.with_label_values(&["question"]).inc();
+            tracing::debug!(?from, why = why.as_str(), "a question that no peer has signed");
+        })?;
         let text = |name: HeaderName| headers.get(name).and_then(|value| value.to_str().ok()).unwrap_or_default();
         let kept = text(CACHE_CONTROL).split(',').any(|word| word.trim() == wire::ONLY_IF_CACHED);
         let refuses = text(wire::REDIRECT) == wire::NO;
         let named: Option<SocketAddr> = wire::read(headers, &wire::PEER);
         // Others are sent to it: it has to be a member, and where it says it is.
         let is_true = |peer: &SocketAddr| Some(peer.ip()) == from && peers.members.load().contains(*peer);
-        Self {
+        Ok(Self {
             peer: named.filter(is_true),
             // Nobody is asked as a client; without a word, it is the owner.
             role: wire::read(headers, &wire::ROLE).filter(|role| *role != Role::Client).unwrap_or(Role::Global),
@@ -51,6 +64,19 @@ impl Visitor {
             deadline: wire::read(headers, &wire::DEADLINE).map(Duration::from_millis),
             have: wire::read_spans(headers),
             load: wire::read(headers, &wire::LOAD).unwrap_or(0),
+            standing,
+            seal,
+            rules: wire::read(headers, &wire::RULES),
+        })
+    }
+
+    /// As what it is treated in what a rule is for. Whoever goes by another rule gets what is kept
+    /// and everybody may have: this node would fetch it elsewhere, or with other credentials.
+    pub fn within(&self, rule: &Rule) -> (Standing, Reach) {
+        match &self.rules {
+            Some(theirs) if theirs != rule.fingerprint() => (Standing::Stranger, Reach::Kept),
+            Some(_) => (self.standing, self.reach),
+            None => (Standing::Stranger, self.reach),
         }
     }
 }

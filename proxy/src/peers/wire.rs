@@ -9,6 +9,9 @@
 //! | `dray-whole` | question | `yes`: the range is one of many that make the whole blob |
 //! | `dray-deadline` | question | milliseconds that are left to answer in |
 //! | `dray-redirect` | question | `no`: nobody else could help, do it yourself |
+//! | `dray-rules` | question | the fingerprint of the rule by which whoever asks would fetch it |
+//! | `dray-age` | answer | for a tag: milliseconds since its origin was asked |
+//! | `dray-auth` | both | the proof that the sender knows the shared key, where there is one |
 //! | `dray-holders` | answer | others that have some: `10.0.0.3:5052;2;0-99+200-299, ...` |
 //!
 //! `cache-control: only-if-cached` asks for what is there or on its way; 504 says that it is not.
@@ -28,6 +31,10 @@ pub const WHOLE: HeaderName = HeaderName::from_static("dray-whole");
 pub const DEADLINE: HeaderName = HeaderName::from_static("dray-deadline");
 pub const REDIRECT: HeaderName = HeaderName::from_static("dray-redirect");
 pub const HOLDERS: HeaderName = HeaderName::from_static("dray-holders");
+pub const RULES: HeaderName = HeaderName::from_static("dray-rules");
+pub const AGE: HeaderName = HeaderName::from_static("dray-age");
+pub const CONTENT_DIGEST: HeaderName = HeaderName::from_static("docker-content-digest");
+pub const SOURCE: HeaderName = HeaderName::from_static("x-dray-source");
 pub const ONLY_IF_CACHED: &str = "only-if-cached";
 pub const NO: &str = "no";
 pub const YES: &str = "yes";

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::peers::{Aim, Reach};
+use crate::peers::{Aim, Reach, Standing};
 use crate::role::Role;
 
 /// Who asks.
@@ -10,8 +10,8 @@ use crate::role::Role;
 pub enum Asker {
     /// A container runtime.
     Client,
-    /// Another dray.
-    Peer,
+    /// Another dray, or whoever else found the port.
+    Peer(Standing),
 }
 
 /// A question's circumstances.
@@ -24,6 +24,17 @@ pub struct Asking {
     pub aim: Aim,
     /// What is left of the time to answer, where whoever asks said so.
     pub left: Option<Duration>,
+}
+
+impl Asker {
+    pub fn is_peer(self) -> bool {
+        matches!(self, Self::Peer(_))
+    }
+
+    /// Whether it gets what a rule fetches with credentials.
+    pub(super) fn is_trusted(self) -> bool {
+        matches!(self, Self::Client | Self::Peer(Standing::Member))
+    }
 }
 
 impl Asking {

@@ -83,7 +83,7 @@ impl Pull {
         let kept = self.kept_blob(request).await;
         // Peers hash the whole: they may have any part of what is verified.
         let is_proven = matches!(kept, Some(Found::Small { .. } | Found::Large { proof: Proof::Verified, .. }));
-        let may_resume = request.asking.asker == Asker::Peer && is_proven;
+        let may_resume = request.asking.asker.is_peer() && is_proven;
         if range.is_some_and(RangeRequest::is_resumption) && !may_resume && distrusted() {
             let message = "the bytes that came before did not match this digest: start again".to_owned();
             return Err(Refusal::NotFound { code: ErrorCode::BlobUnknown, message });
@@ -165,7 +165,7 @@ impl Pull {
 
     pub(super) async fn kept_blob(&self, request: &BlobRequest) -> Option<Found> {
         let found = self.store.find(&request.digest, Kind::Blob).await?;
-        self.may_give(found.provenance(), request.asking.asker).then_some(found)
+        self.may_give(found.provenance(), request.asking.asker, &request.place).then_some(found)
     }
 
     /// What the origin says, asked once for all who want to know.
@@ -237,8 +237,8 @@ impl Pull {
                 let total = blob.len;
                 let span = span_of(request.range, total)?;
                 let manner = match (request.asking.asker, request.asking.reach, span) {
-                    (Asker::Peer, Reach::Kept, Some(_)) => Reading::OfWhatComes,
-                    (Asker::Peer, Reach::Origin, Some(_)) => Reading::Unproven,
+                    (Asker::Peer(_), Reach::Kept, Some(_)) => Reading::OfWhatComes,
+                    (Asker::Peer(_), Reach::Origin, Some(_)) => Reading::Unproven,
                     _ => Reading::Proven,
                 };
                 let reader = fill.reader(blob, span.unwrap_or(Span::whole(total)), manner);

@@ -1,7 +1,7 @@
 //! The way of a manifest: verified before its first byte, by tag or by digest.
 
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
@@ -9,8 +9,8 @@ use tokio::time::{Instant, timeout};
 
 use super::sources::Refusals;
 use super::{Asker, Asking, FIRST_BYTE, Pull, Refusal, fetch_ended};
-use crate::oci::{Digest, ErrorCode, Reference, Tag, manifest};
-use crate::peers::{Aim, Manner, Question, Reach, Redirects};
+use crate::oci::{Digest, ErrorCode, Reference, manifest};
+use crate::peers::{Aim, Manner, Question, Reach, Redirects, Standing};
 use crate::registries::Place;
 use crate::role::Role;
 use crate::source::{ServedFrom, SourceError};
@@ -25,9 +25,6 @@ pub struct ManifestAnswer {
     /// For a tag: since when the origin was not asked what it means.
     pub age: Option<Duration>,
 }
-
-/// How long the origin has where an older answer is at hand.
-const WITH_STALE: Duration = Duration::from_secs(1);
 
 pub(super) type Fetched = Result<(SmallObject, ServedFrom), SourceError>;
 
@@ -46,7 +43,7 @@ impl Pull {
                     let found = self.manifest_by_digest(place, digest, accept, asking).await;
                     found.map(|(object, from)| ManifestAnswer { digest: digest.clone(), object, from, age: None })
                 }
-                Reference::Tag(tag) => self.manifest_by_tag(place, tag, accept).await,
+                Reference::Tag(tag) => self.manifest_by_tag(place, tag, accept, asking).await,
             }
         };
         // The flights go on for whoever comes next.
@@ -56,14 +53,14 @@ impl Pull {
         Ok(answer)
     }
 
-    async fn manifest_by_digest(
+    pub(super) async fn manifest_by_digest(
         self: &Arc<Self>,
         place: &Place,
         digest: &Digest,
         accept: &str,
         asking: Asking,
     ) -> Fetched {
-        if let Some(found) = self.kept_manifest(digest, asking.asker).await {
+        if let Some(found) = self.kept_manifest(place, digest, asking.asker).await {
             return Ok(found);
         }
         if asking.reach == Reach::Kept {
@@ -100,7 +97,7 @@ impl Pull {
     async fn fetch_manifest(self: &Arc<Self>, place: &Place, digest: &Digest, accept: &str, role: Role) -> Fetched {
         // Another place may have brought it while we waited for our turn. Peers may wait for this as
         // well, and get what they may have.
-        if let Some(found) = self.kept_manifest(digest, Asker::Peer).await {
+        if let Some(found) = self.kept_manifest(place, digest, Asker::Peer(Standing::Member)).await {
             return Ok(found);
         }
         if let Some(object) = self.manifest_of_peers(place, digest, role).await? {
@@ -126,7 +123,7 @@ impl Pull {
         digest: &Digest,
         role: Role,
     ) -> Result<Option<SmallObject>, SourceError> {
-        let Some(peers) = self.peers.as_ref().filter(|_| !place.rule.is_private()) else { return Ok(None) };
+        let Some(peers) = self.peers_for(place) else { return Ok(None) };
         let question = |manner| Question {
             place,
             digest,
@@ -163,103 +160,21 @@ impl Pull {
         Ok(None)
     }
 
-    async fn manifest_by_tag(
-        self: &Arc<Self>,
+    pub(super) async fn kept_manifest(
+        &self,
         place: &Place,
-        tag: &Tag,
-        accept: &str,
-    ) -> Result<ManifestAnswer, SourceError> {
-        let now = SystemTime::now();
-        let mut stale = None;
-        if let Some(lease) = self.tags.lease(place, tag)
-            && let Some((object, from)) = self.kept_manifest(&lease.digest, Asker::Client).await
-        {
-            let age = Some(lease.age(now));
-            let answer = ManifestAnswer { digest: lease.digest.clone(), object, from, age };
-            if lease.is_fresh(place, tag, now) {
-                return Ok(answer);
-            }
-            stale = Some(answer);
-        }
-        let Some(stale) = stale else {
-            return self.ask_for_tag(place, tag, accept).await;
-        };
-        let reason = match timeout(WITH_STALE, self.ask_for_tag(place, tag, accept)).await {
-            Ok(Err(error)) if error.is_outage() => error.as_str(),
-            Ok(answer) => return answer,
-            // The flight goes on and renews the lease for whoever comes next.
-            Err(_) => "slow",
-        };
-        self.metrics.stale.with_label_values(&[reason]).inc();
-        tracing::info!(%place, %tag, reason, "served stale");
-        Ok(ManifestAnswer { from: ServedFrom::Stale, ..stale })
-    }
-
-    async fn ask_for_tag(
-        self: &Arc<Self>,
-        place: &Place,
-        tag: &Tag,
-        accept: &str,
-    ) -> Result<ManifestAnswer, SourceError> {
-        if let Some(error) = self.negatives.get(place, tag.as_str()) {
-            return Err(error);
-        }
-        let key = (place.to_string(), tag.clone());
-        let landed = self
-            .tag_flights
-            .join(key, || {
-                let (pull, place, tag, accept) = (self.clone(), place.clone(), tag.clone(), accept.to_owned());
-                async move {
-                    let answer = pull.revalidate(&place, &tag, &accept).await;
-                    match &answer {
-                        Ok(answer) => pull.tags.renew(&place, &tag, &answer.digest, SystemTime::now()),
-                        Err(error) => {
-                            pull.negatives.put(&place, tag.as_str(), error);
-                            if *error == SourceError::NotFound {
-                                pull.tags.forget(&place, &tag);
-                            }
-                        }
-                    }
-                    answer
-                }
-            })
-            .await;
-        landed.unwrap_or_else(fetch_ended)
-    }
-
-    /// Asks the origin what a tag means. A HEAD is not counted by rate limits; only a digest that
-    /// is not here yet is fetched.
-    async fn revalidate(
-        self: &Arc<Self>,
-        place: &Place,
-        tag: &Tag,
-        accept: &str,
-    ) -> Result<ManifestAnswer, SourceError> {
-        let deadline = Instant::now() + FIRST_BYTE;
-        let reference = Reference::Tag(tag.clone());
-        if let Some(digest) = self.origin.manifest_digest(place, &reference, accept, deadline).await? {
-            let (object, from) = self.manifest_by_digest(place, &digest, accept, Asking::CLIENT).await?;
-            return Ok(ManifestAnswer { digest, object, from, age: Some(Duration::ZERO) });
-        }
-        let answer = self.origin.manifest(place, &reference, accept, deadline).await?;
-        let digest = Digest::of(&answer.bytes);
-        if answer.claimed.is_some_and(|claimed| !claimed.matches(&answer.bytes)) {
-            return Err(self.mismatched(place, &digest));
-        }
-        let object = self.keep_manifest(place, &digest, &answer.media_type, answer.bytes).await;
-        Ok(ManifestAnswer { digest, object, from: ServedFrom::Origin, age: Some(Duration::ZERO) })
-    }
-
-    async fn kept_manifest(&self, digest: &Digest, asker: Asker) -> Option<(SmallObject, ServedFrom)> {
+        digest: &Digest,
+        asker: Asker,
+    ) -> Option<(SmallObject, ServedFrom)> {
         match self.store.find(digest, Kind::Manifest).await? {
-            Found::Small { object, tier } if self.may_give(Some(&object.provenance), asker) => {
+            Found::Small { object, tier } if self.may_give(Some(&object.provenance), asker, place) => {
                 Some((object, tier.into()))
             }
             _ => None,
         }
     }
 
-    async fn keep_manifest(
+    pub(super) async fn keep_manifest(
         &self,
         place: &Place,
         digest: &Digest,
@@ -272,7 +187,7 @@ impl Pull {
         object
     }
 
-    fn mismatched(&self, place: &Place, digest: &Digest) -> SourceError {
+    pub(super) fn mismatched(&self, place: &Place, digest: &Digest) -> SourceError {
         self.metrics.mismatches.inc();
         tracing::error!(%place, %digest, "the origin sent a manifest that does not match its digest");
         SourceError::Malformed("the manifest does not match its digest".into())

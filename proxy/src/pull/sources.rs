@@ -14,7 +14,7 @@ use super::{Asker, Asking, BlobRequest, Extent, FIRST_BYTE, Pull};
 use crate::fill::{Connections, FillKey, Sources};
 use crate::oci::{NamedBy, Span, Spans};
 use crate::peers::swarm::{Contribution, View};
-use crate::peers::{Aim, Declined, Manner, Peers, Question, Redirects};
+use crate::peers::{Aim, Declined, Manner, Peers, Question, Redirects, Standing};
 use crate::registries::Place;
 use crate::role::Role;
 use crate::source::{Incoming, Part, ServedFrom, SourceError};
@@ -202,7 +202,7 @@ impl BlobSources {
         let key = FillKey { role: Role::Global, ..self.key.clone() };
         let sources = self.pull.sources(&self.place, key.clone(), self.aim);
         let fill = self.pull.fills.join(&key, &self.place, sources, part.start());
-        let asking = Asking { asker: Asker::Peer, role: Role::Global, ..Asking::CLIENT };
+        let asking = Asking { asker: Asker::Peer(Standing::Member), role: Role::Global, ..Asking::CLIENT };
         let request = BlobRequest {
             place: self.place.clone(),
             digest: key.digest,
@@ -266,11 +266,11 @@ impl BlobSources {
         }
     }
 
-    /// None: what a rule fetches with credentials is not for peers, and what came wrong comes from the
+    /// None: peers may not know of it. And what came wrong comes from the
     /// origin alone, since whoever lied may be among them.
     fn peers(&self) -> Option<&Arc<Peers>> {
         let distrusted = || self.pull.fills.is_distrusted(&self.key.digest, &self.key.registry);
-        self.pull.peers.as_ref().filter(|_| !self.place.rule.is_private() && !distrusted())
+        self.pull.peers_for(&self.place).filter(|_| !distrusted())
     }
 
     /// Whether this has not been done yet.

@@ -16,6 +16,7 @@ mod k8s;
 mod lazy;
 mod load;
 mod peers;
+mod proof;
 mod public;
 mod ranges;
 mod routing;

@@ -1,0 +1,275 @@
+//! A certificate, its key and the authority that others are held against, from files that may be
+//! replaced while dray runs, as cert-manager does.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use arc_swap::ArcSwap;
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::client::{ResolvesClientCert, WebPkiServerVerifier, verify_server_name};
+use rustls::crypto::CryptoProvider;
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
+use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
+use rustls::server::{ClientHello, ParsedCertificate, ResolvesServerCert, WebPkiClientVerifier};
+use rustls::sign::CertifiedKey;
+use rustls::{CertificateError, DigitallySignedStruct, DistinguishedName, Error, RootCertStore, SignatureScheme};
+
+/// Where an identity stands, in PEM, and the configuration's name for each.
+#[derive(Debug, Clone)]
+pub struct Files {
+    pub table: &'static str,
+    pub cert: PathBuf,
+    pub key: PathBuf,
+    pub ca: Option<(&'static str, PathBuf)>,
+}
+
+/// What this process shows, and whom it believes.
+pub struct Identity {
+    files: Files,
+    current: ArcSwap<Loaded>,
+}
+
+struct Loaded {
+    /// What was read, to see whether it has changed.
+    read: Vec<u8>,
+    certified: Arc<CertifiedKey>,
+    /// The names that the certificate is for.
+    names: Vec<ServerName<'static>>,
+    trusted: Option<Trusted>,
+}
+
+struct Trusted {
+    clients: Arc<dyn ClientCertVerifier>,
+    servers: Arc<WebPkiServerVerifier>,
+}
+
+/// Whom an authority's certificate makes welcome.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Welcome {
+    Anybody,
+    /// Those whose certificate is for one of the names that ours is for.
+    Namesakes,
+}
+
+/// Holds others against the authority.
+#[derive(Debug)]
+pub struct Verifier {
+    identity: Arc<Identity>,
+    welcome: Welcome,
+}
+
+impl Identity {
+    pub fn load(files: Files) -> Result<Arc<Self>, String> {
+        let current = Loaded::read(&files)?;
+        Ok(Arc::new(Self { files, current: ArcSwap::from_pointee(current) }))
+    }
+
+    /// Reads the files again. An error leaves everything as it is: they may be replaced one by one.
+    pub fn reload(&self) -> Result<(), String> {
+        let loaded = Loaded::read(&self.files)?;
+        if loaded.read != self.current.load().read {
+            tracing::info!(file = %self.files.cert.display(), "the certificate or its authority has changed");
+            self.current.store(Arc::new(loaded));
+        }
+        Ok(())
+    }
+
+    /// Whether the certificate is for any name.
+    pub fn has_name(&self) -> bool {
+        !self.current.load().names.is_empty()
+    }
+
+    /// Holds those against the authority who connect, or are connected to.
+    pub fn verifier(self: &Arc<Self>, welcome: Welcome) -> Arc<Verifier> {
+        Arc::new(Verifier { identity: self.clone(), welcome })
+    }
+}
+
+impl Loaded {
+    fn read(files: &Files) -> Result<Self, String> {
+        let wrong = |what: &str, path: &Path, why: &dyn fmt::Display| {
+            format!("{}.{what} = \"{}\": {why}", files.table, path.display())
+        };
+        let read = |what: &str, path: &Path| std::fs::read(path).map_err(|error| wrong(what, path, &error));
+        let (cert, key) = (read("cert", &files.cert)?, read("key", &files.key)?);
+        let chain = certificates(&cert).map_err(|why| wrong("cert", &files.cert, &why))?;
+        let private = PrivateKeyDer::from_pem_slice(&key).map_err(|why| wrong("key", &files.key, &why))?;
+        let certified = CertifiedKey::from_der(chain, private, &provider())
+            .map_err(|why| wrong("cert", &files.cert, &format!("does not fit the key: {why}")))?;
+        let names = names(&certified).map_err(|why| wrong("cert", &files.cert, &why))?;
+        let mut read_all = [cert, key].concat();
+        let trusted = match &files.ca {
+            Some((what, path)) => {
+                let ca = read(what, path)?;
+                let trusted = Trusted::new(&ca).map_err(|why| wrong(what, path, &why))?;
+                read_all.extend(ca);
+                Some(trusted)
+            }
+            None => None,
+        };
+        Ok(Self { read: read_all, certified: Arc::new(certified), names, trusted })
+    }
+}
+
+impl Trusted {
+    fn new(pem: &[u8]) -> Result<Self, String> {
+        let mut roots = RootCertStore::empty();
+        for certificate in certificates(pem)? {
+            roots.add(certificate).map_err(|error| error.to_string())?;
+        }
+        let roots = Arc::new(roots);
+        let clients = WebPkiClientVerifier::builder_with_provider(roots.clone(), provider()).build();
+        let servers = WebPkiServerVerifier::builder_with_provider(roots, provider()).build();
+        Ok(Self {
+            clients: clients.map_err(|error| error.to_string())?,
+            servers: servers.map_err(|error| error.to_string())?,
+        })
+    }
+}
+
+fn certificates(pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, String> {
+    let found: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(pem).collect();
+    let found = found.map_err(|error| error.to_string())?;
+    if found.is_empty() { Err("holds no certificate in PEM".to_owned()) } else { Ok(found) }
+}
+
+fn names(certified: &CertifiedKey) -> Result<Vec<ServerName<'static>>, String> {
+    let end = certified.end_entity_cert().map_err(|error| error.to_string())?;
+    let end = webpki::EndEntityCert::try_from(end).map_err(|error| error.to_string())?;
+    Ok(end.valid_dns_names().filter_map(|name| ServerName::try_from(name.to_owned()).ok()).collect())
+}
+
+fn provider() -> Arc<CryptoProvider> {
+    Arc::new(rustls::crypto::ring::default_provider())
+}
+
+impl Verifier {
+    fn trusted<T>(&self, with: impl FnOnce(&Trusted) -> Result<T, Error>) -> Result<T, Error> {
+        let current = self.identity.current.load();
+        let none = || Error::General("there is no authority to hold a certificate against".into());
+        with(current.trusted.as_ref().ok_or_else(none)?)
+    }
+
+    fn check_name(&self, certificate: &CertificateDer<'_>) -> Result<(), Error> {
+        if self.welcome == Welcome::Anybody {
+            return Ok(());
+        }
+        let parsed = ParsedCertificate::try_from(certificate)?;
+        let current = self.identity.current.load();
+        let shares = current.names.iter().any(|name| verify_server_name(&parsed, name).is_ok());
+        if shares { Ok(()) } else { Err(CertificateError::NotValidForName.into()) }
+    }
+}
+
+impl ClientCertVerifier for Verifier {
+    /// Names of authorities are only hints, and change with the file.
+    fn root_hint_subjects(&self) -> &[DistinguishedName] {
+        &[]
+    }
+
+    fn verify_client_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        now: UnixTime,
+    ) -> Result<ClientCertVerified, Error> {
+        let verified = self.trusted(|trusted| trusted.clients.verify_client_cert(end_entity, intermediates, now))?;
+        self.check_name(end_entity)?;
+        Ok(verified)
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        self.trusted(|trusted| trusted.clients.verify_tls12_signature(message, cert, dss))
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        self.trusted(|trusted| trusted.clients.verify_tls13_signature(message, cert, dss))
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        provider().signature_verification_algorithms.supported_schemes()
+    }
+}
+
+impl ServerCertVerifier for Verifier {
+    /// `name` is an address, which no certificate has: ours says what the other's must be for.
+    fn verify_server_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        name: &ServerName<'_>,
+        ocsp_response: &[u8],
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, Error> {
+        let current = self.identity.current.load();
+        let wanted = if self.welcome == Welcome::Anybody { std::slice::from_ref(name) } else { &current.names };
+        let mut last = CertificateError::NotValidForName.into();
+        for name in wanted {
+            let verified = self.trusted(|trusted| {
+                trusted.servers.verify_server_cert(end_entity, intermediates, name, ocsp_response, now)
+            });
+            match verified {
+                Ok(verified) => return Ok(verified),
+                Err(error) => last = error,
+            }
+        }
+        Err(last)
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        self.trusted(|trusted| trusted.servers.verify_tls12_signature(message, cert, dss))
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        self.trusted(|trusted| trusted.servers.verify_tls13_signature(message, cert, dss))
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        provider().signature_verification_algorithms.supported_schemes()
+    }
+}
+
+impl ResolvesServerCert for Identity {
+    fn resolve(&self, _: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
+        Some(self.current.load().certified.clone())
+    }
+}
+
+impl ResolvesClientCert for Identity {
+    fn resolve(&self, _: &[&[u8]], _: &[SignatureScheme]) -> Option<Arc<CertifiedKey>> {
+        Some(self.current.load().certified.clone())
+    }
+
+    fn has_certs(&self) -> bool {
+        true
+    }
+}
+
+impl fmt::Debug for Identity {
+    /// Never the key.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Identity").field("files", &self.files).finish_non_exhaustive()
+    }
+}

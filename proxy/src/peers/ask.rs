@@ -1,0 +1,425 @@
+//! Asking peers: for what they have, or to get it.
+
+use std::net::SocketAddr;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use futures_util::TryStreamExt;
+use futures_util::future::join_all;
+use http::header::{ACCEPT, ACCEPT_ENCODING, CACHE_CONTROL, CONTENT_TYPE, LOCATION, RANGE};
+use http::{HeaderMap, Method};
+use reqwest::Response;
+use tokio::time::{Instant, timeout, timeout_at};
+use xxhash_rust::xxh64::Xxh64;
+
+use super::key::Seal;
+use super::swarm::{Contribution, View};
+use super::wire::Holder;
+use super::{CONNECT_TIMEOUT, Peers, lock, wire};
+use crate::oci::{Digest, MAX_MANIFEST_BYTES, Span, Spans, Tag};
+use crate::registries::Place;
+use crate::role::Role;
+use crate::source::{Broken, Incoming, Part, ServedFrom, SourceError, error_chain};
+
+/// A question to a peer.
+pub struct Question<'a> {
+    pub place: &'a Place,
+    pub digest: &'a Digest,
+    pub manner: Manner,
+    pub redirects: Redirects,
+    pub aim: Aim,
+    pub deadline: Instant,
+}
+
+/// How a peer is asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Manner {
+    /// For what it has, or gets now.
+    IfKept,
+    /// To get it, being that.
+    As(Role),
+}
+
+/// Whether a busy peer may name another one instead.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Redirects {
+    Followed,
+    /// Those that it named could not help, or it was named by another one.
+    Refused,
+}
+
+/// What a range is asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Aim {
+    /// Somebody wants just that.
+    Range,
+    /// All the others follow.
+    Whole,
+}
+
+/// What a tag means to a peer.
+pub struct TagAnswer {
+    pub digest: Digest,
+    pub media_type: String,
+    pub bytes: bytes::Bytes,
+    /// Since when the origin was not asked.
+    pub age: Duration,
+    pub from: ServedFrom,
+}
+
+/// Why a peer gives nothing.
+#[derive(Debug)]
+pub enum Declined {
+    /// It does not have it.
+    NotKept,
+    /// Another one has it as well, and is less busy.
+    Redirected(SocketAddr),
+    /// It cannot get it.
+    Source(SourceError),
+}
+
+/// A peer that has not answered after this long is asked whether it is alive.
+const ALIVE: Duration = Duration::from_millis(2500);
+const PING: Duration = CONNECT_TIMEOUT;
+
+/// Who only has to look has this long.
+const LOOK: Duration = Duration::from_millis(500);
+
+/// Those who may have fetched a digest while this node was away.
+const SUCCESSORS: usize = 2;
+
+/// Those asked when no origin answers.
+const LAST_RESORT: usize = 16;
+
+impl Peers {
+    /// Those who may have a digest that this node owns.
+    pub async fn ask_successors(&self, question: &Question<'_>) -> Vec<Holder> {
+        self.who_has(question, SUCCESSORS).await
+    }
+
+    /// Those who may have a digest that no origin gives.
+    pub async fn ask_around(&self, question: &Question<'_>) -> Vec<Holder> {
+        self.who_has(question, LAST_RESORT).await
+    }
+
+    async fn who_has(&self, question: &Question<'_>, count: usize) -> Vec<Holder> {
+        let successors = self.members.load().successors(question.digest, count, |peer| self.health.is_well(peer));
+        let asked = successors.into_iter().map(|peer| async move {
+            let path = format!("blobs/{}", question.digest);
+            let asking = self.get(Method::HEAD, peer, question, &path, Part::From(0), HeaderMap::new());
+            let response = timeout(LOOK, asking).await.ok()?.ok().filter(|response| response.status() == 200)?;
+            let length: u64 = wire::read(response.headers(), &http::header::CONTENT_LENGTH)?;
+            let have = match wire::read_spans(response.headers()) {
+                some if some.is_empty() => Span::whole(length).into(),
+                some => some,
+            };
+            Some(Holder { peer, load: 0, have })
+        });
+        join_all(asked).await.into_iter().flatten().collect()
+    }
+
+    /// A blob, or a part of it, from a peer. What it says of others goes to `view`, and whether it
+    /// could help.
+    pub async fn blob(
+        &self,
+        peer: SocketAddr,
+        question: &Question<'_>,
+        part: Part,
+        have: &Spans,
+        view: &Arc<Mutex<View>>,
+    ) -> Result<Incoming, Declined> {
+        let answer = self.ask_for_blob(peer, question, part, have, view).await;
+        match &answer {
+            Ok(_) | Err(Declined::Redirected(_)) => {}
+            Err(Declined::NotKept) => lock(view).refused(peer, self.now()),
+            Err(Declined::Source(_)) => lock(view).broke(peer, self.now()),
+        }
+        answer
+    }
+
+    async fn ask_for_blob(
+        &self,
+        peer: SocketAddr,
+        question: &Question<'_>,
+        part: Part,
+        have: &Spans,
+        view: &Arc<Mutex<View>>,
+    ) -> Result<Incoming, Declined> {
+        let members = self.members.load_full();
+        let mut more = HeaderMap::new();
+        if members.has_own()
+            && let Ok(own) = members.own.to_string().parse()
+        {
+            more.insert(wire::PEER, own);
+            more.insert(wire::LOAD, self.sending.load(Ordering::Relaxed).into());
+        }
+        if let Some(have) = wire::write_spans(have) {
+            more.insert(wire::HAVE, have);
+        }
+        let path = format!("blobs/{}", question.digest);
+        let response = self.get(Method::GET, peer, question, &path, part, more).await?;
+        let headers = response.headers();
+        let may_be_asked =
+            |other: &SocketAddr| *other != members.own && members.contains(*other) && self.health.is_well(other);
+        {
+            let mut view = lock(view);
+            let others = wire::read_holders(headers).into_iter();
+            others.filter(|holder| may_be_asked(&holder.peer)).for_each(|holder| view.learn(&holder));
+            if headers.contains_key(wire::HAVE) {
+                let load = wire::read(headers, &wire::LOAD).unwrap_or(0);
+                view.learn(&Holder { peer, load, have: wire::read_spans(headers) });
+            }
+        }
+        match response.status().as_u16() {
+            200 | 206 => {}
+            307 => {
+                let to: Option<SocketAddr> = wire::read(headers, &LOCATION);
+                let followed = question.redirects == Redirects::Followed;
+                let to = to.filter(|to| followed && *to != peer && may_be_asked(to));
+                return Err(to.map_or(Declined::NotKept, Declined::Redirected));
+            }
+            504 => return Err(Declined::NotKept),
+            status => return Err(Declined::Source(refused(status))),
+        }
+        let brought = part.brought(response.status().as_u16(), headers);
+        let brought = brought.and_then(|(span, total)| match part {
+            // Peers honour ranges.
+            Part::Span(asked) if span.start != asked.start => Err(SourceError::Malformed("another range".into())),
+            _ => Ok((span, total)),
+        });
+        let (span, total) = brought?;
+        let counter = self.metrics.peer_bytes.with_label_values(&[members.zone_of(peer), members.own_zone()]);
+        let mut fetching = Fetching::new(view, peer, span, self.started);
+        let body = response
+            .bytes_stream()
+            .inspect_ok(move |piece| {
+                fetching.passed(piece);
+                counter.inc_by(piece.len() as u64);
+            })
+            .map_err(|error| Broken(error_chain(&error)));
+        Ok(Incoming::new(span, total, body))
+    }
+
+    /// A manifest by digest from a peer, with its media type. Not yet verified.
+    pub async fn manifest(
+        &self,
+        peer: SocketAddr,
+        question: &Question<'_>,
+    ) -> Result<(String, bytes::Bytes), SourceError> {
+        let path = format!("manifests/{}", question.digest);
+        let response = self.get(Method::GET, peer, question, &path, Part::From(0), HeaderMap::new()).await?;
+        self.take_manifest(peer, question, response).await
+    }
+
+    /// What a tag means to a peer that has proven who it is. `question.digest` is the tag's place in the
+    /// ring.
+    pub async fn tag(
+        &self,
+        peer: SocketAddr,
+        question: &Question<'_>,
+        tag: &Tag,
+        accept: &str,
+    ) -> Result<TagAnswer, SourceError> {
+        let mut more = HeaderMap::new();
+        more.extend(accept.parse().ok().map(|accept| (ACCEPT, accept)));
+        let path = format!("manifests/{tag}");
+        let response = self.get(Method::GET, peer, question, &path, Part::From(0), more).await?;
+        let headers = response.headers();
+        let missing = |what: &str| SourceError::Malformed(format!("a peer's tag without {what}"));
+        let digest: Option<Digest> = wire::read(headers, &wire::CONTENT_DIGEST);
+        let age = wire::read(headers, &wire::AGE).map(Duration::from_millis);
+        let stale = headers.get(wire::SOURCE).is_some_and(|source| source == ServedFrom::Stale.as_str());
+        let (media_type, bytes) = self.take_manifest(peer, question, response).await?;
+        let digest = digest.filter(|digest| digest.matches(&bytes)).ok_or_else(|| missing("its digest"))?;
+        let from = if stale { ServedFrom::Stale } else { ServedFrom::Peer };
+        Ok(TagAnswer { digest, media_type, bytes, age: age.ok_or_else(|| missing("its age"))?, from })
+    }
+
+    /// What those know of a tag who may have owned it while this node was away.
+    pub async fn successors_tag(&self, question: &Question<'_>, tag: &Tag, accept: &str) -> Option<TagAnswer> {
+        self.youngest_tag(question, tag, accept, SUCCESSORS).await
+    }
+
+    /// What anybody knows of a tag that no origin explains.
+    pub async fn anybodys_tag(&self, question: &Question<'_>, tag: &Tag, accept: &str) -> Option<TagAnswer> {
+        self.youngest_tag(question, tag, accept, LAST_RESORT).await
+    }
+
+    async fn youngest_tag(&self, question: &Question<'_>, tag: &Tag, accept: &str, count: usize) -> Option<TagAnswer> {
+        let successors = self.members.load().successors(question.digest, count, |peer| self.health.is_well(peer));
+        let asked = successors.into_iter().map(|peer| async move {
+            let answer = timeout(LOOK, self.tag(peer, question, tag, accept)).await;
+            answer.ok()?.ok()
+        });
+        join_all(asked).await.into_iter().flatten().min_by_key(|answer| answer.age)
+    }
+
+    async fn take_manifest(
+        &self,
+        peer: SocketAddr,
+        question: &Question<'_>,
+        response: Response,
+    ) -> Result<(String, bytes::Bytes), SourceError> {
+        match response.status().as_u16() {
+            200 => {}
+            504 => return Err(SourceError::NotKept),
+            status => return Err(refused(status)),
+        }
+        let media_type = response.headers().get(CONTENT_TYPE).and_then(|value| value.to_str().ok()).map(str::to_owned);
+        let media_type = media_type.ok_or_else(|| SourceError::Malformed("a peer's manifest without a type".into()))?;
+        if response.content_length().is_none_or(|length| length > MAX_MANIFEST_BYTES) {
+            return Err(SourceError::Malformed("a peer's manifest without an acceptable length".into()));
+        }
+        let bytes = match timeout_at(question.deadline, response.bytes()).await {
+            Ok(Ok(bytes)) => bytes,
+            Ok(Err(error)) => return Err(SourceError::Unreachable(error_chain(&error))),
+            Err(_) => return Err(SourceError::TimedOut),
+        };
+        let members = self.members.load();
+        let counter = self.metrics.peer_bytes.with_label_values(&[members.zone_of(peer), members.own_zone()]);
+        counter.inc_by(bytes.len() as u64);
+        Ok((media_type, bytes))
+    }
+
+    /// The first successor that has a manifest, with its media type. Not yet verified.
+    pub async fn kept_manifest(&self, question: &Question<'_>) -> Option<(String, bytes::Bytes)> {
+        let successors = self.members.load().successors(question.digest, SUCCESSORS, |peer| self.health.is_well(peer));
+        let asked = successors
+            .into_iter()
+            .map(|peer| async move { timeout(LOOK, self.manifest(peer, question)).await.ok()?.ok() });
+        join_all(asked).await.into_iter().flatten().next()
+    }
+
+    /// Whether a peer answers at all.
+    async fn answers(&self, peer: SocketAddr) -> bool {
+        let ping = self.client.get(format!("{}://{peer}/v2/", self.proof.scheme())).send();
+        matches!(timeout(PING, ping).await, Ok(Ok(_)))
+    }
+
+    /// Takes an answer only from whoever knows the key, if there is one.
+    fn believe(&self, peer: SocketAddr, response: Response, seal: Option<&Seal>) -> Result<Response, SourceError> {
+        let status = response.status().as_u16();
+        let proven = seal.is_none_or(|seal| seal.proves(status, response.headers()));
+        if proven && status != 401 {
+            return Ok(response);
+        }
+        if status == 503 {
+            // It has no time to look who asks.
+            return Err(SourceError::Busy);
+        }
+        // It may be given its key later than this one: not to be asked for a while.
+        self.metrics.unproven.with_label_values(&["answer"]).inc();
+        let why = if status == 401 { "it does not believe us" } else { "its answer is not signed with our key" };
+        tracing::warn!(%peer, why, "a peer has another key than this one: compare the files of peers.key_file");
+        self.health.is_down(peer);
+        Err(SourceError::NotKept)
+    }
+
+    async fn get(
+        &self,
+        method: Method,
+        peer: SocketAddr,
+        question: &Question<'_>,
+        path: &str,
+        part: Part,
+        more: HeaderMap,
+    ) -> Result<Response, SourceError> {
+        let place = question.place;
+        let namespace = url::form_urlencoded::byte_serialize(place.registry.as_str().as_bytes());
+        let path = format!("/v2/{}/{path}?ns={}", place.repository, namespace.collect::<String>());
+        let url = format!("{}://{peer}{path}", self.proof.scheme());
+        let mut request = self.client.request(method, url).header(ACCEPT_ENCODING, "identity").headers(more);
+        request = request.header(wire::RULES, place.rule.fingerprint());
+        request = match question.manner {
+            Manner::IfKept => request.header(CACHE_CONTROL, wire::ONLY_IF_CACHED),
+            Manner::As(role) => request.header(wire::ROLE, role.as_str()),
+        };
+        if question.redirects == Redirects::Refused {
+            request = request.header(wire::REDIRECT, wire::NO);
+        }
+        if question.aim == Aim::Whole {
+            request = request.header(wire::WHOLE, wire::YES);
+        }
+        let left = question.deadline.saturating_duration_since(Instant::now());
+        request = request.header(wire::DEADLINE, u64::try_from(left.as_millis()).unwrap_or(u64::MAX));
+        if let Some(range) = part.header() {
+            request = request.header(RANGE, range);
+        }
+        let mut request = request.build().map_err(|error| SourceError::Malformed(error_chain(&error)))?;
+        let method = request.method().clone();
+        let path = request.url()[url::Position::BeforePath..].to_owned();
+        let seal = self.proof.sign(&method, &path, request.headers_mut());
+        let mut sending = std::pin::pin!(self.client.execute(request));
+        let answered = match timeout(ALIVE, &mut sending).await {
+            Ok(answered) => Ok(answered),
+            // It waits for its origin, or it is frozen.
+            Err(_) if self.answers(peer).await => timeout_at(question.deadline, sending).await,
+            Err(_) => {
+                self.health.is_down(peer);
+                return Err(SourceError::Unreachable("the peer is silent".into()));
+            }
+        };
+        match answered {
+            Ok(Ok(response)) => self.believe(peer, response, seal.as_ref()),
+            Ok(Err(error)) => {
+                self.health.is_down(peer);
+                Err(SourceError::Unreachable(error_chain(&error)))
+            }
+            // Its origin may be slow: that is no reason for everybody to ask the origin.
+            Err(_) => Err(SourceError::TimedOut),
+        }
+    }
+}
+
+impl From<SourceError> for Declined {
+    fn from(error: SourceError) -> Self {
+        if error == SourceError::NotKept { Self::NotKept } else { Self::Source(error) }
+    }
+}
+
+/// A range on its way from a peer.
+struct Fetching {
+    view: Arc<Mutex<View>>,
+    peer: SocketAddr,
+    span: Span,
+    /// What it promised.
+    promised: u64,
+    /// When the view's clock started.
+    clock: Instant,
+    checksum: Xxh64,
+}
+
+impl Fetching {
+    fn new(view: &Arc<Mutex<View>>, peer: SocketAddr, promised: Span, clock: Instant) -> Self {
+        lock(view).begin(peer);
+        let span = Span { start: promised.start, end: promised.start };
+        Self { view: view.clone(), peer, span, promised: promised.end, clock, checksum: Xxh64::new(0) }
+    }
+
+    fn passed(&mut self, piece: &[u8]) {
+        self.checksum.update(piece);
+        self.span.end += piece.len() as u64;
+    }
+}
+
+impl Drop for Fetching {
+    fn drop(&mut self) {
+        let contribution = Contribution { peer: self.peer, span: self.span, checksum: self.checksum.digest() };
+        let mut view = lock(&self.view);
+        view.end(contribution);
+        // It stalled, broke off, or was not needed any more: others come first for a while.
+        if self.span.end < self.promised {
+            view.broke(self.peer, self.clock.elapsed());
+        }
+    }
+}
+
+/// What a status that brings nothing says of the origin.
+fn refused(status: u16) -> SourceError {
+    match status {
+        404 => SourceError::NotFound,
+        403 => SourceError::Denied,
+        status => SourceError::Failed(status),
+    }
+}

@@ -1,0 +1,301 @@
+//! A secret that all peers share: whoever knows it proves each question and each answer.
+//!
+//! A question carries `dray-auth: <milliseconds since 1970> <mac>`, its answer `dray-auth: <mac>`. The
+//! mac is the HMAC-SHA256, in hexadecimal, of the lines that [`question`] and [`answer`] write: what is
+//! asked and answered, headers included; an answer's with the question's mac, so that it answers no
+//! other. Bodies are proven by the digest that an answer names. Nothing is encrypted.
+
+use std::fmt::{self, Write};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use arc_swap::ArcSwap;
+use http::header::{AGE, CACHE_CONTROL, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, LOCATION, RANGE};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, Uri};
+use ring::hmac::{self, HMAC_SHA256};
+
+use super::wire;
+
+/// The keys of a file, read again when it changes.
+pub(super) struct SharedKey {
+    path: PathBuf,
+    keys: ArcSwap<Keys>,
+}
+
+/// The first signs; all are believed, so that a key can be changed without a gap.
+struct Keys {
+    text: String,
+    keys: Vec<hmac::Key>,
+}
+
+/// A question that was signed, by whoever asks or is asked: what its answer is proven with.
+#[derive(Clone)]
+pub struct Seal {
+    key: hmac::Key,
+    question: HeaderValue,
+}
+
+/// Why a question is not believed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Unproven {
+    NotSigned,
+    /// Signed with another key, or changed on its way.
+    WrongKey,
+    /// Signed too long ago, or in the future.
+    OtherTime,
+}
+
+const AUTH: HeaderName = HeaderName::from_static("dray-auth");
+
+/// What may stand between two clocks, and how long a question that somebody overheard can be repeated.
+const CLOCKS: Duration = Duration::from_secs(60);
+
+/// A key of fewer characters can be guessed.
+const MIN_KEY: usize = 16;
+
+impl SharedKey {
+    pub(super) fn load(path: &Path) -> Result<Self, String> {
+        let keys = Keys::read(path)?;
+        Ok(Self { path: path.to_owned(), keys: ArcSwap::from_pointee(keys) })
+    }
+
+    /// Reads the file again. An error leaves the keys as they are.
+    pub(super) fn reload(&self) -> Result<(), String> {
+        let keys = Keys::read(&self.path)?;
+        if keys.text != self.keys.load().text {
+            tracing::info!(file = %self.path.display(), keys = keys.keys.len(), "the peers' key has changed");
+            self.keys.store(Arc::new(keys));
+        }
+        Ok(())
+    }
+
+    /// Signs a question by adding a header.
+    pub(super) fn sign(&self, method: &Method, path: &str, headers: &mut HeaderMap) -> Seal {
+        let key = self.keys.load().keys[0].clone();
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis();
+        let now = u64::try_from(now).unwrap_or(u64::MAX);
+        let mac = hmac::sign(&key, question(now, method, path, headers).as_bytes());
+        let header = HeaderValue::from_str(&format!("{now} {}", hex(mac.as_ref()))).expect("digits fit a header");
+        headers.insert(AUTH, header.clone());
+        Seal { key, question: header }
+    }
+
+    /// Whether a question comes from somebody who knows the key.
+    pub(super) fn check(&self, method: &Method, uri: &Uri, headers: &HeaderMap) -> Result<Seal, Unproven> {
+        let header = headers.get(AUTH).ok_or(Unproven::NotSigned)?;
+        let (time, mac) = header.to_str().ok().and_then(|text| text.split_once(' ')).ok_or(Unproven::NotSigned)?;
+        let time: u64 = time.parse().map_err(|_| Unproven::NotSigned)?;
+        let mac = from_hex(mac).ok_or(Unproven::NotSigned)?;
+        let path = uri.path_and_query().map_or("", |path| path.as_str());
+        let text = question(time, method, path, headers);
+        let keys = self.keys.load();
+        let key = keys.keys.iter().find(|key| hmac::verify(key, text.as_bytes(), &mac).is_ok());
+        let key = key.ok_or(Unproven::WrongKey)?.clone();
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        if now.abs_diff(Duration::from_millis(time)) > CLOCKS {
+            return Err(Unproven::OtherTime);
+        }
+        Ok(Seal { key, question: header.clone() })
+    }
+}
+
+impl Keys {
+    fn read(path: &Path) -> Result<Self, String> {
+        let wrong = |why: String| format!("peers.key_file = \"{}\": {why}", path.display());
+        let text = std::fs::read_to_string(path).map_err(|error| wrong(error.to_string()))?;
+        let lines: Vec<&str> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
+        if lines.is_empty() {
+            return Err(wrong("is empty: write a random text of 32 characters or more".into()));
+        }
+        if lines.iter().any(|line| line.len() < MIN_KEY) {
+            return Err(wrong(format!("holds a key of fewer than {MIN_KEY} characters, which can be guessed")));
+        }
+        let keys = lines.iter().map(|line| hmac::Key::new(HMAC_SHA256, line.as_bytes())).collect();
+        Ok(Self { text, keys })
+    }
+}
+
+impl Seal {
+    /// Signs the answer by adding a header.
+    pub fn sign(&self, status: u16, headers: &HeaderMap) -> (HeaderName, HeaderValue) {
+        let mac = hmac::sign(&self.key, answer(&self.question, status, headers).as_bytes());
+        (AUTH, HeaderValue::from_str(&hex(mac.as_ref())).expect("digits fit a header"))
+    }
+
+    /// Whether an answer comes from somebody who knows the key, and was asked this.
+    pub(super) fn proves(&self, status: u16, headers: &HeaderMap) -> bool {
+        let mac = headers.get(AUTH).and_then(|value| value.to_str().ok()).and_then(from_hex);
+        let text = answer(&self.question, status, headers);
+        mac.is_some_and(|mac| hmac::verify(&self.key, text.as_bytes(), &mac).is_ok())
+    }
+}
+
+impl fmt::Debug for Seal {
+    /// Never the key.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Seal").field("question", &self.question).finish_non_exhaustive()
+    }
+}
+
+impl Unproven {
+    /// For whoever runs the peer that asked.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::NotSigned => "peers prove here with a shared key who they are: set peers.key_file",
+            Self::WrongKey => "signed with another key than that of peers.key_file here",
+            Self::OtherTime => "signed at a time that is more than a minute from now: compare the clocks",
+        }
+    }
+}
+
+fn question(time: u64, method: &Method, path: &str, headers: &HeaderMap) -> String {
+    let mut text = format!("dray question\n{time}\n{method}\n{path}\n");
+    write_headers(&mut text, headers, &[RANGE, CACHE_CONTROL]);
+    text
+}
+
+fn answer(question: &HeaderValue, status: u16, headers: &HeaderMap) -> String {
+    let mut text = format!("dray answer\n{}\n{status}\n", question.to_str().unwrap_or_default());
+    let more = [CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, LOCATION, AGE, wire::CONTENT_DIGEST, wire::SOURCE];
+    write_headers(&mut text, headers, &more);
+    text
+}
+
+/// The headers that mean something between peers, in the order of their names.
+fn write_headers(text: &mut String, headers: &HeaderMap, more: &[HeaderName]) {
+    let means = |name: &HeaderName| (name.as_str().starts_with("dray-") && *name != AUTH) || more.contains(name);
+    let mut lines: Vec<String> = headers
+        .iter()
+        .filter(|(name, _)| means(name))
+        .map(|(name, value)| format!("{name}:{}\n", String::from_utf8_lossy(value.as_bytes())))
+        .collect();
+    lines.sort_unstable();
+    lines.iter().for_each(|line| text.push_str(line));
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().fold(String::with_capacity(64), |mut text, byte| {
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
+}
+
+fn from_hex(text: &str) -> Option<Vec<u8>> {
+    let digits = text.as_bytes();
+    let pair = |pair: &[u8]| u8::from_str_radix(std::str::from_utf8(pair).ok()?, 16).ok();
+    (digits.len() == 64).then(|| digits.chunks(2).map(pair).collect())?
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PATH: &str = "/v2/a/manifests/1?ns=docker.io";
+
+    fn key(text: &str) -> SharedKey {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), text).unwrap();
+        SharedKey::load(file.path()).unwrap()
+    }
+
+    fn asked() -> HeaderMap {
+        let mut headers = HeaderMap::new();
+        headers.insert(wire::ROLE, "global".parse().unwrap());
+        headers.insert("accept", "*/*".parse().unwrap());
+        headers
+    }
+
+    fn check(key: &SharedKey, path: &str, headers: &HeaderMap) -> Result<Seal, Unproven> {
+        key.check(&Method::GET, &path.parse().unwrap(), headers)
+    }
+
+    #[test]
+    fn who_knows_the_key_is_believed_and_nobody_else() {
+        let ours = key("0123456789abcdef-ours\n");
+        let mut headers = asked();
+        assert_eq!(check(&ours, PATH, &headers).err(), Some(Unproven::NotSigned));
+        let seal = ours.sign(&Method::GET, PATH, &mut headers);
+        let theirs = check(&ours, PATH, &headers).ok().unwrap();
+        assert_eq!(check(&key("0123456789abcdef-other"), PATH, &headers).err(), Some(Unproven::WrongKey));
+        assert_eq!(check(&ours, "/v2/b/manifests/1?ns=docker.io", &headers).err(), Some(Unproven::WrongKey));
+        assert_eq!(
+            ours.check(&Method::HEAD, &PATH.parse().unwrap(), &headers).err(),
+            Some(Unproven::WrongKey),
+            "another method"
+        );
+        let mut changed = headers.clone();
+        changed.insert(wire::ROLE, "zone".parse().unwrap());
+        assert_eq!(check(&ours, PATH, &changed).err(), Some(Unproven::WrongKey));
+        changed = headers.clone();
+        changed.insert("accept", "text/plain".parse().unwrap());
+        changed.insert("x-other", "1".parse().unwrap());
+        assert!(check(&ours, PATH, &changed).is_ok(), "these mean nothing between peers");
+
+        let mut answer = HeaderMap::new();
+        answer.insert(wire::CONTENT_DIGEST, "sha256:x".parse().unwrap());
+        let (name, value) = theirs.sign(200, &answer);
+        answer.insert(name, value);
+        assert!(seal.proves(200, &answer));
+        assert!(!seal.proves(404, &answer));
+        answer.insert(wire::CONTENT_DIGEST, "sha256:y".parse().unwrap());
+        assert!(!seal.proves(200, &answer));
+        assert!(!seal.proves(200, &HeaderMap::new()));
+    }
+
+    #[test]
+    fn an_old_question_is_not_believed() {
+        let ours = key("0123456789abcdef-ours");
+        let mut headers = asked();
+        let old = UNIX_EPOCH.elapsed().unwrap().as_millis() - 61_000;
+        let old = u64::try_from(old).unwrap();
+        let mac = hmac::sign(&ours.keys.load().keys[0], question(old, &Method::GET, PATH, &headers).as_bytes());
+        headers.insert(AUTH, format!("{old} {}", hex(mac.as_ref())).parse().unwrap());
+        assert_eq!(check(&ours, PATH, &headers).err(), Some(Unproven::OtherTime));
+    }
+
+    #[test]
+    fn a_key_can_be_changed_without_a_gap() {
+        let (before, both, after) =
+            ("0123456789-before\n", "0123456789-after\n0123456789-before\n", "0123456789-after");
+        for (asks, is_asked) in [(before, both), (both, both), (both, after), (after, both)] {
+            let mut headers = asked();
+            let seal = key(asks).sign(&Method::GET, PATH, &mut headers);
+            let theirs = check(&key(is_asked), PATH, &headers).ok().unwrap();
+            let (name, value) = theirs.sign(200, &HeaderMap::new());
+            assert!(seal.proves(200, &HeaderMap::from_iter([(name, value)])));
+        }
+    }
+
+    #[test]
+    fn a_file_is_read_again_and_nonsense_changes_nothing() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), "0123456789-before").unwrap();
+        let key = SharedKey::load(file.path()).unwrap();
+        let signed = |key: &SharedKey| {
+            let mut headers = asked();
+            key.sign(&Method::GET, PATH, &mut headers);
+            headers
+        };
+        let old = signed(&key);
+        for wrong in ["", "short"] {
+            std::fs::write(file.path(), wrong).unwrap();
+            assert!(key.reload().unwrap_err().contains("peers.key_file"));
+            assert!(check(&key, PATH, &old).is_ok());
+        }
+        std::fs::write(file.path(), "0123456789-after").unwrap();
+        key.reload().unwrap();
+        assert_eq!(check(&key, PATH, &old).err(), Some(Unproven::WrongKey));
+        assert!(check(&key, PATH, &signed(&key)).is_ok());
+    }
+
+    #[test]
+    fn odd_macs_are_no_macs() {
+        let ours = key("0123456789abcdef-ours");
+        for text in ["", "1", "x 00", "1 00", &format!("1 {}", "é".repeat(32)), &format!("1 +{}", "0".repeat(63))] {
+            let headers = HeaderMap::from_iter([(AUTH, HeaderValue::from_bytes(text.as_bytes()).unwrap())]);
+            let error = check(&ours, PATH, &headers).err();
+            assert!(matches!(error, Some(Unproven::NotSigned | Unproven::WrongKey)), "{text}");
+        }
+    }
+}

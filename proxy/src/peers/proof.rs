@@ -1,0 +1,102 @@
+//! How peers know each other: not at all, by a secret that they share, or by certificates.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use http::{HeaderMap, Method, Uri};
+use reqwest::ClientBuilder;
+
+use super::key::{Seal, SharedKey, Unproven};
+use crate::config::Peers as Settings;
+use crate::identity::{Files, Identity, Welcome};
+
+/// What this process shows its peers, and asks of them.
+pub(super) enum Proof {
+    None,
+    Key(SharedKey),
+    Certificates(Arc<Identity>),
+}
+
+/// Who connects to the peers' port.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Standing {
+    /// Anybody: gets what a digest proves and everybody may have.
+    Stranger,
+    /// A dray that has proven it, and whose rules are ours: gets what our own clients get.
+    Member,
+}
+
+/// How often the files are looked at: they change rarely, and tell nobody.
+pub const RELOAD: Duration = Duration::from_secs(10);
+
+impl Proof {
+    pub(super) fn load(settings: &Settings) -> Result<Self, String> {
+        match (&settings.key_file, &settings.mtls) {
+            (None, None) => Ok(Self::None),
+            (Some(path), None) => SharedKey::load(path).map(Self::Key),
+            (None, Some(mtls)) => {
+                let files = Files {
+                    table: "peers.mtls",
+                    cert: mtls.cert.clone(),
+                    key: mtls.key.clone(),
+                    ca: Some(("ca", mtls.ca.clone())),
+                };
+                let identity = Identity::load(files)?;
+                if identity.has_name() {
+                    return Ok(Self::Certificates(identity));
+                }
+                let cert = mtls.cert.display();
+                Err(format!("peers.mtls.cert = \"{cert}\": is for no DNS name, by which peers know each other"))
+            }
+            (Some(_), Some(_)) => Err("peers.key_file and peers.mtls: choose one of them".to_owned()),
+        }
+    }
+
+    pub(super) fn reload(&self) -> Result<(), String> {
+        match self {
+            Self::None => Ok(()),
+            Self::Key(key) => key.reload(),
+            Self::Certificates(identity) => identity.reload(),
+        }
+    }
+
+    /// Connects as a peer does.
+    pub(super) fn prepare(&self, client: ClientBuilder) -> Result<ClientBuilder, String> {
+        let Self::Certificates(identity) = self else { return Ok(client) };
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let tls = rustls::ClientConfig::builder_with_provider(provider)
+            .with_protocol_versions(&[&rustls::version::TLS13])
+            .map_err(|error| error.to_string())?
+            .dangerous()
+            .with_custom_certificate_verifier(identity.verifier(Welcome::Namesakes))
+            .with_client_cert_resolver(identity.clone());
+        Ok(client.tls_backend_preconfigured(tls))
+    }
+
+    pub(super) fn scheme(&self) -> &'static str {
+        if matches!(self, Self::Certificates(_)) { "https" } else { "http" }
+    }
+
+    /// Proves a question, and gives what its answer is proven with.
+    pub(super) fn sign(&self, method: &Method, path: &str, headers: &mut HeaderMap) -> Option<Seal> {
+        match self {
+            Self::Key(key) => Some(key.sign(method, path, headers)),
+            Self::None | Self::Certificates(_) => None,
+        }
+    }
+
+    /// Whether whoever asks is a peer, and what proves the answer. The listener has held certificates
+    /// against the authority before.
+    pub(super) fn check(
+        &self,
+        method: &Method,
+        uri: &Uri,
+        headers: &HeaderMap,
+    ) -> Result<(Standing, Option<Seal>), Unproven> {
+        match self {
+            Self::None => Ok((Standing::Stranger, None)),
+            Self::Certificates(_) => Ok((Standing::Member, None)),
+            Self::Key(key) => key.check(method, uri, headers).map(|seal| (Standing::Member, Some(seal))),
+        }
+    }
+}

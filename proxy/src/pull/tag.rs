@@ -1,0 +1,209 @@
+//! The way of a tag: a lease while it is young, then the tag's owner among the peers, then the origin.
+//!
+//! Peers that prove who they are ask the tag's owner, so that all of them agree on what it means. What
+//! they say carries its age: of several answers the youngest wins, and a lease ends everywhere at the
+//! same time.
+
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use futures_util::FutureExt;
+use futures_util::future::BoxFuture;
+use tokio::time::{Instant, timeout};
+
+use super::sources::Refusals;
+use super::{Asking, FIRST_BYTE, ManifestAnswer, Pull, fetch_ended};
+use crate::oci::{Digest, Reference, Tag};
+use crate::peers::{Aim, Manner, Peers, Question, Reach, Redirects, TagAnswer};
+use crate::registries::Place;
+use crate::role::Role;
+use crate::source::{ServedFrom, SourceError};
+
+/// What a tag means.
+pub(super) type Meant = Result<ManifestAnswer, SourceError>;
+
+/// How long the origin has where an older answer is at hand.
+const WITH_STALE: Duration = Duration::from_secs(1);
+
+impl Pull {
+    pub(super) async fn manifest_by_tag(
+        self: &Arc<Self>,
+        place: &Place,
+        tag: &Tag,
+        accept: &str,
+        asking: Asking,
+    ) -> Meant {
+        let now = SystemTime::now();
+        let mut expired = None;
+        if let Some(lease) = self.tags.lease(place, tag)
+            && let Some((object, from)) = self.kept_manifest(place, &lease.digest, asking.asker).await
+        {
+            let age = Some(lease.age(now));
+            let answer = ManifestAnswer { digest: lease.digest.clone(), object, from, age };
+            // Whoever asks for what is kept judges its age.
+            if asking.reach == Reach::Kept || lease.is_fresh(place, tag, now) {
+                return Ok(answer);
+            }
+            expired = Some(answer);
+        }
+        if asking.reach == Reach::Kept {
+            return Err(SourceError::NotKept);
+        }
+        let peers = self.peers_for_tags();
+        let role = peers.map_or(Role::Global, |peers| peers.lead(&in_ring(place, tag), asking.role).role);
+        let asked = self.ask_for_tag(place, tag, accept, role);
+        let Some(expired) = expired else { return self.count_stale(place, tag, asked.await, "peer") };
+        match timeout(WITH_STALE, asked).await {
+            Ok(Ok(answer)) if answer.from != ServedFrom::Stale || answer.age < expired.age => {
+                self.count_stale(place, tag, Ok(answer), "peer")
+            }
+            Ok(Ok(_)) => self.count_stale(place, tag, Ok(stale(expired)), "peer"),
+            Ok(Err(error)) if error.is_outage() => self.count_stale(place, tag, Ok(stale(expired)), error.as_str()),
+            Ok(Err(error)) => Err(error),
+            // The flight goes on and renews the lease for whoever comes next.
+            Err(_) => self.count_stale(place, tag, Ok(stale(expired)), "slow"),
+        }
+    }
+
+    fn count_stale(&self, place: &Place, tag: &Tag, meant: Meant, reason: &str) -> Meant {
+        if meant.as_ref().is_ok_and(|answer| answer.from == ServedFrom::Stale) {
+            self.metrics.stale.with_label_values(&[reason]).inc();
+            tracing::info!(%place, %tag, reason, "served stale");
+        }
+        meant
+    }
+
+    /// Asked once for all who ask at the same time.
+    fn ask_for_tag<'a>(
+        self: &'a Arc<Self>,
+        place: &'a Place,
+        tag: &'a Tag,
+        accept: &'a str,
+        role: Role,
+    ) -> BoxFuture<'a, Meant> {
+        if let Some(error) = self.negatives.get(place, tag.as_str()) {
+            return std::future::ready(Err(error)).boxed();
+        }
+        let key = (place.to_string(), tag.clone(), role);
+        let landed = self.tag_flights.join(key, move || {
+            let (pull, place, tag, accept) = (self.clone(), place.clone(), tag.clone(), accept.to_owned());
+            async move {
+                let meant = pull.find_meaning(&place, &tag, &accept, role).await;
+                pull.remember(&place, &tag, &meant);
+                meant
+            }
+        });
+        async move { landed.await.unwrap_or_else(fetch_ended) }.boxed()
+    }
+
+    fn remember(&self, place: &Place, tag: &Tag, meant: &Meant) {
+        match meant {
+            Ok(answer) => {
+                let age = answer.age.unwrap_or_default();
+                let checked_at = SystemTime::now().checked_sub(age).unwrap_or(SystemTime::UNIX_EPOCH);
+                self.tags.renew(place, tag, &answer.digest, checked_at);
+            }
+            Err(error) => {
+                self.negatives.put(place, tag.as_str(), error);
+                if *error == SourceError::NotFound {
+                    self.tags.forget(place, tag);
+                }
+            }
+        }
+    }
+
+    async fn find_meaning(self: &Arc<Self>, place: &Place, tag: &Tag, accept: &str, role: Role) -> Meant {
+        let Some(peers) = self.peers_for_tags() else {
+            return self.revalidate(place, tag, accept).await;
+        };
+        let in_ring = in_ring(place, tag);
+        if role != Role::Global {
+            return match self.tag_of_owners(peers, place, tag, accept, role).await? {
+                Some(answer) => Ok(answer),
+                // It takes the owner's place, as others may ask it to.
+                None => self.ask_for_tag(place, tag, accept, Role::Global).await,
+            };
+        }
+        let question = question(place, &in_ring, Manner::IfKept);
+        if let Some(answer) = peers.successors_tag(&question, tag, accept).await
+            && answer.age < place.rule.tag_ttl
+        {
+            return Ok(self.take_tag(place, answer).await);
+        }
+        match self.revalidate(place, tag, accept).await {
+            Err(error) if error.is_outage() => match peers.anybodys_tag(&question, tag, accept).await {
+                Some(answer) => Ok(stale(self.take_tag(place, answer).await)),
+                None => Err(error),
+            },
+            meant => meant,
+        }
+    }
+
+    /// None: no owner can be reached.
+    async fn tag_of_owners(
+        &self,
+        peers: &Peers,
+        place: &Place,
+        tag: &Tag,
+        accept: &str,
+        role: Role,
+    ) -> Result<Option<ManifestAnswer>, SourceError> {
+        let in_ring = in_ring(place, tag);
+        let lead = peers.lead(&in_ring, role);
+        let mut refusals = Refusals::default();
+        for owner in lead.leaders {
+            let question = question(place, &in_ring, Manner::As(lead.asked_as));
+            match peers.tag(owner, &question, tag, accept).await {
+                Ok(answer) => return Ok(Some(self.take_tag(place, answer).await)),
+                Err(error) => {
+                    tracing::info!(%owner, %place, %tag, %error, "the owner does not say what a tag means");
+                    refusals.add(error)?;
+                }
+            }
+        }
+        Ok(None)
+    }
+
+    async fn take_tag(&self, place: &Place, answer: TagAnswer) -> ManifestAnswer {
+        let TagAnswer { digest, media_type, bytes, age, from } = answer;
+        let object = self.keep_manifest(place, &digest, &media_type, bytes).await;
+        ManifestAnswer { digest, object, from, age: Some(age) }
+    }
+
+    /// Asks the origin what a tag means. A HEAD is not counted by rate limits; only a digest that
+    /// is not here yet is fetched.
+    async fn revalidate(self: &Arc<Self>, place: &Place, tag: &Tag, accept: &str) -> Meant {
+        let deadline = Instant::now() + FIRST_BYTE;
+        let reference = Reference::Tag(tag.clone());
+        if let Some(digest) = self.origin.manifest_digest(place, &reference, accept, deadline).await? {
+            let (object, from) = self.manifest_by_digest(place, &digest, accept, Asking::CLIENT).await?;
+            return Ok(ManifestAnswer { digest, object, from, age: Some(Duration::ZERO) });
+        }
+        let answer = self.origin.manifest(place, &reference, accept, deadline).await?;
+        let digest = Digest::of(&answer.bytes);
+        if answer.claimed.is_some_and(|claimed| !claimed.matches(&answer.bytes)) {
+            return Err(self.mismatched(place, &digest));
+        }
+        let object = self.keep_manifest(place, &digest, &answer.media_type, answer.bytes).await;
+        Ok(ManifestAnswer { digest, object, from: ServedFrom::Origin, age: Some(Duration::ZERO) })
+    }
+
+    /// No digest proves what a tag means: only those are believed who prove who they are.
+    fn peers_for_tags(&self) -> Option<&Arc<Peers>> {
+        self.peers.as_ref().filter(|peers| peers.are_proven())
+    }
+}
+
+/// A tag's place in the ring.
+fn in_ring(place: &Place, tag: &Tag) -> Digest {
+    Digest::of(format!("{place}:{tag}").as_bytes())
+}
+
+fn question<'a>(place: &'a Place, in_ring: &'a Digest, manner: Manner) -> Question<'a> {
+    let deadline = Instant::now() + FIRST_BYTE;
+    Question { place, digest: in_ring, manner, redirects: Redirects::Refused, aim: Aim::Whole, deadline }
+}
+
+fn stale(answer: ManifestAnswer) -> ManifestAnswer {
+    ManifestAnswer { from: ServedFrom::Stale, ..answer }
+}

@@ -1,0 +1,296 @@
+//! Peers that prove who they are: what they share beyond what a digest proves, and with whom not.
+
+use std::path::Path;
+use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use dray_tests::dray::{Dray, Start, rule};
+use dray_tests::eventually;
+use dray_tests::http::get;
+use dray_tests::image::Image;
+use dray_tests::origin::{Content, Origin, Request, Response};
+use dray_tests::process::{free_port, output};
+use dray_tests::tls::Authority;
+use futures_util::future::join_all;
+
+const TAG: &str = "/v2/library/app/manifests/1?ns=docker.io";
+
+/// A directory with a key file.
+fn key(text: &str) -> (tempfile::TempDir, String) {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("peers.key");
+    std::fs::write(&path, text).unwrap();
+    let setting = format!("key_file = \"{}\"", path.display());
+    (dir, setting)
+}
+
+/// Nodes that know each other, each with these rules and these lines of `[peers]`.
+fn cluster(each: &[(&str, &str)]) -> Vec<Dray> {
+    let ports: Vec<u16> = each.iter().map(|_| free_port()).collect();
+    let members: Vec<String> = ports.iter().map(|port| format!("\"127.0.0.1:{port}\"")).collect();
+    let start = |(port, (rules, proof)): (&u16, &(&str, &str))| {
+        let members = members.join(", ");
+        let peers = format!("[peers]\nlisten = \"127.0.0.1:{port}\"\nstatic = [{members}]\n{proof}\n");
+        Start::new(format!("{rules}\n{peers}")).run()
+    };
+    ports.iter().zip(each).map(start).collect()
+}
+
+/// What the origin has under a tag can be changed, and the origin can go.
+struct Moving {
+    origin: Origin,
+    now: Arc<AtomicUsize>,
+    images: [Image; 2],
+}
+
+const GONE: usize = 2;
+
+impl Moving {
+    async fn new() -> Self {
+        let images = [Image::new(1, &[2_000_000]), Image::new(2, &[1000])];
+        let contents = images.each_ref().map(|image| Content::new(&[("library/app", "1", image)]));
+        let now = Arc::new(AtomicUsize::new(0));
+        let at = now.clone();
+        let origin = Origin::answering(move |request: &Request| match contents.get(at.load(Ordering::SeqCst)) {
+            Some(content) => content.answer(request),
+            None => Response::new(503, ""),
+        })
+        .await;
+        Self { origin, now, images }
+    }
+
+    fn is(&self, mood: usize) {
+        self.now.store(mood, Ordering::SeqCst);
+    }
+
+    fn rule(&self, more: &str) -> String {
+        format!("{}{more}\n", rule("docker.io", &self.origin.url()))
+    }
+
+    /// How often it was asked what the tag means.
+    fn asked(&self) -> usize {
+        self.asked_for("/manifests/1")
+    }
+
+    fn asked_for(&self, tag: &str) -> usize {
+        self.origin.count("HEAD", tag)
+    }
+}
+
+async fn tag_on(nodes: &[Dray]) -> Vec<(u16, String, String)> {
+    let answers = join_all(nodes.iter().map(|node| node.get(TAG))).await;
+    let told = |answer: &dray_tests::http::Answer| {
+        let digest = answer.header("docker-content-digest").unwrap_or_default().to_owned();
+        (answer.status, digest, answer.source().to_owned())
+    };
+    answers.iter().map(told).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_whole_cluster_agrees_on_a_tag_for_one_question() {
+    let moving = Moving::new().await;
+    let (_dir, key) = key("a secret of all the drays\n");
+    let rules = moving.rule("tag_ttl = \"2s\"");
+    let nodes = cluster(&[(&rules, &key), (&rules, &key), (&rules, &key)]);
+    let meant = tag_on(&nodes).await;
+    assert!(meant.iter().all(|(status, digest, _)| (*status, digest) == (200, &moving.images[0].digest)), "{meant:?}");
+    assert_eq!(moving.asked(), 1, "one node asked for all");
+    moving.is(1);
+    let before = tag_on(&nodes).await;
+    assert!(before.iter().all(|(_, digest, _)| *digest == moving.images[0].digest), "a lease holds everywhere");
+    tokio::time::sleep(std::time::Duration::from_millis(2200)).await;
+    let after = tag_on(&nodes).await;
+    assert!(after.iter().all(|(_, digest, _)| *digest == moving.images[1].digest), "and ends everywhere: {after:?}");
+    assert_eq!(moving.asked(), 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_tag_that_any_node_knows_outlives_its_origin_and_its_owner() {
+    let moving = Moving::new().await;
+    let (_dir, key) = key("a secret of all the drays\n");
+    let rules = moving.rule("tag_ttl = \"1s\"\nnegative_ttl = \"0s\"");
+    let mut nodes = cluster(&[(&rules, &key), (&rules, &key), (&rules, &key), (&rules, &key)]);
+    assert_eq!(nodes[0].get(TAG).await.status, 200);
+    moving.is(GONE);
+    tokio::time::sleep(std::time::Duration::from_millis(1100)).await;
+    let meant = tag_on(&nodes).await;
+    let expected = (200, moving.images[0].digest.clone(), "stale".to_owned());
+    assert!(meant.iter().all(|meant| *meant == expected), "{meant:?}");
+    // Whoever owns it: any one of them may go.
+    for gone in 0..2 {
+        nodes[gone].process().kill();
+        let rest = tag_on(&nodes[gone + 1..]).await;
+        assert!(rest.iter().all(|meant| *meant == expected), "{rest:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_came_with_credentials_is_shared_with_those_who_have_proven_themselves() {
+    let moving = Moving::new().await;
+    let (_dir, key) = key("a secret of all the drays\n");
+    let rules = moving.rule("credentials = { username = \"u\", password_env = \"HOME\" }");
+    let nodes = cluster(&[(&rules, &key), (&rules, &key), (&rules, &key)]);
+    let (layer, bytes) = moving.images[0].layer();
+    let path = format!("/v2/library/app/blobs/{layer}?ns=docker.io");
+    let answers = join_all(nodes.iter().map(|node| node.get(&path))).await;
+    assert!(answers.iter().all(|answer| answer.status == 200 && answer.body == *bytes));
+    assert_eq!(moving.origin.sent(), bytes.len() as u64, "once for all");
+    assert_eq!(answers.iter().filter(|answer| answer.source() == "peer").count(), 2);
+    // A stranger gets nothing at all, whatever it claims.
+    for path in [path.as_str(), TAG] {
+        for headers in
+            [&[][..], &[("dray-auth", "1 00")], &[("dray-role", "global"), ("cache-control", "only-if-cached")]]
+        {
+            let answer = get(&format!("http://{}{path}", nodes[0].peers.unwrap()), headers).await;
+            assert_eq!(answer.status, 401, "{path} {headers:?}");
+            assert!(answer.text().contains("key_file"), "{}", answer.text());
+        }
+    }
+    assert!(nodes[0].metric("dray_peers_unproven_total{what=\"question\"}").await >= 6);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nodes_with_other_keys_help_themselves_until_the_key_is_the_same() {
+    let moving = Moving::new().await;
+    let (_ours, our_key) = key("a secret of all the drays\n");
+    let (theirs, their_key) = key("a secret of somebody else\n");
+    let rules = moving.rule("");
+    let nodes = cluster(&[(&rules, &our_key), (&rules, &their_key), (&rules, "")]);
+    let (layer, bytes) = moving.images[0].layer();
+    let path = format!("/v2/library/app/blobs/{layer}?ns=docker.io");
+    for answer in join_all(nodes.iter().map(|node| node.get(&path))).await {
+        assert_eq!((answer.status, answer.complete), (200, true));
+        assert!(answer.body == *bytes);
+    }
+    for (status, digest, _) in tag_on(&nodes).await {
+        assert_eq!((status, &digest), (200, &moving.images[0].digest));
+    }
+    // The file is read again, first a key that nobody can use.
+    let file = theirs.path().join("peers.key");
+    std::fs::write(&file, "short").unwrap();
+    std::fs::write(&file, "a secret of all the drays\n").unwrap();
+    until_they_believe_each_other(&moving, &nodes[..2]).await;
+}
+
+/// What one has asked about a tag, the others need not ask.
+async fn until_they_believe_each_other(moving: &Moving, nodes: &[Dray]) {
+    let mut nth = 0;
+    eventually("they believe each other", async || {
+        nth += 1;
+        let path = format!("/v2/library/app/manifests/absent-{nth}-?ns=docker.io");
+        for node in nodes {
+            assert_eq!(node.get(&path).await.status, 404);
+        }
+        (moving.asked_for(&format!("absent-{nth}-")) == 1).then_some(())
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn peers_with_other_rules_give_only_what_they_have_and_everybody_may() {
+    let moving = Moving::new().await;
+    let (_dir, key) = key("a secret of all the drays\n");
+    let private = moving.rule("credentials = { username = \"u\", password_env = \"HOME\" }");
+    let public = moving.rule("");
+    // Enough nodes that whatever is asked for, the owner is most likely one with other rules.
+    let nodes = cluster(&[(&public, &key), (&private, &key), (&private, &key), (&private, &key)]);
+    let (layer, bytes) = moving.images[0].layer();
+    let path = format!("/v2/library/app/blobs/{layer}?ns=docker.io");
+    assert_eq!(nodes[1].get(&path).await.status, 200);
+    let once = moving.origin.sent();
+    assert_eq!(once, bytes.len() as u64);
+    let answer = nodes[0].get(&path).await;
+    assert_eq!((answer.status, answer.source()), (200, "origin"), "it was fetched with credentials there");
+    assert_eq!(moving.origin.sent(), 2 * once);
+}
+
+/// One node's certificate for this name.
+fn mtls(authority: &Authority, name: &str) -> String {
+    let files = authority.files(&[name]);
+    format!(
+        "mtls = {{ cert = \"{}\", key = \"{}\", ca = \"{}\" }}",
+        files.cert.display(),
+        files.key.display(),
+        authority.ca_file.display()
+    )
+}
+
+fn authority(dir: &Path) -> Authority {
+    std::fs::create_dir_all(dir).unwrap();
+    Authority::new(dir)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn peers_know_each_other_by_certificates_for_one_name() {
+    let moving = Moving::new().await;
+    let dir = tempfile::tempdir().unwrap();
+    let ours = authority(&dir.path().join("ours"));
+    let theirs = authority(&dir.path().join("theirs"));
+    let good = mtls(&ours, "dray.example");
+    let (other_name, other_authority) = (mtls(&ours, "web.example"), mtls(&theirs, "dray.example"));
+    let rules = moving.rule("credentials = { username = \"u\", password_env = \"HOME\" }");
+    let nodes = cluster(&[(&rules, &good), (&rules, &good), (&rules, &other_name), (&rules, &other_authority)]);
+    let (layer, bytes) = moving.images[0].layer();
+    let path = format!("/v2/library/app/blobs/{layer}?ns=docker.io");
+    for node in &nodes {
+        let answer = node.get(&path).await;
+        assert_eq!((answer.status, answer.complete), (200, true));
+        assert!(answer.body == *bytes);
+    }
+    assert_eq!(moving.origin.sent(), 3 * bytes.len() as u64, "two share; the others are nobody's peers");
+    let meant = tag_on(&nodes[..2]).await;
+    assert!(meant.iter().all(|(_, digest, _)| *digest == moving.images[0].digest));
+    // Nobody else gets as far as a question.
+    for shown in [vec![], vec!["--cert".to_owned(), theirs.files(&["x.example"]).cert.display().to_string()]] {
+        let url = format!("https://{}{path}", nodes[0].peers.unwrap());
+        let mut curl = Command::new("curl");
+        curl.args(["-sk", "--noproxy", "*", "-o", "/dev/null", "-w", "%{http_code}"]).args(&shown);
+        if let Some(cert) = shown.last() {
+            curl.args(["--key", &cert.replace(".crt", ".key")]);
+        }
+        let tried = output(curl.arg(url));
+        assert_eq!(String::from_utf8_lossy(&tried.stdout), "000", "no answer without a certificate");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn certificates_are_replaced_while_it_runs() {
+    let moving = Moving::new().await;
+    let dir = tempfile::tempdir().unwrap();
+    let (old, new) = (authority(&dir.path().join("old")), authority(&dir.path().join("new")));
+    let settings: Vec<String> = (0..2)
+        .map(|node| {
+            let place = dir.path().join(format!("node{node}"));
+            std::fs::create_dir(&place).unwrap();
+            replace(&old, &place);
+            let file = |name: &str| place.join(name).display().to_string();
+            format!(
+                "mtls = {{ cert = \"{}\", key = \"{}\", ca = \"{}\" }}",
+                file("tls.crt"),
+                file("tls.key"),
+                file("ca.crt")
+            )
+        })
+        .collect();
+    let rules = moving.rule("");
+    let nodes = cluster(&[(&rules, &settings[0]), (&rules, &settings[1])]);
+    replace(&new, &dir.path().join("node0"));
+    replace(&new, &dir.path().join("node1"));
+    let presented = || {
+        let args = ["s_client", "-connect", &nodes[0].peers.unwrap().to_string(), "-showcerts"].map(str::to_owned);
+        let shown = output(Command::new("openssl").args(args).stdin(std::process::Stdio::null()));
+        String::from_utf8_lossy(&shown.stdout).into_owned()
+    };
+    let certificate = std::fs::read_to_string(dir.path().join("node0/tls.crt")).unwrap();
+    let body: String = certificate.lines().nth(1).unwrap().to_owned();
+    eventually("the new certificate is shown", async || presented().contains(&body).then_some(())).await;
+    until_they_believe_each_other(&moving, &nodes).await;
+}
+
+fn replace(authority: &Authority, place: &Path) {
+    let files = authority.files(&["dray.example"]);
+    std::fs::copy(&files.cert, place.join("tls.crt")).unwrap();
+    std::fs::copy(&files.key, place.join("tls.key")).unwrap();
+    std::fs::copy(&authority.ca_file, place.join("ca.crt")).unwrap();
+}
