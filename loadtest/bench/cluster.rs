@@ -1,8 +1,13 @@
 //! Many nodes, shaped links: how near a cluster comes to what its network cards allow.
 
+use std::collections::BTreeSet;
 use std::fs;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
 
 use dray_tests::cluster::{Cluster, Shape, unavailable};
+use dray_tests::image::{digest, noise};
 
 use super::rig::{row, write_blob};
 
@@ -18,8 +23,16 @@ struct Rig {
     size: u64,
 }
 
+/// Many blobs that the origin has.
+struct Blobs {
+    cluster: Cluster,
+    digests: Vec<String>,
+    bytes: u64,
+}
+
 /// What is measured, by its name on the command line.
-pub(crate) const PARTS: [&str; 5] = ["cold-cluster", "held-by-owner", "held-by-another", "zones", "slow-node"];
+pub(crate) const PARTS: [&str; 7] =
+    ["cold-cluster", "held-by-owner", "held-by-another", "zones", "slow-node", "rolling", "churn"];
 
 /// Measures one of the parts.
 pub(crate) fn part(name: &str) {
@@ -35,7 +48,9 @@ pub(crate) fn part(name: &str) {
             zones("prefer", "<= 1.05 x");
             zones("isolate", "0");
         }
-        _ => slow(),
+        "slow-node" => slow(),
+        "rolling" => rolling(),
+        _ => churn(),
     }
 }
 
@@ -50,7 +65,25 @@ fn rig(shape: Shape, size: u64) -> Rig {
     fs::create_dir_all(&blobs).expect("a directory");
     let digest = write_blob(&blobs, size);
     let cluster = Cluster::start(shape, dir);
-    Rig { cluster, path: format!("/v2/library/app/blobs/{digest}?ns=docker.io"), size }
+    Rig { cluster, path: path_of(&digest), size }
+}
+
+fn blobs(shape: Shape, count: u64, size: u64, later: &[usize]) -> Blobs {
+    let dir = tempfile::Builder::new().prefix("dray-cluster").tempdir_in("/var/tmp").expect("a directory");
+    let place = dir.path().join("www/v2/library/app/blobs");
+    fs::create_dir_all(&place).expect("a directory");
+    let put = |seed: u64| {
+        let bytes = noise(seed, usize::try_from(size).expect("a small blob"));
+        let digest = digest(&bytes);
+        fs::write(place.join(&digest), bytes).expect("a file");
+        digest
+    };
+    let digests = (0..count).map(put).collect();
+    Blobs { cluster: Cluster::start_without(shape, dir, later), digests, bytes: count * size }
+}
+
+fn path_of(digest: &str) -> String {
+    format!("/v2/library/app/blobs/{digest}?ns=docker.io")
 }
 
 impl Rig {
@@ -157,4 +190,122 @@ fn slow() {
         &format!("{:.2} x without it", with / without),
         "<= 1.3 x",
     );
+}
+
+/// Every node is stopped and started in turn while the others are asked for what they hold, and then one
+/// more joins.
+fn rolling() {
+    let shape = Shape { zones: vec![9], origin: 400, ..Shape::default() };
+    let Blobs { mut cluster, digests, bytes } = blobs(shape, 24, 8 << 20, &[8]);
+    let pull_all = |cluster: &Cluster, nodes: &[usize]| {
+        digests.iter().for_each(|digest| drop(cluster.race(nodes, &path_of(digest))));
+    };
+    let first: Vec<usize> = (0..8).collect();
+    pull_all(&cluster, &first);
+    cluster.wait_until_idle();
+    for node in &first {
+        let others: Vec<usize> = first.iter().copied().filter(|other| other != node).collect();
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                cluster.stop(*node);
+                cluster.launch(*node);
+            });
+            pull_all(&cluster, &others);
+        });
+        cluster.clear(*node);
+        pull_all(&cluster, &[*node]);
+    }
+    cluster.join(8);
+    cluster.wait_until_formed();
+    pull_all(&cluster, &[8]);
+    let fetched = format!("{:.3} x", share(cluster.origin_bytes(), bytes));
+    row("8 nodes restarted in turn and a ninth joins: origin bytes", &fetched, "", "<= 1.02 x");
+}
+
+/// What clients saw of a cluster whose nodes die.
+#[derive(Default)]
+struct Seen {
+    pulls: AtomicU32,
+    again: AtomicU32,
+    failed: AtomicU32,
+    wrong: AtomicU32,
+}
+
+/// A minute of pulls on eight nodes; every five seconds one is killed, and one is cut off for a while.
+fn churn() {
+    const MINUTE: Duration = Duration::from_secs(60);
+    let shape = Shape { origin: 400, ..Shape::default() };
+    let Blobs { cluster, digests, .. } = blobs(shape, 400, 4 << 20, &[]);
+    let seen = Seen::default();
+    let asked: Mutex<BTreeSet<usize>> = Mutex::default();
+    // Odd while the node is down or cut off; another number than before: it was meanwhile.
+    let epochs: Vec<AtomicU32> = (0..8).map(|_| AtomicU32::new(0)).collect();
+    let started = Instant::now();
+    let pull = |node: usize, nth: usize| {
+        asked.lock().expect("no client panicked").insert(nth);
+        let before = epochs[node].load(Ordering::SeqCst);
+        let pulled = cluster.pull(node, &path_of(&digests[nth]));
+        let disturbed = before % 2 == 1 || epochs[node].load(Ordering::SeqCst) != before;
+        let right = pulled.digest.as_deref() == Some(&*digests[nth]);
+        if pulled.status == 200 && pulled.digest.is_some() && !right {
+            seen.wrong.fetch_add(1, Ordering::Relaxed);
+        }
+        (right, disturbed)
+    };
+    let client = &|node: usize| {
+        let mut step = 0;
+        while started.elapsed() < MINUTE {
+            // All want about the same at about the same time, as in a rollout.
+            let elapsed = usize::try_from(started.elapsed().as_millis()).unwrap_or(0);
+            let nth = (elapsed / 200 + (step * 7) % 20) % digests.len();
+            step += 1;
+            seen.pulls.fetch_add(1, Ordering::Relaxed);
+            match pull(node, nth) {
+                (true, _) => {}
+                (false, true) => {
+                    seen.again.fetch_add(1, Ordering::Relaxed);
+                    std::thread::sleep(Duration::from_secs(1));
+                }
+                (false, false) => {
+                    seen.failed.fetch_add(1, Ordering::Relaxed);
+                }
+            }
+        }
+    };
+    std::thread::scope(|scope| {
+        for node in 0..8 {
+            scope.spawn(move || client(node));
+        }
+        let mut nth = 0;
+        while started.elapsed() < MINUTE - Duration::from_secs(5) {
+            std::thread::sleep(Duration::from_secs(5));
+            let victim = nth % 7;
+            nth += 1;
+            let disturb = |node: usize| {
+                epochs[node].fetch_add(1, Ordering::SeqCst);
+            };
+            match nth {
+                4 => {
+                    disturb(7);
+                    cluster.cut(7);
+                }
+                8 => {
+                    cluster.heal(7);
+                    disturb(7);
+                }
+                _ => {}
+            }
+            disturb(victim);
+            cluster.kill(victim);
+            cluster.launch(victim);
+            disturb(victim);
+        }
+    });
+    let count = |counter: &AtomicU32| counter.load(Ordering::Relaxed);
+    let distinct = asked.lock().expect("no client panicked").len() as u64 * (4 << 20);
+    let pulls = format!("{} pulls, {} on a dead node", count(&seen.pulls), count(&seen.again));
+    row("a node killed every 5 s, one cut off for 20 s: failed", &count(&seen.failed).to_string(), &pulls, "0");
+    row("its wrong bodies", &count(&seen.wrong).to_string(), "", "0");
+    let fetched = format!("{:.3} x", share(cluster.origin_bytes(), distinct));
+    row("its origin bytes", &fetched, &format!("{} MiB asked for", distinct >> 20), "<= 1.3 x");
 }

@@ -7,6 +7,7 @@ use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
@@ -43,7 +44,7 @@ pub struct Cluster {
 struct Node {
     zone: usize,
     address: Ipv4Addr,
-    process: Option<Process>,
+    process: Mutex<Option<Process>>,
     known: bool,
 }
 
@@ -116,7 +117,7 @@ impl Cluster {
                 let address = Ipv4Addr::new(10, 77, zone_byte, nth_byte);
                 let speed = shape.slow.filter(|(slow, _)| *slow == nth).map_or(shape.node, |(_, speed)| speed);
                 host(&name, &format!("n{nth}"), zone, address, speed);
-                nodes.push(Node { zone, address, process: None, known: false });
+                nodes.push(Node { zone, address, process: Mutex::default(), known: false });
             }
         }
         fs::create_dir_all(dir.path().join("www")).expect("a directory");
@@ -168,7 +169,7 @@ impl Cluster {
     }
 
     /// Starts a node's process.
-    pub fn launch(&mut self, node: usize) {
+    pub fn launch(&self, node: usize) {
         let config = self.config(node);
         let mut command = inside(&self.namespace(node), binary().to_str().expect("a path in UTF-8"));
         command.args(["--listen", "127.0.0.1:5050", "--admin", "127.0.0.1:5051", "--config"]).arg(config);
@@ -179,25 +180,26 @@ impl Cluster {
         let log = fs::File::create(self.dir.path().join(format!("node{node}.log"))).expect("a log");
         let mut process = Process::spawn(command.stdout(Stdio::piped()).stderr(log));
         process.line("listening ");
-        self.nodes[node].process = Some(process);
+        *self.process(node) = Some(process);
     }
 
-    pub fn kill(&mut self, node: usize) {
-        if let Some(mut process) = self.nodes[node].process.take() {
+    pub fn kill(&self, node: usize) {
+        if let Some(mut process) = self.process(node).take() {
             process.kill();
         }
     }
 
     /// A node answers nothing any more, and nobody is told.
     pub fn freeze(&self, node: usize) {
-        if let Some(process) = &self.nodes[node].process {
+        if let Some(process) = &*self.process(node) {
             process.signal(Signal::STOP);
         }
     }
 
     /// Stops a node as an orchestrator does, and waits for its end.
-    pub fn stop(&mut self, node: usize) {
-        if let Some(mut process) = self.nodes[node].process.take() {
+    pub fn stop(&self, node: usize) {
+        let stopped = self.process(node).take();
+        if let Some(mut process) = stopped {
             process.signal(Signal::TERM);
             process.wait();
         }
@@ -284,7 +286,11 @@ impl Cluster {
     }
 
     fn running(&self) -> impl Iterator<Item = usize> {
-        self.everybody().into_iter().filter(|node| self.nodes[*node].process.is_some())
+        self.everybody().into_iter().filter(|node| self.process(*node).is_some())
+    }
+
+    fn process(&self, node: usize) -> MutexGuard<'_, Option<Process>> {
+        self.nodes[node].process.lock().expect("no test panicked with it")
     }
 
     fn namespace(&self, node: usize) -> String {
@@ -324,7 +330,7 @@ impl Cluster {
 
 impl Drop for Cluster {
     fn drop(&mut self) {
-        self.nodes.iter_mut().for_each(|node| node.process = None);
+        self.everybody().into_iter().for_each(|node| self.kill(node));
         self.origin = None;
         self.dns.kill();
         let names = output(Command::new("ip").args(["netns", "list"]));

@@ -141,7 +141,7 @@ fn killed_and_cut_off_nodes_fail_nobody_else() {
         return eprintln!("skipped: {why}");
     }
     let Blobs { dir, digests, bytes } = blobs(&[6 * MIB; 6]);
-    let mut cluster = Cluster::start(Shape { zones: vec![6], node: 400, origin: 400, ..Shape::default() }, dir);
+    let cluster = Cluster::start(Shape { zones: vec![6], node: 400, origin: 400, ..Shape::default() }, dir);
     for (nth, digest) in digests.iter().enumerate() {
         let victim = nth % 6;
         let living: Vec<usize> = (0..6).filter(|node| *node != victim).collect();
