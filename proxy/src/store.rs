@@ -13,6 +13,7 @@ mod large;
 mod layout;
 mod partial;
 mod records;
+mod relayed;
 mod small;
 
 use std::path::Path;

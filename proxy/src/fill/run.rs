@@ -194,8 +194,12 @@ impl Running<'_> {
         self.fill.open(Ok(Opened::Uncached { total, from, feed: Arc::new(Mutex::new(feed)) }));
     }
 
-    /// Lets the readers have the tail, then gives the file its name.
+    /// Lets the readers have the tail, then gives the file its name if this node owns the blob.
     async fn publish(&self, draft: Draft) {
+        if self.fill.key.role == Role::Client {
+            self.fills.store.large.relay(draft, &self.fill.key.digest);
+            return self.fill.end(Phase::Verified);
+        }
         self.fills.store.large.announce(&draft, &self.fill.key.digest);
         self.fill.end(Phase::Verified);
         let (large, digest) = (self.fills.store.large.clone(), self.fill.key.digest.clone());

@@ -72,7 +72,7 @@ impl Large {
 
     /// Gives up one thing that nobody reads, whatever the budget says. False: there is none.
     pub(super) fn evict_one(&self) -> bool {
-        if self.partials().drop_one() {
+        if self.drop_passing() {
             return true;
         }
         let victims = order(self.idle(), self.budget.limit(), SystemTime::now());
@@ -83,6 +83,7 @@ impl Large {
     /// partials. Blocks on the disk.
     pub fn keep_house(&self, keep_free: Share) {
         self.partials().drop_old(Instant::now());
+        self.relayed().drop_old(Instant::now());
         if let Some(file_system) = FileSystem::of(&self.blobs) {
             let reserve = keep_free.of(file_system.total);
             let ours = self.budget.used().saturating_add(file_system.available);
@@ -94,9 +95,14 @@ impl Large {
         }
     }
 
+    /// Gives up something that was only kept for a while. False: there is none.
+    fn drop_passing(&self) -> bool {
+        self.partials().drop_one() || self.relayed().drop_one()
+    }
+
     /// Gives up what nobody reads until no more than so many bytes are taken, or nothing is left.
     pub(super) fn shrink_to(&self, bytes: u64) {
-        while self.budget.used() > bytes && self.partials().drop_one() {}
+        while self.budget.used() > bytes && self.drop_passing() {}
         if self.budget.used() <= bytes {
             return;
         }

@@ -12,7 +12,7 @@ use std::io;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use prometheus::IntCounter;
 use rustix::fs::{Mode, OFlags};
@@ -24,6 +24,7 @@ use super::evict::Candidate;
 use super::files::{self, Record};
 use super::layout::Layout;
 use super::partial::Partials;
+use super::relayed::Relayed;
 use crate::metrics::Metrics;
 use crate::oci::Digest;
 use crate::provenance::Provenance;
@@ -35,6 +36,7 @@ pub struct Large {
     pub(super) budget: Arc<Budget>,
     index: Mutex<HashMap<Digest, Entry>>,
     partials: Mutex<Partials>,
+    relayed: Mutex<Relayed>,
     evicted: IntCounter,
     pub(super) next_draft: AtomicU64,
     /// What was proven in another one has to be proven again.
@@ -124,6 +126,7 @@ impl Large {
             budget,
             index: Mutex::new(index),
             partials: Mutex::default(),
+            relayed: Mutex::default(),
             evicted: metrics.evicted_bytes.clone(),
             next_draft: AtomicU64::new(0),
             epoch: layout.epoch().to_owned(),
@@ -138,7 +141,10 @@ impl Large {
     pub fn get(&self, digest: &Digest) -> Option<(Arc<Blob>, Proof)> {
         let now = SystemTime::now();
         let mut index = self.index();
-        let entry = index.get_mut(digest)?;
+        let Some(entry) = index.get_mut(digest) else {
+            drop(index);
+            return self.relayed().get(digest, Instant::now()).map(|blob| (blob, Proof::Verified));
+        };
         if now.duration_since(entry.last_used).is_ok_and(|age| age > ONE_USE) {
             entry.uses = entry.uses.saturating_add(1);
         }
@@ -157,6 +163,10 @@ impl Large {
     /// Opens a blob as the scrub does, which is no use.
     pub fn peek(&self, digest: &Digest) -> Option<(Arc<Blob>, Proof)> {
         self.open_entry(&mut self.index(), digest)
+    }
+
+    pub(super) fn is_owned(&self, digest: &Digest) -> bool {
+        self.index().contains_key(digest)
     }
 
     /// All blobs.
@@ -258,7 +268,7 @@ impl Large {
     pub(super) fn could_hold(&self, bytes: u64) -> bool {
         let partials = self.partials().bytes();
         let idle: u64 = self.idle().iter().map(|candidate| candidate.bytes).sum();
-        self.budget.free() + partials + idle >= bytes
+        self.budget.free() + partials + self.relayed().idle_bytes() + idle >= bytes
     }
 
     /// The blobs that nobody reads.
@@ -306,6 +316,11 @@ impl Large {
     pub(super) fn partials(&self) -> MutexGuard<'_, Partials> {
         // Nothing inside the lock panics half-way through a change.
         self.partials.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn relayed(&self) -> MutexGuard<'_, Relayed> {
+        // Nothing inside the lock panics half-way through a change.
+        self.relayed.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn index(&self) -> MutexGuard<'_, HashMap<Digest, Entry>> {

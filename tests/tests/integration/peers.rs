@@ -50,6 +50,31 @@ async fn three_nodes_and_one_fetch_of_each_object() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_blob_stays_on_the_disk_of_its_owner() {
+    let image = Image::new(1, &[2_000_000, 3_000_000, 1_500_000]);
+    let origin = Origin::start(&[("library/app", "1", &image)], |_, r| r).await;
+    let nodes = cluster(3, &rule("docker.io", &origin.url()));
+    let large: Vec<&String> = image.blobs.iter().filter(|(_, bytes)| bytes.len() > 300_000).map(|(d, _)| d).collect();
+    let files = |digest: &str| {
+        let name = digest.trim_start_matches("sha256:");
+        let place = |node: &Dray| node.start().cache_dir().join(format!("v1/blobs/sha256/{}/{name}", &name[..2]));
+        nodes.iter().filter(|node| place(node).exists()).count()
+    };
+    for digest in large {
+        let path = format!("/v2/library/app/blobs/{digest}?ns=docker.io");
+        for _ in 0..2 {
+            for node in &nodes {
+                assert_eq!(node.get(&path).await.status, 200);
+            }
+        }
+        dray_tests::eventually("it has its name", async || (files(digest) == 1).then_some(())).await;
+        let sources = futures_util::future::join_all(nodes.iter().map(|node| node.get(&path))).await;
+        assert!(sources.iter().all(|answer| answer.source() == "disk"), "the others have it for a while");
+        assert_eq!(origin.count("GET", digest), 1);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_dead_owner_costs_nothing_but_its_share() {
     let image = Image::new(1, &[2_000_000, 700_000, 1000]);
     let origin = Origin::start(&[("library/app", "1", &image)], |_, r| r).await;
