@@ -30,6 +30,7 @@ use self::allowance::Allowance;
 use self::audience::Audience;
 pub use self::feed::{Connections, Feed, Sources};
 pub use self::passage::Passage;
+pub use self::plan::Plan;
 use self::progress::{Phase, Progress};
 pub use self::reader::Reader;
 use self::run::Running;

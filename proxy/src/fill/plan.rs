@@ -21,21 +21,21 @@ const WIDE_WINDOW: u64 = 1024 * 1024 * 1024;
 const IN_FLIGHT: u64 = 64 * 1024 * 1024;
 
 /// The ranges of one blob.
-pub(super) struct Plan {
+pub struct Plan {
     total: u64,
     /// Written, or asked for.
     taken: Spans,
 }
 
 impl Plan {
-    pub(super) fn new(total: u64, written: Spans) -> Self {
+    pub fn new(total: u64, written: Spans) -> Self {
         Self { total, taken: written }
     }
 
     /// Takes a range where a reader waits, otherwise the one that `choose` picks of those that are missing
     /// and not too far from what was `hashed`. Ranges begin at the same places on every node, so that
     /// what one has is what another asks for.
-    pub(super) fn chosen(
+    pub fn chosen(
         &mut self,
         hashed: u64,
         wanted: &[u64],
@@ -59,7 +59,7 @@ impl Plan {
 
     /// Takes the next range for one of `lanes` connections: where a reader waits, otherwise the
     /// first that is missing, unless that is too far from what was `hashed`.
-    pub(super) fn next(&mut self, hashed: u64, wanted: &[u64], lanes: usize) -> Option<Span> {
+    pub fn next(&mut self, hashed: u64, wanted: &[u64], lanes: usize) -> Option<Span> {
         let waited_for = self.waited_for(wanted).and_then(|at| self.gap(at));
         let in_order = || self.gap(0).filter(|gap| gap.start < hashed + WINDOW);
         let gap = waited_for.or_else(in_order)?;
@@ -73,7 +73,7 @@ impl Plan {
     }
 
     /// The first byte that a reader waits for and nobody brings.
-    pub(super) fn waited_for(&self, wanted: &[u64]) -> Option<u64> {
+    pub fn waited_for(&self, wanted: &[u64]) -> Option<u64> {
         wanted.iter().copied().find(|at| *at < self.total && self.taken.run_end(*at) == *at)
     }
 
@@ -83,7 +83,7 @@ impl Plan {
     }
 
     /// A range that will not come after all.
-    pub(super) fn give_back(&mut self, span: Span) {
+    pub fn give_back(&mut self, span: Span) {
         self.taken.remove(span);
     }
 
@@ -93,7 +93,7 @@ impl Plan {
     }
 
     /// Whether every byte is there or on its way.
-    pub(super) fn is_complete(&self) -> bool {
+    pub fn is_complete(&self) -> bool {
         self.gap(0).is_none()
     }
 }

@@ -14,7 +14,7 @@ use super::wire::{Holder, MAX_HOLDERS};
 use crate::oci::{Span, Spans};
 
 /// Peers that a tracker remembers for one blob, and that a view does.
-const MAX_TRACKED: usize = 64;
+const MAX_TRACKED: usize = 512;
 const MAX_KNOWN: usize = 32;
 
 /// Ranges on their way to one peer: as many as anybody fetches at a time, and some.
@@ -39,6 +39,8 @@ pub type Time = Duration;
 #[derive(Default)]
 pub struct Tracker {
     peers: HashMap<SocketAddr, Tracked>,
+    /// How often others were told of.
+    told: u64,
 }
 
 #[derive(Default)]
@@ -98,27 +100,40 @@ impl Tracker {
     /// Whether to answer for a range that begins at `at`, or who else could. `sending` are the bodies
     /// that this node sends already.
     pub fn direct(&mut self, asker: Option<SocketAddr>, span: Span, sending: u32, now: Time) -> Direction {
-        let able =
-            self.peers.iter_mut().filter(|(peer, tracked)| Some(**peer) != asker && tracked.gets(span.start, now));
+        let has = self.has(asker);
+        let able = self.peers.iter_mut().filter(|(peer, tracked)| {
+            Some(**peer) != asker && tracked.gets(span.start, now) && !is_slow(&tracked.have, has)
+        });
         let best = able.min_by_key(|(peer, tracked)| (tracked.load, **peer));
-        if let Some((peer, tracked)) = best
-            && tracked.load < sending
-        {
-            tracked.load = tracked.load.saturating_add(1);
-            return Direction::Redirect(*peer);
-        }
+        let direction = match best {
+            Some((peer, tracked)) if tracked.load < sending => {
+                tracked.load = tracked.load.saturating_add(1);
+                Direction::Redirect(*peer)
+            }
+            _ => Direction::Answer,
+        };
+        // Whoever is sent on gets it as well.
         if let Some(tracked) = asker.and_then(|asker| self.peers.get_mut(&asker)) {
             tracked.coming.truncate(MAX_COMING - 1);
             tracked.coming.insert(0, (span, now));
         }
-        Direction::Answer
+        direction
     }
 
-    /// Those that whoever asks may ask as well: the least loaded first.
-    pub fn holders(&self, asker: Option<SocketAddr>) -> Vec<Holder> {
+    /// How many bytes whoever asks has.
+    fn has(&self, asker: Option<SocketAddr>) -> u64 {
+        asker.and_then(|asker| self.peers.get(&asker)).map_or(0, |asker| asker.have.len())
+    }
+
+    /// Those that whoever asks may ask as well: the least loaded first, but the slow last.
+    pub fn holders(&mut self, asker: Option<SocketAddr>) -> Vec<Holder> {
+        self.told += 1;
+        let lot = self.told;
+        let has = self.has(asker);
         let mut others: Vec<_> =
             self.peers.iter().filter(|(peer, tracked)| Some(**peer) != asker && !tracked.have.is_empty()).collect();
-        others.sort_unstable_by_key(|(peer, tracked)| (tracked.load, std::cmp::Reverse(tracked.have.len()), **peer));
+        others
+            .sort_unstable_by_key(|(peer, tracked)| (is_slow(&tracked.have, has), tracked.load, scatter(**peer, lot)));
         let holder = |(peer, tracked): (&SocketAddr, &Tracked)| Holder {
             peer: *peer,
             load: tracked.load,
@@ -151,9 +166,13 @@ impl View {
         holder.have.iter().for_each(|span| known.have.insert(span));
     }
 
-    /// The least loaded that has the byte at `at`; of equals the one that `lot` falls on.
-    pub fn pick(&self, at: u64, now: Time, lot: u64) -> Option<SocketAddr> {
-        let able = self.peers.iter().filter(|(_, known)| now >= known.not_before && known.have.run_end(at) > at);
+    /// The least loaded that has the byte at `at`, for a node that `has` so many; of equals the one that
+    /// `lot` falls on.
+    pub fn pick(&self, at: u64, has: u64, now: Time, lot: u64) -> Option<SocketAddr> {
+        let able = self
+            .peers
+            .iter()
+            .filter(|(_, known)| now >= known.not_before && known.have.run_end(at) > at && !is_slow(&known.have, has));
         able.min_by_key(|(peer, known)| (known.load.saturating_add(known.in_flight), scatter(**peer, lot)))
             .map(|(peer, _)| *peer)
     }
@@ -214,6 +233,12 @@ impl View {
     }
 }
 
+/// Whether somebody with these bytes is left far behind by one that has so many: it takes longer than
+/// others to get them, and so to send them. What it asks for it gets, but little is asked of it.
+fn is_slow(have: &Spans, has: u64) -> bool {
+    have.len() < has / 2
+}
+
 /// An order of peers that differs from lot to lot.
 fn scatter(peer: SocketAddr, lot: u64) -> u64 {
     let port = u64::from(peer.port());
@@ -231,8 +256,9 @@ mod tests {
 
     const MIB: u64 = 1024 * 1024;
 
-    fn peer(n: u8) -> SocketAddr {
-        SocketAddr::from(([10, 0, 0, n], 5052))
+    fn peer(n: u16) -> SocketAddr {
+        let [high, low] = n.to_be_bytes();
+        SocketAddr::from(([10, 0, high, low], 5052))
     }
 
     fn mib(start: u64, end: u64) -> Span {
@@ -251,7 +277,8 @@ mod tests {
         }
         assert_eq!(tracker.direct(Some(peer(1)), mib(0, 16), 0, at(0)), Direction::Answer);
         assert_eq!(tracker.direct(Some(peer(2)), mib(0, 16), 1, at(0)), Direction::Redirect(peer(1)));
-        assert_eq!(tracker.direct(Some(peer(3)), mib(0, 16), 1, at(0)), Direction::Answer, "no busier than the other");
+        assert_eq!(tracker.direct(Some(peer(3)), mib(0, 16), 1, at(0)), Direction::Redirect(peer(2)), "sent on itself");
+        assert_eq!(tracker.direct(None, mib(0, 16), 0, at(0)), Direction::Answer, "no busier than the others");
         assert_eq!(tracker.direct(Some(peer(2)), mib(16, 32), 9, at(0)), Direction::Answer, "nobody else has that");
         assert_eq!(tracker.direct(Some(peer(1)), mib(0, 16), 9, at(0)), Direction::Redirect(peer(3)), "not to itself");
         assert_eq!(tracker.direct(Some(peer(2)), mib(0, 16), 9, at(20_000)), Direction::Answer, "it never came");
@@ -261,12 +288,40 @@ mod tests {
     #[test]
     fn holders_are_told_of_least_loaded_first_and_bounded() {
         let mut tracker = Tracker::default();
-        for n in 0..100 {
-            tracker.heard(peer(n), mib(0, 16).into(), 100 - u32::from(n), at(n.into()));
+        for n in 0..600 {
+            tracker.heard(peer(n), mib(0, 16).into(), 600 - u32::from(n), at(n.into()));
         }
         assert_eq!(tracker.peers.len(), MAX_TRACKED);
-        let told: Vec<_> = tracker.holders(Some(peer(99))).into_iter().map(|holder| holder.peer).collect();
-        assert_eq!(told, (91..99).rev().map(peer).collect::<Vec<_>>());
+        let told: Vec<_> = tracker.holders(Some(peer(599))).into_iter().map(|holder| holder.peer).collect();
+        assert_eq!(told, (591..599).rev().map(peer).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn equals_are_told_of_in_turn() {
+        let mut tracker = Tracker::default();
+        (0..32).for_each(|n| tracker.heard(peer(n), mib(0, 16).into(), 0, at(0)));
+        let told = (0..100).flat_map(|_| tracker.holders(None)).map(|holder| holder.peer);
+        assert_eq!(told.collect::<std::collections::BTreeSet<_>>().len(), 32);
+    }
+
+    #[test]
+    fn the_slow_end_up_as_leaves() {
+        let mut tracker = Tracker::default();
+        tracker.heard(peer(1), mib(0, 64).into(), 9, at(0));
+        tracker.heard(peer(2), mib(0, 16).into(), 0, at(0));
+        tracker.heard(peer(3), mib(0, 64).into(), 5, at(0));
+        assert_eq!(tracker.direct(Some(peer(1)), mib(0, 16), 9, at(0)), Direction::Redirect(peer(3)));
+        assert_eq!(
+            tracker.direct(None, mib(0, 16), 9, at(0)),
+            Direction::Redirect(peer(2)),
+            "good enough for a new one"
+        );
+        let told: Vec<_> = tracker.holders(Some(peer(1))).into_iter().map(|holder| holder.peer).collect();
+        assert_eq!(told, [peer(3), peer(2)]);
+        let mut view = View::default();
+        tracker.holders(Some(peer(1))).iter().for_each(|holder| view.learn(holder));
+        assert_eq!(view.pick(0, 64 * MIB, at(0), 1), Some(peer(3)));
+        assert_eq!(view.pick(0, 0, at(0), 1), Some(peer(2)));
     }
 
     #[test]
@@ -275,18 +330,18 @@ mod tests {
         let holder = |n, load, have: Span| Holder { peer: peer(n), load, have: have.into() };
         view.learn(&holder(1, 3, mib(0, 64)));
         view.learn(&holder(2, 1, mib(0, 32)));
-        assert_eq!(view.pick(0, at(0), 1), Some(peer(2)));
-        assert_eq!(view.pick(40 * MIB, at(0), 1), Some(peer(1)));
-        assert_eq!(view.pick(64 * MIB, at(0), 1), None);
+        assert_eq!(view.pick(0, 0, at(0), 1), Some(peer(2)));
+        assert_eq!(view.pick(40 * MIB, 0, at(0), 1), Some(peer(1)));
+        assert_eq!(view.pick(64 * MIB, 0, at(0), 1), None);
         (0..3).for_each(|_| view.begin(peer(2)));
-        assert_eq!(view.pick(0, at(0), 1), Some(peer(1)));
+        assert_eq!(view.pick(0, 0, at(0), 1), Some(peer(1)));
         view.end(Contribution { peer: peer(2), span: mib(0, 16), checksum: 1 });
         assert_eq!(view.contributions().len(), 1);
         view.refused(peer(1), at(0));
-        assert_eq!(view.pick(40 * MIB, at(100), 1), None);
-        assert_eq!(view.pick(40 * MIB, at(300), 1), Some(peer(1)));
+        assert_eq!(view.pick(40 * MIB, 0, at(100), 1), None);
+        assert_eq!(view.pick(40 * MIB, 0, at(300), 1), Some(peer(1)));
         view.broke(peer(1), at(300));
-        assert_eq!(view.pick(40 * MIB, at(60_000), 1), None, "until it says again what it has");
+        assert_eq!(view.pick(40 * MIB, 0, at(60_000), 1), None, "until it says again what it has");
     }
 
     #[test]
@@ -306,7 +361,7 @@ mod tests {
     fn equals_share_the_work() {
         let mut view = View::default();
         (0..4).for_each(|n| view.learn(&Holder { peer: peer(n), load: 0, have: mib(0, 16).into() }));
-        let picked: std::collections::BTreeSet<_> = (0..100).filter_map(|lot| view.pick(0, at(0), lot)).collect();
+        let picked: std::collections::BTreeSet<_> = (0..100).filter_map(|lot| view.pick(0, 0, at(0), lot)).collect();
         assert_eq!(picked.len(), 4);
     }
 }

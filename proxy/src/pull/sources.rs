@@ -164,7 +164,7 @@ impl BlobSources {
     /// The first of the holders that gives it.
     async fn ask_holders(&self, peers: &Peers, part: Part) -> Option<Incoming> {
         for _ in 0..ASK_HOLDERS {
-            let holder = self.view().pick(part.start(), peers.now(), fastrand::u64(..))?;
+            let holder = self.view().pick(part.start(), self.have().len(), peers.now(), fastrand::u64(..))?;
             match self.ask(peers, holder, Manner::IfKept, part).await {
                 Ok(incoming) => return Some(incoming),
                 Err(why) => tracing::debug!(%holder, digest = %self.key.digest, ?why, "a holder gives nothing"),
@@ -240,9 +240,8 @@ impl BlobSources {
         redirects: Redirects,
         part: Part,
     ) -> Result<Incoming, Declined> {
-        let have = self.pull.fills.running(&self.key).map_or_else(Spans::default, |fill| fill.written());
         let question = Question { redirects, ..self.question(manner) };
-        peers.blob(peer, &question, part, &have, &self.view).await
+        peers.blob(peer, &question, part, &self.have(), &self.view).await
     }
 
     /// Where the origin is out of order, somebody may still have it.
@@ -253,6 +252,11 @@ impl BlobSources {
             found.iter().for_each(|holder| self.view().learn(holder));
         }
         self.ask_holders(peers, part).await
+    }
+
+    /// What this node has of it.
+    fn have(&self) -> Spans {
+        self.pull.fills.running(&self.key).map_or_else(Spans::default, |fill| fill.written())
     }
 
     fn question(&self, manner: Manner) -> Question<'_> {

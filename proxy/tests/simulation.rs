@@ -1,0 +1,488 @@
+//! A thousand nodes and more on virtual time: the code that decides who asks whom for which bytes
+//! (`peers::ring`, `peers::swarm`, `fill::Plan`) drives a network whose links are shared max-min fair.
+//!
+//! Nothing here measures a real clock: the same shape always takes the same virtual time. Not
+//! simulated: the processor, the disk, and packets; what is slow there is measured by `make bench`.
+
+use std::cmp::Ordering;
+use std::collections::BinaryHeap;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use dray::fill::Plan;
+use dray::oci::{Digest, Span, Spans};
+use dray::peers::ring::Ring;
+use dray::peers::swarm::{Contribution, Direction, Tracker, View};
+use dray::peers::wire::Holder;
+
+/// Bytes a second of 10 Gbit/s.
+const CARD: f64 = 1.25e9;
+const ROUND_TRIP: f64 = 0.0005;
+const STEP: f64 = 0.002;
+
+const MB: u64 = 1_000_000;
+const LAYERS: [u64; 5] = [1500 * MB, 800 * MB, 400 * MB, 200 * MB, 100 * MB];
+
+/// What containerd pulls at a time, and a follower fetches at a time of each.
+const AT_A_TIME: usize = 3;
+const IN_FLIGHT: usize = 4;
+/// An origin gets more connections while they help; a reader that waits may have one more.
+const MOST_LANES: usize = 8;
+/// As in `pull/sources.rs`.
+const ASK_HOLDERS: usize = 3;
+/// What is on its way to somebody is waited for this long before it says that it has nothing.
+const ON_ITS_WAY: f64 = 0.25;
+/// Who follows what somebody has gives up when nothing comes for this long.
+const COMES: f64 = 1.0;
+
+/// What is simulated.
+struct Shape {
+    nodes: usize,
+    /// Every so many nodes one is ten times slower; 0: none.
+    slow_every: usize,
+}
+
+struct Outcome {
+    /// When each node had all, in the time that its image takes through its own card; without the slow.
+    finished: Vec<f64>,
+    /// What left the origin, and the busiest node, in images.
+    origin: f64,
+    busiest: f64,
+}
+
+/// One layer on one node.
+#[derive(Default)]
+struct Fetch {
+    plan: Option<Plan>,
+    have: Spans,
+    view: View,
+    tracker: Tracker,
+    lanes: usize,
+    done: bool,
+}
+
+struct Node {
+    address: SocketAddr,
+    fetches: Vec<Fetch>,
+    sending: u32,
+    sent: f64,
+    finished: Option<f64>,
+}
+
+/// Bytes on their way from somebody to somebody.
+struct Flow {
+    /// None: the origin.
+    from: Option<usize>,
+    to: usize,
+    layer: usize,
+    span: Span,
+    position: f64,
+    starts: f64,
+    /// Since when nothing came, for who may give up.
+    idle_since: f64,
+    gives_up: bool,
+}
+
+struct Network {
+    shape: Shape,
+    ring: Ring,
+    nodes: Vec<Node>,
+    digests: Vec<Digest>,
+    owners: Vec<usize>,
+    flows: Vec<Flow>,
+    from_origin: f64,
+    now: f64,
+    random: fastrand::Rng,
+}
+
+fn address(node: usize) -> SocketAddr {
+    let [_, a, b, c] = u32::try_from(node).unwrap().to_be_bytes();
+    SocketAddr::from(([10, a, b, c], 5052))
+}
+
+fn index(address: SocketAddr) -> usize {
+    let SocketAddr::V4(address) = address else { unreachable!("the members are IPv4") };
+    usize::try_from(address.ip().to_bits() & 0x00ff_ffff).unwrap()
+}
+
+#[allow(clippy::cast_precision_loss, reason = "bytes of an image are far below 2^52")]
+fn float(bytes: u64) -> f64 {
+    bytes as f64
+}
+
+#[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a position within a blob")]
+fn whole(position: f64) -> u64 {
+    position as u64
+}
+
+impl Network {
+    fn new(shape: Shape) -> Self {
+        let addresses: Vec<SocketAddr> = (1..=shape.nodes).map(address).collect();
+        let ring: Ring = addresses.iter().copied().collect();
+        let digests: Vec<Digest> = LAYERS.iter().map(|layer| Digest::of(&layer.to_be_bytes())).collect();
+        let owners = digests.iter().map(|digest| index(ring.owners(digest, 1)[0]) - 1).collect();
+        let node = |address| Node {
+            address,
+            fetches: LAYERS.iter().map(|_| Fetch::default()).collect(),
+            sending: 0,
+            sent: 0.0,
+            finished: None,
+        };
+        let nodes = addresses.into_iter().map(node).collect();
+        let random = fastrand::Rng::with_seed(1);
+        Self { shape, ring, nodes, digests, owners, flows: Vec::new(), from_origin: 0.0, now: 0.0, random }
+    }
+
+    fn is_slow(&self, node: usize) -> bool {
+        // An owner is as slow as its origin for everybody: that is told apart in ARCHITECTURE.md.
+        self.shape.slow_every > 0 && node % self.shape.slow_every == 0 && !self.owners.contains(&node)
+    }
+
+    fn card(&self, node: usize) -> f64 {
+        if self.is_slow(node) { CARD / 10.0 } else { CARD }
+    }
+
+    fn clock(&self) -> Duration {
+        Duration::from_secs_f64(self.now)
+    }
+
+    fn run(mut self) -> Outcome {
+        while self.nodes.iter().enumerate().any(|(node, state)| state.finished.is_none() && !self.is_slow(node)) {
+            assert!(self.now < 120.0, "no progress: {} flows", self.flows.len());
+            for node in 0..self.nodes.len() {
+                self.begin(node);
+            }
+            let rates = self.rates();
+            self.advance(&rates);
+            self.now += STEP;
+        }
+        let image = float(LAYERS.iter().sum());
+        let healthy = self.nodes.iter().enumerate().filter(|(node, _)| !self.is_slow(*node));
+        let mut finished: Vec<f64> = healthy.filter_map(|(_, node)| Some(node.finished? / (image / CARD))).collect();
+        finished.sort_unstable_by(f64::total_cmp);
+        let busiest = self.nodes.iter().map(|node| node.sent).fold(0.0, f64::max) / image;
+        Outcome { finished, origin: self.from_origin / image, busiest }
+    }
+
+    /// Starts the layers that a node pulls now, and as many ranges of each as it may.
+    fn begin(&mut self, node: usize) {
+        let mut pulling = 0;
+        for layer in 0..LAYERS.len() {
+            if pulling < AT_A_TIME && !self.nodes[node].fetches[layer].done {
+                pulling += 1;
+                self.open(node, layer);
+            }
+            if self.nodes[node].fetches[layer].plan.is_some() && !self.nodes[node].fetches[layer].done {
+                self.ask_for_more(node, layer);
+            }
+        }
+        if pulling == 0 && self.nodes[node].finished.is_none() {
+            self.nodes[node].finished = Some(self.now);
+        }
+    }
+
+    fn open(&mut self, node: usize, layer: usize) {
+        let fetch = &mut self.nodes[node].fetches[layer];
+        if fetch.plan.is_none() && !fetch.done {
+            fetch.plan = Some(Plan::new(LAYERS[layer], Spans::default()));
+        }
+    }
+
+    fn ask_for_more(&mut self, node: usize, layer: usize) {
+        let owns = self.owners[layer] == node;
+        let waiting: Vec<u64> = if owns { self.waiting_for(node, layer) } else { Vec::new() };
+        loop {
+            let lot = self.random.u64(..);
+            let fetch = &mut self.nodes[node].fetches[layer];
+            let Some(plan) = &mut fetch.plan else { return };
+            let read = fetch.have.run_end(0);
+            let mut wanted = vec![read];
+            wanted.extend(&waiting);
+            let urgent = plan.waited_for(&wanted).is_some() && fetch.lanes < MOST_LANES;
+            if fetch.lanes >= IN_FLIGHT && !urgent {
+                return;
+            }
+            let span = if owns {
+                plan.next(read, &wanted, IN_FLIGHT)
+            } else {
+                plan.chosen(read, &wanted, |ranges| fetch.view.choose(ranges, lot))
+            };
+            let Some(span) = span else { return };
+            fetch.lanes += 1;
+            let (from, round_trips, gives_up) =
+                if owns { (None, 1.0, false) } else { self.find_source(node, layer, span) };
+            if let Some(peer) = from {
+                let address = self.nodes[peer].address;
+                self.nodes[node].fetches[layer].view.begin(address);
+                self.nodes[peer].sending += 1;
+            }
+            let starts = self.now + round_trips * ROUND_TRIP;
+            let position = float(span.start);
+            self.flows.push(Flow { from, to: node, layer, span, position, starts, idle_since: starts, gives_up });
+        }
+    }
+
+    /// Where readers of an owner wait.
+    fn waiting_for(&self, node: usize, layer: usize) -> Vec<u64> {
+        let of_it = self.flows.iter().filter(|flow| flow.from == Some(node) && flow.layer == layer);
+        let have = &self.nodes[node].fetches[layer].have;
+        of_it.map(|flow| whole(flow.position)).filter(|at| have.run_end(*at) == *at).take(64).collect()
+    }
+
+    /// Whom a range comes from, after how many round trips, and whether it comes only as far as that one has
+    /// it: the way of `BlobSources::open`.
+    fn find_source(&mut self, node: usize, layer: usize, span: Span) -> (Option<usize>, f64, bool) {
+        let mut round_trips = 0.0;
+        for _ in 0..ASK_HOLDERS {
+            let (now, lot) = (self.clock(), self.random.u64(..));
+            let has = self.nodes[node].fetches[layer].have.len();
+            let Some(holder) = self.nodes[node].fetches[layer].view.pick(span.start, has, now, lot) else { break };
+            if let Some(source) = self.ask(node, index(holder) - 1, layer, span, false, &mut round_trips) {
+                return (Some(source), round_trips, true);
+            }
+        }
+        let owner = self.owners[layer];
+        let source = self.ask(node, owner, layer, span, true, &mut round_trips).unwrap_or(owner);
+        (Some(source), round_trips, source != owner)
+    }
+
+    /// Asks one peer; where it names another, that one, and if that cannot help, the first again.
+    fn ask(
+        &mut self,
+        node: usize,
+        peer: usize,
+        layer: usize,
+        span: Span,
+        as_owner: bool,
+        round_trips: &mut f64,
+    ) -> Option<usize> {
+        *round_trips += 1.0;
+        let now = self.clock();
+        if as_owner {
+            self.open(peer, layer);
+        }
+        let (asker, sending) = (self.nodes[node].address, self.nodes[peer].sending);
+        self.hear(node, peer, layer);
+        let direction = self.nodes[peer].fetches[layer].tracker.direct(Some(asker), span, sending, now);
+        self.tell(node, peer, layer);
+        if let Direction::Redirect(other) = direction {
+            *round_trips += 1.0;
+            let other = index(other) - 1;
+            self.hear(node, other, layer);
+            self.tell(node, other, layer);
+            if self.gives(other, layer, span.start) {
+                return Some(other);
+            }
+            *round_trips += 1.0;
+            self.nodes[node].fetches[layer].view.refused(address(other + 1), now);
+            self.hear(node, peer, layer);
+        }
+        if as_owner || self.gives(peer, layer, span.start) {
+            return Some(peer);
+        }
+        self.nodes[node].fetches[layer].view.refused(address(peer + 1), now);
+        None
+    }
+
+    /// Whether somebody has a byte, or gets it in no time.
+    fn gives(&self, node: usize, layer: usize, at: u64) -> bool {
+        let soon = whole(self.card(node) * ON_ITS_WAY / 16.0);
+        let comes = |flow: &Flow| {
+            flow.to == node
+                && flow.layer == layer
+                && flow.span.start <= at
+                && at < flow.span.end
+                && at <= whole(flow.position) + soon
+        };
+        self.nodes[node].fetches[layer].have.run_end(at) > at || self.flows.iter().any(comes)
+    }
+
+    fn hear(&mut self, node: usize, peer: usize, layer: usize) {
+        let (asker, have, load) =
+            (self.nodes[node].address, self.nodes[node].fetches[layer].have.clone(), self.nodes[node].sending);
+        let now = self.clock();
+        self.nodes[peer].fetches[layer].tracker.heard(asker, have, load, now);
+    }
+
+    /// What an answer tells of others and of whoever answers.
+    fn tell(&mut self, node: usize, peer: usize, layer: usize) {
+        let asker = self.nodes[node].address;
+        let answers = &mut self.nodes[peer];
+        let mut told = answers.fetches[layer].tracker.holders(Some(asker));
+        let (load, have) = (answers.sending, answers.fetches[layer].have.clone());
+        told.push(Holder { peer: answers.address, load, have });
+        let view = &mut self.nodes[node].fetches[layer].view;
+        told.iter().filter(|holder| holder.peer != asker).for_each(|holder| view.learn(holder));
+    }
+
+    /// Bytes that a flow's source has beyond its position.
+    fn available(&self, flow: &Flow) -> f64 {
+        match flow.from {
+            None => f64::INFINITY,
+            Some(peer) => {
+                let end = self.nodes[peer].fetches[flow.layer].have.run_end(whole(flow.position));
+                (float(end) - flow.position).max(0.0)
+            }
+        }
+    }
+
+    /// Max-min fair rates: the link that gives each of its flows the least fixes theirs, then the next.
+    fn rates(&self) -> Vec<f64> {
+        let count = self.nodes.len();
+        // Outgoing links, incoming ones, and that of the origin.
+        let mut left: Vec<f64> = (0..count).chain(0..count).map(|node| self.card(node)).chain([CARD]).collect();
+        let mut members: Vec<Vec<usize>> = vec![Vec::new(); 2 * count + 1];
+        let links = |flow: &Flow| [flow.from.unwrap_or(2 * count), count + flow.to];
+        for (nth, flow) in self.flows.iter().enumerate() {
+            if flow.starts <= self.now && self.available(flow) >= 1.0 {
+                links(flow).into_iter().for_each(|link| members[link].push(nth));
+            }
+        }
+        let mut open: Vec<usize> = members.iter().map(Vec::len).collect();
+        let mut rates = vec![f64::NAN; self.flows.len()];
+        let share = |left: f64, open: usize| left / float(open as u64);
+        let mut heap: BinaryHeap<Least> = (0..members.len())
+            .filter(|link| open[*link] > 0)
+            .map(|link| Least(share(left[link], open[link]), link))
+            .collect();
+        while let Some(Least(known, link)) = heap.pop() {
+            if open[link] == 0 {
+                continue;
+            }
+            let now = share(left[link], open[link]);
+            if now > known * 1.000_001 {
+                heap.push(Least(now, link));
+                continue;
+            }
+            for nth in std::mem::take(&mut members[link]) {
+                if rates[nth].is_nan() {
+                    rates[nth] = now;
+                    for link in links(&self.flows[nth]) {
+                        left[link] = (left[link] - now).max(0.0);
+                        open[link] -= 1;
+                    }
+                }
+            }
+        }
+        rates.into_iter().map(|rate| if rate.is_nan() { 0.0 } else { rate }).collect()
+    }
+
+    /// Moves all flows by one step.
+    fn advance(&mut self, rates: &[f64]) {
+        let until = self.now + STEP;
+        let available: Vec<f64> = self.flows.iter().map(|flow| self.available(flow)).collect();
+        let mut over = Vec::new();
+        for (nth, flow) in self.flows.iter_mut().enumerate() {
+            let moved = (rates[nth] * STEP).min(available[nth]).min(float(flow.span.end) - flow.position);
+            if moved <= 0.0 {
+                if flow.gives_up && until - flow.idle_since > COMES {
+                    over.push(nth);
+                }
+                continue;
+            }
+            flow.idle_since = until;
+            let came = Span { start: whole(flow.position), end: whole(flow.position + moved) };
+            flow.position += moved;
+            match flow.from {
+                None => self.from_origin += moved,
+                Some(peer) => self.nodes[peer].sent += moved,
+            }
+            let fetch = &mut self.nodes[flow.to].fetches[flow.layer];
+            if came.start < came.end {
+                fetch.have.insert(came);
+            }
+            if float(flow.span.end) - flow.position < 1.0 {
+                fetch.have.insert(Span { start: came.start, end: flow.span.end });
+                over.push(nth);
+            }
+        }
+        for nth in over.into_iter().rev() {
+            let flow = self.flows.swap_remove(nth);
+            self.end(&flow);
+        }
+    }
+
+    fn end(&mut self, flow: &Flow) {
+        let broke = float(flow.span.end) - flow.position >= 1.0;
+        let now = self.clock();
+        let peer = flow.from.map(|peer| {
+            self.nodes[peer].sending -= 1;
+            self.nodes[peer].address
+        });
+        let fetch = &mut self.nodes[flow.to].fetches[flow.layer];
+        fetch.lanes -= 1;
+        let reached = whole(flow.position);
+        if let Some(peer) = peer {
+            fetch.view.end(Contribution { peer, span: Span { start: flow.span.start, end: reached }, checksum: 0 });
+            if broke {
+                fetch.view.broke(peer, now);
+            }
+        }
+        if broke && let Some(plan) = &mut fetch.plan {
+            plan.give_back(Span { start: reached, end: flow.span.end });
+        }
+        if fetch.have.len() == LAYERS[flow.layer] {
+            fetch.done = true;
+            fetch.plan = None;
+            fetch.view = View::default();
+        }
+    }
+}
+
+/// A link by what it gives to each of its flows; the least is the greatest.
+struct Least(f64, usize);
+
+impl PartialEq for Least {
+    fn eq(&self, other: &Self) -> bool {
+        self.cmp(other) == Ordering::Equal
+    }
+}
+
+impl Eq for Least {}
+
+impl PartialOrd for Least {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl Ord for Least {
+    fn cmp(&self, other: &Self) -> Ordering {
+        other.0.total_cmp(&self.0).then(other.1.cmp(&self.1))
+    }
+}
+
+fn simulate(nodes: usize, slow_every: usize) -> Outcome {
+    let network = Network::new(Shape { nodes, slow_every });
+    assert_eq!(network.ring.owners(&network.digests[0], 1).len(), 1);
+    let outcome = network.run();
+    let (median, last) = (outcome.finished[outcome.finished.len() / 2], *outcome.finished.last().unwrap());
+    println!(
+        "{nodes} nodes, slow every {slow_every}: median {median:.2} x, last {last:.2} x, origin {:.3} x, busiest {:.2} x",
+        outcome.origin, outcome.busiest
+    );
+    outcome
+}
+
+/// How many nodes: a thousand, or what `DRAY_SIMULATED` says.
+fn nodes() -> usize {
+    std::env::var("DRAY_SIMULATED").map_or(1000, |text| text.parse().expect("a number of nodes"))
+}
+
+#[test]
+fn an_image_reaches_a_thousand_nodes_at_nearly_the_speed_of_their_cards() {
+    let outcome = simulate(nodes(), 0);
+    let median = outcome.finished[outcome.finished.len() / 2];
+    let last = outcome.finished.last().unwrap();
+    assert!(median <= 1.7, "half of them are done at {median:.2} x size / card");
+    assert!(*last <= 2.2, "the last is done at {last:.2} x size / card");
+    assert!(outcome.origin <= 1.01 && outcome.busiest <= 2.5);
+}
+
+#[test]
+fn slow_nodes_do_not_slow_the_others() {
+    let outcome = simulate(nodes(), 20);
+    let last = outcome.finished.last().unwrap();
+    assert!(*last <= 3.0, "the last healthy one is done at {last:.2} x size / card");
+    assert!(outcome.origin <= 1.01);
+}
