@@ -23,6 +23,7 @@ pub struct Files {
     pub cert: PathBuf,
     pub key: PathBuf,
     pub ca: Option<(&'static str, PathBuf)>,
+    pub welcome: Welcome,
 }
 
 /// What this process shows, and whom it believes.
@@ -57,7 +58,6 @@ pub enum Welcome {
 #[derive(Debug)]
 pub struct Verifier {
     identity: Arc<Identity>,
-    welcome: Welcome,
 }
 
 impl Identity {
@@ -76,14 +76,14 @@ impl Identity {
         Ok(())
     }
 
-    /// Whether the certificate is for any name.
-    pub fn has_name(&self) -> bool {
-        !self.current.load().names.is_empty()
+    /// Holds those against the authority who connect, or are connected to.
+    pub fn verifier(self: &Arc<Self>) -> Arc<Verifier> {
+        Arc::new(Verifier { identity: self.clone() })
     }
 
-    /// Holds those against the authority who connect, or are connected to.
-    pub fn verifier(self: &Arc<Self>, welcome: Welcome) -> Arc<Verifier> {
-        Arc::new(Verifier { identity: self.clone(), welcome })
+    /// Whether those who connect are held against an authority.
+    pub fn wants_certificates(&self) -> bool {
+        self.files.ca.is_some()
     }
 }
 
@@ -99,6 +99,9 @@ impl Loaded {
         let certified = CertifiedKey::from_der(chain, private, &provider())
             .map_err(|why| wrong("cert", &files.cert, &format!("does not fit the key: {why}")))?;
         let names = names(&certified).map_err(|why| wrong("cert", &files.cert, &why))?;
+        if names.is_empty() && files.welcome == Welcome::Namesakes {
+            return Err(wrong("cert", &files.cert, &"is for no DNS name, by which peers know each other"));
+        }
         let mut read_all = [cert, key].concat();
         let trusted = match &files.ca {
             Some((what, path)) => {
@@ -153,7 +156,7 @@ impl Verifier {
     }
 
     fn check_name(&self, certificate: &CertificateDer<'_>) -> Result<(), Error> {
-        if self.welcome == Welcome::Anybody {
+        if self.identity.files.welcome == Welcome::Anybody {
             return Ok(());
         }
         let parsed = ParsedCertificate::try_from(certificate)?;
@@ -214,7 +217,10 @@ impl ServerCertVerifier for Verifier {
         now: UnixTime,
     ) -> Result<ServerCertVerified, Error> {
         let current = self.identity.current.load();
-        let wanted = if self.welcome == Welcome::Anybody { std::slice::from_ref(name) } else { &current.names };
+        let wanted = match self.identity.files.welcome {
+            Welcome::Anybody => std::slice::from_ref(name),
+            Welcome::Namesakes => &current.names,
+        };
         let mut last = CertificateError::NotValidForName.into();
         for name in wanted {
             let verified = self.trusted(|trusted| {

@@ -194,7 +194,7 @@ impl Front {
         let head_only = request.method == Method::HEAD;
         let answer = match endpoint {
             Endpoint::Manifest(Reference::Tag(_)) if asking.asker == Asker::Peer(Standing::Stranger) => {
-                Err(self.no_tags(visitor.as_ref()))
+                Err(self.no_tags())
             }
             Endpoint::Tags | Endpoint::Referrers(_) if asking.asker.is_peer() => {
                 Err(Refusal::Denied("peers share content, not lists".into()))
@@ -241,12 +241,13 @@ impl Front {
         let Some(peers) = self.pull.peers().filter(|_| self.listener == Listener::Peers) else { return Ok(None) };
         let from =
             session.client_addr().and_then(|address| address.as_inet()).map(|address| address.ip().to_canonical());
-        Visitor::read(session.req_header(), from, peers).map(Some)
+        let at = session.server_addr().and_then(|address| address.as_inet()).copied();
+        Visitor::read(session.req_header(), from, at, peers).map(Some)
     }
 
     /// Why a stranger is not told what a tag means; a peer whose rules differ asks elsewhere.
-    fn no_tags(&self, visitor: Option<&Visitor>) -> Refusal {
-        if visitor.is_some_and(|visitor| visitor.seal.is_some()) {
+    fn no_tags(&self) -> Refusal {
+        if self.pull.peers().is_some_and(|peers| peers.are_proven()) {
             return Refusal::NotKept;
         }
         Refusal::Denied("peers that do not prove who they are share what a digest proves, not tags".into())

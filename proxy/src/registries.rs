@@ -175,9 +175,9 @@ impl Rule {
 fn fingerprint(rule: &config::Rule, guard: &config::Guard) -> String {
     let upstreams: Vec<_> = rule.upstreams.iter().map(Upstream::base).collect();
     let credentials = match &rule.credentials {
-        None => "none",
-        Some(Credentials::DockerConfig { .. }) => "docker config",
-        Some(Credentials::Static { username, .. }) => username,
+        None => "none".to_owned(),
+        Some(Credentials::DockerConfig { .. }) => "a docker config".to_owned(),
+        Some(Credentials::Static { username, .. }) => format!("of {username}"),
     };
     let text = format!(
         "{} {upstreams:?} {credentials:?} {} {:?} {:?} {:?}",
@@ -198,6 +198,8 @@ mod tests {
     fn a_fingerprint_is_of_what_decides() {
         let of = |text: &str| registries(text).rules()[0].fingerprint().to_owned();
         let plain = of("[[registry]]\nmatch = \"a.io\"");
+        let none = "[[registry]]\nmatch = \"a.io\"\ncredentials = { username = \"none\", password_env = \"HOME\" }";
+        assert_ne!(plain, of(none), "nobody is called that");
         assert_eq!(plain, of("listen = \"127.0.0.1:1\"\n[[registry]]\nmatch = \"a.io\"\nnegative_ttl = \"9s\""));
         let secret = "credentials = { username = \"u\", password_env = ";
         let with = |name: &str| of(&format!("[[registry]]\nmatch = \"a.io\"\n{secret}\"{name}\" }}"));

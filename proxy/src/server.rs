@@ -99,7 +99,7 @@ pub fn run(
     let mut clients = ProxyServiceBuilder::new(&conf, front(Listener::Clients)).name("registry").build();
     match &identity {
         Some(identity) => {
-            let mut settings = tls_settings(identity, config.tls.client_ca.is_some().then_some(Welcome::Anybody))?;
+            let mut settings = tls_settings(identity)?;
             settings.enable_h2();
             clients.add_tls_with_settings(&bound.registry.to_string(), None, settings);
         }
@@ -110,7 +110,7 @@ pub fn run(
         let mut peers = ProxyServiceBuilder::new(&conf, front(Listener::Peers)).name("peers").build();
         match pull.peers().and_then(|peers| peers.identity()) {
             Some(identity) => {
-                let settings = tls_settings(identity, Some(Welcome::Namesakes))?;
+                let settings = tls_settings(identity)?;
                 peers.add_tls_with_settings(&address.to_string(), None, settings);
             }
             None => peers.add_tcp(&address.to_string()),
@@ -310,15 +310,16 @@ impl ShutdownSignalWatch for Stop {
 fn identity(tls: &Tls) -> Result<Option<Arc<Identity>>, String> {
     let (Some(cert), Some(key)) = (&tls.cert, &tls.key) else { return Ok(None) };
     let ca = tls.client_ca.clone().map(|path| ("client_ca", path));
-    Identity::load(Files { table: "tls", cert: cert.clone(), key: key.clone(), ca }).map(Some)
+    let files = Files { table: "tls", cert: cert.clone(), key: key.clone(), ca, welcome: Welcome::Anybody };
+    Identity::load(files).map(Some)
 }
 
-/// A listener that shows an identity, and wants certificates of those who are welcome.
-fn tls_settings(identity: &Arc<Identity>, welcome: Option<Welcome>) -> Result<TlsSettings, StartError> {
+/// A listener that shows an identity, and holds others against its authority.
+fn tls_settings(identity: &Arc<Identity>) -> Result<TlsSettings, StartError> {
     let mut settings = TlsSettings::intermediate("", "").map_err(|e| StartError::Failed(e.to_string()))?;
     settings.set_cert_resolver(identity.clone());
-    if let Some(welcome) = welcome {
-        settings.set_client_cert_verifier(identity.verifier(welcome));
+    if identity.wants_certificates() {
+        settings.set_client_cert_verifier(identity.verifier());
     }
     Ok(settings)
 }

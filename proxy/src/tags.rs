@@ -27,7 +27,12 @@ impl Tags {
         Self { leases: moka::sync::Cache::new(MAX_LEASES), store }
     }
 
+    /// What a tag meant. A date in the future comes from a wrong clock and says nothing.
     pub fn lease(&self, place: &Place, tag: &Tag) -> Option<Lease> {
+        self.known(place, tag).filter(|lease| lease.checked_at <= SystemTime::now())
+    }
+
+    fn known(&self, place: &Place, tag: &Tag) -> Option<Lease> {
         let key = (place.to_string(), tag.clone());
         if let Some(lease) = self.leases.get(&key) {
             return Some(lease);
@@ -41,9 +46,7 @@ impl Tags {
 
     /// The origin said at that time what the tag means. The youngest word wins.
     pub fn renew(&self, place: &Place, tag: &Tag, digest: &Digest, checked_at: SystemTime) {
-        let now = SystemTime::now();
-        let younger = |known: &Lease| known.checked_at > checked_at && known.checked_at <= now;
-        if self.lease(place, tag).is_some_and(|known| younger(&known)) {
+        if self.lease(place, tag).is_some_and(|known| known.checked_at > checked_at) {
             return;
         }
         self.leases.insert((place.to_string(), tag.clone()), Lease { digest: digest.clone(), checked_at });
@@ -72,8 +75,33 @@ impl Lease {
 
     /// Whether the tag may be believed without asking.
     pub fn is_fresh(&self, place: &Place, tag: &Tag, now: SystemTime) -> bool {
-        // A date in the future comes from a wrong clock and says nothing.
-        let young = now.duration_since(self.checked_at).is_ok_and(|age| age < place.rule.tag_ttl);
-        young || place.rule.is_immutable(tag)
+        self.age(now) < place.rule.tag_ttl || place.rule.is_immutable(tag)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{Config, Share, Size};
+    use crate::metrics::Metrics;
+    use crate::registries::Registries;
+
+    #[tokio::test]
+    async fn a_date_in_the_future_says_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path(), Share::Size(Size(64 << 20)), 1 << 20, &Metrics::new()).await.unwrap();
+        let tags = Tags::new(Arc::new(store));
+        let registries = Registries::new(&Config::parse("", "test").unwrap());
+        let registry: crate::oci::Registry = "docker.io".parse().unwrap();
+        let rule = registries.rule(&registry).clone();
+        let place = Place { rule, registry, repository: "library/a".parse().unwrap() };
+        let (tag, now): (Tag, _) = ("1".parse().unwrap(), SystemTime::now());
+        let [old, new] = [b"a", b"b"].map(|bytes| Digest::of(bytes));
+        tags.renew(&place, &tag, &old, now + Duration::from_secs(3600));
+        assert_eq!(tags.lease(&place, &tag), None);
+        tags.renew(&place, &tag, &new, now - Duration::from_secs(1));
+        assert_eq!(tags.lease(&place, &tag).unwrap().digest, new);
+        tags.renew(&place, &tag, &old, now - Duration::from_secs(2));
+        assert_eq!(tags.lease(&place, &tag).unwrap().digest, new, "the youngest word wins");
     }
 }

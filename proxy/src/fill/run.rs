@@ -1,7 +1,7 @@
 //! One fill from its first question to the file under its name.
 
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::time::timeout;
 
@@ -18,6 +18,9 @@ use crate::store::{Blob, Draft, Found, Kind, NoSpace, Partial, Proof, SMALL_BYTE
 
 /// A small object has to be here whole within this time.
 const SMALL_TIME: Duration = Duration::from_secs(10);
+
+/// What a follower has is copied for this long.
+const INHERIT: Duration = Duration::from_secs(1);
 
 /// A fill while it runs; dropping it, also by a panic, takes it off the list and wakes its readers.
 pub(super) struct Running<'a> {
@@ -128,12 +131,16 @@ impl Running<'_> {
     }
 
     /// A copy of what this node fetches already as somebody's follower, where it has to take the
-    /// owner's place.
+    /// owner's place; of as much as can be copied while somebody waits.
     async fn inherit(&self) -> Option<Partial> {
         let (follower, blob) = self.fills.following(&self.fill.key)?;
         let draft = self.draft(blob.len).await.ok()?;
         let copying = tokio::task::spawn_blocking(move || {
-            let written = follower.written().iter().take_while(|span| draft.copy(&blob, *span).is_ok()).collect();
+            let until = Instant::now() + INHERIT;
+            let spans = follower.written();
+            let pieces = spans.iter().flat_map(pieces);
+            let copied = pieces.take_while(|piece| Instant::now() < until && draft.copy(&blob, *piece).is_ok());
+            let written = copied.collect();
             Partial { draft, written }
         });
         copying.await.ok()
@@ -197,7 +204,8 @@ impl Running<'_> {
     /// Lets the readers have the tail, then gives the file its name if this node owns the blob.
     async fn publish(&self, draft: Draft) {
         if self.fill.key.role == Role::Client {
-            self.fills.store.large.relay(draft, &self.fill.key.digest);
+            let (large, digest) = (self.fills.store.large.clone(), self.fill.key.digest.clone());
+            let _ = tokio::task::spawn_blocking(move || large.relay(draft, &digest)).await;
             return self.fill.end(Phase::Verified);
         }
         self.fills.store.large.announce(&draft, &self.fill.key.digest);
@@ -223,6 +231,13 @@ impl Running<'_> {
             self.fills.damaged(digest, blob, seen);
         }
     }
+}
+
+/// A span in pieces, none of which takes long to copy.
+fn pieces(span: Span) -> impl Iterator<Item = Span> {
+    let starts = std::iter::successors(Some(span.start), |start| start.checked_add(LARGEST_RANGE));
+    let starts = starts.take_while(move |start| *start < span.end);
+    starts.map(move |start| Span { start, end: span.end.min(start.saturating_add(LARGEST_RANGE)) })
 }
 
 /// Asks for the first range that is wanted and missing.

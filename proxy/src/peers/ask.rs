@@ -349,7 +349,7 @@ impl Peers {
         let mut request = request.build().map_err(|error| SourceError::Malformed(error_chain(&error)))?;
         let method = request.method().clone();
         let path = request.url()[url::Position::BeforePath..].to_owned();
-        let seal = self.proof.sign(&method, &path, request.headers_mut());
+        let seal = self.proof.sign(peer, &method, &path, request.headers_mut());
         let mut sending = std::pin::pin!(self.client.execute(request));
         let answered = match timeout(ALIVE, &mut sending).await {
             Ok(answered) => Ok(answered),

@@ -1,11 +1,12 @@
 //! A secret that all peers share: whoever knows it proves each question and each answer.
 //!
 //! A question carries `dray-auth: <milliseconds since 1970> <mac>`, its answer `dray-auth: <mac>`. The
-//! mac is the HMAC-SHA256, in hexadecimal, of the lines that [`question`] and [`answer`] write: what is
-//! asked and answered, headers included; an answer's with the question's mac, so that it answers no
-//! other. Bodies are proven by the digest that an answer names. Nothing is encrypted.
+//! mac is the HMAC-SHA256, in hexadecimal, of the lines that [`question`] and [`answer`] write: who is
+//! asked for what, and what is answered, headers included. A question is good for nobody else, and an
+//! answer, with its question's mac, for no other question. Bodies are proven by the digest that an answer names. Nothing is encrypted.
 
 use std::fmt::{self, Write};
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -40,7 +41,7 @@ pub struct Seal {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Unproven {
     NotSigned,
-    /// Signed with another key, or changed on its way.
+    /// Signed with another key or for somebody else, or changed on its way.
     WrongKey,
     /// Signed too long ago, or in the future.
     OtherTime,
@@ -70,25 +71,32 @@ impl SharedKey {
         Ok(())
     }
 
-    /// Signs a question by adding a header.
-    pub(super) fn sign(&self, method: &Method, path: &str, headers: &mut HeaderMap) -> Seal {
+    /// Signs a question to somebody by adding a header.
+    pub(super) fn sign(&self, to: SocketAddr, method: &Method, path: &str, headers: &mut HeaderMap) -> Seal {
         let key = self.keys.load().keys[0].clone();
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis();
         let now = u64::try_from(now).unwrap_or(u64::MAX);
-        let mac = hmac::sign(&key, question(now, method, path, headers).as_bytes());
+        let mac = hmac::sign(&key, question(now, to, method, path, headers).as_bytes());
         let header = HeaderValue::from_str(&format!("{now} {}", hex(mac.as_ref()))).expect("digits fit a header");
         headers.insert(AUTH, header.clone());
         Seal { key, question: header }
     }
 
-    /// Whether a question comes from somebody who knows the key.
-    pub(super) fn check(&self, method: &Method, uri: &Uri, headers: &HeaderMap) -> Result<Seal, Unproven> {
+    /// Whether a question to this node, at the address where it was asked, comes from somebody who knows
+    /// the key.
+    pub(super) fn check(
+        &self,
+        at: SocketAddr,
+        method: &Method,
+        uri: &Uri,
+        headers: &HeaderMap,
+    ) -> Result<Seal, Unproven> {
         let header = headers.get(AUTH).ok_or(Unproven::NotSigned)?;
         let (time, mac) = header.to_str().ok().and_then(|text| text.split_once(' ')).ok_or(Unproven::NotSigned)?;
         let time: u64 = time.parse().map_err(|_| Unproven::NotSigned)?;
         let mac = from_hex(mac).ok_or(Unproven::NotSigned)?;
         let path = uri.path_and_query().map_or("", |path| path.as_str());
-        let text = question(time, method, path, headers);
+        let text = question(time, at, method, path, headers);
         let keys = self.keys.load();
         let key = keys.keys.iter().find(|key| hmac::verify(key, text.as_bytes(), &mac).is_ok());
         let key = key.ok_or(Unproven::WrongKey)?.clone();
@@ -143,14 +151,17 @@ impl Unproven {
     pub fn as_str(self) -> &'static str {
         match self {
             Self::NotSigned => "peers prove here with a shared key who they are: set peers.key_file",
-            Self::WrongKey => "signed with another key than that of peers.key_file here",
+            Self::WrongKey => {
+                "signed with another key than that of peers.key_file here, or for another address than this"
+            }
             Self::OtherTime => "signed at a time that is more than a minute from now: compare the clocks",
         }
     }
 }
 
-fn question(time: u64, method: &Method, path: &str, headers: &HeaderMap) -> String {
-    let mut text = format!("dray question\n{time}\n{method}\n{path}\n");
+fn question(time: u64, to: SocketAddr, method: &Method, path: &str, headers: &HeaderMap) -> String {
+    let (address, port) = (to.ip().to_canonical(), to.port());
+    let mut text = format!("dray question\n{time}\n{address} {port}\n{method}\n{path}\n");
     write_headers(&mut text, headers, &[RANGE, CACHE_CONTROL]);
     text
 }
@@ -206,8 +217,12 @@ mod tests {
         headers
     }
 
+    fn asked_one() -> SocketAddr {
+        SocketAddr::from(([192, 0, 2, 1], 5052))
+    }
+
     fn check(key: &SharedKey, path: &str, headers: &HeaderMap) -> Result<Seal, Unproven> {
-        key.check(&Method::GET, &path.parse().unwrap(), headers)
+        key.check(asked_one(), &Method::GET, &path.parse().unwrap(), headers)
     }
 
     #[test]
@@ -215,12 +230,19 @@ mod tests {
         let ours = key("0123456789abcdef-ours\n");
         let mut headers = asked();
         assert_eq!(check(&ours, PATH, &headers).err(), Some(Unproven::NotSigned));
-        let seal = ours.sign(&Method::GET, PATH, &mut headers);
+        let seal = ours.sign(asked_one(), &Method::GET, PATH, &mut headers);
         let theirs = check(&ours, PATH, &headers).ok().unwrap();
         assert_eq!(check(&key("0123456789abcdef-other"), PATH, &headers).err(), Some(Unproven::WrongKey));
         assert_eq!(check(&ours, "/v2/b/manifests/1?ns=docker.io", &headers).err(), Some(Unproven::WrongKey));
         assert_eq!(
-            ours.check(&Method::HEAD, &PATH.parse().unwrap(), &headers).err(),
+            ours.check(SocketAddr::from(([192, 0, 2, 2], 5052)), &Method::GET, &PATH.parse().unwrap(), &headers).err(),
+            Some(Unproven::WrongKey),
+            "to somebody else"
+        );
+        let mapped = "[::ffff:192.0.2.1]:5052".parse().unwrap();
+        assert!(ours.check(mapped, &Method::GET, &PATH.parse().unwrap(), &headers).is_ok(), "the same address");
+        assert_eq!(
+            ours.check(asked_one(), &Method::HEAD, &PATH.parse().unwrap(), &headers).err(),
             Some(Unproven::WrongKey),
             "another method"
         );
@@ -249,7 +271,8 @@ mod tests {
         let mut headers = asked();
         let old = UNIX_EPOCH.elapsed().unwrap().as_millis() - 61_000;
         let old = u64::try_from(old).unwrap();
-        let mac = hmac::sign(&ours.keys.load().keys[0], question(old, &Method::GET, PATH, &headers).as_bytes());
+        let mac =
+            hmac::sign(&ours.keys.load().keys[0], question(old, asked_one(), &Method::GET, PATH, &headers).as_bytes());
         headers.insert(AUTH, format!("{old} {}", hex(mac.as_ref())).parse().unwrap());
         assert_eq!(check(&ours, PATH, &headers).err(), Some(Unproven::OtherTime));
     }
@@ -260,7 +283,7 @@ mod tests {
             ("0123456789-before\n", "0123456789-after\n0123456789-before\n", "0123456789-after");
         for (asks, is_asked) in [(before, both), (both, both), (both, after), (after, both)] {
             let mut headers = asked();
-            let seal = key(asks).sign(&Method::GET, PATH, &mut headers);
+            let seal = key(asks).sign(asked_one(), &Method::GET, PATH, &mut headers);
             let theirs = check(&key(is_asked), PATH, &headers).ok().unwrap();
             let (name, value) = theirs.sign(200, &HeaderMap::new());
             assert!(seal.proves(200, &HeaderMap::from_iter([(name, value)])));
@@ -274,7 +297,7 @@ mod tests {
         let key = SharedKey::load(file.path()).unwrap();
         let signed = |key: &SharedKey| {
             let mut headers = asked();
-            key.sign(&Method::GET, PATH, &mut headers);
+            key.sign(asked_one(), &Method::GET, PATH, &mut headers);
             headers
         };
         let old = signed(&key);

@@ -1,5 +1,6 @@
 //! How peers know each other: not at all, by a secret that they share, or by certificates.
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -40,13 +41,9 @@ impl Proof {
                     cert: mtls.cert.clone(),
                     key: mtls.key.clone(),
                     ca: Some(("ca", mtls.ca.clone())),
+                    welcome: Welcome::Namesakes,
                 };
-                let identity = Identity::load(files)?;
-                if identity.has_name() {
-                    return Ok(Self::Certificates(identity));
-                }
-                let cert = mtls.cert.display();
-                Err(format!("peers.mtls.cert = \"{cert}\": is for no DNS name, by which peers know each other"))
+                Identity::load(files).map(Self::Certificates)
             }
             (Some(_), Some(_)) => Err("peers.key_file and peers.mtls: choose one of them".to_owned()),
         }
@@ -64,12 +61,14 @@ impl Proof {
     pub(super) fn prepare(&self, client: ClientBuilder) -> Result<ClientBuilder, String> {
         let Self::Certificates(identity) = self else { return Ok(client) };
         let provider = Arc::new(rustls::crypto::ring::default_provider());
-        let tls = rustls::ClientConfig::builder_with_provider(provider)
+        let mut tls = rustls::ClientConfig::builder_with_provider(provider)
             .with_protocol_versions(&[&rustls::version::TLS13])
             .map_err(|error| error.to_string())?
             .dangerous()
-            .with_custom_certificate_verifier(identity.verifier(Welcome::Namesakes))
+            .with_custom_certificate_verifier(identity.verifier())
             .with_client_cert_resolver(identity.clone());
+        // An authority that is no longer believed ends with the connection.
+        tls.resumption = rustls::client::Resumption::disabled();
         Ok(client.tls_backend_preconfigured(tls))
     }
 
@@ -78,17 +77,18 @@ impl Proof {
     }
 
     /// Proves a question, and gives what its answer is proven with.
-    pub(super) fn sign(&self, method: &Method, path: &str, headers: &mut HeaderMap) -> Option<Seal> {
+    pub(super) fn sign(&self, to: SocketAddr, method: &Method, path: &str, headers: &mut HeaderMap) -> Option<Seal> {
         match self {
-            Self::Key(key) => Some(key.sign(method, path, headers)),
+            Self::Key(key) => Some(key.sign(to, method, path, headers)),
             Self::None | Self::Certificates(_) => None,
         }
     }
 
-    /// Whether whoever asks is a peer, and what proves the answer. The listener has held certificates
-    /// against the authority before.
+    /// Whether whoever asks is a peer, and what proves the answer; `at` is the address where this node is
+    /// asked. The listener has held certificates against the authority before.
     pub(super) fn check(
         &self,
+        at: Option<SocketAddr>,
         method: &Method,
         uri: &Uri,
         headers: &HeaderMap,
@@ -96,7 +96,10 @@ impl Proof {
         match self {
             Self::None => Ok((Standing::Stranger, None)),
             Self::Certificates(_) => Ok((Standing::Member, None)),
-            Self::Key(key) => key.check(method, uri, headers).map(|seal| (Standing::Member, Some(seal))),
+            Self::Key(key) => {
+                let seal = key.check(at.ok_or(Unproven::NotSigned)?, method, uri, headers)?;
+                Ok((Standing::Member, Some(seal)))
+            }
         }
     }
 }

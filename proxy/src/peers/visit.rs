@@ -40,10 +40,16 @@ pub struct Visitor {
 pub struct Sending(Arc<Peers>);
 
 impl Visitor {
-    /// Reads a question; `from` is the other end of its connection. An error: it is no peer's.
-    pub fn read(request: &Parts, from: Option<IpAddr>, peers: &Peers) -> Result<Self, Unproven> {
+    /// Reads a question that came from `from` to `at`, the ends of its connection. An error: it is no
+    /// peer's.
+    pub fn read(
+        request: &Parts,
+        from: Option<IpAddr>,
+        at: Option<SocketAddr>,
+        peers: &Peers,
+    ) -> Result<Self, Unproven> {
         let headers = &request.headers;
-        let proven = peers.proof.check(&request.method, &request.uri, headers);
+        let proven = peers.proof.check(at, &request.method, &request.uri, headers);
         let (standing, seal) = proven.inspect_err(|why| {
             peers.metrics.unproven.with_label_values(&["question"]).inc();
             tracing::debug!(?from, why = why.as_str(), "a question that no peer has signed");

@@ -233,6 +233,12 @@ impl Pull {
     pub(super) async fn follow(self: &Arc<Self>, fill: &Arc<Fill>, request: &BlobRequest) -> Result<BlobAnswer, Fetch> {
         match fill.opened().await? {
             Opened::Small { object, from } => Ok(BlobAnswer::of_bytes(&object.bytes, request.range, from)?),
+            // What was kept may come from elsewhere than whoever asked for it thinks.
+            Opened::Growing { blob, .. }
+                if !self.may_give(blob.provenance.as_ref(), request.asking.asker, &request.place) =>
+            {
+                Err(SourceError::NotKept.into())
+            }
             Opened::Growing { blob, from } => {
                 let total = blob.len;
                 let span = span_of(request.range, total)?;

@@ -92,7 +92,11 @@ impl Sources for BlobSources {
                 return Ok((incoming, ServedFrom::Peer));
             }
             if self.key.role != Role::Global && self.aim == Aim::Whole {
-                return self.as_owner(part).await;
+                match self.as_owner(part).await {
+                    // There is no room for another fill.
+                    Err(SourceError::Busy) => {}
+                    answer => return answer,
+                }
             }
         }
         if failures > 0 {
@@ -201,16 +205,22 @@ impl BlobSources {
     async fn as_owner(&self, part: Part) -> Result<(Incoming, ServedFrom), SourceError> {
         let key = FillKey { role: Role::Global, ..self.key.clone() };
         let sources = self.pull.sources(&self.place, key.clone(), self.aim);
-        let fill = self.pull.fills.join(&key, &self.place, sources, part.start());
         let asking = Asking { asker: Asker::Peer(Standing::Member), role: Role::Global, ..Asking::CLIENT };
         let request = BlobRequest {
             place: self.place.clone(),
-            digest: key.digest,
+            digest: key.digest.clone(),
             range: part.request(),
             named_by: NamedBy::Namespace,
             asking,
         };
-        let answer = self.pull.follow(&fill, &request).await.map_err(Fetch::into_source)?;
+        let answer = loop {
+            let fill = self.pull.fills.join(&key, &self.place, sources.clone(), part.start());
+            match self.pull.follow(&fill, &request).await.map_err(Fetch::into_source) {
+                // Another repository's request began this fill and was refused: ours may be granted.
+                Err(error) if fill.place != self.place && error != SourceError::Busy => {}
+                answer => break answer?,
+            }
+        };
         let span = match answer.extent {
             Extent::Part(span) => span,
             Extent::Whole | Extent::Parts(_) => Span::whole(answer.total),

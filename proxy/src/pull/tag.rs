@@ -12,9 +12,9 @@ use futures_util::future::BoxFuture;
 use tokio::time::{Instant, timeout};
 
 use super::sources::Refusals;
-use super::{Asking, FIRST_BYTE, ManifestAnswer, Pull, fetch_ended};
+use super::{Asker, Asking, FIRST_BYTE, ManifestAnswer, Pull, fetch_ended};
 use crate::oci::{Digest, Reference, Tag};
-use crate::peers::{Aim, Manner, Peers, Question, Reach, Redirects, TagAnswer};
+use crate::peers::{Aim, Manner, Peers, Question, Reach, Redirects, Standing, TagAnswer};
 use crate::registries::Place;
 use crate::role::Role;
 use crate::source::{ServedFrom, SourceError};
@@ -176,7 +176,9 @@ impl Pull {
         let deadline = Instant::now() + FIRST_BYTE;
         let reference = Reference::Tag(tag.clone());
         if let Some(digest) = self.origin.manifest_digest(place, &reference, accept, deadline).await? {
-            let (object, from) = self.manifest_by_digest(place, &digest, accept, Asking::CLIENT).await?;
+            // Peers may wait for this as well: only what they may have is taken from what is kept.
+            let asking = Asking { asker: Asker::Peer(Standing::Member), ..Asking::CLIENT };
+            let (object, from) = self.manifest_by_digest(place, &digest, accept, asking).await?;
             return Ok(ManifestAnswer { digest, object, from, age: Some(Duration::ZERO) });
         }
         let answer = self.origin.manifest(place, &reference, accept, deadline).await?;

@@ -82,8 +82,9 @@ impl Large {
     /// Looks after the disk: yields what others need, evicts down to the low mark, drops old
     /// partials. Blocks on the disk.
     pub fn keep_house(&self, keep_free: Share) {
-        self.partials().drop_old(Instant::now());
-        self.relayed().drop_old(Instant::now());
+        let old = (self.partials().take_old(Instant::now()), self.relayed().take_old(Instant::now()));
+        // Closing them frees their space, which may take a while: not under a lock.
+        drop(old);
         if let Some(file_system) = FileSystem::of(&self.blobs) {
             let reserve = keep_free.of(file_system.total);
             let ours = self.budget.used().saturating_add(file_system.available);
@@ -97,7 +98,9 @@ impl Large {
 
     /// Gives up something that was only kept for a while. False: there is none.
     fn drop_passing(&self) -> bool {
-        self.partials().drop_one() || self.relayed().drop_one()
+        let partial = self.partials().take_one();
+        let relayed = if partial.is_none() { self.relayed().take_one() } else { None };
+        partial.is_some() || relayed.is_some()
     }
 
     /// Gives up what nobody reads until no more than so many bytes are taken, or nothing is left.

@@ -45,17 +45,15 @@ impl Partials {
         Some(self.kept.remove(at).partial)
     }
 
-    pub(super) fn drop_old(&mut self, now: Instant) {
-        self.kept.retain(|kept| now.duration_since(kept.since) < MAX_AGE);
+    /// Takes those that nobody went on with in a while.
+    pub(super) fn take_old(&mut self, now: Instant) -> Vec<Partial> {
+        let old = self.kept.extract_if(.., |kept| now.duration_since(kept.since) >= MAX_AGE);
+        old.map(|kept| kept.partial).collect()
     }
 
-    /// Gives up the oldest. False: there is none.
-    pub(super) fn drop_one(&mut self) -> bool {
-        let any = !self.kept.is_empty();
-        if any {
-            self.kept.remove(0);
-        }
-        any
+    /// Takes the oldest.
+    pub(super) fn take_one(&mut self) -> Option<Partial> {
+        (!self.kept.is_empty()).then(|| self.kept.remove(0).partial)
     }
 
     /// Disk space that they hold; the whole of each is reserved.

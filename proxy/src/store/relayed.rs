@@ -39,17 +39,22 @@ impl Large {
             return;
         }
         let limit = self.budget.limit() / RELAYED_PART;
-        self.relayed().keep(digest, draft.blob.clone(), limit, Instant::now());
+        let dropped = self.relayed().keep(digest, draft.blob.clone(), limit, Instant::now());
+        // Closing them frees their space, which may take a while: not under the lock.
+        drop(dropped);
     }
 }
 
 impl Relayed {
-    fn keep(&mut self, digest: &Digest, blob: Arc<Blob>, limit: u64, now: Instant) {
-        self.kept.insert(digest.clone(), Kept { blob, last_used: now });
+    /// Gives what had to go.
+    fn keep(&mut self, digest: &Digest, blob: Arc<Blob>, limit: u64, now: Instant) -> Vec<Arc<Blob>> {
+        let mut dropped: Vec<_> =
+            self.kept.insert(digest.clone(), Kept { blob, last_used: now }).map(|kept| kept.blob).into_iter().collect();
         // The last one is wanted now, however large it is.
         while self.kept.len() > 1 && (self.bytes() > limit || self.kept.len() > MAX_COUNT) {
-            self.drop_oldest(|_| true);
+            dropped.extend(self.take_oldest(|_| true));
         }
+        dropped
     }
 
     pub(super) fn get(&mut self, digest: &Digest, now: Instant) -> Option<Arc<Blob>> {
@@ -62,14 +67,15 @@ impl Relayed {
         Some(kept.blob.clone())
     }
 
-    pub(super) fn drop_old(&mut self, now: Instant) {
-        self.kept.retain(|_, kept| now.duration_since(kept.last_used) < UNUSED);
+    /// Takes those that were not asked for in a while.
+    pub(super) fn take_old(&mut self, now: Instant) -> Vec<Arc<Blob>> {
+        let old = self.kept.extract_if(|_, kept| now.duration_since(kept.last_used) >= UNUSED);
+        old.map(|(_, kept)| kept.blob).collect()
     }
 
-    /// Gives up the one that was not asked for the longest, of those that nobody reads. False: there
-    /// is none.
-    pub(super) fn drop_one(&mut self) -> bool {
-        self.drop_oldest(|kept| Arc::strong_count(&kept.blob) == 1)
+    /// Takes the one that was not asked for the longest, of those that nobody reads.
+    pub(super) fn take_one(&mut self) -> Option<Arc<Blob>> {
+        self.take_oldest(|kept| Arc::strong_count(&kept.blob) == 1)
     }
 
     /// Disk space that giving them up would free.
@@ -81,10 +87,10 @@ impl Relayed {
         self.kept.values().map(|kept| kept.blob.len).sum()
     }
 
-    fn drop_oldest(&mut self, counts: impl Fn(&Kept) -> bool) -> bool {
+    fn take_oldest(&mut self, counts: impl Fn(&Kept) -> bool) -> Option<Arc<Blob>> {
         let candidates = self.kept.iter().filter(|(_, kept)| counts(kept));
         let oldest = candidates.min_by_key(|(_, kept)| kept.last_used).map(|(digest, _)| digest.clone());
-        oldest.is_some_and(|oldest| self.kept.remove(&oldest).is_some())
+        self.kept.remove(&oldest?).map(|kept| kept.blob)
     }
 }
 
@@ -157,7 +163,7 @@ mod tests {
             let blob = large.draft(1000, provenance()).unwrap().blob.clone();
             relayed.keep(&Digest::of(&[byte]), blob, u64::MAX, used);
         }
-        relayed.drop_old(now + UNUSED);
+        assert_eq!(relayed.take_old(now + UNUSED).len(), 1);
         assert!(relayed.get(&Digest::of(b"a"), now).is_none());
         assert!(relayed.get(&Digest::of(b"b"), now).is_some());
         assert_eq!(relayed.idle_bytes(), 1000);

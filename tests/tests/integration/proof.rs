@@ -27,12 +27,16 @@ fn key(text: &str) -> (tempfile::TempDir, String) {
 
 /// Nodes that know each other, each with these rules and these lines of `[peers]`.
 fn cluster(each: &[(&str, &str)]) -> Vec<Dray> {
+    members(each).into_iter().map(Start::run).collect()
+}
+
+fn members(each: &[(&str, &str)]) -> Vec<Start> {
     let ports: Vec<u16> = each.iter().map(|_| free_port()).collect();
     let members: Vec<String> = ports.iter().map(|port| format!("\"127.0.0.1:{port}\"")).collect();
     let start = |(port, (rules, proof)): (&u16, &(&str, &str))| {
         let members = members.join(", ");
         let peers = format!("[peers]\nlisten = \"127.0.0.1:{port}\"\nstatic = [{members}]\n{proof}\n");
-        Start::new(format!("{rules}\n{peers}")).run()
+        Start::new(format!("{rules}\n{peers}"))
     };
     ports.iter().zip(each).map(start).collect()
 }
@@ -205,6 +209,51 @@ async fn peers_with_other_rules_give_only_what_they_have_and_everybody_may() {
     assert_eq!(moving.origin.sent(), 2 * once);
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_tag_elsewhere_that_names_a_private_digest_opens_nothing() {
+    let image = Image::new(1, &[1000]);
+    let content = Content::new(&[("ours/app", "1", &image)]);
+    let digest = image.digest.clone();
+    // Whoever runs the public registry knows the digest, and nothing else.
+    let origin = Origin::answering(move |request: &Request| match request.path.contains("/theirs/") {
+        true if request.method == "HEAD" => Response::new(200, "").with("docker-content-digest", &digest),
+        true => Response::new(404, ""),
+        false => content.answer(request),
+    })
+    .await;
+    let private = format!(
+        "{}credentials = {{ username = \"u\", password_env = \"HOME\" }}\n",
+        rule("private.example", &origin.url())
+    );
+    let rules = format!("{private}{}", rule("public.example", &origin.url()));
+    let (_dir, key) = key("a secret of all the drays\n");
+    let nodes = cluster(&[(&rules, &key), (&rules, &key)]);
+    for node in &nodes {
+        assert_eq!(node.get("/v2/ours/app/manifests/1?ns=private.example").await.status, 200);
+    }
+    for node in &nodes {
+        let answer = node.get("/v2/theirs/app/manifests/1?ns=public.example").await;
+        assert_eq!(answer.status, 404, "{}", answer.text());
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn peers_with_other_rules_leave_tags_to_each_other_and_refuse_none() {
+    let moving = Moving::new().await;
+    let dir = tempfile::tempdir().unwrap();
+    let certificates = mtls(&authority(dir.path()), "dray.example");
+    let (_key_dir, key) = key("a secret of all the drays\n");
+    for proof in [certificates, key] {
+        let rules = ["10s", "20s", "30s"].map(|ttl| moving.rule(&format!("tag_ttl = \"{ttl}\"")));
+        let nodes = cluster(&rules.each_ref().map(|rules| (rules.as_str(), proof.as_str())));
+        let meant = tag_on(&nodes).await;
+        assert!(
+            meant.iter().all(|(status, digest, _)| (*status, digest) == (200, &moving.images[0].digest)),
+            "{meant:?}"
+        );
+    }
+}
+
 /// One node's certificate for this name.
 fn mtls(authority: &Authority, name: &str) -> String {
     let files = authority.files(&[name]);
@@ -274,7 +323,19 @@ async fn certificates_are_replaced_while_it_runs() {
         })
         .collect();
     let rules = moving.rule("");
-    let nodes = cluster(&[(&rules, &settings[0]), (&rules, &settings[1])]);
+    let log = |node: usize| dir.path().join(format!("log{node}"));
+    let starts = members(&[(&rules, &settings[0]), (&rules, &settings[1])]).into_iter();
+    let nodes: Vec<Dray> =
+        starts.enumerate().map(|(node, start)| start.env("DRAY_LOG", "warn").log_to(&log(node)).run()).collect();
+    // One that nobody could know a peer by changes nothing.
+    let nameless = old.files(&["192.0.2.1"]);
+    std::fs::copy(&nameless.key, dir.path().join("node1/tls.key")).unwrap();
+    std::fs::copy(&nameless.cert, dir.path().join("node1/tls.crt")).unwrap();
+    eventually("it says so", async || {
+        std::fs::read_to_string(log(1)).unwrap().contains("is for no DNS name").then_some(())
+    })
+    .await;
+    until_they_believe_each_other(&moving, &nodes).await;
     replace(&new, &dir.path().join("node0"));
     replace(&new, &dir.path().join("node1"));
     let presented = || {
