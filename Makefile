@@ -22,7 +22,7 @@ fuzz: setup ## Every fuzz target for some seconds: make fuzz SECONDS=10
 	tests/fuzz.sh $(or $(SECONDS),10)
 
 bench: setup tools $(BIN) ## Compare with direct pulls and nginx on this machine
-	cargo build --profile $(PROFILE) --workspace --bins
+	cargo build --profile $(PROFILE) --workspace --bins --examples
 	target/$(PROFILE)/bench
 
 soak: setup tools ## The fault tests ten times as long: some minutes

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use dray_tests::cluster::{Cluster, Shape, unavailable};
 use dray_tests::image::{digest, noise};
 
-use super::rig::{row, write_blob};
+use super::rig::{cpu_seconds, row, write_blob};
 
 /// The image of most parts, in bytes.
 const IMAGE: u64 = 512 << 20;
@@ -31,8 +31,8 @@ struct Blobs {
 }
 
 /// What is measured, by its name on the command line.
-pub(crate) const PARTS: [&str; 7] =
-    ["cold-cluster", "held-by-owner", "held-by-another", "zones", "slow-node", "rolling", "churn"];
+pub(crate) const PARTS: [&str; 8] =
+    ["cold-cluster", "held-by-owner", "held-by-another", "zones", "slow-node", "rolling", "churn", "thousand"];
 
 /// Measures one of the parts.
 pub(crate) fn part(name: &str) {
@@ -50,7 +50,8 @@ pub(crate) fn part(name: &str) {
         }
         "slow-node" => slow(),
         "rolling" => rolling(),
-        _ => churn(),
+        "churn" => churn(),
+        _ => thousand(),
     }
 }
 
@@ -111,6 +112,28 @@ fn cold() {
     row("its origin bytes", &format!("{:.3} x", rig.origin_share()), "", "<= 1.02 x");
     let most = rig.cluster.everybody().into_iter().map(|node| rig.cluster.sent(node)).max().unwrap_or(0);
     row("its busiest node sent", &format!("{:.2} x the image", share(most, IMAGE)), "", "");
+}
+
+/// One node of a thousand that nobody asks anything: who is a member is all that it has to know.
+fn thousand() {
+    const WATCHED: Duration = Duration::from_secs(60);
+    let shape = Shape { zones: vec![1], strangers: 999, ..Shape::default() };
+    let dir = tempfile::tempdir_in("/var/tmp").expect("a directory");
+    let cluster = Cluster::start(shape, dir);
+    let now = || (cpu_seconds(cluster.pid(0)), cluster.sent(0) + cluster.received(0));
+    let before = now();
+    std::thread::sleep(WATCHED);
+    let after = now();
+    let cpu = 100.0 * (after.0 - before.0) / WATCHED.as_secs_f64();
+    let kilobytes = share(after.1 - before.1, 1000) / WATCHED.as_secs_f64();
+    row("an idle node of 1,000", &format!("{cpu:.2} % of a core"), "addresses that live for a second", "< 1 %");
+    row("its network card", &format!("{kilobytes:.1} KB/s"), "", "<= 10 KB/s");
+    let passes = 200_000u32;
+    let started = Instant::now();
+    let hotpaths = dray_tests::build_dir().join("examples/hotpaths");
+    dray_tests::process::run(std::process::Command::new(hotpaths).args(["ring", &passes.to_string()]));
+    let micros = 1e6 * started.elapsed().as_secs_f64() / f64::from(passes);
+    row("the owner of a digest among 1,000", &format!("{micros:.1} us"), "", "< 10 us");
 }
 
 /// One has it, the others want it, and the origin is gone.

@@ -72,9 +72,10 @@ fn spans(count: u32) {
     }
 }
 
-/// The owners of a digest among 50 members.
+/// The owners of a digest among 1,000 members.
 fn ring(count: u32) {
-    let members: Ring = (0..50).map(|n| SocketAddr::from(([10, 0, 0, n], 5052))).collect();
+    let member = |n: u16| SocketAddr::from(([10, 0, n.to_be_bytes()[0], n.to_be_bytes()[1]], 5052));
+    let members: Ring = (0..1000).map(member).collect();
     let digest = Digest::of(b"x");
     for _ in 0..count {
         black_box(black_box(&members).owners(&digest, 3));

@@ -12,6 +12,8 @@ pub const FIRST_BYTE: &str = "dray_first_byte_seconds";
 pub const ORIGIN_REQUESTS: &str = "dray_origin_requests_total";
 pub const ORIGIN_BYTES: &str = "dray_origin_bytes_total";
 pub const PEER_BYTES: &str = "dray_peer_bytes_total";
+pub const PEER_REQUESTS: &str = "dray_peer_requests_total";
+pub const PEER_FIRST_BYTE: &str = "dray_peer_first_byte_seconds";
 pub const FILLS: &str = "dray_fills";
 pub const RESUMED_BYTES: &str = "dray_resumed_bytes_total";
 pub const EVICTED_BYTES: &str = "dray_evicted_bytes_total";
@@ -42,6 +44,10 @@ pub struct Metrics {
     pub origin_bytes: IntCounterVec,
     /// by from_zone, to_zone
     pub peer_bytes: IntCounterVec,
+    /// by from_zone, to_zone, outcome
+    pub peer_requests: IntCounterVec,
+    /// by from_zone, to_zone, in seconds
+    pub peer_first_byte: HistogramVec,
     /// by state
     pub fills: IntGaugeVec,
     pub evicted_bytes: IntCounter,
@@ -76,17 +82,29 @@ impl Metrics {
             register(&registry, counter)
         };
         let gauges = |name, help, labels: &[&str]| register(&registry, IntGaugeVec::new(Opts::new(name, help), labels));
-        let seconds = HistogramOpts::new(FIRST_BYTE, "Time to the first byte of an answer, by source.")
-            .buckets(vec![0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0]);
+        let seconds = |name, help, labels: &[&str]| {
+            let buckets = vec![0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0];
+            register(&registry, HistogramVec::new(HistogramOpts::new(name, help).buckets(buckets), labels))
+        };
         let info = gauges(BUILD_INFO, "Always 1; the version is a label.", &["version"]);
         info.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
         Self {
             requests: counters(REQUESTS, "Requests answered.", &["route", "source", "status"]),
             sent_bytes: counters(SENT_BYTES, "Body bytes sent to clients.", &["source"]),
-            first_byte: register(&registry, HistogramVec::new(seconds, &["source"])),
+            first_byte: seconds(FIRST_BYTE, "Time to the first byte of an answer, by source.", &["source"]),
             origin_requests: counters(ORIGIN_REQUESTS, "Requests sent to origins.", &["rule", "kind", "outcome"]),
             origin_bytes: counters(ORIGIN_BYTES, "Body bytes received from origins.", &["rule"]),
             peer_bytes: counters(PEER_BYTES, "Body bytes received from peers.", &["from_zone", "to_zone"]),
+            peer_requests: counters(
+                PEER_REQUESTS,
+                "Questions to peers, by what they gave.",
+                &["from_zone", "to_zone", "outcome"],
+            ),
+            peer_first_byte: seconds(
+                PEER_FIRST_BYTE,
+                "Time until a peer gave what it was asked for.",
+                &["from_zone", "to_zone"],
+            ),
             fills: gauges(FILLS, "Blobs being fetched, or proven on disk.", &["state"]),
             evicted_bytes: register(&registry, IntCounter::new(EVICTED_BYTES, "Bytes of blobs evicted from disk.")),
             scrubbed_bytes: register(

@@ -9,7 +9,7 @@ use std::collections::BinaryHeap;
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use dray::fill::Plan;
+use dray::fill::{Pace, Plan};
 use dray::oci::{Digest, Span, Spans};
 use dray::peers::ring::Ring;
 use dray::peers::swarm::{Contribution, Direction, Tracker, View};
@@ -57,6 +57,7 @@ struct Fetch {
     have: Spans,
     view: View,
     tracker: Tracker,
+    pace: Pace,
     lanes: usize,
     done: bool,
 }
@@ -96,13 +97,13 @@ struct Network {
 }
 
 fn address(node: usize) -> SocketAddr {
-    let [_, a, b, c] = u32::try_from(node).unwrap().to_be_bytes();
+    let [_, a, b, c] = u32::try_from(node).expect("a small number").to_be_bytes();
     SocketAddr::from(([10, a, b, c], 5052))
 }
 
 fn index(address: SocketAddr) -> usize {
     let SocketAddr::V4(address) = address else { unreachable!("the members are IPv4") };
-    usize::try_from(address.ip().to_bits() & 0x00ff_ffff).unwrap()
+    usize::try_from(address.ip().to_bits() & 0x00ff_ffff).expect("a small number")
 }
 
 #[allow(clippy::cast_precision_loss, reason = "bytes of an image are far below 2^52")]
@@ -135,7 +136,7 @@ impl Network {
 
     fn is_slow(&self, node: usize) -> bool {
         // An owner is as slow as its origin for everybody: that is told apart in ARCHITECTURE.md.
-        self.shape.slow_every > 0 && node % self.shape.slow_every == 0 && !self.owners.contains(&node)
+        self.shape.slow_every > 0 && node.is_multiple_of(self.shape.slow_every) && !self.owners.contains(&node)
     }
 
     fn card(&self, node: usize) -> f64 {
@@ -391,6 +392,16 @@ impl Network {
             if came.start < came.end {
                 fetch.have.insert(came);
             }
+            if flow.from.is_some() {
+                fetch.pace.brought(came.end - came.start, Duration::from_secs_f64(STEP));
+                let left = fetch
+                    .pace
+                    .leaves(whole(flow.position) - flow.span.start, Duration::from_secs_f64(until - flow.starts));
+                if left && float(flow.span.end) - flow.position >= 1.0 {
+                    over.push(nth);
+                    continue;
+                }
+            }
             if float(flow.span.end) - flow.position < 1.0 {
                 fetch.have.insert(Span { start: came.start, end: flow.span.end });
                 over.push(nth);
@@ -452,11 +463,12 @@ impl Ord for Least {
     }
 }
 
+#[allow(clippy::print_stdout, reason = "the figures are what it is for")]
 fn simulate(nodes: usize, slow_every: usize) -> Outcome {
     let network = Network::new(Shape { nodes, slow_every });
     assert_eq!(network.ring.owners(&network.digests[0], 1).len(), 1);
     let outcome = network.run();
-    let (median, last) = (outcome.finished[outcome.finished.len() / 2], *outcome.finished.last().unwrap());
+    let (median, last) = (outcome.finished[outcome.finished.len() / 2], *outcome.finished.last().expect("a node"));
     println!(
         "{nodes} nodes, slow every {slow_every}: median {median:.2} x, last {last:.2} x, origin {:.3} x, busiest {:.2} x",
         outcome.origin, outcome.busiest

@@ -26,6 +26,8 @@ pub struct Shape {
     pub between_zones: u32,
     /// A node that is slower.
     pub slow: Option<(usize, u32)>,
+    /// Members of the first zone that DNS knows and nobody else does.
+    pub strangers: u16,
     /// More for the `[peers]` table.
     pub peers: &'static str,
 }
@@ -62,7 +64,7 @@ const ORIGIN: Ipv4Addr = Ipv4Addr::new(10, 77, 254, 1);
 
 impl Default for Shape {
     fn default() -> Self {
-        Self { zones: vec![8], node: 400, origin: 200, between_zones: 1000, slow: None, peers: "" }
+        Self { zones: vec![8], node: 400, origin: 200, between_zones: 1000, slow: None, strangers: 0, peers: "" }
     }
 }
 
@@ -256,6 +258,17 @@ impl Cluster {
         })
     }
 
+    /// The process of a node that runs.
+    pub fn pid(&self, node: usize) -> u32 {
+        self.process(node).as_ref().expect("it runs").id()
+    }
+
+    /// Bytes that a node's network card has received.
+    pub fn received(&self, node: usize) -> u64 {
+        let path = "/sys/class/net/eth0/statistics/rx_bytes";
+        run(inside(&self.namespace(node), "cat").arg(path)).trim().parse().expect("a number")
+    }
+
     /// Bytes that a node's network card has sent.
     pub fn sent(&self, node: usize) -> u64 {
         let path = "/sys/class/net/eth0/statistics/tx_bytes";
@@ -272,7 +285,7 @@ impl Cluster {
 
     /// Waits until every running node knows all the others.
     pub fn wait_until_formed(&self) {
-        let known = self.nodes.iter().filter(|node| node.known).count() as u64;
+        let known = self.nodes.iter().filter(|node| node.known).count() as u64 + u64::from(self.shape.strangers);
         for node in self.running() {
             until("the cluster has formed", || self.metric(node, "dray_peers") == known);
         }
@@ -316,6 +329,10 @@ impl Cluster {
         let mut hosts = String::new();
         for node in self.nodes.iter().filter(|node| node.known) {
             let _ = writeln!(hosts, "{} z{}.dray", node.address, node.zone);
+        }
+        for stranger in 0..self.shape.strangers {
+            let [high, low] = stranger.to_be_bytes();
+            let _ = writeln!(hosts, "{} z0.dray", Ipv4Addr::new(10, 78, high, low));
         }
         fs::write(self.dir.path().join("hosts"), hosts).expect("a file");
         self.dns.signal(Signal::HUP);

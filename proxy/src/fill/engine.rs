@@ -4,8 +4,8 @@
 //! for come first ([`Plan`]), and a source that breaks loses only its range. Where ranges are not
 //! understood, one connection brings the rest in order.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -17,12 +17,13 @@ use super::allowance::{Allowance, Leave, MAX_OF_BLOB};
 use super::climb::{Climb, Width};
 use super::feed::{Connections, Feed, Sources};
 use super::flow::{Breaks, Flow};
+use super::pace::Pace;
 use super::plan::Plan;
 use super::write::Piece;
 use super::{ABANDONED_AFTER, Fill, LITTLE_LEFT};
 use crate::config::Abandoned;
 use crate::oci::Span;
-use crate::source::SourceError;
+use crate::source::{ServedFrom, SourceError};
 
 /// How the bytes ended.
 #[derive(Debug)]
@@ -50,6 +51,8 @@ struct Meter {
     bytes: AtomicU64,
     /// Connections that are bringing bytes now.
     busy: AtomicUsize,
+    /// Of those that come from peers.
+    pace: Mutex<Pace>,
 }
 
 /// Connections beside others that were refused.
@@ -80,6 +83,8 @@ struct Fetched {
 enum Lost {
     /// The connection broke.
     Broke(String),
+    /// The others are far faster.
+    LeftBehind,
     /// The source gives nothing.
     Refused(SourceError),
     /// It does not understand ranges.
@@ -171,6 +176,10 @@ impl Engine<'_> {
                         Lost::Broke(_) | Lost::Refused(_) if !alone && width.is_fixed() => {
                             log_break(lost.why(), position, self.total);
                             resume_at = Instant::now() + ANOTHER_PEER;
+                            continue;
+                        }
+                        Lost::LeftBehind => {
+                            log_break(lost.why(), position, self.total);
                             continue;
                         }
                         Lost::NoRanges => {
@@ -307,6 +316,7 @@ impl Lost {
     fn why(&self) -> &str {
         match self {
             Self::Broke(why) => why,
+            Self::LeftBehind => "left behind by the others",
             Self::Refused(error) => error.as_str(),
             Self::NoRanges => "no ranges",
             Self::Unwritable => "unwritable",
@@ -336,25 +346,37 @@ impl Lane<'_> {
     }
 
     async fn bring(&self, opened: Option<Flow>, position: &mut u64) -> Result<(), Lost> {
-        let mut flow = match opened {
-            Some(flow) => flow,
+        let (mut flow, from) = match opened {
+            Some(flow) => (flow, None),
             None => match self.sources.open(self.span.start, Some(self.span.end), self.failures).await {
                 Ok((incoming, _)) if incoming.total != self.total => return Err(Lost::Broke("another length".into())),
                 Ok((incoming, _)) if incoming.span != self.span => return Err(Lost::NoRanges),
-                Ok((incoming, _)) => Flow::new(incoming),
+                Ok((incoming, from)) => (Flow::new(incoming), Some(from)),
                 Err(SourceError::Malformed(_)) => return Err(Lost::NoRanges),
                 Err(error) => return Err(Lost::Refused(error)),
             },
         };
         let mut busy = None;
+        let mut waited = Duration::ZERO;
         while *position < self.span.end {
+            let asked = Instant::now();
             let mut bytes = flow.gather().await.map_err(Lost::Broke)?;
+            let took = asked.elapsed();
             busy.get_or_insert_with(|| Busy::new(self.meter));
             bytes.truncate(usize::try_from(self.span.end - *position).unwrap_or(usize::MAX));
             let len = bytes.len() as u64;
             self.pieces.send(Piece::new(*position, bytes).await).await.map_err(|_| Lost::Unwritable)?;
             self.meter.bytes.fetch_add(len, Ordering::Relaxed);
             *position += len;
+            // An origin is not asked twice for the same.
+            if from == Some(ServedFrom::Peer) && *position < self.span.end {
+                waited += took;
+                let mut pace = self.meter.pace.lock().unwrap_or_else(PoisonError::into_inner);
+                pace.brought(len, took);
+                if pace.leaves(*position - self.span.start, waited) {
+                    return Err(Lost::LeftBehind);
+                }
+            }
         }
         Ok(())
     }

@@ -316,7 +316,35 @@ impl Peers {
         Err(SourceError::NotKept)
     }
 
+    /// Asks a question, and counts what came of it.
     async fn get(
+        &self,
+        method: Method,
+        peer: SocketAddr,
+        question: &Question<'_>,
+        path: &str,
+        part: Part,
+        more: HeaderMap,
+    ) -> Result<Response, SourceError> {
+        let asked = Instant::now();
+        let answer = self.exchange(method, peer, question, path, part, more).await;
+        let outcome = match answer.as_ref().map(|response| response.status().as_u16()) {
+            Ok(200 | 206) => "given",
+            Ok(307) => "redirected",
+            Ok(504) => "not_kept",
+            Ok(_) => "refused",
+            Err(_) => "failed",
+        };
+        let members = self.members.load();
+        let way = [members.zone_of(peer), members.own_zone()];
+        self.metrics.peer_requests.with_label_values(&[way[0], way[1], outcome]).inc();
+        if outcome == "given" {
+            self.metrics.peer_first_byte.with_label_values(&way).observe(asked.elapsed().as_secs_f64());
+        }
+        answer
+    }
+
+    async fn exchange(
         &self,
         method: Method,
         peer: SocketAddr,

@@ -48,6 +48,17 @@ fn pull_everywhere(cluster: &Cluster, nodes: &[usize], digest: &str) {
 }
 
 #[test]
+fn a_thousand_addresses_are_more_than_a_datagram_holds() {
+    if let Some(why) = unavailable() {
+        return eprintln!("skipped: {why}");
+    }
+    let Blobs { dir, .. } = blobs(&[]);
+    // It starts once every node knows all of them.
+    let cluster = Cluster::start(Shape { zones: vec![2], strangers: 1000, ..fast() }, dir);
+    assert_eq!(cluster.everybody().iter().map(|node| cluster.metric(*node, "dray_peers")).min(), Some(1002));
+}
+
+#[test]
 fn eight_nodes_share_what_left_the_origin_once() {
     if let Some(why) = unavailable() {
         return eprintln!("skipped: {why}");
@@ -79,13 +90,17 @@ fn a_blob_crosses_into_a_zone_once_or_never() {
         for digest in &digests {
             pull_everywhere(&cluster, &everybody, digest);
         }
-        let between = |from: &str, to: &str| {
-            let name = format!("dray_peer_bytes_total{{from_zone=\"{from}\",to_zone=\"{to}\"}}");
-            everybody.iter().map(|node| cluster.metric(*node, &name)).sum::<u64>()
+        let crossed = |what: &str, more: &str| {
+            let of = |(from, to)| format!("{what}{{from_zone=\"{from}\"{more},to_zone=\"{to}\"}}");
+            let names = [("z0", "z1"), ("z1", "z0")].map(of);
+            let nodes = everybody.iter().flat_map(|node| names.iter().map(move |name| (node, name)));
+            nodes.map(|(node, name)| cluster.metric(*node, name)).sum::<u64>()
         };
-        let crossed = between("z0", "z1") + between("z1", "z0");
         if let Some(crossings) = crossings {
-            assert_eq!(crossed, crossings * bytes, "{peers}");
+            assert_eq!(crossed("dray_peer_bytes_total", ""), crossings * bytes, "{peers}");
+            let given = crossed("dray_peer_requests_total", ",outcome=\"given\"");
+            assert_eq!(given > 0, crossings > 0, "{peers}");
+            assert_eq!(crossed("dray_peer_first_byte_seconds_count", ""), given, "{peers}");
         }
         assert_eq!(cluster.origin_bytes(), fetches * bytes, "{peers}");
     }

@@ -250,3 +250,42 @@ async fn who_refuses_further_connections_is_not_hammered() {
     assert!(matches!(ended, Ended::Broken(_)), "{ended:?}");
     assert!(jealous.refused.load(Ordering::Relaxed) < 12, "{}", jealous.refused.load(Ordering::Relaxed));
 }
+
+/// Peers of which every fifth sends a MiB in two seconds, the others in no time.
+struct Uneven {
+    fast: Arc<Lottery>,
+    slow: Arc<Lottery>,
+    asked: AtomicU32,
+}
+
+#[async_trait]
+impl Sources for Uneven {
+    async fn open(&self, from: u64, end: Option<u64>, _: u32) -> Result<(Incoming, ServedFrom), SourceError> {
+        let nth = self.asked.fetch_add(1, Ordering::Relaxed);
+        let source = if nth % 5 == 4 { &self.slow } else { &self.fast };
+        let (incoming, _) = source.open(from, end, 0).await?;
+        Ok((incoming, ServedFrom::Peer))
+    }
+
+    fn connections(&self) -> Connections {
+        Connections::Chosen(4)
+    }
+
+    fn choose(&self, ranges: &[Span]) -> Option<usize> {
+        (!ranges.is_empty()).then_some(0)
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_peer_that_is_far_slower_than_the_others_is_left() {
+    let body = body(200);
+    let fill = fill(&Digest::of(b"unused"));
+    let mut slow = Lottery::new(&body, 1, 0);
+    Arc::get_mut(&mut slow).unwrap().pace = Duration::from_secs(2);
+    let uneven = Arc::new(Uneven { fast: Lottery::new(&body, 2, 0), slow, asked: AtomicU32::new(0) });
+    let begun = Instant::now();
+    let (ended, _) = run(uneven, &body, &fill, 0, Spans::default()).await;
+    assert!(matches!(ended, Ended::Complete), "{ended:?}");
+    // A range of 16 MiB takes 32 s from a slow one.
+    assert!(begun.elapsed() < Duration::from_secs(12), "{:?}", begun.elapsed());
+}
