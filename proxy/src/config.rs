@@ -172,6 +172,30 @@ pub struct Peers {
     pub mtls: Option<Mtls>,
 }
 
+impl Peers {
+    /// Whether it makes sense as a whole. An error: which key does not, and why.
+    pub fn check(&self) -> Result<(), (&'static str, &'static str)> {
+        let has_members = !self.members.is_empty() || !self.service.is_empty();
+        if has_members && self.listen.is_none() {
+            return Err(("peers.listen", "is needed, so that the others can ask back"));
+        }
+        let is_set = self.key_file.is_some() || self.mtls.is_some() || self.zone.is_some();
+        if (is_set || self.zones != Zones::default()) && self.listen.is_none() {
+            return Err(("peers.listen", "is needed: without it there are no peers"));
+        }
+        if self.key_file.is_some() && self.mtls.is_some() {
+            return Err(("peers.key_file", "is not needed beside mtls: choose one of them"));
+        }
+        let mut zones = self.members.iter().map(|(zone, _)| zone).chain(self.service.iter().map(|(zone, _)| zone));
+        if self.zone.is_some() && has_members && !zones.any(Option::is_some) {
+            let problem =
+                "is of no use while the others have none: write service = { a = \"...\" } or static = { a = [...] }";
+            return Err(("peers.zone", problem));
+        }
+        Ok(())
+    }
+}
+
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Mtls {
@@ -257,19 +281,7 @@ impl Config {
         if self.tls.client_ca.is_some() && self.tls.cert.is_none() {
             return Err(at(section("[tls]"), "tls.client_ca", "needs cert and key".into()));
         }
-        let has_peers = !self.peers.members.is_empty() || !self.peers.service.is_empty();
-        if has_peers && self.peers.listen.is_none() {
-            return Err(at(section("[peers]"), "peers.listen", "is needed, so that the others can ask back".into()));
-        }
-        let proves = self.peers.key_file.is_some() || self.peers.mtls.is_some();
-        if proves && self.peers.listen.is_none() {
-            let problem = "is needed: without it there are no peers to know".into();
-            return Err(at(section("[peers]"), "peers.listen", problem));
-        }
-        if self.peers.key_file.is_some() && self.peers.mtls.is_some() {
-            let problem = "is not needed beside mtls: choose one of them".into();
-            return Err(at(section("[peers]"), "peers.key_file", problem));
-        }
+        self.peers.check().map_err(|(key, problem)| at(section("[peers]"), key, problem.to_owned()))?;
         self.check_rules(&at)
     }
 
@@ -459,6 +471,8 @@ mod tests {
             ("[tls]\ncert = \"c\"", &["dray.toml:1", "tls"]),
             ("listen = \"here\"", &["line 1", "listen"]),
             ("[peers]\nkey_file = \"k\"", &["dray.toml:1", "peers.listen"]),
+            ("[peers]\nzones = \"ignore\"", &["dray.toml:1", "peers.listen"]),
+            ("[peers]\nlisten = \"0.0.0.0:1\"\nservice = \"a.b\"\nzone = \"a\"", &["dray.toml:1", "peers.zone"]),
             (
                 "[peers]\nlisten = \"0.0.0.0:1\"\nkey_file = \"k\"\nmtls = { cert = \"c\", key = \"k\", ca = \"a\" }",
                 &["dray.toml:1", "peers.key_file", "mtls"],

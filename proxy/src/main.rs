@@ -72,7 +72,8 @@ struct Serve {
     /// The zone that this node is in
     #[arg(long, env = "DRAY_ZONE", value_name = "ZONE")]
     zone: Option<String>,
-    /// A file with a secret that all drays share, by which they prove to each other who they are
+    /// A file with a secret of 16 characters or more that all drays share, by which they prove to each other
+    /// who they are; not beside certificates (`[peers] mtls`)
     #[arg(long, env = "DRAY_PEERS_KEY_FILE", value_name = "FILE")]
     peers_key_file: Option<PathBuf>,
     /// What to log: error, warn, info, debug; or by part, such as "warn,access=info"
@@ -189,6 +190,7 @@ impl Serve {
         if let Some(zone) = &self.zone {
             config.peers.zone = Some(zone.as_str().into());
         }
+        config.peers.check().map_err(|(key, problem)| Failure::Usage(format!("{key}: {problem}")))?;
         if let Some(dir) = &self.cache_dir {
             config.cache.dir.clone_from(dir);
         }

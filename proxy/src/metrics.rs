@@ -90,7 +90,7 @@ impl Metrics {
         info.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
         Self {
             requests: counters(REQUESTS, "Requests answered.", &["route", "source", "status"]),
-            sent_bytes: counters(SENT_BYTES, "Body bytes sent to clients.", &["source"]),
+            sent_bytes: counters(SENT_BYTES, "Body bytes sent to clients and peers.", &["source"]),
             first_byte: seconds(FIRST_BYTE, "Time to the first byte of an answer, by source.", &["source"]),
             origin_requests: counters(ORIGIN_REQUESTS, "Requests sent to origins.", &["rule", "kind", "outcome"]),
             origin_bytes: counters(ORIGIN_BYTES, "Body bytes received from origins.", &["rule"]),
@@ -115,7 +115,11 @@ impl Metrics {
                 &registry,
                 IntCounter::new(SHUT_OUT, "Times a peer was left alone for sending wrong bytes."),
             ),
-            unproven: counters(UNPROVEN, "Questions and answers of peers that did not know our key.", &["what"]),
+            unproven: counters(
+                UNPROVEN,
+                "Questions to us and answers to us that no peer has proven: other key, certificate, clock or address, or a stranger.",
+                &["what"],
+            ),
             damaged: register(
                 &registry,
                 IntCounter::new(DAMAGED, "Cached blobs that no longer matched their digest, and were dropped."),
@@ -133,7 +137,10 @@ impl Metrics {
             stale: counters(STALE, "Tags answered from an expired record, by reason.", &["reason"]),
             mismatches: register(&registry, IntCounter::new(MISMATCHES, "Bodies that did not match their digest.")),
             uncached: counters(UNCACHED, "Blobs passed through without being kept, by reason.", &["reason"]),
-            peers: register(&registry, IntGauge::new(PEERS, "Members of the cluster, this one included.")),
+            peers: register(
+                &registry,
+                IntGauge::new(PEERS, "Addresses that DNS or the configuration names as members, this one included."),
+            ),
             registry,
         }
     }

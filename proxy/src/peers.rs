@@ -1,7 +1,7 @@
 //! Other drays: who owns a digest, who else has it, and asking them.
 //!
-//! Peers speak the registry protocol, digests only, on a port of their own, and a few headers
-//! beside it ([`wire`]). Questions only travel towards the origin ([`Role`]); whoever is asked as the
+//! Peers speak the registry protocol, tags only with proof of who they are, on a port of their own, and a few
+//! headers beside it ([`wire`]). Questions only travel towards the origin ([`Role`]); whoever is asked as the
 //! owner goes to the origin itself.
 
 mod ask;
@@ -87,10 +87,13 @@ impl Peers {
         let Some(listen) = settings.listen else { return Ok(None) };
         let discovery = Discovery::new(&settings, &config.dns.servers, listen)?;
         let members = Members::new(&settings.members, listen, settings.zone.clone(), settings.zones);
-        if !discovery.is_needed() && !members.has_own() {
+        if !discovery.is_needed() && settings.members.is_empty() {
+            return Err("peers.listen: nobody is known who could connect: set peers.service or peers.static".to_owned());
+        }
+        if !discovery.is_needed() && !settings.members.iter().any(|(_, member)| *member == members.own) {
             return Err(format!(
                 "peers.static holds no address of this host with port {}: write all members, this one included, \
-                 or set peers.listen to its own address",
+                 by the addresses that the others use",
                 listen.port()
             ));
         }

@@ -173,7 +173,7 @@ impl Rule {
 /// What decides where something comes from, who may have it, and for how long it is believed. Never a
 /// secret, and no file's place: nodes may keep theirs elsewhere.
 fn fingerprint(rule: &config::Rule, guard: &config::Guard) -> String {
-    let upstreams: Vec<_> = rule.upstreams.iter().map(Upstream::base).collect();
+    let upstreams: Vec<_> = rule.upstreams.iter().map(Upstream::to_string).collect();
     let credentials = match &rule.credentials {
         None => "none".to_owned(),
         Some(Credentials::DockerConfig { .. }) => "a docker config".to_owned(),
@@ -198,6 +198,9 @@ mod tests {
     fn a_fingerprint_is_of_what_decides() {
         let of = |text: &str| registries(text).rules()[0].fingerprint().to_owned();
         let plain = of("[[registry]]\nmatch = \"a.io\"");
+        assert_eq!(plain, "23f3ed28e87080c2", "nodes of two releases would not share what is private, nor tags");
+        let at = |path: &str| format!("[[registry]]\nmatch = \"a.io\"\nupstreams = [\"https://b.io/{path}\"]");
+        assert_ne!(of(&at("x/{repo}")), of(&at("y/{repo}")));
         let none = "[[registry]]\nmatch = \"a.io\"\ncredentials = { username = \"none\", password_env = \"HOME\" }";
         assert_ne!(plain, of(none), "nobody is called that");
         assert_eq!(plain, of("listen = \"127.0.0.1:1\"\n[[registry]]\nmatch = \"a.io\"\nnegative_ttl = \"9s\""));

@@ -298,7 +298,12 @@ impl Peers {
     }
 
     /// Takes an answer only from whoever knows the key, if there is one.
-    fn believe(&self, peer: SocketAddr, response: Response, seal: Option<&Seal>) -> Result<Response, SourceError> {
+    async fn believe(
+        &self,
+        peer: SocketAddr,
+        response: Response,
+        seal: Option<&Seal>,
+    ) -> Result<Response, SourceError> {
         let status = response.status().as_u16();
         let proven = seal.is_none_or(|seal| seal.proves(status, response.headers()));
         if proven && status != 401 {
@@ -308,12 +313,19 @@ impl Peers {
             // It has no time to look who asks.
             return Err(SourceError::Busy);
         }
-        // It may be given its key later than this one: not to be asked for a while.
-        self.metrics.unproven.with_label_values(&["answer"]).inc();
-        let why = if status == 401 { "it does not believe us" } else { "its answer is not signed with our key" };
-        tracing::warn!(%peer, why, "a peer has another key than this one: compare the files of peers.key_file");
-        self.health.is_down(peer);
+        let why = match status {
+            401 => format!("it says: {}", said(response).await),
+            _ => "its answer is not signed with our key".to_owned(),
+        };
+        self.is_unproven(peer, &why);
         Err(SourceError::NotKept)
+    }
+
+    /// It may be given its key or certificate later than this one: not to be asked for a while.
+    fn is_unproven(&self, peer: SocketAddr, why: &str) {
+        self.metrics.unproven.with_label_values(&["answer"]).inc();
+        tracing::warn!(%peer, why, "a peer does not know this node, or this node does not know it");
+        self.health.is_down(peer);
     }
 
     /// Asks a question, and counts what came of it.
@@ -389,10 +401,15 @@ impl Peers {
             }
         };
         match answered {
-            Ok(Ok(response)) => self.believe(peer, response, seal.as_ref()),
+            Ok(Ok(response)) => self.believe(peer, response, seal.as_ref()).await,
             Ok(Err(error)) => {
-                self.health.is_down(peer);
-                Err(SourceError::Unreachable(error_chain(&error)))
+                let why = error_chain(&error);
+                if is_about_certificates(&error) {
+                    self.is_unproven(peer, &why);
+                } else {
+                    self.health.is_down(peer);
+                }
+                Err(SourceError::Unreachable(why))
             }
             // Its origin may be slow: that is no reason for everybody to ask the origin.
             Err(_) => Err(SourceError::TimedOut),
@@ -441,6 +458,28 @@ impl Drop for Fetching {
             view.broke(self.peer, self.clock.elapsed());
         }
     }
+}
+
+/// What a refusal says, for whoever reads the log.
+async fn said(mut response: Response) -> String {
+    const ENOUGH: usize = 500;
+    let first = timeout(LOOK, response.chunk()).await.ok().and_then(Result::ok).flatten().unwrap_or_default();
+    String::from_utf8_lossy(&first[..first.len().min(ENOUGH)]).into_owned()
+}
+
+/// Whether one side does not accept the other's certificate, or has none to show.
+fn is_about_certificates(error: &reqwest::Error) -> bool {
+    let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(error);
+    while let Some(error) = cause {
+        if let Some(error) = error.downcast_ref::<rustls::Error>() {
+            return matches!(error, rustls::Error::InvalidCertificate(_) | rustls::Error::AlertReceived(_));
+        }
+        cause = match error.downcast_ref::<std::io::Error>().and_then(std::io::Error::get_ref) {
+            Some(wrapped) => Some(wrapped),
+            None => error.source(),
+        };
+    }
+    false
 }
 
 /// What a status that brings nothing says of the origin.

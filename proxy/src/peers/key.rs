@@ -265,6 +265,16 @@ mod tests {
         assert!(!seal.proves(200, &HeaderMap::new()));
     }
 
+    /// Releases that write other lines do not believe each other.
+    #[test]
+    fn what_is_signed_stays_the_same() {
+        let asked = question(1, asked_one(), &Method::GET, PATH, &asked());
+        assert_eq!(asked, format!("dray question\n1\n192.0.2.1 5052\nGET\n{PATH}\ndray-role:global\n"));
+        let headers = HeaderMap::from_iter([(wire::CONTENT_DIGEST, "sha256:x".parse().unwrap())]);
+        let answered = answer(&"1 00".parse().unwrap(), 200, &headers);
+        assert_eq!(answered, "dray answer\n1 00\n200\ndocker-content-digest:sha256:x\n");
+    }
+
     #[test]
     fn an_old_question_is_not_believed() {
         let ours = key("0123456789abcdef-ours");

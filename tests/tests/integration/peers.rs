@@ -229,11 +229,10 @@ async fn nodes_that_disagree_never_wait_for_each_other() {
     let image = Image::new(1, &[2_000_000, 700_000, 1000]);
     let origin = Origin::start(&[("library/app", "1", &image)], |_, r| r).await;
     let ports = [free_port(), free_port()];
-    // Each takes itself for somebody else, so each may take the other for the owner.
-    let stranger = [free_port(), free_port()];
+    // Each knows itself by another address than the other does, so each may take the other for the owner.
     let start = |own: usize| {
-        let members = format!("\"127.0.0.1:{}\", \"127.0.0.1:{}\"", ports[1 - own], stranger[own]);
-        let peers = format!("[peers]\nlisten = \"127.0.0.1:{}\"\nstatic = [{members}]\n", ports[own]);
+        let members = format!("\"127.0.0.1:{}\", \"127.0.0.2:{}\"", ports[own], ports[1 - own]);
+        let peers = format!("[peers]\nlisten = \"0.0.0.0:{}\"\nstatic = [{members}]\n", ports[own]);
         Start::new(format!("{}\n{peers}", rule("docker.io", &origin.url()))).run()
     };
     let nodes = [start(0), start(1)];

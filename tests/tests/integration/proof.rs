@@ -288,6 +288,8 @@ async fn peers_know_each_other_by_certificates_for_one_name() {
         assert!(answer.body == *bytes);
     }
     assert_eq!(moving.origin.sent(), 3 * bytes.len() as u64, "two share; the others are nobody's peers");
+    let unproven = nodes.iter().map(|node| node.metric("dray_peers_unproven_total{what=\"answer\"}"));
+    assert!(join_all(unproven).await.into_iter().sum::<u64>() >= 2, "whoever asked the owner knows why it got nothing");
     let meant = tag_on(&nodes[..2]).await;
     assert!(meant.iter().all(|(_, digest, _)| *digest == moving.images[0].digest));
     // Nobody else gets as far as a question.
