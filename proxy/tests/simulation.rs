@@ -397,7 +397,10 @@ impl Network {
                 let left = fetch
                     .pace
                     .leaves(whole(flow.position) - flow.span.start, Duration::from_secs_f64(until - flow.starts));
-                if left && float(flow.span.end) - flow.position >= 1.0 {
+                let at = whole(flow.position);
+                let able = fetch.view.able(at, fetch.have.len(), Duration::from_secs_f64(until));
+                if left && able > 1 && float(flow.span.end) - flow.position >= 1.0 {
+                    fetch.pace.left();
                     over.push(nth);
                     continue;
                 }
@@ -426,7 +429,7 @@ impl Network {
         if let Some(peer) = peer {
             fetch.view.end(Contribution { peer, span: Span { start: flow.span.start, end: reached }, checksum: 0 });
             if broke {
-                fetch.view.broke(peer, now);
+                fetch.view.left(peer, now);
             }
         }
         if broke && let Some(plan) = &mut fetch.plan {

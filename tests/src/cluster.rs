@@ -287,7 +287,14 @@ impl Cluster {
     pub fn wait_until_formed(&self) {
         let known = self.nodes.iter().filter(|node| node.known).count() as u64 + u64::from(self.shape.strangers);
         for node in self.running() {
-            until("the cluster has formed", || self.metric(node, "dray_peers") == known);
+            let knows = || self.metric(node, "dray_peers");
+            assert!(
+                comes_true(|| knows() == known),
+                "node {node} knows {} of {known} members after 30 s; its name server: {}; its log: {}",
+                knows(),
+                fs::read_to_string(format!("/proc/{}/stat", self.dns.id())).unwrap_or_default(),
+                fs::read_to_string(self.dir.path().join(format!("node{node}.log"))).unwrap_or_default()
+            );
         }
     }
 
@@ -367,7 +374,14 @@ fn start_dns(namespace: &str, dir: &Path) -> Process {
     command.args(["--keep-in-foreground", "--no-resolv", "--no-hosts", "--conf-file=/dev/null", "--local-ttl=1"]);
     command.args(["--user=root", "--pid-file=", "--bind-interfaces", "--log-facility=/dev/null"]);
     command.arg(format!("--listen-address={DNS}")).arg(format!("--addn-hosts={}", dir.join("hosts").display()));
-    Process::spawn(command.stdout(Stdio::null()).stderr(Stdio::null()))
+    let dns = Process::spawn(command.stdout(Stdio::null()).stderr(Stdio::null()));
+    // Before it knows what SIGHUP means it would end by it.
+    until("the name server has started", || {
+        let status = fs::read_to_string(format!("/proc/{}/status", dns.id())).unwrap_or_default();
+        let caught = status.lines().find_map(|line| line.strip_prefix("SigCgt:"));
+        caught.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).is_some_and(|mask| mask & 1 == 1)
+    });
+    dns
 }
 
 /// A namespace with one card, behind a port of its zone's switch.
@@ -417,10 +431,17 @@ fn sha256(file: &Path) -> String {
     format!("sha256:{}", text.split(' ').next().unwrap_or_default())
 }
 
-fn until(what: &str, mut done: impl FnMut() -> bool) {
+fn until(what: &str, done: impl FnMut() -> bool) {
+    assert!(comes_true(done), "still waiting after 30 s: {what}");
+}
+
+fn comes_true(mut done: impl FnMut() -> bool) -> bool {
     let deadline = Instant::now() + Duration::from_secs(30);
     while !done() {
-        assert!(Instant::now() < deadline, "still waiting after 30 s: {what}");
+        if Instant::now() > deadline {
+            return false;
+        }
         std::thread::sleep(Duration::from_millis(20));
     }
+    true
 }

@@ -70,6 +70,8 @@ struct Lane<'a> {
     failures: u32,
     pieces: mpsc::Sender<Piece>,
     meter: &'a Meter,
+    /// Whether its source may be changed for a faster one.
+    may_be_left: bool,
     _leave: Option<Leave>,
 }
 
@@ -99,6 +101,9 @@ const AFTER_REFUSAL: Duration = Duration::from_secs(1);
 /// After a peer gave nothing, while others do.
 const ANOTHER_PEER: Duration = Duration::from_millis(100);
 
+/// When no connection has brought anything for this long, it is as if each were the only one.
+const NOTHING_MOVES: Duration = Duration::from_secs(3);
+
 /// How often the number of connections is thought over.
 const TICK: Duration = Duration::from_millis(100);
 
@@ -125,7 +130,8 @@ impl Engine<'_> {
     /// None: the source does not understand ranges after all.
     async fn by_ranges(&mut self, first: Flow, mut width: Width) -> Option<Ended> {
         let meter = Meter::default();
-        let (sources, total) = (self.sources.clone(), self.total);
+        let (sources, total, may_be_left) = (self.sources.clone(), self.total, width.is_fixed());
+        let mut moved = (0, Instant::now());
         let mut breaks = Breaks::default();
         let mut resume_at = Instant::now();
         let mut understood = true;
@@ -138,6 +144,7 @@ impl Engine<'_> {
             failures,
             pieces,
             meter: &meter,
+            may_be_left,
             _leave: leave,
         };
         let span = Span { start: first.position(), end: first.end() };
@@ -170,7 +177,8 @@ impl Engine<'_> {
                         continue;
                     };
                     self.plan.give_back(Span { start: position, end: span.end });
-                    let alone = lanes.is_empty();
+                    // Others may wait as well, each for the same in vain.
+                    let alone = lanes.is_empty() || (width.is_fixed() && moved.1.elapsed() > NOTHING_MOVES);
                     match lost {
                         // One of several peers: the next time another one is asked.
                         Lost::Broke(_) | Lost::Refused(_) if !alone && width.is_fixed() => {
@@ -203,6 +211,10 @@ impl Engine<'_> {
                     resume_at = Instant::now() + breaks.pause();
                 }
                 _ = tick.tick() => {
+                    let bytes = meter.bytes.load(Ordering::Relaxed);
+                    if bytes != moved.0 {
+                        moved = (bytes, Instant::now());
+                    }
                     width.observe(Instant::now(), meter.bytes.load(Ordering::Relaxed), meter.busy.load(Ordering::Relaxed));
                     if self.is_abandoned() {
                         return Some(Ended::Abandoned);
@@ -369,11 +381,12 @@ impl Lane<'_> {
             self.meter.bytes.fetch_add(len, Ordering::Relaxed);
             *position += len;
             // An origin is not asked twice for the same.
-            if from == Some(ServedFrom::Peer) && *position < self.span.end {
+            if self.may_be_left && from == Some(ServedFrom::Peer) && *position < self.span.end {
                 waited += took;
                 let mut pace = self.meter.pace.lock().unwrap_or_else(PoisonError::into_inner);
                 pace.brought(len, took);
-                if pace.leaves(*position - self.span.start, waited) {
+                if pace.leaves(*position - self.span.start, waited) && self.sources.alternatives(*position) > 1 {
+                    pace.left();
                     return Err(Lost::LeftBehind);
                 }
             }

@@ -26,6 +26,11 @@ pub trait Sources: Send + Sync {
         (!ranges.is_empty()).then_some(0)
     }
 
+    /// How many of them have the byte at `at` and could be asked for it now.
+    fn alternatives(&self, _at: u64) -> usize {
+        0
+    }
+
     /// What came from them is the blob.
     fn matched(&self, _blob: &Arc<Blob>) {}
 

@@ -1,4 +1,4 @@
-//! Which of several peers is left far behind by the others.
+//! Which of several peers is left far behind by the others: it is left where others could be asked.
 
 use std::time::Duration;
 
@@ -27,14 +27,17 @@ impl Pace {
 
     /// Whether to leave a connection that has brought so many bytes in all, in this time, because the
     /// others are far faster.
-    pub fn leaves(&mut self, bytes: u64, time: Duration) -> bool {
+    pub fn leaves(&self, bytes: u64, time: Duration) -> bool {
         if time < PATIENCE * (1 + self.left).min(MAX_PATIENCE) {
             return false;
         }
         let others = rate(self.bytes.saturating_sub(bytes), self.time.saturating_sub(time));
-        let leaves = rate(bytes, time) * FAR < others;
-        self.left += u32::from(leaves);
-        leaves
+        rate(bytes, time) * FAR < others
+    }
+
+    /// One was left.
+    pub fn left(&mut self) {
+        self.left += 1;
     }
 }
 
@@ -74,6 +77,7 @@ mod tests {
             while !pace.leaves(0, time) {
                 time += SECOND / 10;
             }
+            pace.left();
             times.push(time.as_millis());
         }
         assert_eq!(times, [500, 1000, 1500, 2000]);

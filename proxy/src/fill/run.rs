@@ -19,6 +19,9 @@ use crate::store::{Blob, Draft, Found, Kind, NoSpace, Partial, Proof, SMALL_BYTE
 /// A small object has to be here whole within this time.
 const SMALL_TIME: Duration = Duration::from_secs(10);
 
+/// And its end is not: a source has to say that it is there.
+const ASKED_FOR: u64 = 64 * 1024;
+
 /// What a follower has is copied for this long.
 const INHERIT: Duration = Duration::from_secs(1);
 
@@ -77,7 +80,19 @@ impl Running<'_> {
     /// Takes a small object whole, and verifies it before anybody sees it.
     async fn small(&self, mut feed: Feed, sources: Arc<dyn Sources>) -> Result<Opened, SourceError> {
         if feed.position() > 0 {
-            feed = Feed::open(sources, 0, None).await?;
+            feed = Feed::open(sources.clone(), 0, None).await?;
+        }
+        let of_peer = feed.served_from() == ServedFrom::Peer;
+        match self.small_of(feed).await {
+            // Now it is distrusted, and comes from the origin.
+            Err(SourceError::Malformed(_)) if of_peer => self.small_of(Feed::open(sources, 0, None).await?).await,
+            opened => opened,
+        }
+    }
+
+    async fn small_of(&self, mut feed: Feed) -> Result<Opened, SourceError> {
+        if feed.total() > SMALL_BYTES {
+            return Err(SourceError::Malformed("another length than before".into()));
         }
         let kib = u32::try_from(feed.total() / 1024 + 1).unwrap_or(u32::MAX);
         let _memory = self.fills.small.acquire_many(kib).await.map_err(|_| SourceError::Busy)?;
@@ -140,7 +155,9 @@ impl Running<'_> {
             let spans = follower.written();
             let pieces = spans.iter().flat_map(pieces);
             let copied = pieces.take_while(|piece| Instant::now() < until && draft.copy(&blob, *piece).is_ok());
-            let written = copied.collect();
+            let mut written: Spans = copied.collect();
+            // Something has to be asked for: a little is better than all.
+            written.remove(Span { start: blob.len.saturating_sub(ASKED_FOR), end: blob.len });
             Partial { draft, written }
         });
         copying.await.ok()

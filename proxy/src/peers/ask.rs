@@ -455,7 +455,7 @@ impl Drop for Fetching {
         view.end(contribution);
         // It stalled, broke off, or was not needed any more: others come first for a while.
         if self.span.end < self.promised {
-            view.broke(self.peer, self.clock.elapsed());
+            view.left(self.peer, self.clock.elapsed());
         }
     }
 }

@@ -151,6 +151,12 @@ impl Tracked {
     }
 }
 
+impl Known {
+    fn is_able(&self, at: u64, now: Time) -> bool {
+        now >= self.not_before && self.have.run_end(at) > at
+    }
+}
+
 impl View {
     /// Somebody has these bytes.
     pub fn learn(&mut self, holder: &Holder) {
@@ -166,15 +172,19 @@ impl View {
         holder.have.iter().for_each(|span| known.have.insert(span));
     }
 
-    /// The least loaded that has the byte at `at`, for a node that `has` so many; of equals the one that
-    /// `lot` falls on.
+    /// The least loaded that has the byte at `at`, the slow last, for a node that `has` so many; of equals the
+    /// one that `lot` falls on.
     pub fn pick(&self, at: u64, has: u64, now: Time, lot: u64) -> Option<SocketAddr> {
-        let able = self
-            .peers
-            .iter()
-            .filter(|(_, known)| now >= known.not_before && known.have.run_end(at) > at && !is_slow(&known.have, has));
-        able.min_by_key(|(peer, known)| (known.load.saturating_add(known.in_flight), scatter(**peer, lot)))
-            .map(|(peer, _)| *peer)
+        let able = self.peers.iter().filter(|(_, known)| known.is_able(at, now));
+        let rank = |(peer, known): &(&SocketAddr, &Known)| {
+            (is_slow(&known.have, has), known.load.saturating_add(known.in_flight), scatter(**peer, lot))
+        };
+        able.min_by_key(rank).map(|(peer, _)| *peer)
+    }
+
+    /// How many could be asked for the byte at `at` by a node that `has` so many, the slow left out.
+    pub fn able(&self, at: u64, has: u64, now: Time) -> usize {
+        self.peers.values().filter(|known| known.is_able(at, now) && !is_slow(&known.have, has)).count()
     }
 
     /// Which range to fetch next: one that somebody has whole, the rarest first, so that what this node
@@ -225,7 +235,12 @@ impl View {
         self.peers.entry(peer).or_default().not_before = now + REFUSED;
     }
 
-    /// It is not there, or breaks off.
+    /// It broke off, or was left: others come first for a while.
+    pub fn left(&mut self, peer: SocketAddr, now: Time) {
+        self.peers.entry(peer).or_default().not_before = now + BROKE;
+    }
+
+    /// It is not there, or gives nothing.
     pub fn broke(&mut self, peer: SocketAddr, now: Time) {
         let known = self.peers.entry(peer).or_default();
         known.not_before = now + BROKE;

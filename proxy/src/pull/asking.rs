@@ -42,6 +42,11 @@ impl Asking {
     pub const CLIENT: Self =
         Self { asker: Asker::Client, role: Role::Client, reach: Reach::Origin, aim: Aim::Range, left: None };
 
+    /// Whether a peer fetches the whole, to give it to its clients.
+    pub(super) fn is_follower(&self) -> bool {
+        self.asker.is_peer() && self.aim == Aim::Whole && self.reach == Reach::Origin
+    }
+
     /// How long a source may take, and leave whoever asks some time to hear of it.
     pub(super) fn at_most(&self, limit: Duration) -> Duration {
         self.left.map_or(limit, |left| limit.min(left.mul_f64(0.9)))

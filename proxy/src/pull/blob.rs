@@ -84,6 +84,10 @@ impl Pull {
         // Peers hash the whole: they may have any part of what is verified.
         let is_proven = matches!(kept, Some(Found::Small { .. } | Found::Large { proof: Proof::Verified, .. }));
         let may_resume = request.asking.asker.is_peer() && is_proven;
+        if request.asking.is_follower() && !may_resume && range.is_some_and(begins) && distrusted() {
+            // It could not go on with what comes by ranges: it gets all in one.
+            return Box::pin(self.blob(&BlobRequest { range: None, ..request.clone() })).await;
+        }
         if range.is_some_and(RangeRequest::is_resumption) && !may_resume && distrusted() {
             let message = "the bytes that came before did not match this digest: start again".to_owned();
             return Err(Refusal::NotFound { code: ErrorCode::BlobUnknown, message });
@@ -210,12 +214,16 @@ impl Pull {
         let sources = self.sources(&request.place, key.clone(), Aim::Whole);
         loop {
             let fill = self.fills.join(&key, place, sources.clone(), first_byte_wanted(request.range));
+            // What cannot be kept here somebody else may have room for.
+            if request.asking.asker.is_peer() && matches!(fill.opened().await, Ok(Opened::Uncached { .. })) {
+                return Err(SourceError::NotKept.into());
+            }
             let error = match self.follow(&fill, request).await {
                 Err(Fetch::Source(error)) => error,
                 other => return other,
             };
             // Another repository's request began this fill and was refused: ours may be granted.
-            if fill.place != *place {
+            if fill.place != *place && fill.opened().await.is_err() {
                 continue;
             }
             if !error.is_outage() {
@@ -303,6 +311,10 @@ impl Pull {
 /// The part of a blob that a range means; None: the whole.
 pub(super) fn span_of(range: Option<RangeRequest>, total: u64) -> Result<Option<Span>, Refusal> {
     range.map(|range| range.within(total)).transpose().map_err(|_| Refusal::Unsatisfiable { total })
+}
+
+fn begins(range: RangeRequest) -> bool {
+    matches!(range, RangeRequest::From(0) | RangeRequest::Bounded(0, _))
 }
 
 /// Where a fill for this range had best begin; what is near the start is no detour.

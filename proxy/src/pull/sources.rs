@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use async_trait::async_trait;
 use futures_util::stream::try_unfold;
@@ -66,6 +67,9 @@ const ASK_OWNERS: u32 = 3;
 /// Peers asked for one range before its owner is.
 const ASK_HOLDERS: usize = 3;
 
+/// Who only has to look what it has, or gets now, answers within this time.
+const IF_KEPT: Duration = Duration::from_secs(4);
+
 /// Ranges fetched from peers at the same time.
 const IN_FLIGHT: usize = 4;
 
@@ -122,6 +126,12 @@ impl Sources for BlobSources {
 
     fn choose(&self, ranges: &[Span]) -> Option<usize> {
         self.view().choose(ranges, fastrand::u64(..))
+    }
+
+    fn alternatives(&self, at: u64) -> usize {
+        let Some(peers) = self.peers() else { return 0 };
+        let has = self.have().len();
+        self.view().able(at, has, peers.now())
     }
 
     fn matched(&self, blob: &Arc<Blob>) {
@@ -217,7 +227,8 @@ impl BlobSources {
             let fill = self.pull.fills.join(&key, &self.place, sources.clone(), part.start());
             match self.pull.follow(&fill, &request).await.map_err(Fetch::into_source) {
                 // Another repository's request began this fill and was refused: ours may be granted.
-                Err(error) if fill.place != self.place && error != SourceError::Busy => {}
+                Err(error)
+                    if fill.place != self.place && error != SourceError::Busy && fill.opened().await.is_err() => {}
                 answer => break answer?,
             }
         };
@@ -276,7 +287,7 @@ impl BlobSources {
             manner,
             redirects: Redirects::Refused,
             aim: self.aim,
-            deadline: Instant::now() + FIRST_BYTE,
+            deadline: Instant::now() + if manner == Manner::IfKept { IF_KEPT } else { FIRST_BYTE },
         }
     }
 

@@ -286,3 +286,35 @@ async fn a_lying_owner_is_found_out_and_left_alone() {
     }
     assert_eq!(lied, 1, "it is believed once");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_came_wrong_once_is_not_wrong_for_everybody() {
+    for size in [40_000_000, 100_000] {
+        let image = Image::new(1, &[size]);
+        let (digest, bytes) = image.layer();
+        let wrong = std::sync::atomic::AtomicBool::new(true);
+        let origin = Origin::start(&[("library/app", "1", &image)], move |request, mut response| {
+            if request.is_blob()
+                && request.method == "GET"
+                && !response.body.is_empty()
+                && wrong.swap(false, std::sync::atomic::Ordering::SeqCst)
+            {
+                let mut spoilt = response.body.to_vec();
+                spoilt[50_000] ^= 1;
+                response.body = spoilt.into();
+            }
+            response
+        })
+        .await;
+        let nodes = cluster(3, &rule("docker.io", &origin.url()));
+        let path = format!("/v2/library/app/blobs/{digest}?ns=docker.io");
+        let first = nodes[0].get(&path).await;
+        assert!(!first.complete || first.status != 200 || first.body == *bytes, "wrong bytes do not pass");
+        // Nodes that never saw a wrong byte get the right ones, and so does the first, from its start.
+        for node in [&nodes[1], &nodes[2], &nodes[0]] {
+            let answer = node.get(&path).await;
+            assert_eq!((answer.status, answer.complete), (200, true), "{size}");
+            assert!(answer.body == *bytes);
+        }
+    }
+}

@@ -274,6 +274,10 @@ impl Sources for Uneven {
     fn choose(&self, ranges: &[Span]) -> Option<usize> {
         (!ranges.is_empty()).then_some(0)
     }
+
+    fn alternatives(&self, _: u64) -> usize {
+        5
+    }
 }
 
 #[tokio::test(start_paused = true)]
