@@ -290,6 +290,11 @@ impl Fill {
         self.opened.get().cloned().unwrap_or_else(|| Err(SourceError::Unreachable("the fill ended".into())))
     }
 
+    /// Whether another repository's request began it and was refused: one for this place may be granted.
+    pub async fn refused_another(&self, place: &Place) -> bool {
+        self.place != *place && self.opened().await.is_err()
+    }
+
     /// Waits until the fill is over.
     pub async fn ended(&self) -> Outcome {
         let mut progress = self.progress.subscribe();

@@ -265,13 +265,16 @@ impl Cluster {
 
     /// Bytes that a node's network card has received.
     pub fn received(&self, node: usize) -> u64 {
-        let path = "/sys/class/net/eth0/statistics/rx_bytes";
-        run(inside(&self.namespace(node), "cat").arg(path)).trim().parse().expect("a number")
+        self.card_counter(node, "rx_bytes")
     }
 
     /// Bytes that a node's network card has sent.
     pub fn sent(&self, node: usize) -> u64 {
-        let path = "/sys/class/net/eth0/statistics/tx_bytes";
+        self.card_counter(node, "tx_bytes")
+    }
+
+    fn card_counter(&self, node: usize, name: &str) -> u64 {
+        let path = format!("/sys/class/net/eth0/statistics/{name}");
         run(inside(&self.namespace(node), "cat").arg(path)).trim().parse().expect("a number")
     }
 

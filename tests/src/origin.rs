@@ -173,6 +173,14 @@ impl Response {
         self
     }
 
+    /// With one bit of the byte at `at` changed.
+    pub fn flipped(mut self, at: usize) -> Self {
+        let mut bytes = self.body.to_vec();
+        bytes[at] ^= 1;
+        self.body = bytes.into();
+        self
+    }
+
     pub fn fault(mut self, fault: Fault) -> Self {
         self.fault = fault;
         self

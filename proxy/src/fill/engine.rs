@@ -70,8 +70,6 @@ struct Lane<'a> {
     failures: u32,
     pieces: mpsc::Sender<Piece>,
     meter: &'a Meter,
-    /// Whether its source may be changed for a faster one.
-    may_be_left: bool,
     _leave: Option<Leave>,
 }
 
@@ -130,7 +128,7 @@ impl Engine<'_> {
     /// None: the source does not understand ranges after all.
     async fn by_ranges(&mut self, first: Flow, mut width: Width) -> Option<Ended> {
         let meter = Meter::default();
-        let (sources, total, may_be_left) = (self.sources.clone(), self.total, width.is_fixed());
+        let (sources, total) = (self.sources.clone(), self.total);
         let mut moved = (0, Instant::now());
         let mut breaks = Breaks::default();
         let mut resume_at = Instant::now();
@@ -144,7 +142,6 @@ impl Engine<'_> {
             failures,
             pieces,
             meter: &meter,
-            may_be_left,
             _leave: leave,
         };
         let span = Span { start: first.position(), end: first.end() };
@@ -215,7 +212,7 @@ impl Engine<'_> {
                     if bytes != moved.0 {
                         moved = (bytes, Instant::now());
                     }
-                    width.observe(Instant::now(), meter.bytes.load(Ordering::Relaxed), meter.busy.load(Ordering::Relaxed));
+                    width.observe(Instant::now(), bytes, meter.busy.load(Ordering::Relaxed));
                     if self.is_abandoned() {
                         return Some(Ended::Abandoned);
                     }
@@ -381,7 +378,7 @@ impl Lane<'_> {
             self.meter.bytes.fetch_add(len, Ordering::Relaxed);
             *position += len;
             // An origin is not asked twice for the same.
-            if self.may_be_left && from == Some(ServedFrom::Peer) && *position < self.span.end {
+            if from == Some(ServedFrom::Peer) && *position < self.span.end {
                 waited += took;
                 let mut pace = self.meter.pace.lock().unwrap_or_else(PoisonError::into_inner);
                 pace.brought(len, took);

@@ -19,11 +19,11 @@ use crate::store::{Blob, Draft, Found, Kind, NoSpace, Partial, Proof, SMALL_BYTE
 /// A small object has to be here whole within this time.
 const SMALL_TIME: Duration = Duration::from_secs(10);
 
-/// And its end is not: a source has to say that it is there.
-const ASKED_FOR: u64 = 64 * 1024;
-
 /// What a follower has is copied for this long.
 const INHERIT: Duration = Duration::from_secs(1);
+
+/// And its end is not: a source has to say that it is there.
+const ASKED_FOR: u64 = 64 * 1024;
 
 /// A fill while it runs; dropping it, also by a panic, takes it off the list and wakes its readers.
 pub(super) struct Running<'a> {

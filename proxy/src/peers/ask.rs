@@ -338,33 +338,6 @@ impl Peers {
         part: Part,
         more: HeaderMap,
     ) -> Result<Response, SourceError> {
-        let asked = Instant::now();
-        let answer = self.exchange(method, peer, question, path, part, more).await;
-        let outcome = match answer.as_ref().map(|response| response.status().as_u16()) {
-            Ok(200 | 206) => "given",
-            Ok(307) => "redirected",
-            Ok(504) => "not_kept",
-            Ok(_) => "refused",
-            Err(_) => "failed",
-        };
-        let members = self.members.load();
-        let way = [members.zone_of(peer), members.own_zone()];
-        self.metrics.peer_requests.with_label_values(&[way[0], way[1], outcome]).inc();
-        if outcome == "given" {
-            self.metrics.peer_first_byte.with_label_values(&way).observe(asked.elapsed().as_secs_f64());
-        }
-        answer
-    }
-
-    async fn exchange(
-        &self,
-        method: Method,
-        peer: SocketAddr,
-        question: &Question<'_>,
-        path: &str,
-        part: Part,
-        more: HeaderMap,
-    ) -> Result<Response, SourceError> {
         let place = question.place;
         let namespace = url::form_urlencoded::byte_serialize(place.registry.as_str().as_bytes());
         let path = format!("/v2/{}/{path}?ns={}", place.repository, namespace.collect::<String>());
@@ -386,7 +359,32 @@ impl Peers {
         if let Some(range) = part.header() {
             request = request.header(RANGE, range);
         }
-        let mut request = request.build().map_err(|error| SourceError::Malformed(error_chain(&error)))?;
+        let request = request.build().map_err(|error| SourceError::Malformed(error_chain(&error)))?;
+        let asked = Instant::now();
+        let answer = self.exchange(peer, request, question.deadline).await;
+        let outcome = match answer.as_ref().map(|response| response.status().as_u16()) {
+            Ok(200 | 206) => "given",
+            Ok(307) => "redirected",
+            Ok(504) => "not_kept",
+            Ok(_) => "refused",
+            Err(_) => "failed",
+        };
+        let members = self.members.load();
+        let way = [members.zone_of(peer), members.own_zone()];
+        self.metrics.peer_requests.with_label_values(&[way[0], way[1], outcome]).inc();
+        if outcome == "given" {
+            self.metrics.peer_first_byte.with_label_values(&way).observe(asked.elapsed().as_secs_f64());
+        }
+        answer
+    }
+
+    /// Proves a request to be ours, sends it, and believes its answer only if it is proven as well.
+    async fn exchange(
+        &self,
+        peer: SocketAddr,
+        mut request: reqwest::Request,
+        deadline: Instant,
+    ) -> Result<Response, SourceError> {
         let method = request.method().clone();
         let path = request.url()[url::Position::BeforePath..].to_owned();
         let seal = self.proof.sign(peer, &method, &path, request.headers_mut());
@@ -394,7 +392,7 @@ impl Peers {
         let answered = match timeout(ALIVE, &mut sending).await {
             Ok(answered) => Ok(answered),
             // It waits for its origin, or it is frozen.
-            Err(_) if self.answers(peer).await => timeout_at(question.deadline, sending).await,
+            Err(_) if self.answers(peer).await => timeout_at(deadline, sending).await,
             Err(_) => {
                 self.health.is_down(peer);
                 return Err(SourceError::Unreachable("the peer is silent".into()));

@@ -3,7 +3,8 @@
 //! A question carries `dray-auth: <milliseconds since 1970> <mac>`, its answer `dray-auth: <mac>`. The
 //! mac is the HMAC-SHA256, in hexadecimal, of the lines that [`question`] and [`answer`] write: who is
 //! asked for what, and what is answered, headers included. A question is good for nobody else, and an
-//! answer, with its question's mac, for no other question. Bodies are proven by the digest that an answer names. Nothing is encrypted.
+//! answer, with its question's mac, for no other question. Bodies are proven by the digest that an answer names.
+//! Nothing is encrypted.
 
 use std::fmt::{self, Write};
 use std::net::SocketAddr;

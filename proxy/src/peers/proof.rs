@@ -32,9 +32,10 @@ pub const RELOAD: Duration = Duration::from_secs(10);
 
 impl Proof {
     pub(super) fn load(settings: &Settings) -> Result<Self, String> {
+        // The configuration has refused both at once.
         match (&settings.key_file, &settings.mtls) {
             (None, None) => Ok(Self::None),
-            (Some(path), None) => SharedKey::load(path).map(Self::Key),
+            (Some(path), _) => SharedKey::load(path).map(Self::Key),
             (None, Some(mtls)) => {
                 let files = Files {
                     table: "peers.mtls",
@@ -45,7 +46,6 @@ impl Proof {
                 };
                 Identity::load(files).map(Self::Certificates)
             }
-            (Some(_), Some(_)) => Err("peers.key_file and peers.mtls: choose one of them".to_owned()),
         }
     }
 

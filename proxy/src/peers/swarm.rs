@@ -132,8 +132,7 @@ impl Tracker {
         let has = self.has(asker);
         let mut others: Vec<_> =
             self.peers.iter().filter(|(peer, tracked)| Some(**peer) != asker && !tracked.have.is_empty()).collect();
-        others
-            .sort_unstable_by_key(|(peer, tracked)| (is_slow(&tracked.have, has), tracked.load, scatter(**peer, lot)));
+        others.sort_by_cached_key(|(peer, tracked)| (is_slow(&tracked.have, has), tracked.load, scatter(**peer, lot)));
         let holder = |(peer, tracked): (&SocketAddr, &Tracked)| Holder {
             peer: *peer,
             load: tracked.load,

@@ -84,13 +84,18 @@ impl Pull {
         // Peers hash the whole: they may have any part of what is verified.
         let is_proven = matches!(kept, Some(Found::Small { .. } | Found::Large { proof: Proof::Verified, .. }));
         let may_resume = request.asking.asker.is_peer() && is_proven;
-        if request.asking.is_follower() && !may_resume && range.is_some_and(begins) && distrusted() {
-            // It could not go on with what comes by ranges: it gets all in one.
-            return Box::pin(self.blob(&BlobRequest { range: None, ..request.clone() })).await;
-        }
-        if range.is_some_and(RangeRequest::is_resumption) && !may_resume && distrusted() {
-            let message = "the bytes that came before did not match this digest: start again".to_owned();
-            return Err(Refusal::NotFound { code: ErrorCode::BlobUnknown, message });
+        if let Some(range) = range
+            && !may_resume
+            && distrusted()
+        {
+            if range.is_resumption() {
+                let message = "the bytes that came before did not match this digest: start again".to_owned();
+                return Err(Refusal::NotFound { code: ErrorCode::BlobUnknown, message });
+            }
+            if request.asking.is_follower() {
+                // It could not go on with what comes by ranges: it gets all in one.
+                return Box::pin(self.blob(&BlobRequest { range: None, ..request.clone() })).await;
+            }
         }
         if request.asking.reach == Reach::Kept {
             return self.blob_here(request, kept).await;
@@ -222,8 +227,7 @@ impl Pull {
                 Err(Fetch::Source(error)) => error,
                 other => return other,
             };
-            // Another repository's request began this fill and was refused: ours may be granted.
-            if fill.place != *place && fill.opened().await.is_err() {
+            if fill.refused_another(place).await {
                 continue;
             }
             if !error.is_outage() {
@@ -311,10 +315,6 @@ impl Pull {
 /// The part of a blob that a range means; None: the whole.
 pub(super) fn span_of(range: Option<RangeRequest>, total: u64) -> Result<Option<Span>, Refusal> {
     range.map(|range| range.within(total)).transpose().map_err(|_| Refusal::Unsatisfiable { total })
-}
-
-fn begins(range: RangeRequest) -> bool {
-    matches!(range, RangeRequest::From(0) | RangeRequest::Bounded(0, _))
 }
 
 /// Where a fill for this range had best begin; what is near the start is no detour.

@@ -129,7 +129,8 @@ impl Sources for BlobSources {
     }
 
     fn alternatives(&self, at: u64) -> usize {
-        let Some(peers) = self.peers() else { return 0 };
+        // An owner that left a slow peer would go on at the origin.
+        let Some(peers) = self.peers().filter(|_| self.key.role != Role::Global) else { return 0 };
         let has = self.have().len();
         self.view().able(at, has, peers.now())
     }
@@ -177,8 +178,9 @@ impl BlobSources {
 
     /// The first of the holders that gives it.
     async fn ask_holders(&self, peers: &Peers, part: Part) -> Option<Incoming> {
+        let has = self.have().len();
         for _ in 0..ASK_HOLDERS {
-            let holder = self.view().pick(part.start(), self.have().len(), peers.now(), fastrand::u64(..))?;
+            let holder = self.view().pick(part.start(), has, peers.now(), fastrand::u64(..))?;
             match self.ask(peers, holder, Manner::IfKept, part).await {
                 Ok(incoming) => return Some(incoming),
                 Err(why) => tracing::debug!(%holder, digest = %self.key.digest, ?why, "a holder gives nothing"),
@@ -226,9 +228,7 @@ impl BlobSources {
         let answer = loop {
             let fill = self.pull.fills.join(&key, &self.place, sources.clone(), part.start());
             match self.pull.follow(&fill, &request).await.map_err(Fetch::into_source) {
-                // Another repository's request began this fill and was refused: ours may be granted.
-                Err(error)
-                    if fill.place != self.place && error != SourceError::Busy && fill.opened().await.is_err() => {}
+                Err(_) if fill.refused_another(&self.place).await => {}
                 answer => break answer?,
             }
         };

@@ -211,9 +211,7 @@ async fn wrong_bytes_pass_through_no_more_than_elsewhere() {
     let image = Image::new(1, &[50_000_000]);
     let origin = Origin::start(&[("library/app", "1", &image)], |request, mut response| {
         if request.is_blob() {
-            let mut bytes = response.body.to_vec();
-            bytes[500] ^= 1;
-            response.body = bytes.into();
+            response = response.flipped(500);
         }
         response
     })

@@ -153,12 +153,9 @@ async fn after_wrong_bytes_the_next_pull_by_containerd_succeeds() {
     let image = Image::new(7, &[2_000_000]);
     let lie = Arc::new(AtomicBool::new(true));
     let lying = lie.clone();
-    let origin = Origin::start(&[("library/app", "1", &image)], move |request, mut response| {
+    let origin = Origin::start(&[("library/app", "1", &image)], move |request, response| {
         if request.is_blob() && response.body.len() > 1_000_000 && lying.load(Ordering::SeqCst) {
-            let mut bytes = response.body.to_vec();
-            bytes[1000] ^= 1;
-            response.body = bytes.into();
-            return response.fault(Fault::GateAfter(1_500_000));
+            return response.flipped(1000).fault(Fault::GateAfter(1_500_000));
         }
         response
     })

@@ -207,12 +207,7 @@ async fn what_an_origin_sent_before_it_failed_is_not_fetched_again() {
 #[tokio::test(flavor = "multi_thread")]
 async fn what_proved_wrong_is_fetched_anew_by_one_stream() {
     let (origin, dray) = rig(|nth, request| match nth {
-        0 => {
-            let right = honest(request);
-            let mut body = right.body.to_vec();
-            body[5 * MIB] ^= 1;
-            Response { body: body.into(), ..right }
-        }
+        0 => honest(request).flipped(5 * MIB),
         _ => honest(request),
     })
     .await;

@@ -98,10 +98,8 @@ async fn a_lying_range_is_not_believed() {
 #[tokio::test(flavor = "multi_thread")]
 async fn wrong_bytes_never_leave_whole() {
     let (_origin, dray, image) = rig(|_, _, response| {
-        let mut bytes = response.body.to_vec();
-        let last = bytes.len() - 1;
-        bytes[last / 2] ^= 1;
-        Response { body: bytes.into(), ..response }
+        let last = response.body.len() - 1;
+        response.flipped(last / 2)
     })
     .await;
     let answer = pull(&dray, &image).await;
@@ -135,11 +133,7 @@ async fn a_right_end_never_completes_a_wrong_beginning() {
 async fn nor_for_a_client_that_does_not_say_which_registry() {
     let image = Image::new(1, &[2_000_000]);
     let origin = Origin::start(&[("team/app", "1", &image)], |request, response| match request.is_blob() {
-        true => {
-            let mut bytes = response.body.to_vec();
-            bytes[0] ^= 1;
-            Response { body: bytes.into(), ..response }
-        }
+        true => response.flipped(0),
         false => response,
     })
     .await;

@@ -192,9 +192,7 @@ async fn wrong_bytes_of_an_owner_are_not_completed_by_a_follower() {
     let lying = lie.clone();
     let origin = Origin::start(&[("library/app", "1", &image)], move |request, mut response| {
         if request.is_blob() && lying.load(std::sync::atomic::Ordering::SeqCst) {
-            let mut wrong = response.body.to_vec();
-            wrong[0] ^= 1;
-            response.body = wrong.into();
+            response = response.flipped(0);
         }
         response
     })
@@ -254,9 +252,7 @@ async fn a_lying_owner_is_found_out_and_left_alone() {
     let liar = Origin::answering(move |request| {
         let mut response = lies.answer(request);
         if request.is_blob() && response.body.len() > 1000 {
-            let mut wrong = response.body.to_vec();
-            wrong[500] ^= 1;
-            response.body = wrong.into();
+            response = response.flipped(500);
         }
         response
     })
@@ -299,9 +295,7 @@ async fn what_came_wrong_once_is_not_wrong_for_everybody() {
                 && !response.body.is_empty()
                 && wrong.swap(false, std::sync::atomic::Ordering::SeqCst)
             {
-                let mut spoilt = response.body.to_vec();
-                spoilt[50_000] ^= 1;
-                response.body = spoilt.into();
+                response = response.flipped(50_000);
             }
             response
         })

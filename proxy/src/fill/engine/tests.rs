@@ -271,10 +271,6 @@ impl Sources for Uneven {
         Connections::Chosen(4)
     }
 
-    fn choose(&self, ranges: &[Span]) -> Option<usize> {
-        (!ranges.is_empty()).then_some(0)
-    }
-
     fn alternatives(&self, _: u64) -> usize {
         5
     }

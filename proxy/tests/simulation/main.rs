@@ -4,8 +4,8 @@
 //! Nothing here measures a real clock: the same shape always takes the same virtual time. Not
 //! simulated: the processor, the disk, and packets; what is slow there is measured by `make bench`.
 
-use std::cmp::Ordering;
-use std::collections::BinaryHeap;
+mod links;
+
 use std::net::SocketAddr;
 use std::time::Duration;
 
@@ -86,9 +86,7 @@ struct Flow {
 
 struct Network {
     shape: Shape,
-    ring: Ring,
     nodes: Vec<Node>,
-    digests: Vec<Digest>,
     owners: Vec<usize>,
     flows: Vec<Flow>,
     from_origin: f64,
@@ -120,8 +118,8 @@ impl Network {
     fn new(shape: Shape) -> Self {
         let addresses: Vec<SocketAddr> = (1..=shape.nodes).map(address).collect();
         let ring: Ring = addresses.iter().copied().collect();
-        let digests: Vec<Digest> = LAYERS.iter().map(|layer| Digest::of(&layer.to_be_bytes())).collect();
-        let owners = digests.iter().map(|digest| index(ring.owners(digest, 1)[0]) - 1).collect();
+        let owner = |layer: &u64| index(ring.owners(&Digest::of(&layer.to_be_bytes()), 1)[0]) - 1;
+        let owners = LAYERS.iter().map(owner).collect();
         let node = |address| Node {
             address,
             fetches: LAYERS.iter().map(|_| Fetch::default()).collect(),
@@ -131,7 +129,7 @@ impl Network {
         };
         let nodes = addresses.into_iter().map(node).collect();
         let random = fastrand::Rng::with_seed(1);
-        Self { shape, ring, nodes, digests, owners, flows: Vec::new(), from_origin: 0.0, now: 0.0, random }
+        Self { shape, nodes, owners, flows: Vec::new(), from_origin: 0.0, now: 0.0, random }
     }
 
     fn is_slow(&self, node: usize) -> bool {
@@ -327,45 +325,15 @@ impl Network {
         }
     }
 
-    /// Max-min fair rates: the link that gives each of its flows the least fixes theirs, then the next.
+    /// The rate of each flow: what its source sends and it receives is shared with others.
     fn rates(&self) -> Vec<f64> {
         let count = self.nodes.len();
         // Outgoing links, incoming ones, and that of the origin.
-        let mut left: Vec<f64> = (0..count).chain(0..count).map(|node| self.card(node)).chain([CARD]).collect();
-        let mut members: Vec<Vec<usize>> = vec![Vec::new(); 2 * count + 1];
-        let links = |flow: &Flow| [flow.from.unwrap_or(2 * count), count + flow.to];
-        for (nth, flow) in self.flows.iter().enumerate() {
-            if flow.starts <= self.now && self.available(flow) >= 1.0 {
-                links(flow).into_iter().for_each(|link| members[link].push(nth));
-            }
-        }
-        let mut open: Vec<usize> = members.iter().map(Vec::len).collect();
-        let mut rates = vec![f64::NAN; self.flows.len()];
-        let share = |left: f64, open: usize| left / float(open as u64);
-        let mut heap: BinaryHeap<Least> = (0..members.len())
-            .filter(|link| open[*link] > 0)
-            .map(|link| Least(share(left[link], open[link]), link))
-            .collect();
-        while let Some(Least(known, link)) = heap.pop() {
-            if open[link] == 0 {
-                continue;
-            }
-            let now = share(left[link], open[link]);
-            if now > known * 1.000_001 {
-                heap.push(Least(now, link));
-                continue;
-            }
-            for nth in std::mem::take(&mut members[link]) {
-                if rates[nth].is_nan() {
-                    rates[nth] = now;
-                    for link in links(&self.flows[nth]) {
-                        left[link] = (left[link] - now).max(0.0);
-                        open[link] -= 1;
-                    }
-                }
-            }
-        }
-        rates.into_iter().map(|rate| if rate.is_nan() { 0.0 } else { rate }).collect()
+        let links = (0..count).chain(0..count).map(|node| self.card(node)).chain([CARD]).collect();
+        let moves = |flow: &&Flow| flow.starts <= self.now && self.available(flow) >= 1.0;
+        let way = |flow: &Flow| [flow.from.unwrap_or(2 * count), count + flow.to];
+        let ways: Vec<_> = self.flows.iter().map(|flow| Some(flow).filter(moves).map(way)).collect();
+        links::shares(links, &ways)
     }
 
     /// Moves all flows by one step.
@@ -443,33 +411,9 @@ impl Network {
     }
 }
 
-/// A link by what it gives to each of its flows; the least is the greatest.
-struct Least(f64, usize);
-
-impl PartialEq for Least {
-    fn eq(&self, other: &Self) -> bool {
-        self.cmp(other) == Ordering::Equal
-    }
-}
-
-impl Eq for Least {}
-
-impl PartialOrd for Least {
-    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
-        Some(self.cmp(other))
-    }
-}
-
-impl Ord for Least {
-    fn cmp(&self, other: &Self) -> Ordering {
-        other.0.total_cmp(&self.0).then(other.1.cmp(&self.1))
-    }
-}
-
 #[allow(clippy::print_stdout, reason = "the figures are what it is for")]
 fn simulate(nodes: usize, slow_every: usize) -> Outcome {
     let network = Network::new(Shape { nodes, slow_every });
-    assert_eq!(network.ring.owners(&network.digests[0], 1).len(), 1);
     let outcome = network.run();
     let (median, last) = (outcome.finished[outcome.finished.len() / 2], *outcome.finished.last().expect("a node"));
     println!(
