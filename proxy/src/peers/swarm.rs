@@ -89,7 +89,7 @@ impl Tracker {
     /// A peer said what it has, by asking.
     pub fn heard(&mut self, peer: SocketAddr, have: Spans, load: u32, now: Time) {
         if !self.peers.contains_key(&peer) && self.peers.len() >= MAX_TRACKED {
-            let oldest = self.peers.iter().min_by_key(|(_, tracked)| tracked.seen).map(|(peer, _)| *peer);
+            let oldest = self.peers.iter().min_by_key(|(peer, tracked)| (tracked.seen, **peer)).map(|(peer, _)| *peer);
             oldest.map(|oldest| self.peers.remove(&oldest));
         }
         let tracked = self.peers.entry(peer).or_default();
