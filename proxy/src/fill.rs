@@ -10,6 +10,7 @@ mod climb;
 mod engine;
 mod feed;
 mod flow;
+mod loans;
 mod pace;
 mod passage;
 mod piece;
@@ -21,18 +22,21 @@ mod scrub;
 mod write;
 
 use std::collections::HashMap;
+use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use prometheus::IntGauge;
 use tokio::sync::{Semaphore, watch};
+use tokio::time::Instant;
 
 use self::allowance::Allowance;
 use self::audience::Audience;
+pub use self::climb::Climb;
 pub use self::feed::{Connections, Feed, Sources};
 pub use self::pace::Pace;
 pub use self::passage::Passage;
-pub use self::plan::Plan;
+pub use self::plan::{Lent, Plan};
 use self::progress::{Phase, Progress};
 pub use self::reader::Reader;
 use self::run::Running;
@@ -113,6 +117,10 @@ pub struct Fill {
     opened: OnceLock<Result<Opened, SourceError>>,
     progress: watch::Sender<Progress>,
     audience: Arc<Audience>,
+    plan: Mutex<Plan>,
+    /// What this node fetches in its owner's stead: it comes, though nothing may be there yet.
+    deputed: Mutex<Spans>,
+    started: Instant,
 }
 
 /// Says what was written.
@@ -279,7 +287,16 @@ impl Fills {
 impl Fill {
     fn new(key: FillKey, place: Place) -> Self {
         let progress = watch::Sender::new(Progress::new());
-        Self { key, place, opened: OnceLock::new(), progress, audience: Arc::default() }
+        Self {
+            key,
+            place,
+            opened: OnceLock::new(),
+            progress,
+            audience: Arc::default(),
+            plan: Mutex::default(),
+            deputed: Mutex::default(),
+            started: Instant::now(),
+        }
     }
 
     /// Waits until a source has answered, or none does.
@@ -331,6 +348,48 @@ impl Fill {
         }
     }
 
+    /// Leaves a range to a peer that asked for it, if it may as well fetch that itself.
+    pub fn lend(&self, span: Span, to: SocketAddr) -> Lent {
+        self.audience.noticed();
+        let mut plan = self.plan();
+        if plan.is_lent(span.start) {
+            // It comes back: it could not.
+            plan.recall(span.start, Some(to), self.clock());
+            return Lent::No;
+        }
+        plan.lend(span, to, self.clock())
+    }
+
+    /// Whoever asks insists on having the byte at `at` from here.
+    pub fn recall(&self, at: u64, by: Option<SocketAddr>) {
+        self.plan().recall(at, by, self.clock());
+    }
+
+    /// Whether whoever asks for the byte at `at` had better ask somebody else who has it.
+    pub fn is_better_elsewhere(&self, at: u64) -> bool {
+        self.plan().is_better_elsewhere(at)
+    }
+
+    /// This node fetches a range in the owner's stead.
+    pub fn depute(&self, span: Span) {
+        self.deputed.lock().unwrap_or_else(PoisonError::into_inner).insert(span);
+    }
+
+    /// Whether it fetches, or has fetched, the byte at `at` in the owner's stead.
+    pub fn is_deputed(&self, at: u64) -> bool {
+        self.deputed.lock().unwrap_or_else(PoisonError::into_inner).run_end(at) > at
+    }
+
+    /// What is fetched next. Only looked up and changed under the lock, never across an await.
+    fn plan(&self) -> MutexGuard<'_, Plan> {
+        self.plan.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The clock of its plan.
+    fn clock(&self) -> Duration {
+        self.started.elapsed()
+    }
+
     /// Whether what begins at `start` is there, or comes soon.
     pub fn is_near(&self, start: u64, distance: u64) -> bool {
         let progress = self.progress.borrow();
@@ -346,6 +405,7 @@ impl Fill {
     fn begin(&self, draft: &Draft, from: ServedFrom, written: &Spans) {
         self.audience.begin();
         self.progress.send_modify(|progress| progress.set_written(written.clone()));
+        *self.plan() = Plan::new(draft.blob.len, written.clone());
         self.open(Ok(Opened::Growing { blob: draft.blob.clone(), from }));
     }
 

@@ -215,8 +215,9 @@ impl Front {
                     let reply = length.map(|(length, from)| Reply::blob_length(length, from, &request.digest));
                     match (visitor, self.pull.peers()) {
                         (Some(visitor), Some(peers)) => {
+                            peers.heard(&visitor, &request.digest);
                             let here = self.pull.here(&request).await;
-                            reply.map(|reply| reply.telling(peers.tell(&visitor, &request.digest, &here)))
+                            reply.map(|reply| reply.telling(peers.told(&visitor, &request.digest, &here)))
                         }
                         _ => reply,
                     }
@@ -262,9 +263,9 @@ impl Front {
     ) -> Result<Reply, Refusal> {
         let Some(peers) = self.pull.peers() else { return Err(Refusal::NotKept) };
         let digest = &request.digest;
-        let direction = peers.direct(visitor, digest, self.pull.likely_span(request));
-        let reply = match direction {
+        let reply = match self.pull.direct(visitor, request, peers).await {
             Direction::Redirect(peer) => Reply::redirect(peer),
+            Direction::Depute => Reply::depute(),
             Direction::Answer => {
                 exchange.counted = Some(peers.send());
                 match self.pull.blob(request).await {
@@ -273,7 +274,7 @@ impl Front {
                 }
             }
         };
-        Ok(reply.telling(peers.tell(visitor, digest, &self.pull.here(request).await)))
+        Ok(reply.telling(peers.told(visitor, digest, &self.pull.here(request).await)))
     }
 
     async fn list(

@@ -3,6 +3,7 @@
 mod asking;
 mod blob;
 mod kept;
+mod lend;
 mod manifest;
 mod negatives;
 mod parts;

@@ -13,7 +13,7 @@ use pingora::http::ResponseHeader;
 use crate::oci::route::RouteError;
 use crate::oci::{BLOB_MEDIA_TYPE, Digest, ErrorCode, RangeRequest, Registry, error};
 use crate::origin::ListAnswer;
-use crate::peers::Unproven;
+use crate::peers::{Unproven, wire};
 use crate::pull::{BlobAnswer, Body, Extent, ManifestAnswer, Refusal};
 use crate::source::ServedFrom;
 
@@ -87,6 +87,12 @@ impl Reply {
         let message = format!("{peer} has it as well");
         Self::error(StatusCode::TEMPORARY_REDIRECT, ErrorCode::Unavailable, &message)
             .header(LOCATION, &peer.to_string())
+    }
+
+    /// A peer had better fetch it from the origin itself.
+    pub fn depute() -> Self {
+        Self::error(StatusCode::TEMPORARY_REDIRECT, ErrorCode::Unavailable, "fetch it from the origin, for all of us")
+            .header(wire::DEPUTY, wire::YES)
     }
 
     /// What a peer hears beside the answer.

@@ -74,6 +74,18 @@ impl Incoming {
         Self { total, span, body: body.boxed() }
     }
 
+    /// Does something when the last byte has come.
+    pub fn followed_by(self, done: impl FnOnce() + Send + 'static) -> Self {
+        let (mut left, mut done) = (self.span.len(), Some(done));
+        let counted = self.body.inspect(move |piece| {
+            left = left.saturating_sub(piece.as_ref().map_or(0, |piece| piece.len() as u64));
+            if left == 0 {
+                done.take().into_iter().for_each(|done| done());
+            }
+        });
+        Self { body: counted.boxed(), ..self }
+    }
+
     /// The next piece; None at the end of the body.
     pub async fn next(&mut self) -> Option<Result<Bytes, Broken>> {
         self.body.next().await

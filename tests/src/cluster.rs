@@ -226,6 +226,14 @@ impl Cluster {
         let _ = fs::remove_dir_all(self.cache(node));
     }
 
+    /// The node that keeps a blob under its name.
+    pub fn owner(&self, path: &str) -> usize {
+        let digest = path.split(['/', '?']).find_map(|part| part.strip_prefix("sha256:")).expect("a blob's path");
+        let file = format!("v1/blobs/sha256/{}/{digest}", &digest[..2]);
+        let keeps = |node: &usize| self.cache(*node).join(&file).exists();
+        self.everybody().into_iter().find(keeps).expect("somebody owns it")
+    }
+
     pub fn cache(&self, node: usize) -> PathBuf {
         self.dir.path().join(format!("cache{node}"))
     }

@@ -56,6 +56,14 @@ impl Audience {
         }
     }
 
+    /// Somebody asked, who may read elsewhere what this fill brings into the cluster.
+    pub(super) fn noticed(&self) {
+        let mut seats = self.seats();
+        if let Some(since) = &mut seats.empty_since {
+            *since = Instant::now();
+        }
+    }
+
     /// These bytes are there: wakes those that wait for one of them, and nobody else.
     pub(super) fn came(&self, span: Span) {
         let waits = |waiting: &&Waiting| waiting.position.is_some_and(|at| span.start <= at && at < span.end);

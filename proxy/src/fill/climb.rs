@@ -26,7 +26,7 @@ impl Width {
     /// How many connections there should be.
     pub(super) fn lanes(&self) -> usize {
         match self {
-            Self::Climbing(climb) => climb.lanes,
+            Self::Climbing(climb) => climb.lanes(),
             Self::Fixed(lanes) => *lanes,
         }
     }
@@ -51,7 +51,7 @@ impl Width {
 }
 
 /// Climbs by doubling, and steps back where that brought nothing.
-pub(super) struct Climb {
+pub struct Climb {
     lanes: usize,
     most: usize,
     step: Step,
@@ -74,8 +74,13 @@ enum Step {
 }
 
 impl Climb {
-    pub(super) fn new(most: usize) -> Self {
+    pub fn new(most: usize) -> Self {
         Self { lanes: 1, most, step: Step::Start, stepped: None, since: None }
+    }
+
+    /// How many there should be.
+    pub fn lanes(&self) -> usize {
+        self.lanes
     }
 
     /// No more than this many can be had.
@@ -86,7 +91,7 @@ impl Climb {
     }
 
     /// Looks at the bytes that came so far; `busy` connections have brought some of them.
-    fn observe(&mut self, now: Instant, bytes: u64, busy: usize) {
+    pub fn observe(&mut self, now: Instant, bytes: u64, busy: usize) {
         let stepped = *self.stepped.get_or_insert(now);
         let Some((since, before)) = self.since else {
             // It counts from when all of them bring bytes.

@@ -18,7 +18,6 @@ use super::climb::{Climb, Width};
 use super::feed::{Connections, Feed, Sources};
 use super::flow::{Breaks, Flow};
 use super::pace::Pace;
-use super::plan::Plan;
 use super::write::Piece;
 use super::{ABANDONED_AFTER, Fill, LITTLE_LEFT};
 use crate::config::Abandoned;
@@ -40,7 +39,6 @@ pub(super) struct Engine<'a> {
     pub(super) fill: &'a Fill,
     pub(super) sources: Arc<dyn Sources>,
     pub(super) allowance: &'a Allowance,
-    pub(super) plan: Plan,
     pub(super) total: u64,
     pub(super) pieces: mpsc::Sender<Piece>,
 }
@@ -51,6 +49,9 @@ struct Meter {
     bytes: AtomicU64,
     /// Connections that are bringing bytes now.
     busy: AtomicUsize,
+    /// The same of those to the origin.
+    of_origin: AtomicU64,
+    busy_with_origin: AtomicUsize,
     /// Of those that come from peers.
     pace: Mutex<Pace>,
 }
@@ -76,6 +77,7 @@ struct Lane<'a> {
 /// What became of a range: its first missing byte, and why the rest did not come.
 struct Fetched {
     span: Span,
+    begun: Instant,
     position: u64,
     lost: Option<Lost>,
 }
@@ -115,8 +117,9 @@ impl Engine<'_> {
         };
         match first.take_part() {
             Some(flow) => {
+                let opened = (flow, first.served_from());
                 drop(first);
-                match self.by_ranges(flow, width).await {
+                match self.by_ranges(opened, width).await {
                     Some(ended) => ended,
                     None => self.again_in_order().await,
                 }
@@ -126,11 +129,13 @@ impl Engine<'_> {
     }
 
     /// None: the source does not understand ranges after all.
-    async fn by_ranges(&mut self, first: Flow, mut width: Width) -> Option<Ended> {
+    async fn by_ranges(&mut self, first: (Flow, ServedFrom), mut width: Width) -> Option<Ended> {
         let meter = Meter::default();
         let (sources, total) = (self.sources.clone(), self.total);
         let mut moved = (0, Instant::now());
+        let mut counted = 0;
         let mut breaks = Breaks::default();
+        let mut broke_at: Option<Instant> = None;
         let mut resume_at = Instant::now();
         let mut understood = true;
         let mut refusals = Refusals::default();
@@ -144,8 +149,14 @@ impl Engine<'_> {
             meter: &meter,
             _leave: leave,
         };
-        let span = Span { start: first.position(), end: first.end() };
-        self.plan.take(span);
+        let span = Span { start: first.0.position(), end: first.0.end() };
+        {
+            let mut plan = self.fill.plan();
+            plan.take(span);
+            if !width.is_fixed() {
+                plan.may_lend();
+            }
+        }
         lanes.push(lane(span, 0, self.pieces.clone(), None).run(Some(first)));
         let mut progress = self.fill.progress.subscribe();
         let mut tick = interval(TICK);
@@ -153,27 +164,30 @@ impl Engine<'_> {
         loop {
             let now = Instant::now();
             let may_open = understood && now >= resume_at;
+            self.fill.plan().collect(self.fill.clock(), |span| sources.is_elsewhere(span));
             while may_open
                 && let Some((span, leave)) =
                     self.next_range(lanes.len(), &mut width, &refusals, progress.borrow_and_update().hashed())
             {
                 lanes.push(lane(span, breaks.barren, self.pieces.clone(), leave).run(None));
             }
-            if lanes.is_empty() && self.plan.is_complete() {
+            let complete = self.fill.plan().is_complete();
+            if lanes.is_empty() && complete {
                 return Some(Ended::Complete);
             }
             if lanes.is_empty() && !understood {
+                self.fill.plan().lend_no_more();
                 return None;
             }
             tokio::select! {
                 Some(fetched) = lanes.next() => {
-                    let Fetched { span, position, lost } = fetched;
+                    let Fetched { span, begun, position, lost } = fetched;
                     let Some(lost) = lost else {
                         breaks.recovered();
                         resume_at = Instant::now();
                         continue;
                     };
-                    self.plan.give_back(Span { start: position, end: span.end });
+                    self.fill.plan().give_back(Span { start: position, end: span.end });
                     // Others may wait as well, each for the same in vain.
                     let alone = lanes.is_empty() || (width.is_fixed() && moved.1.elapsed() > NOTHING_MOVES);
                     match lost {
@@ -201,7 +215,11 @@ impl Engine<'_> {
                         Lost::Refused(error) if !error.is_outage() => return Some(Ended::Broken(error)),
                         Lost::Refused(_) | Lost::Broke(_) => log_break(lost.why(), position, self.total),
                     }
-                    breaks.broke(position - span.start);
+                    // Several that waited for the same in vain have failed once.
+                    if broke_at.is_none_or(|at| begun >= at) {
+                        breaks.broke(position - span.start);
+                        broke_at = Some(Instant::now());
+                    }
                     if alone && breaks.too_many() {
                         return Some(Ended::Broken(SourceError::Unreachable("every source broke".into())));
                     }
@@ -212,6 +230,10 @@ impl Engine<'_> {
                     if bytes != moved.0 {
                         moved = (bytes, Instant::now());
                     }
+                    let of_origin = meter.of_origin.load(Ordering::Relaxed);
+                    let lanes = u32::try_from(meter.busy_with_origin.load(Ordering::Relaxed)).unwrap_or(u32::MAX);
+                    self.fill.plan().brought(of_origin - counted, TICK * lanes);
+                    counted = of_origin;
                     width.observe(Instant::now(), bytes, meter.busy.load(Ordering::Relaxed));
                     if self.is_abandoned() {
                         return Some(Ended::Abandoned);
@@ -242,27 +264,28 @@ impl Engine<'_> {
         }
         let wanted = self.fill.audience.wanted();
         // Who waits for a byte that nobody brings need not wait for a whole range to end.
-        let urgent = self.plan.waited_for(&wanted).is_some() && running < MAX_OF_BLOB;
+        let mut plan = self.fill.plan();
+        let urgent = running < MAX_OF_BLOB && plan.waited_for(&wanted).is_some();
         if running >= width.lanes() && !urgent {
             return None;
         }
         // Peers are not spared as origins are.
         if let Width::Fixed(_) = width {
-            return Some((self.plan.chosen(hashed, &wanted, |ranges| self.sources.choose(ranges))?, None));
+            return Some((plan.chosen(hashed, &wanted, |ranges| self.sources.choose(ranges))?, None));
         }
         let leave = if running == 0 { None } else { self.allowance.take(&self.fill.key.registry) };
         if running > 0 && leave.is_none() {
             width.limit(running);
             return None;
         }
-        Some((self.plan.next(hashed, &wanted, width.lanes())?, leave))
+        Some((plan.next(hashed, &wanted, width.lanes())?, leave))
     }
 
     /// Asks for everything that is missing, and skips what is there; from the start where not even
     /// that is understood.
     async fn again_in_order(self) -> Ended {
         tracing::info!(digest = %self.fill.key.digest, "ranges are not understood, going on with one connection");
-        let from = self.plan.gap(0).map_or(0, |gap| gap.start);
+        let from = self.gap(0).map_or(0, |gap| gap.start);
         let opened = match Feed::open(self.sources.clone(), from, None).await {
             Err(error) if error.is_about_ranges() => Feed::open(self.sources.clone(), 0, None).await,
             other => other,
@@ -274,7 +297,8 @@ impl Engine<'_> {
         }
     }
 
-    async fn in_order(mut self, mut feed: Feed) -> Ended {
+    async fn in_order(self, mut feed: Feed) -> Ended {
+        self.fill.plan().lend_no_more();
         loop {
             let mut position = feed.position();
             let piece = tokio::select! {
@@ -283,25 +307,30 @@ impl Engine<'_> {
             };
             let mut bytes = match piece {
                 Ok(Some(bytes)) => bytes,
-                Ok(None) if self.plan.is_complete() => return Ended::Complete,
+                Ok(None) if self.gap(0).is_none() => return Ended::Complete,
                 Ok(None) => return Ended::Broken(SourceError::Unreachable("every source broke".into())),
                 Err(error) => return Ended::Broken(error),
             };
             // What an earlier attempt has written is not written again.
-            while let Some(gap) = self.plan.gap(position) {
+            while let Some(gap) = self.gap(position) {
                 let _ = split(&mut bytes, gap.start - position);
                 let bytes = split(&mut bytes, gap.end - gap.start);
                 if bytes.is_empty() {
                     break;
                 }
                 let span = Span { start: gap.start, end: gap.start + bytes.len() as u64 };
-                self.plan.take(span);
+                self.fill.plan().take(span);
                 if self.pieces.send(Piece::new(span.start, bytes).await).await.is_err() {
                     return Ended::Broken(unwritable());
                 }
                 position = span.end;
             }
         }
+    }
+
+    /// The first range at or after `from` that nobody brings.
+    fn gap(&self, from: u64) -> Option<Span> {
+        self.fill.plan().gap(from)
     }
 
     async fn abandoned(&self) {
@@ -348,19 +377,19 @@ impl Refusals {
 }
 
 impl Lane<'_> {
-    async fn run(self, opened: Option<Flow>) -> Fetched {
-        let mut position = self.span.start;
+    async fn run(self, opened: Option<(Flow, ServedFrom)>) -> Fetched {
+        let (begun, mut position) = (Instant::now(), self.span.start);
         let lost = self.bring(opened, &mut position).await.err();
-        Fetched { span: self.span, position, lost }
+        Fetched { span: self.span, begun, position, lost }
     }
 
-    async fn bring(&self, opened: Option<Flow>, position: &mut u64) -> Result<(), Lost> {
+    async fn bring(&self, opened: Option<(Flow, ServedFrom)>, position: &mut u64) -> Result<(), Lost> {
         let (mut flow, from) = match opened {
-            Some(flow) => (flow, None),
+            Some(opened) => opened,
             None => match self.sources.open(self.span.start, Some(self.span.end), self.failures).await {
                 Ok((incoming, _)) if incoming.total != self.total => return Err(Lost::Broke("another length".into())),
                 Ok((incoming, _)) if incoming.span != self.span => return Err(Lost::NoRanges),
-                Ok((incoming, from)) => (Flow::new(incoming), Some(from)),
+                Ok((incoming, from)) => (Flow::new(incoming), from),
                 Err(SourceError::Malformed(_)) => return Err(Lost::NoRanges),
                 Err(error) => return Err(Lost::Refused(error)),
             },
@@ -371,14 +400,21 @@ impl Lane<'_> {
             let asked = Instant::now();
             let mut bytes = flow.gather().await.map_err(Lost::Broke)?;
             let took = asked.elapsed();
-            busy.get_or_insert_with(|| Busy::new(self.meter));
+            let with_origin = from == ServedFrom::Origin;
+            busy.get_or_insert_with(|| {
+                let with_origin = with_origin.then(|| Busy::new(&self.meter.busy_with_origin));
+                (Busy::new(&self.meter.busy), with_origin)
+            });
             bytes.truncate(usize::try_from(self.span.end - *position).unwrap_or(usize::MAX));
             let len = bytes.len() as u64;
             self.pieces.send(Piece::new(*position, bytes).await).await.map_err(|_| Lost::Unwritable)?;
             self.meter.bytes.fetch_add(len, Ordering::Relaxed);
+            if with_origin {
+                self.meter.of_origin.fetch_add(len, Ordering::Relaxed);
+            }
             *position += len;
             // An origin is not asked twice for the same.
-            if from == Some(ServedFrom::Peer) && *position < self.span.end {
+            if from == ServedFrom::Peer && *position < self.span.end {
                 waited += took;
                 let mut pace = self.meter.pace.lock().unwrap_or_else(PoisonError::into_inner);
                 pace.brought(len, took);
@@ -393,18 +429,18 @@ impl Lane<'_> {
 }
 
 /// Counts a connection as busy for as long as it is held.
-struct Busy<'a>(&'a Meter);
+struct Busy<'a>(&'a AtomicUsize);
 
 impl<'a> Busy<'a> {
-    fn new(meter: &'a Meter) -> Self {
-        meter.busy.fetch_add(1, Ordering::Relaxed);
-        Self(meter)
+    fn new(count: &'a AtomicUsize) -> Self {
+        count.fetch_add(1, Ordering::Relaxed);
+        Self(count)
     }
 }
 
 impl Drop for Busy<'_> {
     fn drop(&mut self) {
-        self.0.busy.fetch_sub(1, Ordering::Relaxed);
+        self.0.fetch_sub(1, Ordering::Relaxed);
     }
 }
 

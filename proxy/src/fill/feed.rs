@@ -31,6 +31,11 @@ pub trait Sources: Send + Sync {
         0
     }
 
+    /// Whether somebody said to have all of this.
+    fn is_elsewhere(&self, _span: Span) -> bool {
+        false
+    }
+
     /// What came from them is the blob.
     fn matched(&self, _blob: &Arc<Blob>) {}
 

@@ -1,5 +1,9 @@
 //! Which range of a blob to ask for next.
 
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use super::loans::{Loans, WORTHWHILE};
 use crate::oci::{Span, Spans};
 
 /// Largest range asked for at once, in bytes.
@@ -21,15 +25,29 @@ const WIDE_WINDOW: u64 = 1024 * 1024 * 1024;
 const IN_FLIGHT: u64 = 64 * 1024 * 1024;
 
 /// The ranges of one blob.
+#[derive(Default)]
 pub struct Plan {
     total: u64,
-    /// Written, or asked for.
+    /// Written, asked for, or lent.
     taken: Spans,
+    lent: Loans,
+    /// What was lent before: whether or not it came, this node fetches it now.
+    returned: Vec<Span>,
+}
+
+/// Whether a range is left to whoever asks for it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Lent {
+    Yes,
+    /// Enough is lent for now, and nobody brings this range yet.
+    Later,
+    /// It is on its way already, or not worth it.
+    No,
 }
 
 impl Plan {
     pub fn new(total: u64, written: Spans) -> Self {
-        Self { total, taken: written }
+        Self { total, taken: written, lent: Loans::default(), returned: Vec::new() }
     }
 
     /// Takes a range where a reader waits, otherwise the one that `choose` picks of those that are missing
@@ -60,16 +78,37 @@ impl Plan {
     /// Takes the next range for one of `lanes` connections: where a reader waits, otherwise the
     /// first that is missing, unless that is too far from what was `hashed`.
     pub fn next(&mut self, hashed: u64, wanted: &[u64], lanes: usize) -> Option<Span> {
-        let waited_for = self.waited_for(wanted).and_then(|at| self.gap(at));
-        let in_order = || self.gap(0).filter(|gap| gap.start < hashed + WINDOW);
+        let waited_for = self.waited_for(wanted).and_then(|at| self.own_gap(at));
+        let in_order = || self.own_gap(0).filter(|gap| gap.start < hashed + WINDOW);
         let gap = waited_for.or_else(in_order)?;
         let lanes = lanes.max(1) as u64;
         // Towards the end ranges get smaller, so that no connection is left with the last one.
         let left = self.total - self.taken.len();
         let len = (IN_FLIGHT / lanes).min(left.div_ceil(lanes)).clamp(SMALLEST_RANGE, LARGEST_RANGE);
-        let span = Span { start: gap.start, end: gap.end.min(gap.start + len) };
+        let span = self.of_one_source(Span { start: gap.start, end: gap.end.min(gap.start + len) });
         self.taken.insert(span);
         Some(span)
+    }
+
+    /// The first gap at or after `from` that is this node's to fetch: where it is far slower than its
+    /// deputies, only what one of them has had.
+    fn own_gap(&self, from: u64) -> Option<Span> {
+        let first = self.gap(from)?;
+        if !self.lent.stands_back() {
+            return Some(first);
+        }
+        let gaps = self.returned.iter().filter_map(|known| {
+            let gap = self.gap(known.start).filter(|gap| gap.start < known.end)?;
+            Some(Span { start: gap.start, end: gap.end.min(known.end) })
+        });
+        gaps.filter(|gap| gap.start >= from).min_by_key(|gap| gap.start)
+    }
+
+    /// As much of a range as comes from one source: what a deputy has, or what none has.
+    fn of_one_source(&self, span: Span) -> Span {
+        let edges = self.returned.iter().flat_map(|known| [known.start, known.end]);
+        let end = edges.filter(|edge| *edge > span.start).fold(span.end, u64::min);
+        Span { start: span.start, end }
     }
 
     /// The first byte that a reader waits for and nobody brings.
@@ -92,9 +131,69 @@ impl Plan {
         self.taken.gap(from, self.total)
     }
 
-    /// Whether every byte is there or on its way.
+    /// Whether every byte is there or on its way here.
     pub fn is_complete(&self) -> bool {
-        self.gap(0).is_none()
+        self.gap(0).is_none() && self.lent.is_empty()
+    }
+
+    /// The source understands ranges: they may be lent.
+    pub fn may_lend(&mut self) {
+        self.lent.begin();
+    }
+
+    /// Leaves a range to a peer, which fetches it in this node's stead.
+    pub fn lend(&mut self, span: Span, to: SocketAddr, now: Duration) -> Lent {
+        let is_missing = self.gap(span.start).is_some_and(|gap| gap.start == span.start && span.end <= gap.end);
+        let is_apart = |known: &Span| span.end <= known.start || known.end <= span.start;
+        if self.total < WORTHWHILE || !is_missing || !self.returned.iter().all(is_apart) {
+            return Lent::No;
+        }
+        if self.lent.may_lend(to) {
+            self.taken.insert(span);
+            self.lent.lend(span, to, now);
+            return Lent::Yes;
+        }
+        if self.lent.is_empty() { Lent::No } else { Lent::Later }
+    }
+
+    /// Whether the byte at `at` is to come from a deputy.
+    pub fn is_lent(&self, at: u64) -> bool {
+        self.lent.covers(at)
+    }
+
+    /// Whether whoever asks for the byte at `at` had better ask somebody else who has it.
+    pub fn is_better_elsewhere(&self, at: u64) -> bool {
+        self.is_lent(at) || self.lent.is_slow()
+    }
+
+    /// The origin sent this node so much in this time, counted for each connection.
+    pub fn brought(&mut self, bytes: u64, time: Duration) {
+        self.lent.brought(bytes, time);
+    }
+
+    /// Takes up what was lent and somebody `has`, and what has not come in time.
+    pub fn collect(&mut self, now: Duration, has: impl Fn(Span) -> bool) {
+        let due = self.lent.due(now, has);
+        self.take_back(due);
+    }
+
+    /// Somebody insists on having the byte at `at` from here, though it was lent.
+    pub fn recall(&mut self, at: u64, by: Option<SocketAddr>, now: Duration) {
+        let failed = self.lent.recall(at, by, now);
+        self.take_back(failed);
+    }
+
+    /// Takes back all that was lent, and lends nothing more: there are no ranges to be had.
+    pub(super) fn lend_no_more(&mut self) {
+        let all = self.lent.end();
+        self.take_back(all);
+    }
+
+    fn take_back(&mut self, spans: Vec<Span>) {
+        for span in spans {
+            self.taken.remove(span);
+            self.returned.push(span);
+        }
     }
 }
 
@@ -103,6 +202,39 @@ mod tests {
     use super::*;
 
     const MIB: u64 = 1024 * 1024;
+
+    #[test]
+    fn what_is_lent_is_fetched_by_somebody_else_until_it_is_collected() {
+        let (mut plan, to) = (plan(100), SocketAddr::from(([192, 0, 2, 1], 5052)));
+        plan.may_lend();
+        let range = |start: u64, end: u64| Span { start: start * MIB, end: end * MIB };
+        assert_eq!(mib(plan.next(0, &[], 4)), Some((0, 16)));
+        assert_eq!(plan.lend(range(8, 24), to, Duration::ZERO), Lent::No, "it is on its way");
+        assert_eq!(plan.lend(range(16, 32), to, Duration::ZERO), Lent::Yes);
+        assert!(plan.is_lent(16 * MIB));
+        assert_eq!(plan.lend(range(64, 80), to, Duration::ZERO), Lent::Later, "one to begin with");
+        assert_eq!(plan.lend(range(16, 32), to, Duration::ZERO), Lent::No, "to one only");
+        assert_eq!(mib(plan.next(0, &[20 * MIB], 4)), Some((32, 48)));
+        while plan.next(50 * MIB, &[], 4).is_some() {}
+        assert!(!plan.is_complete(), "it is not here");
+        plan.collect(Duration::ZERO, |span| span == range(16, 32));
+        assert_eq!(plan.lend(range(16, 32), to, Duration::ZERO), Lent::No, "somebody has it");
+        plan.give_back(range(12, 40));
+        assert_eq!(mib(plan.next(50 * MIB, &[], 1)), Some((12, 16)), "what the deputy has is asked for by itself");
+        assert_eq!(mib(plan.next(50 * MIB, &[], 1)), Some((16, 32)));
+        assert_eq!(mib(plan.next(50 * MIB, &[], 1)), Some((32, 40)));
+        assert!(plan.is_complete());
+    }
+
+    #[test]
+    fn small_blobs_are_not_lent() {
+        let to = SocketAddr::from(([192, 0, 2, 1], 5052));
+        for (size, lends) in [(40, Lent::No), (64, Lent::Yes)] {
+            let mut plan = plan(size);
+            plan.may_lend();
+            assert_eq!(plan.lend(Span { start: 16 * MIB, end: 32 * MIB }, to, Duration::ZERO), lends);
+        }
+    }
 
     fn plan(mib: u64) -> Plan {
         Plan::new(mib * MIB, Spans::default())

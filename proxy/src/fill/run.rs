@@ -135,10 +135,9 @@ impl Running<'_> {
             self.fills.metrics.resumed_bytes.inc_by(written.len());
         }
         self.fill.begin(&draft, from, &written);
-        let plan = Plan::new(total, written.clone());
         let (pieces, writing) = write::start(self.fill, &draft, written);
         let engine =
-            Engine { fill: self.fill, sources: sources.clone(), allowance: &self.fills.allowance, plan, total, pieces };
+            Engine { fill: self.fill, sources: sources.clone(), allowance: &self.fills.allowance, total, pieces };
         let ended = Box::pin(engine.run(feed)).await;
         let written = writing.await.unwrap_or(Written::DiskFailed);
         drop(permit);

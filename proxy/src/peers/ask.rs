@@ -8,7 +8,7 @@ use std::time::Duration;
 use futures_util::TryStreamExt;
 use futures_util::future::join_all;
 use http::header::{ACCEPT, ACCEPT_ENCODING, CACHE_CONTROL, CONTENT_TYPE, LOCATION, RANGE};
-use http::{HeaderMap, Method};
+use http::{HeaderMap, HeaderValue, Method};
 use reqwest::Response;
 use tokio::time::{Instant, timeout, timeout_at};
 use xxhash_rust::xxh64::Xxh64;
@@ -30,6 +30,13 @@ pub struct Question<'a> {
     pub redirects: Redirects,
     pub aim: Aim,
     pub deadline: Instant,
+}
+
+impl<'a> Question<'a> {
+    /// One that the peer is to answer itself.
+    pub fn about(place: &'a Place, digest: &'a Digest, manner: Manner, deadline: Instant) -> Self {
+        Self { place, digest, manner, redirects: Redirects::Refused, aim: Aim::Whole, deadline }
+    }
 }
 
 /// How a peer is asked.
@@ -75,6 +82,8 @@ pub enum Declined {
     NotKept,
     /// Another one has it as well, and is less busy.
     Redirected(SocketAddr),
+    /// This node had better fetch it from the origin itself: nobody else does.
+    Deputed,
     /// It cannot get it.
     Source(SourceError),
 }
@@ -131,7 +140,7 @@ impl Peers {
     ) -> Result<Incoming, Declined> {
         let answer = self.ask_for_blob(peer, question, part, have, view).await;
         match &answer {
-            Ok(_) | Err(Declined::Redirected(_)) => {}
+            Ok(_) | Err(Declined::Redirected(_) | Declined::Deputed) => {}
             Err(Declined::NotKept) => lock(view).refused(peer, self.now()),
             Err(Declined::Source(_)) => lock(view).broke(peer, self.now()),
         }
@@ -147,15 +156,10 @@ impl Peers {
         view: &Arc<Mutex<View>>,
     ) -> Result<Incoming, Declined> {
         let members = self.members.load_full();
-        let mut more = HeaderMap::new();
-        if members.has_own()
-            && let Ok(own) = members.own.to_string().parse()
-        {
-            more.insert(wire::PEER, own);
-            more.insert(wire::LOAD, self.sending.load(Ordering::Relaxed).into());
-        }
-        if let Some(have) = wire::write_spans(have) {
-            more.insert(wire::HAVE, have);
+        let mut more = self.of_this_node(have);
+        let may_depute = question.aim == Aim::Whole && question.redirects == Redirects::Followed;
+        if may_depute && matches!((question.manner, part), (Manner::As(_), Part::Span(_))) {
+            more.insert(wire::DEPUTY, HeaderValue::from_static(wire::YES));
         }
         let path = format!("blobs/{}", question.digest);
         let response = self.get(Method::GET, peer, question, &path, part, more).await?;
@@ -173,6 +177,7 @@ impl Peers {
         }
         match response.status().as_u16() {
             200 | 206 => {}
+            307 if headers.contains_key(wire::DEPUTY) => return Err(Declined::Deputed),
             307 => {
                 let to: Option<SocketAddr> = wire::read(headers, &LOCATION);
                 let followed = question.redirects == Redirects::Followed;
@@ -199,6 +204,31 @@ impl Peers {
             })
             .map_err(|error| Broken(error_chain(&error)));
         Ok(Incoming::new(span, total, body))
+    }
+
+    /// Tells a peer what this node has of a blob.
+    pub async fn tell(&self, peer: SocketAddr, question: &Question<'_>, have: &Spans) {
+        let path = format!("blobs/{}", question.digest);
+        let told = self.get(Method::HEAD, peer, question, &path, Part::From(0), self.of_this_node(have)).await;
+        if let Err(error) = told {
+            tracing::debug!(%peer, %error, "a peer was not told what is here");
+        }
+    }
+
+    /// What a question tells of whoever asks.
+    fn of_this_node(&self, have: &Spans) -> HeaderMap {
+        let members = self.members.load();
+        let mut told = HeaderMap::new();
+        if members.has_own()
+            && let Ok(own) = members.own.to_string().parse()
+        {
+            told.insert(wire::PEER, own);
+            told.insert(wire::LOAD, self.sending.load(Ordering::Relaxed).into());
+        }
+        if let Some(have) = wire::write_spans(have) {
+            told.insert(wire::HAVE, have);
+        }
+        told
     }
 
     /// A manifest by digest from a peer, with its media type. Not yet verified.

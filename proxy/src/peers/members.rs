@@ -77,7 +77,9 @@ impl Members {
         if role == Role::Client && self.policy != Zones::Ignore {
             let leaders = before_own(&self.local);
             if !leaders.is_empty() {
-                return Lead { role: Role::Client, leaders, asked_as: Role::Zone };
+                // Isolated, whoever owns it in its zone goes to the origin.
+                let asked_as = if self.policy == Zones::Isolate { Role::Global } else { Role::Zone };
+                return Lead { role: Role::Client, leaders, asked_as };
             }
         }
         let ring = match (role, self.policy) {

@@ -48,6 +48,8 @@ struct Tracked {
     have: Spans,
     /// What is on its way to it.
     coming: Vec<(Span, Time)>,
+    /// What it fetches from the origin in this node's stead, or has fetched.
+    deputed: Spans,
     /// Bodies that it sends, and those sent to it for since it said so.
     load: u32,
     seen: Time,
@@ -78,11 +80,22 @@ struct Known {
     not_before: Time,
 }
 
+/// Where a byte had better come from that a node was asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Comes {
+    /// From here, or from somebody who is less busy.
+    Here,
+    /// From whoever else has it: this node is slow, or left it to others.
+    Elsewhere,
+}
+
 /// What to do with a question.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Direction {
     Answer,
     Redirect(SocketAddr),
+    /// Whoever asks fetches it from the origin, for all.
+    Depute,
 }
 
 impl Tracker {
@@ -94,19 +107,29 @@ impl Tracker {
         }
         let tracked = self.peers.entry(peer).or_default();
         tracked.coming.retain(|(_, since)| now < *since + ARRIVES);
-        *tracked = Tracked { have, load, seen: now, coming: std::mem::take(&mut tracked.coming) };
+        tracked.have = have;
+        tracked.load = load;
+        tracked.seen = now;
     }
 
-    /// Whether to answer for a range that begins at `at`, or who else could. `sending` are the bodies
-    /// that this node sends already.
-    pub fn direct(&mut self, asker: Option<SocketAddr>, span: Span, sending: u32, now: Time) -> Direction {
+    /// Whether to answer for a range, the first byte of which `comes` from there, or who else could. `sending`
+    /// are the bodies that this node sends already.
+    pub fn direct(
+        &mut self,
+        asker: Option<SocketAddr>,
+        span: Span,
+        comes: Comes,
+        sending: u32,
+        now: Time,
+    ) -> Direction {
         let has = self.has(asker);
         let able = self.peers.iter_mut().filter(|(peer, tracked)| {
-            Some(**peer) != asker && tracked.gets(span.start, now) && !is_slow(&tracked.have, has)
+            let is_slow = comes == Comes::Here && is_slow(&tracked.have, has);
+            Some(**peer) != asker && tracked.gets(span.start, now) && !is_slow
         });
-        let best = able.min_by_key(|(peer, tracked)| (tracked.load, **peer));
+        let best = able.min_by_key(|(peer, tracked)| (is_slow(&tracked.have, has), tracked.load, **peer));
         let direction = match best {
-            Some((peer, tracked)) if tracked.load < sending => {
+            Some((peer, tracked)) if tracked.load < sending || comes == Comes::Elsewhere => {
                 tracked.load = tracked.load.saturating_add(1);
                 Direction::Redirect(*peer)
             }
@@ -118,6 +141,31 @@ impl Tracker {
             tracked.coming.insert(0, (span, now));
         }
         direction
+    }
+
+    /// Whether somebody has all of this.
+    pub fn is_elsewhere(&self, span: Span) -> bool {
+        self.peers.values().any(|tracked| tracked.have.run_end(span.start) >= span.end)
+    }
+
+    /// A peer fetches this from the origin in this node's stead.
+    pub fn depute(&mut self, peer: SocketAddr, span: Span) {
+        if let Some(tracked) = self.peers.get_mut(&peer) {
+            tracked.deputed.insert(span);
+        }
+    }
+
+    /// Some of those who have the byte at `at`, or get it from the origin: the least loaded.
+    pub fn who_has(&self, at: u64) -> Vec<Holder> {
+        let has = |tracked: &Tracked| tracked.have.run_end(at) > at || tracked.deputed.run_end(at) > at;
+        let mut able: Vec<_> = self.peers.iter().filter(|(_, tracked)| has(tracked)).collect();
+        able.sort_by_key(|(peer, tracked)| (tracked.load, **peer));
+        let holder = |(peer, tracked): (&SocketAddr, &Tracked)| {
+            let mut have = tracked.have.clone();
+            tracked.deputed.iter().for_each(|span| have.insert(span));
+            Holder { peer: *peer, load: tracked.load, have }
+        };
+        able.into_iter().take(MAX_HOLDERS).map(holder).collect()
     }
 
     /// How many bytes whoever asks has.
@@ -289,13 +337,33 @@ mod tests {
         for n in 1..=3 {
             tracker.heard(peer(n), Spans::default(), 0, at(0));
         }
-        assert_eq!(tracker.direct(Some(peer(1)), mib(0, 16), 0, at(0)), Direction::Answer);
-        assert_eq!(tracker.direct(Some(peer(2)), mib(0, 16), 1, at(0)), Direction::Redirect(peer(1)));
-        assert_eq!(tracker.direct(Some(peer(3)), mib(0, 16), 1, at(0)), Direction::Redirect(peer(2)), "sent on itself");
-        assert_eq!(tracker.direct(None, mib(0, 16), 0, at(0)), Direction::Answer, "no busier than the others");
-        assert_eq!(tracker.direct(Some(peer(2)), mib(16, 32), 9, at(0)), Direction::Answer, "nobody else has that");
-        assert_eq!(tracker.direct(Some(peer(1)), mib(0, 16), 9, at(0)), Direction::Redirect(peer(3)), "not to itself");
-        assert_eq!(tracker.direct(Some(peer(2)), mib(0, 16), 9, at(20_000)), Direction::Answer, "it never came");
+        assert_eq!(tracker.direct(Some(peer(1)), mib(0, 16), Comes::Here, 0, at(0)), Direction::Answer);
+        assert_eq!(tracker.direct(Some(peer(2)), mib(0, 16), Comes::Here, 1, at(0)), Direction::Redirect(peer(1)));
+        assert_eq!(
+            tracker.direct(Some(peer(3)), mib(0, 16), Comes::Here, 1, at(0)),
+            Direction::Redirect(peer(2)),
+            "sent on itself"
+        );
+        assert_eq!(
+            tracker.direct(None, mib(0, 16), Comes::Here, 0, at(0)),
+            Direction::Answer,
+            "no busier than the others"
+        );
+        assert_eq!(
+            tracker.direct(Some(peer(2)), mib(16, 32), Comes::Here, 9, at(0)),
+            Direction::Answer,
+            "nobody else has that"
+        );
+        assert_eq!(
+            tracker.direct(Some(peer(1)), mib(0, 16), Comes::Here, 9, at(0)),
+            Direction::Redirect(peer(3)),
+            "not to itself"
+        );
+        assert_eq!(
+            tracker.direct(Some(peer(2)), mib(0, 16), Comes::Here, 9, at(20_000)),
+            Direction::Answer,
+            "it never came"
+        );
         assert!(tracker.holders(None).is_empty(), "nobody has said that it has any");
     }
 
@@ -324,9 +392,9 @@ mod tests {
         tracker.heard(peer(1), mib(0, 64).into(), 9, at(0));
         tracker.heard(peer(2), mib(0, 16).into(), 0, at(0));
         tracker.heard(peer(3), mib(0, 64).into(), 5, at(0));
-        assert_eq!(tracker.direct(Some(peer(1)), mib(0, 16), 9, at(0)), Direction::Redirect(peer(3)));
+        assert_eq!(tracker.direct(Some(peer(1)), mib(0, 16), Comes::Here, 9, at(0)), Direction::Redirect(peer(3)));
         assert_eq!(
-            tracker.direct(None, mib(0, 16), 9, at(0)),
+            tracker.direct(None, mib(0, 16), Comes::Here, 9, at(0)),
             Direction::Redirect(peer(2)),
             "good enough for a new one"
         );

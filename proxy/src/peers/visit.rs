@@ -1,15 +1,16 @@
 //! A peer's question, as the one who is asked sees it.
 
 use std::net::{IpAddr, SocketAddr};
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use http::header::CACHE_CONTROL;
 use http::request::Parts;
 use http::{HeaderName, HeaderValue};
 
-use super::swarm::Direction;
+use super::swarm::{Comes, Direction, Tracker};
+use super::wire::Holder;
 use super::{Aim, Peers, Reach, Redirects, Seal, Standing, Unproven, lock, wire};
 use crate::oci::{Digest, Span, Spans};
 use crate::registries::Rule;
@@ -25,6 +26,8 @@ pub struct Visitor {
     reach: Reach,
     pub redirects: Redirects,
     pub aim: Aim,
+    /// Whether it could fetch the range itself.
+    may_depute: bool,
     /// What is left of the time to answer.
     pub deadline: Option<Duration>,
     have: Spans,
@@ -67,6 +70,7 @@ impl Visitor {
             reach: if kept { Reach::Kept } else { Reach::Origin },
             redirects: if refuses { Redirects::Refused } else { Redirects::Followed },
             aim: if text(wire::WHOLE) == wire::YES { Aim::Whole } else { Aim::Range },
+            may_depute: text(wire::DEPUTY) == wire::YES,
             deadline: wire::read(headers, &wire::DEADLINE).map(Duration::from_millis),
             have: wire::read_spans(headers),
             load: wire::read(headers, &wire::LOAD).unwrap_or(0),
@@ -74,6 +78,16 @@ impl Visitor {
             seal,
             rules: wire::read(headers, &wire::RULES),
         })
+    }
+
+    /// A member that could fetch the range in this node's stead.
+    pub fn deputy(&self) -> Option<SocketAddr> {
+        self.peer.filter(|_| self.may_depute)
+    }
+
+    /// By which address it is known as a member.
+    pub fn member(&self) -> Option<SocketAddr> {
+        self.peer
     }
 
     /// As what it is treated in what a rule is for. Whoever goes by another rule gets what is kept
@@ -88,22 +102,53 @@ impl Visitor {
 }
 
 impl Peers {
-    /// Whether to answer a question for a range of a blob, or who else could.
-    pub fn direct(&self, visitor: &Visitor, digest: &Digest, span: Span) -> Direction {
-        let now = self.now();
+    /// Whether to answer a question for a range of a blob, the first byte of which `comes` from there, or who
+    /// else could.
+    pub fn direct(&self, visitor: &Visitor, digest: &Digest, span: Span, comes: Comes) -> Direction {
+        self.heard(visitor, digest);
         let tracker = self.trackers.get_with((digest.clone(), visitor.role), Arc::default);
-        let mut tracker = lock(&tracker);
-        if let Some(peer) = visitor.peer {
-            tracker.heard(peer, visitor.have.clone(), visitor.load, now);
-        }
         match (visitor.redirects, visitor.peer) {
-            (Redirects::Followed, Some(_)) => tracker.direct(visitor.peer, span, self.sending(), now),
+            (Redirects::Followed, Some(_)) => {
+                lock(&tracker).direct(visitor.peer, span, comes, self.sending(), self.now())
+            }
             _ => Direction::Answer,
         }
     }
 
+    /// A visitor said what it has of a blob.
+    pub fn heard(&self, visitor: &Visitor, digest: &Digest) {
+        if let Some(peer) = visitor.peer {
+            let tracker = self.trackers.get_with((digest.clone(), visitor.role), Arc::default);
+            lock(&tracker).heard(peer, visitor.have.clone(), visitor.load, self.now());
+        }
+    }
+
+    /// Whether a visitor said to have all of this.
+    pub fn is_elsewhere(&self, digest: &Digest, span: Span) -> bool {
+        self.visitors_of(digest).iter().any(|tracker| lock(tracker).is_elsewhere(span))
+    }
+
+    /// The visitors who have the byte at `at`, or get it from the origin.
+    pub fn who_visited_has(&self, digest: &Digest, at: u64) -> Vec<Holder> {
+        let found = self.visitors_of(digest).into_iter().flat_map(|tracker| lock(&tracker).who_has(at));
+        found.filter(|holder| self.health.is_well(&holder.peer)).collect()
+    }
+
+    /// A visitor fetches this from the origin in this node's stead.
+    pub fn depute(&self, visitor: &Visitor, digest: &Digest, span: Span) {
+        let tracker = self.trackers.get(&(digest.clone(), visitor.role));
+        if let (Some(tracker), Some(peer)) = (tracker, visitor.peer) {
+            lock(&tracker).depute(peer, span);
+        }
+    }
+
+    fn visitors_of(&self, digest: &Digest) -> Vec<Arc<Mutex<Tracker>>> {
+        let asked_as = [Role::Zone, Role::Global].into_iter();
+        asked_as.filter_map(|role| self.trackers.get(&(digest.clone(), role))).collect()
+    }
+
     /// What an answer tells of others, and of this node, which has `have`.
-    pub fn tell(&self, visitor: &Visitor, digest: &Digest, have: &Spans) -> Vec<(HeaderName, HeaderValue)> {
+    pub fn told(&self, visitor: &Visitor, digest: &Digest, have: &Spans) -> Vec<(HeaderName, HeaderValue)> {
         let tracker = self.trackers.get(&(digest.clone(), visitor.role));
         let holders = tracker.and_then(|tracker| wire::write_holders(&lock(&tracker).holders(visitor.peer)));
         let have = wire::write_spans(have);

@@ -9,6 +9,8 @@
 //! | `dray-whole` | question | `yes`: the range is one of many that make the whole blob |
 //! | `dray-deadline` | question | milliseconds that are left to answer in |
 //! | `dray-redirect` | question | `no`: nobody else could help, do it yourself |
+//! | `dray-deputy` | question | `yes`: whoever asks could fetch the range from the origin itself |
+//! | `dray-deputy` | answer 307 | `yes`: do so, nobody else does |
 //! | `dray-rules` | question | the fingerprint of the rule by which whoever asks would fetch it |
 //! | `dray-age` | answer | for a tag: milliseconds since its origin was asked |
 //! | `dray-auth` | both | the proof that the sender knows the shared key, where there is one |
@@ -31,6 +33,7 @@ pub const WHOLE: HeaderName = HeaderName::from_static("dray-whole");
 pub const DEADLINE: HeaderName = HeaderName::from_static("dray-deadline");
 pub const REDIRECT: HeaderName = HeaderName::from_static("dray-redirect");
 pub const HOLDERS: HeaderName = HeaderName::from_static("dray-holders");
+pub const DEPUTY: HeaderName = HeaderName::from_static("dray-deputy");
 pub const RULES: HeaderName = HeaderName::from_static("dray-rules");
 pub const AGE: HeaderName = HeaderName::from_static("dray-age");
 pub const CONTENT_DIGEST: HeaderName = HeaderName::from_static("docker-content-digest");

@@ -12,8 +12,9 @@ use crate::oci::{RangeRequest, Span, Spans};
 use crate::role::Role;
 use crate::store::{Found, Proof};
 
-/// What is on its way here is waited for so long.
+/// What is on its way here is waited for so long; longer what an origin is to send, which waits for nobody.
 const ON_ITS_WAY: Duration = Duration::from_millis(250);
+const FROM_ITS_ORIGIN: Duration = Duration::from_millis(2500);
 
 impl Pull {
     /// What is kept, or comes now. A running fill is followed only where it is ahead: whoever asks can
@@ -36,7 +37,8 @@ impl Pull {
             None => 0,
         };
         for fill in self.fills_of(request) {
-            if timeout(ON_ITS_WAY, fill.reaches(start)).await == Ok(true) {
+            let patience = if fill.is_deputed(start) { FROM_ITS_ORIGIN } else { ON_ITS_WAY };
+            if timeout(patience, fill.reaches(start)).await == Ok(true) {
                 return self.follow(&fill, request).await.map_err(Fetch::into_refusal);
             }
         }

@@ -10,7 +10,7 @@ use tokio::time::{Instant, timeout};
 use super::sources::Refusals;
 use super::{Asker, Asking, FIRST_BYTE, Pull, Refusal, fetch_ended};
 use crate::oci::{Digest, ErrorCode, Reference, manifest};
-use crate::peers::{Aim, Manner, Question, Reach, Redirects, Standing};
+use crate::peers::{Manner, Question, Reach, Standing};
 use crate::registries::Place;
 use crate::role::Role;
 use crate::source::{ServedFrom, SourceError};
@@ -124,14 +124,7 @@ impl Pull {
         role: Role,
     ) -> Result<Option<SmallObject>, SourceError> {
         let Some(peers) = self.peers_for(place) else { return Ok(None) };
-        let question = |manner| Question {
-            place,
-            digest,
-            manner,
-            redirects: Redirects::Refused,
-            aim: Aim::Whole,
-            deadline: Instant::now() + FIRST_BYTE,
-        };
+        let question = |manner| Question::about(place, digest, manner, Instant::now() + FIRST_BYTE);
         let matching = |(stated, bytes): (String, bytes::Bytes)| {
             let media_type = manifest::media_type(&bytes).unwrap_or(stated);
             digest.matches(&bytes).then_some((media_type, bytes))

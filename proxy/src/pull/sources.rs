@@ -61,8 +61,8 @@ impl Refusals {
     }
 }
 
-/// After so many broken sources the owners are no longer asked.
-const ASK_OWNERS: u32 = 3;
+/// After so many sources in a row that brought nothing the next owner is asked, by all who wait.
+const PASS_OVER: u32 = 3;
 
 /// Peers asked for one range before its owner is.
 const ASK_HOLDERS: usize = 3;
@@ -82,18 +82,20 @@ impl Sources for BlobSources {
                 let found = peers.ask_successors(&self.question(Manner::IfKept)).await;
                 found.iter().for_each(|holder| self.view().learn(holder));
             }
-            // After a break whoever is best placed comes before whoever said that it has it.
-            if failures == 0
+            if self.key.role == Role::Global {
+                let visitors = peers.who_visited_has(&self.key.digest, from);
+                visitors.iter().for_each(|holder| self.view().learn(holder));
+            }
+            // After a break the owner, who is best placed, comes before whoever said that it has it.
+            if (failures == 0 || self.key.role == Role::Global)
                 && let Some(incoming) = self.ask_holders(peers, part).await
             {
                 return Ok((incoming, ServedFrom::Peer));
             }
             // When a connection breaks, the owner still has, or fetches, what comes next: asking it
             // again keeps every follower from going to the origin.
-            if failures < ASK_OWNERS
-                && let Some(incoming) = self.ask_owners(peers, part, failures).await?
-            {
-                return Ok((incoming, ServedFrom::Peer));
+            if let Some(answer) = self.ask_owners(peers, part, failures).await? {
+                return Ok(answer);
             }
             if self.key.role != Role::Global && self.aim == Aim::Whole {
                 match self.as_owner(part).await {
@@ -133,6 +135,10 @@ impl Sources for BlobSources {
         let Some(peers) = self.peers().filter(|_| self.key.role != Role::Global) else { return 0 };
         let has = self.have().len();
         self.view().able(at, has, peers.now())
+    }
+
+    fn is_elsewhere(&self, span: Span) -> bool {
+        self.peers().is_some_and(|peers| peers.is_elsewhere(&self.key.digest, span))
     }
 
     fn matched(&self, blob: &Arc<Blob>) {
@@ -177,7 +183,7 @@ impl BlobSources {
     }
 
     /// The first of the holders that gives it.
-    async fn ask_holders(&self, peers: &Peers, part: Part) -> Option<Incoming> {
+    async fn ask_holders(&self, peers: &Arc<Peers>, part: Part) -> Option<Incoming> {
         let has = self.have().len();
         for _ in 0..ASK_HOLDERS {
             let holder = self.view().pick(part.start(), has, peers.now(), fastrand::u64(..))?;
@@ -191,25 +197,71 @@ impl BlobSources {
 
     /// None: this process is the owner, or no owner can be reached. A silent owner is followed by
     /// its successor, not by everybody's going to the origin.
-    async fn ask_owners(&self, peers: &Peers, part: Part, failures: u32) -> Result<Option<Incoming>, SourceError> {
+    async fn ask_owners(
+        &self,
+        peers: &Arc<Peers>,
+        part: Part,
+        failures: u32,
+    ) -> Result<Option<(Incoming, ServedFrom)>, SourceError> {
         let lead = peers.lead(&self.key.digest, self.key.role);
         let manner = Manner::As(lead.asked_as);
+        // Whom an owner makes no progress for turns to the next one, as all others do. A zone's owner does so
+        // itself.
+        let passed_over = usize::from(failures >= PASS_OVER && lead.asked_as == Role::Global);
         let mut refusals = Refusals::default();
-        for owner in lead.leaders {
+        for owner in lead.leaders.into_iter().skip(passed_over) {
             let answer = match failures {
                 0 => self.ask(peers, owner, manner, part).await,
                 _ => self.ask_once(peers, owner, manner, Redirects::Refused, part).await,
             };
+            let answer = match answer {
+                Err(Declined::Deputed) => self.in_its_stead(peers, owner, manner, part).await,
+                answer => answer.map(|incoming| (incoming, ServedFrom::Peer)),
+            };
             match answer {
-                Ok(incoming) => return Ok(Some(incoming)),
+                Ok(answer) => return Ok(Some(answer)),
                 Err(Declined::Source(error)) => {
                     tracing::info!(%owner, digest = %self.key.digest, %error, "the owner gives nothing");
                     refusals.add(error)?;
                 }
-                Err(Declined::NotKept | Declined::Redirected(_)) => {}
+                Err(Declined::NotKept | Declined::Redirected(_) | Declined::Deputed) => {}
             }
         }
         Ok(None)
+    }
+
+    /// Fetches a range from the origin that its owner leaves to this node, and tells it when it is here. Where
+    /// the origin does not give it, the owner has to.
+    async fn in_its_stead(
+        &self,
+        peers: &Arc<Peers>,
+        owner: SocketAddr,
+        manner: Manner,
+        part: Part,
+    ) -> Result<(Incoming, ServedFrom), Declined> {
+        let fill = self.pull.fills.running(&self.key);
+        if let (Some(fill), Part::Span(span)) = (fill, part) {
+            fill.depute(span);
+            let deadline = Instant::now() + FIRST_BYTE;
+            match self.pull.origin.blob(&self.place, &self.key.digest, part, deadline).await {
+                Ok(incoming) if incoming.span == span => {
+                    let (peers, place, digest) = (peers.clone(), self.place.clone(), self.key.digest.clone());
+                    let told = incoming.followed_by(move || {
+                        tokio::spawn(async move {
+                            let question = Question::about(&place, &digest, Manner::IfKept, Instant::now() + IF_KEPT);
+                            let mut have = fill.written();
+                            have.insert(span);
+                            peers.tell(owner, &question, &have).await;
+                        });
+                    });
+                    return Ok((told, ServedFrom::Origin));
+                }
+                Ok(_) => tracing::info!(digest = %self.key.digest, "the origin gives a deputy no ranges"),
+                Err(error) => tracing::info!(digest = %self.key.digest, %error, "the origin gives a deputy nothing"),
+            }
+        }
+        let insisting = self.ask_once(peers, owner, manner, Redirects::Refused, part).await;
+        insisting.map(|incoming| (incoming, ServedFrom::Peer))
     }
 
     /// Where no owner can be reached this node takes its place. Others may ask it as the owner as well:
@@ -281,14 +333,8 @@ impl BlobSources {
     }
 
     fn question(&self, manner: Manner) -> Question<'_> {
-        Question {
-            place: &self.place,
-            digest: &self.key.digest,
-            manner,
-            redirects: Redirects::Refused,
-            aim: self.aim,
-            deadline: Instant::now() + if manner == Manner::IfKept { IF_KEPT } else { FIRST_BYTE },
-        }
+        let deadline = Instant::now() + if manner == Manner::IfKept { IF_KEPT } else { FIRST_BYTE };
+        Question { aim: self.aim, ..Question::about(&self.place, &self.key.digest, manner, deadline) }
     }
 
     /// None: peers may not know of it. And what came wrong comes from the

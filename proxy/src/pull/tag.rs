@@ -14,7 +14,7 @@ use tokio::time::{Instant, timeout};
 use super::sources::Refusals;
 use super::{Asker, Asking, FIRST_BYTE, ManifestAnswer, Pull, fetch_ended};
 use crate::oci::{Digest, Reference, Tag};
-use crate::peers::{Aim, Manner, Peers, Question, Reach, Redirects, Standing, TagAnswer};
+use crate::peers::{Manner, Peers, Question, Reach, Standing, TagAnswer};
 use crate::registries::Place;
 use crate::role::Role;
 use crate::source::{ServedFrom, SourceError};
@@ -202,8 +202,7 @@ fn in_ring(place: &Place, tag: &Tag) -> Digest {
 }
 
 fn question<'a>(place: &'a Place, in_ring: &'a Digest, manner: Manner) -> Question<'a> {
-    let deadline = Instant::now() + FIRST_BYTE;
-    Question { place, digest: in_ring, manner, redirects: Redirects::Refused, aim: Aim::Whole, deadline }
+    Question::about(place, in_ring, manner, Instant::now() + FIRST_BYTE)
 }
 
 fn stale(answer: ManifestAnswer) -> ManifestAnswer {

@@ -9,10 +9,10 @@ mod links;
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use dray::fill::{Pace, Plan};
+use dray::fill::{Climb, Lent, Pace, Plan};
 use dray::oci::{Digest, Span, Spans};
 use dray::peers::ring::Ring;
-use dray::peers::swarm::{Contribution, Direction, Tracker, View};
+use dray::peers::swarm::{Comes, Contribution, Direction, Tracker, View};
 use dray::peers::wire::Holder;
 
 /// Bytes a second of 10 Gbit/s.
@@ -40,6 +40,14 @@ struct Shape {
     nodes: usize,
     /// Every so many nodes one is ten times slower; 0: none.
     slow_every: usize,
+    owners: Owners,
+}
+
+/// Whether those who own something are among the slow.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Owners {
+    AsFast,
+    Slow,
 }
 
 struct Outcome {
@@ -58,6 +66,8 @@ struct Fetch {
     view: View,
     tracker: Tracker,
     pace: Pace,
+    /// Of an owner: how many connections to the origin are worth it.
+    climb: Option<Climb>,
     lanes: usize,
     done: bool,
 }
@@ -84,6 +94,15 @@ struct Flow {
     gives_up: bool,
 }
 
+/// What somebody who was asked says.
+enum Said {
+    /// Where it comes from; None: the origin, in the owner's stead.
+    From(Option<usize>),
+    /// A little later.
+    Wait,
+    NotHere,
+}
+
 struct Network {
     shape: Shape,
     nodes: Vec<Node>,
@@ -91,6 +110,8 @@ struct Network {
     flows: Vec<Flow>,
     from_origin: f64,
     now: f64,
+    /// Where clocks begin that count from a moment.
+    started: tokio::time::Instant,
     random: fastrand::Rng,
 }
 
@@ -129,12 +150,15 @@ impl Network {
         };
         let nodes = addresses.into_iter().map(node).collect();
         let random = fastrand::Rng::with_seed(1);
-        Self { shape, nodes, owners, flows: Vec::new(), from_origin: 0.0, now: 0.0, random }
+        let started = tokio::time::Instant::now();
+        Self { shape, nodes, owners, flows: Vec::new(), from_origin: 0.0, now: 0.0, started, random }
     }
 
     fn is_slow(&self, node: usize) -> bool {
-        // An owner is as slow as its origin for everybody: that is told apart in ARCHITECTURE.md.
-        self.shape.slow_every > 0 && node.is_multiple_of(self.shape.slow_every) && !self.owners.contains(&node)
+        match self.owners.contains(&node) {
+            true => self.shape.owners == Owners::Slow,
+            false => self.shape.slow_every > 0 && node.is_multiple_of(self.shape.slow_every),
+        }
     }
 
     fn card(&self, node: usize) -> f64 {
@@ -154,6 +178,7 @@ impl Network {
             let rates = self.rates();
             self.advance(&rates);
             self.now += STEP;
+            self.climb();
         }
         let image = float(LAYERS.iter().sum());
         let healthy = self.nodes.iter().enumerate().filter(|(node, _)| !self.is_slow(*node));
@@ -180,10 +205,27 @@ impl Network {
         }
     }
 
+    /// Owners think over how many connections to have.
+    fn climb(&mut self) {
+        let now = self.started + self.clock();
+        for layer in 0..LAYERS.len() {
+            let fetch = &mut self.nodes[self.owners[layer]].fetches[layer];
+            if let Some(climb) = &mut fetch.climb {
+                climb.observe(now, fetch.have.len(), fetch.lanes);
+            }
+        }
+    }
+
     fn open(&mut self, node: usize, layer: usize) {
         let fetch = &mut self.nodes[node].fetches[layer];
         if fetch.plan.is_none() && !fetch.done {
             fetch.plan = Some(Plan::new(LAYERS[layer], Spans::default()));
+            if self.owners[layer] == node {
+                fetch.climb = Some(Climb::new(MOST_LANES));
+                // It lends once the origin has answered it.
+                self.ask_for_more(node, layer);
+                self.nodes[node].fetches[layer].plan.as_mut().expect("it has begun").may_lend();
+            }
         }
     }
 
@@ -191,25 +233,32 @@ impl Network {
         let owns = self.owners[layer] == node;
         let waiting: Vec<u64> = if owns { self.waiting_for(node, layer) } else { Vec::new() };
         loop {
-            let lot = self.random.u64(..);
+            let (lot, now) = (self.random.u64(..), self.clock());
             let fetch = &mut self.nodes[node].fetches[layer];
             let Some(plan) = &mut fetch.plan else { return };
+            plan.collect(now, |span| fetch.tracker.is_elsewhere(span));
             let read = fetch.have.run_end(0);
             let mut wanted = vec![read];
             wanted.extend(&waiting);
             let urgent = plan.waited_for(&wanted).is_some() && fetch.lanes < MOST_LANES;
-            if fetch.lanes >= IN_FLIGHT && !urgent {
+            let most = fetch.climb.as_ref().map_or(IN_FLIGHT, Climb::lanes);
+            if fetch.lanes >= most && !urgent {
                 return;
             }
             let span = if owns {
-                plan.next(read, &wanted, IN_FLIGHT)
+                plan.next(read, &wanted, most)
             } else {
                 plan.chosen(read, &wanted, |ranges| fetch.view.choose(ranges, lot))
             };
             let Some(span) = span else { return };
             fetch.lanes += 1;
-            let (from, round_trips, gives_up) =
-                if owns { (None, 1.0, false) } else { self.find_source(node, layer, span) };
+            let Some((from, round_trips, gives_up)) = self.find_source(node, layer, span) else {
+                // The owner lets it wait.
+                let fetch = &mut self.nodes[node].fetches[layer];
+                fetch.lanes -= 1;
+                fetch.plan.as_mut().expect("it fetches").give_back(span);
+                return;
+            };
             if let Some(peer) = from {
                 let address = self.nodes[peer].address;
                 self.nodes[node].fetches[layer].view.begin(address);
@@ -230,19 +279,32 @@ impl Network {
 
     /// Whom a range comes from, after how many round trips, and whether it comes only as far as that one has
     /// it: the way of `BlobSources::open`.
-    fn find_source(&mut self, node: usize, layer: usize, span: Span) -> (Option<usize>, f64, bool) {
+    fn find_source(&mut self, node: usize, layer: usize, span: Span) -> Option<(Option<usize>, f64, bool)> {
         let mut round_trips = 0.0;
+        let owner = self.owners[layer];
+        if owner == node {
+            let fetch = &mut self.nodes[node].fetches[layer];
+            let visitors = fetch.tracker.who_has(span.start);
+            visitors.iter().for_each(|holder| fetch.view.learn(holder));
+        }
         for _ in 0..ASK_HOLDERS {
             let (now, lot) = (self.clock(), self.random.u64(..));
             let has = self.nodes[node].fetches[layer].have.len();
             let Some(holder) = self.nodes[node].fetches[layer].view.pick(span.start, has, now, lot) else { break };
-            if let Some(source) = self.ask(node, index(holder) - 1, layer, span, false, &mut round_trips) {
-                return (Some(source), round_trips, true);
+            let from = self.ask(node, index(holder) - 1, layer, span, false, &mut round_trips);
+            if let Said::From(source) = from {
+                return Some((source, round_trips, true));
             }
         }
-        let owner = self.owners[layer];
-        let source = self.ask(node, owner, layer, span, true, &mut round_trips).unwrap_or(owner);
-        (Some(source), round_trips, source != owner)
+        if owner == node {
+            return Some((None, round_trips + 1.0, false));
+        }
+        let source = match self.ask(node, owner, layer, span, true, &mut round_trips) {
+            Said::From(source) => source,
+            Said::NotHere => Some(owner),
+            Said::Wait => return None,
+        };
+        Some((source, round_trips, source.is_some_and(|source| source != owner)))
     }
 
     /// Asks one peer; where it names another, that one, and if that cannot help, the first again.
@@ -254,7 +316,7 @@ impl Network {
         span: Span,
         as_owner: bool,
         round_trips: &mut f64,
-    ) -> Option<usize> {
+    ) -> Said {
         *round_trips += 1.0;
         let now = self.clock();
         if as_owner {
@@ -262,25 +324,38 @@ impl Network {
         }
         let (asker, sending) = (self.nodes[node].address, self.nodes[peer].sending);
         self.hear(node, peer, layer);
-        let direction = self.nodes[peer].fetches[layer].tracker.direct(Some(asker), span, sending, now);
+        let fetch = &mut self.nodes[peer].fetches[layer];
+        let is_better = fetch.plan.as_ref().is_some_and(|plan| plan.is_better_elsewhere(span.start));
+        let comes = if is_better { Comes::Elsewhere } else { Comes::Here };
+        let direction = fetch.tracker.direct(Some(asker), span, comes, sending, now);
+        let asked = fetch.plan.as_mut().filter(|_| as_owner && direction == Direction::Answer);
+        let lent = asked.map_or(Lent::No, |plan| plan.lend(span, asker, now));
         self.tell(node, peer, layer);
+        match lent {
+            Lent::Yes => {
+                self.nodes[peer].fetches[layer].tracker.depute(asker, span);
+                return Said::From(None);
+            }
+            Lent::Later => return Said::Wait,
+            Lent::No => {}
+        }
         if let Direction::Redirect(other) = direction {
             *round_trips += 1.0;
             let other = index(other) - 1;
             self.hear(node, other, layer);
             self.tell(node, other, layer);
             if self.gives(other, layer, span.start) {
-                return Some(other);
+                return Said::From(Some(other));
             }
             *round_trips += 1.0;
             self.nodes[node].fetches[layer].view.refused(address(other + 1), now);
             self.hear(node, peer, layer);
         }
         if as_owner || self.gives(peer, layer, span.start) {
-            return Some(peer);
+            return Said::From(Some(peer));
         }
         self.nodes[node].fetches[layer].view.refused(address(peer + 1), now);
-        None
+        Said::NotHere
     }
 
     /// Whether somebody has a byte, or gets it in no time.
@@ -292,6 +367,7 @@ impl Network {
                 && flow.span.start <= at
                 && at < flow.span.end
                 && at <= whole(flow.position) + soon
+                && self.now - flow.idle_since < 2.0 * STEP
         };
         self.nodes[node].fetches[layer].have.run_end(at) > at || self.flows.iter().any(comes)
     }
@@ -360,7 +436,12 @@ impl Network {
             if came.start < came.end {
                 fetch.have.insert(came);
             }
-            if flow.from.is_some() {
+            if flow.from.is_none()
+                && let Some(plan) = &mut fetch.plan
+            {
+                plan.brought(came.end - came.start, Duration::from_secs_f64(STEP));
+            }
+            if flow.from.is_some() && self.owners[flow.layer] != flow.to {
                 fetch.pace.brought(came.end - came.start, Duration::from_secs_f64(STEP));
                 let left = fetch
                     .pace
@@ -394,6 +475,7 @@ impl Network {
         let fetch = &mut self.nodes[flow.to].fetches[flow.layer];
         fetch.lanes -= 1;
         let reached = whole(flow.position);
+        let owner = self.owners[flow.layer];
         if let Some(peer) = peer {
             fetch.view.end(Contribution { peer, span: Span { start: flow.span.start, end: reached }, checksum: 0 });
             if broke {
@@ -408,17 +490,22 @@ impl Network {
             fetch.plan = None;
             fetch.view = View::default();
         }
+        if flow.from.is_none() && flow.to != owner {
+            self.hear(flow.to, owner, flow.layer);
+        }
     }
 }
 
 #[allow(clippy::print_stdout, reason = "the figures are what it is for")]
-fn simulate(nodes: usize, slow_every: usize) -> Outcome {
-    let network = Network::new(Shape { nodes, slow_every });
-    let outcome = network.run();
+fn simulate(shape: Shape) -> Outcome {
+    let Shape { nodes, slow_every, owners } = shape;
+    let outcome = Network::new(shape).run();
     let (median, last) = (outcome.finished[outcome.finished.len() / 2], *outcome.finished.last().expect("a node"));
     println!(
-        "{nodes} nodes, slow every {slow_every}: median {median:.2} x, last {last:.2} x, origin {:.3} x, busiest {:.2} x",
-        outcome.origin, outcome.busiest
+        "{nodes} nodes, slow every {slow_every}{}: median {median:.2} x, last {last:.2} x, origin {:.3} x, busiest {:.2} x",
+        if owners == Owners::Slow { " and the owners" } else { "" },
+        outcome.origin,
+        outcome.busiest
     );
     outcome
 }
@@ -430,7 +517,7 @@ fn nodes() -> usize {
 
 #[test]
 fn an_image_reaches_a_thousand_nodes_at_nearly_the_speed_of_their_cards() {
-    let outcome = simulate(nodes(), 0);
+    let outcome = simulate(Shape { nodes: nodes(), slow_every: 0, owners: Owners::AsFast });
     let median = outcome.finished[outcome.finished.len() / 2];
     let last = outcome.finished.last().unwrap();
     assert!(median <= 1.7, "half of them are done at {median:.2} x size / card");
@@ -440,7 +527,15 @@ fn an_image_reaches_a_thousand_nodes_at_nearly_the_speed_of_their_cards() {
 
 #[test]
 fn slow_nodes_do_not_slow_the_others() {
-    let outcome = simulate(nodes(), 20);
+    let outcome = simulate(Shape { nodes: nodes(), slow_every: 20, owners: Owners::AsFast });
+    let last = outcome.finished.last().unwrap();
+    assert!(*last <= 3.0, "the last healthy one is done at {last:.2} x size / card");
+    assert!(outcome.origin <= 1.01);
+}
+
+#[test]
+fn slow_owners_do_not_slow_the_others() {
+    let outcome = simulate(Shape { nodes: nodes(), slow_every: 0, owners: Owners::Slow });
     let last = outcome.finished.last().unwrap();
     assert!(*last <= 3.0, "the last healthy one is done at {last:.2} x size / card");
     assert!(outcome.origin <= 1.01);

@@ -7,6 +7,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use futures_util::stream;
 
+use super::super::plan::Plan;
 use super::super::progress::Phase;
 use super::super::{Connections, FillKey};
 use super::*;
@@ -140,7 +141,8 @@ async fn run(sources: Arc<dyn Sources>, body: &Bytes, fill: &Arc<Fill>, from: u6
         Ok(_) => return (Ended::Broken(SourceError::Malformed("another length".into())), written),
         Err(error) => return (Ended::Broken(error), written),
     };
-    let engine = Engine { fill, sources, allowance: &allowance, plan: Plan::new(total, written), total, pieces };
+    *fill.plan() = Plan::new(total, written);
+    let engine = Engine { fill, sources, allowance: &allowance, total, pieces };
     let ended = engine.run(feed).await;
     (ended, disk.await.unwrap())
 }

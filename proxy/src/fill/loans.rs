@@ -1,0 +1,253 @@
+//! Ranges that an owner leaves to others: each is fetched from the origin by the one that asked for it, its
+//! deputy, and the owner has it from there. So an owner that is slow, or far from the origin, slows nobody, and
+//! yet nothing is fetched twice.
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use crate::oci::Span;
+
+/// Lent at a time: some more connections than an owner opens itself.
+const MAX_LENT: usize = 12;
+
+/// To one peer: as many ranges as it fetches at a time, once it has brought one, and not far slower than others.
+const MAX_LENT_TO_ONE: usize = 4;
+
+/// By an owner that fetches nothing itself.
+const MAX_LENT_BY_SLOW: usize = 32;
+
+/// An owner so much slower than its deputies leaves the origin to them.
+const FAR: f64 = 4.0;
+
+/// For how long. Then whoever has some of it is asked for it, its deputy among them, and after that the origin.
+const TERM: Duration = Duration::from_secs(10);
+
+/// A deputy of which another peer says after this long that it gives nothing has failed.
+const BEGINS: Duration = Duration::from_secs(3);
+
+/// So many deputies may fail. One may be refused by the origin where this node is not.
+const MAX_FAILED: usize = 3;
+
+/// Smaller blobs are not worth the connections.
+pub(super) const WORTHWHILE: u64 = 64 * 1024 * 1024;
+
+/// What one owner has lent of a blob.
+#[derive(Default)]
+pub(super) struct Loans {
+    /// Whether anything is lent: not before it is known that ranges can be had.
+    begun: bool,
+    open: Vec<Loan>,
+    /// How many did not come: after some nothing more is lent.
+    failed: usize,
+    /// What one connection brings, here and to a deputy.
+    own: Pace,
+    theirs: Pace,
+    of_each: HashMap<SocketAddr, Pace>,
+}
+
+#[derive(Clone, Copy, Default)]
+struct Pace {
+    bytes: u64,
+    time: Duration,
+}
+
+struct Loan {
+    span: Span,
+    to: SocketAddr,
+    since: Duration,
+}
+
+impl Loans {
+    /// From now on ranges may be lent.
+    pub(super) fn begin(&mut self) {
+        self.begun = true;
+    }
+
+    /// Whether one more may be lent to this peer.
+    pub(super) fn may_lend(&self, to: SocketAddr) -> bool {
+        let to_it = self.open.iter().filter(|loan| loan.to == to).count();
+        let to_one = match self.of_each.get(&to) {
+            None => 1,
+            Some(pace) if pace.rate() * FAR < self.theirs.without(*pace).rate() => 0,
+            Some(_) => MAX_LENT_TO_ONE,
+        };
+        let most = if self.stands_back() { MAX_LENT_BY_SLOW } else { MAX_LENT };
+        self.begun && self.failed < MAX_FAILED && self.open.len() < most && to_it < to_one
+    }
+
+    pub(super) fn lend(&mut self, span: Span, to: SocketAddr, now: Duration) {
+        self.open.push(Loan { span, to, since: now });
+    }
+
+    /// Whether the byte at `at` is lent.
+    pub(super) fn covers(&self, at: u64) -> bool {
+        self.open.iter().any(|loan| loan.covers(at))
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.open.is_empty()
+    }
+
+    /// Those that somebody `has` now, or that were lent too long ago.
+    pub(super) fn due(&mut self, now: Duration, has: impl Fn(Span) -> bool) -> Vec<Span> {
+        for loan in self.open.iter().filter(|loan| has(loan.span)) {
+            let (bytes, time) = (loan.span.len(), now.saturating_sub(loan.since));
+            self.theirs.brought(bytes, time);
+            self.of_each.entry(loan.to).or_default().brought(bytes, time);
+        }
+        let come = self.take(|loan| has(loan.span));
+        let overdue = self.take(|loan| now >= loan.since + TERM);
+        [come, overdue].concat()
+    }
+
+    /// The origin sent this node so much in this time, counted for each connection.
+    pub(super) fn brought(&mut self, bytes: u64, time: Duration) {
+        self.own.brought(bytes, time);
+    }
+
+    /// Whether this node had better fetch nothing that deputies could: they are at it, and far faster.
+    pub(super) fn stands_back(&self) -> bool {
+        !self.open.is_empty() && self.is_slow()
+    }
+
+    /// Whether this node is far slower than its deputies.
+    pub(super) fn is_slow(&self) -> bool {
+        self.own.rate() * FAR < self.theirs.rate()
+    }
+
+    /// Whoever asks for the byte at `at` has to have it from the owner: its deputy because it cannot fetch
+    /// it, another one because its deputy gives nothing.
+    pub(super) fn recall(&mut self, at: u64, by: Option<SocketAddr>, now: Duration) -> Vec<Span> {
+        let failed = self.take(|loan| loan.covers(at) && (Some(loan.to) == by || now >= loan.since + BEGINS));
+        self.failed += failed.len();
+        failed
+    }
+
+    /// All of them: nothing more is lent.
+    pub(super) fn end(&mut self) -> Vec<Span> {
+        self.begun = false;
+        self.take(|_| true)
+    }
+
+    fn take(&mut self, is_over: impl Fn(&Loan) -> bool) -> Vec<Span> {
+        self.open.extract_if(.., |loan| is_over(loan)).map(|loan| loan.span).collect()
+    }
+}
+
+impl Loan {
+    fn covers(&self, at: u64) -> bool {
+        self.span.start <= at && at < self.span.end
+    }
+}
+
+impl Pace {
+    fn brought(&mut self, bytes: u64, time: Duration) {
+        self.bytes += bytes;
+        self.time += time;
+    }
+
+    /// Of the others.
+    fn without(self, one: Self) -> Self {
+        Self { bytes: self.bytes.saturating_sub(one.bytes), time: self.time.saturating_sub(one.time) }
+    }
+
+    /// Bytes a second.
+    #[allow(clippy::cast_precision_loss, reason = "a rate")]
+    fn rate(self) -> f64 {
+        if self.time.is_zero() { 0.0 } else { self.bytes as f64 / self.time.as_secs_f64() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const NEVER: fn(Span) -> bool = |_| false;
+
+    fn peer(last: u8) -> SocketAddr {
+        SocketAddr::from(([192, 0, 2, last], 5052))
+    }
+
+    fn span(nth: u64) -> Span {
+        Span { start: nth * 10, end: nth * 10 + 10 }
+    }
+
+    fn begun() -> Loans {
+        let mut loans = Loans::default();
+        assert!(!loans.may_lend(peer(1)), "nobody knows yet whether there are ranges");
+        loans.begin();
+        loans
+    }
+
+    #[test]
+    fn so_much_is_lent_and_no_more() {
+        let mut loans = begun();
+        for nth in 0..12 {
+            let to = peer(u8::try_from(nth).unwrap());
+            assert!(loans.may_lend(to));
+            loans.lend(span(nth), to, Duration::ZERO);
+            assert!(!loans.may_lend(to), "one to begin with");
+        }
+        assert!(!loans.may_lend(peer(12)), "that is enough");
+        let due = loans.due(Duration::from_secs(1), |lent| lent.start <= 30);
+        assert_eq!(due, [span(0), span(1), span(2), span(3)]);
+        for nth in 12..16 {
+            assert!(loans.may_lend(peer(0)), "more to one that has brought something");
+            loans.lend(span(nth), peer(0), Duration::from_secs(1));
+        }
+        assert!(!loans.may_lend(peer(0)) && !loans.covers(35) && loans.covers(45));
+    }
+
+    #[test]
+    fn nothing_more_is_lent_to_the_slow() {
+        let mut loans = begun();
+        (0..3).for_each(|nth| loans.lend(span(nth), peer(u8::try_from(nth).unwrap()), Duration::ZERO));
+        loans.due(Duration::from_secs(1), |lent| lent != span(2));
+        assert_eq!(loans.due(Duration::from_secs(9), |_| true), [span(2)]);
+        assert!(loans.may_lend(peer(0)) && loans.may_lend(peer(9)) && !loans.may_lend(peer(2)));
+    }
+
+    #[test]
+    fn what_does_not_come_is_taken_back() {
+        let mut loans = begun();
+        loans.lend(span(0), peer(1), Duration::ZERO);
+        loans.lend(span(1), peer(2), BEGINS);
+        assert!(loans.recall(5, Some(peer(3)), BEGINS / 2).is_empty(), "its deputy has only begun");
+        assert_eq!(loans.recall(5, Some(peer(3)), BEGINS), [span(0)]);
+        assert!(loans.may_lend(peer(1)), "others may be luckier");
+        assert!(loans.due(TERM, NEVER).is_empty());
+        assert_eq!(loans.due(TERM + BEGINS, NEVER), [span(1)]);
+    }
+
+    #[test]
+    fn a_slow_owner_stands_back_while_others_are_at_it() {
+        let mut loans = begun();
+        loans.lend(span(0), peer(1), Duration::ZERO);
+        loans.lend(span(1), peer(2), Duration::ZERO);
+        loans.brought(10, Duration::from_secs(10));
+        assert!(!loans.stands_back(), "nobody knows how fast they are");
+        loans.due(Duration::from_secs(2), |lent| lent == span(0));
+        assert!(loans.stands_back(), "five bytes a second against one");
+        loans.brought(30, Duration::from_secs(10));
+        assert!(!loans.stands_back());
+        loans.brought(0, Duration::from_secs(60));
+        loans.due(Duration::from_secs(2), |lent| lent == span(1));
+        assert!(!loans.stands_back(), "nobody fetches anything any more");
+    }
+
+    #[test]
+    fn where_deputies_fail_nothing_more_is_lent() {
+        let mut loans = begun();
+        for nth in 0..3 {
+            assert!(loans.may_lend(peer(7)));
+            loans.lend(span(nth), peer(1), Duration::ZERO);
+            assert_eq!(loans.recall(nth * 10 + 3, Some(peer(1)), Duration::ZERO), [span(nth)]);
+        }
+        assert!(!loans.may_lend(peer(7)));
+        let mut loans = begun();
+        loans.lend(span(1), peer(2), Duration::ZERO);
+        assert_eq!(loans.end(), [span(1)]);
+        assert!(loans.is_empty() && !loans.may_lend(peer(2)));
+    }
+}

@@ -1,0 +1,71 @@
+//! What an owner leaves to others: ranges that whoever asks for them fetches from the origin, for all.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use super::{BlobRequest, Pull};
+use crate::fill::{Fill, Lent};
+use crate::oci::Span;
+use crate::peers::swarm::{Comes, Direction};
+use crate::peers::{Aim, Peers, Reach, Redirects, Visitor};
+use crate::role::Role;
+
+/// For how long a question waits that may be left to whoever asks, and how often that is looked at.
+const HELD: Duration = Duration::from_secs(2);
+const LOOK_AGAIN: Duration = Duration::from_millis(50);
+
+impl Pull {
+    /// Where the byte at `at` had better come from.
+    fn comes(&self, request: &BlobRequest, at: u64) -> Comes {
+        match self.owned(request) {
+            Some(fill) if fill.is_better_elsewhere(at) => Comes::Elsewhere,
+            _ => Comes::Here,
+        }
+    }
+
+    /// Leaves a range to the peer that asks for it, if this node fetches from the origin but has not come to
+    /// that range yet.
+    fn lend(&self, request: &BlobRequest, span: Span, to: SocketAddr) -> Lent {
+        // Who goes by other rules would fetch it elsewhere, or with other credentials.
+        let is_equal = request.asking.reach == Reach::Origin && request.asking.aim == Aim::Whole;
+        self.owned(request).filter(|_| is_equal).map_or(Lent::No, |fill| fill.lend(span, to))
+    }
+
+    /// What to do with a peer's question for a range. Where enough is lent for now and nobody brings the range,
+    /// it waits a while for one of both.
+    pub async fn direct(&self, visitor: &Visitor, request: &BlobRequest, peers: &Peers) -> Direction {
+        let (digest, span) = (&request.digest, self.likely_span(request));
+        if visitor.redirects == Redirects::Refused {
+            self.recall(request, span.start, visitor.member());
+        }
+        let until = Instant::now() + HELD;
+        loop {
+            let direction = peers.direct(visitor, digest, span, self.comes(request, span.start));
+            let (Direction::Answer, Some(deputy)) = (direction, visitor.deputy()) else { return direction };
+            match self.lend(request, span, deputy) {
+                Lent::Yes => {
+                    peers.depute(visitor, digest, span);
+                    return Direction::Depute;
+                }
+                Lent::Later if Instant::now() < until => tokio::time::sleep(LOOK_AGAIN).await,
+                Lent::Later | Lent::No => return Direction::Answer,
+            }
+        }
+    }
+
+    /// Whoever asks insists on having the byte at `at` from here.
+    fn recall(&self, request: &BlobRequest, at: u64, by: Option<SocketAddr>) {
+        if let Some(fill) = self.owned(request) {
+            fill.recall(at, by);
+        }
+    }
+
+    /// The fill that this node runs as the owner.
+    fn owned(&self, request: &BlobRequest) -> Option<Arc<Fill>> {
+        let key = self.fill_key(request);
+        self.fills.running(&key).filter(|_| key.role == Role::Global)
+    }
+}
