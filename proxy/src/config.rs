@@ -128,6 +128,19 @@ pub struct Rule {
     pub negative_ttl: Span,
     #[serde(default)]
     pub abandoned: Abandoned,
+    #[serde(default)]
+    pub far_peers: FarPeers,
+}
+
+/// Whether peers in other zones are asked for what a registry serves, where `peers.zones` lets them be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum FarPeers {
+    #[default]
+    Always,
+    /// Unless the registry was found to be faster.
+    UnlessSlower,
+    Never,
 }
 
 /// What becomes of a blob that is being fetched when everybody who asked for it has left.
@@ -384,6 +397,7 @@ impl Rule {
             immutable_tags: Vec::new(),
             negative_ttl: default_negative_ttl(),
             abandoned: Abandoned::Keep,
+            far_peers: FarPeers::Always,
         }
     }
 }

@@ -33,7 +33,7 @@ use tokio::time::Instant;
 use self::allowance::Allowance;
 use self::audience::Audience;
 pub use self::climb::Climb;
-pub use self::feed::{Connections, Feed, Sources};
+pub use self::feed::{Connections, Feed, Sources, Truth};
 pub use self::pace::Pace;
 pub use self::passage::Passage;
 pub use self::plan::{Lent, Plan};
@@ -378,6 +378,11 @@ impl Fill {
     /// Whether it fetches, or has fetched, the byte at `at` in the owner's stead.
     pub fn is_deputed(&self, at: u64) -> bool {
         self.deputed.lock().unwrap_or_else(PoisonError::into_inner).run_end(at) > at
+    }
+
+    /// Whether the byte at `at` is here or was asked for; before any source has answered that is the beginning.
+    pub fn is_asked_for(&self, at: u64) -> bool {
+        self.opened.get().is_none() || self.plan().is_taken(at)
     }
 
     /// What is fetched next. Only looked up and changed under the lock, never across an await.

@@ -29,11 +29,11 @@ pub use self::ask::{Aim, Declined, Manner, Question, Redirects, TagAnswer};
 use self::discovery::Discovery;
 use self::health::Health;
 pub use self::key::{Seal, Unproven};
-pub use self::members::Lead;
 use self::members::Members;
+pub use self::members::{Lead, Scope};
 use self::proof::Proof;
 pub use self::proof::{RELOAD, Standing};
-use self::swarm::{Time, Tracker};
+use self::swarm::{Claim, Time, Tracker};
 pub use self::visit::{Sending, Visitor};
 use crate::config::{Config, Peers as Settings, Zone};
 use crate::identity::Identity;
@@ -155,8 +155,8 @@ impl Peers {
     }
 
     /// Whom to ask for a digest, having been asked as `role`.
-    pub fn lead(&self, digest: &Digest, role: Role) -> Lead {
-        self.members.load().lead(digest, role, |peer| self.health.is_well(peer))
+    pub fn lead(&self, digest: &Digest, role: Role, scope: Scope) -> Lead {
+        self.members.load().lead(digest, role, scope, |peer| self.health.is_well(peer))
     }
 
     /// Whether peers prove who they are: then they share what no digest proves, and what credentials
@@ -178,7 +178,15 @@ impl Peers {
         self.proof.reload()
     }
 
-    /// Leaves a peer alone that sent wrong bytes.
+    /// A peer sent wrong bytes, of which it said this.
+    pub fn sent_wrong(&self, peer: SocketAddr, claim: Claim) {
+        match claim {
+            Claim::Relayed if !self.health.relayed_wrong(peer) => tracing::info!(%peer, "a peer passed on wrong bytes"),
+            Claim::Relayed | Claim::Verified => self.lies(peer),
+        }
+    }
+
+    /// Leaves a peer alone that lied.
     pub fn lies(&self, peer: SocketAddr) {
         tracing::warn!(%peer, "a peer sent wrong bytes");
         self.metrics.shut_out.inc();

@@ -265,7 +265,7 @@ impl Front {
         let digest = &request.digest;
         let reply = match self.pull.direct(visitor, request, peers).await {
             Direction::Redirect(peer) => Reply::redirect(peer),
-            Direction::Depute => Reply::depute(),
+            Direction::Depute(span) => Reply::depute(span),
             Direction::Answer => {
                 exchange.counted = Some(peers.send());
                 match self.pull.blob(request).await {

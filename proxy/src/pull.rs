@@ -10,6 +10,7 @@ mod parts;
 mod range;
 mod refusal;
 mod sources;
+mod speeds;
 mod tag;
 
 use std::sync::Arc;
@@ -22,13 +23,15 @@ pub use self::blob::{BlobAnswer, BlobRequest, Body, Extent};
 pub use self::manifest::ManifestAnswer;
 use self::negatives::Negatives;
 pub use self::refusal::Refusal;
+use self::speeds::Speeds;
+use crate::config::FarPeers;
 use crate::fill::{DISTRUST, Fills};
 use crate::flights::Flights;
 use crate::metrics::Metrics;
 use crate::oci::{Digest, ErrorCode, Registry, Repository, Tag};
 use crate::origin::{ListAnswer, Origin};
-use crate::peers::Peers;
 use crate::peers::swarm::Contribution;
+use crate::peers::{Peers, Scope};
 use crate::provenance::Provenance;
 use crate::registries::{Place, Registries};
 use crate::role::Role;
@@ -56,6 +59,7 @@ pub struct Pull {
     learned: moka::sync::Cache<Repository, Registry>,
     /// Who sent what of blobs that did not match, until the truth is known.
     suspects: moka::sync::Cache<(Digest, Registry), Arc<Vec<Contribution>>>,
+    speeds: Speeds,
     /// Bytes of bounded ranges asked for, by blob.
     asked: moka::sync::Cache<Digest, range::Asked>,
 }
@@ -82,6 +86,7 @@ impl Pull {
             length_flights: Flights::default(),
             learned: moka::sync::Cache::new(50_000),
             suspects: moka::sync::Cache::builder().max_capacity(100).time_to_live(DISTRUST).build(),
+            speeds: Speeds::new(),
             asked: moka::sync::Cache::builder().max_capacity(50_000).time_to_idle(Duration::from_secs(600)).build(),
         }
     }
@@ -149,7 +154,16 @@ impl Pull {
     /// As what this process fetches a digest: it goes to the origin if it is asked as the owner, is the
     /// owner, or may not show the digest to peers.
     fn role(&self, place: &Place, digest: &Digest, asking: Asking) -> Role {
-        self.peers_for(place).map_or(Role::Global, |peers| peers.lead(digest, asking.role).role)
+        self.peers_for(place).map_or(Role::Global, |peers| peers.lead(digest, asking.role, self.scope(place)).role)
+    }
+
+    /// Whether peers in other zones are asked for what belongs there.
+    fn scope(&self, place: &Place) -> Scope {
+        match place.rule.far_peers {
+            FarPeers::UnlessSlower if self.speeds.origin_is_faster(place.rule.name()) => Scope::OwnZone,
+            FarPeers::Always | FarPeers::UnlessSlower => Scope::AllZones,
+            FarPeers::Never => Scope::OwnZone,
+        }
     }
 
     /// Those who may be asked for what belongs there.

@@ -10,7 +10,7 @@ use std::time::Duration;
 use regex::Regex;
 use xxhash_rust::xxh64::xxh64;
 
-use crate::config::{self, Abandoned, Config, Credentials, HostPattern, Scheme, Upstream};
+use crate::config::{self, Abandoned, Config, Credentials, FarPeers, HostPattern, Scheme, Upstream};
 use crate::oci::route::Names;
 use crate::oci::{Registry, Repository, Tag};
 use crate::provenance::Provenance;
@@ -33,6 +33,7 @@ pub struct Rule {
     pub tag_ttl: Duration,
     pub negative_ttl: Duration,
     pub abandoned: Abandoned,
+    pub far_peers: FarPeers,
     immutable_tags: Vec<Regex>,
     fingerprint: String,
 }
@@ -135,6 +136,7 @@ impl Rule {
             tag_ttl: rule.tag_ttl.0,
             negative_ttl: rule.negative_ttl.0,
             abandoned: rule.abandoned,
+            far_peers: rule.far_peers,
             // The configuration refused patterns that do not compile.
             immutable_tags: rule.immutable_tags.iter().filter_map(|p| config::whole_tag(p).ok()).collect(),
             fingerprint: fingerprint(rule, guard),

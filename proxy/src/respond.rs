@@ -11,7 +11,7 @@ use http::{HeaderName, HeaderValue, StatusCode};
 use pingora::http::ResponseHeader;
 
 use crate::oci::route::RouteError;
-use crate::oci::{BLOB_MEDIA_TYPE, Digest, ErrorCode, RangeRequest, Registry, error};
+use crate::oci::{BLOB_MEDIA_TYPE, Digest, ErrorCode, RangeRequest, Registry, Span, error};
 use crate::origin::ListAnswer;
 use crate::peers::{Unproven, wire};
 use crate::pull::{BlobAnswer, Body, Extent, ManifestAnswer, Refusal};
@@ -90,9 +90,13 @@ impl Reply {
     }
 
     /// A peer had better fetch it from the origin itself.
-    pub fn depute() -> Self {
-        Self::error(StatusCode::TEMPORARY_REDIRECT, ErrorCode::Unavailable, "fetch it from the origin, for all of us")
-            .header(wire::DEPUTY, wire::YES)
+    pub fn depute(span: Span) -> Self {
+        let reply = Self::error(
+            StatusCode::TEMPORARY_REDIRECT,
+            ErrorCode::Unavailable,
+            "fetch this from the origin, for all of us",
+        );
+        reply.telling(wire::write_spans(&span.into()).map(|span| (wire::DEPUTY, span)).into_iter().collect())
     }
 
     /// What a peer hears beside the answer.

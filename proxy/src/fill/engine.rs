@@ -31,6 +31,8 @@ pub(super) enum Ended {
     Complete,
     /// Nobody wants them any more.
     Abandoned,
+    /// The sources do not agree about its length: one of them lies.
+    Disputed,
     Broken(SourceError),
 }
 
@@ -85,6 +87,10 @@ struct Fetched {
 enum Lost {
     /// The connection broke.
     Broke(String),
+    /// Only its beginning was to be fetched.
+    Beginning,
+    /// It says that the blob has another length than another source said.
+    OtherLength,
     /// The others are far faster.
     LeftBehind,
     /// The source gives nothing.
@@ -197,6 +203,10 @@ impl Engine<'_> {
                             resume_at = Instant::now() + ANOTHER_PEER;
                             continue;
                         }
+                        Lost::Beginning => {
+                            breaks.recovered();
+                            continue;
+                        }
                         Lost::LeftBehind => {
                             log_break(lost.why(), position, self.total);
                             continue;
@@ -205,6 +215,7 @@ impl Engine<'_> {
                             understood = false;
                             continue;
                         }
+                        Lost::OtherLength => return Some(Ended::Disputed),
                         Lost::Unwritable => return Some(Ended::Broken(unwritable())),
                         // The others get on: one fewer will do.
                         Lost::Refused(error) if !alone => {
@@ -354,6 +365,8 @@ impl Lost {
     fn why(&self) -> &str {
         match self {
             Self::Broke(why) => why,
+            Self::Beginning => "only a part",
+            Self::OtherLength => "another length",
             Self::LeftBehind => "left behind by the others",
             Self::Refused(error) => error.as_str(),
             Self::NoRanges => "no ranges",
@@ -387,8 +400,8 @@ impl Lane<'_> {
         let (mut flow, from) = match opened {
             Some(opened) => opened,
             None => match self.sources.open(self.span.start, Some(self.span.end), self.failures).await {
-                Ok((incoming, _)) if incoming.total != self.total => return Err(Lost::Broke("another length".into())),
-                Ok((incoming, _)) if incoming.span != self.span => return Err(Lost::NoRanges),
+                Ok((incoming, _)) if incoming.total != self.total => return Err(Lost::OtherLength),
+                Ok((incoming, _)) if !self.is_beginning(incoming.span) => return Err(Lost::NoRanges),
                 Ok((incoming, from)) => (Flow::new(incoming), from),
                 Err(SourceError::Malformed(_)) => return Err(Lost::NoRanges),
                 Err(error) => return Err(Lost::Refused(error)),
@@ -396,7 +409,8 @@ impl Lane<'_> {
         };
         let mut busy = None;
         let mut waited = Duration::ZERO;
-        while *position < self.span.end {
+        let end = flow.end().min(self.span.end);
+        while *position < end {
             let asked = Instant::now();
             let mut bytes = flow.gather().await.map_err(Lost::Broke)?;
             let took = asked.elapsed();
@@ -405,7 +419,7 @@ impl Lane<'_> {
                 let with_origin = with_origin.then(|| Busy::new(&self.meter.busy_with_origin));
                 (Busy::new(&self.meter.busy), with_origin)
             });
-            bytes.truncate(usize::try_from(self.span.end - *position).unwrap_or(usize::MAX));
+            bytes.truncate(usize::try_from(end - *position).unwrap_or(usize::MAX));
             let len = bytes.len() as u64;
             self.pieces.send(Piece::new(*position, bytes).await).await.map_err(|_| Lost::Unwritable)?;
             self.meter.bytes.fetch_add(len, Ordering::Relaxed);
@@ -414,7 +428,7 @@ impl Lane<'_> {
             }
             *position += len;
             // An origin is not asked twice for the same.
-            if from == ServedFrom::Peer && *position < self.span.end {
+            if from == ServedFrom::Peer && *position < end {
                 waited += took;
                 let mut pace = self.meter.pace.lock().unwrap_or_else(PoisonError::into_inner);
                 pace.brought(len, took);
@@ -424,7 +438,13 @@ impl Lane<'_> {
                 }
             }
         }
-        Ok(())
+        if end < self.span.end { Err(Lost::Beginning) } else { Ok(()) }
+    }
+
+    /// Whether this is the range that was asked for, or its beginning where an owner leaves only that to this
+    /// node.
+    fn is_beginning(&self, span: Span) -> bool {
+        span.start == self.span.start && !span.is_empty() && span.end <= self.span.end
     }
 }
 

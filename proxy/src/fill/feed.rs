@@ -1,5 +1,6 @@
 //! A body that arrives in order, whatever happens to the connections that carry it.
 
+use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use async_trait::async_trait;
@@ -37,10 +38,16 @@ pub trait Sources: Send + Sync {
     }
 
     /// What came from them is the blob.
-    fn matched(&self, _blob: &Arc<Blob>) {}
+    fn matched(&self, _truth: Truth) {}
 
     /// What came from them is not: one of them lied.
     fn mismatched(&self) {}
+}
+
+/// A blob that has been verified.
+pub enum Truth {
+    Bytes(Bytes),
+    File(Arc<Blob>),
 }
 
 /// How a blob is asked for.
@@ -52,6 +59,28 @@ pub enum Connections {
     Climbing,
     /// By so many, in the order that [`Sources::choose`] likes best.
     Chosen(usize),
+}
+
+impl Truth {
+    /// The length of the blob.
+    pub fn len(&self) -> u64 {
+        match self {
+            Self::Bytes(bytes) => bytes.len() as u64,
+            Self::File(blob) => blob.len,
+        }
+    }
+
+    /// Reads a part of it. Blocks on the disk.
+    pub fn read(&self, buffer: &mut [u8], at: u64) -> std::io::Result<()> {
+        match self {
+            Self::Bytes(bytes) => {
+                let rest = usize::try_from(at).ok().and_then(|at| bytes.get(at..at + buffer.len()));
+                buffer.copy_from_slice(rest.ok_or(std::io::ErrorKind::UnexpectedEof)?);
+                Ok(())
+            }
+            Self::File(blob) => blob.file.read_exact_at(buffer, at),
+        }
+    }
 }
 
 /// The bytes of one span of a blob, in order.

@@ -11,8 +11,10 @@ use crate::oci::Span;
 /// Lent at a time: some more connections than an owner opens itself.
 const MAX_LENT: usize = 12;
 
-/// To one peer: as many ranges as it fetches at a time, once it has brought one, and not far slower than others.
+/// To one peer: as many ranges as it fetches at a time, once it has brought a little, and not far slower than
+/// others.
 const MAX_LENT_TO_ONE: usize = 4;
+const A_LITTLE: u64 = 2 * 1024 * 1024;
 
 /// By an owner that fetches nothing itself.
 const MAX_LENT_BY_SLOW: usize = 32;
@@ -64,16 +66,17 @@ impl Loans {
         self.begun = true;
     }
 
-    /// Whether one more may be lent to this peer.
-    pub(super) fn may_lend(&self, to: SocketAddr) -> bool {
+    /// How much more may be lent to this peer at once, in bytes.
+    pub(super) fn may_lend(&self, to: SocketAddr) -> u64 {
         let to_it = self.open.iter().filter(|loan| loan.to == to).count();
-        let to_one = match self.of_each.get(&to) {
-            None => 1,
-            Some(pace) if pace.rate() * FAR < self.theirs.without(*pace).rate() => 0,
-            Some(_) => MAX_LENT_TO_ONE,
+        let (to_one, largest) = match self.of_each.get(&to) {
+            None => (1, A_LITTLE),
+            Some(pace) if pace.rate() * FAR < self.theirs.without(*pace).rate() => (0, 0),
+            Some(_) => (MAX_LENT_TO_ONE, u64::MAX),
         };
         let most = if self.stands_back() { MAX_LENT_BY_SLOW } else { MAX_LENT };
-        self.begun && self.failed < MAX_FAILED && self.open.len() < most && to_it < to_one
+        let may = self.begun && self.failed < MAX_FAILED && self.open.len() < most && to_it < to_one;
+        if may { largest } else { 0 }
     }
 
     pub(super) fn lend(&mut self, span: Span, to: SocketAddr, now: Duration) {
@@ -175,7 +178,7 @@ mod tests {
 
     fn begun() -> Loans {
         let mut loans = Loans::default();
-        assert!(!loans.may_lend(peer(1)), "nobody knows yet whether there are ranges");
+        assert_eq!(loans.may_lend(peer(1)), 0, "nobody knows yet whether there are ranges");
         loans.begin();
         loans
     }
@@ -185,18 +188,18 @@ mod tests {
         let mut loans = begun();
         for nth in 0..12 {
             let to = peer(u8::try_from(nth).unwrap());
-            assert!(loans.may_lend(to));
+            assert_eq!(loans.may_lend(to), A_LITTLE);
             loans.lend(span(nth), to, Duration::ZERO);
-            assert!(!loans.may_lend(to), "one to begin with");
+            assert_eq!(loans.may_lend(to), 0, "one to begin with");
         }
-        assert!(!loans.may_lend(peer(12)), "that is enough");
+        assert_eq!(loans.may_lend(peer(12)), 0, "that is enough");
         let due = loans.due(Duration::from_secs(1), |lent| lent.start <= 30);
         assert_eq!(due, [span(0), span(1), span(2), span(3)]);
         for nth in 12..16 {
-            assert!(loans.may_lend(peer(0)), "more to one that has brought something");
+            assert_eq!(loans.may_lend(peer(0)), u64::MAX, "more to one that has brought something");
             loans.lend(span(nth), peer(0), Duration::from_secs(1));
         }
-        assert!(!loans.may_lend(peer(0)) && !loans.covers(35) && loans.covers(45));
+        assert!(loans.may_lend(peer(0)) == 0 && !loans.covers(35) && loans.covers(45));
     }
 
     #[test]
@@ -205,7 +208,7 @@ mod tests {
         (0..3).for_each(|nth| loans.lend(span(nth), peer(u8::try_from(nth).unwrap()), Duration::ZERO));
         loans.due(Duration::from_secs(1), |lent| lent != span(2));
         assert_eq!(loans.due(Duration::from_secs(9), |_| true), [span(2)]);
-        assert!(loans.may_lend(peer(0)) && loans.may_lend(peer(9)) && !loans.may_lend(peer(2)));
+        assert_eq!([0, 9, 2].map(|last| loans.may_lend(peer(last))), [u64::MAX, A_LITTLE, 0]);
     }
 
     #[test]
@@ -215,7 +218,7 @@ mod tests {
         loans.lend(span(1), peer(2), BEGINS);
         assert!(loans.recall(5, Some(peer(3)), BEGINS / 2).is_empty(), "its deputy has only begun");
         assert_eq!(loans.recall(5, Some(peer(3)), BEGINS), [span(0)]);
-        assert!(loans.may_lend(peer(1)), "others may be luckier");
+        assert_eq!(loans.may_lend(peer(1)), A_LITTLE, "others may be luckier");
         assert!(loans.due(TERM, NEVER).is_empty());
         assert_eq!(loans.due(TERM + BEGINS, NEVER), [span(1)]);
     }
@@ -240,14 +243,14 @@ mod tests {
     fn where_deputies_fail_nothing_more_is_lent() {
         let mut loans = begun();
         for nth in 0..3 {
-            assert!(loans.may_lend(peer(7)));
+            assert_eq!(loans.may_lend(peer(7)), A_LITTLE);
             loans.lend(span(nth), peer(1), Duration::ZERO);
             assert_eq!(loans.recall(nth * 10 + 3, Some(peer(1)), Duration::ZERO), [span(nth)]);
         }
-        assert!(!loans.may_lend(peer(7)));
+        assert_eq!(loans.may_lend(peer(7)), 0);
         let mut loans = begun();
         loans.lend(span(1), peer(2), Duration::ZERO);
         assert_eq!(loans.end(), [span(1)]);
-        assert!(loans.is_empty() && !loans.may_lend(peer(2)));
+        assert!(loans.is_empty() && loans.may_lend(peer(2)) == 0);
     }
 }

@@ -38,7 +38,8 @@ pub struct Plan {
 /// Whether a range is left to whoever asks for it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Lent {
-    Yes,
+    /// It, or its beginning.
+    Yes(Span),
     /// Enough is lent for now, and nobody brings this range yet.
     Later,
     /// It is on its way already, or not worth it.
@@ -141,17 +142,19 @@ impl Plan {
         self.lent.begin();
     }
 
-    /// Leaves a range to a peer, which fetches it in this node's stead.
+    /// Leaves a range, or its beginning, to a peer, which fetches it in this node's stead.
     pub fn lend(&mut self, span: Span, to: SocketAddr, now: Duration) -> Lent {
         let is_missing = self.gap(span.start).is_some_and(|gap| gap.start == span.start && span.end <= gap.end);
         let is_apart = |known: &Span| span.end <= known.start || known.end <= span.start;
         if self.total < WORTHWHILE || !is_missing || !self.returned.iter().all(is_apart) {
             return Lent::No;
         }
-        if self.lent.may_lend(to) {
+        let largest = self.lent.may_lend(to);
+        if largest > 0 {
+            let span = Span { start: span.start, end: span.end.min(span.start.saturating_add(largest)) };
             self.taken.insert(span);
             self.lent.lend(span, to, now);
-            return Lent::Yes;
+            return Lent::Yes(span);
         }
         if self.lent.is_empty() { Lent::No } else { Lent::Later }
     }
@@ -159,6 +162,11 @@ impl Plan {
     /// Whether the byte at `at` is to come from a deputy.
     pub fn is_lent(&self, at: u64) -> bool {
         self.lent.covers(at)
+    }
+
+    /// Whether the byte at `at` is there, on its way, or lent.
+    pub(super) fn is_taken(&self, at: u64) -> bool {
+        self.taken.run_end(at) > at
     }
 
     /// Whether whoever asks for the byte at `at` had better ask somebody else who has it.
@@ -210,26 +218,28 @@ mod tests {
         let range = |start: u64, end: u64| Span { start: start * MIB, end: end * MIB };
         assert_eq!(mib(plan.next(0, &[], 4)), Some((0, 16)));
         assert_eq!(plan.lend(range(8, 24), to, Duration::ZERO), Lent::No, "it is on its way");
-        assert_eq!(plan.lend(range(16, 32), to, Duration::ZERO), Lent::Yes);
+        assert_eq!(plan.lend(range(16, 32), to, Duration::ZERO), Lent::Yes(range(16, 18)), "a little to begin with");
         assert!(plan.is_lent(16 * MIB));
-        assert_eq!(plan.lend(range(64, 80), to, Duration::ZERO), Lent::Later, "one to begin with");
+        assert_eq!(plan.lend(range(64, 80), to, Duration::ZERO), Lent::Later, "one at a time");
         assert_eq!(plan.lend(range(16, 32), to, Duration::ZERO), Lent::No, "to one only");
-        assert_eq!(mib(plan.next(0, &[20 * MIB], 4)), Some((32, 48)));
+        assert_eq!(mib(plan.next(0, &[17 * MIB], 4)), Some((18, 34)), "who waits for that waits for its deputy");
         while plan.next(50 * MIB, &[], 4).is_some() {}
         assert!(!plan.is_complete(), "it is not here");
-        plan.collect(Duration::ZERO, |span| span == range(16, 32));
-        assert_eq!(plan.lend(range(16, 32), to, Duration::ZERO), Lent::No, "somebody has it");
+        plan.collect(Duration::ZERO, |span| span == range(16, 18));
+        assert_eq!(plan.lend(range(16, 18), to, Duration::ZERO), Lent::No, "somebody has it");
         plan.give_back(range(12, 40));
         assert_eq!(mib(plan.next(50 * MIB, &[], 1)), Some((12, 16)), "what the deputy has is asked for by itself");
-        assert_eq!(mib(plan.next(50 * MIB, &[], 1)), Some((16, 32)));
-        assert_eq!(mib(plan.next(50 * MIB, &[], 1)), Some((32, 40)));
+        assert_eq!(mib(plan.next(50 * MIB, &[], 1)), Some((16, 18)));
+        assert_eq!(mib(plan.next(50 * MIB, &[], 1)), Some((18, 34)));
+        assert_eq!(mib(plan.next(50 * MIB, &[], 1)), Some((34, 40)));
         assert!(plan.is_complete());
     }
 
     #[test]
     fn small_blobs_are_not_lent() {
         let to = SocketAddr::from(([192, 0, 2, 1], 5052));
-        for (size, lends) in [(40, Lent::No), (64, Lent::Yes)] {
+        let little = Span { start: 16 * MIB, end: 18 * MIB };
+        for (size, lends) in [(40, Lent::No), (64, Lent::Yes(little))] {
             let mut plan = plan(size);
             plan.may_lend();
             assert_eq!(plan.lend(Span { start: 16 * MIB, end: 32 * MIB }, to, Duration::ZERO), lends);

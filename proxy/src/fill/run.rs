@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use tokio::time::timeout;
 
 use super::engine::{Ended, Engine};
-use super::feed::{Connections, Feed, Sources};
+use super::feed::{Connections, Feed, Sources, Truth};
 use super::plan::{LARGEST_RANGE, Plan};
 use super::progress::Phase;
 use super::write::{self, Written};
@@ -83,11 +83,18 @@ impl Running<'_> {
             feed = Feed::open(sources.clone(), 0, None).await?;
         }
         let of_peer = feed.served_from() == ServedFrom::Peer;
-        match self.small_of(feed).await {
-            // Now it is distrusted, and comes from the origin.
-            Err(SourceError::Malformed(_)) if of_peer => self.small_of(Feed::open(sources, 0, None).await?).await,
+        let opened = match self.small_of(feed).await {
+            Err(SourceError::Malformed(_)) if of_peer => {
+                sources.mismatched();
+                // Now it is distrusted, and comes from the origin.
+                self.small_of(Feed::open(sources.clone(), 0, None).await?).await
+            }
             opened => opened,
+        };
+        if let Ok(Opened::Small { object, .. }) = &opened {
+            sources.matched(Truth::Bytes(object.bytes.clone()));
         }
+        opened
     }
 
     async fn small_of(&self, mut feed: Feed) -> Result<Opened, SourceError> {
@@ -171,10 +178,10 @@ impl Running<'_> {
         let digest = &self.fill.key.digest;
         match (written, ended) {
             (Written::Verified, _) => {
-                sources.matched(&draft.blob);
+                sources.matched(Truth::File(draft.blob.clone()));
                 self.publish(draft).await;
             }
-            (Written::Mismatch, _) => {
+            (Written::Mismatch, _) | (Written::Part(_), Ended::Disputed) => {
                 sources.mismatched();
                 self.fills.distrust(digest, &self.fill.key.registry);
                 self.fill.disown();

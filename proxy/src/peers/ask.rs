@@ -14,9 +14,9 @@ use tokio::time::{Instant, timeout, timeout_at};
 use xxhash_rust::xxh64::Xxh64;
 
 use super::key::Seal;
-use super::swarm::{Contribution, View};
+use super::swarm::{Claim, Contribution, View};
 use super::wire::Holder;
-use super::{CONNECT_TIMEOUT, Peers, lock, wire};
+use super::{CONNECT_TIMEOUT, Peers, Scope, lock, wire};
 use crate::oci::{Digest, MAX_MANIFEST_BYTES, Span, Spans, Tag};
 use crate::registries::Place;
 use crate::role::Role;
@@ -29,13 +29,15 @@ pub struct Question<'a> {
     pub manner: Manner,
     pub redirects: Redirects,
     pub aim: Aim,
+    /// Which peers may be asked, where it is for any of them.
+    pub scope: Scope,
     pub deadline: Instant,
 }
 
 impl<'a> Question<'a> {
     /// One that the peer is to answer itself.
     pub fn about(place: &'a Place, digest: &'a Digest, manner: Manner, deadline: Instant) -> Self {
-        Self { place, digest, manner, redirects: Redirects::Refused, aim: Aim::Whole, deadline }
+        Self { place, digest, manner, redirects: Redirects::Refused, aim: Aim::Whole, scope: Scope::AllZones, deadline }
     }
 }
 
@@ -82,8 +84,8 @@ pub enum Declined {
     NotKept,
     /// Another one has it as well, and is less busy.
     Redirected(SocketAddr),
-    /// This node had better fetch it from the origin itself: nobody else does.
-    Deputed,
+    /// This node had better fetch this part of it from the origin itself: nobody else does.
+    Deputed(Span),
     /// It cannot get it.
     Source(SourceError),
 }
@@ -112,14 +114,19 @@ impl Peers {
         self.who_has(question, LAST_RESORT).await
     }
 
+    fn successors(&self, question: &Question<'_>, count: usize) -> Vec<SocketAddr> {
+        let members = self.members.load();
+        members.successors(question.digest, count, question.scope, |peer| self.health.is_well(peer))
+    }
+
     async fn who_has(&self, question: &Question<'_>, count: usize) -> Vec<Holder> {
-        let successors = self.members.load().successors(question.digest, count, |peer| self.health.is_well(peer));
+        let successors = self.successors(question, count);
         let asked = successors.into_iter().map(|peer| async move {
             let path = format!("blobs/{}", question.digest);
             let asking = self.get(Method::HEAD, peer, question, &path, Part::From(0), HeaderMap::new());
             let response = timeout(LOOK, asking).await.ok()?.ok().filter(|response| response.status() == 200)?;
             let length: u64 = wire::read(response.headers(), &http::header::CONTENT_LENGTH)?;
-            let have = match wire::read_spans(response.headers()) {
+            let have = match wire::read_have(response.headers()) {
                 some if some.is_empty() => Span::whole(length).into(),
                 some => some,
             };
@@ -140,7 +147,7 @@ impl Peers {
     ) -> Result<Incoming, Declined> {
         let answer = self.ask_for_blob(peer, question, part, have, view).await;
         match &answer {
-            Ok(_) | Err(Declined::Redirected(_) | Declined::Deputed) => {}
+            Ok(_) | Err(Declined::Redirected(_) | Declined::Deputed(_)) => {}
             Err(Declined::NotKept) => lock(view).refused(peer, self.now()),
             Err(Declined::Source(_)) => lock(view).broke(peer, self.now()),
         }
@@ -172,12 +179,15 @@ impl Peers {
             others.filter(|holder| may_be_asked(&holder.peer)).for_each(|holder| view.learn(&holder));
             if headers.contains_key(wire::HAVE) {
                 let load = wire::read(headers, &wire::LOAD).unwrap_or(0);
-                view.learn(&Holder { peer, load, have: wire::read_spans(headers) });
+                view.learn(&Holder { peer, load, have: wire::read_have(headers) });
             }
         }
         match response.status().as_u16() {
             200 | 206 => {}
-            307 if headers.contains_key(wire::DEPUTY) => return Err(Declined::Deputed),
+            307 if headers.contains_key(wire::DEPUTY) => {
+                let span = wire::read_spans(headers, &wire::DEPUTY).iter().next();
+                return Err(span.map_or(Declined::NotKept, Declined::Deputed));
+            }
             307 => {
                 let to: Option<SocketAddr> = wire::read(headers, &LOCATION);
                 let followed = question.redirects == Redirects::Followed;
@@ -195,7 +205,12 @@ impl Peers {
         });
         let (span, total) = brought?;
         let counter = self.metrics.peer_bytes.with_label_values(&[members.zone_of(peer), members.own_zone()]);
-        let mut fetching = Fetching::new(view, peer, span, self.started);
+        let source = headers.get(wire::SOURCE).and_then(|source| source.to_str().ok()).unwrap_or_default();
+        let is_kept = [ServedFrom::Memory, ServedFrom::Disk].iter().any(|kept| kept.as_str() == source);
+        let claim = if is_kept { Claim::Verified } else { Claim::Relayed };
+        let nothing = Span { start: span.start, end: span.start };
+        let contribution = Contribution { peer, claim, total, span: nothing, checksum: 0 };
+        let mut fetching = Fetching::new(view, contribution, span, self.started);
         let body = response
             .bytes_stream()
             .inspect_ok(move |piece| {
@@ -277,7 +292,7 @@ impl Peers {
     }
 
     async fn youngest_tag(&self, question: &Question<'_>, tag: &Tag, accept: &str, count: usize) -> Option<TagAnswer> {
-        let successors = self.members.load().successors(question.digest, count, |peer| self.health.is_well(peer));
+        let successors = self.successors(question, count);
         let asked = successors.into_iter().map(|peer| async move {
             let answer = timeout(LOOK, self.tag(peer, question, tag, accept)).await;
             answer.ok()?.ok()
@@ -314,17 +329,24 @@ impl Peers {
 
     /// The first successor that has a manifest, with its media type. Not yet verified.
     pub async fn kept_manifest(&self, question: &Question<'_>) -> Option<(String, bytes::Bytes)> {
-        let successors = self.members.load().successors(question.digest, SUCCESSORS, |peer| self.health.is_well(peer));
+        let successors = self.successors(question, SUCCESSORS);
         let asked = successors
             .into_iter()
             .map(|peer| async move { timeout(LOOK, self.manifest(peer, question)).await.ok()?.ok() });
         join_all(asked).await.into_iter().flatten().next()
     }
 
-    /// Whether a peer answers at all.
-    async fn answers(&self, peer: SocketAddr) -> bool {
-        let ping = self.client.get(format!("{}://{peer}/v2/", self.proof.scheme())).send();
-        matches!(timeout(PING, ping).await, Ok(Ok(_)))
+    /// Whether a peer that owes an answer says what it has of the same: no origin is needed for that.
+    async fn answers(&self, peer: SocketAddr, probe: Option<reqwest::Request>) -> bool {
+        let Some(mut probe) = probe else { return false };
+        *probe.method_mut() = Method::HEAD;
+        let headers = probe.headers_mut();
+        // It is not to be remembered by this.
+        [wire::PEER, wire::HAVE, wire::LOAD, wire::DEPUTY, RANGE].iter().for_each(|name| drop(headers.remove(name)));
+        headers.insert(CACHE_CONTROL, HeaderValue::from_static(wire::ONLY_IF_CACHED));
+        let path = probe.url()[url::Position::BeforePath..].to_owned();
+        self.proof.sign(peer, &Method::HEAD, &path, probe.headers_mut());
+        matches!(timeout(PING, self.client.execute(probe)).await, Ok(Ok(_)))
     }
 
     /// Takes an answer only from whoever knows the key, if there is one.
@@ -416,13 +438,14 @@ impl Peers {
         deadline: Instant,
     ) -> Result<Response, SourceError> {
         let method = request.method().clone();
+        let probe = request.try_clone();
         let path = request.url()[url::Position::BeforePath..].to_owned();
         let seal = self.proof.sign(peer, &method, &path, request.headers_mut());
         let mut sending = std::pin::pin!(self.client.execute(request));
         let answered = match timeout(ALIVE, &mut sending).await {
             Ok(answered) => Ok(answered),
             // It waits for its origin, or it is frozen.
-            Err(_) if self.answers(peer).await => timeout_at(deadline, sending).await,
+            Err(_) if self.answers(peer, probe).await => timeout_at(deadline, sending).await,
             Err(_) => {
                 self.health.is_down(peer);
                 return Err(SourceError::Unreachable("the peer is silent".into()));
@@ -454,9 +477,8 @@ impl From<SourceError> for Declined {
 /// A range on its way from a peer.
 struct Fetching {
     view: Arc<Mutex<View>>,
-    peer: SocketAddr,
-    span: Span,
-    /// What it promised.
+    contribution: Contribution,
+    /// Where what it promised ends.
     promised: u64,
     /// When the view's clock started.
     clock: Instant,
@@ -464,26 +486,25 @@ struct Fetching {
 }
 
 impl Fetching {
-    fn new(view: &Arc<Mutex<View>>, peer: SocketAddr, promised: Span, clock: Instant) -> Self {
-        lock(view).begin(peer);
-        let span = Span { start: promised.start, end: promised.start };
-        Self { view: view.clone(), peer, span, promised: promised.end, clock, checksum: Xxh64::new(0) }
+    fn new(view: &Arc<Mutex<View>>, contribution: Contribution, promised: Span, clock: Instant) -> Self {
+        lock(view).begin(contribution.peer);
+        Self { view: view.clone(), contribution, promised: promised.end, clock, checksum: Xxh64::new(0) }
     }
 
     fn passed(&mut self, piece: &[u8]) {
         self.checksum.update(piece);
-        self.span.end += piece.len() as u64;
+        self.contribution.span.end += piece.len() as u64;
     }
 }
 
 impl Drop for Fetching {
     fn drop(&mut self) {
-        let contribution = Contribution { peer: self.peer, span: self.span, checksum: self.checksum.digest() };
+        let contribution = Contribution { checksum: self.checksum.digest(), ..self.contribution };
         let mut view = lock(&self.view);
         view.end(contribution);
         // It stalled, broke off, or was not needed any more: others come first for a while.
-        if self.span.end < self.promised {
-            view.left(self.peer, self.clock.elapsed());
+        if contribution.span.end < self.promised {
+            view.left(contribution.peer, self.clock.elapsed());
         }
     }
 }

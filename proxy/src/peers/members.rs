@@ -20,6 +20,14 @@ pub(super) struct Members {
     local: Ring,
 }
 
+/// How far the question of a zone's owner may go, where the zones are not isolated anyway.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Scope {
+    AllZones,
+    /// To the origin instead of to another zone.
+    OwnZone,
+}
+
 /// Whom to ask for a digest, and what they are to be.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Lead {
@@ -69,7 +77,7 @@ impl Members {
     }
 
     /// Whom to ask for a digest by somebody who was asked as `role`; `alive` says who can be asked.
-    pub(super) fn lead(&self, digest: &Digest, role: Role, alive: impl Fn(&SocketAddr) -> bool) -> Lead {
+    pub(super) fn lead(&self, digest: &Digest, role: Role, scope: Scope, alive: impl Fn(&SocketAddr) -> bool) -> Lead {
         let before_own = |ring: &Ring| -> Vec<SocketAddr> {
             let first = ring.owners_of(digest, MAX_LEADERS, |member| *member == self.own || alive(member));
             first.into_iter().take_while(|member| *member != self.own).collect()
@@ -82,9 +90,10 @@ impl Members {
                 return Lead { role: Role::Client, leaders, asked_as };
             }
         }
-        let ring = match (role, self.policy) {
-            (Role::Global, _) | (_, Zones::Isolate) => None,
-            (Role::Client | Role::Zone, Zones::Prefer | Zones::Ignore) => Some(&self.global),
+        let ring = match (role, self.policy, scope) {
+            (Role::Global, _, _) | (_, Zones::Isolate, _) | (_, Zones::Prefer, Scope::OwnZone) => None,
+            (Role::Client | Role::Zone, Zones::Ignore, Scope::OwnZone) => Some(&self.local),
+            (Role::Client | Role::Zone, Zones::Prefer | Zones::Ignore, Scope::AllZones) => Some(&self.global),
         };
         let leaders = ring.map(before_own).unwrap_or_default();
         let role = match (leaders.is_empty(), self.policy) {
@@ -101,9 +110,11 @@ impl Members {
         &self,
         digest: &Digest,
         count: usize,
+        scope: Scope,
         alive: impl Fn(&SocketAddr) -> bool,
     ) -> Vec<SocketAddr> {
-        let ring = if self.policy == Zones::Isolate { &self.local } else { &self.global };
+        let own_zone = self.policy == Zones::Isolate || scope == Scope::OwnZone;
+        let ring = if own_zone { &self.local } else { &self.global };
         ring.owners_of(digest, count, |member| *member != self.own && alive(member))
     }
 }
@@ -157,7 +168,7 @@ mod tests {
     fn way(views: &[Members], from: usize, digest: &Digest) -> Vec<usize> {
         let (mut at, mut role, mut way) = (from, Role::Client, vec![from]);
         loop {
-            let lead = views[at].lead(digest, role, |_| true);
+            let lead = views[at].lead(digest, role, Scope::AllZones, |_| true);
             let Some(next) = lead.leaders.first() else { return way };
             at = views.iter().position(|view| view.own == *next).unwrap();
             role = lead.asked_as;
@@ -188,7 +199,25 @@ mod tests {
             assert!(way(&views(Zones::Prefer), from, &digest).len() <= 3);
         }
         let views = views(Zones::Isolate);
-        assert!(views[0].successors(&digest, 3, |_| true).iter().all(|member| views[0].zone_of(*member) == "a"));
+        assert!(
+            views[0]
+                .successors(&digest, 3, Scope::AllZones, |_| true)
+                .iter()
+                .all(|member| views[0].zone_of(*member) == "a")
+        );
+    }
+
+    #[test]
+    fn a_scope_of_one_zone_ends_there() {
+        let digest = Digest::of(b"x");
+        for policy in [Zones::Prefer, Zones::Ignore] {
+            for view in views(policy) {
+                let lead = view.lead(&digest, Role::Zone, Scope::OwnZone, |_| true);
+                assert!(lead.leaders.iter().all(|leader| view.zone_of(*leader) == view.own_zone()), "{lead:?}");
+                let successors = view.successors(&digest, 8, Scope::OwnZone, |_| true);
+                assert!(successors.iter().all(|peer| view.zone_of(*peer) == view.own_zone()), "{successors:?}");
+            }
+        }
     }
 
     /// Whatever each node believes of the members and of who is alive, a question ends.
@@ -208,9 +237,10 @@ mod tests {
                 })
                 .collect();
             let digest = Digest::of(&round.to_le_bytes());
+            let scope = [Scope::AllZones, Scope::OwnZone][random.usize(0..2)];
             let (mut at, mut role, mut hops) = (random.usize(0..all.len()), Role::Client, 0);
             loop {
-                let lead = views[at].lead(&digest, role, |_| random.clone().bool());
+                let lead = views[at].lead(&digest, role, scope, |_| random.clone().bool());
                 let Some(next) = lead.leaders.first() else { break };
                 assert!(lead.asked_as > role, "only upwards");
                 at = all.iter().position(|member| member == next).unwrap();

@@ -66,9 +66,21 @@ pub struct View {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Contribution {
     pub peer: SocketAddr,
+    pub claim: Claim,
+    /// How long it said that the whole is, in bytes.
+    pub total: u64,
     pub span: Span,
     /// xxHash64 of the bytes.
     pub checksum: u64,
+}
+
+/// What a peer says of the bytes that it sends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Claim {
+    /// It has the whole, and has hashed it.
+    Verified,
+    /// They come to it at the moment: it cannot know.
+    Relayed,
 }
 
 #[derive(Default)]
@@ -94,8 +106,8 @@ pub enum Comes {
 pub enum Direction {
     Answer,
     Redirect(SocketAddr),
-    /// Whoever asks fetches it from the origin, for all.
-    Depute,
+    /// Whoever asks fetches this part of it from the origin, for all.
+    Depute(Span),
 }
 
 impl Tracker {
@@ -267,7 +279,10 @@ impl View {
         if let Some(known) = self.peers.get_mut(&contribution.peer) {
             known.in_flight = known.in_flight.saturating_sub(1);
         }
-        if !contribution.span.is_empty() && self.contributions.len() < MAX_CONTRIBUTIONS {
+        // What it said of the length is one as well.
+        let is_new = || self.contributions.iter().all(|known| known.peer != contribution.peer);
+        let counts = !contribution.span.is_empty() || is_new();
+        if counts && self.contributions.len() < MAX_CONTRIBUTIONS {
             self.contributions.push(contribution);
         }
     }
@@ -417,7 +432,13 @@ mod tests {
         assert_eq!(view.pick(64 * MIB, 0, at(0), 1), None);
         (0..3).for_each(|_| view.begin(peer(2)));
         assert_eq!(view.pick(0, 0, at(0), 1), Some(peer(1)));
-        view.end(Contribution { peer: peer(2), span: mib(0, 16), checksum: 1 });
+        view.end(Contribution {
+            peer: peer(2),
+            claim: Claim::Verified,
+            total: 64 << 20,
+            span: mib(0, 16),
+            checksum: 1,
+        });
         assert_eq!(view.contributions().len(), 1);
         view.refused(peer(1), at(0));
         assert_eq!(view.pick(40 * MIB, 0, at(100), 1), None);

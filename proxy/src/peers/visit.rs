@@ -72,7 +72,7 @@ impl Visitor {
             aim: if text(wire::WHOLE) == wire::YES { Aim::Whole } else { Aim::Range },
             may_depute: text(wire::DEPUTY) == wire::YES,
             deadline: wire::read(headers, &wire::DEADLINE).map(Duration::from_millis),
-            have: wire::read_spans(headers),
+            have: wire::read_have(headers),
             load: wire::read(headers, &wire::LOAD).unwrap_or(0),
             standing,
             seal,

@@ -10,7 +10,7 @@
 //! | `dray-deadline` | question | milliseconds that are left to answer in |
 //! | `dray-redirect` | question | `no`: nobody else could help, do it yourself |
 //! | `dray-deputy` | question | `yes`: whoever asks could fetch the range from the origin itself |
-//! | `dray-deputy` | answer 307 | `yes`: do so, nobody else does |
+//! | `dray-deputy` | answer 307 | `0-99`: do so for this part of it, nobody else does |
 //! | `dray-rules` | question | the fingerprint of the rule by which whoever asks would fetch it |
 //! | `dray-age` | answer | for a tag: milliseconds since its origin was asked |
 //! | `dray-auth` | both | the proof that the sender knows the shared key, where there is one |
@@ -60,9 +60,14 @@ pub fn read<T: std::str::FromStr>(headers: &HeaderMap, name: &HeaderName) -> Opt
     headers.get(name)?.to_str().ok()?.trim().parse().ok()
 }
 
+/// The bytes that a peer has; none if it does not say, or makes no sense.
+pub fn read_have(headers: &HeaderMap) -> Spans {
+    read_spans(headers, &HAVE)
+}
+
 /// The bytes that a header names; none if it is missing or wrong.
-pub fn read_spans(headers: &HeaderMap) -> Spans {
-    headers.get(HAVE).and_then(|value| value.to_str().ok()).and_then(parse_spans).unwrap_or_default()
+pub fn read_spans(headers: &HeaderMap, name: &HeaderName) -> Spans {
+    headers.get(name).and_then(|value| value.to_str().ok()).and_then(parse_spans).unwrap_or_default()
 }
 
 pub fn write_spans(spans: &Spans) -> Option<HeaderValue> {
@@ -130,7 +135,7 @@ mod tests {
         assert_eq!(headers[HOLDERS], "10.0.0.3:5052;2;0-99+200-299, [fd00::1]:5052;0;");
         assert_eq!(read_holders(&headers), holders);
         headers.insert(HAVE, write_spans(&holders[0].have).unwrap());
-        assert_eq!(read_spans(&headers), holders[0].have);
+        assert_eq!(read_have(&headers), holders[0].have);
         assert_eq!(write_spans(&Spans::default()), None);
     }
 
@@ -142,7 +147,7 @@ mod tests {
             assert!(read_holders(&headers).is_empty(), "{text}");
         }
         headers.insert(HAVE, "0-1+x".parse().unwrap());
-        assert!(read_spans(&headers).is_empty());
+        assert!(read_have(&headers).is_empty());
         let many = vec!["1.2.3.4:5;0;0-1"; 100].join(",");
         headers.insert(HOLDERS, many.parse().unwrap());
         assert_eq!(read_holders(&headers).len(), MAX_HOLDERS);

@@ -12,8 +12,10 @@ use crate::oci::{RangeRequest, Span, Spans};
 use crate::role::Role;
 use crate::store::{Found, Proof};
 
-/// What is on its way here is waited for so long; longer what an origin is to send, which waits for nobody.
-const ON_ITS_WAY: Duration = Duration::from_millis(250);
+/// What may come here is waited for so long; longer what this node has asked for already; and longest what an
+/// origin is to send, which waits for nobody.
+const MAY_COME: Duration = Duration::from_millis(250);
+const ASKED_FOR: Duration = Duration::from_millis(1000);
 const FROM_ITS_ORIGIN: Duration = Duration::from_millis(2500);
 
 impl Pull {
@@ -37,7 +39,11 @@ impl Pull {
             None => 0,
         };
         for fill in self.fills_of(request) {
-            let patience = if fill.is_deputed(start) { FROM_ITS_ORIGIN } else { ON_ITS_WAY };
+            let patience = match fill.is_deputed(start) {
+                true => FROM_ITS_ORIGIN,
+                false if fill.is_asked_for(start) => ASKED_FOR,
+                false => MAY_COME,
+            };
             if timeout(patience, fill.reaches(start)).await == Ok(true) {
                 return self.follow(&fill, request).await.map_err(Fetch::into_refusal);
             }

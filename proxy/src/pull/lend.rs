@@ -14,7 +14,7 @@ use crate::peers::{Aim, Peers, Reach, Redirects, Visitor};
 use crate::role::Role;
 
 /// For how long a question waits that may be left to whoever asks, and how often that is looked at.
-const HELD: Duration = Duration::from_secs(2);
+const HELD: Duration = Duration::from_secs(6);
 const LOOK_AGAIN: Duration = Duration::from_millis(50);
 
 impl Pull {
@@ -26,7 +26,7 @@ impl Pull {
         }
     }
 
-    /// Leaves a range to the peer that asks for it, if this node fetches from the origin but has not come to
+    /// Leaves a range, or its beginning, to the peer that asks for it, if this node fetches from the origin but has not come to
     /// that range yet.
     fn lend(&self, request: &BlobRequest, span: Span, to: SocketAddr) -> Lent {
         // Who goes by other rules would fetch it elsewhere, or with other credentials.
@@ -46,9 +46,9 @@ impl Pull {
             let direction = peers.direct(visitor, digest, span, self.comes(request, span.start));
             let (Direction::Answer, Some(deputy)) = (direction, visitor.deputy()) else { return direction };
             match self.lend(request, span, deputy) {
-                Lent::Yes => {
-                    peers.depute(visitor, digest, span);
-                    return Direction::Depute;
+                Lent::Yes(lent) => {
+                    peers.depute(visitor, digest, lent);
+                    return Direction::Depute(lent);
                 }
                 Lent::Later if Instant::now() < until => tokio::time::sleep(LOOK_AGAIN).await,
                 Lent::Later | Lent::No => return Direction::Answer,

@@ -124,12 +124,14 @@ impl Pull {
         role: Role,
     ) -> Result<Option<SmallObject>, SourceError> {
         let Some(peers) = self.peers_for(place) else { return Ok(None) };
-        let question = |manner| Question::about(place, digest, manner, Instant::now() + FIRST_BYTE);
+        let scope = self.scope(place);
+        let question =
+            |manner| Question { scope, ..Question::about(place, digest, manner, Instant::now() + FIRST_BYTE) };
         let matching = |(stated, bytes): (String, bytes::Bytes)| {
             let media_type = manifest::media_type(&bytes).unwrap_or(stated);
             digest.matches(&bytes).then_some((media_type, bytes))
         };
-        let lead = peers.lead(digest, role);
+        let lead = peers.lead(digest, role, scope);
         if role == Role::Global || lead.leaders.is_empty() {
             let found = peers.kept_manifest(&question(Manner::IfKept)).await.and_then(matching);
             return Ok(match found {

@@ -1,7 +1,7 @@
 //! Where a blob is fetched from: whoever has it, its owner among the peers, then the origin.
 
+use std::collections::HashSet;
 use std::net::SocketAddr;
-use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -11,15 +11,16 @@ use tokio::time::Instant;
 use xxhash_rust::xxh64::Xxh64;
 
 use super::blob::Fetch;
+use super::speeds::Sender;
 use super::{Asker, Asking, BlobRequest, Extent, FIRST_BYTE, Pull};
-use crate::fill::{Connections, FillKey, Sources};
+use crate::config::FarPeers;
+use crate::fill::{Connections, FillKey, Sources, Truth};
 use crate::oci::{NamedBy, Span, Spans};
 use crate::peers::swarm::{Contribution, View};
-use crate::peers::{Aim, Declined, Manner, Peers, Question, Redirects, Standing};
+use crate::peers::{Aim, Declined, Manner, Peers, Question, Redirects, Scope, Standing};
 use crate::registries::Place;
 use crate::role::Role;
 use crate::source::{Incoming, Part, ServedFrom, SourceError};
-use crate::store::Blob;
 
 /// The sources of one blob.
 pub(super) struct BlobSources {
@@ -30,6 +31,7 @@ pub(super) struct BlobSources {
     /// Which peers have some of it.
     view: Arc<Mutex<View>>,
     looked: Mutex<Looked>,
+    begun: Instant,
 }
 
 /// Whether others were asked for what this node owns.
@@ -79,7 +81,8 @@ impl Sources for BlobSources {
         let part = Part::new(from, end);
         if let Some(peers) = self.peers() {
             if self.key.role == Role::Global && self.look_at(Looked::AtSuccessors) {
-                let found = peers.ask_successors(&self.question(Manner::IfKept)).await;
+                let scope = self.pull.scope(&self.place);
+                let found = peers.ask_successors(&Question { scope, ..self.question(Manner::IfKept) }).await;
                 found.iter().for_each(|holder| self.view().learn(holder));
             }
             if self.key.role == Role::Global {
@@ -141,12 +144,22 @@ impl Sources for BlobSources {
         self.peers().is_some_and(|peers| peers.is_elsewhere(&self.key.digest, span))
     }
 
-    fn matched(&self, blob: &Arc<Blob>) {
+    fn matched(&self, truth: Truth) {
+        let sender = match self.key.role {
+            Role::Global => Some(Sender::Origin),
+            Role::Zone => Some(Sender::Far),
+            Role::Client => None,
+        };
+        if let Some(sender) = sender {
+            self.pull.speeds.measured(self.place.rule.name(), sender, truth.len(), self.begun.elapsed());
+        }
         let key = (self.key.digest.clone(), self.key.registry.clone());
         if let (Some(suspects), Some(peers)) = (self.pull.suspects.remove(&key), &self.pull.peers) {
-            let (blob, peers) = (blob.clone(), peers.clone());
+            let peers = peers.clone();
             tokio::task::spawn_blocking(move || {
-                suspects.iter().filter(|contribution| is_wrong(contribution, &blob)).for_each(|c| peers.lies(c.peer));
+                let wrong = suspects.iter().filter(|contribution| is_wrong(contribution, &truth));
+                let liars: HashSet<_> = wrong.map(|contribution| (contribution.peer, contribution.claim)).collect();
+                liars.into_iter().for_each(|(peer, claim)| peers.sent_wrong(peer, claim));
             });
         }
     }
@@ -160,26 +173,35 @@ impl Sources for BlobSources {
     }
 }
 
-/// Whether a peer sent something else than stands in a verified file.
-fn is_wrong(contribution: &Contribution, blob: &Blob) -> bool {
-    let mut truth = Xxh64::new(0);
+/// Whom to ask when no origin answers: peers that are slow are better than none.
+fn last_scope(place: &Place) -> Scope {
+    if place.rule.far_peers == FarPeers::Never { Scope::OwnZone } else { Scope::AllZones }
+}
+
+/// Whether a peer sent something else than what was verified.
+fn is_wrong(contribution: &Contribution, truth: &Truth) -> bool {
+    if contribution.total != truth.len() {
+        return true;
+    }
+    let mut checksum = Xxh64::new(0);
     let mut piece = vec![0; 1 << 20];
     let mut at = contribution.span.start;
     while at < contribution.span.end {
         let count = piece.len().min(usize::try_from(contribution.span.end - at).unwrap_or(usize::MAX));
-        if blob.file.read_exact_at(&mut piece[..count], at).is_err() {
+        if truth.read(&mut piece[..count], at).is_err() {
             return false;
         }
-        truth.update(&piece[..count]);
+        checksum.update(&piece[..count]);
         at += count as u64;
     }
-    truth.digest() != contribution.checksum
+    checksum.digest() != contribution.checksum
 }
 
 impl BlobSources {
     pub(super) fn new(pull: &Arc<Pull>, place: &Place, key: FillKey, aim: Aim) -> Self {
         let looked = Mutex::new(Looked::NotYet);
-        Self { pull: pull.clone(), place: place.clone(), key, aim, view: Arc::default(), looked }
+        let begun = Instant::now();
+        Self { pull: pull.clone(), place: place.clone(), key, aim, view: Arc::default(), looked, begun }
     }
 
     /// The first of the holders that gives it.
@@ -203,7 +225,7 @@ impl BlobSources {
         part: Part,
         failures: u32,
     ) -> Result<Option<(Incoming, ServedFrom)>, SourceError> {
-        let lead = peers.lead(&self.key.digest, self.key.role);
+        let lead = peers.lead(&self.key.digest, self.key.role, self.pull.scope(&self.place));
         let manner = Manner::As(lead.asked_as);
         // Whom an owner makes no progress for turns to the next one, as all others do. A zone's owner does so
         // itself.
@@ -215,7 +237,7 @@ impl BlobSources {
                 _ => self.ask_once(peers, owner, manner, Redirects::Refused, part).await,
             };
             let answer = match answer {
-                Err(Declined::Deputed) => self.in_its_stead(peers, owner, manner, part).await,
+                Err(Declined::Deputed(span)) => self.in_its_stead(peers, owner, manner, part, span).await,
                 answer => answer.map(|incoming| (incoming, ServedFrom::Peer)),
             };
             match answer {
@@ -224,13 +246,13 @@ impl BlobSources {
                     tracing::info!(%owner, digest = %self.key.digest, %error, "the owner gives nothing");
                     refusals.add(error)?;
                 }
-                Err(Declined::NotKept | Declined::Redirected(_) | Declined::Deputed) => {}
+                Err(Declined::NotKept | Declined::Redirected(_) | Declined::Deputed(_)) => {}
             }
         }
         Ok(None)
     }
 
-    /// Fetches a range from the origin that its owner leaves to this node, and tells it when it is here. Where
+    /// Fetches from the origin what of a range its owner leaves to this node, and tells it when it is here. Where
     /// the origin does not give it, the owner has to.
     async fn in_its_stead(
         &self,
@@ -238,12 +260,13 @@ impl BlobSources {
         owner: SocketAddr,
         manner: Manner,
         part: Part,
+        span: Span,
     ) -> Result<(Incoming, ServedFrom), Declined> {
-        let fill = self.pull.fills.running(&self.key);
-        if let (Some(fill), Part::Span(span)) = (fill, part) {
+        let is_part = matches!(part, Part::Span(asked) if asked.start == span.start && span.end <= asked.end);
+        if let Some(fill) = self.pull.fills.running(&self.key).filter(|_| is_part) {
             fill.depute(span);
             let deadline = Instant::now() + FIRST_BYTE;
-            match self.pull.origin.blob(&self.place, &self.key.digest, part, deadline).await {
+            match self.pull.origin.blob(&self.place, &self.key.digest, Part::Span(span), deadline).await {
                 Ok(incoming) if incoming.span == span => {
                     let (peers, place, digest) = (peers.clone(), self.place.clone(), self.key.digest.clone());
                     let told = incoming.followed_by(move || {
@@ -321,7 +344,8 @@ impl BlobSources {
     async fn last_resort(&self, part: Part, error: &SourceError) -> Option<Incoming> {
         let peers = self.peers().filter(|_| error.is_outage() && !error.is_about_ranges())?;
         if self.look_at(Looked::Everywhere) {
-            let found = peers.ask_around(&self.question(Manner::IfKept)).await;
+            let scope = last_scope(&self.place);
+            let found = peers.ask_around(&Question { scope, ..self.question(Manner::IfKept) }).await;
             found.iter().for_each(|holder| self.view().learn(holder));
         }
         self.ask_holders(peers, part).await

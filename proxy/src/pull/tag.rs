@@ -50,7 +50,8 @@ impl Pull {
             return Err(SourceError::NotKept);
         }
         let peers = self.peers_for_tags();
-        let role = peers.map_or(Role::Global, |peers| peers.lead(&in_ring(place, tag), asking.role).role);
+        let role =
+            peers.map_or(Role::Global, |peers| peers.lead(&in_ring(place, tag), asking.role, self.scope(place)).role);
         let asked = self.ask_for_tag(place, tag, accept, role);
         let Some(expired) = expired else { return self.count_stale(place, tag, asked.await, "peer") };
         match timeout(WITH_STALE, asked).await {
@@ -124,7 +125,7 @@ impl Pull {
                 None => self.ask_for_tag(place, tag, accept, Role::Global).await,
             };
         }
-        let question = question(place, &in_ring, Manner::IfKept);
+        let question = Question { scope: self.scope(place), ..question(place, &in_ring, Manner::IfKept) };
         if let Some(answer) = peers.successors_tag(&question, tag, accept).await
             && answer.age < place.rule.tag_ttl
         {
@@ -149,7 +150,7 @@ impl Pull {
         role: Role,
     ) -> Result<Option<ManifestAnswer>, SourceError> {
         let in_ring = in_ring(place, tag);
-        let lead = peers.lead(&in_ring, role);
+        let lead = peers.lead(&in_ring, role, self.scope(place));
         let mut refusals = Refusals::default();
         for owner in lead.leaders {
             let question = question(place, &in_ring, Manner::As(lead.asked_as));

@@ -12,7 +12,7 @@ use std::time::Duration;
 use dray::fill::{Climb, Lent, Pace, Plan};
 use dray::oci::{Digest, Span, Spans};
 use dray::peers::ring::Ring;
-use dray::peers::swarm::{Comes, Contribution, Direction, Tracker, View};
+use dray::peers::swarm::{Claim, Comes, Contribution, Direction, Tracker, View};
 use dray::peers::wire::Holder;
 
 /// Bytes a second of 10 Gbit/s.
@@ -96,8 +96,10 @@ struct Flow {
 
 /// What somebody who was asked says.
 enum Said {
-    /// Where it comes from; None: the origin, in the owner's stead.
-    From(Option<usize>),
+    /// Where it comes from.
+    From(usize),
+    /// This part of it is to be fetched from the origin, in the owner's stead.
+    Fetch(Span),
     /// A little later.
     Wait,
     NotHere,
@@ -252,13 +254,18 @@ impl Network {
             };
             let Some(span) = span else { return };
             fetch.lanes += 1;
-            let Some((from, round_trips, gives_up)) = self.find_source(node, layer, span) else {
+            let Some((from, given, round_trips, gives_up)) = self.find_source(node, layer, span) else {
                 // The owner lets it wait.
                 let fetch = &mut self.nodes[node].fetches[layer];
                 fetch.lanes -= 1;
                 fetch.plan.as_mut().expect("it fetches").give_back(span);
                 return;
             };
+            let rest = Span { start: given.end, end: span.end };
+            let span = given;
+            if let Some(plan) = &mut self.nodes[node].fetches[layer].plan {
+                plan.give_back(rest);
+            }
             if let Some(peer) = from {
                 let address = self.nodes[peer].address;
                 self.nodes[node].fetches[layer].view.begin(address);
@@ -279,7 +286,7 @@ impl Network {
 
     /// Whom a range comes from, after how many round trips, and whether it comes only as far as that one has
     /// it: the way of `BlobSources::open`.
-    fn find_source(&mut self, node: usize, layer: usize, span: Span) -> Option<(Option<usize>, f64, bool)> {
+    fn find_source(&mut self, node: usize, layer: usize, span: Span) -> Option<(Option<usize>, Span, f64, bool)> {
         let mut round_trips = 0.0;
         let owner = self.owners[layer];
         if owner == node {
@@ -293,18 +300,19 @@ impl Network {
             let Some(holder) = self.nodes[node].fetches[layer].view.pick(span.start, has, now, lot) else { break };
             let from = self.ask(node, index(holder) - 1, layer, span, false, &mut round_trips);
             if let Said::From(source) = from {
-                return Some((source, round_trips, true));
+                return Some((Some(source), span, round_trips, true));
             }
         }
         if owner == node {
-            return Some((None, round_trips + 1.0, false));
+            return Some((None, span, round_trips + 1.0, false));
         }
         let source = match self.ask(node, owner, layer, span, true, &mut round_trips) {
             Said::From(source) => source,
-            Said::NotHere => Some(owner),
+            Said::Fetch(lent) => return Some((None, lent, round_trips, false)),
+            Said::NotHere => owner,
             Said::Wait => return None,
         };
-        Some((source, round_trips, source.is_some_and(|source| source != owner)))
+        Some((Some(source), span, round_trips, source != owner))
     }
 
     /// Asks one peer; where it names another, that one, and if that cannot help, the first again.
@@ -332,9 +340,9 @@ impl Network {
         let lent = asked.map_or(Lent::No, |plan| plan.lend(span, asker, now));
         self.tell(node, peer, layer);
         match lent {
-            Lent::Yes => {
-                self.nodes[peer].fetches[layer].tracker.depute(asker, span);
-                return Said::From(None);
+            Lent::Yes(lent) => {
+                self.nodes[peer].fetches[layer].tracker.depute(asker, lent);
+                return Said::Fetch(lent);
             }
             Lent::Later => return Said::Wait,
             Lent::No => {}
@@ -345,14 +353,14 @@ impl Network {
             self.hear(node, other, layer);
             self.tell(node, other, layer);
             if self.gives(other, layer, span.start) {
-                return Said::From(Some(other));
+                return Said::From(other);
             }
             *round_trips += 1.0;
             self.nodes[node].fetches[layer].view.refused(address(other + 1), now);
             self.hear(node, peer, layer);
         }
         if as_owner || self.gives(peer, layer, span.start) {
-            return Said::From(Some(peer));
+            return Said::From(peer);
         }
         self.nodes[node].fetches[layer].view.refused(address(peer + 1), now);
         Said::NotHere
@@ -477,7 +485,9 @@ impl Network {
         let reached = whole(flow.position);
         let owner = self.owners[flow.layer];
         if let Some(peer) = peer {
-            fetch.view.end(Contribution { peer, span: Span { start: flow.span.start, end: reached }, checksum: 0 });
+            let (claim, total) = (Claim::Relayed, LAYERS[flow.layer]);
+            let span = Span { start: flow.span.start, end: reached };
+            fetch.view.end(Contribution { peer, claim, total, span, checksum: 0 });
             if broke {
                 fetch.view.left(peer, now);
             }

@@ -83,7 +83,7 @@ fn a_blob_crosses_into_a_zone_once_or_never() {
     for (peers, crossings, fetches) in
         [("zones = \"prefer\"", Some(1), 1), ("zones = \"isolate\"", Some(0), 2), ("zones = \"ignore\"", None, 1)]
     {
-        let Blobs { dir, digests, bytes } = blobs(&[24 * MIB, 3 * MIB]);
+        let Blobs { dir, digests, bytes } = blobs(&[96 * MIB, 3 * MIB]);
         let shape = Shape { zones: vec![3, 3], peers, ..fast() };
         let cluster = Cluster::start(shape, dir);
         let everybody = cluster.everybody();

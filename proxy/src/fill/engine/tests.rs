@@ -174,6 +174,10 @@ async fn any_interleaving_of_faults_ends_right_or_refused() {
                 assert!(faults > 0 && error.is_outage(), "seed {seed}: {error}");
                 broken += 1;
             }
+            Ended::Disputed => {
+                assert!(faults > 0, "seed {seed}");
+                broken += 1;
+            }
             Ended::Abandoned => panic!("seed {seed}: somebody reads"),
         }
     }
