@@ -34,6 +34,7 @@ pub use self::members::{Lead, Scope};
 use self::proof::Proof;
 pub use self::proof::{RELOAD, Standing};
 use self::swarm::{Claim, Time, Tracker};
+use self::visit::Circle;
 pub use self::visit::{Sending, Visitor};
 use crate::config::{Config, Peers as Settings, Zone};
 use crate::identity::Identity;
@@ -53,8 +54,8 @@ pub struct Peers {
     health: Health,
     proof: Proof,
     client: Client,
-    /// Who fetches what from this node, asked as what.
-    trackers: moka::sync::Cache<(Digest, Role), Arc<Mutex<Tracker>>>,
+    /// Who fetches what from this node.
+    trackers: moka::sync::Cache<(Digest, Circle), Arc<Mutex<Tracker>>>,
     /// Bodies sent to peers at the moment.
     sending: AtomicU32,
     started: Instant,

@@ -30,6 +30,10 @@ pub struct Shape {
     pub strangers: u16,
     /// More for the `[peers]` table.
     pub peers: &'static str,
+    /// More for the rule of the origin.
+    pub rule: &'static str,
+    /// Whether the origin has a way into each zone of its own, rather than being in the first zone.
+    pub apart: bool,
 }
 
 /// A running cluster; everything of it goes when it is dropped.
@@ -64,7 +68,17 @@ const ORIGIN: Ipv4Addr = Ipv4Addr::new(10, 77, 254, 1);
 
 impl Default for Shape {
     fn default() -> Self {
-        Self { zones: vec![8], node: 400, origin: 200, between_zones: 1000, slow: None, strangers: 0, peers: "" }
+        Self {
+            zones: vec![8],
+            node: 400,
+            origin: 200,
+            between_zones: 1000,
+            slow: None,
+            strangers: 0,
+            peers: "",
+            rule: "",
+            apart: false,
+        }
     }
 }
 
@@ -111,6 +125,9 @@ impl Cluster {
         let first = format!("{name}s0");
         within(&first, &["ip", "address", "add", &format!("{DNS}/16"), "dev", "br0"]);
         host(&name, "o", 0, ORIGIN, shape.origin);
+        if shape.apart {
+            (1..shape.zones.len()).for_each(|zone| second_card(&name, zone, shape.origin));
+        }
         let mut nodes = Vec::new();
         for (zone, count) in shape.zones.iter().enumerate() {
             for _ in 0..*count {
@@ -138,7 +155,7 @@ impl Cluster {
             "daemon off;\nmaster_process off;\nworker_processes 1;\npid {dir}/nginx.pid;\nerror_log {dir}/error.log;\n\
              events {{}}\nhttp {{\n  log_format short '$status $body_bytes_sent';\n  access_log {dir}/access.log short;\n  \
              sendfile on;\n  default_type application/octet-stream;\n  root {dir}/www;\n  \
-             server {{ listen {ORIGIN}:80; location = /v2/ {{ access_log off; return 200 '{{}}'; }} }}\n}}\n",
+             server {{ listen 80; location = /v2/ {{ access_log off; return 200 '{{}}'; }} }}\n}}\n",
             dir = dir.display()
         );
         fs::write(dir.join("nginx.conf"), text).expect("the configuration is written");
@@ -332,14 +349,20 @@ impl Cluster {
         let zones: Vec<String> =
             (0..self.shape.zones.len()).map(|zone| format!("z{zone} = \"z{zone}.dray\"")).collect();
         let service = if zones.len() == 1 { "\"z0.dray\"".to_owned() } else { format!("{{ {} }}", zones.join(", ")) };
+        let origin = self.origin_of(self.nodes[node].zone);
         let text = format!(
-            "[dns]\nservers = [\"{DNS}:53\"]\n[[registry]]\nmatch = \"docker.io\"\nupstreams = [\"http://{ORIGIN}\"]\n\
+            "[dns]\nservers = [\"{DNS}:53\"]\n[[registry]]\nmatch = \"docker.io\"\nupstreams = [\"http://{origin}\"]\n{}\n\
              [peers]\nlisten = \"0.0.0.0:5052\"\nservice = {service}\n{}\n",
-            self.shape.peers
+            self.shape.rule, self.shape.peers
         );
         let path = self.dir.path().join(format!("node{node}.toml"));
         fs::write(&path, text).expect("the configuration is written");
         path
+    }
+
+    /// The address of the origin for nodes of a zone.
+    fn origin_of(&self, zone: usize) -> Ipv4Addr {
+        if self.shape.apart { origin_in(zone) } else { ORIGIN }
     }
 
     /// Tells the name server which nodes are known.
@@ -403,6 +426,22 @@ fn host(name: &str, host: &str, zone: usize, address: Ipv4Addr, mbit: u32) {
     bridge(&switch, &format!("p{host}"));
     within(&namespace, &["ip", "link", "set", "lo", "up"]);
     within(&namespace, &["ip", "address", "add", &format!("{address}/16"), "dev", "eth0"]);
+}
+
+fn origin_in(zone: usize) -> Ipv4Addr {
+    Ipv4Addr::from_bits(ORIGIN.to_bits() + u32::try_from(zone).expect("few zones"))
+}
+
+/// A card of the origin in another zone, with an address that only this card answers for.
+fn second_card(name: &str, zone: usize, mbit: u32) {
+    let (origin, card) = (format!("{name}o"), format!("eth{zone}"));
+    let switch = format!("{name}s{zone}");
+    connect(&origin, &card, &switch, "po", mbit);
+    bridge(&switch, "po");
+    within(&origin, &["sh", "-c", "echo 1 >/proc/sys/net/ipv4/conf/all/arp_ignore"]);
+    within(&origin, &["ip", "address", "add", &format!("{}/32", origin_in(zone)), "dev", &card]);
+    let way = format!("10.77.{zone}.0/24");
+    within(&origin, &["ip", "route", "add", &way, "dev", &card, "src", &origin_in(zone).to_string()]);
 }
 
 /// A cable of this speed in each direction.

@@ -63,7 +63,7 @@ pub enum Connections {
 
 impl Truth {
     /// The length of the blob.
-    pub fn len(&self) -> u64 {
+    pub fn total(&self) -> u64 {
         match self {
             Self::Bytes(bytes) => bytes.len() as u64,
             Self::File(blob) => blob.len,

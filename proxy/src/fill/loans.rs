@@ -11,6 +11,9 @@ use crate::oci::Span;
 /// Lent at a time: some more connections than an owner opens itself.
 const MAX_LENT: usize = 12;
 
+/// So many peers become deputies; of a thousand that ask, most would be new to it each time.
+const MAX_DEPUTIES: usize = 8;
+
 /// To one peer: as many ranges as it fetches at a time, once it has brought a little, and not far slower than
 /// others.
 const MAX_LENT_TO_ONE: usize = 4;
@@ -45,7 +48,7 @@ pub(super) struct Loans {
     /// What one connection brings, here and to a deputy.
     own: Pace,
     theirs: Pace,
-    of_each: HashMap<SocketAddr, Pace>,
+    deputies: HashMap<SocketAddr, Pace>,
 }
 
 #[derive(Clone, Copy, Default)]
@@ -69,8 +72,10 @@ impl Loans {
     /// How much more may be lent to this peer at once, in bytes.
     pub(super) fn may_lend(&self, to: SocketAddr) -> u64 {
         let to_it = self.open.iter().filter(|loan| loan.to == to).count();
-        let (to_one, largest) = match self.of_each.get(&to) {
-            None => (1, A_LITTLE),
+        let (to_one, largest) = match self.deputies.get(&to) {
+            None if self.deputies.len() < MAX_DEPUTIES => (1, A_LITTLE),
+            None => (0, 0),
+            Some(pace) if pace.time.is_zero() => (1, A_LITTLE),
             Some(pace) if pace.rate() * FAR < self.theirs.without(*pace).rate() => (0, 0),
             Some(_) => (MAX_LENT_TO_ONE, u64::MAX),
         };
@@ -79,7 +84,13 @@ impl Loans {
         if may { largest } else { 0 }
     }
 
+    /// Whether it had better wait: until something may be lent to it, or a deputy brings what it asks for.
+    pub(super) fn may_lend_later(&self, to: SocketAddr) -> bool {
+        !self.open.is_empty() && (self.is_slow() || self.deputies.contains_key(&to))
+    }
+
     pub(super) fn lend(&mut self, span: Span, to: SocketAddr, now: Duration) {
+        self.deputies.entry(to).or_default();
         self.open.push(Loan { span, to, since: now });
     }
 
@@ -97,7 +108,7 @@ impl Loans {
         for loan in self.open.iter().filter(|loan| has(loan.span)) {
             let (bytes, time) = (loan.span.len(), now.saturating_sub(loan.since));
             self.theirs.brought(bytes, time);
-            self.of_each.entry(loan.to).or_default().brought(bytes, time);
+            self.deputies.entry(loan.to).or_default().brought(bytes, time);
         }
         let come = self.take(|loan| has(loan.span));
         let overdue = self.take(|loan| now >= loan.since + TERM);
@@ -116,7 +127,7 @@ impl Loans {
 
     /// Whether this node is far slower than its deputies.
     pub(super) fn is_slow(&self) -> bool {
-        self.own.rate() * FAR < self.theirs.rate()
+        !self.own.time.is_zero() && self.own.rate() * FAR < self.theirs.rate()
     }
 
     /// Whoever asks for the byte at `at` has to have it from the owner: its deputy because it cannot fetch
@@ -186,20 +197,23 @@ mod tests {
     #[test]
     fn so_much_is_lent_and_no_more() {
         let mut loans = begun();
-        for nth in 0..12 {
+        for nth in 0..8 {
             let to = peer(u8::try_from(nth).unwrap());
             assert_eq!(loans.may_lend(to), A_LITTLE);
             loans.lend(span(nth), to, Duration::ZERO);
             assert_eq!(loans.may_lend(to), 0, "one to begin with");
+            assert!(loans.may_lend_later(to));
         }
-        assert_eq!(loans.may_lend(peer(12)), 0, "that is enough");
+        assert_eq!(loans.may_lend(peer(8)), 0, "those are enough");
+        assert!(!loans.may_lend_later(peer(8)));
         let due = loans.due(Duration::from_secs(1), |lent| lent.start <= 30);
         assert_eq!(due, [span(0), span(1), span(2), span(3)]);
-        for nth in 12..16 {
-            assert_eq!(loans.may_lend(peer(0)), u64::MAX, "more to one that has brought something");
-            loans.lend(span(nth), peer(0), Duration::from_secs(1));
+        for nth in 8..16 {
+            let to = peer(u8::try_from(nth % 2).unwrap());
+            assert_eq!(loans.may_lend(to), u64::MAX, "more to one that has brought something");
+            loans.lend(span(nth), to, Duration::from_secs(1));
         }
-        assert!(loans.may_lend(peer(0)) == 0 && !loans.covers(35) && loans.covers(45));
+        assert!(loans.may_lend(peer(2)) == 0 && !loans.covers(25) && loans.covers(45), "that is enough");
     }
 
     #[test]

@@ -156,7 +156,7 @@ impl Plan {
             self.lent.lend(span, to, now);
             return Lent::Yes(span);
         }
-        if self.lent.is_empty() { Lent::No } else { Lent::Later }
+        if self.lent.may_lend_later(to) { Lent::Later } else { Lent::No }
     }
 
     /// Whether the byte at `at` is to come from a deputy.

@@ -72,6 +72,11 @@ impl Members {
         self.zones.get(&member).and_then(|zone| zone.as_deref()).unwrap_or(NO_ZONE)
     }
 
+    /// Whether what comes from a member, or goes there, crosses into another zone.
+    pub(super) fn is_far(&self, member: SocketAddr) -> bool {
+        self.policy != Zones::Ignore && self.zones.get(&member) != Some(&self.zone)
+    }
+
     pub(super) fn own_zone(&self) -> &str {
         self.zone.as_deref().unwrap_or(NO_ZONE)
     }

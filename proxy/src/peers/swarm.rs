@@ -32,6 +32,9 @@ const REFUSED: Duration = Duration::from_millis(250);
 /// A peer that broke, for this long.
 const BROKE: Duration = Duration::from_secs(5);
 
+/// Of so many ranges one is asked for before anybody gets it.
+const EAGER: u64 = 4;
+
 /// A time in any clock.
 pub type Time = Duration;
 
@@ -247,16 +250,19 @@ impl View {
     }
 
     /// Which range to fetch next: one that somebody has whole, the rarest first, so that what this node
-    /// has differs from what others have; otherwise one that somebody is getting; otherwise the first.
+    /// has differs from what others have; otherwise one that somebody is getting; otherwise the first. Now and
+    /// then the first that nobody has comes before those that somebody is getting, maybe slowly: else all would
+    /// wait for the same few, and nobody would bring others.
     pub fn choose(&self, ranges: &[Span], lot: u64) -> Option<usize> {
+        let (getting, nobody) = if lot.is_multiple_of(EAGER) { (2, 1) } else { (1, 2) };
         let rarity = |span: &Span| {
             let ends = self.peers.values().map(|known| known.have.run_end(span.start));
             let (whole, some) = ends.fold((0u32, 0u32), |(whole, some), end| {
                 (whole + u32::from(end >= span.end), some + u32::from(end > span.start))
             });
             match (whole, some) {
-                (0, 0) => (2, 0),
-                (0, _) => (1, 0),
+                (0, 0) => (nobody, 0),
+                (0, _) => (getting, 0),
                 _ => (0, whole),
             }
         };

@@ -21,6 +21,7 @@ use crate::role::Role;
 pub struct Visitor {
     /// None: no member, or one that does not say so. It is answered, but nobody is sent to it.
     peer: Option<SocketAddr>,
+    circle: Circle,
     /// What this node is asked as.
     pub role: Role,
     reach: Reach,
@@ -37,6 +38,13 @@ pub struct Visitor {
     pub seal: Option<Seal>,
     /// The fingerprint of the rule that it goes by.
     rules: Option<String>,
+}
+
+/// Those who are told of each other, since what passes between them costs the same.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) enum Circle {
+    OwnZone,
+    OtherZones,
 }
 
 /// A body on its way to a peer, counted for as long as it is held.
@@ -62,9 +70,13 @@ impl Visitor {
         let refuses = text(wire::REDIRECT) == wire::NO;
         let named: Option<SocketAddr> = wire::read(headers, &wire::PEER);
         // Others are sent to it: it has to be a member, and where it says it is.
-        let is_true = |peer: &SocketAddr| Some(peer.ip()) == from && peers.members.load().contains(*peer);
+        let members = peers.members.load();
+        let is_true = |peer: &SocketAddr| Some(peer.ip()) == from && members.contains(*peer);
+        let peer = named.filter(is_true);
+        let is_far = peer.is_some_and(|peer| members.is_far(peer));
         Ok(Self {
-            peer: named.filter(is_true),
+            peer,
+            circle: if is_far { Circle::OtherZones } else { Circle::OwnZone },
             // Nobody is asked as a client; without a word, it is the owner.
             role: wire::read(headers, &wire::ROLE).filter(|role| *role != Role::Client).unwrap_or(Role::Global),
             reach: if kept { Reach::Kept } else { Reach::Origin },
@@ -106,7 +118,7 @@ impl Peers {
     /// else could.
     pub fn direct(&self, visitor: &Visitor, digest: &Digest, span: Span, comes: Comes) -> Direction {
         self.heard(visitor, digest);
-        let tracker = self.trackers.get_with((digest.clone(), visitor.role), Arc::default);
+        let tracker = self.trackers.get_with((digest.clone(), visitor.circle), Arc::default);
         match (visitor.redirects, visitor.peer) {
             (Redirects::Followed, Some(_)) => {
                 lock(&tracker).direct(visitor.peer, span, comes, self.sending(), self.now())
@@ -118,7 +130,7 @@ impl Peers {
     /// A visitor said what it has of a blob.
     pub fn heard(&self, visitor: &Visitor, digest: &Digest) {
         if let Some(peer) = visitor.peer {
-            let tracker = self.trackers.get_with((digest.clone(), visitor.role), Arc::default);
+            let tracker = self.trackers.get_with((digest.clone(), visitor.circle), Arc::default);
             lock(&tracker).heard(peer, visitor.have.clone(), visitor.load, self.now());
         }
     }
@@ -136,20 +148,20 @@ impl Peers {
 
     /// A visitor fetches this from the origin in this node's stead.
     pub fn depute(&self, visitor: &Visitor, digest: &Digest, span: Span) {
-        let tracker = self.trackers.get(&(digest.clone(), visitor.role));
+        let tracker = self.trackers.get(&(digest.clone(), visitor.circle));
         if let (Some(tracker), Some(peer)) = (tracker, visitor.peer) {
             lock(&tracker).depute(peer, span);
         }
     }
 
     fn visitors_of(&self, digest: &Digest) -> Vec<Arc<Mutex<Tracker>>> {
-        let asked_as = [Role::Zone, Role::Global].into_iter();
-        asked_as.filter_map(|role| self.trackers.get(&(digest.clone(), role))).collect()
+        let circles = [Circle::OwnZone, Circle::OtherZones].into_iter();
+        circles.filter_map(|circle| self.trackers.get(&(digest.clone(), circle))).collect()
     }
 
     /// What an answer tells of others, and of this node, which has `have`.
     pub fn told(&self, visitor: &Visitor, digest: &Digest, have: &Spans) -> Vec<(HeaderName, HeaderValue)> {
-        let tracker = self.trackers.get(&(digest.clone(), visitor.role));
+        let tracker = self.trackers.get(&(digest.clone(), visitor.circle));
         let holders = tracker.and_then(|tracker| wire::write_holders(&lock(&tracker).holders(visitor.peer)));
         let have = wire::write_spans(have);
         let load = have.as_ref().map(|_| (wire::LOAD, HeaderValue::from(self.sending())));

@@ -151,7 +151,7 @@ impl Sources for BlobSources {
             Role::Client => None,
         };
         if let Some(sender) = sender {
-            self.pull.speeds.measured(self.place.rule.name(), sender, truth.len(), self.begun.elapsed());
+            self.pull.speeds.measured(self.place.rule.name(), sender, truth.total(), self.begun.elapsed());
         }
         let key = (self.key.digest.clone(), self.key.registry.clone());
         if let (Some(suspects), Some(peers)) = (self.pull.suspects.remove(&key), &self.pull.peers) {
@@ -180,7 +180,7 @@ fn last_scope(place: &Place) -> Scope {
 
 /// Whether a peer sent something else than what was verified.
 fn is_wrong(contribution: &Contribution, truth: &Truth) -> bool {
-    if contribution.total != truth.len() {
+    if contribution.total != truth.total() {
         return true;
     }
     let mut checksum = Xxh64::new(0);

@@ -76,6 +76,47 @@ fn eight_nodes_share_what_left_the_origin_once() {
 }
 
 #[test]
+fn an_owner_leaves_ranges_to_those_who_ask_for_them() {
+    if let Some(why) = unavailable() {
+        return eprintln!("skipped: {why}");
+    }
+    for (what, slow) in [("all are equal", None), ("one is ten times slower", Some((0, 40)))] {
+        let Blobs { dir, digests, bytes } = blobs(&[80 * MIB]);
+        let cluster = Cluster::start(Shape { zones: vec![4], slow, origin: 100, ..Shape::default() }, dir);
+        let everybody = cluster.everybody();
+        pull_everywhere(&cluster, &everybody, &digests[0]);
+        let fetched = |node: &usize| cluster.metric(*node, "dray_origin_bytes_total{rule=\"docker.io\"}");
+        let deputies = everybody.iter().filter(|node| fetched(node) > 0).count();
+        assert!(deputies > 1, "{what}: {deputies} fetch from the origin");
+        assert_eq!(cluster.origin_bytes(), bytes, "{what}: each byte once");
+    }
+}
+
+/// A registry that is fast next to a link between zones that is not.
+#[test]
+fn a_rule_may_prefer_a_registry_to_a_far_zone() {
+    if let Some(why) = unavailable() {
+        return eprintln!("skipped: {why}");
+    }
+    for (rule, percent) in [("far_peers = \"never\"", 0..=0), ("far_peers = \"unless-slower\"", 0..=25), ("", 70..=100)]
+    {
+        let Blobs { dir, digests, .. } = blobs(&[2 * MIB; 60]);
+        let shape = Shape { zones: vec![2, 2], between_zones: 60, apart: true, rule, ..fast() };
+        let cluster = Cluster::start(shape, dir);
+        let names = ["{from_zone=\"z0\",to_zone=\"z1\"}", "{from_zone=\"z1\",to_zone=\"z0\"}"];
+        let of_node = |node: usize| names.map(|way| cluster.metric(node, &format!("dray_peer_bytes_total{way}")));
+        let crossed = || cluster.everybody().into_iter().flat_map(of_node).sum::<u64>();
+        // Each node has to have met some blobs of either kind before it knows what is faster.
+        let (first, then) = digests.split_at(40);
+        first.iter().for_each(|digest| pull_everywhere(&cluster, &[0, 1, 2, 3], digest));
+        let before = crossed();
+        then.iter().for_each(|digest| pull_everywhere(&cluster, &[0, 1, 2, 3], digest));
+        let share = (crossed() - before) * 100 / (then.len() * 2 * MIB) as u64;
+        assert!(percent.contains(&share), "{rule}: {share} % crossed");
+    }
+}
+
+#[test]
 fn a_blob_crosses_into_a_zone_once_or_never() {
     if let Some(why) = unavailable() {
         return eprintln!("skipped: {why}");
@@ -155,7 +196,7 @@ fn killed_and_cut_off_nodes_fail_nobody_else() {
     if let Some(why) = unavailable() {
         return eprintln!("skipped: {why}");
     }
-    let Blobs { dir, digests, bytes } = blobs(&[6 * MIB; 6]);
+    let Blobs { dir, digests, bytes } = blobs(&[6 * MIB, 96 * MIB, 6 * MIB, 6 * MIB, 96 * MIB, 6 * MIB]);
     let cluster = Cluster::start(Shape { zones: vec![6], node: 400, origin: 400, ..Shape::default() }, dir);
     for (nth, digest) in digests.iter().enumerate() {
         let victim = nth % 6;
