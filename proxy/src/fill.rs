@@ -352,7 +352,7 @@ impl Fill {
     pub fn lend(&self, span: Span, to: SocketAddr) -> Lent {
         self.audience.noticed();
         let mut plan = self.plan();
-        if plan.is_lent(span.start) {
+        if plan.is_lent_to(span.start, to) {
             // It comes back: it could not.
             plan.recall(span.start, Some(to), self.clock());
             return Lent::No;
@@ -373,6 +373,11 @@ impl Fill {
     /// This node fetches a range in the owner's stead.
     pub fn depute(&self, span: Span) {
         self.deputed.lock().unwrap_or_else(PoisonError::into_inner).insert(span);
+    }
+
+    /// It could not.
+    pub fn fail_as_deputy(&self, span: Span) {
+        self.deputed.lock().unwrap_or_else(PoisonError::into_inner).remove(span);
     }
 
     /// Whether it fetches, or has fetched, the byte at `at` in the owner's stead.

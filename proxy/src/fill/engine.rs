@@ -356,6 +356,7 @@ impl Engine<'_> {
         let since = self.fill.audience.empty_since();
         left > LITTLE_LEFT
             && self.fill.place.rule.abandoned == Abandoned::Keep
+            && !self.fill.plan().has_lent()
             && since.is_some_and(|since| since.elapsed() > ABANDONED_AFTER)
     }
 }

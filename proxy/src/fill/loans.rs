@@ -76,7 +76,7 @@ impl Loans {
             None if self.deputies.len() < MAX_DEPUTIES => (1, A_LITTLE),
             None => (0, 0),
             Some(pace) if pace.time.is_zero() => (1, A_LITTLE),
-            Some(pace) if pace.rate() * FAR < self.theirs.without(*pace).rate() => (0, 0),
+            Some(pace) if pace.bytes == 0 || pace.rate() * FAR < self.theirs.without(*pace).rate() => (0, 0),
             Some(_) => (MAX_LENT_TO_ONE, u64::MAX),
         };
         let most = if self.stands_back() { MAX_LENT_BY_SLOW } else { MAX_LENT };
@@ -84,9 +84,9 @@ impl Loans {
         if may { largest } else { 0 }
     }
 
-    /// Whether it had better wait: until something may be lent to it, or a deputy brings what it asks for.
+    /// Whether a deputy had better wait until more may be lent to it.
     pub(super) fn may_lend_later(&self, to: SocketAddr) -> bool {
-        !self.open.is_empty() && (self.is_slow() || self.deputies.contains_key(&to))
+        !self.open.is_empty() && self.deputies.contains_key(&to)
     }
 
     pub(super) fn lend(&mut self, span: Span, to: SocketAddr, now: Duration) {
@@ -97,6 +97,11 @@ impl Loans {
     /// Whether the byte at `at` is lent.
     pub(super) fn covers(&self, at: u64) -> bool {
         self.open.iter().any(|loan| loan.covers(at))
+    }
+
+    /// Whether it is lent to this peer.
+    pub(super) fn covers_for(&self, at: u64, to: SocketAddr) -> bool {
+        self.open.iter().any(|loan| loan.covers(at) && loan.to == to)
     }
 
     pub(super) fn is_empty(&self) -> bool {
@@ -111,6 +116,11 @@ impl Loans {
             self.deputies.entry(loan.to).or_default().brought(bytes, time);
         }
         let come = self.take(|loan| has(loan.span));
+        // Who brings nothing gets nothing more.
+        for loan in self.open.iter().filter(|loan| now >= loan.since + TERM) {
+            self.theirs.brought(0, TERM);
+            self.deputies.entry(loan.to).or_default().brought(0, TERM);
+        }
         let overdue = self.take(|loan| now >= loan.since + TERM);
         [come, overdue].concat()
     }
@@ -235,6 +245,15 @@ mod tests {
         assert_eq!(loans.may_lend(peer(1)), A_LITTLE, "others may be luckier");
         assert!(loans.due(TERM, NEVER).is_empty());
         assert_eq!(loans.due(TERM + BEGINS, NEVER), [span(1)]);
+    }
+
+    #[test]
+    fn who_brings_nothing_gets_nothing_more() {
+        let mut loans = begun();
+        (0..2).for_each(|nth| loans.lend(span(nth), peer(u8::try_from(nth).unwrap()), Duration::ZERO));
+        loans.due(Duration::from_secs(1), |lent| lent == span(0));
+        assert_eq!(loans.due(TERM, NEVER), [span(1)]);
+        assert_eq!([0, 1].map(|last| loans.may_lend(peer(last))), [u64::MAX, 0]);
     }
 
     #[test]

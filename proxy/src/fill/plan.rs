@@ -79,8 +79,8 @@ impl Plan {
     /// Takes the next range for one of `lanes` connections: where a reader waits, otherwise the
     /// first that is missing, unless that is too far from what was `hashed`.
     pub fn next(&mut self, hashed: u64, wanted: &[u64], lanes: usize) -> Option<Span> {
-        let waited_for = self.waited_for(wanted).and_then(|at| self.own_gap(at));
-        let in_order = || self.own_gap(0).filter(|gap| gap.start < hashed + WINDOW);
+        let waited_for = self.waited_for(wanted).and_then(|at| self.gap(at));
+        let in_order = || self.own_gap().filter(|gap| gap.start < hashed + WINDOW);
         let gap = waited_for.or_else(in_order)?;
         let lanes = lanes.max(1) as u64;
         // Towards the end ranges get smaller, so that no connection is left with the last one.
@@ -91,10 +91,10 @@ impl Plan {
         Some(span)
     }
 
-    /// The first gap at or after `from` that is this node's to fetch: where it is far slower than its
-    /// deputies, only what one of them has had.
-    fn own_gap(&self, from: u64) -> Option<Span> {
-        let first = self.gap(from)?;
+    /// The first gap that is this node's to fetch where nobody waits: where it is far slower than its deputies,
+    /// only what one of them has had.
+    fn own_gap(&self) -> Option<Span> {
+        let first = self.gap(0)?;
         if !self.lent.stands_back() {
             return Some(first);
         }
@@ -102,7 +102,7 @@ impl Plan {
             let gap = self.gap(known.start).filter(|gap| gap.start < known.end)?;
             Some(Span { start: gap.start, end: gap.end.min(known.end) })
         });
-        gaps.filter(|gap| gap.start >= from).min_by_key(|gap| gap.start)
+        gaps.min_by_key(|gap| gap.start)
     }
 
     /// As much of a range as comes from one source: what a deputy has, or what none has.
@@ -146,7 +146,8 @@ impl Plan {
     pub fn lend(&mut self, span: Span, to: SocketAddr, now: Duration) -> Lent {
         let is_missing = self.gap(span.start).is_some_and(|gap| gap.start == span.start && span.end <= gap.end);
         let is_apart = |known: &Span| span.end <= known.start || known.end <= span.start;
-        if self.total < WORTHWHILE || !is_missing || !self.returned.iter().all(is_apart) {
+        let is_tiny = span.len() < SMALLEST_RANGE && span.end < self.total;
+        if self.total < WORTHWHILE || is_tiny || !is_missing || !self.returned.iter().all(is_apart) {
             return Lent::No;
         }
         let largest = self.lent.may_lend(to);
@@ -167,6 +168,16 @@ impl Plan {
     /// Whether the byte at `at` is there, on its way, or lent.
     pub(super) fn is_taken(&self, at: u64) -> bool {
         self.taken.run_end(at) > at
+    }
+
+    /// Whether it is to come from this one.
+    pub(super) fn is_lent_to(&self, at: u64, to: SocketAddr) -> bool {
+        self.lent.covers_for(at, to)
+    }
+
+    /// Whether anything is to come from a deputy.
+    pub(super) fn has_lent(&self) -> bool {
+        !self.lent.is_empty()
     }
 
     /// Whether whoever asks for the byte at `at` had better ask somebody else who has it.

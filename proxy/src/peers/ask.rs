@@ -206,8 +206,8 @@ impl Peers {
         let (span, total) = brought?;
         let counter = self.metrics.peer_bytes.with_label_values(&[members.zone_of(peer), members.own_zone()]);
         let source = headers.get(wire::SOURCE).and_then(|source| source.to_str().ok()).unwrap_or_default();
-        let is_kept = [ServedFrom::Memory, ServedFrom::Disk].iter().any(|kept| kept.as_str() == source);
-        let claim = if is_kept { Claim::Verified } else { Claim::Relayed };
+        let comes = [ServedFrom::Peer, ServedFrom::Origin].iter().any(|from| from.as_str() == source);
+        let claim = if comes { Claim::Relayed } else { Claim::Verified };
         let nothing = Span { start: span.start, end: span.start };
         let contribution = Contribution { peer, claim, total, span: nothing, checksum: 0 };
         let mut fetching = Fetching::new(view, contribution, span, self.started);

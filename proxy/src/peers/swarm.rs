@@ -115,14 +115,15 @@ pub enum Direction {
 
 impl Tracker {
     /// A peer said what it has, by asking.
-    pub fn heard(&mut self, peer: SocketAddr, have: Spans, load: u32, now: Time) {
+    pub fn heard(&mut self, peer: SocketAddr, have: &Spans, load: u32, now: Time) {
         if !self.peers.contains_key(&peer) && self.peers.len() >= MAX_TRACKED {
             let oldest = self.peers.iter().min_by_key(|(peer, tracked)| (tracked.seen, **peer)).map(|(peer, _)| *peer);
             oldest.map(|oldest| self.peers.remove(&oldest));
         }
         let tracked = self.peers.entry(peer).or_default();
         tracked.coming.retain(|(_, since)| now < *since + ARRIVES);
-        tracked.have = have;
+        // What it has said before it has still: reports may overtake each other.
+        have.iter().for_each(|span| tracked.have.insert(span));
         tracked.load = load;
         tracked.seen = now;
     }
@@ -143,19 +144,21 @@ impl Tracker {
             Some(**peer) != asker && tracked.gets(span.start, now) && !is_slow
         });
         let best = able.min_by_key(|(peer, tracked)| (is_slow(&tracked.have, has), tracked.load, **peer));
-        let direction = match best {
+        match best {
             Some((peer, tracked)) if tracked.load < sending || comes == Comes::Elsewhere => {
                 tracked.load = tracked.load.saturating_add(1);
                 Direction::Redirect(*peer)
             }
             _ => Direction::Answer,
-        };
-        // Whoever is sent on gets it as well.
+        }
+    }
+
+    /// Whoever asked for this gets it now, from here or from whom it was sent to.
+    pub fn expect(&mut self, asker: Option<SocketAddr>, span: Span, now: Time) {
         if let Some(tracked) = asker.and_then(|asker| self.peers.get_mut(&asker)) {
             tracked.coming.truncate(MAX_COMING - 1);
             tracked.coming.insert(0, (span, now));
         }
-        direction
     }
 
     /// Whether somebody has all of this.
@@ -167,6 +170,14 @@ impl Tracker {
     pub fn depute(&mut self, peer: SocketAddr, span: Span) {
         if let Some(tracked) = self.peers.get_mut(&peer) {
             tracked.deputed.insert(span);
+        }
+    }
+
+    /// It does not after all.
+    pub fn fail_as_deputy(&mut self, peer: SocketAddr, at: u64) {
+        if let Some(tracked) = self.peers.get_mut(&peer) {
+            let failed = Span { start: at, end: tracked.deputed.run_end(at) };
+            tracked.deputed.remove(failed);
         }
     }
 
@@ -352,36 +363,53 @@ mod tests {
         Duration::from_millis(millis)
     }
 
+    /// A question, and where whoever asks goes.
+    fn direct(
+        tracker: &mut Tracker,
+        asker: Option<SocketAddr>,
+        span: Span,
+        comes: Comes,
+        sending: u32,
+        now: Time,
+    ) -> Direction {
+        let direction = tracker.direct(asker, span, comes, sending, now);
+        tracker.expect(asker, span, now);
+        direction
+    }
+
     #[test]
     fn a_busy_node_sends_on_to_whoever_gets_the_bytes_now() {
         let mut tracker = Tracker::default();
         for n in 1..=3 {
-            tracker.heard(peer(n), Spans::default(), 0, at(0));
+            tracker.heard(peer(n), &Spans::default(), 0, at(0));
         }
-        assert_eq!(tracker.direct(Some(peer(1)), mib(0, 16), Comes::Here, 0, at(0)), Direction::Answer);
-        assert_eq!(tracker.direct(Some(peer(2)), mib(0, 16), Comes::Here, 1, at(0)), Direction::Redirect(peer(1)));
+        assert_eq!(direct(&mut tracker, Some(peer(1)), mib(0, 16), Comes::Here, 0, at(0)), Direction::Answer);
         assert_eq!(
-            tracker.direct(Some(peer(3)), mib(0, 16), Comes::Here, 1, at(0)),
+            direct(&mut tracker, Some(peer(2)), mib(0, 16), Comes::Here, 1, at(0)),
+            Direction::Redirect(peer(1))
+        );
+        assert_eq!(
+            direct(&mut tracker, Some(peer(3)), mib(0, 16), Comes::Here, 1, at(0)),
             Direction::Redirect(peer(2)),
             "sent on itself"
         );
         assert_eq!(
-            tracker.direct(None, mib(0, 16), Comes::Here, 0, at(0)),
+            direct(&mut tracker, None, mib(0, 16), Comes::Here, 0, at(0)),
             Direction::Answer,
             "no busier than the others"
         );
         assert_eq!(
-            tracker.direct(Some(peer(2)), mib(16, 32), Comes::Here, 9, at(0)),
+            direct(&mut tracker, Some(peer(2)), mib(16, 32), Comes::Here, 9, at(0)),
             Direction::Answer,
             "nobody else has that"
         );
         assert_eq!(
-            tracker.direct(Some(peer(1)), mib(0, 16), Comes::Here, 9, at(0)),
+            direct(&mut tracker, Some(peer(1)), mib(0, 16), Comes::Here, 9, at(0)),
             Direction::Redirect(peer(3)),
             "not to itself"
         );
         assert_eq!(
-            tracker.direct(Some(peer(2)), mib(0, 16), Comes::Here, 9, at(20_000)),
+            direct(&mut tracker, Some(peer(2)), mib(0, 16), Comes::Here, 9, at(20_000)),
             Direction::Answer,
             "it never came"
         );
@@ -392,7 +420,7 @@ mod tests {
     fn holders_are_told_of_least_loaded_first_and_bounded() {
         let mut tracker = Tracker::default();
         for n in 0..600 {
-            tracker.heard(peer(n), mib(0, 16).into(), 600 - u32::from(n), at(n.into()));
+            tracker.heard(peer(n), &mib(0, 16).into(), 600 - u32::from(n), at(n.into()));
         }
         assert_eq!(tracker.peers.len(), MAX_TRACKED);
         let told: Vec<_> = tracker.holders(Some(peer(599))).into_iter().map(|holder| holder.peer).collect();
@@ -402,7 +430,7 @@ mod tests {
     #[test]
     fn equals_are_told_of_in_turn() {
         let mut tracker = Tracker::default();
-        (0..32).for_each(|n| tracker.heard(peer(n), mib(0, 16).into(), 0, at(0)));
+        (0..32).for_each(|n| tracker.heard(peer(n), &mib(0, 16).into(), 0, at(0)));
         let told = (0..100).flat_map(|_| tracker.holders(None)).map(|holder| holder.peer);
         assert_eq!(told.collect::<std::collections::BTreeSet<_>>().len(), 32);
     }
@@ -410,12 +438,15 @@ mod tests {
     #[test]
     fn the_slow_end_up_as_leaves() {
         let mut tracker = Tracker::default();
-        tracker.heard(peer(1), mib(0, 64).into(), 9, at(0));
-        tracker.heard(peer(2), mib(0, 16).into(), 0, at(0));
-        tracker.heard(peer(3), mib(0, 64).into(), 5, at(0));
-        assert_eq!(tracker.direct(Some(peer(1)), mib(0, 16), Comes::Here, 9, at(0)), Direction::Redirect(peer(3)));
+        tracker.heard(peer(1), &mib(0, 64).into(), 9, at(0));
+        tracker.heard(peer(2), &mib(0, 16).into(), 0, at(0));
+        tracker.heard(peer(3), &mib(0, 64).into(), 5, at(0));
         assert_eq!(
-            tracker.direct(None, mib(0, 16), Comes::Here, 9, at(0)),
+            direct(&mut tracker, Some(peer(1)), mib(0, 16), Comes::Here, 9, at(0)),
+            Direction::Redirect(peer(3))
+        );
+        assert_eq!(
+            direct(&mut tracker, None, mib(0, 16), Comes::Here, 9, at(0)),
             Direction::Redirect(peer(2)),
             "good enough for a new one"
         );

@@ -94,7 +94,7 @@ impl Visitor {
 
     /// A member that could fetch the range in this node's stead.
     pub fn deputy(&self) -> Option<SocketAddr> {
-        self.peer.filter(|_| self.may_depute)
+        self.peer.filter(|_| self.may_depute && self.rules.is_some())
     }
 
     /// By which address it is known as a member.
@@ -117,7 +117,6 @@ impl Peers {
     /// Whether to answer a question for a range of a blob, the first byte of which `comes` from there, or who
     /// else could.
     pub fn direct(&self, visitor: &Visitor, digest: &Digest, span: Span, comes: Comes) -> Direction {
-        self.heard(visitor, digest);
         let tracker = self.trackers.get_with((digest.clone(), visitor.circle), Arc::default);
         match (visitor.redirects, visitor.peer) {
             (Redirects::Followed, Some(_)) => {
@@ -127,11 +126,19 @@ impl Peers {
         }
     }
 
+    /// A visitor is answered, or goes where it was sent: it gets this now.
+    pub fn expect(&self, visitor: &Visitor, digest: &Digest, span: Span) {
+        let tracker = self.trackers.get(&(digest.clone(), visitor.circle));
+        if let Some(tracker) = tracker.filter(|_| visitor.redirects == Redirects::Followed) {
+            lock(&tracker).expect(visitor.peer, span, self.now());
+        }
+    }
+
     /// A visitor said what it has of a blob.
     pub fn heard(&self, visitor: &Visitor, digest: &Digest) {
         if let Some(peer) = visitor.peer {
             let tracker = self.trackers.get_with((digest.clone(), visitor.circle), Arc::default);
-            lock(&tracker).heard(peer, visitor.have.clone(), visitor.load, self.now());
+            lock(&tracker).heard(peer, &visitor.have, visitor.load, self.now());
         }
     }
 
@@ -151,6 +158,14 @@ impl Peers {
         let tracker = self.trackers.get(&(digest.clone(), visitor.circle));
         if let (Some(tracker), Some(peer)) = (tracker, visitor.peer) {
             lock(&tracker).depute(peer, span);
+        }
+    }
+
+    /// It does not after all.
+    pub fn fail_as_deputy(&self, visitor: &Visitor, digest: &Digest, at: u64) {
+        let tracker = self.trackers.get(&(digest.clone(), visitor.circle));
+        if let (Some(tracker), Some(peer)) = (tracker, visitor.peer) {
+            lock(&tracker).fail_as_deputy(peer, at);
         }
     }
 

@@ -38,27 +38,36 @@ impl Pull {
     /// it waits a while for one of both.
     pub async fn direct(&self, visitor: &Visitor, request: &BlobRequest, peers: &Peers) -> Direction {
         let (digest, span) = (&request.digest, self.likely_span(request));
-        if visitor.redirects == Redirects::Refused {
+        peers.heard(visitor, digest);
+        if visitor.redirects == Redirects::Refused && request.asking.reach == Reach::Origin {
+            peers.fail_as_deputy(visitor, digest, span.start);
             self.recall(request, span.start, visitor.member());
         }
         let until = Instant::now() + HELD;
-        loop {
+        let direction = loop {
             let direction = peers.direct(visitor, digest, span, self.comes(request, span.start));
-            let (Direction::Answer, Some(deputy)) = (direction, visitor.deputy()) else { return direction };
+            let (Direction::Answer, Some(deputy)) = (direction, visitor.deputy()) else { break direction };
+            // What somebody has the owner fetches from there.
+            if peers.who_visited_has(digest, span.start).iter().any(|holder| holder.peer != deputy) {
+                break Direction::Answer;
+            }
             match self.lend(request, span, deputy) {
                 Lent::Yes(lent) => {
                     peers.depute(visitor, digest, lent);
-                    return Direction::Depute(lent);
+                    break Direction::Depute(lent);
                 }
                 Lent::Later if Instant::now() < until => tokio::time::sleep(LOOK_AGAIN).await,
-                Lent::Later | Lent::No => return Direction::Answer,
+                Lent::Later | Lent::No => break Direction::Answer,
             }
-        }
+        };
+        let gets = if let Direction::Depute(lent) = direction { lent } else { span };
+        peers.expect(visitor, digest, gets);
+        direction
     }
 
     /// Whoever asks insists on having the byte at `at` from here.
     fn recall(&self, request: &BlobRequest, at: u64, by: Option<SocketAddr>) {
-        if let Some(fill) = self.owned(request) {
+        if let (Some(fill), Some(_)) = (self.owned(request), by) {
             fill.recall(at, by);
         }
     }

@@ -272,9 +272,7 @@ impl BlobSources {
                     let told = incoming.followed_by(move || {
                         tokio::spawn(async move {
                             let question = Question::about(&place, &digest, Manner::IfKept, Instant::now() + IF_KEPT);
-                            let mut have = fill.written();
-                            have.insert(span);
-                            peers.tell(owner, &question, &have).await;
+                            peers.tell(owner, &question, &span.into()).await;
                         });
                     });
                     return Ok((told, ServedFrom::Origin));
@@ -282,6 +280,7 @@ impl BlobSources {
                 Ok(_) => tracing::info!(digest = %self.key.digest, "the origin gives a deputy no ranges"),
                 Err(error) => tracing::info!(digest = %self.key.digest, %error, "the origin gives a deputy nothing"),
             }
+            fill.fail_as_deputy(span);
         }
         let insisting = self.ask_once(peers, owner, manner, Redirects::Refused, part).await;
         insisting.map(|incoming| (incoming, ServedFrom::Peer))

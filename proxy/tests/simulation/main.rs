@@ -363,8 +363,13 @@ impl Network {
         let is_better = fetch.plan.as_ref().is_some_and(|plan| plan.is_better_elsewhere(span.start));
         let comes = if is_better { Comes::Elsewhere } else { Comes::Here };
         let direction = fetch.tracker.direct(Some(asker), span, comes, sending, now);
-        let asked = fetch.plan.as_mut().filter(|_| as_owner && direction == Direction::Answer);
+        let nobody_has = fetch.tracker.who_has(span.start).iter().all(|holder| holder.peer == asker);
+        let asked = fetch.plan.as_mut().filter(|_| as_owner && nobody_has && direction == Direction::Answer);
         let lent = asked.map_or(Lent::No, |plan| plan.lend(span, asker, now));
+        if lent != Lent::Later {
+            let gets = if let Lent::Yes(lent) = lent { lent } else { span };
+            self.nodes[peer].fetches[layer].tracker.expect(Some(asker), gets, now);
+        }
         self.tell(node, peer, layer);
         match lent {
             Lent::Yes(lent) => {
@@ -411,7 +416,7 @@ impl Network {
         let (asker, have, load) =
             (self.nodes[node].address, self.nodes[node].fetches[layer].have.clone(), self.nodes[node].sending);
         let now = self.clock();
-        self.nodes[peer].fetches[layer].tracker.heard(asker, have, load, now);
+        self.nodes[peer].fetches[layer].tracker.heard(asker, &have, load, now);
     }
 
     /// What an answer tells of others and of whoever answers.

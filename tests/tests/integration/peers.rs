@@ -312,3 +312,31 @@ async fn what_came_wrong_once_is_not_wrong_for_everybody() {
         }
     }
 }
+
+/// Who follows an owner waits as long as that one does, and does not go to the origin itself.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_origin_that_stalls_is_not_asked_by_everybody() {
+    let image = Image::new(1, &[20_000_000]);
+    let (layer, bytes) = image.layer();
+    let stalls = std::sync::atomic::AtomicU32::new(2);
+    let origin = Origin::start(&[("library/app", "1", &image)], move |request, mut response| {
+        let less = |left: u32| left.checked_sub(1);
+        let order = std::sync::atomic::Ordering::SeqCst;
+        if request.is_blob() && request.method == "GET" && stalls.fetch_update(order, order, less).is_ok() {
+            response.fault = dray_tests::origin::Fault::StallAfter(1_000_000);
+        }
+        response
+    })
+    .await;
+    let nodes = cluster(5, &rule("docker.io", &origin.url()));
+    let path = format!("/v2/library/app/blobs/{layer}?ns=docker.io");
+    for answer in futures_util::future::join_all(nodes.iter().map(|node| node.get(&path))).await {
+        assert_eq!((answer.status, answer.complete), (200, true));
+        assert!(answer.body == bytes);
+    }
+    // Two that stalled, those that took their place, and the ranges of the rest.
+    let asked = origin.count("GET", layer);
+    assert!(asked <= 12, "{asked} questions");
+    let sent = origin.sent();
+    assert!(sent <= bytes.len() as u64 * 3 / 2, "{sent} of {}", bytes.len());
+}
