@@ -181,10 +181,14 @@ impl Tracker {
         }
     }
 
+    /// Whether another than whoever asks has the byte at `at`, or gets it from the origin.
+    pub fn another_has(&self, asker: SocketAddr, at: u64) -> bool {
+        self.peers.iter().any(|(peer, tracked)| *peer != asker && tracked.brings(at))
+    }
+
     /// Some of those who have the byte at `at`, or get it from the origin: the least loaded.
     pub fn who_has(&self, at: u64) -> Vec<Holder> {
-        let has = |tracked: &Tracked| tracked.have.run_end(at) > at || tracked.deputed.run_end(at) > at;
-        let mut able: Vec<_> = self.peers.iter().filter(|(_, tracked)| has(tracked)).collect();
+        let mut able: Vec<_> = self.peers.iter().filter(|(_, tracked)| tracked.brings(at)).collect();
         able.sort_by_key(|(peer, tracked)| (tracked.load, **peer));
         let holder = |(peer, tracked): (&SocketAddr, &Tracked)| {
             let mut have = tracked.have.clone();
@@ -217,6 +221,10 @@ impl Tracker {
 }
 
 impl Tracked {
+    fn brings(&self, at: u64) -> bool {
+        self.have.run_end(at) > at || self.deputed.run_end(at) > at
+    }
+
     /// Whether it has this byte, or gets it now.
     fn gets(&self, at: u64, now: Time) -> bool {
         let coming = |(span, since): &(Span, Time)| span.start <= at && at < span.end && now < *since + ARRIVES;

@@ -147,6 +147,11 @@ impl Peers {
         self.visitors_of(digest).iter().any(|tracker| lock(tracker).is_elsewhere(span))
     }
 
+    /// Whether another visitor has the byte at `at`, or gets it from the origin.
+    pub fn another_has(&self, visitor: SocketAddr, digest: &Digest, at: u64) -> bool {
+        self.visitors_of(digest).iter().any(|tracker| lock(tracker).another_has(visitor, at))
+    }
+
     /// The visitors who have the byte at `at`, or get it from the origin.
     pub fn who_visited_has(&self, digest: &Digest, at: u64) -> Vec<Holder> {
         let found = self.visitors_of(digest).into_iter().flat_map(|tracker| lock(&tracker).who_has(at));

@@ -48,7 +48,7 @@ impl Pull {
             let direction = peers.direct(visitor, digest, span, self.comes(request, span.start));
             let (Direction::Answer, Some(deputy)) = (direction, visitor.deputy()) else { break direction };
             // What somebody has the owner fetches from there.
-            if peers.who_visited_has(digest, span.start).iter().any(|holder| holder.peer != deputy) {
+            if peers.another_has(deputy, digest, span.start) {
                 break Direction::Answer;
             }
             match self.lend(request, span, deputy) {

@@ -363,7 +363,7 @@ impl Network {
         let is_better = fetch.plan.as_ref().is_some_and(|plan| plan.is_better_elsewhere(span.start));
         let comes = if is_better { Comes::Elsewhere } else { Comes::Here };
         let direction = fetch.tracker.direct(Some(asker), span, comes, sending, now);
-        let nobody_has = fetch.tracker.who_has(span.start).iter().all(|holder| holder.peer == asker);
+        let nobody_has = !fetch.tracker.another_has(asker, span.start);
         let asked = fetch.plan.as_mut().filter(|_| as_owner && nobody_has && direction == Direction::Answer);
         let lent = asked.map_or(Lent::No, |plan| plan.lend(span, asker, now));
         if lent != Lent::Later {
@@ -580,7 +580,7 @@ fn slow_nodes_do_not_slow_the_others() {
 #[test]
 fn slow_owners_do_not_slow_the_others_as_much() {
     let outcome = simulate(Shape { nodes: nodes() / 5, slow_every: 0, owners: Owners::Slow });
-    let last = outcome.finished.last().unwrap();
-    assert!(*last <= 5.0, "the last healthy one is done at {last:.2} x size / card");
+    let median = outcome.finished[outcome.finished.len() / 2];
+    assert!(median <= 4.0, "half of the healthy ones are done at {median:.2} x size / card");
     assert!(outcome.origin <= 1.01);
 }
