@@ -6,6 +6,7 @@
 
 mod ask;
 mod discovery;
+mod fetching;
 mod health;
 mod key;
 mod members;

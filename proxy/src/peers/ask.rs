@@ -11,8 +11,8 @@ use http::header::{ACCEPT, ACCEPT_ENCODING, CACHE_CONTROL, CONTENT_TYPE, LOCATIO
 use http::{HeaderMap, HeaderValue, Method};
 use reqwest::Response;
 use tokio::time::{Instant, timeout, timeout_at};
-use xxhash_rust::xxh64::Xxh64;
 
+use super::fetching::Fetching;
 use super::key::Seal;
 use super::swarm::{Claim, Contribution, View};
 use super::wire::Holder;
@@ -471,41 +471,6 @@ impl Peers {
 impl From<SourceError> for Declined {
     fn from(error: SourceError) -> Self {
         if error == SourceError::NotKept { Self::NotKept } else { Self::Source(error) }
-    }
-}
-
-/// A range on its way from a peer.
-struct Fetching {
-    view: Arc<Mutex<View>>,
-    contribution: Contribution,
-    /// Where what it promised ends.
-    promised: u64,
-    /// When the view's clock started.
-    clock: Instant,
-    checksum: Xxh64,
-}
-
-impl Fetching {
-    fn new(view: &Arc<Mutex<View>>, contribution: Contribution, promised: Span, clock: Instant) -> Self {
-        lock(view).begin(contribution.peer);
-        Self { view: view.clone(), contribution, promised: promised.end, clock, checksum: Xxh64::new(0) }
-    }
-
-    fn passed(&mut self, piece: &[u8]) {
-        self.checksum.update(piece);
-        self.contribution.span.end += piece.len() as u64;
-    }
-}
-
-impl Drop for Fetching {
-    fn drop(&mut self) {
-        let contribution = Contribution { checksum: self.checksum.digest(), ..self.contribution };
-        let mut view = lock(&self.view);
-        view.end(contribution);
-        // It stalled, broke off, or was not needed any more: others come first for a while.
-        if contribution.span.end < self.promised {
-            view.left(contribution.peer, self.clock.elapsed());
-        }
     }
 }
 
