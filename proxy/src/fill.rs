@@ -354,14 +354,14 @@ impl Fill {
         let mut plan = self.plan();
         if plan.is_lent_to(span.start, to) {
             // It comes back: it could not.
-            plan.recall(span.start, Some(to), self.clock());
+            plan.recall(span.start, to, self.clock());
             return Lent::No;
         }
         plan.lend(span, to, self.clock())
     }
 
     /// Whoever asks insists on having the byte at `at` from here.
-    pub fn recall(&self, at: u64, by: Option<SocketAddr>) {
+    pub fn recall(&self, at: u64, by: SocketAddr) {
         self.plan().recall(at, by, self.clock());
     }
 

@@ -142,8 +142,8 @@ impl Loans {
 
     /// Whoever asks for the byte at `at` has to have it from the owner: its deputy because it cannot fetch
     /// it, another one because its deputy gives nothing.
-    pub(super) fn recall(&mut self, at: u64, by: Option<SocketAddr>, now: Duration) -> Vec<Span> {
-        let failed = self.take(|loan| loan.covers(at) && (Some(loan.to) == by || now >= loan.since + BEGINS));
+    pub(super) fn recall(&mut self, at: u64, by: SocketAddr, now: Duration) -> Vec<Span> {
+        let failed = self.take(|loan| loan.covers(at) && (loan.to == by || now >= loan.since + BEGINS));
         self.failed += failed.len();
         failed
     }
@@ -240,8 +240,8 @@ mod tests {
         let mut loans = begun();
         loans.lend(span(0), peer(1), Duration::ZERO);
         loans.lend(span(1), peer(2), BEGINS);
-        assert!(loans.recall(5, Some(peer(3)), BEGINS / 2).is_empty(), "its deputy has only begun");
-        assert_eq!(loans.recall(5, Some(peer(3)), BEGINS), [span(0)]);
+        assert!(loans.recall(5, peer(3), BEGINS / 2).is_empty(), "its deputy has only begun");
+        assert_eq!(loans.recall(5, peer(3), BEGINS), [span(0)]);
         assert_eq!(loans.may_lend(peer(1)), A_LITTLE, "others may be luckier");
         assert!(loans.due(TERM, NEVER).is_empty());
         assert_eq!(loans.due(TERM + BEGINS, NEVER), [span(1)]);
@@ -278,7 +278,7 @@ mod tests {
         for nth in 0..3 {
             assert_eq!(loans.may_lend(peer(7)), A_LITTLE);
             loans.lend(span(nth), peer(1), Duration::ZERO);
-            assert_eq!(loans.recall(nth * 10 + 3, Some(peer(1)), Duration::ZERO), [span(nth)]);
+            assert_eq!(loans.recall(nth * 10 + 3, peer(1), Duration::ZERO), [span(nth)]);
         }
         assert_eq!(loans.may_lend(peer(7)), 0);
         let mut loans = begun();

@@ -197,7 +197,7 @@ impl Plan {
     }
 
     /// Somebody insists on having the byte at `at` from here, though it was lent.
-    pub fn recall(&mut self, at: u64, by: Option<SocketAddr>, now: Duration) {
+    pub fn recall(&mut self, at: u64, by: SocketAddr, now: Duration) {
         let failed = self.lent.recall(at, by, now);
         self.take_back(failed);
     }

@@ -117,7 +117,7 @@ impl Peers {
     /// Whether to answer a question for a range of a blob, the first byte of which `comes` from there, or who
     /// else could.
     pub fn direct(&self, visitor: &Visitor, digest: &Digest, span: Span, comes: Comes) -> Direction {
-        let tracker = self.trackers.get_with((digest.clone(), visitor.circle), Arc::default);
+        let tracker = self.tracker_of(visitor, digest);
         match (visitor.redirects, visitor.peer) {
             (Redirects::Followed, Some(_)) => {
                 lock(&tracker).direct(visitor.peer, span, comes, self.sending(), self.now())
@@ -128,17 +128,15 @@ impl Peers {
 
     /// A visitor is answered, or goes where it was sent: it gets this now.
     pub fn expect(&self, visitor: &Visitor, digest: &Digest, span: Span) {
-        let tracker = self.trackers.get(&(digest.clone(), visitor.circle));
-        if let Some(tracker) = tracker.filter(|_| visitor.redirects == Redirects::Followed) {
-            lock(&tracker).expect(visitor.peer, span, self.now());
+        if visitor.redirects == Redirects::Followed {
+            lock(&self.tracker_of(visitor, digest)).expect(visitor.peer, span, self.now());
         }
     }
 
     /// A visitor said what it has of a blob.
     pub fn heard(&self, visitor: &Visitor, digest: &Digest) {
         if let Some(peer) = visitor.peer {
-            let tracker = self.trackers.get_with((digest.clone(), visitor.circle), Arc::default);
-            lock(&tracker).heard(peer, &visitor.have, visitor.load, self.now());
+            lock(&self.tracker_of(visitor, digest)).heard(peer, &visitor.have, visitor.load, self.now());
         }
     }
 
@@ -160,18 +158,20 @@ impl Peers {
 
     /// A visitor fetches this from the origin in this node's stead.
     pub fn depute(&self, visitor: &Visitor, digest: &Digest, span: Span) {
-        let tracker = self.trackers.get(&(digest.clone(), visitor.circle));
-        if let (Some(tracker), Some(peer)) = (tracker, visitor.peer) {
-            lock(&tracker).depute(peer, span);
+        if let Some(peer) = visitor.peer {
+            lock(&self.tracker_of(visitor, digest)).depute(peer, span);
         }
     }
 
     /// It does not after all.
     pub fn fail_as_deputy(&self, visitor: &Visitor, digest: &Digest, at: u64) {
-        let tracker = self.trackers.get(&(digest.clone(), visitor.circle));
-        if let (Some(tracker), Some(peer)) = (tracker, visitor.peer) {
-            lock(&tracker).fail_as_deputy(peer, at);
+        if let Some(peer) = visitor.peer {
+            lock(&self.tracker_of(visitor, digest)).fail_as_deputy(peer, at);
         }
+    }
+
+    fn tracker_of(&self, visitor: &Visitor, digest: &Digest) -> Arc<Mutex<Tracker>> {
+        self.trackers.get_with((digest.clone(), visitor.circle), Arc::default)
     }
 
     fn visitors_of(&self, digest: &Digest) -> Vec<Arc<Mutex<Tracker>>> {

@@ -39,9 +39,12 @@ impl Pull {
     pub async fn direct(&self, visitor: &Visitor, request: &BlobRequest, peers: &Peers) -> Direction {
         let (digest, span) = (&request.digest, self.likely_span(request));
         peers.heard(visitor, digest);
-        if visitor.redirects == Redirects::Refused && request.asking.reach == Reach::Origin {
+        if visitor.redirects == Redirects::Refused
+            && request.asking.reach == Reach::Origin
+            && let Some(member) = visitor.member()
+        {
             peers.fail_as_deputy(visitor, digest, span.start);
-            self.recall(request, span.start, visitor.member());
+            self.recall(request, span.start, member);
         }
         let until = Instant::now() + HELD;
         let direction = loop {
@@ -66,8 +69,8 @@ impl Pull {
     }
 
     /// Whoever asks insists on having the byte at `at` from here.
-    fn recall(&self, request: &BlobRequest, at: u64, by: Option<SocketAddr>) {
-        if let (Some(fill), Some(_)) = (self.owned(request), by) {
+    fn recall(&self, request: &BlobRequest, at: u64, by: SocketAddr) {
+        if let Some(fill) = self.owned(request) {
             fill.recall(at, by);
         }
     }
