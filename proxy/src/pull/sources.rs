@@ -242,6 +242,9 @@ impl BlobSources {
             };
             match answer {
                 Ok(answer) => return Ok(Some(answer)),
+                // It has given some, and is about to change its source: how often is waited for that, before all
+                // who wait turn to the next one, is for the failures to say.
+                Err(Declined::Source(error @ SourceError::TimedOut)) if !self.have().is_empty() => return Err(error),
                 Err(Declined::Source(error)) => {
                     tracing::info!(%owner, digest = %self.key.digest, %error, "the owner gives nothing");
                     refusals.add(error)?;
