@@ -3,23 +3,26 @@
 //! Unknown keys, wrong units, unreachable rules and duplicates are errors that name file, line and
 //! key. An accepted key is never ignored.
 
+mod containerd;
 mod credentials;
 mod pattern;
+mod peers;
 mod units;
 mod upstream;
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use ipnet::IpNet;
 use serde::Deserialize;
 use toml::Spanned;
 
 use crate::oci::Registry;
+pub use containerd::{Containerd, Mirror, WrongMirror};
 pub use credentials::{Credentials, PasswordSource};
 pub use pattern::HostPattern;
+pub use peers::{Mtls, Peers, Zone, Zones};
 pub use units::{Share, Size, Span, whole_tag};
 pub use upstream::{Scheme, Upstream};
 
@@ -39,6 +42,7 @@ pub struct Config {
     /// Rules in order; the first match wins.
     pub registry: Vec<Spanned<Rule>>,
     pub peers: Peers,
+    pub containerd: Containerd,
 }
 
 #[derive(Debug, Clone, PartialEq, Deserialize)]
@@ -163,78 +167,6 @@ pub enum RuleAccess {
     Shared,
 }
 
-#[derive(Debug, Clone, PartialEq, Default, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct Peers {
-    /// Where other drays connect; without it this process keeps to itself.
-    pub listen: Option<SocketAddr>,
-    /// The peer listeners of all drays, this one included.
-    #[serde(rename = "static", deserialize_with = "units::by_zone")]
-    pub members: Vec<(Zone, SocketAddr)>,
-    /// Names whose addresses are those of all drays, such as a headless Service. Each listens on
-    /// the port of `listen`.
-    #[serde(deserialize_with = "units::by_zone")]
-    pub service: Vec<(Zone, String)>,
-    /// This process's own; without it, that of the name or list that has its address.
-    #[serde(deserialize_with = "units::zone")]
-    pub zone: Zone,
-    pub zones: Zones,
-    /// A file with a secret that all drays share, one to a line: the first signs, all are believed.
-    pub key_file: Option<PathBuf>,
-    /// Certificates by which drays know each other.
-    pub mtls: Option<Mtls>,
-}
-
-impl Peers {
-    /// Whether it makes sense as a whole. An error: which key does not, and why.
-    pub fn check(&self) -> Result<(), (&'static str, &'static str)> {
-        let has_members = !self.members.is_empty() || !self.service.is_empty();
-        if has_members && self.listen.is_none() {
-            return Err(("peers.listen", "is needed, so that the others can ask back"));
-        }
-        let is_set = self.key_file.is_some() || self.mtls.is_some() || self.zone.is_some();
-        if (is_set || self.zones != Zones::default()) && self.listen.is_none() {
-            return Err(("peers.listen", "is needed: without it there are no peers"));
-        }
-        if self.key_file.is_some() && self.mtls.is_some() {
-            return Err(("peers.key_file", "is not needed beside mtls: choose one of them"));
-        }
-        let mut zones = self.members.iter().map(|(zone, _)| zone).chain(self.service.iter().map(|(zone, _)| zone));
-        if self.zone.is_some() && has_members && !zones.any(Option::is_some) {
-            let problem =
-                "is of no use while the others have none: write service = { a = \"...\" } or static = { a = [...] }";
-            return Err(("peers.zone", problem));
-        }
-        Ok(())
-    }
-}
-
-#[derive(Debug, Clone, PartialEq, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Mtls {
-    /// Certificate chain, PEM. Peers have to have one for the same name.
-    pub cert: PathBuf,
-    pub key: PathBuf,
-    /// Who issues the peers' certificates, PEM.
-    pub ca: PathBuf,
-}
-
-/// A zone's name; None: no zone that anybody knows.
-pub type Zone = Option<Arc<str>>;
-
-/// What zones mean for who asks whom.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Zones {
-    /// The owner in the zone is asked, and it asks the owner in all zones.
-    #[default]
-    Prefer,
-    /// Nobody in another zone is asked: each zone fetches from the origin for itself.
-    Isolate,
-    /// There are none.
-    Ignore,
-}
-
 /// Below this the preallocated files for small objects leave no room for blobs.
 pub const MIN_DISK: Size = Size(64 << 20);
 
@@ -295,6 +227,10 @@ impl Config {
             return Err(at(section("[tls]"), "tls.client_ca", "needs cert and key".into()));
         }
         self.peers.check().map_err(|(key, problem)| at(section("[peers]"), key, problem.to_owned()))?;
+        if self.containerd.mirror.is_some() && self.containerd.hosts_dir.is_none() {
+            let problem = "is of no use without containerd.hosts_dir".to_owned();
+            return Err(at(section("[containerd]"), "containerd.mirror", problem));
+        }
         self.check_rules(&at)
     }
 
@@ -351,6 +287,7 @@ impl Default for Config {
             tls: Tls::default(),
             registry: Vec::new(),
             peers: Peers::default(),
+            containerd: Containerd::default(),
         }
     }
 }

@@ -26,6 +26,7 @@ use crate::peers::{Seal, Sending as Counted, Standing, Unproven, Visitor, wire};
 use crate::pull::{Asker, Asking, BlobRequest, Body, ManifestAnswer, Pull, Refusal};
 use crate::registries::{Registries, Rule};
 use crate::respond::Reply;
+use crate::sentinel;
 use crate::source::Broken;
 
 /// Answers one listener's requests.
@@ -174,6 +175,11 @@ impl Front {
         let Route::Content { registry, repository, endpoint, named_by } = route else {
             return Reply::ping();
         };
+        if sentinel::is_registry(&registry) && self.listener == Listener::Clients {
+            let range = header(RANGE).and_then(RangeSet::parse).as_ref().and_then(RangeSet::single);
+            return sentinel::answer(&endpoint, range.filter(|_| request.method != Method::HEAD))
+                .of_registry(&registry);
+        }
         let place = self.pull.place(registry.clone(), repository.clone());
         let rule = place.rule.name().to_owned();
         exchange.content = Some(Content { registry: registry.clone(), repository, rule, named_by });

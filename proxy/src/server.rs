@@ -18,7 +18,8 @@ use tokio::time::timeout;
 
 use crate::access_log::AccessLog;
 use crate::admin::{Admin, Readiness};
-use crate::config::{Config, Share, Tls};
+use crate::config::{Config, Mirror, Share, Tls};
+use crate::containerd::keeping::Keeping;
 use crate::identity::{Files, Identity, Welcome};
 use crate::metrics::Metrics;
 use crate::origin::Origin;
@@ -123,8 +124,10 @@ pub fn run(
     admin.add_tcp(&bound.admin.to_string());
     server.add_service(admin);
 
+    let keeping = keeping(&config, bound.registry)?;
     runtime.spawn_blocking({
         let (readiness, knowing, handle) = (readiness.clone(), pull.clone(), runtime.handle().clone());
+        let keeping = keeping.clone();
         move || {
             if ports.wait_until_open() {
                 // Whoever does not know its peers yet would fetch everything itself.
@@ -133,6 +136,9 @@ pub fn run(
                 }
                 readiness.begin();
                 started(bound);
+                if let Some(keeping) = keeping {
+                    handle.spawn(async move { keeping.keep().await });
+                }
             } else {
                 tracing::error!("the listeners did not open");
             }
@@ -144,10 +150,27 @@ pub fn run(
     let scrubbing = pull.clone();
     runtime.spawn(async move { scrubbing.scrub(config.cache.scrub.0).await });
     runtime.spawn(keep_house(store.clone(), config.cache.keep_free));
-    let stop = Stop { readiness, load };
+    let stop = Stop { readiness, load, keeping: keeping.clone() };
     server.run(RunArgs { shutdown_signal: Box::new(stop) });
+    if let Some(keeping) = keeping {
+        keeping.withdraw();
+    }
     close(runtime, &store);
     Ok(())
+}
+
+/// Whom containerd is pointed at while this process is ready. None: nobody asked for that.
+fn keeping(config: &Config, listen: SocketAddr) -> Result<Option<Arc<Keeping>>, StartError> {
+    let Some(hosts_dir) = config.containerd.hosts_dir.clone() else { return Ok(None) };
+    if !hosts_dir.is_dir() {
+        let problem = "is no directory: it has to be containerd's config_path, which `dray containerd check` tells";
+        return Err(StartError::Config(format!("containerd.hosts_dir = \"{}\": {problem}", hosts_dir.display())));
+    }
+    let scheme = if config.tls.cert.is_some() { "https" } else { "http" };
+    let own = || format!("{scheme}://{}", reachable(listen)).parse::<Mirror>();
+    let mirror = config.containerd.mirror.clone().map_or_else(own, Ok);
+    let mirror = mirror.map_err(|e| StartError::Config(format!("containerd.{e}")))?;
+    Ok(Some(Arc::new(Keeping::new(hosts_dir, mirror))))
 }
 
 async fn compose(
@@ -276,6 +299,7 @@ fn opens(address: SocketAddr, deadline: Instant) -> bool {
 struct Stop {
     readiness: Arc<Readiness>,
     load: Arc<Load>,
+    keeping: Option<Arc<Keeping>>,
 }
 
 #[async_trait]
@@ -291,6 +315,10 @@ impl ShutdownSignalWatch for Stop {
             _ = interrupt.recv() => return ShutdownSignal::FastShutdown,
         }
         self.readiness.end();
+        // Before anything else: whoever asks from now on had better ask elsewhere.
+        if let Some(keeping) = self.keeping.clone() {
+            let _ = tokio::task::spawn_blocking(move || keeping.withdraw()).await;
+        }
         tracing::info!(requests = self.load.current(), "draining");
         let drained = async {
             tokio::time::sleep(LINGER).await;

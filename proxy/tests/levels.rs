@@ -3,15 +3,16 @@
 use std::fs;
 use std::path::Path;
 
-const LEVELS: [&[&str]; 8] = [
+const LEVELS: [&[&str]; 9] = [
     &["oci", "metrics"],
     &["config", "flights", "identity", "lifetimes", "provenance", "role"],
     &["dns", "registries", "source", "store", "telemetry"],
     &["access_log", "origin", "peers", "fill", "tags"],
     &["pull"],
     &["respond"],
+    &["sentinel"],
     &["proxy", "admin", "containerd"],
-    &["server", "main", "lib"],
+    &["server", "commands", "main", "lib"],
 ];
 
 fn level(module: &str) -> usize {

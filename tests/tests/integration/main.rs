@@ -21,5 +21,6 @@ mod public;
 mod ranges;
 mod routing;
 mod sendfile;
+mod shapes;
 mod soak;
 mod tags;

@@ -1,0 +1,41 @@
+//! The commands, and how each ends.
+
+pub(crate) mod containerd;
+pub(crate) mod serve;
+
+use std::future::Future;
+use std::io::Write;
+use std::path::Path;
+
+use dray::config::Config;
+
+/// Why a command ends without success.
+pub(crate) enum Failure {
+    Usage(String),
+    Failed(String),
+}
+
+/// `dray check-config`.
+pub(crate) fn check_config(file: &Path) -> Result<(), Failure> {
+    Config::load(file).map_err(|e| Failure::Usage(e.to_string()))?;
+    say(&format!("{}: ok", file.display()));
+    Ok(())
+}
+
+/// Prints what a command has to say. A closed pipe is the reader's business.
+fn say(text: &str) {
+    let _ = writeln!(std::io::stdout(), "{text}");
+}
+
+/// For commands that ask others.
+fn block_on<T>(asking: impl Future<Output = T>) -> Result<T, Failure> {
+    install_tls()?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    Ok(runtime.map_err(|e| Failure::Failed(e.to_string()))?.block_on(asking))
+}
+
+/// Before anything else may choose another provider.
+fn install_tls() -> Result<(), Failure> {
+    let installed = rustls::crypto::ring::default_provider().install_default();
+    installed.map_err(|_| Failure::Failed("no TLS provider".into()))
+}

@@ -1,0 +1,429 @@
+//! `dray containerd install | check | uninstall | hand-over`.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use clap::{Args, Subcommand};
+use dray::config::Mirror;
+use dray::containerd::daemon::{self, Daemon, File, LoadError, Version};
+use dray::containerd::diagnosis::{Diagnosis, Severity, good};
+use dray::containerd::hosts_dir::{HostsDir, Mode, Outcome, Registries};
+use dray::containerd::hosts_toml::{self, Mirrors};
+use dray::containerd::patch::{ConfigFile, Patched};
+use dray::containerd::places::{self, Place};
+use dray::containerd::proof::{self, Answer};
+
+use super::{Failure, say};
+
+#[derive(Subcommand)]
+pub(crate) enum Containerd {
+    /// Send containerd to dray first: write hosts.toml files into its hosts directory
+    ///
+    /// What is there stays, after dray; a file that is changed is kept beside it. containerd reads the files
+    /// anew for every pull: nothing needs a restart.
+    Install(Install),
+    /// Say in plain words whether containerd uses its mirror, and if not, why
+    ///
+    /// Exit code 0 if it does, 1 if not. Ends with a proof: an image that only dray has is pulled through
+    /// containerd's own configuration where crictl is installed, and asked of the mirror in any case.
+    Check(Check),
+    /// Take back what install wrote, and put back what was there before
+    Uninstall(Uninstall),
+    /// Give _default in the hosts directory to the user that dray runs as, who then needs no other right there
+    ///
+    /// For `[containerd] hosts_dir`; `uninstall` gives it back.
+    HandOver(HandOver),
+}
+
+#[derive(Args)]
+pub(crate) struct Install {
+    #[command(flatten)]
+    at: At,
+    /// Where containerd reaches dray, such as http://127.0.0.1:5050; several are tried in order
+    #[arg(long, value_name = "URL", required = true)]
+    mirror: Vec<Mirror>,
+    /// The authority that signed the mirror's certificate, a PEM file on the node
+    #[arg(long, value_name = "FILE")]
+    ca: Option<PathBuf>,
+    /// Only for these registries, such as docker.io; without it for all that have no directory of their own
+    #[arg(long, value_name = "HOST", conflicts_with = "extend")]
+    registry: Vec<String>,
+    /// Also where a registry has a directory of its own, which hides _default
+    #[arg(long)]
+    extend: bool,
+    /// Also set config_path in containerd's configuration, which then needs a restart
+    #[arg(long)]
+    patch_config: bool,
+    /// Only say what would be written
+    #[arg(long)]
+    dry_run: bool,
+}
+
+#[derive(Args)]
+pub(crate) struct Check {
+    #[command(flatten)]
+    at: At,
+    /// containerd's socket; without it the one that its configuration names
+    #[arg(long, value_name = "PATH")]
+    socket: Option<PathBuf>,
+    /// Do not pull through containerd
+    #[arg(long)]
+    no_pull: bool,
+}
+
+#[derive(Args)]
+pub(crate) struct Uninstall {
+    #[command(flatten)]
+    at: At,
+    /// Only say what would be done
+    #[arg(long)]
+    dry_run: bool,
+    /// Stay so long afterwards, such as 30s
+    #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
+    linger: Option<Duration>,
+}
+
+#[derive(Args)]
+pub(crate) struct HandOver {
+    /// containerd's hosts directory, such as /etc/containerd/certs.d
+    #[arg(long, value_name = "DIR")]
+    hosts_dir: PathBuf,
+    /// The user and group that dray runs as, by number
+    #[arg(long, value_name = "UID:GID", value_parser = ids)]
+    to: (u32, u32),
+    /// Only say what would be done
+    #[arg(long)]
+    dry_run: bool,
+}
+
+/// Which containerd.
+#[derive(Args)]
+struct At {
+    /// containerd's hosts directory, its config_path; without it the one that its configuration names
+    #[arg(long, value_name = "DIR")]
+    hosts_dir: Option<PathBuf>,
+    /// containerd's configuration; - reads what `containerd config dump` prints. Without it that of the
+    /// distribution: containerd's own, k3s, RKE2, k0s, MicroK8s, Talos
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Which containerd reads it, such as 1.7 or 2.1; without it `containerd --version` is asked
+    #[arg(long, value_name = "VERSION")]
+    containerd_version: Option<Version>,
+}
+
+/// A containerd's configuration as far as it is known.
+struct Found {
+    config: PathBuf,
+    place: Option<Place>,
+    files: Vec<File>,
+    version: Version,
+    /// Whether the version is only what the configuration lets one think.
+    is_guess: bool,
+}
+
+/// A mirror that a hosts.toml names, and the authority for its certificate.
+type Named = (String, Option<PathBuf>);
+
+/// What `containerd --version` is asked of, beside what is in the path.
+const CONTAINERD: [&str; 4] = [
+    "containerd",
+    "/var/lib/rancher/k3s/data/current/bin/containerd",
+    "/var/lib/rancher/rke2/bin/containerd",
+    "/var/lib/k0s/bin/containerd",
+];
+
+impl Containerd {
+    pub(crate) fn run(self) -> Result<(), Failure> {
+        match self {
+            Self::Install(install) => install.run(),
+            Self::Check(check) => check.run(),
+            Self::Uninstall(uninstall) => uninstall.run(),
+            Self::HandOver(hand_over) => {
+                let hosts = HostsDir::new(hand_over.hosts_dir);
+                report(&hosts.hand_over(hand_over.to, mode(hand_over.dry_run)).map_err(failed)?, hand_over.dry_run)
+            }
+        }
+    }
+}
+
+impl Install {
+    fn run(self) -> Result<(), Failure> {
+        let mode = mode(self.dry_run);
+        let dir = match (&self.at.hosts_dir, self.patch_config) {
+            (Some(dir), false) => dir.clone(),
+            (_, true) => self.patch()?,
+            (None, false) => {
+                let found = self.at.find()?;
+                let diagnosis = found.diagnose(None);
+                let wrong = diagnosis.findings.iter().find(|finding| finding.severity == Severity::Wrong);
+                if let Some(finding) = wrong {
+                    let mut message = format!("{}\n", finding.what);
+                    finding.remedy.iter().for_each(|line| message += &format!("  {line}\n"));
+                    return Err(Failure::Failed(message + "or name the directory with --hosts-dir"));
+                }
+                diagnosis.hosts_dir.ok_or_else(|| Failure::Failed("name the directory with --hosts-dir".into()))?
+            }
+        };
+        let registries = match (self.extend, self.registry.is_empty()) {
+            (true, _) => Registries::Every,
+            (false, false) => Registries::Named(self.registry),
+            (false, true) => Registries::Default,
+        };
+        let mirrors = Mirrors { hosts: self.mirror, ca: self.ca };
+        report(&HostsDir::new(dir).install(&mirrors, &registries, mode).map_err(failed)?, self.dry_run)
+    }
+
+    /// Sets the directory in containerd's configuration, and makes it.
+    fn patch(&self) -> Result<PathBuf, Failure> {
+        let found = self.at.find()?;
+        let dir = self.at.hosts_dir.clone().unwrap_or_else(|| found.wanted());
+        let (file, section, version) = found.to_patch();
+        let config = ConfigFile::new(&file);
+        let wanted = dir.to_string_lossy();
+        let patched = match mode(self.dry_run) {
+            Mode::Apply => {
+                std::fs::create_dir_all(&dir).map_err(|e| Failure::Failed(format!("{}: {e}", dir.display())))?;
+                config.set(section, version, &wanted)
+            }
+            Mode::DryRun => config.plan(section, version, &wanted),
+        };
+        match patched.map_err(failed)? {
+            Patched::Changed { .. } if !self.dry_run => say(&format!(
+                "{}: config_path = \"{wanted}\"; the file as it was is {}. Restart containerd",
+                file.display(),
+                config.kept().display()
+            )),
+            Patched::Changed { .. } => say(&format!("{}: config_path = \"{wanted}\"", file.display())),
+            Patched::Nothing | Patched::Edited => say(&format!("{}: has config_path already", file.display())),
+        }
+        Ok(dir)
+    }
+}
+
+impl Uninstall {
+    fn run(self) -> Result<(), Failure> {
+        let dir = match &self.at.hosts_dir {
+            Some(dir) => Some(dir.clone()),
+            None => {
+                let found = self.at.find()?;
+                let dir = found.diagnose(None).hosts_dir;
+                self.restore_config(&found, dir.as_deref())?;
+                dir
+            }
+        };
+        let Some(dir) = dir else {
+            return Err(Failure::Failed("containerd's configuration names no hosts directory: use --hosts-dir".into()));
+        };
+        let done = HostsDir::new(dir).uninstall(mode(self.dry_run)).map_err(failed)?;
+        let reported = report(&done, self.dry_run);
+        if let Some(linger) = self.linger {
+            std::thread::sleep(linger);
+        }
+        reported
+    }
+
+    /// Takes back what `install --patch-config` did.
+    fn restore_config(&self, found: &Found, dir: Option<&Path>) -> Result<(), Failure> {
+        let (file, section, version) = found.to_patch();
+        let config = ConfigFile::new(&file);
+        if self.dry_run || !config.kept().exists() {
+            return Ok(());
+        }
+        let dir = dir.map_or_else(|| found.wanted(), Path::to_owned);
+        match config.restore(section, version, &dir.to_string_lossy()).map_err(failed)? {
+            Patched::Changed { .. } => say(&format!("{}: as it was before. Restart containerd", file.display())),
+            Patched::Edited => say(&format!(
+                "{}: edited since, and left alone; as it was before it is {}",
+                file.display(),
+                config.kept().display()
+            )),
+            Patched::Nothing => {}
+        }
+        Ok(())
+    }
+}
+
+impl Check {
+    fn run(self) -> Result<(), Failure> {
+        let (diagnosis, place, mirrors) = self.diagnose()?;
+        let mut is_wrong = diagnosis.is_wrong();
+        for finding in &diagnosis.findings {
+            say(&format!("{:<5} {}: {}", finding.severity.as_str(), finding.code, finding.what));
+            finding.remedy.iter().for_each(|line| say(&format!("        {line}")));
+        }
+        let asked = super::block_on(async {
+            let mut answers = Vec::new();
+            for (mirror, authority) in &mirrors {
+                answers.push(proof::ask(mirror, authority.as_deref()).await);
+            }
+            answers
+        })?;
+        let mut answers = false;
+        for ((mirror, _), answer) in mirrors.iter().zip(asked) {
+            answers |= matches!(answer, Answer::Dray);
+            say(&match answer {
+                Answer::Dray => format!("ok    mirror: {mirror} is a dray"),
+                Answer::Other(status) => format!("note  mirror: {mirror} answers {status}, and is no dray"),
+                Answer::Nobody(why) => format!("wrong mirror: {mirror} does not answer: {why}"),
+            });
+        }
+        is_wrong |= !mirrors.is_empty() && !answers;
+        if !is_wrong && !self.no_pull {
+            let socket = self.socket.or(diagnosis.socket).unwrap_or_else(|| place.socket.into());
+            match proof::pull(&socket) {
+                proof::Pull::Came => {
+                    say(&format!("ok    pull: an image that only dray has came through {}", socket.display()));
+                }
+                proof::Pull::Failed(why) => {
+                    is_wrong = true;
+                    say(&format!("wrong pull: {} does not get an image that only dray has: {why}", socket.display()));
+                    say("        Was containerd restarted since its configuration was changed?");
+                }
+                proof::Pull::NotTried(why) => say(&format!("note  pull: not tried: {why}")),
+            }
+        }
+        if is_wrong { Err(Failure::Failed("containerd does not use a dray".into())) } else { Ok(()) }
+    }
+
+    /// What is wrong, where that containerd is, and the mirrors it names with their authorities.
+    fn diagnose(&self) -> Result<(Diagnosis, Place, Vec<Named>), Failure> {
+        let found = match self.at.load()? {
+            Ok(found) => found,
+            Err(error) => return Ok((Diagnosis::unreadable(&error), places::USUAL, Vec::new())),
+        };
+        let mut diagnosis = found.diagnose(self.at.hosts_dir.as_deref());
+        let origin = if found.is_guess {
+            "as its configuration lets one think: --containerd-version says otherwise"
+        } else {
+            "as it says"
+        };
+        let what = format!("{} of containerd {}, {origin}", found.config.display(), found.version);
+        diagnosis.findings.insert(0, good("config", what));
+        let place = found.place.unwrap_or(places::USUAL);
+        let mut mirrors = Vec::new();
+        if let Some(dir) = diagnosis.hosts_dir.clone() {
+            let urls = diagnosis.look_into(&dir).map_err(failed)?;
+            let file = HostsDir::new(&dir).default_file();
+            let text = std::fs::read_to_string(&file).unwrap_or_default();
+            mirrors = urls.into_iter().map(|url| (url.clone(), hosts_toml::authority(&text, &url))).collect();
+            if !mirrors.is_empty() {
+                let names = mirrors.iter().map(|(url, _)| url.as_str()).collect::<Vec<_>>().join(", ");
+                diagnosis.findings.push(good("hosts", format!("{} names {names}", file.display())));
+            }
+        }
+        Ok((diagnosis, place, mirrors))
+    }
+}
+
+impl At {
+    fn find(&self) -> Result<Found, Failure> {
+        self.load()?.map_err(|error| Failure::Failed(format!("{error}; containerd does not start with it")))
+    }
+
+    /// The inner error: containerd itself could not read it.
+    fn load(&self) -> Result<Result<Found, LoadError>, Failure> {
+        let place = self.config.as_deref().map_or_else(|| Some(places::here()), places::of);
+        let config = self.config.clone().or(place.map(|place| place.config.into())).unwrap_or_default();
+        let is_piped = config == Path::new("-");
+        if self.config.is_some() && !is_piped && !config.exists() {
+            return Err(Failure::Failed(format!("{}: no such file", config.display())));
+        }
+        let piped = if is_piped { Some(std::io::read_to_string(std::io::stdin())) } else { None };
+        let piped = piped.transpose().map_err(|e| Failure::Failed(format!("standard input: {e}")))?;
+        let main = match piped {
+            Some(text) => daemon::parse(Path::new("standard input"), &text),
+            None => daemon::parse(&config, &std::fs::read_to_string(&config).unwrap_or_default()),
+        };
+        let main = match main {
+            Ok(main) => main,
+            Err(error) => return Ok(Err(error)),
+        };
+        let asked = self.containerd_version.or_else(|| if is_piped { None } else { asked_version() });
+        let version = asked.unwrap_or_else(|| guessed_version(&main));
+        let files = if is_piped { Ok(vec![main]) } else { daemon::load(&config, version) };
+        Ok(files.map(|files| Found { config, place, files, version, is_guess: asked.is_none() }))
+    }
+}
+
+impl Found {
+    fn diagnose(&self, hosts_dir: Option<&Path>) -> Diagnosis {
+        let wanted = self.wanted();
+        let mut diagnosis = Diagnosis::of(&self.files, self.version, &self.main(), &wanted.to_string_lossy());
+        if let Some(note) = self.place.and_then(|place| place.note) {
+            diagnosis.remark("distribution", note);
+        }
+        if let Some(dir) = hosts_dir {
+            diagnosis.expect(dir);
+        }
+        diagnosis
+    }
+
+    /// The directory that the configuration names, or had better name.
+    fn wanted(&self) -> PathBuf {
+        let named = Daemon::read(&self.files, self.version).config_path;
+        let first =
+            named.as_ref().and_then(|path| path.as_str()?.split(':').next()).filter(|path| path.starts_with('/'));
+        first.map_or_else(|| self.place.unwrap_or(places::USUAL).hosts_dir.into(), PathBuf::from)
+    }
+
+    /// The file that a person edits.
+    fn main(&self) -> PathBuf {
+        if self.config == Path::new("-") { places::USUAL.config.into() } else { self.config.clone() }
+    }
+
+    /// The file, the section and the version for a `config_path`.
+    fn to_patch(&self) -> (PathBuf, &'static str, i64) {
+        let version = self
+            .files
+            .first()
+            .map_or(self.version.newest_config().min(3), |_| Daemon::read(&self.files, self.version).config_version);
+        (self.main(), self.version.section(version), version)
+    }
+}
+
+/// What the installed containerd says of itself.
+fn asked_version() -> Option<Version> {
+    CONTAINERD.iter().find_map(|program| {
+        let output = std::process::Command::new(program).arg("--version").output().ok()?;
+        String::from_utf8_lossy(&output.stdout).parse().ok()
+    })
+}
+
+/// What can be thought of one that is not installed here.
+fn guessed_version(main: &File) -> Version {
+    match main.table.get("version").and_then(|version| version.as_integer()) {
+        Some(4..) => Version { major: 2, minor: 4 },
+        Some(3) => Version { major: 2, minor: 2 },
+        _ => Version { major: 1, minor: 7 },
+    }
+}
+
+fn report(outcome: &Outcome, dry_run: bool) -> Result<(), Failure> {
+    for change in &outcome.changes {
+        say(&change.to_string());
+        if dry_run {
+            say(change.diff().trim_end());
+        }
+    }
+    if outcome.changes.is_empty() {
+        say("nothing to do");
+    }
+    outcome.remarks.iter().for_each(|remark| say(&remark.to_string()));
+    if outcome.remarks.iter().any(|remark| remark.is_failure()) {
+        return Err(Failure::Failed("not all was done: see above".into()));
+    }
+    Ok(())
+}
+
+fn mode(dry_run: bool) -> Mode {
+    if dry_run { Mode::DryRun } else { Mode::Apply }
+}
+
+fn failed(error: impl std::fmt::Display) -> Failure {
+    Failure::Failed(error.to_string())
+}
+
+fn ids(text: &str) -> Result<(u32, u32), String> {
+    let parsed = text.split_once(':').and_then(|(uid, gid)| Some((uid.parse().ok()?, gid.parse().ok()?)));
+    parsed.ok_or_else(|| format!("\"{text}\" is not two numbers such as 65532:65532"))
+}

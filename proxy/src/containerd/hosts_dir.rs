@@ -1,0 +1,520 @@
+//! A containerd hosts directory (its `config_path`): dray's lines go into its files and out again.
+//!
+//! containerd reads the files anew for every pull, so neither needs a restart. For a registry it takes the first
+//! of the directories `host_port_`, `host:port` and `_default` that exists, and no other: a directory for one
+//! registry hides `_default` from it.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use similar::TextDiff;
+
+use super::hosts_toml::{self, Certificates, Mirrors, State, Unfit};
+use super::tree::{self, Lock, Owner};
+
+/// A hosts directory.
+pub struct HostsDir {
+    root: PathBuf,
+}
+
+/// Which registries are sent to the mirror.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Registries {
+    /// All that have no directory of their own.
+    Default,
+    /// All: also those that have a directory of their own.
+    Every,
+    /// These.
+    Named(Vec<String>),
+}
+
+/// Whether to touch files or only say what would be done.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mode {
+    Apply,
+    DryRun,
+}
+
+/// One step of what a command does or would do.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Change {
+    pub path: PathBuf,
+    pub action: Action,
+    before: String,
+    after: String,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Action {
+    /// A new directory with a hosts.toml.
+    MakeDir,
+    /// A file where none was, or one of dray's own again.
+    Write,
+    /// dray's lines go into somebody's file, which is kept beside it.
+    Extend {
+        kept: PathBuf,
+    },
+    /// The kept file takes its place again.
+    Restore {
+        kept: PathBuf,
+    },
+    /// dray's lines go out of a file that was edited since.
+    TakeOut {
+        kept: Option<PathBuf>,
+    },
+    Remove,
+    RemoveDir,
+    /// What an earlier process that was stopped half-way left.
+    Discard,
+    /// A directory goes to the user that dray runs as.
+    HandOver {
+        to: (u32, u32),
+        known: Option<Marker>,
+    },
+    /// A directory goes back to whose it was.
+    GiveBack(Owner),
+}
+
+/// What a person ought to know.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Remark {
+    /// It hides `_default`, and was not to be extended.
+    Shadows(PathBuf),
+    /// It is of a registry on this machine, which no mirror reaches.
+    Local(PathBuf),
+    Unfit(PathBuf, Unfit),
+    /// dray's lines in it were edited by hand, and stay.
+    Edited(PathBuf),
+}
+
+/// What a command did or would do.
+#[derive(Debug, Default)]
+pub struct Outcome {
+    pub changes: Vec<Change>,
+    pub remarks: Vec<Remark>,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum HostsError {
+    #[error("{0}: {1}")]
+    Io(PathBuf, io::Error),
+    #[error(
+        "{0} does not exist: is it containerd's config_path? `dray containerd check` tells; or create it first, or give another --hosts-dir"
+    )]
+    Missing(PathBuf),
+    #[error("\"{0}\" is no registry host such as docker.io or registry.corp:5000")]
+    Registry(String),
+}
+
+/// What dray knows of a directory that it made or was handed: stands in a file in it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Marker {
+    /// Whose it was before. None: dray made it.
+    before: Option<Owner>,
+    /// It belongs to the user that dray runs as until it is given back.
+    handed_over: bool,
+}
+
+const HOSTS: &str = "hosts.toml";
+const KEPT: &str = "hosts.toml.before-dray";
+const MARKER: &str = ".dray";
+const DEFAULT: &str = "_default";
+
+impl HostsDir {
+    pub fn new(root: impl Into<PathBuf>) -> Self {
+        Self { root: root.into() }
+    }
+
+    /// Sends containerd to the mirrors first. What is there stays there, after them.
+    pub fn install(&self, mirrors: &Mirrors, registries: &Registries, mode: Mode) -> Result<Outcome, HostsError> {
+        let _lock = self.lock(mode)?;
+        let mut outcome = Outcome::default();
+        for dir in self.wanted(registries)? {
+            self.install_in(&dir, mirrors, &mut outcome)?;
+        }
+        if *registries == Registries::Default {
+            for dir in self.others()? {
+                let hosts = hosts_toml::hosts(&read(&dir.join(HOSTS))?.unwrap_or_default());
+                if !is_local(&dir)
+                    && !mirrors.hosts.iter().any(|mirror| hosts.iter().any(|host| host == mirror.as_str()))
+                {
+                    outcome.remarks.push(Remark::Shadows(dir));
+                }
+            }
+        }
+        outcome.carry_out(mode)
+    }
+
+    /// Takes back what install wrote, and nothing else.
+    pub fn uninstall(&self, mode: Mode) -> Result<Outcome, HostsError> {
+        if !self.root.is_dir() {
+            return Ok(Outcome::default());
+        }
+        let _lock = self.lock(mode)?;
+        let mut outcome = Outcome::default();
+        for dir in self.directories()? {
+            self.uninstall_in(&dir, &mut outcome)?;
+            self.give_back(&dir, &mut outcome)?;
+        }
+        outcome.carry_out(mode)
+    }
+
+    /// Takes back the lines for all registries, for as long as the mirror is not there. A directory that was
+    /// handed over stays as it is.
+    pub fn withdraw(&self) -> Result<Outcome, HostsError> {
+        let dir = self.root.join(DEFAULT);
+        if !dir.is_dir() {
+            return Ok(Outcome::default());
+        }
+        let _lock = self.lock(Mode::Apply)?;
+        let mut outcome = Outcome::default();
+        self.uninstall_in(&dir, &mut outcome)?;
+        if Marker::of(&dir)?.is_some_and(|marker| !marker.handed_over) {
+            self.give_back(&dir, &mut outcome)?;
+        }
+        outcome.carry_out(Mode::Apply)
+    }
+
+    /// Gives `_default` to the user that dray runs as, who then needs no other right.
+    pub fn hand_over(&self, to: (u32, u32), mode: Mode) -> Result<Outcome, HostsError> {
+        let _lock = self.lock(mode)?;
+        let path = self.root.join(DEFAULT);
+        let known = if path.is_dir() { Marker::of(&path)? } else { None };
+        let mut outcome = Outcome::default();
+        let is_done = known.is_some_and(|known| known.handed_over)
+            && Owner::of(&path).is_ok_and(|owner| (owner.uid, owner.gid) == to);
+        if !is_done {
+            outcome.add(path, Action::HandOver { to, known }, String::new(), String::new());
+        }
+        outcome.carry_out(mode)
+    }
+
+    /// Everything in it that containerd may take for a registry's directory.
+    pub fn directories(&self) -> Result<Vec<PathBuf>, HostsError> {
+        let listed = fs::read_dir(&self.root).map_err(|e| HostsError::Io(self.root.clone(), e))?;
+        let mut dirs: Vec<_> = listed
+            .flatten()
+            .map(|entry| entry.path())
+            .filter(|path| {
+                path.is_dir() && !path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b"."))
+            })
+            .collect();
+        dirs.sort();
+        Ok(dirs)
+    }
+
+    /// Those that hide `_default`.
+    pub fn others(&self) -> Result<Vec<PathBuf>, HostsError> {
+        Ok(self.directories()?.into_iter().filter(|dir| hosts_toml::registry_of(dir).is_some()).collect())
+    }
+
+    pub fn default_file(&self) -> PathBuf {
+        self.root.join(DEFAULT).join(HOSTS)
+    }
+
+    fn lock(&self, mode: Mode) -> Result<Lock, HostsError> {
+        if !self.root.is_dir() {
+            return Err(HostsError::Missing(self.root.clone()));
+        }
+        let lock = Lock::of(&self.root).map_err(|e| HostsError::Io(self.root.clone(), e))?;
+        if mode == Mode::Apply {
+            for dir in self.directories()?.iter().chain([&self.root]) {
+                tree::sweep(dir).map_err(|e| HostsError::Io(dir.clone(), e))?;
+            }
+        }
+        Ok(lock)
+    }
+
+    fn wanted(&self, registries: &Registries) -> Result<Vec<PathBuf>, HostsError> {
+        let default = self.root.join(DEFAULT);
+        match registries {
+            Registries::Default => Ok(vec![default]),
+            Registries::Every => Ok([default].into_iter().chain(self.others()?).collect()),
+            Registries::Named(names) => names.iter().map(|name| self.dir_of(name)).collect(),
+        }
+    }
+
+    /// Where containerd looks for a registry: there already, or where it would be.
+    fn dir_of(&self, registry: &str) -> Result<PathBuf, HostsError> {
+        let wrong = || HostsError::Registry(registry.to_owned());
+        let is_host = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | ':' | '[' | ']');
+        if registry.is_empty() || !registry.chars().all(is_host) || registry.starts_with(['.', '-']) {
+            return Err(wrong());
+        }
+        let (host, port) = match registry.rsplit_once(':') {
+            Some((host, port)) if !port.contains(']') => (host, Some(port.parse::<u16>().map_err(|_| wrong())?)),
+            _ => (registry, None),
+        };
+        let underscored = port.map(|port| self.root.join(format!("{host}_{port}_"))).filter(|dir| dir.is_dir());
+        Ok(underscored.unwrap_or_else(|| self.root.join(registry)))
+    }
+
+    fn install_in(&self, dir: &Path, mirrors: &Mirrors, outcome: &mut Outcome) -> Result<(), HostsError> {
+        if !dir.exists() {
+            let block = mirrors.block(None, &Certificates::default());
+            outcome.add(dir.to_owned(), Action::MakeDir, String::new(), block);
+            return Ok(());
+        }
+        if is_local(dir) {
+            outcome.remarks.push(Remark::Local(dir.to_owned()));
+            return Ok(());
+        }
+        let (path, kept) = (dir.join(HOSTS), dir.join(KEPT));
+        let present = read(&path)?;
+        let earlier = present.as_deref().and_then(hosts_toml::without);
+        if earlier.as_ref().is_some_and(|earlier| earlier.state == State::Edited) {
+            outcome.remarks.push(Remark::Edited(path));
+            return Ok(());
+        }
+        let base = earlier.as_ref().map_or_else(|| present.clone().unwrap_or_default(), |earlier| earlier.rest.clone());
+        // Beside a file that says something containerd looks for no certificates.
+        let certificates = if base.is_empty() { certificates(dir)? } else { Certificates::default() };
+        let block = mirrors.block(hosts_toml::registry_of(dir).as_deref(), &certificates);
+        let wanted = match hosts_toml::with(&base, &block, mirrors) {
+            Ok(wanted) => wanted,
+            Err(unfit) => {
+                outcome.remarks.push(Remark::Unfit(path, unfit));
+                return Ok(());
+            }
+        };
+        match present {
+            Some(present) if present == wanted => {}
+            // Somebody's own, even an empty one.
+            Some(present) if earlier.is_none() => outcome.add(path, Action::Extend { kept }, present, wanted),
+            present => outcome.add(path, Action::Write, present.unwrap_or_default(), wanted),
+        }
+        Ok(())
+    }
+
+    fn uninstall_in(&self, dir: &Path, outcome: &mut Outcome) -> Result<(), HostsError> {
+        let (path, kept) = (dir.join(HOSTS), dir.join(KEPT));
+        let was = read(&kept)?;
+        let Some(present) = read(&path)? else { return Ok(()) };
+        let Some(earlier) = hosts_toml::without(&present) else {
+            // Prepared to be exchanged with a file that never was.
+            if was.is_some_and(|was| hosts_toml::without(&was).is_some()) {
+                outcome.add(kept, Action::Discard, String::new(), String::new());
+            }
+            return Ok(());
+        };
+        if earlier.state == State::Edited {
+            outcome.remarks.push(Remark::Edited(path));
+            return Ok(());
+        }
+        match was {
+            Some(was) if present == extended(&was, &earlier.block) => {
+                outcome.add(path, Action::Restore { kept }, present, was);
+            }
+            None if earlier.rest.trim().is_empty() => outcome.add(path, Action::Remove, present, String::new()),
+            was => {
+                let kept = was.map(|_| kept);
+                outcome.add(path, Action::TakeOut { kept }, present, earlier.rest);
+            }
+        }
+        Ok(())
+    }
+
+    /// A directory that dray made goes if nothing else is in it, one that it was handed goes back.
+    fn give_back(&self, dir: &Path, outcome: &mut Outcome) -> Result<(), HostsError> {
+        let Some(marker) = Marker::of(dir)? else { return Ok(()) };
+        let going = |name: &Path| {
+            outcome.changes.iter().any(|change| {
+                change.path == *name && matches!(change.action, Action::Remove | Action::Discard | Action::RemoveDir)
+            })
+        };
+        let listed = fs::read_dir(dir).map_err(|e| HostsError::Io(dir.to_owned(), e))?;
+        let left = listed.flatten().filter(|entry| entry.file_name() != MARKER && !going(&entry.path())).count();
+        let (path, nothing) = (dir.to_owned(), String::new());
+        match marker.before {
+            None if left == 0 => {
+                // Nothing of it is needed one by one.
+                outcome.changes.retain(|change| !change.path.starts_with(dir));
+                outcome.add(path, Action::RemoveDir, nothing.clone(), nothing);
+            }
+            // Somebody has put something there since.
+            None => {
+                let owner = Owner::of(&self.root).map_err(|e| HostsError::Io(self.root.clone(), e))?;
+                outcome.add(path, Action::GiveBack(owner), nothing.clone(), nothing);
+            }
+            Some(owner) => outcome.add(path, Action::GiveBack(owner), nothing.clone(), nothing),
+        }
+        Ok(())
+    }
+}
+
+/// The text that install made of a file that was there.
+fn extended(was: &str, block: &str) -> String {
+    let urls = hosts_toml::hosts(block);
+    let mirrors = Mirrors { hosts: urls.iter().filter_map(|url| url.parse().ok()).collect(), ca: None };
+    hosts_toml::with(was, block, &mirrors).unwrap_or_default()
+}
+
+impl Outcome {
+    fn add(&mut self, path: PathBuf, action: Action, before: String, after: String) {
+        self.changes.push(Change { path, action, before, after });
+    }
+
+    fn carry_out(self, mode: Mode) -> Result<Self, HostsError> {
+        if mode == Mode::Apply {
+            for change in &self.changes {
+                change.carry_out().map_err(|e| HostsError::Io(change.path.clone(), e))?;
+            }
+        }
+        Ok(self)
+    }
+}
+
+impl Change {
+    fn carry_out(&self) -> io::Result<()> {
+        let path = &self.path;
+        match &self.action {
+            Action::MakeDir => {
+                let marker = Marker { before: None, handed_over: false };
+                tree::make_dir(path, &[(HOSTS, &self.after), (MARKER, &marker.to_text())], None)
+            }
+            Action::Write => tree::write(path, &self.after),
+            Action::Extend { kept } => tree::exchange(path, kept, &self.after),
+            Action::Restore { kept } => tree::restore(path, kept),
+            Action::TakeOut { kept } => {
+                tree::write(path, &self.after)?;
+                kept.as_ref().map_or(Ok(()), |kept| tree::remove(kept))
+            }
+            Action::Remove | Action::Discard => tree::remove(path),
+            Action::RemoveDir => tree::remove_dir(path),
+            Action::HandOver { to, known } => hand_over(path, *to, *known),
+            Action::GiveBack(owner) => {
+                owner.give(path)?;
+                tree::remove(&path.join(MARKER))
+            }
+        }
+    }
+
+    /// What becomes of the file, line by line.
+    pub fn diff(&self) -> String {
+        if self.before == self.after {
+            return String::new();
+        }
+        let name = self.path.display().to_string();
+        let name = if self.action == Action::MakeDir { format!("{name}/{HOSTS}") } else { name };
+        let diff = TextDiff::from_lines(&self.before, &self.after);
+        diff.unified_diff().header(&name, &name).to_string()
+    }
+}
+
+impl std::fmt::Display for Change {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let path = self.path.display();
+        match &self.action {
+            Action::MakeDir => write!(f, "{path}: a new directory, with {HOSTS}"),
+            Action::Write => write!(f, "{path}: written"),
+            Action::Extend { kept } => write!(f, "{path}: dray comes first; the file as it was is {}", kept.display()),
+            Action::Restore { .. } => write!(f, "{path}: as it was before"),
+            Action::TakeOut { .. } => write!(f, "{path}: dray's lines are out; the rest, edited since, stays"),
+            Action::Remove | Action::RemoveDir => write!(f, "{path}: removed"),
+            Action::Discard => write!(f, "{path}: removed, a leftover"),
+            Action::HandOver { to, .. } => write!(f, "{path}: belongs to {}:{} now", to.0, to.1),
+            Action::GiveBack(owner) => {
+                write!(f, "{path}: belongs to {}:{} again, mode {:04o}", owner.uid, owner.gid, owner.mode)
+            }
+        }
+    }
+}
+
+impl Remark {
+    /// Whether something was not done that was asked for.
+    pub fn is_failure(&self) -> bool {
+        match self {
+            Self::Shadows(_) | Self::Local(_) | Self::Unfit(_, Unfit::AlreadyThere(_)) => false,
+            Self::Unfit(..) | Self::Edited(_) => true,
+        }
+    }
+}
+
+impl std::fmt::Display for Remark {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Shadows(dir) => {
+                let registry = hosts_toml::registry_of(dir).unwrap_or_default();
+                write!(
+                    f,
+                    "{} hides _default: {registry} is not pulled through dray. With --extend dray comes first there as well",
+                    dir.display()
+                )
+            }
+            Self::Local(dir) => write!(f, "{}: left alone, a registry on this machine", dir.display()),
+            Self::Unfit(path, unfit) => write!(f, "{}: left alone: {unfit}", path.display()),
+            Self::Edited(path) => write!(
+                f,
+                "{}: left alone: dray's lines in it were edited by hand. Take them out yourself, from \"# dray> begin\" to \"# dray> end\"",
+                path.display()
+            ),
+        }
+    }
+}
+
+impl Marker {
+    fn of(dir: &Path) -> Result<Option<Self>, HostsError> {
+        Ok(read(&dir.join(MARKER))?.and_then(|text| Self::parse(&text)))
+    }
+
+    fn parse(text: &str) -> Option<Self> {
+        let mut words = text.split_whitespace();
+        let before = match words.next()? {
+            "made" => None,
+            "was" => {
+                let mut number = |radix| u32::from_str_radix(words.next()?, radix).ok();
+                Some(Owner { uid: number(10)?, gid: number(10)?, mode: number(8)? })
+            }
+            _ => return None,
+        };
+        Some(Self { before, handed_over: words.next() == Some("handed-over") })
+    }
+
+    fn to_text(self) -> String {
+        let before = match self.before {
+            None => "made".to_owned(),
+            Some(owner) => format!("was {} {} {:04o}", owner.uid, owner.gid, owner.mode),
+        };
+        format!("{before}{}\n", if self.handed_over { " handed-over" } else { "" })
+    }
+}
+
+fn hand_over(path: &Path, to: (u32, u32), known: Option<Marker>) -> io::Result<()> {
+    if !path.exists() {
+        let marker = Marker { before: None, handed_over: true };
+        return tree::make_dir(path, &[(MARKER, &marker.to_text())], Some(to));
+    }
+    let owner = Owner::of(path)?;
+    let before = known.map_or(Some(owner), |known| known.before);
+    tree::write(&path.join(MARKER), &Marker { before, handed_over: true }.to_text())?;
+    Owner { uid: to.0, gid: to.1, mode: owner.mode | 0o700 }.give(path)
+}
+
+/// Certificates that containerd finds by their names, as Docker has it: `*.crt` are authorities, `*.cert` with
+/// `*.key` are the client's.
+fn certificates(dir: &Path) -> Result<Certificates, HostsError> {
+    let listed = fs::read_dir(dir).map_err(|e| HostsError::Io(dir.to_owned(), e))?;
+    let mut names: Vec<_> = listed.flatten().filter_map(|entry| entry.file_name().into_string().ok()).collect();
+    names.sort();
+    let clients = names.iter().filter_map(|name| {
+        let key = format!("{}.key", name.strip_suffix(".cert")?);
+        Some((name.clone(), names.contains(&key).then_some(key)))
+    });
+    let clients = clients.collect();
+    let authorities = names.iter().filter(|name| name.ends_with(".crt")).cloned().collect();
+    Ok(Certificates { authorities, clients })
+}
+
+fn is_local(dir: &Path) -> bool {
+    let Some(registry) = hosts_toml::registry_of(dir) else { return false };
+    let host = registry.rsplit_once(':').map_or(registry.as_str(), |(host, _)| host);
+    host == "localhost" || host.trim_matches(['[', ']']).parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_loopback())
+}
+
+fn read(path: &Path) -> Result<Option<String>, HostsError> {
+    tree::read(path).map_err(|e| HostsError::Io(path.to_owned(), e))
+}
+
+#[cfg(test)]
+mod tests;

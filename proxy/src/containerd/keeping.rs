@@ -1,0 +1,74 @@
+//! Keeps containerd pointed here for as long as this process is ready.
+
+use std::path::PathBuf;
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use super::hosts_dir::{HostsDir, HostsError, Mode, Outcome, Registries};
+use super::hosts_toml::Mirrors;
+use crate::config::Mirror;
+
+/// A hosts directory, and what it is to say.
+pub struct Keeping {
+    hosts: HostsDir,
+    mirrors: Mirrors,
+    /// Whether it says so now: not before this process is ready, and not again after it was taken back.
+    state: Mutex<State>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum State {
+    NotYet,
+    Pointed,
+    Withdrawn,
+}
+
+/// Others write there as well: k3s and Talos remove what they do not know.
+const LOOK_AGAIN: Duration = Duration::from_secs(10);
+
+impl Keeping {
+    pub fn new(hosts_dir: PathBuf, mirror: Mirror) -> Self {
+        let state = Mutex::new(State::NotYet);
+        Self { hosts: HostsDir::new(hosts_dir), mirrors: Mirrors::one(mirror), state }
+    }
+
+    /// Points containerd here, and again when somebody has undone it.
+    pub async fn keep(&self) {
+        loop {
+            self.point();
+            tokio::time::sleep(LOOK_AGAIN).await;
+        }
+    }
+
+    fn point(&self) {
+        // Held while files are written, so that nothing is written after it was taken back.
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        if *state == State::Withdrawn {
+            return;
+        }
+        let done = self.hosts.install(&self.mirrors, &Registries::Default, Mode::Apply);
+        let is_first = std::mem::replace(&mut *state, State::Pointed) == State::NotYet;
+        log(done, is_first);
+    }
+
+    /// Takes it back: nobody is sent here any more.
+    pub fn withdraw(&self) {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        if std::mem::replace(&mut *state, State::Withdrawn) == State::Pointed {
+            log(self.hosts.withdraw(), false);
+        }
+    }
+}
+
+/// What was done each time, what a person ought to know once.
+fn log(done: Result<Outcome, HostsError>, with_remarks: bool) {
+    match done {
+        Ok(outcome) => {
+            outcome.changes.iter().for_each(|change| tracing::info!("{change}"));
+            if with_remarks {
+                outcome.remarks.iter().for_each(|remark| tracing::warn!("{remark}"));
+            }
+        }
+        Err(error) => tracing::error!(%error, "containerd's hosts directory"),
+    }
+}

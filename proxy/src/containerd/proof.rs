@@ -1,0 +1,93 @@
+//! The proof that a mirror works: an image that only dray has comes from it, and through the runtime.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use std::time::Duration;
+
+use crate::sentinel::{REGISTRY, REPOSITORY};
+
+/// What a mirror answers to a request such as containerd's.
+#[derive(Debug)]
+pub enum Answer {
+    /// It is a dray.
+    Dray,
+    /// Something else answers there.
+    Other(u16),
+    /// Nobody does.
+    Nobody(String),
+}
+
+/// What became of a pull through the runtime.
+#[derive(Debug)]
+pub enum Pull {
+    Came,
+    Failed(String),
+    /// There is no way to ask the runtime from here.
+    NotTried(String),
+}
+
+/// A mirror on the same machine answers at once, one in the cluster soon.
+const ANSWER: Duration = Duration::from_secs(5);
+
+/// Where else than in the path distributions have crictl.
+const CRICTL: [&str; 3] = ["/usr/local/bin/crictl", "/var/lib/rancher/rke2/bin/crictl", "/opt/bin/crictl"];
+
+/// Asks a mirror as containerd does.
+pub async fn ask(mirror: &str, authority: Option<&Path>) -> Answer {
+    let url = format!("{mirror}/v2/{REPOSITORY}/manifests/check?ns={REGISTRY}");
+    match head(&url, authority).await {
+        Ok(response) if response.status() == 200 && response.headers().contains_key("x-dray-source") => Answer::Dray,
+        Ok(response) => Answer::Other(response.status().as_u16()),
+        Err(error) => Answer::Nobody(error),
+    }
+}
+
+async fn head(url: &str, authority: Option<&Path>) -> Result<reqwest::Response, String> {
+    // The mirror is meant, not a proxy on the way to it.
+    let mut client = reqwest::Client::builder().no_proxy().timeout(ANSWER);
+    if let Some(path) = authority {
+        let pem = std::fs::read(path).map_err(|e| format!("{}: {e}", path.display()))?;
+        let certificates =
+            reqwest::Certificate::from_pem_bundle(&pem).map_err(|e| format!("{}: {e}", path.display()))?;
+        client = certificates.into_iter().fold(client, reqwest::ClientBuilder::add_root_certificate);
+    }
+    let client = client.build().map_err(|e| crate::source::error_chain(&e))?;
+    client.head(url).send().await.map_err(|e| crate::source::error_chain(&e))
+}
+
+/// Pulls through the CRI plugin, as the kubelet does, and removes what came.
+pub fn pull(socket: &Path) -> Pull {
+    if !socket.exists() {
+        return Pull::NotTried(format!("{} is not there: containerd does not run, or elsewhere", socket.display()));
+    }
+    let Some(crictl) = crictl() else {
+        return Pull::NotTried("crictl is not installed".into());
+    };
+    // A tag of its own, since nothing may have been kept of an earlier one.
+    let image = format!("{REGISTRY}/{REPOSITORY}:check-{:08x}", fastrand::u32(..));
+    let endpoint = format!("unix://{}", socket.display());
+    let run = |arguments: &[&str]| {
+        let mut command = Command::new(&crictl);
+        command.args(["--config", "/dev/null", "--timeout", "30s", "--runtime-endpoint", &endpoint]);
+        command.args(["--image-endpoint", &endpoint]).args(arguments).output()
+    };
+    match run(&["pull", &image]) {
+        Ok(output) if output.status.success() => {
+            let _ = run(&["rmi", &image]);
+            Pull::Came
+        }
+        Ok(output) => Pull::Failed(last_line(&output)),
+        Err(error) => Pull::NotTried(format!("{}: {error}", crictl.display())),
+    }
+}
+
+fn crictl() -> Option<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let listed: Vec<_> = std::env::split_paths(&path).map(|dir| dir.join("crictl")).collect();
+    listed.into_iter().chain(CRICTL.iter().map(PathBuf::from)).find(|file| file.is_file())
+}
+
+fn last_line(output: &Output) -> String {
+    let said = String::from_utf8_lossy(&output.stderr);
+    said.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or("it said nothing").to_owned()
+}

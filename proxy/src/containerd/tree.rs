@@ -1,0 +1,155 @@
+//! Changes to somebody else's directory: each takes effect at once or not at all, also when the process or the
+//! machine stops half-way.
+//!
+//! New directories are made under another name and renamed. A file that is replaced for a while is exchanged
+//! with its successor, so that it comes back with its owner, its mode and its times.
+
+use std::fs::{self, File, OpenOptions, Permissions};
+use std::io::{self, Write};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{CWD, FlockOperation, RenameFlags, flock, renameat_with};
+
+/// Whose a directory or file is, and who may use it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Owner {
+    pub uid: u32,
+    pub gid: u32,
+    pub mode: u32,
+}
+
+/// Keeps other dray processes from the same directory for as long as it is held.
+pub(super) struct Lock {
+    _file: File,
+}
+
+/// What has not yet its own name begins so.
+const UNFINISHED: &str = ".dray-unfinished";
+
+impl Lock {
+    /// Waits for others that change the same directory.
+    pub(super) fn of(dir: &Path) -> io::Result<Self> {
+        let file = File::open(dir)?;
+        flock(&file, FlockOperation::LockExclusive)?;
+        Ok(Self { _file: file })
+    }
+}
+
+impl Owner {
+    pub fn of(path: &Path) -> io::Result<Self> {
+        let known = fs::symlink_metadata(path)?;
+        Ok(Self { uid: known.uid(), gid: known.gid(), mode: known.mode() & 0o7777 })
+    }
+
+    /// Makes it so.
+    pub fn give(&self, path: &Path) -> io::Result<()> {
+        std::os::unix::fs::lchown(path, Some(self.uid), Some(self.gid))?;
+        fs::set_permissions(path, Permissions::from_mode(self.mode))
+    }
+}
+
+/// A file's text. None: there is no such file.
+pub(super) fn read(path: &Path) -> io::Result<Option<String>> {
+    match fs::read(path) {
+        Ok(content) => String::from_utf8(content)
+            .map(Some)
+            .map_err(|_| io::Error::new(io::ErrorKind::InvalidData, "it is not UTF-8 text")),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// A directory with files in it, all at once. With an owner it becomes that one's.
+pub(super) fn make_dir(dir: &Path, files: &[(&str, &str)], owner: Option<(u32, u32)>) -> io::Result<()> {
+    let unfinished = beside(dir);
+    fs::create_dir(&unfinished)?;
+    fs::set_permissions(&unfinished, Permissions::from_mode(0o755))?;
+    for (name, content) in files {
+        write_new(&unfinished.join(name), content, 0o644)?;
+    }
+    if let Some((uid, gid)) = owner {
+        std::os::unix::fs::chown(&unfinished, Some(uid), Some(gid))?;
+    }
+    File::open(&unfinished)?.sync_all()?;
+    renameat_with(CWD, &unfinished, CWD, dir, RenameFlags::NOREPLACE)?;
+    sync_parent(dir)
+}
+
+/// The opposite: the directory is gone at once.
+pub(super) fn remove_dir(dir: &Path) -> io::Result<()> {
+    let unfinished = beside(dir);
+    fs::rename(dir, &unfinished)?;
+    sync_parent(dir)?;
+    fs::remove_dir_all(unfinished)
+}
+
+/// A file of our own, written anew or for the first time.
+pub(super) fn write(path: &Path, content: &str) -> io::Result<()> {
+    let owner = Owner::of(path).ok();
+    let unfinished = beside(path);
+    write_new(&unfinished, content, owner.map_or(0o644, |owner| owner.mode))?;
+    if let Some(owner) = owner {
+        keep_owner(&unfinished, owner)?;
+    }
+    fs::rename(&unfinished, path)?;
+    sync_parent(path)
+}
+
+/// Somebody else's file gets a new content, and is itself kept as `kept`.
+pub(super) fn exchange(path: &Path, kept: &Path, content: &str) -> io::Result<()> {
+    let owner = Owner::of(path)?;
+    let _ = fs::remove_file(kept);
+    write_new(kept, content, owner.mode)?;
+    keep_owner(kept, owner)?;
+    renameat_with(CWD, kept, CWD, path, RenameFlags::EXCHANGE)?;
+    sync_parent(path)
+}
+
+/// The kept file takes its place again.
+pub(super) fn restore(path: &Path, kept: &Path) -> io::Result<()> {
+    fs::rename(kept, path)?;
+    sync_parent(path)
+}
+
+pub(super) fn remove(path: &Path) -> io::Result<()> {
+    fs::remove_file(path)?;
+    sync_parent(path)
+}
+
+/// Removes what a process that was killed has left in a directory.
+pub(super) fn sweep(dir: &Path) -> io::Result<()> {
+    for entry in fs::read_dir(dir)?.flatten() {
+        let path = entry.path();
+        if entry.file_name().to_string_lossy().starts_with(UNFINISHED) {
+            let _ = if path.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
+        }
+    }
+    Ok(())
+}
+
+/// Only who may give files away keeps the owner of one that it replaces.
+fn keep_owner(path: &Path, owner: Owner) -> io::Result<()> {
+    match owner.give(path) {
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+            fs::set_permissions(path, Permissions::from_mode(owner.mode))
+        }
+        given => given,
+    }
+}
+
+fn write_new(path: &Path, content: &str, mode: u32) -> io::Result<()> {
+    let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
+    file.write_all(content.as_bytes())?;
+    file.set_permissions(Permissions::from_mode(mode))?;
+    file.sync_all()
+}
+
+/// The name under which something is made that is to be `path`.
+fn beside(path: &Path) -> PathBuf {
+    path.with_file_name(format!("{UNFINISHED}-{}", std::process::id()))
+}
+
+fn sync_parent(path: &Path) -> io::Result<()> {
+    path.parent().map_or(Ok(()), |parent| File::open(parent)?.sync_all())
+}
