@@ -58,6 +58,7 @@ impl Containerd {
                  [plugins.'io.containerd.transfer.v1.local']\n  config_path = \"{hosts}\"\n  max_concurrent_downloads = 4\n  \
                  concurrent_layer_fetch_buffer = 1048576\n\
                  [[plugins.'io.containerd.transfer.v1.local'.unpack_config]]\n  platform = \"linux/amd64\"\n  snapshotter = \"native\"\n\
+                 [plugins.'io.containerd.cri.v1.images']\n  snapshotter = \"native\"\n\
                  [plugins.'io.containerd.cri.v1.images'.registry]\n  config_path = \"{hosts}\"\n",
                 hosts = hosts.display()
             ),
@@ -88,6 +89,11 @@ impl Containerd {
     /// Where hosts.toml files go.
     pub fn hosts_dir(&self) -> PathBuf {
         self.dir.path().join("certs.d")
+    }
+
+    /// Its configuration.
+    pub fn config(&self) -> PathBuf {
+        self.dir.path().join("config.toml")
     }
 
     pub fn ctr(&self, args: &[&str]) -> Output {

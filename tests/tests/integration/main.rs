@@ -8,6 +8,7 @@ mod cli;
 mod clients;
 mod cluster;
 mod conformance;
+mod containerd;
 mod engine;
 mod faults;
 mod fills;
