@@ -4,13 +4,14 @@ BIN := target/$(PROFILE)/dray
 TOOLS := target/tools
 CARGO_TEST := cargo test --profile $(PROFILE) --workspace
 
-.PHONY: run test lint bench soak image setup tools fuzz fmt
+.PHONY: run test lint bench soak image manifests setup tools fuzz fmt
 
 run: $(BIN) ## Build dray and start it with its built-in defaults
 	$(BIN)
 
 test: setup tools ## Build, install what the tests need, and run them all
 	cargo build --profile $(PROFILE) --workspace --all-targets
+	k8s/image.sh target/image $(PROFILE)
 	$(CARGO_TEST)
 
 lint: build-setup ## Formatting, clippy, licences and bans
@@ -38,8 +39,11 @@ tools: ## Build the Go tools that the tests use
 fmt:
 	cargo fmt --all
 
-image: ## A container image; DOCKER=podman or DOCKER=buildah work as well
-	$(or $(DOCKER),docker) build --file k8s/Dockerfile --tag dray:0.1.0 .
+image: setup ## A container image in target/image/oci, to be pushed by: skopeo copy oci:target/image/oci docker://...
+	k8s/image.sh target/image
+
+manifests: tools ## The plain manifests, from the chart
+	k8s/render.sh $(TOOLS)/helm
 
 .PHONY: $(BIN)
 $(BIN): build-setup

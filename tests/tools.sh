@@ -1,6 +1,6 @@
 #!/bin/sh
-# Builds the Go tools that the tests use into the directory given. Each has a go.mod of its own
-# under tests/tools/, so that nobody's dependency versions mix.
+# Builds the tools that the tests use into the directory given. Those in Go have a go.mod each under
+# tests/tools/, so that nobody's dependency versions mix.
 set -eu
 out=$(mkdir -p "$1" && cd "$1" && pwd)
 cd "$(dirname "$0")/tools"
@@ -21,6 +21,15 @@ if [ "$(printf '%s\n%s\n' "$wanted" "$present" | sort -V | head -n 1)" != "$want
     fi
     PATH="$root/bin:$PATH"
     export PATH GOTOOLCHAIN=local
+fi
+
+# Holds manifests against the schemas of Kubernetes, which it carries.
+validate=kubernetes-validate==1.37.0
+if [ ! -e "$out/.$validate" ]; then
+    echo "installing $validate"
+    rm -rf "$out/python"
+    pip3 install --quiet --disable-pip-version-check --root-user-action=ignore --target "$out/python" "$validate"
+    touch "$out/.$validate"
 fi
 
 for tool in *; do

@@ -19,7 +19,8 @@ pub struct Admin {
 /// Whether clients should be sent here: true between the start line and the stop signal.
 #[derive(Default)]
 pub struct Readiness {
-    ready: AtomicBool,
+    begun: AtomicBool,
+    ended: AtomicBool,
 }
 
 const INDEX: &str =
@@ -56,14 +57,15 @@ fn reply(status: u16, content_type: &str, body: Vec<u8>) -> Response<Vec<u8>> {
 
 impl Readiness {
     pub fn get(&self) -> bool {
-        self.ready.load(Ordering::Acquire)
+        self.begun.load(Ordering::Acquire) && !self.ended.load(Ordering::Acquire)
     }
 
     pub fn begin(&self) {
-        self.ready.store(true, Ordering::Release);
+        self.begun.store(true, Ordering::Release);
     }
 
+    /// For ever, also where it has not begun yet.
     pub fn end(&self) {
-        self.ready.store(false, Ordering::Release);
+        self.ended.store(true, Ordering::Release);
     }
 }

@@ -1,6 +1,8 @@
 //! The commands, and how each ends.
 
 pub(crate) mod containerd;
+pub(crate) mod hand_over;
+pub(crate) mod runtime;
 pub(crate) mod serve;
 
 use std::future::Future;
@@ -8,6 +10,7 @@ use std::io::Write;
 use std::path::Path;
 
 use dray::config::Config;
+use dray::telemetry::{self, LogFormat};
 
 /// Why a command ends without success.
 pub(crate) enum Failure {
@@ -32,6 +35,11 @@ fn block_on<T>(asking: impl Future<Output = T>) -> Result<T, Failure> {
     install_tls()?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     Ok(runtime.map_err(|e| Failure::Failed(e.to_string()))?.block_on(asking))
+}
+
+/// For commands that stay.
+fn log_to_stderr() -> Result<(), Failure> {
+    telemetry::init("info", LogFormat::Text).map(drop).map_err(Failure::Usage)
 }
 
 /// Before anything else may choose another provider.

@@ -227,9 +227,9 @@ impl Config {
             return Err(at(section("[tls]"), "tls.client_ca", "needs cert and key".into()));
         }
         self.peers.check().map_err(|(key, problem)| at(section("[peers]"), key, problem.to_owned()))?;
-        if self.containerd.mirror.is_some() && self.containerd.hosts_dir.is_none() {
+        if let Some(key) = self.containerd.is_useless() {
             let problem = "is of no use without containerd.hosts_dir".to_owned();
-            return Err(at(section("[containerd]"), "containerd.mirror", problem));
+            return Err(at(section("[containerd]"), key, problem));
         }
         self.check_rules(&at)
     }

@@ -12,3 +12,5 @@ pub mod patch;
 pub mod places;
 pub mod proof;
 mod tree;
+
+pub use tree::own;

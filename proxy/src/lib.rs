@@ -21,6 +21,7 @@ pub mod pull;
 pub mod registries;
 pub mod respond;
 pub mod role;
+pub mod runtimes;
 pub mod sentinel;
 pub mod server;
 pub mod source;

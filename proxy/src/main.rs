@@ -10,6 +10,8 @@ use clap::{Parser, Subcommand};
 
 use self::commands::Failure;
 use self::commands::containerd::Containerd;
+use self::commands::hand_over::HandOver;
+use self::commands::runtime::Runtime;
 use self::commands::serve::Serve;
 
 #[global_allocator]
@@ -43,6 +45,10 @@ enum Command {
     /// Point containerd at dray, find out whether that works, or take it back
     #[command(subcommand)]
     Containerd(Containerd),
+    /// Print what points another runtime at dray: the very file, and where it goes
+    Runtime(Runtime),
+    /// Give directories to the user that dray runs as, who then needs no other right
+    HandOver(HandOver),
 }
 
 fn main() -> ExitCode {
@@ -51,6 +57,8 @@ fn main() -> ExitCode {
         Command::Serve(serve) => serve.run(),
         Command::CheckConfig { file } => commands::check_config(&file),
         Command::Containerd(command) => command.run(),
+        Command::Runtime(runtime) => runtime.run(),
+        Command::HandOver(hand_over) => hand_over.run(),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

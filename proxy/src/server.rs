@@ -19,6 +19,7 @@ use tokio::time::timeout;
 use crate::access_log::AccessLog;
 use crate::admin::{Admin, Readiness};
 use crate::config::{Config, Mirror, Share, Tls};
+use crate::containerd::diagnosis;
 use crate::containerd::keeping::Keeping;
 use crate::identity::{Files, Identity, Welcome};
 use crate::metrics::Metrics;
@@ -125,22 +126,21 @@ pub fn run(
     server.add_service(admin);
 
     let keeping = keeping(&config, bound.registry)?;
-    runtime.spawn_blocking({
-        let (readiness, knowing, handle) = (readiness.clone(), pull.clone(), runtime.handle().clone());
-        let keeping = keeping.clone();
-        move || {
-            if ports.wait_until_open() {
-                // Whoever does not know its peers yet would fetch everything itself.
-                if handle.block_on(async { timeout(MEMBERSHIP, knowing.peers_known()).await }).is_err() {
-                    tracing::warn!("the peers are not known yet: starting alone");
-                }
-                readiness.begin();
-                started(bound);
-                if let Some(keeping) = keeping {
-                    handle.spawn(async move { keeping.keep().await });
-                }
-            } else {
+    runtime.spawn({
+        let (readiness, knowing, keeping) = (readiness.clone(), pull.clone(), keeping.clone());
+        async move {
+            if !tokio::task::spawn_blocking(move || ports.wait_until_open()).await.unwrap_or(false) {
                 tracing::error!("the listeners did not open");
+                return;
+            }
+            // Whoever does not know its peers yet would fetch everything itself.
+            if timeout(MEMBERSHIP, knowing.peers_known()).await.is_err() {
+                tracing::warn!("the peers are not known yet: starting alone");
+            }
+            readiness.begin();
+            started(bound);
+            if let Some(keeping) = keeping {
+                keeping.keep().await;
             }
         }
     });
@@ -170,6 +170,11 @@ fn keeping(config: &Config, listen: SocketAddr) -> Result<Option<Arc<Keeping>>, 
     let own = || format!("{scheme}://{}", reachable(listen)).parse::<Mirror>();
     let mirror = config.containerd.mirror.clone().map_or_else(own, Ok);
     let mirror = mirror.map_err(|e| StartError::Config(format!("containerd.{e}")))?;
+    if let Some(file) = &config.containerd.config_file {
+        for finding in diagnosis::of_node(file, &hosts_dir) {
+            tracing::warn!(code = finding.code, remedy = finding.remedy.join(" "), "containerd: {}", finding.what);
+        }
+    }
     Ok(Some(Arc::new(Keeping::new(hosts_dir, mirror))))
 }
 

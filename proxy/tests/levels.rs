@@ -11,7 +11,7 @@ const LEVELS: [&[&str]; 9] = [
     &["pull"],
     &["respond"],
     &["sentinel"],
-    &["proxy", "admin", "containerd"],
+    &["proxy", "admin", "containerd", "runtimes"],
     &["server", "commands", "main", "lib"],
 ];
 

@@ -1,5 +1,6 @@
 //! What the integration tests stand on: real registries and clients, a hostile origin, DNS, TLS.
 
+pub mod chart;
 pub mod cluster;
 pub mod containerd;
 pub mod dns;
@@ -8,6 +9,7 @@ pub mod http;
 pub mod image;
 pub mod mount;
 pub mod nginx;
+pub mod node;
 pub mod origin;
 pub mod process;
 pub mod registry;

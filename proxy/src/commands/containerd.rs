@@ -9,6 +9,7 @@ use dray::containerd::daemon::{self, Daemon, File, LoadError, Version};
 use dray::containerd::diagnosis::{Diagnosis, Severity, good};
 use dray::containerd::hosts_dir::{HostsDir, Mode, Outcome, Registries};
 use dray::containerd::hosts_toml::{self, Mirrors};
+use dray::containerd::keeping;
 use dray::containerd::patch::{ConfigFile, Patched};
 use dray::containerd::places::{self, Place};
 use dray::containerd::proof::{self, Answer};
@@ -29,10 +30,10 @@ pub(crate) enum Containerd {
     Check(Check),
     /// Take back what install wrote, and put back what was there before
     Uninstall(Uninstall),
-    /// Give _default in the hosts directory to the user that dray runs as, who then needs no other right there
+    /// Keep containerd pointed at a mirror elsewhere for as long as that answers
     ///
-    /// For `[containerd] hosts_dir`; `uninstall` gives it back.
-    HandOver(HandOver),
+    /// For a dray that is shared by a cluster. Takes it back when the mirror is gone, and when it is stopped.
+    Keep(Keep),
 }
 
 #[derive(Args)]
@@ -84,16 +85,13 @@ pub(crate) struct Uninstall {
 }
 
 #[derive(Args)]
-pub(crate) struct HandOver {
+pub(crate) struct Keep {
     /// containerd's hosts directory, such as /etc/containerd/certs.d
     #[arg(long, value_name = "DIR")]
     hosts_dir: PathBuf,
-    /// The user and group that dray runs as, by number
-    #[arg(long, value_name = "UID:GID", value_parser = ids)]
-    to: (u32, u32),
-    /// Only say what would be done
-    #[arg(long)]
-    dry_run: bool,
+    /// Where containerd reaches dray
+    #[arg(long, value_name = "URL")]
+    mirror: Mirror,
 }
 
 /// Which containerd.
@@ -138,10 +136,7 @@ impl Containerd {
             Self::Install(install) => install.run(),
             Self::Check(check) => check.run(),
             Self::Uninstall(uninstall) => uninstall.run(),
-            Self::HandOver(hand_over) => {
-                let hosts = HostsDir::new(hand_over.hosts_dir);
-                report(&hosts.hand_over(hand_over.to, mode(hand_over.dry_run)).map_err(failed)?, hand_over.dry_run)
-            }
+            Self::Keep(keep) => keep.run(),
         }
     }
 }
@@ -315,6 +310,14 @@ impl Check {
     }
 }
 
+impl Keep {
+    /// Until a signal.
+    fn run(self) -> Result<(), Failure> {
+        super::log_to_stderr()?;
+        super::block_on(keeping::follow(self.hosts_dir, self.mirror))?.map_err(|e| Failure::Failed(e.to_string()))
+    }
+}
+
 impl At {
     fn find(&self) -> Result<Found, Failure> {
         self.load()?.map_err(|error| Failure::Failed(format!("{error}; containerd does not start with it")))
@@ -339,7 +342,7 @@ impl At {
             Err(error) => return Ok(Err(error)),
         };
         let asked = self.containerd_version.or_else(|| if is_piped { None } else { asked_version() });
-        let version = asked.unwrap_or_else(|| guessed_version(&main));
+        let version = asked.unwrap_or_else(|| Version::guessed(&main));
         let files = if is_piped { Ok(vec![main]) } else { daemon::load(&config, version) };
         Ok(files.map(|files| Found { config, place, files, version, is_guess: asked.is_none() }))
     }
@@ -389,15 +392,6 @@ fn asked_version() -> Option<Version> {
     })
 }
 
-/// What can be thought of one that is not installed here.
-fn guessed_version(main: &File) -> Version {
-    match main.table.get("version").and_then(|version| version.as_integer()) {
-        Some(4..) => Version { major: 2, minor: 4 },
-        Some(3) => Version { major: 2, minor: 2 },
-        _ => Version { major: 1, minor: 7 },
-    }
-}
-
 fn report(outcome: &Outcome, dry_run: bool) -> Result<(), Failure> {
     for change in &outcome.changes {
         say(&change.to_string());
@@ -421,9 +415,4 @@ fn mode(dry_run: bool) -> Mode {
 
 fn failed(error: impl std::fmt::Display) -> Failure {
     Failure::Failed(error.to_string())
-}
-
-fn ids(text: &str) -> Result<(u32, u32), String> {
-    let parsed = text.split_once(':').and_then(|(uid, gid)| Some((uid.parse().ok()?, gid.parse().ok()?)));
-    parsed.ok_or_else(|| format!("\"{text}\" is not two numbers such as 65532:65532"))
 }

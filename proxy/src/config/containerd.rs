@@ -13,6 +13,8 @@ pub struct Containerd {
     pub hosts_dir: Option<PathBuf>,
     /// Where containerd reaches this process. None: at the address of `listen`.
     pub mirror: Option<Mirror>,
+    /// containerd's configuration: only read, to log what is wrong with it. None: it is not looked at.
+    pub config_file: Option<PathBuf>,
 }
 
 /// Where a runtime is sent: `http://host:port` or `https://host:port`.
@@ -23,6 +25,17 @@ pub struct Mirror(String);
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 #[error("mirror \"{0}\": write it as http://host:port, without a path")]
 pub struct WrongMirror(String);
+
+impl Containerd {
+    /// A key that does nothing without a hosts directory.
+    pub(super) fn is_useless(&self) -> Option<&'static str> {
+        match (&self.hosts_dir, &self.mirror, &self.config_file) {
+            (None, Some(_), _) => Some("containerd.mirror"),
+            (None, None, Some(_)) => Some("containerd.config_file"),
+            _ => None,
+        }
+    }
+}
 
 impl Mirror {
     pub fn as_str(&self) -> &str {

@@ -71,6 +71,15 @@ const FULL_NAMES: i64 = 2;
 const IMAGES_APART: i64 = 3;
 
 impl Version {
+    /// What can be thought of one that is not to be asked.
+    pub fn guessed(main: &File) -> Self {
+        match config_version(&main.table) {
+            Some(4..) => Self { major: 2, minor: 4 },
+            Some(3) => Self { major: 2, minor: 2 },
+            _ => Self { major: 1, minor: 7 },
+        }
+    }
+
     /// Plugin sections of several files are merged.
     pub fn merges(self) -> bool {
         self.major >= 2

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use toml::Value;
 
-use super::daemon::{Daemon, File, LoadError, Version};
+use super::daemon::{self, Daemon, File, LoadError, Version};
 use super::hosts_dir::{HostsDir, HostsError};
 use super::hosts_toml;
 
@@ -182,6 +182,24 @@ impl Diagnosis {
         }
         Ok(())
     }
+}
+
+/// What is wrong with a node's configuration, as far as the files tell.
+pub fn of_node(config: &Path, hosts_dir: &Path) -> Vec<Finding> {
+    let text = std::fs::read_to_string(config).unwrap_or_default();
+    let loaded = daemon::parse(config, &text).and_then(|main| {
+        let version = Version::guessed(&main);
+        Ok((daemon::load(config, version)?, version))
+    });
+    let mut diagnosis = match loaded {
+        Ok((files, version)) => Diagnosis::of(&files, version, config, &hosts_dir.to_string_lossy()),
+        Err(error) => Diagnosis::unreadable(&error),
+    };
+    if !diagnosis.is_wrong() {
+        diagnosis.expect(hosts_dir);
+    }
+    diagnosis.findings.retain(|finding| finding.severity == Severity::Wrong);
+    diagnosis.findings
 }
 
 /// Where containerd looks, and what it stumbles over there.

@@ -4,8 +4,11 @@ use std::path::PathBuf;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
+use tokio::signal::unix::{SignalKind, signal};
+
 use super::hosts_dir::{HostsDir, HostsError, Mode, Outcome, Registries};
 use super::hosts_toml::Mirrors;
+use super::proof::{self, Answer};
 use crate::config::Mirror;
 
 /// A hosts directory, and what it is to say.
@@ -25,6 +28,10 @@ enum State {
 
 /// Others write there as well: k3s and Talos remove what they do not know.
 const LOOK_AGAIN: Duration = Duration::from_secs(10);
+
+/// How often a mirror elsewhere is asked, and after how many silences it counts as gone.
+const ASK_AGAIN: Duration = Duration::from_secs(2);
+const MISSED: u32 = 3;
 
 impl Keeping {
     pub fn new(hosts_dir: PathBuf, mirror: Mirror) -> Self {
@@ -51,13 +58,52 @@ impl Keeping {
         log(done, is_first);
     }
 
-    /// Takes it back: nobody is sent here any more.
-    pub fn withdraw(&self) {
+    /// Takes it back for now: nobody answers.
+    fn pause(&self) {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        if std::mem::replace(&mut *state, State::Withdrawn) == State::Pointed {
+        if *state == State::Pointed {
+            *state = State::NotYet;
             log(self.hosts.withdraw(), false);
         }
     }
+
+    /// Takes it back: nobody is sent here any more. Also what an earlier process has written that was killed.
+    pub fn withdraw(&self) {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        if std::mem::replace(&mut *state, State::Withdrawn) != State::Withdrawn {
+            log(self.hosts.withdraw(), false);
+        }
+    }
+}
+
+/// Keeps containerd pointed at a mirror elsewhere for as long as that answers. Ends when the process is to end,
+/// and has taken it back then.
+pub async fn follow(hosts_dir: PathBuf, mirror: Mirror) -> std::io::Result<()> {
+    let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    let (url, keeping) = (mirror.to_string(), Keeping::new(hosts_dir, mirror));
+    let mut missed = 0;
+    loop {
+        match proof::ask(&url, None).await {
+            Answer::Dray => {
+                missed = 0;
+                keeping.point();
+            }
+            answer => {
+                missed += 1;
+                tracing::debug!(mirror = url, ?answer, missed, "the mirror does not answer");
+                if missed >= MISSED {
+                    keeping.pause();
+                }
+            }
+        }
+        tokio::select! {
+            () = tokio::time::sleep(ASK_AGAIN) => {}
+            _ = terminate.recv() => break,
+            _ = interrupt.recv() => break,
+        }
+    }
+    keeping.withdraw();
+    Ok(())
 }
 
 /// What was done each time, what a person ought to know once.

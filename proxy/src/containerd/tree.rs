@@ -49,6 +49,25 @@ impl Owner {
     }
 }
 
+/// Gives a directory with all that is in it to a user and a group. False: it was theirs.
+pub fn own(dir: &Path, (uid, gid): (u32, u32)) -> io::Result<bool> {
+    let known = Owner::of(dir)?;
+    if (known.uid, known.gid) == (uid, gid) {
+        return Ok(false);
+    }
+    for entry in fs::read_dir(dir)? {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            own(&entry.path(), (uid, gid))?;
+        } else {
+            std::os::unix::fs::lchown(entry.path(), Some(uid), Some(gid))?;
+        }
+    }
+    // The last one: whoever is stopped half-way begins again.
+    std::os::unix::fs::lchown(dir, Some(uid), Some(gid))?;
+    Ok(true)
+}
+
 /// A file's text. None: there is no such file.
 pub(super) fn read(path: &Path) -> io::Result<Option<String>> {
     match fs::read(path) {

@@ -131,3 +131,43 @@ async fn one_line_a_request_in_json() {
     assert_eq!((&line["registry"], &line["source"]), (&"localhost".into(), &"none".into()));
     assert!(line["first_byte_ms"].is_number() && line["bytes"].is_number());
 }
+
+/// What is printed can be redirected into a file: it is that file, and a parser of its kind reads it.
+#[test]
+fn runtime_prints_the_file_and_says_where_it_goes() {
+    let document = |name: &str| {
+        let output = output(Command::new(binary()).args(["runtime", name]));
+        assert!(output.status.success(), "{name}");
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(said.lines().all(|line| line.starts_with("# ")) && said.len() > 20, "{said}");
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let mirror = "http://127.0.0.1:5050";
+    let json: serde_json::Value = serde_json::from_str(&document("docker")).unwrap();
+    assert_eq!(json["registry-mirrors"][0], mirror);
+    let toml = |name: &str| document(name).parse::<toml::Table>().unwrap();
+    assert_eq!(toml("buildkit")["registry"]["ghcr.io"]["mirrors"][0].as_str(), Some("127.0.0.1:5050"));
+    assert_eq!(toml("buildkit")["registry"]["127.0.0.1:5050"]["http"].as_bool(), Some(true));
+    for name in ["podman", "crio"] {
+        let first = &toml(name)["registry"][0]["mirror"][0];
+        assert_eq!(first["location"].as_str(), Some("127.0.0.1:5050/docker.io"));
+    }
+    let mirrors = &toml("bottlerocket")["settings"]["container-registry"]["mirrors"];
+    assert_eq!((mirrors[0]["registry"].as_str(), mirrors[0]["endpoint"][0].as_str()), (Some("*"), Some(mirror)));
+    let yaml = |name: &str| serde_yaml_ng::from_str::<serde_yaml_ng::Value>(&document(name)).unwrap();
+    for name in ["k3s", "rke2"] {
+        assert_eq!(yaml(name)["mirrors"]["*"]["endpoint"][0], mirror);
+    }
+    assert_eq!(yaml("talos")["machine"]["registries"]["mirrors"]["*"]["endpoints"][0], mirror);
+    let gke = yaml("gke");
+    assert_eq!(gke["registryHosts"][0]["server"], "docker.io");
+    assert_eq!(gke["registryHosts"][0]["hosts"][0]["host"], mirror);
+    // The cluster's patch is what containerd understands, and the mount is where it looks.
+    let kind = yaml("kind");
+    let patch: toml::Table = kind["containerdConfigPatches"][0].as_str().unwrap().parse().unwrap();
+    let path = &patch["plugins"]["io.containerd.grpc.v1.cri"]["registry"]["config_path"];
+    assert_eq!(kind["nodes"][0]["extraMounts"][0]["containerPath"].as_str(), path.as_str());
+    for arguments in [&["runtime", "dockr"][..], &["runtime", "docker", "--registry", "ghcr.io"], &["runtime"]] {
+        assert_eq!(output(Command::new(binary()).args(arguments)).status.code(), Some(2));
+    }
+}

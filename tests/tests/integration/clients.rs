@@ -37,17 +37,12 @@ impl Rig {
         self.quay.stop();
     }
 
-    /// A registries.conf that sends both registries here, each by its prefix.
+    /// A registries.conf that sends both registries here, as dray writes it.
     fn registries_conf(&self, dir: &Path) -> std::path::PathBuf {
-        let here = self.dray.registry;
-        let entry = |host: &str| {
-            format!(
-                "[[registry]]\nprefix = \"{host}\"\nlocation = \"{host}\"\n\
-                 [[registry.mirror]]\nlocation = \"{here}/{host}\"\ninsecure = true\n"
-            )
-        };
+        let mut command = Command::new(binary());
+        command.args(["runtime", "podman", "--registry", "docker.io", "--registry", "quay.io", "--mirror"]);
         let file = dir.join("registries.conf");
-        std::fs::write(&file, [entry("docker.io"), entry("quay.io")].concat()).expect("written");
+        std::fs::write(&file, run(command.arg(self.dray.url("")))).expect("written");
         file
     }
 }

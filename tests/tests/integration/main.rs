@@ -16,6 +16,7 @@ mod hotpaths;
 mod k8s;
 mod lazy;
 mod load;
+mod node;
 mod peers;
 mod proof;
 mod public;

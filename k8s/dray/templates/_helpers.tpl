@@ -1,0 +1,136 @@
+{{- define "dray.name" -}}
+{{- .Release.Name | trunc 50 | trimSuffix "-" -}}
+{{- end -}}
+
+{{- define "dray.labels" -}}
+app.kubernetes.io/name: dray
+app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .Release.Service }}
+helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
+{{- end -}}
+
+{{- define "dray.selector" -}}
+app.kubernetes.io/name: dray
+app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/component: proxy
+{{- end -}}
+
+{{- define "dray.image" -}}
+{{ .Values.image.repository }}:{{ .Values.image.tag | default .Chart.AppVersion }}
+{{- end -}}
+
+{{- define "dray.reach" -}}
+{{- $by := .Values.reach.by | default (ternary "hostNetwork" "nodePort" (eq .Values.mode "daemonset")) -}}
+{{- if and (eq .Values.mode "daemonset") (not (has $by (list "hostNetwork" "hostPort"))) -}}
+{{- fail (printf "reach.by: %s is for mode: deployment; a daemonset is reached by hostNetwork or hostPort" $by) -}}
+{{- end -}}
+{{- if and (eq .Values.mode "deployment") (not (has $by (list "nodePort" "clusterIP"))) -}}
+{{- fail (printf "reach.by: %s is for mode: daemonset; a deployment is reached by nodePort or clusterIP" $by) -}}
+{{- end -}}
+{{- if and (eq $by "clusterIP") (not .Values.reach.clusterIP) (not .Values.reach.mirror) -}}
+{{- fail "reach.clusterIP: a free address of the cluster's Service range is needed, since nodes cannot resolve names" -}}
+{{- end -}}
+{{- $by -}}
+{{- end -}}
+
+{{- define "dray.mirror" -}}
+{{- $by := include "dray.reach" . -}}
+{{- if .Values.reach.mirror -}}{{ .Values.reach.mirror }}
+{{- else if eq $by "nodePort" -}}http://127.0.0.1:{{ .Values.reach.nodePort }}
+{{- else if eq $by "clusterIP" -}}http://{{ .Values.reach.clusterIP }}:{{ .Values.reach.port }}
+{{- else -}}http://127.0.0.1:{{ .Values.reach.port }}
+{{- end -}}
+{{- end -}}
+
+{{/* The zones that have a workload of their own; one without a name if there are none. */}}
+{{- define "dray.zoneList" -}}
+{{- if ne .Values.zones.by "none" -}}
+{{- if not .Values.zones.names -}}{{- fail "zones.names: with zones.by each zone has to be named" -}}{{- end -}}
+{{- end -}}
+{{- if eq .Values.zones.by "nodes" -}}{{ toJson .Values.zones.names }}{{- else -}}[""]{{- end -}}
+{{- end -}}
+
+{{- define "dray.peersService" -}}
+{{ include "dray.name" . }}-peers
+{{- end -}}
+
+{{- define "dray.domain" -}}
+{{ .Release.Namespace }}.svc.{{ .Values.peers.clusterDomain }}
+{{- end -}}
+
+{{- define "dray.config" -}}
+{{- $by := include "dray.reach" . -}}
+{{- $loopback := eq $by "hostNetwork" -}}
+listen = "{{ ternary "127.0.0.1" "0.0.0.0" $loopback }}:{{ ternary .Values.reach.port 5050 $loopback }}"
+admin = "{{ ternary "127.0.0.1" "0.0.0.0" (and $loopback (not .Values.metrics.enabled)) }}:{{ .Values.metrics.port }}"
+
+[cache]
+dir = "/var/cache/dray"
+disk = {{ .Values.cache.disk | quote }}
+memory = {{ .Values.cache.memory | quote }}
+
+[peers]
+listen = "0.0.0.0:{{ .Values.peers.port }}"
+{{- if eq .Values.zones.by "none" }}
+service = "{{ include "dray.peersService" . }}.{{ include "dray.domain" . }}"
+{{- else }}
+{{- $services := list }}
+{{- range .Values.zones.names }}
+{{- $services = append $services (printf "%s = \"%s-%s.%s\"" (quote .) (include "dray.peersService" $) . (include "dray.domain" $)) }}
+{{- end }}
+service = { {{ join ", " $services }} }
+zones = {{ .Values.zones.policy | quote }}
+{{- end }}
+{{- if .Values.peers.keySecret }}
+key_file = "/etc/dray/peers/peers.key"
+{{- end }}
+{{- if and .Values.containerd.enabled (eq .Values.mode "daemonset") }}
+
+[containerd]
+hosts_dir = {{ .Values.containerd.hostsDir | quote }}
+mirror = {{ include "dray.mirror" . | quote }}
+{{- with .Values.containerd.configFile }}
+config_file = {{ . | quote }}
+{{- end }}
+{{- end }}
+{{- with .Values.config }}
+
+{{ . | trim }}
+{{- end }}
+{{- end -}}
+
+{{- define "dray.security" -}}
+runAsUser: 65532
+runAsGroup: 65532
+runAsNonRoot: true
+readOnlyRootFilesystem: true
+allowPrivilegeEscalation: false
+capabilities:
+  drop: ["ALL"]
+seccompProfile:
+  type: RuntimeDefault
+{{- end -}}
+
+{{/* For what has to touch a node's files: root, without any right that it does not need. */}}
+{{- define "dray.security.files" -}}
+runAsUser: 0
+runAsGroup: 0
+runAsNonRoot: false
+readOnlyRootFilesystem: true
+allowPrivilegeEscalation: false
+capabilities:
+  drop: ["ALL"]
+  add: ["CHOWN", "DAC_OVERRIDE", "FOWNER"]
+seccompProfile:
+  type: RuntimeDefault
+{{- end -}}
+
+{{- define "dray.pullSecrets" -}}
+{{- with .Values.image.pullSecrets }}
+imagePullSecrets:
+{{- range . }}
+  - name: {{ . }}
+{{- end }}
+{{- end }}
+{{- end -}}

@@ -1,0 +1,35 @@
+#!/bin/sh
+# Builds the image into an OCI directory, for this machine's architecture or another that a cross linker is
+# installed for: k8s/image.sh OUT [PROFILE] [TARGET]
+#
+# The same sources, Rust and C library give the same bytes: no times, no paths, no build ids.
+set -eu
+out=$(mkdir -p "$1" && cd "$1" && pwd)
+profile=${2:-release}
+cd "$(dirname "$0")/.."
+target=${3:-$(rustc -vV | sed -n 's/^host: //p')}
+
+# Static, so that the image needs no C library; paths of this machine are none of the program's business.
+home=${CARGO_HOME:-$HOME/.cargo}
+RUSTFLAGS="-C target-feature=+crt-static --remap-path-prefix=$PWD=/dray --remap-path-prefix=$home=/cargo" \
+    cargo build --profile "$profile" --locked --package dray --target "$target"
+
+context=$(mktemp -d)
+trap 'rm -rf "$context"' EXIT
+case $target in
+aarch64*) strip=aarch64-linux-gnu-strip architecture=arm64 ;;
+*) strip=strip architecture=amd64 ;;
+esac
+[ "$target" != "$(rustc -vV | sed -n 's/^host: //p')" ] || strip=strip
+"$strip" --remove-section=.note.gnu.build-id -o "$context/dray" "target/$target/$profile/dray"
+cp -L /etc/ssl/certs/ca-certificates.crt "$context/ca-certificates.crt"
+version=$(sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -n 1)
+mkdir "$context/cache"
+store="--storage-driver vfs --root $context/storage --runroot $context/run"
+rm -rf "$out/oci"
+# shellcheck disable=SC2086 # a list of words
+buildah $store build --quiet --isolation chroot --timestamp "${SOURCE_DATE_EPOCH:-0}" --arch "$architecture" \
+    --file k8s/Containerfile --tag "dray:$version" "$context" >/dev/null
+# shellcheck disable=SC2086
+buildah $store push --quiet "dray:$version" "oci:$out/oci:$version"
+echo "$out/oci:$version"

@@ -1,0 +1,344 @@
+//! What points each container runtime at dray: the very file, document or machine configuration.
+//!
+//! containerd has more than that, and rooms of its own: `containerd.rs`.
+
+use std::fmt::Write as _;
+use std::str::FromStr;
+
+use serde_json::json;
+
+use crate::config::Mirror;
+
+/// A runtime, or a distribution that writes the runtime's configuration itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Runtime {
+    Docker,
+    Buildkit,
+    Podman,
+    Crio,
+    Kind,
+    K3s,
+    Rke2,
+    Talos,
+    Bottlerocket,
+    Gke,
+}
+
+/// A registry, and the name by which paths call it where they cannot have its port.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Named {
+    host: String,
+    alias: Option<String>,
+}
+
+/// What to write, and where.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Document {
+    pub text: String,
+    /// Where it goes and what else to do, line by line.
+    pub instructions: Vec<String>,
+}
+
+/// Why there is none.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum Unsuited {
+    #[error(
+        "{runtime} cannot write the port of {host} into a path: give the registry an alias in dray's configuration, and write --registry {host}=ALIAS"
+    )]
+    Port { runtime: &'static str, host: String },
+    #[error("{runtime} uses a mirror for {only} only, not for {host}: write that image as {mirror}/{host}/...")]
+    Only { runtime: &'static str, only: &'static str, host: String, mirror: String },
+}
+
+/// Public registries, for runtimes that have to be told each.
+pub const USUAL: [&str; 7] =
+    ["docker.io", "ghcr.io", "quay.io", "registry.k8s.io", "gcr.io", "public.ecr.aws", "mcr.microsoft.com"];
+
+pub const ALL: [Runtime; 10] = [
+    Runtime::Docker,
+    Runtime::Buildkit,
+    Runtime::Podman,
+    Runtime::Crio,
+    Runtime::Kind,
+    Runtime::K3s,
+    Runtime::Rke2,
+    Runtime::Talos,
+    Runtime::Bottlerocket,
+    Runtime::Gke,
+];
+
+const HUB: &str = "docker.io";
+
+impl FromStr for Named {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (host, alias) = text.split_once('=').map_or((text, None), |(host, alias)| (host, Some(alias)));
+        let is_host = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | ':');
+        if host.is_empty() || !host.chars().all(is_host) || alias.is_some_and(str::is_empty) {
+            return Err(format!("\"{text}\" is no registry such as docker.io or registry.corp:5000=corp"));
+        }
+        Ok(Self { host: host.to_owned(), alias: alias.map(str::to_owned) })
+    }
+}
+
+impl Named {
+    /// As it stands in a path.
+    fn in_path(&self, runtime: Runtime) -> Result<&str, Unsuited> {
+        match &self.alias {
+            Some(alias) => Ok(alias),
+            None if self.host.contains(':') => {
+                Err(Unsuited::Port { runtime: runtime.as_str(), host: self.host.clone() })
+            }
+            None => Ok(&self.host),
+        }
+    }
+}
+
+impl Runtime {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Docker => "docker",
+            Self::Buildkit => "buildkit",
+            Self::Podman => "podman",
+            Self::Crio => "crio",
+            Self::Kind => "kind",
+            Self::K3s => "k3s",
+            Self::Rke2 => "rke2",
+            Self::Talos => "talos",
+            Self::Bottlerocket => "bottlerocket",
+            Self::Gke => "gke",
+        }
+    }
+
+    /// What sends it to a mirror for some registries; for all, or the usual ones, if none is named.
+    pub fn document(self, mirror: &Mirror, registries: &[Named]) -> Result<Document, Unsuited> {
+        let usual: Vec<_> = USUAL.iter().map(|host| Named { host: (*host).to_owned(), alias: None }).collect();
+        let each = if registries.is_empty() { &usual } else { registries };
+        // Where one entry can stand for all.
+        let all = Named { host: "*".into(), alias: None };
+        let or_all = if registries.is_empty() { std::slice::from_ref(&all) } else { registries };
+        let text = match self {
+            Self::Docker => docker(mirror, registries)?,
+            Self::Buildkit => buildkit(mirror, each),
+            Self::Podman | Self::Crio => containers_image(self, mirror, each)?,
+            Self::Kind => kind(),
+            Self::K3s | Self::Rke2 => rancher(mirror, or_all),
+            Self::Talos => talos(mirror, or_all),
+            Self::Bottlerocket => bottlerocket(mirror, or_all),
+            Self::Gke => gke(mirror, each),
+        };
+        Ok(Document { text, instructions: self.instructions(mirror) })
+    }
+
+    fn instructions(self, mirror: &Mirror) -> Vec<String> {
+        let lines: &[&str] = match self {
+            Self::Docker => &[
+                "Merge this into /etc/docker/daemon.json, then restart Docker: systemctl restart docker",
+                "It holds for Docker Hub. With the containerd image store (new installations since Engine 29) all registries are sent to dray instead by:",
+                "  mkdir -p /etc/docker/certs.d && dray containerd install --hosts-dir /etc/docker/certs.d --mirror MIRROR",
+            ],
+            Self::Buildkit => &[
+                "Save it as /etc/buildkit/buildkitd.toml, or pass it: docker buildx create --driver docker-container --buildkitd-config FILE",
+                "In the docker-container driver 127.0.0.1 is BuildKit's own container: use an address of the host.",
+            ],
+            Self::Podman => &[
+                "Save it as /etc/containers/registries.conf.d/50-dray.conf; podman, buildah and skopeo read it each time.",
+            ],
+            Self::Crio => &[
+                "Save it as /etc/containers/registries.conf.d/50-dray.conf, then: systemctl reload crio",
+                "On OpenShift by a MachineConfig with that file: k8s/README.md.",
+            ],
+            Self::Kind => &[
+                "Pass it to: kind create cluster --config FILE",
+                "Before, on the host: mkdir -p certs.d && dray containerd install --hosts-dir certs.d --mirror MIRROR",
+                "In kind's nodes 127.0.0.1 is the node itself: use an address of the host, such as that of Docker's bridge.",
+                "The node image is pulled by Docker: dray runtime docker",
+            ],
+            Self::K3s => &[
+                "Save it as /etc/rancher/k3s/registries.yaml on each node, then restart k3s. Not needed where dray's chart writes into the hosts directory.",
+            ],
+            Self::Rke2 => &[
+                "Save it as /etc/rancher/rke2/registries.yaml on each node, then restart rke2-server or rke2-agent. Not needed where dray's chart writes into the hosts directory.",
+            ],
+            Self::Talos => {
+                &["Apply it as a patch to each machine, without a reboot: talosctl patch machineconfig --patch @FILE"]
+            }
+            Self::Bottlerocket => &[
+                "Put it into the instances' user data, or set it on a running one: apiclient apply < FILE",
+                "Every registry by \"*\" needs Bottlerocket 1.56 or newer: before, name each with --registry.",
+            ],
+            Self::Gke => &[
+                "Pass it to: gcloud container node-pools update POOL --cluster CLUSTER --containerd-config-from-file FILE",
+                "GKE makes the pool's nodes anew. It takes no registry by \"*\", and at most 25.",
+            ],
+        };
+        lines.iter().map(|line| line.replace("MIRROR", mirror.as_str())).collect()
+    }
+}
+
+impl FromStr for Runtime {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, String> {
+        let names = || ALL.map(Self::as_str).join(", ");
+        let found = ALL.into_iter().find(|runtime| runtime.as_str() == name);
+        found.ok_or_else(|| format!("\"{name}\" is none of {}", names()))
+    }
+}
+
+/// docs.docker.com, "Mirror the Docker Hub library".
+fn docker(mirror: &Mirror, registries: &[Named]) -> Result<String, Unsuited> {
+    if let Some(other) = registries.iter().find(|registry| registry.host != HUB) {
+        let (host, mirror) = (other.host.clone(), mirror.host().to_owned());
+        return Err(Unsuited::Only { runtime: "docker", only: HUB, host, mirror });
+    }
+    Ok(format!("{:#}\n", json!({ "registry-mirrors": [mirror.as_str()] })))
+}
+
+/// moby/buildkit, docs/buildkitd.toml.md.
+fn buildkit(mirror: &Mirror, registries: &[Named]) -> String {
+    let mut text = String::new();
+    for registry in registries {
+        let _ = writeln!(text, "[registry.\"{}\"]\n  mirrors = [\"{}\"]", registry.host, mirror.host());
+    }
+    if mirror.is_plain() {
+        let _ = writeln!(text, "[registry.\"{}\"]\n  http = true", mirror.host());
+    }
+    text
+}
+
+/// containers-registries.conf(5).
+fn containers_image(runtime: Runtime, mirror: &Mirror, registries: &[Named]) -> Result<String, Unsuited> {
+    let mut text = String::new();
+    for registry in registries {
+        let (host, path) = (&registry.host, registry.in_path(runtime)?);
+        let _ = writeln!(text, "[[registry]]\nprefix = \"{host}\"\nlocation = \"{host}\"");
+        let _ = writeln!(text, "[[registry.mirror]]\nlocation = \"{}/{path}\"", mirror.host());
+        if mirror.is_plain() {
+            let _ = writeln!(text, "insecure = true");
+        }
+    }
+    Ok(text)
+}
+
+/// kind.sigs.k8s.io, "Configuration": containerd's patches, and a directory of the host in the nodes.
+fn kind() -> String {
+    "kind: Cluster
+apiVersion: kind.x-k8s.io/v1alpha4
+containerdConfigPatches:
+  - |-
+    [plugins.\"io.containerd.grpc.v1.cri\".registry]
+      config_path = \"/etc/containerd/certs.d\"
+nodes:
+  - role: control-plane
+    extraMounts:
+      - hostPath: certs.d
+        containerPath: /etc/containerd/certs.d
+"
+    .to_owned()
+}
+
+/// docs.k3s.io and docs.rke2.io, "Private Registry Configuration".
+fn rancher(mirror: &Mirror, registries: &[Named]) -> String {
+    let mut text = "mirrors:\n".to_owned();
+    for registry in registries {
+        let _ = writeln!(text, "  \"{}\":\n    endpoint:\n      - \"{mirror}\"", registry.host);
+    }
+    text
+}
+
+/// docs.siderolabs.com, "machine.registries.mirrors".
+fn talos(mirror: &Mirror, registries: &[Named]) -> String {
+    let mut text = "machine:\n  registries:\n    mirrors:\n".to_owned();
+    for registry in registries {
+        let _ = writeln!(text, "      \"{}\":\n        endpoints:\n          - {mirror}", registry.host);
+    }
+    text
+}
+
+/// bottlerocket.dev, "settings.container-registry.mirrors".
+fn bottlerocket(mirror: &Mirror, registries: &[Named]) -> String {
+    let mut text = String::new();
+    for registry in registries {
+        let host = &registry.host;
+        let _ =
+            writeln!(text, "[[settings.container-registry.mirrors]]\nregistry = \"{host}\"\nendpoint = [\"{mirror}\"]");
+    }
+    text
+}
+
+/// docs.cloud.google.com, "Customize containerd configuration in GKE nodes".
+fn gke(mirror: &Mirror, registries: &[Named]) -> String {
+    let mut text = "registryHosts:\n".to_owned();
+    for registry in registries {
+        let _ = writeln!(
+            text,
+            "  - server: \"{}\"\n    hosts:\n      - host: \"{mirror}\"\n        capabilities:\n          \
+             - HOST_CAPABILITY_PULL\n          - HOST_CAPABILITY_RESOLVE\n        dialTimeout: \"1s\"",
+            registry.host
+        );
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn mirror() -> Mirror {
+        "http://127.0.0.1:5050".parse().unwrap()
+    }
+
+    fn named(texts: &[&str]) -> Vec<Named> {
+        texts.iter().map(|text| text.parse().unwrap()).collect()
+    }
+
+    #[test]
+    fn every_document_has_the_mirror_and_says_where_it_goes() {
+        for runtime in ALL {
+            assert_eq!(runtime.as_str().parse(), Ok(runtime));
+            let document = runtime.document(&mirror(), &[]).unwrap();
+            assert!(document.text.ends_with('\n') && !document.instructions.is_empty());
+            let said = document.text + &document.instructions.concat();
+            assert!(said.contains(mirror().host()), "{said}");
+            assert!(!said.contains("MIRROR"), "{said}");
+        }
+        assert!("dockr".parse::<Runtime>().unwrap_err().contains("docker, buildkit"));
+    }
+
+    #[test]
+    fn one_entry_for_all_where_that_is_understood() {
+        for runtime in [Runtime::K3s, Runtime::Rke2, Runtime::Talos, Runtime::Bottlerocket] {
+            assert!(runtime.document(&mirror(), &[]).unwrap().text.contains("\"*\""), "{runtime:?}");
+        }
+        for runtime in [Runtime::Buildkit, Runtime::Podman, Runtime::Gke] {
+            let text = runtime.document(&mirror(), &[]).unwrap().text;
+            assert!(USUAL.iter().all(|host| text.contains(host)) && !text.contains('*'), "{text}");
+        }
+    }
+
+    #[test]
+    fn ports_in_paths_need_an_alias_and_docker_has_one_registry() {
+        let ported = named(&["reg.corp:5000"]);
+        let error = Runtime::Podman.document(&mirror(), &ported).unwrap_err().to_string();
+        assert!(error.contains("--registry reg.corp:5000=ALIAS"), "{error}");
+        let text = Runtime::Crio.document(&mirror(), &named(&["reg.corp:5000=corp"])).unwrap().text;
+        assert!(text.contains("prefix = \"reg.corp:5000\"") && text.contains("127.0.0.1:5050/corp\""), "{text}");
+        assert!(Runtime::K3s.document(&mirror(), &ported).unwrap().text.contains("\"reg.corp:5000\":"));
+        let error = Runtime::Docker.document(&mirror(), &named(&["ghcr.io"])).unwrap_err().to_string();
+        assert!(error.contains("127.0.0.1:5050/ghcr.io"), "{error}");
+        for wrong in ["", "a b", "\"x\"", "a.io="] {
+            assert!(wrong.parse::<Named>().unwrap_err().contains("no registry such as"));
+        }
+    }
+
+    #[test]
+    fn a_certificate_needs_no_exception() {
+        let mirror = "https://dray.corp".parse().unwrap();
+        for runtime in [Runtime::Buildkit, Runtime::Podman] {
+            let text = runtime.document(&mirror, &[]).unwrap().text;
+            assert!(!text.contains("insecure") && !text.contains("http = true"), "{text}");
+        }
+    }
+}

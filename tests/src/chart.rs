@@ -1,0 +1,44 @@
+//! The Helm chart, rendered as a person renders it.
+
+use std::path::PathBuf;
+use std::process::Command;
+
+use serde::Deserialize;
+pub use serde_yaml_ng::Value;
+
+use crate::process::output;
+
+/// The directory with the chart and all about Kubernetes.
+pub fn k8s_dir() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).parent().expect("the workspace").join("k8s")
+}
+
+/// What becomes of the chart with these arguments, hooks included; or why nothing does.
+pub fn render(arguments: &[&str]) -> Result<String, String> {
+    let mut command = Command::new(crate::tool("helm"));
+    command.args(["template", "dray"]).arg(k8s_dir().join("dray"));
+    // Without a cluster to ask, helm has to be told its version.
+    command.args(["--namespace", "dray", "--kube-version", "1.37.0"]).args(arguments);
+    let output = output(&mut command);
+    if !output.status.success() {
+        return Err(String::from_utf8_lossy(&output.stderr).into_owned());
+    }
+    Ok(String::from_utf8(output.stdout).expect("helm writes UTF-8"))
+}
+
+/// The documents of a YAML text.
+pub fn documents(text: &str) -> Vec<Value> {
+    let parsed = serde_yaml_ng::Deserializer::from_str(text);
+    let documents = parsed.map(|document| Value::deserialize(document).expect("valid YAML"));
+    documents.filter(|document| !document.is_null()).collect()
+}
+
+/// Those of a kind.
+pub fn of_kind<'a>(documents: &'a [Value], kind: &str) -> Vec<&'a Value> {
+    documents.iter().filter(|document| document["kind"] == kind).collect()
+}
+
+/// The texts of a list.
+pub fn texts(list: &Value) -> Vec<&str> {
+    list.as_sequence().into_iter().flatten().filter_map(Value::as_str).collect()
+}

@@ -1,0 +1,172 @@
+//! The image, and pods of the chart run as a node runs them.
+
+use std::collections::BTreeMap;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use dray_tests::chart::{Value, documents, of_kind, render};
+use dray_tests::containerd::{Containerd, Version};
+use dray_tests::dray::rule;
+use dray_tests::eventually;
+use dray_tests::image::Image;
+use dray_tests::node::{self, Node};
+use dray_tests::process::{Process, free_port, output};
+use dray_tests::registry::Registry;
+use rustix::process::Signal;
+
+/// Containerd's hosts directories that the chart is told by its values files.
+const HOSTS_DIRS: [&str; 3] =
+    ["/etc/containerd/certs.d", "/var/lib/rancher/k3s/agent/etc/containerd/certs.d", "/etc/cri/conf.d/hosts"];
+
+const FOREIGN: &str = "server = \"https://x\"\n\n[host.\"https://a\"]\n";
+
+#[test]
+fn the_image_is_small_and_runs_as_nobody() {
+    let (config, size) = node::image();
+    assert!(size <= 20_000_000, "{size} bytes");
+    assert_eq!(config["config"]["User"], "65532:65532");
+    assert_eq!(config["config"]["Entrypoint"], serde_json::json!(["/dray"]));
+    assert_eq!(config["os"], "linux");
+    let node = Node::new();
+    let pod: Value = serde_yaml_ng::from_str("{spec: {}}").unwrap();
+    let container: Value =
+        serde_yaml_ng::from_str("{args: [--version], securityContext: {runAsUser: 65532, runAsGroup: 65532}}").unwrap();
+    let said = output(&mut node.command(&[], &pod, &container));
+    assert!(said.stdout.starts_with(b"dray 0."), "{said:?}");
+}
+
+/// Everything below a directory: content, owner and mode.
+fn tree(dir: &Path) -> BTreeMap<PathBuf, (String, u32, u32, u32)> {
+    let mut found = BTreeMap::new();
+    let mut pending = vec![dir.to_owned()];
+    while let Some(path) = pending.pop() {
+        let known = std::fs::symlink_metadata(&path).unwrap();
+        let content = if known.is_dir() {
+            pending.extend(std::fs::read_dir(&path).unwrap().map(|entry| entry.unwrap().path()));
+            String::new()
+        } else {
+            std::fs::read_to_string(&path).unwrap()
+        };
+        found.insert(path, (content, known.uid(), known.gid(), known.mode()));
+    }
+    found
+}
+
+/// A rendered chart and the node that its pods run on.
+struct Cluster {
+    node: Node,
+    documents: Vec<Value>,
+    registry: u16,
+}
+
+impl Cluster {
+    fn new(hosts_dir: &str, mode: &str, config: &str) -> Self {
+        let ports = [free_port(), free_port(), free_port()];
+        let values = serde_yaml_ng::to_string(&serde_json::json!({
+            "mode": mode,
+            "containerd": { "hostsDir": hosts_dir },
+            "reach": { "port": ports[0], "mirror": format!("http://127.0.0.1:{}", ports[0]) },
+            "metrics": { "port": ports[1] },
+            "peers": { "port": ports[2] },
+            "cache": { "disk": "1GiB" },
+            "config": config,
+        }));
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("values.yaml");
+        std::fs::write(&file, values.unwrap()).unwrap();
+        let documents = documents(&render(&["--values", file.to_str().unwrap()]).unwrap());
+        Self { node: Node::new(), documents, registry: ports[0] }
+    }
+
+    fn pod(&self, name: &str) -> &Value {
+        let found = of_kind(&self.documents, "DaemonSet").into_iter().find(|set| set["metadata"]["name"] == name);
+        &found.unwrap()["spec"]["template"]
+    }
+
+    fn command(&self, pod: &Value, container: &Value) -> Command {
+        self.node.command(&self.documents, pod, container)
+    }
+
+    /// Runs a pod's init containers to their end, then its container.
+    fn start(&self, name: &str) -> Process {
+        let pod = self.pod(name);
+        for container in pod["spec"]["initContainers"].as_sequence().into_iter().flatten() {
+            let ended = output(&mut self.command(pod, container));
+            assert!(ended.status.success(), "{}", String::from_utf8_lossy(&ended.stderr));
+        }
+        Process::spawn(&mut self.command(pod, &pod["spec"]["containers"][0]))
+    }
+}
+
+fn names_mirror(file: &Path, port: u16) -> bool {
+    std::fs::read_to_string(file).is_ok_and(|text| text.contains(&format!("[host.\"http://127.0.0.1:{port}\"]")))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_daemonset_points_containerd_at_itself_and_leaves_the_node_as_it_was() {
+    let hub = Registry::open().await;
+    hub.push("library/app", "1", &Image::new(1, &[3_000_000, 1_000])).await;
+    for (nth, hosts_dir) in HOSTS_DIRS.into_iter().enumerate() {
+        let cluster = Cluster::new(hosts_dir, "daemonset", &rule("docker.io", &hub.url()));
+        let dir = cluster.node.path(hosts_dir);
+        std::fs::create_dir_all(&dir).unwrap();
+        // On one of them somebody has a default already.
+        if nth == 1 {
+            std::fs::create_dir(dir.join("_default")).unwrap();
+            std::fs::write(dir.join("_default/hosts.toml"), FOREIGN).unwrap();
+        }
+        let before = tree(&dir);
+        let file = dir.join("_default/hosts.toml");
+        let mut dray = cluster.start("dray");
+        let port = cluster.registry;
+        eventually("containerd is pointed here", async || names_mirror(&file, port).then_some(())).await;
+        if nth == 0 {
+            let containerd = Containerd::start(Version::V2).await;
+            std::fs::remove_dir(containerd.hosts_dir()).unwrap();
+            std::os::unix::fs::symlink(&dir, containerd.hosts_dir()).unwrap();
+            containerd.pull("docker.io/library/app:1").unwrap_or_else(|e| panic!("{e}\n{}", containerd.log()));
+        }
+        // Killed, it takes nothing back; the next one goes on.
+        dray.kill();
+        assert!(names_mirror(&file, port));
+        let mut dray = cluster.start("dray");
+        eventually("it listens again", async || std::net::TcpStream::connect(("127.0.0.1", port)).ok()).await;
+        if nth == 2 {
+            dray.kill();
+        } else {
+            dray.signal(Signal::TERM);
+            dray.wait();
+            assert!(!names_mirror(&file, port), "nobody is sent here any more");
+        }
+        // What helm runs on every node after it has removed the rest.
+        let _cleanup = cluster.start("dray-cleanup");
+        eventually("the node is as it was", async || (tree(&dir) == before).then_some(())).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_deployments_nodes_are_pointed_at_it_while_it_answers() {
+    let cluster = Cluster::new("/etc/containerd/certs.d", "deployment", "");
+    let dir = cluster.node.path("/etc/containerd/certs.d");
+    std::fs::create_dir_all(&dir).unwrap();
+    let before = tree(&dir);
+    let file = dir.join("_default/hosts.toml");
+    let port = cluster.registry;
+    let mut keeper = cluster.start("dray-node");
+    let start = dray_tests::dray::Start::new("");
+    let mut shared = Command::new(dray_tests::dray::binary());
+    shared.args(["--listen", &format!("127.0.0.1:{port}"), "--admin", "127.0.0.1:0", "--cache-dir"]);
+    shared.arg(start.cache_dir()).env("DRAY_LOG", "error").stdout(std::process::Stdio::null());
+    let mut dray = Process::spawn(&mut shared);
+    eventually("the nodes are pointed at it", async || names_mirror(&file, port).then_some(())).await;
+    dray.kill();
+    eventually("nobody is sent to a dead one", async || (!names_mirror(&file, port)).then_some(())).await;
+    let _dray = Process::spawn(&mut shared);
+    eventually("the nodes are pointed at it again", async || names_mirror(&file, port).then_some(())).await;
+    keeper.signal(Signal::TERM);
+    keeper.wait();
+    assert!(!names_mirror(&file, port));
+    let _cleanup = cluster.start("dray-cleanup");
+    eventually("the node is as it was", async || (tree(&dir) == before).then_some(())).await;
+}
