@@ -10,6 +10,7 @@ run: $(BIN) ## Build dray and start it with its built-in defaults
 	$(BIN)
 
 test: setup tools ## Build, install what the tests need, and run them all
+	tests/previous.sh target/previous $(PROFILE)
 	cargo build --profile $(PROFILE) --workspace --all-targets
 	k8s/image.sh target/image $(PROFILE)
 	$(CARGO_TEST)

@@ -10,6 +10,7 @@ mod cluster;
 mod cold;
 mod disk;
 mod load;
+mod mirror;
 mod node;
 mod rig;
 mod small;
@@ -26,7 +27,10 @@ async fn main() {
     for part in cluster::PARTS.into_iter().filter(|part| runs(part)) {
         cluster::part(part);
     }
-    if !wanted.is_empty() && wanted.iter().all(|name| cluster::PARTS.contains(&name.as_str())) {
+    if runs("mirror") {
+        mirror::dead().await;
+    }
+    if !wanted.is_empty() && wanted.iter().all(|name| name == "mirror" || cluster::PARTS.contains(&name.as_str())) {
         return;
     }
     let rig = Rig::new().await;

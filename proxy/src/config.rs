@@ -30,6 +30,9 @@ pub use upstream::{Scheme, Upstream};
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Config {
+    /// Which keys there are: a file for a later version is refused, and says so.
+    #[serde(deserialize_with = "units::version")]
+    pub version: u64,
     /// Where container runtimes connect.
     pub listen: SocketAddr,
     /// Where operators and probes connect.
@@ -167,6 +170,9 @@ pub enum RuleAccess {
     Shared,
 }
 
+/// The version of the keys below. A key that goes, or means something else, makes it the next one.
+const VERSION: u64 = 1;
+
 /// Below this the preallocated files for small objects leave no room for blobs.
 pub const MIN_DISK: Size = Size(64 << 20);
 
@@ -278,6 +284,7 @@ impl Config {
 impl Default for Config {
     fn default() -> Self {
         Self {
+            version: VERSION,
             listen: SocketAddr::from(([127, 0, 0, 1], 5050)),
             admin: SocketAddr::from(([127, 0, 0, 1], 5051)),
             cache: Cache::default(),
@@ -421,6 +428,9 @@ mod tests {
             ("# [cache]\n[cache]\ndisk = \"1MiB\"", &["dray.toml:2", "cache.disk", "64MiB"]),
             ("[tls]\ncert = \"c\"", &["dray.toml:1", "tls"]),
             ("listen = \"here\"", &["line 1", "listen"]),
+            ("version = 2", &["line 1", "version", "newer dray"]),
+            ("[containerd]\nmirror = \"http://a\"", &["dray.toml:1", "containerd.mirror", "hosts_dir"]),
+            ("[containerd]\nhosts_dir = \"/a\"\nmirror = \"a:1\"", &["line 3", "http://host:port"]),
             ("[peers]\nkey_file = \"k\"", &["dray.toml:1", "peers.listen"]),
             ("[peers]\nzones = \"ignore\"", &["dray.toml:1", "peers.listen"]),
             ("[peers]\nlisten = \"0.0.0.0:1\"\nservice = \"a.b\"\nzone = \"a\"", &["dray.toml:1", "peers.zone"]),

@@ -29,6 +29,7 @@ pub struct Start {
     env: Vec<(String, String)>,
     log: Option<PathBuf>,
     cores: Cores,
+    program: Option<PathBuf>,
 }
 
 /// Which cores it may use.
@@ -51,6 +52,7 @@ impl Start {
             env: Vec::new(),
             log: None,
             cores: Cores::All,
+            program: None,
         }
     }
 
@@ -86,6 +88,12 @@ impl Start {
         self
     }
 
+    /// By another program than the one that was built beside this test.
+    pub fn by(mut self, program: &std::path::Path) -> Self {
+        self.program = Some(program.to_owned());
+        self
+    }
+
     pub fn cache_dir(&self) -> &PathBuf {
         &self.cache
     }
@@ -100,7 +108,7 @@ impl Start {
         let file = self.dir.path().join("dray.toml");
         std::fs::write(&file, &self.config).expect("the configuration is written");
         let mut command = match self.cores {
-            Cores::All => Command::new(binary()),
+            Cores::All => Command::new(self.program.clone().unwrap_or_else(binary)),
             Cores::First => {
                 let mut command = Command::new("taskset");
                 command.args(["-c", "0"]).arg(binary());
@@ -191,6 +199,13 @@ impl Dray {
         self.process.kill();
         self.start.clone().run()
     }
+}
+
+/// The program of the commit before this one. None: there is no earlier commit.
+pub fn previous() -> Option<PathBuf> {
+    let root = PathBuf::from(env!("CARGO_MANIFEST_DIR"));
+    let path = root.parent().expect("the workspace").join("target/previous/dray");
+    path.exists().then_some(path)
 }
 
 /// A `[[registry]]` table.

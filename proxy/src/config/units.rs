@@ -122,6 +122,18 @@ impl<'de> Deserialize<'de> for Span {
     }
 }
 
+/// The version that a file is written for.
+pub(super) fn version<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u64, D::Error> {
+    match u64::deserialize(deserializer)? {
+        super::VERSION => Ok(super::VERSION),
+        later if later > super::VERSION => {
+            let known = super::VERSION;
+            Err(D::Error::custom(format!("version {later} is for a newer dray: this one knows version {known}")))
+        }
+        _ => Err(D::Error::custom(format!("the first version is {}", super::VERSION))),
+    }
+}
+
 pub(super) fn zone<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Zone, D::Error> {
     String::deserialize(deserializer).map(|name| Some(name.into()))
 }

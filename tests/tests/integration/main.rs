@@ -26,3 +26,4 @@ mod sendfile;
 mod shapes;
 mod soak;
 mod tags;
+mod upgrade;

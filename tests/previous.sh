@@ -1,0 +1,22 @@
+#!/bin/sh
+# Builds the program of the commit before this one into the directory given, beside what this one has built: the
+# upgrade test runs both. tests/previous.sh OUT PROFILE
+set -eu
+out=$(mkdir -p "$1" && cd "$1" && pwd)
+profile=$2
+cd "$(dirname "$0")/.."
+if ! commit=$(git rev-parse --verify --quiet HEAD~1); then
+    echo "no earlier commit is here: the upgrade test has nothing to compare with" >&2
+    rm -f "$out/dray"
+    exit 0
+fi
+[ "$(cat "$out/commit" 2>/dev/null)" != "$commit" ] || exit 0
+sources=$out/src
+rm -rf "$sources" && mkdir "$sources"
+git archive "$commit" | tar --extract --directory "$sources"
+# The same target directory: what both stand on is built once.
+CARGO_TARGET_DIR=$PWD/target cargo build --profile "$profile" --locked --package dray --bin dray \
+    --manifest-path "$sources/Cargo.toml"
+mv "target/$profile/dray" "$out/dray"
+rm -rf "$sources"
+echo "$commit" >"$out/commit"
