@@ -239,3 +239,34 @@ fn the_image_sets_no_variables_of_drays_own() {
     let variables: Vec<_> = file.lines().filter_map(|line| line.strip_prefix("ENV ")).collect();
     assert_eq!(variables, ["XDG_CACHE_HOME=/var/cache"]);
 }
+
+/// What people copy from the page is valid, and dray understands its part of it.
+#[test]
+fn the_examples_of_the_page_are_valid() {
+    let page = std::fs::read_to_string(k8s_dir().join("README.md")).unwrap();
+    let blocks = |language: &str| {
+        let parts = page.split("```").skip(1).step_by(2);
+        let texts = parts.filter_map(|block| block.strip_prefix(&format!("{language}\n")).map(str::to_owned));
+        texts.collect::<Vec<_>>()
+    };
+    let yaml: Vec<Value> = blocks("yaml").iter().map(|text| serde_yaml_ng::from_str(text).unwrap()).collect();
+    assert_eq!((yaml.len(), blocks("toml").len()), (3, 1));
+    for text in blocks("toml") {
+        text.parse::<toml::Table>().unwrap();
+    }
+    let sidecar = yaml.iter().find_map(|block| block.get("initContainers")?.get(0)).unwrap();
+    understands(&texts(&sidecar["args"]));
+    // Values for the chart are values of the chart.
+    let values = yaml.iter().find(|block| block.get("secrets").is_some()).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("values.yaml");
+    std::fs::write(&file, serde_yaml_ng::to_string(values).unwrap()).unwrap();
+    fits_together(&documents(&render(&["--values", file.to_str().unwrap()]).unwrap()));
+    // Each row's command names a runtime that there is.
+    for name in page.split("`dray runtime ").skip(1).map(|rest| rest.split(['`', ' ']).next().unwrap()) {
+        assert!(output(Command::new(binary()).args(["runtime", name])).status.success(), "{name}");
+    }
+    for file in page.split("](values/").skip(1).map(|rest| rest.split(')').next().unwrap()) {
+        assert!(k8s_dir().join("values").join(file).exists(), "{file}");
+    }
+}
