@@ -7,9 +7,9 @@
 mod ask;
 mod discovery;
 mod fetching;
-mod health;
+pub mod health;
 mod key;
-mod members;
+pub mod members;
 mod proof;
 pub mod ring;
 pub mod swarm;
@@ -52,7 +52,7 @@ pub struct Peers {
     discovery: tokio::sync::Mutex<Discovery>,
     /// Whether the members are known.
     formed: watch::Sender<bool>,
-    health: Health,
+    health: Mutex<Health>,
     proof: Proof,
     client: Client,
     /// Who fetches what from this node.
@@ -115,7 +115,7 @@ impl Peers {
             discovery: tokio::sync::Mutex::new(discovery),
             settings,
             listen,
-            health: Health::new(),
+            health: Mutex::default(),
             proof,
             client,
             trackers: moka::sync::Cache::builder().max_capacity(MAX_TRACKERS).time_to_idle(TRACKED).build(),
@@ -158,7 +158,7 @@ impl Peers {
 
     /// Whom to ask for a digest, having been asked as `role`.
     pub fn lead(&self, digest: &Digest, role: Role, scope: Scope) -> Lead {
-        self.members.load().lead(digest, role, scope, |peer| self.health.is_well(peer))
+        self.members.load().lead(digest, role, scope, |peer| self.is_well(peer))
     }
 
     /// Whether peers prove who they are: then they share what no digest proves, and what credentials
@@ -183,7 +183,9 @@ impl Peers {
     /// A peer sent wrong bytes, of which it said this.
     pub fn sent_wrong(&self, peer: SocketAddr, claim: Claim) {
         match claim {
-            Claim::Relayed if !self.health.relayed_wrong(peer) => tracing::info!(%peer, "a peer passed on wrong bytes"),
+            Claim::Relayed if !lock(&self.health).relayed_wrong(peer, self.now()) => {
+                tracing::info!(%peer, "a peer passed on wrong bytes");
+            }
             Claim::Relayed | Claim::Verified => self.lies(peer),
         }
     }
@@ -192,10 +194,20 @@ impl Peers {
     pub fn lies(&self, peer: SocketAddr) {
         tracing::warn!(%peer, "a peer sent wrong bytes");
         self.metrics.shut_out.inc();
-        self.health.lies(peer);
+        lock(&self.health).lies(peer, self.now());
     }
 
-    /// The clock of trackers and views.
+    /// Whether a peer may be asked.
+    fn is_well(&self, peer: &SocketAddr) -> bool {
+        lock(&self.health).is_well(peer, self.now())
+    }
+
+    /// A peer could not be reached.
+    fn is_down(&self, peer: SocketAddr) {
+        lock(&self.health).is_down(peer, self.now());
+    }
+
+    /// The clock of trackers, views and health.
     pub fn now(&self) -> Time {
         self.started.elapsed()
     }

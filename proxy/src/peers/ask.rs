@@ -116,7 +116,7 @@ impl Peers {
 
     fn successors(&self, question: &Question<'_>, count: usize) -> Vec<SocketAddr> {
         let members = self.members.load();
-        members.successors(question.digest, count, question.scope, |peer| self.health.is_well(peer))
+        members.successors(question.digest, count, question.scope, |peer| self.is_well(peer))
     }
 
     async fn who_has(&self, question: &Question<'_>, count: usize) -> Vec<Holder> {
@@ -172,7 +172,7 @@ impl Peers {
         let response = self.get(Method::GET, peer, question, &path, part, more).await?;
         let headers = response.headers();
         let may_be_asked =
-            |other: &SocketAddr| *other != members.own && members.contains(*other) && self.health.is_well(other);
+            |other: &SocketAddr| *other != members.own && members.contains(*other) && self.is_well(other);
         {
             let mut view = lock(view);
             let others = wire::read_holders(headers).into_iter();
@@ -377,7 +377,7 @@ impl Peers {
     fn is_unproven(&self, peer: SocketAddr, why: &str) {
         self.metrics.unproven.with_label_values(&["answer"]).inc();
         tracing::warn!(%peer, why, "a peer does not know this node, or this node does not know it");
-        self.health.is_down(peer);
+        self.is_down(peer);
     }
 
     /// Asks a question, and counts what came of it.
@@ -447,7 +447,7 @@ impl Peers {
             // It waits for its origin, or it is frozen.
             Err(_) if self.answers(peer, probe).await => timeout_at(deadline, sending).await,
             Err(_) => {
-                self.health.is_down(peer);
+                self.is_down(peer);
                 return Err(SourceError::Unreachable("the peer is silent".into()));
             }
         };
@@ -458,7 +458,7 @@ impl Peers {
                 if is_about_certificates(&error) {
                     self.is_unproven(peer, &why);
                 } else {
-                    self.health.is_down(peer);
+                    self.is_down(peer);
                 }
                 Err(SourceError::Unreachable(why))
             }

@@ -10,7 +10,7 @@ use crate::role::Role;
 
 /// All members at one time.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct Members {
+pub struct Members {
     pub(super) own: SocketAddr,
     zone: Zone,
     zones: HashMap<SocketAddr, Zone>,
@@ -41,7 +41,7 @@ pub struct Lead {
 
 impl Members {
     /// `zone` is this node's own, if it was told; otherwise it is that of its own address.
-    pub(super) fn new(found: &[(Zone, SocketAddr)], listen: SocketAddr, zone: Zone, policy: Zones) -> Self {
+    pub fn new(found: &[(Zone, SocketAddr)], listen: SocketAddr, zone: Zone, policy: Zones) -> Self {
         let own = found.iter().map(|(_, member)| *member).find(|member| is_own(*member, listen)).unwrap_or(listen);
         let mut zones: HashMap<SocketAddr, Zone> = found.iter().map(|(zone, member)| (*member, zone.clone())).collect();
         let zone = zone.or_else(|| zones.get(&own).cloned().flatten());
@@ -55,34 +55,34 @@ impl Members {
     }
 
     /// Whether the others know this process as a member.
-    pub(super) fn has_own(&self) -> bool {
+    pub fn has_own(&self) -> bool {
         !self.own.ip().is_unspecified()
     }
 
-    pub(super) fn len(&self) -> usize {
+    pub fn len(&self) -> usize {
         self.zones.len()
     }
 
-    pub(super) fn contains(&self, peer: SocketAddr) -> bool {
+    pub fn contains(&self, peer: SocketAddr) -> bool {
         self.zones.contains_key(&peer)
     }
 
     /// The zone of a member, by its name.
-    pub(super) fn zone_of(&self, member: SocketAddr) -> &str {
+    pub fn zone_of(&self, member: SocketAddr) -> &str {
         self.zones.get(&member).and_then(|zone| zone.as_deref()).unwrap_or(NO_ZONE)
     }
 
     /// Whether what comes from a member, or goes there, crosses into another zone.
-    pub(super) fn is_far(&self, member: SocketAddr) -> bool {
+    pub fn is_far(&self, member: SocketAddr) -> bool {
         self.policy != Zones::Ignore && self.zones.get(&member) != Some(&self.zone)
     }
 
-    pub(super) fn own_zone(&self) -> &str {
+    pub fn own_zone(&self) -> &str {
         self.zone.as_deref().unwrap_or(NO_ZONE)
     }
 
     /// Whom to ask for a digest by somebody who was asked as `role`; `alive` says who can be asked.
-    pub(super) fn lead(&self, digest: &Digest, role: Role, scope: Scope, alive: impl Fn(&SocketAddr) -> bool) -> Lead {
+    pub fn lead(&self, digest: &Digest, role: Role, scope: Scope, alive: impl Fn(&SocketAddr) -> bool) -> Lead {
         let before_own = |ring: &Ring| -> Vec<SocketAddr> {
             let first = ring.owners_of(digest, MAX_LEADERS, |member| *member == self.own || alive(member));
             first.into_iter().take_while(|member| *member != self.own).collect()
@@ -111,7 +111,7 @@ impl Members {
 
     /// Those who would own a digest if this node did not, best first: they may have fetched it while
     /// it was away. With isolated zones only those of this zone.
-    pub(super) fn successors(
+    pub fn successors(
         &self,
         digest: &Digest,
         count: usize,

@@ -3,9 +3,12 @@
 use std::cmp::Ordering;
 use std::collections::BinaryHeap;
 
-/// The rate of each flow, over links of these speeds; `ways` are the two links of each, None: it does not
-/// move. The link that gives each of its flows the least fixes theirs, then the next.
-pub(crate) fn shares(mut left: Vec<f64>, ways: &[Option<[usize; 2]>]) -> Vec<f64> {
+/// The links that a flow passes. None of them: it does not move.
+pub(crate) type Way = [Option<usize>; 3];
+
+/// The rate of each flow, over links of these speeds. The link that gives each of its flows the least fixes
+/// theirs, then the next.
+pub(crate) fn shares(mut left: Vec<f64>, ways: &[Way]) -> Vec<f64> {
     let mut members: Vec<Vec<usize>> = vec![Vec::new(); left.len()];
     for (nth, way) in ways.iter().enumerate() {
         way.iter().flatten().for_each(|link| members[*link].push(nth));

@@ -1,0 +1,136 @@
+//! Bytes move: over cards and lines between zones that all who send share.
+
+use std::time::Duration;
+
+use dray::oci::Span;
+use dray::peers::swarm::{Claim, Contribution};
+use dray::role::Role;
+
+use crate::links::{self, Way};
+use crate::network::{CARD, Flow, LAYERS, Network, STEP, float, whole};
+
+/// Who follows what somebody has gives up when nothing comes for this long.
+const COMES: f64 = 1.0;
+
+impl Network {
+    /// Bytes that a flow's source has beyond its position.
+    fn available(&self, flow: &Flow) -> f64 {
+        match flow.from {
+            None => f64::INFINITY,
+            Some(peer) => {
+                let end = self.nodes[peer].fetches[flow.layer].have.run_end(whole(flow.position));
+                (float(end) - flow.position).max(0.0)
+            }
+        }
+    }
+
+    /// The rate of each flow: what its source sends, it receives, and passes between zones is shared with others.
+    pub(crate) fn rates(&self) -> Vec<f64> {
+        let (count, zones) = (self.nodes.len(), self.shape.zones);
+        // Outgoing cards, incoming ones, that of the origin, and the lines from each zone to each other.
+        let cards = (0..count).chain(0..count).map(|node| self.card(node)).chain([CARD]);
+        let links = cards.chain(std::iter::repeat_n(zones.between, zones.count * zones.count)).collect();
+        let line = |from: usize, to: usize| {
+            let (from, to) = (self.nodes[from].zone, self.nodes[to].zone);
+            (from != to).then_some(2 * count + 1 + from * zones.count + to)
+        };
+        let way = |flow: &Flow| -> Way {
+            let line = flow.from.and_then(|from| line(from, flow.to));
+            [Some(flow.from.unwrap_or(2 * count)), Some(count + flow.to), line]
+        };
+        let moves = |flow: &&Flow| flow.starts <= self.now && self.available(flow) >= 1.0;
+        let ways: Vec<Way> =
+            self.flows.iter().map(|flow| Some(flow).filter(moves).map(way).unwrap_or_default()).collect();
+        links::shares(links, &ways)
+    }
+
+    /// Moves all flows by one step.
+    pub(crate) fn advance(&mut self, rates: &[f64]) {
+        let until = self.now + STEP;
+        let available: Vec<f64> = self.flows.iter().map(|flow| self.available(flow)).collect();
+        let mut over = Vec::new();
+        for (nth, flow) in self.flows.iter_mut().enumerate() {
+            let moved = (rates[nth] * STEP).min(available[nth]).min(float(flow.span.end) - flow.position);
+            if moved <= 0.0 {
+                if flow.gives_up && until - flow.idle_since > COMES {
+                    over.push(nth);
+                }
+                continue;
+            }
+            flow.idle_since = until;
+            let came = Span { start: whole(flow.position), end: whole(flow.position + moved) };
+            flow.position += moved;
+            match flow.from {
+                None => self.from_origin += moved,
+                Some(peer) => {
+                    self.nodes[peer].sent += moved;
+                    if self.nodes[peer].zone != self.nodes[flow.to].zone {
+                        self.crossed += moved;
+                    }
+                }
+            }
+            let fetch = &mut self.nodes[flow.to].fetches[flow.layer];
+            if came.start < came.end {
+                fetch.have.insert(came);
+            }
+            if flow.from.is_none()
+                && let Some(plan) = &mut fetch.plan
+            {
+                plan.brought(came.end - came.start, Duration::from_secs_f64(STEP));
+            }
+            if flow.from.is_some() && fetch.role != Some(Role::Global) {
+                fetch.pace.brought(came.end - came.start, Duration::from_secs_f64(STEP));
+                let left = fetch
+                    .pace
+                    .leaves(whole(flow.position) - flow.span.start, Duration::from_secs_f64(until - flow.starts));
+                let at = whole(flow.position);
+                let able = fetch.view.able(at, fetch.have.len(), Duration::from_secs_f64(until));
+                if left && able > 1 && float(flow.span.end) - flow.position >= 1.0 {
+                    fetch.pace.left();
+                    over.push(nth);
+                    continue;
+                }
+            }
+            if float(flow.span.end) - flow.position < 1.0 {
+                fetch.have.insert(Span { start: came.start, end: flow.span.end });
+                over.push(nth);
+            }
+        }
+        for nth in over.into_iter().rev() {
+            let flow = self.flows.swap_remove(nth);
+            self.end(&flow);
+        }
+    }
+
+    /// A flow has come to its end, or broke off.
+    pub(crate) fn end(&mut self, flow: &Flow) {
+        let broke = float(flow.span.end) - flow.position >= 1.0;
+        let now = self.clock();
+        let peer = flow.from.map(|peer| {
+            self.nodes[peer].sending -= 1;
+            self.nodes[peer].address
+        });
+        let fetch = &mut self.nodes[flow.to].fetches[flow.layer];
+        fetch.lanes -= 1;
+        let reached = whole(flow.position);
+        if let Some(peer) = peer {
+            let (claim, total) = (Claim::Relayed, LAYERS[flow.layer]);
+            let span = Span { start: flow.span.start, end: reached };
+            fetch.view.end(Contribution { peer, claim, total, span, checksum: 0 });
+            if broke {
+                fetch.view.left(peer, now);
+            }
+        }
+        if broke && let Some(plan) = &mut fetch.plan {
+            plan.give_back(Span { start: reached, end: flow.span.end });
+        }
+        if fetch.have.len() == LAYERS[flow.layer] {
+            fetch.done = true;
+            fetch.plan = None;
+            fetch.view = Default::default();
+        }
+        if let Some(owner) = flow.lent_by.filter(|owner| !self.nodes[*owner].is_dead) {
+            self.hear(flow.to, owner, flow.layer);
+        }
+    }
+}
