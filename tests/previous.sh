@@ -1,13 +1,13 @@
 #!/bin/sh
-# Builds the program of the commit before this one into the directory given, beside what this one has built: the
-# upgrade test runs both. tests/previous.sh OUT PROFILE
+# Builds the program of the commit before this one into the directory given, with its chart, beside what this one has
+# built: the upgrade tests run both. tests/previous.sh OUT PROFILE
 set -eu
 out=$(mkdir -p "$1" && cd "$1" && pwd)
 profile=$2
 cd "$(dirname "$0")/.."
 if ! commit=$(git rev-parse --verify --quiet HEAD~1); then
     echo "no earlier commit is here: the upgrade test has nothing to compare with" >&2
-    rm -f "$out/dray"
+    rm -rf "$out/dray" "$out/chart"
     exit 0
 fi
 [ "$(cat "$out/commit" 2>/dev/null)" != "$commit" ] || exit 0
@@ -18,5 +18,7 @@ git archive "$commit" | tar --extract --directory "$sources"
 CARGO_TARGET_DIR=$PWD/target cargo build --profile "$profile" --locked --package dray --bin dray \
     --manifest-path "$sources/Cargo.toml"
 mv "target/$profile/dray" "$out/dray"
+rm -rf "$out/chart"
+[ ! -d "$sources/k8s/dray" ] || mv "$sources/k8s/dray" "$out/chart"
 rm -rf "$sources"
 echo "$commit" >"$out/commit"

@@ -7,12 +7,12 @@ set -eu
 build="cc:gcc cmake:cmake make:make update-ca-certificates:ca-certificates"
 all="$build curl:curl openssl:openssl docker-registry:docker-registry htpasswd:apache2-utils skopeo:skopeo \
 buildah:buildah containerd:containerd nginx:nginx-light dnsmasq:dnsmasq-base ip:iproute2 tc:iproute2 unshare:util-linux mount:mount valgrind:valgrind \
-g++:g++ go:golang-go strace:strace pip3:python3-pip"
+g++:g++ go:golang-go strace:strace pip3:python3-pip etcd:etcd-server iptables:iptables ptp:containernetworking-plugins"
 
 [ "${1:-}" = build ] && wanted=$build || wanted=$all
 missing=""
 for pair in $wanted; do
-    PATH=$PATH:/usr/sbin:/sbin command -v "${pair%%:*}" >/dev/null 2>&1 || missing="$missing ${pair##*:}"
+    PATH=$PATH:/usr/sbin:/sbin:/usr/lib/cni command -v "${pair%%:*}" >/dev/null 2>&1 || missing="$missing ${pair##*:}"
 done
 # shellcheck disable=SC2086 # a list of words
 set -- $missing

@@ -32,6 +32,12 @@ if [ ! -e "$out/.$validate" ]; then
     touch "$out/.$validate"
 fi
 
+# What a program has to be told of itself when it is linked: clients ask a cluster for its version.
+flags() {
+    go list -f '{{with .Module}}{{if eq .Path "k8s.io/kubernetes"}}-X k8s.io/component-base/version.gitVersion={{.Version}}{{end}}{{end}}' \
+        tool | head -n 1
+}
+
 for tool in *; do
     # Rebuilt only when its go.mod changed.
     stamp="$out/.$tool.$(cksum <"$tool/go.mod" | tr ' ' -)"
@@ -39,7 +45,7 @@ for tool in *; do
     echo "building $tool"
     packages=$(cd "$tool" && go list -f '{{if eq .Name "main"}}{{.ImportPath}}{{end}}' tool)
     # shellcheck disable=SC2086 # a list of words
-    (cd "$tool" && go build -trimpath -ldflags=-s -o "$out/" $packages)
+    (cd "$tool" && go build -trimpath -ldflags="-s $(flags)" -o "$out/" $packages)
     rm -f "$out/.$tool".*
     touch "$stamp"
 done

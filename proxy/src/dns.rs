@@ -10,7 +10,9 @@ use hickory_resolver::{Resolver, TokioResolver};
 /// Asks these servers, or the system's if there are none. Must run inside a tokio runtime.
 pub fn resolver(servers: &[SocketAddr]) -> Result<TokioResolver, String> {
     let mut builder = if servers.is_empty() {
-        TokioResolver::builder_tokio().map_err(|e| format!("the system's name servers cannot be read: {e}"))?
+        TokioResolver::builder_tokio().map_err(|e| {
+            format!("the system's name servers cannot be read: {e}; name one in /etc/resolv.conf, or in servers of [dns]")
+        })?
     } else {
         let servers = servers.iter().map(|server| {
             let mut connections = vec![ConnectionConfig::udp(), ConnectionConfig::tcp()];

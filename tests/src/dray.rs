@@ -203,8 +203,17 @@ impl Dray {
 
 /// The program of the commit before this one. None: there is no earlier commit.
 pub fn previous() -> Option<PathBuf> {
+    of_previous("dray")
+}
+
+/// Its chart.
+pub fn previous_chart() -> Option<PathBuf> {
+    of_previous("chart")
+}
+
+fn of_previous(name: &str) -> Option<PathBuf> {
     let root = PathBuf::from(env!("CARGO_MANIFEST_DIR"));
-    let path = root.parent().expect("the workspace").join("target/previous/dray");
+    let path = root.parent().expect("the workspace").join("target/previous").join(name);
     path.exists().then_some(path)
 }
 

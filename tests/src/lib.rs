@@ -7,6 +7,7 @@ pub mod dns;
 pub mod dray;
 pub mod http;
 pub mod image;
+pub mod kubernetes;
 pub mod mount;
 pub mod nginx;
 pub mod node;

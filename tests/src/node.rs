@@ -1,7 +1,9 @@
 //! A Kubernetes node as far as a pod sees it: containers run from the unpacked image with the arguments, mounts,
 //! users and capabilities that the manifest says, in mount namespaces of their own and the host's network.
 
+use std::collections::BTreeMap;
 use std::io::Read;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -104,6 +106,24 @@ impl Default for Node {
     fn default() -> Self {
         Self::new()
     }
+}
+
+/// Everything below a directory: content, owner and mode.
+pub fn tree(dir: &Path) -> BTreeMap<PathBuf, (String, u32, u32, u32)> {
+    let mut found = BTreeMap::new();
+    let mut pending = vec![dir.to_owned()];
+    while let Some(path) = pending.pop() {
+        let known = std::fs::symlink_metadata(&path).expect("it is there");
+        let content = if known.is_dir() {
+            pending
+                .extend(std::fs::read_dir(&path).expect("it is there").map(|entry| entry.expect("it is there").path()));
+            String::new()
+        } else {
+            std::fs::read_to_string(&path).expect("it is there")
+        };
+        found.insert(path, (content, known.uid(), known.gid(), known.mode()));
+    }
+    found
 }
 
 /// The image that `make test` has built: its configuration, and the compressed size of all of it in bytes.

@@ -14,6 +14,7 @@ mod faults;
 mod fills;
 mod hotpaths;
 mod k8s;
+mod kubernetes;
 mod lazy;
 mod load;
 mod node;

@@ -1,8 +1,6 @@
 //! The image, and pods of the chart run as a node runs them.
 
-use std::collections::BTreeMap;
-use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 
 use dray_tests::chart::{Value, documents, of_kind, render};
@@ -10,7 +8,7 @@ use dray_tests::containerd::{Containerd, Version};
 use dray_tests::dray::rule;
 use dray_tests::eventually;
 use dray_tests::image::Image;
-use dray_tests::node::{self, Node};
+use dray_tests::node::{self, Node, tree};
 use dray_tests::process::{Process, free_port, output};
 use dray_tests::registry::Registry;
 use rustix::process::Signal;
@@ -34,23 +32,6 @@ fn the_image_is_small_and_runs_as_nobody() {
         serde_yaml_ng::from_str("{args: [--version], securityContext: {runAsUser: 65532, runAsGroup: 65532}}").unwrap();
     let said = output(&mut node.command(&[], &pod, &container));
     assert!(said.stdout.starts_with(b"dray 0."), "{said:?}");
-}
-
-/// Everything below a directory: content, owner and mode.
-fn tree(dir: &Path) -> BTreeMap<PathBuf, (String, u32, u32, u32)> {
-    let mut found = BTreeMap::new();
-    let mut pending = vec![dir.to_owned()];
-    while let Some(path) = pending.pop() {
-        let known = std::fs::symlink_metadata(&path).unwrap();
-        let content = if known.is_dir() {
-            pending.extend(std::fs::read_dir(&path).unwrap().map(|entry| entry.unwrap().path()));
-            String::new()
-        } else {
-            std::fs::read_to_string(&path).unwrap()
-        };
-        found.insert(path, (content, known.uid(), known.gid(), known.mode()));
-    }
-    found
 }
 
 /// A rendered chart and the node that its pods run on.

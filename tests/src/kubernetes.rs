@@ -1,0 +1,129 @@
+//! A real Kubernetes cluster of one node, in namespaces of its own: API server, controllers, scheduler, kube-proxy,
+//! kubelet and containerd, and a registry.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+
+use tempfile::TempDir;
+
+use crate::process::{Process, output, run};
+use crate::tool;
+
+/// A running cluster.
+pub struct Kubernetes {
+    dir: TempDir,
+    process: Process,
+}
+
+/// What is the first process of a container that does nothing.
+const PAUSE: &str = "#include <signal.h>\n#include <unistd.h>\n\
+                     static void end(int sig) { (void)sig; _exit(0); }\n\
+                     int main(void) { signal(SIGTERM, end); for (;;) pause(); }\n";
+
+impl Kubernetes {
+    /// With dray's image as 127.0.0.1:5000/dray:test in its registry.
+    pub fn start() -> Self {
+        assert!(rustix::process::geteuid().is_root(), "namespaces need root: run the tests as root");
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/kubernetes.sh");
+        let mut namespaces = Command::new("unshare");
+        namespaces.args(["--mount", "--net", "--pid", "--fork", "--kill-child", "--mount-proc"]);
+        namespaces.arg(script).arg(dir.path()).arg(tools()).stdout(Stdio::piped());
+        let mut cluster = Self { dir, process: Process::spawn(&mut namespaces) };
+        cluster.process.line("ready");
+        cluster.push_pause();
+        let image = Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the workspace").join("target/image/oci");
+        let to = "docker://127.0.0.1:5000/dray:test";
+        run(cluster
+            .inside("skopeo")
+            .args(["copy", "--quiet", "--dest-tls-verify=false"])
+            .args([&format!("oci:{}", image.display()), to]));
+        cluster
+    }
+
+    /// A command on the node.
+    fn inside(&self, program: impl AsRef<std::ffi::OsStr>) -> Command {
+        let id = self.process.id();
+        let children = std::fs::read_to_string(format!("/proc/{id}/task/{id}/children")).expect("it runs");
+        let mut command = Command::new("nsenter");
+        command.args(["--target", children.trim(), "--mount", "--net", "--pid", "--"]).arg(program);
+        command.env("KUBECONFIG", self.path("kubeconfig"));
+        command
+    }
+
+    fn push_pause(&self) {
+        let source = self.path("pause.c");
+        std::fs::write(&source, PAUSE).expect("written");
+        run(Command::new("cc").args(["-static", "-o"]).arg(self.path("pause")).arg(&source));
+        run(Command::new("tar").arg("-cf").arg(self.path("pause.tar")).arg("-C").arg(self.dir.path()).arg("pause"));
+        let image = "127.0.0.1:5000/pause:1";
+        let crane = || self.inside(tool("crane"));
+        run(crane().args(["append", "--insecure", "--new_tag", image, "--new_layer"]).arg(self.path("pause.tar")));
+        run(crane()
+            .args(["mutate", "--insecure", image, "--tag", image, "--entrypoint", "/pause"])
+            .args(["--set-platform", "linux/amd64"]));
+    }
+
+    /// Pushes an image of that name to the registry that does nothing and differs from all others.
+    pub fn push(&self, name: &str) {
+        let to = format!("127.0.0.1:5000/{name}");
+        let label = format!("name={name}");
+        let mut crane = self.inside(tool("crane"));
+        run(crane.args(["mutate", "--insecure", "127.0.0.1:5000/pause:1", "--tag", &to, "--label", &label]));
+    }
+
+    /// A file or directory of it.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// Where its containerd looks for mirrors.
+    pub fn hosts_dir(&self) -> PathBuf {
+        self.path("certs.d")
+    }
+
+    pub fn helm(&self, arguments: &[&str]) -> String {
+        run(self.inside(tool("helm")).args(["--namespace", "dray"]).args(arguments))
+    }
+
+    pub fn kubectl(&self, arguments: &[&str]) -> Output {
+        output(self.inside(tool("kubectl")).args(arguments))
+    }
+
+    /// Runs an image in a pod until it has begun.
+    pub fn run_pod(&self, name: &str, image: &str) {
+        let made = self.kubectl(&["run", name, "--image", image, "--grace-period", "1"]);
+        assert!(made.status.success(), "{made:?}");
+        let runs = self.kubectl(&["wait", "--for", "condition=Ready", &format!("pod/{name}"), "--timeout", "30s"]);
+        assert!(runs.status.success(), "{runs:?}\n{}", self.events());
+    }
+
+    /// What answers a URL on the node.
+    pub fn get(&self, url: &str) -> String {
+        run(self.inside("curl").args(["--silent", "--show-error", "--fail", "--max-time", "10", url]))
+    }
+
+    /// What happened, and what dray says, for whoever looks for a failure.
+    pub fn events(&self) -> String {
+        let events = self.kubectl(&["get", "events", "--all-namespaces"]);
+        let logs = self.kubectl(&["logs", "--namespace", "dray", "--selector", "app.kubernetes.io/name=dray"]);
+        [events.stdout, logs.stdout].map(|text| String::from_utf8_lossy(&text).into_owned()).concat()
+    }
+}
+
+impl Drop for Kubernetes {
+    fn drop(&mut self) {
+        self.process.kill();
+        // What is left of the pods: empty cgroups. Those that somebody else uses cannot be removed.
+        let hierarchies = std::fs::read_dir("/sys/fs/cgroup").into_iter().flatten().flatten();
+        for pods in hierarchies.map(|hierarchy| hierarchy.path().join("k8s.io")) {
+            let left = std::fs::read_dir(&pods).into_iter().flatten().flatten();
+            left.for_each(|group| drop(std::fs::remove_dir(group.path())));
+            let _ = std::fs::remove_dir(pods);
+        }
+    }
+}
+
+fn tools() -> PathBuf {
+    tool("kubelet").parent().expect("it lies in a directory").to_owned()
+}

@@ -1,0 +1,79 @@
+//! The chart on a real cluster: installed, upgraded, rolled back and removed.
+
+use std::path::Path;
+
+use dray_tests::chart::k8s_dir;
+use dray_tests::dray::previous_chart;
+use dray_tests::eventually;
+use dray_tests::kubernetes::Kubernetes;
+use dray_tests::node::tree;
+
+/// Values for this cluster, in a file of it.
+fn values(cluster: &Kubernetes, more: &str) -> String {
+    let file = cluster.path(&format!("values-{}.yaml", fastrand::u32(..)));
+    let dir = cluster.path("");
+    let text = format!(
+        "image: {{ repository: 127.0.0.1:5000/dray, tag: test }}\n\
+         containerd: {{ hostsDir: {dir}certs.d, configFile: {dir}containerd.toml, cleanupSeconds: 5 }}\n\
+         cache: {{ hostPath: {dir}cache, disk: 1GiB }}\n\
+         config: |\n  [[registry]]\n  match = \"docker.io\"\n  upstreams = [\"http://192.0.2.2:5000\"]\n{more}",
+        dir = dir.display(),
+    );
+    std::fs::write(&file, text).unwrap();
+    file.to_str().unwrap().to_owned()
+}
+
+fn is_pointed_at(hosts_dir: &Path, mirror: &str) -> bool {
+    let file = std::fs::read_to_string(hosts_dir.join("_default/hosts.toml"));
+    file.is_ok_and(|text| text.contains(&format!("[host.\"{mirror}\"]")))
+}
+
+/// A pod of a new image of Docker Hub, which nobody but dray can reach.
+fn pull_something_new(cluster: &Kubernetes) {
+    let name = format!("app-{}", fastrand::u32(..));
+    cluster.push(&format!("library/{name}:1"));
+    cluster.run_pod(&name, &format!("docker.io/library/{name}:1"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cluster_is_pointed_here_by_one_command_and_left_as_it_was() {
+    let cluster = Kubernetes::start();
+    let hosts_dir = cluster.hosts_dir();
+    std::fs::create_dir(hosts_dir.join("example.com")).unwrap();
+    std::fs::write(hosts_dir.join("example.com/hosts.toml"), "server = \"https://example.com\"\n").unwrap();
+    let before = tree(&hosts_dir);
+    let chart = k8s_dir().join("dray");
+    let chart = chart.to_str().unwrap();
+
+    // A dray on each node; first as the commit before installs it, then by this one, back, and forth again.
+    let file = values(&cluster, "");
+    let first = previous_chart().unwrap_or_else(|| chart.into());
+    cluster.helm(&["install", "dray", first.to_str().unwrap(), "--create-namespace", "--values", &file, "--wait"]);
+    let pointed = async || is_pointed_at(&hosts_dir, "http://127.0.0.1:5050").then_some(());
+    let rolled_out = || {
+        let status =
+            cluster.kubectl(&["rollout", "status", "daemonset/dray", "--namespace", "dray", "--timeout", "90s"]);
+        assert!(status.status.success(), "{status:?}\n{}", cluster.events());
+    };
+    rolled_out();
+    eventually("the node is pointed at the dray on it", pointed).await;
+    pull_something_new(&cluster);
+    for change in [&["upgrade", "dray", chart, "--values", &file, "--wait"][..], &["rollback", "dray", "1", "--wait"]] {
+        cluster.helm(change);
+        // Meanwhile as well: the registry is asked where dray is not.
+        rolled_out();
+        eventually("the node is pointed at the dray on it", pointed).await;
+        pull_something_new(&cluster);
+    }
+    cluster.helm(&["uninstall", "dray", "--wait", "--timeout", "3m"]);
+    assert_eq!(tree(&hosts_dir), before, "{}", cluster.events());
+
+    // Some for all nodes, which reach them by a port of the node.
+    let file = values(&cluster, "mode: deployment\nreplicas: 2\n");
+    cluster.helm(&["install", "dray", chart, "--values", &file, "--wait"]);
+    let pointed = async || is_pointed_at(&hosts_dir, "http://127.0.0.1:30050").then_some(());
+    eventually("the node is pointed at the drays of the cluster", pointed).await;
+    pull_something_new(&cluster);
+    cluster.helm(&["uninstall", "dray", "--wait", "--timeout", "3m"]);
+    assert_eq!(tree(&hosts_dir), before, "{}", cluster.events());
+}
