@@ -11,7 +11,9 @@ use hickory_resolver::{Resolver, TokioResolver};
 pub fn resolver(servers: &[SocketAddr]) -> Result<TokioResolver, String> {
     let mut builder = if servers.is_empty() {
         TokioResolver::builder_tokio().map_err(|e| {
-            format!("the system's name servers cannot be read: {e}; name one in /etc/resolv.conf, or in servers of [dns]")
+            format!(
+                "the system's name servers cannot be read: {e}; name one in /etc/resolv.conf, or in servers of [dns]"
+            )
         })?
     } else {
         let servers = servers.iter().map(|server| {

@@ -1,15 +1,16 @@
 //! Real clients pull real images of several registries; the second time with every registry off.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use dray_tests::containerd::{Containerd, Version};
 use dray_tests::dray::{Dray, Start, binary, rule};
+use dray_tests::eventually;
 use dray_tests::image::Image;
 use dray_tests::origin::{Fault, Origin};
-use dray_tests::process::run;
+use dray_tests::process::{Process, output, run};
 use dray_tests::registry::Registry;
 use dray_tests::tool;
 
@@ -38,11 +39,16 @@ impl Rig {
     }
 
     /// A registries.conf that sends both registries here, as dray writes it.
-    fn registries_conf(&self, dir: &Path) -> std::path::PathBuf {
+    fn registries_conf(&self, dir: &Path) -> PathBuf {
+        self.file_of(&["podman", "--registry", "docker.io", "--registry", "quay.io"], dir)
+    }
+
+    /// What `dray runtime` writes.
+    fn file_of(&self, arguments: &[&str], dir: &Path) -> PathBuf {
         let mut command = Command::new(binary());
-        command.args(["runtime", "podman", "--registry", "docker.io", "--registry", "quay.io", "--mirror"]);
-        let file = dir.join("registries.conf");
-        std::fs::write(&file, run(command.arg(self.dray.url("")))).expect("written");
+        command.arg("runtime").args(arguments).args(["--mirror", &self.dray.url("")]);
+        let file = dir.join(arguments[0]);
+        std::fs::write(&file, run(&mut command)).expect("written");
         file
     }
 }
@@ -125,6 +131,88 @@ async fn buildah_by_mirror() {
             .arg("--runroot")
             .arg(storage.join("run"))
             .args(["pull", "--policy", "always", "quay.io/team/app:1"]));
+        rig.switch_registries_off();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn podman_by_mirror() {
+    let mut rig = Rig::new().await;
+    let dir = tempfile::tempdir().unwrap();
+    let conf = rig.registries_conf(dir.path());
+    for round in ["first", "off"] {
+        let storage = dir.path().join(round);
+        let mut podman = Command::new("podman");
+        podman.env("CONTAINERS_REGISTRIES_CONF", &conf).args(["--storage-driver", "vfs", "--root"]);
+        podman.arg(storage.join("root")).arg("--runroot").arg(storage.join("run"));
+        run(podman.args(["pull", "--quiet", "docker.io/library/app:1"]));
+        rig.switch_registries_off();
+    }
+}
+
+/// A daemon with children of its own, which end with it.
+fn daemon(program: &Path) -> Command {
+    let mut command = Command::new("unshare");
+    command.args(["--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]).arg(program);
+    command
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn docker_by_mirror() {
+    let mut rig = Rig::new().await;
+    let dir = tempfile::tempdir().unwrap();
+    let config = rig.file_of(&["docker"], dir.path());
+    let path = |name: &str| dir.path().join(name).display().to_string();
+    let host = format!("unix://{}", path("socket"));
+    let log = std::fs::File::create(path("log")).unwrap();
+    let mut command = daemon("dockerd".as_ref());
+    command.arg("--config-file").arg(&config).args(["--data-root", &path("data"), "--exec-root", &path("exec")]);
+    command.args(["--pidfile", &path("pid"), "--host", &host, "--storage-driver", "vfs"]);
+    let _daemon = Process::spawn(command.args(["--bridge", "none", "--iptables=false"]).stderr(log));
+    let docker = |arguments: &[&str]| output(Command::new("docker").args(["--host", &host]).args(arguments));
+    eventually("dockerd answers", async || docker(&["version"]).status.success().then_some(())).await;
+    for _ in ["first", "off"] {
+        let pulled = docker(&["pull", "library/app:1"]);
+        assert!(pulled.status.success(), "{pulled:?}\n{}", std::fs::read_to_string(path("log")).unwrap());
+        assert!(docker(&["rmi", "library/app:1"]).status.success());
+        rig.switch_registries_off();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn buildkit_by_mirror() {
+    let mut rig = Rig::new().await;
+    let dir = tempfile::tempdir().unwrap();
+    let config = rig.file_of(&["buildkit", "--registry", "docker.io", "--registry", "quay.io"], dir.path());
+    let path = |name: &str| dir.path().join(name).display().to_string();
+    std::fs::write(path("Dockerfile"), "FROM app:1 AS one\nFROM quay.io/team/app:1\nCOPY --from=one / /one/\n")
+        .unwrap();
+    for round in ["first", "off"] {
+        let address = format!("unix://{}", path(&format!("{round}.socket")));
+        let mut command = daemon(&tool("buildkitd"));
+        command.arg("--config").arg(&config).args(["--root", &path(round), "--addr", &address]);
+        let log = std::fs::File::create(path("log")).unwrap();
+        command.args(["--oci-worker-snapshotter", "native", "--oci-worker-net", "host", "--containerd-worker=false"]);
+        let _daemon = Process::spawn(command.stderr(log));
+        let buildctl =
+            |arguments: &[&str]| output(Command::new(tool("buildctl")).args(["--addr", &address]).args(arguments));
+        eventually("buildkitd answers", async || buildctl(&["debug", "workers"]).status.success().then_some(())).await;
+        let local = [format!("context={}", path("")), format!("dockerfile={}", path(""))];
+        let to = format!("type=tar,dest={}", path(&format!("{round}.tar")));
+        let built = buildctl(&[
+            "build",
+            "--frontend",
+            "dockerfile.v0",
+            "--local",
+            &local[0],
+            "--local",
+            &local[1],
+            "--output",
+            &to,
+        ]);
+        let log = || std::fs::read_to_string(path("log")).unwrap();
+        assert!(built.status.success(), "{}\n{}", String::from_utf8_lossy(&built.stderr), log());
+        assert!(std::fs::metadata(path(&format!("{round}.tar"))).unwrap().len() > 3_000_000);
         rig.switch_registries_off();
     }
 }
