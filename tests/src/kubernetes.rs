@@ -98,11 +98,6 @@ impl Kubernetes {
         assert!(runs.status.success(), "{runs:?}\n{}", self.events());
     }
 
-    /// What answers a URL on the node.
-    pub fn get(&self, url: &str) -> String {
-        run(self.inside("curl").args(["--silent", "--show-error", "--fail", "--max-time", "10", url]))
-    }
-
     /// What happened, and what dray says, for whoever looks for a failure.
     pub fn events(&self) -> String {
         let events = self.kubectl(&["get", "events", "--all-namespaces"]);

@@ -59,7 +59,7 @@ impl Members {
         !self.own.ip().is_unspecified()
     }
 
-    pub fn len(&self) -> usize {
+    pub(super) fn len(&self) -> usize {
         self.zones.len()
     }
 

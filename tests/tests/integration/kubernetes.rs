@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use dray_tests::chart::k8s_dir;
+use dray_tests::chart::{Value, k8s_dir};
 use dray_tests::dray::previous_chart;
 use dray_tests::eventually;
 use dray_tests::kubernetes::Kubernetes;
@@ -33,6 +33,29 @@ fn pull_something_new(cluster: &Kubernetes) {
     let name = format!("app-{}", fastrand::u32(..));
     cluster.push(&format!("library/{name}:1"));
     cluster.run_pod(&name, &format!("docker.io/library/{name}:1"));
+}
+
+/// The pod of k8s/README.md that has a dray beside its builder; the builder does nothing here.
+fn run_the_runners_example(cluster: &Kubernetes) {
+    let page = std::fs::read_to_string(k8s_dir().join("README.md")).unwrap();
+    let example = page.split("## CI runners").nth(1).unwrap().split("```").nth(1).unwrap();
+    let example = example.strip_prefix("yaml").unwrap();
+    let example = example.replace("registry.corp/dray:0.1.0", "127.0.0.1:5000/dray:test");
+    let mut spec: Value =
+        serde_yaml_ng::from_str(&example.replace("moby/buildkit:rootless", "127.0.0.1:5000/pause:1")).unwrap();
+    spec["volumes"] = serde_yaml_ng::from_str("[{ name: cache, emptyDir: {} }]").unwrap();
+    spec["terminationGracePeriodSeconds"] = 1.into();
+    let pod = serde_json::json!({ "apiVersion": "v1", "kind": "Pod", "metadata": { "name": "runner" }, "spec": spec });
+    let file = cluster.path("runner.json");
+    std::fs::write(&file, pod.to_string()).unwrap();
+    for arguments in [
+        &["apply", "--filename", file.to_str().unwrap()][..],
+        &["wait", "--for", "condition=Ready", "pod/runner", "--timeout", "60s"],
+        &["delete", "pod", "runner"],
+    ] {
+        let done = cluster.kubectl(arguments);
+        assert!(done.status.success(), "{done:?}\n{}", cluster.events());
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -67,6 +90,8 @@ async fn a_cluster_is_pointed_here_by_one_command_and_left_as_it_was() {
     }
     cluster.helm(&["uninstall", "dray", "--wait", "--timeout", "3m"]);
     assert_eq!(tree(&hosts_dir), before, "{}", cluster.events());
+
+    run_the_runners_example(&cluster);
 
     // Some for all nodes, which reach them by a port of the node.
     let file = values(&cluster, "mode: deployment\nreplicas: 2\n");
