@@ -11,6 +11,9 @@ pub const SENT_BYTES: &str = "dray_sent_bytes_total";
 pub const FIRST_BYTE: &str = "dray_first_byte_seconds";
 pub const ORIGIN_REQUESTS: &str = "dray_origin_requests_total";
 pub const ORIGIN_BYTES: &str = "dray_origin_bytes_total";
+pub const ORIGIN_DOWN: &str = "dray_origin_down";
+pub const ORIGIN_RATE_LIMIT: &str = "dray_origin_rate_limit";
+pub const ORIGIN_RATE_LIMIT_REMAINING: &str = "dray_origin_rate_limit_remaining";
 pub const PEER_BYTES: &str = "dray_peer_bytes_total";
 pub const PEER_REQUESTS: &str = "dray_peer_requests_total";
 pub const PEER_FIRST_BYTE: &str = "dray_peer_first_byte_seconds";
@@ -42,6 +45,11 @@ pub struct Metrics {
     pub origin_requests: IntCounterVec,
     /// by rule
     pub origin_bytes: IntCounterVec,
+    /// upstreams that do not answer, by rule
+    pub origin_down: IntGaugeVec,
+    /// what upstreams say of their limits, by rule
+    pub origin_rate_limit: IntGaugeVec,
+    pub origin_rate_limit_remaining: IntGaugeVec,
     /// by from_zone, to_zone
     pub peer_bytes: IntCounterVec,
     /// by from_zone, to_zone, outcome
@@ -94,6 +102,21 @@ impl Metrics {
             first_byte: seconds(FIRST_BYTE, "Time to the first byte of an answer, by source.", &["source"]),
             origin_requests: counters(ORIGIN_REQUESTS, "Requests sent to origins.", &["rule", "kind", "outcome"]),
             origin_bytes: counters(ORIGIN_BYTES, "Body bytes received from origins.", &["rule"]),
+            origin_down: gauges(
+                ORIGIN_DOWN,
+                "Upstreams that do not answer and are asked again all the time.",
+                &["rule"],
+            ),
+            origin_rate_limit: gauges(
+                ORIGIN_RATE_LIMIT,
+                "Pulls that an upstream allows in its window, as it last said.",
+                &["rule"],
+            ),
+            origin_rate_limit_remaining: gauges(
+                ORIGIN_RATE_LIMIT_REMAINING,
+                "Pulls that an upstream still allows, as it last said.",
+                &["rule"],
+            ),
             peer_bytes: counters(PEER_BYTES, "Body bytes received from peers.", &["from_zone", "to_zone"]),
             peer_requests: counters(
                 PEER_REQUESTS,

@@ -42,16 +42,21 @@ use crate::tags::Tags;
 /// A source has this long for its first byte.
 const FIRST_BYTE: Duration = Duration::from_secs(10);
 
+/// A registry that took long is taken to take long again for this time, or until it answers.
+const SLOW: Duration = Duration::from_secs(15);
+
 /// Everything that a pull needs.
 pub struct Pull {
     registries: Arc<Registries>,
     store: Arc<Store>,
-    origin: Origin,
+    origin: Arc<Origin>,
     peers: Option<Arc<Peers>>,
     fills: Arc<Fills>,
     tags: Tags,
     metrics: Arc<Metrics>,
     negatives: Negatives,
+    /// Registries that lately kept somebody waiting who had an older answer.
+    slow: moka::sync::Cache<Registry, ()>,
     manifest_flights: Flights<(String, Digest, Role), manifest::Fetched>,
     tag_flights: Flights<(String, Tag, Role), tag::Meant>,
     length_flights: Flights<(String, Digest), Result<u64, SourceError>>,
@@ -77,10 +82,11 @@ impl Pull {
             tags: Tags::new(store.clone()),
             registries,
             store,
-            origin,
+            origin: Arc::new(origin),
             peers: peers.map(Arc::new),
             metrics,
             negatives: Negatives::new(),
+            slow: moka::sync::Cache::builder().max_capacity(10_000).time_to_live(SLOW).build(),
             manifest_flights: Flights::default(),
             tag_flights: Flights::default(),
             length_flights: Flights::default(),

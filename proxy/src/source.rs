@@ -1,5 +1,7 @@
 //! Bodies on their way in, whoever sends them, and why a source sends none.
 
+use std::time::Duration;
+
 use bytes::Bytes;
 use futures_util::StreamExt;
 use futures_util::stream::BoxStream;
@@ -50,7 +52,10 @@ pub enum SourceError {
     #[error("it is not kept here")]
     NotKept,
     #[error("the origin limits its requests")]
-    Limited,
+    Limited {
+        /// How much later it may be asked again, where it says so.
+        again: Option<Duration>,
+    },
     #[error("too many fetches at once")]
     Busy,
     #[error("unreachable: {0}")]
@@ -168,7 +173,7 @@ impl SourceError {
             Self::NotFound => "not_found",
             Self::Denied => "denied",
             Self::NotKept => "not_kept",
-            Self::Limited => "limited",
+            Self::Limited { .. } => "limited",
             Self::Busy => "busy",
             Self::Unreachable(_) => "unreachable",
             Self::TimedOut => "timed_out",
@@ -191,7 +196,7 @@ impl SourceError {
 
     /// Whether waiting may help: the origin was not there, or said "later".
     pub fn is_passing_outage(&self) -> bool {
-        matches!(self, Self::Unreachable(_) | Self::TimedOut | Self::Limited | Self::Busy | Self::Failed(500..))
+        matches!(self, Self::Unreachable(_) | Self::TimedOut | Self::Limited { .. } | Self::Busy | Self::Failed(500..))
     }
 
     /// Whether it may come from asking for a range: the same question without one may be answered.
@@ -210,7 +215,7 @@ impl SourceError {
             Self::Failed(_) => 4,
             Self::TimedOut => 5,
             Self::Unreachable(_) => 6,
-            Self::Limited => 7,
+            Self::Limited { .. } => 7,
             Self::Busy => 8,
         };
         if rank(&other) > rank(&self) { other } else { self }

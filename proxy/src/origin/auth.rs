@@ -2,7 +2,7 @@
 //! names. Tokens are fetched once for all who need one and renewed before they expire.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use http::{HeaderMap, HeaderValue, Method};
 use serde::Deserialize;
@@ -12,6 +12,7 @@ use url::form_urlencoded::Serializer;
 use super::challenge::Challenge;
 use super::credentials::{self, Secret};
 use super::http::{Ask, Home, Http};
+use super::question::retry_after;
 use crate::lifetimes::{ByLifetime, Lifetime};
 use crate::registries::Place;
 use crate::source::SourceError;
@@ -219,7 +220,7 @@ async fn token(http: &Http, home: Home<'_>, ask: &Ask<'_>, deadline: Deadline) -
         200 => {}
         // "Not found" would be taken for the image.
         400 | 401 | 403 | 404 => return Err(SourceError::Denied),
-        429 => return Err(SourceError::Limited),
+        429 => return Err(SourceError::Limited { again: retry_after(response.headers(), SystemTime::now()) }),
         status => return Err(SourceError::Failed(status)),
     }
     let malformed = |what: &str| SourceError::Malformed(format!("the token endpoint: {what}"));

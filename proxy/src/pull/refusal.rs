@@ -27,7 +27,7 @@ impl Refusal {
             SourceError::NotFound => Self::NotFound { code: missing, message },
             SourceError::NotKept => Self::NotKept,
             SourceError::Denied | SourceError::Guarded(_) => Self::Denied(message),
-            SourceError::Limited | SourceError::Busy | SourceError::Unreachable(_) | SourceError::TimedOut => {
+            SourceError::Limited { .. } | SourceError::Busy | SourceError::Unreachable(_) | SourceError::TimedOut => {
                 Self::Unavailable(message)
             }
             SourceError::Failed(500..) => Self::Unavailable(message),

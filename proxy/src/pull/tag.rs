@@ -25,6 +25,9 @@ pub(super) type Meant = Result<ManifestAnswer, SourceError>;
 /// How long the origin has where an older answer is at hand.
 const WITH_STALE: Duration = Duration::from_secs(1);
 
+/// One that lately took longer has this long, and so often is looked whether it is in trouble.
+const WHERE_SLOW: Duration = Duration::from_millis(20);
+
 impl Pull {
     pub(super) async fn manifest_by_tag(
         self: &Arc<Self>,
@@ -54,7 +57,16 @@ impl Pull {
             peers.map_or(Role::Global, |peers| peers.lead(&in_ring(place, tag), asking.role, self.scope(place)).role);
         let asked = self.ask_for_tag(place, tag, accept, role);
         let Some(expired) = expired else { return self.count_stale(place, tag, asked.await, "peer") };
-        match timeout(WITH_STALE, asked).await {
+        let patience = if self.slow.contains_key(&place.registry) { WHERE_SLOW } else { WITH_STALE };
+        let asked = tokio::select! {
+            biased;
+            // One that is down is asked by whoever looks after it, and one that said "later" is not asked.
+            trouble = self.trouble(place), if role == Role::Global => {
+                return self.count_stale(place, tag, Ok(stale(expired)), trouble.as_str());
+            }
+            asked = timeout(patience, asked) => asked,
+        };
+        match asked {
             Ok(Ok(answer)) if answer.from != ServedFrom::Stale || answer.age < expired.age => {
                 self.count_stale(place, tag, Ok(answer), "peer")
             }
@@ -62,7 +74,22 @@ impl Pull {
             Ok(Err(error)) if error.is_outage() => self.count_stale(place, tag, Ok(stale(expired)), error.as_str()),
             Ok(Err(error)) => Err(error),
             // The flight goes on and renews the lease for whoever comes next.
-            Err(_) => self.count_stale(place, tag, Ok(stale(expired)), "slow"),
+            Err(_) => {
+                if patience == WITH_STALE {
+                    self.slow.insert(place.registry.clone(), ());
+                }
+                self.count_stale(place, tag, Ok(stale(expired)), "slow")
+            }
+        }
+    }
+
+    /// Waits until there is no use in waiting for a place's origin.
+    async fn trouble(&self, place: &Place) -> SourceError {
+        loop {
+            match self.origin.trouble(place) {
+                Some(trouble) => return trouble,
+                None => tokio::time::sleep(WHERE_SLOW).await,
+            }
         }
     }
 
@@ -100,6 +127,9 @@ impl Pull {
     fn remember(&self, place: &Place, tag: &Tag, meant: &Meant) {
         match meant {
             Ok(answer) => {
+                if answer.from != ServedFrom::Stale {
+                    self.slow.invalidate(&place.registry);
+                }
                 let age = answer.age.unwrap_or_default();
                 let checked_at = SystemTime::now().checked_sub(age).unwrap_or(SystemTime::UNIX_EPOCH);
                 self.tags.renew(place, tag, &answer.digest, checked_at);

@@ -18,6 +18,7 @@ mod kubernetes;
 mod lazy;
 mod load;
 mod node;
+mod outage;
 mod peers;
 mod proof;
 mod public;

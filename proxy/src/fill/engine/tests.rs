@@ -232,7 +232,7 @@ impl Sources for Jealous {
     async fn open(&self, from: u64, end: Option<u64>, _: u32) -> Result<(Incoming, ServedFrom), SourceError> {
         if self.open.fetch_add(1, Ordering::Relaxed) > 0 {
             self.refused.fetch_add(1, Ordering::Relaxed);
-            return Err(SourceError::Limited);
+            return Err(SourceError::Limited { again: None });
         }
         self.inner.open(from, end, 0).await
     }

@@ -1,0 +1,228 @@
+//! The way of a question through a rule's upstreams: those that are well first, the next one where one gives
+//! nothing or takes long, and nobody who is not there or said "later".
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::StreamExt;
+use futures_util::stream::FuturesUnordered;
+use reqwest::Response;
+use tokio::time::{Instant, sleep, sleep_until};
+
+use super::Origin;
+use super::condition::{Admission, Silence, lock};
+use super::http::{Home, Patience};
+use super::question::{Kind, Question};
+use crate::config::Upstream;
+use crate::registries::{Place, Trust};
+use crate::source::SourceError;
+
+/// Only failures this fast are worth another try.
+const FAILS_FAST: Duration = Duration::from_secs(1);
+
+/// An upstream has this long to answer where another one follows.
+pub(super) const OTHERS_FOLLOW: Duration = Duration::from_millis(2500);
+
+/// Whoever has not answered a small question for so long is not waited for alone.
+const HEDGE: Duration = Duration::from_secs(1);
+
+/// An upstream that is down is asked again after this long, then twice as long, and so on.
+const FIRST_LOOK: Duration = Duration::from_millis(250);
+const LONGEST_PAUSE: Duration = Duration::from_secs(2);
+/// For so long.
+const LOOK: Duration = Duration::from_millis(2500);
+
+/// Those who waited for a limit's end do not all come at once.
+const SPREAD_MILLIS: u64 = 250;
+
+/// Where a question goes, and whether another upstream follows.
+#[derive(Clone, Copy)]
+struct Turn<'a> {
+    upstream: &'a Upstream,
+    trust: Trust,
+    patience: Patience,
+    deadline: Instant,
+}
+
+impl Origin {
+    /// Asks the upstreams in order until one answers with 200 or 206.
+    pub(super) async fn ask(
+        self: &Arc<Self>,
+        place: &Place,
+        question: &Question,
+        deadline: Instant,
+    ) -> Result<Response, SourceError> {
+        let mut upstreams = place.rule.upstreams(&place.registry);
+        let now = Instant::now();
+        upstreams
+            .sort_by_cached_key(|(upstream, _)| lock(&self.conditions.of(place, upstream)).rank(question.kind, now));
+        let last = upstreams.len() - 1;
+        let mut turns = upstreams.iter().enumerate().map(|(nth, (upstream, trust))| Turn {
+            upstream,
+            trust: *trust,
+            patience: if nth == last { Patience::LastResort } else { Patience::OthersFollow },
+            deadline: if nth == last { deadline } else { deadline.min(Instant::now() + OTHERS_FOLLOW) },
+        });
+        let mut asked = FuturesUnordered::new();
+        let mut worst = SourceError::NotFound;
+        // A blob is fetched from one upstream at a time: both would send it.
+        let may_hedge = !question.kind.is_blob();
+        loop {
+            if asked.is_empty() {
+                let Some(turn) = turns.next() else { return Err(worst) };
+                asked.push(self.ask_upstream(turn, place, question));
+            }
+            let answer = tokio::select! {
+                Some(answer) = asked.next() => answer,
+                () = sleep(HEDGE), if may_hedge && turns.len() > 0 => {
+                    asked.extend(turns.next().map(|turn| self.ask_upstream(turn, place, question)));
+                    continue;
+                }
+            };
+            match answer {
+                Ok(response) => return Ok(response),
+                Err(error) => worst = worst.severer(error),
+            }
+        }
+    }
+
+    /// Why nothing would come of a question now, as far as that is known without asking.
+    pub fn trouble(&self, place: &Place) -> Option<SourceError> {
+        let now = Instant::now();
+        let mut worst = None;
+        for (upstream, _) in place.rule.upstreams(&place.registry) {
+            let error = match lock(&self.conditions.of(place, &upstream)).admit(Kind::ManifestHead, now) {
+                Admission::Ask => return None,
+                Admission::Limited(until) => SourceError::Limited { again: Some(until - now) },
+                Admission::Down => is_down(),
+            };
+            worst = Some(worst.map_or(error.clone(), |worst: SourceError| worst.severer(error)));
+        }
+        worst
+    }
+
+    /// Asks one upstream, when it is its turn, and remembers what that tells of it.
+    async fn ask_upstream(
+        self: &Arc<Self>,
+        turn: Turn<'_>,
+        place: &Place,
+        question: &Question,
+    ) -> Result<Response, SourceError> {
+        let condition = self.conditions.of(place, turn.upstream);
+        loop {
+            let now = Instant::now();
+            let admission = lock(&condition).admit(question.kind, now);
+            match admission {
+                Admission::Ask => {}
+                Admission::Down => return Err(is_down()),
+                Admission::Limited(until) => {
+                    let after = until + Duration::from_millis(fastrand::u64(..SPREAD_MILLIS));
+                    // Where another follows it is asked instead.
+                    if turn.patience == Patience::OthersFollow || after >= turn.deadline {
+                        return Err(SourceError::Limited { again: Some(until - now) });
+                    }
+                    sleep_until(after).await;
+                    continue;
+                }
+            }
+            let home = Home {
+                upstream: turn.upstream,
+                trust: turn.trust,
+                ca: place.rule.ca.as_deref(),
+                patience: turn.patience,
+            };
+            let answer = self.ask_patiently(home, place, question, turn.deadline).await;
+            let outcome = answer.as_ref().map_or_else(SourceError::as_str, |_| "ok");
+            self.metrics.origin_requests.with_label_values(&[place.rule.name(), question.kind.as_str(), outcome]).inc();
+            if let Err(error) = &answer {
+                let (upstream, kind) = (turn.upstream.base(), question.kind.as_str());
+                tracing::debug!(%place, upstream, kind, %error, "upstream gave nothing");
+            }
+            match answer {
+                Err(SourceError::TimedOut | SourceError::Unreachable(_)) => {
+                    if lock(&condition).silent(question.kind, now, Instant::now()) == Silence::Found {
+                        self.look_after(place, turn.upstream, turn.trust, question);
+                    }
+                }
+                Err(SourceError::Limited { again }) => {
+                    let mut condition = lock(&condition);
+                    condition.answered(Instant::now());
+                    condition.limited(question.kind, again, Instant::now());
+                    tracing::info!(%place, upstream = turn.upstream.base(), ?again, "the upstream limits its requests");
+                    continue;
+                }
+                Ok(_) => {
+                    let mut condition = lock(&condition);
+                    condition.answered(Instant::now());
+                    condition.gave(question.kind);
+                }
+                Err(_) => lock(&condition).answered(Instant::now()),
+            }
+            return answer;
+        }
+    }
+
+    /// Asks the same again and again until somebody answers, so that no client has to find out.
+    fn look_after(self: &Arc<Self>, place: &Place, upstream: &Upstream, trust: Trust, question: &Question) {
+        let condition = self.conditions.of(place, upstream);
+        let Ok(watch) = self.watches.clone().try_acquire_owned() else {
+            lock(&condition).forget();
+            return;
+        };
+        tracing::warn!(rule = place.rule.name(), upstream = upstream.base(), "an upstream does not answer");
+        let down = self.metrics.origin_down.with_label_values(&[place.rule.name()]);
+        down.inc();
+        let (origin, place, upstream, question) = (self.clone(), place.clone(), upstream.clone(), question.looking());
+        tokio::spawn(async move {
+            let _watch = watch;
+            let mut pause = FIRST_LOOK;
+            loop {
+                sleep(pause).await;
+                pause = (pause * 2).min(LONGEST_PAUSE);
+                if !lock(&condition).is_wanted(Instant::now()) {
+                    lock(&condition).forget();
+                    break;
+                }
+                let (ca, patience) = (place.rule.ca.as_deref(), Patience::LastResort);
+                let home = Home { upstream: &upstream, trust, ca, patience };
+                let answer = origin.ask_once(home, &place, &question, Instant::now() + LOOK).await;
+                if !matches!(answer, Err(SourceError::TimedOut | SourceError::Unreachable(_))) {
+                    lock(&condition).answered(Instant::now());
+                    tracing::info!(rule = place.rule.name(), upstream = upstream.base(), "an upstream answers again");
+                    break;
+                }
+            }
+            down.dec();
+        });
+    }
+
+    /// Repeats what is likely to pass, within the deadline and the budget.
+    async fn ask_patiently(
+        &self,
+        home: Home<'_>,
+        place: &Place,
+        question: &Question,
+        deadline: Instant,
+    ) -> Result<Response, SourceError> {
+        self.retries.earn();
+        let mut attempt = 0;
+        loop {
+            let asked = Instant::now();
+            match self.ask_once(home, place, question, deadline).await {
+                // What took long to fail will take long again, and the client waits.
+                Err(error) if error.is_passing() && asked.elapsed() < FAILS_FAST => {
+                    match self.retries.pause(attempt, deadline) {
+                        Some(pause) => sleep(pause).await,
+                        None => return Err(error),
+                    }
+                }
+                other => return other,
+            }
+            attempt += 1;
+        }
+    }
+}
+
+fn is_down() -> SourceError {
+    SourceError::Unreachable("it has not answered lately, and is asked again all the time".into())
+}

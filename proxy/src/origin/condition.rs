@@ -1,0 +1,214 @@
+//! What is known of an upstream from asking it: whether anybody is there, and what it limits. Decisions only; the
+//! clock comes from outside.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use super::question::Kind;
+use crate::config::Upstream;
+use crate::registries::Place;
+
+/// The upstreams that were asked lately, each under the rule by whose credentials it is asked.
+pub(super) struct Conditions(moka::sync::Cache<Key, Arc<Mutex<Condition>>>);
+
+#[derive(Clone, PartialEq, Eq, Hash)]
+struct Key {
+    rule: String,
+    upstream: String,
+}
+
+/// What is known of one upstream.
+#[derive(Default)]
+pub(super) struct Condition {
+    /// Nobody is there: it is looked after until somebody is.
+    down: Option<Down>,
+    answered: Option<Instant>,
+    /// A blob's question got no answer: others are asked first until then.
+    doubted: Option<Instant>,
+    limits: [Option<Limit>; Kind::COUNT],
+}
+
+struct Down {
+    /// When somebody last wanted something from it.
+    wanted: Instant,
+}
+
+/// It said "later" to one kind of questions.
+#[derive(Clone, Copy)]
+struct Limit {
+    until: Instant,
+    /// How often in a row it did not say how much later.
+    strikes: u32,
+}
+
+/// Whether to ask.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Admission {
+    Ask,
+    /// It asks to be left alone until then.
+    Limited(Instant),
+    /// Nobody is there.
+    Down,
+}
+
+/// What a question without an answer means.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Silence {
+    /// Nobody is there, which was not known before.
+    Found,
+    /// It was known, or others were answered meanwhile.
+    Nothing,
+}
+
+const MAX_UPSTREAMS: u64 = 10_000;
+const REMEMBERED: Duration = Duration::from_secs(600);
+
+/// An upstream of which a blob got no answer is asked last for so long.
+const DOUBTED: Duration = Duration::from_secs(10);
+
+/// A limit that comes without a time lasts so long, then twice as long, and so on.
+const FIRST_LIMIT: Duration = Duration::from_secs(5);
+const LONGEST_UNSAID: Duration = Duration::from_secs(60);
+
+/// Whatever an upstream says.
+const LONGEST_LIMIT: Duration = Duration::from_secs(3600);
+
+/// What nobody has wanted for so long is not looked after any more.
+const WANTED: Duration = Duration::from_secs(60);
+
+impl Conditions {
+    pub(super) fn new() -> Self {
+        Self(moka::sync::Cache::builder().max_capacity(MAX_UPSTREAMS).time_to_idle(REMEMBERED).build())
+    }
+
+    pub(super) fn of(&self, place: &Place, upstream: &Upstream) -> Arc<Mutex<Condition>> {
+        let key = Key { rule: place.rule.name().to_owned(), upstream: upstream.base() };
+        self.0.get_with(key, Arc::default)
+    }
+}
+
+impl Condition {
+    /// Whether a question may be asked. One that may not still wants it.
+    pub(super) fn admit(&mut self, kind: Kind, now: Instant) -> Admission {
+        if let Some(down) = &mut self.down {
+            down.wanted = now;
+            return Admission::Down;
+        }
+        match self.limits[kind.index()] {
+            Some(limit) if limit.until > now => Admission::Limited(limit.until),
+            _ => Admission::Ask,
+        }
+    }
+
+    /// In which order upstreams are asked: those first that are likely to answer.
+    pub(super) fn rank(&mut self, kind: Kind, now: Instant) -> (Admission, bool) {
+        (self.admit(kind, now), self.doubted.is_some_and(|until| until > now))
+    }
+
+    /// Somebody is there, whatever was said.
+    pub(super) fn answered(&mut self, now: Instant) {
+        self.down = None;
+        self.doubted = None;
+        self.answered = Some(now);
+    }
+
+    /// It gave what was asked for, so it does not limit that any more.
+    pub(super) fn gave(&mut self, kind: Kind) {
+        self.limits[kind.index()] = None;
+    }
+
+    /// It said "later", and maybe how much.
+    pub(super) fn limited(&mut self, kind: Kind, again: Option<Duration>, now: Instant) {
+        let strikes = self.limits[kind.index()].map_or(0, |limit| limit.strikes);
+        let unsaid = (FIRST_LIMIT * (1 << strikes.min(8))).min(LONGEST_UNSAID);
+        let until = now + again.map_or(unsaid, |again| again.min(LONGEST_LIMIT));
+        self.limits[kind.index()] = Some(Limit { until, strikes: strikes + u32::from(again.is_none()) });
+    }
+
+    /// Nothing came back to a question of then.
+    pub(super) fn silent(&mut self, kind: Kind, asked: Instant, now: Instant) -> Silence {
+        if self.answered.is_some_and(|answered| answered >= asked) || self.down.is_some() {
+            return Silence::Nothing;
+        }
+        // A blob may have been redirected: it is not known who was silent.
+        if kind.is_blob() {
+            self.doubted = Some(now + DOUBTED);
+            return Silence::Nothing;
+        }
+        self.down = Some(Down { wanted: now });
+        Silence::Found
+    }
+
+    /// Whether somebody still wants something of an upstream that is down.
+    pub(super) fn is_wanted(&self, now: Instant) -> bool {
+        self.down.as_ref().is_some_and(|down| now < down.wanted + WANTED)
+    }
+
+    /// Nobody looks after it: the next question has to find out.
+    pub(super) fn forget(&mut self) {
+        self.down = None;
+    }
+}
+
+/// Conditions are only looked up and changed under the lock.
+pub(super) fn lock(condition: &Mutex<Condition>) -> MutexGuard<'_, Condition> {
+    condition.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn seconds(seconds: u64) -> Duration {
+        Duration::from_secs(seconds)
+    }
+
+    #[test]
+    fn who_is_silent_is_down_until_it_answers() {
+        let (mut condition, start) = (Condition::default(), Instant::now());
+        assert_eq!(condition.silent(Kind::ManifestHead, start, start + seconds(3)), Silence::Found);
+        assert_eq!(condition.silent(Kind::Manifest, start, start + seconds(4)), Silence::Nothing, "it is known");
+        assert_eq!(condition.admit(Kind::Blob, start + seconds(50)), Admission::Down);
+        assert!(condition.is_wanted(start + seconds(109)) && !condition.is_wanted(start + seconds(110)));
+        condition.answered(start + seconds(60));
+        assert_eq!(condition.admit(Kind::Blob, start + seconds(60)), Admission::Ask);
+        let (before, after) = (start + seconds(59), start + seconds(70));
+        assert_eq!(condition.silent(Kind::Manifest, before, after), Silence::Nothing, "others were answered meanwhile");
+    }
+
+    #[test]
+    fn a_blob_only_raises_doubts() {
+        let (mut condition, start) = (Condition::default(), Instant::now());
+        assert_eq!(condition.silent(Kind::Blob, start, start), Silence::Nothing);
+        assert_eq!(condition.rank(Kind::Manifest, start), (Admission::Ask, true));
+        assert_eq!(condition.rank(Kind::Manifest, start + DOUBTED), (Admission::Ask, false));
+    }
+
+    #[test]
+    fn a_limit_is_of_one_kind_and_lasts_as_long_as_it_says() {
+        let (mut condition, start) = (Condition::default(), Instant::now());
+        condition.limited(Kind::Manifest, Some(seconds(7)), start);
+        assert_eq!(condition.admit(Kind::Manifest, start + seconds(6)), Admission::Limited(start + seconds(7)));
+        assert_eq!(condition.admit(Kind::ManifestHead, start), Admission::Ask);
+        assert_eq!(condition.admit(Kind::Manifest, start + seconds(7)), Admission::Ask);
+        condition.limited(Kind::Manifest, Some(seconds(1_000_000)), start);
+        assert_eq!(condition.admit(Kind::Manifest, start + LONGEST_LIMIT), Admission::Ask, "whatever it says");
+    }
+
+    #[test]
+    fn a_limit_without_a_time_lasts_longer_each_time() {
+        let (mut condition, mut now) = (Condition::default(), Instant::now());
+        let lasts = [5, 10, 20, 40, 60, 60].map(|lasts| {
+            condition.limited(Kind::Manifest, None, now);
+            let is_limited = condition.admit(Kind::Manifest, now + seconds(lasts - 1)) != Admission::Ask;
+            now += seconds(lasts);
+            is_limited && condition.admit(Kind::Manifest, now) == Admission::Ask
+        });
+        assert_eq!(lasts, [true; 6]);
+        condition.gave(Kind::Manifest);
+        condition.limited(Kind::Manifest, None, now);
+        assert_eq!(condition.admit(Kind::Manifest, now + FIRST_LIMIT), Admission::Ask, "from the beginning");
+    }
+}

@@ -1,0 +1,159 @@
+//! A question to a registry, and what an answer without content means.
+
+use std::time::{Duration, SystemTime};
+
+use ::http::header::{ACCEPT, ACCEPT_ENCODING, CONTENT_ENCODING, RETRY_AFTER};
+use ::http::{HeaderMap, HeaderValue, Method};
+use reqwest::Response;
+use url::Url;
+
+use crate::config::Upstream;
+use crate::oci::Digest;
+use crate::registries::Place;
+use crate::source::SourceError;
+
+/// One question, without saying to which registry.
+#[derive(Clone)]
+pub(super) struct Question {
+    pub(super) kind: Kind,
+    pub(super) method: Method,
+    /// Below the repository: `manifests/<reference>`
+    path: String,
+    query: Option<String>,
+    pub(super) headers: HeaderMap,
+    /// The blob whose redirect may be remembered.
+    pub(super) blob: Option<Digest>,
+}
+
+/// What is asked for: registries limit some and not others. The names are those of the metrics.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kind {
+    Manifest,
+    ManifestHead,
+    Blob,
+    BlobHead,
+    List,
+}
+
+impl Question {
+    pub(super) fn new(kind: Kind, path: String) -> Self {
+        let mut headers = HeaderMap::new();
+        // Ranges and lengths are those of the stored bytes.
+        headers.insert(ACCEPT_ENCODING, HeaderValue::from_static("identity"));
+        Self { kind, method: kind.method(), path, query: None, headers, blob: None }
+    }
+
+    pub(super) fn accept(mut self, accept: &str) -> Self {
+        if let Ok(value) = HeaderValue::from_str(accept) {
+            self.headers.insert(ACCEPT, value);
+        }
+        self
+    }
+
+    pub(super) fn query(self, query: Option<&str>) -> Self {
+        Self { query: query.map(str::to_owned), ..self }
+    }
+
+    pub(super) fn of_blob(self, digest: &Digest) -> Self {
+        Self { blob: Some(digest.clone()), ..self }
+    }
+
+    /// The same at less cost, to see whether somebody answers.
+    pub(super) fn looking(&self) -> Self {
+        Self { method: Method::HEAD, ..self.clone() }
+    }
+
+    pub(super) fn url(&self, upstream: &Upstream, place: &Place) -> Result<Url, SourceError> {
+        let repository = upstream.repository(&place.repository);
+        let query = self.query.as_ref().map_or_else(String::new, |query| format!("?{query}"));
+        let text = format!("{}/v2/{repository}/{}{query}", upstream.base(), self.path);
+        Url::parse(&text).map_err(|e| SourceError::Malformed(format!("no URL: {e}")))
+    }
+}
+
+impl Kind {
+    pub(super) const COUNT: usize = 5;
+
+    pub(super) fn as_str(self) -> &'static str {
+        match self {
+            Self::Manifest => "manifest",
+            Self::ManifestHead => "manifest_head",
+            Self::Blob => "blob",
+            Self::BlobHead => "blob_head",
+            Self::List => "list",
+        }
+    }
+
+    pub(super) fn index(self) -> usize {
+        self as usize
+    }
+
+    pub(super) fn is_blob(self) -> bool {
+        matches!(self, Self::Blob | Self::BlobHead)
+    }
+
+    fn method(self) -> Method {
+        match self {
+            Self::Manifest | Self::Blob | Self::List => Method::GET,
+            Self::ManifestHead | Self::BlobHead => Method::HEAD,
+        }
+    }
+}
+
+/// Turns an answer that is no content into an error.
+pub(super) fn checked(response: Response) -> Result<Response, SourceError> {
+    let again = retry_after(response.headers(), SystemTime::now());
+    match response.status().as_u16() {
+        200 | 206 => {}
+        404 | 410 => return Err(SourceError::NotFound),
+        401 | 403 => return Err(SourceError::Denied),
+        429 => return Err(SourceError::Limited { again }),
+        503 if again.is_some() => return Err(SourceError::Limited { again }),
+        status => return Err(SourceError::Failed(status)),
+    }
+    let encoding = response.headers().get(CONTENT_ENCODING);
+    if encoding.is_some_and(|value| !value.as_bytes().eq_ignore_ascii_case(b"identity")) {
+        return Err(SourceError::Malformed("compressed although identity was asked for".into()));
+    }
+    Ok(response)
+}
+
+/// `Retry-After`: seconds, or a date (RFC 9110, section 10.2.3).
+pub(super) fn retry_after(headers: &HeaderMap, now: SystemTime) -> Option<Duration> {
+    let text = headers.get(RETRY_AFTER)?.to_str().ok()?.trim();
+    match text.parse() {
+        Ok(seconds) => Some(Duration::from_secs(seconds)),
+        Err(_) => Some(httpdate::parse_http_date(text).ok()?.duration_since(now).unwrap_or_default()),
+    }
+}
+
+/// A number that may be followed by a window, as in Docker Hub's `ratelimit-remaining: 76;w=21600`.
+pub(super) fn rate_limit(headers: &HeaderMap, name: &str) -> Option<i64> {
+    headers.get(name)?.to_str().ok()?.split(';').next()?.trim().parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn headers(name: &'static str, value: &str) -> HeaderMap {
+        HeaderMap::from_iter([(::http::HeaderName::from_static(name), value.parse().unwrap())])
+    }
+
+    #[test]
+    fn later_is_a_number_of_seconds_or_a_date() {
+        let now = httpdate::parse_http_date("Thu, 26 Nov 2026 12:00:00 GMT").unwrap();
+        let later = |value: &str| retry_after(&headers("retry-after", value), now).map(|later| later.as_secs());
+        assert_eq!(later("120"), Some(120));
+        assert_eq!(later("Thu, 26 Nov 2026 12:01:30 GMT"), Some(90));
+        assert_eq!(later("Thu, 26 Nov 2026 11:00:00 GMT"), Some(0));
+        assert_eq!([later("soon"), later("-1"), later("")], [None, None, None]);
+        assert_eq!(retry_after(&HeaderMap::new(), now), None);
+    }
+
+    #[test]
+    fn limits_are_read_with_or_without_their_window() {
+        let limit = |value: &str| rate_limit(&headers("ratelimit-remaining", value), "ratelimit-remaining");
+        assert_eq!([limit("76;w=21600"), limit("5"), limit("x;w=1")], [Some(76), Some(5), None]);
+    }
+}

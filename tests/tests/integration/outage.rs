@@ -1,0 +1,211 @@
+//! Origins that limit, do not answer, or are gone: what is here is served, the rest is refused at once, and nobody
+//! but dray has to find out when it is over.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use dray_tests::dray::{Dray, Start};
+use dray_tests::eventually;
+use dray_tests::image::Image;
+use dray_tests::origin::{Content, Fault, Origin, Request, Response};
+use dray_tests::registry::Registry;
+
+/// How an origin behaves; changed while it runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Mood {
+    Well,
+    /// 429 to everything.
+    Limits,
+    /// Takes requests and never answers.
+    Silent,
+}
+
+const MOODS: [Mood; 3] = [Mood::Well, Mood::Limits, Mood::Silent];
+
+#[derive(Clone, Default)]
+struct Moody(Arc<AtomicUsize>);
+
+impl Moody {
+    fn is(&self, mood: Mood) {
+        self.0.store(MOODS.iter().position(|known| *known == mood).unwrap(), Ordering::SeqCst);
+    }
+
+    fn answer(&self, request: &Request, well: impl FnOnce(&Request) -> Response) -> Response {
+        match MOODS[self.0.load(Ordering::SeqCst)] {
+            Mood::Well => {
+                well(request).with("ratelimit-limit", "100;w=21600").with("ratelimit-remaining", "76;w=21600")
+            }
+            Mood::Limits => Response::new(429, "slow down"),
+            Mood::Silent => Response::new(200, "").fault(Fault::Silent),
+        }
+    }
+}
+
+const PATH: &str = "/v2/library/app/manifests/1?ns=docker.io";
+
+/// Two tags, of which a test asks for the first while all is well.
+async fn moody() -> (Origin, Moody, Image) {
+    let image = Image::new(1, &[1000]);
+    let content = Content::new(&[("library/app", "1", &image), ("library/app", "2", &image)]);
+    let moody = Moody::default();
+    let mood = moody.clone();
+    let origin = Origin::answering(move |request| mood.answer(request, |request| content.answer(request))).await;
+    (origin, moody, image)
+}
+
+fn rule(upstreams: &[&Origin], more: &str) -> String {
+    let upstreams: Vec<_> = upstreams.iter().map(|origin| format!("\"{}\"", origin.url())).collect();
+    let upstreams = upstreams.join(", ");
+    format!(
+        "[[registry]]\nmatch = \"docker.io\"\nupstreams = [{upstreams}]\ntag_ttl = \"0s\"\nnegative_ttl = \"0s\"\n{more}"
+    )
+}
+
+async fn is_stale(dray: &Dray) -> bool {
+    let answer = dray.get(PATH).await;
+    assert_eq!(answer.status, 200, "{}", answer.text());
+    answer.source() == "stale"
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn two_hundred_pulls_under_a_limit_fail_nowhere_and_ask_little() {
+    let (origin, mood, image) = moody().await;
+    let dray = Start::new(rule(&[&origin], "")).run();
+    assert_eq!(dray.get(PATH).await.status, 200);
+    let remaining = "dray_origin_rate_limit_remaining{rule=\"docker.io\"}";
+    assert_eq!(
+        (dray.metric(remaining).await, dray.metric("dray_origin_rate_limit{rule=\"docker.io\"}").await),
+        (76, 100)
+    );
+    mood.is(Mood::Limits);
+    let asked = origin.requests().len();
+    for _ in 0..200 {
+        let answer = dray.get(PATH).await;
+        assert_eq!((answer.status, answer.source(), &answer.body), (200, "stale", image.index()));
+    }
+    let asked = origin.requests().len() - asked;
+    assert!(asked <= 3, "a limit of seconds, and {asked} questions");
+    let reason = "dray_stale_total{reason=\"limited\"}";
+    assert_eq!(dray.metric(reason).await, 200);
+    // What is not here is refused, not with the origin's 429, which containerd hammers.
+    let other = dray.get("/v2/library/app/manifests/2?ns=docker.io").await;
+    assert_eq!((other.status, other.header("retry-after")), (503, None), "{}", other.text());
+    mood.is(Mood::Well);
+    eventually("it is asked again when the limit is over", async || (!is_stale(&dray).await).then_some(())).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_says_how_much_later_is_asked_then() {
+    let image = Image::new(1, &[1000]);
+    let limited = Arc::new(AtomicUsize::new(0));
+    for status in [429, 503] {
+        let (content, seen) = (Content::new(&[("library/app", "1", &image)]), limited.clone());
+        seen.store(0, Ordering::SeqCst);
+        let origin = Origin::answering(move |request| match seen.fetch_add(1, Ordering::SeqCst) {
+            0 => Response::new(status, "").with("retry-after", "1"),
+            _ => content.answer(request),
+        })
+        .await;
+        let dray = Start::new(rule(&[&origin], "")).run();
+        let answer = dray.get(PATH).await;
+        assert_eq!((answer.status, answer.source()), (200, "origin"), "{status}: {}", answer.text());
+        assert_eq!(origin.count("HEAD", "/manifests/1"), 2, "once in vain");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_limited_upstream_is_passed_by_without_being_asked() {
+    let ((first, mood, image), (second, _, _)) = (moody().await, moody().await);
+    mood.is(Mood::Limits);
+    let dray = Start::new(rule(&[&first, &second], "")).run();
+    for _ in 0..5 {
+        let answer = dray.get(PATH).await;
+        assert_eq!((answer.status, &answer.body), (200, image.index()));
+    }
+    assert_eq!((first.count("HEAD", "/manifests/1"), second.count("HEAD", "/manifests/1")), (1, 5));
+    let blob = format!("/v2/library/app/blobs/{}?ns=docker.io", image.layers[0]);
+    assert_eq!(dray.get(&blob).await.status, 200);
+    assert_eq!(first.count("GET", "/blobs/"), 1, "a limit of manifests says nothing of blobs");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_slow_upstream_is_not_waited_for_alone() {
+    let ((first, mood, image), (second, _, _)) = (moody().await, moody().await);
+    mood.is(Mood::Silent);
+    let dray = Start::new(rule(&[&first, &second], "")).run();
+    let answer = dray.get(PATH).await;
+    assert_eq!((answer.status, &answer.body), (200, image.index()));
+    assert_eq!(second.count("HEAD", "/manifests/1"), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_registry_that_is_off_is_noticed_once_and_missed_by_nobody() {
+    let mut hub = Registry::open().await;
+    let image = Image::new(1, &[1000]);
+    hub.push("library/app", "1", &image).await;
+    let dray = Start::new(format!(
+        "[[registry]]\nmatch = \"docker.io\"\nupstreams = [\"{}\"]\ntag_ttl = \"0s\"\nnegative_ttl = \"0s\"\n",
+        hub.url()
+    ))
+    .run();
+    assert!(!is_stale(&dray).await);
+    hub.stop();
+    assert!(is_stale(&dray).await);
+    let down = "dray_origin_down{rule=\"docker.io\"}";
+    assert_eq!(dray.metric(down).await, 1);
+    let refused = "dray_origin_requests_total{kind=\"manifest_head\",outcome=\"unreachable\",rule=\"docker.io\"}";
+    let asked = dray.metric(refused).await;
+    for _ in 0..20 {
+        assert!(is_stale(&dray).await);
+        let missing = dray.get("/v2/library/app/manifests/2?ns=docker.io").await;
+        assert_eq!(missing.status, 503, "{}", missing.text());
+    }
+    assert_eq!(dray.metric(refused).await, asked, "nobody had to ask");
+    hub.start().await;
+    eventually("it is asked again", async || (!is_stale(&dray).await).then_some(())).await;
+    assert_eq!(dray.metric(down).await, 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_registry_that_takes_and_never_answers_is_down_as_well() {
+    let (origin, mood, _) = moody().await;
+    let dray = Start::new(rule(&[&origin], "")).run();
+    assert!(!is_stale(&dray).await);
+    mood.is(Mood::Silent);
+    assert!(is_stale(&dray).await);
+    eventually("it counts as down", async || {
+        assert!(is_stale(&dray).await);
+        (dray.metric("dray_origin_down{rule=\"docker.io\"}").await == 1).then_some(())
+    })
+    .await;
+    mood.is(Mood::Well);
+    eventually("it is asked again", async || (!is_stale(&dray).await).then_some(())).await;
+}
+
+/// A registry that answers, but whose tokens nobody grants, is of no use.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_token_server_that_is_silent_or_limits_is_an_origin_in_trouble() {
+    let image = Image::new(1, &[1000]);
+    let content = Content::new(&[("library/app", "1", &image)]);
+    let mood = Moody::default();
+    let granting = mood.clone();
+    let tokens = Origin::answering(move |request| {
+        granting.answer(request, |_| Response::new(200, r#"{"token": "t", "expires_in": 1}"#))
+    })
+    .await;
+    let realm = format!("Bearer realm=\"{}/token\",service=\"s\"", tokens.url());
+    let origin = Origin::answering(move |request| match request.header("authorization") {
+        Some("Bearer t") => content.answer(request),
+        _ => Response::new(401, "").with("www-authenticate", &realm),
+    })
+    .await;
+    let guard = "[guard]\nallow = [\"127.0.0.0/8\"]\n";
+    let dray = Start::new(rule(&[&origin], guard)).run();
+    assert!(!is_stale(&dray).await);
+    for trouble in [Mood::Limits, Mood::Silent] {
+        mood.is(trouble);
+        eventually("the token has expired", async || is_stale(&dray).await.then_some(())).await;
+        mood.is(Mood::Well);
+        eventually("tokens are granted again", async || (!is_stale(&dray).await).then_some(())).await;
+    }
+}
