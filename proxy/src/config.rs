@@ -5,6 +5,7 @@
 
 mod containerd;
 mod credentials;
+mod matching;
 mod pattern;
 mod peers;
 mod units;
@@ -21,6 +22,7 @@ use toml::Spanned;
 use crate::oci::Registry;
 pub use containerd::{Containerd, Mirror, WrongMirror};
 pub use credentials::{Credentials, PasswordSource};
+pub use matching::Matching;
 pub use pattern::HostPattern;
 pub use peers::{Mtls, Peers, Zone, Zones};
 pub use units::{Share, Size, Span, whole_tag};
@@ -108,7 +110,7 @@ pub struct Tls {
 #[serde(deny_unknown_fields)]
 pub struct Rule {
     #[serde(rename = "match")]
-    pub pattern: HostPattern,
+    pub pattern: Matching,
     /// Names without a port by which clients may call this registry in a path.
     #[serde(default)]
     pub alias: Vec<String>,
@@ -127,9 +129,15 @@ pub struct Rule {
     /// For how long a tag is believed without asking.
     #[serde(default = "default_tag_ttl")]
     pub tag_ttl: Span,
+    /// The same for some tags; the first that matches holds.
+    #[serde(default)]
+    pub tags: Vec<TagLease>,
     /// Regular expressions of tags that never change.
     #[serde(default, deserialize_with = "units::regexes")]
     pub immutable_tags: Vec<String>,
+    /// For how long after it was last asked a tag is served while the origin is in trouble.
+    #[serde(default = "default_stale_for")]
+    pub stale_for: Span,
     /// For how long a "not found" is believed.
     #[serde(default = "default_negative_ttl")]
     pub negative_ttl: Span,
@@ -137,6 +145,16 @@ pub struct Rule {
     pub abandoned: Abandoned,
     #[serde(default)]
     pub far_peers: FarPeers,
+}
+
+/// For how long some tags are believed without asking.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TagLease {
+    /// A regular expression of the whole tag.
+    #[serde(rename = "match", deserialize_with = "units::regex")]
+    pub pattern: String,
+    pub ttl: Span,
 }
 
 /// Whether peers in other zones are asked for what a registry serves, where `peers.zones` lets them be.
@@ -241,7 +259,7 @@ impl Config {
     }
 
     fn check_rules(&self, at: &dyn Fn(usize, &str, String) -> ConfigError) -> Result<(), ConfigError> {
-        let mut aliases: HashMap<&str, &HostPattern> = HashMap::new();
+        let mut aliases: HashMap<&str, &Matching> = HashMap::new();
         for (index, spanned) in self.registry.iter().enumerate() {
             let (rule, start) = (spanned.get_ref(), spanned.span().start);
             let earlier = self.registry[..index].iter().map(|r| &r.get_ref().pattern);
@@ -253,8 +271,13 @@ impl Config {
                 let problem = "a denied registry has no upstreams and no credentials".to_owned();
                 return Err(at(start, "registry.deny", problem));
             }
+            for upstream in &rule.upstreams {
+                if let Err(problem) = upstream.check(&rule.pattern) {
+                    return Err(at(start, "registry.upstreams", problem));
+                }
+            }
             let one_secret = matches!(rule.credentials, Some(Credentials::Static { .. }));
-            if one_secret && rule.upstreams.is_empty() && rule.pattern.is_glob() {
+            if one_secret && rule.upstreams.is_empty() && rule.pattern.host.is_glob() {
                 let problem = format!(
                     "a username for every host that \"{}\" matches would send the password to hosts that \
                      others choose: name the upstreams, or use credentials = {{ file = ... }}",
@@ -267,7 +290,12 @@ impl Config {
                     let problem = format!("\"{alias}\" must be a plain name: no dot, colon or slash");
                     return Err(at(start, "registry.alias", problem));
                 }
-                if rule.pattern.is_glob() {
+                if !rule.pattern.is_of_registries() {
+                    let problem =
+                        format!("\"{alias}\" stands for a registry, but \"{}\" is about repositories", rule.pattern);
+                    return Err(at(start, "registry.alias", problem));
+                }
+                if rule.pattern.host.is_glob() {
                     let problem = format!("\"{alias}\" cannot stand for the many hosts of \"{}\"", rule.pattern);
                     return Err(at(start, "registry.alias", problem));
                 }
@@ -330,7 +358,7 @@ impl Rule {
     /// The rule that stands behind all others.
     pub fn implicit(unlisted: Unlisted) -> Self {
         Self {
-            pattern: HostPattern::any(),
+            pattern: Matching::any(),
             alias: Vec::new(),
             upstreams: Vec::new(),
             credentials: None,
@@ -338,7 +366,9 @@ impl Rule {
             deny: unlisted == Unlisted::Deny,
             access: RuleAccess::Shared,
             tag_ttl: default_tag_ttl(),
+            tags: Vec::new(),
             immutable_tags: Vec::new(),
+            stale_for: default_stale_for(),
             negative_ttl: default_negative_ttl(),
             abandoned: Abandoned::Keep,
             far_peers: FarPeers::Always,
@@ -348,6 +378,10 @@ impl Rule {
 
 fn default_tag_ttl() -> Span {
     Span::seconds(60)
+}
+
+fn default_stale_for() -> Span {
+    Span::seconds(30 * 24 * 3600)
 }
 
 fn default_negative_ttl() -> Span {
@@ -409,8 +443,19 @@ mod tests {
             ("[cache]\nmemory = 5", &["line 2", "memory"]),
             ("[[registry]]\nmatch = \"a.io\"\ntag_ttl = \"5\"", &["line 3", "tag_ttl"]),
             ("[[registry]]\nmatch = \"a.io\"\nupstreams = [\"ftp://x\"]", &["line 3", "http"]),
-            ("[[registry]]\nmatch = \"a.io\"\nupstreams = [\"https://x/y\"]", &["line 3", "{repo}"]),
+            (
+                "[[registry]]\nmatch = \"a.io\"\nupstreams = [\"https://x/y\"]",
+                &["dray.toml:1", "registry.upstreams", "{repo}"],
+            ),
+            (
+                "[[registry]]\nmatch = \"a.io/b\"\nupstreams = [\"https://x/{rest}\"]",
+                &["dray.toml:1", "{rest}", "a.io/b"],
+            ),
+            ("[[registry]]\nmatch = \"a.io/b\"\nalias = [\"c\"]", &["dray.toml:1", "registry.alias"]),
+            ("[[registry]]\nmatch = \"a.io\"\n[[registry]]\nmatch = \"a.io/b/*\"", &["dray.toml:3", "never reached"]),
             ("[[registry]]\nmatch = \"a.io\"\nimmutable_tags = [\"(\"]", &["line 3", "immutable_tags"]),
+            ("[[registry]]\nmatch = \"a.io\"\ntags = [{ match = \"(\", ttl = \"1s\" }]", &["line 3", "match"]),
+            ("[[registry]]\nmatch = \"a.io\"\ntags = [{ match = \"x\" }]", &["line 3", "ttl"]),
             ("[[registry]]\nmatch = \"a b\"", &["line 2", "match"]),
             ("[[registry]]\nupstreams = []", &["match"]),
             (

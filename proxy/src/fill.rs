@@ -104,6 +104,8 @@ pub struct Fills {
 pub struct FillKey {
     pub digest: Digest,
     pub registry: Registry,
+    /// Which rule it is fetched by: others may have other credentials, and be for other people.
+    pub rule: usize,
     /// As what this node fetches it. Two nodes that disagree about the owner must not wait for each
     /// other: who is asked as the owner never joins a fill that follows one.
     pub role: Role,

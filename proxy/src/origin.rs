@@ -25,7 +25,7 @@ use self::auth::Tokens;
 use self::condition::Conditions;
 use self::guard::Guard;
 use self::http::Http;
-use self::question::{Kind, Question};
+use self::question::{Kind, Question, claimed_digest};
 use self::redirects::Redirects;
 use self::retry::RetryBudget;
 use crate::config::Config;
@@ -75,8 +75,6 @@ const STEP_KIB: usize = 64;
 /// Largest tag list or referrers answer, in bytes.
 const MAX_LIST_BYTES: usize = 4 * 1024 * 1024;
 
-const DOCKER_CONTENT_DIGEST: &str = "docker-content-digest";
-
 impl Origin {
     /// Must run inside a tokio runtime, which drives DNS.
     pub fn new(config: &Config, registries: &Registries, metrics: Arc<Metrics>) -> Result<Self, String> {
@@ -104,6 +102,8 @@ impl Origin {
         deadline: Instant,
     ) -> Result<ManifestAnswer, SourceError> {
         let question = Question::new(Kind::Manifest, format!("manifests/{reference}")).accept(accept);
+        let known = if let Reference::Digest(digest) = reference { Some(digest) } else { None };
+        let question = question.expect(known);
         let response = self.ask(place, &question, deadline).await?;
         let claimed = claimed_digest(&response);
         let stated = media_type(&response);
@@ -146,11 +146,6 @@ impl Origin {
             question.headers.insert(RANGE, range);
         }
         let response = self.ask(place, &question, deadline).await?;
-        if claimed_digest(&response)
-            .is_some_and(|claimed| claimed.algorithm() == digest.algorithm() && claimed != *digest)
-        {
-            return Err(SourceError::Malformed("another blob's Docker-Content-Digest".into()));
-        }
         let (span, total) = part.brought(response.status().as_u16(), response.headers())?;
         let counter = self.metrics.origin_bytes.with_label_values(&[place.rule.name()]);
         let body = response
@@ -250,10 +245,6 @@ async fn read_limited(
 
 fn header_u64(response: &Response, name: &str) -> Option<u64> {
     response.headers().get(name)?.to_str().ok()?.trim().parse().ok()
-}
-
-fn claimed_digest(response: &Response) -> Option<Digest> {
-    response.headers().get(DOCKER_CONTENT_DIGEST)?.to_str().ok()?.parse().ok()
 }
 
 /// The media type without parameters, which clients would take as part of it.

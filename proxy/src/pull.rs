@@ -118,7 +118,7 @@ impl Pull {
 
     /// A repository with the rule that holds for it.
     pub fn place(&self, registry: Registry, repository: Repository) -> Place {
-        let rule = self.registries.rule(&registry).clone();
+        let rule = self.registries.rule(&registry, &repository).clone();
         Place { rule, registry, repository }
     }
 
@@ -138,11 +138,13 @@ impl Pull {
     ///
     /// A peer's rules were compared for the registry that it asks for, and for no other.
     fn may_give(&self, provenance: Option<&Provenance>, asker: Asker, place: &Place) -> bool {
-        let registry = provenance.and_then(|provenance| provenance.registry.parse().ok());
-        match registry {
-            Some(registry) => {
-                let rule = self.registries.rule(&registry);
-                let is_known = asker == Asker::Client || (asker.is_trusted() && registry == place.registry);
+        let from = |provenance: &Provenance| -> Option<(Registry, Repository)> {
+            Some((provenance.registry.parse().ok()?, provenance.repository.parse().ok()?))
+        };
+        match provenance.and_then(from) {
+            Some((registry, repository)) => {
+                let rule = self.registries.rule(&registry, &repository);
+                let is_known = asker == Asker::Client || (asker.is_trusted() && Arc::ptr_eq(rule, &place.rule));
                 !rule.deny && (is_known || !rule.is_private())
             }
             // Its record is lost: only those who may have everything may have it.

@@ -10,7 +10,7 @@ use std::time::Duration;
 use regex::Regex;
 use xxhash_rust::xxh64::xxh64;
 
-use crate::config::{self, Abandoned, Config, Credentials, FarPeers, HostPattern, Scheme, Upstream};
+use crate::config::{self, Abandoned, Config, Credentials, FarPeers, Matching, Scheme, Upstream};
 use crate::oci::route::Names;
 use crate::oci::{Registry, Repository, Tag};
 use crate::provenance::Provenance;
@@ -25,12 +25,16 @@ pub struct Registries {
 
 /// What holds for the registries that a pattern matches.
 pub struct Rule {
-    pattern: HostPattern,
+    /// Which of the rules it is.
+    pub nth: usize,
+    pattern: Matching,
     upstreams: Vec<Upstream>,
     pub credentials: Option<Credentials>,
     pub ca: Option<PathBuf>,
     pub deny: bool,
-    pub tag_ttl: Duration,
+    tag_ttl: Duration,
+    tags: Vec<(Regex, Duration)>,
+    pub stale_for: Duration,
     pub negative_ttl: Duration,
     pub abandoned: Abandoned,
     pub far_peers: FarPeers,
@@ -62,20 +66,21 @@ impl Registries {
         let written = config.registry.iter().map(|spanned| spanned.get_ref());
         for rule in written.clone() {
             for alias in &rule.alias {
-                if let Ok(registry) = rule.pattern.as_str().parse() {
+                if let Ok(registry) = rule.pattern.host.as_str().parse() {
                     aliases.insert(alias.clone(), registry);
                 }
             }
         }
-        let rules = written.chain([&implicit]).map(|rule| Arc::new(Rule::new(rule, &config.guard))).collect();
+        let rules = written.chain([&implicit]).enumerate();
+        let rules = rules.map(|(nth, rule)| Arc::new(Rule::new(nth, rule, &config.guard))).collect();
         Self { rules, aliases, listen: config.listen }
     }
 
     /// The first rule that matches.
-    pub fn rule(&self, registry: &Registry) -> &Arc<Rule> {
+    pub fn rule(&self, registry: &Registry, repository: &Repository) -> &Arc<Rule> {
         self.rules
             .iter()
-            .find(|rule| rule.pattern.matches(registry))
+            .find(|rule| rule.pattern.matches(registry, repository))
             .expect("the implicit last rule matches every registry")
     }
 
@@ -121,19 +126,23 @@ impl Names for Registries {
     }
 
     fn host_is_registry(&self, host: &Registry) -> bool {
-        !self.rule(host).pattern.is_any() && !self.is_own_address(host)
+        let named = |rule: &Arc<Rule>| !rule.pattern.host.is_any() && rule.pattern.host.matches(host);
+        self.rules.iter().any(named) && !self.is_own_address(host)
     }
 }
 
 impl Rule {
-    fn new(rule: &config::Rule, guard: &config::Guard) -> Self {
+    fn new(nth: usize, rule: &config::Rule, guard: &config::Guard) -> Self {
         Self {
+            nth,
             pattern: rule.pattern.clone(),
             upstreams: rule.upstreams.clone(),
             credentials: rule.credentials.clone(),
             ca: rule.ca.clone(),
             deny: rule.deny,
             tag_ttl: rule.tag_ttl.0,
+            tags: rule.tags.iter().filter_map(|tag| Some((config::whole_tag(&tag.pattern).ok()?, tag.ttl.0))).collect(),
+            stale_for: rule.stale_for.0,
             negative_ttl: rule.negative_ttl.0,
             abandoned: rule.abandoned,
             far_peers: rule.far_peers,
@@ -162,8 +171,18 @@ impl Rule {
         self.upstreams.iter().map(|upstream| (upstream.clone(), Trust::Written)).collect()
     }
 
-    pub fn is_immutable(&self, tag: &Tag) -> bool {
-        self.immutable_tags.iter().any(|pattern| pattern.is_match(tag.as_str()))
+    /// What a repository is called at an upstream.
+    pub fn repository_at(&self, upstream: &Upstream, repository: &Repository) -> String {
+        upstream.repository(&self.pattern, repository)
+    }
+
+    /// For how long a tag is believed without asking.
+    pub fn lease_of(&self, tag: &Tag) -> Duration {
+        if self.immutable_tags.iter().any(|pattern| pattern.is_match(tag.as_str())) {
+            return Duration::MAX;
+        }
+        let of_some = self.tags.iter().find(|(pattern, _)| pattern.is_match(tag.as_str()));
+        of_some.map_or(self.tag_ttl, |(_, ttl)| *ttl)
     }
 
     /// Whether what it fetches may need a secret that other processes do not have.
@@ -181,7 +200,7 @@ fn fingerprint(rule: &config::Rule, guard: &config::Guard) -> String {
         Some(Credentials::DockerConfig { .. }) => "a docker config".to_owned(),
         Some(Credentials::Static { username, .. }) => format!("of {username}"),
     };
-    let text = format!(
+    let mut text = format!(
         "{} {upstreams:?} {credentials:?} {} {:?} {:?} {:?}",
         rule.pattern.as_str(),
         rule.deny,
@@ -189,6 +208,10 @@ fn fingerprint(rule: &config::Rule, guard: &config::Guard) -> String {
         rule.immutable_tags,
         guard.allow,
     );
+    // What earlier releases do not know changes nothing where it is not used.
+    if !rule.tags.is_empty() {
+        text += &format!(" {:?}", rule.tags);
+    }
     format!("{:016x}", xxh64(text.as_bytes(), 0))
 }
 
@@ -213,6 +236,23 @@ mod tests {
             assert_ne!(plain, of(&format!("[[registry]]\nmatch = \"a.io\"\n{other}")), "{other}");
         }
         assert_ne!(plain, with("A"));
+        assert_ne!(plain, of("[[registry]]\nmatch = \"a.io\"\ntags = [{ match = \"x\", ttl = \"9s\" }]"));
+    }
+
+    fn any() -> Repository {
+        "team/app".parse().unwrap()
+    }
+
+    #[test]
+    fn a_rule_may_be_about_some_repositories() {
+        let registries = registries(
+            "[[registry]]\nmatch = \"docker.io/kubeflow/*\"\nupstreams = [\"https://ghcr.io/{repo}\"]\n\
+             [[registry]]\nmatch = \"docker.io\"\ndeny = true",
+        );
+        let rule = |repository: &str| registries.rule(&Registry::docker_hub(), &repository.parse().unwrap());
+        assert_eq!(rule("kubeflow/spark-operator").name(), "docker.io/kubeflow/*");
+        assert!(rule("library/alpine").deny);
+        assert!(registries.host_is_registry(&Registry::docker_hub()));
     }
 
     fn registries(text: &str) -> Registries {
@@ -226,19 +266,19 @@ mod tests {
              [[registry]]\nmatch = \"*.io\"\ndeny = true",
         );
         let ghcr: Registry = "ghcr.io".parse().unwrap();
-        let upstreams = registries.rule(&ghcr).upstreams(&ghcr);
+        let upstreams = registries.rule(&ghcr, &any()).upstreams(&ghcr);
         assert_eq!(upstreams.len(), 2);
         assert!(upstreams.iter().all(|(_, trust)| *trust == Trust::Written));
-        assert!(registries.rule(&"quay.io".parse().unwrap()).deny);
+        assert!(registries.rule(&"quay.io".parse().unwrap(), &any()).deny);
         let hub = Registry::docker_hub();
-        assert_eq!(registries.rule(&"mcr.microsoft.com".parse().unwrap()).name(), "*");
+        assert_eq!(registries.rule(&"mcr.microsoft.com".parse().unwrap(), &any()).name(), "*");
         assert_eq!(registries.rules()[2].upstreams(&hub)[0].0.base(), "https://registry-1.docker.io");
     }
 
     #[test]
     fn unlisted_registries_can_be_denied() {
         let registries = registries("[access]\nunlisted = \"deny\"");
-        assert!(registries.rule(&Registry::docker_hub()).deny);
+        assert!(registries.rule(&Registry::docker_hub(), &any()).deny);
     }
 
     #[test]
@@ -256,9 +296,13 @@ mod tests {
 
     #[test]
     fn immutable_patterns_match_whole_tags() {
-        let registries = registries("[[registry]]\nmatch = \"a.io\"\nimmutable_tags = ['v\\d+|x']");
+        let registries = registries(
+            "[[registry]]\nmatch = \"a.io\"\nimmutable_tags = ['v\\d+|x']\n\
+             tags = [{ match = 'latest|edge', ttl = \"0s\" }, { match = '.*-rc', ttl = \"1h\" }]",
+        );
         let rule = &registries.rules()[0];
-        let is = |tag: &str| rule.is_immutable(&tag.parse().unwrap());
-        assert!(is("v12") && is("x") && !is("v12-rc") && !is("ax"));
+        let lease = |tag: &str| rule.lease_of(&tag.parse().unwrap());
+        assert_eq!([lease("v12"), lease("x")], [Duration::MAX; 2]);
+        assert_eq!([lease("v12-rc"), lease("edge"), lease("ax")].map(|lease| lease.as_secs()), [3600, 0, 60]);
     }
 }

@@ -75,7 +75,7 @@ impl Lease {
 
     /// Whether the tag may be believed without asking.
     pub fn is_fresh(&self, place: &Place, tag: &Tag, now: SystemTime) -> bool {
-        self.age(now) < place.rule.tag_ttl || place.rule.is_immutable(tag)
+        self.age(now) < place.rule.lease_of(tag)
     }
 }
 
@@ -93,7 +93,7 @@ mod tests {
         let tags = Tags::new(Arc::new(store));
         let registries = Registries::new(&Config::parse("", "test").unwrap());
         let registry: crate::oci::Registry = "docker.io".parse().unwrap();
-        let rule = registries.rule(&registry).clone();
+        let rule = registries.rule(&registry, &"library/a".parse().unwrap()).clone();
         let place = Place { rule, registry, repository: "library/a".parse().unwrap() };
         let (tag, now): (Tag, _) = ("1".parse().unwrap(), SystemTime::now());
         let [old, new] = [b"a", b"b"].map(|bytes| Digest::of(bytes));

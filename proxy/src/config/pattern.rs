@@ -2,8 +2,6 @@
 
 use std::fmt;
 
-use serde::de::{Deserialize, Deserializer, Error};
-
 use crate::oci::Registry;
 
 /// A pattern such as `ghcr.io`, `*.dkr.ecr.*.amazonaws.com`, `reg.corp:5000` or `*`.
@@ -75,18 +73,19 @@ fn glob(pattern: &[u8], text: &[u8]) -> bool {
     pattern[p..].iter().all(|b| *b == b'*')
 }
 
-impl<'de> Deserialize<'de> for HostPattern {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let text = String::deserialize(deserializer)?;
+impl std::str::FromStr for HostPattern {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
         // A star in a label is as good as a letter there, so the grammar of hosts does the rest.
         let as_host = text.replace('*', "a").parse::<Registry>();
         match as_host {
             Ok(_) if text.contains('*') => Ok(Self(text.to_ascii_lowercase())),
             // Folds the aliases of Docker Hub, as requests do.
-            Ok(_) => text.parse::<Registry>().map(|r| Self(r.to_string())).map_err(D::Error::custom),
-            Err(_) => Err(D::Error::custom(format!(
+            Ok(_) => text.parse::<Registry>().map(|r| Self(r.to_string())).map_err(|e| e.to_string()),
+            Err(_) => Err(format!(
                 "match \"{text}\" is no host: write \"ghcr.io\", \"*.example.com\", \"host:port\" or \"*\""
-            ))),
+            )),
         }
     }
 }

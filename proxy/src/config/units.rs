@@ -189,6 +189,13 @@ pub(super) fn regexes<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<
     Ok(patterns)
 }
 
+/// One regular expression that compiles, taken to match a whole tag.
+pub(super) fn regex<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
+    let pattern = String::deserialize(deserializer)?;
+    whole_tag(&pattern).map_err(|e| D::Error::custom(format!("\"{pattern}\": {e}")))?;
+    Ok(pattern)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -4,6 +4,7 @@ use std::fmt;
 
 use serde::de::{Deserialize, Deserializer, Error};
 
+use super::Matching;
 use crate::oci::Repository;
 
 /// Where a registry's content is fetched from, as written in the configuration.
@@ -12,7 +13,8 @@ pub struct Upstream {
     pub scheme: Scheme,
     /// `host` or `host:port`
     pub authority: String,
-    /// The repository at the upstream, with `{repo}` for the one that was asked for.
+    /// The repository at the upstream, with `{repo}` for the one that was asked for, or `{rest}` for what the
+    /// rule's star stands for.
     template: Option<String>,
 }
 
@@ -29,11 +31,32 @@ impl Upstream {
     }
 
     /// The repository's path at the upstream.
-    pub fn repository(&self, repository: &Repository) -> String {
+    pub fn repository(&self, matching: &Matching, repository: &Repository) -> String {
+        let rest = matching.rest(repository).unwrap_or(repository.as_str());
         match &self.template {
-            Some(template) => template.replace("{repo}", repository.as_str()),
+            Some(template) => template.replace("{repo}", repository.as_str()).replace("{rest}", rest),
             None => repository.to_string(),
         }
+    }
+
+    /// Whether its path makes sense for what a rule matches. An error: why not.
+    pub fn check(&self, matching: &Matching) -> Result<(), String> {
+        let Some(template) = &self.template else { return Ok(()) };
+        let holds = |placeholder: &str| template.matches(placeholder).count();
+        let places = holds("{repo}") + holds("{rest}");
+        if holds("{rest}") > 0 && !matching.has_rest() {
+            return Err(format!(
+                "\"{self}\": {{rest}} is what a star at the end of match stands for, and \"{matching}\" has none"
+            ));
+        }
+        // One repository may be called anything there.
+        if places == 1 || (places == 0 && matching.is_of_one_repository()) {
+            return Ok(());
+        }
+        Err(format!(
+            "\"{self}\": the path is the repository there and must hold {{repo}} once, such as \"{}/{template}/{{repo}}\"",
+            self.base()
+        ))
     }
 
     /// `scheme://authority`
@@ -83,11 +106,11 @@ impl std::str::FromStr for Upstream {
             path => Some(path.strip_prefix("v2/").unwrap_or(path).to_owned()),
         };
         if let Some(template) = &template {
-            let example = template.replacen("{repo}", "a", 1);
-            if example == *template || example.parse::<Repository>().is_err() {
+            let example = template.replace("{repo}", "a").replace("{rest}", "a");
+            if example.parse::<Repository>().is_err() {
                 return Err(format!(
-                    "upstream \"{text}\": the path is the repository there and must hold {{repo}} once, \
-                     such as \"https://{authority}/{template}/{{repo}}\""
+                    "upstream \"{text}\": the path is the repository there, with {{repo}} for the one that is asked for, \
+                     such as \"https://{authority}/team/{{repo}}\""
                 ));
             }
         }
@@ -123,7 +146,26 @@ mod tests {
             ("https://harbor.corp/v2/hub/{repo}", "hub/team/app"),
             ("https://ghcr.io/{repo}-mirror", "team/app-mirror"),
         ] {
-            assert_eq!(text.parse::<Upstream>().unwrap().repository(&repo), want, "{text}");
+            assert_eq!(text.parse::<Upstream>().unwrap().repository(&Matching::any(), &repo), want, "{text}");
+        }
+    }
+
+    #[test]
+    fn what_has_moved_is_found() {
+        let name = |matching: &str, upstream: &str| {
+            let (matching, upstream): (Matching, Upstream) = (matching.parse().unwrap(), upstream.parse().unwrap());
+            upstream.check(&matching).map(|()| upstream.repository(&matching, &"team/sub/app".parse().unwrap()))
+        };
+        assert_eq!(name("docker.io/team/*", "https://ghcr.io/new/{rest}").unwrap(), "new/sub/app");
+        assert_eq!(name("docker.io/team/*", "https://ghcr.io/new/{repo}").unwrap(), "new/team/sub/app");
+        assert_eq!(name("docker.io/team/sub/app", "https://ghcr.io/new/controller").unwrap(), "new/controller");
+        for (matching, upstream) in [
+            ("docker.io", "https://ghcr.io/new/{rest}"),
+            ("docker.io/team/*", "https://ghcr.io/new"),
+            ("docker.io/team/*", "https://ghcr.io/{repo}/{rest}"),
+        ] {
+            let problem = name(matching, upstream).unwrap_err();
+            assert!(problem.contains(upstream), "{problem}");
         }
     }
 
@@ -133,7 +175,6 @@ mod tests {
             ("ghcr.io", "https://host"),
             ("ftp://ghcr.io", "neither http"),
             ("https://user:secret@ghcr.io", "credentials"),
-            ("https://harbor.corp/hub", "{repo}"),
             ("https://harbor.corp/UP/{repo}", "{repo}"),
         ] {
             let message = text.parse::<Upstream>().unwrap_err();

@@ -132,6 +132,7 @@ impl Origin {
                 patience: turn.patience,
             };
             let answer = self.ask_patiently(home, place, question, turn.deadline).await;
+            let answer = answer.and_then(|response| question.believe(response));
             let outcome = answer.as_ref().map_or_else(SourceError::as_str, |_| "ok");
             self.metrics.origin_requests.with_label_values(&[place.rule.name(), question.kind.as_str(), outcome]).inc();
             if let Err(error) = &answer {

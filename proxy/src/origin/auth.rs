@@ -239,7 +239,7 @@ async fn token(http: &Http, home: Home<'_>, ask: &Ask<'_>, deadline: Deadline) -
 fn scope(home: Home<'_>, place: &Place, challenge: &Challenge) -> String {
     match challenge {
         Challenge::Bearer { scope: Some(scope), .. } if !scope.is_empty() => scope.clone(),
-        _ => format!("repository:{}:pull", home.upstream.repository(&place.repository)),
+        _ => format!("repository:{}:pull", place.rule.repository_at(home.upstream, &place.repository)),
     }
 }
 

@@ -23,6 +23,8 @@ pub(super) struct Question {
     pub(super) headers: HeaderMap,
     /// The blob whose redirect may be remembered.
     pub(super) blob: Option<Digest>,
+    /// What it is about, if that is known: who says that it is something else has something else.
+    expects: Option<Digest>,
 }
 
 /// What is asked for: registries limit some and not others. The names are those of the metrics.
@@ -40,7 +42,7 @@ impl Question {
         let mut headers = HeaderMap::new();
         // Ranges and lengths are those of the stored bytes.
         headers.insert(ACCEPT_ENCODING, HeaderValue::from_static("identity"));
-        Self { kind, method: kind.method(), path, query: None, headers, blob: None }
+        Self { kind, method: kind.method(), path, query: None, headers, blob: None, expects: None }
     }
 
     pub(super) fn accept(mut self, accept: &str) -> Self {
@@ -55,7 +57,24 @@ impl Question {
     }
 
     pub(super) fn of_blob(self, digest: &Digest) -> Self {
-        Self { blob: Some(digest.clone()), ..self }
+        Self { blob: Some(digest.clone()), expects: Some(digest.clone()), ..self }
+    }
+
+    pub(super) fn expect(self, digest: Option<&Digest>) -> Self {
+        Self { expects: digest.cloned(), ..self }
+    }
+
+    /// Refuses an answer about something else: another upstream may have what is meant.
+    pub(super) fn believe(&self, response: Response) -> Result<Response, SourceError> {
+        let claimed = claimed_digest(&response);
+        let is_other =
+            |expected: &Digest, claimed: &Digest| claimed.algorithm() == expected.algorithm() && claimed != expected;
+        match (&self.expects, claimed) {
+            (Some(expected), Some(claimed)) if is_other(expected, &claimed) => {
+                Err(SourceError::Malformed("another digest in Docker-Content-Digest".into()))
+            }
+            _ => Ok(response),
+        }
     }
 
     /// The same at less cost, to see whether somebody answers.
@@ -64,7 +83,7 @@ impl Question {
     }
 
     pub(super) fn url(&self, upstream: &Upstream, place: &Place) -> Result<Url, SourceError> {
-        let repository = upstream.repository(&place.repository);
+        let repository = place.rule.repository_at(upstream, &place.repository);
         let query = self.query.as_ref().map_or_else(String::new, |query| format!("?{query}"));
         let text = format!("{}/v2/{repository}/{}{query}", upstream.base(), self.path);
         Url::parse(&text).map_err(|e| SourceError::Malformed(format!("no URL: {e}")))
@@ -98,6 +117,12 @@ impl Kind {
             Self::ManifestHead | Self::BlobHead => Method::HEAD,
         }
     }
+}
+
+const DOCKER_CONTENT_DIGEST: &str = "docker-content-digest";
+
+pub(super) fn claimed_digest(response: &Response) -> Option<Digest> {
+    response.headers().get(DOCKER_CONTENT_DIGEST)?.to_str().ok()?.parse().ok()
 }
 
 /// Turns an answer that is no content into an error.

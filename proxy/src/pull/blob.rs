@@ -295,6 +295,7 @@ impl Pull {
         FillKey {
             digest: request.digest.clone(),
             registry: request.place.registry.clone(),
+            rule: request.place.rule.nth,
             role: self.role(&request.place, &request.digest, request.asking),
         }
     }

@@ -61,7 +61,13 @@ impl Pull {
 
     /// What runs for a blob, as whatever this node fetches it.
     pub(super) fn fills_of(&self, request: &BlobRequest) -> Vec<Arc<Fill>> {
-        let key = |role| FillKey { digest: request.digest.clone(), registry: request.place.registry.clone(), role };
+        let place = &request.place;
+        let key = |role| FillKey {
+            digest: request.digest.clone(),
+            registry: place.registry.clone(),
+            rule: place.rule.nth,
+            role,
+        };
         let roles = [Role::Global, Role::Zone, Role::Client].into_iter();
         roles.filter_map(|role| self.fills.running(&key(role))).collect()
     }

@@ -47,7 +47,9 @@ impl Pull {
             if asking.reach == Reach::Kept || lease.is_fresh(place, tag, now) {
                 return Ok(answer);
             }
-            expired = Some(answer);
+            if lease.age(now) < place.rule.stale_for {
+                expired = Some(answer);
+            }
         }
         if asking.reach == Reach::Kept {
             return Err(SourceError::NotKept);
@@ -157,14 +159,14 @@ impl Pull {
         }
         let question = Question { scope: self.scope(place), ..question(place, &in_ring, Manner::IfKept) };
         if let Some(answer) = peers.successors_tag(&question, tag, accept).await
-            && answer.age < place.rule.tag_ttl
+            && answer.age < place.rule.lease_of(tag)
         {
             return Ok(self.take_tag(place, answer).await);
         }
         match self.revalidate(place, tag, accept).await {
             Err(error) if error.is_outage() => match peers.anybodys_tag(&question, tag, accept).await {
-                Some(answer) => Ok(stale(self.take_tag(place, answer).await)),
-                None => Err(error),
+                Some(answer) if answer.age < place.rule.stale_for => Ok(stale(self.take_tag(place, answer).await)),
+                _ => Err(error),
             },
             meant => meant,
         }

@@ -207,6 +207,65 @@ async fn upstreams_in_order_and_rewritten() {
     assert_eq!((denied.status, denied.code().as_str()), (403, "DENIED"));
 }
 
+/// An image whose project has moved: from its new place first, from the old one what is only there.
+#[tokio::test(flavor = "multi_thread")]
+async fn moved_images_are_found_by_their_old_names() {
+    let (old, new) = (Registry::open().await, Registry::open().await);
+    let [both, only_old, other] = [1, 2, 3].map(|seed| Image::new(seed, &[300_000]));
+    old.push("kubeflow/operator", "1", &both).await;
+    old.push("kubeflow/operator", "0", &only_old).await;
+    new.push("kf/operator/controller", "1", &both).await;
+    new.push("kf/other", "1", &other).await;
+    let upstreams = |new_name: &str| format!("upstreams = [\"{}/{new_name}\", \"{}\"]", new.url(), old.url());
+    let config = format!(
+        "[[registry]]\nmatch = \"docker.io/kubeflow/operator\"\n{}\n\
+         [[registry]]\nmatch = \"docker.io/kubeflow/*\"\n{}\n\
+         [[registry]]\nmatch = \"docker.io\"\ndeny = true\n",
+        upstreams("kf/operator/controller"),
+        upstreams("kf/{rest}")
+    );
+    let dray = Start::new(config).run();
+    let by_rule = async |rule: &str| dray.metric(&format!("dray_origin_bytes_total{{rule=\"{rule}\"}}")).await;
+    let get = async |path: &str| dray.get(&format!("/v2/{path}?ns=docker.io")).await;
+    for (tag, image) in [("1", &both), ("0", &only_old)] {
+        assert_eq!(get(&format!("kubeflow/operator/manifests/{tag}")).await.body, image.index());
+        // A fresh one knows no tag.
+        let digest = get(&format!("kubeflow/operator/manifests/{}", image.digest)).await;
+        assert_eq!(digest.body, image.index());
+        for layer in &image.layers {
+            assert_eq!(get(&format!("kubeflow/operator/blobs/{layer}")).await.status, 200, "{tag} {layer}");
+        }
+    }
+    assert!(by_rule("docker.io/kubeflow/operator").await > 600_000);
+    assert_eq!(get("kubeflow/other/manifests/1").await.body, other.index());
+    assert!(by_rule("docker.io/kubeflow/*").await > 0);
+    assert_eq!(get("kubeflow/none/manifests/1").await.status, 404);
+    assert_eq!(get("library/alpine/manifests/1").await.status, 403, "the next rule");
+}
+
+/// Whoever says that it has something else is passed by.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_upstream_with_the_right_digest_is_believed() {
+    let [wrong, right] = [Image::new(1, &[300_000]), Image::new(2, &[300_000])];
+    let (other, other_blob) = (wrong.index().clone(), wrong.layers[0].clone());
+    let lying = Origin::answering(move |request| {
+        let claims = if request.is_blob() { other_blob.clone() } else { digest(&other) };
+        Response::new(200, other.clone()).with("docker-content-digest", claims)
+    })
+    .await;
+    let honest = Origin::start(&[("library/app", "1", &right)], |_, response| response).await;
+    let dray = Start::new(format!(
+        "[[registry]]\nmatch = \"docker.io\"\nupstreams = [\"{}\", \"{}\"]",
+        lying.url(),
+        honest.url()
+    ))
+    .run();
+    let manifest = dray.get(&format!("/v2/library/app/manifests/{}?ns=docker.io", right.digest)).await;
+    assert_eq!((manifest.status, &manifest.body), (200, right.index()), "{}", manifest.text());
+    let blob = dray.get(&format!("/v2/library/app/blobs/{}?ns=docker.io", right.layers[0])).await;
+    assert_eq!(blob.status, 200, "{}", blob.text());
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_tls_client_on_the_plain_port_is_refused_at_once() {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};

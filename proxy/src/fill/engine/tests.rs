@@ -104,9 +104,10 @@ fn body(mib: usize) -> Bytes {
 fn fill(digest: &Digest) -> Arc<Fill> {
     let registries = Registries::new(&Config::default());
     let (registry, repository) = ("docker.io".parse().unwrap(), "library/a".parse().unwrap());
-    let rule = registries.rule(&registry).clone();
+    let rule = registries.rule(&registry, &"library/a".parse().unwrap()).clone();
     let place = crate::registries::Place { rule, registry, repository };
-    let key = FillKey { digest: digest.clone(), registry: place.registry.clone(), role: Role::Global };
+    let key =
+        FillKey { digest: digest.clone(), registry: place.registry.clone(), rule: place.rule.nth, role: Role::Global };
     Arc::new(Fill::new(key, place))
 }
 
