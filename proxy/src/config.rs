@@ -21,9 +21,9 @@ use toml::Spanned;
 
 use crate::oci::Registry;
 pub use containerd::{Containerd, Mirror, WrongMirror};
-pub use credentials::{Credentials, PasswordSource};
+pub use credentials::{Cloud, Credentials, PasswordSource};
 pub use matching::Matching;
-pub use pattern::HostPattern;
+pub use pattern::{HostPattern, host_matches};
 pub use peers::{Mtls, Peers, Zone, Zones};
 pub use units::{Share, Size, Span, whole_tag};
 pub use upstream::{Scheme, Upstream};
@@ -276,7 +276,7 @@ impl Config {
                     return Err(at(start, "registry.upstreams", problem));
                 }
             }
-            let one_secret = matches!(rule.credentials, Some(Credentials::Static { .. }));
+            let one_secret = rule.credentials.as_ref().is_some_and(Credentials::is_one_secret);
             if one_secret && rule.upstreams.is_empty() && rule.pattern.host.is_glob() {
                 let problem = format!(
                     "a username for every host that \"{}\" matches would send the password to hosts that \

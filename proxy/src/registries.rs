@@ -199,6 +199,9 @@ fn fingerprint(rule: &config::Rule, guard: &config::Guard) -> String {
         None => "none".to_owned(),
         Some(Credentials::DockerConfig { .. }) => "a docker config".to_owned(),
         Some(Credentials::Static { username, .. }) => format!("of {username}"),
+        Some(Credentials::Helper { name }) => format!("of the helper {name}"),
+        Some(Credentials::Provider { .. }) => "of the kubelet's plugins".to_owned(),
+        Some(Credentials::Cloud(cloud)) => format!("of the cloud {cloud:?}"),
     };
     let mut text = format!(
         "{} {upstreams:?} {credentials:?} {} {:?} {:?} {:?}",

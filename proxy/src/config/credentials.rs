@@ -7,10 +7,24 @@ use serde::de::{Deserialize, Deserializer, Error};
 /// `credentials = { ... }` of a rule.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Credentials {
-    /// A Docker `config.json`; the upstream's host selects the entry.
+    /// A Docker `config.json`; the upstream's host and the repository select the entry.
     DockerConfig { file: PathBuf },
     /// One user name for all upstreams of the rule.
     Static { username: String, password: PasswordSource },
+    /// A Docker credential helper: the program `docker-credential-<name>`.
+    Helper { name: String },
+    /// The kubelet's plugins: a `CredentialProviderConfig`, and the directory with its programs.
+    Provider { config: PathBuf, bin_dir: PathBuf },
+    /// What the machine or pod may do by itself.
+    Cloud(Cloud),
+}
+
+/// Whose metadata server grants tokens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Cloud {
+    /// Google's, for its Artifact Registry and Container Registry.
+    Gcp,
 }
 
 /// Where a password stands.
@@ -20,29 +34,68 @@ pub enum PasswordSource {
     Variable(String),
 }
 
-#[derive(serde::Deserialize)]
-#[serde(deny_unknown_fields)]
+#[derive(Default, PartialEq, serde::Deserialize)]
+#[serde(deny_unknown_fields, default)]
 struct Raw {
     file: Option<PathBuf>,
     username: Option<String>,
     password_file: Option<PathBuf>,
     password_env: Option<String>,
+    helper: Option<String>,
+    provider: Option<PathBuf>,
+    bin_dir: Option<PathBuf>,
+    cloud: Option<Cloud>,
+}
+
+impl Credentials {
+    /// Whether they are one secret that every upstream of a rule is sent.
+    pub fn is_one_secret(&self) -> bool {
+        matches!(self, Self::Static { .. })
+    }
 }
 
 impl<'de> Deserialize<'de> for Credentials {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let raw = Raw::deserialize(deserializer)?;
-        match (raw.file, raw.username, raw.password_file, raw.password_env) {
-            (Some(file), None, None, None) => Ok(Self::DockerConfig { file }),
-            (None, Some(username), Some(path), None) => {
-                Ok(Self::Static { username, password: PasswordSource::File(path) })
+        let mut raw = Raw::deserialize(deserializer)?;
+        let password = match (raw.password_file.take(), raw.password_env.take()) {
+            (Some(path), None) => Some(PasswordSource::File(path)),
+            (None, Some(name)) => Some(PasswordSource::Variable(name)),
+            (None, None) => None,
+            (Some(_), Some(_)) => return Err(D::Error::custom("password_file or password_env, not both")),
+        };
+        let found = if let Some(file) = raw.file.take() {
+            Self::DockerConfig { file }
+        } else if let Some(username) = raw.username.take() {
+            let password =
+                password.clone().ok_or_else(|| D::Error::custom("username needs password_file or password_env"))?;
+            return only(raw, Self::Static { username, password });
+        } else if let Some(name) = raw.helper.take() {
+            let is_plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+            if name.is_empty() || !name.chars().all(is_plain) {
+                return Err(D::Error::custom(format!(
+                    "helper \"{name}\": write what follows docker-credential- in the program's name, such as \"ecr-login\""
+                )));
             }
-            (None, Some(username), None, Some(name)) => {
-                Ok(Self::Static { username, password: PasswordSource::Variable(name) })
-            }
-            _ => Err(D::Error::custom(
-                "credentials take either file (a Docker config.json), or username with password_file or password_env",
-            )),
+            Self::Helper { name }
+        } else if let Some(config) = raw.provider.take() {
+            let bin_dir = raw.bin_dir.take().ok_or_else(|| D::Error::custom("provider needs bin_dir"))?;
+            Self::Provider { config, bin_dir }
+        } else if let Some(cloud) = raw.cloud.take() {
+            Self::Cloud(cloud)
+        } else {
+            return Err(D::Error::custom(WAYS));
+        };
+        if password.is_some() {
+            return Err(D::Error::custom("a password needs a username"));
         }
+        only(raw, found)
     }
+}
+
+const WAYS: &str = "credentials take one of: file (a Docker config.json); username with password_file or password_env; \
+                    helper (a Docker credential helper); provider with bin_dir (the kubelet's plugins); cloud";
+
+/// Several ways at once would leave one of them ignored.
+fn only<E: Error>(left: Raw, found: Credentials) -> Result<Credentials, E> {
+    if left == Raw::default() { Ok(found) } else { Err(E::custom(WAYS)) }
 }

@@ -29,17 +29,18 @@ impl HostPattern {
     }
 
     pub fn matches(&self, registry: &Registry) -> bool {
-        self.is_any() || labels_match(&self.0, registry.as_str())
+        self.is_any() || host_matches(&self.0, registry.as_str())
     }
 
     /// Whether everything that `other` matches is matched by `self` too.
     pub fn covers(&self, other: &Self) -> bool {
         // Taking the other pattern's stars as plain characters is right: only a star covers a star.
-        self.is_any() || (!other.is_any() && labels_match(&self.0, &other.0))
+        self.is_any() || (!other.is_any() && host_matches(&self.0, &other.0))
     }
 }
 
-fn labels_match(pattern: &str, host: &str) -> bool {
+/// Whether each label of a host matches that of a pattern.
+pub fn host_matches(pattern: &str, host: &str) -> bool {
     let mut patterns = pattern.split('.');
     let mut labels = host.split('.');
     loop {

@@ -10,7 +10,7 @@ use tokio::time::Instant as Deadline;
 use url::form_urlencoded::Serializer;
 
 use super::challenge::Challenge;
-use super::credentials::{self, Secret};
+use super::credentials::{self, CredentialsError, Found, Secret, Whom};
 use super::http::{Ask, Home, Http};
 use super::question::retry_after;
 use crate::lifetimes::{ByLifetime, Lifetime};
@@ -22,6 +22,15 @@ pub(super) struct Tokens {
     /// What an upstream asked for, by upstream and repository: saves the 401 next time.
     challenges: moka::future::Cache<(String, String), Challenge>,
     grants: moka::future::Cache<GrantKey, Grant>,
+    secrets: moka::future::Cache<SecretKey, Found>,
+}
+
+/// Sources may have another secret for each repository.
+#[derive(Clone, PartialEq, Eq, Hash)]
+struct SecretKey {
+    rule: String,
+    upstream: String,
+    repository: String,
 }
 
 #[derive(Clone, PartialEq, Eq, Hash)]
@@ -49,8 +58,8 @@ const DEFAULT_LIFE: Duration = Duration::from_secs(60);
 /// Whatever a token endpoint promises.
 const MAX_LIFE: Duration = Duration::from_secs(24 * 3600);
 
-/// Secrets read from files are read again after this time.
-const SECRET_LIFE: Duration = Duration::from_secs(60);
+/// Whatever a source of secrets promises.
+const MAX_SECRET_LIFE: Duration = Duration::from_secs(12 * 3600);
 
 const MAX_TOKEN_BYTES: usize = 64 * 1024;
 
@@ -62,6 +71,7 @@ impl Tokens {
                 .time_to_live(Duration::from_secs(3600))
                 .build(),
             grants: moka::future::Cache::builder().max_capacity(10_000).expire_after(ByLifetime).build(),
+            secrets: moka::future::Cache::builder().max_capacity(10_000).expire_after(ByLifetime).build(),
         }
     }
 
@@ -100,6 +110,8 @@ impl Tokens {
             && known.header.as_ref() == rejected
         {
             self.grants.invalidate(&key).await;
+            // It may come from a secret that was changed.
+            self.secrets.invalidate(&secret_key(home, place)).await;
         }
         self.challenges.insert(challenge_key(home, place), challenge.clone()).await;
         self.grant(http, home, place, challenge, deadline).await
@@ -115,12 +127,12 @@ impl Tokens {
     ) -> Result<Option<HeaderValue>, SourceError> {
         let key = grant_key(home, place, &challenge);
         let (http, place, upstream) = (http.clone(), place.clone(), home.upstream.clone());
-        let (trust, patience) = (home.trust, home.patience);
+        let (trust, patience, secrets) = (home.trust, home.patience, self.secrets.clone());
         // A task of its own: the first caller may leave, the others still wait for the token.
         let fetch = async move {
             let task = tokio::spawn(async move {
                 let home = Home { upstream: &upstream, trust, ca: place.rule.ca.as_deref(), patience };
-                fetch(&http, home, &place, &challenge, deadline).await
+                fetch(&http, &secrets, home, &place, &challenge, deadline).await
             });
             task.await.unwrap_or_else(|e| Err(SourceError::Unreachable(e.to_string())))
         };
@@ -131,24 +143,55 @@ impl Tokens {
 
 async fn fetch(
     http: &Http,
+    secrets: &moka::future::Cache<SecretKey, Found>,
     home: Home<'_>,
     place: &Place,
     challenge: &Challenge,
     deadline: Deadline,
 ) -> Result<Grant, SourceError> {
-    let secret = match &place.rule.credentials {
-        Some(source) => credentials::read(source, &home.upstream.authority).map_err(|error| {
-            tracing::error!(rule = place.rule.name(), %error, "no credentials");
-            SourceError::Denied
-        })?,
-        None => None,
-    };
+    let key = secret_key(home, place);
+    let was_known = secrets.contains_key(&key);
+    let found = find(secrets, home, place).await?;
     match challenge {
         Challenge::Basic => {
-            let header = secret.as_ref().and_then(Secret::basic).and_then(|value| sensitive(&value));
-            Ok(Grant { header, life: SECRET_LIFE })
+            let header = found.secret.as_ref().and_then(Secret::basic).and_then(|value| sensitive(&value));
+            Ok(Grant { header, life: found.life })
         }
-        Challenge::Bearer { .. } => fetch_token(http, home, place, challenge, secret, deadline).await,
+        Challenge::Bearer { .. } => {
+            match fetch_token(http, home, place, challenge, found.secret, deadline).await {
+                // It may have been changed or revoked since it was read.
+                Err(SourceError::Denied) if was_known => {
+                    secrets.invalidate(&key).await;
+                    let found = find(secrets, home, place).await?;
+                    fetch_token(http, home, place, challenge, found.secret, deadline).await
+                }
+                granted => granted,
+            }
+        }
+    }
+}
+
+/// The secret for an upstream: asked for once by all who need it at the same time.
+async fn find(
+    secrets: &moka::future::Cache<SecretKey, Found>,
+    home: Home<'_>,
+    place: &Place,
+) -> Result<Found, SourceError> {
+    let Some(source) = &place.rule.credentials else { return Ok(Found { secret: None, life: MAX_SECRET_LIFE }) };
+    let repository = place.rule.repository_at(home.upstream, &place.repository);
+    let whom = Whom { authority: &home.upstream.authority, trust: home.trust, repository: &repository };
+    let found = secrets.try_get_with(secret_key(home, place), credentials::find(source, whom)).await;
+    found.map_err(|error: Arc<CredentialsError>| {
+        tracing::error!(rule = place.rule.name(), %error, "no credentials");
+        SourceError::Denied
+    })
+}
+
+fn secret_key(home: Home<'_>, place: &Place) -> SecretKey {
+    SecretKey {
+        rule: place.rule.name().to_owned(),
+        upstream: home.upstream.base(),
+        repository: place.rule.repository_at(home.upstream, &place.repository),
     }
 }
 
@@ -253,7 +296,7 @@ fn grant_key(home: Home<'_>, place: &Place, challenge: &Challenge) -> GrantKey {
         Challenge::Bearer { realm, service, .. } => (realm.to_string(), service.clone()),
     };
     let scope = match challenge {
-        Challenge::Basic => String::new(),
+        Challenge::Basic => place.repository.to_string(),
         Challenge::Bearer { .. } => scope(home, place, challenge),
     };
     GrantKey { rule: place.rule.name().to_owned(), upstream: home.upstream.base(), realm, service, scope }
@@ -263,6 +306,12 @@ fn sensitive(value: &str) -> Option<HeaderValue> {
     let mut header = HeaderValue::from_str(value).ok()?;
     header.set_sensitive(true);
     Some(header)
+}
+
+impl Lifetime for Found {
+    fn life(&self) -> Duration {
+        self.life.min(MAX_SECRET_LIFE)
+    }
 }
 
 impl Lifetime for Grant {

@@ -1,14 +1,20 @@
-//! Reads a rule's secrets when they are needed, so that a rotated file heals by itself.
+//! Reads a rule's secrets when they are needed, so that a rotated one heals by itself.
 
-use std::collections::HashMap;
+mod docker;
+mod google;
+mod helper;
+mod program;
+mod provider;
+
 use std::fmt;
 use std::path::Path;
+use std::time::Duration;
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
-use serde::Deserialize;
 
-use crate::config::{Credentials, PasswordSource};
+use crate::config::{Cloud, Credentials, PasswordSource, host_matches};
+use crate::registries::Trust;
 
 /// A secret for one upstream. Its debug form does not show it.
 #[derive(Clone, PartialEq, Eq)]
@@ -21,38 +27,52 @@ pub(super) enum Secret {
     Identity(String),
 }
 
+/// What a source has, and for how long it need not be asked again.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Found {
+    /// None: the upstream is asked anonymously.
+    pub(super) secret: Option<Secret>,
+    pub(super) life: Duration,
+}
+
 /// Why credentials cannot be had. Says which source, never what it holds.
-#[derive(Debug, thiserror::Error)]
+#[derive(Debug, Clone, thiserror::Error)]
 pub(super) enum CredentialsError {
     #[error("credentials file {0} cannot be read: {1}")]
-    File(String, std::io::Error),
+    File(String, String),
     #[error("credentials file {0} is no Docker config.json: {1}")]
     Docker(String, String),
     #[error("the variable {0} with the password is not set")]
     Variable(String),
+    #[error("the program {0}")]
+    Program(String),
+    #[error("{0} is no configuration of credential providers: {1}")]
+    Provider(String, String),
+    #[error("{0}: {1}")]
+    Cloud(&'static str, String),
 }
 
-#[derive(Deserialize)]
-struct DockerConfig {
-    #[serde(default)]
-    auths: HashMap<String, DockerAuth>,
+/// Secrets in files are read again after this time.
+const FILE_LIFE: Duration = Duration::from_secs(60);
+
+/// Helpers do not say for how long their secrets are good; one that is refused is asked for again at once.
+const HELPER_LIFE: Duration = Duration::from_secs(600);
+
+/// Whom a secret is for.
+#[derive(Clone, Copy)]
+pub(super) struct Whom<'a> {
+    /// `host` or `host:port`
+    pub(super) authority: &'a str,
+    pub(super) trust: Trust,
+    /// As it is called there.
+    pub(super) repository: &'a str,
 }
 
-#[derive(Deserialize, Default)]
-struct DockerAuth {
-    #[serde(default)]
-    auth: String,
-    #[serde(default)]
-    username: String,
-    #[serde(default)]
-    password: String,
-    #[serde(default)]
-    identitytoken: String,
-}
-
-/// The secret for an upstream (`host` or `host:port`). None: it is asked anonymously.
-pub(super) fn read(credentials: &Credentials, authority: &str) -> Result<Option<Secret>, CredentialsError> {
-    match credentials {
+/// The secret for an upstream.
+pub(super) async fn find(source: &Credentials, whom: Whom<'_>) -> Result<Found, CredentialsError> {
+    let Whom { authority, trust, repository } = whom;
+    let lasting = |life| move |secret| Found { secret, life };
+    match source {
         Credentials::Static { username, password } => {
             let password = match password {
                 PasswordSource::File(path) => read_file(path)?.trim_end_matches(['\r', '\n']).to_owned(),
@@ -60,48 +80,59 @@ pub(super) fn read(credentials: &Credentials, authority: &str) -> Result<Option<
                     std::env::var(name).map_err(|_| CredentialsError::Variable(name.clone()))?
                 }
             };
-            Ok(Some(Secret::Password { username: username.clone(), password }))
+            let secret = Secret::Password { username: username.clone(), password };
+            Ok(Found { secret: Some(secret), life: FILE_LIFE })
         }
-        Credentials::DockerConfig { file } => {
-            let text = read_file(file)?;
-            let wrong = |problem: String| CredentialsError::Docker(file.display().to_string(), problem);
-            let mut config: DockerConfig =
-                serde_json::from_str(&text).map_err(|e| wrong(format!("line {}, column {}", e.line(), e.column())))?;
-            let key = config.auths.keys().find(|key| names_upstream(key, authority)).cloned();
-            match key.and_then(|key| config.auths.remove(&key).map(|entry| (key, entry))) {
-                Some((key, entry)) => entry.secret().map_err(|problem| wrong(format!("auths[\"{key}\"]: {problem}"))),
-                None => Ok(None),
-            }
+        Credentials::DockerConfig { file } => match docker::find(file, authority, repository)? {
+            docker::Entry::Secret(secret) => Ok(Found { secret, life: FILE_LIFE }),
+            docker::Entry::Helper(name) => helper::ask(&name, authority).await.map(lasting(HELPER_LIFE)),
+        },
+        Credentials::Helper { name } => helper::ask(name, authority).await.map(lasting(HELPER_LIFE)),
+        Credentials::Provider { config, bin_dir } => provider::ask(config, bin_dir, authority, repository).await,
+        // A token for everything that the machine may do goes where it belongs, or where the operator wrote.
+        Credentials::Cloud(Cloud::Gcp) if trust == Trust::Written || google::is_registry(authority) => {
+            google::ask().await
         }
+        Credentials::Cloud(Cloud::Gcp) => Ok(Found::nothing()),
     }
+}
+
+impl Found {
+    fn nothing() -> Self {
+        Self { secret: None, life: FILE_LIFE }
+    }
+}
+
+/// Of keys such as `*.example.com/team` the one that says most of a repository at an upstream: the longest path,
+/// then a host without stars.
+fn best_key<'a>(keys: impl Iterator<Item = &'a str>, authority: &str, repository: &str) -> Option<&'a str> {
+    let matching = keys.filter_map(|key| {
+        let (host, path) = parts(key);
+        let is_host = host_matches(host, authority) || (is_docker_hub(host) && is_docker_hub(authority));
+        let is_path = path.is_empty() || repository == path || below(path, repository);
+        (is_host && is_path).then_some(((path.len(), !host.contains('*'), host.len()), key))
+    });
+    matching.max().map(|(_, key)| key)
+}
+
+/// The host and the path of a key. Those that are URLs of the v1 API have none.
+fn parts(key: &str) -> (&str, &str) {
+    let bare = key.trim_start_matches("https://").trim_start_matches("http://");
+    let (host, path) = bare.split_once('/').unwrap_or((bare, ""));
+    let path = path.trim_end_matches('/');
+    (host, if matches!(path, "v1" | "v2") { "" } else { path })
+}
+
+fn below(parent: &str, name: &str) -> bool {
+    name.strip_prefix(parent).is_some_and(|rest| rest.starts_with('/'))
+}
+
+fn is_docker_hub(host: &str) -> bool {
+    matches!(host, "docker.io" | "index.docker.io" | "registry-1.docker.io")
 }
 
 fn read_file(path: &Path) -> Result<String, CredentialsError> {
-    std::fs::read_to_string(path).map_err(|e| CredentialsError::File(path.display().to_string(), e))
-}
-
-/// Keys are hosts, or URLs from the days of the v1 API; Docker Hub's is `https://index.docker.io/v1/`.
-fn names_upstream(key: &str, authority: &str) -> bool {
-    let bare = key.trim_start_matches("https://").trim_start_matches("http://");
-    let host = bare.split('/').next().unwrap_or_default();
-    let hub = |name: &str| matches!(name, "docker.io" | "index.docker.io" | "registry-1.docker.io");
-    host.eq_ignore_ascii_case(authority) || (hub(host) && hub(authority))
-}
-
-impl DockerAuth {
-    fn secret(self) -> Result<Option<Secret>, String> {
-        if !self.identitytoken.is_empty() {
-            return Ok(Some(Secret::Identity(self.identitytoken)));
-        }
-        if self.auth.is_empty() {
-            let (username, password) = (self.username, self.password);
-            return Ok((!username.is_empty()).then_some(Secret::Password { username, password }));
-        }
-        let decoded = STANDARD.decode(self.auth.trim()).map_err(|_| "auth is not base64")?;
-        let text = String::from_utf8(decoded).map_err(|_| "auth is not UTF-8")?;
-        let (username, password) = text.split_once(':').ok_or("auth is not base64 of user:password")?;
-        Ok(Some(Secret::Password { username: username.to_owned(), password: password.to_owned() }))
-    }
+    std::fs::read_to_string(path).map_err(|e| CredentialsError::File(path.display().to_string(), e.to_string()))
 }
 
 impl Secret {
@@ -126,11 +157,37 @@ impl fmt::Debug for Secret {
 mod tests {
     use super::*;
 
+    fn of(source: &Credentials, authority: &str, repository: &str) -> Result<Option<Secret>, CredentialsError> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let whom = Whom { authority, trust: Trust::Derived, repository };
+        runtime.block_on(find(source, whom)).map(|found| found.secret)
+    }
+
     fn docker(json: &str, authority: &str) -> Result<Option<Secret>, CredentialsError> {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("config.json");
         std::fs::write(&file, json).unwrap();
-        read(&Credentials::DockerConfig { file }, authority)
+        of(&Credentials::DockerConfig { file }, authority, "team/app")
+    }
+
+    #[test]
+    fn the_key_that_says_most_wins() {
+        let keys =
+            ["*.corp", "reg.corp", "reg.corp/team", "reg.corp/team/app", "https://index.docker.io/v1/", "*.corp/te"];
+        let best = |authority: &str, repository: &str| best_key(keys.into_iter(), authority, repository);
+        assert_eq!(best("reg.corp", "team/app"), Some("reg.corp/team/app"));
+        assert_eq!(best("reg.corp", "team/apple"), Some("reg.corp/team"));
+        assert_eq!(best("reg.corp", "teams/app"), Some("reg.corp"));
+        assert_eq!(best("other.corp", "team/app"), Some("*.corp"));
+        assert_eq!(best("registry-1.docker.io", "library/a"), Some("https://index.docker.io/v1/"));
+        assert_eq!([best("reg.corp:5000", "a"), best("evil.reg.corp", "a"), best("ghcr.io", "a")], [None; 3]);
+    }
+
+    #[test]
+    fn a_token_of_the_machine_goes_to_its_own_registries_only() {
+        assert!(["gcr.io", "eu.gcr.io", "europe-docker.pkg.dev"].into_iter().all(google::is_registry));
+        assert!(!["gcr.io.evil.example", "notgcr.io", "pkg.dev.example"].into_iter().any(google::is_registry));
+        assert_eq!(of(&Credentials::Cloud(Cloud::Gcp), "evil.example", "a").unwrap(), None);
     }
 
     #[test]
@@ -138,7 +195,7 @@ mod tests {
         let json = format!(
             r#"{{"auths": {{"https://index.docker.io/v1/": {{"auth": "{}"}},
                 "reg.corp:5000": {{"username": "u", "password": "p"}},
-                "id.corp": {{"identitytoken": "t"}}}}, "credsStore": "x"}}"#,
+                "id.corp": {{"identitytoken": "t"}}}}}}"#,
             STANDARD.encode("me:s:ecret")
         );
         let password = |username: &str, password: &str| {
@@ -168,10 +225,10 @@ mod tests {
         let path = dir.path().join("password");
         std::fs::write(&path, "hush\n").unwrap();
         let credentials = Credentials::Static { username: "u".into(), password: PasswordSource::File(path) };
-        let secret = read(&credentials, "anything").unwrap().unwrap();
+        let secret = of(&credentials, "anything", "a").unwrap().unwrap();
         assert_eq!(secret.basic().unwrap(), format!("Basic {}", STANDARD.encode("u:hush")));
         let credentials =
             Credentials::Static { username: "u".into(), password: PasswordSource::Variable("DRAY_TEST_UNSET".into()) };
-        assert!(read(&credentials, "x").unwrap_err().to_string().contains("DRAY_TEST_UNSET"));
+        assert!(of(&credentials, "x", "a").unwrap_err().to_string().contains("DRAY_TEST_UNSET"));
     }
 }

@@ -24,6 +24,7 @@ mod proof;
 mod public;
 mod ranges;
 mod routing;
+mod secrets;
 mod sendfile;
 mod shapes;
 mod soak;

@@ -1,0 +1,252 @@
+//! Where credentials come from: helpers, the kubelet's plugins, the cloud's metadata, files; and secrets that change
+//! while dray runs.
+
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use dray_tests::dray::{Dray, Start};
+use dray_tests::image::Image;
+use dray_tests::origin::{Content, Origin, Response};
+use serde_json::json;
+
+const MANIFEST: &str = "/v2/team/app/manifests/1?ns=reg.example";
+
+/// A registry that knows one user and password at a time, and wants Basic or grants tokens.
+struct Locked {
+    origin: Origin,
+    login: Arc<Mutex<String>>,
+    image: Image,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Wants {
+    Basic,
+    Tokens,
+}
+
+impl Locked {
+    async fn new(wants: Wants, login: &str) -> Self {
+        let image = Image::new(1, &[1000]);
+        let content = Content::new(&[("team/app", "1", &image), ("team/app", "2", &image)]);
+        let login = Arc::new(Mutex::new(login.to_owned()));
+        let known = login.clone();
+        let origin = Origin::answering(move |request| {
+            let basic = format!("Basic {}", STANDARD.encode(known.lock().unwrap().as_bytes()));
+            // A token is good for as long as the password that it was granted for.
+            let bearer = format!("Bearer {}", STANDARD.encode(&basic));
+            let said = request.header("authorization").unwrap_or_default();
+            let host = request.header("host").unwrap_or_default();
+            match wants {
+                _ if request.path.starts_with("/token") && said == basic => {
+                    Response::new(200, json!({"token": STANDARD.encode(&basic), "expires_in": 3600}).to_string())
+                }
+                Wants::Basic if said == basic => content.answer(request),
+                Wants::Tokens if said == bearer => content.answer(request),
+                Wants::Basic => Response::new(401, "").with("www-authenticate", "Basic realm=\"r\""),
+                Wants::Tokens => {
+                    let realm = format!("Bearer realm=\"http://{host}/token\",service=\"s\"");
+                    Response::new(401, "").with("www-authenticate", realm)
+                }
+            }
+        })
+        .await;
+        Self { origin, login, image }
+    }
+
+    fn knows(&self, login: &str) {
+        *self.login.lock().unwrap() = login.to_owned();
+    }
+
+    fn rule(&self, credentials: &str) -> String {
+        format!(
+            "[[registry]]\nmatch = \"reg.example\"\nupstreams = [\"{}\"]\nnegative_ttl = \"0s\"\ntag_ttl = \"0s\"\n\
+             credentials = {{ {credentials} }}\n",
+            self.origin.url()
+        )
+    }
+
+    /// Pulls something that is not believed without asking.
+    async fn assert_opens(&self, dray: &Dray) {
+        let answer = dray.get(MANIFEST).await;
+        assert_eq!((answer.status, &answer.body), (200, self.image.index()), "{}", answer.text());
+        assert_ne!(answer.source(), "stale");
+    }
+}
+
+fn script(path: &Path, text: &str) {
+    std::fs::write(path, format!("#!/bin/sh\n{text}")).unwrap();
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o755)).unwrap();
+}
+
+fn path_with(dir: &Path) -> String {
+    format!("{}:{}", dir.display(), std::env::var("PATH").unwrap())
+}
+
+fn lines(file: &Path) -> usize {
+    std::fs::read_to_string(file).unwrap_or_default().lines().count()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_credential_helper_is_asked_once_and_again_when_its_secret_was_changed() {
+    for wants in [Wants::Basic, Wants::Tokens] {
+        let registry = Locked::new(wants, "robot:old").await;
+        let dir = tempfile::tempdir().unwrap();
+        let (secret, asked) = (dir.path().join("secret"), dir.path().join("asked"));
+        std::fs::write(&secret, "old").unwrap();
+        script(
+            &dir.path().join("docker-credential-test"),
+            &format!(
+                "cat >>{asked}; echo >>{asked}\n[ \"$1\" = get ] || exit 1\n\
+                 printf '{{\"ServerURL\":\"x\",\"Username\":\"robot\",\"Secret\":\"%s\"}}' \"$(cat {secret})\"\n",
+                asked = asked.display(),
+                secret = secret.display()
+            ),
+        );
+        let by_name = registry.rule("helper = \"test\"");
+        let config = dir.path().join("config.json");
+        let host = registry.origin.address.to_string();
+        std::fs::write(&config, json!({"credHelpers": {&host: "test"}, "auths": {&host: {}}}).to_string()).unwrap();
+        let by_file = registry.rule(&format!("file = \"{}\"", config.display()));
+        for rule in [by_name, by_file] {
+            registry.knows("robot:old");
+            std::fs::write(&secret, "old").unwrap();
+            let _ = std::fs::remove_file(&asked);
+            let dray = Start::new(rule).env("PATH", &path_with(dir.path())).run();
+            for _ in 0..3 {
+                registry.assert_opens(&dray).await;
+            }
+            assert_eq!(std::fs::read_to_string(&asked).unwrap(), format!("{host}\n"), "once, for the upstream");
+            // Changed at the registry and in the helper's store.
+            registry.knows("robot:new");
+            std::fs::write(&secret, "new").unwrap();
+            registry.assert_opens(&dray).await;
+            assert_eq!(lines(&asked), 2);
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_helper_that_has_nothing_means_anonymous_and_one_that_fails_means_denied() {
+    let registry = Locked::new(Wants::Basic, "robot:x").await;
+    let dir = tempfile::tempdir().unwrap();
+    let helper = dir.path().join("docker-credential-test");
+    let log = dir.path().join("log");
+    for (text, says) in [
+        ("echo credentials not found in native keychain; exit 1\n", None),
+        ("echo my-secret-is-hush; exit 1\n", Some("docker-credential-test: exit status: 1")),
+        ("echo hush\n", Some("no JSON with Username and Secret")),
+        ("exec sleep 60\n", Some("no answer within 10 s")),
+    ] {
+        script(&helper, text);
+        let start = Start::new(registry.rule("helper = \"test\"")).env("PATH", &path_with(dir.path())).log_to(&log);
+        let dray = start.run();
+        let answer = dray.get(MANIFEST).await;
+        assert_eq!(answer.status, if text.contains("sleep") { 503 } else { 403 }, "{text}: {}", answer.text());
+        if let Some(says) = says {
+            dray_tests::eventually(says, async || {
+                let log = std::fs::read_to_string(&log).unwrap();
+                assert!(!log.contains("hush") && !answer.text().contains("hush"), "{log}");
+                log.contains(says).then_some(())
+            })
+            .await;
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_kubelets_plugins_are_used_as_they_are() {
+    let registry = Locked::new(Wants::Tokens, "AWS:old").await;
+    let dir = tempfile::tempdir().unwrap();
+    let (secret, asked) = (dir.path().join("secret"), dir.path().join("asked"));
+    std::fs::write(&secret, "old").unwrap();
+    let host = registry.origin.address.to_string();
+    script(
+        &dir.path().join("ecr-credential-provider"),
+        &format!(
+            "cat >>{asked}; echo \" $1 $REGION\" >>{asked}\n\
+             printf '{{\"kind\":\"CredentialProviderResponse\",\"apiVersion\":\"credentialprovider.kubelet.k8s.io/v1\",\
+             \"cacheKeyType\":\"Registry\",\"cacheDuration\":\"12h0m0s\",\"auth\":{{\"other.example\":{{\"username\":\"a\",\
+             \"password\":\"b\"}},\"{host}\":{{\"username\":\"AWS\",\"password\":\"%s\"}}}}}}' \"$(cat {secret})\"\n",
+            asked = asked.display(),
+            secret = secret.display()
+        ),
+    );
+    let config = dir.path().join("providers.yaml");
+    std::fs::write(
+        &config,
+        format!(
+            "apiVersion: kubelet.config.k8s.io/v1\nkind: CredentialProviderConfig\nproviders:\n\
+             - name: nobodys\n  matchImages: [\"*.azurecr.io\"]\n  defaultCacheDuration: 1h\n  \
+             apiVersion: credentialprovider.kubelet.k8s.io/v1\n\
+             - name: ecr-credential-provider\n  matchImages: [\"*.dkr.ecr.*.amazonaws.com\", \"{host}\"]\n  \
+             defaultCacheDuration: 1h\n  apiVersion: credentialprovider.kubelet.k8s.io/v1\n  args: [get-credentials]\n  \
+             env: [{{ name: REGION, value: eu }}]\n"
+        ),
+    )
+    .unwrap();
+    let provider = format!("provider = \"{}\", bin_dir = \"{}\"", config.display(), dir.path().display());
+    let dray = Start::new(registry.rule(&provider)).run();
+    for _ in 0..3 {
+        registry.assert_opens(&dray).await;
+    }
+    let text = std::fs::read_to_string(&asked).unwrap();
+    let (question, rest) = text.trim_end().rsplit_once("} ").unwrap();
+    assert_eq!(rest, "get-credentials eu", "once: {text}");
+    let question: serde_json::Value = serde_json::from_str(&format!("{question}}}")).unwrap();
+    assert_eq!(
+        question,
+        json!({
+            "kind": "CredentialProviderRequest",
+            "apiVersion": "credentialprovider.kubelet.k8s.io/v1",
+            "image": format!("{host}/team/app"),
+        })
+    );
+    registry.knows("AWS:new");
+    std::fs::write(&secret, "new").unwrap();
+    registry.assert_opens(&dray).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn googles_metadata_server_grants_tokens() {
+    let registry = Locked::new(Wants::Tokens, "oauth2accesstoken:ya29").await;
+    let metadata = Origin::answering(|request| match request.header("metadata-flavor") {
+        Some("Google") if request.path == "/computeMetadata/v1/instance/service-accounts/default/token" => {
+            Response::new(200, r#"{"access_token": "ya29", "expires_in": 3599, "token_type": "Bearer"}"#)
+        }
+        _ => Response::new(403, ""),
+    })
+    .await;
+    let start = Start::new(registry.rule("cloud = \"gcp\""));
+    let dray = start.env("GCE_METADATA_HOST", &metadata.address.to_string()).run();
+    for _ in 0..3 {
+        registry.assert_opens(&dray).await;
+    }
+    assert_eq!(metadata.requests().len(), 1, "kept for half of its life");
+}
+
+/// As a mounted Secret changes: another file under the same name.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_docker_configuration_that_is_replaced_is_read_again() {
+    let registry = Locked::new(Wants::Tokens, "robot:old").await;
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join(".dockerconfigjson");
+    let host = registry.origin.address.to_string();
+    let write = |password: &str| {
+        // The key with the path says more than that of the host.
+        let entry = |login: &str| json!({"auth": STANDARD.encode(login)});
+        let auths =
+            json!({&host: entry("other:x"), format!("https://{host}/team"): entry(&format!("robot:{password}"))});
+        let next = dir.path().join("next");
+        std::fs::write(&next, json!({"auths": auths}).to_string()).unwrap();
+        std::fs::rename(next, &file).unwrap();
+    };
+    write("old");
+    let dray = Start::new(registry.rule(&format!("file = \"{}\"", file.display()))).run();
+    registry.assert_opens(&dray).await;
+    registry.knows("robot:new");
+    write("new");
+    registry.assert_opens(&dray).await;
+}
