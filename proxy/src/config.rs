@@ -13,6 +13,7 @@ mod upstream;
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
+use std::num::NonZeroU16;
 use std::path::{Path, PathBuf};
 
 use ipnet::IpNet;
@@ -69,6 +70,11 @@ pub struct Cache {
 pub struct Access {
     /// What happens to registries that no rule names.
     pub unlisted: Unlisted,
+    /// Networks whose clients are answered. Empty: everybody's.
+    pub clients: Vec<IpNet>,
+    /// That one address may have open at once.
+    pub requests_at_once: Option<NonZeroU16>,
+    pub requests_per_second: Option<NonZeroU16>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Default, Deserialize)]

@@ -1,8 +1,10 @@
 //! Pingora's phases: every request is answered from the first one, and logged in the last.
 
+mod clients;
 mod sendfile;
 mod socket;
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -15,6 +17,8 @@ use pingora::prelude::{Error, ErrorType, HttpPeer};
 use pingora::proxy::{ProxyHttp, Session};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
+pub use self::clients::Clients;
+use self::clients::{Place, Unwelcome};
 use self::sendfile::Sending;
 use self::socket::Socket;
 use crate::access_log::{AccessLog, Line};
@@ -36,6 +40,7 @@ pub struct Front {
     pub metrics: Arc<Metrics>,
     pub access_log: Arc<AccessLog>,
     pub load: Arc<Load>,
+    pub clients: Arc<Clients>,
     pub listener: Listener,
 }
 
@@ -65,6 +70,8 @@ pub struct Exchange {
     started: Instant,
     /// Counts the request as load for as long as it is answered.
     seat: Option<Seat>,
+    /// And as one of its client's.
+    place: Option<Place>,
     /// Proves the answer to a peer.
     seal: Option<Seal>,
     /// Counts its body as sent to a peer.
@@ -155,6 +162,11 @@ impl ProxyHttp for Front {
 
 impl Front {
     async fn answer(&self, session: &Session, exchange: &mut Exchange) -> Reply {
+        match self.welcome(session) {
+            Ok(place) => exchange.place = place,
+            Err(why @ Unwelcome::Stranger) => return Reply::refusal(&Refusal::Denied(why.as_str().into())),
+            Err(why) => return Reply::refusal(&Refusal::Unavailable(why.as_str().into())),
+        }
         let request = session.req_header();
         let header = |name| request.headers.get(name).and_then(|value| value.to_str().ok());
         if !matches!(request.method, Method::GET | Method::HEAD) {
@@ -241,6 +253,15 @@ impl Front {
             Endpoint::Referrers(digest) => self.list(&place, format!("referrers/{digest}"), path, query).await,
         };
         answer.unwrap_or_else(|refusal| Reply::refusal(&refusal)).of_registry(&registry)
+    }
+
+    /// Whether a client is answered. Peers prove who they are in other ways.
+    fn welcome(&self, session: &Session) -> Result<Option<Place>, Unwelcome> {
+        if self.listener == Listener::Peers {
+            return Ok(None);
+        }
+        let from = session.client_addr().and_then(|address| address.as_inet()).map(SocketAddr::ip);
+        self.clients.admit(from, Instant::now()).map(Some)
     }
 
     /// Who asks on the peers' port.
@@ -441,6 +462,7 @@ impl Exchange {
             id: format!("{:016x}", fastrand::u64(..)),
             started: Instant::now(),
             seat: None,
+            place: None,
             seal: None,
             counted: None,
             held: None,

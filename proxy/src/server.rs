@@ -25,7 +25,7 @@ use crate::identity::{Files, Identity, Welcome};
 use crate::metrics::Metrics;
 use crate::origin::Origin;
 use crate::peers::{Peers, RELOAD};
-use crate::proxy::{Front, Listener, Load};
+use crate::proxy::{Clients, Front, Listener, Load};
 use crate::pull::Pull;
 use crate::registries::Registries;
 use crate::store::{HOUSEKEEPING, Store};
@@ -79,12 +79,14 @@ pub fn run(
     let (pull, store) = runtime.block_on(compose(&config, &registries, &metrics))?;
 
     let load = Arc::new(Load::default());
+    let clients = Arc::new(Clients::new(&config.access));
     let front = |listener| Front {
         pull: pull.clone(),
         registries: registries.clone(),
         metrics: metrics.clone(),
         access_log: access_log.clone(),
         load: load.clone(),
+        clients: clients.clone(),
         listener,
     };
     let readiness = Arc::new(Readiness::default());

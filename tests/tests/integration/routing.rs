@@ -1,9 +1,10 @@
 //! Every URL form, every endpoint, and what a registry client may be told.
 
 use dray_tests::dray::{Start, rule};
+use dray_tests::eventually;
 use dray_tests::http::{get, head, send};
 use dray_tests::image::{INDEX, Image, digest, noise};
-use dray_tests::origin::{Origin, Response};
+use dray_tests::origin::{Fault, Origin, Response};
 use dray_tests::registry::Registry;
 use reqwest::Method;
 
@@ -264,6 +265,33 @@ async fn the_upstream_with_the_right_digest_is_believed() {
     assert_eq!((manifest.status, &manifest.body), (200, right.index()), "{}", manifest.text());
     let blob = dray.get(&format!("/v2/library/app/blobs/{}?ns=docker.io", right.layers[0])).await;
     assert_eq!(blob.status, 200, "{}", blob.text());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn clients_may_be_those_of_some_networks_and_ask_so_much() {
+    let elsewhere = Start::new("[access]\nclients = [\"192.0.2.0/24\"]").run();
+    let refused = elsewhere.get("/v2/").await;
+    assert_eq!(refused.status, 403);
+    assert!(refused.text().contains("access.clients"), "{}", refused.text());
+
+    // A blob that does not end until the gate opens holds its client's only place.
+    let image = Image::new(1, &[2_000_000]);
+    let origin = Origin::start(&[("library/app", "1", &image)], |request, response| {
+        if request.is_blob() { response.fault(Fault::GateAfter(1_000_000)) } else { response }
+    })
+    .await;
+    let one =
+        format!("[access]\nclients = [\"127.0.0.0/8\"]\nrequests_at_once = 1\n{}", rule("docker.io", &origin.url()));
+    let dray = Start::new(one).run();
+    let blob = dray.url(&format!("/v2/library/app/blobs/{}?ns=docker.io", image.layers[0]));
+    let held = reqwest::get(&blob).await.unwrap();
+    assert_eq!(held.status(), 200);
+    let more = dray.get("/v2/").await;
+    assert_eq!((more.status, more.header("retry-after")), (503, None));
+    assert!(more.text().contains("requests_at_once"), "{}", more.text());
+    origin.open_gate();
+    assert_eq!(held.bytes().await.unwrap().len(), 2_000_000);
+    eventually("its place is free", async || (dray.get("/v2/").await.status == 200).then_some(())).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
