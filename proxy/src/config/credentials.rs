@@ -68,7 +68,7 @@ impl<'de> Deserialize<'de> for Credentials {
         } else if let Some(username) = raw.username.take() {
             let password =
                 password.clone().ok_or_else(|| D::Error::custom("username needs password_file or password_env"))?;
-            return only(raw, Self::Static { username, password });
+            return only(&raw, Self::Static { username, password });
         } else if let Some(name) = raw.helper.take() {
             let is_plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
             if name.is_empty() || !name.chars().all(is_plain) {
@@ -88,7 +88,7 @@ impl<'de> Deserialize<'de> for Credentials {
         if password.is_some() {
             return Err(D::Error::custom("a password needs a username"));
         }
-        only(raw, found)
+        only(&raw, found)
     }
 }
 
@@ -96,6 +96,6 @@ const WAYS: &str = "credentials take one of: file (a Docker config.json); userna
                     helper (a Docker credential helper); provider with bin_dir (the kubelet's plugins); cloud";
 
 /// Several ways at once would leave one of them ignored.
-fn only<E: Error>(left: Raw, found: Credentials) -> Result<Credentials, E> {
-    if left == Raw::default() { Ok(found) } else { Err(E::custom(WAYS)) }
+fn only<E: Error>(left: &Raw, found: Credentials) -> Result<Credentials, E> {
+    if *left == Raw::default() { Ok(found) } else { Err(E::custom(WAYS)) }
 }

@@ -289,8 +289,9 @@ impl HostsDir {
 
     fn uninstall_in(&self, dir: &Path, outcome: &mut Outcome) -> Result<(), HostsError> {
         let (path, kept) = (dir.join(HOSTS), dir.join(KEPT));
-        let was = read(&kept)?;
-        let Some(present) = read(&path)? else { return Ok(()) };
+        // dray wrote text: what is none is somebody else's.
+        let (was, present) = (readable(&kept)?, readable(&path)?);
+        let Some(present) = present else { return Ok(()) };
         let Some(earlier) = hosts_toml::without(&present) else {
             // Prepared to be exchanged with a file that never was.
             if was.is_some_and(|was| hosts_toml::without(&was).is_some()) {
@@ -455,7 +456,7 @@ impl std::fmt::Display for Remark {
 
 impl Marker {
     fn of(dir: &Path) -> Result<Option<Self>, HostsError> {
-        Ok(read(&dir.join(MARKER))?.and_then(|text| Self::parse(&text)))
+        Ok(readable(&dir.join(MARKER))?.and_then(|text| Self::parse(&text)))
     }
 
     fn parse(text: &str) -> Option<Self> {
@@ -481,6 +482,10 @@ impl Marker {
 }
 
 fn hand_over(path: &Path, to: (u32, u32), known: Option<Marker>) -> io::Result<()> {
+    if path.is_symlink() {
+        let why = "a symbolic link: whoever owns what it leads to would change; make it a directory";
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, why));
+    }
     if !path.exists() {
         let marker = Marker { before: None, handed_over: true };
         return tree::make_dir(path, &[(MARKER, &marker.to_text())], Some(to));
@@ -514,6 +519,14 @@ fn is_local(dir: &Path) -> bool {
 
 fn read(path: &Path) -> Result<Option<String>, HostsError> {
     tree::read(path).map_err(|e| HostsError::Io(path.to_owned(), e))
+}
+
+/// A file's text, if it has any.
+fn readable(path: &Path) -> Result<Option<String>, HostsError> {
+    match tree::read(path) {
+        Err(error) if error.kind() == io::ErrorKind::InvalidData => Ok(None),
+        read => read.map_err(|e| HostsError::Io(path.to_owned(), e)),
+    }
 }
 
 #[cfg(test)]

@@ -5,11 +5,11 @@
 //! with its successor, so that it comes back with its owner, its mode and its times.
 
 use std::fs::{self, File, OpenOptions, Permissions};
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{CWD, FlockOperation, RenameFlags, flock, renameat_with};
+use rustix::fs::{CWD, FlockOperation, OFlags, RenameFlags, flock, renameat_with};
 
 /// Whose a directory or file is, and who may use it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -39,7 +39,9 @@ impl Lock {
 impl Owner {
     pub fn of(path: &Path) -> io::Result<Self> {
         let known = fs::symlink_metadata(path)?;
-        Ok(Self { uid: known.uid(), gid: known.gid(), mode: known.mode() & 0o7777 })
+        // A link lets everybody do everything; what counts is the file that it leads to.
+        let mode = if known.is_symlink() { fs::metadata(path)?.mode() } else { known.mode() };
+        Ok(Self { uid: known.uid(), gid: known.gid(), mode: mode & 0o7777 })
     }
 
     /// Makes it so.
@@ -68,15 +70,22 @@ pub fn own(dir: &Path, (uid, gid): (u32, u32)) -> io::Result<bool> {
     Ok(true)
 }
 
-/// A file's text. None: there is no such file.
+/// A file's text. None: there is no such file. What is no text is invalid data.
 pub(super) fn read(path: &Path) -> io::Result<Option<String>> {
-    match fs::read(path) {
-        Ok(content) => String::from_utf8(content)
-            .map(Some)
-            .map_err(|_| io::Error::new(io::ErrorKind::InvalidData, "it is not UTF-8 text")),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-        Err(error) => Err(error),
+    let invalid = |why| io::Error::new(io::ErrorKind::InvalidData, why);
+    // A pipe that nobody writes into would never be opened.
+    let flags = OFlags::NONBLOCK.bits().cast_signed();
+    let mut file = match OpenOptions::new().read(true).custom_flags(flags).open(path) {
+        Ok(file) => file,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(error),
+    };
+    if !file.metadata()?.is_file() {
+        return Err(invalid("it is no file"));
     }
+    let mut content = Vec::new();
+    file.read_to_end(&mut content)?;
+    String::from_utf8(content).map(Some).map_err(|_| invalid("it is not UTF-8 text"))
 }
 
 /// A directory with files in it, all at once. With an owner it becomes that one's.

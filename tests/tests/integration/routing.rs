@@ -2,7 +2,7 @@
 
 use dray_tests::dray::{Start, rule};
 use dray_tests::eventually;
-use dray_tests::http::{get, head, send};
+use dray_tests::http::{client, get, head, send};
 use dray_tests::image::{INDEX, Image, digest, noise};
 use dray_tests::origin::{Fault, Origin, Response};
 use dray_tests::registry::Registry;
@@ -284,7 +284,7 @@ async fn clients_may_be_those_of_some_networks_and_ask_so_much() {
         format!("[access]\nclients = [\"127.0.0.0/8\"]\nrequests_at_once = 1\n{}", rule("docker.io", &origin.url()));
     let dray = Start::new(one).run();
     let blob = dray.url(&format!("/v2/library/app/blobs/{}?ns=docker.io", image.layers[0]));
-    let held = reqwest::get(&blob).await.unwrap();
+    let held = client().get(&blob).send().await.unwrap();
     assert_eq!(held.status(), 200);
     let more = dray.get("/v2/").await;
     assert_eq!((more.status, more.header("retry-after")), (503, None));

@@ -176,3 +176,46 @@ fn mistakes_are_explained() {
     }
     assert!(HostsDir::new("/nowhere").uninstall(Mode::Apply).unwrap().changes.is_empty());
 }
+
+#[test]
+fn what_is_no_text_of_ours_is_not_waited_for_and_not_taken_back() {
+    use std::os::unix::fs::FileTypeExt;
+    let dir = tempfile::tempdir().unwrap();
+    let hosts = HostsDir::new(dir.path());
+    let default = dir.path().join(DEFAULT);
+    fs::create_dir(&default).unwrap();
+    let pipe = |name: &str| {
+        let path = default.join(name);
+        rustix::fs::mknodat(rustix::fs::CWD, &path, rustix::fs::FileType::Fifo, 0o600.into(), 0).unwrap();
+        path
+    };
+    let (file, marker) = (pipe(HOSTS), pipe(MARKER));
+    let refused = hosts.install(&ours(), &Registries::Default, Mode::Apply).unwrap_err().to_string();
+    assert!(refused.contains("no file") && refused.contains(HOSTS), "{refused}");
+    assert!(hosts.uninstall(Mode::Apply).unwrap().changes.is_empty());
+    assert!([&file, &marker].into_iter().all(|path| fs::metadata(path).unwrap().file_type().is_fifo()));
+    fs::remove_file(&file).unwrap();
+    fs::write(&file, [0xff, 0xfe]).unwrap();
+    assert!(hosts.install(&ours(), &Registries::Default, Mode::Apply).is_err());
+    assert!(hosts.uninstall(Mode::Apply).unwrap().changes.is_empty());
+}
+
+/// Everybody may write into a link; nobody but its owner into what takes its place.
+#[test]
+fn a_link_opens_nothing_to_everybody() {
+    let dir = tempfile::tempdir().unwrap();
+    let hosts = HostsDir::new(dir.path());
+    put(dir.path(), "elsewhere/mine.toml", FOREIGN);
+    fs::create_dir(dir.path().join(DEFAULT)).unwrap();
+    let file = dir.path().join(DEFAULT).join(HOSTS);
+    std::os::unix::fs::symlink(dir.path().join("elsewhere/mine.toml"), &file).unwrap();
+    hosts.install(&ours(), &Registries::Default, Mode::Apply).unwrap();
+    assert_eq!(Owner::of(&file).unwrap().mode, 0o644);
+    assert!(!file.is_symlink());
+    hosts.uninstall(Mode::Apply).unwrap();
+    assert!(file.is_symlink() && fs::read_to_string(&file).unwrap() == FOREIGN);
+    fs::remove_dir_all(dir.path().join(DEFAULT)).unwrap();
+    std::os::unix::fs::symlink(dir.path().join("elsewhere"), dir.path().join(DEFAULT)).unwrap();
+    let refused = hosts.hand_over((65532, 65532), Mode::Apply).unwrap_err().to_string();
+    assert!(refused.contains("symbolic link"), "{refused}");
+}
