@@ -12,6 +12,7 @@ mod disk;
 mod load;
 mod mirror;
 mod node;
+mod outage;
 mod rig;
 mod small;
 mod warm;
@@ -30,7 +31,12 @@ async fn main() {
     if runs("mirror") {
         mirror::dead().await;
     }
-    if !wanted.is_empty() && wanted.iter().all(|name| name == "mirror" || cluster::PARTS.contains(&name.as_str())) {
+    if runs("outage") {
+        outage::dead().await;
+    }
+    let needs_no_rig =
+        |name: &String| matches!(name.as_str(), "mirror" | "outage") || cluster::PARTS.contains(&name.as_str());
+    if !wanted.is_empty() && wanted.iter().all(needs_no_rig) {
         return;
     }
     let rig = Rig::new().await;

@@ -12,6 +12,7 @@ mod containerd;
 mod engine;
 mod faults;
 mod fills;
+mod hostile;
 mod hotpaths;
 mod k8s;
 mod kubernetes;

@@ -357,3 +357,30 @@ fn replace(authority: &Authority, place: &Path) {
     std::fs::copy(&files.key, place.join("tls.key")).unwrap();
     std::fs::copy(&authority.ca_file, place.join("ca.crt")).unwrap();
 }
+
+/// The whole cluster asks what a tag means once in its time, however many ask wherever.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_thousand_clients_of_eight_nodes_ask_for_a_tag_once() {
+    let images: Vec<Image> = (0..20).map(|seed| Image::new(seed, &[1000])).collect();
+    let tags: Vec<String> = (0..20).map(|nth| format!("t{nth}")).collect();
+    let served: Vec<_> = tags.iter().zip(&images).map(|(tag, image)| ("library/app", tag.as_str(), image)).collect();
+    let origin = Origin::start(&served, |_, response| response).await;
+    let (_dir, key) = key("0123456789abcdef");
+    let rules = format!("{}tag_ttl = \"1h\"\n", rule("docker.io", &origin.url()));
+    let nodes = cluster(&[(rules.as_str(), key.as_str()); 8]);
+    let client = dray_tests::http::client();
+    let ask = async |nth: usize| {
+        let tag = &tags[nth % 20];
+        let url = nodes[nth % 8].url(&format!("/v2/library/app/manifests/{tag}?ns=docker.io"));
+        let answer = client.get(url).send().await.unwrap();
+        assert_eq!(answer.status(), 200);
+        assert!(answer.bytes().await.unwrap() == images[nth % 20].index());
+    };
+    // A thousand at once, of which each meets a node and a tag that others ask for as well.
+    join_all((0..1000).map(|nth| ask(nth + nth / 40))).await;
+    assert!(origin.count("HEAD", "/manifests/t") <= 20, "{} HEADs", origin.count("HEAD", "/manifests/t"));
+    for image in &images {
+        assert!(origin.count("GET", &image.digest) + origin.count("GET", "/manifests/t") <= 20);
+        assert!(origin.count("GET", &image.digest) <= 1);
+    }
+}

@@ -1,0 +1,87 @@
+//! What a pull by tag takes when its registry is not there: at first, and once that is known.
+
+use std::time::{Duration, Instant};
+
+use dray_tests::dray::{Dray, Start};
+use dray_tests::eventually;
+use dray_tests::image::Image;
+use dray_tests::origin::{Content, Fault, Origin, Response};
+use dray_tests::registry::Registry;
+
+use super::rig::{ROUNDS, median, row};
+
+const TAG: &str = "/v2/team/app/manifests/1?ns=reg.test";
+const MISSING: &str = "/v2/team/app/manifests/2?ns=reg.test";
+
+/// How a registry is dead.
+#[derive(Clone, Copy)]
+enum Death {
+    /// Nobody listens.
+    Refuses,
+    /// Connections and requests are taken, and nothing is said.
+    Stalls,
+}
+
+/// Milliseconds for a known tag and another one, at first and then.
+type Took = [f64; 4];
+
+pub(crate) async fn dead() {
+    for (death, name) in [(Death::Refuses, "that is off"), (Death::Stalls, "that never answers")] {
+        let mut rounds = Vec::new();
+        for _ in 0..ROUNDS {
+            rounds.push(round(death).await);
+        }
+        let of = |nth: usize| median(&rounds.iter().map(|took: &Took| took[nth]).collect::<Vec<_>>());
+        for (nth, what, bar) in [
+            (0, "a known tag, the first time", "<= 1200 ms"),
+            (1, "the same, once it is known", "<= 50 ms"),
+            (2, "an unknown tag, the first time", "<= 10 s"),
+            (3, "the same, once it is known", "at once"),
+        ] {
+            row(&format!("a registry {name}: {what}"), &format!("{:.1} ms", of(nth)), "", bar);
+        }
+    }
+}
+
+async fn round(death: Death) -> Took {
+    let image = Image::new(1, &[1000]);
+    let mut registry = Registry::open().await;
+    registry.push("team/app", "1", &image).await;
+    let silent = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let (now, content) = (silent.clone(), Content::new(&[("team/app", "1", &image)]));
+    let origin = Origin::answering(move |request| match now.load(std::sync::atomic::Ordering::SeqCst) {
+        true => Response::new(200, "").fault(Fault::Silent),
+        false => content.answer(request),
+    })
+    .await;
+    let upstream = if matches!(death, Death::Refuses) { registry.url() } else { origin.url() };
+    let dray = Start::new(format!(
+        "[[registry]]\nmatch = \"reg.test\"\nupstreams = [\"{upstream}\"]\ntag_ttl = \"0s\"\nnegative_ttl = \"0s\"\n"
+    ))
+    .run();
+    assert_eq!(dray.get(TAG).await.status, 200);
+    match death {
+        Death::Refuses => registry.stop(),
+        Death::Stalls => silent.store(true, std::sync::atomic::Ordering::SeqCst),
+    }
+    let (known, unknown) = (timed(&dray, TAG, 200).await, timed(&dray, MISSING, 503).await);
+    eventually("it is known to be down", async || {
+        (dray.metric("dray_origin_down{rule=\"reg.test\"}").await == 1).then_some(())
+    })
+    .await;
+    // The median of some: one may meet a look at the registry.
+    let mut later = [Vec::new(), Vec::new()];
+    for _ in 0..20 {
+        later[0].push(timed(&dray, TAG, 200).await);
+        later[1].push(timed(&dray, MISSING, 503).await);
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    [known, median(&later[0]), unknown, median(&later[1])]
+}
+
+async fn timed(dray: &Dray, path: &str, status: u16) -> f64 {
+    let asked = Instant::now();
+    let answer = dray.get(path).await;
+    assert_eq!(answer.status, status, "{}", answer.text());
+    asked.elapsed().as_secs_f64() * 1000.0
+}
