@@ -127,7 +127,6 @@ async fn no_name_leads_to_a_private_address() {
                 format!("/v2/a/manifests/1?ns={host}{port}"),
                 format!("/v2/a/manifests/1?ns={encoded}"),
                 format!("/v2/a/blobs/{digest}?ns={encoded}"),
-                format!("/v2/{host}{port}/a/manifests/1"),
                 format!("/v2/a/tags/list?ns={encoded}"),
                 format!("/v2/a/referrers/{digest}?ns={encoded}"),
             ] {
@@ -136,13 +135,15 @@ async fn no_name_leads_to_a_private_address() {
                 // Not 503 either: that is what is said of a registry that could have been asked.
                 assert!(answered.is_none_or(|status| (400..500).contains(&status)), "{path}: {answered:?}");
             }
-            let request = format!("GET /v2/a/manifests/1 HTTP/1.1\r\nHost: {host}{port}\r\n\r\n");
-            let answered = status(&dray, request.as_bytes()).await;
-            // Who is no registry by a rule means this process: Docker Hub, which has no address here.
-            assert!(
-                answered.is_none_or(|status| status == 503 || (400..500).contains(&status)),
-                "{request}: {answered:?}"
-            );
+            // What is no registry in a path or a Host means Docker Hub, which has no address here.
+            for request in [
+                format!("GET /v2/{host}{port}/a/manifests/1 HTTP/1.1\r\nHost: dray\r\n\r\n"),
+                format!("GET /v2/a/manifests/1 HTTP/1.1\r\nHost: {host}{port}\r\n\r\n"),
+            ] {
+                let answered = status(&dray, request.as_bytes()).await;
+                let is_right = |status| status == 503 || (400..500).contains(&status);
+                assert!(answered.is_none_or(is_right), "{request}: {answered:?}");
+            }
         }
     }
     assert_eq!(caught.load(Ordering::SeqCst), 0, "somebody was connected to");
@@ -215,6 +216,9 @@ fn mutated(random: &mut fastrand::Rng, digest: &str) -> Vec<u8> {
     }
     let mut request = format!("{request}\r\n").replace("DIGEST", digest).into_bytes();
     for _ in 0..random.usize(0..4) {
+        if request.is_empty() {
+            break;
+        }
         let at = random.usize(0..request.len());
         match random.u8(0..4) {
             0 => request[at] = random.u8(..),
@@ -253,5 +257,6 @@ async fn ten_thousand_malformed_requests_leave_no_trace() {
     let grown = memory(&dray).saturating_sub(before);
     assert!(grown <= 16 << 20, "{} KiB more", grown / 1024);
     let whole = dray.get(&format!("/v2/library/app/blobs/{}?ns=docker.io", image.layers[0])).await;
-    assert_eq!((whole.status, whole.body.len()), (200, 300_000), "it is as it was");
+    assert_eq!(whole.status, 200, "{}", whole.text());
+    assert!(whole.body == image.blobs[&image.layers[0]], "it is as it was");
 }
