@@ -6,6 +6,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use tokio::time::{Instant, timeout, timeout_at};
 
+use super::negatives::Endpoint;
 use super::parts::Parts;
 use super::sources::BlobSources;
 use super::{Asker, Asking, FIRST_BYTE, Pull, Refusal, fetch_ended};
@@ -209,7 +210,7 @@ impl Pull {
         deadline: Instant,
     ) -> Result<BlobAnswer, Fetch> {
         let (place, digest) = (&request.place, &request.digest);
-        if let Some(error) = self.negatives.get(place, digest.as_str()) {
+        if let Some(error) = self.negatives.get(place, Endpoint::Blob, digest.as_str()) {
             return Err(error.into());
         }
         if let Some(answer) = self.pass_range(request).await? {
@@ -231,7 +232,7 @@ impl Pull {
                 continue;
             }
             if !error.is_outage() {
-                self.negatives.put(place, digest.as_str(), &error);
+                self.negatives.put(place, Endpoint::Blob, digest.as_str(), &error);
             }
             let may_wait = patience == Patience::WaitOut && error.is_passing_outage();
             if !may_wait || Instant::now() + AGAIN > deadline {

@@ -7,6 +7,7 @@ use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 use tokio::time::{Instant, timeout};
 
+use super::negatives::Endpoint;
 use super::sources::Refusals;
 use super::{Asker, Asking, FIRST_BYTE, Pull, Refusal, fetch_ended};
 use crate::oci::{Digest, ErrorCode, Reference, manifest};
@@ -66,7 +67,7 @@ impl Pull {
         if asking.reach == Reach::Kept {
             return Err(SourceError::NotKept);
         }
-        if let Some(error) = self.negatives.get(place, digest.as_str()) {
+        if let Some(error) = self.negatives.get(place, Endpoint::Manifest, digest.as_str()) {
             return Err(error);
         }
         self.manifest_flight(place, digest, accept, self.role(place, digest, asking)).await
@@ -86,7 +87,7 @@ impl Pull {
             async move {
                 let fetched = pull.fetch_manifest(&place, &digest, &accept, role).await;
                 if let Err(error) = &fetched {
-                    pull.negatives.put(&place, digest.as_str(), error);
+                    pull.negatives.put(&place, Endpoint::Manifest, digest.as_str(), error);
                 }
                 fetched
             }

@@ -9,7 +9,14 @@ use crate::source::SourceError;
 /// What an origin lately refused, by place and reference. A place has one rule and so one
 /// credential: nobody learns from another's refusal.
 pub(super) struct Negatives {
-    errors: moka::sync::Cache<(String, String), Negative>,
+    errors: moka::sync::Cache<(String, Endpoint, String), Negative>,
+}
+
+/// What was asked for: that there is no manifest of a digest says nothing of a blob.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) enum Endpoint {
+    Manifest,
+    Blob,
 }
 
 #[derive(Clone)]
@@ -23,13 +30,13 @@ impl Negatives {
         Self { errors: moka::sync::Cache::builder().max_capacity(50_000).expire_after(ByLifetime).build() }
     }
 
-    pub(super) fn get(&self, place: &Place, reference: &str) -> Option<SourceError> {
-        self.errors.get(&(place.to_string(), reference.to_owned())).map(|negative| negative.error)
+    pub(super) fn get(&self, place: &Place, endpoint: Endpoint, reference: &str) -> Option<SourceError> {
+        self.errors.get(&(place.to_string(), endpoint, reference.to_owned())).map(|negative| negative.error)
     }
 
-    pub(super) fn put(&self, place: &Place, reference: &str, error: &SourceError) {
-        let life = place.rule.negative_ttl;
-        self.errors.insert((place.to_string(), reference.to_owned()), Negative { error: error.clone(), life });
+    pub(super) fn put(&self, place: &Place, endpoint: Endpoint, reference: &str, error: &SourceError) {
+        let negative = Negative { error: error.clone(), life: place.rule.negative_ttl };
+        self.errors.insert((place.to_string(), endpoint, reference.to_owned()), negative);
     }
 }
 

@@ -11,6 +11,7 @@ use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 use tokio::time::{Instant, timeout};
 
+use super::negatives::Endpoint;
 use super::sources::Refusals;
 use super::{Asker, Asking, FIRST_BYTE, ManifestAnswer, Pull, fetch_ended};
 use crate::oci::{Digest, Reference, Tag};
@@ -111,7 +112,7 @@ impl Pull {
         accept: &'a str,
         role: Role,
     ) -> BoxFuture<'a, Meant> {
-        if let Some(error) = self.negatives.get(place, tag.as_str()) {
+        if let Some(error) = self.negatives.get(place, Endpoint::Manifest, tag.as_str()) {
             return std::future::ready(Err(error)).boxed();
         }
         let key = (place.to_string(), tag.clone(), role);
@@ -137,7 +138,7 @@ impl Pull {
                 self.tags.renew(place, tag, &answer.digest, checked_at);
             }
             Err(error) => {
-                self.negatives.put(place, tag.as_str(), error);
+                self.negatives.put(place, Endpoint::Manifest, tag.as_str(), error);
                 if *error == SourceError::NotFound {
                     self.tags.forget(place, tag);
                 }

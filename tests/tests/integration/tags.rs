@@ -162,6 +162,19 @@ async fn immutable_tags_are_never_asked_for_again() {
     rig.assert_is(&dray.get(PATH).await, 0);
 }
 
+/// Otherwise anybody could hide a blob by asking for a manifest of its digest.
+#[tokio::test(flavor = "multi_thread")]
+async fn that_there_is_no_such_manifest_says_nothing_of_a_blob() {
+    let image = Image::new(1, &[300_000]);
+    let origin = Origin::start(&[("library/app", "1", &image)], |_, response| response).await;
+    let dray = Start::with_upstream("docker.io", &origin.url()).run();
+    let ask = async |endpoint: &str| {
+        dray.get(&format!("/v2/library/app/{endpoint}/{}?ns=docker.io", image.layers[0])).await.status
+    };
+    assert_eq!(ask("manifests").await, 404);
+    assert_eq!(ask("blobs").await, 200);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn not_found_is_believed_for_a_moment_only() {
     let rig = Rig::new().await;
