@@ -78,8 +78,8 @@ const CONNECT_TIMEOUT: Duration = Duration::from_millis(1500);
 /// Shorter than what the other side keeps an idle connection for.
 const IDLE: Duration = Duration::from_secs(60);
 
-/// Blobs whose peers are remembered, for how long. Each takes up to a MiB in a cluster of thousands.
-const MAX_TRACKERS: u64 = 250;
+/// Blobs whose peers are remembered, for how long. Each takes up to half a MiB in a large cluster.
+const MAX_TRACKERS: u64 = 500;
 const TRACKED: Duration = Duration::from_secs(60);
 
 impl Peers {

@@ -13,9 +13,8 @@ use std::time::Duration;
 use super::wire::{Holder, MAX_HOLDERS};
 use crate::oci::{Span, Spans};
 
-/// Peers that a tracker remembers for one blob, and that a view does. Of ten thousand nodes the owner has to know a
-/// fifth: with a quarter of that they take a tenth longer.
-const MAX_TRACKED: usize = 2048;
+/// Peers that a tracker remembers for one blob, and that a view does.
+const MAX_TRACKED: usize = 512;
 const MAX_KNOWN: usize = 32;
 
 /// Ranges on their way to one peer: as many as anybody fetches at a time, and some.
