@@ -11,6 +11,7 @@ mod http;
 mod question;
 mod redirects;
 mod retry;
+mod watch;
 
 use std::sync::Arc;
 

@@ -13,7 +13,8 @@ use pingora::server::{RunArgs, ShutdownSignal, ShutdownSignalWatch};
 use pingora::services::listening::Service;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::runtime::Runtime;
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::Mutex;
 use tokio::time::timeout;
 
 use crate::access_log::AccessLog;
@@ -74,6 +75,8 @@ pub fn run(
         .enable_all()
         .build()
         .map_err(|e| StartError::Failed(format!("no threads: {e}")))?;
+    // From here on a signal ends the process in order, however far it has come.
+    let signals = runtime.block_on(async { Signals::watch() }).map_err(|e| StartError::Failed(e.to_string()))?;
     let metrics = Arc::new(Metrics::new());
     let registries = Arc::new(Registries::new(&config));
     let (pull, store) = runtime.block_on(compose(&config, &registries, &metrics))?;
@@ -152,7 +155,7 @@ pub fn run(
     let scrubbing = pull.clone();
     runtime.spawn(async move { scrubbing.scrub(config.cache.scrub.0).await });
     runtime.spawn(keep_house(store.clone(), config.cache.keep_free));
-    let stop = Stop { readiness, load, keeping: keeping.clone() };
+    let stop = Stop { signals: Mutex::new(signals), readiness, load, keeping: keeping.clone() };
     server.run(RunArgs { shutdown_signal: Box::new(stop) });
     if let Some(keeping) = keeping {
         keeping.withdraw();
@@ -302,8 +305,20 @@ fn opens(address: SocketAddr, deadline: Instant) -> bool {
     false
 }
 
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Signals {
+    fn watch() -> std::io::Result<Self> {
+        Ok(Self { terminate: signal(SignalKind::terminate())?, interrupt: signal(SignalKind::interrupt())? })
+    }
+}
+
 /// SIGTERM: stop being ready, let requests end, then stop. SIGINT: stop.
 struct Stop {
+    signals: Mutex<Signals>,
     readiness: Arc<Readiness>,
     load: Arc<Load>,
     keeping: Option<Arc<Keeping>>,
@@ -312,11 +327,8 @@ struct Stop {
 #[async_trait]
 impl ShutdownSignalWatch for Stop {
     async fn recv(&self) -> ShutdownSignal {
-        let (Ok(mut terminate), Ok(mut interrupt)) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt()))
-        else {
-            tracing::error!("no signal handlers, stopping");
-            return ShutdownSignal::FastShutdown;
-        };
+        // Nobody else waits for them.
+        let Signals { terminate, interrupt } = &mut *self.signals.lock().await;
         tokio::select! {
             _ = terminate.recv() => {}
             _ = interrupt.recv() => return ShutdownSignal::FastShutdown,

@@ -58,6 +58,9 @@ pub enum SourceError {
     },
     #[error("too many fetches at once")]
     Busy,
+    /// The source of a rule's credentials fails, which says nothing of the origin.
+    #[error("no credentials: {0}")]
+    NoCredentials(String),
     #[error("unreachable: {0}")]
     Unreachable(String),
     #[error("no answer in time")]
@@ -175,6 +178,7 @@ impl SourceError {
             Self::NotKept => "not_kept",
             Self::Limited { .. } => "limited",
             Self::Busy => "busy",
+            Self::NoCredentials(_) => "no_credentials",
             Self::Unreachable(_) => "unreachable",
             Self::TimedOut => "timed_out",
             Self::Failed(_) => "failed",
@@ -196,7 +200,15 @@ impl SourceError {
 
     /// Whether waiting may help: the origin was not there, or said "later".
     pub fn is_passing_outage(&self) -> bool {
-        matches!(self, Self::Unreachable(_) | Self::TimedOut | Self::Limited { .. } | Self::Busy | Self::Failed(500..))
+        matches!(
+            self,
+            Self::Unreachable(_)
+                | Self::TimedOut
+                | Self::Limited { .. }
+                | Self::Busy
+                | Self::NoCredentials(_)
+                | Self::Failed(500..)
+        )
     }
 
     /// Whether it may come from asking for a range: the same question without one may be answered.
@@ -213,10 +225,11 @@ impl SourceError {
             Self::Guarded(_) => 2,
             Self::Malformed(_) => 3,
             Self::Failed(_) => 4,
-            Self::TimedOut => 5,
-            Self::Unreachable(_) => 6,
-            Self::Limited { .. } => 7,
-            Self::Busy => 8,
+            Self::NoCredentials(_) => 5,
+            Self::TimedOut => 6,
+            Self::Unreachable(_) => 7,
+            Self::Limited { .. } => 8,
+            Self::Busy => 9,
         };
         if rank(&other) > rank(&self) { other } else { self }
     }

@@ -52,6 +52,11 @@ impl Credentials {
     pub fn is_one_secret(&self) -> bool {
         matches!(self, Self::Static { .. })
     }
+
+    /// Whether they may be others for another repository of the same upstream.
+    pub fn may_differ_by_repository(&self) -> bool {
+        matches!(self, Self::DockerConfig { .. } | Self::Provider { .. })
+    }
 }
 
 impl<'de> Deserialize<'de> for Credentials {

@@ -81,6 +81,11 @@ impl std::str::FromStr for HostPattern {
         // A star in a label is as good as a letter there, so the grammar of hosts does the rest.
         let as_host = text.replace('*', "a").parse::<Registry>();
         match as_host {
+            // The port of https goes without saying, as in the names of requests.
+            Ok(host) if text.contains('*') && host.port().is_none() => {
+                let bare = text.rsplit_once(':').map_or(text, |(bare, _)| bare);
+                Ok(Self(bare.to_ascii_lowercase()))
+            }
             Ok(_) if text.contains('*') => Ok(Self(text.to_ascii_lowercase())),
             // Folds the aliases of Docker Hub, as requests do.
             Ok(_) => text.parse::<Registry>().map(|r| Self(r.to_string())).map_err(|e| e.to_string()),
@@ -124,6 +129,15 @@ mod tests {
         assert!(!matches("reg.corp:5000", "reg.corp"));
         assert!(matches("*", "reg.corp:5000"));
         assert!(matches("*", "a.b.c.d"));
+    }
+
+    #[test]
+    fn the_port_of_https_goes_without_saying() {
+        for text in ["*.corp:443", "*.corp"] {
+            let pattern: HostPattern = text.parse().unwrap();
+            assert!(pattern.matches(&"reg.corp".parse().unwrap()) && pattern.matches(&"reg.corp:443".parse().unwrap()));
+        }
+        assert_eq!("ghcr.io:443".parse::<HostPattern>().unwrap().as_str(), "ghcr.io");
     }
 
     #[test]

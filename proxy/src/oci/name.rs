@@ -1,5 +1,6 @@
 //! Registries, repositories, tags and references.
 
+use std::borrow::Cow;
 use std::fmt;
 use std::str::FromStr;
 use std::sync::Arc;
@@ -8,7 +9,8 @@ use super::digest::Digest;
 
 /// A registry as it stands in an image name: `host`, `host:port` or `[ipv6]:port`, lower case.
 ///
-/// The names under which Docker Hub is known are folded into `docker.io`.
+/// What means the same is written the same: the names under which Docker Hub is known are `docker.io`, the port of
+/// https is left out, and addresses have one form. Otherwise a rule could be passed by.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Registry(Arc<str>);
 
@@ -37,6 +39,9 @@ pub enum NameError {
     #[error("not a tag")]
     Tag,
 }
+
+/// The port that is meant where none is written.
+const HTTPS: u16 = 443;
 
 const DOCKER_HUB: &str = "docker.io";
 const DOCKER_HUB_ALIASES: [&str; 3] = ["index.docker.io", "registry-1.docker.io", "registry.hub.docker.com"];
@@ -78,20 +83,32 @@ impl FromStr for Registry {
     fn from_str(text: &str) -> Result<Self, NameError> {
         let lower = text.to_ascii_lowercase();
         let (host, port) = split_port(&lower);
-        let has_port_text = lower.len() > host.len();
-        let literal = host.strip_prefix('[').and_then(|h| h.strip_suffix(']'));
-        let host_ok = match literal {
-            Some(address) => address.parse::<std::net::Ipv6Addr>().is_ok(),
-            None => is_host_name(host),
-        };
-        if text.len() > 255 || !host_ok || (has_port_text && port.is_none_or(|p| p == 0)) {
+        let port_text = lower[host.len()..].strip_prefix(':');
+        let port_ok =
+            port_text.is_none_or(|text| text.bytes().all(|b| b.is_ascii_digit()) && port.is_some_and(|p| p > 0));
+        if text.len() > 255 || !port_ok {
             return Err(NameError::Registry);
         }
-        if DOCKER_HUB_ALIASES.contains(&lower.as_str()) {
-            return Ok(Self::docker_hub());
+        let host = one_form(host).ok_or(NameError::Registry)?;
+        match port.filter(|port| *port != HTTPS) {
+            Some(port) => Ok(Self(format!("{host}:{port}").into())),
+            None if DOCKER_HUB_ALIASES.contains(&&*host) => Ok(Self::docker_hub()),
+            None => Ok(Self(host.into())),
         }
-        Ok(Self(lower.into()))
     }
+}
+
+/// A host as it is written here. An address has many forms, and all of them lead to the same place.
+fn one_form(host: &str) -> Option<Cow<'_, str>> {
+    let last = host.rsplit('.').next().unwrap_or_default();
+    let may_be_address = host.starts_with('[') || last.starts_with(|c: char| c.is_ascii_digit());
+    if may_be_address {
+        return match url::Host::parse(host).ok()? {
+            url::Host::Domain(_) => is_host_name(host).then_some(host.into()),
+            address => Some(address.to_string().into()),
+        };
+    }
+    is_host_name(host).then_some(host.into())
 }
 
 fn split_port(name: &str) -> (&str, Option<u16>) {
@@ -232,10 +249,42 @@ mod tests {
     }
 
     #[test]
+    fn what_means_the_same_is_written_the_same() {
+        for (text, one) in [
+            ("GHCR.io:443", "ghcr.io"),
+            ("ghcr.io:0443", "ghcr.io"),
+            ("registry-1.docker.io:443", "docker.io"),
+            ("ghcr.io:80", "ghcr.io:80"),
+            ("[0:0::1]:5000", "[::1]:5000"),
+            ("0x0a.0.0.1:5000", "10.0.0.1:5000"),
+            ("167772161", "10.0.0.1"),
+            ("10.1", "10.0.0.1"),
+            ("a.1b", "a.1b"),
+        ] {
+            assert_eq!(text.parse::<Registry>().unwrap().as_str(), one, "{text}");
+        }
+    }
+
+    #[test]
     fn hostile_registries_are_refused() {
-        for text in
-            ["", "a/b", "user@host", "host:", "host:99999", "host:0", "a..b", "-a", "a b", "host?x", "[::1", "é.io"]
-        {
+        for text in [
+            "",
+            "a/b",
+            "user@host",
+            "host:",
+            "host:99999",
+            "host:0",
+            "host:+443",
+            "a..b",
+            "-a",
+            "a b",
+            "host?x",
+            "[::1",
+            "é.io",
+            "1.2.3.256",
+            "a.1",
+            "ghcr.io.",
+        ] {
             assert!(text.parse::<Registry>().is_err(), "{text}");
         }
     }

@@ -26,14 +26,12 @@ pub(super) const OTHERS_FOLLOW: Duration = Duration::from_millis(2500);
 /// Whoever has not answered a small question for so long is not waited for alone.
 const HEDGE: Duration = Duration::from_secs(1);
 
-/// An upstream that is down is asked again after this long, then twice as long, and so on.
-const FIRST_LOOK: Duration = Duration::from_millis(250);
-const LONGEST_PAUSE: Duration = Duration::from_secs(2);
-/// For so long.
-const LOOK: Duration = Duration::from_millis(2500);
+/// Whoever got no answer in less time than this says nothing of the upstream: the time went elsewhere.
+const SHORTEST_SILENCE: Duration = Duration::from_secs(1);
 
-/// Those who waited for a limit's end do not all come at once.
+/// Those who waited for a limit's end do not all come at once, and wait so often.
 const SPREAD_MILLIS: u64 = 250;
+const MOST_LIMITS: u32 = 3;
 
 /// Where a question goes, and whether another upstream follows.
 #[derive(Clone, Copy)]
@@ -56,33 +54,49 @@ impl Origin {
         let now = Instant::now();
         upstreams
             .sort_by_cached_key(|(upstream, _)| lock(&self.conditions.of(place, upstream)).rank(question.kind, now));
-        let last = upstreams.len() - 1;
+        // The last one that may be asked has all the time, and so have those that may not be asked yet.
+        let may_be_asked = |(upstream, _): &(Upstream, Trust)| {
+            lock(&self.conditions.of(place, upstream)).admit(question.kind, now) == Admission::Ask
+        };
+        let last = upstreams.iter().rposition(may_be_asked).unwrap_or(0);
         let mut turns = upstreams.iter().enumerate().map(|(nth, (upstream, trust))| Turn {
             upstream,
             trust: *trust,
-            patience: if nth == last { Patience::LastResort } else { Patience::OthersFollow },
-            deadline: if nth == last { deadline } else { deadline.min(Instant::now() + OTHERS_FOLLOW) },
+            patience: if nth >= last { Patience::LastResort } else { Patience::OthersFollow },
+            deadline: if nth >= last { deadline } else { deadline.min(Instant::now() + OTHERS_FOLLOW) },
         });
+        let ask = |turn| async move { (turn, self.ask_upstream(turn, place, question).await) };
         let mut asked = FuturesUnordered::new();
+        let mut waiting: Vec<Turn<'_>> = Vec::new();
         let mut worst = SourceError::NotFound;
         // A blob is fetched from one upstream at a time: both would send it.
         let may_hedge = !question.kind.is_blob();
         loop {
             if asked.is_empty() {
                 let Some(turn) = turns.next() else { return Err(worst) };
-                asked.push(self.ask_upstream(turn, place, question));
+                waiting.push(turn);
+                asked.push(ask(turn));
             }
-            let answer = tokio::select! {
-                Some(answer) = asked.next() => answer,
+            let (by, answer) = tokio::select! {
+                Some(answered) = asked.next() => answered,
                 () = sleep(HEDGE), if may_hedge && turns.len() > 0 => {
-                    asked.extend(turns.next().map(|turn| self.ask_upstream(turn, place, question)));
+                    waiting.extend(turns.next());
+                    asked.extend(waiting.last().copied().map(ask));
                     continue;
                 }
             };
+            let place_in_line = waiting.iter().position(|turn| std::ptr::eq(turn.upstream, by.upstream));
             match answer {
-                Ok(response) => return Ok(response),
+                Ok(response) => {
+                    // Those who were asked earlier and still say nothing.
+                    for turn in &waiting[..place_in_line.unwrap_or(0)] {
+                        lock(&self.conditions.of(place, turn.upstream)).overtaken(Instant::now());
+                    }
+                    return Ok(response);
+                }
                 Err(error) => worst = worst.severer(error),
             }
+            place_in_line.map(|nth| waiting.remove(nth));
         }
     }
 
@@ -109,6 +123,7 @@ impl Origin {
         question: &Question,
     ) -> Result<Response, SourceError> {
         let condition = self.conditions.of(place, turn.upstream);
+        let mut limits = 0;
         loop {
             let now = Instant::now();
             let admission = lock(&condition).admit(question.kind, now);
@@ -118,7 +133,8 @@ impl Origin {
                 Admission::Limited(until) => {
                     let after = until + Duration::from_millis(fastrand::u64(..SPREAD_MILLIS));
                     // Where another follows it is asked instead.
-                    if turn.patience == Patience::OthersFollow || after >= turn.deadline {
+                    limits += 1;
+                    if turn.patience == Patience::OthersFollow || after >= turn.deadline || limits > MOST_LIMITS {
                         return Err(SourceError::Limited { again: Some(until - now) });
                     }
                     sleep_until(after).await;
@@ -140,9 +156,10 @@ impl Origin {
                 tracing::debug!(%place, upstream, kind, %error, "upstream gave nothing");
             }
             match answer {
+                Err(SourceError::TimedOut) if now.elapsed() < SHORTEST_SILENCE => {}
                 Err(SourceError::TimedOut | SourceError::Unreachable(_)) => {
                     if lock(&condition).silent(question.kind, now, Instant::now()) == Silence::Found {
-                        self.look_after(place, turn.upstream, turn.trust, question);
+                        self.look_after(place, turn.upstream, turn.trust);
                     }
                 }
                 Err(SourceError::Limited { again }) => {
@@ -161,40 +178,6 @@ impl Origin {
             }
             return answer;
         }
-    }
-
-    /// Asks the same again and again until somebody answers, so that no client has to find out.
-    fn look_after(self: &Arc<Self>, place: &Place, upstream: &Upstream, trust: Trust, question: &Question) {
-        let condition = self.conditions.of(place, upstream);
-        let Ok(watch) = self.watches.clone().try_acquire_owned() else {
-            lock(&condition).forget();
-            return;
-        };
-        tracing::warn!(rule = place.rule.name(), upstream = upstream.base(), "an upstream does not answer");
-        let down = self.metrics.origin_down.with_label_values(&[place.rule.name()]);
-        down.inc();
-        let (origin, place, upstream, question) = (self.clone(), place.clone(), upstream.clone(), question.looking());
-        tokio::spawn(async move {
-            let _watch = watch;
-            let mut pause = FIRST_LOOK;
-            loop {
-                sleep(pause).await;
-                pause = (pause * 2).min(LONGEST_PAUSE);
-                if !lock(&condition).is_wanted(Instant::now()) {
-                    lock(&condition).forget();
-                    break;
-                }
-                let (ca, patience) = (place.rule.ca.as_deref(), Patience::LastResort);
-                let home = Home { upstream: &upstream, trust, ca, patience };
-                let answer = origin.ask_once(home, &place, &question, Instant::now() + LOOK).await;
-                if !matches!(answer, Err(SourceError::TimedOut | SourceError::Unreachable(_))) {
-                    lock(&condition).answered(Instant::now());
-                    tracing::info!(rule = place.rule.name(), upstream = upstream.base(), "an upstream answers again");
-                    break;
-                }
-            }
-            down.dec();
-        });
     }
 
     /// Repeats what is likely to pass, within the deadline and the budget.

@@ -6,11 +6,11 @@ use std::time::{Duration, SystemTime};
 
 use http::{HeaderMap, HeaderValue, Method};
 use serde::Deserialize;
-use tokio::time::Instant as Deadline;
+use tokio::time::{Instant as Deadline, timeout_at};
 use url::form_urlencoded::Serializer;
 
 use super::challenge::Challenge;
-use super::credentials::{self, CredentialsError, Found, Secret, Whom};
+use super::credentials::{Secret, Secrets};
 use super::http::{Ask, Home, Http};
 use super::question::retry_after;
 use crate::lifetimes::{ByLifetime, Lifetime};
@@ -22,15 +22,7 @@ pub(super) struct Tokens {
     /// What an upstream asked for, by upstream and repository: saves the 401 next time.
     challenges: moka::future::Cache<(String, String), Challenge>,
     grants: moka::future::Cache<GrantKey, Grant>,
-    secrets: moka::future::Cache<SecretKey, Found>,
-}
-
-/// Sources may have another secret for each repository.
-#[derive(Clone, PartialEq, Eq, Hash)]
-struct SecretKey {
-    rule: String,
-    upstream: String,
-    repository: String,
+    secrets: Secrets,
 }
 
 #[derive(Clone, PartialEq, Eq, Hash)]
@@ -58,9 +50,6 @@ const DEFAULT_LIFE: Duration = Duration::from_secs(60);
 /// Whatever a token endpoint promises.
 const MAX_LIFE: Duration = Duration::from_secs(24 * 3600);
 
-/// Whatever a source of secrets promises.
-const MAX_SECRET_LIFE: Duration = Duration::from_secs(12 * 3600);
-
 const MAX_TOKEN_BYTES: usize = 64 * 1024;
 
 impl Tokens {
@@ -71,7 +60,7 @@ impl Tokens {
                 .time_to_live(Duration::from_secs(3600))
                 .build(),
             grants: moka::future::Cache::builder().max_capacity(10_000).expire_after(ByLifetime).build(),
-            secrets: moka::future::Cache::builder().max_capacity(10_000).expire_after(ByLifetime).build(),
+            secrets: Secrets::new(),
         }
     }
 
@@ -111,7 +100,7 @@ impl Tokens {
         {
             self.grants.invalidate(&key).await;
             // It may come from a secret that was changed.
-            self.secrets.invalidate(&secret_key(home, place)).await;
+            self.secrets.forget(home, place).await;
         }
         self.challenges.insert(challenge_key(home, place), challenge.clone()).await;
         self.grant(http, home, place, challenge, deadline).await
@@ -136,22 +125,23 @@ impl Tokens {
             });
             task.await.unwrap_or_else(|e| Err(SourceError::Unreachable(e.to_string())))
         };
-        let granted = self.grants.try_get_with(key, fetch).await;
+        // Somebody else's fetch may have more time than this one.
+        let granted = timeout_at(deadline, self.grants.try_get_with(key, fetch)).await;
+        let granted = granted.map_err(|_| SourceError::Busy)?;
         granted.map(|grant| grant.header).map_err(|error| (*error).clone())
     }
 }
 
 async fn fetch(
     http: &Http,
-    secrets: &moka::future::Cache<SecretKey, Found>,
+    secrets: &Secrets,
     home: Home<'_>,
     place: &Place,
     challenge: &Challenge,
     deadline: Deadline,
 ) -> Result<Grant, SourceError> {
-    let key = secret_key(home, place);
-    let was_known = secrets.contains_key(&key);
-    let found = find(secrets, home, place).await?;
+    let was_known = secrets.is_known(home, place);
+    let found = secrets.of(home, place, deadline).await?;
     match challenge {
         Challenge::Basic => {
             let header = found.secret.as_ref().and_then(Secret::basic).and_then(|value| sensitive(&value));
@@ -161,37 +151,13 @@ async fn fetch(
             match fetch_token(http, home, place, challenge, found.secret, deadline).await {
                 // It may have been changed or revoked since it was read.
                 Err(SourceError::Denied) if was_known => {
-                    secrets.invalidate(&key).await;
-                    let found = find(secrets, home, place).await?;
+                    secrets.forget(home, place).await;
+                    let found = secrets.of(home, place, deadline).await?;
                     fetch_token(http, home, place, challenge, found.secret, deadline).await
                 }
                 granted => granted,
             }
         }
-    }
-}
-
-/// The secret for an upstream: asked for once by all who need it at the same time.
-async fn find(
-    secrets: &moka::future::Cache<SecretKey, Found>,
-    home: Home<'_>,
-    place: &Place,
-) -> Result<Found, SourceError> {
-    let Some(source) = &place.rule.credentials else { return Ok(Found { secret: None, life: MAX_SECRET_LIFE }) };
-    let repository = place.rule.repository_at(home.upstream, &place.repository);
-    let whom = Whom { authority: &home.upstream.authority, trust: home.trust, repository: &repository };
-    let found = secrets.try_get_with(secret_key(home, place), credentials::find(source, whom)).await;
-    found.map_err(|error: Arc<CredentialsError>| {
-        tracing::error!(rule = place.rule.name(), %error, "no credentials");
-        SourceError::Denied
-    })
-}
-
-fn secret_key(home: Home<'_>, place: &Place) -> SecretKey {
-    SecretKey {
-        rule: place.rule.name().to_owned(),
-        upstream: home.upstream.base(),
-        repository: place.rule.repository_at(home.upstream, &place.repository),
     }
 }
 
@@ -306,12 +272,6 @@ fn sensitive(value: &str) -> Option<HeaderValue> {
     let mut header = HeaderValue::from_str(value).ok()?;
     header.set_sensitive(true);
     Some(header)
-}
-
-impl Lifetime for Found {
-    fn life(&self) -> Duration {
-        self.life.min(MAX_SECRET_LIFE)
-    }
 }
 
 impl Lifetime for Grant {

@@ -25,7 +25,7 @@ pub(super) struct Condition {
     /// Nobody is there: it is looked after until somebody is.
     down: Option<Down>,
     answered: Option<Instant>,
-    /// A blob's question got no answer: others are asked first until then.
+    /// Somebody got no answer, or not soon: others are asked first until then.
     doubted: Option<Instant>,
     limits: [Option<Limit>; Kind::COUNT],
 }
@@ -72,7 +72,8 @@ const DOUBTED: Duration = Duration::from_secs(10);
 const FIRST_LIMIT: Duration = Duration::from_secs(5);
 const LONGEST_UNSAID: Duration = Duration::from_secs(60);
 
-/// Whatever an upstream says.
+/// Whatever an upstream says. "At once" is no time.
+const SHORTEST_LIMIT: Duration = Duration::from_secs(1);
 const LONGEST_LIMIT: Duration = Duration::from_secs(3600);
 
 /// What nobody has wanted for so long is not looked after any more.
@@ -121,10 +122,16 @@ impl Condition {
 
     /// It said "later", and maybe how much.
     pub(super) fn limited(&mut self, kind: Kind, again: Option<Duration>, now: Instant) {
+        let again = again.filter(|again| *again >= SHORTEST_LIMIT);
         let strikes = self.limits[kind.index()].map_or(0, |limit| limit.strikes);
         let unsaid = (FIRST_LIMIT * (1 << strikes.min(8))).min(LONGEST_UNSAID);
         let until = now + again.map_or(unsaid, |again| again.min(LONGEST_LIMIT));
         self.limits[kind.index()] = Some(Limit { until, strikes: strikes + u32::from(again.is_none()) });
+    }
+
+    /// Another upstream has answered, and this one not yet.
+    pub(super) fn overtaken(&mut self, now: Instant) {
+        self.doubted = Some(now + DOUBTED);
     }
 
     /// Nothing came back to a question of then.
@@ -132,8 +139,7 @@ impl Condition {
         if self.answered.is_some_and(|answered| answered >= asked) || self.down.is_some() {
             return Silence::Nothing;
         }
-        // A blob may have been redirected: it is not known who was silent.
-        if kind.is_blob() {
+        if !kind.tells_who_is_there() {
             self.doubted = Some(now + DOUBTED);
             return Silence::Nothing;
         }
@@ -179,11 +185,13 @@ mod tests {
     }
 
     #[test]
-    fn a_blob_only_raises_doubts() {
-        let (mut condition, start) = (Condition::default(), Instant::now());
-        assert_eq!(condition.silent(Kind::Blob, start, start), Silence::Nothing);
-        assert_eq!(condition.rank(Kind::Manifest, start), (Admission::Ask, true));
-        assert_eq!(condition.rank(Kind::Manifest, start + DOUBTED), (Admission::Ask, false));
+    fn blobs_and_lists_only_raise_doubts() {
+        for kind in [Kind::Blob, Kind::BlobHead, Kind::List] {
+            let (mut condition, start) = (Condition::default(), Instant::now());
+            assert_eq!(condition.silent(kind, start, start), Silence::Nothing);
+            assert_eq!(condition.rank(Kind::Manifest, start), (Admission::Ask, true));
+            assert_eq!(condition.rank(Kind::Manifest, start + DOUBTED), (Admission::Ask, false));
+        }
     }
 
     #[test]
@@ -195,6 +203,15 @@ mod tests {
         assert_eq!(condition.admit(Kind::Manifest, start + seconds(7)), Admission::Ask);
         condition.limited(Kind::Manifest, Some(seconds(1_000_000)), start);
         assert_eq!(condition.admit(Kind::Manifest, start + LONGEST_LIMIT), Admission::Ask, "whatever it says");
+    }
+
+    #[test]
+    fn at_once_is_no_time() {
+        let (mut condition, start) = (Condition::default(), Instant::now());
+        condition.limited(Kind::Manifest, Some(Duration::ZERO), start);
+        assert_eq!(condition.admit(Kind::Manifest, start), Admission::Limited(start + FIRST_LIMIT));
+        condition.limited(Kind::Manifest, Some(Duration::from_millis(999)), start);
+        assert_eq!(condition.admit(Kind::Manifest, start), Admission::Limited(start + FIRST_LIMIT * 2));
     }
 
     #[test]

@@ -5,6 +5,7 @@ mod google;
 mod helper;
 mod program;
 mod provider;
+mod secrets;
 
 use std::fmt;
 use std::path::Path;
@@ -13,6 +14,7 @@ use std::time::Duration;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 
+pub(super) use self::secrets::Secrets;
 use crate::config::{Cloud, Credentials, PasswordSource, host_matches};
 use crate::registries::Trust;
 

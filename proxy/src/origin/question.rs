@@ -17,8 +17,8 @@ use crate::source::SourceError;
 pub(super) struct Question {
     pub(super) kind: Kind,
     pub(super) method: Method,
-    /// Below the repository: `manifests/<reference>`
-    path: String,
+    /// Below the repository: `manifests/<reference>`; None: whether the API is there at all.
+    path: Option<String>,
     query: Option<String>,
     pub(super) headers: HeaderMap,
     /// The blob whose redirect may be remembered.
@@ -35,6 +35,7 @@ pub(super) enum Kind {
     Blob,
     BlobHead,
     List,
+    Ping,
 }
 
 impl Question {
@@ -42,7 +43,12 @@ impl Question {
         let mut headers = HeaderMap::new();
         // Ranges and lengths are those of the stored bytes.
         headers.insert(ACCEPT_ENCODING, HeaderValue::from_static("identity"));
-        Self { kind, method: kind.method(), path, query: None, headers, blob: None, expects: None }
+        Self { kind, method: kind.method(), path: Some(path), query: None, headers, blob: None, expects: None }
+    }
+
+    /// What every registry answers at once, if it answers at all.
+    pub(super) fn is_anybody_there() -> Self {
+        Self { path: None, ..Self::new(Kind::Ping, String::new()) }
     }
 
     pub(super) fn accept(mut self, accept: &str) -> Self {
@@ -77,21 +83,19 @@ impl Question {
         }
     }
 
-    /// The same at less cost, to see whether somebody answers.
-    pub(super) fn looking(&self) -> Self {
-        Self { method: Method::HEAD, ..self.clone() }
-    }
-
     pub(super) fn url(&self, upstream: &Upstream, place: &Place) -> Result<Url, SourceError> {
         let repository = place.rule.repository_at(upstream, &place.repository);
         let query = self.query.as_ref().map_or_else(String::new, |query| format!("?{query}"));
-        let text = format!("{}/v2/{repository}/{}{query}", upstream.base(), self.path);
+        let text = match &self.path {
+            Some(path) => format!("{}/v2/{repository}/{path}{query}", upstream.base()),
+            None => format!("{}/v2/", upstream.base()),
+        };
         Url::parse(&text).map_err(|e| SourceError::Malformed(format!("no URL: {e}")))
     }
 }
 
 impl Kind {
-    pub(super) const COUNT: usize = 5;
+    pub(super) const COUNT: usize = 6;
 
     pub(super) fn as_str(self) -> &'static str {
         match self {
@@ -100,6 +104,7 @@ impl Kind {
             Self::Blob => "blob",
             Self::BlobHead => "blob_head",
             Self::List => "list",
+            Self::Ping => "ping",
         }
     }
 
@@ -111,9 +116,15 @@ impl Kind {
         matches!(self, Self::Blob | Self::BlobHead)
     }
 
+    /// Whether silence means that nobody is there. A blob may have been redirected elsewhere, and a list may take
+    /// a registry long.
+    pub(super) fn tells_who_is_there(self) -> bool {
+        matches!(self, Self::Manifest | Self::ManifestHead | Self::Ping)
+    }
+
     fn method(self) -> Method {
         match self {
-            Self::Manifest | Self::Blob | Self::List => Method::GET,
+            Self::Manifest | Self::Blob | Self::List | Self::Ping => Method::GET,
             Self::ManifestHead | Self::BlobHead => Method::HEAD,
         }
     }

@@ -1,8 +1,8 @@
 //! Which clients are answered, and how much one address may ask for at once.
 
-use std::net::IpAddr;
-use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::collections::HashMap;
+use std::net::{IpAddr, Ipv6Addr};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
@@ -14,13 +14,12 @@ pub struct Clients {
     networks: Vec<IpNet>,
     most_at_once: Option<u32>,
     most_a_second: Option<u32>,
-    known: moka::sync::Cache<IpAddr, Arc<Client>>,
+    running: Arc<Running>,
+    allowances: moka::sync::Cache<IpAddr, Arc<Mutex<Allowance>>>,
 }
 
-struct Client {
-    running: AtomicU32,
-    allowance: Mutex<Allowance>,
-}
+/// Requests that are being answered, by client. Whoever has none is not in it.
+type Running = Mutex<HashMap<IpAddr, u32>>;
 
 /// Requests that may come at once; as many come back each second as may come in one.
 struct Allowance {
@@ -29,7 +28,7 @@ struct Allowance {
 }
 
 /// A request's place among those of its client.
-pub(super) struct Place(Option<Arc<Client>>);
+pub(super) struct Place(Option<(Arc<Running>, IpAddr)>);
 
 /// Why a client is not answered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,7 +39,7 @@ pub(super) enum Unwelcome {
     TooOften,
 }
 
-/// More addresses than ask within a minute. Those that are forgotten begin anew.
+/// More addresses than ask within a minute. Those that are forgotten begin anew, with what a second gives anyway.
 const MAX_CLIENTS: u64 = 100_000;
 const REMEMBERED: Duration = Duration::from_secs(60);
 
@@ -50,7 +49,8 @@ impl Clients {
             networks: access.clients.clone(),
             most_at_once: access.requests_at_once.map(|most| u32::from(most.get())),
             most_a_second: access.requests_per_second.map(|most| u32::from(most.get())),
-            known: moka::sync::Cache::builder().max_capacity(MAX_CLIENTS).time_to_idle(REMEMBERED).build(),
+            running: Arc::default(),
+            allowances: moka::sync::Cache::builder().max_capacity(MAX_CLIENTS).time_to_idle(REMEMBERED).build(),
         }
     }
 
@@ -61,39 +61,48 @@ impl Clients {
         if !self.networks.is_empty() && !address.is_some_and(is_in) {
             return Err(Unwelcome::Stranger);
         }
-        let (Some(address), true) = (address, self.most_at_once.is_some() || self.most_a_second.is_some()) else {
-            return Ok(Place(None));
-        };
-        let client = self.known.get_with(address, || Arc::new(Client::new(self.most_a_second, now)));
-        if self.most_a_second.is_some_and(|most| !client.take(most, now)) {
-            return Err(Unwelcome::TooOften);
+        let Some(client) = address.map(client) else { return Ok(Place(None)) };
+        if let Some(most) = self.most_a_second {
+            let full = || Arc::new(Mutex::new(Allowance { left: f64::from(most), since: now }));
+            let allowance = self.allowances.get_with(client, full);
+            if !lock(&allowance).take(most, now) {
+                return Err(Unwelcome::TooOften);
+            }
         }
-        let before = client.running.fetch_add(1, Ordering::AcqRel);
-        let place = Place(Some(client));
-        if self.most_at_once.is_some_and(|most| before >= most) {
+        let Some(most) = self.most_at_once else { return Ok(Place(None)) };
+        let mut running = lock(&self.running);
+        let count = running.entry(client).or_default();
+        if *count >= most {
             return Err(Unwelcome::TooManyAtOnce);
         }
-        Ok(place)
+        *count += 1;
+        Ok(Place(Some((self.running.clone(), client))))
     }
 }
 
-impl Client {
-    fn new(most_a_second: Option<u32>, now: Instant) -> Self {
-        let allowance = Allowance { left: most_a_second.map_or(0.0, f64::from), since: now };
-        Self { running: AtomicU32::new(0), allowance: Mutex::new(allowance) }
+/// As whom an address counts: one host has a whole network of IPv6 addresses (RFC 4291, section 2.5.4).
+fn client(address: IpAddr) -> IpAddr {
+    match address {
+        IpAddr::V4(_) => address,
+        IpAddr::V6(v6) => IpAddr::V6(Ipv6Addr::from_bits(v6.to_bits() & !u128::from(u64::MAX))),
     }
+}
 
+/// Numbers are only looked up and changed under these locks.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Allowance {
     /// Takes one request of this second's.
-    fn take(&self, most: u32, now: Instant) -> bool {
-        // Only two numbers are changed under the lock.
-        let mut allowance = self.allowance.lock().unwrap_or_else(PoisonError::into_inner);
+    fn take(&mut self, most: u32, now: Instant) -> bool {
         let most = f64::from(most);
-        let back = now.saturating_duration_since(allowance.since).as_secs_f64() * most;
-        allowance.left = (allowance.left + back).min(most);
-        allowance.since = now;
-        let may = allowance.left >= 1.0;
+        let back = now.saturating_duration_since(self.since).as_secs_f64() * most;
+        self.left = (self.left + back).min(most);
+        self.since = now;
+        let may = self.left >= 1.0;
         if may {
-            allowance.left -= 1.0;
+            self.left -= 1.0;
         }
         may
     }
@@ -111,8 +120,13 @@ impl Unwelcome {
 
 impl Drop for Place {
     fn drop(&mut self) {
-        if let Some(client) = &self.0 {
-            client.running.fetch_sub(1, Ordering::AcqRel);
+        let Some((running, client)) = &self.0 else { return };
+        let mut running = lock(running);
+        if let Some(count) = running.get_mut(client) {
+            *count -= 1;
+            if *count == 0 {
+                running.remove(client);
+            }
         }
     }
 }
@@ -160,6 +174,15 @@ mod tests {
         assert_eq!(outcome(&few, ip("10.0.0.2")), Ok(()), "another's");
         drop(held);
         assert_eq!(outcome(&few, ip("10.0.0.1")), Ok(()));
+        assert!(lock(&few.running).is_empty(), "whoever asks for nothing costs nothing");
+    }
+
+    #[test]
+    fn a_network_of_ipv6_is_one_client() {
+        let few = clients("requests_at_once = 1");
+        let _held = few.admit(ip("2001:db8::1"), Instant::now()).unwrap();
+        assert_eq!(outcome(&few, ip("2001:db8::2")), Err(Unwelcome::TooManyAtOnce));
+        assert_eq!(outcome(&few, ip("2001:db8:0:1::1")), Ok(()));
     }
 
     #[test]

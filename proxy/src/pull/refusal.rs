@@ -27,10 +27,13 @@ impl Refusal {
             SourceError::NotFound => Self::NotFound { code: missing, message },
             SourceError::NotKept => Self::NotKept,
             SourceError::Denied | SourceError::Guarded(_) => Self::Denied(message),
-            SourceError::Limited { .. } | SourceError::Busy | SourceError::Unreachable(_) | SourceError::TimedOut => {
-                Self::Unavailable(message)
-            }
-            SourceError::Failed(500..) => Self::Unavailable(message),
+            SourceError::Limited { .. }
+            | SourceError::Busy
+            | SourceError::Unreachable(_)
+            | SourceError::TimedOut
+            | SourceError::Failed(500..) => Self::Unavailable(message),
+            // Which program or file it is concerns nobody but the log.
+            SourceError::NoCredentials(_) => Self::Unavailable("no credentials can be had for the origin".into()),
             SourceError::Failed(_) | SourceError::Malformed(_) => Self::BadOrigin(message),
         }
     }

@@ -136,6 +136,59 @@ async fn a_slow_upstream_is_not_waited_for_alone() {
     let answer = dray.get(PATH).await;
     assert_eq!((answer.status, &answer.body), (200, image.index()));
     assert_eq!(second.count("HEAD", "/manifests/1"), 1);
+    // Nor is the next one kept waiting.
+    assert_eq!(dray.get(PATH).await.status, 200);
+    assert_eq!((first.count("HEAD", "/manifests/1"), second.count("HEAD", "/manifests/1")), (1, 2));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_says_at_once_is_not_asked_at_once() {
+    let origin = Origin::answering(|_| Response::new(429, "").with("retry-after", "0")).await;
+    let dray = Start::new(rule(&[&origin], "")).run();
+    for _ in 0..3 {
+        assert_eq!(dray.get(PATH).await.status, 503);
+    }
+    let asked = origin.requests().len();
+    assert!(asked <= 3, "{asked} questions");
+}
+
+/// What takes long at one place says nothing of others.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_slow_list_or_repository_takes_no_registry_down() {
+    let image = Image::new(1, &[1000]);
+    let content = Content::new(&[("library/app", "1", &image)]);
+    let origin = Origin::answering(move |request| {
+        let is_slow = request.path.contains("/tags/list") || request.path.contains("/slow/");
+        if is_slow { Response::new(200, "").fault(Fault::Silent) } else { content.answer(request) }
+    })
+    .await;
+    let dray = Start::new(rule(&[&origin], "")).run();
+    assert!(!is_stale(&dray).await);
+    assert_eq!(dray.get("/v2/library/app/tags/list?ns=docker.io").await.status, 503);
+    assert_eq!(dray.metric("dray_origin_down{rule=\"docker.io\"}").await, 0);
+    assert!(!is_stale(&dray).await);
+    assert_eq!(dray.get("/v2/library/slow/manifests/1?ns=docker.io").await.status, 503);
+    eventually("it is there", async || (!is_stale(&dray).await).then_some(())).await;
+}
+
+/// The one that is left need not hurry because of one that is gone.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_second_upstream_that_is_down_leaves_the_first_its_time() {
+    let mut gone = Registry::open().await;
+    gone.stop();
+    let image = Image::new(1, &[1000]);
+    let content = Content::new(&[("library/app", "1", &image)]);
+    let first = Origin::answering(move |request| {
+        if request.method == "HEAD" {
+            tokio::task::block_in_place(|| std::thread::sleep(std::time::Duration::from_millis(3500)));
+        }
+        content.answer(request)
+    })
+    .await;
+    let both = format!("\"{}\", \"{}\"", first.url(), gone.url());
+    let dray = Start::new(rule(&[&first], "").replace(&format!("\"{}\"", first.url()), &both)).run();
+    assert_eq!(dray.get(PATH).await.status, 503, "in a hurry, since another followed");
+    eventually("the first is waited for", async || (dray.get(PATH).await.status == 200).then_some(())).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -204,8 +204,10 @@ async fn upstreams_in_order_and_rewritten() {
     assert_eq!(dray.get("/v2/team/app/manifests/1?ns=ghcr.io").await.status, 200);
     assert_eq!(&dray.get(&format!("/v2/team/app/blobs/{layer}?ns=ghcr.io")).await.body, bytes);
     assert!(mirror.count("HEAD", "/v2/team/app/manifests/1") > 0, "asked first");
-    let denied = dray.get("/v2/team/app/manifests/1?ns=a.evil.example").await;
-    assert_eq!((denied.status, denied.code().as_str()), (403, "DENIED"));
+    for host in ["a.evil.example", "a.evil.example:443", "A.evil.example:0443"] {
+        let denied = dray.get(&format!("/v2/team/app/manifests/1?ns={host}")).await;
+        assert_eq!((denied.status, denied.code().as_str()), (403, "DENIED"), "{host}");
+    }
 }
 
 /// An image whose project has moved: from its new place first, from the old one what is only there.

@@ -1,5 +1,6 @@
 //! Tokens of Google's metadata server, for the service account of the machine or pod.
 
+use std::sync::LazyLock;
 use std::time::Duration;
 
 use serde::Deserialize;
@@ -23,12 +24,15 @@ const USERNAME: &str = "oauth2accesstoken";
 
 const PATIENCE: Duration = Duration::from_secs(5);
 
+static CLIENT: LazyLock<reqwest::Result<reqwest::Client>> = LazyLock::new(|| {
+    reqwest::Client::builder().no_proxy().timeout(PATIENCE).redirect(reqwest::redirect::Policy::none()).build()
+});
+
 /// A token, and half of its life: it is renewed well before its end.
 pub(super) async fn ask() -> Result<Found, CredentialsError> {
     let failed = |why: String| CredentialsError::Cloud("Google's metadata server", why);
     let host = std::env::var(HOST_VARIABLE).unwrap_or_else(|_| HOST.to_owned());
-    let client = reqwest::Client::builder().no_proxy().timeout(PATIENCE).redirect(reqwest::redirect::Policy::none());
-    let client = client.build().map_err(|e| failed(error_chain(&e)))?;
+    let client = CLIENT.as_ref().map_err(|e| failed(error_chain(e)))?;
     let asked = client.get(format!("http://{host}{PATH}")).header("Metadata-Flavor", "Google").send().await;
     let response = asked.and_then(reqwest::Response::error_for_status).map_err(|e| failed(error_chain(&e)))?;
     let bytes = response.bytes().await.map_err(|e| failed(error_chain(&e)))?;

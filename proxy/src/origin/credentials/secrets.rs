@@ -1,0 +1,90 @@
+//! Secrets that were found, for as long as their sources say, and for a moment that one could not be had.
+
+use std::time::Duration;
+
+use tokio::time::{Instant, timeout_at};
+
+use super::{CredentialsError, Found, Whom, find};
+use crate::config::Credentials;
+use crate::lifetimes::{ByLifetime, Lifetime};
+use crate::origin::http::Home;
+use crate::registries::Place;
+use crate::source::SourceError;
+
+#[derive(Clone)]
+pub(in crate::origin) struct Secrets(moka::future::Cache<Key, Answer>);
+
+#[derive(Clone, PartialEq, Eq, Hash)]
+struct Key {
+    rule: String,
+    upstream: String,
+    /// Where the source may have another secret for each.
+    repository: Option<String>,
+}
+
+#[derive(Clone)]
+struct Answer(Result<Found, CredentialsError>);
+
+/// Whatever a source promises.
+const MAX_LIFE: Duration = Duration::from_secs(12 * 3600);
+
+/// A source that fails is not asked again for so long.
+const FAILED: Duration = Duration::from_secs(2);
+
+impl Secrets {
+    pub(in crate::origin) fn new() -> Self {
+        Self(moka::future::Cache::builder().max_capacity(10_000).expire_after(ByLifetime).build())
+    }
+
+    pub(in crate::origin) fn is_known(&self, home: Home<'_>, place: &Place) -> bool {
+        self.0.contains_key(&Key::new(home, place))
+    }
+
+    pub(in crate::origin) async fn forget(&self, home: Home<'_>, place: &Place) {
+        self.0.invalidate(&Key::new(home, place)).await;
+    }
+
+    /// The secret for an upstream: asked for once by all who need it at the same time.
+    pub(in crate::origin) async fn of(
+        &self,
+        home: Home<'_>,
+        place: &Place,
+        deadline: Instant,
+    ) -> Result<Found, SourceError> {
+        let Some(source) = place.rule.credentials.clone() else {
+            return Ok(Found { secret: None, life: MAX_LIFE });
+        };
+        let (key, known, upstream, trust) = (Key::new(home, place), self.0.clone(), home.upstream.clone(), home.trust);
+        let (rule, repository) = (place.rule.clone(), place.rule.repository_at(home.upstream, &place.repository));
+        // A task of its own: a source that takes longer than this question has time answers the next one.
+        let asked = tokio::spawn(async move {
+            let ask = async {
+                let whom = Whom { authority: &upstream.authority, trust, repository: &repository };
+                let found = find(&source, whom).await;
+                if let Err(error) = &found {
+                    tracing::error!(rule = rule.name(), %error, "no credentials");
+                }
+                Answer(found)
+            };
+            known.get_with(key, ask).await
+        });
+        let late = || SourceError::NoCredentials("their source takes too long".into());
+        let answer = timeout_at(deadline, asked).await.map_err(|_| late())?;
+        let Answer(found) = answer.map_err(|error| SourceError::NoCredentials(error.to_string()))?;
+        found.map_err(|error| SourceError::NoCredentials(error.to_string()))
+    }
+}
+
+impl Key {
+    fn new(home: Home<'_>, place: &Place) -> Self {
+        let by_repository = place.rule.credentials.as_ref().is_some_and(Credentials::may_differ_by_repository);
+        let repository = by_repository.then(|| place.rule.repository_at(home.upstream, &place.repository));
+        Self { rule: place.rule.name().to_owned(), upstream: home.upstream.base(), repository }
+    }
+}
+
+impl Lifetime for Answer {
+    fn life(&self) -> Duration {
+        self.0.as_ref().map_or(FAILED, |found| found.life.min(MAX_LIFE))
+    }
+}

@@ -1,0 +1,72 @@
+//! Looks after an upstream that is down until somebody answers, so that no client has to find out.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::StreamExt;
+use futures_util::stream::FuturesUnordered;
+use tokio::time::{Instant, sleep_until};
+
+use super::Origin;
+use super::condition::lock;
+use super::http::{Home, Patience};
+use super::question::Question;
+use crate::config::Upstream;
+use crate::registries::{Place, Trust};
+use crate::source::SourceError;
+
+/// It is asked again after this long, then twice as long, and so on.
+const FIRST_LOOK: Duration = Duration::from_millis(250);
+const LONGEST_PAUSE: Duration = Duration::from_secs(2);
+
+/// As long as a client's question would wait, so that a slow upstream is not taken for a dead one.
+const LOOK: Duration = Duration::from_secs(10);
+
+/// One that swallows questions is asked anew meanwhile: it may answer those that come later.
+const MOST_LOOKS: usize = 4;
+
+impl Origin {
+    /// Asks whether anybody is there, token endpoint included, again and again until somebody is.
+    pub(super) fn look_after(self: &Arc<Self>, place: &Place, upstream: &Upstream, trust: Trust) {
+        let condition = self.conditions.of(place, upstream);
+        let Ok(watch) = self.watches.clone().try_acquire_owned() else {
+            lock(&condition).forget();
+            return;
+        };
+        tracing::warn!(rule = place.rule.name(), upstream = upstream.base(), "an upstream does not answer");
+        let down = self.metrics.origin_down.with_label_values(&[place.rule.name()]);
+        down.inc();
+        let (origin, place, upstream) = (self.clone(), place.clone(), upstream.clone());
+        tokio::spawn(async move {
+            let _watch = watch;
+            let question = Question::is_anybody_there();
+            let home =
+                Home { upstream: &upstream, trust, ca: place.rule.ca.as_deref(), patience: Patience::LastResort };
+            let (mut looks, mut pause) = (FuturesUnordered::new(), FIRST_LOOK);
+            let mut next = Instant::now() + pause;
+            loop {
+                tokio::select! {
+                    Some(answer) = looks.next() => {
+                        if !matches!(answer, Err(SourceError::TimedOut | SourceError::Unreachable(_))) {
+                            lock(&condition).answered(Instant::now());
+                            tracing::info!(rule = place.rule.name(), upstream = upstream.base(), "an upstream answers again");
+                            break;
+                        }
+                    }
+                    () = sleep_until(next) => {
+                        if !lock(&condition).is_wanted(Instant::now()) {
+                            lock(&condition).forget();
+                            break;
+                        }
+                        if looks.len() < MOST_LOOKS {
+                            looks.push(origin.ask_once(home, &place, &question, Instant::now() + LOOK));
+                        }
+                        pause = (pause * 2).min(LONGEST_PAUSE);
+                        next = Instant::now() + pause;
+                    }
+                }
+            }
+            down.dec();
+        });
+    }
+}
