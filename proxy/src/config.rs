@@ -75,6 +75,8 @@ pub struct Access {
     /// That one address may have open at once.
     pub requests_at_once: Option<NonZeroU16>,
     pub requests_per_second: Option<NonZeroU16>,
+    /// A secret by which processes take each other's grants.
+    pub key_file: Option<PathBuf>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Default, Deserialize)]
@@ -192,6 +194,8 @@ pub enum RuleAccess {
     /// Every caller.
     #[default]
     Shared,
+    /// Whoever could pull it from the registry itself.
+    Client,
 }
 
 /// The version of the keys below. A key that goes, or means something else, makes it the next one.
@@ -264,6 +268,35 @@ impl Config {
         self.check_rules(&at)
     }
 
+    /// What a rule by which callers come with their own rights cannot have.
+    fn check_clients_access(rule: &Rule) -> Result<(), (&'static str, &'static str)> {
+        if rule.credentials.is_some() {
+            return Err(("registry.credentials", "are of no use with access = \"client\": callers bring their own"));
+        }
+        if rule.upstreams.len() > 1 {
+            return Err((
+                "registry.upstreams",
+                "access = \"client\" takes one: a caller's rights are those at one registry",
+            ));
+        }
+        Ok(())
+    }
+
+    /// What can only be known when flags and variables have been added.
+    pub fn check_together(&self) -> Result<(), String> {
+        self.peers.check().map_err(|(key, problem)| format!("{key}: {problem}"))?;
+        let asks_who = |rule: &Spanned<Rule>| rule.get_ref().access == RuleAccess::Client;
+        let are_proven = self.peers.key_file.is_some() || self.peers.mtls.is_some();
+        match self.registry.iter().find(|rule| asks_who(rule)) {
+            Some(rule) if self.peers.listen.is_some() && !are_proven => Err(format!(
+                "registry.access = \"client\" of \"{}\" with peers needs peers.key_file or peers.mtls: without, whoever \
+                 reaches their port would be taken for one of them",
+                rule.get_ref().pattern
+            )),
+            _ => Ok(()),
+        }
+    }
+
     fn check_rules(&self, at: &dyn Fn(usize, &str, String) -> ConfigError) -> Result<(), ConfigError> {
         let mut aliases: HashMap<&str, &Matching> = HashMap::new();
         for (index, spanned) in self.registry.iter().enumerate() {
@@ -281,6 +314,11 @@ impl Config {
                 if let Err(problem) = upstream.check(&rule.pattern) {
                     return Err(at(start, "registry.upstreams", problem));
                 }
+            }
+            if rule.access == RuleAccess::Client
+                && let Err((key, problem)) = Self::check_clients_access(rule)
+            {
+                return Err(at(start, key, problem.to_owned()));
             }
             let one_secret = rule.credentials.as_ref().is_some_and(Credentials::is_one_secret);
             if one_secret && rule.upstreams.is_empty() && rule.pattern.host.is_glob() {
@@ -474,7 +512,15 @@ mod tests {
                 &["dray.toml:1", "credentials"],
             ),
             ("[[registry]]\nmatch = \"a.io\"\ncredentials = { username = \"u\" }", &["line 3", "password"]),
-            ("[[registry]]\nmatch = \"a.io\"\naccess = \"client\"", &["line 3", "shared"]),
+            ("[[registry]]\nmatch = \"a.io\"\naccess = \"public\"", &["line 3", "shared", "client"]),
+            (
+                "[[registry]]\nmatch = \"a.io\"\naccess = \"client\"\ncredentials = { helper = \"x\" }",
+                &["dray.toml:1", "registry.credentials", "their own"],
+            ),
+            (
+                "[[registry]]\nmatch = \"a.io\"\naccess = \"client\"\nupstreams = [\"https://a\", \"https://b\"]",
+                &["dray.toml:1", "registry.upstreams"],
+            ),
             ("[[registry]]\nmatch = \"a.io\"\nalias = [\"x.y\"]", &["dray.toml:1", "registry.alias"]),
             ("# [cache]\n[cache]\ndisk = \"1MiB\"", &["dray.toml:2", "cache.disk", "64MiB"]),
             ("[tls]\ncert = \"c\"", &["dray.toml:1", "tls"]),

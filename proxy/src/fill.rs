@@ -41,7 +41,7 @@ use self::progress::{Phase, Progress};
 pub use self::reader::Reader;
 use self::run::Running;
 use crate::metrics::Metrics;
-use crate::oci::{Digest, Registry, Span, Spans};
+use crate::oci::{Digest, Registry, Repository, Span, Spans};
 use crate::registries::Place;
 use crate::role::Role;
 use crate::source::{ServedFrom, SourceError};
@@ -106,9 +106,19 @@ pub struct FillKey {
     pub registry: Registry,
     /// Which rule it is fetched by: others may have other credentials, and be for other people.
     pub rule: usize,
+    /// Where callers come with their own rights: those at one repository are none at another.
+    pub repository: Option<Repository>,
     /// As what this node fetches it. Two nodes that disagree about the owner must not wait for each
     /// other: who is asked as the owner never joins a fill that follows one.
     pub role: Role,
+}
+
+impl FillKey {
+    pub fn new(place: &Place, digest: &Digest, role: Role) -> Self {
+        let (digest, registry, rule) = (digest.clone(), place.registry.clone(), place.rule.nth);
+        let repository = place.rule.asks_who().then(|| place.repository.clone());
+        Self { digest, registry, rule, repository, role }
+    }
 }
 
 /// One blob on its way in.

@@ -4,11 +4,13 @@
 
 pub mod access_log;
 pub mod admin;
+pub mod caller;
 pub mod config;
 pub mod containerd;
 pub mod dns;
 pub mod fill;
 pub mod flights;
+pub mod grants;
 pub mod identity;
 pub mod lifetimes;
 pub mod metrics;
@@ -22,6 +24,7 @@ pub mod registries;
 pub mod respond;
 pub mod role;
 pub mod runtimes;
+pub mod secret;
 pub mod sentinel;
 pub mod server;
 pub mod source;

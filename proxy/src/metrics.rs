@@ -12,6 +12,7 @@ pub const FIRST_BYTE: &str = "dray_first_byte_seconds";
 pub const ORIGIN_REQUESTS: &str = "dray_origin_requests_total";
 pub const ORIGIN_BYTES: &str = "dray_origin_bytes_total";
 pub const ORIGIN_DOWN: &str = "dray_origin_down";
+pub const CLIENT_CHECKS: &str = "dray_client_checks_total";
 pub const ORIGIN_RATE_LIMIT: &str = "dray_origin_rate_limit";
 pub const ORIGIN_RATE_LIMIT_REMAINING: &str = "dray_origin_rate_limit_remaining";
 pub const PEER_BYTES: &str = "dray_peer_bytes_total";
@@ -48,6 +49,7 @@ pub struct Metrics {
     /// upstreams that do not answer, by rule
     pub origin_down: IntGaugeVec,
     /// what upstreams say of their limits, by rule
+    pub client_checks: IntCounterVec,
     pub origin_rate_limit: IntGaugeVec,
     pub origin_rate_limit_remaining: IntGaugeVec,
     /// by from_zone, to_zone
@@ -106,6 +108,11 @@ impl Metrics {
                 ORIGIN_DOWN,
                 "Upstreams that do not answer and are asked again all the time.",
                 &["rule"],
+            ),
+            client_checks: counters(
+                CLIENT_CHECKS,
+                "Times a registry was asked whether a client may have something, by what it said.",
+                &["rule", "outcome"],
             ),
             origin_rate_limit: gauges(
                 ORIGIN_RATE_LIMIT,

@@ -6,6 +6,7 @@ mod auth;
 pub mod challenge;
 mod condition;
 mod credentials;
+mod entitled;
 mod guard;
 mod http;
 mod question;
@@ -22,6 +23,7 @@ use reqwest::Response;
 use tokio::sync::Semaphore;
 use tokio::time::{Instant, timeout_at};
 
+pub use self::auth::Exchanged;
 use self::auth::Tokens;
 use self::condition::Conditions;
 use self::guard::Guard;

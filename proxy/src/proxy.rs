@@ -1,6 +1,7 @@
 //! Pingora's phases: every request is answered from the first one, and logged in the last.
 
 mod clients;
+mod gate;
 mod sendfile;
 mod socket;
 
@@ -11,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use http::header::{ACCEPT, HOST, RANGE, USER_AGENT};
+use http::request::Parts;
 use http::{HeaderName, HeaderValue, Method};
 use pingora::modules::http::HttpModules;
 use pingora::prelude::{Error, ErrorType, HttpPeer};
@@ -19,6 +21,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 pub use self::clients::Clients;
 use self::clients::{Place, Unwelcome};
+pub use self::gate::Gate;
 use self::sendfile::Sending;
 use self::socket::Socket;
 use crate::access_log::{AccessLog, Line};
@@ -26,9 +29,9 @@ use crate::metrics::Metrics;
 use crate::oci::route::{self, query_value};
 use crate::oci::{Endpoint, NamedBy, RangeSet, Reference, Registry, Repository, Route, accept};
 use crate::peers::swarm::Direction;
-use crate::peers::{Seal, Sending as Counted, Standing, Unproven, Visitor, wire};
+use crate::peers::{Reach, Seal, Sending as Counted, Standing, Unproven, Visitor, wire};
 use crate::pull::{Asker, Asking, BlobRequest, Body, ManifestAnswer, Pull, Refusal};
-use crate::registries::{Registries, Rule};
+use crate::registries::{self, Registries, Rule};
 use crate::respond::Reply;
 use crate::sentinel;
 use crate::source::Broken;
@@ -41,6 +44,7 @@ pub struct Front {
     pub access_log: Arc<AccessLog>,
     pub load: Arc<Load>,
     pub clients: Arc<Clients>,
+    pub gate: Arc<Gate>,
     pub listener: Listener,
 }
 
@@ -161,11 +165,15 @@ impl ProxyHttp for Front {
 }
 
 impl Front {
-    async fn answer(&self, session: &Session, exchange: &mut Exchange) -> Reply {
+    async fn answer(&self, session: &mut Session, exchange: &mut Exchange) -> Reply {
         match self.welcome(session) {
             Ok(place) => exchange.place = place,
             Err(why @ Unwelcome::Stranger) => return Reply::refusal(&Refusal::Denied(why.as_str().into())),
             Err(why) => return Reply::refusal(&Refusal::Unavailable(why.as_str().into())),
+        }
+        if self.asks_for_token(session.req_header()) {
+            exchange.route = "token";
+            return self.give_token(session).await;
         }
         let request = session.req_header();
         let header = |name| request.headers.get(name).and_then(|value| value.to_str().ok());
@@ -185,14 +193,14 @@ impl Front {
         };
         exchange.route = route.as_str();
         let Route::Content { registry, repository, endpoint, named_by } = route else {
-            return Reply::ping();
+            return self.ping(request);
         };
         if sentinel::is_registry(&registry) && self.listener == Listener::Clients {
             let range = header(RANGE).and_then(RangeSet::parse).as_ref().and_then(RangeSet::single);
             return sentinel::answer(&endpoint, range.filter(|_| request.method != Method::HEAD))
                 .of_registry(&registry);
         }
-        let place = self.pull.place(registry.clone(), repository.clone());
+        let mut place = self.pull.place(registry.clone(), repository.clone());
         let rule = place.rule.name().to_owned();
         exchange.content = Some(Content { registry: registry.clone(), repository, rule, named_by });
         let visitor = match self.visitor(session) {
@@ -201,6 +209,16 @@ impl Front {
         };
         exchange.seal = visitor.as_ref().and_then(|visitor| visitor.seal.clone());
         let asking = visitor.as_ref().map_or(Asking::CLIENT, |visitor| asking(visitor, &place.rule));
+        let accept = accept::merge(request.headers.get_all(ACCEPT).iter().filter_map(|value| value.to_str().ok()));
+        if place.rule.asks_who() && !place.rule.deny {
+            place = match &visitor {
+                Some(visitor) => self.let_peer_in(visitor, place, &endpoint, &accept, asking).await,
+                None => match self.let_in(request, place, &endpoint, &accept).await {
+                    Ok(place) => place,
+                    Err(reply) => return reply.of_registry(&registry),
+                },
+            };
+        }
         if let Err(refusal) = self.pull.permit(&place, asking.asker) {
             // Peers go by their own rules, which may be newer or older: this is no word of the origin.
             let refusal = if asking.asker.is_peer() { Refusal::NotKept } else { refusal };
@@ -208,7 +226,6 @@ impl Front {
         }
         let ranges = header(RANGE).and_then(RangeSet::parse);
         let range = ranges.as_ref().and_then(RangeSet::single);
-        let accepted = request.headers.get_all(ACCEPT).iter().filter_map(|value| value.to_str().ok());
         let head_only = request.method == Method::HEAD;
         let answer = match endpoint {
             Endpoint::Manifest(Reference::Tag(_)) if asking.asker == Asker::Peer(Standing::Stranger) => {
@@ -218,7 +235,6 @@ impl Front {
                 Err(Refusal::Denied("peers share content, not lists".into()))
             }
             Endpoint::Manifest(reference) => {
-                let accept = accept::merge(accepted);
                 let answer = self.pull.manifest(&place, &reference, &accept, asking).await;
                 // A HEAD describes the whole.
                 answer.map(|answer| {
@@ -252,7 +268,34 @@ impl Front {
             Endpoint::Tags => self.list(&place, "tags/list".into(), path, query).await,
             Endpoint::Referrers(digest) => self.list(&place, format!("referrers/{digest}"), path, query).await,
         };
-        answer.unwrap_or_else(|refusal| Reply::refusal(&refusal)).of_registry(&registry)
+        answer.unwrap_or_else(|refusal| self.refuse(request, &place, &refusal)).of_registry(&registry)
+    }
+
+    /// Whether somebody comes to the token endpoint. It is there where it is needed.
+    fn asks_for_token(&self, request: &Parts) -> bool {
+        self.listener == Listener::Clients
+            && request.uri.path() == gate::TOKEN
+            && matches!(request.method, Method::GET | Method::POST)
+            && self.registries.ask_who()
+    }
+
+    /// A peer has let its client in. What it may be given here has to belong to the same repository.
+    async fn let_peer_in(
+        &self,
+        visitor: &Visitor,
+        place: registries::Place,
+        endpoint: &Endpoint,
+        accept: &str,
+        asking: Asking,
+    ) -> registries::Place {
+        let place = registries::Place { caller: visitor.caller(), ..place };
+        if let (Endpoint::Manifest(Reference::Digest(digest)) | Endpoint::Blob(digest), Reach::Origin) =
+            (endpoint, asking.reach)
+            && let Err(why) = self.pull.bring_in(&place, digest, endpoint, accept).await
+        {
+            tracing::debug!(%place, %digest, ?why, "what is here is not known to belong there");
+        }
+        place
     }
 
     /// Whether a client is answered. Peers prove who they are in other ways.
@@ -306,7 +349,7 @@ impl Front {
 
     async fn list(
         &self,
-        place: &crate::registries::Place,
+        place: &registries::Place,
         endpoint: String,
         path: &str,
         query: Option<&str>,

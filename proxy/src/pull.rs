@@ -2,6 +2,7 @@
 
 mod asking;
 mod blob;
+mod entitlement;
 mod kept;
 mod lend;
 mod manifest;
@@ -20,6 +21,8 @@ use tokio::time::Instant;
 
 pub use self::asking::{Asker, Asking};
 pub use self::blob::{BlobAnswer, BlobRequest, Body, Extent};
+use self::entitlement::Entitlements;
+pub use self::entitlement::Unentitled;
 pub use self::manifest::ManifestAnswer;
 use self::negatives::Negatives;
 pub use self::refusal::Refusal;
@@ -29,12 +32,13 @@ use crate::fill::{DISTRUST, Fills};
 use crate::flights::Flights;
 use crate::metrics::Metrics;
 use crate::oci::{Digest, ErrorCode, Registry, Repository, Tag};
-use crate::origin::{ListAnswer, Origin};
+use crate::origin::{Exchanged, ListAnswer, Origin};
 use crate::peers::swarm::Contribution;
 use crate::peers::{Peers, Scope};
 use crate::provenance::Provenance;
 use crate::registries::{Place, Registries};
 use crate::role::Role;
+use crate::secret::Secret;
 use crate::source::SourceError;
 use crate::store::{RepositoryRecord, Store};
 use crate::tags::Tags;
@@ -55,6 +59,7 @@ pub struct Pull {
     tags: Tags,
     metrics: Arc<Metrics>,
     negatives: Negatives,
+    entitlements: Entitlements,
     /// Registries that lately kept somebody waiting who had an older answer.
     slow: moka::sync::Cache<Registry, ()>,
     manifest_flights: Flights<(String, Digest, Role), manifest::Fetched>,
@@ -86,6 +91,7 @@ impl Pull {
             peers: peers.map(Arc::new),
             metrics,
             negatives: Negatives::new(),
+            entitlements: Entitlements::new(),
             slow: moka::sync::Cache::builder().max_capacity(10_000).time_to_live(SLOW).build(),
             manifest_flights: Flights::default(),
             tag_flights: Flights::default(),
@@ -119,13 +125,16 @@ impl Pull {
     /// A repository with the rule that holds for it.
     pub fn place(&self, registry: Registry, repository: Repository) -> Place {
         let rule = self.registries.rule(&registry, &repository).clone();
-        Place { rule, registry, repository }
+        Place::new(rule, registry, repository)
     }
 
     /// What a rule forbids, and what peers may not have without proof of who they are.
     pub fn permit(&self, place: &Place, asker: Asker) -> Result<(), Refusal> {
         if place.rule.deny {
             return Err(Refusal::Denied(format!("{} is denied by rule \"{}\"", place.registry, place.rule.name())));
+        }
+        if !place.caller.is_let_in() {
+            return Err(Refusal::Denied(format!("{} is for those who may pull from it", place.registry)));
         }
         if !asker.is_trusted() && place.rule.is_private() {
             return Err(Refusal::Denied(format!("{} needs credentials and is not shared with peers", place.registry)));
@@ -137,7 +146,7 @@ impl Pull {
     /// may not is as good as not kept: the origin of whoever asks decides.
     ///
     /// A peer's rules were compared for the registry that it asks for, and for no other.
-    fn may_give(&self, provenance: Option<&Provenance>, asker: Asker, place: &Place) -> bool {
+    fn may_give(&self, digest: &Digest, provenance: Option<&Provenance>, asker: Asker, place: &Place) -> bool {
         let from = |provenance: &Provenance| -> Option<(Registry, Repository)> {
             Some((provenance.registry.parse().ok()?, provenance.repository.parse().ok()?))
         };
@@ -145,10 +154,11 @@ impl Pull {
             Some((registry, repository)) => {
                 let rule = self.registries.rule(&registry, &repository);
                 let is_known = asker == Asker::Client || (asker.is_trusted() && Arc::ptr_eq(rule, &place.rule));
-                !rule.deny && (is_known || !rule.is_private())
+                let belongs = !rule.asks_who() || self.entitlements.belongs(place, &registry, &repository, digest);
+                !rule.deny && belongs && (is_known || !rule.is_private())
             }
             // Its record is lost: only those who may have everything may have it.
-            None => asker == Asker::Client,
+            None => asker == Asker::Client && !self.registries.ask_who(),
         }
     }
 
@@ -157,6 +167,11 @@ impl Pull {
         let deadline = Instant::now() + FIRST_BYTE;
         let answer = self.origin.list(place, path, query, deadline).await;
         answer.map_err(|error| Refusal::of(&error, ErrorCode::NameUnknown))
+    }
+
+    /// What a secret opens at a place's registry.
+    pub async fn exchange(&self, place: &Place, secret: Secret) -> Result<Exchanged, SourceError> {
+        self.origin.exchange(place, secret, Instant::now() + FIRST_BYTE).await
     }
 
     /// As what this process fetches a digest: it goes to the origin if it is asked as the owner, is the

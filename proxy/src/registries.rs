@@ -10,7 +10,8 @@ use std::time::Duration;
 use regex::Regex;
 use xxhash_rust::xxh64::xxh64;
 
-use crate::config::{self, Abandoned, Config, Credentials, FarPeers, Matching, Scheme, Upstream};
+use crate::caller::Caller;
+use crate::config::{self, Abandoned, Config, Credentials, FarPeers, Matching, RuleAccess, Scheme, Upstream};
 use crate::oci::route::Names;
 use crate::oci::{Registry, Repository, Tag};
 use crate::provenance::Provenance;
@@ -38,6 +39,7 @@ pub struct Rule {
     pub negative_ttl: Duration,
     pub abandoned: Abandoned,
     pub far_peers: FarPeers,
+    access: RuleAccess,
     immutable_tags: Vec<Regex>,
     fingerprint: String,
 }
@@ -48,6 +50,8 @@ pub struct Place {
     pub rule: Arc<Rule>,
     pub registry: Registry,
     pub repository: Repository,
+    /// Whose rights it is asked with.
+    pub caller: Caller,
 }
 
 /// How far an upstream may lead.
@@ -88,6 +92,11 @@ impl Registries {
         &self.rules
     }
 
+    /// Whether some rule wants to know who asks.
+    pub fn ask_who(&self) -> bool {
+        self.rules.iter().any(|rule| rule.asks_who())
+    }
+
     /// Whether a `Host` is this process rather than a registry.
     fn is_own_address(&self, host: &Registry) -> bool {
         let literal = host.host().trim_matches(['[', ']']).parse::<IpAddr>().is_ok();
@@ -97,6 +106,12 @@ impl Registries {
 }
 
 impl Place {
+    /// A place where nobody has been let in yet, if that is what its rule wants.
+    pub fn new(rule: Arc<Rule>, registry: Registry, repository: Repository) -> Self {
+        let caller = if rule.asks_who() { Caller::Unknown } else { Caller::Everyone };
+        Self { rule, registry, repository, caller }
+    }
+
     /// What is remembered of objects that come from here.
     pub fn provenance(&self) -> Provenance {
         Provenance {
@@ -146,6 +161,7 @@ impl Rule {
             negative_ttl: rule.negative_ttl.0,
             abandoned: rule.abandoned,
             far_peers: rule.far_peers,
+            access: rule.access,
             // The configuration refused patterns that do not compile.
             immutable_tags: rule.immutable_tags.iter().filter_map(|p| config::whole_tag(p).ok()).collect(),
             fingerprint: fingerprint(rule, guard),
@@ -187,7 +203,12 @@ impl Rule {
 
     /// Whether what it fetches may need a secret that other processes do not have.
     pub fn is_private(&self) -> bool {
-        self.credentials.is_some()
+        self.credentials.is_some() || self.asks_who()
+    }
+
+    /// Whether everybody gets only what the registry would give them.
+    pub fn asks_who(&self) -> bool {
+        self.access == RuleAccess::Client
     }
 }
 
@@ -214,6 +235,9 @@ fn fingerprint(rule: &config::Rule, guard: &config::Guard) -> String {
     // What earlier releases do not know changes nothing where it is not used.
     if !rule.tags.is_empty() {
         text += &format!(" {:?}", rule.tags);
+    }
+    if rule.access != RuleAccess::Shared {
+        text += &format!(" {:?}", rule.access);
     }
     format!("{:016x}", xxh64(text.as_bytes(), 0))
 }

@@ -5,7 +5,8 @@
 
 use bytes::Bytes;
 use http::header::{
-    ACCEPT_RANGES, AGE, ALLOW, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, LINK, LOCATION, WWW_AUTHENTICATE,
+    ACCEPT_RANGES, AGE, ALLOW, CACHE_CONTROL, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, LINK, LOCATION,
+    WWW_AUTHENTICATE,
 };
 use http::{HeaderName, HeaderValue, StatusCode};
 use pingora::http::ResponseHeader;
@@ -74,6 +75,32 @@ impl Reply {
             "this is a pull-through cache: push to the registry itself",
         )
         .header(ALLOW, "GET, HEAD")
+    }
+
+    /// Who are you? Bearer for those who know it (RFC 6750, and the distribution's token protocol), Basic for others.
+    pub fn challenge(realm: &str, service: &str, repository: Option<&str>) -> Self {
+        let scope = repository.map(|name| format!(",scope=\"repository:{name}:pull\"")).unwrap_or_default();
+        let message = "this needs the rights that you have at the registry itself";
+        Self::error(StatusCode::UNAUTHORIZED, ErrorCode::Unauthorized, message)
+            .header(WWW_AUTHENTICATE, &format!("Bearer realm=\"{realm}\",service=\"{service}\"{scope}"))
+            .header(WWW_AUTHENTICATE, "Basic realm=\"dray\"")
+    }
+
+    /// A token for a client, good for so many seconds.
+    pub fn token(token: &str, seconds: u64) -> Self {
+        let body = serde_json::json!({"token": token, "access_token": token, "expires_in": seconds});
+        Self::with_bytes(StatusCode::OK, "application/json", body.to_string().into()).header(CACHE_CONTROL, "no-store")
+    }
+
+    /// The registry does not take a secret.
+    pub fn wrong_secret(message: &str) -> Self {
+        Self::error(StatusCode::UNAUTHORIZED, ErrorCode::Unauthorized, message)
+            .header(WWW_AUTHENTICATE, "Basic realm=\"dray\"")
+    }
+
+    /// A question for a token that is not understood.
+    pub fn no_token(message: &str) -> Self {
+        Self::error(StatusCode::BAD_REQUEST, ErrorCode::Unsupported, message)
     }
 
     /// Whoever asks on the peers' port does not prove who it is.

@@ -22,11 +22,12 @@ use crate::admin::{Admin, Readiness};
 use crate::config::{Config, Mirror, Share, Tls};
 use crate::containerd::diagnosis;
 use crate::containerd::keeping::Keeping;
+use crate::grants::Grants;
 use crate::identity::{Files, Identity, Welcome};
 use crate::metrics::Metrics;
 use crate::origin::Origin;
 use crate::peers::{Peers, RELOAD};
-use crate::proxy::{Clients, Front, Listener, Load};
+use crate::proxy::{Clients, Front, Gate, Listener, Load};
 use crate::pull::Pull;
 use crate::registries::Registries;
 use crate::store::{HOUSEKEEPING, Store};
@@ -83,6 +84,7 @@ pub fn run(
 
     let load = Arc::new(Load::default());
     let clients = Arc::new(Clients::new(&config.access));
+    let gate = gate(&config, bound.registry, &registries)?;
     let front = |listener| Front {
         pull: pull.clone(),
         registries: registries.clone(),
@@ -90,6 +92,7 @@ pub fn run(
         access_log: access_log.clone(),
         load: load.clone(),
         clients: clients.clone(),
+        gate: gate.clone(),
         listener,
     };
     let readiness = Arc::new(Readiness::default());
@@ -162,6 +165,16 @@ pub fn run(
     }
     close(runtime, &store);
     Ok(())
+}
+
+/// Who gets what only some may have.
+fn gate(config: &Config, listen: SocketAddr, registries: &Registries) -> Result<Arc<Gate>, StartError> {
+    let scheme = if config.tls.cert.is_some() { "https" } else { "http" };
+    if registries.ask_who() && scheme == "http" && !listen.ip().is_loopback() {
+        tracing::warn!(%listen, "clients will send their secrets here in the clear: set [tls], or listen on loopback");
+    }
+    let grants = Grants::new(config.access.key_file.as_deref()).map_err(StartError::Config)?;
+    Ok(Arc::new(Gate::new(grants, scheme, listen)))
 }
 
 /// Whom containerd is pointed at while this process is ready. None: nobody asked for that.

@@ -94,7 +94,7 @@ mod tests {
         let registries = Registries::new(&Config::parse("", "test").unwrap());
         let registry: crate::oci::Registry = "docker.io".parse().unwrap();
         let rule = registries.rule(&registry, &"library/a".parse().unwrap()).clone();
-        let place = Place { rule, registry, repository: "library/a".parse().unwrap() };
+        let place = Place::new(rule, registry, "library/a".parse().unwrap());
         let (tag, now): (Tag, _) = ("1".parse().unwrap(), SystemTime::now());
         let [old, new] = [b"a", b"b"].map(|bytes| Digest::of(bytes));
         tags.renew(&place, &tag, &old, now + Duration::from_secs(3600));

@@ -5,8 +5,8 @@ use std::path::Path;
 
 const LEVELS: [&[&str]; 9] = [
     &["oci", "metrics"],
-    &["config", "flights", "identity", "lifetimes", "provenance", "role"],
-    &["dns", "registries", "source", "store", "telemetry"],
+    &["caller", "config", "flights", "identity", "lifetimes", "provenance", "role", "secret"],
+    &["dns", "grants", "registries", "source", "store", "telemetry"],
     &["access_log", "origin", "peers", "fill", "tags"],
     &["pull"],
     &["respond"],

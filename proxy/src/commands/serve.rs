@@ -93,7 +93,7 @@ impl Serve {
         if let Some(zone) = &self.zone {
             config.peers.zone = Some(zone.as_str().into());
         }
-        config.peers.check().map_err(|(key, problem)| Failure::Usage(format!("{key}: {problem}")))?;
+        config.check_together().map_err(Failure::Usage)?;
         if let Some(dir) = &self.cache_dir {
             config.cache.dir.clone_from(dir);
         }

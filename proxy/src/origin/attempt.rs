@@ -2,6 +2,7 @@
 //! the upstream asks for beyond that.
 
 use ::http::header::WWW_AUTHENTICATE;
+use ::http::{HeaderValue, Method};
 use reqwest::Response;
 use tokio::time::{Instant, timeout_at};
 use url::Url;
@@ -10,7 +11,8 @@ use super::Origin;
 use super::asking::OTHERS_FOLLOW;
 use super::challenge::Challenge;
 use super::http::{Ask, Home};
-use super::question::{Question, checked, rate_limit};
+use super::question::{Kind, Question, checked, rate_limit};
+use crate::caller::Caller;
 use crate::registries::Place;
 use crate::source::SourceError;
 
@@ -44,13 +46,9 @@ impl Origin {
                 }
             }
         }
-        let mut authorization = match self.tokens.known(&self.http, home, place, deadline).await {
-            Ok(authorization) => authorization,
-            Err(error) => {
-                tracing::debug!(%place, %error, "the remembered challenge leads nowhere, asking anew");
-                self.tokens.forget(home, place).await;
-                None
-            }
+        let mut authorization = match &place.caller {
+            Caller::Holder(holder) => holder.authorization.clone(),
+            Caller::Everyone | Caller::Unknown | Caller::Anonymous => self.known(home, place, deadline).await,
         };
         for last_try in [false, true] {
             let ask = Ask {
@@ -64,14 +62,16 @@ impl Origin {
             self.note_limits(place, &response);
             // Only the upstream itself is given credentials, never the target of its redirect.
             let challenged = response.status().as_u16() == 401 && answered_by == url && !last_try;
+            if challenged && place.caller.holder().is_some() {
+                return Err(SourceError::Denied);
+            }
             if !challenged {
                 if question.blob.is_some() && answered_by != url && response.status().is_success() {
                     self.redirects.remember(&url, answered_by).await;
                 }
                 return checked(response);
             }
-            let lines = response.headers().get_all(WWW_AUTHENTICATE).iter().filter_map(|value| value.to_str().ok());
-            let challenge = Challenge::pick(lines).ok_or(SourceError::Denied)?;
+            let challenge = challenge(&response).ok_or(SourceError::Denied)?;
             let answer =
                 self.tokens.answer(&self.http, home, place, challenge, authorization.as_ref(), deadline).await?;
             if answer.is_none() {
@@ -80,6 +80,36 @@ impl Origin {
             authorization = answer;
         }
         Err(SourceError::Denied)
+    }
+
+    /// What is shown at once, where an earlier question learned what is asked for.
+    async fn known(&self, home: Home<'_>, place: &Place, deadline: Instant) -> Option<HeaderValue> {
+        match self.tokens.known(&self.http, home, place, deadline).await {
+            Ok(authorization) => authorization,
+            Err(error) => {
+                tracing::debug!(%place, %error, "the remembered challenge leads nowhere, asking anew");
+                self.tokens.forget(home, place).await;
+                None
+            }
+        }
+    }
+
+    /// What an upstream asks of whoever pulls from a repository. None: nothing.
+    pub(super) async fn ask_for_challenge(
+        &self,
+        home: Home<'_>,
+        place: &Place,
+        deadline: Instant,
+    ) -> Result<Option<Challenge>, SourceError> {
+        let question = Question::new(Kind::List, "tags/list".to_owned()).query(Some("n=1"));
+        let (url, headers) = (question.url(home.upstream, place)?, &question.headers);
+        let ask = Ask { method: Method::GET, url, headers, authorization: None, form: None };
+        let (response, _) = self.http.follow(home, ask, deadline).await?;
+        match response.status().as_u16() {
+            401 => challenge(&response).map(Some).ok_or(SourceError::Denied),
+            429 | 500.. => checked(response).map(|_| None),
+            _ => Ok(None),
+        }
     }
 
     /// Asks where an earlier redirect led.
@@ -117,4 +147,9 @@ impl Origin {
             }
         }
     }
+}
+
+fn challenge(response: &Response) -> Option<Challenge> {
+    let lines = response.headers().get_all(WWW_AUTHENTICATE).iter().filter_map(|value| value.to_str().ok());
+    Challenge::pick(lines)
 }

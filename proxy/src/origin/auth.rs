@@ -10,11 +10,12 @@ use tokio::time::{Instant as Deadline, timeout_at};
 use url::form_urlencoded::Serializer;
 
 use super::challenge::Challenge;
-use super::credentials::{Secret, Secrets};
+use super::credentials::Secrets;
 use super::http::{Ask, Home, Http};
 use super::question::retry_after;
 use crate::lifetimes::{ByLifetime, Lifetime};
 use crate::registries::Place;
+use crate::secret::Secret;
 use crate::source::SourceError;
 
 /// Remembered challenges and grants.
@@ -41,6 +42,14 @@ struct Grant {
     life: Duration,
 }
 
+/// What a caller's secret opens.
+pub struct Exchanged {
+    /// What the registry is shown; None: it asks nobody.
+    pub authorization: Option<HeaderValue>,
+    /// For how long that is good.
+    pub life: Duration,
+}
+
 /// A token's share of its lifetime during which it is used: it is renewed well before its end.
 const USED_PERCENT: u32 = 80;
 
@@ -48,7 +57,7 @@ const USED_PERCENT: u32 = 80;
 const DEFAULT_LIFE: Duration = Duration::from_secs(60);
 
 /// Whatever a token endpoint promises.
-const MAX_LIFE: Duration = Duration::from_secs(24 * 3600);
+pub(super) const MAX_LIFE: Duration = Duration::from_secs(24 * 3600);
 
 const MAX_TOKEN_BYTES: usize = 64 * 1024;
 
@@ -104,6 +113,32 @@ impl Tokens {
         }
         self.challenges.insert(challenge_key(home, place), challenge.clone()).await;
         self.grant(http, home, place, challenge, deadline).await
+    }
+
+    /// What an upstream asked for, if that is known.
+    pub(super) async fn challenge(&self, home: Home<'_>, place: &Place) -> Option<Challenge> {
+        self.challenges.get(&challenge_key(home, place)).await
+    }
+
+    /// What a caller's secret opens. Nothing of it is remembered here.
+    pub(super) async fn exchange(
+        &self,
+        http: &Http,
+        home: Home<'_>,
+        place: &Place,
+        challenge: &Challenge,
+        secret: Secret,
+        deadline: Deadline,
+    ) -> Result<Exchanged, SourceError> {
+        let grant = match challenge {
+            // It is the secret itself that is shown, each time.
+            Challenge::Basic => {
+                let header = secret.basic().and_then(|value| sensitive(&value)).ok_or(SourceError::Denied)?;
+                Grant { header: Some(header), life: MAX_LIFE }
+            }
+            Challenge::Bearer { .. } => fetch_token(http, home, place, challenge, Some(secret), deadline).await?,
+        };
+        Ok(Exchanged { authorization: grant.header, life: grant.life })
     }
 
     async fn grant(

@@ -7,27 +7,13 @@ mod program;
 mod provider;
 mod secrets;
 
-use std::fmt;
 use std::path::Path;
 use std::time::Duration;
-
-use base64::Engine;
-use base64::engine::general_purpose::STANDARD;
 
 pub(super) use self::secrets::Secrets;
 use crate::config::{Cloud, Credentials, PasswordSource, host_matches};
 use crate::registries::Trust;
-
-/// A secret for one upstream. Its debug form does not show it.
-#[derive(Clone, PartialEq, Eq)]
-pub(super) enum Secret {
-    Password {
-        username: String,
-        password: String,
-    },
-    /// Docker's `identitytoken`: an OAuth2 refresh token.
-    Identity(String),
-}
+use crate::secret::Secret;
 
 /// What a source has, and for how long it need not be asked again.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -137,26 +123,11 @@ fn read_file(path: &Path) -> Result<String, CredentialsError> {
     std::fs::read_to_string(path).map_err(|e| CredentialsError::File(path.display().to_string(), e.to_string()))
 }
 
-impl Secret {
-    /// The value of an `Authorization: Basic` header, if there is a password.
-    pub(super) fn basic(&self) -> Option<String> {
-        match self {
-            Self::Password { username, password } => {
-                Some(format!("Basic {}", STANDARD.encode(format!("{username}:{password}"))))
-            }
-            Self::Identity(_) => None,
-        }
-    }
-}
-
-impl fmt::Debug for Secret {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Secret(..)")
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use base64::Engine;
+    use base64::engine::general_purpose::STANDARD;
+
     use super::*;
 
     fn of(source: &Credentials, authority: &str, repository: &str) -> Result<Option<Secret>, CredentialsError> {

@@ -400,6 +400,13 @@ impl Peers {
             Manner::IfKept => request.header(CACHE_CONTROL, wire::ONLY_IF_CACHED),
             Manner::As(role) => request.header(wire::ROLE, role.as_str()),
         };
+        // Only whoever is to ask the registry needs to be shown something.
+        let holder = place.caller.holder().filter(|_| matches!(question.manner, Manner::As(_)));
+        if let Some(authorization) = holder.and_then(|holder| holder.authorization.as_ref())
+            && let Some(sealed) = self.proof.seal(authorization)
+        {
+            request = request.header(wire::AUTHORIZATION, sealed);
+        }
         if question.redirects == Redirects::Refused {
             request = request.header(wire::REDIRECT, wire::NO);
         }

@@ -4,7 +4,7 @@
 //! mac is the HMAC-SHA256, in hexadecimal, of the lines that [`question`] and [`answer`] write: who is
 //! asked for what, and what is answered, headers included. A question is good for nobody else, and an
 //! answer, with its question's mac, for no other question. Bodies are proven by the digest that an answer names.
-//! Nothing is encrypted.
+//! Only what a registry is shown for a client is encrypted: [`SharedKey::seal`].
 
 use std::fmt::{self, Write};
 use std::net::SocketAddr;
@@ -13,9 +13,14 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use arc_swap::ArcSwap;
+use base64::Engine;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use http::header::{AGE, CACHE_CONTROL, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, LOCATION, RANGE};
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Uri};
+use ring::aead::{AES_256_GCM, Aad, LessSafeKey, NONCE_LEN, Nonce, UnboundKey};
+use ring::hkdf::{HKDF_SHA256, Salt};
 use ring::hmac::{self, HMAC_SHA256};
+use ring::rand::{SecureRandom, SystemRandom};
 
 use super::wire;
 
@@ -25,10 +30,11 @@ pub(super) struct SharedKey {
     keys: ArcSwap<Keys>,
 }
 
-/// The first signs; all are believed, so that a key can be changed without a gap.
+/// The first signs and seals; all are believed, so that a key can be changed without a gap.
 struct Keys {
     text: String,
     keys: Vec<hmac::Key>,
+    sealing: Vec<LessSafeKey>,
 }
 
 /// A question that was signed, by whoever asks or is asked: what its answer is proven with.
@@ -52,6 +58,9 @@ const AUTH: HeaderName = HeaderName::from_static("dray-auth");
 
 /// What may stand between two clocks, and how long a question that somebody overheard can be repeated.
 const CLOCKS: Duration = Duration::from_secs(60);
+
+/// What a sealed text is for: keys made for something else open nothing.
+const SEALED: &[u8] = b"dray authorization 1";
 
 /// A key of fewer characters can be guessed.
 const MIN_KEY: usize = 16;
@@ -109,6 +118,31 @@ impl SharedKey {
     }
 }
 
+impl SharedKey {
+    /// Makes a text that only those read who know the key.
+    pub(super) fn seal(&self, text: &HeaderValue) -> Option<HeaderValue> {
+        let mut nonce = [0; NONCE_LEN];
+        SystemRandom::new().fill(&mut nonce).ok()?;
+        let mut bytes = text.as_bytes().to_vec();
+        let sealing = Nonce::assume_unique_for_key(nonce);
+        self.keys.load().sealing[0].seal_in_place_append_tag(sealing, Aad::from(SEALED), &mut bytes).ok()?;
+        HeaderValue::from_str(&URL_SAFE_NO_PAD.encode([&nonce[..], &bytes].concat())).ok()
+    }
+
+    /// Reads it. None: it was made with another key, or changed.
+    pub(super) fn open(&self, sealed: &HeaderValue) -> Option<HeaderValue> {
+        let bytes = URL_SAFE_NO_PAD.decode(sealed.as_bytes()).ok()?;
+        let (nonce, sealed) = bytes.split_at_checked(NONCE_LEN)?;
+        let nonce: [u8; NONCE_LEN] = nonce.try_into().ok()?;
+        self.keys.load().sealing.iter().find_map(|key| {
+            let mut sealed = sealed.to_vec();
+            let nonce = Nonce::assume_unique_for_key(nonce);
+            let plain = key.open_in_place(nonce, Aad::from(SEALED), &mut sealed).ok()?;
+            HeaderValue::from_bytes(plain).ok()
+        })
+    }
+}
+
 impl Keys {
     fn read(path: &Path) -> Result<Self, String> {
         let wrong = |why: String| format!("peers.key_file = \"{}\": {why}", path.display());
@@ -121,8 +155,16 @@ impl Keys {
             return Err(wrong(format!("holds a key of fewer than {MIN_KEY} characters, which can be guessed")));
         }
         let keys = lines.iter().map(|line| hmac::Key::new(HMAC_SHA256, line.as_bytes())).collect();
-        Ok(Self { text, keys })
+        let sealing = lines.iter().map(|line| sealing_key(line)).collect::<Option<_>>();
+        let sealing = sealing.ok_or_else(|| wrong("no key can be made of it".into()))?;
+        Ok(Self { text, keys, sealing })
     }
+}
+
+fn sealing_key(line: &str) -> Option<LessSafeKey> {
+    let root = Salt::new(HKDF_SHA256, SEALED).extract(line.as_bytes());
+    let key = root.expand(&[b"sealing"], &AES_256_GCM).map(UnboundKey::from).ok()?;
+    Some(LessSafeKey::new(key))
 }
 
 impl Seal {
@@ -264,6 +306,17 @@ mod tests {
         answer.insert(wire::CONTENT_DIGEST, "sha256:y".parse().unwrap());
         assert!(!seal.proves(200, &answer));
         assert!(!seal.proves(200, &HeaderMap::new()));
+    }
+
+    #[test]
+    fn what_is_sealed_is_read_by_those_who_know_the_key() {
+        let text = HeaderValue::from_static("Bearer hush");
+        let (before, both) = (key("0123456789-before\n"), key("0123456789-after\n0123456789-before\n"));
+        let sealed = before.seal(&text).unwrap();
+        assert!(!sealed.to_str().unwrap().contains("hush"));
+        assert_eq!(both.open(&sealed), Some(text.clone()));
+        assert_eq!(before.open(&both.seal(&text).unwrap()), None);
+        assert_eq!(["", "AAAA", "Bearer hush"].map(|other| before.open(&other.parse().unwrap())), [const { None }; 3]);
     }
 
     /// Releases that write other lines do not believe each other.

@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use http::{HeaderMap, Method, Uri};
+use http::{HeaderMap, HeaderValue, Method, Uri};
 use reqwest::ClientBuilder;
 
 use super::key::{Seal, SharedKey, Unproven};
@@ -81,6 +81,23 @@ impl Proof {
         match self {
             Self::Key(key) => Some(key.sign(to, method, path, headers)),
             Self::None | Self::Certificates(_) => None,
+        }
+    }
+
+    /// Makes what a registry is shown safe to be sent to a peer. None: it cannot be.
+    pub(super) fn seal(&self, authorization: &HeaderValue) -> Option<HeaderValue> {
+        match self {
+            Self::None => None,
+            Self::Key(key) => key.seal(authorization),
+            Self::Certificates(_) => Some(authorization.clone()),
+        }
+    }
+
+    pub(super) fn open(&self, sealed: &HeaderValue) -> Option<HeaderValue> {
+        match self {
+            Self::None => None,
+            Self::Key(key) => key.open(sealed),
+            Self::Certificates(_) => Some(sealed.clone()),
         }
     }
 

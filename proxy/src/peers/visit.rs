@@ -12,6 +12,7 @@ use http::{HeaderName, HeaderValue};
 use super::swarm::{Comes, Direction, Tracker};
 use super::wire::Holder;
 use super::{Aim, Peers, Reach, Redirects, Seal, Standing, Unproven, lock, wire};
+use crate::caller::{self, Caller, Who};
 use crate::oci::{Digest, Span, Spans};
 use crate::registries::Rule;
 use crate::role::Role;
@@ -38,6 +39,8 @@ pub struct Visitor {
     pub seal: Option<Seal>,
     /// The fingerprint of the rule that it goes by.
     rules: Option<String>,
+    /// What the registry is shown for its client.
+    authorization: Option<HeaderValue>,
 }
 
 /// Those who are told of each other, since what passes between them costs the same.
@@ -86,6 +89,7 @@ impl Visitor {
             deadline: wire::read(headers, &wire::DEADLINE).map(Duration::from_millis),
             have: wire::read_have(headers),
             load: wire::read(headers, &wire::LOAD).unwrap_or(0),
+            authorization: headers.get(wire::AUTHORIZATION).and_then(|sealed| peers.proof.open(sealed)),
             standing,
             seal,
             rules: wire::read(headers, &wire::RULES),
@@ -95,6 +99,18 @@ impl Visitor {
     /// A member that could fetch the range in this node's stead.
     pub fn deputy(&self) -> Option<SocketAddr> {
         self.peer.filter(|_| self.may_depute && self.rules.is_some())
+    }
+
+    /// With whose rights it asks, where a rule wants to know: it has let its client in.
+    pub fn caller(&self) -> Caller {
+        match &self.authorization {
+            Some(authorization) => {
+                let mut authorization = authorization.clone();
+                authorization.set_sensitive(true);
+                Caller::Holder(Arc::new(caller::Holder { who: Who::NOBODY, authorization: Some(authorization) }))
+            }
+            None => Caller::Anonymous,
+        }
     }
 
     /// By which address it is known as a member.

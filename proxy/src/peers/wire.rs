@@ -13,6 +13,7 @@
 //! | `dray-deputy` | answer 307 | `0-99`: do so for this part of it, nobody else does |
 //! | `dray-rules` | question | the fingerprint of the rule by which whoever asks would fetch it |
 //! | `dray-age` | answer | for a tag: milliseconds since its origin was asked |
+//! | `dray-authorization` | question | what the registry is shown, where a client comes with its own rights; sealed by a shared key |
 //! | `dray-auth` | both | the proof that the sender knows the shared key, where there is one |
 //! | `dray-holders` | answer | others that have some: `10.0.0.3:5052;2;0-99+200-299, ...` |
 //!
@@ -35,6 +36,7 @@ pub const REDIRECT: HeaderName = HeaderName::from_static("dray-redirect");
 pub const HOLDERS: HeaderName = HeaderName::from_static("dray-holders");
 pub const DEPUTY: HeaderName = HeaderName::from_static("dray-deputy");
 pub const RULES: HeaderName = HeaderName::from_static("dray-rules");
+pub const AUTHORIZATION: HeaderName = HeaderName::from_static("dray-authorization");
 pub const AGE: HeaderName = HeaderName::from_static("dray-age");
 pub const CONTENT_DIGEST: HeaderName = HeaderName::from_static("docker-content-digest");
 pub const SOURCE: HeaderName = HeaderName::from_static("x-dray-source");

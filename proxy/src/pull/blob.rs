@@ -175,7 +175,8 @@ impl Pull {
 
     pub(super) async fn kept_blob(&self, request: &BlobRequest) -> Option<Found> {
         let found = self.store.find(&request.digest, Kind::Blob).await?;
-        self.may_give(found.provenance(), request.asking.asker, &request.place).then_some(found)
+        let (asker, place) = (request.asking.asker, &request.place);
+        self.may_give(&request.digest, found.provenance(), asker, place).then_some(found)
     }
 
     /// What the origin says, asked once for all who want to know.
@@ -248,7 +249,7 @@ impl Pull {
             Opened::Small { object, from } => Ok(BlobAnswer::of_bytes(&object.bytes, request.range, from)?),
             // What was kept may come from elsewhere than whoever asked for it thinks.
             Opened::Growing { blob, .. }
-                if !self.may_give(blob.provenance.as_ref(), request.asking.asker, &request.place) =>
+                if !self.may_give(&request.digest, blob.provenance.as_ref(), request.asking.asker, &request.place) =>
             {
                 Err(SourceError::NotKept.into())
             }
@@ -293,12 +294,8 @@ impl Pull {
     }
 
     pub(super) fn fill_key(&self, request: &BlobRequest) -> FillKey {
-        FillKey {
-            digest: request.digest.clone(),
-            registry: request.place.registry.clone(),
-            rule: request.place.rule.nth,
-            role: self.role(&request.place, &request.digest, request.asking),
-        }
+        let role = self.role(&request.place, &request.digest, request.asking);
+        FillKey::new(&request.place, &request.digest, role)
     }
 
     pub(super) fn sources(self: &Arc<Self>, place: &Place, key: FillKey, aim: Aim) -> Arc<BlobSources> {

@@ -61,13 +61,7 @@ impl Pull {
 
     /// What runs for a blob, as whatever this node fetches it.
     pub(super) fn fills_of(&self, request: &BlobRequest) -> Vec<Arc<Fill>> {
-        let place = &request.place;
-        let key = |role| FillKey {
-            digest: request.digest.clone(),
-            registry: place.registry.clone(),
-            rule: place.rule.nth,
-            role,
-        };
+        let key = |role| FillKey::new(&request.place, &request.digest, role);
         let roles = [Role::Global, Role::Zone, Role::Client].into_iter();
         roles.filter_map(|role| self.fills.running(&key(role))).collect()
     }

@@ -163,7 +163,7 @@ impl Pull {
         asker: Asker,
     ) -> Option<(SmallObject, ServedFrom)> {
         match self.store.find(digest, Kind::Manifest).await? {
-            Found::Small { object, tier } if self.may_give(Some(&object.provenance), asker, place) => {
+            Found::Small { object, tier } if self.may_give(digest, Some(&object.provenance), asker, place) => {
                 Some((object, tier.into()))
             }
             _ => None,

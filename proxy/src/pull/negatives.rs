@@ -7,7 +7,7 @@ use crate::registries::Place;
 use crate::source::SourceError;
 
 /// What an origin lately refused, by place and reference. A place has one rule and so one
-/// credential: nobody learns from another's refusal.
+/// credential: nobody learns from another's refusal. Callers with rights of their own are refused their own.
 pub(super) struct Negatives {
     errors: moka::sync::Cache<(String, Endpoint, String), Negative>,
 }
@@ -31,10 +31,14 @@ impl Negatives {
     }
 
     pub(super) fn get(&self, place: &Place, endpoint: Endpoint, reference: &str) -> Option<SourceError> {
+        place.caller.holder().is_none().then_some(())?;
         self.errors.get(&(place.to_string(), endpoint, reference.to_owned())).map(|negative| negative.error)
     }
 
     pub(super) fn put(&self, place: &Place, endpoint: Endpoint, reference: &str, error: &SourceError) {
+        if place.caller.holder().is_some() {
+            return;
+        }
         let negative = Negative { error: error.clone(), life: place.rule.negative_ttl };
         self.errors.insert((place.to_string(), endpoint, reference.to_owned()), negative);
     }

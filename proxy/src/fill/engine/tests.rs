@@ -105,10 +105,8 @@ fn fill(digest: &Digest) -> Arc<Fill> {
     let registries = Registries::new(&Config::default());
     let (registry, repository) = ("docker.io".parse().unwrap(), "library/a".parse().unwrap());
     let rule = registries.rule(&registry, &"library/a".parse().unwrap()).clone();
-    let place = crate::registries::Place { rule, registry, repository };
-    let key =
-        FillKey { digest: digest.clone(), registry: place.registry.clone(), rule: place.rule.nth, role: Role::Global };
-    Arc::new(Fill::new(key, place))
+    let place = crate::registries::Place::new(rule, registry, repository);
+    Arc::new(Fill::new(FillKey::new(&place, digest, Role::Global), place))
 }
 
 /// Runs the engine against a disk that only checks what it is given, and hashes with a delay.

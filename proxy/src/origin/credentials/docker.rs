@@ -7,7 +7,8 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use serde::Deserialize;
 
-use super::{CredentialsError, Secret, best_key, read_file};
+use super::{CredentialsError, best_key, read_file};
+use crate::secret::Secret;
 
 /// What a file says of an upstream.
 pub(super) enum Entry {

@@ -5,7 +5,8 @@ use std::time::Duration;
 
 use serde::Deserialize;
 
-use super::{CredentialsError, Found, Secret};
+use super::{CredentialsError, Found};
+use crate::secret::Secret;
 use crate::source::error_chain;
 
 #[derive(Deserialize)]

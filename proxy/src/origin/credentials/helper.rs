@@ -5,7 +5,8 @@ use std::path::PathBuf;
 use serde::Deserialize;
 use tokio::process::Command;
 
-use super::{CredentialsError, Secret, program};
+use super::{CredentialsError, program};
+use crate::secret::Secret;
 
 #[derive(Deserialize)]
 #[serde(rename_all = "PascalCase")]

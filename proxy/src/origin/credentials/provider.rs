@@ -8,7 +8,8 @@ use serde::Deserialize;
 use serde_json::json;
 use tokio::process::Command;
 
-use super::{CredentialsError, Found, Secret, best_key, program, read_file};
+use super::{CredentialsError, Found, best_key, program, read_file};
+use crate::secret::Secret;
 
 #[derive(Deserialize)]
 struct Config {

@@ -1,0 +1,64 @@
+//! With whose rights a registry is asked, where a rule says that they are the caller's own.
+
+use std::fmt;
+use std::sync::Arc;
+
+use http::HeaderValue;
+
+/// Whose rights a question is asked with.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Caller {
+    /// What the rule can pull, everybody may have.
+    Everyone,
+    /// The rule asks who it is, and nobody has been let in.
+    Unknown,
+    /// Somebody without a secret: gets what the registry gives to anybody.
+    Anonymous,
+    /// Somebody with a secret of their own.
+    Holder(Arc<Holder>),
+}
+
+/// Somebody whose secret a registry has taken.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Holder {
+    pub who: Who,
+    /// What the registry is shown. None: it could not be asked, so there is only what is here.
+    pub authorization: Option<HeaderValue>,
+}
+
+/// A secret's keyed hash: tells callers apart, and tells nobody the secret.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Who(pub [u8; 16]);
+
+impl Who {
+    /// Those without a secret, and whoever another dray asks for.
+    pub const NOBODY: Self = Self([0; 16]);
+}
+
+impl Caller {
+    /// Whether somebody has looked at who it is, or nobody need.
+    pub fn is_let_in(&self) -> bool {
+        *self != Self::Unknown
+    }
+
+    pub fn who(&self) -> Who {
+        match self {
+            Self::Holder(holder) => holder.who,
+            Self::Everyone | Self::Unknown | Self::Anonymous => Who::NOBODY,
+        }
+    }
+
+    pub fn holder(&self) -> Option<&Holder> {
+        match self {
+            Self::Holder(holder) => Some(holder),
+            Self::Everyone | Self::Unknown | Self::Anonymous => None,
+        }
+    }
+}
+
+impl fmt::Debug for Holder {
+    /// Never what the registry is shown.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Holder").field("who", &self.who).finish_non_exhaustive()
+    }
+}

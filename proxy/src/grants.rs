@@ -1,0 +1,210 @@
+//! What a client is given for its secret: a token that says what it may pull for some minutes, which it shows with
+//! each request.
+//!
+//! A token is sealed (AES-256-GCM, RFC 5116): nobody else can make one, and nobody can read the registry's
+//! authorization in it. So dray remembers no secret, and processes that share a key take each other's.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use base64::Engine;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use http::HeaderValue;
+use ring::aead::{AES_256_GCM, Aad, LessSafeKey, NONCE_LEN, Nonce, UnboundKey};
+use ring::hkdf::{HKDF_SHA256, Salt};
+use ring::hmac::{self, HMAC_SHA256};
+use ring::rand::{SecureRandom, SystemRandom};
+use serde::{Deserialize, Serialize};
+
+use crate::caller::{Caller, Holder, Who};
+use crate::oci::{Registry, Repository};
+use crate::secret::Secret;
+
+/// Seals tokens, and tells secrets apart.
+pub struct Grants {
+    sealing: LessSafeKey,
+    telling: hmac::Key,
+    random: SystemRandom,
+}
+
+/// What a token says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Grant {
+    /// None: somebody has logged in, and has asked for nothing yet.
+    pub place: Option<(Registry, Repository)>,
+    pub caller: Caller,
+    pub life: Duration,
+}
+
+/// What is sealed. Another meaning needs another [`MEANING`].
+#[derive(Serialize, Deserialize)]
+struct Sealed {
+    expires: u64,
+    registry: Option<String>,
+    repository: Option<String>,
+    who: Option<[u8; 16]>,
+    authorization: Option<String>,
+}
+
+/// Of which a token is about: keys made for something else open nothing.
+const MEANING: &[u8] = b"dray grant 1";
+
+/// Whatever the registry's own token says: what a client may pull is looked at again after this.
+pub const MAX_LIFE: Duration = Duration::from_secs(300);
+
+/// A key of fewer characters can be guessed.
+const MIN_KEY: usize = 16;
+
+/// More than any token is long that was made here, in characters.
+const MAX_TOKEN: usize = 32 * 1024;
+
+impl Grants {
+    /// Keys of this process, or those that all processes with the same file have.
+    pub fn new(key_file: Option<&Path>) -> Result<Self, String> {
+        let random = SystemRandom::new();
+        let secret = match key_file {
+            Some(path) => {
+                let wrong = |why: &str| format!("access.key_file = \"{}\": {why}", path.display());
+                let text = std::fs::read_to_string(path).map_err(|error| wrong(&error.to_string()))?;
+                if text.trim().len() < MIN_KEY {
+                    return Err(wrong("holds a key of fewer than 16 characters: write a random text of 32 or more"));
+                }
+                text.trim().as_bytes().to_vec()
+            }
+            None => {
+                let mut bytes = vec![0; 32];
+                random.fill(&mut bytes).map_err(|_| "the system gives no random bytes".to_owned())?;
+                bytes
+            }
+        };
+        let root = Salt::new(HKDF_SHA256, MEANING).extract(&secret);
+        let sealing = root.expand(&[b"sealing"], &AES_256_GCM).map(UnboundKey::from);
+        let telling = root.expand(&[b"telling"], HMAC_SHA256).map(hmac::Key::from);
+        let (Ok(sealing), Ok(telling)) = (sealing, telling) else {
+            return Err("no keys can be made".to_owned());
+        };
+        Ok(Self { sealing: LessSafeKey::new(sealing), telling, random })
+    }
+
+    /// Who has a secret.
+    pub fn who(&self, secret: &Secret) -> Who {
+        let text = match secret {
+            Secret::Password { username, password } => format!("password\0{}\0{username}{password}", username.len()),
+            Secret::Identity(token) => format!("identity\0{token}"),
+        };
+        let mut who = [0; 16];
+        who.copy_from_slice(&hmac::sign(&self.telling, text.as_bytes()).as_ref()[..16]);
+        Who(who)
+    }
+
+    /// None: it cannot be said, since the registry's own token is too long.
+    pub fn seal(&self, grant: &Grant, now: SystemTime) -> Option<String> {
+        let (registry, repository) = grant.place.as_ref().map(|(a, b)| (a.to_string(), b.to_string())).unzip();
+        let holder = grant.caller.holder();
+        let authorization = holder.and_then(|holder| holder.authorization.as_ref());
+        let sealed = Sealed {
+            expires: (now + grant.life).duration_since(UNIX_EPOCH).ok()?.as_secs(),
+            registry,
+            repository,
+            who: holder.map(|holder| holder.who.0),
+            authorization: authorization.map(|value| value.to_str().map(str::to_owned)).transpose().ok()?,
+        };
+        let mut bytes = serde_json::to_vec(&sealed).ok()?;
+        let mut nonce = [0; NONCE_LEN];
+        self.random.fill(&mut nonce).ok()?;
+        let sealing = Nonce::assume_unique_for_key(nonce);
+        self.sealing.seal_in_place_append_tag(sealing, Aad::from(MEANING), &mut bytes).ok()?;
+        let token = URL_SAFE_NO_PAD.encode([&nonce[..], &bytes].concat());
+        (token.len() <= MAX_TOKEN).then_some(token)
+    }
+
+    /// What a token says. None: it was not made here, or is too old.
+    pub fn open(&self, token: &str, now: SystemTime) -> Option<Grant> {
+        let bytes = (token.len() <= MAX_TOKEN).then(|| URL_SAFE_NO_PAD.decode(token).ok())??;
+        let (nonce, sealed) = bytes.split_at_checked(NONCE_LEN)?;
+        let mut sealed = sealed.to_vec();
+        let nonce = Nonce::try_assume_unique_for_key(nonce).ok()?;
+        let plain = self.sealing.open_in_place(nonce, Aad::from(MEANING), &mut sealed).ok()?;
+        let sealed: Sealed = serde_json::from_slice(plain).ok()?;
+        let life = (UNIX_EPOCH + Duration::from_secs(sealed.expires)).duration_since(now).ok()?;
+        let place = match (sealed.registry, sealed.repository) {
+            (Some(registry), Some(repository)) => Some((registry.parse().ok()?, repository.parse().ok()?)),
+            _ => None,
+        };
+        let authorization = sealed.authorization.and_then(|text| sensitive(&text));
+        let caller = match sealed.who {
+            Some(who) => Caller::Holder(Arc::new(Holder { who: Who(who), authorization })),
+            None => Caller::Anonymous,
+        };
+        Some(Grant { place, caller, life })
+    }
+}
+
+fn sensitive(text: &str) -> Option<HeaderValue> {
+    let mut value = HeaderValue::from_str(text).ok()?;
+    value.set_sensitive(true);
+    Some(value)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn grant() -> Grant {
+        let holder = Holder { who: Who([7; 16]), authorization: sensitive("Bearer hush") };
+        Grant {
+            place: Some(("reg.corp:5000".parse().unwrap(), "team/app".parse().unwrap())),
+            caller: Caller::Holder(Arc::new(holder)),
+            life: Duration::from_secs(300),
+        }
+    }
+
+    fn now() -> SystemTime {
+        UNIX_EPOCH + Duration::from_secs(1_800_000_000)
+    }
+
+    #[test]
+    fn what_is_sealed_is_opened_while_it_lives_and_shows_nothing() {
+        let grants = Grants::new(None).unwrap();
+        let token = grants.seal(&grant(), now()).unwrap();
+        assert_eq!(grants.open(&token, now()), Some(grant()));
+        assert_eq!(grants.open(&token, now() + Duration::from_secs(301)), None);
+        let bytes = URL_SAFE_NO_PAD.decode(&token).unwrap();
+        assert!(!bytes.windows(4).any(|window| window == b"hush" || window == b"team"));
+        let nothing = Grant { place: None, caller: Caller::Anonymous, ..grant() };
+        assert_eq!(grants.open(&grants.seal(&nothing, now()).unwrap(), now()), Some(nothing));
+    }
+
+    #[test]
+    fn what_others_made_or_changed_opens_nothing() {
+        let grants = Grants::new(None).unwrap();
+        let token = grants.seal(&grant(), now()).unwrap();
+        assert_eq!(Grants::new(None).unwrap().open(&token, now()), None);
+        for at in [0, token.len() / 2, token.len() - 2] {
+            let mut changed = token.clone().into_bytes();
+            changed[at] = if changed[at] == b'A' { b'B' } else { b'A' };
+            assert_eq!(grants.open(&String::from_utf8(changed).unwrap(), now()), None, "{at}");
+        }
+        for text in ["", "a", "ey.ey.x", &"A".repeat(100_000)] {
+            assert_eq!(grants.open(text, now()), None);
+        }
+    }
+
+    #[test]
+    fn processes_with_one_file_take_each_others_tokens() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), "0123456789abcdef\n").unwrap();
+        let [one, other] = [0, 1].map(|_| Grants::new(Some(file.path())).unwrap());
+        assert_eq!(other.open(&one.seal(&grant(), now()).unwrap(), now()), Some(grant()));
+        let secret = |text: &str| Secret::Password { username: "u".into(), password: text.into() };
+        assert_eq!(one.who(&secret("a")), other.who(&secret("a")));
+        assert_ne!(one.who(&secret("a")), one.who(&secret("b")));
+        assert_ne!(
+            one.who(&Secret::Password { username: "ua".into(), password: String::new() }),
+            one.who(&secret("a"))
+        );
+        std::fs::write(file.path(), "short").unwrap();
+        assert!(Grants::new(Some(file.path())).err().unwrap().contains("access.key_file"));
+    }
+}

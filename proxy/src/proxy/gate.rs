@@ -1,0 +1,286 @@
+//! Who may have what, as a client sees it: a challenge, a token endpoint, and tokens that are shown with each request
+//! (the distribution specification's token authentication). The secret that a client sends is held against the
+//! registry's own word, and not kept.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
+
+use bytes::BytesMut;
+use http::header::{AUTHORIZATION, HOST};
+use http::{Method, request::Parts};
+use pingora::proxy::Session;
+
+use super::Front;
+use crate::caller::{Caller, Holder, Who};
+use crate::grants::{Grant, Grants, MAX_LIFE};
+use crate::lifetimes::{ByLifetime, Lifetime};
+use crate::oci::route;
+use crate::oci::{Endpoint, Registry, Route};
+use crate::pull::{Refusal, Unentitled};
+use crate::registries::Place;
+use crate::respond::Reply;
+use crate::secret::Secret;
+use crate::source::SourceError;
+
+/// Makes and reads tokens.
+pub struct Gate {
+    grants: Grants,
+    /// By which the registry listener is reached.
+    scheme: &'static str,
+    listen: SocketAddr,
+    /// What registries gave for secrets.
+    shown: moka::sync::Cache<(Who, String), Shown>,
+}
+
+/// What a registry gave for a secret, until then. None: it does not take it.
+#[derive(Clone)]
+struct Shown {
+    holder: Option<Arc<Holder>>,
+    until: Instant,
+}
+
+/// The path of the token endpoint.
+pub(super) const TOKEN: &str = "/token";
+
+/// By this name dray is the service, before a client has said which registry it wants.
+const SERVICE: &str = "dray";
+
+/// While the registry is in trouble, a token is good for so long.
+const IN_TROUBLE: Duration = Duration::from_secs(30);
+
+/// Larger than any form of a client, in bytes.
+const MAX_FORM: usize = 64 * 1024;
+
+/// What a client asks a token for.
+#[derive(Default)]
+struct Wanted {
+    service: Option<String>,
+    scopes: Vec<String>,
+    secret: Option<Secret>,
+}
+
+impl Gate {
+    pub fn new(grants: Grants, scheme: &'static str, listen: SocketAddr) -> Self {
+        let shown = moka::sync::Cache::builder().max_capacity(10_000).expire_after(ByLifetime).build();
+        Self { grants, scheme, listen, shown }
+    }
+
+    /// Asks a client who it is.
+    fn challenge(&self, request: &Parts, wanted: Option<&Place>) -> Reply {
+        let host = host_of(request).filter(|host| host.parse::<Registry>().is_ok());
+        let host = host.map_or_else(|| self.listen.to_string(), str::to_owned);
+        let realm = format!("{}://{host}{TOKEN}", self.scheme);
+        match wanted {
+            Some(place) => Reply::challenge(&realm, place.registry.as_str(), Some(place.repository.as_str())),
+            None => Reply::challenge(&realm, SERVICE, None),
+        }
+    }
+
+    /// What a request shows. None: nothing that this process has given.
+    fn grant(&self, request: &Parts) -> Option<Grant> {
+        let (scheme, token) = authorization(request)?.split_once(' ')?;
+        scheme.eq_ignore_ascii_case("bearer").then(|| self.grants.open(token.trim(), SystemTime::now()))?
+    }
+}
+
+impl Front {
+    /// `GET /v2/`, by which clients find out whether they are to say who they are.
+    pub(super) fn ping(&self, request: &Parts) -> Reply {
+        let knows = self.gate.grant(request).is_some() || authorization(request).and_then(Secret::from_basic).is_some();
+        if self.registries.ask_who() && !knows { self.gate.challenge(request, None) } else { Reply::ping() }
+    }
+
+    /// Lets a client into a place, with the rights that it has at the registry, or says why not.
+    pub(super) async fn let_in(
+        &self,
+        request: &Parts,
+        place: Place,
+        endpoint: &Endpoint,
+        accept: &str,
+    ) -> Result<Place, Reply> {
+        let shown = match self.presented(request, &place).await {
+            Ok(shown) => shown,
+            Err(error) => return Err(Reply::refusal(&not_exchanged(&error))),
+        };
+        let caller = shown.clone().unwrap_or(Caller::Anonymous);
+        let place = Place { caller, ..place };
+        match self.pull.let_in(&place, endpoint, accept).await {
+            Ok(()) => Ok(place),
+            Err(Unentitled::Refused(refusal)) => Err(Reply::refusal(&refusal)),
+            // A registry may hide from strangers what it has.
+            Err(_) if shown.is_none() => Err(self.gate.challenge(request, Some(&place))),
+            Err(Unentitled::Denied) => Err(Reply::refusal(&denied())),
+            Err(Unentitled::NotFound(refusal)) => Err(Reply::refusal(&refusal)),
+        }
+    }
+
+    /// What to say of the registry's own refusal to somebody who was let in without having shown anything.
+    pub(super) fn refuse(&self, request: &Parts, place: &Place, refusal: &Refusal) -> Reply {
+        let has_shown = self.gate.grant(request).is_some() || authorization(request).is_some();
+        match refusal {
+            Refusal::Denied(_) if place.caller == Caller::Anonymous && !has_shown => {
+                self.gate.challenge(request, Some(place))
+            }
+            refusal => Reply::refusal(refusal),
+        }
+    }
+
+    /// Whose rights a request shows. None: none.
+    async fn presented(&self, request: &Parts, place: &Place) -> Result<Option<Caller>, SourceError> {
+        if let Some(secret) = authorization(request).and_then(Secret::from_basic) {
+            return self.exchange(place, secret).await.map(|shown| shown.holder.map(Caller::Holder));
+        }
+        let grant = self.gate.grant(request);
+        let is_for_here = |grant: &Grant| {
+            let of_grant = grant.place.as_ref().map(|(registry, repository)| (registry, repository));
+            of_grant == Some((&place.registry, &place.repository))
+        };
+        Ok(grant.filter(is_for_here).map(|grant| grant.caller))
+    }
+
+    /// What a secret opens at a place's registry. Asked for once in a while; a registry's token is kept as long as it
+    /// is good, a secret never.
+    async fn exchange(&self, place: &Place, secret: Secret) -> Result<Shown, SourceError> {
+        let who = self.gate.grants.who(&secret);
+        let key = (who, place.to_string());
+        if let Some(shown) = self.gate.shown.get(&key) {
+            return if shown.holder.is_some() { Ok(shown) } else { Err(SourceError::Denied) };
+        }
+        let is_shown_itself = secret.basic();
+        let shown = |authorization, life| Shown {
+            holder: Some(Arc::new(Holder { who, authorization })),
+            until: Instant::now() + life,
+        };
+        match self.pull.exchange(place, secret).await {
+            Ok(exchanged) => {
+                let is_token = exchanged.authorization.as_ref().is_some_and(|value| {
+                    is_shown_itself.as_ref().is_none_or(|secret| value.as_bytes() != secret.as_bytes())
+                });
+                let shown = shown(exchanged.authorization, exchanged.life.min(MAX_LIFE));
+                if is_token {
+                    self.gate.shown.insert(key, shown.clone());
+                }
+                Ok(shown)
+            }
+            Err(SourceError::Denied) => {
+                let wrong = Shown { holder: None, until: Instant::now() + place.rule.negative_ttl };
+                self.gate.shown.insert(key, wrong);
+                Err(SourceError::Denied)
+            }
+            Err(error) => {
+                let shown = shown(None, IN_TROUBLE);
+                let caller = shown.holder.clone().map_or(Caller::Unknown, Caller::Holder);
+                let was_let_in = self.pull.was_let_in(&Place { caller, ..place.clone() });
+                if error.is_outage() && was_let_in { Ok(shown) } else { Err(error) }
+            }
+        }
+    }
+
+    /// The token endpoint.
+    pub(super) async fn give_token(&self, session: &mut Session) -> Reply {
+        let wanted = match wanted(session).await {
+            Ok(wanted) => wanted,
+            Err(problem) => return Reply::no_token(problem),
+        };
+        let host = host_of(session.req_header());
+        let place = wanted.scopes.iter().find_map(|scope| self.place_of(scope, wanted.service.as_deref(), host));
+        let mut grant = Grant { place: None, caller: Caller::Anonymous, life: MAX_LIFE };
+        if let Some(place) = place {
+            if let Some(secret) = wanted.secret.filter(|_| place.rule.asks_who()) {
+                match self.exchange(&place, secret).await {
+                    Ok(shown) => {
+                        grant.life = shown.until.saturating_duration_since(Instant::now());
+                        grant.caller = shown.holder.map_or(Caller::Anonymous, Caller::Holder);
+                    }
+                    Err(SourceError::Denied) => return Reply::wrong_secret("the registry does not take this secret"),
+                    Err(error) => return Reply::refusal(&not_exchanged(&error)),
+                }
+            }
+            grant.place = Some((place.registry, place.repository));
+        }
+        match self.gate.grants.seal(&grant, SystemTime::now()) {
+            Some(token) => Reply::token(&token, grant.life.as_secs()),
+            None => Reply::refusal(&Refusal::BadOrigin("the registry's token is too long".into())),
+        }
+    }
+
+    /// The place that `repository:<name>:<actions>` means, by the rules of paths.
+    fn place_of(&self, scope: &str, service: Option<&str>, host: Option<&str>) -> Option<Place> {
+        let (name, _) = scope.strip_prefix("repository:")?.rsplit_once(':')?;
+        let namespace = service.filter(|service| *service != SERVICE);
+        let query =
+            namespace.map(|ns| url::form_urlencoded::Serializer::new(String::new()).append_pair("ns", ns).finish());
+        match route::parse(&format!("/v2/{name}/tags/list"), query.as_deref(), host, &*self.registries).ok()? {
+            Route::Content { registry, repository, .. } => Some(self.pull.place(registry, repository)),
+            Route::Ping => None,
+        }
+    }
+}
+
+fn denied() -> Refusal {
+    Refusal::Denied("the registry does not give it to whoever has these rights".into())
+}
+
+fn not_exchanged(error: &SourceError) -> Refusal {
+    match error {
+        SourceError::Denied => denied(),
+        error => Refusal::Unavailable(format!("whether this may be given cannot be found out now: {error}")),
+    }
+}
+
+fn authorization(request: &Parts) -> Option<&str> {
+    request.headers.get(AUTHORIZATION)?.to_str().ok()
+}
+
+fn host_of(request: &Parts) -> Option<&str> {
+    let header = request.headers.get(HOST).and_then(|value| value.to_str().ok());
+    header.or_else(|| request.uri.authority().map(|authority| authority.as_str()))
+}
+
+/// Reads a question for a token: by GET with Basic, or by POST as OAuth2 has it.
+async fn wanted(session: &mut Session) -> Result<Wanted, &'static str> {
+    let request = session.req_header();
+    if request.method == Method::GET {
+        let mut wanted = Wanted::of_form(request.uri.query().unwrap_or_default().as_bytes());
+        wanted.secret = authorization(request).and_then(Secret::from_basic);
+        return Ok(wanted);
+    }
+    let mut form = BytesMut::new();
+    while let Some(piece) = session.read_request_body().await.map_err(|_| "the form ended early")? {
+        if form.len() + piece.len() > MAX_FORM {
+            return Err("the form is too long");
+        }
+        form.extend_from_slice(&piece);
+    }
+    Ok(Wanted::of_form(&form))
+}
+
+impl Wanted {
+    fn of_form(form: &[u8]) -> Self {
+        let mut wanted = Self::default();
+        let (mut username, mut password, mut refresh_token) = (None, None, None);
+        for (key, value) in url::form_urlencoded::parse(form) {
+            match &*key {
+                "service" => wanted.service = Some(value.into_owned()).filter(|service| !service.is_empty()),
+                "scope" => wanted.scopes.extend(value.split_whitespace().map(str::to_owned)),
+                "username" => username = Some(value.into_owned()),
+                "password" => password = Some(value.into_owned()),
+                "refresh_token" => refresh_token = Some(value.into_owned()),
+                _ => {}
+            }
+        }
+        wanted.secret = match (username, password, refresh_token) {
+            (Some(username), Some(password), _) => Some(Secret::Password { username, password }),
+            (_, _, Some(token)) => Some(Secret::Identity(token)),
+            _ => None,
+        };
+        wanted
+    }
+}
+
+impl Lifetime for Shown {
+    fn life(&self) -> Duration {
+        self.until.saturating_duration_since(Instant::now())
+    }
+}

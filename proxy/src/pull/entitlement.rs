@@ -1,0 +1,184 @@
+//! Who may have what, where a rule leaves that to the registry (`access = "client"`): a caller is let into a
+//! repository when the registry gives it something there, and gets what belongs to that repository.
+//!
+//! A digest opens nothing by itself. It belongs to a repository if it was fetched from there, or if the registry gave
+//! it from there to somebody who asked.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use super::{Pull, Refusal, fetch_ended};
+use crate::caller::{Caller, Who};
+use crate::flights::Flights;
+use crate::lifetimes::{ByLifetime, Lifetime};
+use crate::oci::{Digest, Endpoint, ErrorCode, Reference, Registry, Repository};
+use crate::registries::Place;
+use crate::source::SourceError;
+use crate::store::Kind;
+
+/// What registries have said of callers, and of digests.
+pub(super) struct Entitlements {
+    verdicts: moka::sync::Cache<(Who, String), Verdict>,
+    belonging: moka::sync::Cache<(String, Digest), ()>,
+    proofs: Flights<(Who, String, String), Result<(), SourceError>>,
+}
+
+#[derive(Clone, Copy)]
+enum Verdict {
+    /// Let in at this time.
+    Let(Instant),
+    NotLet {
+        life: Duration,
+    },
+}
+
+/// Why a caller is not let in.
+#[derive(Debug)]
+pub enum Unentitled {
+    /// The registry does not give this caller what is asked for, or does not say that it has it.
+    Denied,
+    NotFound(Refusal),
+    Refused(Refusal),
+}
+
+/// Somebody who was let in is asked about again after this time.
+const FRESH: Duration = Duration::from_secs(300);
+
+/// While the registry is in trouble, those are still let in who were within this time.
+const IN_TROUBLE: Duration = Duration::from_secs(3600);
+
+/// That a repository is not for everybody is believed for so long.
+const NOT_PUBLIC: Duration = Duration::from_secs(60);
+
+/// The registry has this long to say whether it gives something.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+impl Entitlements {
+    pub(super) fn new() -> Self {
+        let day = Duration::from_secs(24 * 3600);
+        Self {
+            verdicts: moka::sync::Cache::builder().max_capacity(100_000).expire_after(ByLifetime).build(),
+            belonging: moka::sync::Cache::builder().max_capacity(100_000).time_to_idle(day).build(),
+            proofs: Flights::default(),
+        }
+    }
+
+    /// Whether what came from there may be given out at a place. Registries are only believed in what they say of
+    /// their own: one of them could claim to have what another one hides.
+    pub(super) fn belongs(&self, place: &Place, registry: &Registry, repository: &Repository, digest: &Digest) -> bool {
+        place.caller.is_let_in()
+            && *registry == place.registry
+            && (*repository == place.repository || self.belonging.contains_key(&(place.to_string(), digest.clone())))
+    }
+
+    fn verdict(&self, place: &Place) -> Option<Verdict> {
+        self.verdicts.get(&(place.caller.who(), place.to_string()))
+    }
+
+    fn put(&self, place: &Place, verdict: Verdict) {
+        self.verdicts.insert((place.caller.who(), place.to_string()), verdict);
+    }
+}
+
+impl Pull {
+    /// Lets a caller in, or not.
+    pub async fn let_in(self: &Arc<Self>, place: &Place, endpoint: &Endpoint, accept: &str) -> Result<(), Unentitled> {
+        let verdict = self.entitlements.verdict(place);
+        let proven = match verdict {
+            Some(Verdict::Let(at)) if at.elapsed() < FRESH => false,
+            Some(Verdict::NotLet { .. }) => return Err(Unentitled::Denied),
+            older => match self.prove(place, endpoint, accept).await {
+                Ok(()) => true,
+                Err(error) if error.is_outage() && older.is_some() => false,
+                Err(error) => return Err(self.not_let(place, endpoint, &error)),
+            },
+        };
+        match digest_of(endpoint) {
+            Some(digest) if !proven => self.bring_in(place, digest, endpoint, accept).await,
+            _ => Ok(()),
+        }
+    }
+
+    /// What belongs to another repository of the same registry may belong to this one as well.
+    pub async fn bring_in(
+        self: &Arc<Self>,
+        place: &Place,
+        digest: &Digest,
+        endpoint: &Endpoint,
+        accept: &str,
+    ) -> Result<(), Unentitled> {
+        let kind = if matches!(endpoint, Endpoint::Manifest(_)) { Kind::Manifest } else { Kind::Blob };
+        let Some(found) = self.store.find(digest, kind).await else { return Ok(()) };
+        let is_of_registry = |registry: &str| registry == place.registry.as_str();
+        let may_be_brought = found.provenance().is_some_and(|from| is_of_registry(&from.registry));
+        if !may_be_brought || self.may_give(digest, found.provenance(), super::Asker::Client, place) {
+            return Ok(());
+        }
+        self.prove(place, endpoint, accept).await.map_err(|error| self.not_let(place, endpoint, &error))
+    }
+
+    /// Whether somebody was let in lately, so that they can be while the registry is in trouble.
+    pub fn was_let_in(&self, place: &Place) -> bool {
+        matches!(self.entitlements.verdict(place), Some(Verdict::Let(_)))
+    }
+
+    /// Asks the registry whether it gives something to a caller, once for all who ask with the same secret.
+    async fn prove(self: &Arc<Self>, place: &Place, endpoint: &Endpoint, accept: &str) -> Result<(), SourceError> {
+        let path = match endpoint {
+            Endpoint::Manifest(reference) => format!("manifests/{reference}"),
+            Endpoint::Blob(digest) => format!("blobs/{digest}"),
+            // These are always the registry's own answers.
+            Endpoint::Tags | Endpoint::Referrers(_) => return Ok(()),
+        };
+        let key = (place.caller.who(), place.to_string(), path);
+        let landed = self.entitlements.proofs.join(key, || {
+            let (pull, place, endpoint, accept) = (self.clone(), place.clone(), endpoint.clone(), accept.to_owned());
+            async move {
+                let given = pull.origin.gives(&place, &endpoint, &accept, Instant::now() + PATIENCE).await;
+                let outcome = given.as_ref().map_or_else(SourceError::as_str, |()| "let");
+                pull.metrics.client_checks.with_label_values(&[place.rule.name(), outcome]).inc();
+                if given.is_ok() {
+                    pull.entitlements.put(&place, Verdict::Let(Instant::now()));
+                    if let Some(digest) = digest_of(&endpoint) {
+                        pull.entitlements.belonging.insert((place.to_string(), digest.clone()), ());
+                    }
+                }
+                given
+            }
+        });
+        landed.await.unwrap_or_else(fetch_ended)
+    }
+
+    fn not_let(&self, place: &Place, endpoint: &Endpoint, error: &SourceError) -> Unentitled {
+        let missing =
+            if matches!(endpoint, Endpoint::Blob(_)) { ErrorCode::BlobUnknown } else { ErrorCode::ManifestUnknown };
+        match error {
+            SourceError::Denied => {
+                let is_anonymous = place.caller == Caller::Anonymous;
+                let life = if is_anonymous { NOT_PUBLIC } else { place.rule.negative_ttl };
+                self.entitlements.put(place, Verdict::NotLet { life });
+                Unentitled::Denied
+            }
+            SourceError::NotFound => Unentitled::NotFound(Refusal::of(error, missing)),
+            error => Unentitled::Refused(Refusal::of(error, missing)),
+        }
+    }
+}
+
+fn digest_of(endpoint: &Endpoint) -> Option<&Digest> {
+    match endpoint {
+        Endpoint::Manifest(Reference::Digest(digest)) | Endpoint::Blob(digest) => Some(digest),
+        Endpoint::Manifest(Reference::Tag(_)) | Endpoint::Tags | Endpoint::Referrers(_) => None,
+    }
+}
+
+impl Lifetime for Verdict {
+    fn life(&self) -> Duration {
+        match self {
+            Self::Let(_) => IN_TROUBLE,
+            Self::NotLet { life } => *life,
+        }
+    }
+}
