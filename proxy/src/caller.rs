@@ -48,6 +48,12 @@ impl Caller {
         }
     }
 
+    /// Whether other nodes may ask the registry in its name: by a token for one repository, never by a secret.
+    pub fn may_be_lent(&self) -> bool {
+        let authorization = self.holder().and_then(|holder| holder.authorization.as_ref());
+        authorization.is_none_or(|value| value.as_bytes().starts_with(b"Bearer "))
+    }
+
     pub fn holder(&self) -> Option<&Holder> {
         match self {
             Self::Holder(holder) => Some(holder),
@@ -60,5 +66,21 @@ impl fmt::Debug for Holder {
     /// Never what the registry is shown.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Holder").field("who", &self.who).finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_secret_is_not_lent() {
+        let holder = |text| {
+            let authorization = Some(HeaderValue::from_static(text));
+            Caller::Holder(Arc::new(Holder { who: Who::NOBODY, authorization }))
+        };
+        assert!(holder("Bearer x").may_be_lent() && Caller::Anonymous.may_be_lent());
+        assert!(!holder("Basic eDp5").may_be_lent());
+        assert!(!format!("{:?}", holder("Basic eDp5")).contains("eDp5"));
     }
 }

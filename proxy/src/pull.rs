@@ -175,9 +175,10 @@ impl Pull {
     }
 
     /// As what this process fetches a digest: it goes to the origin if it is asked as the owner, is the
-    /// owner, or may not show the digest to peers.
+    /// owner, or may not show peers the digest, or what it asks for it with.
     fn role(&self, place: &Place, digest: &Digest, asking: Asking) -> Role {
-        self.peers_for(place).map_or(Role::Global, |peers| peers.lead(digest, asking.role, self.scope(place)).role)
+        let peers = self.peers_for(place).filter(|_| place.caller.may_be_lent());
+        peers.map_or(Role::Global, |peers| peers.lead(digest, asking.role, self.scope(place)).role)
     }
 
     /// Whether peers in other zones are asked for what belongs there.

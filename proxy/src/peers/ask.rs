@@ -401,7 +401,8 @@ impl Peers {
             Manner::As(role) => request.header(wire::ROLE, role.as_str()),
         };
         // Only whoever is to ask the registry needs to be shown something.
-        let holder = place.caller.holder().filter(|_| matches!(question.manner, Manner::As(_)));
+        let is_lent = matches!(question.manner, Manner::As(_)) && place.caller.may_be_lent();
+        let holder = place.caller.holder().filter(|_| is_lent);
         if let Some(authorization) = holder.and_then(|holder| holder.authorization.as_ref())
             && let Some(sealed) = self.proof.seal(authorization)
         {

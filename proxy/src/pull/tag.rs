@@ -55,7 +55,7 @@ impl Pull {
         if asking.reach == Reach::Kept {
             return Err(SourceError::NotKept);
         }
-        let peers = self.peers_for_tags();
+        let peers = self.peers_for_tags().filter(|_| place.caller.may_be_lent());
         let role =
             peers.map_or(Role::Global, |peers| peers.lead(&in_ring(place, tag), asking.role, self.scope(place)).role);
         let asked = self.ask_for_tag(place, tag, accept, role);

@@ -1,0 +1,457 @@
+//! `access = "client"`: callers get what they could pull from the registry itself, cached or not, and nothing else.
+
+use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use dray_tests::containerd::{Containerd, Version};
+use dray_tests::dray::{Dray, Start};
+use dray_tests::eventually;
+use dray_tests::http::{Answer, client, get, send};
+use dray_tests::image::Image;
+use dray_tests::origin::{Content, Fault, Origin, Request, Response};
+use dray_tests::process::{free_port, output};
+use dray_tests::registry::{Registry, htpasswd};
+use reqwest::Method;
+use serde_json::{Value, json};
+
+const ALICE: &str = "alice:for-a";
+const BOB: &str = "bob:for-b";
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Wants {
+    Basic,
+    Tokens,
+}
+
+/// A registry with a repository for everybody, one of alice's and one of bob's, which share a layer.
+struct Tenants {
+    origin: Origin,
+    alices: Image,
+    bobs: Image,
+    open: Image,
+    mood: Arc<AtomicUsize>,
+}
+
+const WELL: usize = 0;
+const GONE: usize = 1;
+
+fn may(user: &str, path: &str) -> bool {
+    match path.strip_prefix("/v2/").and_then(|path| path.split('/').next()) {
+        Some("open") => true,
+        Some("a") => user == ALICE,
+        Some("b") => user == BOB,
+        _ => false,
+    }
+}
+
+impl Tenants {
+    async fn new(wants: Wants) -> Self {
+        let [alices, bobs, open] =
+            [(1, 700_000), (2, 800_000), (3, 900_000)].map(|(seed, size)| Image::new(seed, &[size, 1000]));
+        let content = Content::new(&[
+            ("a/app", "1", &alices),
+            ("b/app", "1", &bobs),
+            ("b/both", "1", &alices),
+            ("open/app", "1", &open),
+        ]);
+        let mood = Arc::new(AtomicUsize::new(WELL));
+        let now = mood.clone();
+        let origin = Origin::answering(move |request: &Request| {
+            if now.load(Ordering::SeqCst) == GONE {
+                return Response::new(200, "").fault(Fault::Silent);
+            }
+            let said = request.header("authorization").unwrap_or_default();
+            let decoded = said.split_once(' ').and_then(|(_, text)| STANDARD.decode(text).ok()).unwrap_or_default();
+            let user = String::from_utf8(decoded).unwrap_or_default();
+            let is_known = [ALICE, BOB].contains(&&*user);
+            let path = request.path.split('?').next().unwrap();
+            if path == "/token" {
+                return match said {
+                    "" => Response::new(200, json!({"token": STANDARD.encode("anybody")}).to_string()),
+                    _ if is_known => Response::new(200, json!({"token": STANDARD.encode(&user)}).to_string()),
+                    _ => Response::new(401, "{}"),
+                };
+            }
+            let is_shown = match wants {
+                Wants::Basic => user.is_empty() || said.starts_with("Basic "),
+                Wants::Tokens => said.starts_with("Bearer "),
+            };
+            if is_shown && (may(&user, path) || (path == "/v2/" && is_known)) {
+                return if path.contains("/tags/") {
+                    Response::new(200, "{\"tags\":[]}")
+                } else {
+                    content.answer(request)
+                };
+            }
+            let host = request.header("host").unwrap_or_default();
+            let challenge = match wants {
+                Wants::Basic => "Basic realm=\"r\"".to_owned(),
+                Wants::Tokens => format!("Bearer realm=\"http://{host}/token\",service=\"s\""),
+            };
+            Response::new(401, "").with("www-authenticate", challenge)
+        })
+        .await;
+        Self { origin, alices, bobs, open, mood }
+    }
+
+    fn rule(&self) -> String {
+        format!("[[registry]]\nmatch = \"reg.example\"\nupstreams = [\"{}\"]\naccess = \"client\"\n", self.origin.url())
+    }
+
+    fn is(&self, mood: usize) {
+        self.mood.store(mood, Ordering::SeqCst);
+    }
+}
+
+/// The parameters of a Bearer challenge.
+fn challenge(answer: &Answer) -> Vec<(String, String)> {
+    assert_eq!(answer.status, 401, "{}", answer.text());
+    let lines: Vec<_> = answer.headers.get_all("www-authenticate").iter().map(|line| line.to_str().unwrap()).collect();
+    assert_eq!(lines[1], "Basic realm=\"dray\"");
+    let parameters = lines[0].strip_prefix("Bearer ").unwrap().split(',');
+    let pair = |parameter: &str| {
+        let (key, value) = parameter.split_once('=').unwrap();
+        (key.to_owned(), value.trim_matches('"').to_owned())
+    };
+    parameters.map(pair).collect()
+}
+
+/// Answers a challenge as containerd does.
+async fn token(answer: &Answer, login: Option<&str>) -> Result<String, u16> {
+    let mut parameters = challenge(answer);
+    let (_, realm) = parameters.remove(0);
+    let request = match login {
+        Some(login) => {
+            let (username, password) = login.split_once(':').unwrap();
+            parameters.extend(
+                [("grant_type", "password"), ("username", username), ("password", password)]
+                    .map(|(a, b)| (a.to_owned(), b.to_owned())),
+            );
+            let form = reqwest::Url::parse_with_params(&realm, parameters).unwrap().query().unwrap().to_owned();
+            client().post(realm).header("content-type", "application/x-www-form-urlencoded").body(form)
+        }
+        None => client().get(reqwest::Url::parse_with_params(&realm, parameters).unwrap()),
+    };
+    let answered = request.send().await.unwrap();
+    match answered.status().as_u16() {
+        200 => {
+            let body: Value = serde_json::from_slice(&answered.bytes().await.unwrap()).unwrap();
+            assert!(body["expires_in"].as_u64().unwrap() > 0 && body["token"] == body["access_token"]);
+            Ok(body["token"].as_str().unwrap().to_owned())
+        }
+        status => Err(status),
+    }
+}
+
+async fn get_as(dray: &Dray, path: &str, authorization: &str) -> Answer {
+    get(&dray.url(path), &[("authorization", authorization)]).await
+}
+
+/// Asks, is challenged, shows a secret, and asks again.
+async fn pull_as(dray: &Dray, path: &str, login: &str) -> Answer {
+    let challenged = dray.get(path).await;
+    match token(&challenged, Some(login)).await {
+        Ok(token) => get_as(dray, path, &format!("Bearer {token}")).await,
+        Err(status) => Answer { status, ..challenged },
+    }
+}
+
+const TAG: &str = "/v2/a/app/manifests/1?ns=reg.example";
+
+/// Everything by which somebody could come by what alice has, with the repository in the form of `named`.
+fn ways(image: &Image, repository: &str) -> Vec<String> {
+    let (layer, _) = image.layer();
+    let forms = [
+        |rest: &str, repository: &str| format!("/v2/{repository}/{rest}?ns=reg.example"),
+        |rest: &str, repository: &str| format!("/v2/reg.example/{repository}/{rest}"),
+        |rest: &str, repository: &str| format!("/v2/reg.example/{repository}/{rest}?ns=reg.example"),
+        |rest: &str, repository: &str| format!("/v2/{repository}/{rest}?ns=REG.example:443"),
+    ];
+    let kinds = [
+        "manifests/1".to_owned(),
+        format!("manifests/{}", image.digest),
+        format!("blobs/{layer}"),
+        "tags/list".to_owned(),
+        format!("referrers/{}", image.digest),
+    ];
+    forms.iter().flat_map(|form| kinds.iter().map(move |kind| form(kind, repository))).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_cached_is_given_to_those_who_may_pull_it_and_to_nobody_else() {
+    for wants in [Wants::Tokens, Wants::Basic] {
+        let tenants = Tenants::new(wants).await;
+        let nothing = Origin::answering(|_| Response::new(404, "")).await;
+        let others = format!("[[registry]]\nmatch = \"*\"\nupstreams = [\"{}\"]\n", nothing.url());
+        let dray = Start::new(tenants.rule() + &others).run();
+        let alices = &tenants.alices;
+        let (layer, bytes) = alices.layer();
+        let blob = format!("/v2/a/app/blobs/{layer}?ns=reg.example");
+        assert_eq!(pull_as(&dray, TAG, ALICE).await.body, alices.index(), "{wants:?}");
+        assert_eq!(pull_as(&dray, &blob, ALICE).await.body, bytes);
+        let manifest = format!("/v2/a/app/manifests/{}?ns=reg.example", alices.digest);
+        assert_eq!(pull_as(&dray, &manifest, ALICE).await.body, alices.index());
+        dray.fills_end().await;
+
+        // At hit speed, and without a word to the registry.
+        let token_of_alice = token(&dray.get(&blob).await, Some(ALICE)).await.unwrap();
+        let asked = tenants.origin.requests().len();
+        for path in [TAG, &manifest, &blob] {
+            let again = get_as(&dray, path, &format!("Bearer {token_of_alice}")).await;
+            assert!(again.status == 200 && ["memory", "disk"].contains(&again.source()), "{path}: {}", again.source());
+            let basic = format!("Basic {}", STANDARD.encode(ALICE));
+            assert_eq!(get_as(&dray, path, &basic).await.status, 200, "{path}");
+        }
+        assert_eq!(tenants.origin.requests().len(), asked);
+
+        // Others are refused by every way, with what they are challenged to show or without.
+        let basic = |login: &str| format!("Basic {}", STANDARD.encode(login));
+        for path in ways(alices, "a/app") {
+            let strangers = dray.get(&path).await;
+            assert_eq!(strangers.status, 401, "{path}");
+            assert_eq!(send(Method::HEAD, &dray.url(&path), &[]).await.status, 401, "{path}");
+            assert_eq!(dray.get_range(&path, "bytes=0-9").await.status, 401, "{path}");
+            assert_eq!(get_as(&dray, &path, "Bearer forged").await.status, 401, "{path}");
+            assert_eq!(get_as(&dray, &path, &basic(BOB)).await.status, 403, "{path}");
+            assert_eq!(get_as(&dray, &path, &basic("alice:wrong")).await.status, 403, "{path}");
+            let anonymous = token(&strangers, None).await.unwrap();
+            assert_eq!(get_as(&dray, &path, &format!("Bearer {anonymous}")).await.status, 403, "{path}");
+            let wrong = token(&strangers, Some("alice:wrong")).await;
+            match wants {
+                Wants::Tokens => assert_eq!(wrong, Err(401), "{path}"),
+                // Only the registry itself knows.
+                Wants::Basic => {
+                    assert_eq!(get_as(&dray, &path, &format!("Bearer {}", wrong.unwrap())).await.status, 403, "{path}");
+                }
+            }
+            let bobs = token(&strangers, Some(BOB)).await.unwrap();
+            assert_eq!(get_as(&dray, &path, &format!("Bearer {bobs}")).await.status, 403, "{path}");
+        }
+        // Bob's repository does not have it, whatever he knows of it; his token is for nothing else.
+        for path in [blob.replace("/a/app", "/b/app"), manifest.replace("/a/app", "/b/app")] {
+            assert_eq!(pull_as(&dray, &path, BOB).await.status, 404, "{path}");
+        }
+        let bobs = token(&dray.get(&TAG.replace("/a/", "/b/")).await, Some(BOB)).await.unwrap();
+        assert_eq!(get_as(&dray, &blob, &format!("Bearer {bobs}")).await.status, 401, "for another repository");
+        // Nor is it had by a name that leads elsewhere.
+        for other in ["docker.io", "other.example"] {
+            assert_ne!(dray.get(&blob.replace("reg.example", other)).await.status, 200);
+        }
+        assert_ne!(dray.get(&format!("/v2/a/app/blobs/{layer}")).await.status, 200);
+        // What his repository has as well he gets without it being fetched again.
+        let fetched = tenants.origin.sent();
+        assert_eq!(pull_as(&dray, &blob.replace("/a/app", "/b/both"), BOB).await.body, bytes);
+        assert!(tenants.origin.sent() - fetched < 10_000, "{wants:?}: {}", tenants.origin.sent() - fetched);
+        assert_eq!(pull_as(&dray, "/v2/b/app/manifests/1?ns=reg.example", BOB).await.body, tenants.bobs.index());
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_for_everybody_is_given_without_a_question() {
+    for wants in [Wants::Tokens, Wants::Basic] {
+        let tenants = Tenants::new(wants).await;
+        let dray = Start::new(tenants.rule()).run();
+        let (layer, bytes) = tenants.open.layer();
+        assert_eq!(dray.get("/v2/open/app/manifests/1?ns=reg.example").await.body, tenants.open.index());
+        let blob = format!("/v2/open/app/blobs/{layer}?ns=reg.example");
+        assert_eq!(dray.get(&blob).await.body, bytes);
+        assert_eq!(dray.get("/v2/open/app/tags/list?ns=reg.example").await.status, 200);
+        assert_eq!(get_as(&dray, &blob, &format!("Basic {}", STANDARD.encode(BOB))).await.status, 200);
+        let missing = "/v2/open/app/manifests/2?ns=reg.example";
+        assert_eq!(dray.get(missing).await.status, 404);
+        // Where nobody has been let in yet it may be hidden from strangers.
+        let dray = Start::new(tenants.rule()).run();
+        let nobody = token(&dray.get(missing).await, None).await.unwrap();
+        assert_eq!(get_as(&dray, missing, &format!("Bearer {nobody}")).await.status, 404);
+    }
+}
+
+/// A registry is believed in what it says of its own, and of nothing else.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_registry_that_claims_to_have_it_opens_nothing() {
+    let tenants = Tenants::new(Wants::Tokens).await;
+    let (layer, bytes) = tenants.alices.layer();
+    let (claims, length) = (layer.to_owned(), bytes.len());
+    let liar = Origin::answering(move |request| {
+        let body = if request.method == "HEAD" { vec![0; length] } else { vec![1; length] };
+        let is_manifest = request.path.contains("/manifests/");
+        let response = Response::new(200, body).with("docker-content-digest", &claims);
+        if is_manifest { response.with("content-type", "application/vnd.oci.image.manifest.v1+json") } else { response }
+    })
+    .await;
+    for access in ["shared", "client"] {
+        let lying = format!(
+            "[[registry]]\nmatch = \"liar.example\"\nupstreams = [\"{}\"]\naccess = \"{access}\"\n",
+            liar.url()
+        );
+        let dray = Start::new(tenants.rule() + &lying).run();
+        let blob = format!("/v2/a/app/blobs/{layer}?ns=reg.example");
+        assert_eq!(pull_as(&dray, &blob, ALICE).await.body, bytes);
+        dray.fills_end().await;
+        let stolen = dray.get(&blob.replace("reg.example", "liar.example")).await;
+        assert!(!stolen.complete || stolen.body != bytes, "{access}: {}", stolen.status);
+        let by_range = dray.get_range(&blob.replace("reg.example", "liar.example"), "bytes=0-99").await;
+        assert_ne!(by_range.body, bytes[..100], "{access}");
+        assert_eq!(pull_as(&dray, &blob, ALICE).await.body, bytes, "and hers stays what it is");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn while_the_registry_is_in_trouble_those_who_were_let_in_still_are() {
+    let tenants = Tenants::new(Wants::Tokens).await;
+    let dray = Start::new(tenants.rule() + "tag_ttl = \"0s\"\nnegative_ttl = \"0s\"\n").run();
+    let (layer, bytes) = tenants.alices.layer();
+    let blob = format!("/v2/a/app/blobs/{layer}?ns=reg.example");
+    let challenged = dray.get(TAG).await;
+    assert_eq!(pull_as(&dray, TAG, ALICE).await.status, 200);
+    assert_eq!(pull_as(&dray, &blob, ALICE).await.status, 200);
+    dray.fills_end().await;
+    tenants.is(GONE);
+    eventually("it counts as down", async || {
+        let token = token(&challenged, Some(ALICE)).await;
+        let Ok(token) = token else { return None };
+        assert_eq!(get_as(&dray, TAG, &format!("Bearer {token}")).await.status, 200);
+        (dray.metric("dray_origin_down{rule=\"reg.example\"}").await == 1).then_some(())
+    })
+    .await;
+    let alices = token(&challenged, Some(ALICE)).await.unwrap();
+    assert_eq!(get_as(&dray, &blob, &format!("Bearer {alices}")).await.body, bytes);
+    assert_eq!(get_as(&dray, TAG, &format!("Basic {}", STANDARD.encode(ALICE))).await.source(), "stale");
+    for stranger in [BOB, "alice:wrong"] {
+        if let Ok(token) = token(&challenged, Some(stranger)).await {
+            assert_ne!(get_as(&dray, &blob, &format!("Bearer {token}")).await.status, 200, "{stranger}");
+        }
+    }
+    tenants.is(WELL);
+    eventually("it is asked again", async || (pull_as(&dray, TAG, ALICE).await.source() == "memory").then_some(()))
+        .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn tokens_are_taken_by_those_who_share_a_key() {
+    let tenants = Tenants::new(Wants::Tokens).await;
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("grants.key");
+    std::fs::write(&file, "0123456789abcdef-shared").unwrap();
+    let shared = format!("{}[access]\nkey_file = \"{}\"\n", tenants.rule(), file.display());
+    for (rules, is_taken) in [(shared, true), (tenants.rule(), false)] {
+        let [one, other] = [0, 1].map(|_| Start::new(rules.clone()).run());
+        let alices = token(&one.get(TAG).await, Some(ALICE)).await.unwrap();
+        let there = get_as(&other, TAG, &format!("Bearer {alices}")).await;
+        assert_eq!(there.status, if is_taken { 200 } else { 401 }, "{}", there.text());
+    }
+}
+
+/// The owner fetches it with what the client's registry gave, and hears no secret.
+#[tokio::test(flavor = "multi_thread")]
+async fn peers_fetch_once_what_some_may_have() {
+    for wants in [Wants::Tokens, Wants::Basic] {
+        let tenants = Tenants::new(wants).await;
+        pull_by_peers(&tenants, wants).await;
+    }
+}
+
+async fn pull_by_peers(tenants: &Tenants, wants: Wants) {
+    let dir = tempfile::tempdir().unwrap();
+    let key = dir.path().join("peers.key");
+    std::fs::write(&key, "0123456789abcdef-peers").unwrap();
+    let ports: Vec<u16> = (0..4).map(|_| free_port()).collect();
+    let members = ports.iter().map(|port| format!("\"127.0.0.1:{port}\"")).collect::<Vec<_>>().join(", ");
+    let node = |port: &u16| {
+        let peers =
+            format!("[peers]\nlisten = \"127.0.0.1:{port}\"\nstatic = [{members}]\nkey_file = \"{}\"\n", key.display());
+        Start::new(tenants.rule() + &peers).run()
+    };
+    let nodes: Vec<Dray> = ports.iter().map(node).collect();
+    for digest in &tenants.alices.layers {
+        let blob = format!("/v2/a/app/blobs/{digest}?ns=reg.example");
+        for dray in &nodes {
+            assert_eq!(pull_as(dray, TAG, ALICE).await.body, tenants.alices.index());
+            assert_eq!(pull_as(dray, &blob, ALICE).await.body, tenants.alices.blobs[digest]);
+            dray.fills_end().await;
+        }
+        let gets = tenants
+            .origin
+            .requests()
+            .iter()
+            .filter(|request| request.method == "GET" && request.path.contains(digest))
+            .count();
+        match wants {
+            Wants::Tokens => assert_eq!(gets, 1, "for all of them"),
+            // No peer is told a secret. Which of them have it is asked first.
+            Wants::Basic => assert!((1..=nodes.len()).contains(&gets), "{gets}"),
+        }
+        for (dray, port) in nodes.iter().zip(&ports) {
+            assert_eq!(dray.get(&blob).await.status, 401);
+            assert_eq!(pull_as(dray, &blob, BOB).await.status, 403);
+            let stranger = get(&format!("http://127.0.0.1:{port}{blob}"), &[]).await;
+            assert_eq!(stranger.status, 401, "peers prove who they are");
+        }
+    }
+    let manifests = tenants.origin.count("GET", &tenants.alices.digest);
+    assert!(manifests == 1 || wants == Wants::Basic, "{manifests}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn peers_without_proof_are_refused_at_the_start() {
+    let tenants = Tenants::new(Wants::Tokens).await;
+    let port = free_port();
+    let peers = format!("[peers]\nlisten = \"127.0.0.1:{port}\"\nstatic = [\"127.0.0.1:{port}\"]\n");
+    let said = output(&mut Start::new(tenants.rule() + &peers).command());
+    let error = String::from_utf8_lossy(&said.stderr);
+    assert!(said.status.code() == Some(2) && error.contains("peers.key_file"), "{error}");
+}
+
+/// A real registry behind real tokens or passwords, and real clients.
+#[tokio::test(flavor = "multi_thread")]
+async fn containerd_and_skopeo_bring_their_own_secrets() {
+    let dir = tempfile::tempdir().unwrap();
+    let registry = Registry::with(&htpasswd(dir.path(), "alice", "for-a")).await;
+    let image = Image::new(1, &[3_000_000, 1000]);
+    registry.push("team/app", "1", &image).await;
+    let rule =
+        format!("[[registry]]\nmatch = \"reg.example\"\nupstreams = [\"{}\"]\naccess = \"client\"\n", registry.url());
+    let dray = Start::new(rule).run();
+    for version in [Version::V1, Version::V2] {
+        let containerd = Containerd::start(version).await;
+        containerd.use_mirror(&dray);
+        let hosts = containerd.hosts_dir();
+        let pull = |more: &[&str]| {
+            let mut args = vec!["images", "pull", "--snapshotter", "native", "--hosts-dir", hosts.to_str().unwrap()];
+            args.extend(more);
+            args.push("reg.example/team/app:1");
+            containerd.ctr(&args)
+        };
+        let nobody = pull(&[]);
+        assert!(!nobody.status.success());
+        let wrong = pull(&["--user", "alice:wrong"]);
+        assert!(!wrong.status.success());
+        let pulled = pull(&["--user", "alice:for-a"]);
+        assert!(
+            pulled.status.success(),
+            "{version:?}: {}\n{}",
+            String::from_utf8_lossy(&pulled.stderr),
+            containerd.log()
+        );
+    }
+    let port = dray.url("").rsplit(':').next().unwrap().trim_matches('/').to_owned();
+    let copy = |login: &str, to: &str| {
+        let from = format!("docker://127.0.0.1:{port}/reg.example/team/app:1");
+        let to = format!("dir:{}", dir.path().join(to).display());
+        let mut skopeo = Command::new("skopeo");
+        skopeo.args(["--insecure-policy", "copy", "--src-tls-verify=false"]);
+        if login.is_empty() {
+            skopeo.arg("--src-no-creds")
+        } else {
+            skopeo.args(["--src-creds", login])
+        };
+        output(skopeo.args([&from, &to]))
+    };
+    assert!(!copy("", "nobody").status.success());
+    assert!(!copy("alice:wrong", "wrong").status.success());
+    let copied = copy("alice:for-a", "copied");
+    assert!(copied.status.success(), "{}", String::from_utf8_lossy(&copied.stderr));
+}
