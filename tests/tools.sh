@@ -23,13 +23,15 @@ if [ "$(printf '%s\n%s\n' "$wanted" "$present" | sort -V | head -n 1)" != "$want
     export PATH GOTOOLCHAIN=local
 fi
 
-# Holds manifests against the schemas of Kubernetes, which it carries.
-validate=kubernetes-validate==1.37.0
-if [ ! -e "$out/.$validate" ]; then
-    echo "installing $validate"
-    rm -rf "$out/python"
-    pip3 install --quiet --disable-pip-version-check --root-user-action=ignore --target "$out/python" "$validate"
-    touch "$out/.$validate"
+# Holds manifests against the schemas of Kubernetes, which it carries; a server that answers as Amazon does.
+python="kubernetes-validate==1.37.0 moto==5.2.5 flask==3.1.3 flask-cors==6.0.5"
+stamp="$out/.python.$(echo "$python" | cksum | tr ' ' -)"
+if [ ! -e "$stamp" ]; then
+    echo "installing $python"
+    rm -rf "$out/python" "$out"/.python.*
+    # shellcheck disable=SC2086 # a list of words
+    pip3 install --quiet --disable-pip-version-check --root-user-action=ignore --target "$out/python" $python
+    touch "$stamp"
 fi
 
 # What a program has to be told of itself when it is linked: clients ask a cluster for its version.

@@ -19,10 +19,15 @@ pub enum Credentials {
     Cloud(Cloud),
 }
 
-/// Whose metadata server grants tokens.
+/// Which cloud knows who the machine or pod is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Cloud {
+    /// Amazon's, for its private registries (ECR).
+    #[cfg(feature = "aws")]
+    Aws,
+    /// Azure's, for its Container Registry.
+    Azure,
     /// Google's, for its Artifact Registry and Container Registry.
     Gcp,
 }

@@ -1,5 +1,8 @@
 //! Reads a rule's secrets when they are needed, so that a rotated one heals by itself.
 
+#[cfg(feature = "aws")]
+mod aws;
+mod azure;
 mod docker;
 mod google;
 mod helper;
@@ -49,6 +52,8 @@ const HELPER_LIFE: Duration = Duration::from_secs(600);
 /// Whom a secret is for.
 #[derive(Clone, Copy)]
 pub(super) struct Whom<'a> {
+    /// `https://host`
+    pub(super) base: &'a str,
     /// `host` or `host:port`
     pub(super) authority: &'a str,
     pub(super) trust: Trust,
@@ -58,7 +63,7 @@ pub(super) struct Whom<'a> {
 
 /// The secret for an upstream.
 pub(super) async fn find(source: &Credentials, whom: Whom<'_>) -> Result<Found, CredentialsError> {
-    let Whom { authority, trust, repository } = whom;
+    let Whom { base, authority, trust, repository } = whom;
     let lasting = |life| move |secret| Found { secret, life };
     match source {
         Credentials::Static { username, password } => {
@@ -78,10 +83,22 @@ pub(super) async fn find(source: &Credentials, whom: Whom<'_>) -> Result<Found, 
         Credentials::Helper { name } => helper::ask(name, authority).await.map(lasting(HELPER_LIFE)),
         Credentials::Provider { config, bin_dir } => provider::ask(config, bin_dir, authority, repository).await,
         // A token for everything that the machine may do goes where it belongs, or where the operator wrote.
-        Credentials::Cloud(Cloud::Gcp) if trust == Trust::Written || google::is_registry(authority) => {
-            google::ask().await
+        Credentials::Cloud(cloud) if trust == Trust::Derived && !is_registry_of(*cloud, authority) => {
+            Ok(Found::nothing())
         }
-        Credentials::Cloud(Cloud::Gcp) => Ok(Found::nothing()),
+        #[cfg(feature = "aws")]
+        Credentials::Cloud(Cloud::Aws) => aws::ask(authority).await,
+        Credentials::Cloud(Cloud::Azure) => azure::ask(base, authority).await,
+        Credentials::Cloud(Cloud::Gcp) => google::ask().await,
+    }
+}
+
+fn is_registry_of(cloud: Cloud, authority: &str) -> bool {
+    match cloud {
+        #[cfg(feature = "aws")]
+        Cloud::Aws => aws::is_registry(authority),
+        Cloud::Azure => azure::is_registry(authority),
+        Cloud::Gcp => google::is_registry(authority),
     }
 }
 
@@ -132,7 +149,8 @@ mod tests {
 
     fn of(source: &Credentials, authority: &str, repository: &str) -> Result<Option<Secret>, CredentialsError> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        let whom = Whom { authority, trust: Trust::Derived, repository };
+        let base = format!("https://{authority}");
+        let whom = Whom { base: &base, authority, trust: Trust::Derived, repository };
         runtime.block_on(find(source, whom)).map(|found| found.secret)
     }
 
@@ -160,7 +178,17 @@ mod tests {
     fn a_token_of_the_machine_goes_to_its_own_registries_only() {
         assert!(["gcr.io", "eu.gcr.io", "europe-docker.pkg.dev"].into_iter().all(google::is_registry));
         assert!(!["gcr.io.evil.example", "notgcr.io", "pkg.dev.example"].into_iter().any(google::is_registry));
-        assert_eq!(of(&Credentials::Cloud(Cloud::Gcp), "evil.example", "a").unwrap(), None);
+        assert!(["team.azurecr.io", "team.azurecr.cn"].into_iter().all(azure::is_registry));
+        assert!(!["azurecr.io", "team.azurecr.io.evil.example"].into_iter().any(azure::is_registry));
+        let clouds = [
+            Cloud::Gcp,
+            Cloud::Azure,
+            #[cfg(feature = "aws")]
+            Cloud::Aws,
+        ];
+        for cloud in clouds {
+            assert_eq!(of(&Credentials::Cloud(cloud), "evil.example", "a").unwrap(), None);
+        }
     }
 
     #[test]

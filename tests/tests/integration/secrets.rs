@@ -3,6 +3,7 @@
 
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
+use std::process::{Command, Stdio};
 use std::sync::{Arc, Mutex};
 
 use base64::Engine;
@@ -10,6 +11,7 @@ use base64::engine::general_purpose::STANDARD;
 use dray_tests::dray::{Dray, Start};
 use dray_tests::image::Image;
 use dray_tests::origin::{Content, Origin, Response};
+use dray_tests::process::{Process, free_port};
 use serde_json::json;
 
 const MANIFEST: &str = "/v2/team/app/manifests/1?ns=reg.example";
@@ -226,6 +228,141 @@ async fn googles_metadata_server_grants_tokens() {
         registry.assert_opens(&dray).await;
     }
     assert_eq!(metadata.requests().len(), 1, "kept for half of its life");
+}
+
+/// Amazon's own answers, from moto's server: who has a token of the cluster's is somebody, and has one for ECR.
+#[tokio::test(flavor = "multi_thread")]
+async fn amazons_ecr_grants_tokens_to_pods() {
+    let registry = Locked::new(Wants::Basic, "AWS:123456789012-auth-token").await;
+    let port = free_port();
+    let mut moto = Command::new("python3");
+    moto.env("PYTHONPATH", dray_tests::tool("python")).stdout(Stdio::null()).stderr(Stdio::null());
+    let _moto = Process::spawn(moto.args(["-m", "moto.server", "-H", "127.0.0.1", "-p", &port.to_string()]));
+    let amazon = format!("http://127.0.0.1:{port}");
+    dray_tests::eventually("moto listens", async || std::net::TcpStream::connect(("127.0.0.1", port)).ok()).await;
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("token");
+    std::fs::write(&file, "of-the-cluster").unwrap();
+    // Pod Identity's agent on each node.
+    let agent = Origin::answering(|request| match request.header("authorization") {
+        Some("of-the-cluster") => Response::new(
+            200,
+            json!({"AccessKeyId": "A", "SecretAccessKey": "S", "Token": "T", "Expiration": "2099-01-01T00:00:00Z"})
+                .to_string(),
+        ),
+        _ => Response::new(403, ""),
+    })
+    .await;
+    let metadata = Origin::answering(|request| match (&*request.method, &*request.path) {
+        ("PUT", "/latest/api/token") => {
+            Response::new(200, "session").with("x-aws-ec2-metadata-token-ttl-seconds", "21600")
+        }
+        _ if request.header("x-aws-ec2-metadata-token") != Some("session") => Response::new(401, ""),
+        (_, path) if path.ends_with("/node-role") => Response::new(
+            200,
+            json!({"Code": "Success", "LastUpdated": "2026-01-01T00:00:00Z", "Type": "AWS-HMAC", "AccessKeyId": "A",
+                   "SecretAccessKey": "S", "Token": "T", "Expiration": "2099-01-01T00:00:00Z", "AccountId": "1"})
+            .to_string(),
+        ),
+        (_, path) if path.contains("/security-credentials") => Response::new(200, "node-role"),
+        _ => Response::new(404, ""),
+    })
+    .await;
+    let file = file.to_str().unwrap();
+    let (agent_url, metadata_url) = (format!("{}/v1/credentials", agent.url()), metadata.url());
+    let web_identity = [("AWS_ROLE_ARN", "arn:aws:iam::123456789012:role/dray"), ("AWS_WEB_IDENTITY_TOKEN_FILE", file)];
+    let pod_identity =
+        [("AWS_CONTAINER_CREDENTIALS_FULL_URI", &*agent_url), ("AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE", file)];
+    let instance = [("AWS_EC2_METADATA_SERVICE_ENDPOINT", &*metadata_url), ("HOME", "/nonexistent")];
+    for way in [web_identity, pod_identity, instance] {
+        let start = Start::new(registry.rule("cloud = \"aws\"")).env("AWS_ENDPOINT_URL", &amazon);
+        let start = way.iter().fold(start.env("AWS_REGION", "eu-west-1"), |start, (key, value)| start.env(key, value));
+        registry.assert_opens(&start.run()).await;
+    }
+    assert!(!agent.requests().is_empty() && !metadata.requests().is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_token_of_ecr_is_used_for_half_of_its_life() {
+    let registry = Locked::new(Wants::Basic, "AWS:hush").await;
+    let ends = std::time::UNIX_EPOCH.elapsed().unwrap().as_secs() + 12 * 3600;
+    let ecr = Origin::answering(move |request| {
+        let target = request.header("x-amz-target").unwrap_or_default();
+        assert!(target.ends_with(".GetAuthorizationToken"), "{target}");
+        let signed = request.header("authorization").unwrap_or_default();
+        assert!(signed.contains("Credential=A/") && signed.contains("/us-east-2/ecr/"), "{signed}");
+        let data = json!([{"authorizationToken": STANDARD.encode("AWS:hush"), "expiresAt": ends}]);
+        Response::new(200, json!({"authorizationData": data}).to_string())
+    })
+    .await;
+    let log = tempfile::NamedTempFile::new().unwrap();
+    let start = Start::new(registry.rule("cloud = \"aws\"")).env("AWS_ENDPOINT_URL_ECR", &ecr.url());
+    let start = start.env("AWS_REGION", "us-east-2").env("AWS_ACCESS_KEY_ID", "A").env("AWS_SECRET_ACCESS_KEY", "S");
+    let dray = start.env("DRAY_LOG", "debug").log_to(log.path()).run();
+    for _ in 0..3 {
+        registry.assert_opens(&dray).await;
+    }
+    assert_eq!(ecr.requests().len(), 1);
+    assert!(!std::fs::read_to_string(log.path()).unwrap().contains("hush"));
+}
+
+/// Microsoft's endpoints as documented: a token of the cluster's or of the machine's, exchanged at the registry.
+#[tokio::test(flavor = "multi_thread")]
+async fn azures_registries_exchange_tokens_of_pods_and_machines() {
+    for kind in ["workload", "machine"] {
+        let locked = Locked::new(Wants::Basic, "00000000-0000-0000-0000-000000000000:refresh").await;
+        let behind = locked.origin.url();
+        let entra = Origin::answering(move |request| {
+            let is_workload = request.method == "POST" && request.path == "/tenant/oauth2/v2.0/token";
+            let is_machine = request.path.starts_with("/metadata/identity/oauth2/token?api-version=2018-02-01&resource=https%3A%2F%2Fcontainerregistry.azure.net")
+                && request.header("metadata") == Some("true");
+            let is_right = if kind == "workload" { is_workload } else { is_machine };
+            if is_right { Response::new(200, json!({"access_token": "entra", "expires_in": 3600}).to_string()) } else { Response::new(400, "") }
+        })
+        .await;
+        let front = reqwest::Client::builder().no_proxy().build().unwrap();
+        let registry = Origin::answering(move |request| {
+            if request.path == "/oauth2/exchange" {
+                return Response::new(200, json!({"refresh_token": "refresh"}).to_string());
+            }
+            // All else is the registry behind.
+            let ask = front.request(request.method.parse().unwrap(), format!("{behind}{}", request.path));
+            let ask =
+                request.header("authorization").into_iter().fold(ask, |ask, value| ask.header("authorization", value));
+            tokio::task::block_in_place(|| {
+                tokio::runtime::Handle::current().block_on(async {
+                    let answer = ask.send().await.unwrap();
+                    let (status, headers) = (answer.status().as_u16(), answer.headers().clone());
+                    let mut response = Response::new(status, answer.bytes().await.unwrap());
+                    for name in ["content-type", "docker-content-digest", "www-authenticate"] {
+                        if let Some(value) = headers.get(name) {
+                            response = response.with(name, value.to_str().unwrap());
+                        }
+                    }
+                    response
+                })
+            })
+        })
+        .await;
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("token");
+        std::fs::write(&file, "of-the-cluster\n").unwrap();
+        let rule = locked.rule("cloud = \"azure\"").replace(&locked.origin.url(), &registry.url());
+        let start = Start::new(rule);
+        let start = match kind {
+            "workload" => start
+                .env("AZURE_FEDERATED_TOKEN_FILE", file.to_str().unwrap())
+                .env("AZURE_TENANT_ID", "tenant")
+                .env("AZURE_CLIENT_ID", "client")
+                .env("AZURE_AUTHORITY_HOST", &format!("{}/", entra.url())),
+            _ => start.env("AZURE_POD_IDENTITY_AUTHORITY_HOST", &entra.url()),
+        };
+        let dray = start.run();
+        for _ in 0..3 {
+            locked.assert_opens(&dray).await;
+        }
+        assert_eq!(registry.count("POST", "/oauth2/exchange"), 1, "{kind}");
+    }
 }
 
 /// As a mounted Secret changes: another file under the same name.

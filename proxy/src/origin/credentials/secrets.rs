@@ -59,7 +59,8 @@ impl Secrets {
         // A task of its own: a source that takes longer than this question has time answers the next one.
         let asked = tokio::spawn(async move {
             let ask = async {
-                let whom = Whom { authority: &upstream.authority, trust, repository: &repository };
+                let base = upstream.base();
+                let whom = Whom { base: &base, authority: &upstream.authority, trust, repository: &repository };
                 let found = find(&source, whom).await;
                 if let Err(error) = &found {
                     tracing::error!(rule = rule.name(), %error, "no credentials");
