@@ -18,6 +18,7 @@ test: setup tools ## Build, install what the tests need, and run them all
 lint: build-setup ## Formatting, clippy, licences and bans
 	cargo fmt --all --check
 	cargo clippy --profile $(PROFILE) --workspace --all-targets -- --deny warnings
+	cargo check --profile $(PROFILE) --package dray --no-default-features
 	tests/deny.sh
 
 fuzz: setup ## Every fuzz target for some seconds: make fuzz SECONDS=10
