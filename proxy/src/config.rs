@@ -75,6 +75,8 @@ pub struct Access {
     /// That one address may have open at once.
     pub requests_at_once: Option<NonZeroU16>,
     pub requests_per_second: Option<NonZeroU16>,
+    /// Who may use this process, by lines of `user:password`. None: whoever can connect.
+    pub logins_file: Option<PathBuf>,
     /// A secret by which processes take each other's grants.
     pub key_file: Option<PathBuf>,
 }
@@ -269,9 +271,13 @@ impl Config {
     }
 
     /// What a rule by which callers come with their own rights cannot have.
-    fn check_clients_access(rule: &Rule) -> Result<(), (&'static str, &'static str)> {
+    fn check_clients_access(&self, rule: &Rule) -> Result<(), (&'static str, &'static str)> {
         if rule.credentials.is_some() {
             return Err(("registry.credentials", "are of no use with access = \"client\": callers bring their own"));
+        }
+        if self.access.logins_file.is_some() {
+            let problem = "a request has one Authorization: that of access.logins_file, or the registry's own";
+            return Err(("registry.access", problem));
         }
         if rule.upstreams.len() > 1 {
             return Err((
@@ -316,7 +322,7 @@ impl Config {
                 }
             }
             if rule.access == RuleAccess::Client
-                && let Err((key, problem)) = Self::check_clients_access(rule)
+                && let Err((key, problem)) = self.check_clients_access(rule)
             {
                 return Err(at(start, key, problem.to_owned()));
             }
@@ -520,6 +526,10 @@ mod tests {
             (
                 "[[registry]]\nmatch = \"a.io\"\naccess = \"client\"\nupstreams = [\"https://a\", \"https://b\"]",
                 &["dray.toml:1", "registry.upstreams"],
+            ),
+            (
+                "[access]\nlogins_file = \"l\"\n[[registry]]\nmatch = \"a.io\"\naccess = \"client\"",
+                &["dray.toml:3", "registry.access", "logins_file"],
             ),
             ("[[registry]]\nmatch = \"a.io\"\nalias = [\"x.y\"]", &["dray.toml:1", "registry.alias"]),
             ("# [cache]\n[cache]\ndisk = \"1MiB\"", &["dray.toml:2", "cache.disk", "64MiB"]),

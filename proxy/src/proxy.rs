@@ -2,6 +2,7 @@
 
 mod clients;
 mod gate;
+mod logins;
 mod sendfile;
 mod socket;
 
@@ -192,6 +193,10 @@ impl Front {
             }
         };
         exchange.route = route.as_str();
+        let is_probe = matches!(&route, Route::Content { registry, .. } if sentinel::is_registry(registry));
+        if self.listener == Listener::Clients && !is_probe && !self.gate.knows(request) {
+            return Reply::wrong_secret("this cache is for those who log in: access.logins_file has who may");
+        }
         let Route::Content { registry, repository, endpoint, named_by } = route else {
             return self.ping(request);
         };

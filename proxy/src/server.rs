@@ -22,7 +22,6 @@ use crate::admin::{Admin, Readiness};
 use crate::config::{Config, Mirror, Share, Tls};
 use crate::containerd::diagnosis;
 use crate::containerd::keeping::Keeping;
-use crate::grants::Grants;
 use crate::identity::{Files, Identity, Welcome};
 use crate::metrics::Metrics;
 use crate::origin::Origin;
@@ -154,7 +153,7 @@ pub fn run(
     });
     let following = pull.clone();
     runtime.spawn(async move { following.follow_peers().await });
-    runtime.spawn(keep_secrets(identity, pull.clone()));
+    runtime.spawn(keep_secrets(identity, pull.clone(), gate));
     let scrubbing = pull.clone();
     runtime.spawn(async move { scrubbing.scrub(config.cache.scrub.0).await });
     runtime.spawn(keep_house(store.clone(), config.cache.keep_free));
@@ -170,11 +169,11 @@ pub fn run(
 /// Who gets what only some may have.
 fn gate(config: &Config, listen: SocketAddr, registries: &Registries) -> Result<Arc<Gate>, StartError> {
     let scheme = if config.tls.cert.is_some() { "https" } else { "http" };
-    if registries.ask_who() && scheme == "http" && !listen.ip().is_loopback() {
+    let are_asked = registries.ask_who() || config.access.logins_file.is_some();
+    if are_asked && scheme == "http" && !listen.ip().is_loopback() {
         tracing::warn!(%listen, "clients will send their secrets here in the clear: set [tls], or listen on loopback");
     }
-    let grants = Grants::new(config.access.key_file.as_deref()).map_err(StartError::Config)?;
-    Ok(Arc::new(Gate::new(grants, scheme, listen)))
+    Gate::new(&config.access, scheme, listen).map(Arc::new).map_err(StartError::Config)
 }
 
 /// Whom containerd is pointed at while this process is ready. None: nobody asked for that.
@@ -225,17 +224,17 @@ async fn keep_house(store: Arc<Store>, keep_free: Share) {
 }
 
 /// Reads certificates and keys again, which others replace, for as long as the process lives.
-async fn keep_secrets(identity: Option<Arc<Identity>>, pull: Arc<Pull>) {
-    let mut known = (None, None);
+async fn keep_secrets(identity: Option<Arc<Identity>>, pull: Arc<Pull>, gate: Arc<Gate>) {
+    let mut known = [None, None, None];
     loop {
         tokio::time::sleep(RELOAD).await;
-        let (identity, pull) = (identity.clone(), pull.clone());
+        let (identity, pull, gate) = (identity.clone(), pull.clone(), gate.clone());
         let reloaded = tokio::task::spawn_blocking(move || {
             let own = identity.and_then(|identity| identity.reload().err());
-            (own, pull.peers().and_then(|peers| peers.reload().err()))
+            [own, pull.peers().and_then(|peers| peers.reload().err()), gate.reload().err()]
         });
         let Ok(trouble) = reloaded.await else { continue };
-        for (new, old) in [(&trouble.0, &known.0), (&trouble.1, &known.1)] {
+        for (new, old) in trouble.iter().zip(&known) {
             if let Some(error) = new.as_ref().filter(|_| new != old) {
                 tracing::warn!(error, "a changed file cannot be used: what was read before still holds");
             }

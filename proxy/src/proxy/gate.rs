@@ -12,7 +12,9 @@ use http::{Method, request::Parts};
 use pingora::proxy::Session;
 
 use super::Front;
+use super::logins::Logins;
 use crate::caller::{Caller, Holder, Who};
+use crate::config::Access;
 use crate::grants::{Grant, Grants, MAX_LIFE};
 use crate::lifetimes::{ByLifetime, Lifetime};
 use crate::oci::route;
@@ -29,6 +31,8 @@ pub struct Gate {
     /// By which the registry listener is reached.
     scheme: &'static str,
     listen: SocketAddr,
+    /// None: whoever can connect may use this process.
+    logins: Option<Logins>,
     /// What registries gave for secrets.
     shown: moka::sync::Cache<(Who, String), Shown>,
 }
@@ -61,9 +65,23 @@ struct Wanted {
 }
 
 impl Gate {
-    pub fn new(grants: Grants, scheme: &'static str, listen: SocketAddr) -> Self {
+    pub fn new(access: &Access, scheme: &'static str, listen: SocketAddr) -> Result<Self, String> {
+        let grants = Grants::new(access.key_file.as_deref())?;
+        let logins = access.logins_file.as_deref().map(|path| Logins::load(path, &grants)).transpose()?;
         let shown = moka::sync::Cache::builder().max_capacity(10_000).expire_after(ByLifetime).build();
-        Self { grants, scheme, listen, shown }
+        Ok(Self { grants, scheme, listen, logins, shown })
+    }
+
+    /// Reads the logins again. Blocks on the disk.
+    pub fn reload(&self) -> Result<(), String> {
+        self.logins.as_ref().map_or(Ok(()), |logins| logins.reload(&self.grants))
+    }
+
+    /// Whether a client has logged in, or need not.
+    pub(super) fn knows(&self, request: &Parts) -> bool {
+        let Some(logins) = &self.logins else { return true };
+        let shown = authorization(request).and_then(Secret::from_basic);
+        shown.is_some_and(|secret| logins.know(&secret, &self.grants))
     }
 
     /// Asks a client who it is.

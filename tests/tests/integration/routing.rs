@@ -1,5 +1,7 @@
 //! Every URL form, every endpoint, and what a registry client may be told.
 
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
 use dray_tests::dray::{Start, rule};
 use dray_tests::eventually;
 use dray_tests::http::{client, get, head, send};
@@ -208,6 +210,26 @@ async fn upstreams_in_order_and_rewritten() {
         let denied = dray.get(&format!("/v2/team/app/manifests/1?ns={host}")).await;
         assert_eq!((denied.status, denied.code().as_str()), (403, "DENIED"), "{host}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn clients_may_have_to_log_in() {
+    let image = Image::new(1, &[1000]);
+    let origin = Origin::start(&[("library/app", "1", &image)], |_, r| r).await;
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), "node:hush\n").unwrap();
+    let access = format!("[access]\nlogins_file = \"{}\"\n", file.path().display());
+    let dray = Start::new(rule("docker.io", &origin.url()) + &access).run();
+    let path = dray.url("/v2/library/app/manifests/1?ns=docker.io");
+    let basic = |login: &str| format!("Basic {}", STANDARD.encode(login));
+    for url in [&path, &dray.url("/v2/")] {
+        for wrong in ["", "Bearer x", &basic("node:x"), &basic("node")] {
+            let refused = get(url, &[("authorization", wrong)]).await;
+            assert_eq!((refused.status, refused.header("www-authenticate")), (401, Some("Basic realm=\"dray\"")));
+        }
+        assert_eq!(get(url, &[("authorization", &basic("node:hush"))]).await.status, 200);
+    }
+    assert_eq!(origin.requests().iter().filter(|request| request.header("authorization").is_some()).count(), 0);
 }
 
 /// An image whose project has moved: from its new place first, from the old one what is only there.
