@@ -23,8 +23,9 @@ if [ "$(printf '%s\n%s\n' "$wanted" "$present" | sort -V | head -n 1)" != "$want
     export PATH GOTOOLCHAIN=local
 fi
 
-# Holds manifests against the schemas of Kubernetes, which it carries; a server that answers as Amazon does.
-python="kubernetes-validate==1.37.0 moto==5.2.5 flask==3.1.3 flask-cors==6.0.5"
+# Holds manifests against the schemas of Kubernetes, which it carries; a server that answers as Amazon does;
+# what drives a browser.
+python="kubernetes-validate==1.37.0 moto==5.2.5 flask==3.1.3 flask-cors==6.0.5 playwright==1.65.2"
 stamp="$out/.python.$(echo "$python" | cksum | tr ' ' -)"
 if [ ! -e "$stamp" ]; then
     echo "installing $python"

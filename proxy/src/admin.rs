@@ -1,19 +1,41 @@
-//! The operators' port: `/livez`, `/readyz`, `/metrics`.
+//! The operators' port: probes and metrics for machines, the status for people.
+//!
+//! | path | what | who |
+//! |---|---|---|
+//! | `/livez`, `/readyz`, `/metrics` | probes, Prometheus | whoever can connect |
+//! | `/` | the status page, in one piece | as below |
+//! | `/api/v1/status` | the same as JSON | loopback, or `admin_token_file` |
+//! | `/api/v1/events` | the same every two seconds, as server-sent events | |
+//! | `/api/v1/explain?image=` | what would become of a pull | |
+
+mod visitors;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use async_trait::async_trait;
-use http::Response;
-use pingora::apps::http_app::ServeHttp;
+use bytes::Bytes;
+use pingora::apps::{HttpPersistentSettings, HttpServerApp, ReusedHttpStream};
+use pingora::http::ResponseHeader;
 use pingora::protocols::http::ServerSession;
+use pingora::server::ShutdownWatch;
+use serde::Serialize;
+use tokio::sync::Semaphore;
 
+pub use self::visitors::{Unwelcome, Visitors};
 use crate::metrics::Metrics;
+use crate::oci::route::query_value;
+use crate::status::Sources;
 
 /// Answers the admin listener.
 pub struct Admin {
     pub metrics: Arc<Metrics>,
     pub readiness: Arc<Readiness>,
+    pub visitors: Arc<Visitors>,
+    pub sources: Sources,
+    /// Pages that are kept up to date at a time.
+    pub watching: Arc<Semaphore>,
 }
 
 /// Whether clients should be sent here: true between the start line and the stop signal.
@@ -23,41 +45,160 @@ pub struct Readiness {
     ended: AtomicBool,
 }
 
-const INDEX: &str =
-    "dray\n\n/livez    the process answers\n/readyz   clients may be sent here\n/metrics  for Prometheus\n";
+/// An answer in one piece.
+struct Reply {
+    status: u16,
+    content_type: &'static str,
+    body: Bytes,
+    more: Option<(&'static str, &'static str)>,
+}
+
+/// More people than look at one node at a time.
+pub const MAX_WATCHING: usize = 32;
+
+const UPDATE: Duration = Duration::from_secs(2);
+
+const PAGE: &str = include_str!("admin/page.html");
+
+/// Nothing is loaded from elsewhere, and nobody shows the page inside theirs.
+const POLICY: &str = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; \
+                      base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
 
 #[async_trait]
-impl ServeHttp for Admin {
-    async fn response(&self, session: &mut ServerSession) -> Response<Vec<u8>> {
-        session.set_keepalive(Some(60));
-        let request = session.req_header();
-        if !matches!(request.method.as_str(), "GET" | "HEAD") {
-            return reply(405, "text/plain", b"only GET and HEAD\n".to_vec());
+impl HttpServerApp for Admin {
+    async fn process_new_http(
+        self: &Arc<Self>,
+        mut session: ServerSession,
+        shutdown: &ShutdownWatch,
+    ) -> Option<ReusedHttpStream> {
+        if !session.read_request().await.ok()? {
+            return None;
         }
-        match request.uri.path() {
-            "/" => reply(200, "text/plain", INDEX.into()),
-            "/livez" => reply(200, "text/plain", b"ok\n".to_vec()),
-            "/readyz" if self.readiness.get() => reply(200, "text/plain", b"ok\n".to_vec()),
-            "/readyz" => reply(503, "text/plain", b"starting or stopping\n".to_vec()),
-            "/metrics" => reply(200, "text/plain; version=0.0.4", self.metrics.render()),
-            _ => reply(404, "text/plain", INDEX.into()),
+        session.set_keepalive(if *shutdown.borrow() { None } else { Some(60) });
+        let reply = match session.req_header().uri.path() {
+            "/api/v1/events" => match self.visitors.welcome(&session) {
+                Ok(()) => return self.stream(session).await,
+                Err(unwelcome) => Reply::unwelcome(unwelcome),
+            },
+            _ => self.reply(&session).await,
+        };
+        let head_only = session.req_header().method == http::Method::HEAD;
+        session.write_response_header(Box::new(reply.head()?)).await.ok()?;
+        if !head_only {
+            session.write_response_body(reply.body, true).await.ok()?;
         }
+        let settings = HttpPersistentSettings::for_session(&session);
+        let stream = session.finish().await.ok()??;
+        Some(ReusedHttpStream::from_reusable_stream(stream, settings))
     }
 }
 
-fn reply(status: u16, content_type: &str, body: Vec<u8>) -> Response<Vec<u8>> {
-    let length = body.len();
-    let built = Response::builder()
-        .status(status)
-        .header("content-type", content_type)
-        .header("content-length", length)
-        .body(body);
-    built.expect("status and headers are constants of this file")
+impl Admin {
+    async fn reply(&self, session: &ServerSession) -> Reply {
+        let request = session.req_header();
+        if !matches!(request.method.as_str(), "GET" | "HEAD") {
+            return Reply::text(405, "only GET and HEAD\n");
+        }
+        match request.uri.path() {
+            "/livez" => return Reply::text(200, "ok\n"),
+            "/readyz" if self.readiness.get() => return Reply::text(200, "ok\n"),
+            "/readyz" => return Reply::text(503, "starting or stopping\n"),
+            "/metrics" => return Reply::new(200, "text/plain; version=0.0.4", self.metrics.render()),
+            _ => {}
+        }
+        if let Err(unwelcome) = self.visitors.welcome(session) {
+            return Reply::unwelcome(unwelcome);
+        }
+        match request.uri.path() {
+            "/" => Reply {
+                more: Some(("content-security-policy", POLICY)),
+                ..Reply::new(200, "text/html; charset=utf-8", PAGE)
+            },
+            "/api/v1/status" => Reply::json(200, &self.sources.status()),
+            "/api/v1/explain" => match query_value(request.uri.query(), "image") {
+                Some(image) => match self.sources.pull.explain(&image).await {
+                    Ok(explanation) => Reply::json(200, &explanation),
+                    Err(problem) => Reply::text(400, problem + "\n"),
+                },
+                None => Reply::text(400, "expected ?image=NAME\n"),
+            },
+            _ => {
+                Reply::text(404, "there are /, /api/v1/status, /api/v1/explain?image=, /metrics, /livez and /readyz\n")
+            }
+        }
+    }
+
+    /// Sends the status again and again until the reader leaves.
+    async fn stream(&self, mut session: ServerSession) -> Option<ReusedHttpStream> {
+        let Ok(_watching) = self.watching.try_acquire() else {
+            let reply = Reply::text(503, "enough people are watching\n");
+            session.write_response_header(Box::new(reply.head()?)).await.ok()?;
+            session.write_response_body(reply.body, true).await.ok()?;
+            return None;
+        };
+        session.set_keepalive(None);
+        session.set_write_timeout(Some(UPDATE * 5));
+        let mut head = ResponseHeader::build(200, Some(3)).ok()?;
+        head.insert_header("content-type", "text/event-stream").ok()?;
+        head.insert_header("cache-control", "no-store").ok()?;
+        head.insert_header("transfer-encoding", "chunked").ok()?;
+        session.write_response_header(Box::new(head)).await.ok()?;
+        while !self.readiness.has_ended() {
+            let event = format!("data: {}\n\n", serde_json::to_string(&self.sources.status()).ok()?);
+            session.write_response_body(event.into(), false).await.ok()?;
+            tokio::time::sleep(UPDATE).await;
+        }
+        session.write_response_body(Bytes::new(), true).await.ok()?;
+        None
+    }
+}
+
+impl Reply {
+    fn new(status: u16, content_type: &'static str, body: impl Into<Bytes>) -> Self {
+        Self { status, content_type, body: body.into(), more: None }
+    }
+
+    fn text(status: u16, body: impl Into<Bytes>) -> Self {
+        Self::new(status, "text/plain; charset=utf-8", body)
+    }
+
+    fn json(status: u16, value: &impl Serialize) -> Self {
+        match serde_json::to_vec(value) {
+            Ok(body) => Self::new(status, "application/json", body),
+            Err(error) => Self::text(500, format!("{error}\n")),
+        }
+    }
+
+    fn unwelcome(unwelcome: Unwelcome) -> Self {
+        match unwelcome {
+            Unwelcome::NoToken => Self {
+                more: Some(("www-authenticate", "Basic realm=\"dray\", charset=\"UTF-8\"")),
+                ..Self::text(401, "the password is the token in admin_token_file; any user name will do\n")
+            },
+            Unwelcome::NotHere => Self::text(
+                403,
+                "the status is only shown on loopback, by the name localhost or an address; set admin_token_file to \
+                 show it to those who have the token\n",
+            ),
+        }
+    }
+
+    fn head(&self) -> Option<ResponseHeader> {
+        let mut head = ResponseHeader::build(self.status, Some(6)).ok()?;
+        head.insert_header("content-type", self.content_type).ok()?;
+        head.insert_header("content-length", self.body.len()).ok()?;
+        head.insert_header("cache-control", "no-store").ok()?;
+        head.insert_header("x-content-type-options", "nosniff").ok()?;
+        if let Some((name, value)) = self.more {
+            head.insert_header(name, value).ok()?;
+        }
+        Some(head)
+    }
 }
 
 impl Readiness {
     pub fn get(&self) -> bool {
-        self.begun.load(Ordering::Acquire) && !self.ended.load(Ordering::Acquire)
+        self.begun.load(Ordering::Acquire) && !self.has_ended()
     }
 
     pub fn begin(&self) {
@@ -67,5 +208,9 @@ impl Readiness {
     /// For ever, also where it has not begun yet.
     pub fn end(&self) {
         self.ended.store(true, Ordering::Release);
+    }
+
+    fn has_ended(&self) -> bool {
+        self.ended.load(Ordering::Acquire)
     }
 }

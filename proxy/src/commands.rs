@@ -1,9 +1,13 @@
 //! The commands, and how each ends.
 
 pub(crate) mod containerd;
+pub(crate) mod explain;
 pub(crate) mod hand_over;
+mod operator;
 pub(crate) mod runtime;
 pub(crate) mod serve;
+pub(crate) mod status;
+mod table;
 
 use std::future::Future;
 use std::io::Write;

@@ -40,6 +40,8 @@ pub struct Config {
     pub listen: SocketAddr,
     /// Where operators and probes connect.
     pub admin: SocketAddr,
+    /// Who knows the token in it is shown the status. None: whoever sits at the machine.
+    pub admin_token_file: Option<PathBuf>,
     pub cache: Cache,
     pub access: Access,
     pub guard: Guard,
@@ -365,6 +367,7 @@ impl Default for Config {
             version: VERSION,
             listen: SocketAddr::from(([127, 0, 0, 1], 5050)),
             admin: SocketAddr::from(([127, 0, 0, 1], 5051)),
+            admin_token_file: None,
             cache: Cache::default(),
             access: Access::default(),
             guard: Guard::default(),

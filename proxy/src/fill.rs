@@ -27,6 +27,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use prometheus::IntGauge;
+use serde::{Deserialize, Serialize};
 use tokio::sync::{Semaphore, watch};
 use tokio::time::Instant;
 
@@ -135,6 +136,20 @@ pub struct Fill {
     started: Instant,
 }
 
+/// A fill as it is shown to people.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct FillView {
+    pub digest: String,
+    /// `registry/repository` of whoever asked first.
+    pub image: String,
+    /// As what this node fetches it: `client`, `zone` or `global`.
+    pub role: String,
+    /// Null: not known yet.
+    pub total_bytes: Option<u64>,
+    pub written_bytes: u64,
+    pub seconds: f64,
+}
+
 /// Says what was written.
 struct Teller {
     progress: watch::Sender<Progress>,
@@ -195,6 +210,13 @@ impl Fills {
             gauge: metrics.fills.with_label_values(&["running"]),
             metrics,
         }
+    }
+
+    /// What runs, the oldest first.
+    pub fn views(&self) -> Vec<FillView> {
+        let mut running: Vec<Arc<Fill>> = self.lock().values().cloned().collect();
+        running.sort_by_key(|fill| fill.started);
+        running.iter().map(|fill| fill.view()).collect()
     }
 
     /// The running fill of a digest.
@@ -297,6 +319,17 @@ impl Fills {
 // === impl Fill ===
 
 impl Fill {
+    fn view(&self) -> FillView {
+        FillView {
+            digest: self.key.digest.to_string(),
+            image: self.place.to_string(),
+            role: self.key.role.as_str().to_owned(),
+            total_bytes: self.length_now(),
+            written_bytes: self.written().iter().map(|span| span.len()).sum(),
+            seconds: self.started.elapsed().as_secs_f64(),
+        }
+    }
+
     fn new(key: FillKey, place: Place) -> Self {
         let progress = watch::Sender::new(Progress::new());
         Self {

@@ -3,6 +3,7 @@
 //! Modules stand in levels and import only downwards; `tests/levels.rs` holds them to it.
 
 pub mod access_log;
+pub mod activity;
 pub mod admin;
 pub mod caller;
 pub mod config;
@@ -28,6 +29,7 @@ pub mod secret;
 pub mod sentinel;
 pub mod server;
 pub mod source;
+pub mod status;
 pub mod store;
 pub mod tags;
 pub mod telemetry;

@@ -10,9 +10,11 @@ use clap::{Parser, Subcommand};
 
 use self::commands::Failure;
 use self::commands::containerd::Containerd;
+use self::commands::explain::Explain;
 use self::commands::hand_over::HandOver;
 use self::commands::runtime::Runtime;
 use self::commands::serve::Serve;
+use self::commands::status::Status;
 
 #[global_allocator]
 static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
@@ -47,6 +49,10 @@ enum Command {
     Containerd(Containerd),
     /// Print what points another runtime at dray: the very file, and where it goes
     Runtime(Runtime),
+    /// Show what a running dray does: answers by source, fills, registries, peers, disk
+    Status(Status),
+    /// Tell how a running dray routes an image, and what would happen now
+    Explain(Explain),
     /// Give directories to the user that dray runs as, who then needs no other right
     HandOver(HandOver),
 }
@@ -58,6 +64,8 @@ fn main() -> ExitCode {
         Command::CheckConfig { file } => commands::check_config(&file),
         Command::Containerd(command) => command.run(),
         Command::Runtime(runtime) => runtime.run(),
+        Command::Status(status) => status.run(),
+        Command::Explain(explain) => explain.run(),
         Command::HandOver(hand_over) => hand_over.run(),
     };
     match done {

@@ -1,7 +1,10 @@
 //! Metric names and handles. A leaf: it knows nobody's types, labels come in as `&'static str` or
 //! as names that the configuration bounds.
 
+use std::collections::BTreeMap;
+
 use prometheus::core::Collector;
+use prometheus::proto::Metric;
 use prometheus::{
     Encoder, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder,
 };
@@ -176,6 +179,26 @@ impl Metrics {
     }
 
     /// The text exposition format.
+    /// What a gauge says, by one of its labels.
+    #[expect(clippy::cast_possible_truncation, reason = "these gauges hold whole numbers")]
+    pub fn values(gauges: &IntGaugeVec, label: &str) -> BTreeMap<String, i64> {
+        let families = gauges.collect();
+        let metrics = families.iter().flat_map(|family| family.get_metric());
+        let value = |metric: &Metric| {
+            let pair = metric.get_label().iter().find(|pair| pair.name() == label)?;
+            Some((pair.value().to_owned(), metric.get_gauge().get_value() as i64))
+        };
+        metrics.filter_map(value).collect()
+    }
+
+    /// A counter over all its labels.
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "counters count, and stay below 2^53")]
+    pub fn sum(counters: &IntCounterVec) -> u64 {
+        let families = counters.collect();
+        let metrics = families.iter().flat_map(|family| family.get_metric());
+        metrics.map(|metric| metric.get_counter().get_value() as u64).sum()
+    }
+
     pub fn render(&self) -> Vec<u8> {
         let mut text = Vec::new();
         // Writing into memory fails only on a malformed family, which register() refused.

@@ -26,6 +26,7 @@ use tokio::time::{Instant, timeout_at};
 pub use self::auth::Exchanged;
 use self::auth::Tokens;
 use self::condition::Conditions;
+pub use self::condition::UpstreamView;
 use self::guard::Guard;
 use self::http::Http;
 use self::question::{Kind, Question, claimed_digest};
@@ -201,6 +202,12 @@ impl Origin {
     async fn read_whole(&self, response: Response, limit: usize, deadline: Instant) -> Result<Bytes, SourceError> {
         let reading = read_limited(response, limit, deadline, Some(&self.whole));
         timeout_at(deadline, reading).await.unwrap_or(Err(SourceError::TimedOut))
+    }
+
+    /// The upstreams that were asked lately.
+    pub fn upstreams(&self) -> Vec<UpstreamView> {
+        let remaining = Metrics::values(&self.metrics.origin_rate_limit_remaining, "rule");
+        self.conditions.views(|rule| remaining.get(rule).copied())
     }
 
     /// Forgets where a blob's redirect led: the bytes from there broke off or were wrong.

@@ -23,6 +23,7 @@ use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use reqwest::Client;
+use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 use tokio::time::Instant;
 
@@ -57,10 +58,27 @@ pub struct Peers {
     client: Client,
     /// Who fetches what from this node.
     trackers: moka::sync::Cache<(Digest, Circle), Arc<Mutex<Tracker>>>,
+    /// How long each took to give what it was last asked for.
+    latencies: moka::sync::Cache<SocketAddr, Duration>,
     /// Bodies sent to peers at the moment.
     sending: AtomicU32,
     started: Instant,
     metrics: Arc<Metrics>,
+}
+
+/// A member as it is shown to people.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct PeerView {
+    pub address: SocketAddr,
+    /// `-`: in none.
+    pub zone: String,
+    pub is_this_node: bool,
+    /// Whether it is asked: not for a while after it could not be reached or lied.
+    pub is_well: bool,
+    /// How long it took to give what it was last asked for. Null: it was not, lately.
+    pub first_byte_ms: Option<f64>,
+    /// Of all digests, that it owns.
+    pub share: f64,
 }
 
 /// Where an answer may come from.
@@ -80,6 +98,8 @@ const IDLE: Duration = Duration::from_secs(60);
 
 /// Blobs whose peers are remembered, for how long. Each takes up to half a MiB in a large cluster.
 const MAX_TRACKERS: u64 = 500;
+/// For how long it is shown how fast a peer was.
+const SHOWN: Duration = Duration::from_secs(600);
 const TRACKED: Duration = Duration::from_secs(60);
 
 impl Peers {
@@ -119,6 +139,7 @@ impl Peers {
             proof,
             client,
             trackers: moka::sync::Cache::builder().max_capacity(MAX_TRACKERS).time_to_idle(TRACKED).build(),
+            latencies: moka::sync::Cache::builder().max_capacity(10_000).time_to_live(SHOWN).build(),
             sending: AtomicU32::new(0),
             started: Instant::now(),
             metrics,
@@ -156,9 +177,40 @@ impl Peers {
         }
     }
 
+    /// The members as they are shown to people, by zone and address.
+    pub fn views(&self) -> Vec<PeerView> {
+        let members = self.members.load();
+        let share = 1.0 / members.len().max(1) as f64;
+        let mut views: Vec<PeerView> = members
+            .iter()
+            .map(|(address, zone)| PeerView {
+                address,
+                zone: zone.to_owned(),
+                is_this_node: address == members.own,
+                is_well: address == members.own || self.is_well(&address),
+                first_byte_ms: self.latencies.get(&address).map(|latency| latency.as_secs_f64() * 1000.0),
+                share,
+            })
+            .collect();
+        views.sort_by(|a, b| (&a.zone, a.address).cmp(&(&b.zone, b.address)));
+        views
+    }
+
     /// Whom to ask for a digest, having been asked as `role`.
     pub fn lead(&self, digest: &Digest, role: Role, scope: Scope) -> Lead {
         self.members.load().lead(digest, role, scope, |peer| self.is_well(peer))
+    }
+
+    /// Who goes to the origin for a digest, in which zone, and whether that is this node.
+    pub fn owner(&self, digest: &Digest, scope: Scope) -> (SocketAddr, String, bool) {
+        let members = self.members.load();
+        let mut lead = members.lead(digest, Role::Client, scope, |peer| self.is_well(peer));
+        // The owner of the zone asks further.
+        if lead.asked_as == Role::Zone {
+            lead = members.lead(digest, Role::Zone, scope, |peer| self.is_well(peer));
+        }
+        let owner = lead.leaders.first().copied().unwrap_or(members.own);
+        (owner, members.zone_of(owner).to_owned(), owner == members.own)
     }
 
     /// Whether peers prove who they are: then they share what no digest proves, and what credentials

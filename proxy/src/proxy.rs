@@ -9,7 +9,7 @@ mod socket;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use async_trait::async_trait;
 use http::header::{ACCEPT, HOST, RANGE, USER_AGENT};
@@ -26,6 +26,7 @@ pub use self::gate::Gate;
 use self::sendfile::Sending;
 use self::socket::Socket;
 use crate::access_log::{AccessLog, Line};
+use crate::activity::{Activity, Answered};
 use crate::metrics::Metrics;
 use crate::oci::route::{self, query_value};
 use crate::oci::{Endpoint, NamedBy, RangeSet, Reference, Registry, Repository, Route, accept};
@@ -46,6 +47,7 @@ pub struct Front {
     pub load: Arc<Load>,
     pub clients: Arc<Clients>,
     pub gate: Arc<Gate>,
+    pub activity: Arc<Activity>,
     pub listener: Listener,
 }
 
@@ -112,6 +114,9 @@ const KEEPALIVE_SECONDS: u64 = 75;
 /// A client that takes no byte for this long is gone.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(300);
 
+/// No reference that is right is longer.
+const MAX_REFERENCE: usize = 200;
+
 /// In metrics and logs, where an answer has no content.
 const NO_SOURCE: &str = "none";
 
@@ -157,6 +162,9 @@ impl ProxyHttp for Front {
             return;
         }
         self.count(exchange);
+        if self.listener == Listener::Clients {
+            note(&self.activity, session, exchange);
+        }
         log(&self.access_log, session, error, exchange);
     }
 
@@ -460,6 +468,26 @@ async fn left(session: &mut Session, socket: Option<&Socket>) {
     } else {
         std::future::pending::<()>().await;
     }
+}
+
+/// Remembers an answer for those who look at the status.
+fn note(activity: &Activity, session: &Session, exchange: &Exchange) {
+    let Some(content) = &exchange.content else { return };
+    let path = session.req_header().uri.path();
+    activity.add(Answered {
+        id: exchange.id.clone(),
+        at_ms: SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .map_or(0, |now| u64::try_from(now.as_millis()).unwrap_or(u64::MAX)),
+        route: exchange.route.to_owned(),
+        image: format!("{}/{}", content.registry, content.repository),
+        reference: path.rsplit('/').next().unwrap_or_default().chars().take(MAX_REFERENCE).collect(),
+        status: exchange.status,
+        source: exchange.source.to_owned(),
+        bytes: exchange.sent,
+        first_byte_ms: exchange.first_byte.map(milliseconds),
+        total_ms: milliseconds(exchange.started.elapsed()),
+    });
 }
 
 /// Adds a line to the access log.

@@ -3,6 +3,7 @@
 mod asking;
 mod blob;
 mod entitlement;
+mod explain;
 mod kept;
 mod lend;
 mod manifest;
@@ -23,16 +24,17 @@ pub use self::asking::{Asker, Asking};
 pub use self::blob::{BlobAnswer, BlobRequest, Body, Extent};
 use self::entitlement::Entitlements;
 pub use self::entitlement::Unentitled;
+pub use self::explain::Explanation;
 pub use self::manifest::ManifestAnswer;
 use self::negatives::Negatives;
 pub use self::refusal::Refusal;
 use self::speeds::Speeds;
 use crate::config::FarPeers;
-use crate::fill::{DISTRUST, Fills};
+use crate::fill::{DISTRUST, FillView, Fills};
 use crate::flights::Flights;
 use crate::metrics::Metrics;
 use crate::oci::{Digest, ErrorCode, Registry, Repository, Tag};
-use crate::origin::{Exchanged, ListAnswer, Origin};
+use crate::origin::{Exchanged, ListAnswer, Origin, UpstreamView};
 use crate::peers::swarm::Contribution;
 use crate::peers::{Peers, Scope};
 use crate::provenance::Provenance;
@@ -193,6 +195,20 @@ impl Pull {
     /// Those who may be asked for what belongs there.
     fn peers_for(&self, place: &Place) -> Option<&Arc<Peers>> {
         self.peers.as_ref().filter(|peers| may_share(peers, place))
+    }
+
+    /// Bytes of blobs on disk, their limit, and what is set aside for small objects.
+    pub fn disk_usage(&self) -> (u64, u64, u64) {
+        let (used, limit) = self.store.large.usage();
+        (used, limit, self.store.small.disk_bytes())
+    }
+
+    pub fn fills_now(&self) -> Vec<FillView> {
+        self.fills.views()
+    }
+
+    pub fn upstreams_now(&self) -> Vec<UpstreamView> {
+        self.origin.upstreams()
     }
 
     /// What other drays see of this one.

@@ -14,11 +14,12 @@ use pingora::services::listening::Service;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::runtime::Runtime;
 use tokio::signal::unix::{Signal, SignalKind, signal};
-use tokio::sync::Mutex;
+use tokio::sync::{Mutex, Semaphore};
 use tokio::time::timeout;
 
 use crate::access_log::AccessLog;
-use crate::admin::{Admin, Readiness};
+use crate::activity::Activity;
+use crate::admin::{Admin, MAX_WATCHING, Readiness, Visitors};
 use crate::config::{Config, Mirror, Share, Tls};
 use crate::containerd::diagnosis;
 use crate::containerd::keeping::Keeping;
@@ -29,6 +30,7 @@ use crate::peers::{Peers, RELOAD};
 use crate::proxy::{Clients, Front, Gate, Listener, Load};
 use crate::pull::Pull;
 use crate::registries::Registries;
+use crate::status::Sources;
 use crate::store::{HOUSEKEEPING, Store};
 
 /// Requests under way get this long after the stop signal.
@@ -84,6 +86,8 @@ pub fn run(
     let load = Arc::new(Load::default());
     let clients = Arc::new(Clients::new(&config.access));
     let gate = gate(&config, bound.registry, &registries)?;
+    let activity = Arc::new(Activity::default());
+    let visitors = Arc::new(Visitors::new(config.admin_token_file.as_deref()).map_err(StartError::Config)?);
     let front = |listener| Front {
         pull: pull.clone(),
         registries: registries.clone(),
@@ -92,6 +96,7 @@ pub fn run(
         load: load.clone(),
         clients: clients.clone(),
         gate: gate.clone(),
+        activity: activity.clone(),
         listener,
     };
     let readiness = Arc::new(Readiness::default());
@@ -126,7 +131,21 @@ pub fn run(
         }
         server.add_service(peers);
     }
-    let admin = Admin { metrics, readiness: readiness.clone() };
+    let sources = Sources {
+        pull: pull.clone(),
+        activity,
+        metrics: metrics.clone(),
+        registry: bound.registry,
+        peers: bound.peers,
+        started: Instant::now(),
+    };
+    let admin = Admin {
+        metrics,
+        readiness: readiness.clone(),
+        visitors: visitors.clone(),
+        sources,
+        watching: Arc::new(Semaphore::new(MAX_WATCHING)),
+    };
     let mut admin = Service::new("admin".to_owned(), admin);
     admin.threads = Some(1);
     admin.add_tcp(&bound.admin.to_string());
@@ -153,7 +172,7 @@ pub fn run(
     });
     let following = pull.clone();
     runtime.spawn(async move { following.follow_peers().await });
-    runtime.spawn(keep_secrets(identity, pull.clone(), gate));
+    runtime.spawn(keep_secrets(identity, pull.clone(), gate, visitors));
     let scrubbing = pull.clone();
     runtime.spawn(async move { scrubbing.scrub(config.cache.scrub.0).await });
     runtime.spawn(keep_house(store.clone(), config.cache.keep_free));
@@ -224,14 +243,14 @@ async fn keep_house(store: Arc<Store>, keep_free: Share) {
 }
 
 /// Reads certificates and keys again, which others replace, for as long as the process lives.
-async fn keep_secrets(identity: Option<Arc<Identity>>, pull: Arc<Pull>, gate: Arc<Gate>) {
-    let mut known = [None, None, None];
+async fn keep_secrets(identity: Option<Arc<Identity>>, pull: Arc<Pull>, gate: Arc<Gate>, visitors: Arc<Visitors>) {
+    let mut known = [const { None }; 4];
     loop {
         tokio::time::sleep(RELOAD).await;
-        let (identity, pull, gate) = (identity.clone(), pull.clone(), gate.clone());
+        let (identity, pull, gate, visitors) = (identity.clone(), pull.clone(), gate.clone(), visitors.clone());
         let reloaded = tokio::task::spawn_blocking(move || {
             let own = identity.and_then(|identity| identity.reload().err());
-            [own, pull.peers().and_then(|peers| peers.reload().err()), gate.reload().err()]
+            [own, pull.peers().and_then(|peers| peers.reload().err()), gate.reload().err(), visitors.reload().err()]
         });
         let Ok(trouble) = reloaded.await else { continue };
         for (new, old) in trouble.iter().zip(&known) {

@@ -5,12 +5,12 @@ use std::path::Path;
 
 const LEVELS: [&[&str]; 9] = [
     &["oci", "metrics"],
-    &["caller", "config", "flights", "identity", "lifetimes", "provenance", "role", "secret"],
+    &["activity", "caller", "config", "flights", "identity", "lifetimes", "provenance", "role", "secret"],
     &["dns", "grants", "registries", "source", "store", "telemetry"],
     &["access_log", "origin", "peers", "fill", "tags"],
     &["pull"],
     &["respond"],
-    &["sentinel"],
+    &["sentinel", "status"],
     &["proxy", "admin", "containerd", "runtimes"],
     &["server", "commands", "main", "lib"],
 ];

@@ -4,6 +4,7 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 
 use super::question::Kind;
@@ -79,7 +80,40 @@ const LONGEST_LIMIT: Duration = Duration::from_secs(3600);
 /// What nobody has wanted for so long is not looked after any more.
 const WANTED: Duration = Duration::from_secs(60);
 
+/// An upstream as it is shown to people.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct UpstreamView {
+    /// By which rule it is asked.
+    pub rule: String,
+    pub upstream: String,
+    /// `well`, `slow`: others are asked first, `limited`: it said "later", `down`: nobody answers, and it is asked
+    /// again all the time.
+    pub state: String,
+    /// Until a limit ends.
+    pub limited_seconds: Option<u64>,
+    /// Pulls that it still allows, as it last said of the rule.
+    pub rate_limit_remaining: Option<i64>,
+}
+
 impl Conditions {
+    /// Those that were asked lately, by rule and name.
+    pub(super) fn views(&self, remaining: impl Fn(&str) -> Option<i64>) -> Vec<UpstreamView> {
+        let now = Instant::now();
+        let view = |(key, condition): (Arc<Key>, Arc<Mutex<Condition>>)| {
+            let (state, limited) = lock(&condition).state(now);
+            UpstreamView {
+                rate_limit_remaining: remaining(&key.rule),
+                rule: key.rule.clone(),
+                upstream: key.upstream.clone(),
+                state: state.to_owned(),
+                limited_seconds: limited.map(|limited| limited.as_secs()),
+            }
+        };
+        let mut views: Vec<UpstreamView> = self.0.iter().map(view).collect();
+        views.sort_by(|a, b| (&a.rule, &a.upstream).cmp(&(&b.rule, &b.upstream)));
+        views
+    }
+
     pub(super) fn new() -> Self {
         Self(moka::sync::Cache::builder().max_capacity(MAX_UPSTREAMS).time_to_idle(REMEMBERED).build())
     }
@@ -101,6 +135,20 @@ impl Condition {
             Some(limit) if limit.until > now => Admission::Limited(limit.until),
             _ => Admission::Ask,
         }
+    }
+
+    /// As it is shown, with the time to the end of its longest limit.
+    fn state(&self, now: Instant) -> (&'static str, Option<Duration>) {
+        let limited = self.limits.iter().flatten().filter_map(|limit| limit.until.checked_duration_since(now)).max();
+        let limited = limited.filter(|left| !left.is_zero());
+        let is_doubted = self.doubted.is_some_and(|until| until > now);
+        let state = match (&self.down, limited) {
+            (Some(_), _) => "down",
+            (None, Some(_)) => "limited",
+            (None, None) if is_doubted => "slow",
+            (None, None) => "well",
+        };
+        (state, limited)
     }
 
     /// In which order upstreams are asked: those first that are likely to answer.
@@ -203,6 +251,18 @@ mod tests {
         assert_eq!(condition.admit(Kind::Manifest, start + seconds(7)), Admission::Ask);
         condition.limited(Kind::Manifest, Some(seconds(1_000_000)), start);
         assert_eq!(condition.admit(Kind::Manifest, start + LONGEST_LIMIT), Admission::Ask, "whatever it says");
+    }
+
+    #[test]
+    fn people_are_shown_what_is_wrong() {
+        let (mut condition, now) = (Condition::default(), Instant::now());
+        assert_eq!(condition.state(now), ("well", None));
+        condition.overtaken(now);
+        assert_eq!(condition.state(now), ("slow", None));
+        condition.limited(Kind::Manifest, Some(seconds(7)), now);
+        assert_eq!(condition.state(now), ("limited", Some(seconds(7))));
+        condition.silent(Kind::Manifest, now, now);
+        assert_eq!(condition.state(now).0, "down");
     }
 
     #[test]

@@ -434,6 +434,7 @@ impl Peers {
         self.metrics.peer_requests.with_label_values(&[way[0], way[1], outcome]).inc();
         if outcome == "given" {
             self.metrics.peer_first_byte.with_label_values(&way).observe(asked.elapsed().as_secs_f64());
+            self.latencies.insert(peer, asked.elapsed());
         }
         answer
     }

@@ -63,6 +63,11 @@ impl Members {
         self.zones.len()
     }
 
+    /// Each member with its zone's name.
+    pub(super) fn iter(&self) -> impl Iterator<Item = (SocketAddr, &str)> {
+        self.zones.keys().map(|member| (*member, self.zone_of(*member)))
+    }
+
     pub fn contains(&self, peer: SocketAddr) -> bool {
         self.zones.contains_key(&peer)
     }

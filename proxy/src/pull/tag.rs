@@ -231,7 +231,7 @@ impl Pull {
 }
 
 /// A tag's place in the ring.
-fn in_ring(place: &Place, tag: &Tag) -> Digest {
+pub(super) fn in_ring(place: &Place, tag: &Tag) -> Digest {
     Digest::of(format!("{place}:{tag}").as_bytes())
 }
 

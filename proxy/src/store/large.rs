@@ -101,6 +101,11 @@ pub(super) const FILE_OVERHEAD: u64 = 8192;
 // === impl Large ===
 
 impl Large {
+    /// Bytes taken, and those that may be.
+    pub fn usage(&self) -> (u64, u64) {
+        (self.budget.used(), self.budget.limit())
+    }
+
     pub(super) fn open(layout: &Layout, limit: u64, metrics: &Metrics) -> io::Result<Self> {
         let budget = Budget::new(limit, metrics.cache_bytes.with_label_values(&["large"]));
         let found = files::scan(&layout.blobs())?;

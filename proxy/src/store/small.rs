@@ -79,7 +79,7 @@ impl Small {
     }
 
     /// Bytes that both instances take on disk, always.
-    pub(super) fn disk_bytes(&self) -> u64 {
+    pub fn disk_bytes(&self) -> u64 {
         self.manifests.disk_bytes + self.blobs.disk_bytes
     }
 

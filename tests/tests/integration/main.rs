@@ -30,5 +30,6 @@ mod secrets;
 mod sendfile;
 mod shapes;
 mod soak;
+mod status;
 mod tags;
 mod upgrade;

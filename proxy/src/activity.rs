@@ -1,0 +1,150 @@
+//! What clients asked for lately, for people who look: the last answers, the most wanted images, bytes by source.
+
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use serde::{Deserialize, Serialize};
+
+/// Bounded, and in memory only: it begins anew with the process.
+#[derive(Default)]
+pub struct Activity(Mutex<Seen>);
+
+#[derive(Default)]
+struct Seen {
+    recent: VecDeque<Answered>,
+    images: HashMap<String, Wanted>,
+    sources: BTreeMap<String, Traffic>,
+}
+
+/// One answer with content, or that should have had some.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Answered {
+    /// `X-Request-Id`, as in the access log.
+    pub id: String,
+    /// Milliseconds since 1970.
+    pub at_ms: u64,
+    /// `manifest`, `blob`, `tags` or `referrers`
+    pub route: String,
+    /// `registry/repository`
+    pub image: String,
+    /// The tag or digest.
+    pub reference: String,
+    pub status: u16,
+    pub source: String,
+    pub bytes: u64,
+    /// None: no byte of a body was sent.
+    pub first_byte_ms: Option<f64>,
+    pub total_ms: f64,
+}
+
+/// How much an image is asked for. Old requests fade.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Wanted {
+    pub image: String,
+    pub requests: u64,
+    pub bytes: u64,
+}
+
+/// What was answered from one source.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Traffic {
+    pub requests: u64,
+    pub bytes: u64,
+}
+
+const MAX_RECENT: usize = 100;
+const MAX_IMAGES: usize = 2_000;
+const TOP: usize = 20;
+
+impl Activity {
+    pub fn add(&self, answered: Answered) {
+        let mut seen = self.lock();
+        let traffic = seen.sources.entry(answered.source.clone()).or_default();
+        traffic.requests += 1;
+        traffic.bytes += answered.bytes;
+        if answered.status < 400 {
+            seen.want(&answered.image, answered.bytes);
+        }
+        if seen.recent.len() == MAX_RECENT {
+            seen.recent.pop_back();
+        }
+        seen.recent.push_front(answered);
+    }
+
+    /// The last answers, youngest first.
+    pub fn recent(&self) -> Vec<Answered> {
+        self.lock().recent.iter().cloned().collect()
+    }
+
+    /// The most wanted images.
+    pub fn images(&self) -> Vec<Wanted> {
+        let mut images: Vec<Wanted> = self.lock().images.values().cloned().collect();
+        images.sort_by(|a, b| (b.requests, b.bytes, &a.image).cmp(&(a.requests, a.bytes, &b.image)));
+        images.truncate(TOP);
+        images
+    }
+
+    /// Since the process began.
+    pub fn sources(&self) -> BTreeMap<String, Traffic> {
+        self.lock().sources.clone()
+    }
+
+    /// Nothing under this lock waits or can panic halfway.
+    fn lock(&self) -> MutexGuard<'_, Seen> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Seen {
+    fn want(&mut self, image: &str, bytes: u64) {
+        while self.images.len() >= MAX_IMAGES && !self.images.contains_key(image) {
+            self.images.retain(|_, wanted| {
+                wanted.requests /= 2;
+                wanted.bytes /= 2;
+                wanted.requests > 0
+            });
+        }
+        match self.images.get_mut(image) {
+            Some(wanted) => {
+                wanted.requests += 1;
+                wanted.bytes += bytes;
+            }
+            None => {
+                let image = image.to_owned();
+                self.images.insert(image.clone(), Wanted { image, requests: 1, bytes });
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn answered(image: &str, source: &str, bytes: u64) -> Answered {
+        Answered {
+            id: "1".into(),
+            at_ms: 0,
+            route: "blob".into(),
+            image: image.into(),
+            reference: "1".into(),
+            status: 200,
+            source: source.into(),
+            bytes,
+            first_byte_ms: None,
+            total_ms: 1.0,
+        }
+    }
+
+    #[test]
+    fn the_last_ones_the_most_wanted_and_the_sums_are_kept() {
+        let activity = Activity::default();
+        (0..10_000).for_each(|nth| activity.add(answered(&format!("a/{nth}"), "disk", 1)));
+        (0..50).for_each(|_| activity.add(answered("a/hot", "memory", 2)));
+        activity.add(Answered { status: 404, ..answered("a/missing", "none", 0) });
+        assert_eq!((activity.recent().len(), activity.recent()[0].image.as_str()), (MAX_RECENT, "a/missing"));
+        assert_eq!(activity.images()[0], Wanted { image: "a/hot".into(), requests: 50, bytes: 100 });
+        assert!(activity.images().len() == TOP && activity.lock().images.len() <= MAX_IMAGES);
+        assert_eq!(activity.sources()["disk"], Traffic { requests: 10_000, bytes: 10_000 });
+    }
+}

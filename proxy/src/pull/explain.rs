@@ -1,0 +1,230 @@
+//! What would become of a pull now, without doing it.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use serde::{Deserialize, Serialize};
+
+use super::{Asker, Pull};
+use crate::config::Credentials;
+use crate::oci::route;
+use crate::oci::{Endpoint, Reference, Route, Tag};
+use crate::registries::{Place, Trust};
+use crate::source::ServedFrom;
+
+/// The way of an image.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Explanation {
+    pub registry: String,
+    pub repository: String,
+    pub reference: String,
+    /// The pattern of the first rule that matches; `*`: none of the file does.
+    pub rule: String,
+    pub denied: bool,
+    /// `shared` or `client`
+    pub access: String,
+    /// What kind of credentials the rule has: never the credentials.
+    pub credentials: String,
+    /// In order.
+    pub upstreams: Vec<Upstream>,
+    /// Who fetches it for all nodes. Null: this node keeps to itself.
+    pub owner: Option<Owner>,
+    /// What is known of the tag.
+    pub tag: Option<Lease>,
+    /// Whether the manifest is kept here, and where: `memory` or `disk`.
+    pub kept: Option<String>,
+    /// What would happen now, in words.
+    pub now: String,
+}
+
+/// Where it would be fetched.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Upstream {
+    pub url: String,
+    pub repository: String,
+    /// `written` in the configuration, or `derived` from the name: then only by https at public addresses.
+    pub trust: String,
+    /// As in the status; null: it was not asked lately.
+    pub state: Option<String>,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Owner {
+    pub address: SocketAddr,
+    pub zone: String,
+    pub is_this_node: bool,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Lease {
+    pub digest: String,
+    /// Since its registry was asked.
+    pub age_seconds: u64,
+    /// For how long it is believed without asking; null: for ever.
+    pub believed_seconds: Option<u64>,
+}
+
+impl Pull {
+    /// Explains a name as people write it: `alpine`, `ghcr.io/team/app:1`, `reg.corp:5000/app@sha256:...`.
+    pub async fn explain(self: &Arc<Self>, image: &str) -> Result<Explanation, String> {
+        let (place, reference) = self.parse(image)?;
+        let rule = &place.rule;
+        let lease = match &reference {
+            Reference::Tag(tag) => self.tags.lease(&place, tag),
+            Reference::Digest(_) => None,
+        };
+        let digest = match (&reference, &lease) {
+            (Reference::Digest(digest), _) => Some(digest.clone()),
+            (Reference::Tag(_), lease) => lease.as_ref().map(|lease| lease.digest.clone()),
+        };
+        // As the operator, who may see everything.
+        let seen = Place { caller: crate::caller::Caller::Anonymous, ..place.clone() };
+        let kept = match &digest {
+            Some(digest) => self.kept_manifest(&seen, digest, Asker::Client).await.map(|(_, from)| from),
+            None => None,
+        };
+        let now = SystemTime::now();
+        let is_fresh = match (&reference, &lease) {
+            (Reference::Digest(_), _) => true,
+            (Reference::Tag(tag), Some(lease)) => lease.is_fresh(&place, tag, now),
+            (Reference::Tag(_), None) => false,
+        };
+        let owner = self.owner_of(&place, &reference);
+        let tag = match (&reference, lease) {
+            (Reference::Tag(tag), Some(lease)) => Some(Lease {
+                digest: lease.digest.to_string(),
+                age_seconds: lease.age(now).as_secs(),
+                believed_seconds: believed(&place, tag),
+            }),
+            _ => None,
+        };
+        Ok(Explanation {
+            registry: place.registry.to_string(),
+            repository: place.repository.to_string(),
+            reference: reference.to_string(),
+            rule: rule.name().to_owned(),
+            denied: rule.deny,
+            access: if rule.asks_who() { "client" } else { "shared" }.to_owned(),
+            credentials: credentials(rule.credentials.as_ref()),
+            upstreams: self.upstreams_of(&place),
+            now: self.what_now(&place, kept, is_fresh, owner.as_ref()),
+            owner,
+            tag,
+            kept: kept.map(|from| from.as_str().to_owned()),
+        })
+    }
+
+    fn parse(&self, image: &str) -> Result<(Place, Reference), String> {
+        let wrong = || format!("{image:?} is no image: write [registry/]repository[:tag][@digest]");
+        let (name, reference) = match image.split_once('@') {
+            Some((name, digest)) => (without_tag(name).0, digest),
+            None => {
+                let (name, tag) = without_tag(image);
+                (name, tag.unwrap_or("latest"))
+            }
+        };
+        match route::parse(&format!("/v2/{name}/manifests/{reference}"), None, None, &*self.registries) {
+            Ok(Route::Content { registry, repository, endpoint: Endpoint::Manifest(reference), .. }) => {
+                Ok((self.place(registry, repository), reference))
+            }
+            _ => Err(wrong()),
+        }
+    }
+
+    fn upstreams_of(&self, place: &Place) -> Vec<Upstream> {
+        let known = self.origin.upstreams();
+        let upstream = |(upstream, trust): (crate::config::Upstream, Trust)| {
+            let url = upstream.base();
+            let is_this = |view: &&crate::origin::UpstreamView| view.rule == place.rule.name() && view.upstream == url;
+            Upstream {
+                repository: place.rule.repository_at(&upstream, &place.repository),
+                trust: if trust == Trust::Written { "written" } else { "derived" }.to_owned(),
+                state: known.iter().find(is_this).map(|view| view.state.clone()),
+                url,
+            }
+        };
+        place.rule.upstreams(&place.registry).into_iter().map(upstream).collect()
+    }
+
+    fn owner_of(&self, place: &Place, reference: &Reference) -> Option<Owner> {
+        let peers = self.peers_for(place)?;
+        let in_ring = match reference {
+            Reference::Digest(digest) => digest.clone(),
+            Reference::Tag(tag) => {
+                if !peers.are_proven() {
+                    return None;
+                }
+                super::tag::in_ring(place, tag)
+            }
+        };
+        Some(peers.owner(&in_ring, self.scope(place))).map(|(address, zone, is_this_node)| Owner {
+            address,
+            zone,
+            is_this_node,
+        })
+    }
+
+    fn what_now(&self, place: &Place, kept: Option<ServedFrom>, is_fresh: bool, owner: Option<&Owner>) -> String {
+        if place.rule.deny {
+            return "refused with 403: the rule denies it".to_owned();
+        }
+        let asked = match owner {
+            Some(owner) if !owner.is_this_node => format!("{} is asked, which asks the registry", owner.address),
+            _ => "the registry is asked".to_owned(),
+        };
+        let who = if place.rule.asks_who() { "to those whom the registry lets pull it: " } else { "" };
+        let what = match (kept, is_fresh, self.origin.trouble(place)) {
+            (Some(from), true, _) => format!("served from {}", from.as_str()),
+            (Some(_), false, Some(trouble)) => format!("served stale from here: {trouble}"),
+            (Some(from), false, None) => {
+                format!("{asked} whether the tag has changed, then it is served from {}", from.as_str())
+            }
+            (None, _, Some(trouble)) => format!("asked of peers, or refused with 503: {trouble}"),
+            (None, _, None) => asked,
+        };
+        format!("{who}{what}")
+    }
+}
+
+fn believed(place: &Place, tag: &Tag) -> Option<u64> {
+    let lease = place.rule.lease_of(tag);
+    (lease != std::time::Duration::MAX).then_some(lease.as_secs())
+}
+
+/// A colon after the last slash begins a tag; one before it a port.
+fn without_tag(name: &str) -> (&str, Option<&str>) {
+    match name.rsplit_once(':') {
+        Some((name, tag)) if !tag.contains('/') => (name, Some(tag)),
+        _ => (name, None),
+    }
+}
+
+fn credentials(credentials: Option<&Credentials>) -> String {
+    match credentials {
+        None => "none".to_owned(),
+        Some(Credentials::DockerConfig { file }) => format!("the Docker configuration {}", file.display()),
+        Some(Credentials::Static { username, .. }) => format!("the user {username}"),
+        Some(Credentials::Helper { name }) => format!("the helper docker-credential-{name}"),
+        Some(Credentials::Provider { config, .. }) => format!("the kubelet's plugins by {}", config.display()),
+        Some(Credentials::Cloud(cloud)) => format!("who this is at the cloud ({cloud:?})").to_lowercase(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_port_is_no_tag() {
+        assert_eq!(without_tag("reg:5000/app"), ("reg:5000/app", None));
+        assert_eq!(without_tag("reg:5000/app:1"), ("reg:5000/app", Some("1")));
+        assert_eq!(without_tag("alpine"), ("alpine", None));
+    }
+
+    #[test]
+    fn credentials_are_named_not_told() {
+        let file = Credentials::DockerConfig { file: "/etc/c.json".into() };
+        assert_eq!([credentials(None), credentials(Some(&file))], ["none", "the Docker configuration /etc/c.json"]);
+    }
+}

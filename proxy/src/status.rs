@@ -1,0 +1,100 @@
+//! What a process does, in one piece of JSON: `/api/v1/status`, the status page, `dray status`.
+//!
+//! Names only grow: what is there keeps its meaning. Nothing in it is a secret.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Instant;
+
+use serde::{Deserialize, Serialize};
+
+use crate::activity::{Activity, Answered, Traffic, Wanted};
+use crate::fill::FillView;
+use crate::metrics::Metrics;
+use crate::origin::UpstreamView;
+use crate::peers::PeerView;
+use crate::pull::Pull;
+
+/// Where everything that is shown comes from.
+pub struct Sources {
+    pub pull: Arc<Pull>,
+    pub activity: Arc<Activity>,
+    pub metrics: Arc<Metrics>,
+    pub registry: SocketAddr,
+    pub peers: Option<SocketAddr>,
+    pub started: Instant,
+}
+
+/// One process at one time.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Status {
+    pub version: String,
+    pub uptime_seconds: u64,
+    /// Where clients connect.
+    pub registry: SocketAddr,
+    /// Where other drays connect; null: this one keeps to itself.
+    pub peers_listen: Option<SocketAddr>,
+    pub cache: Cache,
+    /// What clients were sent since the start, by source: memory, disk, peer, origin, stale; none: refusals.
+    pub sources: BTreeMap<String, Traffic>,
+    pub traffic: Totals,
+    pub fills: Vec<FillView>,
+    pub peers: Vec<PeerView>,
+    pub origins: Vec<UpstreamView>,
+    pub recent: Vec<Answered>,
+    pub images: Vec<Wanted>,
+}
+
+/// Bytes on disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Cache {
+    /// Of large blobs.
+    pub blobs_bytes: u64,
+    /// That they may take now.
+    pub blobs_limit: u64,
+    /// Set aside for small objects.
+    pub small_bytes: u64,
+    pub evicted_bytes: u64,
+}
+
+/// Bytes since the start.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Totals {
+    /// To clients.
+    pub sent_bytes: u64,
+    /// From registries, also on behalf of other nodes.
+    pub origin_bytes: u64,
+    /// From other drays.
+    pub peer_bytes: u64,
+    /// What clients of this node were sent that did not come from a registry for them.
+    pub saved_bytes: u64,
+}
+
+impl Sources {
+    pub fn status(&self) -> Status {
+        let sources = self.activity.sources();
+        let sent: u64 = sources.values().map(|traffic| traffic.bytes).sum();
+        let fetched = sources.get("origin").map_or(0, |traffic| traffic.bytes);
+        let (blobs_bytes, blobs_limit, small_bytes) = self.pull.disk_usage();
+        Status {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            uptime_seconds: self.started.elapsed().as_secs(),
+            registry: self.registry,
+            peers_listen: self.peers,
+            cache: Cache { blobs_bytes, blobs_limit, small_bytes, evicted_bytes: self.metrics.evicted_bytes.get() },
+            traffic: Totals {
+                sent_bytes: sent,
+                origin_bytes: Metrics::sum(&self.metrics.origin_bytes),
+                peer_bytes: Metrics::sum(&self.metrics.peer_bytes),
+                saved_bytes: sent - fetched,
+            },
+            fills: self.pull.fills_now(),
+            peers: self.pull.peers().map(|peers| peers.views()).unwrap_or_default(),
+            origins: self.pull.upstreams_now(),
+            recent: self.activity.recent(),
+            images: self.activity.images(),
+            sources,
+        }
+    }
+}
