@@ -8,6 +8,7 @@ pub(crate) mod runtime;
 pub(crate) mod serve;
 pub(crate) mod status;
 mod table;
+pub(crate) mod warm;
 
 use std::future::Future;
 use std::io::Write;

@@ -33,3 +33,4 @@ pub mod status;
 pub mod store;
 pub mod tags;
 pub mod telemetry;
+pub mod warm;

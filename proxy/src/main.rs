@@ -15,6 +15,7 @@ use self::commands::hand_over::HandOver;
 use self::commands::runtime::Runtime;
 use self::commands::serve::Serve;
 use self::commands::status::Status;
+use self::commands::warm::Warm;
 
 #[global_allocator]
 static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
@@ -49,6 +50,8 @@ enum Command {
     Containerd(Containerd),
     /// Print what points another runtime at dray: the very file, and where it goes
     Runtime(Runtime),
+    /// Pull images through a running dray, so that they are there when a runtime asks
+    Warm(Warm),
     /// Show what a running dray does: answers by source, fills, registries, peers, disk
     Status(Status),
     /// Tell how a running dray routes an image, and what would happen now
@@ -64,6 +67,7 @@ fn main() -> ExitCode {
         Command::CheckConfig { file } => commands::check_config(&file),
         Command::Containerd(command) => command.run(),
         Command::Runtime(runtime) => runtime.run(),
+        Command::Warm(warm) => warm.run(),
         Command::Status(status) => status.run(),
         Command::Explain(explain) => explain.run(),
         Command::HandOver(hand_over) => hand_over.run(),

@@ -3,6 +3,7 @@
 pub mod accept;
 pub mod digest;
 pub mod error;
+pub mod image;
 pub mod manifest;
 pub mod multipart;
 pub mod name;
@@ -12,6 +13,7 @@ pub mod spans;
 
 pub use digest::{Algorithm, Digest, Verifier};
 pub use error::ErrorCode;
+pub use image::ImageName;
 pub use multipart::Multipart;
 pub use name::{Reference, Registry, Repository, Tag};
 pub use range::{ContentRange, RangeRequest, RangeSet, Span};

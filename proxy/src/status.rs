@@ -75,7 +75,8 @@ impl Sources {
     pub fn status(&self) -> Status {
         let sources = self.activity.sources();
         let sent: u64 = sources.values().map(|traffic| traffic.bytes).sum();
-        let fetched = sources.get("origin").map_or(0, |traffic| traffic.bytes);
+        let is_saved = |source: &str| !matches!(source, "origin" | "none");
+        let saved = sources.iter().filter(|(source, _)| is_saved(source)).map(|(_, traffic)| traffic.bytes).sum();
         let (blobs_bytes, blobs_limit, small_bytes) = self.pull.disk_usage();
         Status {
             version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -87,7 +88,7 @@ impl Sources {
                 sent_bytes: sent,
                 origin_bytes: Metrics::sum(&self.metrics.origin_bytes),
                 peer_bytes: Metrics::sum(&self.metrics.peer_bytes),
-                saved_bytes: sent - fetched,
+                saved_bytes: saved,
             },
             fills: self.pull.fills_now(),
             peers: self.pull.peers().map(|peers| peers.views()).unwrap_or_default(),

@@ -11,7 +11,7 @@ const LEVELS: [&[&str]; 9] = [
     &["pull"],
     &["respond"],
     &["sentinel", "status"],
-    &["proxy", "admin", "containerd", "runtimes"],
+    &["proxy", "admin", "containerd", "runtimes", "warm"],
     &["server", "commands", "main", "lib"],
 ];
 

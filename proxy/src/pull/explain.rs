@@ -8,8 +8,8 @@ use serde::{Deserialize, Serialize};
 
 use super::{Asker, Pull};
 use crate::config::Credentials;
-use crate::oci::route;
-use crate::oci::{Endpoint, Reference, Route, Tag};
+use crate::oci::route::Names;
+use crate::oci::{ImageName, Reference, Tag};
 use crate::registries::{Place, Trust};
 use crate::source::ServedFrom;
 
@@ -116,20 +116,12 @@ impl Pull {
     }
 
     fn parse(&self, image: &str) -> Result<(Place, Reference), String> {
-        let wrong = || format!("{image:?} is no image: write [registry/]repository[:tag][@digest]");
-        let (name, reference) = match image.split_once('@') {
-            Some((name, digest)) => (without_tag(name).0, digest),
-            None => {
-                let (name, tag) = without_tag(image);
-                (name, tag.unwrap_or("latest"))
-            }
-        };
-        match route::parse(&format!("/v2/{name}/manifests/{reference}"), None, None, &*self.registries) {
-            Ok(Route::Content { registry, repository, endpoint: Endpoint::Manifest(reference), .. }) => {
-                Ok((self.place(registry, repository), reference))
-            }
-            _ => Err(wrong()),
-        }
+        let ImageName { registry, repository, reference } = image.parse()?;
+        // The first part may stand for a registry.
+        let alias = repository.as_str().split_once('/').filter(|_| registry.is_docker_hub());
+        let aliased = alias.and_then(|(first, rest)| Some((self.registries.alias(first)?, rest.parse().ok()?)));
+        let (registry, repository) = aliased.unwrap_or((registry, repository));
+        Ok((self.place(registry, repository), reference))
     }
 
     fn upstreams_of(&self, place: &Place) -> Vec<Upstream> {
@@ -192,14 +184,6 @@ fn believed(place: &Place, tag: &Tag) -> Option<u64> {
     (lease != std::time::Duration::MAX).then_some(lease.as_secs())
 }
 
-/// A colon after the last slash begins a tag; one before it a port.
-fn without_tag(name: &str) -> (&str, Option<&str>) {
-    match name.rsplit_once(':') {
-        Some((name, tag)) if !tag.contains('/') => (name, Some(tag)),
-        _ => (name, None),
-    }
-}
-
 fn credentials(credentials: Option<&Credentials>) -> String {
     match credentials {
         None => "none".to_owned(),
@@ -214,13 +198,6 @@ fn credentials(credentials: Option<&Credentials>) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_port_is_no_tag() {
-        assert_eq!(without_tag("reg:5000/app"), ("reg:5000/app", None));
-        assert_eq!(without_tag("reg:5000/app:1"), ("reg:5000/app", Some("1")));
-        assert_eq!(without_tag("alpine"), ("alpine", None));
-    }
 
     #[test]
     fn credentials_are_named_not_told() {

@@ -33,3 +33,4 @@ mod soak;
 mod status;
 mod tags;
 mod upgrade;
+mod warm;
