@@ -7,7 +7,7 @@ set -eu
 build="cc:gcc cmake:cmake make:make update-ca-certificates:ca-certificates"
 all="$build curl:curl openssl:openssl docker-registry:docker-registry htpasswd:apache2-utils skopeo:skopeo \
 buildah:buildah podman:podman dockerd:docker.io containerd:containerd nginx:nginx-light dnsmasq:dnsmasq-base ip:iproute2 tc:iproute2 unshare:util-linux mount:mount valgrind:valgrind \
-g++:g++ go:golang-go strace:strace pip3:python3-pip etcd:etcd-server chromium:chromium iptables:iptables ptp:containernetworking-plugins"
+g++:g++ go:golang-go strace:strace pip3:python3-pip etcd:etcd-server chromium:chromium promtool:prometheus iptables:iptables ptp:containernetworking-plugins"
 
 [ "${1:-}" = build ] && wanted=$build || wanted=$all
 missing=""

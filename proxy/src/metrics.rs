@@ -6,14 +6,19 @@ use std::collections::BTreeMap;
 use prometheus::core::Collector;
 use prometheus::proto::Metric;
 use prometheus::{
-    Encoder, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder,
+    CounterVec, Encoder, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
+    TextEncoder,
 };
 
 pub const REQUESTS: &str = "dray_requests_total";
 pub const SENT_BYTES: &str = "dray_sent_bytes_total";
+pub const SAVED_BYTES: &str = "dray_saved_bytes_total";
+pub const REQUEST_SECONDS: &str = "dray_request_seconds";
 pub const FIRST_BYTE: &str = "dray_first_byte_seconds";
 pub const ORIGIN_REQUESTS: &str = "dray_origin_requests_total";
 pub const ORIGIN_BYTES: &str = "dray_origin_bytes_total";
+pub const ORIGIN_FIRST_BYTE: &str = "dray_origin_first_byte_seconds";
+pub const ORIGIN_BODY_SECONDS: &str = "dray_origin_body_seconds_total";
 pub const ORIGIN_DOWN: &str = "dray_origin_down";
 pub const CLIENT_CHECKS: &str = "dray_client_checks_total";
 pub const ORIGIN_RATE_LIMIT: &str = "dray_origin_rate_limit";
@@ -25,6 +30,7 @@ pub const FILLS: &str = "dray_fills";
 pub const RESUMED_BYTES: &str = "dray_resumed_bytes_total";
 pub const EVICTED_BYTES: &str = "dray_evicted_bytes_total";
 pub const CACHE_BYTES: &str = "dray_cache_bytes";
+pub const CACHE_LIMIT: &str = "dray_cache_limit_bytes";
 pub const SCRUBBED_BYTES: &str = "dray_scrubbed_bytes_total";
 pub const DAMAGED: &str = "dray_damaged_blobs_total";
 pub const SHUT_OUT: &str = "dray_peers_shut_out_total";
@@ -43,16 +49,25 @@ pub struct Metrics {
     pub requests: IntCounterVec,
     /// by source
     pub sent_bytes: IntCounterVec,
+    /// to clients of this process, not from a registry
+    pub saved_bytes: IntCounter,
+    /// by route, source, in seconds
+    pub request_seconds: HistogramVec,
     /// by source, in seconds
     pub first_byte: HistogramVec,
     /// by rule, kind, outcome
     pub origin_requests: IntCounterVec,
     /// by rule
     pub origin_bytes: IntCounterVec,
+    /// by rule, in seconds
+    pub origin_first_byte: HistogramVec,
+    /// by rule, in seconds
+    pub origin_body_seconds: CounterVec,
     /// upstreams that do not answer, by rule
     pub origin_down: IntGaugeVec,
-    /// what upstreams say of their limits, by rule
+    /// by rule, outcome
     pub client_checks: IntCounterVec,
+    /// what upstreams say of their limits, by rule
     pub origin_rate_limit: IntGaugeVec,
     pub origin_rate_limit_remaining: IntGaugeVec,
     /// by from_zone, to_zone
@@ -74,6 +89,8 @@ pub struct Metrics {
     pub small_dropped: IntCounterVec,
     /// by tier
     pub cache_bytes: IntGaugeVec,
+    /// by tier
+    pub cache_limit: IntGaugeVec,
     /// by reason
     pub stale: IntCounterVec,
     pub mismatches: IntCounter,
@@ -104,9 +121,26 @@ impl Metrics {
         Self {
             requests: counters(REQUESTS, "Requests answered.", &["route", "source", "status"]),
             sent_bytes: counters(SENT_BYTES, "Body bytes sent to clients and peers.", &["source"]),
+            saved_bytes: register(
+                &registry,
+                IntCounter::new(SAVED_BYTES, "Body bytes sent to clients that did not come from a registry for them."),
+            ),
+            request_seconds: seconds(REQUEST_SECONDS, "Time to the end of an answer.", &["route", "source"]),
             first_byte: seconds(FIRST_BYTE, "Time to the first byte of an answer, by source.", &["source"]),
             origin_requests: counters(ORIGIN_REQUESTS, "Requests sent to origins.", &["rule", "kind", "outcome"]),
             origin_bytes: counters(ORIGIN_BYTES, "Body bytes received from origins.", &["rule"]),
+            origin_first_byte: seconds(
+                ORIGIN_FIRST_BYTE,
+                "Time until an origin began to answer, tokens and redirects included.",
+                &["rule"],
+            ),
+            origin_body_seconds: register(
+                &registry,
+                CounterVec::new(
+                    Opts::new(ORIGIN_BODY_SECONDS, "Time that bodies of blobs took to come, all connections together."),
+                    &["rule"],
+                ),
+            ),
             origin_down: gauges(
                 ORIGIN_DOWN,
                 "Upstreams that do not answer and are asked again all the time.",
@@ -167,6 +201,7 @@ impl Metrics {
                 IntCounter::new(RESUMED_BYTES, "Bytes that an earlier, unfinished fetch had left."),
             ),
             cache_bytes: gauges(CACHE_BYTES, "Bytes held, by tier.", &["tier"]),
+            cache_limit: gauges(CACHE_LIMIT, "Bytes that may be held, by tier.", &["tier"]),
             stale: counters(STALE, "Tags answered from an expired record, by reason.", &["reason"]),
             mismatches: register(&registry, IntCounter::new(MISMATCHES, "Bodies that did not match their digest.")),
             uncached: counters(UNCACHED, "Blobs passed through without being kept, by reason.", &["reason"]),
@@ -178,7 +213,6 @@ impl Metrics {
         }
     }
 
-    /// The text exposition format.
     /// What a gauge says, by one of its labels.
     #[expect(clippy::cast_possible_truncation, reason = "these gauges hold whole numbers")]
     pub fn values(gauges: &IntGaugeVec, label: &str) -> BTreeMap<String, i64> {
@@ -199,6 +233,7 @@ impl Metrics {
         metrics.map(|metric| metric.get_counter().get_value() as u64).sum()
     }
 
+    /// The text exposition format.
     pub fn render(&self) -> Vec<u8> {
         let mut text = Vec::new();
         // Writing into memory fails only on a malformed family, which register() refused.

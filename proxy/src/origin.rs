@@ -152,9 +152,15 @@ impl Origin {
         let response = self.ask(place, &question, deadline).await?;
         let (span, total) = part.brought(response.status().as_u16(), response.headers())?;
         let counter = self.metrics.origin_bytes.with_label_values(&[place.rule.name()]);
+        let seconds = self.metrics.origin_body_seconds.with_label_values(&[place.rule.name()]);
+        let mut last = Instant::now();
         let body = response
             .bytes_stream()
-            .inspect_ok(move |piece| counter.inc_by(piece.len() as u64))
+            .inspect_ok(move |piece| {
+                counter.inc_by(piece.len() as u64);
+                seconds.inc_by(last.elapsed().as_secs_f64());
+                last = Instant::now();
+            })
             .map_err(|error| Broken(error_chain(&error.without_url())));
         Ok(Incoming::new(span, total, body))
     }

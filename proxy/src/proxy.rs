@@ -376,6 +376,11 @@ impl Front {
         let status = exchange.status.to_string();
         self.metrics.requests.with_label_values(&[exchange.route, exchange.source, &status]).inc();
         self.metrics.sent_bytes.with_label_values(&[exchange.source]).inc_by(exchange.sent);
+        if self.listener == Listener::Clients && !matches!(exchange.source, NO_SOURCE | "origin") {
+            self.metrics.saved_bytes.inc_by(exchange.sent);
+        }
+        let took = self.metrics.request_seconds.with_label_values(&[exchange.route, exchange.source]);
+        took.observe(exchange.started.elapsed().as_secs_f64());
         if let Some(first_byte) = exchange.first_byte {
             self.metrics.first_byte.with_label_values(&[exchange.source]).observe(first_byte.as_secs_f64());
         }

@@ -75,8 +75,6 @@ impl Sources {
     pub fn status(&self) -> Status {
         let sources = self.activity.sources();
         let sent: u64 = sources.values().map(|traffic| traffic.bytes).sum();
-        let is_saved = |source: &str| !matches!(source, "origin" | "none");
-        let saved = sources.iter().filter(|(source, _)| is_saved(source)).map(|(_, traffic)| traffic.bytes).sum();
         let (blobs_bytes, blobs_limit, small_bytes) = self.pull.disk_usage();
         Status {
             version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -88,7 +86,7 @@ impl Sources {
                 sent_bytes: sent,
                 origin_bytes: Metrics::sum(&self.metrics.origin_bytes),
                 peer_bytes: Metrics::sum(&self.metrics.peer_bytes),
-                saved_bytes: saved,
+                saved_bytes: self.metrics.saved_bytes.get(),
             },
             fills: self.pull.fills_now(),
             peers: self.pull.peers().map(|peers| peers.views()).unwrap_or_default(),

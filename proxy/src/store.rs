@@ -87,6 +87,7 @@ impl Store {
         let for_blobs = disk.saturating_sub(small.disk_bytes());
         let large = Large::open(&layout, for_blobs, metrics).map_err(StoreError::Scan)?;
         metrics.cache_bytes.with_label_values(&["small"]).set(i64::try_from(small.disk_bytes()).unwrap_or(i64::MAX));
+        metrics.cache_limit.with_label_values(&["small"]).set(i64::try_from(small.disk_bytes()).unwrap_or(i64::MAX));
         let records = Records::new(layout.records());
         Ok(Self { small, large: Arc::new(large), records, layout })
     }

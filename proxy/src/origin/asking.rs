@@ -151,6 +151,10 @@ impl Origin {
             let answer = answer.and_then(|response| question.believe(response));
             let outcome = answer.as_ref().map_or_else(SourceError::as_str, |_| "ok");
             self.metrics.origin_requests.with_label_values(&[place.rule.name(), question.kind.as_str(), outcome]).inc();
+            if answer.is_ok() {
+                let first_byte = self.metrics.origin_first_byte.with_label_values(&[place.rule.name()]);
+                first_byte.observe(now.elapsed().as_secs_f64());
+            }
             if let Err(error) = &answer {
                 let (upstream, kind) = (turn.upstream.base(), question.kind.as_str());
                 tracing::debug!(%place, upstream, kind, %error, "upstream gave nothing");

@@ -108,6 +108,7 @@ impl Large {
 
     pub(super) fn open(layout: &Layout, limit: u64, metrics: &Metrics) -> io::Result<Self> {
         let budget = Budget::new(limit, metrics.cache_bytes.with_label_values(&["large"]));
+        metrics.cache_limit.with_label_values(&["large"]).set(i64::try_from(limit).unwrap_or(i64::MAX));
         let found = files::scan(&layout.blobs())?;
         let index = found.into_iter().map(|found| {
             let charge = Arc::new(budget.account(found.len + FILE_OVERHEAD));

@@ -19,6 +19,7 @@ mod k8s;
 mod kubernetes;
 mod lazy;
 mod load;
+mod monitoring;
 mod node;
 mod outage;
 mod peers;

@@ -75,7 +75,8 @@ async fn the_status_tells_what_was_done_and_from_where() {
     for says in ["docker.io/library/app:1", "the user robot", &hub.url(), &image.digest, "served from memory"] {
         assert!(shown.contains(says), "{says}: {shown}");
     }
-    let (_, shown, _) = command(&dray, &["explain", &format!("gone.example/a@{}", dray_tests::image::digest(b"not here"))]);
+    let (_, shown, _) =
+        command(&dray, &["explain", &format!("gone.example/a@{}", dray_tests::image::digest(b"not here"))]);
     assert!(shown.contains("the registry is asked") && shown.contains("gone.example/a@sha256"), "{shown}");
     let (code, _, error) = command(&dray, &["explain", "UPPER:x y"]);
     assert!(code == Some(2) && error.contains("repository[:tag]"), "{error}");
