@@ -17,7 +17,7 @@ fn matrix() -> Vec<Vec<String>> {
     let sets = [
         "",
         "reach.by=hostPort,networkPolicy.enabled=true",
-        "containerd.enabled=false",
+        "containerd.enabled=false,serviceAccountName=dray",
         "containerd.configFile=/etc/containerd/config.toml,peers.keySecret=peers",
         "metrics.enabled=true,metrics.serviceMonitor.enabled=true",
         "zones.by=nodes,zones.names={a,b-1},zones.policy=isolate",
