@@ -1,8 +1,8 @@
-//! The k6 script works against real images: its checks hold, hot and cold. And a log that nobody reads.
+//! The k6 scripts work against real images: what has to hold holds, hot and cold. And a log that nobody reads.
 
 use std::process::{Command, Stdio};
 
-use dray_tests::dray::{Start, rule};
+use dray_tests::dray::{Start, binary, rule};
 use dray_tests::image::Image;
 use dray_tests::process::{Process, run};
 use dray_tests::registry::Registry;
@@ -23,6 +23,36 @@ async fn the_pull_script_passes_its_thresholds() {
         .args(["--env", "VUS=5", "--env", "ITERATIONS=30", script]));
     assert!(said.contains("pulled_bytes"), "{said}");
     assert!(dray.metric("dray_requests_total{route=\"blob\",source=\"disk\",status=\"200\"}").await > 0);
+}
+
+/// Each scenario for a moment, by the one command.
+#[test]
+fn every_scenario_passes_and_tells_of_it() {
+    let scripts = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../loadtest");
+    let names = std::fs::read_dir(&scripts)
+        .unwrap()
+        .filter_map(|entry| entry.unwrap().file_name().to_str().unwrap().strip_suffix(".js").map(str::to_owned));
+    let mut names: Vec<String> = names.collect();
+    names.sort();
+    assert_eq!(names, ["blobs", "churn", "compare", "manifests", "origin-down", "pull", "ranges", "rollout"]);
+    let dir = tempfile::tempdir().unwrap();
+    for name in &names {
+        let out = dir.path().join(name);
+        let mut command = Command::new("sh");
+        command.arg(scripts.join("run.sh")).arg(name).env("DRAY", binary()).env("K6", tool("k6")).env("OUT", &out);
+        command.envs([("DURATION", "3"), ("RATE", "50"), ("BURST", "200"), ("NODES", "8"), ("ITERATIONS", "6")]);
+        command.envs([("SIZE", "1500000"), ("COUNT", "3"), ("DRAYS", if name == "rollout" { "2" } else { "1" })]);
+        if name == "origin-down" {
+            command.env("DURATION", "9");
+        }
+        let said = run(&mut command);
+        assert!(said.contains("passed") && !said.contains("FAILED"), "{name}: {said}");
+        let json: serde_json::Value =
+            serde_json::from_slice(&std::fs::read(out.with_extension("json")).unwrap()).unwrap();
+        assert_eq!(json["metrics"]["checks"]["values"]["fails"], 0, "{name}");
+        let html = std::fs::read_to_string(out.with_extension("html")).unwrap();
+        assert!(html.contains("passed") && html.contains("What had to hold"), "{name}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

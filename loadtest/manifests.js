@@ -1,0 +1,33 @@
+// Asks what tags mean, as a cluster does whose pods have imagePullPolicy Always: steadily, then all at once.
+//
+// RATE      questions a second, steadily       (200)
+// BURST     questions a second in the burst    (2000)
+// DURATION  of each, in seconds                (20)
+import { common, images, manifest, resolve, thresholds } from "./lib/registry.js";
+import { summary } from "./lib/summary.js";
+
+const seconds = Number(__ENV.DURATION || 20);
+const scenario = (rate, start) => ({
+  executor: "constant-arrival-rate",
+  rate,
+  timeUnit: "1s",
+  duration: `${seconds}s`,
+  startTime: `${start}s`,
+  preAllocatedVUs: Math.min(500, Math.ceil(rate / 10)),
+  maxVUs: 1000,
+});
+
+export const options = {
+  ...common,
+  scenarios: { steady: scenario(Number(__ENV.RATE || 200), 0), burst: scenario(Number(__ENV.BURST || 2000), seconds) },
+  thresholds: thresholds(),
+};
+
+export default function () {
+  const image = images[Math.floor(Math.random() * images.length)];
+  const digest = resolve(image);
+  // A runtime that does not have it asks for it by digest.
+  if (__ITER % 10 === 0) manifest(image, digest);
+}
+
+export const handleSummary = summary("manifests, steady and in a burst");
