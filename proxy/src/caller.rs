@@ -31,8 +31,10 @@ pub struct Holder {
 pub struct Who(pub [u8; 16]);
 
 impl Who {
-    /// Those without a secret, and whoever another dray asks for.
+    /// Those without a secret.
     pub const NOBODY: Self = Self([0; 16]);
+    /// Whoever another dray asks for, which has let them in. Never taken for somebody who asks here.
+    pub const LENT: Self = Self([1; 16]);
 }
 
 impl Caller {

@@ -8,6 +8,7 @@ mod credentials;
 mod matching;
 mod pattern;
 mod peers;
+mod prefetch;
 mod units;
 mod upstream;
 
@@ -26,6 +27,7 @@ pub use credentials::{Cloud, Credentials, PasswordSource};
 pub use matching::Matching;
 pub use pattern::{HostPattern, host_matches};
 pub use peers::{Mtls, Peers, Zone, Zones};
+pub use prefetch::{Prefetch, Schedule};
 pub use units::{Share, Size, Span, whole_tag};
 pub use upstream::{Scheme, Upstream};
 
@@ -49,6 +51,7 @@ pub struct Config {
     pub tls: Tls,
     /// Rules in order; the first match wins.
     pub registry: Vec<Spanned<Rule>>,
+    pub prefetch: Vec<Prefetch>,
     pub peers: Peers,
     pub containerd: Containerd,
 }
@@ -374,6 +377,7 @@ impl Default for Config {
             dns: Dns::default(),
             tls: Tls::default(),
             registry: Vec::new(),
+            prefetch: Vec::new(),
             peers: Peers::default(),
             containerd: Containerd::default(),
         }

@@ -18,6 +18,7 @@ pub mod metrics;
 pub mod oci;
 pub mod origin;
 pub mod peers;
+pub mod prefetch;
 pub mod provenance;
 pub mod proxy;
 pub mod pull;

@@ -183,6 +183,11 @@ impl Pull {
         peers.map_or(Role::Global, |peers| peers.lead(digest, asking.role, self.scope(place)).role)
     }
 
+    /// Whether this node is who fetches a digest for all, so that it is kept here.
+    pub fn is_owned_here(&self, place: &Place, digest: &Digest) -> bool {
+        self.role(place, digest, Asking::CLIENT) == Role::Global
+    }
+
     /// Whether peers in other zones are asked for what belongs there.
     fn scope(&self, place: &Place) -> Scope {
         match place.rule.far_peers {

@@ -27,6 +27,7 @@ use crate::identity::{Files, Identity, Welcome};
 use crate::metrics::Metrics;
 use crate::origin::Origin;
 use crate::peers::{Peers, RELOAD};
+use crate::prefetch;
 use crate::proxy::{Clients, Front, Gate, Listener, Load};
 use crate::pull::Pull;
 use crate::registries::Registries;
@@ -175,6 +176,9 @@ pub fn run(
     runtime.spawn(keep_secrets(identity, pull.clone(), gate, visitors));
     let scrubbing = pull.clone();
     runtime.spawn(async move { scrubbing.scrub(config.cache.scrub.0).await });
+    for prefetch in config.prefetch.clone() {
+        runtime.spawn(prefetch::keep_warm(pull.clone(), prefetch));
+    }
     runtime.spawn(keep_house(store.clone(), config.cache.keep_free));
     let stop = Stop { signals: Mutex::new(signals), readiness, load, keeping: keeping.clone() };
     server.run(RunArgs { shutdown_signal: Box::new(stop) });

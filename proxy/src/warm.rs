@@ -3,16 +3,20 @@
 //! Everything is checked as it comes: an image is warm when each manifest and blob of each platform that was asked for
 //! has come whole. oci-client would do, but hides where an answer came from.
 
+mod door;
 mod fetch;
+mod http;
+mod inside;
 mod plan;
 mod yaml;
-
-use std::sync::Arc;
 
 use futures_util::{StreamExt, stream};
 use tokio::sync::Semaphore;
 
-pub use self::fetch::{Door, Fetched};
+pub use self::door::Door;
+pub use self::fetch::Fetched;
+pub use self::http::Elsewhere;
+pub use self::inside::Inside;
 pub use self::plan::{Blob, Plan, Platforms};
 pub use self::yaml::images_in;
 use crate::oci::ImageName;
@@ -45,7 +49,7 @@ pub struct Summary {
 
 /// Warms images, so many blobs at a time.
 pub async fn warm(
-    door: &Arc<Door>,
+    door: &dyn Door,
     images: &[ImageName],
     platforms: &Platforms,
     parallel: usize,
@@ -63,6 +67,7 @@ pub async fn warm(
         match plan {
             Ok(mut plan) => {
                 summary.manifests += plan.manifests;
+                plan.blobs.retain(|blob| door.wants(blob));
                 let all: Vec<Blob> = plan.blobs.clone();
                 // Layers are shared: each comes once.
                 plan.blobs.retain(|blob| known.insert(blob.digest.clone()));

@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::Path;
 
-const LEVELS: [&[&str]; 9] = [
+const LEVELS: [&[&str]; 10] = [
     &["oci", "metrics"],
     &["activity", "caller", "config", "flights", "identity", "lifetimes", "provenance", "role", "secret"],
     &["dns", "grants", "registries", "source", "store", "telemetry"],
@@ -12,6 +12,7 @@ const LEVELS: [&[&str]; 9] = [
     &["respond"],
     &["sentinel", "status"],
     &["proxy", "admin", "containerd", "runtimes", "warm"],
+    &["prefetch"],
     &["server", "commands", "main", "lib"],
 ];
 

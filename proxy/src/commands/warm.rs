@@ -3,14 +3,14 @@
 use std::collections::HashMap;
 use std::io::{IsTerminal, Read};
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use clap::Args;
 use dray::oci::{Digest, ImageName};
-use dray::warm::{self, Blob, Door, Fetched, Plan, Platforms, Watcher, images_in};
+use dray::warm::{self, Blob, Elsewhere, Fetched, Plan, Platforms, Watcher, images_in};
 use http::HeaderValue;
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 
@@ -58,7 +58,7 @@ impl Warm {
         let watching = Watching::new();
         let begun = Instant::now();
         let summary = block_on(async {
-            let door = Arc::new(Door::new(&self.via, authorization).map_err(Failure::Failed)?);
+            let door = Elsewhere::new(&self.via, authorization).map_err(Failure::Failed)?;
             Ok::<_, Failure>(warm::warm(&door, &images, &platforms, usize::from(self.parallel), &watching).await)
         })??;
         watching.end();

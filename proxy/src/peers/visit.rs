@@ -107,7 +107,7 @@ impl Visitor {
             Some(authorization) => {
                 let mut authorization = authorization.clone();
                 authorization.set_sensitive(true);
-                Caller::Holder(Arc::new(caller::Holder { who: Who::NOBODY, authorization: Some(authorization) }))
+                Caller::Holder(Arc::new(caller::Holder { who: Who::LENT, authorization: Some(authorization) }))
             }
             None => Caller::Anonymous,
         }

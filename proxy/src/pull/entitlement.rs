@@ -73,6 +73,11 @@ impl Entitlements {
             && (*repository == place.repository || self.belonging.contains_key(&(place.to_string(), digest.clone())))
     }
 
+    /// The registry gave it from there.
+    pub(super) fn took(&self, place: &Place, digest: &Digest) {
+        self.belonging.insert((place.to_string(), digest.clone()), ());
+    }
+
     fn verdict(&self, place: &Place) -> Option<Verdict> {
         self.verdicts.get(&(place.caller.who(), place.to_string()))
     }
@@ -90,7 +95,10 @@ impl Pull {
             Some(Verdict::Let(at)) if at.elapsed() < FRESH => false,
             Some(Verdict::NotLet { .. }) => return Err(Unentitled::Denied),
             older => match self.prove(place, endpoint, accept).await {
-                Ok(()) => true,
+                Ok(()) => {
+                    self.entitlements.put(place, Verdict::Let(Instant::now()));
+                    true
+                }
                 Err(error) if error.is_outage() && older.is_some() => false,
                 Err(error) => return Err(self.not_let(place, endpoint, &error)),
             },
@@ -116,7 +124,8 @@ impl Pull {
         if !may_be_brought || self.may_give(digest, found.provenance(), super::Asker::Client, place) {
             return Ok(());
         }
-        self.prove(place, endpoint, accept).await.map_err(|error| self.not_let(place, endpoint, &error))
+        // That this is not there says nothing of the rest.
+        self.prove(place, endpoint, accept).await.map_err(|error| refused(endpoint, &error))
     }
 
     /// Whether somebody was let in lately, so that they can be while the registry is in trouble.
@@ -139,11 +148,8 @@ impl Pull {
                 let given = pull.origin.gives(&place, &endpoint, &accept, Instant::now() + PATIENCE).await;
                 let outcome = given.as_ref().map_or_else(SourceError::as_str, |()| "let");
                 pull.metrics.client_checks.with_label_values(&[place.rule.name(), outcome]).inc();
-                if given.is_ok() {
-                    pull.entitlements.put(&place, Verdict::Let(Instant::now()));
-                    if let Some(digest) = digest_of(&endpoint) {
-                        pull.entitlements.belonging.insert((place.to_string(), digest.clone()), ());
-                    }
+                if let (Ok(()), Some(digest)) = (&given, digest_of(&endpoint)) {
+                    pull.entitlements.took(&place, digest);
                 }
                 given
             }
@@ -152,18 +158,22 @@ impl Pull {
     }
 
     fn not_let(&self, place: &Place, endpoint: &Endpoint, error: &SourceError) -> Unentitled {
-        let missing =
-            if matches!(endpoint, Endpoint::Blob(_)) { ErrorCode::BlobUnknown } else { ErrorCode::ManifestUnknown };
-        match error {
-            SourceError::Denied => {
-                let is_anonymous = place.caller == Caller::Anonymous;
-                let life = if is_anonymous { NOT_PUBLIC } else { place.rule.negative_ttl };
-                self.entitlements.put(place, Verdict::NotLet { life });
-                Unentitled::Denied
-            }
-            SourceError::NotFound => Unentitled::NotFound(Refusal::of(error, missing)),
-            error => Unentitled::Refused(Refusal::of(error, missing)),
+        if *error == SourceError::Denied {
+            let is_anonymous = place.caller == Caller::Anonymous;
+            let life = if is_anonymous { NOT_PUBLIC } else { place.rule.negative_ttl };
+            self.entitlements.put(place, Verdict::NotLet { life });
         }
+        refused(endpoint, error)
+    }
+}
+
+fn refused(endpoint: &Endpoint, error: &SourceError) -> Unentitled {
+    let is_blob = matches!(endpoint, Endpoint::Blob(_));
+    let missing = if is_blob { ErrorCode::BlobUnknown } else { ErrorCode::ManifestUnknown };
+    match error {
+        SourceError::Denied => Unentitled::Denied,
+        SourceError::NotFound => Unentitled::NotFound(Refusal::of(error, missing)),
+        error => Unentitled::Refused(Refusal::of(error, missing)),
     }
 }
 

@@ -210,6 +210,9 @@ impl Pull {
         let deadline = Instant::now() + FIRST_BYTE;
         let reference = Reference::Tag(tag.clone());
         if let Some(digest) = self.origin.manifest_digest(place, &reference, accept, deadline).await? {
+            if place.rule.asks_who() {
+                self.entitlements.took(place, &digest);
+            }
             // Peers may wait for this as well: only what they may have is taken from what is kept.
             let asking = Asking { asker: Asker::Peer(Standing::Member), ..Asking::CLIENT };
             let (object, from) = self.manifest_by_digest(place, &digest, accept, asking).await?;

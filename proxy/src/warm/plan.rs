@@ -2,7 +2,8 @@
 
 use serde::Deserialize;
 
-use super::fetch::{self, Door};
+use super::door::Door;
+use super::fetch;
 use crate::oci::{Digest, ImageName, Reference};
 
 /// A blob that an image needs.
@@ -56,7 +57,7 @@ struct Platform {
 }
 
 /// Looks an image up. Its manifests are warm afterwards.
-pub(super) async fn make(door: &Door, image: &ImageName, platforms: &Platforms) -> Result<Plan, String> {
+pub(super) async fn make(door: &dyn Door, image: &ImageName, platforms: &Platforms) -> Result<Plan, String> {
     let mut plan = Plan::default();
     let top = read(door, image, &image.reference, &mut plan).await?;
     if top.manifests.is_empty() {
@@ -86,7 +87,7 @@ pub(super) async fn make(door: &Door, image: &ImageName, platforms: &Platforms) 
     Ok(plan)
 }
 
-async fn read(door: &Door, image: &ImageName, reference: &Reference, plan: &mut Plan) -> Result<Manifest, String> {
+async fn read(door: &dyn Door, image: &ImageName, reference: &Reference, plan: &mut Plan) -> Result<Manifest, String> {
     let bytes = fetch::manifest(door, image, reference).await?;
     plan.manifests += 1;
     serde_json::from_slice(&bytes).map_err(|_| format!("the manifest {reference} is not understood"))

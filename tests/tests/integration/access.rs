@@ -391,6 +391,17 @@ async fn pull_by_peers(tenants: &Tenants, wants: Wants) {
             assert_eq!(stranger.status, 401, "peers prove who they are");
         }
     }
+    // Bob's repository has the same layers. What the owners find out for him they find out for nobody else.
+    for digest in &tenants.alices.layers {
+        let blob = format!("/v2/b/both/blobs/{digest}?ns=reg.example");
+        for dray in &nodes {
+            assert_eq!(pull_as(dray, &blob, BOB).await.body, tenants.alices.blobs[digest]);
+        }
+        for dray in &nodes {
+            assert_eq!(dray.get(&blob).await.status, 401);
+            assert_eq!(pull_as(dray, &blob, ALICE).await.status, 403);
+        }
+    }
     let manifests = tenants.origin.count("GET", &tenants.alices.digest);
     assert!(manifests == 1 || wants == Wants::Basic, "{manifests}");
 }

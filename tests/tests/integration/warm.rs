@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use dray_tests::dray::{Dray, Start, binary, rule};
 use dray_tests::image::Image;
-use dray_tests::origin::{Fault, Origin, Response};
+use dray_tests::origin::{Content, Fault, Origin, Response};
 use dray_tests::process::{free_port, output};
 use dray_tests::registry::Registry;
 
@@ -41,6 +41,46 @@ async fn everything_of_the_platforms_that_are_wanted_is_there() {
     hub.stop();
     for (digest, bytes) in &image.blobs {
         assert_eq!(&dray.get(&format!("/v2/library/app/blobs/{digest}?ns=docker.io")).await.body, bytes);
+    }
+}
+
+/// Each node fetches what it owns, and nothing comes twice.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_prefetched_stays_fresh() {
+    let [old, new] = [Image::new(1, &[600_000, 700_000]), Image::new(2, &[800_000])];
+    let contents = [&old, &new].map(|image| Content::new(&[("library/app", "1", image)]));
+    let now = Arc::new(AtomicUsize::new(0));
+    let at = now.clone();
+    let origin = Origin::answering(move |request| contents[at.load(Ordering::SeqCst)].answer(request)).await;
+    let ports: Vec<u16> = (0..2).map(|_| free_port()).collect();
+    let members = ports.iter().map(|port| format!("\"127.0.0.1:{port}\"")).collect::<Vec<_>>().join(", ");
+    let node = |port: &u16| {
+        let rule = rule("docker.io", &origin.url());
+        Start::new(format!(
+            "{rule}tag_ttl = \"0s\"\n[peers]\nlisten = \"127.0.0.1:{port}\"\nstatic = [{members}]\n\
+             [[prefetch]]\nimages = [\"app:1\"]\nschedule = \"*/2 * * * * *\"\nplatforms = [\"linux/amd64\"]\n"
+        ))
+        .run()
+    };
+    let nodes: Vec<Dray> = ports.iter().map(node).collect();
+    for (nth, image) in [&old, &new].into_iter().enumerate() {
+        now.store(nth, Ordering::SeqCst);
+        for layer in &image.layers {
+            dray_tests::eventually("it is fetched", async || {
+                (origin.count("GET", layer) > 0 || image.blobs[layer].is_empty()).then_some(())
+            })
+            .await;
+        }
+        for dray in &nodes {
+            dray.fills_end().await;
+        }
+        for layer in &image.layers {
+            assert_eq!(origin.count("GET", layer), 1, "once, by its owner");
+            for dray in &nodes {
+                let source = dray.get(&format!("/v2/library/app/blobs/{layer}?ns=docker.io")).await;
+                assert!(source.status == 200 && source.source() != "origin", "{}", source.source());
+            }
+        }
     }
 }
 

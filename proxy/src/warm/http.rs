@@ -1,0 +1,96 @@
+//! A dray's registry port.
+
+use std::time::Duration;
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use http::header::{ACCEPT, AUTHORIZATION, RANGE};
+use http::{HeaderMap, HeaderValue};
+use reqwest::{Client, Response};
+use tokio::time::timeout;
+
+use super::door::{Coming, Door, Failed, Pieces};
+use super::plan::Blob;
+use crate::oci::{ImageName, MAX_MANIFEST_BYTES, Reference, accept};
+use crate::source::error_chain;
+
+/// Somewhere else than in this process.
+pub struct Elsewhere {
+    client: Client,
+    base: String,
+    headers: HeaderMap,
+}
+
+/// dray holds some questions for a minute.
+const PATIENCE: Duration = Duration::from_secs(90);
+
+impl Elsewhere {
+    /// `base` is such as `http://127.0.0.1:5050`; `authorization` what is shown there, if anything is wanted.
+    pub fn new(base: &str, authorization: Option<HeaderValue>) -> Result<Self, String> {
+        let client = Client::builder()
+            .user_agent(concat!("dray-warm/", env!("CARGO_PKG_VERSION")))
+            .no_proxy()
+            .redirect(reqwest::redirect::Policy::none())
+            .build()
+            .map_err(|error| error_chain(&error))?;
+        let mut headers = HeaderMap::new();
+        headers.extend(authorization.map(|value| (AUTHORIZATION, value)));
+        Ok(Self { client, base: base.trim_end_matches('/').to_owned(), headers })
+    }
+
+    async fn get(&self, image: &ImageName, rest: &str, more: HeaderMap) -> Result<Response, Failed> {
+        let url = format!("{}/v2/{}/{rest}?ns={}", self.base, image.repository, image.registry);
+        let asked = self.client.get(url).headers(self.headers.clone()).headers(more).send();
+        let response = match timeout(PATIENCE, asked).await {
+            Err(_) => return Err(Failed::Passing("no answer in time".to_owned())),
+            Ok(Err(error)) => return Err(Failed::Passing(error_chain(&error.without_url()))),
+            Ok(Ok(response)) => response,
+        };
+        let status = response.status().as_u16();
+        match status {
+            200 | 206 => Ok(response),
+            500.. | 408 | 429 => Err(Failed::Passing(said(status, response).await)),
+            _ => Err(Failed::ForGood(said(status, response).await)),
+        }
+    }
+}
+
+#[async_trait]
+impl Door for Elsewhere {
+    async fn manifest(&self, image: &ImageName, reference: &Reference) -> Result<Bytes, Failed> {
+        let accept = HeaderValue::from_str(&accept::merge(std::iter::empty())).ok();
+        let accept = accept.map(|accept| (ACCEPT, accept)).into_iter().collect();
+        let response = self.get(image, &format!("manifests/{reference}"), accept).await?;
+        if response.content_length().is_none_or(|length| length > MAX_MANIFEST_BYTES) {
+            return Err(Failed::ForGood("a manifest without an acceptable length".to_owned()));
+        }
+        response.bytes().await.map_err(|error| Failed::Passing(error_chain(&error.without_url())))
+    }
+
+    async fn blob(&self, blob: &Blob, from: u64) -> Result<Coming, Failed> {
+        let range = (from > 0).then(|| HeaderValue::from_str(&format!("bytes={from}-")).ok()).flatten();
+        let headers = range.map(|range| (RANGE, range)).into_iter().collect();
+        let response = self.get(&blob.image, &format!("blobs/{}", blob.digest), headers).await?;
+        if from > 0 && response.status() != 206 {
+            return Err(Failed::ForGood("it cannot be gone on with".to_owned()));
+        }
+        let source = response.headers().get("x-dray-source").and_then(|source| source.to_str().ok());
+        let was_kept = matches!(source, Some("memory" | "disk"));
+        Ok(Coming { pieces: Pieces::Http(Box::new(response)), was_kept })
+    }
+
+    /// Whoever is asked sees to where it belongs.
+    fn wants(&self, _: &Blob) -> bool {
+        true
+    }
+}
+
+/// What dray says of it.
+async fn said(status: u16, response: Response) -> String {
+    let body = timeout(PATIENCE, response.bytes()).await.ok().and_then(Result::ok).unwrap_or_default();
+    let json: serde_json::Value = serde_json::from_slice(&body).unwrap_or_default();
+    match json["errors"][0]["message"].as_str() {
+        Some(message) => format!("{status}: {message}"),
+        None => format!("status {status}"),
+    }
+}
