@@ -11,14 +11,15 @@ import { summary } from "./lib/summary.js";
 import { Trend } from "k6/metrics";
 
 const pulls = new Trend("pull", true);
+const iterations = Number(__ENV.ITERATIONS || 50);
 
 export const options = {
   ...common,
   scenarios: {
     pulls: {
       executor: "shared-iterations",
-      vus: Number(__ENV.VUS || 10),
-      iterations: Number(__ENV.ITERATIONS || 50),
+      vus: Math.min(iterations, Number(__ENV.VUS || 10)),
+      iterations,
       maxDuration: "10m",
     },
   },
