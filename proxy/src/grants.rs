@@ -1,31 +1,27 @@
 //! What a client is given for its secret: a token that says what it may pull for some minutes, which it shows with
 //! each request.
 //!
-//! A token is sealed (AES-256-GCM, RFC 5116): nobody else can make one, and nobody can read the registry's
-//! authorization in it. So dray remembers no secret, and processes that share a key take each other's.
+//! A token is sealed: nobody else can make one, and nobody can read the registry's authorization in it. So dray remembers
+//! no secret, and processes that share a key take each other's.
 
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use base64::Engine;
-use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use http::HeaderValue;
-use ring::aead::{AES_256_GCM, Aad, LessSafeKey, NONCE_LEN, Nonce, UnboundKey};
-use ring::hkdf::{HKDF_SHA256, Salt};
 use ring::hmac::{self, HMAC_SHA256};
 use ring::rand::{SecureRandom, SystemRandom};
 use serde::{Deserialize, Serialize};
 
 use crate::caller::{Caller, Holder, Who};
 use crate::oci::{Registry, Repository};
+use crate::sealing::Sealing;
 use crate::secret::Secret;
 
 /// Seals tokens, and tells secrets apart.
 pub struct Grants {
-    sealing: LessSafeKey,
+    sealing: Sealing,
     telling: hmac::Key,
-    random: SystemRandom,
 }
 
 /// What a token says.
@@ -47,7 +43,6 @@ struct Sealed {
     authorization: Option<String>,
 }
 
-/// Of which a token is about: keys made for something else open nothing.
 const MEANING: &[u8] = b"dray grant 1";
 
 /// Whatever the registry's own token says: what a client may pull is looked at again after this.
@@ -62,7 +57,6 @@ const MAX_TOKEN: usize = 32 * 1024;
 impl Grants {
     /// Keys of this process, or those that all processes with the same file have.
     pub fn new(key_file: Option<&Path>) -> Result<Self, String> {
-        let random = SystemRandom::new();
         let secret = match key_file {
             Some(path) => {
                 let wrong = |why: &str| format!("access.key_file = \"{}\": {why}", path.display());
@@ -74,17 +68,13 @@ impl Grants {
             }
             None => {
                 let mut bytes = vec![0; 32];
-                random.fill(&mut bytes).map_err(|_| "the system gives no random bytes".to_owned())?;
+                SystemRandom::new().fill(&mut bytes).map_err(|_| "the system gives no random bytes".to_owned())?;
                 bytes
             }
         };
-        let root = Salt::new(HKDF_SHA256, MEANING).extract(&secret);
-        let sealing = root.expand(&[b"sealing"], &AES_256_GCM).map(UnboundKey::from);
-        let telling = root.expand(&[b"telling"], HMAC_SHA256).map(hmac::Key::from);
-        let (Ok(sealing), Ok(telling)) = (sealing, telling) else {
-            return Err("no keys can be made".to_owned());
-        };
-        Ok(Self { sealing: LessSafeKey::new(sealing), telling, random })
+        let sealing = Sealing::new(&secret, MEANING).ok_or_else(|| "no key can be made".to_owned())?;
+        let telling = hmac::Key::new(HMAC_SHA256, &[b"dray telling 1", &secret[..]].concat());
+        Ok(Self { sealing, telling })
     }
 
     /// Who has a secret.
@@ -110,23 +100,14 @@ impl Grants {
             who: holder.map(|holder| holder.who.0),
             authorization: authorization.map(|value| value.to_str().map(str::to_owned)).transpose().ok()?,
         };
-        let mut bytes = serde_json::to_vec(&sealed).ok()?;
-        let mut nonce = [0; NONCE_LEN];
-        self.random.fill(&mut nonce).ok()?;
-        let sealing = Nonce::assume_unique_for_key(nonce);
-        self.sealing.seal_in_place_append_tag(sealing, Aad::from(MEANING), &mut bytes).ok()?;
-        let token = URL_SAFE_NO_PAD.encode([&nonce[..], &bytes].concat());
+        let token = self.sealing.seal(&serde_json::to_vec(&sealed).ok()?)?;
         (token.len() <= MAX_TOKEN).then_some(token)
     }
 
     /// What a token says. None: it was not made here, or is too old.
     pub fn open(&self, token: &str, now: SystemTime) -> Option<Grant> {
-        let bytes = (token.len() <= MAX_TOKEN).then(|| URL_SAFE_NO_PAD.decode(token).ok())??;
-        let (nonce, sealed) = bytes.split_at_checked(NONCE_LEN)?;
-        let mut sealed = sealed.to_vec();
-        let nonce = Nonce::try_assume_unique_for_key(nonce).ok()?;
-        let plain = self.sealing.open_in_place(nonce, Aad::from(MEANING), &mut sealed).ok()?;
-        let sealed: Sealed = serde_json::from_slice(plain).ok()?;
+        let plain = (token.len() <= MAX_TOKEN).then(|| self.sealing.open(token.as_bytes()))??;
+        let sealed: Sealed = serde_json::from_slice(&plain).ok()?;
         let life = (UNIX_EPOCH + Duration::from_secs(sealed.expires)).duration_since(now).ok()?;
         let place = match (sealed.registry, sealed.repository) {
             (Some(registry), Some(repository)) => Some((registry.parse().ok()?, repository.parse().ok()?)),
@@ -165,27 +146,20 @@ mod tests {
     }
 
     #[test]
-    fn what_is_sealed_is_opened_while_it_lives_and_shows_nothing() {
+    fn what_is_sealed_is_opened_while_it_lives() {
         let grants = Grants::new(None).unwrap();
         let token = grants.seal(&grant(), now()).unwrap();
         assert_eq!(grants.open(&token, now()), Some(grant()));
         assert_eq!(grants.open(&token, now() + Duration::from_secs(301)), None);
-        let bytes = URL_SAFE_NO_PAD.decode(&token).unwrap();
-        assert!(!bytes.windows(4).any(|window| window == b"hush" || window == b"team"));
         let nothing = Grant { place: None, caller: Caller::Anonymous, ..grant() };
         assert_eq!(grants.open(&grants.seal(&nothing, now()).unwrap(), now()), Some(nothing));
     }
 
     #[test]
-    fn what_others_made_or_changed_opens_nothing() {
+    fn what_others_made_opens_nothing() {
         let grants = Grants::new(None).unwrap();
         let token = grants.seal(&grant(), now()).unwrap();
         assert_eq!(Grants::new(None).unwrap().open(&token, now()), None);
-        for at in [0, token.len() / 2, token.len() - 2] {
-            let mut changed = token.clone().into_bytes();
-            changed[at] = if changed[at] == b'A' { b'B' } else { b'A' };
-            assert_eq!(grants.open(&String::from_utf8(changed).unwrap(), now()), None, "{at}");
-        }
         for text in ["", "a", "ey.ey.x", &"A".repeat(100_000)] {
             assert_eq!(grants.open(text, now()), None);
         }

@@ -26,6 +26,7 @@ pub mod registries;
 pub mod respond;
 pub mod role;
 pub mod runtimes;
+pub mod sealing;
 pub mod secret;
 pub mod sentinel;
 pub mod server;

@@ -5,7 +5,7 @@ use std::path::Path;
 
 const LEVELS: [&[&str]; 10] = [
     &["oci", "metrics"],
-    &["activity", "caller", "config", "flights", "identity", "lifetimes", "provenance", "role", "secret"],
+    &["activity", "caller", "config", "flights", "identity", "lifetimes", "provenance", "role", "sealing", "secret"],
     &["dns", "grants", "registries", "source", "store", "telemetry"],
     &["access_log", "origin", "peers", "fill", "tags"],
     &["pull"],

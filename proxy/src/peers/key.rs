@@ -13,16 +13,12 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use arc_swap::ArcSwap;
-use base64::Engine;
-use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use http::header::{AGE, CACHE_CONTROL, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, LOCATION, RANGE};
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Uri};
-use ring::aead::{AES_256_GCM, Aad, LessSafeKey, NONCE_LEN, Nonce, UnboundKey};
-use ring::hkdf::{HKDF_SHA256, Salt};
 use ring::hmac::{self, HMAC_SHA256};
-use ring::rand::{SecureRandom, SystemRandom};
 
 use super::wire;
+use crate::sealing::Sealing;
 
 /// The keys of a file, read again when it changes.
 pub(super) struct SharedKey {
@@ -34,7 +30,7 @@ pub(super) struct SharedKey {
 struct Keys {
     text: String,
     keys: Vec<hmac::Key>,
-    sealing: Vec<LessSafeKey>,
+    sealing: Vec<Sealing>,
 }
 
 /// A question that was signed, by whoever asks or is asked: what its answer is proven with.
@@ -59,7 +55,6 @@ const AUTH: HeaderName = HeaderName::from_static("dray-auth");
 /// What may stand between two clocks, and how long a question that somebody overheard can be repeated.
 const CLOCKS: Duration = Duration::from_secs(60);
 
-/// What a sealed text is for: keys made for something else open nothing.
 const SEALED: &[u8] = b"dray authorization 1";
 
 /// A key of fewer characters can be guessed.
@@ -121,25 +116,15 @@ impl SharedKey {
 impl SharedKey {
     /// Makes a text that only those read who know the key.
     pub(super) fn seal(&self, text: &HeaderValue) -> Option<HeaderValue> {
-        let mut nonce = [0; NONCE_LEN];
-        SystemRandom::new().fill(&mut nonce).ok()?;
-        let mut bytes = text.as_bytes().to_vec();
-        let sealing = Nonce::assume_unique_for_key(nonce);
-        self.keys.load().sealing[0].seal_in_place_append_tag(sealing, Aad::from(SEALED), &mut bytes).ok()?;
-        HeaderValue::from_str(&URL_SAFE_NO_PAD.encode([&nonce[..], &bytes].concat())).ok()
+        let sealed = self.keys.load().sealing.first()?.seal(text.as_bytes())?;
+        HeaderValue::from_str(&sealed).ok()
     }
 
     /// Reads it. None: it was made with another key, or changed.
     pub(super) fn open(&self, sealed: &HeaderValue) -> Option<HeaderValue> {
-        let bytes = URL_SAFE_NO_PAD.decode(sealed.as_bytes()).ok()?;
-        let (nonce, sealed) = bytes.split_at_checked(NONCE_LEN)?;
-        let nonce: [u8; NONCE_LEN] = nonce.try_into().ok()?;
-        self.keys.load().sealing.iter().find_map(|key| {
-            let mut sealed = sealed.to_vec();
-            let nonce = Nonce::assume_unique_for_key(nonce);
-            let plain = key.open_in_place(nonce, Aad::from(SEALED), &mut sealed).ok()?;
-            HeaderValue::from_bytes(plain).ok()
-        })
+        let keys = self.keys.load();
+        let plain = keys.sealing.iter().find_map(|key| key.open(sealed.as_bytes()))?;
+        HeaderValue::from_bytes(&plain).ok()
     }
 }
 
@@ -155,16 +140,10 @@ impl Keys {
             return Err(wrong(format!("holds a key of fewer than {MIN_KEY} characters, which can be guessed")));
         }
         let keys = lines.iter().map(|line| hmac::Key::new(HMAC_SHA256, line.as_bytes())).collect();
-        let sealing = lines.iter().map(|line| sealing_key(line)).collect::<Option<_>>();
+        let sealing = lines.iter().map(|line| Sealing::new(line.as_bytes(), SEALED)).collect::<Option<_>>();
         let sealing = sealing.ok_or_else(|| wrong("no key can be made of it".into()))?;
         Ok(Self { text, keys, sealing })
     }
-}
-
-fn sealing_key(line: &str) -> Option<LessSafeKey> {
-    let root = Salt::new(HKDF_SHA256, SEALED).extract(line.as_bytes());
-    let key = root.expand(&[b"sealing"], &AES_256_GCM).map(UnboundKey::from).ok()?;
-    Some(LessSafeKey::new(key))
 }
 
 impl Seal {
