@@ -27,7 +27,7 @@ pub use credentials::{Cloud, Credentials, PasswordSource};
 pub use matching::Matching;
 pub use pattern::{HostPattern, host_matches};
 pub use peers::{Mtls, Peers, Zone, Zones};
-pub use prefetch::{Prefetch, Schedule};
+pub use prefetch::{Pin, Prefetch, Schedule};
 pub use units::{Share, Size, Span, whole_tag};
 pub use upstream::{Scheme, Upstream};
 
@@ -52,6 +52,7 @@ pub struct Config {
     /// Rules in order; the first match wins.
     pub registry: Vec<Spanned<Rule>>,
     pub prefetch: Vec<Prefetch>,
+    pub pin: Vec<Pin>,
     pub peers: Peers,
     pub containerd: Containerd,
 }
@@ -378,6 +379,7 @@ impl Default for Config {
             tls: Tls::default(),
             registry: Vec::new(),
             prefetch: Vec::new(),
+            pin: Vec::new(),
             peers: Peers::default(),
             containerd: Containerd::default(),
         }

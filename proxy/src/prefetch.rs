@@ -1,15 +1,16 @@
-//! `[[prefetch]]`: images that are kept fresh, by the clock.
+//! `[[prefetch]]`: images that are kept fresh, by the clock. `[[pin]]`: images that stay.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 
 use chrono::Utc;
 use tokio::time::sleep;
 
-use crate::config::Prefetch;
+use crate::config::{Pin, Prefetch};
 use crate::oci::ImageName;
 use crate::pull::Pull;
-use crate::warm::{self, Blob, Fetched, Inside, Plan, Platforms, Watcher};
+use crate::warm::{self, Blob, Fetched, Inside, Plan, Platforms, Summary, Watcher};
 
 /// Nodes with the same clock do not all ask at once.
 const JITTER_MILLIS: u64 = 60_000;
@@ -17,29 +18,58 @@ const JITTER_MILLIS: u64 = 60_000;
 /// After the start peers are found and runtimes served first.
 const AFTER_START: Duration = Duration::from_secs(10);
 
+/// Tags of pinned images may mean something else by then.
+const PINNED_AGAIN: Duration = Duration::from_secs(3600);
+const PINNED_AGAIN_SOON: Duration = Duration::from_secs(60);
+
 /// Blobs at a time: what clients want comes first.
 const PARALLEL: usize = 2;
 
 /// Warms images after the start and then by their schedule, for as long as it is polled.
 pub async fn keep_warm(pull: Arc<Pull>, prefetch: Prefetch) {
-    let platforms = match prefetch.platforms.as_slice() {
-        [] => Platforms::of_this_machine(),
-        some => Platforms::These(some.to_vec()),
-    };
+    let platforms = wanted(&prefetch.platforms);
     let door = Inside(pull);
     let put_off = |pause| if prefetch.schedule.is_by_the_second() { Duration::ZERO } else { pause };
     sleep(put_off(AFTER_START)).await;
     loop {
-        let summary = warm::warm(&door, &prefetch.images, &platforms, PARALLEL, &Silent).await;
-        for (image, problem) in &summary.failed {
-            tracing::warn!(%image, problem, "not prefetched");
-        }
-        let (images, blobs, bytes, kept) = (summary.images, summary.blobs, summary.bytes, summary.kept_bytes);
-        tracing::info!(images, failed = summary.failed.len(), blobs, bytes, kept, "prefetched");
+        let _ = warm(&door, &prefetch.images, &platforms).await;
         let Some(next) = prefetch.schedule.next(Utc::now()) else { return };
         let jitter = Duration::from_millis(fastrand::u64(..JITTER_MILLIS));
         sleep(next + put_off(jitter)).await;
     }
+}
+
+/// Keeps pinned images here, and tells the store which blobs they consist of, for as long as it is polled.
+pub async fn keep_pinned(pull: Arc<Pull>, pins: Vec<Pin>) {
+    let door = Inside(pull.clone());
+    sleep(AFTER_START).await;
+    loop {
+        let (mut digests, mut complete) = (HashSet::new(), true);
+        for pin in &pins {
+            let summary = warm(&door, &pin.images, &wanted(&pin.platforms)).await;
+            complete &= summary.failed.is_empty();
+            digests.extend(summary.digests);
+        }
+        // What cannot be looked up now is still pinned as it was.
+        if complete {
+            pull.pin(digests);
+        }
+        sleep(if complete { PINNED_AGAIN } else { PINNED_AGAIN_SOON }).await;
+    }
+}
+
+async fn warm(door: &Inside, images: &[ImageName], platforms: &Platforms) -> Summary {
+    let summary = warm::warm(door, images, platforms, PARALLEL, &Silent).await;
+    for (image, problem) in &summary.failed {
+        tracing::warn!(%image, problem, "not fetched ahead");
+    }
+    let (images, blobs, bytes, kept) = (summary.images, summary.blobs, summary.bytes, summary.kept_bytes);
+    tracing::info!(images, failed = summary.failed.len(), blobs, bytes, kept, "fetched ahead");
+    summary
+}
+
+fn wanted(platforms: &[String]) -> Platforms {
+    if platforms.is_empty() { Platforms::of_this_machine() } else { Platforms::These(platforms.to_vec()) }
 }
 
 /// The log tells of the whole.

@@ -15,6 +15,7 @@ mod sources;
 mod speeds;
 mod tag;
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -206,6 +207,11 @@ impl Pull {
     pub fn disk_usage(&self) -> (u64, u64, u64) {
         let (used, limit) = self.store.large.usage();
         (used, limit, self.store.small.disk_bytes())
+    }
+
+    /// Keeps these blobs for as long as anything else can go.
+    pub fn pin(&self, digests: HashSet<Digest>) {
+        self.store.large.pin(digests);
     }
 
     pub fn fills_now(&self) -> Vec<FillView> {

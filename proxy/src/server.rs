@@ -179,6 +179,9 @@ pub fn run(
     for prefetch in config.prefetch.clone() {
         runtime.spawn(prefetch::keep_warm(pull.clone(), prefetch));
     }
+    if !config.pin.is_empty() {
+        runtime.spawn(prefetch::keep_pinned(pull.clone(), config.pin.clone()));
+    }
     runtime.spawn(keep_house(store.clone(), config.cache.keep_free));
     let stop = Stop { signals: Mutex::new(signals), readiness, load, keeping: keeping.clone() };
     server.run(RunArgs { shutdown_signal: Box::new(stop) });

@@ -19,7 +19,7 @@ pub use self::http::Elsewhere;
 pub use self::inside::Inside;
 pub use self::plan::{Blob, Plan, Platforms};
 pub use self::yaml::images_in;
-use crate::oci::ImageName;
+use crate::oci::{Digest, ImageName};
 
 /// Images that are looked up at a time.
 const LOOKED_UP: usize = 4;
@@ -43,6 +43,8 @@ pub struct Summary {
     pub bytes: u64,
     /// Of these, that were there already.
     pub kept_bytes: u64,
+    /// What the images consist of that could be looked up.
+    pub digests: Vec<Digest>,
     /// An image, and why it is not warm.
     pub failed: Vec<(ImageName, String)>,
 }
@@ -71,6 +73,7 @@ pub async fn warm(
                 let all: Vec<Blob> = plan.blobs.clone();
                 // Layers are shared: each comes once.
                 plan.blobs.retain(|blob| known.insert(blob.digest.clone()));
+                summary.digests.extend(plan.blobs.iter().map(|blob| blob.digest.clone()));
                 watcher.planned(&image, &plan);
                 wanted.extend(plan.blobs.iter().cloned());
                 plans.push((image, all));

@@ -1,4 +1,4 @@
-//! `[[prefetch]]`: which images are kept fresh, and when.
+//! `[[prefetch]]`: which images are kept fresh, and when. `[[pin]]`: which stay.
 
 use std::str::FromStr;
 use std::time::Duration;
@@ -17,6 +17,16 @@ pub struct Prefetch {
     pub images: Vec<ImageName>,
     pub schedule: Schedule,
     /// `os/architecture`; empty: this machine's.
+    #[serde(default)]
+    pub platforms: Vec<String>,
+}
+
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Pin {
+    #[serde(deserialize_with = "images")]
+    pub images: Vec<ImageName>,
+    /// As of [`Prefetch`].
     #[serde(default)]
     pub platforms: Vec<String>,
 }

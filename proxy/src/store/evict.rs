@@ -33,10 +33,12 @@ pub(super) struct Candidate {
     pub(super) bytes: u64,
     pub(super) last_used: SystemTime,
     pub(super) uses: u32,
+    /// Somebody wants it to stay.
+    pub(super) pinned: bool,
 }
 
 /// Puts candidates in the order in which they go: least recently used first, but large ones before
-/// hot small ones, which cost little to keep and are asked for by everybody.
+/// hot small ones, which cost little to keep and are asked for by everybody, and pinned ones when nothing else is left.
 pub(super) fn order(mut candidates: Vec<Candidate>, limit: u64, now: SystemTime) -> Vec<Candidate> {
     candidates.sort_by_key(|candidate| Reverse(candidate.last_used));
     let mut allowance = limit / PROTECTED_PART;
@@ -49,10 +51,13 @@ pub(super) fn order(mut candidates: Vec<Candidate>, limit: u64, now: SystemTime)
         }
         fits
     };
+    let (mut pinned, candidates): (Vec<_>, Vec<_>) = candidates.into_iter().partition(|candidate| candidate.pinned);
     let (mut kept, mut gone): (Vec<_>, Vec<_>) = candidates.into_iter().partition(|candidate| protected(candidate));
     gone.reverse();
     kept.reverse();
+    pinned.reverse();
     gone.append(&mut kept);
+    gone.append(&mut pinned);
     gone
 }
 
@@ -138,7 +143,7 @@ mod tests {
 
     fn candidate(name: &str, bytes: u64, hours_ago: u64, uses: u32) -> Candidate {
         let last_used = SystemTime::UNIX_EPOCH + Duration::from_secs((1000 - hours_ago) * 3600);
-        Candidate { digest: Digest::of(name.as_bytes()), bytes, last_used, uses }
+        Candidate { digest: Digest::of(name.as_bytes()), bytes, last_used, uses, pinned: false }
     }
 
     #[test]
@@ -162,6 +167,15 @@ mod tests {
             ["small, hot long ago", "large, old", "small, once", "large, new", "small, hot, older", "small, hot"];
         assert_eq!(order_of(1000), plain);
         assert_eq!(order_of(100).last(), Some(&"large, new"), "nothing is small on a small disk");
+    }
+
+    #[test]
+    fn what_is_pinned_goes_last() {
+        let now = SystemTime::UNIX_EPOCH + Duration::from_secs(1000 * 3600);
+        let pinned = Candidate { pinned: true, ..candidate("pinned", 500, 900, 1) };
+        let order = order(vec![pinned, candidate("hot", 5, 1, 9), candidate("new", 500, 0, 1)], 1000, now);
+        let names = ["new", "hot", "pinned"].map(|name| Digest::of(name.as_bytes()));
+        assert_eq!(order.iter().map(|candidate| candidate.digest.clone()).collect::<Vec<_>>(), names);
     }
 
     #[test]

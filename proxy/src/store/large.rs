@@ -6,7 +6,7 @@
 //! before it is believed. Bytes are written once per inode; a file under its final name is never
 //! written again, only unlinked.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fs::{self, File};
 use std::io;
 use std::path::PathBuf;
@@ -14,6 +14,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
 use std::time::{Duration, Instant, SystemTime};
 
+use arc_swap::ArcSwap;
 use prometheus::IntCounter;
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
@@ -37,6 +38,8 @@ pub struct Large {
     index: Mutex<HashMap<Digest, Entry>>,
     partials: Mutex<Partials>,
     relayed: Mutex<Relayed>,
+    /// What is to stay while anything else can go.
+    pinned: ArcSwap<HashSet<Digest>>,
     evicted: IntCounter,
     pub(super) next_draft: AtomicU64,
     /// What was proven in another one has to be proven again.
@@ -133,6 +136,7 @@ impl Large {
             index: Mutex::new(index),
             partials: Mutex::default(),
             relayed: Mutex::default(),
+            pinned: ArcSwap::default(),
             evicted: metrics.evicted_bytes.clone(),
             next_draft: AtomicU64::new(0),
             epoch: layout.epoch().to_owned(),
@@ -279,15 +283,21 @@ impl Large {
 
     /// The blobs that nobody reads.
     pub(super) fn idle(&self) -> Vec<Candidate> {
-        let index = self.index();
+        let (index, pinned) = (self.index(), self.pinned.load());
         let idle = index.iter().filter(|(_, entry)| entry.open.strong_count() == 0);
         idle.map(|(digest, entry)| Candidate {
             digest: digest.clone(),
             bytes: entry.len + FILE_OVERHEAD,
             last_used: entry.last_used,
             uses: entry.uses,
+            pinned: pinned.contains(digest),
         })
         .collect()
+    }
+
+    /// Evicts these only when nothing else is left. Others are not pinned any more.
+    pub fn pin(&self, digests: HashSet<Digest>) {
+        self.pinned.store(digests.into());
     }
 
     /// Unlinks a blob, unless somebody reads it by now.
