@@ -18,6 +18,9 @@ const JITTER_MILLIS: u64 = 60_000;
 /// After the start peers are found and runtimes served first.
 const AFTER_START: Duration = Duration::from_secs(10);
 
+/// They are missed more than fresh ones.
+const PINNED_AFTER_START: Duration = Duration::from_secs(1);
+
 /// Tags of pinned images may mean something else by then.
 const PINNED_AGAIN: Duration = Duration::from_secs(3600);
 const PINNED_AGAIN_SOON: Duration = Duration::from_secs(60);
@@ -42,7 +45,7 @@ pub async fn keep_warm(pull: Arc<Pull>, prefetch: Prefetch) {
 /// Keeps pinned images here, and tells the store which blobs they consist of, for as long as it is polled.
 pub async fn keep_pinned(pull: Arc<Pull>, pins: Vec<Pin>) {
     let door = Inside(pull.clone());
-    sleep(AFTER_START).await;
+    sleep(PINNED_AFTER_START).await;
     loop {
         let (mut digests, mut complete) = (HashSet::new(), true);
         for pin in &pins {
