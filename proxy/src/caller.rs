@@ -52,8 +52,8 @@ impl Caller {
 
     /// Whether other nodes may ask the registry in its name: by a token for one repository, never by a secret.
     pub fn may_be_lent(&self) -> bool {
-        let authorization = self.holder().and_then(|holder| holder.authorization.as_ref());
-        authorization.is_none_or(|value| value.as_bytes().starts_with(b"Bearer "))
+        let is_token = |value: &HeaderValue| value.as_bytes().starts_with(b"Bearer ");
+        self.holder().is_none_or(|holder| holder.authorization.as_ref().is_some_and(is_token))
     }
 
     pub fn holder(&self) -> Option<&Holder> {
@@ -83,6 +83,8 @@ mod tests {
         };
         assert!(holder("Bearer x").may_be_lent() && Caller::Anonymous.may_be_lent());
         assert!(!holder("Basic eDp5").may_be_lent());
+        let in_trouble = Holder { who: Who::NOBODY, authorization: None };
+        assert!(!Caller::Holder(Arc::new(in_trouble)).may_be_lent());
         assert!(!format!("{:?}", holder("Basic eDp5")).contains("eDp5"));
     }
 }

@@ -43,6 +43,7 @@ pub use self::reader::Reader;
 use self::run::Running;
 use crate::metrics::Metrics;
 use crate::oci::{Digest, Registry, Repository, Span, Spans};
+use crate::provenance::Provenance;
 use crate::registries::Place;
 use crate::role::Role;
 use crate::source::{ServedFrom, SourceError};
@@ -354,7 +355,13 @@ impl Fill {
 
     /// Whether another repository's request began it and was refused: one for this place may be granted.
     pub async fn refused_another(&self, place: &Place) -> bool {
-        self.place != *place && self.opened().await.is_err()
+        (self.place != *place || self.place.caller != place.caller) && self.opened().await.is_err()
+    }
+
+    /// Whether what came from there is what this fill would fetch, for the same people.
+    fn is_of_same(&self, known: &Provenance) -> bool {
+        let is_same_repository = self.key.repository.as_ref().is_none_or(|own| own.as_str() == known.repository);
+        known.registry == self.key.registry.as_str() && known.rule == self.place.rule.name() && is_same_repository
     }
 
     /// Waits until the fill is over.

@@ -35,7 +35,8 @@ use crate::fill::{DISTRUST, FillView, Fills};
 use crate::flights::Flights;
 use crate::metrics::Metrics;
 use crate::oci::{Digest, ErrorCode, Registry, Repository, Tag};
-use crate::origin::{Exchanged, ListAnswer, Origin, UpstreamView};
+pub use crate::origin::Exchanged;
+use crate::origin::{ListAnswer, Origin, UpstreamView};
 use crate::peers::swarm::Contribution;
 use crate::peers::{Peers, Scope};
 use crate::provenance::Provenance;
@@ -157,7 +158,10 @@ impl Pull {
             Some((registry, repository)) => {
                 let rule = self.registries.rule(&registry, &repository);
                 let is_known = asker == Asker::Client || (asker.is_trusted() && Arc::ptr_eq(rule, &place.rule));
-                let belongs = !rule.asks_who() || self.entitlements.belongs(place, &registry, &repository, digest);
+                // Rules may send parts of a registry elsewhere: rights there are none here.
+                let belongs = !rule.asks_who()
+                    || (Arc::ptr_eq(rule, &place.rule)
+                        && self.entitlements.belongs(place, &registry, &repository, digest));
                 !rule.deny && belongs && (is_known || !rule.is_private())
             }
             // Its record is lost: only those who may have everything may have it.

@@ -37,8 +37,7 @@ impl Running<'_> {
         // An earlier fill may have ended between our request's look-up and our start. What came from
         // another registry was not given to that request either.
         let kept = self.fills.store.find(&self.fill.key.digest, Kind::Blob).await;
-        let from_here =
-            |found: &Found| found.provenance().is_some_and(|known| known.registry == self.fill.key.registry.as_str());
+        let from_here = |found: &Found| found.provenance().is_some_and(|known| self.fill.is_of_same(known));
         match kept.filter(from_here) {
             Some(Found::Small { object, .. }) => {
                 return self.fill.open(Ok(Opened::Small { object, from: ServedFrom::Memory }));
@@ -56,7 +55,11 @@ impl Running<'_> {
         let partial = match self.fills.store.large.take_partial(digest, registry) {
             _ if distrusted => None,
             None => self.inherit().await,
-            partial => partial,
+            // Another one's beginning is nothing that everybody here may have.
+            Some(partial) => Some(partial).filter(|partial| {
+                let known = partial.draft.blob.provenance.as_ref();
+                !self.fill.place.rule.asks_who() || known.is_some_and(|known| self.fill.is_of_same(known))
+            }),
         };
         let opened = if distrusted || sources.connections() == Connections::One {
             Feed::open(sources.clone(), 0, None).await

@@ -36,18 +36,23 @@ impl Origin {
         let url = question.url(home.upstream, place)?;
         // Held until the registry has told where the blob is now.
         let mut _turn = None;
-        match self.ask_remembered(home, question, &url, deadline).await {
-            Remembered::Answered(response) => return Ok(response),
-            Remembered::Nothing if !self.redirects.is_redirector(&url) => {}
-            Remembered::Nothing | Remembered::Expired => {
-                _turn = timeout_at(deadline, self.redirects.turn(&url)).await.ok();
-                if let Remembered::Answered(response) = self.ask_remembered(home, question, &url, deadline).await {
-                    return Ok(response);
+        if question.blob.is_some() {
+            match self.ask_remembered(home, question, &url, deadline).await {
+                Remembered::Answered(response) => return Ok(response),
+                Remembered::Nothing if !self.redirects.is_redirector(&url) => {}
+                Remembered::Nothing | Remembered::Expired => {
+                    _turn = timeout_at(deadline, self.redirects.turn(&url)).await.ok();
+                    if let Remembered::Answered(response) = self.ask_remembered(home, question, &url, deadline).await {
+                        return Ok(response);
+                    }
                 }
             }
         }
         let mut authorization = match &place.caller {
-            Caller::Holder(holder) => holder.authorization.clone(),
+            Caller::Holder(holder) => match &holder.authorization {
+                Some(authorization) => Some(authorization.clone()),
+                None => return Err(SourceError::NoCredentials("the caller's could not be exchanged".into())),
+            },
             Caller::Everyone | Caller::Unknown | Caller::Anonymous => self.known(home, place, deadline).await,
         };
         for last_try in [false, true] {
@@ -103,9 +108,11 @@ impl Origin {
     ) -> Result<Option<Challenge>, SourceError> {
         let question = Question::new(Kind::List, "tags/list".to_owned()).query(Some("n=1"));
         let (url, headers) = (question.url(home.upstream, place)?, &question.headers);
-        let ask = Ask { method: Method::GET, url, headers, authorization: None, form: None };
-        let (response, _) = self.http.follow(home, ask, deadline).await?;
+        let ask = Ask { method: Method::GET, url: url.clone(), headers, authorization: None, form: None };
+        let (response, answered_by) = self.http.follow(home, ask, deadline).await?;
         match response.status().as_u16() {
+            // Whoever it redirects to must not say where the secret goes.
+            401 if answered_by != url => Err(SourceError::Denied),
             401 => challenge(&response).map(Some).ok_or(SourceError::Denied),
             429 | 500.. => checked(response).map(|_| None),
             _ => Ok(None),

@@ -120,6 +120,11 @@ impl Tokens {
         self.challenges.get(&challenge_key(home, place)).await
     }
 
+    /// Remembers what an upstream asks for.
+    pub(super) async fn learn(&self, home: Home<'_>, place: &Place, challenge: Challenge) {
+        self.challenges.insert(challenge_key(home, place), challenge).await;
+    }
+
     /// What a caller's secret opens. Nothing of it is remembered here.
     pub(super) async fn exchange(
         &self,

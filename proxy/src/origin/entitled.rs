@@ -60,7 +60,13 @@ impl Origin {
         let home = Home { upstream: &upstream, trust, ca: place.rule.ca.as_deref(), patience: Patience::LastResort };
         let challenge = match self.tokens.challenge(home, place).await {
             Some(challenge) => Some(challenge),
-            None => self.ask_for_challenge(home, place, deadline).await?,
+            None => {
+                let asked = self.ask_for_challenge(home, place, deadline).await?;
+                if let Some(challenge) = &asked {
+                    self.tokens.learn(home, place, challenge.clone()).await;
+                }
+                asked
+            }
         };
         match challenge {
             Some(challenge) => self.tokens.exchange(&self.http, home, place, &challenge, secret, deadline).await,

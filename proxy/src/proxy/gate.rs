@@ -10,16 +10,18 @@ use bytes::BytesMut;
 use http::header::{AUTHORIZATION, HOST};
 use http::{Method, request::Parts};
 use pingora::proxy::Session;
+use tokio::time::timeout;
 
 use super::Front;
 use super::logins::Logins;
 use crate::caller::{Caller, Holder, Who};
 use crate::config::Access;
+use crate::flights::Flights;
 use crate::grants::{Grant, Grants, MAX_LIFE};
 use crate::lifetimes::{ByLifetime, Lifetime};
 use crate::oci::route;
 use crate::oci::{Endpoint, Registry, Route};
-use crate::pull::{Refusal, Unentitled};
+use crate::pull::{Exchanged, Pull, Refusal, Unentitled};
 use crate::registries::Place;
 use crate::respond::Reply;
 use crate::secret::Secret;
@@ -33,15 +35,19 @@ pub struct Gate {
     listen: SocketAddr,
     /// None: whoever can connect may use this process.
     logins: Option<Logins>,
-    /// What registries gave for secrets.
+    /// What registries gave for secrets, never the secrets.
     shown: moka::sync::Cache<(Who, String), Shown>,
+    exchanges: Flights<(Who, String), Shown>,
 }
 
-/// What a registry gave for a secret, until then. None: it does not take it.
+/// What came of a secret at a registry.
 #[derive(Clone)]
 struct Shown {
-    holder: Option<Arc<Holder>>,
+    caller: Result<Caller, SourceError>,
+    /// For how long a token may say so.
     until: Instant,
+    /// For how long it is remembered here.
+    life: Duration,
 }
 
 /// The path of the token endpoint.
@@ -50,11 +56,19 @@ pub(super) const TOKEN: &str = "/token";
 /// By this name dray is the service, before a client has said which registry it wants.
 const SERVICE: &str = "dray";
 
-/// While the registry is in trouble, a token is good for so long.
+/// While the registry is in trouble, a token is good for so long, and it is not asked again for a moment.
 const IN_TROUBLE: Duration = Duration::from_secs(30);
+const ASKED_AGAIN: Duration = Duration::from_secs(2);
 
-/// Larger than any form of a client, in bytes.
-const MAX_FORM: usize = 64 * 1024;
+/// Those of whom a registry wants to know nothing are asked about again after this time.
+const ASKS_NOBODY: Duration = Duration::from_secs(60);
+
+/// Each may hold a token of 64 KiB.
+const MAX_SHOWN: u64 = 2_000;
+
+/// Larger than any form of a client, in bytes, and longer than any takes to come.
+const MAX_FORM: usize = 16 * 1024;
+const FORM: Duration = Duration::from_secs(10);
 
 /// What a client asks a token for.
 #[derive(Default)]
@@ -68,8 +82,8 @@ impl Gate {
     pub fn new(access: &Access, scheme: &'static str, listen: SocketAddr) -> Result<Self, String> {
         let grants = Grants::new(access.key_file.as_deref())?;
         let logins = access.logins_file.as_deref().map(|path| Logins::load(path, &grants)).transpose()?;
-        let shown = moka::sync::Cache::builder().max_capacity(10_000).expire_after(ByLifetime).build();
-        Ok(Self { grants, scheme, listen, logins, shown })
+        let shown = moka::sync::Cache::builder().max_capacity(MAX_SHOWN).expire_after(ByLifetime).build();
+        Ok(Self { grants, scheme, listen, logins, shown, exchanges: Flights::default() })
     }
 
     /// Reads the logins again. Blocks on the disk.
@@ -147,7 +161,7 @@ impl Front {
     /// Whose rights a request shows. None: none.
     async fn presented(&self, request: &Parts, place: &Place) -> Result<Option<Caller>, SourceError> {
         if let Some(secret) = authorization(request).and_then(Secret::from_basic) {
-            return self.exchange(place, secret).await.map(|shown| shown.holder.map(Caller::Holder));
+            return self.exchange(place, secret).await.caller.map(Some);
         }
         let grant = self.gate.grant(request);
         let is_for_here = |grant: &Grant| {
@@ -157,47 +171,36 @@ impl Front {
         Ok(grant.filter(is_for_here).map(|grant| grant.caller))
     }
 
-    /// What a secret opens at a place's registry. Asked for once in a while; a registry's token is kept as long as it
-    /// is good, a secret never.
-    async fn exchange(&self, place: &Place, secret: Secret) -> Result<Shown, SourceError> {
+    /// What a secret opens at a place's registry: asked for once for all who show it at the same time. A registry's
+    /// token is kept as long as it is good, a secret never.
+    async fn exchange(&self, place: &Place, secret: Secret) -> Shown {
         let who = self.gate.grants.who(&secret);
         let key = (who, place.to_string());
         if let Some(shown) = self.gate.shown.get(&key) {
-            return if shown.holder.is_some() { Ok(shown) } else { Err(SourceError::Denied) };
+            return shown;
         }
-        let is_shown_itself = secret.basic();
-        let shown = |authorization, life| Shown {
-            holder: Some(Arc::new(Holder { who, authorization })),
-            until: Instant::now() + life,
-        };
-        match self.pull.exchange(place, secret).await {
-            Ok(exchanged) => {
-                let is_token = exchanged.authorization.as_ref().is_some_and(|value| {
-                    is_shown_itself.as_ref().is_none_or(|secret| value.as_bytes() != secret.as_bytes())
-                });
-                let shown = shown(exchanged.authorization, exchanged.life.min(MAX_LIFE));
-                if is_token {
-                    self.gate.shown.insert(key, shown.clone());
+        let landed = self.gate.exchanges.join(key.clone(), || {
+            let (pull, gate, place) = (self.pull.clone(), self.gate.clone(), place.clone());
+            async move {
+                let itself = secret.basic();
+                let shown = Shown::of(pull.exchange(&place, secret).await, who, &place, &pull);
+                let is_secret = |holder: &Holder| {
+                    let shown = holder.authorization.as_ref().map(|value| value.as_bytes());
+                    shown.is_some() && shown == itself.as_deref().map(str::as_bytes)
+                };
+                if !shown.caller.as_ref().is_ok_and(|caller| caller.holder().is_some_and(is_secret)) {
+                    gate.shown.insert(key, shown.clone());
                 }
-                Ok(shown)
+                shown
             }
-            Err(SourceError::Denied) => {
-                let wrong = Shown { holder: None, until: Instant::now() + place.rule.negative_ttl };
-                self.gate.shown.insert(key, wrong);
-                Err(SourceError::Denied)
-            }
-            Err(error) => {
-                let shown = shown(None, IN_TROUBLE);
-                let caller = shown.holder.clone().map_or(Caller::Unknown, Caller::Holder);
-                let was_let_in = self.pull.was_let_in(&Place { caller, ..place.clone() });
-                if error.is_outage() && was_let_in { Ok(shown) } else { Err(error) }
-            }
-        }
+        });
+        let ended = || Shown::new(Err(SourceError::Unreachable("the exchange ended".into())), Duration::ZERO);
+        landed.await.unwrap_or_else(ended)
     }
 
     /// The token endpoint.
     pub(super) async fn give_token(&self, session: &mut Session) -> Reply {
-        let wanted = match wanted(session).await {
+        let wanted = match timeout(FORM, wanted(session)).await.unwrap_or(Err("the form does not come")) {
             Ok(wanted) => wanted,
             Err(problem) => return Reply::no_token(problem),
         };
@@ -206,10 +209,11 @@ impl Front {
         let mut grant = Grant { place: None, caller: Caller::Anonymous, life: MAX_LIFE };
         if let Some(place) = place {
             if let Some(secret) = wanted.secret.filter(|_| place.rule.asks_who()) {
-                match self.exchange(&place, secret).await {
-                    Ok(shown) => {
+                let shown = self.exchange(&place, secret).await;
+                match shown.caller {
+                    Ok(caller) => {
                         grant.life = shown.until.saturating_duration_since(Instant::now());
-                        grant.caller = shown.holder.map_or(Caller::Anonymous, Caller::Holder);
+                        grant.caller = caller;
                     }
                     Err(SourceError::Denied) => return Reply::wrong_secret("the registry does not take this secret"),
                     Err(error) => return Reply::refusal(&not_exchanged(&error)),
@@ -297,8 +301,29 @@ impl Wanted {
     }
 }
 
+impl Shown {
+    fn new(caller: Result<Caller, SourceError>, life: Duration) -> Self {
+        Self { caller, until: Instant::now() + life, life }
+    }
+
+    fn of(exchanged: Result<Exchanged, SourceError>, who: Who, place: &Place, pull: &Pull) -> Self {
+        let holder = |authorization| Caller::Holder(Arc::new(Holder { who, authorization }));
+        match exchanged {
+            Ok(Exchanged { authorization: None, .. }) => Self::new(Ok(Caller::Anonymous), ASKS_NOBODY),
+            Ok(Exchanged { authorization, life }) => Self::new(Ok(holder(authorization)), life.min(MAX_LIFE)),
+            Err(SourceError::Denied) => Self::new(Err(SourceError::Denied), place.rule.negative_ttl),
+            Err(error) => {
+                let known = Place { caller: holder(None), ..place.clone() };
+                let still = error.is_outage() && pull.was_let_in(&known);
+                let shown = Self::new(if still { Ok(known.caller) } else { Err(error) }, IN_TROUBLE);
+                Self { life: ASKED_AGAIN, ..shown }
+            }
+        }
+    }
+}
+
 impl Lifetime for Shown {
     fn life(&self) -> Duration {
-        self.until.saturating_duration_since(Instant::now())
+        self.life
     }
 }

@@ -246,8 +246,13 @@ impl Pull {
     /// Serves a range from a fill, or around it where it cannot be kept.
     pub(super) async fn follow(self: &Arc<Self>, fill: &Arc<Fill>, request: &BlobRequest) -> Result<BlobAnswer, Fetch> {
         match fill.opened().await? {
-            Opened::Small { object, from } => Ok(BlobAnswer::of_bytes(&object.bytes, request.range, from)?),
             // What was kept may come from elsewhere than whoever asked for it thinks.
+            Opened::Small { object, .. }
+                if !self.may_give(&request.digest, Some(&object.provenance), request.asking.asker, &request.place) =>
+            {
+                Err(SourceError::NotKept.into())
+            }
+            Opened::Small { object, from } => Ok(BlobAnswer::of_bytes(&object.bytes, request.range, from)?),
             Opened::Growing { blob, .. }
                 if !self.may_give(&request.digest, blob.provenance.as_ref(), request.asking.asker, &request.place) =>
             {

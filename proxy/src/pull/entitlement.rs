@@ -14,24 +14,25 @@ use crate::caller::{Caller, Who};
 use crate::flights::Flights;
 use crate::lifetimes::{ByLifetime, Lifetime};
 use crate::oci::{Digest, Endpoint, ErrorCode, Reference, Registry, Repository};
+use crate::provenance::Provenance;
 use crate::registries::Place;
 use crate::source::SourceError;
 use crate::store::Kind;
 
 /// What registries have said of callers, and of digests.
 pub(super) struct Entitlements {
-    verdicts: moka::sync::Cache<(Who, String), Verdict>,
+    /// Since when somebody is let into a repository.
+    let_in: moka::sync::Cache<(Who, String), Instant>,
+    /// What somebody was refused there.
+    refused: moka::sync::Cache<(Who, String, String), Refused>,
     belonging: moka::sync::Cache<(String, Digest), ()>,
     proofs: Flights<(Who, String, String), Result<(), SourceError>>,
 }
 
-#[derive(Clone, Copy)]
-enum Verdict {
-    /// Let in at this time.
-    Let(Instant),
-    NotLet {
-        life: Duration,
-    },
+#[derive(Clone)]
+struct Refused {
+    error: SourceError,
+    life: Duration,
 }
 
 /// Why a caller is not let in.
@@ -49,7 +50,7 @@ const FRESH: Duration = Duration::from_secs(300);
 /// While the registry is in trouble, those are still let in who were within this time.
 const IN_TROUBLE: Duration = Duration::from_secs(3600);
 
-/// That a repository is not for everybody is believed for so long.
+/// That something is not for everybody is believed for so long.
 const NOT_PUBLIC: Duration = Duration::from_secs(60);
 
 /// The registry has this long to say whether it gives something.
@@ -59,7 +60,8 @@ impl Entitlements {
     pub(super) fn new() -> Self {
         let day = Duration::from_secs(24 * 3600);
         Self {
-            verdicts: moka::sync::Cache::builder().max_capacity(100_000).expire_after(ByLifetime).build(),
+            let_in: moka::sync::Cache::builder().max_capacity(100_000).time_to_live(IN_TROUBLE).build(),
+            refused: moka::sync::Cache::builder().max_capacity(50_000).expire_after(ByLifetime).build(),
             belonging: moka::sync::Cache::builder().max_capacity(100_000).time_to_idle(day).build(),
             proofs: Flights::default(),
         }
@@ -78,29 +80,29 @@ impl Entitlements {
         self.belonging.insert((place.to_string(), digest.clone()), ());
     }
 
-    fn verdict(&self, place: &Place) -> Option<Verdict> {
-        self.verdicts.get(&(place.caller.who(), place.to_string()))
-    }
-
-    fn put(&self, place: &Place, verdict: Verdict) {
-        self.verdicts.insert((place.caller.who(), place.to_string()), verdict);
+    fn since(&self, place: &Place) -> Option<Instant> {
+        self.let_in.get(&(place.caller.who(), place.to_string()))
     }
 }
 
 impl Pull {
     /// Lets a caller in, or not.
     pub async fn let_in(self: &Arc<Self>, place: &Place, endpoint: &Endpoint, accept: &str) -> Result<(), Unentitled> {
-        let verdict = self.entitlements.verdict(place);
-        let proven = match verdict {
-            Some(Verdict::Let(at)) if at.elapsed() < FRESH => false,
-            Some(Verdict::NotLet { .. }) => return Err(Unentitled::Denied),
+        // These are always the registry's own answers to this caller, and say nothing of the rest.
+        if matches!(endpoint, Endpoint::Tags | Endpoint::Referrers(_)) {
+            return Ok(());
+        }
+        let since = self.entitlements.since(place);
+        let proven = match since {
+            Some(since) if since.elapsed() < FRESH => false,
             older => match self.prove(place, endpoint, accept).await {
                 Ok(()) => {
-                    self.entitlements.put(place, Verdict::Let(Instant::now()));
+                    let key = (place.caller.who(), place.to_string());
+                    self.entitlements.let_in.insert(key, Instant::now());
                     true
                 }
                 Err(error) if error.is_outage() && older.is_some() => false,
-                Err(error) => return Err(self.not_let(place, endpoint, &error)),
+                Err(error) => return Err(refused(endpoint, &error)),
             },
         };
         match digest_of(endpoint) {
@@ -119,8 +121,8 @@ impl Pull {
     ) -> Result<(), Unentitled> {
         let kind = if matches!(endpoint, Endpoint::Manifest(_)) { Kind::Manifest } else { Kind::Blob };
         let Some(found) = self.store.find(digest, kind).await else { return Ok(()) };
-        let is_of_registry = |registry: &str| registry == place.registry.as_str();
-        let may_be_brought = found.provenance().is_some_and(|from| is_of_registry(&from.registry));
+        let is_of_same = |from: &Provenance| from.registry == place.registry.as_str() && from.rule == place.rule.name();
+        let may_be_brought = found.provenance().is_some_and(is_of_same);
         if !may_be_brought || self.may_give(digest, found.provenance(), super::Asker::Client, place) {
             return Ok(());
         }
@@ -130,7 +132,7 @@ impl Pull {
 
     /// Whether somebody was let in lately, so that they can be while the registry is in trouble.
     pub fn was_let_in(&self, place: &Place) -> bool {
-        matches!(self.entitlements.verdict(place), Some(Verdict::Let(_)))
+        self.entitlements.since(place).is_some()
     }
 
     /// Asks the registry whether it gives something to a caller, once for all who ask with the same secret.
@@ -138,10 +140,13 @@ impl Pull {
         let path = match endpoint {
             Endpoint::Manifest(reference) => format!("manifests/{reference}"),
             Endpoint::Blob(digest) => format!("blobs/{digest}"),
-            // These are always the registry's own answers.
-            Endpoint::Tags | Endpoint::Referrers(_) => return Ok(()),
+            Endpoint::Tags | Endpoint::Referrers(_) => return Err(SourceError::Denied),
         };
         let key = (place.caller.who(), place.to_string(), path);
+        if let Some(refused) = self.entitlements.refused.get(&key) {
+            return Err(refused.error);
+        }
+        let under = key.clone();
         let landed = self.entitlements.proofs.join(key, || {
             let (pull, place, endpoint, accept) = (self.clone(), place.clone(), endpoint.clone(), accept.to_owned());
             async move {
@@ -151,19 +156,15 @@ impl Pull {
                 if let (Ok(()), Some(digest)) = (&given, digest_of(&endpoint)) {
                     pull.entitlements.took(&place, digest);
                 }
+                if let Err(error @ (SourceError::Denied | SourceError::NotFound)) = &given {
+                    let is_strangers = *error == SourceError::Denied && place.caller == Caller::Anonymous;
+                    let life = if is_strangers { NOT_PUBLIC } else { place.rule.negative_ttl };
+                    pull.entitlements.refused.insert(under, Refused { error: error.clone(), life });
+                }
                 given
             }
         });
         landed.await.unwrap_or_else(fetch_ended)
-    }
-
-    fn not_let(&self, place: &Place, endpoint: &Endpoint, error: &SourceError) -> Unentitled {
-        if *error == SourceError::Denied {
-            let is_anonymous = place.caller == Caller::Anonymous;
-            let life = if is_anonymous { NOT_PUBLIC } else { place.rule.negative_ttl };
-            self.entitlements.put(place, Verdict::NotLet { life });
-        }
-        refused(endpoint, error)
     }
 }
 
@@ -184,11 +185,8 @@ fn digest_of(endpoint: &Endpoint) -> Option<&Digest> {
     }
 }
 
-impl Lifetime for Verdict {
+impl Lifetime for Refused {
     fn life(&self) -> Duration {
-        match self {
-            Self::Let(_) => IN_TROUBLE,
-            Self::NotLet { life } => *life,
-        }
+        self.life
     }
 }

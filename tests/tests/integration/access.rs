@@ -249,6 +249,109 @@ async fn what_is_cached_is_given_to_those_who_may_pull_it_and_to_nobody_else() {
     }
 }
 
+/// A list is the registry's own answer, and lets nobody in.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_list_opens_nothing() {
+    for wants in [Wants::Tokens, Wants::Basic] {
+        let tenants = Tenants::new(wants).await;
+        let dray = Start::new(tenants.rule() + "immutable_tags = [\"1\"]\n").run();
+        let (layer, _) = tenants.alices.layer();
+        let blob = format!("/v2/a/app/blobs/{layer}?ns=reg.example");
+        for path in [TAG, &blob] {
+            let authorization = format!("Basic {}", STANDARD.encode(ALICE));
+            assert_eq!(get_as(&dray, path, &authorization).await.status, 200);
+        }
+        dray.fills_end().await;
+        for login in ["", BOB, "alice:wrong", "nobody:knows"] {
+            let authorization = format!("Basic {}", STANDARD.encode(login));
+            for list in ["tags/list".to_owned(), format!("referrers/{}", tenants.alices.digest)] {
+                get_as(&dray, &format!("/v2/a/app/{list}?ns=reg.example"), &authorization).await;
+            }
+            for path in [TAG, &blob] {
+                let refused = get_as(&dray, path, &authorization).await.status;
+                assert!([401, 403].contains(&refused), "{wants:?} {login}: {refused}");
+            }
+        }
+    }
+}
+
+/// Rules of one registry may be for other people, or lead elsewhere.
+#[tokio::test(flavor = "multi_thread")]
+async fn another_rule_of_the_same_registry_opens_nothing() {
+    let tenants = Tenants::new(Wants::Tokens).await;
+    let yes = Origin::answering(|request| match request.method.as_str() {
+        "HEAD" => Response::new(200, ""),
+        _ => Response::new(404, ""),
+    })
+    .await;
+    let others = format!(
+        "[[registry]]\nmatch = \"reg.example/public/*\"\nupstreams = [\"{0}/{{repo}}\"]\n\
+         [[registry]]\nmatch = \"reg.example/partner/*\"\nupstreams = [\"{0}/{{rest}}\"]\naccess = \"client\"\n",
+        yes.url()
+    );
+    let dray = Start::new(others + &tenants.rule()).run();
+    // Small ones and large ones take other ways.
+    for digest in tenants.alices.blobs.keys() {
+        let blob = format!("/v2/a/app/blobs/{digest}?ns=reg.example");
+        assert_eq!(pull_as(&dray, &blob, ALICE).await.body, tenants.alices.blobs[digest]);
+        dray.fills_end().await;
+        for repository in ["public/x", "partner/x"] {
+            let stolen = dray.get(&blob.replace("a/app", repository)).await;
+            assert_eq!(stolen.status, 404, "{repository} {digest}: {}", stolen.source());
+        }
+        assert_eq!(
+            pull_as(&dray, &blob, ALICE).await.source(),
+            if tenants.alices.blobs[digest].len() > 256 * 1024 { "disk" } else { "memory" }
+        );
+    }
+}
+
+/// Those who were let in stay so when only tokens cannot be had.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_token_server_that_is_gone_throws_nobody_out() {
+    let image = Image::new(1, &[600_000]);
+    let content = Content::new(&[("a/app", "1", &image)]);
+    let gone = Arc::new(AtomicUsize::new(0));
+    let is_gone = gone.clone();
+    let registry = Origin::answering(move |request| {
+        if request.path.starts_with("/token") {
+            let basic = format!("Basic {}", STANDARD.encode(ALICE));
+            return match (is_gone.load(Ordering::SeqCst), request.header("authorization")) {
+                (1, _) => Response::new(503, ""),
+                (_, Some(said)) if said == basic => {
+                    Response::new(200, json!({"token": "t", "expires_in": 1}).to_string())
+                }
+                (_, None) => Response::new(200, json!({"token": "anybody"}).to_string()),
+                _ => Response::new(401, ""),
+            };
+        }
+        let host = request.header("host").unwrap_or_default();
+        let challenge = format!("Bearer realm=\"http://{host}/token\",service=\"s\"");
+        match request.header("authorization") {
+            Some("Bearer t") => content.answer(request),
+            _ => Response::new(401, "").with("www-authenticate", challenge),
+        }
+    })
+    .await;
+    let rule =
+        format!("[[registry]]\nmatch = \"reg.example\"\nupstreams = [\"{}\"]\naccess = \"client\"\n", registry.url());
+    let dray = Start::new(rule).run();
+    let challenged = dray.get(TAG).await;
+    assert_eq!(pull_as(&dray, TAG, ALICE).await.status, 200);
+    gone.store(1, Ordering::SeqCst);
+    // The registry's token lives for a second.
+    for _ in 0..3 {
+        eventually("a token that was not asked for is given", async || {
+            let token = token(&challenged, Some(ALICE)).await.ok()?;
+            let answer = get_as(&dray, TAG, &format!("Bearer {token}")).await;
+            (answer.status == 200).then_some(())
+        })
+        .await;
+        tokio::time::sleep(std::time::Duration::from_millis(700)).await;
+    }
+    assert_ne!(pull_as(&dray, TAG, BOB).await.status, 200);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_for_everybody_is_given_without_a_question() {
     for wants in [Wants::Tokens, Wants::Basic] {
