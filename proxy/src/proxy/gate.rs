@@ -109,6 +109,14 @@ impl Gate {
         }
     }
 
+    /// What a request shows for this place.
+    fn grant_for(&self, request: &Parts, place: &Place) -> Option<Grant> {
+        self.grant(request).filter(|grant| {
+            let of_grant = grant.place.as_ref().map(|(registry, repository)| (registry, repository));
+            of_grant == Some((&place.registry, &place.repository))
+        })
+    }
+
     /// What a request shows. None: nothing that this process has given.
     fn grant(&self, request: &Parts) -> Option<Grant> {
         let (scheme, token) = authorization(request)?.split_once(' ')?;
@@ -149,7 +157,8 @@ impl Front {
 
     /// What to say of the registry's own refusal to somebody who was let in without having shown anything.
     pub(super) fn refuse(&self, request: &Parts, place: &Place, refusal: &Refusal) -> Reply {
-        let has_shown = self.gate.grant(request).is_some() || authorization(request).is_some();
+        let has_shown = self.gate.grant_for(request, place).is_some()
+            || authorization(request).and_then(Secret::from_basic).is_some();
         match refusal {
             Refusal::Denied(_) if place.caller == Caller::Anonymous && !has_shown => {
                 self.gate.challenge(request, Some(place))
@@ -163,12 +172,7 @@ impl Front {
         if let Some(secret) = authorization(request).and_then(Secret::from_basic) {
             return self.exchange(place, secret).await.caller.map(Some);
         }
-        let grant = self.gate.grant(request);
-        let is_for_here = |grant: &Grant| {
-            let of_grant = grant.place.as_ref().map(|(registry, repository)| (registry, repository));
-            of_grant == Some((&place.registry, &place.repository))
-        };
-        Ok(grant.filter(is_for_here).map(|grant| grant.caller))
+        Ok(self.gate.grant_for(request, place).map(|grant| grant.caller))
     }
 
     /// What a secret opens at a place's registry: asked for once for all who show it at the same time. A registry's
@@ -222,7 +226,7 @@ impl Front {
             grant.place = Some((place.registry, place.repository));
         }
         match self.gate.grants.seal(&grant, SystemTime::now()) {
-            Some(token) => Reply::token(&token, grant.life.as_secs()),
+            Some(token) => Reply::token(&token, grant.life.as_secs().max(1)),
             None => Reply::refusal(&Refusal::BadOrigin("the registry's token is too long".into())),
         }
     }

@@ -481,6 +481,9 @@ async fn pull_by_peers(tenants: &Tenants, wants: Wants) {
             .requests()
             .iter()
             .filter(|request| request.method == "GET" && request.path.contains(digest))
+            .filter(|request| {
+                request.header("authorization").is_some_and(|said| said.contains(&STANDARD.encode(ALICE)))
+            })
             .count();
         match wants {
             Wants::Tokens => assert_eq!(gets, 1, "for all of them"),
