@@ -319,7 +319,7 @@ async fn a_token_server_that_is_gone_throws_nobody_out() {
             return match (is_gone.load(Ordering::SeqCst), request.header("authorization")) {
                 (1, _) => Response::new(503, ""),
                 (_, Some(said)) if said == basic => {
-                    Response::new(200, json!({"token": "t", "expires_in": 1}).to_string())
+                    Response::new(200, json!({"token": "t", "expires_in": 5}).to_string())
                 }
                 (_, None) => Response::new(200, json!({"token": "anybody"}).to_string()),
                 _ => Response::new(401, ""),
@@ -339,16 +339,21 @@ async fn a_token_server_that_is_gone_throws_nobody_out() {
     let challenged = dray.get(TAG).await;
     assert_eq!(pull_as(&dray, TAG, ALICE).await.status, 200);
     gone.store(1, Ordering::SeqCst);
-    // The registry's token lives for a second.
-    for _ in 0..3 {
-        eventually("a token that was not asked for is given", async || {
-            let token = token(&challenged, Some(ALICE)).await.ok()?;
-            let answer = get_as(&dray, TAG, &format!("Bearer {token}")).await;
-            (answer.status == 200).then_some(())
-        })
-        .await;
-        tokio::time::sleep(std::time::Duration::from_millis(700)).await;
-    }
+    let asked = || {
+        let requests = registry.requests();
+        let for_somebody =
+            |request: &&Request| request.header("authorization").is_some_and(|said| said.starts_with("Basic"));
+        requests.iter().filter(|request| request.path.starts_with("/token")).filter(for_somebody).count()
+    };
+    let before = asked();
+    // The registry's token lives for some seconds.
+    let given = eventually("a token is asked for in vain", async || {
+        let given = token(&challenged, Some(ALICE)).await;
+        (asked() > before).then_some(given)
+    })
+    .await;
+    let given = given.expect("she was let in");
+    assert_eq!(get_as(&dray, TAG, &format!("Bearer {given}")).await.status, 200);
     assert_ne!(pull_as(&dray, TAG, BOB).await.status, 200);
 }
 
