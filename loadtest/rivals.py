@@ -104,8 +104,10 @@ class Nginx:
     name, needs = "nginx, proxy_cache", shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
 
     def run(self, work, port, origin):
+        # Its workers would run as somebody else, who may not write here.
+        user = "user root;\n" if os.geteuid() == 0 else ""
         (work / "nginx.conf").write_text(
-            f"worker_processes auto; daemon off; error_log /dev/null; pid {work}/pid;\nevents {{ worker_connections 1024; }}\n"
+            user + f"worker_processes auto; daemon off; error_log /dev/null; pid {work}/pid;\nevents {{ worker_connections 1024; }}\n"
             f"http {{ access_log off; sendfile on; tcp_nopush on; proxy_cache_path {work}/cache keys_zone=k:8m max_size=8g inactive=1d use_temp_path=off;\n"
             f"server {{ listen 127.0.0.1:{port}; location / {{ proxy_pass {origin}; proxy_cache k; proxy_cache_lock on; proxy_cache_lock_timeout 60s;\n"
             "proxy_cache_valid 200 1h; proxy_cache_convert_head off; proxy_cache_key $request_method$request_uri; } } }\n")
