@@ -14,6 +14,7 @@ mod mirror;
 mod node;
 mod outage;
 mod rig;
+mod seen;
 mod small;
 mod warm;
 
@@ -34,8 +35,12 @@ async fn main() {
     if runs("outage") {
         outage::dead().await;
     }
+    if runs("seen") {
+        seen::by_log_and_metrics().await;
+        seen::by_people().await;
+    }
     let needs_no_rig =
-        |name: &String| matches!(name.as_str(), "mirror" | "outage") || cluster::PARTS.contains(&name.as_str());
+        |name: &String| matches!(name.as_str(), "mirror" | "outage" | "seen") || cluster::PARTS.contains(&name.as_str());
     if !wanted.is_empty() && wanted.iter().all(needs_no_rig) {
         return;
     }

@@ -11,9 +11,12 @@
 use std::hint::black_box;
 use std::net::SocketAddr;
 use std::process::ExitCode;
+use std::time::Duration;
 
+use dray::access_log::{AccessLog, Line, Millis};
+use dray::activity::{Activity, Answered};
 use dray::config::{Config, Share, Size};
-use dray::metrics::Metrics;
+use dray::metrics::{Answer, Metrics};
 use dray::oci::{Digest, RangeSet, Span, Spans, route};
 use dray::peers::ring::Ring;
 use dray::provenance::Provenance;
@@ -21,11 +24,12 @@ use dray::registries::Registries;
 use dray::respond::Reply;
 use dray::source::ServedFrom;
 use dray::store::{Kind, SmallObject, Store};
+use dray::telemetry::{self, LogFormat};
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let [name, count] = &arguments[..] else {
-        eprintln!("usage: hotpaths route|range|spans|ring|head|lookup COUNT");
+        eprintln!("usage: hotpaths route|range|spans|ring|head|lookup|count|log|note COUNT");
         return ExitCode::from(2);
     };
     let count: u32 = count.parse().unwrap();
@@ -36,6 +40,9 @@ fn main() -> ExitCode {
         "ring" => ring(count),
         "head" => head(count),
         "lookup" => lookup(count),
+        "count" => count_answers(count),
+        "log" => log(count),
+        "note" => note(count),
         other => {
             eprintln!("no hot path is called {other}");
             return ExitCode::from(2);
@@ -107,4 +114,67 @@ fn lookup(count: u32) {
             black_box(store.find(black_box(&digest), Kind::Manifest).await.is_some());
         }
     });
+}
+
+/// An answer, for the metrics.
+fn count_answers(count: u32) {
+    let metrics = Metrics::new();
+    for _ in 0..count {
+        metrics.answered(black_box(&Answer {
+            route: "manifest",
+            source: "memory",
+            status: 200,
+            sent: 1234,
+            first_byte: Some(Duration::from_micros(90)),
+            took: Duration::from_micros(100),
+        }));
+    }
+}
+
+/// An answer, for the access log.
+fn log(count: u32) {
+    let sink = telemetry::init("info", LogFormat::Text).unwrap();
+    let access_log = AccessLog::new(LogFormat::Text, sink.clone());
+    let path = format!("/v2/library/alpine/manifests/{}", Digest::of(b"x"));
+    for _ in 0..count {
+        access_log.add(black_box(&Line {
+            id: "0123456789abcdef",
+            trace: None,
+            client: Some(SocketAddr::from(([127, 0, 0, 1], 40_000))),
+            agent: Some("containerd/2.1.0"),
+            method: "GET",
+            path: &path,
+            route: "manifest",
+            registry: Some("docker.io"),
+            repository: Some("library/alpine"),
+            named_by: Some("ns"),
+            rule: Some("docker.io"),
+            status: 200,
+            source: "memory",
+            bytes: 1234,
+            first_byte_ms: Some(Millis(Duration::from_micros(90))),
+            total_ms: Millis(Duration::from_micros(100)),
+            failure: None,
+        }));
+    }
+    sink.close();
+}
+
+/// An answer, for the status page.
+fn note(count: u32) {
+    let activity = Activity::default();
+    for _ in 0..count {
+        activity.add(black_box(Answered {
+            id: "0123456789abcdef".into(),
+            at_ms: 1,
+            route: "manifest".into(),
+            image: "docker.io/library/alpine".into(),
+            reference: "3.22".into(),
+            status: 200,
+            source: "memory".into(),
+            bytes: 1234,
+            first_byte_ms: Some(0.09),
+            total_ms: 0.1,
+        }));
+    }
 }

@@ -1,5 +1,6 @@
 //! What clients asked for lately, for people who look: the last answers, the most wanted images, bytes by source.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -13,7 +14,7 @@ pub struct Activity(Mutex<Seen>);
 struct Seen {
     recent: VecDeque<Answered>,
     images: HashMap<String, Wanted>,
-    sources: BTreeMap<String, Traffic>,
+    sources: BTreeMap<Cow<'static, str>, Traffic>,
 }
 
 /// One answer with content, or that should have had some.
@@ -24,13 +25,13 @@ pub struct Answered {
     /// Milliseconds since 1970.
     pub at_ms: u64,
     /// `manifest`, `blob`, `tags` or `referrers`
-    pub route: String,
+    pub route: Cow<'static, str>,
     /// `registry/repository`
     pub image: String,
     /// The tag or digest.
     pub reference: String,
     pub status: u16,
-    pub source: String,
+    pub source: Cow<'static, str>,
     pub bytes: u64,
     /// None: no byte of a body was sent.
     pub first_byte_ms: Option<f64>,
@@ -85,7 +86,7 @@ impl Activity {
     }
 
     /// Since the process began.
-    pub fn sources(&self) -> BTreeMap<String, Traffic> {
+    pub fn sources(&self) -> BTreeMap<Cow<'static, str>, Traffic> {
         self.lock().sources.clone()
     }
 
@@ -129,7 +130,7 @@ mod tests {
             image: image.into(),
             reference: "1".into(),
             status: 200,
-            source: source.into(),
+            source: source.to_owned().into(),
             bytes,
             first_byte_ms: None,
             total_ms: 1.0,

@@ -9,6 +9,7 @@ mod matching;
 mod pattern;
 mod peers;
 mod prefetch;
+mod tracing;
 mod units;
 mod upstream;
 
@@ -28,6 +29,7 @@ pub use matching::Matching;
 pub use pattern::{HostPattern, host_matches};
 pub use peers::{Mtls, Peers, Zone, Zones};
 pub use prefetch::{Pin, Prefetch, Schedule};
+pub use tracing::Tracing;
 pub use units::{Share, Size, Span, whole_tag};
 pub use upstream::{Scheme, Upstream};
 
@@ -55,6 +57,7 @@ pub struct Config {
     pub pin: Vec<Pin>,
     pub peers: Peers,
     pub containerd: Containerd,
+    pub tracing: Tracing,
 }
 
 #[derive(Debug, Clone, PartialEq, Deserialize)]
@@ -273,6 +276,9 @@ impl Config {
             let problem = "is of no use without containerd.hosts_dir".to_owned();
             return Err(at(section("[containerd]"), key, problem));
         }
+        if let Some(key) = self.tracing.is_useless() {
+            return Err(at(section("[tracing]"), key, "is of no use without tracing.otlp".to_owned()));
+        }
         self.check_rules(&at)
     }
 
@@ -382,6 +388,7 @@ impl Default for Config {
             pin: Vec::new(),
             peers: Peers::default(),
             containerd: Containerd::default(),
+            tracing: Tracing::default(),
         }
     }
 }
@@ -547,6 +554,9 @@ mod tests {
             ("version = 2", &["line 1", "version", "newer dray"]),
             ("[containerd]\nmirror = \"http://a\"", &["dray.toml:1", "containerd.mirror", "hosts_dir"]),
             ("[containerd]\nhosts_dir = \"/a\"\nmirror = \"a:1\"", &["line 3", "http://host:port"]),
+            ("[tracing]\nsample = 0.5", &["dray.toml:1", "tracing.sample", "tracing.otlp"]),
+            ("[tracing]\nsample = 2.0", &["line 2", "from 0.0 to 1.0"]),
+            ("[tracing]\notlp = \"localhost:4318\"", &["line 2", "http://host:4318"]),
             ("[peers]\nkey_file = \"k\"", &["dray.toml:1", "peers.listen"]),
             ("[peers]\nzones = \"ignore\"", &["dray.toml:1", "peers.listen"]),
             ("[peers]\nlisten = \"0.0.0.0:1\"\nservice = \"a.b\"\nzone = \"a\"", &["dray.toml:1", "peers.zone"]),

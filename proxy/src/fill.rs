@@ -48,6 +48,7 @@ use crate::registries::Place;
 use crate::role::Role;
 use crate::source::{ServedFrom, SourceError};
 use crate::store::{Blob, Draft, SmallObject, Store};
+use crate::trace;
 
 /// Bytes at the end of a blob that no reader gets before the digest agrees.
 pub const HELD_BYTES: u64 = 64 * 1024;
@@ -266,10 +267,12 @@ impl Fills {
         let (fill, started) = self.enter(key, place);
         if started {
             let (fills, fill) = (self.clone(), fill.clone());
-            tokio::spawn(async move {
+            tokio::spawn(trace::carried(async move {
+                let mut span = trace::begin("fill", trace::Kind::Internal);
                 let running = Running { fills: &fills, fill: &fill };
-                running.fill_from(sources, from).await;
-            });
+                span.within(running.fill_from(sources, from)).await;
+                fill.tell(&mut span);
+            }));
         }
         fill
     }
@@ -489,6 +492,24 @@ impl Fill {
 
     fn end(&self, phase: Phase) {
         self.progress.send_modify(|progress| progress.enter(phase));
+    }
+
+    /// Tells whoever follows the trace what became of it.
+    fn tell(&self, span: &mut trace::Span) {
+        span.tell(|| {
+            let came = self.written().iter().map(|span| span.len()).sum::<u64>();
+            vec![
+                ("dray.digest", self.key.digest.to_string().into()),
+                ("dray.image", self.place.to_string().into()),
+                ("dray.role", self.key.role.as_str().into()),
+                ("dray.bytes", came.into()),
+            ]
+        });
+        if let Some(Err(error)) = self.opened.get() {
+            span.fail(|| error.to_string());
+        } else if self.progress.borrow().phase() == Phase::Failed {
+            span.fail(|| "it broke off".to_owned());
+        }
     }
 
     fn disown(&self) {

@@ -7,6 +7,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use tokio::sync::watch;
 
+use crate::trace;
+
 /// Questions under way, by key.
 pub struct Flights<K, V> {
     under_way: Arc<Mutex<HashMap<K, watch::Receiver<Option<V>>>>>,
@@ -40,12 +42,12 @@ where
                     under_way.insert(key.clone(), receiver.clone());
                     let landing = Landing { key, under_way: self.under_way.clone() };
                     let flight = start();
-                    tokio::spawn(async move {
+                    tokio::spawn(trace::carried(async move {
                         let answer = flight.await;
                         // Off the map first: whoever comes now sees what the flight has stored.
                         drop(landing);
                         sender.send_replace(Some(answer));
-                    });
+                    }));
                     receiver
                 }
             }

@@ -35,4 +35,5 @@ pub mod status;
 pub mod store;
 pub mod tags;
 pub mod telemetry;
+pub mod trace;
 pub mod warm;

@@ -1,12 +1,14 @@
 //! Metric names and handles. A leaf: it knows nobody's types, labels come in as `&'static str` or
 //! as names that the configuration bounds.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
+use std::sync::{Arc, PoisonError, RwLock};
+use std::time::Duration;
 
 use prometheus::core::Collector;
 use prometheus::proto::Metric;
 use prometheus::{
-    CounterVec, Encoder, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
+    CounterVec, Encoder, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
     TextEncoder,
 };
 
@@ -46,15 +48,15 @@ pub const BUILD_INFO: &str = "dray_build_info";
 pub struct Metrics {
     registry: Registry,
     /// by route, source, status
-    pub requests: IntCounterVec,
+    requests: IntCounterVec,
     /// by source
-    pub sent_bytes: IntCounterVec,
+    sent_bytes: IntCounterVec,
     /// to clients of this process, not from a registry
     pub saved_bytes: IntCounter,
     /// by route, source, in seconds
-    pub request_seconds: HistogramVec,
+    request_seconds: HistogramVec,
     /// by source, in seconds
-    pub first_byte: HistogramVec,
+    first_byte: HistogramVec,
     /// by rule, kind, outcome
     pub origin_requests: IntCounterVec,
     /// by rule
@@ -98,6 +100,29 @@ pub struct Metrics {
     pub uncached: IntCounterVec,
     /// members of the cluster, this process included
     pub peers: IntGauge,
+    /// What counts each kind of answer, so that a request looks for one thing and not for five.
+    answers: RwLock<HashMap<Kind, Arc<Counts>>>,
+}
+
+/// An answer, to be counted.
+#[derive(Clone, Copy, Debug)]
+pub struct Answer {
+    pub route: &'static str,
+    pub source: &'static str,
+    pub status: u16,
+    pub sent: u64,
+    pub first_byte: Option<Duration>,
+    pub took: Duration,
+}
+
+/// Route, source and status.
+type Kind = (&'static str, &'static str, u16);
+
+struct Counts {
+    requests: IntCounter,
+    sent_bytes: IntCounter,
+    request_seconds: Histogram,
+    first_byte: Histogram,
 }
 
 impl Metrics {
@@ -209,8 +234,36 @@ impl Metrics {
                 &registry,
                 IntGauge::new(PEERS, "Addresses that DNS or the configuration names as members, this one included."),
             ),
+            answers: RwLock::default(),
             registry,
         }
+    }
+
+    /// Counts an answer.
+    pub fn answered(&self, answer: &Answer) {
+        let counts = self.counts_of((answer.route, answer.source, answer.status));
+        counts.requests.inc();
+        counts.sent_bytes.inc_by(answer.sent);
+        counts.request_seconds.observe(answer.took.as_secs_f64());
+        if let Some(first_byte) = answer.first_byte {
+            counts.first_byte.observe(first_byte.as_secs_f64());
+        }
+    }
+
+    /// All of a kind share theirs: there are as many as routes, sources and statuses go together.
+    fn counts_of(&self, kind: Kind) -> Arc<Counts> {
+        let known = self.answers.read().unwrap_or_else(PoisonError::into_inner).get(&kind).cloned();
+        known.unwrap_or_else(|| {
+            let (route, source, status) = kind;
+            let counts = Arc::new(Counts {
+                requests: self.requests.with_label_values(&[route, source, &status.to_string()]),
+                sent_bytes: self.sent_bytes.with_label_values(&[source]),
+                request_seconds: self.request_seconds.with_label_values(&[route, source]),
+                first_byte: self.first_byte.with_label_values(&[source]),
+            });
+            self.answers.write().unwrap_or_else(PoisonError::into_inner).insert(kind, counts.clone());
+            counts
+        })
     }
 
     /// What a gauge says, by one of its labels.

@@ -25,9 +25,9 @@ use self::clients::{Place, Unwelcome};
 pub use self::gate::Gate;
 use self::sendfile::Sending;
 use self::socket::Socket;
-use crate::access_log::{AccessLog, Line};
+use crate::access_log::{AccessLog, Line, Millis};
 use crate::activity::{Activity, Answered};
-use crate::metrics::Metrics;
+use crate::metrics::{self, Metrics};
 use crate::oci::route::{self, query_value};
 use crate::oci::{Endpoint, NamedBy, RangeSet, Reference, Registry, Repository, Route, accept};
 use crate::peers::swarm::Direction;
@@ -37,6 +37,7 @@ use crate::registries::{self, Registries, Rule};
 use crate::respond::Reply;
 use crate::sentinel;
 use crate::source::Broken;
+use crate::trace::{self, Tracer};
 
 /// Answers one listener's requests.
 pub struct Front {
@@ -48,6 +49,7 @@ pub struct Front {
     pub clients: Arc<Clients>,
     pub gate: Arc<Gate>,
     pub activity: Arc<Activity>,
+    pub tracer: Arc<Tracer>,
     pub listener: Listener,
 }
 
@@ -74,6 +76,7 @@ struct Seat(Arc<Load>);
 /// One request and what became of it.
 pub struct Exchange {
     id: String,
+    span: trace::Span,
     started: Instant,
     /// Counts the request as load for as long as it is answered.
     seat: Option<Seat>,
@@ -91,6 +94,8 @@ pub struct Exchange {
     source: &'static str,
     sent: u64,
     first_byte: Option<Duration>,
+    /// From its first byte to the end of the answer.
+    took: Duration,
     failure: Option<String>,
 }
 
@@ -120,6 +125,9 @@ const MAX_REFERENCE: usize = 200;
 /// In metrics and logs, where an answer has no content.
 const NO_SOURCE: &str = "none";
 
+/// Why an answer ended early that nothing else ended.
+const LEFT: &str = "the client left";
+
 #[async_trait]
 impl ProxyHttp for Front {
     type CTX = Exchange;
@@ -137,7 +145,9 @@ impl ProxyHttp for Front {
         let reply = match self.load.enter() {
             Some(seat) => {
                 exchange.seat = Some(seat);
-                let reply = Box::pin(self.answer(session, exchange)).await;
+                let span = self.span(session.req_header());
+                let reply = span.within(Box::pin(self.answer(session, exchange))).await;
+                exchange.span = span;
                 match self.load.hold(reply.body.held()) {
                     Ok(held) => {
                         exchange.held = held;
@@ -161,11 +171,13 @@ impl ProxyHttp for Front {
         if exchange.status == 0 && error.is_none() {
             return;
         }
+        exchange.took = exchange.started.elapsed();
         self.count(exchange);
         if self.listener == Listener::Clients {
             note(&self.activity, session, exchange);
         }
         log(&self.access_log, session, error, exchange);
+        finish(session, error, exchange);
     }
 
     fn suppress_error_log(&self, _: &Session, _: &Exchange, _: &Error) -> bool {
@@ -284,6 +296,14 @@ impl Front {
         answer.unwrap_or_else(|refusal| self.refuse(request, &place, &refusal)).of_registry(&registry)
     }
 
+    /// A request's part of a trace.
+    fn span(&self, request: &Parts) -> trace::Span {
+        match self.listener {
+            Listener::Clients => self.tracer.answer(&request.headers),
+            Listener::Peers => self.tracer.join(&request.headers),
+        }
+    }
+
     /// Whether somebody comes to the token endpoint. It is there where it is needed.
     fn asks_for_token(&self, request: &Parts) -> bool {
         self.listener == Listener::Clients
@@ -373,16 +393,16 @@ impl Front {
     }
 
     fn count(&self, exchange: &Exchange) {
-        let status = exchange.status.to_string();
-        self.metrics.requests.with_label_values(&[exchange.route, exchange.source, &status]).inc();
-        self.metrics.sent_bytes.with_label_values(&[exchange.source]).inc_by(exchange.sent);
+        self.metrics.answered(&metrics::Answer {
+            route: exchange.route,
+            source: exchange.source,
+            status: exchange.status,
+            sent: exchange.sent,
+            first_byte: exchange.first_byte,
+            took: exchange.took,
+        });
         if self.listener == Listener::Clients && !matches!(exchange.source, NO_SOURCE | "origin") {
             self.metrics.saved_bytes.inc_by(exchange.sent);
-        }
-        let took = self.metrics.request_seconds.with_label_values(&[exchange.route, exchange.source]);
-        took.observe(exchange.started.elapsed().as_secs_f64());
-        if let Some(first_byte) = exchange.first_byte {
-            self.metrics.first_byte.with_label_values(&[exchange.source]).observe(first_byte.as_secs_f64());
         }
     }
 }
@@ -450,7 +470,7 @@ async fn send(session: &mut Session, exchange: &mut Exchange, mut reply: Reply) 
         let next = tokio::select! {
             biased;
             next = reply.body.next() => next,
-            () = left(session, client.as_ref()) => Err(Broken("the client left".into())),
+            () = left(session, client.as_ref()) => Err(Broken(LEFT.into())),
         };
         let Some(piece) = next.map_err(|broken| exchange.broke(&broken))? else { break };
         let len = piece.len() as u64;
@@ -478,20 +498,20 @@ async fn left(session: &mut Session, socket: Option<&Socket>) {
 /// Remembers an answer for those who look at the status.
 fn note(activity: &Activity, session: &Session, exchange: &Exchange) {
     let Some(content) = &exchange.content else { return };
-    let path = session.req_header().uri.path();
+    let reference = session.req_header().uri.path().rsplit('/').next().unwrap_or_default();
     activity.add(Answered {
         id: exchange.id.clone(),
         at_ms: SystemTime::now()
             .duration_since(UNIX_EPOCH)
             .map_or(0, |now| u64::try_from(now.as_millis()).unwrap_or(u64::MAX)),
-        route: exchange.route.to_owned(),
+        route: exchange.route.into(),
         image: format!("{}/{}", content.registry, content.repository),
-        reference: path.rsplit('/').next().unwrap_or_default().chars().take(MAX_REFERENCE).collect(),
+        reference: reference[..reference.floor_char_boundary(MAX_REFERENCE)].to_owned(),
         status: exchange.status,
-        source: exchange.source.to_owned(),
+        source: exchange.source.into(),
         bytes: exchange.sent,
-        first_byte_ms: exchange.first_byte.map(milliseconds),
-        total_ms: milliseconds(exchange.started.elapsed()),
+        first_byte_ms: exchange.first_byte.map(|time| Millis(time).number()),
+        total_ms: Millis(exchange.took).number(),
     });
 }
 
@@ -499,9 +519,11 @@ fn note(activity: &Activity, session: &Session, exchange: &Exchange) {
 fn log(access_log: &AccessLog, session: &Session, error: Option<&Error>, exchange: &Exchange) {
     let content = exchange.content.as_ref();
     let request = session.req_header();
-    let left = error.map(|_| "the client left");
+    let left = error.map(|_| LEFT);
+    let trace = exchange.span.trace().map(|trace| format!("{trace:032x}"));
     access_log.add(&Line {
         id: &exchange.id,
+        trace: trace.as_deref(),
         client: session.client_addr().and_then(|address| address.as_inet()).copied(),
         agent: request.headers.get(USER_AGENT).and_then(|value| value.to_str().ok()),
         method: request.method.as_str(),
@@ -514,15 +536,41 @@ fn log(access_log: &AccessLog, session: &Session, error: Option<&Error>, exchang
         status: exchange.status,
         source: exchange.source,
         bytes: exchange.sent,
-        first_byte_ms: exchange.first_byte.map(milliseconds),
-        total_ms: milliseconds(exchange.started.elapsed()),
+        first_byte_ms: exchange.first_byte.map(Millis),
+        total_ms: Millis(exchange.took),
         failure: exchange.failure.as_deref().or(left),
     });
 }
 
-/// Rounded to microseconds.
-fn milliseconds(duration: Duration) -> f64 {
-    (duration.as_secs_f64() * 1e6).round() / 1e3
+/// Tells whoever follows the trace what became of the request.
+fn finish(session: &Session, error: Option<&Error>, exchange: &mut Exchange) {
+    let mut span = std::mem::take(&mut exchange.span);
+    let request = session.req_header();
+    span.rename(|| format!("{} {}", request.method, exchange.route));
+    span.tell(|| {
+        let client = session.client_addr().and_then(|address| address.as_inet()).map(|address| address.ip().to_string());
+        let agent = request.headers.get(USER_AGENT).and_then(|value| value.to_str().ok()).map(str::to_owned);
+        let content = exchange.content.as_ref();
+        let texts = [
+            ("http.request.method", Some(request.method.to_string())),
+            ("url.path", Some(request.uri.path().to_owned())),
+            ("client.address", client),
+            ("user_agent.original", agent),
+            ("dray.request_id", Some(exchange.id.clone())),
+            ("dray.registry", content.map(|content| content.registry.to_string())),
+            ("dray.repository", content.map(|content| content.repository.to_string())),
+            ("dray.rule", content.map(|content| content.rule.clone())),
+        ];
+        let texts = texts.into_iter().filter_map(|(name, text)| Some((name, text?.into())));
+        let sent = ("http.response.body.size", exchange.sent.into());
+        let status = ("http.response.status_code", u64::from(exchange.status).into());
+        texts.chain([status, sent, ("dray.source", exchange.source.into())]).collect()
+    });
+    if let Some(failure) = exchange.failure.as_deref().or(error.map(|_| LEFT)) {
+        span.fail(|| failure.to_owned());
+    } else if exchange.status >= 500 {
+        span.fail(|| exchange.status.to_string());
+    }
 }
 
 impl Exchange {
@@ -541,6 +589,7 @@ impl Exchange {
     fn new() -> Self {
         Self {
             id: format!("{:016x}", fastrand::u64(..)),
+            span: trace::Span::default(),
             started: Instant::now(),
             seat: None,
             place: None,
@@ -553,6 +602,7 @@ impl Exchange {
             source: NO_SOURCE,
             sent: 0,
             first_byte: None,
+            took: Duration::ZERO,
             failure: None,
         }
     }

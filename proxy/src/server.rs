@@ -33,6 +33,7 @@ use crate::pull::Pull;
 use crate::registries::Registries;
 use crate::status::Sources;
 use crate::store::{HOUSEKEEPING, Store};
+use crate::telemetry;
 
 /// Requests under way get this long after the stop signal.
 const DRAIN: Duration = Duration::from_secs(25);
@@ -88,6 +89,8 @@ pub fn run(
     let clients = Arc::new(Clients::new(&config.access));
     let gate = gate(&config, bound.registry, &registries)?;
     let activity = Arc::new(Activity::default());
+    let tracer = runtime.block_on(async { telemetry::tracer(&config.tracing) }).map_err(StartError::Config)?;
+    let tracer = Arc::new(tracer);
     let visitors = Arc::new(Visitors::new(config.admin_token_file.as_deref()).map_err(StartError::Config)?);
     let front = |listener| Front {
         pull: pull.clone(),
@@ -98,6 +101,7 @@ pub fn run(
         clients: clients.clone(),
         gate: gate.clone(),
         activity: activity.clone(),
+        tracer: tracer.clone(),
         listener,
     };
     let readiness = Arc::new(Readiness::default());
@@ -188,6 +192,7 @@ pub fn run(
     if let Some(keeping) = keeping {
         keeping.withdraw();
     }
+    tracer.close();
     close(runtime, &store);
     Ok(())
 }

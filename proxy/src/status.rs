@@ -2,6 +2,7 @@
 //!
 //! Names only grow: what is there keeps its meaning. Nothing in it is a secret.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -37,7 +38,7 @@ pub struct Status {
     pub peers_listen: Option<SocketAddr>,
     pub cache: Cache,
     /// What clients were sent since the start, by source: memory, disk, peer, origin, stale; none: refusals.
-    pub sources: BTreeMap<String, Traffic>,
+    pub sources: BTreeMap<Cow<'static, str>, Traffic>,
     pub traffic: Totals,
     pub fills: Vec<FillView>,
     pub peers: Vec<PeerView>,

@@ -1,5 +1,7 @@
-//! Logs: one line an event, text for people or JSON for machines, on stderr.
+//! What is told to the outside: logs, one line an event, text for people or JSON for machines, on stderr; and traces.
 
+#[cfg(feature = "otlp")]
+mod otlp;
 mod sink;
 
 use std::io::IsTerminal;
@@ -8,6 +10,8 @@ use std::sync::Arc;
 use tracing_subscriber::EnvFilter;
 
 pub use self::sink::Sink;
+use crate::config::Tracing;
+use crate::trace::Tracer;
 
 /// How log lines look.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -36,4 +40,16 @@ pub fn init(filter: &str, format: LogFormat) -> Result<Arc<Sink>, String> {
     };
     started.map_err(|e| e.to_string())?;
     Ok(sink)
+}
+
+/// Who is told which request took how long where. Must run inside a tokio runtime.
+pub fn tracer(settings: &Tracing) -> Result<Tracer, String> {
+    #[cfg(feature = "otlp")]
+    if let Some(collector) = &settings.otlp {
+        let collector = otlp::Otlp::new(collector).map_err(|e| format!("tracing.otlp: {e}"))?;
+        return Ok(Tracer::new(collector, settings.sample));
+    }
+    // Without the feature no configuration names a collector.
+    let _ = settings;
+    Ok(Tracer::default())
 }

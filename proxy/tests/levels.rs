@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 
 const LEVELS: [&[&str]; 10] = [
-    &["oci", "metrics"],
+    &["oci", "metrics", "trace"],
     &["activity", "caller", "config", "flights", "identity", "lifetimes", "provenance", "role", "sealing", "secret"],
     &["dns", "grants", "registries", "source", "store", "telemetry"],
     &["access_log", "origin", "peers", "fill", "tags"],

@@ -12,6 +12,7 @@ pub mod mount;
 pub mod nginx;
 pub mod node;
 pub mod origin;
+pub mod page;
 pub mod process;
 pub mod registry;
 pub mod tls;

@@ -20,6 +20,8 @@ with sync_playwright() as playwright:
         page.on("request", lambda request: asked.append(request.url))
         page.goto(url)
         page.wait_for_function("document.getElementById('state').textContent === 'live'")
+        shown = page.evaluate("performance.now()")
+        loaded = page.evaluate("performance.getEntriesByType('navigation')[0].loadEventEnd")
         page.wait_for_function("document.querySelectorAll('#recent tbody tr').length > 0")
         # All of it comes from here, in one piece.
         assert all(request.startswith(url) for request in asked), asked
@@ -40,5 +42,5 @@ with sync_playwright() as playwright:
             page.keyboard.press("Enter")
             page.wait_for_function(f"document.querySelectorAll('#peers tbody tr').length > {rows}")
         assert not said, said
-        print(json.dumps({"look": name, "background": back, "peers": rows, "text": page.inner_text("main")}))
+        print(json.dumps({"look": name, "background": back, "peers": rows, "loaded_ms": loaded, "shown_ms": shown, "text": page.inner_text("main")}))
     browser.close()

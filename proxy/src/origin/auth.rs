@@ -17,6 +17,7 @@ use crate::lifetimes::{ByLifetime, Lifetime};
 use crate::registries::Place;
 use crate::secret::Secret;
 use crate::source::SourceError;
+use crate::trace;
 
 /// Remembered challenges and grants.
 pub(super) struct Tokens {
@@ -159,10 +160,10 @@ impl Tokens {
         let (trust, patience, secrets) = (home.trust, home.patience, self.secrets.clone());
         // A task of its own: the first caller may leave, the others still wait for the token.
         let fetch = async move {
-            let task = tokio::spawn(async move {
+            let task = tokio::spawn(trace::carried(async move {
                 let home = Home { upstream: &upstream, trust, ca: place.rule.ca.as_deref(), patience };
                 fetch(&http, &secrets, home, &place, &challenge, deadline).await
-            });
+            }));
             task.await.unwrap_or_else(|e| Err(SourceError::Unreachable(e.to_string())))
         };
         // Somebody else's fetch may have more time than this one.

@@ -14,6 +14,7 @@ use super::guard::{Guard, Reach};
 use crate::config::Upstream;
 use crate::registries::Trust;
 use crate::source::{SourceError, error_chain};
+use crate::trace;
 
 /// Time to reach a host: DNS, TCP and TLS.
 const CONNECT_TIMEOUT: Duration = Duration::from_millis(2500);
@@ -142,11 +143,34 @@ impl Http {
         if let Some(form) = &ask.form {
             request = request.header(CONTENT_TYPE, "application/x-www-form-urlencoded").body(form.clone());
         }
-        match timeout_at(deadline, request.send()).await {
+        let mut request = request.build().map_err(explain)?;
+        let mut span = trace::begin("ask an origin", trace::Kind::Client);
+        span.write(request.headers_mut());
+        let answer = match timeout_at(deadline, client.execute(request)).await {
             Err(_) => Err(SourceError::TimedOut),
             Ok(Ok(response)) => Ok(response),
             Ok(Err(error)) => Err(explain(error)),
-        }
+        };
+        tell(&mut span, ask, &answer);
+        answer
+    }
+}
+
+/// Never the path: it may be signed.
+fn tell(span: &mut trace::Span, ask: &Ask<'_>, answer: &Result<Response, SourceError>) {
+    span.rename(|| format!("{} {}", ask.method, ask.url.host_str().unwrap_or_default()));
+    span.tell(|| {
+        let host = ("server.address", ask.url.host_str().unwrap_or_default().to_owned().into());
+        let port = ("server.port", u64::from(ask.url.port_or_known_default().unwrap_or_default()).into());
+        let status = answer.as_ref().ok().map(|response| u64::from(response.status().as_u16()));
+        let method = ("http.request.method", ask.method.to_string().into());
+        let status = status.map(|status| ("http.response.status_code", status.into()));
+        [host, port, method].into_iter().chain(status).collect()
+    });
+    match answer {
+        Ok(response) if response.status().is_server_error() => span.fail(|| response.status().to_string()),
+        Ok(_) => {}
+        Err(error) => span.fail(|| error.to_string()),
     }
 }
 

@@ -21,6 +21,7 @@ use crate::oci::{Digest, MAX_MANIFEST_BYTES, Span, Spans, Tag};
 use crate::registries::Place;
 use crate::role::Role;
 use crate::source::{Broken, Incoming, Part, ServedFrom, SourceError, error_chain};
+use crate::trace;
 
 /// A question to a peer.
 pub struct Question<'a> {
@@ -419,7 +420,9 @@ impl Peers {
         if let Some(range) = part.header() {
             request = request.header(RANGE, range);
         }
-        let request = request.build().map_err(|error| SourceError::Malformed(error_chain(&error)))?;
+        let mut request = request.build().map_err(|error| SourceError::Malformed(error_chain(&error)))?;
+        let mut span = trace::begin("ask a peer", trace::Kind::Client);
+        span.write(request.headers_mut());
         let asked = Instant::now();
         let answer = self.exchange(peer, request, question.deadline).await;
         let outcome = match answer.as_ref().map(|response| response.status().as_u16()) {
@@ -429,6 +432,13 @@ impl Peers {
             Ok(_) => "refused",
             Err(_) => "failed",
         };
+        span.tell(|| {
+            let address = ("server.address", peer.ip().to_string().into());
+            vec![address, ("server.port", u64::from(peer.port()).into()), ("dray.outcome", outcome.into())]
+        });
+        if let Err(error) = &answer {
+            span.fail(|| error.to_string());
+        }
         let members = self.members.load();
         let way = [members.zone_of(peer), members.own_zone()];
         self.metrics.peer_requests.with_label_values(&[way[0], way[1], outcome]).inc();

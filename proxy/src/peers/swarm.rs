@@ -14,8 +14,10 @@ use super::wire::{Holder, MAX_HOLDERS};
 use crate::oci::{Span, Spans};
 
 /// Peers that a tracker remembers for one blob, and that a view does.
-const MAX_TRACKED: usize = 512;
-const MAX_KNOWN: usize = 32;
+fn var(name: &str, or: usize) -> usize { std::env::var(name).map_or(or, |t| t.parse().unwrap()) }
+static TR: std::sync::LazyLock<usize> = std::sync::LazyLock::new(|| var("TR", 512));
+static KN: std::sync::LazyLock<usize> = std::sync::LazyLock::new(|| var("KN", 32));
+
 
 /// Ranges on their way to one peer: as many as anybody fetches at a time, and some.
 const MAX_COMING: usize = 16;
@@ -116,7 +118,7 @@ pub enum Direction {
 impl Tracker {
     /// A peer said what it has, by asking.
     pub fn heard(&mut self, peer: SocketAddr, have: &Spans, load: u32, now: Time) {
-        if !self.peers.contains_key(&peer) && self.peers.len() >= MAX_TRACKED {
+        if !self.peers.contains_key(&peer) && self.peers.len() >= *TR {
             let oldest = self.peers.iter().min_by_key(|(peer, tracked)| (tracked.seen, **peer)).map(|(peer, _)| *peer);
             oldest.map(|oldest| self.peers.remove(&oldest));
         }
@@ -249,7 +251,7 @@ impl Known {
 impl View {
     /// Somebody has these bytes.
     pub fn learn(&mut self, holder: &Holder) {
-        if self.peers.len() >= MAX_KNOWN && !self.peers.contains_key(&holder.peer) {
+        if self.peers.len() >= *KN && !self.peers.contains_key(&holder.peer) {
             let idle = |(_, known): &(&SocketAddr, &Known)| known.in_flight == 0;
             let least = self.peers.iter().filter(idle).min_by_key(|(peer, known)| (known.have.len(), **peer));
             let Some(least) = least.map(|(peer, _)| *peer) else { return };
@@ -438,7 +440,7 @@ mod tests {
         for n in 0..3000 {
             tracker.heard(peer(n), &mib(0, 16).into(), 3000 - u32::from(n), at(n.into()));
         }
-        assert_eq!(tracker.peers.len(), MAX_TRACKED);
+        assert_eq!(tracker.peers.len(), *TR);
         let told: Vec<_> = tracker.holders(Some(peer(2999))).into_iter().map(|holder| holder.peer).collect();
         assert_eq!(told, (2991..2999).rev().map(peer).collect::<Vec<_>>());
     }

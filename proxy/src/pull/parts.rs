@@ -8,6 +8,7 @@ use futures_util::stream::{self, BoxStream, StreamExt};
 use super::{BlobAnswer, BlobRequest, Body, Extent, Pull, Refusal};
 use crate::oci::{Multipart, RangeRequest, RangeSet, Span};
 use crate::source::Broken;
+use crate::trace;
 
 /// Parts that are opened before their turn.
 const AHEAD: usize = 4;
@@ -47,7 +48,7 @@ impl Pull {
             let (pull, request) = (pull.clone(), request.clone());
             async move {
                 // On its own, so that a slow client does not use up its deadline.
-                let opened = tokio::spawn(async move { pull.part(&request, span).await });
+                let opened = tokio::spawn(trace::carried(async move { pull.part(&request, span).await }));
                 opened.await.unwrap_or_else(|_| Err(Refusal::Unavailable("a part was not opened".into())))
             }
         });

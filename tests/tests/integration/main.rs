@@ -33,5 +33,6 @@ mod shapes;
 mod soak;
 mod status;
 mod tags;
+mod tracing;
 mod upgrade;
 mod warm;

@@ -6,7 +6,7 @@ use dray_tests::dray::{Dray, Start, binary, rule};
 use dray_tests::http::{client, get};
 use dray_tests::image::Image;
 use dray_tests::origin::{Origin, Response};
-use dray_tests::process::{free_port, output, run};
+use dray_tests::process::{free_port, output};
 use serde_json::Value;
 
 async fn json(dray: &Dray, path: &str) -> Value {
@@ -161,13 +161,8 @@ async fn the_page_is_readable_by_day_by_night_and_on_a_phone() {
     let kept = std::env::var_os("DRAY_SCREENSHOTS");
     let dir = tempfile::tempdir().unwrap();
     let shots = kept.as_deref().map_or(dir.path(), std::path::Path::new);
-    let looked = run(Command::new("python3")
-        .env("PYTHONPATH", dray_tests::tool("python"))
-        .arg(concat!(env!("CARGO_MANIFEST_DIR"), "/src/page.py"))
-        .arg(format!("http://{}/", dray.admin))
-        .arg(shots));
-    let looks: Vec<Value> = looked.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
-    assert_eq!(looks.len(), 3, "{looked}");
+    let looks = dray_tests::page::look(dray.admin, shots);
+    assert_eq!(looks.len(), 3);
     assert_ne!(looks[0]["background"], looks[1]["background"], "night is darker");
     for look in &looks {
         let text = look["text"].as_str().unwrap();

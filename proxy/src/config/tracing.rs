@@ -1,0 +1,48 @@
+//! `[tracing]`: who is told which request took how long where.
+
+use serde::Deserialize;
+use serde::de::{Deserializer, Error};
+use url::Url;
+
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Tracing {
+    /// An OpenTelemetry collector. None: traces are only passed on.
+    #[serde(deserialize_with = "collector")]
+    pub otlp: Option<Url>,
+    /// Of the requests that belong to no trace, those for which one begins: from 0 to 1.
+    #[serde(deserialize_with = "share")]
+    pub sample: f64,
+}
+
+impl Default for Tracing {
+    fn default() -> Self {
+        Self { otlp: None, sample: 1.0 }
+    }
+}
+
+impl Tracing {
+    /// A key that does nothing without a collector.
+    pub(super) fn is_useless(&self) -> Option<&'static str> {
+        (self.otlp.is_none() && *self != Self::default()).then_some("tracing.sample")
+    }
+}
+
+fn collector<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Url>, D::Error> {
+    let text = String::deserialize(deserializer)?;
+    if cfg!(not(feature = "otlp")) {
+        return Err(D::Error::custom("this dray was built without the feature otlp: it sends no traces"));
+    }
+    let url = Url::parse(&text).ok().filter(|url| matches!(url.scheme(), "http" | "https") && url.has_host());
+    let plain = url.filter(|url| url.query().is_none() && url.fragment().is_none() && url.username().is_empty());
+    let how = "write it as http://host:4318 of an OpenTelemetry collector (OTLP over HTTP)";
+    plain.map(Some).ok_or_else(|| D::Error::custom(format!("otlp = \"{text}\": {how}")))
+}
+
+fn share<'de, D: Deserializer<'de>>(deserializer: D) -> Result<f64, D::Error> {
+    let share = f64::deserialize(deserializer)?;
+    if (0.0..=1.0).contains(&share) {
+        return Ok(share);
+    }
+    Err(D::Error::custom(format!("sample = {share}: write a share of all requests, from 0.0 to 1.0")))
+}

@@ -1,0 +1,136 @@
+//! Spans for an OpenTelemetry collector: OTLP over HTTP, in batches, by a thread of its own. What it cannot take is lost.
+
+use std::fmt;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use opentelemetry::trace::{SpanContext, SpanId, SpanKind, Status, TraceFlags, TraceId, TraceState};
+use opentelemetry::{InstrumentationScope, KeyValue};
+use opentelemetry_http::{Bytes, HttpClient, HttpError, Request, Response};
+use opentelemetry_otlp::{SpanExporter, WithExportConfig, WithHttpConfig};
+use opentelemetry_sdk::Resource;
+use opentelemetry_sdk::trace::{BatchSpanProcessor, SpanData, SpanEvents, SpanLinks, SpanProcessor};
+use tokio::runtime::Handle;
+use url::Url;
+
+use crate::source::error_chain;
+use crate::trace::{Ended, Kind, Report, Value};
+
+/// Sends spans to a collector.
+pub(super) struct Otlp {
+    batches: BatchSpanProcessor,
+    scope: InstrumentationScope,
+}
+
+/// The library's way to our HTTP client: its own needs threads that block.
+struct Door {
+    client: reqwest::Client,
+    runtime: Handle,
+    /// Whether the collector took the last batch: each change is logged once.
+    well: AtomicBool,
+}
+
+/// A batch that takes longer is lost.
+const TIMEOUT: Duration = Duration::from_secs(10);
+
+/// What is left at the end has this long.
+const LAST: Duration = Duration::from_secs(3);
+
+impl Otlp {
+    /// Must run inside a tokio runtime. `OTEL_SERVICE_NAME`, `OTEL_RESOURCE_ATTRIBUTES` and
+    /// `OTEL_EXPORTER_OTLP_HEADERS` hold, as the specification has them.
+    pub(super) fn new(collector: &Url) -> Result<Self, String> {
+        let client = reqwest::Client::builder().timeout(TIMEOUT).build().map_err(|e| error_chain(&e))?;
+        let door = Door { client, runtime: Handle::current(), well: AtomicBool::new(true) };
+        let endpoint = format!("{}/v1/traces", collector.as_str().trim_end_matches('/'));
+        let exporter = SpanExporter::builder().with_http().with_http_client(door).with_endpoint(endpoint).build();
+        let mut batches = BatchSpanProcessor::builder(exporter.map_err(|e| e.to_string())?).build();
+        let mut about = Resource::builder().with_attribute(KeyValue::new("service.version", VERSION));
+        if std::env::var_os("OTEL_SERVICE_NAME").is_none() {
+            about = about.with_service_name(NAME);
+        }
+        batches.set_resource(&about.build());
+        Ok(Self { batches, scope: InstrumentationScope::builder(NAME).with_version(VERSION).build() })
+    }
+}
+
+const NAME: &str = "dray";
+const VERSION: &str = env!("CARGO_PKG_VERSION");
+
+impl Report for Otlp {
+    fn report(&self, span: Ended) {
+        let (trace, state) = (TraceId::from(span.step.trace), &span.step.state);
+        let state = state.as_ref().and_then(|state| state.to_str().ok()?.parse().ok());
+        let context = |state: Option<TraceState>| {
+            let (id, flags) = (SpanId::from(span.step.span), TraceFlags::new(span.step.flags()));
+            SpanContext::new(trace, id, flags, false, state.unwrap_or_default())
+        };
+        self.batches.on_end(SpanData {
+            span_context: context(state),
+            parent_span_id: span.parent.map_or(SpanId::INVALID, SpanId::from),
+            parent_span_is_remote: span.kind == Kind::Server && span.parent.is_some(),
+            span_kind: match span.kind {
+                Kind::Server => SpanKind::Server,
+                Kind::Client => SpanKind::Client,
+                Kind::Internal => SpanKind::Internal,
+            },
+            name: span.name,
+            start_time: span.began,
+            end_time: span.began + span.took,
+            attributes: span.attributes.into_iter().map(|(name, value)| attribute(name, value)).collect(),
+            dropped_attributes_count: 0,
+            events: SpanEvents::default(),
+            links: SpanLinks::default(),
+            status: span.failure.map_or(Status::Unset, Status::error),
+            instrumentation_scope: self.scope.clone(),
+        });
+    }
+
+    fn close(&self) {
+        if let Err(error) = self.batches.shutdown_with_timeout(LAST) {
+            tracing::warn!(%error, "the last traces were not sent");
+        }
+    }
+}
+
+fn attribute(name: &'static str, value: Value) -> KeyValue {
+    match value {
+        Value::Text(text) => KeyValue::new(name, text),
+        Value::Word(word) => KeyValue::new(name, word),
+        Value::Number(number) => KeyValue::new(name, i64::try_from(number).unwrap_or(i64::MAX)),
+    }
+}
+
+#[async_trait]
+impl HttpClient for Door {
+    async fn send_bytes(&self, request: Request<Bytes>) -> Result<Response<Bytes>, HttpError> {
+        let (head, body) = request.into_parts();
+        let sending = self.client.request(head.method, head.uri.to_string()).headers(head.headers).body(body);
+        // On our runtime: the thread that waits here has none.
+        let answer = self.runtime.spawn(async move {
+            let answer = sending.send().await?;
+            let status = answer.status();
+            Ok::<_, reqwest::Error>((status, answer.bytes().await?))
+        });
+        let answer = answer.await?.map_err(reqwest::Error::without_url);
+        let trouble = match &answer {
+            Ok((status, _)) => (!status.is_success()).then(|| format!("it answers {status}")),
+            Err(error) => Some(error_chain(error)),
+        };
+        let was_well = self.well.swap(trouble.is_none(), Ordering::Relaxed);
+        match trouble {
+            Some(why) if was_well => tracing::warn!(why, "the collector takes no traces: they are lost"),
+            None if !was_well => tracing::info!("the collector takes traces again"),
+            _ => {}
+        }
+        let (status, body) = answer?;
+        Ok(Response::builder().status(status).body(body)?)
+    }
+}
+
+impl fmt::Debug for Door {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Door").finish_non_exhaustive()
+    }
+}
