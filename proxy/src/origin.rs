@@ -12,6 +12,7 @@ mod http;
 mod question;
 mod redirects;
 mod retry;
+mod scarcity;
 mod watch;
 
 use std::sync::Arc;
@@ -32,6 +33,7 @@ use self::http::Http;
 use self::question::{Kind, Question, claimed_digest};
 use self::redirects::Redirects;
 use self::retry::RetryBudget;
+use self::scarcity::Scarcity;
 use crate::config::Config;
 use crate::metrics::Metrics;
 use crate::oci::{Digest, MAX_MANIFEST_BYTES, Reference, manifest};
@@ -45,6 +47,7 @@ pub struct Origin {
     redirects: Redirects,
     retries: RetryBudget,
     conditions: Conditions,
+    scarcity: Scarcity,
     /// Those that look after upstreams that are down.
     watches: Arc<Semaphore>,
     /// Memory for answers that are read whole, in KiB.
@@ -91,6 +94,7 @@ impl Origin {
             redirects: Redirects::new(),
             retries: RetryBudget::new(),
             conditions: Conditions::new(),
+            scarcity: Scarcity::new(),
             watches: Arc::new(Semaphore::new(MAX_WATCHES)),
             whole: Semaphore::new(WHOLE_KIB),
             metrics,
@@ -214,6 +218,11 @@ impl Origin {
     pub fn upstreams(&self) -> Vec<UpstreamView> {
         let remaining = Metrics::values(&self.metrics.origin_rate_limit_remaining, "rule");
         self.conditions.views(|rule| remaining.get(rule).copied())
+    }
+
+    /// Whether pulls are few by which a rule's registry counts, so that what nobody waits for is put off.
+    pub fn is_scarce(&self, place: &Place) -> bool {
+        self.scarcity.is_scarce(place.rule.name(), Instant::now())
     }
 
     /// Forgets where a blob's redirect led: the bytes from there broke off or were wrong.

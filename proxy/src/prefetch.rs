@@ -8,7 +8,7 @@ use chrono::Utc;
 use tokio::time::sleep;
 
 use crate::config::{Pin, Prefetch};
-use crate::oci::ImageName;
+use crate::oci::{Digest, ImageName};
 use crate::pull::Pull;
 use crate::warm::{self, Blob, Fetched, Inside, Plan, Platforms, Summary, Watcher};
 
@@ -25,6 +25,9 @@ const PINNED_AFTER_START: Duration = Duration::from_secs(1);
 const PINNED_AGAIN: Duration = Duration::from_secs(3600);
 const PINNED_AGAIN_SOON: Duration = Duration::from_secs(60);
 
+/// What was left out is tried again before its time.
+const AGAIN: Duration = Duration::from_secs(600);
+
 /// Blobs at a time: what clients want comes first.
 const PARALLEL: usize = 2;
 
@@ -35,9 +38,10 @@ pub async fn keep_warm(pull: Arc<Pull>, prefetch: Prefetch) {
     let put_off = |pause| if prefetch.schedule.is_by_the_second() { Duration::ZERO } else { pause };
     sleep(put_off(AFTER_START)).await;
     loop {
-        let _ = warm(&door, &prefetch.images, &platforms).await;
+        let summary = warm(&door, &prefetch.images, &platforms).await;
         let Some(next) = prefetch.schedule.next(Utc::now()) else { return };
         let jitter = Duration::from_millis(fastrand::u64(..JITTER_MILLIS));
+        let next = if summary.is_complete { next } else { next.min(AGAIN) };
         sleep(next + put_off(jitter)).await;
     }
 }
@@ -50,7 +54,7 @@ pub async fn keep_pinned(pull: Arc<Pull>, pins: Vec<Pin>) {
         let (mut digests, mut complete) = (HashSet::new(), true);
         for pin in &pins {
             let summary = warm(&door, &pin.images, &wanted(&pin.platforms)).await;
-            complete &= summary.failed.is_empty();
+            complete &= summary.is_complete;
             digests.extend(summary.digests);
         }
         // What cannot be looked up now is still pinned as it was.
@@ -61,13 +65,38 @@ pub async fn keep_pinned(pull: Arc<Pull>, pins: Vec<Pin>) {
     }
 }
 
-async fn warm(door: &Inside, images: &[ImageName], platforms: &Platforms) -> Summary {
-    let summary = warm::warm(door, images, platforms, PARALLEL, &Silent).await;
+/// What came of fetching images ahead.
+struct Ahead {
+    digests: HashSet<Digest>,
+    is_complete: bool,
+}
+
+/// Those whose registry allows few more pulls are left for later: these belong to clients.
+async fn warm(door: &Inside, images: &[ImageName], platforms: &Platforms) -> Ahead {
+    let (mut digests, mut is_complete) = (HashSet::new(), true);
+    for image in images {
+        let place = door.0.place(image.registry.clone(), image.repository.clone());
+        if door.0.is_scarce(&place) {
+            tracing::info!(%image, "not fetched ahead: the registry allows few more pulls");
+            is_complete = false;
+            continue;
+        }
+        let summary = warm_one(door, image, platforms).await;
+        is_complete &= summary.failed.is_empty();
+        digests.extend(summary.digests);
+    }
+    Ahead { digests, is_complete }
+}
+
+async fn warm_one(door: &Inside, image: &ImageName, platforms: &Platforms) -> Summary {
+    let summary = warm::warm(door, std::slice::from_ref(image), platforms, PARALLEL, &Silent).await;
     for (image, problem) in &summary.failed {
         tracing::warn!(%image, problem, "not fetched ahead");
     }
-    let (images, blobs, bytes, kept) = (summary.images, summary.blobs, summary.bytes, summary.kept_bytes);
-    tracing::info!(images, failed = summary.failed.len(), blobs, bytes, kept, "fetched ahead");
+    let (blobs, bytes, kept) = (summary.blobs, summary.bytes, summary.kept_bytes);
+    if summary.failed.is_empty() {
+        tracing::info!(%image, blobs, bytes, kept, "fetched ahead");
+    }
     summary
 }
 

@@ -213,6 +213,11 @@ impl Pull {
         (used, limit, self.store.small.disk_bytes())
     }
 
+    /// Whether a registry allows so few more pulls that what nobody waits for is put off.
+    pub fn is_scarce(&self, place: &Place) -> bool {
+        self.origin.is_scarce(place)
+    }
+
     /// Keeps these blobs for as long as anything else can go.
     pub fn pin(&self, digests: HashSet<Digest>) {
         self.store.large.pin(digests);

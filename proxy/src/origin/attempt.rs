@@ -11,7 +11,7 @@ use super::Origin;
 use super::asking::OTHERS_FOLLOW;
 use super::challenge::Challenge;
 use super::http::{Ask, Home};
-use super::question::{Kind, Question, checked, rate_limit};
+use super::question::{Kind, Question, checked};
 use crate::caller::Caller;
 use crate::registries::Place;
 use crate::source::SourceError;
@@ -144,14 +144,14 @@ impl Origin {
 
     /// What an upstream says of its limits, for whoever watches them.
     fn note_limits(&self, place: &Place, response: &Response) {
+        let rule = place.rule.name();
+        let (limit, remaining) = self.scarcity.heard(rule, response.headers(), Instant::now());
         let gauges = [
-            ("ratelimit-limit", &self.metrics.origin_rate_limit),
-            ("ratelimit-remaining", &self.metrics.origin_rate_limit_remaining),
+            (limit, &self.metrics.origin_rate_limit),
+            (remaining, &self.metrics.origin_rate_limit_remaining),
         ];
-        for (name, gauge) in gauges {
-            if let Some(number) = rate_limit(response.headers(), name) {
-                gauge.with_label_values(&[place.rule.name()]).set(number);
-            }
+        for (number, gauge) in gauges {
+            number.into_iter().for_each(|number| gauge.with_label_values(&[rule]).set(number));
         }
     }
 }

@@ -163,11 +163,6 @@ pub(super) fn retry_after(headers: &HeaderMap, now: SystemTime) -> Option<Durati
     }
 }
 
-/// A number that may be followed by a window, as in Docker Hub's `ratelimit-remaining: 76;w=21600`.
-pub(super) fn rate_limit(headers: &HeaderMap, name: &str) -> Option<i64> {
-    headers.get(name)?.to_str().ok()?.split(';').next()?.trim().parse().ok()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -185,11 +180,5 @@ mod tests {
         assert_eq!(later("Thu, 26 Nov 2026 11:00:00 GMT"), Some(0));
         assert_eq!([later("soon"), later("-1"), later("")], [None, None, None]);
         assert_eq!(retry_after(&HeaderMap::new(), now), None);
-    }
-
-    #[test]
-    fn limits_are_read_with_or_without_their_window() {
-        let limit = |value: &str| rate_limit(&headers("ratelimit-remaining", value), "ratelimit-remaining");
-        assert_eq!([limit("76;w=21600"), limit("5"), limit("x;w=1")], [Some(76), Some(5), None]);
     }
 }

@@ -120,6 +120,40 @@ async fn what_is_pinned_outlives_what_is_used_more() {
     assert_eq!((kept.status, kept.source()), (200, "disk"));
 }
 
+/// The few pulls that a registry still allows belong to those who wait for them.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_nobody_waits_for_is_put_off_while_few_pulls_are_left() {
+    let (first, second) = (Image::new(1, &[500_000]), Image::new(2, &[600_000]));
+    let images = [("library/first", "1", &first), ("library/second", "1", &second)];
+    let left = Arc::new(AtomicUsize::new(24));
+    let now = left.clone();
+    let origin = Origin::start(&images, move |_, answer| {
+        let remaining = format!("{};w=21600", now.load(Ordering::SeqCst));
+        answer.with("ratelimit-limit", "100;w=21600").with("ratelimit-remaining", remaining)
+    })
+    .await;
+    let dray = Start::new(format!(
+        "{}tag_ttl = \"0s\"\n[[prefetch]]\nimages = [\"first:1\", \"second:1\"]\nschedule = \"* * * * * *\"\n\
+         platforms = [\"linux/amd64\"]\n",
+        rule("docker.io", &origin.url())
+    ))
+    .run();
+    dray_tests::eventually("the first one is there", async || {
+        (origin.count("GET", &first.layers[0]) > 0).then_some(())
+    })
+    .await;
+    // Several more times by the schedule.
+    tokio::time::sleep(std::time::Duration::from_secs(3)).await;
+    assert_eq!(origin.count("GET", "library/second") + origin.count("HEAD", "library/second"), 0);
+    left.store(90, Ordering::SeqCst);
+    // Whoever waits is served, and hears how many are left.
+    assert_eq!(dray.get("/v2/library/first/manifests/1?ns=docker.io").await.status, 200);
+    dray_tests::eventually("the second one as well", async || {
+        (origin.count("GET", &second.layers[0]) > 0).then_some(())
+    })
+    .await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_not_whole_is_not_warm() {
     let (good, bad) = (Image::new(1, &[500_000]), Image::new(2, &[600_000]));
