@@ -20,6 +20,7 @@ use std::path::{Path, PathBuf};
 
 use ipnet::IpNet;
 use serde::Deserialize;
+use sha2::{Digest, Sha256};
 use toml::Spanned;
 
 use crate::oci::Registry;
@@ -243,6 +244,18 @@ impl Config {
             .map_err(|error| ConfigError::Syntax { file: file.to_owned(), error: Box::new(error) })?;
         config.check(text, file)?;
         Ok(config)
+    }
+
+    /// Tells configurations apart by what nodes of one cluster have in common.
+    pub fn hash(&self) -> String {
+        let mut common = self.clone();
+        let any = Self::default();
+        (common.listen, common.admin, common.cache.dir) = (any.listen, any.admin, any.cache.dir);
+        (common.peers.listen, common.peers.zone) = (any.peers.listen, any.peers.zone);
+        // Where a rule stands in the file changes nothing.
+        common.registry = common.registry.into_iter().map(|rule| Spanned::new(0..0, rule.into_inner())).collect();
+        let digest = Sha256::digest(format!("{common:?}"));
+        digest[..6].iter().map(|byte| format!("{byte:02x}")).collect()
     }
 
     fn check(&self, text: &str, file: &str) -> Result<(), ConfigError> {
@@ -572,6 +585,18 @@ mod tests {
                 assert!(message.contains(want), "{text}\n-> {message}\nlacks {want}");
             }
         }
+    }
+
+    #[test]
+    fn nodes_of_one_cluster_have_the_same_hash() {
+        let hash = |text: &str| Config::parse(text, "x").unwrap().hash();
+        let one = hash("listen = \"10.0.0.1:5050\"\n[peers]\nlisten = \"10.0.0.1:1\"\nservice = { a = \"x\" }\nzone = \"a\"");
+        let other = hash("listen = \"10.0.0.2:5050\"\n[peers]\nlisten = \"10.0.0.2:1\"\nservice = { a = \"x\" }\nzone = \"b\"");
+        assert_eq!(one, other);
+        let rule = "[[registry]]\nmatch = \"a.io\"";
+        assert_eq!(hash(rule), hash(&format!("# A comment.\n{rule}\ndeny = false")));
+        assert_ne!(hash(rule), hash(&format!("{rule}\ndeny = true")));
+        assert_ne!(one, hash("[peers]\nlisten = \"10.0.0.1:1\"\nservice = { a = \"y\" }\nzone = \"a\""));
     }
 
     #[test]

@@ -38,11 +38,15 @@ pub const DAMAGED: &str = "dray_damaged_blobs_total";
 pub const SHUT_OUT: &str = "dray_peers_shut_out_total";
 pub const UNPROVEN: &str = "dray_peers_unproven_total";
 pub const SMALL_DROPPED: &str = "dray_small_dropped_total";
+pub const SMALL_LOOKUPS: &str = "dray_small_lookups_total";
+pub const SMALL_MEMORY: &str = "dray_small_memory_bytes";
+pub const CACHE_BLOBS: &str = "dray_cache_blobs";
 pub const STALE: &str = "dray_stale_total";
 pub const MISMATCHES: &str = "dray_digest_mismatches_total";
 pub const UNCACHED: &str = "dray_uncached_total";
 pub const PEERS: &str = "dray_peers";
 pub const BUILD_INFO: &str = "dray_build_info";
+pub const CONFIG_INFO: &str = "dray_config_info";
 
 /// Handles to every metric, resolved once.
 pub struct Metrics {
@@ -89,6 +93,12 @@ pub struct Metrics {
     pub unproven: IntCounterVec,
     /// by cache, reason
     pub small_dropped: IntCounterVec,
+    /// by cache, found
+    pub small_lookups: IntCounterVec,
+    /// by cache
+    pub small_memory: IntGaugeVec,
+    /// that are kept as files
+    pub cache_blobs: IntGauge,
     /// by tier
     pub cache_bytes: IntGaugeVec,
     /// by tier
@@ -100,6 +110,8 @@ pub struct Metrics {
     pub uncached: IntCounterVec,
     /// members of the cluster, this process included
     pub peers: IntGauge,
+    /// by hash
+    pub config: IntGaugeVec,
     /// What counts each kind of answer, so that a request looks for one thing and not for five.
     answers: RwLock<HashMap<Kind, Arc<Counts>>>,
 }
@@ -221,6 +233,13 @@ impl Metrics {
                 "Small objects that did not reach the disk, by queue that was full.",
                 &["cache", "reason"],
             ),
+            small_lookups: counters(
+                SMALL_LOOKUPS,
+                "Times a small object was looked for, by where it was found.",
+                &["cache", "found"],
+            ),
+            small_memory: gauges(SMALL_MEMORY, "Bytes of small objects in memory.", &["cache"]),
+            cache_blobs: register(&registry, IntGauge::new(CACHE_BLOBS, "Blobs that are kept as files.")),
             resumed_bytes: register(
                 &registry,
                 IntCounter::new(RESUMED_BYTES, "Bytes that an earlier, unfinished fetch had left."),
@@ -233,6 +252,11 @@ impl Metrics {
             peers: register(
                 &registry,
                 IntGauge::new(PEERS, "Addresses that DNS or the configuration names as members, this one included."),
+            ),
+            config: gauges(
+                CONFIG_INFO,
+                "Always 1; nodes whose configuration differs have another hash, addresses and zones left out.",
+                &["hash"],
             ),
             answers: RwLock::default(),
             registry,

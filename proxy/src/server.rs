@@ -82,6 +82,7 @@ pub fn run(
     // From here on a signal ends the process in order, however far it has come.
     let signals = runtime.block_on(async { Signals::watch() }).map_err(|e| StartError::Failed(e.to_string()))?;
     let metrics = Arc::new(Metrics::new());
+    metrics.config.with_label_values(&[&config.hash()]).set(1);
     let registries = Arc::new(Registries::new(&config));
     let (pull, store) = runtime.block_on(compose(&config, &registries, &metrics))?;
 
@@ -251,6 +252,7 @@ async fn keep_house(store: Arc<Store>, keep_free: Share) {
         tick.tick().await;
         let large = store.large.clone();
         let _ = tokio::task::spawn_blocking(move || large.keep_house(keep_free)).await;
+        store.measure();
     }
 }
 

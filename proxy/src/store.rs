@@ -19,6 +19,8 @@ mod small;
 use std::path::Path;
 use std::sync::Arc;
 
+use prometheus::IntGauge;
+
 use crate::config::Share;
 use crate::metrics::Metrics;
 use crate::oci::Digest;
@@ -41,6 +43,7 @@ pub struct Store {
     pub large: Arc<Large>,
     pub records: Records,
     layout: layout::Layout,
+    blobs: IntGauge,
 }
 
 /// Where the bytes of a digest were found.
@@ -83,13 +86,16 @@ impl Store {
         let layout = layout::Layout::open(dir)?;
         let disk = disk.of(evict::FileSystem::of(dir).map_or(0, |file_system| file_system.total));
         let small =
-            Small::open(&layout.small(), disk, memory, &metrics.small_dropped).await.map_err(StoreError::Small)?;
+            Small::open(&layout.small(), disk, memory, metrics).await.map_err(StoreError::Small)?;
         let for_blobs = disk.saturating_sub(small.disk_bytes());
         let large = Large::open(&layout, for_blobs, metrics).map_err(StoreError::Scan)?;
         metrics.cache_bytes.with_label_values(&["small"]).set(i64::try_from(small.disk_bytes()).unwrap_or(i64::MAX));
         metrics.cache_limit.with_label_values(&["small"]).set(i64::try_from(small.disk_bytes()).unwrap_or(i64::MAX));
         let records = Records::new(layout.records());
-        Ok(Self { small, large: Arc::new(large), records, layout })
+        let blobs = metrics.cache_blobs.clone();
+        let store = Self { small, large: Arc::new(large), records, layout, blobs };
+        store.measure();
+        Ok(store)
     }
 
     /// Finds an object by its digest, wherever it is kept.
@@ -101,6 +107,12 @@ impl Store {
             Kind::Manifest => None,
             Kind::Blob => self.large.get(digest).map(|(blob, proof)| Found::Large { blob, proof }),
         }
+    }
+
+    /// Tells how much is kept.
+    pub fn measure(&self) {
+        self.small.measure();
+        self.blobs.set(i64::try_from(self.large.count()).unwrap_or(i64::MAX));
     }
 
     /// Flushes, and marks the directory as left in order. Blocks on the disk.

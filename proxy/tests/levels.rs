@@ -6,9 +6,9 @@ use std::path::Path;
 const LEVELS: [&[&str]; 10] = [
     &["oci", "metrics", "trace"],
     &["activity", "caller", "config", "flights", "identity", "lifetimes", "provenance", "role", "sealing", "secret"],
-    &["dns", "grants", "registries", "source", "store", "telemetry"],
-    &["access_log", "origin", "peers", "fill", "tags"],
-    &["pull"],
+    &["dns", "grants", "registries", "source", "store"],
+    &["origin", "peers", "fill", "tags", "telemetry"],
+    &["access_log", "pull"],
     &["respond"],
     &["sentinel", "status"],
     &["proxy", "admin", "containerd", "runtimes", "warm"],

@@ -109,6 +109,11 @@ impl Large {
         (self.budget.used(), self.budget.limit())
     }
 
+    /// How many have a name.
+    pub(super) fn count(&self) -> usize {
+        self.index().len()
+    }
+
     pub(super) fn open(layout: &Layout, limit: u64, metrics: &Metrics) -> io::Result<Self> {
         let budget = Budget::new(limit, metrics.cache_bytes.with_label_values(&["large"]));
         metrics.cache_limit.with_label_values(&["large"]).set(i64::try_from(limit).unwrap_or(i64::MAX));

@@ -16,12 +16,13 @@ use foyer::{
     BlockEngineConfig, Code, DeviceBuilder, FsDeviceBuilder, HybridCache, HybridCacheBuilder, HybridCachePolicy,
     HybridCacheProperties, Location, PsyncIoEngineConfig, RecoverMode, Source, Spawner,
 };
-use prometheus::IntCounterVec;
+use prometheus::{IntCounter, IntGauge};
 use rustix::fs::FallocateFlags;
 
 use self::overflow::Overflow;
 use self::writer::Writer;
 use super::{SMALL_BYTES, Tier};
+use crate::metrics::Metrics;
 use crate::oci::{Digest, MAX_MANIFEST_BYTES};
 use crate::provenance::Provenance;
 
@@ -49,8 +50,17 @@ pub struct SmallObject {
 struct Instance {
     cache: HybridCache<String, SmallObject>,
     disk_bytes: u64,
+    lookups: Lookups,
+    memory: IntGauge,
     /// None once it is closed.
     writer: std::sync::RwLock<Option<Arc<Writer>>>,
+}
+
+/// Where objects were found.
+struct Lookups {
+    memory: IntCounter,
+    disk: IntCounter,
+    nowhere: IntCounter,
 }
 
 /// How an instance lies on disk.
@@ -70,12 +80,12 @@ const MIN_BLOCKS: u64 = 3;
 // === impl Small ===
 
 impl Small {
-    pub(super) async fn open(dir: &Path, disk: u64, memory: u64, dropped: &IntCounterVec) -> Result<Self, String> {
+    pub(super) async fn open(dir: &Path, disk: u64, memory: u64, metrics: &Metrics) -> Result<Self, String> {
         // An eighth of a disk, at most 1 GiB, is plenty: a manifest has a few KiB.
         let share = (disk / 8).min(1 << 30);
         let manifests = Shape::new("manifests", MAX_MANIFEST_BYTES, 1, share / 4, memory / 2);
         let blobs = Shape::new("blobs", SMALL_BYTES, 16, share - share / 4, memory / 2);
-        Ok(Self { manifests: manifests.open(dir, dropped).await?, blobs: blobs.open(dir, dropped).await? })
+        Ok(Self { manifests: manifests.open(dir, metrics).await?, blobs: blobs.open(dir, metrics).await? })
     }
 
     /// Bytes that both instances take on disk, always.
@@ -84,6 +94,24 @@ impl Small {
     }
 
     pub async fn get(&self, digest: &Digest, kind: Kind) -> Option<(SmallObject, Tier)> {
+        let found = self.look_for(digest, kind).await;
+        let lookups = &self.of(kind).lookups;
+        match found {
+            Some((_, Tier::Memory)) => lookups.memory.inc(),
+            Some((_, Tier::Disk)) => lookups.disk.inc(),
+            None => lookups.nowhere.inc(),
+        }
+        found
+    }
+
+    /// Tells how much memory is taken.
+    pub(super) fn measure(&self) {
+        for instance in [&self.manifests, &self.blobs] {
+            instance.memory.set(i64::try_from(instance.cache.memory().usage()).unwrap_or(i64::MAX));
+        }
+    }
+
+    async fn look_for(&self, digest: &Digest, kind: Kind) -> Option<(SmallObject, Tier)> {
         let cache = &self.of(kind).cache;
         let key = digest.to_string();
         let entry = match cache.get(&key).await {
@@ -172,8 +200,12 @@ impl Shape {
         self.entries_per_block * (self.largest_entry + PAGE) + PAGE
     }
 
-    async fn open(self, dir: &Path, dropped: &IntCounterVec) -> Result<Instance, String> {
+    async fn open(self, dir: &Path, metrics: &Metrics) -> Result<Instance, String> {
         let dir = dir.join(self.name);
+        let dropped = &metrics.small_dropped;
+        let found = |found| metrics.small_lookups.with_label_values(&[self.name, found]);
+        let lookups = Lookups { memory: found("memory"), disk: found("disk"), nowhere: found("nowhere") };
+        let in_memory = metrics.small_memory.with_label_values(&[self.name]);
         let builder = HybridCacheBuilder::new()
             .with_name(self.name)
             .with_policy(HybridCachePolicy::WriteOnInsertion)
@@ -189,7 +221,8 @@ impl Shape {
         if let Err(error) = self.allocate(&dir) {
             tracing::warn!(%error, cache = self.name, "no disk for small objects, they stay in memory");
             let cache = builder.build().await.map_err(|e| e.to_string())?;
-            return Ok(Instance { cache, disk_bytes: 0, writer: std::sync::RwLock::default() });
+            let writer = std::sync::RwLock::default();
+            return Ok(Instance { cache, disk_bytes: 0, lookups, memory: in_memory, writer });
         }
         let device = FsDeviceBuilder::new(&dir)
             .with_capacity(usize::try_from(self.blocks * self.block_bytes()).unwrap_or(usize::MAX))
@@ -214,7 +247,8 @@ impl Shape {
             buffer as u64 / 2,
             dropped.with_label_values(&[self.name, "queue"]),
         );
-        Ok(Instance { cache, disk_bytes, writer: std::sync::RwLock::new(Some(Arc::new(writer))) })
+        let writer = std::sync::RwLock::new(Some(Arc::new(writer)));
+        Ok(Instance { cache, disk_bytes, lookups, memory: in_memory, writer })
     }
 
     /// foyer's writer dies on a full disk, so its files get their blocks before it sees them.
@@ -274,12 +308,8 @@ mod tests {
         }
     }
 
-    fn dropped() -> IntCounterVec {
-        crate::metrics::Metrics::new().small_dropped
-    }
-
     async fn open(dir: &Path, disk: u64) -> Small {
-        Small::open(dir, disk, 1 << 22, &dropped()).await.unwrap()
+        Small::open(dir, disk, 1 << 22, &Metrics::new()).await.unwrap()
     }
 
     #[tokio::test]
@@ -341,20 +371,20 @@ mod tests {
     #[tokio::test]
     async fn a_burst_loses_nothing() {
         let dir = tempfile::tempdir().unwrap();
-        let counter = dropped();
-        let small = Small::open(dir.path(), 1 << 29, 1 << 22, &counter).await.unwrap();
+        let metrics = Metrics::new();
+        let small = Small::open(dir.path(), 1 << 29, 1 << 22, &metrics).await.unwrap();
         let burst: Vec<_> = (0..200).map(|nth| blob(nth, 200 * 1024)).collect();
         for bytes in &burst {
             small.insert(&Digest::of(bytes), Kind::Blob, object(bytes)).await;
         }
         small.close().await;
         drop(small);
-        let small = Small::open(dir.path(), 1 << 29, 1 << 22, &counter).await.unwrap();
+        let small = Small::open(dir.path(), 1 << 29, 1 << 22, &metrics).await.unwrap();
         for bytes in &burst {
             assert!(small.get(&Digest::of(bytes), Kind::Blob).await.is_some());
         }
         let lost: u64 =
-            ["buffer", "channel"].map(|queue| counter.with_label_values(&["blobs", queue]).get()).iter().sum();
+            ["buffer", "channel"].map(|queue| metrics.small_dropped.with_label_values(&["blobs", queue]).get()).iter().sum();
         assert_eq!(lost, 0);
     }
 }

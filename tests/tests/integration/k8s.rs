@@ -19,7 +19,8 @@ fn matrix() -> Vec<Vec<String>> {
         "reach.by=hostPort,networkPolicy.enabled=true",
         "containerd.enabled=false,serviceAccountName=dray",
         "containerd.configFile=/etc/containerd/config.toml,peers.keySecret=peers",
-        "metrics.enabled=true,metrics.serviceMonitor.enabled=true",
+        "metrics.enabled=true,metrics.serviceMonitor.enabled=true,metrics.prometheusRule.enabled=true,\
+         metrics.dashboard.enabled=true,env[0].name=HTTPS_PROXY,env[0].value=http://proxy:3128",
         "zones.by=nodes,zones.names={a,b-1},zones.policy=isolate",
         "zones.by=podLabel,zones.names={a,b}",
         "mode=deployment",
@@ -213,6 +214,9 @@ fn wrong_values_are_explained() {
         ("reach.mirror=http://a/v2", "/reach/mirror"),
         ("zones.by=nodes", "zones.names"),
         ("metrics.serviceMonitor.enabled=true", "metrics.enabled"),
+        ("metrics.prometheusRule.enabled=true", "metrics.enabled"),
+        ("metrics.dashboard.enabled=true", "metrics.enabled"),
+        ("env[0].value=x", "/env/0"),
         ("bogus=1", "bogus"),
     ] {
         let error = render(&["--set", set]).unwrap_err();

@@ -106,13 +106,13 @@ async fn metrics_are_what_the_table_says() {
 #[test]
 fn alerts_fire_when_they_should() {
     let directory = project().join("k8s/monitoring");
-    run(Command::new("promtool").current_dir(&directory).args(["check", "rules", "alerts.yaml"]));
+    run(Command::new("promtool").current_dir(&directory).args(["check", "rules", "../dray/monitoring/alerts.yaml"]));
     run(Command::new("promtool").current_dir(&directory).args(["test", "rules", "alerts.test.yaml"]));
 }
 
 #[test]
 fn alerts_and_dashboard_ask_for_what_there_is() {
-    let dashboard: Value = serde_json::from_str(&text("k8s/monitoring/dashboard.json")).unwrap();
+    let dashboard: Value = serde_json::from_str(&text("k8s/dray/monitoring/dashboard.json")).unwrap();
     let panels = dashboard["panels"].as_array().unwrap();
     let targets = panels.iter().flat_map(|panel| panel["targets"].as_array().unwrap());
     let expressions: Vec<&str> = targets.map(|target| target["expr"].as_str().unwrap()).collect();
@@ -128,7 +128,7 @@ fn alerts_and_dashboard_ask_for_what_there_is() {
     let file = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(file.path(), rules).unwrap();
     run(Command::new("promtool").args(["check", "rules", "--lint=none"]).arg(file.path()));
-    all += &text("k8s/monitoring/alerts.yaml");
+    all += &text("k8s/dray/monitoring/alerts.yaml");
     for name in used(&all) {
         assert!(documented.contains_key(&name), "{name} is in no table");
     }
