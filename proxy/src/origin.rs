@@ -26,7 +26,7 @@ use tokio::time::{Instant, timeout_at};
 
 pub use self::auth::Exchanged;
 use self::auth::Tokens;
-use self::condition::Conditions;
+use self::condition::{Conditions, Known};
 pub use self::condition::UpstreamView;
 use self::guard::Guard;
 use self::http::Http;
@@ -217,7 +217,11 @@ impl Origin {
     /// The upstreams that were asked lately.
     pub fn upstreams(&self) -> Vec<UpstreamView> {
         let remaining = Metrics::values(&self.metrics.origin_rate_limit_remaining, "rule");
-        self.conditions.views(|rule| remaining.get(rule).copied())
+        let tokens = self.tokens.counts();
+        self.conditions.views(|rule, upstream| Known {
+            remaining: remaining.get(rule).copied(),
+            tokens: tokens.get(&(rule.to_owned(), upstream.to_owned())).copied().unwrap_or(0),
+        })
     }
 
     /// Whether pulls are few by which a rule's registry counts, so that what nobody waits for is put off.

@@ -84,13 +84,14 @@ fn text(status: &Shown, paint: Paint) -> String {
             role,
         ]);
     }
-    let mut origins = Table::new(&["registry", "rule", "state", ">pulls left"]);
+    let mut origins = Table::new(&["registry", "rule", "state", ">pulls left", ">tokens"]);
     for origin in &status.origins {
         let more = origin.limited_seconds.map(|left| format!(", {} more", seconds(left))).unwrap_or_default();
         let state = format!("{}{more}", origin.state);
         let state = if origin.state == "well" { paint.good(&state) } else { paint.bad(&state) };
         let left = origin.rate_limit_remaining.map(|left| left.to_string());
-        origins.row(&[&origin.upstream, &origin.rule, &state, left.as_deref().unwrap_or("-")]);
+        let tokens = origin.tokens.to_string();
+        origins.row(&[&origin.upstream, &origin.rule, &state, left.as_deref().unwrap_or("-"), &tokens]);
     }
     let mut peers = Table::new(&["peer", "zone", "health", ">first byte", ">share"]);
     let mut by_health: Vec<_> = status.peers.iter().collect();

@@ -1,6 +1,7 @@
 //! Authorization towards origins: Basic, and Bearer with a token from the realm that the origin
 //! names. Tokens are fetched once for all who need one and renewed before they expire.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -60,6 +61,9 @@ const DEFAULT_LIFE: Duration = Duration::from_secs(60);
 /// Whatever a token endpoint promises.
 pub(super) const MAX_LIFE: Duration = Duration::from_secs(24 * 3600);
 
+/// What stands for a realm where nobody grants tokens.
+const BASIC: &str = "basic";
+
 const MAX_TOKEN_BYTES: usize = 64 * 1024;
 
 impl Tokens {
@@ -72,6 +76,17 @@ impl Tokens {
             grants: moka::future::Cache::builder().max_capacity(10_000).expire_after(ByLifetime).build(),
             secrets: Secrets::new(),
         }
+    }
+
+    /// How many tokens each rule has of each upstream.
+    pub(super) fn counts(&self) -> HashMap<(String, String), usize> {
+        let mut counts = HashMap::new();
+        for (key, grant) in &self.grants {
+            if grant.header.is_some() && key.realm != BASIC {
+                *counts.entry((key.rule.clone(), key.upstream.clone())).or_default() += 1;
+            }
+        }
+        counts
     }
 
     /// The header to send at once, where an earlier request learned what is asked for.
@@ -299,7 +314,7 @@ fn challenge_key(home: Home<'_>, place: &Place) -> (String, String) {
 
 fn grant_key(home: Home<'_>, place: &Place, challenge: &Challenge) -> GrantKey {
     let (realm, service) = match challenge {
-        Challenge::Basic => ("basic".to_owned(), None),
+        Challenge::Basic => (BASIC.to_owned(), None),
         Challenge::Bearer { realm, service, .. } => (realm.to_string(), service.clone()),
     };
     let scope = match challenge {

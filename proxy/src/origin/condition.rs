@@ -93,16 +93,27 @@ pub struct UpstreamView {
     pub limited_seconds: Option<u64>,
     /// Pulls that it still allows, as it last said of the rule.
     pub rate_limit_remaining: Option<i64>,
+    /// That it has granted and that are good for a while.
+    #[serde(default)]
+    pub tokens: usize,
+}
+
+/// What others know of an upstream, by rule and name.
+pub(super) struct Known {
+    pub(super) remaining: Option<i64>,
+    pub(super) tokens: usize,
 }
 
 impl Conditions {
     /// Those that were asked lately, by rule and name.
-    pub(super) fn views(&self, remaining: impl Fn(&str) -> Option<i64>) -> Vec<UpstreamView> {
+    pub(super) fn views(&self, known: impl Fn(&str, &str) -> Known) -> Vec<UpstreamView> {
         let now = Instant::now();
         let view = |(key, condition): (Arc<Key>, Arc<Mutex<Condition>>)| {
             let (state, limited) = lock(&condition).state(now);
+            let known = known(&key.rule, &key.upstream);
             UpstreamView {
-                rate_limit_remaining: remaining(&key.rule),
+                rate_limit_remaining: known.remaining,
+                tokens: known.tokens,
                 rule: key.rule.clone(),
                 upstream: key.upstream.clone(),
                 state: state.to_owned(),

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use dray_tests::dray::{Dray, Start};
+use dray_tests::http::get;
 use dray_tests::image::Image;
 use dray_tests::origin::{Content, Origin, Request, Response};
 use dray_tests::registry::{Registry, htpasswd};
@@ -72,6 +73,8 @@ async fn a_real_registry_with_tokens() {
     assert_pulls(&dray, &image()).await;
     assert_pulls(&dray, &image()).await;
     assert_eq!(tokens.origin.requests().len(), 1, "one token for all of it");
+    let status = get(&format!("http://{}/api/v1/status", dray.admin), &[]).await.text();
+    assert!(status.contains("\"tokens\":1"), "{status}");
 
     let tokens = Tokens::start(dir.path(), Some(("robot", "hush"))).await;
     let registry = Registry::with(tokens.settings()).await;
