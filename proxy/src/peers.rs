@@ -96,8 +96,8 @@ const CONNECT_TIMEOUT: Duration = Duration::from_millis(1500);
 /// Shorter than what the other side keeps an idle connection for.
 const IDLE: Duration = Duration::from_secs(60);
 
-/// Blobs whose peers are remembered, for how long. Each takes up to half a MiB in a large cluster.
-const MAX_TRACKERS: u64 = 500;
+/// Peers that are remembered, of all blobs together, each with up to a KiB; for how long.
+const MAX_TRACKED: u64 = 256 * 1024;
 /// For how long it is shown how fast a peer was.
 const SHOWN: Duration = Duration::from_secs(600);
 const TRACKED: Duration = Duration::from_secs(60);
@@ -138,7 +138,11 @@ impl Peers {
             health: Mutex::default(),
             proof,
             client,
-            trackers: moka::sync::Cache::builder().max_capacity(MAX_TRACKERS).time_to_idle(TRACKED).build(),
+            trackers: moka::sync::Cache::builder()
+                .weigher(|_, tracker: &Arc<Mutex<Tracker>>| lock(tracker).most())
+                .max_capacity(MAX_TRACKED)
+                .time_to_idle(TRACKED)
+                .build(),
             latencies: moka::sync::Cache::builder().max_capacity(10_000).time_to_live(SHOWN).build(),
             sending: AtomicU32::new(0),
             started: Instant::now(),
@@ -175,6 +179,11 @@ impl Peers {
             self.metrics.peers.set(i64::try_from(members.len()).unwrap_or(i64::MAX));
             self.members.store(Arc::new(members));
         }
+    }
+
+    /// How many members there are.
+    pub fn count(&self) -> usize {
+        self.members.load().len()
     }
 
     /// The members as they are shown to people, by zone and address.

@@ -8,16 +8,19 @@
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
+use std::ops::RangeInclusive;
 use std::time::Duration;
 
 use super::wire::{Holder, MAX_HOLDERS};
 use crate::oci::{Span, Spans};
 
-/// Peers that a tracker remembers for one blob, and that a view does.
-fn var(name: &str, or: usize) -> usize { std::env::var(name).map_or(or, |t| t.parse().unwrap()) }
-static TR: std::sync::LazyLock<usize> = std::sync::LazyLock::new(|| var("TR", 512));
-static KN: std::sync::LazyLock<usize> = std::sync::LazyLock::new(|| var("KN", 32));
-
+/// Peers that a tracker remembers for one blob, and that a view does. With more each goes to somebody less busy in a
+/// large cluster, where it hears of few; in one of a thousand the same few are heard of too long.
+const TRACKED: RangeInclusive<usize> = 512..=2048;
+const KNOWN: RangeInclusive<usize> = 32..=64;
+/// One is remembered of so many members.
+const OF_TRACKED: usize = 4;
+const OF_KNOWN: usize = 156;
 
 /// Ranges on their way to one peer: as many as anybody fetches at a time, and some.
 const MAX_COMING: usize = 16;
@@ -41,9 +44,9 @@ const EAGER: u64 = 4;
 pub type Time = Duration;
 
 /// One node's knowledge of who fetches a blob from it.
-#[derive(Default)]
 pub struct Tracker {
     peers: HashMap<SocketAddr, Tracked>,
+    most: usize,
     /// How often others were told of.
     told: u64,
 }
@@ -61,9 +64,9 @@ struct Tracked {
 }
 
 /// One fetching node's knowledge of who has a blob.
-#[derive(Default)]
 pub struct View {
     peers: HashMap<SocketAddr, Known>,
+    most: usize,
     contributions: Vec<Contribution>,
 }
 
@@ -116,9 +119,20 @@ pub enum Direction {
 }
 
 impl Tracker {
+    /// In a cluster of so many.
+    pub fn new(members: usize) -> Self {
+        let most = (members / OF_TRACKED).clamp(*TRACKED.start(), *TRACKED.end());
+        Self { peers: HashMap::new(), most, told: 0 }
+    }
+
+    /// How many peers it remembers at most.
+    pub fn most(&self) -> u32 {
+        u32::try_from(self.most).unwrap_or(u32::MAX)
+    }
+
     /// A peer said what it has, by asking.
     pub fn heard(&mut self, peer: SocketAddr, have: &Spans, load: u32, now: Time) {
-        if !self.peers.contains_key(&peer) && self.peers.len() >= *TR {
+        if !self.peers.contains_key(&peer) && self.peers.len() >= self.most {
             let oldest = self.peers.iter().min_by_key(|(peer, tracked)| (tracked.seen, **peer)).map(|(peer, _)| *peer);
             oldest.map(|oldest| self.peers.remove(&oldest));
         }
@@ -249,9 +263,15 @@ impl Known {
 }
 
 impl View {
+    /// In a cluster of so many.
+    pub fn new(members: usize) -> Self {
+        let most = (members / OF_KNOWN).clamp(*KNOWN.start(), *KNOWN.end());
+        Self { peers: HashMap::new(), most, contributions: Vec::new() }
+    }
+
     /// Somebody has these bytes.
     pub fn learn(&mut self, holder: &Holder) {
-        if self.peers.len() >= *KN && !self.peers.contains_key(&holder.peer) {
+        if self.peers.len() >= self.most && !self.peers.contains_key(&holder.peer) {
             let idle = |(_, known): &(&SocketAddr, &Known)| known.in_flight == 0;
             let least = self.peers.iter().filter(idle).min_by_key(|(peer, known)| (known.have.len(), **peer));
             let Some(least) = least.map(|(peer, _)| *peer) else { return };
@@ -397,7 +417,7 @@ mod tests {
 
     #[test]
     fn a_busy_node_sends_on_to_whoever_gets_the_bytes_now() {
-        let mut tracker = Tracker::default();
+        let mut tracker = Tracker::new(1);
         for n in 1..=3 {
             tracker.heard(peer(n), &Spans::default(), 0, at(0));
         }
@@ -436,18 +456,24 @@ mod tests {
 
     #[test]
     fn holders_are_told_of_least_loaded_first_and_bounded() {
-        let mut tracker = Tracker::default();
+        let mut tracker = Tracker::new(1);
         for n in 0..3000 {
             tracker.heard(peer(n), &mib(0, 16).into(), 3000 - u32::from(n), at(n.into()));
         }
-        assert_eq!(tracker.peers.len(), *TR);
+        assert_eq!(tracker.peers.len(), 512);
         let told: Vec<_> = tracker.holders(Some(peer(2999))).into_iter().map(|holder| holder.peer).collect();
         assert_eq!(told, (2991..2999).rev().map(peer).collect::<Vec<_>>());
     }
 
     #[test]
+    fn a_large_cluster_is_remembered_better() {
+        let bounds = [1, 2_000, 5_000, 10_000, 1_000_000].map(|size| (Tracker::new(size).most, View::new(size).most));
+        assert_eq!(bounds, [(512, 32), (512, 32), (1250, 32), (2048, 64), (2048, 64)]);
+    }
+
+    #[test]
     fn equals_are_told_of_in_turn() {
-        let mut tracker = Tracker::default();
+        let mut tracker = Tracker::new(1);
         (0..32).for_each(|n| tracker.heard(peer(n), &mib(0, 16).into(), 0, at(0)));
         let told = (0..100).flat_map(|_| tracker.holders(None)).map(|holder| holder.peer);
         assert_eq!(told.collect::<std::collections::BTreeSet<_>>().len(), 32);
@@ -455,7 +481,7 @@ mod tests {
 
     #[test]
     fn the_slow_end_up_as_leaves() {
-        let mut tracker = Tracker::default();
+        let mut tracker = Tracker::new(1);
         tracker.heard(peer(1), &mib(0, 64).into(), 9, at(0));
         tracker.heard(peer(2), &mib(0, 16).into(), 0, at(0));
         tracker.heard(peer(3), &mib(0, 64).into(), 5, at(0));
@@ -470,7 +496,7 @@ mod tests {
         );
         let told: Vec<_> = tracker.holders(Some(peer(1))).into_iter().map(|holder| holder.peer).collect();
         assert_eq!(told, [peer(3), peer(2)]);
-        let mut view = View::default();
+        let mut view = View::new(1);
         tracker.holders(Some(peer(1))).iter().for_each(|holder| view.learn(holder));
         assert_eq!(view.pick(0, 64 * MIB, at(0), 1), Some(peer(3)));
         assert_eq!(view.pick(0, 0, at(0), 1), Some(peer(2)));
@@ -478,7 +504,7 @@ mod tests {
 
     #[test]
     fn the_least_loaded_that_is_ahead_is_picked() {
-        let mut view = View::default();
+        let mut view = View::new(1);
         let holder = |n, load, have: Span| Holder { peer: peer(n), load, have: have.into() };
         view.learn(&holder(1, 3, mib(0, 64)));
         view.learn(&holder(2, 1, mib(0, 32)));
@@ -504,7 +530,7 @@ mod tests {
 
     #[test]
     fn what_is_rare_is_fetched_first() {
-        let mut view = View::default();
+        let mut view = View::new(1);
         let ranges = [mib(0, 16), mib(16, 32), mib(32, 48), mib(48, 64)];
         assert_eq!(view.choose(&[], 0), None);
         assert_eq!(view.choose(&ranges, 5), Some(0), "in order where nobody has any");
@@ -517,7 +543,7 @@ mod tests {
 
     #[test]
     fn equals_share_the_work() {
-        let mut view = View::default();
+        let mut view = View::new(1);
         (0..4).for_each(|n| view.learn(&Holder { peer: peer(n), load: 0, have: mib(0, 16).into() }));
         let picked: std::collections::BTreeSet<_> = (0..100).filter_map(|lot| view.pick(0, 0, at(0), lot)).collect();
         assert_eq!(picked.len(), 4);

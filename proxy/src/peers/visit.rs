@@ -187,7 +187,8 @@ impl Peers {
     }
 
     fn tracker_of(&self, visitor: &Visitor, digest: &Digest) -> Arc<Mutex<Tracker>> {
-        self.trackers.get_with((digest.clone(), visitor.circle), Arc::default)
+        let tracker = || Arc::new(Mutex::new(Tracker::new(self.count())));
+        self.trackers.get_with((digest.clone(), visitor.circle), tracker)
     }
 
     fn visitors_of(&self, digest: &Digest) -> Vec<Arc<Mutex<Tracker>>> {

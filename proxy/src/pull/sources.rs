@@ -201,7 +201,8 @@ impl BlobSources {
     pub(super) fn new(pull: &Arc<Pull>, place: &Place, key: FillKey, aim: Aim) -> Self {
         let looked = Mutex::new(Looked::NotYet);
         let begun = Instant::now();
-        Self { pull: pull.clone(), place: place.clone(), key, aim, view: Arc::default(), looked, begun }
+        let view = Arc::new(Mutex::new(View::new(pull.peers.as_ref().map_or(1, |peers| peers.count()))));
+        Self { pull: pull.clone(), place: place.clone(), key, aim, view, looked, begun }
     }
 
     /// The first of the holders that gives it.

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use dray::oci::Span;
-use dray::peers::swarm::{Claim, Contribution};
+use dray::peers::swarm::{Claim, Contribution, View};
 use dray::role::Role;
 
 use crate::links::{self, Way};
@@ -110,6 +110,7 @@ impl Network {
             self.nodes[peer].sending -= 1;
             self.nodes[peer].address
         });
+        let count = self.nodes.len();
         let fetch = &mut self.nodes[flow.to].fetches[flow.layer];
         fetch.lanes -= 1;
         let reached = whole(flow.position);
@@ -127,7 +128,7 @@ impl Network {
         if fetch.have.len() == LAYERS[flow.layer] {
             fetch.done = true;
             fetch.plan = None;
-            fetch.view = Default::default();
+            fetch.view = View::new(count);
         }
         if let Some(owner) = flow.lent_by.filter(|owner| !self.nodes[*owner].is_dead) {
             self.hear(flow.to, owner, flow.layer);

@@ -31,7 +31,6 @@ const SUCCESSORS: usize = 2;
 
 /// One layer on one node, whatever it fetches it as: the real one has a fill for each role, where the owner's
 /// begins with what the follower has.
-#[derive(Default)]
 pub(crate) struct Fetch {
     pub(crate) plan: Option<Plan>,
     /// None: not begun.
@@ -47,6 +46,23 @@ pub(crate) struct Fetch {
     /// Its question is held by the owner until then.
     pub(crate) waits_until: f64,
     pub(crate) done: bool,
+}
+
+impl Fetch {
+    fn new(members: usize) -> Self {
+        Self {
+            plan: None,
+            role: None,
+            have: Spans::default(),
+            view: View::new(members),
+            trackers: std::array::from_fn(|_| Tracker::new(members)),
+            pace: Pace::default(),
+            climb: None,
+            lanes: 0,
+            waits_until: 0.0,
+            done: false,
+        }
+    }
 }
 
 pub(crate) struct Node {
@@ -130,7 +146,7 @@ impl Network {
         let node = |node| Node {
             address: address(node),
             zone: zone(node),
-            fetches: LAYERS.iter().map(|_| Fetch::default()).collect(),
+            fetches: LAYERS.iter().map(|_| Fetch::new(shape.nodes)).collect(),
             health: Health::default(),
             leads: Default::default(),
             is_dead: false,
