@@ -5,11 +5,13 @@ use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
 use dray_tests::dray::{Dray, Start, rule};
 use dray_tests::eventually;
 use dray_tests::http::get;
 use dray_tests::image::Image;
-use dray_tests::origin::{Content, Origin, Request, Response};
+use dray_tests::origin::{Content, Fault, Origin, Request, Response};
 use dray_tests::process::{free_port, output};
 use dray_tests::tls::Authority;
 use futures_util::future::join_all;
@@ -383,4 +385,50 @@ async fn a_thousand_clients_of_eight_nodes_ask_for_a_tag_once() {
         assert!(origin.count("GET", &image.digest) + origin.count("GET", "/manifests/t") <= 20);
         assert!(origin.count("GET", &image.digest) <= 1);
     }
+}
+
+/// Two nodes by the same rule, one of which the origin refuses, and a blob that the other one owns.
+async fn with_an_owner(rules: &str, proof: &str, digest: &str) -> Vec<Dray> {
+    loop {
+        let starts = members(&[(rules, proof), (rules, proof)]);
+        let passwords = ["right", "wrong"];
+        let nodes: Vec<Dray> =
+            starts.into_iter().zip(passwords).map(|(start, password)| start.env("P", password).run()).collect();
+        let asked = format!("http://{}/api/v1/explain?image=docker.io/library/app@{digest}", nodes[0].admin);
+        let explained: serde_json::Value = serde_json::from_slice(&get(&asked, &[]).await.body).unwrap();
+        // Which depends on the ports.
+        if explained["owner"]["is_this_node"] == true {
+            return nodes;
+        }
+    }
+}
+
+/// A range that was left to it comes from the owner after all, and nothing twice.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_deputy_that_the_origin_refuses_costs_a_moment() {
+    let image = Image::new(1, &[80 << 20]);
+    let content = Content::new(&[("library/app", "1", &image)]);
+    let right = format!("Basic {}", STANDARD.encode("u:right"));
+    let origin = Origin::answering(move |request: &Request| {
+        if request.header("authorization") != Some(&right) {
+            return Response::new(401, "").with("www-authenticate", "Basic realm=\"origin\"");
+        }
+        // Slow enough that ranges are still to be had when somebody asks for them.
+        content.answer(request).fault(Fault::SlowUntilGate(8 << 20))
+    })
+    .await;
+    let rules = format!("{}credentials = {{ username = \"u\", password_env = \"P\" }}", rule("docker.io", &origin.url()));
+    let (_dir, proof) = key("0123456789abcdef");
+    let layer = &image.layers[0];
+    let nodes = with_an_owner(&rules, &proof, layer).await;
+    let path = format!("/v2/library/app/blobs/{layer}?ns=docker.io");
+    let answers = join_all(nodes.iter().map(|node| node.get(&path))).await;
+    for answer in &answers {
+        assert_eq!((answer.status, answer.complete, &answer.body), (200, true, &image.blobs[layer]));
+    }
+    let refused = "dray_origin_requests_total{kind=\"blob\",outcome=\"denied\",rule=\"docker.io\"}";
+    assert!(nodes[1].metric(refused).await > 0, "it was a deputy");
+    assert_eq!(nodes[1].metric("dray_origin_bytes_total{rule=\"docker.io\"}").await, 0);
+    let came = nodes[0].metric("dray_origin_bytes_total{rule=\"docker.io\"}").await;
+    assert_eq!(came, image.blobs[layer].len() as u64, "once");
 }
