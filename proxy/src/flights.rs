@@ -55,6 +55,30 @@ where
         let landed = answer.wait_for(Option::is_some).await.ok()?;
         landed.clone()
     }
+
+    /// The same where some answers are only for whoever asked: what somebody else was refused is asked again, once for
+    /// all who share the key `own`.
+    pub async fn join_or_own<F>(
+        &self,
+        key: K,
+        own: K,
+        is_personal: impl Fn(&V) -> bool,
+        start: impl Fn() -> F,
+    ) -> Option<V>
+    where
+        F: Future<Output = V> + Send + 'static,
+    {
+        let mut is_own = false;
+        let started = || {
+            is_own = true;
+            start()
+        };
+        let landed = self.join(key, started).await?;
+        if is_own || !is_personal(&landed) {
+            return Some(landed);
+        }
+        self.join(own, start).await
+    }
 }
 
 /// Takes a flight off the map, also when it panics.
@@ -107,6 +131,28 @@ mod tests {
         let second = flights.join(1, || async { unreachable!("the first is under way") });
         go.send(()).unwrap();
         assert_eq!(second.await, Some(7));
+    }
+
+    #[tokio::test]
+    async fn what_one_is_refused_another_may_be_given() {
+        let flights = Flights::<u8, Result<u8, ()>>::default();
+        let (go, gone) = watch::channel(false);
+        let started = Arc::new(AtomicUsize::new(0));
+        let ask = |who, answer: Result<u8, ()>| {
+            let (gone, started) = (gone.clone(), started.clone());
+            flights.join_or_own(0, who, Result::is_err, move || {
+                let (mut gone, started) = (gone.clone(), started.clone());
+                async move {
+                    let _ = gone.wait_for(|gone| *gone).await;
+                    started.fetch_add(1, Ordering::SeqCst);
+                    answer
+                }
+            })
+        };
+        let all = async { tokio::join!(ask(1, Err(())), ask(2, Ok(7)), ask(2, Ok(8)), ask(1, Err(()))) };
+        let answers = tokio::join!(all, async { go.send_replace(true) }).0;
+        assert_eq!(answers, (Some(Err(())), Some(Ok(7)), Some(Ok(7)), Some(Err(()))));
+        assert_eq!(started.load(Ordering::SeqCst), 3, "one for all, then one for each of both");
     }
 
     #[tokio::test]

@@ -30,6 +30,7 @@ pub use self::manifest::ManifestAnswer;
 use self::negatives::Negatives;
 pub use self::refusal::Refusal;
 use self::speeds::Speeds;
+use crate::caller::Who;
 use crate::config::FarPeers;
 use crate::fill::{DISTRUST, FillView, Fills};
 use crate::flights::Flights;
@@ -66,9 +67,10 @@ pub struct Pull {
     entitlements: Entitlements,
     /// Registries that lately kept somebody waiting who had an older answer.
     slow: moka::sync::Cache<Registry, ()>,
-    manifest_flights: Flights<(String, Digest, Role), manifest::Fetched>,
-    tag_flights: Flights<(String, Tag, Role), tag::Meant>,
-    length_flights: Flights<(String, Digest), Result<u64, SourceError>>,
+    // For all who ask for it there, and where one of them was refused, for each by itself.
+    manifest_flights: Flights<(String, Digest, Role, Option<Who>), manifest::Fetched>,
+    tag_flights: Flights<(String, Tag, Role, Option<Who>), tag::Meant>,
+    length_flights: Flights<(String, Digest, Option<Who>), Result<u64, SourceError>>,
     /// The registry that last served a repository.
     learned: moka::sync::Cache<Repository, Registry>,
     /// Who sent what of blobs that did not match, until the truth is known.
@@ -256,6 +258,11 @@ impl Pull {
 /// What a rule fetches with credentials is only for peers that prove who they are.
 fn may_share(peers: &Peers, place: &Place) -> bool {
     peers.are_proven() || !place.rule.is_private()
+}
+
+/// Whether an answer is about the rights of whoever asked: others may have more.
+fn is_personal<T>(place: &Place, answer: &Result<T, SourceError>) -> bool {
+    place.rule.asks_who() && matches!(answer, Err(SourceError::NotFound | SourceError::Denied))
 }
 
 /// What a flight that panicked has brought.

@@ -9,7 +9,7 @@ use tokio::time::{Instant, timeout, timeout_at};
 use super::negatives::Endpoint;
 use super::parts::Parts;
 use super::sources::BlobSources;
-use super::{Asker, Asking, FIRST_BYTE, Pull, Refusal, fetch_ended};
+use super::{Asker, Asking, FIRST_BYTE, Pull, Refusal, fetch_ended, is_personal};
 use crate::fill::{Feed, Fill, FillKey, Opened, Outcome, Passage, Reader, Reading};
 use crate::oci::{Digest, ErrorCode, Multipart, NamedBy, RangeRequest, Registry, Repository, Span};
 use crate::peers::{Aim, Reach};
@@ -181,8 +181,9 @@ impl Pull {
 
     /// What the origin says, asked once for all who want to know.
     pub(super) async fn origin_length(self: &Arc<Self>, place: &Place, digest: &Digest) -> Result<u64, SourceError> {
-        let key = (place.to_string(), digest.clone());
-        let landed = self.length_flights.join(key, || {
+        let key = |who| (place.to_string(), digest.clone(), who);
+        let (shared, own) = (key(None), key(Some(place.caller.who())));
+        let landed = self.length_flights.join_or_own(shared, own, |length| is_personal(place, length), || {
             let (pull, place, digest) = (self.clone(), place.clone(), digest.clone());
             async move { pull.origin.blob_length(&place, &digest, Instant::now() + FIRST_BYTE).await }
         });

@@ -9,7 +9,7 @@ use tokio::time::{Instant, timeout};
 
 use super::negatives::Endpoint;
 use super::sources::Refusals;
-use super::{Asker, Asking, FIRST_BYTE, Pull, Refusal, fetch_ended};
+use super::{Asker, Asking, FIRST_BYTE, Pull, Refusal, fetch_ended, is_personal};
 use crate::oci::{Digest, ErrorCode, Reference, manifest};
 use crate::peers::{Manner, Question, Reach, Standing};
 use crate::registries::Place;
@@ -81,8 +81,9 @@ impl Pull {
         accept: &'a str,
         role: Role,
     ) -> BoxFuture<'a, Fetched> {
-        let key = (place.to_string(), digest.clone(), role);
-        let landed = self.manifest_flights.join(key, move || {
+        let key = |who| (place.to_string(), digest.clone(), role, who);
+        let (shared, own) = (key(None), key(Some(place.caller.who())));
+        let landed = self.manifest_flights.join_or_own(shared, own, |fetched| is_personal(place, fetched), move || {
             let (pull, place, digest, accept) = (self.clone(), place.clone(), digest.clone(), accept.to_owned());
             async move {
                 let fetched = pull.fetch_manifest(&place, &digest, &accept, role).await;

@@ -13,7 +13,7 @@ use tokio::time::{Instant, timeout};
 
 use super::negatives::Endpoint;
 use super::sources::Refusals;
-use super::{Asker, Asking, FIRST_BYTE, ManifestAnswer, Pull, fetch_ended};
+use super::{Asker, Asking, FIRST_BYTE, ManifestAnswer, Pull, fetch_ended, is_personal};
 use crate::oci::{Digest, Reference, Tag};
 use crate::peers::{Manner, Peers, Question, Reach, Standing, TagAnswer};
 use crate::registries::Place;
@@ -115,8 +115,9 @@ impl Pull {
         if let Some(error) = self.negatives.get(place, Endpoint::Manifest, tag.as_str()) {
             return std::future::ready(Err(error)).boxed();
         }
-        let key = (place.to_string(), tag.clone(), role);
-        let landed = self.tag_flights.join(key, move || {
+        let key = |who| (place.to_string(), tag.clone(), role, who);
+        let (shared, own) = (key(None), key(Some(place.caller.who())));
+        let landed = self.tag_flights.join_or_own(shared, own, |meant| is_personal(place, meant), move || {
             let (pull, place, tag, accept) = (self.clone(), place.clone(), tag.clone(), accept.to_owned());
             async move {
                 let meant = pull.find_meaning(&place, &tag, &accept, role).await;
