@@ -180,7 +180,11 @@ impl Pull {
 
     /// What a secret opens at a place's registry.
     pub async fn exchange(&self, place: &Place, secret: Secret) -> Result<Exchanged, SourceError> {
-        self.origin.exchange(place, secret, Instant::now() + FIRST_BYTE).await
+        // Who is not there, or said "later", is not asked.
+        match self.origin.trouble(place) {
+            Some(trouble) => Err(trouble),
+            None => self.origin.exchange(place, secret, Instant::now() + FIRST_BYTE).await,
+        }
     }
 
     /// As what this process fetches a digest: it goes to the origin if it is asked as the owner, is the

@@ -10,7 +10,8 @@ use bytes::BytesMut;
 use http::header::{AUTHORIZATION, HOST};
 use http::{Method, request::Parts};
 use pingora::proxy::Session;
-use tokio::time::timeout;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::{sleep, timeout};
 
 use super::Front;
 use super::logins::Logins;
@@ -38,6 +39,8 @@ pub struct Gate {
     /// What registries gave for secrets, never the secrets.
     shown: moka::sync::Cache<(Who, String), Shown>,
     exchanges: Flights<(Who, String), Shown>,
+    /// How many secrets a registry may be shown at a time.
+    turns: moka::sync::Cache<Registry, Arc<Semaphore>>,
 }
 
 /// What came of a secret at a registry.
@@ -66,6 +69,12 @@ const ASKS_NOBODY: Duration = Duration::from_secs(60);
 /// Each may hold a token of 64 KiB.
 const MAX_SHOWN: u64 = 2_000;
 
+/// Secrets that one registry is shown at a time. A wrong one holds its turn for a while, so that nobody can guess here
+/// at a rate that the registry would not take from one address.
+const TURNS: usize = 16;
+const WRONG: Duration = Duration::from_secs(1);
+const MAX_REGISTRIES: u64 = 10_000;
+
 /// Larger than any form of a client, in bytes, and longer than any takes to come.
 const MAX_FORM: usize = 16 * 1024;
 const FORM: Duration = Duration::from_secs(10);
@@ -83,7 +92,8 @@ impl Gate {
         let grants = Grants::new(access.key_file.as_deref())?;
         let logins = access.logins_file.as_deref().map(|path| Logins::load(path, &grants)).transpose()?;
         let shown = moka::sync::Cache::builder().max_capacity(MAX_SHOWN).expire_after(ByLifetime).build();
-        Ok(Self { grants, scheme, listen, logins, shown, exchanges: Flights::default() })
+        let turns = moka::sync::Cache::new(MAX_REGISTRIES);
+        Ok(Self { grants, scheme, listen, logins, shown, exchanges: Flights::default(), turns })
     }
 
     /// Reads the logins again. Blocks on the disk.
@@ -96,6 +106,12 @@ impl Gate {
         let Some(logins) = &self.logins else { return true };
         let shown = authorization(request).and_then(Secret::from_basic);
         shown.is_some_and(|secret| logins.know(&secret, &self.grants))
+    }
+
+    /// Waits until another secret may be shown to a registry.
+    async fn turn(&self, registry: &Registry) -> Option<OwnedSemaphorePermit> {
+        let turns = self.turns.get_with(registry.clone(), || Arc::new(Semaphore::new(TURNS)));
+        turns.acquire_owned().await.ok()
     }
 
     /// Asks a client who it is.
@@ -187,7 +203,15 @@ impl Front {
             let (pull, gate, place) = (self.pull.clone(), self.gate.clone(), place.clone());
             async move {
                 let itself = secret.basic();
-                let shown = Shown::of(pull.exchange(&place, secret).await, who, &place, &pull);
+                let turn = gate.turn(&place.registry).await;
+                let exchanged = pull.exchange(&place, secret).await;
+                if matches!(exchanged, Err(SourceError::Denied)) {
+                    tokio::spawn(async move {
+                        sleep(WRONG).await;
+                        drop(turn);
+                    });
+                }
+                let shown = Shown::of(exchanged, who, &place, &pull);
                 let is_secret = |holder: &Holder| {
                     let shown = holder.authorization.as_ref().map(|value| value.as_bytes());
                     shown.is_some() && shown == itself.as_deref().map(str::as_bytes)

@@ -438,6 +438,20 @@ async fn while_the_registry_is_in_trouble_those_who_were_let_in_still_are() {
         .await;
 }
 
+/// Sixteen wrong secrets a second, however many are shown: a clock cannot make it fewer.
+#[tokio::test(flavor = "multi_thread")]
+async fn nobody_guesses_faster_here_than_at_the_registry() {
+    let tenants = Tenants::new(Wants::Tokens).await;
+    let dray = Start::new(tenants.rule()).run();
+    let path = "/v2/a/app/manifests/1?ns=reg.example";
+    let began = std::time::Instant::now();
+    let guesses: Vec<String> = (0..40).map(|nth| format!("alice:{nth}")).collect();
+    let answers = futures_util::future::join_all(guesses.iter().map(|guess| pull_as(&dray, path, guess))).await;
+    assert!(answers.iter().all(|answer| answer.status >= 400));
+    assert!(began.elapsed() >= std::time::Duration::from_secs(2), "{:?} for three rounds", began.elapsed());
+    assert_eq!(pull_as(&dray, path, ALICE).await.status, 200, "the right one still opens it");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn tokens_are_taken_by_those_who_share_a_key() {
     let tenants = Tenants::new(Wants::Tokens).await;
