@@ -13,6 +13,7 @@ mod load;
 mod mirror;
 mod node;
 mod outage;
+mod private;
 mod rig;
 mod seen;
 mod small;
@@ -35,12 +36,15 @@ async fn main() {
     if runs("outage") {
         outage::dead().await;
     }
+    if runs("private") {
+        private::hits().await;
+    }
     if runs("seen") {
         seen::by_log_and_metrics().await;
         seen::by_people().await;
     }
     let needs_no_rig =
-        |name: &String| matches!(name.as_str(), "mirror" | "outage" | "seen") || cluster::PARTS.contains(&name.as_str());
+        |name: &String| matches!(name.as_str(), "mirror" | "outage" | "private" | "seen") || cluster::PARTS.contains(&name.as_str());
     if !wanted.is_empty() && wanted.iter().all(needs_no_rig) {
         return;
     }

@@ -1,5 +1,7 @@
 //! What a pull by tag takes when its registry is not there: at first, and once that is known.
 
+use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
 use dray_tests::dray::{Dray, Start};
@@ -7,6 +9,7 @@ use dray_tests::eventually;
 use dray_tests::image::Image;
 use dray_tests::origin::{Content, Fault, Origin, Response};
 use dray_tests::registry::Registry;
+use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, connect, listen, socket, socket_with, sockopt};
 
 use super::rig::{ROUNDS, median, row};
 
@@ -20,13 +23,19 @@ enum Death {
     Refuses,
     /// Connections and requests are taken, and nothing is said.
     Stalls,
+    /// Nothing comes back, not even that nobody listens.
+    Swallows,
 }
 
 /// Milliseconds for a known tag and another one, at first and then.
 type Took = [f64; 4];
 
 pub(crate) async fn dead() {
-    for (death, name) in [(Death::Refuses, "that is off"), (Death::Stalls, "that never answers")] {
+    for (death, name) in [
+        (Death::Refuses, "that is off"),
+        (Death::Stalls, "that never answers"),
+        (Death::Swallows, "behind a black hole"),
+    ] {
         let mut rounds = Vec::new();
         for _ in 0..ROUNDS {
             rounds.push(round(death).await);
@@ -54,15 +63,20 @@ async fn round(death: Death) -> Took {
         false => content.answer(request),
     })
     .await;
-    let upstream = if matches!(death, Death::Refuses) { registry.url() } else { origin.url() };
+    let upstream = if matches!(death, Death::Stalls) { origin.url() } else { registry.url() };
     let dray = Start::new(format!(
         "[[registry]]\nmatch = \"reg.test\"\nupstreams = [\"{upstream}\"]\ntag_ttl = \"0s\"\nnegative_ttl = \"0s\"\n"
     ))
     .run();
     assert_eq!(dray.get(TAG).await.status, 200);
+    let mut _hole = None;
     match death {
         Death::Refuses => registry.stop(),
         Death::Stalls => silent.store(true, std::sync::atomic::Ordering::SeqCst),
+        Death::Swallows => {
+            registry.stop();
+            _hole = Some(Hole::dig(registry.port));
+        }
     }
     let (known, unknown) = (timed(&dray, TAG, 200).await, timed(&dray, MISSING, 503).await);
     eventually("it is known to be down", async || {
@@ -84,4 +98,27 @@ async fn timed(dray: &Dray, path: &str, status: u16) -> f64 {
     let answer = dray.get(path).await;
     assert_eq!(answer.status, status, "{}", answer.text());
     asked.elapsed().as_secs_f64() * 1000.0
+}
+
+/// A listener that takes nobody any more: the kernel drops what comes, as a network does that swallows it.
+struct Hole {
+    _listener: OwnedFd,
+    _taken: Vec<OwnedFd>,
+}
+
+impl Hole {
+    fn dig(port: u16) -> Self {
+        let address = SocketAddr::from(([127, 0, 0, 1], port));
+        let listener = socket(AddressFamily::INET, SocketType::STREAM, None).unwrap();
+        sockopt::set_socket_reuseaddr(&listener, true).unwrap();
+        bind(&listener, &address).unwrap();
+        listen(&listener, 0).unwrap();
+        let taken = (0..3).map(|_| {
+            let caller = socket_with(AddressFamily::INET, SocketType::STREAM, SocketFlags::NONBLOCK, None).unwrap();
+            // Under way, or there.
+            let _ = connect(&caller, &address);
+            caller
+        });
+        Self { _taken: taken.collect(), _listener: listener }
+    }
 }

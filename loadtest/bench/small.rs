@@ -79,14 +79,14 @@ fn put(dir: &Path, name: &str, bytes: &[u8]) {
 
 /// A server and what it is asked, over and over.
 #[derive(Clone)]
-struct Target {
-    port: u16,
-    request: String,
+pub(crate) struct Target {
+    pub(crate) port: u16,
+    pub(crate) request: String,
 }
 
 impl Target {
     /// Requests a second when each connection asks again at once.
-    fn most(&self) -> f64 {
+    pub(crate) fn most(&self) -> f64 {
         let begun = Instant::now();
         let latencies = self.drive(|_| begun);
         f64::from(u32::try_from(latencies.len()).unwrap()) / begun.elapsed().as_secs_f64()

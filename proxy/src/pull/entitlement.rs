@@ -35,6 +35,16 @@ struct Refused {
     life: Duration,
 }
 
+/// What is known of a caller in a repository.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Known {
+    /// The registry has just said so.
+    LetIn,
+    /// It did, some time ago: enough while it is in trouble.
+    Lately,
+    Nothing,
+}
+
 /// Why a caller is not let in.
 #[derive(Debug)]
 pub enum Unentitled {
@@ -80,8 +90,18 @@ impl Entitlements {
         self.belonging.insert((place.to_string(), digest.clone()), ());
     }
 
-    fn since(&self, place: &Place) -> Option<Instant> {
-        self.let_in.get(&(place.caller.who(), place.to_string()))
+    fn known(&self, place: &Place) -> Known {
+        Known::since(self.let_in.get(&(place.caller.who(), place.to_string())), Instant::now())
+    }
+}
+
+impl Known {
+    fn since(let_in: Option<Instant>, now: Instant) -> Self {
+        match let_in.map(|since| now.saturating_duration_since(since)) {
+            Some(age) if age < FRESH => Self::LetIn,
+            Some(age) if age < IN_TROUBLE => Self::Lately,
+            _ => Self::Nothing,
+        }
     }
 }
 
@@ -92,16 +112,15 @@ impl Pull {
         if matches!(endpoint, Endpoint::Tags | Endpoint::Referrers(_)) {
             return Ok(());
         }
-        let since = self.entitlements.since(place);
-        let proven = match since {
-            Some(since) if since.elapsed() < FRESH => false,
-            older => match self.prove(place, endpoint, accept).await {
+        let proven = match self.entitlements.known(place) {
+            Known::LetIn => false,
+            known => match self.prove(place, endpoint, accept).await {
                 Ok(()) => {
                     let key = (place.caller.who(), place.to_string());
                     self.entitlements.let_in.insert(key, Instant::now());
                     true
                 }
-                Err(error) if error.is_outage() && older.is_some() => false,
+                Err(error) if error.is_outage() && known == Known::Lately => false,
                 Err(error) => return Err(refused(endpoint, &error)),
             },
         };
@@ -132,7 +151,7 @@ impl Pull {
 
     /// Whether somebody was let in lately, so that they can be while the registry is in trouble.
     pub fn was_let_in(&self, place: &Place) -> bool {
-        self.entitlements.since(place).is_some()
+        self.entitlements.known(place) != Known::Nothing
     }
 
     /// Asks the registry whether it gives something to a caller, once for all who ask with the same secret.
@@ -188,5 +207,19 @@ fn digest_of(endpoint: &Endpoint) -> Option<&Digest> {
 impl Lifetime for Refused {
     fn life(&self) -> Duration {
         self.life
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_right_is_fresh_for_minutes_and_good_in_trouble_for_an_hour() {
+        let start = Instant::now();
+        let after = |seconds| Known::since(Some(start), start + Duration::from_secs(seconds));
+        assert_eq!([after(0), after(299)], [Known::LetIn; 2]);
+        assert_eq!([after(300), after(3599)], [Known::Lately; 2]);
+        assert_eq!([after(3600), after(1_000_000), Known::since(None, start)], [Known::Nothing; 3]);
     }
 }

@@ -1,0 +1,57 @@
+//! What is cached and private, for a caller whose right the registry has confirmed, beside what is for everybody.
+
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use dray_tests::dray::{Dray, Start, rule};
+use dray_tests::http::{client, get};
+use dray_tests::image::Image;
+use dray_tests::origin::{Content, Origin, Request, Response};
+use serde_json::Value;
+
+use super::rig::{ROUNDS, median, row};
+use super::small::Target;
+
+pub(crate) async fn hits() {
+    let image = Image::new(1, &[1000]);
+    let content = Content::new(&[("team/app", "1", &image)]);
+    let login = format!("Basic {}", STANDARD.encode("alice:secret"));
+    let open = Origin::start(&[("team/app", "1", &image)], |_, answer| answer).await;
+    let origin = Origin::answering(move |request: &Request| match request.header("authorization") {
+        Some(shown) if shown == login => content.answer(request),
+        _ => Response::new(401, "").with("www-authenticate", "Basic realm=\"registry\""),
+    })
+    .await;
+    let rules = rule("open.test", &open.url()) + &rule("private.test", &origin.url()) + "access = \"client\"\n";
+    let dray = Start::new(rules).env("DRAY_LOG", "error").pinned().run();
+    let path = |registry: &str| format!("/v2/team/app/manifests/{}?ns={registry}", image.digest);
+    let token = token(&dray).await;
+    let private = get(&dray.url(&path("private.test")), &[("authorization", &token)]).await;
+    assert_eq!(private.status, 200, "{}", private.text());
+    assert_eq!(get(&dray.url(&path("private.test")), &[]).await.status, 401, "for nobody else");
+    let target = |path: String, more: &str| Target {
+        port: dray.registry.port(),
+        request: format!("GET {path} HTTP/1.1\r\nHost: x\r\n{more}\r\n"),
+    };
+    let ours = target(path("private.test"), &format!("Authorization: {token}\r\n"));
+    let everybodys = target(path("open.test"), "");
+    let (mut rates, mut ratios) = (vec![], vec![]);
+    for _ in 0..ROUNDS {
+        let (private, open) = (ours.most(), everybodys.most());
+        rates.push(private);
+        ratios.push(private / open);
+    }
+    row(
+        "a private manifest that is cached, access = \"client\", one core",
+        &format!("{:.0} requests/s", median(&rates)),
+        &format!("{:.2} x one that is for everybody", median(&ratios)),
+        "at hit speed",
+    );
+}
+
+/// Comes by a token as a runtime does.
+async fn token(dray: &Dray) -> String {
+    let form = "grant_type=password&service=private.test&scope=repository:team/app:pull&username=alice&password=secret";
+    let asking = client().post(dray.url("/token")).header("content-type", "application/x-www-form-urlencoded").body(form);
+    let answer: Value = serde_json::from_slice(&asking.send().await.unwrap().bytes().await.unwrap()).unwrap();
+    format!("Bearer {}", answer["token"].as_str().unwrap())
+}
