@@ -23,6 +23,8 @@ esac
 [ "$target" != "$(rustc -vV | sed -n 's/^host: //p')" ] || strip=strip
 "$strip" --remove-section=.note.gnu.build-id -o "$context/dray" "target/$target/$profile/dray"
 cp -L /etc/ssl/certs/ca-certificates.crt "$context/ca-certificates.crt"
+k8s/sbom.sh "$out/dray.cdx.json" "$target"
+cp "$out/dray.cdx.json" "$context/"
 version=$(sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -n 1)
 mkdir "$context/cache"
 store="--storage-driver vfs --root $context/storage --runroot $context/run"

@@ -34,6 +34,11 @@ impl Node {
         self.dir.path().join("node").join(host.trim_start_matches('/'))
     }
 
+    /// Where a path of the image lies.
+    pub fn in_image(&self, path: &str) -> PathBuf {
+        self.image.join(path.trim_start_matches('/'))
+    }
+
     /// What runs one container of a pod.
     pub fn command(&self, documents: &[Value], pod: &Value, container: &Value) -> Command {
         let root = self.dir.path().join("run").join(fastrand::u64(..).to_string());

@@ -34,6 +34,25 @@ fn the_image_is_small_and_runs_as_nobody() {
     assert!(said.stdout.starts_with(b"dray 0."), "{said:?}");
 }
 
+/// Each crate in the version that was built, under a licence.
+#[test]
+fn the_image_tells_what_it_is_made_of() {
+    let text = std::fs::read(Node::new().in_image("/usr/share/sbom/dray.cdx.json")).unwrap();
+    let bom: serde_json::Value = serde_json::from_slice(&text).unwrap();
+    assert_eq!((&bom["bomFormat"], &bom["metadata"]["component"]["name"]), (&"CycloneDX".into(), &"dray".into()));
+    let components = bom["components"].as_array().unwrap();
+    let lock = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../Cargo.lock")).unwrap();
+    for component in components {
+        let (name, version) = (component["name"].as_str().unwrap(), component["version"].as_str().unwrap());
+        assert!(lock.contains(&format!("name = \"{name}\"\nversion = \"{version}\"\n")), "{name} {version}");
+        assert!(component["licenses"][0].is_object(), "{name} without a licence");
+    }
+    for needed in ["pingora", "reqwest", "rustls", "foyer"] {
+        assert!(components.iter().any(|component| component["name"] == needed), "{needed}");
+    }
+    assert!(!String::from_utf8(text).unwrap().contains(&std::env::temp_dir().display().to_string()), "no paths of ours");
+}
+
 /// A rendered chart and the node that its pods run on.
 struct Cluster {
     node: Node,
