@@ -43,8 +43,9 @@ async fn main() {
         seen::by_log_and_metrics().await;
         seen::by_people().await;
     }
-    let needs_no_rig =
-        |name: &String| matches!(name.as_str(), "mirror" | "outage" | "private" | "seen") || cluster::PARTS.contains(&name.as_str());
+    let needs_no_rig = |name: &String| {
+        matches!(name.as_str(), "mirror" | "outage" | "private" | "seen") || cluster::PARTS.contains(&name.as_str())
+    };
     if !wanted.is_empty() && wanted.iter().all(needs_no_rig) {
         return;
     }

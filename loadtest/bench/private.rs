@@ -51,7 +51,8 @@ pub(crate) async fn hits() {
 /// Comes by a token as a runtime does.
 async fn token(dray: &Dray) -> String {
     let form = "grant_type=password&service=private.test&scope=repository:team/app:pull&username=alice&password=secret";
-    let asking = client().post(dray.url("/token")).header("content-type", "application/x-www-form-urlencoded").body(form);
+    let asking =
+        client().post(dray.url("/token")).header("content-type", "application/x-www-form-urlencoded").body(form);
     let answer: Value = serde_json::from_slice(&asking.send().await.unwrap().bytes().await.unwrap()).unwrap();
     format!("Bearer {}", answer["token"].as_str().unwrap())
 }

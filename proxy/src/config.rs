@@ -590,8 +590,10 @@ mod tests {
     #[test]
     fn nodes_of_one_cluster_have_the_same_hash() {
         let hash = |text: &str| Config::parse(text, "x").unwrap().hash();
-        let one = hash("listen = \"10.0.0.1:5050\"\n[peers]\nlisten = \"10.0.0.1:1\"\nservice = { a = \"x\" }\nzone = \"a\"");
-        let other = hash("listen = \"10.0.0.2:5050\"\n[peers]\nlisten = \"10.0.0.2:1\"\nservice = { a = \"x\" }\nzone = \"b\"");
+        let one =
+            hash("listen = \"10.0.0.1:5050\"\n[peers]\nlisten = \"10.0.0.1:1\"\nservice = { a = \"x\" }\nzone = \"a\"");
+        let other =
+            hash("listen = \"10.0.0.2:5050\"\n[peers]\nlisten = \"10.0.0.2:1\"\nservice = { a = \"x\" }\nzone = \"b\"");
         assert_eq!(one, other);
         let rule = "[[registry]]\nmatch = \"a.io\"";
         assert_eq!(hash(rule), hash(&format!("# A comment.\n{rule}\ndeny = false")));

@@ -26,8 +26,8 @@ use tokio::time::{Instant, timeout_at};
 
 pub use self::auth::Exchanged;
 use self::auth::Tokens;
-use self::condition::{Conditions, Known};
 pub use self::condition::UpstreamView;
+use self::condition::{Conditions, Known};
 use self::guard::Guard;
 use self::http::Http;
 use self::question::{Kind, Question, claimed_digest};

@@ -548,7 +548,8 @@ fn finish(session: &Session, error: Option<&Error>, exchange: &mut Exchange) {
     let request = session.req_header();
     span.rename(|| format!("{} {}", request.method, exchange.route));
     span.tell(|| {
-        let client = session.client_addr().and_then(|address| address.as_inet()).map(|address| address.ip().to_string());
+        let client =
+            session.client_addr().and_then(|address| address.as_inet()).map(|address| address.ip().to_string());
         let agent = request.headers.get(USER_AGENT).and_then(|value| value.to_str().ok()).map(str::to_owned);
         let content = exchange.content.as_ref();
         let texts = [

@@ -85,8 +85,7 @@ impl Store {
     pub async fn open(dir: &Path, disk: Share, memory: u64, metrics: &Metrics) -> Result<Self, StoreError> {
         let layout = layout::Layout::open(dir)?;
         let disk = disk.of(evict::FileSystem::of(dir).map_or(0, |file_system| file_system.total));
-        let small =
-            Small::open(&layout.small(), disk, memory, metrics).await.map_err(StoreError::Small)?;
+        let small = Small::open(&layout.small(), disk, memory, metrics).await.map_err(StoreError::Small)?;
         let for_blobs = disk.saturating_sub(small.disk_bytes());
         let large = Large::open(&layout, for_blobs, metrics).map_err(StoreError::Scan)?;
         metrics.cache_bytes.with_label_values(&["small"]).set(i64::try_from(small.disk_bytes()).unwrap_or(i64::MAX));

@@ -146,10 +146,7 @@ impl Origin {
     fn note_limits(&self, place: &Place, response: &Response) {
         let rule = place.rule.name();
         let (limit, remaining) = self.scarcity.heard(rule, response.headers(), Instant::now());
-        let gauges = [
-            (limit, &self.metrics.origin_rate_limit),
-            (remaining, &self.metrics.origin_rate_limit_remaining),
-        ];
+        let gauges = [(limit, &self.metrics.origin_rate_limit), (remaining, &self.metrics.origin_rate_limit_remaining)];
         for (number, gauge) in gauges {
             number.into_iter().for_each(|number| gauge.with_label_values(&[rule]).set(number));
         }

@@ -183,10 +183,15 @@ impl Pull {
     pub(super) async fn origin_length(self: &Arc<Self>, place: &Place, digest: &Digest) -> Result<u64, SourceError> {
         let key = |who| (place.to_string(), digest.clone(), who);
         let (shared, own) = (key(None), key(Some(place.caller.who())));
-        let landed = self.length_flights.join_or_own(shared, own, |length| is_personal(place, length), || {
-            let (pull, place, digest) = (self.clone(), place.clone(), digest.clone());
-            async move { pull.origin.blob_length(&place, &digest, Instant::now() + FIRST_BYTE).await }
-        });
+        let landed = self.length_flights.join_or_own(
+            shared,
+            own,
+            |length| is_personal(place, length),
+            || {
+                let (pull, place, digest) = (self.clone(), place.clone(), digest.clone());
+                async move { pull.origin.blob_length(&place, &digest, Instant::now() + FIRST_BYTE).await }
+            },
+        );
         landed.await.unwrap_or_else(fetch_ended)
     }
 

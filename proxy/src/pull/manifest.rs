@@ -83,16 +83,21 @@ impl Pull {
     ) -> BoxFuture<'a, Fetched> {
         let key = |who| (place.to_string(), digest.clone(), role, who);
         let (shared, own) = (key(None), key(Some(place.caller.who())));
-        let landed = self.manifest_flights.join_or_own(shared, own, |fetched| is_personal(place, fetched), move || {
-            let (pull, place, digest, accept) = (self.clone(), place.clone(), digest.clone(), accept.to_owned());
-            async move {
-                let fetched = pull.fetch_manifest(&place, &digest, &accept, role).await;
-                if let Err(error) = &fetched {
-                    pull.negatives.put(&place, Endpoint::Manifest, digest.as_str(), error);
+        let landed = self.manifest_flights.join_or_own(
+            shared,
+            own,
+            |fetched| is_personal(place, fetched),
+            move || {
+                let (pull, place, digest, accept) = (self.clone(), place.clone(), digest.clone(), accept.to_owned());
+                async move {
+                    let fetched = pull.fetch_manifest(&place, &digest, &accept, role).await;
+                    if let Err(error) = &fetched {
+                        pull.negatives.put(&place, Endpoint::Manifest, digest.as_str(), error);
+                    }
+                    fetched
                 }
-                fetched
-            }
-        });
+            },
+        );
         async move { landed.await.unwrap_or_else(fetch_ended) }.boxed()
     }
 

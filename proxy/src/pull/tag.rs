@@ -117,14 +117,19 @@ impl Pull {
         }
         let key = |who| (place.to_string(), tag.clone(), role, who);
         let (shared, own) = (key(None), key(Some(place.caller.who())));
-        let landed = self.tag_flights.join_or_own(shared, own, |meant| is_personal(place, meant), move || {
-            let (pull, place, tag, accept) = (self.clone(), place.clone(), tag.clone(), accept.to_owned());
-            async move {
-                let meant = pull.find_meaning(&place, &tag, &accept, role).await;
-                pull.remember(&place, &tag, &meant);
-                meant
-            }
-        });
+        let landed = self.tag_flights.join_or_own(
+            shared,
+            own,
+            |meant| is_personal(place, meant),
+            move || {
+                let (pull, place, tag, accept) = (self.clone(), place.clone(), tag.clone(), accept.to_owned());
+                async move {
+                    let meant = pull.find_meaning(&place, &tag, &accept, role).await;
+                    pull.remember(&place, &tag, &meant);
+                    meant
+                }
+            },
+        );
         async move { landed.await.unwrap_or_else(fetch_ended) }.boxed()
     }
 

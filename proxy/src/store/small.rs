@@ -383,8 +383,10 @@ mod tests {
         for bytes in &burst {
             assert!(small.get(&Digest::of(bytes), Kind::Blob).await.is_some());
         }
-        let lost: u64 =
-            ["buffer", "channel"].map(|queue| metrics.small_dropped.with_label_values(&["blobs", queue]).get()).iter().sum();
+        let lost: u64 = ["buffer", "channel"]
+            .map(|queue| metrics.small_dropped.with_label_values(&["blobs", queue]).get())
+            .iter()
+            .sum();
         assert_eq!(lost, 0);
     }
 }

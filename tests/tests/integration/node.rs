@@ -50,7 +50,10 @@ fn the_image_tells_what_it_is_made_of() {
     for needed in ["pingora", "reqwest", "rustls", "foyer"] {
         assert!(components.iter().any(|component| component["name"] == needed), "{needed}");
     }
-    assert!(!String::from_utf8(text).unwrap().contains(&std::env::temp_dir().display().to_string()), "no paths of ours");
+    assert!(
+        !String::from_utf8(text).unwrap().contains(&std::env::temp_dir().display().to_string()),
+        "no paths of ours"
+    );
 }
 
 /// A rendered chart and the node that its pods run on.

@@ -417,7 +417,8 @@ async fn a_deputy_that_the_origin_refuses_costs_a_moment() {
         content.answer(request).fault(Fault::SlowUntilGate(8 << 20))
     })
     .await;
-    let rules = format!("{}credentials = {{ username = \"u\", password_env = \"P\" }}", rule("docker.io", &origin.url()));
+    let rules =
+        format!("{}credentials = {{ username = \"u\", password_env = \"P\" }}", rule("docker.io", &origin.url()));
     let (_dir, proof) = key("0123456789abcdef");
     let layer = &image.layers[0];
     let nodes = with_an_owner(&rules, &proof, layer).await;
