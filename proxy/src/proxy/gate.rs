@@ -73,6 +73,7 @@ const MAX_SHOWN: u64 = 2_000;
 /// at a rate that the registry would not take from one address.
 const TURNS: usize = 16;
 const WRONG: Duration = Duration::from_secs(1);
+const TURN: Duration = Duration::from_secs(5);
 const MAX_REGISTRIES: u64 = 10_000;
 
 /// Larger than any form of a client, in bytes, and longer than any takes to come.
@@ -108,10 +109,11 @@ impl Gate {
         shown.is_some_and(|secret| logins.know(&secret, &self.grants))
     }
 
-    /// Waits until another secret may be shown to a registry.
-    async fn turn(&self, registry: &Registry) -> Option<OwnedSemaphorePermit> {
+    /// Waits until another secret may be shown to a registry; whoever waits too long can ask that itself.
+    async fn turn(&self, registry: &Registry) -> Result<OwnedSemaphorePermit, SourceError> {
         let turns = self.turns.get_with(registry.clone(), || Arc::new(Semaphore::new(TURNS)));
-        turns.acquire_owned().await.ok()
+        let turn = timeout(TURN, turns.acquire_owned()).await;
+        turn.ok().and_then(Result::ok).ok_or(SourceError::Busy)
     }
 
     /// Asks a client who it is.
@@ -204,7 +206,10 @@ impl Front {
             async move {
                 let itself = secret.basic();
                 let turn = gate.turn(&place.registry).await;
-                let exchanged = pull.exchange(&place, secret).await;
+                let exchanged = match &turn {
+                    Ok(_) => pull.exchange(&place, secret).await,
+                    Err(busy) => Err(busy.clone()),
+                };
                 if matches!(exchanged, Err(SourceError::Denied)) {
                     tokio::spawn(async move {
                         sleep(WRONG).await;

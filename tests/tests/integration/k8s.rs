@@ -25,6 +25,7 @@ fn matrix() -> Vec<Vec<String>> {
         "zones.by=podLabel,zones.names={a,b}",
         "mode=deployment",
         "mode=deployment,reach.by=clusterIP,reach.clusterIP=10.96.0.50,image.pullSecrets={robot}",
+        "mode=deployment,cache.volume.storage=200Gi,cache.volume.storageClassName=fast,cache.disk=190GiB",
         "mode=deployment,containerd.enabled=false,networkPolicy.enabled=true,metrics.enabled=true",
         "mode=deployment,zones.by=nodes,zones.names={a,b},secrets[0].name=hub,secrets[0].mountPath=/etc/dray/secrets/hub",
     ];
@@ -208,6 +209,8 @@ fn wrong_values_are_explained() {
         ("containerd.hostDir=/a", "hostDir"),
         ("cache.disk=20GB", "/cache/disk"),
         ("reach.port=0", "/reach/port"),
+        ("cache.volume.storage=10GiB", "/cache/volume/storage"),
+        ("cache.volume.storage=10Gi", "mode: deployment"),
         ("reach.by=nodePort", "mode: deployment"),
         ("mode=deployment,reach.by=hostNetwork", "mode: daemonset"),
         ("mode=deployment,reach.by=clusterIP", "reach.clusterIP"),
