@@ -76,10 +76,12 @@ impl HttpServerApp for Admin {
         }
         session.set_keepalive(if *shutdown.borrow() { None } else { Some(60) });
         let reply = match session.req_header().uri.path() {
-            "/api/v1/events" => match self.visitors.welcome(&session) {
-                Ok(()) => return self.stream(session).await,
-                Err(unwelcome) => Reply::unwelcome(unwelcome),
-            },
+            "/api/v1/events" if session.req_header().method == http::Method::GET => {
+                match self.visitors.welcome(&session) {
+                    Ok(()) => return self.stream(session).await,
+                    Err(unwelcome) => Reply::unwelcome(unwelcome),
+                }
+            }
             _ => self.reply(&session).await,
         };
         let head_only = session.req_header().method == http::Method::HEAD;

@@ -569,6 +569,7 @@ mod tests {
             ("[containerd]\nhosts_dir = \"/a\"\nmirror = \"a:1\"", &["line 3", "http://host:port"]),
             ("[tracing]\nsample = 0.5", &["dray.toml:1", "tracing.sample", "tracing.otlp"]),
             ("[tracing]\nsample = 2.0", &["line 2", "from 0.0 to 1.0"]),
+            ("[tracing]\notlp = \"http://c:4317\"", &["line 2", "gRPC", "4318"]),
             ("[tracing]\notlp = \"localhost:4318\"", &["line 2", "http://host:4318"]),
             ("[peers]\nkey_file = \"k\"", &["dray.toml:1", "peers.listen"]),
             ("[peers]\nzones = \"ignore\"", &["dray.toml:1", "peers.listen"]),

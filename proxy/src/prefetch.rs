@@ -1,6 +1,6 @@
 //! `[[prefetch]]`: images that are kept fresh, by the clock. `[[pin]]`: images that stay.
 
-use std::collections::HashSet;
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -10,7 +10,7 @@ use tokio::time::sleep;
 use crate::config::{Pin, Prefetch};
 use crate::oci::{Digest, ImageName};
 use crate::pull::Pull;
-use crate::warm::{self, Blob, Fetched, Inside, Plan, Platforms, Summary, Watcher};
+use crate::warm::{self, Blob, Fetched, Inside, Plan, Platforms, Watcher};
 
 /// Nodes with the same clock do not all ask at once.
 const JITTER_MILLIS: u64 = 60_000;
@@ -38,10 +38,13 @@ pub async fn keep_warm(pull: Arc<Pull>, prefetch: Prefetch) {
     let put_off = |pause| if prefetch.schedule.is_by_the_second() { Duration::ZERO } else { pause };
     sleep(put_off(AFTER_START)).await;
     loop {
-        let summary = warm(&door, &prefetch.images, &platforms).await;
+        let mut is_complete = true;
+        for image in &prefetch.images {
+            is_complete &= warm(&door, image, &platforms).await.is_some();
+        }
         let Some(next) = prefetch.schedule.next(Utc::now()) else { return };
         let jitter = Duration::from_millis(fastrand::u64(..JITTER_MILLIS));
-        let next = if summary.is_complete { next } else { next.min(AGAIN) };
+        let next = if is_complete { next } else { next.min(AGAIN) };
         sleep(next + put_off(jitter)).await;
     }
 }
@@ -50,54 +53,40 @@ pub async fn keep_warm(pull: Arc<Pull>, prefetch: Prefetch) {
 pub async fn keep_pinned(pull: Arc<Pull>, pins: Vec<Pin>) {
     let door = Inside(pull.clone());
     sleep(PINNED_AFTER_START).await;
+    // What cannot be looked up now is still pinned as it was.
+    let mut known: HashMap<(usize, &ImageName), Vec<Digest>> = HashMap::new();
     loop {
-        let (mut digests, mut complete) = (HashSet::new(), true);
-        for pin in &pins {
-            let summary = warm(&door, &pin.images, &wanted(&pin.platforms)).await;
-            complete &= summary.is_complete;
-            digests.extend(summary.digests);
-        }
-        // What cannot be looked up now is still pinned as it was.
-        if complete {
-            pull.pin(digests);
+        let mut complete = true;
+        for (nth, pin) in pins.iter().enumerate() {
+            let platforms = wanted(&pin.platforms);
+            for image in &pin.images {
+                match warm(&door, image, &platforms).await {
+                    Some(digests) => drop(known.insert((nth, image), digests)),
+                    None => complete = false,
+                }
+                pull.pin(known.values().flatten().cloned().collect());
+            }
         }
         sleep(if complete { PINNED_AGAIN } else { PINNED_AGAIN_SOON }).await;
     }
 }
 
-/// What came of fetching images ahead.
-struct Ahead {
-    digests: HashSet<Digest>,
-    is_complete: bool,
-}
-
-/// Those whose registry allows few more pulls are left for later: these belong to clients.
-async fn warm(door: &Inside, images: &[ImageName], platforms: &Platforms) -> Ahead {
-    let (mut digests, mut is_complete) = (HashSet::new(), true);
-    for image in images {
-        let place = door.0.place(image.registry.clone(), image.repository.clone());
-        if door.0.is_scarce(&place) {
-            tracing::info!(%image, "not fetched ahead: the registry allows few more pulls");
-            is_complete = false;
-            continue;
-        }
-        let summary = warm_one(door, image, platforms).await;
-        is_complete &= summary.failed.is_empty();
-        digests.extend(summary.digests);
+/// Fetches an image, unless its registry allows few more pulls: these belong to clients. Returns what it consists of; None: it
+/// is not whole here.
+async fn warm(door: &Inside, image: &ImageName, platforms: &Platforms) -> Option<Vec<Digest>> {
+    let place = door.0.place(image.registry.clone(), image.repository.clone());
+    if door.0.is_scarce(&place) {
+        tracing::info!(%image, "not fetched ahead: the registry allows few more pulls");
+        return None;
     }
-    Ahead { digests, is_complete }
-}
-
-async fn warm_one(door: &Inside, image: &ImageName, platforms: &Platforms) -> Summary {
     let summary = warm::warm(door, std::slice::from_ref(image), platforms, PARALLEL, &Silent).await;
-    for (image, problem) in &summary.failed {
+    if let Some((_, problem)) = summary.failed.first() {
         tracing::warn!(%image, problem, "not fetched ahead");
+        return None;
     }
     let (blobs, bytes, kept) = (summary.blobs, summary.bytes, summary.kept_bytes);
-    if summary.failed.is_empty() {
-        tracing::info!(%image, blobs, bytes, kept, "fetched ahead");
-    }
-    summary
+    tracing::info!(%image, blobs, bytes, kept, "fetched ahead");
+    Some(summary.digests)
 }
 
 fn wanted(platforms: &[String]) -> Platforms {

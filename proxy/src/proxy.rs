@@ -293,7 +293,12 @@ impl Front {
             Endpoint::Tags => self.list(&place, "tags/list".into(), path, query).await,
             Endpoint::Referrers(digest) => self.list(&place, format!("referrers/{digest}"), path, query).await,
         };
-        answer.unwrap_or_else(|refusal| self.refuse(request, &place, &refusal)).of_registry(&registry)
+        // A challenge is for clients: a peer would take it for one about keys.
+        let refuse = |refusal| match asking.asker.is_peer() {
+            true => Reply::refusal(&refusal),
+            false => self.refuse(request, &place, &refusal),
+        };
+        answer.unwrap_or_else(refuse).of_registry(&registry)
     }
 
     /// A request's part of a trace.

@@ -180,10 +180,10 @@ impl Pull {
 
     /// What a secret opens at a place's registry.
     pub async fn exchange(&self, place: &Place, secret: Secret) -> Result<Exchanged, SourceError> {
-        // Who is not there, or said "later", is not asked.
+        // Who is not there is not asked. Whom a registry limits is not known before.
         match self.origin.trouble(place) {
-            Some(trouble) => Err(trouble),
-            None => self.origin.exchange(place, secret, Instant::now() + FIRST_BYTE).await,
+            Some(trouble) if !matches!(trouble, SourceError::Limited { .. }) => Err(trouble),
+            _ => self.origin.exchange(place, secret, Instant::now() + FIRST_BYTE).await,
         }
     }
 

@@ -45,6 +45,8 @@ pub struct Summary {
     pub kept_bytes: u64,
     /// What the images consist of that could be looked up.
     pub digests: Vec<Digest>,
+    /// Layers that runtimes have from elsewhere.
+    pub foreign: usize,
     /// An image, and why it is not warm.
     pub failed: Vec<(ImageName, String)>,
 }
@@ -69,10 +71,11 @@ pub async fn warm(
         match plan {
             Ok(mut plan) => {
                 summary.manifests += plan.manifests;
+                summary.foreign += plan.foreign;
                 plan.blobs.retain(|blob| door.wants(blob));
                 let all: Vec<Blob> = plan.blobs.clone();
                 // Layers are shared: each comes once.
-                plan.blobs.retain(|blob| known.insert(blob.digest.clone()));
+                plan.blobs.retain(|blob| known.insert((blob.digest.clone(), blob.size)));
                 summary.digests.extend(plan.blobs.iter().map(|blob| blob.digest.clone()));
                 watcher.planned(&image, &plan);
                 wanted.extend(plan.blobs.iter().cloned());
@@ -89,23 +92,24 @@ pub async fn warm(
             watcher.began(&blob);
             let fetched = fetch::blob(door, &blob, |bytes| watcher.came(&blob, bytes)).await;
             watcher.ended(&blob, &fetched);
-            (blob.digest, fetched)
+            ((blob.digest, blob.size), fetched)
         }
     });
     let fetched: Vec<_> = fetching.buffer_unordered(parallel).collect().await;
     let mut problems = std::collections::HashMap::new();
-    for (digest, fetched) in fetched {
+    for (blob, fetched) in fetched {
         match fetched {
             Ok(fetched) => {
                 summary.blobs += 1;
                 summary.bytes += fetched.bytes;
                 summary.kept_bytes += if fetched.was_kept { fetched.bytes } else { 0 };
             }
-            Err(problem) => drop(problems.insert(digest, problem)),
+            Err(problem) => drop(problems.insert(blob, problem)),
         }
     }
     for (image, blobs) in plans {
-        if let Some((digest, problem)) = blobs.iter().find_map(|blob| problems.get_key_value(&blob.digest)) {
+        let of = |blob: &Blob| problems.get_key_value(&(blob.digest.clone(), blob.size));
+        if let Some(((digest, _), problem)) = blobs.iter().find_map(of) {
             summary.failed.push((image, format!("{digest}: {problem}")));
         }
     }

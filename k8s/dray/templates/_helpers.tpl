@@ -64,6 +64,9 @@ app.kubernetes.io/component: proxy
 {{- $loopback := eq $by "hostNetwork" -}}
 listen = "{{ ternary "127.0.0.1" "0.0.0.0" $loopback }}:{{ ternary .Values.reach.port 5050 $loopback }}"
 admin = "{{ ternary "127.0.0.1" "0.0.0.0" (and $loopback (not .Values.metrics.enabled)) }}:{{ .Values.metrics.port }}"
+{{- if .Values.metrics.tokenSecret }}
+admin_token_file = "/etc/dray/admin/token"
+{{- end }}
 
 [cache]
 dir = "/var/cache/dray"

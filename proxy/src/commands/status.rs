@@ -85,7 +85,9 @@ fn text(status: &Shown, paint: Paint) -> String {
         ]);
     }
     let mut origins = Table::new(&["registry", "rule", "state", ">pulls left", ">tokens"]);
-    for origin in &status.origins {
+    let mut by_state: Vec<_> = status.origins.iter().collect();
+    by_state.sort_by_key(|origin| origin.state == "well");
+    for origin in by_state.into_iter().take(MAX_LINES) {
         let more = origin.limited_seconds.map(|left| format!(", {} more", seconds(left))).unwrap_or_default();
         let state = format!("{}{more}", origin.state);
         let state = if origin.state == "well" { paint.good(&state) } else { paint.bad(&state) };
@@ -122,6 +124,9 @@ fn text(status: &Shown, paint: Paint) -> String {
         if !table.is_empty() {
             text += &format!("\n{}\n", table.lines(paint));
         }
+    }
+    if status.origins.len() > MAX_LINES {
+        text += &format!("  and {} more registries\n", status.origins.len() - MAX_LINES);
     }
     if status.peers.len() > MAX_LINES {
         text += &format!("  and {} more peers\n", status.peers.len() - MAX_LINES);

@@ -48,7 +48,7 @@ pub(crate) struct Warm {
 
 impl Warm {
     pub(crate) fn run(self) -> Result<(), Failure> {
-        let images = self.images()?;
+        let (images, wrong) = self.images()?;
         let platforms = match (self.all_platforms, self.platform.is_empty()) {
             (true, _) => Platforms::All,
             (false, true) => Platforms::of_this_machine(),
@@ -58,12 +58,21 @@ impl Warm {
         let watching = Watching::new();
         let begun = Instant::now();
         let summary = block_on(async {
-            let door = Elsewhere::new(&self.via, authorization).map_err(Failure::Failed)?;
+            let door = Elsewhere::new(&self.via, authorization).map_err(Failure::Usage)?;
             Ok::<_, Failure>(warm::warm(&door, &images, &platforms, usize::from(self.parallel), &watching).await)
         })??;
         watching.end();
         for (image, problem) in &summary.failed {
-            say(&format!("failed: {image}: {problem}"));
+            say(&format!("failed: {image}: {}", plain(problem)));
+        }
+        for problem in &wrong {
+            say(&format!("failed: {problem}"));
+        }
+        if summary.foreign > 0 {
+            say(&format!(
+                "{} layers are not given out by their registry: runtimes have them from elsewhere",
+                summary.foreign
+            ));
         }
         let took = begun.elapsed();
         let rate = u128::from(summary.bytes) * 1000 / took.as_millis().max(1);
@@ -75,33 +84,47 @@ impl Warm {
         say(&format!(
             "{} of {} images warm: {} manifests, {} blobs, {} in {:.1} s ({rate}/s){kept}",
             summary.images - summary.failed.len(),
-            summary.images,
+            summary.images + wrong.len(),
             summary.manifests,
             summary.blobs,
             bytes(summary.bytes),
             took.as_secs_f64(),
         ));
-        if summary.failed.is_empty() { Ok(()) } else { Err(Failure::Failed("not all images are warm".into())) }
+        if summary.failed.is_empty() && wrong.is_empty() {
+            Ok(())
+        } else {
+            Err(Failure::Failed("not all images are warm".into()))
+        }
     }
 
-    fn images(&self) -> Result<Vec<ImageName>, Failure> {
-        let mut texts = self.image.clone();
+    /// The images, and what is wrong with those that manifests name and that are none.
+    fn images(&self) -> Result<(Vec<ImageName>, Vec<String>), Failure> {
+        let mut images: Vec<ImageName> = Vec::new();
+        let mut take = |image| {
+            if !images.contains(&image) {
+                images.push(image)
+            }
+        };
+        for text in &self.image {
+            take(text.parse().map_err(Failure::Usage)?);
+        }
+        let mut wrong = Vec::new();
         for file in &self.file {
             let name = file.display().to_string();
             let text = read(file).map_err(|error| Failure::Usage(format!("--file {name}: {error}")))?;
-            texts.extend(in_file(&text).map_err(|problem| Failure::Usage(format!("--file {name}: {problem}")))?);
-        }
-        let mut images: Vec<ImageName> = Vec::new();
-        for text in texts {
-            let image = text.parse().map_err(Failure::Usage)?;
-            if !images.contains(&image) {
-                images.push(image);
+            let texts = in_file(&text).map_err(|problem| Failure::Usage(format!("--file {name}: {problem}")))?;
+            for text in texts {
+                match text.parse() {
+                    Ok(image) => take(image),
+                    Err(problem) => wrong.push(format!("--file {name}: {problem}")),
+                }
             }
         }
         if images.is_empty() {
-            return Err(Failure::Usage("no image: name some, or give a --file that does".into()));
+            let problem = wrong.first().map_or("no image: name some, or give a --file that does", String::as_str);
+            return Err(Failure::Usage(problem.to_owned()));
         }
-        Ok(images)
+        Ok((images, wrong))
     }
 }
 
@@ -114,11 +137,34 @@ fn read(file: &std::path::Path) -> std::io::Result<String> {
     std::fs::read_to_string(file)
 }
 
-/// A list, unless the lines are no names but have keys as YAML does.
+/// A list, or manifests: what is neither is nobody's list of nothing.
 fn in_file(text: &str) -> Result<Vec<String>, String> {
-    let lines = text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#'));
-    let list: Vec<String> = lines.map(str::to_owned).collect();
-    if list.iter().all(|line| line.parse::<ImageName>().is_ok()) { Ok(list) } else { images_in(text) }
+    let text = text.strip_prefix('\u{feff}').unwrap_or(text);
+    let lines = text.lines().enumerate().map(|(nth, line)| (nth + 1, without_comment(line)));
+    let lines: Vec<(usize, &str)> = lines.filter(|(_, line)| !line.is_empty()).collect();
+    let wrong = lines.iter().find(|(_, line)| line.parse::<ImageName>().is_err());
+    let Some((nth, line)) = wrong else {
+        let list: Vec<String> = lines.iter().map(|(_, line)| (*line).to_owned()).collect();
+        return if list.is_empty() { Err("it names no image".to_owned()) } else { Ok(list) };
+    };
+    let is_list = lines.iter().any(|(_, line)| line.parse::<ImageName>().is_ok());
+    match images_in(text) {
+        Ok(images) if !images.is_empty() => Ok(images),
+        Ok(_) if line.ends_with(':') || line.contains(": ") && !is_list => Err("it names no image".to_owned()),
+        Err(problem) if !is_list => Err(problem),
+        _ => Err(format!("line {nth}: {line:?} is no image: write [registry/]repository[:tag][@digest]")),
+    }
+}
+
+fn without_comment(line: &str) -> &str {
+    let line = line.trim();
+    let line = if line.starts_with('#') { "" } else { line };
+    line.split(" #").next().unwrap_or_default().trim_end()
+}
+
+/// What others say, so that a terminal shows it and does nothing else.
+fn plain(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() { c.escape_default().to_string() } else { c.to_string() }).collect()
 }
 
 fn authorization(file: &PathBuf) -> Result<HeaderValue, Failure> {
@@ -211,5 +257,10 @@ mod tests {
         assert_eq!(in_file("# some\nalpine\n\n ghcr.io/a:1 \n").unwrap(), ["alpine", "ghcr.io/a:1"]);
         assert_eq!(in_file("spec:\n  containers:\n  - image: ghcr.io/a:1\n").unwrap(), ["ghcr.io/a:1"]);
         assert!(in_file("no image: [").is_err());
+        assert_eq!(in_file("\u{feff}alpine # the base\n").unwrap(), ["alpine"]);
+        assert!(in_file("alpine\nReg.test/A/Bad:1\n").unwrap_err().contains("line 2: \"Reg.test/A/Bad:1\""));
+        for nothing in ["", "# none\n", "Error: chart not found\n", "kind: Namespace\nmetadata:\n  name: a\n"] {
+            assert!(in_file(nothing).is_err(), "{nothing}");
+        }
     }
 }

@@ -34,6 +34,9 @@ fn collector<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Url>, 
         return Err(D::Error::custom("this dray was built without the feature otlp: it sends no traces"));
     }
     let url = Url::parse(&text).ok().filter(|url| matches!(url.scheme(), "http" | "https") && url.has_host());
+    if url.as_ref().is_some_and(|url| url.port() == Some(4317)) {
+        return Err(D::Error::custom("otlp: port 4317 is a collector's for gRPC; the one for HTTP is 4318 by default"));
+    }
     let plain = url.filter(|url| url.query().is_none() && url.fragment().is_none() && url.username().is_empty());
     let how = "write it as http://host:4318 of an OpenTelemetry collector (OTLP over HTTP)";
     plain.map(Some).ok_or_else(|| D::Error::custom(format!("otlp = \"{text}\": {how}")))

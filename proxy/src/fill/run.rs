@@ -12,6 +12,7 @@ use super::progress::Phase;
 use super::write::{self, Written};
 use super::{Fill, Fills, Opened, Seen};
 use crate::oci::{BLOB_MEDIA_TYPE, Span, Spans};
+use crate::provenance::Provenance;
 use crate::role::Role;
 use crate::source::{ServedFrom, SourceError};
 use crate::store::{Blob, Draft, Found, Kind, NoSpace, Partial, Proof, SMALL_BYTES, SmallObject};
@@ -52,14 +53,12 @@ impl Running<'_> {
         // What proved wrong may have been put together from a good and a bad source: then all of it
         // comes from one.
         let distrusted = self.fills.is_distrusted(digest, registry);
-        let partial = match self.fills.store.large.take_partial(digest, registry) {
+        // Another one's beginning is nothing that everybody here may have.
+        let fits = |known: &Provenance| self.fill.is_of_same(known);
+        let partial = match self.fills.store.large.take_partial(digest, registry, fits) {
             _ if distrusted => None,
             None => self.inherit().await,
-            // Another one's beginning is nothing that everybody here may have.
-            Some(partial) => Some(partial).filter(|partial| {
-                let known = partial.draft.blob.provenance.as_ref();
-                !self.fill.place.rule.asks_who() || known.is_some_and(|known| self.fill.is_of_same(known))
-            }),
+            found => found,
         };
         let opened = if distrusted || sources.connections() == Connections::One {
             Feed::open(sources.clone(), 0, None).await

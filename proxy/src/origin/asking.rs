@@ -51,12 +51,13 @@ impl Origin {
         deadline: Instant,
     ) -> Result<Response, SourceError> {
         let mut upstreams = place.rule.upstreams(&place.registry);
-        let now = Instant::now();
-        upstreams
-            .sort_by_cached_key(|(upstream, _)| lock(&self.conditions.of(place, upstream)).rank(question.kind, now));
+        let (now, who) = (Instant::now(), place.caller.who());
+        upstreams.sort_by_cached_key(|(upstream, _)| {
+            lock(&self.conditions.of(place, upstream)).rank(question.kind, who, now)
+        });
         // The last one that may be asked has all the time, and so have those that may not be asked yet.
         let may_be_asked = |(upstream, _): &(Upstream, Trust)| {
-            lock(&self.conditions.of(place, upstream)).admit(question.kind, now) == Admission::Ask
+            lock(&self.conditions.of(place, upstream)).admit(question.kind, who, now) == Admission::Ask
         };
         let last = upstreams.iter().rposition(may_be_asked).unwrap_or(0);
         let mut turns = upstreams.iter().enumerate().map(|(nth, (upstream, trust))| Turn {
@@ -105,7 +106,8 @@ impl Origin {
         let now = Instant::now();
         let mut worst = None;
         for (upstream, _) in place.rule.upstreams(&place.registry) {
-            let error = match lock(&self.conditions.of(place, &upstream)).admit(Kind::ManifestHead, now) {
+            let known = self.conditions.known(place, &upstream)?;
+            let error = match lock(&known).admit(Kind::ManifestHead, place.caller.who(), now) {
                 Admission::Ask => return None,
                 Admission::Limited(until) => SourceError::Limited { again: Some(until - now) },
                 Admission::Down => is_down(),
@@ -126,7 +128,7 @@ impl Origin {
         let mut limits = 0;
         loop {
             let now = Instant::now();
-            let admission = lock(&condition).admit(question.kind, now);
+            let admission = lock(&condition).admit(question.kind, place.caller.who(), now);
             match admission {
                 Admission::Ask => {}
                 Admission::Down => return Err(is_down()),
@@ -169,14 +171,14 @@ impl Origin {
                 Err(SourceError::Limited { again }) => {
                     let mut condition = lock(&condition);
                     condition.answered(Instant::now());
-                    condition.limited(question.kind, again, Instant::now());
+                    condition.limited(question.kind, place.caller.who(), again, Instant::now());
                     tracing::info!(%place, upstream = turn.upstream.base(), ?again, "the upstream limits its requests");
                     continue;
                 }
                 Ok(_) => {
                     let mut condition = lock(&condition);
                     condition.answered(Instant::now());
-                    condition.gave(question.kind);
+                    condition.gave(question.kind, place.caller.who());
                 }
                 Err(_) => lock(&condition).answered(Instant::now()),
             }

@@ -1,6 +1,7 @@
 //! What is known of an upstream from asking it: whether anybody is there, and what it limits. Decisions only; the
 //! clock comes from outside.
 
+use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -8,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 
 use super::question::Kind;
+use crate::caller::Who;
 use crate::config::Upstream;
 use crate::registries::Place;
 
@@ -28,7 +30,8 @@ pub(super) struct Condition {
     answered: Option<Instant>,
     /// Somebody got no answer, or not soon: others are asked first until then.
     doubted: Option<Instant>,
-    limits: [Option<Limit>; Kind::COUNT],
+    /// Registries count by account: whom one limits says nothing of others.
+    limits: HashMap<(Kind, Who), Limit>,
 }
 
 struct Down {
@@ -62,6 +65,9 @@ pub(super) enum Silence {
     /// It was known, or others were answered meanwhile.
     Nothing,
 }
+
+/// Limits of one upstream; of more each question finds out by itself.
+const MAX_LIMITS: usize = 1_000;
 
 const MAX_UPSTREAMS: u64 = 10_000;
 const REMEMBERED: Duration = Duration::from_secs(600);
@@ -130,19 +136,34 @@ impl Conditions {
     }
 
     pub(super) fn of(&self, place: &Place, upstream: &Upstream) -> Arc<Mutex<Condition>> {
-        let key = Key { rule: place.rule.name().to_owned(), upstream: upstream.base() };
-        self.0.get_with(key, Arc::default)
+        self.0.get_with(Key::new(place, upstream), Arc::default)
+    }
+
+    /// What is known, if it was ever asked.
+    pub(super) fn known(&self, place: &Place, upstream: &Upstream) -> Option<Arc<Mutex<Condition>>> {
+        self.0.get(&Key::new(place, upstream))
+    }
+}
+
+impl Key {
+    fn new(place: &Place, upstream: &Upstream) -> Self {
+        Self { rule: place.rule.name().to_owned(), upstream: upstream.base() }
     }
 }
 
 impl Condition {
+    /// Whether it has ever said anything.
+    pub(super) fn has_answered(&self) -> bool {
+        self.answered.is_some()
+    }
+
     /// Whether a question may be asked. One that may not still wants it.
-    pub(super) fn admit(&mut self, kind: Kind, now: Instant) -> Admission {
+    pub(super) fn admit(&mut self, kind: Kind, who: Who, now: Instant) -> Admission {
         if let Some(down) = &mut self.down {
             down.wanted = now;
             return Admission::Down;
         }
-        match self.limits[kind.index()] {
+        match self.limits.get(&(kind, who)) {
             Some(limit) if limit.until > now => Admission::Limited(limit.until),
             _ => Admission::Ask,
         }
@@ -150,7 +171,7 @@ impl Condition {
 
     /// As it is shown, with the time to the end of its longest limit.
     fn state(&self, now: Instant) -> (&'static str, Option<Duration>) {
-        let limited = self.limits.iter().flatten().filter_map(|limit| limit.until.checked_duration_since(now)).max();
+        let limited = self.limits.values().filter_map(|limit| limit.until.checked_duration_since(now)).max();
         let limited = limited.filter(|left| !left.is_zero());
         let is_doubted = self.doubted.is_some_and(|until| until > now);
         let state = match (&self.down, limited) {
@@ -163,8 +184,8 @@ impl Condition {
     }
 
     /// In which order upstreams are asked: those first that are likely to answer.
-    pub(super) fn rank(&mut self, kind: Kind, now: Instant) -> (Admission, bool) {
-        (self.admit(kind, now), self.doubted.is_some_and(|until| until > now))
+    pub(super) fn rank(&mut self, kind: Kind, who: Who, now: Instant) -> (Admission, bool) {
+        (self.admit(kind, who, now), self.doubted.is_some_and(|until| until > now))
     }
 
     /// Somebody is there, whatever was said.
@@ -175,17 +196,22 @@ impl Condition {
     }
 
     /// It gave what was asked for, so it does not limit that any more.
-    pub(super) fn gave(&mut self, kind: Kind) {
-        self.limits[kind.index()] = None;
+    pub(super) fn gave(&mut self, kind: Kind, who: Who) {
+        self.limits.remove(&(kind, who));
     }
 
     /// It said "later", and maybe how much.
-    pub(super) fn limited(&mut self, kind: Kind, again: Option<Duration>, now: Instant) {
+    pub(super) fn limited(&mut self, kind: Kind, who: Who, again: Option<Duration>, now: Instant) {
         let again = again.filter(|again| *again >= SHORTEST_LIMIT);
-        let strikes = self.limits[kind.index()].map_or(0, |limit| limit.strikes);
+        let strikes = self.limits.get(&(kind, who)).map_or(0, |limit| limit.strikes);
         let unsaid = (FIRST_LIMIT * (1 << strikes.min(8))).min(LONGEST_UNSAID);
         let until = now + again.map_or(unsaid, |again| again.min(LONGEST_LIMIT));
-        self.limits[kind.index()] = Some(Limit { until, strikes: strikes + u32::from(again.is_none()) });
+        if self.limits.len() >= MAX_LIMITS {
+            self.limits.retain(|_, limit| limit.until > now);
+        }
+        if self.limits.len() < MAX_LIMITS || self.limits.contains_key(&(kind, who)) {
+            self.limits.insert((kind, who), Limit { until, strikes: strikes + u32::from(again.is_none()) });
+        }
     }
 
     /// Another upstream has answered, and this one not yet.
@@ -235,10 +261,10 @@ mod tests {
         let (mut condition, start) = (Condition::default(), Instant::now());
         assert_eq!(condition.silent(Kind::ManifestHead, start, start + seconds(3)), Silence::Found);
         assert_eq!(condition.silent(Kind::Manifest, start, start + seconds(4)), Silence::Nothing, "it is known");
-        assert_eq!(condition.admit(Kind::Blob, start + seconds(50)), Admission::Down);
+        assert_eq!(condition.admit(Kind::Blob, Who::NOBODY, start + seconds(50)), Admission::Down);
         assert!(condition.is_wanted(start + seconds(109)) && !condition.is_wanted(start + seconds(110)));
         condition.answered(start + seconds(60));
-        assert_eq!(condition.admit(Kind::Blob, start + seconds(60)), Admission::Ask);
+        assert_eq!(condition.admit(Kind::Blob, Who::NOBODY, start + seconds(60)), Admission::Ask);
         let (before, after) = (start + seconds(59), start + seconds(70));
         assert_eq!(condition.silent(Kind::Manifest, before, after), Silence::Nothing, "others were answered meanwhile");
     }
@@ -248,20 +274,39 @@ mod tests {
         for kind in [Kind::Blob, Kind::BlobHead, Kind::List] {
             let (mut condition, start) = (Condition::default(), Instant::now());
             assert_eq!(condition.silent(kind, start, start), Silence::Nothing);
-            assert_eq!(condition.rank(Kind::Manifest, start), (Admission::Ask, true));
-            assert_eq!(condition.rank(Kind::Manifest, start + DOUBTED), (Admission::Ask, false));
+            assert_eq!(condition.rank(Kind::Manifest, Who::NOBODY, start), (Admission::Ask, true));
+            assert_eq!(condition.rank(Kind::Manifest, Who::NOBODY, start + DOUBTED), (Admission::Ask, false));
         }
     }
 
     #[test]
     fn a_limit_is_of_one_kind_and_lasts_as_long_as_it_says() {
         let (mut condition, start) = (Condition::default(), Instant::now());
-        condition.limited(Kind::Manifest, Some(seconds(7)), start);
-        assert_eq!(condition.admit(Kind::Manifest, start + seconds(6)), Admission::Limited(start + seconds(7)));
-        assert_eq!(condition.admit(Kind::ManifestHead, start), Admission::Ask);
-        assert_eq!(condition.admit(Kind::Manifest, start + seconds(7)), Admission::Ask);
-        condition.limited(Kind::Manifest, Some(seconds(1_000_000)), start);
-        assert_eq!(condition.admit(Kind::Manifest, start + LONGEST_LIMIT), Admission::Ask, "whatever it says");
+        condition.limited(Kind::Manifest, Who::NOBODY, Some(seconds(7)), start);
+        assert_eq!(
+            condition.admit(Kind::Manifest, Who::NOBODY, start + seconds(6)),
+            Admission::Limited(start + seconds(7))
+        );
+        assert_eq!(condition.admit(Kind::ManifestHead, Who::NOBODY, start), Admission::Ask);
+        assert_eq!(condition.admit(Kind::Manifest, Who::NOBODY, start + seconds(7)), Admission::Ask);
+        condition.limited(Kind::Manifest, Who::NOBODY, Some(seconds(1_000_000)), start);
+        assert_eq!(
+            condition.admit(Kind::Manifest, Who::NOBODY, start + LONGEST_LIMIT),
+            Admission::Ask,
+            "whatever it says"
+        );
+    }
+
+    #[test]
+    fn whom_one_limits_says_nothing_of_others() {
+        let (mut condition, start) = (Condition::default(), Instant::now());
+        condition.limited(Kind::Manifest, Who::NOBODY, Some(seconds(7)), start);
+        assert_eq!(condition.admit(Kind::Manifest, Who([7; 16]), start), Admission::Ask);
+        let who = |nth: usize| Who(u128::try_from(nth).unwrap().to_be_bytes());
+        (0..2 * MAX_LIMITS).for_each(|nth| condition.limited(Kind::Manifest, who(nth), Some(seconds(7)), start));
+        assert_eq!(condition.limits.len(), MAX_LIMITS);
+        condition.limited(Kind::Manifest, Who([9; 16]), Some(seconds(7)), start + seconds(8));
+        assert_eq!(condition.limits.len(), 1, "those that are over make room");
     }
 
     #[test]
@@ -270,7 +315,7 @@ mod tests {
         assert_eq!(condition.state(now), ("well", None));
         condition.overtaken(now);
         assert_eq!(condition.state(now), ("slow", None));
-        condition.limited(Kind::Manifest, Some(seconds(7)), now);
+        condition.limited(Kind::Manifest, Who::NOBODY, Some(seconds(7)), now);
         assert_eq!(condition.state(now), ("limited", Some(seconds(7))));
         condition.silent(Kind::Manifest, now, now);
         assert_eq!(condition.state(now).0, "down");
@@ -279,24 +324,28 @@ mod tests {
     #[test]
     fn at_once_is_no_time() {
         let (mut condition, start) = (Condition::default(), Instant::now());
-        condition.limited(Kind::Manifest, Some(Duration::ZERO), start);
-        assert_eq!(condition.admit(Kind::Manifest, start), Admission::Limited(start + FIRST_LIMIT));
-        condition.limited(Kind::Manifest, Some(Duration::from_millis(999)), start);
-        assert_eq!(condition.admit(Kind::Manifest, start), Admission::Limited(start + FIRST_LIMIT * 2));
+        condition.limited(Kind::Manifest, Who::NOBODY, Some(Duration::ZERO), start);
+        assert_eq!(condition.admit(Kind::Manifest, Who::NOBODY, start), Admission::Limited(start + FIRST_LIMIT));
+        condition.limited(Kind::Manifest, Who::NOBODY, Some(Duration::from_millis(999)), start);
+        assert_eq!(condition.admit(Kind::Manifest, Who::NOBODY, start), Admission::Limited(start + FIRST_LIMIT * 2));
     }
 
     #[test]
     fn a_limit_without_a_time_lasts_longer_each_time() {
         let (mut condition, mut now) = (Condition::default(), Instant::now());
         let lasts = [5, 10, 20, 40, 60, 60].map(|lasts| {
-            condition.limited(Kind::Manifest, None, now);
-            let is_limited = condition.admit(Kind::Manifest, now + seconds(lasts - 1)) != Admission::Ask;
+            condition.limited(Kind::Manifest, Who::NOBODY, None, now);
+            let is_limited = condition.admit(Kind::Manifest, Who::NOBODY, now + seconds(lasts - 1)) != Admission::Ask;
             now += seconds(lasts);
-            is_limited && condition.admit(Kind::Manifest, now) == Admission::Ask
+            is_limited && condition.admit(Kind::Manifest, Who::NOBODY, now) == Admission::Ask
         });
         assert_eq!(lasts, [true; 6]);
-        condition.gave(Kind::Manifest);
-        condition.limited(Kind::Manifest, None, now);
-        assert_eq!(condition.admit(Kind::Manifest, now + FIRST_LIMIT), Admission::Ask, "from the beginning");
+        condition.gave(Kind::Manifest, Who::NOBODY);
+        condition.limited(Kind::Manifest, Who::NOBODY, None, now);
+        assert_eq!(
+            condition.admit(Kind::Manifest, Who::NOBODY, now + FIRST_LIMIT),
+            Admission::Ask,
+            "from the beginning"
+        );
     }
 }

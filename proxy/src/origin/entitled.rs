@@ -3,39 +3,43 @@
 use std::sync::Arc;
 
 use ::http::HeaderValue;
-use ::http::header::{CONTENT_TYPE, RANGE};
+use ::http::header::{CONTENT_LENGTH, CONTENT_RANGE, RANGE};
 use reqwest::Response;
 use tokio::time::Instant;
 
 use super::Origin;
 use super::auth::Exchanged;
 use super::http::{Home, Patience};
-use super::question::{Kind, Question};
-use crate::oci::Endpoint;
+use super::media_type;
+use super::question::{Kind, Question, claimed_digest};
+use crate::oci::{ContentRange, Endpoint, Reference};
 use crate::registries::Place;
 use crate::secret::Secret;
 use crate::source::SourceError;
 
 impl Origin {
-    /// Whether the registry gives something to whoever asks.
+    /// Whether the registry gives something to whoever asks. What is kept of it here has that many bytes.
     pub async fn gives(
         self: &Arc<Self>,
         place: &Place,
         endpoint: &Endpoint,
         accept: &str,
+        kept: Option<u64>,
         deadline: Instant,
     ) -> Result<(), SourceError> {
         let questions = match endpoint {
             Endpoint::Manifest(reference) => [Kind::ManifestHead, Kind::Manifest]
-                .map(|kind| Question::new(kind, format!("manifests/{reference}")).accept(accept)),
-            Endpoint::Blob(digest) => {
-                [Kind::BlobHead, Kind::Blob].map(|kind| Question::new(kind, format!("blobs/{digest}")))
-            }
+                .map(|kind| Question::new(kind, format!("manifests/{reference}")).accept(accept))
+                .map(|question| {
+                    question.expect(if let Reference::Digest(digest) = reference { Some(digest) } else { None })
+                }),
+            Endpoint::Blob(digest) => [Kind::BlobHead, Kind::Blob]
+                .map(|kind| Question::new(kind, format!("blobs/{digest}")).expect(Some(digest))),
             Endpoint::Tags | Endpoint::Referrers(_) => return Ok(()),
         };
         let [head, mut get] = questions;
         match self.ask(place, &head, deadline).await {
-            Ok(response) => return is_content(&response),
+            Ok(response) => return is_content(&response, endpoint, kept),
             // Not by HEAD: some registries know none, and some signed URLs are for GET only.
             Err(SourceError::Failed(405)) => {}
             Err(SourceError::Denied) if get.kind.is_blob() => {}
@@ -44,7 +48,7 @@ impl Origin {
         if get.kind.is_blob() {
             get.headers.insert(RANGE, HeaderValue::from_static("bytes=0-0"));
         }
-        is_content(&self.ask(place, &get, deadline).await?)
+        is_content(&self.ask(place, &get, deadline).await?, endpoint, kept)
     }
 
     /// What a secret opens at a place's registry.
@@ -76,8 +80,29 @@ impl Origin {
     }
 }
 
-/// A page on which somebody is to log in is no content.
-fn is_content(response: &Response) -> Result<(), SourceError> {
-    let is_page = response.headers().get(CONTENT_TYPE).is_some_and(|value| value.as_bytes().starts_with(b"text/html"));
-    if is_page { Err(SourceError::Denied) } else { Ok(()) }
+/// Whether an answer is what was asked for. A page on which somebody is to log in, or that tells of repairs, is not,
+/// whatever its status: the whole repository opens by this.
+fn is_content(response: &Response, endpoint: &Endpoint, kept: Option<u64>) -> Result<(), SourceError> {
+    let header = |name| response.headers().get(name).and_then(|value| value.to_str().ok());
+    let total = || header(CONTENT_RANGE)?.parse::<ContentRange>().ok().map(|range| range.total);
+    let length = || total().or_else(|| header(CONTENT_LENGTH)?.trim().parse().ok());
+    let of_type = |known: fn(&str) -> bool| media_type(response).is_some_and(|media_type| known(&media_type));
+    let is_it = match (endpoint, kept) {
+        // Another digest than was asked for is no answer at all.
+        _ if claimed_digest(response).is_some() => true,
+        (_, Some(kept)) => length() == Some(kept),
+        (Endpoint::Manifest(_), None) => of_type(is_of_manifests),
+        (_, None) => of_type(is_of_blobs),
+    };
+    if is_it { Ok(()) } else { Err(SourceError::Denied) }
+}
+
+fn is_of_manifests(media_type: &str) -> bool {
+    media_type.starts_with("application/vnd.oci.image.")
+        || media_type.starts_with("application/vnd.docker.distribution.")
+}
+
+/// As object stores call what they do not know.
+fn is_of_blobs(media_type: &str) -> bool {
+    media_type.ends_with("/octet-stream") || media_type.starts_with("application/vnd.") || media_type.ends_with("gzip")
 }

@@ -28,7 +28,7 @@ pub(super) struct Question {
 }
 
 /// What is asked for: registries limit some and not others. The names are those of the metrics.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Kind {
     Manifest,
     ManifestHead,
@@ -95,8 +95,6 @@ impl Question {
 }
 
 impl Kind {
-    pub(super) const COUNT: usize = 6;
-
     pub(super) fn as_str(self) -> &'static str {
         match self {
             Self::Manifest => "manifest",
@@ -106,10 +104,6 @@ impl Kind {
             Self::List => "list",
             Self::Ping => "ping",
         }
-    }
-
-    pub(super) fn index(self) -> usize {
-        self as usize
     }
 
     pub(super) fn is_blob(self) -> bool {

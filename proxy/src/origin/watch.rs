@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
+use prometheus::IntGauge;
 use tokio::time::{Instant, sleep_until};
 
 use super::Origin;
@@ -34,8 +35,10 @@ impl Origin {
             return;
         };
         tracing::warn!(rule = place.rule.name(), upstream = upstream.base(), "an upstream does not answer");
-        let down = self.metrics.origin_down.with_label_values(&[place.rule.name()]);
-        down.inc();
+        // Clients can name hosts that never were there: that is nobody's outage.
+        let is_known = trust == Trust::Written || lock(&condition).has_answered();
+        let down = is_known.then(|| self.metrics.origin_down.with_label_values(&[place.rule.name()]));
+        down.iter().for_each(IntGauge::inc);
         let (origin, place, upstream) = (self.clone(), place.clone(), upstream.clone());
         tokio::spawn(async move {
             let _watch = watch;
@@ -66,7 +69,7 @@ impl Origin {
                     }
                 }
             }
-            down.dec();
+            down.iter().for_each(IntGauge::dec);
         });
     }
 }

@@ -166,10 +166,10 @@ impl Front {
         match self.pull.let_in(&place, endpoint, accept).await {
             Ok(()) => Ok(place),
             Err(Unentitled::Refused(refusal)) => Err(Reply::refusal(&refusal)),
-            // A registry may hide from strangers what it has.
+            // A registry may hide from strangers what it has, and limit them before others.
             Err(_) if shown.is_none() => Err(self.gate.challenge(request, Some(&place))),
             Err(Unentitled::Denied) => Err(Reply::refusal(&denied())),
-            Err(Unentitled::NotFound(refusal)) => Err(Reply::refusal(&refusal)),
+            Err(Unentitled::NotFound(refusal) | Unentitled::Limited(refusal)) => Err(Reply::refusal(&refusal)),
         }
     }
 
@@ -344,10 +344,13 @@ impl Shown {
         match exchanged {
             Ok(Exchanged { authorization: None, .. }) => Self::new(Ok(Caller::Anonymous), ASKS_NOBODY),
             Ok(Exchanged { authorization, life }) => Self::new(Ok(holder(authorization)), life.min(MAX_LIFE)),
-            Err(SourceError::Denied) => Self::new(Err(SourceError::Denied), place.rule.negative_ttl),
+            Err(SourceError::Denied) => {
+                pull.shut_out(&Place { caller: holder(None), ..place.clone() });
+                Self::new(Err(SourceError::Denied), place.rule.negative_ttl)
+            }
             Err(error) => {
                 let known = Place { caller: holder(None), ..place.clone() };
-                let still = error.is_outage() && pull.was_let_in(&known);
+                let still = error.is_passing_outage() && pull.was_let_in(&known);
                 let shown = Self::new(if still { Ok(known.caller) } else { Err(error) }, IN_TROUBLE);
                 Self { life: ASKED_AGAIN, ..shown }
             }

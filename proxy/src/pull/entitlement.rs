@@ -17,7 +17,7 @@ use crate::oci::{Digest, Endpoint, ErrorCode, Reference, Registry, Repository};
 use crate::provenance::Provenance;
 use crate::registries::Place;
 use crate::source::SourceError;
-use crate::store::Kind;
+use crate::store::{Found, Kind};
 
 /// What registries have said of callers, and of digests.
 pub(super) struct Entitlements {
@@ -51,6 +51,8 @@ pub enum Unentitled {
     /// The registry does not give this caller what is asked for, or does not say that it has it.
     Denied,
     NotFound(Refusal),
+    /// Of this caller it wants to hear later.
+    Limited(Refusal),
     Refused(Refusal),
 }
 
@@ -120,7 +122,7 @@ impl Pull {
                     self.entitlements.let_in.insert(key, Instant::now());
                     true
                 }
-                Err(error) if error.is_outage() && known == Known::Lately => false,
+                Err(error) if error.is_passing_outage() && known == Known::Lately => false,
                 Err(error) => return Err(refused(endpoint, &error)),
             },
         };
@@ -154,6 +156,20 @@ impl Pull {
         self.entitlements.known(place) != Known::Nothing
     }
 
+    /// How long something is that is kept here: whatever else the registry sends is something else.
+    async fn kept_length(&self, endpoint: &Endpoint) -> Option<u64> {
+        let kind = if matches!(endpoint, Endpoint::Manifest(_)) { Kind::Manifest } else { Kind::Blob };
+        match self.store.find(digest_of(endpoint)?, kind).await? {
+            Found::Small { object, .. } => Some(object.bytes.len() as u64),
+            Found::Large { blob, .. } => Some(blob.len),
+        }
+    }
+
+    /// The registry has said that a caller may not: what it said before holds no longer, also while it is in trouble.
+    pub fn shut_out(&self, place: &Place) {
+        self.entitlements.let_in.invalidate(&(place.caller.who(), place.to_string()));
+    }
+
     /// Asks the registry whether it gives something to a caller, once for all who ask with the same secret.
     async fn prove(self: &Arc<Self>, place: &Place, endpoint: &Endpoint, accept: &str) -> Result<(), SourceError> {
         let path = match endpoint {
@@ -169,11 +185,15 @@ impl Pull {
         let landed = self.entitlements.proofs.join(key, || {
             let (pull, place, endpoint, accept) = (self.clone(), place.clone(), endpoint.clone(), accept.to_owned());
             async move {
-                let given = pull.origin.gives(&place, &endpoint, &accept, Instant::now() + PATIENCE).await;
+                let kept = pull.kept_length(&endpoint).await;
+                let given = pull.origin.gives(&place, &endpoint, &accept, kept, Instant::now() + PATIENCE).await;
                 let outcome = given.as_ref().map_or_else(SourceError::as_str, |()| "let");
                 pull.metrics.client_checks.with_label_values(&[place.rule.name(), outcome]).inc();
                 if let (Ok(()), Some(digest)) = (&given, digest_of(&endpoint)) {
                     pull.entitlements.took(&place, digest);
+                }
+                if given == Err(SourceError::Denied) {
+                    pull.shut_out(&place);
                 }
                 if let Err(error @ (SourceError::Denied | SourceError::NotFound)) = &given {
                     let is_strangers = *error == SourceError::Denied && place.caller == Caller::Anonymous;
@@ -193,6 +213,7 @@ fn refused(endpoint: &Endpoint, error: &SourceError) -> Unentitled {
     match error {
         SourceError::Denied => Unentitled::Denied,
         SourceError::NotFound => Unentitled::NotFound(Refusal::of(error, missing)),
+        SourceError::Limited { .. } => Unentitled::Limited(Refusal::of(error, missing)),
         error => Unentitled::Refused(Refusal::of(error, missing)),
     }
 }

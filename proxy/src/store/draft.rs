@@ -79,8 +79,13 @@ impl Large {
     }
 
     /// What an earlier attempt to fetch this blob from this registry has left.
-    pub fn take_partial(&self, digest: &Digest, registry: &Registry) -> Option<Partial> {
-        self.partials().take(digest, registry)
+    pub fn take_partial(
+        &self,
+        digest: &Digest,
+        registry: &Registry,
+        fits: impl Fn(&Provenance) -> bool,
+    ) -> Option<Partial> {
+        self.partials().take(digest, registry, fits)
     }
 
     /// A new file with its space allocated, so that a full disk shows now and not half-way.

@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use super::draft::Draft;
 use crate::oci::{Digest, Registry, Spans};
+use crate::provenance::Provenance;
 
 /// A blob of which some bytes are there. Nothing about them is proven.
 pub struct Partial {
@@ -40,8 +41,18 @@ impl Partials {
         }
     }
 
-    pub(super) fn take(&mut self, digest: &Digest, registry: &Registry) -> Option<Partial> {
-        let at = self.kept.iter().position(|kept| (&kept.digest, &kept.registry) == (digest, registry))?;
+    /// Takes one that `fits`; another one stays for whom it does.
+    pub(super) fn take(
+        &mut self,
+        digest: &Digest,
+        registry: &Registry,
+        fits: impl Fn(&Provenance) -> bool,
+    ) -> Option<Partial> {
+        let is_it = |kept: &Kept| {
+            let from = kept.partial.draft.blob.provenance.as_ref();
+            (&kept.digest, &kept.registry) == (digest, registry) && from.is_some_and(&fits)
+        };
+        let at = self.kept.iter().position(is_it)?;
         Some(self.kept.remove(at).partial)
     }
 

@@ -11,6 +11,7 @@ use opentelemetry_http::{Bytes, HttpClient, HttpError, Request, Response};
 use opentelemetry_otlp::{SpanExporter, WithExportConfig, WithHttpConfig};
 use opentelemetry_sdk::Resource;
 use opentelemetry_sdk::trace::{BatchSpanProcessor, SpanData, SpanEvents, SpanLinks, SpanProcessor};
+use reqwest::redirect::Policy;
 use tokio::runtime::Handle;
 use url::Url;
 
@@ -41,9 +42,12 @@ impl Otlp {
     /// Must run inside a tokio runtime. `OTEL_SERVICE_NAME`, `OTEL_RESOURCE_ATTRIBUTES` and
     /// `OTEL_EXPORTER_OTLP_HEADERS` hold, as the specification has them.
     pub(super) fn new(collector: &Url) -> Result<Self, String> {
-        let client = reqwest::Client::builder().timeout(TIMEOUT).build().map_err(|e| error_chain(&e))?;
+        // A collector is near: proxies are for the way to registries.
+        let client = reqwest::Client::builder().timeout(TIMEOUT).no_proxy().redirect(Policy::none()).build();
+        let client = client.map_err(|e| error_chain(&e))?;
         let door = Door { client, runtime: Handle::current(), well: AtomicBool::new(true) };
-        let endpoint = format!("{}/v1/traces", collector.as_str().trim_end_matches('/'));
+        let base = collector.as_str().trim_end_matches('/').trim_end_matches("/v1/traces");
+        let endpoint = format!("{base}/v1/traces");
         let exporter = SpanExporter::builder().with_http().with_http_client(door).with_endpoint(endpoint).build();
         let mut batches = BatchSpanProcessor::builder(exporter.map_err(|e| e.to_string())?).build();
         let mut about = Resource::builder().with_attribute(KeyValue::new("service.version", VERSION));

@@ -16,6 +16,8 @@ pub trait Door: Send + Sync {
     async fn manifest(&self, image: &ImageName, reference: &Reference) -> Result<Bytes, Failed>;
     /// A blob from a byte on.
     async fn blob(&self, blob: &Blob, from: u64) -> Result<Coming, Failed>;
+    /// Whether a blob is kept, now.
+    async fn keeps(&self, blob: &Blob) -> Result<bool, Failed>;
     /// Whether a blob is wanted here: others may be who keeps it.
     fn wants(&self, blob: &Blob) -> bool;
 }

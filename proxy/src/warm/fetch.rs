@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use tokio::time::{sleep, timeout};
 
 use super::door::{Door, Failed};
@@ -17,9 +17,14 @@ pub struct Fetched {
     pub was_kept: bool,
 }
 
-/// Tries beyond the first, in a row without a byte, each after a longer pause.
+/// Tries beyond the first, in a row that bring little, each after a longer pause.
 const RETRIES: u32 = 4;
+const LITTLE: u64 = 1 << 20;
 const FIRST_PAUSE: Duration = Duration::from_millis(500);
+
+/// So often is looked whether it is kept.
+const LOOKS: u32 = 20;
+const LOOK_AGAIN: Duration = Duration::from_millis(250);
 
 /// dray holds some questions for a minute.
 const PATIENCE: Duration = Duration::from_secs(90);
@@ -52,8 +57,8 @@ pub(super) async fn blob(door: &dyn Door, blob: &Blob, came: impl Fn(u64)) -> Re
         let before = reading.bytes;
         match reading.go_on(door, blob, &came).await {
             Ok(()) => break,
-            Err(Failed::Passing(_)) if reading.bytes > before || attempt < RETRIES => {
-                if reading.bytes > before {
+            Err(Failed::Passing(_)) if reading.bytes >= before + LITTLE || attempt < RETRIES => {
+                if reading.bytes >= before + LITTLE {
                     attempt = 0;
                 }
                 pause(&mut attempt).await;
@@ -64,7 +69,51 @@ pub(super) async fn blob(door: &dyn Door, blob: &Blob, came: impl Fn(u64)) -> Re
     if !reading.verifier.verified() {
         return Err("it does not match its digest".to_owned());
     }
-    Ok(Fetched { bytes: reading.bytes, was_kept: reading.was_kept.unwrap_or_default() })
+    let was_kept = reading.was_kept.unwrap_or_default();
+    if !was_kept {
+        is_kept_now(door, blob).await?;
+    }
+    Ok(Fetched { bytes: reading.bytes, was_kept })
+}
+
+/// What came may have passed through without being kept. A file gets its name a moment after its last byte has left.
+async fn is_kept_now(door: &dyn Door, blob: &Blob) -> Result<(), String> {
+    for _ in 0..LOOKS {
+        match door.keeps(blob).await {
+            Ok(true) => return Ok(()),
+            Ok(false) | Err(Failed::Passing(_)) => sleep(LOOK_AGAIN).await,
+            Err(Failed::ForGood(problem)) => return Err(problem),
+        }
+    }
+    Err("it came, but was not kept: is there room for it? dray's log says why (cache.disk, cache.keep_free)".to_owned())
+}
+
+/// A blob of some KiB, with its bytes.
+pub(super) async fn small_blob(door: &dyn Door, blob: &Blob) -> Result<Bytes, String> {
+    let mut attempt = 0;
+    loop {
+        match timeout(PATIENCE, whole(door, blob))
+            .await
+            .unwrap_or_else(|_| Err(Failed::Passing("it stalls".to_owned())))
+        {
+            Ok(bytes) if blob.digest.matches(&bytes) => return Ok(bytes),
+            Ok(_) => return Err("it does not match its digest".to_owned()),
+            Err(Failed::Passing(_)) if attempt < RETRIES => pause(&mut attempt).await,
+            Err(Failed::Passing(problem) | Failed::ForGood(problem)) => return Err(problem),
+        }
+    }
+}
+
+async fn whole(door: &dyn Door, blob: &Blob) -> Result<Bytes, Failed> {
+    let mut coming = door.blob(blob, 0).await?;
+    let mut bytes = BytesMut::new();
+    while let Some(piece) = coming.pieces.next().await? {
+        bytes.extend_from_slice(&piece);
+        if bytes.len() as u64 > blob.size {
+            return Err(Failed::ForGood(format!("more than {} bytes came", blob.size)));
+        }
+    }
+    Ok(bytes.freeze())
 }
 
 struct Reading {

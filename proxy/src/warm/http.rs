@@ -5,9 +5,10 @@ use std::time::Duration;
 use async_trait::async_trait;
 use bytes::Bytes;
 use http::header::{ACCEPT, AUTHORIZATION, RANGE};
-use http::{HeaderMap, HeaderValue};
+use http::{HeaderMap, HeaderValue, Method};
 use reqwest::{Client, Response};
 use tokio::time::timeout;
+use url::Url;
 
 use super::door::{Coming, Door, Failed, Pieces};
 use super::plan::Blob;
@@ -27,6 +28,10 @@ const PATIENCE: Duration = Duration::from_secs(90);
 impl Elsewhere {
     /// `base` is such as `http://127.0.0.1:5050`; `authorization` what is shown there, if anything is wanted.
     pub fn new(base: &str, authorization: Option<HeaderValue>) -> Result<Self, String> {
+        let is_url = Url::parse(base).is_ok_and(|url| matches!(url.scheme(), "http" | "https") && url.has_host());
+        if !is_url {
+            return Err(format!("{base:?} is no address of a dray: write it as http://127.0.0.1:5050"));
+        }
         let client = Client::builder()
             .user_agent(concat!("dray-warm/", env!("CARGO_PKG_VERSION")))
             .no_proxy()
@@ -38,9 +43,9 @@ impl Elsewhere {
         Ok(Self { client, base: base.trim_end_matches('/').to_owned(), headers })
     }
 
-    async fn get(&self, image: &ImageName, rest: &str, more: HeaderMap) -> Result<Response, Failed> {
+    async fn ask(&self, method: Method, image: &ImageName, rest: &str, more: HeaderMap) -> Result<Response, Failed> {
         let url = format!("{}/v2/{}/{rest}?ns={}", self.base, image.repository, image.registry);
-        let asked = self.client.get(url).headers(self.headers.clone()).headers(more).send();
+        let asked = self.client.request(method, url).headers(self.headers.clone()).headers(more).send();
         let response = match timeout(PATIENCE, asked).await {
             Err(_) => return Err(Failed::Passing("no answer in time".to_owned())),
             Ok(Err(error)) => return Err(Failed::Passing(error_chain(&error.without_url()))),
@@ -48,6 +53,9 @@ impl Elsewhere {
         };
         let status = response.status().as_u16();
         match status {
+            200 | 206 if source(&response).is_none() => Err(Failed::ForGood(
+                "whoever answers there is no dray: it does not say where it has it from".to_owned(),
+            )),
             200 | 206 => Ok(response),
             500.. | 408 | 429 => Err(Failed::Passing(said(status, response).await)),
             _ => Err(Failed::ForGood(said(status, response).await)),
@@ -60,7 +68,7 @@ impl Door for Elsewhere {
     async fn manifest(&self, image: &ImageName, reference: &Reference) -> Result<Bytes, Failed> {
         let accept = HeaderValue::from_str(&accept::merge(std::iter::empty())).ok();
         let accept = accept.map(|accept| (ACCEPT, accept)).into_iter().collect();
-        let response = self.get(image, &format!("manifests/{reference}"), accept).await?;
+        let response = self.ask(Method::GET, image, &format!("manifests/{reference}"), accept).await?;
         if response.content_length().is_none_or(|length| length > MAX_MANIFEST_BYTES) {
             return Err(Failed::ForGood("a manifest without an acceptable length".to_owned()));
         }
@@ -70,19 +78,33 @@ impl Door for Elsewhere {
     async fn blob(&self, blob: &Blob, from: u64) -> Result<Coming, Failed> {
         let range = (from > 0).then(|| HeaderValue::from_str(&format!("bytes={from}-")).ok()).flatten();
         let headers = range.map(|range| (RANGE, range)).into_iter().collect();
-        let response = self.get(&blob.image, &format!("blobs/{}", blob.digest), headers).await?;
+        let response = self.ask(Method::GET, &blob.image, &format!("blobs/{}", blob.digest), headers).await?;
         if from > 0 && response.status() != 206 {
             return Err(Failed::ForGood("it cannot be gone on with".to_owned()));
         }
-        let source = response.headers().get("x-dray-source").and_then(|source| source.to_str().ok());
-        let was_kept = matches!(source, Some("memory" | "disk"));
+        let was_kept = is_kept(&response);
         Ok(Coming { pieces: Pieces::Http(Box::new(response)), was_kept })
+    }
+
+    async fn keeps(&self, blob: &Blob) -> Result<bool, Failed> {
+        let path = format!("blobs/{}", blob.digest);
+        let response = self.ask(Method::HEAD, &blob.image, &path, HeaderMap::new()).await?;
+        Ok(is_kept(&response))
     }
 
     /// Whoever is asked sees to where it belongs.
     fn wants(&self, _: &Blob) -> bool {
         true
     }
+}
+
+/// Where a dray has it from.
+fn source(response: &Response) -> Option<&str> {
+    response.headers().get("x-dray-source")?.to_str().ok()
+}
+
+fn is_kept(response: &Response) -> bool {
+    matches!(source(response), Some("memory" | "disk"))
 }
 
 /// What dray says of it.

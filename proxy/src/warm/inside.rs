@@ -35,6 +35,14 @@ impl Door for Inside {
         Ok(Coming { pieces: Pieces::Inside(answer.body), was_kept })
     }
 
+    async fn keeps(&self, blob: &Blob) -> Result<bool, Failed> {
+        let place = self.0.place(blob.image.registry.clone(), blob.image.repository.clone());
+        let (digest, asking) = (blob.digest.clone(), Asking::CLIENT);
+        let request = BlobRequest { place, digest, range: None, named_by: NamedBy::Namespace, asking };
+        let (_, from) = self.0.blob_length(&request).await.map_err(failed)?;
+        Ok(matches!(from, ServedFrom::Memory | ServedFrom::Disk))
+    }
+
     fn wants(&self, blob: &Blob) -> bool {
         let place = self.0.place(blob.image.registry.clone(), blob.image.repository.clone());
         self.0.is_owned_here(&place, &blob.digest)

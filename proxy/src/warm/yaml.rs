@@ -1,32 +1,56 @@
 //! The images that manifests of Kubernetes name.
 
 use serde::Deserialize;
+use serde_yaml_ng::Value;
 
 /// Every value of a key `image` in documents of YAML or JSON, in their order and once: those of a Deployment, or of
-/// all that `helm template` prints.
+/// all that `helm template` prints; volumes from images among them, and plain lists.
 pub fn images_in(text: &str) -> Result<Vec<String>, String> {
     let mut found = Vec::new();
     for document in serde_yaml_ng::Deserializer::from_str(text) {
-        let value = serde_yaml_ng::Value::deserialize(document).map_err(|error| error.to_string())?;
+        let value = Value::deserialize(document).map_err(|error| error.to_string())?;
+        take_list(&value, &mut found);
         walk(&value, &mut found);
     }
     Ok(found)
 }
 
-fn walk(value: &serde_yaml_ng::Value, found: &mut Vec<String>) {
+fn walk(value: &Value, found: &mut Vec<String>) {
     match value {
-        serde_yaml_ng::Value::Mapping(mapping) => {
+        Value::Mapping(mapping) => {
             for (key, value) in mapping {
-                match (key.as_str(), value.as_str()) {
-                    (Some("image"), Some(image)) if !found.iter().any(|known| known == image) => {
-                        found.push(image.to_owned());
+                match key.as_str() {
+                    Some("image") => match value {
+                        Value::String(image) => take(image, found),
+                        // A volume that is an image.
+                        Value::Mapping(volume) => match volume.get("reference").and_then(Value::as_str) {
+                            Some(image) => take(image, found),
+                            None => walk(value, found),
+                        },
+                        _ => walk(value, found),
+                    },
+                    Some("images") => {
+                        take_list(value, found);
+                        walk(value, found);
                     }
                     _ => walk(value, found),
                 }
             }
         }
-        serde_yaml_ng::Value::Sequence(values) => values.iter().for_each(|value| walk(value, found)),
+        Value::Sequence(values) => values.iter().for_each(|value| walk(value, found)),
         _ => {}
+    }
+}
+
+fn take_list(value: &Value, found: &mut Vec<String>) {
+    let texts = value.as_sequence().into_iter().flatten().filter_map(Value::as_str);
+    texts.for_each(|image| take(image, found));
+}
+
+/// Charts leave images empty that are not used.
+fn take(image: &str, found: &mut Vec<String>) {
+    if !image.is_empty() && !found.iter().any(|known| known == image) {
+        found.push(image.to_owned());
     }
 }
 
@@ -39,6 +63,11 @@ mod tests {
         let text = "kind: Deployment\nspec:\n  template:\n    spec:\n      initContainers: [{image: a}]\n      containers:\n      \
                     - {name: x, image: \"b:1\"}\n      - {image: a}\n---\n---\nkind: ConfigMap\ndata: {image: {name: x}}\n";
         assert_eq!(images_in(text).unwrap(), ["a", "b:1"]);
+        let volume = "volumes:\n- name: m\n  image: {reference: \"c:2\", pullPolicy: Always}\n- image: \"\"\n";
+        assert_eq!(images_in(volume).unwrap(), ["c:2"]);
+        assert_eq!(images_in("- a\n- b:1\n").unwrap(), ["a", "b:1"]);
+        assert_eq!(images_in("images: [a, b]\n").unwrap(), ["a", "b"]);
         assert!(images_in("a: [").is_err());
+        assert_eq!(images_in("Error: chart not found\n").unwrap(), [""; 0]);
     }
 }

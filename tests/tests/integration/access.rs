@@ -37,6 +37,10 @@ struct Tenants {
 
 const WELL: usize = 0;
 const GONE: usize = 1;
+/// A page for everything, as something before the registry may have it.
+const PAGE: usize = 2;
+/// Strangers ask too often.
+const LIMITS_STRANGERS: usize = 3;
 
 fn may(user: &str, path: &str) -> bool {
     match path.strip_prefix("/v2/").and_then(|path| path.split('/').next()) {
@@ -63,6 +67,9 @@ impl Tenants {
             if now.load(Ordering::SeqCst) == GONE {
                 return Response::new(200, "").fault(Fault::Silent);
             }
+            if now.load(Ordering::SeqCst) == PAGE {
+                return Response::new(200, "maintenance").with("content-type", "text/plain");
+            }
             let said = request.header("authorization").unwrap_or_default();
             let decoded = said.split_once(' ').and_then(|(_, text)| STANDARD.decode(text).ok()).unwrap_or_default();
             let user = String::from_utf8(decoded).unwrap_or_default();
@@ -74,6 +81,9 @@ impl Tenants {
                     _ if is_known => Response::new(200, json!({"token": STANDARD.encode(&user)}).to_string()),
                     _ => Response::new(401, "{}"),
                 };
+            }
+            if now.load(Ordering::SeqCst) == LIMITS_STRANGERS && !is_known && path.contains("/manifests/") {
+                return Response::new(429, "").with("retry-after", 3600);
             }
             let is_shown = match wants {
                 Wants::Basic => user.is_empty() || said.starts_with("Basic "),
@@ -318,6 +328,7 @@ async fn a_token_server_that_is_gone_throws_nobody_out() {
             let basic = format!("Basic {}", STANDARD.encode(ALICE));
             return match (is_gone.load(Ordering::SeqCst), request.header("authorization")) {
                 (1, _) => Response::new(503, ""),
+                (2, _) => Response::new(401, ""),
                 (_, Some(said)) if said == basic => {
                     Response::new(200, json!({"token": "t", "expires_in": 5}).to_string())
                 }
@@ -355,6 +366,17 @@ async fn a_token_server_that_is_gone_throws_nobody_out() {
     let given = given.expect("she was let in");
     assert_eq!(get_as(&dray, TAG, &format!("Bearer {given}")).await.status, 200);
     assert_ne!(pull_as(&dray, TAG, BOB).await.status, 200);
+    // A no ends what a yes began, also when there is trouble later.
+    gone.store(2, Ordering::SeqCst);
+    eventually("she is refused", async || token(&challenged, Some(ALICE)).await.err()).await;
+    gone.store(1, Ordering::SeqCst);
+    let before = asked();
+    eventually("it is asked again", async || {
+        assert!(token(&challenged, Some(ALICE)).await.is_err());
+        (asked() > before).then_some(())
+    })
+    .await;
+    assert!(token(&challenged, Some(ALICE)).await.is_err());
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -436,6 +458,39 @@ async fn while_the_registry_is_in_trouble_those_who_were_let_in_still_are() {
     tenants.is(WELL);
     eventually("it is asked again", async || (pull_as(&dray, TAG, ALICE).await.source() == "memory").then_some(()))
         .await;
+}
+
+/// Whatever answers 200 for everything opens nothing, then or later.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_page_in_place_of_the_registry_opens_nothing() {
+    for wants in [Wants::Tokens, Wants::Basic] {
+        let tenants = Tenants::new(wants).await;
+        let dray = Start::new(tenants.rule() + "tag_ttl = \"0s\"\nnegative_ttl = \"0s\"\n").run();
+        let paths = ways(&tenants.alices, "a/app");
+        let private: Vec<&String> =
+            paths.iter().filter(|path| !path.contains("tags") && !path.contains("referrers")).collect();
+        for path in &private {
+            assert_eq!(pull_as(&dray, path, ALICE).await.status, 200, "{path}");
+        }
+        dray.fills_end().await;
+        for mood in [PAGE, WELL] {
+            tenants.is(mood);
+            for path in &private {
+                let given = dray.get(path).await;
+                assert!(given.status >= 400, "{wants:?} {mood} {path}: {} {}", given.status, given.source());
+            }
+        }
+    }
+}
+
+/// Registries count by account.
+#[tokio::test(flavor = "multi_thread")]
+async fn whom_a_registry_limits_others_do_not_suffer() {
+    let tenants = Tenants::new(Wants::Tokens).await;
+    let dray = Start::new(tenants.rule()).run();
+    tenants.is(LIMITS_STRANGERS);
+    assert!(dray.get("/v2/open/app/manifests/7?ns=reg.example").await.status >= 400);
+    assert_eq!(pull_as(&dray, TAG, ALICE).await.status, 200);
 }
 
 /// Sixteen wrong secrets a second, however many are shown: a clock cannot make it fewer.

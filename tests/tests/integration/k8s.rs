@@ -17,7 +17,7 @@ fn matrix() -> Vec<Vec<String>> {
     let sets = [
         "",
         "reach.by=hostPort,networkPolicy.enabled=true",
-        "containerd.enabled=false,serviceAccountName=dray",
+        "containerd.enabled=false,serviceAccountName=dray,metrics.tokenSecret=dray-admin",
         "containerd.configFile=/etc/containerd/config.toml,peers.keySecret=peers",
         "metrics.enabled=true,metrics.serviceMonitor.enabled=true,metrics.prometheusRule.enabled=true,\
          metrics.dashboard.enabled=true,env[0].name=HTTPS_PROXY,env[0].value=http://proxy:3128",

@@ -6,10 +6,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use dray_tests::dray::{Dray, Start, binary, rule};
-use dray_tests::image::Image;
+use dray_tests::image::{INDEX, Image, MANIFEST, digest};
 use dray_tests::origin::{Content, Fault, Origin, Response};
 use dray_tests::process::{free_port, output};
 use dray_tests::registry::Registry;
+use serde_json::json;
 
 fn warm(dray: &Dray, arguments: &[&str]) -> (Option<i32>, String) {
     let via = dray.url("");
@@ -181,6 +182,70 @@ async fn what_is_not_whole_is_not_warm() {
     let nobody =
         output(Command::new(binary()).args(["warm", "a", "--via", &format!("http://127.0.0.1:{}", free_port())]));
     assert_eq!(nobody.status.code(), Some(1));
+}
+
+/// Nothing is warm by being little.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_no_image_for_the_platform_is_not_warm() {
+    let config = json!({"os": "linux", "architecture": "arm64"}).to_string().into_bytes();
+    let of_config = digest(&config);
+    let descriptor =
+        |media_type: &str, digest: &str| json!({"mediaType": media_type, "digest": digest, "size": config.len()});
+    let image = json!({"schemaVersion": 2, "mediaType": MANIFEST, "layers": [],
+        "config": descriptor("application/vnd.oci.image.config.v1+json", &of_config)});
+    let missing = descriptor(INDEX, &digest(b"nobody has it"));
+    let answers = [
+        ("arm", MANIFEST, image),
+        ("empty", INDEX, json!({"schemaVersion": 2, "mediaType": INDEX, "manifests": []})),
+        ("hello", MANIFEST, json!({"hello": "world"})),
+        ("nested", INDEX, json!({"schemaVersion": 2, "mediaType": INDEX, "manifests": [missing]})),
+    ];
+    let origin = Origin::answering(move |request| {
+        let last = request.path.rsplit('/').next().unwrap();
+        let manifest = answers.iter().find(|(tag, ..)| *tag == last || digest(&answer(tag, &answers)) == last);
+        match manifest {
+            Some((tag, media_type, _)) => {
+                let body = answer(tag, &answers);
+                let response = Response::new(200, body.clone()).with("content-type", media_type);
+                response.with("docker-content-digest", digest(&body))
+            }
+            None if last == of_config => Response::new(200, config.clone()),
+            None => Response::new(404, ""),
+        }
+    })
+    .await;
+    let dray = Start::new(rule("docker.io", &origin.url())).run();
+    for (tag, says) in [
+        ("arm", "it has nothing for linux/amd64, only for linux/arm64"),
+        ("empty", "has nothing in it"),
+        ("hello", "neither an image nor an index"),
+        ("nested", "404"),
+    ] {
+        let (code, said) = warm(&dray, &[&format!("team/app:{tag}"), "--platform", "linux/amd64"]);
+        assert!(code == Some(1) && said.contains(says) && said.contains("0 of 1 images warm"), "{tag}: {said}");
+    }
+    let (code, said) = warm(&dray, &["team/app:arm", "--platform", "linux/arm64"]);
+    assert!(code == Some(0), "{said}");
+}
+
+fn answer(tag: &str, answers: &[(&str, &str, serde_json::Value)]) -> Vec<u8> {
+    let (.., body) = answers.iter().find(|(known, ..)| *known == tag).unwrap();
+    body.to_string().into_bytes()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_passes_through_is_not_warm() {
+    let image = Image::new(1, &[80_000_000]);
+    let origin = Origin::start(&[("library/app", "1", &image)], |_, r| r).await;
+    let dray = Start::new(rule("docker.io", &origin.url())).disk("64MiB").run();
+    let (code, said) = warm(&dray, &["app:1", "--platform", "linux/amd64"]);
+    assert!(code == Some(1) && said.contains("was not kept"), "{said}");
+    let registry = Registry::open().await;
+    registry.push("library/app", "1", &image).await;
+    let arguments = ["warm", "app:1", "--platform", "linux/amd64", "--via", &registry.url()];
+    let elsewhere = output(Command::new(binary()).args(arguments));
+    let said = String::from_utf8_lossy(&elsewhere.stdout).into_owned();
+    assert!(elsewhere.status.code() == Some(1) && said.contains("is no dray"), "{said}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
