@@ -307,7 +307,9 @@ async fn another_rule_of_the_same_registry_opens_nothing() {
         dray.fills_end().await;
         for repository in ["public/x", "partner/x"] {
             let stolen = dray.get(&blob.replace("a/app", repository)).await;
-            assert_eq!(stolen.status, 404, "{repository} {digest}: {}", stolen.source());
+            // That it says yes to everything proves nothing.
+            let status = if repository == "public/x" { 404 } else { 401 };
+            assert_eq!(stolen.status, status, "{repository} {digest}: {}", stolen.source());
         }
         assert_eq!(
             pull_as(&dray, &blob, ALICE).await.source(),
