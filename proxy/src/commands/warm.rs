@@ -102,7 +102,7 @@ impl Warm {
         let mut images: Vec<ImageName> = Vec::new();
         let mut take = |image| {
             if !images.contains(&image) {
-                images.push(image)
+                images.push(image);
             }
         };
         for text in &self.image {
