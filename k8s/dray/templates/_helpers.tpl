@@ -71,6 +71,7 @@ admin_token_file = "/etc/dray/admin/token"
 [cache]
 dir = "/var/cache/dray"
 disk = {{ .Values.cache.disk | quote }}
+keep_free = {{ .Values.cache.keepFree | quote }}
 memory = {{ .Values.cache.memory | quote }}
 
 [peers]
@@ -127,6 +128,12 @@ capabilities:
   add: ["CHOWN", "DAC_OVERRIDE", "FOWNER"]
 seccompProfile:
   type: RuntimeDefault
+{{- end -}}
+
+{{/* There is no dray for other systems. */}}
+{{- define "dray.nodeSelector" -}}
+nodeSelector:
+  {{- merge (dict) .Values.nodeSelector (dict "kubernetes.io/os" "linux") | toYaml | nindent 2 }}
 {{- end -}}
 
 {{- define "dray.pullSecrets" -}}

@@ -208,6 +208,8 @@ fn wrong_values_are_explained() {
         ("containerd.hostsDir=/a:/b", "/containerd/hostsDir"),
         ("containerd.hostDir=/a", "hostDir"),
         ("cache.disk=20GB", "/cache/disk"),
+        ("cache.disk=999%", "/cache/disk"),
+        ("cache.hostPath=/", "/cache/hostPath"),
         ("reach.port=0", "/reach/port"),
         ("cache.volume.storage=10GiB", "/cache/volume/storage"),
         ("cache.volume.storage=10Gi", "mode: deployment"),
