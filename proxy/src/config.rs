@@ -278,6 +278,9 @@ impl Config {
             let problem = format!("\"{}\" is too little, at least {MIN_DISK} are needed", self.cache.disk);
             return Err(at(section("[cache]"), "cache.disk", problem));
         }
+        if let Err(problem) = self.check_addresses() {
+            return Err(at(0, "listen", problem));
+        }
         if self.tls.cert.is_some() != self.tls.key.is_some() {
             return Err(at(section("[tls]"), "tls", "cert and key belong together".into()));
         }
@@ -316,6 +319,7 @@ impl Config {
     /// What can only be known when flags and variables have been added.
     pub fn check_together(&self) -> Result<(), String> {
         self.peers.check().map_err(|(key, problem)| format!("{key}: {problem}"))?;
+        self.check_addresses()?;
         let asks_who = |rule: &Spanned<Rule>| rule.get_ref().access == RuleAccess::Client;
         let are_proven = self.peers.key_file.is_some() || self.peers.mtls.is_some();
         match self.registry.iter().find(|rule| asks_who(rule)) {
@@ -326,6 +330,23 @@ impl Config {
             )),
             _ => Ok(()),
         }
+    }
+
+    /// The kernel would let two listeners share an address, and each would get some of the other's connections.
+    fn check_addresses(&self) -> Result<(), String> {
+        let all = [("listen", Some(self.listen)), ("admin", Some(self.admin)), ("peers.listen", self.peers.listen)];
+        let all: Vec<_> = all.into_iter().filter_map(|(key, address)| Some((key, address?))).collect();
+        for (nth, (key, address)) in all.iter().enumerate() {
+            let is_same = |(_, other): &&(&str, SocketAddr)| {
+                let (one, two) = (address.ip(), other.ip());
+                let meets = one == two || one.is_unspecified() || two.is_unspecified();
+                address.port() == other.port() && address.port() != 0 && meets
+            };
+            if let Some((other, _)) = all[nth + 1..].iter().find(is_same) {
+                return Err(format!("{key} and {other} have the same address, {address}: each needs its own"));
+            }
+        }
+        Ok(())
     }
 
     fn check_rules(&self, at: &dyn Fn(usize, &str, String) -> ConfigError) -> Result<(), ConfigError> {
@@ -563,6 +584,8 @@ mod tests {
             ("[[registry]]\nmatch = \"a.io\"\nalias = [\"x.y\"]", &["dray.toml:1", "registry.alias"]),
             ("# [cache]\n[cache]\ndisk = \"1MiB\"", &["dray.toml:2", "cache.disk", "64MiB"]),
             ("[tls]\ncert = \"c\"", &["dray.toml:1", "tls"]),
+            ("admin = \"0.0.0.0:5050\"", &["dray.toml:1", "listen and admin", "its own"]),
+            ("[peers]\nlisten = \"0.0.0.0:5051\"\nservice = \"a.b\"", &["admin and peers.listen"]),
             ("listen = \"here\"", &["line 1", "listen"]),
             ("version = 2", &["line 1", "version", "newer dray"]),
             ("[containerd]\nmirror = \"http://a\"", &["dray.toml:1", "containerd.mirror", "hosts_dir"]),

@@ -135,7 +135,12 @@ impl HostsDir {
         }
         if *registries == Registries::Default {
             for dir in self.others()? {
-                let hosts = hosts_toml::hosts(&read(&dir.join(HOSTS))?.unwrap_or_default());
+                let text = match read(&dir.join(HOSTS)) {
+                    // Others' secrets may stand in it: whoever may not read it can say that much.
+                    Err(HostsError::Io(_, error)) if error.kind() == io::ErrorKind::PermissionDenied => None,
+                    text => text?,
+                };
+                let hosts = hosts_toml::hosts(&text.unwrap_or_default());
                 if !is_local(&dir)
                     && !mirrors.hosts.iter().any(|mirror| hosts.iter().any(|host| host == mirror.as_str()))
                 {
@@ -220,7 +225,11 @@ impl HostsDir {
         let lock = Lock::of(&self.root).map_err(|e| HostsError::Io(self.root.clone(), e))?;
         if mode == Mode::Apply {
             for dir in self.directories()?.iter().chain([&self.root]) {
-                tree::sweep(dir).map_err(|e| HostsError::Io(dir.clone(), e))?;
+                match tree::sweep(dir) {
+                    // What is nobody's business here holds nothing of dray's either.
+                    Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {}
+                    swept => swept.map_err(|e| HostsError::Io(dir.clone(), e))?,
+                }
             }
         }
         Ok(lock)

@@ -250,7 +250,8 @@ mod tests {
             let scope = [Scope::AllZones, Scope::OwnZone][random.usize(0..2)];
             let (mut at, mut role, mut hops) = (random.usize(0..all.len()), Role::Client, 0);
             loop {
-                let lead = views[at].lead(&digest, role, scope, |_| random.clone().bool());
+                let lots = std::cell::RefCell::new(random.fork());
+                let lead = views[at].lead(&digest, role, scope, |_| lots.borrow_mut().bool());
                 let Some(next) = lead.leaders.first() else { break };
                 assert!(lead.asked_as > role, "only upwards");
                 at = all.iter().position(|member| member == next).unwrap();

@@ -25,6 +25,9 @@ const OF_KNOWN: usize = 156;
 /// Ranges on their way to one peer: as many as anybody fetches at a time, and some.
 const MAX_COMING: usize = 16;
 
+/// Pieces that a peer's part of a blob may be in: of more only the last word counts.
+const MAX_SPANS: usize = 256;
+
 /// Ranges of which is known who sent them.
 const MAX_CONTRIBUTIONS: usize = 4096;
 
@@ -140,6 +143,9 @@ impl Tracker {
         tracked.coming.retain(|(_, since)| now < *since + ARRIVES);
         // What it has said before it has still: reports may overtake each other.
         have.iter().for_each(|span| tracked.have.insert(span));
+        if tracked.have.iter().count() > MAX_SPANS {
+            tracked.have = have.clone();
+        }
         tracked.load = load;
         tracked.seen = now;
     }
@@ -281,6 +287,9 @@ impl View {
         known.load = holder.load;
         // Nobody loses bytes: an older word adds nothing, and takes nothing away.
         holder.have.iter().for_each(|span| known.have.insert(span));
+        if known.have.iter().count() > MAX_SPANS {
+            known.have = holder.have.clone();
+        }
     }
 
     /// The least loaded that has the byte at `at`, the slow last, for a node that `has` so many; of equals the
@@ -463,6 +472,18 @@ mod tests {
         assert_eq!(tracker.peers.len(), 512);
         let told: Vec<_> = tracker.holders(Some(peer(2999))).into_iter().map(|holder| holder.peer).collect();
         assert_eq!(told, (2991..2999).rev().map(peer).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn what_a_peer_says_is_bounded() {
+        let (mut tracker, mut view) = (Tracker::new(1), View::new(1));
+        for nth in 0..10_000 {
+            let have: Spans = Span { start: nth * 10, end: nth * 10 + 1 }.into();
+            tracker.heard(peer(1), &have, 0, at(0));
+            view.learn(&Holder { peer: peer(1), load: 0, have });
+        }
+        assert!(tracker.peers[&peer(1)].have.iter().count() <= MAX_SPANS);
+        assert!(view.peers[&peer(1)].have.iter().count() <= MAX_SPANS);
     }
 
     #[test]

@@ -72,6 +72,9 @@ const ASK_HOLDERS: usize = 3;
 /// Who only has to look what it has, or gets now, answers within this time.
 const IF_KEPT: Duration = Duration::from_secs(4);
 
+/// No owner leaves less of a range, in bytes.
+const SMALLEST_LOAN: u64 = 1024 * 1024;
+
 /// Ranges fetched from peers at the same time.
 const IN_FLIGHT: usize = 4;
 
@@ -266,7 +269,9 @@ impl BlobSources {
         part: Part,
         span: Span,
     ) -> Result<(Incoming, ServedFrom), Declined> {
-        let is_part = matches!(part, Part::Span(asked) if asked.start == span.start && span.end <= asked.end);
+        // Smaller parts would make many questions of one.
+        let is_part = matches!(part, Part::Span(asked) if asked.start == span.start
+            && (span.end == asked.end || (span.end < asked.end && span.len() >= SMALLEST_LOAN)));
         if let Some(fill) = self.pull.fills.running(&self.key).filter(|_| is_part) {
             fill.depute(span);
             let deadline = Instant::now() + FIRST_BYTE;

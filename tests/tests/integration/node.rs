@@ -1,5 +1,6 @@
 //! The image, and pods of the chart run as a node runs them.
 
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::Command;
 
@@ -118,6 +119,10 @@ async fn the_daemonset_points_containerd_at_itself_and_leaves_the_node_as_it_was
         if nth == 1 {
             std::fs::create_dir(dir.join("_default")).unwrap();
             std::fs::write(dir.join("_default/hosts.toml"), FOREIGN).unwrap();
+            // And one of a registry that only root may look into, as k3s makes them.
+            std::fs::create_dir(dir.join("ghcr.io")).unwrap();
+            std::fs::write(dir.join("ghcr.io/hosts.toml"), FOREIGN).unwrap();
+            std::fs::set_permissions(dir.join("ghcr.io"), PermissionsExt::from_mode(0o700)).unwrap();
         }
         let before = tree(&dir);
         let file = dir.join("_default/hosts.toml");
