@@ -60,12 +60,12 @@ fn a_wrong_configuration_opens_no_port() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn variables_and_flags_override_the_file() {
-    let start = Start::new("listen = \"127.0.0.1:1\"\nadmin = \"127.0.0.1:1\"\n[cache]\ndir = \"/proc/x\"\n");
+    let start = Start::new("listen = \"127.0.0.1:1\"\nadmin = \"127.0.0.1:2\"\n[cache]\ndir = \"/proc/x\"\n");
     let dray = start.run();
     assert_eq!(dray.get("/v2/").await.status, 200);
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("dray.toml");
-    std::fs::write(&file, "listen = \"127.0.0.1:1\"\nadmin = \"127.0.0.1:1\"\n[cache]\ndir = \"/proc/x\"\n").unwrap();
+    std::fs::write(&file, "listen = \"127.0.0.1:1\"\nadmin = \"127.0.0.1:2\"\n[cache]\ndir = \"/proc/x\"\n").unwrap();
     let mut command = Command::new(binary());
     command
         .env("DRAY_CONFIG", file)
