@@ -2,21 +2,21 @@
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
-use std::process::Command;
 use std::time::Instant;
 
+use dray_tests::callgrind::{COUNTED, collected, of_hot_path};
 use dray_tests::dray::{Dray, Start, binary, rule};
 use dray_tests::http::client;
 use dray_tests::image::Image;
 use dray_tests::origin::Origin;
-use dray_tests::process::{free_port, output};
-use dray_tests::{build_dir, page};
+use dray_tests::page;
+use dray_tests::process::free_port;
 use rustix::process::Signal;
 
 use super::rig::{ROUNDS, cpu_seconds, median, row};
 
 /// Requests whose instructions are counted, and those before, which start what starts late.
-const COUNTED: u32 = 2_000;
+const REQUESTS: u32 = 2_000;
 const BEFORE: u32 = 200;
 
 /// And those of the metrics alone: the start of a process is never quite the same.
@@ -32,7 +32,7 @@ pub(crate) async fn by_log_and_metrics() {
         with.push(of_a_request("info").await);
         without.push(of_a_request("info,access=off").await);
     }
-    let (with, counting) = (median(&with), of_metrics());
+    let (with, counting) = (median(&with), float(of_hot_path("count", PASSES)));
     let log = with - median(&without);
     row(
         "a warm manifest: its line in the access log, and its metrics",
@@ -43,8 +43,8 @@ pub(crate) async fn by_log_and_metrics() {
 }
 
 async fn of_a_request(log: &str) -> f64 {
-    let all = counted(log, BEFORE + COUNTED).await;
-    (all - counted(log, BEFORE).await) / f64::from(COUNTED)
+    let all = counted(log, BEFORE + REQUESTS).await;
+    (all - counted(log, BEFORE).await) / f64::from(REQUESTS)
 }
 
 /// Instructions of a process that answers so many requests for a manifest in memory.
@@ -53,7 +53,7 @@ async fn counted(log: &str, requests: u32) -> f64 {
     let origin = Origin::start(&[("library/app", "1", &image)], |_, r| r).await;
     let dir = tempfile::tempdir().unwrap();
     let (wrapper, said) = (dir.path().join("counted"), dir.path().join("log"));
-    let counter = "valgrind --tool=callgrind --callgrind-out-file=/dev/null";
+    let counter = COUNTED.join(" ");
     fs::write(&wrapper, format!("#!/bin/sh\nexec {counter} {} \"$@\"\n", binary().display())).unwrap();
     fs::set_permissions(&wrapper, fs::Permissions::from_mode(0o755)).unwrap();
     let start = Start::with_upstream("docker.io", &origin.url()).env("DRAY_LOG", log).log_to(&said).by(&wrapper);
@@ -66,23 +66,12 @@ async fn counted(log: &str, requests: u32) -> f64 {
     }
     dray.process().signal(Signal::TERM);
     dray.process().wait();
-    collected(&fs::read_to_string(said).unwrap())
+    float(collected(&fs::read_to_string(said).unwrap()))
 }
 
-/// Instructions that counting an answer takes.
-fn of_metrics() -> f64 {
-    let ran = |passes: u32| {
-        let mut command = Command::new("valgrind");
-        command.args(["--tool=callgrind", "--callgrind-out-file=/dev/null"]).arg(build_dir().join("examples/hotpaths"));
-        let ran = output(command.args(["count", &passes.to_string()]));
-        collected(&String::from_utf8_lossy(&ran.stderr))
-    };
-    (ran(BEFORE + PASSES) - ran(BEFORE)) / f64::from(PASSES)
-}
-
-/// callgrind's summary.
-fn collected(said: &str) -> f64 {
-    said.lines().find_map(|line| line.split("Collected : ").nth(1)?.trim().parse().ok()).unwrap()
+#[allow(clippy::cast_precision_loss, reason = "far below 2^52")]
+fn float(instructions: u64) -> f64 {
+    instructions as f64
 }
 
 /// The status page of a node that has many peers.

@@ -74,8 +74,7 @@ pub async fn keep_pinned(pull: Arc<Pull>, pins: Vec<Pin>) {
 /// Fetches an image, unless its registry allows few more pulls: these belong to clients. Returns what it consists of; None: it
 /// is not whole here.
 async fn warm(door: &Inside, image: &ImageName, platforms: &Platforms) -> Option<Vec<Digest>> {
-    let place = door.0.place(image.registry.clone(), image.repository.clone());
-    if door.0.is_scarce(&place) {
+    if door.0.is_scarce(&door.place(image)) {
         tracing::info!(%image, "not fetched ahead: the registry allows few more pulls");
         return None;
     }

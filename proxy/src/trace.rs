@@ -47,10 +47,16 @@ pub trait Report: Send + Sync {
     fn close(&self) {}
 }
 
-/// Something that took time, while it does.
+/// Something that took time, while it does. By default in no trace.
+#[derive(Default)]
 pub struct Span {
     current: Option<Current>,
-    recording: Option<Box<Ended>>,
+    recording: Option<Recording>,
+}
+
+/// What will be told of it. Nobody looks at a clock for the others.
+struct Recording {
+    ended: Box<Ended>,
     started: Instant,
 }
 
@@ -182,7 +188,7 @@ impl Tracer {
             None => {
                 let current = Current { step: Step::first(fastrand::f64() < self.share), tracer: self.clone() };
                 let mut span = Span::new(Some(current), "request", Kind::Server);
-                span.recording.iter_mut().for_each(|recording| recording.parent = None);
+                span.recording.iter_mut().for_each(|recording| recording.ended.parent = None);
                 span
             }
         }
@@ -214,15 +220,16 @@ impl fmt::Debug for Tracer {
 impl Span {
     /// A part of what is current. It has an id of its own only where somebody is told of it.
     fn new(mut current: Option<Current>, name: &'static str, kind: Kind) -> Self {
-        let started = Instant::now();
         let recorded = current.as_mut().filter(|current| current.tracer.report.is_some() && current.step.is_sampled());
         let recording = recorded.map(|current| {
             let parent = Some(std::mem::replace(&mut current.step.span, fastrand::u64(1..)));
             let (step, began) = (current.step.clone(), SystemTime::now());
             let (took, attributes) = (Duration::ZERO, Vec::new());
-            Box::new(Ended { name: Cow::Borrowed(name), kind, step, parent, began, took, attributes, failure: None })
+            let name = Cow::Borrowed(name);
+            let ended = Ended { name, kind, step, parent, began, took, attributes, failure: None };
+            Recording { ended: Box::new(ended), started: Instant::now() }
         });
-        Self { current, recording, started }
+        Self { current, recording }
     }
 
     /// Does something that is a part of this.
@@ -238,7 +245,7 @@ impl Span {
     /// Calls it something else, if anybody is told.
     pub fn rename(&mut self, name: impl FnOnce() -> String) {
         if let Some(recording) = &mut self.recording {
-            recording.name = Cow::Owned(name());
+            recording.ended.name = Cow::Owned(name());
         }
     }
 
@@ -250,13 +257,13 @@ impl Span {
     /// Tells more of it, if anybody is told.
     pub fn tell(&mut self, told: impl FnOnce() -> Vec<(&'static str, Value)>) {
         if let Some(recording) = &mut self.recording {
-            recording.attributes.extend(told());
+            recording.ended.attributes.extend(told());
         }
     }
 
     pub fn fail(&mut self, why: impl FnOnce() -> String) {
         if let Some(recording) = &mut self.recording {
-            recording.failure = Some(why());
+            recording.ended.failure = Some(why());
         }
     }
 }
@@ -279,19 +286,12 @@ impl From<u64> for Value {
     }
 }
 
-/// In no trace.
-impl Default for Span {
-    fn default() -> Self {
-        Self { current: None, recording: None, started: Instant::now() }
-    }
-}
-
 /// Whatever ends it, it is told.
 impl Drop for Span {
     fn drop(&mut self) {
         let report = self.current.as_ref().and_then(|current| current.tracer.report.as_ref());
-        if let (Some(mut ended), Some(report)) = (self.recording.take(), report) {
-            ended.took = self.started.elapsed();
+        if let (Some(Recording { mut ended, started }), Some(report)) = (self.recording.take(), report) {
+            ended.took = started.elapsed();
             report.report(*ended);
         }
     }

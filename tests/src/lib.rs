@@ -1,5 +1,6 @@
 //! What the integration tests stand on: real registries and clients, a hostile origin, DNS, TLS.
 
+pub mod callgrind;
 pub mod chart;
 pub mod cluster;
 pub mod containerd;

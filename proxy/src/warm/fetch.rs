@@ -1,5 +1,6 @@
 //! Manifests and blobs, checked as they come, gone on with where they broke.
 
+use std::future::Future;
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
@@ -30,23 +31,16 @@ const LOOK_AGAIN: Duration = Duration::from_millis(250);
 const PATIENCE: Duration = Duration::from_secs(90);
 
 pub(super) async fn manifest(door: &dyn Door, image: &ImageName, reference: &Reference) -> Result<Bytes, String> {
-    let mut attempt = 0;
-    loop {
-        let asked = timeout(PATIENCE, door.manifest(image, reference)).await;
-        let problem = match asked.unwrap_or_else(|_| Err(Failed::Passing("it stalls".to_owned()))) {
-            Ok(bytes) => match reference {
-                Reference::Digest(digest) if !digest.matches(&bytes) => {
-                    Failed::Passing("the manifest does not match its digest".to_owned())
-                }
-                _ => return Ok(bytes),
-            },
-            Err(problem) => problem,
-        };
-        match problem {
-            Failed::Passing(_) if attempt < RETRIES => pause(&mut attempt).await,
-            Failed::Passing(problem) | Failed::ForGood(problem) => return Err(problem),
+    let asking = || async {
+        let bytes = door.manifest(image, reference).await?;
+        match reference {
+            Reference::Digest(digest) if !digest.matches(&bytes) => {
+                Err(Failed::Passing("the manifest does not match its digest".to_owned()))
+            }
+            _ => Ok(bytes),
         }
-    }
+    };
+    retried(asking).await
 }
 
 /// Reads a blob whole. `came` is told of each piece.
@@ -90,14 +84,21 @@ async fn is_kept_now(door: &dyn Door, blob: &Blob) -> Result<(), String> {
 
 /// A blob of some KiB, with its bytes.
 pub(super) async fn small_blob(door: &dyn Door, blob: &Blob) -> Result<Bytes, String> {
+    let asking = || async {
+        let bytes = whole(door, blob).await?;
+        let matches = blob.digest.matches(&bytes);
+        matches.then_some(bytes).ok_or_else(|| Failed::ForGood("it does not match its digest".to_owned()))
+    };
+    retried(asking).await
+}
+
+/// Asks for something small again where that may help.
+async fn retried<F: Future<Output = Result<Bytes, Failed>>>(asking: impl Fn() -> F) -> Result<Bytes, String> {
     let mut attempt = 0;
     loop {
-        match timeout(PATIENCE, whole(door, blob))
-            .await
-            .unwrap_or_else(|_| Err(Failed::Passing("it stalls".to_owned())))
-        {
-            Ok(bytes) if blob.digest.matches(&bytes) => return Ok(bytes),
-            Ok(_) => return Err("it does not match its digest".to_owned()),
+        let asked = timeout(PATIENCE, asking()).await;
+        match asked.unwrap_or_else(|_| Err(Failed::Passing("it stalls".to_owned()))) {
+            Ok(bytes) => return Ok(bytes),
             Err(Failed::Passing(_)) if attempt < RETRIES => pause(&mut attempt).await,
             Err(Failed::Passing(problem) | Failed::ForGood(problem)) => return Err(problem),
         }

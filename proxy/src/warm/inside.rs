@@ -10,6 +10,7 @@ use super::door::{Coming, Door, Failed, Pieces};
 use super::plan::Blob;
 use crate::oci::{ImageName, NamedBy, RangeRequest, Reference, accept};
 use crate::pull::{Asker, Asking, BlobRequest, Pull, Refusal};
+use crate::registries::Place;
 use crate::source::ServedFrom;
 
 pub struct Inside(pub Arc<Pull>);
@@ -17,7 +18,7 @@ pub struct Inside(pub Arc<Pull>);
 #[async_trait]
 impl Door for Inside {
     async fn manifest(&self, image: &ImageName, reference: &Reference) -> Result<Bytes, Failed> {
-        let place = self.0.place(image.registry.clone(), image.repository.clone());
+        let place = self.place(image);
         self.0.permit(&place, Asker::Client).map_err(failed)?;
         let accept = accept::merge(std::iter::empty());
         let answer = self.0.manifest(&place, reference, &accept, Asking::CLIENT).await.map_err(failed)?;
@@ -25,28 +26,36 @@ impl Door for Inside {
     }
 
     async fn blob(&self, blob: &Blob, from: u64) -> Result<Coming, Failed> {
-        let place = self.0.place(blob.image.registry.clone(), blob.image.repository.clone());
-        self.0.permit(&place, Asker::Client).map_err(failed)?;
-        let range = (from > 0).then_some(RangeRequest::From(from));
-        let (digest, asking) = (blob.digest.clone(), Asking::CLIENT);
-        let request = BlobRequest { place, digest, range, named_by: NamedBy::Namespace, asking };
+        let request = self.request(blob, (from > 0).then_some(RangeRequest::From(from)));
+        self.0.permit(&request.place, Asker::Client).map_err(failed)?;
         let answer = self.0.blob(&request).await.map_err(failed)?;
-        let was_kept = matches!(answer.from, ServedFrom::Memory | ServedFrom::Disk);
-        Ok(Coming { pieces: Pieces::Inside(answer.body), was_kept })
+        Ok(Coming { pieces: Pieces::Inside(answer.body), was_kept: is_kept(answer.from) })
     }
 
     async fn keeps(&self, blob: &Blob) -> Result<bool, Failed> {
-        let place = self.0.place(blob.image.registry.clone(), blob.image.repository.clone());
-        let (digest, asking) = (blob.digest.clone(), Asking::CLIENT);
-        let request = BlobRequest { place, digest, range: None, named_by: NamedBy::Namespace, asking };
-        let (_, from) = self.0.blob_length(&request).await.map_err(failed)?;
-        Ok(matches!(from, ServedFrom::Memory | ServedFrom::Disk))
+        let (_, from) = self.0.blob_length(&self.request(blob, None)).await.map_err(failed)?;
+        Ok(is_kept(from))
     }
 
     fn wants(&self, blob: &Blob) -> bool {
-        let place = self.0.place(blob.image.registry.clone(), blob.image.repository.clone());
-        self.0.is_owned_here(&place, &blob.digest)
+        self.0.is_owned_here(&self.place(&blob.image), &blob.digest)
     }
+}
+
+impl Inside {
+    /// Where an image is pulled from.
+    pub fn place(&self, image: &ImageName) -> Place {
+        self.0.place(image.registry.clone(), image.repository.clone())
+    }
+
+    fn request(&self, blob: &Blob, range: Option<RangeRequest>) -> BlobRequest {
+        let (place, digest) = (self.place(&blob.image), blob.digest.clone());
+        BlobRequest { place, digest, range, named_by: NamedBy::Namespace, asking: Asking::CLIENT }
+    }
+}
+
+fn is_kept(from: ServedFrom) -> bool {
+    matches!(from, ServedFrom::Memory | ServedFrom::Disk)
 }
 
 fn failed(refusal: Refusal) -> Failed {
