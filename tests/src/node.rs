@@ -113,22 +113,38 @@ impl Default for Node {
     }
 }
 
-/// Everything below a directory: content, owner and mode.
-pub fn tree(dir: &Path) -> BTreeMap<PathBuf, (String, u32, u32, u32)> {
+/// Content, owner, group and mode.
+pub type Known = (String, u32, u32, u32);
+
+/// Everything below a directory. What goes while it is looked at is left out.
+pub fn tree(dir: &Path) -> BTreeMap<PathBuf, Known> {
     let mut found = BTreeMap::new();
     let mut pending = vec![dir.to_owned()];
     while let Some(path) = pending.pop() {
-        let known = std::fs::symlink_metadata(&path).expect("it is there");
-        let content = if known.is_dir() {
-            pending
-                .extend(std::fs::read_dir(&path).expect("it is there").map(|entry| entry.expect("it is there").path()));
-            String::new()
-        } else {
-            std::fs::read_to_string(&path).expect("it is there")
-        };
-        found.insert(path, (content, known.uid(), known.gid(), known.mode()));
+        match look_at(&path) {
+            Ok((known, below)) => {
+                pending.extend(below);
+                found.insert(path, known);
+            }
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+            Err(error) => panic!("{}: {error}", path.display()),
+        }
     }
     found
+}
+
+/// One thing, and what is in it.
+fn look_at(path: &Path) -> std::io::Result<(Known, Vec<PathBuf>)> {
+    let known = std::fs::symlink_metadata(path)?;
+    let (mut content, mut below) = (String::new(), Vec::new());
+    if known.is_dir() {
+        for entry in std::fs::read_dir(path)? {
+            below.push(entry?.path());
+        }
+    } else {
+        content = std::fs::read_to_string(path)?;
+    }
+    Ok(((content, known.uid(), known.gid(), known.mode()), below))
 }
 
 /// The image that `make test` has built: its configuration, and the compressed size of all of it in bytes.
