@@ -11,6 +11,7 @@ pub mod health;
 mod key;
 pub mod members;
 mod proof;
+mod pulse;
 pub mod ring;
 pub mod swarm;
 mod visit;
@@ -24,7 +25,7 @@ use std::time::Duration;
 use arc_swap::ArcSwap;
 use reqwest::Client;
 use serde::{Deserialize, Serialize};
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
 
 pub use self::ask::{Aim, Declined, Manner, Question, Redirects, TagAnswer};
@@ -54,6 +55,8 @@ pub struct Peers {
     /// Whether the members are known.
     formed: watch::Sender<bool>,
     health: Mutex<Health>,
+    /// Somebody is to be pinged earlier than was known.
+    troubled: Notify,
     proof: Proof,
     client: Client,
     /// Who fetches what from this node.
@@ -136,6 +139,7 @@ impl Peers {
             settings,
             listen,
             health: Mutex::default(),
+            troubled: Notify::new(),
             proof,
             client,
             trackers: moka::sync::Cache::builder()
@@ -251,21 +255,17 @@ impl Peers {
         }
     }
 
-    /// Leaves a peer alone that lied.
+    /// Leaves a peer alone that lied, and names it to nobody.
     pub fn lies(&self, peer: SocketAddr) {
         tracing::warn!(%peer, "a peer sent wrong bytes");
         self.metrics.shut_out.inc();
         lock(&self.health).lies(peer, self.now());
+        self.trackers.iter().for_each(|(_, tracker)| lock(&tracker).forget(&peer));
     }
 
     /// Whether a peer may be asked.
     fn is_well(&self, peer: &SocketAddr) -> bool {
         lock(&self.health).is_well(peer, self.now())
-    }
-
-    /// A peer could not be reached.
-    fn is_down(&self, peer: SocketAddr) {
-        lock(&self.health).is_down(peer, self.now());
     }
 
     /// The clock of trackers, views and health.

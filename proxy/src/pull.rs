@@ -39,6 +39,7 @@ use crate::oci::{Digest, ErrorCode, Registry, Repository, Tag};
 pub use crate::origin::Exchanged;
 use crate::origin::{ListAnswer, Origin, UpstreamView};
 use crate::peers::swarm::Contribution;
+use crate::peers::wire::Holder;
 use crate::peers::{Peers, Scope};
 use crate::provenance::Provenance;
 use crate::registries::{Place, Registries};
@@ -53,6 +54,9 @@ const FIRST_BYTE: Duration = Duration::from_secs(10);
 
 /// A registry that took long is taken to take long again for this time, or until it answers.
 const SLOW: Duration = Duration::from_secs(15);
+
+/// A digest's blob never changes its length, but its registry may lose it.
+const LENGTHS: Duration = Duration::from_secs(60);
 
 /// Everything that a pull needs.
 pub struct Pull {
@@ -70,12 +74,16 @@ pub struct Pull {
     // For all who ask for it there, and where one of them was refused, for each by itself.
     manifest_flights: Flights<(String, Digest, Role, Option<Who>), manifest::Fetched>,
     tag_flights: Flights<(String, Tag, Role, Option<Who>), tag::Meant>,
-    length_flights: Flights<(String, Digest, Option<Who>), Result<u64, SourceError>>,
+    /// How long blobs are that are not here.
+    lengths: moka::sync::Cache<(Registry, Repository, Digest), u64>,
+    length_flights: Flights<(String, Digest, Role, Option<Who>), blob::Length>,
     /// The registry that last served a repository.
     learned: moka::sync::Cache<Repository, Registry>,
     /// Who sent what of blobs that did not match, until the truth is known.
     suspects: moka::sync::Cache<(Digest, Registry), Arc<Vec<Contribution>>>,
     speeds: Speeds,
+    /// Who lately said to have blobs that this node owns.
+    holders: moka::sync::Cache<(Digest, Registry), Arc<Vec<Holder>>>,
     /// Bytes of bounded ranges asked for, by blob.
     asked: moka::sync::Cache<Digest, range::Asked>,
 }
@@ -101,18 +109,20 @@ impl Pull {
             slow: moka::sync::Cache::builder().max_capacity(10_000).time_to_live(SLOW).build(),
             manifest_flights: Flights::default(),
             tag_flights: Flights::default(),
+            lengths: moka::sync::Cache::builder().max_capacity(50_000).time_to_live(LENGTHS).build(),
             length_flights: Flights::default(),
             learned: moka::sync::Cache::new(50_000),
             suspects: moka::sync::Cache::builder().max_capacity(100).time_to_live(DISTRUST).build(),
             speeds: Speeds::new(),
+            holders: moka::sync::Cache::builder().max_capacity(10_000).time_to_live(FIRST_BYTE).build(),
             asked: moka::sync::Cache::builder().max_capacity(50_000).time_to_idle(Duration::from_secs(600)).build(),
         }
     }
 
-    /// Follows who the peers are, for as long as it is polled.
+    /// Follows who the peers are, and whether they are there, for as long as it is polled.
     pub async fn follow_peers(&self) {
         if let Some(peers) = &self.peers {
-            peers.follow_services().await;
+            tokio::join!(peers.follow_services(), peers.look_after());
         }
     }
 

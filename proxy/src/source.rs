@@ -19,6 +19,20 @@ pub struct Incoming {
     body: BoxStream<'static, Result<Bytes, Broken>>,
 }
 
+/// What a connection has to bring in a time.
+#[derive(Clone, Copy, Debug)]
+pub struct Floor {
+    pub bytes: u64,
+    pub window: Duration,
+}
+
+/// How fast a connection is, counting only the time spent waiting for it.
+#[derive(Default)]
+pub struct Pace {
+    waited: Duration,
+    bytes: u64,
+}
+
 /// Which part of a blob to ask a source for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Part {
@@ -97,6 +111,18 @@ impl Incoming {
     /// The next piece; None at the end of the body.
     pub async fn next(&mut self) -> Option<Result<Bytes, Broken>> {
         self.body.next().await
+    }
+}
+
+impl Pace {
+    /// Counts a piece. False: the window is over and brought too little.
+    pub fn keeps_up(&mut self, floor: Floor, waited: Duration, len: usize) -> bool {
+        self.waited += waited;
+        self.bytes += len as u64;
+        if self.waited < floor.window {
+            return true;
+        }
+        std::mem::take(self).bytes >= floor.bytes
     }
 }
 
@@ -256,6 +282,15 @@ mod tests {
             map.insert(*name, value.parse().unwrap());
         }
         part.brought(status, &map).ok().map(|(span, total)| (span.start, span.end, total))
+    }
+
+    #[test]
+    fn a_trickle_is_too_slow() {
+        let (second, floor) = (Duration::from_secs(1), Floor { bytes: 64 * 1024, window: Duration::from_secs(30) });
+        let mut pace = Pace::default();
+        assert!((0..29).all(|_| pace.keeps_up(floor, second, 1)));
+        assert!(!pace.keeps_up(floor, second, 1));
+        assert!((0..100).all(|_| pace.keeps_up(floor, second, 4096)));
     }
 
     #[test]

@@ -6,14 +6,13 @@ use bytes::{Bytes, BytesMut};
 use futures_util::FutureExt;
 use tokio::time::{Instant, timeout};
 
-use crate::source::Incoming;
+use crate::source::{Floor, Incoming, Pace};
 
 /// A source that sends nothing for this long is changed.
 const STALL: Duration = Duration::from_secs(10);
 
-/// So is one that brings less than this in this time.
-const SLOWEST: u64 = 64 * 1024;
-const PACE_WINDOW: Duration = Duration::from_secs(30);
+/// So is one that brings less than this.
+const SLOWEST: Floor = Floor { bytes: 64 * 1024, window: Duration::from_secs(30) };
 
 /// So many connections in a row that bring next to nothing, and it is over.
 const MAX_BARREN: u32 = 4;
@@ -34,13 +33,6 @@ pub(super) struct Flow {
     pace: Pace,
     /// Why the next piece will not come.
     broken: Option<String>,
-}
-
-/// How fast a connection is, counting only the time spent waiting for it.
-#[derive(Default)]
-struct Pace {
-    waited: Duration,
-    bytes: u64,
 }
 
 /// The connections of one blob that broke.
@@ -99,7 +91,7 @@ impl Flow {
         let asked = Instant::now();
         let next = timeout(STALL, self.incoming.next()).await;
         match next {
-            Ok(Some(Ok(piece))) if self.pace.keeps_up(asked.elapsed(), piece.len()) => {
+            Ok(Some(Ok(piece))) if self.pace.keeps_up(SLOWEST, asked.elapsed(), piece.len()) => {
                 self.brought += piece.len() as u64;
                 Ok(piece)
             }
@@ -115,7 +107,7 @@ impl Breaks {
     /// Counts a connection that broke. Whoever brings a byte a connection brings nothing.
     pub(super) fn broke(&mut self, brought: u64) {
         self.failures += 1;
-        self.barren = if brought < SLOWEST { self.barren + 1 } else { 1 };
+        self.barren = if brought < SLOWEST.bytes { self.barren + 1 } else { 1 };
     }
 
     /// A connection brought all that it was asked for.
@@ -138,37 +130,16 @@ impl Breaks {
     }
 }
 
-impl Pace {
-    /// Counts a piece. False: the window is over and brought too little.
-    fn keeps_up(&mut self, waited: Duration, len: usize) -> bool {
-        self.waited += waited;
-        self.bytes += len as u64;
-        if self.waited < PACE_WINDOW {
-            return true;
-        }
-        std::mem::take(self).bytes >= SLOWEST
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_trickle_is_too_slow() {
-        let second = Duration::from_secs(1);
-        let mut pace = Pace::default();
-        assert!((0..29).all(|_| pace.keeps_up(second, 1)));
-        assert!(!pace.keeps_up(second, 1));
-        assert!((0..100).all(|_| pace.keeps_up(second, 4096)));
-    }
 
     #[test]
     fn a_byte_a_connection_is_nothing() {
         let mut breaks = Breaks::default();
         (0..3).for_each(|_| breaks.broke(1));
         assert!(!breaks.too_many() && breaks.pause() > Duration::ZERO);
-        breaks.broke(SLOWEST);
+        breaks.broke(SLOWEST.bytes);
         assert!(breaks.pause().is_zero());
         (0..3).for_each(|_| breaks.broke(1));
         assert!(breaks.too_many());

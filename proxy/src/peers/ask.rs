@@ -5,18 +5,18 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use futures_util::TryStreamExt;
 use futures_util::future::join_all;
-use http::header::{ACCEPT, ACCEPT_ENCODING, CACHE_CONTROL, CONTENT_TYPE, LOCATION, RANGE};
+use futures_util::stream::try_unfold;
+use http::header::{ACCEPT, ACCEPT_ENCODING, CACHE_CONTROL, CONTENT_LENGTH, CONTENT_TYPE, LOCATION, RANGE};
 use http::{HeaderMap, HeaderValue, Method};
 use reqwest::Response;
-use tokio::time::{Instant, timeout, timeout_at};
+use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 use super::fetching::Fetching;
 use super::key::Seal;
 use super::swarm::{Claim, Contribution, View};
 use super::wire::Holder;
-use super::{CONNECT_TIMEOUT, Peers, Scope, lock, wire};
+use super::{Peers, Scope, lock, wire};
 use crate::oci::{Digest, MAX_MANIFEST_BYTES, Span, Spans, Tag};
 use crate::registries::Place;
 use crate::role::Role;
@@ -91,9 +91,9 @@ pub enum Declined {
     Source(SourceError),
 }
 
-/// A peer that has not answered after this long is asked whether it is alive.
-const ALIVE: Duration = Duration::from_millis(2500);
-const PING: Duration = CONNECT_TIMEOUT;
+/// A peer that has not answered after this long is asked whether it is alive, as are those who come after it.
+const ALIVE: Duration = Duration::from_secs(1);
+const COME_AFTER: usize = 2;
 
 /// Who only has to look has this long.
 const LOOK: Duration = Duration::from_millis(500);
@@ -115,18 +115,17 @@ impl Peers {
         self.who_has(question, LAST_RESORT).await
     }
 
-    fn successors(&self, question: &Question<'_>, count: usize) -> Vec<SocketAddr> {
-        let members = self.members.load();
-        members.successors(question.digest, count, question.scope, |peer| self.is_well(peer))
+    fn successors(&self, digest: &Digest, count: usize, scope: Scope) -> Vec<SocketAddr> {
+        self.members.load().successors(digest, count, scope, |peer| self.is_well(peer))
     }
 
     async fn who_has(&self, question: &Question<'_>, count: usize) -> Vec<Holder> {
-        let successors = self.successors(question, count);
+        let successors = self.successors(question.digest, count, question.scope);
         let asked = successors.into_iter().map(|peer| async move {
             let path = format!("blobs/{}", question.digest);
             let asking = self.get(Method::HEAD, peer, question, &path, Part::From(0), HeaderMap::new());
-            let response = timeout(LOOK, asking).await.ok()?.ok().filter(|response| response.status() == 200)?;
-            let length: u64 = wire::read(response.headers(), &http::header::CONTENT_LENGTH)?;
+            let response = self.look(peer, asking).await?.ok().filter(|response| response.status() == 200)?;
+            let length: u64 = wire::read(response.headers(), &CONTENT_LENGTH)?;
             let have = match wire::read_have(response.headers()) {
                 some if some.is_empty() => Span::whole(length).into(),
                 some => some,
@@ -134,6 +133,15 @@ impl Peers {
             Some(Holder { peer, load: 0, have })
         });
         join_all(asked).await.into_iter().flatten().collect()
+    }
+
+    /// Waits for a peer that only has to look. None: it takes longer than that needs.
+    async fn look<T>(&self, peer: SocketAddr, asked: impl Future<Output = T>) -> Option<T> {
+        let answer = timeout(LOOK, asked).await.ok();
+        if answer.is_none() {
+            self.is_suspect(peer);
+        }
+        answer
     }
 
     /// A blob, or a part of it, from a peer. What it says of others goes to `view`, and whether it
@@ -211,15 +219,31 @@ impl Peers {
         let claim = if comes { Claim::Relayed } else { Claim::Verified };
         let nothing = Span { start: span.start, end: span.start };
         let contribution = Contribution { peer, claim, total, span: nothing, checksum: 0 };
-        let mut fetching = Fetching::new(view, contribution, span, self.started);
-        let body = response
-            .bytes_stream()
-            .inspect_ok(move |piece| {
-                fetching.passed(piece);
+        let fetching = Fetching::new(view, contribution, span, self.started);
+        let body = try_unfold((response, fetching), move |(mut response, mut fetching)| {
+            let counter = counter.clone();
+            async move {
+                let asked = Instant::now();
+                let piece = response.chunk().await.map_err(|error| Broken(error_chain(&error)))?;
+                let Some(piece) = piece else { return Ok(None) };
                 counter.inc_by(piece.len() as u64);
-            })
-            .map_err(|error| Broken(error_chain(&error)));
+                fetching.passed(&piece, asked.elapsed())?;
+                Ok(Some((piece, (response, fetching))))
+            }
+        });
         Ok(Incoming::new(span, total, body))
+    }
+
+    /// How long a blob is, by the word of a peer.
+    pub async fn blob_length(&self, peer: SocketAddr, question: &Question<'_>) -> Result<u64, SourceError> {
+        let path = format!("blobs/{}", question.digest);
+        let response = self.get(Method::HEAD, peer, question, &path, Part::From(0), HeaderMap::new()).await?;
+        match response.status().as_u16() {
+            200 => wire::read(response.headers(), &CONTENT_LENGTH)
+                .ok_or_else(|| SourceError::Malformed("a peer's blob without a length".into())),
+            504 => Err(SourceError::NotKept),
+            status => Err(refused(status)),
+        }
     }
 
     /// Tells a peer what this node has of a blob.
@@ -293,11 +317,10 @@ impl Peers {
     }
 
     async fn youngest_tag(&self, question: &Question<'_>, tag: &Tag, accept: &str, count: usize) -> Option<TagAnswer> {
-        let successors = self.successors(question, count);
-        let asked = successors.into_iter().map(|peer| async move {
-            let answer = timeout(LOOK, self.tag(peer, question, tag, accept)).await;
-            answer.ok()?.ok()
-        });
+        let successors = self.successors(question.digest, count, question.scope);
+        let asked = successors
+            .into_iter()
+            .map(|peer| async move { self.look(peer, self.tag(peer, question, tag, accept)).await?.ok() });
         join_all(asked).await.into_iter().flatten().min_by_key(|answer| answer.age)
     }
 
@@ -328,26 +351,25 @@ impl Peers {
         Ok((media_type, bytes))
     }
 
-    /// The first successor that has a manifest, with its media type. Not yet verified.
-    pub async fn kept_manifest(&self, question: &Question<'_>) -> Option<(String, bytes::Bytes)> {
-        let successors = self.successors(question, SUCCESSORS);
+    /// What successors have of a manifest, with its media type. Not yet verified.
+    pub async fn kept_manifests(&self, question: &Question<'_>) -> Vec<(String, bytes::Bytes)> {
+        let successors = self.successors(question.digest, SUCCESSORS, question.scope);
         let asked = successors
             .into_iter()
-            .map(|peer| async move { timeout(LOOK, self.manifest(peer, question)).await.ok()?.ok() });
-        join_all(asked).await.into_iter().flatten().next()
+            .map(|peer| async move { self.look(peer, self.manifest(peer, question)).await?.ok() });
+        join_all(asked).await.into_iter().flatten().collect()
     }
 
-    /// Whether a peer that owes an answer says what it has of the same: no origin is needed for that.
-    async fn answers(&self, peer: SocketAddr, probe: Option<reqwest::Request>) -> bool {
-        let Some(mut probe) = probe else { return false };
-        *probe.method_mut() = Method::HEAD;
-        let headers = probe.headers_mut();
-        // It is not to be remembered by this.
-        [wire::PEER, wire::HAVE, wire::LOAD, wire::DEPUTY, RANGE].iter().for_each(|name| drop(headers.remove(name)));
-        headers.insert(CACHE_CONTROL, HeaderValue::from_static(wire::ONLY_IF_CACHED));
-        let path = probe.url()[url::Position::BeforePath..].to_owned();
-        self.proof.sign(peer, &Method::HEAD, &path, probe.headers_mut());
-        matches!(timeout(PING, self.client.execute(probe)).await, Ok(Ok(_)))
+    /// Whether a peer that has been silent for a while is there. Who would be asked next is pinged meanwhile: several that
+    /// are frozen cost no more time than one.
+    async fn answers_if_asked(&self, peer: SocketAddr, question: &Question<'_>, owed: Option<reqwest::Request>) -> bool {
+        sleep(ALIVE).await;
+        if let Manner::As(role) = question.manner {
+            let scope = if role == Role::Zone { Scope::OwnZone } else { question.scope };
+            let next = self.successors(question.digest, COME_AFTER + 1, scope).into_iter().filter(|next| *next != peer);
+            next.take(COME_AFTER).for_each(|next| self.is_suspect(next));
+        }
+        self.answers(peer, owed).await
     }
 
     /// Takes an answer only from whoever knows the key, if there is one.
@@ -367,7 +389,7 @@ impl Peers {
             return Err(SourceError::Busy);
         }
         let why = match status {
-            401 => format!("it says: {}", said(response).await),
+            401 => said(response).await,
             _ => "its answer is not signed with our key".to_owned(),
         };
         self.is_unproven(peer, &why);
@@ -391,6 +413,10 @@ impl Peers {
         part: Part,
         more: HeaderMap,
     ) -> Result<Response, SourceError> {
+        if !self.is_well(&peer) {
+            // It was found out since it was chosen.
+            return Err(SourceError::Unreachable("the peer is left alone".into()));
+        }
         let place = question.place;
         let namespace = url::form_urlencoded::byte_serialize(place.registry.as_str().as_bytes());
         let path = format!("/v2/{}/{path}?ns={}", place.repository, namespace.collect::<String>());
@@ -424,7 +450,7 @@ impl Peers {
         let mut span = trace::begin("ask a peer", trace::Kind::Client);
         span.write(request.headers_mut());
         let asked = Instant::now();
-        let answer = self.exchange(peer, request, question.deadline).await;
+        let answer = self.exchange(peer, request, question).await;
         let outcome = match answer.as_ref().map(|response| response.status().as_u16()) {
             Ok(200 | 206) => "given",
             Ok(307) => "redirected",
@@ -445,6 +471,7 @@ impl Peers {
         if outcome == "given" {
             self.metrics.peer_first_byte.with_label_values(&way).observe(asked.elapsed().as_secs_f64());
             self.latencies.insert(peer, asked.elapsed());
+            self.gives(peer);
         }
         answer
     }
@@ -454,20 +481,23 @@ impl Peers {
         &self,
         peer: SocketAddr,
         mut request: reqwest::Request,
-        deadline: Instant,
+        question: &Question<'_>,
     ) -> Result<Response, SourceError> {
         let method = request.method().clone();
         let probe = request.try_clone();
         let path = request.url()[url::Position::BeforePath..].to_owned();
         let seal = self.proof.sign(peer, &method, &path, request.headers_mut());
-        let mut sending = std::pin::pin!(self.client.execute(request));
-        let answered = match timeout(ALIVE, &mut sending).await {
-            Ok(answered) => Ok(answered),
+        let mut sending = std::pin::pin!(timeout_at(question.deadline, self.client.execute(request)));
+        let answered = tokio::select! {
+            biased;
+            answered = &mut sending => answered,
             // It waits for its origin, or it is frozen.
-            Err(_) if self.answers(peer, probe).await => timeout_at(deadline, sending).await,
-            Err(_) => {
-                self.is_down(peer);
-                return Err(SourceError::Unreachable("the peer is silent".into()));
+            alive = self.answers_if_asked(peer, question, probe) => {
+                if !alive {
+                    self.is_down(peer);
+                    return Err(SourceError::Unreachable("the peer is silent".into()));
+                }
+                sending.await
             }
         };
         match answered {
@@ -497,7 +527,10 @@ impl From<SourceError> for Declined {
 async fn said(mut response: Response) -> String {
     const ENOUGH: usize = 500;
     let first = timeout(LOOK, response.chunk()).await.ok().and_then(Result::ok).flatten().unwrap_or_default();
-    String::from_utf8_lossy(&first[..first.len().min(ENOUGH)]).into_owned()
+    match &*String::from_utf8_lossy(&first[..first.len().min(ENOUGH)]) {
+        "" => "it says nothing more than 401".to_owned(),
+        text => format!("it says: {text}"),
+    }
 }
 
 /// Whether one side does not accept the other's certificate, or has none to show.

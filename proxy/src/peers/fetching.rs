@@ -1,13 +1,19 @@
 //! One range on its way from a peer: counted as in flight, and what came of it told to the view.
 
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use tokio::time::Instant;
 use xxhash_rust::xxh64::Xxh64;
 
 use super::lock;
-use super::swarm::{Contribution, View};
+use super::swarm::{Claim, Contribution, View};
 use crate::oci::Span;
+use crate::source::{Broken, Floor, Pace};
+
+/// Who has the whole of a blob sends as much in this time at least: with less others are better asked. Who gets
+/// it only now may have an origin that is slow.
+const FLOOR: Floor = Floor { bytes: 256 * 1024, window: Duration::from_secs(10) };
 
 /// A range on its way from a peer.
 pub(super) struct Fetching {
@@ -18,17 +24,24 @@ pub(super) struct Fetching {
     /// When the view's clock started.
     clock: Instant,
     checksum: Xxh64,
+    pace: Pace,
+    crawls: bool,
 }
 
 impl Fetching {
     pub(super) fn new(view: &Arc<Mutex<View>>, contribution: Contribution, promised: Span, clock: Instant) -> Self {
         lock(view).begin(contribution.peer);
-        Self { view: view.clone(), contribution, promised: promised.end, clock, checksum: Xxh64::new(0) }
+        let (checksum, pace) = (Xxh64::new(0), Pace::default());
+        Self { view: view.clone(), contribution, promised: promised.end, clock, checksum, pace, crawls: false }
     }
 
-    pub(super) fn passed(&mut self, piece: &[u8]) {
+    /// A piece came that was waited for so long. An error: others are better asked.
+    pub(super) fn passed(&mut self, piece: &[u8], waited: Duration) -> Result<(), Broken> {
         self.checksum.update(piece);
         self.contribution.span.end += piece.len() as u64;
+        let keeps_up = self.pace.keeps_up(FLOOR, waited, piece.len());
+        self.crawls = !keeps_up && self.contribution.claim == Claim::Verified;
+        if self.crawls { Err(Broken("too slow for a peer that has it".into())) } else { Ok(()) }
     }
 }
 
@@ -38,7 +51,9 @@ impl Drop for Fetching {
         let mut view = lock(&self.view);
         view.end(contribution);
         // It stalled, broke off, or was not needed any more: others come first for a while.
-        if contribution.span.end < self.promised {
+        if self.crawls {
+            view.crawled(contribution.peer, self.clock.elapsed());
+        } else if contribution.span.end < self.promised {
             view.left(contribution.peer, self.clock.elapsed());
         }
     }

@@ -1,4 +1,6 @@
 //! Which peers are left alone for a while, and why: decisions on any clock, for real nodes and simulated ones.
+//!
+//! Who could not be reached is not asked again before it has answered a ping: no pull waits for it twice.
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
@@ -6,10 +8,14 @@ use std::time::Duration;
 
 use super::swarm::Time;
 
-/// A peer that cannot be reached is left alone for this long.
-const DOWN: Duration = Duration::from_secs(5);
+/// A peer that cannot be reached is pinged after this long, then after twice as long each time.
+const FIRST_PING: Duration = Duration::from_secs(1);
+const LAST_PING: Duration = Duration::from_secs(30);
 
-/// One that sent wrong bytes for this long.
+/// What is known of it is known for so long after that.
+const REMEMBERED: Duration = Duration::from_secs(600);
+
+/// One that sent wrong bytes is left alone for this long.
 const SHUT_OUT: Duration = Duration::from_secs(600);
 
 /// One that relayed wrong bytes so often: it would have found out by itself who sent them.
@@ -24,8 +30,14 @@ pub struct Health(HashMap<SocketAddr, Trouble>);
 
 #[derive(Default)]
 struct Trouble {
-    /// Not asked before then.
-    until: Time,
+    /// It lied: not asked before then.
+    shut_out: Time,
+    /// It could not be reached, and has not answered since.
+    is_down: bool,
+    /// How often it was down since it last gave something.
+    strikes: u32,
+    /// When to ask whether it is there.
+    ping_at: Option<Time>,
     relayed_wrong: u32,
     /// When all of this is forgotten.
     forgotten: Time,
@@ -34,17 +46,73 @@ struct Trouble {
 impl Health {
     /// Whether a peer may be asked.
     pub fn is_well(&self, peer: &SocketAddr, now: Time) -> bool {
-        self.0.get(peer).is_none_or(|trouble| trouble.until <= now)
+        self.0.get(peer).is_none_or(|trouble| !trouble.is_down && trouble.shut_out <= now)
     }
 
-    /// It could not be reached.
+    /// Whether it lied lately.
+    pub fn is_shut_out(&self, peer: &SocketAddr, now: Time) -> bool {
+        self.0.get(peer).is_some_and(|trouble| trouble.shut_out > now)
+    }
+
+    /// It could not be reached, or did not answer a ping.
     pub fn is_down(&mut self, peer: SocketAddr, now: Time) {
-        self.trouble(peer, now, DOWN).leave_alone(now + DOWN);
+        let trouble = self.trouble(peer, now, LAST_PING + REMEMBERED);
+        // Several questions that fail at the same time are one failure.
+        if trouble.is_down && trouble.ping_at.is_some() {
+            return;
+        }
+        let pause = FIRST_PING * 2u32.saturating_pow(trouble.strikes);
+        trouble.is_down = true;
+        trouble.strikes = (trouble.strikes + 1).min(16);
+        trouble.ping_at = Some(now + pause.min(LAST_PING));
+    }
+
+    /// It took long for what needs no time: worth a ping.
+    pub fn is_suspect(&mut self, peer: SocketAddr, now: Time) {
+        let trouble = self.trouble(peer, now, REMEMBERED);
+        if !trouble.is_down {
+            trouble.ping_at = Some(now);
+        }
+    }
+
+    /// It answered a ping. How well it answers questions is not known by that.
+    pub fn is_up(&mut self, peer: &SocketAddr) {
+        if let Some(trouble) = self.0.get_mut(peer) {
+            (trouble.is_down, trouble.ping_at) = (false, None);
+        }
+    }
+
+    /// It gave what it was asked for.
+    pub fn gives(&mut self, peer: &SocketAddr) {
+        self.is_up(peer);
+        if let Some(trouble) = self.0.get_mut(peer) {
+            trouble.strikes = 0;
+        }
+    }
+
+    /// When somebody is to be pinged next.
+    pub fn next_ping(&self) -> Option<Time> {
+        self.0.values().filter_map(|trouble| trouble.ping_at).min()
+    }
+
+    /// Those to be pinged now. Each has then to be said to be down or up.
+    pub fn to_ping(&mut self, now: Time, is_member: impl Fn(&SocketAddr) -> bool) -> Vec<SocketAddr> {
+        let mut due = Vec::new();
+        for (peer, trouble) in &mut self.0 {
+            if trouble.ping_at.is_some() && !is_member(peer) {
+                // Should it come back it is a new one.
+                (trouble.is_down, trouble.ping_at) = (false, None);
+            }
+            if trouble.ping_at.take_if(|at| *at <= now).is_some() {
+                due.push(*peer);
+            }
+        }
+        due
     }
 
     /// It sent wrong bytes of which it said that they were right.
     pub fn lies(&mut self, peer: SocketAddr, now: Time) {
-        self.trouble(peer, now, SHUT_OUT).leave_alone(now + SHUT_OUT);
+        self.trouble(peer, now, SHUT_OUT).shut_out = now + SHUT_OUT;
     }
 
     /// It sent wrong bytes that it could not know to be wrong. Whether that is no accident any more.
@@ -57,20 +125,14 @@ impl Health {
     /// What is known of a peer's trouble, for so long at least.
     fn trouble(&mut self, peer: SocketAddr, now: Time, lasts: Duration) -> &mut Trouble {
         if self.0.len() >= MAX_PEERS {
-            self.0.retain(|_, trouble| trouble.forgotten > now);
+            self.0.retain(|_, trouble| trouble.is_down || trouble.forgotten > now);
         }
         let trouble = self.0.entry(peer).or_default();
-        if trouble.forgotten <= now {
+        if trouble.forgotten <= now && !trouble.is_down {
             *trouble = Trouble::default();
         }
         trouble.forgotten = trouble.forgotten.max(now + lasts);
         trouble
-    }
-}
-
-impl Trouble {
-    fn leave_alone(&mut self, until: Time) {
-        self.until = self.until.max(until);
     }
 }
 
@@ -92,13 +154,52 @@ mod tests {
         assert!(health.is_well(&PEER, at(1000)), "who decides says so");
     }
 
+    fn pinged(health: &mut Health, now: u64) -> bool {
+        health.to_ping(at(now), |_| true) == [PEER]
+    }
+
     #[test]
-    fn who_cannot_be_reached_is_asked_again_soon_but_a_liar_is_not() {
+    fn who_cannot_be_reached_is_not_asked_before_it_answers_a_ping() {
         let mut health = Health::default();
         health.is_down(PEER, at(10));
-        assert_eq!([10, 14, 15].map(|now| health.is_well(&PEER, at(now))), [false, false, true]);
+        health.is_down(PEER, at(10));
+        let mut pings = Vec::new();
+        for now in 10..200 {
+            if pinged(&mut health, now) {
+                assert!(!health.is_well(&PEER, at(now)));
+                health.is_down(PEER, at(now));
+                pings.push(now - 10);
+            }
+        }
+        assert_eq!(pings, [1, 3, 7, 15, 31, 61, 91, 121, 151, 181], "twice as late each time, up to half a minute");
+        health.is_up(&PEER);
+        assert!(health.is_well(&PEER, at(200)) && health.next_ping().is_none());
+        health.is_down(PEER, at(201));
+        assert_eq!(health.next_ping(), Some(at(231)), "it answers pings, and nothing else");
+        health.is_up(&PEER);
+        health.gives(&PEER);
+        health.is_down(PEER, at(300));
+        assert_eq!(health.next_ping(), Some(at(301)));
+        assert_eq!(health.to_ping(at(302), |_| false), [], "it is no member any more");
+        assert!(health.is_well(&PEER, at(302)) && health.next_ping().is_none());
+    }
+
+    #[test]
+    fn who_is_suspected_is_well_until_it_does_not_answer() {
+        let mut health = Health::default();
+        health.is_suspect(PEER, at(10));
+        assert!(health.is_well(&PEER, at(10)) && pinged(&mut health, 10) && !pinged(&mut health, 11));
+        health.is_down(PEER, at(11));
+        assert!(!health.is_well(&PEER, at(11)) && pinged(&mut health, 12));
+    }
+
+    #[test]
+    fn a_liar_is_left_alone_whatever_it_answers() {
+        let mut health = Health::default();
         health.lies(PEER, at(20));
         health.is_down(PEER, at(21));
+        health.is_up(&PEER);
         assert_eq!([26, 619, 620].map(|now| health.is_well(&PEER, at(now))), [false, false, true]);
+        assert_eq!([26, 619, 620].map(|now| health.is_shut_out(&PEER, at(now))), [true, true, false]);
     }
 }

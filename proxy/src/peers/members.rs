@@ -50,7 +50,9 @@ impl Members {
             zones.insert(own, zone.clone());
         }
         let global: Ring = zones.keys().copied().collect();
-        let local = zones.iter().filter(|(_, other)| **other == zone).map(|(member, _)| *member).collect();
+        let local: Ring = zones.iter().filter(|(_, other)| **other == zone).map(|(member, _)| *member).collect();
+        // In one zone the owner is asked as such: it goes to the origin, whoever it thinks the owner is.
+        let policy = if local == global { Zones::Ignore } else { policy };
         Self { own, zone, zones, policy, global, local }
     }
 

@@ -40,6 +40,9 @@ const REFUSED: Duration = Duration::from_millis(250);
 /// A peer that broke, for this long.
 const BROKE: Duration = Duration::from_secs(5);
 
+/// One that has it whole and hardly sends it, for this long.
+const CRAWLED: Duration = Duration::from_secs(300);
+
 /// Of so many ranges one is asked for before anybody gets it.
 const EAGER: u64 = 4;
 
@@ -101,6 +104,8 @@ struct Known {
     /// Ranges that this node fetches from it.
     in_flight: u32,
     not_before: Time,
+    /// It is far too slow: the next owner is better asked.
+    crawls_until: Time,
 }
 
 /// Where a byte had better come from that a node was asked for.
@@ -148,6 +153,11 @@ impl Tracker {
         }
         tracked.load = load;
         tracked.seen = now;
+    }
+
+    /// Names it to nobody any more.
+    pub fn forget(&mut self, peer: &SocketAddr) {
+        self.peers.remove(peer);
     }
 
     /// Whether to answer for a range, the first byte of which `comes` from there, or who else could. `sending`
@@ -364,6 +374,17 @@ impl View {
     /// It broke off, or was left: others come first for a while.
     pub fn left(&mut self, peer: SocketAddr, now: Time) {
         self.peers.entry(peer).or_default().not_before = now + BROKE;
+    }
+
+    /// It hardly sent what it has: others are asked, also where it is the owner.
+    pub fn crawled(&mut self, peer: SocketAddr, now: Time) {
+        let known = self.peers.entry(peer).or_default();
+        (known.not_before, known.crawls_until) = (now + CRAWLED, now + CRAWLED);
+    }
+
+    /// Whether it is left alone for that.
+    pub fn crawls(&self, peer: SocketAddr, now: Time) -> bool {
+        self.peers.get(&peer).is_some_and(|known| now < known.crawls_until)
     }
 
     /// It is not there, or gives nothing.

@@ -72,9 +72,11 @@ impl Visitor {
         let kept = text(CACHE_CONTROL).split(',').any(|word| word.trim() == wire::ONLY_IF_CACHED);
         let refuses = text(wire::REDIRECT) == wire::NO;
         let named: Option<SocketAddr> = wire::read(headers, &wire::PEER);
-        // Others are sent to it: it has to be a member, and where it says it is.
+        // Others are sent to it: it has to be a member, and where it says it is. Who proves to be one is believed: with
+        // several addresses it may call from another one.
         let members = peers.members.load();
-        let is_true = |peer: &SocketAddr| Some(peer.ip()) == from && members.contains(*peer);
+        let is_proven = standing == Standing::Member;
+        let is_true = |peer: &SocketAddr| members.contains(*peer) && (is_proven || Some(peer.ip()) == from);
         let peer = named.filter(is_true);
         let is_far = peer.is_some_and(|peer| members.is_far(peer));
         Ok(Self {
@@ -151,7 +153,7 @@ impl Peers {
 
     /// A visitor said what it has of a blob.
     pub fn heard(&self, visitor: &Visitor, digest: &Digest) {
-        if let Some(peer) = visitor.peer {
+        if let Some(peer) = visitor.peer.filter(|peer| !lock(&self.health).is_shut_out(peer, self.now())) {
             lock(&self.tracker_of(visitor, digest)).heard(peer, &visitor.have, visitor.load, self.now());
         }
     }

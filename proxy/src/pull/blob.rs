@@ -8,12 +8,13 @@ use tokio::time::{Instant, timeout, timeout_at};
 
 use super::negatives::Endpoint;
 use super::parts::Parts;
-use super::sources::BlobSources;
+use super::sources::{BlobSources, Refusals};
 use super::{Asker, Asking, FIRST_BYTE, Pull, Refusal, fetch_ended, is_personal};
 use crate::fill::{Feed, Fill, FillKey, Opened, Outcome, Passage, Reader, Reading};
 use crate::oci::{Digest, ErrorCode, Multipart, NamedBy, RangeRequest, Registry, Repository, Span};
-use crate::peers::{Aim, Reach};
+use crate::peers::{Aim, Manner, Question, Reach};
 use crate::registries::Place;
+use crate::role::Role;
 use crate::source::{Broken, ServedFrom, SourceError};
 use crate::store::{Blob, Found, Kind, Proof, SMALL_BYTES, Tier};
 
@@ -52,6 +53,9 @@ pub enum Body {
     Passing(Box<Passage>),
     Parts(Box<Parts>),
 }
+
+/// How long a blob is, and who said so.
+pub(super) type Length = Result<(u64, ServedFrom), SourceError>;
 
 /// Why a blob was not fetched.
 pub(super) enum Fetch {
@@ -144,8 +148,7 @@ impl Pull {
         length.unwrap_or(Err(SourceError::TimedOut)).map_err(|error| Fetch::Source(error).into_refusal())
     }
 
-    async fn find_length(self: &Arc<Self>, request: &BlobRequest) -> Result<(u64, ServedFrom), SourceError> {
-        let digest = &request.digest;
+    async fn find_length(self: &Arc<Self>, request: &BlobRequest) -> Length {
         match self.kept_blob(request).await {
             Some(Found::Small { object, tier }) => return Ok((object.bytes.len() as u64, tier.into())),
             Some(Found::Large { blob, .. }) => return Ok((blob.len, ServedFrom::Disk)),
@@ -165,8 +168,8 @@ impl Pull {
         }
         let mut last = SourceError::NotFound;
         for place in self.candidates(request) {
-            match self.origin_length(&place, digest).await {
-                Ok(length) => return Ok((length, ServedFrom::Origin)),
+            match self.length_elsewhere(&BlobRequest { place, ..request.clone() }).await {
+                Ok(answer) => return Ok(answer),
                 Err(error) => last = last.severer(error),
             }
         }
@@ -179,20 +182,49 @@ impl Pull {
         self.may_give(&request.digest, found.provenance(), asker, place).then_some(found)
     }
 
-    /// What the origin says, asked once for all who want to know.
-    pub(super) async fn origin_length(self: &Arc<Self>, place: &Place, digest: &Digest) -> Result<u64, SourceError> {
-        let key = |who| (place.to_string(), digest.clone(), who);
+    /// What the owner of a blob says of its length, or the origin; asked once for all who want to know.
+    pub(super) async fn length_elsewhere(self: &Arc<Self>, request: &BlobRequest) -> Length {
+        let (place, digest) = (&request.place, &request.digest);
+        let lengths_key = (place.registry.clone(), place.repository.clone(), digest.clone());
+        // Where a rule asks who, the origin's word is a word about rights as well.
+        if let Some(length) = self.lengths.get(&lengths_key).filter(|_| !place.rule.asks_who()) {
+            return Ok((length, ServedFrom::Memory));
+        }
+        let role = self.role(place, digest, request.asking);
+        let key = |who| (place.to_string(), digest.clone(), role, who);
         let (shared, own) = (key(None), key(Some(place.caller.who())));
         let landed = self.length_flights.join_or_own(
             shared,
             own,
             |length| is_personal(place, length),
             || {
-                let (pull, place, digest) = (self.clone(), place.clone(), digest.clone());
-                async move { pull.origin.blob_length(&place, &digest, Instant::now() + FIRST_BYTE).await }
+                let (pull, place, digest, key) = (self.clone(), place.clone(), digest.clone(), lengths_key.clone());
+                async move {
+                    if let Some(length) = pull.length_of_owners(&place, &digest, role).await? {
+                        return Ok((length, ServedFrom::Peer));
+                    }
+                    let length = pull.origin.blob_length(&place, &digest, Instant::now() + FIRST_BYTE).await?;
+                    pull.lengths.insert(key, length);
+                    Ok((length, ServedFrom::Origin))
+                }
             },
         );
         landed.await.unwrap_or_else(fetch_ended)
+    }
+
+    /// None: this node is the owner, or no owner can be reached.
+    async fn length_of_owners(&self, place: &Place, digest: &Digest, role: Role) -> Result<Option<u64>, SourceError> {
+        let Some(peers) = self.peers_for(place).filter(|_| role != Role::Global) else { return Ok(None) };
+        let lead = peers.lead(digest, role, self.scope(place));
+        let mut refusals = Refusals::default();
+        for owner in lead.leaders {
+            let question = Question::about(place, digest, Manner::As(lead.asked_as), Instant::now() + FIRST_BYTE);
+            match peers.blob_length(owner, &question).await {
+                Ok(length) => return Ok(Some(length)),
+                Err(error) => refusals.add(error)?,
+            }
+        }
+        Ok(None)
     }
 
     /// The places that may have a blob. A request that names no registry is first looked for where

@@ -140,7 +140,7 @@ impl Pull {
         };
         let lead = peers.lead(digest, role, scope);
         if role == Role::Global || lead.leaders.is_empty() {
-            let found = peers.kept_manifest(&question(Manner::IfKept)).await.and_then(matching);
+            let found = peers.kept_manifests(&question(Manner::IfKept)).await.into_iter().find_map(matching);
             return Ok(match found {
                 Some((media_type, bytes)) => Some(self.keep_manifest(place, digest, &media_type, bytes).await),
                 None => None,

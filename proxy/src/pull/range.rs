@@ -55,7 +55,7 @@ impl Pull {
             Ok(feed) => feed,
             // Beyond the end: say where that is.
             Err(SourceError::Failed(416)) => {
-                let total = self.origin_length(&request.place, &request.digest).await?;
+                let (total, _) = self.length_elsewhere(request).await?;
                 return Err(Refusal::Unsatisfiable { total }.into());
             }
             Err(error) => return Err(error.into()),
@@ -74,7 +74,7 @@ impl Pull {
                 Ok(Some(Span { start, end: last.saturating_add(1) }))
             }
             Some(RangeRequest::Suffix(_)) => {
-                let total = self.origin_length(&request.place, &request.digest).await?;
+                let (total, _) = self.length_elsewhere(request).await?;
                 Ok(span_of(request.range, total)?)
             }
             _ => Ok(None),

@@ -17,6 +17,7 @@ use crate::config::FarPeers;
 use crate::fill::{Connections, FillKey, Sources, Truth};
 use crate::oci::{NamedBy, Span, Spans};
 use crate::peers::swarm::{Contribution, View};
+use crate::peers::wire::Holder;
 use crate::peers::{Aim, Declined, Manner, Peers, Question, Redirects, Scope, Standing};
 use crate::registries::Place;
 use crate::role::Role;
@@ -84,9 +85,7 @@ impl Sources for BlobSources {
         let part = Part::new(from, end);
         if let Some(peers) = self.peers() {
             if self.key.role == Role::Global && self.look_at(Looked::AtSuccessors) {
-                let scope = self.pull.scope(&self.place);
-                let found = peers.ask_successors(&Question { scope, ..self.question(Manner::IfKept) }).await;
-                found.iter().for_each(|holder| self.view().learn(holder));
+                self.found_at_successors(peers).await.iter().for_each(|holder| self.view().learn(holder));
             }
             if self.key.role == Role::Global {
                 let visitors = peers.who_visited_has(&self.key.digest, from);
@@ -208,6 +207,18 @@ impl BlobSources {
         Self { pull: pull.clone(), place: place.clone(), key, aim, view, looked, begun }
     }
 
+    /// Which successors have it. What somebody else just asked, for another range, is not asked again.
+    async fn found_at_successors(&self, peers: &Peers) -> Arc<Vec<Holder>> {
+        let key = (self.key.digest.clone(), self.key.registry.clone());
+        if let Some(found) = self.pull.holders.get(&key) {
+            return found;
+        }
+        let scope = self.pull.scope(&self.place);
+        let found = Arc::new(peers.ask_successors(&Question { scope, ..self.question(Manner::IfKept) }).await);
+        self.pull.holders.insert(key, found.clone());
+        found
+    }
+
     /// The first of the holders that gives it.
     async fn ask_holders(&self, peers: &Arc<Peers>, part: Part) -> Option<Incoming> {
         let has = self.have().len();
@@ -236,6 +247,9 @@ impl BlobSources {
         let passed_over = usize::from(failures >= PASS_OVER && lead.asked_as == Role::Global);
         let mut refusals = Refusals::default();
         for owner in lead.leaders.into_iter().skip(passed_over) {
+            if self.view().crawls(owner, peers.now()) {
+                continue;
+            }
             let answer = match failures {
                 0 => self.ask(peers, owner, manner, part).await,
                 _ => self.ask_once(peers, owner, manner, Redirects::Refused, part).await,
@@ -299,7 +313,9 @@ impl BlobSources {
     /// all of them share one fill, which goes to the origin.
     async fn as_owner(&self, part: Part) -> Result<(Incoming, ServedFrom), SourceError> {
         let key = FillKey { role: Role::Global, ..self.key.clone() };
-        let sources = self.pull.sources(&self.place, key.clone(), self.aim);
+        // Who was found to be of no use is of none to this fill either.
+        let sources = Self::new(&self.pull, &self.place, key.clone(), self.aim);
+        let sources = Arc::new(Self { view: self.view.clone(), ..sources });
         let asking = Asking { asker: Asker::Peer(Standing::Member), role: Role::Global, ..Asking::CLIENT };
         let request = BlobRequest {
             place: self.place.clone(),

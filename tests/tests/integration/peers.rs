@@ -1,10 +1,11 @@
 //! Several drays: each object leaves its origin once.
 
 use dray_tests::dray::{Dray, Start, rule};
-use dray_tests::http::get;
+use dray_tests::http::{get, send};
 use dray_tests::image::Image;
 use dray_tests::origin::Origin;
 use dray_tests::process::free_port;
+use reqwest::Method;
 
 fn cluster(count: usize, registry_rule: &str) -> Vec<Dray> {
     let ports: Vec<u16> = (0..count).map(|_| free_port()).collect();
@@ -169,18 +170,91 @@ async fn what_came_with_credentials_is_not_shared_under_another_name() {
     }
 }
 
+/// Two of four: whoever comes next may be frozen as well.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_frozen_owner_is_passed_over_in_time() {
-    let image = Image::new(1, &[2_000_000, 700_000, 1000]);
-    let origin = Origin::start(&[("library/app", "1", &image)], |_, r| r).await;
-    let mut nodes = cluster(3, &rule("docker.io", &origin.url()));
-    nodes[0].process().signal(rustix::process::Signal::STOP);
-    for path in paths(&image) {
-        for node in &nodes[1..] {
-            let answer = node.get(&path).await;
-            assert_eq!((answer.status, answer.complete), (200, true), "{path}: {}", answer.text());
+async fn frozen_nodes_cost_a_moment_once() {
+    let images: Vec<Image> = (0..4).map(|seed| Image::new(seed, &[2_000_000, 700_000, 1000])).collect();
+    let tags: Vec<String> = (0..4).map(|seed| seed.to_string()).collect();
+    let content: Vec<_> = images.iter().zip(&tags).map(|(image, tag)| ("library/app", tag.as_str(), image)).collect();
+    let origin = Origin::start(&content, |_, r| r).await;
+    let mut nodes = cluster(4, &rule("docker.io", &origin.url()));
+    let (frozen, living) = nodes.split_at_mut(2);
+    frozen.iter_mut().for_each(|node| node.process().signal(rustix::process::Signal::STOP));
+    let pull = async |image: &Image| {
+        for path in paths(image) {
+            for node in &*living {
+                let answer = node.get(&path).await;
+                assert_eq!((answer.status, answer.complete), (200, true), "{path}: {}", answer.text());
+            }
         }
+    };
+    let in_vain = async || {
+        let name = "dray_peer_requests_total{from_zone=\"-\",outcome=\"failed\",to_zone=\"-\"}";
+        (living[0].metric(name).await, living[1].metric(name).await)
+    };
+    pull(&images[0]).await;
+    pull(&images[1]).await;
+    let found_out = in_vain().await;
+    assert!(found_out.0 + found_out.1 > 0, "somebody was asked");
+    pull(&images[2]).await;
+    pull(&images[3]).await;
+    assert_eq!(in_vain().await, found_out, "who is silent is not asked again");
+    frozen.iter_mut().for_each(|node| node.process().signal(rustix::process::Signal::CONT));
+    for node in living {
+        dray_tests::eventually("it is known that they are back", async || {
+            let status = get(&format!("http://{}/api/v1/status", node.admin), &[]).await.text();
+            let status: serde_json::Value = serde_json::from_str(&status).expect("JSON");
+            status["peers"].as_array()?.iter().all(|member| member["is_well"] == true).then_some(())
+        })
+        .await;
     }
+}
+
+/// Whatever owns the blob, the one that hardly sends it or the other.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_member_that_hardly_sends_what_it_has_is_passed_over() {
+    let images: Vec<Image> = (0..4).map(|seed| Image::new(seed, &[1_000_000])).collect();
+    let tags: Vec<String> = (0..4).map(|seed| seed.to_string()).collect();
+    let content: Vec<_> = images.iter().zip(&tags).map(|(image, tag)| ("library/app", tag.as_str(), image)).collect();
+    let origin = Origin::start(&content, |_, r| r).await;
+    let all = std::sync::Arc::new(dray_tests::origin::Content::new(&content));
+    let slow = Origin::answering(move |request| {
+        let response = all.answer(request);
+        if request.method == "GET" && request.is_blob() {
+            return response.fault(dray_tests::origin::Fault::SlowUntilGate(3000));
+        }
+        response
+    })
+    .await;
+    let port = free_port();
+    let peers =
+        format!("[peers]\nlisten = \"127.0.0.1:{port}\"\nstatic = [\"127.0.0.1:{port}\", \"{}\"]\n", slow.address);
+    let node = Start::new(format!("{}\n{peers}", rule("docker.io", &origin.url()))).run();
+    let pulls = images.iter().map(async |image| {
+        let (digest, bytes) = image.layer();
+        let answer = node.get(&format!("/v2/library/app/blobs/{digest}?ns=docker.io")).await;
+        assert_eq!((answer.status, answer.complete), (200, true));
+        assert!(answer.body == bytes);
+    });
+    futures_util::future::join_all(pulls).await;
+    assert!(slow.count("GET", "/blobs/") > 0, "it was believed to be as good as another");
+}
+
+/// A HEAD, or the end of a blob whose length nobody has said yet.
+#[tokio::test(flavor = "multi_thread")]
+async fn how_long_a_blob_is_the_origin_is_asked_once() {
+    let image = Image::new(1, &[1_000_000]);
+    let (digest, bytes) = image.layer();
+    let origin = Origin::start(&[("library/app", "1", &image)], |_, r| r).await;
+    let nodes = cluster(3, &rule("docker.io", &origin.url()));
+    let path = format!("/v2/library/app/blobs/{digest}?ns=docker.io");
+    for node in &nodes {
+        let length = send(Method::HEAD, &node.url(&path), &[]).await;
+        assert_eq!((length.status, length.header("content-length")), (200, Some("1000000")));
+        let end = node.get_range(&path, "bytes=-1000").await;
+        assert_eq!((end.status, end.body.as_ref()), (206, &bytes[bytes.len() - 1000..]));
+    }
+    assert_eq!(origin.count("HEAD", digest), 1);
 }
 
 /// The owner knows that a beginning was wrong; who follows it must not complete it either.

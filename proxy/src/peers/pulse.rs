@@ -1,0 +1,74 @@
+//! Which peers are there: who is silent is pinged, and left alone until it answers.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use futures_util::StreamExt;
+use futures_util::stream::iter;
+use http::Method;
+use http::header::{CACHE_CONTROL, RANGE};
+use http::HeaderValue;
+use tokio::time::{sleep_until, timeout};
+
+use super::{CONNECT_TIMEOUT, Peers, lock, wire};
+
+/// Whoever is there answers within this time: a ping sooner, so that it is known by then who comes next.
+const ANSWER: Duration = CONNECT_TIMEOUT;
+const PING: Duration = Duration::from_millis(1200);
+
+/// Pinged at the same time.
+const AT_A_TIME: usize = 32;
+
+impl Peers {
+    /// Pings those who are left alone because they were silent, for as long as it is polled.
+    pub async fn look_after(&self) {
+        loop {
+            let next = lock(&self.health).next_ping().map(|at| self.started + at);
+            tokio::select! {
+                () = sleep_until(next.unwrap_or(self.started)), if next.is_some() => {}
+                () = self.troubled.notified() => {}
+            }
+            let members = self.members.load_full();
+            let due = lock(&self.health).to_ping(self.now(), |peer| members.contains(*peer));
+            iter(due).for_each_concurrent(AT_A_TIME, |peer| self.ping(peer)).await;
+        }
+    }
+
+    async fn ping(&self, peer: SocketAddr) {
+        let url = format!("{}://{peer}/v2/", self.proof.scheme());
+        match timeout(PING, self.client.get(url).send()).await {
+            Ok(Ok(_)) => lock(&self.health).is_up(&peer),
+            Ok(Err(_)) | Err(_) => self.is_down(peer),
+        }
+    }
+
+    /// A peer could not be reached.
+    pub(super) fn is_down(&self, peer: SocketAddr) {
+        lock(&self.health).is_down(peer, self.now());
+        self.troubled.notify_one();
+    }
+
+    /// A peer took long for what needs no time.
+    pub(super) fn is_suspect(&self, peer: SocketAddr) {
+        lock(&self.health).is_suspect(peer, self.now());
+        self.troubled.notify_one();
+    }
+
+    /// A peer gave what it was asked for.
+    pub(super) fn gives(&self, peer: SocketAddr) {
+        lock(&self.health).gives(&peer);
+    }
+
+    /// Whether a peer that owes an answer says what it has of the same: no origin is needed for that.
+    pub(super) async fn answers(&self, peer: SocketAddr, owed: Option<reqwest::Request>) -> bool {
+        let Some(mut probe) = owed else { return false };
+        *probe.method_mut() = Method::HEAD;
+        let headers = probe.headers_mut();
+        // It is not to be remembered by this.
+        [wire::PEER, wire::HAVE, wire::LOAD, wire::DEPUTY, RANGE].iter().for_each(|name| drop(headers.remove(name)));
+        headers.insert(CACHE_CONTROL, HeaderValue::from_static(wire::ONLY_IF_CACHED));
+        let path = probe.url()[url::Position::BeforePath..].to_owned();
+        self.proof.sign(peer, &Method::HEAD, &path, probe.headers_mut());
+        matches!(timeout(ANSWER, self.client.execute(probe)).await, Ok(Ok(_)))
+    }
+}
