@@ -4,6 +4,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use http::HeaderValue;
+use ring::digest::{SHA256, digest};
 
 /// Whose rights a question is asked with.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -33,8 +34,14 @@ pub struct Who(pub [u8; 16]);
 impl Who {
     /// Those without a secret.
     pub const NOBODY: Self = Self([0; 16]);
+
     /// Whoever another dray asks for, which has let them in. Never taken for somebody who asks here.
-    pub const LENT: Self = Self([1; 16]);
+    pub fn lent(authorization: &HeaderValue) -> Self {
+        let told = [b"dray lent\0", authorization.as_bytes()].concat();
+        let mut who = [0; 16];
+        who.copy_from_slice(&digest(&SHA256, &told).as_ref()[..16]);
+        Self(who)
+    }
 }
 
 impl Caller {
@@ -48,6 +55,17 @@ impl Caller {
             Self::Holder(holder) => holder.who,
             Self::Everyone | Self::Unknown | Self::Anonymous => Who::NOBODY,
         }
+    }
+
+    /// Whether the registry can be asked nothing in its name.
+    pub fn is_empty_handed(&self) -> bool {
+        self.holder().is_some_and(|holder| holder.authorization.is_none())
+    }
+
+    /// Whether what the registry is shown is a secret itself, which may be a wrong one.
+    pub fn shows_secret(&self) -> bool {
+        let is_secret = |value: &HeaderValue| value.as_bytes().starts_with(b"Basic ");
+        self.holder().is_some_and(|holder| holder.authorization.as_ref().is_some_and(is_secret))
     }
 
     /// Whether other nodes may ask the registry in its name: by a token for one repository, never by a secret.

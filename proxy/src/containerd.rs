@@ -13,4 +13,4 @@ pub mod places;
 pub mod proof;
 mod tree;
 
-pub use tree::own;
+pub use tree::{empty_cache, own_cache};

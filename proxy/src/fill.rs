@@ -41,6 +41,7 @@ pub use self::plan::{Lent, Plan};
 use self::progress::{Phase, Progress};
 pub use self::reader::Reader;
 use self::run::Running;
+use crate::caller::Caller;
 use crate::metrics::Metrics;
 use crate::oci::{Digest, Registry, Repository, Span, Spans};
 use crate::provenance::Provenance;
@@ -129,6 +130,8 @@ pub struct Fill {
     pub key: FillKey,
     /// Whose request started it.
     pub place: Place,
+    /// Whoever joined it last: what they show the registry is good for longest.
+    newest: Mutex<Caller>,
     opened: OnceLock<Result<Opened, SourceError>>,
     progress: watch::Sender<Progress>,
     audience: Arc<Audience>,
@@ -301,6 +304,9 @@ impl Fills {
         if let Some(fill) = running.get(key)
             && fill.progress.borrow().phase() != Phase::Failed
         {
+            if place.caller.holder().is_some() && !place.caller.is_empty_handed() {
+                *fill.newest.lock().unwrap_or_else(PoisonError::into_inner) = place.caller.clone();
+            }
             return (fill.clone(), false);
         }
         let fill = Arc::new(Fill::new(key.clone(), place.clone()));
@@ -338,6 +344,7 @@ impl Fill {
         let progress = watch::Sender::new(Progress::new());
         Self {
             key,
+            newest: Mutex::new(place.caller.clone()),
             place,
             opened: OnceLock::new(),
             progress,
@@ -359,6 +366,12 @@ impl Fill {
     /// Whether another repository's request began it and was refused: one for this place may be granted.
     pub async fn refused_another(&self, place: &Place) -> bool {
         (self.place != *place || self.place.caller != place.caller) && self.opened().await.is_err()
+    }
+
+    /// The place of the fill, as whoever joined it last may ask for it.
+    pub fn newest_place(&self) -> Place {
+        let caller = self.newest.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        Place { caller, ..self.place.clone() }
     }
 
     /// Whether what came from there is what this fill would fetch, for the same people.

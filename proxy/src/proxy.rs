@@ -5,8 +5,9 @@ mod gate;
 mod logins;
 mod sendfile;
 mod socket;
+mod turns;
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -25,6 +26,7 @@ use self::clients::{Place, Unwelcome};
 pub use self::gate::Gate;
 use self::sendfile::Sending;
 use self::socket::Socket;
+use self::turns::Turn;
 use crate::access_log::{AccessLog, Line, Millis};
 use crate::activity::{Activity, Answered};
 use crate::metrics::{self, Metrics};
@@ -235,11 +237,15 @@ impl Front {
         exchange.seal = visitor.as_ref().and_then(|visitor| visitor.seal.clone());
         let asking = visitor.as_ref().map_or(Asking::CLIENT, |visitor| asking(visitor, &place.rule));
         let accept = accept::merge(request.headers.get_all(ACCEPT).iter().filter_map(|value| value.to_str().ok()));
+        let mut turn = None;
         if place.rule.asks_who() && !place.rule.deny {
             place = match &visitor {
                 Some(visitor) => self.let_peer_in(visitor, place, &endpoint, &accept, asking).await,
-                None => match self.let_in(request, place, &endpoint, &accept).await {
-                    Ok(place) => place,
+                None => match self.let_in(session, place, &endpoint, &accept).await {
+                    Ok((place, may_be_wrong)) => {
+                        turn = may_be_wrong;
+                        place
+                    }
                     Err(reply) => return reply.of_registry(&registry),
                 },
             };
@@ -293,6 +299,10 @@ impl Front {
             Endpoint::Tags => self.list(&place, "tags/list".into(), path, query).await,
             Endpoint::Referrers(digest) => self.list(&place, format!("referrers/{digest}"), path, query).await,
         };
+        if matches!(answer, Err(Refusal::Denied(_))) && place.caller.holder().is_some() {
+            self.pull.shut_out(&place);
+            turn.into_iter().for_each(Turn::was_wrong);
+        }
         // A challenge is for clients: a peer would take it for one about keys.
         let refuse = |refusal| match asking.asker.is_peer() {
             true => Reply::refusal(&refusal),
@@ -341,15 +351,13 @@ impl Front {
         if self.listener == Listener::Peers {
             return Ok(None);
         }
-        let from = session.client_addr().and_then(|address| address.as_inet()).map(SocketAddr::ip);
-        self.clients.admit(from, Instant::now()).map(Some)
+        self.clients.admit(client_of(session), Instant::now()).map(Some)
     }
 
     /// Who asks on the peers' port.
     fn visitor(&self, session: &Session) -> Result<Option<Visitor>, Unproven> {
         let Some(peers) = self.pull.peers().filter(|_| self.listener == Listener::Peers) else { return Ok(None) };
-        let from =
-            session.client_addr().and_then(|address| address.as_inet()).map(|address| address.ip().to_canonical());
+        let from = client_of(session).map(|address| address.to_canonical());
         let at = session.server_addr().and_then(|address| address.as_inet()).copied();
         Visitor::read(session.req_header(), from, at, peers).map(Some)
     }
@@ -410,6 +418,11 @@ impl Front {
             self.metrics.saved_bytes.inc_by(exchange.sent);
         }
     }
+}
+
+/// Where a request comes from.
+fn client_of(session: &Session) -> Option<IpAddr> {
+    session.client_addr().and_then(|address| address.as_inet()).map(SocketAddr::ip)
 }
 
 fn asking(visitor: &Visitor, rule: &Rule) -> Asking {

@@ -274,9 +274,22 @@ fn may_share(peers: &Peers, place: &Place) -> bool {
     peers.are_proven() || !place.rule.is_private()
 }
 
-/// Whether an answer is about the rights of whoever asked: others may have more.
+/// Whether an answer is about the rights of whoever asked, or its account: others may have more.
 fn is_personal<T>(place: &Place, answer: &Result<T, SourceError>) -> bool {
-    place.rule.asks_who() && matches!(answer, Err(SourceError::NotFound | SourceError::Denied))
+    let is_ones_own = |error: &SourceError| {
+        matches!(
+            error,
+            SourceError::NotFound | SourceError::Denied | SourceError::Limited { .. } | SourceError::NoCredentials(_)
+        )
+    };
+    place.rule.asks_who() && answer.as_ref().err().is_some_and(is_ones_own)
+}
+
+/// The flight that a question shares with all others, and the one with those of the same caller. Whoever can ask nothing
+/// flies for nobody else.
+fn flights<K>(place: &Place, key: impl Fn(Option<Who>) -> K) -> (K, K) {
+    let own = Some(place.caller.who());
+    (key(own.filter(|_| place.caller.is_empty_handed())), key(own))
 }
 
 /// What a flight that panicked has brought.

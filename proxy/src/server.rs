@@ -22,6 +22,7 @@ use crate::activity::Activity;
 use crate::admin::{Admin, MAX_WATCHING, Readiness, Visitors};
 use crate::config::{Config, Mirror, Share, Tls};
 use crate::containerd::diagnosis;
+use crate::containerd::hosts_toml::Mirrors;
 use crate::containerd::keeping::Keeping;
 use crate::identity::{Files, Identity, Welcome};
 use crate::metrics::Metrics;
@@ -224,7 +225,7 @@ fn keeping(config: &Config, listen: SocketAddr) -> Result<Option<Arc<Keeping>>, 
             tracing::warn!(code = finding.code, remedy = finding.remedy.join(" "), "containerd: {}", finding.what);
         }
     }
-    Ok(Some(Arc::new(Keeping::new(hosts_dir, mirror))))
+    Ok(Some(Arc::new(Keeping::new(hosts_dir, Mirrors::one(mirror)))))
 }
 
 async fn compose(

@@ -29,7 +29,7 @@ pub use budget::NoSpace;
 pub use draft::Draft;
 pub use evict::HOUSEKEEPING;
 pub use large::{Blob, Large, Proof};
-pub use layout::LayoutError;
+pub use layout::{LAYOUT, LayoutError};
 pub use partial::Partial;
 pub use records::{Records, RepositoryRecord, TagRecord};
 pub use small::{Kind, Small, SmallObject};

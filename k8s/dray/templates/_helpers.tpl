@@ -1,5 +1,5 @@
 {{- define "dray.name" -}}
-{{- .Release.Name | trunc 50 | trimSuffix "-" -}}
+{{- .Release.Name | trunc 40 | trimSuffix "-" -}}
 {{- end -}}
 
 {{- define "dray.labels" -}}
@@ -38,8 +38,33 @@ app.kubernetes.io/component: proxy
 {{- $by := include "dray.reach" . -}}
 {{- if .Values.reach.mirror -}}{{ .Values.reach.mirror }}
 {{- else if eq $by "nodePort" -}}http://127.0.0.1:{{ .Values.reach.nodePort }}
-{{- else if eq $by "clusterIP" -}}http://{{ .Values.reach.clusterIP }}:{{ .Values.reach.port }}
+{{- else if eq $by "clusterIP" -}}http://{{ include "dray.bracketed" .Values.reach.clusterIP }}:{{ .Values.reach.port }}
 {{- else -}}http://127.0.0.1:{{ .Values.reach.port }}
+{{- end -}}
+{{- end -}}
+
+{{- define "dray.bracketed" -}}
+{{ ternary (printf "[%s]" .) . (contains ":" .) }}
+{{- end -}}
+
+{{/* What would make pods that never start. */}}
+{{- define "dray.sensible" -}}
+{{- if regexMatch "(?m)^[ \\t]*\\[+[ \\t]*(cache|peers|containerd)[ \\t]*[].]" .Values.config -}}
+{{- fail "config: [cache], [peers] and [containerd] are written by the chart: use cache, peers, zones and containerd" -}}
+{{- end -}}
+{{- $first := regexFind "(?m)^[ \\t]*[^# \\t\\r\\n].*$" .Values.config | trim -}}
+{{- if and $first (not (hasPrefix "[" $first)) -}}
+{{- fail (printf "config: \"%s\" stands in no table: begin with one, such as [[registry]]; listen, admin and the like are values of the chart" $first) -}}
+{{- end -}}
+{{- $registry := ternary .Values.reach.port 5050 (eq (include "dray.reach" .) "hostNetwork") -}}
+{{- $ports := list (int .Values.peers.port) (int .Values.metrics.port) (int $registry) -}}
+{{- if ne (len (uniq $ports)) 3 -}}
+{{- fail "reach.port, peers.port, metrics.port: each needs a port of its own" -}}
+{{- end -}}
+{{- range .Values.zones.names -}}
+{{- if gt (len (printf "%s-%s" (include "dray.peersService" $) .)) 63 -}}
+{{- fail (printf "zones.names: with \"%s\" the name of a Service is longer than 63 characters: take a shorter release name" .) -}}
+{{- end -}}
 {{- end -}}
 {{- end -}}
 
@@ -60,10 +85,12 @@ app.kubernetes.io/component: proxy
 {{- end -}}
 
 {{- define "dray.config" -}}
+{{- include "dray.sensible" . -}}
 {{- $by := include "dray.reach" . -}}
 {{- $loopback := eq $by "hostNetwork" -}}
-listen = "{{ ternary "127.0.0.1" "0.0.0.0" $loopback }}:{{ ternary .Values.reach.port 5050 $loopback }}"
-admin = "{{ ternary "127.0.0.1" "0.0.0.0" (and $loopback (not .Values.metrics.enabled)) }}:{{ .Values.metrics.port }}"
+{{- $all := ternary "[::]" "0.0.0.0" .Values.reach.ipv6 }}
+listen = "{{ ternary "127.0.0.1" $all $loopback }}:{{ ternary .Values.reach.port 5050 $loopback }}"
+admin = "{{ ternary "127.0.0.1" $all (and $loopback (not .Values.metrics.enabled)) }}:{{ .Values.metrics.port }}"
 {{- if .Values.metrics.tokenSecret }}
 admin_token_file = "/etc/dray/admin/token"
 {{- end }}
@@ -71,11 +98,11 @@ admin_token_file = "/etc/dray/admin/token"
 [cache]
 dir = "/var/cache/dray"
 disk = {{ .Values.cache.disk | quote }}
-keep_free = {{ .Values.cache.keepFree | quote }}
+keep_free = {{ .Values.cache.keepFree | default (ternary "5%" "16%" (not (empty .Values.cache.volume))) | quote }}
 memory = {{ .Values.cache.memory | quote }}
 
 [peers]
-listen = "0.0.0.0:{{ .Values.peers.port }}"
+listen = "{{ $all }}:{{ .Values.peers.port }}"
 {{- if eq .Values.zones.by "none" }}
 service = "{{ include "dray.peersService" . }}.{{ include "dray.domain" . }}"
 {{- else }}
@@ -134,6 +161,21 @@ seccompProfile:
 {{- define "dray.nodeSelector" -}}
 nodeSelector:
   {{- merge (dict) .Values.nodeSelector (dict "kubernetes.io/os" "linux") | toYaml | nindent 2 }}
+{{- end -}}
+
+{{/* The nodes whose files are changed. */}}
+{{- define "dray.nodesPointed" -}}
+nodeSelector:
+  {{- $nodes := ternary .Values.nodeSelector .Values.containerd.nodeSelector (eq .Values.mode "daemonset") }}
+  {{- merge (dict) $nodes (dict "kubernetes.io/os" "linux") | toYaml | nindent 2 }}
+{{- end -}}
+
+{{/* For pods that write into directories of the node. */}}
+{{- define "dray.seLinux" -}}
+{{- with .Values.seLinuxOptions }}
+seLinuxOptions:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
 {{- end -}}
 
 {{- define "dray.pullSecrets" -}}

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use clap::{Args, Subcommand};
 use dray::config::Mirror;
+use dray::containerd;
 use dray::containerd::daemon::{self, Daemon, File, LoadError, Version};
 use dray::containerd::diagnosis::{Diagnosis, Severity, good};
 use dray::containerd::hosts_dir::{HostsDir, Mode, Outcome, Registries};
@@ -79,6 +80,9 @@ pub(crate) struct Uninstall {
     /// Only say what would be done
     #[arg(long)]
     dry_run: bool,
+    /// Also empty dray's cache directory
+    #[arg(long, value_name = "DIR")]
+    cache_dir: Option<PathBuf>,
     /// Stay so long afterwards, such as 30s
     #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
     linger: Option<Duration>,
@@ -92,6 +96,9 @@ pub(crate) struct Keep {
     /// Where containerd reaches dray
     #[arg(long, value_name = "URL")]
     mirror: Mirror,
+    /// The authority that signed the mirror's certificate, a PEM file on the node
+    #[arg(long, value_name = "FILE")]
+    ca: Option<PathBuf>,
 }
 
 /// Which containerd.
@@ -172,6 +179,8 @@ impl Install {
     fn patch(&self) -> Result<PathBuf, Failure> {
         let found = self.at.find()?;
         let dir = self.at.hosts_dir.clone().unwrap_or_else(|| found.wanted());
+        // containerd is started elsewhere.
+        let dir = std::path::absolute(&dir).map_err(|e| Failure::Failed(format!("{}: {e}", dir.display())))?;
         let (file, section, version) = found.to_patch();
         let config = ConfigFile::new(&file);
         let wanted = dir.to_string_lossy();
@@ -191,14 +200,41 @@ impl Install {
             Patched::Changed { .. } => say(&format!("{}: config_path = \"{wanted}\"", file.display())),
             Patched::Nothing | Patched::Edited => say(&format!("{}: has config_path already", file.display())),
         }
+        self.is_in_force(&dir)?;
         Ok(dir)
+    }
+}
+
+impl Install {
+    /// An import comes after the file that was patched, and may say otherwise.
+    fn is_in_force(&self, dir: &Path) -> Result<(), Failure> {
+        if self.dry_run {
+            return Ok(());
+        }
+        let found = self.at.find()?;
+        let daemon = Daemon::read(&found.files, found.version);
+        let said = daemon.config_path.as_ref().and_then(|path| path.as_str()).unwrap_or_default();
+        if Path::new(said) == dir {
+            return Ok(());
+        }
+        Err(Failure::Failed(format!(
+            "{} says config_path = \"{}\" now, but a file that it imports says \"{said}\", which counts: change it there",
+            found.main().display(),
+            dir.display()
+        )))
     }
 }
 
 impl Uninstall {
     fn run(self) -> Result<(), Failure> {
         let dir = match &self.at.hosts_dir {
-            Some(dir) => Some(dir.clone()),
+            Some(dir) => {
+                // With a directory at hand nobody needs containerd's configuration, unless it was patched for that.
+                if let Ok(Ok(found)) = self.at.load() {
+                    self.restore_config(&found, Some(dir))?;
+                }
+                Some(dir.clone())
+            }
             None => {
                 let found = self.at.find()?;
                 let dir = found.diagnose(None).hosts_dir;
@@ -211,6 +247,13 @@ impl Uninstall {
         };
         let done = HostsDir::new(dir).uninstall(mode(self.dry_run)).map_err(failed)?;
         let reported = report(&done, self.dry_run);
+        if let Some(dir) = &self.cache_dir {
+            match containerd::empty_cache(dir, mode(self.dry_run)) {
+                Ok(true) => say(&format!("{}: dray's cache, removed", dir.display())),
+                Ok(false) => {}
+                Err(error) => return Err(Failure::Failed(format!("{}: {error}", dir.display()))),
+            }
+        }
         if let Some(linger) = self.linger {
             std::thread::sleep(linger);
         }
@@ -314,7 +357,8 @@ impl Keep {
     /// Until a signal.
     fn run(self) -> Result<(), Failure> {
         super::log_to_stderr()?;
-        super::block_on(keeping::follow(self.hosts_dir, self.mirror))?.map_err(|e| Failure::Failed(e.to_string()))
+        super::block_on(keeping::follow(self.hosts_dir, self.mirror, self.ca))?
+            .map_err(|e| Failure::Failed(e.to_string()))
     }
 }
 

@@ -71,7 +71,16 @@ pub enum Action {
     HandOver {
         to: (u32, u32),
         known: Option<Marker>,
+        /// The hosts directory, where that user could not pass it.
+        closed: Option<Owner>,
     },
+    /// The hosts directory lets that user's group in.
+    LetIn {
+        gid: u32,
+        before: Owner,
+    },
+    /// The hosts directory lets in whom it let in before.
+    Close(Owner),
     /// A directory goes back to whose it was.
     GiveBack(Owner),
 }
@@ -103,6 +112,10 @@ pub enum HostsError {
         "{0} does not exist: is it containerd's config_path? `dray containerd check` tells; or create it first, or give another --hosts-dir"
     )]
     Missing(PathBuf),
+    #[error(
+        "{0} belongs to {uid}:{gid} with mode {mode:04o}: {to}, as which dray runs, does not get to its own directory there. Let others pass (chmod o+x)", uid = .1.uid, gid = .1.gid, mode = .1.mode, to = .2.0
+    )]
+    Closed(PathBuf, Owner, (u32, u32)),
     #[error("\"{0}\" is no registry host such as docker.io or registry.corp:5000")]
     Registry(String),
 }
@@ -114,6 +127,8 @@ pub struct Marker {
     before: Option<Owner>,
     /// It belongs to the user that dray runs as until it is given back.
     handed_over: bool,
+    /// The hosts directory as it was before it let that user in.
+    closed: Option<Owner>,
 }
 
 const HOSTS: &str = "hosts.toml";
@@ -160,6 +175,10 @@ impl HostsDir {
         let mut outcome = Outcome::default();
         for dir in self.directories()? {
             self.uninstall_in(&dir, &mut outcome)?;
+            // First: the marker that tells of it goes last.
+            if let Some(before) = Marker::of(&dir)?.and_then(|marker| marker.closed) {
+                outcome.add(self.root.clone(), Action::Close(before), String::new(), String::new());
+            }
             self.give_back(&dir, &mut outcome)?;
         }
         outcome.carry_out(mode)
@@ -172,7 +191,11 @@ impl HostsDir {
         if !dir.is_dir() {
             return Ok(Outcome::default());
         }
-        let _lock = self.lock(Mode::Apply)?;
+        let _lock = match self.lock(Mode::Apply) {
+            // Whoever holds it, nobody may be left with a dead mirror.
+            Err(HostsError::Io(_, error)) if error.kind() == io::ErrorKind::WouldBlock => None,
+            lock => Some(lock?),
+        };
         let mut outcome = Outcome::default();
         self.uninstall_in(&dir, &mut outcome)?;
         if Marker::of(&dir)?.is_some_and(|marker| !marker.handed_over) {
@@ -181,16 +204,26 @@ impl HostsDir {
         outcome.carry_out(Mode::Apply)
     }
 
-    /// Gives `_default` to the user that dray runs as, who then needs no other right.
+    /// Gives `_default` to the user that dray runs as, who then needs no other right than to get there.
     pub fn hand_over(&self, to: (u32, u32), mode: Mode) -> Result<Outcome, HostsError> {
         let _lock = self.lock(mode)?;
         let path = self.root.join(DEFAULT);
         let known = if path.is_dir() { Marker::of(&path)? } else { None };
+        let root = Owner::of(&self.root).map_err(|e| HostsError::Io(self.root.clone(), e))?;
+        // What an earlier one was let into was closed before that.
+        let before = known.and_then(|known| known.closed).unwrap_or(root);
+        let closed = (!root.lets_in(to)).then_some(before);
         let mut outcome = Outcome::default();
         let is_done = known.is_some_and(|known| known.handed_over)
             && Owner::of(&path).is_ok_and(|owner| (owner.uid, owner.gid) == to);
-        if !is_done {
-            outcome.add(path, Action::HandOver { to, known }, String::new(), String::new());
+        if !is_done || closed.is_some() {
+            outcome.add(path, Action::HandOver { to, known, closed }, String::new(), String::new());
+        }
+        if let Some(before) = closed {
+            if before.mode & 0o070 != 0 && before.gid != 0 {
+                return Err(HostsError::Closed(self.root.clone(), before, to));
+            }
+            outcome.add(self.root.clone(), Action::LetIn { gid: to.1, before }, String::new(), String::new());
         }
         outcome.carry_out(mode)
     }
@@ -380,7 +413,7 @@ impl Change {
         let path = &self.path;
         match &self.action {
             Action::MakeDir => {
-                let marker = Marker { before: None, handed_over: false };
+                let marker = Marker { before: None, handed_over: false, closed: None };
                 tree::make_dir(path, &[(HOSTS, &self.after), (MARKER, &marker.to_text())], None)
             }
             Action::Write => tree::write(path, &self.after),
@@ -392,7 +425,12 @@ impl Change {
             }
             Action::Remove | Action::Discard => tree::remove(path),
             Action::RemoveDir => tree::remove_dir(path),
-            Action::HandOver { to, known } => hand_over(path, *to, *known),
+            Action::HandOver { to, known, closed } => hand_over(path, *to, *known, *closed),
+            // Who may list it sees what else hides _default.
+            Action::LetIn { gid, before } => {
+                Owner { gid: *gid, mode: before.mode & !0o070 | 0o050, ..*before }.give(path)
+            }
+            Action::Close(before) => before.give(path),
             Action::GiveBack(owner) => {
                 owner.give(path)?;
                 tree::remove(&path.join(MARKER))
@@ -424,6 +462,10 @@ impl std::fmt::Display for Change {
             Action::Remove | Action::RemoveDir => write!(f, "{path}: removed"),
             Action::Discard => write!(f, "{path}: removed, a leftover"),
             Action::HandOver { to, .. } => write!(f, "{path}: belongs to {}:{} now", to.0, to.1),
+            Action::LetIn { gid, .. } => write!(f, "{path}: lets group {gid} in"),
+            Action::Close(before) => {
+                write!(f, "{path}: belongs to {}:{} again, mode {:04o}", before.uid, before.gid, before.mode)
+            }
             Action::GiveBack(owner) => {
                 write!(f, "{path}: belongs to {}:{} again, mode {:04o}", owner.uid, owner.gid, owner.mode)
             }
@@ -472,36 +514,40 @@ impl Marker {
         let mut words = text.split_whitespace();
         let before = match words.next()? {
             "made" => None,
-            "was" => {
-                let mut number = |radix| u32::from_str_radix(words.next()?, radix).ok();
-                Some(Owner { uid: number(10)?, gid: number(10)?, mode: number(8)? })
-            }
+            "was" => Some(read_owner(&mut words)?),
             _ => return None,
         };
-        Some(Self { before, handed_over: words.next() == Some("handed-over") })
+        let handed_over = words.next() == Some("handed-over");
+        let closed = words.next().filter(|word| *word == "in").and_then(|_| read_owner(&mut words));
+        Some(Self { before, handed_over, closed })
     }
 
     fn to_text(self) -> String {
-        let before = match self.before {
-            None => "made".to_owned(),
-            Some(owner) => format!("was {} {} {:04o}", owner.uid, owner.gid, owner.mode),
-        };
-        format!("{before}{}\n", if self.handed_over { " handed-over" } else { "" })
+        let of = |owner: Owner| format!("{} {} {:04o}", owner.uid, owner.gid, owner.mode);
+        let before = self.before.map_or_else(|| "made".to_owned(), |owner| format!("was {}", of(owner)));
+        let closed = self.closed.map(|owner| format!(" in {}", of(owner))).unwrap_or_default();
+        format!("{before}{}{closed}\n", if self.handed_over { " handed-over" } else { "" })
     }
 }
 
-fn hand_over(path: &Path, to: (u32, u32), known: Option<Marker>) -> io::Result<()> {
+fn read_owner<'a>(words: &mut impl Iterator<Item = &'a str>) -> Option<Owner> {
+    let mut number = |radix| u32::from_str_radix(words.next()?, radix).ok();
+    Some(Owner { uid: number(10)?, gid: number(10)?, mode: number(8)? })
+}
+
+fn hand_over(path: &Path, to: (u32, u32), known: Option<Marker>, closed: Option<Owner>) -> io::Result<()> {
     if path.is_symlink() {
         let why = "a symbolic link: whoever owns what it leads to would change; make it a directory";
         return Err(io::Error::new(io::ErrorKind::InvalidInput, why));
     }
     if !path.exists() {
-        let marker = Marker { before: None, handed_over: true };
+        let marker = Marker { before: None, handed_over: true, closed };
         return tree::make_dir(path, &[(MARKER, &marker.to_text())], Some(to));
     }
     let owner = Owner::of(path)?;
     let before = known.map_or(Some(owner), |known| known.before);
-    tree::write(&path.join(MARKER), &Marker { before, handed_over: true }.to_text())?;
+    let closed = known.and_then(|known| known.closed).or(closed);
+    tree::write(&path.join(MARKER), &Marker { before, handed_over: true, closed }.to_text())?;
     Owner { uid: to.0, gid: to.1, mode: owner.mode | 0o700 }.give(path)
 }
 

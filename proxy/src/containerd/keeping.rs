@@ -21,8 +21,11 @@ pub struct Keeping {
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum State {
-    NotYet,
+    /// What an earlier process has written may stand there, and may be true.
+    Unknown,
     Pointed,
+    /// Taken back for now.
+    Paused,
     Withdrawn,
 }
 
@@ -34,9 +37,8 @@ const ASK_AGAIN: Duration = Duration::from_secs(2);
 const MISSED: u32 = 3;
 
 impl Keeping {
-    pub fn new(hosts_dir: PathBuf, mirror: Mirror) -> Self {
-        let state = Mutex::new(State::NotYet);
-        Self { hosts: HostsDir::new(hosts_dir), mirrors: Mirrors::one(mirror), state }
+    pub fn new(hosts_dir: PathBuf, mirrors: Mirrors) -> Self {
+        Self { hosts: HostsDir::new(hosts_dir), mirrors, state: Mutex::new(State::Unknown) }
     }
 
     /// Points containerd here, and again when somebody has undone it.
@@ -54,15 +56,15 @@ impl Keeping {
             return;
         }
         let done = self.hosts.install(&self.mirrors, &Registries::Default, Mode::Apply);
-        let is_first = std::mem::replace(&mut *state, State::Pointed) == State::NotYet;
+        let is_first = std::mem::replace(&mut *state, State::Pointed) == State::Unknown;
         log(done, is_first);
     }
 
-    /// Takes it back for now: nobody answers.
+    /// Takes it back for now: nobody answers. Also what was written before the node, or this process, began anew.
     fn pause(&self) {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        if *state == State::Pointed {
-            *state = State::NotYet;
+        if matches!(*state, State::Unknown | State::Pointed) {
+            *state = State::Paused;
             log(self.hosts.withdraw(), false);
         }
     }
@@ -78,12 +80,13 @@ impl Keeping {
 
 /// Keeps containerd pointed at a mirror elsewhere for as long as that answers. Ends when the process is to end,
 /// and has taken it back then.
-pub async fn follow(hosts_dir: PathBuf, mirror: Mirror) -> std::io::Result<()> {
+pub async fn follow(hosts_dir: PathBuf, mirror: Mirror, ca: Option<PathBuf>) -> std::io::Result<()> {
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
-    let (url, keeping) = (mirror.to_string(), Keeping::new(hosts_dir, mirror));
+    let (url, mirrors) = (mirror.to_string(), Mirrors { hosts: vec![mirror], ca: ca.clone() });
+    let keeping = Keeping::new(hosts_dir, mirrors);
     let mut missed = 0;
     loop {
-        match proof::ask(&url, None).await {
+        match proof::ask(&url, ca.as_deref()).await {
             Answer::Dray => {
                 missed = 0;
                 keeping.point();

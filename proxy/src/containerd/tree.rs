@@ -8,8 +8,12 @@ use std::fs::{self, File, OpenOptions, Permissions};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use rustix::fs::{CWD, FlockOperation, OFlags, RenameFlags, flock, renameat_with};
+use rustix::io::Errno;
+
+use super::hosts_dir::Mode;
 
 /// Whose a directory or file is, and who may use it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -24,14 +28,30 @@ pub(super) struct Lock {
     _file: File,
 }
 
+/// Longer than any of them takes.
+const HELD: Duration = Duration::from_secs(5);
+const LOOK_AGAIN: Duration = Duration::from_millis(10);
+
+/// Longer than a process that was told to end has for it.
+const DRAINS: Duration = Duration::from_secs(30);
+
 /// What has not yet its own name begins so.
 const UNFINISHED: &str = ".dray-unfinished";
 
 impl Lock {
-    /// Waits for others that change the same directory.
+    /// Waits for others that change the same directory, for a while: whoever can read it can hold this.
     pub(super) fn of(dir: &Path) -> io::Result<Self> {
-        let file = File::open(dir)?;
-        flock(&file, FlockOperation::LockExclusive)?;
+        let (file, until) = (File::open(dir)?, Instant::now() + HELD);
+        loop {
+            match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+                Err(Errno::WOULDBLOCK) if Instant::now() < until => std::thread::sleep(LOOK_AGAIN),
+                Err(Errno::WOULDBLOCK) => {
+                    let why = "another process holds a lock on it: what changes it takes no such time";
+                    return Err(io::Error::new(io::ErrorKind::WouldBlock, why));
+                }
+                locked => break locked?,
+            }
+        }
         Ok(Self { _file: file })
     }
 }
@@ -44,6 +64,16 @@ impl Owner {
         Ok(Self { uid: known.uid(), gid: known.gid(), mode: mode & 0o7777 })
     }
 
+    /// Whether a user and a group get to what is in the directory.
+    pub fn lets_in(&self, (uid, gid): (u32, u32)) -> bool {
+        let passes = match (self.uid == uid, self.gid == gid) {
+            (true, _) => 0o100,
+            (false, true) => 0o010,
+            (false, false) => 0o001,
+        };
+        uid == 0 || self.mode & passes != 0
+    }
+
     /// Makes it so.
     pub fn give(&self, path: &Path) -> io::Result<()> {
         std::os::unix::fs::lchown(path, Some(self.uid), Some(self.gid))?;
@@ -51,8 +81,43 @@ impl Owner {
     }
 }
 
-/// Gives a directory with all that is in it to a user and a group. False: it was theirs.
-pub fn own(dir: &Path, (uid, gid): (u32, u32)) -> io::Result<bool> {
+/// What stands in a cache directory that is dray's own, or nobody's.
+const OF_CACHE: [&str; 2] = [crate::store::LAYOUT, "lost+found"];
+
+/// Gives a cache directory with all that is in it to a user and a group. False: it was theirs. One with something else in
+/// it is somebody's, by mistake.
+pub fn own_cache(dir: &Path, to: (u32, u32)) -> io::Result<bool> {
+    for entry in fs::read_dir(dir)? {
+        let name = entry?.file_name();
+        if !OF_CACHE.iter().any(|own| *own == name) {
+            let why = format!("holds {}, which dray did not write: give it a directory of its own", name.display());
+            return Err(io::Error::new(io::ErrorKind::DirectoryNotEmpty, why));
+        }
+    }
+    own(dir, to)
+}
+
+/// Removes what dray keeps in its cache directory. False: there was nothing.
+pub fn empty_cache(dir: &Path, mode: Mode) -> io::Result<bool> {
+    let kept = dir.join(crate::store::LAYOUT);
+    if !kept.is_dir() {
+        return Ok(false);
+    }
+    if mode == Mode::Apply {
+        // A process that is about to end has it for as long as it drains.
+        let (lock, until) = (File::create(kept.join("lock"))?, Instant::now() + DRAINS);
+        while lock.try_lock().is_err() {
+            if Instant::now() > until {
+                return Err(io::Error::new(io::ErrorKind::WouldBlock, "a dray is using it"));
+            }
+            std::thread::sleep(LOOK_AGAIN);
+        }
+        fs::remove_dir_all(kept)?;
+    }
+    Ok(true)
+}
+
+fn own(dir: &Path, (uid, gid): (u32, u32)) -> io::Result<bool> {
     let known = Owner::of(dir)?;
     if (known.uid, known.gid) == (uid, gid) {
         return Ok(false);

@@ -173,6 +173,10 @@ impl Origin {
                     condition.answered(Instant::now());
                     condition.limited(question.kind, place.caller.who(), again, Instant::now());
                     tracing::info!(%place, upstream = turn.upstream.base(), ?again, "the upstream limits its requests");
+                    // There are too many limits to remember another one.
+                    if condition.admit(question.kind, place.caller.who(), Instant::now()) == Admission::Ask {
+                        return Err(SourceError::Limited { again });
+                    }
                     continue;
                 }
                 Ok(_) => {
@@ -180,6 +184,8 @@ impl Origin {
                     condition.answered(Instant::now());
                     condition.gave(question.kind, place.caller.who());
                 }
+                // It was not asked, or its token server was not to be had.
+                Err(SourceError::NoCredentials(_) | SourceError::Busy | SourceError::Guarded(_)) => {}
                 Err(_) => lock(&condition).answered(Instant::now()),
             }
             return answer;

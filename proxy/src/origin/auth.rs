@@ -61,8 +61,13 @@ const DEFAULT_LIFE: Duration = Duration::from_secs(60);
 /// Whatever a token endpoint promises.
 pub(super) const MAX_LIFE: Duration = Duration::from_secs(24 * 3600);
 
+/// Where a rule leaves to the registry who may have what, what it grants to anybody is used so long.
+const LIFE_FOR_ALL: Duration = Duration::from_secs(300);
+
 /// What stands for a realm where nobody grants tokens.
 const BASIC: &str = "basic";
+
+const PULL: &str = "pull";
 
 const MAX_TOKEN_BYTES: usize = 64 * 1024;
 
@@ -204,7 +209,7 @@ async fn fetch(
             Ok(Grant { header, life: found.life })
         }
         Challenge::Bearer { .. } => {
-            match fetch_token(http, home, place, challenge, found.secret, deadline).await {
+            let granted = match fetch_token(http, home, place, challenge, found.secret, deadline).await {
                 // It may have been changed or revoked since it was read.
                 Err(SourceError::Denied) if was_known => {
                     secrets.forget(home, place).await;
@@ -212,7 +217,10 @@ async fn fetch(
                     fetch_token(http, home, place, challenge, found.secret, deadline).await
                 }
                 granted => granted,
-            }
+            };
+            // What everybody may have today is looked at again as soon as what somebody may.
+            let longest = if place.rule.asks_who() { LIFE_FOR_ALL } else { MAX_LIFE };
+            granted.map(|grant| Grant { life: grant.life.min(longest), ..grant })
         }
     }
 }
@@ -300,11 +308,16 @@ async fn token(http: &Http, home: Home<'_>, ask: &Ask<'_>, deadline: Deadline) -
     Ok(Grant { header: Some(header), life: life * USED_PERCENT / 100 })
 }
 
-/// The challenge's scope, or the one that pulling from this repository needs.
+/// The challenge's scope, or the one that pulling from this repository needs. A list may need other rights than a
+/// pull (ACR: `metadata_read`): the same token is used for both.
 fn scope(home: Home<'_>, place: &Place, challenge: &Challenge) -> String {
-    match challenge {
-        Challenge::Bearer { scope: Some(scope), .. } if !scope.is_empty() => scope.clone(),
-        _ => format!("repository:{}:pull", place.rule.repository_at(home.upstream, &place.repository)),
+    let named = format!("repository:{}:", place.rule.repository_at(home.upstream, &place.repository));
+    let Challenge::Bearer { scope: Some(scope), .. } = challenge else { return named + PULL };
+    match scope.strip_prefix(&named) {
+        _ if scope.is_empty() => named + PULL,
+        Some(actions) if actions.split(',').any(|action| action == PULL) => scope.clone(),
+        Some(actions) => format!("{named}{actions},{PULL}"),
+        None => scope.clone(),
     }
 }
 

@@ -38,17 +38,23 @@ impl Origin {
             Endpoint::Tags | Endpoint::Referrers(_) => return Ok(()),
         };
         let [head, mut get] = questions;
+        let mut refused = false;
         match self.ask(place, &head, deadline).await {
             Ok(response) => return is_content(&response, endpoint, kept),
             // Not by HEAD: some registries know none, and some signed URLs are for GET only.
             Err(SourceError::Failed(405)) => {}
-            Err(SourceError::Denied) if get.kind.is_blob() => {}
+            Err(SourceError::Denied) if get.kind.is_blob() => refused = true,
             Err(error) => return Err(error),
         }
         if get.kind.is_blob() {
             get.headers.insert(RANGE, HeaderValue::from_static("bytes=0-0"));
         }
-        is_content(&self.ask(place, &get, deadline).await?, endpoint, kept)
+        match self.ask(place, &get, deadline).await {
+            Ok(response) => is_content(&response, endpoint, kept),
+            // It has said no: that it says nothing now does not change that.
+            Err(error) if refused && error.is_passing_outage() => Err(SourceError::Denied),
+            Err(error) => Err(error),
+        }
     }
 
     /// What a secret opens at a place's registry.

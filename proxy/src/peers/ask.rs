@@ -362,7 +362,12 @@ impl Peers {
 
     /// Whether a peer that has been silent for a while is there. Who would be asked next is pinged meanwhile: several that
     /// are frozen cost no more time than one.
-    async fn answers_if_asked(&self, peer: SocketAddr, question: &Question<'_>, owed: Option<reqwest::Request>) -> bool {
+    async fn answers_if_asked(
+        &self,
+        peer: SocketAddr,
+        question: &Question<'_>,
+        owed: Option<reqwest::Request>,
+    ) -> bool {
         sleep(ALIVE).await;
         if let Manner::As(role) = question.manner {
             let scope = if role == Role::Zone { Scope::OwnZone } else { question.scope };

@@ -5,9 +5,9 @@ use std::time::Duration;
 
 use futures_util::StreamExt;
 use futures_util::stream::iter;
+use http::HeaderValue;
 use http::Method;
 use http::header::{CACHE_CONTROL, RANGE};
-use http::HeaderValue;
 use tokio::time::{sleep_until, timeout};
 
 use super::{CONNECT_TIMEOUT, Peers, lock, wire};

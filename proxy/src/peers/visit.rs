@@ -107,9 +107,10 @@ impl Visitor {
     pub fn caller(&self) -> Caller {
         match &self.authorization {
             Some(authorization) => {
+                let who = Who::lent(authorization);
                 let mut authorization = authorization.clone();
                 authorization.set_sensitive(true);
-                Caller::Holder(Arc::new(caller::Holder { who: Who::LENT, authorization: Some(authorization) }))
+                Caller::Holder(Arc::new(caller::Holder { who, authorization: Some(authorization) }))
             }
             None => Caller::Anonymous,
         }

@@ -2,7 +2,7 @@
 //! (the distribution specification's token authentication). The secret that a client sends is held against the
 //! registry's own word, and not kept.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -10,11 +10,11 @@ use bytes::BytesMut;
 use http::header::{AUTHORIZATION, HOST};
 use http::{Method, request::Parts};
 use pingora::proxy::Session;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
-use tokio::time::{sleep, timeout};
+use tokio::time::timeout;
 
-use super::Front;
 use super::logins::Logins;
+use super::turns::{Turn, Turns};
+use super::{Front, client_of};
 use crate::caller::{Caller, Holder, Who};
 use crate::config::Access;
 use crate::flights::Flights;
@@ -39,8 +39,7 @@ pub struct Gate {
     /// What registries gave for secrets, never the secrets.
     shown: moka::sync::Cache<(Who, String), Shown>,
     exchanges: Flights<(Who, String), Shown>,
-    /// How many secrets a registry may be shown at a time.
-    turns: moka::sync::Cache<Registry, Arc<Semaphore>>,
+    turns: Turns,
 }
 
 /// What came of a secret at a registry.
@@ -69,13 +68,6 @@ const ASKS_NOBODY: Duration = Duration::from_secs(60);
 /// Each may hold a token of 64 KiB.
 const MAX_SHOWN: u64 = 2_000;
 
-/// Secrets that one registry is shown at a time. A wrong one holds its turn for a while, so that nobody can guess here
-/// at a rate that the registry would not take from one address.
-const TURNS: usize = 16;
-const WRONG: Duration = Duration::from_secs(1);
-const TURN: Duration = Duration::from_secs(5);
-const MAX_REGISTRIES: u64 = 10_000;
-
 /// Larger than any form of a client, in bytes, and longer than any takes to come.
 const MAX_FORM: usize = 16 * 1024;
 const FORM: Duration = Duration::from_secs(10);
@@ -93,8 +85,7 @@ impl Gate {
         let grants = Grants::new(access.key_file.as_deref())?;
         let logins = access.logins_file.as_deref().map(|path| Logins::load(path, &grants)).transpose()?;
         let shown = moka::sync::Cache::builder().max_capacity(MAX_SHOWN).expire_after(ByLifetime).build();
-        let turns = moka::sync::Cache::new(MAX_REGISTRIES);
-        Ok(Self { grants, scheme, listen, logins, shown, exchanges: Flights::default(), turns })
+        Ok(Self { grants, scheme, listen, logins, shown, exchanges: Flights::default(), turns: Turns::new() })
     }
 
     /// Reads the logins again. Blocks on the disk.
@@ -107,13 +98,6 @@ impl Gate {
         let Some(logins) = &self.logins else { return true };
         let shown = authorization(request).and_then(Secret::from_basic);
         shown.is_some_and(|secret| logins.know(&secret, &self.grants))
-    }
-
-    /// Waits until another secret may be shown to a registry; whoever waits too long can ask that itself.
-    async fn turn(&self, registry: &Registry) -> Result<OwnedSemaphorePermit, SourceError> {
-        let turns = self.turns.get_with(registry.clone(), || Arc::new(Semaphore::new(TURNS)));
-        let turn = timeout(TURN, turns.acquire_owned()).await;
-        turn.ok().and_then(Result::ok).ok_or(SourceError::Busy)
     }
 
     /// Asks a client who it is.
@@ -149,27 +133,42 @@ impl Front {
         if self.registries.ask_who() && !knows { self.gate.challenge(request, None) } else { Reply::ping() }
     }
 
-    /// Lets a client into a place, with the rights that it has at the registry, or says why not.
+    /// Lets a client into a place, with the rights that it has at the registry, or says why not. What may be a guess has
+    /// its turn until it is known.
     pub(super) async fn let_in(
         &self,
-        request: &Parts,
+        session: &Session,
         place: Place,
         endpoint: &Endpoint,
         accept: &str,
-    ) -> Result<Place, Reply> {
-        let shown = match self.presented(request, &place).await {
+    ) -> Result<(Place, Option<Turn>), Reply> {
+        let (request, from) = (session.req_header(), client_of(session));
+        let shown = match self.presented(request, from, &place).await {
             Ok(shown) => shown,
             Err(error) => return Err(Reply::refusal(&not_exchanged(&error))),
         };
         let caller = shown.clone().unwrap_or(Caller::Anonymous);
         let place = Place { caller, ..place };
+        let is_guess = place.caller.shows_secret() && !self.pull.was_let_in(&place);
+        let turn = match is_guess {
+            true => match self.gate.turns.take(&place.registry, from).await {
+                Ok(turn) => Some(turn),
+                Err(error) => return Err(Reply::refusal(&not_exchanged(&error))),
+            },
+            false => None,
+        };
         match self.pull.let_in(&place, endpoint, accept).await {
-            Ok(()) => Ok(place),
-            Err(Unentitled::Refused(refusal)) => Err(Reply::refusal(&refusal)),
-            // A registry may hide from strangers what it has, and limit them before others.
+            Ok(()) => Ok((place, turn)),
+            // A registry may hide from strangers what it has, and limit them before others. And while it is in trouble
+            // those who were let in lately have to say who they are.
             Err(_) if shown.is_none() => Err(self.gate.challenge(request, Some(&place))),
-            Err(Unentitled::Denied) => Err(Reply::refusal(&denied())),
-            Err(Unentitled::NotFound(refusal) | Unentitled::Limited(refusal)) => Err(Reply::refusal(&refusal)),
+            Err(Unentitled::Denied) => {
+                turn.into_iter().for_each(Turn::was_wrong);
+                Err(Reply::refusal(&denied()))
+            }
+            Err(Unentitled::Refused(refusal) | Unentitled::NotFound(refusal) | Unentitled::Limited(refusal)) => {
+                Err(Reply::refusal(&refusal))
+            }
         }
     }
 
@@ -186,16 +185,21 @@ impl Front {
     }
 
     /// Whose rights a request shows. None: none.
-    async fn presented(&self, request: &Parts, place: &Place) -> Result<Option<Caller>, SourceError> {
+    async fn presented(
+        &self,
+        request: &Parts,
+        from: Option<IpAddr>,
+        place: &Place,
+    ) -> Result<Option<Caller>, SourceError> {
         if let Some(secret) = authorization(request).and_then(Secret::from_basic) {
-            return self.exchange(place, secret).await.caller.map(Some);
+            return self.exchange(place, secret, from).await.caller.map(Some);
         }
         Ok(self.gate.grant_for(request, place).map(|grant| grant.caller))
     }
 
     /// What a secret opens at a place's registry: asked for once for all who show it at the same time. A registry's
     /// token is kept as long as it is good, a secret never.
-    async fn exchange(&self, place: &Place, secret: Secret) -> Shown {
+    async fn exchange(&self, place: &Place, secret: Secret, from: Option<IpAddr>) -> Shown {
         let who = self.gate.grants.who(&secret);
         let key = (who, place.to_string());
         if let Some(shown) = self.gate.shown.get(&key) {
@@ -205,17 +209,16 @@ impl Front {
             let (pull, gate, place) = (self.pull.clone(), self.gate.clone(), place.clone());
             async move {
                 let itself = secret.basic();
-                let turn = gate.turn(&place.registry).await;
-                let exchanged = match &turn {
-                    Ok(_) => pull.exchange(&place, secret).await,
-                    Err(busy) => Err(busy.clone()),
+                let exchanged = match gate.turns.take(&place.registry, from).await {
+                    Ok(turn) => {
+                        let exchanged = pull.exchange(&place, secret).await;
+                        if matches!(exchanged, Err(SourceError::Denied)) {
+                            turn.was_wrong();
+                        }
+                        exchanged
+                    }
+                    Err(busy) => Err(busy),
                 };
-                if matches!(exchanged, Err(SourceError::Denied)) {
-                    tokio::spawn(async move {
-                        sleep(WRONG).await;
-                        drop(turn);
-                    });
-                }
                 let shown = Shown::of(exchanged, who, &place, &pull);
                 let is_secret = |holder: &Holder| {
                     let shown = holder.authorization.as_ref().map(|value| value.as_bytes());
@@ -242,7 +245,7 @@ impl Front {
         let mut grant = Grant { place: None, caller: Caller::Anonymous, life: MAX_LIFE };
         if let Some(place) = place {
             if let Some(secret) = wanted.secret.filter(|_| place.rule.asks_who()) {
-                let shown = self.exchange(&place, secret).await;
+                let shown = self.exchange(&place, secret, client_of(session)).await;
                 match shown.caller {
                     Ok(caller) => {
                         grant.life = shown.until.saturating_duration_since(Instant::now());
@@ -350,7 +353,8 @@ impl Shown {
             }
             Err(error) => {
                 let known = Place { caller: holder(None), ..place.clone() };
-                let still = error.is_passing_outage() && pull.was_let_in(&known);
+                // That too many ask here is no trouble of the registry's.
+                let still = error != SourceError::Busy && error.is_passing_outage() && pull.was_let_in(&known);
                 let shown = Self::new(if still { Ok(known.caller) } else { Err(error) }, IN_TROUBLE);
                 Self { life: ASKED_AGAIN, ..shown }
             }

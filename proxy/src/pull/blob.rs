@@ -9,7 +9,7 @@ use tokio::time::{Instant, timeout, timeout_at};
 use super::negatives::Endpoint;
 use super::parts::Parts;
 use super::sources::{BlobSources, Refusals};
-use super::{Asker, Asking, FIRST_BYTE, Pull, Refusal, fetch_ended, is_personal};
+use super::{Asker, Asking, FIRST_BYTE, Pull, Refusal, fetch_ended, flights, is_personal};
 use crate::fill::{Feed, Fill, FillKey, Opened, Outcome, Passage, Reader, Reading};
 use crate::oci::{Digest, ErrorCode, Multipart, NamedBy, RangeRequest, Registry, Repository, Span};
 use crate::peers::{Aim, Manner, Question, Reach};
@@ -192,7 +192,7 @@ impl Pull {
         }
         let role = self.role(place, digest, request.asking);
         let key = |who| (place.to_string(), digest.clone(), role, who);
-        let (shared, own) = (key(None), key(Some(place.caller.who())));
+        let (shared, own) = flights(place, key);
         let landed = self.length_flights.join_or_own(
             shared,
             own,

@@ -4,6 +4,7 @@
 //! A digest opens nothing by itself. It belongs to a repository if it was fetched from there, or if the registry gave
 //! it from there to somebody who asked.
 
+use std::hash::{BuildHasher, RandomState};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -21,8 +22,14 @@ use crate::store::{Found, Kind};
 
 /// What registries have said of callers, and of digests.
 pub(super) struct Entitlements {
-    /// Since when somebody is let into a repository.
-    let_in: moka::sync::Cache<(Who, String), Instant>,
+    /// Since when somebody is let into a repository, with what it shows. The registry may give another token and take
+    /// back the right: with that one it is asked anew.
+    let_in: moka::sync::Cache<(Who, String, u64), Instant>,
+    /// When that was last so, with whatever.
+    lately: moka::sync::Cache<(Who, String), ()>,
+    /// When the registry last refused somebody something there.
+    noes: moka::sync::Cache<(Who, String), Instant>,
+    telling: RandomState,
     /// What somebody was refused there.
     refused: moka::sync::Cache<(Who, String, String), Refused>,
     belonging: moka::sync::Cache<(String, Digest), ()>,
@@ -72,7 +79,10 @@ impl Entitlements {
     pub(super) fn new() -> Self {
         let day = Duration::from_secs(24 * 3600);
         Self {
-            let_in: moka::sync::Cache::builder().max_capacity(100_000).time_to_live(IN_TROUBLE).build(),
+            let_in: moka::sync::Cache::builder().max_capacity(100_000).time_to_live(FRESH).build(),
+            lately: moka::sync::Cache::builder().max_capacity(100_000).time_to_live(IN_TROUBLE).build(),
+            noes: moka::sync::Cache::builder().max_capacity(100_000).time_to_live(FRESH).build(),
+            telling: RandomState::new(),
             refused: moka::sync::Cache::builder().max_capacity(50_000).expire_after(ByLifetime).build(),
             belonging: moka::sync::Cache::builder().max_capacity(100_000).time_to_idle(day).build(),
             proofs: Flights::default(),
@@ -93,17 +103,37 @@ impl Entitlements {
     }
 
     fn known(&self, place: &Place) -> Known {
-        Known::since(self.let_in.get(&(place.caller.who(), place.to_string())), Instant::now())
-    }
-}
-
-impl Known {
-    fn since(let_in: Option<Instant>, now: Instant) -> Self {
-        match let_in.map(|since| now.saturating_duration_since(since)) {
-            Some(age) if age < FRESH => Self::LetIn,
-            Some(age) if age < IN_TROUBLE => Self::Lately,
-            _ => Self::Nothing,
+        let (who, name) = (place.caller.who(), place.to_string());
+        let let_in = self.let_in.get(&(who, name.clone(), self.shown(place)));
+        let no = self.noes.get(&(who, name.clone()));
+        if let_in.is_some_and(|since| no.is_none_or(|no| no < since)) {
+            return Known::LetIn;
         }
+        if self.lately.contains_key(&(who, name)) { Known::Lately } else { Known::Nothing }
+    }
+
+    /// The registry, asked then, gives a caller something.
+    fn let_in(&self, place: &Place, asked: Instant) {
+        let (who, name) = (place.caller.who(), place.to_string());
+        let key = (who, name.clone());
+        // It may have said no to something else since.
+        if self.noes.get(&key).is_some_and(|no| no >= asked) {
+            return;
+        }
+        self.let_in.insert((who, name, self.shown(place)), asked);
+        self.lately.insert(key, ());
+    }
+
+    fn shut_out(&self, place: &Place) {
+        let (who, name) = (place.caller.who(), place.to_string());
+        self.let_in.invalidate(&(who, name.clone(), self.shown(place)));
+        self.lately.invalidate(&(who, name.clone()));
+        self.noes.insert((who, name), Instant::now());
+    }
+
+    /// Tells apart what a caller shows, and tells nobody what it is.
+    fn shown(&self, place: &Place) -> u64 {
+        self.telling.hash_one(place.caller.holder().and_then(|holder| holder.authorization.as_ref()))
     }
 }
 
@@ -117,11 +147,7 @@ impl Pull {
         let proven = match self.entitlements.known(place) {
             Known::LetIn => false,
             known => match self.prove(place, endpoint, accept).await {
-                Ok(()) => {
-                    let key = (place.caller.who(), place.to_string());
-                    self.entitlements.let_in.insert(key, Instant::now());
-                    true
-                }
+                Ok(()) => true,
                 Err(error) if error.is_passing_outage() && known == Known::Lately => false,
                 Err(error) => return Err(refused(endpoint, &error)),
             },
@@ -167,7 +193,7 @@ impl Pull {
 
     /// The registry has said that a caller may not: what it said before holds no longer, also while it is in trouble.
     pub fn shut_out(&self, place: &Place) {
-        self.entitlements.let_in.invalidate(&(place.caller.who(), place.to_string()));
+        self.entitlements.shut_out(place);
     }
 
     /// Asks the registry whether it gives something to a caller, once for all who ask with the same secret.
@@ -185,6 +211,7 @@ impl Pull {
         let landed = self.entitlements.proofs.join(key, || {
             let (pull, place, endpoint, accept) = (self.clone(), place.clone(), endpoint.clone(), accept.to_owned());
             async move {
+                let asked = Instant::now();
                 let kept = pull.kept_length(&endpoint).await;
                 let given = pull.origin.gives(&place, &endpoint, &accept, kept, Instant::now() + PATIENCE).await;
                 let outcome = given.as_ref().map_or_else(SourceError::as_str, |()| "let");
@@ -192,8 +219,10 @@ impl Pull {
                 if let (Ok(()), Some(digest)) = (&given, digest_of(&endpoint)) {
                     pull.entitlements.took(&place, digest);
                 }
-                if given == Err(SourceError::Denied) {
-                    pull.shut_out(&place);
+                match &given {
+                    Ok(()) => pull.entitlements.let_in(&place, asked),
+                    Err(SourceError::Denied) => pull.shut_out(&place),
+                    Err(_) => {}
                 }
                 if let Err(error @ (SourceError::Denied | SourceError::NotFound)) = &given {
                     let is_strangers = *error == SourceError::Denied && place.caller == Caller::Anonymous;
@@ -234,13 +263,32 @@ impl Lifetime for Refused {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::Config;
+    use crate::registries::Registries;
+
+    fn place(authorization: &'static str) -> Place {
+        let config = "[[registry]]\nmatch = \"docker.io\"\naccess = \"client\"\n";
+        let config = Config::parse(config, "test").unwrap();
+        let rule = Registries::new(&config).rule(&"docker.io".parse().unwrap(), &"a/b".parse().unwrap()).clone();
+        let authorization = Some(http::HeaderValue::from_static(authorization));
+        let caller = Caller::Holder(Arc::new(crate::caller::Holder { who: Who([7; 16]), authorization }));
+        Place { caller, ..Place::new(rule, "docker.io".parse().unwrap(), "a/b".parse().unwrap()) }
+    }
 
     #[test]
-    fn a_right_is_fresh_for_minutes_and_good_in_trouble_for_an_hour() {
-        let start = Instant::now();
-        let after = |seconds| Known::since(Some(start), start + Duration::from_secs(seconds));
-        assert_eq!([after(0), after(299)], [Known::LetIn; 2]);
-        assert_eq!([after(300), after(3599)], [Known::Lately; 2]);
-        assert_eq!([after(3600), after(1_000_000), Known::since(None, start)], [Known::Nothing; 3]);
+    fn a_right_ends_with_what_showed_it_and_by_any_no() {
+        let (entitlements, first, second) = (Entitlements::new(), place("Bearer 1"), place("Bearer 2"));
+        let known = |place| entitlements.known(place);
+        assert_eq!(known(&first), Known::Nothing);
+        entitlements.let_in(&first, Instant::now());
+        assert_eq!([known(&first), known(&second)], [Known::LetIn, Known::Lately]);
+        entitlements.let_in(&second, Instant::now());
+        let asked = Instant::now();
+        entitlements.shut_out(&second);
+        assert_eq!([known(&first), known(&second)], [Known::Nothing; 2], "whatever showed it");
+        entitlements.let_in(&second, asked);
+        assert_eq!(known(&second), Known::Nothing, "it was asked before the no");
+        entitlements.let_in(&second, Instant::now() + Duration::from_millis(1));
+        assert_eq!(known(&second), Known::LetIn);
     }
 }

@@ -9,7 +9,7 @@ use tokio::time::{Instant, timeout};
 
 use super::negatives::Endpoint;
 use super::sources::Refusals;
-use super::{Asker, Asking, FIRST_BYTE, Pull, Refusal, fetch_ended, is_personal};
+use super::{Asker, Asking, FIRST_BYTE, Pull, Refusal, fetch_ended, flights, is_personal};
 use crate::oci::{Digest, ErrorCode, Reference, manifest};
 use crate::peers::{Manner, Question, Reach, Standing};
 use crate::registries::Place;
@@ -82,7 +82,7 @@ impl Pull {
         role: Role,
     ) -> BoxFuture<'a, Fetched> {
         let key = |who| (place.to_string(), digest.clone(), role, who);
-        let (shared, own) = (key(None), key(Some(place.caller.who())));
+        let (shared, own) = flights(place, key);
         let landed = self.manifest_flights.join_or_own(
             shared,
             own,

@@ -114,7 +114,7 @@ impl Sources for BlobSources {
             self.pull.origin.forget_redirects(&self.place, &self.key.digest).await;
         }
         let deadline = Instant::now() + FIRST_BYTE;
-        match self.pull.origin.blob(&self.place, &self.key.digest, part, deadline).await {
+        match self.of_origin(part, deadline).await {
             Ok(incoming) => Ok((incoming, ServedFrom::Origin)),
             Err(error) => match self.last_resort(part, &error).await {
                 Some(incoming) => Ok((incoming, ServedFrom::Peer)),
@@ -207,6 +207,19 @@ impl BlobSources {
         Self { pull: pull.clone(), place: place.clone(), key, aim, view, looked, begun }
     }
 
+    /// The registry is shown what is good for longest: what the first caller showed may end before the blob does.
+    async fn of_origin(&self, part: Part, deadline: Instant) -> Result<Incoming, SourceError> {
+        let digest = &self.key.digest;
+        let newest = self.pull.fills.running(&self.key).map(|fill| fill.newest_place());
+        match newest.filter(|newest| newest.caller != self.place.caller) {
+            Some(newest) => match self.pull.origin.blob(&newest, digest, part, deadline).await {
+                Err(SourceError::Denied) => self.pull.origin.blob(&self.place, digest, part, deadline).await,
+                answer => answer,
+            },
+            None => self.pull.origin.blob(&self.place, digest, part, deadline).await,
+        }
+    }
+
     /// Which successors have it. What somebody else just asked, for another range, is not asked again.
     async fn found_at_successors(&self, peers: &Peers) -> Arc<Vec<Holder>> {
         let key = (self.key.digest.clone(), self.key.registry.clone());
@@ -289,7 +302,7 @@ impl BlobSources {
         if let Some(fill) = self.pull.fills.running(&self.key).filter(|_| is_part) {
             fill.depute(span);
             let deadline = Instant::now() + FIRST_BYTE;
-            match self.pull.origin.blob(&self.place, &self.key.digest, Part::Span(span), deadline).await {
+            match self.of_origin(Part::Span(span), deadline).await {
                 Ok(incoming) if incoming.span == span => {
                     let (peers, place, digest) = (peers.clone(), self.place.clone(), self.key.digest.clone());
                     let told = incoming.followed_by(move || {

@@ -13,7 +13,7 @@ use tokio::time::{Instant, timeout};
 
 use super::negatives::Endpoint;
 use super::sources::Refusals;
-use super::{Asker, Asking, FIRST_BYTE, ManifestAnswer, Pull, fetch_ended, is_personal};
+use super::{Asker, Asking, FIRST_BYTE, ManifestAnswer, Pull, fetch_ended, flights, is_personal};
 use crate::oci::{Digest, Reference, Tag};
 use crate::peers::{Manner, Peers, Question, Reach, Standing, TagAnswer};
 use crate::registries::Place;
@@ -97,7 +97,7 @@ impl Pull {
     }
 
     fn count_stale(&self, place: &Place, tag: &Tag, meant: Meant, reason: &str) -> Meant {
-        if meant.as_ref().is_ok_and(|answer| answer.from == ServedFrom::Stale) {
+        if is_stale(&meant) {
             self.metrics.stale.with_label_values(&[reason]).inc();
             tracing::info!(%place, %tag, reason, "served stale");
         }
@@ -116,11 +116,12 @@ impl Pull {
             return std::future::ready(Err(error)).boxed();
         }
         let key = |who| (place.to_string(), tag.clone(), role, who);
-        let (shared, own) = (key(None), key(Some(place.caller.who())));
+        let (shared, own) = flights(place, key);
         let landed = self.tag_flights.join_or_own(
             shared,
             own,
-            |meant| is_personal(place, meant),
+            // What is left to somebody who can ask nothing is for nobody else.
+            |meant| is_personal(place, meant) || (place.rule.asks_who() && is_stale(meant)),
             move || {
                 let (pull, place, tag, accept) = (self.clone(), place.clone(), tag.clone(), accept.to_owned());
                 async move {
@@ -246,6 +247,10 @@ pub(super) fn in_ring(place: &Place, tag: &Tag) -> Digest {
 
 fn question<'a>(place: &'a Place, in_ring: &'a Digest, manner: Manner) -> Question<'a> {
     Question::about(place, in_ring, manner, Instant::now() + FIRST_BYTE)
+}
+
+fn is_stale(meant: &Meant) -> bool {
+    meant.as_ref().is_ok_and(|answer| answer.from == ServedFrom::Stale)
 }
 
 fn stale(answer: ManifestAnswer) -> ManifestAnswer {

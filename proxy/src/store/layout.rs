@@ -31,10 +31,13 @@ pub enum LayoutError {
     InUse { dir: PathBuf },
 }
 
+/// All of it stands in a directory of this name; another form of it needs another one.
+pub const LAYOUT: &str = "v1";
+
 impl Layout {
     pub(super) fn open(dir: &Path) -> Result<Self, LayoutError> {
         let unusable = |source| LayoutError::Unusable { dir: dir.to_owned(), source };
-        let root = dir.join("v1");
+        let root = dir.join(LAYOUT);
         // What is cached may be private: nobody else on the machine has to read it.
         fs::DirBuilder::new().recursive(true).mode(0o700).create(&root).map_err(unusable)?;
         fs::set_permissions(&root, fs::Permissions::from_mode(0o700)).map_err(unusable)?;

@@ -451,6 +451,8 @@ async fn while_the_registry_is_in_trouble_those_who_were_let_in_still_are() {
     .await;
     let alices = token(&challenged, Some(ALICE)).await.unwrap();
     assert_eq!(get_as(&dray, &blob, &format!("Bearer {alices}")).await.body, bytes);
+    // Who asks first without a word is asked who it is, as ever.
+    assert_eq!(pull_as(&dray, &blob, ALICE).await.body, bytes);
     assert_eq!(get_as(&dray, TAG, &format!("Basic {}", STANDARD.encode(ALICE))).await.source(), "stale");
     for stranger in [BOB, "alice:wrong"] {
         if let Ok(token) = token(&challenged, Some(stranger)).await {
@@ -495,18 +497,89 @@ async fn whom_a_registry_limits_others_do_not_suffer() {
     assert_eq!(pull_as(&dray, TAG, ALICE).await.status, 200);
 }
 
-/// Sixteen wrong secrets a second, however many are shown: a clock cannot make it fewer.
+/// Sixteen wrong secrets a second, however many are shown, and in whatever way: a clock cannot make it fewer.
 #[tokio::test(flavor = "multi_thread")]
 async fn nobody_guesses_faster_here_than_at_the_registry() {
-    let tenants = Tenants::new(Wants::Tokens).await;
-    let dray = Start::new(tenants.rule()).run();
-    let path = "/v2/a/app/manifests/1?ns=reg.example";
-    let began = std::time::Instant::now();
     let guesses: Vec<String> = (0..40).map(|nth| format!("alice:{nth}")).collect();
-    let answers = futures_util::future::join_all(guesses.iter().map(|guess| pull_as(&dray, path, guess))).await;
-    assert!(answers.iter().all(|answer| answer.status >= 400));
-    assert!(began.elapsed() >= std::time::Duration::from_secs(2), "{:?} for three rounds", began.elapsed());
-    assert_eq!(pull_as(&dray, path, ALICE).await.status, 200, "the right one still opens it");
+    let list = "/v2/a/app/tags/list?ns=reg.example";
+    for wants in [Wants::Tokens, Wants::Basic] {
+        let tenants = Tenants::new(wants).await;
+        let dray = Start::new(tenants.rule()).run();
+        let by_challenge = async || {
+            let answers = guesses.iter().map(|guess| pull_as(&dray, TAG, guess));
+            futures_util::future::join_all(answers).await
+        };
+        let at_once = async |path: &str| {
+            let answers = guesses.iter().map(async |guess| {
+                get_as(&dray, path, &format!("Basic {}", STANDARD.encode(format!("{guess}{path}")))).await
+            });
+            futures_util::future::join_all(answers).await
+        };
+        for way in 0..3 {
+            let began = std::time::Instant::now();
+            let answers = match way {
+                0 => by_challenge().await,
+                1 => at_once(TAG).await,
+                _ => at_once(list).await,
+            };
+            assert!(answers.iter().all(|answer| answer.status >= 400), "{wants:?} {way}");
+            let took = began.elapsed();
+            assert!(took >= std::time::Duration::from_secs(2), "{wants:?} {way}: {took:?} for three rounds");
+        }
+        assert_eq!(pull_as(&dray, TAG, ALICE).await.status, 200, "the right one still opens it");
+    }
+}
+
+/// What the first caller showed may end before a large blob does.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_blob_goes_on_with_what_a_later_caller_shows() {
+    let image = Image::new(1, &[80_000_000]);
+    let (layer, bytes) = image.layer();
+    let content = Content::new(&[("a/app", "1", &image)]);
+    let over = Arc::new(AtomicUsize::new(0));
+    let is_over = over.clone();
+    let registry = Origin::answering(move |request| {
+        let said = request.header("authorization").unwrap_or_default().to_owned();
+        if request.path.starts_with("/token") {
+            let user = said.strip_prefix("Basic ").unwrap_or("bm9ib2R5");
+            return Response::new(200, json!({ "token": user }).to_string());
+        }
+        let host = request.header("host").unwrap_or_default();
+        let challenge = format!("Bearer realm=\"http://{host}/token\",service=\"s\"");
+        let token = |login| format!("Bearer {}", STANDARD.encode(login));
+        let may = said == token(BOB) || (said == token(ALICE) && is_over.load(Ordering::SeqCst) == 0);
+        match may {
+            true if request.is_blob() && said == token(ALICE) => {
+                content.answer(request).fault(Fault::GateAfter(1_000_000))
+            }
+            true => content.answer(request),
+            false => Response::new(401, "").with("www-authenticate", challenge),
+        }
+    })
+    .await;
+    let rule =
+        format!("[[registry]]\nmatch = \"reg.example\"\nupstreams = [\"{}\"]\naccess = \"client\"\n", registry.url());
+    let dray = Start::new(rule).run();
+    let path = format!("/v2/a/app/blobs/{layer}?ns=reg.example");
+    let others = async {
+        dray.fill_begins().await;
+        let others = pull_as(&dray, &path, BOB);
+        let then = async {
+            eventually("he is let in", async || {
+                let name = "dray_client_checks_total{outcome=\"let\",rule=\"reg.example\"}";
+                (dray.metric(name).await >= 2).then_some(())
+            })
+            .await;
+            over.store(1, Ordering::SeqCst);
+            registry.open_gate();
+        };
+        tokio::join!(others, then).0
+    };
+    let (first, second) = tokio::join!(pull_as(&dray, &path, ALICE), others);
+    for answer in [first, second] {
+        assert_eq!((answer.status, answer.complete), (200, true));
+        assert!(answer.body == bytes);
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

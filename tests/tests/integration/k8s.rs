@@ -26,6 +26,10 @@ fn matrix() -> Vec<Vec<String>> {
         "mode=deployment",
         "mode=deployment,reach.by=clusterIP,reach.clusterIP=10.96.0.50,image.pullSecrets={robot}",
         "mode=deployment,cache.volume.storage=200Gi,cache.volume.storageClassName=fast,cache.disk=190GiB",
+        "mode=deployment,reach.by=clusterIP,reach.clusterIP=fd00::5,reach.ipv6=true,containerd.nodeSelector.pool=a,\
+         podDisruptionBudget.minAvailable=2",
+        "criticalPodsQuota=true,seLinuxOptions.type=spc_t,cache.keepAfterUninstall=true,secrets[0].name=hub.corp,\
+         secrets[0].mountPath=/etc/dray/secrets/hub",
         "mode=deployment,containerd.enabled=false,networkPolicy.enabled=true,metrics.enabled=true",
         "mode=deployment,zones.by=nodes,zones.names={a,b},secrets[0].name=hub,secrets[0].mountPath=/etc/dray/secrets/hub",
     ];
@@ -222,6 +226,17 @@ fn wrong_values_are_explained() {
         ("metrics.prometheusRule.enabled=true", "metrics.enabled"),
         ("metrics.dashboard.enabled=true", "metrics.enabled"),
         ("env[0].value=x", "/env/0"),
+        ("peers.port=5051", "a port of its own"),
+        ("mode=deployment,peers.port=5050", "a port of its own"),
+        ("config=[cache]\ndisk = \"1GiB\"", "written by the chart"),
+        ("config=  [[registry]]\n\n[ peers ]", "written by the chart"),
+        ("config=# rules\nlisten = \"0.0.0.0:5050\"", "stands in no table"),
+        ("podDisruptionBudget.minAvailabel=1", "/podDisruptionBudget"),
+        ("seLinuxOptions.typ=spc_t", "/seLinuxOptions"),
+        (
+            "zones.by=podLabel,zones.names={a-very-long-name-for-a-zone-that-nobody-needs-at-all-but-has}",
+            "63 characters",
+        ),
         ("bogus=1", "bogus"),
     ] {
         let error = render(&["--set", set]).unwrap_err();

@@ -1,6 +1,7 @@
 use std::collections::BTreeMap;
 
 use super::*;
+use crate::containerd::{empty_cache, own_cache};
 
 const FOREIGN: &str = "# mine\r\nserver = \"https://x\"\n\n[host.\"https://a\"]\n";
 
@@ -127,7 +128,10 @@ fn a_directory_is_handed_over_and_given_back() {
             Owner { uid: 7, gid: 8, mode: 0o750 }.give(&default).unwrap();
         }
         let before = tree(dir.path());
+        let root = Owner::of(dir.path()).unwrap();
+        assert_eq!(root.mode, 0o700, "nobody else gets there");
         hosts.hand_over((65532, 65532), Mode::Apply).unwrap();
+        assert_eq!(Owner::of(dir.path()).unwrap(), Owner { gid: 65532, mode: 0o750, ..root });
         assert!(hosts.hand_over((65532, 65532), Mode::Apply).unwrap().changes.is_empty());
         assert_eq!(Owner::of(&default).unwrap().uid, 65532);
         // A reader stays a reader where the group has no right to write.
@@ -139,7 +143,55 @@ fn a_directory_is_handed_over_and_given_back() {
         hosts.install(&ours(), &Registries::Default, Mode::Apply).unwrap();
         hosts.uninstall(Mode::Apply).unwrap();
         assert_eq!(tree(dir.path()), before);
+        assert_eq!(Owner::of(dir.path()).unwrap(), root);
     }
+}
+
+#[test]
+fn a_directory_of_some_group_is_not_opened_to_another() {
+    if !rustix::process::geteuid().is_root() {
+        return; // Only root gives files away.
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let of_group = Owner { uid: 0, gid: 8, mode: 0o750 };
+    of_group.give(dir.path()).unwrap();
+    let refused = HostsDir::new(dir.path()).hand_over((65532, 65532), Mode::Apply).unwrap_err().to_string();
+    assert!(refused.contains("chmod o+x"), "{refused}");
+    assert_eq!(Owner::of(dir.path()).unwrap(), of_group);
+    Owner { mode: 0o751, ..of_group }.give(dir.path()).unwrap();
+    assert_eq!(HostsDir::new(dir.path()).hand_over((65532, 65532), Mode::Apply).unwrap().changes.len(), 1);
+}
+
+/// A cache directory that somebody has mistaken for one of dray's own stays whose it is.
+#[test]
+fn a_cache_directory_is_drays_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    let before = Owner::of(dir.path()).unwrap();
+    let to = (before.uid, before.gid);
+    put(dir.path(), "v1/blobs/x", "x");
+    put(dir.path(), "lost+found/y", "y");
+    assert!(!own_cache(dir.path(), to).unwrap());
+    put(dir.path(), "library/photo", "z");
+    let refused = own_cache(dir.path(), to).unwrap_err().to_string();
+    assert!(refused.contains("holds library"), "{refused}");
+    assert!(empty_cache(dir.path(), Mode::DryRun).unwrap() && dir.path().join("v1").exists());
+    assert!(empty_cache(dir.path(), Mode::Apply).unwrap());
+    assert!(!dir.path().join("v1").exists() && dir.path().join("library/photo").exists());
+    assert!(!empty_cache(dir.path(), Mode::Apply).unwrap(), "there is nothing any more");
+}
+
+/// Whoever can read the directory can hold its lock.
+#[test]
+fn a_lock_that_is_held_keeps_nobody_from_taking_it_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let hosts = HostsDir::new(dir.path());
+    hosts.install(&ours(), &Registries::Default, Mode::Apply).unwrap();
+    let held = std::fs::File::open(dir.path()).unwrap();
+    held.lock().unwrap();
+    let refused = hosts.install(&ours(), &Registries::Default, Mode::Apply).unwrap_err().to_string();
+    assert!(refused.contains("holds a lock"), "{refused}");
+    hosts.withdraw().unwrap();
+    assert!(!dir.path().join(DEFAULT).exists());
 }
 
 #[test]
