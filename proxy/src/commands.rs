@@ -35,6 +35,16 @@ fn say(text: &str) {
     let _ = writeln!(std::io::stdout(), "{text}");
 }
 
+/// Each of them once, in the order in which they came.
+fn once<T: PartialEq>(all: Vec<T>) -> Vec<T> {
+    all.into_iter().fold(Vec::new(), |mut known, one| {
+        if !known.contains(&one) {
+            known.push(one);
+        }
+        known
+    })
+}
+
 /// For commands that ask others.
 fn block_on<T>(asking: impl Future<Output = T>) -> Result<T, Failure> {
     install_tls()?;

@@ -12,5 +12,3 @@ pub mod patch;
 pub mod places;
 pub mod proof;
 mod tree;
-
-pub use tree::{empty_cache, own_cache};

@@ -130,7 +130,7 @@ pub struct Fill {
     pub key: FillKey,
     /// Whose request started it.
     pub place: Place,
-    /// Whoever joined it last: what they show the registry is good for longest.
+    /// Whoever joined it last.
     newest: Mutex<Caller>,
     opened: OnceLock<Result<Opened, SourceError>>,
     progress: watch::Sender<Progress>,
@@ -372,6 +372,14 @@ impl Fill {
     pub fn newest_place(&self) -> Place {
         let caller = self.newest.lock().unwrap_or_else(PoisonError::into_inner).clone();
         Place { caller, ..self.place.clone() }
+    }
+
+    /// What that one shows is of no use.
+    pub fn forget_newest(&self, caller: &Caller) {
+        let mut newest = self.newest.lock().unwrap_or_else(PoisonError::into_inner);
+        if *newest == *caller {
+            *newest = self.place.caller.clone();
+        }
     }
 
     /// Whether what came from there is what this fill would fetch, for the same people.

@@ -40,6 +40,7 @@ pub const UNPROVEN: &str = "dray_peers_unproven_total";
 pub const SMALL_DROPPED: &str = "dray_small_dropped_total";
 pub const SMALL_LOOKUPS: &str = "dray_small_lookups_total";
 pub const SMALL_MEMORY: &str = "dray_small_memory_bytes";
+pub const CONTAINERD_POINTED: &str = "dray_containerd_pointed";
 pub const CACHE_BLOBS: &str = "dray_cache_blobs";
 pub const STALE: &str = "dray_stale_total";
 pub const MISMATCHES: &str = "dray_digest_mismatches_total";
@@ -97,6 +98,8 @@ pub struct Metrics {
     pub small_lookups: IntCounterVec,
     /// by cache
     pub small_memory: IntGaugeVec,
+    /// by hosts directory, where there is one: whether containerd is pointed here
+    pub containerd_pointed: IntGaugeVec,
     /// that are kept as files
     pub cache_blobs: IntGauge,
     /// by tier
@@ -239,6 +242,11 @@ impl Metrics {
                 &["cache", "found"],
             ),
             small_memory: gauges(SMALL_MEMORY, "Bytes of small objects in memory.", &["cache"]),
+            containerd_pointed: gauges(
+                CONTAINERD_POINTED,
+                "Whether the hosts directory of containerd says what it should.",
+                &["hosts_dir"],
+            ),
             cache_blobs: register(&registry, IntGauge::new(CACHE_BLOBS, "Blobs that are kept as files.")),
             resumed_bytes: register(
                 &registry,

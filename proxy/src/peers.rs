@@ -122,6 +122,12 @@ impl Peers {
                 listen.port()
             ));
         }
+        let names = settings.members.iter().map(|(zone, _)| zone).chain(settings.service.iter().map(|(zone, _)| zone));
+        if settings.zone.is_some() && !names.clone().any(|zone| *zone == settings.zone) {
+            let zones: Vec<&str> = names.filter_map(|zone| zone.as_deref()).collect();
+            let zone = settings.zone.as_deref().unwrap_or_default();
+            tracing::warn!(zone, ?zones, "peers.zone is none of the zones that have members: this node is alone in it");
+        }
         metrics.peers.set(i64::try_from(members.len()).unwrap_or(i64::MAX));
         let proof = Proof::load(&settings)?;
         let client = Client::builder()
@@ -183,6 +189,11 @@ impl Peers {
             self.metrics.peers.set(i64::try_from(members.len()).unwrap_or(i64::MAX));
             self.members.store(Arc::new(members));
         }
+    }
+
+    /// Whether a member is in another zone.
+    pub fn is_far(&self, peer: SocketAddr) -> bool {
+        self.members.load().is_far(peer)
     }
 
     /// How many members there are.

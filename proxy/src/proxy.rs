@@ -258,6 +258,7 @@ impl Front {
         let ranges = header(RANGE).and_then(RangeSet::parse);
         let range = ranges.as_ref().and_then(RangeSet::single);
         let head_only = request.method == Method::HEAD;
+        let is_list = matches!(endpoint, Endpoint::Tags | Endpoint::Referrers(_));
         let answer = match endpoint {
             Endpoint::Manifest(Reference::Tag(_)) if asking.asker == Asker::Peer(Standing::Stranger) => {
                 Err(self.no_tags())
@@ -300,7 +301,10 @@ impl Front {
             Endpoint::Referrers(digest) => self.list(&place, format!("referrers/{digest}"), path, query).await,
         };
         if matches!(answer, Err(Refusal::Denied(_))) && place.caller.holder().is_some() {
-            self.pull.shut_out(&place);
+            // Who may not list may still pull.
+            if !is_list {
+                self.pull.shut_out(&place);
+            }
             turn.into_iter().for_each(Turn::was_wrong);
         }
         // A challenge is for clients: a peer would take it for one about keys.
@@ -378,8 +382,10 @@ impl Front {
         exchange: &mut Exchange,
     ) -> Result<Reply, Refusal> {
         let Some(peers) = self.pull.peers() else { return Err(Refusal::NotKept) };
-        let digest = &request.digest;
-        let reply = match self.pull.direct(visitor, request, peers).await {
+        let (digest, asked) = (&request.digest, Instant::now());
+        let direction = self.pull.direct(visitor, request, peers).await;
+        let request = &request.after(asked.elapsed());
+        let reply = match direction {
             Direction::Redirect(peer) => Reply::redirect(peer),
             Direction::Depute(span) => Reply::depute(span),
             Direction::Answer => {

@@ -32,7 +32,7 @@ pub use self::refusal::Refusal;
 use self::speeds::Speeds;
 use crate::caller::Who;
 use crate::config::FarPeers;
-use crate::fill::{DISTRUST, FillView, Fills};
+use crate::fill::{DISTRUST, FillKey, FillView, Fills};
 use crate::flights::Flights;
 use crate::metrics::Metrics;
 use crate::oci::{Digest, ErrorCode, Registry, Repository, Tag};
@@ -83,7 +83,7 @@ pub struct Pull {
     suspects: moka::sync::Cache<(Digest, Registry), Arc<Vec<Contribution>>>,
     speeds: Speeds,
     /// Who lately said to have blobs that this node owns.
-    holders: moka::sync::Cache<(Digest, Registry), Arc<Vec<Holder>>>,
+    holders: moka::sync::Cache<FillKey, Arc<Vec<Holder>>>,
     /// Bytes of bounded ranges asked for, by blob.
     asked: moka::sync::Cache<Digest, range::Asked>,
 }

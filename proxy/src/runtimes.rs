@@ -75,7 +75,10 @@ impl FromStr for Named {
     fn from_str(text: &str) -> Result<Self, String> {
         let (host, alias) = text.split_once('=').map_or((text, None), |(host, alias)| (host, Some(alias)));
         let is_host = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | ':');
-        if host.is_empty() || !host.chars().all(is_host) || alias.is_some_and(str::is_empty) {
+        let is_alias = |alias: &str| {
+            !alias.is_empty() && alias.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-')
+        };
+        if host.is_empty() || !host.chars().all(is_host) || !alias.is_none_or(is_alias) {
             return Err(format!("\"{text}\" is no registry such as docker.io or registry.corp:5000=corp"));
         }
         Ok(Self { host: host.to_owned(), alias: alias.map(str::to_owned) })
@@ -128,10 +131,11 @@ impl Runtime {
             Self::Bottlerocket => bottlerocket(mirror, or_all),
             Self::Gke => gke(mirror, each),
         };
-        Ok(Document { text, instructions: self.instructions(mirror) })
+        Ok(Document { text, instructions: self.instructions(mirror, registries) })
     }
 
-    fn instructions(self, mirror: &Mirror) -> Vec<String> {
+    fn instructions(self, mirror: &Mirror, registries: &[Named]) -> Vec<String> {
+        let named: String = registries.iter().map(|registry| format!(" --registry {}", registry.host)).collect();
         let lines: &[&str] = match self {
             Self::Docker => &[
                 "Merge this into /etc/docker/daemon.json, then restart Docker: systemctl restart docker",
@@ -139,7 +143,7 @@ impl Runtime {
                 "  mkdir -p /etc/docker/certs.d && dray containerd install --hosts-dir /etc/docker/certs.d --mirror MIRROR",
             ],
             Self::Buildkit => &[
-                "Save it as /etc/buildkit/buildkitd.toml, or pass it: docker buildx create --driver docker-container --buildkitd-config FILE",
+                "Save it as /etc/buildkit/buildkitd.toml (rootless: ~/.config/buildkit/buildkitd.toml), or pass it: docker buildx create --driver docker-container --buildkitd-config FILE",
                 "In the docker-container driver 127.0.0.1 is BuildKit's own container: use an address of the host.",
             ],
             Self::Podman => &[
@@ -151,15 +155,15 @@ impl Runtime {
             ],
             Self::Kind => &[
                 "Pass it to: kind create cluster --config FILE",
-                "Before, on the host: mkdir -p certs.d && dray containerd install --hosts-dir certs.d --mirror MIRROR",
+                "Before, on the host: mkdir -p certs.d && dray containerd install --hosts-dir certs.d --mirror MIRRORREGISTRIES",
                 "In kind's nodes 127.0.0.1 is the node itself: use an address of the host, such as that of Docker's bridge.",
                 "The node image is pulled by Docker: dray runtime docker",
             ],
             Self::K3s => &[
-                "Save it as /etc/rancher/k3s/registries.yaml on each node, then restart k3s. Not needed where dray's chart writes into the hosts directory.",
+                "Save it as /etc/rancher/k3s/registries.yaml on each node, or put it into the one that is there, then restart k3s. Not needed where dray's chart writes into the hosts directory.",
             ],
             Self::Rke2 => &[
-                "Save it as /etc/rancher/rke2/registries.yaml on each node, then restart rke2-server or rke2-agent. Not needed where dray's chart writes into the hosts directory.",
+                "Save it as /etc/rancher/rke2/registries.yaml on each node, or put it into the one that is there, then restart rke2-server or rke2-agent. Not needed where dray's chart writes into the hosts directory.",
             ],
             Self::Talos => {
                 &["Apply it as a patch to each machine, without a reboot: talosctl patch machineconfig --patch @FILE"]
@@ -173,7 +177,8 @@ impl Runtime {
                 "GKE makes the pool's nodes anew. It takes no registry by \"*\", and at most 25.",
             ],
         };
-        lines.iter().map(|line| line.replace("MIRROR", mirror.as_str())).collect()
+        let filled = |line: &&str| line.replace("MIRROR", mirror.as_str()).replace("REGISTRIES", &named);
+        lines.iter().map(filled).collect()
     }
 }
 
@@ -302,7 +307,7 @@ mod tests {
             assert!(document.text.ends_with('\n') && !document.instructions.is_empty());
             let said = document.text + &document.instructions.concat();
             assert!(said.contains(mirror().host()), "{said}");
-            assert!(!said.contains("MIRROR"), "{said}");
+            assert!(!said.contains("MIRROR") && !said.contains("REGISTRIES"), "{said}");
         }
         assert!("dockr".parse::<Runtime>().unwrap_err().contains("docker, buildkit"));
     }
@@ -328,7 +333,9 @@ mod tests {
         assert!(Runtime::K3s.document(&mirror(), &ported).unwrap().text.contains("\"reg.corp:5000\":"));
         let error = Runtime::Docker.document(&mirror(), &named(&["ghcr.io"])).unwrap_err().to_string();
         assert!(error.contains("127.0.0.1:5050/ghcr.io"), "{error}");
-        for wrong in ["", "a b", "\"x\"", "a.io="] {
+        let kind = Runtime::Kind.document(&mirror(), &ported).unwrap().instructions.concat();
+        assert!(kind.contains("--mirror http://127.0.0.1:5050 --registry reg.corp:5000"), "{kind}");
+        for wrong in ["", "a b", "\"x\"", "a.io=", "a.io=x/y", "a.io=X"] {
             assert!(wrong.parse::<Named>().unwrap_err().contains("no registry such as"));
         }
     }

@@ -147,7 +147,7 @@ pub fn run(
         started: Instant::now(),
     };
     let admin = Admin {
-        metrics,
+        metrics: metrics.clone(),
         readiness: readiness.clone(),
         visitors: visitors.clone(),
         sources,
@@ -158,7 +158,7 @@ pub fn run(
     admin.add_tcp(&bound.admin.to_string());
     server.add_service(admin);
 
-    let keeping = keeping(&config, bound.registry)?;
+    let keeping = keeping(&config, bound.registry, &metrics)?;
     runtime.spawn({
         let (readiness, knowing, keeping) = (readiness.clone(), pull.clone(), keeping.clone());
         async move {
@@ -210,7 +210,7 @@ fn gate(config: &Config, listen: SocketAddr, registries: &Registries) -> Result<
 }
 
 /// Whom containerd is pointed at while this process is ready. None: nobody asked for that.
-fn keeping(config: &Config, listen: SocketAddr) -> Result<Option<Arc<Keeping>>, StartError> {
+fn keeping(config: &Config, listen: SocketAddr, metrics: &Metrics) -> Result<Option<Arc<Keeping>>, StartError> {
     let Some(hosts_dir) = config.containerd.hosts_dir.clone() else { return Ok(None) };
     if !hosts_dir.is_dir() {
         let problem = "is no directory: it has to be containerd's config_path, which `dray containerd check` tells";
@@ -225,7 +225,8 @@ fn keeping(config: &Config, listen: SocketAddr) -> Result<Option<Arc<Keeping>>, 
             tracing::warn!(code = finding.code, remedy = finding.remedy.join(" "), "containerd: {}", finding.what);
         }
     }
-    Ok(Some(Arc::new(Keeping::new(hosts_dir, Mirrors::one(mirror)))))
+    let pointed = metrics.containerd_pointed.with_label_values(&[&*hosts_dir.to_string_lossy()]);
+    Ok(Some(Arc::new(Keeping::new(hosts_dir, Mirrors::one(mirror), move |is_so| pointed.set(is_so.into())))))
 }
 
 async fn compose(

@@ -31,6 +31,9 @@ app.kubernetes.io/component: proxy
 {{- if and (eq $by "clusterIP") (not .Values.reach.clusterIP) (not .Values.reach.mirror) -}}
 {{- fail "reach.clusterIP: a free address of the cluster's Service range is needed, since nodes cannot resolve names" -}}
 {{- end -}}
+{{- if and .Values.reach.ipv6 (has $by (list "hostPort" "nodePort")) (not .Values.reach.mirror) -}}
+{{- fail (printf "reach.ipv6: with %s nothing leads from 127.0.0.1 to an IPv6 address: use hostNetwork or clusterIP, or set reach.mirror" $by) -}}
+{{- end -}}
 {{- $by -}}
 {{- end -}}
 
@@ -84,13 +87,19 @@ app.kubernetes.io/component: proxy
 {{ .Release.Namespace }}.svc.{{ .Values.peers.clusterDomain }}
 {{- end -}}
 
+{{- define "dray.admin" -}}
+{{- $all := ternary "[::]" "0.0.0.0" .Values.reach.ipv6 -}}
+{{- $loopback := and (eq (include "dray.reach" .) "hostNetwork") (not .Values.metrics.enabled) -}}
+{{ ternary "127.0.0.1" $all $loopback }}:{{ .Values.metrics.port }}
+{{- end -}}
+
 {{- define "dray.config" -}}
 {{- include "dray.sensible" . -}}
 {{- $by := include "dray.reach" . -}}
 {{- $loopback := eq $by "hostNetwork" -}}
-{{- $all := ternary "[::]" "0.0.0.0" .Values.reach.ipv6 }}
+{{- $all := ternary "[::]" "0.0.0.0" .Values.reach.ipv6 -}}
 listen = "{{ ternary "127.0.0.1" $all $loopback }}:{{ ternary .Values.reach.port 5050 $loopback }}"
-admin = "{{ ternary "127.0.0.1" $all (and $loopback (not .Values.metrics.enabled)) }}:{{ .Values.metrics.port }}"
+admin = {{ include "dray.admin" . | quote }}
 {{- if .Values.metrics.tokenSecret }}
 admin_token_file = "/etc/dray/admin/token"
 {{- end }}

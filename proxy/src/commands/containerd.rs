@@ -5,7 +5,6 @@ use std::time::Duration;
 
 use clap::{Args, Subcommand};
 use dray::config::Mirror;
-use dray::containerd;
 use dray::containerd::daemon::{self, Daemon, File, LoadError, Version};
 use dray::containerd::diagnosis::{Diagnosis, Severity, good};
 use dray::containerd::hosts_dir::{HostsDir, Mode, Outcome, Registries};
@@ -14,8 +13,9 @@ use dray::containerd::keeping;
 use dray::containerd::patch::{ConfigFile, Patched};
 use dray::containerd::places::{self, Place};
 use dray::containerd::proof::{self, Answer};
+use dray::store::handed;
 
-use super::{Failure, say};
+use super::{Failure, once, say};
 
 #[derive(Subcommand)]
 pub(crate) enum Containerd {
@@ -168,21 +168,34 @@ impl Install {
         };
         let registries = match (self.extend, self.registry.is_empty()) {
             (true, _) => Registries::Every,
-            (false, false) => Registries::Named(self.registry),
+            (false, false) => Registries::Named(once(self.registry)),
             (false, true) => Registries::Default,
         };
-        let mirrors = Mirrors { hosts: self.mirror, ca: self.ca };
+        let ca = self.ca.as_deref().map(authority).transpose()?;
+        let mirrors = Mirrors { hosts: once(self.mirror), ca };
+        if self.patch_config && self.dry_run && !dir.exists() {
+            say(&format!("{}: a new directory, with _default/hosts.toml", dir.display()));
+            return Ok(());
+        }
         report(&HostsDir::new(dir).install(&mirrors, &registries, mode).map_err(failed)?, self.dry_run)
     }
 
     /// Sets the directory in containerd's configuration, and makes it.
     fn patch(&self) -> Result<PathBuf, Failure> {
         let found = self.at.find()?;
+        let named = Daemon::read(&found.files, found.version).config_path;
+        let left_out = named.as_ref().and_then(|path| path.as_str()).map(daemon::later_roots).unwrap_or_default();
+        if let Some(dir) = left_out.iter().flat_map(|root| HostsDir::new(root).others().unwrap_or_default()).next() {
+            return Err(Failure::Failed(format!(
+                "{}: containerd would not look there any more, since config_path has to be one directory: move it into the first",
+                dir.display()
+            )));
+        }
         let dir = self.at.hosts_dir.clone().unwrap_or_else(|| found.wanted());
         // containerd is started elsewhere.
         let dir = std::path::absolute(&dir).map_err(|e| Failure::Failed(format!("{}: {e}", dir.display())))?;
         let (file, section, version) = found.to_patch();
-        let config = ConfigFile::new(&file);
+        let (config, existed) = (ConfigFile::new(&file), file.exists());
         let wanted = dir.to_string_lossy();
         let patched = match mode(self.dry_run) {
             Mode::Apply => {
@@ -192,6 +205,9 @@ impl Install {
             Mode::DryRun => config.plan(section, version, &wanted),
         };
         match patched.map_err(failed)? {
+            Patched::Changed { .. } if !existed && !self.dry_run => {
+                say(&format!("{}: a new file, with config_path = \"{wanted}\". Restart containerd", file.display()))
+            }
             Patched::Changed { .. } if !self.dry_run => say(&format!(
                 "{}: config_path = \"{wanted}\"; the file as it was is {}. Restart containerd",
                 file.display(),
@@ -203,9 +219,7 @@ impl Install {
         self.is_in_force(&dir)?;
         Ok(dir)
     }
-}
 
-impl Install {
     /// An import comes after the file that was patched, and may say otherwise.
     fn is_in_force(&self, dir: &Path) -> Result<(), Failure> {
         if self.dry_run {
@@ -227,48 +241,47 @@ impl Install {
 
 impl Uninstall {
     fn run(self) -> Result<(), Failure> {
-        let dir = match &self.at.hosts_dir {
-            Some(dir) => {
-                // With a directory at hand nobody needs containerd's configuration, unless it was patched for that.
-                if let Ok(Ok(found)) = self.at.load() {
-                    self.restore_config(&found, Some(dir))?;
-                }
-                Some(dir.clone())
-            }
-            None => {
-                let found = self.at.find()?;
-                let dir = found.diagnose(None).hosts_dir;
-                self.restore_config(&found, dir.as_deref())?;
-                dir
-            }
+        let found = match self.at.hosts_dir {
+            // With a directory at hand nobody needs containerd's configuration, unless it was patched for that.
+            Some(_) => self.at.load().ok().and_then(Result::ok),
+            None => Some(self.at.find()?),
         };
-        let Some(dir) = dir else {
+        let named = || found.as_ref().and_then(|found| found.diagnose(None).hosts_dir);
+        let Some(dir) = self.at.hosts_dir.clone().or_else(named) else {
             return Err(Failure::Failed("containerd's configuration names no hosts directory: use --hosts-dir".into()));
         };
-        let done = HostsDir::new(dir).uninstall(mode(self.dry_run)).map_err(failed)?;
-        let reported = report(&done, self.dry_run);
-        if let Some(dir) = &self.cache_dir {
-            match containerd::empty_cache(dir, mode(self.dry_run)) {
-                Ok(true) => say(&format!("{}: dray's cache, removed", dir.display())),
-                Ok(false) => {}
-                Err(error) => return Err(Failure::Failed(format!("{}: {error}", dir.display()))),
-            }
-        }
+        // The mirror first: whatever comes of the rest, nobody is sent there any more.
+        let done = HostsDir::new(&dir).uninstall(mode(self.dry_run)).map_err(failed);
+        let reported = done.and_then(|done| report(&done, self.dry_run));
+        let restored = found.map_or(Ok(()), |found| self.restore_config(&found, &dir));
+        let emptied = self.cache_dir.as_deref().map_or(Ok(()), |dir| self.empty(dir));
         if let Some(linger) = self.linger {
             std::thread::sleep(linger);
         }
-        reported
+        reported.and(restored).and(emptied)
+    }
+
+    fn empty(&self, dir: &Path) -> Result<(), Failure> {
+        if self.dry_run {
+            say(&format!("{}: what dray keeps there would be removed", dir.display()));
+            return Ok(());
+        }
+        if handed::empty(dir).map_err(|error| Failure::Failed(format!("{}: {error}", dir.display())))? {
+            say(&format!("{}: what dray kept there is removed", dir.display()));
+        }
+        Ok(())
     }
 
     /// Takes back what `install --patch-config` did.
-    fn restore_config(&self, found: &Found, dir: Option<&Path>) -> Result<(), Failure> {
+    fn restore_config(&self, found: &Found, dir: &Path) -> Result<(), Failure> {
         let (file, section, version) = found.to_patch();
         let config = ConfigFile::new(&file);
-        if self.dry_run || !config.kept().exists() {
+        if !config.kept().exists() {
             return Ok(());
         }
-        let dir = dir.map_or_else(|| found.wanted(), Path::to_owned);
-        match config.restore(section, version, &dir.to_string_lossy()).map_err(failed)? {
+        let dir = std::path::absolute(dir).map_err(|e| Failure::Failed(format!("{}: {e}", dir.display())))?;
+        match config.restore(section, version, &dir.to_string_lossy(), mode(self.dry_run)).map_err(failed)? {
+            Patched::Changed { .. } if self.dry_run => say(&format!("{}: would be as it was before", file.display())),
             Patched::Changed { .. } => say(&format!("{}: as it was before. Restart containerd", file.display())),
             Patched::Edited => say(&format!(
                 "{}: edited since, and left alone; as it was before it is {}",
@@ -426,6 +439,16 @@ impl Found {
             .map_or(self.version.newest_config().min(3), |_| Daemon::read(&self.files, self.version).config_version);
         (self.main(), self.version.section(version), version)
     }
+}
+
+/// Where containerd cannot read an authority every pull fails, also one that would not come by the mirror.
+fn authority(file: &Path) -> Result<PathBuf, Failure> {
+    let wrong = |what: &str| Failure::Usage(format!("--ca {}: {what}", file.display()));
+    let text = std::fs::read_to_string(file).map_err(|error| wrong(&error.to_string()))?;
+    if !text.contains("-----BEGIN CERTIFICATE-----") {
+        return Err(wrong("holds no certificate in PEM"));
+    }
+    std::path::absolute(file).map_err(|error| wrong(&error.to_string()))
 }
 
 /// What the installed containerd says of itself.

@@ -25,7 +25,7 @@ pub(crate) struct Runtime {
 impl Runtime {
     /// The document on standard output, what to do with it on standard error.
     pub(crate) fn run(self) -> Result<(), Failure> {
-        let document = self.name.document(&self.mirror, &self.registry);
+        let document = self.name.document(&self.mirror, &super::once(self.registry));
         let document = document.map_err(|unsuited| Failure::Usage(unsuited.to_string()))?;
         let _ = write!(std::io::stdout(), "{}", document.text);
         document.instructions.iter().for_each(|line| drop(writeln!(std::io::stderr(), "# {line}")));

@@ -146,6 +146,12 @@ impl Diagnosis {
         let file = hosts.default_file();
         let text = super::tree::read(&file).map_err(|e| HostsError::Io(file.clone(), e))?;
         let Some(text) = text.filter(|text| !text.is_empty()) else {
+            let (registries, mirrors) = named_by_dray(&hosts)?;
+            if !mirrors.is_empty() {
+                let what = format!("a mirror is used for {} only", registries.join(", "));
+                self.findings.push(note("some-registries", what));
+                return Ok(mirrors);
+            }
             let what = format!("{} is not there: no mirror is used", file.display());
             self.findings.push(wrong("no-mirror", what, vec![install(dir)]));
             return Ok(Vec::new());
@@ -182,6 +188,22 @@ impl Diagnosis {
         }
         Ok(())
     }
+}
+
+/// The registries that dray's lines stand for one by one, and the mirrors there.
+fn named_by_dray(hosts: &HostsDir) -> Result<(Vec<String>, Vec<String>), HostsError> {
+    let (mut registries, mut mirrors) = (Vec::new(), Vec::new());
+    for dir in hosts.others()? {
+        let file = dir.join("hosts.toml");
+        let text = super::tree::read(&file).map_err(|e| HostsError::Io(file.clone(), e))?.unwrap_or_default();
+        if let Some(own) = hosts_toml::without(&text) {
+            registries.extend(hosts_toml::registry_of(&dir));
+            mirrors.extend(
+                hosts_toml::hosts(&own.block).into_iter().filter(|host| !mirrors.contains(host)).collect::<Vec<_>>(),
+            );
+        }
+    }
+    Ok((registries, mirrors))
 }
 
 /// What is wrong with a node's configuration, as far as the files tell.
@@ -271,6 +293,13 @@ fn path_of(daemon: &Daemon, version: Version, findings: &mut Vec<Finding>, lines
                 return None;
             }
         }
+    }
+    for hidden in daemon::later_roots(&path).iter().flat_map(|root| HostsDir::new(root).others().unwrap_or_default()) {
+        let what = format!(
+            "{}: with _default in {first}, which dray needs, containerd does not look there any more",
+            hidden.display()
+        );
+        findings.push(wrong("hidden", what, vec![format!("mv {} {first}/", hidden.display())]));
     }
     if !first.starts_with('/') {
         let what = format!("config_path = \"{first}\" is not absolute: it is looked for where containerd was started");

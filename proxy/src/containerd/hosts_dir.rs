@@ -7,11 +7,13 @@
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use similar::TextDiff;
 
 use super::hosts_toml::{self, Certificates, Mirrors, State, Unfit};
 use super::tree::{self, Lock, Owner};
+use crate::oci::Registry;
 
 /// A hosts directory.
 pub struct HostsDir {
@@ -71,8 +73,6 @@ pub enum Action {
     HandOver {
         to: (u32, u32),
         known: Option<Marker>,
-        /// The hosts directory, where that user could not pass it.
-        closed: Option<Owner>,
     },
     /// The hosts directory lets that user's group in.
     LetIn {
@@ -113,9 +113,11 @@ pub enum HostsError {
     )]
     Missing(PathBuf),
     #[error(
-        "{0} belongs to {uid}:{gid} with mode {mode:04o}: {to}, as which dray runs, does not get to its own directory there. Let others pass (chmod o+x)", uid = .1.uid, gid = .1.gid, mode = .1.mode, to = .2.0
+        "{0} belongs to {uid}:{gid} with mode {mode:04o}: {to}, as which dray runs, does not get to its own directory there. Let others in (chmod o+rx)", uid = .1.uid, gid = .1.gid, mode = .1.mode, to = .2.0
     )]
     Closed(PathBuf, Owner, (u32, u32)),
+    #[error("{0} is a registry on this machine: containerd asks it itself, and no mirror reaches it")]
+    Local(String),
     #[error("\"{0}\" is no registry host such as docker.io or registry.corp:5000")]
     Registry(String),
 }
@@ -127,9 +129,11 @@ pub struct Marker {
     before: Option<Owner>,
     /// It belongs to the user that dray runs as until it is given back.
     handed_over: bool,
-    /// The hosts directory as it was before it let that user in.
-    closed: Option<Owner>,
 }
+
+/// What others do meanwhile takes no such time; and who takes back a mirror has little.
+const LONG: Duration = Duration::from_secs(5);
+const SHORT: Duration = Duration::from_millis(500);
 
 const HOSTS: &str = "hosts.toml";
 const KEPT: &str = "hosts.toml.before-dray";
@@ -175,11 +179,10 @@ impl HostsDir {
         let mut outcome = Outcome::default();
         for dir in self.directories()? {
             self.uninstall_in(&dir, &mut outcome)?;
-            // First: the marker that tells of it goes last.
-            if let Some(before) = Marker::of(&dir)?.and_then(|marker| marker.closed) {
-                outcome.add(self.root.clone(), Action::Close(before), String::new(), String::new());
-            }
             self.give_back(&dir, &mut outcome)?;
+        }
+        if let Some(before) = Marker::of(&self.root)?.and_then(|marker| marker.before) {
+            outcome.add(self.root.clone(), Action::Close(before), String::new(), String::new());
         }
         outcome.carry_out(mode)
     }
@@ -191,9 +194,11 @@ impl HostsDir {
         if !dir.is_dir() {
             return Ok(Outcome::default());
         }
-        let _lock = match self.lock(Mode::Apply) {
-            // Whoever holds it, nobody may be left with a dead mirror.
-            Err(HostsError::Io(_, error)) if error.kind() == io::ErrorKind::WouldBlock => None,
+        // Whoever holds the lock, or has closed the hosts directory since: nobody may be left with a dead mirror.
+        let is_in_the_way =
+            |error: &io::Error| matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::PermissionDenied);
+        let _lock = match self.lock_within(Mode::Apply, SHORT) {
+            Err(HostsError::Io(_, error)) if is_in_the_way(&error) => None,
             lock => Some(lock?),
         };
         let mut outcome = Outcome::default();
@@ -211,15 +216,14 @@ impl HostsDir {
         let known = if path.is_dir() { Marker::of(&path)? } else { None };
         let root = Owner::of(&self.root).map_err(|e| HostsError::Io(self.root.clone(), e))?;
         // What an earlier one was let into was closed before that.
-        let before = known.and_then(|known| known.closed).unwrap_or(root);
-        let closed = (!root.lets_in(to)).then_some(before);
+        let before = Marker::of(&self.root)?.and_then(|marker| marker.before).unwrap_or(root);
         let mut outcome = Outcome::default();
         let is_done = known.is_some_and(|known| known.handed_over)
             && Owner::of(&path).is_ok_and(|owner| (owner.uid, owner.gid) == to);
-        if !is_done || closed.is_some() {
-            outcome.add(path, Action::HandOver { to, known, closed }, String::new(), String::new());
+        if !is_done {
+            outcome.add(path, Action::HandOver { to, known }, String::new(), String::new());
         }
-        if let Some(before) = closed {
+        if !root.lets_in(to) {
             if before.mode & 0o070 != 0 && before.gid != 0 {
                 return Err(HostsError::Closed(self.root.clone(), before, to));
             }
@@ -252,10 +256,14 @@ impl HostsDir {
     }
 
     fn lock(&self, mode: Mode) -> Result<Lock, HostsError> {
+        self.lock_within(mode, LONG)
+    }
+
+    fn lock_within(&self, mode: Mode, patience: Duration) -> Result<Lock, HostsError> {
         if !self.root.is_dir() {
             return Err(HostsError::Missing(self.root.clone()));
         }
-        let lock = Lock::of(&self.root).map_err(|e| HostsError::Io(self.root.clone(), e))?;
+        let lock = Lock::of(&self.root, patience).map_err(|e| HostsError::Io(self.root.clone(), e))?;
         if mode == Mode::Apply {
             for dir in self.directories()?.iter().chain([&self.root]) {
                 match tree::sweep(dir) {
@@ -279,13 +287,14 @@ impl HostsDir {
 
     /// Where containerd looks for a registry: there already, or where it would be.
     fn dir_of(&self, registry: &str) -> Result<PathBuf, HostsError> {
-        let wrong = || HostsError::Registry(registry.to_owned());
-        let is_host = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | ':' | '[' | ']');
-        if registry.is_empty() || !registry.chars().all(is_host) || registry.starts_with(['.', '-']) {
-            return Err(wrong());
+        // By the name that containerd looks for: Docker Hub has several.
+        let parsed = registry.parse::<Registry>().map_err(|_| HostsError::Registry(registry.to_owned()))?;
+        let registry = parsed.as_str();
+        if is_local(Path::new(registry)) {
+            return Err(HostsError::Local(registry.to_owned()));
         }
         let (host, port) = match registry.rsplit_once(':') {
-            Some((host, port)) if !port.contains(']') => (host, Some(port.parse::<u16>().map_err(|_| wrong())?)),
+            Some((host, port)) if !port.contains(']') => (host, Some(port)),
             _ => (registry, None),
         };
         let underscored = port.map(|port| self.root.join(format!("{host}_{port}_"))).filter(|dir| dir.is_dir());
@@ -293,6 +302,10 @@ impl HostsDir {
     }
 
     fn install_in(&self, dir: &Path, mirrors: &Mirrors, outcome: &mut Outcome) -> Result<(), HostsError> {
+        if dir.is_symlink() && !dir.exists() {
+            let why = io::Error::new(io::ErrorKind::NotFound, "a symbolic link that leads nowhere: remove it");
+            return Err(HostsError::Io(dir.to_owned(), why));
+        }
         if !dir.exists() {
             let block = mirrors.block(None, &Certificates::default());
             outcome.add(dir.to_owned(), Action::MakeDir, String::new(), block);
@@ -413,7 +426,7 @@ impl Change {
         let path = &self.path;
         match &self.action {
             Action::MakeDir => {
-                let marker = Marker { before: None, handed_over: false, closed: None };
+                let marker = Marker { before: None, handed_over: false };
                 tree::make_dir(path, &[(HOSTS, &self.after), (MARKER, &marker.to_text())], None)
             }
             Action::Write => tree::write(path, &self.after),
@@ -425,12 +438,20 @@ impl Change {
             }
             Action::Remove | Action::Discard => tree::remove(path),
             Action::RemoveDir => tree::remove_dir(path),
-            Action::HandOver { to, known, closed } => hand_over(path, *to, *known, *closed),
-            // Who may list it sees what else hides _default.
+            Action::HandOver { to, known } => hand_over(path, *to, *known),
             Action::LetIn { gid, before } => {
-                Owner { gid: *gid, mode: before.mode & !0o070 | 0o050, ..*before }.give(path)
+                let marker = Marker { before: Some(*before), handed_over: true };
+                tree::write(&path.join(MARKER), &marker.to_text())?;
+                before.letting_in(*gid).give(path)
             }
-            Action::Close(before) => before.give(path),
+            Action::Close(before) => {
+                let now = Owner::of(path)?;
+                // Somebody may have decided otherwise since.
+                if now == before.letting_in(now.gid) {
+                    before.give(path)?;
+                }
+                tree::remove(&path.join(MARKER))
+            }
             Action::GiveBack(owner) => {
                 owner.give(path)?;
                 tree::remove(&path.join(MARKER))
@@ -517,16 +538,13 @@ impl Marker {
             "was" => Some(read_owner(&mut words)?),
             _ => return None,
         };
-        let handed_over = words.next() == Some("handed-over");
-        let closed = words.next().filter(|word| *word == "in").and_then(|_| read_owner(&mut words));
-        Some(Self { before, handed_over, closed })
+        Some(Self { before, handed_over: words.next() == Some("handed-over") })
     }
 
     fn to_text(self) -> String {
         let of = |owner: Owner| format!("{} {} {:04o}", owner.uid, owner.gid, owner.mode);
         let before = self.before.map_or_else(|| "made".to_owned(), |owner| format!("was {}", of(owner)));
-        let closed = self.closed.map(|owner| format!(" in {}", of(owner))).unwrap_or_default();
-        format!("{before}{}{closed}\n", if self.handed_over { " handed-over" } else { "" })
+        format!("{before}{}\n", if self.handed_over { " handed-over" } else { "" })
     }
 }
 
@@ -535,19 +553,18 @@ fn read_owner<'a>(words: &mut impl Iterator<Item = &'a str>) -> Option<Owner> {
     Some(Owner { uid: number(10)?, gid: number(10)?, mode: number(8)? })
 }
 
-fn hand_over(path: &Path, to: (u32, u32), known: Option<Marker>, closed: Option<Owner>) -> io::Result<()> {
+fn hand_over(path: &Path, to: (u32, u32), known: Option<Marker>) -> io::Result<()> {
     if path.is_symlink() {
         let why = "a symbolic link: whoever owns what it leads to would change; make it a directory";
         return Err(io::Error::new(io::ErrorKind::InvalidInput, why));
     }
     if !path.exists() {
-        let marker = Marker { before: None, handed_over: true, closed };
+        let marker = Marker { before: None, handed_over: true };
         return tree::make_dir(path, &[(MARKER, &marker.to_text())], Some(to));
     }
     let owner = Owner::of(path)?;
     let before = known.map_or(Some(owner), |known| known.before);
-    let closed = known.and_then(|known| known.closed).or(closed);
-    tree::write(&path.join(MARKER), &Marker { before, handed_over: true, closed }.to_text())?;
+    tree::write(&path.join(MARKER), &Marker { before, handed_over: true }.to_text())?;
     Owner { uid: to.0, gid: to.1, mode: owner.mode | 0o700 }.give(path)
 }
 

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use tokio::signal::unix::{SignalKind, signal};
 
-use super::hosts_dir::{HostsDir, HostsError, Mode, Outcome, Registries};
+use super::hosts_dir::{HostsDir, HostsError, Mode, Outcome, Registries, Remark};
 use super::hosts_toml::Mirrors;
 use super::proof::{self, Answer};
 use crate::config::Mirror;
@@ -17,6 +17,8 @@ pub struct Keeping {
     mirrors: Mirrors,
     /// Whether it says so now: not before this process is ready, and not again after it was taken back.
     state: Mutex<State>,
+    /// Hears whether it does.
+    told: Box<dyn Fn(bool) + Send + Sync>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -37,8 +39,9 @@ const ASK_AGAIN: Duration = Duration::from_secs(2);
 const MISSED: u32 = 3;
 
 impl Keeping {
-    pub fn new(hosts_dir: PathBuf, mirrors: Mirrors) -> Self {
-        Self { hosts: HostsDir::new(hosts_dir), mirrors, state: Mutex::new(State::Unknown) }
+    pub fn new(hosts_dir: PathBuf, mirrors: Mirrors, told: impl Fn(bool) + Send + Sync + 'static) -> Self {
+        let (hosts, state) = (HostsDir::new(hosts_dir), Mutex::new(State::Unknown));
+        Self { hosts, mirrors, state, told: Box::new(told) }
     }
 
     /// Points containerd here, and again when somebody has undone it.
@@ -57,6 +60,7 @@ impl Keeping {
         }
         let done = self.hosts.install(&self.mirrors, &Registries::Default, Mode::Apply);
         let is_first = std::mem::replace(&mut *state, State::Pointed) == State::Unknown;
+        (self.told)(done.as_ref().is_ok_and(|done| !done.remarks.iter().any(Remark::is_failure)));
         log(done, is_first);
     }
 
@@ -64,8 +68,11 @@ impl Keeping {
     fn pause(&self) {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         if matches!(*state, State::Unknown | State::Pointed) {
-            *state = State::Paused;
-            log(self.hosts.withdraw(), false);
+            let done = self.hosts.withdraw();
+            if done.is_ok() {
+                *state = State::Paused;
+            }
+            log(done, false);
         }
     }
 
@@ -73,6 +80,7 @@ impl Keeping {
     pub fn withdraw(&self) {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         if std::mem::replace(&mut *state, State::Withdrawn) != State::Withdrawn {
+            (self.told)(false);
             log(self.hosts.withdraw(), false);
         }
     }
@@ -83,7 +91,7 @@ impl Keeping {
 pub async fn follow(hosts_dir: PathBuf, mirror: Mirror, ca: Option<PathBuf>) -> std::io::Result<()> {
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     let (url, mirrors) = (mirror.to_string(), Mirrors { hosts: vec![mirror], ca: ca.clone() });
-    let keeping = Keeping::new(hosts_dir, mirrors);
+    let keeping = Keeping::new(hosts_dir, mirrors, |_| {});
     let mut missed = 0;
     loop {
         match proof::ask(&url, ca.as_deref()).await {

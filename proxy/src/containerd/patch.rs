@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use toml_edit::{DocumentMut, Item, Table, TomlError, Value};
 
+use super::hosts_dir::Mode;
 use super::tree;
 
 /// A config.toml.
@@ -24,6 +25,9 @@ pub enum Patched {
     /// It was edited since, and stays as it is.
     Edited,
 }
+
+/// Kept where there was no file.
+const NONE: &str = "# There was no file before `dray containerd install --patch-config`.\n";
 
 #[derive(Debug, thiserror::Error)]
 pub enum PatchError {
@@ -48,9 +52,15 @@ impl ConfigFile {
         if before.as_deref() == Some(&after) {
             return Ok(Patched::Nothing);
         }
+        let is_ours = match self.read(&self.kept())? {
+            Some(kept) => self.is_patched(&kept, &text, section, version)?,
+            None => false,
+        };
         let written = match before {
+            // For another directory: what was there before dray stays kept.
+            Some(_) if is_ours => tree::write(&self.path, &after),
             Some(_) => tree::exchange(&self.path, &self.kept(), &after),
-            None => tree::write(&self.path, &after),
+            None => tree::write(&self.kept(), NONE).and_then(|()| tree::write(&self.path, &after)),
         };
         written.map_err(|e| PatchError::Io(self.path.clone(), e))?;
         Ok(Patched::Changed { before: text, after })
@@ -64,14 +74,27 @@ impl ConfigFile {
     }
 
     /// Puts the file back that `set` has kept, unless it was edited since.
-    pub fn restore(&self, section: &str, version: i64, dir: &str) -> Result<Patched, PatchError> {
+    pub fn restore(&self, section: &str, version: i64, dir: &str, mode: Mode) -> Result<Patched, PatchError> {
         let Some(kept) = self.read(&self.kept())? else { return Ok(Patched::Nothing) };
         let present = self.read(&self.path)?.unwrap_or_default();
-        if self.with_path(&kept, section, version, dir)? != present {
+        if self.with_path(original(&kept), section, version, dir)? != present {
             return Ok(Patched::Edited);
         }
-        tree::restore(&self.path, &self.kept()).map_err(|e| PatchError::Io(self.path.clone(), e))?;
-        Ok(Patched::Changed { before: present, after: kept })
+        let restored = match (mode, &*kept) {
+            (Mode::DryRun, _) => Ok(()),
+            (Mode::Apply, NONE) => tree::remove(&self.path).and_then(|()| tree::remove(&self.kept())),
+            (Mode::Apply, _) => tree::restore(&self.path, &self.kept()),
+        };
+        restored.map_err(|e| PatchError::Io(self.path.clone(), e))?;
+        Ok(Patched::Changed { before: present, after: original(&kept).to_owned() })
+    }
+
+    /// Whether a text is what `set` has made of the file that it kept.
+    fn is_patched(&self, kept: &str, text: &str, section: &str, version: i64) -> Result<bool, PatchError> {
+        let document: DocumentMut = text.parse().map_err(|error| PatchError::NotToml(self.path.clone(), error))?;
+        let at = ["plugins", section, "registry", "config_path"].into_iter();
+        let path = at.fold(Some(document.as_item()), |at, name| at?.get(name)).and_then(Item::as_str);
+        path.map_or(Ok(false), |dir| Ok(self.with_path(original(kept), section, version, dir)? == text))
     }
 
     /// Where the file is while another one stands in its place.
@@ -110,6 +133,11 @@ impl ConfigFile {
     }
 }
 
+/// What there was before, by what was kept of it.
+fn original(kept: &str) -> &str {
+    if kept == NONE { "" } else { kept }
+}
+
 #[cfg(test)]
 mod tests {
     use std::fs;
@@ -140,10 +168,24 @@ mod tests {
             file.set(CRI, 3, "/certs").unwrap();
             assert_eq!(fs::read_to_string(&file.path).unwrap(), want);
             assert_eq!(file.set(CRI, 3, "/certs").unwrap(), Patched::Nothing);
-            assert!(matches!(file.restore(CRI, 3, "/certs"), Ok(Patched::Changed { .. })));
+            // Another directory, and back: what was there before is still known.
+            file.set(CRI, 3, "/others").unwrap();
+            file.set(CRI, 3, "/certs").unwrap();
+            assert!(matches!(file.restore(CRI, 3, "/certs", Mode::DryRun), Ok(Patched::Changed { .. })));
+            assert!(matches!(file.restore(CRI, 3, "/certs", Mode::Apply), Ok(Patched::Changed { .. })));
             assert_eq!(fs::read_to_string(&file.path).unwrap(), text);
             assert!(!file.kept().exists());
         }
+    }
+
+    #[test]
+    fn a_file_that_was_not_there_goes_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = ConfigFile::new(dir.path().join("config.toml"));
+        file.set(CRI, 3, "/certs").unwrap();
+        assert!(fs::read_to_string(&file.path).unwrap().starts_with("version = 3\n"));
+        file.restore(CRI, 3, "/certs", Mode::Apply).unwrap();
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
     }
 
     #[test]
@@ -153,7 +195,7 @@ mod tests {
         fs::write(&file.path, "version = 3\n").unwrap();
         file.set(CRI, 3, "/certs").unwrap();
         fs::write(&file.path, "version = 3\n# mine\n").unwrap();
-        assert_eq!(file.restore(CRI, 3, "/certs").unwrap(), Patched::Edited);
+        assert_eq!(file.restore(CRI, 3, "/certs", Mode::Apply).unwrap(), Patched::Edited);
         assert_eq!(fs::read_to_string(&file.path).unwrap(), "version = 3\n# mine\n");
         fs::write(&file.path, "plugins = 1").unwrap();
         assert!(file.set(CRI, 3, "/certs").unwrap_err().to_string().contains("\"plugins\" is no table"));

@@ -13,8 +13,6 @@ use std::time::{Duration, Instant};
 use rustix::fs::{CWD, FlockOperation, OFlags, RenameFlags, flock, renameat_with};
 use rustix::io::Errno;
 
-use super::hosts_dir::Mode;
-
 /// Whose a directory or file is, and who may use it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Owner {
@@ -28,20 +26,16 @@ pub(super) struct Lock {
     _file: File,
 }
 
-/// Longer than any of them takes.
-const HELD: Duration = Duration::from_secs(5);
+/// Whoever waits for another process looks this often.
 const LOOK_AGAIN: Duration = Duration::from_millis(10);
-
-/// Longer than a process that was told to end has for it.
-const DRAINS: Duration = Duration::from_secs(30);
 
 /// What has not yet its own name begins so.
 const UNFINISHED: &str = ".dray-unfinished";
 
 impl Lock {
-    /// Waits for others that change the same directory, for a while: whoever can read it can hold this.
-    pub(super) fn of(dir: &Path) -> io::Result<Self> {
-        let (file, until) = (File::open(dir)?, Instant::now() + HELD);
+    /// Waits so long for others that change the same directory: whoever can read it can hold this for ever.
+    pub(super) fn of(dir: &Path, patience: Duration) -> io::Result<Self> {
+        let (file, until) = (File::open(dir)?, Instant::now() + patience);
         loop {
             match flock(&file, FlockOperation::NonBlockingLockExclusive) {
                 Err(Errno::WOULDBLOCK) if Instant::now() < until => std::thread::sleep(LOOK_AGAIN),
@@ -64,14 +58,19 @@ impl Owner {
         Ok(Self { uid: known.uid(), gid: known.gid(), mode: mode & 0o7777 })
     }
 
-    /// Whether a user and a group get to what is in the directory.
+    /// Whether a user and a group may list the directory, and get to what is in it.
     pub fn lets_in(&self, (uid, gid): (u32, u32)) -> bool {
-        let passes = match (self.uid == uid, self.gid == gid) {
-            (true, _) => 0o100,
-            (false, true) => 0o010,
-            (false, false) => 0o001,
+        let needed = match (self.uid == uid, self.gid == gid) {
+            (true, _) => 0o500,
+            (false, true) => 0o050,
+            (false, false) => 0o005,
         };
-        uid == 0 || self.mode & passes != 0
+        uid == 0 || self.mode & needed == needed
+    }
+
+    /// The same where a group may list it, and get to what is in it.
+    pub fn letting_in(self, gid: u32) -> Self {
+        Self { gid, mode: self.mode & !0o070 | 0o050, ..self }
     }
 
     /// Makes it so.
@@ -79,60 +78,6 @@ impl Owner {
         std::os::unix::fs::lchown(path, Some(self.uid), Some(self.gid))?;
         fs::set_permissions(path, Permissions::from_mode(self.mode))
     }
-}
-
-/// What stands in a cache directory that is dray's own, or nobody's.
-const OF_CACHE: [&str; 2] = [crate::store::LAYOUT, "lost+found"];
-
-/// Gives a cache directory with all that is in it to a user and a group. False: it was theirs. One with something else in
-/// it is somebody's, by mistake.
-pub fn own_cache(dir: &Path, to: (u32, u32)) -> io::Result<bool> {
-    for entry in fs::read_dir(dir)? {
-        let name = entry?.file_name();
-        if !OF_CACHE.iter().any(|own| *own == name) {
-            let why = format!("holds {}, which dray did not write: give it a directory of its own", name.display());
-            return Err(io::Error::new(io::ErrorKind::DirectoryNotEmpty, why));
-        }
-    }
-    own(dir, to)
-}
-
-/// Removes what dray keeps in its cache directory. False: there was nothing.
-pub fn empty_cache(dir: &Path, mode: Mode) -> io::Result<bool> {
-    let kept = dir.join(crate::store::LAYOUT);
-    if !kept.is_dir() {
-        return Ok(false);
-    }
-    if mode == Mode::Apply {
-        // A process that is about to end has it for as long as it drains.
-        let (lock, until) = (File::create(kept.join("lock"))?, Instant::now() + DRAINS);
-        while lock.try_lock().is_err() {
-            if Instant::now() > until {
-                return Err(io::Error::new(io::ErrorKind::WouldBlock, "a dray is using it"));
-            }
-            std::thread::sleep(LOOK_AGAIN);
-        }
-        fs::remove_dir_all(kept)?;
-    }
-    Ok(true)
-}
-
-fn own(dir: &Path, (uid, gid): (u32, u32)) -> io::Result<bool> {
-    let known = Owner::of(dir)?;
-    if (known.uid, known.gid) == (uid, gid) {
-        return Ok(false);
-    }
-    for entry in fs::read_dir(dir)? {
-        let entry = entry?;
-        if entry.file_type()?.is_dir() {
-            own(&entry.path(), (uid, gid))?;
-        } else {
-            std::os::unix::fs::lchown(entry.path(), Some(uid), Some(gid))?;
-        }
-    }
-    // The last one: whoever is stopped half-way begins again.
-    std::os::unix::fs::lchown(dir, Some(uid), Some(gid))?;
-    Ok(true)
 }
 
 /// A file's text. None: there is no such file. What is no text is invalid data.
@@ -157,16 +102,24 @@ pub(super) fn read(path: &Path) -> io::Result<Option<String>> {
 pub(super) fn make_dir(dir: &Path, files: &[(&str, &str)], owner: Option<(u32, u32)>) -> io::Result<()> {
     let unfinished = beside(dir);
     fs::create_dir(&unfinished)?;
-    fs::set_permissions(&unfinished, Permissions::from_mode(0o755))?;
+    let made = fill_dir(&unfinished, files, owner)
+        .and_then(|()| Ok(renameat_with(CWD, &unfinished, CWD, dir, RenameFlags::NOREPLACE)?));
+    if made.is_err() {
+        let _ = fs::remove_dir_all(&unfinished);
+    }
+    made?;
+    sync_parent(dir)
+}
+
+fn fill_dir(unfinished: &Path, files: &[(&str, &str)], owner: Option<(u32, u32)>) -> io::Result<()> {
+    fs::set_permissions(unfinished, Permissions::from_mode(0o755))?;
     for (name, content) in files {
         write_new(&unfinished.join(name), content, 0o644)?;
     }
     if let Some((uid, gid)) = owner {
-        std::os::unix::fs::chown(&unfinished, Some(uid), Some(gid))?;
+        std::os::unix::fs::chown(unfinished, Some(uid), Some(gid))?;
     }
-    File::open(&unfinished)?.sync_all()?;
-    renameat_with(CWD, &unfinished, CWD, dir, RenameFlags::NOREPLACE)?;
-    sync_parent(dir)
+    File::open(unfinished)?.sync_all()
 }
 
 /// The opposite: the directory is gone at once.

@@ -61,7 +61,8 @@ const DEFAULT_LIFE: Duration = Duration::from_secs(60);
 /// Whatever a token endpoint promises.
 pub(super) const MAX_LIFE: Duration = Duration::from_secs(24 * 3600);
 
-/// Where a rule leaves to the registry who may have what, what it grants to anybody is used so long.
+/// Where a rule leaves to the registry who may have what, what it grants to anybody is used so long: as long as rights that
+/// somebody has shown (`pull/entitlement.rs`).
 const LIFE_FOR_ALL: Duration = Duration::from_secs(300);
 
 /// What stands for a realm where nobody grants tokens.

@@ -51,8 +51,8 @@ impl Origin {
         }
         match self.ask(place, &get, deadline).await {
             Ok(response) => is_content(&response, endpoint, kept),
-            // It has said no: that it says nothing now does not change that.
-            Err(error) if refused && error.is_passing_outage() => Err(SourceError::Denied),
+            // Half a no: enough not to let in who was let in before, and too little to remember.
+            Err(error) if refused && error.is_passing_outage() => Err(SourceError::Failed(403)),
             Err(error) => Err(error),
         }
     }

@@ -374,7 +374,8 @@ impl Peers {
             let next = self.successors(question.digest, COME_AFTER + 1, scope).into_iter().filter(|next| *next != peer);
             next.take(COME_AFTER).for_each(|next| self.is_suspect(next));
         }
-        self.answers(peer, owed).await
+        // Somebody else may have found out meanwhile.
+        self.is_well(&peer) && self.answers(peer, owed).await
     }
 
     /// Takes an answer only from whoever knows the key, if there is one.

@@ -34,6 +34,8 @@ struct Trouble {
     shut_out: Time,
     /// It could not be reached, and has not answered since.
     is_down: bool,
+    /// A ping was not answered of one that had only taken long.
+    is_doubted: bool,
     /// How often it was down since it last gave something.
     strikes: u32,
     /// When to ask whether it is there.
@@ -62,15 +64,25 @@ impl Health {
             return;
         }
         let pause = FIRST_PING * 2u32.saturating_pow(trouble.strikes);
-        trouble.is_down = true;
+        (trouble.is_down, trouble.is_doubted) = (true, false);
         trouble.strikes = (trouble.strikes + 1).min(16);
         trouble.ping_at = Some(now + pause.min(LAST_PING));
+    }
+
+    /// It did not answer a ping. A busy one may miss one.
+    pub fn is_missed(&mut self, peer: SocketAddr, now: Time) {
+        let trouble = self.trouble(peer, now, REMEMBERED);
+        if trouble.is_down || trouble.is_doubted {
+            self.is_down(peer, now);
+        } else {
+            (trouble.is_doubted, trouble.ping_at) = (true, Some(now));
+        }
     }
 
     /// It took long for what needs no time: worth a ping.
     pub fn is_suspect(&mut self, peer: SocketAddr, now: Time) {
         let trouble = self.trouble(peer, now, REMEMBERED);
-        if !trouble.is_down {
+        if !trouble.is_down && !trouble.is_doubted {
             trouble.ping_at = Some(now);
         }
     }
@@ -78,7 +90,7 @@ impl Health {
     /// It answered a ping. How well it answers questions is not known by that.
     pub fn is_up(&mut self, peer: &SocketAddr) {
         if let Some(trouble) = self.0.get_mut(peer) {
-            (trouble.is_down, trouble.ping_at) = (false, None);
+            (trouble.is_down, trouble.is_doubted, trouble.ping_at) = (false, false, None);
         }
     }
 
@@ -95,15 +107,15 @@ impl Health {
         self.0.values().filter_map(|trouble| trouble.ping_at).min()
     }
 
-    /// Those to be pinged now. Each has then to be said to be down or up.
-    pub fn to_ping(&mut self, now: Time, is_member: impl Fn(&SocketAddr) -> bool) -> Vec<SocketAddr> {
+    /// So many of those to be pinged now. Each has then to be said to be up or missed.
+    pub fn to_ping(&mut self, now: Time, most: usize, is_member: impl Fn(&SocketAddr) -> bool) -> Vec<SocketAddr> {
         let mut due = Vec::new();
         for (peer, trouble) in &mut self.0 {
             if trouble.ping_at.is_some() && !is_member(peer) {
                 // Should it come back it is a new one.
                 (trouble.is_down, trouble.ping_at) = (false, None);
             }
-            if trouble.ping_at.take_if(|at| *at <= now).is_some() {
+            if due.len() < most && trouble.ping_at.take_if(|at| *at <= now).is_some() {
                 due.push(*peer);
             }
         }
@@ -155,7 +167,7 @@ mod tests {
     }
 
     fn pinged(health: &mut Health, now: u64) -> bool {
-        health.to_ping(at(now), |_| true) == [PEER]
+        health.to_ping(at(now), 1, |_| true) == [PEER]
     }
 
     #[test]
@@ -167,7 +179,7 @@ mod tests {
         for now in 10..200 {
             if pinged(&mut health, now) {
                 assert!(!health.is_well(&PEER, at(now)));
-                health.is_down(PEER, at(now));
+                health.is_missed(PEER, at(now));
                 pings.push(now - 10);
             }
         }
@@ -180,7 +192,7 @@ mod tests {
         health.gives(&PEER);
         health.is_down(PEER, at(300));
         assert_eq!(health.next_ping(), Some(at(301)));
-        assert_eq!(health.to_ping(at(302), |_| false), [], "it is no member any more");
+        assert_eq!(health.to_ping(at(302), 1, |_| false), [], "it is no member any more");
         assert!(health.is_well(&PEER, at(302)) && health.next_ping().is_none());
     }
 
@@ -189,8 +201,15 @@ mod tests {
         let mut health = Health::default();
         health.is_suspect(PEER, at(10));
         assert!(health.is_well(&PEER, at(10)) && pinged(&mut health, 10) && !pinged(&mut health, 11));
-        health.is_down(PEER, at(11));
-        assert!(!health.is_well(&PEER, at(11)) && pinged(&mut health, 12));
+        health.is_missed(PEER, at(11));
+        assert!(health.is_well(&PEER, at(11)) && pinged(&mut health, 11), "it may be busy");
+        health.is_missed(PEER, at(12));
+        assert!(!health.is_well(&PEER, at(12)) && pinged(&mut health, 13));
+        health.is_up(&PEER);
+        health.is_suspect(PEER, at(20));
+        assert!(pinged(&mut health, 20));
+        health.is_missed(PEER, at(21));
+        assert!(health.is_well(&PEER, at(21)), "it answered since");
     }
 
     #[test]

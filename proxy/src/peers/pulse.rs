@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use futures_util::StreamExt;
-use futures_util::stream::iter;
+use futures_util::stream::FuturesUnordered;
 use http::HeaderValue;
 use http::Method;
 use http::header::{CACHE_CONTROL, RANGE};
@@ -12,25 +12,30 @@ use tokio::time::{sleep_until, timeout};
 
 use super::{CONNECT_TIMEOUT, Peers, lock, wire};
 
-/// Whoever is there answers within this time: a ping sooner, so that it is known by then who comes next.
+/// Whoever owes an answer and is there says so within this time.
 const ANSWER: Duration = CONNECT_TIMEOUT;
+
+/// Whoever is there answers a ping within this time: time for one SYN that is sent again.
 const PING: Duration = Duration::from_millis(1200);
 
 /// Pinged at the same time.
-const AT_A_TIME: usize = 32;
+const AT_A_TIME: usize = 64;
 
 impl Peers {
-    /// Pings those who are left alone because they were silent, for as long as it is polled.
+    /// Pings those who were silent, for as long as it is polled.
     pub async fn look_after(&self) {
+        let mut pinged = FuturesUnordered::new();
         loop {
-            let next = lock(&self.health).next_ping().map(|at| self.started + at);
+            let next = lock(&self.health).next_ping().filter(|_| pinged.len() < AT_A_TIME);
             tokio::select! {
-                () = sleep_until(next.unwrap_or(self.started)), if next.is_some() => {}
+                () = sleep_until(self.started + next.unwrap_or_default()), if next.is_some() => {}
                 () = self.troubled.notified() => {}
+                Some(()) = pinged.next() => {}
             }
             let members = self.members.load_full();
-            let due = lock(&self.health).to_ping(self.now(), |peer| members.contains(*peer));
-            iter(due).for_each_concurrent(AT_A_TIME, |peer| self.ping(peer)).await;
+            let room = AT_A_TIME - pinged.len();
+            let due = lock(&self.health).to_ping(self.now(), room, |peer| members.contains(*peer));
+            pinged.extend(due.into_iter().map(|peer| self.ping(peer)));
         }
     }
 
@@ -38,7 +43,7 @@ impl Peers {
         let url = format!("{}://{peer}/v2/", self.proof.scheme());
         match timeout(PING, self.client.get(url).send()).await {
             Ok(Ok(_)) => lock(&self.health).is_up(&peer),
-            Ok(Err(_)) | Err(_) => self.is_down(peer),
+            Ok(Err(_)) | Err(_) => lock(&self.health).is_missed(peer, self.now()),
         }
     }
 

@@ -43,6 +43,13 @@ const BROKE: Duration = Duration::from_secs(5);
 /// One that has it whole and hardly sends it, for this long.
 const CRAWLED: Duration = Duration::from_secs(300);
 
+/// Who gets a blob so many times slower than most sends it as slowly, and is named and asked last.
+const FAR: f64 = 4.0;
+/// Before that nobody knows.
+const JUDGED: Duration = Duration::from_millis(100);
+/// Of so many reports each counts for what is typical.
+const TYPICAL_OF: f64 = 64.0;
+
 /// Of so many ranges one is asked for before anybody gets it.
 const EAGER: u64 = 4;
 
@@ -55,6 +62,8 @@ pub struct Tracker {
     most: usize,
     /// How often others were told of.
     told: u64,
+    /// How fast most of them get it, in bytes a second.
+    typical: f64,
 }
 
 #[derive(Default)]
@@ -66,6 +75,10 @@ struct Tracked {
     deputed: Spans,
     /// Bodies that it sends, and those sent to it for since it said so.
     load: u32,
+    /// When it first said what it has, and how much.
+    since: Option<(Time, u64)>,
+    /// How fast it has got it since, in bytes a second. None: nobody can say yet.
+    rate: Option<f64>,
     seen: Time,
 }
 
@@ -130,7 +143,7 @@ impl Tracker {
     /// In a cluster of so many.
     pub fn new(members: usize) -> Self {
         let most = (members / OF_TRACKED).clamp(*TRACKED.start(), *TRACKED.end());
-        Self { peers: HashMap::new(), most, told: 0 }
+        Self { peers: HashMap::new(), most, told: 0, typical: 0.0 }
     }
 
     /// How many peers it remembers at most.
@@ -153,6 +166,10 @@ impl Tracker {
         }
         tracked.load = load;
         tracked.seen = now;
+        if let Some(rate) = tracked.rate_at(now) {
+            let weight = if self.typical > 0.0 { TYPICAL_OF.recip() } else { 1.0 };
+            self.typical += (rate - self.typical) * weight;
+        }
     }
 
     /// Names it to nobody any more.
@@ -170,12 +187,12 @@ impl Tracker {
         sending: u32,
         now: Time,
     ) -> Direction {
-        let has = self.has(asker);
+        let (has, typical) = (self.has(asker), self.typical);
         let able = self.peers.iter_mut().filter(|(peer, tracked)| {
-            let is_slow = comes == Comes::Here && is_slow(&tracked.have, has);
+            let is_slow = comes == Comes::Here && tracked.is_slow(has, typical);
             Some(**peer) != asker && tracked.gets(span.start, now) && !is_slow
         });
-        let best = able.min_by_key(|(peer, tracked)| (is_slow(&tracked.have, has), tracked.load, **peer));
+        let best = able.min_by_key(|(peer, tracked)| (tracked.is_slow(has, typical), tracked.load, **peer));
         match best {
             Some((peer, tracked)) if tracked.load < sending || comes == Comes::Elsewhere => {
                 tracked.load = tracked.load.saturating_add(1);
@@ -243,7 +260,7 @@ impl Tracker {
         let mut others: Vec<_> =
             self.peers.iter().filter(|(peer, tracked)| Some(**peer) != asker && !tracked.have.is_empty()).collect();
         let rank = |(peer, tracked): &(&SocketAddr, &Tracked)| {
-            (is_slow(&tracked.have, has), tracked.load, scatter(**peer, lot))
+            (tracked.is_slow(has, self.typical), tracked.load, scatter(**peer, lot))
         };
         // Few of many: the others need no order.
         if others.len() > MAX_HOLDERS {
@@ -261,6 +278,24 @@ impl Tracker {
 }
 
 impl Tracked {
+    /// Judges it by what it has by now.
+    fn rate_at(&mut self, now: Time) -> Option<f64> {
+        let has = self.have.len();
+        let (since, had) = *self.since.get_or_insert((now, has));
+        let took = now.saturating_sub(since);
+        if took >= JUDGED {
+            #[allow(clippy::cast_precision_loss, reason = "a rate")]
+            let got = has.saturating_sub(had) as f64;
+            self.rate = Some(got / took.as_secs_f64());
+        }
+        self.rate
+    }
+
+    /// Whether it is left far behind by one that has so many bytes, or by most.
+    fn is_slow(&self, has: u64, typical: f64) -> bool {
+        is_slow(&self.have, has) || self.rate.is_some_and(|rate| rate * FAR < typical)
+    }
+
     fn brings(&self, at: u64) -> bool {
         self.have.run_end(at) > at || self.deputed.run_end(at) > at
     }
@@ -274,7 +309,7 @@ impl Tracked {
 
 impl Known {
     fn is_able(&self, at: u64, now: Time) -> bool {
-        now >= self.not_before && self.have.run_end(at) > at
+        now >= self.not_before && now >= self.crawls_until && self.have.run_end(at) > at
     }
 }
 
@@ -378,8 +413,12 @@ impl View {
 
     /// It hardly sent what it has: others are asked, also where it is the owner.
     pub fn crawled(&mut self, peer: SocketAddr, now: Time) {
-        let known = self.peers.entry(peer).or_default();
-        (known.not_before, known.crawls_until) = (now + CRAWLED, now + CRAWLED);
+        self.peers.entry(peer).or_default().crawls_until = now + CRAWLED;
+    }
+
+    /// Nobody else has it: better slowly than not at all.
+    pub fn forgive(&mut self) {
+        self.peers.values_mut().for_each(|known| known.crawls_until = Time::ZERO);
     }
 
     /// Whether it is left alone for that.
@@ -545,6 +584,26 @@ mod tests {
     }
 
     #[test]
+    fn who_gets_it_slowly_is_asked_last_by_those_who_have_less() {
+        let mut tracker = Tracker::new(1);
+        for n in 1..=10 {
+            tracker.heard(peer(n), &Spans::default(), 0, at(0));
+            let reached = if n == 1 { 4 } else { 64 };
+            tracker.heard(peer(n), &mib(0, reached).into(), if n == 1 { 0 } else { 5 }, at(500));
+        }
+        assert!(matches!(
+            direct(&mut tracker, None, mib(0, 16), Comes::Here, 9, at(500)),
+            Direction::Redirect(to) if to != peer(1)
+        ));
+        assert!(tracker.holders(None).iter().all(|holder| holder.peer != peer(1)));
+        assert_eq!(
+            direct(&mut tracker, None, mib(0, 16), Comes::Here, 4, at(500)),
+            Direction::Answer,
+            "rather from here than from the slow one"
+        );
+    }
+
+    #[test]
     fn the_least_loaded_that_is_ahead_is_picked() {
         let mut view = View::new(1);
         let holder = |n, load, have: Span| Holder { peer: peer(n), load, have: have.into() };
@@ -568,6 +627,18 @@ mod tests {
         assert_eq!(view.pick(40 * MIB, 0, at(300), 1), Some(peer(1)));
         view.broke(peer(1), at(300));
         assert_eq!(view.pick(40 * MIB, 0, at(60_000), 1), None, "until it says again what it has");
+    }
+
+    #[test]
+    fn who_hardly_sends_is_left_alone_unless_there_is_nobody_else() {
+        let mut view = View::new(1);
+        view.learn(&Holder { peer: peer(1), load: 0, have: mib(0, 64).into() });
+        view.crawled(peer(1), at(0));
+        view.left(peer(1), at(0));
+        assert!(view.crawls(peer(1), at(299_999)) && !view.crawls(peer(1), at(300_000)));
+        assert_eq!(view.pick(0, 0, at(60_000), 1), None, "whatever else it did");
+        view.forgive();
+        assert_eq!(view.pick(0, 0, at(60_000), 1), Some(peer(1)));
     }
 
     #[test]

@@ -81,7 +81,7 @@ impl Clients {
 }
 
 /// As whom an address counts: one host has a whole network of IPv6 addresses (RFC 4291, section 2.5.4).
-fn client(address: IpAddr) -> IpAddr {
+pub(super) fn client(address: IpAddr) -> IpAddr {
     match address {
         IpAddr::V4(_) => address,
         IpAddr::V6(v6) => IpAddr::V6(Ipv6Addr::from_bits(v6.to_bits() & !u128::from(u64::MAX))),

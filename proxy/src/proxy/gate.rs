@@ -133,8 +133,8 @@ impl Front {
         if self.registries.ask_who() && !knows { self.gate.challenge(request, None) } else { Reply::ping() }
     }
 
-    /// Lets a client into a place, with the rights that it has at the registry, or says why not. What may be a guess has
-    /// its turn until it is known.
+    /// Lets a client into a place, with the rights that it has at the registry, or says why not. What may still be a guess
+    /// has a turn until it is known.
     pub(super) async fn let_in(
         &self,
         session: &Session,
@@ -149,8 +149,7 @@ impl Front {
         };
         let caller = shown.clone().unwrap_or(Caller::Anonymous);
         let place = Place { caller, ..place };
-        let is_guess = place.caller.shows_secret() && !self.pull.was_let_in(&place);
-        let turn = match is_guess {
+        let turn = match place.caller.shows_secret() && !self.pull.was_let_in(&place) {
             true => match self.gate.turns.take(&place.registry, from).await {
                 Ok(turn) => Some(turn),
                 Err(error) => return Err(Reply::refusal(&not_exchanged(&error))),
@@ -158,7 +157,8 @@ impl Front {
             false => None,
         };
         match self.pull.let_in(&place, endpoint, accept).await {
-            Ok(()) => Ok((place, turn)),
+            // What is a list's alone is found out by asking for it.
+            Ok(()) => Ok((place, turn.filter(|_| matches!(endpoint, Endpoint::Tags | Endpoint::Referrers(_))))),
             // A registry may hide from strangers what it has, and limit them before others. And while it is in trouble
             // those who were let in lately have to say who they are.
             Err(_) if shown.is_none() => Err(self.gate.challenge(request, Some(&place))),
@@ -209,10 +209,15 @@ impl Front {
             let (pull, gate, place) = (self.pull.clone(), self.gate.clone(), place.clone());
             async move {
                 let itself = secret.basic();
-                let exchanged = match gate.turns.take(&place.registry, from).await {
+                let known = Caller::Holder(Arc::new(Holder { who, authorization: None }));
+                let turn = match pull.was_let_in(&Place { caller: known, ..place.clone() }) {
+                    true => Ok(None),
+                    false => gate.turns.take(&place.registry, from).await.map(Some),
+                };
+                let exchanged = match turn {
                     Ok(turn) => {
                         let exchanged = pull.exchange(&place, secret).await;
-                        if matches!(exchanged, Err(SourceError::Denied)) {
+                        if let (Some(turn), Err(SourceError::Denied)) = (turn, &exchanged) {
                             turn.was_wrong();
                         }
                         exchanged

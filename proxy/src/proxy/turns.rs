@@ -8,6 +8,7 @@ use std::time::Duration;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{sleep, timeout};
 
+use super::clients::client;
 use crate::oci::Registry;
 use crate::source::SourceError;
 
@@ -44,6 +45,7 @@ impl Turns {
     /// Waits until another secret may be shown to a registry.
     pub(super) async fn take(&self, registry: &Registry, from: Option<IpAddr>) -> Result<Turn, SourceError> {
         let turns = |count| Arc::new(Semaphore::new(count));
+        let from = from.map(|from| client(from.to_canonical()));
         let of_client = self.of_client.get_with((registry.clone(), from), || turns(OF_CLIENT));
         let of_registry = self.of_registry.get_with(registry.clone(), || turns(OF_REGISTRY));
         let taken = timeout(PATIENCE, async {

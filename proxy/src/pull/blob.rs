@@ -218,7 +218,8 @@ impl Pull {
         let lead = peers.lead(digest, role, self.scope(place));
         let mut refusals = Refusals::default();
         for owner in lead.leaders {
-            let question = Question::about(place, digest, Manner::As(lead.asked_as), Instant::now() + FIRST_BYTE);
+            // One that hangs leaves time for the next.
+            let question = Question::about(place, digest, Manner::As(lead.asked_as), Instant::now() + FIRST_BYTE / 2);
             match peers.blob_length(owner, &question).await {
                 Ok(length) => return Ok(Some(length)),
                 Err(error) => refusals.add(error)?,
@@ -364,6 +365,14 @@ fn first_byte_wanted(range: Option<RangeRequest>) -> u64 {
     match range {
         Some(RangeRequest::From(start) | RangeRequest::Bounded(start, _)) if start > SMALL_BYTES => start,
         _ => 0,
+    }
+}
+
+impl BlobRequest {
+    /// The same once some of its time has passed.
+    pub fn after(&self, waited: Duration) -> Self {
+        let left = self.asking.left.map(|left| left.saturating_sub(waited));
+        Self { asking: Asking { left, ..self.asking }, ..self.clone() }
     }
 }
 

@@ -12,7 +12,7 @@ use xxhash_rust::xxh64::Xxh64;
 
 use super::blob::Fetch;
 use super::speeds::Sender;
-use super::{Asker, Asking, BlobRequest, Extent, FIRST_BYTE, Pull};
+use super::{Asker, Asking, BlobRequest, Extent, FIRST_BYTE, Pull, is_personal};
 use crate::config::FarPeers;
 use crate::fill::{Connections, FillKey, Sources, Truth};
 use crate::oci::{NamedBy, Span, Spans};
@@ -147,12 +147,7 @@ impl Sources for BlobSources {
     }
 
     fn matched(&self, truth: Truth) {
-        let sender = match self.key.role {
-            Role::Global => Some(Sender::Origin),
-            Role::Zone => Some(Sender::Far),
-            Role::Client => None,
-        };
-        if let Some(sender) = sender {
+        if let Some(sender) = self.sender(truth.total()) {
             self.pull.speeds.measured(self.place.rule.name(), sender, truth.total(), self.begun.elapsed());
         }
         let key = (self.key.digest.clone(), self.key.registry.clone());
@@ -207,28 +202,44 @@ impl BlobSources {
         Self { pull: pull.clone(), place: place.clone(), key, aim, view, looked, begun }
     }
 
-    /// The registry is shown what is good for longest: what the first caller showed may end before the blob does.
+    /// The registry is shown what somebody who joined has, which is probably good for longer: what the first caller showed
+    /// may end before the blob does. Who is refused with it leaves the others what they had.
     async fn of_origin(&self, part: Part, deadline: Instant) -> Result<Incoming, SourceError> {
         let digest = &self.key.digest;
-        let newest = self.pull.fills.running(&self.key).map(|fill| fill.newest_place());
-        match newest.filter(|newest| newest.caller != self.place.caller) {
-            Some(newest) => match self.pull.origin.blob(&newest, digest, part, deadline).await {
-                Err(SourceError::Denied) => self.pull.origin.blob(&self.place, digest, part, deadline).await,
-                answer => answer,
-            },
-            None => self.pull.origin.blob(&self.place, digest, part, deadline).await,
+        if let Some(fill) = self.pull.fills.running(&self.key)
+            && let newest = fill.newest_place()
+            && newest.caller != self.place.caller
+        {
+            let answer = self.pull.origin.blob(&newest, digest, part, deadline).await;
+            if !is_personal(&self.place, &answer) {
+                return answer;
+            }
+            fill.forget_newest(&newest.caller);
         }
+        self.pull.origin.blob(&self.place, digest, part, deadline).await
+    }
+
+    /// Who has sent most of it: one of both whose speeds are compared, or somebody near.
+    fn sender(&self, total: u64) -> Option<Sender> {
+        let Some(peers) = &self.pull.peers else { return Some(Sender::Origin) };
+        let view = self.view();
+        let sent = |counts: &dyn Fn(SocketAddr) -> bool| -> u64 {
+            view.contributions().iter().filter(|sent| counts(sent.peer)).map(|sent| sent.span.len()).sum()
+        };
+        if sent(&|peer| peers.is_far(peer)) > total / 2 {
+            return Some(Sender::Far);
+        }
+        (sent(&|_| true) < total / 2).then_some(Sender::Origin)
     }
 
     /// Which successors have it. What somebody else just asked, for another range, is not asked again.
     async fn found_at_successors(&self, peers: &Peers) -> Arc<Vec<Holder>> {
-        let key = (self.key.digest.clone(), self.key.registry.clone());
-        if let Some(found) = self.pull.holders.get(&key) {
+        if let Some(found) = self.pull.holders.get(&self.key) {
             return found;
         }
         let scope = self.pull.scope(&self.place);
         let found = Arc::new(peers.ask_successors(&Question { scope, ..self.question(Manner::IfKept) }).await);
-        self.pull.holders.insert(key, found.clone());
+        self.pull.holders.insert(self.key.clone(), found.clone());
         found
     }
 
@@ -385,6 +396,7 @@ impl BlobSources {
             let found = peers.ask_around(&Question { scope, ..self.question(Manner::IfKept) }).await;
             found.iter().for_each(|holder| self.view().learn(holder));
         }
+        self.view().forgive();
         self.ask_holders(peers, part).await
     }
 

@@ -3,6 +3,7 @@
 //! The version stands in the path, so that another version of dray neither trips over these files
 //! nor serves them wrongly.
 
+use std::ffi::OsStr;
 use std::fs::{self, File, TryLockError};
 use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
@@ -32,7 +33,16 @@ pub enum LayoutError {
 }
 
 /// All of it stands in a directory of this name; another form of it needs another one.
-pub const LAYOUT: &str = "v1";
+const LAYOUT: &str = "v1";
+
+/// Locked by the process that uses it.
+pub(super) const LOCK: &str = "lock";
+
+/// Whether something in a cache directory is this form of it, or another release's.
+pub(super) fn is_one(name: &OsStr) -> bool {
+    let number = name.to_str().and_then(|name| name.strip_prefix('v'));
+    number.is_some_and(|number| !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit()))
+}
 
 impl Layout {
     pub(super) fn open(dir: &Path) -> Result<Self, LayoutError> {
@@ -41,7 +51,7 @@ impl Layout {
         // What is cached may be private: nobody else on the machine has to read it.
         fs::DirBuilder::new().recursive(true).mode(0o700).create(&root).map_err(unusable)?;
         fs::set_permissions(&root, fs::Permissions::from_mode(0o700)).map_err(unusable)?;
-        let lock = File::create(root.join("lock")).map_err(unusable)?;
+        let lock = File::create(root.join(LOCK)).map_err(unusable)?;
         match lock.try_lock() {
             Ok(()) => {}
             Err(TryLockError::WouldBlock) => return Err(LayoutError::InUse { dir: dir.to_owned() }),

@@ -59,6 +59,11 @@ impl Outcome {
         self.finished[self.finished.len() / 2]
     }
 
+    /// When 99 of 100 have it.
+    fn most(&self) -> f64 {
+        self.finished[self.finished.len() * 99 / 100]
+    }
+
     fn last(&self) -> f64 {
         *self.finished.last().expect("a node")
     }
@@ -68,7 +73,7 @@ impl Outcome {
 fn simulate(shape: Shape) -> Outcome {
     let outcome = Network::new(shape).run();
     println!(
-        "{} nodes, slow {:?}, {} zones ({:?}), killed {:?}: median {:.2} x, last {:.2} x, origin {:.3} x, busiest {:.2} x, \
+        "{} nodes, slow {:?}, {} zones ({:?}), killed {:?}: median {:.2} x, 99 of 100 {:.2} x, last {:.2} x, origin {:.3} x, busiest {:.2} x, \
          crossed {:.3} x",
         shape.nodes,
         shape.slow,
@@ -76,6 +81,7 @@ fn simulate(shape: Shape) -> Outcome {
         shape.zones.policy,
         shape.killed,
         outcome.median(),
+        outcome.most(),
         outcome.last(),
         outcome.origin,
         outcome.busiest,

@@ -237,6 +237,9 @@ fn wrong_values_are_explained() {
             "zones.by=podLabel,zones.names={a-very-long-name-for-a-zone-that-nobody-needs-at-all-but-has}",
             "63 characters",
         ),
+        ("containerd.hostsDir=/", "/containerd/hostsDir"),
+        ("reach.ipv6=true,reach.by=hostPort", "reach.mirror"),
+        ("mode=deployment,reach.ipv6=true", "reach.mirror"),
         ("bogus=1", "bogus"),
     ] {
         let error = render(&["--set", set]).unwrap_err();
@@ -278,7 +281,7 @@ fn the_examples_of_the_page_are_valid() {
     for text in blocks("toml") {
         text.parse::<toml::Table>().unwrap();
     }
-    let sidecar = yaml.iter().find_map(|block| block.get("initContainers")?.get(0)).unwrap();
+    let sidecar = yaml.iter().find_map(|block| block.get("spec")?.get("initContainers")?.get(0)).unwrap();
     understands(&texts(&sidecar["args"]));
     // Values for the chart are values of the chart.
     let values = yaml.iter().find(|block| block.get("secrets").is_some()).unwrap();
