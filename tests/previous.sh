@@ -13,10 +13,12 @@ fi
 [ "$(cat "$out/commit" 2>/dev/null)" != "$commit" ] || exit 0
 sources=$out/src
 rm -rf "$sources" && mkdir "$sources"
-git archive "$commit" | tar --extract --directory "$sources"
+# As new as they are here: cargo goes by that, and knows the commit before.
+git archive "$commit" | tar --extract --touch --directory "$sources"
 # The same target directory: what both stand on is built once.
 CARGO_TARGET_DIR=$PWD/target cargo build --profile "$profile" --locked --package dray --bin dray \
     --manifest-path "$sources/Cargo.toml"
+rm -f "$out/dray"
 mv "target/$profile/dray" "$out/dray"
 rm -rf "$out/chart"
 [ ! -d "$sources/k8s/dray" ] || mv "$sources/k8s/dray" "$out/chart"
