@@ -245,3 +245,90 @@ fn config_toml_is_patched_and_restored() {
     assert_eq!(std::fs::read_to_string(&config).unwrap(), text);
     assert_eq!(std::fs::read_dir(&hosts).unwrap().count(), 0);
 }
+
+/// What would make pulls fail, or do nothing, is refused or said; what is said twice counts once.
+#[test]
+fn odd_words_are_refused_or_count_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let hosts = dir.path().join("certs.d");
+    std::fs::create_dir(&hosts).unwrap();
+    let containerd = |words: &[&str]| {
+        let mut command = Command::new(binary());
+        let got = output(command.args(["containerd"]).args(words).arg("--hosts-dir").arg(&hosts));
+        let said = String::from_utf8_lossy(&got.stdout).into_owned() + &String::from_utf8_lossy(&got.stderr);
+        (got.status.code(), said)
+    };
+    let url = "http://127.0.0.1:5050";
+    let install = |more: &[&str]| containerd(&[&["install", "--mirror", url], more].concat());
+    let text = dir.path().join("no.pem");
+    std::fs::write(&text, "no certificate").unwrap();
+    for (more, code, wants) in [
+        (&["--ca", "/nowhere.pem"][..], 2, "--ca /nowhere.pem"),
+        (&["--ca", text.to_str().unwrap()], 2, "no certificate in PEM"),
+        (&["--registry", "localhost:5000"], 1, "on this machine"),
+        (&["--registry", "reg:5000:6"], 1, "no registry host"),
+    ] {
+        let (status, said) = install(more);
+        assert!(status == Some(code) && said.contains(wants), "{more:?}: {status:?} {said}");
+    }
+    assert_eq!(std::fs::read_dir(&hosts).unwrap().count(), 0);
+    std::os::unix::fs::symlink("/nowhere", hosts.join("_default")).unwrap();
+    let (status, said) = install(&[]);
+    assert!(status == Some(1) && said.contains("leads nowhere"), "{said}");
+    std::fs::remove_file(hosts.join("_default")).unwrap();
+    let (status, said) = install(&["--registry", "index.docker.io", "--registry", "Docker.IO", "--mirror", url]);
+    assert_eq!(status, Some(0), "{said}");
+    let files = tree(&hosts);
+    let file = &files[Path::new("docker.io/hosts.toml")];
+    assert_eq!((files.len(), file.matches("[host.").count()), (3, 1), "{files:?}");
+    // Nobody answers there, but that it is used is understood.
+    let config = dir.path().join("config.toml");
+    let path =
+        format!("version = 2\n[plugins.'io.containerd.grpc.v1.cri'.registry]\nconfig_path = '{}'\n", hosts.display());
+    std::fs::write(&config, path).unwrap();
+    let (_, said) =
+        containerd(&["check", "--no-pull", "--containerd-version", "1.7", "--config", config.to_str().unwrap()]);
+    assert!(said.contains("for docker.io only") && !said.contains("no mirror is used"), "{said}");
+}
+
+/// `_default` in the first directory of a list hides what the others have.
+#[test]
+fn directories_that_would_be_hidden_are_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let [first, second] = ["certs.d", "docker"].map(|name| dir.path().join(name));
+    std::fs::create_dir(&first).unwrap();
+    std::fs::create_dir_all(second.join("registry.corp")).unwrap();
+    let config = dir.path().join("config.toml");
+    let text = format!(
+        "version = 2\n[plugins.'io.containerd.grpc.v1.cri'.registry]\nconfig_path = '{}:{}'\n",
+        first.display(),
+        second.display()
+    );
+    std::fs::write(&config, &text).unwrap();
+    for more in [&[][..], &["--patch-config"]] {
+        let mut command = Command::new(binary());
+        command.args(["containerd", "install", "--mirror", "http://127.0.0.1:5050", "--containerd-version", "1.7"]);
+        let refused = output(command.args(more).arg("--config").arg(&config));
+        let said = String::from_utf8_lossy(&refused.stderr);
+        assert!(refused.status.code() == Some(1) && said.contains("docker/registry.corp"), "{more:?}: {said}");
+    }
+    assert_eq!(std::fs::read_to_string(&config).unwrap(), text);
+    assert_eq!(std::fs::read_dir(&first).unwrap().count(), 0);
+}
+
+/// A node that was restarted has the lines of before, and nobody may be there yet.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_stands_there_of_before_goes_while_the_mirror_is_silent() {
+    let dir = tempfile::tempdir().unwrap();
+    let mirror = format!("http://127.0.0.1:{}", dray_tests::process::free_port());
+    run(Command::new(binary()).args(["containerd", "install", "--mirror", &mirror, "--hosts-dir"]).arg(dir.path()));
+    let file = dir.path().join("_default/hosts.toml");
+    assert!(file.exists());
+    let mut keep = Command::new(binary());
+    keep.args(["containerd", "keep", "--mirror", &mirror, "--hosts-dir"]).arg(dir.path());
+    let mut keep = dray_tests::process::Process::spawn(&mut keep);
+    eventually("it is taken back", async || (!file.exists()).then_some(())).await;
+    keep.signal(Signal::TERM);
+    keep.wait();
+    assert!(!file.exists());
+}
