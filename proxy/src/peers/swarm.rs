@@ -47,8 +47,8 @@ const CRAWLED: Duration = Duration::from_secs(300);
 const FAR: f64 = 4.0;
 /// Before that nobody knows.
 const JUDGED: Duration = Duration::from_millis(100);
-/// Of so many reports each counts for what is typical.
-const TYPICAL_OF: f64 = 64.0;
+/// What is typical is so of the last reports, about so many.
+const REPORTS: u32 = 64;
 
 /// Of so many ranges one is asked for before anybody gets it.
 const EAGER: u64 = 4;
@@ -62,8 +62,9 @@ pub struct Tracker {
     most: usize,
     /// How often others were told of.
     told: u64,
-    /// How fast most of them get it, in bytes a second.
+    /// How fast most of them get it, in bytes a second, and of how many reports that is known.
     typical: f64,
+    reports: u32,
 }
 
 #[derive(Default)]
@@ -143,7 +144,7 @@ impl Tracker {
     /// In a cluster of so many.
     pub fn new(members: usize) -> Self {
         let most = (members / OF_TRACKED).clamp(*TRACKED.start(), *TRACKED.end());
-        Self { peers: HashMap::new(), most, told: 0, typical: 0.0 }
+        Self { peers: HashMap::new(), most, told: 0, typical: 0.0, reports: 0 }
     }
 
     /// How many peers it remembers at most.
@@ -167,8 +168,8 @@ impl Tracker {
         tracked.load = load;
         tracked.seen = now;
         if let Some(rate) = tracked.rate_at(now) {
-            let weight = if self.typical > 0.0 { TYPICAL_OF.recip() } else { 1.0 };
-            self.typical += (rate - self.typical) * weight;
+            self.reports = (self.reports + 1).min(REPORTS);
+            self.typical += (rate - self.typical) / f64::from(self.reports);
         }
     }
 
