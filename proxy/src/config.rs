@@ -9,6 +9,7 @@ mod matching;
 mod pattern;
 mod peers;
 mod prefetch;
+mod rule;
 mod tracing;
 mod units;
 mod upstream;
@@ -23,13 +24,13 @@ use serde::Deserialize;
 use sha2::{Digest, Sha256};
 use toml::Spanned;
 
-use crate::oci::Registry;
 pub use containerd::{Containerd, Mirror, WrongMirror};
 pub use credentials::{Cloud, Credentials, PasswordSource};
 pub use matching::Matching;
 pub use pattern::{HostPattern, host_matches};
 pub use peers::{Mtls, Peers, Zone, Zones};
 pub use prefetch::{Pin, Prefetch, Schedule};
+pub use rule::{Abandoned, FarPeers, Rule, RuleAccess, TagLease};
 pub use tracing::Tracing;
 pub use units::{Share, Size, Span, whole_tag};
 pub use upstream::{Scheme, Upstream};
@@ -125,91 +126,6 @@ pub struct Tls {
     pub ca: Option<PathBuf>,
 }
 
-/// What holds for the registries that a pattern matches.
-#[derive(Debug, Clone, PartialEq, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Rule {
-    #[serde(rename = "match")]
-    pub pattern: Matching,
-    /// Names without a port by which clients may call this registry in a path.
-    #[serde(default)]
-    pub alias: Vec<String>,
-    /// Where to fetch from, in order. Empty: the registry itself.
-    #[serde(default)]
-    pub upstreams: Vec<Upstream>,
-    #[serde(default)]
-    pub credentials: Option<Credentials>,
-    /// Further roots to trust for this rule's upstreams, PEM.
-    #[serde(default)]
-    pub ca: Option<PathBuf>,
-    #[serde(default)]
-    pub deny: bool,
-    #[serde(default)]
-    pub access: RuleAccess,
-    /// For how long a tag is believed without asking.
-    #[serde(default = "default_tag_ttl")]
-    pub tag_ttl: Span,
-    /// The same for some tags; the first that matches holds.
-    #[serde(default)]
-    pub tags: Vec<TagLease>,
-    /// Regular expressions of tags that never change.
-    #[serde(default, deserialize_with = "units::regexes")]
-    pub immutable_tags: Vec<String>,
-    /// For how long after it was last asked a tag is served while the origin is in trouble.
-    #[serde(default = "default_stale_for")]
-    pub stale_for: Span,
-    /// For how long a "not found" is believed.
-    #[serde(default = "default_negative_ttl")]
-    pub negative_ttl: Span,
-    #[serde(default)]
-    pub abandoned: Abandoned,
-    #[serde(default)]
-    pub far_peers: FarPeers,
-}
-
-/// For how long some tags are believed without asking.
-#[derive(Debug, Clone, PartialEq, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct TagLease {
-    /// A regular expression of the whole tag.
-    #[serde(rename = "match", deserialize_with = "units::regex")]
-    pub pattern: String,
-    pub ttl: Span,
-}
-
-/// Whether peers in other zones are asked for what a registry serves, where `peers.zones` lets them be.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum FarPeers {
-    #[default]
-    Always,
-    /// Unless the registry was found to be faster.
-    UnlessSlower,
-    Never,
-}
-
-/// What becomes of a blob that is being fetched when everybody who asked for it has left.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Abandoned {
-    /// Fetching stops, unless little is left; what is there is kept for a while.
-    #[default]
-    Keep,
-    /// It is fetched to its end.
-    Finish,
-}
-
-/// Who may have what a rule can pull.
-#[derive(Debug, Clone, Copy, PartialEq, Default, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum RuleAccess {
-    /// Every caller.
-    #[default]
-    Shared,
-    /// Whoever could pull it from the registry itself.
-    Client,
-}
-
 /// The version of the keys below. A key that goes, or means something else, makes it the next one.
 const VERSION: u64 = 1;
 
@@ -298,24 +214,6 @@ impl Config {
         self.check_rules(&at)
     }
 
-    /// What a rule by which callers come with their own rights cannot have.
-    fn check_clients_access(&self, rule: &Rule) -> Result<(), (&'static str, &'static str)> {
-        if rule.credentials.is_some() {
-            return Err(("registry.credentials", "are of no use with access = \"client\": callers bring their own"));
-        }
-        if self.access.logins_file.is_some() {
-            let problem = "a request has one Authorization: that of access.logins_file, or the registry's own";
-            return Err(("registry.access", problem));
-        }
-        if rule.upstreams.len() > 1 {
-            return Err((
-                "registry.upstreams",
-                "access = \"client\" takes one: a caller's rights are those at one registry",
-            ));
-        }
-        Ok(())
-    }
-
     /// What can only be known when flags and variables have been added.
     pub fn check_together(&self) -> Result<(), String> {
         self.peers.check().map_err(|(key, problem)| format!("{key}: {problem}"))?;
@@ -358,43 +256,12 @@ impl Config {
                 let problem = format!("\"{}\" is never reached: \"{cover}\" above matches first", rule.pattern);
                 return Err(at(start, "registry.match", problem));
             }
-            if rule.deny && (!rule.upstreams.is_empty() || rule.credentials.is_some()) {
-                let problem = "a denied registry has no upstreams and no credentials".to_owned();
-                return Err(at(start, "registry.deny", problem));
-            }
-            for upstream in &rule.upstreams {
-                if let Err(problem) = upstream.check(&rule.pattern) {
-                    return Err(at(start, "registry.upstreams", problem));
-                }
-            }
-            if rule.access == RuleAccess::Client
-                && let Err((key, problem)) = self.check_clients_access(rule)
-            {
-                return Err(at(start, key, problem.to_owned()));
-            }
-            let one_secret = rule.credentials.as_ref().is_some_and(Credentials::is_one_secret);
-            if one_secret && rule.upstreams.is_empty() && rule.pattern.host.is_glob() {
-                let problem = format!(
-                    "a username for every host that \"{}\" matches would send the password to hosts that \
-                     others choose: name the upstreams, or use credentials = {{ file = ... }}",
-                    rule.pattern
-                );
-                return Err(at(start, "registry.credentials", problem));
+            rule.check().map_err(|(key, problem)| at(start, key, problem))?;
+            if rule.access == RuleAccess::Client && self.access.logins_file.is_some() {
+                let problem = "a request has one Authorization: that of access.logins_file, or the registry's own";
+                return Err(at(start, "registry.access", problem.to_owned()));
             }
             for alias in &rule.alias {
-                if Registry::looks_like(alias) || alias.contains('/') || alias.is_empty() {
-                    let problem = format!("\"{alias}\" must be a plain name: no dot, colon or slash");
-                    return Err(at(start, "registry.alias", problem));
-                }
-                if !rule.pattern.is_of_registries() {
-                    let problem =
-                        format!("\"{alias}\" stands for a registry, but \"{}\" is about repositories", rule.pattern);
-                    return Err(at(start, "registry.alias", problem));
-                }
-                if rule.pattern.host.is_glob() {
-                    let problem = format!("\"{alias}\" cannot stand for the many hosts of \"{}\"", rule.pattern);
-                    return Err(at(start, "registry.alias", problem));
-                }
                 if let Some(other) = aliases.insert(alias, &rule.pattern) {
                     let problem = format!("\"{alias}\" already stands for \"{other}\"");
                     return Err(at(start, "registry.alias", problem));
@@ -450,42 +317,6 @@ fn default_dir() -> PathBuf {
     absolute("XDG_CACHE_HOME")
         .or_else(|| absolute("HOME").map(|home| home.join(".cache")))
         .map_or_else(|| PathBuf::from("/var/cache/dray"), |cache| cache.join("dray"))
-}
-
-// === impl Rule ===
-
-impl Rule {
-    /// The rule that stands behind all others.
-    pub fn implicit(unlisted: Unlisted) -> Self {
-        Self {
-            pattern: Matching::any(),
-            alias: Vec::new(),
-            upstreams: Vec::new(),
-            credentials: None,
-            ca: None,
-            deny: unlisted == Unlisted::Deny,
-            access: RuleAccess::Shared,
-            tag_ttl: default_tag_ttl(),
-            tags: Vec::new(),
-            immutable_tags: Vec::new(),
-            stale_for: default_stale_for(),
-            negative_ttl: default_negative_ttl(),
-            abandoned: Abandoned::Keep,
-            far_peers: FarPeers::Always,
-        }
-    }
-}
-
-fn default_tag_ttl() -> Span {
-    Span::seconds(60)
-}
-
-fn default_stale_for() -> Span {
-    Span::seconds(30 * 24 * 3600)
-}
-
-fn default_negative_ttl() -> Span {
-    Span::seconds(2)
 }
 
 #[cfg(test)]

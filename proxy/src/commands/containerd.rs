@@ -357,7 +357,7 @@ impl Check {
             let file = HostsDir::new(&dir).default_file();
             let text = std::fs::read_to_string(&file).unwrap_or_default();
             mirrors = urls.into_iter().map(|url| (url.clone(), hosts_toml::authority(&text, &url))).collect();
-            if !mirrors.is_empty() {
+            if !mirrors.is_empty() && !text.is_empty() {
                 let names = mirrors.iter().map(|(url, _)| url.as_str()).collect::<Vec<_>>().join(", ");
                 diagnosis.findings.push(good("hosts", format!("{} names {names}", file.display())));
             }

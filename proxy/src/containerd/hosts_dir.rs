@@ -4,6 +4,7 @@
 //! of the directories `host_port_`, `host:port` and `_default` that exists, and no other: a directory for one
 //! registry hides `_default` from it.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -281,7 +282,11 @@ impl HostsDir {
         match registries {
             Registries::Default => Ok(vec![default]),
             Registries::Every => Ok([default].into_iter().chain(self.others()?).collect()),
-            Registries::Named(names) => names.iter().map(|name| self.dir_of(name)).collect(),
+            Registries::Named(names) => {
+                // Docker Hub may be named twice.
+                let dirs: Result<BTreeSet<_>, _> = names.iter().map(|name| self.dir_of(name)).collect();
+                Ok(dirs?.into_iter().collect())
+            }
         }
     }
 
