@@ -12,7 +12,7 @@ pub const COUNTED: [&str; 3] = ["valgrind", "--tool=callgrind", "--callgrind-out
 /// the same, since a library measures the clock: it is taken out, and wants many passes.
 pub fn of_hot_path(path: &str, passes: u32) -> u64 {
     const BEFORE: u32 = 100;
-    (ran(path, BEFORE + passes) - ran(path, BEFORE)) / u64::from(passes)
+    ran(path, BEFORE + passes).saturating_sub(ran(path, BEFORE)) / u64::from(passes)
 }
 
 fn ran(path: &str, passes: u32) -> u64 {

@@ -206,7 +206,7 @@ impl Install {
         };
         match patched.map_err(failed)? {
             Patched::Changed { .. } if !existed && !self.dry_run => {
-                say(&format!("{}: a new file, with config_path = \"{wanted}\". Restart containerd", file.display()))
+                say(&format!("{}: a new file, with config_path = \"{wanted}\". Restart containerd", file.display()));
             }
             Patched::Changed { .. } if !self.dry_run => say(&format!(
                 "{}: config_path = \"{wanted}\"; the file as it was is {}. Restart containerd",

@@ -92,8 +92,8 @@ impl ConfigFile {
     /// Whether a text is what `set` has made of the file that it kept.
     fn is_patched(&self, kept: &str, text: &str, section: &str, version: i64) -> Result<bool, PatchError> {
         let document: DocumentMut = text.parse().map_err(|error| PatchError::NotToml(self.path.clone(), error))?;
-        let at = ["plugins", section, "registry", "config_path"].into_iter();
-        let path = at.fold(Some(document.as_item()), |at, name| at?.get(name)).and_then(Item::as_str);
+        let mut at = ["plugins", section, "registry", "config_path"].into_iter();
+        let path = at.try_fold(document.as_item(), |at, name| at.get(name)).and_then(Item::as_str);
         path.map_or(Ok(false), |dir| Ok(self.with_path(original(kept), section, version, dir)? == text))
     }
 

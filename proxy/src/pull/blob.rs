@@ -188,7 +188,8 @@ impl Pull {
         let lengths_key = (place.registry.clone(), place.repository.clone(), digest.clone());
         // Where a rule asks who, the origin's word is a word about rights as well.
         if let Some(length) = self.lengths.get(&lengths_key).filter(|_| !place.rule.asks_who()) {
-            return Ok((length, ServedFrom::Memory));
+            // It is not kept here for that.
+            return Ok((length, ServedFrom::Origin));
         }
         let role = self.role(place, digest, request.asking);
         let key = |who| (place.to_string(), digest.clone(), role, who);

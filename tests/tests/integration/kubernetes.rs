@@ -41,15 +41,17 @@ fn run_the_runners_example(cluster: &Kubernetes) {
     let example = page.split("## CI runners").nth(1).unwrap().split("```").nth(1).unwrap();
     let example = example.strip_prefix("yaml").unwrap();
     let example = example.replace("registry.corp/dray:0.1.0", "127.0.0.1:5000/dray:test");
-    let mut spec: Value =
+    let mut pod: Value =
         serde_yaml_ng::from_str(&example.replace("moby/buildkit:rootless", "127.0.0.1:5000/pause:1")).unwrap();
-    spec["volumes"] = serde_yaml_ng::from_str("[{ name: cache, emptyDir: {} }]").unwrap();
-    spec["terminationGracePeriodSeconds"] = 1.into();
-    let pod = serde_json::json!({ "apiVersion": "v1", "kind": "Pod", "metadata": { "name": "runner" }, "spec": spec });
+    pod["apiVersion"] = "v1".into();
+    pod["kind"] = "Pod".into();
+    pod["metadata"] = serde_yaml_ng::from_str("{ name: runner }").unwrap();
+    pod["spec"]["terminationGracePeriodSeconds"] = 1.into();
     let file = cluster.path("runner.json");
-    std::fs::write(&file, pod.to_string()).unwrap();
+    std::fs::write(&file, serde_json::to_string(&pod).unwrap()).unwrap();
     for arguments in [
-        &["apply", "--filename", file.to_str().unwrap()][..],
+        &["create", "configmap", "buildkitd", "--from-literal", "buildkitd.toml="][..],
+        &["apply", "--filename", file.to_str().unwrap()],
         &["wait", "--for", "condition=Ready", "pod/runner", "--timeout", "60s"],
         &["delete", "pod", "runner"],
     ] {
