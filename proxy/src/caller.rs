@@ -57,21 +57,24 @@ impl Caller {
         }
     }
 
+    /// What the registry is shown that is the caller's own.
+    pub fn authorization(&self) -> Option<&HeaderValue> {
+        self.holder()?.authorization.as_ref()
+    }
+
     /// Whether the registry can be asked nothing in its name.
     pub fn is_empty_handed(&self) -> bool {
-        self.holder().is_some_and(|holder| holder.authorization.is_none())
+        self.holder().is_some() && self.authorization().is_none()
     }
 
     /// Whether what the registry is shown is a secret itself, which may be a wrong one.
     pub fn shows_secret(&self) -> bool {
-        let is_secret = |value: &HeaderValue| value.as_bytes().starts_with(b"Basic ");
-        self.holder().is_some_and(|holder| holder.authorization.as_ref().is_some_and(is_secret))
+        self.authorization().is_some_and(|value| value.as_bytes().starts_with(b"Basic "))
     }
 
     /// Whether other nodes may ask the registry in its name: by a token for one repository, never by a secret.
     pub fn may_be_lent(&self) -> bool {
-        let is_token = |value: &HeaderValue| value.as_bytes().starts_with(b"Bearer ");
-        self.holder().is_none_or(|holder| holder.authorization.as_ref().is_some_and(is_token))
+        self.holder().is_none() || self.authorization().is_some_and(|value| value.as_bytes().starts_with(b"Bearer "))
     }
 
     pub fn holder(&self) -> Option<&Holder> {

@@ -304,7 +304,7 @@ impl Fills {
         if let Some(fill) = running.get(key)
             && fill.progress.borrow().phase() != Phase::Failed
         {
-            if place.caller.holder().is_some() && !place.caller.is_empty_handed() {
+            if place.caller.authorization().is_some() {
                 *fill.newest.lock().unwrap_or_else(PoisonError::into_inner) = place.caller.clone();
             }
             return (fill.clone(), false);

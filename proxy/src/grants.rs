@@ -92,7 +92,7 @@ impl Grants {
     pub fn seal(&self, grant: &Grant, now: SystemTime) -> Option<String> {
         let (registry, repository) = grant.place.as_ref().map(|(a, b)| (a.to_string(), b.to_string())).unzip();
         let holder = grant.caller.holder();
-        let authorization = holder.and_then(|holder| holder.authorization.as_ref());
+        let authorization = grant.caller.authorization();
         let sealed = Sealed {
             expires: (now + grant.life).duration_since(UNIX_EPOCH).ok()?.as_secs(),
             registry,

@@ -6,7 +6,7 @@ use std::time::Duration;
 use clap::{Args, Subcommand};
 use dray::config::Mirror;
 use dray::containerd::daemon::{self, Daemon, File, LoadError, Version};
-use dray::containerd::diagnosis::{Diagnosis, Severity, good};
+use dray::containerd::diagnosis::{self, Diagnosis, Severity, good};
 use dray::containerd::hosts_dir::{HostsDir, Mode, Outcome, Registries};
 use dray::containerd::hosts_toml::{self, Mirrors};
 use dray::containerd::keeping;
@@ -168,7 +168,7 @@ impl Install {
         };
         let registries = match (self.extend, self.registry.is_empty()) {
             (true, _) => Registries::Every,
-            (false, false) => Registries::Named(once(self.registry)),
+            (false, false) => Registries::Named(self.registry),
             (false, true) => Registries::Default,
         };
         let ca = self.ca.as_deref().map(authority).transpose()?;
@@ -184,8 +184,8 @@ impl Install {
     fn patch(&self) -> Result<PathBuf, Failure> {
         let found = self.at.find()?;
         let named = Daemon::read(&found.files, found.version).config_path;
-        let left_out = named.as_ref().and_then(|path| path.as_str()).map(daemon::later_roots).unwrap_or_default();
-        if let Some(dir) = left_out.iter().flat_map(|root| HostsDir::new(root).others().unwrap_or_default()).next() {
+        let left_out = named.as_ref().and_then(|path| path.as_str()).map(diagnosis::hidden).unwrap_or_default();
+        if let Some(dir) = left_out.first() {
             return Err(Failure::Failed(format!(
                 "{}: containerd would not look there any more, since config_path has to be one directory: move it into the first",
                 dir.display()

@@ -190,11 +190,6 @@ fn imports(file: &File, version: Version) -> Vec<PathBuf> {
     resolved.collect()
 }
 
-/// The directories of a `config_path` beside the first, where it is a list.
-pub fn later_roots(path: &str) -> Vec<PathBuf> {
-    path.split(':').skip(1).filter(|root| root.starts_with('/')).map(PathBuf::from).collect()
-}
-
 impl Daemon {
     /// What containerd of that version makes of these files.
     pub fn read(files: &[File], version: Version) -> Self {

@@ -294,7 +294,7 @@ fn path_of(daemon: &Daemon, version: Version, findings: &mut Vec<Finding>, lines
             }
         }
     }
-    for hidden in daemon::later_roots(&path).iter().flat_map(|root| HostsDir::new(root).others().unwrap_or_default()) {
+    for hidden in hidden(&path) {
         let what = format!(
             "{}: with _default in {first}, which dray needs, containerd does not look there any more",
             hidden.display()
@@ -307,6 +307,12 @@ fn path_of(daemon: &Daemon, version: Version, findings: &mut Vec<Finding>, lines
         return None;
     }
     Some(PathBuf::from(first))
+}
+
+/// Registries' directories in a list's later roots, where containerd does not look once the first has `_default`.
+pub fn hidden(path: &str) -> Vec<PathBuf> {
+    let later = path.split(':').skip(1).filter(|root| root.starts_with('/'));
+    later.flat_map(|root| HostsDir::new(root).others().unwrap_or_default()).collect()
 }
 
 /// What sets the directory, for that version.

@@ -435,8 +435,7 @@ impl Peers {
         };
         // Only whoever is to ask the registry needs to be shown something.
         let is_lent = matches!(question.manner, Manner::As(_)) && place.caller.may_be_lent();
-        let holder = place.caller.holder().filter(|_| is_lent);
-        if let Some(authorization) = holder.and_then(|holder| holder.authorization.as_ref())
+        if let Some(authorization) = place.caller.authorization().filter(|_| is_lent)
             && let Some(sealed) = self.proof.seal(authorization)
         {
             request = request.header(wire::AUTHORIZATION, sealed);
