@@ -24,6 +24,7 @@ use serde::Serialize;
 use tokio::sync::Semaphore;
 
 pub use self::visitors::{Unwelcome, Visitors};
+use crate::connections::IDLE;
 use crate::metrics::Metrics;
 use crate::oci::route::query_value;
 use crate::status::Sources;
@@ -74,7 +75,7 @@ impl HttpServerApp for Admin {
         if !session.read_request().await.ok()? {
             return None;
         }
-        session.set_keepalive(if *shutdown.borrow() { None } else { Some(60) });
+        session.set_keepalive(if *shutdown.borrow() { None } else { Some(IDLE.as_secs()) });
         let reply = match session.req_header().uri.path() {
             "/api/v1/events" if session.req_header().method == http::Method::GET => {
                 match self.visitors.welcome(&session) {

@@ -7,6 +7,7 @@ pub mod activity;
 pub mod admin;
 pub mod caller;
 pub mod config;
+pub mod connections;
 pub mod containerd;
 pub mod dns;
 pub mod fill;

@@ -29,6 +29,7 @@ use self::socket::Socket;
 use self::turns::Turn;
 use crate::access_log::{AccessLog, Line, Millis};
 use crate::activity::{Activity, Answered};
+use crate::connections::IDLE;
 use crate::metrics::{self, Metrics};
 use crate::oci::route::{self, query_value};
 use crate::oci::{Endpoint, NamedBy, RangeSet, Reference, Registry, Repository, Route, accept};
@@ -115,9 +116,6 @@ const MAX_REQUESTS: usize = 10_000;
 const SMALL_ANSWER: usize = 64 * 1024;
 const WHOLE_ANSWERS_KIB: usize = 128 * 1024;
 
-/// An idle connection is closed after so many seconds.
-const KEEPALIVE_SECONDS: u64 = 75;
-
 /// A client that takes no byte for this long is gone.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(300);
 
@@ -142,7 +140,7 @@ impl ProxyHttp for Front {
     fn init_downstream_modules(&self, _: &mut HttpModules) {}
 
     async fn request_filter(&self, session: &mut Session, exchange: &mut Exchange) -> pingora::Result<bool> {
-        session.set_keepalive(Some(KEEPALIVE_SECONDS));
+        session.set_keepalive(Some(IDLE.as_secs()));
         session.set_write_timeout(Some(WRITE_TIMEOUT));
         let reply = match self.load.enter() {
             Some(seat) => {

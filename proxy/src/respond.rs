@@ -46,7 +46,7 @@ impl Reply {
             Refusal::Denied(message) => Self::error(StatusCode::FORBIDDEN, ErrorCode::Denied, message),
             // Never 408 or 429: containerd repeats those at once. And without Retry-After, for
             // which podman would wait instead of asking elsewhere.
-            Refusal::Unavailable(message) => {
+            Refusal::Unavailable(message) | Refusal::Limited(message) => {
                 Self::error(StatusCode::SERVICE_UNAVAILABLE, ErrorCode::Unavailable, message)
             }
             Refusal::BadOrigin(message) => Self::error(StatusCode::BAD_GATEWAY, ErrorCode::Unavailable, message),

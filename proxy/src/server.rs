@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use async_trait::async_trait;
 use pingora::listeners::tls::TlsSettings;
 use pingora::prelude::Server;
-use pingora::proxy::ProxyServiceBuilder;
+use pingora::proxy::http_proxy;
 use pingora::server::configuration::ServerConf;
 use pingora::server::{RunArgs, ShutdownSignal, ShutdownSignalWatch};
 use pingora::services::listening::Service;
@@ -21,6 +21,7 @@ use crate::access_log::AccessLog;
 use crate::activity::Activity;
 use crate::admin::{Admin, MAX_WATCHING, Readiness, Visitors};
 use crate::config::{Config, Mirror, Share, Tls};
+use crate::connections::Connections;
 use crate::containerd::diagnosis;
 use crate::containerd::hosts_toml::Mirrors;
 use crate::containerd::keeping::Keeping;
@@ -117,7 +118,7 @@ pub fn run(
     let mut server = Server::new_with_opt_and_conf(None, conf);
     server.bootstrap();
     let conf = server.configuration.clone();
-    let mut clients = ProxyServiceBuilder::new(&conf, front(Listener::Clients)).name("registry").build();
+    let mut clients = service("registry", http_proxy(&conf, front(Listener::Clients)));
     match &identity {
         Some(identity) => {
             let mut settings = tls_settings(identity)?;
@@ -128,7 +129,7 @@ pub fn run(
     }
     server.add_service(clients);
     if let Some(address) = bound.peers {
-        let mut peers = ProxyServiceBuilder::new(&conf, front(Listener::Peers)).name("peers").build();
+        let mut peers = service("peers", http_proxy(&conf, front(Listener::Peers)));
         match pull.peers().and_then(|peers| peers.identity()) {
             Some(identity) => {
                 let settings = tls_settings(identity)?;
@@ -153,7 +154,7 @@ pub fn run(
         sources,
         watching: Arc::new(Semaphore::new(MAX_WATCHING)),
     };
-    let mut admin = Service::new("admin".to_owned(), admin);
+    let mut admin = service("admin", admin);
     admin.threads = Some(1);
     admin.add_tcp(&bound.admin.to_string());
     server.add_service(admin);
@@ -197,6 +198,10 @@ pub fn run(
     tracer.close();
     close(runtime, &store);
     Ok(())
+}
+
+fn service<A>(name: &str, app: A) -> Service<Connections<A>> {
+    Service::new(name.to_owned(), Connections::new(app))
 }
 
 /// Who gets what only some may have.

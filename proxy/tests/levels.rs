@@ -5,7 +5,7 @@ use std::path::Path;
 
 const LEVELS: [&[&str]; 10] = [
     &["oci", "metrics", "trace"],
-    &["activity", "caller", "config", "flights", "identity", "lifetimes", "provenance", "role", "sealing", "secret"],
+    &["activity", "caller", "config", "connections", "flights", "identity", "lifetimes", "provenance", "role", "sealing", "secret"],
     &["dns", "grants", "registries", "source", "store"],
     &["origin", "peers", "fill", "tags", "telemetry"],
     &["access_log", "pull"],

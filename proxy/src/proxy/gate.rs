@@ -166,18 +166,17 @@ impl Front {
                 turn.into_iter().for_each(Turn::was_wrong);
                 Err(Reply::refusal(&denied()))
             }
-            Err(Unentitled::Refused(refusal) | Unentitled::NotFound(refusal) | Unentitled::Limited(refusal)) => {
-                Err(Reply::refusal(&refusal))
-            }
+            Err(Unentitled::Refused(refusal)) => Err(Reply::refusal(&refusal)),
         }
     }
 
-    /// What to say of the registry's own refusal to somebody who was let in without having shown anything.
+    /// What to say of the registry's own refusal to somebody who was let in without having shown anything. It may have
+    /// told strangers that it has something, and give it, or enough of it, only to those whom it knows.
     pub(super) fn refuse(&self, request: &Parts, place: &Place, refusal: &Refusal) -> Reply {
         let has_shown = self.gate.grant_for(request, place).is_some()
             || authorization(request).and_then(Secret::from_basic).is_some();
         match refusal {
-            Refusal::Denied(_) if place.caller == Caller::Anonymous && !has_shown => {
+            Refusal::Denied(_) | Refusal::Limited(_) if place.caller == Caller::Anonymous && !has_shown => {
                 self.gate.challenge(request, Some(place))
             }
             refusal => Reply::refusal(refusal),

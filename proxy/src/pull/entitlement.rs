@@ -57,9 +57,6 @@ enum Known {
 pub enum Unentitled {
     /// The registry does not give this caller what is asked for, or does not say that it has it.
     Denied,
-    NotFound(Refusal),
-    /// Of this caller it wants to hear later.
-    Limited(Refusal),
     Refused(Refusal),
 }
 
@@ -241,8 +238,6 @@ fn refused(endpoint: &Endpoint, error: &SourceError) -> Unentitled {
     let missing = if is_blob { ErrorCode::BlobUnknown } else { ErrorCode::ManifestUnknown };
     match error {
         SourceError::Denied => Unentitled::Denied,
-        SourceError::NotFound => Unentitled::NotFound(Refusal::of(error, missing)),
-        SourceError::Limited { .. } => Unentitled::Limited(Refusal::of(error, missing)),
         error => Unentitled::Refused(Refusal::of(error, missing)),
     }
 }

@@ -10,8 +10,10 @@ pub enum Refusal {
     NotFound { code: ErrorCode, message: String },
     /// A rule or the origin denies it.
     Denied(String),
-    /// Nothing reachable, or limited: the client may ask elsewhere or later.
+    /// Nothing reachable: the client may ask elsewhere or later.
     Unavailable(String),
+    /// The origin wants to hear of this caller later, perhaps not of another one.
+    Limited(String),
     /// The origin's answer cannot be passed on.
     BadOrigin(String),
     /// Only what is here was asked for, and it is not.
@@ -27,8 +29,8 @@ impl Refusal {
             SourceError::NotFound => Self::NotFound { code: missing, message },
             SourceError::NotKept => Self::NotKept,
             SourceError::Denied | SourceError::Guarded(_) => Self::Denied(message),
-            SourceError::Limited { .. }
-            | SourceError::Busy
+            SourceError::Limited { .. } => Self::Limited(message),
+            SourceError::Busy
             | SourceError::Unreachable(_)
             | SourceError::TimedOut
             | SourceError::Failed(500..) => Self::Unavailable(message),

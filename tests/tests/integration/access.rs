@@ -41,6 +41,8 @@ const GONE: usize = 1;
 const PAGE: usize = 2;
 /// Strangers ask too often.
 const LIMITS_STRANGERS: usize = 3;
+/// Strangers have had as many manifests as they may; asking whether there is one costs nothing (as at Docker Hub).
+const LIMITS_STRANGERS_PULLS: usize = 4;
 
 fn may(user: &str, path: &str) -> bool {
     match path.strip_prefix("/v2/").and_then(|path| path.split('/').next()) {
@@ -82,7 +84,12 @@ impl Tenants {
                     _ => Response::new(401, "{}"),
                 };
             }
-            if now.load(Ordering::SeqCst) == LIMITS_STRANGERS && !is_known && path.contains("/manifests/") {
+            let limits = match now.load(Ordering::SeqCst) {
+                LIMITS_STRANGERS => true,
+                LIMITS_STRANGERS_PULLS => request.method != "HEAD",
+                _ => false,
+            };
+            if limits && !is_known && path.contains("/manifests/") {
                 return Response::new(429, "").with("retry-after", 3600);
             }
             let is_shown = match wants {
@@ -495,6 +502,20 @@ async fn whom_a_registry_limits_others_do_not_suffer() {
     tenants.is(LIMITS_STRANGERS);
     assert!(dray.get("/v2/open/app/manifests/7?ns=reg.example").await.status >= 400);
     assert_eq!(pull_as(&dray, TAG, ALICE).await.status, 200);
+}
+
+/// Whoever has an account there has another share: the challenge is what makes a runtime say so.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stranger_whom_a_registry_limits_may_say_who_it_is() {
+    let tenants = Tenants::new(Wants::Tokens).await;
+    let dray = Start::new(tenants.rule()).run();
+    tenants.is(LIMITS_STRANGERS_PULLS);
+    let path = "/v2/open/app/manifests/1?ns=reg.example";
+    let asked = dray.get(path).await;
+    assert!(challenge(&asked).contains(&("scope".into(), "repository:open/app:pull".into())));
+    let token = token(&asked, None).await.unwrap();
+    assert_eq!(get_as(&dray, path, &format!("Bearer {token}")).await.status, 503, "it has said that it is nobody");
+    assert_eq!(pull_as(&dray, path, ALICE).await.status, 200);
 }
 
 /// Sixteen wrong secrets a second, however many are shown, and in whatever way: a clock cannot make it fewer.

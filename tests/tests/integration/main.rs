@@ -9,6 +9,7 @@ mod cli;
 mod clients;
 mod cluster;
 mod conformance;
+mod connections;
 mod containerd;
 mod engine;
 mod faults;

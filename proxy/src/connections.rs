@@ -1,0 +1,304 @@
+//! A listener's connections: how long they may idle, and in which time a request has to come.
+//!
+//! Pingora bounds each read, so that somebody who sends one byte a minute would keep a connection for ever. Here the
+//! head of a request is read as a whole, by one deadline, and handed over.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use bytes::{Buf, BytesMut};
+use pingora::apps::{HttpPersistentSettings, HttpServerApp, HttpServerOptions, ReusedHttpStream, ServerApp};
+use pingora::protocols::http::ServerSession;
+use pingora::protocols::{ALPN, Stream};
+use pingora::server::ShutdownWatch;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt};
+use tokio::time::{sleep, timeout};
+
+/// Gives the requests of each connection to an application.
+pub struct Connections<A>(Arc<A>);
+
+/// One connection of HTTP/2.
+struct Streams<A> {
+    app: Arc<A>,
+    options: HttpServerOptions,
+    /// A request has come.
+    begun: AtomicBool,
+}
+
+/// The bytes of a request before its body.
+#[derive(Default)]
+struct Head {
+    bytes: BytesMut,
+    /// So many of them have been looked through for the end.
+    seen: usize,
+}
+
+/// Why there is no request.
+#[derive(Debug, PartialEq, Eq)]
+enum NoHead {
+    /// Nobody wants anything.
+    Left,
+    /// It speaks something else, such as TLS.
+    NotHttp,
+    TooSlow,
+    TooLong,
+}
+
+/// A connection without a request is closed after this long.
+pub const IDLE: Duration = Duration::from_secs(75);
+
+/// A head has to be there so soon after its first byte.
+const WHOLE: Duration = Duration::from_secs(10);
+
+/// Longer than any head that a client of a registry sends.
+const MAX_HEAD: usize = 64 * 1024;
+
+/// What comes of a request's body after the answer is waited for so long, to use the connection again.
+const LEFTOVER: Duration = Duration::from_secs(5);
+
+/// For the last words on a connection.
+const FAREWELL: Duration = Duration::from_secs(1);
+
+impl<A> Connections<A> {
+    pub fn new(app: A) -> Self {
+        Self(Arc::new(app))
+    }
+}
+
+#[async_trait]
+impl<A: HttpServerApp + Send + Sync + 'static> ServerApp for Connections<A> {
+    async fn process_new(self: &Arc<Self>, stream: Stream, shutdown: &ShutdownWatch) -> Option<Stream> {
+        if matches!(stream.selected_alpn_proto(), Some(ALPN::H2)) {
+            self.streams(stream, shutdown).await;
+        } else {
+            self.requests(stream, shutdown).await;
+        }
+        None
+    }
+
+    async fn cleanup(&self) {
+        self.0.http_cleanup().await;
+    }
+}
+
+impl<A: HttpServerApp + Send + Sync + 'static> Connections<A> {
+    /// HTTP/1: one request after the other.
+    async fn requests(&self, mut stream: Stream, shutdown: &ShutdownWatch) {
+        let mut settings = None::<HttpPersistentSettings>;
+        loop {
+            let mut shutdown_begins = shutdown.clone();
+            let head = tokio::select! {
+                biased;
+                head = head(&mut stream) => head,
+                () = async { let _ = shutdown_begins.wait_for(|begun| *begun).await; } => Err(NoHead::Left),
+            };
+            let head = match head {
+                Ok(head) => head,
+                Err(why) => return part(stream, &why).await,
+            };
+            let mut session = ServerSession::new_http1(stream);
+            if let Some(settings) = settings {
+                settings.apply_to_session(&mut session);
+            }
+            session.set_pipelined_prefix(head);
+            session.set_total_drain_timeout(Some(LEFTOVER));
+            let Some(reused) = self.0.process_new_http(session, shutdown).await else { return };
+            (stream, settings) = reused.consume();
+        }
+    }
+
+    /// HTTP/2: many requests at once.
+    async fn streams(&self, stream: Stream, shutdown: &ShutdownWatch) {
+        let mut options = HttpServerOptions::default();
+        // Of connections with TLS their handshake has said so.
+        options.h2c = true;
+        options.h2_idle_timeout = Some(IDLE);
+        let streams = Arc::new(Streams { app: self.0.clone(), options, begun: AtomicBool::new(false) });
+        // Once there was a request, Pingora sees itself whether the connection idles.
+        let never_begun = async {
+            sleep(IDLE).await;
+            if streams.begun.load(Ordering::Acquire) {
+                std::future::pending::<()>().await;
+            }
+        };
+        tokio::select! {
+            _ = streams.process_new(stream, shutdown) => {}
+            () = never_begun => {}
+        }
+    }
+}
+
+#[async_trait]
+impl<A: HttpServerApp + Send + Sync + 'static> HttpServerApp for Streams<A> {
+    async fn process_new_http(
+        self: &Arc<Self>,
+        mut session: ServerSession,
+        shutdown: &ShutdownWatch,
+    ) -> Option<ReusedHttpStream> {
+        self.begun.store(true, Ordering::Release);
+        session.set_total_drain_timeout(Some(LEFTOVER));
+        self.app.process_new_http(session, shutdown).await
+    }
+
+    fn server_options(&self) -> Option<&HttpServerOptions> {
+        Some(&self.options)
+    }
+}
+
+/// Reads until a head is whole.
+async fn head(stream: &mut (impl AsyncRead + Unpin)) -> Result<BytesMut, NoHead> {
+    let mut head = Head::default();
+    timeout(IDLE, head.read(stream)).await.unwrap_or(Err(NoHead::Left))?;
+    let rest = async {
+        while !head.is_whole()? {
+            head.read(stream).await?;
+        }
+        Ok(head.bytes)
+    };
+    timeout(WHOLE, rest).await.unwrap_or(Err(NoHead::TooSlow))
+}
+
+/// Says why a connection ends, to those who ask wrongly.
+async fn part(mut stream: Stream, why: &NoHead) {
+    let status = match why {
+        NoHead::Left => return,
+        NoHead::NotHttp => "400 Bad Request",
+        NoHead::TooSlow => "408 Request Timeout",
+        NoHead::TooLong => "431 Request Header Fields Too Large",
+    };
+    tracing::debug!(status, "a connection is closed before its request was whole");
+    let words = format!("HTTP/1.1 {status}\r\nConnection: close\r\nContent-Length: 0\r\n\r\n");
+    let farewell = async {
+        stream.write_all(words.as_bytes()).await?;
+        AsyncWriteExt::shutdown(&mut stream).await?;
+        // Bytes that nobody reads would reset the connection, and take the answer along.
+        tokio::io::copy(&mut stream, &mut tokio::io::sink()).await
+    };
+    let _ = timeout(FAREWELL, farewell).await;
+}
+
+impl Head {
+    async fn read(&mut self, stream: &mut (impl AsyncRead + Unpin)) -> Result<(), NoHead> {
+        if self.bytes.len() >= MAX_HEAD {
+            return Err(NoHead::TooLong);
+        }
+        self.bytes.reserve(4096);
+        match stream.read_buf(&mut self.bytes).await {
+            Ok(0) | Err(_) => Err(NoHead::Left),
+            Ok(_) => Ok(()),
+        }
+    }
+
+    /// Whether an empty line has come. Lines end with or without a carriage return, and empty ones may come before the
+    /// first (RFC 9112, sections 2.2 and 3.1).
+    fn is_whole(&mut self) -> Result<bool, NoHead> {
+        while let Some(b'\r' | b'\n') = self.bytes.first() {
+            self.bytes.advance(1);
+        }
+        if self.bytes.first().is_some_and(|first| !first.is_ascii_graphic()) {
+            return Err(NoHead::NotHttp);
+        }
+        let new = &self.bytes[self.seen.saturating_sub(2)..];
+        self.seen = self.bytes.len();
+        Ok(new.windows(2).any(|pair| pair == b"\n\n") || new.windows(3).any(|three| three == b"\n\r\n"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::duplex;
+
+    use super::*;
+
+    /// What is made of bytes that come one by one, so far apart.
+    async fn trickled(text: &str, apart: Duration) -> Result<BytesMut, NoHead> {
+        let (mut client, mut server) = duplex(1);
+        let text = text.to_owned();
+        tokio::spawn(async move {
+            for byte in text.bytes() {
+                sleep(apart).await;
+                if client.write_u8(byte).await.is_err() {
+                    return;
+                }
+            }
+            std::future::pending::<()>().await;
+            drop(client);
+        });
+        head(&mut server).await
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_head_ends_with_an_empty_line() {
+        for (text, is_whole) in [
+            ("GET / HTTP/1.1\r\n\r\n", true),
+            ("GET / HTTP/1.1\r\nHost: a\r\n\r\n", true),
+            ("GET / HTTP/1.1\nHost: a\n\n", true),
+            ("GET / HTTP/1.1\nHost: a\n\r\n", true),
+            ("\r\n\r\nGET / HTTP/1.1\r\n\r\n", true),
+            ("\n\nGET / HTTP/1.1\r\nHost: a\r\n", false),
+            ("\r\n\r\n", false),
+            ("GET / HTTP/1.1\r\nHost: a\r\n", false),
+        ] {
+            let got = trickled(text, Duration::from_millis(1)).await;
+            let expected = if is_whole { Ok(text.trim_start_matches(['\r', '\n']).into()) } else { Err(NoHead::TooSlow) };
+            assert_eq!(got, expected, "{text:?}");
+        }
+        for text in ["\u{16}\u{3}\u{1}", "\r\n GET / HTTP/1.1", "\u{e9}"] {
+            assert_eq!(trickled(text, Duration::from_millis(1)).await, Err(NoHead::NotHttp), "{text:?}");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_head_has_so_long_from_its_first_byte_on() {
+        let text = "GET / HTTP/1.1\r\nHost: a\r\n\r\n";
+        assert!(trickled(text, Duration::from_millis(300)).await.is_ok(), "within ten seconds");
+        assert_eq!(trickled(text, Duration::from_secs(1)).await, Err(NoHead::TooSlow));
+        assert_eq!(trickled(text, IDLE * 2).await, Err(NoHead::Left), "nobody asks");
+        let begun = tokio::time::Instant::now();
+        assert!(trickled("G", IDLE / 2).await.is_err());
+        assert!(begun.elapsed() <= IDLE / 2 + WHOLE + Duration::from_secs(1), "an idle connection is no slow one");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_head_has_an_end() {
+        let (mut client, mut server) = duplex(1024);
+        tokio::spawn(async move {
+            let line = format!("X: {}\r\n", "x".repeat(1000));
+            client.write_all(b"GET / HTTP/1.1\r\n").await.unwrap();
+            while client.write_all(line.as_bytes()).await.is_ok() {}
+        });
+        assert_eq!(head(&mut server).await, Err(NoHead::TooLong));
+        let (client, mut server) = duplex(1024);
+        drop(client);
+        assert_eq!(head(&mut server).await, Err(NoHead::Left));
+    }
+
+    struct NeverAsked;
+
+    #[async_trait]
+    impl HttpServerApp for NeverAsked {
+        async fn process_new_http(
+            self: &Arc<Self>,
+            _: ServerSession,
+            _: &ShutdownWatch,
+        ) -> Option<ReusedHttpStream> {
+            panic!("no request was whole")
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn whoever_asks_nothing_by_http2_is_left_too() {
+        let (_goes_on, shutdown) = tokio::sync::watch::channel(false);
+        // The preface, settings, and the first half of a request's headers.
+        let begun = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0\0\0\x01\x01\x01\0\0\0\x01";
+        for sent in [&begun[..0], &begun[..10], begun] {
+            let (mut client, server) = duplex(1024);
+            client.write_all(sent).await.unwrap();
+            let connections = Connections::new(NeverAsked);
+            let ended = timeout(IDLE + WHOLE, connections.streams(Box::new(server), &shutdown)).await;
+            assert!(ended.is_ok(), "{} bytes", sent.len());
+        }
+    }
+}
