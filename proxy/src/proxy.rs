@@ -5,6 +5,7 @@ mod gate;
 mod logins;
 mod sendfile;
 mod socket;
+mod taking;
 mod turns;
 
 use std::net::{IpAddr, SocketAddr};
@@ -20,12 +21,14 @@ use pingora::modules::http::HttpModules;
 use pingora::prelude::{Error, ErrorType, HttpPeer};
 use pingora::proxy::{ProxyHttp, Session};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::timeout;
 
 pub use self::clients::Clients;
 use self::clients::{Place, Unwelcome};
 pub use self::gate::Gate;
 use self::sendfile::Sending;
 use self::socket::Socket;
+use self::taking::PATIENCE;
 use self::turns::Turn;
 use crate::access_log::{AccessLog, Line, Millis};
 use crate::activity::{Activity, Answered};
@@ -116,9 +119,6 @@ const MAX_REQUESTS: usize = 10_000;
 const SMALL_ANSWER: usize = 64 * 1024;
 const WHOLE_ANSWERS_KIB: usize = 128 * 1024;
 
-/// A client that takes no byte for this long is gone.
-const WRITE_TIMEOUT: Duration = Duration::from_secs(300);
-
 /// No reference that is right is longer.
 const MAX_REFERENCE: usize = 200;
 
@@ -141,7 +141,7 @@ impl ProxyHttp for Front {
 
     async fn request_filter(&self, session: &mut Session, exchange: &mut Exchange) -> pingora::Result<bool> {
         session.set_keepalive(Some(IDLE.as_secs()));
-        session.set_write_timeout(Some(WRITE_TIMEOUT));
+        session.set_write_timeout(Some(PATIENCE));
         let reply = match self.load.enter() {
             Some(seat) => {
                 exchange.seat = Some(seat);
@@ -476,7 +476,7 @@ async fn send(session: &mut Session, exchange: &mut Exchange, mut reply: Reply) 
         && let Some(socket) = Socket::of_plain(session)
     {
         sendfile::write_head(session, head).await?;
-        let mut sending = Sending::new(socket, reader, WRITE_TIMEOUT);
+        let mut sending = Sending::new(socket, reader);
         while let Some(sent) = sending.next().await.map_err(|broken| exchange.broke(&broken))? {
             exchange.sent(sent);
         }
@@ -496,7 +496,9 @@ async fn send(session: &mut Session, exchange: &mut Exchange, mut reply: Reply) 
         };
         let Some(piece) = next.map_err(|broken| exchange.broke(&broken))? else { break };
         let len = piece.len() as u64;
-        session.write_response_body(Some(piece), false).await?;
+        // Pingora's own patience with HTTP/2 begins anew with each window.
+        let written = timeout(PATIENCE, session.write_response_body(Some(piece), false)).await;
+        written.unwrap_or_else(|_| Error::e_explain(ErrorType::WriteTimedout, "the client takes too little"))?;
         exchange.sent(len);
     }
     session.write_response_body(None, true).await?;

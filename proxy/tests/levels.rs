@@ -4,8 +4,8 @@ use std::fs;
 use std::path::Path;
 
 const LEVELS: [&[&str]; 10] = [
-    &["oci", "metrics", "trace"],
-    &["activity", "caller", "config", "connections", "flights", "identity", "lifetimes", "provenance", "role", "sealing", "secret"],
+    &["connections", "metrics", "oci", "trace"],
+    &["activity", "caller", "config", "flights", "identity", "lifetimes", "provenance", "role", "sealing", "secret"],
     &["dns", "grants", "registries", "source", "store"],
     &["origin", "peers", "fill", "tags", "telemetry"],
     &["access_log", "pull"],

@@ -12,16 +12,16 @@
 
 use std::io::{self, IoSliceMut};
 use std::sync::Arc;
-use std::time::Duration;
 
 use http::Method;
 use pingora::http::ResponseHeader;
 use pingora::proxy::Session;
 use rustix::io::{Errno, ReadWriteFlags, preadv2};
 use tokio::io::Interest;
-use tokio::time::timeout;
+use tokio::time::timeout_at;
 
 use super::socket::Socket;
+use super::taking::Taking;
 use crate::fill::Reader;
 use crate::oci::Span;
 use crate::source::Broken;
@@ -41,8 +41,7 @@ const PROBE: u64 = 128 * 1024;
 pub(super) struct Sending<'a> {
     socket: Socket,
     reader: &'a mut Reader,
-    /// A client that takes nothing for so long is gone.
-    patience: Duration,
+    taking: Taking,
 }
 
 /// Writes the head of an answer whose body goes past Pingora.
@@ -55,9 +54,9 @@ pub(super) async fn write_head(session: &mut Session, head: ResponseHeader) -> p
 }
 
 impl<'a> Sending<'a> {
-    pub(super) fn new(socket: Socket, reader: &'a mut Reader, patience: Duration) -> Self {
+    pub(super) fn new(socket: Socket, reader: &'a mut Reader) -> Self {
         socket.hold_back();
-        Self { socket, reader, patience }
+        Self { socket, reader, taking: Taking::begin() }
     }
 
     /// Sends some of what is there, or waits until more is; how many bytes the client took. None:
@@ -70,6 +69,7 @@ impl<'a> Sending<'a> {
                 () = self.socket.closed() => return Err(Broken("the client left".into())),
             }
             self.socket.hold_back();
+            self.taking = Taking::begin();
         }
         let Some((blob, mut span)) = self.reader.ready().await? else {
             self.socket.push();
@@ -78,6 +78,7 @@ impl<'a> Sending<'a> {
         span.end = span.end.min(span.start + CHUNK);
         let sent = self.send(&blob, span).await.inspect_err(|error| blob.failed(error));
         let sent = sent.map_err(|error| Broken(error.to_string()))?;
+        self.taking.took(sent);
         self.reader.skip(sent);
         Ok(Some(sent))
     }
@@ -85,7 +86,7 @@ impl<'a> Sending<'a> {
     /// Sends some of a span.
     async fn send(&self, blob: &Arc<Blob>, span: Span) -> io::Result<u64> {
         loop {
-            let writable = timeout(self.patience, self.socket.stream().writable()).await;
+            let writable = timeout_at(self.taking.until(), self.socket.stream().writable()).await;
             writable.map_err(|_| io::ErrorKind::TimedOut)??;
             let result = if is_cached(blob, span) {
                 send_chunk(&self.socket, blob, span)
