@@ -242,7 +242,8 @@ mod tests {
             ("GET / HTTP/1.1\r\nHost: a\r\n", false),
         ] {
             let got = trickled(text, Duration::from_millis(1)).await;
-            let expected = if is_whole { Ok(text.trim_start_matches(['\r', '\n']).into()) } else { Err(NoHead::TooSlow) };
+            let expected =
+                if is_whole { Ok(text.trim_start_matches(['\r', '\n']).into()) } else { Err(NoHead::TooSlow) };
             assert_eq!(got, expected, "{text:?}");
         }
         for text in ["\u{16}\u{3}\u{1}", "\r\n GET / HTTP/1.1", "\u{e9}"] {
@@ -279,11 +280,7 @@ mod tests {
 
     #[async_trait]
     impl HttpServerApp for NeverAsked {
-        async fn process_new_http(
-            self: &Arc<Self>,
-            _: ServerSession,
-            _: &ShutdownWatch,
-        ) -> Option<ReusedHttpStream> {
+        async fn process_new_http(self: &Arc<Self>, _: ServerSession, _: &ShutdownWatch) -> Option<ReusedHttpStream> {
             panic!("no request was whole")
         }
     }

@@ -30,10 +30,9 @@ impl Refusal {
             SourceError::NotKept => Self::NotKept,
             SourceError::Denied | SourceError::Guarded(_) => Self::Denied(message),
             SourceError::Limited { .. } => Self::Limited(message),
-            SourceError::Busy
-            | SourceError::Unreachable(_)
-            | SourceError::TimedOut
-            | SourceError::Failed(500..) => Self::Unavailable(message),
+            SourceError::Busy | SourceError::Unreachable(_) | SourceError::TimedOut | SourceError::Failed(500..) => {
+                Self::Unavailable(message)
+            }
             // Which program or file it is concerns nobody but the log.
             SourceError::NoCredentials(_) => Self::Unavailable("no credentials can be had for the origin".into()),
             SourceError::Failed(_) | SourceError::Malformed(_) => Self::BadOrigin(message),

@@ -22,7 +22,9 @@ async fn answer(to: SocketAddr, first: &[u8], then: &[u8], apart: Duration) -> S
     stream.write_all(first).await.unwrap();
     let (mut answers, mut requests) = stream.split();
     let sending = async {
-        while sleep(apart).await == () && requests.write_all(then).await.is_ok() {}
+        while requests.write_all(then).await.is_ok() {
+            sleep(apart).await;
+        }
         std::future::pending::<()>().await;
     };
     let mut text = Vec::new();
