@@ -4,7 +4,7 @@ use std::cmp::Ordering;
 use std::collections::BinaryHeap;
 
 /// The links that a flow passes. None of them: it does not move.
-pub(crate) type Way = [Option<usize>; 3];
+pub(crate) type Way = [Option<usize>; 4];
 
 /// The rate of each flow, over links of these speeds. The link that gives each of its flows the least fixes
 /// theirs, then the next.

@@ -24,23 +24,30 @@ impl Network {
         }
     }
 
-    /// The rate of each flow: what its source sends, it receives, and passes between zones is shared with others.
+    /// The rate of each flow: what its source sends, it receives, and passes between zones is shared with others. Who
+    /// has little to send leaves the rest of its share to them.
     pub(crate) fn rates(&self) -> Vec<f64> {
         let (count, zones) = (self.nodes.len(), self.shape.zones);
         // Outgoing cards, incoming ones, that of the origin, and the lines from each zone to each other.
         let cards = (0..count).chain(0..count).map(|node| self.card(node)).chain([CARD]);
-        let links = cards.chain(std::iter::repeat_n(zones.between, zones.count * zones.count)).collect();
+        let mut links: Vec<f64> = cards.chain(std::iter::repeat_n(zones.between, zones.count * zones.count)).collect();
         let line = |from: usize, to: usize| {
             let (from, to) = (self.nodes[from].zone, self.nodes[to].zone);
             (from != to).then_some(2 * count + 1 + from * zones.count + to)
         };
-        let way = |flow: &Flow| -> Way {
+        let mut way = |flow: &Flow| -> Way {
+            let available = self.available(flow);
+            if flow.starts > self.now || available < 1.0 {
+                return Way::default();
+            }
+            let little = (available < CARD * STEP).then(|| {
+                links.push(available / STEP);
+                links.len() - 1
+            });
             let line = flow.from.and_then(|from| line(from, flow.to));
-            [Some(flow.from.unwrap_or(2 * count)), Some(count + flow.to), line]
+            [Some(flow.from.unwrap_or(2 * count)), Some(count + flow.to), line, little]
         };
-        let moves = |flow: &&Flow| flow.starts <= self.now && self.available(flow) >= 1.0;
-        let ways: Vec<Way> =
-            self.flows.iter().map(|flow| Some(flow).filter(moves).map(way).unwrap_or_default()).collect();
+        let ways: Vec<Way> = self.flows.iter().map(&mut way).collect();
         links::shares(links, &ways)
     }
 
