@@ -1,7 +1,10 @@
 //! Pingora's phases: every request is answered from the first one, and logged in the last.
 
+mod answer;
 mod clients;
+mod exchange;
 mod gate;
+mod load;
 mod logins;
 mod sendfile;
 mod socket;
@@ -10,39 +13,38 @@ mod turns;
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::Instant;
 
 use async_trait::async_trait;
-use http::header::{ACCEPT, HOST, RANGE, USER_AGENT};
+use http::header::{ACCEPT, HOST, RANGE};
 use http::request::Parts;
 use http::{HeaderName, HeaderValue, Method};
 use pingora::modules::http::HttpModules;
 use pingora::prelude::{Error, ErrorType, HttpPeer};
 use pingora::proxy::{ProxyHttp, Session};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
-use tokio::time::timeout;
 
+use self::answer::send;
 pub use self::clients::Clients;
 use self::clients::{Place, Unwelcome};
+use self::exchange::Content;
+pub use self::exchange::Exchange;
 pub use self::gate::Gate;
-use self::sendfile::Sending;
-use self::socket::Socket;
+pub use self::load::Load;
+use self::load::Overloaded;
 use self::taking::PATIENCE;
 use self::turns::Turn;
-use crate::access_log::{AccessLog, Line, Millis};
-use crate::activity::{Activity, Answered};
+use crate::access_log::AccessLog;
+use crate::activity::Activity;
 use crate::connections::IDLE;
-use crate::metrics::{self, Metrics};
+use crate::metrics::Metrics;
 use crate::oci::route::{self, query_value};
-use crate::oci::{Endpoint, NamedBy, RangeSet, Reference, Registry, Repository, Route, accept};
+use crate::oci::{Endpoint, RangeSet, Reference, Route, accept};
 use crate::peers::swarm::Direction;
-use crate::peers::{Reach, Seal, Sending as Counted, Standing, Unproven, Visitor, wire};
-use crate::pull::{Asker, Asking, BlobRequest, Body, ManifestAnswer, Pull, Refusal};
+use crate::peers::{Reach, Standing, Unproven, Visitor, wire};
+use crate::pull::{Asker, Asking, BlobRequest, ManifestAnswer, Pull, Refusal};
 use crate::registries::{self, Registries, Rule};
 use crate::respond::Reply;
 use crate::sentinel;
-use crate::source::Broken;
 use crate::trace::{self, Tracer};
 
 /// Answers one listener's requests.
@@ -65,68 +67,6 @@ pub enum Listener {
     Clients,
     Peers,
 }
-
-/// Requests being answered, and the memory that their answers take.
-pub struct Load {
-    requests: AtomicUsize,
-    /// KiB for answers that are sent whole: large manifests and lists.
-    memory: Arc<Semaphore>,
-}
-
-/// There is no memory for another answer.
-struct Overloaded;
-
-/// A request's place in the load.
-struct Seat(Arc<Load>);
-
-/// One request and what became of it.
-pub struct Exchange {
-    id: String,
-    span: trace::Span,
-    started: Instant,
-    /// Counts the request as load for as long as it is answered.
-    seat: Option<Seat>,
-    /// And as one of its client's.
-    place: Option<Place>,
-    /// Proves the answer to a peer.
-    seal: Option<Seal>,
-    /// Counts its body as sent to a peer.
-    counted: Option<Counted>,
-    /// Its share of the memory for answers that are sent whole.
-    held: Option<OwnedSemaphorePermit>,
-    route: &'static str,
-    content: Option<Content>,
-    status: u16,
-    source: &'static str,
-    sent: u64,
-    first_byte: Option<Duration>,
-    /// From its first byte to the end of the answer.
-    took: Duration,
-    failure: Option<String>,
-}
-
-struct Content {
-    registry: Registry,
-    repository: Repository,
-    rule: String,
-    named_by: NamedBy,
-}
-
-/// More requests than this at once are refused.
-const MAX_REQUESTS: usize = 10_000;
-
-/// Answers sent whole that are at least this large share this much memory.
-const SMALL_ANSWER: usize = 64 * 1024;
-const WHOLE_ANSWERS_KIB: usize = 128 * 1024;
-
-/// No reference that is right is longer.
-const MAX_REFERENCE: usize = 200;
-
-/// In metrics and logs, where an answer has no content.
-const NO_SOURCE: &str = "none";
-
-/// Why an answer ended early that nothing else ended.
-const LEFT: &str = "the client left";
 
 #[async_trait]
 impl ProxyHttp for Front {
@@ -171,13 +111,7 @@ impl ProxyHttp for Front {
         if exchange.status == 0 && error.is_none() {
             return;
         }
-        exchange.took = exchange.started.elapsed();
-        self.count(exchange);
-        if self.listener == Listener::Clients {
-            note(&self.activity, session, exchange);
-        }
-        log(&self.access_log, session, error, exchange);
-        finish(session, error, exchange);
+        self.account(session, error, exchange);
     }
 
     fn suppress_error_log(&self, _: &Session, _: &Exchange, _: &Error) -> bool {
@@ -408,20 +342,6 @@ impl Front {
         let answer = self.pull.list(place, endpoint, Some(&*passed).filter(|q| !q.is_empty())).await?;
         Ok(Reply::list(answer, path, query_value(query, "ns").as_deref()))
     }
-
-    fn count(&self, exchange: &Exchange) {
-        self.metrics.answered(&metrics::Answer {
-            route: exchange.route,
-            source: exchange.source,
-            status: exchange.status,
-            sent: exchange.sent,
-            first_byte: exchange.first_byte,
-            took: exchange.took,
-        });
-        if self.listener == Listener::Clients && !matches!(exchange.source, NO_SOURCE | "origin") {
-            self.metrics.saved_bytes.inc_by(exchange.sent);
-        }
-    }
 }
 
 /// Where a request comes from.
@@ -449,221 +369,4 @@ fn paging(query: Option<&str>) -> String {
         }
     }
     passed.finish()
-}
-
-/// Writes an answer. An error means that the connection must close: the client sees fewer bytes
-/// than announced, and knows.
-async fn send(session: &mut Session, exchange: &mut Exchange, mut reply: Reply) -> pingora::Result<()> {
-    exchange.status = reply.status.as_u16();
-    exchange.source = reply.from.map_or(NO_SOURCE, |from| from.as_str());
-    if !session.is_body_empty() {
-        // Somebody pushes: what they send is not read, so the connection cannot be used again.
-        session.set_keepalive(None);
-    }
-    let mut head = reply.head(&exchange.id);
-    if let Some(seal) = exchange.seal.take() {
-        let (name, value) = seal.sign(exchange.status, &head.headers);
-        head.insert_header(name, value)?;
-    }
-    if session.req_header().method == Method::HEAD {
-        reply.body = Body::Memory(None);
-        session.write_response_header(Box::new(head), true).await?;
-        exchange.first_byte = Some(exchange.started.elapsed());
-        return Ok(());
-    }
-    if let Body::File(reader) = &mut reply.body
-        && reader.left() >= sendfile::WORTHWHILE
-        && let Some(socket) = Socket::of_plain(session)
-    {
-        sendfile::write_head(session, head).await?;
-        let mut sending = Sending::new(socket, reader);
-        while let Some(sent) = sending.next().await.map_err(|broken| exchange.broke(&broken))? {
-            exchange.sent(sent);
-        }
-        return Ok(());
-    }
-    let small = socket::CORKED.contains(&reply.body.held());
-    if small {
-        socket::cork(session);
-    }
-    session.write_response_header(Box::new(head), false).await?;
-    let client = if matches!(reply.body, Body::Memory(_)) { None } else { Socket::of(session) };
-    loop {
-        let next = tokio::select! {
-            biased;
-            next = reply.body.next() => next,
-            () = left(session, client.as_ref()) => Err(Broken(LEFT.into())),
-        };
-        let Some(piece) = next.map_err(|broken| exchange.broke(&broken))? else { break };
-        let len = piece.len() as u64;
-        // Pingora's own patience with HTTP/2 begins anew with each window.
-        let written = timeout(PATIENCE, session.write_response_body(Some(piece), false)).await;
-        written.unwrap_or_else(|_| Error::e_explain(ErrorType::WriteTimedout, "the client takes too little"))?;
-        exchange.sent(len);
-    }
-    session.write_response_body(None, true).await?;
-    if small {
-        socket::uncork(session);
-    }
-    Ok(())
-}
-
-/// Ends when the client has left; its connection says so on HTTP/1.1, its stream on HTTP/2.
-async fn left(session: &mut Session, socket: Option<&Socket>) {
-    if let Some(socket) = socket {
-        socket.closed().await;
-    } else if let Some(closed) = session.as_downstream_mut().watch_h2_stream_close() {
-        let _ = closed.await;
-    } else {
-        std::future::pending::<()>().await;
-    }
-}
-
-/// Remembers an answer for those who look at the status.
-fn note(activity: &Activity, session: &Session, exchange: &Exchange) {
-    let Some(content) = &exchange.content else { return };
-    let reference = session.req_header().uri.path().rsplit('/').next().unwrap_or_default();
-    activity.add(Answered {
-        id: exchange.id.clone(),
-        at_ms: SystemTime::now()
-            .duration_since(UNIX_EPOCH)
-            .map_or(0, |now| u64::try_from(now.as_millis()).unwrap_or(u64::MAX)),
-        route: exchange.route.into(),
-        image: format!("{}/{}", content.registry, content.repository),
-        reference: reference[..reference.floor_char_boundary(MAX_REFERENCE)].to_owned(),
-        status: exchange.status,
-        source: exchange.source.into(),
-        bytes: exchange.sent,
-        first_byte_ms: exchange.first_byte.map(|time| Millis(time).number()),
-        total_ms: Millis(exchange.took).number(),
-    });
-}
-
-/// Adds a line to the access log.
-fn log(access_log: &AccessLog, session: &Session, error: Option<&Error>, exchange: &Exchange) {
-    let content = exchange.content.as_ref();
-    let request = session.req_header();
-    let left = error.map(|_| LEFT);
-    let trace = exchange.span.trace().map(|trace| format!("{trace:032x}"));
-    access_log.add(&Line {
-        id: &exchange.id,
-        trace: trace.as_deref(),
-        client: session.client_addr().and_then(|address| address.as_inet()).copied(),
-        agent: request.headers.get(USER_AGENT).and_then(|value| value.to_str().ok()),
-        method: request.method.as_str(),
-        path: request.uri.path(),
-        route: exchange.route,
-        registry: content.map(|c| c.registry.as_str()),
-        repository: content.map(|c| c.repository.as_str()),
-        named_by: content.map(|c| c.named_by.as_str()),
-        rule: content.map(|c| c.rule.as_str()),
-        status: exchange.status,
-        source: exchange.source,
-        bytes: exchange.sent,
-        first_byte_ms: exchange.first_byte.map(Millis),
-        total_ms: Millis(exchange.took),
-        failure: exchange.failure.as_deref().or(left),
-    });
-}
-
-/// Tells whoever follows the trace what became of the request.
-fn finish(session: &Session, error: Option<&Error>, exchange: &mut Exchange) {
-    let mut span = std::mem::take(&mut exchange.span);
-    let request = session.req_header();
-    span.rename(|| format!("{} {}", request.method, exchange.route));
-    span.tell(|| {
-        let client =
-            session.client_addr().and_then(|address| address.as_inet()).map(|address| address.ip().to_string());
-        let agent = request.headers.get(USER_AGENT).and_then(|value| value.to_str().ok()).map(str::to_owned);
-        let content = exchange.content.as_ref();
-        let texts = [
-            ("http.request.method", Some(request.method.to_string())),
-            ("url.path", Some(request.uri.path().to_owned())),
-            ("client.address", client),
-            ("user_agent.original", agent),
-            ("dray.request_id", Some(exchange.id.clone())),
-            ("dray.registry", content.map(|content| content.registry.to_string())),
-            ("dray.repository", content.map(|content| content.repository.to_string())),
-            ("dray.rule", content.map(|content| content.rule.clone())),
-        ];
-        let texts = texts.into_iter().filter_map(|(name, text)| Some((name, text?.into())));
-        let sent = ("http.response.body.size", exchange.sent.into());
-        let status = ("http.response.status_code", u64::from(exchange.status).into());
-        texts.chain([status, sent, ("dray.source", exchange.source.into())]).collect()
-    });
-    if let Some(failure) = exchange.failure.as_deref().or(error.map(|_| LEFT)) {
-        span.fail(|| failure.to_owned());
-    } else if exchange.status >= 500 {
-        span.fail(|| exchange.status.to_string());
-    }
-}
-
-impl Exchange {
-    /// Counts bytes that left.
-    fn sent(&mut self, count: u64) {
-        self.first_byte.get_or_insert_with(|| self.started.elapsed());
-        self.sent += count;
-    }
-
-    /// Notes why the answer ends early.
-    fn broke(&mut self, broken: &Broken) -> Box<Error> {
-        self.failure = Some(broken.to_string());
-        Error::explain(ErrorType::WriteError, broken.to_string())
-    }
-
-    fn new() -> Self {
-        Self {
-            id: format!("{:016x}", fastrand::u64(..)),
-            span: trace::Span::default(),
-            started: Instant::now(),
-            seat: None,
-            place: None,
-            seal: None,
-            counted: None,
-            held: None,
-            route: "other",
-            content: None,
-            status: 0,
-            source: NO_SOURCE,
-            sent: 0,
-            first_byte: None,
-            took: Duration::ZERO,
-            failure: None,
-        }
-    }
-}
-
-impl Default for Load {
-    fn default() -> Self {
-        Self { requests: AtomicUsize::new(0), memory: Arc::new(Semaphore::new(WHOLE_ANSWERS_KIB)) }
-    }
-}
-
-impl Load {
-    /// Takes memory for an answer that is sent whole; small ones need none.
-    fn hold(&self, bytes: usize) -> Result<Option<OwnedSemaphorePermit>, Overloaded> {
-        if bytes < SMALL_ANSWER {
-            return Ok(None);
-        }
-        let kib = u32::try_from(bytes / 1024).unwrap_or(u32::MAX);
-        self.memory.clone().try_acquire_many_owned(kib).map(Some).map_err(|_| Overloaded)
-    }
-
-    /// Counts a request, if there is room for it.
-    fn enter(self: &Arc<Self>) -> Option<Seat> {
-        let before = self.requests.fetch_add(1, Ordering::AcqRel);
-        let seat = Seat(self.clone());
-        (before < MAX_REQUESTS).then_some(seat)
-    }
-
-    /// How many requests are being answered.
-    pub fn current(&self) -> usize {
-        self.requests.load(Ordering::Acquire)
-    }
-}
-
-impl Drop for Seat {
-    fn drop(&mut self) {
-        self.0.requests.fetch_sub(1, Ordering::AcqRel);
-    }
 }

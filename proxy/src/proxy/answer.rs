@@ -1,0 +1,82 @@
+//! Writes an answer, by the shortest way that its body has to the client.
+
+use http::Method;
+use pingora::prelude::{Error, ErrorType};
+use pingora::proxy::Session;
+use tokio::time::timeout;
+
+use super::exchange::{Exchange, LEFT, NO_SOURCE};
+use super::sendfile::{self, Sending};
+use super::socket::{self, Socket};
+use super::taking::PATIENCE;
+use crate::pull::Body;
+use crate::respond::Reply;
+use crate::source::Broken;
+
+/// Writes an answer. An error means that the connection must close: the client sees fewer bytes
+/// than announced, and knows.
+pub(super) async fn send(session: &mut Session, exchange: &mut Exchange, mut reply: Reply) -> pingora::Result<()> {
+    exchange.status = reply.status.as_u16();
+    exchange.source = reply.from.map_or(NO_SOURCE, |from| from.as_str());
+    if !session.is_body_empty() {
+        // Somebody pushes: what they send is not read, so the connection cannot be used again.
+        session.set_keepalive(None);
+    }
+    let mut head = reply.head(&exchange.id);
+    if let Some(seal) = exchange.seal.take() {
+        let (name, value) = seal.sign(exchange.status, &head.headers);
+        head.insert_header(name, value)?;
+    }
+    if session.req_header().method == Method::HEAD {
+        reply.body = Body::Memory(None);
+        session.write_response_header(Box::new(head), true).await?;
+        exchange.first_byte = Some(exchange.started.elapsed());
+        return Ok(());
+    }
+    if let Body::File(reader) = &mut reply.body
+        && reader.left() >= sendfile::WORTHWHILE
+        && let Some(socket) = Socket::of_plain(session)
+    {
+        sendfile::write_head(session, head).await?;
+        let mut sending = Sending::new(socket, reader);
+        while let Some(sent) = sending.next().await.map_err(|broken| exchange.broke(&broken))? {
+            exchange.sent(sent);
+        }
+        return Ok(());
+    }
+    let small = socket::CORKED.contains(&reply.body.held());
+    if small {
+        socket::cork(session);
+    }
+    session.write_response_header(Box::new(head), false).await?;
+    let client = if matches!(reply.body, Body::Memory(_)) { None } else { Socket::of(session) };
+    loop {
+        let next = tokio::select! {
+            biased;
+            next = reply.body.next() => next,
+            () = left(session, client.as_ref()) => Err(Broken(LEFT.into())),
+        };
+        let Some(piece) = next.map_err(|broken| exchange.broke(&broken))? else { break };
+        let len = piece.len() as u64;
+        // Pingora's own patience with HTTP/2 begins anew with each window.
+        let written = timeout(PATIENCE, session.write_response_body(Some(piece), false)).await;
+        written.unwrap_or_else(|_| Error::e_explain(ErrorType::WriteTimedout, "the client takes too little"))?;
+        exchange.sent(len);
+    }
+    session.write_response_body(None, true).await?;
+    if small {
+        socket::uncork(session);
+    }
+    Ok(())
+}
+
+/// Ends when the client has left; its connection says so on HTTP/1.1, its stream on HTTP/2.
+async fn left(session: &mut Session, socket: Option<&Socket>) {
+    if let Some(socket) = socket {
+        socket.closed().await;
+    } else if let Some(closed) = session.as_downstream_mut().watch_h2_stream_close() {
+        let _ = closed.await;
+    } else {
+        std::future::pending::<()>().await;
+    }
+}

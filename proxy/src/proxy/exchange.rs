@@ -1,0 +1,202 @@
+//! One request and what became of it, for metrics, the status, the access log and traces.
+
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use http::header::USER_AGENT;
+use pingora::prelude::{Error, ErrorType};
+use pingora::proxy::Session;
+use tokio::sync::OwnedSemaphorePermit;
+
+use super::clients::Place;
+use super::load::Seat;
+use super::{Front, Listener};
+use crate::access_log::{AccessLog, Line, Millis};
+use crate::activity::{Activity, Answered};
+use crate::metrics;
+use crate::oci::{NamedBy, Registry, Repository};
+use crate::peers::{Seal, Sending as Counted};
+use crate::source::Broken;
+use crate::trace;
+
+/// One request and what became of it.
+pub struct Exchange {
+    pub(super) id: String,
+    pub(super) span: trace::Span,
+    pub(super) started: Instant,
+    /// Counts the request as load for as long as it is answered.
+    pub(super) seat: Option<Seat>,
+    /// And as one of its client's.
+    pub(super) place: Option<Place>,
+    /// Proves the answer to a peer.
+    pub(super) seal: Option<Seal>,
+    /// Counts its body as sent to a peer.
+    pub(super) counted: Option<Counted>,
+    /// Its share of the memory for answers that are sent whole.
+    pub(super) held: Option<OwnedSemaphorePermit>,
+    pub(super) route: &'static str,
+    pub(super) content: Option<Content>,
+    pub(super) status: u16,
+    pub(super) source: &'static str,
+    pub(super) sent: u64,
+    pub(super) first_byte: Option<Duration>,
+    /// From its first byte to the end of the answer.
+    pub(super) took: Duration,
+    pub(super) failure: Option<String>,
+}
+
+pub(super) struct Content {
+    pub(super) registry: Registry,
+    pub(super) repository: Repository,
+    pub(super) rule: String,
+    pub(super) named_by: NamedBy,
+}
+
+/// No reference that is right is longer.
+const MAX_REFERENCE: usize = 200;
+
+/// In metrics and logs, where an answer has no content.
+pub(super) const NO_SOURCE: &str = "none";
+
+/// Why an answer ended early that nothing else ended.
+pub(super) const LEFT: &str = "the client left";
+
+impl Front {
+    /// Tells everybody who keeps account of requests what became of one.
+    pub(super) fn account(&self, session: &Session, error: Option<&Error>, exchange: &mut Exchange) {
+        exchange.took = exchange.started.elapsed();
+        self.count(exchange);
+        if self.listener == Listener::Clients {
+            note(&self.activity, session, exchange);
+        }
+        log(&self.access_log, session, error, exchange);
+        finish(session, error, exchange);
+    }
+
+    fn count(&self, exchange: &Exchange) {
+        self.metrics.answered(&metrics::Answer {
+            route: exchange.route,
+            source: exchange.source,
+            status: exchange.status,
+            sent: exchange.sent,
+            first_byte: exchange.first_byte,
+            took: exchange.took,
+        });
+        if self.listener == Listener::Clients && !matches!(exchange.source, NO_SOURCE | "origin") {
+            self.metrics.saved_bytes.inc_by(exchange.sent);
+        }
+    }
+}
+
+/// Remembers an answer for those who look at the status.
+fn note(activity: &Activity, session: &Session, exchange: &Exchange) {
+    let Some(content) = &exchange.content else { return };
+    let reference = session.req_header().uri.path().rsplit('/').next().unwrap_or_default();
+    activity.add(Answered {
+        id: exchange.id.clone(),
+        at_ms: SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .map_or(0, |now| u64::try_from(now.as_millis()).unwrap_or(u64::MAX)),
+        route: exchange.route.into(),
+        image: format!("{}/{}", content.registry, content.repository),
+        reference: reference[..reference.floor_char_boundary(MAX_REFERENCE)].to_owned(),
+        status: exchange.status,
+        source: exchange.source.into(),
+        bytes: exchange.sent,
+        first_byte_ms: exchange.first_byte.map(|time| Millis(time).number()),
+        total_ms: Millis(exchange.took).number(),
+    });
+}
+
+/// Adds a line to the access log.
+fn log(access_log: &AccessLog, session: &Session, error: Option<&Error>, exchange: &Exchange) {
+    let content = exchange.content.as_ref();
+    let request = session.req_header();
+    let left = error.map(|_| LEFT);
+    let trace = exchange.span.trace().map(|trace| format!("{trace:032x}"));
+    access_log.add(&Line {
+        id: &exchange.id,
+        trace: trace.as_deref(),
+        client: session.client_addr().and_then(|address| address.as_inet()).copied(),
+        agent: request.headers.get(USER_AGENT).and_then(|value| value.to_str().ok()),
+        method: request.method.as_str(),
+        path: request.uri.path(),
+        route: exchange.route,
+        registry: content.map(|c| c.registry.as_str()),
+        repository: content.map(|c| c.repository.as_str()),
+        named_by: content.map(|c| c.named_by.as_str()),
+        rule: content.map(|c| c.rule.as_str()),
+        status: exchange.status,
+        source: exchange.source,
+        bytes: exchange.sent,
+        first_byte_ms: exchange.first_byte.map(Millis),
+        total_ms: Millis(exchange.took),
+        failure: exchange.failure.as_deref().or(left),
+    });
+}
+
+/// Tells whoever follows the trace what became of the request.
+fn finish(session: &Session, error: Option<&Error>, exchange: &mut Exchange) {
+    let mut span = std::mem::take(&mut exchange.span);
+    let request = session.req_header();
+    span.rename(|| format!("{} {}", request.method, exchange.route));
+    span.tell(|| {
+        let client =
+            session.client_addr().and_then(|address| address.as_inet()).map(|address| address.ip().to_string());
+        let agent = request.headers.get(USER_AGENT).and_then(|value| value.to_str().ok()).map(str::to_owned);
+        let content = exchange.content.as_ref();
+        let texts = [
+            ("http.request.method", Some(request.method.to_string())),
+            ("url.path", Some(request.uri.path().to_owned())),
+            ("client.address", client),
+            ("user_agent.original", agent),
+            ("dray.request_id", Some(exchange.id.clone())),
+            ("dray.registry", content.map(|content| content.registry.to_string())),
+            ("dray.repository", content.map(|content| content.repository.to_string())),
+            ("dray.rule", content.map(|content| content.rule.clone())),
+        ];
+        let texts = texts.into_iter().filter_map(|(name, text)| Some((name, text?.into())));
+        let sent = ("http.response.body.size", exchange.sent.into());
+        let status = ("http.response.status_code", u64::from(exchange.status).into());
+        texts.chain([status, sent, ("dray.source", exchange.source.into())]).collect()
+    });
+    if let Some(failure) = exchange.failure.as_deref().or(error.map(|_| LEFT)) {
+        span.fail(|| failure.to_owned());
+    } else if exchange.status >= 500 {
+        span.fail(|| exchange.status.to_string());
+    }
+}
+
+impl Exchange {
+    /// Counts bytes that left.
+    pub(super) fn sent(&mut self, count: u64) {
+        self.first_byte.get_or_insert_with(|| self.started.elapsed());
+        self.sent += count;
+    }
+
+    /// Notes why the answer ends early.
+    pub(super) fn broke(&mut self, broken: &Broken) -> Box<Error> {
+        self.failure = Some(broken.to_string());
+        Error::explain(ErrorType::WriteError, broken.to_string())
+    }
+
+    pub(super) fn new() -> Self {
+        Self {
+            id: format!("{:016x}", fastrand::u64(..)),
+            span: trace::Span::default(),
+            started: Instant::now(),
+            seat: None,
+            place: None,
+            seal: None,
+            counted: None,
+            held: None,
+            route: "other",
+            content: None,
+            status: 0,
+            source: NO_SOURCE,
+            sent: 0,
+            first_byte: None,
+            took: Duration::ZERO,
+            failure: None,
+        }
+    }
+}
