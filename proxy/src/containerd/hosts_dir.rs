@@ -4,15 +4,21 @@
 //! of the directories `host_port_`, `host:port` and `_default` that exists, and no other: a directory for one
 //! registry hides `_default` from it.
 
+mod change;
+mod marker;
+mod remark;
+
 use std::collections::BTreeSet;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use similar::TextDiff;
-
-use super::hosts_toml::{self, Certificates, Mirrors, State, Unfit};
+pub use self::change::{Action, Change};
+use self::marker::MARKER;
+pub use self::marker::Marker;
+pub use self::remark::Remark;
+use super::hosts_toml::{self, Certificates, Mirrors, State};
 use super::tree::{self, Lock, Owner};
 use crate::oci::Registry;
 
@@ -37,65 +43,6 @@ pub enum Registries {
 pub enum Mode {
     Apply,
     DryRun,
-}
-
-/// One step of what a command does or would do.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Change {
-    pub path: PathBuf,
-    pub action: Action,
-    before: String,
-    after: String,
-}
-
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Action {
-    /// A new directory with a hosts.toml.
-    MakeDir,
-    /// A file where none was, or one of dray's own again.
-    Write,
-    /// dray's lines go into somebody's file, which is kept beside it.
-    Extend {
-        kept: PathBuf,
-    },
-    /// The kept file takes its place again.
-    Restore {
-        kept: PathBuf,
-    },
-    /// dray's lines go out of a file that was edited since.
-    TakeOut {
-        kept: Option<PathBuf>,
-    },
-    Remove,
-    RemoveDir,
-    /// What an earlier process that was stopped half-way left.
-    Discard,
-    /// A directory goes to the user that dray runs as.
-    HandOver {
-        to: (u32, u32),
-        known: Option<Marker>,
-    },
-    /// The hosts directory lets that user's group in.
-    LetIn {
-        gid: u32,
-        before: Owner,
-    },
-    /// The hosts directory lets in whom it let in before.
-    Close(Owner),
-    /// A directory goes back to whose it was.
-    GiveBack(Owner),
-}
-
-/// What a person ought to know.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Remark {
-    /// It hides `_default`, and was not to be extended.
-    Shadows(PathBuf),
-    /// It is of a registry on this machine, which no mirror reaches.
-    Local(PathBuf),
-    Unfit(PathBuf, Unfit),
-    /// dray's lines in it were edited by hand, and stay.
-    Edited(PathBuf),
 }
 
 /// What a command did or would do.
@@ -123,22 +70,12 @@ pub enum HostsError {
     Registry(String),
 }
 
-/// What dray knows of a directory that it made or was handed: stands in a file in it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Marker {
-    /// Whose it was before. None: dray made it.
-    before: Option<Owner>,
-    /// It belongs to the user that dray runs as until it is given back.
-    handed_over: bool,
-}
-
 /// What others do meanwhile takes no such time; and who takes back a mirror has little.
 const LONG: Duration = Duration::from_secs(5);
 const SHORT: Duration = Duration::from_millis(500);
 
 const HOSTS: &str = "hosts.toml";
 const KEPT: &str = "hosts.toml.before-dray";
-const MARKER: &str = ".dray";
 const DEFAULT: &str = "_default";
 
 impl HostsDir {
@@ -424,153 +361,6 @@ impl Outcome {
         }
         Ok(self)
     }
-}
-
-impl Change {
-    fn carry_out(&self) -> io::Result<()> {
-        let path = &self.path;
-        match &self.action {
-            Action::MakeDir => {
-                let marker = Marker { before: None, handed_over: false };
-                tree::make_dir(path, &[(HOSTS, &self.after), (MARKER, &marker.to_text())], None)
-            }
-            Action::Write => tree::write(path, &self.after),
-            Action::Extend { kept } => tree::exchange(path, kept, &self.after),
-            Action::Restore { kept } => tree::restore(path, kept),
-            Action::TakeOut { kept } => {
-                tree::write(path, &self.after)?;
-                kept.as_ref().map_or(Ok(()), |kept| tree::remove(kept))
-            }
-            Action::Remove | Action::Discard => tree::remove(path),
-            Action::RemoveDir => tree::remove_dir(path),
-            Action::HandOver { to, known } => hand_over(path, *to, *known),
-            Action::LetIn { gid, before } => {
-                let marker = Marker { before: Some(*before), handed_over: true };
-                tree::write(&path.join(MARKER), &marker.to_text())?;
-                before.letting_in(*gid).give(path)
-            }
-            Action::Close(before) => {
-                let now = Owner::of(path)?;
-                // Somebody may have decided otherwise since.
-                if now == before.letting_in(now.gid) {
-                    before.give(path)?;
-                }
-                tree::remove(&path.join(MARKER))
-            }
-            Action::GiveBack(owner) => {
-                owner.give(path)?;
-                tree::remove(&path.join(MARKER))
-            }
-        }
-    }
-
-    /// What becomes of the file, line by line.
-    pub fn diff(&self) -> String {
-        if self.before == self.after {
-            return String::new();
-        }
-        let name = self.path.display().to_string();
-        let name = if self.action == Action::MakeDir { format!("{name}/{HOSTS}") } else { name };
-        let diff = TextDiff::from_lines(&self.before, &self.after);
-        diff.unified_diff().header(&name, &name).to_string()
-    }
-}
-
-impl std::fmt::Display for Change {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let path = self.path.display();
-        match &self.action {
-            Action::MakeDir => write!(f, "{path}: a new directory, with {HOSTS}"),
-            Action::Write => write!(f, "{path}: written"),
-            Action::Extend { kept } => write!(f, "{path}: dray comes first; the file as it was is {}", kept.display()),
-            Action::Restore { .. } => write!(f, "{path}: as it was before"),
-            Action::TakeOut { .. } => write!(f, "{path}: dray's lines are out; the rest, edited since, stays"),
-            Action::Remove | Action::RemoveDir => write!(f, "{path}: removed"),
-            Action::Discard => write!(f, "{path}: removed, a leftover"),
-            Action::HandOver { to, .. } => write!(f, "{path}: belongs to {}:{} now", to.0, to.1),
-            Action::LetIn { gid, .. } => write!(f, "{path}: lets group {gid} in"),
-            Action::Close(before) => {
-                write!(f, "{path}: belongs to {}:{} again, mode {:04o}", before.uid, before.gid, before.mode)
-            }
-            Action::GiveBack(owner) => {
-                write!(f, "{path}: belongs to {}:{} again, mode {:04o}", owner.uid, owner.gid, owner.mode)
-            }
-        }
-    }
-}
-
-impl Remark {
-    /// Whether something was not done that was asked for.
-    pub fn is_failure(&self) -> bool {
-        match self {
-            Self::Shadows(_) | Self::Local(_) | Self::Unfit(_, Unfit::AlreadyThere(_)) => false,
-            Self::Unfit(..) | Self::Edited(_) => true,
-        }
-    }
-}
-
-impl std::fmt::Display for Remark {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Self::Shadows(dir) => {
-                let registry = hosts_toml::registry_of(dir).unwrap_or_default();
-                write!(
-                    f,
-                    "{} hides _default: {registry} is not pulled through dray. With --extend dray comes first there as well",
-                    dir.display()
-                )
-            }
-            Self::Local(dir) => write!(f, "{}: left alone, a registry on this machine", dir.display()),
-            Self::Unfit(path, unfit) => write!(f, "{}: left alone: {unfit}", path.display()),
-            Self::Edited(path) => write!(
-                f,
-                "{}: left alone: dray's lines in it were edited by hand. Take them out yourself, from \"# dray> begin\" to \"# dray> end\"",
-                path.display()
-            ),
-        }
-    }
-}
-
-impl Marker {
-    fn of(dir: &Path) -> Result<Option<Self>, HostsError> {
-        Ok(readable(&dir.join(MARKER))?.and_then(|text| Self::parse(&text)))
-    }
-
-    fn parse(text: &str) -> Option<Self> {
-        let mut words = text.split_whitespace();
-        let before = match words.next()? {
-            "made" => None,
-            "was" => Some(read_owner(&mut words)?),
-            _ => return None,
-        };
-        Some(Self { before, handed_over: words.next() == Some("handed-over") })
-    }
-
-    fn to_text(self) -> String {
-        let of = |owner: Owner| format!("{} {} {:04o}", owner.uid, owner.gid, owner.mode);
-        let before = self.before.map_or_else(|| "made".to_owned(), |owner| format!("was {}", of(owner)));
-        format!("{before}{}\n", if self.handed_over { " handed-over" } else { "" })
-    }
-}
-
-fn read_owner<'a>(words: &mut impl Iterator<Item = &'a str>) -> Option<Owner> {
-    let mut number = |radix| u32::from_str_radix(words.next()?, radix).ok();
-    Some(Owner { uid: number(10)?, gid: number(10)?, mode: number(8)? })
-}
-
-fn hand_over(path: &Path, to: (u32, u32), known: Option<Marker>) -> io::Result<()> {
-    if path.is_symlink() {
-        let why = "a symbolic link: whoever owns what it leads to would change; make it a directory";
-        return Err(io::Error::new(io::ErrorKind::InvalidInput, why));
-    }
-    if !path.exists() {
-        let marker = Marker { before: None, handed_over: true };
-        return tree::make_dir(path, &[(MARKER, &marker.to_text())], Some(to));
-    }
-    let owner = Owner::of(path)?;
-    let before = known.map_or(Some(owner), |known| known.before);
-    tree::write(&path.join(MARKER), &Marker { before, handed_over: true }.to_text())?;
-    Owner { uid: to.0, gid: to.1, mode: owner.mode | 0o700 }.give(path)
 }
 
 /// Certificates that containerd finds by their names, as Docker has it: `*.crt` are authorities, `*.cert` with
