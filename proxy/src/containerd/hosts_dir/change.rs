@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 
 use similar::TextDiff;
 
-use super::marker::{MARKER, Marker};
 use super::HOSTS;
+use super::marker::{MARKER, Marker};
 use crate::containerd::tree::{self, Owner};
 
 /// One step of what a command does or would do.

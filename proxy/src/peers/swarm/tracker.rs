@@ -1,0 +1,223 @@
+//! What whoever is asked remembers of those who ask.
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::ops::RangeInclusive;
+use std::time::Duration;
+
+use super::{Comes, Direction, MAX_SPANS, Time, is_slow, scatter};
+use crate::oci::{Span, Spans};
+use crate::peers::wire::{Holder, MAX_HOLDERS};
+
+/// One node's knowledge of who fetches a blob from it.
+pub struct Tracker {
+    pub(super) peers: HashMap<SocketAddr, Tracked>,
+    pub(super) most: usize,
+    /// How often others were told of.
+    told: u64,
+    /// How fast most of them get it, in bytes a second, and of how many reports that is known.
+    typical: f64,
+    reports: u32,
+}
+
+#[derive(Default)]
+pub(super) struct Tracked {
+    pub(super) have: Spans,
+    /// What is on its way to it.
+    coming: Vec<(Span, Time)>,
+    /// What it fetches from the origin in this node's stead, or has fetched.
+    deputed: Spans,
+    /// Bodies that it sends, and those sent to it for since it said so.
+    load: u32,
+    /// When it first said what it has, and how much.
+    since: Option<(Time, u64)>,
+    /// How fast it has got it since, in bytes a second. None: nobody can say yet.
+    rate: Option<f64>,
+    seen: Time,
+}
+
+/// Peers that are remembered for one blob, one of so many members. With more each goes to somebody less busy in a large
+/// cluster; in one of a thousand the same few are heard of too long.
+const TRACKED: RangeInclusive<usize> = 512..=2048;
+const OF_TRACKED: usize = 4;
+
+/// Ranges on their way to one peer: as many as anybody fetches at a time, and some.
+const MAX_COMING: usize = 16;
+
+/// What was sent to somebody is believed to arrive for this long.
+const ARRIVES: Duration = Duration::from_secs(15);
+
+/// Who gets a blob so many times slower than most sends it as slowly, and is named and asked last.
+const FAR: f64 = 4.0;
+/// Before that nobody knows.
+const JUDGED: Duration = Duration::from_millis(100);
+/// What is typical is so of the last reports, about so many.
+const REPORTS: u32 = 64;
+
+impl Tracker {
+    /// In a cluster of so many.
+    pub fn new(members: usize) -> Self {
+        let most = (members / OF_TRACKED).clamp(*TRACKED.start(), *TRACKED.end());
+        Self { peers: HashMap::new(), most, told: 0, typical: 0.0, reports: 0 }
+    }
+
+    /// How many peers it remembers at most.
+    pub fn most(&self) -> u32 {
+        u32::try_from(self.most).unwrap_or(u32::MAX)
+    }
+
+    /// A peer said what it has, by asking.
+    pub fn heard(&mut self, peer: SocketAddr, have: &Spans, load: u32, now: Time) {
+        if !self.peers.contains_key(&peer) && self.peers.len() >= self.most {
+            let oldest = self.peers.iter().min_by_key(|(peer, tracked)| (tracked.seen, **peer)).map(|(peer, _)| *peer);
+            oldest.map(|oldest| self.peers.remove(&oldest));
+        }
+        let tracked = self.peers.entry(peer).or_default();
+        tracked.coming.retain(|(_, since)| now < *since + ARRIVES);
+        // What it has said before it has still: reports may overtake each other.
+        have.iter().for_each(|span| tracked.have.insert(span));
+        if tracked.have.iter().count() > MAX_SPANS {
+            tracked.have = have.clone();
+        }
+        tracked.load = load;
+        tracked.seen = now;
+        if let Some(rate) = tracked.rate_at(now) {
+            self.reports = (self.reports + 1).min(REPORTS);
+            self.typical += (rate - self.typical) / f64::from(self.reports);
+        }
+    }
+
+    /// Names it to nobody any more.
+    pub fn forget(&mut self, peer: &SocketAddr) {
+        self.peers.remove(peer);
+    }
+
+    /// Whether to answer for a range, the first byte of which `comes` from there, or who else could. `sending`
+    /// are the bodies that this node sends already.
+    pub fn direct(
+        &mut self,
+        asker: Option<SocketAddr>,
+        span: Span,
+        comes: Comes,
+        sending: u32,
+        now: Time,
+    ) -> Direction {
+        let (has, typical) = (self.has(asker), self.typical);
+        let able = self.peers.iter_mut().filter(|(peer, tracked)| {
+            let is_slow = comes == Comes::Here && tracked.is_slow(has, typical);
+            Some(**peer) != asker && tracked.gets(span.start, now) && !is_slow
+        });
+        let best = able.min_by_key(|(peer, tracked)| (tracked.is_slow(has, typical), tracked.load, **peer));
+        match best {
+            Some((peer, tracked)) if tracked.load < sending || comes == Comes::Elsewhere => {
+                tracked.load = tracked.load.saturating_add(1);
+                Direction::Redirect(*peer)
+            }
+            _ => Direction::Answer,
+        }
+    }
+
+    /// Whoever asked for this gets it now, from here or from whom it was sent to.
+    pub fn expect(&mut self, asker: Option<SocketAddr>, span: Span, now: Time) {
+        if let Some(tracked) = asker.and_then(|asker| self.peers.get_mut(&asker)) {
+            tracked.coming.truncate(MAX_COMING - 1);
+            tracked.coming.insert(0, (span, now));
+        }
+    }
+
+    /// Whether somebody has all of this.
+    pub fn is_elsewhere(&self, span: Span) -> bool {
+        self.peers.values().any(|tracked| tracked.have.run_end(span.start) >= span.end)
+    }
+
+    /// A peer fetches this from the origin in this node's stead.
+    pub fn depute(&mut self, peer: SocketAddr, span: Span) {
+        if let Some(tracked) = self.peers.get_mut(&peer) {
+            tracked.deputed.insert(span);
+        }
+    }
+
+    /// It does not after all.
+    pub fn fail_as_deputy(&mut self, peer: SocketAddr, at: u64) {
+        if let Some(tracked) = self.peers.get_mut(&peer) {
+            let failed = Span { start: at, end: tracked.deputed.run_end(at) };
+            tracked.deputed.remove(failed);
+        }
+    }
+
+    /// Whether another than whoever asks has the byte at `at`, or gets it from the origin.
+    pub fn another_has(&self, asker: SocketAddr, at: u64) -> bool {
+        self.peers.iter().any(|(peer, tracked)| *peer != asker && tracked.brings(at))
+    }
+
+    /// Some of those who have the byte at `at`, or get it from the origin: the least loaded.
+    pub fn who_has(&self, at: u64) -> Vec<Holder> {
+        let mut able: Vec<_> = self.peers.iter().filter(|(_, tracked)| tracked.brings(at)).collect();
+        able.sort_by_key(|(peer, tracked)| (tracked.load, **peer));
+        let holder = |(peer, tracked): (&SocketAddr, &Tracked)| {
+            let mut have = tracked.have.clone();
+            tracked.deputed.iter().for_each(|span| have.insert(span));
+            Holder { peer: *peer, load: tracked.load, have }
+        };
+        able.into_iter().take(MAX_HOLDERS).map(holder).collect()
+    }
+
+    /// How many bytes whoever asks has.
+    fn has(&self, asker: Option<SocketAddr>) -> u64 {
+        asker.and_then(|asker| self.peers.get(&asker)).map_or(0, |asker| asker.have.len())
+    }
+
+    /// Those that whoever asks may ask as well: the least loaded first, but the slow last.
+    pub fn holders(&mut self, asker: Option<SocketAddr>) -> Vec<Holder> {
+        self.told += 1;
+        let lot = self.told;
+        let has = self.has(asker);
+        let mut others: Vec<_> =
+            self.peers.iter().filter(|(peer, tracked)| Some(**peer) != asker && !tracked.have.is_empty()).collect();
+        let rank = |(peer, tracked): &(&SocketAddr, &Tracked)| {
+            (tracked.is_slow(has, self.typical), tracked.load, scatter(**peer, lot))
+        };
+        // Few of many: the others need no order.
+        if others.len() > MAX_HOLDERS {
+            others.select_nth_unstable_by_key(MAX_HOLDERS, rank);
+            others.truncate(MAX_HOLDERS);
+        }
+        others.sort_unstable_by_key(rank);
+        let holder = |(peer, tracked): (&SocketAddr, &Tracked)| Holder {
+            peer: *peer,
+            load: tracked.load,
+            have: tracked.have.clone(),
+        };
+        others.into_iter().take(MAX_HOLDERS).map(holder).collect()
+    }
+}
+
+impl Tracked {
+    /// Judges it by what it has by now.
+    fn rate_at(&mut self, now: Time) -> Option<f64> {
+        let has = self.have.len();
+        let (since, had) = *self.since.get_or_insert((now, has));
+        let took = now.saturating_sub(since);
+        if took >= JUDGED {
+            #[allow(clippy::cast_precision_loss, reason = "a rate")]
+            let got = has.saturating_sub(had) as f64;
+            self.rate = Some(got / took.as_secs_f64());
+        }
+        self.rate
+    }
+
+    /// Whether it is left far behind by one that has so many bytes, or by most.
+    fn is_slow(&self, has: u64, typical: f64) -> bool {
+        is_slow(&self.have, has) || self.rate.is_some_and(|rate| rate * FAR < typical)
+    }
+
+    fn brings(&self, at: u64) -> bool {
+        self.have.run_end(at) > at || self.deputed.run_end(at) > at
+    }
+
+    /// Whether it has this byte, or gets it now.
+    fn gets(&self, at: u64, now: Time) -> bool {
+        let coming = |(span, since): &(Span, Time)| span.start <= at && at < span.end && now < *since + ARRIVES;
+        self.have.run_end(at) > at || self.coming.iter().any(coming)
+    }
+}
