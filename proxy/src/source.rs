@@ -28,7 +28,7 @@ pub struct Floor {
 
 /// How fast a connection is, counting only the time spent waiting for it.
 #[derive(Default)]
-pub struct Pace {
+pub struct Speed {
     waited: Duration,
     bytes: u64,
 }
@@ -114,7 +114,7 @@ impl Incoming {
     }
 }
 
-impl Pace {
+impl Speed {
     /// Counts a piece. False: the window is over and brought too little.
     pub fn keeps_up(&mut self, floor: Floor, waited: Duration, len: usize) -> bool {
         self.waited += waited;
@@ -287,10 +287,10 @@ mod tests {
     #[test]
     fn a_trickle_is_too_slow() {
         let (second, floor) = (Duration::from_secs(1), Floor { bytes: 64 * 1024, window: Duration::from_secs(30) });
-        let mut pace = Pace::default();
-        assert!((0..29).all(|_| pace.keeps_up(floor, second, 1)));
-        assert!(!pace.keeps_up(floor, second, 1));
-        assert!((0..100).all(|_| pace.keeps_up(floor, second, 4096)));
+        let mut speed = Speed::default();
+        assert!((0..29).all(|_| speed.keeps_up(floor, second, 1)));
+        assert!(!speed.keeps_up(floor, second, 1));
+        assert!((0..100).all(|_| speed.keeps_up(floor, second, 4096)));
     }
 
     #[test]

@@ -6,7 +6,7 @@ use bytes::{Bytes, BytesMut};
 use futures_util::FutureExt;
 use tokio::time::{Instant, timeout};
 
-use crate::source::{Floor, Incoming, Pace};
+use crate::source::{Floor, Incoming, Speed};
 
 /// A source that sends nothing for this long is changed.
 const STALL: Duration = Duration::from_secs(10);
@@ -30,7 +30,7 @@ pub(super) struct Flow {
     incoming: Incoming,
     /// Bytes that it has brought.
     brought: u64,
-    pace: Pace,
+    speed: Speed,
     /// Why the next piece will not come.
     broken: Option<String>,
 }
@@ -45,7 +45,7 @@ pub(super) struct Breaks {
 
 impl Flow {
     pub(super) fn new(incoming: Incoming) -> Self {
-        Self { incoming, brought: 0, pace: Pace::default(), broken: None }
+        Self { incoming, brought: 0, speed: Speed::default(), broken: None }
     }
 
     /// Offset of the next byte that comes.
@@ -91,7 +91,7 @@ impl Flow {
         let asked = Instant::now();
         let next = timeout(STALL, self.incoming.next()).await;
         match next {
-            Ok(Some(Ok(piece))) if self.pace.keeps_up(SLOWEST, asked.elapsed(), piece.len()) => {
+            Ok(Some(Ok(piece))) if self.speed.keeps_up(SLOWEST, asked.elapsed(), piece.len()) => {
                 self.brought += piece.len() as u64;
                 Ok(piece)
             }

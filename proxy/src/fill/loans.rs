@@ -46,13 +46,13 @@ pub(super) struct Loans {
     /// How many did not come: after some nothing more is lent.
     failed: usize,
     /// What one connection brings, here and to a deputy.
-    own: Pace,
-    theirs: Pace,
-    deputies: HashMap<SocketAddr, Pace>,
+    own: Rate,
+    theirs: Rate,
+    deputies: HashMap<SocketAddr, Rate>,
 }
 
 #[derive(Clone, Copy, Default)]
-struct Pace {
+struct Rate {
     bytes: u64,
     time: Duration,
 }
@@ -165,7 +165,7 @@ impl Loan {
     }
 }
 
-impl Pace {
+impl Rate {
     fn brought(&mut self, bytes: u64, time: Duration) {
         self.bytes += bytes;
         self.time += time;

@@ -9,7 +9,7 @@ use xxhash_rust::xxh64::Xxh64;
 use super::lock;
 use super::swarm::{Claim, Contribution, View};
 use crate::oci::Span;
-use crate::source::{Broken, Floor, Pace};
+use crate::source::{Broken, Floor, Speed};
 
 /// Who has the whole of a blob sends as much in this time at least: with less others are better asked. Who gets
 /// it only now may have an origin that is slow.
@@ -24,22 +24,22 @@ pub(super) struct Fetching {
     /// When the view's clock started.
     clock: Instant,
     checksum: Xxh64,
-    pace: Pace,
+    speed: Speed,
     crawls: bool,
 }
 
 impl Fetching {
     pub(super) fn new(view: &Arc<Mutex<View>>, contribution: Contribution, promised: Span, clock: Instant) -> Self {
         lock(view).begin(contribution.peer);
-        let (checksum, pace) = (Xxh64::new(0), Pace::default());
-        Self { view: view.clone(), contribution, promised: promised.end, clock, checksum, pace, crawls: false }
+        let (checksum, speed) = (Xxh64::new(0), Speed::default());
+        Self { view: view.clone(), contribution, promised: promised.end, clock, checksum, speed, crawls: false }
     }
 
     /// A piece came that was waited for so long. An error: others are better asked.
     pub(super) fn passed(&mut self, piece: &[u8], waited: Duration) -> Result<(), Broken> {
         self.checksum.update(piece);
         self.contribution.span.end += piece.len() as u64;
-        let keeps_up = self.pace.keeps_up(FLOOR, waited, piece.len());
+        let keeps_up = self.speed.keeps_up(FLOOR, waited, piece.len());
         self.crawls = !keeps_up && self.contribution.claim == Claim::Verified;
         if self.crawls { Err(Broken("too slow for a peer that has it".into())) } else { Ok(()) }
     }
