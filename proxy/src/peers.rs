@@ -6,12 +6,14 @@
 
 mod ask;
 mod discovery;
+mod exchange;
 mod fetching;
 pub mod health;
 mod key;
 pub mod members;
 mod proof;
 mod pulse;
+mod question;
 pub mod ring;
 pub mod swarm;
 mod visit;
@@ -28,7 +30,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
 
-pub use self::ask::{Aim, Declined, Manner, Question, Redirects, TagAnswer};
+pub use self::ask::{Declined, TagAnswer};
 use self::discovery::Discovery;
 use self::health::Health;
 pub use self::key::{Seal, Unproven};
@@ -36,6 +38,7 @@ use self::members::Members;
 pub use self::members::{Lead, Scope};
 use self::proof::Proof;
 pub use self::proof::{RELOAD, Standing};
+pub use self::question::{Aim, Manner, Question, Redirects};
 use self::swarm::{Claim, Time, Tracker};
 use self::visit::Circle;
 pub use self::visit::{Sending, Visitor};

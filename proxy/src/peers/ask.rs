@@ -7,66 +7,18 @@ use std::time::Duration;
 
 use futures_util::future::join_all;
 use futures_util::stream::try_unfold;
-use http::header::{ACCEPT, ACCEPT_ENCODING, CACHE_CONTROL, CONTENT_LENGTH, CONTENT_TYPE, LOCATION, RANGE};
+use http::header::{ACCEPT, CONTENT_LENGTH, CONTENT_TYPE, LOCATION};
 use http::{HeaderMap, HeaderValue, Method};
 use reqwest::Response;
-use tokio::time::{Instant, sleep, timeout, timeout_at};
+use tokio::time::{Instant, timeout, timeout_at};
 
 use super::fetching::Fetching;
-use super::key::Seal;
+use super::question::{Aim, Manner, Question, Redirects};
 use super::swarm::{Claim, Contribution, View};
 use super::wire::Holder;
 use super::{Peers, Scope, lock, wire};
 use crate::oci::{Digest, MAX_MANIFEST_BYTES, Span, Spans, Tag};
-use crate::registries::Place;
-use crate::role::Role;
 use crate::source::{Broken, Incoming, Part, ServedFrom, SourceError, error_chain};
-use crate::trace;
-
-/// A question to a peer.
-pub struct Question<'a> {
-    pub place: &'a Place,
-    pub digest: &'a Digest,
-    pub manner: Manner,
-    pub redirects: Redirects,
-    pub aim: Aim,
-    /// Which peers may be asked, where it is for any of them.
-    pub scope: Scope,
-    pub deadline: Instant,
-}
-
-impl<'a> Question<'a> {
-    /// One that the peer is to answer itself.
-    pub fn about(place: &'a Place, digest: &'a Digest, manner: Manner, deadline: Instant) -> Self {
-        Self { place, digest, manner, redirects: Redirects::Refused, aim: Aim::Whole, scope: Scope::AllZones, deadline }
-    }
-}
-
-/// How a peer is asked.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Manner {
-    /// For what it has, or gets now.
-    IfKept,
-    /// To get it, being that.
-    As(Role),
-}
-
-/// Whether a busy peer may name another one instead.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Redirects {
-    Followed,
-    /// Those that it named could not help, or it was named by another one.
-    Refused,
-}
-
-/// What a range is asked for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Aim {
-    /// Somebody wants just that.
-    Range,
-    /// All the others follow.
-    Whole,
-}
 
 /// What a tag means to a peer.
 pub struct TagAnswer {
@@ -91,10 +43,6 @@ pub enum Declined {
     Source(SourceError),
 }
 
-/// A peer that has not answered after this long is asked whether it is alive, as are those who come after it.
-const ALIVE: Duration = Duration::from_secs(1);
-const COME_AFTER: usize = 2;
-
 /// Who only has to look has this long.
 const LOOK: Duration = Duration::from_millis(500);
 
@@ -115,7 +63,7 @@ impl Peers {
         self.who_has(question, LAST_RESORT).await
     }
 
-    fn successors(&self, digest: &Digest, count: usize, scope: Scope) -> Vec<SocketAddr> {
+    pub(super) fn successors(&self, digest: &Digest, count: usize, scope: Scope) -> Vec<SocketAddr> {
         self.members.load().successors(digest, count, scope, |peer| self.is_well(peer))
     }
 
@@ -359,198 +307,12 @@ impl Peers {
             .map(|peer| async move { self.look(peer, self.manifest(peer, question)).await?.ok() });
         join_all(asked).await.into_iter().flatten().collect()
     }
-
-    /// Whether a peer that has been silent for a while is there. Who would be asked next is pinged meanwhile: several that
-    /// are frozen cost no more time than one.
-    async fn answers_if_asked(
-        &self,
-        peer: SocketAddr,
-        question: &Question<'_>,
-        owed: Option<reqwest::Request>,
-    ) -> bool {
-        sleep(ALIVE).await;
-        if let Manner::As(role) = question.manner {
-            let scope = if role == Role::Zone { Scope::OwnZone } else { question.scope };
-            let next = self.successors(question.digest, COME_AFTER + 1, scope).into_iter().filter(|next| *next != peer);
-            next.take(COME_AFTER).for_each(|next| self.is_suspect(next));
-        }
-        // Somebody else may have found out meanwhile.
-        self.is_well(&peer) && self.answers(peer, owed).await
-    }
-
-    /// Takes an answer only from whoever knows the key, if there is one.
-    async fn believe(
-        &self,
-        peer: SocketAddr,
-        response: Response,
-        seal: Option<&Seal>,
-    ) -> Result<Response, SourceError> {
-        let status = response.status().as_u16();
-        let proven = seal.is_none_or(|seal| seal.proves(status, response.headers()));
-        if proven && status != 401 {
-            return Ok(response);
-        }
-        if status == 503 {
-            // It has no time to look who asks.
-            return Err(SourceError::Busy);
-        }
-        let why = match status {
-            401 => said(response).await,
-            _ => "its answer is not signed with our key".to_owned(),
-        };
-        self.is_unproven(peer, &why);
-        Err(SourceError::NotKept)
-    }
-
-    /// It may be given its key or certificate later than this one: not to be asked for a while.
-    fn is_unproven(&self, peer: SocketAddr, why: &str) {
-        self.metrics.unproven.with_label_values(&["answer"]).inc();
-        tracing::warn!(%peer, why, "a peer does not know this node, or this node does not know it");
-        self.is_down(peer);
-    }
-
-    /// Asks a question, and counts what came of it.
-    async fn get(
-        &self,
-        method: Method,
-        peer: SocketAddr,
-        question: &Question<'_>,
-        path: &str,
-        part: Part,
-        more: HeaderMap,
-    ) -> Result<Response, SourceError> {
-        if !self.is_well(&peer) {
-            // It was found out since it was chosen.
-            return Err(SourceError::Unreachable("the peer is left alone".into()));
-        }
-        let place = question.place;
-        let namespace = url::form_urlencoded::byte_serialize(place.registry.as_str().as_bytes());
-        let path = format!("/v2/{}/{path}?ns={}", place.repository, namespace.collect::<String>());
-        let url = format!("{}://{peer}{path}", self.proof.scheme());
-        let mut request = self.client.request(method, url).header(ACCEPT_ENCODING, "identity").headers(more);
-        request = request.header(wire::RULES, place.rule.fingerprint());
-        request = match question.manner {
-            Manner::IfKept => request.header(CACHE_CONTROL, wire::ONLY_IF_CACHED),
-            Manner::As(role) => request.header(wire::ROLE, role.as_str()),
-        };
-        // Only whoever is to ask the registry needs to be shown something.
-        let is_lent = matches!(question.manner, Manner::As(_)) && place.caller.may_be_lent();
-        if let Some(authorization) = place.caller.authorization().filter(|_| is_lent)
-            && let Some(sealed) = self.proof.seal(authorization)
-        {
-            request = request.header(wire::AUTHORIZATION, sealed);
-        }
-        if question.redirects == Redirects::Refused {
-            request = request.header(wire::REDIRECT, wire::NO);
-        }
-        if question.aim == Aim::Whole {
-            request = request.header(wire::WHOLE, wire::YES);
-        }
-        let left = question.deadline.saturating_duration_since(Instant::now());
-        request = request.header(wire::DEADLINE, u64::try_from(left.as_millis()).unwrap_or(u64::MAX));
-        if let Some(range) = part.header() {
-            request = request.header(RANGE, range);
-        }
-        let mut request = request.build().map_err(|error| SourceError::Malformed(error_chain(&error)))?;
-        let mut span = trace::begin("ask a peer", trace::Kind::Client);
-        span.write(request.headers_mut());
-        let asked = Instant::now();
-        let answer = self.exchange(peer, request, question).await;
-        let outcome = match answer.as_ref().map(|response| response.status().as_u16()) {
-            Ok(200 | 206) => "given",
-            Ok(307) => "redirected",
-            Ok(504) => "not_kept",
-            Ok(_) => "refused",
-            Err(_) => "failed",
-        };
-        span.tell(|| {
-            let address = ("server.address", peer.ip().to_string().into());
-            vec![address, ("server.port", u64::from(peer.port()).into()), ("dray.outcome", outcome.into())]
-        });
-        if let Err(error) = &answer {
-            span.fail(|| error.to_string());
-        }
-        let members = self.members.load();
-        let way = [members.zone_of(peer), members.own_zone()];
-        self.metrics.peer_requests.with_label_values(&[way[0], way[1], outcome]).inc();
-        if outcome == "given" {
-            self.metrics.peer_first_byte.with_label_values(&way).observe(asked.elapsed().as_secs_f64());
-            self.latencies.insert(peer, asked.elapsed());
-            self.gives(peer);
-        }
-        answer
-    }
-
-    /// Proves a request to be ours, sends it, and believes its answer only if it is proven as well.
-    async fn exchange(
-        &self,
-        peer: SocketAddr,
-        mut request: reqwest::Request,
-        question: &Question<'_>,
-    ) -> Result<Response, SourceError> {
-        let method = request.method().clone();
-        let probe = request.try_clone();
-        let path = request.url()[url::Position::BeforePath..].to_owned();
-        let seal = self.proof.sign(peer, &method, &path, request.headers_mut());
-        let mut sending = std::pin::pin!(timeout_at(question.deadline, self.client.execute(request)));
-        let answered = tokio::select! {
-            biased;
-            answered = &mut sending => answered,
-            // It waits for its origin, or it is frozen.
-            alive = self.answers_if_asked(peer, question, probe) => {
-                if !alive {
-                    self.is_down(peer);
-                    return Err(SourceError::Unreachable("the peer is silent".into()));
-                }
-                sending.await
-            }
-        };
-        match answered {
-            Ok(Ok(response)) => self.believe(peer, response, seal.as_ref()).await,
-            Ok(Err(error)) => {
-                let why = error_chain(&error);
-                if is_about_certificates(&error) {
-                    self.is_unproven(peer, &why);
-                } else {
-                    self.is_down(peer);
-                }
-                Err(SourceError::Unreachable(why))
-            }
-            // Its origin may be slow: that is no reason for everybody to ask the origin.
-            Err(_) => Err(SourceError::TimedOut),
-        }
-    }
 }
 
 impl From<SourceError> for Declined {
     fn from(error: SourceError) -> Self {
         if error == SourceError::NotKept { Self::NotKept } else { Self::Source(error) }
     }
-}
-
-/// What a refusal says, for whoever reads the log.
-async fn said(mut response: Response) -> String {
-    const ENOUGH: usize = 500;
-    let first = timeout(LOOK, response.chunk()).await.ok().and_then(Result::ok).flatten().unwrap_or_default();
-    match &*String::from_utf8_lossy(&first[..first.len().min(ENOUGH)]) {
-        "" => "it says nothing more than 401".to_owned(),
-        text => format!("it says: {text}"),
-    }
-}
-
-/// Whether one side does not accept the other's certificate, or has none to show.
-fn is_about_certificates(error: &reqwest::Error) -> bool {
-    let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(error);
-    while let Some(error) = cause {
-        if let Some(error) = error.downcast_ref::<rustls::Error>() {
-            return matches!(error, rustls::Error::InvalidCertificate(_) | rustls::Error::AlertReceived(_));
-        }
-        cause = match error.downcast_ref::<std::io::Error>().and_then(std::io::Error::get_ref) {
-            Some(wrapped) => Some(wrapped),
-            None => error.source(),
-        };
-    }
-    false
 }
 
 /// What a status that brings nothing says of the origin.
