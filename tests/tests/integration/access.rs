@@ -1,5 +1,7 @@
 //! `access = "client"`: callers get what they could pull from the registry itself, cached or not, and nothing else.
 
+mod tenants;
+
 use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -9,193 +11,15 @@ use base64::engine::general_purpose::STANDARD;
 use dray_tests::containerd::{Containerd, Version};
 use dray_tests::dray::{Dray, Start};
 use dray_tests::eventually;
-use dray_tests::http::{Answer, client, get, send};
+use dray_tests::http::{get, send};
 use dray_tests::image::Image;
 use dray_tests::origin::{Content, Fault, Origin, Request, Response};
 use dray_tests::process::{free_port, output};
 use dray_tests::registry::{Registry, htpasswd};
 use reqwest::Method;
-use serde_json::{Value, json};
+use serde_json::json;
 
-const ALICE: &str = "alice:for-a";
-const BOB: &str = "bob:for-b";
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Wants {
-    Basic,
-    Tokens,
-}
-
-/// A registry with a repository for everybody, one of alice's and one of bob's, which share a layer.
-struct Tenants {
-    origin: Origin,
-    alices: Image,
-    bobs: Image,
-    open: Image,
-    mood: Arc<AtomicUsize>,
-}
-
-const WELL: usize = 0;
-const GONE: usize = 1;
-/// A page for everything, as something before the registry may have it.
-const PAGE: usize = 2;
-/// Strangers ask too often.
-const LIMITS_STRANGERS: usize = 3;
-/// Strangers have had as many manifests as they may; asking whether there is one costs nothing (as at Docker Hub).
-const LIMITS_STRANGERS_PULLS: usize = 4;
-
-fn may(user: &str, path: &str) -> bool {
-    match path.strip_prefix("/v2/").and_then(|path| path.split('/').next()) {
-        Some("open") => true,
-        Some("a") => user == ALICE,
-        Some("b") => user == BOB,
-        _ => false,
-    }
-}
-
-impl Tenants {
-    async fn new(wants: Wants) -> Self {
-        let [alices, bobs, open] =
-            [(1, 700_000), (2, 800_000), (3, 900_000)].map(|(seed, size)| Image::new(seed, &[size, 1000]));
-        let content = Content::new(&[
-            ("a/app", "1", &alices),
-            ("b/app", "1", &bobs),
-            ("b/both", "1", &alices),
-            ("open/app", "1", &open),
-        ]);
-        let mood = Arc::new(AtomicUsize::new(WELL));
-        let now = mood.clone();
-        let origin = Origin::answering(move |request: &Request| {
-            if now.load(Ordering::SeqCst) == GONE {
-                return Response::new(200, "").fault(Fault::Silent);
-            }
-            if now.load(Ordering::SeqCst) == PAGE {
-                return Response::new(200, "maintenance").with("content-type", "text/plain");
-            }
-            let said = request.header("authorization").unwrap_or_default();
-            let decoded = said.split_once(' ').and_then(|(_, text)| STANDARD.decode(text).ok()).unwrap_or_default();
-            let user = String::from_utf8(decoded).unwrap_or_default();
-            let is_known = [ALICE, BOB].contains(&&*user);
-            let path = request.path.split('?').next().unwrap();
-            if path == "/token" {
-                return match said {
-                    "" => Response::new(200, json!({"token": STANDARD.encode("anybody")}).to_string()),
-                    _ if is_known => Response::new(200, json!({"token": STANDARD.encode(&user)}).to_string()),
-                    _ => Response::new(401, "{}"),
-                };
-            }
-            let limits = match now.load(Ordering::SeqCst) {
-                LIMITS_STRANGERS => true,
-                LIMITS_STRANGERS_PULLS => request.method != "HEAD",
-                _ => false,
-            };
-            if limits && !is_known && path.contains("/manifests/") {
-                return Response::new(429, "").with("retry-after", 3600);
-            }
-            let is_shown = match wants {
-                Wants::Basic => user.is_empty() || said.starts_with("Basic "),
-                Wants::Tokens => said.starts_with("Bearer "),
-            };
-            if is_shown && (may(&user, path) || (path == "/v2/" && is_known)) {
-                return if path.contains("/tags/") {
-                    Response::new(200, "{\"tags\":[]}")
-                } else {
-                    content.answer(request)
-                };
-            }
-            let host = request.header("host").unwrap_or_default();
-            let challenge = match wants {
-                Wants::Basic => "Basic realm=\"r\"".to_owned(),
-                Wants::Tokens => format!("Bearer realm=\"http://{host}/token\",service=\"s\""),
-            };
-            Response::new(401, "").with("www-authenticate", challenge)
-        })
-        .await;
-        Self { origin, alices, bobs, open, mood }
-    }
-
-    fn rule(&self) -> String {
-        format!("[[registry]]\nmatch = \"reg.example\"\nupstreams = [\"{}\"]\naccess = \"client\"\n", self.origin.url())
-    }
-
-    fn is(&self, mood: usize) {
-        self.mood.store(mood, Ordering::SeqCst);
-    }
-}
-
-/// The parameters of a Bearer challenge.
-fn challenge(answer: &Answer) -> Vec<(String, String)> {
-    assert_eq!(answer.status, 401, "{}", answer.text());
-    let lines: Vec<_> = answer.headers.get_all("www-authenticate").iter().map(|line| line.to_str().unwrap()).collect();
-    assert_eq!(lines[1], "Basic realm=\"dray\"");
-    let parameters = lines[0].strip_prefix("Bearer ").unwrap().split(',');
-    let pair = |parameter: &str| {
-        let (key, value) = parameter.split_once('=').unwrap();
-        (key.to_owned(), value.trim_matches('"').to_owned())
-    };
-    parameters.map(pair).collect()
-}
-
-/// Answers a challenge as containerd does.
-async fn token(answer: &Answer, login: Option<&str>) -> Result<String, u16> {
-    let mut parameters = challenge(answer);
-    let (_, realm) = parameters.remove(0);
-    let request = match login {
-        Some(login) => {
-            let (username, password) = login.split_once(':').unwrap();
-            parameters.extend(
-                [("grant_type", "password"), ("username", username), ("password", password)]
-                    .map(|(a, b)| (a.to_owned(), b.to_owned())),
-            );
-            let form = reqwest::Url::parse_with_params(&realm, parameters).unwrap().query().unwrap().to_owned();
-            client().post(realm).header("content-type", "application/x-www-form-urlencoded").body(form)
-        }
-        None => client().get(reqwest::Url::parse_with_params(&realm, parameters).unwrap()),
-    };
-    let answered = request.send().await.unwrap();
-    match answered.status().as_u16() {
-        200 => {
-            let body: Value = serde_json::from_slice(&answered.bytes().await.unwrap()).unwrap();
-            assert!(body["expires_in"].as_u64().unwrap() > 0 && body["token"] == body["access_token"]);
-            Ok(body["token"].as_str().unwrap().to_owned())
-        }
-        status => Err(status),
-    }
-}
-
-async fn get_as(dray: &Dray, path: &str, authorization: &str) -> Answer {
-    get(&dray.url(path), &[("authorization", authorization)]).await
-}
-
-/// Asks, is challenged, shows a secret, and asks again.
-async fn pull_as(dray: &Dray, path: &str, login: &str) -> Answer {
-    let challenged = dray.get(path).await;
-    match token(&challenged, Some(login)).await {
-        Ok(token) => get_as(dray, path, &format!("Bearer {token}")).await,
-        Err(status) => Answer { status, ..challenged },
-    }
-}
-
-const TAG: &str = "/v2/a/app/manifests/1?ns=reg.example";
-
-/// Everything by which somebody could come by what alice has, with the repository in the form of `named`.
-fn ways(image: &Image, repository: &str) -> Vec<String> {
-    let (layer, _) = image.layer();
-    let forms = [
-        |rest: &str, repository: &str| format!("/v2/{repository}/{rest}?ns=reg.example"),
-        |rest: &str, repository: &str| format!("/v2/reg.example/{repository}/{rest}"),
-        |rest: &str, repository: &str| format!("/v2/reg.example/{repository}/{rest}?ns=reg.example"),
-        |rest: &str, repository: &str| format!("/v2/{repository}/{rest}?ns=REG.example:443"),
-    ];
-    let kinds = [
-        "manifests/1".to_owned(),
-        format!("manifests/{}", image.digest),
-        format!("blobs/{layer}"),
-        "tags/list".to_owned(),
-        format!("referrers/{}", image.digest),
-    ];
-    forms.iter().flat_map(|form| kinds.iter().map(move |kind| form(kind, repository))).collect()
-}
+use self::tenants::*;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_cached_is_given_to_those_who_may_pull_it_and_to_nobody_else() {
