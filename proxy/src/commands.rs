@@ -15,6 +15,7 @@ use std::io::Write;
 use std::path::Path;
 
 use dray::config::Config;
+use dray::server;
 use dray::telemetry::{self, LogFormat};
 
 /// Why a command ends without success.
@@ -27,6 +28,14 @@ pub(crate) enum Failure {
 pub(crate) fn check_config(file: &Path) -> Result<(), Failure> {
     Config::load(file).map_err(|e| Failure::Usage(e.to_string()))?;
     say(&format!("{}: ok", file.display()));
+    Ok(())
+}
+
+/// `dray check-config --here`.
+pub(crate) fn check_config_here(file: &Path) -> Result<(), Failure> {
+    let config = Config::load(file).map_err(|e| Failure::Usage(e.to_string()))?;
+    block_on(async { server::check(&config) })?.map_err(|e| Failure::Usage(format!("{}: {e}", file.display())))?;
+    say(&format!("{}: ok, and so is what it names here", file.display()));
     Ok(())
 }
 

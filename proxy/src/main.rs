@@ -40,10 +40,14 @@ enum Command {
     Serve(Serve),
     /// Check a configuration file and say what is wrong with it
     ///
-    /// Does not open the files that it names.
+    /// Opens none of the files that it names, so that it can be checked anywhere; with --here it does.
     CheckConfig {
         /// The file
         file: PathBuf,
+        /// Also check what this machine has to have for it: certificates, keys and other files that it names, an address
+        /// among peers.static, containerd's hosts directory
+        #[arg(long)]
+        here: bool,
     },
     /// Point containerd at dray, find out whether that works, or take it back
     #[command(subcommand)]
@@ -64,7 +68,8 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     let done = match cli.command.unwrap_or(Command::Serve(cli.serve)) {
         Command::Serve(serve) => serve.run(),
-        Command::CheckConfig { file } => commands::check_config(&file),
+        Command::CheckConfig { file, here: false } => commands::check_config(&file),
+        Command::CheckConfig { file, here: true } => commands::check_config_here(&file),
         Command::Containerd(command) => command.run(),
         Command::Runtime(runtime) => runtime.run(),
         Command::Warm(warm) => warm.run(),

@@ -200,6 +200,19 @@ pub fn run(
     Ok(())
 }
 
+/// Reads and makes all that [`run`] would refuse to start without, except for the cache and the ports.
+pub fn check(config: &Config) -> Result<(), StartError> {
+    let (metrics, registries) = (Arc::new(Metrics::new()), Registries::new(config));
+    identity(&config.tls).map_err(StartError::Config)?;
+    Origin::new(config, &registries, metrics.clone()).map_err(StartError::Config)?;
+    Peers::new(config, metrics.clone()).map_err(StartError::Config)?;
+    gate(config, config.listen, &registries)?;
+    telemetry::tracer(&config.tracing).map_err(StartError::Config)?;
+    Visitors::new(config.admin_token_file.as_deref()).map_err(StartError::Config)?;
+    keeping(config, config.listen, &metrics)?;
+    Ok(())
+}
+
 fn service<A>(name: &str, app: A) -> Service<Connections<A>> {
     Service::new(name.to_owned(), Connections::new(app))
 }

@@ -27,6 +27,37 @@ fn check_config_says_what_is_wrong() {
     }
 }
 
+/// What is refused at the start can be found out before.
+#[test]
+fn check_config_here_looks_at_what_the_file_names() {
+    let dir = tempfile::tempdir().unwrap();
+    let (file, key) = (dir.path().join("dray.toml"), dir.path().join("key"));
+    let check = |text: &str, here: &[&str]| {
+        std::fs::write(&file, text).unwrap();
+        let output = output(Command::new(binary()).arg("check-config").args(here).arg(&file));
+        (output.status.code().unwrap(), String::from_utf8_lossy(&output.stderr).into_owned())
+    };
+    let peers = |member: &str| {
+        let key = key.display();
+        format!("[peers]\nlisten = \"0.0.0.0:5052\"\nstatic = [\"{member}\"]\nkey_file = \"{key}\"\n")
+    };
+    for (text, want) in [
+        ("[tls]\ncert = \"/nowhere.crt\"\nkey = \"/nowhere.key\"\n".to_owned(), "/nowhere.crt"),
+        ("[access]\nlogins_file = \"/nowhere\"\n".to_owned(), "/nowhere"),
+        ("[containerd]\nhosts_dir = \"/nowhere\"\n".to_owned(), "containerd.hosts_dir"),
+        (peers("127.0.0.1:5052"), "key"),
+    ] {
+        assert_eq!(check(&text, &[]).0, 0, "{text}");
+        let (code, said) = check(&text, &["--here"]);
+        assert_eq!(code, 2, "{text}");
+        assert!(said.contains(want) && said.contains("dray.toml"), "{said}");
+    }
+    std::fs::write(&key, "sixteen characters or more").unwrap();
+    assert_eq!(check(&peers("127.0.0.1:5052"), &["--here"]), (0, String::new()));
+    let (code, said) = check(&peers("192.0.2.1:5052"), &["--here"]);
+    assert!(code == 2 && said.contains("peers.static"), "{said}");
+}
+
 #[test]
 fn every_example_is_valid() {
     let examples = std::fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/../config")).unwrap();
