@@ -4,14 +4,15 @@
 //! for come first ([`Plan`]), and a source that breaks loses only its range. Where ranges are not
 //! understood, one connection brings the rest in order.
 
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::pin::pin;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use tokio::sync::mpsc;
-use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep, sleep_until};
 
 use super::allowance::{Allowance, Leave, MAX_OF_BLOB};
 use super::climb::{Climb, Width};
@@ -56,6 +57,8 @@ struct Meter {
     busy_with_origin: AtomicUsize,
     /// Of those that come from peers.
     pace: Mutex<Pace>,
+    /// More could be fetched at a time than there is to fetch.
+    idles: AtomicBool,
 }
 
 /// Connections beside others that were refused.
@@ -177,6 +180,7 @@ impl Engine<'_> {
             {
                 lanes.push(lane(span, breaks.barren, self.pieces.clone(), leave).run(None));
             }
+            meter.idles.store(may_open && width.is_fixed() && lanes.len() < width.lanes(), Ordering::Relaxed);
             let complete = self.fill.plan().is_complete();
             if lanes.is_empty() && complete {
                 return Some(Ended::Complete);
@@ -413,7 +417,10 @@ impl Lane<'_> {
         let end = flow.end().min(self.span.end);
         while *position < end {
             let asked = Instant::now();
-            let mut bytes = flow.gather().await.map_err(Lost::Broke)?;
+            let mut bytes = match from {
+                ServedFrom::Peer => self.gather_soon(&mut flow, *position, waited).await?,
+                _ => flow.gather().await.map_err(Lost::Broke)?,
+            };
             let took = asked.elapsed();
             let with_origin = from == ServedFrom::Origin;
             busy.get_or_insert_with(|| {
@@ -431,21 +438,53 @@ impl Lane<'_> {
             // An origin is not asked twice for the same.
             if from == ServedFrom::Peer && *position < end {
                 waited += took;
-                let mut pace = self.meter.pace.lock().unwrap_or_else(PoisonError::into_inner);
-                pace.brought(len, took);
-                if pace.leaves(*position - self.span.start, waited) && self.sources.alternatives(*position) > 1 {
-                    pace.left();
-                    return Err(Lost::LeftBehind);
-                }
+                self.meter.pace().brought(len, took);
+                let is_behind = self.meter.pace().leaves(*position - self.span.start, waited);
+                self.stay(*position, is_behind || self.is_waited_for(*position, waited, Duration::ZERO))?;
             }
         }
         if end < self.span.end { Err(Lost::Beginning) } else { Ok(()) }
+    }
+
+    /// What comes next from a peer, unless all the others are done and it does not come soon.
+    async fn gather_soon(&self, flow: &mut Flow, position: u64, waited: Duration) -> Result<Bytes, Lost> {
+        let asked = Instant::now();
+        let mut gathering = pin!(flow.gather());
+        loop {
+            tokio::select! {
+                biased;
+                bytes = &mut gathering => return bytes.map_err(Lost::Broke),
+                () = sleep(TICK) => self.stay(position, self.is_waited_for(position, waited, asked.elapsed()))?,
+            }
+        }
+    }
+
+    /// Whether nothing else is to be fetched, and the others were far faster.
+    fn is_waited_for(&self, position: u64, waited: Duration, since: Duration) -> bool {
+        let brought = position - self.span.start;
+        self.meter.idles.load(Ordering::Relaxed) && self.meter.pace().leaves_soon(brought, waited, since)
+    }
+
+    /// Leaves a peer that is `behind` where others have the same.
+    fn stay(&self, position: u64, behind: bool) -> Result<(), Lost> {
+        if behind && self.sources.alternatives(position) > 1 {
+            self.meter.pace().left();
+            return Err(Lost::LeftBehind);
+        }
+        Ok(())
     }
 
     /// Whether this is the range that was asked for, or its beginning where an owner leaves only that to this
     /// node.
     fn is_beginning(&self, span: Span) -> bool {
         span.start == self.span.start && !span.is_empty() && span.end <= self.span.end
+    }
+}
+
+impl Meter {
+    fn pace(&self) -> MutexGuard<'_, Pace> {
+        // Numbers are only looked up and changed under it.
+        self.pace.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -18,6 +18,9 @@ const FAR: f64 = 4.0;
 const PATIENCE: Duration = Duration::from_millis(500);
 const MAX_PATIENCE: u32 = 20;
 
+/// With the last ranges it does not grow. Packets that are lost are sent again within that time.
+const HURRY: Duration = Duration::from_millis(500);
+
 impl Pace {
     /// A connection brought so many bytes, for which it took so long.
     pub fn brought(&mut self, bytes: u64, time: Duration) {
@@ -28,11 +31,18 @@ impl Pace {
     /// Whether to leave a connection that has brought so many bytes in all, in this time, because the
     /// others are far faster.
     pub fn leaves(&self, bytes: u64, time: Duration) -> bool {
-        if time < PATIENCE * (1 + self.left).min(MAX_PATIENCE) {
-            return false;
-        }
-        let others = rate(self.bytes.saturating_sub(bytes), self.time.saturating_sub(time));
-        rate(bytes, time) * FAR < others
+        time >= PATIENCE * (1 + self.left).min(MAX_PATIENCE) && rate(bytes, time) * FAR < self.others(bytes, time)
+    }
+
+    /// The same where everything else is on its way, so that whoever is asked instead has nothing else to do: also of
+    /// one that has brought nothing `since`.
+    pub fn leaves_soon(&self, bytes: u64, time: Duration, since: Duration) -> bool {
+        time + since >= HURRY && rate(bytes, time + since) * FAR < self.others(bytes, time)
+    }
+
+    /// How fast the others are beside one that has brought so many bytes.
+    fn others(&self, bytes: u64, time: Duration) -> f64 {
+        rate(self.bytes.saturating_sub(bytes), self.time.saturating_sub(time))
     }
 
     /// One was left.
@@ -65,6 +75,18 @@ mod tests {
         assert!(!pace.leaves(1000, SECOND), "slower, but not by far");
         pace.brought(200_000, SECOND);
         assert!(!pace.leaves(100, SECOND / 4), "nobody knows yet");
+    }
+
+    #[test]
+    fn who_is_waited_for_alone_is_left_soon() {
+        let mut pace = Pace::default();
+        pace.brought(1_000_000, SECOND / 10);
+        assert!(!pace.leaves_soon(0, Duration::ZERO, SECOND / 4), "it may just have lost a packet");
+        assert!(pace.leaves_soon(0, Duration::ZERO, SECOND / 2));
+        pace.brought(1_000_000, SECOND / 10);
+        assert!(!pace.leaves_soon(1_000_000, SECOND / 10, SECOND / 5), "it is as fast as the others");
+        assert!(pace.leaves_soon(1_000_000, SECOND / 10, SECOND), "it was");
+        assert!(!Pace::default().leaves_soon(0, Duration::ZERO, SECOND), "there are no others");
     }
 
     #[test]

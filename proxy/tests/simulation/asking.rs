@@ -65,6 +65,7 @@ impl Network {
             } else {
                 plan.chosen(read, &wanted, |ranges| fetch.view.choose(ranges, lot))
             };
+            fetch.idles = span.is_none();
             let Some(span) = span else { return };
             fetch.lanes += 1;
             let Some(source) = self.find_source(node, layer, span) else {
@@ -94,6 +95,7 @@ impl Network {
                 position: float(source.given.start),
                 starts,
                 idle_since: starts,
+                counted: 0.0,
                 gives_up: source.gives_up,
                 lent_by: source.lent_by,
             });

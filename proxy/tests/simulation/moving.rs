@@ -57,50 +57,52 @@ impl Network {
         let available: Vec<f64> = self.flows.iter().map(|flow| self.available(flow)).collect();
         let mut over = Vec::new();
         for (nth, flow) in self.flows.iter_mut().enumerate() {
-            let moved = (rates[nth] * STEP).min(available[nth]).min(float(flow.span.end) - flow.position);
-            if moved <= 0.0 {
-                if flow.gives_up && until - flow.idle_since > COMES {
+            let moved = (rates[nth] * STEP).min(available[nth]).min(float(flow.span.end) - flow.position).max(0.0);
+            let came = Span { start: whole(flow.position), end: whole(flow.position + moved) };
+            let fetch = &mut self.nodes[flow.to].fetches[flow.layer];
+            let follows = flow.from.is_some() && fetch.role != Some(Role::Global);
+            if moved > 0.0 {
+                flow.idle_since = until;
+                flow.position += moved;
+                if came.start < came.end {
+                    fetch.have.insert(came);
+                }
+                if follows {
+                    flow.counted += STEP;
+                    fetch.pace.brought(came.len(), Duration::from_secs_f64(STEP));
+                }
+                if flow.from.is_none()
+                    && let Some(plan) = &mut fetch.plan
+                {
+                    plan.brought(came.len(), Duration::from_secs_f64(STEP));
+                }
+                if float(flow.span.end) - flow.position < 1.0 {
+                    fetch.have.insert(Span { start: came.start, end: flow.span.end });
                     over.push(nth);
                 }
-                continue;
-            }
-            flow.idle_since = until;
-            let came = Span { start: whole(flow.position), end: whole(flow.position + moved) };
-            flow.position += moved;
-            match flow.from {
-                None => self.from_origin += moved,
-                Some(peer) => {
-                    self.nodes[peer].sent += moved;
-                    if self.nodes[peer].zone != self.nodes[flow.to].zone {
-                        self.crossed += moved;
+                match flow.from {
+                    None => self.from_origin += moved,
+                    Some(peer) => {
+                        self.nodes[peer].sent += moved;
+                        if self.nodes[peer].zone != self.nodes[flow.to].zone {
+                            self.crossed += moved;
+                        }
                     }
                 }
+            } else if flow.gives_up && until - flow.idle_since > COMES {
+                over.push(nth);
             }
+            let is_over = over.last() == Some(&nth);
             let fetch = &mut self.nodes[flow.to].fetches[flow.layer];
-            if came.start < came.end {
-                fetch.have.insert(came);
-            }
-            if flow.from.is_none()
-                && let Some(plan) = &mut fetch.plan
-            {
-                plan.brought(came.end - came.start, Duration::from_secs_f64(STEP));
-            }
-            if flow.from.is_some() && fetch.role != Some(Role::Global) {
-                fetch.pace.brought(came.end - came.start, Duration::from_secs_f64(STEP));
-                let left = fetch
-                    .pace
-                    .leaves(whole(flow.position) - flow.span.start, Duration::from_secs_f64(until - flow.starts));
-                let at = whole(flow.position);
-                let able = fetch.view.able(at, fetch.have.len(), Duration::from_secs_f64(until));
-                if left && able > 1 && float(flow.span.end) - flow.position >= 1.0 {
+            if follows && !is_over && flow.starts < until {
+                let (brought, took) = (came.end - flow.span.start, Duration::from_secs_f64(until - flow.starts));
+                let counted = Duration::from_secs_f64(flow.counted);
+                let is_left = (moved > 0.0 && fetch.pace.leaves(brought, took))
+                    || (fetch.idles && fetch.pace.leaves_soon(brought, counted, took.saturating_sub(counted)));
+                if is_left && fetch.view.able(came.end, fetch.have.len(), Duration::from_secs_f64(until)) > 1 {
                     fetch.pace.left();
                     over.push(nth);
-                    continue;
                 }
-            }
-            if float(flow.span.end) - flow.position < 1.0 {
-                fetch.have.insert(Span { start: came.start, end: flow.span.end });
-                over.push(nth);
             }
         }
         for nth in over.into_iter().rev() {

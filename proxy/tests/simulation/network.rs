@@ -43,6 +43,8 @@ pub(crate) struct Fetch {
     /// Of an owner: how many connections to the origin are worth it.
     pub(crate) climb: Option<Climb>,
     pub(crate) lanes: usize,
+    /// It could fetch more at a time than there is to fetch.
+    pub(crate) idles: bool,
     /// Its question is held by the owner until then.
     pub(crate) waits_until: f64,
     pub(crate) done: bool,
@@ -59,6 +61,7 @@ impl Fetch {
             pace: Pace::default(),
             climb: None,
             lanes: 0,
+            idles: false,
             waits_until: 0.0,
             done: false,
         }
@@ -89,6 +92,8 @@ pub(crate) struct Flow {
     pub(crate) starts: f64,
     /// Since when nothing came, for who may give up.
     pub(crate) idle_since: f64,
+    /// For how long it has brought something.
+    pub(crate) counted: f64,
     pub(crate) gives_up: bool,
     /// The owner in whose stead it is fetched.
     pub(crate) lent_by: Option<usize>,

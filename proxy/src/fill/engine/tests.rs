@@ -294,3 +294,17 @@ async fn a_peer_that_is_far_slower_than_the_others_is_left() {
     // A range of 16 MiB takes 32 s from a slow one.
     assert!(begun.elapsed() < Duration::from_secs(12), "{:?}", begun.elapsed());
 }
+
+/// Also if it sends nothing at all, which is a break only after ten seconds.
+#[tokio::test(start_paused = true)]
+async fn a_peer_that_alone_is_waited_for_is_left_at_once() {
+    let body = body(70);
+    let fill = fill(&Digest::of(b"unused"));
+    let mut silent = Lottery::new(&body, 1, 0);
+    Arc::get_mut(&mut silent).unwrap().pace = Duration::from_secs(100);
+    let uneven = Arc::new(Uneven { fast: Lottery::new(&body, 2, 0), slow: silent, asked: AtomicU32::new(0) });
+    let begun = Instant::now();
+    let (ended, _) = run(uneven, &body, &fill, 0, Spans::default()).await;
+    assert!(matches!(ended, Ended::Complete), "{ended:?}");
+    assert!(begun.elapsed() < Duration::from_secs(6), "{:?}", begun.elapsed());
+}
