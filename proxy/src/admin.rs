@@ -24,7 +24,7 @@ use serde::Serialize;
 use tokio::sync::Semaphore;
 
 pub use self::visitors::{Unwelcome, Visitors};
-use crate::connections::IDLE;
+use crate::connections::kept_for;
 use crate::metrics::Metrics;
 use crate::oci::route::query_value;
 use crate::status::Sources;
@@ -75,7 +75,8 @@ impl HttpServerApp for Admin {
         if !session.read_request().await.ok()? {
             return None;
         }
-        session.set_keepalive(if *shutdown.borrow() { None } else { Some(IDLE.as_secs()) });
+        let kept_for = kept_for(session.req_header()).filter(|_| !*shutdown.borrow());
+        session.set_keepalive(kept_for);
         let reply = match session.req_header().uri.path() {
             "/api/v1/events" if session.req_header().method == http::Method::GET => {
                 match self.visitors.welcome(&session) {

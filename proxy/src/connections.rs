@@ -9,6 +9,9 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::{Buf, BytesMut};
+use http::Version;
+use http::header::CONNECTION;
+use http::request::Parts;
 use pingora::apps::{HttpPersistentSettings, HttpServerApp, HttpServerOptions, ReusedHttpStream, ServerApp};
 use pingora::protocols::http::ServerSession;
 use pingora::protocols::{ALPN, Stream};
@@ -47,7 +50,7 @@ enum NoHead {
 }
 
 /// A connection without a request is closed after this long.
-pub const IDLE: Duration = Duration::from_secs(75);
+const IDLE: Duration = Duration::from_secs(75);
 
 /// A head has to be there so soon after its first byte.
 const WHOLE: Duration = Duration::from_secs(10);
@@ -65,6 +68,16 @@ impl<A> Connections<A> {
     pub fn new(app: A) -> Self {
         Self(Arc::new(app))
     }
+}
+
+/// For how many seconds a connection waits for its next request. None: HTTP/1.0 has one, unless it says otherwise (RFC
+/// 9112, section 9.3).
+pub fn kept_for(request: &Parts) -> Option<u64> {
+    let asks = || {
+        let values = request.headers.get_all(CONNECTION).iter().filter_map(|value| value.to_str().ok());
+        values.flat_map(|value| value.split(',')).any(|option| option.trim().eq_ignore_ascii_case("keep-alive"))
+    };
+    (request.version >= Version::HTTP_11 || asks()).then_some(IDLE.as_secs())
 }
 
 #[async_trait]

@@ -35,7 +35,7 @@ use self::taking::PATIENCE;
 use self::turns::Turn;
 use crate::access_log::AccessLog;
 use crate::activity::Activity;
-use crate::connections::IDLE;
+use crate::connections::kept_for;
 use crate::metrics::Metrics;
 use crate::oci::route::{self, query_value};
 use crate::oci::{Endpoint, RangeSet, Reference, Route, accept};
@@ -80,7 +80,8 @@ impl ProxyHttp for Front {
     fn init_downstream_modules(&self, _: &mut HttpModules) {}
 
     async fn request_filter(&self, session: &mut Session, exchange: &mut Exchange) -> pingora::Result<bool> {
-        session.set_keepalive(Some(IDLE.as_secs()));
+        let kept_for = kept_for(session.req_header());
+        session.set_keepalive(kept_for);
         session.set_write_timeout(Some(PATIENCE));
         let reply = match self.load.enter() {
             Some(seat) => {

@@ -88,6 +88,20 @@ async fn who_speaks_tls_to_a_plain_port_is_told_at_once() {
     }
 }
 
+/// Clients of HTTP/1.0 take the end of the connection for the end of the answer.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_of_http_1_0_gets_one_answer() {
+    let dray = dray();
+    for to in listeners(&dray) {
+        let mut stream = TcpStream::connect(to).await.unwrap();
+        stream.write_all(b"GET /v2/ HTTP/1.0\r\n\r\n").await.unwrap();
+        let mut text = String::new();
+        let ended = timeout(Duration::from_secs(30), stream.read_to_string(&mut text)).await;
+        ended.expect("the connection ends").unwrap();
+        assert!(text.starts_with("HTTP/1.") && text.contains("\r\n\r\n"), "{text:?}");
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_connection_takes_one_request_after_the_other_in_any_pieces() {
     let dray = dray();
