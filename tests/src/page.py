@@ -4,8 +4,9 @@ what a person would miss is an assertion that fails."""
 import json
 import sys
 
-from playwright.sync_api import sync_playwright
+from playwright.sync_api import expect, sync_playwright
 
+expect.set_options(timeout=30_000)
 url, shots = sys.argv[1], sys.argv[2]
 looks = [("light", "light", 1280, 1400), ("dark", "dark", 1280, 1400), ("phone", "light", 390, 1600)]
 
@@ -19,10 +20,11 @@ with sync_playwright() as playwright:
         page.on("pageerror", lambda error: said.append(str(error)))
         page.on("request", lambda request: asked.append(request.url))
         page.goto(url)
-        page.wait_for_function("document.getElementById('state').textContent === 'live'")
+        # By locators: a function that the page is asked again and again is an eval, which its policy forbids.
+        expect(page.locator("#state")).to_have_text("live")
         shown = page.evaluate("performance.now()")
         loaded = page.evaluate("performance.getEntriesByType('navigation')[0].loadEventEnd")
-        page.wait_for_function("document.querySelectorAll('#recent tbody tr').length > 0")
+        page.locator("#recent tbody tr").first.wait_for()
         # All of it comes from here, in one piece.
         assert all(request.startswith(url) for request in asked), asked
         assert len(page.content()) < 400_000
@@ -40,7 +42,7 @@ with sync_playwright() as playwright:
         if more.is_visible():
             more.focus()
             page.keyboard.press("Enter")
-            page.wait_for_function(f"document.querySelectorAll('#peers tbody tr').length > {rows}")
+            page.locator("#peers tbody tr").nth(rows).wait_for()
         assert not said, said
         print(json.dumps({"look": name, "background": back, "peers": rows, "loaded_ms": loaded, "shown_ms": shown, "text": page.inner_text("main")}))
     browser.close()
