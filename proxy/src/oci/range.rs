@@ -115,6 +115,10 @@ impl Span {
         self.end - self.start
     }
 
+    pub fn contains(self, at: u64) -> bool {
+        self.start <= at && at < self.end
+    }
+
     pub fn is_empty(self) -> bool {
         self.end == self.start
     }

@@ -36,10 +36,11 @@ fn a_busy_node_sends_on_to_whoever_gets_the_bytes_now() {
     for n in 1..=3 {
         tracker.heard(peer(n), &Spans::default(), 0, at(0));
     }
-    assert_eq!(direct(&mut tracker, Some(peer(1)), mib(0, 16), Comes::Here, 0, at(0)), Direction::Answer);
-    assert_eq!(direct(&mut tracker, Some(peer(2)), mib(0, 16), Comes::Here, 1, at(0)), Direction::Redirect(peer(1)));
+    assert_eq!(direct(&mut tracker, Some(peer(1)), mib(0, 16), Comes::Here, 5, at(0)), Direction::Answer, "few");
+    assert_eq!(direct(&mut tracker, Some(peer(2)), mib(0, 16), Comes::Here, 6, at(0)), Direction::Redirect(peer(1)));
+    tracker.heard(peer(1), &Spans::default(), 6, at(0));
     assert_eq!(
-        direct(&mut tracker, Some(peer(3)), mib(0, 16), Comes::Here, 1, at(0)),
+        direct(&mut tracker, Some(peer(3)), mib(0, 16), Comes::Here, 6, at(0)),
         Direction::Redirect(peer(2)),
         "sent on itself"
     );
@@ -64,6 +65,34 @@ fn a_busy_node_sends_on_to_whoever_gets_the_bytes_now() {
         "it never came"
     );
     assert!(tracker.holders(None).is_empty(), "nobody has said that it has any");
+}
+
+#[test]
+fn a_thousand_who_ask_at_once_are_a_tree_and_no_chain() {
+    let mut tracker = Tracker::new(1000);
+    // Through how many each range comes to each, and how much each sends.
+    let mut hops = std::collections::HashMap::new();
+    let mut sent = std::collections::HashMap::<_, u32>::new();
+    let mut sending = 0;
+    for n in 0..1000 {
+        for nth in 0..4 {
+            let span = mib(nth * 16, (nth + 1) * 16);
+            tracker.heard(peer(n), &Spans::default(), 0, at(0));
+            let from = match direct(&mut tracker, Some(peer(n)), span, Comes::Here, sending, at(0)) {
+                Direction::Redirect(from) => {
+                    *sent.entry(from).or_default() += 1;
+                    hops[&(from, nth)]
+                }
+                _ => {
+                    sending += 1;
+                    0
+                }
+            };
+            hops.insert((peer(n), nth), from + 1);
+        }
+    }
+    assert!(hops.values().all(|hops| *hops <= 30), "{:?}", hops.values().max());
+    assert!(sending <= 16 && sent.values().all(|sent| *sent <= 8), "{sending}, {:?}", sent.values().max());
 }
 
 #[test]

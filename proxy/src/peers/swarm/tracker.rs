@@ -24,7 +24,11 @@ pub struct Tracker {
 pub(super) struct Tracked {
     pub(super) have: Spans,
     /// What is on its way to it.
-    coming: Vec<(Span, Time)>,
+    coming: Vec<Coming>,
+    /// Through how many nodes what it asked for last reaches it from here.
+    hops: u32,
+    /// Where the range begins for which others were last sent to it.
+    serves: Option<u64>,
     /// What it fetches from the origin in this node's stead, or has fetched.
     deputed: Spans,
     /// Bodies that it sends, and those sent to it for since it said so.
@@ -34,6 +38,13 @@ pub(super) struct Tracked {
     /// How fast it has got it since, in bytes a second. None: nobody can say yet.
     rate: Option<f64>,
     seen: Time,
+}
+
+/// A range on its way to somebody.
+struct Coming {
+    span: Span,
+    since: Time,
+    hops: u32,
 }
 
 /// Peers that are remembered for one blob, one of so many members. With more each goes to somebody less busy in a large
@@ -46,6 +57,11 @@ const MAX_COMING: usize = 16;
 
 /// What was sent to somebody is believed to arrive for this long.
 const ARRIVES: Duration = Duration::from_secs(15);
+
+/// Bodies that somebody sends are counted by so many: half as many more as anybody fetches at a time. If each sent as many
+/// as it fetches, a thousand who ask at once would be a chain, at whose end each byte comes a thousand hops late; so they
+/// are a tree, which grows by half with each hop. With more the first ones share their cards among too many.
+const FAN: u32 = 6;
 
 /// Who gets a blob so many times slower than most sends it as slowly, and is named and asked last.
 const FAR: f64 = 4.0;
@@ -73,7 +89,7 @@ impl Tracker {
             oldest.map(|oldest| self.peers.remove(&oldest));
         }
         let tracked = self.peers.entry(peer).or_default();
-        tracked.coming.retain(|(_, since)| now < *since + ARRIVES);
+        tracked.coming.retain(|coming| now < coming.since + ARRIVES);
         // What it has said before it has still: reports may overtake each other.
         have.iter().for_each(|span| tracked.have.insert(span));
         if tracked.have.iter().count() > MAX_SPANS {
@@ -107,21 +123,30 @@ impl Tracker {
             let is_slow = comes == Comes::Here && tracked.is_slow(has, typical);
             Some(**peer) != asker && tracked.gets(span.start, now) && !is_slow
         });
-        let best = able.min_by_key(|(peer, tracked)| (tracked.is_slow(has, typical), tracked.load, **peer));
-        match best {
-            Some((peer, tracked)) if tracked.load < sending || comes == Comes::Elsewhere => {
+        let best = able.min_by_key(|(peer, tracked)| {
+            let serves_another = tracked.serves.is_some_and(|start| start != span.start);
+            let nearest = (tracked.load / FAN, serves_another, tracked.hops_to(span), tracked.load);
+            (tracked.is_slow(has, typical), nearest, **peer)
+        });
+        let (direction, hops) = match best {
+            Some((peer, tracked)) if tracked.load / FAN < sending / FAN || comes == Comes::Elsewhere => {
                 tracked.load = tracked.load.saturating_add(1);
-                Direction::Redirect(*peer)
+                tracked.serves = Some(span.start);
+                (Direction::Redirect(*peer), tracked.hops_to(span) + 1)
             }
-            _ => Direction::Answer,
+            _ => (Direction::Answer, 1),
+        };
+        if let Some(asker) = asker.and_then(|asker| self.peers.get_mut(&asker)) {
+            asker.hops = hops;
         }
+        direction
     }
 
     /// Whoever asked for this gets it now, from here or from whom it was sent to.
     pub fn expect(&mut self, asker: Option<SocketAddr>, span: Span, now: Time) {
         if let Some(tracked) = asker.and_then(|asker| self.peers.get_mut(&asker)) {
             tracked.coming.truncate(MAX_COMING - 1);
-            tracked.coming.insert(0, (span, now));
+            tracked.coming.insert(0, Coming { span, since: now, hops: tracked.hops });
         }
     }
 
@@ -217,7 +242,15 @@ impl Tracked {
 
     /// Whether it has this byte, or gets it now.
     fn gets(&self, at: u64, now: Time) -> bool {
-        let coming = |(span, since): &(Span, Time)| span.start <= at && at < span.end && now < *since + ARRIVES;
-        self.have.run_end(at) > at || self.coming.iter().any(coming)
+        let is_coming = |coming: &Coming| coming.span.contains(at) && now < coming.since + ARRIVES;
+        self.have.run_end(at) > at || self.coming.iter().any(is_coming)
+    }
+
+    /// Through how many nodes a range reaches it from here: none if it has it.
+    fn hops_to(&self, span: Span) -> u32 {
+        if self.have.run_end(span.start) >= span.end {
+            return 0;
+        }
+        self.coming.iter().find(|coming| coming.span.contains(span.start)).map_or(0, |coming| coming.hops)
     }
 }
