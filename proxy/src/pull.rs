@@ -4,6 +4,7 @@ mod asking;
 mod blob;
 mod entitlement;
 mod explain;
+mod homes;
 mod kept;
 mod lend;
 mod manifest;
@@ -26,6 +27,7 @@ pub use self::blob::{BlobAnswer, BlobRequest, Body, Extent};
 use self::entitlement::Entitlements;
 pub use self::entitlement::Unentitled;
 pub use self::explain::Explanation;
+use self::homes::Homes;
 pub use self::manifest::ManifestAnswer;
 use self::negatives::Negatives;
 pub use self::refusal::Refusal;
@@ -46,7 +48,7 @@ use crate::registries::{Place, Registries};
 use crate::role::Role;
 use crate::secret::Secret;
 use crate::source::SourceError;
-use crate::store::{RepositoryRecord, Store};
+use crate::store::Store;
 use crate::tags::Tags;
 
 /// A source has this long for its first byte.
@@ -77,8 +79,7 @@ pub struct Pull {
     /// How long blobs are that are not here.
     lengths: moka::sync::Cache<(Registry, Repository, Digest), u64>,
     length_flights: Flights<(String, Digest, Role, Option<Who>), blob::Length>,
-    /// The registry that last served a repository.
-    learned: moka::sync::Cache<Repository, Registry>,
+    homes: Homes,
     /// Who sent what of blobs that did not match, until the truth is known.
     suspects: moka::sync::Cache<(Digest, Registry), Arc<Vec<Contribution>>>,
     speeds: Speeds,
@@ -100,7 +101,6 @@ impl Pull {
             fills: Arc::new(Fills::new(store.clone(), metrics.clone())),
             tags: Tags::new(store.clone()),
             registries,
-            store,
             origin: Arc::new(origin),
             peers: peers.map(Arc::new),
             metrics,
@@ -111,11 +111,12 @@ impl Pull {
             tag_flights: Flights::default(),
             lengths: moka::sync::Cache::builder().max_capacity(50_000).time_to_live(LENGTHS).build(),
             length_flights: Flights::default(),
-            learned: moka::sync::Cache::new(50_000),
+            homes: Homes::new(store.clone()),
             suspects: moka::sync::Cache::builder().max_capacity(100).time_to_live(DISTRUST).build(),
             speeds: Speeds::new(),
             holders: moka::sync::Cache::builder().max_capacity(10_000).time_to_live(FIRST_BYTE).build(),
             asked: moka::sync::Cache::builder().max_capacity(50_000).time_to_idle(Duration::from_secs(600)).build(),
+            store,
         }
     }
 
@@ -250,22 +251,6 @@ impl Pull {
     /// What other drays see of this one.
     pub fn peers(&self) -> Option<&Arc<Peers>> {
         self.peers.as_ref()
-    }
-
-    /// Remembers who serves a repository, for requests that do not say.
-    fn learn(&self, place: &Place) {
-        let known = self.learned(&place.repository);
-        // Nobody takes a name from the registry that such requests mean by default.
-        let taken =
-            known.as_ref().is_some_and(Registry::is_docker_hub) || place.repository.as_str().starts_with("library/");
-        if known.as_ref() == Some(&place.registry) || (taken && !place.registry.is_docker_hub()) {
-            return;
-        }
-        self.learned.insert(place.repository.clone(), place.registry.clone());
-        let record =
-            RepositoryRecord { repository: place.repository.to_string(), registry: place.registry.to_string() };
-        let store = self.store.clone();
-        tokio::task::spawn_blocking(move || store.records.put_repository(&record));
     }
 }
 

@@ -49,6 +49,7 @@ impl Progress {
     pub(super) fn readable(&self, start: u64, total: u64, reading: Reading) -> u64 {
         match (self.phase, reading) {
             (Phase::Verified, _) => total,
+            (_, Reading::Verified) => start,
             (_, Reading::Unproven | Reading::OfWhatComes) => self.written.run_end(start),
             (_, Reading::Proven) => self.written.run_end(start).min(total.saturating_sub(HELD_BYTES)).max(start),
         }
@@ -94,6 +95,7 @@ mod tests {
         assert_eq!(progress.readable(200, total, Reading::Proven), total - HELD_BYTES);
         assert_eq!(progress.readable(total - 1, total, Reading::Proven), total - 1);
         assert_eq!(progress.readable(200, total, Reading::Unproven), total);
+        assert_eq!(progress.readable(200, total, Reading::Verified), 200);
         progress.enter(Phase::Verified);
         assert_eq!(progress.readable(total - 1, total, Reading::Proven), total);
         progress.disown();

@@ -50,7 +50,7 @@ impl Pull {
         // The flights go on for whoever comes next.
         let answer = timeout(asking.at_most(FIRST_BYTE), answer).await.unwrap_or(Err(SourceError::TimedOut));
         let answer = answer.map_err(|error| Refusal::of(&error, ErrorCode::ManifestUnknown))?;
-        self.learn(place);
+        self.homes.served(place);
         Ok(answer)
     }
 

@@ -31,7 +31,7 @@ pub(super) struct Asked {
 impl Pull {
     /// Passes a bounded range through. None: it is no such range, or a fill serves it.
     pub(super) async fn pass_range(self: &Arc<Self>, request: &BlobRequest) -> Result<Option<BlobAnswer>, Fetch> {
-        if request.asking.aim == Aim::Whole {
+        if request.asking.aim == Aim::Whole || self.is_ambiguous(request) {
             return Ok(None);
         }
         let Some(span) = self.bounded(request).await? else { return Ok(None) };

@@ -29,11 +29,14 @@ pub struct TagRecord {
     pub checked_at: u64,
 }
 
-/// The registry that last served a repository: the answer to a blob request that names none.
+/// The registries that have served a repository: the answer to a blob request that names none.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RepositoryRecord {
-    pub repository: String,
-    pub registry: String,
+    repository: String,
+    registry: String,
+    /// Those who come after the first.
+    #[serde(default)]
+    others: Vec<String>,
 }
 
 /// More files than this are thinned out, oldest first.
@@ -41,6 +44,14 @@ const MAX_RECORDS: usize = 100_000;
 
 /// Looked after once in so many writes.
 const THIN_OUT_EVERY: u64 = 10_000;
+
+impl RepositoryRecord {
+    pub fn new(repository: &Repository, registries: &[Registry]) -> Self {
+        let mut names = registries.iter().map(ToString::to_string);
+        let registry = names.next().unwrap_or_default();
+        Self { repository: repository.to_string(), registry, others: names.collect() }
+    }
+}
 
 impl Records {
     pub(super) fn new(dir: PathBuf) -> Self {
@@ -63,9 +74,12 @@ impl Records {
         let _ = fs::remove_file(self.path(&tag_key(registry.as_str(), repository.as_str(), tag.as_str())));
     }
 
-    pub fn repository(&self, repository: &Repository) -> Option<Registry> {
-        let record: RepositoryRecord = self.read(&repository_key(repository.as_str()))?;
-        (record.repository == repository.as_str()).then(|| record.registry.parse().ok()).flatten()
+    /// The registries that have served a repository, in their order.
+    pub fn repository(&self, repository: &Repository) -> Vec<Registry> {
+        let record: Option<RepositoryRecord> = self.read(&repository_key(repository.as_str()));
+        let record = record.filter(|record| record.repository == repository.as_str());
+        let names = record.into_iter().flat_map(|record| std::iter::once(record.registry).chain(record.others));
+        names.filter_map(|name| name.parse().ok()).collect()
     }
 
     pub fn put_repository(&self, record: &RepositoryRecord) {
@@ -154,14 +168,19 @@ mod tests {
         };
         records.put_tag(&record);
         assert_eq!(records.tag(&registry, &repository, &tag), Some(record));
-        records.put_repository(&RepositoryRecord { repository: "team/app".into(), registry: "ghcr.io".into() });
-        assert_eq!(records.repository(&repository), Some(registry.clone()));
+        let homes = [registry.clone(), "quay.io".parse().unwrap()];
+        records.put_repository(&RepositoryRecord::new(&repository, &homes));
+        assert_eq!(records.repository(&repository), homes);
+        // As earlier releases wrote it.
+        let earlier = serde_json::json!({"repository": "team/app", "registry": "ghcr.io"});
+        records.write(&repository_key("team/app"), &earlier);
+        assert_eq!(records.repository(&repository), std::slice::from_ref(&registry));
         for file in fs::read_dir(dir.path().join("records")).unwrap() {
             fs::write(file.unwrap().path(), b"{").unwrap();
         }
         assert_eq!(records.tag(&registry, &repository, &tag), None, "torn by a crash");
         records.forget_tag(&registry, &repository, &tag);
         fs::remove_dir_all(dir.path().join("records")).unwrap();
-        assert_eq!(records.repository(&repository), None);
+        assert_eq!(records.repository(&repository), []);
     }
 }

@@ -1,0 +1,96 @@
+//! Where repositories were served from, for blob requests that name no registry.
+//!
+//! Repositories of different registries may have the same name. Whoever served it first is asked first, so that nobody
+//! takes a name from another by serving something under it later; what only one of several could prove is not passed on
+//! unproven.
+
+use std::sync::Arc;
+
+use crate::oci::{Registry, Repository};
+use crate::registries::Place;
+use crate::store::{RepositoryRecord, Store};
+
+/// The registries that have served each repository.
+pub(super) struct Homes {
+    known: moka::sync::Cache<Repository, Arc<[Registry]>>,
+    store: Arc<Store>,
+}
+
+/// Of one repository.
+const MOST: usize = 4;
+
+const MAX_REPOSITORIES: u64 = 50_000;
+
+impl Homes {
+    pub(super) fn new(store: Arc<Store>) -> Self {
+        Self { known: moka::sync::Cache::new(MAX_REPOSITORIES), store }
+    }
+
+    /// Those of a repository, in the order in which to ask them.
+    pub(super) fn of(&self, repository: &Repository) -> Arc<[Registry]> {
+        if let Some(known) = self.known.get(repository) {
+            return known;
+        }
+        let recorded: Arc<[Registry]> = self.store.records.repository(repository).into();
+        if !recorded.is_empty() {
+            self.known.insert(repository.clone(), recorded.clone());
+        }
+        recorded
+    }
+
+    /// A registry has served a manifest of a repository.
+    pub(super) fn served(&self, place: &Place) {
+        let (registry, repository) = (&place.registry, &place.repository);
+        let known = self.of(repository);
+        let Some(homes) = with(&known, registry, repository) else { return };
+        let record = RepositoryRecord::new(repository, &homes);
+        self.known.insert(repository.clone(), homes.into());
+        let store = self.store.clone();
+        tokio::task::spawn_blocking(move || store.records.put_repository(&record));
+    }
+}
+
+/// The homes of a repository with one more. None: it is no new one.
+fn with(known: &[Registry], registry: &Registry, repository: &Repository) -> Option<Vec<Registry>> {
+    // Such names without a registry are Docker Hub's, which is also what those mean who name none.
+    let is_hubs = repository.as_str().starts_with("library/");
+    if known.contains(registry) || (is_hubs && !registry.is_docker_hub()) {
+        return None;
+    }
+    let mut homes = known.to_vec();
+    if registry.is_docker_hub() {
+        homes.insert(0, registry.clone());
+        homes.truncate(MOST);
+    } else {
+        // One too many is only exchanged for the last.
+        homes.truncate(MOST - 1);
+        homes.push(registry.clone());
+    }
+    Some(homes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn homes(repository: &str, served: &[&str]) -> Vec<String> {
+        let repository = repository.parse().unwrap();
+        let mut homes = Vec::new();
+        for registry in served {
+            homes = with(&homes, &registry.parse().unwrap(), &repository).unwrap_or(homes);
+        }
+        homes.iter().map(ToString::to_string).collect()
+    }
+
+    #[test]
+    fn who_served_a_name_first_keeps_it() {
+        assert_eq!(homes("team/app", &["ghcr.io", "evil.example", "ghcr.io"]), ["ghcr.io", "evil.example"]);
+        assert_eq!(homes("team/app", &["a.io", "b.io", "c.io", "d.io", "e.io"]), ["a.io", "b.io", "c.io", "e.io"]);
+    }
+
+    #[test]
+    fn docker_hub_is_what_such_requests_mean() {
+        assert_eq!(homes("team/app", &["evil.example", "docker.io"]), ["docker.io", "evil.example"]);
+        assert_eq!(homes("library/alpine", &["evil.example", "docker.io", "ghcr.io"]), ["docker.io"]);
+    }
+}
