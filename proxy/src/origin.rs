@@ -226,7 +226,9 @@ impl Origin {
 
     /// Whether pulls are few by which a rule's registry counts, so that what nobody waits for is put off.
     pub fn is_scarce(&self, place: &Place) -> bool {
-        self.scarcity.is_scarce(place.rule.name(), Instant::now())
+        let mut upstreams = place.rule.upstreams(&place.registry).into_iter().map(|(upstream, _)| upstream.base());
+        let (rule, now) = (place.rule.name(), Instant::now());
+        upstreams.any(|upstream| self.scarcity.is_scarce(rule, &upstream, now))
     }
 
     /// Forgets where a blob's redirect led: the bytes from there broke off or were wrong.
@@ -280,5 +282,5 @@ fn header_u64(response: &Response, name: &str) -> Option<u64> {
 fn media_type(response: &Response) -> Option<String> {
     let value = response.headers().get(CONTENT_TYPE)?.to_str().ok()?;
     let bare = value.split(';').next().unwrap_or_default().trim();
-    (!bare.is_empty()).then(|| bare.to_owned())
+    manifest::is_media_type(bare).then(|| bare.to_owned())
 }

@@ -26,8 +26,12 @@ pub fn media_type(manifest: &[u8]) -> Option<String> {
         (None, Some(_)) => Some(MANIFEST_MEDIA_TYPE.to_owned()),
         (None, None) => None,
     };
-    let plain = |text: &String| text.len() < 256 && text.bytes().all(|b| b.is_ascii_graphic());
-    shape.media_type.clone().filter(plain).or_else(inferred)
+    shape.media_type.clone().filter(|text| is_media_type(text)).or_else(inferred)
+}
+
+/// Whether a text may be a media type: names of type and subtype have at most 127 characters (RFC 6838, section 4.2).
+pub fn is_media_type(text: &str) -> bool {
+    (1..256).contains(&text.len()) && text.bytes().all(|byte| byte.is_ascii_graphic())
 }
 
 #[cfg(test)]
@@ -43,5 +47,8 @@ mod tests {
         assert_eq!(of(r#"{"mediaType": "a b", "config": {}}"#).as_deref(), Some(MANIFEST_MEDIA_TYPE));
         assert_eq!(of(r#"{"schemaVersion": 1, "fsLayers": []}"#), None);
         assert_eq!(of("no json"), None);
+        let long = "x".repeat(250);
+        assert_eq!(of(&format!(r#"{{"mediaType": "a/{long}"}}"#)).map(|text| text.len()), Some(252));
+        assert_eq!(of(&format!(r#"{{"mediaType": "abcdef/{long}"}}"#)), None, "longer than names may be");
     }
 }

@@ -64,7 +64,10 @@ impl Origin {
                 form: None,
             };
             let (response, answered_by) = self.http.follow(home, ask, deadline).await?;
-            self.note_limits(place, &response);
+            // A redirect's target says nothing of the registry's limits.
+            if answered_by == url {
+                self.note_limits(home, place, &response);
+            }
             // Only the upstream itself is given credentials, never the target of its redirect.
             let challenged = response.status().as_u16() == 401 && answered_by == url && !last_try;
             if challenged && place.caller.holder().is_some() {
@@ -143,9 +146,9 @@ impl Origin {
     }
 
     /// What an upstream says of its limits, for whoever watches them.
-    fn note_limits(&self, place: &Place, response: &Response) {
-        let rule = place.rule.name();
-        let (limit, remaining) = self.scarcity.heard(rule, response.headers(), Instant::now());
+    fn note_limits(&self, home: Home<'_>, place: &Place, response: &Response) {
+        let (rule, upstream) = (place.rule.name(), home.upstream.base());
+        let (limit, remaining) = self.scarcity.heard(rule, &upstream, response.headers(), Instant::now());
         let gauges = [(limit, &self.metrics.origin_rate_limit), (remaining, &self.metrics.origin_rate_limit_remaining)];
         for (number, gauge) in gauges {
             number.into_iter().for_each(|number| gauge.with_label_values(&[rule]).set(number));

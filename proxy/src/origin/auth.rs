@@ -72,6 +72,26 @@ const PULL: &str = "pull";
 
 const MAX_TOKEN_BYTES: usize = 64 * 1024;
 
+/// All tokens that are remembered: most have one or two KiB.
+const MAX_GRANTS_BYTES: u64 = 32 * 1024 * 1024;
+
+fn weight(bytes: usize) -> u32 {
+    u32::try_from(bytes).unwrap_or(u32::MAX)
+}
+
+impl GrantKey {
+    fn bytes(&self) -> u32 {
+        let service = self.service.as_ref().map_or(0, String::len);
+        weight(self.rule.len() + self.upstream.len() + self.realm.len() + service + self.scope.len())
+    }
+}
+
+impl Grant {
+    fn bytes(&self) -> u32 {
+        weight(size_of::<Self>() + self.header.as_ref().map_or(0, HeaderValue::len))
+    }
+}
+
 impl Tokens {
     pub(super) fn new() -> Self {
         Self {
@@ -79,7 +99,11 @@ impl Tokens {
                 .max_capacity(10_000)
                 .time_to_live(Duration::from_secs(3600))
                 .build(),
-            grants: moka::future::Cache::builder().max_capacity(10_000).expire_after(ByLifetime).build(),
+            grants: moka::future::Cache::builder()
+                .max_capacity(MAX_GRANTS_BYTES)
+                .weigher(|key: &GrantKey, grant: &Grant| key.bytes() + grant.bytes())
+                .expire_after(ByLifetime)
+                .build(),
             secrets: Secrets::new(),
         }
     }

@@ -14,6 +14,9 @@ pub enum Challenge {
     },
 }
 
+/// Longer ones are not answered, in bytes: each repository's is remembered.
+const LONGEST: usize = 2048;
+
 impl Challenge {
     /// Picks the strongest challenge that dray can answer from all header lines. One line may hold
     /// several challenges.
@@ -28,6 +31,10 @@ impl Challenge {
                         let value = challenge.params.iter().find(|(key, _)| key.eq_ignore_ascii_case(name));
                         value.map(|(_, value)| value.to_unescaped())
                     };
+                    let len = |name| param(name).map_or(0, |value| value.len());
+                    if len("realm") + len("service") + len("scope") > LONGEST {
+                        continue;
+                    }
                     if let Some(realm) = param("realm").and_then(|realm| Url::parse(&realm).ok()) {
                         return Some(Self::Bearer { realm, service: param("service"), scope: param("scope") });
                     }
@@ -67,5 +74,8 @@ mod tests {
         assert_eq!(Challenge::pick(["Bearer realm=\"not a url\""].into_iter()), None);
         assert_eq!(Challenge::pick(["Basic"].into_iter()), Some(Challenge::Basic));
         assert_eq!(Challenge::pick(["\u{1}\u{2}, = ,,"].into_iter()), None);
+        let long = format!("Bearer realm=\"https://auth.io/\",service=\"{}\"", "x".repeat(LONGEST));
+        assert_eq!(Challenge::pick([&*long].into_iter()), None);
+        assert_eq!(Challenge::pick([&*long, "Basic"].into_iter()), Some(Challenge::Basic));
     }
 }

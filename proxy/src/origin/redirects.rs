@@ -24,6 +24,9 @@ struct Target {
 /// Where a URL does not say how long it is good for.
 const UNKNOWN_LIFE: Duration = Duration::from_secs(60);
 
+/// Longer ones are followed, and asked for anew each time, in bytes: signed URLs have one or two KiB.
+const LONGEST: usize = 8 * 1024;
+
 /// Not reused this shortly before its end: the answer has to begin before that.
 const MARGIN: Duration = Duration::from_secs(15);
 
@@ -46,6 +49,9 @@ impl Redirects {
     }
 
     pub(super) async fn remember(&self, from: &Url, target: Url) {
+        if target.as_str().len() > LONGEST {
+            return;
+        }
         let life = life(&target).saturating_sub(MARGIN);
         self.turns.get_with_by_ref(from, Arc::default);
         self.targets.insert(from.clone(), Target { url: target, life }).await;

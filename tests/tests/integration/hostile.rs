@@ -260,3 +260,30 @@ async fn ten_thousand_malformed_requests_leave_no_trace() {
     assert_eq!(whole.status, 200, "{}", whole.text());
     assert!(whole.body == image.blobs[&image.layers[0]], "it is as it was");
 }
+
+/// A registry of somebody who wants this node's memory: each answer leaves something behind.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_registry_says_beside_its_content_is_not_kept_at_any_length() {
+    let huge = "x".repeat(300_000);
+    let asks = AtomicUsize::new(0);
+    let registry = Origin::answering(move |request| {
+        let nth = asks.fetch_add(1, Ordering::SeqCst);
+        let digits: String = request.path.chars().filter(char::is_ascii_digit).collect();
+        match nth % 2 {
+            // Neither JSON nor a type that anybody has.
+            0 => dray_tests::origin::Response::new(200, digits).with("content-type", format!("a/{huge}")),
+            _ => dray_tests::origin::Response::new(401, "")
+                .with("www-authenticate", format!("Bearer realm=\"http://127.0.0.1:1/\",service=\"{huge}\"")),
+        }
+    })
+    .await;
+    let dray = Start::with_upstream("reg.test", &registry.url()).run();
+    let ask = async |nth: usize| dray.get(&format!("/v2/r{nth}/manifests/v{nth}?ns=reg.test")).await.status;
+    for nth in 0..20 {
+        assert!(matches!(ask(nth).await, 403 | 502), "neither is an answer");
+    }
+    let before = memory(&dray);
+    futures_util::stream::iter(20..620).map(ask).buffer_unordered(8).collect::<Vec<_>>().await;
+    let grown = memory(&dray).saturating_sub(before);
+    assert!(grown < 32 << 20, "{grown} bytes");
+}
