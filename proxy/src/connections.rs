@@ -3,6 +3,8 @@
 //! Pingora bounds each read, so that somebody who sends one byte a minute would keep a connection for ever. Here the
 //! head of a request is read as a whole, by one deadline, and handed over.
 
+mod crowd;
+
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -17,10 +19,19 @@ use pingora::protocols::http::ServerSession;
 use pingora::protocols::{ALPN, Stream};
 use pingora::server::ShutdownWatch;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt};
+use tokio::sync::Semaphore;
 use tokio::time::{sleep, timeout};
 
+use self::crowd::Crowd;
+pub use self::crowd::client;
+
 /// Gives the requests of each connection to an application.
-pub struct Connections<A>(Arc<A>);
+pub struct Connections<A> {
+    app: Arc<A>,
+    crowd: Arc<Crowd>,
+    /// Heads that are longer than most, while they are read.
+    long: Arc<Semaphore>,
+}
 
 /// One connection of HTTP/2.
 struct Streams<A> {
@@ -47,6 +58,8 @@ enum NoHead {
     NotHttp,
     TooSlow,
     TooLong,
+    /// So many others are at it that there is no room.
+    TooMany,
 }
 
 /// A connection without a request is closed after this long.
@@ -58,6 +71,10 @@ const WHOLE: Duration = Duration::from_secs(10);
 /// Longer than any head that a client of a registry sends.
 const MAX_HEAD: usize = 64 * 1024;
 
+/// Most have no more, and so many at a time may.
+const SHORT: usize = 8 * 1024;
+const MOST_LONG: usize = 512;
+
 /// What comes of a request's body after the answer is waited for so long, to use the connection again.
 const LEFTOVER: Duration = Duration::from_secs(5);
 
@@ -65,8 +82,9 @@ const LEFTOVER: Duration = Duration::from_secs(5);
 const FAREWELL: Duration = Duration::from_secs(1);
 
 impl<A> Connections<A> {
-    pub fn new(app: A) -> Self {
-        Self(Arc::new(app))
+    /// At most `most` of them at a time.
+    pub fn new(app: A, most: usize) -> Self {
+        Self { app: Arc::new(app), crowd: Crowd::new(most), long: Arc::new(Semaphore::new(MOST_LONG)) }
     }
 }
 
@@ -83,6 +101,12 @@ pub fn kept_for(request: &Parts) -> Option<u64> {
 #[async_trait]
 impl<A: HttpServerApp + Send + Sync + 'static> ServerApp for Connections<A> {
     async fn process_new(self: &Arc<Self>, stream: Stream, shutdown: &ShutdownWatch) -> Option<Stream> {
+        let digest = stream.get_socket_digest();
+        let from = digest.as_ref().and_then(|digest| digest.peer_addr()?.as_inet()).map(|from| from.ip());
+        let Some(_entry) = self.crowd.enter(from) else {
+            part(stream, &NoHead::TooMany).await;
+            return None;
+        };
         if matches!(stream.selected_alpn_proto(), Some(ALPN::H2)) {
             self.streams(stream, shutdown).await;
         } else {
@@ -92,7 +116,7 @@ impl<A: HttpServerApp + Send + Sync + 'static> ServerApp for Connections<A> {
     }
 
     async fn cleanup(&self) {
-        self.0.http_cleanup().await;
+        self.app.http_cleanup().await;
     }
 }
 
@@ -104,7 +128,7 @@ impl<A: HttpServerApp + Send + Sync + 'static> Connections<A> {
             let mut shutdown_begins = shutdown.clone();
             let head = tokio::select! {
                 biased;
-                head = head(&mut stream) => head,
+                head = head(&mut stream, &self.long) => head,
                 () = async { let _ = shutdown_begins.wait_for(|begun| *begun).await; } => Err(NoHead::Left),
             };
             let head = match head {
@@ -117,7 +141,7 @@ impl<A: HttpServerApp + Send + Sync + 'static> Connections<A> {
             }
             session.set_pipelined_prefix(head);
             session.set_total_drain_timeout(Some(LEFTOVER));
-            let Some(reused) = self.0.process_new_http(session, shutdown).await else { return };
+            let Some(reused) = self.app.process_new_http(session, shutdown).await else { return };
             (stream, settings) = reused.consume();
         }
     }
@@ -128,7 +152,7 @@ impl<A: HttpServerApp + Send + Sync + 'static> Connections<A> {
         // Of connections with TLS their handshake has said so.
         options.h2c = true;
         options.h2_idle_timeout = Some(IDLE);
-        let streams = Arc::new(Streams { app: self.0.clone(), options, begun: AtomicBool::new(false) });
+        let streams = Arc::new(Streams { app: self.app.clone(), options, begun: AtomicBool::new(false) });
         // Once there was a request, Pingora sees itself whether the connection idles.
         let never_begun = async {
             sleep(IDLE).await;
@@ -161,11 +185,15 @@ impl<A: HttpServerApp + Send + Sync + 'static> HttpServerApp for Streams<A> {
 }
 
 /// Reads until a head is whole.
-async fn head(stream: &mut (impl AsyncRead + Unpin)) -> Result<BytesMut, NoHead> {
+async fn head(stream: &mut (impl AsyncRead + Unpin), long: &Semaphore) -> Result<BytesMut, NoHead> {
     let mut head = Head::default();
     timeout(IDLE, head.read(stream)).await.unwrap_or(Err(NoHead::Left))?;
     let rest = async {
+        let mut is_long = None;
         while !head.is_whole()? {
+            if head.bytes.len() > SHORT && is_long.is_none() {
+                is_long = Some(long.try_acquire().map_err(|_| NoHead::TooMany)?);
+            }
             head.read(stream).await?;
         }
         Ok(head.bytes)
@@ -180,6 +208,7 @@ async fn part(mut stream: Stream, why: &NoHead) {
         NoHead::NotHttp => "400 Bad Request",
         NoHead::TooSlow => "408 Request Timeout",
         NoHead::TooLong => "431 Request Header Fields Too Large",
+        NoHead::TooMany => "503 Service Unavailable",
     };
     tracing::debug!(status, "a connection is closed before its request was whole");
     let words = format!("HTTP/1.1 {status}\r\nConnection: close\r\nContent-Length: 0\r\n\r\n");
@@ -239,7 +268,7 @@ mod tests {
             std::future::pending::<()>().await;
             drop(client);
         });
-        head(&mut server).await
+        head(&mut server, &Semaphore::new(1)).await
     }
 
     #[tokio::test(start_paused = true)]
@@ -283,10 +312,13 @@ mod tests {
             client.write_all(b"GET / HTTP/1.1\r\n").await.unwrap();
             while client.write_all(line.as_bytes()).await.is_ok() {}
         });
-        assert_eq!(head(&mut server).await, Err(NoHead::TooLong));
+        assert_eq!(head(&mut server, &Semaphore::new(1)).await, Err(NoHead::TooLong));
+        let (mut client, mut server) = duplex(2 * SHORT);
+        client.write_all("x".repeat(SHORT + 1).as_bytes()).await.unwrap();
+        assert_eq!(head(&mut server, &Semaphore::new(0)).await, Err(NoHead::TooMany));
         let (client, mut server) = duplex(1024);
         drop(client);
-        assert_eq!(head(&mut server).await, Err(NoHead::Left));
+        assert_eq!(head(&mut server, &Semaphore::new(1)).await, Err(NoHead::Left));
     }
 
     struct NeverAsked;
@@ -306,7 +338,7 @@ mod tests {
         for sent in [&begun[..0], &begun[..10], begun] {
             let (mut client, server) = duplex(1024);
             client.write_all(sent).await.unwrap();
-            let connections = Connections::new(NeverAsked);
+            let connections = Connections::new(NeverAsked, 1);
             let ended = timeout(IDLE + WHOLE, connections.streams(Box::new(server), &shutdown)).await;
             assert!(ended.is_ok(), "{} bytes", sent.len());
         }

@@ -43,6 +43,11 @@ const DRAIN: Duration = Duration::from_secs(25);
 /// After the stop signal the listeners stay open this long, until nobody is sent here any more.
 const LINGER: Duration = Duration::from_secs(1);
 
+/// Connections of each listener. A node of a cluster of ten thousand may be asked by all others, by several at a time.
+const MOST_CLIENTS: usize = 16_384;
+const MOST_PEERS: usize = 65_536;
+const MOST_OPERATORS: usize = 1024;
+
 /// A new process waits this long to hear who its peers are before it is ready.
 const MEMBERSHIP: Duration = Duration::from_secs(5);
 
@@ -118,7 +123,7 @@ pub fn run(
     let mut server = Server::new_with_opt_and_conf(None, conf);
     server.bootstrap();
     let conf = server.configuration.clone();
-    let mut clients = service("registry", http_proxy(&conf, front(Listener::Clients)));
+    let mut clients = service("registry", http_proxy(&conf, front(Listener::Clients)), MOST_CLIENTS);
     match &identity {
         Some(identity) => {
             let mut settings = tls_settings(identity)?;
@@ -129,7 +134,7 @@ pub fn run(
     }
     server.add_service(clients);
     if let Some(address) = bound.peers {
-        let mut peers = service("peers", http_proxy(&conf, front(Listener::Peers)));
+        let mut peers = service("peers", http_proxy(&conf, front(Listener::Peers)), MOST_PEERS);
         match pull.peers().and_then(|peers| peers.identity()) {
             Some(identity) => {
                 let settings = tls_settings(identity)?;
@@ -154,7 +159,7 @@ pub fn run(
         sources,
         watching: Arc::new(Semaphore::new(MAX_WATCHING)),
     };
-    let mut admin = service("admin", admin);
+    let mut admin = service("admin", admin, MOST_OPERATORS);
     admin.threads = Some(1);
     admin.add_tcp(&bound.admin.to_string());
     server.add_service(admin);
@@ -213,8 +218,8 @@ pub fn check(config: &Config) -> Result<(), StartError> {
     Ok(())
 }
 
-fn service<A>(name: &str, app: A) -> Service<Connections<A>> {
-    Service::new(name.to_owned(), Connections::new(app))
+fn service<A>(name: &str, app: A, most: usize) -> Service<Connections<A>> {
+    Service::new(name.to_owned(), Connections::new(app, most))
 }
 
 /// Who gets what only some may have.

@@ -1,13 +1,14 @@
 //! Which clients are answered, and how much one address may ask for at once.
 
 use std::collections::HashMap;
-use std::net::{IpAddr, Ipv6Addr};
+use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
 
 use crate::config::Access;
+use crate::connections::client;
 
 /// What `[access]` says of clients, and what each address asks for at the moment.
 pub struct Clients {
@@ -77,14 +78,6 @@ impl Clients {
         }
         *count += 1;
         Ok(Place(Some((self.running.clone(), client))))
-    }
-}
-
-/// As whom an address counts: one host has a whole network of IPv6 addresses (RFC 4291, section 2.5.4).
-pub(super) fn client(address: IpAddr) -> IpAddr {
-    match address {
-        IpAddr::V4(_) => address,
-        IpAddr::V6(v6) => IpAddr::V6(Ipv6Addr::from_bits(v6.to_bits() & !u128::from(u64::MAX))),
     }
 }
 

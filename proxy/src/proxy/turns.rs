@@ -8,7 +8,7 @@ use std::time::Duration;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{sleep, timeout};
 
-use super::clients::client;
+use crate::connections::client;
 use crate::oci::Registry;
 use crate::source::SourceError;
 
@@ -20,7 +20,7 @@ pub(super) struct Turns {
 
 /// Held while it is not known whether a secret is right.
 pub(super) struct Turn {
-    _of_client: OwnedSemaphorePermit,
+    of_client: OwnedSemaphorePermit,
     _of_registry: OwnedSemaphorePermit,
 }
 
@@ -28,7 +28,7 @@ pub(super) struct Turn {
 const OF_REGISTRY: usize = 48;
 const OF_CLIENT: usize = 16;
 
-/// A wrong one holds its turn for so long.
+/// A wrong one holds its client's turn for so long. All others go on.
 const WRONG: Duration = Duration::from_secs(1);
 
 /// Whoever waits longer can ask the registry itself.
@@ -51,7 +51,7 @@ impl Turns {
         let taken = timeout(PATIENCE, async {
             // Only those whose own turn it is wait among all.
             let own = of_client.acquire_owned().await.ok()?;
-            Some(Turn { _of_client: own, _of_registry: of_registry.acquire_owned().await.ok()? })
+            Some(Turn { of_client: own, _of_registry: of_registry.acquire_owned().await.ok()? })
         });
         taken.await.ok().flatten().ok_or(SourceError::Busy)
     }
@@ -60,9 +60,10 @@ impl Turns {
 impl Turn {
     /// The secret was wrong.
     pub(super) fn was_wrong(self) {
+        let of_client = self.of_client;
         tokio::spawn(async move {
             sleep(WRONG).await;
-            drop(self);
+            drop(of_client);
         });
     }
 }
@@ -81,11 +82,18 @@ mod tests {
         let asked = tokio::time::Instant::now();
         drop(turns.take(&registry, from(2)).await.ok().unwrap());
         assert_eq!(asked.elapsed(), Duration::ZERO, "another client");
+        // Many who guess at once keep nobody else waiting either.
+        for nth in 3..23 {
+            for _ in 0..OF_CLIENT {
+                turns.take(&registry, from(nth)).await.ok().unwrap().was_wrong();
+            }
+        }
+        assert_eq!(asked.elapsed(), Duration::ZERO, "others");
         let held = turns.take(&registry, from(1)).await.ok().unwrap();
         assert_eq!(asked.elapsed(), WRONG);
         let mut all = vec![held];
         for nth in 0..u8::try_from(OF_REGISTRY - 1).unwrap() {
-            all.push(turns.take(&registry, from(nth)).await.ok().unwrap());
+            all.push(turns.take(&registry, from(100 + nth)).await.ok().unwrap());
         }
         assert_eq!(turns.take(&registry, from(200)).await.err(), Some(SourceError::Busy));
     }
