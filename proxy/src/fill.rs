@@ -76,6 +76,9 @@ const MAX_PROOFS: usize = 8;
 /// After the disk refused to write, blobs pass through for this long.
 const DISK_REST: Duration = Duration::from_secs(30);
 
+/// What could not be kept is not tried again for whoever can ask elsewhere.
+const NO_ROOM: Duration = Duration::from_secs(10);
+
 /// Who reads only what comes waits for so long.
 const COMES: Duration = Duration::from_secs(1);
 
@@ -93,6 +96,8 @@ pub struct Fills {
     damaged: moka::sync::Cache<Digest, ()>,
     /// The disk refused to write lately.
     disk_failed: moka::sync::Cache<(), ()>,
+    /// What lately could not be kept.
+    no_room: moka::sync::Cache<FillKey, ()>,
     permits: Arc<Semaphore>,
     proofs: Arc<Semaphore>,
     small: Semaphore,
@@ -182,6 +187,8 @@ enum Seen {
 /// How a running fill is read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Reading {
+    /// Nothing before the digest agrees.
+    Verified,
     /// The last bytes once the digest agrees.
     Proven,
     /// All bytes as they come: whoever reads checks the whole itself.
@@ -207,6 +214,7 @@ impl Fills {
             distrusted: moka::sync::Cache::builder().max_capacity(100_000).time_to_live(DISTRUST).build(),
             damaged: moka::sync::Cache::builder().max_capacity(100_000).time_to_live(DISTRUST).build(),
             disk_failed: moka::sync::Cache::builder().time_to_live(DISK_REST).build(),
+            no_room: moka::sync::Cache::builder().max_capacity(10_000).time_to_live(NO_ROOM).build(),
             permits: Arc::new(Semaphore::new(MAX_FILLS)),
             proofs: Arc::new(Semaphore::new(MAX_PROOFS)),
             small: Semaphore::new(SMALL_KIB),
@@ -244,6 +252,11 @@ impl Fills {
     /// beginning, which a good end must not complete.
     pub fn is_distrusted(&self, digest: &Digest, registry: &Registry) -> bool {
         self.damaged.contains_key(digest) || self.distrusted.contains_key(&(digest.clone(), registry.clone()))
+    }
+
+    /// Whether there lately was no room for it.
+    pub fn has_no_room(&self, key: &FillKey) -> bool {
+        self.no_room.contains_key(key)
     }
 
     /// Remembers that a registry sent wrong bytes.

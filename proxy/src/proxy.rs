@@ -94,10 +94,10 @@ impl ProxyHttp for Front {
                         exchange.held = held;
                         reply
                     }
-                    Err(Overloaded) => Reply::overloaded(),
+                    Err(Overloaded) => self.turn_away(),
                 }
             }
-            None => Reply::overloaded(),
+            None => self.turn_away(),
         };
         send(session, exchange, reply).await?;
         Ok(true)
@@ -242,10 +242,18 @@ impl Front {
         }
         // A challenge is for clients: a peer would take it for one about keys.
         let refuse = |refusal| match asking.asker.is_peer() {
-            true => Reply::refusal(&refusal),
+            true => Reply::refusal_to_peer(&refusal),
             false => self.refuse(request, &place, &refusal),
         };
         answer.unwrap_or_else(refuse).of_registry(&registry)
+    }
+
+    /// There is too much to do.
+    fn turn_away(&self) -> Reply {
+        match self.listener {
+            Listener::Clients => Reply::refusal(&Refusal::Busy),
+            Listener::Peers => Reply::refusal_to_peer(&Refusal::Busy),
+        }
     }
 
     /// A request's part of a trace.
@@ -325,7 +333,7 @@ impl Front {
                 exchange.counted = Some(peers.send());
                 match self.pull.blob(request).await {
                     Ok(answer) => Reply::blob(answer, digest),
-                    Err(refusal) => Reply::refusal(&refusal),
+                    Err(refusal) => Reply::refusal_to_peer(&refusal),
                 }
             }
         };

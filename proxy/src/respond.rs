@@ -49,6 +49,9 @@ impl Reply {
             Refusal::Unavailable(message) | Refusal::Limited(message) => {
                 Self::error(StatusCode::SERVICE_UNAVAILABLE, ErrorCode::Unavailable, message)
             }
+            Refusal::Busy => {
+                Self::error(StatusCode::SERVICE_UNAVAILABLE, ErrorCode::Unavailable, "too many requests at once")
+            }
             Refusal::BadOrigin(message) => Self::error(StatusCode::BAD_GATEWAY, ErrorCode::Unavailable, message),
             // What HTTP has for a question that was only for what a cache has.
             Refusal::NotKept => {
@@ -59,6 +62,14 @@ impl Reply {
                 Self::error(StatusCode::RANGE_NOT_SATISFIABLE, ErrorCode::RangeInvalid, &message)
                     .header(CONTENT_RANGE, &format!("bytes */{total}"))
             }
+        }
+    }
+
+    /// The same for a peer, which has to know what is the origin's word, and what is not.
+    pub fn refusal_to_peer(refusal: &Refusal) -> Self {
+        match refusal {
+            Refusal::Busy => Self::error(StatusCode::TOO_MANY_REQUESTS, ErrorCode::Unavailable, "ask again soon"),
+            refusal => Self::refusal(refusal),
         }
     }
 
@@ -130,10 +141,6 @@ impl Reply {
     pub fn telling(mut self, headers: Vec<(HeaderName, HeaderValue)>) -> Self {
         self.headers.extend(headers);
         self
-    }
-
-    pub fn overloaded() -> Self {
-        Self::error(StatusCode::SERVICE_UNAVAILABLE, ErrorCode::Unavailable, "too many requests at once")
     }
 
     /// A manifest, or the part of it that a range means.

@@ -20,6 +20,9 @@ use crate::store::{Blob, Draft, Found, Kind, NoSpace, Partial, Proof, SMALL_BYTE
 /// A small object has to be here whole within this time.
 const SMALL_TIME: Duration = Duration::from_secs(10);
 
+/// From one peer within this.
+const OF_PEER: Duration = Duration::from_millis(2500);
+
 /// What a follower has is copied for this long.
 const INHERIT: Duration = Duration::from_secs(1);
 
@@ -65,6 +68,13 @@ impl Running<'_> {
         } else {
             first_range(sources.clone(), partial.as_ref(), from).await
         };
+        let (opened, partial) = match (opened, partial) {
+            // The owner will not let us go on with what we have: it proved wrong there.
+            (Err(SourceError::NotFound), Some(_)) if self.fill.key.role != Role::Global => {
+                (Feed::open(sources.clone(), 0, None).await, None)
+            }
+            opened => opened,
+        };
         let feed = match opened {
             Ok(feed) => feed,
             Err(error) => {
@@ -84,14 +94,21 @@ impl Running<'_> {
         if feed.position() > 0 {
             feed = Feed::open(sources.clone(), 0, None).await?;
         }
-        let of_peer = feed.served_from() == ServedFrom::Peer;
-        let opened = match self.small_of(feed).await {
-            Err(SourceError::Malformed(_)) if of_peer => {
-                sources.mismatched();
-                // Now it is distrusted, and comes from the origin.
-                self.small_of(Feed::open(sources.clone(), 0, None).await?).await
+        let opened = loop {
+            let of_peer = feed.served_from() == ServedFrom::Peer;
+            // Where a peer sends no more than the beginning there is time to ask somebody else.
+            let patience = if of_peer { OF_PEER } else { SMALL_TIME };
+            match timeout(patience, self.small_of(feed)).await {
+                Ok(Err(SourceError::Malformed(_))) if of_peer => {
+                    sources.mismatched();
+                    // Now it is distrusted, and comes from the origin.
+                }
+                Ok(opened) => break opened,
+                Err(_) => {
+                    tracing::info!(digest = %self.fill.key.digest, "a source sends nothing, going on with another")
+                }
             }
-            opened => opened,
+            feed = Feed::open(sources.clone(), 0, None).await?;
         };
         if let Ok(Opened::Small { object, .. }) = &opened {
             sources.matched(Truth::Bytes(object.bytes.clone()));
@@ -220,6 +237,7 @@ impl Running<'_> {
     /// Leaves it to each reader to fetch for itself.
     fn pass(&self, feed: Feed, reason: &str) {
         self.fills.metrics.uncached.with_label_values(&[reason]).inc();
+        self.fills.no_room.insert(self.fill.key.clone(), ());
         tracing::warn!(digest = %self.fill.key.digest, total = feed.total(), reason, "passing through uncached");
         let (total, from) = (feed.total(), feed.served_from());
         let feed = Some(feed).filter(|feed| feed.position() == 0);

@@ -17,7 +17,7 @@ use super::question::{Aim, Manner, Question, Redirects};
 use super::swarm::{Claim, Contribution, View};
 use super::wire::Holder;
 use super::{Peers, Scope, lock, wire};
-use crate::oci::{Digest, MAX_MANIFEST_BYTES, Span, Spans, Tag};
+use crate::oci::{Digest, MAX_MANIFEST_BYTES, Span, Spans, Tag, manifest};
 use crate::source::{Broken, Incoming, Part, ServedFrom, SourceError, error_chain};
 
 /// What a tag means to a peer.
@@ -45,6 +45,9 @@ pub enum Declined {
 
 /// Who only has to look has this long.
 const LOOK: Duration = Duration::from_millis(500);
+
+/// What is sent whole is here so soon after its head: there has to be time to ask somebody else.
+const BODY: Duration = Duration::from_secs(3);
 
 /// Those who may have fetched a digest while this node was away.
 const SUCCESSORS: usize = 2;
@@ -129,7 +132,7 @@ impl Peers {
         let response = self.get(Method::GET, peer, question, &path, part, more).await?;
         let headers = response.headers();
         let may_be_asked =
-            |other: &SocketAddr| *other != members.own && members.contains(*other) && self.is_well(other);
+            |other: &SocketAddr| *other != members.own && members.is_within_reach(*other) && self.is_well(other);
         {
             let mut view = lock(view);
             let others = wire::read_holders(headers).into_iter();
@@ -171,11 +174,11 @@ impl Peers {
         let body = try_unfold((response, fetching), move |(mut response, mut fetching)| {
             let counter = counter.clone();
             async move {
-                let asked = Instant::now();
+                fetching.asks();
                 let piece = response.chunk().await.map_err(|error| Broken(error_chain(&error)))?;
                 let Some(piece) = piece else { return Ok(None) };
                 counter.inc_by(piece.len() as u64);
-                fetching.passed(&piece, asked.elapsed())?;
+                fetching.passed(&piece)?;
                 Ok(Some((piece, (response, fetching))))
             }
         });
@@ -283,12 +286,13 @@ impl Peers {
             504 => return Err(SourceError::NotKept),
             status => return Err(refused(status)),
         }
-        let media_type = response.headers().get(CONTENT_TYPE).and_then(|value| value.to_str().ok()).map(str::to_owned);
+        let stated = response.headers().get(CONTENT_TYPE).and_then(|value| value.to_str().ok());
+        let media_type = stated.filter(|text| manifest::is_media_type(text)).map(str::to_owned);
         let media_type = media_type.ok_or_else(|| SourceError::Malformed("a peer's manifest without a type".into()))?;
         if response.content_length().is_none_or(|length| length > MAX_MANIFEST_BYTES) {
             return Err(SourceError::Malformed("a peer's manifest without an acceptable length".into()));
         }
-        let bytes = match timeout_at(question.deadline, response.bytes()).await {
+        let bytes = match timeout_at(question.deadline.min(Instant::now() + BODY), response.bytes()).await {
             Ok(Ok(bytes)) => bytes,
             Ok(Err(error)) => return Err(SourceError::Unreachable(error_chain(&error))),
             Err(_) => return Err(SourceError::TimedOut),

@@ -19,6 +19,10 @@ use crate::trace;
 const ALIVE: Duration = Duration::from_secs(1);
 const COME_AFTER: usize = 2;
 
+/// An owner that has too much to do is asked so often, with pauses that grow by as much on average twice.
+const BUSY: u32 = 8;
+const BUSY_PAUSE: Duration = Duration::from_millis(200);
+
 /// What a refusal says is waited for so long.
 const SAID: Duration = Duration::from_millis(500);
 
@@ -69,12 +73,13 @@ impl Peers {
         let mut span = trace::begin("ask a peer", trace::Kind::Client);
         span.write(request.headers_mut());
         let asked = Instant::now();
-        let answer = self.exchange(peer, request, question).await;
+        let answer = self.exchange_patiently(peer, request, question).await;
         let outcome = match answer.as_ref().map(|response| response.status().as_u16()) {
             Ok(200 | 206) => "given",
             Ok(307) => "redirected",
             Ok(504) => "not_kept",
             Ok(_) => "refused",
+            Err(SourceError::Busy) => "busy",
             Err(_) => "failed",
         };
         span.tell(|| {
@@ -93,6 +98,25 @@ impl Peers {
             self.gives(peer);
         }
         answer
+    }
+
+    /// Asks an owner that has too much to do again, a little later: if all who ask it went to somebody else, that one
+    /// would have too much to do.
+    async fn exchange_patiently(
+        &self,
+        peer: SocketAddr,
+        request: reqwest::Request,
+        question: &Question<'_>,
+    ) -> Result<Response, SourceError> {
+        let tries = if matches!(question.manner, Manner::As(_)) { BUSY } else { 1 };
+        for nth in 1..tries {
+            let Some(again) = request.try_clone() else { break };
+            match self.exchange(peer, again, question).await {
+                Err(SourceError::Busy) => sleep(BUSY_PAUSE.mul_f64(f64::from(nth) * fastrand::f64())).await,
+                answer => return answer,
+            }
+        }
+        self.exchange(peer, request, question).await
     }
 
     /// Proves a request to be ours, sends it, and believes its answer only if it is proven as well.
@@ -162,12 +186,12 @@ impl Peers {
     ) -> Result<Response, SourceError> {
         let status = response.status().as_u16();
         let proven = seal.is_none_or(|seal| seal.proves(status, response.headers()));
+        // Who has too much to do has no time to look who asks, and signs nothing.
+        if status == 429 || (status == 503 && !proven) {
+            return Err(SourceError::Busy);
+        }
         if proven && status != 401 {
             return Ok(response);
-        }
-        if status == 503 {
-            // It has no time to look who asks.
-            return Err(SourceError::Busy);
         }
         let why = match status {
             401 => said(response).await,

@@ -15,6 +15,9 @@ use crate::source::{Broken, Floor, Speed};
 /// it only now may have an origin that is slow.
 const FLOOR: Floor = Floor { bytes: 256 * 1024, window: Duration::from_secs(10) };
 
+/// Who has the whole and sent nothing for so long when it was given up is as one that sends too little.
+const SILENT: Duration = Duration::from_secs(2);
+
 /// A range on its way from a peer.
 pub(super) struct Fetching {
     view: Arc<Mutex<View>>,
@@ -25,6 +28,8 @@ pub(super) struct Fetching {
     clock: Instant,
     checksum: Xxh64,
     speed: Speed,
+    /// Since when the next piece is waited for.
+    asked: Option<Instant>,
     crawls: bool,
 }
 
@@ -32,11 +37,18 @@ impl Fetching {
     pub(super) fn new(view: &Arc<Mutex<View>>, contribution: Contribution, promised: Span, clock: Instant) -> Self {
         lock(view).begin(contribution.peer);
         let (checksum, speed) = (Xxh64::new(0), Speed::default());
-        Self { view: view.clone(), contribution, promised: promised.end, clock, checksum, speed, crawls: false }
+        let view = view.clone();
+        Self { view, contribution, promised: promised.end, clock, checksum, speed, asked: None, crawls: false }
     }
 
-    /// A piece came that was waited for so long. An error: others are better asked.
-    pub(super) fn passed(&mut self, piece: &[u8], waited: Duration) -> Result<(), Broken> {
+    /// The next piece is waited for.
+    pub(super) fn asks(&mut self) {
+        self.asked = Some(Instant::now());
+    }
+
+    /// It came. An error: others are better asked.
+    pub(super) fn passed(&mut self, piece: &[u8]) -> Result<(), Broken> {
+        let waited = self.asked.take().map_or(Duration::ZERO, |asked| asked.elapsed());
         self.checksum.update(piece);
         self.contribution.span.end += piece.len() as u64;
         let keeps_up = self.speed.keeps_up(FLOOR, waited, piece.len());
@@ -51,7 +63,9 @@ impl Drop for Fetching {
         let mut view = lock(&self.view);
         view.end(contribution);
         // It stalled, broke off, or was not needed any more: others come first for a while.
-        if self.crawls {
+        let is_silent =
+            contribution.claim == Claim::Verified && self.asked.is_some_and(|since| since.elapsed() >= SILENT);
+        if self.crawls || is_silent {
             view.crawled(contribution.peer, self.clock.elapsed());
         } else if contribution.span.end < self.promised {
             view.left(contribution.peer, self.clock.elapsed());

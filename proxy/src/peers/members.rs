@@ -84,6 +84,11 @@ impl Members {
         self.policy != Zones::Ignore && self.zones.get(&member) != Some(&self.zone)
     }
 
+    /// Whether anything may come from a member, whoever names it: isolated zones send each other nothing.
+    pub fn is_within_reach(&self, member: SocketAddr) -> bool {
+        self.contains(member) && !(self.policy == Zones::Isolate && self.is_far(member))
+    }
+
     pub fn own_zone(&self) -> &str {
         self.zone.as_deref().unwrap_or(NO_ZONE)
     }
@@ -185,6 +190,21 @@ mod tests {
             at = views.iter().position(|view| view.own == *next).unwrap();
             role = lead.asked_as;
             way.push(at);
+        }
+    }
+
+    #[test]
+    fn isolated_zones_are_out_of_reach_whoever_names_them() {
+        let far = SocketAddr::from(([192, 0, 2, 8], 5052));
+        let near = SocketAddr::from(([192, 0, 2, 2], 5052));
+        let stranger = SocketAddr::from(([192, 0, 2, 9], 5052));
+        for (policy, reaches_far) in [(Zones::Isolate, false), (Zones::Prefer, true), (Zones::Ignore, true)] {
+            let own = &views(policy)[0];
+            assert_eq!(
+                [near, far, stranger].map(|peer| own.is_within_reach(peer)),
+                [true, reaches_far, false],
+                "{policy:?}"
+            );
         }
     }
 

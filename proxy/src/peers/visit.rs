@@ -172,7 +172,8 @@ impl Peers {
     /// The visitors who have the byte at `at`, or get it from the origin.
     pub fn who_visited_has(&self, digest: &Digest, at: u64) -> Vec<Holder> {
         let found = self.visitors_of(digest).into_iter().flat_map(|tracker| lock(&tracker).who_has(at));
-        found.filter(|holder| self.is_well(&holder.peer)).collect()
+        let members = self.members.load();
+        found.filter(|holder| members.is_within_reach(holder.peer) && self.is_well(&holder.peer)).collect()
     }
 
     /// A visitor fetches this from the origin in this node's stead.

@@ -11,7 +11,7 @@ use super::parts::Parts;
 use super::sources::{BlobSources, Refusals};
 use super::{Asker, Asking, FIRST_BYTE, Pull, Refusal, fetch_ended, flights, is_personal};
 use crate::fill::{Feed, Fill, FillKey, Opened, Outcome, Passage, Reader, Reading};
-use crate::oci::{Digest, ErrorCode, Multipart, NamedBy, RangeRequest, Registry, Repository, Span};
+use crate::oci::{Digest, ErrorCode, Multipart, NamedBy, RangeRequest, Registry, Span};
 use crate::peers::{Aim, Manner, Question, Reach};
 use crate::registries::Place;
 use crate::role::Role;
@@ -120,7 +120,7 @@ impl Pull {
             }
             None => {}
         }
-        let mut last = SourceError::NotFound;
+        let mut last = None;
         let count = places.len();
         for (nth, place) in places.into_iter().enumerate() {
             let patience = match request.named_by {
@@ -136,10 +136,10 @@ impl Pull {
             match fetched.unwrap_or(Err(Fetch::Source(SourceError::TimedOut))) {
                 Ok(answer) => return Ok(answer),
                 Err(Fetch::Refused(refusal)) => return Err(refusal),
-                Err(Fetch::Source(error)) => last = last.severer(error),
+                Err(Fetch::Source(error)) => last = Some(severer(last, error)),
             }
         }
-        Err(Fetch::Source(last).into_refusal())
+        Err(Fetch::Source(last.unwrap_or(SourceError::NotFound)).into_refusal())
     }
 
     /// `HEAD blobs/<digest>`: its length, and where it would come from.
@@ -166,14 +166,14 @@ impl Pull {
         {
             return Ok(opened.length());
         }
-        let mut last = SourceError::NotFound;
+        let mut last = None;
         for place in self.candidates(request) {
             match self.length_elsewhere(&BlobRequest { place, ..request.clone() }).await {
                 Ok(answer) => return Ok(answer),
-                Err(error) => last = last.severer(error),
+                Err(error) => last = Some(severer(last, error)),
             }
         }
-        Err(last)
+        Err(last.unwrap_or(SourceError::NotFound))
     }
 
     pub(super) async fn kept_blob(&self, request: &BlobRequest) -> Option<Found> {
@@ -229,19 +229,28 @@ impl Pull {
         Ok(None)
     }
 
-    /// The places that may have a blob. A request that names no registry is first looked for where
-    /// its repository was last served from.
+    /// The places that may have a blob. A request that names no registry is first looked for where its repository was
+    /// served from; what came from somewhere with wrong bytes is first looked for elsewhere.
     fn candidates(&self, request: &BlobRequest) -> Vec<Place> {
         let place = &request.place;
-        let learned = match request.named_by {
-            NamedBy::Default => self.learned(&place.repository).filter(|registry| *registry != place.registry),
-            _ => None,
+        let homes = if request.named_by == NamedBy::Default { self.homes.of(&place.repository) } else { [].into() };
+        let home = |registry: &Registry| match *registry == place.registry {
+            true => place.clone(),
+            false => self.place(registry.clone(), place.repository.clone()),
         };
-        let mut places: Vec<Place> =
-            learned.into_iter().map(|registry| self.place(registry, place.repository.clone())).collect();
-        places.push(place.clone());
+        let mut places: Vec<Place> = homes.iter().map(home).collect();
+        if !homes.contains(&place.registry) {
+            places.push(place.clone());
+        }
         places.retain(|place| self.permit(place, request.asking.asker).is_ok());
+        places.sort_by_key(|place| self.fills.is_distrusted(&request.digest, &place.registry));
         places
+    }
+
+    /// Whether several registries have served what a request may mean: which of them is to be believed is only known
+    /// when all is here.
+    pub(super) fn is_ambiguous(&self, request: &BlobRequest) -> bool {
+        request.named_by == NamedBy::Default && self.homes.of(&request.place.repository).len() > 1
     }
 
     async fn fetch_blob(
@@ -258,10 +267,13 @@ impl Pull {
             return Ok(answer);
         }
         let key = self.fill_key(request);
+        // What cannot be kept here somebody else may have room for: the origin is not asked for it again and again.
+        if request.asking.asker.is_peer() && self.fills.has_no_room(&key) {
+            return Err(SourceError::NotKept.into());
+        }
         let sources = self.sources(&request.place, key.clone(), Aim::Whole);
         loop {
             let fill = self.fills.join(&key, place, sources.clone(), first_byte_wanted(request.range));
-            // What cannot be kept here somebody else may have room for.
             if request.asking.asker.is_peer() && matches!(fill.opened().await, Ok(Opened::Uncached { .. })) {
                 return Err(SourceError::NotKept.into());
             }
@@ -304,14 +316,24 @@ impl Pull {
                 let manner = match (request.asking.asker, request.asking.reach, span) {
                     (Asker::Peer(_), Reach::Kept, Some(_)) => Reading::OfWhatComes,
                     (Asker::Peer(_), Reach::Origin, Some(_)) => Reading::Unproven,
+                    (Asker::Client, _, Some(span)) if span.end < total && self.is_ambiguous(request) => {
+                        Reading::Verified
+                    }
                     _ => Reading::Proven,
                 };
+                // What is not hashed yet is passed on, even if it is here: nobody vouches for it.
+                let from =
+                    if matches!(manner, Reading::Unproven | Reading::OfWhatComes) { ServedFrom::Peer } else { from };
                 let reader = fill.reader(blob, span.unwrap_or(Span::whole(total)), manner);
                 Ok(BlobAnswer { total, extent: span.into(), from, body: Body::File(reader) })
             }
             Opened::Uncached { total, feed, .. } => {
                 let wanted = span_of(request.range, total)?.unwrap_or(Span::whole(total));
                 let whole = wanted == Span::whole(total);
+                if !whole && self.is_ambiguous(request) {
+                    let why = "several registries have served this repository: say which one is meant, by ns";
+                    return Err(SourceError::Malformed(why.into()).into());
+                }
                 let opened = whole.then(|| feed.lock().unwrap_or_else(PoisonError::into_inner).take()).flatten();
                 let feed = match opened {
                     Some(feed) => feed,
@@ -346,13 +368,13 @@ impl Pull {
     pub(super) fn sources(self: &Arc<Self>, place: &Place, key: FillKey, aim: Aim) -> Arc<BlobSources> {
         Arc::new(BlobSources::new(self, place, key, aim))
     }
+}
 
-    pub(super) fn learned(&self, repository: &Repository) -> Option<Registry> {
-        self.learned.get(repository).or_else(|| {
-            let recorded = self.store.records.repository(repository)?;
-            self.learned.insert(repository.clone(), recorded.clone());
-            Some(recorded)
-        })
+/// What is to be said where several places give nothing.
+fn severer(known: Option<SourceError>, error: SourceError) -> SourceError {
+    match known {
+        Some(known) => known.severer(error),
+        None => error,
     }
 }
 

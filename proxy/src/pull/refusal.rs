@@ -12,6 +12,8 @@ pub enum Refusal {
     Denied(String),
     /// Nothing reachable: the client may ask elsewhere or later.
     Unavailable(String),
+    /// This node has too much to do, which says nothing of the origin.
+    Busy,
     /// The origin wants to hear of this caller later, perhaps not of another one.
     Limited(String),
     /// The origin's answer cannot be passed on.
@@ -30,7 +32,8 @@ impl Refusal {
             SourceError::NotKept => Self::NotKept,
             SourceError::Denied | SourceError::Guarded(_) => Self::Denied(message),
             SourceError::Limited { .. } => Self::Limited(message),
-            SourceError::Busy | SourceError::Unreachable(_) | SourceError::TimedOut | SourceError::Failed(500..) => {
+            SourceError::Busy => Self::Busy,
+            SourceError::Unreachable(_) | SourceError::TimedOut | SourceError::Failed(500..) => {
                 Self::Unavailable(message)
             }
             // Which program or file it is concerns nobody but the log.

@@ -266,9 +266,8 @@ impl BlobSources {
     ) -> Result<Option<(Incoming, ServedFrom)>, SourceError> {
         let lead = peers.lead(&self.key.digest, self.key.role, self.pull.scope(&self.place));
         let manner = Manner::As(lead.asked_as);
-        // Whom an owner makes no progress for turns to the next one, as all others do. A zone's owner does so
-        // itself.
-        let passed_over = usize::from(failures >= PASS_OVER && lead.asked_as == Role::Global);
+        // Whom an owner makes no progress for turns to the next one, as all others do.
+        let passed_over = usize::from(failures >= PASS_OVER);
         let mut refusals = Refusals::default();
         for owner in lead.leaders.into_iter().skip(passed_over) {
             if self.view().crawls(owner, peers.now()) {
