@@ -105,7 +105,7 @@ impl Running<'_> {
                 }
                 Ok(opened) => break opened,
                 Err(_) => {
-                    tracing::info!(digest = %self.fill.key.digest, "a source sends nothing, going on with another")
+                    tracing::info!(digest = %self.fill.key.digest, "a source sends nothing, going on with another");
                 }
             }
             feed = Feed::open(sources.clone(), 0, None).await?;

@@ -56,8 +56,13 @@ fn a_busy_node_sends_on_to_whoever_gets_the_bytes_now() {
     );
     assert_eq!(
         direct(&mut tracker, Some(peer(1)), mib(0, 16), Comes::Here, 9, at(0)),
-        Direction::Redirect(peer(3)),
-        "not to itself"
+        Direction::Answer,
+        "all others wait for it"
+    );
+    assert_eq!(
+        direct(&mut tracker, Some(peer(3)), mib(0, 16), Comes::Here, 9, at(0)),
+        Direction::Redirect(peer(2)),
+        "nor to itself"
     );
     assert_eq!(
         direct(&mut tracker, Some(peer(2)), mib(0, 16), Comes::Here, 9, at(20_000)),
@@ -93,6 +98,25 @@ fn a_thousand_who_ask_at_once_are_a_tree_and_no_chain() {
     }
     assert!(hops.values().all(|hops| *hops <= 30), "{:?}", hops.values().max());
     assert!(sending <= 16 && sent.values().all(|sent| *sent <= 8), "{sending}, {:?}", sent.values().max());
+}
+
+#[test]
+fn nobody_is_sent_to_those_who_wait_for_it() {
+    let mut tracker = Tracker::new(1);
+    (1..=3).for_each(|n| tracker.heard(peer(n), &Spans::default(), 0, at(0)));
+    // The first gets the beginning only, in this node's stead; the second follows it, for all.
+    assert_eq!(tracker.direct(Some(peer(1)), mib(0, 16), Comes::Here, 9, at(0)), Direction::Answer);
+    tracker.expect(Some(peer(1)), mib(0, 2), at(0));
+    assert_eq!(direct(&mut tracker, Some(peer(2)), mib(0, 16), Comes::Here, 9, at(0)), Direction::Redirect(peer(1)));
+    assert_eq!(
+        direct(&mut tracker, Some(peer(1)), mib(2, 16), Comes::Here, 9, at(0)),
+        Direction::Answer,
+        "the second waits for that as well"
+    );
+    assert_eq!(direct(&mut tracker, Some(peer(3)), mib(2, 16), Comes::Here, 9, at(0)), Direction::Redirect(peer(1)));
+    assert_eq!(direct(&mut tracker, Some(peer(1)), mib(2, 16), Comes::Here, 9, at(0)), Direction::Answer, "again");
+    tracker.heard(peer(2), &mib(0, 16).into(), 0, at(0));
+    assert_eq!(direct(&mut tracker, Some(peer(1)), mib(2, 16), Comes::Here, 9, at(0)), Direction::Redirect(peer(2)));
 }
 
 #[test]

@@ -25,8 +25,9 @@ pub(super) struct Tracked {
     pub(super) have: Spans,
     /// What is on its way to it.
     coming: Vec<Coming>,
-    /// Through how many nodes what it asked for last reaches it from here.
+    /// Through how many nodes what it asked for last reaches it from here, and how far.
     hops: u32,
+    until: u64,
     /// Where the range begins for which others were last sent to it.
     serves: Option<u64>,
     /// What it fetches from the origin in this node's stead, or has fetched.
@@ -119,25 +120,28 @@ impl Tracker {
         now: Time,
     ) -> Direction {
         let (has, typical) = (self.has(asker), self.typical);
+        // Whoever asks again may be who those behind it wait for.
+        let before = asker.and_then(|asker| self.peers.get(&asker)?.comes_by(span.start)).unwrap_or(u32::MAX);
         let able = self.peers.iter_mut().filter(|(peer, tracked)| {
             let is_slow = comes == Comes::Here && tracked.is_slow(has, typical);
-            Some(**peer) != asker && tracked.gets(span.start, now) && !is_slow
+            let may_be_asked = Some(**peer) != asker && tracked.hops_to(span) < before;
+            may_be_asked && tracked.gets(span.start, now) && !is_slow
         });
         let best = able.min_by_key(|(peer, tracked)| {
             let serves_another = tracked.serves.is_some_and(|start| start != span.start);
             let nearest = (tracked.load / FAN, serves_another, tracked.hops_to(span), tracked.load);
             (tracked.is_slow(has, typical), nearest, **peer)
         });
-        let (direction, hops) = match best {
+        let (direction, hops, until) = match best {
             Some((peer, tracked)) if tracked.load / FAN < sending / FAN || comes == Comes::Elsewhere => {
                 tracked.load = tracked.load.saturating_add(1);
                 tracked.serves = Some(span.start);
-                (Direction::Redirect(*peer), tracked.hops_to(span) + 1)
+                (Direction::Redirect(*peer), tracked.hops_to(span) + 1, tracked.gets_until(span.start, now))
             }
-            _ => (Direction::Answer, 1),
+            _ => (Direction::Answer, 1, span.end),
         };
         if let Some(asker) = asker.and_then(|asker| self.peers.get_mut(&asker)) {
-            asker.hops = hops;
+            (asker.hops, asker.until) = (hops, until);
         }
         direction
     }
@@ -146,6 +150,8 @@ impl Tracker {
     pub fn expect(&mut self, asker: Option<SocketAddr>, span: Span, now: Time) {
         if let Some(tracked) = asker.and_then(|asker| self.peers.get_mut(&asker)) {
             tracked.coming.truncate(MAX_COMING - 1);
+            // Beyond what its source gets it may be that one's to find another: it must not be sent here.
+            let span = Span { start: span.start, end: span.end.min(tracked.until).max(span.start) };
             tracked.coming.insert(0, Coming { span, since: now, hops: tracked.hops });
         }
     }
@@ -242,8 +248,13 @@ impl Tracked {
 
     /// Whether it has this byte, or gets it now.
     fn gets(&self, at: u64, now: Time) -> bool {
-        let is_coming = |coming: &Coming| coming.span.contains(at) && now < coming.since + ARRIVES;
-        self.have.run_end(at) > at || self.coming.iter().any(is_coming)
+        self.gets_until(at, now) > at
+    }
+
+    /// The end of what it has from there, or gets now.
+    fn gets_until(&self, at: u64, now: Time) -> u64 {
+        let coming = self.coming.iter().filter(|coming| coming.span.contains(at) && now < coming.since + ARRIVES);
+        coming.map(|coming| coming.span.end).fold(self.have.run_end(at), u64::max)
     }
 
     /// Through how many nodes a range reaches it from here: none if it has it.
@@ -251,6 +262,11 @@ impl Tracked {
         if self.have.run_end(span.start) >= span.end {
             return 0;
         }
-        self.coming.iter().find(|coming| coming.span.contains(span.start)).map_or(0, |coming| coming.hops)
+        self.comes_by(span.start).unwrap_or(0)
+    }
+
+    /// The same of a byte that is on its way.
+    fn comes_by(&self, at: u64) -> Option<u32> {
+        self.coming.iter().find(|coming| coming.span.contains(at)).map(|coming| coming.hops)
     }
 }
