@@ -36,7 +36,7 @@ fn a_busy_node_sends_on_to_whoever_gets_the_bytes_now() {
     for n in 1..=3 {
         tracker.heard(peer(n), &Spans::default(), 0, at(0));
     }
-    assert_eq!(direct(&mut tracker, Some(peer(1)), mib(0, 16), Comes::Here, 5, at(0)), Direction::Answer, "few");
+    assert_eq!(direct(&mut tracker, Some(peer(1)), mib(0, 16), Comes::Here, 1, at(0)), Direction::Answer, "few");
     assert_eq!(direct(&mut tracker, Some(peer(2)), mib(0, 16), Comes::Here, 6, at(0)), Direction::Redirect(peer(1)));
     tracker.heard(peer(1), &Spans::default(), 6, at(0));
     assert_eq!(

@@ -13,6 +13,7 @@ use crate::peers::wire::{Holder, MAX_HOLDERS};
 pub struct Tracker {
     pub(super) peers: HashMap<SocketAddr, Tracked>,
     pub(super) most: usize,
+    fan: u32,
     /// How often others were told of.
     told: u64,
     /// How fast most of them get it, in bytes a second, and of how many reports that is known.
@@ -59,10 +60,12 @@ const MAX_COMING: usize = 16;
 /// What was sent to somebody is believed to arrive for this long.
 const ARRIVES: Duration = Duration::from_secs(15);
 
-/// Bodies that somebody sends are counted by so many: half as many more as anybody fetches at a time. If each sent as many
-/// as it fetches, a thousand who ask at once would be a chain, at whose end each byte comes a thousand hops late; so they
-/// are a tree, which grows by half with each hop. With more the first ones share their cards among too many.
-const FAN: u32 = 6;
+/// Bodies that somebody sends are counted by so many, of one in so many members: if each sent as many as it fetches, a
+/// thousand who ask at once would be a chain, at whose end each byte comes a thousand hops late. Half as many more as
+/// anybody fetches at a time make them a tree, which grows by half with each hop; still more, and the first ones share
+/// their cards among too many. A few are better off if all send equally much.
+const FAN: RangeInclusive<u32> = 2..=6;
+const OF_FAN: usize = 16;
 
 /// Who gets a blob so many times slower than most sends it as slowly, and is named and asked last.
 const FAR: f64 = 4.0;
@@ -75,7 +78,8 @@ impl Tracker {
     /// In a cluster of so many.
     pub fn new(members: usize) -> Self {
         let most = (members / OF_TRACKED).clamp(*TRACKED.start(), *TRACKED.end());
-        Self { peers: HashMap::new(), most, told: 0, typical: 0.0, reports: 0 }
+        let fan = u32::try_from(members / OF_FAN).unwrap_or(u32::MAX).clamp(*FAN.start(), *FAN.end());
+        Self { peers: HashMap::new(), most, fan, told: 0, typical: 0.0, reports: 0 }
     }
 
     /// How many peers it remembers at most.
@@ -119,7 +123,7 @@ impl Tracker {
         sending: u32,
         now: Time,
     ) -> Direction {
-        let (has, typical) = (self.has(asker), self.typical);
+        let (has, typical, fan) = (self.has(asker), self.typical, self.fan);
         // Whoever asks again may be who those behind it wait for.
         let before = asker.and_then(|asker| self.peers.get(&asker)?.comes_by(span.start)).unwrap_or(u32::MAX);
         let able = self.peers.iter_mut().filter(|(peer, tracked)| {
@@ -129,11 +133,11 @@ impl Tracker {
         });
         let best = able.min_by_key(|(peer, tracked)| {
             let serves_another = tracked.serves.is_some_and(|start| start != span.start);
-            let nearest = (tracked.load / FAN, serves_another, tracked.hops_to(span), tracked.load);
+            let nearest = (tracked.load / fan, serves_another, tracked.hops_to(span), tracked.load);
             (tracked.is_slow(has, typical), nearest, **peer)
         });
         let (direction, hops, until) = match best {
-            Some((peer, tracked)) if tracked.load / FAN < sending / FAN || comes == Comes::Elsewhere => {
+            Some((peer, tracked)) if tracked.load / fan < sending / fan || comes == Comes::Elsewhere => {
                 tracked.load = tracked.load.saturating_add(1);
                 tracked.serves = Some(span.start);
                 (Direction::Redirect(*peer), tracked.hops_to(span) + 1, tracked.gets_until(span.start, now))
