@@ -2,7 +2,7 @@
 
 use serde::Deserialize;
 
-use super::INDEX_MEDIA_TYPE;
+use super::{Digest, INDEX_MEDIA_TYPE};
 
 const MANIFEST_MEDIA_TYPE: &str = "application/vnd.oci.image.manifest.v1+json";
 
@@ -29,6 +29,23 @@ pub fn media_type(manifest: &[u8]) -> Option<String> {
     shape.media_type.clone().filter(|text| is_media_type(text)).or_else(inferred)
 }
 
+/// The blobs that a manifest names: its configuration and layers.
+pub fn blobs(manifest: &[u8]) -> Vec<Digest> {
+    #[derive(Deserialize)]
+    struct Names {
+        config: Option<Named>,
+        #[serde(default)]
+        layers: Vec<Named>,
+    }
+    #[derive(Deserialize)]
+    struct Named {
+        digest: String,
+    }
+    let names: Option<Names> = serde_json::from_slice(manifest).ok();
+    let named = names.into_iter().flat_map(|names| names.config.into_iter().chain(names.layers));
+    named.filter_map(|named| named.digest.parse().ok()).collect()
+}
+
 /// Whether a text may be a media type: names of type and subtype have at most 127 characters (RFC 6838, section 4.2).
 pub fn is_media_type(text: &str) -> bool {
     (1..256).contains(&text.len()) && text.bytes().all(|byte| byte.is_ascii_graphic())
@@ -37,6 +54,18 @@ pub fn is_media_type(text: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_manifest_names_its_blobs() {
+        let digest = |text: &str| Digest::of(text.as_bytes());
+        let (config, layer) = (digest("config"), digest("layer"));
+        let json = serde_json::json!({
+            "config": {"digest": config.as_str()},
+            "layers": [{"digest": layer.as_str()}, {"digest": "sha256:short"}],
+        });
+        assert_eq!(blobs(json.to_string().as_bytes()), [config, layer]);
+        assert!(blobs(br#"{"manifests": []}"#).is_empty() && blobs(b"no json").is_empty());
+    }
 
     #[test]
     fn the_bytes_tell_their_type() {

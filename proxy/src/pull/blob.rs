@@ -233,7 +233,10 @@ impl Pull {
     /// served from; what came from somewhere with wrong bytes is first looked for elsewhere.
     fn candidates(&self, request: &BlobRequest) -> Vec<Place> {
         let place = &request.place;
-        let homes = if request.named_by == NamedBy::Default { self.homes.of(&place.repository) } else { [].into() };
+        let homes = match request.named_by {
+            NamedBy::Default => self.homes.of(&place.repository, &request.digest),
+            NamedBy::Namespace | NamedBy::Path | NamedBy::Host => Vec::new(),
+        };
         let home = |registry: &Registry| match *registry == place.registry {
             true => place.clone(),
             false => self.place(registry.clone(), place.repository.clone()),
@@ -250,7 +253,7 @@ impl Pull {
     /// Whether several registries have served what a request may mean: which of them is to be believed is only known
     /// when all is here.
     pub(super) fn is_ambiguous(&self, request: &BlobRequest) -> bool {
-        request.named_by == NamedBy::Default && self.homes.of(&request.place.repository).len() > 1
+        request.named_by == NamedBy::Default && self.homes.are_several(&request.place.repository, &request.digest)
     }
 
     async fn fetch_blob(

@@ -1,12 +1,12 @@
 //! Where repositories were served from, for blob requests that name no registry.
 //!
 //! Repositories of different registries may have the same name. Whoever served it first is asked first, so that nobody
-//! takes a name from another by serving something under it later; what only one of several could prove is not passed on
-//! unproven.
+//! takes a name from another by serving something under it later. Where only one of them has named a blob in a manifest,
+//! that one is meant; otherwise what only one of several could prove is not passed on unproven.
 
 use std::sync::Arc;
 
-use crate::oci::{Registry, Repository};
+use crate::oci::{Digest, Registry, Repository, manifest};
 use crate::registries::Place;
 use crate::store::{RepositoryRecord, Store};
 
@@ -14,20 +14,75 @@ use crate::store::{RepositoryRecord, Store};
 pub(super) struct Homes {
     known: moka::sync::Cache<Repository, Arc<[Registry]>>,
     store: Arc<Store>,
+    /// Who has named a blob in a manifest of a repository.
+    naming: moka::sync::Cache<(Repository, Digest), Naming>,
+    /// Manifests that were read for that.
+    read: moka::sync::Cache<(Registry, Repository, Digest), ()>,
+}
+
+#[derive(Clone, PartialEq, Eq)]
+enum Naming {
+    One(Registry),
+    Several,
 }
 
 /// Of one repository.
 const MOST: usize = 4;
 
 const MAX_REPOSITORIES: u64 = 50_000;
+const MAX_MANIFESTS: u64 = 20_000;
+const MAX_BLOBS: u64 = 100_000;
 
 impl Homes {
     pub(super) fn new(store: Arc<Store>) -> Self {
-        Self { known: moka::sync::Cache::new(MAX_REPOSITORIES), store }
+        Self {
+            known: moka::sync::Cache::new(MAX_REPOSITORIES),
+            store,
+            naming: moka::sync::Cache::new(MAX_BLOBS),
+            read: moka::sync::Cache::new(MAX_MANIFESTS),
+        }
     }
 
-    /// Those of a repository, in the order in which to ask them.
-    pub(super) fn of(&self, repository: &Repository) -> Arc<[Registry]> {
+    /// Where a blob of a repository is to be asked for, in this order.
+    pub(super) fn of(&self, repository: &Repository, digest: &Digest) -> Vec<Registry> {
+        let mut homes = self.known(repository).to_vec();
+        if let Some(Naming::One(registry)) = self.naming.get(&(repository.clone(), digest.clone())) {
+            homes.sort_by_key(|home| *home != registry);
+        }
+        homes
+    }
+
+    /// Whether several may be meant.
+    pub(super) fn are_several(&self, repository: &Repository, digest: &Digest) -> bool {
+        let naming = || self.naming.get(&(repository.clone(), digest.clone()));
+        self.known(repository).len() > 1 && !matches!(naming(), Some(Naming::One(_)))
+    }
+
+    /// A registry has served a manifest of a repository.
+    pub(super) fn served(&self, place: &Place, digest: &Digest, bytes: &[u8]) {
+        let (registry, repository) = (&place.registry, &place.repository);
+        let key = (registry.clone(), repository.clone(), digest.clone());
+        if self.read.contains_key(&key) {
+            return;
+        }
+        self.read.insert(key, ());
+        for blob in manifest::blobs(bytes) {
+            let naming = self.naming.entry((repository.clone(), blob));
+            naming.and_upsert_with(|known| match known.map(moka::Entry::into_value) {
+                Some(Naming::One(known)) if known != *registry => Naming::Several,
+                Some(known) => known,
+                None => Naming::One(registry.clone()),
+            });
+        }
+        let Some(homes) = with(&self.known(repository), registry, repository) else { return };
+        let record = RepositoryRecord::new(repository, &homes);
+        self.known.insert(repository.clone(), homes.into());
+        let store = self.store.clone();
+        tokio::task::spawn_blocking(move || store.records.put_repository(&record));
+    }
+
+    /// Those of a repository, in the order in which they came.
+    fn known(&self, repository: &Repository) -> Arc<[Registry]> {
         if let Some(known) = self.known.get(repository) {
             return known;
         }
@@ -36,17 +91,6 @@ impl Homes {
             self.known.insert(repository.clone(), recorded.clone());
         }
         recorded
-    }
-
-    /// A registry has served a manifest of a repository.
-    pub(super) fn served(&self, place: &Place) {
-        let (registry, repository) = (&place.registry, &place.repository);
-        let known = self.of(repository);
-        let Some(homes) = with(&known, registry, repository) else { return };
-        let record = RepositoryRecord::new(repository, &homes);
-        self.known.insert(repository.clone(), homes.into());
-        let store = self.store.clone();
-        tokio::task::spawn_blocking(move || store.records.put_repository(&record));
     }
 }
 

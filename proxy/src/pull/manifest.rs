@@ -50,7 +50,7 @@ impl Pull {
         // The flights go on for whoever comes next.
         let answer = timeout(asking.at_most(FIRST_BYTE), answer).await.unwrap_or(Err(SourceError::TimedOut));
         let answer = answer.map_err(|error| Refusal::of(&error, ErrorCode::ManifestUnknown))?;
-        self.homes.served(place);
+        self.homes.served(place, &answer.digest, &answer.object.bytes);
         Ok(answer)
     }
 

@@ -32,9 +32,11 @@ impl Rig {
         Self { real, evil, _hub: hub, dray, image, others }
     }
 
-    async fn manifest(&self, registry: &str, image: &Image) {
-        let path = format!("/v2/team/app/manifests/{}?ns={registry}", image.digest);
-        assert_eq!(self.dray.get(&path).await.status, 200);
+    async fn manifests(&self, registry: &str, image: &Image) {
+        for digest in image.manifests.keys() {
+            let path = format!("/v2/team/app/manifests/{digest}?ns={registry}");
+            assert_eq!(self.dray.get(&path).await.status, 200);
+        }
     }
 
     async fn first_bytes(&self) -> Answer {
@@ -46,8 +48,8 @@ impl Rig {
 #[tokio::test(flavor = "multi_thread")]
 async fn nobody_takes_a_name_from_who_served_it_first() {
     let rig = Rig::new().await;
-    rig.manifest("ghcr.io", &rig.image).await;
-    rig.manifest("evil.example", &rig.others).await;
+    rig.manifests("ghcr.io", &rig.image).await;
+    rig.manifests("evil.example", &rig.others).await;
     let answer = rig.first_bytes().await;
     assert_eq!((answer.status, answer.complete), (206, true));
     assert!(answer.body == rig.image.layer().1[..1000]);
@@ -55,11 +57,25 @@ async fn nobody_takes_a_name_from_who_served_it_first() {
     assert_eq!(rig.evil.count("GET", rig.image.layer().0), 0);
 }
 
+/// Each of both is asked for its own, without waiting for the whole.
+#[tokio::test(flavor = "multi_thread")]
+async fn whoever_alone_has_named_a_blob_is_meant() {
+    let rig = Rig::new().await;
+    rig.manifests("evil.example", &rig.others).await;
+    rig.manifests("ghcr.io", &rig.image).await;
+    let answer = rig.first_bytes().await;
+    assert_eq!((answer.status, answer.complete), (206, true));
+    assert!(answer.body == rig.image.layer().1[..1000]);
+    assert_eq!(rig.evil.count("GET", rig.image.layer().0), 0);
+    assert_eq!(rig.dray.metric("dray_fills{state=\"running\"}").await, 0, "a part was enough");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn where_it_may_come_from_several_no_part_is_passed_on_unproven() {
     let rig = Rig::new().await;
-    rig.manifest("evil.example", &rig.others).await;
-    rig.manifest("ghcr.io", &rig.image).await;
+    // Both say that it is theirs.
+    rig.manifests("evil.example", &rig.image).await;
+    rig.manifests("ghcr.io", &rig.image).await;
     let bytes = &rig.image.layer().1[..1000];
     let first = rig.first_bytes().await;
     assert!(rig.evil.count("GET", rig.image.layer().0) > 0, "it came first");
