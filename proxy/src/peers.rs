@@ -65,6 +65,8 @@ pub struct Peers {
     /// Who fetches what from this node.
     trackers: moka::sync::Cache<(Digest, Circle), Arc<Mutex<Tracker>>>,
     /// How long each took to give what it was last asked for.
+    /// Those that lately had too much to do.
+    busy: moka::sync::Cache<SocketAddr, ()>,
     latencies: moka::sync::Cache<SocketAddr, Duration>,
     /// Bodies sent to peers at the moment.
     sending: AtomicU32,
@@ -104,6 +106,9 @@ const IDLE: Duration = Duration::from_secs(60);
 
 /// Peers that are remembered, of all blobs together, each with up to a KiB; for how long.
 const MAX_TRACKED: u64 = 256 * 1024;
+/// Who had too much to do is asked only once each time, for so long.
+const BUSY: Duration = Duration::from_secs(2);
+
 /// For how long it is shown how fast a peer was.
 const SHOWN: Duration = Duration::from_secs(600);
 const TRACKED: Duration = Duration::from_secs(60);
@@ -156,6 +161,7 @@ impl Peers {
                 .max_capacity(MAX_TRACKED)
                 .time_to_idle(TRACKED)
                 .build(),
+            busy: moka::sync::Cache::builder().max_capacity(10_000).time_to_live(BUSY).build(),
             latencies: moka::sync::Cache::builder().max_capacity(10_000).time_to_live(SHOWN).build(),
             sending: AtomicU32::new(0),
             started: Instant::now(),

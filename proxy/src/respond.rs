@@ -68,7 +68,7 @@ impl Reply {
     /// The same for a peer, which has to know what is the origin's word, and what is not.
     pub fn refusal_to_peer(refusal: &Refusal) -> Self {
         match refusal {
-            Refusal::Busy => Self::error(StatusCode::TOO_MANY_REQUESTS, ErrorCode::Unavailable, "ask again soon"),
+            Refusal::Busy => Self::refusal(refusal).header(wire::BUSY, wire::YES),
             refusal => Self::refusal(refusal),
         }
     }

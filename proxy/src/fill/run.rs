@@ -20,8 +20,8 @@ use crate::store::{Blob, Draft, Found, Kind, NoSpace, Partial, Proof, SMALL_BYTE
 /// A small object has to be here whole within this time.
 const SMALL_TIME: Duration = Duration::from_secs(10);
 
-/// From one peer within this.
-const OF_PEER: Duration = Duration::from_millis(2500);
+/// A peer that sends nothing for so long is one of several.
+const SILENT_PEER: Duration = Duration::from_millis(2500);
 
 /// What a follower has is copied for this long.
 const INHERIT: Duration = Duration::from_secs(1);
@@ -70,8 +70,11 @@ impl Running<'_> {
         };
         let (opened, partial) = match (opened, partial) {
             // The owner will not let us go on with what we have: it proved wrong there.
-            (Err(SourceError::NotFound), Some(_)) if self.fill.key.role != Role::Global => {
-                (Feed::open(sources.clone(), 0, None).await, None)
+            (Err(SourceError::NotFound), partial @ Some(_)) if self.fill.key.role != Role::Global => {
+                match Feed::open(sources.clone(), 0, None).await {
+                    Ok(feed) => (Ok(feed), None),
+                    Err(error) => (Err(error), partial),
+                }
             }
             opened => opened,
         };
@@ -94,19 +97,19 @@ impl Running<'_> {
         if feed.position() > 0 {
             feed = Feed::open(sources.clone(), 0, None).await?;
         }
+        let mut was_wrong = false;
         let opened = loop {
             let of_peer = feed.served_from() == ServedFrom::Peer;
-            // Where a peer sends no more than the beginning there is time to ask somebody else.
-            let patience = if of_peer { OF_PEER } else { SMALL_TIME };
-            match timeout(patience, self.small_of(feed)).await {
-                Ok(Err(SourceError::Malformed(_))) if of_peer => {
+            match self.small_of(feed).await {
+                Err(SourceError::Malformed(_)) if of_peer && !was_wrong => {
+                    was_wrong = true;
                     sources.mismatched();
                     // Now it is distrusted, and comes from the origin.
                 }
-                Ok(opened) => break opened,
-                Err(_) => {
-                    tracing::info!(digest = %self.fill.key.digest, "a source sends nothing, going on with another");
+                Err(SourceError::TimedOut) if of_peer => {
+                    tracing::info!(digest = %self.fill.key.digest, "a peer sends nothing, going on with another");
                 }
+                opened => break opened,
             }
             feed = Feed::open(sources.clone(), 0, None).await?;
         };
@@ -123,7 +126,9 @@ impl Running<'_> {
         let kib = u32::try_from(feed.total() / 1024 + 1).unwrap_or(u32::MAX);
         let _memory = self.fills.small.acquire_many(kib).await.map_err(|_| SourceError::Busy)?;
         let mut bytes = bytes::BytesMut::with_capacity(usize::try_from(feed.total()).unwrap_or(0));
-        while let Some(piece) = feed.next().await? {
+        // Where a peer sends no more than the beginning there is time to ask somebody else.
+        let patience = if feed.served_from() == ServedFrom::Peer { SILENT_PEER } else { SMALL_TIME };
+        while let Some(piece) = timeout(patience, feed.next()).await.unwrap_or(Err(SourceError::TimedOut))? {
             bytes.extend_from_slice(&piece);
         }
         let (bytes, place) = (bytes.freeze(), &self.fill.place);

@@ -19,8 +19,9 @@ use crate::trace;
 const ALIVE: Duration = Duration::from_secs(1);
 const COME_AFTER: usize = 2;
 
-/// An owner that has too much to do is asked so often, with pauses that grow by as much on average twice.
-const BUSY: u32 = 8;
+/// An owner that has too much to do is asked so often, with pauses of up to as long, twice and three times as long: half a
+/// second altogether for each of three owners is a small part of the time that a client has.
+const BUSY: u32 = 4;
 const BUSY_PAUSE: Duration = Duration::from_millis(200);
 
 /// What a refusal says is waited for so long.
@@ -108,7 +109,8 @@ impl Peers {
         request: reqwest::Request,
         question: &Question<'_>,
     ) -> Result<Response, SourceError> {
-        let tries = if matches!(question.manner, Manner::As(_)) { BUSY } else { 1 };
+        let is_patient = matches!(question.manner, Manner::As(_)) && !self.busy.contains_key(&peer);
+        let tries = if is_patient { BUSY } else { 1 };
         for nth in 1..tries {
             let Some(again) = request.try_clone() else { break };
             match self.exchange(peer, again, question).await {
@@ -116,7 +118,11 @@ impl Peers {
                 answer => return answer,
             }
         }
-        self.exchange(peer, request, question).await
+        let answer = self.exchange(peer, request, question).await;
+        if is_patient && matches!(answer, Err(SourceError::Busy)) {
+            self.busy.insert(peer, ());
+        }
+        answer
     }
 
     /// Proves a request to be ours, sends it, and believes its answer only if it is proven as well.
@@ -187,7 +193,7 @@ impl Peers {
         let status = response.status().as_u16();
         let proven = seal.is_none_or(|seal| seal.proves(status, response.headers()));
         // Who has too much to do has no time to look who asks, and signs nothing.
-        if status == 429 || (status == 503 && !proven) {
+        if status == 503 && (!proven || response.headers().contains_key(wire::BUSY)) {
             return Err(SourceError::Busy);
         }
         if proven && status != 401 {

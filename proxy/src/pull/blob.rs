@@ -234,8 +234,8 @@ impl Pull {
     fn candidates(&self, request: &BlobRequest) -> Vec<Place> {
         let place = &request.place;
         let homes = match request.named_by {
-            NamedBy::Default => self.homes.of(&place.repository, &request.digest),
-            NamedBy::Namespace | NamedBy::Path | NamedBy::Host => Vec::new(),
+            NamedBy::Default => self.homes.of(&place.repository),
+            NamedBy::Namespace | NamedBy::Path | NamedBy::Host => [].into(),
         };
         let home = |registry: &Registry| match *registry == place.registry {
             true => place.clone(),
@@ -253,7 +253,7 @@ impl Pull {
     /// Whether several registries have served what a request may mean: which of them is to be believed is only known
     /// when all is here.
     pub(super) fn is_ambiguous(&self, request: &BlobRequest) -> bool {
-        request.named_by == NamedBy::Default && self.homes.are_several(&request.place.repository, &request.digest)
+        request.named_by == NamedBy::Default && self.homes.may_be_anothers(&request.place, &request.digest)
     }
 
     async fn fetch_blob(
@@ -271,7 +271,8 @@ impl Pull {
         }
         let key = self.fill_key(request);
         // What cannot be kept here somebody else may have room for: the origin is not asked for it again and again.
-        if request.asking.asker.is_peer() && self.fills.has_no_room(&key) {
+        let is_unkeepable = || self.fills.has_no_room(&key) && self.fills.running(&key).is_none();
+        if request.asking.asker.is_peer() && is_unkeepable() {
             return Err(SourceError::NotKept.into());
         }
         let sources = self.sources(&request.place, key.clone(), Aim::Whole);

@@ -1,8 +1,8 @@
 //! Where repositories were served from, for blob requests that name no registry.
 //!
 //! Repositories of different registries may have the same name. Whoever served it first is asked first, so that nobody
-//! takes a name from another by serving something under it later. Where only one of them has named a blob in a manifest,
-//! that one is meant; otherwise what only one of several could prove is not passed on unproven.
+//! takes a name from another by serving something under it later. What only one of several could prove is not passed on
+//! unproven, unless it comes from the first, and nobody else has named it in a manifest.
 
 use std::sync::Arc;
 
@@ -43,19 +43,25 @@ impl Homes {
         }
     }
 
-    /// Where a blob of a repository is to be asked for, in this order.
-    pub(super) fn of(&self, repository: &Repository, digest: &Digest) -> Vec<Registry> {
-        let mut homes = self.known(repository).to_vec();
-        if let Some(Naming::One(registry)) = self.naming.get(&(repository.clone(), digest.clone())) {
-            homes.sort_by_key(|home| *home != registry);
+    /// Those of a repository, in the order in which to ask them.
+    pub(super) fn of(&self, repository: &Repository) -> Arc<[Registry]> {
+        if let Some(known) = self.known.get(repository) {
+            return known;
         }
-        homes
+        let recorded: Arc<[Registry]> = self.store.records.repository(repository).into();
+        if !recorded.is_empty() {
+            self.known.insert(repository.clone(), recorded.clone());
+        }
+        recorded
     }
 
-    /// Whether several may be meant.
-    pub(super) fn are_several(&self, repository: &Repository, digest: &Digest) -> bool {
-        let naming = || self.naming.get(&(repository.clone(), digest.clone()));
-        self.known(repository).len() > 1 && !matches!(naming(), Some(Naming::One(_)))
+    /// Whether another registry may be meant. That nobody else is known to have named a blob says nothing for those who
+    /// came later: what the first one has named may be forgotten.
+    pub(super) fn may_be_anothers(&self, place: &Place, digest: &Digest) -> bool {
+        let homes = self.of(&place.repository);
+        let is_first = || homes.first() == Some(&place.registry);
+        let naming = || self.naming.get(&(place.repository.clone(), digest.clone()));
+        homes.len() > 1 && !(is_first() && naming() == Some(Naming::One(place.registry.clone())))
     }
 
     /// A registry has served a manifest of a repository.
@@ -74,23 +80,11 @@ impl Homes {
                 None => Naming::One(registry.clone()),
             });
         }
-        let Some(homes) = with(&self.known(repository), registry, repository) else { return };
+        let Some(homes) = with(&self.of(repository), registry, repository) else { return };
         let record = RepositoryRecord::new(repository, &homes);
         self.known.insert(repository.clone(), homes.into());
         let store = self.store.clone();
         tokio::task::spawn_blocking(move || store.records.put_repository(&record));
-    }
-
-    /// Those of a repository, in the order in which they came.
-    fn known(&self, repository: &Repository) -> Arc<[Registry]> {
-        if let Some(known) = self.known.get(repository) {
-            return known;
-        }
-        let recorded: Arc<[Registry]> = self.store.records.repository(repository).into();
-        if !recorded.is_empty() {
-            self.known.insert(repository.clone(), recorded.clone());
-        }
-        recorded
     }
 }
 

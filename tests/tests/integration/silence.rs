@@ -103,7 +103,7 @@ async fn an_owner_with_too_much_to_do_is_asked_again() {
             let less = |left: u32| left.checked_sub(1);
             let asked = request.method == "GET" && request.is_blob();
             match asked && refusals.fetch_update(Ordering::SeqCst, Ordering::SeqCst, less).is_ok() {
-                true => Response::new(429, "ask again soon"),
+                true => Response::new(503, "").with("dray-busy", "yes"),
                 false => response,
             }
         })
