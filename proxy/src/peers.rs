@@ -64,9 +64,9 @@ pub struct Peers {
     client: Client,
     /// Who fetches what from this node.
     trackers: moka::sync::Cache<(Digest, Circle), Arc<Mutex<Tracker>>>,
-    /// How long each took to give what it was last asked for.
     /// Those that lately had too much to do.
     busy: moka::sync::Cache<SocketAddr, ()>,
+    /// How long each took to give what it was last asked for.
     latencies: moka::sync::Cache<SocketAddr, Duration>,
     /// Bodies sent to peers at the moment.
     sending: AtomicU32,
@@ -106,12 +106,13 @@ const IDLE: Duration = Duration::from_secs(60);
 
 /// Peers that are remembered, of all blobs together, each with up to a KiB; for how long.
 const MAX_TRACKED: u64 = 256 * 1024;
+const TRACKED: Duration = Duration::from_secs(60);
+
 /// Who had too much to do is asked only once each time, for so long.
 const BUSY: Duration = Duration::from_secs(2);
 
 /// For how long it is shown how fast a peer was.
 const SHOWN: Duration = Duration::from_secs(600);
-const TRACKED: Duration = Duration::from_secs(60);
 
 impl Peers {
     /// None: this process keeps to itself. Must run inside a tokio runtime.

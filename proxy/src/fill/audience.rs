@@ -66,7 +66,7 @@ impl Audience {
 
     /// These bytes are there: wakes those that wait for one of them, and nobody else.
     pub(super) fn came(&self, span: Span) {
-        let waits = |waiting: &&Waiting| waiting.position.is_some_and(|at| span.start <= at && at < span.end);
+        let waits = |waiting: &&Waiting| waiting.position.is_some_and(|at| span.contains(at));
         self.seats().taken.values().filter(waits).for_each(|waiting| waiting.came.notify_one());
     }
 

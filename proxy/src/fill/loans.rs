@@ -161,7 +161,7 @@ impl Loans {
 
 impl Loan {
     fn covers(&self, at: u64) -> bool {
-        self.span.start <= at && at < self.span.end
+        self.span.contains(at)
     }
 }
 

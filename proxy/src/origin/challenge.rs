@@ -31,12 +31,12 @@ impl Challenge {
                         let value = challenge.params.iter().find(|(key, _)| key.eq_ignore_ascii_case(name));
                         value.map(|(_, value)| value.to_unescaped())
                     };
-                    let len = |name| param(name).map_or(0, |value| value.len());
-                    if len("realm") + len("service") + len("scope") > LONGEST {
+                    let (realm, service, scope) = (param("realm"), param("service"), param("scope"));
+                    if [&realm, &service, &scope].into_iter().flatten().map(String::len).sum::<usize>() > LONGEST {
                         continue;
                     }
-                    if let Some(realm) = param("realm").and_then(|realm| Url::parse(&realm).ok()) {
-                        return Some(Self::Bearer { realm, service: param("service"), scope: param("scope") });
+                    if let Some(realm) = realm.and_then(|realm| Url::parse(&realm).ok()) {
+                        return Some(Self::Bearer { realm, service, scope });
                     }
                 }
             }
