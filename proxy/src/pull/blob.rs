@@ -325,9 +325,11 @@ impl Pull {
                     }
                     _ => Reading::Proven,
                 };
-                // What is not hashed yet is passed on, even if it is here: nobody vouches for it.
-                let from =
-                    if matches!(manner, Reading::Unproven | Reading::OfWhatComes) { ServedFrom::Peer } else { from };
+                let from = match (manner, from) {
+                    // A file that is not hashed yet is passed on as somebody else's: nobody vouches for it.
+                    (Reading::Unproven | Reading::OfWhatComes, ServedFrom::Disk) => ServedFrom::Peer,
+                    (_, from) => from,
+                };
                 let reader = fill.reader(blob, span.unwrap_or(Span::whole(total)), manner);
                 Ok(BlobAnswer { total, extent: span.into(), from, body: Body::File(reader) })
             }
