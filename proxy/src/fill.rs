@@ -9,6 +9,7 @@ mod audience;
 mod climb;
 mod engine;
 mod feed;
+mod fills;
 mod flow;
 mod loans;
 mod pace;
@@ -21,114 +22,44 @@ mod run;
 mod scrub;
 mod write;
 
-use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
-use prometheus::IntGauge;
 use serde::{Deserialize, Serialize};
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::watch;
 use tokio::time::Instant;
 
-use self::allowance::Allowance;
 use self::audience::Audience;
 pub use self::climb::Climb;
 pub use self::feed::{Connections, Feed, Sources, Truth};
+pub use self::fills::{DISTRUST, FillKey, Fills};
 pub use self::pace::Pace;
 pub use self::passage::Passage;
 pub use self::plan::{Lent, Plan};
 use self::progress::{Phase, Progress};
 pub use self::reader::Reader;
-use self::run::Running;
 use crate::caller::Caller;
-use crate::metrics::Metrics;
-use crate::oci::{Digest, Registry, Repository, Span, Spans};
+use crate::oci::{Span, Spans};
 use crate::provenance::Provenance;
 use crate::registries::Place;
-use crate::role::Role;
 use crate::source::{ServedFrom, SourceError};
-use crate::store::{Blob, Draft, SmallObject, Store};
+use crate::store::{Blob, Draft, SmallObject};
 use crate::trace;
 
 /// Bytes at the end of a blob that no reader gets before the digest agrees.
 pub const HELD_BYTES: u64 = 64 * 1024;
-
-/// Large blobs written at the same time; more pass through uncached. Each takes two
-/// threads.
-const MAX_FILLS: usize = 256;
-
-/// Fills of any size that run at the same time, in all and for one registry; more are refused.
-const MAX_RUNNING: usize = 1024;
-const MAX_OF_REGISTRY: usize = 256;
-
-/// Memory for small objects on their way in, in KiB.
-const SMALL_KIB: usize = 64 * 1024;
 
 /// A fill that nobody reads any more goes on for this long, and to its end if no more than
 /// [`LITTLE_LEFT`] is missing.
 const ABANDONED_AFTER: Duration = Duration::from_secs(5);
 const LITTLE_LEFT: u64 = 32 * 1024 * 1024;
 
-/// Files being proven at the same time. Each takes a thread and the disk.
-const MAX_PROOFS: usize = 8;
-
-/// After the disk refused to write, blobs pass through for this long.
-const DISK_REST: Duration = Duration::from_secs(30);
-
-/// What could not be kept is not tried again for whoever can ask elsewhere.
-const NO_ROOM: Duration = Duration::from_secs(10);
-
 /// Who reads only what comes waits for so long.
 const COMES: Duration = Duration::from_secs(1);
 
 /// Who must not be seen to wait looks this often.
 const LOOK_AGAIN: Duration = Duration::from_millis(10);
-
-/// For how long a digest that did not match is distrusted.
-pub const DISTRUST: Duration = Duration::from_secs(600);
-
-/// All running fills.
-pub struct Fills {
-    running: Mutex<HashMap<FillKey, Arc<Fill>>>,
-    distrusted: moka::sync::Cache<(Digest, Registry), ()>,
-    /// What was damaged here, and so may have been read by whoever asked for it anywhere.
-    damaged: moka::sync::Cache<Digest, ()>,
-    /// The disk refused to write lately.
-    disk_failed: moka::sync::Cache<(), ()>,
-    /// What lately could not be kept.
-    no_room: moka::sync::Cache<FillKey, ()>,
-    permits: Arc<Semaphore>,
-    proofs: Arc<Semaphore>,
-    small: Semaphore,
-    allowance: Allowance,
-    store: Arc<Store>,
-    metrics: Arc<Metrics>,
-    gauge: IntGauge,
-}
-
-/// Which requests share a fill: those for the same bytes of the same registry. Another registry's
-/// bytes are proven only at their end, so nobody waits for them or reads them before.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub struct FillKey {
-    pub digest: Digest,
-    pub registry: Registry,
-    /// Which rule it is fetched by: others may have other credentials, and be for other people.
-    pub rule: usize,
-    /// Where callers come with their own rights: those at one repository are none at another.
-    pub repository: Option<Repository>,
-    /// As what this node fetches it. Two nodes that disagree about the owner must not wait for each
-    /// other: who is asked as the owner never joins a fill that follows one.
-    pub role: Role,
-}
-
-impl FillKey {
-    pub fn new(place: &Place, digest: &Digest, role: Role) -> Self {
-        let (digest, registry, rule) = (digest.clone(), place.registry.clone(), place.rule.nth);
-        let repository = place.rule.asks_who().then(|| place.repository.clone());
-        Self { digest, registry, rule, repository, role }
-    }
-}
 
 /// One blob on its way in.
 pub struct Fill {
@@ -177,13 +108,6 @@ pub enum Opened {
     Uncached { total: u64, from: ServedFrom, feed: Arc<Mutex<Option<Feed>>> },
 }
 
-/// Whether somebody may have read what is damaged.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Seen {
-    Never,
-    Maybe,
-}
-
 /// How a running fill is read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Reading {
@@ -204,142 +128,6 @@ pub enum Outcome {
     Verified,
     Failed,
 }
-
-// === impl Fills ===
-
-impl Fills {
-    pub fn new(store: Arc<Store>, metrics: Arc<Metrics>) -> Self {
-        Self {
-            running: Mutex::default(),
-            distrusted: moka::sync::Cache::builder().max_capacity(100_000).time_to_live(DISTRUST).build(),
-            damaged: moka::sync::Cache::builder().max_capacity(100_000).time_to_live(DISTRUST).build(),
-            disk_failed: moka::sync::Cache::builder().time_to_live(DISK_REST).build(),
-            no_room: moka::sync::Cache::builder().max_capacity(10_000).time_to_live(NO_ROOM).build(),
-            permits: Arc::new(Semaphore::new(MAX_FILLS)),
-            proofs: Arc::new(Semaphore::new(MAX_PROOFS)),
-            small: Semaphore::new(SMALL_KIB),
-            allowance: Allowance::new(),
-            store,
-            gauge: metrics.fills.with_label_values(&["running"]),
-            metrics,
-        }
-    }
-
-    /// What runs, the oldest first.
-    pub fn views(&self) -> Vec<FillView> {
-        let mut running: Vec<Arc<Fill>> = self.lock().values().cloned().collect();
-        running.sort_by_key(|fill| fill.started);
-        running.iter().map(|fill| fill.view()).collect()
-    }
-
-    /// The running fill of a digest.
-    pub fn running(&self, key: &FillKey) -> Option<Arc<Fill>> {
-        self.lock().get(key).cloned()
-    }
-
-    /// What runs for the same bytes as somebody's follower while `key` is the owner's, and its file.
-    fn following(&self, key: &FillKey) -> Option<(Arc<Fill>, Arc<Blob>)> {
-        let followers = [Role::Zone, Role::Client].into_iter().filter(|role| key.role > *role);
-        followers.filter_map(|role| self.running(&FillKey { role, ..key.clone() })).find_map(|fill| {
-            match fill.opened.get()? {
-                Ok(Opened::Growing { blob, .. }) => Some((fill.clone(), blob.clone())),
-                _ => None,
-            }
-        })
-    }
-
-    /// Whether this digest lately came with wrong bytes from this registry: a client may hold a bad
-    /// beginning, which a good end must not complete.
-    pub fn is_distrusted(&self, digest: &Digest, registry: &Registry) -> bool {
-        self.damaged.contains_key(digest) || self.distrusted.contains_key(&(digest.clone(), registry.clone()))
-    }
-
-    /// Whether there lately was no room for it.
-    pub fn has_no_room(&self, key: &FillKey) -> bool {
-        self.no_room.contains_key(key)
-    }
-
-    /// Remembers that a registry sent wrong bytes.
-    pub fn distrust(&self, digest: &Digest, registry: &Registry) {
-        self.metrics.mismatches.inc();
-        tracing::error!(%digest, %registry, "the bytes do not match their digest");
-        self.distrusted.insert((digest.clone(), registry.clone()), ());
-    }
-
-    /// Drops a cached blob that does not match any more.
-    fn damaged(&self, digest: &Digest, blob: &Blob, seen: Seen) {
-        tracing::warn!(%digest, "a cached blob was damaged on disk");
-        self.metrics.damaged.inc();
-        self.store.large.forget(digest, blob);
-        // Who has read its beginning must not get the end of another copy.
-        if seen == Seen::Maybe {
-            self.damaged.insert(digest.clone(), ());
-        }
-    }
-
-    /// Joins the running fill of a digest, or starts one from these sources, for a reader who begins
-    /// at `from`.
-    pub fn join(self: &Arc<Self>, key: &FillKey, place: &Place, sources: Arc<dyn Sources>, from: u64) -> Arc<Fill> {
-        let (fill, started) = self.enter(key, place);
-        if started {
-            let (fills, fill) = (self.clone(), fill.clone());
-            tokio::spawn(trace::carried(async move {
-                let mut span = trace::begin("fill", trace::Kind::Internal);
-                let running = Running { fills: &fills, fill: &fill };
-                span.within(running.fill_from(sources, from)).await;
-                fill.tell(&mut span);
-            }));
-        }
-        fill
-    }
-
-    /// Proves a file on disk by hashing it, while readers follow.
-    pub fn prove(self: &Arc<Self>, key: &FillKey, place: &Place, blob: Arc<Blob>) -> Arc<Fill> {
-        let (fill, started) = self.enter(key, place);
-        if started {
-            let (fills, fill) = (self.clone(), fill.clone());
-            tokio::spawn(async move {
-                // Readers of what is proven already need threads as well.
-                let permit = fills.proofs.clone().acquire_owned().await;
-                let proving = tokio::task::spawn_blocking(move || {
-                    let running = Running { fills: &fills, fill: &fill };
-                    running.prove(&blob);
-                });
-                let _ = proving.await;
-                drop(permit);
-            });
-        }
-        fill
-    }
-
-    fn enter(&self, key: &FillKey, place: &Place) -> (Arc<Fill>, bool) {
-        let mut running = self.lock();
-        if let Some(fill) = running.get(key)
-            && fill.progress.borrow().phase() != Phase::Failed
-        {
-            if place.caller.authorization().is_some() {
-                *fill.newest.lock().unwrap_or_else(PoisonError::into_inner) = place.caller.clone();
-            }
-            return (fill.clone(), false);
-        }
-        let fill = Arc::new(Fill::new(key.clone(), place.clone()));
-        let of_registry = running.keys().filter(|other| other.registry == key.registry).count();
-        if running.len() >= MAX_RUNNING || of_registry >= MAX_OF_REGISTRY {
-            fill.open(Err(SourceError::Busy));
-            return (fill, false);
-        }
-        running.insert(key.clone(), fill.clone());
-        self.gauge.inc();
-        (fill, true)
-    }
-
-    fn lock(&self) -> MutexGuard<'_, HashMap<FillKey, Arc<Fill>>> {
-        // Only looked up and changed under the lock, never across an await.
-        self.running.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-// === impl Fill ===
 
 impl Fill {
     fn view(&self) -> FillView {

@@ -94,10 +94,10 @@ impl ProxyHttp for Front {
                         exchange.held = held;
                         reply
                     }
-                    Err(Overloaded) => self.turn_away(),
+                    Err(Overloaded) => Reply::refusal(&Refusal::Busy),
                 }
             }
-            None => self.turn_away(),
+            None => Reply::refusal(&Refusal::Busy),
         };
         send(session, exchange, reply).await?;
         Ok(true)
@@ -242,18 +242,10 @@ impl Front {
         }
         // A challenge is for clients: a peer would take it for one about keys.
         let refuse = |refusal| match asking.asker.is_peer() {
-            true => Reply::refusal_to_peer(&refusal),
+            true => Reply::refusal(&refusal),
             false => self.refuse(request, &place, &refusal),
         };
         answer.unwrap_or_else(refuse).of_registry(&registry)
-    }
-
-    /// There is too much to do.
-    fn turn_away(&self) -> Reply {
-        match self.listener {
-            Listener::Clients => Reply::refusal(&Refusal::Busy),
-            Listener::Peers => Reply::refusal_to_peer(&Refusal::Busy),
-        }
     }
 
     /// A request's part of a trace.
@@ -333,7 +325,7 @@ impl Front {
                 exchange.counted = Some(peers.send());
                 match self.pull.blob(request).await {
                     Ok(answer) => Reply::blob(answer, digest),
-                    Err(refusal) => Reply::refusal_to_peer(&refusal),
+                    Err(refusal) => Reply::refusal(&refusal),
                 }
             }
         };

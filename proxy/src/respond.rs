@@ -49,8 +49,10 @@ impl Reply {
             Refusal::Unavailable(message) | Refusal::Limited(message) => {
                 Self::error(StatusCode::SERVICE_UNAVAILABLE, ErrorCode::Unavailable, message)
             }
+            // Peers have to know what is the origin's word, and what is not.
             Refusal::Busy => {
                 Self::error(StatusCode::SERVICE_UNAVAILABLE, ErrorCode::Unavailable, "too many requests at once")
+                    .header(wire::BUSY, wire::YES)
             }
             Refusal::BadOrigin(message) => Self::error(StatusCode::BAD_GATEWAY, ErrorCode::Unavailable, message),
             // What HTTP has for a question that was only for what a cache has.
@@ -62,14 +64,6 @@ impl Reply {
                 Self::error(StatusCode::RANGE_NOT_SATISFIABLE, ErrorCode::RangeInvalid, &message)
                     .header(CONTENT_RANGE, &format!("bytes */{total}"))
             }
-        }
-    }
-
-    /// The same for a peer, which has to know what is the origin's word, and what is not.
-    pub fn refusal_to_peer(refusal: &Refusal) -> Self {
-        match refusal {
-            Refusal::Busy => Self::refusal(refusal).header(wire::BUSY, wire::YES),
-            refusal => Self::refusal(refusal),
         }
     }
 

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use tokio::sync::Notify;
 use tokio::time::Instant;
@@ -22,6 +23,8 @@ struct Seats {
     taken: HashMap<u64, Waiting>,
     /// Since when nobody reads any more.
     empty_since: Option<Instant>,
+    /// Nobody is let in any more.
+    is_closed: bool,
 }
 
 /// What a reader waits for; None: it is being served.
@@ -64,6 +67,19 @@ impl Audience {
         }
     }
 
+    /// Somebody is about to read. False: it is too late for that.
+    pub(super) fn welcome(&self) -> bool {
+        self.noticed();
+        !self.seats().is_closed
+    }
+
+    /// Lets nobody in any more, if nobody has read for so long. Whether that is so.
+    pub(super) fn close_after(&self, patience: Duration) -> bool {
+        let mut seats = self.seats();
+        seats.is_closed |= seats.empty_since.is_some_and(|since| since.elapsed() > patience);
+        seats.is_closed
+    }
+
     /// These bytes are there: wakes those that wait for one of them, and nobody else.
     pub(super) fn came(&self, span: Span) {
         let waits = |waiting: &&Waiting| waiting.position.is_some_and(|at| span.contains(at));
@@ -76,11 +92,6 @@ impl Audience {
         wanted.sort_unstable();
         wanted.dedup();
         wanted
-    }
-
-    /// Since when nobody reads; None where some do, or no source has answered yet.
-    pub(super) fn empty_since(&self) -> Option<Instant> {
-        self.seats().empty_since
     }
 
     /// Whether anybody ever read.
@@ -132,10 +143,15 @@ impl Drop for Seat {
 mod tests {
     use super::*;
 
+    const PATIENCE: Duration = Duration::from_secs(5);
+
+    async fn pass(seconds: u64) {
+        tokio::time::advance(Duration::from_secs(seconds)).await;
+    }
+
     #[tokio::test(start_paused = true)]
-    async fn knows_who_waits_and_when_the_last_one_left() {
+    async fn knows_who_waits() {
         let audience = Arc::new(Audience::default());
-        assert_eq!(audience.empty_since(), None, "nobody has come yet");
         let (first, second) = (audience.sit(), audience.sit());
         first.wait_for(7);
         second.wait_for(3);
@@ -145,10 +161,27 @@ mod tests {
         assert!(futures_util::FutureExt::now_or_never(second.came()).is_none(), "that was not for it");
         first.served();
         drop(second);
-        assert_eq!((audience.wanted(), audience.empty_since()), (vec![], None));
+        assert!(audience.wanted().is_empty());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn closes_some_time_after_the_last_one_left() {
+        let audience = Arc::new(Audience::default());
+        pass(60).await;
+        assert!(!audience.close_after(PATIENCE), "nobody has come yet");
+        let (first, second) = (audience.sit(), audience.sit());
         drop(first);
-        assert_eq!(audience.empty_since(), Some(Instant::now()));
-        let _third = audience.sit();
-        assert_eq!(audience.empty_since(), None);
+        pass(60).await;
+        assert!(!audience.close_after(PATIENCE), "one still reads");
+        drop(second);
+        pass(4).await;
+        assert!(!audience.close_after(PATIENCE));
+        assert!(audience.welcome(), "somebody comes");
+        pass(4).await;
+        assert!(!audience.close_after(PATIENCE), "and is waited for");
+        drop(audience.sit());
+        pass(6).await;
+        assert!(audience.close_after(PATIENCE));
+        assert!(!audience.welcome(), "it is over");
     }
 }

@@ -4,21 +4,24 @@
 //! for come first ([`Plan`]), and a source that breaks loses only its range. Where ranges are not
 //! understood, one connection brings the rest in order.
 
-use std::pin::pin;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+mod lane;
+mod meter;
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use tokio::sync::mpsc;
-use tokio::time::{Instant, MissedTickBehavior, interval, sleep, sleep_until};
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
 
+use self::lane::{Fetched, Lane, Lost};
+use self::meter::Meter;
 use super::allowance::{Allowance, Leave, MAX_OF_BLOB};
 use super::climb::{Climb, Width};
 use super::feed::{Connections, Feed, Sources};
 use super::flow::{Breaks, Flow};
-use super::pace::Pace;
 use super::write::Piece;
 use super::{ABANDONED_AFTER, Fill, LITTLE_LEFT};
 use crate::config::Abandoned;
@@ -46,62 +49,11 @@ pub(super) struct Engine<'a> {
     pub(super) pieces: mpsc::Sender<Piece>,
 }
 
-/// What all connections of a blob have brought.
-#[derive(Default)]
-struct Meter {
-    bytes: AtomicU64,
-    /// Connections that are bringing bytes now.
-    busy: AtomicUsize,
-    /// The same of those to the origin.
-    of_origin: AtomicU64,
-    busy_with_origin: AtomicUsize,
-    /// Of those that come from peers.
-    pace: Mutex<Pace>,
-    /// More could be fetched at a time than there is to fetch.
-    idles: AtomicBool,
-}
-
 /// Connections beside others that were refused.
 #[derive(Default)]
 struct Refusals {
     count: u32,
     wait_until: Option<Instant>,
-}
-
-/// One connection's range.
-struct Lane<'a> {
-    sources: &'a dyn Sources,
-    span: Span,
-    total: u64,
-    failures: u32,
-    pieces: mpsc::Sender<Piece>,
-    meter: &'a Meter,
-    _leave: Option<Leave>,
-}
-
-/// What became of a range: its first missing byte, and why the rest did not come.
-struct Fetched {
-    span: Span,
-    begun: Instant,
-    position: u64,
-    lost: Option<Lost>,
-}
-
-enum Lost {
-    /// The connection broke.
-    Broke(String),
-    /// Only its beginning was to be fetched.
-    Beginning,
-    /// It says that the blob has another length than another source said.
-    OtherLength,
-    /// The others are far faster.
-    LeftBehind,
-    /// The source gives nothing.
-    Refused(SourceError),
-    /// It does not understand ranges.
-    NoRanges,
-    /// The disk takes no more.
-    Unwritable,
 }
 
 /// After a further connection was refused none is opened for this long, then for twice as long.
@@ -354,29 +306,13 @@ impl Engine<'_> {
         }
     }
 
-    /// Whether everybody has left long ago, and much is still to come.
+    /// Whether everybody has left long ago, and much is still to come. Then nobody is let in any more.
     fn is_abandoned(&self) -> bool {
         let left = self.total - self.fill.progress.borrow().written().len();
-        let since = self.fill.audience.empty_since();
         left > LITTLE_LEFT
             && self.fill.place.rule.abandoned == Abandoned::Keep
             && !self.fill.plan().has_lent()
-            && since.is_some_and(|since| since.elapsed() > ABANDONED_AFTER)
-    }
-}
-
-impl Lost {
-    /// For the log.
-    fn why(&self) -> &str {
-        match self {
-            Self::Broke(why) => why,
-            Self::Beginning => "only a part",
-            Self::OtherLength => "another length",
-            Self::LeftBehind => "left behind by the others",
-            Self::Refused(error) => error.as_str(),
-            Self::NoRanges => "no ranges",
-            Self::Unwritable => "unwritable",
-        }
+            && self.fill.audience.close_after(ABANDONED_AFTER)
     }
 }
 
@@ -391,116 +327,6 @@ impl Refusals {
 
     fn is_too_soon(&self, now: Instant) -> bool {
         self.wait_until.is_some_and(|until| now < until)
-    }
-}
-
-impl Lane<'_> {
-    async fn run(self, opened: Option<(Flow, ServedFrom)>) -> Fetched {
-        let (begun, mut position) = (Instant::now(), self.span.start);
-        let lost = self.bring(opened, &mut position).await.err();
-        Fetched { span: self.span, begun, position, lost }
-    }
-
-    async fn bring(&self, opened: Option<(Flow, ServedFrom)>, position: &mut u64) -> Result<(), Lost> {
-        let (mut flow, from) = match opened {
-            Some(opened) => opened,
-            None => match self.sources.open(self.span.start, Some(self.span.end), self.failures).await {
-                Ok((incoming, _)) if incoming.total != self.total => return Err(Lost::OtherLength),
-                Ok((incoming, _)) if !self.is_beginning(incoming.span) => return Err(Lost::NoRanges),
-                Ok((incoming, from)) => (Flow::new(incoming), from),
-                Err(SourceError::Malformed(_)) => return Err(Lost::NoRanges),
-                Err(error) => return Err(Lost::Refused(error)),
-            },
-        };
-        let mut busy = None;
-        let mut waited = Duration::ZERO;
-        let end = flow.end().min(self.span.end);
-        while *position < end {
-            let asked = Instant::now();
-            let mut bytes = match from {
-                ServedFrom::Peer => self.gather_soon(&mut flow, *position, waited).await?,
-                _ => flow.gather().await.map_err(Lost::Broke)?,
-            };
-            let took = asked.elapsed();
-            let with_origin = from == ServedFrom::Origin;
-            busy.get_or_insert_with(|| {
-                let with_origin = with_origin.then(|| Busy::new(&self.meter.busy_with_origin));
-                (Busy::new(&self.meter.busy), with_origin)
-            });
-            bytes.truncate(usize::try_from(end - *position).unwrap_or(usize::MAX));
-            let len = bytes.len() as u64;
-            self.pieces.send(Piece::new(*position, bytes).await).await.map_err(|_| Lost::Unwritable)?;
-            self.meter.bytes.fetch_add(len, Ordering::Relaxed);
-            if with_origin {
-                self.meter.of_origin.fetch_add(len, Ordering::Relaxed);
-            }
-            *position += len;
-            // An origin is not asked twice for the same.
-            if from == ServedFrom::Peer && *position < end {
-                waited += took;
-                self.meter.pace().brought(len, took);
-                let is_behind = self.meter.pace().leaves(*position - self.span.start, waited);
-                self.stay(*position, is_behind || self.is_waited_for(*position, waited, Duration::ZERO))?;
-            }
-        }
-        if end < self.span.end { Err(Lost::Beginning) } else { Ok(()) }
-    }
-
-    /// What comes next from a peer, unless all the others are done and it does not come soon.
-    async fn gather_soon(&self, flow: &mut Flow, position: u64, waited: Duration) -> Result<Bytes, Lost> {
-        let asked = Instant::now();
-        let mut gathering = pin!(flow.gather());
-        loop {
-            tokio::select! {
-                biased;
-                bytes = &mut gathering => return bytes.map_err(Lost::Broke),
-                () = sleep(TICK) => self.stay(position, self.is_waited_for(position, waited, asked.elapsed()))?,
-            }
-        }
-    }
-
-    /// Whether nothing else is to be fetched, and the others were far faster.
-    fn is_waited_for(&self, position: u64, waited: Duration, since: Duration) -> bool {
-        let brought = position - self.span.start;
-        self.meter.idles.load(Ordering::Relaxed) && self.meter.pace().leaves_soon(brought, waited, since)
-    }
-
-    /// Leaves a peer that is `behind` where others have the same.
-    fn stay(&self, position: u64, behind: bool) -> Result<(), Lost> {
-        if behind && self.sources.alternatives(position) > 1 {
-            self.meter.pace().left();
-            return Err(Lost::LeftBehind);
-        }
-        Ok(())
-    }
-
-    /// Whether this is the range that was asked for, or its beginning where an owner leaves only that to this
-    /// node.
-    fn is_beginning(&self, span: Span) -> bool {
-        span.start == self.span.start && !span.is_empty() && span.end <= self.span.end
-    }
-}
-
-impl Meter {
-    fn pace(&self) -> MutexGuard<'_, Pace> {
-        // Numbers are only looked up and changed under it.
-        self.pace.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// Counts a connection as busy for as long as it is held.
-struct Busy<'a>(&'a AtomicUsize);
-
-impl<'a> Busy<'a> {
-    fn new(count: &'a AtomicUsize) -> Self {
-        count.fetch_add(1, Ordering::Relaxed);
-        Self(count)
-    }
-}
-
-impl Drop for Busy<'_> {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
     }
 }
 

@@ -7,10 +7,11 @@ use tokio::time::timeout;
 
 use super::engine::{Ended, Engine};
 use super::feed::{Connections, Feed, Sources, Truth};
+use super::fills::Seen;
 use super::plan::{LARGEST_RANGE, Plan};
 use super::progress::Phase;
 use super::write::{self, Written};
-use super::{Fill, Fills, Opened, Seen};
+use super::{Fill, Fills, Opened};
 use crate::oci::{BLOB_MEDIA_TYPE, Span, Spans};
 use crate::provenance::Provenance;
 use crate::role::Role;
@@ -302,14 +303,7 @@ async fn first_range(sources: Arc<dyn Sources>, partial: Option<&Partial>, from:
 
 impl Drop for Running<'_> {
     fn drop(&mut self) {
-        let mut running = self.fills.lock();
-        // A failed fill may have been replaced by now.
-        let key = &self.fill.key;
-        if running.get(key).is_some_and(|fill| std::ptr::eq(&raw const **fill, self.fill)) {
-            running.remove(key);
-        }
-        drop(running);
-        self.fills.gauge.dec();
+        self.fills.leave(self.fill);
         self.fill.open(Err(SourceError::Unreachable("the fill ended".into())));
         self.fill.progress.send_if_modified(|progress| {
             let unfinished = !progress.is_over();

@@ -8,7 +8,8 @@ use std::time::Duration;
 use tokio::task::spawn_blocking;
 use tokio::time::{Instant, sleep, sleep_until};
 
-use super::{Fills, Seen};
+use super::Fills;
+use super::fills::Seen;
 use crate::oci::Digest;
 use crate::store::Proof;
 

@@ -1,0 +1,319 @@
+//! All fills that run: who asks for the same joins the same one, and there are never too many.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use prometheus::IntGauge;
+use tokio::sync::Semaphore;
+
+use super::allowance::Allowance;
+use super::feed::Sources;
+use super::progress::Phase;
+use super::run::Running;
+use super::{Fill, FillView, Opened};
+use crate::metrics::Metrics;
+use crate::oci::{Digest, Registry, Repository};
+use crate::registries::Place;
+use crate::role::Role;
+use crate::source::SourceError;
+use crate::store::{Blob, Store};
+use crate::trace;
+
+/// What runs, and what is remembered of what went wrong.
+pub struct Fills {
+    running: Mutex<HashMap<FillKey, Arc<Fill>>>,
+    distrusted: moka::sync::Cache<(Digest, Registry), ()>,
+    /// What was damaged here, and so may have been read by whoever asked for it anywhere.
+    damaged: moka::sync::Cache<Digest, ()>,
+    /// The disk refused to write lately.
+    pub(super) disk_failed: moka::sync::Cache<(), ()>,
+    /// What lately could not be kept.
+    pub(super) no_room: moka::sync::Cache<FillKey, ()>,
+    pub(super) permits: Arc<Semaphore>,
+    proofs: Arc<Semaphore>,
+    pub(super) small: Semaphore,
+    pub(super) allowance: Allowance,
+    pub(super) store: Arc<Store>,
+    pub(super) metrics: Arc<Metrics>,
+    gauge: IntGauge,
+}
+
+/// Which requests share a fill: those for the same bytes of the same registry. Another registry's
+/// bytes are proven only at their end, so nobody waits for them or reads them before.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct FillKey {
+    pub digest: Digest,
+    pub registry: Registry,
+    /// Which rule it is fetched by: others may have other credentials, and be for other people.
+    pub rule: usize,
+    /// Where callers come with their own rights: those at one repository are none at another.
+    pub repository: Option<Repository>,
+    /// As what this node fetches it. Two nodes that disagree about the owner must not wait for each
+    /// other: who is asked as the owner never joins a fill that follows one.
+    pub role: Role,
+}
+
+impl FillKey {
+    pub fn new(place: &Place, digest: &Digest, role: Role) -> Self {
+        let (digest, registry, rule) = (digest.clone(), place.registry.clone(), place.rule.nth);
+        let repository = place.rule.asks_who().then(|| place.repository.clone());
+        Self { digest, registry, rule, repository, role }
+    }
+}
+
+/// Whether somebody may have read what is damaged.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Seen {
+    Never,
+    Maybe,
+}
+
+/// Which fill somebody comes to read.
+enum Entered {
+    Joined(Arc<Fill>),
+    /// A new one. The earlier one is being given up.
+    Begun {
+        fill: Arc<Fill>,
+        earlier: Option<Arc<Fill>>,
+    },
+}
+
+/// Large blobs written at the same time; more pass through uncached. Each takes two
+/// threads.
+const MAX_FILLS: usize = 256;
+
+/// Fills of any size that run at the same time, in all and for one registry; more are refused.
+const MAX_RUNNING: usize = 1024;
+const MAX_OF_REGISTRY: usize = 256;
+
+/// Memory for small objects on their way in, in KiB.
+const SMALL_KIB: usize = 64 * 1024;
+
+/// Files being proven at the same time. Each takes a thread and the disk.
+const MAX_PROOFS: usize = 8;
+
+/// After the disk refused to write, blobs pass through for this long.
+const DISK_REST: Duration = Duration::from_secs(30);
+
+/// What could not be kept is not tried again for whoever can ask elsewhere.
+const NO_ROOM: Duration = Duration::from_secs(10);
+
+/// For how long a digest that did not match is distrusted.
+pub const DISTRUST: Duration = Duration::from_secs(600);
+
+impl Fills {
+    pub fn new(store: Arc<Store>, metrics: Arc<Metrics>) -> Self {
+        Self {
+            running: Mutex::default(),
+            distrusted: moka::sync::Cache::builder().max_capacity(100_000).time_to_live(DISTRUST).build(),
+            damaged: moka::sync::Cache::builder().max_capacity(100_000).time_to_live(DISTRUST).build(),
+            disk_failed: moka::sync::Cache::builder().time_to_live(DISK_REST).build(),
+            no_room: moka::sync::Cache::builder().max_capacity(10_000).time_to_live(NO_ROOM).build(),
+            permits: Arc::new(Semaphore::new(MAX_FILLS)),
+            proofs: Arc::new(Semaphore::new(MAX_PROOFS)),
+            small: Semaphore::new(SMALL_KIB),
+            allowance: Allowance::new(),
+            store,
+            gauge: metrics.fills.with_label_values(&["running"]),
+            metrics,
+        }
+    }
+
+    /// What runs, the oldest first.
+    pub fn views(&self) -> Vec<FillView> {
+        let mut running: Vec<Arc<Fill>> = self.lock().values().cloned().collect();
+        running.sort_by_key(|fill| fill.started);
+        running.iter().map(|fill| fill.view()).collect()
+    }
+
+    /// The running fill of a digest.
+    pub fn running(&self, key: &FillKey) -> Option<Arc<Fill>> {
+        self.lock().get(key).cloned()
+    }
+
+    /// What runs for the same bytes as somebody's follower while `key` is the owner's, and its file.
+    pub(super) fn following(&self, key: &FillKey) -> Option<(Arc<Fill>, Arc<Blob>)> {
+        let followers = [Role::Zone, Role::Client].into_iter().filter(|role| key.role > *role);
+        followers.filter_map(|role| self.running(&FillKey { role, ..key.clone() })).find_map(|fill| {
+            match fill.opened.get()? {
+                Ok(Opened::Growing { blob, .. }) => Some((fill.clone(), blob.clone())),
+                _ => None,
+            }
+        })
+    }
+
+    /// Whether this digest lately came with wrong bytes from this registry: a client may hold a bad
+    /// beginning, which a good end must not complete.
+    pub fn is_distrusted(&self, digest: &Digest, registry: &Registry) -> bool {
+        self.damaged.contains_key(digest) || self.distrusted.contains_key(&(digest.clone(), registry.clone()))
+    }
+
+    /// Whether there lately was no room for it.
+    pub fn has_no_room(&self, key: &FillKey) -> bool {
+        self.no_room.contains_key(key)
+    }
+
+    /// Remembers that a registry sent wrong bytes.
+    pub fn distrust(&self, digest: &Digest, registry: &Registry) {
+        self.metrics.mismatches.inc();
+        tracing::error!(%digest, %registry, "the bytes do not match their digest");
+        self.distrusted.insert((digest.clone(), registry.clone()), ());
+    }
+
+    /// Drops a cached blob that does not match any more.
+    pub(super) fn damaged(&self, digest: &Digest, blob: &Blob, seen: Seen) {
+        tracing::warn!(%digest, "a cached blob was damaged on disk");
+        self.metrics.damaged.inc();
+        self.store.large.forget(digest, blob);
+        // Who has read its beginning must not get the end of another copy.
+        if seen == Seen::Maybe {
+            self.damaged.insert(digest.clone(), ());
+        }
+    }
+
+    /// Joins the running fill of a digest, or starts one from these sources, for a reader who begins
+    /// at `from`.
+    pub fn join(self: &Arc<Self>, key: &FillKey, place: &Place, sources: Arc<dyn Sources>, from: u64) -> Arc<Fill> {
+        let (fill, earlier) = match self.enter(key, place) {
+            Entered::Joined(fill) => return fill,
+            Entered::Begun { fill, earlier } => (fill, earlier),
+        };
+        let (fills, new) = (self.clone(), fill.clone());
+        tokio::spawn(trace::carried(async move {
+            let mut span = trace::begin("fill", trace::Kind::Internal);
+            let running = Running { fills: &fills, fill: &new };
+            // What that one leaves behind is gone on with.
+            if let Some(earlier) = earlier {
+                earlier.ended().await;
+            }
+            span.within(running.fill_from(sources, from)).await;
+            new.tell(&mut span);
+        }));
+        fill
+    }
+
+    /// Proves a file on disk by hashing it, while readers follow.
+    pub fn prove(self: &Arc<Self>, key: &FillKey, place: &Place, blob: Arc<Blob>) -> Arc<Fill> {
+        let fill = match self.enter(key, place) {
+            Entered::Joined(fill) => return fill,
+            Entered::Begun { fill, .. } => fill,
+        };
+        let (fills, new) = (self.clone(), fill.clone());
+        tokio::spawn(async move {
+            // Readers of what is proven already need threads as well.
+            let permit = fills.proofs.clone().acquire_owned().await;
+            let proving = tokio::task::spawn_blocking(move || {
+                let running = Running { fills: &fills, fill: &new };
+                running.prove(&blob);
+            });
+            let _ = proving.await;
+            drop(permit);
+        });
+        fill
+    }
+
+    fn enter(&self, key: &FillKey, place: &Place) -> Entered {
+        let mut running = self.lock();
+        let earlier = running.get(key).filter(|fill| fill.progress.borrow().phase() != Phase::Failed).cloned();
+        if let Some(fill) = &earlier
+            && fill.audience.welcome()
+        {
+            if place.caller.authorization().is_some() {
+                *fill.newest.lock().unwrap_or_else(PoisonError::into_inner) = place.caller.clone();
+            }
+            return Entered::Joined(fill.clone());
+        }
+        let fill = Arc::new(Fill::new(key.clone(), place.clone()));
+        let of_registry = running.keys().filter(|other| other.registry == key.registry).count();
+        if running.len() >= MAX_RUNNING || of_registry >= MAX_OF_REGISTRY {
+            fill.open(Err(SourceError::Busy));
+            return Entered::Joined(fill);
+        }
+        running.insert(key.clone(), fill.clone());
+        self.gauge.inc();
+        Entered::Begun { fill, earlier }
+    }
+
+    /// A fill is over.
+    pub(super) fn leave(&self, over: &Fill) {
+        let mut running = self.lock();
+        // A failed one may have been replaced by now.
+        if running.get(&over.key).is_some_and(|fill| std::ptr::eq(&raw const **fill, over)) {
+            running.remove(&over.key);
+        }
+        self.gauge.dec();
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<FillKey, Arc<Fill>>> {
+        // Only looked up and changed under the lock, never across an await.
+        self.running.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicU32, Ordering};
+
+    use async_trait::async_trait;
+    use bytes::Bytes;
+    use futures_util::stream::{self, StreamExt};
+
+    use super::*;
+    use crate::config::{Config, Share, Size};
+    use crate::fill::Connections;
+    use crate::oci::Span;
+    use crate::registries::Registries;
+    use crate::source::{Incoming, ServedFrom};
+
+    const MIB: u64 = 1 << 20;
+
+    /// Gives the first MiB of a long blob to whoever asks for it, and then nothing.
+    #[derive(Default)]
+    struct Stalling {
+        beginnings: AtomicU32,
+    }
+
+    #[async_trait]
+    impl Sources for Stalling {
+        async fn open(&self, from: u64, end: Option<u64>, _: u32) -> Result<(Incoming, ServedFrom), SourceError> {
+            let total = 200 * MIB;
+            let beginning = (from == 0).then(|| Ok(Bytes::from(vec![7; 1 << 20])));
+            self.beginnings.fetch_add(u32::from(beginning.is_some()), Ordering::Relaxed);
+            let span = Span { start: from, end: end.unwrap_or(total).min(total) };
+            Ok((Incoming::new(span, total, stream::iter(beginning).chain(stream::pending())), ServedFrom::Origin))
+        }
+
+        fn connections(&self) -> Connections {
+            Connections::Chosen(1)
+        }
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn who_comes_while_a_fill_is_given_up_goes_on_with_what_it_leaves() {
+        let dir = tempfile::tempdir().unwrap();
+        let metrics = Arc::new(Metrics::new());
+        let store = Store::open(dir.path(), Share::Size(Size(1 << 30)), 1 << 20, &metrics).await.unwrap();
+        let fills = Arc::new(Fills::new(Arc::new(store), metrics));
+        let registries = Registries::new(&Config::default());
+        let (registry, repository): (Registry, Repository) =
+            ("docker.io".parse().unwrap(), "library/a".parse().unwrap());
+        let place = Place::new(registries.rule(&registry, &repository).clone(), registry, repository);
+        let key = FillKey::new(&place, &Digest::of(b"long"), Role::Global);
+        let sources = Arc::new(Stalling::default());
+
+        let first = fills.join(&key, &place, sources.clone(), 0);
+        assert!(first.reaches(0).await);
+        let reader = first.audience.sit();
+        assert!(Arc::ptr_eq(&first, &fills.join(&key, &place, sources.clone(), 0)), "it is joined");
+        drop(reader);
+        assert!(first.audience.close_after(Duration::ZERO));
+        let second = fills.join(&key, &place, sources.clone(), 0);
+        assert!(!Arc::ptr_eq(&first, &second), "nobody is let in any more");
+        assert!(second.opened().await.is_ok());
+        assert!(first.progress.borrow().is_over());
+        assert!(second.reaches(0).await);
+        assert_eq!(sources.beginnings.load(Ordering::Relaxed), 1, "the beginning is kept");
+        assert!(Arc::ptr_eq(&second, &fills.running(&key).unwrap()), "the end of the first one is not its end");
+    }
+}
