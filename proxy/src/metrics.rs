@@ -1,12 +1,11 @@
 //! Metric names and handles. A leaf: it knows nobody's types, labels come in as `&'static str` or
 //! as names that the configuration bounds.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
 use prometheus::core::Collector;
-use prometheus::proto::Metric;
 use prometheus::{
     CounterVec, Encoder, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec,
     Opts, Registry, TextEncoder,
@@ -194,12 +193,12 @@ impl Metrics {
             origin_rate_limit: gauges(
                 ORIGIN_RATE_LIMIT,
                 "Pulls that an upstream allows in its window, as it last said.",
-                &["rule"],
+                &["rule", "upstream"],
             ),
             origin_rate_limit_remaining: gauges(
                 ORIGIN_RATE_LIMIT_REMAINING,
                 "Pulls that an upstream still allows, as it last said.",
-                &["rule"],
+                &["rule", "upstream"],
             ),
             peer_bytes: counters(PEER_BYTES, "Body bytes received from peers.", &["from_zone", "to_zone"]),
             peer_requests: counters(
@@ -296,18 +295,6 @@ impl Metrics {
             self.answers.write().unwrap_or_else(PoisonError::into_inner).insert(kind, counts.clone());
             counts
         })
-    }
-
-    /// What a gauge says, by one of its labels.
-    #[expect(clippy::cast_possible_truncation, reason = "these gauges hold whole numbers")]
-    pub fn values(gauges: &IntGaugeVec, label: &str) -> BTreeMap<String, i64> {
-        let families = gauges.collect();
-        let metrics = families.iter().flat_map(|family| family.get_metric());
-        let value = |metric: &Metric| {
-            let pair = metric.get_label().iter().find(|pair| pair.name() == label)?;
-            Some((pair.value().to_owned(), metric.get_gauge().get_value() as i64))
-        };
-        metrics.filter_map(value).collect()
     }
 
     /// A counter over all its labels.

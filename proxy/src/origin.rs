@@ -94,7 +94,7 @@ impl Origin {
             redirects: Redirects::new(),
             retries: RetryBudget::new(),
             conditions: Conditions::new(),
-            scarcity: Scarcity::new(),
+            scarcity: Scarcity::new(metrics.clone()),
             watches: Arc::new(Semaphore::new(MAX_WATCHES)),
             whole: Semaphore::new(WHOLE_KIB),
             metrics,
@@ -216,10 +216,9 @@ impl Origin {
 
     /// The upstreams that were asked lately.
     pub fn upstreams(&self) -> Vec<UpstreamView> {
-        let remaining = Metrics::values(&self.metrics.origin_rate_limit_remaining, "rule");
         let tokens = self.tokens.counts();
         self.conditions.views(|rule, upstream| Known {
-            remaining: remaining.get(rule).copied(),
+            remaining: self.scarcity.remaining(rule, upstream),
             tokens: tokens.get(&(rule.to_owned(), upstream.to_owned())).copied().unwrap_or(0),
         })
     }

@@ -66,7 +66,7 @@ impl Origin {
             let (response, answered_by) = self.http.follow(home, ask, deadline).await?;
             // A redirect's target says nothing of the registry's limits.
             if answered_by == url {
-                self.note_limits(home, place, &response);
+                self.scarcity.heard(place.rule.name(), &home.upstream.base(), response.headers(), Instant::now());
             }
             // Only the upstream itself is given credentials, never the target of its redirect.
             let challenged = response.status().as_u16() == 401 && answered_by == url && !last_try;
@@ -142,16 +142,6 @@ impl Origin {
                 self.redirects.expired(url, &target).await;
                 Remembered::Expired
             }
-        }
-    }
-
-    /// What an upstream says of its limits, for whoever watches them.
-    fn note_limits(&self, home: Home<'_>, place: &Place, response: &Response) {
-        let (rule, upstream) = (place.rule.name(), home.upstream.base());
-        let (limit, remaining) = self.scarcity.heard(rule, &upstream, response.headers(), Instant::now());
-        let gauges = [(limit, &self.metrics.origin_rate_limit), (remaining, &self.metrics.origin_rate_limit_remaining)];
-        for (number, gauge) in gauges {
-            number.into_iter().for_each(|number| gauge.with_label_values(&[rule]).set(number));
         }
     }
 }

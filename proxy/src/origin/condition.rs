@@ -97,7 +97,7 @@ pub struct UpstreamView {
     pub state: String,
     /// Until a limit ends.
     pub limited_seconds: Option<u64>,
-    /// Pulls that it still allows, as it last said of the rule.
+    /// Pulls that it still allows, as it last said.
     pub rate_limit_remaining: Option<i64>,
     /// That it has granted and that are good for a while.
     #[serde(default)]

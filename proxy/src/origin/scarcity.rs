@@ -1,12 +1,18 @@
 //! How many pulls registries still allow, as they last said. What nobody waits for is put off while few are left.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use ::http::HeaderMap;
 use tokio::time::Instant;
 
+use crate::metrics::Metrics;
+
 /// By rule and upstream, since a rule says with which credentials is asked.
-pub(super) struct Scarcity(moka::sync::Cache<(String, String), Left>);
+pub(super) struct Scarcity {
+    known: moka::sync::Cache<(String, String), Left>,
+    metrics: Arc<Metrics>,
+}
 
 #[derive(Clone, Copy)]
 struct Left {
@@ -29,31 +35,51 @@ const UNSAID: Duration = Duration::from_secs(3600);
 /// Whatever it says.
 const LONGEST: Duration = Duration::from_secs(24 * 3600);
 
+/// Whoever pulls chooses the registries, each of which may say something: no more are shown.
+const MAX_UPSTREAMS: u64 = 100;
+
 impl Scarcity {
-    pub(super) fn new() -> Self {
-        Self(moka::sync::Cache::new(1_000))
+    pub(super) fn new(metrics: Arc<Metrics>) -> Self {
+        let shown = metrics.clone();
+        let known = moka::sync::Cache::builder()
+            .max_capacity(MAX_UPSTREAMS)
+            .time_to_live(LONGEST)
+            .eviction_listener(move |key: Arc<(String, String)>, _, cause| {
+                if cause.was_evicted() {
+                    for gauge in [&shown.origin_rate_limit, &shown.origin_rate_limit_remaining] {
+                        // An error: it is gone already.
+                        let _ = gauge.remove_label_values(&[&key.0, &key.1]);
+                    }
+                }
+            })
+            .build();
+        Self { known, metrics }
     }
 
-    /// An answer of an upstream. Returns the limit and what is left of it, where it says so.
-    pub(super) fn heard(
-        &self,
-        rule: &str,
-        upstream: &str,
-        headers: &HeaderMap,
-        now: Instant,
-    ) -> (Option<i64>, Option<i64>) {
+    /// An answer of an upstream, which may say what the limit is and what is left of it.
+    pub(super) fn heard(&self, rule: &str, upstream: &str, headers: &HeaderMap, now: Instant) {
         let (limit, remaining) = (number(headers, LIMIT), number(headers, REMAINING));
-        if let (Some((limit, window)), Some((remaining, _))) = (limit, remaining) {
-            let left = Left { remaining, limit, said: now, window: window.unwrap_or(UNSAID).min(LONGEST) };
-            self.0.insert((rule.to_owned(), upstream.to_owned()), left);
-        }
-        (limit.map(|(limit, _)| limit), remaining.map(|(remaining, _)| remaining))
+        let (Some((limit, window)), Some((remaining, _))) = (limit, remaining) else { return };
+        // Before it is remembered, so that what is forgotten is not shown afterwards.
+        self.metrics.origin_rate_limit.with_label_values(&[rule, upstream]).set(limit);
+        self.metrics.origin_rate_limit_remaining.with_label_values(&[rule, upstream]).set(remaining);
+        let left = Left { remaining, limit, said: now, window: window.unwrap_or(UNSAID).min(LONGEST) };
+        self.known.insert((rule.to_owned(), upstream.to_owned()), left);
+    }
+
+    /// What is left, as it last said.
+    pub(super) fn remaining(&self, rule: &str, upstream: &str) -> Option<i64> {
+        Some(self.left(rule, upstream)?.remaining)
     }
 
     /// Whether few are left. Some come back with time, so that after a part of the window one may ask again.
     pub(super) fn is_scarce(&self, rule: &str, upstream: &str, now: Instant) -> bool {
         let few = |left: Left| left.remaining.saturating_mul(FEW) < left.limit && now < left.said + left.window / 4;
-        self.0.get(&(rule.to_owned(), upstream.to_owned())).is_some_and(few)
+        self.left(rule, upstream).is_some_and(few)
+    }
+
+    fn left(&self, rule: &str, upstream: &str) -> Option<Left> {
+        self.known.get(&(rule.to_owned(), upstream.to_owned()))
     }
 }
 
@@ -67,6 +93,8 @@ fn number(headers: &HeaderMap, name: &str) -> Option<(i64, Option<Duration>)> {
 
 #[cfg(test)]
 mod tests {
+    use prometheus::core::Collector;
+
     use super::*;
 
     fn headers(limit: &str, remaining: &str) -> HeaderMap {
@@ -74,39 +102,52 @@ mod tests {
         HeaderMap::from_iter([header(LIMIT, limit), header(REMAINING, remaining)])
     }
 
+    const HUB: &str = "https://hub.io";
+
+    fn scarcity() -> Scarcity {
+        Scarcity::new(Arc::new(Metrics::new()))
+    }
+
     #[test]
     fn few_are_left_for_a_part_of_the_window() {
-        let (scarcity, start) = (Scarcity::new(), Instant::now());
-        assert_eq!(
-            scarcity.heard("hub", "https://hub.io", &headers("100;w=21600", "25;w=21600"), start),
-            (Some(100), Some(25))
-        );
-        assert!(!scarcity.is_scarce("hub", "https://hub.io", start), "a quarter");
-        scarcity.heard("hub", "https://hub.io", &headers("100;w=21600", "24;w=21600"), start);
-        assert!(
-            scarcity.is_scarce("hub", "https://hub.io", start) && !scarcity.is_scarce("hub", "https://other.io", start)
-        );
-        assert!(scarcity.is_scarce("hub", "https://hub.io", start + Duration::from_secs(5399)));
-        assert!(
-            !scarcity.is_scarce("hub", "https://hub.io", start + Duration::from_secs(5400)),
-            "it may be asked again"
-        );
-        scarcity.heard("hub", "https://hub.io", &headers("100", "1"), start);
-        assert!(!scarcity.is_scarce("hub", "https://hub.io", start + UNSAID / 4));
+        let (scarcity, start) = (scarcity(), Instant::now());
+        let hear = |limit, remaining| scarcity.heard("hub", HUB, &headers(limit, remaining), start);
+        let is_scarce = |upstream, seconds| scarcity.is_scarce("hub", upstream, start + Duration::from_secs(seconds));
+        hear("100;w=21600", "25;w=21600");
+        assert!(!is_scarce(HUB, 0), "a quarter");
+        hear("100;w=21600", "24;w=21600");
+        assert!(is_scarce(HUB, 0) && !is_scarce("https://other.io", 0));
+        assert!(is_scarce(HUB, 5399));
+        assert!(!is_scarce(HUB, 5400), "it may be asked again");
+        hear("100", "1");
+        assert!(!is_scarce(HUB, UNSAID.as_secs() / 4));
     }
 
     #[test]
     fn limits_are_read_with_or_without_their_window() {
-        let scarcity = Scarcity::new();
-        let heard =
-            |limit, remaining| scarcity.heard("hub", "https://hub.io", &headers(limit, remaining), Instant::now());
-        assert_eq!(heard("5", "x;w=1"), (Some(5), None));
-        assert_eq!(heard("5 ; w=60", "-3"), (Some(5), Some(-3)));
-        assert_eq!(scarcity.heard("hub", "https://hub.io", &HeaderMap::new(), Instant::now()), (None, None));
-        assert!(
-            scarcity.is_scarce("hub", "https://hub.io", Instant::now()),
-            "an answer that says nothing changes nothing"
-        );
+        let (scarcity, now) = (scarcity(), Instant::now());
+        let heard = |limit, remaining| {
+            scarcity.heard("hub", HUB, &headers(limit, remaining), now);
+            scarcity.remaining("hub", HUB)
+        };
+        assert_eq!(heard("5", "x;w=1"), None);
+        assert_eq!(heard("5 ; w=60", "-3"), Some(-3));
+        scarcity.heard("hub", HUB, &HeaderMap::new(), now);
+        assert!(scarcity.is_scarce("hub", HUB, now), "an answer that says nothing changes nothing");
         heard(&i64::MAX.to_string(), &i64::MAX.to_string());
+    }
+
+    #[test]
+    fn what_is_forgotten_is_not_shown() {
+        let metrics = Arc::new(Metrics::new());
+        let scarcity = Scarcity::new(metrics.clone());
+        for nth in 0..3 * MAX_UPSTREAMS {
+            scarcity.heard("*", &format!("https://{nth}.io"), &headers("100", "1"), Instant::now());
+        }
+        scarcity.known.run_pending_tasks();
+        let families = metrics.origin_rate_limit_remaining.collect();
+        let shown: Vec<&str> = families[0].get_metric().iter().map(|metric| metric.get_label()[1].value()).collect();
+        assert_eq!(shown.len() as u64, MAX_UPSTREAMS);
+        assert!(shown.iter().all(|upstream| scarcity.remaining("*", upstream) == Some(1)));
     }
 }

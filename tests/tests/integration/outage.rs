@@ -72,11 +72,9 @@ async fn two_hundred_pulls_under_a_limit_fail_nowhere_and_ask_little() {
     let (origin, mood, image) = moody().await;
     let dray = Start::new(rule(&[&origin], "")).run();
     assert_eq!(dray.get(PATH).await.status, 200);
-    let remaining = "dray_origin_rate_limit_remaining{rule=\"docker.io\"}";
-    assert_eq!(
-        (dray.metric(remaining).await, dray.metric("dray_origin_rate_limit{rule=\"docker.io\"}").await),
-        (76, 100)
-    );
+    let labels = format!("{{rule=\"docker.io\",upstream=\"{}\"}}", origin.url());
+    let [limit, remaining] = ["", "_remaining"].map(|which| format!("dray_origin_rate_limit{which}{labels}"));
+    assert_eq!((dray.metric(&limit).await, dray.metric(&remaining).await), (100, 76));
     mood.is(Mood::Limits);
     let asked = origin.requests().len();
     for _ in 0..200 {
