@@ -156,8 +156,12 @@ impl Config {
 
     /// Checks a text; `file` is only for messages.
     pub fn parse(text: &str, file: &str) -> Result<Self, ConfigError> {
-        let config: Self = toml::from_str(text)
+        let mut config: Self = toml::from_str(text)
             .map_err(|error| ConfigError::Syntax { file: file.to_owned(), error: Box::new(error) })?;
+        for rule in config.registry.iter_mut().map(Spanned::get_mut).filter(|rule| rule.deny) {
+            // A ban that a port gets round is none.
+            rule.pattern = rule.pattern.clone().on_every_port();
+        }
         config.check(text, file)?;
         Ok(config)
     }

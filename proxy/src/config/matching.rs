@@ -29,6 +29,11 @@ impl Matching {
         Self { text: "*".to_owned(), host: HostPattern::any(), repositories: Repositories::All }
     }
 
+    /// The same on every port, if it names none.
+    pub fn on_every_port(self) -> Self {
+        Self { host: self.host.on_every_port(), ..self }
+    }
+
     pub fn as_str(&self) -> &str {
         &self.text
     }

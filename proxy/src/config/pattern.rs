@@ -1,42 +1,88 @@
-//! Host patterns: `*` stands for any run of characters within one label, a lone `*` for any host.
+//! Host patterns: `*` stands for any run of characters within one label, `**.` for any labels or none, a lone `*` for
+//! any host.
 
 use std::fmt;
 
 use crate::oci::Registry;
 
-/// A pattern such as `ghcr.io`, `*.dkr.ecr.*.amazonaws.com`, `reg.corp:5000` or `*`.
-///
-/// Without a port the pattern matches the host without one; a port must be written to match.
+/// A pattern such as `ghcr.io`, `*.dkr.ecr.*.amazonaws.com`, `**.corp.example`, `reg.corp:5000` or `*`.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct HostPattern(String);
+pub struct HostPattern {
+    text: String,
+    ports: Ports,
+}
+
+/// What a pattern without a port means.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Ports {
+    /// The host without one.
+    AsWritten,
+    /// The host with whatever port.
+    All,
+}
+
+/// Before a name: the name itself, and all below it.
+const AND_BELOW: &str = "**.";
 
 impl HostPattern {
     pub fn any() -> Self {
-        Self("*".to_owned())
+        Self::written("*".to_owned())
+    }
+
+    fn written(text: String) -> Self {
+        Self { text, ports: Ports::AsWritten }
+    }
+
+    /// The same on every port, if it names none.
+    pub fn on_every_port(self) -> Self {
+        let ports = if port_of(&self.text).is_none() { Ports::All } else { Ports::AsWritten };
+        Self { ports, ..self }
     }
 
     pub fn as_str(&self) -> &str {
-        &self.0
+        &self.text
     }
 
     /// Whether this is the lone `*`.
     pub fn is_any(&self) -> bool {
-        self.0 == "*"
+        self.text == "*"
     }
 
     pub fn is_glob(&self) -> bool {
-        self.0.contains('*')
+        self.text.contains('*')
     }
 
     pub fn matches(&self, registry: &Registry) -> bool {
-        self.is_any() || host_matches(&self.0, registry.as_str())
+        self.matches_text(registry.as_str())
     }
 
     /// Whether everything that `other` matches is matched by `self` too.
     pub fn covers(&self, other: &Self) -> bool {
         // Taking the other pattern's stars as plain characters is right: only a star covers a star.
-        self.is_any() || (!other.is_any() && host_matches(&self.0, &other.0))
+        let is_wider = other.is_any() || (other.text.starts_with(AND_BELOW) && !self.text.starts_with(AND_BELOW));
+        let on_all_ports = self.ports == Ports::All || other.ports == Ports::AsWritten;
+        self.is_any() || (!is_wider && on_all_ports && self.matches_text(&other.text))
     }
+
+    fn matches_text(&self, host: &str) -> bool {
+        let host = match (self.ports, port_of(host)) {
+            (Ports::All, Some(port)) => &host[..host.len() - port.len() - 1],
+            _ => host,
+        };
+        match self.text.strip_prefix(AND_BELOW) {
+            _ if self.is_any() => true,
+            Some(name) => {
+                let below = host.match_indices('.').map(|(dot, _)| &host[dot + 1..]);
+                std::iter::once(host).chain(below).any(|host| host_matches(name, host))
+            }
+            None => host_matches(&self.text, host),
+        }
+    }
+}
+
+/// What stands behind the last colon, which is not one of an IPv6 address in brackets.
+fn port_of(host: &str) -> Option<&str> {
+    host.rsplit_once(':').map(|(_, port)| port).filter(|port| !port.ends_with(']'))
 }
 
 /// Whether each label of a host matches that of a pattern.
@@ -82,15 +128,20 @@ impl std::str::FromStr for HostPattern {
         let as_host = text.replace('*', "a").parse::<Registry>();
         match as_host {
             // The port of https goes without saying, as in the names of requests.
+            Ok(_) if text.strip_prefix(AND_BELOW).unwrap_or(text).contains("**") => Err(format!(
+                "match \"{text}\": two stars stand at the beginning only, as in \"**.example.com\", which is example.com and \
+                 all below it"
+            )),
             Ok(host) if text.contains('*') && host.port().is_none() => {
                 let bare = text.rsplit_once(':').map_or(text, |(bare, _)| bare);
-                Ok(Self(bare.to_ascii_lowercase()))
+                Ok(Self::written(bare.to_ascii_lowercase()))
             }
-            Ok(_) if text.contains('*') => Ok(Self(text.to_ascii_lowercase())),
+            Ok(_) if text.contains('*') => Ok(Self::written(text.to_ascii_lowercase())),
             // Folds the aliases of Docker Hub, as requests do.
-            Ok(_) => text.parse::<Registry>().map(|r| Self(r.to_string())).map_err(|e| e.to_string()),
+            Ok(_) => text.parse::<Registry>().map(|r| Self::written(r.to_string())).map_err(|e| e.to_string()),
             Err(_) => Err(format!(
-                "match \"{text}\" is no host: write \"ghcr.io\", \"*.example.com\", \"host:port\" or \"*\""
+                "match \"{text}\" is no host: write \"ghcr.io\", \"*.example.com\", \"**.example.com\", \"host:port\" or \"*\" \
+                 (a rule with deny = true and no port is for all ports)"
             )),
         }
     }
@@ -98,7 +149,7 @@ impl std::str::FromStr for HostPattern {
 
 impl fmt::Display for HostPattern {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
+        f.write_str(&self.text)
     }
 }
 
@@ -107,7 +158,7 @@ mod tests {
     use super::*;
 
     fn matches(pattern: &str, host: &str) -> bool {
-        HostPattern(pattern.to_owned()).matches(&host.parse().unwrap())
+        HostPattern::written(pattern.to_owned()).matches(&host.parse().unwrap())
     }
 
     #[test]
@@ -142,7 +193,7 @@ mod tests {
 
     #[test]
     fn covering_is_about_all_hosts() {
-        let covers = |a: &str, b: &str| HostPattern(a.into()).covers(&HostPattern(b.into()));
+        let covers = |a: &str, b: &str| HostPattern::written(a.into()).covers(&HostPattern::written(b.into()));
         assert!(covers("*", "*.io"));
         assert!(covers("*.io", "ghcr.io"));
         assert!(covers("*.io", "*.io"));
@@ -151,5 +202,39 @@ mod tests {
         assert!(!covers("ghcr.io", "*.io"));
         assert!(!covers("*.io", "*"));
         assert!(!covers("*.*", "*"));
+    }
+
+    #[test]
+    fn two_stars_are_a_name_and_all_below_it() {
+        let all = "**.evil.example";
+        for host in ["evil.example", "a.evil.example", "a.b.evil.example"] {
+            assert!(matches(all, host), "{host}");
+        }
+        assert!(!matches(all, "notevil.example") && !matches(all, "evil.example.com") && !matches(all, "example"));
+        assert!(!matches(all, "a.evil.example:8443") && matches("**.evil.example:8443", "a.evil.example:8443"));
+        let covers = |a: &str, b: &str| a.parse::<HostPattern>().unwrap().covers(&b.parse().unwrap());
+        assert!(covers("**.io", "ghcr.io") && covers("**.io", "*.io") && covers("**.io", "**.a.io"));
+        assert!(covers("**.io", "**.io") && covers("*", "**.io") && covers("**.*.io", "**.a.io"));
+        assert!(!covers("*.io", "**.io") && !covers("**.a.io", "**.io") && !covers("**.io", "*"));
+        for text in ["a**.io", "a.**.io", "**a.io", "**"] {
+            let message = text.parse::<HostPattern>().unwrap_err();
+            assert!(message.contains("**.example.com"), "{message}");
+        }
+    }
+
+    #[test]
+    fn on_every_port_means_all_of_them() {
+        let denied = |text: &str| text.parse::<HostPattern>().unwrap().on_every_port();
+        let is_denied = |text: &str, host: &str| denied(text).matches(&host.parse().unwrap());
+        for host in ["a.evil.example", "a.evil.example:8443", "a.evil.example:443"] {
+            assert!(is_denied("*.evil.example", host), "{host}");
+        }
+        assert!(is_denied("10.0.0.1", "10.0.0.1:5000") && is_denied("[fd00::1]", "[fd00::1]:5000"));
+        assert!(is_denied("evil.example:8443", "evil.example:8443") && !is_denied("evil.example:8443", "evil.example"));
+        let plain = |text: &str| text.parse::<HostPattern>().unwrap();
+        assert!(denied("evil.example").covers(&plain("evil.example:1")), "nobody gets there");
+        assert!(denied("evil.example").covers(&denied("evil.example")) && denied("*.io").covers(&denied("a.io")));
+        assert!(!plain("evil.example").covers(&denied("evil.example")), "the other ports are still to be denied");
+        assert!(plain("*").covers(&denied("evil.example")));
     }
 }
