@@ -214,7 +214,7 @@ impl Readiness {
         self.ended.store(true, Ordering::Release);
     }
 
-    fn has_ended(&self) -> bool {
+    pub fn has_ended(&self) -> bool {
         self.ended.load(Ordering::Acquire)
     }
 }

@@ -35,6 +35,7 @@ use self::taking::PATIENCE;
 use self::turns::Turn;
 use crate::access_log::AccessLog;
 use crate::activity::Activity;
+use crate::admin::Readiness;
 use crate::connections::kept_for;
 use crate::metrics::Metrics;
 use crate::oci::route::{self, query_value};
@@ -58,6 +59,7 @@ pub struct Front {
     pub gate: Arc<Gate>,
     pub activity: Arc<Activity>,
     pub tracer: Arc<Tracer>,
+    pub readiness: Arc<Readiness>,
     pub listener: Listener,
 }
 
@@ -168,7 +170,7 @@ impl Front {
             Err(unproven) => return Reply::unproven(unproven),
         };
         exchange.seal = visitor.as_ref().and_then(|visitor| visitor.seal.clone());
-        let asking = visitor.as_ref().map_or(Asking::CLIENT, |visitor| asking(visitor, &place.rule));
+        let asking = visitor.as_ref().map_or(Asking::CLIENT, |visitor| self.asking(visitor, &place.rule));
         let accept = accept::merge(request.headers.get_all(ACCEPT).iter().filter_map(|value| value.to_str().ok()));
         let mut turn = None;
         if place.rule.asks_who() && !place.rule.deny {
@@ -291,6 +293,14 @@ impl Front {
         self.clients.admit(client_of(session), Instant::now()).map(Some)
     }
 
+    /// What a peer may want of this node.
+    fn asking(&self, visitor: &Visitor, rule: &Rule) -> Asking {
+        let (standing, reach) = visitor.within(rule);
+        // Who is about to go begins nothing for others: it would go with it.
+        let reach = if self.readiness.has_ended() { Reach::Kept } else { reach };
+        Asking { asker: Asker::Peer(standing), role: visitor.role, reach, aim: visitor.aim, left: visitor.deadline }
+    }
+
     /// Who asks on the peers' port.
     fn visitor(&self, session: &Session) -> Result<Option<Visitor>, Unproven> {
         let Some(peers) = self.pull.peers().filter(|_| self.listener == Listener::Peers) else { return Ok(None) };
@@ -348,11 +358,6 @@ impl Front {
 /// Where a request comes from.
 fn client_of(session: &Session) -> Option<IpAddr> {
     session.client_addr().and_then(|address| address.as_inet()).map(SocketAddr::ip)
-}
-
-fn asking(visitor: &Visitor, rule: &Rule) -> Asking {
-    let (standing, reach) = visitor.within(rule);
-    Asking { asker: Asker::Peer(standing), role: visitor.role, reach, aim: visitor.aim, left: visitor.deadline }
 }
 
 /// How old a tag's meaning is, more exactly than clients need to know it.

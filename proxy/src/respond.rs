@@ -50,6 +50,11 @@ impl Reply {
                 Self::error(StatusCode::SERVICE_UNAVAILABLE, ErrorCode::Unavailable, message)
             }
             // Peers have to know what is the origin's word, and what is not.
+            Refusal::NoWay(message) => Self::error(StatusCode::SERVICE_UNAVAILABLE, ErrorCode::Unavailable, message)
+                .header(wire::WAY, wire::NO),
+            Refusal::Guarded(message) => {
+                Self::error(StatusCode::FORBIDDEN, ErrorCode::Denied, message).header(wire::WAY, wire::NO)
+            }
             Refusal::Busy => {
                 Self::error(StatusCode::SERVICE_UNAVAILABLE, ErrorCode::Unavailable, "too many requests at once")
                     .header(wire::BUSY, wire::YES)

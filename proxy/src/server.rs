@@ -93,7 +93,9 @@ pub fn run(
     let registries = Arc::new(Registries::new(&config));
     let (pull, store) = runtime.block_on(compose(&config, &registries, &metrics))?;
 
-    let load = Arc::new(Load::default());
+    // Peers, or whoever finds their port, take no room from this node's own clients.
+    let [of_clients, of_peers] = [(); 2].map(|()| Arc::new(Load::default()));
+    let readiness = Arc::new(Readiness::default());
     let clients = Arc::new(Clients::new(&config.access));
     let gate = gate(&config, bound.registry, &registries)?;
     let activity = Arc::new(Activity::default());
@@ -105,14 +107,14 @@ pub fn run(
         registries: registries.clone(),
         metrics: metrics.clone(),
         access_log: access_log.clone(),
-        load: load.clone(),
+        load: if listener == Listener::Clients { of_clients.clone() } else { of_peers.clone() },
+        readiness: readiness.clone(),
         clients: clients.clone(),
         gate: gate.clone(),
         activity: activity.clone(),
         tracer: tracer.clone(),
         listener,
     };
-    let readiness = Arc::new(Readiness::default());
     let conf = ServerConf {
         threads: std::thread::available_parallelism().map_or(2, usize::from),
         // Draining is done before pingora hears of the signal.
@@ -195,7 +197,8 @@ pub fn run(
         runtime.spawn(prefetch::keep_pinned(pull.clone(), config.pin.clone()));
     }
     runtime.spawn(keep_house(store.clone(), config.cache.keep_free));
-    let stop = Stop { signals: Mutex::new(signals), readiness, load, keeping: keeping.clone() };
+    let loads = [of_clients, of_peers];
+    let stop = Stop { signals: Mutex::new(signals), readiness, loads, keeping: keeping.clone() };
     server.run(RunArgs { shutdown_signal: Box::new(stop) });
     if let Some(keeping) = keeping {
         keeping.withdraw();
@@ -390,7 +393,7 @@ impl Signals {
 struct Stop {
     signals: Mutex<Signals>,
     readiness: Arc<Readiness>,
-    load: Arc<Load>,
+    loads: [Arc<Load>; 2],
     keeping: Option<Arc<Keeping>>,
 }
 
@@ -408,10 +411,11 @@ impl ShutdownSignalWatch for Stop {
         if let Some(keeping) = self.keeping.clone() {
             let _ = tokio::task::spawn_blocking(move || keeping.withdraw()).await;
         }
-        tracing::info!(requests = self.load.current(), "draining");
+        let requests = || self.loads.iter().map(|load| load.current()).sum::<usize>();
+        tracing::info!(requests = requests(), "draining");
         let drained = async {
             tokio::time::sleep(LINGER).await;
-            while self.load.current() > 0 {
+            while requests() > 0 {
                 tokio::time::sleep(Duration::from_millis(50)).await;
             }
         };

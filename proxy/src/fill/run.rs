@@ -89,17 +89,24 @@ impl Running<'_> {
         if feed.total() > SMALL_BYTES {
             return self.large(feed, sources, partial).await;
         }
-        let whole = timeout(SMALL_TIME, self.small(feed, sources)).await;
-        self.fill.open(whole.unwrap_or(Err(SourceError::TimedOut)));
+        let whole = timeout(SMALL_TIME, self.small(feed, sources.clone())).await;
+        match whole.unwrap_or(Err(SourceError::TimedOut)) {
+            Ok(Whole::Small(opened)) => self.fill.open(Ok(opened)),
+            Ok(Whole::Larger(feed)) => self.large(*feed, sources, None).await,
+            Err(error) => self.fill.open(Err(error)),
+        }
     }
 
     /// Takes a small object whole, and verifies it before anybody sees it.
-    async fn small(&self, mut feed: Feed, sources: Arc<dyn Sources>) -> Result<Opened, SourceError> {
+    async fn small(&self, mut feed: Feed, sources: Arc<dyn Sources>) -> Result<Whole, SourceError> {
         if feed.position() > 0 {
             feed = Feed::open(sources.clone(), 0, None).await?;
         }
         let mut was_wrong = false;
         let opened = loop {
+            if feed.total() > SMALL_BYTES {
+                return Ok(Whole::Larger(Box::new(feed)));
+            }
             let of_peer = feed.served_from() == ServedFrom::Peer;
             match self.small_of(feed).await {
                 Err(SourceError::Malformed(_)) if of_peer && !was_wrong => {
@@ -110,20 +117,17 @@ impl Running<'_> {
                 Err(SourceError::TimedOut) if of_peer => {
                     tracing::info!(digest = %self.fill.key.digest, "a peer sends nothing, going on with another");
                 }
-                opened => break opened,
+                opened => break opened?,
             }
             feed = Feed::open(sources.clone(), 0, None).await?;
         };
-        if let Ok(Opened::Small { object, .. }) = &opened {
+        if let Opened::Small { object, .. } = &opened {
             sources.matched(Truth::Bytes(object.bytes.clone()));
         }
-        opened
+        Ok(Whole::Small(opened))
     }
 
     async fn small_of(&self, mut feed: Feed) -> Result<Opened, SourceError> {
-        if feed.total() > SMALL_BYTES {
-            return Err(SourceError::Malformed("another length than before".into()));
-        }
         let kib = u32::try_from(feed.total() / 1024 + 1).unwrap_or(u32::MAX);
         let _memory = self.fills.small.acquire_many(kib).await.map_err(|_| SourceError::Busy)?;
         let mut bytes = bytes::BytesMut::with_capacity(usize::try_from(feed.total()).unwrap_or(0));
@@ -299,6 +303,13 @@ async fn first_range(sources: Arc<dyn Sources>, partial: Option<&Partial>, from:
         None => Span { start: from, end: from.saturating_add(LARGEST_RANGE) },
     };
     Feed::open_range(sources, first.start, first.end.saturating_sub(first.start)).await
+}
+
+/// What a source said to be small.
+enum Whole {
+    Small(Opened),
+    /// It lied, or the next one does.
+    Larger(Box<Feed>),
 }
 
 impl Drop for Running<'_> {

@@ -35,8 +35,8 @@ pub struct TagAnswer {
 pub enum Declined {
     /// It does not have it.
     NotKept,
-    /// Another one has it as well, and is less busy.
-    Redirected(SocketAddr),
+    /// Another one has it as well, and is less busy. None: it is one whom this node may not ask, or who is down.
+    Redirected(Option<SocketAddr>),
     /// This node had better fetch this part of it from the origin itself: nobody else does.
     Deputed(Span),
     /// It cannot get it.
@@ -70,7 +70,17 @@ impl Peers {
         self.members.load().successors(digest, count, scope, |peer| self.is_well(peer))
     }
 
+    /// How long a blob is, by the word of somebody who has it, where no origin says so.
+    pub async fn anybodys_length(&self, question: &Question<'_>) -> Option<u64> {
+        self.heads(question, LAST_RESORT).await.first().map(|(_, length)| *length)
+    }
+
     async fn who_has(&self, question: &Question<'_>, count: usize) -> Vec<Holder> {
+        self.heads(question, count).await.into_iter().map(|(holder, _)| holder).collect()
+    }
+
+    /// Those who have some of a blob, and how long it is by their word.
+    async fn heads(&self, question: &Question<'_>, count: usize) -> Vec<(Holder, u64)> {
         let successors = self.successors(question.digest, count, question.scope);
         let asked = successors.into_iter().map(|peer| async move {
             let path = format!("blobs/{}", question.digest);
@@ -81,7 +91,7 @@ impl Peers {
                 some if some.is_empty() => Span::whole(length).into(),
                 some => some,
             };
-            Some(Holder { peer, load: 0, have })
+            Some((Holder { peer, load: 0, have }, length))
         });
         join_all(asked).await.into_iter().flatten().collect()
     }
@@ -151,11 +161,11 @@ impl Peers {
             307 => {
                 let to: Option<SocketAddr> = wire::read(headers, &LOCATION);
                 let followed = question.redirects == Redirects::Followed;
-                let to = to.filter(|to| followed && *to != peer && may_be_asked(to));
-                return Err(to.map_or(Declined::NotKept, Declined::Redirected));
+                let to = to.filter(|to| *to != peer && may_be_asked(to));
+                return Err(if followed { Declined::Redirected(to) } else { Declined::NotKept });
             }
             504 => return Err(Declined::NotKept),
-            status => return Err(Declined::Source(refused(status))),
+            _ => return Err(Declined::Source(refused(&response))),
         }
         let brought = part.brought(response.status().as_u16(), headers);
         let brought = brought.and_then(|(span, total)| match part {
@@ -193,7 +203,7 @@ impl Peers {
             200 => wire::read(response.headers(), &CONTENT_LENGTH)
                 .ok_or_else(|| SourceError::Malformed("a peer's blob without a length".into())),
             504 => Err(SourceError::NotKept),
-            status => Err(refused(status)),
+            _ => Err(refused(&response)),
         }
     }
 
@@ -284,7 +294,7 @@ impl Peers {
         match response.status().as_u16() {
             200 => {}
             504 => return Err(SourceError::NotKept),
-            status => return Err(refused(status)),
+            _ => return Err(refused(&response)),
         }
         let stated = response.headers().get(CONTENT_TYPE).and_then(|value| value.to_str().ok());
         let media_type = stated.filter(|text| manifest::is_media_type(text)).map(str::to_owned);
@@ -304,8 +314,17 @@ impl Peers {
     }
 
     /// What successors have of a manifest, with its media type. Not yet verified.
-    pub async fn kept_manifests(&self, question: &Question<'_>) -> Vec<(String, bytes::Bytes)> {
-        let successors = self.successors(question.digest, SUCCESSORS, question.scope);
+    pub async fn successors_manifests(&self, question: &Question<'_>) -> Vec<(String, bytes::Bytes)> {
+        self.kept_manifests(question, SUCCESSORS).await
+    }
+
+    /// The same of those who may have what no origin gives.
+    pub async fn anybodys_manifests(&self, question: &Question<'_>) -> Vec<(String, bytes::Bytes)> {
+        self.kept_manifests(question, LAST_RESORT).await
+    }
+
+    async fn kept_manifests(&self, question: &Question<'_>, count: usize) -> Vec<(String, bytes::Bytes)> {
+        let successors = self.successors(question.digest, count, question.scope);
         let asked = successors
             .into_iter()
             .map(|peer| async move { self.look(peer, self.manifest(peer, question)).await?.ok() });
@@ -319,9 +338,12 @@ impl From<SourceError> for Declined {
     }
 }
 
-/// What a status that brings nothing says of the origin.
-fn refused(status: u16) -> SourceError {
-    match status {
+/// What an answer that brings nothing says of the origin.
+fn refused(response: &Response) -> SourceError {
+    if response.headers().contains_key(wire::WAY) {
+        return SourceError::Unreachable("the peer has no way to it".into());
+    }
+    match response.status().as_u16() {
         404 => SourceError::NotFound,
         403 => SourceError::Denied,
         status => SourceError::Failed(status),

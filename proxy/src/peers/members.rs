@@ -42,7 +42,9 @@ pub struct Lead {
 impl Members {
     /// `zone` is this node's own, if it was told; otherwise it is that of its own address.
     pub fn new(found: &[(Zone, SocketAddr)], listen: SocketAddr, zone: Zone, policy: Zones) -> Self {
-        let own = found.iter().map(|(_, member)| *member).find(|member| is_own(*member, listen)).unwrap_or(listen);
+        // Of several the same one each time: an address is an identity.
+        let own = found.iter().map(|(_, member)| *member).filter(|member| is_own(*member, listen)).min();
+        let own = own.unwrap_or(listen);
         let mut zones: HashMap<SocketAddr, Zone> = found.iter().map(|(zone, member)| (*member, zone.clone())).collect();
         let zone = zone.or_else(|| zones.get(&own).cloned().flatten());
         // Others know this process by the address they were given: 0.0.0.0 owns nothing.

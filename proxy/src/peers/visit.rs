@@ -137,11 +137,16 @@ impl Peers {
     /// else could.
     pub fn direct(&self, visitor: &Visitor, digest: &Digest, span: Span, comes: Comes) -> Direction {
         let tracker = self.tracker_of(visitor, digest);
-        match (visitor.redirects, visitor.peer) {
-            (Redirects::Followed, Some(_)) => {
-                lock(&tracker).direct(visitor.peer, span, comes, self.sending(), self.now())
+        if visitor.redirects == Redirects::Refused || visitor.peer.is_none() {
+            return Direction::Answer;
+        }
+        loop {
+            let direction = lock(&tracker).direct(visitor.peer, span, comes, self.sending(), self.now());
+            match direction {
+                // Whoever was sent there would come back.
+                Direction::Redirect(other) if !self.may_be_named(&other) => lock(&tracker).forget(&other),
+                direction => return direction,
             }
-            _ => Direction::Answer,
         }
     }
 
@@ -172,8 +177,12 @@ impl Peers {
     /// The visitors who have the byte at `at`, or get it from the origin.
     pub fn who_visited_has(&self, digest: &Digest, at: u64) -> Vec<Holder> {
         let found = self.visitors_of(digest).into_iter().flat_map(|tracker| lock(&tracker).who_has(at));
-        let members = self.members.load();
-        found.filter(|holder| members.is_within_reach(holder.peer) && self.is_well(&holder.peer)).collect()
+        found.filter(|holder| self.may_be_named(&holder.peer)).collect()
+    }
+
+    /// Whether others could get something from it.
+    fn may_be_named(&self, peer: &SocketAddr) -> bool {
+        self.members.load().is_within_reach(*peer) && self.is_well(peer)
     }
 
     /// A visitor fetches this from the origin in this node's stead.

@@ -10,6 +10,7 @@
 //! | `dray-deadline` | question | milliseconds that are left to answer in |
 //! | `dray-redirect` | question | `no`: nobody else could help, do it yourself |
 //! | `dray-busy` | answer 503 | `yes`: the sender has too much to do, which says nothing of the origin |
+//! | `dray-way` | answer 503, 403 | `no`: the sender has no way to the origin, which says nothing of others' |
 //! | `dray-deputy` | question | `yes`: whoever asks could fetch the range from the origin itself |
 //! | `dray-deputy` | answer 307 | `0-99`: do so for this part of it, nobody else does |
 //! | `dray-rules` | question | the fingerprint of the rule by which whoever asks would fetch it |
@@ -31,6 +32,7 @@ pub const ROLE: HeaderName = HeaderName::from_static("dray-role");
 pub const PEER: HeaderName = HeaderName::from_static("dray-peer");
 pub const HAVE: HeaderName = HeaderName::from_static("dray-have");
 pub const LOAD: HeaderName = HeaderName::from_static("dray-load");
+pub const WAY: HeaderName = HeaderName::from_static("dray-way");
 pub const BUSY: HeaderName = HeaderName::from_static("dray-busy");
 pub const WHOLE: HeaderName = HeaderName::from_static("dray-whole");
 pub const DEADLINE: HeaderName = HeaderName::from_static("dray-deadline");

@@ -8,7 +8,7 @@ use tokio::time::{Instant, timeout, timeout_at};
 
 use super::negatives::Endpoint;
 use super::parts::Parts;
-use super::sources::{BlobSources, Refusals};
+use super::sources::{BlobSources, Refusals, last_scope};
 use super::{Asker, Asking, FIRST_BYTE, Pull, Refusal, fetch_ended, flights, is_personal};
 use crate::fill::{Feed, Fill, FillKey, Opened, Outcome, Passage, Reader, Reading};
 use crate::oci::{Digest, ErrorCode, Multipart, NamedBy, RangeRequest, Registry, Span};
@@ -204,9 +204,16 @@ impl Pull {
                     if let Some(length) = pull.length_of_owners(&place, &digest, role).await? {
                         return Ok((length, ServedFrom::Peer));
                     }
-                    let length = pull.origin.blob_length(&place, &digest, Instant::now() + FIRST_BYTE).await?;
-                    pull.lengths.insert(key, length);
-                    Ok((length, ServedFrom::Origin))
+                    match pull.origin.blob_length(&place, &digest, Instant::now() + FIRST_BYTE).await {
+                        Ok(length) => {
+                            pull.lengths.insert(key, length);
+                            Ok((length, ServedFrom::Origin))
+                        }
+                        Err(error) => {
+                            let anybodys = pull.anybodys_length(&place, &digest, &error).await;
+                            anybodys.map(|length| (length, ServedFrom::Peer)).ok_or(error)
+                        }
+                    }
                 }
             },
         );
@@ -227,6 +234,13 @@ impl Pull {
             }
         }
         Ok(None)
+    }
+
+    /// What somebody who has it says, where the origin is out of order.
+    async fn anybodys_length(&self, place: &Place, digest: &Digest, error: &SourceError) -> Option<u64> {
+        let peers = self.peers_for(place).filter(|_| error.is_outage())?;
+        let question = Question::about(place, digest, Manner::IfKept, Instant::now() + FIRST_BYTE);
+        peers.anybodys_length(&Question { scope: last_scope(place), ..question }).await
     }
 
     /// The places that may have a blob. A request that names no registry is first looked for where its repository was

@@ -31,7 +31,11 @@ impl Pull {
                 return BlobAnswer::of_bytes(&object.bytes, request.range, tier.into());
             }
             Some(Found::Large { blob, proof: Proof::Verified }) => return BlobAnswer::of_blob(blob, request.range),
-            _ => {}
+            // It is passed on while it is hashed: nobody else may have it.
+            Some(Found::Large { blob, proof: Proof::Unproven }) => {
+                self.fills.prove(&self.fill_key(request), &request.place, blob);
+            }
+            None => {}
         }
         let start = match request.range {
             Some(RangeRequest::From(start) | RangeRequest::Bounded(start, _)) => start,

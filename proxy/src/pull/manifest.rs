@@ -8,7 +8,7 @@ use futures_util::future::BoxFuture;
 use tokio::time::{Instant, timeout};
 
 use super::negatives::Endpoint;
-use super::sources::Refusals;
+use super::sources::{Refusals, last_scope};
 use super::{Asker, Asking, FIRST_BYTE, Pull, Refusal, fetch_ended, flights, is_personal};
 use crate::oci::{Digest, ErrorCode, Reference, manifest};
 use crate::peers::{Manner, Question, Reach, Standing};
@@ -116,7 +116,13 @@ impl Pull {
         }
         let deadline = Instant::now() + FIRST_BYTE;
         let reference = Reference::Digest(digest.clone());
-        let answer = self.origin.manifest(place, &reference, accept, deadline).await?;
+        let answer = match self.origin.manifest(place, &reference, accept, deadline).await {
+            Err(error) if error.is_outage() => {
+                let anybodys = self.anybodys_manifest(place, digest).await;
+                return anybodys.map(|object| (object, ServedFrom::Peer)).ok_or(error);
+            }
+            answer => answer?,
+        };
         if !digest.matches(&answer.bytes) {
             return Err(self.mismatched(place, digest));
         }
@@ -134,25 +140,18 @@ impl Pull {
         let scope = self.scope(place);
         let question =
             |manner| Question { scope, ..Question::about(place, digest, manner, Instant::now() + FIRST_BYTE) };
-        let matching = |(stated, bytes): (String, bytes::Bytes)| {
-            let media_type = manifest::media_type(&bytes).unwrap_or(stated);
-            digest.matches(&bytes).then_some((media_type, bytes))
-        };
         let lead = peers.lead(digest, role, scope);
         if role == Role::Global || lead.leaders.is_empty() {
-            let found = peers.kept_manifests(&question(Manner::IfKept)).await.into_iter().find_map(matching);
-            return Ok(match found {
-                Some((media_type, bytes)) => Some(self.keep_manifest(place, digest, &media_type, bytes).await),
-                None => None,
-            });
+            let kept = peers.successors_manifests(&question(Manner::IfKept)).await;
+            return Ok(self.keep_one(place, digest, kept).await);
         }
         let mut refusals = Refusals::default();
         for owner in lead.leaders {
-            match peers.manifest(owner, &question(Manner::As(lead.asked_as))).await.map(matching) {
-                Ok(Some((media_type, bytes))) => {
-                    return Ok(Some(self.keep_manifest(place, digest, &media_type, bytes).await));
-                }
-                Ok(None) => peers.lies(owner),
+            match peers.manifest(owner, &question(Manner::As(lead.asked_as))).await {
+                Ok(sent) => match self.keep_one(place, digest, vec![sent]).await {
+                    Some(object) => return Ok(Some(object)),
+                    None => peers.lies(owner),
+                },
                 Err(error) => {
                     tracing::info!(%owner, %digest, %error, "the owner gives nothing");
                     refusals.add(error)?;
@@ -160,6 +159,22 @@ impl Pull {
             }
         }
         Ok(None)
+    }
+
+    /// A manifest that somebody has, where no origin gives it.
+    async fn anybodys_manifest(&self, place: &Place, digest: &Digest) -> Option<SmallObject> {
+        let deadline = Instant::now() + FIRST_BYTE;
+        let question =
+            Question { scope: last_scope(place), ..Question::about(place, digest, Manner::IfKept, deadline) };
+        let kept = self.peers_for(place)?.anybodys_manifests(&question).await;
+        self.keep_one(place, digest, kept).await
+    }
+
+    /// The first of those that peers sent which is the one that is meant.
+    async fn keep_one(&self, place: &Place, digest: &Digest, sent: Vec<(String, bytes::Bytes)>) -> Option<SmallObject> {
+        let (stated, bytes) = sent.into_iter().find(|(_, bytes)| digest.matches(bytes))?;
+        let media_type = manifest::media_type(&bytes).unwrap_or(stated);
+        Some(self.keep_manifest(place, digest, &media_type, bytes).await)
     }
 
     pub(super) async fn kept_manifest(

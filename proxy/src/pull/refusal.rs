@@ -12,6 +12,10 @@ pub enum Refusal {
     Denied(String),
     /// Nothing reachable: the client may ask elsewhere or later.
     Unavailable(String),
+    /// The same, seen from this node: there may be a way from others.
+    NoWay(String),
+    /// This node may not go where the origin is.
+    Guarded(String),
     /// This node has too much to do, which says nothing of the origin.
     Busy,
     /// The origin wants to hear of this caller later, perhaps not of another one.
@@ -30,14 +34,14 @@ impl Refusal {
         match error {
             SourceError::NotFound => Self::NotFound { code: missing, message },
             SourceError::NotKept => Self::NotKept,
-            SourceError::Denied | SourceError::Guarded(_) => Self::Denied(message),
+            SourceError::Denied => Self::Denied(message),
+            SourceError::Guarded(_) => Self::Guarded(message),
             SourceError::Limited { .. } => Self::Limited(message),
             SourceError::Busy => Self::Busy,
-            SourceError::Unreachable(_) | SourceError::TimedOut | SourceError::Failed(500..) => {
-                Self::Unavailable(message)
-            }
+            SourceError::Unreachable(_) | SourceError::TimedOut => Self::NoWay(message),
+            SourceError::Failed(500..) => Self::Unavailable(message),
             // Which program or file it is concerns nobody but the log.
-            SourceError::NoCredentials(_) => Self::Unavailable("no credentials can be had for the origin".into()),
+            SourceError::NoCredentials(_) => Self::NoWay("no credentials can be had for the origin".into()),
             SourceError::Failed(_) | SourceError::Malformed(_) => Self::BadOrigin(message),
         }
     }

@@ -2,12 +2,13 @@
 
 use std::collections::HashSet;
 use std::net::SocketAddr;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
 use futures_util::stream::try_unfold;
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout};
 use xxhash_rust::xxh64::Xxh64;
 
 use super::blob::Fetch;
@@ -33,6 +34,8 @@ pub(super) struct BlobSources {
     view: Arc<Mutex<View>>,
     looked: Mutex<Looked>,
     begun: Instant,
+    /// Bytes that the origin was asked for.
+    of_origin: AtomicU64,
 }
 
 /// Whether others were asked for what this node owns.
@@ -70,6 +73,9 @@ const PASS_OVER: u32 = 3;
 /// Peers asked for one range before its owner is.
 const ASK_HOLDERS: usize = 3;
 
+/// All of them together: there has to be time to ask who comes after them.
+const HOLDERS: Duration = IF_KEPT;
+
 /// Who only has to look what it has, or gets now, answers within this time.
 const IF_KEPT: Duration = Duration::from_secs(4);
 
@@ -93,7 +99,7 @@ impl Sources for BlobSources {
             }
             // After a break the owner, who is best placed, comes before whoever said that it has it.
             if (failures == 0 || self.key.role == Role::Global)
-                && let Some(incoming) = self.ask_holders(peers, part).await
+                && let Some(incoming) = timeout(HOLDERS, self.ask_holders(peers, part)).await.ok().flatten()
             {
                 return Ok((incoming, ServedFrom::Peer));
             }
@@ -147,8 +153,8 @@ impl Sources for BlobSources {
     }
 
     fn matched(&self, truth: Truth) {
-        if let Some(sender) = self.sender(truth.total()) {
-            self.pull.speeds.measured(self.place.rule.name(), sender, truth.total(), self.begun.elapsed());
+        if let Some((sender, bytes)) = self.sender(truth.total()) {
+            self.pull.speeds.measured(self.place.rule.name(), sender, bytes, self.begun.elapsed());
         }
         let key = (self.key.digest.clone(), self.key.registry.clone());
         if let (Some(suspects), Some(peers)) = (self.pull.suspects.remove(&key), &self.pull.peers) {
@@ -171,7 +177,7 @@ impl Sources for BlobSources {
 }
 
 /// Whom to ask when no origin answers: peers that are slow are better than none.
-fn last_scope(place: &Place) -> Scope {
+pub(super) fn last_scope(place: &Place) -> Scope {
     if place.rule.far_peers == FarPeers::Never { Scope::OwnZone } else { Scope::AllZones }
 }
 
@@ -199,12 +205,19 @@ impl BlobSources {
         let looked = Mutex::new(Looked::NotYet);
         let begun = Instant::now();
         let view = Arc::new(Mutex::new(View::new(pull.peers.as_ref().map_or(1, |peers| peers.count()))));
-        Self { pull: pull.clone(), place: place.clone(), key, aim, view, looked, begun }
+        let of_origin = AtomicU64::new(0);
+        Self { pull: pull.clone(), place: place.clone(), key, aim, view, looked, begun, of_origin }
+    }
+
+    async fn of_origin(&self, part: Part, deadline: Instant) -> Result<Incoming, SourceError> {
+        let incoming = self.ask_origin(part, deadline).await?;
+        self.of_origin.fetch_add(incoming.span.len(), Ordering::Relaxed);
+        Ok(incoming)
     }
 
     /// The registry is shown what somebody who joined has, which is probably good for longer: what the first caller showed
     /// may end before the blob does. Who is refused with it leaves the others what they had.
-    async fn of_origin(&self, part: Part, deadline: Instant) -> Result<Incoming, SourceError> {
+    async fn ask_origin(&self, part: Part, deadline: Instant) -> Result<Incoming, SourceError> {
         let digest = &self.key.digest;
         if let Some(fill) = self.pull.fills.running(&self.key)
             && let newest = fill.newest_place()
@@ -219,17 +232,19 @@ impl BlobSources {
         self.pull.origin.blob(&self.place, digest, part, deadline).await
     }
 
-    /// Who has sent most of it: one of both whose speeds are compared, or somebody near.
-    fn sender(&self, total: u64) -> Option<Sender> {
-        let Some(peers) = &self.pull.peers else { return Some(Sender::Origin) };
+    /// Who has sent most of it, one of both whose speeds are compared, and how much. What was here before came from
+    /// nobody.
+    fn sender(&self, total: u64) -> Option<(Sender, u64)> {
+        let peers = self.pull.peers.as_ref()?;
         let view = self.view();
-        let sent = |counts: &dyn Fn(SocketAddr) -> bool| -> u64 {
-            view.contributions().iter().filter(|sent| counts(sent.peer)).map(|sent| sent.span.len()).sum()
-        };
-        if sent(&|peer| peers.is_far(peer)) > total / 2 {
-            return Some(Sender::Far);
+        let from_far = view.contributions().iter().filter(|sent| peers.is_far(sent.peer));
+        let far: u64 = from_far.map(|sent| sent.span.len()).sum();
+        let origin = self.of_origin.load(Ordering::Relaxed).min(total);
+        if far > total / 2 {
+            Some((Sender::Far, far))
+        } else {
+            Some((Sender::Origin, origin)).filter(|_| origin > total / 2)
         }
-        (sent(&|_| true) < total / 2).then_some(Sender::Origin)
     }
 
     /// Which successors have it. What somebody else just asked, for another range, is not asked again.
@@ -362,17 +377,18 @@ impl BlobSources {
         Ok((Incoming::new(span, answer.total, body), answer.from))
     }
 
-    /// Asks one peer; if it names another, that one, and if that cannot help, the first again.
+    /// Asks one peer; if it names another, that one, and if that cannot help or may not be asked, the first again.
     async fn ask(&self, peers: &Peers, peer: SocketAddr, manner: Manner, part: Part) -> Result<Incoming, Declined> {
-        match self.ask_once(peers, peer, manner, Redirects::Followed, part).await {
-            Err(Declined::Redirected(other)) => {
-                match self.ask_once(peers, other, Manner::IfKept, Redirects::Refused, part).await {
-                    Ok(incoming) => Ok(incoming),
-                    Err(_) => self.ask_once(peers, peer, manner, Redirects::Refused, part).await,
-                }
-            }
-            answer => answer,
+        let named = match self.ask_once(peers, peer, manner, Redirects::Followed, part).await {
+            Err(Declined::Redirected(named)) => named,
+            answer => return answer,
+        };
+        if let Some(named) = named
+            && let Ok(incoming) = self.ask_once(peers, named, Manner::IfKept, Redirects::Refused, part).await
+        {
+            return Ok(incoming);
         }
+        self.ask_once(peers, peer, manner, Redirects::Refused, part).await
     }
 
     async fn ask_once(

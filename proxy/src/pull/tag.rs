@@ -12,7 +12,7 @@ use futures_util::future::BoxFuture;
 use tokio::time::{Instant, timeout};
 
 use super::negatives::Endpoint;
-use super::sources::Refusals;
+use super::sources::{Refusals, last_scope};
 use super::{Asker, Asking, FIRST_BYTE, ManifestAnswer, Pull, fetch_ended, flights, is_personal};
 use crate::oci::{Digest, Reference, Tag};
 use crate::peers::{Manner, Peers, Question, Reach, Standing, TagAnswer};
@@ -171,8 +171,9 @@ impl Pull {
         {
             return Ok(self.take_tag(place, answer).await);
         }
+        let of_anybody = Question { scope: last_scope(place), ..question };
         match self.revalidate(place, tag, accept).await {
-            Err(error) if error.is_outage() => match peers.anybodys_tag(&question, tag, accept).await {
+            Err(error) if error.is_outage() => match peers.anybodys_tag(&of_anybody, tag, accept).await {
                 Some(answer) if answer.age < place.rule.stale_for => Ok(stale(self.take_tag(place, answer).await)),
                 _ => Err(error),
             },

@@ -61,8 +61,12 @@ fn is_kept(from: ServedFrom) -> bool {
 fn failed(refusal: Refusal) -> Failed {
     match refusal {
         Refusal::Busy => Failed::Passing("too many requests at once".into()),
-        Refusal::Unavailable(why) | Refusal::Limited(why) | Refusal::BadOrigin(why) => Failed::Passing(why),
-        Refusal::NotFound { message, .. } | Refusal::Denied(message) => Failed::ForGood(message),
+        Refusal::Unavailable(why) | Refusal::NoWay(why) | Refusal::Limited(why) | Refusal::BadOrigin(why) => {
+            Failed::Passing(why)
+        }
+        Refusal::NotFound { message, .. } | Refusal::Denied(message) | Refusal::Guarded(message) => {
+            Failed::ForGood(message)
+        }
         Refusal::NotKept | Refusal::Unsatisfiable { .. } => Failed::ForGood("it cannot be gone on with".to_owned()),
     }
 }
