@@ -4,7 +4,6 @@
 //! hashes in order, and lets readers follow up to the last 64 KiB, which it holds until the digest
 //! agrees. Whoever asks for the same digest meanwhile joins it.
 
-mod allowance;
 mod audience;
 mod climb;
 mod engine;

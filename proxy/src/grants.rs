@@ -94,7 +94,8 @@ impl Grants {
         let holder = grant.caller.holder();
         let authorization = grant.caller.authorization();
         let sealed = Sealed {
-            expires: (now + grant.life).duration_since(UNIX_EPOCH).ok()?.as_secs(),
+            // Not before it was said to end.
+            expires: (now + grant.life + Duration::from_millis(999)).duration_since(UNIX_EPOCH).ok()?.as_secs(),
             registry,
             repository,
             who: holder.map(|holder| holder.who.0),

@@ -31,6 +31,7 @@ pub mod sealing;
 pub mod secret;
 pub mod sentinel;
 pub mod server;
+pub mod shares;
 pub mod source;
 pub mod status;
 pub mod store;

@@ -36,8 +36,9 @@ use self::retry::RetryBudget;
 use self::scarcity::Scarcity;
 use crate::config::Config;
 use crate::metrics::Metrics;
-use crate::oci::{Digest, MAX_MANIFEST_BYTES, Reference, manifest};
+use crate::oci::{Digest, MAX_MANIFEST_BYTES, Reference, Registry, manifest};
 use crate::registries::{Place, Registries};
+use crate::shares::Shares;
 use crate::source::{Broken, Incoming, Part, SourceError, error_chain};
 
 /// All origins, behind one door.
@@ -48,10 +49,11 @@ pub struct Origin {
     retries: RetryBudget,
     conditions: Conditions,
     scarcity: Scarcity,
-    /// Those that look after upstreams that are down.
+    /// Those that look after upstreams that are down, and after those that nobody has ever heard of.
     watches: Arc<Semaphore>,
+    of_strangers: Arc<Semaphore>,
     /// Memory for answers that are read whole, in KiB.
-    whole: Semaphore,
+    whole: Shares,
     metrics: Arc<Metrics>,
 }
 
@@ -74,8 +76,12 @@ pub struct ListAnswer {
 /// Upstreams that are looked after at a time. Of others each question finds out by itself.
 const MAX_WATCHES: usize = 256;
 
-/// All answers that are being read whole share this many KiB.
+/// Clients can name hosts that never were there: they must not take the place of those that are missed.
+const MAX_OF_STRANGERS: usize = 64;
+
+/// All answers that are being read whole share this many KiB; those of one registry a part of it.
 const WHOLE_KIB: usize = 64 * 1024;
+const PART_OF_REGISTRY: usize = 2;
 
 const STEP_KIB: usize = 64;
 
@@ -96,7 +102,8 @@ impl Origin {
             conditions: Conditions::new(),
             scarcity: Scarcity::new(metrics.clone()),
             watches: Arc::new(Semaphore::new(MAX_WATCHES)),
-            whole: Semaphore::new(WHOLE_KIB),
+            of_strangers: Arc::new(Semaphore::new(MAX_OF_STRANGERS)),
+            whole: Shares::new(WHOLE_KIB, WHOLE_KIB / PART_OF_REGISTRY),
             metrics,
         })
     }
@@ -116,10 +123,13 @@ impl Origin {
         let claimed = claimed_digest(&response);
         let stated = media_type(&response);
         let limit = usize::try_from(MAX_MANIFEST_BYTES).unwrap_or(usize::MAX);
-        let bytes = self.read_whole(response, limit, deadline).await?;
-        let media_type = manifest::media_type(&bytes)
-            .or(stated)
-            .ok_or_else(|| SourceError::Malformed("a manifest without a media type".into()))?;
+        let bytes = self.read_whole(place, response, limit, deadline).await?;
+        // Only a digest proves what nobody knows the shape of.
+        let is_manifest = || known.is_some_and(|digest| digest.matches(&bytes)) || manifest::has_version(&bytes);
+        let media_type =
+            manifest::media_type(&bytes).or_else(|| stated.filter(|_| is_manifest())).ok_or_else(|| {
+                SourceError::Malformed("something that is no manifest, or one without a media type".into())
+            })?;
         self.count_bytes(place, bytes.len());
         Ok(ManifestAnswer { media_type, claimed, bytes })
     }
@@ -204,13 +214,19 @@ impl Origin {
         let text = |name: &str| response.headers().get(name).and_then(|v| v.to_str().ok()).map(str::to_owned);
         let (link, filters_applied) = (text("link"), text("oci-filters-applied"));
         let media_type = media_type(&response).unwrap_or_else(|| "application/json".to_owned());
-        let bytes = self.read_whole(response, MAX_LIST_BYTES, deadline).await?;
+        let bytes = self.read_whole(place, response, MAX_LIST_BYTES, deadline).await?;
         Ok(ListAnswer { media_type, link, filters_applied, bytes })
     }
 
     /// Reads a body within the memory that all such bodies share.
-    async fn read_whole(&self, response: Response, limit: usize, deadline: Instant) -> Result<Bytes, SourceError> {
-        let reading = read_limited(response, limit, deadline, Some(&self.whole));
+    async fn read_whole(
+        &self,
+        place: &Place,
+        response: Response,
+        limit: usize,
+        deadline: Instant,
+    ) -> Result<Bytes, SourceError> {
+        let reading = read_limited(response, limit, deadline, Some((&self.whole, &place.registry)));
         timeout_at(deadline, reading).await.unwrap_or(Err(SourceError::TimedOut))
     }
 
@@ -251,7 +267,7 @@ async fn read_limited(
     mut response: Response,
     limit: usize,
     deadline: Instant,
-    memory: Option<&Semaphore>,
+    memory: Option<(&Shares, &Registry)>,
 ) -> Result<Bytes, SourceError> {
     let too_large = || SourceError::Malformed(format!("an answer of more than {limit} bytes"));
     if header_u64(&response, CONTENT_LENGTH.as_str()).is_some_and(|length| length > limit as u64) {
@@ -260,8 +276,9 @@ async fn read_limited(
     let mut bytes = BytesMut::new();
     let mut taken = Vec::new();
     loop {
-        while let Some(memory) = memory.filter(|_| taken.len() * STEP_KIB * 1024 <= bytes.len()) {
-            taken.push(memory.acquire_many(u32::try_from(STEP_KIB).unwrap_or(1)).await.map_err(|_| SourceError::Busy)?);
+        // Who has sent nothing has nothing of it.
+        while let Some((memory, registry)) = memory.filter(|_| taken.len() * STEP_KIB * 1024 < bytes.len()) {
+            taken.push(memory.wait(registry, STEP_KIB).await);
         }
         match timeout_at(deadline, response.chunk()).await {
             Err(_) => return Err(SourceError::TimedOut),

@@ -25,6 +25,14 @@ const FILTERS_APPLIED: HeaderName = HeaderName::from_static("oci-filters-applied
 const CONTENT_DIGEST: HeaderName = HeaderName::from_static("docker-content-digest");
 const API_VERSION: HeaderName = HeaderName::from_static("docker-distribution-api-version");
 
+/// What a client has shown.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Bearer {
+    None,
+    /// A token that is none, or is too old (RFC 6750, section 3.1).
+    Invalid,
+}
+
 /// An answer, ready to be written.
 pub struct Reply {
     pub status: StatusCode,
@@ -88,11 +96,12 @@ impl Reply {
     }
 
     /// Who are you? Bearer for those who know it (RFC 6750, and the distribution's token protocol), Basic for others.
-    pub fn challenge(realm: &str, service: &str, repository: Option<&str>) -> Self {
+    pub fn challenge(realm: &str, service: &str, repository: Option<&str>, shown: Bearer) -> Self {
         let scope = repository.map(|name| format!(",scope=\"repository:{name}:pull\"")).unwrap_or_default();
+        let error = if shown == Bearer::Invalid { ",error=\"invalid_token\"" } else { "" };
         let message = "this needs the rights that you have at the registry itself";
         Self::error(StatusCode::UNAUTHORIZED, ErrorCode::Unauthorized, message)
-            .header(WWW_AUTHENTICATE, &format!("Bearer realm=\"{realm}\",service=\"{service}\"{scope}"))
+            .header(WWW_AUTHENTICATE, &format!("Bearer realm=\"{realm}\",service=\"{service}\"{scope}{error}"))
             .header(WWW_AUTHENTICATE, "Basic realm=\"dray\"")
     }
 

@@ -18,7 +18,6 @@ use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
 
 use self::lane::{Fetched, Lane, Lost};
 use self::meter::Meter;
-use super::allowance::{Allowance, Leave, MAX_OF_BLOB};
 use super::climb::{Climb, Width};
 use super::feed::{Connections, Feed, Sources};
 use super::flow::{Breaks, Flow};
@@ -26,6 +25,7 @@ use super::write::Piece;
 use super::{ABANDONED_AFTER, Fill, LITTLE_LEFT};
 use crate::config::Abandoned;
 use crate::oci::Span;
+use crate::shares::{Share, Shares};
 use crate::source::{ServedFrom, SourceError};
 
 /// How the bytes ended.
@@ -44,7 +44,8 @@ pub(super) enum Ended {
 pub(super) struct Engine<'a> {
     pub(super) fill: &'a Fill,
     pub(super) sources: Arc<dyn Sources>,
-    pub(super) allowance: &'a Allowance,
+    /// Connections beyond the first of each blob.
+    pub(super) connections: &'a Shares,
     pub(super) total: u64,
     pub(super) pieces: mpsc::Sender<Piece>,
 }
@@ -55,6 +56,9 @@ struct Refusals {
     count: u32,
     wait_until: Option<Instant>,
 }
+
+/// Connections of one blob.
+const MAX_OF_BLOB: usize = 8;
 
 /// After a further connection was refused none is opened for this long, then for twice as long.
 const AFTER_REFUSAL: Duration = Duration::from_secs(1);
@@ -225,7 +229,7 @@ impl Engine<'_> {
         width: &mut Width,
         refusals: &Refusals,
         hashed: u64,
-    ) -> Option<(Span, Option<Leave>)> {
+    ) -> Option<(Span, Option<Share>)> {
         if running > 0 && refusals.is_too_soon(Instant::now()) {
             return None;
         }
@@ -240,7 +244,7 @@ impl Engine<'_> {
         if let Width::Fixed(_) = width {
             return Some((plan.chosen(hashed, &wanted, |ranges| self.sources.choose(ranges))?, None));
         }
-        let leave = if running == 0 { None } else { self.allowance.take(&self.fill.key.registry) };
+        let leave = if running == 0 { None } else { self.connections.take(&self.fill.key.registry) };
         if running > 0 && leave.is_none() {
             width.limit(running);
             return None;

@@ -7,7 +7,6 @@ use std::time::Duration;
 use prometheus::IntGauge;
 use tokio::sync::Semaphore;
 
-use super::allowance::Allowance;
 use super::feed::Sources;
 use super::progress::Phase;
 use super::run::Running;
@@ -16,6 +15,7 @@ use crate::metrics::Metrics;
 use crate::oci::{Digest, Registry, Repository};
 use crate::registries::Place;
 use crate::role::Role;
+use crate::shares::Shares;
 use crate::source::SourceError;
 use crate::store::{Blob, Store};
 use crate::trace;
@@ -32,8 +32,8 @@ pub struct Fills {
     pub(super) no_room: moka::sync::Cache<FillKey, ()>,
     pub(super) permits: Arc<Semaphore>,
     proofs: Arc<Semaphore>,
-    pub(super) small: Semaphore,
-    pub(super) allowance: Allowance,
+    pub(super) small: Shares,
+    pub(super) connections: Shares,
     pub(super) store: Arc<Store>,
     pub(super) metrics: Arc<Metrics>,
     gauge: IntGauge,
@@ -87,8 +87,13 @@ const MAX_FILLS: usize = 256;
 const MAX_RUNNING: usize = 1024;
 const MAX_OF_REGISTRY: usize = 256;
 
-/// Memory for small objects on their way in, in KiB.
+/// Memory for small objects on their way in, in KiB; one registry gets a part of it.
 const SMALL_KIB: usize = 64 * 1024;
+const PART_OF_REGISTRY: usize = 4;
+
+/// Connections beyond the first of each blob.
+const MAX_CONNECTIONS: usize = 64;
+const CONNECTIONS_OF_REGISTRY: usize = 24;
 
 /// Files being proven at the same time. Each takes a thread and the disk.
 const MAX_PROOFS: usize = 8;
@@ -112,8 +117,8 @@ impl Fills {
             no_room: moka::sync::Cache::builder().max_capacity(10_000).time_to_live(NO_ROOM).build(),
             permits: Arc::new(Semaphore::new(MAX_FILLS)),
             proofs: Arc::new(Semaphore::new(MAX_PROOFS)),
-            small: Semaphore::new(SMALL_KIB),
-            allowance: Allowance::new(),
+            small: Shares::new(SMALL_KIB, SMALL_KIB / PART_OF_REGISTRY),
+            connections: Shares::new(MAX_CONNECTIONS, CONNECTIONS_OF_REGISTRY),
             store,
             gauge: metrics.fills.with_label_values(&["running"]),
             metrics,

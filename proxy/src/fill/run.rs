@@ -128,8 +128,8 @@ impl Running<'_> {
     }
 
     async fn small_of(&self, mut feed: Feed) -> Result<Opened, SourceError> {
-        let kib = u32::try_from(feed.total() / 1024 + 1).unwrap_or(u32::MAX);
-        let _memory = self.fills.small.acquire_many(kib).await.map_err(|_| SourceError::Busy)?;
+        let kib = usize::try_from(feed.total() / 1024 + 1).unwrap_or(usize::MAX);
+        let _memory = self.fills.small.wait(&self.fill.key.registry, kib).await;
         let mut bytes = bytes::BytesMut::with_capacity(usize::try_from(feed.total()).unwrap_or(0));
         // Where a peer sends no more than the beginning there is time to ask somebody else.
         let patience = if feed.served_from() == ServedFrom::Peer { SILENT_PEER } else { SMALL_TIME };
@@ -173,7 +173,7 @@ impl Running<'_> {
         self.fill.begin(&draft, from, &written);
         let (pieces, writing) = write::start(self.fill, &draft, written);
         let engine =
-            Engine { fill: self.fill, sources: sources.clone(), allowance: &self.fills.allowance, total, pieces };
+            Engine { fill: self.fill, sources: sources.clone(), connections: &self.fills.connections, total, pieces };
         let ended = Box::pin(engine.run(feed)).await;
         let written = writing.await.unwrap_or(Written::DiskFailed);
         drop(permit);

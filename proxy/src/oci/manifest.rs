@@ -29,6 +29,16 @@ pub fn media_type(manifest: &[u8]) -> Option<String> {
     shape.media_type.clone().filter(|text| is_media_type(text)).or_else(inferred)
 }
 
+/// Whether it says of which version it is, as manifests of Docker's first schema do as well.
+pub fn has_version(manifest: &[u8]) -> bool {
+    #[derive(Deserialize)]
+    struct Versioned {
+        #[serde(rename = "schemaVersion")]
+        _version: u64,
+    }
+    serde_json::from_slice::<Versioned>(manifest).is_ok()
+}
+
 /// The blobs that a manifest names: its configuration and layers.
 pub fn blobs(manifest: &[u8]) -> Vec<Digest> {
     #[derive(Deserialize)]

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, SystemTime};
 
-use ::http::header::{ACCEPT, ACCEPT_ENCODING, CONTENT_ENCODING, RETRY_AFTER};
+use ::http::header::{ACCEPT, ACCEPT_ENCODING, CONTENT_ENCODING, CONTENT_TYPE, RETRY_AFTER};
 use ::http::{HeaderMap, HeaderValue, Method};
 use reqwest::Response;
 use url::Url;
@@ -72,6 +72,10 @@ impl Question {
 
     /// Refuses an answer about something else: another upstream may have what is meant.
     pub(super) fn believe(&self, response: Response) -> Result<Response, SourceError> {
+        // On which somebody is to log in, or that tells of repairs. Blobs are proven by their digests.
+        if !self.kind.is_blob() && self.kind != Kind::Ping && is_page(&response) {
+            return Err(SourceError::Malformed("a page for people".into()));
+        }
         let claimed = claimed_digest(&response);
         let is_other =
             |expected: &Digest, claimed: &Digest| claimed.algorithm() == expected.algorithm() && claimed != expected;
@@ -124,11 +128,20 @@ impl Kind {
     }
 }
 
+fn is_page(response: &Response) -> bool {
+    let media_type = response.headers().get(CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
+    let bare = media_type.split(';').next().unwrap_or_default().trim().to_ascii_lowercase();
+    matches!(&*bare, "text/html" | "application/xhtml+xml")
+}
+
 const DOCKER_CONTENT_DIGEST: &str = "docker-content-digest";
 
 pub(super) fn claimed_digest(response: &Response) -> Option<Digest> {
     response.headers().get(DOCKER_CONTENT_DIGEST)?.to_str().ok()?.parse().ok()
 }
+
+/// A 503 is believed for so long, whatever its `Retry-After`.
+const LONGEST_REPAIR: Duration = Duration::from_secs(10);
 
 /// Turns an answer that is no content into an error.
 pub(super) fn checked(response: Response) -> Result<Response, SourceError> {
@@ -138,7 +151,10 @@ pub(super) fn checked(response: Response) -> Result<Response, SourceError> {
         404 | 410 => return Err(SourceError::NotFound),
         401 | 403 => return Err(SourceError::Denied),
         429 => return Err(SourceError::Limited { again }),
-        503 if again.is_some() => return Err(SourceError::Limited { again }),
+        // It speaks of repairs, and may not know how long they take: somebody has to look.
+        503 if again.is_some() => {
+            return Err(SourceError::Limited { again: again.map(|again| again.min(LONGEST_REPAIR)) });
+        }
         status => return Err(SourceError::Failed(status)),
     }
     let encoding = response.headers().get(CONTENT_ENCODING);

@@ -30,13 +30,14 @@ impl Origin {
     /// Asks whether anybody is there, token endpoint included, again and again until somebody is.
     pub(super) fn look_after(self: &Arc<Self>, place: &Place, upstream: &Upstream, trust: Trust) {
         let condition = self.conditions.of(place, upstream);
-        let Ok(watch) = self.watches.clone().try_acquire_owned() else {
+        // Hosts that never were there are nobody's outage.
+        let is_known = trust == Trust::Written || lock(&condition).has_answered();
+        let watches = if is_known { &self.watches } else { &self.of_strangers };
+        let Ok(watch) = watches.clone().try_acquire_owned() else {
             lock(&condition).forget();
             return;
         };
         tracing::warn!(rule = place.rule.name(), upstream = upstream.base(), "an upstream does not answer");
-        // Clients can name hosts that never were there: that is nobody's outage.
-        let is_known = trust == Trust::Written || lock(&condition).has_answered();
         let down = is_known.then(|| self.metrics.origin_down.with_label_values(&[place.rule.name()]));
         down.iter().for_each(IntGauge::inc);
         let (origin, place, upstream) = (self.clone(), place.clone(), upstream.clone());

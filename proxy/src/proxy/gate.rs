@@ -8,7 +8,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use bytes::BytesMut;
 use http::header::{AUTHORIZATION, HOST};
-use http::{Method, request::Parts};
+use http::{HeaderValue, Method, request::Parts};
 use pingora::proxy::Session;
 use tokio::time::timeout;
 
@@ -24,7 +24,7 @@ use crate::oci::route;
 use crate::oci::{Endpoint, Registry, Route};
 use crate::pull::{Exchanged, Pull, Refusal, Unentitled};
 use crate::registries::Place;
-use crate::respond::Reply;
+use crate::respond::{Bearer, Reply};
 use crate::secret::Secret;
 use crate::source::SourceError;
 
@@ -59,14 +59,18 @@ pub(super) const TOKEN: &str = "/token";
 const SERVICE: &str = "dray";
 
 /// While the registry is in trouble, a token is good for so long, and it is not asked again for a moment.
-const IN_TROUBLE: Duration = Duration::from_secs(30);
+const IN_TROUBLE: Duration = Duration::from_secs(90);
 const ASKED_AGAIN: Duration = Duration::from_secs(2);
 
 /// Those of whom a registry wants to know nothing are asked about again after this time.
-const ASKS_NOBODY: Duration = Duration::from_secs(60);
+const ASKS_NOBODY: Duration = Duration::from_secs(120);
 
-/// Each may hold a token of 64 KiB.
-const MAX_SHOWN: u64 = 2_000;
+/// Clients take a token to be good for at least so long, whatever it says (the distribution's token specification), and
+/// some go on with one for a whole pull.
+const SHORTEST: Duration = Duration::from_secs(60);
+
+/// All of them together: most have one or two KiB, some 64.
+const MAX_SHOWN_BYTES: u64 = 16 * 1024 * 1024;
 
 /// Larger than any form of a client, in bytes, and longer than any takes to come.
 const MAX_FORM: usize = 16 * 1024;
@@ -84,7 +88,13 @@ impl Gate {
     pub fn new(access: &Access, scheme: &'static str, listen: SocketAddr) -> Result<Self, String> {
         let grants = Grants::new(access.key_file.as_deref())?;
         let logins = access.logins_file.as_deref().map(|path| Logins::load(path, &grants)).transpose()?;
-        let shown = moka::sync::Cache::builder().max_capacity(MAX_SHOWN).expire_after(ByLifetime).build();
+        let shown = moka::sync::Cache::builder()
+            .max_capacity(MAX_SHOWN_BYTES)
+            .weigher(|(_, place): &(Who, String), shown: &Shown| {
+                shown.bytes() + u32::try_from(place.len()).unwrap_or(0)
+            })
+            .expire_after(ByLifetime)
+            .build();
         Ok(Self { grants, scheme, listen, logins, shown, exchanges: Flights::default(), turns: Turns::new() })
     }
 
@@ -100,14 +110,16 @@ impl Gate {
         shown.is_some_and(|secret| logins.know(&secret, &self.grants))
     }
 
-    /// Asks a client who it is.
+    /// Asks a client who it is. One that shows a token which is too old has to hear that it is: it would show it again.
     fn challenge(&self, request: &Parts, wanted: Option<&Place>) -> Reply {
         let host = host_of(request).filter(|host| host.parse::<Registry>().is_ok());
         let host = host.map_or_else(|| self.listen.to_string(), str::to_owned);
         let realm = format!("{}://{host}{TOKEN}", self.scheme);
+        let shown =
+            if bearer(request).is_some() && self.grant(request).is_none() { Bearer::Invalid } else { Bearer::None };
         match wanted {
-            Some(place) => Reply::challenge(&realm, place.registry.as_str(), Some(place.repository.as_str())),
-            None => Reply::challenge(&realm, SERVICE, None),
+            Some(place) => Reply::challenge(&realm, place.registry.as_str(), Some(place.repository.as_str()), shown),
+            None => Reply::challenge(&realm, SERVICE, None, shown),
         }
     }
 
@@ -121,8 +133,7 @@ impl Gate {
 
     /// What a request shows. None: nothing that this process has given.
     fn grant(&self, request: &Parts) -> Option<Grant> {
-        let (scheme, token) = authorization(request)?.split_once(' ')?;
-        scheme.eq_ignore_ascii_case("bearer").then(|| self.grants.open(token.trim(), SystemTime::now()))?
+        self.grants.open(bearer(request)?, SystemTime::now())
     }
 }
 
@@ -191,17 +202,20 @@ impl Front {
         place: &Place,
     ) -> Result<Option<Caller>, SourceError> {
         if let Some(secret) = authorization(request).and_then(Secret::from_basic) {
-            return self.exchange(place, secret, from).await.caller.map(Some);
+            return self.exchange(place, secret, from, Duration::ZERO).await.caller.map(Some);
         }
         Ok(self.gate.grant_for(request, place).map(|grant| grant.caller))
     }
 
-    /// What a secret opens at a place's registry: asked for once for all who show it at the same time. A registry's
-    /// token is kept as long as it is good, a secret never.
-    async fn exchange(&self, place: &Place, secret: Secret, from: Option<IpAddr>) -> Shown {
+    /// What a secret opens at a place's registry, for as long as possible where it is not known to be good for `least`:
+    /// asked for once for all who show it at the same time. A registry's token is kept as long as it is good, a secret
+    /// never.
+    async fn exchange(&self, place: &Place, secret: Secret, from: Option<IpAddr>, least: Duration) -> Shown {
         let who = self.gate.grants.who(&secret);
         let key = (who, place.to_string());
-        if let Some(shown) = self.gate.shown.get(&key) {
+        if let Some(shown) = self.gate.shown.get(&key)
+            && (shown.caller.is_err() || shown.left() >= least)
+        {
             return shown;
         }
         let landed = self.gate.exchanges.join(key.clone(), || {
@@ -249,12 +263,10 @@ impl Front {
         let mut grant = Grant { place: None, caller: Caller::Anonymous, life: MAX_LIFE };
         if let Some(place) = place {
             if let Some(secret) = wanted.secret.filter(|_| place.rule.asks_who()) {
-                let shown = self.exchange(&place, secret, client_of(session)).await;
+                let shown = self.exchange(&place, secret, client_of(session), SHORTEST).await;
+                grant.life = shown.left().max(SHORTEST);
                 match shown.caller {
-                    Ok(caller) => {
-                        grant.life = shown.until.saturating_duration_since(Instant::now());
-                        grant.caller = caller;
-                    }
+                    Ok(caller) => grant.caller = caller,
                     Err(SourceError::Denied) => return Reply::wrong_secret("the registry does not take this secret"),
                     Err(error) => return Reply::refusal(&not_exchanged(&error)),
                 }
@@ -262,7 +274,7 @@ impl Front {
             grant.place = Some((place.registry, place.repository));
         }
         match self.gate.grants.seal(&grant, SystemTime::now()) {
-            Some(token) => Reply::token(&token, grant.life.as_secs().max(1)),
+            Some(token) => Reply::token(&token, grant.life.as_secs()),
             None => Reply::refusal(&Refusal::BadOrigin("the registry's token is too long".into())),
         }
     }
@@ -293,6 +305,11 @@ fn not_exchanged(error: &SourceError) -> Refusal {
 
 fn authorization(request: &Parts) -> Option<&str> {
     request.headers.get(AUTHORIZATION)?.to_str().ok()
+}
+
+fn bearer(request: &Parts) -> Option<&str> {
+    let (scheme, token) = authorization(request)?.split_once(' ')?;
+    scheme.eq_ignore_ascii_case("bearer").then_some(token.trim())
 }
 
 fn host_of(request: &Parts) -> Option<&str> {
@@ -344,6 +361,15 @@ impl Wanted {
 impl Shown {
     fn new(caller: Result<Caller, SourceError>, life: Duration) -> Self {
         Self { caller, until: Instant::now() + life, life }
+    }
+
+    fn left(&self) -> Duration {
+        self.until.saturating_duration_since(Instant::now())
+    }
+
+    fn bytes(&self) -> u32 {
+        let authorization = self.caller.as_ref().ok().and_then(Caller::authorization).map_or(0, HeaderValue::len);
+        u32::try_from(size_of::<Self>() + authorization).unwrap_or(u32::MAX)
     }
 
     fn of(exchanged: Result<Exchanged, SourceError>, who: Who, place: &Place, pull: &Pull) -> Self {

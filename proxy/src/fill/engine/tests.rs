@@ -132,7 +132,7 @@ async fn run(sources: Arc<dyn Sources>, body: &Bytes, fill: &Arc<Fill>, from: u6
         there
     });
     let total = body.len() as u64;
-    let allowance = Allowance::new();
+    let connections = Shares::new(64, 24);
     let first = Plan::new(total, written.clone()).next(0, &[from], 1).unwrap();
     let opened = Feed::open_range(sources.clone(), first.start, first.len()).await;
     let feed = match opened {
@@ -141,7 +141,7 @@ async fn run(sources: Arc<dyn Sources>, body: &Bytes, fill: &Arc<Fill>, from: u6
         Err(error) => return (Ended::Broken(error), written),
     };
     *fill.plan() = Plan::new(total, written);
-    let engine = Engine { fill, sources, allowance: &allowance, total, pieces };
+    let engine = Engine { fill, sources, connections: &connections, total, pieces };
     let ended = engine.run(feed).await;
     (ended, disk.await.unwrap())
 }
