@@ -24,6 +24,13 @@ pub struct Grants {
     telling: hmac::Key,
 }
 
+/// A file with a secret, and the key of the configuration that names it.
+#[derive(Clone, Copy)]
+pub struct KeyFile<'a> {
+    pub key: &'static str,
+    pub path: &'a Path,
+}
+
 /// What a token says.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Grant {
@@ -55,16 +62,17 @@ const MIN_KEY: usize = 16;
 const MAX_TOKEN: usize = 32 * 1024;
 
 impl Grants {
-    /// Keys of this process, or those that all processes with the same file have.
-    pub fn new(key_file: Option<&Path>) -> Result<Self, String> {
+    /// Keys of this process, or those that all processes have whose file has the same first line.
+    pub fn new(key_file: Option<KeyFile<'_>>) -> Result<Self, String> {
         let secret = match key_file {
-            Some(path) => {
-                let wrong = |why: &str| format!("access.key_file = \"{}\": {why}", path.display());
+            Some(KeyFile { key, path }) => {
+                let wrong = |why: &str| format!("{key} = \"{}\": {why}", path.display());
                 let text = std::fs::read_to_string(path).map_err(|error| wrong(&error.to_string()))?;
-                if text.trim().len() < MIN_KEY {
+                let first = text.lines().map(str::trim).find(|line| !line.is_empty()).unwrap_or_default();
+                if first.len() < MIN_KEY {
                     return Err(wrong("holds a key of fewer than 16 characters: write a random text of 32 or more"));
                 }
-                text.trim().as_bytes().to_vec()
+                first.as_bytes().to_vec()
             }
             None => {
                 let mut bytes = vec![0; 32];
@@ -168,9 +176,12 @@ mod tests {
 
     #[test]
     fn processes_with_one_file_take_each_others_tokens() {
+        fn named(file: &tempfile::NamedTempFile) -> KeyFile<'_> {
+            KeyFile { key: "access.key_file", path: file.path() }
+        }
         let file = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(file.path(), "0123456789abcdef\n").unwrap();
-        let [one, other] = [0, 1].map(|_| Grants::new(Some(file.path())).unwrap());
+        let [one, other] = [0, 1].map(|_| Grants::new(Some(named(&file))).unwrap());
         assert_eq!(other.open(&one.seal(&grant(), now()).unwrap(), now()), Some(grant()));
         let secret = |text: &str| Secret::Password { username: "u".into(), password: text.into() };
         assert_eq!(one.who(&secret("a")), other.who(&secret("a")));
@@ -180,6 +191,6 @@ mod tests {
             one.who(&secret("a"))
         );
         std::fs::write(file.path(), "short").unwrap();
-        assert!(Grants::new(Some(file.path())).err().unwrap().contains("access.key_file"));
+        assert!(Grants::new(Some(named(&file))).err().unwrap().contains("access.key_file"));
     }
 }

@@ -53,7 +53,7 @@ pub struct Origin {
     watches: Arc<Semaphore>,
     of_strangers: Arc<Semaphore>,
     /// Memory for answers that are read whole, in KiB.
-    whole: Shares,
+    whole: Shares<Registry>,
     metrics: Arc<Metrics>,
 }
 
@@ -267,7 +267,7 @@ async fn read_limited(
     mut response: Response,
     limit: usize,
     deadline: Instant,
-    memory: Option<(&Shares, &Registry)>,
+    memory: Option<(&Shares<Registry>, &Registry)>,
 ) -> Result<Bytes, SourceError> {
     let too_large = || SourceError::Malformed(format!("an answer of more than {limit} bytes"));
     if header_u64(&response, CONTENT_LENGTH.as_str()).is_some_and(|length| length > limit as u64) {

@@ -91,7 +91,7 @@ impl ProxyHttp for Front {
                 let span = self.span(session.req_header());
                 let reply = span.within(Box::pin(self.answer(session, exchange))).await;
                 exchange.span = span;
-                match self.load.hold(reply.body.held()) {
+                match self.load.hold(reply.body.held(), client_of(session)) {
                     Ok(held) => {
                         exchange.held = held;
                         reply

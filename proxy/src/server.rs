@@ -232,7 +232,7 @@ fn gate(config: &Config, listen: SocketAddr, registries: &Registries) -> Result<
     if are_asked && scheme == "http" && !listen.ip().is_loopback() {
         tracing::warn!(%listen, "clients will send their secrets here in the clear: set [tls], or listen on loopback");
     }
-    Gate::new(&config.access, scheme, listen).map(Arc::new).map_err(StartError::Config)
+    Gate::new(config, scheme, listen).map(Arc::new).map_err(StartError::Config)
 }
 
 /// Whom containerd is pointed at while this process is ready. None: nobody asked for that.

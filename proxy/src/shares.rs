@@ -1,17 +1,15 @@
-//! Something that all registries share, of which none gets all: whoever can be asked by a name of its own must not keep
-//! the others waiting.
+//! Something that all registries share, or all clients, of which none gets all: nobody keeps the others waiting.
 
+use std::hash::Hash;
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-use crate::oci::Registry;
-
 /// What is left, for all and for each.
-pub struct Shares {
+pub struct Shares<Who> {
     all: Arc<Semaphore>,
-    each: moka::sync::Cache<Registry, Arc<Semaphore>>,
+    each: moka::sync::Cache<Who, Arc<Semaphore>>,
     of_one: usize,
 }
 
@@ -21,36 +19,36 @@ pub struct Share {
     _of_all: OwnedSemaphorePermit,
 }
 
-const MAX_REGISTRIES: u64 = 10_000;
+const MAX_KNOWN: u64 = 10_000;
 
-/// Nobody has asked for so long; who holds a share holds the registry's as well.
+/// Whoever has not asked for so long; who holds a share is still known by it.
 const IDLE: Duration = Duration::from_secs(3600);
 
-impl Shares {
-    /// So much for all, of which one registry gets so much.
+impl<Who: Clone + Eq + Hash + Send + Sync + 'static> Shares<Who> {
+    /// So much for all, of which one gets so much.
     pub fn new(all: usize, of_one: usize) -> Self {
-        let each = moka::sync::Cache::builder().max_capacity(MAX_REGISTRIES).time_to_idle(IDLE).build();
+        let each = moka::sync::Cache::builder().max_capacity(MAX_KNOWN).time_to_idle(IDLE).build();
         Self { all: Arc::new(Semaphore::new(all)), each, of_one }
     }
 
-    /// One, if there is one left.
-    pub fn take(&self, registry: &Registry) -> Option<Share> {
-        let of_one = self.of(registry).try_acquire_owned().ok()?;
-        Some(Share { _of_one: of_one, _of_all: self.all.clone().try_acquire_owned().ok()? })
+    /// So many, if there are as many left.
+    pub fn take(&self, who: &Who, count: u32) -> Option<Share> {
+        let of_one = self.of(who).try_acquire_many_owned(count).ok()?;
+        Some(Share { _of_one: of_one, _of_all: self.all.clone().try_acquire_many_owned(count).ok()? })
     }
 
-    /// Waits for so many, at most as many as one registry gets.
-    pub async fn wait(&self, registry: &Registry, count: usize) -> Share {
+    /// Waits for so many, at most as many as one gets.
+    pub async fn wait(&self, who: &Who, count: usize) -> Share {
         let count = u32::try_from(count.min(self.of_one)).unwrap_or(u32::MAX);
         // Only those whose own turn it is wait among all.
-        let of_one = self.of(registry).acquire_many_owned(count).await;
+        let of_one = self.of(who).acquire_many_owned(count).await;
         let of_all = self.all.clone().acquire_many_owned(count).await;
         let open = "these semaphores are never closed";
         Share { _of_one: of_one.expect(open), _of_all: of_all.expect(open) }
     }
 
-    fn of(&self, registry: &Registry) -> Arc<Semaphore> {
-        self.each.get_with_by_ref(registry, || Arc::new(Semaphore::new(self.of_one)))
+    fn of(&self, who: &Who) -> Arc<Semaphore> {
+        self.each.get_with_by_ref(who, || Arc::new(Semaphore::new(self.of_one)))
     }
 }
 
@@ -61,9 +59,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn one_registry_leaves_some_for_the_others() {
+    fn one_leaves_some_for_the_others() {
         let shares = Shares::new(64, 24);
-        let take = |name: &str| std::iter::from_fn(|| shares.take(&name.parse().unwrap())).collect::<Vec<_>>();
+        let take = |name: &'static str| std::iter::from_fn(|| shares.take(&name, 1)).collect::<Vec<_>>();
         let first = take("ghcr.io");
         let others = ["quay.io", "docker.io", "gcr.io"].map(take);
         assert_eq!((first.len(), others.each_ref().map(Vec::len)), (24, [24, 16, 0]));
@@ -72,9 +70,9 @@ mod tests {
     }
 
     #[test]
-    fn who_waits_for_its_own_registry_holds_nothing_of_the_others() {
+    fn who_waits_for_its_own_share_holds_nothing_of_the_others() {
         let shares = Shares::new(30, 10);
-        let wait = |name: &str, count| shares.wait(&name.parse().unwrap(), count).now_or_never();
+        let wait = |name: &'static str, count| shares.wait(&name, count).now_or_never();
         let held = wait("ghcr.io", 10);
         assert!(held.is_some() && wait("ghcr.io", 1).is_none());
         let others = [wait("quay.io", 10), wait("docker.io", 999)];

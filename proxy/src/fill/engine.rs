@@ -24,7 +24,7 @@ use super::flow::{Breaks, Flow};
 use super::write::Piece;
 use super::{ABANDONED_AFTER, Fill, LITTLE_LEFT};
 use crate::config::Abandoned;
-use crate::oci::Span;
+use crate::oci::{Registry, Span};
 use crate::shares::{Share, Shares};
 use crate::source::{ServedFrom, SourceError};
 
@@ -45,7 +45,7 @@ pub(super) struct Engine<'a> {
     pub(super) fill: &'a Fill,
     pub(super) sources: Arc<dyn Sources>,
     /// Connections beyond the first of each blob.
-    pub(super) connections: &'a Shares,
+    pub(super) connections: &'a Shares<Registry>,
     pub(super) total: u64,
     pub(super) pieces: mpsc::Sender<Piece>,
 }
@@ -244,7 +244,7 @@ impl Engine<'_> {
         if let Width::Fixed(_) = width {
             return Some((plan.chosen(hashed, &wanted, |ranges| self.sources.choose(ranges))?, None));
         }
-        let leave = if running == 0 { None } else { self.connections.take(&self.fill.key.registry) };
+        let leave = if running == 0 { None } else { self.connections.take(&self.fill.key.registry, 1) };
         if running > 0 && leave.is_none() {
             width.limit(running);
             return None;

@@ -73,6 +73,14 @@ impl Origin {
             if challenged && place.caller.holder().is_some() {
                 return Err(SourceError::Denied);
             }
+            let may_have_ended = response.status().as_u16() == 403 && answered_by == url && !last_try;
+            if may_have_ended
+                && let Some(refused) = &authorization
+                && let Some(other) = self.tokens.instead_of(refused, &self.http, home, place, deadline).await?
+            {
+                authorization = Some(other);
+                continue;
+            }
             if !challenged {
                 if question.blob.is_some() && answered_by != url && response.status().is_success() {
                     self.redirects.remember(&url, answered_by).await;

@@ -26,6 +26,8 @@ pub(super) struct Tokens {
     challenges: moka::future::Cache<(String, String), Challenge>,
     grants: moka::future::Cache<GrantKey, Grant>,
     secrets: Secrets,
+    /// Whose secret was read again since it was refused: what it may not have is no reason to read it each time.
+    looked_again: moka::future::Cache<(String, String), ()>,
 }
 
 #[derive(Clone, PartialEq, Eq, Hash)]
@@ -105,6 +107,10 @@ impl Tokens {
                 .expire_after(ByLifetime)
                 .build(),
             secrets: Secrets::new(),
+            looked_again: moka::future::Cache::builder()
+                .max_capacity(10_000)
+                .time_to_live(Duration::from_secs(60))
+                .build(),
         }
     }
 
@@ -159,6 +165,29 @@ impl Tokens {
         }
         self.challenges.insert(challenge_key(home, place), challenge.clone()).await;
         self.grant(http, home, place, challenge, deadline).await
+    }
+
+    /// What to show instead of a secret that was refused with 403, as some registries do when it has ended (ECR's after
+    /// twelve hours). None: there is nothing else, or that was looked for lately.
+    pub(super) async fn instead_of(
+        &self,
+        refused: &HeaderValue,
+        http: &Arc<Http>,
+        home: Home<'_>,
+        place: &Place,
+        deadline: Deadline,
+    ) -> Result<Option<HeaderValue>, SourceError> {
+        let key = grant_key(home, place, &Challenge::Basic);
+        let is_own = self.grants.get(&key).await.is_some_and(|known| known.header.as_ref() == Some(refused));
+        let upstream = (key.rule.clone(), key.upstream.clone());
+        if !is_own || self.looked_again.contains_key(&upstream) {
+            return Ok(None);
+        }
+        self.looked_again.insert(upstream, ()).await;
+        self.grants.invalidate(&key).await;
+        self.secrets.forget(home, place).await;
+        let found = self.grant(http, home, place, Challenge::Basic, deadline).await?;
+        Ok(found.filter(|found| found != refused))
     }
 
     /// What an upstream asked for, if that is known.

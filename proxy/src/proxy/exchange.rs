@@ -5,7 +5,6 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use http::header::USER_AGENT;
 use pingora::prelude::{Error, ErrorType};
 use pingora::proxy::Session;
-use tokio::sync::OwnedSemaphorePermit;
 
 use super::clients::Place;
 use super::load::Seat;
@@ -15,6 +14,7 @@ use crate::activity::{Activity, Answered};
 use crate::metrics;
 use crate::oci::{NamedBy, Registry, Repository};
 use crate::peers::{Seal, Sending as Counted};
+use crate::shares::Share;
 use crate::source::Broken;
 use crate::trace;
 
@@ -32,7 +32,7 @@ pub struct Exchange {
     /// Counts its body as sent to a peer.
     pub(super) counted: Option<Counted>,
     /// Its share of the memory for answers that are sent whole.
-    pub(super) held: Option<OwnedSemaphorePermit>,
+    pub(super) held: Option<Share>,
     pub(super) route: &'static str,
     pub(super) content: Option<Content>,
     pub(super) status: u16,

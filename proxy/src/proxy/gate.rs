@@ -16,9 +16,9 @@ use super::logins::Logins;
 use super::turns::{Turn, Turns};
 use super::{Front, client_of};
 use crate::caller::{Caller, Holder, Who};
-use crate::config::Access;
+use crate::config::Config;
 use crate::flights::Flights;
-use crate::grants::{Grant, Grants, MAX_LIFE};
+use crate::grants::{Grant, Grants, KeyFile, MAX_LIFE};
 use crate::lifetimes::{ByLifetime, Lifetime};
 use crate::oci::route;
 use crate::oci::{Endpoint, Registry, Route};
@@ -85,9 +85,12 @@ struct Wanted {
 }
 
 impl Gate {
-    pub fn new(access: &Access, scheme: &'static str, listen: SocketAddr) -> Result<Self, String> {
-        let grants = Grants::new(access.key_file.as_deref())?;
-        let logins = access.logins_file.as_deref().map(|path| Logins::load(path, &grants)).transpose()?;
+    pub fn new(config: &Config, scheme: &'static str, listen: SocketAddr) -> Result<Self, String> {
+        let of_access = config.access.key_file.as_deref().map(|path| KeyFile { key: "access.key_file", path });
+        // Those who believe each other take each other's tokens as well.
+        let of_peers = config.peers.key_file.as_deref().map(|path| KeyFile { key: "peers.key_file", path });
+        let grants = Grants::new(of_access.or(of_peers))?;
+        let logins = config.access.logins_file.as_deref().map(|path| Logins::load(path, &grants)).transpose()?;
         let shown = moka::sync::Cache::builder()
             .max_capacity(MAX_SHOWN_BYTES)
             .weigher(|(_, place): &(Who, String), shown: &Shown| {

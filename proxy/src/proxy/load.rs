@@ -1,15 +1,17 @@
 //! How much is being answered at a time, and what memory that may take.
 
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use crate::connections;
+use crate::shares::{Share, Shares};
 
 /// Requests being answered, and the memory that their answers take.
 pub struct Load {
     requests: AtomicUsize,
     /// KiB for answers that are sent whole: large manifests and lists.
-    memory: Arc<Semaphore>,
+    memory: Shares<Option<IpAddr>>,
 }
 
 /// There is no memory for another answer.
@@ -21,24 +23,30 @@ pub(super) struct Seat(Arc<Load>);
 /// More requests than this at once are refused.
 const MAX_REQUESTS: usize = 10_000;
 
-/// Answers sent whole that are at least this large share this much memory.
+/// Answers sent whole that are at least this large share this much memory, of which one client gets a part: who reads
+/// slowly holds it for long.
 const SMALL_ANSWER: usize = 64 * 1024;
 const WHOLE_ANSWERS_KIB: usize = 128 * 1024;
+const PART_OF_CLIENT: usize = 2;
 
 impl Default for Load {
     fn default() -> Self {
-        Self { requests: AtomicUsize::new(0), memory: Arc::new(Semaphore::new(WHOLE_ANSWERS_KIB)) }
+        Self {
+            requests: AtomicUsize::new(0),
+            memory: Shares::new(WHOLE_ANSWERS_KIB, WHOLE_ANSWERS_KIB / PART_OF_CLIENT),
+        }
     }
 }
 
 impl Load {
     /// Takes memory for an answer that is sent whole; small ones need none.
-    pub(super) fn hold(&self, bytes: usize) -> Result<Option<OwnedSemaphorePermit>, Overloaded> {
+    pub(super) fn hold(&self, bytes: usize, client: Option<IpAddr>) -> Result<Option<Share>, Overloaded> {
         if bytes < SMALL_ANSWER {
             return Ok(None);
         }
         let kib = u32::try_from(bytes / 1024).unwrap_or(u32::MAX);
-        self.memory.clone().try_acquire_many_owned(kib).map(Some).map_err(|_| Overloaded)
+        let client = client.map(|address| connections::client(address.to_canonical()));
+        self.memory.take(&client, kib).map(Some).ok_or(Overloaded)
     }
 
     /// Counts a request, if there is room for it.

@@ -8,7 +8,7 @@ use std::hash::{BuildHasher, RandomState};
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout};
 
 use super::{Pull, Refusal, fetch_ended};
 use crate::caller::{Caller, Who};
@@ -33,6 +33,8 @@ pub(super) struct Entitlements {
     /// What somebody was refused there.
     refused: moka::sync::Cache<(Who, String, String), Refused>,
     belonging: moka::sync::Cache<(String, Digest), ()>,
+    /// What the registry has sent from a repository, whole: it has that, whoever sent what is kept now.
+    sent: moka::sync::Cache<(String, Digest), ()>,
     proofs: Flights<(Who, String, String), Result<(), SourceError>>,
 }
 
@@ -69,6 +71,9 @@ const IN_TROUBLE: Duration = Duration::from_secs(3600);
 /// That something is not for everybody is believed for so long.
 const NOT_PUBLIC: Duration = Duration::from_secs(60);
 
+/// Whoever was let in lately is not kept waiting for longer.
+const SOON: Duration = Duration::from_secs(1);
+
 /// The registry has this long to say whether it gives something.
 const PATIENCE: Duration = Duration::from_secs(5);
 
@@ -82,6 +87,7 @@ impl Entitlements {
             telling: RandomState::new(),
             refused: moka::sync::Cache::builder().max_capacity(50_000).expire_after(ByLifetime).build(),
             belonging: moka::sync::Cache::builder().max_capacity(100_000).time_to_idle(day).build(),
+            sent: moka::sync::Cache::builder().max_capacity(100_000).time_to_idle(day).build(),
             proofs: Flights::default(),
         }
     }
@@ -97,6 +103,20 @@ impl Entitlements {
     /// The registry gave it from there.
     pub(super) fn took(&self, place: &Place, digest: &Digest) {
         self.belonging.insert((place.to_string(), digest.clone()), ());
+    }
+
+    /// All of it came from there, and matched its digest.
+    pub(super) fn was_sent(&self, place: &Place, digest: &Digest) {
+        if place.rule.asks_who() {
+            self.sent.insert((place.to_string(), digest.clone()), ());
+        }
+    }
+
+    /// Whether it may be given out at a place whatever is known of what is kept.
+    pub(super) fn has_sent(&self, place: &Place, digest: &Digest) -> bool {
+        place.rule.asks_who()
+            && place.caller.is_let_in()
+            && self.sent.contains_key(&(place.to_string(), digest.clone()))
     }
 
     fn known(&self, place: &Place) -> Known {
@@ -143,9 +163,18 @@ impl Pull {
         }
         let proven = match self.entitlements.known(place) {
             Known::LetIn => false,
-            known => match self.prove(place, endpoint, accept).await {
+            Known::Lately => match timeout(SOON, self.prove(place, endpoint, accept)).await {
+                Ok(Ok(())) => true,
+                Ok(Err(error)) if !error.is_passing_outage() => return Err(refused(endpoint, &error)),
+                Ok(Err(_)) => false,
+                // What it says in the end holds from then on.
+                Err(_) => {
+                    self.slow.insert(place.registry.clone(), ());
+                    false
+                }
+            },
+            Known::Nothing => match self.prove(place, endpoint, accept).await {
                 Ok(()) => true,
-                Err(error) if error.is_passing_outage() && known == Known::Lately => false,
                 Err(error) => return Err(refused(endpoint, &error)),
             },
         };

@@ -198,6 +198,7 @@ impl Pull {
         media_type: &str,
         bytes: bytes::Bytes,
     ) -> SmallObject {
+        self.entitlements.was_sent(place, digest);
         let provenance = Arc::new(place.provenance());
         let object = SmallObject { media_type: media_type.into(), provenance, bytes };
         self.store.small.insert(digest, Kind::Manifest, object.clone()).await;

@@ -153,6 +153,7 @@ impl Sources for BlobSources {
     }
 
     fn matched(&self, truth: Truth) {
+        self.pull.entitlements.was_sent(&self.place, &self.key.digest);
         if let Some((sender, bytes)) = self.sender(truth.total()) {
             self.pull.speeds.measured(self.place.rule.name(), sender, bytes, self.begun.elapsed());
         }

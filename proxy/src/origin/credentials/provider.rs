@@ -66,6 +66,7 @@ pub(super) async fn ask(
     if config.kind != "CredentialProviderConfig" {
         return Err(wrong(format!("its kind is {}, not CredentialProviderConfig", config.kind)));
     }
+    let mut failed = None;
     for provider in &config.providers {
         let patterns = provider.match_images.iter().map(String::as_str);
         if best_key(patterns, authority, repository).is_none() {
@@ -74,9 +75,14 @@ pub(super) async fn ask(
         if provider.token_attributes.is_some() {
             return Err(wrong(format!("{}: tokenAttributes belong to a pod, and dray asks for none", provider.name)));
         }
-        return provider.ask(bin_dir, authority, repository).await;
+        // The kubelet asks all that match.
+        match provider.ask(bin_dir, authority, repository).await {
+            Ok(found) if found.secret.is_some() => return Ok(found),
+            Ok(_) => {}
+            Err(error) => failed = failed.or(Some(error)),
+        }
     }
-    Ok(Found::nothing())
+    failed.map_or(Ok(Found::nothing()), Err)
 }
 
 impl Provider {

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use tokio::time::{Instant, timeout_at};
 
-use super::{CredentialsError, Found, Whom, find};
+use super::{CredentialsError, FILE_LIFE, Found, Whom, find};
 use crate::config::Credentials;
 use crate::lifetimes::{ByLifetime, Lifetime};
 use crate::origin::http::Home;
@@ -23,13 +23,19 @@ struct Key {
 }
 
 #[derive(Clone)]
-struct Answer(Result<Found, CredentialsError>);
+struct Answer {
+    found: Result<Found, CredentialsError>,
+    since: Instant,
+}
 
 /// Whatever a source promises.
 const MAX_LIFE: Duration = Duration::from_secs(12 * 3600);
 
 /// A source that fails is not asked again for so long.
 const FAILED: Duration = Duration::from_secs(2);
+
+/// Clients that ask for what may not be had must not make a program run, or a server be asked, for each question.
+const JUST_READ: Duration = Duration::from_secs(1);
 
 impl Secrets {
     pub(in crate::origin) fn new() -> Self {
@@ -40,8 +46,14 @@ impl Secrets {
         self.0.contains_key(&Key::new(home, place))
     }
 
+    /// It was refused, and may have been changed since it was read.
     pub(in crate::origin) async fn forget(&self, home: Home<'_>, place: &Place) {
-        self.0.invalidate(&Key::new(home, place)).await;
+        let key = Key::new(home, place);
+        let is_of_file = |answer: &Answer| answer.found.as_ref().is_ok_and(|found| found.life == FILE_LIFE);
+        let is_new = |answer: Answer| !is_of_file(&answer) && answer.since.elapsed() < JUST_READ;
+        if !self.0.get(&key).await.is_some_and(is_new) {
+            self.0.invalidate(&key).await;
+        }
     }
 
     /// The secret for an upstream: asked for once by all who need it at the same time.
@@ -65,13 +77,13 @@ impl Secrets {
                 if let Err(error) = &found {
                     tracing::error!(rule = rule.name(), %error, "no credentials");
                 }
-                Answer(found)
+                Answer { found, since: Instant::now() }
             };
             known.get_with(key, ask).await
         });
         let late = || SourceError::NoCredentials("their source takes too long".into());
         let answer = timeout_at(deadline, asked).await.map_err(|_| late())?;
-        let Answer(found) = answer.map_err(|error| SourceError::NoCredentials(error.to_string()))?;
+        let Answer { found, .. } = answer.map_err(|error| SourceError::NoCredentials(error.to_string()))?;
         found.map_err(|error| SourceError::NoCredentials(error.to_string()))
     }
 }
@@ -86,6 +98,6 @@ impl Key {
 
 impl Lifetime for Answer {
     fn life(&self) -> Duration {
-        self.0.as_ref().map_or(FAILED, |found| found.life.min(MAX_LIFE))
+        self.found.as_ref().map_or(FAILED, |found| found.life.min(MAX_LIFE))
     }
 }
