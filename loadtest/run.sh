@@ -46,7 +46,9 @@ stop() {
 trap stop EXIT
 trap 'exit 130' INT TERM
 
-first=$((20000 + $$ % 10000))
+# The first of some ports in a row that are free.
+first=$((3000 + $$ % 5000))
+while ss -Hltn "sport >= :$first and sport <= :$((first + 40))" | grep -q .; do first=$((first + 41)); done
 registry_port=$first
 start_registry() {
     docker-registry serve "$work/registry.yml" >"$work/registry.log" 2>&1 &

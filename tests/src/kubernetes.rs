@@ -94,7 +94,7 @@ impl Kubernetes {
     pub fn run_pod(&self, name: &str, image: &str) {
         let made = self.kubectl(&["run", name, "--image", image, "--grace-period", "1"]);
         assert!(made.status.success(), "{made:?}");
-        let runs = self.kubectl(&["wait", "--for", "condition=Ready", &format!("pod/{name}"), "--timeout", "30s"]);
+        let runs = self.kubectl(&["wait", "--for", "condition=Ready", &format!("pod/{name}"), "--timeout", "120s"]);
         assert!(runs.status.success(), "{runs:?}\n{}", self.events());
     }
 

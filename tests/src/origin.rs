@@ -330,9 +330,10 @@ impl Connection {
 
     async fn send(&self, stream: &mut (impl AsyncWrite + Unpin), bytes: &[u8]) -> Option<()> {
         for piece in bytes.chunks(64 * 1024) {
+            // Before it goes, so that whoever has got it finds it counted.
+            *self.sent.lock().expect("no handler panicked") += piece.len() as u64;
             stream.write_all(piece).await.ok()?;
             stream.flush().await.ok()?;
-            *self.sent.lock().expect("no handler panicked") += piece.len() as u64;
         }
         Some(())
     }

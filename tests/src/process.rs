@@ -1,10 +1,11 @@
 //! Child processes that end with their test.
 
+use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader};
 use std::net::TcpListener;
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
-use std::sync::mpsc;
+use std::sync::{Mutex, mpsc};
 use std::time::Duration;
 
 use rustix::process::{Pid, Signal, kill_process};
@@ -85,9 +86,11 @@ pub fn output(command: &mut Command) -> Output {
 }
 
 /// A port that is free now, for programs that cannot take port 0. Below those that the kernel gives
-/// to outgoing connections, so that none of them takes it meanwhile.
+/// to outgoing connections, so that none of them takes it meanwhile, and none that was given before.
 pub fn free_port() -> u16 {
-    let free = |port: &u16| TcpListener::bind(("127.0.0.1", *port)).is_ok();
+    static GIVEN: Mutex<BTreeSet<u16>> = Mutex::new(BTreeSet::new());
+    let mut given = GIVEN.lock().expect("nobody panicked");
+    let free = |port: &u16| TcpListener::bind(("127.0.0.1", *port)).is_ok() && given.insert(*port);
     let mut candidates = std::iter::repeat_with(|| fastrand::u16(10_000..32_000));
     candidates.find(free).expect("a free port")
 }

@@ -78,6 +78,14 @@ mod tests {
     }
 
     #[test]
+    fn what_is_no_manifest_says_of_no_version() {
+        assert!(has_version(br#"{"schemaVersion": 1, "fsLayers": []}"#));
+        assert!(
+            !has_version(br#"{"message": "Back soon"}"#) && !has_version(b"<p>Back soon</p>") && !has_version(b"[]")
+        );
+    }
+
+    #[test]
     fn the_bytes_tell_their_type() {
         let of = |json: &str| media_type(json.as_bytes());
         assert_eq!(of(r#"{"mediaType": "a/b", "manifests": []}"#).as_deref(), Some("a/b"));

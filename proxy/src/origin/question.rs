@@ -181,6 +181,32 @@ mod tests {
         HeaderMap::from_iter([(::http::HeaderName::from_static(name), value.parse().unwrap())])
     }
 
+    fn answer(status: u16, name: &'static str, value: &str) -> Response {
+        Response::from(::http::Response::builder().status(status).header(name, value).body("").unwrap())
+    }
+
+    #[test]
+    fn who_speaks_of_repairs_is_believed_for_a_while_only() {
+        let limited = |status, value: &str| match checked(answer(status, "retry-after", value)) {
+            Err(SourceError::Limited { again }) => again.map(|again| again.as_secs()),
+            other => panic!("{other:?}"),
+        };
+        assert_eq!([limited(503, "3600"), limited(503, "2"), limited(429, "3600")], [Some(10), Some(2), Some(3600)]);
+        assert_eq!(checked(answer(503, "x", "")).err(), Some(SourceError::Failed(503)), "it says nothing of later");
+    }
+
+    #[test]
+    fn a_page_is_no_answer_but_of_blobs() {
+        let believes = |kind, media_type: &str| {
+            Question::new(kind, "x".into()).believe(answer(200, "content-type", media_type)).is_ok()
+        };
+        for media_type in ["text/html", "Text/HTML; charset=utf-8", "application/xhtml+xml"] {
+            assert!(!believes(Kind::Manifest, media_type) && !believes(Kind::List, media_type), "{media_type}");
+            assert!(believes(Kind::Blob, media_type) && believes(Kind::Ping, media_type), "{media_type}");
+        }
+        assert!(believes(Kind::Manifest, "application/json") && believes(Kind::ManifestHead, "text/plain"));
+    }
+
     #[test]
     fn later_is_a_number_of_seconds_or_a_date() {
         let now = httpdate::parse_http_date("Thu, 26 Nov 2026 12:00:00 GMT").unwrap();

@@ -17,7 +17,7 @@ pub(super) struct Scarcity {
 #[derive(Clone, Copy)]
 struct Left {
     remaining: i64,
-    limit: i64,
+    limit: Option<i64>,
     said: Instant,
     /// Pulls are counted over this time.
     window: Duration,
@@ -56,14 +56,16 @@ impl Scarcity {
         Self { known, metrics }
     }
 
-    /// An answer of an upstream, which may say what the limit is and what is left of it.
+    /// An answer of an upstream, which may say what is left of its limit.
     pub(super) fn heard(&self, rule: &str, upstream: &str, headers: &HeaderMap, now: Instant) {
-        let (limit, remaining) = (number(headers, LIMIT), number(headers, REMAINING));
-        let (Some((limit, window)), Some((remaining, _))) = (limit, remaining) else { return };
+        let Some((remaining, _)) = number(headers, REMAINING) else { return };
+        let (limit, window) = number(headers, LIMIT).unzip();
         // Before it is remembered, so that what is forgotten is not shown afterwards.
-        self.metrics.origin_rate_limit.with_label_values(&[rule, upstream]).set(limit);
         self.metrics.origin_rate_limit_remaining.with_label_values(&[rule, upstream]).set(remaining);
-        let left = Left { remaining, limit, said: now, window: window.unwrap_or(UNSAID).min(LONGEST) };
+        if let Some(limit) = limit {
+            self.metrics.origin_rate_limit.with_label_values(&[rule, upstream]).set(limit);
+        }
+        let left = Left { remaining, limit, said: now, window: window.flatten().unwrap_or(UNSAID).min(LONGEST) };
         self.known.insert((rule.to_owned(), upstream.to_owned()), left);
     }
 
@@ -74,8 +76,9 @@ impl Scarcity {
 
     /// Whether few are left. Some come back with time, so that after a part of the window one may ask again.
     pub(super) fn is_scarce(&self, rule: &str, upstream: &str, now: Instant) -> bool {
-        let few = |left: Left| left.remaining.saturating_mul(FEW) < left.limit && now < left.said + left.window / 4;
-        self.left(rule, upstream).is_some_and(few)
+        let Some(left) = self.left(rule, upstream) else { return false };
+        let is_few = left.limit.is_some_and(|limit| left.remaining.saturating_mul(FEW) < limit);
+        is_few && now < left.said + left.window / 4
     }
 
     fn left(&self, rule: &str, upstream: &str) -> Option<Left> {

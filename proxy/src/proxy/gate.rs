@@ -62,6 +62,9 @@ const SERVICE: &str = "dray";
 const IN_TROUBLE: Duration = Duration::from_secs(90);
 const ASKED_AGAIN: Duration = Duration::from_secs(2);
 
+/// Whoever has shown the same lately is not kept waiting for longer.
+const SOON: Duration = Duration::from_secs(1);
+
 /// Those of whom a registry wants to know nothing are asked about again after this time.
 const ASKS_NOBODY: Duration = Duration::from_secs(120);
 
@@ -216,10 +219,11 @@ impl Front {
     async fn exchange(&self, place: &Place, secret: Secret, from: Option<IpAddr>, least: Duration) -> Shown {
         let who = self.gate.grants.who(&secret);
         let key = (who, place.to_string());
-        if let Some(shown) = self.gate.shown.get(&key)
+        let known = self.gate.shown.get(&key);
+        if let Some(shown) = &known
             && (shown.caller.is_err() || shown.left() >= least)
         {
-            return shown;
+            return shown.clone();
         }
         let landed = self.gate.exchanges.join(key.clone(), || {
             let (pull, gate, place) = (self.pull.clone(), self.gate.clone(), place.clone());
@@ -252,7 +256,14 @@ impl Front {
             }
         });
         let ended = || Shown::new(Err(SourceError::Unreachable("the exchange ended".into())), Duration::ZERO);
-        landed.await.unwrap_or_else(ended)
+        match known {
+            None => landed.await.unwrap_or_else(ended),
+            // It is good for a while, and better than nothing while the registry is in trouble.
+            Some(known) => match timeout(SOON, landed).await {
+                Ok(Some(new)) if !new.is_passing() => new,
+                _ => known,
+            },
+        }
     }
 
     /// The token endpoint.
@@ -364,6 +375,11 @@ impl Wanted {
 impl Shown {
     fn new(caller: Result<Caller, SourceError>, life: Duration) -> Self {
         Self { caller, until: Instant::now() + life, life }
+    }
+
+    /// Whether nothing came of it, and something may another time.
+    fn is_passing(&self) -> bool {
+        self.caller.as_ref().is_err_and(SourceError::is_passing_outage)
     }
 
     fn left(&self) -> Duration {

@@ -67,3 +67,21 @@ impl Drop for Seat {
         self.0.requests.fetch_sub(1, Ordering::AcqRel);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_client_that_reads_slowly_leaves_memory_for_the_others() {
+        let load = Load::default();
+        let client = |nth: u8| Some(IpAddr::from([192, 0, 2, nth]));
+        let take = |nth| std::iter::from_fn(|| load.hold(1 << 20, client(nth)).ok()).take(1000).collect::<Vec<_>>();
+        let first = take(1);
+        assert_eq!((first.len(), take(2).len()), (64, 64));
+        let _second = take(2);
+        assert!(take(3).is_empty() && load.hold(SMALL_ANSWER - 1, client(3)).is_ok(), "small ones need none");
+        drop(first);
+        assert_eq!(take(3).len(), 64);
+    }
+}

@@ -1,6 +1,8 @@
 //! `access = "client"`: callers get what they could pull from the registry itself, cached or not, and nothing else.
 
+mod layers;
 mod tenants;
+mod tokens;
 
 use std::process::Command;
 use std::sync::Arc;
@@ -424,21 +426,6 @@ async fn a_blob_goes_on_with_what_a_later_caller_shows() {
     for answer in [first, second] {
         assert_eq!((answer.status, answer.complete), (200, true));
         assert!(answer.body == bytes);
-    }
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn tokens_are_taken_by_those_who_share_a_key() {
-    let tenants = Tenants::new(Wants::Tokens).await;
-    let dir = tempfile::tempdir().unwrap();
-    let file = dir.path().join("grants.key");
-    std::fs::write(&file, "0123456789abcdef-shared").unwrap();
-    let shared = format!("{}[access]\nkey_file = \"{}\"\n", tenants.rule(), file.display());
-    for (rules, is_taken) in [(shared, true), (tenants.rule(), false)] {
-        let [one, other] = [0, 1].map(|_| Start::new(rules.clone()).run());
-        let alices = token(&one.get(TAG).await, Some(ALICE)).await.unwrap();
-        let there = get_as(&other, TAG, &format!("Bearer {alices}")).await;
-        assert_eq!(there.status, if is_taken { 200 } else { 401 }, "{}", there.text());
     }
 }
 

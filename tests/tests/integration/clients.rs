@@ -249,7 +249,8 @@ async fn after_wrong_bytes_the_next_pull_by_containerd_succeeds() {
     let pull = std::thread::scope(|scope| {
         let pull = scope.spawn(|| containerd.pull("docker.io/library/app:1"));
         while containerd.ingested() < 1_000_000 {
-            std::thread::yield_now();
+            assert!(!pull.is_finished(), "it is pulled");
+            std::thread::sleep(std::time::Duration::from_millis(5));
         }
         origin.open_gate();
         pull.join().unwrap()

@@ -53,7 +53,7 @@ async fn assert_right(dray: &Dray) {
 async fn an_origin_that_limits_each_connection_gets_several_and_sends_each_byte_once() {
     let dir = tempfile::tempdir().unwrap();
     put_blob(dir.path(), "library/app", &blob().0, &blob().1);
-    let nginx = Nginx::start(dir.path(), &["limit_rate 15m;"]).await;
+    let nginx = Nginx::start(dir.path(), &["limit_rate 15m; sendfile_max_chunk 128k;"]).await;
     let dray = Start::with_upstream("docker.io", &nginx.url(0)).run();
     assert_right(&dray).await;
     let log = eventually("nginx has logged everything", async || {

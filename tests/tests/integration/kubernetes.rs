@@ -14,7 +14,7 @@ fn values(cluster: &Kubernetes, more: &str) -> String {
     let dir = cluster.path("");
     let text = format!(
         "image: {{ repository: 127.0.0.1:5000/dray, tag: test }}\n\
-         containerd: {{ hostsDir: {dir}certs.d, configFile: {dir}containerd.toml, cleanupSeconds: 5 }}\n\
+         containerd: {{ hostsDir: {dir}certs.d, configFile: {dir}containerd.toml, cleanupSeconds: 15 }}\n\
          cache: {{ hostPath: {dir}cache, disk: 1GiB }}\n\
          config: |\n  [[registry]]\n  match = \"docker.io\"\n  upstreams = [\"http://192.0.2.2:5000\"]\n{more}",
         dir = dir.display(),

@@ -39,3 +39,4 @@ mod tags;
 mod tracing;
 mod upgrade;
 mod warm;
+mod ways;

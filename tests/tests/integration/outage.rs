@@ -67,6 +67,55 @@ async fn is_stale(dray: &Dray) -> bool {
     answer.source() == "stale"
 }
 
+/// On which somebody is to log in, or that tells of repairs: with 200, and no digest.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_page_in_place_of_a_manifest_is_no_meaning_of_a_tag() {
+    let image = Image::new(1, &[1000]);
+    let content = Content::new(&[("library/app", "1", &image), ("library/app", "2", &image)]);
+    let said = Arc::new(AtomicUsize::new(0));
+    let (now, there) = (said.clone(), Content::new(&[("library/app", "1", &image), ("library/app", "2", &image)]));
+    let pages = [("text/html; charset=utf-8", "<p>Back soon</p>"), ("application/json", "{\"message\":\"Back soon\"}")];
+    let first = Origin::answering(move |request| match now.load(Ordering::SeqCst).checked_sub(1) {
+        None => content.answer(request),
+        Some(nth) => Response::new(200, pages[nth].1).with("content-type", pages[nth].0),
+    })
+    .await;
+    let second = Origin::answering(move |request| there.answer(request)).await;
+    let alone = Start::new(rule(&[&first], "")).run();
+    let both = Start::new(rule(&[&first, &second], "")).run();
+    assert_eq!(alone.get(PATH).await.status, 200);
+    for page in 1..=pages.len() {
+        said.store(page, Ordering::SeqCst);
+        let answer = alone.get(PATH).await;
+        assert_eq!((answer.status, answer.source(), &answer.body), (200, "stale", image.index()), "{page}");
+        let other = PATH.replace("/1?", "/2?");
+        assert_eq!(alone.get(&other).await.status, 502, "{page}: nothing was pulled before");
+    }
+    said.store(1, Ordering::SeqCst);
+    let answer = both.get(PATH).await;
+    assert_eq!((answer.status, &answer.body), (200, image.index()), "the next one has it: {}", answer.text());
+    let list = alone.get("/v2/library/app/tags/list?ns=docker.io").await;
+    assert_eq!(list.status, 502, "{}", list.text());
+    said.store(0, Ordering::SeqCst);
+    assert!(!is_stale(&alone).await);
+}
+
+/// Clients can name any: nothing of a registry that is missed may depend on how many.
+#[tokio::test(flavor = "multi_thread")]
+async fn hosts_that_nobody_ever_heard_of_hide_no_outage() {
+    let (origin, mood, _) = moody().await;
+    let dns = "[dns]\nservers = [\"127.0.0.1:1\"]\n";
+    let dray = Start::new(format!("{dns}{}", rule(&[&origin], ""))).run();
+    assert_eq!(dray.get(PATH).await.status, 200);
+    let strangers =
+        (0..400).map(async |nth| dray.get(&format!("/v2/a/b/manifests/1?ns=stranger-{nth}.example")).await.status);
+    assert!(futures_util::future::join_all(strangers).await.iter().all(|status| *status == 503));
+    mood.is(Mood::Silent);
+    assert!(is_stale(&dray).await);
+    eventually("it is known", async || (dray.metric("dray_origin_down{rule=\"docker.io\"}").await == 1).then_some(()))
+        .await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn two_hundred_pulls_under_a_limit_fail_nowhere_and_ask_little() {
     let (origin, mood, image) = moody().await;

@@ -26,6 +26,8 @@ struct Locked {
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Wants {
     Basic,
+    /// A secret that has ended is refused with 403, as by ECR.
+    BasicByEnding,
     Tokens,
 }
 
@@ -45,9 +47,12 @@ impl Locked {
                 _ if request.path.starts_with("/token") && said == basic => {
                     Response::new(200, json!({"token": STANDARD.encode(&basic), "expires_in": 3600}).to_string())
                 }
-                Wants::Basic if said == basic => content.answer(request),
+                Wants::Basic | Wants::BasicByEnding if said == basic => content.answer(request),
+                Wants::BasicByEnding if !said.is_empty() => Response::new(403, ""),
                 Wants::Tokens if said == bearer => content.answer(request),
-                Wants::Basic => Response::new(401, "").with("www-authenticate", "Basic realm=\"r\""),
+                Wants::Basic | Wants::BasicByEnding => {
+                    Response::new(401, "").with("www-authenticate", "Basic realm=\"r\"")
+                }
                 Wants::Tokens => {
                     let realm = format!("Bearer realm=\"http://{host}/token\",service=\"s\"");
                     Response::new(401, "").with("www-authenticate", realm)
@@ -93,7 +98,7 @@ fn lines(file: &Path) -> usize {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_credential_helper_is_asked_once_and_again_when_its_secret_was_changed() {
-    for wants in [Wants::Basic, Wants::Tokens] {
+    for wants in [Wants::Basic, Wants::BasicByEnding, Wants::Tokens] {
         let registry = Locked::new(wants, "robot:old").await;
         let dir = tempfile::tempdir().unwrap();
         let (secret, asked) = (dir.path().join("secret"), dir.path().join("asked"));
@@ -177,11 +182,18 @@ async fn the_kubelets_plugins_are_used_as_they_are() {
             secret = secret.display()
         ),
     );
+    script(
+        &dir.path().join("without-an-answer"),
+        "cat >/dev/null\nprintf '{\"kind\":\"CredentialProviderResponse\",\"apiVersion\":\"credentialprovider.kubelet.k8s.io/v1\",\
+         \"cacheKeyType\":\"Registry\",\"cacheDuration\":\"1h\",\"auth\":{}}'\n",
+    );
     let config = dir.path().join("providers.yaml");
     std::fs::write(
         &config,
         format!(
             "apiVersion: kubelet.config.k8s.io/v1\nkind: CredentialProviderConfig\nproviders:\n\
+             - name: without-an-answer\n  matchImages: [\"{host}\"]\n  defaultCacheDuration: 1h\n  \
+             apiVersion: credentialprovider.kubelet.k8s.io/v1\n\
              - name: nobodys\n  matchImages: [\"*.azurecr.io\"]\n  defaultCacheDuration: 1h\n  \
              apiVersion: credentialprovider.kubelet.k8s.io/v1\n\
              - name: ecr-credential-provider\n  matchImages: [\"*.dkr.ecr.*.amazonaws.com\", \"{host}\"]\n  \

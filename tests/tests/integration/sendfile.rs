@@ -58,7 +58,8 @@ async fn one_connection_for_many_answers() {
         stream.read_exact(&mut body).await.unwrap();
         assert!(body == bytes[start..], "wrong bytes");
     }
-    assert_eq!(dray.metric("dray_requests_total{route=\"blob\",source=\"disk\",status=\"206\"}").await, 10);
+    let counted = "dray_requests_total{route=\"blob\",source=\"disk\",status=\"206\"}";
+    eventually("all are counted", async || (dray.metric(counted).await == 10).then_some(())).await;
     let sent: usize = (0..10).map(|nth| bytes.len() - nth * 100_000).sum();
     assert_eq!(dray.metric("dray_sent_bytes_total{source=\"disk\"}").await, sent as u64);
 }
@@ -119,9 +120,11 @@ async fn a_client_that_leaves_while_it_waits_is_noticed() {
         let scheme = if config.is_empty() { "http" } else { "https" };
         let url = format!("{scheme}://localhost:{}{}", dray.registry.port(), path(&image));
         let mut curl = Command::new("curl")
-            .args(["-s", "-4", "-k", "--noproxy", "*", "-o", "/dev/null", "--max-time", "1", version, &url])
+            .args(["-s", "-4", "-k", "--noproxy", "*", "-o", "/dev/null", version, &url])
             .spawn()
             .unwrap();
+        dray.fill_begins().await;
+        curl.kill().unwrap();
         curl.wait().unwrap();
         eventually("the log says so", async || {
             fs::read_to_string(&log).unwrap().contains("the client left").then_some(())

@@ -36,6 +36,17 @@ impl Work {
         Self { paths }
     }
 
+    /// All of it from one node, which has it then.
+    async fn pull_all(&self, node: &Dray) -> Result<(), String> {
+        for (path, wanted) in &self.paths {
+            let answer = node.get(path).await;
+            if answer.status != 200 || answer.body != *wanted {
+                return Err(format!("{path}: {}, {} bytes", answer.status, answer.body.len()));
+            }
+        }
+        Ok(())
+    }
+
     /// Asks one node after the other, as a runtime asks its hosts. Err: none had it, or it was not that.
     async fn pull(&self, addresses: &Addresses) -> Result<(), String> {
         let (path, wanted) = &self.paths[fastrand::usize(..self.paths.len())];
@@ -86,6 +97,10 @@ async fn a_cluster_is_upgraded_and_rolled_back_under_load() {
     let addresses: Addresses = Arc::new(Mutex::new(nodes.iter().map(|node| node.registry).collect()));
     let (work, done, pulled) =
         (Arc::new(Work::of(&images)), Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
+    // All is here when the first one goes: what a node begins for its own clients while it goes is fetched once more.
+    for node in &nodes {
+        work.pull_all(node).await.unwrap();
+    }
     let clients: Vec<_> = (0..4)
         .map(|_| {
             let (work, done, pulled, addresses) = (work.clone(), done.clone(), pulled.clone(), addresses.clone());
@@ -102,6 +117,7 @@ async fn a_cluster_is_upgraded_and_rolled_back_under_load() {
         for nth in 0..NODES {
             let before = pulled.load(Ordering::SeqCst);
             let node = replaced(nodes.remove(nth), &program);
+            work.pull_all(&node).await.unwrap();
             addresses.lock().unwrap()[nth] = node.registry;
             nodes.insert(nth, node);
             // Mixed as they are now, they serve for a while.

@@ -12,7 +12,11 @@ use crate::registries::Place;
 use crate::source::SourceError;
 
 #[derive(Clone)]
-pub(in crate::origin) struct Secrets(moka::future::Cache<Key, Answer>);
+pub(in crate::origin) struct Secrets {
+    known: moka::future::Cache<Key, Answer>,
+    /// Which were asked for anew a moment ago.
+    renewed: moka::future::Cache<Key, ()>,
+}
 
 #[derive(Clone, PartialEq, Eq, Hash)]
 struct Key {
@@ -23,10 +27,7 @@ struct Key {
 }
 
 #[derive(Clone)]
-struct Answer {
-    found: Result<Found, CredentialsError>,
-    since: Instant,
-}
+struct Answer(Result<Found, CredentialsError>);
 
 /// Whatever a source promises.
 const MAX_LIFE: Duration = Duration::from_secs(12 * 3600);
@@ -35,25 +36,31 @@ const MAX_LIFE: Duration = Duration::from_secs(12 * 3600);
 const FAILED: Duration = Duration::from_secs(2);
 
 /// Clients that ask for what may not be had must not make a program run, or a server be asked, for each question.
-const JUST_READ: Duration = Duration::from_secs(1);
+const RENEWED: Duration = Duration::from_secs(2);
 
 impl Secrets {
     pub(in crate::origin) fn new() -> Self {
-        Self(moka::future::Cache::builder().max_capacity(10_000).expire_after(ByLifetime).build())
+        Self {
+            known: moka::future::Cache::builder().max_capacity(10_000).expire_after(ByLifetime).build(),
+            renewed: moka::future::Cache::builder().max_capacity(10_000).time_to_live(RENEWED).build(),
+        }
     }
 
     pub(in crate::origin) fn is_known(&self, home: Home<'_>, place: &Place) -> bool {
-        self.0.contains_key(&Key::new(home, place))
+        self.known.contains_key(&Key::new(home, place))
     }
 
     /// It was refused, and may have been changed since it was read.
     pub(in crate::origin) async fn forget(&self, home: Home<'_>, place: &Place) {
         let key = Key::new(home, place);
-        let is_of_file = |answer: &Answer| answer.found.as_ref().is_ok_and(|found| found.life == FILE_LIFE);
-        let is_new = |answer: Answer| !is_of_file(&answer) && answer.since.elapsed() < JUST_READ;
-        if !self.0.get(&key).await.is_some_and(is_new) {
-            self.0.invalidate(&key).await;
+        let is_of_file = |Answer(found)| found.is_ok_and(|found: Found| found.life == FILE_LIFE);
+        if !self.known.get(&key).await.is_some_and(is_of_file) {
+            if self.renewed.contains_key(&key) {
+                return;
+            }
+            self.renewed.insert(key.clone(), ()).await;
         }
+        self.known.invalidate(&key).await;
     }
 
     /// The secret for an upstream: asked for once by all who need it at the same time.
@@ -66,7 +73,8 @@ impl Secrets {
         let Some(source) = place.rule.credentials.clone() else {
             return Ok(Found { secret: None, life: MAX_LIFE });
         };
-        let (key, known, upstream, trust) = (Key::new(home, place), self.0.clone(), home.upstream.clone(), home.trust);
+        let (key, known, upstream, trust) =
+            (Key::new(home, place), self.known.clone(), home.upstream.clone(), home.trust);
         let (rule, repository) = (place.rule.clone(), place.rule.repository_at(home.upstream, &place.repository));
         // A task of its own: a source that takes longer than this question has time answers the next one.
         let asked = tokio::spawn(async move {
@@ -77,13 +85,13 @@ impl Secrets {
                 if let Err(error) = &found {
                     tracing::error!(rule = rule.name(), %error, "no credentials");
                 }
-                Answer { found, since: Instant::now() }
+                Answer(found)
             };
             known.get_with(key, ask).await
         });
         let late = || SourceError::NoCredentials("their source takes too long".into());
         let answer = timeout_at(deadline, asked).await.map_err(|_| late())?;
-        let Answer { found, .. } = answer.map_err(|error| SourceError::NoCredentials(error.to_string()))?;
+        let Answer(found) = answer.map_err(|error| SourceError::NoCredentials(error.to_string()))?;
         found.map_err(|error| SourceError::NoCredentials(error.to_string()))
     }
 }
@@ -98,6 +106,6 @@ impl Key {
 
 impl Lifetime for Answer {
     fn life(&self) -> Duration {
-        self.found.as_ref().map_or(FAILED, |found| found.life.min(MAX_LIFE))
+        self.0.as_ref().map_or(FAILED, |found| found.life.min(MAX_LIFE))
     }
 }

@@ -1,0 +1,80 @@
+//! The tokens that clients are given.
+
+use dray_tests::dray::Start;
+use dray_tests::origin::{Content, Origin, Request, Response};
+use dray_tests::process::free_port;
+use serde_json::{Value, json};
+
+use super::tenants::*;
+use dray_tests::http::{Answer, client};
+use dray_tests::image::Image;
+
+/// Some clients go on with one for a whole pull, and take it to be good for a minute at least.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_token_is_good_for_a_minute_whatever_the_registry_gives_and_however_late_it_is_asked_for() {
+    let image = Image::new(1, &[1000]);
+    let content = Content::new(&[("a/app", "1", &image)]);
+    let origin = Origin::answering(move |request: &Request| match request.header("authorization") {
+        _ if request.path.starts_with("/token") => {
+            Response::new(200, json!({"token": "short-lived", "expires_in": 10}).to_string())
+        }
+        Some("Bearer short-lived") => content.answer(request),
+        _ => {
+            let host = request.header("host").unwrap_or_default();
+            let challenge = format!("Bearer realm=\"http://{host}/token\",service=\"s\"");
+            Response::new(401, "").with("www-authenticate", challenge)
+        }
+    })
+    .await;
+    let rule =
+        format!("[[registry]]\nmatch = \"reg.example\"\nupstreams = [\"{}\"]\naccess = \"client\"\n", origin.url());
+    let dray = Start::new(rule).run();
+    let parameters = challenge(&dray.get(TAG).await);
+    let url = |(_, realm): &(String, String), rest: &[(String, String)]| {
+        reqwest::Url::parse_with_params(realm, rest).unwrap()
+    };
+    let url = url(&parameters[0], &parameters[1..]);
+    for nth in 1..=3 {
+        let before = origin.count("GET", "/token");
+        let answer = client().get(url.clone()).basic_auth("alice", Some("for-a")).send().await.unwrap();
+        let answer: Value = serde_json::from_slice(&answer.bytes().await.unwrap()).unwrap();
+        assert!(answer["expires_in"].as_u64().unwrap() >= 60, "{nth}: {answer}");
+        assert_eq!(origin.count("GET", "/token") - before, 1, "{nth}: what is left of an earlier one is too little");
+        let shown = format!("Bearer {}", answer["token"].as_str().unwrap());
+        assert_eq!(get_as(&dray, TAG, &shown).await.status, 200);
+    }
+}
+
+/// Or it would go on showing it.
+#[tokio::test(flavor = "multi_thread")]
+async fn who_shows_a_token_that_is_none_is_told_so() {
+    let tenants = Tenants::new(Wants::Tokens).await;
+    let dray = Start::new(tenants.rule()).run();
+    let error = |answer: &Answer| challenge(answer).into_iter().find(|(key, _)| key == "error").map(|(_, value)| value);
+    assert_eq!(error(&dray.get(TAG).await), None, "nothing was shown");
+    assert_eq!(error(&get_as(&dray, TAG, "Bearer forged").await).as_deref(), Some("invalid_token"));
+    let bobs = token(&dray.get(&TAG.replace("/a/", "/b/")).await, Some(BOB)).await.unwrap();
+    assert_eq!(error(&get_as(&dray, TAG, &format!("Bearer {bobs}")).await), None, "it is one, for something else");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn tokens_are_taken_by_those_who_share_a_key() {
+    let tenants = Tenants::new(Wants::Tokens).await;
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("grants.key");
+    std::fs::write(&file, "0123456789abcdef-shared").unwrap();
+    let shared = format!("{}[access]\nkey_file = \"{}\"\n", tenants.rule(), file.display());
+    let as_peers = || {
+        let port = free_port();
+        let peers = format!("listen = \"127.0.0.1:{port}\"\nstatic = [\"127.0.0.1:{port}\"]");
+        format!("{}[peers]\n{peers}\nkey_file = \"{}\"\n", tenants.rule(), file.display())
+    };
+    let each =
+        [([shared.clone(), shared], true), ([as_peers(), as_peers()], true), ([tenants.rule(), tenants.rule()], false)];
+    for (rules, is_taken) in each {
+        let [one, other] = rules.map(|rules| Start::new(rules).run());
+        let alices = token(&one.get(TAG).await, Some(ALICE)).await.unwrap();
+        let there = get_as(&other, TAG, &format!("Bearer {alices}")).await;
+        assert_eq!(there.status, if is_taken { 200 } else { 401 }, "{}", there.text());
+    }
+}
