@@ -282,7 +282,7 @@ mod tests {
     #[async_trait]
     impl Sources for Stalling {
         async fn open(&self, from: u64, end: Option<u64>, _: u32) -> Result<(Incoming, ServedFrom), SourceError> {
-            let total = 200 * MIB;
+            let total = 64 * MIB;
             let beginning = (from == 0).then(|| Ok(Bytes::from(vec![7; 1 << 20])));
             self.beginnings.fetch_add(u32::from(beginning.is_some()), Ordering::Relaxed);
             let span = Span { start: from, end: end.unwrap_or(total).min(total) };

