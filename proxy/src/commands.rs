@@ -14,9 +14,11 @@ use std::future::Future;
 use std::io::Write;
 use std::path::Path;
 
-use dray::config::Config;
+use dray::config::{ConfigError, Text};
 use dray::server;
 use dray::telemetry::{self, LogFormat};
+
+use self::serve::Serve;
 
 /// Why a command ends without success.
 pub(crate) enum Failure {
@@ -24,16 +26,27 @@ pub(crate) enum Failure {
     Failed(String),
 }
 
+impl From<ConfigError> for Failure {
+    fn from(error: ConfigError) -> Self {
+        Self::Usage(error.to_string())
+    }
+}
+
 /// `dray check-config`.
 pub(crate) fn check_config(file: &Path) -> Result<(), Failure> {
-    Config::load(file).map_err(|e| Failure::Usage(e.to_string()))?;
+    let text = Text::read(file)?;
+    let config = text.parse()?;
     say(&format!("{}: ok", file.display()));
+    // Flags and variables may bring what is missing.
+    if let Err(wrong) = config.check_together() {
+        say(&format!("note: {}", text.locate(wrong)));
+    }
     Ok(())
 }
 
 /// `dray check-config --here`.
 pub(crate) fn check_config_here(file: &Path) -> Result<(), Failure> {
-    let config = Config::load(file).map_err(|e| Failure::Usage(e.to_string()))?;
+    let (config, _) = Serve::here(file)?.config()?;
     block_on(async { server::check(&config) })?.map_err(|e| Failure::Usage(format!("{}: {e}", file.display())))?;
     say(&format!("{}: ok, and so is what it names here", file.display()));
     Ok(())

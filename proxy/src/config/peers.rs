@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use serde::Deserialize;
 
-use super::units;
+use super::{Wrong, units};
 
 #[derive(Debug, Clone, PartialEq, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -31,24 +31,24 @@ pub struct Peers {
 }
 
 impl Peers {
-    /// Whether it makes sense as a whole. An error: which key does not, and why.
-    pub fn check(&self) -> Result<(), (&'static str, &'static str)> {
+    /// Whether it makes sense as a whole.
+    pub(super) fn check(&self) -> Result<(), Wrong> {
         let has_members = !self.members.is_empty() || !self.service.is_empty();
         if has_members && self.listen.is_none() {
-            return Err(("peers.listen", "is needed, so that the others can ask back"));
+            return Err(Wrong::new("peers.listen", "is needed, so that the others can ask back"));
         }
         let is_set = self.key_file.is_some() || self.mtls.is_some() || self.zone.is_some();
         if (is_set || self.zones != Zones::default()) && self.listen.is_none() {
-            return Err(("peers.listen", "is needed: without it there are no peers"));
+            return Err(Wrong::new("peers.listen", "is needed: without it there are no peers"));
         }
         if self.key_file.is_some() && self.mtls.is_some() {
-            return Err(("peers.key_file", "is not needed beside mtls: choose one of them"));
+            return Err(Wrong::new("peers.key_file", "is not needed beside mtls: choose one of them"));
         }
         let mut zones = self.members.iter().map(|(zone, _)| zone).chain(self.service.iter().map(|(zone, _)| zone));
         if self.zone.is_some() && has_members && !zones.any(Option::is_some) {
             let problem =
                 "is of no use while the others have none: write service = { a = \"...\" } or static = { a = [...] }";
-            return Err(("peers.zone", problem));
+            return Err(Wrong::new("peers.zone", problem));
         }
         Ok(())
     }

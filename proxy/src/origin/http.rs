@@ -70,10 +70,10 @@ impl Http {
         cas: impl Iterator<Item = Option<&'a Path>>,
         extra_ca: Option<&Path>,
     ) -> Result<Self, String> {
-        let extra = extra_ca.map_or(Ok(Vec::new()), certificates)?;
+        let extra = extra_ca.map_or(Ok(Vec::new()), |ca| certificates("tls.ca", ca))?;
         let mut clients = HashMap::new();
         for ca in cas.chain([None]) {
-            let roots = ca.map_or(Ok(Vec::new()), certificates)?;
+            let roots = ca.map_or(Ok(Vec::new()), |ca| certificates("registry.ca", ca))?;
             for reach in [Reach::Anywhere, Reach::Public, Reach::Allowed] {
                 for patience in [Patience::LastResort, Patience::OthersFollow] {
                     let key = ClientKey { reach, ca: ca.map(Path::to_owned), patience };
@@ -183,14 +183,12 @@ impl Patience {
     }
 }
 
-/// Reads a PEM bundle.
-fn certificates(path: &Path) -> Result<Vec<Certificate>, String> {
-    let pem = std::fs::read(path).map_err(|e| format!("CA file {}: {e}", path.display()))?;
-    let found = Certificate::from_pem_bundle(&pem).map_err(|e| format!("CA file {}: {e}", path.display()))?;
-    if found.is_empty() {
-        return Err(format!("CA file {} holds no certificate in PEM", path.display()));
-    }
-    Ok(found)
+/// Reads a PEM bundle that a key names.
+fn certificates(key: &str, path: &Path) -> Result<Vec<Certificate>, String> {
+    let wrong = |why: &dyn std::fmt::Display| format!("{key} = \"{}\": {why}", path.display());
+    let pem = std::fs::read(path).map_err(|error| wrong(&error))?;
+    let found = Certificate::from_pem_bundle(&pem).map_err(|error| wrong(&error))?;
+    if found.is_empty() { Err(wrong(&"holds no certificate in PEM")) } else { Ok(found) }
 }
 
 /// An error of the client library, without the URL: it may be signed.

@@ -45,6 +45,7 @@ fn check_config_here_looks_at_what_the_file_names() {
         ("[tls]\ncert = \"/nowhere.crt\"\nkey = \"/nowhere.key\"\n".to_owned(), "/nowhere.crt"),
         ("[access]\nlogins_file = \"/nowhere\"\n".to_owned(), "/nowhere"),
         ("[containerd]\nhosts_dir = \"/nowhere\"\n".to_owned(), "containerd.hosts_dir"),
+        ("[tls]\nca = \"/nowhere.pem\"\n".to_owned(), "tls.ca = \"/nowhere.pem\""),
         (peers("127.0.0.1:5052"), "key"),
     ] {
         assert_eq!(check(&text, &[]).0, 0, "{text}");
@@ -56,6 +57,27 @@ fn check_config_here_looks_at_what_the_file_names() {
     assert_eq!(check(&peers("127.0.0.1:5052"), &["--here"]), (0, String::new()));
     let (code, said) = check(&peers("192.0.2.1:5052"), &["--here"]);
     assert!(code == 2 && said.contains("peers.static"), "{said}");
+}
+
+/// A key may come by a variable, which is known where dray is to run.
+#[test]
+fn check_config_tells_what_the_start_would_refuse() {
+    let dir = tempfile::tempdir().unwrap();
+    let (file, key) = (dir.path().join("dray.toml"), dir.path().join("key"));
+    let rule = "[[registry]]\nmatch = \"reg.corp\"\naccess = \"client\"\n";
+    std::fs::write(&file, format!("{rule}[peers]\nlisten = \"127.0.0.1:5052\"\nservice = \"dray.svc\"\n")).unwrap();
+    std::fs::write(&key, "sixteen characters or more").unwrap();
+    let why = "dray.toml:3: registry.access";
+    let anywhere = output(Command::new(binary()).arg("check-config").arg(&file));
+    let said = String::from_utf8_lossy(&anywhere.stdout);
+    assert!(anywhere.status.success() && said.contains("note: ") && said.contains(why), "{said}");
+    let mut here = Command::new(binary());
+    here.args(["check-config", "--here"]).arg(&file);
+    for refused in [output(&mut here), output(Command::new(binary()).arg("--config").arg(&file))] {
+        let said = String::from_utf8_lossy(&refused.stderr);
+        assert!(refused.status.code() == Some(2) && said.contains(why), "{said}");
+    }
+    assert!(output(here.env("DRAY_PEERS_KEY_FILE", &key)).status.success());
 }
 
 #[test]
