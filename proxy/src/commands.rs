@@ -14,7 +14,8 @@ use std::future::Future;
 use std::io::Write;
 use std::path::Path;
 
-use dray::config::{ConfigError, Text};
+use dray::config::{ConfigError, Text, Wrong};
+use dray::origin::credentials_are_here;
 use dray::server;
 use dray::telemetry::{self, LogFormat};
 
@@ -46,10 +47,24 @@ pub(crate) fn check_config(file: &Path) -> Result<(), Failure> {
 
 /// `dray check-config --here`.
 pub(crate) fn check_config_here(file: &Path) -> Result<(), Failure> {
-    let (config, _) = Serve::here(file)?.config()?;
+    let (config, text) = Serve::here(file)?.config()?;
     block_on(async { server::check(&config) })?.map_err(|e| Failure::Usage(format!("{}: {e}", file.display())))?;
+    for rule in &config.registry {
+        let Some(credentials) = &rule.get_ref().credentials else { continue };
+        credentials_are_here(credentials).map_err(|problem| {
+            located(text.as_ref(), Wrong::of_rule(rule.span().start, "registry.credentials", problem))
+        })?;
+    }
     say(&format!("{}: ok, and so is what it names here", file.display()));
     Ok(())
+}
+
+/// Says where it stands, if a file says it.
+fn located(text: Option<&Text>, wrong: Wrong) -> Failure {
+    match text {
+        Some(text) => text.locate(wrong).into(),
+        None => Failure::Usage(wrong.to_string()),
+    }
 }
 
 /// Prints what a command has to say. A closed pipe is the reader's business.

@@ -44,7 +44,7 @@ enum Command {
     CheckConfig {
         /// The file
         file: PathBuf,
-        /// Also check what this machine has to have for it: certificates, keys and other files that it names, an address
+        /// Also check what this machine has to have for it: certificates, keys and other files that it names, credentials, an address
         /// among peers.static, containerd's hosts directory. DRAY_... variables hold as they do at the start
         #[arg(long)]
         here: bool,

@@ -10,7 +10,7 @@ use dray::config::{Config, MIN_DISK, Share, Size, Text};
 use dray::server::{self, Bound, StartError};
 use dray::telemetry::{self, LogFormat};
 
-use super::{Failure, install_tls, say};
+use super::{Failure, install_tls, located, say};
 
 #[derive(Args)]
 pub(crate) struct Serve {
@@ -103,10 +103,7 @@ impl Serve {
         if let Some(zone) = &self.zone {
             config.peers.zone = Some(zone.as_str().into());
         }
-        config.check_together().map_err(|wrong| match &text {
-            Some(text) => Failure::from(text.locate(wrong)),
-            None => Failure::Usage(wrong.to_string()),
-        })?;
+        config.check_together().map_err(|wrong| located(text.as_ref(), wrong))?;
         if let Some(dir) = &self.cache_dir {
             config.cache.dir.clone_from(dir);
         }

@@ -46,6 +46,11 @@ fn check_config_here_looks_at_what_the_file_names() {
         ("[access]\nlogins_file = \"/nowhere\"\n".to_owned(), "/nowhere"),
         ("[containerd]\nhosts_dir = \"/nowhere\"\n".to_owned(), "containerd.hosts_dir"),
         ("[tls]\nca = \"/nowhere.pem\"\n".to_owned(), "tls.ca = \"/nowhere.pem\""),
+        (
+            "[[registry]]\nmatch = \"a.io\"\ncredentials = { username = \"u\", password_env = \"DRAY_UNSET\" }\n"
+                .to_owned(),
+            "dray.toml:3: registry.credentials: the variable DRAY_UNSET",
+        ),
         (peers("127.0.0.1:5052"), "key"),
     ] {
         assert_eq!(check(&text, &[]).0, 0, "{text}");
