@@ -17,7 +17,7 @@ use std::path::Path;
 use dray::config::{ConfigError, Text, Wrong};
 use dray::origin::credentials_are_here;
 use dray::server;
-use dray::telemetry::{self, LogFormat};
+use dray::telemetry::{self, Filter, LogFormat};
 
 use self::serve::Serve;
 
@@ -91,7 +91,7 @@ fn block_on<T>(asking: impl Future<Output = T>) -> Result<T, Failure> {
 
 /// For commands that stay.
 fn log_to_stderr() -> Result<(), Failure> {
-    telemetry::init("info", LogFormat::Text).map(drop).map_err(Failure::Usage)
+    telemetry::init(&Filter::default(), LogFormat::Text).map(drop).map_err(Failure::Usage)
 }
 
 /// Before anything else may choose another provider.

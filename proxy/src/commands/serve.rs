@@ -8,7 +8,7 @@ use clap::{Args, FromArgMatches};
 use dray::access_log::AccessLog;
 use dray::config::{Config, MIN_DISK, Share, Size, Text};
 use dray::server::{self, Bound, StartError};
-use dray::telemetry::{self, LogFormat};
+use dray::telemetry::{self, Filter, LogFormat};
 
 use super::{Failure, install_tls, located, say};
 
@@ -45,7 +45,7 @@ pub(crate) struct Serve {
     peers_key_file: Option<PathBuf>,
     /// What to log: error, warn, info, debug; or by part, such as "warn,access=info"
     #[arg(long, env = "DRAY_LOG", default_value = "info", value_name = "FILTER")]
-    log: String,
+    log: Filter,
     /// How log lines look
     #[arg(long, env = "DRAY_LOG_FORMAT", default_value = "text", value_name = "FORMAT")]
     log_format: LogFormat,

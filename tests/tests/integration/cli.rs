@@ -111,6 +111,9 @@ fn a_wrong_configuration_opens_no_port() {
         assert!(said.contains(want), "{said}");
         assert!(output.stdout.is_empty());
     }
+    let wrong_log = output(Start::new("").command().env("DRAY_LOG", "warning"));
+    assert_eq!(wrong_log.status.code(), Some(2));
+    assert!(String::from_utf8_lossy(&wrong_log.stderr).contains("warn,access=info"));
     let wrong_flag = output(Command::new(binary()).args(["--cache-disk", "20GB"]));
     assert_eq!(wrong_flag.status.code(), Some(2));
     assert!(String::from_utf8_lossy(&wrong_flag.stderr).contains("GiB"));
