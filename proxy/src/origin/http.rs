@@ -10,7 +10,7 @@ use reqwest::{Certificate, Client, Response};
 use tokio::time::{Instant, timeout_at};
 use url::Url;
 
-use super::guard::{Guard, Reach};
+use super::guard::{Guard, Reach, Refused};
 use crate::config::Upstream;
 use crate::registries::Trust;
 use crate::source::{SourceError, error_chain};
@@ -99,6 +99,11 @@ impl Http {
             }
         }
         Ok(Self { guard, clients })
+    }
+
+    /// Why an upstream that is only named by clients is refused, where its name tells.
+    pub(super) fn refuses_literally(&self, upstream: &Upstream) -> Result<(), Refused> {
+        Url::parse(&upstream.base()).map_or(Ok(()), |url| self.guard.refuses_literally(&url))
     }
 
     /// Sends a request and follows its redirects until an answer that is none. Returns the answer
@@ -198,7 +203,7 @@ fn explain(error: reqwest::Error) -> SourceError {
     // The resolver's refusal comes wrapped in layers of connection errors.
     let mut cause: Option<&dyn std::error::Error> = Some(&error);
     while let Some(inner) = cause {
-        if let Some(refused) = inner.downcast_ref::<super::guard::Refused>() {
+        if let Some(refused) = inner.downcast_ref::<Refused>() {
             return SourceError::Guarded(refused.to_string());
         }
         cause = inner.source();

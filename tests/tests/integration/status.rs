@@ -78,6 +78,12 @@ async fn the_status_tells_what_was_done_and_from_where() {
     let (_, shown, _) =
         command(&dray, &["explain", &format!("gone.example/a@{}", dray_tests::image::digest(b"not here"))]);
     assert!(shown.contains("the registry is asked") && shown.contains("gone.example/a@sha256"), "{shown}");
+    for (image, host) in [("10.0.0.5:5000/app", "10.0.0.5"), ("localhost:5000/app", "localhost")] {
+        let (_, shown, _) = command(&dray, &["explain", image]);
+        for says in ["refused with 403", &format!("{host} is not a public address"), "[guard] allow", "upstream"] {
+            assert!(shown.contains(says), "{says}: {shown}");
+        }
+    }
     let (code, _, error) = command(&dray, &["explain", "UPPER:x y"]);
     assert!(code == Some(2) && error.contains("repository[:tag]"), "{error}");
 }
