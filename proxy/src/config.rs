@@ -3,8 +3,10 @@
 //! Unknown keys, wrong units, unreachable rules and duplicates are errors that name file, line and
 //! key. An accepted key is never ignored.
 
+mod addresses;
 mod containerd;
 mod credentials;
+mod lists;
 mod matching;
 mod pattern;
 mod peers;
@@ -14,6 +16,7 @@ mod text;
 mod tracing;
 mod units;
 mod upstream;
+mod zones;
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
@@ -25,6 +28,7 @@ use serde::Deserialize;
 use sha2::{Digest, Sha256};
 use toml::Spanned;
 
+pub use addresses::address;
 pub use containerd::{Containerd, Mirror, WrongMirror};
 pub use credentials::{Cloud, Credentials, PasswordSource};
 pub use matching::Matching;
@@ -36,6 +40,7 @@ pub use text::{Text, Wrong};
 pub use tracing::Tracing;
 pub use units::{Share, Size, Span, whole_tag};
 pub use upstream::{Scheme, Upstream};
+pub use zones::service_name;
 
 /// Everything a running dray needs to know, with every default filled in.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
@@ -45,8 +50,10 @@ pub struct Config {
     #[serde(deserialize_with = "units::version")]
     pub version: u64,
     /// Where container runtimes connect.
+    #[serde(deserialize_with = "addresses::one")]
     pub listen: SocketAddr,
     /// Where operators and probes connect.
+    #[serde(deserialize_with = "addresses::one")]
     pub admin: SocketAddr,
     /// Who knows the token in it is shown the status. None: whoever sits at the machine.
     pub admin_token_file: Option<PathBuf>,
@@ -56,8 +63,11 @@ pub struct Config {
     pub dns: Dns,
     pub tls: Tls,
     /// Rules in order; the first match wins.
+    #[serde(deserialize_with = "lists::list")]
     pub registry: Vec<Spanned<Rule>>,
+    #[serde(deserialize_with = "lists::list")]
     pub prefetch: Vec<Prefetch>,
+    #[serde(deserialize_with = "lists::list")]
     pub pin: Vec<Pin>,
     pub peers: Peers,
     pub containerd: Containerd,
@@ -84,6 +94,7 @@ pub struct Access {
     /// What happens to registries that no rule names.
     pub unlisted: Unlisted,
     /// Networks whose clients are answered. Empty: everybody's.
+    #[serde(deserialize_with = "addresses::networks")]
     pub clients: Vec<IpNet>,
     /// That one address may have open at once.
     pub requests_at_once: Option<NonZeroU16>,
@@ -106,6 +117,7 @@ pub enum Unlisted {
 #[serde(deny_unknown_fields, default)]
 pub struct Guard {
     /// Networks beside the public Internet that upstreams not written in this file may reach.
+    #[serde(deserialize_with = "addresses::networks")]
     pub allow: Vec<IpNet>,
 }
 
@@ -113,6 +125,7 @@ pub struct Guard {
 #[serde(deny_unknown_fields, default)]
 pub struct Dns {
     /// Name servers to ask instead of the system's.
+    #[serde(deserialize_with = "addresses::many")]
     pub servers: Vec<SocketAddr>,
 }
 
@@ -409,6 +422,24 @@ mod tests {
             ("admin = \"0.0.0.0:5050\"", &["dray.toml:1", "listen and admin", "its own"]),
             ("[peers]\nlisten = \"0.0.0.0:5051\"\nservice = \"a.b\"", &["admin and peers.listen"]),
             ("listen = \"here\"", &["line 1", "listen"]),
+            ("admin = \"localhost:5051\"", &["line 1", "\"localhost:5051\" is no address", "IP:PORT"]),
+            ("[dns]\nservers = [\"10.96.0.10\"]", &["line 2", "\"10.96.0.10\"", "IP:PORT"]),
+            ("[peers]\nlisten = \"5052\"", &["line 2", "IP:PORT"]),
+            ("[peers]\nstatic = { a = [\"node1:5052\"] }", &["line 2", "\"node1:5052\"", "IP:PORT", "peers.service"]),
+            (
+                "[peers]\nservice = [\"dray.svc:5052\"]",
+                &["line 2", "\"dray.svc:5052\"", "without a port", "peers.listen"],
+            ),
+            ("[guard]\nallow = [\"10.0.0.1\"]", &["line 2", "write a network, \"10.0.0.1/32\""]),
+            ("[access]\nclients = [\"fd00::1\"]", &["line 2", "write a network, \"fd00::1/128\""]),
+            ("[access]\nclients = [\"corp\"]", &["line 2", "\"corp\" is no network", "10.0.0.0/8"]),
+            ("[[registry]]\nmatch = \"a.io\"\ntag_ttl = 60", &["line 3", "60 has no unit", "\"60s\""]),
+            ("[cache]\ndisk = 20000000000", &["line 2", "20000000000 has no unit", "\"20GiB\""]),
+            ("[cache]\ndisk = true", &["line 2", "boolean", "\"20GiB\""]),
+            ("[registry]\nmatch = \"a.io\"", &["line 1", "[[registry]]"]),
+            ("[[registry]]\nmatch = \"a.io\"\nupstreams = \"http://x\"", &["line 3", "write a list: [\"http://x\"]"]),
+            ("[[registry]]\nmatch = \"a.io\"\nimmutable_tags = \"v1\"", &["line 3", "write a list: [\"v1\"]"]),
+            ("[[pin]]\nimages = \"alpine\"", &["line 2", "write a list: [\"alpine\"]"]),
             ("version = 2", &["line 1", "version", "newer dray"]),
             ("[containerd]\nmirror = \"http://a\"", &["dray.toml:2", "containerd.mirror", "hosts_dir"]),
             ("[containerd]\nhosts_dir = \"/a\"\nmirror = \"a:1\"", &["line 3", "http://host:port"]),

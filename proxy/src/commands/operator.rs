@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::Args;
+use dray::config::address;
 use dray::server::reachable;
 use serde::de::DeserializeOwned;
 
@@ -14,7 +15,7 @@ use super::Failure;
 #[derive(Args)]
 pub(crate) struct Process {
     /// Where its admin port is
-    #[arg(long, env = "DRAY_ADMIN", value_name = "IP:PORT", default_value = "127.0.0.1:5051")]
+    #[arg(long, env = "DRAY_ADMIN", value_name = "IP:PORT", default_value = "127.0.0.1:5051", value_parser = address)]
     admin: SocketAddr,
     /// The file with its admin token, where it has one (`admin_token_file`)
     #[arg(long, value_name = "FILE")]

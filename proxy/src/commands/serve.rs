@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use clap::{Args, FromArgMatches};
 use dray::access_log::AccessLog;
-use dray::config::{Config, MIN_DISK, Share, Size, Text};
+use dray::config::{self, Config, MIN_DISK, Share, Size, Text};
 use dray::server::{self, Bound, StartError};
 use dray::telemetry::{self, Filter, LogFormat};
 
@@ -18,10 +18,10 @@ pub(crate) struct Serve {
     #[arg(long, env = "DRAY_CONFIG", value_name = "FILE")]
     config: Option<PathBuf>,
     /// Where container runtimes connect; port 0 takes any free port
-    #[arg(long, env = "DRAY_LISTEN", value_name = "IP:PORT")]
+    #[arg(long, env = "DRAY_LISTEN", value_name = "IP:PORT", value_parser = config::address)]
     listen: Option<SocketAddr>,
     /// Where operators and probes connect
-    #[arg(long, env = "DRAY_ADMIN", value_name = "IP:PORT")]
+    #[arg(long, env = "DRAY_ADMIN", value_name = "IP:PORT", value_parser = config::address)]
     admin: Option<SocketAddr>,
     /// The cache directory; it may be deleted at any time
     #[arg(long, env = "DRAY_CACHE_DIR", value_name = "DIR")]
@@ -34,7 +34,7 @@ pub(crate) struct Serve {
     cache_memory: Option<Size>,
     /// The name that has the addresses of all drays, such as a headless Service. Unless the file
     /// says where peers connect, opens 0.0.0.0:5052 for them
-    #[arg(long, env = "DRAY_PEERS_SERVICE", value_name = "NAME")]
+    #[arg(long, env = "DRAY_PEERS_SERVICE", value_name = "NAME", value_parser = config::service_name)]
     peers_service: Option<String>,
     /// The zone that this node is in
     #[arg(long, env = "DRAY_ZONE", value_name = "ZONE")]

@@ -6,22 +6,23 @@ use std::sync::Arc;
 
 use serde::Deserialize;
 
-use super::{Wrong, units};
+use super::{Wrong, addresses, zones};
 
 #[derive(Debug, Clone, PartialEq, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Peers {
     /// Where other drays connect; without it this process keeps to itself.
+    #[serde(deserialize_with = "addresses::optional")]
     pub listen: Option<SocketAddr>,
     /// The peer listeners of all drays, this one included.
-    #[serde(rename = "static", deserialize_with = "units::by_zone")]
+    #[serde(rename = "static", deserialize_with = "zones::members")]
     pub members: Vec<(Zone, SocketAddr)>,
     /// Names whose addresses are those of all drays, such as a headless Service. Each listens on
     /// the port of `listen`.
-    #[serde(deserialize_with = "units::by_zone")]
+    #[serde(deserialize_with = "zones::services")]
     pub service: Vec<(Zone, String)>,
     /// This process's own; without it, that of the name or list that has its address.
-    #[serde(deserialize_with = "units::zone")]
+    #[serde(deserialize_with = "zones::zone")]
     pub zone: Zone,
     pub zones: Zones,
     /// A file with a secret that all drays share, one to a line: the first signs, all are believed.

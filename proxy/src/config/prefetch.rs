@@ -8,6 +8,7 @@ use croner::Cron;
 use serde::Deserialize;
 use serde::de::{Deserializer, Error};
 
+use super::lists::list;
 use crate::oci::ImageName;
 
 #[derive(Debug, Clone, PartialEq, Deserialize)]
@@ -71,7 +72,7 @@ impl<'de> Deserialize<'de> for Schedule {
 }
 
 fn images<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<ImageName>, D::Error> {
-    let texts = Vec::<String>::deserialize(deserializer)?;
+    let texts = list::<_, String>(deserializer)?;
     texts.iter().map(|text| text.parse().map_err(D::Error::custom)).collect()
 }
 
