@@ -34,7 +34,7 @@ pub use credentials::{Cloud, Credentials, PasswordSource};
 pub use matching::Matching;
 pub use pattern::{HostPattern, host_matches};
 pub use peers::{Mtls, Peers, Zone, Zones};
-pub use prefetch::{Pin, Prefetch, Schedule};
+pub use prefetch::{Pin, Prefetch, Schedule, platform};
 pub use rule::{Abandoned, FarPeers, Rule, RuleAccess, TagLease};
 pub use text::{Text, Wrong};
 pub use tracing::Tracing;
