@@ -447,8 +447,11 @@ mod tests {
             ("[tracing]\nsample = 2.0", &["line 2", "from 0.0 to 1.0"]),
             ("[tracing]\notlp = \"http://c:4317\"", &["line 2", "gRPC", "4318"]),
             ("[tracing]\notlp = \"localhost:4318\"", &["line 2", "http://host:4318"]),
-            ("[peers]\nkey_file = \"k\"", &["dray.toml:1", "peers.listen"]),
-            ("[peers]\nzones = \"ignore\"", &["dray.toml:1", "peers.listen"]),
+            (
+                "[peers]\nkey_file = \"k\"",
+                &["dray.toml:2", "peers.key_file", "--peers-key-file", "peers.listen", "--peers-service"],
+            ),
+            ("[peers]\nzones = \"ignore\"", &["dray.toml:2", "peers.zones", "peers.listen"]),
             ("[peers]\nlisten = \"0.0.0.0:1\"\nservice = \"a.b\"\nzone = \"a\"", &["dray.toml:4", "peers.zone"]),
             (
                 "[peers]\nlisten = \"0.0.0.0:1\"\nkey_file = \"k\"\nmtls = { cert = \"c\", key = \"k\", ca = \"a\" }",

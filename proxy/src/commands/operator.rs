@@ -24,6 +24,9 @@ pub(crate) struct Process {
 
 const PATIENCE: Duration = Duration::from_secs(10);
 
+const REGISTRY_PORT: &str =
+    "this looks like dray's registry port; its admin port is 127.0.0.1:5051 by default: --admin";
+
 impl Process {
     /// The JSON of a path, as text and understood.
     pub(crate) async fn ask<T: DeserializeOwned>(&self, path: &str) -> Result<(String, T), Failure> {
@@ -39,6 +42,9 @@ impl Process {
         let response = request.send().await.map_err(|error| {
             failed(&format!("{}; is dray running, and is this its admin port?", dray::source::error_chain(&error)))
         })?;
+        if response.headers().contains_key("docker-distribution-api-version") {
+            return Err(failed(REGISTRY_PORT));
+        }
         let status = response.status();
         let text = response.text().await.map_err(|error| failed(&dray::source::error_chain(&error)))?;
         match status.as_u16() {
@@ -47,7 +53,10 @@ impl Process {
                 Ok((text, understood.map_err(|error| failed(&format!("its answer is not understood: {error}")))?))
             }
             400 => Err(Failure::Usage(text.trim().to_owned())),
-            401 => Err(failed("it wants a token: --token-file")),
+            401 => Err(failed(&match &self.token_file {
+                Some(file) => format!("the token in {} is not the one in its admin_token_file", file.display()),
+                None => "it wants a token: --token-file".to_owned(),
+            })),
             404 => Err(failed("it is older than this program: it has no status")),
             _ => Err(failed(text.trim())),
         }

@@ -60,6 +60,9 @@ impl Warm {
         let begun = Instant::now();
         let summary = block_on(async {
             let door = Elsewhere::new(&self.via, authorization).map_err(Failure::Usage)?;
+            door.is_there()
+                .await
+                .map_err(|why| Failure::Failed(format!("{why}: start it, or say with --via where it is")))?;
             Ok::<_, Failure>(warm::warm(&door, &images, &platforms, usize::from(self.parallel), &watching).await)
         })??;
         watching.end();

@@ -38,9 +38,17 @@ impl Peers {
         if has_members && self.listen.is_none() {
             return Err(Wrong::new("peers.listen", "is needed, so that the others can ask back"));
         }
-        let is_set = self.key_file.is_some() || self.mtls.is_some() || self.zone.is_some();
-        if (is_set || self.zones != Zones::default()) && self.listen.is_none() {
-            return Err(Wrong::new("peers.listen", "is needed: without it there are no peers"));
+        let useless = [
+            ("peers.key_file", "(or --peers-key-file, DRAY_PEERS_KEY_FILE) ", self.key_file.is_some()),
+            ("peers.mtls", "", self.mtls.is_some()),
+            ("peers.zone", "(or --zone, DRAY_ZONE) ", self.zone.is_some()),
+            ("peers.zones", "", self.zones != Zones::default()),
+        ];
+        let set = useless.into_iter().find(|(_, _, is_set)| *is_set && self.listen.is_none());
+        if let Some((key, or, _)) = set {
+            let problem =
+                "is of no use without peers.listen (or --peers-service, DRAY_PEERS_SERVICE): there are no peers";
+            return Err(Wrong::new(key, format!("{or}{problem}")));
         }
         if self.key_file.is_some() && self.mtls.is_some() {
             return Err(Wrong::new("peers.key_file", "is not needed beside mtls: choose one of them"));

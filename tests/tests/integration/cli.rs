@@ -114,6 +114,9 @@ fn a_wrong_configuration_opens_no_port() {
     let wrong_log = output(Start::new("").command().env("DRAY_LOG", "warning"));
     assert_eq!(wrong_log.status.code(), Some(2));
     assert!(String::from_utf8_lossy(&wrong_log.stderr).contains("warn,access=info"));
+    let alone = output(Command::new(binary()).args(["--zone", "a"]));
+    let said = String::from_utf8_lossy(&alone.stderr);
+    assert!(alone.status.code() == Some(2) && said.contains("--zone") && said.contains("--peers-service"), "{said}");
     let wrong_port = output(Command::new(binary()).args(["--listen", "5050"]));
     assert_eq!(wrong_port.status.code(), Some(2));
     assert!(String::from_utf8_lossy(&wrong_port.stderr).contains("write IP:PORT"));

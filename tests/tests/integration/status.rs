@@ -145,6 +145,13 @@ async fn the_status_is_for_the_machine_or_for_those_with_the_token() {
     assert!(code == Some(1) && error.contains("--token-file"), "{error}");
     let (code, _, error) = command(&guarded, &["status", "--token-file", file.to_str().unwrap()]);
     assert_eq!(code, Some(0), "{error}");
+    let wrong = dir.path().join("wrong");
+    std::fs::write(&wrong, "0123456789abcdeg\n").unwrap();
+    let (code, _, error) = command(&guarded, &["status", "--token-file", wrong.to_str().unwrap()]);
+    assert!(code == Some(1) && error.contains("wrong is not the one in its admin_token_file"), "{error}");
+    let registry = output(Command::new(binary()).args(["status", "--admin", &near.registry.to_string()]));
+    let said = String::from_utf8_lossy(&registry.stderr);
+    assert!(registry.status.code() == Some(1) && said.contains("registry port") && said.contains("5051"), "{said}");
     let nobody = output(Command::new(binary()).args(["status", "--admin", &format!("127.0.0.1:{}", free_port())]));
     assert!(nobody.status.code() == Some(1) && String::from_utf8_lossy(&nobody.stderr).contains("is dray running"));
 }
