@@ -213,9 +213,8 @@ impl Config {
         self.peers.check()?;
         self.check_addresses()?;
         let asks_who = |rule: &&Spanned<Rule>| rule.get_ref().access == RuleAccess::Client;
-        let are_proven = self.peers.key_file.is_some() || self.peers.mtls.is_some();
         match self.registry.iter().find(asks_who) {
-            Some(rule) if self.peers.listen.is_some() && !are_proven => {
+            Some(rule) if self.peers.listen.is_some() && !self.peers.are_proven() => {
                 let problem = format!(
                     "\"client\" of \"{}\" with peers needs peers.key_file (or --peers-key-file, DRAY_PEERS_KEY_FILE) or \
                      peers.mtls: without, whoever reaches their port would be taken for one of them",

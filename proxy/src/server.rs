@@ -92,6 +92,7 @@ pub fn run(
     metrics.config.with_label_values(&[&config.hash()]).set(1);
     let registries = Arc::new(Registries::new(&config));
     let (pull, store) = runtime.block_on(compose(&config, &registries, &metrics))?;
+    warn_of_strangers(&config);
 
     // Peers, or whoever finds their port, take no room from this node's own clients.
     let [of_clients, of_peers] = [(); 2].map(|()| Arc::new(Load::default()));
@@ -223,6 +224,21 @@ pub fn check(config: &Config) -> Result<(), StartError> {
 
 fn service<A>(name: &str, app: A, most: usize) -> Service<Connections<A>> {
     Service::new(name.to_owned(), Connections::new(app, most))
+}
+
+/// Says what peers that prove nothing cost, and whom they let in.
+fn warn_of_strangers(config: &Config) {
+    if config.peers.listen.is_none() || config.peers.are_proven() {
+        return;
+    }
+    tracing::warn!("peers without key_file or mtls: tags and images that need credentials are not shared");
+    let (access, tls) = (&config.access, &config.tls);
+    if !access.clients.is_empty() || access.logins_file.is_some() || tls.client_ca.is_some() {
+        tracing::warn!(
+            "access.clients, access.logins_file and tls.client_ca guard the registry port only: without peers.key_file or \
+             peers.mtls whoever reaches the peers' port gets what is public"
+        );
+    }
 }
 
 /// Who gets what only some may have.

@@ -32,6 +32,11 @@ pub struct Peers {
 }
 
 impl Peers {
+    /// Whether peers have to prove who they are.
+    pub fn are_proven(&self) -> bool {
+        self.key_file.is_some() || self.mtls.is_some()
+    }
+
     /// Whether it makes sense as a whole.
     pub(super) fn check(&self) -> Result<(), Wrong> {
         let has_members = !self.members.is_empty() || !self.service.is_empty();

@@ -5,7 +5,7 @@ use std::process::Command;
 use dray_tests::dray::{Start, binary};
 use dray_tests::eventually;
 use dray_tests::http::get;
-use dray_tests::process::output;
+use dray_tests::process::{free_port, output};
 
 fn check(text: &str) -> (i32, String) {
     let dir = tempfile::tempdir().unwrap();
@@ -123,6 +123,34 @@ fn a_wrong_configuration_opens_no_port() {
     let wrong_flag = output(Command::new(binary()).args(["--cache-disk", "20GB"]));
     assert_eq!(wrong_flag.status.code(), Some(2));
     assert!(String::from_utf8_lossy(&wrong_flag.stderr).contains("GiB"));
+}
+
+/// Who guards the registry port may think that it guards the other one as well.
+#[tokio::test(flavor = "multi_thread")]
+async fn peers_that_prove_nothing_are_told_at_the_start() {
+    let dir = tempfile::tempdir().unwrap();
+    let key = dir.path().join("key");
+    std::fs::write(&key, "sixteen characters or more").unwrap();
+    let peers = || {
+        let address = format!("127.0.0.1:{}", free_port());
+        format!("[peers]\nlisten = \"{address}\"\nstatic = [\"{address}\"]\n")
+    };
+    let clients = "[access]\nclients = [\"127.0.0.0/8\"]\n";
+    for (nth, (config, says)) in [
+        (peers(), &["peers without key_file or mtls"][..]),
+        (clients.to_owned() + &peers(), &["peers without key_file or mtls", "guard the registry port only"]),
+        (clients.to_owned() + &peers() + &format!("key_file = \"{}\"\n", key.display()), &[]),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let log = dir.path().join(format!("log{nth}"));
+        let mut dray = Start::new(config).env("DRAY_LOG", "warn").log_to(&log).run();
+        dray.process().kill();
+        let text = std::fs::read_to_string(&log).unwrap();
+        assert_eq!(text.lines().filter(|line| line.contains("WARN")).count(), says.len(), "{text}");
+        assert!(says.iter().all(|says| text.contains(says)), "{text}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
