@@ -1,5 +1,6 @@
 //! Composition: opens the store, starts the listeners, says so, and drains before it stops.
 
+use std::io::IsTerminal;
 use std::net::{SocketAddr, TcpStream};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -88,6 +89,9 @@ pub fn run(
         .map_err(|e| StartError::Failed(format!("no threads: {e}")))?;
     // From here on a signal ends the process in order, however far it has come.
     let signals = runtime.block_on(async { Signals::watch() }).map_err(|e| StartError::Failed(e.to_string()))?;
+    if !std::io::stderr().is_terminal() {
+        runtime.spawn(ignore_hangups());
+    }
     let metrics = Arc::new(Metrics::new());
     metrics.config.with_label_values(&[&config.hash()]).set(1);
     let registries = Arc::new(Registries::new(&config));
@@ -402,6 +406,14 @@ struct Signals {
 impl Signals {
     fn watch() -> std::io::Result<Self> {
         Ok(Self { terminate: signal(SignalKind::terminate())?, interrupt: signal(SignalKind::interrupt())? })
+    }
+}
+
+/// Who sends one wants the configuration to be read again. Where there is a terminal it means that this is gone.
+async fn ignore_hangups() {
+    let Ok(mut hangups) = signal(SignalKind::hangup()) else { return };
+    while hangups.recv().await.is_some() {
+        tracing::warn!("SIGHUP is ignored: the configuration is read at the start only, restart after a change");
     }
 }
 

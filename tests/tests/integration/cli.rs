@@ -6,6 +6,7 @@ use dray_tests::dray::{Start, binary};
 use dray_tests::eventually;
 use dray_tests::http::get;
 use dray_tests::process::{free_port, output};
+use rustix::process::Signal;
 
 fn check(text: &str) -> (i32, String) {
     let dir = tempfile::tempdir().unwrap();
@@ -151,6 +152,20 @@ async fn peers_that_prove_nothing_are_told_at_the_start() {
         assert_eq!(text.lines().filter(|line| line.contains("WARN")).count(), says.len(), "{text}");
         assert!(says.iter().all(|says| text.contains(says)), "{text}");
     }
+}
+
+/// A dray that is told to read its configuration again is not one that is told to go.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_hangup_ends_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let log = dir.path().join("log");
+    let mut dray = Start::new("").env("DRAY_LOG", "warn").log_to(&log).run();
+    dray.process().signal(Signal::HUP);
+    eventually("it says so", async || {
+        std::fs::read_to_string(&log).unwrap().contains("SIGHUP is ignored").then_some(())
+    })
+    .await;
+    assert_eq!(dray.get("/v2/").await.status, 200);
 }
 
 #[tokio::test(flavor = "multi_thread")]
