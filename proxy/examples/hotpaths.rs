@@ -24,7 +24,7 @@ use dray::registries::Registries;
 use dray::respond::Reply;
 use dray::source::ServedFrom;
 use dray::store::{Kind, SmallObject, Store};
-use dray::telemetry::{self, LogFormat};
+use dray::telemetry::{self, Filter, LogFormat};
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -133,7 +133,7 @@ fn count_answers(count: u32) {
 
 /// An answer, for the access log.
 fn log(count: u32) {
-    let sink = telemetry::init("info", LogFormat::Text).unwrap();
+    let sink = telemetry::init(&Filter::default(), LogFormat::Text).unwrap();
     let access_log = AccessLog::new(LogFormat::Text, sink.clone());
     let path = format!("/v2/library/alpine/manifests/{}", Digest::of(b"x"));
     for _ in 0..count {

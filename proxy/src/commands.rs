@@ -14,9 +14,12 @@ use std::future::Future;
 use std::io::Write;
 use std::path::Path;
 
-use dray::config::Config;
+use dray::config::{ConfigError, Text, Wrong};
+use dray::origin::credentials_are_here;
 use dray::server;
-use dray::telemetry::{self, LogFormat};
+use dray::telemetry::{self, Filter, LogFormat};
+
+use self::serve::Serve;
 
 /// Why a command ends without success.
 pub(crate) enum Failure {
@@ -24,19 +27,44 @@ pub(crate) enum Failure {
     Failed(String),
 }
 
+impl From<ConfigError> for Failure {
+    fn from(error: ConfigError) -> Self {
+        Self::Usage(error.to_string())
+    }
+}
+
 /// `dray check-config`.
 pub(crate) fn check_config(file: &Path) -> Result<(), Failure> {
-    Config::load(file).map_err(|e| Failure::Usage(e.to_string()))?;
+    let text = Text::read(file)?;
+    let config = text.parse()?;
     say(&format!("{}: ok", file.display()));
+    // Flags and variables may bring what is missing.
+    if let Err(wrong) = config.check_together() {
+        say(&format!("note: {}", text.locate(wrong)));
+    }
     Ok(())
 }
 
 /// `dray check-config --here`.
 pub(crate) fn check_config_here(file: &Path) -> Result<(), Failure> {
-    let config = Config::load(file).map_err(|e| Failure::Usage(e.to_string()))?;
+    let (config, text) = Serve::here(file)?.config()?;
     block_on(async { server::check(&config) })?.map_err(|e| Failure::Usage(format!("{}: {e}", file.display())))?;
+    for rule in &config.registry {
+        let Some(credentials) = &rule.get_ref().credentials else { continue };
+        credentials_are_here(credentials).map_err(|problem| {
+            located(text.as_ref(), Wrong::of_rule(rule.span().start, "registry.credentials", problem))
+        })?;
+    }
     say(&format!("{}: ok, and so is what it names here", file.display()));
     Ok(())
+}
+
+/// Says where it stands, if a file says it.
+fn located(text: Option<&Text>, wrong: Wrong) -> Failure {
+    match text {
+        Some(text) => text.locate(wrong).into(),
+        None => Failure::Usage(wrong.to_string()),
+    }
 }
 
 /// Prints what a command has to say. A closed pipe is the reader's business.
@@ -63,7 +91,7 @@ fn block_on<T>(asking: impl Future<Output = T>) -> Result<T, Failure> {
 
 /// For commands that stay.
 fn log_to_stderr() -> Result<(), Failure> {
-    telemetry::init("info", LogFormat::Text).map(drop).map_err(Failure::Usage)
+    telemetry::init(&Filter::default(), LogFormat::Text).map(drop).map_err(Failure::Usage)
 }
 
 /// Before anything else may choose another provider.

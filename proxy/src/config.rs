@@ -3,37 +3,44 @@
 //! Unknown keys, wrong units, unreachable rules and duplicates are errors that name file, line and
 //! key. An accepted key is never ignored.
 
+mod addresses;
 mod containerd;
 mod credentials;
+mod lists;
 mod matching;
 mod pattern;
 mod peers;
 mod prefetch;
 mod rule;
+mod text;
 mod tracing;
 mod units;
 mod upstream;
+mod zones;
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::num::NonZeroU16;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use ipnet::IpNet;
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
 use toml::Spanned;
 
+pub use addresses::address;
 pub use containerd::{Containerd, Mirror, WrongMirror};
 pub use credentials::{Cloud, Credentials, PasswordSource};
 pub use matching::Matching;
 pub use pattern::{HostPattern, host_matches};
 pub use peers::{Mtls, Peers, Zone, Zones};
-pub use prefetch::{Pin, Prefetch, Schedule};
+pub use prefetch::{Pin, Prefetch, Schedule, platform};
 pub use rule::{Abandoned, FarPeers, Rule, RuleAccess, TagLease};
+pub use text::{Text, Wrong};
 pub use tracing::Tracing;
 pub use units::{Share, Size, Span, whole_tag};
 pub use upstream::{Scheme, Upstream};
+pub use zones::service_name;
 
 /// Everything a running dray needs to know, with every default filled in.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
@@ -43,8 +50,10 @@ pub struct Config {
     #[serde(deserialize_with = "units::version")]
     pub version: u64,
     /// Where container runtimes connect.
+    #[serde(deserialize_with = "addresses::one")]
     pub listen: SocketAddr,
     /// Where operators and probes connect.
+    #[serde(deserialize_with = "addresses::one")]
     pub admin: SocketAddr,
     /// Who knows the token in it is shown the status. None: whoever sits at the machine.
     pub admin_token_file: Option<PathBuf>,
@@ -54,8 +63,11 @@ pub struct Config {
     pub dns: Dns,
     pub tls: Tls,
     /// Rules in order; the first match wins.
+    #[serde(deserialize_with = "lists::list")]
     pub registry: Vec<Spanned<Rule>>,
+    #[serde(deserialize_with = "lists::list")]
     pub prefetch: Vec<Prefetch>,
+    #[serde(deserialize_with = "lists::list")]
     pub pin: Vec<Pin>,
     pub peers: Peers,
     pub containerd: Containerd,
@@ -82,6 +94,7 @@ pub struct Access {
     /// What happens to registries that no rule names.
     pub unlisted: Unlisted,
     /// Networks whose clients are answered. Empty: everybody's.
+    #[serde(deserialize_with = "addresses::networks")]
     pub clients: Vec<IpNet>,
     /// That one address may have open at once.
     pub requests_at_once: Option<NonZeroU16>,
@@ -104,6 +117,7 @@ pub enum Unlisted {
 #[serde(deny_unknown_fields, default)]
 pub struct Guard {
     /// Networks beside the public Internet that upstreams not written in this file may reach.
+    #[serde(deserialize_with = "addresses::networks")]
     pub allow: Vec<IpNet>,
 }
 
@@ -111,6 +125,7 @@ pub struct Guard {
 #[serde(deny_unknown_fields, default)]
 pub struct Dns {
     /// Name servers to ask instead of the system's.
+    #[serde(deserialize_with = "addresses::many")]
     pub servers: Vec<SocketAddr>,
 }
 
@@ -139,31 +154,24 @@ pub enum ConfigError {
     Unreadable { file: String, source: std::io::Error },
     #[error("{file}: {error}")]
     Syntax { file: String, error: Box<toml::de::Error> },
-    #[error("{file}:{line}: {key}: {problem}")]
-    Invalid { file: String, line: usize, key: String, problem: String },
+    /// `place` is the file, and the line where there is one; `written` what that line says.
+    #[error("{place}: {wrong}{written}")]
+    Invalid { place: String, wrong: Wrong, written: String },
 }
 
 // === impl Config ===
 
 impl Config {
-    /// Reads and checks a file.
-    pub fn load(path: &Path) -> Result<Self, ConfigError> {
-        let file = path.display().to_string();
-        let text =
-            std::fs::read_to_string(path).map_err(|source| ConfigError::Unreadable { file: file.clone(), source })?;
-        Self::parse(&text, &file)
+    /// Understands and checks a text; `file` is only for messages.
+    pub fn parse(text: &str, file: &str) -> Result<Self, ConfigError> {
+        Text::new(text, file).parse()
     }
 
-    /// Checks a text; `file` is only for messages.
-    pub fn parse(text: &str, file: &str) -> Result<Self, ConfigError> {
-        let mut config: Self = toml::from_str(text)
-            .map_err(|error| ConfigError::Syntax { file: file.to_owned(), error: Box::new(error) })?;
-        for rule in config.registry.iter_mut().map(Spanned::get_mut).filter(|rule| rule.deny) {
-            // A ban that a port gets round is none.
+    /// A ban that a port gets round is none.
+    fn deny_on_every_port(&mut self) {
+        for rule in self.registry.iter_mut().map(Spanned::get_mut).filter(|rule| rule.deny) {
             rule.pattern = rule.pattern.clone().on_every_port();
         }
-        config.check(text, file)?;
-        Ok(config)
     }
 
     /// Tells configurations apart by what nodes of one cluster have in common.
@@ -178,64 +186,48 @@ impl Config {
         digest[..6].iter().map(|byte| format!("{byte:02x}")).collect()
     }
 
-    fn check(&self, text: &str, file: &str) -> Result<(), ConfigError> {
-        let at = |offset: usize, key: &str, problem: String| ConfigError::Invalid {
-            file: file.to_owned(),
-            line: text[..offset.min(text.len())].matches('\n').count() + 1,
-            key: key.to_owned(),
-            problem,
-        };
-        // The line that opens a table; its name may also stand in a comment.
-        let section = |name: &str| {
-            let lines = text.lines().scan(0, |offset, line| {
-                let start = *offset;
-                *offset += line.len() + 1;
-                Some((start, line))
-            });
-            lines.filter(|(_, line)| line.trim_start().starts_with(name)).map(|(start, _)| start).next().unwrap_or(0)
-        };
+    fn check(&self, text: &Text) -> Result<(), Wrong> {
         if self.cache.disk.is_below(MIN_DISK) {
             let problem = format!("\"{}\" is too little, at least {MIN_DISK} are needed", self.cache.disk);
-            return Err(at(section("[cache]"), "cache.disk", problem));
+            return Err(Wrong::new("cache.disk", problem));
         }
-        if let Err(problem) = self.check_addresses() {
-            return Err(at(0, "listen", problem));
-        }
+        self.check_addresses()?;
         if self.tls.cert.is_some() != self.tls.key.is_some() {
-            return Err(at(section("[tls]"), "tls", "cert and key belong together".into()));
+            return Err(Wrong::new("tls", "cert and key belong together"));
         }
         if self.tls.client_ca.is_some() && self.tls.cert.is_none() {
-            return Err(at(section("[tls]"), "tls.client_ca", "needs cert and key".into()));
+            return Err(Wrong::new("tls.client_ca", "needs cert and key"));
         }
-        self.peers.check().map_err(|(key, problem)| at(section("[peers]"), key, problem.to_owned()))?;
+        self.peers.check()?;
         if let Some(key) = self.containerd.is_useless() {
-            let problem = "is of no use without containerd.hosts_dir".to_owned();
-            return Err(at(section("[containerd]"), key, problem));
+            return Err(Wrong::new(key, "is of no use without containerd.hosts_dir"));
         }
         if let Some(key) = self.tracing.is_useless() {
-            return Err(at(section("[tracing]"), key, "is of no use without tracing.otlp".to_owned()));
+            return Err(Wrong::new(key, "is of no use without tracing.otlp"));
         }
-        self.check_rules(&at)
+        self.check_rules(text)
     }
 
     /// What can only be known when flags and variables have been added.
-    pub fn check_together(&self) -> Result<(), String> {
-        self.peers.check().map_err(|(key, problem)| format!("{key}: {problem}"))?;
+    pub fn check_together(&self) -> Result<(), Wrong> {
+        self.peers.check()?;
         self.check_addresses()?;
-        let asks_who = |rule: &Spanned<Rule>| rule.get_ref().access == RuleAccess::Client;
-        let are_proven = self.peers.key_file.is_some() || self.peers.mtls.is_some();
-        match self.registry.iter().find(|rule| asks_who(rule)) {
-            Some(rule) if self.peers.listen.is_some() && !are_proven => Err(format!(
-                "registry.access = \"client\" of \"{}\" with peers needs peers.key_file or peers.mtls: without, whoever \
-                 reaches their port would be taken for one of them",
-                rule.get_ref().pattern
-            )),
+        let asks_who = |rule: &&Spanned<Rule>| rule.get_ref().access == RuleAccess::Client;
+        match self.registry.iter().find(asks_who) {
+            Some(rule) if self.peers.listen.is_some() && !self.peers.are_proven() => {
+                let problem = format!(
+                    "\"client\" of \"{}\" with peers needs peers.key_file (or --peers-key-file, DRAY_PEERS_KEY_FILE) or \
+                     peers.mtls: without, whoever reaches their port would be taken for one of them",
+                    rule.get_ref().pattern
+                );
+                Err(Wrong::of_rule(rule.span().start, "registry.access", problem))
+            }
             _ => Ok(()),
         }
     }
 
     /// The kernel would let two listeners share an address, and each would get some of the other's connections.
-    fn check_addresses(&self) -> Result<(), String> {
+    fn check_addresses(&self) -> Result<(), Wrong> {
         let all = [("listen", Some(self.listen)), ("admin", Some(self.admin)), ("peers.listen", self.peers.listen)];
         let all: Vec<_> = all.into_iter().filter_map(|(key, address)| Some((key, address?))).collect();
         for (nth, (key, address)) in all.iter().enumerate() {
@@ -245,30 +237,33 @@ impl Config {
                 address.port() == other.port() && address.port() != 0 && meets
             };
             if let Some((other, _)) = all[nth + 1..].iter().find(is_same) {
-                return Err(format!("{key} and {other} have the same address, {address}: each needs its own"));
+                let problem = format!("{key} and {other} have the same address, {address}: each needs its own");
+                return Err(Wrong::new(other, problem));
             }
         }
         Ok(())
     }
 
-    fn check_rules(&self, at: &dyn Fn(usize, &str, String) -> ConfigError) -> Result<(), ConfigError> {
+    fn check_rules(&self, text: &Text) -> Result<(), Wrong> {
         let mut aliases: HashMap<&str, &Matching> = HashMap::new();
         for (index, spanned) in self.registry.iter().enumerate() {
             let (rule, start) = (spanned.get_ref(), spanned.span().start);
-            let earlier = self.registry[..index].iter().map(|r| &r.get_ref().pattern);
-            if let Some(cover) = earlier.into_iter().find(|p| p.covers(&rule.pattern)) {
-                let problem = format!("\"{}\" is never reached: \"{cover}\" above matches first", rule.pattern);
-                return Err(at(start, "registry.match", problem));
+            let mut earlier = self.registry[..index].iter();
+            if let Some(cover) = earlier.find(|earlier| earlier.get_ref().pattern.covers(&rule.pattern)) {
+                let (line, cover) = (text.line_at(cover.span().start), &cover.get_ref().pattern);
+                let problem =
+                    format!("\"{}\" is never reached: \"{cover}\" of line {line} matches first", rule.pattern);
+                return Err(Wrong::of_rule(start, "registry.match", problem));
             }
-            rule.check().map_err(|(key, problem)| at(start, key, problem))?;
+            rule.check().map_err(|(key, problem)| Wrong::of_rule(start, key, problem))?;
             if rule.access == RuleAccess::Client && self.access.logins_file.is_some() {
                 let problem = "a request has one Authorization: that of access.logins_file, or the registry's own";
-                return Err(at(start, "registry.access", problem.to_owned()));
+                return Err(Wrong::of_rule(start, "registry.access", problem));
             }
             for alias in &rule.alias {
                 if let Some(other) = aliases.insert(alias, &rule.pattern) {
                     let problem = format!("\"{alias}\" already stands for \"{other}\"");
-                    return Err(at(start, "registry.alias", problem));
+                    return Err(Wrong::of_rule(start, "registry.alias", problem));
                 }
             }
         }
@@ -380,61 +375,86 @@ mod tests {
             ("[[registry]]\nmatch = \"a.io\"\nupstreams = [\"ftp://x\"]", &["line 3", "http"]),
             (
                 "[[registry]]\nmatch = \"a.io\"\nupstreams = [\"https://x/y\"]",
-                &["dray.toml:1", "registry.upstreams", "{repo}"],
+                &["dray.toml:3", "registry.upstreams", "{repo}"],
             ),
             (
                 "[[registry]]\nmatch = \"a.io/b\"\nupstreams = [\"https://x/{rest}\"]",
-                &["dray.toml:1", "{rest}", "a.io/b"],
+                &["dray.toml:3", "{rest}", "a.io/b"],
             ),
-            ("[[registry]]\nmatch = \"a.io/b\"\nalias = [\"c\"]", &["dray.toml:1", "registry.alias"]),
-            ("[[registry]]\nmatch = \"a.io\"\n[[registry]]\nmatch = \"a.io/b/*\"", &["dray.toml:3", "never reached"]),
+            ("[[registry]]\nmatch = \"a.io/b\"\nalias = [\"c\"]", &["dray.toml:3", "registry.alias"]),
+            ("[[registry]]\nmatch = \"a.io\"\n[[registry]]\nmatch = \"a.io/b/*\"", &["dray.toml:4", "never reached"]),
             ("[[registry]]\nmatch = \"a.io\"\nimmutable_tags = [\"(\"]", &["line 3", "immutable_tags"]),
             ("[[registry]]\nmatch = \"a.io\"\ntags = [{ match = \"(\", ttl = \"1s\" }]", &["line 3", "match"]),
             ("[[registry]]\nmatch = \"a.io\"\ntags = [{ match = \"x\" }]", &["line 3", "ttl"]),
             ("[[registry]]\nmatch = \"a b\"", &["line 2", "match"]),
             ("[[registry]]\nupstreams = []", &["match"]),
             (
-                "[[registry]]\nmatch = \"a.io\"\n[[registry]]\nmatch = \"a.io\"",
-                &["dray.toml:3", "registry.match", "a.io"],
+                "[[registry]]\nmatch = \"docker.io\"\n[[registry]]\nmatch = \"registry-1.docker.io\"",
+                &["dray.toml:4", "\"docker.io\" of line 1 matches first", "match = \"registry-1.docker.io\""],
             ),
-            ("[[registry]]\nmatch = \"*\"\n[[registry]]\nmatch = \"b.io\"", &["dray.toml:3", "never reached"]),
+            (
+                "[[registry]]\nmatch = \"a.io\"\n[[registry]]\nmatch = \"a.io\"",
+                &["dray.toml:4", "registry.match", "a.io", "of line 1"],
+            ),
+            ("[[registry]]\nmatch = \"*\"\n[[registry]]\nmatch = \"b.io\"", &["dray.toml:4", "never reached"]),
             (
                 "[[registry]]\nmatch = \"*.io\"\ncredentials = { username = \"u\", password_env = \"P\" }",
-                &["dray.toml:1", "credentials"],
+                &["dray.toml:3", "credentials"],
             ),
             ("[[registry]]\nmatch = \"a.io\"\ncredentials = { username = \"u\" }", &["line 3", "password"]),
             ("[[registry]]\nmatch = \"a.io\"\naccess = \"public\"", &["line 3", "shared", "client"]),
             (
                 "[[registry]]\nmatch = \"a.io\"\naccess = \"client\"\ncredentials = { helper = \"x\" }",
-                &["dray.toml:1", "registry.credentials", "their own"],
+                &["dray.toml:4", "registry.credentials", "their own"],
             ),
             (
                 "[[registry]]\nmatch = \"a.io\"\naccess = \"client\"\nupstreams = [\"https://a\", \"https://b\"]",
-                &["dray.toml:1", "registry.upstreams"],
+                &["dray.toml:4", "registry.upstreams"],
             ),
             (
                 "[access]\nlogins_file = \"l\"\n[[registry]]\nmatch = \"a.io\"\naccess = \"client\"",
-                &["dray.toml:3", "registry.access", "logins_file"],
+                &["dray.toml:5", "registry.access", "logins_file"],
             ),
-            ("[[registry]]\nmatch = \"a.io\"\nalias = [\"x.y\"]", &["dray.toml:1", "registry.alias"]),
-            ("# [cache]\n[cache]\ndisk = \"1MiB\"", &["dray.toml:2", "cache.disk", "64MiB"]),
+            ("[[registry]]\nmatch = \"a.io\"\nalias = [\"x.y\"]", &["dray.toml:3", "registry.alias"]),
+            ("# [cache]\n[cache]\ndisk = \"1MiB\"", &["dray.toml:3", "cache.disk", "64MiB", "disk = \"1MiB\""]),
             ("[tls]\ncert = \"c\"", &["dray.toml:1", "tls"]),
             ("admin = \"0.0.0.0:5050\"", &["dray.toml:1", "listen and admin", "its own"]),
             ("[peers]\nlisten = \"0.0.0.0:5051\"\nservice = \"a.b\"", &["admin and peers.listen"]),
             ("listen = \"here\"", &["line 1", "listen"]),
+            ("admin = \"localhost:5051\"", &["line 1", "\"localhost:5051\" is no address", "IP:PORT"]),
+            ("[dns]\nservers = [\"10.96.0.10\"]", &["line 2", "\"10.96.0.10\"", "IP:PORT"]),
+            ("[peers]\nlisten = \"5052\"", &["line 2", "IP:PORT"]),
+            ("[peers]\nstatic = { a = [\"node1:5052\"] }", &["line 2", "\"node1:5052\"", "IP:PORT", "peers.service"]),
+            (
+                "[peers]\nservice = [\"dray.svc:5052\"]",
+                &["line 2", "\"dray.svc:5052\"", "without a port", "peers.listen"],
+            ),
+            ("[guard]\nallow = [\"10.0.0.1\"]", &["line 2", "write a network, \"10.0.0.1/32\""]),
+            ("[access]\nclients = [\"fd00::1\"]", &["line 2", "write a network, \"fd00::1/128\""]),
+            ("[access]\nclients = [\"corp\"]", &["line 2", "\"corp\" is no network", "10.0.0.0/8"]),
+            ("[[registry]]\nmatch = \"a.io\"\ntag_ttl = 60", &["line 3", "60 has no unit", "\"60s\""]),
+            ("[cache]\ndisk = 20000000000", &["line 2", "20000000000 has no unit", "\"20GiB\""]),
+            ("[cache]\ndisk = true", &["line 2", "boolean", "\"20GiB\""]),
+            ("[registry]\nmatch = \"a.io\"", &["line 1", "[[registry]]"]),
+            ("[[registry]]\nmatch = \"a.io\"\nupstreams = \"http://x\"", &["line 3", "write a list: [\"http://x\"]"]),
+            ("[[registry]]\nmatch = \"a.io\"\nimmutable_tags = \"v1\"", &["line 3", "write a list: [\"v1\"]"]),
+            ("[[pin]]\nimages = \"alpine\"", &["line 2", "write a list: [\"alpine\"]"]),
             ("version = 2", &["line 1", "version", "newer dray"]),
-            ("[containerd]\nmirror = \"http://a\"", &["dray.toml:1", "containerd.mirror", "hosts_dir"]),
+            ("[containerd]\nmirror = \"http://a\"", &["dray.toml:2", "containerd.mirror", "hosts_dir"]),
             ("[containerd]\nhosts_dir = \"/a\"\nmirror = \"a:1\"", &["line 3", "http://host:port"]),
-            ("[tracing]\nsample = 0.5", &["dray.toml:1", "tracing.sample", "tracing.otlp"]),
+            ("[tracing]\nsample = 0.5", &["dray.toml:2", "tracing.sample", "tracing.otlp"]),
             ("[tracing]\nsample = 2.0", &["line 2", "from 0.0 to 1.0"]),
             ("[tracing]\notlp = \"http://c:4317\"", &["line 2", "gRPC", "4318"]),
             ("[tracing]\notlp = \"localhost:4318\"", &["line 2", "http://host:4318"]),
-            ("[peers]\nkey_file = \"k\"", &["dray.toml:1", "peers.listen"]),
-            ("[peers]\nzones = \"ignore\"", &["dray.toml:1", "peers.listen"]),
-            ("[peers]\nlisten = \"0.0.0.0:1\"\nservice = \"a.b\"\nzone = \"a\"", &["dray.toml:1", "peers.zone"]),
+            (
+                "[peers]\nkey_file = \"k\"",
+                &["dray.toml:2", "peers.key_file", "--peers-key-file", "peers.listen", "--peers-service"],
+            ),
+            ("[peers]\nzones = \"ignore\"", &["dray.toml:2", "peers.zones", "peers.listen"]),
+            ("[peers]\nlisten = \"0.0.0.0:1\"\nservice = \"a.b\"\nzone = \"a\"", &["dray.toml:4", "peers.zone"]),
             (
                 "[peers]\nlisten = \"0.0.0.0:1\"\nkey_file = \"k\"\nmtls = { cert = \"c\", key = \"k\", ca = \"a\" }",
-                &["dray.toml:1", "peers.key_file", "mtls"],
+                &["dray.toml:3", "peers.key_file", "mtls"],
             ),
             ("[peers]\nmtls = { cert = \"c\" }", &["line 2", "key"]),
             ("listen = \"127.0.0.1:1\"\nlisten = \"127.0.0.1:2\"", &["line 2", "listen"]),
@@ -444,6 +464,19 @@ mod tests {
                 assert!(message.contains(want), "{text}\n-> {message}\nlacks {want}");
             }
         }
+    }
+
+    #[test]
+    fn what_only_the_start_can_know_is_told_with_its_line() {
+        let peers = "[[registry]]\nmatch = \"reg.corp\"\naccess = \"client\"\n[peers]\nlisten = \"0.0.0.0:1\"\nservice = \"a.b\"\n";
+        let text = Text::new(peers, "dray.toml");
+        let mut config = text.parse().unwrap();
+        let message = text.locate(config.check_together().unwrap_err()).to_string();
+        for want in ["dray.toml:3: registry.access", "reg.corp", "peers.key_file", "--peers-key-file", "peers.mtls"] {
+            assert!(message.contains(want), "{message}");
+        }
+        config.peers.key_file = Some("key".into());
+        assert_eq!(config.check_together(), Ok(()));
     }
 
     #[test]

@@ -44,8 +44,8 @@ enum Command {
     CheckConfig {
         /// The file
         file: PathBuf,
-        /// Also check what this machine has to have for it: certificates, keys and other files that it names, an address
-        /// among peers.static, containerd's hosts directory
+        /// Also check what this machine has to have for it: certificates, keys and other files that it names, credentials, an address
+        /// among peers.static, containerd's hosts directory. DRAY_... variables hold as they do at the start
         #[arg(long)]
         here: bool,
     },

@@ -28,6 +28,7 @@ pub use self::auth::Exchanged;
 use self::auth::Tokens;
 pub use self::condition::UpstreamView;
 use self::condition::{Conditions, Known};
+pub use self::credentials::are_here as credentials_are_here;
 use self::guard::Guard;
 use self::http::Http;
 use self::question::{Kind, Question, claimed_digest};

@@ -186,6 +186,9 @@ impl FromStr for Runtime {
     type Err = String;
 
     fn from_str(name: &str) -> Result<Self, String> {
+        if name == "containerd" {
+            return Err("containerd has commands of its own: dray containerd install".to_owned());
+        }
         let names = || ALL.map(Self::as_str).join(", ");
         let found = ALL.into_iter().find(|runtime| runtime.as_str() == name);
         found.ok_or_else(|| format!("\"{name}\" is none of {}", names()))
@@ -310,6 +313,7 @@ mod tests {
             assert!(!said.contains("MIRROR") && !said.contains("REGISTRIES"), "{said}");
         }
         assert!("dockr".parse::<Runtime>().unwrap_err().contains("docker, buildkit"));
+        assert!("containerd".parse::<Runtime>().unwrap_err().contains("dray containerd install"));
     }
 
     #[test]

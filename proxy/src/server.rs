@@ -1,5 +1,6 @@
 //! Composition: opens the store, starts the listeners, says so, and drains before it stops.
 
+use std::io::IsTerminal;
 use std::net::{SocketAddr, TcpStream};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -88,10 +89,14 @@ pub fn run(
         .map_err(|e| StartError::Failed(format!("no threads: {e}")))?;
     // From here on a signal ends the process in order, however far it has come.
     let signals = runtime.block_on(async { Signals::watch() }).map_err(|e| StartError::Failed(e.to_string()))?;
+    if !std::io::stderr().is_terminal() {
+        runtime.spawn(ignore_hangups());
+    }
     let metrics = Arc::new(Metrics::new());
     metrics.config.with_label_values(&[&config.hash()]).set(1);
     let registries = Arc::new(Registries::new(&config));
     let (pull, store) = runtime.block_on(compose(&config, &registries, &metrics))?;
+    warn_of_strangers(&config);
 
     // Peers, or whoever finds their port, take no room from this node's own clients.
     let [of_clients, of_peers] = [(); 2].map(|()| Arc::new(Load::default()));
@@ -223,6 +228,21 @@ pub fn check(config: &Config) -> Result<(), StartError> {
 
 fn service<A>(name: &str, app: A, most: usize) -> Service<Connections<A>> {
     Service::new(name.to_owned(), Connections::new(app, most))
+}
+
+/// Says what peers that prove nothing cost, and whom they let in.
+fn warn_of_strangers(config: &Config) {
+    if config.peers.listen.is_none() || config.peers.are_proven() {
+        return;
+    }
+    tracing::warn!("peers without key_file or mtls: tags and images that need credentials are not shared");
+    let (access, tls) = (&config.access, &config.tls);
+    if !access.clients.is_empty() || access.logins_file.is_some() || tls.client_ca.is_some() {
+        tracing::warn!(
+            "access.clients, access.logins_file and tls.client_ca guard the registry port only: without peers.key_file or \
+             peers.mtls whoever reaches the peers' port gets what is public"
+        );
+    }
 }
 
 /// Who gets what only some may have.
@@ -386,6 +406,14 @@ struct Signals {
 impl Signals {
     fn watch() -> std::io::Result<Self> {
         Ok(Self { terminate: signal(SignalKind::terminate())?, interrupt: signal(SignalKind::interrupt())? })
+    }
+}
+
+/// Who sends one wants the configuration to be read again. Where there is a terminal it means that this is gone.
+async fn ignore_hangups() {
+    let Ok(mut hangups) = signal(SignalKind::hangup()) else { return };
+    while hangups.recv().await.is_some() {
+        tracing::warn!("SIGHUP is ignored: the configuration is read at the start only, restart after a change");
     }
 }
 

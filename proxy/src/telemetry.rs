@@ -1,5 +1,6 @@
 //! What is told to the outside: logs, one line an event, text for people or JSON for machines, on stderr; and traces.
 
+mod filter;
 #[cfg(feature = "otlp")]
 mod otlp;
 mod sink;
@@ -7,8 +8,7 @@ mod sink;
 use std::io::IsTerminal;
 use std::sync::Arc;
 
-use tracing_subscriber::EnvFilter;
-
+pub use self::filter::Filter;
 pub use self::sink::Sink;
 use crate::config::Tracing;
 use crate::trace::Tracer;
@@ -20,18 +20,12 @@ pub enum LogFormat {
     Json,
 }
 
-/// Starts logging; `filter` as in `info` or `dray=debug,access=off`. Close the sink at the end.
-pub fn init(filter: &str, format: LogFormat) -> Result<Arc<Sink>, String> {
-    // Pingora reports each early close of a client as an error, the TLS verifier each refused
-    // certificate: both stand in our own lines already.
-    let directives = format!(
-        "{filter},pingora_core=off,pingora_proxy=off,foyer=error,foyer_storage=error,rustls_platform_verifier=off,hickory_resolver=error,hickory_net=error"
-    );
-    let filter = EnvFilter::try_new(&directives).map_err(|e| format!("log filter \"{filter}\": {e}"))?;
+/// Starts logging. Close the sink at the end.
+pub fn init(filter: &Filter, format: LogFormat) -> Result<Arc<Sink>, String> {
     let sink = Sink::start().map_err(|e| format!("no thread for the log: {e}"))?;
     let urgent = sink.clone();
     let builder = tracing_subscriber::fmt()
-        .with_env_filter(filter)
+        .with_env_filter(filter.directives())
         .with_writer(move || sink::Urgent(urgent.clone()))
         .with_ansi(std::io::stderr().is_terminal());
     let started = match format {

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::Args;
+use dray::config::address;
 use dray::server::reachable;
 use serde::de::DeserializeOwned;
 
@@ -14,7 +15,7 @@ use super::Failure;
 #[derive(Args)]
 pub(crate) struct Process {
     /// Where its admin port is
-    #[arg(long, env = "DRAY_ADMIN", value_name = "IP:PORT", default_value = "127.0.0.1:5051")]
+    #[arg(long, env = "DRAY_ADMIN", value_name = "IP:PORT", default_value = "127.0.0.1:5051", value_parser = address)]
     admin: SocketAddr,
     /// The file with its admin token, where it has one (`admin_token_file`)
     #[arg(long, value_name = "FILE")]
@@ -22,6 +23,9 @@ pub(crate) struct Process {
 }
 
 const PATIENCE: Duration = Duration::from_secs(10);
+
+const REGISTRY_PORT: &str =
+    "this looks like dray's registry port; its admin port is 127.0.0.1:5051 by default: --admin";
 
 impl Process {
     /// The JSON of a path, as text and understood.
@@ -38,6 +42,9 @@ impl Process {
         let response = request.send().await.map_err(|error| {
             failed(&format!("{}; is dray running, and is this its admin port?", dray::source::error_chain(&error)))
         })?;
+        if response.headers().contains_key("docker-distribution-api-version") {
+            return Err(failed(REGISTRY_PORT));
+        }
         let status = response.status();
         let text = response.text().await.map_err(|error| failed(&dray::source::error_chain(&error)))?;
         match status.as_u16() {
@@ -46,7 +53,10 @@ impl Process {
                 Ok((text, understood.map_err(|error| failed(&format!("its answer is not understood: {error}")))?))
             }
             400 => Err(Failure::Usage(text.trim().to_owned())),
-            401 => Err(failed("it wants a token: --token-file")),
+            401 => Err(failed(&match &self.token_file {
+                Some(file) => format!("the token in {} is not the one in its admin_token_file", file.display()),
+                None => "it wants a token: --token-file".to_owned(),
+            })),
             404 => Err(failed("it is older than this program: it has no status")),
             _ => Err(failed(text.trim())),
         }

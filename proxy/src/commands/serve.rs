@@ -1,15 +1,16 @@
 //! `dray serve`, and `dray` without a command.
 
+use std::ffi::OsStr;
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use clap::Args;
+use clap::{Args, FromArgMatches};
 use dray::access_log::AccessLog;
-use dray::config::{Config, MIN_DISK, Share, Size};
+use dray::config::{self, Config, MIN_DISK, Share, Size, Text};
 use dray::server::{self, Bound, StartError};
-use dray::telemetry::{self, LogFormat};
+use dray::telemetry::{self, Filter, LogFormat};
 
-use super::{Failure, install_tls, say};
+use super::{Failure, install_tls, located, say};
 
 #[derive(Args)]
 pub(crate) struct Serve {
@@ -17,10 +18,10 @@ pub(crate) struct Serve {
     #[arg(long, env = "DRAY_CONFIG", value_name = "FILE")]
     config: Option<PathBuf>,
     /// Where container runtimes connect; port 0 takes any free port
-    #[arg(long, env = "DRAY_LISTEN", value_name = "IP:PORT")]
+    #[arg(long, env = "DRAY_LISTEN", value_name = "IP:PORT", value_parser = config::address)]
     listen: Option<SocketAddr>,
     /// Where operators and probes connect
-    #[arg(long, env = "DRAY_ADMIN", value_name = "IP:PORT")]
+    #[arg(long, env = "DRAY_ADMIN", value_name = "IP:PORT", value_parser = config::address)]
     admin: Option<SocketAddr>,
     /// The cache directory; it may be deleted at any time
     #[arg(long, env = "DRAY_CACHE_DIR", value_name = "DIR")]
@@ -33,7 +34,7 @@ pub(crate) struct Serve {
     cache_memory: Option<Size>,
     /// The name that has the addresses of all drays, such as a headless Service. Unless the file
     /// says where peers connect, opens 0.0.0.0:5052 for them
-    #[arg(long, env = "DRAY_PEERS_SERVICE", value_name = "NAME")]
+    #[arg(long, env = "DRAY_PEERS_SERVICE", value_name = "NAME", value_parser = config::service_name)]
     peers_service: Option<String>,
     /// The zone that this node is in
     #[arg(long, env = "DRAY_ZONE", value_name = "ZONE")]
@@ -44,7 +45,7 @@ pub(crate) struct Serve {
     peers_key_file: Option<PathBuf>,
     /// What to log: error, warn, info, debug; or by part, such as "warn,access=info"
     #[arg(long, env = "DRAY_LOG", default_value = "info", value_name = "FILTER")]
-    log: String,
+    log: Filter,
     /// How log lines look
     #[arg(long, env = "DRAY_LOG_FORMAT", default_value = "text", value_name = "FORMAT")]
     log_format: LogFormat,
@@ -55,7 +56,7 @@ const PEERS_PORT: u16 = 5052;
 
 impl Serve {
     pub(crate) fn run(self) -> Result<(), Failure> {
-        let config = self.merged()?;
+        let (config, text) = self.config()?;
         let sink = telemetry::init(&self.log, self.log_format).map_err(Failure::Usage)?;
         // Before anything else may choose another provider.
         install_tls()?;
@@ -64,17 +65,26 @@ impl Serve {
         let ended = server::run(config, access_log, move |bound| announce(bound, scheme));
         sink.close();
         ended.map_err(|error| match error {
-            StartError::Config(message) => Failure::Usage(message),
+            StartError::Config(message) => Failure::Usage(match text {
+                Some(text) => format!("{}: {message}", text.file()),
+                None => message,
+            }),
             StartError::Failed(message) => Failure::Failed(message),
         })
     }
 
-    /// The file, overridden by flags and variables.
-    fn merged(&self) -> Result<Config, Failure> {
-        let mut config = match &self.config {
-            Some(file) => Config::load(file).map_err(|e| Failure::Usage(e.to_string()))?,
-            None => Config::default(),
-        };
+    /// As it would start with a file in the environment of this process.
+    pub(crate) fn here(file: &Path) -> Result<Self, Failure> {
+        let arguments = [OsStr::new("dray"), OsStr::new("--config"), file.as_os_str()];
+        let matches = Self::augment_args(clap::Command::new("dray")).try_get_matches_from(arguments);
+        let here = matches.and_then(|matches| Self::from_arg_matches(&matches));
+        here.map_err(|error| Failure::Usage(error.to_string()))
+    }
+
+    /// The file, overridden by flags and variables, and its text.
+    pub(crate) fn config(&self) -> Result<(Config, Option<Text>), Failure> {
+        let text = self.config.as_deref().map(Text::read).transpose()?;
+        let mut config = text.as_ref().map_or_else(|| Ok(Config::default()), Text::parse)?;
         if let Some(listen) = self.listen {
             config.listen = listen;
         }
@@ -93,7 +103,7 @@ impl Serve {
         if let Some(zone) = &self.zone {
             config.peers.zone = Some(zone.as_str().into());
         }
-        config.check_together().map_err(Failure::Usage)?;
+        config.check_together().map_err(|wrong| located(text.as_ref(), wrong))?;
         if let Some(dir) = &self.cache_dir {
             config.cache.dir.clone_from(dir);
         }
@@ -108,7 +118,7 @@ impl Serve {
         if let Some(memory) = self.cache_memory {
             config.cache.memory = memory;
         }
-        Ok(config)
+        Ok((config, text))
     }
 }
 

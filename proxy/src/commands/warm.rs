@@ -9,6 +9,7 @@ use std::time::Instant;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use clap::Args;
+use dray::config::platform;
 use dray::oci::{Digest, ImageName};
 use dray::warm::{self, Blob, Elsewhere, Fetched, Plan, Platforms, Watcher, images_in};
 use http::HeaderValue;
@@ -33,7 +34,7 @@ pub(crate) struct Warm {
     #[arg(long, value_name = "URL", default_value = "http://127.0.0.1:5050")]
     via: String,
     /// Only for this platform, such as linux/arm64 or linux/arm/v7; several are several. Default: this machine's
-    #[arg(long, value_name = "OS/ARCH", conflicts_with = "all_platforms")]
+    #[arg(long, value_name = "OS/ARCH", conflicts_with = "all_platforms", value_parser = platform)]
     platform: Vec<String>,
     /// For all platforms that an image has
     #[arg(long)]
@@ -59,6 +60,9 @@ impl Warm {
         let begun = Instant::now();
         let summary = block_on(async {
             let door = Elsewhere::new(&self.via, authorization).map_err(Failure::Usage)?;
+            door.is_there()
+                .await
+                .map_err(|why| Failure::Failed(format!("{why}: start it, or say with --via where it is")))?;
             Ok::<_, Failure>(warm::warm(&door, &images, &platforms, usize::from(self.parallel), &watching).await)
         })??;
         watching.end();

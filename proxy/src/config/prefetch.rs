@@ -8,6 +8,7 @@ use croner::Cron;
 use serde::Deserialize;
 use serde::de::{Deserializer, Error};
 
+use super::lists::list;
 use crate::oci::ImageName;
 
 #[derive(Debug, Clone, PartialEq, Deserialize)]
@@ -17,7 +18,7 @@ pub struct Prefetch {
     pub images: Vec<ImageName>,
     pub schedule: Schedule,
     /// `os/architecture`; empty: this machine's.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "platforms")]
     pub platforms: Vec<String>,
 }
 
@@ -27,7 +28,7 @@ pub struct Pin {
     #[serde(deserialize_with = "images")]
     pub images: Vec<ImageName>,
     /// As of [`Prefetch`].
-    #[serde(default)]
+    #[serde(default, deserialize_with = "platforms")]
     pub platforms: Vec<String>,
 }
 
@@ -71,13 +72,41 @@ impl<'de> Deserialize<'de> for Schedule {
 }
 
 fn images<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<ImageName>, D::Error> {
-    let texts = Vec::<String>::deserialize(deserializer)?;
+    let texts = list::<_, String>(deserializer)?;
     texts.iter().map(|text| text.parse().map_err(D::Error::custom)).collect()
+}
+
+fn platforms<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<String>, D::Error> {
+    let texts = list::<_, String>(deserializer)?;
+    texts.iter().map(|text| platform(text).map_err(D::Error::custom)).collect()
+}
+
+/// `os/architecture`, or with a variant. An error says how it is written.
+pub fn platform(text: &str) -> Result<String, String> {
+    let parts: Vec<&str> = text.split('/').collect();
+    if (2..=3).contains(&parts.len()) && parts.iter().all(|part| !part.is_empty()) {
+        return Ok(text.to_owned());
+    }
+    let example = if parts.len() == 1 && !text.is_empty() { format!("linux/{text}") } else { "linux/amd64".to_owned() };
+    Err(format!("\"{text}\" is no platform: write os/arch, such as \"{example}\""))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_platform_has_a_system_and_an_architecture() {
+        for text in ["linux/amd64", "linux/arm/v7", "windows/amd64"] {
+            assert_eq!(platform(text).as_deref(), Ok(text));
+        }
+        for (text, example) in [("arm64", "linux/arm64"), ("", "linux/amd64"), ("linux/", "linux/amd64")] {
+            let problem = platform(text).unwrap_err();
+            assert!(problem.contains(example), "{problem}");
+        }
+        let pin = toml::from_str::<Pin>("images = [\"alpine\"]\nplatforms = [\"amd64\"]").unwrap_err().to_string();
+        assert!(pin.contains("line 2") && pin.contains("linux/amd64"), "{pin}");
+    }
 
     #[test]
     fn a_schedule_is_as_cron_has_it() {

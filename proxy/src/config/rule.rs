@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use serde::Deserialize;
 
-use super::{Credentials, Matching, Span, Unlisted, Upstream, units};
+use super::{Credentials, Matching, Span, Unlisted, Upstream, lists, units};
 use crate::oci::Registry;
 
 /// What holds for the registries that a pattern matches.
@@ -14,10 +14,10 @@ pub struct Rule {
     #[serde(rename = "match")]
     pub pattern: Matching,
     /// Names without a port by which clients may call this registry in a path.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "lists::list")]
     pub alias: Vec<String>,
     /// Where to fetch from, in order. Empty: the registry itself.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "lists::list")]
     pub upstreams: Vec<Upstream>,
     #[serde(default)]
     pub credentials: Option<Credentials>,
@@ -32,7 +32,7 @@ pub struct Rule {
     #[serde(default = "default_tag_ttl")]
     pub tag_ttl: Span,
     /// The same for some tags; the first that matches holds.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "lists::list")]
     pub tags: Vec<TagLease>,
     /// Regular expressions of tags that never change.
     #[serde(default, deserialize_with = "units::regexes")]

@@ -1,12 +1,11 @@
 //! Sizes and durations as people write them.
 
-use std::collections::BTreeMap;
 use std::fmt;
 use std::time::Duration;
 
-use serde::de::{Deserialize, Deserializer, Error};
+use serde::de::{Deserialize, Deserializer, Error, Visitor};
 
-use super::Zone;
+use super::lists::list;
 
 /// A number of bytes, written with a binary unit: `"20GiB"`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -47,7 +46,7 @@ impl std::str::FromStr for Size {
 
 impl<'de> Deserialize<'de> for Size {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        String::deserialize(deserializer)?.parse().map_err(D::Error::custom)
+        deserializer.deserialize_str(WithUnit(SIZE))?.parse().map_err(D::Error::custom)
     }
 }
 
@@ -92,7 +91,7 @@ impl std::str::FromStr for Share {
 
 impl<'de> Deserialize<'de> for Share {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        String::deserialize(deserializer)?.parse().map_err(D::Error::custom)
+        deserializer.deserialize_str(WithUnit(SIZE))?.parse().map_err(D::Error::custom)
     }
 }
 
@@ -115,10 +114,32 @@ impl Span {
 
 impl<'de> Deserialize<'de> for Span {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let text = String::deserialize(deserializer)?;
+        let text = deserializer.deserialize_str(WithUnit(DURATION))?;
         humantime::parse_duration(&text).map(Self).map_err(|_| {
             D::Error::custom(format!("\"{text}\" is no duration: write it with a unit, such as \"90s\" or \"5m\""))
         })
+    }
+}
+
+/// A text with a number and a unit, which people forget. Says what to write instead of a number.
+struct WithUnit(fn(i64) -> String);
+
+const SIZE: fn(i64) -> String = |_| "a size such as \"20GiB\"".to_owned();
+const DURATION: fn(i64) -> String = |number| format!("\"{number}s\"");
+
+impl Visitor<'_> for WithUnit {
+    type Value = String;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0(90))
+    }
+
+    fn visit_str<E: Error>(self, text: &str) -> Result<String, E> {
+        Ok(text.to_owned())
+    }
+
+    fn visit_i64<E: Error>(self, number: i64) -> Result<String, E> {
+        Err(E::custom(format!("{number} has no unit: write {}", self.0(number))))
     }
 }
 
@@ -134,47 +155,6 @@ pub(super) fn version<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u64,
     }
 }
 
-pub(super) fn zone<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Zone, D::Error> {
-    String::deserialize(deserializer).map(|name| Some(name.into()))
-}
-
-/// One, or a list, or for each zone one or a list.
-pub(super) fn by_zone<'de, D, T>(deserializer: D) -> Result<Vec<(Zone, T)>, D::Error>
-where
-    D: Deserializer<'de>,
-    T: std::str::FromStr<Err: std::fmt::Display>,
-{
-    #[derive(serde::Deserialize)]
-    #[serde(untagged)]
-    enum Texts {
-        One(String),
-        Many(Vec<String>),
-    }
-    #[derive(serde::Deserialize)]
-    #[serde(untagged)]
-    enum ByZone {
-        All(Texts),
-        Each(BTreeMap<String, Texts>),
-    }
-    let wrong = |_| D::Error::custom("expected a text, a list of texts, or a table of these by zone");
-    let by_zone = match ByZone::deserialize(deserializer).map_err(wrong)? {
-        ByZone::All(texts) => vec![(None, texts)],
-        ByZone::Each(zones) => zones.into_iter().map(|(zone, texts)| (Some(zone.into()), texts)).collect(),
-    };
-    let mut found = Vec::new();
-    for (zone, texts) in by_zone {
-        let texts = match texts {
-            Texts::One(text) => vec![text],
-            Texts::Many(texts) => texts,
-        };
-        for text in texts {
-            let item = text.parse().map_err(|error| D::Error::custom(format!("\"{text}\": {error}")))?;
-            found.push((zone.clone(), item));
-        }
-    }
-    Ok(found)
-}
-
 /// A pattern that matches a whole tag or not at all.
 pub fn whole_tag(pattern: &str) -> Result<regex::Regex, regex::Error> {
     regex::Regex::new(&format!("^(?:{pattern})$"))
@@ -182,7 +162,7 @@ pub fn whole_tag(pattern: &str) -> Result<regex::Regex, regex::Error> {
 
 /// A list of regular expressions that compile, each taken to match a whole tag.
 pub(super) fn regexes<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<String>, D::Error> {
-    let patterns = Vec::<String>::deserialize(deserializer)?;
+    let patterns = list::<_, String>(deserializer)?;
     for pattern in &patterns {
         whole_tag(pattern).map_err(|e| D::Error::custom(format!("\"{pattern}\": {e}")))?;
     }

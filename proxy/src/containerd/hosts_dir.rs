@@ -83,6 +83,13 @@ impl HostsDir {
         Self { root: root.into() }
     }
 
+    /// What lets a user write here who may not.
+    pub fn remedy(&self, error: &HostsError, (uid, gid): (u32, u32)) -> Option<String> {
+        let HostsError::Io(_, error) = error else { return None };
+        let is_closed = error.kind() == io::ErrorKind::PermissionDenied && uid != 0;
+        is_closed.then(|| format!("once: sudo dray hand-over --to {uid}:{gid} --hosts-dir {}", self.root.display()))
+    }
+
     /// Sends containerd to the mirrors first. What is there stays there, after them.
     pub fn install(&self, mirrors: &Mirrors, registries: &Registries, mode: Mode) -> Result<Outcome, HostsError> {
         let _lock = self.lock(mode)?;

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
+use rustix::process::{getegid, geteuid};
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::hosts_dir::{HostsDir, HostsError, Mode, Outcome, Registries, Remark};
@@ -61,7 +62,7 @@ impl Keeping {
         let done = self.hosts.install(&self.mirrors, &Registries::Default, Mode::Apply);
         let is_first = std::mem::replace(&mut *state, State::Pointed) == State::Unknown;
         (self.told)(done.as_ref().is_ok_and(|done| !done.remarks.iter().any(Remark::is_failure)));
-        log(done, is_first);
+        self.log(done, is_first);
     }
 
     /// Takes it back for now: nobody answers. Also what was written before the node, or this process, began anew.
@@ -72,7 +73,7 @@ impl Keeping {
             if done.is_ok() {
                 *state = State::Paused;
             }
-            log(done, false);
+            self.log(done, false);
         }
     }
 
@@ -81,7 +82,24 @@ impl Keeping {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         if std::mem::replace(&mut *state, State::Withdrawn) != State::Withdrawn {
             (self.told)(false);
-            log(self.hosts.withdraw(), false);
+            self.log(self.hosts.withdraw(), false);
+        }
+    }
+
+    /// What was done each time, what a person ought to know once.
+    fn log(&self, done: Result<Outcome, HostsError>, with_remarks: bool) {
+        match done {
+            Ok(outcome) => {
+                outcome.changes.iter().for_each(|change| tracing::info!("{change}"));
+                if with_remarks {
+                    outcome.remarks.iter().for_each(|remark| tracing::warn!("{remark}"));
+                }
+            }
+            Err(error) => {
+                let ids = (geteuid().as_raw(), getegid().as_raw());
+                let remedy = self.hosts.remedy(&error, ids);
+                tracing::error!(%error, remedy, "containerd's hosts directory");
+            }
         }
     }
 }
@@ -115,17 +133,4 @@ pub async fn follow(hosts_dir: PathBuf, mirror: Mirror, ca: Option<PathBuf>) -> 
     }
     keeping.withdraw();
     Ok(())
-}
-
-/// What was done each time, what a person ought to know once.
-fn log(done: Result<Outcome, HostsError>, with_remarks: bool) {
-    match done {
-        Ok(outcome) => {
-            outcome.changes.iter().for_each(|change| tracing::info!("{change}"));
-            if with_remarks {
-                outcome.remarks.iter().for_each(|remark| tracing::warn!("{remark}"));
-            }
-        }
-        Err(error) => tracing::error!(%error, "containerd's hosts directory"),
-    }
 }

@@ -101,6 +101,14 @@ impl Origin {
         }
     }
 
+    /// Why a registry that no rule brings an upstream for is not asked, as far as its name tells.
+    pub fn refusal(&self, place: &Place) -> Option<SourceError> {
+        let upstreams = place.rule.upstreams(&place.registry);
+        let mut derived = upstreams.iter().filter(|(_, trust)| *trust == Trust::Derived);
+        let refused = derived.find_map(|(upstream, _)| self.http.refuses_literally(upstream).err())?;
+        Some(SourceError::Guarded(refused.to_string()))
+    }
+
     /// Why nothing would come of a question now, as far as that is known without asking.
     pub fn trouble(&self, place: &Place) -> Option<SourceError> {
         let now = Instant::now();

@@ -6,6 +6,7 @@ mod azure;
 mod docker;
 mod google;
 mod helper;
+mod here;
 mod program;
 mod provider;
 mod secrets;
@@ -13,6 +14,7 @@ mod secrets;
 use std::path::Path;
 use std::time::Duration;
 
+pub use self::here::are_here;
 pub(super) use self::secrets::Secrets;
 use crate::config::{Cloud, Credentials, PasswordSource, host_matches};
 use crate::registries::Trust;

@@ -62,11 +62,7 @@ impl Guard {
 
     /// How a URL that others chose may be reached.
     pub(super) async fn check(&self, url: &Url) -> Result<Reach, Refused> {
-        let reach = match url.scheme() {
-            "https" => Reach::Public,
-            "http" => Reach::Allowed,
-            other => return Err(Refused::Scheme(other.to_owned())),
-        };
+        let reach = reach_of(url)?;
         let refused = || Refused::Address(url.host_str().unwrap_or_default().to_owned());
         match url.host().ok_or_else(refused)? {
             Host::Ipv4(address) if !self.permits(reach, address.into()) => Err(refused()),
@@ -82,6 +78,21 @@ impl Guard {
         }
     }
 
+    /// Why a URL that others chose is refused, where that is known without a resolver.
+    pub(super) fn refuses_literally(&self, url: &Url) -> Result<(), Refused> {
+        let reach = reach_of(url)?;
+        let address: IpAddr = match url.host() {
+            Some(Host::Ipv4(address)) => address.into(),
+            Some(Host::Ipv6(address)) => address.into(),
+            Some(Host::Domain("localhost")) => Ipv4Addr::LOCALHOST.into(),
+            Some(Host::Domain(_)) | None => return Ok(()),
+        };
+        if self.permits(reach, address) {
+            return Ok(());
+        }
+        Err(Refused::Address(url.host_str().unwrap_or_default().to_owned()))
+    }
+
     /// A resolver for connections of one reach.
     pub(super) fn resolver(&self, reach: Reach) -> Arc<dyn Resolve> {
         Arc::new(GuardedResolver { guard: self.clone(), reach })
@@ -94,6 +105,14 @@ impl Guard {
             Reach::Public => is_public(address) || allowed(),
             Reach::Allowed => allowed(),
         }
+    }
+}
+
+fn reach_of(url: &Url) -> Result<Reach, Refused> {
+    match url.scheme() {
+        "https" => Ok(Reach::Public),
+        "http" => Ok(Reach::Allowed),
+        other => Err(Refused::Scheme(other.to_owned())),
     }
 }
 
@@ -249,6 +268,16 @@ mod tests {
         ] {
             assert_eq!(guard.check(&Url::parse(url).unwrap()).await.ok(), reach, "{url}");
         }
+    }
+
+    #[tokio::test]
+    async fn literals_are_known_without_a_resolver() {
+        let refused = |allow: &[&str], url: &str| guard(allow).refuses_literally(&Url::parse(url).unwrap()).is_err();
+        for url in ["https://10.0.0.5:5000", "https://[fd00::1]", "https://localhost:5000", "https://169.254.169.254"] {
+            assert!(refused(&[], url), "{url}");
+        }
+        assert!(!refused(&["10.0.0.0/8"], "https://10.0.0.5:5000") && !refused(&["127.0.0.0/8"], "https://localhost"));
+        assert!(!refused(&[], "https://1.1.1.1") && !refused(&[], "https://registry.corp"));
     }
 
     #[test]

@@ -10,7 +10,7 @@ use reqwest::{Certificate, Client, Response};
 use tokio::time::{Instant, timeout_at};
 use url::Url;
 
-use super::guard::{Guard, Reach};
+use super::guard::{Guard, Reach, Refused};
 use crate::config::Upstream;
 use crate::registries::Trust;
 use crate::source::{SourceError, error_chain};
@@ -70,10 +70,10 @@ impl Http {
         cas: impl Iterator<Item = Option<&'a Path>>,
         extra_ca: Option<&Path>,
     ) -> Result<Self, String> {
-        let extra = extra_ca.map_or(Ok(Vec::new()), certificates)?;
+        let extra = extra_ca.map_or(Ok(Vec::new()), |ca| certificates("tls.ca", ca))?;
         let mut clients = HashMap::new();
         for ca in cas.chain([None]) {
-            let roots = ca.map_or(Ok(Vec::new()), certificates)?;
+            let roots = ca.map_or(Ok(Vec::new()), |ca| certificates("registry.ca", ca))?;
             for reach in [Reach::Anywhere, Reach::Public, Reach::Allowed] {
                 for patience in [Patience::LastResort, Patience::OthersFollow] {
                     let key = ClientKey { reach, ca: ca.map(Path::to_owned), patience };
@@ -99,6 +99,11 @@ impl Http {
             }
         }
         Ok(Self { guard, clients })
+    }
+
+    /// Why an upstream that is only named by clients is refused, where its name tells.
+    pub(super) fn refuses_literally(&self, upstream: &Upstream) -> Result<(), Refused> {
+        Url::parse(&upstream.base()).map_or(Ok(()), |url| self.guard.refuses_literally(&url))
     }
 
     /// Sends a request and follows its redirects until an answer that is none. Returns the answer
@@ -183,14 +188,12 @@ impl Patience {
     }
 }
 
-/// Reads a PEM bundle.
-fn certificates(path: &Path) -> Result<Vec<Certificate>, String> {
-    let pem = std::fs::read(path).map_err(|e| format!("CA file {}: {e}", path.display()))?;
-    let found = Certificate::from_pem_bundle(&pem).map_err(|e| format!("CA file {}: {e}", path.display()))?;
-    if found.is_empty() {
-        return Err(format!("CA file {} holds no certificate in PEM", path.display()));
-    }
-    Ok(found)
+/// Reads a PEM bundle that a key names.
+fn certificates(key: &str, path: &Path) -> Result<Vec<Certificate>, String> {
+    let wrong = |why: &dyn std::fmt::Display| format!("{key} = \"{}\": {why}", path.display());
+    let pem = std::fs::read(path).map_err(|error| wrong(&error))?;
+    let found = Certificate::from_pem_bundle(&pem).map_err(|error| wrong(&error))?;
+    if found.is_empty() { Err(wrong(&"holds no certificate in PEM")) } else { Ok(found) }
 }
 
 /// An error of the client library, without the URL: it may be signed.
@@ -200,7 +203,7 @@ fn explain(error: reqwest::Error) -> SourceError {
     // The resolver's refusal comes wrapped in layers of connection errors.
     let mut cause: Option<&dyn std::error::Error> = Some(&error);
     while let Some(inner) = cause {
-        if let Some(refused) = inner.downcast_ref::<super::guard::Refused>() {
+        if let Some(refused) = inner.downcast_ref::<Refused>() {
             return SourceError::Guarded(refused.to_string());
         }
         cause = inner.source();

@@ -168,6 +168,7 @@ impl Pull {
         let who = if place.rule.asks_who() { "to those whom the registry lets pull it: " } else { "" };
         let what = match (kept, is_fresh, self.origin.trouble(place)) {
             (Some(from), true, _) => format!("served from {}", from.as_str()),
+            _ if let Some(refusal) = self.origin.refusal(place) => format!("refused with 403: {refusal}"),
             (Some(_), false, Some(trouble)) => format!("served stale from here: {trouble}"),
             (Some(from), false, None) => {
                 format!("{asked} whether the tag has changed, then it is served from {}", from.as_str())

@@ -19,7 +19,7 @@ pub struct Fetched {
 }
 
 /// Tries beyond the first, in a row that bring little, each after a longer pause.
-const RETRIES: u32 = 4;
+pub(super) const RETRIES: u32 = 4;
 const LITTLE: u64 = 1 << 20;
 const FIRST_PAUSE: Duration = Duration::from_millis(500);
 
@@ -142,7 +142,7 @@ impl Reading {
     }
 }
 
-async fn pause(attempt: &mut u32) {
+pub(super) async fn pause(attempt: &mut u32) {
     sleep(FIRST_PAUSE * (1 << *attempt)).await;
     *attempt += 1;
 }

@@ -11,6 +11,7 @@ use tokio::time::timeout;
 use url::Url;
 
 use super::door::{Coming, Door, Failed, Pieces};
+use super::fetch;
 use super::plan::Blob;
 use crate::oci::{ImageName, MAX_MANIFEST_BYTES, Reference, accept};
 use crate::source::error_chain;
@@ -28,7 +29,8 @@ const PATIENCE: Duration = Duration::from_secs(90);
 impl Elsewhere {
     /// `base` is such as `http://127.0.0.1:5050`; `authorization` what is shown there, if anything is wanted.
     pub fn new(base: &str, authorization: Option<HeaderValue>) -> Result<Self, String> {
-        let is_url = Url::parse(base).is_ok_and(|url| matches!(url.scheme(), "http" | "https") && url.has_host());
+        let base = if base.contains("://") { base.to_owned() } else { format!("http://{base}") };
+        let is_url = Url::parse(&base).is_ok_and(|url| matches!(url.scheme(), "http" | "https") && url.has_host());
         if !is_url {
             return Err(format!("{base:?} is no address of a dray: write it as http://127.0.0.1:5050"));
         }
@@ -41,6 +43,22 @@ impl Elsewhere {
         let mut headers = HeaderMap::new();
         headers.extend(authorization.map(|value| (AUTHORIZATION, value)));
         Ok(Self { client, base: base.trim_end_matches('/').to_owned(), headers })
+    }
+
+    /// Whether anybody listens there, if need be in some seconds. An error says why not.
+    pub async fn is_there(&self) -> Result<(), String> {
+        let mut attempt = 0;
+        loop {
+            let asked = self.client.get(format!("{}/v2/", self.base)).headers(self.headers.clone()).send();
+            match timeout(PATIENCE, asked).await {
+                Ok(Err(error)) if error.is_connect() && attempt < fetch::RETRIES => fetch::pause(&mut attempt).await,
+                Ok(Err(error)) if error.is_connect() => {
+                    return Err(format!("no dray at {}: {}", self.base, error_chain(&error.without_url())));
+                }
+                // Whatever else is wrong is told of each image.
+                _ => return Ok(()),
+            }
+        }
     }
 
     async fn ask(&self, method: Method, image: &ImageName, rest: &str, more: HeaderMap) -> Result<Response, Failed> {

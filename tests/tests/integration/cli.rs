@@ -5,7 +5,8 @@ use std::process::Command;
 use dray_tests::dray::{Start, binary};
 use dray_tests::eventually;
 use dray_tests::http::get;
-use dray_tests::process::output;
+use dray_tests::process::{free_port, output};
+use rustix::process::Signal;
 
 fn check(text: &str) -> (i32, String) {
     let dir = tempfile::tempdir().unwrap();
@@ -45,6 +46,12 @@ fn check_config_here_looks_at_what_the_file_names() {
         ("[tls]\ncert = \"/nowhere.crt\"\nkey = \"/nowhere.key\"\n".to_owned(), "/nowhere.crt"),
         ("[access]\nlogins_file = \"/nowhere\"\n".to_owned(), "/nowhere"),
         ("[containerd]\nhosts_dir = \"/nowhere\"\n".to_owned(), "containerd.hosts_dir"),
+        ("[tls]\nca = \"/nowhere.pem\"\n".to_owned(), "tls.ca = \"/nowhere.pem\""),
+        (
+            "[[registry]]\nmatch = \"a.io\"\ncredentials = { username = \"u\", password_env = \"DRAY_UNSET\" }\n"
+                .to_owned(),
+            "dray.toml:3: registry.credentials: the variable DRAY_UNSET",
+        ),
         (peers("127.0.0.1:5052"), "key"),
     ] {
         assert_eq!(check(&text, &[]).0, 0, "{text}");
@@ -58,12 +65,36 @@ fn check_config_here_looks_at_what_the_file_names() {
     assert!(code == 2 && said.contains("peers.static"), "{said}");
 }
 
+/// A key may come by a variable, which is known where dray is to run.
+#[test]
+fn check_config_tells_what_the_start_would_refuse() {
+    let dir = tempfile::tempdir().unwrap();
+    let (file, key) = (dir.path().join("dray.toml"), dir.path().join("key"));
+    let rule = "[[registry]]\nmatch = \"reg.corp\"\naccess = \"client\"\n";
+    std::fs::write(&file, format!("{rule}[peers]\nlisten = \"127.0.0.1:5052\"\nservice = \"dray.svc\"\n")).unwrap();
+    std::fs::write(&key, "sixteen characters or more").unwrap();
+    let why = "dray.toml:3: registry.access";
+    let anywhere = output(Command::new(binary()).arg("check-config").arg(&file));
+    let said = String::from_utf8_lossy(&anywhere.stdout);
+    assert!(anywhere.status.success() && said.contains("note: ") && said.contains(why), "{said}");
+    let mut here = Command::new(binary());
+    here.args(["check-config", "--here"]).arg(&file);
+    for refused in [output(&mut here), output(Command::new(binary()).arg("--config").arg(&file))] {
+        let said = String::from_utf8_lossy(&refused.stderr);
+        assert!(refused.status.code() == Some(2) && said.contains(why), "{said}");
+    }
+    assert!(output(here.env("DRAY_PEERS_KEY_FILE", &key)).status.success());
+}
+
 #[test]
 fn every_example_is_valid() {
     let examples = std::fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/../config")).unwrap();
     let mut count = 0;
     for example in examples {
         let path = example.unwrap().path();
+        if path.extension().is_none_or(|extension| extension != "toml") {
+            continue;
+        }
         let output = output(Command::new(binary()).arg("check-config").arg(&path));
         assert!(output.status.success(), "{}: {}", path.display(), String::from_utf8_lossy(&output.stderr));
         count += 1;
@@ -84,9 +115,60 @@ fn a_wrong_configuration_opens_no_port() {
         assert!(said.contains(want), "{said}");
         assert!(output.stdout.is_empty());
     }
+    let wrong_log = output(Start::new("").command().env("DRAY_LOG", "warning"));
+    assert_eq!(wrong_log.status.code(), Some(2));
+    assert!(String::from_utf8_lossy(&wrong_log.stderr).contains("warn,access=info"));
+    let alone = output(Command::new(binary()).args(["--zone", "a"]));
+    let said = String::from_utf8_lossy(&alone.stderr);
+    assert!(alone.status.code() == Some(2) && said.contains("--zone") && said.contains("--peers-service"), "{said}");
+    let wrong_port = output(Command::new(binary()).args(["--listen", "5050"]));
+    assert_eq!(wrong_port.status.code(), Some(2));
+    assert!(String::from_utf8_lossy(&wrong_port.stderr).contains("write IP:PORT"));
     let wrong_flag = output(Command::new(binary()).args(["--cache-disk", "20GB"]));
     assert_eq!(wrong_flag.status.code(), Some(2));
     assert!(String::from_utf8_lossy(&wrong_flag.stderr).contains("GiB"));
+}
+
+/// Who guards the registry port may think that it guards the other one as well.
+#[tokio::test(flavor = "multi_thread")]
+async fn peers_that_prove_nothing_are_told_at_the_start() {
+    let dir = tempfile::tempdir().unwrap();
+    let key = dir.path().join("key");
+    std::fs::write(&key, "sixteen characters or more").unwrap();
+    let peers = || {
+        let address = format!("127.0.0.1:{}", free_port());
+        format!("[peers]\nlisten = \"{address}\"\nstatic = [\"{address}\"]\n")
+    };
+    let clients = "[access]\nclients = [\"127.0.0.0/8\"]\n";
+    for (nth, (config, says)) in [
+        (peers(), &["peers without key_file or mtls"][..]),
+        (clients.to_owned() + &peers(), &["peers without key_file or mtls", "guard the registry port only"]),
+        (clients.to_owned() + &peers() + &format!("key_file = \"{}\"\n", key.display()), &[]),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let log = dir.path().join(format!("log{nth}"));
+        let mut dray = Start::new(config).env("DRAY_LOG", "warn").log_to(&log).run();
+        dray.process().kill();
+        let text = std::fs::read_to_string(&log).unwrap();
+        assert_eq!(text.lines().filter(|line| line.contains("WARN")).count(), says.len(), "{text}");
+        assert!(says.iter().all(|says| text.contains(says)), "{text}");
+    }
+}
+
+/// A dray that is told to read its configuration again is not one that is told to go.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_hangup_ends_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let log = dir.path().join("log");
+    let mut dray = Start::new("").env("DRAY_LOG", "warn").log_to(&log).run();
+    dray.process().signal(Signal::HUP);
+    eventually("it says so", async || {
+        std::fs::read_to_string(&log).unwrap().contains("SIGHUP is ignored").then_some(())
+    })
+    .await;
+    assert_eq!(dray.get("/v2/").await.status, 200);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -78,6 +78,12 @@ async fn the_status_tells_what_was_done_and_from_where() {
     let (_, shown, _) =
         command(&dray, &["explain", &format!("gone.example/a@{}", dray_tests::image::digest(b"not here"))]);
     assert!(shown.contains("the registry is asked") && shown.contains("gone.example/a@sha256"), "{shown}");
+    for (image, host) in [("10.0.0.5:5000/app", "10.0.0.5"), ("localhost:5000/app", "localhost")] {
+        let (_, shown, _) = command(&dray, &["explain", image]);
+        for says in ["refused with 403", &format!("{host} is not a public address"), "[guard] allow", "upstream"] {
+            assert!(shown.contains(says), "{says}: {shown}");
+        }
+    }
     let (code, _, error) = command(&dray, &["explain", "UPPER:x y"]);
     assert!(code == Some(2) && error.contains("repository[:tag]"), "{error}");
 }
@@ -139,6 +145,13 @@ async fn the_status_is_for_the_machine_or_for_those_with_the_token() {
     assert!(code == Some(1) && error.contains("--token-file"), "{error}");
     let (code, _, error) = command(&guarded, &["status", "--token-file", file.to_str().unwrap()]);
     assert_eq!(code, Some(0), "{error}");
+    let wrong = dir.path().join("wrong");
+    std::fs::write(&wrong, "0123456789abcdeg\n").unwrap();
+    let (code, _, error) = command(&guarded, &["status", "--token-file", wrong.to_str().unwrap()]);
+    assert!(code == Some(1) && error.contains("wrong is not the one in its admin_token_file"), "{error}");
+    let registry = output(Command::new(binary()).args(["status", "--admin", &near.registry.to_string()]));
+    let said = String::from_utf8_lossy(&registry.stderr);
+    assert!(registry.status.code() == Some(1) && said.contains("registry port") && said.contains("5051"), "{said}");
     let nobody = output(Command::new(binary()).args(["status", "--admin", &format!("127.0.0.1:{}", free_port())]));
     assert!(nobody.status.code() == Some(1) && String::from_utf8_lossy(&nobody.stderr).contains("is dray running"));
 }

@@ -179,9 +179,11 @@ async fn what_is_not_whole_is_not_warm() {
         let (code, said) = warm(&dray, arguments);
         assert!(code == Some(2) && said.contains(says), "{said}");
     }
-    let nobody =
-        output(Command::new(binary()).args(["warm", "a", "--via", &format!("http://127.0.0.1:{}", free_port())]));
-    assert_eq!(nobody.status.code(), Some(1));
+    let nowhere = format!("127.0.0.1:{}", free_port());
+    let nobody = output(Command::new(binary()).args(["warm", "a", "b", "--via", &nowhere]));
+    let said = String::from_utf8_lossy(&nobody.stderr).into_owned();
+    assert!(nobody.status.code() == Some(1) && nobody.stdout.is_empty(), "{said}");
+    assert!(said.contains(&format!("no dray at http://{nowhere}")) && said.contains("--via"), "{said}");
 }
 
 /// Nothing is warm by being little.

@@ -40,6 +40,16 @@ fn hosts_of(root: &Path, dir: &str) -> Vec<String> {
 }
 
 #[test]
+fn who_may_not_write_is_told_what_helps() {
+    let hosts = HostsDir::new("/etc/containerd/certs.d");
+    let failed = |kind: io::ErrorKind| HostsError::Io("/etc/containerd/certs.d/_default".into(), kind.into());
+    let remedy = hosts.remedy(&failed(io::ErrorKind::PermissionDenied), (998, 997)).unwrap();
+    assert!(remedy.ends_with("dray hand-over --to 998:997 --hosts-dir /etc/containerd/certs.d"), "{remedy}");
+    assert_eq!(hosts.remedy(&failed(io::ErrorKind::NotADirectory), (998, 997)), None);
+    assert_eq!(hosts.remedy(&failed(io::ErrorKind::PermissionDenied), (0, 0)), None);
+}
+
+#[test]
 fn installs_once_and_leaves_nothing_behind() {
     let dir = tempfile::tempdir().unwrap();
     let before = tree(dir.path());

@@ -44,9 +44,7 @@ struct DockerAuth {
 /// The entry that says most of a repository at an upstream. A helper comes before what stands in the file, as for
 /// Docker itself; the store of all others after it.
 pub(super) fn find(file: &Path, authority: &str, repository: &str) -> Result<Entry, CredentialsError> {
-    let wrong = |problem: String| CredentialsError::Docker(file.display().to_string(), problem);
-    let mut config: DockerConfig = serde_json::from_str(&read_file(file)?)
-        .map_err(|e| wrong(format!("line {}, column {}", e.line(), e.column())))?;
+    let mut config = read(file)?;
     let helper = best_key(config.cred_helpers.keys().map(String::as_str), authority, repository).map(str::to_owned);
     if let Some(name) = helper.and_then(|key| config.cred_helpers.remove(&key)) {
         return Ok(Entry::Helper(name));
@@ -54,7 +52,7 @@ pub(super) fn find(file: &Path, authority: &str, repository: &str) -> Result<Ent
     let key = best_key(config.auths.keys().map(String::as_str), authority, repository).map(str::to_owned);
     let entry = key.and_then(|key| config.auths.remove(&key).map(|entry| (key, entry)));
     let secret = match entry {
-        Some((key, entry)) => entry.secret().map_err(|problem| wrong(format!("auths[\"{key}\"]: {problem}")))?,
+        Some((key, entry)) => entry.secret().map_err(|problem| wrong(file, format!("auths[\"{key}\"]: {problem}")))?,
         None => None,
     };
     match secret {
@@ -62,6 +60,22 @@ pub(super) fn find(file: &Path, authority: &str, repository: &str) -> Result<Ent
         None if !config.creds_store.is_empty() => Ok(Entry::Helper(config.creds_store)),
         secret => Ok(Entry::Secret(secret)),
     }
+}
+
+/// All helpers that a file names.
+pub(super) fn helpers(file: &Path) -> Result<Vec<String>, CredentialsError> {
+    let config = read(file)?;
+    let store = Some(config.creds_store).filter(|store| !store.is_empty());
+    Ok(config.cred_helpers.into_values().chain(store).collect())
+}
+
+fn read(file: &Path) -> Result<DockerConfig, CredentialsError> {
+    serde_json::from_str(&read_file(file)?)
+        .map_err(|error| wrong(file, format!("line {}, column {}", error.line(), error.column())))
+}
+
+fn wrong(file: &Path, problem: String) -> CredentialsError {
+    CredentialsError::Docker(file.display().to_string(), problem)
 }
 
 impl DockerAuth {

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use serde::Deserialize;
 use tokio::process::Command;
 
-use super::{CredentialsError, program};
+use super::CredentialsError;
 use crate::secret::Secret;
 
 #[derive(Deserialize)]
@@ -23,12 +23,12 @@ const DOCKER_HUB: &str = "https://index.docker.io/v1/";
 
 /// What a helper has for an upstream. None: nothing.
 pub(super) async fn ask(name: &str, authority: &str) -> Result<Option<Secret>, CredentialsError> {
-    let program = PathBuf::from(format!("docker-credential-{name}"));
+    let program = program(name);
     let mut command = Command::new(&program);
     command.arg("get");
     let server = if super::is_docker_hub(authority) { DOCKER_HUB } else { authority };
     let failed = |why: String| CredentialsError::Program(why);
-    let said = program::ask(command, &program, server.as_bytes()).await.map_err(failed)?;
+    let said = super::program::ask(command, &program, server.as_bytes()).await.map_err(failed)?;
     if !said.status.success() {
         return match String::from_utf8_lossy(&said.output).contains(NOTHING) {
             true => Ok(None),
@@ -41,4 +41,9 @@ pub(super) async fn ask(name: &str, authority: &str) -> Result<Option<Secret>, C
         "<token>" => Secret::Identity(answer.secret),
         _ => Secret::Password { username: answer.username, password: answer.secret },
     }))
+}
+
+/// The program of a helper, which stands in a directory of `PATH`.
+pub(super) fn program(name: &str) -> PathBuf {
+    PathBuf::from(format!("docker-credential-{name}"))
 }

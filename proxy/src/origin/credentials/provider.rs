@@ -60,20 +60,15 @@ pub(super) async fn ask(
     authority: &str,
     repository: &str,
 ) -> Result<Found, CredentialsError> {
-    let wrong = |problem: String| CredentialsError::Provider(file.display().to_string(), problem);
-    // JSON is YAML as well.
-    let config: Config = serde_yaml_ng::from_str(&read_file(file)?).map_err(|e| wrong(e.to_string()))?;
-    if config.kind != "CredentialProviderConfig" {
-        return Err(wrong(format!("its kind is {}, not CredentialProviderConfig", config.kind)));
-    }
     let mut failed = None;
-    for provider in &config.providers {
+    for provider in &read(file)?.providers {
         let patterns = provider.match_images.iter().map(String::as_str);
         if best_key(patterns, authority, repository).is_none() {
             continue;
         }
         if provider.token_attributes.is_some() {
-            return Err(wrong(format!("{}: tokenAttributes belong to a pod, and dray asks for none", provider.name)));
+            let problem = format!("{}: tokenAttributes belong to a pod, and dray asks for none", provider.name);
+            return Err(wrong(file, problem));
         }
         // The kubelet asks all that match.
         match provider.ask(bin_dir, authority, repository).await {
@@ -83,6 +78,24 @@ pub(super) async fn ask(
         }
     }
     failed.map_or(Ok(Found::nothing()), Err)
+}
+
+/// The names of all plugins.
+pub(super) fn programs(file: &Path) -> Result<Vec<String>, CredentialsError> {
+    Ok(read(file)?.providers.into_iter().map(|provider| provider.name).collect())
+}
+
+fn read(file: &Path) -> Result<Config, CredentialsError> {
+    // JSON is YAML as well.
+    let config: Config = serde_yaml_ng::from_str(&read_file(file)?).map_err(|error| wrong(file, error.to_string()))?;
+    if config.kind != "CredentialProviderConfig" {
+        return Err(wrong(file, format!("its kind is {}, not CredentialProviderConfig", config.kind)));
+    }
+    Ok(config)
+}
+
+fn wrong(file: &Path, problem: String) -> CredentialsError {
+    CredentialsError::Provider(file.display().to_string(), problem)
 }
 
 impl Provider {
