@@ -154,6 +154,7 @@ fn log(count: u32) {
             bytes: 1234,
             first_byte_ms: Some(Millis(Duration::from_micros(90))),
             total_ms: Millis(Duration::from_micros(100)),
+            reason: None,
             failure: None,
         }));
     }

@@ -45,6 +45,10 @@ pub struct Line<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub first_byte_ms: Option<Millis>,
     pub total_ms: Millis,
+    /// Why there is no content.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reason: Option<&'a str>,
+    /// Why it broke off.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub failure: Option<&'a str>,
 }
@@ -123,8 +127,10 @@ fn as_text(now: SystemTime, line: &Line<'_>) -> String {
     }
     text.push_str(" total_ms=");
     line.total_ms.write(&mut text);
-    if let Some(failure) = line.failure {
-        word(&mut text, " failure=", failure);
+    for (name, value) in [(" reason=", line.reason), (" failure=", line.failure)] {
+        if let Some(value) = value {
+            word(&mut text, name, value);
+        }
     }
     text.push('\n');
     text
@@ -233,6 +239,7 @@ mod tests {
             bytes: 2,
             first_byte_ms: Some(Millis(Duration::from_micros(250))),
             total_ms: Millis(Duration::from_millis(1)),
+            reason: None,
             failure: None,
         }
     }

@@ -40,6 +40,8 @@ pub struct Reply {
     pub body: Body,
     /// Where its content came from; None: it has none.
     pub from: Option<ServedFrom>,
+    /// Why there is none, for the log.
+    pub reason: Option<String>,
 }
 
 impl Reply {
@@ -222,7 +224,7 @@ impl Reply {
                 (StatusCode::PARTIAL_CONTENT, &*multipart_type, parts.content_length())
             }
         };
-        let reply = Self { status, headers: Vec::with_capacity(8), body, from: Some(from) }
+        let reply = Self { status, headers: Vec::with_capacity(8), body, from: Some(from), reason: None }
             .header(CONTENT_TYPE, media_type)
             .value(CONTENT_LENGTH, length.into())
             .header(CONTENT_DIGEST, digest.as_str())
@@ -234,12 +236,13 @@ impl Reply {
     }
 
     fn error(status: StatusCode, code: ErrorCode, message: &str) -> Self {
-        Self::with_bytes(status, "application/json", error::body(code, message).into())
+        let reply = Self::with_bytes(status, "application/json", error::body(code, message).into());
+        Self { reason: Some(message.to_owned()), ..reply }
     }
 
     fn with_bytes(status: StatusCode, media_type: &str, bytes: Bytes) -> Self {
         let length = bytes.len().to_string();
-        Self { status, headers: Vec::new(), body: Body::Memory(Some(bytes)), from: None }
+        Self { status, headers: Vec::new(), body: Body::Memory(Some(bytes)), from: None, reason: None }
             .header(CONTENT_TYPE, media_type)
             .header(CONTENT_LENGTH, &length)
     }

@@ -171,9 +171,9 @@ impl Origin {
             }
             match answer {
                 Err(SourceError::TimedOut) if now.elapsed() < SHORTEST_SILENCE => {}
-                Err(SourceError::TimedOut | SourceError::Unreachable(_)) => {
+                Err(ref error @ (SourceError::TimedOut | SourceError::Unreachable(_))) => {
                     if lock(&condition).silent(question.kind, now, Instant::now()) == Silence::Found {
-                        self.look_after(place, turn.upstream, turn.trust);
+                        self.look_after(place, turn.upstream, turn.trust, error);
                     }
                 }
                 Err(SourceError::Limited { again }) => {

@@ -28,6 +28,8 @@ pub(super) struct Tokens {
     secrets: Secrets,
     /// Whose secret was read again since it was refused: what it may not have is no reason to read it each time.
     looked_again: moka::future::Cache<(String, String), ()>,
+    /// Of whose refusal the log has told.
+    told: moka::future::Cache<(String, String), ()>,
 }
 
 #[derive(Clone, PartialEq, Eq, Hash)]
@@ -94,6 +96,11 @@ impl Grant {
     }
 }
 
+/// By rule and upstream, for so long.
+fn lately(life: Duration) -> moka::future::Cache<(String, String), ()> {
+    moka::future::Cache::builder().max_capacity(10_000).time_to_live(life).build()
+}
+
 impl Tokens {
     pub(super) fn new() -> Self {
         Self {
@@ -107,10 +114,8 @@ impl Tokens {
                 .expire_after(ByLifetime)
                 .build(),
             secrets: Secrets::new(),
-            looked_again: moka::future::Cache::builder()
-                .max_capacity(10_000)
-                .time_to_live(Duration::from_secs(60))
-                .build(),
+            looked_again: lately(Duration::from_secs(60)),
+            told: lately(Duration::from_secs(600)),
         }
     }
 
@@ -164,7 +169,27 @@ impl Tokens {
             self.secrets.forget(home, place).await;
         }
         self.challenges.insert(challenge_key(home, place), challenge.clone()).await;
-        self.grant(http, home, place, challenge, deadline).await
+        let granted = self.grant(http, home, place, challenge, deadline).await;
+        let is_same = |header: &Option<HeaderValue>| rejected.is_some() && header.as_ref() == rejected;
+        if place.rule.credentials.is_some()
+            && (granted == Err(SourceError::Denied) || granted.as_ref().is_ok_and(is_same))
+        {
+            self.tell_of_refusal(&key.rule, &key.upstream).await;
+        }
+        granted
+    }
+
+    /// Who wrote a wrong password finds out by the log.
+    async fn tell_of_refusal(&self, rule: &str, upstream: &str) {
+        let key = (rule.to_owned(), upstream.to_owned());
+        if !self.told.contains_key(&key) {
+            self.told.insert(key, ()).await;
+            tracing::warn!(
+                rule,
+                upstream,
+                "a registry refuses the credentials of its rule, or what is asked for with them"
+            );
+        }
     }
 
     /// What to show instead of a secret that was refused with 403, as some registries do when it has ended (ECR's after

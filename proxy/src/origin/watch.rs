@@ -28,7 +28,7 @@ const MOST_LOOKS: usize = 4;
 
 impl Origin {
     /// Asks whether anybody is there, token endpoint included, again and again until somebody is.
-    pub(super) fn look_after(self: &Arc<Self>, place: &Place, upstream: &Upstream, trust: Trust) {
+    pub(super) fn look_after(self: &Arc<Self>, place: &Place, upstream: &Upstream, trust: Trust, why: &SourceError) {
         let condition = self.conditions.of(place, upstream);
         // Hosts that never were there are nobody's outage.
         let is_known = trust == Trust::Written || lock(&condition).has_answered();
@@ -37,7 +37,7 @@ impl Origin {
             lock(&condition).forget();
             return;
         };
-        tracing::warn!(rule = place.rule.name(), upstream = upstream.base(), "an upstream does not answer");
+        tracing::warn!(rule = place.rule.name(), upstream = upstream.base(), %why, "an upstream does not answer");
         let down = is_known.then(|| self.metrics.origin_down.with_label_values(&[place.rule.name()]));
         down.iter().for_each(IntGauge::inc);
         let (origin, place, upstream) = (self.clone(), place.clone(), upstream.clone());

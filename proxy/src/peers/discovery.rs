@@ -158,7 +158,7 @@ fn one_family<'a>(v4: &'a [IpAddr], v6: &'a [IpAddr], listen: IpAddr) -> impl It
     let is_v6 = listen.is_ipv6() && !listen.is_unspecified() || v4.is_empty();
     let (chosen, family) =
         if is_v6 { (v6, IpAddr::is_ipv6 as fn(&IpAddr) -> bool) } else { (v4, IpAddr::is_ipv4 as _) };
-    chosen.iter().copied().filter(move |address| family(address))
+    chosen.iter().copied().filter(family)
 }
 
 #[cfg(test)]

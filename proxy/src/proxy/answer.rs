@@ -1,6 +1,6 @@
 //! Writes an answer, by the shortest way that its body has to the client.
 
-use http::Method;
+use http::{Method, StatusCode};
 use pingora::prelude::{Error, ErrorType};
 use pingora::proxy::Session;
 use tokio::time::timeout;
@@ -17,6 +17,7 @@ use crate::source::Broken;
 /// than announced, and knows.
 pub(super) async fn send(session: &mut Session, exchange: &mut Exchange, mut reply: Reply) -> pingora::Result<()> {
     exchange.status = reply.status.as_u16();
+    exchange.reason = reply.reason.take().filter(|_| !matches!(reply.status, StatusCode::UNAUTHORIZED));
     exchange.source = reply.from.map_or(NO_SOURCE, |from| from.as_str());
     if !session.is_body_empty() {
         // Somebody pushes: what they send is not read, so the connection cannot be used again.

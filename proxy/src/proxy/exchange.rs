@@ -42,6 +42,8 @@ pub struct Exchange {
     /// From its first byte to the end of the answer.
     pub(super) took: Duration,
     pub(super) failure: Option<String>,
+    /// Why there is no content, unless that is only who asks.
+    pub(super) reason: Option<String>,
 }
 
 pub(super) struct Content {
@@ -130,6 +132,7 @@ fn log(access_log: &AccessLog, session: &Session, error: Option<&Error>, exchang
         bytes: exchange.sent,
         first_byte_ms: exchange.first_byte.map(Millis),
         total_ms: Millis(exchange.took),
+        reason: exchange.reason.as_deref(),
         failure: exchange.failure.as_deref().or(left),
     });
 }
@@ -197,6 +200,7 @@ impl Exchange {
             first_byte: None,
             took: Duration::ZERO,
             failure: None,
+            reason: None,
         }
     }
 }

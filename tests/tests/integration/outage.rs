@@ -100,6 +100,34 @@ async fn a_page_in_place_of_a_manifest_is_no_meaning_of_a_tag() {
     assert!(!is_stale(&alone).await);
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn the_log_says_what_is_wrong() {
+    let dir = tempfile::tempdir().unwrap();
+    let log = dir.path().join("log");
+    let locked = Origin::answering(|_| Response::new(401, "").with("www-authenticate", "Basic realm=\"r\"")).await;
+    let config = format!(
+        "[[registry]]\nmatch = \"docker.io\"\nupstreams = [\"http://127.0.0.1:1\"]\n\
+         [[registry]]\nmatch = \"locked.example\"\nupstreams = [\"{}\"]\n\
+         credentials = {{ username = \"robot\", password_env = \"HOME\" }}\n",
+        locked.url()
+    );
+    let dray = Start::new(config).env("DRAY_LOG", "info").log_to(&log).run();
+    assert_eq!(dray.get(PATH).await.status, 503);
+    for _ in 0..3 {
+        assert_eq!(dray.get("/v2/a/b/manifests/1?ns=locked.example").await.status, 403);
+    }
+    let lines = eventually("the log says so", async || {
+        let lines = std::fs::read_to_string(&log).unwrap();
+        (lines.matches("access: request").count() == 4).then_some(lines)
+    })
+    .await;
+    let line = |of: &str| lines.lines().filter(|line| line.contains(of)).map(str::to_owned).collect::<Vec<_>>();
+    assert!(line("an upstream does not answer")[0].contains("Connection refused"), "{lines}");
+    assert!(line("status=503")[0].contains("reason=\""), "{lines}");
+    assert!(line("status=403")[0].contains("reason=\""), "{lines}");
+    assert_eq!(line("refuses the credentials of its rule").len(), 1, "{lines}");
+}
+
 /// Clients can name any: nothing of a registry that is missed may depend on how many.
 #[tokio::test(flavor = "multi_thread")]
 async fn hosts_that_nobody_ever_heard_of_hide_no_outage() {
