@@ -80,9 +80,9 @@ const MAX_WATCHES: usize = 256;
 /// Clients can name hosts that never were there: they must not take the place of those that are missed.
 const MAX_OF_STRANGERS: usize = 64;
 
-/// All answers that are being read whole share this many KiB; those of one registry a part of it.
+/// All answers that are being read whole share this many KiB.
 const WHOLE_KIB: usize = 64 * 1024;
-const PART_OF_REGISTRY: usize = 2;
+const WHOLE_KIB_OF_REGISTRY: usize = 32 * 1024;
 
 const STEP_KIB: usize = 64;
 
@@ -104,7 +104,7 @@ impl Origin {
             scarcity: Scarcity::new(metrics.clone()),
             watches: Arc::new(Semaphore::new(MAX_WATCHES)),
             of_strangers: Arc::new(Semaphore::new(MAX_OF_STRANGERS)),
-            whole: Shares::new(WHOLE_KIB, WHOLE_KIB / PART_OF_REGISTRY),
+            whole: Shares::new(WHOLE_KIB, WHOLE_KIB_OF_REGISTRY),
             metrics,
         })
     }

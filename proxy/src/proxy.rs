@@ -170,7 +170,7 @@ impl Front {
             Err(unproven) => return Reply::unproven(unproven),
         };
         exchange.seal = visitor.as_ref().and_then(|visitor| visitor.seal.clone());
-        let asking = visitor.as_ref().map_or(Asking::CLIENT, |visitor| self.asking(visitor, &place.rule));
+        let asking = visitor.as_ref().map_or(Asking::CLIENT, |visitor| self.asking(visitor, &place.rule, &endpoint));
         let accept = accept::merge(request.headers.get_all(ACCEPT).iter().filter_map(|value| value.to_str().ok()));
         let mut turn = None;
         if place.rule.asks_who() && !place.rule.deny {
@@ -294,10 +294,11 @@ impl Front {
     }
 
     /// What a peer may want of this node.
-    fn asking(&self, visitor: &Visitor, rule: &Rule) -> Asking {
+    fn asking(&self, visitor: &Visitor, rule: &Rule, endpoint: &Endpoint) -> Asking {
         let (standing, reach) = visitor.within(rule);
-        // Who is about to go begins nothing for others: it would go with it.
-        let reach = if self.readiness.has_ended() { Reach::Kept } else { reach };
+        // Who is about to go begins nothing for others: it would go with it. What a tag means is asked in a moment.
+        let is_tag = matches!(endpoint, Endpoint::Manifest(Reference::Tag(_)));
+        let reach = if self.readiness.has_ended() && !is_tag { Reach::Kept } else { reach };
         Asking { asker: Asker::Peer(standing), role: visitor.role, reach, aim: visitor.aim, left: visitor.deadline }
     }
 

@@ -141,7 +141,8 @@ impl Names for Registries {
     }
 
     fn host_is_registry(&self, host: &Registry) -> bool {
-        let named = |rule: &Arc<Rule>| !rule.pattern.host.is_any() && rule.pattern.host.matches(host);
+        // A ban is for all ports, but does not make this process, under a name of its own, a registry.
+        let named = |rule: &Arc<Rule>| !rule.pattern.host.is_any() && rule.pattern.host.names(host);
         self.rules.iter().any(named) && !self.is_own_address(host)
     }
 }

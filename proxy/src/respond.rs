@@ -27,7 +27,7 @@ const API_VERSION: HeaderName = HeaderName::from_static("docker-distribution-api
 
 /// What a client has shown.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Bearer {
+pub enum Token {
     None,
     /// A token that is none, or is too old (RFC 6750, section 3.1).
     Invalid,
@@ -98,9 +98,9 @@ impl Reply {
     }
 
     /// Who are you? Bearer for those who know it (RFC 6750, and the distribution's token protocol), Basic for others.
-    pub fn challenge(realm: &str, service: &str, repository: Option<&str>, shown: Bearer) -> Self {
+    pub fn challenge(realm: &str, service: &str, repository: Option<&str>, shown: Token) -> Self {
         let scope = repository.map(|name| format!(",scope=\"repository:{name}:pull\"")).unwrap_or_default();
-        let error = if shown == Bearer::Invalid { ",error=\"invalid_token\"" } else { "" };
+        let error = if shown == Token::Invalid { ",error=\"invalid_token\"" } else { "" };
         let message = "this needs the rights that you have at the registry itself";
         Self::error(StatusCode::UNAUTHORIZED, ErrorCode::Unauthorized, message)
             .header(WWW_AUTHENTICATE, &format!("Bearer realm=\"{realm}\",service=\"{service}\"{scope}{error}"))

@@ -56,12 +56,21 @@ impl HostPattern {
         self.matches_text(registry.as_str())
     }
 
+    /// Whether it matches as it is written: without a port no other one is meant.
+    pub fn names(&self, registry: &Registry) -> bool {
+        Self::written(self.text.clone()).matches(registry)
+    }
+
     /// Whether everything that `other` matches is matched by `self` too.
     pub fn covers(&self, other: &Self) -> bool {
         // Taking the other pattern's stars as plain characters is right: only a star covers a star.
-        let is_wider = other.is_any() || (other.text.starts_with(AND_BELOW) && !self.text.starts_with(AND_BELOW));
         let on_all_ports = self.ports == Ports::All || other.ports == Ports::AsWritten;
-        self.is_any() || (!is_wider && on_all_ports && self.matches_text(&other.text))
+        let matches_all = match other.text.strip_prefix(AND_BELOW) {
+            // Whoever has a name and all below it has what is below that as well.
+            Some(name) => self.text.starts_with(AND_BELOW) && self.matches_text(name),
+            None => !other.is_any() && self.matches_text(&other.text),
+        };
+        self.is_any() || (on_all_ports && matches_all)
     }
 
     fn matches_text(&self, host: &str) -> bool {
@@ -215,6 +224,7 @@ mod tests {
         let covers = |a: &str, b: &str| a.parse::<HostPattern>().unwrap().covers(&b.parse().unwrap());
         assert!(covers("**.io", "ghcr.io") && covers("**.io", "*.io") && covers("**.io", "**.a.io"));
         assert!(covers("**.io", "**.io") && covers("*", "**.io") && covers("**.*.io", "**.a.io"));
+        assert!(!covers("**.*.io", "**.io") && covers("**.io", "**.*.io"), "one has io itself");
         assert!(!covers("*.io", "**.io") && !covers("**.a.io", "**.io") && !covers("**.io", "*"));
         for text in ["a**.io", "a.**.io", "**a.io", "**"] {
             let message = text.parse::<HostPattern>().unwrap_err();
@@ -229,6 +239,8 @@ mod tests {
         for host in ["a.evil.example", "a.evil.example:8443", "a.evil.example:443"] {
             assert!(is_denied("*.evil.example", host), "{host}");
         }
+        let names = |host: &str| denied("*.evil.example").names(&host.parse().unwrap());
+        assert!(names("a.evil.example") && !names("a.evil.example:8443"), "what is written is meant");
         assert!(is_denied("10.0.0.1", "10.0.0.1:5000") && is_denied("[fd00::1]", "[fd00::1]:5000"));
         assert!(is_denied("evil.example:8443", "evil.example:8443") && !is_denied("evil.example:8443", "evil.example"));
         let plain = |text: &str| text.parse::<HostPattern>().unwrap();

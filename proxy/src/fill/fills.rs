@@ -87,9 +87,9 @@ const MAX_FILLS: usize = 256;
 const MAX_RUNNING: usize = 1024;
 const MAX_OF_REGISTRY: usize = 256;
 
-/// Memory for small objects on their way in, in KiB; one registry gets a part of it.
+/// Memory for small objects on their way in, in KiB.
 const SMALL_KIB: usize = 64 * 1024;
-const PART_OF_REGISTRY: usize = 4;
+const SMALL_KIB_OF_REGISTRY: usize = 32 * 1024;
 
 /// Connections beyond the first of each blob.
 const MAX_CONNECTIONS: usize = 64;
@@ -117,7 +117,7 @@ impl Fills {
             no_room: moka::sync::Cache::builder().max_capacity(10_000).time_to_live(NO_ROOM).build(),
             permits: Arc::new(Semaphore::new(MAX_FILLS)),
             proofs: Arc::new(Semaphore::new(MAX_PROOFS)),
-            small: Shares::new(SMALL_KIB, SMALL_KIB / PART_OF_REGISTRY),
+            small: Shares::new(SMALL_KIB, SMALL_KIB_OF_REGISTRY),
             connections: Shares::new(MAX_CONNECTIONS, CONNECTIONS_OF_REGISTRY),
             store,
             gauge: metrics.fills.with_label_values(&["running"]),

@@ -91,21 +91,21 @@ impl Running<'_> {
         }
         let whole = timeout(SMALL_TIME, self.small(feed, sources.clone())).await;
         match whole.unwrap_or(Err(SourceError::TimedOut)) {
-            Ok(Whole::Small(opened)) => self.fill.open(Ok(opened)),
-            Ok(Whole::Larger(feed)) => self.large(*feed, sources, None).await,
+            Ok(Came::Small(opened)) => self.fill.open(Ok(opened)),
+            Ok(Came::Larger(feed)) => self.large(*feed, sources, None).await,
             Err(error) => self.fill.open(Err(error)),
         }
     }
 
     /// Takes a small object whole, and verifies it before anybody sees it.
-    async fn small(&self, mut feed: Feed, sources: Arc<dyn Sources>) -> Result<Whole, SourceError> {
+    async fn small(&self, mut feed: Feed, sources: Arc<dyn Sources>) -> Result<Came, SourceError> {
         if feed.position() > 0 {
             feed = Feed::open(sources.clone(), 0, None).await?;
         }
         let mut was_wrong = false;
         let opened = loop {
             if feed.total() > SMALL_BYTES {
-                return Ok(Whole::Larger(Box::new(feed)));
+                return Ok(Came::Larger(Box::new(feed)));
             }
             let of_peer = feed.served_from() == ServedFrom::Peer;
             match self.small_of(feed).await {
@@ -124,7 +124,7 @@ impl Running<'_> {
         if let Opened::Small { object, .. } = &opened {
             sources.matched(Truth::Bytes(object.bytes.clone()));
         }
-        Ok(Whole::Small(opened))
+        Ok(Came::Small(opened))
     }
 
     async fn small_of(&self, mut feed: Feed) -> Result<Opened, SourceError> {
@@ -305,8 +305,8 @@ async fn first_range(sources: Arc<dyn Sources>, partial: Option<&Partial>, from:
     Feed::open_range(sources, first.start, first.end.saturating_sub(first.start)).await
 }
 
-/// What a source said to be small.
-enum Whole {
+/// What became of a blob that a source said to be small.
+enum Came {
     Small(Opened),
     /// It lied, or the next one does.
     Larger(Box<Feed>),

@@ -76,10 +76,13 @@ impl Origin {
             let may_have_ended = response.status().as_u16() == 403 && answered_by == url && !last_try;
             if may_have_ended
                 && let Some(refused) = &authorization
-                && let Some(other) = self.tokens.instead_of(refused, &self.http, home, place, deadline).await?
+                && let Some(other) = self.tokens.instead_of(refused, &self.http, home, place, deadline).await
             {
                 authorization = Some(other);
                 continue;
+            }
+            if response.status().as_u16() == 401 && last_try {
+                self.tokens.tell_of_refusal(home, place).await;
             }
             if !challenged {
                 if question.blob.is_some() && answered_by != url && response.status().is_success() {

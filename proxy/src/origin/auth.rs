@@ -26,7 +26,7 @@ pub(super) struct Tokens {
     challenges: moka::future::Cache<(String, String), Challenge>,
     grants: moka::future::Cache<GrantKey, Grant>,
     secrets: Secrets,
-    /// Whose secret was read again since it was refused: what it may not have is no reason to read it each time.
+    /// Whose secret was read again since it was refused with 403: what it may not have is no reason to read it each time.
     looked_again: moka::future::Cache<(String, String), ()>,
     /// Of whose refusal the log has told.
     told: moka::future::Cache<(String, String), ()>,
@@ -170,19 +170,17 @@ impl Tokens {
         }
         self.challenges.insert(challenge_key(home, place), challenge.clone()).await;
         let granted = self.grant(http, home, place, challenge, deadline).await;
-        let is_same = |header: &Option<HeaderValue>| rejected.is_some() && header.as_ref() == rejected;
-        if place.rule.credentials.is_some()
-            && (granted == Err(SourceError::Denied) || granted.as_ref().is_ok_and(is_same))
-        {
-            self.tell_of_refusal(&key.rule, &key.upstream).await;
+        if granted == Err(SourceError::Denied) {
+            self.tell_of_refusal(home, place).await;
         }
         granted
     }
 
     /// Who wrote a wrong password finds out by the log.
-    async fn tell_of_refusal(&self, rule: &str, upstream: &str) {
-        let key = (rule.to_owned(), upstream.to_owned());
-        if !self.told.contains_key(&key) {
+    pub(super) async fn tell_of_refusal(&self, home: Home<'_>, place: &Place) {
+        let (rule, upstream) = (place.rule.name().to_owned(), home.upstream.base());
+        let key = (rule.clone(), upstream.clone());
+        if place.rule.credentials.is_some() && !self.told.contains_key(&key) {
             self.told.insert(key, ()).await;
             tracing::warn!(
                 rule,
@@ -201,18 +199,24 @@ impl Tokens {
         home: Home<'_>,
         place: &Place,
         deadline: Deadline,
-    ) -> Result<Option<HeaderValue>, SourceError> {
-        let key = grant_key(home, place, &Challenge::Basic);
-        let is_own = self.grants.get(&key).await.is_some_and(|known| known.header.as_ref() == Some(refused));
-        let upstream = (key.rule.clone(), key.upstream.clone());
-        if !is_own || self.looked_again.contains_key(&upstream) {
-            return Ok(None);
+    ) -> Option<HeaderValue> {
+        if place.rule.credentials.is_none() || !refused.as_bytes().starts_with(b"Basic ") {
+            return None;
         }
-        self.looked_again.insert(upstream, ()).await;
+        let key = grant_key(home, place, &Challenge::Basic);
+        let shown = self.grants.get(&key).await.and_then(|known| known.header);
+        if shown.as_ref().is_some_and(|shown| shown != refused) {
+            return shown;
+        }
+        let upstream = (key.rule.clone(), key.upstream.clone());
+        if !self.looked_again.contains_key(&upstream) {
+            self.looked_again.insert(upstream, ()).await;
+            self.secrets.look_again(home, place, deadline).await;
+        }
+        // For this repository as well, where another one's question has found another secret.
         self.grants.invalidate(&key).await;
-        self.secrets.forget(home, place).await;
-        let found = self.grant(http, home, place, Challenge::Basic, deadline).await?;
-        Ok(found.filter(|found| found != refused))
+        let found = self.grant(http, home, place, Challenge::Basic, deadline).await;
+        found.ok().flatten().filter(|found| found != refused)
     }
 
     /// What an upstream asked for, if that is known.

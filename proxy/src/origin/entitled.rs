@@ -41,6 +41,8 @@ impl Origin {
         let mut refused = false;
         match self.ask(place, &head, deadline).await {
             Ok(response) => return is_content(&response, endpoint, kept),
+            // A page on which somebody is to log in is a no as well.
+            Err(SourceError::Malformed(_)) => return Err(SourceError::Denied),
             // Not by HEAD: some registries know none, and some signed URLs are for GET only.
             Err(SourceError::Failed(405)) => {}
             Err(SourceError::Denied) if get.kind.is_blob() => refused = true,
@@ -53,6 +55,7 @@ impl Origin {
             Ok(response) => is_content(&response, endpoint, kept),
             // Half a no: enough not to let in who was let in before, and too little to remember.
             Err(error) if refused && error.is_passing_outage() => Err(SourceError::Failed(403)),
+            Err(SourceError::Malformed(_)) => Err(SourceError::Denied),
             Err(error) => Err(error),
         }
     }

@@ -6,7 +6,6 @@ use std::time::Duration;
 
 use hickory_resolver::TokioResolver;
 use hickory_resolver::config::LookupIpStrategy;
-use tokio::join;
 use tokio::time::{Instant, sleep_until};
 
 use crate::config::{Peers as Config, Zone};
@@ -24,7 +23,8 @@ const AGAIN: Duration = Duration::from_secs(2);
 
 /// The names to ask, and what they said last.
 pub(super) struct Discovery {
-    /// One for each family: of a name that has both, one may be answered and the other not.
+    /// For both families at once, and for each alone: of a name that has both, one may be answered and the other not.
+    both: TokioResolver,
     v4: TokioResolver,
     v6: TokioResolver,
     names: Vec<Name>,
@@ -41,9 +41,6 @@ struct Name {
     trouble: Option<String>,
 }
 
-/// A name's addresses of one family, none included, and for how long that holds. An error: DNS does not say.
-type Said = Result<(Vec<IpAddr>, Duration), String>;
-
 impl Discovery {
     /// Must run inside a tokio runtime.
     pub(super) fn new(config: &Config, servers: &[SocketAddr], listen: SocketAddr) -> Result<Self, String> {
@@ -58,7 +55,7 @@ impl Discovery {
         let names = config.service.iter().map(name).collect();
         let v4 = dns::resolver_of(servers, LookupIpStrategy::Ipv4Only)?;
         let v6 = dns::resolver_of(servers, LookupIpStrategy::Ipv6Only)?;
-        Ok(Self { v4, v6, names, listen })
+        Ok(Self { both: dns::resolver(servers)?, v4, v6, names, listen })
     }
 
     pub(super) fn is_needed(&self) -> bool {
@@ -73,61 +70,48 @@ impl Discovery {
         }
         let now = Instant::now();
         for name in self.names.iter_mut().filter(|name| name.due <= now) {
-            let (v4, v6) = join!(ask(&self.v4, &name.name), ask(&self.v6, &name.name));
-            name.hear(v4, v6);
+            name.ask(&self.both, &self.v4, &self.v6).await;
         }
         let mut found: HashMap<SocketAddr, Zone> = HashMap::new();
         for name in &self.names {
             for address in one_family(&name.v4, &name.v6, self.listen.ip()) {
-                found.insert(SocketAddr::new(address, self.listen.port()), name.zone.clone());
+                found.insert(SocketAddr::new(*address, self.listen.port()), name.zone.clone());
             }
         }
         (!found.is_empty()).then(|| found.into_iter().map(|(member, zone)| (zone, member)).collect())
     }
 }
 
-async fn ask(resolver: &TokioResolver, name: &str) -> Said {
-    match resolver.lookup_ip(name).await {
-        Ok(answer) => {
-            let lives = answer.valid_until().saturating_duration_since(std::time::Instant::now());
-            Ok((answer.iter().collect(), lives))
-        }
-        Err(error) if error.is_no_records_found() => Ok((Vec::new(), LATEST)),
-        Err(error) => Err(error.to_string()),
-    }
-}
-
 impl Name {
-    fn hear(&mut self, v4: Said, v6: Said) {
-        let rest = match self.take(v4, v6) {
-            Ok(lives) => {
-                self.trouble = None;
+    async fn ask(&mut self, both: &TokioResolver, v4: &TokioResolver, v6: &TokioResolver) {
+        let rest = match both.lookup_ip(self.name.as_str()).await {
+            Ok(answer) => {
+                // As it was answered, with the domain that was searched.
+                let name = answer.query().name().to_string();
+                let (said_v4, said_v6) = answer.iter().partition(IpAddr::is_ipv4);
+                let is_whole =
+                    take(&mut self.v4, said_v4, v4, &name).await & take(&mut self.v6, said_v6, v6, &name).await;
+                self.trouble = self.trouble.take().filter(|_| !is_whole);
+                if !is_whole {
+                    self.complain("one family of its addresses is missing".to_owned());
+                }
+                let lives = answer.valid_until().saturating_duration_since(std::time::Instant::now());
                 let size = Duration::from_secs(1) * u32::try_from(self.len()).unwrap_or(u32::MAX);
-                lives.max(SOONEST + size / MEMBERS_A_SECOND).min(LATEST)
+                if is_whole { lives.max(SOONEST + size / MEMBERS_A_SECOND).min(LATEST) } else { AGAIN }
             }
             Err(error) => {
-                if self.trouble.as_ref() != Some(&error) {
-                    let (name, kept) = (&self.name, self.len());
-                    tracing::warn!(name, error, kept, "the peers' name cannot be resolved");
-                    self.trouble = Some(error);
-                }
+                self.complain(error.to_string());
                 AGAIN
             }
         };
         self.due = Instant::now() + rest.mul_f64(0.75 + fastrand::f64() / 2.0);
     }
 
-    /// Takes over what DNS says, and for how long that holds. An error: what is missing.
-    fn take(&mut self, v4: Said, v6: Said) -> Result<Duration, String> {
-        match (v4, v6) {
-            (Ok((v4, _)), Ok((v6, _))) if v4.is_empty() && v6.is_empty() => Err("it has no addresses".to_owned()),
-            (Ok((v4, lives)), Ok((v6, as_long))) => {
-                (self.v4, self.v6) = (v4, v6);
-                Ok(lives.min(as_long))
-            }
-            (Ok((v4, lives)), Err(error)) => take_one(v4, lives, error, &mut self.v4, &self.v6),
-            (Err(error), Ok((v6, lives))) => take_one(v6, lives, error, &mut self.v6, &self.v4),
-            (Err(error), Err(_)) => Err(error),
+    fn complain(&mut self, error: String) {
+        if self.trouble.as_ref() != Some(&error) {
+            let (name, kept) = (&self.name, self.len());
+            tracing::warn!(name, error, kept, "the peers' name cannot be resolved");
+            self.trouble = Some(error);
         }
     }
 
@@ -136,54 +120,47 @@ impl Name {
     }
 }
 
-/// Takes over what is said of one family where nothing is said of the other. That is trouble only where it would be missed.
-fn take_one(
-    said: Vec<IpAddr>,
-    lives: Duration,
-    error: String,
-    known: &mut Vec<IpAddr>,
-    other: &[IpAddr],
-) -> Result<Duration, String> {
-    let is_enough = !said.is_empty() && other.is_empty();
-    // That there are none is believed only with the other's word.
-    if !said.is_empty() {
+/// Takes over what was said of one family. That there are none any more has to be said of that family alone: an answer for
+/// both has what could be had. False: it was not, and what was known before is kept.
+async fn take(known: &mut Vec<IpAddr>, said: Vec<IpAddr>, alone: &TokioResolver, name: &str) -> bool {
+    if said.is_empty() && !known.is_empty() {
+        match alone.lookup_ip(name).await {
+            Ok(answer) => *known = answer.iter().collect(),
+            Err(error) if error.is_no_records_found() => known.clear(),
+            Err(_) => return false,
+        }
+    } else {
         *known = said;
     }
-    if is_enough { Ok(lives) } else { Err(error) }
+    true
 }
 
 /// Where a host has addresses of both families it would be two members: IPv4 counts where there is
 /// any, unless this process listens on an IPv6 address of its own.
-fn one_family<'a>(v4: &'a [IpAddr], v6: &'a [IpAddr], listen: IpAddr) -> impl Iterator<Item = IpAddr> + use<'a> {
+fn one_family<'a>(v4: &'a [IpAddr], v6: &'a [IpAddr], listen: IpAddr) -> &'a [IpAddr] {
     let is_v6 = listen.is_ipv6() && !listen.is_unspecified() || v4.is_empty();
-    let (chosen, family) =
-        if is_v6 { (v6, IpAddr::is_ipv6 as fn(&IpAddr) -> bool) } else { (v4, IpAddr::is_ipv4 as _) };
-    chosen.iter().copied().filter(family)
+    if is_v6 { v6 } else { v4 }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicBool, Ordering};
 
-    const LIVES: Duration = Duration::from_secs(5);
+    use hickory_resolver::proto::op::{Message, ResponseCode};
+    use hickory_resolver::proto::rr::{RData, Record, RecordType};
+    use tokio::net::UdpSocket;
+
+    use super::*;
 
     fn addresses(text: &[&str]) -> Vec<IpAddr> {
         text.iter().map(|ip| ip.parse().unwrap()).collect()
     }
 
-    fn said(text: &[&str]) -> Said {
-        Ok((addresses(text), LIVES))
-    }
-
-    fn failed() -> Said {
-        Err("timed out".to_owned())
-    }
-
     #[test]
     fn a_host_with_two_families_is_one_member() {
         let (v4, v6) = (addresses(&["10.0.0.1"]), addresses(&["fd00::1"]));
-        let chosen =
-            |listen: &str, v4: &[IpAddr]| one_family(v4, &v6, listen.parse().unwrap()).collect::<Vec<IpAddr>>();
+        let chosen = |listen: &str, v4| one_family(v4, &v6, listen.parse().unwrap()).to_vec();
         assert_eq!(chosen("0.0.0.0", &v4), v4);
         assert_eq!(chosen("::", &v4), v4);
         assert_eq!(chosen("fd00::1", &v4), v6);
@@ -191,20 +168,49 @@ mod tests {
         assert_eq!(chosen("0.0.0.0", &[]), v6, "better than nobody");
     }
 
-    #[test]
-    fn what_dns_cannot_say_has_not_changed() {
-        let mut name =
-            Name { name: "a".into(), zone: None, v4: Vec::new(), v6: Vec::new(), due: Instant::now(), trouble: None };
-        assert!(name.take(failed(), failed()).is_err() && name.len() == 0);
-        assert_eq!(name.take(said(&["10.0.0.1"]), said(&["fd00::1"])), Ok(LIVES));
-        // One family's answer outlives the other's in some cache.
-        assert!(name.take(failed(), said(&["fd00::1", "fd00::2"])).is_err());
-        assert_eq!((&name.v4, &name.v6), (&addresses(&["10.0.0.1"]), &addresses(&["fd00::1", "fd00::2"])));
-        assert!(name.take(said(&[]), failed()).is_err() && name.len() == 3);
-        assert!(name.take(said(&[]), said(&[])).is_err() && name.len() == 3, "a name without addresses is a mistake");
-        assert_eq!(name.take(said(&["10.0.0.1"]), said(&[])), Ok(LIVES));
-        assert_eq!((name.v4.len(), name.v6.len()), (1, 0));
-        assert_eq!(name.take(said(&["10.0.0.2"]), failed()), Ok(LIVES), "nothing is missed");
-        assert_eq!(name.v4, addresses(&["10.0.0.2"]));
+    /// A name server with one address of each family, of which those of IPv4 may fail or go.
+    async fn server(fails: Arc<AtomicBool>, gone: Arc<AtomicBool>) -> SocketAddr {
+        let socket = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+        let address = socket.local_addr().unwrap();
+        tokio::spawn(async move {
+            let mut buffer = [0; 512];
+            while let Ok((len, from)) = socket.recv_from(&mut buffer).await {
+                let question = Message::from_vec(&buffer[..len]).unwrap();
+                let query = question.queries[0].clone();
+                let mut answer = question.into_response();
+                let data = match query.query_type() {
+                    RecordType::A if fails.load(Ordering::SeqCst) => {
+                        answer.metadata.response_code = ResponseCode::ServFail;
+                        None
+                    }
+                    RecordType::A if gone.load(Ordering::SeqCst) => None,
+                    RecordType::A => Some(RData::A("10.0.0.1".parse().unwrap())),
+                    RecordType::AAAA => Some(RData::AAAA("fd00::1".parse().unwrap())),
+                    _ => None,
+                };
+                answer.answers.extend(data.map(|data| Record::from_rdata(query.name().clone(), 0, data)));
+                socket.send_to(&answer.to_vec().unwrap(), from).await.unwrap();
+            }
+        });
+        address
+    }
+
+    #[tokio::test]
+    async fn a_family_that_dns_cannot_say_has_not_changed() {
+        let [fails, gone] = [(); 2].map(|()| Arc::new(AtomicBool::new(false)));
+        let servers = [server(fails.clone(), gone.clone()).await];
+        let config = Config { service: vec![(None, "dray.example".to_owned())], ..Config::default() };
+        let mut discovery = Discovery::new(&config, &servers, "0.0.0.0:5052".parse().unwrap()).unwrap();
+        let mut members = async || {
+            discovery.names[0].due = Instant::now();
+            let found = discovery.next().await.unwrap_or_default();
+            found.into_iter().map(|(_, member)| member.to_string()).collect::<Vec<_>>()
+        };
+        assert_eq!(members().await, ["10.0.0.1:5052"]);
+        fails.store(true, Ordering::SeqCst);
+        assert_eq!(members().await, ["10.0.0.1:5052"], "and not the other family's");
+        fails.store(false, Ordering::SeqCst);
+        gone.store(true, Ordering::SeqCst);
+        assert_eq!(members().await, ["[fd00::1]:5052"], "now it is said that there are none");
     }
 }

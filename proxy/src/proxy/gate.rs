@@ -24,7 +24,7 @@ use crate::oci::route;
 use crate::oci::{Endpoint, Registry, Route};
 use crate::pull::{Exchanged, Pull, Refusal, Unentitled};
 use crate::registries::Place;
-use crate::respond::{Bearer, Reply};
+use crate::respond::{Reply, Token};
 use crate::secret::Secret;
 use crate::source::SourceError;
 
@@ -46,6 +46,7 @@ pub struct Gate {
 #[derive(Clone)]
 struct Shown {
     caller: Result<Caller, SourceError>,
+    since: Instant,
     /// For how long a token may say so.
     until: Instant,
     /// For how long it is remembered here.
@@ -122,7 +123,7 @@ impl Gate {
         let host = host.map_or_else(|| self.listen.to_string(), str::to_owned);
         let realm = format!("{}://{host}{TOKEN}", self.scheme);
         let shown =
-            if bearer(request).is_some() && self.grant(request).is_none() { Bearer::Invalid } else { Bearer::None };
+            if bearer(request).is_some() && self.grant(request).is_none() { Token::Invalid } else { Token::None };
         match wanted {
             Some(place) => Reply::challenge(&realm, place.registry.as_str(), Some(place.repository.as_str()), shown),
             None => Reply::challenge(&realm, SERVICE, None, shown),
@@ -278,7 +279,7 @@ impl Front {
         if let Some(place) = place {
             if let Some(secret) = wanted.secret.filter(|_| place.rule.asks_who()) {
                 let shown = self.exchange(&place, secret, client_of(session), SHORTEST).await;
-                grant.life = shown.left().max(SHORTEST);
+                grant.life = if shown.is_new() { shown.left().max(SHORTEST) } else { shown.left() };
                 match shown.caller {
                     Ok(caller) => grant.caller = caller,
                     Err(SourceError::Denied) => return Reply::wrong_secret("the registry does not take this secret"),
@@ -288,7 +289,7 @@ impl Front {
             grant.place = Some((place.registry, place.repository));
         }
         match self.gate.grants.seal(&grant, SystemTime::now()) {
-            Some(token) => Reply::token(&token, grant.life.as_secs()),
+            Some(token) => Reply::token(&token, grant.life.as_secs().max(1)),
             None => Reply::refusal(&Refusal::BadOrigin("the registry's token is too long".into())),
         }
     }
@@ -374,7 +375,13 @@ impl Wanted {
 
 impl Shown {
     fn new(caller: Result<Caller, SourceError>, life: Duration) -> Self {
-        Self { caller, until: Instant::now() + life, life }
+        let now = Instant::now();
+        Self { caller, since: now, until: now + life, life }
+    }
+
+    /// Whether the registry has just said so: what it grants is good for a minute at least.
+    fn is_new(&self) -> bool {
+        self.since.elapsed() < SOON
     }
 
     /// Whether nothing came of it, and something may another time.

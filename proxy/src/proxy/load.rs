@@ -23,18 +23,14 @@ pub(super) struct Seat(Arc<Load>);
 /// More requests than this at once are refused.
 const MAX_REQUESTS: usize = 10_000;
 
-/// Answers sent whole that are at least this large share this much memory, of which one client gets a part: who reads
-/// slowly holds it for long.
+/// Answers sent whole that are at least this large share this much memory: who reads slowly holds it for long.
 const SMALL_ANSWER: usize = 64 * 1024;
 const WHOLE_ANSWERS_KIB: usize = 128 * 1024;
-const PART_OF_CLIENT: usize = 2;
+const KIB_OF_CLIENT: usize = 64 * 1024;
 
 impl Default for Load {
     fn default() -> Self {
-        Self {
-            requests: AtomicUsize::new(0),
-            memory: Shares::new(WHOLE_ANSWERS_KIB, WHOLE_ANSWERS_KIB / PART_OF_CLIENT),
-        }
+        Self { requests: AtomicUsize::new(0), memory: Shares::new(WHOLE_ANSWERS_KIB, KIB_OF_CLIENT) }
     }
 }
 

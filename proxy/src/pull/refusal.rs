@@ -38,8 +38,9 @@ impl Refusal {
             SourceError::Guarded(_) => Self::Guarded(message),
             SourceError::Limited { .. } => Self::Limited(message),
             SourceError::Busy => Self::Busy,
-            SourceError::Unreachable(_) | SourceError::TimedOut => Self::NoWay(message),
-            SourceError::Failed(500..) => Self::Unavailable(message),
+            SourceError::Unreachable(_) => Self::NoWay(message),
+            // It takes its time for everybody: whoever cannot be reached at all does not even take a connection.
+            SourceError::TimedOut | SourceError::Failed(500..) => Self::Unavailable(message),
             // Which program or file it is concerns nobody but the log.
             SourceError::NoCredentials(_) => Self::NoWay("no credentials can be had for the origin".into()),
             SourceError::Failed(_) | SourceError::Malformed(_) => Self::BadOrigin(message),

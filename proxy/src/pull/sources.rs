@@ -73,8 +73,8 @@ const PASS_OVER: u32 = 3;
 /// Peers asked for one range before its owner is.
 const ASK_HOLDERS: usize = 3;
 
-/// All of them together: there has to be time to ask who comes after them.
-const HOLDERS: Duration = IF_KEPT;
+/// All of them together, so that there is time to ask who comes after them; longer than one, who is found out by that.
+const HOLDERS: Duration = Duration::from_secs(5);
 
 /// Who only has to look what it has, or gets now, answers within this time.
 const IF_KEPT: Duration = Duration::from_secs(4);

@@ -60,7 +60,7 @@ pub(super) async fn ask(
     authority: &str,
     repository: &str,
 ) -> Result<Found, CredentialsError> {
-    let mut failed = None;
+    let (mut nothing, mut failed) = (Found::nothing(), None);
     for provider in &read(file)?.providers {
         let patterns = provider.match_images.iter().map(String::as_str);
         if best_key(patterns, authority, repository).is_none() {
@@ -73,11 +73,11 @@ pub(super) async fn ask(
         // The kubelet asks all that match.
         match provider.ask(bin_dir, authority, repository).await {
             Ok(found) if found.secret.is_some() => return Ok(found),
-            Ok(_) => {}
+            Ok(none) => nothing = Found { life: nothing.life.min(none.life), ..none },
             Err(error) => failed = failed.or(Some(error)),
         }
     }
-    failed.map_or(Ok(Found::nothing()), Err)
+    failed.map_or(Ok(nothing), Err)
 }
 
 /// The names of all plugins.

@@ -50,11 +50,29 @@ impl Secrets {
         self.known.contains_key(&Key::new(home, place))
     }
 
+    /// It may have ended, or may not have what was asked for: one that its source does not give anew is kept.
+    pub(in crate::origin) async fn look_again(&self, home: Home<'_>, place: &Place, deadline: Instant) {
+        let key = Key::new(home, place);
+        let before = self.known.get(&key).await;
+        self.forget(home, place).await;
+        if let (Err(_), Some(before)) = (self.of(home, place, deadline).await, before) {
+            self.known.insert(key, before).await;
+        }
+    }
+
     /// It was refused, and may have been changed since it was read.
     pub(in crate::origin) async fn forget(&self, home: Home<'_>, place: &Place) {
         let key = Key::new(home, place);
-        let is_of_file = |Answer(found)| found.is_ok_and(|found: Found| found.life == FILE_LIFE);
-        if !self.known.get(&key).await.is_some_and(is_of_file) {
+        // Docker's configuration may name a program.
+        let is_of_file = match &place.rule.credentials {
+            Some(Credentials::Static { .. }) => true,
+            Some(Credentials::DockerConfig { .. }) => {
+                let of_file = |Answer(found)| found.is_ok_and(|found: Found| found.life == FILE_LIFE);
+                self.known.get(&key).await.is_some_and(of_file)
+            }
+            _ => false,
+        };
+        if !is_of_file {
             if self.renewed.contains_key(&key) {
                 return;
             }
