@@ -11,7 +11,6 @@
 mod visitors;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -27,6 +26,7 @@ pub use self::visitors::{Unwelcome, Visitors};
 use crate::connections::kept_for;
 use crate::metrics::Metrics;
 use crate::oci::route::query_value;
+use crate::readiness::Readiness;
 use crate::status::Sources;
 
 /// Answers the admin listener.
@@ -37,13 +37,6 @@ pub struct Admin {
     pub sources: Sources,
     /// Pages that are kept up to date at a time.
     pub watching: Arc<Semaphore>,
-}
-
-/// Whether clients should be sent here: true between the start line and the stop signal.
-#[derive(Default)]
-pub struct Readiness {
-    begun: AtomicBool,
-    ended: AtomicBool,
 }
 
 /// An answer in one piece.
@@ -197,24 +190,5 @@ impl Reply {
             head.insert_header(name, value).ok()?;
         }
         Some(head)
-    }
-}
-
-impl Readiness {
-    pub fn get(&self) -> bool {
-        self.begun.load(Ordering::Acquire) && !self.has_ended()
-    }
-
-    pub fn begin(&self) {
-        self.begun.store(true, Ordering::Release);
-    }
-
-    /// For ever, also where it has not begun yet.
-    pub fn end(&self) {
-        self.ended.store(true, Ordering::Release);
-    }
-
-    pub fn has_ended(&self) -> bool {
-        self.ended.load(Ordering::Acquire)
     }
 }

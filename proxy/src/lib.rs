@@ -23,6 +23,7 @@ pub mod prefetch;
 pub mod provenance;
 pub mod proxy;
 pub mod pull;
+pub mod readiness;
 pub mod registries;
 pub mod respond;
 pub mod role;

@@ -20,7 +20,7 @@ use tokio::time::timeout;
 
 use crate::access_log::AccessLog;
 use crate::activity::Activity;
-use crate::admin::{Admin, MAX_WATCHING, Readiness, Visitors};
+use crate::admin::{Admin, MAX_WATCHING, Visitors};
 use crate::config::{Config, Mirror, Share, Tls};
 use crate::connections::Connections;
 use crate::containerd::diagnosis;
@@ -33,6 +33,7 @@ use crate::peers::{Peers, RELOAD};
 use crate::prefetch;
 use crate::proxy::{Clients, Front, Gate, Listener, Load};
 use crate::pull::Pull;
+use crate::readiness::Readiness;
 use crate::registries::Registries;
 use crate::status::Sources;
 use crate::store::{HOUSEKEEPING, Store};
