@@ -4,7 +4,6 @@
 //! A token is sealed: nobody else can make one, and nobody can read the registry's authorization in it. So dray remembers
 //! no secret, and processes that share a key take each other's.
 
-use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -14,6 +13,7 @@ use ring::rand::{SecureRandom, SystemRandom};
 use serde::{Deserialize, Serialize};
 
 use crate::caller::{Caller, Holder, Who};
+use crate::key_file::KeyFile;
 use crate::oci::{Registry, Repository};
 use crate::sealing::Sealing;
 use crate::secret::Secret;
@@ -22,13 +22,6 @@ use crate::secret::Secret;
 pub struct Grants {
     sealing: Sealing,
     telling: hmac::Key,
-}
-
-/// A file with a secret, and the key of the configuration that names it.
-#[derive(Clone, Copy)]
-pub struct KeyFile<'a> {
-    pub key: &'static str,
-    pub path: &'a Path,
 }
 
 /// What a token says.
@@ -55,9 +48,6 @@ const MEANING: &[u8] = b"dray grant 1";
 /// Whatever the registry's own token says: what a client may pull is looked at again after this.
 pub const MAX_LIFE: Duration = Duration::from_secs(300);
 
-/// A key of fewer characters can be guessed.
-const MIN_KEY: usize = 16;
-
 /// More than any token is long that was made here, in characters.
 const MAX_TOKEN: usize = 32 * 1024;
 
@@ -65,15 +55,7 @@ impl Grants {
     /// Keys of this process, or those that all processes have whose file has the same first line.
     pub fn new(key_file: Option<KeyFile<'_>>) -> Result<Self, String> {
         let secret = match key_file {
-            Some(KeyFile { key, path }) => {
-                let wrong = |why: &str| format!("{key} = \"{}\": {why}", path.display());
-                let text = std::fs::read_to_string(path).map_err(|error| wrong(&error.to_string()))?;
-                let first = text.lines().map(str::trim).find(|line| !line.is_empty()).unwrap_or_default();
-                if first.len() < MIN_KEY {
-                    return Err(wrong("holds a key of fewer than 16 characters: write a random text of 32 or more"));
-                }
-                first.as_bytes().to_vec()
-            }
+            Some(file) => file.lines()?.swap_remove(0).into_bytes(),
             None => {
                 let mut bytes = vec![0; 32];
                 SystemRandom::new().fill(&mut bytes).map_err(|_| "the system gives no random bytes".to_owned())?;

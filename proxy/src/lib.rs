@@ -14,6 +14,7 @@ pub mod fill;
 pub mod flights;
 pub mod grants;
 pub mod identity;
+pub mod key_file;
 pub mod lifetimes;
 pub mod metrics;
 pub mod oci;

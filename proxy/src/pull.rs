@@ -7,6 +7,7 @@ mod explain;
 mod homes;
 mod kept;
 mod lend;
+mod length;
 mod manifest;
 mod negatives;
 mod parts;
@@ -78,7 +79,7 @@ pub struct Pull {
     tag_flights: Flights<(String, Tag, Role, Option<Who>), tag::Meant>,
     /// How long blobs are that are not here.
     lengths: moka::sync::Cache<(Registry, Repository, Digest), u64>,
-    length_flights: Flights<(String, Digest, Role, Option<Who>), blob::Length>,
+    length_flights: Flights<(String, Digest, Role, Option<Who>), length::Length>,
     homes: Homes,
     /// Who sent what of blobs that did not match, until the truth is known.
     suspects: moka::sync::Cache<(Digest, Registry), Arc<Vec<Contribution>>>,

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 
 const LEVELS: [&[&str]; 10] = [
-    &["connections", "metrics", "oci", "readiness", "shares", "trace"],
+    &["connections", "key_file", "metrics", "oci", "readiness", "shares", "trace"],
     &["activity", "caller", "config", "flights", "identity", "lifetimes", "provenance", "role", "sealing", "secret"],
     &["dns", "grants", "registries", "source", "store"],
     &["origin", "peers", "fill", "tags", "telemetry"],

@@ -53,12 +53,12 @@ impl HostPattern {
     }
 
     pub fn matches(&self, registry: &Registry) -> bool {
-        self.matches_text(registry.as_str())
+        self.matches_text(self.ports, registry.as_str())
     }
 
     /// Whether it matches as it is written: without a port no other one is meant.
     pub fn names(&self, registry: &Registry) -> bool {
-        Self::written(self.text.clone()).matches(registry)
+        self.matches_text(Ports::AsWritten, registry.as_str())
     }
 
     /// Whether everything that `other` matches is matched by `self` too.
@@ -67,14 +67,14 @@ impl HostPattern {
         let on_all_ports = self.ports == Ports::All || other.ports == Ports::AsWritten;
         let matches_all = match other.text.strip_prefix(AND_BELOW) {
             // Whoever has a name and all below it has what is below that as well.
-            Some(name) => self.text.starts_with(AND_BELOW) && self.matches_text(name),
-            None => !other.is_any() && self.matches_text(&other.text),
+            Some(name) => self.text.starts_with(AND_BELOW) && self.matches_text(self.ports, name),
+            None => !other.is_any() && self.matches_text(self.ports, &other.text),
         };
         self.is_any() || (on_all_ports && matches_all)
     }
 
-    fn matches_text(&self, host: &str) -> bool {
-        let host = match (self.ports, port_of(host)) {
+    fn matches_text(&self, ports: Ports, host: &str) -> bool {
+        let host = match (ports, port_of(host)) {
             (Ports::All, Some(port)) => &host[..host.len() - port.len() - 1],
             _ => host,
         };

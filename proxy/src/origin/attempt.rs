@@ -64,16 +64,17 @@ impl Origin {
                 form: None,
             };
             let (response, answered_by) = self.http.follow(home, ask, deadline).await?;
+            let (status, is_own) = (response.status().as_u16(), answered_by == url);
             // A redirect's target says nothing of the registry's limits.
-            if answered_by == url {
+            if is_own {
                 self.scarcity.heard(place.rule.name(), &home.upstream.base(), response.headers(), Instant::now());
             }
             // Only the upstream itself is given credentials, never the target of its redirect.
-            let challenged = response.status().as_u16() == 401 && answered_by == url && !last_try;
+            let challenged = status == 401 && is_own && !last_try;
             if challenged && place.caller.holder().is_some() {
                 return Err(SourceError::Denied);
             }
-            let may_have_ended = response.status().as_u16() == 403 && answered_by == url && !last_try;
+            let may_have_ended = status == 403 && is_own && !last_try;
             if may_have_ended
                 && let Some(refused) = &authorization
                 && let Some(other) = self.tokens.instead_of(refused, &self.http, home, place, deadline).await
@@ -81,11 +82,11 @@ impl Origin {
                 authorization = Some(other);
                 continue;
             }
-            if response.status().as_u16() == 401 && last_try {
+            if status == 401 && is_own && last_try {
                 self.tokens.tell_of_refusal(home, place).await;
             }
             if !challenged {
-                if question.blob.is_some() && answered_by != url && response.status().is_success() {
+                if question.blob.is_some() && !is_own && response.status().is_success() {
                     self.redirects.remember(&url, answered_by).await;
                 }
                 return checked(response);

@@ -18,6 +18,7 @@ use http::{HeaderMap, HeaderName, HeaderValue, Method, Uri};
 use ring::hmac::{self, HMAC_SHA256};
 
 use super::wire;
+use crate::key_file::KeyFile;
 use crate::sealing::Sealing;
 
 /// The keys of a file, read again when it changes.
@@ -28,7 +29,7 @@ pub(super) struct SharedKey {
 
 /// The first signs and seals; all are believed, so that a key can be changed without a gap.
 struct Keys {
-    text: String,
+    lines: Vec<String>,
     keys: Vec<hmac::Key>,
     sealing: Vec<Sealing>,
 }
@@ -57,9 +58,6 @@ const CLOCKS: Duration = Duration::from_secs(60);
 
 const SEALED: &[u8] = b"dray authorization 1";
 
-/// A key of fewer characters can be guessed.
-const MIN_KEY: usize = 16;
-
 impl SharedKey {
     pub(super) fn load(path: &Path) -> Result<Self, String> {
         let keys = Keys::read(path)?;
@@ -69,7 +67,7 @@ impl SharedKey {
     /// Reads the file again. An error leaves the keys as they are.
     pub(super) fn reload(&self) -> Result<(), String> {
         let keys = Keys::read(&self.path)?;
-        if keys.text != self.keys.load().text {
+        if keys.lines != self.keys.load().lines {
             tracing::info!(file = %self.path.display(), keys = keys.keys.len(), "the peers' key has changed");
             self.keys.store(Arc::new(keys));
         }
@@ -130,19 +128,12 @@ impl SharedKey {
 
 impl Keys {
     fn read(path: &Path) -> Result<Self, String> {
-        let wrong = |why: String| format!("peers.key_file = \"{}\": {why}", path.display());
-        let text = std::fs::read_to_string(path).map_err(|error| wrong(error.to_string()))?;
-        let lines: Vec<&str> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
-        if lines.is_empty() {
-            return Err(wrong("is empty: write a random text of 32 characters or more".into()));
-        }
-        if lines.iter().any(|line| line.len() < MIN_KEY) {
-            return Err(wrong(format!("holds a key of fewer than {MIN_KEY} characters, which can be guessed")));
-        }
+        let file = KeyFile { key: "peers.key_file", path };
+        let lines = file.lines()?;
         let keys = lines.iter().map(|line| hmac::Key::new(HMAC_SHA256, line.as_bytes())).collect();
         let sealing = lines.iter().map(|line| Sealing::new(line.as_bytes(), SEALED)).collect::<Option<_>>();
-        let sealing = sealing.ok_or_else(|| wrong("no key can be made of it".into()))?;
-        Ok(Self { text, keys, sealing })
+        let sealing = sealing.ok_or_else(|| file.wrong("no key can be made of it"))?;
+        Ok(Self { lines, keys, sealing })
     }
 }
 

@@ -8,13 +8,12 @@ use tokio::time::{Instant, timeout, timeout_at};
 
 use super::negatives::Endpoint;
 use super::parts::Parts;
-use super::sources::{BlobSources, Refusals, last_scope};
-use super::{Asker, Asking, FIRST_BYTE, Pull, Refusal, fetch_ended, flights, is_personal};
+use super::sources::BlobSources;
+use super::{Asker, Asking, FIRST_BYTE, Pull, Refusal};
 use crate::fill::{Feed, Fill, FillKey, Opened, Outcome, Passage, Reader, Reading};
 use crate::oci::{Digest, ErrorCode, Multipart, NamedBy, RangeRequest, Registry, Span};
-use crate::peers::{Aim, Manner, Question, Reach};
+use crate::peers::{Aim, Reach};
 use crate::registries::Place;
-use crate::role::Role;
 use crate::source::{Broken, ServedFrom, SourceError};
 use crate::store::{Blob, Found, Kind, Proof, SMALL_BYTES, Tier};
 
@@ -53,9 +52,6 @@ pub enum Body {
     Passing(Box<Passage>),
     Parts(Box<Parts>),
 }
-
-/// How long a blob is, and who said so.
-pub(super) type Length = Result<(u64, ServedFrom), SourceError>;
 
 /// Why a blob was not fetched.
 pub(super) enum Fetch {
@@ -142,110 +138,15 @@ impl Pull {
         Err(Fetch::Source(last.unwrap_or(SourceError::NotFound)).into_refusal())
     }
 
-    /// `HEAD blobs/<digest>`: its length, and where it would come from.
-    pub async fn blob_length(self: &Arc<Self>, request: &BlobRequest) -> Result<(u64, ServedFrom), Refusal> {
-        let length = timeout(FIRST_BYTE, self.find_length(request)).await;
-        length.unwrap_or(Err(SourceError::TimedOut)).map_err(|error| Fetch::Source(error).into_refusal())
-    }
-
-    async fn find_length(self: &Arc<Self>, request: &BlobRequest) -> Length {
-        match self.kept_blob(request).await {
-            Some(Found::Small { object, tier }) => return Ok((object.bytes.len() as u64, tier.into())),
-            Some(Found::Large { blob, .. }) => return Ok((blob.len, ServedFrom::Disk)),
-            None if request.asking.reach == Reach::Kept => {
-                let running = self.fills_of(request).into_iter().filter(|fill| !fill.written().is_empty());
-                return match running.filter_map(|fill| fill.length_now()).next() {
-                    Some(length) => Ok((length, ServedFrom::Peer)),
-                    None => Err(SourceError::NotKept),
-                };
-            }
-            None => {}
-        }
-        if let Some(fill) = self.fills.running(&self.fill_key(request))
-            && let Ok(opened) = fill.opened().await
-        {
-            return Ok(opened.length());
-        }
-        let mut last = None;
-        for place in self.candidates(request) {
-            match self.length_elsewhere(&BlobRequest { place, ..request.clone() }).await {
-                Ok(answer) => return Ok(answer),
-                Err(error) => last = Some(severer(last, error)),
-            }
-        }
-        Err(last.unwrap_or(SourceError::NotFound))
-    }
-
     pub(super) async fn kept_blob(&self, request: &BlobRequest) -> Option<Found> {
         let found = self.store.find(&request.digest, Kind::Blob).await?;
         let (asker, place) = (request.asking.asker, &request.place);
         self.may_give(&request.digest, found.provenance(), asker, place).then_some(found)
     }
 
-    /// What the owner of a blob says of its length, or the origin; asked once for all who want to know.
-    pub(super) async fn length_elsewhere(self: &Arc<Self>, request: &BlobRequest) -> Length {
-        let (place, digest) = (&request.place, &request.digest);
-        let lengths_key = (place.registry.clone(), place.repository.clone(), digest.clone());
-        // Where a rule asks who, the origin's word is a word about rights as well.
-        if let Some(length) = self.lengths.get(&lengths_key).filter(|_| !place.rule.asks_who()) {
-            // It is not kept here for that.
-            return Ok((length, ServedFrom::Origin));
-        }
-        let role = self.role(place, digest, request.asking);
-        let key = |who| (place.to_string(), digest.clone(), role, who);
-        let (shared, own) = flights(place, key);
-        let landed = self.length_flights.join_or_own(
-            shared,
-            own,
-            |length| is_personal(place, length),
-            || {
-                let (pull, place, digest, key) = (self.clone(), place.clone(), digest.clone(), lengths_key.clone());
-                async move {
-                    if let Some(length) = pull.length_of_owners(&place, &digest, role).await? {
-                        return Ok((length, ServedFrom::Peer));
-                    }
-                    match pull.origin.blob_length(&place, &digest, Instant::now() + FIRST_BYTE).await {
-                        Ok(length) => {
-                            pull.lengths.insert(key, length);
-                            Ok((length, ServedFrom::Origin))
-                        }
-                        Err(error) => {
-                            let anybodys = pull.anybodys_length(&place, &digest, &error).await;
-                            anybodys.map(|length| (length, ServedFrom::Peer)).ok_or(error)
-                        }
-                    }
-                }
-            },
-        );
-        landed.await.unwrap_or_else(fetch_ended)
-    }
-
-    /// None: this node is the owner, or no owner can be reached.
-    async fn length_of_owners(&self, place: &Place, digest: &Digest, role: Role) -> Result<Option<u64>, SourceError> {
-        let Some(peers) = self.peers_for(place).filter(|_| role != Role::Global) else { return Ok(None) };
-        let lead = peers.lead(digest, role, self.scope(place));
-        let mut refusals = Refusals::default();
-        for owner in lead.leaders {
-            // One that hangs leaves time for the next.
-            let question = Question::about(place, digest, Manner::As(lead.asked_as), Instant::now() + FIRST_BYTE / 2);
-            match peers.blob_length(owner, &question).await {
-                Ok(length) => return Ok(Some(length)),
-                Err(error) => refusals.add(error)?,
-            }
-        }
-        Ok(None)
-    }
-
-    /// What somebody who has it says, where the origin is out of order.
-    async fn anybodys_length(&self, place: &Place, digest: &Digest, error: &SourceError) -> Option<u64> {
-        let peers = self.peers_for(place).filter(|_| error.is_outage())?;
-        let question = Question::about(place, digest, Manner::IfKept, Instant::now() + FIRST_BYTE);
-        peers.anybodys_length(&Question { scope: last_scope(place), ..question }).await
-    }
-
     /// The places that may have a blob. A request that names no registry is first looked for where its repository was
     /// served from; what came from somewhere with wrong bytes is first looked for elsewhere.
-    fn candidates(&self, request: &BlobRequest) -> Vec<Place> {
+    pub(super) fn candidates(&self, request: &BlobRequest) -> Vec<Place> {
         let place = &request.place;
         let homes = match request.named_by {
             NamedBy::Default => self.homes.of(&place.repository),
@@ -391,7 +292,7 @@ impl Pull {
 }
 
 /// What is to be said where several places give nothing.
-fn severer(known: Option<SourceError>, error: SourceError) -> SourceError {
+pub(super) fn severer(known: Option<SourceError>, error: SourceError) -> SourceError {
     match known {
         Some(known) => known.severer(error),
         None => error,

@@ -34,6 +34,14 @@ fn cluster(count: usize, rules: &str, proof: &str) -> Vec<Start> {
     ports.iter().map(|port| Start::new(format!("{rules}\n{}", peers(port)))).collect()
 }
 
+/// A dray with these other members.
+fn beside(members: &[&Origin], registry: &Origin) -> Dray {
+    let port = free_port();
+    let members: String = members.iter().map(|member| format!(", \"{}\"", member.address)).collect();
+    let peers = format!("[peers]\nlisten = \"127.0.0.1:{port}\"\nstatic = [\"127.0.0.1:{port}\"{members}]\n");
+    Start::new(format!("{}\n{peers}", rule("docker.io", &registry.url()))).run()
+}
+
 fn blob(digest: &str) -> String {
     format!("/v2/library/app/blobs/{digest}?ns=docker.io")
 }
@@ -83,10 +91,7 @@ async fn an_owner_that_names_somebody_who_may_not_be_asked_is_asked_again() {
         _ => content.answer(request),
     })
     .await;
-    let port = free_port();
-    let peers =
-        format!("[peers]\nlisten = \"127.0.0.1:{port}\"\nstatic = [\"127.0.0.1:{port}\", \"{}\"]\n", owner.address);
-    let node = Start::new(format!("{}\n{peers}", rule("docker.io", &origin.url()))).run();
+    let node = beside(&[&owner], &origin);
     for image in &images {
         let (digest, bytes) = image.layer();
         let answer = node.get(&blob(digest)).await;
@@ -105,11 +110,8 @@ async fn what_one_member_has_of_an_image_is_had_by_all_while_the_registry_is_dow
     for _ in 0..12 {
         others.push(Origin::answering(|_| Response::new(504, "")).await);
     }
-    let port = free_port();
-    let addresses = others.iter().chain([&holder]).map(|member| format!(", \"{}\"", member.address));
-    let members = addresses.collect::<String>();
-    let peers = format!("[peers]\nlisten = \"127.0.0.1:{port}\"\nstatic = [\"127.0.0.1:{port}\"{members}]\n");
-    let node = Start::new(format!("{}\n{peers}", rule("docker.io", &origin.url()))).run();
+    let members: Vec<&Origin> = others.iter().chain([&holder]).collect();
+    let node = beside(&members, &origin);
     let pulls = images.iter().map(async |image| {
         let manifest = node.get(&format!("/v2/library/app/manifests/{}?ns=docker.io", image.digest)).await;
         assert_eq!((manifest.status, &manifest.body), (200, image.index()), "{}", manifest.text());
@@ -159,10 +161,7 @@ async fn a_member_that_makes_large_blobs_short_costs_no_pull() {
         false => content.answer(request),
     })
     .await;
-    let port = free_port();
-    let peers =
-        format!("[peers]\nlisten = \"127.0.0.1:{port}\"\nstatic = [\"127.0.0.1:{port}\", \"{}\"]\n", liar.address);
-    let node = Start::new(format!("{}\n{peers}", rule("docker.io", &origin.url()))).run();
+    let node = beside(&[&liar], &origin);
     for image in &images {
         let (digest, bytes) = image.layer();
         let answer = node.get(&blob(digest)).await;

@@ -1,0 +1,115 @@
+//! How long a blob is, where somebody only wants to know that.
+
+use std::sync::Arc;
+
+use tokio::time::{Instant, timeout};
+
+use super::blob::{Fetch, severer};
+use super::sources::{Refusals, last_scope};
+use super::{BlobRequest, FIRST_BYTE, Pull, Refusal, fetch_ended, flights, is_personal};
+use crate::oci::Digest;
+use crate::peers::{Manner, Question, Reach};
+use crate::registries::Place;
+use crate::role::Role;
+use crate::source::{ServedFrom, SourceError};
+use crate::store::Found;
+
+/// How long a blob is, and who said so.
+pub(super) type Length = Result<(u64, ServedFrom), SourceError>;
+
+impl Pull {
+    /// `HEAD blobs/<digest>`: its length, and where it would come from.
+    pub async fn blob_length(self: &Arc<Self>, request: &BlobRequest) -> Result<(u64, ServedFrom), Refusal> {
+        let length = timeout(FIRST_BYTE, self.find_length(request)).await;
+        length.unwrap_or(Err(SourceError::TimedOut)).map_err(|error| Fetch::Source(error).into_refusal())
+    }
+
+    async fn find_length(self: &Arc<Self>, request: &BlobRequest) -> Length {
+        match self.kept_blob(request).await {
+            Some(Found::Small { object, tier }) => return Ok((object.bytes.len() as u64, tier.into())),
+            Some(Found::Large { blob, .. }) => return Ok((blob.len, ServedFrom::Disk)),
+            None if request.asking.reach == Reach::Kept => {
+                let running = self.fills_of(request).into_iter().filter(|fill| !fill.written().is_empty());
+                return match running.filter_map(|fill| fill.length_now()).next() {
+                    Some(length) => Ok((length, ServedFrom::Peer)),
+                    None => Err(SourceError::NotKept),
+                };
+            }
+            None => {}
+        }
+        if let Some(fill) = self.fills.running(&self.fill_key(request))
+            && let Ok(opened) = fill.opened().await
+        {
+            return Ok(opened.length());
+        }
+        let mut last = None;
+        for place in self.candidates(request) {
+            match self.length_elsewhere(&BlobRequest { place, ..request.clone() }).await {
+                Ok(answer) => return Ok(answer),
+                Err(error) => last = Some(severer(last, error)),
+            }
+        }
+        Err(last.unwrap_or(SourceError::NotFound))
+    }
+
+    /// What the owner of a blob says of its length, or the origin; asked once for all who want to know.
+    pub(super) async fn length_elsewhere(self: &Arc<Self>, request: &BlobRequest) -> Length {
+        let (place, digest) = (&request.place, &request.digest);
+        let lengths_key = (place.registry.clone(), place.repository.clone(), digest.clone());
+        // Where a rule asks who, the origin's word is a word about rights as well.
+        if let Some(length) = self.lengths.get(&lengths_key).filter(|_| !place.rule.asks_who()) {
+            // It is not kept here for that.
+            return Ok((length, ServedFrom::Origin));
+        }
+        let role = self.role(place, digest, request.asking);
+        let key = |who| (place.to_string(), digest.clone(), role, who);
+        let (shared, own) = flights(place, key);
+        let landed = self.length_flights.join_or_own(
+            shared,
+            own,
+            |length| is_personal(place, length),
+            || {
+                let (pull, place, digest, key) = (self.clone(), place.clone(), digest.clone(), lengths_key.clone());
+                async move {
+                    if let Some(length) = pull.length_of_owners(&place, &digest, role).await? {
+                        return Ok((length, ServedFrom::Peer));
+                    }
+                    match pull.origin.blob_length(&place, &digest, Instant::now() + FIRST_BYTE).await {
+                        Ok(length) => {
+                            pull.lengths.insert(key, length);
+                            Ok((length, ServedFrom::Origin))
+                        }
+                        Err(error) => {
+                            let anybodys = pull.anybodys_length(&place, &digest, &error).await;
+                            anybodys.map(|length| (length, ServedFrom::Peer)).ok_or(error)
+                        }
+                    }
+                }
+            },
+        );
+        landed.await.unwrap_or_else(fetch_ended)
+    }
+
+    /// None: this node is the owner, or no owner can be reached.
+    async fn length_of_owners(&self, place: &Place, digest: &Digest, role: Role) -> Result<Option<u64>, SourceError> {
+        let Some(peers) = self.peers_for(place).filter(|_| role != Role::Global) else { return Ok(None) };
+        let lead = peers.lead(digest, role, self.scope(place));
+        let mut refusals = Refusals::default();
+        for owner in lead.leaders {
+            // One that hangs leaves time for the next.
+            let question = Question::about(place, digest, Manner::As(lead.asked_as), Instant::now() + FIRST_BYTE / 2);
+            match peers.blob_length(owner, &question).await {
+                Ok(length) => return Ok(Some(length)),
+                Err(error) => refusals.add(error)?,
+            }
+        }
+        Ok(None)
+    }
+
+    /// What somebody who has it says, where the origin is out of order.
+    async fn anybodys_length(&self, place: &Place, digest: &Digest, error: &SourceError) -> Option<u64> {
+        let peers = self.peers_for(place).filter(|_| error.is_outage())?;
+        let question = Question::about(place, digest, Manner::IfKept, Instant::now() + FIRST_BYTE);
+        peers.anybodys_length(&Question { scope: last_scope(place), ..question }).await
+    }
+}
