@@ -108,7 +108,7 @@ fn lookup(count: u32) {
         let store = Store::open(dir.path(), disk, 16 << 20, &Metrics::new()).await.unwrap();
         let digest = Digest::of(b"x");
         let provenance = Provenance { rule: "*".into(), registry: "docker.io".into(), repository: "a/b".into() };
-        let object = SmallObject { media_type: "a/b".into(), provenance: provenance.into(), bytes: b"x"[..].into() };
+        let object = SmallObject::new("a/b", provenance.into(), b"x");
         store.small.insert(&digest, Kind::Manifest, object).await;
         for _ in 0..count {
             black_box(store.find(black_box(&digest), Kind::Manifest).await.is_some());

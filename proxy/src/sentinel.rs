@@ -88,7 +88,7 @@ pub fn answer(endpoint: &Endpoint, range: Option<RangeRequest>) -> Reply {
         };
     }
     let provenance = Provenance { rule: REGISTRY.into(), registry: REGISTRY.into(), repository: REPOSITORY.into() };
-    let object = SmallObject { media_type: media_type.into(), provenance: Arc::new(provenance), bytes: bytes.clone() };
+    let object = SmallObject::new(media_type, Arc::new(provenance), bytes);
     Reply::manifest(&ManifestAnswer { digest, object, from: ServedFrom::Memory, age: None }, range)
 }
 

@@ -142,7 +142,7 @@ impl Running<'_> {
             return Err(SourceError::Malformed("the bytes do not match their digest".into()));
         }
         let provenance = Arc::new(place.provenance());
-        let object = SmallObject { media_type: BLOB_MEDIA_TYPE.into(), provenance, bytes };
+        let object = SmallObject::new(BLOB_MEDIA_TYPE, provenance, &bytes);
         self.fills.store.small.insert(&self.fill.key.digest, Kind::Blob, object.clone()).await;
         Ok(Opened::Small { object, from: feed.served_from() })
     }

@@ -200,7 +200,7 @@ impl Pull {
     ) -> SmallObject {
         self.entitlements.was_sent(place, digest);
         let provenance = Arc::new(place.provenance());
-        let object = SmallObject { media_type: media_type.into(), provenance, bytes };
+        let object = SmallObject::new(media_type, provenance, &bytes);
         self.store.small.insert(digest, Kind::Manifest, object.clone()).await;
         object
     }
