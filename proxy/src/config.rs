@@ -35,7 +35,7 @@ pub use matching::Matching;
 pub use pattern::{HostPattern, host_matches};
 pub use peers::{Mtls, Peers, Zone, Zones};
 pub use prefetch::{Pin, Prefetch, Schedule, platform};
-pub use rule::{Abandoned, FarPeers, Rule, RuleAccess, TagLease};
+pub use rule::{Abandoned, ClientCert, FarPeers, Rule, RuleAccess, TagLease};
 pub use text::{Text, Wrong};
 pub use tracing::Tracing;
 pub use units::{Share, Size, Span, whole_tag};

@@ -72,6 +72,7 @@ impl Grants {
         let text = match secret {
             Secret::Password { username, password } => format!("password\0{}\0{username}{password}", username.len()),
             Secret::Identity(token) => format!("identity\0{token}"),
+            Secret::Bearer(token) => format!("bearer\0{token}"),
         };
         let mut who = [0; 16];
         who.copy_from_slice(&hmac::sign(&self.telling, text.as_bytes()).as_ref()[..16]);

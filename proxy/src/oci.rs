@@ -4,6 +4,7 @@ pub mod accept;
 pub mod digest;
 pub mod error;
 pub mod image;
+pub mod link;
 pub mod manifest;
 pub mod multipart;
 pub mod name;

@@ -9,17 +9,21 @@ mod credentials;
 mod entitled;
 mod guard;
 mod http;
+mod proxies;
 mod question;
 mod redirects;
 mod retry;
 mod scarcity;
+mod tls;
 mod watch;
 
 use std::sync::Arc;
 
-use ::http::header::{CONTENT_LENGTH, CONTENT_TYPE, RANGE};
+use ::http::HeaderValue;
+use ::http::header::{CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE, LINK, RANGE};
 use bytes::{Bytes, BytesMut};
-use futures_util::TryStreamExt;
+use futures_util::stream::BoxStream;
+use futures_util::{StreamExt, TryStreamExt};
 use reqwest::Response;
 use tokio::sync::Semaphore;
 use tokio::time::{Instant, timeout_at};
@@ -37,10 +41,10 @@ use self::retry::RetryBudget;
 use self::scarcity::Scarcity;
 use crate::config::Config;
 use crate::metrics::Metrics;
-use crate::oci::{Digest, MAX_MANIFEST_BYTES, Reference, Registry, manifest};
+use crate::oci::{Digest, ErrorCode, MAX_MANIFEST_BYTES, Reference, Registry, error, link, manifest};
 use crate::registries::{Place, Registries};
 use crate::shares::Shares;
-use crate::source::{Broken, Incoming, Part, SourceError, error_chain};
+use crate::source::{Broken, Incoming, Part, SourceError, UpstreamError, error_chain};
 
 /// All origins, behind one door.
 pub struct Origin {
@@ -55,23 +59,35 @@ pub struct Origin {
     of_strangers: Arc<Semaphore>,
     /// Memory for answers that are read whole, in KiB.
     whole: Shares<Registry>,
+    lists: Shares<Registry>,
     metrics: Arc<Metrics>,
 }
 
 /// A manifest as an origin sent it. Its digest is not yet verified.
 pub struct ManifestAnswer {
     pub media_type: String,
-    /// What the origin says in `Docker-Content-Digest`.
-    pub claimed: Option<Digest>,
     pub bytes: Bytes,
 }
 
-/// A tag list or referrers answer, passed on as it came.
-pub struct ListAnswer {
-    pub media_type: String,
-    pub link: Option<String>,
+/// What can be listed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum List {
+    Tags,
+    Referrers(Digest),
+    /// The repositories of a registry.
+    Catalog,
+}
+
+/// A list, passed on as it comes.
+pub struct ListResponse {
+    /// The query of the next page, as the upstream wrote it.
+    pub next: Option<String>,
     pub filters_applied: Option<String>,
-    pub bytes: Bytes,
+    /// `Content-Encoding`, though none was asked for.
+    pub encoding: Option<HeaderValue>,
+    /// In bytes. None: only its end tells.
+    pub length: Option<u64>,
+    pub body: BoxStream<'static, Result<Bytes, Broken>>,
 }
 
 /// Upstreams that are looked after at a time. Of others each question finds out by itself.
@@ -86,15 +102,18 @@ const WHOLE_KIB_OF_REGISTRY: usize = 32 * 1024;
 
 const STEP_KIB: usize = 64;
 
-/// Largest tag list or referrers answer, in bytes.
-const MAX_LIST_BYTES: usize = 4 * 1024 * 1024;
+/// Lists that are passed on at the same time, in all and for one registry: their size has no bound, their number has.
+const MAX_LISTS: usize = 256;
+const MAX_LISTS_OF_REGISTRY: usize = 64;
+
+/// Longest `OCI-Filters-Applied` that is passed on, in bytes.
+const LONGEST_FILTERS: usize = 256;
 
 impl Origin {
     /// Must run inside a tokio runtime, which drives DNS.
     pub fn new(config: &Config, registries: &Registries, metrics: Arc<Metrics>) -> Result<Self, String> {
         let guard = Guard::new(config)?;
-        let cas = registries.rules().iter().map(|rule| rule.ca.as_deref());
-        let http = Http::new(guard, cas, config.tls.ca.as_deref())?;
+        let http = Http::new(guard, registries.rules().iter().map(|rule| &rule.tls), config.tls.ca.as_deref())?;
         Ok(Self {
             http: Arc::new(http),
             tokens: Tokens::new(),
@@ -105,6 +124,7 @@ impl Origin {
             watches: Arc::new(Semaphore::new(MAX_WATCHES)),
             of_strangers: Arc::new(Semaphore::new(MAX_OF_STRANGERS)),
             whole: Shares::new(WHOLE_KIB, WHOLE_KIB_OF_REGISTRY),
+            lists: Shares::new(MAX_LISTS, MAX_LISTS_OF_REGISTRY),
             metrics,
         })
     }
@@ -117,25 +137,29 @@ impl Origin {
         accept: &str,
         deadline: Instant,
     ) -> Result<ManifestAnswer, SourceError> {
-        let question = Question::new(Kind::Manifest, format!("manifests/{reference}")).accept(accept);
         let known = if let Reference::Digest(digest) = reference { Some(digest) } else { None };
-        let question = question.expect(known);
-        let response = self.ask(place, &question, deadline).await?;
-        let claimed = claimed_digest(&response);
+        let question = Question::new(Kind::Manifest, format!("manifests/{reference}")).accept(accept);
+        let response = self.ask_for(place, question, known, deadline).await?;
         let stated = media_type(&response);
         let limit = usize::try_from(MAX_MANIFEST_BYTES).unwrap_or(usize::MAX);
         let bytes = self.read_whole(place, response, limit, deadline).await?;
-        // Only a digest proves what nobody knows the shape of.
-        let is_manifest = || known.is_some_and(|digest| digest.matches(&bytes)) || manifest::has_version(&bytes);
+        if manifest::is_first_schema(&bytes) {
+            return Err(first_schema());
+        }
+        // What has not the shape of a manifest may still be one, by its digest or its declared type.
+        let is_declared = stated.as_deref().is_some_and(manifest::is_manifest_type) && manifest::is_object(&bytes);
+        let is_manifest =
+            || is_declared || known.is_some_and(|digest| digest.matches(&bytes)) || manifest::has_version(&bytes);
         let media_type =
             manifest::media_type(&bytes).or_else(|| stated.filter(|_| is_manifest())).ok_or_else(|| {
                 SourceError::Malformed("something that is no manifest, or one without a media type".into())
             })?;
         self.count_bytes(place, bytes.len());
-        Ok(ManifestAnswer { media_type, claimed, bytes })
+        Ok(ManifestAnswer { media_type, bytes })
     }
 
-    /// `HEAD manifests/<tag>`: the digest that a tag means now. None: the origin does not say.
+    /// `HEAD manifests/<tag>`: the digest that a tag means now. None: the upstream does not say, and a GET decides. A
+    /// HEAD is a hint: registries answer it with 404, 403, 405, 5xx or a web page for what a GET gives.
     pub async fn manifest_digest(
         self: &Arc<Self>,
         place: &Place,
@@ -146,26 +170,35 @@ impl Origin {
         let question = Question::new(Kind::ManifestHead, format!("manifests/{reference}")).accept(accept);
         match self.ask(place, &question, deadline).await {
             Ok(response) => Ok(claimed_digest(&response)),
-            // Some registries know no HEAD.
-            Err(SourceError::Failed(405)) => Ok(None),
+            Err(SourceError::Denied(told)) if told.status == 401 => Err(SourceError::Denied(told)),
+            Err(
+                SourceError::NotFound(_) | SourceError::Denied(_) | SourceError::Failed(_) | SourceError::Malformed(_),
+            ) => Ok(None),
             Err(error) => Err(error),
         }
     }
 
-    /// `GET blobs/<digest>`, whole or in part. Where Range is not honoured the answer starts at 0.
+    /// `GET blobs/<digest>`, whole or in part. Where Range is not honoured the response starts at 0. `known` is the
+    /// blob's length by a manifest: it replaces a missing `Content-Length`.
     pub async fn blob(
         self: &Arc<Self>,
         place: &Place,
         digest: &Digest,
         part: Part,
+        known: Option<u64>,
         deadline: Instant,
     ) -> Result<Incoming, SourceError> {
         let mut question = Question::new(Kind::Blob, format!("blobs/{digest}")).of_blob(digest);
         if let Some(range) = part.header() {
             question.headers.insert(RANGE, range);
         }
-        let response = self.ask(place, &question, deadline).await?;
-        let (span, total) = part.brought(response.status().as_u16(), response.headers())?;
+        let response = self.ask_for(place, question, Some(digest), deadline).await?;
+        let has_length = response.status() != 200 || header_u64(&response, CONTENT_LENGTH.as_str()).is_some();
+        let known = match known {
+            None if !has_length => self.blob_head(place, digest, deadline).await.ok().flatten(),
+            known => known,
+        };
+        let (span, total) = part.brought(response.status().as_u16(), response.headers(), known)?;
         let counter = self.metrics.origin_bytes.with_label_values(&[place.rule.name()]);
         let seconds = self.metrics.origin_body_seconds.with_label_values(&[place.rule.name()]);
         let mut last = Instant::now();
@@ -180,43 +213,87 @@ impl Origin {
         Ok(Incoming::new(span, total, body))
     }
 
-    /// The length of a blob, in bytes.
+    /// The length of a blob, in bytes. `known` is the one by a manifest.
     pub async fn blob_length(
         self: &Arc<Self>,
         place: &Place,
         digest: &Digest,
+        known: Option<u64>,
         deadline: Instant,
     ) -> Result<u64, SourceError> {
-        let question = Question::new(Kind::BlobHead, format!("blobs/{digest}")).of_blob(digest);
-        match self.ask(place, &question, deadline).await {
-            Ok(response) => match header_u64(&response, CONTENT_LENGTH.as_str()) {
+        match self.blob_head(place, digest, deadline).await {
+            Ok(length) => match length.or(known) {
                 Some(length) => return Ok(length),
                 None => tracing::debug!(%place, %digest, "HEAD without a length"),
             },
-            Err(error @ (SourceError::NotFound | SourceError::Unreachable(_) | SourceError::TimedOut)) => {
-                return Err(error);
-            }
+            Err(error @ (SourceError::Unreachable(_) | SourceError::TimedOut)) => return Err(error),
+            Err(error @ SourceError::NotFound(_)) => return Err(error),
             // Signed URLs are often good for GET only.
             Err(error) => tracing::debug!(%place, %digest, %error, "HEAD refused, asking by GET"),
         }
-        Ok(self.blob(place, digest, Part::From(0), deadline).await?.total)
+        Ok(self.blob(place, digest, Part::From(0), known, deadline).await?.total)
     }
 
-    /// `GET tags/list` or `GET referrers/<digest>`.
+    /// Asks for content. Of several upstreams one that names another digest is passed over, where another one has what is
+    /// meant; alone it is believed, since many registries name a wrong one for the right bytes.
+    async fn ask_for(
+        self: &Arc<Self>,
+        place: &Place,
+        question: Question,
+        digest: Option<&Digest>,
+        deadline: Instant,
+    ) -> Result<Response, SourceError> {
+        if digest.is_some() && place.rule.upstreams(&place.registry).len() > 1 {
+            match self.ask(place, &question.clone().expect(digest), deadline).await {
+                Err(SourceError::Malformed(_)) => {}
+                answer => return answer,
+            }
+        }
+        self.ask(place, &question, deadline).await
+    }
+
+    /// `HEAD blobs/<digest>`, of which only the outcome counts. The length: None, if it is not told.
+    pub async fn blob_head(
+        self: &Arc<Self>,
+        place: &Place,
+        digest: &Digest,
+        deadline: Instant,
+    ) -> Result<Option<u64>, SourceError> {
+        let question = Question::new(Kind::BlobHead, format!("blobs/{digest}")).of_blob(digest).expect(Some(digest));
+        let response = self.ask(place, &question, deadline).await?;
+        Ok(header_u64(&response, CONTENT_LENGTH.as_str()))
+    }
+
+    /// `GET tags/list`, `GET referrers/<digest>` or `GET _catalog`: passed on as it comes.
     pub async fn list(
         self: &Arc<Self>,
         place: &Place,
-        path: String,
+        list: &List,
         query: Option<&str>,
         deadline: Instant,
-    ) -> Result<ListAnswer, SourceError> {
-        let question = Question::new(Kind::List, path).query(query);
-        let response = self.ask(place, &question, deadline).await?;
-        let text = |name: &str| response.headers().get(name).and_then(|v| v.to_str().ok()).map(str::to_owned);
-        let (link, filters_applied) = (text("link"), text("oci-filters-applied"));
-        let media_type = media_type(&response).unwrap_or_else(|| "application/json".to_owned());
-        let bytes = self.read_whole(place, response, MAX_LIST_BYTES, deadline).await?;
-        Ok(ListAnswer { media_type, link, filters_applied, bytes })
+    ) -> Result<ListResponse, SourceError> {
+        let turn = timeout_at(deadline, self.lists.wait(&place.registry, 1)).await;
+        let turn = turn.map_err(|_| SourceError::Busy)?;
+        let question = Question::list(list).query(query);
+        let response = match (self.ask(place, &question, deadline).await, list) {
+            // A web page, or a redirect to one, stands where a registry without the API has a login.
+            (Err(SourceError::Malformed(_)), List::Referrers(_)) => return Err(no_referrers_api()),
+            (response, _) => response?,
+        };
+        let filters = response.headers().get("oci-filters-applied").and_then(|value| value.to_str().ok());
+        let filters_applied = filters.filter(|filters| filters.len() <= LONGEST_FILTERS).map(str::to_owned);
+        let encoding = response.headers().get(CONTENT_ENCODING).filter(|encoding| *encoding != "identity").cloned();
+        let next = link::next(response.headers().get_all(LINK).iter().map(HeaderValue::as_bytes));
+        let length = header_u64(&response, CONTENT_LENGTH.as_str());
+        let counter = self.metrics.origin_bytes.with_label_values(&[place.rule.name()]);
+        let body = response
+            .bytes_stream()
+            .inspect_ok(move |piece| {
+                let _ = &turn;
+                counter.inc_by(piece.len() as u64);
+            })
+            .map_err(|error| Broken(error_chain(&error.without_url())));
+        Ok(ListResponse { next, filters_applied, encoding, length, body: body.boxed() })
     }
 
     /// Reads a body within the memory that all such bodies share.
@@ -229,6 +306,11 @@ impl Origin {
     ) -> Result<Bytes, SourceError> {
         let reading = read_limited(response, limit, deadline, Some((&self.whole, &place.registry)));
         timeout_at(deadline, reading).await.unwrap_or(Err(SourceError::TimedOut))
+    }
+
+    /// Reads the certificates again that upstreams are shown. Blocks on the disk.
+    pub fn reload(&self) -> Result<(), String> {
+        self.http.reload()
     }
 
     /// The upstreams that were asked lately.
@@ -289,6 +371,19 @@ async fn read_limited(
             Ok(Ok(Some(piece))) => bytes.extend_from_slice(&piece),
         }
     }
+}
+
+/// Docker's first schema is not supported: its digest is not that of its bytes, and containerd 2 refuses it as well.
+fn first_schema() -> SourceError {
+    let message =
+        "the image has a manifest of Docker's schema 1, which is not supported: push it again with a current client";
+    SourceError::NotFound(UpstreamError::new(404, &error::body(ErrorCode::ManifestUnknown, message)))
+}
+
+/// What clients take for "look for the fall-back tag": any 404 but `NAME_UNKNOWN`.
+fn no_referrers_api() -> SourceError {
+    let message = "the upstream has no referrers API";
+    SourceError::NotFound(UpstreamError::new(404, &error::body(ErrorCode::Unsupported, message)))
 }
 
 fn header_u64(response: &Response, name: &str) -> Option<u64> {

@@ -13,7 +13,7 @@ mod turns;
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use http::header::{ACCEPT, HOST, RANGE};
@@ -22,15 +22,17 @@ use http::{HeaderName, HeaderValue, Method};
 use pingora::modules::http::HttpModules;
 use pingora::prelude::{Error, ErrorType, HttpPeer};
 use pingora::proxy::{ProxyHttp, Session};
+use tokio::time::timeout;
 
 use self::answer::send;
 pub use self::clients::Clients;
 use self::clients::{Place, Unwelcome};
-use self::exchange::Content;
 pub use self::exchange::Exchange;
+use self::exchange::{Content, LEFT};
 pub use self::gate::Gate;
 pub use self::load::Load;
 use self::load::Overloaded;
+use self::socket::Descriptor;
 use self::taking::PATIENCE;
 use self::turns::Turn;
 use crate::access_log::AccessLog;
@@ -38,10 +40,10 @@ use crate::activity::Activity;
 use crate::connections::kept_for;
 use crate::metrics::Metrics;
 use crate::oci::route::{self, query_value};
-use crate::oci::{Endpoint, RangeSet, Reference, Route, accept};
+use crate::oci::{Endpoint, RangeSet, Reference, Route, accept, link};
 use crate::peers::swarm::Direction;
 use crate::peers::{Reach, Standing, Unproven, Visitor, wire};
-use crate::pull::{Asker, Asking, BlobRequest, ManifestAnswer, Pull, Refusal};
+use crate::pull::{Asker, Asking, BlobRequest, List, ManifestAnswer, Pull, Refusal};
 use crate::readiness::Readiness;
 use crate::registries::{self, Registries, Rule};
 use crate::respond::Reply;
@@ -70,6 +72,12 @@ pub enum Listener {
     Peers,
 }
 
+/// A request that takes longer is watched for the client's departure. Shorter: more requests cost a descriptor more.
+const AT_ONCE: Duration = Duration::from_millis(250);
+
+/// As nginx calls it in its log; no client sees it.
+const CLIENT_CLOSED_REQUEST: u16 = 499;
+
 #[async_trait]
 impl ProxyHttp for Front {
     type CTX = Exchange;
@@ -89,7 +97,13 @@ impl ProxyHttp for Front {
             Some(seat) => {
                 exchange.seat = Some(seat);
                 let span = self.span(session.req_header());
-                let reply = span.within(Box::pin(self.answer(session, exchange))).await;
+                let connection = Descriptor::of(session);
+                let answer = span.within(Box::pin(self.answer(session, exchange)));
+                let Some(reply) = while_client_waits(connection, answer).await else {
+                    exchange.span = span;
+                    exchange.status = CLIENT_CLOSED_REQUEST;
+                    return Error::e_explain(ErrorType::ConnectionClosed, LEFT);
+                };
                 exchange.span = span;
                 match self.load.hold(reply.body.held(), client_of(session)) {
                     Ok(held) => {
@@ -170,21 +184,33 @@ impl Front {
             Err(unproven) => return Reply::unproven(unproven),
         };
         exchange.seal = visitor.as_ref().and_then(|visitor| visitor.seal.clone());
-        let asking = visitor.as_ref().map_or(Asking::CLIENT, |visitor| self.asking(visitor, &place.rule, &endpoint));
+        let asking = match &visitor {
+            Some(visitor) => self.asking(visitor, &place.rule, &endpoint),
+            None => Asking::of_client(named_by),
+        };
+        let begun = Instant::now();
         let accept = accept::merge(request.headers.get_all(ACCEPT).iter().filter_map(|value| value.to_str().ok()));
         let mut turn = None;
         if place.rule.asks_who() && !place.rule.deny {
             place = match &visitor {
                 Some(visitor) => self.let_peer_in(visitor, place, &endpoint, &accept, asking).await,
-                None => match self.let_in(session, place, &endpoint, &accept).await {
-                    Ok((place, may_be_wrong)) => {
-                        turn = may_be_wrong;
-                        place
+                None => {
+                    let let_in = self.let_in(session, place, &endpoint, &accept);
+                    match timeout(asking.patience, let_in).await {
+                        Ok(Ok((place, may_be_wrong))) => {
+                            turn = may_be_wrong;
+                            place
+                        }
+                        Ok(Err(reply)) => return reply.of_registry(&registry),
+                        Err(_) => {
+                            let message = "the upstream does not say in time who may have it";
+                            return Reply::refusal(&Refusal::Unavailable(message.into())).of_registry(&registry);
+                        }
                     }
-                    Err(reply) => return reply.of_registry(&registry),
-                },
+                }
             };
         }
+        let asking = asking.after(begun.elapsed());
         if let Err(refusal) = self.pull.permit(&place, asking.asker) {
             // Peers go by their own rules, which may be newer or older: this is no word of the origin.
             let refusal = if asking.asker.is_peer() { Refusal::NotKept } else { refusal };
@@ -193,16 +219,19 @@ impl Front {
         let ranges = header(RANGE).and_then(RangeSet::parse);
         let range = ranges.as_ref().and_then(RangeSet::single);
         let head_only = request.method == Method::HEAD;
-        let is_list = matches!(endpoint, Endpoint::Tags | Endpoint::Referrers(_));
+        let is_list = matches!(endpoint, Endpoint::Tags | Endpoint::Referrers(_) | Endpoint::Catalog);
         let answer = match endpoint {
             Endpoint::Manifest(Reference::Tag(_)) if asking.asker == Asker::Peer(Standing::Stranger) => {
                 Err(self.no_tags())
             }
-            Endpoint::Tags | Endpoint::Referrers(_) if asking.asker.is_peer() => {
+            Endpoint::Tags | Endpoint::Referrers(_) | Endpoint::Catalog if asking.asker.is_peer() => {
                 Err(Refusal::Denied("peers share content, not lists".into()))
             }
             Endpoint::Manifest(reference) => {
-                let answer = self.pull.manifest(&place, &reference, &accept, asking).await;
+                let answer = match head_only {
+                    true => self.pull.manifest_head(&place, &reference, &accept, asking).await,
+                    false => self.pull.manifest(&place, &reference, &accept, asking).await,
+                };
                 // A HEAD describes the whole.
                 answer.map(|answer| {
                     let reply = Reply::manifest(&answer, range.filter(|_| !head_only));
@@ -232,10 +261,11 @@ impl Front {
                     answer.map(|answer| Reply::blob(answer, &request.digest))
                 }
             }
-            Endpoint::Tags => self.list(&place, "tags/list".into(), path, query).await,
-            Endpoint::Referrers(digest) => self.list(&place, format!("referrers/{digest}"), path, query).await,
+            Endpoint::Tags => self.list(&place, &List::Tags, path, query, asking).await,
+            Endpoint::Referrers(digest) => self.list(&place, &List::Referrers(digest), path, query, asking).await,
+            Endpoint::Catalog => self.list(&place, &List::Catalog, path, query, asking).await,
         };
-        if matches!(answer, Err(Refusal::Denied(_))) && place.caller.holder().is_some() {
+        if answer.as_ref().is_err_and(Refusal::is_denied) && place.caller.holder().is_some() {
             // Who may not list may still pull.
             if !is_list {
                 self.pull.shut_out(&place);
@@ -299,7 +329,8 @@ impl Front {
         // Who is about to go begins nothing for others: it would go with it. What a tag means is asked in a moment.
         let is_tag = matches!(endpoint, Endpoint::Manifest(Reference::Tag(_)));
         let reach = if self.readiness.has_ended() && !is_tag { Reach::Kept } else { reach };
-        Asking { asker: Asker::Peer(standing), role: visitor.role, reach, aim: visitor.aim, left: visitor.deadline }
+        let patience = Asking::patience_of_peer(visitor.deadline);
+        Asking { asker: Asker::Peer(standing), role: visitor.role, reach, aim: visitor.aim, patience }
     }
 
     /// Who asks on the peers' port.
@@ -346,13 +377,29 @@ impl Front {
     async fn list(
         &self,
         place: &registries::Place,
-        endpoint: String,
+        list: &List,
         path: &str,
         query: Option<&str>,
+        asking: Asking,
     ) -> Result<Reply, Refusal> {
-        let passed = paging(query);
-        let answer = self.pull.list(place, endpoint, Some(&*passed).filter(|q| !q.is_empty())).await?;
+        let passed = query.map(link::without_namespace).filter(|query| !query.is_empty());
+        let answer = self.pull.list(place, list, passed.as_deref(), asking).await?;
         Ok(Reply::list(answer, path, query_value(query, "ns").as_deref()))
+    }
+}
+
+/// The answer, or None if the client leaves first: what it holds here is given back at once. Downloads and lookups that it
+/// began go on for the next client.
+async fn while_client_waits(connection: Option<Descriptor>, answer: impl Future<Output = Reply>) -> Option<Reply> {
+    let mut answer = std::pin::pin!(answer);
+    if let Ok(reply) = timeout(AT_ONCE, &mut answer).await {
+        return Some(reply);
+    }
+    let Some(connection) = connection else { return Some(answer.await) };
+    tokio::select! {
+        biased;
+        reply = answer => Some(reply),
+        () = connection.closed() => None,
     }
 }
 
@@ -365,15 +412,4 @@ fn client_of(session: &Session) -> Option<IpAddr> {
 fn told_age(answer: &ManifestAnswer) -> Option<(HeaderName, HeaderValue)> {
     let age = u64::try_from(answer.age?.as_millis()).unwrap_or(u64::MAX);
     Some((wire::AGE, age.into()))
-}
-
-/// What of a query is the origin's business.
-fn paging(query: Option<&str>) -> String {
-    let mut passed = url::form_urlencoded::Serializer::new(String::new());
-    for (key, value) in url::form_urlencoded::parse(query.unwrap_or_default().as_bytes()) {
-        if matches!(&*key, "n" | "last" | "artifactType") {
-            passed.append_pair(&key, &value);
-        }
-    }
-    passed.finish()
 }

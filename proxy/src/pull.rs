@@ -3,44 +3,51 @@
 mod asking;
 mod blob;
 mod entitlement;
+mod existence;
 mod explain;
 mod homes;
 mod kept;
 mod lend;
 mod length;
+mod list;
 mod manifest;
 mod negatives;
 mod parts;
 mod range;
+mod reachable;
 mod refusal;
 mod sources;
 mod speeds;
 mod tag;
 
 use std::collections::HashSet;
-use std::sync::Arc;
+use std::sync::atomic::AtomicU32;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use tokio::sync::Semaphore;
 use tokio::time::Instant;
 
-pub use self::asking::{Asker, Asking};
+pub use self::asking::{Asker, Asking, UPSTREAM_TIMEOUT};
 pub use self::blob::{BlobAnswer, BlobRequest, Body, Extent};
 use self::entitlement::Entitlements;
 pub use self::entitlement::Unentitled;
 pub use self::explain::Explanation;
 use self::homes::Homes;
+pub use self::list::{ListAnswer, ListBody};
 pub use self::manifest::ManifestAnswer;
 use self::negatives::Negatives;
-pub use self::refusal::Refusal;
+use self::reachable::Reachable;
+pub use self::refusal::{Refusal, status_for_client};
 use self::speeds::Speeds;
 use crate::caller::Who;
 use crate::config::FarPeers;
 use crate::fill::{DISTRUST, FillKey, FillView, Fills};
 use crate::flights::Flights;
 use crate::metrics::Metrics;
-use crate::oci::{Digest, ErrorCode, Registry, Repository, Tag};
-pub use crate::origin::Exchanged;
-use crate::origin::{ListAnswer, Origin, UpstreamView};
+use crate::oci::{Digest, Registry, Repository, Tag};
+pub use crate::origin::{Exchanged, List};
+use crate::origin::{Origin, UpstreamView};
 use crate::peers::swarm::Contribution;
 use crate::peers::wire::Holder;
 use crate::peers::{Peers, Scope};
@@ -61,6 +68,10 @@ const SLOW: Duration = Duration::from_secs(15);
 /// A digest's blob never changes its length, but its registry may lose it.
 const LENGTHS: Duration = Duration::from_secs(60);
 
+/// For how long copies of lists are counted, and how many are unpacked at the same time.
+const LIST_COPIES: Duration = Duration::from_secs(3600);
+const UNPACKING: usize = 4;
+
 /// Everything that a pull needs.
 pub struct Pull {
     registries: Arc<Registries>,
@@ -71,16 +82,25 @@ pub struct Pull {
     tags: Tags,
     metrics: Arc<Metrics>,
     negatives: Negatives,
+    reachable: Reachable,
     entitlements: Entitlements,
     /// Registries that lately kept somebody waiting who had an older answer.
     slow: moka::sync::Cache<Registry, ()>,
     // For all who ask for it there, and where one of them was refused, for each by itself.
     manifest_flights: Flights<(String, Digest, Role, Option<Who>), manifest::Fetched>,
     tag_flights: Flights<(String, Tag, Role, Option<Who>), tag::Meant>,
+    /// Whether repositories hold manifests that are cached from others.
+    confirmations: Flights<(String, Digest), Result<(), SourceError>>,
     /// How long blobs are that are not here.
     lengths: moka::sync::Cache<(Registry, Repository, Digest), u64>,
     length_flights: Flights<(String, Digest, Role, Option<Who>), length::Length>,
     homes: Homes,
+    /// Copies of lists that were written lately, by repository.
+    list_copies: moka::sync::Cache<String, Arc<AtomicU32>>,
+    /// Copies that are unpacked at the same time: each takes some MiB before its size is counted.
+    unpacking: Semaphore,
+    /// Held while the artifacts of a manifest are written.
+    subjects: Arc<Mutex<()>>,
     /// Who sent what of blobs that did not match, until the truth is known.
     suspects: moka::sync::Cache<(Digest, Registry), Arc<Vec<Contribution>>>,
     speeds: Speeds,
@@ -106,13 +126,18 @@ impl Pull {
             peers: peers.map(Arc::new),
             metrics,
             negatives: Negatives::new(),
+            reachable: Reachable::new(),
             entitlements: Entitlements::new(),
             slow: moka::sync::Cache::builder().max_capacity(10_000).time_to_live(SLOW).build(),
             manifest_flights: Flights::default(),
             tag_flights: Flights::default(),
+            confirmations: Flights::default(),
             lengths: moka::sync::Cache::builder().max_capacity(50_000).time_to_live(LENGTHS).build(),
             length_flights: Flights::default(),
             homes: Homes::new(store.clone()),
+            list_copies: moka::sync::Cache::builder().max_capacity(10_000).time_to_live(LIST_COPIES).build(),
+            unpacking: Semaphore::new(UNPACKING),
+            subjects: Arc::default(),
             suspects: moka::sync::Cache::builder().max_capacity(100).time_to_live(DISTRUST).build(),
             speeds: Speeds::new(),
             holders: moka::sync::Cache::builder().max_capacity(10_000).time_to_live(FIRST_BYTE).build(),
@@ -187,19 +212,12 @@ impl Pull {
         }
     }
 
-    /// `tags/list` and `referrers`: passed on, never kept.
-    pub async fn list(&self, place: &Place, path: String, query: Option<&str>) -> Result<ListAnswer, Refusal> {
-        let deadline = Instant::now() + FIRST_BYTE;
-        let answer = self.origin.list(place, path, query, deadline).await;
-        answer.map_err(|error| Refusal::of(&error, ErrorCode::NameUnknown))
-    }
-
     /// What a secret opens at a place's registry.
     pub async fn exchange(&self, place: &Place, secret: Secret) -> Result<Exchanged, SourceError> {
         // Who is not there is not asked. Whom a registry limits is not known before.
         match self.origin.trouble(place) {
             Some(trouble) if !matches!(trouble, SourceError::Limited { .. }) => Err(trouble),
-            _ => self.origin.exchange(place, secret, Instant::now() + FIRST_BYTE).await,
+            _ => self.origin.exchange(place, secret, Instant::now() + UPSTREAM_TIMEOUT).await,
         }
     }
 
@@ -253,6 +271,11 @@ impl Pull {
         self.origin.upstreams()
     }
 
+    /// Reads files again that others replace. Blocks on the disk.
+    pub fn reload(&self) -> [Result<(), String>; 2] {
+        [self.origin.reload(), self.peers.as_ref().map_or(Ok(()), |peers| peers.reload())]
+    }
+
     /// What other drays see of this one.
     pub fn peers(&self) -> Option<&Arc<Peers>> {
         self.peers.as_ref()
@@ -269,7 +292,10 @@ fn is_personal<T>(place: &Place, answer: &Result<T, SourceError>) -> bool {
     let is_ones_own = |error: &SourceError| {
         matches!(
             error,
-            SourceError::NotFound | SourceError::Denied | SourceError::Limited { .. } | SourceError::NoCredentials(_)
+            SourceError::NotFound(_)
+                | SourceError::Denied(_)
+                | SourceError::Limited { .. }
+                | SourceError::NoCredentials(_)
         )
     };
     place.rule.asks_who() && answer.as_ref().err().is_some_and(is_ones_own)

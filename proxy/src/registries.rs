@@ -11,7 +11,9 @@ use regex::Regex;
 use xxhash_rust::xxh64::xxh64;
 
 use crate::caller::Caller;
-use crate::config::{self, Abandoned, Config, Credentials, FarPeers, Matching, RuleAccess, Scheme, Upstream};
+use crate::config::{
+    self, Abandoned, ClientCert, Config, Credentials, FarPeers, Matching, RuleAccess, Scheme, Upstream,
+};
 use crate::oci::route::Names;
 use crate::oci::{Registry, Repository, Tag};
 use crate::provenance::Provenance;
@@ -31,7 +33,7 @@ pub struct Rule {
     pattern: Matching,
     upstreams: Vec<Upstream>,
     pub credentials: Option<Credentials>,
-    pub ca: Option<PathBuf>,
+    pub tls: RuleTls,
     pub deny: bool,
     tag_ttl: Duration,
     tags: Vec<(Regex, Duration)>,
@@ -42,6 +44,13 @@ pub struct Rule {
     access: RuleAccess,
     immutable_tags: Vec<Regex>,
     fingerprint: String,
+}
+
+/// How a rule's upstreams prove who they are, and dray to them.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+pub struct RuleTls {
+    pub ca: Option<PathBuf>,
+    pub client_cert: Option<ClientCert>,
 }
 
 /// A repository as a client named it, with the rule that holds for it.
@@ -112,6 +121,11 @@ impl Place {
         Self { rule, registry, repository, caller }
     }
 
+    /// What its repository is called at an upstream.
+    pub fn repository_at(&self, upstream: &Upstream) -> String {
+        self.rule.repository_at(upstream, &self.registry, &self.repository)
+    }
+
     /// What is remembered of objects that come from here.
     pub fn provenance(&self) -> Provenance {
         Provenance {
@@ -145,6 +159,20 @@ impl Names for Registries {
         let named = |rule: &Arc<Rule>| !rule.pattern.host.is_any() && rule.pattern.host.names(host);
         self.rules.iter().any(named) && !self.is_own_address(host)
     }
+
+    fn only_registry(&self) -> Option<Registry> {
+        self.only_named()
+    }
+}
+
+impl Registries {
+    /// The one registry that rules name, if they name one.
+    fn only_named(&self) -> Option<Registry> {
+        let named = self.rules.iter().filter(|rule| !rule.pattern.host.is_any());
+        let mut names = named.map(|rule| rule.pattern.host.as_str().parse().ok());
+        let first: Registry = names.next()??;
+        names.all(|name| name.as_ref() == Some(&first)).then_some(first)
+    }
 }
 
 impl Rule {
@@ -154,7 +182,7 @@ impl Rule {
             pattern: rule.pattern.clone(),
             upstreams: rule.upstreams.clone(),
             credentials: rule.credentials.clone(),
-            ca: rule.ca.clone(),
+            tls: RuleTls { ca: rule.ca.clone(), client_cert: rule.client_cert.clone() },
             deny: rule.deny,
             tag_ttl: rule.tag_ttl.0,
             tags: rule.tags.iter().filter_map(|tag| Some((config::whole_tag(&tag.pattern).ok()?, tag.ttl.0))).collect(),
@@ -189,8 +217,8 @@ impl Rule {
     }
 
     /// What a repository is called at an upstream.
-    pub fn repository_at(&self, upstream: &Upstream, repository: &Repository) -> String {
-        upstream.repository(&self.pattern, repository)
+    fn repository_at(&self, upstream: &Upstream, registry: &Registry, repository: &Repository) -> String {
+        upstream.repository(&self.pattern, registry, repository)
     }
 
     /// For how long a tag is believed without asking.
@@ -204,7 +232,7 @@ impl Rule {
 
     /// Whether what it fetches may need a secret that other processes do not have.
     pub fn is_private(&self) -> bool {
-        self.credentials.is_some() || self.asks_who()
+        self.credentials.is_some() || self.tls.client_cert.is_some() || self.asks_who()
     }
 
     /// Whether everybody gets only what the registry would give them.
@@ -237,6 +265,9 @@ fn fingerprint(rule: &config::Rule, guard: &config::Guard) -> String {
     if !rule.tags.is_empty() {
         text += &format!(" {:?}", rule.tags);
     }
+    if rule.client_cert.is_some() {
+        text += " client_cert";
+    }
     if rule.access != RuleAccess::Shared {
         text += &format!(" {:?}", rule.access);
     }
@@ -264,6 +295,8 @@ mod tests {
             assert_ne!(plain, of(&format!("[[registry]]\nmatch = \"a.io\"\n{other}")), "{other}");
         }
         assert_ne!(plain, with("A"));
+        let shown = "client_cert = { cert = \"c\", key = \"k\" }";
+        assert_ne!(plain, of(&format!("[[registry]]\nmatch = \"a.io\"\n{shown}")));
         assert_ne!(plain, of("[[registry]]\nmatch = \"a.io\"\ntags = [{ match = \"x\", ttl = \"9s\" }]"));
     }
 

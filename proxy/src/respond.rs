@@ -1,22 +1,21 @@
 //! Answers: status, headers and body of everything a registry client can get.
 //!
-//! Only this file knows which status a refusal has. Lengths are always known, so that nothing is
-//! ever sent in chunks: containerd takes a missing length for an unknown size.
+//! Only this file knows which status a refusal has. Lengths of manifests and blobs are always known: containerd takes a
+//! missing length for an unknown size. Only lists may be sent in chunks.
 
 use bytes::Bytes;
 use http::header::{
-    ACCEPT_RANGES, AGE, ALLOW, CACHE_CONTROL, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, LINK, LOCATION,
-    WWW_AUTHENTICATE,
+    ACCEPT_RANGES, AGE, ALLOW, CACHE_CONTROL, CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, LINK,
+    LOCATION, TRANSFER_ENCODING, WWW_AUTHENTICATE,
 };
 use http::{HeaderName, HeaderValue, StatusCode};
 use pingora::http::ResponseHeader;
 
 use crate::oci::route::RouteError;
-use crate::oci::{BLOB_MEDIA_TYPE, Digest, ErrorCode, RangeRequest, Registry, Span, error};
-use crate::origin::ListAnswer;
+use crate::oci::{BLOB_MEDIA_TYPE, Digest, ErrorCode, RangeRequest, Registry, Span, error, link};
 use crate::peers::{Unproven, wire};
-use crate::pull::{BlobAnswer, Body, Extent, ManifestAnswer, Refusal};
-use crate::source::ServedFrom;
+use crate::pull::{BlobAnswer, Body, Extent, ListAnswer, ManifestAnswer, Refusal, status_for_client};
+use crate::source::{ServedFrom, UpstreamError};
 
 pub const SOURCE: HeaderName = HeaderName::from_static("x-dray-source");
 pub const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -52,6 +51,7 @@ impl Reply {
 
     pub fn refusal(refusal: &Refusal) -> Self {
         match refusal {
+            Refusal::Upstream { error, code } => Self::upstream_error(error, *code),
             Refusal::NotFound { code, message } => Self::error(StatusCode::NOT_FOUND, *code, message),
             Refusal::Denied(message) => Self::error(StatusCode::FORBIDDEN, ErrorCode::Denied, message),
             // Never 408 or 429: containerd repeats those at once. And without Retry-After, for
@@ -177,18 +177,28 @@ impl Reply {
         Self::blob(answer, digest)
     }
 
-    /// A list as it came, with its link to the next page led back here.
+    /// A list as it comes, with its link to the next page led back here.
     pub fn list(answer: ListAnswer, path: &str, namespace: Option<&str>) -> Self {
-        let link = answer.link.and_then(|link| next_page(&link, path, namespace));
-        let mut reply = Self::with_bytes(StatusCode::OK, &answer.media_type, answer.bytes);
-        reply.from = Some(ServedFrom::Origin);
-        if let Some(link) = link {
-            reply = reply.header(LINK, &link);
-        }
-        if let Some(filters) = answer.filters_applied {
-            reply = reply.header(FILTERS_APPLIED, &filters);
-        }
-        reply
+        let reply = Self {
+            status: StatusCode::OK,
+            headers: Vec::with_capacity(8),
+            body: answer.body,
+            from: Some(answer.from),
+            reason: None,
+        };
+        let reply = reply.header(CONTENT_TYPE, answer.media_type);
+        let reply = match answer.length {
+            Some(length) => reply.value(CONTENT_LENGTH, length.into()),
+            None => reply.value(TRANSFER_ENCODING, HeaderValue::from_static("chunked")),
+        };
+        let reply = match answer.encoding {
+            Some(encoding) => reply.value(CONTENT_ENCODING, encoding),
+            None => reply,
+        };
+        let age = answer.age.map(|age| (AGE, age.as_secs().to_string()));
+        let link = answer.next.map(|query| (LINK, next_page(&query, path, namespace)));
+        let filters = answer.filters_applied.map(|filters| (FILTERS_APPLIED, filters));
+        [age, link, filters].into_iter().flatten().fold(reply, |reply, (name, value)| reply.header(name, &value))
     }
 
     /// Says which registry the content belongs to.
@@ -235,6 +245,16 @@ impl Reply {
         }
     }
 
+    /// An upstream's error as it made it. `code` stands for a body without one.
+    fn upstream_error(error: &UpstreamError, code: ErrorCode) -> Self {
+        let status = StatusCode::from_u16(status_for_client(error.status)).unwrap_or(StatusCode::SERVICE_UNAVAILABLE);
+        let message = format!("the upstream answered {error}");
+        match error.json() {
+            Some(json) => Self { reason: Some(message), ..Self::with_bytes(status, "application/json", json.clone()) },
+            None => Self::error(status, code, &message),
+        }
+    }
+
     fn error(status: StatusCode, code: ErrorCode, message: &str) -> Self {
         let reply = Self::with_bytes(status, "application/json", error::body(code, message).into());
         Self { reason: Some(message.to_owned()), ..reply }
@@ -261,18 +281,14 @@ impl Reply {
     }
 }
 
-/// Turns an origin's `Link: <...?last=x>; rel="next"` into one that leads to the same path here.
-fn next_page(link: &str, path: &str, namespace: Option<&str>) -> Option<String> {
-    let (target, params) = link.trim().strip_prefix('<')?.split_once('>')?;
-    let query = target.split_once('?').map_or("", |(_, query)| query);
-    let mut pairs = url::form_urlencoded::Serializer::new(String::new());
-    for (key, value) in url::form_urlencoded::parse(query.as_bytes()).filter(|(key, _)| key != "ns") {
-        pairs.append_pair(&key, &value);
-    }
+/// A link to the next page here, by the query that the upstream's link has.
+fn next_page(query: &str, path: &str, namespace: Option<&str>) -> String {
+    let mut query = link::without_namespace(query);
     if let Some(namespace) = namespace {
-        pairs.append_pair("ns", namespace);
+        let value: String = url::form_urlencoded::byte_serialize(namespace.as_bytes()).collect();
+        query += &format!("{}ns={value}", if query.is_empty() { "" } else { "&" });
     }
-    Some(format!("<{path}?{}>{params}", pairs.finish()))
+    format!("<{path}?{query}>; rel=\"next\"")
 }
 
 #[cfg(test)]
@@ -280,17 +296,25 @@ mod tests {
     use super::*;
 
     #[test]
-    fn pages_lead_back_here() {
-        let of = |link: &str, ns: Option<&str>| next_page(link, "/v2/library/alpine/tags/list", ns);
+    fn next_page_leads_back_here() {
+        let of = |query: &str, ns| next_page(query, "/v2/library/alpine/tags/list", ns);
         assert_eq!(
-            of("</v2/mirror/alpine/tags/list?last=a%2Bb&n=2>; rel=\"next\"", Some("docker.io")).unwrap(),
-            "</v2/library/alpine/tags/list?last=a%2Bb&n=2&ns=docker.io>; rel=\"next\""
+            of("last=a%2Bb&n=2", Some("reg.io:5000")),
+            "</v2/library/alpine/tags/list?last=a%2Bb&n=2&ns=reg.io%3A5000>; rel=\"next\""
         );
         assert_eq!(
-            of("<https://origin/v2/x/tags/list?n=2&last=b>; rel=\"next\"", None).unwrap(),
-            "</v2/library/alpine/tags/list?n=2&last=b>; rel=\"next\""
+            of("next_page=gAAA%3D&ns=up.io", None),
+            "</v2/library/alpine/tags/list?next_page=gAAA%3D>; rel=\"next\""
         );
-        assert_eq!(of("garbage", None), None);
+    }
+
+    #[test]
+    fn error_of_an_upstream_is_passed_on_as_it_came() {
+        let body = br#"{"errors":[{"code":"NAME_UNKNOWN","message":"x"}]}"#;
+        let error = UpstreamError::new(404, body);
+        let reply = Reply::refusal(&Refusal::Upstream { error, code: ErrorCode::ManifestUnknown });
+        assert_eq!(reply.status, StatusCode::NOT_FOUND);
+        assert!(matches!(&reply.body, Body::Memory(Some(bytes)) if bytes[..] == body[..]));
     }
 
     #[test]

@@ -14,6 +14,8 @@ pub enum Secret {
     },
     /// Docker's `identitytoken`: an OAuth2 refresh token.
     Identity(String),
+    /// Docker's `registrytoken`: what the registry is shown as it is.
+    Bearer(String),
 }
 
 impl Secret {
@@ -23,7 +25,7 @@ impl Secret {
             Self::Password { username, password } => {
                 Some(format!("Basic {}", STANDARD.encode(format!("{username}:{password}"))))
             }
-            Self::Identity(_) => None,
+            Self::Identity(_) | Self::Bearer(_) => None,
         }
     }
 

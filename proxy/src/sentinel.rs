@@ -74,7 +74,7 @@ pub fn answer(endpoint: &Endpoint, range: Option<RangeRequest>) -> Reply {
         Endpoint::Blob(asked) => {
             image.blobs.iter().find(|blob| asked.matches(blob)).map(|blob| (blob, BLOB_MEDIA_TYPE))
         }
-        Endpoint::Tags | Endpoint::Referrers(_) => None,
+        Endpoint::Tags | Endpoint::Referrers(_) | Endpoint::Catalog => None,
     };
     let Some((bytes, media_type)) = found else {
         let message = format!("{REGISTRY} has one image, for `dray containerd check`");

@@ -307,13 +307,14 @@ async fn keep_house(store: Arc<Store>, keep_free: Share) {
 
 /// Reads certificates and keys again, which others replace, for as long as the process lives.
 async fn keep_secrets(identity: Option<Arc<Identity>>, pull: Arc<Pull>, gate: Arc<Gate>, visitors: Arc<Visitors>) {
-    let mut known = [const { None }; 4];
+    let mut known = [const { None }; 5];
     loop {
         tokio::time::sleep(RELOAD).await;
         let (identity, pull, gate, visitors) = (identity.clone(), pull.clone(), gate.clone(), visitors.clone());
         let reloaded = tokio::task::spawn_blocking(move || {
             let own = identity.and_then(|identity| identity.reload().err());
-            [own, pull.peers().and_then(|peers| peers.reload().err()), gate.reload().err(), visitors.reload().err()]
+            let [upstreams, peers] = pull.reload().map(Result::err);
+            [own, upstreams, peers, gate.reload().err(), visitors.reload().err()]
         });
         let Ok(trouble) = reloaded.await else { continue };
         for (new, old) in trouble.iter().zip(&known) {

@@ -1,4 +1,6 @@
-//! Bodies on their way in, whoever sends them, and why a source sends none.
+//! Bodies on their way in from an upstream or a peer, and why a source sends none.
+
+mod upstream_error;
 
 use std::time::Duration;
 
@@ -8,6 +10,7 @@ use futures_util::stream::BoxStream;
 use http::header::{CONTENT_LENGTH, CONTENT_RANGE};
 use http::{HeaderMap, HeaderValue};
 
+pub use self::upstream_error::UpstreamError;
 use crate::oci::{ContentRange, RangeRequest, Span};
 
 /// A blob's body as an origin or a peer sends it.
@@ -59,10 +62,12 @@ pub struct Broken(pub String);
 /// Why a source gives nothing.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum SourceError {
-    #[error("the origin does not have it")]
-    NotFound,
-    #[error("the origin denies access")]
-    Denied,
+    /// 404 or 410.
+    #[error("the upstream does not have it: {0}")]
+    NotFound(UpstreamError),
+    /// 401 or 403.
+    #[error("the upstream denies access: {0}")]
+    Denied(UpstreamError),
     #[error("it is not kept here")]
     NotKept,
     #[error("the origin limits its requests")]
@@ -79,8 +84,9 @@ pub enum SourceError {
     Unreachable(String),
     #[error("no answer in time")]
     TimedOut,
-    #[error("the origin answered {0}")]
-    Failed(u16),
+    /// Any other status.
+    #[error("the upstream answered {0}")]
+    Failed(UpstreamError),
     #[error("not followed: {0}")]
     Guarded(String),
     #[error("the origin's answer is wrong: {0}")]
@@ -159,15 +165,18 @@ impl Part {
     }
 
     /// Which part an answer of status 200 or 206 brings and how long the whole blob is. A 206 is
-    /// believed only if it is exactly what was asked for; a 200 brings everything.
-    pub fn brought(self, status: u16, headers: &HeaderMap) -> Result<(Span, u64), SourceError> {
+    /// believed only if it is exactly what was asked for; a 200 brings everything. `known` is the blob's length by
+    /// a manifest, for a 200 that does not tell it.
+    pub fn brought(self, status: u16, headers: &HeaderMap, known: Option<u64>) -> Result<(Span, u64), SourceError> {
         let malformed = |what: &str| SourceError::Malformed(what.to_owned());
         let text = |name| headers.get(name).and_then(|value| value.to_str().ok());
         let length: Option<u64> = text(CONTENT_LENGTH).and_then(|text| text.trim().parse().ok());
         if status != 206 {
             return length
+                .or(known)
                 .map(|total| (Span::whole(total), total))
-                .ok_or_else(|| malformed("a blob without Content-Length"));
+                // Another node may have served the manifest that tells it.
+                .ok_or_else(|| SourceError::Unreachable("the upstream does not tell the length of the blob".into()));
         }
         let range: ContentRange = text(CONTENT_RANGE)
             .and_then(|text| text.parse().ok())
@@ -196,11 +205,49 @@ impl ServedFrom {
 }
 
 impl SourceError {
+    /// Nothing has it, as far as dray knows without an upstream's word.
+    pub fn not_found() -> Self {
+        Self::NotFound(UpstreamError::of_status(404))
+    }
+
+    /// Access is denied, without a response that says so.
+    pub fn denied() -> Self {
+        Self::Denied(UpstreamError::of_status(403))
+    }
+
+    /// A response of this status, whatever its body.
+    pub fn failed(status: u16) -> Self {
+        Self::Failed(UpstreamError::of_status(status))
+    }
+
+    pub fn is_not_found(&self) -> bool {
+        matches!(self, Self::NotFound(_))
+    }
+
+    pub fn is_denied(&self) -> bool {
+        matches!(self, Self::Denied(_))
+    }
+
+    /// Bytes of an upstream's error body that it holds.
+    pub fn body_len(&self) -> usize {
+        match self {
+            Self::NotFound(error) | Self::Denied(error) | Self::Failed(error) => {
+                error.json().map_or(0, |json| json.len())
+            }
+            _ => 0,
+        }
+    }
+
+    /// The status of a response that is neither "not found" nor "denied".
+    pub fn failed_status(&self) -> Option<u16> {
+        if let Self::Failed(error) = self { Some(error.status) } else { None }
+    }
+
     /// The outcome's name in logs and metrics.
     pub fn as_str(&self) -> &'static str {
         match self {
-            Self::NotFound => "not_found",
-            Self::Denied => "denied",
+            Self::NotFound(_) => "not_found",
+            Self::Denied(_) => "denied",
             Self::NotKept => "not_kept",
             Self::Limited { .. } => "limited",
             Self::Busy => "busy",
@@ -215,39 +262,35 @@ impl SourceError {
 
     /// Whether the same question may well be answered in a moment.
     pub fn is_passing(&self) -> bool {
-        matches!(self, Self::Unreachable(_) | Self::Failed(500 | 502 | 503 | 504))
+        matches!(self, Self::Unreachable(_)) || matches!(self.failed_status(), Some(500 | 502 | 503 | 504))
     }
 
     /// Whether this is about the origin's health, so that an older answer is better than none.
     /// "Not found" and "denied" are answers.
     pub fn is_outage(&self) -> bool {
-        !matches!(self, Self::NotFound | Self::Denied)
+        !matches!(self, Self::NotFound(_) | Self::Denied(_))
     }
 
     /// Whether waiting may help: the origin was not there, or said "later".
     pub fn is_passing_outage(&self) -> bool {
-        matches!(
-            self,
-            Self::Unreachable(_)
-                | Self::TimedOut
-                | Self::Limited { .. }
-                | Self::Busy
-                | Self::NoCredentials(_)
-                | Self::Failed(500..)
-        )
+        match self {
+            Self::Unreachable(_) | Self::TimedOut | Self::Limited { .. } | Self::Busy | Self::NoCredentials(_) => true,
+            Self::Failed(error) => error.status >= 500,
+            _ => false,
+        }
     }
 
     /// Whether it may come from asking for a range: the same question without one may be answered.
     pub fn is_about_ranges(&self) -> bool {
-        matches!(self, Self::Malformed(_) | Self::Failed(400..=499 | 501))
+        matches!(self, Self::Malformed(_)) || matches!(self.failed_status(), Some(400..=499 | 501))
     }
 
     /// Of two upstreams' errors the one that says more: an outage of one means that the other's
     /// "not found" is not the whole truth.
     pub fn severer(self, other: Self) -> Self {
         let rank = |error: &Self| match error {
-            Self::NotFound | Self::NotKept => 0,
-            Self::Denied => 1,
+            Self::NotFound(_) | Self::NotKept => 0,
+            Self::Denied(_) => 1,
             Self::Guarded(_) => 2,
             Self::Malformed(_) => 3,
             Self::Failed(_) => 4,
@@ -281,7 +324,7 @@ mod tests {
         for (name, value) in headers {
             map.insert(*name, value.parse().unwrap());
         }
-        part.brought(status, &map).ok().map(|(span, total)| (span.start, span.end, total))
+        part.brought(status, &map, None).ok().map(|(span, total)| (span.start, span.end, total))
     }
 
     #[test]
@@ -307,12 +350,14 @@ mod tests {
         assert_eq!(brought(span, 206, &[("content-range", "bytes 5-9/100"), ("content-length", "4")]), None);
         assert_eq!(brought(span, 200, &[("content-length", "100")]), Some((0, 100, 100)));
         assert_eq!(brought(Part::From(0), 200, &[]), None);
+        let known = Part::From(7).brought(200, &HeaderMap::new(), Some(9));
+        assert_eq!(known, Ok((Span::whole(9), 9)), "the manifest tells what the response does not");
     }
 
     #[test]
     fn an_outage_outweighs_a_not_found() {
         let outage = SourceError::TimedOut;
-        assert_eq!(SourceError::NotFound.severer(outage.clone()), outage);
-        assert_eq!(outage.clone().severer(SourceError::NotFound), outage);
+        assert_eq!(SourceError::not_found().severer(outage.clone()), outage);
+        assert_eq!(outage.clone().severer(SourceError::not_found()), outage);
     }
 }

@@ -32,7 +32,7 @@ pub use evict::HOUSEKEEPING;
 pub use large::{Blob, Large, Proof};
 pub use layout::LayoutError;
 pub use partial::Partial;
-pub use records::{Records, RepositoryRecord, TagRecord};
+pub use records::{ListRecord, Records, ReferrersRecord, RepositoryRecord, TagRecord};
 pub use small::{Kind, Small, SmallObject};
 
 /// Objects up to this many bytes are kept in the small tier, whole.
@@ -91,7 +91,7 @@ impl Store {
         let large = Large::open(&layout, for_blobs, metrics).map_err(StoreError::Scan)?;
         metrics.cache_bytes.with_label_values(&["small"]).set(i64::try_from(small.disk_bytes()).unwrap_or(i64::MAX));
         metrics.cache_limit.with_label_values(&["small"]).set(i64::try_from(small.disk_bytes()).unwrap_or(i64::MAX));
-        let records = Records::new(layout.records());
+        let records = Records::new(layout.records(), layout.lists());
         let blobs = metrics.cache_blobs.clone();
         let store = Self { small, large: Arc::new(large), records, layout, blobs };
         store.measure();

@@ -50,21 +50,43 @@ impl Tags {
             return;
         }
         self.leases.insert((place.to_string(), tag.clone()), Lease { digest: digest.clone(), checked_at });
-        let record = TagRecord {
-            registry: place.registry.to_string(),
-            repository: place.repository.to_string(),
-            tag: tag.to_string(),
-            digest: digest.to_string(),
-            checked_at: checked_at.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs(),
-        };
+        let record = record(place, tag, digest.as_str(), checked_at);
         let store = self.store.clone();
         tokio::task::spawn_blocking(move || store.records.put_tag(&record));
     }
 
-    /// The origin has just said that the tag is gone.
+    /// The upstream has just said that there is no such tag. Of a digest's tags that is remembered for outages: whether
+    /// an image has a signature must be known then as well. Of others it is not, since clients can invent any.
     pub fn forget(&self, place: &Place, tag: &Tag) {
         self.leases.invalidate(&(place.to_string(), tag.clone()));
-        self.store.records.forget_tag(&place.registry, &place.repository, tag);
+        let (store, place, tag) = (self.store.clone(), place.clone(), tag.clone());
+        tokio::task::spawn_blocking(move || {
+            store.records.forget_tag(&place.registry, &place.repository, &tag);
+            // Where each client has rights of its own, "not found" is about those.
+            if tag.is_of_digest() && !place.rule.asks_who() {
+                store.records.put_absent(&place.registry, &place.repository, &tag);
+            }
+        });
+    }
+
+    /// Whether the upstream said last that there is no such tag.
+    pub async fn was_absent(&self, place: &Place, tag: &Tag) -> bool {
+        if !tag.is_of_digest() || place.rule.asks_who() {
+            return false;
+        }
+        let (store, place, tag) = (self.store.clone(), place.clone(), tag.clone());
+        let known = move || store.records.is_absent(&place.registry, &place.repository, &tag);
+        tokio::task::spawn_blocking(known).await.unwrap_or(false)
+    }
+}
+
+fn record(place: &Place, tag: &Tag, digest: &str, checked_at: SystemTime) -> TagRecord {
+    TagRecord {
+        registry: place.registry.to_string(),
+        repository: place.repository.to_string(),
+        tag: tag.to_string(),
+        digest: digest.to_owned(),
+        checked_at: checked_at.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs(),
     }
 }
 

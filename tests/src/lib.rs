@@ -22,13 +22,22 @@ pub mod tokens;
 use std::path::PathBuf;
 
 /// Waits for something that another process is about to do. Panics after 30 s.
-pub async fn eventually<T>(what: &str, mut probe: impl AsyncFnMut() -> Option<T>) -> T {
-    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(30);
+pub async fn eventually<T>(what: &str, probe: impl AsyncFnMut() -> Option<T>) -> T {
+    eventually_within(std::time::Duration::from_secs(30), what, probe).await
+}
+
+/// The same for something that takes longer.
+pub async fn eventually_within<T>(
+    limit: std::time::Duration,
+    what: &str,
+    mut probe: impl AsyncFnMut() -> Option<T>,
+) -> T {
+    let deadline = std::time::Instant::now() + limit;
     loop {
         if let Some(found) = probe().await {
             return found;
         }
-        assert!(std::time::Instant::now() < deadline, "still waiting after 30 s: {what}");
+        assert!(std::time::Instant::now() < deadline, "still waiting after {limit:?}: {what}");
         tokio::time::sleep(std::time::Duration::from_millis(10)).await;
     }
 }

@@ -8,7 +8,7 @@ use bytes::Bytes;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
-use tokio::task::JoinHandle;
+use tokio::task::{JoinHandle, JoinSet};
 use tokio_rustls::TlsAcceptor;
 
 use crate::image::Image;
@@ -54,6 +54,8 @@ pub enum Fault {
     StallAfter(usize),
     /// Waits after so many bytes until [`Origin::open_gate`] is called.
     GateAfter(usize),
+    /// Answers nothing, not even a head, until [`Origin::open_gate`] is called.
+    LateUntilGate,
     /// Sends so many bytes a second until [`Origin::open_gate`] is called.
     SlowUntilGate(usize),
     /// Sends one byte at a time.
@@ -94,9 +96,12 @@ impl Origin {
         let gate = watch::Sender::new(false);
         let shared = Connection { handler, requests: requests.clone(), sent: sent.clone(), gate: gate.subscribe() };
         let task = tokio::spawn(async move {
+            // Ended with the task: an origin that is dropped answers nothing any more.
+            let mut connections = JoinSet::new();
             while let Ok((stream, _)) = listener.accept().await {
+                while connections.try_join_next().is_some() {}
                 let (connection, tls) = (shared.clone(), tls.clone());
-                tokio::spawn(async move {
+                connections.spawn(async move {
                     let reset = rustix::io::dup(&stream).ok();
                     match tls {
                         None => connection.serve(stream, reset).await,
@@ -171,6 +176,19 @@ impl Response {
     pub fn without(mut self, name: &str) -> Self {
         self.headers.retain(|(known, _)| !known.eq_ignore_ascii_case(name));
         self
+    }
+
+    /// In chunks, without a length: as a registry sends what it has yet to receive itself.
+    pub fn chunked(mut self) -> Self {
+        let mut framed = Vec::new();
+        for piece in self.body.chunks(32 * 1024) {
+            framed.extend_from_slice(format!("{:x}\r\n", piece.len()).as_bytes());
+            framed.extend_from_slice(piece);
+            framed.extend_from_slice(b"\r\n");
+        }
+        framed.extend_from_slice(b"0\r\n\r\n");
+        self.body = framed.into();
+        self.without("content-length").with("transfer-encoding", "chunked")
     }
 
     /// With one bit of the byte at `at` changed.
@@ -271,6 +289,9 @@ impl Connection {
         if response.fault == Fault::Silent {
             std::future::pending::<()>().await;
         }
+        if response.fault == Fault::LateUntilGate {
+            self.gate.wait_for(|open| *open).await.ok()?;
+        }
         let mut head = format!("HTTP/1.1 {} Scripted\r\n", response.status);
         if !response.has("content-length") && !response.has("transfer-encoding") {
             head += &format!("content-length: {}\r\n", response.body.len());
@@ -285,12 +306,12 @@ impl Connection {
         let upto = match response.fault {
             Fault::CutAfter(n) | Fault::ResetAfter(n) | Fault::StallAfter(n) | Fault::GateAfter(n) => n,
             Fault::Drip | Fault::SlowUntilGate(_) => 0,
-            Fault::None | Fault::Silent => response.body.len(),
+            Fault::None | Fault::Silent | Fault::LateUntilGate => response.body.len(),
         };
         let upto = upto.min(response.body.len());
         self.send(stream, &response.body[..upto]).await?;
         match response.fault {
-            Fault::None | Fault::Silent => Some(()),
+            Fault::None | Fault::Silent | Fault::LateUntilGate => Some(()),
             Fault::CutAfter(_) => {
                 let _ = stream.shutdown().await;
                 None

@@ -4,13 +4,16 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair};
-use rustls::pki_types::PrivateKeyDer;
+use rustls::crypto::CryptoProvider;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::server::danger::ClientCertVerifier;
 use tokio_rustls::TlsAcceptor;
 
 /// A CA whose certificate lies in a file.
 pub struct Authority {
     issuer: Issuer<'static, KeyPair>,
     pub ca_file: PathBuf,
+    certificate: CertificateDer<'static>,
     dir: PathBuf,
 }
 
@@ -30,7 +33,8 @@ impl Authority {
         let cert = params.self_signed(&key).expect("a certificate");
         let ca_file = dir.join("ca.pem");
         std::fs::write(&ca_file, cert.pem()).expect("the CA is written");
-        Self { issuer: Issuer::new(params, key), ca_file, dir: dir.to_owned() }
+        let certificate = cert.der().clone();
+        Self { issuer: Issuer::new(params, key), ca_file, certificate, dir: dir.to_owned() }
     }
 
     pub fn files(&self, names: &[&str]) -> Files {
@@ -44,14 +48,16 @@ impl Authority {
 
     pub fn acceptor(&self, names: &[&str]) -> TlsAcceptor {
         let (cert, key) = self.issue(names);
-        let key = PrivateKeyDer::try_from(key.serialize_der()).expect("a key");
-        let provider = Arc::new(rustls::crypto::ring::default_provider());
-        let config = rustls::ServerConfig::builder_with_provider(provider)
-            .with_safe_default_protocol_versions()
-            .expect("versions")
-            .with_no_client_auth()
-            .with_single_cert(vec![cert.der().clone()], key);
-        TlsAcceptor::from(Arc::new(config.expect("a certificate that fits its key")))
+        acceptor(&cert, &key, None)
+    }
+
+    /// The same for those only who show a certificate of this authority.
+    pub fn acceptor_for_known(&self, names: &[&str]) -> TlsAcceptor {
+        let (cert, key) = self.issue(names);
+        let mut roots = rustls::RootCertStore::empty();
+        roots.add(self.certificate.clone()).expect("a root");
+        let clients = rustls::server::WebPkiClientVerifier::builder_with_provider(roots.into(), provider());
+        acceptor(&cert, &key, Some(clients.build().expect("a verifier")))
     }
 
     fn issue(&self, names: &[&str]) -> (rcgen::Certificate, KeyPair) {
@@ -60,4 +66,32 @@ impl Authority {
         let key = KeyPair::generate().expect("a key");
         (params.signed_by(&key, &self.issuer).expect("a certificate"), key)
     }
+}
+
+/// A certificate that is its own authority, as Docker's recipe for a private registry makes one, in a file.
+pub fn self_signed(dir: &Path, names: &[&str]) -> (PathBuf, TlsAcceptor) {
+    let names: Vec<String> = names.iter().map(|name| (*name).to_owned()).collect();
+    let mut params = CertificateParams::new(names).expect("names");
+    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    let key = KeyPair::generate().expect("a key");
+    let cert = params.self_signed(&key).expect("a certificate");
+    let file = dir.join("self-signed.crt");
+    std::fs::write(&file, cert.pem()).expect("the certificate is written");
+    (file, acceptor(&cert, &key, None))
+}
+
+fn acceptor(cert: &rcgen::Certificate, key: &KeyPair, clients: Option<Arc<dyn ClientCertVerifier>>) -> TlsAcceptor {
+    let key = PrivateKeyDer::try_from(key.serialize_der()).expect("a key");
+    let config = rustls::ServerConfig::builder_with_provider(provider());
+    let config = config.with_safe_default_protocol_versions().expect("versions");
+    let config = match clients {
+        Some(clients) => config.with_client_cert_verifier(clients),
+        None => config.with_no_client_auth(),
+    };
+    let config = config.with_single_cert(vec![cert.der().clone()], key);
+    TlsAcceptor::from(Arc::new(config.expect("a certificate that fits its key")))
+}
+
+fn provider() -> Arc<CryptoProvider> {
+    Arc::new(rustls::crypto::ring::default_provider())
 }

@@ -4,6 +4,6 @@
 use dray_fuzz::origin::challenge::Challenge;
 use libfuzzer_sys::fuzz_target;
 
-fuzz_target!(|lines: Vec<&str>| {
+fuzz_target!(|lines: Vec<&[u8]>| {
     let _ = Challenge::pick(lines.into_iter());
 });

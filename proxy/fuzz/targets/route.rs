@@ -15,6 +15,10 @@ impl Names for Fixed {
     fn host_is_registry(&self, host: &Registry) -> bool {
         host.port().is_none()
     }
+
+    fn only_registry(&self) -> Option<Registry> {
+        None
+    }
 }
 
 fuzz_target!(|input: (&str, Option<&str>, Option<&str>)| {

@@ -21,9 +21,12 @@ pub struct Rule {
     pub upstreams: Vec<Upstream>,
     #[serde(default)]
     pub credentials: Option<Credentials>,
-    /// Further roots to trust for this rule's upstreams, PEM.
+    /// Further roots to trust for this rule's upstreams, or the very certificates that they show, PEM.
     #[serde(default)]
     pub ca: Option<PathBuf>,
+    /// What this rule's upstreams are shown where they want to know who connects, PEM.
+    #[serde(default)]
+    pub client_cert: Option<ClientCert>,
     #[serde(default)]
     pub deny: bool,
     #[serde(default)]
@@ -47,6 +50,14 @@ pub struct Rule {
     pub abandoned: Abandoned,
     #[serde(default)]
     pub far_peers: FarPeers,
+}
+
+/// A certificate and its key, as files.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ClientCert {
+    pub cert: PathBuf,
+    pub key: PathBuf,
 }
 
 /// For how long some tags are believed without asking.
@@ -101,6 +112,7 @@ impl Rule {
             upstreams: Vec::new(),
             credentials: None,
             ca: None,
+            client_cert: None,
             deny: unlisted == Unlisted::Deny,
             access: RuleAccess::Shared,
             tag_ttl: default_tag_ttl(),
@@ -115,6 +127,9 @@ impl Rule {
 
     /// The key and the problem, where something in it makes no sense by itself.
     pub(super) fn check(&self) -> Result<(), (&'static str, String)> {
+        if self.deny && self.client_cert.is_some() {
+            return Err(("registry.client_cert", "a denied registry is shown no certificate".to_owned()));
+        }
         if self.deny && (!self.upstreams.is_empty() || self.credentials.is_some()) {
             return Err(("registry.deny", "a denied registry has no upstreams and no credentials".to_owned()));
         }
@@ -132,6 +147,14 @@ impl Rule {
                 self.pattern
             );
             return Err(("registry.credentials", problem));
+        }
+        if self.client_cert.is_some() && self.upstreams.is_empty() && self.pattern.host.is_glob() {
+            let problem = format!(
+                "one certificate for every host that \"{}\" matches would be shown to hosts that others choose: name the \
+                 upstreams",
+                self.pattern
+            );
+            return Err(("registry.client_cert", problem));
         }
         self.alias.iter().try_for_each(|alias| self.check_alias(alias).map_err(|problem| ("registry.alias", problem)))
     }

@@ -77,6 +77,11 @@ fn errors_name_file_line_and_key() {
             &["dray.toml:3", "credentials"],
         ),
         ("[[registry]]\nmatch = \"a.io\"\ncredentials = { username = \"u\" }", &["line 3", "password"]),
+        (
+            "[[registry]]\nmatch = \"*.io\"\nclient_cert = { cert = \"c\", key = \"k\" }",
+            &["dray.toml:3", "registry.client_cert", "name the upstreams"],
+        ),
+        ("[[registry]]\nmatch = \"a.io\"\nclient_cert = { cert = \"c\" }", &["line 3", "key"]),
         ("[[registry]]\nmatch = \"a.io\"\naccess = \"public\"", &["line 3", "shared", "client"]),
         (
             "[[registry]]\nmatch = \"a.io\"\naccess = \"client\"\ncredentials = { helper = \"x\" }",

@@ -1,11 +1,11 @@
-//! Upstream URLs: `https://host[:port]`, optionally with a repository template.
+//! Upstream URLs: `https://host[:port]`, optionally with the path of the API and a template of the repository.
 
 use std::fmt;
 
 use serde::de::{Deserialize, Deserializer, Error};
 
 use super::Matching;
-use crate::oci::Repository;
+use crate::oci::{Registry, Repository};
 
 /// Where a registry's content is fetched from, as written in the configuration.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -13,9 +13,20 @@ pub struct Upstream {
     pub scheme: Scheme,
     /// `host` or `host:port`
     pub authority: String,
-    /// The repository at the upstream, with `{repo}` for the one that was asked for, or `{rest}` for what the
-    /// rule's star stands for.
+    /// The root of the API, as containerd's `override_path` has it: `/v2`, or a longer path that ends so.
+    root: String,
+    /// The repository at the upstream, with `{repo}` for the one that was asked for, `{registry}` for its registry, or
+    /// `{rest}` for what the rule's star stands for.
     template: Option<String>,
+    naming: Naming,
+}
+
+/// Whether the upstream is told the registry beside the repository.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Naming {
+    ByPath,
+    /// `?ns={registry}`: another mirror, such as a dray.
+    ByNamespace,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -24,19 +35,32 @@ pub enum Scheme {
     Https,
 }
 
+const ROOT: &str = "/v2";
+const REGISTRY: &str = "{registry}";
+const BY_NAMESPACE: &str = "ns={registry}";
+
 impl Upstream {
     /// An upstream that keeps repository names.
     pub fn new(scheme: Scheme, authority: impl Into<String>) -> Self {
-        Self { scheme, authority: authority.into(), template: None }
+        Self { scheme, authority: authority.into(), root: ROOT.to_owned(), template: None, naming: Naming::ByPath }
     }
 
     /// The repository's path at the upstream.
-    pub fn repository(&self, matching: &Matching, repository: &Repository) -> String {
+    pub fn repository(&self, matching: &Matching, registry: &Registry, repository: &Repository) -> String {
         let rest = matching.rest(repository).unwrap_or(repository.as_str());
         match &self.template {
-            Some(template) => template.replace("{repo}", repository.as_str()).replace("{rest}", rest),
+            Some(template) => template
+                .replace(REGISTRY, registry.as_str())
+                .replace("{repo}", repository.as_str())
+                .replace("{rest}", rest),
             None => repository.to_string(),
         }
+    }
+
+    /// The query by which the upstream is told the registry.
+    pub fn namespace(&self, registry: &Registry) -> Option<String> {
+        let value = || url::form_urlencoded::byte_serialize(registry.as_str().as_bytes()).collect::<String>();
+        (self.naming == Naming::ByNamespace).then(|| format!("ns={}", value()))
     }
 
     /// Whether its path makes sense for what a rule matches. An error: why not.
@@ -54,14 +78,25 @@ impl Upstream {
             return Ok(());
         }
         Err(format!(
-            "\"{self}\": the path is the repository there and must hold {{repo}} once, such as \"{}/{template}/{{repo}}\"",
+            "\"{self}\": the path is the repository there and must hold {{repo}} once, such as \"{}/{template}/{{repo}}\"; \
+             where it is the path of the API, it ends in /v2",
             self.base()
         ))
+    }
+
+    /// Whether repositories are called there as here. A list of them is of no use otherwise, and may be of others' as well.
+    pub fn keeps_names(&self) -> bool {
+        self.template.is_none()
     }
 
     /// `scheme://authority`
     pub fn base(&self) -> String {
         format!("{}://{}", self.scheme.as_str(), self.authority)
+    }
+
+    /// `scheme://authority/v2`, or where else its API begins.
+    pub fn api(&self) -> String {
+        self.base() + &self.root
     }
 }
 
@@ -91,30 +126,43 @@ impl std::str::FromStr for Upstream {
                 url.host_str().unwrap_or_default()
             ));
         }
-        if url.query().is_some() || url.fragment().is_some() {
-            return Err(format!("upstream \"{text}\": a query has no place here"));
+        let (text_without_query, query) = text.split_once('?').unwrap_or((text, ""));
+        let naming = match query {
+            "" => Naming::ByPath,
+            BY_NAMESPACE => Naming::ByNamespace,
+            _ => return Err(format!("upstream \"{text}\": the only query that has a place here is ?{BY_NAMESPACE}")),
+        };
+        if url.fragment().is_some() {
+            return Err(format!("upstream \"{text}\": a fragment has no place here"));
         }
         let host = url.host_str().ok_or_else(|| format!("upstream \"{text}\" has no host"))?;
         let authority = match url.port() {
             Some(port) => format!("{host}:{port}"),
             None => host.to_owned(),
         };
-        let after_scheme = text.split_once("://").map_or("", |(_, rest)| rest);
+        let after_scheme = text_without_query.split_once("://").map_or("", |(_, rest)| rest);
         let path = after_scheme.split_once('/').map_or("", |(_, path)| path).trim_end_matches('/');
-        let template = match path {
-            "" | "v2" => None,
-            path => Some(path.strip_prefix("v2/").unwrap_or(path).to_owned()),
-        };
+        let (root, template) = split_path(path);
         if let Some(template) = &template {
-            let example = template.replace("{repo}", "a").replace("{rest}", "a");
+            let example = template.replace("{repo}", "a").replace("{rest}", "a").replace(REGISTRY, "a");
             if example.parse::<Repository>().is_err() {
                 return Err(format!(
                     "upstream \"{text}\": the path is the repository there, with {{repo}} for the one that is asked for, \
-                     such as \"https://{authority}/team/{{repo}}\""
+                     such as \"https://{authority}/team/{{repo}}\"; where it is the path of the API, it ends in /v2"
                 ));
             }
         }
-        Ok(Self { scheme, authority, template })
+        Ok(Self { scheme, authority, root, template, naming })
+    }
+}
+
+/// The root of the API and the template of repositories: what stands before `/v2`, and behind it.
+fn split_path(path: &str) -> (String, Option<String>) {
+    let template = |text: &str| Some(text.to_owned()).filter(|text| !text.is_empty());
+    let slashed = format!("/{path}/");
+    match slashed.split_once("/v2/") {
+        Some((before, behind)) => (format!("{before}{ROOT}"), template(behind.trim_end_matches('/'))),
+        None => (ROOT.to_owned(), template(path)),
     }
 }
 
@@ -127,7 +175,11 @@ impl<'de> Deserialize<'de> for Upstream {
 impl fmt::Display for Upstream {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.base())?;
-        self.template.as_ref().map_or(Ok(()), |template| write!(f, "/{template}"))
+        if self.root != ROOT {
+            f.write_str(&self.root)?;
+        }
+        self.template.as_ref().map_or(Ok(()), |template| write!(f, "/{template}"))?;
+        if self.naming == Naming::ByNamespace { write!(f, "?{BY_NAMESPACE}") } else { Ok(()) }
     }
 }
 
@@ -146,7 +198,46 @@ mod tests {
             ("https://harbor.corp/v2/hub/{repo}", "hub/team/app"),
             ("https://ghcr.io/{repo}-mirror", "team/app-mirror"),
         ] {
-            assert_eq!(text.parse::<Upstream>().unwrap().repository(&Matching::any(), &repo), want, "{text}");
+            let upstream = text.parse::<Upstream>().unwrap();
+            assert_eq!(upstream.repository(&Matching::any(), &quay(), &repo), want, "{text}");
+        }
+    }
+
+    fn quay() -> Registry {
+        "quay.io".parse().unwrap()
+    }
+
+    #[test]
+    fn parent_caches_are_told_the_registry() {
+        let repo: Repository = "team/app".parse().unwrap();
+        for (text, api, want, query) in [
+            ("https://harbor.corp/{registry}/{repo}", "https://harbor.corp/v2", "quay.io/team/app", None),
+            ("http://parent:5050?ns={registry}", "http://parent:5050/v2", "team/app", Some("ns=quay.io")),
+            ("http://parent:5050/v2?ns={registry}", "http://parent:5050/v2", "team/app", Some("ns=quay.io")),
+        ] {
+            let upstream: Upstream = text.parse().unwrap();
+            assert_eq!(upstream.check(&Matching::any()), Ok(()), "{text}");
+            assert_eq!((upstream.api().as_str(), upstream.namespace(&quay()).as_deref()), (api, query), "{text}");
+            assert_eq!(upstream.repository(&Matching::any(), &quay(), &repo), want, "{text}");
+        }
+    }
+
+    #[test]
+    fn api_below_a_path_is_found_by_its_end() {
+        let repo: Repository = "team/app".parse().unwrap();
+        for (text, api, want) in [
+            (
+                "https://art.corp/artifactory/api/docker/hub/v2",
+                "https://art.corp/artifactory/api/docker/hub/v2",
+                "team/app",
+            ),
+            ("https://art.corp/Nexus/v2/", "https://art.corp/Nexus/v2", "team/app"),
+            ("https://art.corp/api/v2/hub/{repo}", "https://art.corp/api/v2", "hub/team/app"),
+        ] {
+            let upstream: Upstream = text.parse().unwrap();
+            assert_eq!(upstream.api(), api, "{text}");
+            assert_eq!(upstream.repository(&Matching::any(), &quay(), &repo), want, "{text}");
+            assert_eq!(upstream.to_string(), text.trim_end_matches('/'));
         }
     }
 
@@ -154,7 +245,9 @@ mod tests {
     fn what_has_moved_is_found() {
         let name = |matching: &str, upstream: &str| {
             let (matching, upstream): (Matching, Upstream) = (matching.parse().unwrap(), upstream.parse().unwrap());
-            upstream.check(&matching).map(|()| upstream.repository(&matching, &"team/sub/app".parse().unwrap()))
+            upstream
+                .check(&matching)
+                .map(|()| upstream.repository(&matching, &quay(), &"team/sub/app".parse().unwrap()))
         };
         assert_eq!(name("docker.io/team/*", "https://ghcr.io/new/{rest}").unwrap(), "new/sub/app");
         assert_eq!(name("docker.io/team/*", "https://ghcr.io/new/{repo}").unwrap(), "new/team/sub/app");
@@ -176,6 +269,7 @@ mod tests {
             ("ftp://ghcr.io", "neither http"),
             ("https://user:secret@ghcr.io", "credentials"),
             ("https://harbor.corp/UP/{repo}", "{repo}"),
+            ("https://harbor.corp/x?y=z", "?ns={registry}"),
         ] {
             let message = text.parse::<Upstream>().unwrap_err();
             assert!(message.contains(want) && !message.contains("secret"), "{text}: {message}");

@@ -251,7 +251,7 @@ mod tests {
             let (start, count) = match act {
                 Act::Send(count) => (from, count),
                 Act::FromStart(count) => (0, count),
-                Act::Refuse => return Err(SourceError::Failed(503)),
+                Act::Refuse => return Err(SourceError::failed(503)),
                 Act::OtherLength => {
                     let span = Span { start: from, end: total + 1 };
                     return Ok((Incoming::new(span, total + 1, stream::empty()), ServedFrom::Origin));
@@ -310,6 +310,6 @@ mod tests {
     async fn gives_up_when_nothing_comes() {
         let error = read(&[Act::Send(10), Act::Stall, Act::Send(0), Act::Refuse], 0, None).await.unwrap_err();
         assert!(matches!(error, SourceError::Unreachable(_)), "{error}");
-        assert_eq!(read(&[Act::Refuse], 0, None).await.unwrap_err(), SourceError::Failed(503));
+        assert_eq!(read(&[Act::Refuse], 0, None).await.unwrap_err(), SourceError::failed(503));
     }
 }

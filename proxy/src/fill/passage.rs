@@ -9,7 +9,7 @@ use super::feed::Feed;
 use super::{Fills, HELD_BYTES};
 use crate::oci::{Digest, Registry, digest::Verifier};
 use crate::registries::Place;
-use crate::source::{Broken, ServedFrom, SourceError};
+use crate::source::{Broken, ServedFrom};
 
 /// A span of a blob straight from its source.
 pub struct Passage {
@@ -55,7 +55,7 @@ impl Passage {
                 Ok(piece) => piece,
                 Err(error) => {
                     if let Some(check) = &self.check
-                        && error == SourceError::NotFound
+                        && error.is_not_found()
                         && self.feed.served_from() == ServedFrom::Peer
                     {
                         // The owner will not let us go on: what it sent proved wrong there.

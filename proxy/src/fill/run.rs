@@ -71,7 +71,7 @@ impl Running<'_> {
         };
         let (opened, partial) = match (opened, partial) {
             // The owner will not let us go on with what we have: it proved wrong there.
-            (Err(SourceError::NotFound), partial @ Some(_)) if self.fill.key.role != Role::Global => {
+            (Err(SourceError::NotFound(_)), partial @ Some(_)) if self.fill.key.role != Role::Global => {
                 match Feed::open(sources.clone(), 0, None).await {
                     Ok(feed) => (Ok(feed), None),
                     Err(error) => (Err(error), partial),
@@ -216,7 +216,7 @@ impl Running<'_> {
                 self.fill.disown();
             }
             // The owner will not let us go on: what we have from it proved wrong there.
-            (Written::Part(spans), Ended::Broken(SourceError::NotFound))
+            (Written::Part(spans), Ended::Broken(SourceError::NotFound(_)))
                 if self.fill.key.role != Role::Global && !spans.is_empty() =>
             {
                 self.fills.distrust(digest, &self.fill.key.registry);

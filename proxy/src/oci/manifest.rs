@@ -6,6 +6,9 @@ use super::{Digest, INDEX_MEDIA_TYPE};
 
 const MANIFEST_MEDIA_TYPE: &str = "application/vnd.oci.image.manifest.v1+json";
 
+/// Longest annotations that describe a referrer, in bytes of JSON.
+const LONGEST_ANNOTATIONS: usize = 4096;
+
 #[derive(Deserialize)]
 struct Shape {
     #[serde(rename = "mediaType")]
@@ -39,21 +42,95 @@ pub fn has_version(manifest: &[u8]) -> bool {
     serde_json::from_slice::<Versioned>(manifest).is_ok()
 }
 
-/// The blobs that a manifest names: its configuration and layers.
-pub fn blobs(manifest: &[u8]) -> Vec<Digest> {
+/// Whether a media type is one of the families of manifests.
+pub fn is_manifest_type(media_type: &str) -> bool {
+    media_type.starts_with("application/vnd.oci.image.")
+        || media_type.starts_with("application/vnd.docker.distribution.")
+}
+
+/// Whether it is a JSON object at all.
+pub fn is_object(manifest: &[u8]) -> bool {
+    serde_json::from_slice::<serde_json::Map<String, serde_json::Value>>(manifest).is_ok()
+}
+
+/// Whether it names manifests rather than blobs.
+pub fn is_index(manifest: &[u8]) -> bool {
+    serde_json::from_slice::<Shape>(manifest).is_ok_and(|shape| shape.manifests.is_some())
+}
+
+/// Whether it is one of Docker's first schema.
+pub fn is_first_schema(manifest: &[u8]) -> bool {
     #[derive(Deserialize)]
-    struct Names {
-        config: Option<Named>,
-        #[serde(default)]
-        layers: Vec<Named>,
+    struct First {
+        #[serde(rename = "schemaVersion")]
+        version: u64,
+        #[serde(rename = "fsLayers")]
+        _layers: serde::de::IgnoredAny,
+    }
+    serde_json::from_slice::<First>(manifest).is_ok_and(|first| first.version == 1)
+}
+
+/// The manifest that an artifact, such as a signature, refers to.
+pub fn subject(manifest: &[u8]) -> Option<Digest> {
+    #[derive(Deserialize)]
+    struct Referring {
+        subject: Named,
     }
     #[derive(Deserialize)]
     struct Named {
         digest: String,
     }
+    serde_json::from_slice::<Referring>(manifest).ok()?.subject.digest.parse().ok()
+}
+
+/// How a referrers response describes an artifact (distribution specification, "Listing Referrers").
+pub fn referrer(manifest: &[u8], media_type: &str) -> Option<serde_json::Value> {
+    #[derive(Deserialize)]
+    struct Artifact {
+        #[serde(rename = "artifactType")]
+        artifact_type: Option<String>,
+        config: Option<Config>,
+        annotations: Option<serde_json::Value>,
+    }
+    #[derive(Deserialize)]
+    struct Config {
+        #[serde(rename = "mediaType")]
+        media_type: Option<String>,
+    }
+    let artifact: Artifact = serde_json::from_slice(manifest).ok()?;
+    let artifact_type =
+        artifact.artifact_type.filter(|text| !text.is_empty()).or(artifact.config.and_then(|config| config.media_type));
+    let mut descriptor = serde_json::json!({
+        "mediaType": media_type, "digest": Digest::of(manifest).as_str(), "size": manifest.len(),
+    });
+    if let Some(artifact_type) = artifact_type {
+        descriptor["artifactType"] = artifact_type.into();
+    }
+    let is_short = |annotations: &serde_json::Value| annotations.to_string().len() <= LONGEST_ANNOTATIONS;
+    if let Some(annotations) = artifact.annotations.filter(is_short) {
+        descriptor["annotations"] = annotations;
+    }
+    Some(descriptor)
+}
+
+/// What a manifest names, with its length in bytes: configuration and layers, or the manifests of an index.
+pub fn named(manifest: &[u8]) -> Vec<(Digest, Option<u64>)> {
+    #[derive(Deserialize)]
+    struct Names {
+        config: Option<Named>,
+        #[serde(default)]
+        layers: Vec<Named>,
+        #[serde(default)]
+        manifests: Vec<Named>,
+    }
+    #[derive(Deserialize)]
+    struct Named {
+        digest: String,
+        size: Option<u64>,
+    }
     let names: Option<Names> = serde_json::from_slice(manifest).ok();
-    let named = names.into_iter().flat_map(|names| names.config.into_iter().chain(names.layers));
-    named.filter_map(|named| named.digest.parse().ok()).collect()
+    let named = names.into_iter().flat_map(|names| names.config.into_iter().chain(names.layers).chain(names.manifests));
+    named.filter_map(|named| Some((named.digest.parse().ok()?, named.size))).collect()
 }
 
 /// Whether a text may be a media type: names of type and subtype have at most 127 characters (RFC 6838, section 4.2).
@@ -66,15 +143,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_manifest_names_its_blobs() {
+    fn manifest_names_its_blobs_and_index_its_manifests() {
         let digest = |text: &str| Digest::of(text.as_bytes());
         let (config, layer) = (digest("config"), digest("layer"));
         let json = serde_json::json!({
-            "config": {"digest": config.as_str()},
+            "config": {"digest": config.as_str(), "size": 7},
             "layers": [{"digest": layer.as_str()}, {"digest": "sha256:short"}],
         });
-        assert_eq!(blobs(json.to_string().as_bytes()), [config, layer]);
-        assert!(blobs(br#"{"manifests": []}"#).is_empty() && blobs(b"no json").is_empty());
+        assert_eq!(named(json.to_string().as_bytes()), [(config.clone(), Some(7)), (layer, None)]);
+        let index = serde_json::json!({"manifests": [{"digest": config.as_str(), "size": 9}]});
+        assert_eq!(named(index.to_string().as_bytes()), [(config, Some(9))]);
+        assert!(named(br#"{"manifests": []}"#).is_empty() && named(b"no json").is_empty());
     }
 
     #[test]
@@ -83,6 +162,29 @@ mod tests {
         assert!(
             !has_version(br#"{"message": "Back soon"}"#) && !has_version(b"<p>Back soon</p>") && !has_version(b"[]")
         );
+    }
+
+    #[test]
+    fn artifact_is_described_as_a_referrer() {
+        let subject_digest = Digest::of(b"image");
+        let json = serde_json::json!({
+            "config": {"mediaType": "application/vnd.oci.empty.v1+json"},
+            "subject": {"digest": subject_digest.as_str()},
+            "annotations": {"a": "b"},
+        });
+        let bytes = json.to_string().into_bytes();
+        assert_eq!(subject(&bytes), Some(subject_digest));
+        assert_eq!(subject(br#"{"config": {}}"#), None);
+        let described = referrer(&bytes, "application/vnd.oci.image.manifest.v1+json").unwrap();
+        assert_eq!(described["artifactType"], "application/vnd.oci.empty.v1+json");
+        assert_eq!(described["annotations"]["a"], "b");
+        assert_eq!(described["size"], bytes.len());
+    }
+
+    #[test]
+    fn first_schema_is_known_by_version_and_layers() {
+        assert!(is_first_schema(br#"{"schemaVersion": 1, "fsLayers": []}"#));
+        assert!(!is_first_schema(br#"{"schemaVersion": 2, "fsLayers": []}"#) && !is_first_schema(b"{}"));
     }
 
     #[test]

@@ -173,6 +173,13 @@ impl Tag {
     pub fn as_str(&self) -> &str {
         &self.0
     }
+
+    /// Whether it is one of a digest: the fall-back of the referrers API, and cosign's tags of signatures
+    /// (`sha256-<hex>`, `sha256-<hex>.sig`).
+    pub fn is_of_digest(&self) -> bool {
+        let name = self.0.split('.').next().unwrap_or_default();
+        name.split_once('-').is_some_and(|(algorithm, hex)| format!("{algorithm}:{hex}").parse::<Digest>().is_ok())
+    }
 }
 
 impl FromStr for Tag {

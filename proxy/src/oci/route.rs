@@ -25,7 +25,12 @@ pub enum Endpoint {
     Blob(Digest),
     Tags,
     Referrers(Digest),
+    /// The repositories of a registry. It stands at no repository: [`CATALOG`] is a name for it.
+    Catalog,
 }
+
+/// What a list of repositories is filed under.
+pub const CATALOG: &str = "catalog";
 
 /// Which part of the request named the registry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,6 +51,8 @@ pub trait Names {
     fn alias(&self, component: &str) -> Option<Registry>;
     /// Whether a `Host` is a registry that a rule names, and not dray itself.
     fn host_is_registry(&self, host: &Registry) -> bool;
+    /// The registry that is meant where only one is configured.
+    fn only_registry(&self) -> Option<Registry>;
 }
 
 /// A request that no registry could answer.
@@ -67,8 +74,11 @@ pub fn parse(path: &str, query: Option<&str>, host: Option<&str>, names: &dyn Na
         "/v2" | "/v2/" => return Ok(Route::Ping),
         other => other.strip_prefix("/v2/").ok_or_else(|| outside_api(other))?,
     };
-    let (name, endpoint) = split_endpoint(below)?;
     let namespace = namespace(query, names)?;
+    if below == "_catalog" {
+        return catalog(namespace, host, names);
+    }
+    let (name, endpoint) = split_endpoint(below)?;
     let (registry, named_by, name) = name_registry(name, namespace, host, names)?;
     if name == "v2" || name.starts_with("v2/") {
         return Err(second_v2(&registry));
@@ -80,6 +90,18 @@ pub fn parse(path: &str, query: Option<&str>, host: Option<&str>, names: &dyn Na
 /// The value of a query parameter, decoded.
 pub fn query_value<'a>(query: Option<&'a str>, key: &str) -> Option<Cow<'a, str>> {
     url::form_urlencoded::parse(query?.as_bytes()).find(|(k, _)| k == key).map(|(_, value)| value)
+}
+
+/// Whose repositories: by `ns`, by `Host`, or of the only registry that is configured.
+fn catalog(namespace: Option<Registry>, host: Option<&str>, names: &dyn Names) -> Result<Route, RouteError> {
+    let by_host = || host.and_then(|host| host.parse().ok()).filter(|host| names.host_is_registry(host));
+    let named = namespace.map(|registry| (registry, NamedBy::Namespace));
+    let named = named.or_else(|| Some((by_host()?, NamedBy::Host)));
+    let named = named.or_else(|| Some((names.only_registry()?, NamedBy::Default)));
+    let (registry, named_by) =
+        named.ok_or_else(|| not_found("name the registry whose repositories are meant by ns"))?;
+    let repository = CATALOG.parse().expect("a repository name");
+    Ok(Route::Content { registry, repository, endpoint: Endpoint::Catalog, named_by })
 }
 
 enum RawEndpoint<'a> {
@@ -230,6 +252,7 @@ impl Route {
                 Endpoint::Blob(_) => "blob",
                 Endpoint::Tags => "tags",
                 Endpoint::Referrers(_) => "referrers",
+                Endpoint::Catalog => "catalog",
             },
         }
     }
@@ -254,6 +277,10 @@ mod tests {
 
         fn host_is_registry(&self, host: &Registry) -> bool {
             host.as_str() == "quay.io"
+        }
+
+        fn only_registry(&self) -> Option<Registry> {
+            None
         }
     }
 
@@ -307,6 +334,8 @@ mod tests {
         assert_eq!(of("/v2/a/tags/list"), Ok("tags"));
         assert_eq!(of(&format!("/v2/a/blobs/{digest}")), Ok("blob"));
         assert_eq!(of(&format!("/v2/a/referrers/{digest}")), Ok("referrers"));
+        assert_eq!(parse("/v2/_catalog", Some("ns=ghcr.io&n=2"), None, &Fixed).map(|r| r.as_str()), Ok("catalog"));
+        assert_eq!(parse("/v2/_catalog", None, Some("quay.io"), &Fixed).map(|r| r.as_str()), Ok("catalog"));
     }
 
     #[test]

@@ -7,10 +7,10 @@ use std::time::Duration;
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
 use reqwest::Response;
-use tokio::time::{Instant, sleep, sleep_until};
+use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 use super::Origin;
-use super::condition::{Admission, Silence, lock};
+use super::condition::{Admission, Cause, Silence, lock};
 use super::http::{Home, Patience};
 use super::question::{Kind, Question};
 use crate::config::Upstream;
@@ -26,12 +26,19 @@ pub(super) const OTHERS_FOLLOW: Duration = Duration::from_millis(2500);
 /// Whoever has not answered a small question for so long is not waited for alone.
 const HEDGE: Duration = Duration::from_secs(1);
 
+/// An upstream that has not answered for this long is looked after, and new requests are refused until it answers. The
+/// request stays open. Shorter: slow upstreams are taken for dead. Longer: each client finds out for itself.
+const SILENT: Duration = Duration::from_secs(10);
+
 /// Whoever got no answer in less time than this says nothing of the upstream: the time went elsewhere.
 const SHORTEST_SILENCE: Duration = Duration::from_secs(1);
 
 /// Those who waited for a limit's end do not all come at once, and wait so often.
 const SPREAD_MILLIS: u64 = 250;
 const MOST_LIMITS: u32 = 3;
+
+/// A limit that ends later is told to the client at once: it can ask elsewhere.
+const LONGEST_WAIT_FOR_LIMIT: Duration = Duration::from_secs(10);
 
 /// Where a question goes, and whether another upstream follows.
 #[derive(Clone, Copy)]
@@ -69,12 +76,12 @@ impl Origin {
         let ask = |turn| async move { (turn, self.ask_upstream(turn, place, question).await) };
         let mut asked = FuturesUnordered::new();
         let mut waiting: Vec<Turn<'_>> = Vec::new();
-        let mut worst = SourceError::NotFound;
+        let mut worst: Option<SourceError> = None;
         // A blob is fetched from one upstream at a time: both would send it.
         let may_hedge = !question.kind.is_blob();
         loop {
             if asked.is_empty() {
-                let Some(turn) = turns.next() else { return Err(worst) };
+                let Some(turn) = turns.next() else { return Err(worst.unwrap_or_else(SourceError::not_found)) };
                 waiting.push(turn);
                 asked.push(ask(turn));
             }
@@ -95,7 +102,12 @@ impl Origin {
                     }
                     return Ok(response);
                 }
-                Err(error) => worst = worst.severer(error),
+                Err(error) => {
+                    worst = Some(match worst {
+                        Some(worst) => worst.severer(error),
+                        None => error,
+                    });
+                }
             }
             place_in_line.map(|nth| waiting.remove(nth));
         }
@@ -118,7 +130,7 @@ impl Origin {
             let error = match lock(&known).admit(Kind::ManifestHead, place.caller.who(), now) {
                 Admission::Ask => return None,
                 Admission::Limited(until) => SourceError::Limited { again: Some(until - now) },
-                Admission::Down => is_down(),
+                Admission::Down(cause) => is_down(cause),
             };
             worst = Some(worst.map_or(error.clone(), |worst: SourceError| worst.severer(error)));
         }
@@ -134,30 +146,35 @@ impl Origin {
     ) -> Result<Response, SourceError> {
         let condition = self.conditions.of(place, turn.upstream);
         let mut limits = 0;
+        let limits_end = turn.deadline.min(Instant::now() + LONGEST_WAIT_FOR_LIMIT);
         loop {
             let now = Instant::now();
             let admission = lock(&condition).admit(question.kind, place.caller.who(), now);
             match admission {
                 Admission::Ask => {}
-                Admission::Down => return Err(is_down()),
+                Admission::Down(cause) => return Err(is_down(cause)),
                 Admission::Limited(until) => {
                     let after = until + Duration::from_millis(fastrand::u64(..SPREAD_MILLIS));
                     // Where another follows it is asked instead.
                     limits += 1;
-                    if turn.patience == Patience::OthersFollow || after >= turn.deadline || limits > MOST_LIMITS {
+                    if turn.patience == Patience::OthersFollow || after >= limits_end || limits > MOST_LIMITS {
                         return Err(SourceError::Limited { again: Some(until - now) });
                     }
                     sleep_until(after).await;
                     continue;
                 }
             }
-            let home = Home {
-                upstream: turn.upstream,
-                trust: turn.trust,
-                ca: place.rule.ca.as_deref(),
-                patience: turn.patience,
+            let home =
+                Home { upstream: turn.upstream, trust: turn.trust, tls: &place.rule.tls, patience: turn.patience };
+            let mut asking = std::pin::pin!(self.ask_patiently(home, place, question, turn.deadline));
+            let answer = match timeout(SILENT, &mut asking).await {
+                Ok(answer) => answer,
+                // Others need not find out; this request stays open, and its answer is proof of life.
+                Err(_) => {
+                    self.found_silent(turn, place, question, now);
+                    asking.await
+                }
             };
-            let answer = self.ask_patiently(home, place, question, turn.deadline).await;
             let answer = answer.and_then(|response| question.believe(response));
             let outcome = answer.as_ref().map_or_else(SourceError::as_str, |_| "ok");
             self.metrics.origin_requests.with_label_values(&[place.rule.name(), question.kind.as_str(), outcome]).inc();
@@ -171,8 +188,10 @@ impl Origin {
             }
             match answer {
                 Err(SourceError::TimedOut) if now.elapsed() < SHORTEST_SILENCE => {}
-                Err(ref error @ (SourceError::TimedOut | SourceError::Unreachable(_))) => {
-                    if lock(&condition).silent(question.kind, now, Instant::now()) == Silence::Found {
+                Err(SourceError::TimedOut) => self.found_silent(turn, place, question, now),
+                Err(ref error @ SourceError::Unreachable(_)) => {
+                    if lock(&condition).silent(question.kind, Cause::Unreachable, now, Instant::now()) == Silence::Found
+                    {
                         self.look_after(place, turn.upstream, turn.trust, error);
                     }
                 }
@@ -197,6 +216,14 @@ impl Origin {
                 Err(_) => lock(&condition).answered(Instant::now()),
             }
             return answer;
+        }
+    }
+
+    /// A request was not answered in time.
+    fn found_silent(self: &Arc<Self>, turn: Turn<'_>, place: &Place, question: &Question, asked: Instant) {
+        let condition = self.conditions.of(place, turn.upstream);
+        if lock(&condition).silent(question.kind, Cause::Silent, asked, Instant::now()) == Silence::Found {
+            self.look_after(place, turn.upstream, turn.trust, &SourceError::TimedOut);
         }
     }
 
@@ -227,6 +254,11 @@ impl Origin {
     }
 }
 
-fn is_down() -> SourceError {
-    SourceError::Unreachable("it has not answered lately, and is asked again all the time".into())
+fn is_down(cause: Cause) -> SourceError {
+    match cause {
+        Cause::Unreachable => {
+            SourceError::Unreachable("it has not answered lately, and is asked again all the time".into())
+        }
+        Cause::Silent => SourceError::TimedOut,
+    }
 }

@@ -1,6 +1,8 @@
 //! One question to one upstream: where the blob was last time, with the token that was granted last time, and what
 //! the upstream asks for beyond that.
 
+use std::time::Duration;
+
 use ::http::header::WWW_AUTHENTICATE;
 use ::http::{HeaderValue, Method};
 use reqwest::Response;
@@ -23,6 +25,17 @@ enum Remembered {
     Nothing,
     /// It did not lead there any more.
     Expired,
+}
+
+/// Time for `GET /v2/`, which every registry answers at once.
+const API_TIMEOUT: Duration = Duration::from_millis(2500);
+
+/// What of authentication a question has used: each way is taken once.
+#[derive(Default)]
+struct Tried {
+    challenge: bool,
+    other_secret: bool,
+    stranger: bool,
 }
 
 impl Origin {
@@ -55,51 +68,120 @@ impl Origin {
             },
             Caller::Everyone | Caller::Unknown | Caller::Anonymous => self.known(home, place, deadline).await,
         };
-        for last_try in [false, true] {
+        let (mut target, mut tried) = (url.clone(), Tried::default());
+        loop {
             let ask = Ask {
                 method: question.method.clone(),
-                url: url.clone(),
+                url: target.clone(),
                 headers: &question.headers,
                 authorization: authorization.clone(),
                 form: None,
             };
             let (response, answered_by) = self.http.follow(home, ask, deadline).await?;
-            let (status, is_own) = (response.status().as_u16(), answered_by == url);
+            let is_own = answered_by.origin() == url.origin();
             // A redirect's target says nothing of the registry's limits.
             if is_own {
                 self.scarcity.heard(place.rule.name(), &home.upstream.base(), response.headers(), Instant::now());
             }
-            // Only the upstream itself is given credentials, never the target of its redirect.
-            let challenged = status == 401 && is_own && !last_try;
-            if challenged && place.caller.holder().is_some() {
-                return Err(SourceError::Denied);
-            }
-            let may_have_ended = status == 403 && is_own && !last_try;
-            if may_have_ended
-                && let Some(refused) = &authorization
-                && let Some(other) = self.tokens.instead_of(refused, &self.http, home, place, deadline).await
-            {
-                authorization = Some(other);
+            let shown = authorization.as_ref();
+            let grant = match is_own {
+                true => self.own_grant(home, place, &response, shown, &mut tried, deadline).await?,
+                false => self.strangers_grant(home, place, &response, &answered_by, &mut tried, deadline).await?,
+            };
+            if let Some(grant) = grant {
+                authorization = Some(grant);
+                target = if is_own { url.clone() } else { answered_by };
                 continue;
             }
-            if status == 401 && is_own && last_try {
+            if response.status() == 401 && is_own && tried.challenge {
                 self.tokens.tell_of_refusal(home, place).await;
             }
-            if !challenged {
-                if question.blob.is_some() && !is_own && response.status().is_success() {
-                    self.redirects.remember(&url, answered_by).await;
-                }
-                return checked(response);
+            if question.blob.is_some() && answered_by != url && target == url && response.status().is_success() {
+                self.redirects.remember(&url, answered_by).await;
             }
-            let challenge = challenge(&response).ok_or(SourceError::Denied)?;
-            let answer =
-                self.tokens.answer(&self.http, home, place, challenge, authorization.as_ref(), deadline).await?;
-            if answer.is_none() {
-                return Err(SourceError::Denied);
-            }
-            authorization = answer;
+            return checked(response, deadline).await;
         }
-        Err(SourceError::Denied)
+    }
+
+    /// What to show to the upstream after this response. None: the response stands.
+    async fn own_grant(
+        &self,
+        home: Home<'_>,
+        place: &Place,
+        response: &Response,
+        shown: Option<&HeaderValue>,
+        tried: &mut Tried,
+        deadline: Instant,
+    ) -> Result<Option<HeaderValue>, SourceError> {
+        let status = response.status().as_u16();
+        if place.caller.holder().is_some() {
+            return Ok(None);
+        }
+        if status == 403
+            && !tried.other_secret
+            && let Some(refused) = shown
+        {
+            tried.other_secret = true;
+            if let Some(other) = self.tokens.instead_of(refused, &self.http, home, place, deadline).await {
+                return Ok(Some(other));
+            }
+        }
+        if tried.challenge {
+            return Ok(None);
+        }
+        let challenge = match challenge(response) {
+            Some(challenge) if status == 401 => Some(challenge),
+            // Registries that hide from strangers what they have: `/v2/` tells whether they know anybody.
+            _ if matches!(status, 401 | 403 | 404) && shown.is_none() && place.rule.credentials.is_some() => {
+                self.challenge_of_api(home, place, deadline).await
+            }
+            _ => None,
+        };
+        let Some(challenge) = challenge else { return Ok(None) };
+        tried.challenge = true;
+        self.tokens.answer(&self.http, home, place, challenge, shown, deadline).await
+    }
+
+    /// An anonymous token of another registry to which the upstream has redirected. The rule's credentials never go there.
+    async fn strangers_grant(
+        &self,
+        home: Home<'_>,
+        place: &Place,
+        response: &Response,
+        answered_by: &Url,
+        tried: &mut Tried,
+        deadline: Instant,
+    ) -> Result<Option<HeaderValue>, SourceError> {
+        if response.status() != 401 || std::mem::replace(&mut tried.stranger, true) {
+            return Ok(None);
+        }
+        match challenge(response) {
+            // The upstream's own token endpoint grants nothing for others, who could be shown what it gives to this host.
+            Some(Challenge::Bearer { realm, .. }) if is_of(&realm, home) => Ok(None),
+            Some(challenge @ Challenge::Bearer { .. }) => {
+                self.tokens.anonymous(&self.http, home, place, &challenge, answered_by, deadline).await
+            }
+            Some(Challenge::Basic) | None => Ok(None),
+        }
+    }
+
+    /// What the upstream asks of everybody who wants to use its API. None also where that cannot be found out soon: the
+    /// response that led here stands.
+    async fn challenge_of_api(&self, home: Home<'_>, place: &Place, deadline: Instant) -> Option<Challenge> {
+        let deadline = deadline.min(Instant::now() + API_TIMEOUT);
+        let ask = async {
+            let question = Question::is_anybody_there();
+            let url = question.url(home.upstream, place)?;
+            let (method, headers) = (Method::GET, &question.headers);
+            let ask = Ask { method, url: url.clone(), headers, authorization: None, form: None };
+            let (response, answered_by) = self.http.follow(home, ask, deadline).await?;
+            if response.status().is_server_error() {
+                return Err(SourceError::failed(response.status().as_u16()));
+            }
+            let is_own = answered_by.origin() == url.origin();
+            Ok(challenge(&response).filter(|_| response.status() == 401 && is_own))
+        };
+        self.tokens.challenge_of_api(home, ask).await
     }
 
     /// What is shown at once, where an earlier question learned what is asked for.
@@ -126,10 +208,11 @@ impl Origin {
         let ask = Ask { method: Method::GET, url: url.clone(), headers, authorization: None, form: None };
         let (response, answered_by) = self.http.follow(home, ask, deadline).await?;
         match response.status().as_u16() {
-            // Whoever it redirects to must not say where the secret goes.
-            401 if answered_by != url => Err(SourceError::Denied),
-            401 => challenge(&response).map(Some).ok_or(SourceError::Denied),
-            429 | 500.. => checked(response).map(|_| None),
+            // The target of a redirect must not say where the secret goes.
+            401 if answered_by.origin() != url.origin() => Err(SourceError::denied()),
+            401 if let Some(challenge) = challenge(&response) => Ok(Some(challenge)),
+            401 | 403 | 404 => Ok(self.challenge_of_api(home, place, deadline).await),
+            429 | 500.. => checked(response, deadline).await.map(|_| None),
             _ => Ok(None),
         }
     }
@@ -147,7 +230,11 @@ impl Origin {
             form: None,
         };
         let soon = deadline.min(Instant::now() + OTHERS_FOLLOW);
-        match self.http.send(home, &ask, soon).await.and_then(checked) {
+        let answer = match self.http.send(home, &ask, soon).await {
+            Ok(response) => checked(response, soon).await,
+            Err(error) => Err(error),
+        };
+        match answer {
             Ok(response) => Remembered::Answered(response),
             Err(error) => {
                 tracing::debug!(%error, "a remembered redirect no longer works");
@@ -158,7 +245,10 @@ impl Origin {
     }
 }
 
+fn is_of(url: &Url, home: Home<'_>) -> bool {
+    Url::parse(&home.upstream.base()).is_ok_and(|base| base.origin() == url.origin())
+}
+
 fn challenge(response: &Response) -> Option<Challenge> {
-    let lines = response.headers().get_all(WWW_AUTHENTICATE).iter().filter_map(|value| value.to_str().ok());
-    Challenge::pick(lines)
+    Challenge::pick(response.headers().get_all(WWW_AUTHENTICATE).iter().map(HeaderValue::as_bytes))
 }

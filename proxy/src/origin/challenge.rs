@@ -1,5 +1,6 @@
 //! What an origin asks for in `WWW-Authenticate`.
 
+use percent_encoding::{AsciiSet, percent_encode};
 use url::Url;
 
 /// The challenge that dray answers.
@@ -19,11 +20,12 @@ const LONGEST: usize = 2048;
 
 impl Challenge {
     /// Picks the strongest challenge that dray can answer from all header lines. One line may hold
-    /// several challenges.
-    pub fn pick<'a>(lines: impl Iterator<Item = &'a str>) -> Option<Self> {
+    /// several challenges. Bytes outside ASCII, such as a realm in Latin-1, are percent-encoded, as Go's clients do.
+    pub fn pick<'a>(lines: impl Iterator<Item = &'a [u8]>) -> Option<Self> {
         let mut basic = None;
         for line in lines {
-            for challenge in http_auth::parser::ChallengeParser::new(line).map_while(Result::ok) {
+            let line = percent_encode(line, &AsciiSet::EMPTY).to_string();
+            for challenge in http_auth::parser::ChallengeParser::new(&line).map_while(Result::ok) {
                 if challenge.scheme.eq_ignore_ascii_case("basic") {
                     basic = Some(Self::Basic);
                 } else if challenge.scheme.eq_ignore_ascii_case("bearer") {
@@ -59,7 +61,9 @@ mod tests {
                 "Basic realm=\"x\", Bearer realm=\"https://auth.io/token\",service=\"reg, io\",scope=\"repository:a/b:pull\"",
             ],
         ] {
-            let Some(Challenge::Bearer { realm, service, scope }) = Challenge::pick(lines.into_iter()) else {
+            let Some(Challenge::Bearer { realm, service, scope }) =
+                Challenge::pick(lines.into_iter().map(str::as_bytes))
+            else {
                 panic!("no bearer");
             };
             assert_eq!(realm.as_str(), "https://auth.io/token");
@@ -70,12 +74,23 @@ mod tests {
 
     #[test]
     fn what_cannot_be_answered_is_none() {
-        assert_eq!(Challenge::pick(["Negotiate", "Digest realm=\"x\""].into_iter()), None);
-        assert_eq!(Challenge::pick(["Bearer realm=\"not a url\""].into_iter()), None);
-        assert_eq!(Challenge::pick(["Basic"].into_iter()), Some(Challenge::Basic));
-        assert_eq!(Challenge::pick(["\u{1}\u{2}, = ,,"].into_iter()), None);
+        let pick = |lines: &[&str]| Challenge::pick(lines.iter().map(|line| line.as_bytes()));
+        assert_eq!(pick(&["Negotiate", "Digest realm=\"x\""]), None);
+        assert_eq!(pick(&["Bearer realm=\"not a url\""]), None);
+        assert_eq!(pick(&["Basic"]), Some(Challenge::Basic));
+        assert_eq!(pick(&["\u{1}\u{2}, = ,,"]), None);
         let long = format!("Bearer realm=\"https://auth.io/\",service=\"{}\"", "x".repeat(LONGEST));
-        assert_eq!(Challenge::pick([&*long].into_iter()), None);
-        assert_eq!(Challenge::pick([&*long, "Basic"].into_iter()), Some(Challenge::Basic));
+        assert_eq!(pick(&[&*long]), None);
+        assert_eq!(pick(&[&*long, "Basic"]), Some(Challenge::Basic));
+    }
+
+    #[test]
+    fn realm_outside_ascii_is_percent_encoded() {
+        let line = b"Bearer realm=\"https://auth.io/caf\xe9\",service=\"reg\"";
+        let Some(Challenge::Bearer { realm, .. }) = Challenge::pick([&line[..]].into_iter()) else {
+            panic!("no bearer")
+        };
+        assert_eq!(realm.as_str(), "https://auth.io/caf%E9");
+        assert_eq!(Challenge::pick([&b"Basic realm=\"caf\xe9\""[..]].into_iter()), Some(Challenge::Basic));
     }
 }

@@ -35,8 +35,18 @@ pub(super) struct Condition {
 }
 
 struct Down {
+    cause: Cause,
     /// When somebody last wanted something from it.
     wanted: Instant,
+}
+
+/// Why an upstream counts as down.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Cause {
+    /// It takes requests and does not answer in time: it may be slow.
+    Silent,
+    /// No connection to it can be had.
+    Unreachable,
 }
 
 /// It said "later" to one kind of questions.
@@ -54,7 +64,7 @@ pub(super) enum Admission {
     /// It asks to be left alone until then.
     Limited(Instant),
     /// Nobody is there.
-    Down,
+    Down(Cause),
 }
 
 /// What a question without an answer means.
@@ -161,7 +171,7 @@ impl Condition {
     pub(super) fn admit(&mut self, kind: Kind, who: Who, now: Instant) -> Admission {
         if let Some(down) = &mut self.down {
             down.wanted = now;
-            return Admission::Down;
+            return Admission::Down(down.cause);
         }
         match self.limits.get(&(kind, who)) {
             Some(limit) if limit.until > now => Admission::Limited(limit.until),
@@ -220,7 +230,7 @@ impl Condition {
     }
 
     /// Nothing came back to a question of then.
-    pub(super) fn silent(&mut self, kind: Kind, asked: Instant, now: Instant) -> Silence {
+    pub(super) fn silent(&mut self, kind: Kind, cause: Cause, asked: Instant, now: Instant) -> Silence {
         if self.answered.is_some_and(|answered| answered >= asked) || self.down.is_some() {
             return Silence::Nothing;
         }
@@ -228,7 +238,7 @@ impl Condition {
             self.doubted = Some(now + DOUBTED);
             return Silence::Nothing;
         }
-        self.down = Some(Down { wanted: now });
+        self.down = Some(Down { cause, wanted: now });
         Silence::Found
     }
 
@@ -259,21 +269,29 @@ mod tests {
     #[test]
     fn who_is_silent_is_down_until_it_answers() {
         let (mut condition, start) = (Condition::default(), Instant::now());
-        assert_eq!(condition.silent(Kind::ManifestHead, start, start + seconds(3)), Silence::Found);
-        assert_eq!(condition.silent(Kind::Manifest, start, start + seconds(4)), Silence::Nothing, "it is known");
-        assert_eq!(condition.admit(Kind::Blob, Who::NOBODY, start + seconds(50)), Admission::Down);
+        assert_eq!(condition.silent(Kind::ManifestHead, Cause::Silent, start, start + seconds(3)), Silence::Found);
+        assert_eq!(
+            condition.silent(Kind::Manifest, Cause::Silent, start, start + seconds(4)),
+            Silence::Nothing,
+            "it is known"
+        );
+        assert_eq!(condition.admit(Kind::Blob, Who::NOBODY, start + seconds(50)), Admission::Down(Cause::Silent));
         assert!(condition.is_wanted(start + seconds(109)) && !condition.is_wanted(start + seconds(110)));
         condition.answered(start + seconds(60));
         assert_eq!(condition.admit(Kind::Blob, Who::NOBODY, start + seconds(60)), Admission::Ask);
         let (before, after) = (start + seconds(59), start + seconds(70));
-        assert_eq!(condition.silent(Kind::Manifest, before, after), Silence::Nothing, "others were answered meanwhile");
+        assert_eq!(
+            condition.silent(Kind::Manifest, Cause::Silent, before, after),
+            Silence::Nothing,
+            "others were answered meanwhile"
+        );
     }
 
     #[test]
     fn blobs_and_lists_only_raise_doubts() {
         for kind in [Kind::Blob, Kind::BlobHead, Kind::List] {
             let (mut condition, start) = (Condition::default(), Instant::now());
-            assert_eq!(condition.silent(kind, start, start), Silence::Nothing);
+            assert_eq!(condition.silent(kind, Cause::Silent, start, start), Silence::Nothing);
             assert_eq!(condition.rank(Kind::Manifest, Who::NOBODY, start), (Admission::Ask, true));
             assert_eq!(condition.rank(Kind::Manifest, Who::NOBODY, start + DOUBTED), (Admission::Ask, false));
         }
@@ -317,7 +335,7 @@ mod tests {
         assert_eq!(condition.state(now), ("slow", None));
         condition.limited(Kind::Manifest, Who::NOBODY, Some(seconds(7)), now);
         assert_eq!(condition.state(now), ("limited", Some(seconds(7))));
-        condition.silent(Kind::Manifest, now, now);
+        condition.silent(Kind::Manifest, Cause::Silent, now, now);
         assert_eq!(condition.state(now).0, "down");
     }
 

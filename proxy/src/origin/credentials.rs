@@ -61,11 +61,14 @@ pub(super) struct Whom<'a> {
     pub(super) trust: Trust,
     /// As it is called there.
     pub(super) repository: &'a str,
+    /// The registry whose upstream it is, and the repository's name there.
+    pub(super) registry: &'a str,
+    pub(super) name: &'a str,
 }
 
 /// The secret for an upstream.
 pub(super) async fn find(source: &Credentials, whom: Whom<'_>) -> Result<Found, CredentialsError> {
-    let Whom { base, authority, trust, repository } = whom;
+    let Whom { base, authority, trust, repository, .. } = whom;
     let lasting = |life| move |secret| Found { secret, life };
     match source {
         Credentials::Static { username, password } => {
@@ -78,7 +81,7 @@ pub(super) async fn find(source: &Credentials, whom: Whom<'_>) -> Result<Found, 
             let secret = Secret::Password { username: username.clone(), password };
             Ok(Found { secret: Some(secret), life: FILE_LIFE })
         }
-        Credentials::DockerConfig { file } => match docker::find(file, authority, repository)? {
+        Credentials::DockerConfig { file } => match docker::find(file, whom)? {
             docker::Entry::Secret(secret) => Ok(Found { secret, life: FILE_LIFE }),
             docker::Entry::Helper(name) => helper::ask(&name, authority).await.map(lasting(HELPER_LIFE)),
         },
@@ -152,7 +155,8 @@ mod tests {
     fn of(source: &Credentials, authority: &str, repository: &str) -> Result<Option<Secret>, CredentialsError> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         let base = format!("https://{authority}");
-        let whom = Whom { base: &base, authority, trust: Trust::Derived, repository };
+        let (registry, name) = (authority, repository);
+        let whom = Whom { base: &base, authority, trust: Trust::Derived, repository, registry, name };
         runtime.block_on(find(source, whom)).map(|found| found.secret)
     }
 
@@ -208,6 +212,53 @@ mod tests {
         assert_eq!(docker(&json, "reg.corp:5000").unwrap(), password("u", "p"));
         assert_eq!(docker(&json, "id.corp").unwrap(), Some(Secret::Identity("t".into())));
         assert_eq!(docker(&json, "other.corp").unwrap(), None);
+    }
+
+    #[test]
+    fn docker_configs_are_read_leniently() {
+        let password = |password: &str| Some(Secret::Password { username: "me".into(), password: password.into() });
+        let encoded = STANDARD.encode("me:secrets");
+        let (first, second) = encoded.split_at(5);
+        for (json, wanted) in [
+            (serde_json::json!({"auths": {"a.io": {"auth": format!("{first}\n  {second}\n")}}}), password("secrets")),
+            (serde_json::json!({"auths": {"a.io": {"auth": encoded.trim_end_matches('=')}}}), password("secrets")),
+            (serde_json::json!({"auths": {"a.io": {"auth": STANDARD.encode("me:s\0\0")}}}), password("s")),
+            (serde_json::json!({"a.io": {"auth": encoded, "email": "me@a.io"}}), password("secrets")),
+            (
+                serde_json::json!({"auths": {"a.io": {"auth": encoded}, "b.io": {"auth": 7}, "c.io": "x"}}),
+                password("secrets"),
+            ),
+            (serde_json::json!({"auths": {"a.io": {"auth": null, "username": "me", "password": "p"}}}), password("p")),
+            (serde_json::json!({"auths": {"a.io": {"registrytoken": "t"}}}), Some(Secret::Bearer("t".into()))),
+            (
+                serde_json::json!({"auths": {"a.io": {"auth": encoded, "identitytoken": "i"}}}),
+                Some(Secret::Identity("i".into())),
+            ),
+            (serde_json::json!({}), None),
+            (serde_json::json!({"auths": {}, "HttpHeaders": {"x": "y"}}), None),
+        ] {
+            assert_eq!(docker(&json.to_string(), "a.io").unwrap(), wanted, "{json}");
+        }
+    }
+
+    #[test]
+    fn secret_of_a_registry_is_found_where_a_rule_sends_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("config.json");
+        let entry = |text: &str| serde_json::json!({"auth": STANDARD.encode(text)});
+        let json = serde_json::json!({"auths": {"quay.io/team": entry("quay:1"), "harbor.corp": entry("harbor:2")}});
+        std::fs::write(&file, json.to_string()).unwrap();
+        let of = |authority, trust| {
+            let (base, repository) = ("https://x", "proxy/team/app");
+            let whom = Whom { base, authority, trust, repository, registry: "quay.io", name: "team/app" };
+            match docker::find(&file, whom).unwrap() {
+                docker::Entry::Secret(Some(Secret::Password { username, .. })) => Some(username),
+                _ => None,
+            }
+        };
+        assert_eq!(of("mirror.corp", Trust::Written).as_deref(), Some("quay"));
+        assert_eq!(of("harbor.corp", Trust::Written).as_deref(), Some("harbor"), "its own comes first");
+        assert_eq!(of("elsewhere.example", Trust::Derived), None, "nothing goes to a host that others chose");
     }
 
     #[test]

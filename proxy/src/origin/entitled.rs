@@ -12,7 +12,7 @@ use super::auth::Exchanged;
 use super::http::{Home, Patience};
 use super::media_type;
 use super::question::{Kind, Question, claimed_digest};
-use crate::oci::{ContentRange, Endpoint, Reference};
+use crate::oci::{ContentRange, Endpoint, Reference, manifest};
 use crate::registries::Place;
 use crate::secret::Secret;
 use crate::source::SourceError;
@@ -35,18 +35,23 @@ impl Origin {
                 }),
             Endpoint::Blob(digest) => [Kind::BlobHead, Kind::Blob]
                 .map(|kind| Question::new(kind, format!("blobs/{digest}")).expect(Some(digest))),
-            Endpoint::Tags | Endpoint::Referrers(_) => return Ok(()),
+            Endpoint::Tags | Endpoint::Referrers(_) | Endpoint::Catalog => return Ok(()),
         };
         let [head, mut get] = questions;
         let mut refused = false;
         match self.ask(place, &head, deadline).await {
             Ok(response) => return is_content(&response, endpoint, kept),
-            // A page on which somebody is to log in is a no as well.
-            Err(SourceError::Malformed(_)) => return Err(SourceError::Denied),
-            // Not by HEAD: some registries know none, and some signed URLs are for GET only.
-            Err(SourceError::Failed(405)) => {}
-            Err(SourceError::Denied) if get.kind.is_blob() => refused = true,
-            Err(error) => return Err(error),
+            Err(error) => match (&error, get.kind.is_blob()) {
+                // Some signed URLs are for GET only.
+                (SourceError::Denied(_), true) => refused = true,
+                // Some registries know no HEAD, and a HEAD of a manifest is only a hint.
+                (SourceError::Failed(told), _) if told.status == 405 => {}
+                (SourceError::Denied(told), false) if told.status != 401 => refused = true,
+                (SourceError::NotFound(_) | SourceError::Failed(_) | SourceError::Malformed(_), false) => {}
+                // A page on which somebody is to log in is a no as well.
+                (SourceError::Malformed(_), true) => return Err(SourceError::denied()),
+                _ => return Err(error),
+            },
         }
         if get.kind.is_blob() {
             get.headers.insert(RANGE, HeaderValue::from_static("bytes=0-0"));
@@ -54,8 +59,8 @@ impl Origin {
         match self.ask(place, &get, deadline).await {
             Ok(response) => is_content(&response, endpoint, kept),
             // Half a no: enough not to let in who was let in before, and too little to remember.
-            Err(error) if refused && error.is_passing_outage() => Err(SourceError::Failed(403)),
-            Err(SourceError::Malformed(_)) => Err(SourceError::Denied),
+            Err(error) if refused && error.is_passing_outage() => Err(SourceError::failed(403)),
+            Err(SourceError::Malformed(_)) => Err(SourceError::denied()),
             Err(error) => Err(error),
         }
     }
@@ -68,9 +73,9 @@ impl Origin {
         deadline: Instant,
     ) -> Result<Exchanged, SourceError> {
         let Some((upstream, trust)) = place.rule.upstreams(&place.registry).into_iter().next() else {
-            return Err(SourceError::Denied);
+            return Err(SourceError::denied());
         };
-        let home = Home { upstream: &upstream, trust, ca: place.rule.ca.as_deref(), patience: Patience::LastResort };
+        let home = Home { upstream: &upstream, trust, tls: &place.rule.tls, patience: Patience::LastResort };
         let challenge = match self.tokens.challenge(home, place).await {
             Some(challenge) => Some(challenge),
             None => {
@@ -100,15 +105,10 @@ fn is_content(response: &Response, endpoint: &Endpoint, kept: Option<u64>) -> Re
         // Another digest than was asked for is no answer at all.
         _ if claimed_digest(response).is_some() => true,
         (_, Some(kept)) => length() == Some(kept),
-        (Endpoint::Manifest(_), None) => of_type(is_of_manifests),
+        (Endpoint::Manifest(_), None) => of_type(manifest::is_manifest_type),
         (_, None) => of_type(is_of_blobs),
     };
-    if is_it { Ok(()) } else { Err(SourceError::Denied) }
-}
-
-fn is_of_manifests(media_type: &str) -> bool {
-    media_type.starts_with("application/vnd.oci.image.")
-        || media_type.starts_with("application/vnd.docker.distribution.")
+    if is_it { Ok(()) } else { Err(SourceError::denied()) }
 }
 
 /// As object stores call what they do not know.

@@ -1,18 +1,23 @@
 //! HTTP clients by how far they may reach, and redirects followed by hand.
 
 use std::collections::HashMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use http::header::{AUTHORIZATION, CONTENT_TYPE, LOCATION};
 use http::{HeaderMap, HeaderValue, Method};
-use reqwest::{Certificate, Client, Response};
+use percent_encoding::{AsciiSet, percent_encode};
+use reqwest::{Client, Proxy, Response};
 use tokio::time::{Instant, timeout_at};
 use url::Url;
 
 use super::guard::{Guard, Reach, Refused};
+use super::proxies::EnvProxies;
+use super::tls;
 use crate::config::Upstream;
-use crate::registries::Trust;
+use crate::identity::Identity;
+use crate::registries::{RuleTls, Trust};
 use crate::source::{SourceError, error_chain};
 use crate::trace;
 
@@ -22,11 +27,16 @@ const CONNECT_TIMEOUT: Duration = Duration::from_millis(2500);
 /// The same where another upstream stands ready.
 const CONNECT_TIMEOUT_WITH_ALTERNATIVE: Duration = Duration::from_millis(1000);
 
-const MAX_REDIRECTS: usize = 5;
+/// As many hops as Go's HTTP client follows, which is what container clients are built on.
+const MAX_REDIRECTS: usize = 10;
+
+/// Header lines of a response. The library's own limit is 100, and registries behind several proxies send more.
+const MAX_HEADERS: usize = 512;
 
 /// All clients that the rules need.
 pub(super) struct Http {
     guard: Guard,
+    identities: Vec<Arc<Identity>>,
     clients: HashMap<ClientKey, Client>,
 }
 
@@ -35,7 +45,7 @@ pub(super) struct Http {
 pub(super) struct Home<'a> {
     pub(super) upstream: &'a Upstream,
     pub(super) trust: Trust,
-    pub(super) ca: Option<&'a Path>,
+    pub(super) tls: &'a RuleTls,
     pub(super) patience: Patience,
 }
 
@@ -49,7 +59,7 @@ pub(super) enum Patience {
 #[derive(Clone, PartialEq, Eq, Hash)]
 struct ClientKey {
     reach: Reach,
-    ca: Option<PathBuf>,
+    tls: RuleTls,
     patience: Patience,
 }
 
@@ -64,41 +74,55 @@ pub(super) struct Ask<'a> {
 }
 
 impl Http {
-    /// One client for each reach and each set of roots. `extra_ca` is trusted everywhere.
+    /// One client for each reach and each rule's way to prove identities. `extra_ca` is trusted everywhere.
     pub(super) fn new<'a>(
         guard: Guard,
-        cas: impl Iterator<Item = Option<&'a Path>>,
+        rules: impl Iterator<Item = &'a RuleTls>,
         extra_ca: Option<&Path>,
     ) -> Result<Self, String> {
-        let extra = extra_ca.map_or(Ok(Vec::new()), |ca| certificates("tls.ca", ca))?;
-        let mut clients = HashMap::new();
-        for ca in cas.chain([None]) {
-            let roots = ca.map_or(Ok(Vec::new()), |ca| certificates("registry.ca", ca))?;
-            for reach in [Reach::Anywhere, Reach::Public, Reach::Allowed] {
-                for patience in [Patience::LastResort, Patience::OthersFollow] {
-                    let key = ClientKey { reach, ca: ca.map(Path::to_owned), patience };
-                    if clients.contains_key(&key) {
-                        continue;
+        let extra = extra_ca.map_or(Ok(Vec::new()), |ca| tls::certificates("tls.ca", ca))?;
+        let proxies = Arc::new(EnvProxies::of_environment());
+        let (mut clients, mut identities) = (HashMap::new(), Vec::new());
+        for rule in rules.cloned().chain([RuleTls::default()]) {
+            let identity = rule.client_cert.as_ref().map(tls::identity).transpose()?;
+            identities.extend(identity.clone());
+            // Redirects and token endpoints elsewhere are not shown the certificate.
+            for (rule, identity) in [(rule.clone(), identity), (RuleTls { client_cert: None, ..rule }, None)] {
+                let roots = rule.ca.as_deref().map_or(Ok(Vec::new()), |ca| tls::certificates("registry.ca", ca))?;
+                let config = tls::config(&extra, roots, identity)?;
+                for reach in [Reach::Anywhere, Reach::Public, Reach::Allowed] {
+                    for patience in [Patience::LastResort, Patience::OthersFollow] {
+                        let key = ClientKey { reach, tls: rule.clone(), patience };
+                        if clients.contains_key(&key) {
+                            continue;
+                        }
+                        let proxies = proxies.clone();
+                        let client = Client::builder()
+                            .user_agent(concat!("dray/", env!("CARGO_PKG_VERSION")))
+                            // Same cost as HTTP/2 for a blob, without its windows, and sockets in parallel.
+                            .http1_only()
+                            .http1_max_headers(MAX_HEADERS)
+                            .redirect(reqwest::redirect::Policy::none())
+                            .connect_timeout(patience.connect_timeout())
+                            .pool_idle_timeout(Duration::from_secs(60))
+                            .pool_max_idle_per_host(16)
+                            .dns_resolver(guard.resolver(reach))
+                            .no_proxy()
+                            .proxy(Proxy::custom(move |url| proxies.of(url)))
+                            .tls_backend_preconfigured(config.clone())
+                            .build()
+                            .map_err(|e| format!("no HTTP client: {}", error_chain(&e)))?;
+                        clients.insert(key, client);
                     }
-                    let client = Client::builder()
-                        .user_agent(concat!("dray/", env!("CARGO_PKG_VERSION")))
-                        // Same cost as HTTP/2 for a blob, without its windows, and sockets in parallel.
-                        .http1_only()
-                        .redirect(reqwest::redirect::Policy::none())
-                        .connect_timeout(patience.connect_timeout())
-                        .pool_idle_timeout(Duration::from_secs(60))
-                        .pool_max_idle_per_host(16)
-                        .dns_resolver(guard.resolver(reach))
-                        .tls_certs_merge(extra.iter().chain(&roots).cloned())
-                        .build()
-                        .map_err(|e| {
-                            format!("no HTTP client: {}; is the package ca-certificates installed?", error_chain(&e))
-                        })?;
-                    clients.insert(key, client);
                 }
             }
         }
-        Ok(Self { guard, clients })
+        Ok(Self { guard, identities, clients })
+    }
+
+    /// Reads the certificates again that upstreams are shown.
+    pub(super) fn reload(&self) -> Result<(), String> {
+        self.identities.iter().try_for_each(|identity| identity.reload())
     }
 
     /// Why an upstream that is only named by clients is refused, where its name tells.
@@ -116,13 +140,10 @@ impl Http {
     ) -> Result<(Response, Url), SourceError> {
         for _ in 0..=MAX_REDIRECTS {
             let response = self.send(home, &ask, deadline).await?;
-            if !matches!(response.status().as_u16(), 301 | 302 | 303 | 307 | 308) {
+            if !is_redirect(&response) {
                 return Ok((response, ask.url));
             }
-            let location = response.headers().get(LOCATION).and_then(|value| value.to_str().ok());
-            let target = location
-                .and_then(|location| ask.url.join(location).ok())
-                .ok_or_else(|| SourceError::Malformed("a redirect without a usable Location".into()))?;
+            let target = redirect_target(&ask.url, response.headers())?;
             if target.origin() != ask.url.origin() {
                 // Signed URLs reject a second authorization, and nobody else may see ours.
                 ask.authorization = None;
@@ -139,7 +160,8 @@ impl Http {
             Trust::Written if at_home => Reach::Anywhere,
             _ => self.guard.check(&ask.url).await.map_err(|refused| SourceError::Guarded(refused.to_string()))?,
         };
-        let key = ClientKey { reach, ca: home.ca.map(Path::to_owned), patience: home.patience };
+        let client_cert = home.tls.client_cert.clone().filter(|_| at_home);
+        let key = ClientKey { reach, tls: RuleTls { client_cert, ..home.tls.clone() }, patience: home.patience };
         let client = self.clients.get(&key).ok_or_else(|| SourceError::Unreachable("no client".into()))?;
         let mut request = client.request(ask.method.clone(), ask.url.clone()).headers(ask.headers.clone());
         if let Some(authorization) = &ask.authorization {
@@ -159,6 +181,19 @@ impl Http {
         tell(&mut span, ask, &answer);
         answer
     }
+}
+
+/// Whether a response is a redirect that names a target.
+pub(super) fn is_redirect(response: &Response) -> bool {
+    matches!(response.status().as_u16(), 301 | 302 | 303 | 307 | 308)
+}
+
+/// Where a redirect leads: absolute, relative, or without a scheme. Bytes outside ASCII are percent-encoded, as
+/// registries behind object stores send file names raw.
+pub(super) fn redirect_target(from: &Url, headers: &HeaderMap) -> Result<Url, SourceError> {
+    let location = headers.get(LOCATION).map(|value| percent_encode(value.as_bytes(), &AsciiSet::EMPTY).to_string());
+    let target = location.and_then(|location| from.join(&location).ok());
+    target.ok_or_else(|| SourceError::Malformed("a redirect without a usable Location".into()))
 }
 
 /// Never the path: it may be signed.
@@ -188,14 +223,6 @@ impl Patience {
     }
 }
 
-/// Reads a PEM bundle that a key names.
-fn certificates(key: &str, path: &Path) -> Result<Vec<Certificate>, String> {
-    let wrong = |why: &dyn std::fmt::Display| format!("{key} = \"{}\": {why}", path.display());
-    let pem = std::fs::read(path).map_err(|error| wrong(&error))?;
-    let found = Certificate::from_pem_bundle(&pem).map_err(|error| wrong(&error))?;
-    if found.is_empty() { Err(wrong(&"holds no certificate in PEM")) } else { Ok(found) }
-}
-
 /// An error of the client library, without the URL: it may be signed.
 fn explain(error: reqwest::Error) -> SourceError {
     let error = error.without_url();
@@ -211,5 +238,34 @@ fn explain(error: reqwest::Error) -> SourceError {
     if error.is_timeout() && !error.is_connect() {
         return SourceError::TimedOut;
     }
-    SourceError::Unreachable(text)
+    match tls::advice(&error) {
+        Some(advice) => SourceError::Unreachable(format!("{text}: {advice}")),
+        None => SourceError::Unreachable(text),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn redirect_target_of_every_form_is_found() {
+        let from = Url::parse("https://reg.io/v2/a/blobs/x?ns=y").unwrap();
+        let target = |location: &[u8]| {
+            let value = HeaderValue::from_bytes(location).unwrap();
+            redirect_target(&from, &HeaderMap::from_iter([(LOCATION, value)])).ok().map(String::from)
+        };
+        for (location, want) in [
+            (&b"https://cdn.io/a%2Fb?sig=1"[..], "https://cdn.io/a%2Fb?sig=1"),
+            (b"/blobs/x", "https://reg.io/blobs/x"),
+            (b"//cdn.io/x", "https://cdn.io/x"),
+            (b"../y", "https://reg.io/v2/a/y"),
+            (b"https://cdn.io/caf\xc3\xa9", "https://cdn.io/caf%C3%A9"),
+            (b"https://cdn.io/caf\xe9", "https://cdn.io/caf%E9"),
+        ] {
+            assert_eq!(target(location).as_deref(), Some(want));
+        }
+        assert_eq!(target(b"https://"), None);
+        assert!(redirect_target(&from, &HeaderMap::new()).is_err());
+    }
 }

@@ -2,11 +2,13 @@
 
 use std::time::{Duration, SystemTime};
 
-use ::http::header::{ACCEPT, ACCEPT_ENCODING, CONTENT_ENCODING, CONTENT_TYPE, RETRY_AFTER};
+use ::http::header::{ACCEPT, ACCEPT_ENCODING, CONTENT_TYPE, RETRY_AFTER};
 use ::http::{HeaderMap, HeaderValue, Method};
 use reqwest::Response;
+use tokio::time::Instant;
 use url::Url;
 
+use super::List;
 use crate::config::Upstream;
 use crate::oci::Digest;
 use crate::registries::Place;
@@ -17,14 +19,24 @@ use crate::source::SourceError;
 pub(super) struct Question {
     pub(super) kind: Kind,
     pub(super) method: Method,
-    /// Below the repository: `manifests/<reference>`; None: whether the API is there at all.
-    path: Option<String>,
+    path: Path,
     query: Option<String>,
     pub(super) headers: HeaderMap,
     /// The blob whose redirect may be remembered.
     pub(super) blob: Option<Digest>,
-    /// What it is about, if that is known: who says that it is something else has something else.
+    /// The digest that a response has to name, if it names one: only where no body follows that proves it.
     expects: Option<Digest>,
+}
+
+/// Which part of the API is requested.
+#[derive(Clone)]
+enum Path {
+    /// `/v2/`
+    Api,
+    /// `/v2/_catalog`
+    Catalog,
+    /// Below the repository: `manifests/<reference>`.
+    InRepository(String),
 }
 
 /// What is asked for: registries limit some and not others. The names are those of the metrics.
@@ -43,12 +55,21 @@ impl Question {
         let mut headers = HeaderMap::new();
         // Ranges and lengths are those of the stored bytes.
         headers.insert(ACCEPT_ENCODING, HeaderValue::from_static("identity"));
-        Self { kind, method: kind.method(), path: Some(path), query: None, headers, blob: None, expects: None }
+        let path = Path::InRepository(path);
+        Self { kind, method: kind.method(), path, query: None, headers, blob: None, expects: None }
+    }
+
+    pub(super) fn list(list: &List) -> Self {
+        match list {
+            List::Tags => Self::new(Kind::List, "tags/list".to_owned()),
+            List::Referrers(digest) => Self::new(Kind::List, format!("referrers/{digest}")),
+            List::Catalog => Self { path: Path::Catalog, ..Self::new(Kind::List, String::new()) },
+        }
     }
 
     /// What every registry answers at once, if it answers at all.
     pub(super) fn is_anybody_there() -> Self {
-        Self { path: None, ..Self::new(Kind::Ping, String::new()) }
+        Self { path: Path::Api, ..Self::new(Kind::Ping, String::new()) }
     }
 
     pub(super) fn accept(mut self, accept: &str) -> Self {
@@ -63,7 +84,7 @@ impl Question {
     }
 
     pub(super) fn of_blob(self, digest: &Digest) -> Self {
-        Self { blob: Some(digest.clone()), expects: Some(digest.clone()), ..self }
+        Self { blob: Some(digest.clone()), ..self }
     }
 
     pub(super) fn expect(self, digest: Option<&Digest>) -> Self {
@@ -88,11 +109,15 @@ impl Question {
     }
 
     pub(super) fn url(&self, upstream: &Upstream, place: &Place) -> Result<Url, SourceError> {
-        let repository = place.rule.repository_at(upstream, &place.repository);
-        let query = self.query.as_ref().map_or_else(String::new, |query| format!("?{query}"));
+        let repository = place.repository_at(upstream);
+        let queries = [self.query.clone(), upstream.namespace(&place.registry)];
+        let query = queries.into_iter().flatten().collect::<Vec<_>>().join("&");
+        let query = if query.is_empty() { query } else { format!("?{query}") };
         let text = match &self.path {
-            Some(path) => format!("{}/v2/{repository}/{path}{query}", upstream.base()),
-            None => format!("{}/v2/", upstream.base()),
+            Path::InRepository(path) => format!("{}/{repository}/{path}{query}", upstream.api()),
+            Path::Catalog if !upstream.keeps_names() => return Err(SourceError::not_found()),
+            Path::Catalog => format!("{}/_catalog{query}", upstream.api()),
+            Path::Api => format!("{}/", upstream.api()),
         };
         Url::parse(&text).map_err(|e| SourceError::Malformed(format!("no URL: {e}")))
     }
@@ -143,25 +168,17 @@ pub(super) fn claimed_digest(response: &Response) -> Option<Digest> {
 /// A 503 is believed for so long, whatever its `Retry-After`.
 const LONGEST_REPAIR: Duration = Duration::from_secs(10);
 
-/// Turns an answer that is no content into an error.
-pub(super) fn checked(response: Response) -> Result<Response, SourceError> {
+/// Turns a response without content into an error, as the upstream made it. The body's digest decides what a successful
+/// one is worth: labels such as `Content-Encoding` on bytes that were requested as they are decide nothing.
+pub(super) async fn checked(response: Response, deadline: Instant) -> Result<Response, SourceError> {
     let again = retry_after(response.headers(), SystemTime::now());
     match response.status().as_u16() {
-        200 | 206 => {}
-        404 | 410 => return Err(SourceError::NotFound),
-        401 | 403 => return Err(SourceError::Denied),
-        429 => return Err(SourceError::Limited { again }),
-        // It speaks of repairs, and may not know how long they take: somebody has to look.
-        503 if again.is_some() => {
-            return Err(SourceError::Limited { again: again.map(|again| again.min(LONGEST_REPAIR)) });
-        }
-        status => return Err(SourceError::Failed(status)),
+        200 | 206 => Ok(response),
+        429 => Err(SourceError::Limited { again }),
+        // Repairs that may take longer or shorter than announced: the upstream is asked again soon.
+        503 if again.is_some() => Err(SourceError::Limited { again: again.map(|again| again.min(LONGEST_REPAIR)) }),
+        _ => Err(SourceError::of_response(response, deadline).await),
     }
-    let encoding = response.headers().get(CONTENT_ENCODING);
-    if encoding.is_some_and(|value| !value.as_bytes().eq_ignore_ascii_case(b"identity")) {
-        return Err(SourceError::Malformed("compressed although identity was asked for".into()));
-    }
-    Ok(response)
 }
 
 /// `Retry-After`: seconds, or a date (RFC 9110, section 10.2.3).
@@ -185,14 +202,34 @@ mod tests {
         Response::from(::http::Response::builder().status(status).header(name, value).body("").unwrap())
     }
 
-    #[test]
-    fn who_speaks_of_repairs_is_believed_for_a_while_only() {
-        let limited = |status, value: &str| match checked(answer(status, "retry-after", value)) {
-            Err(SourceError::Limited { again }) => again.map(|again| again.as_secs()),
-            other => panic!("{other:?}"),
-        };
-        assert_eq!([limited(503, "3600"), limited(503, "2"), limited(429, "3600")], [Some(10), Some(2), Some(3600)]);
-        assert_eq!(checked(answer(503, "x", "")).err(), Some(SourceError::Failed(503)), "it says nothing of later");
+    async fn error(status: u16, name: &'static str, value: &str) -> SourceError {
+        checked(answer(status, name, value), Instant::now() + LONGEST_REPAIR).await.unwrap_err()
+    }
+
+    #[tokio::test]
+    async fn retry_after_of_a_503_is_believed_for_ten_seconds() {
+        let mut limits = Vec::new();
+        for (status, value) in [(503, "3600"), (503, "2"), (429, "3600")] {
+            match error(status, "retry-after", value).await {
+                SourceError::Limited { again } => limits.push(again.map(|again| again.as_secs())),
+                other => panic!("{other:?}"),
+            }
+        }
+        assert_eq!(limits, [Some(10), Some(2), Some(3600)]);
+        assert_eq!(error(503, "x", "").await, SourceError::failed(503), "it says nothing of later");
+    }
+
+    #[tokio::test]
+    async fn error_keeps_status_and_body_of_the_upstream() {
+        let body = r#"{"errors":[{"code":"NAME_UNKNOWN","message":"no such repository"}]}"#;
+        for (status, kind) in [(404, "not_found"), (410, "not_found"), (401, "denied"), (403, "denied")] {
+            let response = Response::from(::http::Response::builder().status(status).body(body).unwrap());
+            let error = checked(response, Instant::now() + LONGEST_REPAIR).await.unwrap_err();
+            assert_eq!(error.as_str(), kind);
+            let (SourceError::NotFound(told) | SourceError::Denied(told)) = error else { panic!("{error}") };
+            assert_eq!((told.status, told.code()), (status, Some("NAME_UNKNOWN")));
+        }
+        assert_eq!(error(413, "x", "").await, SourceError::failed(413));
     }
 
     #[test]

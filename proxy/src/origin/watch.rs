@@ -21,7 +21,7 @@ const FIRST_LOOK: Duration = Duration::from_millis(250);
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 
 /// As long as a client's question would wait, so that a slow upstream is not taken for a dead one.
-const LOOK: Duration = Duration::from_secs(10);
+const LOOK: Duration = Duration::from_secs(60);
 
 /// One that swallows questions is asked anew meanwhile: it may answer those that come later.
 const MOST_LOOKS: usize = 4;
@@ -44,8 +44,7 @@ impl Origin {
         tokio::spawn(async move {
             let _watch = watch;
             let question = Question::is_anybody_there();
-            let home =
-                Home { upstream: &upstream, trust, ca: place.rule.ca.as_deref(), patience: Patience::LastResort };
+            let home = Home { upstream: &upstream, trust, tls: &place.rule.tls, patience: Patience::LastResort };
             let (mut looks, mut pause) = (FuturesUnordered::new(), FIRST_LOOK);
             let mut next = Instant::now() + pause;
             loop {

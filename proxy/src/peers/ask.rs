@@ -165,9 +165,9 @@ impl Peers {
                 return Err(if followed { Declined::Redirected(to) } else { Declined::NotKept });
             }
             504 => return Err(Declined::NotKept),
-            _ => return Err(Declined::Source(refused(&response))),
+            _ => return Err(Declined::Source(refused(response, question).await)),
         }
-        let brought = part.brought(response.status().as_u16(), headers);
+        let brought = part.brought(response.status().as_u16(), headers, None);
         let brought = brought.and_then(|(span, total)| match part {
             // Peers honour ranges.
             Part::Span(asked) if span.start != asked.start => Err(SourceError::Malformed("another range".into())),
@@ -203,7 +203,7 @@ impl Peers {
             200 => wire::read(response.headers(), &CONTENT_LENGTH)
                 .ok_or_else(|| SourceError::Malformed("a peer's blob without a length".into())),
             504 => Err(SourceError::NotKept),
-            _ => Err(refused(&response)),
+            _ => Err(refused(response, question).await),
         }
     }
 
@@ -294,7 +294,7 @@ impl Peers {
         match response.status().as_u16() {
             200 => {}
             504 => return Err(SourceError::NotKept),
-            _ => return Err(refused(&response)),
+            _ => return Err(refused(response, question).await),
         }
         let stated = response.headers().get(CONTENT_TYPE).and_then(|value| value.to_str().ok());
         let media_type = stated.filter(|text| manifest::is_media_type(text)).map(str::to_owned);
@@ -338,14 +338,10 @@ impl From<SourceError> for Declined {
     }
 }
 
-/// What an answer that brings nothing says of the origin.
-fn refused(response: &Response) -> SourceError {
+/// What a peer's error response says of the upstream, whose own status and body it carries.
+async fn refused(response: Response, question: &Question<'_>) -> SourceError {
     if response.headers().contains_key(wire::WAY) {
         return SourceError::Unreachable("the peer has no way to it".into());
     }
-    match response.status().as_u16() {
-        404 => SourceError::NotFound,
-        403 => SourceError::Denied,
-        status => SourceError::Failed(status),
-    }
+    SourceError::of_response(response, question.deadline).await
 }

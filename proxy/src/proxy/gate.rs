@@ -177,7 +177,10 @@ impl Front {
         };
         match self.pull.let_in(&place, endpoint, accept).await {
             // What is a list's alone is found out by asking for it.
-            Ok(()) => Ok((place, turn.filter(|_| matches!(endpoint, Endpoint::Tags | Endpoint::Referrers(_))))),
+            Ok(()) => Ok((
+                place,
+                turn.filter(|_| matches!(endpoint, Endpoint::Tags | Endpoint::Referrers(_) | Endpoint::Catalog)),
+            )),
             // A registry may hide from strangers what it has, and limit them before others. And while it is in trouble
             // those who were let in lately have to say who they are.
             Err(_) if shown.is_none() => Err(self.gate.challenge(request, Some(&place))),
@@ -195,7 +198,10 @@ impl Front {
         let has_shown = self.gate.grant_for(request, place).is_some()
             || authorization(request).and_then(Secret::from_basic).is_some();
         match refusal {
-            Refusal::Denied(_) | Refusal::Limited(_) if place.caller == Caller::Anonymous && !has_shown => {
+            Refusal::Limited(_) if place.caller == Caller::Anonymous && !has_shown => {
+                self.gate.challenge(request, Some(place))
+            }
+            refusal if refusal.is_denied() && place.caller == Caller::Anonymous && !has_shown => {
                 self.gate.challenge(request, Some(place))
             }
             refusal => Reply::refusal(refusal),
@@ -239,7 +245,7 @@ impl Front {
                 let exchanged = match turn {
                     Ok(turn) => {
                         let exchanged = pull.exchange(&place, secret).await;
-                        if let (Some(turn), Err(SourceError::Denied)) = (turn, &exchanged) {
+                        if let (Some(turn), Err(SourceError::Denied(_))) = (turn, &exchanged) {
                             turn.was_wrong();
                         }
                         exchanged
@@ -283,7 +289,9 @@ impl Front {
                 grant.life = if shown.is_new() { shown.left().max(SHORTEST) } else { shown.left() };
                 match shown.caller {
                     Ok(caller) => grant.caller = caller,
-                    Err(SourceError::Denied) => return Reply::wrong_secret("the registry does not take this secret"),
+                    Err(SourceError::Denied(_)) => {
+                        return Reply::wrong_secret("the registry does not take this secret");
+                    }
                     Err(error) => return Reply::refusal(&not_exchanged(&error)),
                 }
             }
@@ -314,7 +322,7 @@ fn denied() -> Refusal {
 
 fn not_exchanged(error: &SourceError) -> Refusal {
     match error {
-        SourceError::Denied => denied(),
+        SourceError::Denied(_) => denied(),
         error => Refusal::Unavailable(format!("whether this may be given cannot be found out now: {error}")),
     }
 }
@@ -404,9 +412,9 @@ impl Shown {
         match exchanged {
             Ok(Exchanged { authorization: None, .. }) => Self::new(Ok(Caller::Anonymous), ASKS_NOBODY),
             Ok(Exchanged { authorization, life }) => Self::new(Ok(holder(authorization)), life.min(MAX_LIFE)),
-            Err(SourceError::Denied) => {
+            Err(SourceError::Denied(_)) => {
                 pull.shut_out(&Place { caller: holder(None), ..place.clone() });
-                Self::new(Err(SourceError::Denied), place.rule.negative_ttl)
+                Self::new(Err(SourceError::denied()), place.rule.negative_ttl)
             }
             Err(error) => {
                 let known = Place { caller: holder(None), ..place.clone() };

@@ -1,6 +1,6 @@
 //! A client's socket past Pingora: what it should hold back, and whether the client is still there.
 
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::sync::Arc;
 
 use pingora::protocols::l4::stream::Stream;
@@ -12,6 +12,10 @@ use tokio::net::TcpStream;
 /// Another descriptor of the socket of an HTTP/1.1 connection, beside the one that Pingora holds.
 #[derive(Clone)]
 pub(super) struct Socket(Arc<TcpStream>);
+
+/// The descriptor of an HTTP/1.1 connection, for as long as its session lives: a request that is answered at once, as most
+/// are, needs no other one.
+pub(super) struct Descriptor(RawFd);
 
 /// Bodies in memory of this size go out together with their head; smaller ones do anyway, from
 /// Pingora's buffer.
@@ -39,6 +43,24 @@ fn descriptor(session: &Session) -> Option<BorrowedFd<'_>> {
     // that is borrowed.
     #[allow(unsafe_code)]
     Some(unsafe { BorrowedFd::borrow_raw(stream.id()) })
+}
+
+impl Descriptor {
+    /// None: the connection is not HTTP/1.1.
+    pub(super) fn of(session: &Session) -> Option<Self> {
+        descriptor(session).map(|socket| Self(socket.as_raw_fd()))
+    }
+
+    /// Ends when the client has closed its side. Polled only while the session lives.
+    pub(super) async fn closed(&self) {
+        // SAFETY: the caller holds the session, which owns the descriptor, until this future is dropped.
+        #[allow(unsafe_code)]
+        let socket = Socket::beside(unsafe { BorrowedFd::borrow_raw(self.0) });
+        match socket {
+            Some(socket) => socket.closed().await,
+            None => std::future::pending().await,
+        }
+    }
 }
 
 impl Socket {

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use crate::oci::NamedBy;
 use crate::peers::{Aim, Reach, Standing};
 use crate::role::Role;
 
@@ -22,9 +23,17 @@ pub struct Asking {
     pub role: Role,
     pub reach: Reach,
     pub aim: Aim,
-    /// What is left of the time to answer, where whoever asks said so.
-    pub left: Option<Duration>,
+    /// How long the requester waits for a response.
+    pub patience: Duration,
 }
+
+/// Largest time of one upstream request until its first byte. A slow registry is asked once, and the request stays open
+/// for this long, also when the client that caused it was answered: its result serves the next one. Longer: a registry
+/// that accepts connections and says nothing holds requests longer. Shorter: slower registries can never be pulled from.
+pub const UPSTREAM_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// A client that names the registry by `ns` can go to the upstream itself: it hears within ten seconds.
+const FALLBACK_TIMEOUT: Duration = Duration::from_millis(9500);
 
 impl Asker {
     pub fn is_peer(self) -> bool {
@@ -39,16 +48,37 @@ impl Asker {
 
 impl Asking {
     /// A container runtime asks for anything.
-    pub const CLIENT: Self =
-        Self { asker: Asker::Client, role: Role::Client, reach: Reach::Origin, aim: Aim::Range, left: None };
+    pub const CLIENT: Self = Self {
+        asker: Asker::Client,
+        role: Role::Client,
+        reach: Reach::Origin,
+        aim: Aim::Range,
+        patience: UPSTREAM_TIMEOUT,
+    };
+
+    /// A client's request. Only one that names the registry by `ns` falls back to the upstream after an error.
+    pub fn of_client(named_by: NamedBy) -> Self {
+        let patience = if named_by == NamedBy::Namespace { FALLBACK_TIMEOUT } else { UPSTREAM_TIMEOUT };
+        Self { patience, ..Self::CLIENT }
+    }
+
+    /// The patience of a peer that waits for this long: it needs some of it to hear of an error.
+    pub fn patience_of_peer(left: Option<Duration>) -> Duration {
+        left.map_or(UPSTREAM_TIMEOUT, |left| UPSTREAM_TIMEOUT.min(left.mul_f64(0.9)))
+    }
+
+    /// Whether it is a client that can request it from nowhere else.
+    pub(super) fn has_no_fallback(&self) -> bool {
+        self.asker == Asker::Client && self.patience > FALLBACK_TIMEOUT
+    }
+
+    /// The same once some of the time has passed.
+    pub fn after(self, waited: Duration) -> Self {
+        Self { patience: self.patience.saturating_sub(waited), ..self }
+    }
 
     /// Whether a peer fetches the whole, to give it to its clients.
     pub(super) fn is_follower(&self) -> bool {
         self.asker.is_peer() && self.aim == Aim::Whole && self.reach == Reach::Origin
-    }
-
-    /// How long a source may take, and leave whoever asks some time to hear of it.
-    pub(super) fn at_most(&self, limit: Duration) -> Duration {
-        self.left.map_or(limit, |left| limit.min(left.mul_f64(0.9)))
     }
 }

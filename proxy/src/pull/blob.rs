@@ -9,7 +9,7 @@ use tokio::time::{Instant, timeout, timeout_at};
 use super::negatives::Endpoint;
 use super::parts::Parts;
 use super::sources::BlobSources;
-use super::{Asker, Asking, FIRST_BYTE, Pull, Refusal};
+use super::{Asker, Asking, FIRST_BYTE, ListBody, Pull, Refusal};
 use crate::fill::{Feed, Fill, FillKey, Opened, Outcome, Passage, Reader, Reading};
 use crate::oci::{Digest, ErrorCode, Multipart, NamedBy, RangeRequest, Registry, Span};
 use crate::peers::{Aim, Reach};
@@ -50,6 +50,7 @@ pub enum Body {
     Memory(Option<Bytes>),
     File(Reader),
     Passing(Box<Passage>),
+    List(Box<ListBody>),
     Parts(Box<Parts>),
 }
 
@@ -62,14 +63,13 @@ pub(super) enum Fetch {
 /// What an outage means for a blob.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Patience {
-    /// The client can ask elsewhere: refuse soon.
+    /// The requester can ask elsewhere: refuse soon.
     Refuse,
     /// A client that sends no `ns` has chosen its mirror for the whole image: a blob refused is a
     /// pull failed, so an outage is waited out, asking again and again.
     WaitOut,
 }
 
-const FIRST_BYTE_WITHOUT_NS: Duration = Duration::from_secs(60);
 /// A file that may be damaged is hashed for this long before it is read along.
 const PROVEN_SOON: Duration = Duration::from_secs(5);
 const AGAIN: Duration = Duration::from_secs(2);
@@ -119,14 +119,14 @@ impl Pull {
         let mut last = None;
         let count = places.len();
         for (nth, place) in places.into_iter().enumerate() {
-            let patience = match request.named_by {
+            let (patience, limit) = match request.named_by {
                 // Another place may have it, now.
-                _ if nth + 1 < count => Patience::Refuse,
-                NamedBy::Namespace => Patience::Refuse,
-                NamedBy::Path | NamedBy::Host | NamedBy::Default => Patience::WaitOut,
+                _ if nth + 1 < count => (Patience::Refuse, request.asking.patience.min(FIRST_BYTE)),
+                NamedBy::Namespace => (Patience::Refuse, request.asking.patience),
+                NamedBy::Path | NamedBy::Host | NamedBy::Default => (Patience::WaitOut, request.asking.patience),
             };
             let request = BlobRequest { place, ..request.clone() };
-            let deadline = Instant::now() + request.asking.at_most(patience.limit());
+            let deadline = Instant::now() + limit;
             // The fill goes on for whoever comes next.
             let fetched = timeout_at(deadline, self.fetch_blob(&request, patience, deadline)).await;
             match fetched.unwrap_or(Err(Fetch::Source(SourceError::TimedOut))) {
@@ -135,7 +135,7 @@ impl Pull {
                 Err(Fetch::Source(error)) => last = Some(severer(last, error)),
             }
         }
-        Err(Fetch::Source(last.unwrap_or(SourceError::NotFound)).into_refusal())
+        Err(Fetch::Source(last.unwrap_or_else(SourceError::not_found)).into_refusal())
     }
 
     pub(super) async fn kept_blob(&self, request: &BlobRequest) -> Option<Found> {
@@ -315,8 +315,7 @@ fn first_byte_wanted(range: Option<RangeRequest>) -> u64 {
 impl BlobRequest {
     /// The same once some of its time has passed.
     pub fn after(&self, waited: Duration) -> Self {
-        let left = self.asking.left.map(|left| left.saturating_sub(waited));
-        Self { asking: Asking { left, ..self.asking }, ..self.clone() }
+        Self { asking: self.asking.after(waited), ..self.clone() }
     }
 }
 
@@ -332,16 +331,7 @@ impl Fetch {
         match self {
             Self::Source(error) => error,
             // A fill refuses only what lies beyond its blob.
-            Self::Refused(_) => SourceError::Failed(416),
-        }
-    }
-}
-
-impl Patience {
-    fn limit(self) -> Duration {
-        match self {
-            Self::Refuse => FIRST_BYTE,
-            Self::WaitOut => FIRST_BYTE_WITHOUT_NS,
+            Self::Refused(_) => SourceError::failed(416),
         }
     }
 }
@@ -399,6 +389,7 @@ impl Body {
             Self::Memory(bytes) => Ok(bytes.take().filter(|bytes| !bytes.is_empty())),
             Self::File(reader) => reader.next().await,
             Self::Passing(passage) => passage.next().await,
+            Self::List(list) => list.next().await,
             Self::Parts(parts) => parts.next().await,
         }
     }

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use tokio::time::{Instant, timeout};
 
-use super::{Pull, Refusal, fetch_ended};
+use super::{Pull, Refusal, UPSTREAM_TIMEOUT, fetch_ended};
 use crate::caller::{Caller, Who};
 use crate::flights::Flights;
 use crate::lifetimes::{ByLifetime, Lifetime};
@@ -73,9 +73,6 @@ const NOT_PUBLIC: Duration = Duration::from_secs(60);
 
 /// Whoever was let in lately is not kept waiting for longer.
 const SOON: Duration = Duration::from_secs(1);
-
-/// The registry has this long to say whether it gives something.
-const PATIENCE: Duration = Duration::from_secs(5);
 
 impl Entitlements {
     pub(super) fn new() -> Self {
@@ -158,7 +155,7 @@ impl Pull {
     /// Lets a caller in, or not.
     pub async fn let_in(self: &Arc<Self>, place: &Place, endpoint: &Endpoint, accept: &str) -> Result<(), Unentitled> {
         // These are always the registry's own answers to this caller, and say nothing of the rest.
-        if matches!(endpoint, Endpoint::Tags | Endpoint::Referrers(_)) {
+        if matches!(endpoint, Endpoint::Tags | Endpoint::Referrers(_) | Endpoint::Catalog) {
             return Ok(());
         }
         let proven = match self.entitlements.known(place) {
@@ -227,7 +224,7 @@ impl Pull {
         let path = match endpoint {
             Endpoint::Manifest(reference) => format!("manifests/{reference}"),
             Endpoint::Blob(digest) => format!("blobs/{digest}"),
-            Endpoint::Tags | Endpoint::Referrers(_) => return Err(SourceError::Denied),
+            Endpoint::Tags | Endpoint::Referrers(_) | Endpoint::Catalog => return Err(SourceError::denied()),
         };
         let key = (place.caller.who(), place.to_string(), path);
         if let Some(refused) = self.entitlements.refused.get(&key) {
@@ -239,7 +236,8 @@ impl Pull {
             async move {
                 let asked = Instant::now();
                 let kept = pull.kept_length(&endpoint).await;
-                let given = pull.origin.gives(&place, &endpoint, &accept, kept, Instant::now() + PATIENCE).await;
+                let given =
+                    pull.origin.gives(&place, &endpoint, &accept, kept, Instant::now() + UPSTREAM_TIMEOUT).await;
                 let outcome = given.as_ref().map_or_else(SourceError::as_str, |()| "let");
                 pull.metrics.client_checks.with_label_values(&[place.rule.name(), outcome]).inc();
                 if let (Ok(()), Some(digest)) = (&given, digest_of(&endpoint)) {
@@ -247,11 +245,11 @@ impl Pull {
                 }
                 match &given {
                     Ok(()) => pull.entitlements.let_in(&place, asked),
-                    Err(SourceError::Denied) => pull.shut_out(&place),
+                    Err(SourceError::Denied(_)) => pull.shut_out(&place),
                     Err(_) => {}
                 }
-                if let Err(error @ (SourceError::Denied | SourceError::NotFound)) = &given {
-                    let is_strangers = *error == SourceError::Denied && place.caller == Caller::Anonymous;
+                if let Err(error @ (SourceError::Denied(_) | SourceError::NotFound(_))) = &given {
+                    let is_strangers = error.is_denied() && place.caller == Caller::Anonymous;
                     let life = if is_strangers { NOT_PUBLIC } else { place.rule.negative_ttl };
                     pull.entitlements.refused.insert(under, Refused { error: error.clone(), life });
                 }
@@ -266,7 +264,7 @@ fn refused(endpoint: &Endpoint, error: &SourceError) -> Unentitled {
     let is_blob = matches!(endpoint, Endpoint::Blob(_));
     let missing = if is_blob { ErrorCode::BlobUnknown } else { ErrorCode::ManifestUnknown };
     match error {
-        SourceError::Denied => Unentitled::Denied,
+        SourceError::Denied(_) => Unentitled::Denied,
         error => Unentitled::Refused(Refusal::of(error, missing)),
     }
 }
@@ -274,7 +272,7 @@ fn refused(endpoint: &Endpoint, error: &SourceError) -> Unentitled {
 fn digest_of(endpoint: &Endpoint) -> Option<&Digest> {
     match endpoint {
         Endpoint::Manifest(Reference::Digest(digest)) | Endpoint::Blob(digest) => Some(digest),
-        Endpoint::Manifest(Reference::Tag(_)) | Endpoint::Tags | Endpoint::Referrers(_) => None,
+        Endpoint::Manifest(Reference::Tag(_)) | Endpoint::Tags | Endpoint::Referrers(_) | Endpoint::Catalog => None,
     }
 }
 

@@ -130,7 +130,7 @@ impl Pull {
             let url = upstream.base();
             let is_this = |view: &&crate::origin::UpstreamView| view.rule == place.rule.name() && view.upstream == url;
             Upstream {
-                repository: place.rule.repository_at(&upstream, &place.repository),
+                repository: place.repository_at(&upstream),
                 trust: if trust == Trust::Written { "written" } else { "derived" }.to_owned(),
                 state: known.iter().find(is_this).map(|view| view.state.clone()),
                 url,

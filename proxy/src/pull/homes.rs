@@ -16,7 +16,12 @@ pub(super) struct Homes {
     store: Arc<Store>,
     /// Who has named a blob in a manifest of a repository.
     naming: moka::sync::Cache<(Repository, Digest), Naming>,
-    /// Manifests that were read for that.
+    /// How long the blobs of those manifests are: what replaces a missing `Content-Length`. What has an entry is known
+    /// to be held by the registry in that repository.
+    lengths: moka::sync::Cache<(Registry, Repository, Digest), u64>,
+    /// Manifests whose names have entries there.
+    held: moka::sync::Cache<(Registry, Repository, Digest), ()>,
+    /// Manifests that were read for the naming.
     read: moka::sync::Cache<(Registry, Repository, Digest), ()>,
 }
 
@@ -39,6 +44,8 @@ impl Homes {
             known: moka::sync::Cache::new(MAX_REPOSITORIES),
             store,
             naming: moka::sync::Cache::new(MAX_BLOBS),
+            lengths: moka::sync::Cache::new(MAX_BLOBS),
+            held: moka::sync::Cache::new(MAX_MANIFESTS),
             read: moka::sync::Cache::new(MAX_MANIFESTS),
         }
     }
@@ -64,6 +71,31 @@ impl Homes {
         homes.len() > 1 && !(is_first() && naming() == Some(Naming::One(place.registry.clone())))
     }
 
+    /// How long a blob is by a manifest of the same repository. Another repository's manifest may lie about it.
+    pub(super) fn length_of(&self, place: &Place, digest: &Digest) -> Option<u64> {
+        self.lengths.get(&(place.registry.clone(), place.repository.clone(), digest.clone()))
+    }
+
+    /// Remembers what a manifest that the registry holds in a repository names there.
+    pub(super) fn names(&self, place: &Place, digest: &Digest, bytes: &[u8]) {
+        let key = (place.registry.clone(), place.repository.clone(), digest.clone());
+        if self.held.contains_key(&key) {
+            return;
+        }
+        self.held.insert(key, ());
+        self.holds(place, digest, bytes.len() as u64);
+        for (digest, length) in manifest::named(bytes) {
+            if let Some(length) = length {
+                self.holds(place, &digest, length);
+            }
+        }
+    }
+
+    /// Remembers that the registry holds something in a repository.
+    pub(super) fn holds(&self, place: &Place, digest: &Digest, length: u64) {
+        self.lengths.insert((place.registry.clone(), place.repository.clone(), digest.clone()), length);
+    }
+
     /// A registry has served a manifest of a repository.
     pub(super) fn served(&self, place: &Place, digest: &Digest, bytes: &[u8]) {
         let (registry, repository) = (&place.registry, &place.repository);
@@ -72,7 +104,7 @@ impl Homes {
             return;
         }
         self.read.insert(key, ());
-        for blob in manifest::blobs(bytes) {
+        for (blob, _) in manifest::named(bytes) {
             let naming = self.naming.entry((repository.clone(), blob));
             naming.and_upsert_with(|known| match known.map(moka::Entry::into_value) {
                 Some(Naming::One(known)) if known != *registry => Naming::Several,

@@ -1,12 +1,13 @@
 //! How long a blob is, where somebody only wants to know that.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::time::{Instant, timeout};
 
 use super::blob::{Fetch, severer};
 use super::sources::{Refusals, last_scope};
-use super::{BlobRequest, FIRST_BYTE, Pull, Refusal, fetch_ended, flights, is_personal};
+use super::{BlobRequest, FIRST_BYTE, Pull, Refusal, UPSTREAM_TIMEOUT, fetch_ended, flights, is_personal};
 use crate::oci::Digest;
 use crate::peers::{Manner, Question, Reach};
 use crate::registries::Place;
@@ -17,17 +18,32 @@ use crate::store::Found;
 /// How long a blob is, and who said so.
 pub(super) type Length = Result<(u64, ServedFrom), SourceError>;
 
+/// How long the upstream has to say whether it holds what is cached from another repository.
+const WITH_COPY: Duration = Duration::from_secs(5);
+
 impl Pull {
     /// `HEAD blobs/<digest>`: its length, and where it would come from.
     pub async fn blob_length(self: &Arc<Self>, request: &BlobRequest) -> Result<(u64, ServedFrom), Refusal> {
-        let length = timeout(FIRST_BYTE, self.find_length(request)).await;
+        let length = timeout(request.asking.patience, self.find_length(request)).await;
         length.unwrap_or(Err(SourceError::TimedOut)).map_err(|error| Fetch::Source(error).into_refusal())
     }
 
     async fn find_length(self: &Arc<Self>, request: &BlobRequest) -> Length {
+        let places = self.candidates(request);
+        let mut in_outage = None;
         match self.kept_blob(request).await {
-            Some(Found::Small { object, tier }) => return Ok((object.bytes.len() as u64, tier.into())),
-            Some(Found::Large { blob, .. }) => return Ok((blob.len, ServedFrom::Disk)),
+            Some(found) => {
+                let kept = match &found {
+                    Found::Small { object, tier } => (object.bytes.len() as u64, (*tier).into()),
+                    Found::Large { blob, .. } => (blob.len, ServedFrom::Disk),
+                };
+                let from = found.provenance();
+                let is_known = |place| from.is_some_and(|from| self.is_known_at(place, &request.digest, from));
+                if request.asking.reach == Reach::Kept || places.iter().any(is_known) {
+                    return Ok(kept);
+                }
+                in_outage = Some(kept);
+            }
             None if request.asking.reach == Reach::Kept => {
                 let running = self.fills_of(request).into_iter().filter(|fill| !fill.written().is_empty());
                 return match running.filter_map(|fill| fill.length_now()).next() {
@@ -43,13 +59,21 @@ impl Pull {
             return Ok(opened.length());
         }
         let mut last = None;
-        for place in self.candidates(request) {
-            match self.length_elsewhere(&BlobRequest { place, ..request.clone() }).await {
-                Ok(answer) => return Ok(answer),
+        for place in places {
+            let elsewhere = BlobRequest { place: place.clone(), ..request.clone() };
+            let length = self.length_elsewhere(&elsewhere);
+            // What is cached is answered in time, whatever the upstream does.
+            let limit = if in_outage.is_some() { WITH_COPY.min(request.asking.patience / 2) } else { UPSTREAM_TIMEOUT };
+            match timeout(limit, length).await.unwrap_or(Err(SourceError::TimedOut)) {
+                Ok((length, from)) => {
+                    self.homes.holds(&place, &request.digest, length);
+                    return Ok(in_outage.unwrap_or((length, from)));
+                }
                 Err(error) => last = Some(severer(last, error)),
             }
         }
-        Err(last.unwrap_or(SourceError::NotFound))
+        let error = last.unwrap_or_else(SourceError::not_found);
+        in_outage.filter(|_| error.is_outage()).ok_or(error)
     }
 
     /// What the owner of a blob says of its length, or the origin; asked once for all who want to know.
@@ -74,7 +98,8 @@ impl Pull {
                     if let Some(length) = pull.length_of_owners(&place, &digest, role).await? {
                         return Ok((length, ServedFrom::Peer));
                     }
-                    match pull.origin.blob_length(&place, &digest, Instant::now() + FIRST_BYTE).await {
+                    let known = pull.homes.length_of(&place, &digest);
+                    match pull.origin.blob_length(&place, &digest, known, Instant::now() + UPSTREAM_TIMEOUT).await {
                         Ok(length) => {
                             pull.lengths.insert(key, length);
                             Ok((length, ServedFrom::Origin))
@@ -97,7 +122,8 @@ impl Pull {
         let mut refusals = Refusals::default();
         for owner in lead.leaders {
             // One that hangs leaves time for the next.
-            let question = Question::about(place, digest, Manner::As(lead.asked_as), Instant::now() + FIRST_BYTE / 2);
+            let deadline = Instant::now() + UPSTREAM_TIMEOUT / 2;
+            let question = Question::about(place, digest, Manner::As(lead.asked_as), deadline);
             match peers.blob_length(owner, &question).await {
                 Ok(length) => return Ok(Some(length)),
                 Err(error) => refusals.add(error)?,

@@ -5,11 +5,11 @@ use std::time::Duration;
 
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
-use tokio::time::{Instant, timeout};
+use tokio::time::{Instant, sleep, timeout};
 
 use super::negatives::Endpoint;
 use super::sources::{Refusals, last_scope};
-use super::{Asker, Asking, FIRST_BYTE, Pull, Refusal, fetch_ended, flights, is_personal};
+use super::{Asker, Asking, FIRST_BYTE, Pull, Refusal, UPSTREAM_TIMEOUT, fetch_ended, flights, is_personal};
 use crate::oci::{Digest, ErrorCode, Reference, manifest};
 use crate::peers::{Manner, Question, Reach, Standing};
 use crate::registries::Place;
@@ -27,6 +27,12 @@ pub struct ManifestAnswer {
     pub age: Option<Duration>,
 }
 
+/// What takes longer than this to fail is slow rather than dead.
+const FAILS_SLOWLY: Duration = Duration::from_secs(5);
+
+/// How often a client without a fall-back looks whether a slow upstream has answered.
+const WAIT_FOR_SLOW: Duration = Duration::from_secs(1);
+
 pub(super) type Fetched = Result<(SmallObject, ServedFrom), SourceError>;
 
 impl Pull {
@@ -38,19 +44,58 @@ impl Pull {
         accept: &str,
         asking: Asking,
     ) -> Result<ManifestAnswer, Refusal> {
+        let begun = Instant::now();
         let answer = async {
-            match reference {
-                Reference::Digest(digest) => {
-                    let found = self.manifest_by_digest(place, digest, accept, asking).await;
-                    found.map(|(object, from)| ManifestAnswer { digest: digest.clone(), object, from, age: None })
+            loop {
+                let answer = match reference {
+                    Reference::Digest(digest) => {
+                        let found = self.manifest_by_digest(place, digest, accept, asking).await;
+                        found.map(|(object, from)| ManifestAnswer { digest: digest.clone(), object, from, age: None })
+                    }
+                    Reference::Tag(tag) => self.manifest_by_tag(place, tag, accept, asking).await,
+                };
+                // The upstream is known to be silent, or a cache in front of it has given up: it may only be slow, and
+                // requests under way will tell. What fails soon is refused soon: podman tries its next mirror then.
+                let is_slow = match &answer {
+                    Err(SourceError::TimedOut) => true,
+                    Err(error) => error.is_passing_outage() && begun.elapsed() > FAILS_SLOWLY,
+                    Ok(_) => false,
+                };
+                if !is_slow || !asking.has_no_fallback() {
+                    return answer;
                 }
-                Reference::Tag(tag) => self.manifest_by_tag(place, tag, accept, asking).await,
+                sleep(WAIT_FOR_SLOW).await;
             }
         };
         // The flights go on for whoever comes next.
-        let answer = timeout(asking.at_most(FIRST_BYTE), answer).await.unwrap_or(Err(SourceError::TimedOut));
+        let answer = timeout(asking.patience, answer).await.unwrap_or(Err(SourceError::TimedOut));
         let answer = answer.map_err(|error| Refusal::of(&error, ErrorCode::ManifestUnknown))?;
         self.homes.served(place, &answer.digest, &answer.object.bytes);
+        if matches!(reference, Reference::Tag(_)) || self.is_known_at(place, &answer.digest, &answer.object.provenance)
+        {
+            self.homes.names(place, &answer.digest, &answer.object.bytes);
+        }
+        Ok(answer)
+    }
+
+    /// `HEAD manifests/<reference>`: the same, and only what the repository holds.
+    pub async fn manifest_head(
+        self: &Arc<Self>,
+        place: &Place,
+        reference: &Reference,
+        accept: &str,
+        asking: Asking,
+    ) -> Result<ManifestAnswer, Refusal> {
+        let begun = Instant::now();
+        let answer = self.manifest(place, reference, accept, asking).await?;
+        let is_known = || self.is_known_at(place, &answer.digest, &answer.object.provenance);
+        if asking.asker == Asker::Client && matches!(reference, Reference::Digest(_)) && !is_known() {
+            let confirmed = self.confirm_manifest(place, &answer, accept);
+            let left = asking.after(begun.elapsed()).patience;
+            if let Ok(Err(error)) = timeout(left, confirmed).await {
+                return Err(Refusal::of(&error, ErrorCode::ManifestUnknown));
+            }
+        }
         Ok(answer)
     }
 
@@ -114,7 +159,7 @@ impl Pull {
             // It takes the owner's place, as others may ask it to.
             return self.manifest_flight(place, digest, accept, Role::Global).await;
         }
-        let deadline = Instant::now() + FIRST_BYTE;
+        let deadline = Instant::now() + UPSTREAM_TIMEOUT;
         let reference = Reference::Digest(digest.clone());
         let answer = match self.origin.manifest(place, &reference, accept, deadline).await {
             Err(error) if error.is_outage() => {
@@ -126,6 +171,7 @@ impl Pull {
         if !digest.matches(&answer.bytes) {
             return Err(self.mismatched(place, digest));
         }
+        self.blobs_reachable(place, &answer.bytes).await?;
         Ok((self.keep_manifest(place, digest, &answer.media_type, answer.bytes).await, ServedFrom::Origin))
     }
 
@@ -139,7 +185,7 @@ impl Pull {
         let Some(peers) = self.peers_for(place) else { return Ok(None) };
         let scope = self.scope(place);
         let question =
-            |manner| Question { scope, ..Question::about(place, digest, manner, Instant::now() + FIRST_BYTE) };
+            |manner| Question { scope, ..Question::about(place, digest, manner, Instant::now() + UPSTREAM_TIMEOUT) };
         let lead = peers.lead(digest, role, scope);
         if role == Role::Global || lead.leaders.is_empty() {
             let kept = peers.successors_manifests(&question(Manner::IfKept)).await;
@@ -201,6 +247,7 @@ impl Pull {
         self.entitlements.was_sent(place, digest);
         let provenance = Arc::new(place.provenance());
         let object = SmallObject::new(media_type, provenance, &bytes);
+        self.remember_subject(place, &bytes, media_type);
         self.store.small.insert(digest, Kind::Manifest, object.clone()).await;
         object
     }

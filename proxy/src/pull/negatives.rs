@@ -19,6 +19,10 @@ pub(super) enum Endpoint {
     Blob,
 }
 
+/// All of them together, and what each takes beside its texts, in bytes.
+const MAX_BYTES: u64 = 16 * 1024 * 1024;
+const OVERHEAD: usize = 200;
+
 #[derive(Clone)]
 struct Negative {
     error: SourceError,
@@ -27,7 +31,16 @@ struct Negative {
 
 impl Negatives {
     pub(super) fn new() -> Self {
-        Self { errors: moka::sync::Cache::builder().max_capacity(50_000).expire_after(ByLifetime).build() }
+        Self {
+            errors: moka::sync::Cache::builder()
+                .max_capacity(MAX_BYTES)
+                .weigher(|(place, _, reference): &(String, Endpoint, String), negative: &Negative| {
+                    let bytes = place.len() + reference.len() + negative.error.body_len() + OVERHEAD;
+                    u32::try_from(bytes).unwrap_or(u32::MAX)
+                })
+                .expire_after(ByLifetime)
+                .build(),
+        }
     }
 
     pub(super) fn get(&self, place: &Place, endpoint: Endpoint, reference: &str) -> Option<SourceError> {

@@ -11,7 +11,6 @@ use crate::fill::Feed;
 use crate::oci::{RangeRequest, Span};
 use crate::peers::Aim;
 use crate::role::Role;
-use crate::source::SourceError;
 
 /// A blob is filled once this much, or this share, of it was asked for.
 const FILL_AFTER_BYTES: u64 = 8 * 1024 * 1024;
@@ -54,7 +53,7 @@ impl Pull {
         let feed = match Feed::open(self.sources(&request.place, key, Aim::Range), span.start, Some(span.end)).await {
             Ok(feed) => feed,
             // Beyond the end: say where that is.
-            Err(SourceError::Failed(416)) => {
+            Err(error) if error.failed_status() == Some(416) => {
                 let (total, _) = self.length_elsewhere(request).await?;
                 return Err(Refusal::Unsatisfiable { total }.into());
             }

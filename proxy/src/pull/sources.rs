@@ -13,7 +13,7 @@ use xxhash_rust::xxh64::Xxh64;
 
 use super::blob::Fetch;
 use super::speeds::Sender;
-use super::{Asker, Asking, BlobRequest, Extent, FIRST_BYTE, Pull, is_personal};
+use super::{Asker, Asking, BlobRequest, Extent, FIRST_BYTE, Pull, UPSTREAM_TIMEOUT, is_personal};
 use crate::config::FarPeers;
 use crate::fill::{Connections, FillKey, Sources, Truth};
 use crate::oci::{NamedBy, Span, Spans};
@@ -57,7 +57,9 @@ impl Refusals {
     /// asked for in vain one successor may try as well.
     pub(super) fn add(&mut self, error: SourceError) -> Result<(), SourceError> {
         match error {
-            SourceError::NotFound | SourceError::Denied | SourceError::Failed(416) => Err(error),
+            SourceError::NotFound(_) | SourceError::Denied(_) => Err(error),
+            // The request itself is refused, by whichever node it reaches the upstream.
+            SourceError::Failed(ref told) if (400..500).contains(&told.status) => Err(error),
             SourceError::Failed(_) => {
                 self.answered += 1;
                 if self.answered > 1 { Err(error) } else { Ok(()) }
@@ -119,8 +121,7 @@ impl Sources for BlobSources {
         if failures > 0 {
             self.pull.origin.forget_redirects(&self.place, &self.key.digest).await;
         }
-        let deadline = Instant::now() + FIRST_BYTE;
-        match self.of_origin(part, deadline).await {
+        match self.of_origin(part, Instant::now() + self.first_byte_timeout()).await {
             Ok(incoming) => Ok((incoming, ServedFrom::Origin)),
             Err(error) => match self.last_resort(part, &error).await {
                 Some(incoming) => Ok((incoming, ServedFrom::Peer)),
@@ -220,17 +221,18 @@ impl BlobSources {
     /// may end before the blob does. Who is refused with it leaves the others what they had.
     async fn ask_origin(&self, part: Part, deadline: Instant) -> Result<Incoming, SourceError> {
         let digest = &self.key.digest;
+        let known = self.pull.homes.length_of(&self.place, digest);
         if let Some(fill) = self.pull.fills.running(&self.key)
             && let newest = fill.newest_place()
             && newest.caller != self.place.caller
         {
-            let answer = self.pull.origin.blob(&newest, digest, part, deadline).await;
+            let answer = self.pull.origin.blob(&newest, digest, part, known, deadline).await;
             if !is_personal(&self.place, &answer) {
                 return answer;
             }
             fill.forget_newest(&newest.caller);
         }
-        self.pull.origin.blob(&self.place, digest, part, deadline).await
+        self.pull.origin.blob(&self.place, digest, part, known, deadline).await
     }
 
     /// Who has sent most of it, one of both whose speeds are compared, and how much. What was here before came from
@@ -416,13 +418,20 @@ impl BlobSources {
         self.ask_holders(peers, part).await
     }
 
+    /// A source has this long to begin. The first request of a blob stays open for as long as an upstream may take: there
+    /// is nothing to lose by it. Once bytes have come, a connection that does not begin soon is replaced.
+    fn first_byte_timeout(&self) -> Duration {
+        let has_begun = self.pull.fills.running(&self.key).is_some_and(|fill| fill.length_now().is_some());
+        if has_begun { FIRST_BYTE } else { UPSTREAM_TIMEOUT }
+    }
+
     /// What this node has of it.
     fn have(&self) -> Spans {
         self.pull.fills.running(&self.key).map_or_else(Spans::default, |fill| fill.written())
     }
 
     fn question(&self, manner: Manner) -> Question<'_> {
-        let deadline = Instant::now() + if manner == Manner::IfKept { IF_KEPT } else { FIRST_BYTE };
+        let deadline = Instant::now() + if manner == Manner::IfKept { IF_KEPT } else { self.first_byte_timeout() };
         Question { aim: self.aim, ..Question::about(&self.place, &self.key.digest, manner, deadline) }
     }
 

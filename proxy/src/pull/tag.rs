@@ -13,7 +13,7 @@ use tokio::time::{Instant, timeout};
 
 use super::negatives::Endpoint;
 use super::sources::{Refusals, last_scope};
-use super::{Asker, Asking, FIRST_BYTE, ManifestAnswer, Pull, fetch_ended, flights, is_personal};
+use super::{Asker, Asking, ManifestAnswer, Pull, UPSTREAM_TIMEOUT, fetch_ended, flights, is_personal};
 use crate::oci::{Digest, Reference, Tag};
 use crate::peers::{Manner, Peers, Question, Reach, Standing, TagAnswer};
 use crate::registries::Place;
@@ -25,6 +25,10 @@ pub(super) type Meant = Result<ManifestAnswer, SourceError>;
 
 /// How long the origin has where an older answer is at hand.
 const WITH_STALE: Duration = Duration::from_secs(1);
+
+/// A renewal stays open for this long: clients are served the stale tag meanwhile. Longer: a request that an upstream has
+/// lost keeps the tag stale for longer. Shorter: tags of slower upstreams are never renewed.
+const RENEWAL_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// One that lately took longer has this long, and so often is looked whether it is in trouble.
 const WHERE_SLOW: Duration = Duration::from_millis(20);
@@ -59,7 +63,14 @@ impl Pull {
         let role =
             peers.map_or(Role::Global, |peers| peers.lead(&in_ring(place, tag), asking.role, self.scope(place)).role);
         let asked = self.ask_for_tag(place, tag, accept, role);
-        let Some(expired) = expired else { return self.count_stale(place, tag, asked.await, "peer") };
+        let Some(expired) = expired else {
+            return match asked.await {
+                Err(error) if error.is_passing_outage() && self.tags.was_absent(place, tag).await => {
+                    Err(SourceError::not_found())
+                }
+                meant => self.count_stale(place, tag, meant, "peer"),
+            };
+        };
         let patience = if self.slow.contains_key(&place.registry) { WHERE_SLOW } else { WITH_STALE };
         let asked = tokio::select! {
             biased;
@@ -146,7 +157,7 @@ impl Pull {
             }
             Err(error) => {
                 self.negatives.put(place, Endpoint::Manifest, tag.as_str(), error);
-                if *error == SourceError::NotFound {
+                if error.is_not_found() {
                     self.tags.forget(place, tag);
                 }
             }
@@ -215,22 +226,34 @@ impl Pull {
     /// Asks the origin what a tag means. A HEAD is not counted by rate limits; only a digest that
     /// is not here yet is fetched.
     async fn revalidate(self: &Arc<Self>, place: &Place, tag: &Tag, accept: &str) -> Meant {
-        let deadline = Instant::now() + FIRST_BYTE;
+        let is_known = self.tags.lease(place, tag).is_some();
+        let deadline = Instant::now() + if is_known { RENEWAL_TIMEOUT } else { UPSTREAM_TIMEOUT };
         let reference = Reference::Tag(tag.clone());
-        if let Some(digest) = self.origin.manifest_digest(place, &reference, accept, deadline).await? {
+        // A HEAD can spare the body where the manifest may be cached: the tag was resolved before, or peers may have it. A
+        // tag that is new to a single node is requested at once, which takes half the time.
+        let may_be_cached = is_known || self.peers_for_tags().is_some() || place.rule.asks_who();
+        let head = match may_be_cached {
+            true => self.origin.manifest_digest(place, &reference, accept, deadline).await?,
+            false => None,
+        };
+        if let Some(digest) = head {
             if place.rule.asks_who() {
                 self.entitlements.took(place, &digest);
             }
             // Peers may wait for this as well: only what they may have is taken from what is kept.
             let asking = Asking { asker: Asker::Peer(Standing::Member), ..Asking::CLIENT };
-            let (object, from) = self.manifest_by_digest(place, &digest, accept, asking).await?;
-            return Ok(ManifestAnswer { digest, object, from, age: Some(Duration::ZERO) });
+            match self.manifest_by_digest(place, &digest, accept, asking).await {
+                Ok((object, from)) => return Ok(ManifestAnswer { digest, object, from, age: Some(Duration::ZERO) }),
+                // The tag may have moved meanwhile, or the HEAD was wrong: the GET of the tag decides.
+                Err(SourceError::NotFound(_) | SourceError::Malformed(_)) => {}
+                Err(error) => return Err(error),
+            }
         }
+        // The digest of the bytes is what the tag means. `Docker-Content-Digest` is wrong at many registries, so that
+        // go-containerregistry ignores it for tags as well.
         let answer = self.origin.manifest(place, &reference, accept, deadline).await?;
         let digest = Digest::of(&answer.bytes);
-        if answer.claimed.is_some_and(|claimed| !claimed.matches(&answer.bytes)) {
-            return Err(self.mismatched(place, &digest));
-        }
+        self.blobs_reachable(place, &answer.bytes).await?;
         let object = self.keep_manifest(place, &digest, &answer.media_type, answer.bytes).await;
         Ok(ManifestAnswer { digest, object, from: ServedFrom::Origin, age: Some(Duration::ZERO) })
     }
@@ -247,7 +270,7 @@ pub(super) fn in_ring(place: &Place, tag: &Tag) -> Digest {
 }
 
 fn question<'a>(place: &'a Place, in_ring: &'a Digest, manner: Manner) -> Question<'a> {
-    Question::about(place, in_ring, manner, Instant::now() + FIRST_BYTE)
+    Question::about(place, in_ring, manner, Instant::now() + UPSTREAM_TIMEOUT)
 }
 
 fn is_stale(meant: &Meant) -> bool {

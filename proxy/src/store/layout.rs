@@ -72,7 +72,7 @@ impl Layout {
         for algorithm in Algorithm::ALL {
             fs::create_dir_all(self.blobs().join(algorithm.as_str()))?;
         }
-        for dir in [self.fills(), self.small(), self.records()] {
+        for dir in [self.fills(), self.small(), self.records(), self.lists()] {
             fs::create_dir_all(dir)?;
         }
         Ok(())
@@ -121,6 +121,10 @@ impl Layout {
 
     pub(super) fn records(&self) -> PathBuf {
         self.root.join("records")
+    }
+
+    pub(super) fn lists(&self) -> PathBuf {
+        self.root.join("lists")
     }
 }
 

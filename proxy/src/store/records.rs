@@ -14,7 +14,14 @@ use crate::oci::{Digest, Registry, Repository, Tag};
 
 /// The record files.
 pub struct Records {
-    dir: PathBuf,
+    tags: Directory,
+    lists: Directory,
+}
+
+/// A directory of files, one for each key.
+struct Directory {
+    path: PathBuf,
+    most: usize,
     written: AtomicU64,
 }
 
@@ -29,6 +36,28 @@ pub struct TagRecord {
     pub checked_at: u64,
 }
 
+/// A list of tags or referrers as it was last seen, for outages. Its body is a small object.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ListRecord {
+    /// What was requested, and with whose rights.
+    pub key: String,
+    /// Of the compressed body.
+    pub digest: String,
+    /// The query of the next page.
+    pub next: Option<String>,
+    pub filters_applied: Option<String>,
+    /// Seconds since 1970.
+    pub checked_at: u64,
+}
+
+/// The cached artifacts that refer to a manifest, as a referrers response describes them.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReferrersRecord {
+    /// `registry/repository@digest` of the manifest.
+    pub subject: String,
+    pub referrers: Vec<serde_json::Value>,
+}
+
 /// The registries that have served a repository: the answer to a blob request that names none.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RepositoryRecord {
@@ -39,8 +68,10 @@ pub struct RepositoryRecord {
     others: Vec<String>,
 }
 
-/// More files than this are thinned out, oldest first.
+/// More files than this are thinned out, oldest first. Lists have a directory of their own: clients choose their
+/// queries, and must not push out what tags mean.
 const MAX_RECORDS: usize = 100_000;
+const MAX_LISTS: usize = 10_000;
 
 /// Looked after once in so many writes.
 const THIN_OUT_EVERY: u64 = 10_000;
@@ -54,12 +85,12 @@ impl RepositoryRecord {
 }
 
 impl Records {
-    pub(super) fn new(dir: PathBuf) -> Self {
-        Self { dir, written: AtomicU64::new(0) }
+    pub(super) fn new(tags: PathBuf, lists: PathBuf) -> Self {
+        Self { tags: Directory::new(tags, MAX_RECORDS), lists: Directory::new(lists, MAX_LISTS) }
     }
 
     pub fn tag(&self, registry: &Registry, repository: &Repository, tag: &Tag) -> Option<TagRecord> {
-        let record: TagRecord = self.read(&tag_key(registry.as_str(), repository.as_str(), tag.as_str()))?;
+        let record: TagRecord = self.tags.read(&tag_key(registry.as_str(), repository.as_str(), tag.as_str()))?;
         let same = record.registry == registry.as_str()
             && record.repository == repository.as_str()
             && record.tag == tag.as_str();
@@ -67,54 +98,108 @@ impl Records {
     }
 
     pub fn put_tag(&self, record: &TagRecord) {
-        self.write(&tag_key(&record.registry, &record.repository, &record.tag), record);
+        self.tags.write(&tag_key(&record.registry, &record.repository, &record.tag), record);
     }
 
     pub fn forget_tag(&self, registry: &Registry, repository: &Repository, tag: &Tag) {
-        let _ = fs::remove_file(self.path(&tag_key(registry.as_str(), repository.as_str(), tag.as_str())));
+        self.tags.remove(&tag_key(registry.as_str(), repository.as_str(), tag.as_str()));
     }
 
     /// The registries that have served a repository, in their order.
     pub fn repository(&self, repository: &Repository) -> Vec<Registry> {
-        let record: Option<RepositoryRecord> = self.read(&repository_key(repository.as_str()));
+        let record: Option<RepositoryRecord> = self.tags.read(&repository_key(repository.as_str()));
         let record = record.filter(|record| record.repository == repository.as_str());
         let names = record.into_iter().flat_map(|record| std::iter::once(record.registry).chain(record.others));
         names.filter_map(|name| name.parse().ok()).collect()
     }
 
     pub fn put_repository(&self, record: &RepositoryRecord) {
-        self.write(&repository_key(&record.repository), record);
+        self.tags.write(&repository_key(&record.repository), record);
     }
 
-    /// Removes the oldest records beyond the limit. Blocks on the disk.
+    /// A list as it was last seen. Blocks on the disk.
+    pub fn list(&self, key: &str) -> Option<ListRecord> {
+        self.lists.read(&list_key(key)).filter(|record: &ListRecord| record.key == key)
+    }
+
+    /// Blocks on the disk.
+    pub fn put_list(&self, record: &ListRecord) {
+        self.lists.write(&list_key(&record.key), record);
+    }
+
+    /// Remembers that there is no such tag, until one is put. Blocks on the disk.
+    pub fn put_absent(&self, registry: &Registry, repository: &Repository, tag: &Tag) {
+        self.lists.write(&absent_key(registry, repository, tag), &absent_key(registry, repository, tag));
+    }
+
+    /// Blocks on the disk.
+    pub fn is_absent(&self, registry: &Registry, repository: &Repository, tag: &Tag) -> bool {
+        let key = absent_key(registry, repository, tag);
+        self.lists.read::<String>(&key).is_some_and(|known| known == key)
+            && self.tag(registry, repository, tag).is_none()
+    }
+
+    /// Blocks on the disk.
+    pub fn forget_list(&self, key: &str) {
+        self.lists.remove(&list_key(key));
+    }
+
+    /// What refers to a manifest. Blocks on the disk.
+    pub fn referrers(&self, subject: &str) -> Vec<serde_json::Value> {
+        let record: Option<ReferrersRecord> = self.lists.read(&referrers_key(subject));
+        record.filter(|record| record.subject == subject).map_or_else(Vec::new, |record| record.referrers)
+    }
+
+    /// Blocks on the disk.
+    pub fn put_referrers(&self, record: &ReferrersRecord) {
+        self.lists.write(&referrers_key(&record.subject), record);
+    }
+
+    /// Removes the oldest records beyond the limits. Blocks on the disk.
     pub fn thin_out(&self) {
-        let Ok(files) = fs::read_dir(&self.dir) else { return };
+        self.tags.thin_out();
+        self.lists.thin_out();
+    }
+}
+
+impl Directory {
+    fn new(path: PathBuf, most: usize) -> Self {
+        Self { path, most, written: AtomicU64::new(0) }
+    }
+
+    fn thin_out(&self) {
+        let Ok(files) = fs::read_dir(&self.path) else { return };
         let mut dated: Vec<_> = files
             .filter_map(|file| {
                 let file = file.ok()?;
                 Some((file.metadata().ok()?.modified().ok()?, file.path()))
             })
             .collect();
-        if dated.len() > MAX_RECORDS {
+        if dated.len() > self.most {
             dated.sort();
-            for (_, path) in &dated[..dated.len() - MAX_RECORDS] {
+            for (_, path) in &dated[..dated.len() - self.most] {
                 let _ = fs::remove_file(path);
             }
         }
     }
 
     fn read<T: DeserializeOwned>(&self, key: &str) -> Option<T> {
-        serde_json::from_slice(&fs::read(self.path(key)).ok()?).ok()
+        serde_json::from_slice(&fs::read(self.file(key)).ok()?).ok()
+    }
+
+    fn remove(&self, key: &str) {
+        let _ = fs::remove_file(self.file(key));
     }
 
     /// Without fsync: after a crash of the machine an empty or missing record is no record.
     fn write<T: Serialize>(&self, key: &str, record: &T) {
-        let path = self.path(key);
+        let path = self.file(key);
         let nth = self.written.fetch_add(1, Ordering::Relaxed);
-        if nth % THIN_OUT_EVERY == THIN_OUT_EVERY - 1 {
+        let every = THIN_OUT_EVERY.min(self.most as u64 / 4);
+        if nth % every == every - 1 {
             self.thin_out();
         }
-        let temporary = self.dir.join(format!(".{nth}"));
+        let temporary = self.path.join(format!(".{nth}"));
         let write = || -> io::Result<()> {
             write_creating(&temporary, &serde_json::to_vec(record)?)?;
             fs::rename(&temporary, &path)
@@ -125,8 +210,8 @@ impl Records {
         }
     }
 
-    fn path(&self, key: &str) -> PathBuf {
-        self.dir.join(Digest::of(key.as_bytes()).hex())
+    fn file(&self, key: &str) -> PathBuf {
+        self.path.join(Digest::of(key.as_bytes()).hex())
     }
 }
 
@@ -148,14 +233,48 @@ fn repository_key(repository: &str) -> String {
     format!("repository {repository}")
 }
 
+fn list_key(key: &str) -> String {
+    format!("list {key}")
+}
+
+fn absent_key(registry: &Registry, repository: &Repository, tag: &Tag) -> String {
+    format!("absent {registry}/{repository}:{tag}")
+}
+
+fn referrers_key(subject: &str) -> String {
+    format!("referrers {subject}")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
+    fn lists_come_back_and_the_oldest_go_first() {
+        let dir = tempfile::tempdir().unwrap();
+        let records = Records::new(dir.path().join("records"), dir.path().join("lists"));
+        let record = |key: &str| ListRecord {
+            key: key.into(),
+            digest: Digest::of(b"x").to_string(),
+            next: Some("last=b".into()),
+            filters_applied: None,
+            checked_at: 7,
+        };
+        assert_eq!(records.list("a"), None);
+        records.put_list(&record("a"));
+        assert_eq!(records.list("a"), Some(record("a")));
+        let few = Directory::new(dir.path().join("few"), 8);
+        (0..100).for_each(|nth| few.write(&nth.to_string(), &record("a")));
+        assert!(fs::read_dir(dir.path().join("few")).unwrap().count() <= 10);
+        let referrers = ReferrersRecord { subject: "a.io/b@sha256:00".into(), referrers: vec!["x".into()] };
+        records.put_referrers(&referrers);
+        assert_eq!(records.referrers("a.io/b@sha256:00"), referrers.referrers);
+    }
+
+    #[test]
     fn records_come_back_and_can_be_lost() {
         let dir = tempfile::tempdir().unwrap();
-        let records = Records::new(dir.path().join("records"));
+        let records = Records::new(dir.path().join("records"), dir.path().join("lists"));
         let (registry, repository, tag) =
             ("ghcr.io".parse().unwrap(), "team/app".parse().unwrap(), "v1".parse().unwrap());
         assert_eq!(records.tag(&registry, &repository, &tag), None);
@@ -173,7 +292,7 @@ mod tests {
         assert_eq!(records.repository(&repository), homes);
         // As earlier releases wrote it.
         let earlier = serde_json::json!({"repository": "team/app", "registry": "ghcr.io"});
-        records.write(&repository_key("team/app"), &earlier);
+        records.tags.write(&repository_key("team/app"), &earlier);
         assert_eq!(records.repository(&repository), std::slice::from_ref(&registry));
         for file in fs::read_dir(dir.path().join("records")).unwrap() {
             fs::write(file.unwrap().path(), b"{").unwrap();

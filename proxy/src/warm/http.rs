@@ -129,7 +129,8 @@ fn is_kept(response: &Response) -> bool {
 async fn said(status: u16, response: Response) -> String {
     let body = timeout(PATIENCE, response.bytes()).await.ok().and_then(Result::ok).unwrap_or_default();
     let json: serde_json::Value = serde_json::from_slice(&body).unwrap_or_default();
-    match json["errors"][0]["message"].as_str() {
+    let first = &json["errors"][0];
+    match first["message"].as_str().filter(|message| !message.is_empty()).or(first["code"].as_str()) {
         Some(message) => format!("{status}: {message}"),
         None => format!("status {status}"),
     }

@@ -60,6 +60,8 @@ fn is_kept(from: ServedFrom) -> bool {
 
 fn failed(refusal: Refusal) -> Failed {
     match refusal {
+        Refusal::Upstream { error, .. } if error.status >= 500 => Failed::Passing(error.to_string()),
+        Refusal::Upstream { error, .. } => Failed::ForGood(error.to_string()),
         Refusal::Busy => Failed::Passing("too many requests at once".into()),
         Refusal::Unavailable(why) | Refusal::NoWay(why) | Refusal::Limited(why) | Refusal::BadOrigin(why) => {
             Failed::Passing(why)

@@ -208,18 +208,19 @@ async fn wrong_lengths() {
     .await;
     let answer = pull(&dray, &image).await;
     assert!(!answer.complete || answer.status >= 500);
-    // No length at all.
+    // No length, and chunks that end in the middle.
     let (_origin, dray, image) = rig(|_, _, response| {
         Response::new(200, format!("{:x}\r\n", response.body.len())).with("transfer-encoding", "chunked")
     })
     .await;
-    assert_eq!(pull(&dray, &image).await.status, 502);
+    let answer = pull(&dray, &image).await;
+    assert!(!answer.complete || answer.status >= 500);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn refusals_of_the_origin_have_a_status_that_helps() {
     for (origin_says, client_sees) in
-        [(404, 404), (410, 404), (403, 403), (401, 403), (429, 503), (500, 503), (503, 503), (400, 502)]
+        [(404, 404), (410, 410), (403, 403), (401, 403), (429, 503), (500, 503), (503, 503), (400, 400), (304, 502)]
     {
         let (_origin, dray, image) = rig(move |_, _, _| Response::new(origin_says, "").with("retry-after", 60)).await;
         let answer = pull(&dray, &image).await;
@@ -244,19 +245,6 @@ async fn an_origin_that_is_off_is_refused_soon() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn another_digest_in_the_header_is_a_lie() {
-    let (_origin, dray, image) =
-        rig(|_, _, response| response.with("docker-content-digest", dray_tests::image::digest(b"other"))).await;
-    assert_eq!(pull(&dray, &image).await.status, 502);
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn compressed_answers_are_refused() {
-    let (_origin, dray, image) = rig(|_, _, response| response.with("content-encoding", "gzip")).await;
-    assert_eq!(pull(&dray, &image).await.status, 502);
-}
-
-#[tokio::test(flavor = "multi_thread")]
 async fn a_slow_drip_still_arrives() {
     let image = Image::new(1, &[1000]);
     let origin = Origin::start(&[("library/app", "1", &image)], |_, response| response.fault(Fault::Drip)).await;
@@ -269,22 +257,21 @@ async fn a_slow_drip_still_arrives() {
 #[tokio::test(flavor = "multi_thread")]
 async fn manifests_that_lie_or_are_huge_are_refused() {
     let image = Image::new(1, &[1000]);
-    for (spoil, status) in [
-        // Other bytes than the digest says.
+    for (spoil, by_tag) in [
+        // Other bytes than the digest says. A tag means whatever is declared as a manifest.
         (
             Box::new(|r: Response| Response { body: "{}".into(), ..r })
                 as Box<dyn Fn(Response) -> Response + Send + Sync>,
-            502,
+            200,
         ),
         (Box::new(|r: Response| Response { body: vec![b' '; 5 << 20].into(), ..r }), 502),
-        (Box::new(|r: Response| r.with("content-encoding", "gzip")), 502),
     ] {
         let origin = Origin::start(&[("library/app", "1", &image)], move |request, response| {
             if request.method == "GET" { spoil(response) } else { response }
         })
         .await;
         let dray = Start::with_upstream("docker.io", &origin.url()).run();
-        for reference in ["1", image.digest.as_str()] {
+        for (reference, status) in [("1", by_tag), (image.digest.as_str(), 502)] {
             let answer = dray.get(&format!("/v2/library/app/manifests/{reference}?ns=docker.io")).await;
             assert_eq!(answer.status, status, "{reference}: {}", answer.text());
         }
@@ -294,14 +281,15 @@ async fn manifests_that_lie_or_are_huge_are_refused() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_tag_is_what_its_bytes_hash_to() {
     let image = Image::new(1, &[1000]);
-    // HEAD is refused, so the bytes themselves must tell; the header lies.
-    let origin = Origin::start(&[("library/app", "1", &image)], |request, response| match request.method.as_str() {
+    // HEAD is refused, so the bytes themselves must tell; the header is wrong, or missing.
+    let wrong = Origin::start(&[("library/app", "1", &image)], |request, response| match request.method.as_str() {
         "HEAD" => Response::new(405, ""),
         _ => response.with("docker-content-digest", dray_tests::image::digest(b"other")),
     })
     .await;
-    let dray = Start::with_upstream("docker.io", &origin.url()).run();
-    assert_eq!(dray.get("/v2/library/app/manifests/1?ns=docker.io").await.status, 502);
+    let dray = Start::with_upstream("docker.io", &wrong.url()).run();
+    let answer = dray.get("/v2/library/app/manifests/1?ns=docker.io").await;
+    assert_eq!((answer.status, answer.header("docker-content-digest")), (200, Some(image.digest.as_str())));
     let honest = Origin::start(&[("library/app", "1", &image)], |request, response| match request.method.as_str() {
         "HEAD" => Response::new(405, ""),
         _ => response.without("docker-content-digest"),

@@ -17,6 +17,7 @@ mod fills;
 mod homes;
 mod hostile;
 mod hotpaths;
+mod interop;
 mod k8s;
 mod kubernetes;
 mod lazy;

@@ -72,10 +72,10 @@ impl Sources for Lottery {
         };
         tokio::time::sleep(Duration::from_millis(delay)).await;
         if from >= total {
-            return Err(SourceError::Failed(416));
+            return Err(SourceError::failed(416));
         }
         let incoming = match lot {
-            1 => return Err(SourceError::Failed(503)),
+            1 => return Err(SourceError::failed(503)),
             2 => return Err(SourceError::TimedOut),
             3 => return Err(SourceError::Malformed("206 for another range".into())),
             4 => self.send(span, total, pieces, Some(Err(Broken("reset".into())))),

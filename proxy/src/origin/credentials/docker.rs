@@ -1,13 +1,16 @@
-//! Docker's `config.json`, also as a Secret of the type `kubernetes.io/dockerconfigjson` holds it.
+//! Docker's `config.json`, also as a Secret of the type `kubernetes.io/dockerconfigjson` holds it, and the older
+//! `.dockercfg`. Read as leniently as its owners read it.
 
 use std::collections::HashMap;
 use std::path::Path;
 
-use base64::Engine;
-use base64::engine::general_purpose::STANDARD;
+use base64::alphabet;
+use base64::engine::general_purpose::{GeneralPurpose, GeneralPurposeConfig};
+use base64::engine::{DecodePaddingMode, Engine};
 use serde::Deserialize;
 
-use super::{CredentialsError, best_key, read_file};
+use super::{CredentialsError, Whom, best_key, read_file};
+use crate::registries::Trust;
 use crate::secret::Secret;
 
 /// What a file says of an upstream.
@@ -22,37 +25,51 @@ pub(super) enum Entry {
 #[serde(rename_all = "camelCase")]
 struct DockerConfig {
     #[serde(default)]
-    auths: HashMap<String, DockerAuth>,
+    auths: Entries,
     #[serde(default)]
     cred_helpers: HashMap<String, String>,
     #[serde(default)]
     creds_store: String,
 }
 
+/// Each is read when it is needed: a mistake in one is no reason to refuse the others.
+type Entries = HashMap<String, serde_json::Value>;
+
+/// As Docker and the kubelet read it: a null is a missing value, and keys that are not listed are ignored.
 #[derive(Deserialize, Default)]
 struct DockerAuth {
-    #[serde(default)]
-    auth: String,
-    #[serde(default)]
-    username: String,
-    #[serde(default)]
-    password: String,
-    #[serde(default)]
-    identitytoken: String,
+    auth: Option<String>,
+    username: Option<String>,
+    password: Option<String>,
+    identitytoken: Option<String>,
+    registrytoken: Option<String>,
 }
 
-/// The entry that says most of a repository at an upstream. A helper comes before what stands in the file, as for
-/// Docker itself; the store of all others after it.
-pub(super) fn find(file: &Path, authority: &str, repository: &str) -> Result<Entry, CredentialsError> {
+/// Base64 as Docker's clients accept it, with or without padding.
+const LENIENT: GeneralPurpose = GeneralPurpose::new(
+    &alphabet::STANDARD,
+    GeneralPurposeConfig::new()
+        .with_decode_padding_mode(DecodePaddingMode::Indifferent)
+        .with_decode_allow_trailing_bits(true),
+);
+
+/// The entry that says most of a repository at an upstream, or else of the registry whose upstream it is. A helper
+/// comes before what stands in the file, as for Docker itself; the store of all others after it.
+pub(super) fn find(file: &Path, whom: Whom<'_>) -> Result<Entry, CredentialsError> {
     let mut config = read(file)?;
-    let helper = best_key(config.cred_helpers.keys().map(String::as_str), authority, repository).map(str::to_owned);
+    let helper = key_for(&config.cred_helpers, whom);
     if let Some(name) = helper.and_then(|key| config.cred_helpers.remove(&key)) {
         return Ok(Entry::Helper(name));
     }
-    let key = best_key(config.auths.keys().map(String::as_str), authority, repository).map(str::to_owned);
+    let key = key_for(&config.auths, whom);
     let entry = key.and_then(|key| config.auths.remove(&key).map(|entry| (key, entry)));
     let secret = match entry {
-        Some((key, entry)) => entry.secret().map_err(|problem| wrong(file, format!("auths[\"{key}\"]: {problem}")))?,
+        Some((key, entry)) => {
+            let problem = |problem: &str| wrong(file, format!("auths[\"{key}\"]: {problem}"));
+            let entry: DockerAuth =
+                serde_json::from_value(entry).map_err(|_| problem("is not an entry of Docker's"))?;
+            entry.secret().map_err(problem)?
+        }
         None => None,
     };
     match secret {
@@ -60,6 +77,14 @@ pub(super) fn find(file: &Path, authority: &str, repository: &str) -> Result<Ent
         None if !config.creds_store.is_empty() => Ok(Entry::Helper(config.creds_store)),
         secret => Ok(Entry::Secret(secret)),
     }
+}
+
+fn key_for<T>(entries: &HashMap<String, T>, whom: Whom<'_>) -> Option<String> {
+    let best = |authority, repository| best_key(entries.keys().map(String::as_str), authority, repository);
+    let of_upstream = best(whom.authority, whom.repository);
+    // Secrets of images are keyed by the registry's name, wherever a rule of the operator fetches it from.
+    let of_registry = || best(whom.registry, whom.name).filter(|_| whom.trust == Trust::Written);
+    of_upstream.or_else(of_registry).map(str::to_owned)
 }
 
 /// All helpers that a file names.
@@ -70,8 +95,17 @@ pub(super) fn helpers(file: &Path) -> Result<Vec<String>, CredentialsError> {
 }
 
 fn read(file: &Path) -> Result<DockerConfig, CredentialsError> {
-    serde_json::from_str(&read_file(file)?)
-        .map_err(|error| wrong(file, format!("line {}, column {}", error.line(), error.column())))
+    let text = read_file(file)?;
+    let unreadable =
+        |error: serde_json::Error| wrong(file, format!("line {}, column {}", error.line(), error.column()));
+    let json: serde_json::Map<String, serde_json::Value> = serde_json::from_str(&text).map_err(unreadable)?;
+    let is_config = ["auths", "credHelpers", "credsStore"].iter().any(|key| json.contains_key(*key));
+    // The older form, `.dockercfg` and kubernetes.io/dockercfg, is the entries alone.
+    if !is_config && !json.is_empty() && json.values().all(serde_json::Value::is_object) {
+        let auths = json.into_iter().collect();
+        return Ok(DockerConfig { auths, cred_helpers: HashMap::new(), creds_store: String::new() });
+    }
+    serde_json::from_str(&text).map_err(unreadable)
 }
 
 fn wrong(file: &Path, problem: String) -> CredentialsError {
@@ -79,17 +113,24 @@ fn wrong(file: &Path, problem: String) -> CredentialsError {
 }
 
 impl DockerAuth {
-    fn secret(self) -> Result<Option<Secret>, String> {
-        if !self.identitytoken.is_empty() {
-            return Ok(Some(Secret::Identity(self.identitytoken)));
+    fn secret(self) -> Result<Option<Secret>, &'static str> {
+        let given = |text: Option<String>| text.filter(|text| !text.is_empty());
+        if let Some(token) = given(self.registrytoken) {
+            return Ok(Some(Secret::Bearer(token)));
         }
-        if self.auth.is_empty() {
-            let (username, password) = (self.username, self.password);
-            return Ok((!username.is_empty()).then_some(Secret::Password { username, password }));
+        if let Some(token) = given(self.identitytoken) {
+            return Ok(Some(Secret::Identity(token)));
         }
-        let decoded = STANDARD.decode(self.auth.trim()).map_err(|_| "auth is not base64")?;
+        let Some(auth) = given(self.auth) else {
+            let password = self.password.unwrap_or_default();
+            return Ok(given(self.username).map(|username| Secret::Password { username, password }));
+        };
+        // Tools wrap lines, and Docker itself has padded with NULs.
+        let encoded: String = auth.chars().filter(|c| !c.is_whitespace()).collect();
+        let decoded = LENIENT.decode(encoded).map_err(|_| "auth is not base64")?;
         let text = String::from_utf8(decoded).map_err(|_| "auth is not UTF-8")?;
         let (username, password) = text.split_once(':').ok_or("auth is not base64 of user:password")?;
-        Ok(Some(Secret::Password { username: username.to_owned(), password: password.to_owned() }))
+        let password = password.trim_matches('\0').to_owned();
+        Ok(Some(Secret::Password { username: username.to_owned(), password }))
     }
 }

@@ -23,7 +23,7 @@ struct Key {
     rule: String,
     upstream: String,
     /// Where the source may have another secret for each.
-    repository: Option<String>,
+    repository: Option<(String, String)>,
 }
 
 #[derive(Clone)]
@@ -93,15 +93,17 @@ impl Secrets {
         };
         let (key, known, upstream, trust) =
             (Key::new(home, place), self.known.clone(), home.upstream.clone(), home.trust);
-        let (rule, repository) = (place.rule.clone(), place.rule.repository_at(home.upstream, &place.repository));
+        let (place, repository) = (place.clone(), place.repository_at(home.upstream));
         // A task of its own: a source that takes longer than this question has time answers the next one.
         let asked = tokio::spawn(async move {
             let ask = async {
                 let base = upstream.base();
-                let whom = Whom { base: &base, authority: &upstream.authority, trust, repository: &repository };
+                let (registry, name) = (place.registry.as_str(), place.repository.as_str());
+                let authority = &upstream.authority;
+                let whom = Whom { base: &base, authority, trust, repository: &repository, registry, name };
                 let found = find(&source, whom).await;
                 if let Err(error) = &found {
-                    tracing::error!(rule = rule.name(), %error, "no credentials");
+                    tracing::error!(rule = place.rule.name(), %error, "no credentials");
                 }
                 Answer(found)
             };
@@ -117,7 +119,7 @@ impl Secrets {
 impl Key {
     fn new(home: Home<'_>, place: &Place) -> Self {
         let by_repository = place.rule.credentials.as_ref().is_some_and(Credentials::may_differ_by_repository);
-        let repository = by_repository.then(|| place.rule.repository_at(home.upstream, &place.repository));
+        let repository = by_repository.then(|| (place.to_string(), place.repository_at(home.upstream)));
         Self { rule: place.rule.name().to_owned(), upstream: home.upstream.base(), repository }
     }
 }

@@ -1,0 +1,132 @@
+//! Which certificates of upstreams are believed, and which one they are shown.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::client::verify_server_name;
+use rustls::crypto::CryptoProvider;
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
+use rustls::server::ParsedCertificate;
+use rustls::{CertificateError, ClientConfig, DigitallySignedStruct, Error, SignatureScheme};
+use rustls_platform_verifier::Verifier;
+
+use crate::config::ClientCert;
+use crate::identity::{Files, Identity, Welcome};
+
+/// The roots of the system and of the configuration, and certificates that are believed as they are.
+#[derive(Debug)]
+struct Upstreams {
+    roots: Verifier,
+    /// A `ca` file may hold the very certificate of the server: Docker's recipe for a private registry makes one that is
+    /// its own authority, which no chain of trust allows, and which OpenSSL and Go accept.
+    pinned: Vec<CertificateDer<'static>>,
+}
+
+/// For one rule: `extra` are roots for everything, `of_rule` those of its `ca`.
+pub(super) fn config(
+    extra: &[CertificateDer<'static>],
+    of_rule: Vec<CertificateDer<'static>>,
+    identity: Option<Arc<Identity>>,
+) -> Result<ClientConfig, String> {
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let roots = extra.iter().chain(&of_rule).cloned();
+    let roots = Verifier::new_with_extra_roots(roots, provider.clone())
+        .map_err(|error| format!("no trusted roots: {error}; is the package ca-certificates installed?"))?;
+    let pinned = extra.iter().cloned().chain(of_rule).collect();
+    let builder = ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions();
+    let builder = builder.map_err(|error| error.to_string())?;
+    let builder = builder.dangerous().with_custom_certificate_verifier(Arc::new(Upstreams { roots, pinned }));
+    Ok(match identity {
+        Some(identity) => builder.with_client_cert_resolver(identity),
+        None => builder.with_no_client_auth(),
+    })
+}
+
+/// What upstreams are shown, read again when it changes.
+pub(super) fn identity(files: &ClientCert) -> Result<Arc<Identity>, String> {
+    let ClientCert { cert, key } = files.clone();
+    Identity::load(Files { table: "registry.client_cert", cert, key, ca: None, welcome: Welcome::Anybody })
+}
+
+/// Reads a PEM bundle that a key of the configuration names.
+pub(super) fn certificates(key: &str, path: &Path) -> Result<Vec<CertificateDer<'static>>, String> {
+    let wrong = |why: &dyn std::fmt::Display| format!("{key} = \"{}\": {why}", path.display());
+    let pem = std::fs::read(path).map_err(|error| wrong(&error))?;
+    let found: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&pem).collect();
+    let found = found.map_err(|error| wrong(&error))?;
+    if found.is_empty() { Err(wrong(&"holds no certificate in PEM")) } else { Ok(found) }
+}
+
+/// What to do about an error of TLS, where that is known.
+pub(super) fn advice(error: &(dyn std::error::Error + 'static)) -> Option<&'static str> {
+    let mut cause = Some(error);
+    while let Some(error) = cause {
+        match error.downcast_ref::<Error>() {
+            // The other one is a certificate that is its own authority.
+            Some(Error::InvalidCertificate(CertificateError::UnknownIssuer | CertificateError::Other(_))) => {
+                return Some(
+                    "name the authority that signed it, or the certificate itself, in `ca` of its [[registry]] rule",
+                );
+            }
+            Some(Error::InvalidCertificate(CertificateError::Expired | CertificateError::ExpiredContext { .. })) => {
+                return Some("the upstream's certificate has expired: it has to be renewed there");
+            }
+            Some(Error::AlertReceived(_)) => {
+                return Some(
+                    "the upstream refuses the connection: it may want a `client_cert` of its [[registry]] rule",
+                );
+            }
+            _ => {}
+        }
+        cause = match error.downcast_ref::<std::io::Error>().and_then(std::io::Error::get_ref) {
+            Some(wrapped) => Some(wrapped),
+            None => error.source(),
+        };
+    }
+    None
+}
+
+impl ServerCertVerifier for Upstreams {
+    fn verify_server_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        name: &ServerName<'_>,
+        ocsp_response: &[u8],
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, Error> {
+        if self.pinned.iter().any(|pinned| pinned.as_ref() == end_entity.as_ref()) {
+            verify_server_name(&ParsedCertificate::try_from(end_entity)?, name)?;
+            return Ok(ServerCertVerified::assertion());
+        }
+        self.roots.verify_server_cert(end_entity, intermediates, name, ocsp_response, now)
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        rustls::crypto::verify_tls12_signature(message, cert, dss, &provider().signature_verification_algorithms)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        rustls::crypto::verify_tls13_signature(message, cert, dss, &provider().signature_verification_algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        provider().signature_verification_algorithms.supported_schemes()
+    }
+}
+
+fn provider() -> CryptoProvider {
+    rustls::crypto::ring::default_provider()
+}

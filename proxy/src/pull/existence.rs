@@ -1,0 +1,63 @@
+//! Whether a repository holds what is cached from another one.
+//!
+//! Bytes are the same wherever they came from, but tools that push ask first what is there: "200" from the cache for a
+//! repository that does not have the blob makes their push fail (`MANIFEST_BLOB_UNKNOWN`). So the upstream is asked once
+//! for each repository and digest; in an outage the cache answers.
+
+use std::sync::Arc;
+
+use tokio::time::Instant;
+
+use super::negatives::Endpoint;
+use super::{ManifestAnswer, Pull, UPSTREAM_TIMEOUT, fetch_ended};
+use crate::oci::{Digest, Reference};
+use crate::provenance::Provenance;
+use crate::registries::Place;
+use crate::source::SourceError;
+
+impl Pull {
+    /// Whether a repository is known to hold what is cached: it came from there, a manifest that was served from there
+    /// names it, or the upstream has said so. A rule that leaves authorization to the upstream has asked it before.
+    pub(super) fn is_known_at(&self, place: &Place, digest: &Digest, from: &Provenance) -> bool {
+        let came_from_there = from.registry == place.registry.as_str() && from.repository == place.repository.as_str();
+        place.rule.asks_who() || came_from_there || self.homes.length_of(place, digest).is_some()
+    }
+
+    /// Asks the upstream once whether a repository holds a manifest that is cached from elsewhere.
+    pub(super) async fn confirm_manifest(
+        self: &Arc<Self>,
+        place: &Place,
+        answer: &ManifestAnswer,
+        accept: &str,
+    ) -> Result<(), SourceError> {
+        let (digest, bytes) = (&answer.digest, &answer.object.bytes);
+        if let Some(error) = self.negatives.get(place, Endpoint::Manifest, digest.as_str()) {
+            return if error.is_outage() { Ok(()) } else { Err(error) };
+        }
+        let landed = self.confirmations.join((place.to_string(), digest.clone()), || {
+            let (pull, place, digest, accept) = (self.clone(), place.clone(), digest.clone(), accept.to_owned());
+            let bytes = bytes.clone();
+            async move {
+                let (deadline, reference) = (Instant::now() + UPSTREAM_TIMEOUT, Reference::Digest(digest.clone()));
+                let confirmed = match pull.origin.manifest_digest(&place, &reference, &accept, deadline).await {
+                    Ok(Some(_)) => Ok(()),
+                    Ok(None) => pull.origin.manifest(&place, &reference, &accept, deadline).await.map(|_| ()),
+                    Err(error) => Err(error),
+                };
+                match confirmed {
+                    Ok(()) => {
+                        pull.homes.holds(&place, &digest, bytes.len() as u64);
+                        pull.homes.names(&place, &digest, &bytes);
+                    }
+                    Err(error) if error.is_outage() => {}
+                    Err(error) => {
+                        pull.negatives.put(&place, Endpoint::Manifest, digest.as_str(), &error);
+                        return Err(error);
+                    }
+                }
+                Ok(())
+            }
+        });
+        landed.await.unwrap_or_else(fetch_ended)
+    }
+}

@@ -1,0 +1,365 @@
+//! The way of a list: passed on as it comes, and kept for outages as it was last seen.
+//!
+//! A list is always requested anew: a push must be seen at once. Its compressed copy serves while the upstream fails.
+//! Where no copy of a referrers response is kept, one is put together from the cached artifacts that name the manifest as
+//! their subject.
+
+use std::io::{Read, Write};
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, PoisonError};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use bytes::Bytes;
+use flate2::Compression;
+use flate2::read::DeflateDecoder;
+use flate2::write::DeflateEncoder;
+use futures_util::StreamExt;
+use futures_util::stream::BoxStream;
+use http::HeaderValue;
+use tokio::task::JoinHandle;
+use tokio::time::{Instant, timeout};
+
+use super::{Asking, Body, Pull, Refusal, UPSTREAM_TIMEOUT, fetch_ended};
+use crate::oci::{Digest, ErrorCode, INDEX_MEDIA_TYPE, manifest};
+use crate::origin::{List, ListResponse};
+use crate::registries::Place;
+use crate::source::{Broken, ServedFrom, SourceError};
+use crate::store::{Found, Kind, ListRecord, ReferrersRecord, SMALL_BYTES, SmallObject};
+
+/// A list, ready to be sent.
+pub struct ListAnswer {
+    pub media_type: &'static str,
+    /// The query of the next page.
+    pub next: Option<String>,
+    pub filters_applied: Option<String>,
+    /// `Content-Encoding`, where an upstream compresses though it was not asked to.
+    pub encoding: Option<HeaderValue>,
+    /// In bytes. None: only its end tells.
+    pub length: Option<u64>,
+    pub from: ServedFrom,
+    /// Of a kept copy.
+    pub age: Option<Duration>,
+    pub body: Body,
+}
+
+/// The body of a list on its way to a client, of which a copy is made.
+pub struct ListBody {
+    pieces: BoxStream<'static, Result<Bytes, Broken>>,
+    copy: Option<Copying>,
+}
+
+struct Copying {
+    pull: Arc<Pull>,
+    place: Place,
+    record: ListRecord,
+    encoder: DeflateEncoder<Vec<u8>>,
+}
+
+/// Where a copy is at hand, an upstream has this long to begin.
+const WITH_COPY: Duration = Duration::from_secs(5);
+
+/// An upstream that sends nothing of a list for this long has broken off.
+const STALL: Duration = Duration::from_secs(10);
+
+/// Largest copy that is kept, compressed, in bytes: what the small-object tier takes, with some room for its head.
+const MAX_COPY: u64 = SMALL_BYTES - 4096;
+
+/// Largest list of which a copy is kept, in bytes.
+const MAX_UNPACKED: u64 = 16 * 1024 * 1024;
+
+/// Copies of one repository's lists that are written in an hour.
+const MAX_COPIES: u32 = 64;
+
+/// Artifacts of one manifest that are remembered.
+const MAX_REFERRERS: usize = 100;
+
+const ARTIFACT_TYPE: &str = "artifactType";
+
+impl Pull {
+    /// `GET tags/list`, `referrers/<digest>` or `_catalog`.
+    pub async fn list(
+        self: &Arc<Self>,
+        place: &Place,
+        list: &List,
+        query: Option<&str>,
+        asking: Asking,
+    ) -> Result<ListAnswer, Refusal> {
+        let key = key(place, list, query);
+        // A task of its own: a slow upstream still renews the copy of a client that was answered with it.
+        let mut asked = tokio::spawn({
+            let (pull, place, list, query) = (self.clone(), place.clone(), list.clone(), query.map(str::to_owned));
+            let deadline = Instant::now() + asking.patience.max(UPSTREAM_TIMEOUT);
+            async move { pull.origin.list(&place, &list, query.as_deref(), deadline).await }
+        });
+        let ended = |joined: Result<_, _>| joined.unwrap_or_else(|_| fetch_ended());
+        let response = match timeout(WITH_COPY.min(asking.patience), &mut asked).await {
+            Ok(joined) => ended(joined),
+            Err(_) => match self.copy_of_list(place, list, query, &key).await {
+                Some(copy) => {
+                    self.renew_copy(place, list, key, asked);
+                    return Ok(copy);
+                }
+                None => timeout(asking.patience.saturating_sub(WITH_COPY), asked)
+                    .await
+                    .map_or(Err(SourceError::TimedOut), ended),
+            },
+        };
+        match response {
+            Ok(response) => Ok(self.passed_on(place, list, key, response)),
+            Err(error) if is_outage(&error) => match self.copy_of_list(place, list, query, &key).await {
+                Some(copy) => Ok(copy),
+                None => Err(Refusal::of(&error, missing(list))),
+            },
+            Err(error) => {
+                // "Not found" and "denied" end what was seen before.
+                if error.is_not_found() || error.is_denied() {
+                    let store = self.store.clone();
+                    tokio::task::spawn_blocking(move || store.records.forget_list(&key));
+                }
+                Err(Refusal::of(&error, missing(list)))
+            }
+        }
+    }
+
+    /// Reads a list that nobody waits for any more to its end.
+    fn renew_copy(
+        self: &Arc<Self>,
+        place: &Place,
+        list: &List,
+        key: String,
+        asked: JoinHandle<Result<ListResponse, SourceError>>,
+    ) {
+        let (pull, place, list) = (self.clone(), place.clone(), list.clone());
+        tokio::spawn(async move {
+            let Ok(Ok(response)) = asked.await else { return };
+            let mut body = pull.passed_on(&place, &list, key, response).body;
+            while let Ok(Some(_)) = body.next().await {}
+        });
+    }
+
+    fn passed_on(self: &Arc<Self>, place: &Place, list: &List, key: String, response: ListResponse) -> ListAnswer {
+        let ListResponse { next, filters_applied, encoding, length, body } = response;
+        let record = ListRecord {
+            key,
+            digest: String::new(),
+            next: next.clone(),
+            filters_applied: filters_applied.clone(),
+            checked_at: SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs(),
+        };
+        let encoder = DeflateEncoder::new(Vec::new(), Compression::fast());
+        let copy = Copying { pull: self.clone(), place: place.clone(), record, encoder };
+        let copy = Some(copy).filter(|_| encoding.is_none() && self.may_copy(place));
+        ListAnswer {
+            media_type: media_type(list),
+            next,
+            filters_applied,
+            encoding,
+            length,
+            from: ServedFrom::Origin,
+            age: None,
+            body: Body::List(Box::new(ListBody { pieces: body, copy })),
+        }
+    }
+
+    /// Clients choose the queries of lists: of one repository so many copies are written in an hour at most.
+    fn may_copy(&self, place: &Place) -> bool {
+        let written = self.list_copies.get_with(place.to_string(), Arc::default);
+        written.fetch_add(1, Ordering::Relaxed) < MAX_COPIES
+    }
+
+    /// The list as it was last seen, or as cached artifacts tell.
+    async fn copy_of_list(&self, place: &Place, list: &List, query: Option<&str>, key: &str) -> Option<ListAnswer> {
+        // A right to list ends with the right to pull.
+        if place.rule.asks_who() && !self.was_let_in(place) {
+            return None;
+        }
+        let copy = match self.kept_list(place, list, key).await {
+            Some(kept) => kept,
+            None => self.referrers_of_cached(place, list, query).await?,
+        };
+        self.metrics.stale.with_label_values(&["list"]).inc();
+        tracing::info!(%place, "served a list stale");
+        Some(copy)
+    }
+
+    async fn kept_list(&self, place: &Place, list: &List, key: &str) -> Option<ListAnswer> {
+        let (store, key) = (self.store.clone(), key.to_owned());
+        let record = tokio::task::spawn_blocking(move || store.records.list(&key)).await.ok()??;
+        let age = SystemTime::now().duration_since(UNIX_EPOCH + Duration::from_secs(record.checked_at)).ok()?;
+        if age >= place.rule.stale_for {
+            return None;
+        }
+        let Found::Small { object, .. } = self.store.find(&record.digest.parse().ok()?, Kind::Blob).await? else {
+            return None;
+        };
+        let _turn = self.unpacking.acquire().await.ok()?;
+        let bytes = tokio::task::spawn_blocking(move || unpack(&object.bytes)).await.ok()??;
+        Some(ListAnswer {
+            media_type: media_type(list),
+            next: record.next,
+            filters_applied: record.filters_applied,
+            encoding: None,
+            length: Some(bytes.len() as u64),
+            from: ServedFrom::Stale,
+            age: Some(age),
+            body: Body::Memory(Some(bytes)),
+        })
+    }
+
+    /// A referrers response from what is cached. None: no artifact of the manifest is known.
+    async fn referrers_of_cached(&self, place: &Place, list: &List, query: Option<&str>) -> Option<ListAnswer> {
+        let List::Referrers(digest) = list else { return None };
+        let (store, subject) = (self.store.clone(), subject_key(place, digest));
+        let known = tokio::task::spawn_blocking(move || store.records.referrers(&subject)).await.ok()?;
+        if known.is_empty() {
+            return None;
+        }
+        let wanted = wanted_type(query);
+        let is_wanted = |artifact: &serde_json::Value| {
+            wanted.as_deref().is_none_or(|wanted| artifact[ARTIFACT_TYPE].as_str() == Some(wanted))
+        };
+        let manifests: Vec<_> = known.into_iter().filter(is_wanted).collect();
+        let index = serde_json::json!({"schemaVersion": 2, "mediaType": INDEX_MEDIA_TYPE, "manifests": manifests});
+        let bytes = Bytes::from(index.to_string());
+        Some(ListAnswer {
+            media_type: INDEX_MEDIA_TYPE,
+            next: None,
+            filters_applied: wanted.map(|_| ARTIFACT_TYPE.to_owned()),
+            encoding: None,
+            length: Some(bytes.len() as u64),
+            from: ServedFrom::Stale,
+            age: None,
+            body: Body::Memory(Some(bytes)),
+        })
+    }
+
+    /// Remembers which manifest an artifact refers to, if it refers to one.
+    pub(super) fn remember_subject(&self, place: &Place, bytes: &[u8], media_type: &str) {
+        let Some(subject) = manifest::subject(bytes) else { return };
+        let Some(artifact) = manifest::referrer(bytes, media_type) else { return };
+        let (store, subject, turn) = (self.store.clone(), subject_key(place, &subject), self.subjects.clone());
+        tokio::task::spawn_blocking(move || {
+            // Read, changed and written by one at a time.
+            let _turn = turn.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut referrers = store.records.referrers(&subject);
+            if !referrers.contains(&artifact) && referrers.len() < MAX_REFERRERS {
+                referrers.push(artifact);
+                store.records.put_referrers(&ReferrersRecord { subject, referrers });
+            }
+        });
+    }
+}
+
+impl ListBody {
+    /// The next piece; None at the end.
+    pub async fn next(&mut self) -> Result<Option<Bytes>, Broken> {
+        let next = timeout(STALL, self.pieces.next()).await;
+        match next.unwrap_or_else(|_| Some(Err(Broken("the upstream sends nothing more".into())))).transpose() {
+            Ok(Some(piece)) => {
+                let fits = |copy: &mut Copying| copy.add(&piece);
+                if !self.copy.as_mut().is_some_and(fits) {
+                    self.copy = None;
+                }
+                Ok(Some(piece))
+            }
+            Ok(None) => {
+                self.copy.take().into_iter().for_each(Copying::keep);
+                Ok(None)
+            }
+            Err(broken) => Err(broken),
+        }
+    }
+}
+
+impl Copying {
+    /// False: it is too long to be kept.
+    fn add(&mut self, piece: &[u8]) -> bool {
+        self.encoder.write_all(piece).is_ok()
+            && self.encoder.get_ref().len() as u64 <= MAX_COPY
+            && self.encoder.total_in() <= MAX_UNPACKED
+    }
+
+    /// All of it has come.
+    fn keep(self) {
+        let Self { pull, place, mut record, encoder } = self;
+        let Ok(packed) = encoder.finish() else { return };
+        let digest = Digest::of(&packed);
+        record.digest = digest.to_string();
+        tokio::spawn(async move {
+            let object = SmallObject::new("application/octet-stream", Arc::new(place.provenance()), &packed);
+            // Most lists are the same as before.
+            if pull.store.find(&digest, Kind::Blob).await.is_none() {
+                pull.store.small.insert(&digest, Kind::Blob, object).await;
+            }
+            tokio::task::spawn_blocking(move || pull.store.records.put_list(&record));
+        });
+    }
+}
+
+/// Whether an error says nothing of the list, so that an older one is better than none.
+fn is_outage(error: &SourceError) -> bool {
+    error.is_passing_outage() || matches!(error, SourceError::Malformed(_))
+}
+
+/// What is requested, and with whose rights.
+fn key(place: &Place, list: &List, query: Option<&str>) -> String {
+    let what = match list {
+        List::Tags => format!("{place}/tags"),
+        List::Referrers(digest) => format!("{place}/referrers/{digest}"),
+        List::Catalog => format!("{}/_catalog", place.registry),
+    };
+    let who = place.caller.holder().map_or(0, |holder| u128::from_be_bytes(holder.who.0));
+    format!("{what}?{} {} {who:032x}", query.unwrap_or_default(), place.rule.name())
+}
+
+fn subject_key(place: &Place, subject: &Digest) -> String {
+    format!("{place}@{subject} {}", place.rule.name())
+}
+
+fn wanted_type(query: Option<&str>) -> Option<String> {
+    let mut pairs = url::form_urlencoded::parse(query?.as_bytes());
+    pairs.find(|(key, _)| key == ARTIFACT_TYPE).map(|(_, value)| value.into_owned())
+}
+
+fn media_type(list: &List) -> &'static str {
+    match list {
+        List::Referrers(_) => INDEX_MEDIA_TYPE,
+        List::Tags | List::Catalog => "application/json",
+    }
+}
+
+/// The code of a 404 without a body. Clients take any but `NAME_UNKNOWN` for "no referrers API, look for the fall-back
+/// tag".
+fn missing(list: &List) -> ErrorCode {
+    match list {
+        List::Referrers(_) => ErrorCode::Unsupported,
+        List::Tags | List::Catalog => ErrorCode::NameUnknown,
+    }
+}
+
+fn unpack(packed: &[u8]) -> Option<Bytes> {
+    let mut bytes = Vec::new();
+    DeflateDecoder::new(packed).take(MAX_UNPACKED).read_to_end(&mut bytes).ok()?;
+    Some(bytes.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_an_outage_is_answered_by_a_copy() {
+        for outage in [SourceError::TimedOut, SourceError::failed(503), SourceError::Malformed(String::new())] {
+            assert!(is_outage(&outage), "{outage}");
+        }
+        for answer in [SourceError::not_found(), SourceError::denied(), SourceError::failed(413)] {
+            assert!(!is_outage(&answer), "{answer}");
+        }
+    }
+
+    #[test]
+    fn artifact_type_is_read_from_the_query() {
+        assert_eq!(wanted_type(Some("n=1&artifactType=a%2Fb")).as_deref(), Some("a/b"));
+        assert_eq!((wanted_type(Some("n=1")), wanted_type(None)), (None, None));
+    }
+}

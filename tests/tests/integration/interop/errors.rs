@@ -1,0 +1,131 @@
+//! An error that the upstream made is passed on as it made it.
+
+use dray_tests::http::{head, send};
+use dray_tests::image::Image;
+use dray_tests::origin::{Origin, Response};
+use reqwest::Method;
+use serde_json::json;
+
+use super::{FORMS, directly, dray_of, upstream_of};
+
+fn error(code: &str) -> String {
+    json!({"errors": [{"code": code, "message": "said by the upstream", "detail": {"a": 1}}]}).to_string()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn errors_of_an_upstream_keep_status_code_and_body() {
+    let digest = dray_tests::image::digest(b"nothing");
+    let paths = ["manifests/1", "tags/list?n=5000", &format!("referrers/{digest}"), &format!("blobs/{digest}")];
+    // What clients branch on: Quay, ECR, cosign, oras.
+    let cases = [
+        (404, "NAME_UNKNOWN", 404),
+        (404, "MANIFEST_UNKNOWN", 404),
+        (410, "MANIFEST_UNKNOWN", 410),
+        (403, "DENIED", 403),
+        (401, "UNAUTHORIZED", 403),
+        (406, "MANIFEST_INVALID", 406),
+        (413, "TOO_MANY_TAGS_REQUESTED", 413),
+        (400, "INVALID_PARAMETER", 400),
+        (451, "BLOCKED", 451),
+        (500, "INTERNAL", 503),
+    ];
+    for (status, code, wanted) in cases {
+        let upstream = Origin::answering(move |_| Response::new(status, error(code))).await;
+        let dray = dray_of(&upstream);
+        for path in paths {
+            let direct = directly(&upstream, path).await;
+            for form in FORMS {
+                // An outage of a blob is waited out where the client cannot ask elsewhere.
+                if status >= 500 && path.starts_with("blobs") {
+                    continue;
+                }
+                let through = dray.get(&form.path(path)).await;
+                assert_eq!((through.status, through.code().as_str()), (wanted, code), "{status} {path} {form:?}");
+                assert_eq!(through.body, direct.body, "{status} {path} {form:?}");
+                assert!(through.header("retry-after").is_none() && through.header("www-authenticate").is_none());
+            }
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn web_page_of_the_referrers_endpoint_means_no_such_api() {
+    let digest = dray_tests::image::digest(b"image");
+    for status in [200, 302] {
+        let upstream = Origin::answering(move |request| match status {
+            302 if request.path.contains("/referrers/") => Response::new(302, "").with("location", "/login"),
+            _ => Response::new(200, "<html>log in</html>").with("content-type", "text/html; charset=utf-8"),
+        })
+        .await;
+        let dray = dray_of(&upstream);
+        for form in FORMS {
+            let through = dray.get(&form.path(&format!("referrers/{digest}"))).await;
+            assert_eq!(through.status, 404);
+            assert_ne!(through.code(), "NAME_UNKNOWN", "oras takes it for a missing repository");
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn referrers_404_without_a_body_is_not_a_missing_repository() {
+    let upstream = Origin::answering(|_| Response::new(404, "404 page not found")).await;
+    let dray = dray_of(&upstream);
+    let digest = dray_tests::image::digest(b"image");
+    for form in FORMS {
+        let referrers = dray.get(&form.path(&format!("referrers/{digest}"))).await;
+        assert_eq!((referrers.status, referrers.code().as_str()), (404, "UNSUPPORTED"));
+        assert_eq!(dray.get(&form.path("tags/list")).await.code(), "NAME_UNKNOWN");
+        assert_eq!(dray.get(&form.path("manifests/1")).await.code(), "MANIFEST_UNKNOWN");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn schema_1_image_is_refused_with_a_reason() {
+    let manifest = json!({"schemaVersion": 1, "name": "a/app", "fsLayers": [], "history": [], "signatures": []});
+    let bytes = manifest.to_string();
+    let upstream = Origin::answering(move |_| {
+        Response::new(200, bytes.clone())
+            .with("content-type", "application/vnd.docker.distribution.manifest.v1+prettyjws")
+    })
+    .await;
+    let dray = dray_of(&upstream);
+    for form in FORMS {
+        let refused = dray.get(&form.path("manifests/1")).await;
+        assert_eq!((refused.status, refused.code().as_str()), (404, "MANIFEST_UNKNOWN"));
+        assert!(refused.text().contains("schema 1"), "{}", refused.text());
+    }
+}
+
+/// Tools that push ask first what is there.
+#[tokio::test(flavor = "multi_thread")]
+async fn head_in_another_repository_is_asked_of_the_upstream() {
+    let image = Image::new(1, &[50_000, 400_000]);
+    let upstream = upstream_of(&image, |request, response| match request.path.contains("/v2/a/copy/") {
+        // It has some of it as well.
+        true if request.path.contains("/blobs/") && request.method == "HEAD" => {
+            let known = request.path.ends_with("?known");
+            if known { response } else { Response::new(404, error("BLOB_UNKNOWN")) }
+        }
+        _ => response,
+    })
+    .await;
+    let dray = dray_of(&upstream);
+    super::pull(&dray, FORMS[0], &image).await;
+    dray.fills_end().await;
+    let mut elsewhere: Vec<String> = image.blobs.keys().map(|digest| format!("blobs/{digest}")).collect();
+    elsewhere.push(format!("manifests/{}", image.digest));
+    for below in &elsewhere {
+        let here = head(&dray.url(&format!("/v2/a/app/{below}?ns=reg.example"))).await;
+        assert_eq!(here.status, 200, "{below}");
+        for _ in 0..2 {
+            let there = head(&dray.url(&format!("/v2/a/other/{below}?ns=reg.example"))).await;
+            assert_eq!(there.status, 404, "{below} is answered for a repository that does not exist");
+        }
+    }
+    // The upstream off: the cache answers.
+    drop(upstream);
+    for below in &elsewhere {
+        let there = send(Method::HEAD, &dray.url(&format!("/v2/a/third/{below}?ns=reg.example")), &[]).await;
+        assert_eq!(there.status, 200, "{below}");
+    }
+}

@@ -1,0 +1,170 @@
+//! Authentication belongs to the host that answered.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use dray_tests::dray::{Dray, Start, rule};
+use dray_tests::image::Image;
+use dray_tests::origin::{Content, Origin, Request, Response};
+
+use super::{FORMS, Form, REGISTRY, pull};
+
+const ROBOT: &str = "robot:s3cret";
+
+fn basic() -> String {
+    format!("Basic {}", STANDARD.encode(ROBOT))
+}
+
+/// With the robot's credentials, and tags that are asked for anew each time.
+fn with_credentials(upstream: &Origin) -> Dray {
+    let credentials = "credentials = { username = \"robot\", password_env = \"DRAY_TEST_PASSWORD\" }\n";
+    Start::new(rule(REGISTRY, &upstream.url()) + "tag_ttl = \"0s\"\nnegative_ttl = \"0s\"\n" + credentials)
+        .env("DRAY_TEST_PASSWORD", "s3cret")
+        .run()
+}
+
+/// What a registry says to requests without a login.
+#[derive(Clone, Copy, Debug)]
+enum ToStrangers {
+    NotFound,
+    Forbidden,
+    BareUnauthorized,
+}
+
+fn hides(to_strangers: ToStrangers, content: &Content, request: &Request) -> Response {
+    if request.header("authorization") == Some(&*basic()) {
+        return content.answer(request);
+    }
+    if request.path == "/v2/" {
+        return Response::new(401, "").with("www-authenticate", "Basic realm=\"packages\"");
+    }
+    match to_strangers {
+        ToStrangers::NotFound => Response::new(404, r#"{"errors":[{"code":"MANIFEST_UNKNOWN"}]}"#),
+        ToStrangers::Forbidden => Response::new(403, ""),
+        ToStrangers::BareUnauthorized => Response::new(401, ""),
+    }
+}
+
+/// As GitHub Packages and Artifactory do: the challenge is only at `/v2/`.
+#[tokio::test(flavor = "multi_thread")]
+async fn credentials_are_used_where_strangers_are_told_nothing() {
+    for to_strangers in [ToStrangers::NotFound, ToStrangers::Forbidden, ToStrangers::BareUnauthorized] {
+        let image = Image::new(1, &[300_000]);
+        let content = Content::new(&[("a/app", "1", &image)]);
+        let upstream = Origin::answering(move |request| hides(to_strangers, &content, request)).await;
+        for form in FORMS {
+            let before = upstream.count("GET", "/v2/");
+            pull(&with_credentials(&upstream), form, &image).await;
+            assert!(upstream.count("GET", "/v2/") > before);
+            let asked = upstream.requests().iter().filter(|request| request.path == "/v2/").count();
+            assert!(asked <= 2, "{to_strangers:?}: asked {asked} times who wants a login");
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn clients_own_credentials_are_used_there_as_well() {
+    for to_strangers in [ToStrangers::NotFound, ToStrangers::Forbidden, ToStrangers::BareUnauthorized] {
+        let image = Image::new(1, &[300_000]);
+        let content = Content::new(&[("a/app", "1", &image)]);
+        let upstream = Origin::answering(move |request| hides(to_strangers, &content, request)).await;
+        let dray = Start::new(rule(REGISTRY, &upstream.url()) + "access = \"client\"\n").run();
+        for form in FORMS {
+            let (layer, bytes) = image.layer();
+            for (below, wanted) in [("manifests/1".to_owned(), image.index()), (format!("blobs/{layer}"), bytes)] {
+                let url = dray.url(&form.path(&below));
+                let stranger = dray_tests::http::get(&url, &[]).await;
+                assert_eq!(stranger.status, 401, "{to_strangers:?}");
+                let given = dray_tests::http::get(&url, &[("authorization", &basic())]).await;
+                assert_eq!(given.status, 200, "{to_strangers:?} {form:?} {below}: {}", given.text());
+                assert!(given.body == *wanted);
+            }
+        }
+    }
+}
+
+/// As lscr.io leads to ghcr.io, or a company's name to Artifact Registry.
+#[tokio::test(flavor = "multi_thread")]
+async fn redirect_to_a_registry_that_challenges_gets_an_anonymous_token() {
+    let image = Image::new(1, &[300_000]);
+    let content = Content::new(&[("a/app", "1", &image)]);
+    let target = Origin::answering(move |request| {
+        if let Some((_, query)) = request.path.split_once("/token?") {
+            let is_right = query.contains("scope=repository%3Aa%2Fapp%3Apull") && query.contains("service=target");
+            return match request.header("authorization") {
+                None if is_right => {
+                    Response::new(200, r#"{"token": null, "access_token": "anonymous", "expires_in": null}"#)
+                }
+                _ => Response::new(403, ""),
+            };
+        }
+        let realm = format!("http://{}/token", request.header("host").unwrap_or_default());
+        match request.header("authorization") {
+            Some("Bearer anonymous") => content.answer(request),
+            _ => Response::new(401, "").with(
+                "www-authenticate",
+                format!("Bearer realm=\"{realm}\",service=\"target\",scope=\"repository:a/app:pull\""),
+            ),
+        }
+    })
+    .await;
+    let location = target.url();
+    let front = Origin::answering(move |request| match request.path.as_str() {
+        "/v2/" => Response::new(200, "{}"),
+        path => Response::new(307, "").with("location", format!("{location}{path}")),
+    })
+    .await;
+    let guard = "[guard]\nallow = [\"127.0.0.0/8\"]\n";
+    for form in FORMS {
+        let dray = Start::new(rule(REGISTRY, &front.url()) + "tag_ttl = \"0s\"\n" + guard).run();
+        pull(&dray, form, &image).await;
+    }
+    // The rule's own credentials never go there.
+    let credentials = "credentials = { username = \"robot\", password_env = \"DRAY_TEST_PASSWORD\" }\n";
+    let dray = Start::new(rule(REGISTRY, &front.url()) + credentials + guard).env("DRAY_TEST_PASSWORD", "s3cret").run();
+    pull(&dray, Form::Path, &image).await;
+    let shown = target
+        .requests()
+        .iter()
+        .filter_map(|request| request.header("authorization").map(str::to_owned))
+        .collect::<Vec<_>>();
+    assert!(!shown.is_empty() && shown.iter().all(|shown| shown == "Bearer anonymous"), "{shown:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn token_endpoint_is_followed_on_its_own_host_only() {
+    let image = Image::new(1, &[1_000]);
+    let content = Content::new(&[("a/app", "1", &image)]);
+    let elsewhere = Origin::answering(|_| Response::new(200, r#"{"token": "stolen"}"#)).await;
+    let (away, leaves) = (elsewhere.url(), Arc::new(AtomicUsize::new(0)));
+    let leaving = leaves.clone();
+    let upstream = Origin::answering(move |request| {
+        if request.path.starts_with("/token") {
+            let location = if leaving.load(Ordering::SeqCst) == 0 { "/v2/auth?scope=x" } else { &away };
+            return Response::new(302, "").with("location", location);
+        }
+        if request.path.starts_with("/v2/auth") {
+            return Response::new(200, r#"{"token": "t", "expires_in": -1}"#);
+        }
+        let realm = format!("http://{}/token", request.header("host").unwrap_or_default());
+        match request.header("authorization") {
+            Some("Bearer t") => content.answer(request),
+            // Two scopes, in Latin-1.
+            _ => Response::new(401, "").with(
+                "www-authenticate",
+                format!("Bearer realm=\"{realm}\",service=\"caf\u{e9}\",scope=\"repository:a/app:pull repository:b/base:pull\""),
+            ),
+        }
+    })
+    .await;
+    for form in FORMS {
+        pull(&with_credentials(&upstream), form, &image).await;
+    }
+    let asked = upstream.requests().into_iter().find(|request| request.path.starts_with("/token")).unwrap();
+    assert_eq!(asked.path.matches("scope=").count(), 2, "several scopes stay several: {}", asked.path);
+    leaves.store(1, Ordering::SeqCst);
+    assert!(with_credentials(&upstream).get(&Form::Path.path("manifests/1")).await.status >= 400);
+    assert!(elsewhere.requests().is_empty(), "a secret went to another host");
+}

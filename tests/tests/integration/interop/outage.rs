@@ -1,0 +1,134 @@
+//! An outage loses nothing that was seen before: lists, referrers, and that a tag is not there.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use dray_tests::dray::{Start, rule};
+use dray_tests::eventually;
+use dray_tests::image::{MANIFEST, digest};
+use dray_tests::origin::{Fault, Origin, Response};
+use serde_json::json;
+
+use super::{FORMS, REGISTRY, dray_of};
+
+#[tokio::test(flavor = "multi_thread")]
+async fn lists_that_were_seen_are_served_while_the_upstream_is_off() {
+    let subject = digest(b"image");
+    let referrers = json!({"schemaVersion": 2, "manifests": [{"digest": digest(b"signature"), "size": 9}]}).to_string();
+    let body = referrers.clone();
+    let upstream = Origin::answering(move |request| match request.path.contains("/referrers/") {
+        true => Response::new(200, body.clone()).with("oci-filters-applied", "artifactType"),
+        false if request.path.contains("/tags/list") => Response::new(200, r#"{"name":"a/app","tags":["1"]}"#)
+            .with("link", "</v2/a/app/tags/list?n=1&last=1>; rel=\"next\""),
+        false => Response::new(404, r#"{"errors":[{"code":"MANIFEST_UNKNOWN"}]}"#),
+    })
+    .await;
+    let dray = dray_of(&upstream);
+    let fallback = format!("manifests/{}", subject.replace(':', "-"));
+    for form in FORMS {
+        assert_eq!(dray.get(&form.path("tags/list?n=1")).await.status, 200);
+        assert_eq!(dray.get(&form.path(&format!("referrers/{subject}?artifactType=a%2Fb"))).await.status, 200);
+        assert_eq!(dray.get(&form.path(&fallback)).await.status, 404);
+    }
+    drop(upstream);
+    let dray = dray.kill_and_restart();
+    for form in FORMS {
+        let tags = eventually("a list is served", async || {
+            let answer = dray.get(&form.path("tags/list?n=1")).await;
+            (answer.status == 200).then_some(answer)
+        })
+        .await;
+        assert_eq!((tags.text().as_str(), tags.source()), (r#"{"name":"a/app","tags":["1"]}"#, "stale"));
+        assert!(tags.header("link").unwrap().contains("last=1") && tags.header("age").is_some());
+        let kept = dray.get(&form.path(&format!("referrers/{subject}?artifactType=a%2Fb"))).await;
+        assert_eq!((kept.status, kept.text()), (200, referrers.clone()));
+        assert_eq!(kept.header("oci-filters-applied"), Some("artifactType"));
+        // What was not there is not there; what was never asked for is not known.
+        assert_eq!(dray.get(&form.path(&fallback)).await.status, 404);
+        assert_eq!(dray.get(&form.path("manifests/never")).await.status, 503);
+        assert_eq!(dray.get(&form.path("tags/list?n=2")).await.status, 503);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn referrers_are_put_together_from_cached_artifacts() {
+    let subject = digest(b"image");
+    let artifact = json!({
+        "schemaVersion": 2, "mediaType": MANIFEST, "artifactType": "application/vnd.dev.cosign.artifact.sig.v1+json",
+        "config": {"mediaType": "application/vnd.oci.empty.v1+json", "digest": digest(b"{}"), "size": 2},
+        "layers": [], "subject": {"mediaType": MANIFEST, "digest": subject, "size": 5}, "annotations": {"a": "b"},
+    })
+    .to_string();
+    let (bytes, artifact_digest) = (artifact.clone(), digest(artifact.as_bytes()));
+    let upstream = Origin::answering(move |request| match request.path.contains("/manifests/") {
+        true => Response::new(200, bytes.clone()).with("content-type", MANIFEST),
+        false => Response::new(404, ""),
+    })
+    .await;
+    let dray = Start::new(rule(REGISTRY, &upstream.url())).run();
+    let form = FORMS[0];
+    assert_eq!(dray.get(&form.path(&format!("manifests/{artifact_digest}"))).await.status, 200);
+    drop(upstream);
+    let list = eventually("it is put together", async || {
+        let answer = dray.get(&form.path(&format!("referrers/{subject}"))).await;
+        (answer.status == 200).then_some(answer)
+    })
+    .await;
+    let list: serde_json::Value = serde_json::from_slice(&list.body).unwrap();
+    assert_eq!(list["manifests"][0]["digest"], artifact_digest);
+    assert_eq!(list["manifests"][0]["artifactType"], "application/vnd.dev.cosign.artifact.sig.v1+json");
+    assert_eq!(list["manifests"][0]["size"], artifact.len());
+    let other = dray.get(&form.path(&format!("referrers/{subject}?artifactType=x%2Fy"))).await;
+    assert_eq!(serde_json::from_slice::<serde_json::Value>(&other.body).unwrap()["manifests"], json!([]));
+    assert_eq!(other.header("oci-filters-applied"), Some("artifactType"));
+}
+
+/// One that takes long with lists must not leave clients with what they saw first for ever.
+#[tokio::test(flavor = "multi_thread")]
+async fn list_of_a_slow_upstream_is_served_stale_and_renewed() {
+    let (seen, lists) = (Arc::new(AtomicUsize::new(0)), [r#"{"tags":["1"]}"#, r#"{"tags":["1","2"]}"#]);
+    let nth = seen.clone();
+    let upstream = Origin::answering(move |_| match nth.fetch_add(1, Ordering::SeqCst) {
+        0 => Response::new(200, lists[0]),
+        _ => Response::new(200, lists[1]).fault(Fault::LateUntilGate),
+    })
+    .await;
+    let dray = dray_of(&upstream);
+    let path = FORMS[0].path("tags/list");
+    assert_eq!(dray.get(&path).await.text(), lists[0]);
+    let meanwhile = dray.get(&path).await;
+    assert_eq!((meanwhile.source(), meanwhile.text().as_str()), ("stale", lists[0]));
+    let records = dray.start().cache_dir().join("lists");
+    let record =
+        || std::fs::read(std::fs::read_dir(&records).unwrap().next().unwrap().unwrap().path()).unwrap_or_default();
+    let before = record();
+    upstream.open_gate();
+    eventually("the copy is renewed", async || (record() != before).then_some(())).await;
+    drop(upstream);
+    assert_eq!(dray.get(&path).await.text(), lists[1]);
+}
+
+/// What is not there any more is not served because it was.
+#[tokio::test(flavor = "multi_thread")]
+async fn list_that_is_denied_is_gone_for_outages_too() {
+    for status in [403, 404] {
+        let seen = Arc::new(AtomicUsize::new(0));
+        let nth = seen.clone();
+        let upstream = Origin::answering(move |_| match nth.fetch_add(1, Ordering::SeqCst) {
+            0 => Response::new(200, r#"{"tags":["1"]}"#),
+            1 => Response::new(status, ""),
+            _ => Response::new(503, ""),
+        })
+        .await;
+        let dray = dray_of(&upstream);
+        let path = FORMS[1].path("tags/list");
+        assert_eq!(dray.get(&path).await.status, 200);
+        assert_eq!(dray.get(&path).await.status, status);
+        let off = eventually("the copy is gone", async || {
+            let answer = dray.get(&path).await;
+            (answer.status != 200).then_some(answer)
+        })
+        .await;
+        assert_eq!(off.status, 503);
+    }
+}

@@ -1,0 +1,54 @@
+//! Patience belongs to the request: a slow upstream is asked once, and its answer serves the next client.
+
+use dray_tests::eventually;
+use dray_tests::image::Image;
+use dray_tests::origin::Fault;
+
+use super::{Form, dray_of, upstream_of};
+
+/// The clients' own fall-back is after ten seconds; the upstream begins when the gate opens, after that.
+#[tokio::test(flavor = "multi_thread")]
+async fn slow_upstream_is_asked_once_and_answers_everybody() {
+    let image = Image::new(1, &[400_000]);
+    let upstream = upstream_of(&image, |_, response| response.fault(Fault::LateUntilGate)).await;
+    let dray = dray_of(&upstream);
+    let (layer, bytes) = image.layer();
+    let manifest = format!("manifests/{}", image.digest);
+    let blob = format!("blobs/{layer}");
+    let by_namespace = async {
+        for refused in futures_util::future::join_all(
+            ["manifests/1", &manifest, &blob].map(|below| dray_get(&dray, Form::Namespace.path(below))),
+        )
+        .await
+        {
+            assert_eq!(refused.status, 503, "{}", refused.text());
+            assert!(refused.header("retry-after").is_none());
+        }
+        // Clients with a fall-back have heard; those without still wait.
+        upstream.open_gate();
+    };
+    let by_path = async {
+        let [tag, index, layer] =
+            ["manifests/1", &manifest, &blob].map(|below| dray_get(&dray, Form::Path.path(below)));
+        let (tag, index, layer) = tokio::join!(tag, index, layer);
+        assert_eq!((tag.status, &tag.body), (200, image.index()), "{}", tag.text());
+        assert_eq!((index.status, &index.body), (200, image.index()));
+        assert_eq!((layer.status, layer.complete), (200, true));
+        assert!(layer.body == bytes);
+    };
+    tokio::join!(by_namespace, by_path);
+    for below in ["/manifests/1", &format!("/{manifest}"), &format!("/{blob}")] {
+        assert_eq!(upstream.count("GET", below), 1, "{below} was requested more than once");
+    }
+    let kept = eventually("it is cached", async || {
+        let answer = dray.get(&Form::Namespace.path(&blob)).await;
+        ["memory", "disk"].contains(&answer.source()).then_some(answer)
+    })
+    .await;
+    assert!(kept.body == bytes);
+    assert_eq!(dray.get(&Form::Namespace.path(&manifest)).await.source(), "memory");
+}
+
+async fn dray_get(dray: &dray_tests::dray::Dray, path: String) -> dray_tests::http::Answer {
+    dray.get(&path).await
+}

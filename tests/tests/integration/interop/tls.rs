@@ -1,0 +1,71 @@
+//! TLS as OpenSSL and Go take it.
+
+use dray_tests::dray::{Start, rule};
+use dray_tests::eventually;
+use dray_tests::image::Image;
+use dray_tests::origin::{Content, Origin};
+use dray_tests::tls::{Authority, self_signed};
+
+use super::{FORMS, Form, REGISTRY, pull};
+
+fn https(origin: &Origin) -> String {
+    format!("https://{}", origin.address)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn ca_file_with_the_servers_own_certificate_pins_it() {
+    let (dir, image) = (tempfile::tempdir().unwrap(), Image::new(1, &[300_000]));
+    let content = Content::new(&[("a/app", "1", &image)]);
+    let (file, acceptor) = self_signed(dir.path(), &["127.0.0.1"]);
+    let upstream = Origin::answering_tls(acceptor, move |request| content.answer(request)).await;
+    let of_rule = rule(REGISTRY, &https(&upstream)) + &format!("ca = \"{}\"\n", file.display());
+    let of_all = rule(REGISTRY, &https(&upstream)) + &format!("[tls]\nca = \"{}\"\n", file.display());
+    for (config, form) in [of_rule, of_all].into_iter().zip(FORMS) {
+        pull(&Start::new(config).run(), form, &image).await;
+    }
+    // Without it the error says what to do.
+    let refused = Start::new(rule(REGISTRY, &https(&upstream))).run().get(&Form::Path.path("manifests/1")).await;
+    assert_eq!(refused.status, 503);
+    assert!(refused.text().contains("`ca` of its [[registry]] rule"), "{}", refused.text());
+    // Nor is it good for another name.
+    let other = tempfile::tempdir().unwrap();
+    let (file, acceptor) = self_signed(other.path(), &["other.example"]);
+    let upstream = Origin::answering_tls(acceptor, |_| dray_tests::origin::Response::new(200, "")).await;
+    let config = rule(REGISTRY, &https(&upstream)) + &format!("ca = \"{}\"\n", file.display());
+    assert_eq!(Start::new(config).run().get(&Form::Path.path("manifests/1")).await.status, 503);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn upstream_is_shown_the_certificate_of_its_rule() {
+    let (dir, image) = (tempfile::tempdir().unwrap(), Image::new(1, &[300_000]));
+    let authority = Authority::new(dir.path());
+    let content = Content::new(&[("a/app", "1", &image)]);
+    let acceptor = authority.acceptor_for_known(&["127.0.0.1"]);
+    let upstream = Origin::answering_tls(acceptor, move |request| content.answer(request)).await;
+    let files = authority.files(&["dray.example"]);
+    let ca = format!("ca = \"{}\"\n", authority.ca_file.display());
+    let without = Start::new(rule(REGISTRY, &https(&upstream)) + &ca).run();
+    assert_eq!(without.get(&Form::Namespace.path("manifests/1")).await.status, 503);
+    let shown = format!("client_cert = {{ cert = \"{}\", key = \"{}\" }}\n", files.cert.display(), files.key.display());
+    for form in FORMS {
+        let dray = Start::new(rule(REGISTRY, &https(&upstream)) + &ca + &shown).run();
+        pull(&dray, form, &image).await;
+    }
+    // It is read again when it changes: first one that the upstream does not know.
+    let strangers = tempfile::tempdir().unwrap();
+    let wrong = Authority::new(strangers.path()).files(&["dray.example"]);
+    let (cert, key) = (dir.path().join("shown.crt"), dir.path().join("shown.key"));
+    let show = |cert_of: &std::path::Path, key_of: &std::path::Path| {
+        std::fs::copy(cert_of, &cert).unwrap();
+        std::fs::copy(key_of, &key).unwrap();
+    };
+    show(&wrong.cert, &wrong.key);
+    let shown = format!("client_cert = {{ cert = \"{}\", key = \"{}\" }}\n", cert.display(), key.display());
+    let dray = Start::new(rule(REGISTRY, &https(&upstream)) + &ca + &shown).run();
+    assert_eq!(dray.get(&Form::Namespace.path("manifests/1")).await.status, 503);
+    show(&files.cert, &files.key);
+    eventually("the new certificate is shown", async || {
+        (dray.get(&Form::Namespace.path("manifests/1")).await.status == 200).then_some(())
+    })
+    .await;
+}
