@@ -45,10 +45,7 @@ impl Pull {
                     Err(error) => Err(error),
                 };
                 match confirmed {
-                    Ok(()) => {
-                        pull.homes.holds(&place, &digest, bytes.len() as u64);
-                        pull.homes.names(&place, &digest, &bytes);
-                    }
+                    Ok(()) => pull.homes.served(&place, &digest, &bytes, || true),
                     Err(error) if error.is_outage() => {}
                     Err(error) => {
                         pull.negatives.put(&place, Endpoint::Manifest, digest.as_str(), &error);

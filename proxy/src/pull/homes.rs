@@ -19,16 +19,23 @@ pub(super) struct Homes {
     /// How long the blobs of those manifests are: what replaces a missing `Content-Length`. What has an entry is known
     /// to be held by the registry in that repository.
     lengths: moka::sync::Cache<(Registry, Repository, Digest), u64>,
-    /// Manifests whose names have entries there.
-    held: moka::sync::Cache<(Registry, Repository, Digest), ()>,
-    /// Manifests that were read for the naming.
-    read: moka::sync::Cache<(Registry, Repository, Digest), ()>,
+    /// Manifests that were read for both.
+    read: moka::sync::Cache<(Registry, Repository, Digest), Read>,
 }
 
 #[derive(Clone, PartialEq, Eq)]
 enum Naming {
     One(Registry),
     Several,
+}
+
+/// What a manifest was read as.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Read {
+    /// dray served it under this name: from a copy that another repository may have brought.
+    AsServed,
+    /// The registry holds it there.
+    AsHeld,
 }
 
 /// Of one repository.
@@ -45,7 +52,6 @@ impl Homes {
             store,
             naming: moka::sync::Cache::new(MAX_BLOBS),
             lengths: moka::sync::Cache::new(MAX_BLOBS),
-            held: moka::sync::Cache::new(MAX_MANIFESTS),
             read: moka::sync::Cache::new(MAX_MANIFESTS),
         }
     }
@@ -76,42 +82,48 @@ impl Homes {
         self.lengths.get(&(place.registry.clone(), place.repository.clone(), digest.clone()))
     }
 
-    /// Remembers what a manifest that the registry holds in a repository names there.
-    pub(super) fn names(&self, place: &Place, digest: &Digest, bytes: &[u8]) {
-        let key = (place.registry.clone(), place.repository.clone(), digest.clone());
-        if self.held.contains_key(&key) {
-            return;
-        }
-        self.held.insert(key, ());
-        self.holds(place, digest, bytes.len() as u64);
-        for (digest, length) in manifest::named(bytes) {
-            if let Some(length) = length {
-                self.holds(place, &digest, length);
-            }
-        }
-    }
-
     /// Remembers that the registry holds something in a repository.
     pub(super) fn holds(&self, place: &Place, digest: &Digest, length: u64) {
         self.lengths.insert((place.registry.clone(), place.repository.clone(), digest.clone()), length);
     }
 
-    /// A registry has served a manifest of a repository.
-    pub(super) fn served(&self, place: &Place, digest: &Digest, bytes: &[u8]) {
-        let (registry, repository) = (&place.registry, &place.repository);
-        let key = (registry.clone(), repository.clone(), digest.clone());
-        if self.read.contains_key(&key) {
+    /// A registry has served a manifest of a repository. `is_held` says whether it is known to hold it there: then it holds
+    /// what the manifest names as well.
+    pub(super) fn served(&self, place: &Place, digest: &Digest, bytes: &[u8], is_held: impl FnOnce() -> bool) {
+        let key = (place.registry.clone(), place.repository.clone(), digest.clone());
+        let before = self.read.get(&key);
+        if before == Some(Read::AsHeld) {
             return;
         }
-        self.read.insert(key, ());
-        for (blob, _) in manifest::named(bytes) {
-            let naming = self.naming.entry((repository.clone(), blob));
-            naming.and_upsert_with(|known| match known.map(moka::Entry::into_value) {
-                Some(Naming::One(known)) if known != *registry => Naming::Several,
-                Some(known) => known,
-                None => Naming::One(registry.clone()),
-            });
+        let now = if is_held() { Read::AsHeld } else { Read::AsServed };
+        if before == Some(now) {
+            return;
         }
+        self.read.insert(key, now);
+        if now == Read::AsHeld {
+            self.holds(place, digest, bytes.len() as u64);
+        }
+        for (named, length) in manifest::named(bytes) {
+            if let Some(length) = length.filter(|_| now == Read::AsHeld) {
+                self.holds(place, &named, length);
+            }
+            self.named_by(place, named);
+        }
+        self.remember(place);
+    }
+
+    fn named_by(&self, place: &Place, blob: Digest) {
+        let registry = &place.registry;
+        let naming = self.naming.entry((place.repository.clone(), blob));
+        naming.and_upsert_with(|known| match known.map(moka::Entry::into_value) {
+            Some(Naming::One(known)) if known != *registry => Naming::Several,
+            Some(known) => known,
+            None => Naming::One(registry.clone()),
+        });
+    }
+
+    fn remember(&self, place: &Place) {
+        let (registry, repository) = (&place.registry, &place.repository);
         let Some(homes) = with(&self.of(repository), registry, repository) else { return };
         let record = RepositoryRecord::new(repository, &homes);
         self.known.insert(repository.clone(), homes.into());

@@ -70,11 +70,10 @@ impl Pull {
         // The flights go on for whoever comes next.
         let answer = timeout(asking.patience, answer).await.unwrap_or(Err(SourceError::TimedOut));
         let answer = answer.map_err(|error| Refusal::of(&error, ErrorCode::ManifestUnknown))?;
-        self.homes.served(place, &answer.digest, &answer.object.bytes);
-        if matches!(reference, Reference::Tag(_)) || self.is_known_at(place, &answer.digest, &answer.object.provenance)
-        {
-            self.homes.names(place, &answer.digest, &answer.object.bytes);
-        }
+        let ManifestAnswer { digest, object, .. } = &answer;
+        self.homes.served(place, digest, &object.bytes, || {
+            matches!(reference, Reference::Tag(_)) || self.is_known_at(place, digest, &object.provenance)
+        });
         Ok(answer)
     }
 

@@ -98,7 +98,7 @@ async fn list_of_a_slow_upstream_is_served_stale_and_renewed() {
     assert_eq!(dray.get(&path).await.text(), lists[0]);
     let meanwhile = dray.get(&path).await;
     assert_eq!((meanwhile.source(), meanwhile.text().as_str()), ("stale", lists[0]));
-    let records = dray.start().cache_dir().join("lists");
+    let records = dray.start().cache_dir().join("v1/lists");
     let record =
         || std::fs::read(std::fs::read_dir(&records).unwrap().next().unwrap().unwrap().path()).unwrap_or_default();
     let before = record();
