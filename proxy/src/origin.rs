@@ -15,6 +15,7 @@ mod redirects;
 mod retry;
 mod scarcity;
 mod tls;
+mod token_endpoint;
 mod watch;
 
 use std::sync::Arc;
