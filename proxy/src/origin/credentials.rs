@@ -235,6 +235,7 @@ mod tests {
                 Some(Secret::Identity("i".into())),
             ),
             (serde_json::json!({}), None),
+            (serde_json::json!({"auths": null, "credHelpers": null, "credsStore": null}), None),
             (serde_json::json!({"auths": {}, "HttpHeaders": {"x": "y"}}), None),
         ] {
             assert_eq!(docker(&json.to_string(), "a.io").unwrap(), wanted, "{json}");

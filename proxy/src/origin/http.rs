@@ -102,6 +102,10 @@ impl Http {
                             // Same cost as HTTP/2 for a blob, without its windows, and sockets in parallel.
                             .http1_only()
                             .http1_max_headers(MAX_HEADERS)
+                            // As Go's client reads them: what is wrong with one header is no reason to refuse the body.
+                            .http1_allow_obsolete_multiline_headers_in_responses(true)
+                            .http1_allow_spaces_after_header_name_in_responses(true)
+                            .http1_ignore_invalid_headers_in_responses(true)
                             .redirect(reqwest::redirect::Policy::none())
                             .connect_timeout(patience.connect_timeout())
                             .pool_idle_timeout(Duration::from_secs(60))

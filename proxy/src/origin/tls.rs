@@ -9,7 +9,7 @@ use rustls::crypto::CryptoProvider;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::server::ParsedCertificate;
-use rustls::{CertificateError, ClientConfig, DigitallySignedStruct, Error, SignatureScheme};
+use rustls::{AlertDescription, CertificateError, ClientConfig, DigitallySignedStruct, Error, SignatureScheme};
 use rustls_platform_verifier::Verifier;
 
 use crate::config::ClientCert;
@@ -72,6 +72,12 @@ pub(super) fn advice(error: &(dyn std::error::Error + 'static)) -> Option<&'stat
             }
             Some(Error::InvalidCertificate(CertificateError::Expired | CertificateError::ExpiredContext { .. })) => {
                 return Some("the upstream's certificate has expired: it has to be renewed there");
+            }
+            Some(Error::AlertReceived(AlertDescription::HandshakeFailure | AlertDescription::ProtocolVersion)) => {
+                return Some(
+                    "the upstream and dray have no TLS version, cipher or signature algorithm in common, or the upstream \
+                     wants a `client_cert` of its [[registry]] rule",
+                );
             }
             Some(Error::AlertReceived(_)) => {
                 return Some(

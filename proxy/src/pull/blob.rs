@@ -74,6 +74,9 @@ enum Patience {
 const PROVEN_SOON: Duration = Duration::from_secs(5);
 const AGAIN: Duration = Duration::from_secs(2);
 
+/// A registry that cannot be reached is waited for; one that answers with an error so often means it.
+const MOST_ANSWERS: u32 = 4;
+
 impl Pull {
     /// `GET blobs/<digest>`.
     pub async fn blob(self: &Arc<Self>, request: &BlobRequest) -> Result<BlobAnswer, Refusal> {
@@ -191,6 +194,7 @@ impl Pull {
             return Err(SourceError::NotKept.into());
         }
         let sources = self.sources(&request.place, key.clone(), Aim::Whole);
+        let mut answers = 0;
         loop {
             let fill = self.fills.join(&key, place, sources.clone(), first_byte_wanted(request.range));
             if request.asking.asker.is_peer() && matches!(fill.opened().await, Ok(Opened::Uncached { .. })) {
@@ -206,7 +210,10 @@ impl Pull {
             if !error.is_outage() {
                 self.negatives.put(place, Endpoint::Blob, digest.as_str(), &error);
             }
-            let may_wait = patience == Patience::WaitOut && error.is_passing_outage();
+            let is_answer = error.failed_status().is_some();
+            answers += u32::from(is_answer);
+            let may_wait =
+                patience == Patience::WaitOut && error.is_passing_outage() && (!is_answer || answers < MOST_ANSWERS);
             if !may_wait || Instant::now() + AGAIN > deadline {
                 return Err(error.into());
             }

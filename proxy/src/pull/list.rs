@@ -16,7 +16,7 @@ use flate2::write::DeflateEncoder;
 use futures_util::StreamExt;
 use futures_util::stream::BoxStream;
 use http::HeaderValue;
-use tokio::task::JoinHandle;
+use tokio::sync::oneshot;
 use tokio::time::{Instant, timeout};
 
 use super::{Asking, Body, Pull, Refusal, UPSTREAM_TIMEOUT, fetch_ended};
@@ -25,6 +25,7 @@ use crate::origin::{List, ListResponse};
 use crate::registries::Place;
 use crate::source::{Broken, ServedFrom, SourceError};
 use crate::store::{Found, Kind, ListRecord, ReferrersRecord, SMALL_BYTES, SmallObject};
+use crate::trace;
 
 /// A list, ready to be sent.
 pub struct ListAnswer {
@@ -85,56 +86,61 @@ impl Pull {
         asking: Asking,
     ) -> Result<ListAnswer, Refusal> {
         let key = key(place, list, query);
-        // A task of its own: a slow upstream still renews the copy of a client that was answered with it.
-        let mut asked = tokio::spawn({
-            let (pull, place, list, query) = (self.clone(), place.clone(), list.clone(), query.map(str::to_owned));
-            let deadline = Instant::now() + asking.patience.max(UPSTREAM_TIMEOUT);
-            async move { pull.origin.list(&place, &list, query.as_deref(), deadline).await }
-        });
-        let ended = |joined: Result<_, _>| joined.unwrap_or_else(|_| fetch_ended());
+        let mut asked = self.requested(place, list, query, &key);
         let response = match timeout(WITH_COPY.min(asking.patience), &mut asked).await {
-            Ok(joined) => ended(joined),
+            Ok(response) => response,
             Err(_) => match self.copy_of_list(place, list, query, &key).await {
-                Some(copy) => {
-                    self.renew_copy(place, list, key, asked);
-                    return Ok(copy);
+                Some(copy) => return Ok(copy),
+                None => {
+                    let left = asking.patience.saturating_sub(WITH_COPY);
+                    timeout(left, asked).await.unwrap_or(Ok(Err(SourceError::TimedOut)))
                 }
-                None => timeout(asking.patience.saturating_sub(WITH_COPY), asked)
-                    .await
-                    .map_or(Err(SourceError::TimedOut), ended),
             },
         };
+        let response = response.unwrap_or_else(|_| fetch_ended());
         match response {
             Ok(response) => Ok(self.passed_on(place, list, key, response)),
             Err(error) if is_outage(&error) => match self.copy_of_list(place, list, query, &key).await {
                 Some(copy) => Ok(copy),
+                None if self.was_absent(list, &key).await => Err(Refusal::of(&SourceError::not_found(), missing(list))),
                 None => Err(Refusal::of(&error, missing(list))),
             },
             Err(error) => {
                 // "Not found" and "denied" end what was seen before.
                 if error.is_not_found() || error.is_denied() {
+                    let is_absent = error.is_not_found() && matches!(list, List::Referrers(_)) && self.may_copy(place);
                     let store = self.store.clone();
-                    tokio::task::spawn_blocking(move || store.records.forget_list(&key));
+                    tokio::task::spawn_blocking(move || match is_absent {
+                        true => store.records.put_absent_list(&key),
+                        false => store.records.forget_list(&key),
+                    });
                 }
                 Err(Refusal::of(&error, missing(list)))
             }
         }
     }
 
-    /// Reads a list that nobody waits for any more to its end.
-    fn renew_copy(
+    /// Requests a list in a task of its own: where the client leaves or is answered with a copy before a slow upstream has
+    /// answered, the response becomes the copy for the next one.
+    fn requested(
         self: &Arc<Self>,
         place: &Place,
         list: &List,
-        key: String,
-        asked: JoinHandle<Result<ListResponse, SourceError>>,
-    ) {
-        let (pull, place, list) = (self.clone(), place.clone(), list.clone());
-        tokio::spawn(async move {
-            let Ok(Ok(response)) = asked.await else { return };
-            let mut body = pull.passed_on(&place, &list, key, response).body;
-            while let Ok(Some(_)) = body.next().await {}
-        });
+        query: Option<&str>,
+        key: &str,
+    ) -> oneshot::Receiver<Result<ListResponse, SourceError>> {
+        let (sender, asked) = oneshot::channel();
+        let (pull, place, list, key) = (self.clone(), place.clone(), list.clone(), key.to_owned());
+        let query = query.map(str::to_owned);
+        tokio::spawn(trace::carried(async move {
+            let deadline = Instant::now() + UPSTREAM_TIMEOUT;
+            let response = pull.origin.list(&place, &list, query.as_deref(), deadline).await;
+            if let Err(Ok(response)) = sender.send(response) {
+                let mut body = pull.passed_on(&place, &list, key, response).body;
+                while let Ok(Some(_)) = body.next().await {}
+            }
+        }));
+        asked
     }
 
     fn passed_on(self: &Arc<Self>, place: &Place, list: &List, key: String, response: ListResponse) -> ListAnswer {
@@ -165,6 +171,15 @@ impl Pull {
     fn may_copy(&self, place: &Place) -> bool {
         let written = self.list_copies.get_with(place.to_string(), Arc::default);
         written.fetch_add(1, Ordering::Relaxed) < MAX_COPIES
+    }
+
+    /// Whether the upstream has no referrers API, or had none for this manifest: a client looks for the fall-back tag then.
+    async fn was_absent(&self, list: &List, key: &str) -> bool {
+        if !matches!(list, List::Referrers(_)) {
+            return false;
+        }
+        let (store, key) = (self.store.clone(), key.to_owned());
+        tokio::task::spawn_blocking(move || store.records.is_absent_list(&key)).await.unwrap_or(false)
     }
 
     /// The list as it was last seen, or as cached artifacts tell.

@@ -58,6 +58,8 @@ impl Pull {
                 // requests under way will tell. What fails soon is refused soon: podman tries its next mirror then.
                 let is_slow = match &answer {
                     Err(SourceError::TimedOut) => true,
+                    // A limit is no slowness: its end is known, and told at once.
+                    Err(SourceError::Limited { .. }) => false,
                     Err(error) => error.is_passing_outage() && begun.elapsed() > FAILS_SLOWLY,
                     Ok(_) => false,
                 };

@@ -50,6 +50,12 @@ pub struct ListRecord {
     pub checked_at: u64,
 }
 
+/// What stands where a list would, if there is none.
+#[derive(Serialize, Deserialize)]
+struct AbsentList {
+    absent: String,
+}
+
 /// The cached artifacts that refer to a manifest, as a referrers response describes them.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ReferrersRecord {
@@ -137,6 +143,16 @@ impl Records {
         let key = absent_key(registry, repository, tag);
         self.lists.read::<String>(&key).is_some_and(|known| known == key)
             && self.tag(registry, repository, tag).is_none()
+    }
+
+    /// Remembers that there is no such list, until one is put. Blocks on the disk.
+    pub fn put_absent_list(&self, key: &str) {
+        self.lists.write(&list_key(key), &AbsentList { absent: key.to_owned() });
+    }
+
+    /// Blocks on the disk.
+    pub fn is_absent_list(&self, key: &str) -> bool {
+        self.lists.read::<AbsentList>(&list_key(key)).is_some_and(|known| known.absent == key)
     }
 
     /// Blocks on the disk.
@@ -263,6 +279,8 @@ mod tests {
         assert_eq!(records.list("a"), None);
         records.put_list(&record("a"));
         assert_eq!(records.list("a"), Some(record("a")));
+        records.put_absent_list("b");
+        assert_eq!((records.is_absent_list("b"), records.is_absent_list("a"), records.list("b")), (true, false, None));
         let few = Directory::new(dir.path().join("few"), 8);
         (0..100).for_each(|nth| few.write(&nth.to_string(), &record("a")));
         assert!(fs::read_dir(dir.path().join("few")).unwrap().count() <= 10);

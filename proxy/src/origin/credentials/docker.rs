@@ -7,7 +7,7 @@ use std::path::Path;
 use base64::alphabet;
 use base64::engine::general_purpose::{GeneralPurpose, GeneralPurposeConfig};
 use base64::engine::{DecodePaddingMode, Engine};
-use serde::Deserialize;
+use serde::{Deserialize, Deserializer};
 
 use super::{CredentialsError, Whom, best_key, read_file};
 use crate::registries::Trust;
@@ -24,12 +24,17 @@ pub(super) enum Entry {
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct DockerConfig {
-    #[serde(default)]
+    #[serde(default, deserialize_with = "or_null")]
     auths: Entries,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "or_null")]
     cred_helpers: HashMap<String, String>,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "or_null")]
     creds_store: String,
+}
+
+/// A null is a missing value, as Go reads it.
+fn or_null<'de, D: Deserializer<'de>, T: Deserialize<'de> + Default>(deserializer: D) -> Result<T, D::Error> {
+    Option::deserialize(deserializer).map(Option::unwrap_or_default)
 }
 
 /// Each is read when it is needed: a mistake in one is no reason to refuse the others.

@@ -15,8 +15,12 @@ use super::{FORMS, REGISTRY, dray_of};
 async fn lists_that_were_seen_are_served_while_the_upstream_is_off() {
     let subject = digest(b"image");
     let referrers = json!({"schemaVersion": 2, "manifests": [{"digest": digest(b"signature"), "size": 9}]}).to_string();
+    let fallback = format!("manifests/{}", subject.replace(':', "-"));
+    let without_api = format!("referrers/{}", digest(b"of a registry without the API"));
+    let old = without_api.clone();
     let body = referrers.clone();
     let upstream = Origin::answering(move |request| match request.path.contains("/referrers/") {
+        true if request.path.contains(&old) => Response::new(404, "404 page not found"),
         true => Response::new(200, body.clone()).with("oci-filters-applied", "artifactType"),
         false if request.path.contains("/tags/list") => Response::new(200, r#"{"name":"a/app","tags":["1"]}"#)
             .with("link", "</v2/a/app/tags/list?n=1&last=1>; rel=\"next\""),
@@ -24,11 +28,11 @@ async fn lists_that_were_seen_are_served_while_the_upstream_is_off() {
     })
     .await;
     let dray = dray_of(&upstream);
-    let fallback = format!("manifests/{}", subject.replace(':', "-"));
     for form in FORMS {
         assert_eq!(dray.get(&form.path("tags/list?n=1")).await.status, 200);
         assert_eq!(dray.get(&form.path(&format!("referrers/{subject}?artifactType=a%2Fb"))).await.status, 200);
         assert_eq!(dray.get(&form.path(&fallback)).await.status, 404);
+        assert_eq!(dray.get(&form.path(&without_api)).await.status, 404);
     }
     drop(upstream);
     let dray = dray.kill_and_restart();
@@ -43,6 +47,8 @@ async fn lists_that_were_seen_are_served_while_the_upstream_is_off() {
         let kept = dray.get(&form.path(&format!("referrers/{subject}?artifactType=a%2Fb"))).await;
         assert_eq!((kept.status, kept.text()), (200, referrers.clone()));
         assert_eq!(kept.header("oci-filters-applied"), Some("artifactType"));
+        let absent = dray.get(&form.path(&without_api)).await;
+        assert_eq!((absent.status, absent.code().as_str()), (404, "UNSUPPORTED"), "look for the fall-back tag");
         // What was not there is not there; what was never asked for is not known.
         assert_eq!(dray.get(&form.path(&fallback)).await.status, 404);
         assert_eq!(dray.get(&form.path("manifests/never")).await.status, 503);
