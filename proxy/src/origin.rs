@@ -148,13 +148,14 @@ impl Origin {
             return Err(first_schema());
         }
         // What has not the shape of a manifest may still be one, by its digest or its declared type.
-        let is_declared = stated.as_deref().is_some_and(manifest::is_manifest_type) && manifest::is_object(&bytes);
-        let is_manifest =
-            || is_declared || known.is_some_and(|digest| digest.matches(&bytes)) || manifest::has_version(&bytes);
-        let media_type =
-            manifest::media_type(&bytes).or_else(|| stated.filter(|_| is_manifest())).ok_or_else(|| {
-                SourceError::Malformed("something that is no manifest, or one without a media type".into())
-            })?;
+        let is_manifest = |stated: &String| {
+            (manifest::is_manifest_type(stated) && manifest::is_object(&bytes))
+                || known.is_some_and(|digest| digest.matches(&bytes))
+                || manifest::has_version(&bytes)
+        };
+        let media_type = manifest::media_type(&bytes).or_else(|| stated.filter(is_manifest)).ok_or_else(|| {
+            SourceError::Malformed("something that is no manifest, or one without a media type".into())
+        })?;
         self.count_bytes(place, bytes.len());
         Ok(ManifestAnswer { media_type, bytes })
     }

@@ -304,6 +304,18 @@ impl SourceError {
     }
 }
 
+/// An error and its causes. What an I/O error wraps is one of them, which `source` passes over.
+pub fn causes<'a>(
+    error: &'a (dyn std::error::Error + 'static),
+) -> impl Iterator<Item = &'a (dyn std::error::Error + 'static)> {
+    std::iter::successors(Some(error), |error| {
+        match error.downcast_ref::<std::io::Error>().and_then(std::io::Error::get_ref) {
+            Some(wrapped) => Some(wrapped),
+            None => error.source(),
+        }
+    })
+}
+
 /// An error with its causes.
 pub fn error_chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();

@@ -14,6 +14,7 @@ use ipnet::IpNet;
 use reqwest::dns::{Addrs, Name, Resolve, Resolving};
 use url::{Host, Url};
 
+use super::proxies::parse_proxy;
 use crate::config::Config;
 use crate::dns;
 
@@ -146,13 +147,7 @@ fn proxy_hosts(variable: impl Fn(&str) -> Option<String>) -> HashSet<String> {
         .iter()
         .flat_map(|name| [variable(name), variable(&name.to_ascii_lowercase())])
         .flatten()
-        .filter_map(|value| {
-            let url = Url::parse(&value)
-                .ok()
-                .filter(Url::has_host)
-                .or_else(|| Url::parse(&format!("http://{value}")).ok())?;
-            url.host_str().map(str::to_owned)
-        })
+        .filter_map(|value| parse_proxy(&value)?.host_str().map(str::to_owned))
         .collect()
 }
 

@@ -18,7 +18,7 @@ use super::tls;
 use crate::config::Upstream;
 use crate::identity::Identity;
 use crate::registries::{RuleTls, Trust};
-use crate::source::{SourceError, error_chain};
+use crate::source::{SourceError, causes, error_chain};
 use crate::trace;
 
 /// Time to reach a host: DNS, TCP and TLS.
@@ -88,14 +88,14 @@ impl Http {
             identities.extend(identity.clone());
             // Redirects and token endpoints elsewhere are not shown the certificate.
             for (rule, identity) in [(rule.clone(), identity), (RuleTls { client_cert: None, ..rule }, None)] {
+                if clients.keys().any(|known: &ClientKey| known.tls == rule) {
+                    continue;
+                }
                 let roots = rule.ca.as_deref().map_or(Ok(Vec::new()), |ca| tls::certificates("registry.ca", ca))?;
                 let config = tls::config(&extra, roots, identity)?;
                 for reach in [Reach::Anywhere, Reach::Public, Reach::Allowed] {
                     for patience in [Patience::LastResort, Patience::OthersFollow] {
                         let key = ClientKey { reach, tls: rule.clone(), patience };
-                        if clients.contains_key(&key) {
-                            continue;
-                        }
                         let proxies = proxies.clone();
                         let client = Client::builder()
                             .user_agent(concat!("dray/", env!("CARGO_PKG_VERSION")))
@@ -232,12 +232,8 @@ fn explain(error: reqwest::Error) -> SourceError {
     let error = error.without_url();
     let text = error_chain(&error);
     // The resolver's refusal comes wrapped in layers of connection errors.
-    let mut cause: Option<&dyn std::error::Error> = Some(&error);
-    while let Some(inner) = cause {
-        if let Some(refused) = inner.downcast_ref::<Refused>() {
-            return SourceError::Guarded(refused.to_string());
-        }
-        cause = inner.source();
+    if let Some(refused) = causes(&error).find_map(|cause| cause.downcast_ref::<Refused>()) {
+        return SourceError::Guarded(refused.to_string());
     }
     if error.is_timeout() && !error.is_connect() {
         return SourceError::TimedOut;

@@ -68,7 +68,7 @@ impl EnvProxies {
 }
 
 /// A URL, or `host:port`.
-fn parse_proxy(text: &str) -> Option<Url> {
+pub(super) fn parse_proxy(text: &str) -> Option<Url> {
     let parsed = Url::parse(text).ok().filter(Url::has_host);
     parsed.or_else(|| Url::parse(&format!("http://{text}")).ok()).filter(Url::has_host)
 }

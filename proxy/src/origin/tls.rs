@@ -6,14 +6,14 @@ use std::sync::Arc;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::client::verify_server_name;
 use rustls::crypto::CryptoProvider;
-use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::server::ParsedCertificate;
 use rustls::{AlertDescription, CertificateError, ClientConfig, DigitallySignedStruct, Error, SignatureScheme};
 use rustls_platform_verifier::Verifier;
 
 use crate::config::ClientCert;
-use crate::identity::{Files, Identity, Welcome};
+use crate::identity::{self, Files, Identity, Welcome};
+use crate::source::causes;
 
 /// The roots of the system and of the configuration, and certificates that are believed as they are.
 #[derive(Debug)]
@@ -54,44 +54,28 @@ pub(super) fn identity(files: &ClientCert) -> Result<Arc<Identity>, String> {
 pub(super) fn certificates(key: &str, path: &Path) -> Result<Vec<CertificateDer<'static>>, String> {
     let wrong = |why: &dyn std::fmt::Display| format!("{key} = \"{}\": {why}", path.display());
     let pem = std::fs::read(path).map_err(|error| wrong(&error))?;
-    let found: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&pem).collect();
-    let found = found.map_err(|error| wrong(&error))?;
-    if found.is_empty() { Err(wrong(&"holds no certificate in PEM")) } else { Ok(found) }
+    identity::certificates(&pem).map_err(|error| wrong(&error))
 }
 
 /// What to do about an error of TLS, where that is known.
 pub(super) fn advice(error: &(dyn std::error::Error + 'static)) -> Option<&'static str> {
-    let mut cause = Some(error);
-    while let Some(error) = cause {
-        match error.downcast_ref::<Error>() {
-            // The other one is a certificate that is its own authority.
-            Some(Error::InvalidCertificate(CertificateError::UnknownIssuer | CertificateError::Other(_))) => {
-                return Some(
-                    "name the authority that signed it, or the certificate itself, in `ca` of its [[registry]] rule",
-                );
-            }
-            Some(Error::InvalidCertificate(CertificateError::Expired | CertificateError::ExpiredContext { .. })) => {
-                return Some("the upstream's certificate has expired: it has to be renewed there");
-            }
-            Some(Error::AlertReceived(AlertDescription::HandshakeFailure | AlertDescription::ProtocolVersion)) => {
-                return Some(
-                    "the upstream and dray have no TLS version, cipher or signature algorithm in common, or the upstream \
-                     wants a `client_cert` of its [[registry]] rule",
-                );
-            }
-            Some(Error::AlertReceived(_)) => {
-                return Some(
-                    "the upstream refuses the connection: it may want a `client_cert` of its [[registry]] rule",
-                );
-            }
-            _ => {}
+    causes(error).find_map(|cause| match cause.downcast_ref::<Error>()? {
+        // The other one is a certificate that is its own authority.
+        Error::InvalidCertificate(CertificateError::UnknownIssuer | CertificateError::Other(_)) => {
+            Some("name the authority that signed it, or the certificate itself, in `ca` of its [[registry]] rule")
         }
-        cause = match error.downcast_ref::<std::io::Error>().and_then(std::io::Error::get_ref) {
-            Some(wrapped) => Some(wrapped),
-            None => error.source(),
-        };
-    }
-    None
+        Error::InvalidCertificate(CertificateError::Expired | CertificateError::ExpiredContext { .. }) => {
+            Some("the upstream's certificate has expired: it has to be renewed there")
+        }
+        Error::AlertReceived(AlertDescription::HandshakeFailure | AlertDescription::ProtocolVersion) => Some(
+            "the upstream and dray have no TLS version, cipher or signature algorithm in common, or the upstream wants a \
+             `client_cert` of its [[registry]] rule",
+        ),
+        Error::AlertReceived(_) => {
+            Some("the upstream refuses the connection: it may want a `client_cert` of its [[registry]] rule")
+        }
+        _ => None,
+    })
 }
 
 impl ServerCertVerifier for Upstreams {

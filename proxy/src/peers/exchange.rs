@@ -12,7 +12,7 @@ use super::key::Seal;
 use super::question::{Aim, Manner, Question, Redirects};
 use super::{Peers, Scope, wire};
 use crate::role::Role;
-use crate::source::{Part, SourceError, error_chain};
+use crate::source::{Part, SourceError, causes, error_chain};
 use crate::trace;
 
 /// A peer that has not answered after this long is asked whether it is alive, as are those who come after it.
@@ -227,15 +227,6 @@ async fn said(mut response: Response) -> String {
 
 /// Whether one side does not accept the other's certificate, or has none to show.
 fn is_about_certificates(error: &reqwest::Error) -> bool {
-    let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(error);
-    while let Some(error) = cause {
-        if let Some(error) = error.downcast_ref::<rustls::Error>() {
-            return matches!(error, rustls::Error::InvalidCertificate(_) | rustls::Error::AlertReceived(_));
-        }
-        cause = match error.downcast_ref::<std::io::Error>().and_then(std::io::Error::get_ref) {
-            Some(wrapped) => Some(wrapped),
-            None => error.source(),
-        };
-    }
-    false
+    let of_tls = causes(error).find_map(|cause| cause.downcast_ref::<rustls::Error>());
+    matches!(of_tls, Some(rustls::Error::InvalidCertificate(_) | rustls::Error::AlertReceived(_)))
 }
