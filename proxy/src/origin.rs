@@ -200,6 +200,7 @@ impl Origin {
             None if !has_length => self.blob_head(place, digest, deadline).await.ok().flatten(),
             known => known,
         };
+        let understands_ranges = response.status() == 206;
         let (span, total) = part.brought(response.status().as_u16(), response.headers(), known)?;
         let counter = self.metrics.origin_bytes.with_label_values(&[place.rule.name()]);
         let seconds = self.metrics.origin_body_seconds.with_label_values(&[place.rule.name()]);
@@ -212,7 +213,8 @@ impl Origin {
                 last = Instant::now();
             })
             .map_err(|error| Broken(error_chain(&error.without_url())));
-        Ok(Incoming::new(span, total, body))
+        let incoming = Incoming::new(span, total, body);
+        Ok(if understands_ranges { incoming } else { incoming.not_resumable() })
     }
 
     /// The length of a blob, in bytes. `known` is the one by a manifest.

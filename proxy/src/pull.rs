@@ -28,7 +28,7 @@ use std::time::Duration;
 use tokio::sync::Semaphore;
 use tokio::time::Instant;
 
-pub use self::asking::{Asker, Asking, UPSTREAM_TIMEOUT};
+pub use self::asking::{Asker, Asking};
 pub use self::blob::{BlobAnswer, BlobRequest, Body, Extent};
 use self::entitlement::Entitlements;
 pub use self::entitlement::Unentitled;
@@ -55,7 +55,7 @@ use crate::provenance::Provenance;
 use crate::registries::{Place, Registries};
 use crate::role::Role;
 use crate::secret::Secret;
-use crate::source::SourceError;
+use crate::source::{SourceError, UPSTREAM_TIMEOUT};
 use crate::store::Store;
 use crate::tags::Tags;
 

@@ -19,8 +19,18 @@ pub struct Incoming {
     pub total: u64,
     /// The part of it that comes.
     pub span: Span,
+    /// How long to wait for the next piece.
+    pub stall_timeout: Duration,
     body: BoxStream<'static, Result<Bytes, Broken>>,
 }
+
+/// Largest time of one upstream request until its first byte. A slow registry is asked once, and the request stays open
+/// for this long, also when the client that caused it was answered: its result serves the next one. Longer: a registry
+/// that accepts connections and says nothing holds requests longer. Shorter: slower registries can never be pulled from.
+pub const UPSTREAM_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// A body that pauses for this long is replaced by a request for what is missing.
+const STALL_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// What a connection has to bring in a time.
 #[derive(Clone, Copy, Debug)]
@@ -99,7 +109,12 @@ impl Incoming {
         total: u64,
         body: impl futures_util::Stream<Item = Result<Bytes, Broken>> + Send + 'static,
     ) -> Self {
-        Self { total, span, body: body.boxed() }
+        Self { total, span, stall_timeout: STALL_TIMEOUT, body: body.boxed() }
+    }
+
+    /// A body that cannot be gone on with elsewhere: its source would begin again at the start, so a pause is waited out.
+    pub fn not_resumable(self) -> Self {
+        Self { stall_timeout: UPSTREAM_TIMEOUT, ..self }
     }
 
     /// Does something when the last byte has come.

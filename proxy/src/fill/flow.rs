@@ -8,11 +8,9 @@ use tokio::time::{Instant, timeout};
 
 use crate::source::{Floor, Incoming, Speed};
 
-/// A source that sends nothing for this long is changed.
-const STALL: Duration = Duration::from_secs(10);
-
-/// So is one that brings less than this.
-const SLOWEST: Floor = Floor { bytes: 64 * 1024, window: Duration::from_secs(30) };
+/// A source that brings less than this in [`SLOW_STALLS`] times its stall timeout is changed.
+const SLOWEST_BYTES: u64 = 64 * 1024;
+const SLOW_STALLS: u32 = 3;
 
 /// So many connections in a row that bring next to nothing, and it is over.
 const MAX_BARREN: u32 = 4;
@@ -89,9 +87,10 @@ impl Flow {
             return Err(broken);
         }
         let asked = Instant::now();
-        let next = timeout(STALL, self.incoming.next()).await;
-        match next {
-            Ok(Some(Ok(piece))) if self.speed.keeps_up(SLOWEST, asked.elapsed(), piece.len()) => {
+        let stall_timeout = self.incoming.stall_timeout;
+        let slowest = Floor { bytes: SLOWEST_BYTES, window: stall_timeout * SLOW_STALLS };
+        match timeout(stall_timeout, self.incoming.next()).await {
+            Ok(Some(Ok(piece))) if self.speed.keeps_up(slowest, asked.elapsed(), piece.len()) => {
                 self.brought += piece.len() as u64;
                 Ok(piece)
             }
@@ -107,7 +106,7 @@ impl Breaks {
     /// Counts a connection that broke. Whoever brings a byte a connection brings nothing.
     pub(super) fn broke(&mut self, brought: u64) {
         self.failures += 1;
-        self.barren = if brought < SLOWEST.bytes { self.barren + 1 } else { 1 };
+        self.barren = if brought < SLOWEST_BYTES { self.barren + 1 } else { 1 };
     }
 
     /// A connection brought all that it was asked for.
@@ -139,7 +138,7 @@ mod tests {
         let mut breaks = Breaks::default();
         (0..3).for_each(|_| breaks.broke(1));
         assert!(!breaks.too_many() && breaks.pause() > Duration::ZERO);
-        breaks.broke(SLOWEST.bytes);
+        breaks.broke(SLOWEST_BYTES);
         assert!(breaks.pause().is_zero());
         (0..3).for_each(|_| breaks.broke(1));
         assert!(breaks.too_many());

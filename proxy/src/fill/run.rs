@@ -15,11 +15,8 @@ use super::{Fill, Fills, Opened};
 use crate::oci::{BLOB_MEDIA_TYPE, Span, Spans};
 use crate::provenance::Provenance;
 use crate::role::Role;
-use crate::source::{ServedFrom, SourceError};
+use crate::source::{ServedFrom, SourceError, UPSTREAM_TIMEOUT};
 use crate::store::{Blob, Draft, Found, Kind, NoSpace, Partial, Proof, SMALL_BYTES, SmallObject};
-
-/// A small object has to be here whole within this time.
-const SMALL_TIME: Duration = Duration::from_secs(10);
 
 /// A peer that sends nothing for so long is one of several.
 const SILENT_PEER: Duration = Duration::from_millis(2500);
@@ -89,7 +86,7 @@ impl Running<'_> {
         if feed.total() > SMALL_BYTES {
             return self.large(feed, sources, partial).await;
         }
-        let whole = timeout(SMALL_TIME, self.small(feed, sources.clone())).await;
+        let whole = timeout(UPSTREAM_TIMEOUT, self.small(feed, sources.clone())).await;
         match whole.unwrap_or(Err(SourceError::TimedOut)) {
             Ok(Came::Small(opened)) => self.fill.open(Ok(opened)),
             Ok(Came::Larger(feed)) => self.large(*feed, sources, None).await,
@@ -132,7 +129,7 @@ impl Running<'_> {
         let _memory = self.fills.small.wait(&self.fill.key.registry, kib).await;
         let mut bytes = bytes::BytesMut::with_capacity(usize::try_from(feed.total()).unwrap_or(0));
         // Where a peer sends no more than the beginning there is time to ask somebody else.
-        let patience = if feed.served_from() == ServedFrom::Peer { SILENT_PEER } else { SMALL_TIME };
+        let patience = if feed.served_from() == ServedFrom::Peer { SILENT_PEER } else { UPSTREAM_TIMEOUT };
         while let Some(piece) = timeout(patience, feed.next()).await.unwrap_or(Err(SourceError::TimedOut))? {
             bytes.extend_from_slice(&piece);
         }

@@ -5,6 +5,7 @@ use std::time::Duration;
 use crate::oci::NamedBy;
 use crate::peers::{Aim, Reach, Standing};
 use crate::role::Role;
+use crate::source::UPSTREAM_TIMEOUT;
 
 /// Who asks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -26,11 +27,6 @@ pub struct Asking {
     /// How long the requester waits for a response.
     pub patience: Duration,
 }
-
-/// Largest time of one upstream request until its first byte. A slow registry is asked once, and the request stays open
-/// for this long, also when the client that caused it was answered: its result serves the next one. Longer: a registry
-/// that accepts connections and says nothing holds requests longer. Shorter: slower registries can never be pulled from.
-pub const UPSTREAM_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// A client that names the registry by `ns` can go to the upstream itself: it hears within ten seconds.
 const FALLBACK_TIMEOUT: Duration = Duration::from_millis(9500);

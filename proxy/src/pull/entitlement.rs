@@ -10,14 +10,14 @@ use std::time::Duration;
 
 use tokio::time::{Instant, timeout};
 
-use super::{Pull, Refusal, UPSTREAM_TIMEOUT, fetch_ended};
+use super::{Pull, Refusal, fetch_ended};
 use crate::caller::{Caller, Who};
 use crate::flights::Flights;
 use crate::lifetimes::{ByLifetime, Lifetime};
 use crate::oci::{Digest, Endpoint, ErrorCode, Reference, Registry, Repository};
 use crate::provenance::Provenance;
 use crate::registries::Place;
-use crate::source::SourceError;
+use crate::source::{SourceError, UPSTREAM_TIMEOUT};
 use crate::store::{Found, Kind};
 
 /// What registries have said of callers, and of digests.

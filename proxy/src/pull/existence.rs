@@ -9,11 +9,11 @@ use std::sync::Arc;
 use tokio::time::Instant;
 
 use super::negatives::Endpoint;
-use super::{ManifestAnswer, Pull, UPSTREAM_TIMEOUT, fetch_ended};
+use super::{ManifestAnswer, Pull, fetch_ended};
 use crate::oci::{Digest, Reference};
 use crate::provenance::Provenance;
 use crate::registries::Place;
-use crate::source::SourceError;
+use crate::source::{SourceError, UPSTREAM_TIMEOUT};
 
 impl Pull {
     /// Whether a repository is known to hold what is cached: it came from there, a manifest that was served from there

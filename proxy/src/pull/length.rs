@@ -7,12 +7,12 @@ use tokio::time::{Instant, timeout};
 
 use super::blob::{Fetch, severer};
 use super::sources::{Refusals, last_scope};
-use super::{BlobRequest, FIRST_BYTE, Pull, Refusal, UPSTREAM_TIMEOUT, fetch_ended, flights, is_personal};
+use super::{BlobRequest, FIRST_BYTE, Pull, Refusal, fetch_ended, flights, is_personal};
 use crate::oci::Digest;
 use crate::peers::{Manner, Question, Reach};
 use crate::registries::Place;
 use crate::role::Role;
-use crate::source::{ServedFrom, SourceError};
+use crate::source::{ServedFrom, SourceError, UPSTREAM_TIMEOUT};
 use crate::store::Found;
 
 /// How long a blob is, and who said so.

@@ -19,11 +19,11 @@ use http::HeaderValue;
 use tokio::sync::oneshot;
 use tokio::time::{Instant, timeout};
 
-use super::{Asking, Body, Pull, Refusal, UPSTREAM_TIMEOUT, fetch_ended};
+use super::{Asking, Body, Pull, Refusal, fetch_ended};
 use crate::oci::{Digest, ErrorCode, INDEX_MEDIA_TYPE, manifest};
 use crate::origin::{List, ListResponse};
 use crate::registries::Place;
-use crate::source::{Broken, ServedFrom, SourceError};
+use crate::source::{Broken, ServedFrom, SourceError, UPSTREAM_TIMEOUT};
 use crate::store::{Found, Kind, ListRecord, ReferrersRecord, SMALL_BYTES, SmallObject};
 use crate::trace;
 
@@ -58,9 +58,6 @@ struct Copying {
 
 /// Where a copy is at hand, an upstream has this long to begin.
 const WITH_COPY: Duration = Duration::from_secs(5);
-
-/// An upstream that sends nothing of a list for this long has broken off.
-const STALL: Duration = Duration::from_secs(10);
 
 /// Largest copy that is kept, compressed, in bytes: what the small-object tier takes, with some room for its head.
 const MAX_COPY: u64 = SMALL_BYTES - 4096;
@@ -268,7 +265,7 @@ impl Pull {
 impl ListBody {
     /// The next piece; None at the end.
     pub async fn next(&mut self) -> Result<Option<Bytes>, Broken> {
-        let next = timeout(STALL, self.pieces.next()).await;
+        let next = timeout(UPSTREAM_TIMEOUT, self.pieces.next()).await;
         match next.unwrap_or_else(|_| Some(Err(Broken("the upstream sends nothing more".into())))).transpose() {
             Ok(Some(piece)) => {
                 let fits = |copy: &mut Copying| copy.add(&piece);

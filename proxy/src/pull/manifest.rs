@@ -9,12 +9,12 @@ use tokio::time::{Instant, sleep, timeout};
 
 use super::negatives::Endpoint;
 use super::sources::{Refusals, last_scope};
-use super::{Asker, Asking, FIRST_BYTE, Pull, Refusal, UPSTREAM_TIMEOUT, fetch_ended, flights, is_personal};
+use super::{Asker, Asking, FIRST_BYTE, Pull, Refusal, fetch_ended, flights, is_personal};
 use crate::oci::{Digest, ErrorCode, Reference, manifest};
 use crate::peers::{Manner, Question, Reach, Standing};
 use crate::registries::Place;
 use crate::role::Role;
-use crate::source::{ServedFrom, SourceError};
+use crate::source::{ServedFrom, SourceError, UPSTREAM_TIMEOUT};
 use crate::store::{Found, Kind, SmallObject};
 
 /// A manifest and how it was come by.

@@ -13,7 +13,7 @@ use xxhash_rust::xxh64::Xxh64;
 
 use super::blob::Fetch;
 use super::speeds::Sender;
-use super::{Asker, Asking, BlobRequest, Extent, FIRST_BYTE, Pull, UPSTREAM_TIMEOUT, is_personal};
+use super::{Asker, Asking, BlobRequest, Extent, FIRST_BYTE, Pull, is_personal};
 use crate::config::FarPeers;
 use crate::fill::{Connections, FillKey, Sources, Truth};
 use crate::oci::{NamedBy, Span, Spans};
@@ -22,7 +22,7 @@ use crate::peers::wire::Holder;
 use crate::peers::{Aim, Declined, Manner, Peers, Question, Redirects, Scope, Standing};
 use crate::registries::Place;
 use crate::role::Role;
-use crate::source::{Incoming, Part, ServedFrom, SourceError};
+use crate::source::{Incoming, Part, ServedFrom, SourceError, UPSTREAM_TIMEOUT};
 
 /// The sources of one blob.
 pub(super) struct BlobSources {

@@ -13,12 +13,12 @@ use tokio::time::{Instant, timeout};
 
 use super::negatives::Endpoint;
 use super::sources::{Refusals, last_scope};
-use super::{Asker, Asking, ManifestAnswer, Pull, UPSTREAM_TIMEOUT, fetch_ended, flights, is_personal};
+use super::{Asker, Asking, ManifestAnswer, Pull, fetch_ended, flights, is_personal};
 use crate::oci::{Digest, Reference, Tag};
 use crate::peers::{Manner, Peers, Question, Reach, Standing, TagAnswer};
 use crate::registries::Place;
 use crate::role::Role;
-use crate::source::{ServedFrom, SourceError};
+use crate::source::{ServedFrom, SourceError, UPSTREAM_TIMEOUT};
 
 /// What a tag means.
 pub(super) type Meant = Result<ManifestAnswer, SourceError>;

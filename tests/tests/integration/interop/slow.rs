@@ -2,7 +2,7 @@
 
 use dray_tests::eventually;
 use dray_tests::image::Image;
-use dray_tests::origin::Fault;
+use dray_tests::origin::{Content, Fault, Origin, Request};
 
 use super::{Form, dray_of, upstream_of};
 
@@ -47,6 +47,36 @@ async fn slow_upstream_is_asked_once_and_answers_everybody() {
     .await;
     assert!(kept.body == bytes);
     assert_eq!(dray.get(&Form::Namespace.path(&manifest)).await.source(), "memory");
+}
+
+/// An upstream that starts from the beginning whatever range is requested cannot be gone on with elsewhere: its pause is
+/// waited out, of a small blob and of a large one.
+#[tokio::test(flavor = "multi_thread")]
+async fn pause_of_an_upstream_without_ranges_is_waited_out() {
+    let image = Image::new(1, &[200_000, 3_000_000]);
+    let content = Content::new(&[("a/app", "1", &image)]);
+    let upstream = Origin::answering(move |request| {
+        let whole = Request { headers: Default::default(), ..request.clone() };
+        let response = content.answer(&whole);
+        if response.body.len() > 100_000 { response.fault(Fault::GateAfter(100_000)) } else { response }
+    })
+    .await;
+    let dray = dray_of(&upstream);
+    let pulls = image.blobs.iter().map(async |(digest, bytes)| {
+        let answer = dray_get(&dray, Form::Path.path(&format!("blobs/{digest}"))).await;
+        assert!(answer.status == 200 && answer.complete && answer.body == *bytes);
+    });
+    let opened = async {
+        let all = image.blobs.len();
+        eventually("all are requested", async || (upstream.count("GET", "/blobs/") >= all).then_some(())).await;
+        // Longer than a connection that can be replaced may pause.
+        tokio::time::sleep(std::time::Duration::from_secs(12)).await;
+        upstream.open_gate();
+    };
+    tokio::join!(futures_util::future::join_all(pulls), opened);
+    for digest in image.blobs.keys() {
+        assert_eq!(upstream.count("GET", digest), 1, "{digest} was requested more than once");
+    }
 }
 
 async fn dray_get(dray: &dray_tests::dray::Dray, path: String) -> dray_tests::http::Answer {
