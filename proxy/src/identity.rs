@@ -14,7 +14,9 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
 use rustls::server::{ClientHello, ParsedCertificate, ResolvesServerCert, WebPkiClientVerifier};
 use rustls::sign::CertifiedKey;
-use rustls::{CertificateError, DigitallySignedStruct, DistinguishedName, Error, RootCertStore, SignatureScheme};
+use rustls::{
+    CertificateError, DigitallySignedStruct, DistinguishedName, Error, InconsistentKeys, RootCertStore, SignatureScheme,
+};
 
 /// Where an identity stands, in PEM, and the configuration's name for each.
 #[derive(Debug, Clone)]
@@ -96,9 +98,19 @@ impl Loaded {
         let (cert, key) = (read("cert", &files.cert)?, read("key", &files.key)?);
         let chain = certificates(&cert).map_err(|why| wrong("cert", &files.cert, &why))?;
         let private = PrivateKeyDer::from_pem_slice(&key).map_err(|why| wrong("key", &files.key, &why))?;
-        let certified = CertifiedKey::from_der(chain, private, &provider())
-            .map_err(|why| wrong("cert", &files.cert, &format!("does not fit the key: {why}")))?;
-        let names = names(&certified).map_err(|why| wrong("cert", &files.cert, &why))?;
+        let private = provider().key_provider.load_private_key(private);
+        let private = private.map_err(|why| wrong("key", &files.key, &why))?;
+        let certified = CertifiedKey::new(chain, private);
+        match certified.keys_match() {
+            Ok(()) | Err(Error::InconsistentKeys(InconsistentKeys::Unknown)) => {}
+            // Of X.509 version 1: whether it is understood is up to whoever asks for it.
+            Err(Error::InvalidCertificate(_)) if files.welcome == Welcome::Anybody => {}
+            Err(why) => return Err(wrong("cert", &files.cert, &format!("does not fit the key: {why}"))),
+        }
+        let names = match files.welcome {
+            Welcome::Anybody => Vec::new(),
+            Welcome::Namesakes => names(&certified).map_err(|why| wrong("cert", &files.cert, &why))?,
+        };
         if names.is_empty() && files.welcome == Welcome::Namesakes {
             return Err(wrong("cert", &files.cert, &"is for no DNS name, by which peers know each other"));
         }

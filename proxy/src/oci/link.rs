@@ -1,5 +1,10 @@
 //! Paging of lists: `Link` headers (RFC 8288) and the queries that they carry, which only the upstream understands.
 
+use percent_encoding::{AsciiSet, CONTROLS, utf8_percent_encode};
+
+/// What cannot be written into a header and requested again as it is, such as a space that an upstream left raw.
+const UNWRITABLE: &AsciiSet = &CONTROLS.add(b' ').add(b'<').add(b'>').add(b'"');
+
 /// Longest query of a next page that is passed on, in bytes: clients send it in a request line.
 const LONGEST_QUERY: usize = 8 * 1024;
 
@@ -16,7 +21,9 @@ fn next_in(mut value: &str) -> Option<String> {
         let (target, rest) = value[value.find('<')? + 1..].split_once('>')?;
         let end = end_of_parameters(rest);
         if is_next(&rest[..end]) {
-            return Some(target.split_once('?')?.1.split('#').next()?.to_owned()).filter(|query| is_query(query));
+            let query = target.split_once('?')?.1.split('#').next()?;
+            return Some(utf8_percent_encode(query, UNWRITABLE).to_string())
+                .filter(|query| query.len() <= LONGEST_QUERY);
         }
         value = &rest[end..];
     }
@@ -38,12 +45,6 @@ fn is_next(parameters: &str) -> bool {
         name.trim().eq_ignore_ascii_case("rel")
             && value.split_whitespace().any(|relation| relation.eq_ignore_ascii_case("next"))
     })
-}
-
-/// Whether it can be written into a header and requested again.
-fn is_query(query: &str) -> bool {
-    query.len() <= LONGEST_QUERY
-        && query.bytes().all(|byte| byte.is_ascii_graphic() && !matches!(byte, b'<' | b'>' | b'"'))
 }
 
 /// A query without dray's own parameter `ns`. All others are the upstream's, whatever their names.
@@ -72,7 +73,7 @@ mod tests {
             (&["</x?p=2>; rel=\"prev\""], None),
             (&["</x>; rel=\"next\""], None),
             (&["garbage", "<"], None),
-            (&["</x?a b>; rel=\"next\""], None),
+            (&["</x?a b\u{e9}>; rel=\"next\""], Some("a%20b%C3%A9")),
         ] {
             assert_eq!(of(values).as_deref(), want, "{values:?}");
         }

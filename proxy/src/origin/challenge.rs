@@ -1,6 +1,6 @@
 //! What an origin asks for in `WWW-Authenticate`.
 
-use percent_encoding::{AsciiSet, percent_encode};
+use percent_encoding::{AsciiSet, percent_decode_str, percent_encode};
 use url::Url;
 
 /// The challenge that dray answers.
@@ -15,29 +15,35 @@ pub enum Challenge {
     },
 }
 
+/// What a header line is escaped by before it is parsed, so that each value's bytes can be had again.
+const ESCAPED: &AsciiSet = &AsciiSet::EMPTY.add(b'%');
+
 /// Longer ones are not answered, in bytes: each repository's is remembered.
 const LONGEST: usize = 2048;
 
 impl Challenge {
     /// Picks the strongest challenge that dray can answer from all header lines. One line may hold
-    /// several challenges. Bytes outside ASCII, such as a realm in Latin-1, are percent-encoded, as Go's clients do.
+    /// several challenges. Bytes outside ASCII, such as a realm in Latin-1, are percent-encoded in the token endpoint's
+    /// URL, and of a repeated parameter the last one counts, as for Go's clients.
     pub fn pick<'a>(lines: impl Iterator<Item = &'a [u8]>) -> Option<Self> {
         let mut basic = None;
         for line in lines {
-            let line = percent_encode(line, &AsciiSet::EMPTY).to_string();
+            let line = percent_encode(line, ESCAPED).to_string();
             for challenge in http_auth::parser::ChallengeParser::new(&line).map_while(Result::ok) {
                 if challenge.scheme.eq_ignore_ascii_case("basic") {
                     basic = Some(Self::Basic);
                 } else if challenge.scheme.eq_ignore_ascii_case("bearer") {
                     let param = |name: &str| {
-                        let value = challenge.params.iter().find(|(key, _)| key.eq_ignore_ascii_case(name));
-                        value.map(|(_, value)| value.to_unescaped())
+                        let value = challenge.params.iter().rfind(|(key, _)| key.eq_ignore_ascii_case(name));
+                        value.map(|(_, value)| percent_decode_str(&value.to_unescaped()).collect::<Vec<u8>>())
                     };
                     let (realm, service, scope) = (param("realm"), param("service"), param("scope"));
-                    if [&realm, &service, &scope].into_iter().flatten().map(String::len).sum::<usize>() > LONGEST {
+                    if [&realm, &service, &scope].into_iter().flatten().map(Vec::len).sum::<usize>() > LONGEST {
                         continue;
                     }
+                    let realm = realm.map(|realm| percent_encode(&realm, &AsciiSet::EMPTY).to_string());
                     if let Some(realm) = realm.and_then(|realm| Url::parse(&realm).ok()) {
+                        let (service, scope) = (service.map(text), scope.map(text));
                         return Some(Self::Bearer { realm, service, scope });
                     }
                 }
@@ -45,6 +51,11 @@ impl Challenge {
         }
         basic
     }
+}
+
+/// UTF-8, or Latin-1, in which header values were once defined.
+fn text(bytes: Vec<u8>) -> String {
+    String::from_utf8(bytes).unwrap_or_else(|error| error.as_bytes().iter().copied().map(char::from).collect())
 }
 
 #[cfg(test)]
@@ -85,12 +96,18 @@ mod tests {
     }
 
     #[test]
-    fn realm_outside_ascii_is_percent_encoded() {
+    fn values_keep_their_bytes_and_the_last_one_counts() {
         let line = b"Bearer realm=\"https://auth.io/caf\xe9\",service=\"reg\"";
         let Some(Challenge::Bearer { realm, .. }) = Challenge::pick([&line[..]].into_iter()) else {
             panic!("no bearer")
         };
         assert_eq!(realm.as_str(), "https://auth.io/caf%E9");
+        let line = "Bearer realm=\"https://auth.io/a%2Fb\",service=\"caf\u{e9} %41\",scope=\"a\",scope=\"b\"";
+        let Some(Challenge::Bearer { realm, service, scope }) = Challenge::pick([line.as_bytes()].into_iter()) else {
+            panic!("no bearer")
+        };
+        assert_eq!(realm.as_str(), "https://auth.io/a%2Fb");
+        assert_eq!((service.as_deref(), scope.as_deref()), (Some("caf\u{e9} %41"), Some("b")));
         assert_eq!(Challenge::pick([&b"Basic realm=\"caf\xe9\""[..]].into_iter()), Some(Challenge::Basic));
     }
 }
