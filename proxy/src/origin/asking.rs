@@ -175,7 +175,10 @@ impl Origin {
                     asking.await
                 }
             };
-            let answer = answer.and_then(|response| question.believe(response));
+            let answer = match answer {
+                Ok(response) => question.believe(response, turn.deadline).await,
+                error => error,
+            };
             let outcome = answer.as_ref().map_or_else(SourceError::as_str, |_| "ok");
             self.metrics.origin_requests.with_label_values(&[place.rule.name(), question.kind.as_str(), outcome]).inc();
             if answer.is_ok() {

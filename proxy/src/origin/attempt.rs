@@ -33,6 +33,8 @@ const API_TIMEOUT: Duration = Duration::from_millis(2500);
 /// What of authentication a question has used: each way is taken once.
 #[derive(Default)]
 struct Tried {
+    /// What was shown last.
+    shown: Option<HeaderValue>,
     challenge: bool,
     other_secret: bool,
     stranger: bool,
@@ -61,20 +63,20 @@ impl Origin {
                 }
             }
         }
-        let mut authorization = match &place.caller {
+        let shown = match &place.caller {
             Caller::Holder(holder) => match &holder.authorization {
                 Some(authorization) => Some(authorization.clone()),
                 None => return Err(SourceError::NoCredentials("the caller's could not be exchanged".into())),
             },
             Caller::Everyone | Caller::Unknown | Caller::Anonymous => self.known(home, place, deadline).await,
         };
-        let (mut target, mut tried) = (url.clone(), Tried::default());
+        let (mut target, mut tried) = (url.clone(), Tried { shown, ..Tried::default() });
         loop {
             let ask = Ask {
                 method: question.method.clone(),
                 url: target.clone(),
                 headers: &question.headers,
-                authorization: authorization.clone(),
+                authorization: tried.shown.clone(),
                 form: None,
             };
             let (response, answered_by) = self.http.follow(home, ask, deadline).await?;
@@ -83,14 +85,15 @@ impl Origin {
             if is_own {
                 self.scarcity.heard(place.rule.name(), &home.upstream.base(), response.headers(), Instant::now());
             }
-            let shown = authorization.as_ref();
-            let grant = match is_own {
-                true => self.own_grant(home, place, &response, shown, &mut tried, deadline).await?,
+            // A login of the upstream's, wherever it stands, where a stranger asks for content.
+            let is_login = question.may_be_page(&response);
+            let grant = match is_own || is_login {
+                true => self.own_grant(home, place, question, &response, &mut tried, deadline).await?,
                 false => self.strangers_grant(home, place, &response, &answered_by, &mut tried, deadline).await?,
             };
             if let Some(grant) = grant {
-                authorization = Some(grant);
-                target = if is_own { url.clone() } else { answered_by };
+                tried.shown = Some(grant);
+                target = if is_own || is_login { url.clone() } else { answered_by };
                 continue;
             }
             if response.status() == 401 && is_own && tried.challenge {
@@ -108,8 +111,8 @@ impl Origin {
         &self,
         home: Home<'_>,
         place: &Place,
+        question: &Question,
         response: &Response,
-        shown: Option<&HeaderValue>,
         tried: &mut Tried,
         deadline: Instant,
     ) -> Result<Option<HeaderValue>, SourceError> {
@@ -119,10 +122,10 @@ impl Origin {
         }
         if status == 403
             && !tried.other_secret
-            && let Some(refused) = shown
+            && let Some(refused) = tried.shown.clone()
         {
             tried.other_secret = true;
-            if let Some(other) = self.tokens.instead_of(refused, &self.http, home, place, deadline).await {
+            if let Some(other) = self.tokens.instead_of(&refused, &self.http, home, place, deadline).await {
                 return Ok(Some(other));
             }
         }
@@ -132,14 +135,17 @@ impl Origin {
         let challenge = match challenge(response) {
             Some(challenge) if status == 401 => Some(challenge),
             // Registries that hide from strangers what they have: `/v2/` tells whether they know anybody.
-            _ if matches!(status, 401 | 403 | 404) && shown.is_none() && place.rule.credentials.is_some() => {
+            _ if (matches!(status, 401 | 403 | 404) || question.may_be_page(response))
+                && tried.shown.is_none()
+                && place.rule.credentials.is_some() =>
+            {
                 self.challenge_of_api(home, place, deadline).await
             }
             _ => None,
         };
         let Some(challenge) = challenge else { return Ok(None) };
         tried.challenge = true;
-        self.tokens.answer(&self.http, home, place, challenge, shown, deadline).await
+        self.tokens.answer(&self.http, home, place, challenge, tried.shown.as_ref(), deadline).await
     }
 
     /// An anonymous token of another registry to which the upstream has redirected. The rule's credentials never go there.
@@ -211,7 +217,8 @@ impl Origin {
             // The target of a redirect must not say where the secret goes.
             401 if answered_by.origin() != url.origin() => Err(SourceError::denied()),
             401 if let Some(challenge) = challenge(&response) => Ok(Some(challenge)),
-            401 | 403 | 404 => Ok(self.challenge_of_api(home, place, deadline).await),
+            200 if !question.may_be_page(&response) => Ok(None),
+            200 | 401 | 403 | 404 => Ok(self.challenge_of_api(home, place, deadline).await),
             429 | 500.. => checked(response, deadline).await.map(|_| None),
             _ => Ok(None),
         }

@@ -4,15 +4,16 @@ use std::time::{Duration, SystemTime};
 
 use ::http::header::{ACCEPT, ACCEPT_ENCODING, CONTENT_TYPE, RETRY_AFTER};
 use ::http::{HeaderMap, HeaderValue, Method};
+use futures_util::{StreamExt, stream};
 use reqwest::Response;
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout_at};
 use url::Url;
 
 use super::List;
 use crate::config::Upstream;
 use crate::oci::Digest;
 use crate::registries::Place;
-use crate::source::SourceError;
+use crate::source::{SourceError, error_chain};
 
 /// One question, without saying to which registry.
 #[derive(Clone)]
@@ -91,12 +92,9 @@ impl Question {
         Self { expects: digest.cloned(), ..self }
     }
 
-    /// Refuses an answer about something else: another upstream may have what is meant.
-    pub(super) fn believe(&self, response: Response) -> Result<Response, SourceError> {
-        // On which somebody is to log in, or that tells of repairs. Blobs are proven by their digests.
-        if !self.kind.is_blob() && self.kind != Kind::Ping && is_page(&response) {
-            return Err(SourceError::Malformed("a page for people".into()));
-        }
+    /// Refuses a response about something else: another upstream may have what is meant.
+    pub(super) async fn believe(&self, response: Response, deadline: Instant) -> Result<Response, SourceError> {
+        let response = if self.may_be_page(&response) { without_page(response, deadline).await? } else { response };
         let claimed = claimed_digest(&response);
         let is_other =
             |expected: &Digest, claimed: &Digest| claimed.algorithm() == expected.algorithm() && claimed != expected;
@@ -106,6 +104,12 @@ impl Question {
             }
             _ => Ok(response),
         }
+    }
+
+    /// Whether a response is labelled as a web page, on which somebody is to log in or that tells of repairs, where the
+    /// API has none. Blobs are proven by their digests.
+    pub(super) fn may_be_page(&self, response: &Response) -> bool {
+        !self.kind.is_blob() && self.kind != Kind::Ping && is_labelled_page(response)
     }
 
     pub(super) fn url(&self, upstream: &Upstream, place: &Place) -> Result<Url, SourceError> {
@@ -153,7 +157,31 @@ impl Kind {
     }
 }
 
-fn is_page(response: &Response) -> bool {
+/// The same response, unless it is a web page: the label may be wrong, its first byte is not. Without a body, as of HEAD,
+/// only the label tells.
+async fn without_page(mut response: Response, deadline: Instant) -> Result<Response, SourceError> {
+    let mut begun = Vec::new();
+    loop {
+        let piece = timeout_at(deadline, response.chunk()).await.map_err(|_| SourceError::TimedOut)?;
+        let piece = piece.map_err(|error| SourceError::Unreachable(error_chain(&error.without_url())))?;
+        let first = piece.as_ref().and_then(|piece| piece.iter().find(|byte| !byte.is_ascii_whitespace()));
+        match (first, piece.is_some()) {
+            (Some(b'<'), _) | (None, false) => return Err(SourceError::Malformed("a page for people".into())),
+            (Some(_), _) => {
+                begun.extend(piece.map(Ok));
+                break;
+            }
+            (None, true) => begun.extend(piece.map(Ok)),
+        }
+    }
+    let (status, headers) = (response.status(), response.headers().clone());
+    let body = stream::iter(begun).chain(response.bytes_stream());
+    let mut same = ::http::Response::new(reqwest::Body::wrap_stream(body));
+    (*same.status_mut(), *same.headers_mut()) = (status, headers);
+    Ok(same.into())
+}
+
+fn is_labelled_page(response: &Response) -> bool {
     let media_type = response.headers().get(CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
     let bare = media_type.split(';').next().unwrap_or_default().trim().to_ascii_lowercase();
     matches!(&*bare, "text/html" | "application/xhtml+xml")
@@ -232,16 +260,25 @@ mod tests {
         assert_eq!(error(413, "x", "").await, SourceError::failed(413));
     }
 
-    #[test]
-    fn a_page_is_no_answer_but_of_blobs() {
-        let believes = |kind, media_type: &str| {
-            Question::new(kind, "x".into()).believe(answer(200, "content-type", media_type)).is_ok()
+    #[tokio::test]
+    async fn web_page_is_known_by_its_first_byte() {
+        let believe = async |kind, media_type: &str, body: &'static str| {
+            let response = ::http::Response::builder().header(CONTENT_TYPE, media_type).body(body).unwrap();
+            let deadline = Instant::now() + LONGEST_REPAIR;
+            let believed = Question::new(kind, "x".into()).believe(Response::from(response), deadline).await;
+            believed.ok()?.text().await.ok()
         };
+        let (page, json) = (" \n<!doctype html>", " {\"tags\":[]}");
         for media_type in ["text/html", "Text/HTML; charset=utf-8", "application/xhtml+xml"] {
-            assert!(!believes(Kind::Manifest, media_type) && !believes(Kind::List, media_type), "{media_type}");
-            assert!(believes(Kind::Blob, media_type) && believes(Kind::Ping, media_type), "{media_type}");
+            for kind in [Kind::Manifest, Kind::List] {
+                assert_eq!(believe(kind, media_type, page).await, None, "{media_type}");
+                assert_eq!(believe(kind, media_type, json).await.as_deref(), Some(json), "{media_type}");
+            }
+            assert_eq!(believe(Kind::ManifestHead, media_type, "").await, None);
+            assert_eq!(believe(Kind::Blob, media_type, page).await.as_deref(), Some(page));
+            assert_eq!(believe(Kind::Ping, media_type, page).await.as_deref(), Some(page));
         }
-        assert!(believes(Kind::Manifest, "application/json") && believes(Kind::ManifestHead, "text/plain"));
+        assert!(believe(Kind::ManifestHead, "text/plain", "").await.is_some());
     }
 
     #[test]

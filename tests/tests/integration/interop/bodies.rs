@@ -60,6 +60,7 @@ async fn labels_that_contradict_the_bytes_are_ignored() {
         false => response,
     })
     .await;
+    tolerates("the label of a web page", |_, response| response.with("content-type", "text/html")).await;
     tolerates("a charset", |request, response| match request.is_blob() {
         true => response,
         false => {

@@ -31,7 +31,11 @@ enum ToStrangers {
     NotFound,
     Forbidden,
     BareUnauthorized,
+    LoginPage,
 }
+
+const TO_STRANGERS: [ToStrangers; 4] =
+    [ToStrangers::NotFound, ToStrangers::Forbidden, ToStrangers::BareUnauthorized, ToStrangers::LoginPage];
 
 fn hides(to_strangers: ToStrangers, content: &Content, request: &Request) -> Response {
     if request.header("authorization") == Some(&*basic()) {
@@ -40,7 +44,11 @@ fn hides(to_strangers: ToStrangers, content: &Content, request: &Request) -> Res
     if request.path == "/v2/" {
         return Response::new(401, "").with("www-authenticate", "Basic realm=\"packages\"");
     }
+    if request.path == "/login" {
+        return Response::new(200, "<html>Sign in</html>").with("content-type", "text/html");
+    }
     match to_strangers {
+        ToStrangers::LoginPage => Response::new(302, "").with("location", "/login"),
         ToStrangers::NotFound => Response::new(404, r#"{"errors":[{"code":"MANIFEST_UNKNOWN"}]}"#),
         ToStrangers::Forbidden => Response::new(403, ""),
         ToStrangers::BareUnauthorized => Response::new(401, ""),
@@ -50,7 +58,7 @@ fn hides(to_strangers: ToStrangers, content: &Content, request: &Request) -> Res
 /// As GitHub Packages and Artifactory do: the challenge is only at `/v2/`.
 #[tokio::test(flavor = "multi_thread")]
 async fn credentials_are_used_where_strangers_are_told_nothing() {
-    for to_strangers in [ToStrangers::NotFound, ToStrangers::Forbidden, ToStrangers::BareUnauthorized] {
+    for to_strangers in TO_STRANGERS {
         let image = Image::new(1, &[300_000]);
         let content = Content::new(&[("a/app", "1", &image)]);
         let upstream = Origin::answering(move |request| hides(to_strangers, &content, request)).await;
@@ -66,7 +74,7 @@ async fn credentials_are_used_where_strangers_are_told_nothing() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn clients_own_credentials_are_used_there_as_well() {
-    for to_strangers in [ToStrangers::NotFound, ToStrangers::Forbidden, ToStrangers::BareUnauthorized] {
+    for to_strangers in TO_STRANGERS {
         let image = Image::new(1, &[300_000]);
         let content = Content::new(&[("a/app", "1", &image)]);
         let upstream = Origin::answering(move |request| hides(to_strangers, &content, request)).await;
