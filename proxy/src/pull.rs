@@ -2,6 +2,7 @@
 
 mod asking;
 mod blob;
+mod content_proof;
 mod entitlement;
 mod existence;
 mod explain;

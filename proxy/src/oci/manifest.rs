@@ -44,8 +44,10 @@ pub fn has_version(manifest: &[u8]) -> bool {
 
 /// Whether a media type is one of the families of manifests.
 pub fn is_manifest_type(media_type: &str) -> bool {
-    media_type.starts_with("application/vnd.oci.image.")
-        || media_type.starts_with("application/vnd.docker.distribution.")
+    const FAMILIES: [&str; 3] =
+        ["application/vnd.oci.image.", "application/vnd.oci.artifact.", "application/vnd.docker.distribution."];
+    let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'/' | b'.' | b'-' | b'+');
+    FAMILIES.iter().any(|family| media_type.starts_with(family)) && media_type.bytes().all(is_plain)
 }
 
 /// Whether it is a JSON object at all.

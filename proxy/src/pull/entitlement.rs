@@ -1,8 +1,8 @@
 //! Who may have what, where a rule leaves that to the registry (`access = "client"`): a caller is let into a
 //! repository when the registry gives it something there, and gets what belongs to that repository.
 //!
-//! A digest opens nothing by itself. It belongs to a repository if it was fetched from there, or if the registry gave
-//! it from there to somebody who asked.
+//! A digest opens nothing by itself. It belongs to a repository if it was fetched from there, or if the registry has shown
+//! that it holds the bytes there (`pull/content_proof.rs`): somebody else may decide what a HEAD of it says.
 
 use std::hash::{BuildHasher, RandomState};
 use std::sync::Arc;
@@ -35,6 +35,8 @@ pub(super) struct Entitlements {
     belonging: moka::sync::Cache<(String, Digest), ()>,
     /// What the registry has sent from a repository, whole: it has that, whoever sent what is kept now.
     sent: moka::sync::Cache<(String, Digest), ()>,
+    /// What the registry said to have there, and did not send.
+    not_shown: moka::sync::Cache<(String, Digest), ()>,
     proofs: Flights<(Who, String, String), Result<(), SourceError>>,
 }
 
@@ -84,6 +86,7 @@ impl Entitlements {
             telling: RandomState::new(),
             refused: moka::sync::Cache::builder().max_capacity(50_000).expire_after(ByLifetime).build(),
             belonging: moka::sync::Cache::builder().max_capacity(100_000).time_to_idle(day).build(),
+            not_shown: moka::sync::Cache::builder().max_capacity(100_000).time_to_live(day).build(),
             sent: moka::sync::Cache::builder().max_capacity(100_000).time_to_idle(day).build(),
             proofs: Flights::default(),
         }
@@ -97,9 +100,18 @@ impl Entitlements {
             && (*repository == place.repository || self.belonging.contains_key(&(place.to_string(), digest.clone())))
     }
 
-    /// The registry gave it from there.
+    /// The registry has shown that it holds it there.
     pub(super) fn took(&self, place: &Place, digest: &Digest) {
         self.belonging.insert((place.to_string(), digest.clone()), ());
+    }
+
+    /// The registry says that it has it there, and does not have its bytes.
+    pub(super) fn failed_to_show(&self, place: &Place, digest: &Digest) {
+        self.not_shown.insert((place.to_string(), digest.clone()), ());
+    }
+
+    pub(super) fn has_failed_to_show(&self, place: &Place, digest: &Digest) -> bool {
+        self.not_shown.contains_key(&(place.to_string(), digest.clone()))
     }
 
     /// All of it came from there, and matched its digest.
@@ -189,15 +201,20 @@ impl Pull {
         endpoint: &Endpoint,
         accept: &str,
     ) -> Result<(), Unentitled> {
-        let kind = if matches!(endpoint, Endpoint::Manifest(_)) { Kind::Manifest } else { Kind::Blob };
-        let Some(found) = self.store.find(digest, kind).await else { return Ok(()) };
-        let is_of_same = |from: &Provenance| from.registry == place.registry.as_str() && from.rule == place.rule.name();
-        let may_be_brought = found.provenance().is_some_and(is_of_same);
-        if !may_be_brought || self.may_give(digest, found.provenance(), super::Asker::Client, place) {
+        if self.foreign(place, digest, kind_of(endpoint)).await.is_none() {
             return Ok(());
         }
         // That this is not there says nothing of the rest.
         self.prove(place, endpoint, accept).await.map_err(|error| refused(endpoint, &error))
+    }
+
+    /// What is kept of another repository of the same registry, and not known to belong to this one.
+    pub(super) async fn foreign(&self, place: &Place, digest: &Digest, kind: Kind) -> Option<Found> {
+        let found = self.store.find(digest, kind).await?;
+        let is_of_same = |from: &Provenance| from.registry == place.registry.as_str() && from.rule == place.rule.name();
+        let may_be_brought = found.provenance().is_some_and(is_of_same);
+        let is_foreign = may_be_brought && !self.may_give(digest, found.provenance(), super::Asker::Client, place);
+        is_foreign.then_some(found)
     }
 
     /// Whether somebody was let in lately, so that they can be while the registry is in trouble.
@@ -207,8 +224,7 @@ impl Pull {
 
     /// How long something is that is kept here: whatever else the registry sends is something else.
     async fn kept_length(&self, endpoint: &Endpoint) -> Option<u64> {
-        let kind = if matches!(endpoint, Endpoint::Manifest(_)) { Kind::Manifest } else { Kind::Blob };
-        match self.store.find(digest_of(endpoint)?, kind).await? {
+        match self.store.find(digest_of(endpoint)?, kind_of(endpoint)).await? {
             Found::Small { object, .. } => Some(object.bytes.len() as u64),
             Found::Large { blob, .. } => Some(blob.len),
         }
@@ -240,8 +256,8 @@ impl Pull {
                     pull.origin.gives(&place, &endpoint, &accept, kept, Instant::now() + UPSTREAM_TIMEOUT).await;
                 let outcome = given.as_ref().map_or_else(SourceError::as_str, |()| "let");
                 pull.metrics.client_checks.with_label_values(&[place.rule.name(), outcome]).inc();
-                if let (Ok(()), Some(digest)) = (&given, digest_of(&endpoint)) {
-                    pull.entitlements.took(&place, digest);
+                if given.is_ok() {
+                    pull.bring_in_proven(&place, &endpoint, &accept).await;
                 }
                 match &given {
                     Ok(()) => pull.entitlements.let_in(&place, asked),
@@ -269,7 +285,11 @@ fn refused(endpoint: &Endpoint, error: &SourceError) -> Unentitled {
     }
 }
 
-fn digest_of(endpoint: &Endpoint) -> Option<&Digest> {
+pub(super) fn kind_of(endpoint: &Endpoint) -> Kind {
+    if matches!(endpoint, Endpoint::Manifest(_)) { Kind::Manifest } else { Kind::Blob }
+}
+
+pub(super) fn digest_of(endpoint: &Endpoint) -> Option<&Digest> {
     match endpoint {
         Endpoint::Manifest(Reference::Digest(digest)) | Endpoint::Blob(digest) => Some(digest),
         Endpoint::Manifest(Reference::Tag(_)) | Endpoint::Tags | Endpoint::Referrers(_) | Endpoint::Catalog => None,

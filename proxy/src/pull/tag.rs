@@ -237,9 +237,6 @@ impl Pull {
             false => None,
         };
         if let Some(digest) = head {
-            if place.rule.asks_who() {
-                self.entitlements.took(place, &digest);
-            }
             // Peers may wait for this as well: only what they may have is taken from what is kept.
             let asking = Asking { asker: Asker::Peer(Standing::Member), ..Asking::CLIENT };
             match self.manifest_by_digest(place, &digest, accept, asking).await {

@@ -1,6 +1,7 @@
 //! `access = "client"`: callers get what they could pull from the registry itself, cached or not, and nothing else.
 
 mod layers;
+mod lying;
 mod tenants;
 mod tokens;
 mod trouble;
@@ -88,7 +89,8 @@ async fn what_is_cached_is_given_to_those_who_may_pull_it_and_to_nobody_else() {
         // What his repository has as well he gets without it being fetched again.
         let fetched = tenants.origin.sent();
         assert_eq!(pull_as(&dray, &blob.replace("/a/app", "/b/both"), BOB).await.body, bytes);
-        assert!(tenants.origin.sent() - fetched < 10_000, "{wants:?}: {}", tenants.origin.sent() - fetched);
+        // But for the samples by which the registry shows that it has it.
+        assert!(tenants.origin.sent() - fetched < 20_000, "{wants:?}: {}", tenants.origin.sent() - fetched);
         assert_eq!(pull_as(&dray, "/v2/b/app/manifests/1?ns=reg.example", BOB).await.body, tenants.bobs.index());
     }
 }

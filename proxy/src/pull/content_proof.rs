@@ -1,0 +1,143 @@
+//! Whether a registry holds in one repository what is cached from another one, where each repository has readers of its own
+//! (`access = "client"`).
+//!
+//! A HEAD proves nothing: behind a proxy project of Harbor or a remote repository of Artifactory stands a server of
+//! somebody else's, who could name the digest of another team's blob. Only who has the bytes can send them. A manifest
+//! or small blob is requested whole, of a large blob [`SAMPLES`] ranges at random places, which are compared with the cache.
+//! What is not proven is fetched from that repository like anything else that is not cached.
+//!
+//! Who holds a part of a blob passes by chance: with half of it one time in eight, once a day for each blob and repository.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use tokio::time::{Instant, timeout_at};
+
+use super::Pull;
+use super::entitlement::{digest_of, kind_of};
+use crate::oci::{Digest, Endpoint, Reference, Span};
+use crate::registries::Place;
+use crate::source::{Incoming, Part, SourceError, UPSTREAM_TIMEOUT};
+use crate::store::{Blob, Found};
+
+/// Ranges of a large blob that are compared. More: more requests for each blob that two repositories share. Fewer: who has
+/// a part of a blob more often passes for having all.
+const SAMPLES: usize = 3;
+
+/// Length of one, in bytes: one packet or two, and more than can be guessed.
+const SAMPLE_BYTES: u64 = 4096;
+
+impl Pull {
+    /// Lets a repository have what is cached from another one, if the registry shows that it holds it there too.
+    pub(super) async fn bring_in_proven(self: &Arc<Self>, place: &Place, endpoint: &Endpoint, accept: &str) {
+        let Some(digest) = digest_of(endpoint) else { return };
+        let Some(found) = self.foreign(place, digest, kind_of(endpoint)).await else { return };
+        if self.entitlements.has_failed_to_show(place, digest) {
+            return;
+        }
+        let deadline = Instant::now() + UPSTREAM_TIMEOUT;
+        let shown = match found {
+            Found::Small { .. } if matches!(endpoint, Endpoint::Manifest(_)) => {
+                self.shows_manifest(place, digest, accept, deadline).await
+            }
+            Found::Small { object, .. } => self.shows_small(place, digest, object.bytes.len() as u64, deadline).await,
+            Found::Large { blob, .. } => self.shows_samples(place, digest, blob, deadline).await,
+        };
+        match shown {
+            Ok(true) => self.entitlements.took(place, digest),
+            Ok(false) => {
+                tracing::warn!(%place, %digest, "the registry says that it has this, and does not send its bytes");
+                self.entitlements.failed_to_show(place, digest);
+            }
+            Err(error) => tracing::debug!(%place, %digest, %error, "whether the registry holds it there is not known"),
+        }
+    }
+
+    async fn shows_manifest(
+        self: &Arc<Self>,
+        place: &Place,
+        digest: &Digest,
+        accept: &str,
+        deadline: Instant,
+    ) -> Result<bool, SourceError> {
+        let reference = Reference::Digest(digest.clone());
+        let sent = self.origin.manifest(place, &reference, accept, deadline).await?;
+        Ok(digest.matches(&sent.bytes))
+    }
+
+    async fn shows_small(
+        self: &Arc<Self>,
+        place: &Place,
+        digest: &Digest,
+        total: u64,
+        deadline: Instant,
+    ) -> Result<bool, SourceError> {
+        let incoming = self.origin.blob(place, digest, Part::From(0), Some(total), deadline).await?;
+        Ok(incoming.total == total && digest.matches(&read(incoming, total, deadline).await?))
+    }
+
+    async fn shows_samples(
+        self: &Arc<Self>,
+        place: &Place,
+        digest: &Digest,
+        blob: Arc<Blob>,
+        deadline: Instant,
+    ) -> Result<bool, SourceError> {
+        for span in samples(blob.len, fastrand::u64) {
+            let incoming = self.origin.blob(place, digest, Part::Span(span), Some(blob.len), deadline).await?;
+            if incoming.span != span {
+                return Err(SourceError::Malformed("the upstream does not honour ranges".into()));
+            }
+            let sent = read(incoming, span.len(), deadline).await?;
+            let blob = blob.clone();
+            let kept = tokio::task::spawn_blocking(move || read_kept(&blob, span)).await;
+            if !matches!(kept, Ok(Ok(kept)) if kept == sent) {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+}
+
+/// Where to look into a blob of this length, which is longer than a sample.
+fn samples(total: u64, random: impl Fn(Range<u64>) -> u64) -> [Span; SAMPLES] {
+    std::array::from_fn(|_| {
+        let start = random(0..total.saturating_sub(SAMPLE_BYTES).max(1));
+        Span { start, end: total.min(start + SAMPLE_BYTES) }
+    })
+}
+
+/// A body of this length, or what came of it.
+async fn read(mut incoming: Incoming, length: u64, deadline: Instant) -> Result<Vec<u8>, SourceError> {
+    let mut bytes = Vec::new();
+    while let Some(piece) = timeout_at(deadline, incoming.next()).await.map_err(|_| SourceError::TimedOut)? {
+        bytes.extend_from_slice(&piece.map_err(|broken| SourceError::Unreachable(broken.to_string()))?);
+        if bytes.len() as u64 > length {
+            break;
+        }
+    }
+    Ok(bytes)
+}
+
+/// Blocks on the disk.
+fn read_kept(blob: &Blob, span: Span) -> std::io::Result<Vec<u8>> {
+    use std::os::unix::fs::FileExt;
+    let mut bytes = vec![0; usize::try_from(span.len()).unwrap_or(0)];
+    blob.file.read_exact_at(&mut bytes, span.start)?;
+    Ok(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn samples_lie_within_the_blob() {
+        for total in [1, SAMPLE_BYTES, SAMPLE_BYTES + 1, 1 << 40] {
+            let ends = [samples(total, |range| range.start), samples(total, |range| range.end - 1)];
+            for span in ends.into_iter().flatten() {
+                assert!(span.start < span.end && span.end <= total, "{total} {span:?}");
+            }
+        }
+    }
+}
