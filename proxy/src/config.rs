@@ -96,6 +96,9 @@ pub struct Access {
     /// Networks whose clients are answered. Empty: everybody's.
     #[serde(deserialize_with = "addresses::networks")]
     pub clients: Vec<IpNet>,
+    /// Names beside its addresses by which web browsers may find this process.
+    #[serde(deserialize_with = "addresses::hosts")]
+    pub hosts: Vec<String>,
     /// That one address may have open at once.
     pub requests_at_once: Option<NonZeroU16>,
     pub requests_per_second: Option<NonZeroU16>,

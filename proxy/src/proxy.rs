@@ -1,6 +1,7 @@
 //! Pingora's phases: every request is answered from the first one, and logged in the last.
 
 mod answer;
+mod browsers;
 mod clients;
 mod exchange;
 mod gate;
@@ -25,6 +26,7 @@ use pingora::proxy::{ProxyHttp, Session};
 use tokio::time::timeout;
 
 use self::answer::send;
+pub use self::browsers::Browsers;
 pub use self::clients::Clients;
 use self::clients::{Place, Unwelcome};
 pub use self::exchange::Exchange;
@@ -58,6 +60,7 @@ pub struct Front {
     pub access_log: Arc<AccessLog>,
     pub load: Arc<Load>,
     pub clients: Arc<Clients>,
+    pub browsers: Arc<Browsers>,
     pub gate: Arc<Gate>,
     pub activity: Arc<Activity>,
     pub tracer: Arc<Tracer>,
@@ -142,6 +145,9 @@ impl Front {
             Ok(place) => exchange.place = place,
             Err(why @ Unwelcome::Stranger) => return Reply::refusal(&Refusal::Denied(why.as_str().into())),
             Err(why) => return Reply::refusal(&Refusal::Unavailable(why.as_str().into())),
+        }
+        if let Err(foreign) = self.browsers.admit(session.req_header()) {
+            return Reply::refusal(&Refusal::Denied(foreign.as_str().into()));
         }
         if self.asks_for_token(session.req_header()) {
             exchange.route = "token";

@@ -5,14 +5,14 @@
 
 use bytes::Bytes;
 use http::header::{
-    ACCEPT_RANGES, AGE, ALLOW, CACHE_CONTROL, CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, LINK,
-    LOCATION, TRANSFER_ENCODING, WWW_AUTHENTICATE,
+    ACCEPT_RANGES, AGE, ALLOW, CACHE_CONTROL, CONTENT_DISPOSITION, CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_RANGE,
+    CONTENT_SECURITY_POLICY, CONTENT_TYPE, LINK, LOCATION, TRANSFER_ENCODING, WWW_AUTHENTICATE, X_CONTENT_TYPE_OPTIONS,
 };
 use http::{HeaderName, HeaderValue, StatusCode};
 use pingora::http::ResponseHeader;
 
 use crate::oci::route::RouteError;
-use crate::oci::{BLOB_MEDIA_TYPE, Digest, ErrorCode, RangeRequest, Registry, Span, error, link};
+use crate::oci::{BLOB_MEDIA_TYPE, Digest, ErrorCode, RangeRequest, Registry, Span, error, link, manifest};
 use crate::peers::{Unproven, wire};
 use crate::pull::{BlobAnswer, Body, Extent, ListAnswer, ManifestAnswer, Refusal, status_for_client};
 use crate::source::{ServedFrom, UpstreamError};
@@ -23,6 +23,13 @@ const NAMESPACE: HeaderName = HeaderName::from_static("oci-namespace");
 const FILTERS_APPLIED: HeaderName = HeaderName::from_static("oci-filters-applied");
 const CONTENT_DIGEST: HeaderName = HeaderName::from_static("docker-content-digest");
 const API_VERSION: HeaderName = HeaderName::from_static("docker-distribution-api-version");
+
+/// Keeps content from running in a browser, whatever an upstream calls it: nothing that is served here is a page.
+const OF_BROWSERS: [(HeaderName, &str); 3] = [
+    (X_CONTENT_TYPE_OPTIONS, "nosniff"),
+    (CONTENT_SECURITY_POLICY, "sandbox; default-src 'none'"),
+    (CONTENT_DISPOSITION, "attachment"),
+];
 
 /// What a client has shown.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -157,7 +164,10 @@ impl Reply {
     pub fn manifest(answer: &ManifestAnswer, range: Option<RangeRequest>) -> Self {
         match BlobAnswer::of_bytes(&answer.object.bytes, range, answer.from) {
             Ok(part) => {
-                let reply = Self::content(part, &answer.digest, &answer.object.media_type);
+                // A browser would show, and run, what an upstream calls a page or an image.
+                let stated = &*answer.object.media_type;
+                let media_type = if manifest::is_manifest_type(stated) { stated } else { BLOB_MEDIA_TYPE };
+                let reply = Self::content(part, &answer.digest, media_type);
                 match answer.age {
                     Some(age) => reply.header(AGE, &age.as_secs().to_string()),
                     None => reply,
@@ -211,8 +221,9 @@ impl Reply {
         // Pingora's own way to add a header reads the name anew each time.
         let (mut parts, ()) = http::Response::new(()).into_parts();
         parts.status = self.status;
-        parts.headers.reserve(self.headers.len() + 5);
+        parts.headers.reserve(self.headers.len() + 3 + OF_BROWSERS.len());
         parts.headers.extend(self.headers.iter().map(|(name, value)| (name.clone(), value.clone())));
+        parts.headers.extend(OF_BROWSERS.map(|(name, value)| (name, HeaderValue::from_static(value))));
         parts.headers.insert(API_VERSION, HeaderValue::from_static("registry/2.0"));
         if let Ok(id) = HeaderValue::from_str(request_id) {
             parts.headers.insert(REQUEST_ID, id);
@@ -293,7 +304,12 @@ fn next_page(query: &str, path: &str, namespace: Option<&str>) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
+    use crate::oci::INDEX_MEDIA_TYPE;
+    use crate::provenance::Provenance;
+    use crate::store::SmallObject;
 
     #[test]
     fn next_page_leads_back_here() {
@@ -315,6 +331,33 @@ mod tests {
         let reply = Reply::refusal(&Refusal::Upstream { error, code: ErrorCode::ManifestUnknown });
         assert_eq!(reply.status, StatusCode::NOT_FOUND);
         assert!(matches!(&reply.body, Body::Memory(Some(bytes)) if bytes[..] == body[..]));
+    }
+
+    #[test]
+    fn nothing_runs_in_a_browser_and_manifests_have_types_of_manifests() {
+        let (rule, registry, repository) = ("*".into(), "reg.io".into(), "a".into());
+        let provenance = Arc::new(Provenance { rule, registry, repository });
+        let answer = |media_type: &str| {
+            let object = SmallObject::new(media_type, provenance.clone(), b"<script>");
+            let digest = Digest::of(b"<script>");
+            ManifestAnswer { digest, object, from: ServedFrom::Memory, age: None }
+        };
+        for (stated, sent) in [
+            (INDEX_MEDIA_TYPE, INDEX_MEDIA_TYPE),
+            (
+                "application/vnd.docker.distribution.manifest.v2+json",
+                "application/vnd.docker.distribution.manifest.v2+json",
+            ),
+            ("text/html", BLOB_MEDIA_TYPE),
+            ("image/svg+xml", BLOB_MEDIA_TYPE),
+            ("application/vnd.oci.image.manifest.v1+json;x=text/html", BLOB_MEDIA_TYPE),
+        ] {
+            let head = Reply::manifest(&answer(stated), None).head("id");
+            assert_eq!(head.headers["content-type"], sent);
+            for (name, value) in OF_BROWSERS {
+                assert_eq!(head.headers[name], value);
+            }
+        }
     }
 
     #[test]

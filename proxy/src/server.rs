@@ -31,7 +31,7 @@ use crate::metrics::Metrics;
 use crate::origin::Origin;
 use crate::peers::{Peers, RELOAD};
 use crate::prefetch;
-use crate::proxy::{Clients, Front, Gate, Listener, Load};
+use crate::proxy::{Browsers, Clients, Front, Gate, Listener, Load};
 use crate::pull::Pull;
 use crate::readiness::Readiness;
 use crate::registries::Registries;
@@ -108,6 +108,7 @@ pub fn run(
     let tracer = runtime.block_on(async { telemetry::tracer(&config.tracing) }).map_err(StartError::Config)?;
     let tracer = Arc::new(tracer);
     let visitors = Arc::new(Visitors::new(config.admin_token_file.as_deref()).map_err(StartError::Config)?);
+    let browsers = Arc::new(Browsers::new(&config));
     let front = |listener| Front {
         pull: pull.clone(),
         registries: registries.clone(),
@@ -116,6 +117,7 @@ pub fn run(
         load: if listener == Listener::Clients { of_clients.clone() } else { of_peers.clone() },
         readiness: readiness.clone(),
         clients: clients.clone(),
+        browsers: browsers.clone(),
         gate: gate.clone(),
         activity: activity.clone(),
         tracer: tracer.clone(),

@@ -6,6 +6,7 @@ use ipnet::IpNet;
 use serde::de::{Deserialize, Deserializer, Error};
 
 use super::lists::list;
+use crate::oci::Registry;
 
 /// Where somebody listens. An error says how it is written.
 pub fn address(text: &str) -> Result<SocketAddr, String> {
@@ -32,6 +33,18 @@ pub(super) fn optional<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Opt
 pub(super) fn many<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<SocketAddr>, D::Error> {
     let texts: Vec<String> = list(deserializer)?;
     texts.iter().map(|text| address(text).map_err(D::Error::custom)).collect()
+}
+
+fn host(text: &str) -> Result<String, String> {
+    match text.parse::<Registry>() {
+        Ok(name) if name.port().is_none() => Ok(text.to_owned()),
+        _ => Err(format!("\"{text}\" is no host name: write it without scheme, port and path")),
+    }
+}
+
+pub(super) fn hosts<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<String>, D::Error> {
+    let texts: Vec<String> = list(deserializer)?;
+    texts.iter().map(|text| host(text).map_err(D::Error::custom)).collect()
 }
 
 pub(super) fn networks<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<IpNet>, D::Error> {

@@ -4,6 +4,7 @@
 
 mod access;
 mod auth;
+mod browsers;
 mod cache;
 mod cli;
 mod clients;

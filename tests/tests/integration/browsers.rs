@@ -1,0 +1,43 @@
+//! The registry port in a real browser: nothing of it runs, and no page of another origin has anything of it.
+
+use std::process::Command;
+
+use dray_tests::dray::{Start, rule};
+use dray_tests::http::get;
+use dray_tests::image::Image;
+use dray_tests::origin::{Content, Origin, Response};
+use dray_tests::process::run;
+use dray_tests::tool;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn pages_of_others_read_run_and_send_nothing() {
+    let image = Image::new(1, &[1_000]);
+    let content = Content::new(&[("a/app", "1", &image)]);
+    let script = r#"{"schemaVersion": 2, "x": "<script>document.title='ran';parent.postMessage('ran','*')</script>"}"#;
+    let upstream = Origin::answering(move |request| match request.path.contains("/page/") {
+        true => Response::new(200, script).with("content-type", "image/svg+xml"),
+        false => content.answer(request),
+    })
+    .await;
+    let attacker = Origin::answering(|_| Response::new(200, "<html></html>").with("content-type", "text/html")).await;
+    let others = format!("[[registry]]\nmatch = \"sent.example\"\nupstreams = [\"{}\"]\n", upstream.url());
+    let dray = Start::new(rule("reg.example", &upstream.url()) + &others).run();
+    let (private, page) = ("/v2/reg.example/a/app/manifests/1", "/v2/reg.example/page/x/manifests/1");
+    let served = get(&dray.url(page), &[]).await;
+    assert_eq!((served.status, served.header("content-type")), (200, Some("application/octet-stream")));
+    for path in [private, page, "/v2/", "/v2/reg.example/a/app/tags/list", "/nothing"] {
+        let answer = get(&dray.url(path), &[]).await;
+        assert_eq!(answer.header("x-content-type-options"), Some("nosniff"), "{path}");
+        assert_eq!(answer.header("content-security-policy"), Some("sandbox; default-src 'none'"), "{path}");
+        assert_eq!(answer.header("content-disposition"), Some("attachment"), "{path}");
+    }
+    run(Command::new("python3")
+        .env("PYTHONPATH", tool("python"))
+        .arg(concat!(env!("CARGO_MANIFEST_DIR"), "/src/foreign_pages.py"))
+        .args([dray.url("").trim_end_matches('/'), &attacker.address.port().to_string(), private, page]));
+    assert_eq!(
+        upstream.count("GET", "/from/") + upstream.count("HEAD", "/from/"),
+        0,
+        "a page made dray send a request"
+    );
+}
