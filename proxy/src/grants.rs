@@ -28,22 +28,34 @@ pub struct Grants {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Grant {
     /// None: somebody has logged in, and has asked for nothing yet.
-    pub place: Option<(Registry, Repository)>,
-    pub caller: Caller,
+    pub rights: Vec<Right>,
     pub life: Duration,
+}
+
+/// With whose rights a client is let into a repository.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Right {
+    pub registry: Registry,
+    pub repository: Repository,
+    pub caller: Caller,
 }
 
 /// What is sealed. Another meaning needs another [`MEANING`].
 #[derive(Serialize, Deserialize)]
 struct Sealed {
     expires: u64,
-    registry: Option<String>,
-    repository: Option<String>,
+    rights: Vec<SealedRight>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct SealedRight {
+    registry: String,
+    repository: String,
     who: Option<[u8; 16]>,
     authorization: Option<String>,
 }
 
-const MEANING: &[u8] = b"dray grant 1";
+const MEANING: &[u8] = b"dray grant 2";
 
 /// Whatever the registry's own token says: what a client may pull is looked at again after this.
 pub const MAX_LIFE: Duration = Duration::from_secs(300);
@@ -81,16 +93,10 @@ impl Grants {
 
     /// None: it cannot be said, since the registry's own token is too long.
     pub fn seal(&self, grant: &Grant, now: SystemTime) -> Option<String> {
-        let (registry, repository) = grant.place.as_ref().map(|(a, b)| (a.to_string(), b.to_string())).unzip();
-        let holder = grant.caller.holder();
-        let authorization = grant.caller.authorization();
         let sealed = Sealed {
             // Not before it was said to end.
             expires: (now + grant.life + Duration::from_millis(999)).duration_since(UNIX_EPOCH).ok()?.as_secs(),
-            registry,
-            repository,
-            who: holder.map(|holder| holder.who.0),
-            authorization: authorization.map(|value| value.to_str().map(str::to_owned)).transpose().ok()?,
+            rights: grant.rights.iter().map(Right::to_seal).collect::<Option<_>>()?,
         };
         let token = self.sealing.seal(&serde_json::to_vec(&sealed).ok()?)?;
         (token.len() <= MAX_TOKEN).then_some(token)
@@ -101,16 +107,29 @@ impl Grants {
         let plain = (token.len() <= MAX_TOKEN).then(|| self.sealing.open(token.as_bytes()))??;
         let sealed: Sealed = serde_json::from_slice(&plain).ok()?;
         let life = (UNIX_EPOCH + Duration::from_secs(sealed.expires)).duration_since(now).ok()?;
-        let place = match (sealed.registry, sealed.repository) {
-            (Some(registry), Some(repository)) => Some((registry.parse().ok()?, repository.parse().ok()?)),
-            _ => None,
-        };
+        let rights = sealed.rights.into_iter().map(Right::opened).collect::<Option<_>>()?;
+        Some(Grant { rights, life })
+    }
+}
+
+impl Right {
+    fn to_seal(&self) -> Option<SealedRight> {
+        let authorization = self.caller.authorization();
+        Some(SealedRight {
+            registry: self.registry.to_string(),
+            repository: self.repository.to_string(),
+            who: self.caller.holder().map(|holder| holder.who.0),
+            authorization: authorization.map(|value| value.to_str().map(str::to_owned)).transpose().ok()?,
+        })
+    }
+
+    fn opened(sealed: SealedRight) -> Option<Self> {
         let authorization = sealed.authorization.and_then(|text| sensitive(&text));
         let caller = match sealed.who {
             Some(who) => Caller::Holder(Arc::new(Holder { who: Who(who), authorization })),
             None => Caller::Anonymous,
         };
-        Some(Grant { place, caller, life })
+        Some(Self { registry: sealed.registry.parse().ok()?, repository: sealed.repository.parse().ok()?, caller })
     }
 }
 
@@ -126,11 +145,12 @@ mod tests {
 
     fn grant() -> Grant {
         let holder = Holder { who: Who([7; 16]), authorization: sensitive("Bearer hush") };
-        Grant {
-            place: Some(("reg.corp:5000".parse().unwrap(), "team/app".parse().unwrap())),
-            caller: Caller::Holder(Arc::new(holder)),
-            life: Duration::from_secs(300),
-        }
+        let right = |repository: &str, caller| {
+            let (registry, repository) = ("reg.corp:5000".parse().unwrap(), repository.parse().unwrap());
+            Right { registry, repository, caller }
+        };
+        let rights = vec![right("team/app", Caller::Holder(Arc::new(holder))), right("open/base", Caller::Anonymous)];
+        Grant { rights, life: Duration::from_secs(300) }
     }
 
     fn now() -> SystemTime {
@@ -143,7 +163,7 @@ mod tests {
         let token = grants.seal(&grant(), now()).unwrap();
         assert_eq!(grants.open(&token, now()), Some(grant()));
         assert_eq!(grants.open(&token, now() + Duration::from_secs(301)), None);
-        let nothing = Grant { place: None, caller: Caller::Anonymous, ..grant() };
+        let nothing = Grant { rights: Vec::new(), ..grant() };
         assert_eq!(grants.open(&grants.seal(&nothing, now()).unwrap(), now()), Some(nothing));
     }
 

@@ -68,6 +68,8 @@ pub struct Origin {
 pub struct ManifestAnswer {
     pub media_type: String,
     pub bytes: Bytes,
+    /// The digest that the upstream names, which may be wrong.
+    pub claimed: Option<Digest>,
 }
 
 /// What can be listed.
@@ -141,7 +143,7 @@ impl Origin {
         let known = if let Reference::Digest(digest) = reference { Some(digest) } else { None };
         let question = Question::new(Kind::Manifest, format!("manifests/{reference}")).accept(accept);
         let response = self.ask_for(place, question, known, deadline).await?;
-        let stated = media_type(&response);
+        let (stated, claimed) = (media_type(&response), claimed_digest(&response));
         let limit = usize::try_from(MAX_MANIFEST_BYTES).unwrap_or(usize::MAX);
         let bytes = self.read_whole(place, response, limit, deadline).await?;
         if manifest::is_first_schema(&bytes) {
@@ -157,7 +159,7 @@ impl Origin {
             SourceError::Malformed("something that is no manifest, or one without a media type".into())
         })?;
         self.count_bytes(place, bytes.len());
-        Ok(ManifestAnswer { media_type, bytes })
+        Ok(ManifestAnswer { media_type, bytes, claimed })
     }
 
     /// `HEAD manifests/<tag>`: the digest that a tag means now. None: the upstream does not say, and a GET decides. A

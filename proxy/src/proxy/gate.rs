@@ -18,7 +18,7 @@ use super::{Front, client_of};
 use crate::caller::{Caller, Holder, Who};
 use crate::config::Config;
 use crate::flights::Flights;
-use crate::grants::{Grant, Grants, MAX_LIFE};
+use crate::grants::{Grant, Grants, MAX_LIFE, Right};
 use crate::key_file::KeyFile;
 use crate::lifetimes::{ByLifetime, Lifetime};
 use crate::oci::route;
@@ -77,6 +77,9 @@ const SHORTEST: Duration = Duration::from_secs(60);
 /// All of them together: most have one or two KiB, some 64.
 const MAX_SHOWN_BYTES: u64 = 16 * 1024 * 1024;
 
+/// Repositories that one token is for: a client that copies asks for two. Each takes a KiB or two of the token.
+const MOST_SCOPES: usize = 4;
+
 /// Larger than any form of a client, in bytes, and longer than any takes to come.
 const MAX_FORM: usize = 16 * 1024;
 const FORM: Duration = Duration::from_secs(10);
@@ -131,12 +134,10 @@ impl Gate {
         }
     }
 
-    /// What a request shows for this place.
-    fn grant_for(&self, request: &Parts, place: &Place) -> Option<Grant> {
-        self.grant(request).filter(|grant| {
-            let of_grant = grant.place.as_ref().map(|(registry, repository)| (registry, repository));
-            of_grant == Some((&place.registry, &place.repository))
-        })
+    /// With whose rights a request comes to this place.
+    fn grant_for(&self, request: &Parts, place: &Place) -> Option<Caller> {
+        let is_for = |right: &Right| right.registry == place.registry && right.repository == place.repository;
+        self.grant(request)?.rights.into_iter().find(is_for).map(|right| right.caller)
     }
 
     /// What a request shows. None: nothing that this process has given.
@@ -218,7 +219,7 @@ impl Front {
         if let Some(secret) = authorization(request).and_then(Secret::from_basic) {
             return self.exchange(place, secret, from, Duration::ZERO).await.caller.map(Some);
         }
-        Ok(self.gate.grant_for(request, place).map(|grant| grant.caller))
+        Ok(self.gate.grant_for(request, place))
     }
 
     /// What a secret opens at a place's registry, for as long as possible where it is not known to be good for `least`:
@@ -281,21 +282,25 @@ impl Front {
             Err(problem) => return Reply::no_token(problem),
         };
         let host = host_of(session.req_header());
-        let place = wanted.scopes.iter().find_map(|scope| self.place_of(scope, wanted.service.as_deref(), host));
-        let mut grant = Grant { place: None, caller: Caller::Anonymous, life: MAX_LIFE };
-        if let Some(place) = place {
-            if let Some(secret) = wanted.secret.filter(|_| place.rule.asks_who()) {
+        let places = wanted.scopes.iter().filter_map(|scope| self.place_of(scope, wanted.service.as_deref(), host));
+        let mut grant = Grant { rights: Vec::new(), life: MAX_LIFE };
+        for place in places.take(MOST_SCOPES) {
+            let mut caller = Caller::Anonymous;
+            if let Some(secret) = wanted.secret.clone().filter(|_| place.rule.asks_who()) {
                 let shown = self.exchange(&place, secret, client_of(session), SHORTEST).await;
-                grant.life = if shown.is_new() { shown.left().max(SHORTEST) } else { shown.left() };
-                match shown.caller {
-                    Ok(caller) => grant.caller = caller,
+                let life = if shown.is_new() { shown.left().max(SHORTEST) } else { shown.left() };
+                caller = match shown.caller {
+                    Ok(caller) => caller,
+                    // What the first repository gives is of use without the others.
+                    Err(_) if !grant.rights.is_empty() => continue,
                     Err(SourceError::Denied(_)) => {
                         return Reply::wrong_secret("the registry does not take this secret");
                     }
                     Err(error) => return Reply::refusal(&not_exchanged(&error)),
-                }
+                };
+                grant.life = grant.life.min(life);
             }
-            grant.place = Some((place.registry, place.repository));
+            grant.rights.push(Right { registry: place.registry, repository: place.repository, caller });
         }
         match self.gate.grants.seal(&grant, SystemTime::now()) {
             Some(token) => Reply::token(&token, grant.life.as_secs().max(1)),

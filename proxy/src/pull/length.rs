@@ -53,7 +53,9 @@ impl Pull {
             }
             None => {}
         }
+        // Another repository's says nothing of this one.
         if let Some(fill) = self.fills.running(&self.fill_key(request))
+            && (fill.place == request.place || self.homes.length_of(&request.place, &request.digest).is_some())
             && let Ok(opened) = fill.opened().await
         {
             return Ok(opened.length());

@@ -53,6 +53,8 @@ struct Copying {
     pull: Arc<Pull>,
     place: Place,
     record: ListRecord,
+    /// What says that the registry has no such API, which this response disproves.
+    disproved: Option<String>,
     encoder: DeflateEncoder<Vec<u8>>,
 }
 
@@ -86,8 +88,8 @@ impl Pull {
         let mut asked = self.requested(place, list, query, &key);
         let response = match timeout(WITH_COPY.min(asking.patience), &mut asked).await {
             Ok(response) => response,
-            Err(_) => match self.copy_of_list(place, list, query, &key).await {
-                Some(copy) => return Ok(copy),
+            Err(_) => match self.seen_before(place, list, query, &key).await {
+                Some(seen) => return seen,
                 None => {
                     let left = asking.patience.saturating_sub(WITH_COPY);
                     timeout(left, asked).await.unwrap_or(Ok(Err(SourceError::TimedOut)))
@@ -97,20 +99,14 @@ impl Pull {
         let response = response.unwrap_or_else(|_| fetch_ended());
         match response {
             Ok(response) => Ok(self.passed_on(place, list, key, response)),
-            Err(error) if is_outage(&error) => match self.copy_of_list(place, list, query, &key).await {
-                Some(copy) => Ok(copy),
-                None if self.was_absent(list, &key).await => Err(Refusal::of(&SourceError::not_found(), missing(list))),
-                None => Err(Refusal::of(&error, missing(list))),
-            },
+            Err(error) if is_outage(&error) => {
+                let seen = self.seen_before(place, list, query, &key).await;
+                seen.unwrap_or_else(|| Err(Refusal::of(&error, missing(list))))
+            }
             Err(error) => {
                 // "Not found" and "denied" end what was seen before.
                 if error.is_not_found() || error.is_denied() {
-                    let is_absent = error.is_not_found() && matches!(list, List::Referrers(_)) && self.may_copy(place);
-                    let store = self.store.clone();
-                    tokio::task::spawn_blocking(move || match is_absent {
-                        true => store.records.put_absent_list(&key),
-                        false => store.records.forget_list(&key),
-                    });
+                    self.remember_absence(place, list, key, &error);
                 }
                 Err(Refusal::of(&error, missing(list)))
             }
@@ -150,8 +146,9 @@ impl Pull {
             checked_at: SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs(),
         };
         let encoder = DeflateEncoder::new(Vec::new(), Compression::fast());
-        let copy = Copying { pull: self.clone(), place: place.clone(), record, encoder };
-        let copy = Some(copy).filter(|_| encoding.is_none() && self.may_copy(place));
+        let disproved = matches!(list, List::Referrers(_)).then(|| api_key(place));
+        let copy = Copying { pull: self.clone(), place: place.clone(), record, disproved, encoder };
+        let copy = Some(copy).filter(|_| encoding.is_none());
         ListAnswer {
             media_type: media_type(list),
             next,
@@ -164,34 +161,63 @@ impl Pull {
         }
     }
 
-    /// Clients choose the queries of lists: of one repository so many copies are written in an hour at most.
+    fn remember_absence(self: &Arc<Self>, place: &Place, list: &List, key: String, error: &SourceError) {
+        let has_no_api = error.is_not_found() && matches!(list, List::Referrers(_));
+        let has_no_repository =
+            matches!(error, SourceError::NotFound(told) if told.code() == Some(ErrorCode::NameUnknown.as_str()));
+        let (pull, place) = (self.clone(), place.clone());
+        tokio::task::spawn_blocking(move || {
+            let records = &pull.store.records;
+            let api = api_key(&place);
+            if has_no_api && !has_no_repository && !records.is_absent_list(&api) {
+                records.put_absent_list(&api);
+            }
+            match has_no_api && (records.is_known_list(&key) || pull.may_copy(&place)) {
+                true => records.put_absent_list(&key),
+                false => records.forget_list(&key),
+            }
+        });
+    }
+
+    /// Clients choose the queries of lists: of one repository so many new copies are written in an hour at most.
     fn may_copy(&self, place: &Place) -> bool {
         let written = self.list_copies.get_with(place.to_string(), Arc::default);
         written.fetch_add(1, Ordering::Relaxed) < MAX_COPIES
     }
 
-    /// Whether the upstream has no referrers API, or had none for this manifest: a client looks for the fall-back tag then.
-    async fn was_absent(&self, list: &List, key: &str) -> bool {
+    /// Whether the upstream has no referrers API, or had none for this manifest: a client looks for the fall-back tag then,
+    /// which is complete where cached artifacts may not be.
+    async fn was_absent(&self, place: &Place, list: &List, key: &str) -> bool {
         if !matches!(list, List::Referrers(_)) {
             return false;
         }
-        let (store, key) = (self.store.clone(), key.to_owned());
-        tokio::task::spawn_blocking(move || store.records.is_absent_list(&key)).await.unwrap_or(false)
+        let (store, keys) = (self.store.clone(), [key.to_owned(), api_key(place)]);
+        let was_absent = move || keys.iter().any(|key| store.records.is_absent_list(key));
+        tokio::task::spawn_blocking(was_absent).await.unwrap_or(false)
     }
 
-    /// The list as it was last seen, or as cached artifacts tell.
-    async fn copy_of_list(&self, place: &Place, list: &List, query: Option<&str>, key: &str) -> Option<ListAnswer> {
+    /// The list as it was last seen, or as cached artifacts tell. None: neither.
+    async fn seen_before(
+        &self,
+        place: &Place,
+        list: &List,
+        query: Option<&str>,
+        key: &str,
+    ) -> Option<Result<ListAnswer, Refusal>> {
         // A right to list ends with the right to pull.
         if place.rule.asks_who() && !self.was_let_in(place) {
             return None;
         }
         let copy = match self.kept_list(place, list, key).await {
             Some(kept) => kept,
+            None if self.was_absent(place, list, key).await => {
+                return Some(Err(Refusal::of(&SourceError::not_found(), missing(list))));
+            }
             None => self.referrers_of_cached(place, list, query).await?,
         };
         self.metrics.stale.with_label_values(&["list"]).inc();
         tracing::info!(%place, "served a list stale");
-        Some(copy)
+        Some(Ok(copy))
     }
 
     async fn kept_list(&self, place: &Place, list: &List, key: &str) -> Option<ListAnswer> {
@@ -293,17 +319,25 @@ impl Copying {
 
     /// All of it has come.
     fn keep(self) {
-        let Self { pull, place, mut record, encoder } = self;
+        let Self { pull, place, mut record, disproved, encoder } = self;
         let Ok(packed) = encoder.finish() else { return };
         let digest = Digest::of(&packed);
         record.digest = digest.to_string();
         tokio::spawn(async move {
+            let (keeper, key) = (pull.clone(), record.key.clone());
+            let is_known = tokio::task::spawn_blocking(move || keeper.store.records.is_known_list(&key)).await;
+            if !is_known.unwrap_or(false) && !pull.may_copy(&place) {
+                return;
+            }
             let object = SmallObject::new("application/octet-stream", Arc::new(place.provenance()), &packed);
             // Most lists are the same as before.
             if pull.store.find(&digest, Kind::Blob).await.is_none() {
                 pull.store.small.insert(&digest, Kind::Blob, object).await;
             }
-            tokio::task::spawn_blocking(move || pull.store.records.put_list(&record));
+            tokio::task::spawn_blocking(move || {
+                disproved.into_iter().for_each(|api| pull.store.records.forget_list(&api));
+                pull.store.records.put_list(&record);
+            });
         });
     }
 }
@@ -322,6 +356,11 @@ fn key(place: &Place, list: &List, query: Option<&str>) -> String {
     };
     let who = place.caller.holder().map_or(0, |holder| u128::from_be_bytes(holder.who.0));
     format!("{what}?{} {} {who:032x}", query.unwrap_or_default(), place.rule.name())
+}
+
+/// That a registry has no referrers API, which a 404 for any manifest says.
+fn api_key(place: &Place) -> String {
+    format!("{}/referrers {}", place.registry, place.rule.name())
 }
 
 fn subject_key(place: &Place, subject: &Digest) -> String {

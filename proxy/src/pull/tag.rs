@@ -247,9 +247,10 @@ impl Pull {
             }
         }
         // The digest of the bytes is what the tag means. `Docker-Content-Digest` is wrong at many registries, so that
-        // go-containerregistry ignores it for tags as well.
+        // go-containerregistry ignores it for tags as well; where it is right it may be of another algorithm.
         let answer = self.origin.manifest(place, &reference, accept, deadline).await?;
-        let digest = Digest::of(&answer.bytes);
+        let digest = answer.claimed.filter(|claimed| claimed.matches(&answer.bytes));
+        let digest = digest.unwrap_or_else(|| Digest::of(&answer.bytes));
         self.blobs_reachable(place, &answer.bytes).await?;
         let object = self.keep_manifest(place, &digest, &answer.media_type, answer.bytes).await;
         Ok(ManifestAnswer { digest, object, from: ServedFrom::Origin, age: Some(Duration::ZERO) })

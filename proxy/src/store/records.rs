@@ -133,6 +133,11 @@ impl Records {
         self.lists.write(&list_key(&record.key), record);
     }
 
+    /// Whether a list, or its absence, is remembered. Blocks on the disk.
+    pub fn is_known_list(&self, key: &str) -> bool {
+        self.list(key).is_some() || self.is_absent_list(key)
+    }
+
     /// Remembers that there is no such tag, until one is put. Blocks on the disk.
     pub fn put_absent(&self, registry: &Registry, repository: &Repository, tag: &Tag) {
         self.lists.write(&absent_key(registry, repository, tag), &absent_key(registry, repository, tag));

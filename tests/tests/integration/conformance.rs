@@ -2,10 +2,11 @@
 //! registry behind dray. The suites themselves are Go programs that cannot be had as modules.
 
 use dray_tests::dray::{Dray, Start};
-use dray_tests::http::{Answer, head};
+use dray_tests::http::{Answer, head, send};
 use dray_tests::image::{INDEX, Image, digest, noise};
 use dray_tests::origin::{Origin, Response};
 use dray_tests::registry::Registry;
+use reqwest::Method;
 use sha2::{Digest, Sha512};
 
 const REPO: &str = "/v2/docker.io/conformance/app";
@@ -155,6 +156,10 @@ async fn sha512_content_is_verified_and_kept() {
     let lie = wrong.clone();
     let origin = Origin::answering(move |request| {
         let wanted = request.path.rsplit('/').next().unwrap_or_default();
+        if wanted == "by-sha512" {
+            let (digest, bytes) = &held[2];
+            return Response::new(200, bytes.clone()).with("docker-content-digest", digest);
+        }
         match held.iter().find(|(digest, _)| digest == wanted) {
             Some((_, bytes)) => Response::new(200, bytes.clone()).with("content-type", INDEX),
             None if wanted == lie => Response::new(200, "not that"),
@@ -172,5 +177,10 @@ async fn sha512_content_is_verified_and_kept() {
         assert_eq!((answer.status, &answer.body[..]), (200, &manifest[..]));
     }
     assert_eq!(origin.requests().len(), 3, "fetched once");
+    // A tag has the digest that its registry names, if it is right.
+    for method in [Method::HEAD, Method::GET] {
+        let answer = send(method, &dray.url(&format!("{REPO}/manifests/by-sha512")), &[]).await;
+        assert_eq!(answer.header("docker-content-digest"), Some(name(&manifest).as_str()));
+    }
     assert_eq!(dray.get(&format!("{REPO}/blobs/{wrong}")).await.status, 502);
 }

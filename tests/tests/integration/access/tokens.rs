@@ -1,5 +1,7 @@
 //! The tokens that clients are given.
 
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
 use dray_tests::dray::Start;
 use dray_tests::origin::{Content, Origin, Request, Response};
 use dray_tests::process::free_port;
@@ -42,6 +44,28 @@ async fn a_token_is_good_for_a_minute_whatever_the_registry_gives_and_however_la
         assert_eq!(origin.count("GET", "/token") - before, 1, "{nth}: what is left of an earlier one is too little");
         let shown = format!("Bearer {}", answer["token"].as_str().unwrap());
         assert_eq!(get_as(&dray, TAG, &shown).await.status, 200);
+    }
+}
+
+/// A client that copies asks once for where it reads and where it writes.
+#[tokio::test(flavor = "multi_thread")]
+async fn token_for_several_repositories_is_good_for_each() {
+    for wants in [Wants::Tokens, Wants::Basic] {
+        let tenants = Tenants::new(wants).await;
+        let dray = Start::new(tenants.rule()).run();
+        let basic = format!("Basic {}", STANDARD.encode(BOB));
+        for scopes in [
+            "scope=repository:b/both:pull,push&scope=repository:b/app:pull",
+            "scope=repository:b/app:pull%20repository:b/both:pull",
+        ] {
+            let answer = get_as(&dray, &format!("/token?service=reg.example&{scopes}"), &basic).await;
+            assert_eq!(answer.status, 200, "{wants:?}: {}", answer.text());
+            let token = serde_json::from_slice::<Value>(&answer.body).unwrap()["token"].as_str().unwrap().to_owned();
+            for (repository, status) in [("b/app", 200), ("b/both", 200), ("a/app", 401)] {
+                let path = format!("/v2/{repository}/manifests/1?ns=reg.example");
+                assert_eq!(get_as(&dray, &path, &format!("Bearer {token}")).await.status, status, "{wants:?} {path}");
+            }
+        }
     }
 }
 

@@ -2,7 +2,7 @@
 
 use dray_tests::http::{head, send};
 use dray_tests::image::Image;
-use dray_tests::origin::{Origin, Response};
+use dray_tests::origin::{Fault, Origin, Response};
 use reqwest::Method;
 use serde_json::json;
 
@@ -129,6 +129,24 @@ async fn head_in_another_repository_is_asked_of_the_upstream() {
             assert_eq!(there.status, 404, "{below} is answered for a repository that does not exist");
         }
     }
+    // Nor while another repository's blob is on its way.
+    let arriving = Image::new(2, &[3_000_000]);
+    let held = upstream_of(&arriving, |request, response| match request.path.contains("/v2/a/app/") {
+        true if request.method == "GET" => response.fault(Fault::GateAfter(500_000)),
+        true => response,
+        false => Response::new(404, error("BLOB_UNKNOWN")),
+    })
+    .await;
+    let other_dray = dray_of(&held);
+    let (layer, _) = arriving.layer();
+    let path = |repository: &str| format!("/v2/a/{repository}/blobs/{layer}?ns=reg.example");
+    let asked = async {
+        other_dray.fill_begins().await;
+        assert_eq!(head(&other_dray.url(&path("other"))).await.status, 404);
+        held.open_gate();
+    };
+    let ((), whole) = tokio::join!(asked, async { other_dray.get(&path("app")).await });
+    assert!(whole.complete);
     // The upstream off: the cache answers.
     drop(upstream);
     for below in &elsewhere {

@@ -89,6 +89,60 @@ async fn referrers_are_put_together_from_cached_artifacts() {
     assert_eq!(other.header("oci-filters-applied"), Some("artifactType"));
 }
 
+/// A registry without the API has a fall-back tag, which is complete; the cached artifacts are not.
+#[tokio::test(flavor = "multi_thread")]
+async fn missing_referrers_api_stays_missing_in_an_outage() {
+    let subject = digest(b"image");
+    let artifact = json!({
+        "schemaVersion": 2, "mediaType": MANIFEST, "artifactType": "a/b",
+        "config": {"mediaType": "application/vnd.oci.empty.v1+json", "digest": digest(b"{}"), "size": 2},
+        "layers": [], "subject": {"mediaType": MANIFEST, "digest": subject, "size": 5},
+    })
+    .to_string();
+    let (bytes, artifact_digest) = (artifact.clone(), digest(artifact.as_bytes()));
+    let upstream = Origin::answering(move |request| match request.path.contains("/manifests/") {
+        true => Response::new(200, bytes.clone()).with("content-type", MANIFEST),
+        false => Response::new(404, "404 page not found"),
+    })
+    .await;
+    let dray = Start::new(rule(REGISTRY, &upstream.url())).run();
+    let form = FORMS[0];
+    let fallback = form.path(&format!("manifests/{}", subject.replace(':', "-")));
+    assert_eq!(dray.get(&form.path(&format!("referrers/{subject}"))).await.status, 404);
+    assert_eq!(dray.get(&fallback).await.status, 200);
+    drop(upstream);
+    for of in [&subject, &artifact_digest] {
+        let answer = dray.get(&form.path(&format!("referrers/{of}"))).await;
+        assert_eq!((answer.status, answer.code().as_str()), (404, "UNSUPPORTED"), "{of}");
+    }
+    assert_eq!(dray.get(&fallback).await.status, 200);
+}
+
+/// Clients list what they watch again and again.
+#[tokio::test(flavor = "multi_thread")]
+async fn list_that_is_requested_often_is_kept_as_it_was_last_seen() {
+    let pushed = Arc::new(AtomicUsize::new(0));
+    let now = pushed.clone();
+    let upstream = Origin::answering(move |_| {
+        let tags: Vec<usize> = (0..=now.load(Ordering::SeqCst)).collect();
+        Response::new(200, json!({"tags": tags}).to_string())
+    })
+    .await;
+    let dray = dray_of(&upstream);
+    let path = FORMS[0].path("tags/list");
+    for _ in 0..80 {
+        assert_eq!(dray.get(&path).await.status, 200);
+    }
+    pushed.store(7, Ordering::SeqCst);
+    let last = dray.get(&path).await.text();
+    drop(upstream);
+    eventually("the last one is served", async || {
+        let answer = dray.get(&path).await;
+        (answer.source() == "stale" && answer.text() == last).then_some(())
+    })
+    .await;
+}
+
 /// One that takes long with lists must not leave clients with what they saw first for ever.
 #[tokio::test(flavor = "multi_thread")]
 async fn list_of_a_slow_upstream_is_served_stale_and_renewed() {
