@@ -105,7 +105,7 @@ fn lookup(count: u32) {
     let dir = tempfile::tempdir().unwrap();
     runtime.block_on(async {
         let disk = Share::Size(Size(64 << 20));
-        let store = Store::open(dir.path(), disk, 16 << 20, &Metrics::new()).await.unwrap();
+        let store = Store::open(dir.path(), disk, Share::Percent(0), 16 << 20, &Metrics::new()).await.unwrap();
         let digest = Digest::of(b"x");
         let provenance = Provenance { rule: "*".into(), registry: "docker.io".into(), repository: "a/b".into() };
         let object = SmallObject::new("a/b", provenance.into(), b"x");

@@ -3,8 +3,9 @@
 //! Pingora bounds each read, so that somebody who sends one byte a minute would keep a connection for ever. Here the
 //! head of a request is read as a whole, by one deadline, and handed over.
 
-mod crowd;
+mod idle;
 
+use std::net::{IpAddr, Ipv6Addr};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -19,18 +20,19 @@ use pingora::protocols::http::ServerSession;
 use pingora::protocols::{ALPN, Stream};
 use pingora::server::ShutdownWatch;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt};
-use tokio::sync::Semaphore;
 use tokio::time::{sleep, timeout};
 
-use self::crowd::Crowd;
-pub use self::crowd::client;
+use self::idle::{Idle, Whose};
+use crate::memory::{Memory, OfClient};
+use crate::shares::{Share, Shares};
 
 /// Gives the requests of each connection to an application.
 pub struct Connections<A> {
     app: Arc<A>,
-    crowd: Arc<Crowd>,
-    /// Heads that are longer than most, while they are read.
-    long: Arc<Semaphore>,
+    places: Shares<Option<IpAddr>>,
+    idle: Arc<Idle>,
+    /// For heads while they are read.
+    memory: Arc<Memory>,
 }
 
 /// One connection of HTTP/2.
@@ -71,9 +73,8 @@ const WHOLE: Duration = Duration::from_secs(10);
 /// Longer than any head that a client of a registry sends.
 const MAX_HEAD: usize = 64 * 1024;
 
-/// Most have no more, and so many at a time may.
-const SHORT: usize = 8 * 1024;
-const MOST_LONG: usize = 512;
+/// Room is made by closing an idle connection, which takes no longer.
+const MAKE_ROOM: Duration = Duration::from_secs(1);
 
 /// What comes of a request's body after the answer is waited for so long, to use the connection again.
 const LEFTOVER: Duration = Duration::from_secs(5);
@@ -82,9 +83,22 @@ const LEFTOVER: Duration = Duration::from_secs(5);
 const FAREWELL: Duration = Duration::from_secs(1);
 
 impl<A> Connections<A> {
-    /// At most `most` of them at a time.
-    pub fn new(app: A, most: usize) -> Self {
-        Self { app: Arc::new(app), crowd: Crowd::new(most), long: Arc::new(Semaphore::new(MOST_LONG)) }
+    /// At most `most` of them at a time, and no more than there is memory for.
+    pub fn new(app: A, most: usize, memory: Arc<Memory>) -> Self {
+        let places = Shares::new(most.min(memory.connections));
+        Self { app: Arc::new(app), places, idle: Arc::default(), memory }
+    }
+
+    /// A place for another connection, which an idle one may have to leave: one of the same client, or the oldest for a client
+    /// that has none.
+    async fn place(&self, client: Option<IpAddr>) -> Option<Share<Option<IpAddr>>> {
+        if let Some(place) = self.places.take(&client, 1) {
+            return Some(place);
+        }
+        let whose = if self.places.is_holding(&client) { Whose::Clients(client) } else { Whose::Anybodys };
+        let is_closed = self.idle.close_oldest(whose);
+        let place = timeout(MAKE_ROOM, self.places.wait(&client, 1));
+        if is_closed { place.await.ok() } else { None }
     }
 }
 
@@ -103,14 +117,15 @@ impl<A: HttpServerApp + Send + Sync + 'static> ServerApp for Connections<A> {
     async fn process_new(self: &Arc<Self>, stream: Stream, shutdown: &ShutdownWatch) -> Option<Stream> {
         let digest = stream.get_socket_digest();
         let from = digest.as_ref().and_then(|digest| digest.peer_addr()?.as_inet()).map(|from| from.ip());
-        let Some(_entry) = self.crowd.enter(from) else {
+        let from = from.map(|from| client(from.to_canonical()));
+        let Some(_place) = self.place(from).await else {
             part(stream, &NoHead::TooMany).await;
             return None;
         };
         if matches!(stream.selected_alpn_proto(), Some(ALPN::H2)) {
             self.streams(stream, shutdown).await;
         } else {
-            self.requests(stream, shutdown).await;
+            self.requests(stream, from, shutdown).await;
         }
         None
     }
@@ -122,13 +137,13 @@ impl<A: HttpServerApp + Send + Sync + 'static> ServerApp for Connections<A> {
 
 impl<A: HttpServerApp + Send + Sync + 'static> Connections<A> {
     /// HTTP/1: one request after the other.
-    async fn requests(&self, mut stream: Stream, shutdown: &ShutdownWatch) {
+    async fn requests(&self, mut stream: Stream, from: Option<IpAddr>, shutdown: &ShutdownWatch) {
         let mut settings = None::<HttpPersistentSettings>;
         loop {
             let mut shutdown_begins = shutdown.clone();
             let head = tokio::select! {
                 biased;
-                head = head(&mut stream, &self.long) => head,
+                head = self.head(&mut stream, from) => head,
                 () = async { let _ = shutdown_begins.wait_for(|begun| *begun).await; } => Err(NoHead::Left),
             };
             let head = match head {
@@ -144,6 +159,18 @@ impl<A: HttpServerApp + Send + Sync + 'static> Connections<A> {
             let Some(reused) = self.app.process_new_http(session, shutdown).await else { return };
             (stream, settings) = reused.consume();
         }
+    }
+
+    /// Waits for a request, and reads its head.
+    async fn head(&self, stream: &mut Stream, from: Option<IpAddr>) -> Result<BytesMut, NoHead> {
+        let mut head = Head::default();
+        let mut waiting = self.idle.enter(from);
+        tokio::select! {
+            begun = head.begin(stream) => begun?,
+            () = waiting.closed() => return Err(NoHead::Left),
+        }
+        drop(waiting);
+        head.read_rest(stream, self.memory.of_clients.nothing(&from)).await
     }
 
     /// HTTP/2: many requests at once.
@@ -184,21 +211,12 @@ impl<A: HttpServerApp + Send + Sync + 'static> HttpServerApp for Streams<A> {
     }
 }
 
-/// Reads until a head is whole.
-async fn head(stream: &mut (impl AsyncRead + Unpin), long: &Semaphore) -> Result<BytesMut, NoHead> {
-    let mut head = Head::default();
-    timeout(IDLE, head.read(stream)).await.unwrap_or(Err(NoHead::Left))?;
-    let rest = async {
-        let mut is_long = None;
-        while !head.is_whole()? {
-            if head.bytes.len() > SHORT && is_long.is_none() {
-                is_long = Some(long.try_acquire().map_err(|_| NoHead::TooMany)?);
-            }
-            head.read(stream).await?;
-        }
-        Ok(head.bytes)
-    };
-    timeout(WHOLE, rest).await.unwrap_or(Err(NoHead::TooSlow))
+/// As whom an address counts: one host has a whole network of IPv6 addresses (RFC 4291, section 2.5.4).
+pub fn client(address: IpAddr) -> IpAddr {
+    match address {
+        IpAddr::V4(_) => address,
+        IpAddr::V6(v6) => IpAddr::V6(Ipv6Addr::from_bits(v6.to_bits() & !u128::from(u64::MAX))),
+    }
 }
 
 /// Says why a connection ends, to those who ask wrongly.
@@ -218,17 +236,45 @@ async fn part(mut stream: Stream, why: &NoHead) {
         stream.write_all(words.as_bytes()).await?;
         AsyncWriteExt::shutdown(&mut stream).await?;
         // Bytes that nobody reads would reset the connection, and take the answer along.
-        tokio::io::copy(&mut stream, &mut tokio::io::sink()).await
+        let mut unread = [0; 512];
+        while stream.read(&mut unread).await? > 0 {}
+        Ok::<_, std::io::Error>(())
     };
     let _ = timeout(FAREWELL, farewell).await;
 }
 
 impl Head {
+    /// Waits for the first bytes.
+    async fn begin(&mut self, stream: &mut (impl AsyncRead + Unpin)) -> Result<(), NoHead> {
+        timeout(IDLE, self.read(stream)).await.unwrap_or(Err(NoHead::Left))
+    }
+
+    /// Reads until the head is whole. What has come of it is held: nobody can have many half heads.
+    async fn read_rest(
+        mut self,
+        stream: &mut (impl AsyncRead + Unpin),
+        mut held: OfClient,
+    ) -> Result<BytesMut, NoHead> {
+        let rest = async {
+            let mut counted = 0;
+            while !self.is_whole()? {
+                let new = self.bytes.capacity().saturating_sub(counted);
+                if !held.grow(new) {
+                    return Err(NoHead::TooMany);
+                }
+                counted += new;
+                self.read(stream).await?;
+            }
+            Ok(self.bytes)
+        };
+        timeout(WHOLE, rest).await.unwrap_or(Err(NoHead::TooSlow))
+    }
+
     async fn read(&mut self, stream: &mut (impl AsyncRead + Unpin)) -> Result<(), NoHead> {
         if self.bytes.len() >= MAX_HEAD {
             return Err(NoHead::TooLong);
         }
-        self.bytes.reserve(4096);
+        self.bytes.reserve(1024);
         match stream.read_buf(&mut self.bytes).await {
             Ok(0) | Err(_) => Err(NoHead::Left),
             Ok(_) => Ok(()),
@@ -270,7 +316,13 @@ mod tests {
             std::future::pending::<()>().await;
             drop(client);
         });
-        head(&mut server, &Semaphore::new(1)).await
+        read(&mut server).await
+    }
+
+    async fn read(stream: &mut (impl AsyncRead + Unpin)) -> Result<BytesMut, NoHead> {
+        let (mut head, memory) = (Head::default(), Memory::new(16 * MAX_HEAD));
+        head.begin(stream).await?;
+        head.read_rest(stream, memory.of_clients.nothing(&None)).await
     }
 
     #[tokio::test(start_paused = true)]
@@ -314,13 +366,47 @@ mod tests {
             client.write_all(b"GET / HTTP/1.1\r\n").await.unwrap();
             while client.write_all(line.as_bytes()).await.is_ok() {}
         });
-        assert_eq!(head(&mut server, &Semaphore::new(1)).await, Err(NoHead::TooLong));
-        let (mut client, mut server) = duplex(2 * SHORT);
-        client.write_all("x".repeat(SHORT + 1).as_bytes()).await.unwrap();
-        assert_eq!(head(&mut server, &Semaphore::new(0)).await, Err(NoHead::TooMany));
+        assert_eq!(read(&mut server).await, Err(NoHead::TooLong));
         let (client, mut server) = duplex(1024);
         drop(client);
-        assert_eq!(head(&mut server, &Semaphore::new(1)).await, Err(NoHead::Left));
+        assert_eq!(read(&mut server).await, Err(NoHead::Left));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn half_heads_of_one_client_leave_room_for_others() {
+        let memory = Memory::new(32 * 1024);
+        let mut clients = Vec::new();
+        let mut outcomes = Vec::new();
+        for address in [1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 2] {
+            let (mut client, mut server) = duplex(8192);
+            client.write_all(b"GET / HTTP/1.1\r\nX: half").await.unwrap();
+            clients.push(client);
+            let mut head = Head::default();
+            head.begin(&mut server).await.unwrap();
+            let held = memory.of_clients.nothing(&Some(IpAddr::from([192, 0, 2, address])));
+            outcomes.push(tokio::spawn(async move { head.read_rest(&mut server, held).await }));
+            tokio::task::yield_now().await;
+        }
+        let outcomes = futures_util::future::join_all(outcomes).await;
+        let outcomes: Vec<_> = outcomes.into_iter().map(Result::unwrap).collect();
+        let refused = outcomes.iter().filter(|outcome| **outcome == Err(NoHead::TooMany)).count();
+        assert!((1..12).contains(&refused), "{refused} of the first client's");
+        assert_eq!(outcomes.last(), Some(&Err(NoHead::TooSlow)), "the other client had the room to go on");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn idle_connection_leaves_its_place_to_a_new_one() {
+        let connections = Connections::new(NeverAsked, 4, Arc::new(Memory::new(1 << 20)));
+        let client = |nth: u8| Some(IpAddr::from([192, 0, 2, nth]));
+        let held = [connections.place(client(1)).await, connections.place(client(1)).await];
+        assert!(held.iter().all(Option::is_some) && connections.place(client(1)).await.is_none(), "none is idle");
+        let mut oldest = connections.idle.enter(client(1));
+        let left = async {
+            oldest.closed().await;
+            drop(held);
+        };
+        let (place, ()) = tokio::join!(connections.place(client(1)), left);
+        assert!(place.is_some());
     }
 
     struct NeverAsked;
@@ -340,7 +426,7 @@ mod tests {
         for sent in [&begun[..0], &begun[..10], begun] {
             let (mut client, server) = duplex(1024);
             client.write_all(sent).await.unwrap();
-            let connections = Connections::new(NeverAsked, 1);
+            let connections = Connections::new(NeverAsked, 2, Arc::new(Memory::new(1 << 20)));
             let ended = timeout(IDLE + WHOLE, connections.streams(Box::new(server), &shutdown)).await;
             assert!(ended.is_ok(), "{} bytes", sent.len());
         }

@@ -34,7 +34,7 @@ pub use self::climb::Climb;
 pub use self::feed::{Connections, Feed, Sources, Truth};
 pub use self::fills::{DISTRUST, FillKey, Fills};
 pub use self::pace::Pace;
-pub use self::passage::Passage;
+pub use self::passage::{PART_BYTES, Passage};
 pub use self::plan::{Lent, Plan};
 use self::progress::{Phase, Progress};
 pub use self::reader::Reader;
@@ -53,6 +53,10 @@ pub const HELD_BYTES: u64 = 64 * 1024;
 /// [`LITTLE_LEFT`] is missing.
 const ABANDONED_AFTER: Duration = Duration::from_secs(5);
 const LITTLE_LEFT: u64 = 32 * 1024 * 1024;
+
+/// A fill that nobody reads goes on only if it has brought this many bytes a second so far: a registry that trickles would
+/// hold its place for hours.
+const LEAST_RATE: u64 = 64 * 1024;
 
 /// Who reads only what comes waits for so long.
 const COMES: Duration = Duration::from_secs(1);

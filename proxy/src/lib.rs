@@ -16,6 +16,7 @@ pub mod grants;
 pub mod identity;
 pub mod key_file;
 pub mod lifetimes;
+pub mod memory;
 pub mod metrics;
 pub mod oci;
 pub mod origin;

@@ -41,6 +41,7 @@ use self::redirects::Redirects;
 use self::retry::RetryBudget;
 use self::scarcity::Scarcity;
 use crate::config::Config;
+use crate::memory::{Memory, OfUpstream};
 use crate::metrics::Metrics;
 use crate::oci::{Digest, ErrorCode, MAX_MANIFEST_BYTES, Reference, Registry, error, link, manifest};
 use crate::registries::{Place, Registries};
@@ -52,14 +53,14 @@ pub struct Origin {
     http: Arc<Http>,
     tokens: Tokens,
     redirects: Redirects,
-    retries: RetryBudget,
+    /// By registry: one that fails does not spend what others earn.
+    retries: moka::sync::Cache<Registry, Arc<RetryBudget>>,
     conditions: Conditions,
     scarcity: Scarcity,
     /// Those that look after upstreams that are down, and after those that nobody has ever heard of.
     watches: Arc<Semaphore>,
     of_strangers: Arc<Semaphore>,
-    /// Memory for answers that are read whole, in KiB.
-    whole: Shares<Registry>,
+    memory: Arc<Memory>,
     lists: Shares<Registry>,
     metrics: Arc<Metrics>,
 }
@@ -93,41 +94,42 @@ pub struct ListResponse {
     pub body: BoxStream<'static, Result<Bytes, Broken>>,
 }
 
+/// Registries whose retries are counted. One that is forgotten begins anew.
+const MAX_RETRY_BUDGETS: u64 = 10_000;
+
 /// Upstreams that are looked after at a time. Of others each question finds out by itself.
 const MAX_WATCHES: usize = 256;
 
 /// Clients can name hosts that never were there: they must not take the place of those that are missed.
 const MAX_OF_STRANGERS: usize = 64;
 
-/// All answers that are being read whole share this many KiB.
-const WHOLE_KIB: usize = 64 * 1024;
-const WHOLE_KIB_OF_REGISTRY: usize = 32 * 1024;
-
-const STEP_KIB: usize = 64;
-
-/// Lists that are passed on at the same time, in all and for one registry: their size has no bound, their number has.
+/// Lists that are passed on at the same time: their size has no bound, their number has.
 const MAX_LISTS: usize = 256;
-const MAX_LISTS_OF_REGISTRY: usize = 64;
 
 /// Longest `OCI-Filters-Applied` that is passed on, in bytes.
 const LONGEST_FILTERS: usize = 256;
 
 impl Origin {
     /// Must run inside a tokio runtime, which drives DNS.
-    pub fn new(config: &Config, registries: &Registries, metrics: Arc<Metrics>) -> Result<Self, String> {
+    pub fn new(
+        config: &Config,
+        registries: &Registries,
+        memory: Arc<Memory>,
+        metrics: Arc<Metrics>,
+    ) -> Result<Self, String> {
         let guard = Guard::new(config)?;
         let http = Http::new(guard, registries.rules().iter().map(|rule| &rule.tls), config.tls.ca.as_deref())?;
         Ok(Self {
             http: Arc::new(http),
             tokens: Tokens::new(),
             redirects: Redirects::new(),
-            retries: RetryBudget::new(),
+            retries: moka::sync::Cache::new(MAX_RETRY_BUDGETS),
             conditions: Conditions::new(),
             scarcity: Scarcity::new(metrics.clone()),
             watches: Arc::new(Semaphore::new(MAX_WATCHES)),
             of_strangers: Arc::new(Semaphore::new(MAX_OF_STRANGERS)),
-            whole: Shares::new(WHOLE_KIB, WHOLE_KIB_OF_REGISTRY),
-            lists: Shares::new(MAX_LISTS, MAX_LISTS_OF_REGISTRY),
+            memory,
+            lists: Shares::new(MAX_LISTS),
             metrics,
         })
     }
@@ -232,7 +234,9 @@ impl Origin {
                 Some(length) => return Ok(length),
                 None => tracing::debug!(%place, %digest, "HEAD without a length"),
             },
-            Err(error @ (SourceError::Unreachable(_) | SourceError::TimedOut)) => return Err(error),
+            Err(error @ (SourceError::Unreachable(_) | SourceError::Interrupted(_) | SourceError::TimedOut)) => {
+                return Err(error);
+            }
             Err(error @ SourceError::NotFound(_)) => return Err(error),
             // Signed URLs are often good for GET only.
             Err(error) => tracing::debug!(%place, %digest, %error, "HEAD refused, asking by GET"),
@@ -310,8 +314,11 @@ impl Origin {
         limit: usize,
         deadline: Instant,
     ) -> Result<Bytes, SourceError> {
-        let reading = read_limited(response, limit, deadline, Some((&self.whole, &place.registry)));
-        timeout_at(deadline, reading).await.unwrap_or(Err(SourceError::TimedOut))
+        let announced = header_u64(&response, CONTENT_LENGTH.as_str()).and_then(|length| usize::try_from(length).ok());
+        // Before anything is read, so that nobody waits while holding some. What is not announced takes it as it comes.
+        let held = self.memory.of_upstreams.wait(&place.registry, announced.unwrap_or(0).min(limit));
+        let held = timeout_at(deadline, held).await.map_err(|_| SourceError::Busy)?;
+        read_limited(response, limit, deadline, Some(held)).await
     }
 
     /// Reads the certificates again that upstreams are shown. Blocks on the disk.
@@ -350,30 +357,27 @@ impl Origin {
     }
 }
 
-/// Reads a body of at most `limit` bytes, taking from the shared memory (in KiB) what has come, not
-/// what is announced.
+/// Reads a body of at most `limit` bytes. `held` grows where more comes than was announced; None: it is small.
 async fn read_limited(
     mut response: Response,
     limit: usize,
     deadline: Instant,
-    memory: Option<(&Shares<Registry>, &Registry)>,
+    mut held: Option<OfUpstream>,
 ) -> Result<Bytes, SourceError> {
     let too_large = || SourceError::Malformed(format!("an answer of more than {limit} bytes"));
     if header_u64(&response, CONTENT_LENGTH.as_str()).is_some_and(|length| length > limit as u64) {
         return Err(too_large());
     }
     let mut bytes = BytesMut::new();
-    let mut taken = Vec::new();
     loop {
-        // Who has sent nothing has nothing of it.
-        while let Some((memory, registry)) = memory.filter(|_| taken.len() * STEP_KIB * 1024 < bytes.len()) {
-            taken.push(memory.wait(registry, STEP_KIB).await);
-        }
         match timeout_at(deadline, response.chunk()).await {
             Err(_) => return Err(SourceError::TimedOut),
             Ok(Err(error)) => return Err(SourceError::Unreachable(error_chain(&error.without_url()))),
             Ok(Ok(None)) => return Ok(bytes.freeze()),
             Ok(Ok(Some(piece))) if bytes.len() + piece.len() > limit => return Err(too_large()),
+            Ok(Ok(Some(piece))) if held.as_mut().is_some_and(|held| !held.cover(bytes.len() + piece.len())) => {
+                return Err(SourceError::Busy);
+            }
             Ok(Ok(Some(piece))) => bytes.extend_from_slice(&piece),
         }
     }

@@ -12,7 +12,7 @@ mod socket;
 mod taking;
 mod turns;
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -39,7 +39,7 @@ use self::taking::PATIENCE;
 use self::turns::Turn;
 use crate::access_log::AccessLog;
 use crate::activity::Activity;
-use crate::connections::kept_for;
+use crate::connections::{self, kept_for};
 use crate::metrics::Metrics;
 use crate::oci::route::{self, query_value};
 use crate::oci::{Endpoint, RangeSet, Reference, Route, accept, link};
@@ -96,7 +96,8 @@ impl ProxyHttp for Front {
         let kept_for = kept_for(session.req_header());
         session.set_keepalive(kept_for);
         session.set_write_timeout(Some(PATIENCE));
-        let reply = match self.load.enter() {
+        let client = self.party(session);
+        let reply = match self.load.enter(client) {
             Some(seat) => {
                 exchange.seat = Some(seat);
                 let span = self.span(session.req_header());
@@ -105,10 +106,12 @@ impl ProxyHttp for Front {
                 let Some(reply) = while_client_waits(connection, answer).await else {
                     exchange.span = span;
                     exchange.status = CLIENT_CLOSED_REQUEST;
-                    return Error::e_explain(ErrorType::ConnectionClosed, LEFT);
+                    // Nothing is written to somebody who has left.
+                    return Err(Error::explain(ErrorType::ConnectionClosed, LEFT).into_down());
                 };
                 exchange.span = span;
-                match self.load.hold(reply.body.held(), client_of(session)) {
+                let reply = if self.listener == Listener::Clients { reply.for_clients() } else { reply };
+                match self.load.hold(reply.body.held(), client) {
                     Ok(held) => {
                         exchange.held = held;
                         reply
@@ -194,6 +197,7 @@ impl Front {
             Some(visitor) => self.asking(visitor, &place.rule, &endpoint),
             None => Asking::of_client(named_by),
         };
+        let asking = Asking { client: self.party(session), ..asking };
         let begun = Instant::now();
         let accept = accept::merge(request.headers.get_all(ACCEPT).iter().filter_map(|value| value.to_str().ok()));
         let mut turn = None;
@@ -286,6 +290,14 @@ impl Front {
         answer.unwrap_or_else(refuse).of_registry(&registry)
     }
 
+    /// Who takes a share of what all share: a cluster's nodes may stand in one network.
+    fn party(&self, session: &Session) -> Option<IpAddr> {
+        match self.listener {
+            Listener::Clients => client_of(session),
+            Listener::Peers => address_of(session),
+        }
+    }
+
     /// A request's part of a trace.
     fn span(&self, request: &Parts) -> trace::Span {
         match self.listener {
@@ -326,7 +338,7 @@ impl Front {
         if self.listener == Listener::Peers {
             return Ok(None);
         }
-        self.clients.admit(client_of(session), Instant::now()).map(Some)
+        self.clients.admit(address_of(session), Instant::now()).map(Some)
     }
 
     /// What a peer may want of this node.
@@ -336,13 +348,13 @@ impl Front {
         let is_tag = matches!(endpoint, Endpoint::Manifest(Reference::Tag(_)));
         let reach = if self.readiness.has_ended() && !is_tag { Reach::Kept } else { reach };
         let patience = Asking::patience_of_peer(visitor.deadline);
-        Asking { asker: Asker::Peer(standing), role: visitor.role, reach, aim: visitor.aim, patience }
+        Asking { asker: Asker::Peer(standing), client: None, role: visitor.role, reach, aim: visitor.aim, patience }
     }
 
     /// Who asks on the peers' port.
     fn visitor(&self, session: &Session) -> Result<Option<Visitor>, Unproven> {
         let Some(peers) = self.pull.peers().filter(|_| self.listener == Listener::Peers) else { return Ok(None) };
-        let from = client_of(session).map(|address| address.to_canonical());
+        let from = address_of(session);
         let at = session.server_addr().and_then(|address| address.as_inet()).copied();
         Visitor::read(session.req_header(), from, at, peers).map(Some)
     }
@@ -410,8 +422,13 @@ async fn while_client_waits(connection: Option<Descriptor>, answer: impl Future<
 }
 
 /// Where a request comes from.
+fn address_of(session: &Session) -> Option<IpAddr> {
+    session.client_addr().and_then(|address| address.as_inet()).map(|address| address.ip().to_canonical())
+}
+
+/// As whom that counts where all share something.
 fn client_of(session: &Session) -> Option<IpAddr> {
-    session.client_addr().and_then(|address| address.as_inet()).map(SocketAddr::ip)
+    address_of(session).map(connections::client)
 }
 
 /// How old a tag's meaning is, more exactly than clients need to know it.

@@ -45,6 +45,7 @@ use crate::caller::Who;
 use crate::config::FarPeers;
 use crate::fill::{DISTRUST, FillKey, FillView, Fills};
 use crate::flights::Flights;
+use crate::memory::Memory;
 use crate::metrics::Metrics;
 use crate::oci::{Digest, Registry, Repository, Tag};
 pub use crate::origin::{Exchanged, List};
@@ -117,10 +118,11 @@ impl Pull {
         store: Arc<Store>,
         origin: Origin,
         peers: Option<Peers>,
+        memory: Arc<Memory>,
         metrics: Arc<Metrics>,
     ) -> Self {
         Self {
-            fills: Arc::new(Fills::new(store.clone(), metrics.clone())),
+            fills: Arc::new(Fills::new(store.clone(), memory, metrics.clone())),
             tags: Tags::new(store.clone()),
             registries,
             origin: Arc::new(origin),

@@ -160,6 +160,12 @@ impl Reply {
         self
     }
 
+    /// The same without what only peers are to know.
+    pub fn for_clients(mut self) -> Self {
+        self.headers.retain(|(name, _)| !name.as_str().starts_with(wire::PREFIX));
+        self
+    }
+
     /// A manifest, or the part of it that a range means.
     pub fn manifest(answer: &ManifestAnswer, range: Option<RangeRequest>) -> Self {
         match BlobAnswer::of_bytes(&answer.object.bytes, range, answer.from) {
@@ -358,6 +364,13 @@ mod tests {
                 assert_eq!(head.headers[name], value);
             }
         }
+    }
+
+    #[test]
+    fn clients_are_not_told_what_is_for_peers() {
+        let reply = || Reply::refusal(&Refusal::NoWay("x".into()));
+        assert_eq!(reply().head("id").headers[wire::WAY], "no");
+        assert!(reply().for_clients().head("id").headers.get(wire::WAY).is_none());
     }
 
     #[test]

@@ -27,6 +27,7 @@ use crate::containerd::diagnosis;
 use crate::containerd::hosts_toml::Mirrors;
 use crate::containerd::keeping::Keeping;
 use crate::identity::{Files, Identity, Welcome};
+use crate::memory::Memory;
 use crate::metrics::Metrics;
 use crate::origin::Origin;
 use crate::peers::{Peers, RELOAD};
@@ -96,11 +97,12 @@ pub fn run(
     let metrics = Arc::new(Metrics::new());
     metrics.config.with_label_values(&[&config.hash()]).set(1);
     let registries = Arc::new(Registries::new(&config));
-    let (pull, store) = runtime.block_on(compose(&config, &registries, &metrics))?;
+    let memory = Arc::new(Memory::of_process());
+    let (pull, store) = runtime.block_on(compose(&config, &registries, &memory, &metrics))?;
     warn_of_strangers(&config);
 
     // Peers, or whoever finds their port, take no room from this node's own clients.
-    let [of_clients, of_peers] = [(); 2].map(|()| Arc::new(Load::default()));
+    let [of_clients, of_peers] = [(); 2].map(|()| Arc::new(Load::new(memory.clone())));
     let readiness = Arc::new(Readiness::default());
     let clients = Arc::new(Clients::new(&config.access));
     let gate = gate(&config, bound.registry, &registries)?;
@@ -133,7 +135,7 @@ pub fn run(
     let mut server = Server::new_with_opt_and_conf(None, conf);
     server.bootstrap();
     let conf = server.configuration.clone();
-    let mut clients = service("registry", http_proxy(&conf, front(Listener::Clients)), MOST_CLIENTS);
+    let mut clients = service("registry", http_proxy(&conf, front(Listener::Clients)), MOST_CLIENTS, &memory);
     match &identity {
         Some(identity) => {
             let mut settings = tls_settings(identity)?;
@@ -144,7 +146,7 @@ pub fn run(
     }
     server.add_service(clients);
     if let Some(address) = bound.peers {
-        let mut peers = service("peers", http_proxy(&conf, front(Listener::Peers)), MOST_PEERS);
+        let mut peers = service("peers", http_proxy(&conf, front(Listener::Peers)), MOST_PEERS, &memory);
         match pull.peers().and_then(|peers| peers.identity()) {
             Some(identity) => {
                 let settings = tls_settings(identity)?;
@@ -169,7 +171,7 @@ pub fn run(
         sources,
         watching: Arc::new(Semaphore::new(MAX_WATCHING)),
     };
-    let mut admin = service("admin", admin, MOST_OPERATORS);
+    let mut admin = service("admin", admin, MOST_OPERATORS, &memory);
     admin.threads = Some(1);
     admin.add_tcp(&bound.admin.to_string());
     server.add_service(admin);
@@ -220,7 +222,7 @@ pub fn run(
 pub fn check(config: &Config) -> Result<(), StartError> {
     let (metrics, registries) = (Arc::new(Metrics::new()), Registries::new(config));
     identity(&config.tls).map_err(StartError::Config)?;
-    Origin::new(config, &registries, metrics.clone()).map_err(StartError::Config)?;
+    Origin::new(config, &registries, Arc::new(Memory::new(0)), metrics.clone()).map_err(StartError::Config)?;
     Peers::new(config, metrics.clone()).map_err(StartError::Config)?;
     gate(config, config.listen, &registries)?;
     telemetry::tracer(&config.tracing).map_err(StartError::Config)?;
@@ -229,8 +231,8 @@ pub fn check(config: &Config) -> Result<(), StartError> {
     Ok(())
 }
 
-fn service<A>(name: &str, app: A, most: usize) -> Service<Connections<A>> {
-    Service::new(name.to_owned(), Connections::new(app, most))
+fn service<A>(name: &str, app: A, most: usize, memory: &Arc<Memory>) -> Service<Connections<A>> {
+    Service::new(name.to_owned(), Connections::new(app, most, memory.clone()))
 }
 
 /// Says what peers that prove nothing cost, and whom they let in.
@@ -281,16 +283,17 @@ fn keeping(config: &Config, listen: SocketAddr, metrics: &Metrics) -> Result<Opt
 async fn compose(
     config: &Config,
     registries: &Arc<Registries>,
+    memory: &Arc<Memory>,
     metrics: &Arc<Metrics>,
 ) -> Result<(Arc<Pull>, Arc<Store>), StartError> {
     let cache = &config.cache;
-    let store = Store::open(&cache.dir, cache.disk, cache.memory.0, metrics)
+    let store = Store::open(&cache.dir, cache.disk, cache.keep_free, cache.memory.0, metrics)
         .await
         .map_err(|e| StartError::Failed(e.to_string()))?;
     let store = Arc::new(store);
-    let origin = Origin::new(config, registries, metrics.clone()).map_err(StartError::Config)?;
+    let origin = Origin::new(config, registries, memory.clone(), metrics.clone()).map_err(StartError::Config)?;
     let peers = Peers::new(config, metrics.clone()).map_err(StartError::Config)?;
-    Ok((Arc::new(Pull::new(registries.clone(), store.clone(), origin, peers, metrics.clone())), store))
+    Ok((Arc::new(Pull::new(registries.clone(), store.clone(), origin, peers, memory.clone(), metrics.clone())), store))
 }
 
 /// Looks after the disk for as long as the process lives.

@@ -92,6 +92,9 @@ pub enum SourceError {
     NoCredentials(String),
     #[error("unreachable: {0}")]
     Unreachable(String),
+    /// A connection broke before a response came, which may be about this request only: filters do so for some paths.
+    #[error("the connection broke: {0}")]
+    Interrupted(String),
     #[error("no answer in time")]
     TimedOut,
     /// Any other status.
@@ -268,6 +271,7 @@ impl SourceError {
             Self::Busy => "busy",
             Self::NoCredentials(_) => "no_credentials",
             Self::Unreachable(_) => "unreachable",
+            Self::Interrupted(_) => "interrupted",
             Self::TimedOut => "timed_out",
             Self::Failed(_) => "failed",
             Self::Guarded(_) => "guarded",
@@ -277,7 +281,8 @@ impl SourceError {
 
     /// Whether the same question may well be answered in a moment.
     pub fn is_passing(&self) -> bool {
-        matches!(self, Self::Unreachable(_)) || matches!(self.failed_status(), Some(500 | 502 | 503 | 504))
+        matches!(self, Self::Unreachable(_) | Self::Interrupted(_))
+            || matches!(self.failed_status(), Some(500 | 502 | 503 | 504))
     }
 
     /// Whether this is about the origin's health, so that an older answer is better than none.
@@ -289,7 +294,12 @@ impl SourceError {
     /// Whether waiting may help: the origin was not there, or said "later".
     pub fn is_passing_outage(&self) -> bool {
         match self {
-            Self::Unreachable(_) | Self::TimedOut | Self::Limited { .. } | Self::Busy | Self::NoCredentials(_) => true,
+            Self::Unreachable(_)
+            | Self::Interrupted(_)
+            | Self::TimedOut
+            | Self::Limited { .. }
+            | Self::Busy
+            | Self::NoCredentials(_) => true,
             Self::Failed(error) => error.status >= 500,
             _ => false,
         }
@@ -311,7 +321,7 @@ impl SourceError {
             Self::Failed(_) => 4,
             Self::NoCredentials(_) => 5,
             Self::TimedOut => 6,
-            Self::Unreachable(_) => 7,
+            Self::Unreachable(_) | Self::Interrupted(_) => 7,
             Self::Limited { .. } => 8,
             Self::Busy => 9,
         };

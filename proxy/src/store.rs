@@ -29,6 +29,7 @@ use crate::provenance::Provenance;
 pub use budget::NoSpace;
 pub use draft::Draft;
 pub use evict::HOUSEKEEPING;
+use large::Known;
 pub use large::{Blob, Large, Proof};
 pub use layout::LayoutError;
 pub use partial::Partial;
@@ -46,6 +47,9 @@ pub struct Store {
     layout: layout::Layout,
     blobs: IntGauge,
 }
+
+/// Files for small objects take at most this part of what is free.
+const SMALL_PART: u64 = 4;
 
 /// Where the bytes of a digest were found.
 pub enum Found {
@@ -83,10 +87,19 @@ impl Found {
 
 impl Store {
     /// Opens or creates a cache directory and takes its lock. `memory` in bytes.
-    pub async fn open(dir: &Path, disk: Share, memory: u64, metrics: &Metrics) -> Result<Self, StoreError> {
+    pub async fn open(
+        dir: &Path,
+        disk: Share,
+        keep_free: Share,
+        memory: u64,
+        metrics: &Metrics,
+    ) -> Result<Self, StoreError> {
         let layout = layout::Layout::open(dir)?;
-        let disk = disk.of(evict::FileSystem::of(dir).map_or(0, |file_system| file_system.total));
-        let small = Small::open(&layout.small(), disk, memory, metrics).await.map_err(StoreError::Small)?;
+        let file_system = evict::FileSystem::of(dir).unwrap_or(evict::FileSystem { total: 0, available: u64::MAX });
+        let disk = disk.of(file_system.total);
+        let spare = file_system.available.saturating_sub(keep_free.of(file_system.total));
+        let small =
+            Small::open(&layout.small(), disk, spare / SMALL_PART, memory, metrics).await.map_err(StoreError::Small)?;
         let for_blobs = disk.saturating_sub(small.disk_bytes());
         let large = Large::open(&layout, for_blobs, metrics).map_err(StoreError::Scan)?;
         metrics.cache_bytes.with_label_values(&["small"]).set(i64::try_from(small.disk_bytes()).unwrap_or(i64::MAX));
@@ -105,7 +118,17 @@ impl Store {
         }
         match kind {
             Kind::Manifest => None,
-            Kind::Blob => self.large.get(digest).map(|(blob, proof)| Found::Large { blob, proof }),
+            Kind::Blob => {
+                let found = match self.large.look(digest) {
+                    Known::Open(blob, proof) => Some((blob, proof)),
+                    Known::Nowhere => None,
+                    Known::OnDisk => {
+                        let (large, digest) = (self.large.clone(), digest.clone());
+                        tokio::task::spawn_blocking(move || large.get(&digest)).await.ok().flatten()
+                    }
+                };
+                found.map(|(blob, proof)| Found::Large { blob, proof })
+            }
         }
     }
 

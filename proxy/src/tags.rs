@@ -111,7 +111,9 @@ mod tests {
     #[tokio::test]
     async fn a_date_in_the_future_says_nothing() {
         let dir = tempfile::tempdir().unwrap();
-        let store = Store::open(dir.path(), Share::Size(Size(64 << 20)), 1 << 20, &Metrics::new()).await.unwrap();
+        let store = Store::open(dir.path(), Share::Size(Size(64 << 20)), Share::Percent(0), 1 << 20, &Metrics::new())
+            .await
+            .unwrap();
         let tags = Tags::new(Arc::new(store));
         let registries = Registries::new(&Config::parse("", "test").unwrap());
         let registry: crate::oci::Registry = "docker.io".parse().unwrap();

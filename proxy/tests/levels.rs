@@ -4,9 +4,21 @@ use std::fs;
 use std::path::Path;
 
 const LEVELS: [&[&str]; 10] = [
-    &["connections", "key_file", "metrics", "oci", "readiness", "shares", "trace"],
-    &["activity", "caller", "config", "flights", "identity", "lifetimes", "provenance", "role", "sealing", "secret"],
-    &["dns", "grants", "registries", "source", "store"],
+    &["key_file", "metrics", "oci", "readiness", "shares", "trace"],
+    &[
+        "activity",
+        "caller",
+        "config",
+        "flights",
+        "identity",
+        "lifetimes",
+        "memory",
+        "provenance",
+        "role",
+        "sealing",
+        "secret",
+    ],
+    &["connections", "dns", "grants", "registries", "source", "store"],
     &["origin", "peers", "fill", "tags", "telemetry"],
     &["access_log", "pull"],
     &["respond"],

@@ -1,7 +1,7 @@
 //! Keeps containerd pointed here for as long as this process is ready.
 
 use std::path::PathBuf;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use rustix::process::{getegid, geteuid};
@@ -46,9 +46,11 @@ impl Keeping {
     }
 
     /// Points containerd here, and again when somebody has undone it.
-    pub async fn keep(&self) {
+    pub async fn keep(self: &Arc<Self>) {
         loop {
-            self.point();
+            let keeping = self.clone();
+            // It waits for others who write there.
+            let _ = tokio::task::spawn_blocking(move || keeping.point()).await;
             tokio::time::sleep(LOOK_AGAIN).await;
         }
     }

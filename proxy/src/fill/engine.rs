@@ -22,7 +22,7 @@ use super::climb::{Climb, Width};
 use super::feed::{Connections, Feed, Sources};
 use super::flow::{Breaks, Flow};
 use super::write::Piece;
-use super::{ABANDONED_AFTER, Fill, LITTLE_LEFT};
+use super::{ABANDONED_AFTER, Fill, LEAST_RATE, LITTLE_LEFT};
 use crate::config::Abandoned;
 use crate::oci::{Registry, Span};
 use crate::shares::{Share, Shares};
@@ -229,7 +229,7 @@ impl Engine<'_> {
         width: &mut Width,
         refusals: &Refusals,
         hashed: u64,
-    ) -> Option<(Span, Option<Share>)> {
+    ) -> Option<(Span, Option<Share<Registry>>)> {
         if running > 0 && refusals.is_too_soon(Instant::now()) {
             return None;
         }
@@ -312,8 +312,9 @@ impl Engine<'_> {
 
     /// Whether everybody has left long ago, and much is still to come. Then nobody is let in any more.
     fn is_abandoned(&self) -> bool {
-        let left = self.total - self.fill.progress.borrow().written().len();
-        left > LITTLE_LEFT
+        let written = self.fill.progress.borrow().written().len();
+        let comes_soon = written >= LEAST_RATE * self.fill.started.elapsed().as_secs();
+        (self.total - written > LITTLE_LEFT || !comes_soon)
             && self.fill.place.rule.abandoned == Abandoned::Keep
             && !self.fill.plan().has_lent()
             && self.fill.audience.close_after(ABANDONED_AFTER)

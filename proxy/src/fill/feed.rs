@@ -129,6 +129,11 @@ impl Feed {
         self.total
     }
 
+    /// Bytes that are still to come.
+    pub(super) fn left(&self) -> u64 {
+        self.end.saturating_sub(self.position)
+    }
+
     /// Offset of the next byte that comes.
     pub fn position(&self) -> u64 {
         self.position

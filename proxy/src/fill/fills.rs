@@ -1,6 +1,7 @@
 //! All fills that run: who asks for the same joins the same one, and there are never too many.
 
 use std::collections::HashMap;
+use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -11,11 +12,12 @@ use super::feed::Sources;
 use super::progress::Phase;
 use super::run::Running;
 use super::{Fill, FillView, Opened};
+use crate::memory::Memory;
 use crate::metrics::Metrics;
 use crate::oci::{Digest, Registry, Repository};
 use crate::registries::Place;
 use crate::role::Role;
-use crate::shares::Shares;
+use crate::shares::{Share, Shares};
 use crate::source::SourceError;
 use crate::store::{Blob, Store};
 use crate::trace;
@@ -30,9 +32,11 @@ pub struct Fills {
     pub(super) disk_failed: moka::sync::Cache<(), ()>,
     /// What lately could not be kept.
     pub(super) no_room: moka::sync::Cache<FillKey, ()>,
-    pub(super) permits: Arc<Semaphore>,
+    of_registries: Shares<Registry>,
+    of_clients: Shares<IpAddr>,
+    pub(super) large: Shares<Registry>,
     proofs: Arc<Semaphore>,
-    pub(super) small: Shares<Registry>,
+    pub(super) memory: Arc<Memory>,
     pub(super) connections: Shares<Registry>,
     pub(super) store: Arc<Store>,
     pub(super) metrics: Arc<Metrics>,
@@ -76,24 +80,30 @@ enum Entered {
     Begun {
         fill: Arc<Fill>,
         earlier: Option<Arc<Fill>>,
+        turn: Turn,
     },
 }
 
-/// Large blobs written at the same time; more pass through uncached. Each takes two
+/// What a fill has of what all fills share, until it ends.
+pub(super) struct Turn {
+    _of_registry: Share<Registry>,
+    _of_client: Option<Share<IpAddr>>,
+}
+
+/// Large blobs written at the same time, half of them of one registry alone; more pass through uncached. Each takes two
 /// threads.
-const MAX_FILLS: usize = 256;
+const MAX_FILLS: usize = 512;
 
-/// Fills of any size that run at the same time, in all and for one registry; more are refused.
+/// Fills of any size that run at the same time, half of them of one registry alone; more are refused. Larger: more
+/// memory and sockets for registries that do not answer. Smaller: fewer blobs at a time.
 const MAX_RUNNING: usize = 1024;
-const MAX_OF_REGISTRY: usize = 256;
 
-/// Memory for small objects on their way in, in KiB.
-const SMALL_KIB: usize = 64 * 1024;
-const SMALL_KIB_OF_REGISTRY: usize = 32 * 1024;
+/// Fills that clients have begun, half of them by one alone: three quarters of all that run, so that one client with one
+/// silent registry can go on with others, and leaves some to other clients.
+const BEGUN_BY_CLIENTS: usize = 1536;
 
 /// Connections beyond the first of each blob.
-const MAX_CONNECTIONS: usize = 64;
-const CONNECTIONS_OF_REGISTRY: usize = 24;
+const MAX_CONNECTIONS: usize = 128;
 
 /// Files being proven at the same time. Each takes a thread and the disk.
 const MAX_PROOFS: usize = 8;
@@ -108,17 +118,19 @@ const NO_ROOM: Duration = Duration::from_secs(10);
 pub const DISTRUST: Duration = Duration::from_secs(600);
 
 impl Fills {
-    pub fn new(store: Arc<Store>, metrics: Arc<Metrics>) -> Self {
+    pub fn new(store: Arc<Store>, memory: Arc<Memory>, metrics: Arc<Metrics>) -> Self {
         Self {
             running: Mutex::default(),
             distrusted: moka::sync::Cache::builder().max_capacity(100_000).time_to_live(DISTRUST).build(),
             damaged: moka::sync::Cache::builder().max_capacity(100_000).time_to_live(DISTRUST).build(),
             disk_failed: moka::sync::Cache::builder().time_to_live(DISK_REST).build(),
             no_room: moka::sync::Cache::builder().max_capacity(10_000).time_to_live(NO_ROOM).build(),
-            permits: Arc::new(Semaphore::new(MAX_FILLS)),
+            of_registries: Shares::new(MAX_RUNNING),
+            of_clients: Shares::new(BEGUN_BY_CLIENTS),
+            large: Shares::new(MAX_FILLS),
             proofs: Arc::new(Semaphore::new(MAX_PROOFS)),
-            small: Shares::new(SMALL_KIB, SMALL_KIB_OF_REGISTRY),
-            connections: Shares::new(MAX_CONNECTIONS, CONNECTIONS_OF_REGISTRY),
+            memory,
+            connections: Shares::new(MAX_CONNECTIONS),
             store,
             gauge: metrics.fills.with_label_values(&["running"]),
             metrics,
@@ -177,17 +189,24 @@ impl Fills {
         }
     }
 
-    /// Joins the running fill of a digest, or starts one from these sources, for a reader who begins
-    /// at `from`.
-    pub fn join(self: &Arc<Self>, key: &FillKey, place: &Place, sources: Arc<dyn Sources>, from: u64) -> Arc<Fill> {
-        let (fill, earlier) = match self.enter(key, place) {
+    /// Joins the running fill of a digest, or starts one from these sources, for a reader of this client who begins at
+    /// `from`.
+    pub fn join(
+        self: &Arc<Self>,
+        key: &FillKey,
+        place: &Place,
+        client: Option<IpAddr>,
+        sources: Arc<dyn Sources>,
+        from: u64,
+    ) -> Arc<Fill> {
+        let (fill, earlier, turn) = match self.enter(key, place, client) {
             Entered::Joined(fill) => return fill,
-            Entered::Begun { fill, earlier } => (fill, earlier),
+            Entered::Begun { fill, earlier, turn } => (fill, earlier, turn),
         };
         let (fills, new) = (self.clone(), fill.clone());
         tokio::spawn(trace::carried(async move {
             let mut span = trace::begin("fill", trace::Kind::Internal);
-            let running = Running { fills: &fills, fill: &new };
+            let running = Running { fills: &fills, fill: &new, _turn: turn };
             // What that one leaves behind is gone on with.
             if let Some(earlier) = earlier {
                 earlier.ended().await;
@@ -200,16 +219,16 @@ impl Fills {
 
     /// Proves a file on disk by hashing it, while readers follow.
     pub fn prove(self: &Arc<Self>, key: &FillKey, place: &Place, blob: Arc<Blob>) -> Arc<Fill> {
-        let fill = match self.enter(key, place) {
+        let (fill, turn) = match self.enter(key, place, None) {
             Entered::Joined(fill) => return fill,
-            Entered::Begun { fill, .. } => fill,
+            Entered::Begun { fill, turn, .. } => (fill, turn),
         };
         let (fills, new) = (self.clone(), fill.clone());
         tokio::spawn(async move {
             // Readers of what is proven already need threads as well.
             let permit = fills.proofs.clone().acquire_owned().await;
             let proving = tokio::task::spawn_blocking(move || {
-                let running = Running { fills: &fills, fill: &new };
+                let running = Running { fills: &fills, fill: &new, _turn: turn };
                 running.prove(&blob);
             });
             let _ = proving.await;
@@ -218,7 +237,7 @@ impl Fills {
         fill
     }
 
-    fn enter(&self, key: &FillKey, place: &Place) -> Entered {
+    fn enter(&self, key: &FillKey, place: &Place, client: Option<IpAddr>) -> Entered {
         let mut running = self.lock();
         let earlier = running.get(key).filter(|fill| fill.progress.borrow().phase() != Phase::Failed).cloned();
         if let Some(fill) = &earlier
@@ -230,14 +249,23 @@ impl Fills {
             return Entered::Joined(fill.clone());
         }
         let fill = Arc::new(Fill::new(key.clone(), place.clone()));
-        let of_registry = running.keys().filter(|other| other.registry == key.registry).count();
-        if running.len() >= MAX_RUNNING || of_registry >= MAX_OF_REGISTRY {
+        let Some(turn) = self.turn(key, client) else {
             fill.open(Err(SourceError::Busy));
             return Entered::Joined(fill);
-        }
+        };
         running.insert(key.clone(), fill.clone());
         self.gauge.inc();
-        Entered::Begun { fill, earlier }
+        Entered::Begun { fill, earlier, turn }
+    }
+
+    /// Leave to fill another blob of this registry for this client.
+    fn turn(&self, key: &FillKey, client: Option<IpAddr>) -> Option<Turn> {
+        let of_registry = self.of_registries.take(&key.registry, 1)?;
+        let of_client = match client {
+            Some(client) => Some(self.of_clients.take(&client, 1)?),
+            None => None,
+        };
+        Some(Turn { _of_registry: of_registry, _of_client: of_client })
     }
 
     /// A fill is over.
@@ -265,7 +293,7 @@ mod tests {
     use futures_util::stream::{self, StreamExt};
 
     use super::*;
-    use crate::config::{Config, Share, Size};
+    use crate::config::{Config, Size};
     use crate::fill::Connections;
     use crate::oci::Span;
     use crate::registries::Registries;
@@ -298,8 +326,16 @@ mod tests {
     async fn who_comes_while_a_fill_is_given_up_goes_on_with_what_it_leaves() {
         let dir = tempfile::tempdir().unwrap();
         let metrics = Arc::new(Metrics::new());
-        let store = Store::open(dir.path(), Share::Size(Size(1 << 30)), 1 << 20, &metrics).await.unwrap();
-        let fills = Arc::new(Fills::new(Arc::new(store), metrics));
+        let store = Store::open(
+            dir.path(),
+            crate::config::Share::Size(Size(1 << 30)),
+            crate::config::Share::Percent(0),
+            1 << 20,
+            &metrics,
+        )
+        .await
+        .unwrap();
+        let fills = Arc::new(Fills::new(Arc::new(store), Arc::new(Memory::new(1 << 20)), metrics));
         let registries = Registries::new(&Config::default());
         let (registry, repository): (Registry, Repository) =
             ("docker.io".parse().unwrap(), "library/a".parse().unwrap());
@@ -307,13 +343,13 @@ mod tests {
         let key = FillKey::new(&place, &Digest::of(b"long"), Role::Global);
         let sources = Arc::new(Stalling::default());
 
-        let first = fills.join(&key, &place, sources.clone(), 0);
+        let first = fills.join(&key, &place, None, sources.clone(), 0);
         assert!(first.reaches(0).await);
         let reader = first.audience.sit();
-        assert!(Arc::ptr_eq(&first, &fills.join(&key, &place, sources.clone(), 0)), "it is joined");
+        assert!(Arc::ptr_eq(&first, &fills.join(&key, &place, None, sources.clone(), 0)), "it is joined");
         drop(reader);
         assert!(first.audience.close_after(Duration::ZERO));
-        let second = fills.join(&key, &place, sources.clone(), 0);
+        let second = fills.join(&key, &place, None, sources.clone(), 0);
         assert!(!Arc::ptr_eq(&first, &second), "nobody is let in any more");
         assert!(second.opened().await.is_ok());
         assert!(first.progress.borrow().is_over());

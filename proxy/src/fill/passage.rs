@@ -18,6 +18,12 @@ pub struct Passage {
     check: Option<Check>,
 }
 
+/// What a client that does not read makes a part hold, in bytes, and a whole blob, of which the tail is held back. It may
+/// be three times as much (buffers of the connection to the source, measured), of which the budget is aware by its
+/// part of the memory. Larger: fewer ranges that lazy snapshotters have in flight.
+pub const PART_BYTES: usize = 256 * 1024;
+const WHOLE_BYTES: usize = 512 * 1024;
+
 struct Check {
     verifier: Verifier,
     tail: BytesMut,
@@ -42,6 +48,13 @@ impl Passage {
             registry: place.registry.clone(),
         };
         Self { feed, check: Some(check) }
+    }
+
+    /// Bytes of memory that it takes while its client does not read: buffers of the connection to the source, and the tail
+    /// that is held back.
+    pub fn held(&self) -> usize {
+        let most = if self.check.is_some() { WHOLE_BYTES } else { PART_BYTES };
+        usize::try_from(self.feed.left()).unwrap_or(usize::MAX).min(most)
     }
 
     pub fn served_from(&self) -> ServedFrom {

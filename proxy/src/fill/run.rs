@@ -7,7 +7,7 @@ use tokio::time::timeout;
 
 use super::engine::{Ended, Engine};
 use super::feed::{Connections, Feed, Sources, Truth};
-use super::fills::Seen;
+use super::fills::{Seen, Turn};
 use super::plan::{LARGEST_RANGE, Plan};
 use super::progress::Phase;
 use super::write::{self, Written};
@@ -16,7 +16,7 @@ use crate::oci::{BLOB_MEDIA_TYPE, Span, Spans};
 use crate::provenance::Provenance;
 use crate::role::Role;
 use crate::source::{ServedFrom, SourceError, UPSTREAM_TIMEOUT};
-use crate::store::{Blob, Draft, Found, Kind, NoSpace, Partial, Proof, SMALL_BYTES, SmallObject};
+use crate::store::{Blob, Draft, Found, Kind, Large, NoSpace, Partial, Proof, SMALL_BYTES, SmallObject};
 
 /// A peer that sends nothing for so long is one of several.
 const SILENT_PEER: Duration = Duration::from_millis(2500);
@@ -31,6 +31,7 @@ const ASKED_FOR: u64 = 64 * 1024;
 pub(super) struct Running<'a> {
     pub(super) fills: &'a Fills,
     pub(super) fill: &'a Fill,
+    pub(super) _turn: Turn,
 }
 
 impl Running<'_> {
@@ -79,7 +80,7 @@ impl Running<'_> {
         let feed = match opened {
             Ok(feed) => feed,
             Err(error) => {
-                self.keep_again(partial);
+                self.keep_again(partial).await;
                 return self.fill.open(Err(error));
             }
         };
@@ -125,9 +126,9 @@ impl Running<'_> {
     }
 
     async fn small_of(&self, mut feed: Feed) -> Result<Opened, SourceError> {
-        let kib = usize::try_from(feed.total() / 1024 + 1).unwrap_or(usize::MAX);
-        let _memory = self.fills.small.wait(&self.fill.key.registry, kib).await;
-        let mut bytes = bytes::BytesMut::with_capacity(usize::try_from(feed.total()).unwrap_or(0));
+        let total = usize::try_from(feed.total()).unwrap_or(usize::MAX);
+        let _held = self.fills.memory.of_upstreams.wait(&self.fill.key.registry, total).await;
+        let mut bytes = bytes::BytesMut::new();
         // Where a peer sends no more than the beginning there is time to ask somebody else.
         let patience = if feed.served_from() == ServedFrom::Peer { SILENT_PEER } else { UPSTREAM_TIMEOUT };
         while let Some(piece) = timeout(patience, feed.next()).await.unwrap_or(Err(SourceError::TimedOut))? {
@@ -146,13 +147,18 @@ impl Running<'_> {
 
     async fn large(&self, feed: Feed, sources: Arc<dyn Sources>, partial: Option<Partial>) {
         let (total, from) = (feed.total(), feed.served_from());
-        let Ok(permit) = self.fills.permits.clone().try_acquire_owned() else {
-            self.keep_again(partial);
+        let Some(permit) = self.fills.large.take(&self.fill.key.registry, 1) else {
+            self.keep_again(partial).await;
             return self.pass(feed, "busy");
         };
         if self.fills.disk_failed.contains_key(&()) {
-            self.keep_again(partial);
+            self.keep_again(partial).await;
             return self.pass(feed, "disk");
+        }
+        // Its space was used up lately, half-way: it would be again.
+        if self.fills.has_no_room(&self.fill.key) {
+            self.keep_again(partial).await;
+            return self.pass(feed, "no_space");
         }
         // A blob of another length is another blob: its partial is dropped.
         let resumed = partial.filter(|partial| partial.draft.blob.len == total);
@@ -168,7 +174,7 @@ impl Running<'_> {
             self.fills.metrics.resumed_bytes.inc_by(written.len());
         }
         self.fill.begin(&draft, from, &written);
-        let (pieces, writing) = write::start(self.fill, &draft, written);
+        let (pieces, writing) = write::start(self.fill, &self.fills.store.large, &draft, written);
         let engine =
             Engine { fill: self.fill, sources: sources.clone(), connections: &self.fills.connections, total, pieces };
         let ended = Box::pin(engine.run(feed)).await;
@@ -182,11 +188,17 @@ impl Running<'_> {
     async fn inherit(&self) -> Option<Partial> {
         let (follower, blob) = self.fills.following(&self.fill.key)?;
         let draft = self.draft(blob.len).await.ok()?;
+        let large = self.fills.store.large.clone();
         let copying = tokio::task::spawn_blocking(move || {
+            let mut bytes = 0;
+            let mut copy = |piece: Span| {
+                bytes += piece.len();
+                large.reserve(&draft.blob, bytes).and_then(|()| draft.copy(&blob, piece)).is_ok()
+            };
             let until = Instant::now() + INHERIT;
             let spans = follower.written();
             let pieces = spans.iter().flat_map(pieces);
-            let copied = pieces.take_while(|piece| Instant::now() < until && draft.copy(&blob, *piece).is_ok());
+            let copied = pieces.take_while(|piece| Instant::now() < until && copy(*piece));
             let mut written: Spans = copied.collect();
             // Something has to be asked for: a little is better than all.
             written.remove(Span { start: blob.len.saturating_sub(ASKED_FOR), end: blob.len });
@@ -211,6 +223,7 @@ impl Running<'_> {
                 sources.mismatched();
                 self.fills.distrust(digest, &self.fill.key.registry);
                 self.fill.disown();
+                self.on_disk(|_| drop(draft)).await;
             }
             // The owner will not let us go on: what we have from it proved wrong there.
             (Written::Part(spans), Ended::Broken(SourceError::NotFound(_)))
@@ -218,33 +231,57 @@ impl Running<'_> {
             {
                 self.fills.distrust(digest, &self.fill.key.registry);
                 self.fill.disown();
+                self.on_disk(|_| drop(draft)).await;
             }
             (Written::Part(spans), ended) => {
                 match ended {
                     Ended::Broken(error) => tracing::warn!(%digest, %error, "a fill failed"),
                     _ => tracing::info!(%digest, bytes = spans.len(), "nobody waits for a blob any more"),
                 }
-                self.fills.store.large.keep_partial(digest, &self.fill.key.registry, draft, spans);
+                self.keep(draft, spans).await;
                 // What was released stays readable, so that a resume loses nothing.
                 self.fill.end(Phase::Failed);
+            }
+            // Whoever goes on gets it uncached.
+            (Written::NoSpace, _) => {
+                tracing::warn!(%digest, "the space for a blob is used up before its end");
+                self.fills.no_room.insert(self.fill.key.clone(), ());
+                self.fill.end(Phase::Failed);
+                self.on_disk(|_| drop(draft)).await;
             }
             (Written::DiskFailed, _) => {
                 self.fills.disk_failed.insert((), ());
                 self.fill.end(Phase::Failed);
+                self.on_disk(|_| drop(draft)).await;
             }
         }
     }
 
-    fn keep_again(&self, partial: Option<Partial>) {
+    async fn keep_again(&self, partial: Option<Partial>) {
         if let Some(Partial { draft, written }) = partial {
-            self.fills.store.large.keep_partial(&self.fill.key.digest, &self.fill.key.registry, draft, written);
+            self.keep(draft, written).await;
         }
+    }
+
+    async fn keep(&self, draft: Draft, written: Spans) {
+        let (digest, registry) = (self.fill.key.digest.clone(), self.fill.key.registry.clone());
+        self.on_disk(move |large| large.keep_partial(&digest, &registry, draft, written)).await;
+    }
+
+    /// Does what blocks on the disk, such as freeing the space of a large file.
+    async fn on_disk(&self, work: impl FnOnce(&Large) + Send + 'static) {
+        let large = self.fills.store.large.clone();
+        // It fails only where the process ends.
+        let _ = tokio::task::spawn_blocking(move || work(&large)).await;
     }
 
     /// Leaves it to each reader to fetch for itself.
     fn pass(&self, feed: Feed, reason: &str) {
         self.fills.metrics.uncached.with_label_values(&[reason]).inc();
-        self.fills.no_room.insert(self.fill.key.clone(), ());
+        // Not again and again: then it is tried once more.
+        if !self.fills.has_no_room(&self.fill.key) {
+            self.fills.no_room.insert(self.fill.key.clone(), ());
+        }
         tracing::warn!(digest = %self.fill.key.digest, total = feed.total(), reason, "passing through uncached");
         let (total, from) = (feed.total(), feed.served_from());
         let feed = Some(feed).filter(|feed| feed.position() == 0);
@@ -254,8 +291,8 @@ impl Running<'_> {
     /// Lets the readers have the tail, then gives the file its name if this node owns the blob.
     async fn publish(&self, draft: Draft) {
         if self.fill.key.role == Role::Client {
-            let (large, digest) = (self.fills.store.large.clone(), self.fill.key.digest.clone());
-            let _ = tokio::task::spawn_blocking(move || large.relay(draft, &digest)).await;
+            let digest = self.fill.key.digest.clone();
+            self.on_disk(move |large| large.relay(draft, &digest)).await;
             return self.fill.end(Phase::Verified);
         }
         self.fills.store.large.announce(&draft, &self.fill.key.digest);

@@ -9,11 +9,11 @@ use bytes::Bytes;
 use tokio::sync::{Semaphore, SemaphorePermit, mpsc, watch};
 use tokio::task::JoinHandle;
 
+use super::Fill;
 use super::progress::Progress;
-use super::{Fill, Teller};
 use crate::oci::digest::Verifier;
 use crate::oci::{Span, Spans};
-use crate::store::{Blob, Draft};
+use crate::store::{Blob, Draft, Large};
 
 /// Pieces that wait for the disk, and as many that wait for the hash.
 const QUEUE: usize = 16;
@@ -47,6 +47,9 @@ impl Piece {
 
 impl Written {
     fn failed(error: &io::Error) -> Self {
+        if error.kind() == io::ErrorKind::StorageFull {
+            return Self::NoSpace;
+        }
         tracing::error!(%error, "a blob cannot be written");
         Self::DiskFailed
     }
@@ -59,15 +62,23 @@ pub(super) enum Written {
     Mismatch,
     /// The pieces ended before the blob did; these are there.
     Part(Spans),
+    /// There is no more space for it: what came later takes it, and nothing more can be evicted.
+    NoSpace,
     /// The disk failed.
     DiskFailed,
 }
 
 /// Starts two threads, one that writes what it is sent into the draft, in which some of it may be
 /// already, and one that hashes it: on one thread the time for both would add up.
-pub(super) fn start(fill: &Fill, draft: &Draft, written: Spans) -> (mpsc::Sender<Piece>, JoinHandle<Written>) {
-    let (sender, mut pieces) = mpsc::channel(QUEUE);
-    let (blob, teller) = (draft.blob.clone(), fill.teller());
+pub(super) fn start(
+    fill: &Fill,
+    large: &Arc<Large>,
+    draft: &Draft,
+    written: Spans,
+) -> (mpsc::Sender<Piece>, JoinHandle<Written>) {
+    let (sender, mut pieces) = mpsc::channel::<Piece>(QUEUE);
+    let (large, blob, teller) = (large.clone(), draft.blob.clone(), fill.teller());
+    let mut bytes = written.len();
     let hasher = Hasher::new(fill, &draft.blob, written);
     let thread = tokio::task::spawn_blocking(move || {
         let (to_hash, from_disk) = std_mpsc::sync_channel(QUEUE);
@@ -78,10 +89,13 @@ pub(super) fn start(fill: &Fill, draft: &Draft, written: Spans) -> (mpsc::Sender
         };
         let mut failure = None;
         while let Some(piece) = pieces.blocking_recv() {
-            if let Err(error) = write(&blob, &piece, &teller) {
+            bytes += piece.span().len();
+            let reserved = large.reserve(&blob, bytes);
+            if let Err(error) = reserved.and_then(|()| large.write(&blob, &piece.bytes, piece.position)) {
                 failure = Some(error);
                 break;
             }
+            teller.wrote(piece.span());
             if to_hash.send(piece).is_err() {
                 break;
             }
@@ -107,12 +121,6 @@ pub(super) fn hash_file(fill: &Fill, blob: &Arc<Blob>) -> bool {
         fill.teller().wrote(next);
     }
     hasher.verifier.verified()
-}
-
-fn write(blob: &Blob, piece: &Piece, teller: &Teller) -> io::Result<()> {
-    blob.file.write_all_at(&piece.bytes, piece.position)?;
-    teller.wrote(piece.span());
-    Ok(())
 }
 
 /// Hashes in order what is written in any.

@@ -13,6 +13,7 @@ use super::Origin;
 use super::condition::{Admission, Cause, Silence, lock};
 use super::http::{Home, Patience};
 use super::question::{Kind, Question};
+use super::retry::RetryBudget;
 use crate::config::Upstream;
 use crate::registries::{Place, Trust};
 use crate::source::SourceError;
@@ -214,8 +215,14 @@ impl Origin {
                     condition.answered(Instant::now());
                     condition.gave(question.kind, place.caller.who());
                 }
-                // It was not asked, or its token server was not to be had.
-                Err(SourceError::NoCredentials(_) | SourceError::Busy | SourceError::Guarded(_)) => {}
+                // It was not asked, or its token server was not to be had. Of a connection that breaks nobody knows whose
+                // doing it is: it says nothing of other paths.
+                Err(
+                    SourceError::NoCredentials(_)
+                    | SourceError::Busy
+                    | SourceError::Guarded(_)
+                    | SourceError::Interrupted(_),
+                ) => {}
                 Err(_) => lock(&condition).answered(Instant::now()),
             }
             return answer;
@@ -238,14 +245,15 @@ impl Origin {
         question: &Question,
         deadline: Instant,
     ) -> Result<Response, SourceError> {
-        self.retries.earn();
+        let retries = self.retries.get_with_by_ref(&place.registry, || Arc::new(RetryBudget::new()));
+        retries.earn();
         let mut attempt = 0;
         loop {
             let asked = Instant::now();
             match self.ask_once(home, place, question, deadline).await {
                 // What took long to fail will take long again, and the client waits.
                 Err(error) if error.is_passing() && asked.elapsed() < FAILS_FAST => {
-                    match self.retries.pause(attempt, deadline) {
+                    match retries.pause(attempt, deadline) {
                         Some(pause) => sleep(pause).await,
                         None => return Err(error),
                     }

@@ -238,6 +238,9 @@ fn explain(error: reqwest::Error) -> SourceError {
     if error.is_timeout() && !error.is_connect() {
         return SourceError::TimedOut;
     }
+    if !error.is_connect() {
+        return SourceError::Interrupted(text);
+    }
     match tls::advice(&error) {
         Some(advice) => SourceError::Unreachable(format!("{text}: {advice}")),
         None => SourceError::Unreachable(text),

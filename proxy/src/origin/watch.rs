@@ -50,7 +50,7 @@ impl Origin {
             loop {
                 tokio::select! {
                     Some(answer) = looks.next() => {
-                        if !matches!(answer, Err(SourceError::TimedOut | SourceError::Unreachable(_))) {
+                        if !matches!(answer, Err(SourceError::TimedOut | SourceError::Unreachable(_) | SourceError::Interrupted(_))) {
                             lock(&condition).answered(Instant::now());
                             tracing::info!(rule = place.rule.name(), upstream = upstream.base(), "an upstream answers again");
                             break;

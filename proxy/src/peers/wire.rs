@@ -28,6 +28,9 @@ use http::{HeaderMap, HeaderName, HeaderValue};
 
 use crate::oci::{Span, Spans};
 
+/// What the names of all headers between peers begin with.
+pub const PREFIX: &str = "dray-";
+
 pub const ROLE: HeaderName = HeaderName::from_static("dray-role");
 pub const PEER: HeaderName = HeaderName::from_static("dray-peer");
 pub const HAVE: HeaderName = HeaderName::from_static("dray-have");

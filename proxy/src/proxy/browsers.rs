@@ -43,11 +43,9 @@ const LOCAL_SUFFIXES: [&str; 5] = [".svc", ".cluster.local", ".localhost", ".loc
 
 impl Browsers {
     pub fn new(config: &Config) -> Self {
-        let of_rules = config.registry.iter().map(|rule| rule.get_ref().pattern.host.as_str());
-        let of_rules = of_rules.filter_map(|host| Some(host.parse::<Registry>().ok()?.host().to_owned()));
         let mirror = config.containerd.mirror.as_ref().and_then(|mirror| mirror.host().parse::<Registry>().ok());
         let mirror = mirror.map(|mirror| mirror.host().to_owned());
-        let names = of_rules.chain(mirror).chain(config.access.hosts.iter().cloned());
+        let names = mirror.into_iter().chain(config.access.hosts.iter().cloned());
         let scheme = if config.tls.cert.is_some() { Scheme::Https } else { Scheme::Http };
         Self { names: names.map(|name| name.to_ascii_lowercase()).collect(), scheme }
     }
@@ -137,8 +135,7 @@ mod tests {
 
     #[test]
     fn name_that_others_can_give_gets_nothing() {
-        let config = "[access]\nhosts = [\"dray.corp.example\"]\n[[registry]]\nmatch = \"reg.corp.example\"\n\
-                      upstreams = [\"http://10.0.0.5\"]\n[[registry]]\nmatch = \"*\"\n";
+        let config = "[access]\nhosts = [\"dray.corp.example\"]\n[[registry]]\nmatch = \"reg.corp.example\"\n";
         for host in [
             "127.0.0.1:5050",
             "[::1]:5050",
@@ -148,11 +145,18 @@ mod tests {
             "node7.local",
             "dray.kube-system.svc.cluster.local",
             "Dray.Corp.example:5050",
-            "reg.corp.example",
         ] {
             assert_eq!(admit(config, host, &[CHROMIUM]), Ok(()), "{host}");
         }
-        for host in ["evil.example:5050", "x.svc.evil.example", "127.0.0.1.evil.example", "corp.example", "", "a b"] {
+        for host in [
+            "evil.example:5050",
+            "reg.corp.example",
+            "x.svc.evil.example",
+            "127.0.0.1.evil.example",
+            "corp.example",
+            "",
+            "a b",
+        ] {
             let browser = [("accept-language", "en")];
             assert_eq!(admit(config, host, &browser), Err(Foreign::UnknownHost), "{host}");
             assert_eq!(admit("[tls]\ncert = \"c\"\nkey = \"k\"\n", host, &browser), Ok(()), "the certificate tells");

@@ -11,10 +11,10 @@ use super::load::Seat;
 use super::{Front, Listener};
 use crate::access_log::{AccessLog, Line, Millis};
 use crate::activity::{Activity, Answered};
+use crate::memory::OfClient;
 use crate::metrics;
 use crate::oci::{NamedBy, Registry, Repository};
 use crate::peers::{Seal, Sending as Counted};
-use crate::shares::Share;
 use crate::source::Broken;
 use crate::trace;
 
@@ -32,7 +32,7 @@ pub struct Exchange {
     /// Counts its body as sent to a peer.
     pub(super) counted: Option<Counted>,
     /// Its share of the memory for answers that are sent whole.
-    pub(super) held: Option<Share>,
+    pub(super) held: Option<OfClient>,
     pub(super) route: &'static str,
     pub(super) content: Option<Content>,
     pub(super) status: u16,

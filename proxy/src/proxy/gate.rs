@@ -291,8 +291,8 @@ impl Front {
                 let life = if shown.is_new() { shown.left().max(SHORTEST) } else { shown.left() };
                 caller = match shown.caller {
                     Ok(caller) => caller,
-                    // What the first repository gives is of use without the others.
-                    Err(_) if !grant.rights.is_empty() => continue,
+                    // What this secret opens elsewhere is of use without this.
+                    Err(_) if grant.rights.iter().any(|right| right.caller.holder().is_some()) => continue,
                     Err(SourceError::Denied(_)) => {
                         return Reply::wrong_secret("the registry does not take this secret");
                     }
@@ -302,7 +302,14 @@ impl Front {
             }
             grant.rights.push(Right { registry: place.registry, repository: place.repository, caller });
         }
-        match self.gate.grants.seal(&grant, SystemTime::now()) {
+        // Registries' own tokens may be long: then it is for the first repositories only.
+        let sealed = loop {
+            match self.gate.grants.seal(&grant, SystemTime::now()) {
+                None if grant.rights.len() > 1 => grant.rights.pop(),
+                sealed => break sealed,
+            };
+        };
+        match sealed {
             Some(token) => Reply::token(&token, grant.life.as_secs().max(1)),
             None => Reply::refusal(&Refusal::BadOrigin("the registry's token is too long".into())),
         }

@@ -2,65 +2,49 @@
 
 use std::net::IpAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
-use crate::connections;
+use crate::memory::{Memory, OfClient};
 use crate::shares::{Share, Shares};
 
 /// Requests being answered, and the memory that their answers take.
 pub struct Load {
-    requests: AtomicUsize,
-    /// KiB for answers that are sent whole: large manifests and lists.
-    memory: Shares<Option<IpAddr>>,
+    requests: Shares<Option<IpAddr>>,
+    memory: Arc<Memory>,
 }
 
 /// There is no memory for another answer.
 pub(super) struct Overloaded;
 
 /// A request's place in the load.
-pub(super) struct Seat(Arc<Load>);
+pub(super) type Seat = Share<Option<IpAddr>>;
 
 /// More requests than this at once are refused.
 const MAX_REQUESTS: usize = 10_000;
 
-/// Answers sent whole that are at least this large share this much memory: who reads slowly holds it for long.
+/// Answers that hold less memory than this, in bytes, need no leave for it.
 const SMALL_ANSWER: usize = 64 * 1024;
-const WHOLE_ANSWERS_KIB: usize = 128 * 1024;
-const KIB_OF_CLIENT: usize = 64 * 1024;
-
-impl Default for Load {
-    fn default() -> Self {
-        Self { requests: AtomicUsize::new(0), memory: Shares::new(WHOLE_ANSWERS_KIB, KIB_OF_CLIENT) }
-    }
-}
 
 impl Load {
-    /// Takes memory for an answer that is sent whole; small ones need none.
-    pub(super) fn hold(&self, bytes: usize, client: Option<IpAddr>) -> Result<Option<Share>, Overloaded> {
+    pub fn new(memory: Arc<Memory>) -> Self {
+        Self { requests: Shares::new(MAX_REQUESTS), memory }
+    }
+
+    /// Takes memory for an answer that its client has yet to read; small ones need none.
+    pub(super) fn hold(&self, bytes: usize, client: Option<IpAddr>) -> Result<Option<OfClient>, Overloaded> {
         if bytes < SMALL_ANSWER {
             return Ok(None);
         }
-        let kib = u32::try_from(bytes / 1024).unwrap_or(u32::MAX);
-        let client = client.map(|address| connections::client(address.to_canonical()));
-        self.memory.take(&client, kib).map(Some).ok_or(Overloaded)
+        self.memory.of_clients.take(&client, bytes).map(Some).ok_or(Overloaded)
     }
 
-    /// Counts a request, if there is room for it.
-    pub(super) fn enter(self: &Arc<Self>) -> Option<Seat> {
-        let before = self.requests.fetch_add(1, Ordering::AcqRel);
-        let seat = Seat(self.clone());
-        (before < MAX_REQUESTS).then_some(seat)
+    /// Counts a request, if there is room for it beside those of others.
+    pub(super) fn enter(&self, client: Option<IpAddr>) -> Option<Seat> {
+        self.requests.take(&client, 1)
     }
 
     /// How many requests are being answered.
     pub fn current(&self) -> usize {
-        self.requests.load(Ordering::Acquire)
-    }
-}
-
-impl Drop for Seat {
-    fn drop(&mut self) {
-        self.0.requests.fetch_sub(1, Ordering::AcqRel);
+        MAX_REQUESTS - self.requests.left()
     }
 }
 
@@ -70,14 +54,22 @@ mod tests {
 
     #[test]
     fn a_client_that_reads_slowly_leaves_memory_for_the_others() {
-        let load = Load::default();
+        let load = Load::new(Arc::new(Memory::new(240 << 20)));
         let client = |nth: u8| Some(IpAddr::from([192, 0, 2, nth]));
         let take = |nth| std::iter::from_fn(|| load.hold(1 << 20, client(nth)).ok()).take(1000).collect::<Vec<_>>();
-        let first = take(1);
-        assert_eq!((first.len(), take(2).len()), (64, 64));
-        let _second = take(2);
-        assert!(take(3).is_empty() && load.hold(SMALL_ANSWER - 1, client(3)).is_ok(), "small ones need none");
-        drop(first);
-        assert_eq!(take(3).len(), 64);
+        let held = [1, 2, 3].map(take);
+        assert_eq!(held.each_ref().map(Vec::len), [60, 30, 15]);
+        assert!(load.hold(SMALL_ANSWER - 1, client(1)).is_ok_and(|held| held.is_none()), "small ones need none");
+    }
+
+    #[test]
+    fn client_with_many_requests_leaves_room_for_the_others() {
+        let load = Load::new(Arc::new(Memory::new(0)));
+        let client = |nth: u8| Some(IpAddr::from([192, 0, 2, nth]));
+        let seats: Vec<_> = std::iter::from_fn(|| load.enter(client(1))).collect();
+        assert_eq!((seats.len(), load.current()), (MAX_REQUESTS / 2, MAX_REQUESTS / 2));
+        assert!(load.enter(client(2)).is_some());
+        drop(seats);
+        assert_eq!(load.current(), 0);
     }
 }

@@ -1,5 +1,6 @@
 //! Who asks, and how far a question may go.
 
+use std::net::IpAddr;
 use std::time::Duration;
 
 use crate::oci::NamedBy;
@@ -20,6 +21,8 @@ pub enum Asker {
 #[derive(Clone, Copy, Debug)]
 pub struct Asking {
     pub asker: Asker,
+    /// Whose share of what all clients share it takes. None: nobody's.
+    pub client: Option<IpAddr>,
     /// What this node is asked as.
     pub role: Role,
     pub reach: Reach,
@@ -46,6 +49,7 @@ impl Asking {
     /// A container runtime asks for anything.
     pub const CLIENT: Self = Self {
         asker: Asker::Client,
+        client: None,
         role: Role::Client,
         reach: Reach::Origin,
         aim: Aim::Range,

@@ -7,10 +7,10 @@ use bytes::Bytes;
 use tokio::time::{Instant, timeout, timeout_at};
 
 use super::negatives::Endpoint;
-use super::parts::Parts;
+use super::parts::{self, Parts};
 use super::sources::BlobSources;
 use super::{Asker, Asking, FIRST_BYTE, ListBody, Pull, Refusal};
-use crate::fill::{Feed, Fill, FillKey, Opened, Outcome, Passage, Reader, Reading};
+use crate::fill::{Feed, Fill, FillKey, Opened, Outcome, PART_BYTES, Passage, Reader, Reading};
 use crate::oci::{Digest, ErrorCode, Multipart, NamedBy, RangeRequest, Registry, Span};
 use crate::peers::{Aim, Reach};
 use crate::registries::Place;
@@ -69,6 +69,9 @@ enum Patience {
     /// pull failed, so an outage is waited out, asking again and again.
     WaitOut,
 }
+
+/// A list on its way: buffers of the upstream's connection, and the copy that is made of it.
+const LIST_BYTES: usize = 512 * 1024;
 
 /// A file that may be damaged is hashed for this long before it is read along.
 const PROVEN_SOON: Duration = Duration::from_secs(5);
@@ -196,7 +199,8 @@ impl Pull {
         let sources = self.sources(&request.place, key.clone(), Aim::Whole);
         let mut answers = 0;
         loop {
-            let fill = self.fills.join(&key, place, sources.clone(), first_byte_wanted(request.range));
+            let fill =
+                self.fills.join(&key, place, request.asking.client, sources.clone(), first_byte_wanted(request.range));
             if request.asking.asker.is_peer() && matches!(fill.opened().await, Ok(Opened::Uncached { .. })) {
                 return Err(SourceError::NotKept.into());
             }
@@ -401,11 +405,15 @@ impl Body {
         }
     }
 
-    /// Bytes that are held in memory until they are sent.
+    /// Bytes that are held in memory until they are sent, or while their client does not read.
     pub fn held(&self) -> usize {
         match self {
             Self::Memory(Some(bytes)) => bytes.len(),
-            _ => 0,
+            Self::Passing(passage) => passage.held(),
+            Self::List(_) => LIST_BYTES,
+            // The one that is sent, and those that are opened before their turn.
+            Self::Parts(_) => PART_BYTES * (parts::AHEAD + 1),
+            Self::Memory(None) | Self::File(_) => 0,
         }
     }
 }

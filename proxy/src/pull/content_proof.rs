@@ -6,7 +6,8 @@
 //! or small blob is requested whole, of a large blob [`SAMPLES`] ranges at random places, which are compared with the cache.
 //! What is not proven is fetched from that repository like anything else that is not cached.
 //!
-//! Who holds a part of a blob passes by chance: with half of it one time in eight, once a day for each blob and repository.
+//! Who holds a part of a blob passes by chance: with half of it for one blob in eight. Where is looked is a secret of this
+//! process and the same at each try. A blob of which somebody has all but a little is nothing that samples can guard.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -49,7 +50,12 @@ impl Pull {
                 tracing::warn!(%place, %digest, "the registry says that it has this, and does not send its bytes");
                 self.entitlements.failed_to_show(place, digest);
             }
-            Err(error) => tracing::debug!(%place, %digest, %error, "whether the registry holds it there is not known"),
+            // It says nothing of the registry.
+            Err(SourceError::Busy | SourceError::NoCredentials(_) | SourceError::Limited { .. }) => {}
+            Err(error) => {
+                tracing::debug!(%place, %digest, %error, "the registry does not show that it has this there");
+                self.entitlements.failed_to_show(place, digest);
+            }
         }
     }
 
@@ -83,7 +89,13 @@ impl Pull {
         blob: Arc<Blob>,
         deadline: Instant,
     ) -> Result<bool, SourceError> {
-        for span in samples(blob.len, fastrand::u64) {
+        let mut nth = 0;
+        // The same for each repository and each try, so that nobody can go on until what is looked at is what it has.
+        let place_of = |range: Range<u64>| {
+            nth += 1;
+            range.start + self.entitlements.secret_of(digest, nth) % (range.end - range.start)
+        };
+        for span in samples(blob.len, place_of) {
             let incoming = self.origin.blob(place, digest, Part::Span(span), Some(blob.len), deadline).await?;
             if incoming.span != span {
                 return Err(SourceError::Malformed("the upstream does not honour ranges".into()));
@@ -100,9 +112,9 @@ impl Pull {
 }
 
 /// Where to look into a blob of this length, which is longer than a sample.
-fn samples(total: u64, random: impl Fn(Range<u64>) -> u64) -> [Span; SAMPLES] {
+fn samples(total: u64, mut place_of: impl FnMut(Range<u64>) -> u64) -> [Span; SAMPLES] {
     std::array::from_fn(|_| {
-        let start = random(0..total.saturating_sub(SAMPLE_BYTES).max(1));
+        let start = place_of(0..total.saturating_sub(SAMPLE_BYTES).max(1));
         Span { start, end: total.min(start + SAMPLE_BYTES) }
     })
 }

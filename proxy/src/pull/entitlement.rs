@@ -157,6 +157,11 @@ impl Entitlements {
         self.noes.insert((who, name), Instant::now());
     }
 
+    /// A number for a digest, which nobody outside can tell.
+    pub(super) fn secret_of(&self, digest: &Digest, nth: u32) -> u64 {
+        self.telling.hash_one((digest, nth))
+    }
+
     /// Tells apart what a caller shows, and tells nobody what it is.
     fn shown(&self, place: &Place) -> u64 {
         self.telling.hash_one(place.caller.authorization())

@@ -23,7 +23,7 @@ use super::{Asking, Body, Pull, Refusal, fetch_ended};
 use crate::oci::{Digest, ErrorCode, INDEX_MEDIA_TYPE, manifest};
 use crate::origin::{List, ListResponse};
 use crate::registries::Place;
-use crate::source::{Broken, ServedFrom, SourceError, UPSTREAM_TIMEOUT};
+use crate::source::{Broken, Floor, ServedFrom, SourceError, Speed, UPSTREAM_TIMEOUT};
 use crate::store::{Found, Kind, ListRecord, ReferrersRecord, SMALL_BYTES, SmallObject};
 use crate::trace;
 
@@ -46,6 +46,7 @@ pub struct ListAnswer {
 /// The body of a list on its way to a client, of which a copy is made.
 pub struct ListBody {
     pieces: BoxStream<'static, Result<Bytes, Broken>>,
+    speed: Speed,
     copy: Option<Copying>,
 }
 
@@ -53,13 +54,14 @@ struct Copying {
     pull: Arc<Pull>,
     place: Place,
     record: ListRecord,
-    /// What says that the registry has no such API, which this response disproves.
-    disproved: Option<String>,
     encoder: DeflateEncoder<Vec<u8>>,
 }
 
 /// Where a copy is at hand, an upstream has this long to begin.
 const WITH_COPY: Duration = Duration::from_secs(5);
+
+/// An upstream that sends less of a list in this time of waiting would hold its place for ever.
+const SLOWEST: Floor = Floor { bytes: 64 * 1024, window: Duration::from_secs(180) };
 
 /// Largest copy that is kept, compressed, in bytes: what the small-object tier takes, with some room for its head.
 const MAX_COPY: u64 = SMALL_BYTES - 4096;
@@ -88,8 +90,9 @@ impl Pull {
         let mut asked = self.requested(place, list, query, &key);
         let response = match timeout(WITH_COPY.min(asking.patience), &mut asked).await {
             Ok(response) => response,
-            Err(_) => match self.seen_before(place, list, query, &key).await {
-                Some(seen) => return seen,
+            // Only what was seen whole: that a slow upstream has something or not it will say itself.
+            Err(_) => match self.kept_list(place, list, &key).await.map(|kept| self.stale(place, kept)) {
+                Some(kept) => return Ok(kept),
                 None => {
                     let left = asking.patience.saturating_sub(WITH_COPY);
                     timeout(left, asked).await.unwrap_or(Ok(Err(SourceError::TimedOut)))
@@ -129,8 +132,10 @@ impl Pull {
             let deadline = Instant::now() + UPSTREAM_TIMEOUT;
             let response = pull.origin.list(&place, &list, query.as_deref(), deadline).await;
             if let Err(Ok(response)) = sender.send(response) {
-                let mut body = pull.passed_on(&place, &list, key, response).body;
-                while let Ok(Some(_)) = body.next().await {}
+                // For the copy, and no longer than a client would wait.
+                let Body::List(mut body) = pull.passed_on(&place, &list, key, response).body else { return };
+                let copied = async { while body.is_copied() && matches!(body.next().await, Ok(Some(_))) {} };
+                let _ = timeout(UPSTREAM_TIMEOUT, copied).await;
             }
         }));
         asked
@@ -146,8 +151,7 @@ impl Pull {
             checked_at: SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs(),
         };
         let encoder = DeflateEncoder::new(Vec::new(), Compression::fast());
-        let disproved = matches!(list, List::Referrers(_)).then(|| api_key(place));
-        let copy = Copying { pull: self.clone(), place: place.clone(), record, disproved, encoder };
+        let copy = Copying { pull: self.clone(), place: place.clone(), record, encoder };
         let copy = Some(copy).filter(|_| encoding.is_none());
         ListAnswer {
             media_type: media_type(list),
@@ -157,21 +161,15 @@ impl Pull {
             length,
             from: ServedFrom::Origin,
             age: None,
-            body: Body::List(Box::new(ListBody { pieces: body, copy })),
+            body: Body::List(Box::new(ListBody { pieces: body, speed: Speed::default(), copy })),
         }
     }
 
     fn remember_absence(self: &Arc<Self>, place: &Place, list: &List, key: String, error: &SourceError) {
         let has_no_api = error.is_not_found() && matches!(list, List::Referrers(_));
-        let has_no_repository =
-            matches!(error, SourceError::NotFound(told) if told.code() == Some(ErrorCode::NameUnknown.as_str()));
         let (pull, place) = (self.clone(), place.clone());
         tokio::task::spawn_blocking(move || {
             let records = &pull.store.records;
-            let api = api_key(&place);
-            if has_no_api && !has_no_repository && !records.is_absent_list(&api) {
-                records.put_absent_list(&api);
-            }
             match has_no_api && (records.is_known_list(&key) || pull.may_copy(&place)) {
                 true => records.put_absent_list(&key),
                 false => records.forget_list(&key),
@@ -185,15 +183,14 @@ impl Pull {
         written.fetch_add(1, Ordering::Relaxed) < MAX_COPIES
     }
 
-    /// Whether the upstream has no referrers API, or had none for this manifest: a client looks for the fall-back tag then,
-    /// which is complete where cached artifacts may not be.
-    async fn was_absent(&self, place: &Place, list: &List, key: &str) -> bool {
+    /// Whether the upstream had no referrers API for this manifest: a client looks for the fall-back tag then, which is
+    /// complete where cached artifacts may not be.
+    async fn was_absent(&self, list: &List, key: &str) -> bool {
         if !matches!(list, List::Referrers(_)) {
             return false;
         }
-        let (store, keys) = (self.store.clone(), [key.to_owned(), api_key(place)]);
-        let was_absent = move || keys.iter().any(|key| store.records.is_absent_list(key));
-        tokio::task::spawn_blocking(was_absent).await.unwrap_or(false)
+        let (store, key) = (self.store.clone(), key.to_owned());
+        tokio::task::spawn_blocking(move || store.records.is_absent_list(&key)).await.unwrap_or(false)
     }
 
     /// The list as it was last seen, or as cached artifacts tell. None: neither.
@@ -204,23 +201,30 @@ impl Pull {
         query: Option<&str>,
         key: &str,
     ) -> Option<Result<ListAnswer, Refusal>> {
+        if let Some(kept) = self.kept_list(place, list, key).await {
+            return Some(Ok(self.stale(place, kept)));
+        }
+        if place.rule.asks_who() && !self.was_let_in(place) {
+            return None;
+        }
+        if self.was_absent(list, key).await {
+            return Some(Err(Refusal::of(&SourceError::not_found(), missing(list))));
+        }
+        let made = self.referrers_of_cached(place, list, query).await?;
+        Some(Ok(self.stale(place, made)))
+    }
+
+    fn stale(&self, place: &Place, copy: ListAnswer) -> ListAnswer {
+        self.metrics.stale.with_label_values(&["list"]).inc();
+        tracing::info!(%place, "served a list stale");
+        copy
+    }
+
+    async fn kept_list(&self, place: &Place, list: &List, key: &str) -> Option<ListAnswer> {
         // A right to list ends with the right to pull.
         if place.rule.asks_who() && !self.was_let_in(place) {
             return None;
         }
-        let copy = match self.kept_list(place, list, key).await {
-            Some(kept) => kept,
-            None if self.was_absent(place, list, key).await => {
-                return Some(Err(Refusal::of(&SourceError::not_found(), missing(list))));
-            }
-            None => self.referrers_of_cached(place, list, query).await?,
-        };
-        self.metrics.stale.with_label_values(&["list"]).inc();
-        tracing::info!(%place, "served a list stale");
-        Some(Ok(copy))
-    }
-
-    async fn kept_list(&self, place: &Place, list: &List, key: &str) -> Option<ListAnswer> {
         let (store, key) = (self.store.clone(), key.to_owned());
         let record = tokio::task::spawn_blocking(move || store.records.list(&key)).await.ok()??;
         let age = SystemTime::now().duration_since(UNIX_EPOCH + Duration::from_secs(record.checked_at)).ok()?;
@@ -289,9 +293,18 @@ impl Pull {
 }
 
 impl ListBody {
+    fn is_copied(&self) -> bool {
+        self.copy.is_some()
+    }
+
     /// The next piece; None at the end.
     pub async fn next(&mut self) -> Result<Option<Bytes>, Broken> {
+        let asked = Instant::now();
         let next = timeout(UPSTREAM_TIMEOUT, self.pieces.next()).await;
+        let len = next.as_ref().ok().and_then(|next| next.as_ref()?.as_ref().ok()).map_or(0, Bytes::len);
+        if !self.speed.keeps_up(SLOWEST, asked.elapsed(), len) {
+            return Err(Broken("the upstream sends the list too slowly".into()));
+        }
         match next.unwrap_or_else(|_| Some(Err(Broken("the upstream sends nothing more".into())))).transpose() {
             Ok(Some(piece)) => {
                 let fits = |copy: &mut Copying| copy.add(&piece);
@@ -319,7 +332,7 @@ impl Copying {
 
     /// All of it has come.
     fn keep(self) {
-        let Self { pull, place, mut record, disproved, encoder } = self;
+        let Self { pull, place, mut record, encoder } = self;
         let Ok(packed) = encoder.finish() else { return };
         let digest = Digest::of(&packed);
         record.digest = digest.to_string();
@@ -334,10 +347,7 @@ impl Copying {
             if pull.store.find(&digest, Kind::Blob).await.is_none() {
                 pull.store.small.insert(&digest, Kind::Blob, object).await;
             }
-            tokio::task::spawn_blocking(move || {
-                disproved.into_iter().for_each(|api| pull.store.records.forget_list(&api));
-                pull.store.records.put_list(&record);
-            });
+            tokio::task::spawn_blocking(move || pull.store.records.put_list(&record));
         });
     }
 }
@@ -356,11 +366,6 @@ fn key(place: &Place, list: &List, query: Option<&str>) -> String {
     };
     let who = place.caller.holder().map_or(0, |holder| u128::from_be_bytes(holder.who.0));
     format!("{what}?{} {} {who:032x}", query.unwrap_or_default(), place.rule.name())
-}
-
-/// That a registry has no referrers API, which a 404 for any manifest says.
-fn api_key(place: &Place) -> String {
-    format!("{}/referrers {}", place.registry, place.rule.name())
 }
 
 fn subject_key(place: &Place, subject: &Digest) -> String {

@@ -11,7 +11,7 @@ use crate::source::Broken;
 use crate::trace;
 
 /// Parts that are opened before their turn.
-const AHEAD: usize = 4;
+pub(super) const AHEAD: usize = 4;
 
 /// The parts of an answer, one after the other.
 pub struct Parts {

@@ -48,7 +48,8 @@ impl Pull {
             if key.role == Role::Global || span.start < WAIT_FOR_FILL {
                 return Ok(None);
             }
-            self.fills.join(&key, &request.place, self.sources(&request.place, key.clone(), Aim::Whole), 0);
+            let sources = self.sources(&request.place, key.clone(), Aim::Whole);
+            self.fills.join(&key, &request.place, request.asking.client, sources, 0);
         }
         let feed = match Feed::open(self.sources(&request.place, key, Aim::Range), span.start, Some(span.end)).await {
             Ok(feed) => feed,

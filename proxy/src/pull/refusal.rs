@@ -47,7 +47,7 @@ impl Refusal {
             SourceError::Guarded(_) => Self::Guarded(message),
             SourceError::Limited { .. } => Self::Limited(message),
             SourceError::Busy => Self::Busy,
-            SourceError::Unreachable(_) => Self::NoWay(message),
+            SourceError::Unreachable(_) | SourceError::Interrupted(_) => Self::NoWay(message),
             // It takes its time for everybody: whoever cannot be reached at all does not even take a connection.
             SourceError::TimedOut => Self::Unavailable(message),
             // Which program or file it is concerns nobody but the log.

@@ -366,7 +366,7 @@ impl BlobSources {
             asking,
         };
         let answer = loop {
-            let fill = self.pull.fills.join(&key, &self.place, sources.clone(), part.start());
+            let fill = self.pull.fills.join(&key, &self.place, None, sources.clone(), part.start());
             match self.pull.follow(&fill, &request).await.map_err(Fetch::into_source) {
                 Err(_) if fill.refused_another(&self.place).await => {}
                 answer => break answer?,

@@ -16,7 +16,7 @@ pub(super) struct Budget {
 
 /// A share of a budget, given back when dropped.
 pub(super) struct Charge {
-    bytes: u64,
+    bytes: AtomicU64,
     budget: Arc<Budget>,
 }
 
@@ -66,7 +66,7 @@ impl Budget {
 
     fn charged(self: &Arc<Self>, bytes: u64) -> Charge {
         self.show();
-        Charge { bytes, budget: self.clone() }
+        Charge { bytes: bytes.into(), budget: self.clone() }
     }
 
     fn show(&self) {
@@ -74,9 +74,22 @@ impl Budget {
     }
 }
 
+impl Charge {
+    pub(super) fn bytes(&self) -> u64 {
+        self.bytes.load(Ordering::Acquire)
+    }
+
+    /// Takes more. Nobody else may grow it at the same time.
+    pub(super) fn grow(&self, more: u64) -> Result<(), NoSpace> {
+        let mut charge = self.budget.reserve(more)?;
+        self.bytes.fetch_add(std::mem::take(charge.bytes.get_mut()), Ordering::AcqRel);
+        Ok(())
+    }
+}
+
 impl Drop for Charge {
     fn drop(&mut self) {
-        self.budget.used.fetch_sub(self.bytes, Ordering::AcqRel);
+        self.budget.used.fetch_sub(self.bytes(), Ordering::AcqRel);
         self.budget.show();
     }
 }
@@ -96,6 +109,10 @@ mod tests {
         let found = budget.account(20);
         assert_eq!((budget.used(), budget.free()), (24, 0));
         drop((found, four));
+        let growing = budget.reserve(1).unwrap();
+        assert!(growing.grow(10).is_err() && growing.grow(9).is_ok());
+        assert_eq!((growing.bytes(), budget.used()), (10, 10));
+        drop(growing);
         assert!(budget.reserve(10).is_ok());
     }
 

@@ -2,43 +2,65 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, PoisonError};
-use std::time::Instant;
+use std::sync::{Arc, PoisonError, Weak};
+use std::time::{Duration, Instant};
 
-use rustix::fs::{FallocateFlags, copy_file_range};
-use rustix::io::Errno;
+use rustix::fs::copy_file_range;
 
-use super::budget::NoSpace;
+use super::budget::{Charge, NoSpace};
+use super::files;
 use super::large::{Blob, FILE_OVERHEAD, Large};
 use super::partial::Partial;
 use crate::oci::{Digest, Registry, Span, Spans};
 use crate::provenance::Provenance;
 
-/// A blob being written, with its space reserved. Unlinked when dropped without being published.
+/// A blob being written. Its space is reserved as its bytes come. Unlinked when dropped without being published.
 pub struct Draft {
     path: PathBuf,
     pub blob: Arc<Blob>,
 }
 
+/// Space is reserved in steps of so many bytes: fewer steps for a blob, and little for what an upstream announces and does
+/// not send.
+const STEP: u64 = 8 * 1024 * 1024;
+
+/// What a blob on its way is still to take: there has to be space for it beside what others announce.
+pub(super) struct Promise {
+    bytes: u64,
+    charge: Weak<Charge>,
+    since: Instant,
+}
+
+/// A blob that has brought fewer bytes a second, once it had time to begin, keeps no space from others.
+const LEAST_RATE: u64 = 64 * 1024;
+const BEGINS: Duration = Duration::from_secs(2);
+
 /// Partials together take at most this part of the disk.
 const PARTIALS_PART: u64 = 8;
 
 impl Large {
-    /// Reserves space for a blob of `len` bytes, evicting others if need be. Blocks on the disk.
+    /// Begins a blob of `len` bytes, for which there is space, or would be if what nobody reads were evicted. Blocks on the
+    /// disk.
     pub fn draft(&self, len: u64, provenance: Provenance) -> Result<Draft, NoSpace> {
         let bytes = len.checked_add(FILE_OVERHEAD).filter(|b| *b <= self.budget.limit()).ok_or(NoSpace)?;
+        if !self.could_hold(bytes.saturating_add(self.promised())) {
+            return Err(NoSpace);
+        }
         let charge = loop {
-            match self.budget.reserve(bytes) {
+            match self.budget.reserve(FILE_OVERHEAD) {
                 Ok(charge) => break Arc::new(charge),
-                Err(NoSpace) if self.make_room(bytes) => {}
+                Err(NoSpace) if self.make_room(FILE_OVERHEAD) => {}
                 Err(NoSpace) => return Err(NoSpace),
             }
         };
         let path = self.fills.join(self.next_draft.fetch_add(1, Ordering::Relaxed).to_string());
         match self.create(&path, len) {
             Ok(file) => {
+                let promise = Promise { bytes, charge: Arc::downgrade(&charge), since: Instant::now() };
+                self.promises().push(promise);
                 let blob = Blob { file, len, provenance: Some(provenance), charge, unreadable: Arc::default() };
                 Ok(Draft { path, blob: Arc::new(blob) })
             }
@@ -46,6 +68,44 @@ impl Large {
                 tracing::warn!(%error, "no file for a blob, it will not be kept");
                 let _ = fs::remove_file(&path);
                 Err(NoSpace)
+            }
+        }
+    }
+
+    /// What blobs on their way are still to take.
+    fn promised(&self) -> u64 {
+        let (now, mut left) = (Instant::now(), 0);
+        self.promises().retain(|promise| {
+            let its = promise.left(now);
+            left += its.unwrap_or(0);
+            its.is_some()
+        });
+        left
+    }
+
+    /// Reserves space for so many bytes of a draft in all, evicting what nobody reads if need be. One at a time for each
+    /// draft. Blocks on the disk.
+    pub fn reserve(&self, blob: &Blob, bytes: u64) -> io::Result<()> {
+        let reserved = blob.charge.bytes().saturating_sub(FILE_OVERHEAD);
+        let more = bytes.max(reserved + STEP).min(blob.len).saturating_sub(reserved);
+        if bytes <= reserved || more == 0 {
+            return Ok(());
+        }
+        while blob.charge.grow(more).is_err() {
+            if !self.make_room(more) {
+                return Err(io::ErrorKind::StorageFull.into());
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes bytes of a draft. Blocks on the disk.
+    pub fn write(&self, blob: &Blob, bytes: &[u8], position: u64) -> io::Result<()> {
+        loop {
+            match blob.file.write_all_at(bytes, position) {
+                // Others fill the disk: our budget says there is room, the disk says there is not.
+                Err(error) if error.kind() == io::ErrorKind::StorageFull && self.evict_one() => {}
+                written => return written,
             }
         }
     }
@@ -60,7 +120,12 @@ impl Large {
         let path = self.path(digest);
         let named = fs::create_dir_all(path.parent().unwrap_or(&self.blobs))
             .and_then(|()| self.write_record(digest, &draft.blob))
-            .and_then(|()| fs::rename(&draft.path, &path));
+            .and_then(|()| {
+                fs::rename(&draft.path, &path).or_else(|_| {
+                    files::clear_away(&path);
+                    fs::rename(&draft.path, &path)
+                })
+            });
         if named.is_err() {
             self.forget(digest, &draft.blob);
         }
@@ -72,10 +137,12 @@ impl Large {
         *self.sealed.write().unwrap_or_else(PoisonError::into_inner) = true;
     }
 
-    /// Keeps what there is of a blob for whoever asks next, within bounds.
+    /// Keeps what there is of a blob for whoever asks next, within bounds. Blocks on the disk.
     pub fn keep_partial(&self, digest: &Digest, registry: &Registry, draft: Draft, written: Spans) {
         let limit = self.budget.limit() / PARTIALS_PART;
-        self.partials().keep(digest, registry, Partial { draft, written }, limit, Instant::now());
+        let dropped = self.partials().keep(digest, registry, Partial { draft, written }, limit, Instant::now());
+        // Closing them frees their space, which may take a while: not under the lock.
+        drop(dropped);
     }
 
     /// What an earlier attempt to fetch this blob from this registry has left.
@@ -88,7 +155,7 @@ impl Large {
         self.partials().take(digest, registry, fits)
     }
 
-    /// A new file with its space allocated, so that a full disk shows now and not half-way.
+    /// A new file of this length without blocks.
     fn create(&self, path: &Path, len: u64) -> io::Result<File> {
         let open = || OpenOptions::new().read(true).write(true).create_new(true).open(path);
         let file = match open() {
@@ -98,15 +165,20 @@ impl Large {
             }
             other => other?,
         };
-        loop {
-            match rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, len) {
-                Ok(()) => return Ok(file),
-                Err(Errno::OPNOTSUPP) => return Ok(file),
-                // Others fill the disk: our budget says there is room, the disk says there is not.
-                Err(Errno::NOSPC) if self.evict_one() => {}
-                Err(error) => return Err(error.into()),
-            }
+        file.set_len(len)?;
+        Ok(file)
+    }
+}
+
+impl Promise {
+    /// What is still to come at a rate that counts. None: it is over.
+    fn left(&self, now: Instant) -> Option<u64> {
+        let (taken, age) = (self.charge.upgrade()?.bytes(), now.duration_since(self.since));
+        if taken >= self.bytes {
+            return None;
         }
+        let comes = age < BEGINS || taken.saturating_sub(FILE_OVERHEAD) >= LEAST_RATE * age.as_secs();
+        Some(if comes { self.bytes.saturating_sub(taken) } else { 0 })
     }
 }
 

@@ -20,8 +20,8 @@ use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 
 use super::budget::{Budget, Charge};
-use super::draft::Draft;
-use super::evict::Candidate;
+use super::draft::{Draft, Promise};
+use super::evict::{Candidate, FileSystem};
 use super::files::{self, Record};
 use super::layout::Layout;
 use super::partial::Partials;
@@ -37,6 +37,7 @@ pub struct Large {
     pub(super) budget: Arc<Budget>,
     index: Mutex<HashMap<Digest, Entry>>,
     partials: Mutex<Partials>,
+    promises: Mutex<Vec<Promise>>,
     relayed: Mutex<Relayed>,
     /// What is to stay while anything else can go.
     pinned: ArcSwap<HashSet<Digest>>,
@@ -81,6 +82,32 @@ struct Entry {
     charge: Arc<Charge>,
     unreadable: Arc<AtomicBool>,
     open: Weak<Blob>,
+}
+
+/// Where a blob is, as far as that is known without asking the disk.
+pub enum Known {
+    Open(Arc<Blob>, Proof),
+    OnDisk,
+    Nowhere,
+}
+
+impl Entry {
+    /// What somebody has open.
+    fn opened(&self) -> Option<(Arc<Blob>, Proof)> {
+        if self.unreadable.load(Ordering::Relaxed) {
+            return None;
+        }
+        Some((self.open.upgrade()?, self.proof?))
+    }
+
+    /// Whether the file's times are to be renewed, which is done once.
+    fn take_touch(&mut self, now: SystemTime) -> bool {
+        let is_due = now.duration_since(self.touched).is_ok_and(|age| age > TOUCH_INTERVAL);
+        if is_due {
+            self.touched = now;
+        }
+        is_due
+    }
 }
 
 impl Blob {
@@ -140,6 +167,7 @@ impl Large {
             budget,
             index: Mutex::new(index),
             partials: Mutex::default(),
+            promises: Mutex::default(),
             relayed: Mutex::default(),
             pinned: ArcSwap::default(),
             evicted: metrics.evicted_bytes.clone(),
@@ -152,32 +180,41 @@ impl Large {
         Ok(large)
     }
 
-    /// Opens a blob and marks it as used.
-    pub fn get(&self, digest: &Digest) -> Option<(Arc<Blob>, Proof)> {
+    /// Marks a blob as used, and gives it if that needs no word of the disk.
+    pub fn look(&self, digest: &Digest) -> Known {
         let now = SystemTime::now();
         let mut index = self.index();
         let Some(entry) = index.get_mut(digest) else {
             drop(index);
-            return self.relayed().get(digest, Instant::now()).map(|blob| (blob, Proof::Verified));
+            let relayed = self.relayed().get(digest, Instant::now());
+            return relayed.map_or(Known::Nowhere, |blob| Known::Open(blob, Proof::Verified));
         };
         if now.duration_since(entry.last_used).is_ok_and(|age| age > ONE_USE) {
             entry.uses = entry.uses.saturating_add(1);
         }
         entry.last_used = now;
-        let touch = now.duration_since(entry.touched).is_ok_and(|age| age > TOUCH_INTERVAL);
-        if touch {
-            entry.touched = now;
+        let is_touch_due = now.duration_since(entry.touched).is_ok_and(|age| age > TOUCH_INTERVAL);
+        match entry.opened() {
+            Some((blob, proof)) if !is_touch_due => Known::Open(blob, proof),
+            _ => Known::OnDisk,
         }
-        let (blob, proof) = self.open_entry(&mut index, digest)?;
-        if touch {
-            files::touch(&blob.file, now);
-        }
-        Some((blob, proof))
     }
 
-    /// Opens a blob as the scrub does, which is no use.
-    pub fn peek(&self, digest: &Digest) -> Option<(Arc<Blob>, Proof)> {
-        self.open_entry(&mut self.index(), digest)
+    /// Opens a blob and marks it as used. Blocks on the disk.
+    pub fn get(&self, digest: &Digest) -> Option<(Arc<Blob>, Proof)> {
+        match self.look(digest) {
+            Known::Open(blob, proof) => Some((blob, proof)),
+            Known::Nowhere => None,
+            Known::OnDisk => {
+                let (blob, proof) = self.peek(digest)?;
+                let now = SystemTime::now();
+                let is_touch_due = self.index().get_mut(digest).is_some_and(|entry| entry.take_touch(now));
+                if is_touch_due {
+                    files::touch(&blob.file, now);
+                }
+                Some((blob, proof))
+            }
+        }
     }
 
     pub(super) fn is_owned(&self, digest: &Digest) -> bool {
@@ -189,38 +226,59 @@ impl Large {
         self.index().keys().cloned().collect()
     }
 
-    /// Opening a file on a local disk does not block long enough to be worth a thread.
-    fn open_entry(&self, index: &mut HashMap<Digest, Entry>, digest: &Digest) -> Option<(Arc<Blob>, Proof)> {
-        let entry = index.get_mut(digest)?;
-        if entry.unreadable.load(Ordering::Relaxed) {
+    /// Opens a blob as the scrub does, which is no use. Blocks on the disk, and holds no lock while it does.
+    pub fn peek(&self, digest: &Digest) -> Option<(Arc<Blob>, Proof)> {
+        let (len, charge, unreadable) = {
+            let mut index = self.index();
+            let entry = index.get_mut(digest)?;
+            if let Some(opened) = entry.opened() {
+                return Some(opened);
+            }
+            (entry.len, entry.charge.clone(), entry.unreadable.clone())
+        };
+        if unreadable.load(Ordering::Relaxed) {
             tracing::warn!(%digest, "the disk cannot read a cached blob, it is given up");
-            index.remove(digest);
-            self.unlink(digest);
+            self.give_up(digest, &charge);
             return None;
         }
-        if let (Some(blob), Some(proof)) = (entry.open.upgrade(), entry.proof) {
-            return Some((blob, proof));
-        }
-        match files::open(&self.path(digest), entry.len) {
+        match files::open(&self.path(digest), len) {
             Ok((file, record)) => {
+                let mut index = self.index();
+                // It may have been evicted meanwhile, or opened by somebody else.
+                let entry = index.get_mut(digest).filter(|entry| Arc::ptr_eq(&entry.charge, &charge))?;
+                if let Some(opened) = entry.opened() {
+                    return Some(opened);
+                }
                 let known = record.as_ref().is_some_and(|record| record.epoch == self.epoch);
                 let proof = *entry.proof.get_or_insert(if known { Proof::Verified } else { Proof::Unproven });
-                let (charge, provenance) = (entry.charge.clone(), record.map(|record| record.provenance));
-                let unreadable = entry.unreadable.clone();
-                let blob = Arc::new(Blob { file, len: entry.len, provenance, charge, unreadable });
+                let blob = Arc::new(Blob {
+                    file,
+                    len,
+                    provenance: record.map(|record| record.provenance),
+                    charge,
+                    unreadable,
+                });
                 entry.open = Arc::downgrade(&blob);
                 Some((blob, proof))
             }
             Err(error) => {
                 tracing::warn!(%digest, %error, "a cached blob cannot be read");
-                let damaged = error.kind() == io::ErrorKind::InvalidData;
                 // Any other error, such as too many open files, says nothing about the blob.
-                if damaged || error.kind() == io::ErrorKind::NotFound {
-                    index.remove(digest);
-                    self.unlink(digest);
+                if matches!(error.kind(), io::ErrorKind::InvalidData | io::ErrorKind::NotFound) {
+                    self.give_up(digest, &charge);
                 }
                 None
             }
+        }
+    }
+
+    /// Drops what cannot be read, unless another copy has taken its place.
+    fn give_up(&self, digest: &Digest, charge: &Arc<Charge>) {
+        let mut index = self.index();
+        if index.get(digest).is_some_and(|entry| Arc::ptr_eq(&entry.charge, charge)) {
+            index.remove(digest);
+            drop(index);
+            self.unlink(digest);
         }
     }
 
@@ -271,19 +329,16 @@ impl Large {
 
     /// Drops a blob that turned out to be wrong, unless another copy has taken its place.
     pub fn forget(&self, digest: &Digest, blob: &Blob) {
-        let mut index = self.index();
-        if index.get(digest).is_some_and(|entry| Arc::ptr_eq(&entry.charge, &blob.charge)) {
-            index.remove(digest);
-            drop(index);
-            self.unlink(digest);
-        }
+        self.give_up(digest, &blob.charge);
     }
 
-    /// Whether evicting everything idle would make enough room.
+    /// Whether evicting everything idle would make enough room, in the budget and on the file system.
     pub(super) fn could_hold(&self, bytes: u64) -> bool {
         let partials = self.partials().bytes();
         let idle: u64 = self.idle().iter().map(|candidate| candidate.bytes).sum();
-        self.budget.free() + partials + self.relayed().idle_bytes() + idle >= bytes
+        let freeable = partials + self.relayed().idle_bytes() + idle;
+        let on_disk = FileSystem::of(&self.blobs).map_or(u64::MAX, |file_system| file_system.available);
+        self.budget.free().min(on_disk).saturating_add(freeable) >= bytes
     }
 
     /// The blobs that nobody reads.
@@ -339,6 +394,11 @@ impl Large {
         self.partials.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    pub(super) fn promises(&self) -> MutexGuard<'_, Vec<Promise>> {
+        // Nothing inside the lock panics half-way through a change.
+        self.promises.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     pub(super) fn relayed(&self) -> MutexGuard<'_, Relayed> {
         // Nothing inside the lock panics half-way through a change.
         self.relayed.lock().unwrap_or_else(PoisonError::into_inner)
@@ -356,7 +416,6 @@ mod tests {
 
     use super::super::budget::NoSpace;
     use super::*;
-    use std::os::unix::fs::FileExt;
 
     fn provenance() -> Provenance {
         Provenance { rule: "*".into(), registry: "docker.io".into(), repository: "library/a".into() }
@@ -369,7 +428,7 @@ mod tests {
     fn put(large: &Large, bytes: &[u8]) -> Digest {
         let digest = Digest::of(bytes);
         let draft = large.draft(bytes.len() as u64, provenance()).unwrap();
-        draft.blob.file.write_all_at(bytes, 0).unwrap();
+        large.reserve(&draft.blob, bytes.len() as u64).and_then(|()| large.write(&draft.blob, bytes, 0)).unwrap();
         large.announce(&draft, &digest);
         assert!(large.get(&digest).is_some(), "found before it has its name");
         large.publish(draft, &digest).unwrap();
@@ -428,6 +487,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let large = large(dir.path(), 2 * (1000 + FILE_OVERHEAD));
         let draft = large.draft(1000, provenance()).unwrap();
+        large.reserve(&draft.blob, 1000).unwrap();
         let reader = draft.blob.clone();
         drop(draft);
         assert_eq!(fs::read_dir(dir.path().join("v1/fills")).unwrap().count(), 0);

@@ -64,7 +64,14 @@ impl Layout {
         let _ = fs::remove_dir_all(layout.fills());
         layout.create_dirs().map_err(unusable)?;
         // Before anything else changes: were the machine to go down now, nothing may say "clean".
-        layout.write_state(&boot_id(), &layout.epoch).map_err(unusable)?;
+        match layout.write_state(&boot_id(), &layout.epoch) {
+            // Without the file the next start begins an epoch.
+            Err(error) if error.kind() == io::ErrorKind::StorageFull => {
+                tracing::warn!("the disk is full: cached blobs are hashed again after the next start");
+                fs::remove_file(layout.root.join("state")).or_else(ignore_missing).map_err(unusable)?;
+            }
+            written => written.map_err(unusable)?,
+        }
         Ok(layout)
     }
 
@@ -126,6 +133,10 @@ impl Layout {
     pub(super) fn lists(&self) -> PathBuf {
         self.root.join("lists")
     }
+}
+
+fn ignore_missing(error: io::Error) -> io::Result<()> {
+    if error.kind() == io::ErrorKind::NotFound { Ok(()) } else { Err(error) }
 }
 
 const CLEAN: &str = "clean";

@@ -31,14 +31,23 @@ const MAX_AGE: Duration = Duration::from_secs(600);
 const MAX_COUNT: usize = 64;
 
 impl Partials {
-    /// Keeps a partial; all together take at most `limit` bytes of disk.
-    pub(super) fn keep(&mut self, digest: &Digest, registry: &Registry, partial: Partial, limit: u64, now: Instant) {
-        self.kept.retain(|kept| (&kept.digest, &kept.registry) != (digest, registry));
+    /// Keeps a partial; all together take at most `limit` bytes of disk. Gives what had to go.
+    pub(super) fn keep(
+        &mut self,
+        digest: &Digest,
+        registry: &Registry,
+        partial: Partial,
+        limit: u64,
+        now: Instant,
+    ) -> Vec<Partial> {
+        let is_replaced = |kept: &mut Kept| (&kept.digest, &kept.registry) == (digest, registry);
+        let mut dropped: Vec<_> = self.kept.extract_if(.., is_replaced).map(|kept| kept.partial).collect();
         let (digest, registry) = (digest.clone(), registry.clone());
         self.kept.push(Kept { digest, registry, partial, since: now });
         while self.kept.len() > MAX_COUNT || self.bytes() > limit {
-            self.kept.remove(0);
+            dropped.push(self.kept.remove(0).partial);
         }
+        dropped
     }
 
     /// Takes one that `fits`; another one stays for whom it does.
@@ -67,8 +76,8 @@ impl Partials {
         (!self.kept.is_empty()).then(|| self.kept.remove(0).partial)
     }
 
-    /// Disk space that they hold; the whole of each is reserved.
+    /// Disk space that they hold.
     pub(super) fn bytes(&self) -> u64 {
-        self.kept.iter().map(|kept| kept.partial.draft.blob.len).sum()
+        self.kept.iter().map(|kept| kept.partial.draft.blob.charge.bytes()).sum()
     }
 }

@@ -80,12 +80,20 @@ const MIN_BLOCKS: u64 = 3;
 // === impl Small ===
 
 impl Small {
-    pub(super) async fn open(dir: &Path, disk: u64, memory: u64, metrics: &Metrics) -> Result<Self, String> {
+    /// `spare` bytes of the file system may be taken beside those that are taken already.
+    pub(super) async fn open(
+        dir: &Path,
+        disk: u64,
+        spare: u64,
+        memory: u64,
+        metrics: &Metrics,
+    ) -> Result<Self, String> {
         // An eighth of a disk, at most 1 GiB, is plenty: a manifest has a few KiB.
         let share = (disk / 8).min(1 << 30);
         let manifests = Shape::new("manifests", MAX_MANIFEST_BYTES, 1, share / 4, memory / 2);
         let blobs = Shape::new("blobs", SMALL_BYTES, 16, share - share / 4, memory / 2);
-        Ok(Self { manifests: manifests.open(dir, metrics).await?, blobs: blobs.open(dir, metrics).await? })
+        let manifests = manifests.open(dir, spare / 4, metrics).await?;
+        Ok(Self { manifests, blobs: blobs.open(dir, spare - spare / 4, metrics).await? })
     }
 
     /// Bytes that both instances take on disk, always.
@@ -200,7 +208,7 @@ impl Shape {
         self.entries_per_block * (self.largest_entry + PAGE) + PAGE
     }
 
-    async fn open(self, dir: &Path, metrics: &Metrics) -> Result<Instance, String> {
+    async fn open(mut self, dir: &Path, spare: u64, metrics: &Metrics) -> Result<Instance, String> {
         let dir = dir.join(self.name);
         let dropped = &metrics.small_dropped;
         let found = |found| metrics.small_lookups.with_label_values(&[self.name, found]);
@@ -218,7 +226,7 @@ impl Shape {
             .with_spawner(Spawner::current())
             .with_io_engine_config(PsyncIoEngineConfig::new())
             .with_recover_mode(RecoverMode::Quiet);
-        if let Err(error) = self.allocate(&dir) {
+        if let Err(error) = self.allocate(&dir, spare) {
             tracing::warn!(%error, cache = self.name, "no disk for small objects, they stay in memory");
             let cache = builder.build().await.map_err(|e| e.to_string())?;
             let writer = std::sync::RwLock::default();
@@ -252,10 +260,26 @@ impl Shape {
     }
 
     /// foyer's writer dies on a full disk, so its files get their blocks before it sees them.
-    fn allocate(&self, dir: &Path) -> std::io::Result<()> {
+    /// There are fewer of them where that leaves too little to others.
+    fn allocate(&mut self, dir: &Path, mut spare: u64) -> std::io::Result<()> {
         std::fs::create_dir_all(dir)?;
         for block in 0..self.blocks {
             let path = dir.join(format!("foyer-storage-direct-fs-{block:08}"));
+            if !path.exists() {
+                match spare.checked_sub(self.block_bytes()) {
+                    Some(left) => spare = left,
+                    None if block < MIN_BLOCKS => {
+                        return Err(std::io::Error::new(
+                            std::io::ErrorKind::StorageFull,
+                            "cache.keep_free leaves no room",
+                        ));
+                    }
+                    None => {
+                        self.blocks = block;
+                        break;
+                    }
+                }
+            }
             let file = OpenOptions::new().write(true).create(true).truncate(false).open(path)?;
             match rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, self.block_bytes()) {
                 Ok(()) | Err(rustix::io::Errno::OPNOTSUPP) => {}
@@ -307,6 +331,16 @@ impl Code for SmallObject {
 mod tests {
     use super::*;
 
+    #[tokio::test]
+    async fn small_objects_leave_others_what_is_theirs() {
+        let dir = tempfile::tempdir().unwrap();
+        let open = async |spare| Small::open(dir.path(), 1 << 29, spare, 1 << 22, &Metrics::new()).await.unwrap();
+        assert_eq!(open(0).await.disk_bytes(), 0, "in memory only");
+        let some = open(64 << 20).await.disk_bytes();
+        assert!((32 << 20..=64 << 20).contains(&some), "{some}");
+        assert_eq!(open(0).await.disk_bytes(), some, "what is there stays");
+    }
+
     fn object(bytes: &[u8]) -> SmallObject {
         let provenance = Provenance { rule: "*".into(), registry: "docker.io".into(), repository: "a/b".into() };
         SmallObject::new("application/vnd.oci.image.index.v1+json", Arc::new(provenance), bytes)
@@ -332,7 +366,7 @@ mod tests {
     }
 
     async fn open(dir: &Path, disk: u64) -> Small {
-        Small::open(dir, disk, 1 << 22, &Metrics::new()).await.unwrap()
+        Small::open(dir, disk, u64::MAX, 1 << 22, &Metrics::new()).await.unwrap()
     }
 
     #[tokio::test]
@@ -395,14 +429,14 @@ mod tests {
     async fn a_burst_loses_nothing() {
         let dir = tempfile::tempdir().unwrap();
         let metrics = Metrics::new();
-        let small = Small::open(dir.path(), 1 << 29, 1 << 22, &metrics).await.unwrap();
+        let small = Small::open(dir.path(), 1 << 29, u64::MAX, 1 << 22, &metrics).await.unwrap();
         let burst: Vec<_> = (0..200).map(|nth| blob(nth, 200 * 1024)).collect();
         for bytes in &burst {
             small.insert(&Digest::of(bytes), Kind::Blob, object(bytes)).await;
         }
         small.close().await;
         drop(small);
-        let small = Small::open(dir.path(), 1 << 29, 1 << 22, &metrics).await.unwrap();
+        let small = Small::open(dir.path(), 1 << 29, u64::MAX, 1 << 22, &metrics).await.unwrap();
         for bytes in &burst {
             assert!(small.get(&Digest::of(bytes), Kind::Blob).await.is_some());
         }

@@ -152,18 +152,18 @@ async fn a_registry_that_never_ends_takes_no_more_than_its_share() {
     let rules = [("stuck.example", &stuck), ("docker.io", &honest)].map(|(name, origin)| rule(name, &origin.url()));
     let dray = Start::new(rules.concat()).run();
     let mut waiting = JoinSet::new();
-    for n in 0..300_u32 {
+    for n in 0..600_u32 {
         let digest = dray_tests::image::digest(&n.to_le_bytes());
         let url = dray.url(&format!("/v2/a/b/blobs/{digest}?ns=stuck.example"));
         waiting.spawn(async move { client().get(url).send().await.map(|answer| answer.status().as_u16()) });
     }
     let mut refused = 0;
-    while refused < 44 {
+    while refused < 88 {
         let status = waiting.join_next().await.unwrap().unwrap().unwrap();
         assert_eq!(status, 503);
         refused += 1;
     }
-    assert!(dray.metric("dray_fills{state=\"running\"}").await <= 256);
+    assert!(dray.metric("dray_fills{state=\"running\"}").await <= 512);
     let answer = dray.get(&path(&image)).await;
     assert!(answer.complete && answer.body == image.layer().1);
 }

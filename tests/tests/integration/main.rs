@@ -19,6 +19,7 @@ mod homes;
 mod hostile;
 mod hotpaths;
 mod interop;
+mod isolation;
 mod k8s;
 mod kubernetes;
 mod lazy;

@@ -13,7 +13,7 @@ use super::meter::{Busy, Meter};
 use crate::fill::feed::Sources;
 use crate::fill::flow::Flow;
 use crate::fill::write::Piece;
-use crate::oci::Span;
+use crate::oci::{Registry, Span};
 use crate::shares::Share;
 use crate::source::{ServedFrom, SourceError};
 
@@ -25,7 +25,7 @@ pub(super) struct Lane<'a> {
     pub(super) failures: u32,
     pub(super) pieces: mpsc::Sender<Piece>,
     pub(super) meter: &'a Meter,
-    pub(super) _leave: Option<Share>,
+    pub(super) _leave: Option<Share<Registry>>,
 }
 
 /// What became of a range: its first missing byte, and why the rest did not come.

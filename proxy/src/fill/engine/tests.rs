@@ -132,7 +132,7 @@ async fn run(sources: Arc<dyn Sources>, body: &Bytes, fill: &Arc<Fill>, from: u6
         there
     });
     let total = body.len() as u64;
-    let connections = Shares::new(64, 24);
+    let connections = Shares::new(64);
     let first = Plan::new(total, written.clone()).next(0, &[from], 1).unwrap();
     let opened = Feed::open_range(sources.clone(), first.start, first.len()).await;
     let feed = match opened {

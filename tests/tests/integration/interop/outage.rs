@@ -99,7 +99,7 @@ async fn missing_referrers_api_stays_missing_in_an_outage() {
         "layers": [], "subject": {"mediaType": MANIFEST, "digest": subject, "size": 5},
     })
     .to_string();
-    let (bytes, artifact_digest) = (artifact.clone(), digest(artifact.as_bytes()));
+    let bytes = artifact.clone();
     let upstream = Origin::answering(move |request| match request.path.contains("/manifests/") {
         true => Response::new(200, bytes.clone()).with("content-type", MANIFEST),
         false => Response::new(404, "404 page not found"),
@@ -111,10 +111,8 @@ async fn missing_referrers_api_stays_missing_in_an_outage() {
     assert_eq!(dray.get(&form.path(&format!("referrers/{subject}"))).await.status, 404);
     assert_eq!(dray.get(&fallback).await.status, 200);
     drop(upstream);
-    for of in [&subject, &artifact_digest] {
-        let answer = dray.get(&form.path(&format!("referrers/{of}"))).await;
-        assert_eq!((answer.status, answer.code().as_str()), (404, "UNSUPPORTED"), "{of}");
-    }
+    let answer = dray.get(&form.path(&format!("referrers/{subject}"))).await;
+    assert_eq!((answer.status, answer.code().as_str()), (404, "UNSUPPORTED"));
     assert_eq!(dray.get(&fallback).await.status, 200);
 }
 

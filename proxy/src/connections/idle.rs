@@ -1,0 +1,93 @@
+//! Connections that wait for a request, the oldest first: where there is no room for another one, one of them is closed.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use tokio::sync::oneshot;
+
+#[derive(Default)]
+pub(super) struct Idle(Mutex<Waiting>);
+
+#[derive(Default)]
+struct Waiting {
+    next: u64,
+    connections: BTreeMap<u64, (Option<IpAddr>, oneshot::Sender<()>)>,
+}
+
+/// A connection's place among them, until it is dropped.
+pub(super) struct Entry {
+    idle: Arc<Idle>,
+    nth: u64,
+    closed: oneshot::Receiver<()>,
+}
+
+/// Whose connection is to be closed.
+#[derive(Clone, Copy)]
+pub(super) enum Whose {
+    Anybodys,
+    Clients(Option<IpAddr>),
+}
+
+impl Idle {
+    pub(super) fn enter(self: &Arc<Self>, client: Option<IpAddr>) -> Entry {
+        let (sender, closed) = oneshot::channel();
+        let mut waiting = self.lock();
+        let nth = waiting.next;
+        waiting.next += 1;
+        waiting.connections.insert(nth, (client, sender));
+        Entry { idle: self.clone(), nth, closed }
+    }
+
+    /// Closes the connection that has waited longest. False: none waits.
+    pub(super) fn close_oldest(&self, whose: Whose) -> bool {
+        let mut waiting = self.lock();
+        let is_meant = |client: Option<IpAddr>| match whose {
+            Whose::Anybodys => true,
+            Whose::Clients(of) => client == of,
+        };
+        let oldest = waiting.connections.iter().find(|(_, (client, _))| is_meant(*client)).map(|(nth, _)| *nth);
+        let closed = oldest.and_then(|nth| waiting.connections.remove(&nth));
+        closed.is_some_and(|(_, close)| close.send(()).is_ok())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Waiting> {
+        // Only looked up and changed under it.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Entry {
+    /// Ends when the connection is to be closed.
+    pub(super) async fn closed(&mut self) {
+        if (&mut self.closed).await.is_err() {
+            std::future::pending::<()>().await;
+        }
+    }
+}
+
+impl Drop for Entry {
+    fn drop(&mut self) {
+        self.idle.lock().connections.remove(&self.nth);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use futures_util::FutureExt;
+
+    use super::*;
+
+    #[test]
+    fn oldest_is_closed_first_and_of_a_client_its_own() {
+        let idle = Arc::new(Idle::default());
+        let client = |nth: u8| Some(IpAddr::from([192, 0, 2, nth]));
+        let mut entries = [1, 2, 2, 1].map(|nth| idle.enter(client(nth)));
+        assert!(idle.close_oldest(Whose::Clients(client(2))) && idle.close_oldest(Whose::Anybodys));
+        let closed = entries.each_mut().map(|entry| entry.closed().now_or_never().is_some());
+        assert_eq!(closed, [true, true, false, false]);
+        assert!(!idle.close_oldest(Whose::Clients(client(3))));
+        drop(entries);
+        assert!(!idle.close_oldest(Whose::Anybodys) && idle.lock().connections.is_empty());
+    }
+}
