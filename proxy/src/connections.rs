@@ -249,20 +249,17 @@ impl Head {
         timeout(IDLE, self.read(stream)).await.unwrap_or(Err(NoHead::Left))
     }
 
-    /// Reads until the head is whole. What has come of it is held: nobody can have many half heads.
+    /// Reads until the head is whole. Its memory counts as the client's, so that a client cannot have many half heads.
     async fn read_rest(
         mut self,
         stream: &mut (impl AsyncRead + Unpin),
         mut held: OfClient,
     ) -> Result<BytesMut, NoHead> {
         let rest = async {
-            let mut counted = 0;
             while !self.is_whole()? {
-                let new = self.bytes.capacity().saturating_sub(counted);
-                if !held.grow(new) {
+                if !held.cover(self.bytes.capacity()) {
                     return Err(NoHead::TooMany);
                 }
-                counted += new;
                 self.read(stream).await?;
             }
             Ok(self.bytes)

@@ -54,10 +54,6 @@ pub const HELD_BYTES: u64 = 64 * 1024;
 const ABANDONED_AFTER: Duration = Duration::from_secs(5);
 const LITTLE_LEFT: u64 = 32 * 1024 * 1024;
 
-/// A fill that nobody reads goes on only if it has brought this many bytes a second so far: a registry that trickles would
-/// hold its place for hours.
-const LEAST_RATE: u64 = 64 * 1024;
-
 /// Who reads only what comes waits for so long.
 const COMES: Duration = Duration::from_secs(1);
 

@@ -27,7 +27,7 @@ use crate::metrics::Metrics;
 use crate::oci::Digest;
 use crate::provenance::Provenance;
 pub use budget::NoSpace;
-pub use draft::Draft;
+pub use draft::{Draft, LEAST_RATE};
 pub use evict::HOUSEKEEPING;
 use large::Known;
 pub use large::{Blob, Large, Proof};

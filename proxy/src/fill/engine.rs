@@ -22,11 +22,12 @@ use super::climb::{Climb, Width};
 use super::feed::{Connections, Feed, Sources};
 use super::flow::{Breaks, Flow};
 use super::write::Piece;
-use super::{ABANDONED_AFTER, Fill, LEAST_RATE, LITTLE_LEFT};
+use super::{ABANDONED_AFTER, Fill, LITTLE_LEFT};
 use crate::config::Abandoned;
 use crate::oci::{Registry, Span};
 use crate::shares::{Share, Shares};
 use crate::source::{ServedFrom, SourceError};
+use crate::store::LEAST_RATE;
 
 /// How the bytes ended.
 #[derive(Debug)]

@@ -164,14 +164,14 @@ async fn without_page(mut response: Response, deadline: Instant) -> Result<Respo
     loop {
         let piece = timeout_at(deadline, response.chunk()).await.map_err(|_| SourceError::TimedOut)?;
         let piece = piece.map_err(|error| SourceError::Unreachable(error_chain(&error.without_url())))?;
-        let first = piece.as_ref().and_then(|piece| piece.iter().find(|byte| !byte.is_ascii_whitespace()));
-        match (first, piece.is_some()) {
-            (Some(b'<'), _) | (None, false) => return Err(SourceError::Malformed("a page for people".into())),
-            (Some(_), _) => {
-                begun.extend(piece.map(Ok));
-                break;
-            }
-            (None, true) => begun.extend(piece.map(Ok)),
+        let page = || SourceError::Malformed("a page for people".into());
+        let piece = piece.ok_or_else(page)?;
+        let first = piece.iter().copied().find(|byte| !byte.is_ascii_whitespace());
+        begun.push(Ok(piece));
+        match first {
+            Some(b'<') => return Err(page()),
+            Some(_) => break,
+            None => {}
         }
     }
     let (status, headers) = (response.status(), response.headers().clone());

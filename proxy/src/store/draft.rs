@@ -34,8 +34,9 @@ pub(super) struct Promise {
     since: Instant,
 }
 
-/// A blob that has brought fewer bytes a second, once it had time to begin, keeps no space from others.
-const LEAST_RATE: u64 = 64 * 1024;
+/// A blob that has brought fewer bytes a second, once it had time to begin, keeps no space from others, and goes on only
+/// while a client reads it: an upstream that trickles would hold its place for hours.
+pub const LEAST_RATE: u64 = 64 * 1024;
 const BEGINS: Duration = Duration::from_secs(2);
 
 /// Partials together take at most this part of the disk.

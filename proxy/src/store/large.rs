@@ -100,9 +100,14 @@ impl Entry {
         Some((self.open.upgrade()?, self.proof?))
     }
 
-    /// Whether the file's times are to be renewed, which is done once.
+    /// Whether the file's times are to be renewed.
+    fn is_touch_due(&self, now: SystemTime) -> bool {
+        now.duration_since(self.touched).is_ok_and(|age| age > TOUCH_INTERVAL)
+    }
+
+    /// The same, once for each time.
     fn take_touch(&mut self, now: SystemTime) -> bool {
-        let is_due = now.duration_since(self.touched).is_ok_and(|age| age > TOUCH_INTERVAL);
+        let is_due = self.is_touch_due(now);
         if is_due {
             self.touched = now;
         }
@@ -193,9 +198,8 @@ impl Large {
             entry.uses = entry.uses.saturating_add(1);
         }
         entry.last_used = now;
-        let is_touch_due = now.duration_since(entry.touched).is_ok_and(|age| age > TOUCH_INTERVAL);
         match entry.opened() {
-            Some((blob, proof)) if !is_touch_due => Known::Open(blob, proof),
+            Some((blob, proof)) if !entry.is_touch_due(now) => Known::Open(blob, proof),
             _ => Known::OnDisk,
         }
     }
