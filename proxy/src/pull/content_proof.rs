@@ -3,11 +3,12 @@
 //!
 //! A HEAD proves nothing: behind a proxy project of Harbor or a remote repository of Artifactory stands a server of
 //! somebody else's, who could name the digest of another team's blob. Only who has the bytes can send them. A manifest
-//! or small blob is requested whole, of a large blob [`SAMPLES`] ranges at random places, which are compared with the cache.
-//! What is not proven is fetched from that repository like anything else that is not cached.
+//! or small blob is requested whole. Of a large blob [`SAMPLES`] ranges are requested, one at a random place of each of as many
+//! equal parts, and compared with the cache. What is not proven is fetched from that repository like any other miss.
 //!
-//! Who holds a part of a blob passes by chance: with half of it for one blob in eight. Where is looked is a secret of this
-//! process and the same at each try. A blob of which somebody has all but a little is nothing that samples can guard.
+//! A server that holds only the beginning or the end of a blob fails, as long as a whole part is missing. A server that
+//! holds a random half passes for one blob in eight. The places are a secret of this process and the same at each attempt,
+//! so that attempts cannot be repeated until they fit. Samples do not guard a blob of which all but a little is known.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -95,7 +96,7 @@ impl Pull {
             nth += 1;
             range.start + self.entitlements.secret_of(digest, nth) % (range.end - range.start)
         };
-        for span in samples(blob.len, place_of) {
+        for span in sample_spans(blob.len, place_of) {
             let incoming = self.origin.blob(place, digest, Part::Span(span), Some(blob.len), deadline).await?;
             if incoming.span != span {
                 return Err(SourceError::Malformed("the upstream does not honour ranges".into()));
@@ -111,10 +112,12 @@ impl Pull {
     }
 }
 
-/// Where to look into a blob of this length, which is longer than a sample.
-fn samples(total: u64, mut place_of: impl FnMut(Range<u64>) -> u64) -> [Span; SAMPLES] {
-    std::array::from_fn(|_| {
-        let start = place_of(0..total.saturating_sub(SAMPLE_BYTES).max(1));
+/// One span in each of [`SAMPLES`] equal parts of a blob. `place_of` picks where it starts.
+fn sample_spans(total: u64, mut place_of: impl FnMut(Range<u64>) -> u64) -> [Span; SAMPLES] {
+    let part = total / SAMPLES as u64;
+    std::array::from_fn(|nth| {
+        let first = part * nth as u64;
+        let start = place_of(first..first + part.saturating_sub(SAMPLE_BYTES).max(1));
         Span { start, end: total.min(start + SAMPLE_BYTES) }
     })
 }
@@ -146,10 +149,19 @@ mod tests {
     #[test]
     fn samples_lie_within_the_blob() {
         for total in [1, SAMPLE_BYTES, SAMPLE_BYTES + 1, 1 << 40] {
-            let ends = [samples(total, |range| range.start), samples(total, |range| range.end - 1)];
+            let ends = [sample_spans(total, |range| range.start), sample_spans(total, |range| range.end - 1)];
             for span in ends.into_iter().flatten() {
                 assert!(span.start < span.end && span.end <= total, "{total} {span:?}");
             }
+        }
+    }
+
+    #[test]
+    fn samples_look_into_each_part_of_the_blob() {
+        let total = 3 << 20;
+        for pick in [|range: Range<u64>| range.start, |range: Range<u64>| range.end - 1] {
+            let parts = sample_spans(total, pick).map(|span| (span.start >> 20, (span.end - 1) >> 20));
+            assert_eq!(parts, [(0, 0), (1, 1), (2, 2)]);
         }
     }
 }
