@@ -57,9 +57,6 @@ const LITTLE_LEFT: u64 = 32 * 1024 * 1024;
 /// Who reads only what comes waits for so long.
 const COMES: Duration = Duration::from_secs(1);
 
-/// Who must not be seen to wait looks this often.
-const LOOK_AGAIN: Duration = Duration::from_millis(10);
-
 /// One blob on its way in.
 pub struct Fill {
     pub key: FillKey,
@@ -210,9 +207,12 @@ impl Fill {
     /// Waits until the byte at `position` is there, without making anybody fetch it. False: the fill
     /// is over before.
     pub async fn reaches(&self, position: u64) -> bool {
+        let mut phase = self.progress.subscribe();
         loop {
+            let mut came = std::pin::pin!(self.audience.came.notified());
+            came.as_mut().enable();
             {
-                let progress = self.progress.borrow();
+                let progress = phase.borrow_and_update();
                 if progress.written().run_end(position) > position {
                     return true;
                 }
@@ -220,7 +220,10 @@ impl Fill {
                     return false;
                 }
             }
-            tokio::time::sleep(LOOK_AGAIN).await;
+            tokio::select! {
+                () = came => {}
+                _ = phase.changed() => {}
+            }
         }
     }
 

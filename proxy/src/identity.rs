@@ -1,6 +1,8 @@
 //! A certificate, its key and the authority that others are held against, from files that may be
 //! replaced while dray runs, as cert-manager does.
 
+#![allow(clippy::disallowed_methods, reason = "runs at the start, and on threads for blocking work")]
+
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;

@@ -1,6 +1,8 @@
 //! A file with a key that several processes share: the first line is used, all are believed, so that a key can be changed
 //! without a gap.
 
+#![allow(clippy::disallowed_methods, reason = "runs at the start, and on threads for blocking work")]
+
 use std::path::Path;
 
 /// A file, and the key of the configuration that names it.

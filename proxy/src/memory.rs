@@ -4,6 +4,8 @@
 //! upstreams, of which each registry has a share ([`Shares`]), and half for those of clients, of which each client has one.
 //! Nobody waits while holding some.
 
+#![allow(clippy::disallowed_methods, reason = "runs at the start, and on threads for blocking work")]
+
 use std::fs;
 use std::net::IpAddr;
 

@@ -9,6 +9,7 @@ mod credentials;
 mod entitled;
 mod guard;
 mod http;
+mod kept_hosts;
 mod proxies;
 mod question;
 mod redirects;
@@ -26,7 +27,7 @@ use bytes::{Bytes, BytesMut};
 use futures_util::stream::BoxStream;
 use futures_util::{StreamExt, TryStreamExt};
 use reqwest::Response;
-use tokio::sync::Semaphore;
+use tokio::sync::{Notify, Semaphore};
 use tokio::time::{Instant, timeout_at};
 
 pub use self::auth::Exchanged;
@@ -40,13 +41,14 @@ use self::question::{Kind, Question, claimed_digest};
 use self::redirects::Redirects;
 use self::retry::RetryBudget;
 use self::scarcity::Scarcity;
+use crate::blocking::parsed;
 use crate::config::Config;
 use crate::memory::{Memory, OfUpstream};
 use crate::metrics::Metrics;
 use crate::oci::{Digest, ErrorCode, MAX_MANIFEST_BYTES, Reference, Registry, error, link, manifest};
 use crate::registries::{Place, Registries};
 use crate::shares::Shares;
-use crate::source::{Broken, Incoming, Part, SourceError, UpstreamError, error_chain};
+use crate::source::{Broken, Incoming, Part, SourceError, UpstreamError, root_cause};
 
 /// All origins, behind one door.
 pub struct Origin {
@@ -56,8 +58,10 @@ pub struct Origin {
     /// By registry: one that fails does not spend what others earn.
     retries: moka::sync::Cache<Registry, Arc<RetryBudget>>,
     conditions: Conditions,
+    /// An upstream was found to be down, or limits its requests.
+    in_trouble: Notify,
     scarcity: Scarcity,
-    /// Those that look after upstreams that are down, and after those that nobody has ever heard of.
+    /// Probes of upstreams that are down, and of those that have never answered.
     watches: Arc<Semaphore>,
     of_strangers: Arc<Semaphore>,
     memory: Arc<Memory>,
@@ -125,6 +129,7 @@ impl Origin {
             redirects: Redirects::new(),
             retries: moka::sync::Cache::new(MAX_RETRY_BUDGETS),
             conditions: Conditions::new(),
+            in_trouble: Notify::new(),
             scarcity: Scarcity::new(metrics.clone()),
             watches: Arc::new(Semaphore::new(MAX_WATCHES)),
             of_strangers: Arc::new(Semaphore::new(MAX_OF_STRANGERS)),
@@ -148,18 +153,8 @@ impl Origin {
         let (stated, claimed) = (media_type(&response), claimed_digest(&response));
         let limit = usize::try_from(MAX_MANIFEST_BYTES).unwrap_or(usize::MAX);
         let bytes = self.read_whole(place, response, limit, deadline).await?;
-        if manifest::is_first_schema(&bytes) {
-            return Err(first_schema());
-        }
-        // What has not the shape of a manifest may still be one, by its digest or its declared type.
-        let is_manifest = |stated: &String| {
-            (manifest::is_manifest_type(stated) && manifest::is_object(&bytes))
-                || known.is_some_and(|digest| digest.matches(&bytes))
-                || manifest::has_version(&bytes)
-        };
-        let media_type = manifest::media_type(&bytes).or_else(|| stated.filter(is_manifest)).ok_or_else(|| {
-            SourceError::Malformed("something that is no manifest, or one without a media type".into())
-        })?;
+        let known = known.cloned();
+        let media_type = parsed(&bytes, move |bytes| manifest_type(bytes, stated, known.as_ref())).await?;
         self.count_bytes(place, bytes.len());
         Ok(ManifestAnswer { media_type, bytes, claimed })
     }
@@ -216,7 +211,7 @@ impl Origin {
                 seconds.inc_by(last.elapsed().as_secs_f64());
                 last = Instant::now();
             })
-            .map_err(|error| Broken(error_chain(&error.without_url())));
+            .map_err(|error| Broken(root_cause(&error.without_url())));
         let incoming = Incoming::new(span, total, body);
         Ok(if understands_ranges { incoming } else { incoming.not_resumable() })
     }
@@ -302,7 +297,7 @@ impl Origin {
                 let _ = &turn;
                 counter.inc_by(piece.len() as u64);
             })
-            .map_err(|error| Broken(error_chain(&error.without_url())));
+            .map_err(|error| Broken(root_cause(&error.without_url())));
         Ok(ListResponse { next, filters_applied, encoding, length, body: body.boxed() })
     }
 
@@ -372,7 +367,7 @@ async fn read_limited(
     loop {
         match timeout_at(deadline, response.chunk()).await {
             Err(_) => return Err(SourceError::TimedOut),
-            Ok(Err(error)) => return Err(SourceError::Unreachable(error_chain(&error.without_url()))),
+            Ok(Err(error)) => return Err(SourceError::Unreachable(root_cause(&error.without_url()))),
             Ok(Ok(None)) => return Ok(bytes.freeze()),
             Ok(Ok(Some(piece))) if bytes.len() + piece.len() > limit => return Err(too_large()),
             Ok(Ok(Some(piece))) if held.as_mut().is_some_and(|held| !held.cover(bytes.len() + piece.len())) => {
@@ -381,6 +376,22 @@ async fn read_limited(
             Ok(Ok(Some(piece))) => bytes.extend_from_slice(&piece),
         }
     }
+}
+
+/// The media type of what an upstream sent for a manifest. `known` is the digest that was requested.
+fn manifest_type(bytes: &[u8], stated: Option<String>, known: Option<&Digest>) -> Result<String, SourceError> {
+    if manifest::is_first_schema(bytes) {
+        return Err(first_schema());
+    }
+    // What has not the shape of a manifest may still be one, by its digest or its declared type.
+    let is_manifest = |stated: &String| {
+        (manifest::is_manifest_type(stated) && manifest::is_object(bytes))
+            || known.is_some_and(|digest| digest.matches(bytes))
+            || manifest::has_version(bytes)
+    };
+    manifest::media_type(bytes)
+        .or_else(|| stated.filter(is_manifest))
+        .ok_or_else(|| SourceError::Malformed("something that is not a manifest, or one without a media type".into()))
 }
 
 /// Docker's first schema is not supported: its digest is not that of its bytes, and containerd 2 refuses it as well.

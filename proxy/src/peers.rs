@@ -47,7 +47,7 @@ use crate::identity::Identity;
 use crate::metrics::Metrics;
 use crate::oci::Digest;
 use crate::role::Role;
-use crate::source::error_chain;
+use crate::source::root_cause;
 
 /// The other processes and what is known of them.
 pub struct Peers {
@@ -146,7 +146,7 @@ impl Peers {
             .redirect(reqwest::redirect::Policy::none())
             .connect_timeout(CONNECT_TIMEOUT)
             .pool_idle_timeout(IDLE);
-        let client = proof.prepare(client)?.build().map_err(|e| error_chain(&e))?;
+        let client = proof.prepare(client)?.build().map_err(|e| root_cause(&e))?;
         Ok(Some(Self {
             members: ArcSwap::from_pointee(members),
             formed: watch::Sender::new(!discovery.is_needed()),

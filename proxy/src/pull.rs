@@ -96,7 +96,7 @@ pub struct Pull {
     /// How long blobs are that are not here.
     lengths: moka::sync::Cache<(Registry, Repository, Digest), u64>,
     length_flights: Flights<(String, Digest, Role, Option<Who>), length::Length>,
-    homes: Homes,
+    homes: Arc<Homes>,
     /// Copies of lists that were written lately, by repository.
     list_copies: moka::sync::Cache<String, Arc<AtomicU32>>,
     /// Copies that are unpacked at the same time: each takes some MiB before its size is counted.
@@ -137,7 +137,7 @@ impl Pull {
             confirmations: Flights::default(),
             lengths: moka::sync::Cache::builder().max_capacity(50_000).time_to_live(LENGTHS).build(),
             length_flights: Flights::default(),
-            homes: Homes::new(store.clone()),
+            homes: Arc::new(Homes::new(store.clone())),
             list_copies: moka::sync::Cache::builder().max_capacity(10_000).time_to_live(LIST_COPIES).build(),
             unpacking: Semaphore::new(UNPACKING),
             subjects: Arc::default(),

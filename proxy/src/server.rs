@@ -261,6 +261,7 @@ fn gate(config: &Config, listen: SocketAddr, registries: &Registries) -> Result<
 }
 
 /// Whom containerd is pointed at while this process is ready. None: nobody asked for that.
+#[expect(clippy::disallowed_methods, reason = "runs at the start")]
 fn keeping(config: &Config, listen: SocketAddr, metrics: &Metrics) -> Result<Option<Arc<Keeping>>, StartError> {
     let Some(hosts_dir) = config.containerd.hosts_dir.clone() else { return Ok(None) };
     if !hosts_dir.is_dir() {
@@ -395,6 +396,7 @@ pub fn reachable(address: SocketAddr) -> SocketAddr {
     }
 }
 
+#[expect(clippy::disallowed_methods, reason = "runs on a thread for blocking work")]
 fn opens(address: SocketAddr, deadline: Instant) -> bool {
     while Instant::now() < deadline {
         if TcpStream::connect_timeout(&address, Duration::from_secs(1)).is_ok() {

@@ -16,6 +16,7 @@ mod partial;
 mod records;
 mod relayed;
 mod small;
+mod thinning;
 
 use std::path::Path;
 use std::sync::Arc;

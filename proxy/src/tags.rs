@@ -1,5 +1,6 @@
 //! Tags are leases: what a tag meant, and when that was last known to be true.
 
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -11,6 +12,16 @@ use crate::store::{Store, TagRecord};
 pub struct Tags {
     leases: moka::sync::Cache<(String, Tag), Lease>,
     store: Arc<Store>,
+}
+
+/// What the upstream has just said a tag means.
+pub struct Resolved<'a> {
+    pub place: &'a Place,
+    pub tag: &'a Tag,
+    pub digest: &'a Digest,
+    pub checked_at: SystemTime,
+    /// The client that wanted to know, of whose records the oldest go first.
+    pub client: Option<IpAddr>,
 }
 
 /// The digest that a tag meant at a time.
@@ -28,16 +39,18 @@ impl Tags {
     }
 
     /// What a tag meant. A date in the future comes from a wrong clock and says nothing.
-    pub fn lease(&self, place: &Place, tag: &Tag) -> Option<Lease> {
-        self.known(place, tag).filter(|lease| lease.checked_at <= SystemTime::now())
+    pub async fn lease(&self, place: &Place, tag: &Tag) -> Option<Lease> {
+        self.known(place, tag).await.filter(|lease| lease.checked_at <= SystemTime::now())
     }
 
-    fn known(&self, place: &Place, tag: &Tag) -> Option<Lease> {
+    async fn known(&self, place: &Place, tag: &Tag) -> Option<Lease> {
         let key = (place.to_string(), tag.clone());
         if let Some(lease) = self.leases.get(&key) {
             return Some(lease);
         }
-        let record = self.store.records.tag(&place.registry, &place.repository, tag)?;
+        let (store, place, tag) = (self.store.clone(), place.clone(), tag.clone());
+        let read = move || store.records.tag(&place.registry, &place.repository, &tag);
+        let record = tokio::task::spawn_blocking(read).await.ok()??;
         let checked_at = UNIX_EPOCH.checked_add(Duration::from_secs(record.checked_at))?;
         let lease = Lease { digest: record.digest.parse().ok()?, checked_at };
         self.leases.insert(key, lease.clone());
@@ -45,14 +58,15 @@ impl Tags {
     }
 
     /// The origin said at that time what the tag means. The youngest word wins.
-    pub fn renew(&self, place: &Place, tag: &Tag, digest: &Digest, checked_at: SystemTime) {
-        if self.lease(place, tag).is_some_and(|known| known.checked_at > checked_at) {
+    pub async fn renew(&self, resolved: Resolved<'_>) {
+        let Resolved { place, tag, digest, checked_at, client } = resolved;
+        if self.lease(place, tag).await.is_some_and(|known| known.checked_at > checked_at) {
             return;
         }
         self.leases.insert((place.to_string(), tag.clone()), Lease { digest: digest.clone(), checked_at });
         let record = record(place, tag, digest.as_str(), checked_at);
         let store = self.store.clone();
-        tokio::task::spawn_blocking(move || store.records.put_tag(&record));
+        tokio::task::spawn_blocking(move || store.records.put_tag(&record, client));
     }
 
     /// The upstream has just said that there is no such tag. Of a digest's tags that is remembered for outages: whether
@@ -121,11 +135,13 @@ mod tests {
         let place = Place::new(rule, registry, "library/a".parse().unwrap());
         let (tag, now): (Tag, _) = ("1".parse().unwrap(), SystemTime::now());
         let [old, new] = [b"a", b"b"].map(|bytes| Digest::of(bytes));
-        tags.renew(&place, &tag, &old, now + Duration::from_secs(3600));
-        assert_eq!(tags.lease(&place, &tag), None);
-        tags.renew(&place, &tag, &new, now - Duration::from_secs(1));
-        assert_eq!(tags.lease(&place, &tag).unwrap().digest, new);
-        tags.renew(&place, &tag, &old, now - Duration::from_secs(2));
-        assert_eq!(tags.lease(&place, &tag).unwrap().digest, new, "the youngest word wins");
+        let renew =
+            |digest, checked_at| tags.renew(Resolved { place: &place, tag: &tag, digest, checked_at, client: None });
+        renew(&old, now + Duration::from_secs(3600)).await;
+        assert_eq!(tags.lease(&place, &tag).await, None);
+        renew(&new, now - Duration::from_secs(1)).await;
+        assert_eq!(tags.lease(&place, &tag).await.unwrap().digest, new);
+        renew(&old, now - Duration::from_secs(2)).await;
+        assert_eq!(tags.lease(&place, &tag).await.unwrap().digest, new, "the youngest word wins");
     }
 }

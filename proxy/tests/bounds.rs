@@ -1,5 +1,7 @@
 //! The table of resources in ARCHITECTURE.md says what the code says.
 
+#![allow(clippy::disallowed_methods, reason = "tests may block")]
+
 use std::fs;
 use std::path::Path;
 

@@ -1,5 +1,7 @@
 //! Who is shown the status: names of images are nobody else's business.
 
+#![allow(clippy::disallowed_methods, reason = "runs at the start, and on threads for blocking work")]
+
 use std::path::{Path, PathBuf};
 
 use arc_swap::ArcSwap;

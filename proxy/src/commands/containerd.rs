@@ -1,5 +1,7 @@
 //! `dray containerd install | check | uninstall | hand-over`.
 
+#![allow(clippy::disallowed_methods, reason = "a command has its thread for itself")]
+
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 

@@ -1,5 +1,7 @@
 //! Asking a running dray: what `dray status` and `dray explain` have in common.
 
+#![allow(clippy::disallowed_methods, reason = "a command has its thread for itself")]
+
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -32,7 +34,7 @@ impl Process {
     pub(crate) async fn ask<T: DeserializeOwned>(&self, path: &str) -> Result<(String, T), Failure> {
         let failed = |what: &str| Failure::Failed(format!("http://{}: {what}", self.admin));
         let client = reqwest::Client::builder().no_proxy().timeout(PATIENCE).build();
-        let client = client.map_err(|error| failed(&dray::source::error_chain(&error)))?;
+        let client = client.map_err(|error| failed(&dray::source::root_cause(&error)))?;
         let mut request = client.get(format!("http://{}{path}", reachable(self.admin)));
         if let Some(file) = &self.token_file {
             let token = std::fs::read_to_string(file)
@@ -40,13 +42,13 @@ impl Process {
             request = request.bearer_auth(token.trim());
         }
         let response = request.send().await.map_err(|error| {
-            failed(&format!("{}; is dray running, and is this its admin port?", dray::source::error_chain(&error)))
+            failed(&format!("{}; is dray running, and is this its admin port?", dray::source::root_cause(&error)))
         })?;
         if response.headers().contains_key("docker-distribution-api-version") {
             return Err(failed(REGISTRY_PORT));
         }
         let status = response.status();
-        let text = response.text().await.map_err(|error| failed(&dray::source::error_chain(&error)))?;
+        let text = response.text().await.map_err(|error| failed(&dray::source::root_cause(&error)))?;
         match status.as_u16() {
             200 => {
                 let understood = serde_json::from_str(&text);

@@ -1,5 +1,7 @@
 //! `dray warm IMAGE...`: pull images through a dray before somebody needs them.
 
+#![allow(clippy::disallowed_methods, reason = "a command has its thread for itself")]
+
 use std::collections::HashMap;
 use std::io::{IsTerminal, Read};
 use std::path::PathBuf;

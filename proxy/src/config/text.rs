@@ -1,5 +1,7 @@
 //! The text of a configuration file, and where in it things stand.
 
+#![allow(clippy::disallowed_methods, reason = "runs at the start, and on threads for blocking work")]
+
 use std::fmt;
 use std::path::Path;
 

@@ -4,6 +4,8 @@
 //! knows short plugin names in files without `version = 2`, 2.x moves each file to its own version first. Either
 //! ignores what stands in a section that it does not read.
 
+#![allow(clippy::disallowed_methods, reason = "runs in commands, and on threads for blocking work")]
+
 use std::collections::HashSet;
 use std::fs;
 use std::io;

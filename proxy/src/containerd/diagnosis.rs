@@ -1,5 +1,7 @@
 //! What is wrong with a containerd's way to its mirrors, in plain words, and what to do.
 
+#![allow(clippy::disallowed_methods, reason = "runs in commands, and on threads for blocking work")]
+
 use std::path::{Path, PathBuf};
 
 use toml::Value;

@@ -4,6 +4,8 @@
 //! of the directories `host_port_`, `host:port` and `_default` that exists, and no other: a directory for one
 //! registry hides `_default` from it.
 
+#![allow(clippy::disallowed_methods, reason = "runs in commands, and on threads for blocking work")]
+
 mod change;
 mod marker;
 mod remark;

@@ -1,5 +1,7 @@
 //! Where distributions keep containerd's configuration, its hosts directory and its socket.
 
+#![allow(clippy::disallowed_methods, reason = "runs in commands, and on threads for blocking work")]
+
 use std::path::Path;
 
 /// One distribution.

@@ -1,5 +1,7 @@
 //! The proof that a mirror works: an image that only dray has comes from it, and through the runtime.
 
+#![allow(clippy::disallowed_methods, reason = "runs in commands, and on threads for blocking work")]
+
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::time::Duration;
@@ -46,13 +48,13 @@ async fn head(url: &str, authority: Option<&Path>) -> Result<reqwest::Response, 
     // The mirror is meant, not a proxy on the way to it.
     let mut client = reqwest::Client::builder().no_proxy().timeout(ANSWER);
     if let Some(path) = authority {
-        let pem = std::fs::read(path).map_err(|e| format!("{}: {e}", path.display()))?;
+        let pem = tokio::fs::read(path).await.map_err(|e| format!("{}: {e}", path.display()))?;
         let certificates =
             reqwest::Certificate::from_pem_bundle(&pem).map_err(|e| format!("{}: {e}", path.display()))?;
         client = certificates.into_iter().fold(client, reqwest::ClientBuilder::add_root_certificate);
     }
-    let client = client.build().map_err(|e| crate::source::error_chain(&e))?;
-    client.head(url).send().await.map_err(|e| crate::source::error_chain(&e))
+    let client = client.build().map_err(|e| crate::source::root_cause(&e))?;
+    client.head(url).send().await.map_err(|e| crate::source::root_cause(&e))
 }
 
 /// Pulls through the CRI plugin, as the kubelet does, and removes what came.

@@ -4,6 +4,8 @@
 //! New directories are made under another name and renamed. A file that is replaced for a while is exchanged
 //! with its successor, so that it comes back with its owner, its mode and its times.
 
+#![allow(clippy::disallowed_methods, reason = "runs in commands, and on threads for blocking work")]
+
 use std::fs::{self, File, OpenOptions, Permissions};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};

@@ -15,6 +15,8 @@ pub(super) struct Audience {
     seats: Mutex<Seats>,
     /// Somebody waits for another byte than before.
     pub(super) waiting: Notify,
+    /// Bytes have come, for those who wait without being a reader.
+    pub(super) came: Notify,
 }
 
 #[derive(Default)]
@@ -82,6 +84,7 @@ impl Audience {
 
     /// These bytes are there: wakes those that wait for one of them, and nobody else.
     pub(super) fn came(&self, span: Span) {
+        self.came.notify_waiters();
         let waits = |waiting: &&Waiting| waiting.position.is_some_and(|at| span.contains(at));
         self.seats().taken.values().filter(waits).for_each(|waiting| waiting.came.notify_one());
     }

@@ -71,6 +71,7 @@ impl Truth {
     }
 
     /// Reads a part of it. Blocks on the disk.
+    #[expect(clippy::disallowed_methods, reason = "blocks")]
     pub fn read(&self, buffer: &mut [u8], at: u64) -> std::io::Result<()> {
         match self {
             Self::Bytes(bytes) => {

@@ -124,6 +124,7 @@ impl Reader {
 }
 
 /// Reads without a thread what the page cache holds, and everything else on a thread that may block.
+#[expect(clippy::disallowed_methods, reason = "what may block has a thread for it")]
 async fn read(blob: &Arc<Blob>, offset: u64, len: usize) -> io::Result<Bytes> {
     let mut piece = Piece::new(len);
     let cached = {

@@ -77,6 +77,7 @@ impl Fills {
 }
 
 /// Reads a piece into memory that is aligned as direct reads want it.
+#[expect(clippy::disallowed_methods, reason = "runs on a thread for blocking work")]
 fn read_aligned(file: &std::fs::File, position: u64, use_bytes: impl FnOnce(&[u8])) -> io::Result<usize> {
     let mut memory = vec![0; PIECE + ALIGNMENT];
     let start = memory.as_ptr().align_offset(ALIGNMENT).min(ALIGNMENT);

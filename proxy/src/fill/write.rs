@@ -176,6 +176,7 @@ impl Hasher {
         }
     }
 
+    #[expect(clippy::disallowed_methods, reason = "has a thread of its own")]
     fn hash_from_file(&mut self, span: Span) -> io::Result<()> {
         self.buffer.resize(usize::try_from(span.len()).unwrap_or(0), 0);
         self.blob.file.read_exact_at(&mut self.buffer, span.start)?;

@@ -52,7 +52,8 @@ pub fn is_manifest_type(media_type: &str) -> bool {
 
 /// Whether it is a JSON object at all.
 pub fn is_object(manifest: &[u8]) -> bool {
-    serde_json::from_slice::<serde_json::Map<String, serde_json::Value>>(manifest).is_ok()
+    let is_braced = manifest.trim_ascii_start().starts_with(b"{");
+    is_braced && serde_json::from_slice::<serde::de::IgnoredAny>(manifest).is_ok()
 }
 
 /// Whether it names manifests rather than blobs.

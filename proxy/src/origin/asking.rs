@@ -138,6 +138,18 @@ impl Origin {
         worst
     }
 
+    /// Waits until nothing would come of a request to a place's upstreams.
+    pub async fn trouble_begins(&self, place: &Place) -> SourceError {
+        loop {
+            let mut in_trouble = std::pin::pin!(self.in_trouble.notified());
+            in_trouble.as_mut().enable();
+            if let Some(trouble) = self.trouble(place) {
+                return trouble;
+            }
+            in_trouble.await;
+        }
+    }
+
     /// Asks one upstream, when it is its turn, and remembers what that tells of it.
     async fn ask_upstream(
         self: &Arc<Self>,
@@ -203,6 +215,7 @@ impl Origin {
                     let mut condition = lock(&condition);
                     condition.answered(Instant::now());
                     condition.limited(question.kind, place.caller.who(), again, Instant::now());
+                    self.in_trouble.notify_waiters();
                     tracing::info!(%place, upstream = turn.upstream.base(), ?again, "the upstream limits its requests");
                     // There are too many limits to remember another one.
                     if condition.admit(question.kind, place.caller.who(), Instant::now()) == Admission::Ask {

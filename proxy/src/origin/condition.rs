@@ -125,18 +125,25 @@ impl Conditions {
     pub(super) fn views(&self, known: impl Fn(&str, &str) -> Known) -> Vec<UpstreamView> {
         let now = Instant::now();
         let view = |(key, condition): (Arc<Key>, Arc<Mutex<Condition>>)| {
-            let (state, limited) = lock(&condition).state(now);
+            let (state, limited) = {
+                let condition = lock(&condition);
+                // A host that was blocked, or that has never answered, says nothing: clients can invent names.
+                if !condition.has_answered() && condition.state(now).0 == "well" {
+                    return None;
+                }
+                condition.state(now)
+            };
             let known = known(&key.rule, &key.upstream);
-            UpstreamView {
+            Some(UpstreamView {
                 rate_limit_remaining: known.remaining,
                 tokens: known.tokens,
                 rule: key.rule.clone(),
                 upstream: key.upstream.clone(),
                 state: state.to_owned(),
                 limited_seconds: limited.map(|limited| limited.as_secs()),
-            }
+            })
         };
-        let mut views: Vec<UpstreamView> = self.0.iter().map(view).collect();
+        let mut views: Vec<UpstreamView> = self.0.iter().filter_map(view).collect();
         views.sort_by(|a, b| (&a.rule, &a.upstream).cmp(&(&b.rule, &b.upstream)));
         views
     }

@@ -16,6 +16,7 @@ use std::time::Duration;
 
 pub use self::here::are_here;
 pub(super) use self::secrets::Secrets;
+use crate::blocking::on_thread;
 use crate::config::{Cloud, Credentials, PasswordSource, host_matches};
 use crate::registries::Trust;
 use crate::secret::Secret;
@@ -73,7 +74,10 @@ pub(super) async fn find(source: &Credentials, whom: Whom<'_>) -> Result<Found, 
     match source {
         Credentials::Static { username, password } => {
             let password = match password {
-                PasswordSource::File(path) => read_file(path)?.trim_end_matches(['\r', '\n']).to_owned(),
+                PasswordSource::File(path) => {
+                    let path = path.clone();
+                    on_thread(move || read_file(&path)).await?.trim_end_matches(['\r', '\n']).to_owned()
+                }
                 PasswordSource::Variable(name) => {
                     std::env::var(name).map_err(|_| CredentialsError::Variable(name.clone()))?
                 }
@@ -81,7 +85,7 @@ pub(super) async fn find(source: &Credentials, whom: Whom<'_>) -> Result<Found, 
             let secret = Secret::Password { username: username.clone(), password };
             Ok(Found { secret: Some(secret), life: FILE_LIFE })
         }
-        Credentials::DockerConfig { file } => match docker::find(file, whom)? {
+        Credentials::DockerConfig { file } => match docker::find(file, whom).await? {
             docker::Entry::Secret(secret) => Ok(Found { secret, life: FILE_LIFE }),
             docker::Entry::Helper(name) => helper::ask(&name, authority).await.map(lasting(HELPER_LIFE)),
         },
@@ -141,6 +145,8 @@ fn is_docker_hub(host: &str) -> bool {
     matches!(host, "docker.io" | "index.docker.io" | "registry-1.docker.io")
 }
 
+/// Blocks on the disk.
+#[expect(clippy::disallowed_methods, reason = "blocks")]
 fn read_file(path: &Path) -> Result<String, CredentialsError> {
     std::fs::read_to_string(path).map_err(|e| CredentialsError::File(path.display().to_string(), e.to_string()))
 }
@@ -249,10 +255,11 @@ mod tests {
         let entry = |text: &str| serde_json::json!({"auth": STANDARD.encode(text)});
         let json = serde_json::json!({"auths": {"quay.io/team": entry("quay:1"), "harbor.corp": entry("harbor:2")}});
         std::fs::write(&file, json.to_string()).unwrap();
+        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
         let of = |authority, trust| {
             let (base, repository) = ("https://x", "proxy/team/app");
             let whom = Whom { base, authority, trust, repository, registry: "quay.io", name: "team/app" };
-            match docker::find(&file, whom).unwrap() {
+            match runtime.block_on(docker::find(&file, whom)).unwrap() {
                 docker::Entry::Secret(Some(Secret::Password { username, .. })) => Some(username),
                 _ => None,
             }

@@ -10,6 +10,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 
 use hickory_resolver::TokioResolver;
+use hickory_resolver::net::NetError;
 use ipnet::IpNet;
 use reqwest::dns::{Addrs, Name, Resolve, Resolving};
 use url::{Host, Url};
@@ -51,6 +52,15 @@ pub(super) enum Refused {
     Proxy(String),
 }
 
+/// Why a name has no address.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+enum Unresolved {
+    #[error("dns: no such host {0}")]
+    NoSuchHost(String),
+    #[error("dns: the name servers do not tell the address of {0}: {1}")]
+    NoResponse(String, String),
+}
+
 impl Guard {
     /// Must run inside a tokio runtime, which drives the resolver.
     pub(super) fn new(config: &Config) -> Result<Self, String> {
@@ -59,6 +69,16 @@ impl Guard {
             allow: config.guard.allow.clone().into(),
             proxies: Arc::new(proxy_hosts(|name| std::env::var(name).ok())),
         })
+    }
+
+    /// Whether the name of a URL has any address, as far as the name servers can tell.
+    pub(super) async fn resolves(&self, url: &Url) -> bool {
+        match url.host() {
+            // Inside many networks only the proxy knows public names.
+            Some(Host::Domain(name)) => !self.proxies.is_empty() || self.resolver.lookup_ip(name).await.is_ok(),
+            Some(Host::Ipv4(_) | Host::Ipv6(_)) => true,
+            None => false,
+        }
     }
 
     /// How a URL that others chose may be reached.
@@ -126,7 +146,8 @@ impl Resolve for GuardedResolver {
     fn resolve(&self, name: Name) -> Resolving {
         let (guard, reach) = (self.guard.clone(), self.reach);
         Box::pin(async move {
-            let found = guard.resolver.lookup_ip(name.as_str()).await?;
+            let found =
+                guard.resolver.lookup_ip(name.as_str()).await.map_err(|error| unresolved(name.as_str(), &error))?;
             let is_proxy = guard.proxies.contains(name.as_str());
             let addresses: Vec<SocketAddr> = found
                 .iter()
@@ -138,6 +159,13 @@ impl Resolve for GuardedResolver {
             }
             Ok(Box::new(addresses.into_iter()) as Addrs)
         })
+    }
+}
+
+fn unresolved(name: &str, error: &NetError) -> Unresolved {
+    match error.is_no_records_found() {
+        true => Unresolved::NoSuchHost(name.to_owned()),
+        false => Unresolved::NoResponse(name.to_owned(), error.to_string()),
     }
 }
 

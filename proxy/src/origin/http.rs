@@ -13,12 +13,13 @@ use tokio::time::{Instant, timeout_at};
 use url::Url;
 
 use super::guard::{Guard, Reach, Refused};
+use super::kept_hosts::{self, KeptHosts};
 use super::proxies::EnvProxies;
 use super::tls;
 use crate::config::Upstream;
 use crate::identity::Identity;
 use crate::registries::{RuleTls, Trust};
-use crate::source::{SourceError, causes, error_chain};
+use crate::source::{SourceError, causes, root_cause};
 use crate::trace;
 
 /// Time to reach a host: DNS, TCP and TLS.
@@ -37,6 +38,7 @@ const MAX_HEADERS: usize = 512;
 pub(super) struct Http {
     guard: Guard,
     identities: Vec<Arc<Identity>>,
+    kept_hosts: KeptHosts,
     clients: HashMap<ClientKey, Client>,
 }
 
@@ -56,12 +58,23 @@ pub(super) enum Patience {
     OthersFollow,
 }
 
+/// What becomes of a connection after its request.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+enum AfterUse {
+    Keep,
+    Close,
+}
+
 #[derive(Clone, PartialEq, Eq, Hash)]
 struct ClientKey {
     reach: Reach,
     tls: RuleTls,
     patience: Patience,
+    after_use: AfterUse,
 }
+
+/// Idle connections of one host. More: more memory. Fewer: parallel ranges connect anew.
+const MAX_IDLE_PER_HOST: usize = 16;
 
 /// A request that can be sent again.
 pub(super) struct Ask<'a> {
@@ -95,33 +108,16 @@ impl Http {
                 let config = tls::config(&extra, roots, identity)?;
                 for reach in [Reach::Anywhere, Reach::Public, Reach::Allowed] {
                     for patience in [Patience::LastResort, Patience::OthersFollow] {
-                        let key = ClientKey { reach, tls: rule.clone(), patience };
-                        let proxies = proxies.clone();
-                        let client = Client::builder()
-                            .user_agent(concat!("dray/", env!("CARGO_PKG_VERSION")))
-                            // Same cost as HTTP/2 for a blob, without its windows, and sockets in parallel.
-                            .http1_only()
-                            .http1_max_headers(MAX_HEADERS)
-                            // As Go's client reads them: what is wrong with one header is no reason to refuse the body.
-                            .http1_allow_obsolete_multiline_headers_in_responses(true)
-                            .http1_allow_spaces_after_header_name_in_responses(true)
-                            .http1_ignore_invalid_headers_in_responses(true)
-                            .redirect(reqwest::redirect::Policy::none())
-                            .connect_timeout(patience.connect_timeout())
-                            .pool_idle_timeout(Duration::from_secs(60))
-                            .pool_max_idle_per_host(16)
-                            .dns_resolver(guard.resolver(reach))
-                            .no_proxy()
-                            .proxy(Proxy::custom(move |url| proxies.of(url)))
-                            .tls_backend_preconfigured(config.clone())
-                            .build()
-                            .map_err(|e| format!("no HTTP client: {}", error_chain(&e)))?;
-                        clients.insert(key, client);
+                        for after_use in [AfterUse::Keep, AfterUse::Close] {
+                            let key = ClientKey { reach, tls: rule.clone(), patience, after_use };
+                            let client = key.client(&guard, &proxies, config.clone())?;
+                            clients.insert(key, client);
+                        }
                     }
                 }
             }
         }
-        Ok(Self { guard, identities, clients })
+        Ok(Self { guard, identities, kept_hosts: KeptHosts::default(), clients })
     }
 
     /// Reads the certificates again that upstreams are shown.
@@ -132,6 +128,14 @@ impl Http {
     /// Why an upstream that is only named by clients is refused, where its name tells.
     pub(super) fn refuses_literally(&self, upstream: &Upstream) -> Result<(), Refused> {
         Url::parse(&upstream.base()).map_or(Ok(()), |url| self.guard.refuses_literally(&url))
+    }
+
+    /// Whether an upstream's name has an address.
+    pub(super) async fn resolves(&self, upstream: &Upstream) -> bool {
+        match Url::parse(&upstream.base()) {
+            Ok(url) => self.guard.resolves(&url).await,
+            Err(_) => false,
+        }
     }
 
     /// Sends a request and follows its redirects until an answer that is none. Returns the answer
@@ -165,7 +169,10 @@ impl Http {
             _ => self.guard.check(&ask.url).await.map_err(|refused| SourceError::Guarded(refused.to_string()))?,
         };
         let client_cert = home.tls.client_cert.clone().filter(|_| at_home);
-        let key = ClientKey { reach, tls: RuleTls { client_cert, ..home.tls.clone() }, patience: home.patience };
+        let is_kept = || self.kept_hosts.keeps(ask.url.host_str().unwrap_or_default(), Instant::now());
+        let after_use = if reach == Reach::Anywhere || is_kept() { AfterUse::Keep } else { AfterUse::Close };
+        let tls = RuleTls { client_cert, ..home.tls.clone() };
+        let key = ClientKey { reach, tls, patience: home.patience, after_use };
         let client = self.clients.get(&key).ok_or_else(|| SourceError::Unreachable("no client".into()))?;
         let mut request = client.request(ask.method.clone(), ask.url.clone()).headers(ask.headers.clone());
         if let Some(authorization) = &ask.authorization {
@@ -184,6 +191,32 @@ impl Http {
         };
         tell(&mut span, ask, &answer);
         answer
+    }
+}
+
+impl ClientKey {
+    fn client(&self, guard: &Guard, proxies: &Arc<EnvProxies>, tls: rustls::ClientConfig) -> Result<Client, String> {
+        let proxies = proxies.clone();
+        let max_idle = if self.after_use == AfterUse::Keep { MAX_IDLE_PER_HOST } else { 0 };
+        Client::builder()
+            .user_agent(concat!("dray/", env!("CARGO_PKG_VERSION")))
+            // Same cost as HTTP/2 for a blob, without its windows, and sockets in parallel.
+            .http1_only()
+            .http1_max_headers(MAX_HEADERS)
+            // As Go's client reads them: what is wrong with one header is no reason to refuse the body.
+            .http1_allow_obsolete_multiline_headers_in_responses(true)
+            .http1_allow_spaces_after_header_name_in_responses(true)
+            .http1_ignore_invalid_headers_in_responses(true)
+            .redirect(reqwest::redirect::Policy::none())
+            .connect_timeout(self.patience.connect_timeout())
+            .pool_idle_timeout(kept_hosts::IDLE_TIMEOUT)
+            .pool_max_idle_per_host(max_idle)
+            .dns_resolver(guard.resolver(self.reach))
+            .no_proxy()
+            .proxy(Proxy::custom(move |url| proxies.of(url)))
+            .tls_backend_preconfigured(tls)
+            .build()
+            .map_err(|e| format!("no HTTP client: {}", root_cause(&e)))
     }
 }
 
@@ -230,7 +263,7 @@ impl Patience {
 /// An error of the client library, without the URL: it may be signed.
 fn explain(error: reqwest::Error) -> SourceError {
     let error = error.without_url();
-    let text = error_chain(&error);
+    let text = root_cause(&error);
     // The resolver's refusal comes wrapped in layers of connection errors.
     if let Some(refused) = causes(&error).find_map(|cause| cause.downcast_ref::<Refused>()) {
         return SourceError::Guarded(refused.to_string());

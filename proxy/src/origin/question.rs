@@ -13,7 +13,7 @@ use super::List;
 use crate::config::Upstream;
 use crate::oci::Digest;
 use crate::registries::Place;
-use crate::source::{SourceError, error_chain};
+use crate::source::{SourceError, root_cause};
 
 /// One question, without saying to which registry.
 #[derive(Clone)]
@@ -163,7 +163,7 @@ async fn without_page(mut response: Response, deadline: Instant) -> Result<Respo
     let mut begun = Vec::new();
     loop {
         let piece = timeout_at(deadline, response.chunk()).await.map_err(|_| SourceError::TimedOut)?;
-        let piece = piece.map_err(|error| SourceError::Unreachable(error_chain(&error.without_url())))?;
+        let piece = piece.map_err(|error| SourceError::Unreachable(root_cause(&error.without_url())))?;
         let page = || SourceError::Malformed("a page for people".into());
         let piece = piece.ok_or_else(page)?;
         let first = piece.iter().copied().find(|byte| !byte.is_ascii_whitespace());

@@ -1,5 +1,7 @@
 //! Which certificates of upstreams are believed, and which one they are shown.
 
+#![allow(clippy::disallowed_methods, reason = "runs at the start, and on threads for blocking work")]
+
 use std::path::Path;
 use std::sync::Arc;
 

@@ -29,20 +29,22 @@ const MOST_LOOKS: usize = 4;
 impl Origin {
     /// Asks whether anybody is there, token endpoint included, again and again until somebody is.
     pub(super) fn look_after(self: &Arc<Self>, place: &Place, upstream: &Upstream, trust: Trust, why: &SourceError) {
+        self.in_trouble.notify_waiters();
         let condition = self.conditions.of(place, upstream);
         // Hosts that never were there are nobody's outage.
         let is_known = trust == Trust::Written || lock(&condition).has_answered();
-        let watches = if is_known { &self.watches } else { &self.of_strangers };
-        let Ok(watch) = watches.clone().try_acquire_owned() else {
-            lock(&condition).forget();
-            return;
-        };
-        tracing::warn!(rule = place.rule.name(), upstream = upstream.base(), %why, "an upstream does not answer");
-        let down = is_known.then(|| self.metrics.origin_down.with_label_values(&[place.rule.name()]));
-        down.iter().for_each(IntGauge::inc);
-        let (origin, place, upstream) = (self.clone(), place.clone(), upstream.clone());
+        let (origin, place, upstream, why) = (self.clone(), place.clone(), upstream.clone(), why.clone());
         tokio::spawn(async move {
-            let _watch = watch;
+            // Clients can invent names.
+            let may_exist = is_known || origin.http.resolves(&upstream).await;
+            let watches = if is_known { &origin.watches } else { &origin.of_strangers };
+            let Some(_watch) = may_exist.then(|| watches.clone().try_acquire_owned().ok()).flatten() else {
+                lock(&condition).forget();
+                return;
+            };
+            tracing::warn!(rule = place.rule.name(), upstream = upstream.base(), %why, "an upstream does not answer");
+            let down = is_known.then(|| origin.metrics.origin_down.with_label_values(&[place.rule.name()]));
+            down.iter().for_each(IntGauge::inc);
             let question = Question::is_anybody_there();
             let home = Home { upstream: &upstream, trust, tls: &place.rule.tls, patience: Patience::LastResort };
             let (mut looks, mut pause) = (FuturesUnordered::new(), FIRST_LOOK);

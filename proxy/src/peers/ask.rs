@@ -18,7 +18,7 @@ use super::swarm::{Claim, Contribution, View};
 use super::wire::Holder;
 use super::{Peers, Scope, lock, wire};
 use crate::oci::{Digest, MAX_MANIFEST_BYTES, Span, Spans, Tag, manifest};
-use crate::source::{Broken, Incoming, Part, ServedFrom, SourceError, error_chain};
+use crate::source::{Broken, Incoming, Part, ServedFrom, SourceError, root_cause};
 
 /// What a tag means to a peer.
 pub struct TagAnswer {
@@ -185,7 +185,7 @@ impl Peers {
             let counter = counter.clone();
             async move {
                 fetching.asks();
-                let piece = response.chunk().await.map_err(|error| Broken(error_chain(&error)))?;
+                let piece = response.chunk().await.map_err(|error| Broken(root_cause(&error)))?;
                 let Some(piece) = piece else { return Ok(None) };
                 counter.inc_by(piece.len() as u64);
                 fetching.passed(&piece)?;
@@ -304,7 +304,7 @@ impl Peers {
         }
         let bytes = match timeout_at(question.deadline.min(Instant::now() + BODY), response.bytes()).await {
             Ok(Ok(bytes)) => bytes,
-            Ok(Err(error)) => return Err(SourceError::Unreachable(error_chain(&error))),
+            Ok(Err(error)) => return Err(SourceError::Unreachable(root_cause(&error))),
             Err(_) => return Err(SourceError::TimedOut),
         };
         let members = self.members.load();

@@ -12,7 +12,7 @@ use super::key::Seal;
 use super::question::{Aim, Manner, Question, Redirects};
 use super::{Peers, Scope, wire};
 use crate::role::Role;
-use crate::source::{Part, SourceError, causes, error_chain};
+use crate::source::{Part, SourceError, causes, root_cause};
 use crate::trace;
 
 /// A peer that has not answered after this long is asked whether it is alive, as are those who come after it.
@@ -70,7 +70,7 @@ impl Peers {
         if let Some(range) = part.header() {
             request = request.header(RANGE, range);
         }
-        let mut request = request.build().map_err(|error| SourceError::Malformed(error_chain(&error)))?;
+        let mut request = request.build().map_err(|error| SourceError::Malformed(root_cause(&error)))?;
         let mut span = trace::begin("ask a peer", trace::Kind::Client);
         span.write(request.headers_mut());
         let asked = Instant::now();
@@ -152,7 +152,7 @@ impl Peers {
         match answered {
             Ok(Ok(response)) => self.believe(peer, response, seal.as_ref()).await,
             Ok(Err(error)) => {
-                let why = error_chain(&error);
+                let why = root_cause(&error);
                 if is_about_certificates(&error) {
                     self.is_unproven(peer, &why);
                 } else {

@@ -1,5 +1,7 @@
 //! Who may use this process at all, where clients have to log in: `[access] logins_file`.
 
+#![allow(clippy::disallowed_methods, reason = "runs at the start, and on threads for blocking work")]
+
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 

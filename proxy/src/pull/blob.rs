@@ -84,7 +84,7 @@ impl Pull {
     /// `GET blobs/<digest>`.
     pub async fn blob(self: &Arc<Self>, request: &BlobRequest) -> Result<BlobAnswer, Refusal> {
         let (digest, range) = (&request.digest, request.range);
-        let places = self.candidates(request);
+        let places = self.candidates(request).await;
         // Bytes that lately proved wrong: whoever holds a beginning must not get an end.
         let distrusted = || places.iter().any(|place| self.fills.is_distrusted(digest, &place.registry));
         let kept = self.kept_blob(request).await;
@@ -152,10 +152,10 @@ impl Pull {
 
     /// The places that may have a blob. A request that names no registry is first looked for where its repository was
     /// served from; what came from somewhere with wrong bytes is first looked for elsewhere.
-    pub(super) fn candidates(&self, request: &BlobRequest) -> Vec<Place> {
+    pub(super) async fn candidates(&self, request: &BlobRequest) -> Vec<Place> {
         let place = &request.place;
         let homes = match request.named_by {
-            NamedBy::Default => self.homes.of(&place.repository),
+            NamedBy::Default => self.homes.of(&place.repository).await,
             NamedBy::Namespace | NamedBy::Path | NamedBy::Host => [].into(),
         };
         let home = |registry: &Registry| match *registry == place.registry {

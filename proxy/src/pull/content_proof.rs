@@ -135,6 +135,7 @@ async fn read(mut incoming: Incoming, length: u64, deadline: Instant) -> Result<
 }
 
 /// Blocks on the disk.
+#[expect(clippy::disallowed_methods, reason = "runs on a thread for blocking work")]
 fn read_kept(blob: &Blob, span: Span) -> std::io::Result<Vec<u8>> {
     use std::os::unix::fs::FileExt;
     let mut bytes = vec![0; usize::try_from(span.len()).unwrap_or(0)];

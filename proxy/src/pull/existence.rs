@@ -45,7 +45,7 @@ impl Pull {
                     Err(error) => Err(error),
                 };
                 match confirmed {
-                    Ok(()) => pull.homes.served(&place, &digest, &bytes, || true),
+                    Ok(()) => pull.homes.served(&place, &digest, &bytes, || true).await,
                     Err(error) if error.is_outage() => {}
                     Err(error) => {
                         pull.negatives.put(&place, Endpoint::Manifest, digest.as_str(), &error);

@@ -71,7 +71,7 @@ impl Pull {
         let (place, reference) = self.parse(image)?;
         let rule = &place.rule;
         let lease = match &reference {
-            Reference::Tag(tag) => self.tags.lease(&place, tag),
+            Reference::Tag(tag) => self.tags.lease(&place, tag).await,
             Reference::Digest(_) => None,
         };
         let digest = match (&reference, &lease) {

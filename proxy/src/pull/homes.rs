@@ -6,6 +6,8 @@
 
 use std::sync::Arc;
 
+use bytes::Bytes;
+
 use crate::oci::{Digest, Registry, Repository, manifest};
 use crate::registries::Place;
 use crate::store::{RepositoryRecord, Store};
@@ -45,6 +47,10 @@ const MAX_REPOSITORIES: u64 = 50_000;
 const MAX_MANIFESTS: u64 = 20_000;
 const MAX_BLOBS: u64 = 100_000;
 
+/// Blobs of one manifest that are remembered. More: one manifest of 4 MiB pushes out what others name. Fewer: a blob of an
+/// unusually long manifest needs a `Content-Length` of the upstream.
+const MAX_NAMED: usize = 4_096;
+
 impl Homes {
     pub(super) fn new(store: Arc<Store>) -> Self {
         Self {
@@ -57,21 +63,23 @@ impl Homes {
     }
 
     /// Those of a repository, in the order in which to ask them.
-    pub(super) fn of(&self, repository: &Repository) -> Arc<[Registry]> {
+    pub(super) async fn of(self: &Arc<Self>, repository: &Repository) -> Arc<[Registry]> {
         if let Some(known) = self.known.get(repository) {
             return known;
         }
-        let recorded: Arc<[Registry]> = self.store.records.repository(repository).into();
-        if !recorded.is_empty() {
-            self.known.insert(repository.clone(), recorded.clone());
-        }
-        recorded
+        let (homes, repository) = (self.clone(), repository.clone());
+        tokio::task::spawn_blocking(move || homes.read(&repository)).await.unwrap_or_default()
+    }
+
+    /// Blocks on the disk.
+    fn read(&self, repository: &Repository) -> Arc<[Registry]> {
+        self.known.get_with_by_ref(repository, || self.store.records.repository(repository).into())
     }
 
     /// Whether another registry may be meant. That nobody else is known to have named a blob says nothing for those who
-    /// came later: what the first one has named may be forgotten.
+    /// came later: what the first one has named may be forgotten. Only of a repository that was looked up with [`Self::of`].
     pub(super) fn may_be_anothers(&self, place: &Place, digest: &Digest) -> bool {
-        let homes = self.of(&place.repository);
+        let homes = self.known.get(&place.repository).unwrap_or_default();
         let is_first = || homes.first() == Some(&place.registry);
         let naming = || self.naming.get(&(place.repository.clone(), digest.clone()));
         homes.len() > 1 && !(is_first() && naming() == Some(Naming::One(place.registry.clone())))
@@ -89,7 +97,13 @@ impl Homes {
 
     /// A registry has served a manifest of a repository. `is_held` says whether it is known to hold it there: then it holds
     /// what the manifest names as well.
-    pub(super) fn served(&self, place: &Place, digest: &Digest, bytes: &[u8], is_held: impl FnOnce() -> bool) {
+    pub(super) async fn served(
+        self: &Arc<Self>,
+        place: &Place,
+        digest: &Digest,
+        bytes: &Bytes,
+        is_held: impl FnOnce() -> bool,
+    ) {
         let key = (place.registry.clone(), place.repository.clone(), digest.clone());
         let before = self.read.get(&key);
         if before == Some(Read::AsHeld) {
@@ -99,17 +113,27 @@ impl Homes {
         if before == Some(now) {
             return;
         }
-        self.read.insert(key, now);
         if now == Read::AsHeld {
             self.holds(place, digest, bytes.len() as u64);
         }
-        for (named, length) in manifest::named(bytes) {
-            if let Some(length) = length.filter(|_| now == Read::AsHeld) {
+        let (homes, place, bytes) = (self.clone(), place.clone(), bytes.clone());
+        // A manifest of some megabytes takes a while.
+        let learned = tokio::task::spawn_blocking(move || {
+            homes.learn(&place, &bytes, now);
+            homes.remember(&place);
+        });
+        if learned.await.is_ok() {
+            self.read.insert(key, now);
+        }
+    }
+
+    fn learn(&self, place: &Place, bytes: &[u8], read: Read) {
+        for (named, length) in manifest::named(bytes).into_iter().take(MAX_NAMED) {
+            if let Some(length) = length.filter(|_| read == Read::AsHeld) {
                 self.holds(place, &named, length);
             }
             self.named_by(place, named);
         }
-        self.remember(place);
     }
 
     fn named_by(&self, place: &Place, blob: Digest) {
@@ -122,13 +146,13 @@ impl Homes {
         });
     }
 
+    /// Blocks on the disk.
     fn remember(&self, place: &Place) {
         let (registry, repository) = (&place.registry, &place.repository);
-        let Some(homes) = with(&self.of(repository), registry, repository) else { return };
+        let Some(homes) = with(&self.read(repository), registry, repository) else { return };
         let record = RepositoryRecord::new(repository, &homes);
         self.known.insert(repository.clone(), homes.into());
-        let store = self.store.clone();
-        tokio::task::spawn_blocking(move || store.records.put_repository(&record));
+        self.store.records.put_repository(&record);
     }
 }
 

@@ -29,7 +29,7 @@ impl Pull {
     }
 
     async fn find_length(self: &Arc<Self>, request: &BlobRequest) -> Length {
-        let places = self.candidates(request);
+        let places = self.candidates(request).await;
         let mut in_outage = None;
         match self.kept_blob(request).await {
             Some(found) => {

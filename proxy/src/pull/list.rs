@@ -5,6 +5,7 @@
 //! their subject.
 
 use std::io::{Read, Write};
+use std::net::IpAddr;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -20,6 +21,7 @@ use tokio::sync::oneshot;
 use tokio::time::{Instant, timeout};
 
 use super::{Asking, Body, Pull, Refusal, fetch_ended};
+use crate::blocking::parsed;
 use crate::oci::{Digest, ErrorCode, INDEX_MEDIA_TYPE, manifest};
 use crate::origin::{List, ListResponse};
 use crate::registries::Place;
@@ -53,6 +55,7 @@ pub struct ListBody {
 struct Copying {
     pull: Arc<Pull>,
     place: Place,
+    client: Option<IpAddr>,
     record: ListRecord,
     encoder: DeflateEncoder<Vec<u8>>,
 }
@@ -87,7 +90,7 @@ impl Pull {
         asking: Asking,
     ) -> Result<ListAnswer, Refusal> {
         let key = key(place, list, query);
-        let mut asked = self.requested(place, list, query, &key);
+        let mut asked = self.requested(place, list, query, &key, asking.client);
         let response = match timeout(WITH_COPY.min(asking.patience), &mut asked).await {
             Ok(response) => response,
             // Only what was seen whole: that a slow upstream has something or not it will say itself.
@@ -101,7 +104,7 @@ impl Pull {
         };
         let response = response.unwrap_or_else(|_| fetch_ended());
         match response {
-            Ok(response) => Ok(self.passed_on(place, list, key, response)),
+            Ok(response) => Ok(self.passed_on(place, list, key, response, asking.client)),
             Err(error) if is_outage(&error) => {
                 let seen = self.seen_before(place, list, query, &key).await;
                 seen.unwrap_or_else(|| Err(Refusal::of(&error, missing(list))))
@@ -124,6 +127,7 @@ impl Pull {
         list: &List,
         query: Option<&str>,
         key: &str,
+        client: Option<IpAddr>,
     ) -> oneshot::Receiver<Result<ListResponse, SourceError>> {
         let (sender, asked) = oneshot::channel();
         let (pull, place, list, key) = (self.clone(), place.clone(), list.clone(), key.to_owned());
@@ -133,7 +137,8 @@ impl Pull {
             let response = pull.origin.list(&place, &list, query.as_deref(), deadline).await;
             if let Err(Ok(response)) = sender.send(response) {
                 // For the copy, and no longer than a client would wait.
-                let Body::List(mut body) = pull.passed_on(&place, &list, key, response).body else { return };
+                let passed_on = pull.passed_on(&place, &list, key, response, client);
+                let Body::List(mut body) = passed_on.body else { return };
                 let copied = async { while body.is_copied() && matches!(body.next().await, Ok(Some(_))) {} };
                 let _ = timeout(UPSTREAM_TIMEOUT, copied).await;
             }
@@ -141,7 +146,14 @@ impl Pull {
         asked
     }
 
-    fn passed_on(self: &Arc<Self>, place: &Place, list: &List, key: String, response: ListResponse) -> ListAnswer {
+    fn passed_on(
+        self: &Arc<Self>,
+        place: &Place,
+        list: &List,
+        key: String,
+        response: ListResponse,
+        client: Option<IpAddr>,
+    ) -> ListAnswer {
         let ListResponse { next, filters_applied, encoding, length, body } = response;
         let record = ListRecord {
             key,
@@ -151,7 +163,7 @@ impl Pull {
             checked_at: SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs(),
         };
         let encoder = DeflateEncoder::new(Vec::new(), Compression::fast());
-        let copy = Copying { pull: self.clone(), place: place.clone(), record, encoder };
+        let copy = Copying { pull: self.clone(), place: place.clone(), client, record, encoder };
         let copy = Some(copy).filter(|_| encoding.is_none());
         ListAnswer {
             media_type: media_type(list),
@@ -171,7 +183,7 @@ impl Pull {
         tokio::task::spawn_blocking(move || {
             let records = &pull.store.records;
             match has_no_api && (records.is_known_list(&key) || pull.may_copy(&place)) {
-                true => records.put_absent_list(&key),
+                true => records.put_absent_list(&key, &place.registry),
                 false => records.forget_list(&key),
             }
         });
@@ -276,17 +288,19 @@ impl Pull {
     }
 
     /// Remembers which manifest an artifact refers to, if it refers to one.
-    pub(super) fn remember_subject(&self, place: &Place, bytes: &[u8], media_type: &str) {
-        let Some(subject) = manifest::subject(bytes) else { return };
-        let Some(artifact) = manifest::referrer(bytes, media_type) else { return };
+    pub(super) async fn remember_subject(&self, place: &Place, bytes: &Bytes, media_type: &str) {
+        let media_type = media_type.to_owned();
+        let refers = move |bytes: &[u8]| Some((manifest::subject(bytes)?, manifest::referrer(bytes, &media_type)?));
+        let Some((subject, artifact)) = parsed(bytes, refers).await else { return };
         let (store, subject, turn) = (self.store.clone(), subject_key(place, &subject), self.subjects.clone());
+        let registry = place.registry.clone();
         tokio::task::spawn_blocking(move || {
             // Read, changed and written by one at a time.
             let _turn = turn.lock().unwrap_or_else(PoisonError::into_inner);
             let mut referrers = store.records.referrers(&subject);
             if !referrers.contains(&artifact) && referrers.len() < MAX_REFERRERS {
                 referrers.push(artifact);
-                store.records.put_referrers(&ReferrersRecord { subject, referrers });
+                store.records.put_referrers(&ReferrersRecord { subject, referrers }, &registry);
             }
         });
     }
@@ -332,7 +346,7 @@ impl Copying {
 
     /// All of it has come.
     fn keep(self) {
-        let Self { pull, place, mut record, encoder } = self;
+        let Self { pull, place, client, mut record, encoder } = self;
         let Ok(packed) = encoder.finish() else { return };
         let digest = Digest::of(&packed);
         record.digest = digest.to_string();
@@ -347,7 +361,7 @@ impl Copying {
             if pull.store.find(&digest, Kind::Blob).await.is_none() {
                 pull.store.small.insert(&digest, Kind::Blob, object).await;
             }
-            tokio::task::spawn_blocking(move || pull.store.records.put_list(&record));
+            tokio::task::spawn_blocking(move || pull.store.records.put_list(&record, &place.registry, client));
         });
     }
 }

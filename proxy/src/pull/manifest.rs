@@ -10,6 +10,7 @@ use tokio::time::{Instant, sleep, timeout};
 use super::negatives::Endpoint;
 use super::sources::{Refusals, last_scope};
 use super::{Asker, Asking, FIRST_BYTE, Pull, Refusal, fetch_ended, flights, is_personal};
+use crate::blocking::parsed;
 use crate::oci::{Digest, ErrorCode, Reference, manifest};
 use crate::peers::{Manner, Question, Reach, Standing};
 use crate::registries::Place;
@@ -73,9 +74,8 @@ impl Pull {
         let answer = timeout(asking.patience, answer).await.unwrap_or(Err(SourceError::TimedOut));
         let answer = answer.map_err(|error| Refusal::of(&error, ErrorCode::ManifestUnknown))?;
         let ManifestAnswer { digest, object, .. } = &answer;
-        self.homes.served(place, digest, &object.bytes, || {
-            matches!(reference, Reference::Tag(_)) || self.is_known_at(place, digest, &object.provenance)
-        });
+        let is_held = || matches!(reference, Reference::Tag(_)) || self.is_known_at(place, digest, &object.provenance);
+        self.homes.served(place, digest, &object.bytes, is_held).await;
         Ok(answer)
     }
 
@@ -220,7 +220,7 @@ impl Pull {
     /// The first of those that peers sent which is the one that is meant.
     async fn keep_one(&self, place: &Place, digest: &Digest, sent: Vec<(String, bytes::Bytes)>) -> Option<SmallObject> {
         let (stated, bytes) = sent.into_iter().find(|(_, bytes)| digest.matches(bytes))?;
-        let media_type = manifest::media_type(&bytes).unwrap_or(stated);
+        let media_type = parsed(&bytes, manifest::media_type).await.unwrap_or(stated);
         Some(self.keep_manifest(place, digest, &media_type, bytes).await)
     }
 
@@ -248,7 +248,7 @@ impl Pull {
         self.entitlements.was_sent(place, digest);
         let provenance = Arc::new(place.provenance());
         let object = SmallObject::new(media_type, provenance, &bytes);
-        self.remember_subject(place, &bytes, media_type);
+        self.remember_subject(place, &bytes, media_type).await;
         self.store.small.insert(digest, Kind::Manifest, object.clone()).await;
         object
     }

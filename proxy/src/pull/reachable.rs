@@ -6,9 +6,11 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use bytes::Bytes;
 use tokio::time::{Instant, timeout};
 
 use super::Pull;
+use crate::blocking::parsed;
 use crate::lifetimes::{ByLifetime, Lifetime};
 use crate::oci::{Digest, Registry, Repository, manifest};
 use crate::registries::Place;
@@ -35,13 +37,16 @@ impl Reachable {
 
 impl Pull {
     /// Requests the head of a manifest's first layer, once for a repository. An error: dray will not get its blobs.
-    pub(super) async fn blobs_reachable(self: &Arc<Self>, place: &Place, bytes: &[u8]) -> Result<(), SourceError> {
+    pub(super) async fn blobs_reachable(self: &Arc<Self>, place: &Place, bytes: &Bytes) -> Result<(), SourceError> {
         // Where authorization is the upstream's, each client's own request has told.
-        let Some(blob) = first_blob(bytes).filter(|_| !place.rule.asks_who()) else { return Ok(()) };
+        if place.rule.asks_who() {
+            return Ok(());
+        }
         let key = (place.registry.clone(), place.repository.clone());
         if let Some(Verdict(known)) = self.reachable.0.get(&key) {
             return known.map_or(Ok(()), Err);
         }
+        let Some(blob) = parsed(bytes, first_blob).await else { return Ok(()) };
         let head = self.origin.blob_head(place, &blob, Instant::now() + HEAD_TIMEOUT);
         let error = timeout(HEAD_TIMEOUT, head).await.ok().and_then(Result::err).filter(is_final);
         self.reachable.0.insert(key, Verdict(error.clone()));

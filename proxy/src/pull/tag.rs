@@ -4,6 +4,7 @@
 //! they say carries its age: of several answers the youngest wins, and a lease ends everywhere at the
 //! same time.
 
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -19,6 +20,7 @@ use crate::peers::{Manner, Peers, Question, Reach, Standing, TagAnswer};
 use crate::registries::Place;
 use crate::role::Role;
 use crate::source::{ServedFrom, SourceError, UPSTREAM_TIMEOUT};
+use crate::tags::Resolved;
 
 /// What a tag means.
 pub(super) type Meant = Result<ManifestAnswer, SourceError>;
@@ -30,7 +32,7 @@ const WITH_STALE: Duration = Duration::from_secs(1);
 /// lost keeps the tag stale for longer. Shorter: tags of slower upstreams are never renewed.
 const RENEWAL_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// One that lately took longer has this long, and so often is looked whether it is in trouble.
+/// An upstream that lately took longer has this long.
 const WHERE_SLOW: Duration = Duration::from_millis(20);
 
 impl Pull {
@@ -43,7 +45,7 @@ impl Pull {
     ) -> Meant {
         let now = SystemTime::now();
         let mut expired = None;
-        if let Some(lease) = self.tags.lease(place, tag)
+        if let Some(lease) = self.tags.lease(place, tag).await
             && let Some((object, from)) = self.kept_manifest(place, &lease.digest, asking.asker).await
         {
             let age = Some(lease.age(now));
@@ -62,7 +64,7 @@ impl Pull {
         let peers = self.peers_for_tags().filter(|_| place.caller.may_be_lent());
         let role =
             peers.map_or(Role::Global, |peers| peers.lead(&in_ring(place, tag), asking.role, self.scope(place)).role);
-        let asked = self.ask_for_tag(place, tag, accept, role);
+        let asked = self.ask_for_tag(place, tag, accept, role, asking.client);
         let Some(expired) = expired else {
             return match asked.await {
                 Err(error) if error.is_passing_outage() && self.tags.was_absent(place, tag).await => {
@@ -75,7 +77,7 @@ impl Pull {
         let asked = tokio::select! {
             biased;
             // One that is down is asked by whoever looks after it, and one that said "later" is not asked.
-            trouble = self.trouble(place), if role == Role::Global => {
+            trouble = self.origin.trouble_begins(place), if role == Role::Global => {
                 return self.count_stale(place, tag, Ok(stale(expired)), trouble.as_str());
             }
             asked = timeout(patience, asked) => asked,
@@ -97,16 +99,6 @@ impl Pull {
         }
     }
 
-    /// Waits until there is no use in waiting for a place's origin.
-    async fn trouble(&self, place: &Place) -> SourceError {
-        loop {
-            match self.origin.trouble(place) {
-                Some(trouble) => return trouble,
-                None => tokio::time::sleep(WHERE_SLOW).await,
-            }
-        }
-    }
-
     fn count_stale(&self, place: &Place, tag: &Tag, meant: Meant, reason: &str) -> Meant {
         if is_stale(&meant) {
             self.metrics.stale.with_label_values(&[reason]).inc();
@@ -122,6 +114,7 @@ impl Pull {
         tag: &'a Tag,
         accept: &'a str,
         role: Role,
+        client: Option<IpAddr>,
     ) -> BoxFuture<'a, Meant> {
         if let Some(error) = self.negatives.get(place, Endpoint::Manifest, tag.as_str()) {
             return std::future::ready(Err(error)).boxed();
@@ -136,8 +129,8 @@ impl Pull {
             move || {
                 let (pull, place, tag, accept) = (self.clone(), place.clone(), tag.clone(), accept.to_owned());
                 async move {
-                    let meant = pull.find_meaning(&place, &tag, &accept, role).await;
-                    pull.remember(&place, &tag, &meant);
+                    let meant = pull.find_meaning(&place, &tag, &accept, role, client).await;
+                    pull.remember(&place, &tag, &meant, client).await;
                     meant
                 }
             },
@@ -145,7 +138,7 @@ impl Pull {
         async move { landed.await.unwrap_or_else(fetch_ended) }.boxed()
     }
 
-    fn remember(&self, place: &Place, tag: &Tag, meant: &Meant) {
+    async fn remember(&self, place: &Place, tag: &Tag, meant: &Meant, client: Option<IpAddr>) {
         match meant {
             Ok(answer) => {
                 if answer.from != ServedFrom::Stale {
@@ -153,7 +146,7 @@ impl Pull {
                 }
                 let age = answer.age.unwrap_or_default();
                 let checked_at = SystemTime::now().checked_sub(age).unwrap_or(SystemTime::UNIX_EPOCH);
-                self.tags.renew(place, tag, &answer.digest, checked_at);
+                self.tags.renew(Resolved { place, tag, digest: &answer.digest, checked_at, client }).await;
             }
             Err(error) => {
                 self.negatives.put(place, Endpoint::Manifest, tag.as_str(), error);
@@ -164,7 +157,14 @@ impl Pull {
         }
     }
 
-    async fn find_meaning(self: &Arc<Self>, place: &Place, tag: &Tag, accept: &str, role: Role) -> Meant {
+    async fn find_meaning(
+        self: &Arc<Self>,
+        place: &Place,
+        tag: &Tag,
+        accept: &str,
+        role: Role,
+        client: Option<IpAddr>,
+    ) -> Meant {
         let Some(peers) = self.peers_for_tags() else {
             return self.revalidate(place, tag, accept).await;
         };
@@ -173,7 +173,7 @@ impl Pull {
             return match self.tag_of_owners(peers, place, tag, accept, role).await? {
                 Some(answer) => Ok(answer),
                 // It takes the owner's place, as others may ask it to.
-                None => self.ask_for_tag(place, tag, accept, Role::Global).await,
+                None => self.ask_for_tag(place, tag, accept, Role::Global, client).await,
             };
         }
         let question = Question { scope: self.scope(place), ..question(place, &in_ring, Manner::IfKept) };
@@ -226,7 +226,7 @@ impl Pull {
     /// Asks the origin what a tag means. A HEAD is not counted by rate limits; only a digest that
     /// is not here yet is fetched.
     async fn revalidate(self: &Arc<Self>, place: &Place, tag: &Tag, accept: &str) -> Meant {
-        let is_known = self.tags.lease(place, tag).is_some();
+        let is_known = self.tags.lease(place, tag).await.is_some();
         let deadline = Instant::now() + if is_known { RENEWAL_TIMEOUT } else { UPSTREAM_TIMEOUT };
         let reference = Reference::Tag(tag.clone());
         // A HEAD can spare the body where the manifest may be cached: the tag was resolved before, or peers may have it. A

@@ -1,5 +1,7 @@
 //! Blobs on their way in: space, a file, and in the end a name, or a place among the partials.
 
+#![allow(clippy::disallowed_methods, reason = "runs at the start, and on threads for blocking work")]
+
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::FileExt;

@@ -1,5 +1,7 @@
 //! Large blobs as files: their records, times, and what lies in the directory.
 
+#![allow(clippy::disallowed_methods, reason = "runs at the start, and on threads for blocking work")]
+
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::MetadataExt;

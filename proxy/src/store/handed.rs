@@ -1,5 +1,7 @@
 //! A cache directory as it changes hands: to the user that dray runs as, and back to nobody.
 
+#![allow(clippy::disallowed_methods, reason = "runs at the start, and on threads for blocking work")]
+
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::{MetadataExt, lchown};

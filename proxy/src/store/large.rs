@@ -6,6 +6,8 @@
 //! before it is believed. Bytes are written once per inode; a file under its final name is never
 //! written again, only unlinked.
 
+#![allow(clippy::disallowed_methods, reason = "runs at the start, and on threads for blocking work")]
+
 use std::collections::{HashMap, HashSet};
 use std::fs::{self, File};
 use std::io;

@@ -3,6 +3,8 @@
 //! The version stands in the path, so that another version of dray neither trips over these files
 //! nor serves them wrongly.
 
+#![allow(clippy::disallowed_methods, reason = "runs at the start, and on threads for blocking work")]
+
 use std::ffi::OsStr;
 use std::fs::{self, File, TryLockError};
 use std::io::{self, Write};

@@ -2,14 +2,18 @@
 //!
 //! They are hints with a date: losing one costs a request to the origin.
 
+#![allow(clippy::disallowed_methods, reason = "runs at the start, and on threads for blocking work")]
+
 use std::fs;
 use std::io;
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use super::thinning::{Dated, Party, surplus};
 use crate::oci::{Digest, Registry, Repository, Tag};
 
 /// The record files.
@@ -50,10 +54,25 @@ pub struct ListRecord {
     pub checked_at: u64,
 }
 
-/// What stands where a list would, if there is none.
+/// What stands where a list would, if there is none, and for a tag that is absent.
 #[derive(Serialize, Deserialize)]
-struct AbsentList {
+struct Absent {
     absent: String,
+}
+
+/// A record as it is written.
+#[derive(Serialize)]
+struct Filed<'a, T> {
+    #[serde(flatten)]
+    record: &'a T,
+    party: &'a Party,
+}
+
+/// Whose record a file is.
+#[derive(Default, Deserialize)]
+struct OfParty {
+    #[serde(default)]
+    party: Party,
 }
 
 /// The cached artifacts that refer to a manifest, as a referrers response describes them.
@@ -74,7 +93,7 @@ pub struct RepositoryRecord {
     others: Vec<String>,
 }
 
-/// More files than this are thinned out, oldest first. Lists have a directory of their own: clients choose their
+/// More files than this are thinned out. Lists have a directory of their own: clients choose their
 /// queries, and must not push out what tags mean.
 const MAX_RECORDS: usize = 100_000;
 const MAX_LISTS: usize = 10_000;
@@ -95,6 +114,7 @@ impl Records {
         Self { tags: Directory::new(tags, MAX_RECORDS), lists: Directory::new(lists, MAX_LISTS) }
     }
 
+    /// Blocks on the disk.
     pub fn tag(&self, registry: &Registry, repository: &Repository, tag: &Tag) -> Option<TagRecord> {
         let record: TagRecord = self.tags.read(&tag_key(registry.as_str(), repository.as_str(), tag.as_str()))?;
         let same = record.registry == registry.as_str()
@@ -103,15 +123,18 @@ impl Records {
         same.then_some(record)
     }
 
-    pub fn put_tag(&self, record: &TagRecord) {
-        self.tags.write(&tag_key(&record.registry, &record.repository, &record.tag), record);
+    /// Blocks on the disk.
+    pub fn put_tag(&self, record: &TagRecord, client: Option<IpAddr>) {
+        let party = Party { client, registry: record.registry.clone() };
+        self.tags.write(&tag_key(&record.registry, &record.repository, &record.tag), record, &party);
     }
 
+    /// Blocks on the disk.
     pub fn forget_tag(&self, registry: &Registry, repository: &Repository, tag: &Tag) {
         self.tags.remove(&tag_key(registry.as_str(), repository.as_str(), tag.as_str()));
     }
 
-    /// The registries that have served a repository, in their order.
+    /// The registries that have served a repository, in their order. Blocks on the disk.
     pub fn repository(&self, repository: &Repository) -> Vec<Registry> {
         let record: Option<RepositoryRecord> = self.tags.read(&repository_key(repository.as_str()));
         let record = record.filter(|record| record.repository == repository.as_str());
@@ -119,8 +142,10 @@ impl Records {
         names.filter_map(|name| name.parse().ok()).collect()
     }
 
+    /// Blocks on the disk.
     pub fn put_repository(&self, record: &RepositoryRecord) {
-        self.tags.write(&repository_key(&record.repository), record);
+        let party = Party { client: None, registry: record.registry.clone() };
+        self.tags.write(&repository_key(&record.repository), record, &party);
     }
 
     /// A list as it was last seen. Blocks on the disk.
@@ -129,8 +154,8 @@ impl Records {
     }
 
     /// Blocks on the disk.
-    pub fn put_list(&self, record: &ListRecord) {
-        self.lists.write(&list_key(&record.key), record);
+    pub fn put_list(&self, record: &ListRecord, registry: &Registry, client: Option<IpAddr>) {
+        self.lists.write(&list_key(&record.key), record, &Party { client, registry: registry.to_string() });
     }
 
     /// Whether a list, or its absence, is remembered. Blocks on the disk.
@@ -140,24 +165,25 @@ impl Records {
 
     /// Remembers that there is no such tag, until one is put. Blocks on the disk.
     pub fn put_absent(&self, registry: &Registry, repository: &Repository, tag: &Tag) {
-        self.lists.write(&absent_key(registry, repository, tag), &absent_key(registry, repository, tag));
+        let key = absent_key(registry, repository, tag);
+        self.lists.write(&key, &Absent { absent: key.clone() }, &Party::of(registry));
     }
 
     /// Blocks on the disk.
     pub fn is_absent(&self, registry: &Registry, repository: &Repository, tag: &Tag) -> bool {
         let key = absent_key(registry, repository, tag);
-        self.lists.read::<String>(&key).is_some_and(|known| known == key)
+        self.lists.read::<Absent>(&key).is_some_and(|known| known.absent == key)
             && self.tag(registry, repository, tag).is_none()
     }
 
     /// Remembers that there is no such list, until one is put. Blocks on the disk.
-    pub fn put_absent_list(&self, key: &str) {
-        self.lists.write(&list_key(key), &AbsentList { absent: key.to_owned() });
+    pub fn put_absent_list(&self, key: &str, registry: &Registry) {
+        self.lists.write(&list_key(key), &Absent { absent: key.to_owned() }, &Party::of(registry));
     }
 
     /// Blocks on the disk.
     pub fn is_absent_list(&self, key: &str) -> bool {
-        self.lists.read::<AbsentList>(&list_key(key)).is_some_and(|known| known.absent == key)
+        self.lists.read::<Absent>(&list_key(key)).is_some_and(|known| known.absent == key)
     }
 
     /// Blocks on the disk.
@@ -172,11 +198,11 @@ impl Records {
     }
 
     /// Blocks on the disk.
-    pub fn put_referrers(&self, record: &ReferrersRecord) {
-        self.lists.write(&referrers_key(&record.subject), record);
+    pub fn put_referrers(&self, record: &ReferrersRecord, registry: &Registry) {
+        self.lists.write(&referrers_key(&record.subject), record, &Party::of(registry));
     }
 
-    /// Removes the oldest records beyond the limits. Blocks on the disk.
+    /// Removes records beyond the limits. Blocks on the disk.
     pub fn thin_out(&self) {
         self.tags.thin_out();
         self.lists.thin_out();
@@ -190,17 +216,17 @@ impl Directory {
 
     fn thin_out(&self) {
         let Ok(files) = fs::read_dir(&self.path) else { return };
-        let mut dated: Vec<_> = files
-            .filter_map(|file| {
-                let file = file.ok()?;
-                Some((file.metadata().ok()?.modified().ok()?, file.path()))
-            })
-            .collect();
-        if dated.len() > self.most {
-            dated.sort();
-            for (_, path) in &dated[..dated.len() - self.most] {
-                let _ = fs::remove_file(path);
-            }
+        let paths: Vec<PathBuf> = files.filter_map(|file| Some(file.ok()?.path())).collect();
+        if paths.len() <= self.most {
+            return;
+        }
+        let dated = paths.into_iter().filter_map(|path| {
+            let written = fs::metadata(&path).ok()?.modified().ok()?;
+            let of_party: OfParty = serde_json::from_slice(&fs::read(&path).ok()?).unwrap_or_default();
+            Some(Dated { party: of_party.party, written, id: path })
+        });
+        for path in surplus(dated.collect(), self.most) {
+            let _ = fs::remove_file(path);
         }
     }
 
@@ -213,7 +239,7 @@ impl Directory {
     }
 
     /// Without fsync: after a crash of the machine an empty or missing record is no record.
-    fn write<T: Serialize>(&self, key: &str, record: &T) {
+    fn write<T: Serialize>(&self, key: &str, record: &T, party: &Party) {
         let path = self.file(key);
         let nth = self.written.fetch_add(1, Ordering::Relaxed);
         let every = THIN_OUT_EVERY.min(self.most as u64 / 4);
@@ -222,7 +248,7 @@ impl Directory {
         }
         let temporary = self.path.join(format!(".{nth}"));
         let write = || -> io::Result<()> {
-            write_creating(&temporary, &serde_json::to_vec(record)?)?;
+            write_creating(&temporary, &serde_json::to_vec(&Filed { record, party })?)?;
             fs::rename(&temporary, &path)
         };
         if let Err(error) = write() {
@@ -282,15 +308,18 @@ mod tests {
             checked_at: 7,
         };
         assert_eq!(records.list("a"), None);
-        records.put_list(&record("a"));
+        let registry: Registry = "a.io".parse().unwrap();
+        records.put_list(&record("a"), &registry, None);
         assert_eq!(records.list("a"), Some(record("a")));
-        records.put_absent_list("b");
+        records.put_absent_list("b", &registry);
         assert_eq!((records.is_absent_list("b"), records.is_absent_list("a"), records.list("b")), (true, false, None));
         let few = Directory::new(dir.path().join("few"), 8);
-        (0..100).for_each(|nth| few.write(&nth.to_string(), &record("a")));
+        few.write("b", &record("b"), &Party { client: None, registry: "b.io".into() });
+        (0..100).for_each(|nth| few.write(&nth.to_string(), &record("a"), &Party::of(&registry)));
         assert!(fs::read_dir(dir.path().join("few")).unwrap().count() <= 10);
+        assert!(few.read::<ListRecord>("b").is_some(), "another registry's record stays");
         let referrers = ReferrersRecord { subject: "a.io/b@sha256:00".into(), referrers: vec!["x".into()] };
-        records.put_referrers(&referrers);
+        records.put_referrers(&referrers, &registry);
         assert_eq!(records.referrers("a.io/b@sha256:00"), referrers.referrers);
     }
 
@@ -308,14 +337,14 @@ mod tests {
             digest: Digest::of(b"x").to_string(),
             checked_at: 7,
         };
-        records.put_tag(&record);
+        records.put_tag(&record, Some([10, 0, 0, 1].into()));
         assert_eq!(records.tag(&registry, &repository, &tag), Some(record));
         let homes = [registry.clone(), "quay.io".parse().unwrap()];
         records.put_repository(&RepositoryRecord::new(&repository, &homes));
         assert_eq!(records.repository(&repository), homes);
         // As earlier releases wrote it.
         let earlier = serde_json::json!({"repository": "team/app", "registry": "ghcr.io"});
-        records.tags.write(&repository_key("team/app"), &earlier);
+        records.tags.write(&repository_key("team/app"), &earlier, &Party::default());
         assert_eq!(records.repository(&repository), std::slice::from_ref(&registry));
         for file in fs::read_dir(dir.path().join("records")).unwrap() {
             fs::write(file.unwrap().path(), b"{").unwrap();

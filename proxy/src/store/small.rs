@@ -3,6 +3,8 @@
 //! Manifests have an instance of their own, because foyer's disk evicts by block in order of
 //! writing, and a churn of small blobs would sweep them out. Only this room knows foyer.
 
+#![allow(clippy::disallowed_methods, reason = "runs at the start, and on threads for blocking work")]
+
 mod overflow;
 mod writer;
 

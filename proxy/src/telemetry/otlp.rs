@@ -15,7 +15,7 @@ use reqwest::redirect::Policy;
 use tokio::runtime::Handle;
 use url::Url;
 
-use crate::source::error_chain;
+use crate::source::root_cause;
 use crate::trace::{Ended, Kind, Report, Value};
 
 /// Sends spans to a collector.
@@ -44,7 +44,7 @@ impl Otlp {
     pub(super) fn new(collector: &Url) -> Result<Self, String> {
         // A collector is near: proxies are for the way to registries.
         let client = reqwest::Client::builder().timeout(TIMEOUT).no_proxy().redirect(Policy::none()).build();
-        let client = client.map_err(|e| error_chain(&e))?;
+        let client = client.map_err(|e| root_cause(&e))?;
         let door = Door { client, runtime: Handle::current(), well: AtomicBool::new(true) };
         let base = collector.as_str().trim_end_matches('/').trim_end_matches("/v1/traces");
         let endpoint = format!("{base}/v1/traces");
@@ -120,7 +120,7 @@ impl HttpClient for Door {
         let answer = answer.await?.map_err(reqwest::Error::without_url);
         let trouble = match &answer {
             Ok((status, _)) => (!status.is_success()).then(|| format!("it answers {status}")),
-            Err(error) => Some(error_chain(error)),
+            Err(error) => Some(root_cause(error)),
         };
         let was_well = self.well.swap(trouble.is_none(), Ordering::Relaxed);
         match trouble {

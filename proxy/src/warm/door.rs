@@ -7,7 +7,7 @@ use reqwest::Response;
 use super::plan::Blob;
 use crate::oci::{ImageName, Reference};
 use crate::pull::Body;
-use crate::source::error_chain;
+use crate::source::root_cause;
 
 /// What answers as a registry does.
 #[async_trait]
@@ -46,7 +46,7 @@ impl Pieces {
     pub async fn next(&mut self) -> Result<Option<Bytes>, Failed> {
         match self {
             Self::Http(response) => {
-                response.chunk().await.map_err(|error| Failed::Passing(error_chain(&error.without_url())))
+                response.chunk().await.map_err(|error| Failed::Passing(root_cause(&error.without_url())))
             }
             Self::Inside(body) => body.next().await.map_err(|broken| Failed::Passing(broken.to_string())),
         }

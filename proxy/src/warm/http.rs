@@ -14,7 +14,7 @@ use super::door::{Coming, Door, Failed, Pieces};
 use super::fetch;
 use super::plan::Blob;
 use crate::oci::{ImageName, MAX_MANIFEST_BYTES, Reference, accept};
-use crate::source::error_chain;
+use crate::source::root_cause;
 
 /// Somewhere else than in this process.
 pub struct Elsewhere {
@@ -39,7 +39,7 @@ impl Elsewhere {
             .no_proxy()
             .redirect(reqwest::redirect::Policy::none())
             .build()
-            .map_err(|error| error_chain(&error))?;
+            .map_err(|error| root_cause(&error))?;
         let mut headers = HeaderMap::new();
         headers.extend(authorization.map(|value| (AUTHORIZATION, value)));
         Ok(Self { client, base: base.trim_end_matches('/').to_owned(), headers })
@@ -53,7 +53,7 @@ impl Elsewhere {
             match timeout(PATIENCE, asked).await {
                 Ok(Err(error)) if error.is_connect() && attempt < fetch::RETRIES => fetch::pause(&mut attempt).await,
                 Ok(Err(error)) if error.is_connect() => {
-                    return Err(format!("no dray at {}: {}", self.base, error_chain(&error.without_url())));
+                    return Err(format!("no dray at {}: {}", self.base, root_cause(&error.without_url())));
                 }
                 // Whatever else is wrong is told of each image.
                 _ => return Ok(()),
@@ -66,7 +66,7 @@ impl Elsewhere {
         let asked = self.client.request(method, url).headers(self.headers.clone()).headers(more).send();
         let response = match timeout(PATIENCE, asked).await {
             Err(_) => return Err(Failed::Passing("no answer in time".to_owned())),
-            Ok(Err(error)) => return Err(Failed::Passing(error_chain(&error.without_url()))),
+            Ok(Err(error)) => return Err(Failed::Passing(root_cause(&error.without_url()))),
             Ok(Ok(response)) => response,
         };
         let status = response.status().as_u16();
@@ -90,7 +90,7 @@ impl Door for Elsewhere {
         if response.content_length().is_none_or(|length| length > MAX_MANIFEST_BYTES) {
             return Err(Failed::ForGood("a manifest without an acceptable length".to_owned()));
         }
-        response.bytes().await.map_err(|error| Failed::Passing(error_chain(&error.without_url())))
+        response.bytes().await.map_err(|error| Failed::Passing(root_cause(&error.without_url())))
     }
 
     async fn blob(&self, blob: &Blob, from: u64) -> Result<Coming, Failed> {

@@ -1,5 +1,7 @@
 //! The steps of what a command does, each whole or not at all.
 
+#![allow(clippy::disallowed_methods, reason = "runs in commands, and on threads for blocking work")]
+
 use std::io;
 use std::path::{Path, PathBuf};
 

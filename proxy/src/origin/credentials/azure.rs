@@ -11,8 +11,9 @@ use serde::Deserialize;
 use url::form_urlencoded::Serializer;
 
 use super::{CredentialsError, Found, read_file};
+use crate::blocking::on_thread;
 use crate::secret::Secret;
-use crate::source::error_chain;
+use crate::source::root_cause;
 
 /// What the token is for.
 const AUDIENCE: &str = "https://containerregistry.azure.net";
@@ -45,13 +46,14 @@ struct Refresh {
 /// A registry's refresh token; `base` is the registry's `https://host`.
 pub(super) async fn ask(base: &str, authority: &str) -> Result<Found, CredentialsError> {
     let failed = |why: String| CredentialsError::Cloud("Azure", why);
-    let client = CLIENT.as_ref().map_err(|e| failed(error_chain(e)))?;
+    let client = CLIENT.as_ref().map_err(|e| failed(root_cause(e)))?;
     let variable = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
     let asked = match (variable("AZURE_FEDERATED_TOKEN_FILE"), variable("AZURE_TENANT_ID"), variable("AZURE_CLIENT_ID"))
     {
         (Some(file), Some(tenant), Some(id)) => {
             let host = variable("AZURE_AUTHORITY_HOST").unwrap_or_else(|| "https://login.microsoftonline.com".into());
-            let (assertion, scope) = (read_file(file.as_ref())?, format!("{AUDIENCE}/.default"));
+            let read = on_thread(move || read_file(file.as_ref())).await?;
+            let (assertion, scope) = (read, format!("{AUDIENCE}/.default"));
             let form = [
                 ("grant_type", "client_credentials"),
                 ("client_id", &id),
@@ -86,7 +88,7 @@ fn post(client: &Client, url: &str, form: &[(&str, &str)]) -> reqwest::RequestBu
 
 async fn read<T: serde::de::DeserializeOwned>(asked: reqwest::RequestBuilder, whom: &str) -> Result<T, String> {
     // The URL names no secret, but who we are there.
-    let failed = |error: reqwest::Error| format!("{whom}: {}", error_chain(&error.without_url()));
+    let failed = |error: reqwest::Error| format!("{whom}: {}", root_cause(&error.without_url()));
     let response = asked.send().await.and_then(reqwest::Response::error_for_status).map_err(failed)?;
     let bytes = response.bytes().await.map_err(failed)?;
     serde_json::from_slice(&bytes).map_err(|_| format!("{whom}: its answer is no token"))

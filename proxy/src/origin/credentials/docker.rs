@@ -10,6 +10,7 @@ use base64::engine::{DecodePaddingMode, Engine};
 use serde::{Deserialize, Deserializer};
 
 use super::{CredentialsError, Whom, best_key, read_file};
+use crate::blocking::on_thread;
 use crate::registries::Trust;
 use crate::secret::Secret;
 
@@ -60,8 +61,9 @@ const LENIENT: GeneralPurpose = GeneralPurpose::new(
 
 /// The entry that says most of a repository at an upstream, or else of the registry whose upstream it is. A helper
 /// comes before what stands in the file, as for Docker itself; the store of all others after it.
-pub(super) fn find(file: &Path, whom: Whom<'_>) -> Result<Entry, CredentialsError> {
-    let mut config = read(file)?;
+pub(super) async fn find(file: &Path, whom: Whom<'_>) -> Result<Entry, CredentialsError> {
+    let path = file.to_owned();
+    let mut config = on_thread(move || read(&path)).await?;
     let helper = key_for(&config.cred_helpers, whom);
     if let Some(name) = helper.and_then(|key| config.cred_helpers.remove(&key)) {
         return Ok(Entry::Helper(name));

@@ -7,7 +7,7 @@ use serde::Deserialize;
 
 use super::{CredentialsError, Found};
 use crate::secret::Secret;
-use crate::source::error_chain;
+use crate::source::root_cause;
 
 #[derive(Deserialize)]
 struct Token {
@@ -33,10 +33,10 @@ static CLIENT: LazyLock<reqwest::Result<reqwest::Client>> = LazyLock::new(|| {
 pub(super) async fn ask() -> Result<Found, CredentialsError> {
     let failed = |why: String| CredentialsError::Cloud("Google's metadata server", why);
     let host = std::env::var(HOST_VARIABLE).unwrap_or_else(|_| HOST.to_owned());
-    let client = CLIENT.as_ref().map_err(|e| failed(error_chain(e)))?;
+    let client = CLIENT.as_ref().map_err(|e| failed(root_cause(e)))?;
     let asked = client.get(format!("http://{host}{PATH}")).header("Metadata-Flavor", "Google").send().await;
-    let response = asked.and_then(reqwest::Response::error_for_status).map_err(|e| failed(error_chain(&e)))?;
-    let bytes = response.bytes().await.map_err(|e| failed(error_chain(&e)))?;
+    let response = asked.and_then(reqwest::Response::error_for_status).map_err(|e| failed(root_cause(&e)))?;
+    let bytes = response.bytes().await.map_err(|e| failed(root_cause(&e)))?;
     let token: Token = serde_json::from_slice(&bytes).map_err(|_| failed("its answer is no token".to_owned()))?;
     let secret = Secret::Password { username: USERNAME.to_owned(), password: token.access_token };
     Ok(Found { secret: Some(secret), life: Duration::from_secs(token.expires_in) / 2 })

@@ -1,5 +1,7 @@
 //! Whether this machine has what credentials name. No program is run, nobody is asked for a secret.
 
+#![allow(clippy::disallowed_methods, reason = "runs at the start, and on threads for blocking work")]
+
 use std::path::Path;
 
 use rustix::fs::{Access, access};

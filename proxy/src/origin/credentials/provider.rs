@@ -9,6 +9,7 @@ use serde_json::json;
 use tokio::process::Command;
 
 use super::{CredentialsError, Found, best_key, program, read_file};
+use crate::blocking::on_thread;
 use crate::secret::Secret;
 
 #[derive(Deserialize)]
@@ -61,7 +62,8 @@ pub(super) async fn ask(
     repository: &str,
 ) -> Result<Found, CredentialsError> {
     let (mut nothing, mut failed) = (Found::nothing(), None);
-    for provider in &read(file)?.providers {
+    let path = file.to_owned();
+    for provider in &on_thread(move || read(&path)).await?.providers {
         let patterns = provider.match_images.iter().map(String::as_str);
         if best_key(patterns, authority, repository).is_none() {
             continue;

@@ -1,0 +1,122 @@
+//! Which records are removed when there are too many of them: the oldest of the clients and registries that have most.
+//!
+//! Clients choose registries, tags and queries. One that invents many must not push out what others will need in an outage.
+
+use std::collections::HashMap;
+use std::hash::Hash;
+use std::net::IpAddr;
+use std::time::SystemTime;
+
+use serde::{Deserialize, Serialize};
+
+use crate::oci::Registry;
+
+/// Whose share of the records one takes.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub(super) struct Party {
+    /// The client that caused the record. None: peers, or a record of an earlier release.
+    pub(super) client: Option<IpAddr>,
+    #[serde(default)]
+    pub(super) registry: String,
+}
+
+impl Party {
+    /// No client is known.
+    pub(super) fn of(registry: &Registry) -> Self {
+        Self { client: None, registry: registry.to_string() }
+    }
+}
+
+/// A record file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Dated<Id> {
+    pub(super) party: Party,
+    pub(super) written: SystemTime,
+    pub(super) id: Id,
+}
+
+/// The records beyond `most`. Each client may have as many as any other, and of those each registry as many as any other.
+pub(super) fn surplus<Id>(records: Vec<Dated<Id>>, most: usize) -> Vec<Id> {
+    if records.len() <= most {
+        return Vec::new();
+    }
+    let by_client = grouped(records, |record| record.party.client);
+    let level = fair_level(by_client.iter().map(Vec::len), most);
+    let mut surplus = Vec::new();
+    for records in by_client.into_iter().filter(|records| records.len() > level) {
+        let by_registry = grouped(records, |record| record.party.registry.clone());
+        let of_each = fair_level(by_registry.iter().map(Vec::len), level);
+        for mut records in by_registry {
+            records.sort_by_key(|record| std::cmp::Reverse(record.written));
+            surplus.extend(records.into_iter().skip(of_each).map(|record| record.id));
+        }
+    }
+    surplus
+}
+
+fn grouped<Id, Key: Eq + Hash>(records: Vec<Dated<Id>>, key: impl Fn(&Dated<Id>) -> Key) -> Vec<Vec<Dated<Id>>> {
+    let mut groups: HashMap<Key, Vec<Dated<Id>>> = HashMap::new();
+    for record in records {
+        groups.entry(key(&record)).or_default().push(record);
+    }
+    groups.into_values().collect()
+}
+
+/// The largest share for each of these counts with which all together are no more than `most`.
+fn fair_level(counts: impl Iterator<Item = usize>, most: usize) -> usize {
+    let mut counts: Vec<usize> = counts.collect();
+    counts.sort_unstable();
+    let (mut left, mut parties) = (most, counts.len());
+    for count in counts {
+        if count > left / parties {
+            return left / parties;
+        }
+        left -= count;
+        parties -= 1;
+    }
+    usize::MAX
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn share_is_what_the_smaller_ones_leave() {
+        for (counts, most, level) in [
+            (&[5, 5][..], 10, usize::MAX),
+            (&[2, 20][..], 10, 8),
+            (&[20, 20, 20][..], 10, 3),
+            (&[1, 2, 30, 40][..], 23, 10),
+            (&[9][..], 4, 4),
+        ] {
+            assert_eq!(fair_level(counts.iter().copied(), most), level, "{counts:?} {most}");
+        }
+    }
+
+    #[test]
+    fn oldest_of_the_largest_party_are_removed() {
+        let mut records = Vec::new();
+        let mut add = |client: u8, registry: &str, count: u64, since: u64| {
+            for nth in 0..count {
+                let party = Party { client: Some([10, 0, 0, client].into()), registry: registry.to_owned() };
+                let written = SystemTime::UNIX_EPOCH + Duration::from_secs(since + nth);
+                records.push(Dated { party, written, id: format!("{client} {registry} {nth}") });
+            }
+        };
+        // An honest client's records are older than all others.
+        add(1, "docker.io", 30, 0);
+        add(2, "one.evil", 500, 1_000);
+        (0..100).for_each(|nth| add(2, &format!("{nth}.evil"), 1, 1_000));
+        add(2, "docker.io", 1, 0);
+        let removed = surplus(records.clone(), 200);
+        let left: Vec<&String> = records.iter().map(|record| &record.id).filter(|id| !removed.contains(id)).collect();
+        let count = |start: &str| left.iter().filter(|id| id.starts_with(start)).count();
+        assert_eq!((count("1 docker.io"), count("2 docker.io"), count("2 one.evil")), (30, 1, 69));
+        assert_eq!(left.len(), 200);
+        assert!(left.iter().any(|id| *id == "2 one.evil 499") && !left.iter().any(|id| *id == "2 one.evil 0"));
+        assert_eq!(surplus(records.clone(), records.len()), Vec::<String>::new());
+    }
+}
