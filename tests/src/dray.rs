@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
+use rustix::process::Signal;
 use tempfile::TempDir;
 
 use crate::http::{Answer, get};
@@ -192,6 +193,13 @@ impl Dray {
 
     pub fn start(&self) -> &Start {
         &self.start
+    }
+
+    /// SIGTERM, then the same again.
+    pub fn restart(mut self) -> Self {
+        self.process.signal(Signal::TERM);
+        self.process.wait();
+        self.start.clone().run()
     }
 
     /// SIGKILL, then the same again.

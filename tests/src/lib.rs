@@ -6,6 +6,7 @@ pub mod cluster;
 pub mod containerd;
 pub mod dns;
 pub mod dray;
+pub mod held_disk;
 pub mod http;
 pub mod image;
 pub mod kubernetes;

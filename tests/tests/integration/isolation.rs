@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use dray_tests::dray::{Dray, Start, rule};
 use dray_tests::eventually;
+use dray_tests::held_disk::HeldDisk;
 use dray_tests::http::get;
 use dray_tests::image::{Image, noise};
 use dray_tests::origin::{Content, Fault, Origin, Response};
@@ -211,4 +212,49 @@ async fn announced_length_evicts_nothing() {
     assert!(reserved <= 6 * (8 << 20) + (1 << 20), "{reserved} bytes for six of 90 MB");
     pull_and_find_cached(&dray, &image).await;
     drop(waiting);
+}
+
+/// A disk that hangs holds up what has to be read from it, and nothing else.
+#[tokio::test(flavor = "multi_thread")]
+async fn hanging_disk_holds_up_only_what_reads_it() {
+    let [served, hanging] = [1, 2].map(|seed| Image::new(seed, &[400_000, 700_000]));
+    let content = Content::new(&[("a/app", "1", &served), ("b/app", "1", &hanging)]);
+    let origin = Origin::answering(move |request| content.answer(request)).await;
+    let dray = Start::new(rule("honest.example", &origin.url())).run();
+    let path = |repository: &str, below: &str| format!("/v2/{repository}/{below}?ns=honest.example");
+    for (repository, image) in [("a/app", &served), ("b/app", &hanging)] {
+        assert_eq!(dray.get(&path(repository, "manifests/1")).await.status, 200);
+        for digest in image.blobs.keys() {
+            assert_eq!(dray.get(&path(repository, &format!("blobs/{digest}"))).await.status, 200);
+        }
+    }
+    dray.fills_end().await;
+    // What is in memory is forgotten, and one image read again.
+    let dray = dray.restart();
+    assert_eq!(dray.get(&path("a/app", "manifests/1")).await.status, 200);
+    let held = HeldDisk::hold(&dray.start().cache_dir().join("v1"));
+    let below =
+        hanging.blobs.iter().filter(|(_, bytes)| bytes.len() > 300_000).map(|(digest, _)| format!("blobs/{digest}"));
+    let waiting: Vec<_> = below
+        .chain(["manifests/1".to_owned()])
+        .flat_map(|below| {
+            let url = dray.url(&path("b/app", &below));
+            (0..4).map(move |_| url.clone())
+        })
+        .map(|url| tokio::spawn(async move { get(&url, &[]).await }))
+        .collect();
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    for _ in 0..8 {
+        assert_eq!(dray.get("/v2/").await.status, 200);
+        assert_eq!(dray.get(&path("a/app", "manifests/1")).await.source(), "memory");
+        for path in ["/livez", "/metrics"] {
+            assert_eq!(get(&format!("http://{}{path}", dray.admin), &[]).await.status, 200, "{path}");
+        }
+    }
+    assert!(waiting.iter().all(|request| !request.is_finished()), "they wait for the disk");
+    drop(held);
+    for request in waiting {
+        let answer = request.await.unwrap();
+        assert!(answer.status == 200 && answer.complete, "{}: {}", answer.status, answer.text());
+    }
 }

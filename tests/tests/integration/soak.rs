@@ -1,6 +1,8 @@
 //! Faults over and over under a mixed load: no wrong body ever leaves whole, and afterwards nothing
 //! fails that the origin could have served. `make soak` runs many more rounds.
 
+mod growth;
+
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -14,7 +16,7 @@ use dray_tests::mount::Mount;
 use dray_tests::origin::Origin;
 use tokio::task::JoinSet;
 
-/// How often, in CI and in `make soak`.
+/// How often, or for how many seconds, in CI and in `make soak`.
 fn rounds(few: usize, many: usize) -> usize {
     if std::env::var_os("DRAY_SOAK").is_some() { many } else { few }
 }
