@@ -16,7 +16,9 @@ use http::Version;
 use http::header::CONNECTION;
 use http::request::Parts;
 use pingora::apps::{HttpPersistentSettings, HttpServerApp, HttpServerOptions, ReusedHttpStream, ServerApp};
+use pingora::listeners::tls::{Acceptor, TlsSettings};
 use pingora::protocols::http::ServerSession;
+use pingora::protocols::l4::stream::Stream as TcpStream;
 use pingora::protocols::{ALPN, Stream};
 use pingora::server::ShutdownWatch;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt};
@@ -33,6 +35,7 @@ pub struct Connections<A> {
     idle: Arc<Idle>,
     /// For heads while they are read.
     memory: Arc<Memory>,
+    tls: Option<Acceptor>,
 }
 
 /// One connection of HTTP/2.
@@ -67,6 +70,10 @@ enum NoHead {
 /// A connection without a request is closed after this long.
 const IDLE: Duration = Duration::from_secs(75);
 
+/// A TLS handshake has to be over after this long. Longer: silent connections keep their place. Shorter: clients on slow
+/// links are refused.
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
+
 /// A head has to be there so soon after its first byte.
 const WHOLE: Duration = Duration::from_secs(10);
 
@@ -86,7 +93,30 @@ impl<A> Connections<A> {
     /// At most `most` of them at a time, and no more than there is memory for.
     pub fn new(app: A, most: usize, memory: Arc<Memory>) -> Self {
         let places = Shares::new(most.min(memory.connections));
-        Self { app: Arc::new(app), places, idle: Arc::default(), memory }
+        Self { app: Arc::new(app), places, idle: Arc::default(), memory, tls: None }
+    }
+
+    /// The same behind TLS. A connection has its place before its handshake: Pingora's own listeners do not count those
+    /// whose handshake is under way, and wait for each for a minute.
+    pub fn with_tls(self, settings: TlsSettings) -> Self {
+        Self { tls: Some(settings.build()), ..self }
+    }
+
+    /// The connection after its handshake. None: it failed, or the connection had to leave its place to another one.
+    async fn secured(&self, stream: Stream, acceptor: &Acceptor, from: Option<IpAddr>) -> Option<Stream> {
+        let plain = stream.into_any().downcast::<TcpStream>().ok()?;
+        let mut waiting = self.idle.enter(from);
+        let shaken = tokio::select! {
+            shaken = timeout(HANDSHAKE_TIMEOUT, acceptor.tls_handshake(*plain)) => shaken.ok()?,
+            () = waiting.closed() => return None,
+        };
+        match shaken {
+            Ok(stream) => Some(Box::new(stream)),
+            Err(error) => {
+                tracing::debug!(client = from.map(tracing::field::display), %error, "a TLS handshake failed");
+                None
+            }
+        }
     }
 
     /// A place for another connection, which an idle one may have to leave: one of the same client, or the oldest for a client
@@ -119,8 +149,14 @@ impl<A: HttpServerApp + Send + Sync + 'static> ServerApp for Connections<A> {
         let from = digest.as_ref().and_then(|digest| digest.peer_addr()?.as_inet()).map(|from| from.ip());
         let from = from.map(|from| client(from.to_canonical()));
         let Some(_place) = self.place(from).await else {
-            part(stream, &NoHead::TooMany).await;
+            if self.tls.is_none() {
+                part(stream, &NoHead::TooMany).await;
+            }
             return None;
+        };
+        let stream = match &self.tls {
+            Some(acceptor) => self.secured(stream, acceptor, from).await?,
+            None => stream,
         };
         if matches!(stream.selected_alpn_proto(), Some(ALPN::H2)) {
             self.streams(stream, shutdown).await;

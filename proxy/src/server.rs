@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
+use pingora::apps::ServerApp;
 use pingora::listeners::tls::TlsSettings;
 use pingora::prelude::Server;
 use pingora::proxy::http_proxy;
@@ -135,26 +136,19 @@ pub fn run(
     let mut server = Server::new_with_opt_and_conf(None, conf);
     server.bootstrap();
     let conf = server.configuration.clone();
-    let mut clients = service("registry", http_proxy(&conf, front(Listener::Clients)), MOST_CLIENTS, &memory);
-    match &identity {
-        Some(identity) => {
-            let mut settings = tls_settings(identity)?;
-            settings.enable_h2();
-            clients.add_tls_with_settings(&bound.registry.to_string(), None, settings);
-        }
-        None => clients.add_tcp(&bound.registry.to_string()),
+    let mut clients = Connections::new(http_proxy(&conf, front(Listener::Clients)), MOST_CLIENTS, memory.clone());
+    if let Some(identity) = &identity {
+        let mut settings = tls_settings(identity)?;
+        settings.enable_h2();
+        clients = clients.with_tls(settings);
     }
-    server.add_service(clients);
+    server.add_service(service("registry", clients, bound.registry));
     if let Some(address) = bound.peers {
-        let mut peers = service("peers", http_proxy(&conf, front(Listener::Peers)), MOST_PEERS, &memory);
-        match pull.peers().and_then(|peers| peers.identity()) {
-            Some(identity) => {
-                let settings = tls_settings(identity)?;
-                peers.add_tls_with_settings(&address.to_string(), None, settings);
-            }
-            None => peers.add_tcp(&address.to_string()),
+        let mut peers = Connections::new(http_proxy(&conf, front(Listener::Peers)), MOST_PEERS, memory.clone());
+        if let Some(identity) = pull.peers().and_then(|peers| peers.identity()) {
+            peers = peers.with_tls(tls_settings(identity)?);
         }
-        server.add_service(peers);
+        server.add_service(service("peers", peers, address));
     }
     let sources = Sources {
         pull: pull.clone(),
@@ -171,9 +165,8 @@ pub fn run(
         sources,
         watching: Arc::new(Semaphore::new(MAX_WATCHING)),
     };
-    let mut admin = service("admin", admin, MOST_OPERATORS, &memory);
+    let mut admin = service("admin", Connections::new(admin, MOST_OPERATORS, memory), bound.admin);
     admin.threads = Some(1);
-    admin.add_tcp(&bound.admin.to_string());
     server.add_service(admin);
 
     let keeping = keeping(&config, bound.registry, &metrics)?;
@@ -231,8 +224,13 @@ pub fn check(config: &Config) -> Result<(), StartError> {
     Ok(())
 }
 
-fn service<A>(name: &str, app: A, most: usize, memory: &Arc<Memory>) -> Service<Connections<A>> {
-    Service::new(name.to_owned(), Connections::new(app, most, memory.clone()))
+fn service<A>(name: &str, connections: Connections<A>, listen: SocketAddr) -> Service<Connections<A>>
+where
+    Connections<A>: ServerApp + Send + Sync + 'static,
+{
+    let mut service = Service::new(name.to_owned(), connections);
+    service.add_tcp(&listen.to_string());
+    service
 }
 
 /// Says what peers that prove nothing cost, and whom they let in.

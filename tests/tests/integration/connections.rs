@@ -4,6 +4,8 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use dray_tests::dray::{Dray, Start};
+use dray_tests::process::run;
+use dray_tests::tls::Authority;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::time::{sleep, timeout};
@@ -120,5 +122,27 @@ async fn a_connection_takes_one_request_after_the_other_in_any_pieces() {
             text += &String::from_utf8_lossy(&piece[..count]);
         }
         assert!(text.starts_with("HTTP/1.1 200 "), "{text:?}");
+    }
+}
+
+/// A handshake that does not come holds its place for no longer than a head that does not come.
+#[tokio::test(flavor = "multi_thread")]
+async fn silent_handshake_is_closed_and_others_go_on() {
+    let dir = tempfile::tempdir().unwrap();
+    let authority = Authority::new(dir.path());
+    let files = authority.files(&["localhost"]);
+    let tls = format!("[tls]\ncert = \"{}\"\nkey = \"{}\"\n", files.cert.display(), files.key.display());
+    let dray = Start::new(tls).run();
+    let mut silent = TcpStream::connect(dray.registry).await.unwrap();
+    let mut half = TcpStream::connect(dray.registry).await.unwrap();
+    // The head of a record that announces a ClientHello.
+    half.write_all(&[22, 3, 1, 2, 0]).await.unwrap();
+    let url = format!("https://localhost:{}/v2/", dray.registry.port());
+    let mut curl = std::process::Command::new("curl");
+    curl.args(["-sS", "--fail", "-4", "--noproxy", "*", "--cacert"]).arg(&authority.ca_file).arg(url);
+    tokio::task::spawn_blocking(move || run(&mut curl)).await.unwrap();
+    for stream in [&mut silent, &mut half] {
+        let ended = timeout(Duration::from_secs(30), stream.read_to_end(&mut Vec::new())).await;
+        assert!(ended.is_ok(), "the connection is closed");
     }
 }
