@@ -32,7 +32,7 @@ use tokio::time::Instant;
 use self::audience::Audience;
 pub use self::climb::Climb;
 pub use self::feed::{Connections, Feed, Sources, Truth};
-pub use self::fills::{DISTRUST, FillKey, Fills};
+pub use self::fills::{ContentOf, DISTRUST, FillKey, Fills};
 pub use self::pace::Pace;
 pub use self::passage::{PART_BYTES, Passage};
 pub use self::plan::{Lent, Plan};

@@ -149,6 +149,11 @@ impl Feed {
         self.served_from
     }
 
+    /// Closes the connection to the source, as far as another one can go on from here: nobody reads.
+    pub(super) fn release(&mut self) {
+        self.flow.take_if(|flow| flow.position() == self.position && flow.position() > 0);
+    }
+
     /// The connection that is open, if it brings only a part of the blob.
     pub(super) fn take_part(&mut self) -> Option<Flow> {
         self.flow.take_if(|flow| flow.position() > 0 || flow.end() < self.total)
@@ -304,6 +309,23 @@ mod tests {
             assert_eq!(read(acts, 0, None).await.unwrap(), whole);
         }
         assert_eq!(read(&[Act::Send(5), Act::FromStart(300)], 10, Some(40)).await.unwrap(), whole[10..40]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn released_source_is_asked_again_where_it_ended() {
+        let body: Vec<u8> = (0..=255).collect();
+        let acts = Mutex::new(vec![Act::Send(100), Act::Send(300)]);
+        let script = Arc::new(Script { body: body.clone(), acts });
+        let mut feed = Feed::open(script.clone(), 50, None).await.unwrap();
+        let mut read = feed.next().await.unwrap().unwrap().to_vec();
+        assert!(feed.flow.is_some());
+        feed.release();
+        assert!(feed.flow.is_none(), "the connection is closed");
+        while let Some(piece) = feed.next().await.unwrap() {
+            read.extend_from_slice(&piece);
+        }
+        assert_eq!(read, body[50..]);
+        assert!(script.acts.lock().unwrap().is_empty());
     }
 
     #[tokio::test(start_paused = true)]

@@ -25,7 +25,7 @@ use crate::trace;
 /// What runs, and what is remembered of what went wrong.
 pub struct Fills {
     running: Mutex<HashMap<FillKey, Arc<Fill>>>,
-    distrusted: moka::sync::Cache<(Digest, Registry), ()>,
+    distrusted: moka::sync::Cache<ContentOf, ()>,
     /// What was damaged here, and so may have been read by whoever asked for it anywhere.
     damaged: moka::sync::Cache<Digest, ()>,
     /// The disk refused to write lately.
@@ -58,7 +58,28 @@ pub struct FillKey {
     pub role: Role,
 }
 
+/// A blob as it comes from somewhere.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct ContentOf {
+    digest: Digest,
+    registry: Registry,
+    /// Where each repository has readers of its own. Otherwise repositories share their fills.
+    repository: Option<Repository>,
+}
+
+impl ContentOf {
+    pub fn new(place: &Place, digest: &Digest) -> Self {
+        let repository = place.rule.asks_who().then(|| place.repository.clone());
+        Self { digest: digest.clone(), registry: place.registry.clone(), repository }
+    }
+}
+
 impl FillKey {
+    pub(super) fn content(&self) -> ContentOf {
+        let Self { digest, registry, repository, .. } = self.clone();
+        ContentOf { digest, registry, repository }
+    }
+
     pub fn new(place: &Place, digest: &Digest, role: Role) -> Self {
         let (digest, registry, rule) = (digest.clone(), place.registry.clone(), place.rule.nth);
         let repository = place.rule.asks_who().then(|| place.repository.clone());
@@ -160,10 +181,9 @@ impl Fills {
         })
     }
 
-    /// Whether this digest lately came with wrong bytes from this registry: a client may hold a bad
-    /// beginning, which a good end must not complete.
-    pub fn is_distrusted(&self, digest: &Digest, registry: &Registry) -> bool {
-        self.damaged.contains_key(digest) || self.distrusted.contains_key(&(digest.clone(), registry.clone()))
+    /// Whether this lately came with wrong bytes: a client may hold a bad beginning, which a good end must not complete.
+    pub fn is_distrusted(&self, content: &ContentOf) -> bool {
+        self.damaged.contains_key(&content.digest) || self.distrusted.contains_key(content)
     }
 
     /// Whether there lately was no room for it.
@@ -171,11 +191,11 @@ impl Fills {
         self.no_room.contains_key(key)
     }
 
-    /// Remembers that a registry sent wrong bytes.
-    pub fn distrust(&self, digest: &Digest, registry: &Registry) {
+    /// Remembers that wrong bytes came.
+    pub fn distrust(&self, content: ContentOf) {
         self.metrics.mismatches.inc();
-        tracing::error!(%digest, %registry, "the bytes do not match their digest");
-        self.distrusted.insert((digest.clone(), registry.clone()), ());
+        tracing::error!(digest = %content.digest, registry = %content.registry, "the bytes do not match their digest");
+        self.distrusted.insert(content, ());
     }
 
     /// Drops a cached blob that does not match any more.

@@ -6,8 +6,9 @@ use std::sync::Arc;
 use bytes::{Bytes, BytesMut};
 
 use super::feed::Feed;
+use super::fills::ContentOf;
 use super::{Fills, HELD_BYTES};
-use crate::oci::{Digest, Registry, digest::Verifier};
+use crate::oci::{Digest, digest::Verifier};
 use crate::registries::Place;
 use crate::source::{Broken, ServedFrom};
 
@@ -28,8 +29,7 @@ struct Check {
     verifier: Verifier,
     tail: BytesMut,
     fills: Arc<Fills>,
-    digest: Digest,
-    registry: Registry,
+    content: ContentOf,
 }
 
 impl Passage {
@@ -44,8 +44,7 @@ impl Passage {
             verifier: digest.verifier(),
             tail: BytesMut::new(),
             fills: fills.clone(),
-            digest: digest.clone(),
-            registry: place.registry.clone(),
+            content: ContentOf::new(place, digest),
         };
         Self { feed, check: Some(check) }
     }
@@ -55,6 +54,13 @@ impl Passage {
     pub fn held(&self) -> usize {
         let most = if self.check.is_some() { WHOLE_BYTES } else { PART_BYTES };
         usize::try_from(self.feed.left()).unwrap_or(usize::MAX).min(most)
+    }
+
+    /// The client does not read: a part is asked for again where it ended.
+    pub fn release(&mut self) {
+        if self.check.is_none() {
+            self.feed.release();
+        }
     }
 
     pub fn served_from(&self) -> ServedFrom {
@@ -72,7 +78,7 @@ impl Passage {
                         && self.feed.served_from() == ServedFrom::Peer
                     {
                         // The owner will not let us go on: what it sent proved wrong there.
-                        check.fills.distrust(&check.digest, &check.registry);
+                        check.fills.distrust(check.content.clone());
                     }
                     return Err(Broken(error.to_string()));
                 }
@@ -93,7 +99,7 @@ impl Passage {
                 None => {
                     let Some(check) = self.check.take() else { return Ok(None) };
                     if !check.verifier.verified() {
-                        check.fills.distrust(&check.digest, &check.registry);
+                        check.fills.distrust(check.content.clone());
                         return Err(Broken("the bytes do not match their digest".into()));
                     }
                     return Ok(Some(check.tail.freeze()).filter(|tail| !tail.is_empty()));

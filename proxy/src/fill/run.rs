@@ -54,7 +54,7 @@ impl Running<'_> {
         let (digest, registry) = (&self.fill.key.digest, &self.fill.key.registry);
         // What proved wrong may have been put together from a good and a bad source: then all of it
         // comes from one.
-        let distrusted = self.fills.is_distrusted(digest, registry);
+        let distrusted = self.fills.is_distrusted(&self.fill.key.content());
         // Another one's beginning is nothing that everybody here may have.
         let fits = |known: &Provenance| self.fill.is_of_same(known);
         let partial = match self.fills.store.large.take_partial(digest, registry, fits) {
@@ -136,7 +136,7 @@ impl Running<'_> {
         }
         let (bytes, place) = (bytes.freeze(), &self.fill.place);
         if !self.fill.key.digest.matches(&bytes) {
-            self.fills.distrust(&self.fill.key.digest, &place.registry);
+            self.fills.distrust(self.fill.key.content());
             return Err(SourceError::Malformed("the bytes do not match their digest".into()));
         }
         let provenance = Arc::new(place.provenance());
@@ -221,7 +221,7 @@ impl Running<'_> {
             }
             (Written::Mismatch, _) | (Written::Part(_), Ended::Disputed) => {
                 sources.mismatched();
-                self.fills.distrust(digest, &self.fill.key.registry);
+                self.fills.distrust(self.fill.key.content());
                 self.fill.disown();
                 self.on_disk(|_| drop(draft)).await;
             }
@@ -229,7 +229,7 @@ impl Running<'_> {
             (Written::Part(spans), Ended::Broken(SourceError::NotFound(_)))
                 if self.fill.key.role != Role::Global && !spans.is_empty() =>
             {
-                self.fills.distrust(digest, &self.fill.key.registry);
+                self.fills.distrust(self.fill.key.content());
                 self.fill.disown();
                 self.on_disk(|_| drop(draft)).await;
             }

@@ -1,5 +1,8 @@
 //! Writes an answer, by the shortest way that its body has to the client.
 
+use std::pin::pin;
+use std::time::Duration;
+
 use http::{Method, StatusCode};
 use pingora::prelude::{Error, ErrorType};
 use pingora::proxy::Session;
@@ -12,6 +15,10 @@ use super::taking::PATIENCE;
 use crate::pull::Body;
 use crate::respond::Reply;
 use crate::source::Broken;
+
+/// A client that takes nothing for this long does not keep a connection to an upstream open. Shorter: clients that pause
+/// cost another request. Longer: many that do not read hold more memory.
+const STALLED: Duration = Duration::from_secs(10);
 
 /// Writes an answer. An error means that the connection must close: the client sees fewer bytes
 /// than announced, and knows.
@@ -59,8 +66,15 @@ pub(super) async fn send(session: &mut Session, exchange: &mut Exchange, mut rep
         };
         let Some(piece) = next.map_err(|broken| exchange.broke(&broken))? else { break };
         let len = piece.len() as u64;
-        // Pingora's own patience with HTTP/2 begins anew with each window.
-        let written = timeout(PATIENCE, session.write_response_body(Some(piece), false)).await;
+        let mut writing = pin!(session.write_response_body(Some(piece), false));
+        let written = match timeout(STALLED, &mut writing).await {
+            Ok(written) => Ok(written),
+            Err(_) => {
+                reply.body.release();
+                // Pingora's own patience with HTTP/2 begins anew with each window.
+                timeout(PATIENCE, writing).await
+            }
+        };
         written.unwrap_or_else(|_| Error::e_explain(ErrorType::WriteTimedout, "the client takes too little"))?;
         exchange.sent(len);
     }

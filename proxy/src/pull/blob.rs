@@ -10,7 +10,7 @@ use super::negatives::Endpoint;
 use super::parts::{self, Parts};
 use super::sources::BlobSources;
 use super::{Asker, Asking, FIRST_BYTE, ListBody, Pull, Refusal};
-use crate::fill::{Feed, Fill, FillKey, Opened, Outcome, PART_BYTES, Passage, Reader, Reading};
+use crate::fill::{ContentOf, Feed, Fill, FillKey, Opened, Outcome, PART_BYTES, Passage, Reader, Reading};
 use crate::oci::{Digest, ErrorCode, Multipart, NamedBy, RangeRequest, Registry, Span};
 use crate::peers::{Aim, Reach};
 use crate::registries::Place;
@@ -86,7 +86,8 @@ impl Pull {
         let (digest, range) = (&request.digest, request.range);
         let places = self.candidates(request).await;
         // Bytes that lately proved wrong: whoever holds a beginning must not get an end.
-        let distrusted = || places.iter().any(|place| self.fills.is_distrusted(digest, &place.registry));
+        let is_distrusted = |place: &Place| self.fills.is_distrusted(&ContentOf::new(place, digest));
+        let distrusted = || places.iter().any(is_distrusted);
         let kept = self.kept_blob(request).await;
         // Peers hash the whole: they may have any part of what is verified.
         let is_proven = matches!(kept, Some(Found::Small { .. } | Found::Large { proof: Proof::Verified, .. }));
@@ -167,7 +168,7 @@ impl Pull {
             places.push(place.clone());
         }
         places.retain(|place| self.permit(place, request.asking.asker).is_ok());
-        places.sort_by_key(|place| self.fills.is_distrusted(&request.digest, &place.registry));
+        places.sort_by_key(|place| self.fills.is_distrusted(&ContentOf::new(place, &request.digest)));
         places
     }
 
@@ -402,6 +403,13 @@ impl Body {
             Self::Passing(passage) => passage.next().await,
             Self::List(list) => list.next().await,
             Self::Parts(parts) => parts.next().await,
+        }
+    }
+
+    /// The client does not read: what can be had again later need not stay open.
+    pub fn release(&mut self) {
+        if let Self::Passing(passage) = self {
+            passage.release();
         }
     }
 

@@ -156,7 +156,7 @@ async fn ordinary_operation_does_not_grow() {
         let rule = format!("[[registry]]\nmatch = \"moving.example\"\nupstreams = [\"{url}\"]\ntag_ttl = \"1s\"\n");
         let peers =
             format!("[peers]\nlisten = \"127.0.0.1:{port}\"\nstatic = [{members}]\nkey_file = \"{}\"\n", key.display());
-        Start::new(rule + &peers).disk(&DISK.to_string()).run()
+        Start::new(rule + &peers).disk(&format!("{}MiB", DISK >> 20)).run()
     });
     let (stop, done) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
     let mut clients = JoinSet::new();
