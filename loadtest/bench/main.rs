@@ -6,6 +6,7 @@
 
 #![allow(clippy::print_stdout, clippy::unwrap_used, reason = "a benchmark prints, and stops at the first surprise")]
 
+mod attack;
 mod cluster;
 mod cold;
 mod disk;
@@ -33,6 +34,9 @@ async fn main() {
     if runs("mirror") {
         mirror::dead().await;
     }
+    if runs("attack") {
+        attack::all().await;
+    }
     if runs("outage") {
         outage::dead().await;
     }
@@ -44,7 +48,8 @@ async fn main() {
         seen::by_people().await;
     }
     let needs_no_rig = |name: &String| {
-        matches!(name.as_str(), "mirror" | "outage" | "private" | "seen") || cluster::PARTS.contains(&name.as_str())
+        matches!(name.as_str(), "attack" | "mirror" | "outage" | "private" | "seen")
+            || cluster::PARTS.contains(&name.as_str())
     };
     if !wanted.is_empty() && wanted.iter().all(needs_no_rig) {
         return;

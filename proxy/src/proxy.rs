@@ -238,10 +238,7 @@ impl Front {
                 Err(Refusal::Denied("peers share content, not lists".into()))
             }
             Endpoint::Manifest(reference) => {
-                let answer = match head_only {
-                    true => self.pull.manifest_head(&place, &reference, &accept, asking).await,
-                    false => self.pull.manifest(&place, &reference, &accept, asking).await,
-                };
+                let answer = self.pull.manifest(&place, &reference, &accept, asking).await;
                 // A HEAD describes the whole.
                 answer.map(|answer| {
                     let reply = Reply::manifest(&answer, range.filter(|_| !head_only));

@@ -198,6 +198,10 @@ impl Engine<'_> {
                     resume_at = Instant::now() + breaks.pause();
                 }
                 _ = tick.tick() => {
+                    // Where the plan waits for the hash, no piece finds this out.
+                    if self.pieces.is_closed() || self.fill.progress.borrow().is_unreadable() {
+                        return Some(Ended::Broken(unwritable()));
+                    }
                     let bytes = meter.bytes.load(Ordering::Relaxed);
                     if bytes != moved.0 {
                         moved = (bytes, Instant::now());

@@ -9,6 +9,8 @@ pub(super) struct Progress {
     written: Spans,
     /// Bytes from the start that were hashed.
     hashed: u64,
+    /// What was written cannot be read back.
+    is_unreadable: bool,
     phase: Phase,
 }
 
@@ -25,7 +27,7 @@ const HASHED_STEP: u64 = 8 * 1024 * 1024;
 
 impl Progress {
     pub(super) fn new() -> Self {
-        Self { written: Spans::default(), hashed: 0, phase: Phase::Opening }
+        Self { written: Spans::default(), hashed: 0, is_unreadable: false, phase: Phase::Opening }
     }
 
     pub(super) fn phase(&self) -> Phase {
@@ -34,6 +36,14 @@ impl Progress {
 
     pub(super) fn hashed(&self) -> u64 {
         self.hashed
+    }
+
+    pub(super) fn is_unreadable(&self) -> bool {
+        self.is_unreadable
+    }
+
+    pub(super) fn found_unreadable(&mut self) {
+        self.is_unreadable = true;
     }
 
     pub(super) fn written(&self) -> &Spans {

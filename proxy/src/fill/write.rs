@@ -141,7 +141,17 @@ impl Hasher {
         Self { blob: blob.clone(), progress, verifier, hashed: 0, written, buffer: Vec::new() }
     }
 
-    fn run(mut self, pieces: &std_mpsc::Receiver<Piece>) -> io::Result<Written> {
+    /// Hashes until there are no more pieces. If it fails, the download learns of it before the next piece comes.
+    fn run(self, pieces: &std_mpsc::Receiver<Piece>) -> io::Result<Written> {
+        let progress = self.progress.clone();
+        let hashed = self.hash(pieces);
+        if hashed.is_err() {
+            progress.send_modify(Progress::found_unreadable);
+        }
+        hashed
+    }
+
+    fn hash(mut self, pieces: &std_mpsc::Receiver<Piece>) -> io::Result<Written> {
         loop {
             let backlog = self.written.run_end(self.hashed);
             let piece = if backlog > self.hashed {
@@ -188,5 +198,34 @@ impl Hasher {
     fn advance(&mut self, end: u64) {
         self.hashed = end;
         self.progress.send_if_modified(|progress| progress.hashed_to(end));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{Share, Size};
+    use crate::metrics::Metrics;
+    use crate::oci::Digest;
+    use crate::provenance::Provenance;
+    use crate::store::Store;
+
+    #[tokio::test]
+    async fn file_that_cannot_be_read_back_ends_the_download() {
+        let dir = tempfile::tempdir().unwrap();
+        let (disk, free) = (Share::Size(Size(64 << 20)), Share::Percent(0));
+        let store = Store::open(dir.path(), disk, free, 1 << 20, &Metrics::new()).await.unwrap();
+        let provenance = Provenance { rule: "r".into(), registry: "a.io".into(), repository: "b".into() };
+        let draft = store.large.draft(1 << 20, provenance).unwrap();
+        draft.blob.file.set_len(0).unwrap();
+        let blob = draft.blob.clone();
+        let progress = watch::Sender::new(Progress::new());
+        let verifier = Digest::of(b"x").verifier();
+        // It was written, and is not there.
+        let written = Spans::from(Span { start: 0, end: 1 << 20 });
+        let hasher = Hasher { blob, progress: progress.clone(), verifier, hashed: 0, written, buffer: Vec::new() };
+        let (_sender, pieces) = std_mpsc::sync_channel(1);
+        assert!(hasher.run(&pieces).is_err());
+        assert!(progress.borrow().is_unreadable());
     }
 }

@@ -108,6 +108,7 @@ impl Pull {
         if request.asking.reach == Reach::Kept {
             return self.blob_here(request, kept).await;
         }
+        self.confirm_blob(request, kept.as_ref(), &places).await?;
         match kept {
             Some(Found::Small { object, tier }) => return BlobAnswer::of_bytes(&object.bytes, range, tier.into()),
             Some(Found::Large { blob, proof: Proof::Verified }) => return BlobAnswer::of_blob(blob, range),

@@ -1,8 +1,10 @@
 //! Whether a repository holds what is cached from another one.
 //!
 //! Bytes are the same wherever they came from, but tools that push ask first what is there: "200" from the cache for a
-//! repository that does not have the blob makes their push fail (`MANIFEST_BLOB_UNKNOWN`). So the upstream is asked once
-//! for each repository and digest; in an outage the cache answers.
+//! repository that does not have the blob makes their push fail (`MANIFEST_BLOB_UNKNOWN`), and a tool that copies expects
+//! the "404" of a direct pull. So the upstream is asked once for each repository and digest, by HEAD, before the first
+//! response from another repository's copy; in an outage the cache answers. An image whose manifest came through dray needs
+//! no such request: the manifest names its blobs.
 
 use std::sync::Arc;
 

@@ -7,7 +7,7 @@ use tokio::time::{Instant, timeout};
 
 use super::blob::{Fetch, severer};
 use super::sources::{Refusals, last_scope};
-use super::{BlobRequest, FIRST_BYTE, Pull, Refusal, fetch_ended, flights, is_personal};
+use super::{Asker, BlobRequest, FIRST_BYTE, Pull, Refusal, fetch_ended, flights, is_personal};
 use crate::oci::Digest;
 use crate::peers::{Manner, Question, Reach};
 use crate::registries::Place;
@@ -26,6 +26,21 @@ impl Pull {
     pub async fn blob_length(self: &Arc<Self>, request: &BlobRequest) -> Result<(u64, ServedFrom), Refusal> {
         let length = timeout(request.asking.patience, self.find_length(request)).await;
         length.unwrap_or(Err(SourceError::TimedOut)).map_err(|error| Fetch::Source(error).into_refusal())
+    }
+
+    /// Whether a repository holds a blob that is cached from another one. The upstream is asked once.
+    pub(super) async fn confirm_blob(
+        self: &Arc<Self>,
+        request: &BlobRequest,
+        kept: Option<&Found>,
+        places: &[Place],
+    ) -> Result<(), Refusal> {
+        let from = kept.and_then(Found::provenance).filter(|_| request.asking.asker == Asker::Client);
+        let Some(from) = from else { return Ok(()) };
+        if places.iter().any(|place| self.is_known_at(place, &request.digest, from)) {
+            return Ok(());
+        }
+        self.blob_length(request).await.map(|_| ())
     }
 
     async fn find_length(self: &Arc<Self>, request: &BlobRequest) -> Length {

@@ -75,28 +75,14 @@ impl Pull {
         let answer = answer.map_err(|error| Refusal::of(&error, ErrorCode::ManifestUnknown))?;
         let ManifestAnswer { digest, object, .. } = &answer;
         let is_held = || matches!(reference, Reference::Tag(_)) || self.is_known_at(place, digest, &object.provenance);
-        self.homes.served(place, digest, &object.bytes, is_held).await;
-        Ok(answer)
-    }
-
-    /// `HEAD manifests/<reference>`: the same, and only what the repository holds.
-    pub async fn manifest_head(
-        self: &Arc<Self>,
-        place: &Place,
-        reference: &Reference,
-        accept: &str,
-        asking: Asking,
-    ) -> Result<ManifestAnswer, Refusal> {
-        let begun = Instant::now();
-        let answer = self.manifest(place, reference, accept, asking).await?;
-        let is_known = || self.is_known_at(place, &answer.digest, &answer.object.provenance);
-        if asking.asker == Asker::Client && matches!(reference, Reference::Digest(_)) && !is_known() {
+        if asking.asker == Asker::Client && !is_held() {
             let confirmed = self.confirm_manifest(place, &answer, accept);
             let left = asking.after(begun.elapsed()).patience;
             if let Ok(Err(error)) = timeout(left, confirmed).await {
                 return Err(Refusal::of(&error, ErrorCode::ManifestUnknown));
             }
         }
+        self.homes.served(place, digest, &object.bytes, is_held).await;
         Ok(answer)
     }
 
@@ -246,6 +232,10 @@ impl Pull {
         bytes: bytes::Bytes,
     ) -> SmallObject {
         self.entitlements.was_sent(place, digest);
+        // A renewed tag mostly means what it meant before: nothing is written then.
+        if let Some((object, _)) = self.kept_manifest(place, digest, Asker::Peer(Standing::Member)).await {
+            return object;
+        }
         let provenance = Arc::new(place.provenance());
         let object = SmallObject::new(media_type, provenance, &bytes);
         self.remember_subject(place, &bytes, media_type).await;

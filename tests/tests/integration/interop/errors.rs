@@ -1,6 +1,6 @@
 //! An error that the upstream made is passed on as it made it.
 
-use dray_tests::http::{head, send};
+use dray_tests::http::{get, head, send};
 use dray_tests::image::Image;
 use dray_tests::origin::{Fault, Origin, Response};
 use reqwest::Method;
@@ -105,7 +105,7 @@ async fn schema_1_image_is_refused_with_a_reason() {
 
 /// Tools that push ask first what is there.
 #[tokio::test(flavor = "multi_thread")]
-async fn head_in_another_repository_is_asked_of_the_upstream() {
+async fn another_repositorys_content_is_asked_of_the_upstream() {
     let image = Image::new(1, &[50_000, 400_000]);
     let upstream = upstream_of(&image, |request, response| match request.path.contains("/v2/a/copy/") {
         // It has some of it as well.
@@ -125,8 +125,9 @@ async fn head_in_another_repository_is_asked_of_the_upstream() {
         let here = head(&dray.url(&format!("/v2/a/app/{below}?ns=reg.example"))).await;
         assert_eq!(here.status, 200, "{below}");
         for _ in 0..2 {
-            let there = head(&dray.url(&format!("/v2/a/other/{below}?ns=reg.example"))).await;
-            assert_eq!(there.status, 404, "{below} is answered for a repository that does not exist");
+            let there = dray.url(&format!("/v2/a/other/{below}?ns=reg.example"));
+            assert_eq!(head(&there).await.status, 404, "{below} is answered for a repository that does not exist");
+            assert_eq!(get(&there, &[]).await.status, 404, "{below}");
         }
     }
     // Nor while another repository's blob is on its way.
@@ -150,7 +151,8 @@ async fn head_in_another_repository_is_asked_of_the_upstream() {
     // The upstream off: the cache answers.
     drop(upstream);
     for below in &elsewhere {
-        let there = send(Method::HEAD, &dray.url(&format!("/v2/a/third/{below}?ns=reg.example")), &[]).await;
-        assert_eq!(there.status, 200, "{below}");
+        let there = dray.url(&format!("/v2/a/third/{below}?ns=reg.example"));
+        assert_eq!(send(Method::HEAD, &there, &[]).await.status, 200, "{below}");
+        assert_eq!(get(&there, &[]).await.status, 200, "{below}");
     }
 }
