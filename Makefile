@@ -24,11 +24,11 @@ lint: build-setup ## Formatting, clippy, licences and bans
 fuzz: setup ## Every fuzz target for some seconds: make fuzz SECONDS=10
 	tests/fuzz.sh $(or $(SECONDS),10)
 
-bench: setup tools $(BIN) ## Compare with direct pulls and nginx on this machine
-	cargo build --profile $(PROFILE) --workspace --bins --examples
-	target/$(PROFILE)/bench
+bench: setup tools ## Compare the release build with direct pulls and nginx on this machine
+	cargo build --release --workspace --bins --examples
+	target/release/bench
 
-soak: setup tools ## The fault tests ten times as long: some minutes
+soak: setup tools ## The fault tests ten times as long, and 20 minutes of ordinary operation
 	cargo build --profile $(PROFILE) --workspace --all-targets
 	DRAY_SOAK=1 cargo test --profile $(PROFILE) --package dray-tests --test integration soak:: -- --nocapture
 

@@ -15,6 +15,7 @@ use bytes::{Buf, BytesMut};
 use http::Version;
 use http::header::CONNECTION;
 use http::request::Parts;
+use memchr::memchr_iter;
 use pingora::apps::{HttpPersistentSettings, HttpServerApp, HttpServerOptions, ReusedHttpStream, ServerApp};
 use pingora::listeners::tls::{Acceptor, TlsSettings};
 use pingora::protocols::http::ServerSession;
@@ -325,7 +326,7 @@ impl Head {
         }
         let new = &self.bytes[self.seen.saturating_sub(2)..];
         self.seen = self.bytes.len();
-        Ok(new.windows(2).any(|pair| pair == b"\n\n") || new.windows(3).any(|three| three == b"\n\r\n"))
+        Ok(memchr_iter(b'\n', new).any(|at| matches!(new[at + 1..], [b'\n', ..] | [b'\r', b'\n', ..])))
     }
 }
 

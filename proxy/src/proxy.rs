@@ -1,4 +1,4 @@
-//! Pingora's phases: every request is answered from the first one, and logged in the last.
+//! What becomes of a request on the registry and peer ports: it is answered, counted and logged.
 
 mod answer;
 mod browsers;
@@ -14,15 +14,18 @@ mod turns;
 
 use std::net::IpAddr;
 use std::sync::Arc;
+use std::task::Poll;
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
+use futures_util::poll;
 use http::header::{ACCEPT, HOST, RANGE};
 use http::request::Parts;
 use http::{HeaderName, HeaderValue, Method};
-use pingora::modules::http::HttpModules;
-use pingora::prelude::{Error, ErrorType, HttpPeer};
-use pingora::proxy::{ProxyHttp, Session};
+use pingora::apps::{HttpPersistentSettings, HttpServerApp, ReusedHttpStream};
+use pingora::prelude::{Error, ErrorType};
+use pingora::protocols::http::ServerSession as Session;
+use pingora::server::ShutdownWatch;
 use tokio::time::timeout;
 
 use self::answer::send;
@@ -78,23 +81,48 @@ pub enum Listener {
 /// A request that takes longer is watched for the client's departure. Shorter: more requests cost a descriptor more.
 const AT_ONCE: Duration = Duration::from_millis(250);
 
+/// For the end of a connection that breaks off.
+const FAREWELL: Duration = Duration::from_secs(1);
+
 /// As nginx calls it in its log; no client sees it.
 const CLIENT_CLOSED_REQUEST: u16 = 499;
 
 #[async_trait]
-impl ProxyHttp for Front {
-    type CTX = Exchange;
-
-    fn new_ctx(&self) -> Exchange {
-        Exchange::new()
-    }
-
-    /// No modules: nothing is ever compressed.
-    fn init_downstream_modules(&self, _: &mut HttpModules) {}
-
-    async fn request_filter(&self, session: &mut Session, exchange: &mut Exchange) -> pingora::Result<bool> {
-        let kept_for = kept_for(session.req_header());
+impl HttpServerApp for Front {
+    async fn process_new_http(
+        self: &Arc<Self>,
+        mut session: Session,
+        shutdown: &ShutdownWatch,
+    ) -> Option<ReusedHttpStream> {
+        match session.read_request().await {
+            Ok(true) => {}
+            Ok(false) => return None,
+            Err(error) => {
+                tracing::debug!(%error, "a request cannot be read");
+                let _ = session.respond_error(400).await;
+                session.shutdown().await;
+                return None;
+            }
+        }
+        let mut exchange = Exchange::new();
+        let kept_for = kept_for(session.req_header()).filter(|_| !*shutdown.borrow());
         session.set_keepalive(kept_for);
+        if let Err(error) = self.respond(&mut session, &mut exchange).await {
+            self.account(&session, Some(&error), &mut exchange);
+            // The client sees fewer bytes than announced, at once: a copy of the descriptor may still be open. One that reads
+            // nothing takes no farewell.
+            let _ = timeout(FAREWELL, session.shutdown()).await;
+            return None;
+        }
+        self.account(&session, None, &mut exchange);
+        let settings = HttpPersistentSettings::for_session(&session);
+        let stream = session.finish().await.ok()??;
+        Some(ReusedHttpStream::from_reusable_stream(stream, settings))
+    }
+}
+
+impl Front {
+    async fn respond(&self, session: &mut Session, exchange: &mut Exchange) -> pingora::Result<()> {
         session.set_write_timeout(Some(PATIENCE));
         let client = self.party(session);
         let reply = match self.load.enter(client) {
@@ -121,24 +149,7 @@ impl ProxyHttp for Front {
             }
             None => Reply::refusal(&Refusal::Busy),
         };
-        send(session, exchange, reply).await?;
-        Ok(true)
-    }
-
-    /// Never reached: no request passes the filter.
-    async fn upstream_peer(&self, _: &mut Session, _: &mut Exchange) -> pingora::Result<Box<HttpPeer>> {
-        Error::e_explain(ErrorType::InternalError, "every request is answered by the filter")
-    }
-
-    async fn logging(&self, session: &mut Session, error: Option<&Error>, exchange: &mut Exchange) {
-        if exchange.status == 0 && error.is_none() {
-            return;
-        }
-        self.account(session, error, exchange);
-    }
-
-    fn suppress_error_log(&self, _: &Session, _: &Exchange, _: &Error) -> bool {
-        true
+        send(session, exchange, reply).await
     }
 }
 
@@ -407,6 +418,10 @@ impl Front {
 /// began go on for the next client.
 async fn while_client_waits(connection: Option<Descriptor>, answer: impl Future<Output = Reply>) -> Option<Reply> {
     let mut answer = std::pin::pin!(answer);
+    // What is in memory needs no timer.
+    if let Poll::Ready(reply) = poll!(&mut answer) {
+        return Some(reply);
+    }
     if let Ok(reply) = timeout(AT_ONCE, &mut answer).await {
         return Some(reply);
     }

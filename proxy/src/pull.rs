@@ -200,6 +200,13 @@ impl Pull {
         if asker.is_trusted() && !place.rule.deny && self.entitlements.has_sent(place, digest) {
             return true;
         }
+        // What most requests are for came from the very place.
+        let is_of_place = |from: &Provenance| {
+            from.registry == place.registry.as_str() && from.repository == place.repository.as_str()
+        };
+        if asker == Asker::Client && !place.rule.asks_who() && provenance.is_some_and(is_of_place) {
+            return !place.rule.deny;
+        }
         match provenance.and_then(from) {
             Some((registry, repository)) => {
                 let rule = self.registries.rule(&registry, &repository);

@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 use async_trait::async_trait;
 use pingora::apps::ServerApp;
 use pingora::listeners::tls::TlsSettings;
+use pingora::listeners::{L4BufferSettings, ListenerConfig};
 use pingora::prelude::Server;
-use pingora::proxy::http_proxy;
 use pingora::server::configuration::ServerConf;
 use pingora::server::{RunArgs, ShutdownSignal, ShutdownSignalWatch};
 use pingora::services::listening::Service;
@@ -51,6 +51,10 @@ const LINGER: Duration = Duration::from_secs(1);
 const MOST_CLIENTS: usize = 16_384;
 const MOST_PEERS: usize = 65_536;
 const MOST_OPERATORS: usize = 1024;
+
+/// What Pingora gathers before it writes to a connection, in bytes: the head of a response and most manifests leave in one
+/// packet. More: more memory for each connection. What it reads is not gathered: heads are read as a whole.
+const BUFFERS: L4BufferSettings = L4BufferSettings { read: Some(0), write: Some(8 * 1024) };
 
 /// A new process waits this long to hear who its peers are before it is ready.
 const MEMBERSHIP: Duration = Duration::from_secs(5);
@@ -135,8 +139,7 @@ pub fn run(
     };
     let mut server = Server::new_with_opt_and_conf(None, conf);
     server.bootstrap();
-    let conf = server.configuration.clone();
-    let mut clients = Connections::new(http_proxy(&conf, front(Listener::Clients)), MOST_CLIENTS, memory.clone());
+    let mut clients = Connections::new(front(Listener::Clients), MOST_CLIENTS, memory.clone());
     if let Some(identity) = &identity {
         let mut settings = tls_settings(identity)?;
         settings.enable_h2();
@@ -144,7 +147,7 @@ pub fn run(
     }
     server.add_service(service("registry", clients, bound.registry));
     if let Some(address) = bound.peers {
-        let mut peers = Connections::new(http_proxy(&conf, front(Listener::Peers)), MOST_PEERS, memory.clone());
+        let mut peers = Connections::new(front(Listener::Peers), MOST_PEERS, memory.clone());
         if let Some(identity) = pull.peers().and_then(|peers| peers.identity()) {
             peers = peers.with_tls(tls_settings(identity)?);
         }
@@ -229,7 +232,7 @@ where
     Connections<A>: ServerApp + Send + Sync + 'static,
 {
     let mut service = Service::new(name.to_owned(), connections);
-    service.add_tcp(&listen.to_string());
+    service.add_listener(ListenerConfig::tcp(listen.to_string()).l4_buffer(BUFFERS));
     service
 }
 

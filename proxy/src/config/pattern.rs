@@ -96,6 +96,9 @@ fn port_of(host: &str) -> Option<&str> {
 
 /// Whether each label of a host matches that of a pattern.
 pub fn host_matches(pattern: &str, host: &str) -> bool {
+    if !pattern.contains('*') {
+        return pattern == host;
+    }
     let mut patterns = pattern.split('.');
     let mut labels = host.split('.');
     loop {

@@ -1,5 +1,8 @@
 //! The `Accept` value that dray sends to an origin.
 
+use std::borrow::Cow;
+use std::sync::LazyLock;
+
 /// Every manifest type in use. A narrower set makes some registries convert a manifest, which
 /// changes its digest.
 pub const MANIFEST_TYPES: [&str; 5] = [
@@ -13,11 +16,19 @@ pub const MANIFEST_TYPES: [&str; 5] = [
 /// Longest value sent upstream, in bytes; what a client adds beyond it is left out.
 const MAX_ACCEPT_BYTES: usize = 2048;
 
+/// The full set, which is all that most clients name.
+static FULL_SET: LazyLock<String> = LazyLock::new(|| MANIFEST_TYPES.join(", ") + ", */*");
+
 /// Joins the full set with whatever else the client's `Accept` lines name.
-pub fn merge<'a>(client_lines: impl Iterator<Item = &'a str>) -> String {
+pub fn merge<'a>(client_lines: impl Iterator<Item = &'a str>) -> Cow<'static, str> {
+    let is_usual = |offered: &str| offered.trim() == "*/*" || MANIFEST_TYPES.contains(&offered.trim());
+    let mut others = client_lines.filter(|line| !line.split(',').all(is_usual)).peekable();
+    if others.peek().is_none() {
+        return FULL_SET.as_str().into();
+    }
     let mut types: Vec<&str> = MANIFEST_TYPES.to_vec();
     let mut len: usize = types.iter().map(|t| t.len() + 2).sum();
-    for line in client_lines {
+    for line in others {
         for offered in line.split(',') {
             let media_type = offered.split(';').next().unwrap_or_default().trim();
             let known = types.iter().any(|t| t.eq_ignore_ascii_case(media_type));
@@ -32,7 +43,7 @@ pub fn merge<'a>(client_lines: impl Iterator<Item = &'a str>) -> String {
         }
     }
     types.push("*/*");
-    types.join(", ")
+    types.join(", ").into()
 }
 
 #[cfg(test)]
@@ -47,6 +58,9 @@ mod tests {
         assert_eq!(merged.matches("application/x-new").count(), 1);
         assert_eq!(merged.matches("image.index.v1").count(), 1);
         assert!(merged.ends_with("*/*"));
+        let usual = merge([MANIFEST_TYPES[0], "*/*", ""].into_iter().take(2));
+        assert!(matches!(usual, Cow::Borrowed(_)) && MANIFEST_TYPES.iter().all(|known| usual.contains(known)));
+        assert_eq!(merge(std::iter::empty()), usual);
     }
 
     #[test]

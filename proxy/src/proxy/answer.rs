@@ -3,9 +3,10 @@
 use std::pin::pin;
 use std::time::Duration;
 
+use bytes::Bytes;
 use http::{Method, StatusCode};
 use pingora::prelude::{Error, ErrorType};
-use pingora::proxy::Session;
+use pingora::protocols::http::ServerSession as Session;
 use tokio::time::timeout;
 
 use super::exchange::{Exchange, LEFT, NO_SOURCE};
@@ -37,7 +38,7 @@ pub(super) async fn send(session: &mut Session, exchange: &mut Exchange, mut rep
     }
     if session.req_header().method == Method::HEAD {
         reply.body = Body::Memory(None);
-        session.write_response_header(Box::new(head), true).await?;
+        session.write_response_header(Box::new(head)).await?;
         exchange.first_byte = Some(exchange.started.elapsed());
         return Ok(());
     }
@@ -56,7 +57,7 @@ pub(super) async fn send(session: &mut Session, exchange: &mut Exchange, mut rep
     if small {
         socket::cork(session);
     }
-    session.write_response_header(Box::new(head), false).await?;
+    session.write_response_header(Box::new(head)).await?;
     let client = if matches!(reply.body, Body::Memory(_)) { None } else { Socket::of(session) };
     loop {
         let next = tokio::select! {
@@ -66,7 +67,7 @@ pub(super) async fn send(session: &mut Session, exchange: &mut Exchange, mut rep
         };
         let Some(piece) = next.map_err(|broken| exchange.broke(&broken))? else { break };
         let len = piece.len() as u64;
-        let mut writing = pin!(session.write_response_body(Some(piece), false));
+        let mut writing = pin!(session.write_response_body(piece, false));
         let written = match timeout(STALLED, &mut writing).await {
             Ok(written) => Ok(written),
             Err(_) => {
@@ -78,7 +79,7 @@ pub(super) async fn send(session: &mut Session, exchange: &mut Exchange, mut rep
         written.unwrap_or_else(|_| Error::e_explain(ErrorType::WriteTimedout, "the client takes too little"))?;
         exchange.sent(len);
     }
-    session.write_response_body(None, true).await?;
+    session.write_response_body(Bytes::new(), true).await?;
     if small {
         socket::uncork(session);
     }
@@ -89,7 +90,7 @@ pub(super) async fn send(session: &mut Session, exchange: &mut Exchange, mut rep
 async fn left(session: &mut Session, socket: Option<&Socket>) {
     if let Some(socket) = socket {
         socket.closed().await;
-    } else if let Some(closed) = session.as_downstream_mut().watch_h2_stream_close() {
+    } else if let Some(closed) = session.watch_h2_stream_close() {
         let _ = closed.await;
     } else {
         std::future::pending::<()>().await;

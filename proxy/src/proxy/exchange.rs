@@ -4,7 +4,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use http::header::USER_AGENT;
 use pingora::prelude::{Error, ErrorType};
-use pingora::proxy::Session;
+use pingora::protocols::http::ServerSession as Session;
 
 use super::clients::Place;
 use super::load::Seat;
@@ -99,7 +99,7 @@ fn note(activity: &Activity, session: &Session, exchange: &Exchange) {
             .duration_since(UNIX_EPOCH)
             .map_or(0, |now| u64::try_from(now.as_millis()).unwrap_or(u64::MAX)),
         route: exchange.route.into(),
-        image: format!("{}/{}", content.registry, content.repository),
+        image: [content.registry.as_str(), "/", content.repository.as_str()].concat(),
         reference: reference[..reference.floor_char_boundary(MAX_REFERENCE)].to_owned(),
         status: exchange.status,
         source: exchange.source.into(),

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant, SystemTime};
 use bytes::BytesMut;
 use http::header::{AUTHORIZATION, HOST};
 use http::{HeaderValue, Method, request::Parts};
-use pingora::proxy::Session;
+use pingora::protocols::http::ServerSession as Session;
 use tokio::time::timeout;
 
 use super::logins::Logins;

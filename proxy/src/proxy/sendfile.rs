@@ -15,7 +15,7 @@ use std::sync::Arc;
 
 use http::Method;
 use pingora::http::ResponseHeader;
-use pingora::proxy::Session;
+use pingora::protocols::http::ServerSession as Session;
 use rustix::io::{Errno, ReadWriteFlags, preadv2};
 use tokio::io::Interest;
 use tokio::time::timeout_at;
@@ -48,7 +48,7 @@ pub(super) struct Sending<'a> {
 pub(super) async fn write_head(session: &mut Session, head: ResponseHeader) -> pingora::Result<()> {
     let method = session.req_header().method.clone();
     session.req_header_mut().set_method(Method::HEAD);
-    let written = session.write_response_header(Box::new(head), true).await;
+    let written = session.write_response_header(Box::new(head)).await;
     session.req_header_mut().set_method(method);
     written
 }

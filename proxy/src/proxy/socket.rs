@@ -3,8 +3,8 @@
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::sync::Arc;
 
+use pingora::protocols::http::ServerSession as Session;
 use pingora::protocols::l4::stream::Stream;
-use pingora::proxy::Session;
 use rustix::net::sockopt::set_tcp_cork;
 use tokio::io::Interest;
 use tokio::net::TcpStream;
@@ -17,9 +17,9 @@ pub(super) struct Socket(Arc<TcpStream>);
 /// are, needs no other one.
 pub(super) struct Descriptor(RawFd);
 
-/// Bodies in memory of this size go out together with their head; smaller ones do anyway, from
-/// Pingora's buffer.
-pub(super) const CORKED: std::ops::Range<usize> = 1000..64 * 1024;
+/// Bodies in memory of this size go out together with their head. Smaller ones do anyway, from Pingora's buffer, which has
+/// room for a head of 1 KiB beside them.
+pub(super) const CORKED: std::ops::Range<usize> = 7 * 1024..64 * 1024;
 
 /// Holds back what is written until [`uncork`]: one packet, and one wake-up of the client, for a head
 /// and a small body. Does nothing where the connection is no plain HTTP/1.1.

@@ -129,6 +129,10 @@ impl Pull {
             move || {
                 let (pull, place, tag, accept) = (self.clone(), place.clone(), tag.clone(), accept.to_owned());
                 async move {
+                    // Another flight may have landed since this one was wanted.
+                    if let Some(answer) = pull.just_resolved(&place, &tag).await {
+                        return Ok(answer);
+                    }
                     let meant = pull.find_meaning(&place, &tag, &accept, role, client).await;
                     pull.remember(&place, &tag, &meant, client).await;
                     meant
@@ -136,6 +140,14 @@ impl Pull {
             },
         );
         async move { landed.await.unwrap_or_else(fetch_ended) }.boxed()
+    }
+
+    /// What a tag is in memory to mean, if that is fresh.
+    async fn just_resolved(&self, place: &Place, tag: &Tag) -> Option<ManifestAnswer> {
+        let now = SystemTime::now();
+        let lease = self.tags.in_memory(place, tag).filter(|lease| lease.is_fresh(place, tag, now))?;
+        let (object, from) = self.kept_manifest(place, &lease.digest, Asker::Peer(Standing::Member)).await?;
+        Some(ManifestAnswer { age: Some(lease.age(now)), digest: lease.digest, object, from })
     }
 
     async fn remember(&self, place: &Place, tag: &Tag, meant: &Meant, client: Option<IpAddr>) {

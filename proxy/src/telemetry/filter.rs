@@ -14,7 +14,7 @@ const PARTS: [&str; 2] = ["access", "dray"];
 
 /// Pingora reports each early close of a client as an error, the TLS verifier each refused certificate: both stand in our
 /// own lines already.
-const QUIET: &str = "pingora_core=off,pingora_proxy=off,foyer=error,foyer_storage=error,rustls_platform_verifier=off,\
+const QUIET: &str = "pingora_core=off,foyer=error,foyer_storage=error,rustls_platform_verifier=off,\
                      hickory_resolver=error,hickory_net=error";
 
 impl Filter {
