@@ -47,7 +47,7 @@ pub(crate) async fn rates(rig: &Rig) {
             &format!("warm {what}, one core"),
             &format!("{:.0} requests/s", median(&rates)),
             &format!("{:.2} x nginx ({:.0}/s)", median(&ratios), median(&their_rates)),
-            ">= 0.7 x",
+            ">= 0.91 x",
         );
         let (half, their_half) = (median(&rates) / 2.0, median(&their_rates) / 2.0);
         let (mut slowest, mut their_slowest) = (vec![], vec![]);
