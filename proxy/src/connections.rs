@@ -23,6 +23,7 @@ use pingora::protocols::l4::stream::Stream as TcpStream;
 use pingora::protocols::{ALPN, Stream};
 use pingora::server::ShutdownWatch;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt};
+use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 
 use self::idle::{Idle, Whose};
@@ -43,6 +44,8 @@ pub struct Connections<A> {
 struct Streams<A> {
     app: Arc<A>,
     options: HttpServerOptions,
+    /// Requests under way.
+    active: watch::Sender<usize>,
     /// A request has come.
     begun: AtomicBool,
 }
@@ -160,7 +163,7 @@ impl<A: HttpServerApp + Send + Sync + 'static> ServerApp for Connections<A> {
             None => stream,
         };
         if matches!(stream.selected_alpn_proto(), Some(ALPN::H2)) {
-            self.streams(stream, shutdown).await;
+            self.streams(stream, from, shutdown).await;
         } else {
             self.requests(stream, from, shutdown).await;
         }
@@ -211,12 +214,13 @@ impl<A: HttpServerApp + Send + Sync + 'static> Connections<A> {
     }
 
     /// HTTP/2: many requests at once.
-    async fn streams(&self, stream: Stream, shutdown: &ShutdownWatch) {
+    async fn streams(&self, stream: Stream, from: Option<IpAddr>, shutdown: &ShutdownWatch) {
         let mut options = HttpServerOptions::default();
         // Of connections with TLS their handshake has said so.
         options.h2c = true;
         options.h2_idle_timeout = Some(IDLE);
-        let streams = Arc::new(Streams { app: self.app.clone(), options, begun: AtomicBool::new(false) });
+        let active = watch::Sender::new(0);
+        let streams = Arc::new(Streams { app: self.app.clone(), options, active, begun: AtomicBool::new(false) });
         // Once there was a request, Pingora sees itself whether the connection idles.
         let never_begun = async {
             sleep(IDLE).await;
@@ -227,6 +231,21 @@ impl<A: HttpServerApp + Send + Sync + 'static> Connections<A> {
         tokio::select! {
             _ = streams.process_new(stream, shutdown) => {}
             () = never_begun => {}
+            () = self.leaves_its_place(&streams.active, from) => {}
+        }
+    }
+}
+
+impl<A> Connections<A> {
+    /// Ends when a connection without a request under way has to leave its place to another one.
+    async fn leaves_its_place(&self, active: &watch::Sender<usize>, from: Option<IpAddr>) {
+        let mut active = active.subscribe();
+        while active.wait_for(|count| *count == 0).await.is_ok() {
+            let mut waiting = self.idle.enter(from);
+            tokio::select! {
+                () = waiting.closed() => return,
+                _ = active.wait_for(|count| *count > 0) => {}
+            }
         }
     }
 }
@@ -240,11 +259,22 @@ impl<A: HttpServerApp + Send + Sync + 'static> HttpServerApp for Streams<A> {
     ) -> Option<ReusedHttpStream> {
         self.begun.store(true, Ordering::Release);
         session.set_total_drain_timeout(Some(LEFTOVER));
+        self.active.send_modify(|count| *count += 1);
+        let _ended = Ended(&self.active);
         self.app.process_new_http(session, shutdown).await
     }
 
     fn server_options(&self) -> Option<&HttpServerOptions> {
         Some(&self.options)
+    }
+}
+
+/// A request is no longer under way, also where its stream was reset.
+struct Ended<'a>(&'a watch::Sender<usize>);
+
+impl Drop for Ended<'_> {
+    fn drop(&mut self) {
+        self.0.send_modify(|count| *count -= 1);
     }
 }
 
@@ -461,8 +491,35 @@ mod tests {
             let (mut client, server) = duplex(1024);
             client.write_all(sent).await.unwrap();
             let connections = Connections::new(NeverAsked, 2, Arc::new(Memory::new(1 << 20)));
-            let ended = timeout(IDLE + WHOLE, connections.streams(Box::new(server), &shutdown)).await;
+            let ended = timeout(IDLE + WHOLE, connections.streams(Box::new(server), None, &shutdown)).await;
             assert!(ended.is_ok(), "{} bytes", sent.len());
         }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn idle_http2_connection_leaves_its_place_to_a_new_one() {
+        let (_goes_on, shutdown) = tokio::sync::watch::channel(false);
+        let (mut client, server) = duplex(1024);
+        client.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0").await.unwrap();
+        let connections = Connections::new(NeverAsked, 2, Arc::new(Memory::new(1 << 20)));
+        let leaving = async {
+            while !connections.idle.close_oldest(Whose::Anybodys) {
+                tokio::task::yield_now().await;
+            }
+        };
+        let serving = timeout(IDLE / 2, connections.streams(Box::new(server), None, &shutdown));
+        let (ended, ()) = tokio::join!(serving, leaving);
+        assert!(ended.is_ok());
+    }
+
+    #[tokio::test]
+    async fn connection_with_a_request_under_way_keeps_its_place() {
+        let connections = Connections::new(NeverAsked, 2, Arc::new(Memory::new(1 << 20)));
+        let active = watch::Sender::new(1);
+        let mut leaves = std::pin::pin!(connections.leaves_its_place(&active, None));
+        assert!(futures_util::poll!(&mut leaves).is_pending() && !connections.idle.close_oldest(Whose::Anybodys));
+        active.send_replace(0);
+        assert!(futures_util::poll!(&mut leaves).is_pending() && connections.idle.close_oldest(Whose::Anybodys));
+        leaves.await;
     }
 }

@@ -174,10 +174,16 @@ impl Peers {
     /// known stays a member.
     pub async fn follow_services(&self) {
         let mut discovery = self.discovery.lock().await;
+        let mut known = Vec::new();
         while discovery.is_needed() {
             if let Some(mut found) = discovery.next().await {
                 found.extend(self.settings.members.iter().cloned());
-                self.take(&found);
+                found.sort_unstable();
+                // To find this host among ten thousand takes 30 ms. Until it is found it may still get its address.
+                if found != known || !self.members.load().has_own() {
+                    self.take(&found);
+                    known = found;
+                }
                 self.formed.send_replace(true);
             }
         }
