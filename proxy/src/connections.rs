@@ -6,6 +6,7 @@
 mod idle;
 
 use std::net::{IpAddr, Ipv6Addr};
+use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -228,10 +229,22 @@ impl<A: HttpServerApp + Send + Sync + 'static> Connections<A> {
                 std::future::pending::<()>().await;
             }
         };
+        // Pingora says goodbye on it (GOAWAY) where a shutdown begins, or this connection has to leave its place: what is
+        // still to be sent is not lost then, and a client knows that it may ask again elsewhere.
+        let (ends, ending) = watch::channel(*shutdown.borrow());
+        let mut serving = pin!(streams.process_new(stream, &ending));
+        let mut shutdown = shutdown.clone();
         tokio::select! {
-            _ = streams.process_new(stream, shutdown) => {}
+            _ = &mut serving => {}
             () = never_begun => {}
-            () = self.leaves_its_place(&streams.active, from) => {}
+            () = self.leaves_its_place(&streams.active, from) => {
+                ends.send_replace(true);
+                let _ = timeout(MAKE_ROOM, serving).await;
+            }
+            () = async { let _ = shutdown.wait_for(|begun| *begun).await; } => {
+                ends.send_replace(true);
+                serving.await;
+            }
         }
     }
 }

@@ -99,8 +99,11 @@ impl HttpServerApp for Front {
             Ok(false) => return None,
             Err(error) => {
                 tracing::debug!(%error, "a request cannot be read");
-                let _ = session.respond_error(400).await;
-                session.shutdown().await;
+                let farewell = async {
+                    let _ = session.respond_error(400).await;
+                    session.shutdown().await;
+                };
+                let _ = timeout(FAREWELL, farewell).await;
                 return None;
             }
         }
@@ -116,7 +119,7 @@ impl HttpServerApp for Front {
         }
         self.account(&session, None, &mut exchange);
         let settings = HttpPersistentSettings::for_session(&session);
-        let stream = session.finish().await.ok()??;
+        let stream = timeout(PATIENCE, session.finish()).await.ok()?.ok()??;
         Some(ReusedHttpStream::from_reusable_stream(stream, settings))
     }
 }

@@ -78,9 +78,11 @@ impl Tags {
     /// an image has a signature must be known then as well. Of others it is not, since clients can invent any.
     pub fn forget(&self, place: &Place, tag: &Tag) {
         self.leases.invalidate(&(place.to_string(), tag.clone()));
-        let (store, place, tag) = (self.store.clone(), place.clone(), tag.clone());
+        let (store, leases, place, tag) = (self.store.clone(), self.leases.clone(), place.clone(), tag.clone());
         tokio::task::spawn_blocking(move || {
             store.records.forget_tag(&place.registry, &place.repository, &tag);
+            // Another request may have read the record just before.
+            leases.invalidate(&(place.to_string(), tag.clone()));
             // Where each client has rights of its own, "not found" is about those.
             if tag.is_of_digest() && !place.rule.asks_who() {
                 store.records.put_absent(&place.registry, &place.repository, &tag);

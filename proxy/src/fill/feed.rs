@@ -88,6 +88,8 @@ impl Truth {
 pub struct Feed {
     sources: Arc<dyn Sources>,
     flow: Option<Flow>,
+    /// The source has shown that it understands ranges.
+    is_ranged: bool,
     total: u64,
     position: u64,
     end: u64,
@@ -120,9 +122,9 @@ impl Feed {
     }
 
     fn of(sources: Arc<dyn Sources>, incoming: Incoming, served_from: ServedFrom, position: u64, end: u64) -> Self {
-        let total = incoming.total;
+        let (total, is_ranged) = (incoming.total, incoming.span != Span::whole(incoming.total));
         let flow = Some(Flow::new(incoming));
-        Self { sources, flow, total, position, end, served_from, breaks: Breaks::default(), brought: 0 }
+        Self { sources, flow, is_ranged, total, position, end, served_from, breaks: Breaks::default(), brought: 0 }
     }
 
     /// Length of the whole blob.
@@ -151,7 +153,7 @@ impl Feed {
 
     /// Closes the connection to the source, as far as another one can go on from here: nobody reads.
     pub(super) fn release(&mut self) {
-        self.flow.take_if(|flow| flow.position() == self.position && flow.position() > 0);
+        self.flow.take_if(|flow| self.is_ranged && flow.position() == self.position);
     }
 
     /// The connection that is open, if it brings only a part of the blob.

@@ -58,7 +58,10 @@ impl Running<'_> {
         // Another one's beginning is nothing that everybody here may have.
         let fits = |known: &Provenance| self.fill.is_of_same(known);
         let partial = match self.fills.store.large.take_partial(digest, registry, fits) {
-            _ if distrusted => None,
+            dropped if distrusted => {
+                self.on_disk(|_| drop(dropped)).await;
+                None
+            }
             None => self.inherit().await,
             found => found,
         };
@@ -71,7 +74,10 @@ impl Running<'_> {
             // The owner will not let us go on with what we have: it proved wrong there.
             (Err(SourceError::NotFound(_)), partial @ Some(_)) if self.fill.key.role != Role::Global => {
                 match Feed::open(sources.clone(), 0, None).await {
-                    Ok(feed) => (Ok(feed), None),
+                    Ok(feed) => {
+                        self.on_disk(|_| drop(partial)).await;
+                        (Ok(feed), None)
+                    }
                     Err(error) => (Err(error), partial),
                 }
             }

@@ -169,8 +169,9 @@ impl Http {
             _ => self.guard.check(&ask.url).await.map_err(|refused| SourceError::Guarded(refused.to_string()))?,
         };
         let client_cert = home.tls.client_cert.clone().filter(|_| at_home);
-        let is_kept = || self.kept_hosts.keeps(ask.url.host_str().unwrap_or_default(), Instant::now());
-        let after_use = if reach == Reach::Anywhere || is_kept() { AfterUse::Keep } else { AfterUse::Close };
+        let host = ask.url.host_str().unwrap_or_default();
+        let is_kept = || home.trust == Trust::Written || self.kept_hosts.keeps(host, Instant::now());
+        let after_use = if is_kept() { AfterUse::Keep } else { AfterUse::Close };
         let tls = RuleTls { client_cert, ..home.tls.clone() };
         let key = ClientKey { reach, tls, patience: home.patience, after_use };
         let client = self.clients.get(&key).ok_or_else(|| SourceError::Unreachable("no client".into()))?;
@@ -186,7 +187,12 @@ impl Http {
         span.write(request.headers_mut());
         let answer = match timeout_at(deadline, client.execute(request)).await {
             Err(_) => Err(SourceError::TimedOut),
-            Ok(Ok(response)) => Ok(response),
+            Ok(Ok(response)) => {
+                if home.trust == Trust::Derived {
+                    self.kept_hosts.answered(host, Instant::now());
+                }
+                Ok(response)
+            }
             Ok(Err(error)) => Err(explain(error)),
         };
         tell(&mut span, ask, &answer);

@@ -4,7 +4,7 @@
 //! configured upstreams are not counted.
 
 use std::collections::HashMap;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::time::Instant;
@@ -24,20 +24,23 @@ const MAX_HOSTS: usize = 128;
 impl KeptHosts {
     /// Whether the connection of a request to this host may be kept.
     pub(super) fn keeps(&self, host: &str, now: Instant) -> bool {
-        // Only looked up and changed under the lock.
-        let mut hosts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(requested) = hosts.get_mut(host) {
-            *requested = now;
-            return true;
-        }
-        if hosts.len() >= MAX_HOSTS {
+        self.lock().get_mut(host).map(|requested| *requested = now).is_some()
+    }
+
+    /// A host has responded: the connections of its next requests are kept, if there is room.
+    pub(super) fn answered(&self, host: &str, now: Instant) {
+        let mut hosts = self.lock();
+        if hosts.len() >= MAX_HOSTS && !hosts.contains_key(host) {
             hosts.retain(|_, requested| now < *requested + IDLE_TIMEOUT);
         }
-        if hosts.len() >= MAX_HOSTS {
-            return false;
+        if hosts.len() < MAX_HOSTS {
+            hosts.entry(host.to_owned()).or_insert(now);
         }
-        hosts.insert(host.to_owned(), now);
-        true
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<String, Instant>> {
+        // Only looked up and changed under it.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -48,11 +51,17 @@ mod tests {
     #[test]
     fn invented_hosts_are_not_kept_beyond_the_bound() {
         let (hosts, start) = (KeptHosts::default(), Instant::now());
+        assert!(!hosts.keeps("h0.example", start), "it has never responded");
+        (0..9_000).for_each(|nth| hosts.answered(&format!("h{nth}.example"), start));
         let kept = (0..9_000).filter(|nth| hosts.keeps(&format!("h{nth}.example"), start)).count();
         assert_eq!(kept, MAX_HOSTS);
-        assert!(hosts.keeps("h0.example", start + IDLE_TIMEOUT / 2), "it is one of them");
-        assert!(!hosts.keeps("late.example", start + IDLE_TIMEOUT / 2));
-        assert!(hosts.keeps("late.example", start + IDLE_TIMEOUT), "the idle ones make room");
-        assert_eq!(hosts.0.lock().unwrap().len(), 2);
+        assert!(hosts.keeps("h0.example", start + IDLE_TIMEOUT / 2));
+        let late = |now| {
+            hosts.answered("late.example", now);
+            hosts.keeps("late.example", now)
+        };
+        assert!(!late(start + IDLE_TIMEOUT / 2));
+        assert!(late(start + IDLE_TIMEOUT), "the idle ones make room");
+        assert_eq!(hosts.lock().len(), 2);
     }
 }

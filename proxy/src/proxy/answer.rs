@@ -38,7 +38,7 @@ pub(super) async fn send(session: &mut Session, exchange: &mut Exchange, mut rep
     }
     if session.req_header().method == Method::HEAD {
         reply.body = Body::Memory(None);
-        session.write_response_header(Box::new(head)).await?;
+        taken(session.write_response_header(Box::new(head))).await?;
         exchange.first_byte = Some(exchange.started.elapsed());
         return Ok(());
     }
@@ -46,7 +46,7 @@ pub(super) async fn send(session: &mut Session, exchange: &mut Exchange, mut rep
         && reader.left() >= sendfile::WORTHWHILE
         && let Some(socket) = Socket::of_plain(session)
     {
-        sendfile::write_head(session, head).await?;
+        taken(sendfile::write_head(session, head)).await?;
         let mut sending = Sending::new(socket, reader);
         while let Some(sent) = sending.next().await.map_err(|broken| exchange.broke(&broken))? {
             exchange.sent(sent);
@@ -57,7 +57,7 @@ pub(super) async fn send(session: &mut Session, exchange: &mut Exchange, mut rep
     if small {
         socket::cork(session);
     }
-    session.write_response_header(Box::new(head)).await?;
+    taken(session.write_response_header(Box::new(head))).await?;
     let client = if matches!(reply.body, Body::Memory(_)) { None } else { Socket::of(session) };
     loop {
         let next = tokio::select! {
@@ -69,21 +69,27 @@ pub(super) async fn send(session: &mut Session, exchange: &mut Exchange, mut rep
         let len = piece.len() as u64;
         let mut writing = pin!(session.write_response_body(piece, false));
         let written = match timeout(STALLED, &mut writing).await {
-            Ok(written) => Ok(written),
+            Ok(written) => written,
             Err(_) => {
                 reply.body.release();
-                // Pingora's own patience with HTTP/2 begins anew with each window.
-                timeout(PATIENCE, writing).await
+                taken(writing).await
             }
         };
-        written.unwrap_or_else(|_| Error::e_explain(ErrorType::WriteTimedout, "the client takes too little"))?;
+        written?;
         exchange.sent(len);
     }
-    session.write_response_body(Bytes::new(), true).await?;
+    taken(session.write_response_body(Bytes::new(), true)).await?;
     if small {
         socket::uncork(session);
     }
     Ok(())
+}
+
+/// Writes, as long as the client takes anything. Pingora's own timeouts are for bodies only, and begin anew with each window
+/// of HTTP/2.
+async fn taken(writing: impl Future<Output = pingora::Result<()>>) -> pingora::Result<()> {
+    let written = timeout(PATIENCE, writing).await;
+    written.unwrap_or_else(|_| Error::e_explain(ErrorType::WriteTimedout, "the client takes too little"))
 }
 
 /// Ends when the client has left; its connection says so on HTTP/1.1, its stream on HTTP/2.

@@ -7,6 +7,7 @@
 //! no such request: the manifest names its blobs.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::time::Instant;
 
@@ -16,6 +17,9 @@ use crate::oci::{Digest, Reference};
 use crate::provenance::Provenance;
 use crate::registries::Place;
 use crate::source::{SourceError, UPSTREAM_TIMEOUT};
+
+/// How long the upstream has to say whether it holds what is cached from another repository.
+pub(super) const CONFIRM_TIMEOUT: Duration = Duration::from_secs(5);
 
 impl Pull {
     /// Whether a repository is known to hold what is cached: it came from there, a manifest that was served from there
@@ -35,6 +39,9 @@ impl Pull {
         let (digest, bytes) = (&answer.digest, &answer.object.bytes);
         if let Some(error) = self.negatives.get(place, Endpoint::Manifest, digest.as_str()) {
             return if error.is_outage() { Ok(()) } else { Err(error) };
+        }
+        if self.origin.trouble(place).is_some() {
+            return Ok(());
         }
         let landed = self.confirmations.join((place.to_string(), digest.clone()), || {
             let (pull, place, digest, accept) = (self.clone(), place.clone(), digest.clone(), accept.to_owned());

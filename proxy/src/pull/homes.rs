@@ -4,7 +4,7 @@
 //! takes a name from another by serving something under it later. What only one of several could prove is not passed on
 //! unproven, unless it comes from the first, and nobody else has named it in a manifest.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
 
@@ -16,6 +16,8 @@ use crate::store::{RepositoryRecord, Store};
 pub(super) struct Homes {
     known: moka::sync::Cache<Repository, Arc<[Registry]>>,
     store: Arc<Store>,
+    /// Read, changed and written by one at a time.
+    remembering: Mutex<()>,
     /// Who has named a blob in a manifest of a repository.
     naming: moka::sync::Cache<(Repository, Digest), Naming>,
     /// How long the blobs of those manifests are: what replaces a missing `Content-Length`. What has an entry is known
@@ -56,6 +58,7 @@ impl Homes {
         Self {
             known: moka::sync::Cache::new(MAX_REPOSITORIES),
             store,
+            remembering: Mutex::default(),
             naming: moka::sync::Cache::new(MAX_BLOBS),
             lengths: moka::sync::Cache::new(MAX_BLOBS),
             read: moka::sync::Cache::new(MAX_MANIFESTS),
@@ -79,7 +82,7 @@ impl Homes {
     /// Whether another registry may be meant. That nobody else is known to have named a blob says nothing for those who
     /// came later: what the first one has named may be forgotten. Only of a repository that was looked up with [`Self::of`].
     pub(super) fn may_be_anothers(&self, place: &Place, digest: &Digest) -> bool {
-        let homes = self.known.get(&place.repository).unwrap_or_default();
+        let Some(homes) = self.known.get(&place.repository) else { return true };
         let is_first = || homes.first() == Some(&place.registry);
         let naming = || self.naming.get(&(place.repository.clone(), digest.clone()));
         homes.len() > 1 && !(is_first() && naming() == Some(Naming::One(place.registry.clone())))
@@ -107,6 +110,10 @@ impl Homes {
         let key = (place.registry.clone(), place.repository.clone(), digest.clone());
         let before = self.read.get(&key);
         if before == Some(Read::AsHeld) {
+            // What it named stays known for longer than that it is held.
+            if self.length_of(place, digest).is_none() {
+                self.holds(place, digest, bytes.len() as u64);
+            }
             return;
         }
         let now = if is_held() { Read::AsHeld } else { Read::AsServed };
@@ -149,10 +156,11 @@ impl Homes {
     /// Blocks on the disk.
     fn remember(&self, place: &Place) {
         let (registry, repository) = (&place.registry, &place.repository);
+        // Two registries may serve a name at the same time.
+        let _turn = self.remembering.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(homes) = with(&self.read(repository), registry, repository) else { return };
-        let record = RepositoryRecord::new(repository, &homes);
+        self.store.records.put_repository(&RepositoryRecord::new(repository, &homes));
         self.known.insert(repository.clone(), homes.into());
-        self.store.records.put_repository(&record);
     }
 }
 

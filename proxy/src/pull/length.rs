@@ -1,11 +1,11 @@
 //! How long a blob is, where somebody only wants to know that.
 
 use std::sync::Arc;
-use std::time::Duration;
-
 use tokio::time::{Instant, timeout};
 
 use super::blob::{Fetch, severer};
+use super::existence::CONFIRM_TIMEOUT;
+use super::negatives::Endpoint;
 use super::sources::{Refusals, last_scope};
 use super::{Asker, BlobRequest, FIRST_BYTE, Pull, Refusal, fetch_ended, flights, is_personal};
 use crate::oci::Digest;
@@ -17,9 +17,6 @@ use crate::store::Found;
 
 /// How long a blob is, and who said so.
 pub(super) type Length = Result<(u64, ServedFrom), SourceError>;
-
-/// How long the upstream has to say whether it holds what is cached from another repository.
-const WITH_COPY: Duration = Duration::from_secs(5);
 
 impl Pull {
     /// `HEAD blobs/<digest>`: its length, and where it would come from.
@@ -40,7 +37,20 @@ impl Pull {
         if places.iter().any(|place| self.is_known_at(place, &request.digest, from)) {
             return Ok(());
         }
-        self.blob_length(request).await.map(|_| ())
+        let (place, digest) = (&request.place, request.digest.as_str());
+        let known = self.negatives.get(place, Endpoint::Blob, digest);
+        let error = match known {
+            Some(error) => error,
+            None if self.origin.trouble(place).is_some() => return Ok(()),
+            None => match timeout(request.asking.patience, self.find_length(request)).await {
+                Ok(Err(error)) => {
+                    self.negatives.put(place, Endpoint::Blob, digest, &error);
+                    error
+                }
+                Ok(Ok(_)) | Err(_) => return Ok(()),
+            },
+        };
+        if error.is_outage() { Ok(()) } else { Err(Fetch::Source(error).into_refusal()) }
     }
 
     async fn find_length(self: &Arc<Self>, request: &BlobRequest) -> Length {
@@ -80,7 +90,8 @@ impl Pull {
             let elsewhere = BlobRequest { place: place.clone(), ..request.clone() };
             let length = self.length_elsewhere(&elsewhere);
             // What is cached is answered in time, whatever the upstream does.
-            let limit = if in_outage.is_some() { WITH_COPY.min(request.asking.patience / 2) } else { UPSTREAM_TIMEOUT };
+            let limit =
+                if in_outage.is_some() { CONFIRM_TIMEOUT.min(request.asking.patience / 2) } else { UPSTREAM_TIMEOUT };
             match timeout(limit, length).await.unwrap_or(Err(SourceError::TimedOut)) {
                 Ok((length, from)) => {
                     self.homes.holds(&place, &request.digest, length);

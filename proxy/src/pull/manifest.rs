@@ -7,6 +7,7 @@ use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 use tokio::time::{Instant, sleep, timeout};
 
+use super::existence::CONFIRM_TIMEOUT;
 use super::negatives::Endpoint;
 use super::sources::{Refusals, last_scope};
 use super::{Asker, Asking, FIRST_BYTE, Pull, Refusal, fetch_ended, flights, is_personal};
@@ -78,7 +79,7 @@ impl Pull {
         if asking.asker == Asker::Client && !is_held() {
             let confirmed = self.confirm_manifest(place, &answer, accept);
             let left = asking.after(begun.elapsed()).patience;
-            if let Ok(Err(error)) = timeout(left, confirmed).await {
+            if let Ok(Err(error)) = timeout(left.min(CONFIRM_TIMEOUT), confirmed).await {
                 return Err(Refusal::of(&error, ErrorCode::ManifestUnknown));
             }
         }
@@ -232,13 +233,15 @@ impl Pull {
         bytes: bytes::Bytes,
     ) -> SmallObject {
         self.entitlements.was_sent(place, digest);
+        self.remember_subject(place, &bytes, media_type).await;
         // A renewed tag mostly means what it meant before: nothing is written then.
-        if let Some((object, _)) = self.kept_manifest(place, digest, Asker::Peer(Standing::Member)).await {
+        if let Some((object, _)) = self.kept_manifest(place, digest, Asker::Peer(Standing::Member)).await
+            && *object.media_type == *media_type
+        {
             return object;
         }
         let provenance = Arc::new(place.provenance());
         let object = SmallObject::new(media_type, provenance, &bytes);
-        self.remember_subject(place, &bytes, media_type).await;
         self.store.small.insert(digest, Kind::Manifest, object.clone()).await;
         object
     }

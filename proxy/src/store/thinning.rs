@@ -36,22 +36,37 @@ pub(super) struct Dated<Id> {
 }
 
 /// The records beyond `most`. Each client may have as many as any other, and of those each registry as many as any other.
+/// What no client is known for, such as where repositories were served from, has at least half of all.
 pub(super) fn surplus<Id>(records: Vec<Dated<Id>>, most: usize) -> Vec<Id> {
+    let (of_clients, others): (Vec<_>, Vec<_>) = records.into_iter().partition(|record| record.party.client.is_some());
+    let for_others = (most / 2).max(most.saturating_sub(of_clients.len())).min(others.len());
+    let by_registry = |records, most| thinned(records, most, |record| record.party.registry.clone(), oldest);
+    let mut surplus = by_registry(others, for_others);
+    surplus.extend(thinned(of_clients, most - for_others, |record| record.party.client, by_registry));
+    surplus
+}
+
+/// What is beyond `most`: of each group that is larger than its share, what `within` picks.
+fn thinned<Id, Key: Eq + Hash>(
+    records: Vec<Dated<Id>>,
+    most: usize,
+    key: impl Fn(&Dated<Id>) -> Key,
+    within: impl Fn(Vec<Dated<Id>>, usize) -> Vec<Id>,
+) -> Vec<Id> {
     if records.len() <= most {
         return Vec::new();
     }
-    let by_client = grouped(records, |record| record.party.client);
-    let level = fair_level(by_client.iter().map(Vec::len), most);
-    let mut surplus = Vec::new();
-    for records in by_client.into_iter().filter(|records| records.len() > level) {
-        let by_registry = grouped(records, |record| record.party.registry.clone());
-        let of_each = fair_level(by_registry.iter().map(Vec::len), level);
-        for mut records in by_registry {
-            records.sort_by_key(|record| std::cmp::Reverse(record.written));
-            surplus.extend(records.into_iter().skip(of_each).map(|record| record.id));
-        }
+    let groups = grouped(records, key);
+    match fair_level(groups.iter().map(Vec::len), most) {
+        // There are more groups than room.
+        0 => oldest(groups.into_iter().flatten().collect(), most),
+        level => groups.into_iter().flat_map(|group| within(group, level)).collect(),
     }
-    surplus
+}
+
+fn oldest<Id>(mut records: Vec<Dated<Id>>, most: usize) -> Vec<Id> {
+    records.sort_by_key(|record| std::cmp::Reverse(record.written));
+    records.into_iter().skip(most).map(|record| record.id).collect()
 }
 
 fn grouped<Id, Key: Eq + Hash>(records: Vec<Dated<Id>>, key: impl Fn(&Dated<Id>) -> Key) -> Vec<Vec<Dated<Id>>> {
@@ -118,5 +133,36 @@ mod tests {
         assert_eq!(left.len(), 200);
         assert!(left.iter().any(|id| *id == "2 one.evil 499") && !left.iter().any(|id| *id == "2 one.evil 0"));
         assert_eq!(surplus(records.clone(), records.len()), Vec::<String>::new());
+    }
+
+    #[test]
+    fn more_parties_than_room_leave_the_newest() {
+        let record = |client: Option<u32>, nth: u32| {
+            let party = Party {
+                client: client.map(|client| IpAddr::from(client.to_be_bytes())),
+                registry: format!("{nth}.io"),
+            };
+            Dated { party, written: SystemTime::UNIX_EPOCH + Duration::from_secs(nth.into()), id: nth }
+        };
+        let mut removed = surplus((0..100).map(|nth| record(Some(nth), nth)).collect(), 10);
+        removed.sort_unstable();
+        assert_eq!(removed, (0..90).collect::<Vec<_>>());
+        let mut removed = surplus((0..100).map(|nth| record(Some(1), nth)).collect(), 10);
+        removed.sort_unstable();
+        assert_eq!(removed, (0..90).collect::<Vec<_>>(), "of a wildcard domain");
+    }
+
+    #[test]
+    fn what_no_client_is_known_for_has_half() {
+        let record = |client: Option<u32>, nth: u32| {
+            let party =
+                Party { client: client.map(|client| IpAddr::from(client.to_be_bytes())), registry: "a.io".into() };
+            Dated { party, written: SystemTime::UNIX_EPOCH + Duration::from_secs(nth.into()), id: nth }
+        };
+        let homes = (0..80).map(|nth| record(None, nth));
+        let tags = (1_000..1_200).map(|nth| record(Some(nth), nth));
+        let removed = surplus(homes.chain(tags).collect(), 100);
+        assert_eq!(removed.iter().filter(|nth| **nth < 80).count(), 30);
+        assert_eq!(removed.len(), 180);
     }
 }
