@@ -82,7 +82,7 @@ const ATTACKS: [Attack; 7] = [
         hangs_up: false,
     },
     Attack {
-        name: "ranges that nobody reads",
+        name: "unread ranges",
         connections: 250,
         on: Port::Registry,
         sends: |nth| {

@@ -179,7 +179,7 @@ impl Peers {
             if let Some(mut found) = discovery.next().await {
                 found.extend(self.settings.members.iter().cloned());
                 found.sort_unstable();
-                // To find this host among ten thousand takes 30 ms. Until it is found it may still get its address.
+                // Finding this host takes some system calls for each member. Until it is found it may still get its address.
                 if found != known || !self.members.load().has_own() {
                     self.take(&found);
                     known = found;

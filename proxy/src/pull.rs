@@ -201,10 +201,8 @@ impl Pull {
             return true;
         }
         // What most requests are for came from the very place.
-        let is_of_place = |from: &Provenance| {
-            from.registry == place.registry.as_str() && from.repository == place.repository.as_str()
-        };
-        if asker == Asker::Client && !place.rule.asks_who() && provenance.is_some_and(is_of_place) {
+        let is_of_place = provenance.is_some_and(|from| place.is_source_of(from));
+        if asker == Asker::Client && !place.rule.asks_who() && is_of_place {
             return !place.rule.deny;
         }
         match provenance.and_then(from) {

@@ -126,6 +126,11 @@ impl Place {
         self.rule.repository_at(upstream, &self.registry, &self.repository)
     }
 
+    /// Whether an object came from here.
+    pub fn is_source_of(&self, from: &Provenance) -> bool {
+        from.registry == self.registry.as_str() && from.repository == self.repository.as_str()
+    }
+
     /// What is remembered of objects that come from here.
     pub fn provenance(&self) -> Provenance {
         Provenance {

@@ -4,6 +4,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use crate::blocking::on_thread;
 use crate::oci::{Digest, Tag};
 use crate::registries::Place;
 use crate::store::{Store, TagRecord};
@@ -55,7 +56,7 @@ impl Tags {
         }
         let (store, place, tag) = (self.store.clone(), place.clone(), tag.clone());
         let read = move || store.records.tag(&place.registry, &place.repository, &tag);
-        let record = tokio::task::spawn_blocking(read).await.ok()??;
+        let record = on_thread(read).await?;
         let checked_at = UNIX_EPOCH.checked_add(Duration::from_secs(record.checked_at))?;
         let lease = Lease { digest: record.digest.parse().ok()?, checked_at };
         // Another request may have resolved it anew since.

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use nix::sys::fanotify::{EventFFlags, Fanotify, InitFlags, MarkFlags, MaskFlags};
 
-/// Nobody grants the permissions that the kernel asks for, until the last descriptor is closed.
+/// The kernel asks this group for permission. It gets no response until the last descriptor is closed.
 pub struct HeldDisk(#[expect(dead_code, reason = "closed when dropped")] Fanotify);
 
 impl HeldDisk {

@@ -15,7 +15,7 @@ pub(super) struct Audience {
     seats: Mutex<Seats>,
     /// Somebody waits for another byte than before.
     pub(super) waiting: Notify,
-    /// Bytes have come, for those who wait without being a reader.
+    /// Bytes have come. Wakes peer requests, which wait without being readers.
     pub(super) came: Notify,
 }
 

@@ -151,7 +151,7 @@ impl Feed {
         self.served_from
     }
 
-    /// Closes the connection to the source, as far as another one can go on from here: nobody reads.
+    /// Closes the connection to the source if another one can go on from here. The client has stopped reading.
     pub(super) fn release(&mut self) {
         self.flow.take_if(|flow| self.is_ranged && flow.position() == self.position);
     }

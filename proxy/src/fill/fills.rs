@@ -75,15 +75,14 @@ impl ContentOf {
 }
 
 impl FillKey {
-    pub(super) fn content(&self) -> ContentOf {
+    pub fn content(&self) -> ContentOf {
         let Self { digest, registry, repository, .. } = self.clone();
         ContentOf { digest, registry, repository }
     }
 
     pub fn new(place: &Place, digest: &Digest, role: Role) -> Self {
-        let (digest, registry, rule) = (digest.clone(), place.registry.clone(), place.rule.nth);
-        let repository = place.rule.asks_who().then(|| place.repository.clone());
-        Self { digest, registry, rule, repository, role }
+        let ContentOf { digest, registry, repository } = ContentOf::new(place, digest);
+        Self { digest, registry, rule: place.rule.nth, repository, role }
     }
 }
 

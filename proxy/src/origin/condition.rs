@@ -125,14 +125,14 @@ impl Conditions {
     pub(super) fn views(&self, known: impl Fn(&str, &str) -> Known) -> Vec<UpstreamView> {
         let now = Instant::now();
         let view = |(key, condition): (Arc<Key>, Arc<Mutex<Condition>>)| {
-            let (state, limited) = {
+            let (has_answered, (state, limited)) = {
                 let condition = lock(&condition);
-                // A host that was blocked, or that has never answered, says nothing: clients can invent names.
-                if !condition.has_answered() && condition.state(now).0 == "well" {
-                    return None;
-                }
-                condition.state(now)
+                (condition.has_answered(), condition.state(now))
             };
+            // A host that was blocked, or that has never answered, says nothing: clients can invent names.
+            if !has_answered && state == "well" {
+                return None;
+            }
             let known = known(&key.rule, &key.upstream);
             Some(UpstreamView {
                 rate_limit_remaining: known.remaining,

@@ -1,7 +1,7 @@
-//! The hosts named by clients or redirects whose idle connections are kept for the next request.
+//! The hosts that clients name, and those that these redirect to, whose idle connections are kept for the next request.
 //!
-//! Clients can name any number of hosts, and an idle TLS connection costs some 57 KiB and a descriptor. The hosts of
-//! configured upstreams are not counted.
+//! Clients can name any number of hosts, and an idle TLS connection costs some 57 KiB and a descriptor. Configured upstreams,
+//! and where they redirect to, are not counted.
 
 use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};

@@ -9,14 +9,16 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout};
 
+use super::blob::Fetch;
 use super::negatives::Endpoint;
-use super::{ManifestAnswer, Pull, fetch_ended};
+use super::{Asker, BlobRequest, ManifestAnswer, Pull, Refusal, fetch_ended};
 use crate::oci::{Digest, Reference};
 use crate::provenance::Provenance;
 use crate::registries::Place;
 use crate::source::{SourceError, UPSTREAM_TIMEOUT};
+use crate::store::Found;
 
 /// How long the upstream has to say whether it holds what is cached from another repository.
 pub(super) const CONFIRM_TIMEOUT: Duration = Duration::from_secs(5);
@@ -25,8 +27,35 @@ impl Pull {
     /// Whether a repository is known to hold what is cached: it came from there, a manifest that was served from there
     /// names it, or the upstream has said so. A rule that leaves authorization to the upstream has asked it before.
     pub(super) fn is_known_at(&self, place: &Place, digest: &Digest, from: &Provenance) -> bool {
-        let came_from_there = from.registry == place.registry.as_str() && from.repository == place.repository.as_str();
-        place.rule.asks_who() || came_from_there || self.homes.length_of(place, digest).is_some()
+        place.rule.asks_who() || place.is_source_of(from) || self.homes.length_of(place, digest).is_some()
+    }
+
+    /// Whether a repository holds a blob that is cached from another one. The upstream is asked once.
+    pub(super) async fn confirm_blob(
+        self: &Arc<Self>,
+        request: &BlobRequest,
+        kept: Option<&Found>,
+        places: &[Place],
+    ) -> Result<(), Refusal> {
+        let from = kept.and_then(Found::provenance).filter(|_| request.asking.asker == Asker::Client);
+        let Some(from) = from else { return Ok(()) };
+        if places.iter().any(|place| self.is_known_at(place, &request.digest, from)) {
+            return Ok(());
+        }
+        let (place, digest) = (&request.place, request.digest.as_str());
+        let known = self.negatives.get(place, Endpoint::Blob, digest);
+        let error = match known {
+            Some(error) => error,
+            None if self.origin.trouble(place).is_some() => return Ok(()),
+            None => match timeout(request.asking.patience, self.find_length(request)).await {
+                Ok(Err(error)) => {
+                    self.negatives.put(place, Endpoint::Blob, digest, &error);
+                    error
+                }
+                Ok(Ok(_)) | Err(_) => return Ok(()),
+            },
+        };
+        if error.is_outage() { Ok(()) } else { Err(Fetch::Source(error).into_refusal()) }
     }
 
     /// Asks the upstream once whether a repository holds a manifest that is cached from elsewhere.

@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
 
+use crate::blocking::on_thread;
 use crate::oci::{Digest, Registry, Repository, manifest};
 use crate::registries::Place;
 use crate::store::{RepositoryRecord, Store};
@@ -71,7 +72,7 @@ impl Homes {
             return known;
         }
         let (homes, repository) = (self.clone(), repository.clone());
-        tokio::task::spawn_blocking(move || homes.read(&repository)).await.unwrap_or_default()
+        on_thread(move || homes.read(&repository)).await
     }
 
     /// Blocks on the disk.
@@ -125,13 +126,12 @@ impl Homes {
         }
         let (homes, place, bytes) = (self.clone(), place.clone(), bytes.clone());
         // A manifest of some megabytes takes a while.
-        let learned = tokio::task::spawn_blocking(move || {
+        on_thread(move || {
             homes.learn(&place, &bytes, now);
             homes.remember(&place);
-        });
-        if learned.await.is_ok() {
-            self.read.insert(key, now);
-        }
+        })
+        .await;
+        self.read.insert(key, now);
     }
 
     fn learn(&self, place: &Place, bytes: &[u8], read: Read) {

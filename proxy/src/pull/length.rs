@@ -5,9 +5,8 @@ use tokio::time::{Instant, timeout};
 
 use super::blob::{Fetch, severer};
 use super::existence::CONFIRM_TIMEOUT;
-use super::negatives::Endpoint;
 use super::sources::{Refusals, last_scope};
-use super::{Asker, BlobRequest, FIRST_BYTE, Pull, Refusal, fetch_ended, flights, is_personal};
+use super::{BlobRequest, FIRST_BYTE, Pull, Refusal, fetch_ended, flights, is_personal};
 use crate::oci::Digest;
 use crate::peers::{Manner, Question, Reach};
 use crate::registries::Place;
@@ -25,35 +24,7 @@ impl Pull {
         length.unwrap_or(Err(SourceError::TimedOut)).map_err(|error| Fetch::Source(error).into_refusal())
     }
 
-    /// Whether a repository holds a blob that is cached from another one. The upstream is asked once.
-    pub(super) async fn confirm_blob(
-        self: &Arc<Self>,
-        request: &BlobRequest,
-        kept: Option<&Found>,
-        places: &[Place],
-    ) -> Result<(), Refusal> {
-        let from = kept.and_then(Found::provenance).filter(|_| request.asking.asker == Asker::Client);
-        let Some(from) = from else { return Ok(()) };
-        if places.iter().any(|place| self.is_known_at(place, &request.digest, from)) {
-            return Ok(());
-        }
-        let (place, digest) = (&request.place, request.digest.as_str());
-        let known = self.negatives.get(place, Endpoint::Blob, digest);
-        let error = match known {
-            Some(error) => error,
-            None if self.origin.trouble(place).is_some() => return Ok(()),
-            None => match timeout(request.asking.patience, self.find_length(request)).await {
-                Ok(Err(error)) => {
-                    self.negatives.put(place, Endpoint::Blob, digest, &error);
-                    error
-                }
-                Ok(Ok(_)) | Err(_) => return Ok(()),
-            },
-        };
-        if error.is_outage() { Ok(()) } else { Err(Fetch::Source(error).into_refusal()) }
-    }
-
-    async fn find_length(self: &Arc<Self>, request: &BlobRequest) -> Length {
+    pub(super) async fn find_length(self: &Arc<Self>, request: &BlobRequest) -> Length {
         let places = self.candidates(request).await;
         let mut in_outage = None;
         match self.kept_blob(request).await {

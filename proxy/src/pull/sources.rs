@@ -15,7 +15,7 @@ use super::blob::Fetch;
 use super::speeds::Sender;
 use super::{Asker, Asking, BlobRequest, Extent, FIRST_BYTE, Pull, is_personal};
 use crate::config::FarPeers;
-use crate::fill::{Connections, ContentOf, FillKey, Sources, Truth};
+use crate::fill::{Connections, FillKey, Sources, Truth};
 use crate::oci::{NamedBy, Span, Spans};
 use crate::peers::swarm::{Contribution, View};
 use crate::peers::wire::Holder;
@@ -438,7 +438,7 @@ impl BlobSources {
     /// None: peers may not know of it. And what came wrong comes from the
     /// origin alone, since whoever lied may be among them.
     fn peers(&self) -> Option<&Arc<Peers>> {
-        let distrusted = || self.pull.fills.is_distrusted(&ContentOf::new(&self.place, &self.key.digest));
+        let distrusted = || self.pull.fills.is_distrusted(&self.key.content());
         self.pull.peers_for(&self.place).filter(|_| !distrusted())
     }
 

@@ -14,7 +14,8 @@ use crate::oci::Registry;
 /// Whose share of the records one takes.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub(super) struct Party {
-    /// The client that caused the record. None: peers, or a record of an earlier release.
+    /// The client that caused the record. None: a peer did, or the record is one of those that clients share, or of an earlier
+    /// release.
     pub(super) client: Option<IpAddr>,
     #[serde(default)]
     pub(super) registry: String,
@@ -135,32 +136,26 @@ mod tests {
         assert_eq!(surplus(records.clone(), records.len()), Vec::<String>::new());
     }
 
+    fn record(client: Option<u32>, registry: &str, nth: u32) -> Dated<u32> {
+        let client = client.map(|client| IpAddr::from(client.to_be_bytes()));
+        let written = SystemTime::UNIX_EPOCH + Duration::from_secs(nth.into());
+        Dated { party: Party { client, registry: registry.to_owned() }, written, id: nth }
+    }
+
     #[test]
     fn more_parties_than_room_leave_the_newest() {
-        let record = |client: Option<u32>, nth: u32| {
-            let party = Party {
-                client: client.map(|client| IpAddr::from(client.to_be_bytes())),
-                registry: format!("{nth}.io"),
-            };
-            Dated { party, written: SystemTime::UNIX_EPOCH + Duration::from_secs(nth.into()), id: nth }
-        };
-        let mut removed = surplus((0..100).map(|nth| record(Some(nth), nth)).collect(), 10);
+        let mut removed = surplus((0..100).map(|nth| record(Some(nth), &format!("{nth}.io"), nth)).collect(), 10);
         removed.sort_unstable();
         assert_eq!(removed, (0..90).collect::<Vec<_>>());
-        let mut removed = surplus((0..100).map(|nth| record(Some(1), nth)).collect(), 10);
+        let mut removed = surplus((0..100).map(|nth| record(Some(1), &format!("{nth}.io"), nth)).collect(), 10);
         removed.sort_unstable();
         assert_eq!(removed, (0..90).collect::<Vec<_>>(), "of a wildcard domain");
     }
 
     #[test]
     fn what_no_client_is_known_for_has_half() {
-        let record = |client: Option<u32>, nth: u32| {
-            let party =
-                Party { client: client.map(|client| IpAddr::from(client.to_be_bytes())), registry: "a.io".into() };
-            Dated { party, written: SystemTime::UNIX_EPOCH + Duration::from_secs(nth.into()), id: nth }
-        };
-        let homes = (0..80).map(|nth| record(None, nth));
-        let tags = (1_000..1_200).map(|nth| record(Some(nth), nth));
+        let homes = (0..80).map(|nth| record(None, "a.io", nth));
+        let tags = (1_000..1_200).map(|nth| record(Some(nth), "a.io", nth));
         let removed = surplus(homes.chain(tags).collect(), 100);
         assert_eq!(removed.iter().filter(|nth| **nth < 80).count(), 30);
         assert_eq!(removed.len(), 180);
