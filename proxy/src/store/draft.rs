@@ -49,21 +49,16 @@ impl Large {
     /// disk.
     pub fn draft(&self, len: u64, provenance: Provenance) -> Result<Draft, NoSpace> {
         let bytes = len.checked_add(FILE_OVERHEAD).filter(|b| *b <= self.budget.limit()).ok_or(NoSpace)?;
-        if !self.could_hold(bytes.saturating_add(self.promised())) {
-            return Err(NoSpace);
-        }
-        let charge = loop {
-            match self.budget.reserve(FILE_OVERHEAD) {
-                Ok(charge) => break Arc::new(charge),
-                Err(NoSpace) if self.make_room(FILE_OVERHEAD) => {}
-                Err(NoSpace) => return Err(NoSpace),
+        let charge = Arc::new(self.budget.account(0));
+        self.promise(bytes, &charge)?;
+        while charge.grow(FILE_OVERHEAD).is_err() {
+            if !self.make_room(FILE_OVERHEAD) {
+                return Err(NoSpace);
             }
-        };
+        }
         let path = self.fills.join(self.next_draft.fetch_add(1, Ordering::Relaxed).to_string());
         match self.create(&path, len) {
             Ok(file) => {
-                let promise = Promise { bytes, charge: Arc::downgrade(&charge), since: Instant::now() };
-                self.promises().push(promise);
                 let blob = Blob { file, len, provenance: Some(provenance), charge, unreadable: Arc::default() };
                 Ok(Draft { path, blob: Arc::new(blob) })
             }
@@ -75,15 +70,21 @@ impl Large {
         }
     }
 
-    /// What blobs on their way are still to take.
-    fn promised(&self) -> u64 {
-        let (now, mut left) = (Instant::now(), 0);
-        self.promises().retain(|promise| {
-            let its = promise.left(now);
-            left += its.unwrap_or(0);
-            its.is_some()
+    /// Promises space to a blob, if there is enough beside what other blobs on their way are still to take. Both under one
+    /// lock: blobs that begin at the same time must not be promised the same space.
+    fn promise(&self, bytes: u64, charge: &Arc<Charge>) -> Result<(), NoSpace> {
+        let (now, mut promised) = (Instant::now(), 0);
+        let mut promises = self.promises();
+        promises.retain(|promise| {
+            let left = promise.left(now);
+            promised += left.unwrap_or(0);
+            left.is_some()
         });
-        left
+        if !self.could_hold(bytes.saturating_add(promised)) {
+            return Err(NoSpace);
+        }
+        promises.push(Promise { bytes, charge: Arc::downgrade(charge), since: now });
+        Ok(())
     }
 
     /// Reserves space for so many bytes of a draft in all, evicting what nobody reads if need be. One at a time for each

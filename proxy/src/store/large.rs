@@ -503,6 +503,25 @@ mod tests {
     }
 
     #[test]
+    fn blobs_that_begin_at_once_are_not_promised_the_same_space() {
+        let dir = tempfile::tempdir().unwrap();
+        let (blob, room) = (1 << 20, 3 << 19);
+        let large = large(dir.path(), room);
+        for round in 0..100 {
+            let begun = std::sync::Barrier::new(16);
+            let drafts: Vec<_> = std::thread::scope(|scope| {
+                let draft = || {
+                    begun.wait();
+                    large.draft(blob, provenance()).ok()
+                };
+                let threads: Vec<_> = (0..16).map(|_| scope.spawn(draft)).collect();
+                threads.into_iter().filter_map(|thread| thread.join().unwrap()).collect()
+            });
+            assert_eq!(drafts.len() as u64, room / blob, "round {round}");
+        }
+    }
+
+    #[test]
     fn a_vanished_directory_is_a_miss_and_is_made_anew() {
         let dir = tempfile::tempdir().unwrap();
         let large = large(dir.path(), 1 << 20);
