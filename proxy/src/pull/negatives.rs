@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use crate::lifetimes::{ByLifetime, Lifetime};
+use crate::oci::Tag;
 use crate::registries::Place;
 use crate::source::SourceError;
 
@@ -49,10 +50,20 @@ impl Negatives {
     }
 
     pub(super) fn put(&self, place: &Place, endpoint: Endpoint, reference: &str, error: &SourceError) {
+        self.put_for(place.rule.negative_ttl, place, endpoint, reference, error);
+    }
+
+    /// A tag that may be pushed at any moment is not missing for longer than it would be believed.
+    pub(super) fn put_tag(&self, place: &Place, tag: &Tag, error: &SourceError) {
+        let life = place.rule.negative_ttl.min(place.rule.lease_of(tag));
+        self.put_for(life, place, Endpoint::Manifest, tag.as_str(), error);
+    }
+
+    fn put_for(&self, life: Duration, place: &Place, endpoint: Endpoint, reference: &str, error: &SourceError) {
         if place.caller.holder().is_some() {
             return;
         }
-        let negative = Negative { error: error.clone(), life: place.rule.negative_ttl };
+        let negative = Negative { error: error.clone(), life };
         self.errors.insert((place.to_string(), endpoint, reference.to_owned()), negative);
     }
 }

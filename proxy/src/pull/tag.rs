@@ -161,7 +161,7 @@ impl Pull {
                 self.tags.renew(Resolved { place, tag, digest: &answer.digest, checked_at, client }).await;
             }
             Err(error) => {
-                self.negatives.put(place, Endpoint::Manifest, tag.as_str(), error);
+                self.negatives.put_tag(place, tag, error);
                 if error.is_not_found() {
                     self.tags.forget(place, tag);
                 }

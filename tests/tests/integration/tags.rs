@@ -182,7 +182,8 @@ async fn not_found_is_believed_for_a_moment_only() {
     rig.is(Mood::Gone);
     let config = format!(
         "[[registry]]\nmatch = \"docker.io\"\nupstreams = [\"{0}\"]\nnegative_ttl = \"1h\"\n\
-         [[registry]]\nmatch = \"quay.io\"\nupstreams = [\"{0}\"]\nnegative_ttl = \"0s\"",
+         [[registry]]\nmatch = \"quay.io\"\nupstreams = [\"{0}\"]\nnegative_ttl = \"0s\"\n\
+         [[registry]]\nmatch = \"ghcr.io\"\nupstreams = [\"{0}\"]\nnegative_ttl = \"1h\"\ntag_ttl = \"0s\"",
         rig.origin.url()
     );
     let dray = Start::new(config).run();
@@ -190,11 +191,15 @@ async fn not_found_is_believed_for_a_moment_only() {
         assert_eq!(dray.get(PATH).await.status, 404);
     }
     assert_eq!(rig.origin.count("GET", "/1"), 1);
-    let elsewhere = "/v2/library/app/manifests/1?ns=quay.io";
-    assert_eq!(dray.get(elsewhere).await.status, 404);
+    let elsewhere = ["quay.io", "ghcr.io"].map(|registry| format!("/v2/library/app/manifests/1?ns={registry}"));
+    for path in &elsewhere {
+        assert_eq!(dray.get(path).await.status, 404);
+    }
     rig.is(Mood::First);
     assert_eq!(dray.get(PATH).await.status, 404, "still believed");
-    rig.assert_is(&dray.get(elsewhere).await, 0);
+    for path in &elsewhere {
+        rig.assert_is(&dray.get(path).await, 0);
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
