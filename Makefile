@@ -1,22 +1,36 @@
 # Thin: each target is one or two commands that can be run by hand.
 PROFILE ?= ci
-BIN := target/$(PROFILE)/dray
 TOOLS := target/tools
-CARGO_TEST := cargo test --profile $(PROFILE) --workspace
 
-.PHONY: run test lint bench soak image manifests setup tools fuzz fmt
+# One static build of everything: tests, benchmarks and the image run the same program. k8s/flags.sh says why.
+HOST := $(shell rustc -vV | sed -n 's/^host: //p')
+export CARGO_BUILD_TARGET := $(HOST)
+export RUSTFLAGS := $(shell k8s/flags.sh)
+BUILT := target/$(HOST)
+BIN := $(BUILT)/$(PROFILE)/dray
+
+.PHONY: run build check test lint bench soak image manifests setup tools fuzz fmt
 
 run: $(BIN) ## Build dray and start it with its built-in defaults
 	$(BIN)
 
-test: setup tools ## Build, install what the tests need, and run them all
-	tests/previous.sh target/previous $(PROFILE)
-	cargo build --profile $(PROFILE) --workspace --all-targets
-	k8s/image.sh target/image $(PROFILE)
-	$(CARGO_TEST)
+build: build-setup ## The program as it is installed, in target/dray
+	cargo build --release --locked --package dray
+	cp $(BUILT)/release/dray target/dray
 
-lint: build-setup ## Formatting, clippy, licences and bans
-	cargo fmt --all --check
+check: build-setup fmt-check ## What needs neither root nor Go: formatting, clippy, unit tests, simulations
+	cargo clippy --profile $(PROFILE) --workspace --all-targets -- --deny warnings
+	cargo test --profile $(PROFILE) --package dray -- $(TESTS)
+
+test: ## Build, install what the tests need, and run them all, or some: make test TESTS=faults::
+	tests/stage.sh packages tests/setup.sh
+	tests/stage.sh "Go tools" tests/tools.sh $(TOOLS)
+	tests/stage.sh "previous release" tests/previous.sh target/previous $(PROFILE)
+	tests/stage.sh build cargo build --profile $(PROFILE) --workspace --all-targets
+	tests/stage.sh image k8s/image.sh target/image $(PROFILE)
+	tests/stage.sh tests cargo test --profile $(PROFILE) --workspace -- $(TESTS)
+
+lint: build-setup fmt-check ## Formatting, clippy, licences and bans
 	cargo clippy --profile $(PROFILE) --workspace --all-targets -- --deny warnings
 	cargo check --profile $(PROFILE) --package dray --no-default-features
 	tests/deny.sh
@@ -24,9 +38,9 @@ lint: build-setup ## Formatting, clippy, licences and bans
 fuzz: setup ## Every fuzz target for some seconds: make fuzz SECONDS=10
 	tests/fuzz.sh $(or $(SECONDS),10)
 
-bench: setup tools ## Compare the release build with direct pulls and nginx on this machine
+bench: setup tools ## Compare the release build with direct pulls and nginx here: make bench PARTS="small cold"
 	cargo build --release --workspace --bins --examples
-	target/release/bench
+	$(BUILT)/release/bench $(PARTS)
 
 soak: setup tools ## The fault tests ten times as long, and 20 minutes of ordinary operation
 	cargo build --profile $(PROFILE) --workspace --all-targets
@@ -40,6 +54,10 @@ tools: ## Build the Go tools that the tests use
 
 fmt:
 	cargo fmt --all
+
+.PHONY: fmt-check
+fmt-check:
+	cargo fmt --all --check
 
 image: setup ## A container image in target/image/oci, to be pushed by: skopeo copy oci:target/image/oci docker://...
 	k8s/image.sh target/image

@@ -9,10 +9,7 @@ profile=${2:-release}
 cd "$(dirname "$0")/.."
 target=${3:-$(rustc -vV | sed -n 's/^host: //p')}
 
-# Static, so that the image needs no C library; paths of this machine are none of the program's business.
-home=${CARGO_HOME:-$HOME/.cargo}
-RUSTFLAGS="-C target-feature=+crt-static --remap-path-prefix=$PWD=/dray --remap-path-prefix=$home=/cargo" \
-    cargo build --profile "$profile" --locked --package dray --target "$target"
+RUSTFLAGS=$(k8s/flags.sh) cargo build --profile "$profile" --locked --package dray --target "$target"
 
 context=$(mktemp -d)
 trap 'rm -rf "$context"' EXIT

@@ -2,6 +2,8 @@
 # Runs every fuzz target for so many seconds. Without a nightly toolchain the stable one is told to
 # accept the flags that the fuzzer needs.
 set -eu
+# The fuzzer has flags of its own.
+unset RUSTFLAGS CARGO_BUILD_TARGET
 seconds=${1:-10}
 cd "$(dirname "$0")/.."
 tools=$PWD/target/tools

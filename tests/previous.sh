@@ -15,11 +15,12 @@ sources=$out/src
 rm -rf "$sources" && mkdir "$sources"
 # As new as they are here: cargo goes by that, and knows the commit before.
 git archive "$commit" | tar --extract --touch --directory "$sources"
-# The same target directory: what both stand on is built once.
-CARGO_TARGET_DIR=$PWD/target cargo build --profile "$profile" --locked --package dray --bin dray \
-    --manifest-path "$sources/Cargo.toml"
+# The same target directory and flags: what both stand on is built once.
+host=$(rustc -vV | sed -n 's/^host: //p')
+CARGO_TARGET_DIR=$PWD/target RUSTFLAGS=$(k8s/flags.sh) cargo build --profile "$profile" --locked --package dray --bin dray \
+    --target "$host" --manifest-path "$sources/Cargo.toml"
 rm -f "$out/dray"
-mv "target/$profile/dray" "$out/dray"
+mv "target/$host/$profile/dray" "$out/dray"
 rm -rf "$out/chart"
 [ ! -d "$sources/k8s/dray" ] || mv "$sources/k8s/dray" "$out/chart"
 rm -rf "$sources"
