@@ -30,7 +30,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
 
-pub use self::ask::{Declined, TagAnswer};
+pub use self::ask::{Declined, TagAnswer, TagMeaning};
 use self::discovery::Discovery;
 use self::health::Health;
 pub use self::key::{Seal, Unproven};
@@ -38,7 +38,7 @@ use self::members::Members;
 pub use self::members::{Lead, Scope};
 use self::proof::Proof;
 pub use self::proof::{RELOAD, Standing};
-pub use self::question::{Aim, Manner, Question, Redirects};
+pub use self::question::{Aim, Downstream, Manner, Question, Redirects};
 use self::swarm::{Claim, Time, Tracker};
 use self::visit::Circle;
 pub use self::visit::{Sending, Visitor};

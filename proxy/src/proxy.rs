@@ -359,7 +359,15 @@ impl Front {
         let is_tag = matches!(endpoint, Endpoint::Manifest(Reference::Tag(_)));
         let reach = if self.readiness.has_ended() && !is_tag { Reach::Kept } else { reach };
         let patience = Asking::patience_of_peer(visitor.deadline);
-        Asking { asker: Asker::Peer(standing), client: None, role: visitor.role, reach, aim: visitor.aim, patience }
+        Asking {
+            asker: Asker::Peer(standing),
+            client: None,
+            role: visitor.role,
+            reach,
+            aim: visitor.aim,
+            downstream: visitor.downstream,
+            patience,
+        }
     }
 
     /// Who asks on the peers' port.

@@ -30,7 +30,13 @@ pub struct Resolved<'a> {
 pub struct Lease {
     pub digest: Digest,
     checked_at: SystemTime,
+    /// The time in the record on disk.
+    recorded_at: SystemTime,
 }
+
+/// A renewal that changes nothing else is written to disk this often. Longer: after a restart a tag counts as older than it
+/// is, by up to this time. Shorter: each renewal of each tag is a write.
+const RECORDED_EVERY: Duration = Duration::from_secs(3600);
 
 const MAX_LEASES: u64 = 50_000;
 
@@ -58,7 +64,7 @@ impl Tags {
         let read = move || store.records.tag(&place.registry, &place.repository, &tag);
         let record = on_thread(read).await?;
         let checked_at = UNIX_EPOCH.checked_add(Duration::from_secs(record.checked_at))?;
-        let lease = Lease { digest: record.digest.parse().ok()?, checked_at };
+        let lease = Lease { digest: record.digest.parse().ok()?, checked_at, recorded_at: checked_at };
         // Another request may have resolved it anew since.
         Some(self.leases.entry(key).or_insert(lease).into_value())
     }
@@ -66,10 +72,18 @@ impl Tags {
     /// The origin said at that time what the tag means. The youngest word wins.
     pub async fn renew(&self, resolved: Resolved<'_>) {
         let Resolved { place, tag, digest, checked_at, client } = resolved;
-        if self.lease(place, tag).await.is_some_and(|known| known.checked_at > checked_at) {
+        let known = self.lease(place, tag).await;
+        if known.as_ref().is_some_and(|known| known.checked_at > checked_at) {
             return;
         }
-        self.leases.insert((place.to_string(), tag.clone()), Lease { digest: digest.clone(), checked_at });
+        let every = RECORDED_EVERY.min(place.rule.stale_for / 8);
+        let recorded_at =
+            known.filter(|known| known.is_recorded(digest, checked_at, every)).map(|known| known.recorded_at);
+        let lease = Lease { digest: digest.clone(), checked_at, recorded_at: recorded_at.unwrap_or(checked_at) };
+        self.leases.insert((place.to_string(), tag.clone()), lease);
+        if recorded_at.is_some() {
+            return;
+        }
         let record = record(place, tag, digest.as_str(), checked_at);
         let store = self.store.clone();
         tokio::task::spawn_blocking(move || store.records.put_tag(&record, client));
@@ -117,6 +131,11 @@ impl Lease {
         self.checked_at <= SystemTime::now()
     }
 
+    /// Whether the record on disk says nearly the same as a renewal.
+    fn is_recorded(&self, digest: &Digest, checked_at: SystemTime, every: Duration) -> bool {
+        self.digest == *digest && checked_at.duration_since(self.recorded_at).is_ok_and(|since| since < every)
+    }
+
     pub fn age(&self, now: SystemTime) -> Duration {
         now.duration_since(self.checked_at).unwrap_or_default()
     }
@@ -133,6 +152,17 @@ mod tests {
     use crate::config::{Config, Share, Size};
     use crate::metrics::Metrics;
     use crate::registries::Registries;
+
+    #[test]
+    fn renewals_that_change_nothing_are_written_once_in_a_while() {
+        let (hour, at) = (Duration::from_secs(3600), |minutes: u64| UNIX_EPOCH + Duration::from_secs(minutes * 60));
+        let [old, new] = [b"a", b"b"].map(|bytes| Digest::of(bytes));
+        let lease = Lease { digest: old.clone(), checked_at: at(30), recorded_at: at(10) };
+        let table = [(&old, 31, true), (&old, 69, true), (&old, 70, false), (&new, 31, false), (&old, 9, false)];
+        for (digest, minutes, recorded) in table {
+            assert_eq!(lease.is_recorded(digest, at(minutes), hour), recorded, "{digest} at {minutes}");
+        }
+    }
 
     #[tokio::test]
     async fn a_date_in_the_future_says_nothing() {

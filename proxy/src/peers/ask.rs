@@ -21,13 +21,18 @@ use crate::oci::{Digest, MAX_MANIFEST_BYTES, Span, Spans, Tag, manifest};
 use crate::source::{Broken, Incoming, Part, ServedFrom, SourceError, root_cause};
 
 /// What a tag means to a peer.
-pub struct TagAnswer {
+pub struct TagMeaning {
     pub digest: Digest,
-    pub media_type: String,
-    pub bytes: bytes::Bytes,
-    /// Since when the origin was not asked.
+    /// Since when the upstream was not asked.
     pub age: Duration,
     pub from: ServedFrom,
+}
+
+/// The same, with the manifest.
+pub struct TagAnswer {
+    pub meaning: TagMeaning,
+    pub media_type: String,
+    pub bytes: bytes::Bytes,
 }
 
 /// Why a peer gives nothing.
@@ -49,40 +54,52 @@ const LOOK: Duration = Duration::from_millis(500);
 /// What is sent whole is here so soon after its head: there has to be time to ask somebody else.
 const BODY: Duration = Duration::from_secs(3);
 
-/// Those who may have fetched a digest while this node was away.
+/// Those who may have fetched a digest while this node was away. More: each miss of the owner costs more requests that mostly
+/// find nothing. Fewer: one of them that is down leads to a second download from the upstream.
 const SUCCESSORS: usize = 2;
 
 /// Those asked when no origin answers.
 const LAST_RESORT: usize = 16;
 
 impl Peers {
-    /// Those who may have a digest that this node owns.
+    /// The holders of a blob that this node owns, of those that have not said by a request of their own what they have.
     pub async fn ask_successors(&self, question: &Question<'_>) -> Vec<Holder> {
-        self.who_has(question, SUCCESSORS).await
+        let mut successors = self.successors(question, SUCCESSORS);
+        successors.retain(|peer| !self.has_visited(peer, question.digest));
+        self.who_has(question, successors).await
     }
 
     /// Those who may have a digest that no origin gives.
     pub async fn ask_around(&self, question: &Question<'_>) -> Vec<Holder> {
-        self.who_has(question, LAST_RESORT).await
+        self.who_has(question, self.successors(question, LAST_RESORT)).await
     }
 
-    pub(super) fn successors(&self, digest: &Digest, count: usize, scope: Scope) -> Vec<SocketAddr> {
-        self.members.load().successors(digest, count, scope, |peer| self.is_well(peer))
+    /// The next owners, without the peers that wait for this node.
+    fn successors(&self, question: &Question<'_>, count: usize) -> Vec<SocketAddr> {
+        let may_be_asked = |peer: &SocketAddr| self.is_well(peer) && !question.downstream.contains(peer);
+        self.members.load().successors(question.digest, count, question.scope, may_be_asked)
+    }
+
+    /// Pings those that would be asked next.
+    pub(super) fn suspect_successors(&self, question: &Question<'_>, scope: Scope, of: SocketAddr, count: usize) {
+        let members = self.members.load();
+        let next = members.successors(question.digest, count + 1, scope, |peer| self.is_well(peer));
+        next.into_iter().filter(|next| *next != of).take(count).for_each(|next| self.is_suspect(next));
     }
 
     /// How long a blob is, by the word of somebody who has it, where no origin says so.
     pub async fn anybodys_length(&self, question: &Question<'_>) -> Option<u64> {
-        self.heads(question, LAST_RESORT).await.first().map(|(_, length)| *length)
+        let peers = self.successors(question, LAST_RESORT);
+        self.heads(question, peers).await.first().map(|(_, length)| *length)
     }
 
-    async fn who_has(&self, question: &Question<'_>, count: usize) -> Vec<Holder> {
-        self.heads(question, count).await.into_iter().map(|(holder, _)| holder).collect()
+    async fn who_has(&self, question: &Question<'_>, peers: Vec<SocketAddr>) -> Vec<Holder> {
+        self.heads(question, peers).await.into_iter().map(|(holder, _)| holder).collect()
     }
 
     /// Those who have some of a blob, and how long it is by their word.
-    async fn heads(&self, question: &Question<'_>, count: usize) -> Vec<(Holder, u64)> {
-        let successors = self.successors(question.digest, count, question.scope);
-        let asked = successors.into_iter().map(|peer| async move {
+    async fn heads(&self, question: &Question<'_>, peers: Vec<SocketAddr>) -> Vec<(Holder, u64)> {
+        let asked = peers.into_iter().map(|peer| async move {
             let path = format!("blobs/{}", question.digest);
             let asking = self.get(Method::HEAD, peer, question, &path, Part::From(0), HeaderMap::new());
             let response = self.look(peer, asking).await?.ok().filter(|response| response.status() == 200)?;
@@ -239,11 +256,19 @@ impl Peers {
         question: &Question<'_>,
     ) -> Result<(String, bytes::Bytes), SourceError> {
         let path = format!("manifests/{}", question.digest);
-        let response = self.get(Method::GET, peer, question, &path, Part::From(0), HeaderMap::new()).await?;
+        let more = self.downstream_of(question);
+        let response = self.get(Method::GET, peer, question, &path, Part::From(0), more).await?;
         self.take_manifest(peer, question, response).await
     }
 
-    /// What a tag means to a peer that has proven who it is. `question.digest` is the tag's place in the
+    /// The peers that wait for the response, this one first.
+    fn downstream_of(&self, question: &Question<'_>) -> HeaderMap {
+        let members = self.members.load();
+        let written = members.has_own().then(|| question.downstream.write(members.own)).flatten();
+        written.map(|peers| (wire::PEER, peers)).into_iter().collect()
+    }
+
+    /// What a tag means to a peer that has proven who it is, with the manifest. `question.digest` is the tag's place in the
     /// ring.
     pub async fn tag(
         &self,
@@ -252,37 +277,52 @@ impl Peers {
         tag: &Tag,
         accept: &str,
     ) -> Result<TagAnswer, SourceError> {
-        let mut more = HeaderMap::new();
-        more.extend(accept.parse().ok().map(|accept| (ACCEPT, accept)));
-        let path = format!("manifests/{tag}");
-        let response = self.get(Method::GET, peer, question, &path, Part::From(0), more).await?;
-        let headers = response.headers();
-        let missing = |what: &str| SourceError::Malformed(format!("a peer's tag without {what}"));
-        let digest: Option<Digest> = wire::read(headers, &wire::CONTENT_DIGEST);
-        let age = wire::read(headers, &wire::AGE).map(Duration::from_millis);
-        let stale = headers.get(wire::SOURCE).is_some_and(|source| source == ServedFrom::Stale.as_str());
+        let response = self.get_tag(Method::GET, peer, question, tag, accept).await?;
+        let meaning = TagMeaning::read(response.headers());
         let (media_type, bytes) = self.take_manifest(peer, question, response).await?;
-        let digest = digest.filter(|digest| digest.matches(&bytes)).ok_or_else(|| missing("its digest"))?;
-        let from = if stale { ServedFrom::Stale } else { ServedFrom::Peer };
-        Ok(TagAnswer { digest, media_type, bytes, age: age.ok_or_else(|| missing("its age"))?, from })
+        let meaning = meaning?;
+        if !meaning.digest.matches(&bytes) {
+            return Err(SourceError::Malformed("a peer's tag with another manifest than its digest".into()));
+        }
+        Ok(TagAnswer { meaning, media_type, bytes })
     }
 
-    /// What those know of a tag who may have owned it while this node was away.
-    pub async fn successors_tag(&self, question: &Question<'_>, tag: &Tag, accept: &str) -> Option<TagAnswer> {
-        self.youngest_tag(question, tag, accept, SUCCESSORS).await
+    /// The same without the manifest, for a peer that may have it.
+    pub async fn tag_meaning(
+        &self,
+        peer: SocketAddr,
+        question: &Question<'_>,
+        tag: &Tag,
+        accept: &str,
+    ) -> Result<TagMeaning, SourceError> {
+        let response = self.get_tag(Method::HEAD, peer, question, tag, accept).await?;
+        match response.status().as_u16() {
+            200 => TagMeaning::read(response.headers()),
+            504 => Err(SourceError::NotKept),
+            _ => Err(refused(response, question).await),
+        }
     }
 
-    /// What anybody knows of a tag that no origin explains.
+    async fn get_tag(
+        &self,
+        method: Method,
+        peer: SocketAddr,
+        question: &Question<'_>,
+        tag: &Tag,
+        accept: &str,
+    ) -> Result<Response, SourceError> {
+        let mut more = self.downstream_of(question);
+        more.extend(accept.parse().ok().map(|accept| (ACCEPT, accept)));
+        self.get(method, peer, question, &format!("manifests/{tag}"), Part::From(0), more).await
+    }
+
+    /// What any peer knows of a tag that no upstream resolves: the youngest.
     pub async fn anybodys_tag(&self, question: &Question<'_>, tag: &Tag, accept: &str) -> Option<TagAnswer> {
-        self.youngest_tag(question, tag, accept, LAST_RESORT).await
-    }
-
-    async fn youngest_tag(&self, question: &Question<'_>, tag: &Tag, accept: &str, count: usize) -> Option<TagAnswer> {
-        let successors = self.successors(question.digest, count, question.scope);
-        let asked = successors
+        let asked = self
+            .successors(question, LAST_RESORT)
             .into_iter()
             .map(|peer| async move { self.look(peer, self.tag(peer, question, tag, accept)).await?.ok() });
-        join_all(asked).await.into_iter().flatten().min_by_key(|answer| answer.age)
+        join_all(asked).await.into_iter().flatten().min_by_key(|answer| answer.meaning.age)
     }
 
     async fn take_manifest(
@@ -324,11 +364,23 @@ impl Peers {
     }
 
     async fn kept_manifests(&self, question: &Question<'_>, count: usize) -> Vec<(String, bytes::Bytes)> {
-        let successors = self.successors(question.digest, count, question.scope);
-        let asked = successors
+        let asked = self
+            .successors(question, count)
             .into_iter()
             .map(|peer| async move { self.look(peer, self.manifest(peer, question)).await?.ok() });
         join_all(asked).await.into_iter().flatten().collect()
+    }
+}
+
+impl TagMeaning {
+    fn read(headers: &HeaderMap) -> Result<Self, SourceError> {
+        let missing = |what: &str| SourceError::Malformed(format!("a peer's tag without {what}"));
+        let stale = headers.get(wire::SOURCE).is_some_and(|source| source == ServedFrom::Stale.as_str());
+        Ok(Self {
+            digest: wire::read(headers, &wire::CONTENT_DIGEST).ok_or_else(|| missing("its digest"))?,
+            age: wire::read(headers, &wire::AGE).map(Duration::from_millis).ok_or_else(|| missing("its age"))?,
+            from: if stale { ServedFrom::Stale } else { ServedFrom::Peer },
+        })
     }
 }
 

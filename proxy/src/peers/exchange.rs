@@ -176,8 +176,7 @@ impl Peers {
         sleep(ALIVE).await;
         if let Manner::As(role) = question.manner {
             let scope = if role == Role::Zone { Scope::OwnZone } else { question.scope };
-            let next = self.successors(question.digest, COME_AFTER + 1, scope).into_iter().filter(|next| *next != peer);
-            next.take(COME_AFTER).for_each(|next| self.is_suspect(next));
+            self.suspect_successors(question, scope, peer, COME_AFTER);
         }
         // Somebody else may have found out meanwhile.
         self.is_well(&peer) && self.answers(peer, owed).await

@@ -1,8 +1,11 @@
 //! What a peer is asked, and in which manner.
 
+use std::net::SocketAddr;
+
+use http::{HeaderMap, HeaderValue};
 use tokio::time::Instant;
 
-use super::Scope;
+use super::{Scope, wire};
 use crate::oci::Digest;
 use crate::registries::Place;
 use crate::role::Role;
@@ -16,13 +19,59 @@ pub struct Question<'a> {
     pub aim: Aim,
     /// Which peers may be asked, where it is for any of them.
     pub scope: Scope,
+    /// The peers for which this one sends the request.
+    pub downstream: Downstream,
     pub deadline: Instant,
+}
+
+/// The peers that a request has passed before it reached this one, the nearest first. All of them wait for the response, so
+/// none of them has what it requests.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Downstream([Option<SocketAddr>; MAX_DOWNSTREAM]);
+
+/// From the node of a client by the owners of a tag, then of its digest, each in its zone and then in all: more peers than
+/// any request passes. Fewer: the last owner requests from peers what they lack.
+const MAX_DOWNSTREAM: usize = 4;
+
+impl Downstream {
+    pub const NONE: Self = Self([None; MAX_DOWNSTREAM]);
+
+    /// Those that the header of a request names.
+    pub(super) fn read(headers: &HeaderMap) -> Self {
+        let text = headers.get(wire::PEER).and_then(|value| value.to_str().ok()).unwrap_or_default();
+        let mut peers = text.split(',').map_while(|peer| peer.trim().parse().ok());
+        Self(std::array::from_fn(|_| peers.next()))
+    }
+
+    /// The peer that sent the request.
+    pub(super) fn nearest(&self) -> Option<SocketAddr> {
+        self.0[0]
+    }
+
+    pub fn contains(&self, peer: &SocketAddr) -> bool {
+        self.0.contains(&Some(*peer))
+    }
+
+    /// The header of the request that a peer sends for them.
+    pub(super) fn write(&self, own: SocketAddr) -> Option<HeaderValue> {
+        let peers = std::iter::once(own).chain(self.0.into_iter().flatten()).take(MAX_DOWNSTREAM);
+        HeaderValue::from_str(&peers.map(|peer| peer.to_string()).collect::<Vec<_>>().join(", ")).ok()
+    }
 }
 
 impl<'a> Question<'a> {
     /// One that the peer is to answer itself.
     pub fn about(place: &'a Place, digest: &'a Digest, manner: Manner, deadline: Instant) -> Self {
-        Self { place, digest, manner, redirects: Redirects::Refused, aim: Aim::Whole, scope: Scope::AllZones, deadline }
+        Self {
+            place,
+            digest,
+            manner,
+            redirects: Redirects::Refused,
+            aim: Aim::Whole,
+            scope: Scope::AllZones,
+            downstream: Downstream::NONE,
+            deadline,
+        }
     }
 }
 
@@ -50,4 +99,33 @@ pub enum Aim {
     Range,
     /// All the others follow.
     Whole,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn peer(last: u8) -> SocketAddr {
+        SocketAddr::from(([192, 0, 2, last], 5052))
+    }
+
+    fn received(header: &HeaderValue) -> Downstream {
+        Downstream::read(&HeaderMap::from_iter([(wire::PEER, header.clone())]))
+    }
+
+    #[test]
+    fn downstream_peers_are_carried_on_the_nearest_first() {
+        let first = received(&Downstream::NONE.write(peer(1)).unwrap());
+        let second = received(&first.write(peer(2)).unwrap());
+        assert_eq!((first.nearest(), second.nearest()), (Some(peer(1)), Some(peer(2))));
+        assert!(second.contains(&peer(1)) && second.contains(&peer(2)) && !second.contains(&peer(3)));
+        let long = (3..9).fold(second, |so_far, nth| received(&so_far.write(peer(nth)).unwrap()));
+        assert_eq!((1..9).filter(|nth| long.contains(&peer(*nth))).collect::<Vec<_>>(), [5, 6, 7, 8]);
+    }
+
+    #[test]
+    fn a_header_that_names_no_peer_is_read_as_none() {
+        assert_eq!(received(&HeaderValue::from_static("somebody, 192.0.2.1:5052")), Downstream::NONE);
+        assert_eq!(Downstream::read(&HeaderMap::new()), Downstream::NONE);
+    }
 }

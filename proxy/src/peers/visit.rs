@@ -11,7 +11,7 @@ use http::{HeaderName, HeaderValue};
 
 use super::swarm::{Comes, Direction, Tracker};
 use super::wire::Holder;
-use super::{Aim, Peers, Reach, Redirects, Seal, Standing, Unproven, lock, wire};
+use super::{Aim, Downstream, Peers, Reach, Redirects, Seal, Standing, Unproven, lock, wire};
 use crate::caller::{self, Caller, Who};
 use crate::oci::{Digest, Span, Spans};
 use crate::registries::Rule;
@@ -22,6 +22,8 @@ use crate::role::Role;
 pub struct Visitor {
     /// None: no member, or one that does not say so. It is answered, but nobody is sent to it.
     peer: Option<SocketAddr>,
+    /// The peers that wait for the response, by their own word.
+    pub downstream: Downstream,
     circle: Circle,
     /// What this node is asked as.
     pub role: Role,
@@ -71,16 +73,17 @@ impl Visitor {
         let text = |name: HeaderName| headers.get(name).and_then(|value| value.to_str().ok()).unwrap_or_default();
         let kept = text(CACHE_CONTROL).split(',').any(|word| word.trim() == wire::ONLY_IF_CACHED);
         let refuses = text(wire::REDIRECT) == wire::NO;
-        let named: Option<SocketAddr> = wire::read(headers, &wire::PEER);
+        let downstream = Downstream::read(headers);
         // Others are sent to it: it has to be a member, and where it says it is. Who proves to be one is believed: with
         // several addresses it may call from another one.
         let members = peers.members.load();
         let is_proven = standing == Standing::Member;
         let is_true = |peer: &SocketAddr| members.contains(*peer) && (is_proven || Some(peer.ip()) == from);
-        let peer = named.filter(is_true);
+        let peer = downstream.nearest().filter(is_true);
         let is_far = peer.is_some_and(|peer| members.is_far(peer));
         Ok(Self {
             peer,
+            downstream,
             circle: if is_far { Circle::OtherZones } else { Circle::OwnZone },
             // Nobody is asked as a client; without a word, it is the owner.
             role: wire::read(headers, &wire::ROLE).filter(|role| *role != Role::Client).unwrap_or(Role::Global),
@@ -172,6 +175,11 @@ impl Peers {
     /// Whether another visitor has the byte at `at`, or gets it from the origin.
     pub fn another_has(&self, visitor: SocketAddr, digest: &Digest, at: u64) -> bool {
         self.visitors_of(digest).iter().any(|tracker| lock(tracker).another_has(visitor, at))
+    }
+
+    /// Whether a peer has said what it has of a blob, by requesting some of it.
+    pub(super) fn has_visited(&self, peer: &SocketAddr, digest: &Digest) -> bool {
+        self.visitors_of(digest).iter().any(|tracker| lock(tracker).knows(peer))
     }
 
     /// The visitors who have the byte at `at`, or get it from the origin.

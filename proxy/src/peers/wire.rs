@@ -3,7 +3,7 @@
 //! | header | in | value |
 //! |---|---|---|
 //! | `dray-role` | question | `zone` or `global`: what the one who is asked is to be; without it global |
-//! | `dray-peer` | question | the address by which the members know whoever asks |
+//! | `dray-peer` | question | the address by which the members know the peer that asks; of a manifest also those of the peers for which it does |
 //! | `dray-have` | both | the bytes that the sender has: `0-99+200-299` |
 //! | `dray-load` | both | how many bodies the sender sends at the moment |
 //! | `dray-whole` | question | `yes`: the range is one of many that make the whole blob |

@@ -4,7 +4,7 @@ use std::net::IpAddr;
 use std::time::Duration;
 
 use crate::oci::NamedBy;
-use crate::peers::{Aim, Reach, Standing};
+use crate::peers::{Aim, Downstream, Reach, Standing};
 use crate::role::Role;
 use crate::source::UPSTREAM_TIMEOUT;
 
@@ -27,6 +27,8 @@ pub struct Asking {
     pub role: Role,
     pub reach: Reach,
     pub aim: Aim,
+    /// The peers that wait for the response.
+    pub downstream: Downstream,
     /// How long the requester waits for a response.
     pub patience: Duration,
 }
@@ -53,6 +55,7 @@ impl Asking {
         role: Role::Client,
         reach: Reach::Origin,
         aim: Aim::Range,
+        downstream: Downstream::NONE,
         patience: UPSTREAM_TIMEOUT,
     };
 

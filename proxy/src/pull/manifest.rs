@@ -103,7 +103,8 @@ impl Pull {
         if let Some(error) = self.negatives.get(place, Endpoint::Manifest, digest.as_str()) {
             return Err(error);
         }
-        self.manifest_flight(place, digest, accept, self.role(place, digest, asking)).await
+        let role = self.role(place, digest, asking);
+        self.manifest_flight(place, digest, accept, Asking { role, ..asking }).await
     }
 
     /// Fetched once for all who ask for it at the same time.
@@ -112,9 +113,9 @@ impl Pull {
         place: &'a Place,
         digest: &'a Digest,
         accept: &'a str,
-        role: Role,
+        asking: Asking,
     ) -> BoxFuture<'a, Fetched> {
-        let key = |who| (place.to_string(), digest.clone(), role, who);
+        let key = |who| (place.to_string(), digest.clone(), asking.role, who);
         let (shared, own) = flights(place, key);
         let landed = self.manifest_flights.join_or_own(
             shared,
@@ -123,7 +124,7 @@ impl Pull {
             move || {
                 let (pull, place, digest, accept) = (self.clone(), place.clone(), digest.clone(), accept.to_owned());
                 async move {
-                    let fetched = pull.fetch_manifest(&place, &digest, &accept, role).await;
+                    let fetched = pull.fetch_manifest(&place, &digest, &accept, asking).await;
                     if let Err(error) = &fetched {
                         pull.negatives.put(&place, Endpoint::Manifest, digest.as_str(), error);
                     }
@@ -134,18 +135,18 @@ impl Pull {
         async move { landed.await.unwrap_or_else(fetch_ended) }.boxed()
     }
 
-    async fn fetch_manifest(self: &Arc<Self>, place: &Place, digest: &Digest, accept: &str, role: Role) -> Fetched {
+    async fn fetch_manifest(self: &Arc<Self>, place: &Place, digest: &Digest, accept: &str, asking: Asking) -> Fetched {
         // Another place may have brought it while we waited for our turn. Peers may wait for this as
         // well, and get what they may have.
         if let Some(found) = self.kept_manifest(place, digest, Asker::Peer(Standing::Member)).await {
             return Ok(found);
         }
-        if let Some(object) = self.manifest_of_peers(place, digest, role).await? {
+        if let Some(object) = self.manifest_of_peers(place, digest, asking).await? {
             return Ok((object, ServedFrom::Peer));
         }
-        if role != Role::Global {
+        if asking.role != Role::Global {
             // It takes the owner's place, as others may ask it to.
-            return self.manifest_flight(place, digest, accept, Role::Global).await;
+            return self.manifest_flight(place, digest, accept, Asking { role: Role::Global, ..asking }).await;
         }
         let deadline = Instant::now() + UPSTREAM_TIMEOUT;
         let reference = Reference::Digest(digest.clone());
@@ -168,16 +169,22 @@ impl Pull {
         &self,
         place: &Place,
         digest: &Digest,
-        role: Role,
+        asking: Asking,
     ) -> Result<Option<SmallObject>, SourceError> {
         let Some(peers) = self.peers_for(place) else { return Ok(None) };
-        let scope = self.scope(place);
-        let question =
-            |manner| Question { scope, ..Question::about(place, digest, manner, Instant::now() + UPSTREAM_TIMEOUT) };
-        let lead = peers.lead(digest, role, scope);
-        if role == Role::Global || lead.leaders.is_empty() {
+        let (scope, downstream) = (self.scope(place), asking.downstream);
+        let question = |manner| {
+            let deadline = Instant::now() + UPSTREAM_TIMEOUT;
+            Question { scope, downstream, ..Question::about(place, digest, manner, deadline) }
+        };
+        let lead = peers.lead(digest, asking.role, scope);
+        if asking.role == Role::Global || lead.leaders.is_empty() {
             let kept = peers.successors_manifests(&question(Manner::IfKept)).await;
             return Ok(self.keep_one(place, digest, kept).await);
+        }
+        // The owner itself waits for this node, which resolves its tag: it would have to ask the upstream as well.
+        if lead.leaders.first().is_some_and(|owner| downstream.contains(owner)) {
+            return Ok(None);
         }
         let mut refusals = Refusals::default();
         for owner in lead.leaders {

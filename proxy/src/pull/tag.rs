@@ -4,7 +4,7 @@
 //! they say carries its age: of several answers the youngest wins, and a lease ends everywhere at the
 //! same time.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -16,7 +16,7 @@ use super::negatives::Endpoint;
 use super::sources::{Refusals, last_scope};
 use super::{Asker, Asking, ManifestAnswer, Pull, fetch_ended, flights, is_personal};
 use crate::oci::{Digest, Reference, Tag};
-use crate::peers::{Manner, Peers, Question, Reach, Standing, TagAnswer};
+use crate::peers::{Downstream, Manner, Peers, Question, Reach, Standing, TagAnswer, TagMeaning};
 use crate::registries::Place;
 use crate::role::Role;
 use crate::source::{ServedFrom, SourceError, UPSTREAM_TIMEOUT};
@@ -64,7 +64,7 @@ impl Pull {
         let peers = self.peers_for_tags().filter(|_| place.caller.may_be_lent());
         let role =
             peers.map_or(Role::Global, |peers| peers.lead(&in_ring(place, tag), asking.role, self.scope(place)).role);
-        let asked = self.ask_for_tag(place, tag, accept, role, asking.client);
+        let asked = self.ask_for_tag(place, tag, accept, Asking { role, ..asking });
         let Some(expired) = expired else {
             return match asked.await {
                 Err(error) if error.is_passing_outage() && self.tags.was_absent(place, tag).await => {
@@ -113,13 +113,12 @@ impl Pull {
         place: &'a Place,
         tag: &'a Tag,
         accept: &'a str,
-        role: Role,
-        client: Option<IpAddr>,
+        asking: Asking,
     ) -> BoxFuture<'a, Meant> {
         if let Some(error) = self.negatives.get(place, Endpoint::Manifest, tag.as_str()) {
             return std::future::ready(Err(error)).boxed();
         }
-        let key = |who| (place.to_string(), tag.clone(), role, who);
+        let key = |who| (place.to_string(), tag.clone(), asking.role, who);
         let (shared, own) = flights(place, key);
         let landed = self.tag_flights.join_or_own(
             shared,
@@ -133,8 +132,8 @@ impl Pull {
                     if let Some(answer) = pull.just_resolved(&place, &tag).await {
                         return Ok(answer);
                     }
-                    let meant = pull.find_meaning(&place, &tag, &accept, role, client).await;
-                    pull.remember(&place, &tag, &meant, client).await;
+                    let meant = pull.find_meaning(&place, &tag, &accept, asking).await;
+                    pull.remember(&place, &tag, &meant, asking.client).await;
                     meant
                 }
             },
@@ -169,35 +168,26 @@ impl Pull {
         }
     }
 
-    async fn find_meaning(
-        self: &Arc<Self>,
-        place: &Place,
-        tag: &Tag,
-        accept: &str,
-        role: Role,
-        client: Option<IpAddr>,
-    ) -> Meant {
+    async fn find_meaning(self: &Arc<Self>, place: &Place, tag: &Tag, accept: &str, asking: Asking) -> Meant {
+        let downstream = asking.downstream;
         let Some(peers) = self.peers_for_tags() else {
-            return self.revalidate(place, tag, accept).await;
+            return self.revalidate(place, tag, accept, downstream).await;
         };
-        let in_ring = in_ring(place, tag);
-        if role != Role::Global {
-            return match self.tag_of_owners(peers, place, tag, accept, role).await? {
+        if asking.role != Role::Global {
+            return match self.tag_of_owners(peers, place, tag, accept, asking).await? {
                 Some(answer) => Ok(answer),
                 // It takes the owner's place, as others may ask it to.
-                None => self.ask_for_tag(place, tag, accept, Role::Global, client).await,
+                None => self.ask_for_tag(place, tag, accept, Asking { role: Role::Global, ..asking }).await,
             };
         }
-        let question = Question { scope: self.scope(place), ..question(place, &in_ring, Manner::IfKept) };
-        if let Some(answer) = peers.successors_tag(&question, tag, accept).await
-            && answer.age < place.rule.lease_of(tag)
-        {
-            return Ok(self.take_tag(place, answer).await);
-        }
-        let of_anybody = Question { scope: last_scope(place), ..question };
-        match self.revalidate(place, tag, accept).await {
+        // The upstream knows better than peers what a tag means, and a HEAD is cheap.
+        let in_ring = in_ring(place, tag);
+        let of_anybody = Question { scope: last_scope(place), downstream, ..question(place, &in_ring, Manner::IfKept) };
+        match self.revalidate(place, tag, accept, downstream).await {
             Err(error) if error.is_outage() => match peers.anybodys_tag(&of_anybody, tag, accept).await {
-                Some(answer) if answer.age < place.rule.stale_for => Ok(stale(self.take_tag(place, answer).await)),
+                Some(answer) if answer.meaning.age < place.rule.stale_for => {
+                    Ok(stale(self.take_tag(place, answer).await))
+                }
                 _ => Err(error),
             },
             meant => meant,
@@ -211,15 +201,16 @@ impl Pull {
         place: &Place,
         tag: &Tag,
         accept: &str,
-        role: Role,
+        asking: Asking,
     ) -> Result<Option<ManifestAnswer>, SourceError> {
         let in_ring = in_ring(place, tag);
-        let lead = peers.lead(&in_ring, role, self.scope(place));
+        let lead = peers.lead(&in_ring, asking.role, self.scope(place));
         let mut refusals = Refusals::default();
         for owner in lead.leaders {
             let question = question(place, &in_ring, Manner::As(lead.asked_as));
-            match peers.tag(owner, &question, tag, accept).await {
-                Ok(answer) => return Ok(Some(self.take_tag(place, answer).await)),
+            let question = Question { downstream: asking.downstream, ..question };
+            match self.tag_of_owner(peers, owner, &question, tag, accept).await {
+                Ok(answer) => return Ok(Some(answer)),
                 Err(error) => {
                     tracing::info!(%owner, %place, %tag, %error, "the owner does not say what a tag means");
                     refusals.add(error)?;
@@ -229,15 +220,34 @@ impl Pull {
         Ok(None)
     }
 
+    /// A tag that is renewed mostly means what it meant before: then the manifest is not sent again.
+    async fn tag_of_owner(
+        &self,
+        peers: &Peers,
+        owner: SocketAddr,
+        question: &Question<'_>,
+        tag: &Tag,
+        accept: &str,
+    ) -> Result<ManifestAnswer, SourceError> {
+        let place = question.place;
+        if self.tags.lease(place, tag).await.is_some() {
+            let TagMeaning { digest, age, from } = peers.tag_meaning(owner, question, tag, accept).await?;
+            if let Some((object, _)) = self.kept_manifest(place, &digest, Asker::Peer(Standing::Member)).await {
+                return Ok(ManifestAnswer { digest, object, from, age: Some(age) });
+            }
+        }
+        Ok(self.take_tag(place, peers.tag(owner, question, tag, accept).await?).await)
+    }
+
     async fn take_tag(&self, place: &Place, answer: TagAnswer) -> ManifestAnswer {
-        let TagAnswer { digest, media_type, bytes, age, from } = answer;
+        let TagAnswer { meaning: TagMeaning { digest, age, from }, media_type, bytes } = answer;
         let object = self.keep_manifest(place, &digest, &media_type, bytes).await;
         ManifestAnswer { digest, object, from, age: Some(age) }
     }
 
     /// Asks the origin what a tag means. A HEAD is not counted by rate limits; only a digest that
     /// is not here yet is fetched.
-    async fn revalidate(self: &Arc<Self>, place: &Place, tag: &Tag, accept: &str) -> Meant {
+    async fn revalidate(self: &Arc<Self>, place: &Place, tag: &Tag, accept: &str, downstream: Downstream) -> Meant {
         let is_known = self.tags.lease(place, tag).await.is_some();
         let deadline = Instant::now() + if is_known { RENEWAL_TIMEOUT } else { UPSTREAM_TIMEOUT };
         let reference = Reference::Tag(tag.clone());
@@ -250,7 +260,7 @@ impl Pull {
         };
         if let Some(digest) = head {
             // Peers may wait for this as well: only what they may have is taken from what is kept.
-            let asking = Asking { asker: Asker::Peer(Standing::Member), ..Asking::CLIENT };
+            let asking = Asking { asker: Asker::Peer(Standing::Member), downstream, ..Asking::CLIENT };
             match self.manifest_by_digest(place, &digest, accept, asking).await {
                 Ok((object, from)) => return Ok(ManifestAnswer { digest, object, from, age: Some(Duration::ZERO) }),
                 // The tag may have moved meanwhile, or the HEAD was wrong: the GET of the tag decides.

@@ -116,6 +116,84 @@ async fn the_whole_cluster_agrees_on_a_tag_for_one_question() {
     assert_eq!(moving.asked(), 2);
 }
 
+/// All series of a counter, of all nodes.
+async fn sum(nodes: &[Dray], metric: &str) -> f64 {
+    let mut sum = 0.0;
+    for node in nodes {
+        let text = get(&format!("http://{}/metrics", node.admin), &[]).await.text();
+        let series = text.lines().filter(|line| line.starts_with(metric));
+        sum += series.map(|line| line.rsplit(' ').next().unwrap().parse::<f64>().unwrap()).sum::<f64>();
+    }
+    sum
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_new_tag_takes_two_peer_requests_at_most() {
+    let (_dir, key) = key("a secret of all the drays\n");
+    // By the addresses, which differ each time, one node may own both the tag and its digest.
+    for _ in 0..3 {
+        let moving = Moving::new().await;
+        let rules = moving.rule("");
+        let nodes = cluster(&[(&rules, &key), (&rules, &key), (&rules, &key)]);
+        assert_eq!(nodes[0].get(TAG).await.status, 200);
+        let requests = sum(&nodes, "dray_peer_requests_total").await;
+        assert!(requests <= 2.0, "{requests} requests between peers");
+        assert_eq!(moving.origin.count("GET", "/manifests/"), 1);
+    }
+}
+
+/// The files of a directory, and when each was written.
+fn written(dir: &Path) -> Vec<(std::path::PathBuf, std::time::SystemTime)> {
+    let entries = std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path());
+    let mut files: Vec<_> = entries
+        .flat_map(|path| match path.is_dir() {
+            true => written(&path),
+            false => vec![(path.clone(), path.metadata().unwrap().modified().unwrap())],
+        })
+        .collect();
+    files.sort();
+    files
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_renewed_tag_that_has_not_moved_is_neither_sent_nor_written_again() {
+    let moving = Moving::new().await;
+    let (_dir, key) = key("a secret of all the drays\n");
+    let rules = moving.rule("tag_ttl = \"1s\"");
+    let nodes = cluster(&[(&rules, &key), (&rules, &key), (&rules, &key)]);
+    tag_on(&nodes).await;
+    let records =
+        || nodes.iter().flat_map(|node| written(&node.start().cache_dir().join("v1/records"))).collect::<Vec<_>>();
+    let mut before = records();
+    eventually("what is learned is written", async || {
+        tokio::time::sleep(std::time::Duration::from_millis(300)).await;
+        let now = records();
+        let is_settled = now == before && now.len() >= 3;
+        before = now;
+        is_settled.then_some(())
+    })
+    .await;
+    let sent = sum(&nodes, "dray_peer_bytes_total").await;
+    for renewals in 2..5 {
+        eventually("the tag is renewed", async || {
+            tag_on(&nodes).await;
+            (moving.asked() >= renewals).then_some(())
+        })
+        .await;
+    }
+    let meant = tag_on(&nodes).await;
+    assert!(meant.iter().all(|(status, digest, _)| (*status, digest) == (200, &moving.images[0].digest)), "{meant:?}");
+    assert_eq!(sum(&nodes, "dray_peer_bytes_total").await, sent, "no manifest was sent");
+    assert_eq!(records(), before, "nothing was written");
+    moving.is(1);
+    eventually("a tag that moves is written", async || {
+        let meant = tag_on(&nodes).await;
+        let has_moved = meant.iter().all(|(_, digest, _)| *digest == moving.images[1].digest);
+        (has_moved && records() != before).then_some(())
+    })
+    .await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_tag_that_any_node_knows_outlives_its_origin_and_its_owner() {
     let moving = Moving::new().await;

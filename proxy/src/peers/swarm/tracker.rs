@@ -108,6 +108,11 @@ impl Tracker {
         }
     }
 
+    /// Whether a peer has said what it has.
+    pub fn knows(&self, peer: &SocketAddr) -> bool {
+        self.peers.contains_key(peer)
+    }
+
     /// Names it to nobody any more.
     pub fn forget(&mut self, peer: &SocketAddr) {
         self.peers.remove(peer);
