@@ -45,7 +45,7 @@ use crate::activity::Activity;
 use crate::connections::{self, kept_for};
 use crate::metrics::Metrics;
 use crate::oci::route::{self, query_value};
-use crate::oci::{Endpoint, RangeSet, Reference, Route, accept, link};
+use crate::oci::{Endpoint, NamedBy, RangeSet, Reference, Route, accept, link};
 use crate::peers::swarm::Direction;
 use crate::peers::{Reach, Standing, Unproven, Visitor, wire};
 use crate::pull::{Asker, Asking, BlobRequest, List, ManifestAnswer, Pull, Refusal};
@@ -124,6 +124,14 @@ impl HttpServerApp for Front {
     }
 }
 
+/// What a request is for, once it is known who may have it.
+struct Wanted<'a> {
+    endpoint: Endpoint,
+    accept: &'a str,
+    named_by: NamedBy,
+    asking: Asking,
+}
+
 impl Front {
     async fn respond(&self, session: &mut Session, exchange: &mut Exchange) -> pingora::Result<()> {
         session.set_write_timeout(Some(PATIENCE));
@@ -199,7 +207,7 @@ impl Front {
             return sentinel::answer(&endpoint, range.filter(|_| request.method != Method::HEAD))
                 .of_registry(&registry);
         }
-        let mut place = self.pull.place(registry.clone(), repository.clone());
+        let place = self.pull.place(registry.clone(), repository.clone());
         let rule = place.rule.name().to_owned();
         exchange.content = Some(Content { registry: registry.clone(), repository, rule, named_by });
         let visitor = match self.visitor(session) {
@@ -214,37 +222,77 @@ impl Front {
         let asking = Asking { client: self.party(session), ..asking };
         let begun = Instant::now();
         let accept = accept::merge(request.headers.get_all(ACCEPT).iter().filter_map(|value| value.to_str().ok()));
-        let mut turn = None;
-        if place.rule.asks_who() && !place.rule.deny {
-            place = match &visitor {
-                Some(visitor) => self.let_peer_in(visitor, place, &endpoint, &accept, asking).await,
-                None => {
-                    let let_in = self.let_in(session, place, &endpoint, &accept);
-                    match timeout(asking.patience, let_in).await {
-                        Ok(Ok((place, may_be_wrong))) => {
-                            turn = may_be_wrong;
-                            place
-                        }
-                        Ok(Err(reply)) => return reply.of_registry(&registry),
-                        Err(_) => {
-                            let message = "the upstream does not say in time who may have it";
-                            return Reply::refusal(&Refusal::Unavailable(message.into())).of_registry(&registry);
-                        }
-                    }
-                }
-            };
-        }
+        let authorized = self.authorize(session, visitor.as_ref(), place, &endpoint, &accept, asking).await;
+        let (place, turn) = match authorized {
+            Ok(authorized) => authorized,
+            Err(reply) => return reply.of_registry(&registry),
+        };
         let asking = asking.after(begun.elapsed());
         if let Err(refusal) = self.pull.permit(&place, asking.asker) {
             // Peers go by their own rules, which may be newer or older: this is no word of the origin.
             let refusal = if asking.asker.is_peer() { Refusal::NotKept } else { refusal };
             return Reply::refusal(&refusal);
         }
-        let ranges = header(RANGE).and_then(RangeSet::parse);
+        let wanted = Wanted { endpoint, accept: &accept, named_by, asking };
+        let answer = self.content(session, exchange, &place, &wanted, visitor).await;
+        if answer.as_ref().is_err_and(Refusal::is_denied) && place.caller.holder().is_some() {
+            // A client that may not list may still pull.
+            if !matches!(wanted.endpoint, Endpoint::Tags | Endpoint::Referrers(_) | Endpoint::Catalog) {
+                self.pull.shut_out(&place);
+            }
+            turn.into_iter().for_each(Turn::was_wrong);
+        }
+        // A challenge is for clients: a peer would take it for one about keys.
+        let refuse = |refusal| match asking.asker.is_peer() {
+            true => Reply::refusal(&refusal),
+            false => self.refuse(session.req_header(), &place, &refusal),
+        };
+        answer.unwrap_or_else(refuse).of_registry(&registry)
+    }
+
+    /// Whether the client or peer may have what a rule gives to some only, and with whose credentials it is requested. Then also
+    /// its turn, if its secret may be wrong.
+    async fn authorize(
+        &self,
+        session: &Session,
+        visitor: Option<&Visitor>,
+        place: registries::Place,
+        endpoint: &Endpoint,
+        accept: &str,
+        asking: Asking,
+    ) -> Result<(registries::Place, Option<Turn>), Reply> {
+        if !place.rule.asks_who() || place.rule.deny {
+            return Ok((place, None));
+        }
+        if let Some(visitor) = visitor {
+            return Ok((self.let_peer_in(visitor, place, endpoint, accept, asking).await, None));
+        }
+        let let_in = self.let_in(session, place, endpoint, accept);
+        match timeout(asking.patience, let_in).await {
+            Ok(authorized) => authorized,
+            Err(_) => {
+                let message = "the upstream does not say in time who may have it";
+                Err(Reply::refusal(&Refusal::Unavailable(message.into())))
+            }
+        }
+    }
+
+    /// What is requested, from wherever it comes.
+    async fn content(
+        &self,
+        session: &Session,
+        exchange: &mut Exchange,
+        place: &registries::Place,
+        wanted: &Wanted<'_>,
+        visitor: Option<Visitor>,
+    ) -> Result<Reply, Refusal> {
+        let request = session.req_header();
+        let ranges = request.headers.get(RANGE).and_then(|value| RangeSet::parse(value.to_str().ok()?));
         let range = ranges.as_ref().and_then(RangeSet::single);
         let head_only = request.method == Method::HEAD;
-        let is_list = matches!(endpoint, Endpoint::Tags | Endpoint::Referrers(_) | Endpoint::Catalog);
-        let answer = match endpoint {
+        let (path, query) = (request.uri.path(), request.uri.query());
+        let Wanted { ref endpoint, accept, named_by, asking } = *wanted;
+        match endpoint {
             Endpoint::Manifest(Reference::Tag(_)) if asking.asker == Asker::Peer(Standing::Stranger) => {
                 Err(self.no_tags())
             }
@@ -252,7 +300,7 @@ impl Front {
                 Err(Refusal::Denied("peers share content, not lists".into()))
             }
             Endpoint::Manifest(reference) => {
-                let answer = self.pull.manifest(&place, &reference, &accept, asking).await;
+                let answer = self.pull.manifest(place, reference, accept, asking).await;
                 // A HEAD describes the whole.
                 answer.map(|answer| {
                     let reply = Reply::manifest(&answer, range.filter(|_| !head_only));
@@ -260,7 +308,7 @@ impl Front {
                 })
             }
             Endpoint::Blob(digest) => {
-                let request = BlobRequest { place: place.clone(), digest, range, named_by, asking };
+                let request = BlobRequest { place: place.clone(), digest: digest.clone(), range, named_by, asking };
                 if head_only {
                     let length = self.pull.blob_length(&request).await;
                     let reply = length.map(|(length, from)| Reply::blob_length(length, from, &request.digest));
@@ -282,23 +330,12 @@ impl Front {
                     answer.map(|answer| Reply::blob(answer, &request.digest))
                 }
             }
-            Endpoint::Tags => self.list(&place, &List::Tags, path, query, asking).await,
-            Endpoint::Referrers(digest) => self.list(&place, &List::Referrers(digest), path, query, asking).await,
-            Endpoint::Catalog => self.list(&place, &List::Catalog, path, query, asking).await,
-        };
-        if answer.as_ref().is_err_and(Refusal::is_denied) && place.caller.holder().is_some() {
-            // Who may not list may still pull.
-            if !is_list {
-                self.pull.shut_out(&place);
+            Endpoint::Tags => self.list(place, &List::Tags, path, query, asking).await,
+            Endpoint::Referrers(digest) => {
+                self.list(place, &List::Referrers(digest.clone()), path, query, asking).await
             }
-            turn.into_iter().for_each(Turn::was_wrong);
+            Endpoint::Catalog => self.list(place, &List::Catalog, path, query, asking).await,
         }
-        // A challenge is for clients: a peer would take it for one about keys.
-        let refuse = |refusal| match asking.asker.is_peer() {
-            true => Reply::refusal(&refusal),
-            false => self.refuse(request, &place, &refusal),
-        };
-        answer.unwrap_or_else(refuse).of_registry(&registry)
     }
 
     /// Who takes a share of what all share: a cluster's nodes may stand in one network.
