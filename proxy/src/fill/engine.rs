@@ -58,6 +58,37 @@ struct Refusals {
     wait_until: Option<Instant>,
 }
 
+/// How a download by ranges goes.
+struct Course {
+    /// All bytes that have come, and when the last of them did.
+    moved: (u64, Instant),
+    /// Bytes of the upstream by which the plan has judged it.
+    counted: u64,
+    breaks: Breaks,
+    /// When the connections last broke that failed together.
+    broke_at: Option<Instant>,
+    /// No connection is opened before that.
+    resume_at: Instant,
+    /// Whether the source understands ranges.
+    understood: bool,
+    refusals: Refusals,
+}
+
+impl Course {
+    fn new() -> Self {
+        let now = Instant::now();
+        Self {
+            moved: (0, now),
+            counted: 0,
+            breaks: Breaks::default(),
+            broke_at: None,
+            resume_at: now,
+            understood: true,
+            refusals: Refusals::default(),
+        }
+    }
+}
+
 /// Connections of one blob.
 const MAX_OF_BLOB: usize = 8;
 
@@ -98,13 +129,7 @@ impl Engine<'_> {
     async fn by_ranges(&mut self, first: (Flow, ServedFrom), mut width: Width) -> Option<Ended> {
         let meter = Meter::default();
         let (sources, total) = (self.sources.clone(), self.total);
-        let mut moved = (0, Instant::now());
-        let mut counted = 0;
-        let mut breaks = Breaks::default();
-        let mut broke_at: Option<Instant> = None;
-        let mut resume_at = Instant::now();
-        let mut understood = true;
-        let mut refusals = Refusals::default();
+        let mut course = Course::new();
         let mut lanes = FuturesUnordered::new();
         let lane = |span, failures, pieces, leave| Lane {
             sources: &*sources,
@@ -129,90 +154,33 @@ impl Engine<'_> {
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             let now = Instant::now();
-            let may_open = understood && now >= resume_at;
+            let may_open = course.understood && now >= course.resume_at;
             self.fill.plan().collect(self.fill.clock(), |span| sources.is_elsewhere(span));
             while may_open
                 && let Some((span, leave)) =
-                    self.next_range(lanes.len(), &mut width, &refusals, progress.borrow_and_update().hashed())
+                    self.next_range(lanes.len(), &mut width, &course.refusals, progress.borrow_and_update().hashed())
             {
-                lanes.push(lane(span, breaks.barren, self.pieces.clone(), leave).run(None));
+                lanes.push(lane(span, course.breaks.barren, self.pieces.clone(), leave).run(None));
             }
             meter.idles.store(may_open && width.is_fixed() && lanes.len() < width.lanes(), Ordering::Relaxed);
             let complete = self.fill.plan().is_complete();
             if lanes.is_empty() && complete {
                 return Some(Ended::Complete);
             }
-            if lanes.is_empty() && !understood {
+            if lanes.is_empty() && !course.understood {
                 self.fill.plan().lend_no_more();
                 return None;
             }
+            let resume_at = course.resume_at;
             tokio::select! {
                 Some(fetched) = lanes.next() => {
-                    let Fetched { span, begun, position, lost } = fetched;
-                    let Some(lost) = lost else {
-                        breaks.recovered();
-                        resume_at = Instant::now();
-                        continue;
-                    };
-                    self.fill.plan().give_back(Span { start: position, end: span.end });
-                    // Others may wait as well, each for the same in vain.
-                    let alone = lanes.is_empty() || (width.is_fixed() && moved.1.elapsed() > NOTHING_MOVES);
-                    match lost {
-                        // One of several peers: the next time another one is asked.
-                        Lost::Broke(_) | Lost::Refused(_) if !alone && width.is_fixed() => {
-                            log_break(lost.why(), position, self.total);
-                            resume_at = Instant::now() + ANOTHER_PEER;
-                            continue;
-                        }
-                        Lost::Beginning => {
-                            breaks.recovered();
-                            continue;
-                        }
-                        Lost::LeftBehind => {
-                            log_break(lost.why(), position, self.total);
-                            continue;
-                        }
-                        Lost::NoRanges => {
-                            understood = false;
-                            continue;
-                        }
-                        Lost::OtherLength => return Some(Ended::Disputed),
-                        Lost::Unwritable => return Some(Ended::Broken(unwritable())),
-                        // The others get on: one fewer will do.
-                        Lost::Refused(error) if !alone => {
-                            refusals.another(&error, Instant::now());
-                            width.limit(lanes.len());
-                            continue;
-                        }
-                        Lost::Refused(error) if !error.is_outage() => return Some(Ended::Broken(error)),
-                        Lost::Refused(_) | Lost::Broke(_) => log_break(lost.why(), position, self.total),
+                    if let Some(ended) = self.came(fetched, lanes.len(), &mut width, &mut course) {
+                        return Some(ended);
                     }
-                    // Several that waited for the same in vain have failed once.
-                    if broke_at.is_none_or(|at| begun >= at) {
-                        breaks.broke(position - span.start);
-                        broke_at = Some(Instant::now());
-                    }
-                    if alone && breaks.too_many() {
-                        return Some(Ended::Broken(SourceError::Unreachable("every source broke".into())));
-                    }
-                    resume_at = Instant::now() + breaks.pause();
                 }
                 _ = tick.tick() => {
-                    // Where the plan waits for the hash, no piece finds this out.
-                    if self.pieces.is_closed() || self.fill.progress.borrow().is_unreadable() {
-                        return Some(Ended::Broken(unwritable()));
-                    }
-                    let bytes = meter.bytes.load(Ordering::Relaxed);
-                    if bytes != moved.0 {
-                        moved = (bytes, Instant::now());
-                    }
-                    let of_origin = meter.of_origin.load(Ordering::Relaxed);
-                    let lanes = u32::try_from(meter.busy_with_origin.load(Ordering::Relaxed)).unwrap_or(u32::MAX);
-                    self.fill.plan().brought(of_origin - counted, TICK * lanes);
-                    counted = of_origin;
-                    width.observe(Instant::now(), bytes, meter.busy.load(Ordering::Relaxed));
-                    if self.is_abandoned() {
-                        return Some(Ended::Abandoned);
+                    if let Some(ended) = self.look_over(&meter, &mut width, &mut course) {
+                        return Some(ended);
                     }
                 }
                 () = self.fill.audience.waiting.notified() => {}
@@ -225,6 +193,77 @@ impl Engine<'_> {
                 }
             }
         }
+    }
+
+    /// A connection has ended, beside so many others: what that means for the rest.
+    fn came(&self, fetched: Fetched, others: usize, width: &mut Width, course: &mut Course) -> Option<Ended> {
+        let Fetched { span, begun, position, lost } = fetched;
+        let Some(lost) = lost else {
+            course.breaks.recovered();
+            course.resume_at = Instant::now();
+            return None;
+        };
+        self.fill.plan().give_back(Span { start: position, end: span.end });
+        // Others may wait as well, each for the same in vain.
+        let alone = others == 0 || (width.is_fixed() && course.moved.1.elapsed() > NOTHING_MOVES);
+        match lost {
+            // One of several peers: the next time another one is asked.
+            Lost::Broke(_) | Lost::Refused(_) if !alone && width.is_fixed() => {
+                log_break(lost.why(), position, self.total);
+                course.resume_at = Instant::now() + ANOTHER_PEER;
+                return None;
+            }
+            Lost::Beginning => {
+                course.breaks.recovered();
+                return None;
+            }
+            Lost::LeftBehind => {
+                log_break(lost.why(), position, self.total);
+                return None;
+            }
+            Lost::NoRanges => {
+                course.understood = false;
+                return None;
+            }
+            Lost::OtherLength => return Some(Ended::Disputed),
+            Lost::Unwritable => return Some(Ended::Broken(unwritable())),
+            // The others get on: one fewer will do.
+            Lost::Refused(error) if !alone => {
+                course.refusals.another(&error, Instant::now());
+                width.limit(others);
+                return None;
+            }
+            Lost::Refused(error) if !error.is_outage() => return Some(Ended::Broken(error)),
+            Lost::Refused(_) | Lost::Broke(_) => log_break(lost.why(), position, self.total),
+        }
+        // Several that waited for the same in vain have failed once.
+        if course.broke_at.is_none_or(|at| begun >= at) {
+            course.breaks.broke(position - span.start);
+            course.broke_at = Some(Instant::now());
+        }
+        if alone && course.breaks.too_many() {
+            return Some(Ended::Broken(SourceError::Unreachable("every source broke".into())));
+        }
+        course.resume_at = Instant::now() + course.breaks.pause();
+        None
+    }
+
+    /// What has come since the last time: whether more connections are worth it, and whether the blob is still wanted.
+    fn look_over(&self, meter: &Meter, width: &mut Width, course: &mut Course) -> Option<Ended> {
+        // Where the plan waits for the hash, no piece finds this out.
+        if self.pieces.is_closed() || self.fill.progress.borrow().is_unreadable() {
+            return Some(Ended::Broken(unwritable()));
+        }
+        let bytes = meter.bytes.load(Ordering::Relaxed);
+        if bytes != course.moved.0 {
+            course.moved = (bytes, Instant::now());
+        }
+        let of_origin = meter.of_origin.load(Ordering::Relaxed);
+        let lanes = u32::try_from(meter.busy_with_origin.load(Ordering::Relaxed)).unwrap_or(u32::MAX);
+        self.fill.plan().brought(of_origin - course.counted, TICK * lanes);
+        course.counted = of_origin;
+        width.observe(Instant::now(), bytes, meter.busy.load(Ordering::Relaxed));
+        self.is_abandoned().then_some(Ended::Abandoned)
     }
 
     /// The next range, and the leave to fetch it beside so many others. None: not now.
