@@ -5,7 +5,7 @@ TOOLS := target/tools
 # One static build of everything: tests, benchmarks and the image run the same program. k8s/flags.sh says why.
 HOST := $(shell rustc -vV | sed -n 's/^host: //p')
 export CARGO_BUILD_TARGET := $(HOST)
-export RUSTFLAGS := $(shell k8s/flags.sh)
+export CARGO_ENCODED_RUSTFLAGS := $(shell k8s/flags.sh)
 BUILT := target/$(HOST)
 BIN := $(BUILT)/$(PROFILE)/dray
 
@@ -14,9 +14,8 @@ BIN := $(BUILT)/$(PROFILE)/dray
 run: $(BIN) ## Build dray and start it with its built-in defaults
 	$(BIN)
 
-build: build-setup ## The program as it is installed, in target/dray
-	cargo build --release --locked --package dray
-	cp $(BUILT)/release/dray target/dray
+build: build-setup ## The program for this machine, in target/release/dray
+	env -u CARGO_BUILD_TARGET -u CARGO_ENCODED_RUSTFLAGS cargo build --release --locked --package dray
 
 check: build-setup fmt-check ## What needs neither root nor Go: formatting, clippy, unit tests, simulations
 	cargo clippy --profile $(PROFILE) --workspace --all-targets -- --deny warnings
@@ -27,7 +26,7 @@ test: ## Build, install what the tests need, and run them all, or some: make tes
 	tests/stage.sh "Go tools" tests/tools.sh $(TOOLS)
 	tests/stage.sh "previous release" tests/previous.sh target/previous $(PROFILE)
 	tests/stage.sh build cargo build --profile $(PROFILE) --workspace --all-targets
-	tests/stage.sh image k8s/image.sh target/image $(PROFILE)
+	PROGRAM=$(BIN) tests/stage.sh image k8s/image.sh target/image
 	tests/stage.sh tests cargo test --profile $(PROFILE) --workspace -- $(TESTS)
 
 lint: build-setup fmt-check ## Formatting, clippy, licences and bans

@@ -2,6 +2,8 @@
 # Builds the image into an OCI directory, for this machine's architecture or another that a cross linker is
 # installed for: k8s/image.sh OUT [PROFILE] [TARGET]
 #
+# PROGRAM  one that is built already with the flags of k8s/flags.sh; otherwise it is built
+#
 # The same sources, Rust and C library give the same bytes: no times, no paths, no build ids.
 set -eu
 out=$(mkdir -p "$1" && cd "$1" && pwd)
@@ -9,7 +11,11 @@ profile=${2:-release}
 cd "$(dirname "$0")/.."
 target=${3:-$(rustc -vV | sed -n 's/^host: //p')}
 
-RUSTFLAGS=$(k8s/flags.sh) cargo build --profile "$profile" --locked --package dray --target "$target"
+program=${PROGRAM:-target/$target/$profile/dray}
+if [ -z "${PROGRAM:-}" ]; then
+    flags=$(k8s/flags.sh)
+    CARGO_ENCODED_RUSTFLAGS=$flags cargo build --profile "$profile" --locked --package dray --target "$target"
+fi
 
 context=$(mktemp -d)
 trap 'rm -rf "$context"' EXIT
@@ -18,7 +24,7 @@ aarch64*) strip=aarch64-linux-gnu-strip architecture=arm64 ;;
 *) strip=strip architecture=amd64 ;;
 esac
 [ "$target" != "$(rustc -vV | sed -n 's/^host: //p')" ] || strip=strip
-"$strip" --remove-section=.note.gnu.build-id -o "$context/dray" "target/$target/$profile/dray"
+"$strip" --remove-section=.note.gnu.build-id -o "$context/dray" "$program"
 cp -L /etc/ssl/certs/ca-certificates.crt "$context/ca-certificates.crt"
 k8s/sbom.sh "$out/dray.cdx.json" "$target"
 cp "$out/dray.cdx.json" "$context/"

@@ -34,7 +34,7 @@ def program(name, built):
     return str(path) if path.exists() else shutil.which(name)
 
 
-DRAY = os.environ.get("DRAY") or program("dray", "target/ci/dray")
+DRAY = os.environ.get("DRAY") or program("dray", "target/release/dray")
 K6 = os.environ.get("K6") or program("k6", "target/tools/k6")
 
 

@@ -6,7 +6,7 @@
 #   DRAYS=4 NODES=100 loadtest/run.sh rollout
 #   OUT=/tmp/churn loadtest/run.sh churn    # also /tmp/churn.json and /tmp/churn.html
 #
-# DRAY     the program          (target/dray, or dray from the path)
+# DRAY     the program          (target/release/dray, or dray from the path)
 # K6       the program          (target/tools/k6, or k6 from the path)
 # DRAYS    how many             (4 for rollout, otherwise 1)
 # SIZE     bytes of a layer     (8000000)
@@ -20,7 +20,7 @@ here=$(cd "$(dirname "$0")" && pwd)
 find_program() { # NAME BUILT
     if [ -x "$2" ]; then echo "$2"; else command -v "$1" || { echo "$1 is missing: build it, or install it" >&2; exit 1; }; fi
 }
-dray=${DRAY:-$(find_program dray "$here/../target/dray")}
+dray=${DRAY:-$(find_program dray "$here/../target/release/dray")}
 k6=${K6:-$(find_program k6 "$here/../target/tools/k6")}
 command -v docker-registry >/dev/null || { echo "docker-registry is missing: install it" >&2; exit 1; }
 

@@ -3,7 +3,7 @@
 # accept the flags that the fuzzer needs.
 set -eu
 # The fuzzer has flags of its own.
-unset RUSTFLAGS CARGO_BUILD_TARGET
+unset CARGO_ENCODED_RUSTFLAGS CARGO_BUILD_TARGET
 seconds=${1:-10}
 cd "$(dirname "$0")/.."
 tools=$PWD/target/tools

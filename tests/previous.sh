@@ -17,7 +17,8 @@ rm -rf "$sources" && mkdir "$sources"
 git archive "$commit" | tar --extract --touch --directory "$sources"
 # The same target directory and flags: what both stand on is built once.
 host=$(rustc -vV | sed -n 's/^host: //p')
-CARGO_TARGET_DIR=$PWD/target RUSTFLAGS=$(k8s/flags.sh) cargo build --profile "$profile" --locked --package dray --bin dray \
+flags=$(k8s/flags.sh)
+CARGO_TARGET_DIR=$PWD/target CARGO_ENCODED_RUSTFLAGS=$flags cargo build --profile "$profile" --locked --package dray --bin dray \
     --target "$host" --manifest-path "$sources/Cargo.toml"
 rm -f "$out/dray"
 mv "target/$host/$profile/dray" "$out/dray"

@@ -1,7 +1,7 @@
 //! What every request goes through, alone and over and over, for counting instructions:
 //!
 //! ```sh
-//! valgrind --tool=callgrind --callgrind-out-file=/dev/null target/ci/examples/hotpaths route 1000
+//! valgrind --tool=callgrind --callgrind-out-file=/dev/null target/*/ci/examples/hotpaths route 1000
 //! ```
 //!
 //! The integration test `hotpaths` runs all of them and holds them to a bound.
