@@ -62,10 +62,10 @@ const SUCCESSORS: usize = 2;
 const LAST_RESORT: usize = 16;
 
 impl Peers {
-    /// The holders of a blob that this node owns, of those that have not said by a request of their own what they have.
+    /// The holders of a blob that this node owns, without those whose own requests say what they have.
     pub async fn ask_successors(&self, question: &Question<'_>) -> Vec<Holder> {
         let mut successors = self.successors(question, SUCCESSORS);
-        successors.retain(|peer| !self.has_visited(peer, question.digest));
+        successors.retain(|peer| !self.is_told_by(peer, question.digest));
         self.who_has(question, successors).await
     }
 
@@ -311,7 +311,8 @@ impl Peers {
         tag: &Tag,
         accept: &str,
     ) -> Result<Response, SourceError> {
-        let mut more = self.downstream_of(question);
+        // A peer that requests the manifest lacks it; one that only renews its tag may be the only holder.
+        let mut more = if method == Method::GET { self.downstream_of(question) } else { HeaderMap::new() };
         more.extend(accept.parse().ok().map(|accept| (ACCEPT, accept)));
         self.get(method, peer, question, &format!("manifests/{tag}"), Part::From(0), more).await
     }

@@ -25,7 +25,7 @@ pub struct Question<'a> {
 }
 
 /// The peers that a request has passed before it reached this one, the nearest first. All of them wait for the response, so
-/// none of them has what it requests.
+/// none of them has what it requests. They may well have an older answer.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Downstream([Option<SocketAddr>; MAX_DOWNSTREAM]);
 
@@ -39,7 +39,7 @@ impl Downstream {
     /// Those that the header of a request names.
     pub(super) fn read(headers: &HeaderMap) -> Self {
         let text = headers.get(wire::PEER).and_then(|value| value.to_str().ok()).unwrap_or_default();
-        let mut peers = text.split(',').map_while(|peer| peer.trim().parse().ok());
+        let mut peers = text.split(',').map_while(|peer| peer.trim().parse().ok()).fuse();
         Self(std::array::from_fn(|_| peers.next()))
     }
 

@@ -177,9 +177,10 @@ impl Peers {
         self.visitors_of(digest).iter().any(|tracker| lock(tracker).another_has(visitor, at))
     }
 
-    /// Whether a peer has said what it has of a blob, by requesting some of it.
-    pub(super) fn has_visited(&self, peer: &SocketAddr, digest: &Digest) -> bool {
-        self.visitors_of(digest).iter().any(|tracker| lock(tracker).knows(peer))
+    /// Whether a peer's requests say what it has of a blob.
+    pub(super) fn is_told_by(&self, peer: &SocketAddr, digest: &Digest) -> bool {
+        let now = self.now();
+        self.visitors_of(digest).iter().any(|tracker| lock(tracker).is_told_by(peer, now))
     }
 
     /// The visitors who have the byte at `at`, or get it from the origin.

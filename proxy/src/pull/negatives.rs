@@ -55,7 +55,8 @@ impl Negatives {
 
     /// A tag that may be pushed at any moment is not missing for longer than it would be believed.
     pub(super) fn put_tag(&self, place: &Place, tag: &Tag, error: &SourceError) {
-        let life = place.rule.negative_ttl.min(place.rule.lease_of(tag));
+        let life = place.rule.negative_ttl;
+        let life = if error.is_not_found() { life.min(place.rule.lease_of(tag)) } else { life };
         self.put_for(life, place, Endpoint::Manifest, tag.as_str(), error);
     }
 

@@ -182,11 +182,16 @@ impl Pull {
         }
         // The upstream knows better than peers what a tag means, and a HEAD is cheap.
         let in_ring = in_ring(place, tag);
-        let of_anybody = Question { scope: last_scope(place), downstream, ..question(place, &in_ring, Manner::IfKept) };
+        let of_anybody = Question { scope: last_scope(place), ..question(place, &in_ring, Manner::IfKept) };
         match self.revalidate(place, tag, accept, downstream).await {
             Err(error) if error.is_outage() => match peers.anybodys_tag(&of_anybody, tag, accept).await {
-                Some(answer) if answer.meaning.age < place.rule.stale_for => {
-                    Ok(stale(self.take_tag(place, answer).await))
+                Some(answer) => {
+                    let (age, ttl) = (answer.meaning.age, place.rule.lease_of(tag));
+                    match self.take_tag(place, answer).await {
+                        fresh if age < ttl => Ok(fresh),
+                        old if age < place.rule.stale_for => Ok(stale(old)),
+                        _ => Err(error),
+                    }
                 }
                 _ => Err(error),
             },
@@ -230,10 +235,17 @@ impl Pull {
         accept: &str,
     ) -> Result<ManifestAnswer, SourceError> {
         let place = question.place;
-        if self.tags.lease(place, tag).await.is_some() {
-            let TagMeaning { digest, age, from } = peers.tag_meaning(owner, question, tag, accept).await?;
-            if let Some((object, _)) = self.kept_manifest(place, &digest, Asker::Peer(Standing::Member)).await {
-                return Ok(ManifestAnswer { digest, object, from, age: Some(age) });
+        if let Some(known) = self.tags.lease(place, tag).await
+            && let Some((object, _)) = self.kept_manifest(place, &known.digest, Asker::Peer(Standing::Member)).await
+        {
+            match peers.tag_meaning(owner, question, tag, accept).await {
+                Ok(TagMeaning { digest, age, from }) if digest == known.digest => {
+                    return Ok(ManifestAnswer { digest, object, from, age: Some(age) });
+                }
+                // It has moved, or only a GET brings the body of the upstream's error.
+                Ok(_) => {}
+                Err(SourceError::NotFound(_) | SourceError::Denied(_) | SourceError::Failed(_)) => {}
+                Err(error) => return Err(error),
             }
         }
         Ok(self.take_tag(place, peers.tag(owner, question, tag, accept).await?).await)

@@ -108,9 +108,11 @@ impl Tracker {
         }
     }
 
-    /// Whether a peer has said what it has.
-    pub fn knows(&self, peer: &SocketAddr) -> bool {
-        self.peers.contains_key(peer)
+    /// Whether a peer's requests say what it has: it has some, or gets the first of it now. One that got nothing here may have
+    /// it from elsewhere by now.
+    pub fn is_told_by(&self, peer: &SocketAddr, now: Time) -> bool {
+        let gets_some = |tracked: &Tracked| tracked.coming.iter().any(|coming| now < coming.since + ARRIVES);
+        self.peers.get(peer).is_some_and(|tracked| !tracked.have.is_empty() || gets_some(tracked))
     }
 
     /// Names it to nobody any more.
