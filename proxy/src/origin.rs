@@ -193,10 +193,17 @@ impl Origin {
         if let Some(range) = part.header() {
             question.headers.insert(RANGE, range);
         }
-        let response = self.ask_for(place, question, Some(digest), deadline).await?;
+        let mut response = self.ask_for(place, question.clone(), Some(digest), deadline).await?;
         let has_length = response.status() != 200 || header_u64(&response, CONTENT_LENGTH.as_str()).is_some();
         let known = match known {
-            None if !has_length => self.blob_head(place, digest, deadline).await.ok().flatten(),
+            None if !has_length => match self.blob_head(place, digest, deadline).await.ok().flatten() {
+                Some(length) => Some(length),
+                None => {
+                    let length = self.counted(place, response, deadline).await?;
+                    response = self.ask_for(place, question, Some(digest), deadline).await?;
+                    Some(length)
+                }
+            },
             known => known,
         };
         let understands_ranges = response.status() == 206;
@@ -214,6 +221,20 @@ impl Origin {
             .map_err(|error| Broken(root_cause(&error.without_url())));
         let incoming = Incoming::new(span, total, body);
         Ok(if understands_ranges { incoming } else { incoming.not_resumable() })
+    }
+
+    /// The length of a body that only its end tells. Its bytes are not kept, since there may be more than fit: the blob is
+    /// downloaded twice, which is better than not at all. No manifest has named it, or none that passed through here.
+    async fn counted(&self, place: &Place, response: Response, deadline: Instant) -> Result<u64, SourceError> {
+        let counter = self.metrics.origin_bytes.with_label_values(&[place.rule.name()]);
+        let counting = response.bytes_stream().try_fold(0, |length, piece| {
+            counter.inc_by(piece.len() as u64);
+            std::future::ready(Ok(length + piece.len() as u64))
+        });
+        match timeout_at(deadline, counting).await {
+            Ok(counted) => counted.map_err(|error| SourceError::Interrupted(root_cause(&error.without_url()))),
+            Err(_) => Err(SourceError::Unreachable("the upstream does not tell the length of the blob".into())),
+        }
     }
 
     /// The length of a blob, in bytes. `known` is the one by a manifest.

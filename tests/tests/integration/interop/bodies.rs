@@ -49,6 +49,28 @@ async fn blob_without_length_or_ranges_is_passed_on_and_cached() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn blob_that_no_manifest_has_named_needs_no_length() {
+    let image = Image::new(3, &[1_000, 300_000, 3_000_000]);
+    for form in FORMS {
+        let content = Content::new(&[("a/app", "1", &image)]);
+        let upstream = upstream_of(&image, move |request, response| {
+            let response = whole(request, response, &content);
+            if request.is_blob() { response.chunked() } else { response }
+        })
+        .await;
+        let dray = dray_of(&upstream);
+        for (digest, bytes) in &image.blobs {
+            let path = form.path(&format!("blobs/{digest}"));
+            let answer = dray.get(&path).await;
+            assert_eq!((answer.status, answer.complete), (200, true), "{form:?}: {} bytes", bytes.len());
+            assert!(answer.body == *bytes);
+            dray.fills_end().await;
+            assert!(["memory", "disk"].contains(&dray.get(&path).await.source()));
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn labels_that_contradict_the_bytes_are_ignored() {
     let other = dray_tests::image::digest(b"other");
     tolerates("another digest", move |_, response| response.with("docker-content-digest", &other)).await;
