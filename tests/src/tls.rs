@@ -70,9 +70,15 @@ impl Authority {
 
 /// A certificate that is its own authority, as Docker's recipe for a private registry makes one, in a file.
 pub fn self_signed(dir: &Path, names: &[&str]) -> (PathBuf, TlsAcceptor) {
+    self_signed_until(dir, names, 4000)
+}
+
+/// The same, valid until a year begins.
+pub fn self_signed_until(dir: &Path, names: &[&str], year: i32) -> (PathBuf, TlsAcceptor) {
     let names: Vec<String> = names.iter().map(|name| (*name).to_owned()).collect();
     let mut params = CertificateParams::new(names).expect("names");
     params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    params.not_after = rcgen::date_time_ymd(year, 1, 1);
     let key = KeyPair::generate().expect("a key");
     let cert = params.self_signed(&key).expect("a certificate");
     let file = dir.join("self-signed.crt");

@@ -89,11 +89,13 @@ impl ServerCertVerifier for Upstreams {
         ocsp_response: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, Error> {
-        if self.pinned.iter().any(|pinned| pinned.as_ref() == end_entity.as_ref()) {
-            verify_server_name(&ParsedCertificate::try_from(end_entity)?, name)?;
-            return Ok(ServerCertVerified::assertion());
+        match self.roots.verify_server_cert(end_entity, intermediates, name, ocsp_response, now) {
+            Err(error) if !is_about_time(&error) && self.is_pinned(end_entity) => {
+                verify_server_name(&ParsedCertificate::try_from(end_entity)?, name)?;
+                Ok(ServerCertVerified::assertion())
+            }
+            verdict => verdict,
         }
-        self.roots.verify_server_cert(end_entity, intermediates, name, ocsp_response, now)
     }
 
     fn verify_tls12_signature(
@@ -117,6 +119,25 @@ impl ServerCertVerifier for Upstreams {
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
         provider().signature_verification_algorithms.supported_schemes()
     }
+}
+
+impl Upstreams {
+    fn is_pinned(&self, end_entity: &CertificateDer<'_>) -> bool {
+        self.pinned.iter().any(|pinned| pinned.as_ref() == end_entity.as_ref())
+    }
+}
+
+/// Whether a certificate is not valid at this time. It is looked at before anything else of a certificate, so what is
+/// wrong with a pinned one besides does not hide it.
+fn is_about_time(error: &Error) -> bool {
+    let Error::InvalidCertificate(error) = error else { return false };
+    matches!(
+        error,
+        CertificateError::Expired
+            | CertificateError::ExpiredContext { .. }
+            | CertificateError::NotValidYet
+            | CertificateError::NotValidYetContext { .. }
+    )
 }
 
 fn provider() -> CryptoProvider {

@@ -4,7 +4,7 @@ use dray_tests::dray::{Start, rule};
 use dray_tests::eventually;
 use dray_tests::image::Image;
 use dray_tests::origin::{Content, Origin};
-use dray_tests::tls::{Authority, self_signed};
+use dray_tests::tls::{Authority, self_signed, self_signed_until};
 
 use super::{FORMS, Form, REGISTRY, pull};
 
@@ -33,6 +33,14 @@ async fn ca_file_with_the_servers_own_certificate_pins_it() {
     let upstream = Origin::answering_tls(acceptor, |_| dray_tests::origin::Response::new(200, "")).await;
     let config = rule(REGISTRY, &https(&upstream)) + &format!("ca = \"{}\"\n", file.display());
     assert_eq!(Start::new(config).run().get(&Form::Path.path("manifests/1")).await.status, 503);
+    // Nor for longer than it says.
+    let expired = tempfile::tempdir().unwrap();
+    let (file, acceptor) = self_signed_until(expired.path(), &["127.0.0.1"], 2020);
+    let upstream = Origin::answering_tls(acceptor, |_| dray_tests::origin::Response::new(200, "")).await;
+    let config = rule(REGISTRY, &https(&upstream)) + &format!("ca = \"{}\"\n", file.display());
+    let refused = Start::new(config).run().get(&Form::Path.path("manifests/1")).await;
+    assert_eq!(refused.status, 503);
+    assert!(refused.text().contains("has expired"), "{}", refused.text());
 }
 
 #[tokio::test(flavor = "multi_thread")]
