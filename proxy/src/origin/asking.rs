@@ -50,6 +50,14 @@ struct Turn<'a> {
     deadline: Instant,
 }
 
+/// What to do after an answer.
+#[derive(PartialEq, Eq)]
+enum Next {
+    Done,
+    /// The upstream limits its requests: when that is over, or not at all.
+    AskAgain,
+}
+
 impl Origin {
     /// Asks the upstreams in order until one answers with 200 or 206.
     pub(super) async fn ask(
@@ -202,44 +210,58 @@ impl Origin {
                 let (upstream, kind) = (turn.upstream.base(), question.kind.as_str());
                 tracing::debug!(%place, upstream, kind, %error, "upstream gave nothing");
             }
-            match answer {
-                Err(SourceError::TimedOut) if now.elapsed() < SHORTEST_SILENCE => {}
-                Err(SourceError::TimedOut) => self.found_silent(turn, place, question, now),
-                Err(ref error @ SourceError::Unreachable(_)) => {
-                    if lock(&condition).silent(question.kind, Cause::Unreachable, now, Instant::now()) == Silence::Found
-                    {
-                        self.look_after(place, turn.upstream, turn.trust, error);
-                    }
-                }
-                Err(SourceError::Limited { again }) => {
-                    let mut condition = lock(&condition);
-                    condition.answered(Instant::now());
-                    condition.limited(question.kind, place.caller.who(), again, Instant::now());
-                    self.in_trouble.notify_waiters();
-                    tracing::info!(%place, upstream = turn.upstream.base(), ?again, "the upstream limits its requests");
-                    // There are too many limits to remember another one.
-                    if condition.admit(question.kind, place.caller.who(), Instant::now()) == Admission::Ask {
-                        return Err(SourceError::Limited { again });
-                    }
-                    continue;
-                }
-                Ok(_) => {
-                    let mut condition = lock(&condition);
-                    condition.answered(Instant::now());
-                    condition.gave(question.kind, place.caller.who());
-                }
-                // It was not asked, or its token server was not to be had. Of a connection that breaks nobody knows whose
-                // doing it is: it says nothing of other paths.
-                Err(
-                    SourceError::NoCredentials(_)
-                    | SourceError::Busy
-                    | SourceError::Guarded(_)
-                    | SourceError::Interrupted(_),
-                ) => {}
-                Err(_) => lock(&condition).answered(Instant::now()),
+            if self.learn_from(&answer, turn, place, question, now) == Next::AskAgain {
+                continue;
             }
             return answer;
         }
+    }
+
+    /// What an answer to a request of this time says of the upstream.
+    fn learn_from(
+        self: &Arc<Self>,
+        answer: &Result<Response, SourceError>,
+        turn: Turn<'_>,
+        place: &Place,
+        question: &Question,
+        asked: Instant,
+    ) -> Next {
+        let condition = self.conditions.of(place, turn.upstream);
+        match answer {
+            Err(SourceError::TimedOut) if asked.elapsed() < SHORTEST_SILENCE => {}
+            Err(SourceError::TimedOut) => self.found_silent(turn, place, question, asked),
+            Err(error @ SourceError::Unreachable(_)) => {
+                if lock(&condition).silent(question.kind, Cause::Unreachable, asked, Instant::now()) == Silence::Found {
+                    self.look_after(place, turn.upstream, turn.trust, error);
+                }
+            }
+            Err(SourceError::Limited { again }) => {
+                let mut condition = lock(&condition);
+                condition.answered(Instant::now());
+                condition.limited(question.kind, place.caller.who(), *again, Instant::now());
+                self.in_trouble.notify_waiters();
+                tracing::info!(%place, upstream = turn.upstream.base(), ?again, "the upstream limits its requests");
+                // Where there are too many limits to remember another one, the answer stands.
+                if condition.admit(question.kind, place.caller.who(), Instant::now()) != Admission::Ask {
+                    return Next::AskAgain;
+                }
+            }
+            Ok(_) => {
+                let mut condition = lock(&condition);
+                condition.answered(Instant::now());
+                condition.gave(question.kind, place.caller.who());
+            }
+            // It was not asked, or its token server was not to be had. Of a connection that breaks nobody knows whose
+            // doing it is: it says nothing of other paths.
+            Err(
+                SourceError::NoCredentials(_)
+                | SourceError::Busy
+                | SourceError::Guarded(_)
+                | SourceError::Interrupted(_),
+            ) => {}
+            Err(_) => lock(&condition).answered(Instant::now()),
+        }
+        Next::Done
     }
 
     /// A request was not answered in time.
