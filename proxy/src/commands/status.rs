@@ -65,11 +65,34 @@ fn text(status: &Shown, paint: Paint) -> String {
         bytes(status.cache.blobs_limit),
         bytes(status.cache.small_bytes),
     );
+    let tables =
+        [sources(status), fills(status), upstreams(status, paint), peers(status, paint), recent(status, paint)];
+    for table in tables {
+        if !table.is_empty() {
+            text += &format!("\n{}\n", table.lines(paint));
+        }
+    }
+    if status.origins.len() > MAX_LINES {
+        text += &format!("  and {} more registries\n", status.origins.len() - MAX_LINES);
+    }
+    if status.peers.len() > MAX_LINES {
+        text += &format!("  and {} more peers\n", status.peers.len() - MAX_LINES);
+    }
+    text.trim_end().to_owned()
+}
+
+/// What clients were served from.
+fn sources(status: &Shown) -> Table {
     let mut sources = Table::new(&["answered from", ">requests", ">bytes"]);
     for (source, traffic) in &status.sources {
         let source = if source == "none" { "refused" } else { source };
         sources.row(&[source, &traffic.requests.to_string(), &bytes(traffic.bytes)]);
     }
+    sources
+}
+
+/// Downloads in progress.
+fn fills(status: &Shown) -> Table {
     let mut fills = Table::new(&["being fetched", "blob", ">bytes", ">of", ">done", "as"]);
     for fill in status.fills.iter().take(MAX_LINES) {
         let done = fill.total_bytes.map(|total| format!("{} %", 100 * fill.written_bytes / total.max(1)));
@@ -84,6 +107,11 @@ fn text(status: &Shown, paint: Paint) -> String {
             role,
         ]);
     }
+    fills
+}
+
+/// The upstreams, those that are not healthy first.
+fn upstreams(status: &Shown, paint: Paint) -> Table {
     let mut origins = Table::new(&["registry", "rule", "state", ">pulls left", ">tokens"]);
     let mut by_state: Vec<_> = status.origins.iter().collect();
     by_state.sort_by_key(|origin| origin.state == "well");
@@ -95,6 +123,11 @@ fn text(status: &Shown, paint: Paint) -> String {
         let tokens = origin.tokens.to_string();
         origins.row(&[&origin.upstream, &origin.rule, &state, left.as_deref().unwrap_or("-"), &tokens]);
     }
+    origins
+}
+
+/// The peers, those that are not requested from first.
+fn peers(status: &Shown, paint: Paint) -> Table {
     let mut peers = Table::new(&["peer", "zone", "health", ">first byte", ">share"]);
     let mut by_health: Vec<_> = status.peers.iter().collect();
     by_health.sort_by_key(|peer| peer.is_well);
@@ -105,6 +138,11 @@ fn text(status: &Shown, paint: Paint) -> String {
         let share = format!("{:.1} %", 100.0 * peer.share);
         peers.row(&[&name, &peer.zone, &health, first_byte.as_deref().unwrap_or("-"), &share]);
     }
+    peers
+}
+
+/// The last responses.
+fn recent(status: &Shown, paint: Paint) -> Table {
     let mut recent = Table::new(&["last answers", "of", ">status", "from", ">bytes", ">first byte", ">took"]);
     for answered in status.recent.iter().take(MAX_LINES) {
         let code = answered.status.to_string();
@@ -120,18 +158,7 @@ fn text(status: &Shown, paint: Paint) -> String {
             &format!("{:.1} ms", answered.total_ms),
         ]);
     }
-    for table in [&sources, &fills, &origins, &peers, &recent] {
-        if !table.is_empty() {
-            text += &format!("\n{}\n", table.lines(paint));
-        }
-    }
-    if status.origins.len() > MAX_LINES {
-        text += &format!("  and {} more registries\n", status.origins.len() - MAX_LINES);
-    }
-    if status.peers.len() > MAX_LINES {
-        text += &format!("  and {} more peers\n", status.peers.len() - MAX_LINES);
-    }
-    text.trim_end().to_owned()
+    recent
 }
 
 /// Enough of a digest to tell it from others.
