@@ -226,10 +226,10 @@ pub fn of_node(config: &Path, hosts_dir: &Path) -> Vec<Finding> {
     diagnosis.findings
 }
 
-/// Where containerd looks, and what it stumbles over there.
-fn path_of(daemon: &Daemon, version: Version, findings: &mut Vec<Finding>, lines: &[String]) -> Option<PathBuf> {
+/// What containerd takes for its hosts directories.
+fn configured_path(daemon: &Daemon, version: Version, findings: &mut Vec<Finding>, lines: &[String]) -> Option<String> {
     let conflict = |what: &str| format!("{what}: containerd's CRI plugin does not start");
-    let path = match &daemon.config_path {
+    match &daemon.config_path {
         Some(Value::String(path)) => {
             if daemon.has_mirrors {
                 let what = conflict("registry.mirrors and registry.config_path cannot both be set");
@@ -247,30 +247,35 @@ fn path_of(daemon: &Daemon, version: Version, findings: &mut Vec<Finding>, lines
                     vec!["Take out the tls parts: they belong into hosts.toml files (ca, client).".into()],
                 ));
             }
-            path.clone()
+            Some(path.clone())
         }
         Some(other) => {
             let what = conflict(&format!("config_path = {other} is not a string"));
             findings.push(wrong("path-type", what, lines.to_vec()));
-            return None;
+            None
         }
         None if daemon.has_mirrors => {
             let what = "registry.mirrors is used, as containerd had it before: hosts.toml files are not read".into();
             let mut remedy = vec!["Take out registry.mirrors and registry.configs, then:".to_owned()];
             remedy.extend_from_slice(lines);
             findings.push(wrong("mirrors", what, remedy));
-            return None;
+            None
         }
-        None if version.has_default_path() => DEFAULT_PATH.to_owned(),
+        None if version.has_default_path() => Some(DEFAULT_PATH.to_owned()),
         None => {
             let explained = findings.iter().any(|finding| matches!(finding.code, "misplaced" | "replaced"));
             if !explained {
                 let what = "no config_path is set: hosts.toml files are not read".into();
                 findings.push(wrong("no-config-path", what, lines.to_vec()));
             }
-            return None;
+            None
         }
-    };
+    }
+}
+
+/// Where containerd looks, and what it stumbles over there.
+fn path_of(daemon: &Daemon, version: Version, findings: &mut Vec<Finding>, lines: &[String]) -> Option<PathBuf> {
+    let path = configured_path(daemon, version, findings, lines)?;
     let mut roots = path.split(':');
     let first = roots.next().unwrap_or_default();
     if roots.next().is_some() {
