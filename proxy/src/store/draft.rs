@@ -51,11 +51,7 @@ impl Large {
         let bytes = len.checked_add(FILE_OVERHEAD).filter(|b| *b <= self.budget.limit()).ok_or(NoSpace)?;
         let charge = Arc::new(self.budget.account(0));
         self.promise(bytes, &charge)?;
-        while charge.grow(FILE_OVERHEAD).is_err() {
-            if !self.make_room(FILE_OVERHEAD) {
-                return Err(NoSpace);
-            }
-        }
+        self.grow(&charge, FILE_OVERHEAD)?;
         let path = self.fills.join(self.next_draft.fetch_add(1, Ordering::Relaxed).to_string());
         match self.create(&path, len) {
             Ok(file) => {
@@ -95,9 +91,14 @@ impl Large {
         if bytes <= reserved || more == 0 {
             return Ok(());
         }
-        while blob.charge.grow(more).is_err() {
+        self.grow(&blob.charge, more).map_err(|NoSpace| io::ErrorKind::StorageFull.into())
+    }
+
+    /// Charges more bytes, evicting blobs until there is room for them.
+    fn grow(&self, charge: &Charge, more: u64) -> Result<(), NoSpace> {
+        while charge.grow(more).is_err() {
             if !self.make_room(more) {
-                return Err(io::ErrorKind::StorageFull.into());
+                return Err(NoSpace);
             }
         }
         Ok(())
