@@ -1,7 +1,7 @@
 //! The way of a question through a rule's upstreams: those that are well first, the next one where one gives
 //! nothing or takes long, and nobody who is not there or said "later".
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use futures_util::StreamExt;
@@ -10,7 +10,7 @@ use reqwest::Response;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 use super::Origin;
-use super::condition::{Admission, Cause, Silence, lock};
+use super::condition::{Admission, Cause, Condition, Silence, lock};
 use super::http::{Home, Patience};
 use super::question::{Kind, Question};
 use super::retry::RetryBudget;
@@ -210,7 +210,7 @@ impl Origin {
                 let (upstream, kind) = (turn.upstream.base(), question.kind.as_str());
                 tracing::debug!(%place, upstream, kind, %error, "upstream gave nothing");
             }
-            if self.learn_from(&answer, turn, place, question, now) == Next::AskAgain {
+            if self.learn_from(&answer, &condition, turn, place, question, now) == Next::AskAgain {
                 continue;
             }
             return answer;
@@ -221,22 +221,22 @@ impl Origin {
     fn learn_from(
         self: &Arc<Self>,
         answer: &Result<Response, SourceError>,
+        condition: &Mutex<Condition>,
         turn: Turn<'_>,
         place: &Place,
         question: &Question,
         asked: Instant,
     ) -> Next {
-        let condition = self.conditions.of(place, turn.upstream);
         match answer {
             Err(SourceError::TimedOut) if asked.elapsed() < SHORTEST_SILENCE => {}
             Err(SourceError::TimedOut) => self.found_silent(turn, place, question, asked),
             Err(error @ SourceError::Unreachable(_)) => {
-                if lock(&condition).silent(question.kind, Cause::Unreachable, asked, Instant::now()) == Silence::Found {
+                if lock(condition).silent(question.kind, Cause::Unreachable, asked, Instant::now()) == Silence::Found {
                     self.look_after(place, turn.upstream, turn.trust, error);
                 }
             }
             Err(SourceError::Limited { again }) => {
-                let mut condition = lock(&condition);
+                let mut condition = lock(condition);
                 condition.answered(Instant::now());
                 condition.limited(question.kind, place.caller.who(), *again, Instant::now());
                 self.in_trouble.notify_waiters();
@@ -247,7 +247,7 @@ impl Origin {
                 }
             }
             Ok(_) => {
-                let mut condition = lock(&condition);
+                let mut condition = lock(condition);
                 condition.answered(Instant::now());
                 condition.gave(question.kind, place.caller.who());
             }
@@ -259,7 +259,7 @@ impl Origin {
                 | SourceError::Guarded(_)
                 | SourceError::Interrupted(_),
             ) => {}
-            Err(_) => lock(&condition).answered(Instant::now()),
+            Err(_) => lock(condition).answered(Instant::now()),
         }
         Next::Done
     }
