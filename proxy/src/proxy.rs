@@ -124,7 +124,7 @@ impl HttpServerApp for Front {
     }
 }
 
-/// What a request is for, once it is known who may have it.
+/// A request for content, once it is authorized.
 struct Wanted<'a> {
     endpoint: Endpoint,
     accept: &'a str,
@@ -233,11 +233,12 @@ impl Front {
             let refusal = if asking.asker.is_peer() { Refusal::NotKept } else { refusal };
             return Reply::refusal(&refusal);
         }
+        let is_list = matches!(endpoint, Endpoint::Tags | Endpoint::Referrers(_) | Endpoint::Catalog);
         let wanted = Wanted { endpoint, accept: &accept, named_by, asking };
-        let answer = self.content(session, exchange, &place, &wanted, visitor).await;
+        let answer = self.content(session, exchange, &place, wanted, visitor).await;
         if answer.as_ref().is_err_and(Refusal::is_denied) && place.caller.holder().is_some() {
             // A client that may not list may still pull.
-            if !matches!(wanted.endpoint, Endpoint::Tags | Endpoint::Referrers(_) | Endpoint::Catalog) {
+            if !is_list {
                 self.pull.shut_out(&place);
             }
             turn.into_iter().for_each(Turn::was_wrong);
@@ -283,7 +284,7 @@ impl Front {
         session: &Session,
         exchange: &mut Exchange,
         place: &registries::Place,
-        wanted: &Wanted<'_>,
+        wanted: Wanted<'_>,
         visitor: Option<Visitor>,
     ) -> Result<Reply, Refusal> {
         let request = session.req_header();
@@ -291,7 +292,7 @@ impl Front {
         let range = ranges.as_ref().and_then(RangeSet::single);
         let head_only = request.method == Method::HEAD;
         let (path, query) = (request.uri.path(), request.uri.query());
-        let Wanted { ref endpoint, accept, named_by, asking } = *wanted;
+        let Wanted { endpoint, accept, named_by, asking } = wanted;
         match endpoint {
             Endpoint::Manifest(Reference::Tag(_)) if asking.asker == Asker::Peer(Standing::Stranger) => {
                 Err(self.no_tags())
@@ -300,7 +301,7 @@ impl Front {
                 Err(Refusal::Denied("peers share content, not lists".into()))
             }
             Endpoint::Manifest(reference) => {
-                let answer = self.pull.manifest(place, reference, accept, asking).await;
+                let answer = self.pull.manifest(place, &reference, accept, asking).await;
                 // A HEAD describes the whole.
                 answer.map(|answer| {
                     let reply = Reply::manifest(&answer, range.filter(|_| !head_only));
@@ -308,7 +309,7 @@ impl Front {
                 })
             }
             Endpoint::Blob(digest) => {
-                let request = BlobRequest { place: place.clone(), digest: digest.clone(), range, named_by, asking };
+                let request = BlobRequest { place: place.clone(), digest, range, named_by, asking };
                 if head_only {
                     let length = self.pull.blob_length(&request).await;
                     let reply = length.map(|(length, from)| Reply::blob_length(length, from, &request.digest));
@@ -331,9 +332,7 @@ impl Front {
                 }
             }
             Endpoint::Tags => self.list(place, &List::Tags, path, query, asking).await,
-            Endpoint::Referrers(digest) => {
-                self.list(place, &List::Referrers(digest.clone()), path, query, asking).await
-            }
+            Endpoint::Referrers(digest) => self.list(place, &List::Referrers(digest), path, query, asking).await,
             Endpoint::Catalog => self.list(place, &List::Catalog, path, query, asking).await,
         }
     }
