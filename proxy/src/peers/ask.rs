@@ -16,7 +16,7 @@ use super::fetching::Fetching;
 use super::question::{Aim, Manner, Question, Redirects};
 use super::swarm::{Claim, Contribution, View};
 use super::wire::Holder;
-use super::{Peers, Scope, lock, wire};
+use super::{Peers, lock, wire};
 use crate::oci::{Digest, MAX_MANIFEST_BYTES, Span, Spans, Tag, manifest};
 use crate::source::{Broken, Incoming, Part, ServedFrom, SourceError, root_cause};
 
@@ -54,7 +54,7 @@ const LOOK: Duration = Duration::from_millis(500);
 /// What is sent whole is here so soon after its head: there has to be time to ask somebody else.
 const BODY: Duration = Duration::from_secs(3);
 
-/// Those who may have fetched a digest while this node was away. More: each miss of the owner costs more requests that mostly
+/// Peers that may have fetched a digest while this node was away. More: each miss of the owner costs more requests that mostly
 /// find nothing. Fewer: one of them that is down leads to a second download from the upstream.
 const SUCCESSORS: usize = 2;
 
@@ -75,16 +75,9 @@ impl Peers {
     }
 
     /// The next owners, without the peers that wait for this node.
-    fn successors(&self, question: &Question<'_>, count: usize) -> Vec<SocketAddr> {
+    pub(super) fn successors(&self, question: &Question<'_>, count: usize) -> Vec<SocketAddr> {
         let may_be_asked = |peer: &SocketAddr| self.is_well(peer) && !question.downstream.contains(peer);
         self.members.load().successors(question.digest, count, question.scope, may_be_asked)
-    }
-
-    /// Pings those that would be asked next.
-    pub(super) fn suspect_successors(&self, question: &Question<'_>, scope: Scope, of: SocketAddr, count: usize) {
-        let members = self.members.load();
-        let next = members.successors(question.digest, count + 1, scope, |peer| self.is_well(peer));
-        next.into_iter().filter(|next| *next != of).take(count).for_each(|next| self.is_suspect(next));
     }
 
     /// How long a blob is, by the word of somebody who has it, where no origin says so.

@@ -9,7 +9,7 @@ use reqwest::Response;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 use super::key::Seal;
-use super::question::{Aim, Manner, Question, Redirects};
+use super::question::{Aim, Downstream, Manner, Question, Redirects};
 use super::{Peers, Scope, wire};
 use crate::role::Role;
 use crate::source::{Part, SourceError, causes, root_cause};
@@ -176,7 +176,9 @@ impl Peers {
         sleep(ALIVE).await;
         if let Manner::As(role) = question.manner {
             let scope = if role == Role::Zone { Scope::OwnZone } else { question.scope };
-            self.suspect_successors(question, scope, peer, COME_AFTER);
+            let after = Question { scope, downstream: Downstream::NONE, ..*question };
+            let next = self.successors(&after, COME_AFTER + 1).into_iter().filter(|next| *next != peer);
+            next.take(COME_AFTER).for_each(|next| self.is_suspect(next));
         }
         // Somebody else may have found out meanwhile.
         self.is_well(&peer) && self.answers(peer, owed).await

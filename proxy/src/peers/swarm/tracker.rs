@@ -49,6 +49,13 @@ struct Coming {
     hops: u32,
 }
 
+impl Coming {
+    /// Whether it is still believed to arrive.
+    fn arrives(&self, now: Time) -> bool {
+        now < self.since + ARRIVES
+    }
+}
+
 /// Peers that are remembered for one blob, one of so many members. With more each goes to somebody less busy in a large
 /// cluster; in one of a thousand the same few are heard of too long.
 const TRACKED: RangeInclusive<usize> = 512..=2048;
@@ -94,7 +101,7 @@ impl Tracker {
             oldest.map(|oldest| self.peers.remove(&oldest));
         }
         let tracked = self.peers.entry(peer).or_default();
-        tracked.coming.retain(|coming| now < coming.since + ARRIVES);
+        tracked.coming.retain(|coming| coming.arrives(now));
         // What it has said before it has still: reports may overtake each other.
         have.iter().for_each(|span| tracked.have.insert(span));
         if tracked.have.iter().count() > MAX_SPANS {
@@ -111,7 +118,7 @@ impl Tracker {
     /// Whether a peer's requests say what it has: it has some, or gets the first of it now. One that got nothing here may have
     /// it from elsewhere by now.
     pub fn is_told_by(&self, peer: &SocketAddr, now: Time) -> bool {
-        let gets_some = |tracked: &Tracked| tracked.coming.iter().any(|coming| now < coming.since + ARRIVES);
+        let gets_some = |tracked: &Tracked| tracked.coming.iter().any(|coming| coming.arrives(now));
         self.peers.get(peer).is_some_and(|tracked| !tracked.have.is_empty() || gets_some(tracked))
     }
 
@@ -264,7 +271,7 @@ impl Tracked {
 
     /// The end of what it has from there, or gets now.
     fn gets_until(&self, at: u64, now: Time) -> u64 {
-        let coming = self.coming.iter().filter(|coming| coming.span.contains(at) && now < coming.since + ARRIVES);
+        let coming = self.coming.iter().filter(|coming| coming.span.contains(at) && coming.arrives(now));
         coming.map(|coming| coming.span.end).fold(self.have.run_end(at), u64::max)
     }
 
