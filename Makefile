@@ -17,20 +17,16 @@ run: $(BIN) ## Build dray and start it with its built-in defaults
 build: build-setup ## The program for this machine, in target/release/dray
 	env -u CARGO_BUILD_TARGET -u CARGO_ENCODED_RUSTFLAGS cargo build --release --locked --package dray
 
-check: build-setup fmt-check ## What needs neither root nor Go: formatting, clippy, unit tests, simulations
-	cargo clippy --profile $(PROFILE) --workspace --all-targets -- --deny warnings
+check: build-setup fmt-check clippy ## What needs neither root nor Go: formatting, clippy, unit tests, simulations
 	cargo test --profile $(PROFILE) --package dray -- $(TESTS)
 
-test: ## Build, install what the tests need, and run them all, or some: make test TESTS=faults::
-	tests/stage.sh packages tests/setup.sh
-	tests/stage.sh "Go tools" tests/tools.sh $(TOOLS)
+test: setup tools ## Build, install what the tests need, and run them all, or some: make test TESTS=faults::
 	tests/stage.sh "previous release" tests/previous.sh target/previous $(PROFILE)
 	tests/stage.sh build cargo build --profile $(PROFILE) --workspace --all-targets
 	PROGRAM=$(BIN) tests/stage.sh image k8s/image.sh target/image
 	tests/stage.sh tests cargo test --profile $(PROFILE) --workspace -- $(TESTS)
 
-lint: build-setup fmt-check ## Formatting, clippy, licences and bans
-	cargo clippy --profile $(PROFILE) --workspace --all-targets -- --deny warnings
+lint: build-setup fmt-check clippy ## Formatting, clippy, licences and bans
 	cargo check --profile $(PROFILE) --package dray --no-default-features
 	tests/deny.sh
 
@@ -46,17 +42,20 @@ soak: setup tools ## The fault tests ten times as long, and 20 minutes of ordina
 	DRAY_SOAK=1 cargo test --profile $(PROFILE) --package dray-tests --test integration soak:: -- --nocapture
 
 setup: ## Install missing system packages, or say which
-	@tests/setup.sh
+	@tests/stage.sh packages tests/setup.sh
 
 tools: ## Build the Go tools that the tests use
-	@tests/tools.sh $(TOOLS)
+	@tests/stage.sh "Go tools" tests/tools.sh $(TOOLS)
 
 fmt:
 	cargo fmt --all
 
-.PHONY: fmt-check
+.PHONY: fmt-check clippy
 fmt-check:
 	cargo fmt --all --check
+
+clippy: build-setup
+	cargo clippy --profile $(PROFILE) --workspace --all-targets -- --deny warnings
 
 image: setup ## A container image in target/image/oci, to be pushed by: skopeo copy oci:target/image/oci docker://...
 	k8s/image.sh target/image
