@@ -1,6 +1,7 @@
 //! What runs beside the listeners for as long as the process lives.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::runtime::Runtime;
 use tokio::time::timeout;
@@ -13,7 +14,7 @@ use crate::prefetch;
 use crate::store::{HOUSEKEEPING, Store};
 
 /// A new process waits this long to hear who its peers are before it is ready.
-const MEMBERSHIP: std::time::Duration = std::time::Duration::from_secs(5);
+const MEMBERSHIP: Duration = Duration::from_secs(5);
 
 /// Starts everything that waits for nothing.
 pub(super) fn spawn(runtime: &Runtime, components: &Arc<Components>) {
