@@ -5,12 +5,13 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use foyer::HybridCache;
+use moka::policy::EvictionPolicy;
 use prometheus::IntCounter;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
-use super::SmallObject;
+use super::{PAGE, SmallObject};
 
 /// Objects that wait to be written; whoever inserts more waits as well.
 const QUEUE: usize = 32;
@@ -21,6 +22,10 @@ const PATIENCE: Duration = Duration::from_secs(1);
 /// Where an object that is used is written again: when this part of the ring was written since.
 /// foyer gives up what was written first, used or not.
 const FAR_BEHIND: u64 = 4;
+
+/// Positions that are remembered; each takes some 350 bytes. More: a node whose content moves grows for hours. Fewer: of a large
+/// cache more of what is used is written again than has to be.
+const MAX_POSITIONS: u64 = 100_000;
 
 /// The way to one cache's disk.
 pub(super) struct Writer {
@@ -45,8 +50,7 @@ impl Writer {
     pub(super) fn start(cache: HybridCache<String, SmallObject>, bytes: u64, batch: u64, dropped: IntCounter) -> Self {
         let (queue, mut waiting) = mpsc::channel::<(String, SmallObject)>(QUEUE);
         let (again, mut used) = mpsc::channel::<(String, SmallObject)>(QUEUE);
-        let positions = moka::sync::Cache::new(100_000);
-        let ring = Arc::new(Ring { bytes, written: AtomicU64::new(0), positions });
+        let ring = Arc::new(Ring::new(bytes));
         let writing = ring.clone();
         let task = tokio::spawn(async move {
             let mut taken = 0;
@@ -93,6 +97,13 @@ impl Writer {
 }
 
 impl Ring {
+    /// Remembers the positions of what the disk can hold, and of what was written last: the others count as far behind.
+    fn new(bytes: u64) -> Self {
+        let most = (bytes / PAGE).min(MAX_POSITIONS);
+        let positions = moka::sync::Cache::builder().max_capacity(most).eviction_policy(EvictionPolicy::lru()).build();
+        Self { bytes, written: AtomicU64::new(0), positions }
+    }
+
     fn wrote(&self, key: &str, size: u64) {
         let position = self.written.fetch_add(size, Ordering::Relaxed);
         self.positions.insert(key.to_owned(), position);
@@ -103,5 +114,20 @@ impl Ring {
         // What an earlier process wrote lies behind all that this one wrote.
         let position = self.positions.get(key).unwrap_or(0);
         written - position.min(written) > self.bytes / FAR_BEHIND
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn positions_are_bounded_by_what_the_disk_holds() {
+        let ring = Ring::new(64 * PAGE);
+        (0..1_000).for_each(|nth| ring.wrote(&nth.to_string(), PAGE));
+        ring.positions.run_pending_tasks();
+        assert!(ring.positions.entry_count() <= 64, "{}", ring.positions.entry_count());
+        assert!(!ring.is_far_behind("999"));
+        assert!(ring.is_far_behind("980") && ring.is_far_behind("0"));
     }
 }
