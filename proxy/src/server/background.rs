@@ -52,14 +52,13 @@ pub(super) async fn announce(components: Arc<Components>, ports: Ports, started:
 
 /// Looks after the disk for as long as the process lives.
 async fn keep_house(store: Arc<Store>, keep_free: Share) {
-    let records = store.clone();
-    tokio::task::spawn_blocking(move || records.records.thin_out());
     let mut tick = tokio::time::interval(HOUSEKEEPING);
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         tick.tick().await;
-        let large = store.large.clone();
+        let (large, records) = (store.large.clone(), store.clone());
         let _ = tokio::task::spawn_blocking(move || large.keep_house(keep_free)).await;
+        let _ = tokio::task::spawn_blocking(move || records.records.thin_out()).await;
         store.measure();
     }
 }

@@ -9,6 +9,7 @@ use std::io;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -27,6 +28,8 @@ struct Directory {
     path: PathBuf,
     most: usize,
     written: AtomicU64,
+    /// Of them when it was thinned out last. None: not yet.
+    thinned_at: Mutex<Option<u64>>,
 }
 
 /// What a tag meant, and when that was last known to be true.
@@ -98,8 +101,9 @@ pub struct RepositoryRecord {
 const MAX_RECORDS: usize = 100_000;
 const MAX_LISTS: usize = 10_000;
 
-/// Looked after once in so many writes.
-const THIN_OUT_EVERY: u64 = 10_000;
+/// A directory is thinned out after a tenth of its limit was written. More: more files beyond the limit. Less: all of them are
+/// read more often.
+const THIN_OUT_SHARE: u64 = 10;
 
 impl RepositoryRecord {
     pub fn new(repository: &Repository, registries: &[Registry]) -> Self {
@@ -202,7 +206,7 @@ impl Records {
         self.lists.write(&referrers_key(&record.subject), record, &Party::of(registry));
     }
 
-    /// Removes records beyond the limits. Blocks on the disk.
+    /// Removes records beyond the limits, at the start and whenever many were written since. Blocks on the disk.
     pub fn thin_out(&self) {
         self.tags.thin_out();
         self.lists.thin_out();
@@ -211,10 +215,16 @@ impl Records {
 
 impl Directory {
     fn new(path: PathBuf, most: usize) -> Self {
-        Self { path, most, written: AtomicU64::new(0) }
+        Self { path, most, written: AtomicU64::new(0), thinned_at: Mutex::new(None) }
     }
 
     fn thin_out(&self) {
+        let written = self.written.load(Ordering::Relaxed);
+        let mut thinned_at = self.thinned_at.lock().unwrap_or_else(PoisonError::into_inner);
+        if thinned_at.is_some_and(|thinned_at| written - thinned_at < self.most as u64 / THIN_OUT_SHARE) {
+            return;
+        }
+        *thinned_at = Some(written);
         let Ok(files) = fs::read_dir(&self.path) else { return };
         let paths: Vec<PathBuf> = files.filter_map(|file| Some(file.ok()?.path())).collect();
         if paths.len() <= self.most {
@@ -242,10 +252,6 @@ impl Directory {
     fn write<T: Serialize>(&self, key: &str, record: &T, party: &Party) {
         let path = self.file(key);
         let nth = self.written.fetch_add(1, Ordering::Relaxed);
-        let every = THIN_OUT_EVERY.min(self.most as u64 / 4);
-        if nth % every == every - 1 {
-            self.thin_out();
-        }
         let temporary = self.path.join(format!(".{nth}"));
         let write = || -> io::Result<()> {
             write_creating(&temporary, &serde_json::to_vec(&Filed { record, party })?)?;
@@ -316,7 +322,10 @@ mod tests {
         let few = Directory::new(dir.path().join("few"), 8);
         few.write("b", &record("b"), &Party { client: None, registry: "b.io".into() });
         (0..100).for_each(|nth| few.write(&nth.to_string(), &record("a"), &Party::of(&registry)));
-        assert!(fs::read_dir(dir.path().join("few")).unwrap().count() <= 10);
+        let count = || fs::read_dir(dir.path().join("few")).unwrap().count();
+        assert_eq!(count(), 101);
+        few.thin_out();
+        assert_eq!(count(), 8);
         assert!(few.read::<ListRecord>("b").is_some(), "another registry's record stays");
         let referrers = ReferrersRecord { subject: "a.io/b@sha256:00".into(), referrers: vec!["x".into()] };
         records.put_referrers(&referrers, &registry);
