@@ -4,6 +4,9 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use moka::Entry;
+use moka::ops::compute::Op;
+
 use crate::blocking::on_thread;
 use crate::oci::{Digest, Tag};
 use crate::registries::Place;
@@ -72,16 +75,23 @@ impl Tags {
     /// The origin said at that time what the tag means. The youngest word wins.
     pub async fn renew(&self, resolved: Resolved<'_>) {
         let Resolved { place, tag, digest, checked_at, client } = resolved;
-        let known = self.lease(place, tag).await;
-        if known.as_ref().is_some_and(|known| known.checked_at > checked_at) {
-            return;
-        }
+        // Into memory, if it is on disk.
+        self.known(place, tag).await;
         let every = RECORDED_EVERY.min(place.rule.stale_for / 8);
-        let recorded_at =
-            known.filter(|known| known.is_recorded(digest, checked_at, every)).map(|known| known.recorded_at);
-        let lease = Lease { digest: digest.clone(), checked_at, recorded_at: recorded_at.unwrap_or(checked_at) };
-        self.leases.insert((place.to_string(), tag.clone()), lease);
-        if recorded_at.is_some() {
+        let mut is_to_be_recorded = false;
+        let renewed = |known: Option<Entry<(String, Tag), Lease>>| {
+            let known = known.map(Entry::into_value).filter(Lease::is_dated);
+            if known.as_ref().is_some_and(|known| known.checked_at > checked_at) {
+                return Op::Nop;
+            }
+            let recorded_at =
+                known.filter(|known| known.is_recorded(digest, checked_at, every)).map(|known| known.recorded_at);
+            is_to_be_recorded = recorded_at.is_none();
+            Op::Put(Lease { digest: digest.clone(), checked_at, recorded_at: recorded_at.unwrap_or(checked_at) })
+        };
+        // At once, since two requests can renew a tag at the same time.
+        self.leases.entry((place.to_string(), tag.clone())).and_compute_with(renewed);
+        if !is_to_be_recorded {
             return;
         }
         let record = record(place, tag, digest.as_str(), checked_at);
