@@ -99,6 +99,7 @@ impl HttpServerApp for Front {
             Ok(false) => return None,
             Err(error) => {
                 tracing::debug!(%error, "a request cannot be read");
+                self.count(&Exchange { status: 400, ..Exchange::new() });
                 let farewell = async {
                     let _ = session.respond_error(400).await;
                     session.shutdown().await;

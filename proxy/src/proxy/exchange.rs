@@ -74,7 +74,7 @@ impl Front {
         finish(session, error, exchange);
     }
 
-    fn count(&self, exchange: &Exchange) {
+    pub(super) fn count(&self, exchange: &Exchange) {
         self.metrics.answered(&metrics::Answer {
             route: exchange.route,
             source: exchange.source,
