@@ -9,6 +9,9 @@ export CARGO_ENCODED_RUSTFLAGS := $(shell k8s/flags.sh)
 BUILT := target/$(HOST)
 BIN := $(BUILT)/$(PROFILE)/dray
 
+# Their program ends when a task blocks its worker (proxy/src/worker_watch.rs).
+run check test soak: export DRAY_WATCH_WORKERS := 1
+
 .PHONY: run build check test lint bench soak image manifests setup tools fuzz fmt
 
 run: $(BIN) ## Build dray and start it with its built-in defaults

@@ -30,6 +30,7 @@ use tokio::time::{sleep, timeout};
 use self::idle::{Idle, Whose};
 use crate::memory::{Memory, OfClient};
 use crate::shares::{Share, Shares};
+use crate::worker_watch::watched;
 
 /// Gives the requests of each connection to an application.
 pub struct Connections<A> {
@@ -150,24 +151,7 @@ pub fn kept_for(request: &Parts) -> Option<u64> {
 #[async_trait]
 impl<A: HttpServerApp + Send + Sync + 'static> ServerApp for Connections<A> {
     async fn process_new(self: &Arc<Self>, stream: Stream, shutdown: &ShutdownWatch) -> Option<Stream> {
-        let digest = stream.get_socket_digest();
-        let from = digest.as_ref().and_then(|digest| digest.peer_addr()?.as_inet()).map(|from| from.ip());
-        let from = from.map(|from| client(from.to_canonical()));
-        let Some(_place) = self.place(from).await else {
-            if self.tls.is_none() {
-                part(stream, &NoHead::TooMany).await;
-            }
-            return None;
-        };
-        let stream = match &self.tls {
-            Some(acceptor) => self.secured(stream, acceptor, from).await?,
-            None => stream,
-        };
-        if matches!(stream.selected_alpn_proto(), Some(ALPN::H2)) {
-            self.streams(stream, from, shutdown).await;
-        } else {
-            self.requests(stream, from, shutdown).await;
-        }
+        watched(self.serve(stream, shutdown)).await;
         None
     }
 
@@ -177,6 +161,30 @@ impl<A: HttpServerApp + Send + Sync + 'static> ServerApp for Connections<A> {
 }
 
 impl<A: HttpServerApp + Send + Sync + 'static> Connections<A> {
+    async fn serve(&self, stream: Stream, shutdown: &ShutdownWatch) {
+        let digest = stream.get_socket_digest();
+        let from = digest.as_ref().and_then(|digest| digest.peer_addr()?.as_inet()).map(|from| from.ip());
+        let from = from.map(|from| client(from.to_canonical()));
+        let Some(_place) = self.place(from).await else {
+            if self.tls.is_none() {
+                part(stream, &NoHead::TooMany).await;
+            }
+            return;
+        };
+        let stream = match &self.tls {
+            Some(acceptor) => match self.secured(stream, acceptor, from).await {
+                Some(stream) => stream,
+                None => return,
+            },
+            None => stream,
+        };
+        if matches!(stream.selected_alpn_proto(), Some(ALPN::H2)) {
+            self.streams(stream, from, shutdown).await;
+        } else {
+            self.requests(stream, from, shutdown).await;
+        }
+    }
+
     /// HTTP/1: one request after the other.
     async fn requests(&self, mut stream: Stream, from: Option<IpAddr>, shutdown: &ShutdownWatch) {
         let mut settings = None::<HttpPersistentSettings>;

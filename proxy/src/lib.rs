@@ -45,3 +45,4 @@ pub mod tags;
 pub mod telemetry;
 pub mod trace;
 pub mod warm;
+pub mod worker_watch;

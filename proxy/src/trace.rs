@@ -12,6 +12,8 @@ use std::time::{Duration, Instant, SystemTime};
 
 use http::{HeaderMap, HeaderName, HeaderValue};
 
+use crate::worker_watch::watched;
+
 const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
 const TRACESTATE: HeaderName = HeaderName::from_static("tracestate");
 
@@ -108,7 +110,7 @@ pub fn begin(name: &'static str, kind: Kind) -> Span {
 
 /// A task that is about to be started goes on in the trace of this one.
 pub fn carried<F: Future>(task: F) -> impl Future<Output = F::Output> {
-    within(CURRENT.try_with(Current::clone).ok(), task)
+    within(CURRENT.try_with(Current::clone).ok(), watched(task))
 }
 
 async fn within<F: Future>(current: Option<Current>, task: F) -> F::Output {

@@ -5,7 +5,8 @@
 use std::fs;
 use std::path::Path;
 
-const LEVELS: [&[&str]; 10] = [
+const LEVELS: [&[&str]; 11] = [
+    &["worker_watch"],
     &["blocking", "key_file", "metrics", "oci", "readiness", "shares", "trace"],
     &[
         "activity",

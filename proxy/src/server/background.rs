@@ -12,6 +12,7 @@ use crate::config::Share;
 use crate::peers::RELOAD;
 use crate::prefetch;
 use crate::store::{HOUSEKEEPING, Store};
+use crate::worker_watch::watched;
 
 /// A new process waits this long to hear who its peers are before it is ready.
 const MEMBERSHIP: Duration = Duration::from_secs(5);
@@ -20,17 +21,17 @@ const MEMBERSHIP: Duration = Duration::from_secs(5);
 pub(super) fn spawn(runtime: &Runtime, components: &Arc<Components>) {
     let (config, pull) = (&components.config, &components.pull);
     let following = pull.clone();
-    runtime.spawn(async move { following.follow_peers().await });
-    runtime.spawn(keep_secrets(components.clone()));
+    runtime.spawn(watched(async move { following.follow_peers().await }));
+    runtime.spawn(watched(keep_secrets(components.clone())));
     let (scrubbing, rate) = (pull.clone(), config.cache.scrub.0);
-    runtime.spawn(async move { scrubbing.scrub(rate).await });
+    runtime.spawn(watched(async move { scrubbing.scrub(rate).await }));
     for prefetch in config.prefetch.clone() {
-        runtime.spawn(prefetch::keep_warm(pull.clone(), prefetch));
+        runtime.spawn(watched(prefetch::keep_warm(pull.clone(), prefetch)));
     }
     if !config.pin.is_empty() {
-        runtime.spawn(prefetch::keep_pinned(pull.clone(), config.pin.clone()));
+        runtime.spawn(watched(prefetch::keep_pinned(pull.clone(), config.pin.clone())));
     }
-    runtime.spawn(keep_house(components.store.clone(), config.cache.keep_free));
+    runtime.spawn(watched(keep_house(components.store.clone(), config.cache.keep_free)));
 }
 
 /// Says that the process is ready, once every listener accepts and the peers are known.
