@@ -56,12 +56,6 @@ where
         landed.clone()
     }
 
-    /// The answer of the flight under way, if there is one.
-    pub fn under_way(&self, key: &K) -> Option<impl Future<Output = Option<V>> + use<K, V>> {
-        let mut answer = self.under_way.lock().unwrap_or_else(PoisonError::into_inner).get(key)?.clone();
-        Some(async move { answer.wait_for(Option::is_some).await.ok()?.clone() })
-    }
-
     /// The same where some answers are only for whoever asked: what somebody else was refused is asked again, once for
     /// all who share the key `own`.
     pub async fn join_or_own<F>(

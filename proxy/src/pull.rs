@@ -97,8 +97,6 @@ pub struct Pull {
     lengths: moka::sync::Cache<(Registry, Repository, Digest), u64>,
     length_flights: Flights<(String, Digest, Role, Option<Who>), length::Length>,
     homes: Arc<Homes>,
-    /// Requests for lists that stay open after their client was answered or has left.
-    open_lists: Flights<String, Result<(), SourceError>>,
     /// Copies of lists that were written lately, by repository.
     list_copies: moka::sync::Cache<String, Arc<AtomicU32>>,
     /// Copies that are unpacked at the same time: each takes some MiB before its size is counted.
@@ -140,7 +138,6 @@ impl Pull {
             lengths: moka::sync::Cache::builder().max_capacity(50_000).time_to_live(LENGTHS).build(),
             length_flights: Flights::default(),
             homes: Arc::new(Homes::new(store.clone())),
-            open_lists: Flights::default(),
             list_copies: moka::sync::Cache::builder().max_capacity(10_000).time_to_live(LIST_COPIES).build(),
             unpacking: Semaphore::new(UNPACKING),
             subjects: Arc::default(),

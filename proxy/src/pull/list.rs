@@ -6,7 +6,6 @@
 
 use std::io::{Read, Write};
 use std::net::IpAddr;
-use std::pin::pin;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -15,14 +14,14 @@ use bytes::Bytes;
 use flate2::Compression;
 use flate2::read::DeflateDecoder;
 use flate2::write::DeflateEncoder;
+use futures_util::StreamExt;
 use futures_util::stream::BoxStream;
-use futures_util::{FutureExt, StreamExt};
 use http::HeaderValue;
 use tokio::sync::oneshot;
 use tokio::time::{Instant, timeout};
 
 use super::{Asking, Body, Pull, Refusal, fetch_ended};
-use crate::blocking::{on_thread, parsed};
+use crate::blocking::parsed;
 use crate::oci::{Digest, ErrorCode, INDEX_MEDIA_TYPE, manifest};
 use crate::origin::{List, ListResponse};
 use crate::registries::Place;
@@ -64,9 +63,6 @@ struct Copying {
 /// Where a copy is at hand, an upstream has this long to begin.
 const WITH_COPY: Duration = Duration::from_secs(5);
 
-/// Records say when they were made to the second.
-const RECORD_PRECISION: Duration = Duration::from_secs(1);
-
 /// An upstream that sends less of a list in this time of waiting would hold its place for ever.
 const SLOWEST: Floor = Floor { bytes: 64 * 1024, window: Duration::from_secs(180) };
 
@@ -94,20 +90,21 @@ impl Pull {
         asking: Asking,
     ) -> Result<ListAnswer, Refusal> {
         let key = key(place, list, query);
-        let mut response = pin!(self.response(place, list, query, &key, asking.client));
-        let response = match timeout(WITH_COPY.min(asking.patience), &mut response).await {
+        let mut asked = self.requested(place, list, query, &key, asking.client);
+        let response = match timeout(WITH_COPY.min(asking.patience), &mut asked).await {
             Ok(response) => response,
             // Only what was seen whole: that a slow upstream has something or not it will say itself.
             Err(_) => match self.kept_list(place, list, &key).await.map(|kept| self.stale(place, kept)) {
                 Some(kept) => return Ok(kept),
                 None => {
                     let left = asking.patience.saturating_sub(WITH_COPY);
-                    timeout(left, response).await.unwrap_or(Err(SourceError::TimedOut))
+                    timeout(left, asked).await.unwrap_or(Ok(Err(SourceError::TimedOut)))
                 }
             },
         };
+        let response = response.unwrap_or_else(|_| fetch_ended());
         match response {
-            Ok(response) => Ok(response),
+            Ok(response) => Ok(self.passed_on(place, list, key, response, asking.client)),
             Err(error) if is_outage(&error) => {
                 let seen = self.seen_before(place, list, query, &key).await;
                 seen.unwrap_or_else(|| Err(Refusal::of(&error, missing(list))))
@@ -115,32 +112,11 @@ impl Pull {
             Err(error) => {
                 // "Not found" and "denied" end what was seen before.
                 if error.is_not_found() || error.is_denied() {
-                    self.remember_absence(place, list, &key, &error);
+                    self.remember_absence(place, list, key, &error);
                 }
                 Err(Refusal::of(&error, missing(list)))
             }
         }
-    }
-
-    /// What the upstream sends, or the copy of what it sends to a request that is still open: a slow upstream is asked once.
-    async fn response(
-        self: &Arc<Self>,
-        place: &Place,
-        list: &List,
-        query: Option<&str>,
-        key: &str,
-        client: Option<IpAddr>,
-    ) -> Result<ListAnswer, SourceError> {
-        let since = Instant::now();
-        if let Some(open) = self.open_lists.under_way(&key.to_owned()) {
-            open.await.unwrap_or_else(fetch_ended)?;
-            let is_new = |copy: &ListAnswer| copy.age.is_some_and(|age| age <= since.elapsed() + RECORD_PRECISION);
-            if let Some(copy) = self.kept_list(place, list, key).await.filter(is_new) {
-                return Ok(ListAnswer { from: ServedFrom::Origin, age: None, ..copy });
-            }
-        }
-        let response = self.requested(place, list, query, key, client).await.unwrap_or_else(|_| fetch_ended())?;
-        Ok(self.passed_on(place, list, key.to_owned(), response, client))
     }
 
     /// Requests a list in a task of its own: where the client leaves or is answered with a copy before a slow upstream has
@@ -153,27 +129,19 @@ impl Pull {
         key: &str,
         client: Option<IpAddr>,
     ) -> oneshot::Receiver<Result<ListResponse, SourceError>> {
-        let (mut sender, asked) = oneshot::channel();
+        let (sender, asked) = oneshot::channel();
         let (pull, place, list, key) = (self.clone(), place.clone(), list.clone(), key.to_owned());
-        let (origin, from, what, query) = (self.origin.clone(), place.clone(), list.clone(), query.map(str::to_owned));
-        let mut request = Box::pin(async move {
-            let deadline = Instant::now() + UPSTREAM_TIMEOUT;
-            origin.list(&from, &what, query.as_deref(), deadline).await
-        });
+        let query = query.map(str::to_owned);
         tokio::spawn(trace::carried(async move {
-            let response = tokio::select! {
-                response = &mut request => match sender.send(response) {
-                    Ok(()) => return,
-                    Err(unwanted) => async { unwanted }.boxed(),
-                },
-                () = sender.closed() => request,
-            };
-            let (copier, copied_key) = (pull.clone(), key.clone());
-            let copied = || async move {
-                copier.passed_on(&place, &list, copied_key, response.await?, client).copied().await;
-                Ok(())
-            };
-            pull.open_lists.join(key, copied).await;
+            let deadline = Instant::now() + UPSTREAM_TIMEOUT;
+            let response = pull.origin.list(&place, &list, query.as_deref(), deadline).await;
+            if let Err(Ok(response)) = sender.send(response) {
+                // For the copy, and no longer than a client would wait.
+                let passed_on = pull.passed_on(&place, &list, key, response, client);
+                let Body::List(mut body) = passed_on.body else { return };
+                let copied = async { while body.is_copied() && matches!(body.next().await, Ok(Some(_))) {} };
+                let _ = timeout(UPSTREAM_TIMEOUT, copied).await;
+            }
         }));
         asked
     }
@@ -209,9 +177,9 @@ impl Pull {
         }
     }
 
-    fn remember_absence(self: &Arc<Self>, place: &Place, list: &List, key: &str, error: &SourceError) {
+    fn remember_absence(self: &Arc<Self>, place: &Place, list: &List, key: String, error: &SourceError) {
         let has_no_api = error.is_not_found() && matches!(list, List::Referrers(_));
-        let (pull, place, key) = (self.clone(), place.clone(), key.to_owned());
+        let (pull, place) = (self.clone(), place.clone());
         tokio::task::spawn_blocking(move || {
             let records = &pull.store.records;
             match has_no_api && (records.is_known_list(&key) || pull.may_copy(&place)) {
@@ -338,50 +306,33 @@ impl Pull {
     }
 }
 
-impl ListAnswer {
-    /// Reads it for its copy only, no longer than a client would wait.
-    async fn copied(self) {
-        let Body::List(mut body) = self.body else { return };
-        let ended = async {
-            while body.copy.is_some() {
-                if body.piece().await?.is_none() {
-                    return Ok(body.copy.take());
-                }
-            }
-            Ok::<_, Broken>(None)
-        };
-        if let Ok(Ok(Some(copy))) = timeout(UPSTREAM_TIMEOUT, ended).await {
-            copy.keep().await;
-        }
-    }
-}
-
 impl ListBody {
+    fn is_copied(&self) -> bool {
+        self.copy.is_some()
+    }
+
     /// The next piece; None at the end.
     pub async fn next(&mut self) -> Result<Option<Bytes>, Broken> {
-        let piece = self.piece().await?;
-        if piece.is_none()
-            && let Some(copy) = self.copy.take()
-        {
-            tokio::spawn(copy.keep());
-        }
-        Ok(piece)
-    }
-
-    async fn piece(&mut self) -> Result<Option<Bytes>, Broken> {
         let asked = Instant::now();
         let next = timeout(UPSTREAM_TIMEOUT, self.pieces.next()).await;
         let len = next.as_ref().ok().and_then(|next| next.as_ref()?.as_ref().ok()).map_or(0, Bytes::len);
         if !self.speed.keeps_up(SLOWEST, asked.elapsed(), len) {
             return Err(Broken("the upstream sends the list too slowly".into()));
         }
-        let next = next.unwrap_or_else(|_| Some(Err(Broken("the upstream sends nothing more".into())))).transpose()?;
-        if let Some(piece) = &next
-            && !self.copy.as_mut().is_some_and(|copy| copy.add(piece))
-        {
-            self.copy = None;
+        match next.unwrap_or_else(|_| Some(Err(Broken("the upstream sends nothing more".into())))).transpose() {
+            Ok(Some(piece)) => {
+                let fits = |copy: &mut Copying| copy.add(&piece);
+                if !self.copy.as_mut().is_some_and(fits) {
+                    self.copy = None;
+                }
+                Ok(Some(piece))
+            }
+            Ok(None) => {
+                self.copy.take().into_iter().for_each(Copying::keep);
+                Ok(None)
+            }
+            Err(broken) => Err(broken),
         }
-        Ok(next)
     }
 }
 
@@ -394,22 +345,24 @@ impl Copying {
     }
 
     /// All of it has come.
-    async fn keep(self) {
+    fn keep(self) {
         let Self { pull, place, client, mut record, encoder } = self;
         let Ok(packed) = encoder.finish() else { return };
         let digest = Digest::of(&packed);
         record.digest = digest.to_string();
-        let (keeper, key) = (pull.clone(), record.key.clone());
-        let is_known = on_thread(move || keeper.store.records.is_known_list(&key)).await;
-        if !is_known && !pull.may_copy(&place) {
-            return;
-        }
-        let object = SmallObject::new("application/octet-stream", Arc::new(place.provenance()), &packed);
-        // Most lists are the same as before.
-        if pull.store.find(&digest, Kind::Blob).await.is_none() {
-            pull.store.small.insert(&digest, Kind::Blob, object).await;
-        }
-        on_thread(move || pull.store.records.put_list(&record, &place.registry, client)).await;
+        tokio::spawn(async move {
+            let (keeper, key) = (pull.clone(), record.key.clone());
+            let is_known = tokio::task::spawn_blocking(move || keeper.store.records.is_known_list(&key)).await;
+            if !is_known.unwrap_or(false) && !pull.may_copy(&place) {
+                return;
+            }
+            let object = SmallObject::new("application/octet-stream", Arc::new(place.provenance()), &packed);
+            // Most lists are the same as before.
+            if pull.store.find(&digest, Kind::Blob).await.is_none() {
+                pull.store.small.insert(&digest, Kind::Blob, object).await;
+            }
+            tokio::task::spawn_blocking(move || pull.store.records.put_list(&record, &place.registry, client));
+        });
     }
 }
 

@@ -2,14 +2,12 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Duration;
 
 use dray_tests::dray::{Start, rule};
 use dray_tests::eventually;
 use dray_tests::image::{MANIFEST, digest};
 use dray_tests::origin::{Fault, Origin, Response};
 use serde_json::json;
-use tokio::time::sleep;
 
 use super::{FORMS, REGISTRY, dray_of};
 
@@ -166,32 +164,6 @@ async fn list_of_a_slow_upstream_is_served_stale_and_renewed() {
     eventually("the copy is renewed", async || (record() != before).then_some(())).await;
     drop(upstream);
     assert_eq!(dray.get(&path).await.text(), lists[1]);
-}
-
-/// A client that tries again joins the request of its first attempt.
-#[tokio::test(flavor = "multi_thread")]
-async fn list_of_a_slow_upstream_is_requested_once() {
-    eventually("a client joins an open request", async || {
-        let upstream = Origin::answering(|_| Response::new(200, r#"{"tags":["1"]}"#).fault(Fault::LateUntilGate)).await;
-        let dray = dray_of(&upstream);
-        let path = FORMS[1].path("tags/list");
-        tokio::select! {
-            _ = dray.get(&path) => panic!("nothing was sent yet"),
-            () = eventually("it is requested", async || upstream.requests().first().map(|_| ())) => {}
-        }
-        let left = r#"dray_requests_total{route="tags",source="none",status="499"}"#;
-        eventually("its departure is noticed", async || (dray.metric(left).await == 1).then_some(())).await;
-        let opened = async {
-            sleep(Duration::from_millis(100)).await;
-            upstream.open_gate();
-        };
-        let (answer, ()) = tokio::join!(dray.get(&path), opened);
-        assert_eq!((answer.status, answer.text().as_str()), (200, r#"{"tags":["1"]}"#));
-        assert_eq!(answer.source(), "origin");
-        // Two: the gate was opened before the second attempt came.
-        (upstream.requests().len() == 1).then_some(())
-    })
-    .await;
 }
 
 /// What is not there any more is not served because it was.
