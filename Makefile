@@ -10,7 +10,7 @@ BUILT := target/$(HOST)
 BIN := $(BUILT)/$(PROFILE)/dray
 
 # Their program ends when a task blocks its worker (proxy/src/worker_watch.rs).
-run check test soak: export DRAY_WATCH_WORKERS := 1
+check test soak: export DRAY_WATCH_WORKERS := 1
 
 .PHONY: run build check test lint bench soak image manifests setup tools fuzz fmt
 
@@ -26,7 +26,7 @@ check: build-setup fmt-check clippy ## What needs neither root nor Go: formattin
 test: setup tools ## Build, install what the tests need, and run them all, or some: make test TESTS=faults::
 	tests/stage.sh "previous release" tests/previous.sh target/previous $(PROFILE)
 	tests/stage.sh build cargo build --profile $(PROFILE) --workspace --all-targets
-	PROGRAM=$(BIN) tests/stage.sh image k8s/image.sh target/image
+	PROGRAM=$(BIN) tests/stage.sh image k8s/image.sh target/tests/image
 	tests/stage.sh tests cargo test --profile $(PROFILE) --workspace -- $(TESTS)
 
 lint: build-setup fmt-check clippy ## Formatting, clippy, licences and bans

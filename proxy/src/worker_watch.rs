@@ -9,7 +9,6 @@
 use std::fs::File;
 use std::future::{Future, poll_fn};
 use std::os::unix::fs::FileExt;
-use std::pin::pin;
 use std::time::{Duration, Instant};
 
 /// Longest time that a thread may be blocked within one poll of a task. Longer: other requests of the worker wait noticeably.
@@ -28,12 +27,14 @@ struct Poll {
 }
 
 /// The same task, each poll of which is watched.
-pub async fn watched<F: Future>(task: F) -> F::Output {
-    if option_env!("DRAY_WATCH_WORKERS").is_none() {
-        return task.await;
-    }
-    let mut task = pin!(task);
-    poll_fn(|context| {
+///
+/// It is boxed: an `async fn` would hold a task twice, before and while it runs, for as long as its connection lives.
+pub fn watched<F: Future>(task: F) -> impl Future<Output = F::Output> {
+    let mut task = Box::pin(task);
+    poll_fn(move |context| {
+        if option_env!("DRAY_WATCH_WORKERS").is_none() {
+            return task.as_mut().poll(context);
+        }
         let poll = Poll::begin();
         let result = task.as_mut().poll(context);
         if let Some(blocked) = poll.and_then(|poll| poll.blocked()).filter(|blocked| *blocked > MAX_BLOCKED) {
@@ -43,7 +44,6 @@ pub async fn watched<F: Future>(task: F) -> F::Output {
         }
         result
     })
-    .await
 }
 
 impl Poll {

@@ -32,7 +32,8 @@ impl Kubernetes {
         let mut cluster = Self { dir, process: Process::spawn(&mut namespaces) };
         cluster.process.line("ready");
         cluster.push_pause();
-        let image = Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the workspace").join("target/image/oci");
+        let image =
+            Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the workspace").join("target/tests/image/oci");
         let to = "docker://127.0.0.1:5000/dray:test";
         run(cluster
             .inside("skopeo")

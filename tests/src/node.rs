@@ -157,7 +157,7 @@ pub fn image() -> (Json, u64) {
 }
 
 fn directory() -> PathBuf {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the workspace").join("target/image/oci");
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the workspace").join("target/tests/image/oci");
     assert!(root.exists(), "{} is missing: run `make test`", root.display());
     root
 }

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::runtime::Runtime;
+use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
 use super::components::Components;
@@ -53,13 +54,17 @@ pub(super) async fn announce(components: Arc<Components>, ports: Ports, started:
 
 /// Looks after the disk for as long as the process lives.
 async fn keep_house(store: Arc<Store>, keep_free: Share) {
+    let mut thinning = None::<JoinHandle<()>>;
     let mut tick = tokio::time::interval(HOUSEKEEPING);
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         tick.tick().await;
         let (large, records) = (store.large.clone(), store.clone());
         let _ = tokio::task::spawn_blocking(move || large.keep_house(keep_free)).await;
-        let _ = tokio::task::spawn_blocking(move || records.records.thin_out()).await;
+        // It may read all records, and the disk fills meanwhile.
+        if thinning.as_ref().is_none_or(JoinHandle::is_finished) {
+            thinning = Some(tokio::task::spawn_blocking(move || records.records.thin_out()));
+        }
         store.measure();
     }
 }

@@ -219,8 +219,8 @@ impl Directory {
     }
 
     fn thin_out(&self) {
-        let written = self.written.load(Ordering::Relaxed);
         let mut thinned_at = self.thinned_at.lock().unwrap_or_else(PoisonError::into_inner);
+        let written = self.written.load(Ordering::Relaxed);
         if thinned_at.is_some_and(|thinned_at| written - thinned_at < self.most as u64 / THIN_OUT_SHARE) {
             return;
         }
