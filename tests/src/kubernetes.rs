@@ -6,6 +6,7 @@ use std::process::{Command, Output, Stdio};
 
 use tempfile::TempDir;
 
+use crate::node;
 use crate::process::{Process, output, run};
 use crate::tool;
 
@@ -32,8 +33,7 @@ impl Kubernetes {
         let mut cluster = Self { dir, process: Process::spawn(&mut namespaces) };
         cluster.process.line("ready");
         cluster.push_pause();
-        let image =
-            Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the workspace").join("target/tests/image/oci");
+        let image = node::image_directory();
         let to = "docker://127.0.0.1:5000/dray:test";
         run(cluster
             .inside("skopeo")

@@ -156,7 +156,8 @@ pub fn image() -> (Json, u64) {
     (serde_json::from_slice(&config).expect("JSON"), layers.sum::<u64>() + config.len() as u64)
 }
 
-fn directory() -> PathBuf {
+/// The image of the program that is tested.
+pub(crate) fn image_directory() -> PathBuf {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the workspace").join("target/tests/image/oci");
     assert!(root.exists(), "{} is missing: run `make test`", root.display());
     root
@@ -164,12 +165,12 @@ fn directory() -> PathBuf {
 
 fn manifest() -> Json {
     let index: Json =
-        serde_json::from_slice(&std::fs::read(directory().join("index.json")).expect("an index")).expect("JSON");
+        serde_json::from_slice(&std::fs::read(image_directory().join("index.json")).expect("an index")).expect("JSON");
     serde_json::from_slice(&read(index["manifests"][0]["digest"].as_str().expect("a digest"))).expect("JSON")
 }
 
 fn read(digest: &str) -> Vec<u8> {
-    std::fs::read(directory().join("blobs").join(digest.replace(':', "/"))).expect("a blob")
+    std::fs::read(image_directory().join("blobs").join(digest.replace(':', "/"))).expect("a blob")
 }
 
 /// Lays the image's layers over each other. Nothing of it is ever taken away.
