@@ -10,7 +10,7 @@ use tokio::time::{Instant as Deadline, timeout_at};
 use url::Url;
 
 use super::challenge::Challenge;
-use super::credentials::Secrets;
+use super::credentials::{CloudClient, Secrets};
 use super::http::{Home, Http};
 use super::token_endpoint::{Grant, MAX_LIFE, PULL, fetch_token, repository_of, scopes, sensitive};
 use crate::lifetimes::{ByLifetime, Lifetime};
@@ -88,7 +88,7 @@ fn lately(life: Duration) -> moka::future::Cache<(String, String), ()> {
 }
 
 impl Tokens {
-    pub(super) fn new() -> Self {
+    pub(super) fn new(cloud: CloudClient) -> Self {
         Self {
             challenges: moka::future::Cache::builder()
                 .max_capacity(10_000)
@@ -100,7 +100,7 @@ impl Tokens {
                 .weigher(|key: &GrantKey, grant: &Grant| key.bytes() + grant.bytes())
                 .expire_after(ByLifetime)
                 .build(),
-            secrets: Secrets::new(),
+            secrets: Secrets::new(cloud),
             looked_again: lately(Duration::from_secs(60)),
             told: lately(Duration::from_secs(600)),
         }

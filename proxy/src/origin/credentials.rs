@@ -3,6 +3,7 @@
 #[cfg(feature = "aws")]
 mod aws;
 mod azure;
+mod cloud;
 mod docker;
 mod google;
 mod helper;
@@ -14,6 +15,7 @@ mod secrets;
 use std::path::Path;
 use std::time::Duration;
 
+pub(super) use self::cloud::CloudClient;
 pub use self::here::are_here;
 pub(super) use self::secrets::Secrets;
 use crate::blocking::on_thread;
@@ -68,7 +70,11 @@ pub(super) struct Whom<'a> {
 }
 
 /// The secret for an upstream.
-pub(super) async fn find(source: &Credentials, whom: Whom<'_>) -> Result<Found, CredentialsError> {
+pub(super) async fn find(
+    source: &Credentials,
+    whom: Whom<'_>,
+    cloud_client: &CloudClient,
+) -> Result<Found, CredentialsError> {
     let Whom { base, authority, trust, repository, .. } = whom;
     let lasting = |life| move |secret| Found { secret, life };
     match source {
@@ -96,9 +102,9 @@ pub(super) async fn find(source: &Credentials, whom: Whom<'_>) -> Result<Found, 
             Ok(Found::nothing())
         }
         #[cfg(feature = "aws")]
-        Credentials::Cloud(Cloud::Aws) => aws::ask(authority).await,
-        Credentials::Cloud(Cloud::Azure) => azure::ask(base, authority).await,
-        Credentials::Cloud(Cloud::Gcp) => google::ask().await,
+        Credentials::Cloud(Cloud::Aws) => aws::fetch(cloud_client, authority).await,
+        Credentials::Cloud(Cloud::Azure) => azure::fetch(cloud_client, base, authority).await,
+        Credentials::Cloud(Cloud::Gcp) => google::fetch(cloud_client).await,
     }
 }
 
@@ -157,13 +163,16 @@ mod tests {
     use base64::engine::general_purpose::STANDARD;
 
     use super::*;
+    use crate::origin::tls;
 
     fn of(source: &Credentials, authority: &str, repository: &str) -> Result<Option<Secret>, CredentialsError> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         let base = format!("https://{authority}");
         let (registry, name) = (authority, repository);
         let whom = Whom { base: &base, authority, trust: Trust::Derived, repository, registry, name };
-        runtime.block_on(find(source, whom)).map(|found| found.secret)
+        let tls = tls::config(&[], Vec::new(), None).unwrap();
+        let http = reqwest::Client::builder().tls_backend_preconfigured(tls).build().unwrap();
+        runtime.block_on(find(source, whom, &CloudClient::new(http))).map(|found| found.secret)
     }
 
     fn docker(json: &str, authority: &str) -> Result<Option<Secret>, CredentialsError> {

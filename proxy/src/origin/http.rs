@@ -28,6 +28,11 @@ const CONNECT_TIMEOUT: Duration = Duration::from_millis(2500);
 /// The same where another upstream stands ready.
 const CONNECT_TIMEOUT_WITH_ALTERNATIVE: Duration = Duration::from_millis(1000);
 
+/// Longest time that a cloud's token service may take for one response. Longer: a pull waits for a service that is down.
+const CLOUD_TIMEOUT: Duration = Duration::from_secs(5);
+
+const USER_AGENT: &str = concat!("dray/", env!("CARGO_PKG_VERSION"));
+
 /// As many hops as Go's HTTP client follows, which is what container clients are built on.
 const MAX_REDIRECTS: usize = 10;
 
@@ -40,6 +45,8 @@ pub(super) struct Http {
     identities: Vec<Arc<Identity>>,
     kept_hosts: KeptHosts,
     clients: HashMap<ClientKey, Client>,
+    /// For the token services of clouds.
+    pub(super) cloud: Client,
 }
 
 /// The upstream that a request belongs to, through all its redirects.
@@ -117,7 +124,8 @@ impl Http {
                 }
             }
         }
-        Ok(Self { guard, identities, kept_hosts: KeptHosts::default(), clients })
+        let cloud = cloud_client(&guard, proxies, tls::config(&extra, Vec::new(), None)?)?;
+        Ok(Self { guard, identities, kept_hosts: KeptHosts::default(), clients, cloud })
     }
 
     /// Reads the certificates again that upstreams are shown.
@@ -205,7 +213,7 @@ impl ClientKey {
         let proxies = proxies.clone();
         let max_idle = if self.after_use == AfterUse::Keep { MAX_IDLE_PER_HOST } else { 0 };
         Client::builder()
-            .user_agent(concat!("dray/", env!("CARGO_PKG_VERSION")))
+            .user_agent(USER_AGENT)
             // Same cost as HTTP/2 for a blob, without its windows, and sockets in parallel.
             .http1_only()
             .http1_max_headers(MAX_HEADERS)
@@ -224,6 +232,22 @@ impl ClientKey {
             .build()
             .map_err(|e| format!("no HTTP client: {}", root_cause(&e)))
     }
+}
+
+/// The client of the clouds' token services.
+fn cloud_client(guard: &Guard, proxies: Arc<EnvProxies>, tls: rustls::ClientConfig) -> Result<Client, String> {
+    Client::builder()
+        .user_agent(USER_AGENT)
+        .http1_only()
+        .redirect(reqwest::redirect::Policy::none())
+        .timeout(CLOUD_TIMEOUT)
+        .dns_resolver(guard.resolver(Reach::Anywhere))
+        .no_proxy()
+        // What has no TLS is the metadata service of this very machine, or an agent on it.
+        .proxy(Proxy::custom(move |url| proxies.of(url).filter(|_| url.scheme() == "https")))
+        .tls_backend_preconfigured(tls)
+        .build()
+        .map_err(|e| format!("no HTTP client: {}", root_cause(&e)))
 }
 
 /// Whether a response is a redirect that names a target.

@@ -1,54 +1,201 @@
-//! Authorization tokens of Amazon's ECR, for whatever the machine or pod is: by web identity, Pod Identity, the
-//! instance's role, or what its environment says, as Amazon's own library finds it.
+//! Authorization tokens of Amazon's ECR, for the identity that the pod or machine has.
+//!
+//! The identity is looked for where Amazon's own libraries look: the environment, a profile's keys, a web identity (IRSA), Pod
+//! Identity or ECS, the instance's role. The first that is configured is used; if it fails, its error is the result.
 
+use std::collections::HashMap;
+use std::ffi::OsString;
+use std::path::PathBuf;
 use std::time::{Duration, SystemTime};
 
-use aws_config::{BehaviorVersion, Region};
-use aws_sdk_ecr::error::DisplayErrorContext;
-use aws_smithy_http_client::tls::Provider;
-use aws_smithy_http_client::tls::rustls_provider::CryptoMode;
-use tokio::sync::Semaphore;
-use tokio::time::timeout;
+use bytes::Bytes;
+use http::header::CONTENT_TYPE;
+use http::{Request, Response};
+use reqsign_aws_v4::{
+    AssumeRoleWithWebIdentityCredentialProvider, Credential, ECSCredentialProvider, EnvCredentialProvider,
+    IMDSv2CredentialProvider, ProfileCredentialProvider, RequestSigner,
+};
+use reqsign_core::{Context, FileRead, HttpSend, ProvideCredentialDyn, SignRequest, StaticEnv};
+use reqwest::{Client, RequestBuilder};
+use serde::Deserialize;
+use sha2::{Digest, Sha256};
 
-use super::{CredentialsError, Found};
+use super::cloud::{CloudClient, read_json};
+use super::{CredentialsError, Found, read_file};
+use crate::blocking::on_thread;
 use crate::secret::Secret;
+use crate::source::root_cause;
 
 /// Where Amazon's registries are: `<account>.dkr.ecr.<region>.<one of these>`.
 const SUFFIXES: [&str; 4] = [".amazonaws.com", ".amazonaws.com.cn", ".on.aws", ".on.amazonwebservices.com.cn"];
 
-const PATIENCE: Duration = Duration::from_secs(10);
+/// The operation of ECR's API, version 2015-09-21: <https://docs.aws.amazon.com/AmazonECR/latest/APIReference/>.
+const TARGET: &str = "AmazonEC2ContainerRegistry_V20150921.GetAuthorizationToken";
 
-/// Registries that a token is asked for at a time.
-static QUESTIONS: Semaphore = Semaphore::const_new(8);
-
-/// A token, and half of its life: it is renewed well before its end.
-pub(super) async fn ask(authority: &str) -> Result<Found, CredentialsError> {
-    let failed = |why: String| CredentialsError::Cloud("Amazon's ECR", why);
-    let _one = QUESTIONS.acquire().await.map_err(|closed| failed(closed.to_string()))?;
-    let asking = Box::pin(token(region(authority)));
-    let (token, life) = timeout(PATIENCE, asking)
-        .await
-        .unwrap_or_else(|_| Err(format!("no answer within {} s", PATIENCE.as_secs())))
-        .map_err(failed)?;
-    let secret = Secret::from_basic(&format!("Basic {token}"));
-    let secret = secret.ok_or_else(|| failed("its token is not understood".to_owned()))?;
-    Ok(Found { secret: Some(secret), life })
+/// The response to `GetAuthorizationToken`.
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Tokens {
+    #[serde(default)]
+    authorization_data: Vec<Token>,
 }
 
-async fn token(region: Option<&str>) -> Result<(String, Duration), String> {
-    let tls = aws_smithy_http_client::Builder::new().tls_provider(Provider::Rustls(CryptoMode::Ring));
-    let mut loader = aws_config::defaults(BehaviorVersion::latest()).http_client(tls.build_https());
-    if let Some(region) = region {
-        loader = loader.region(Region::new(region.to_owned()));
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Token {
+    /// User name and password, as Basic authentication encodes them.
+    authorization_token: String,
+    /// Seconds since 1970.
+    expires_at: f64,
+}
+
+/// A token, and half of its life: it is renewed well before its end.
+pub(super) async fn fetch(cloud: &CloudClient, authority: &str) -> Result<Found, CredentialsError> {
+    let failed = |why: String| CredentialsError::Cloud("Amazon's ECR", why);
+    let (client, _turn) = cloud.turn().await.map_err(failed)?;
+    let environment = Environment::read();
+    let Token { authorization_token, expires_at } =
+        environment.token(client, region(authority)).await.map_err(failed)?;
+    let secret = Secret::from_basic(&format!("Basic {authorization_token}"));
+    let secret = secret.ok_or_else(|| failed("the token is not a user name and password".to_owned()))?;
+    let now = SystemTime::UNIX_EPOCH.elapsed().unwrap_or_default();
+    let ends = Duration::try_from_secs_f64(expires_at).unwrap_or_default();
+    Ok(Found { secret: Some(secret), life: ends.saturating_sub(now) / 2 })
+}
+
+/// The variables of the process.
+#[derive(Clone, Debug)]
+struct Environment(HashMap<String, String>);
+
+impl Environment {
+    fn read() -> Self {
+        let text = |(name, value): (OsString, OsString)| Some((name.into_string().ok()?, value.into_string().ok()?));
+        Self(std::env::vars_os().filter_map(text).collect())
     }
-    let config = loader.load().await;
-    let answer = aws_sdk_ecr::Client::new(&config).get_authorization_token().send().await;
-    // Errors of this library tell no secret.
-    let answer = answer.map_err(|error| DisplayErrorContext(error).to_string())?;
-    let data = answer.authorization_data().first().ok_or("it gives no token")?;
-    let token = data.authorization_token().ok_or("it gives no token")?.to_owned();
-    let ends = data.expires_at().and_then(|ends| SystemTime::try_from(*ends).ok()).ok_or("its token has no end")?;
-    Ok((token, ends.duration_since(SystemTime::now()).unwrap_or_default() / 2))
+
+    fn get(&self, name: &str) -> Option<&str> {
+        self.0.get(name).map(String::as_str).filter(|value| !value.is_empty())
+    }
+
+    /// The region of a registry, or the one that the process runs in.
+    fn region<'a>(&'a self, of_registry: Option<&'a str>) -> Result<&'a str, String> {
+        let region = of_registry.or_else(|| self.get("AWS_REGION")).or_else(|| self.get("AWS_DEFAULT_REGION"));
+        region.ok_or_else(|| "the registry's name has no region: set AWS_REGION".to_owned())
+    }
+
+    /// Where a service's API is, if not at its usual place: what Amazon's SDKs call service-specific endpoints.
+    fn endpoint(&self, service: &str) -> Option<&str> {
+        let endpoint = self.get(&format!("AWS_ENDPOINT_URL_{service}")).or_else(|| self.get("AWS_ENDPOINT_URL"));
+        endpoint.map(|url| url.trim_end_matches('/'))
+    }
+
+    /// The API of ECR in a region: <https://docs.aws.amazon.com/general/latest/gr/ecr.html>.
+    fn api(&self, region: &str) -> String {
+        if let Some(endpoint) = self.endpoint("ECR") {
+            return endpoint.to_owned();
+        }
+        let host = if self.get("AWS_USE_FIPS_ENDPOINT") == Some("true") { "ecr-fips" } else { "api.ecr" };
+        let suffix = if region.starts_with("cn-") { "amazonaws.com.cn" } else { "amazonaws.com" };
+        format!("https://{host}.{region}.{suffix}")
+    }
+
+    async fn token(self, client: &Client, of_registry: Option<&str>) -> Result<Token, String> {
+        let region = self.region(of_registry)?.to_owned();
+        let (api, sts) = (self.api(&region), self.endpoint("STS").map(str::to_owned));
+        let home_dir = self.get("HOME").map(Into::into);
+        let context = Context::new()
+            .with_file_read(Files)
+            .with_http_send(Http { client: client.clone(), sts })
+            .with_env(StaticEnv { home_dir, envs: self.0 });
+        let credential = credential(&context, &region).await?;
+        let request = signed_request(&context, &credential, &api, &region).await?;
+        let request = RequestBuilder::from_parts(client.clone(), request);
+        let tokens: Tokens = read_json(request, "GetAuthorizationToken").await?;
+        tokens.authorization_data.into_iter().next().ok_or_else(|| "GetAuthorizationToken: no token".to_owned())
+    }
+}
+
+/// The first identity that is configured.
+async fn credential(context: &Context, region: &str) -> Result<Credential, String> {
+    let web_identity =
+        AssumeRoleWithWebIdentityCredentialProvider::new().with_region(region.to_owned()).with_regional_sts_endpoint();
+    let sources: [&dyn ProvideCredentialDyn<Credential = Credential>; 5] = [
+        &EnvCredentialProvider::new(),
+        &ProfileCredentialProvider::default(),
+        &web_identity,
+        &ECSCredentialProvider::new(),
+        &IMDSv2CredentialProvider::new(),
+    ];
+    for source in sources {
+        if let Some(credential) = source.provide_credential_dyn(context).await.map_err(|error| explain(&error))? {
+            return Ok(credential);
+        }
+    }
+    Err("no identity: no keys, web identity, container credentials or instance role".to_owned())
+}
+
+/// `GetAuthorizationToken`, signed by AWS Signature Version 4.
+async fn signed_request(
+    context: &Context,
+    credential: &Credential,
+    api: &str,
+    region: &str,
+) -> Result<reqwest::Request, String> {
+    let body = Bytes::from_static(b"{}");
+    let request = Request::post(format!("{api}/"))
+        .header(CONTENT_TYPE, "application/x-amz-json-1.1")
+        .header("x-amz-target", TARGET)
+        .header("x-amz-content-sha256", format!("{:x}", Sha256::digest(&body)))
+        .body(())
+        .map_err(|error| format!("{api}: {error}"))?;
+    let (mut parts, ()) = request.into_parts();
+    let signer = RequestSigner::new("ecr", region);
+    signer.sign_request(context, &mut parts, Some(credential), None).await.map_err(|error| explain(&error))?;
+    reqwest::Request::try_from(Request::from_parts(parts, body)).map_err(|error| error.without_url().to_string())
+}
+
+/// The library's errors say what was attempted; what they come from says why it failed.
+fn explain(error: &reqsign_core::Error) -> String {
+    let (attempt, cause) = (error.to_string(), root_cause(error));
+    if cause == attempt { attempt } else { format!("{attempt}: {cause}") }
+}
+
+/// Files as the library reads them, on a thread that may block.
+#[derive(Debug)]
+struct Files;
+
+impl FileRead for Files {
+    async fn file_read(&self, path: &str) -> reqsign_core::Result<Vec<u8>> {
+        let path = PathBuf::from(path);
+        let text = on_thread(move || read_file(&path)).await;
+        text.map(String::into_bytes).map_err(|error| reqsign_core::Error::config_invalid(error.to_string()))
+    }
+}
+
+/// Sends the library's requests.
+#[derive(Debug)]
+struct Http {
+    client: Client,
+    /// Where the Security Token Service is, if not at its usual place.
+    sts: Option<String>,
+}
+
+impl HttpSend for Http {
+    async fn http_send(&self, mut request: Request<Bytes>) -> reqsign_core::Result<Response<Bytes>> {
+        let failed = |cause: String| reqsign_core::Error::unexpected(cause);
+        let is_sts = request.uri().host().is_some_and(|host| host.starts_with("sts."));
+        if let Some(sts) = self.sts.as_ref().filter(|_| is_sts) {
+            *request.uri_mut() = format!("{sts}/").parse().map_err(|error| failed(format!("{sts}: {error}")))?;
+        }
+        let failed = |error: reqwest::Error| reqsign_core::Error::unexpected(root_cause(&error.without_url()));
+        let request = reqwest::Request::try_from(request).map_err(failed)?;
+        let response = self.client.execute(request).await.map_err(failed)?;
+        let (status, headers) = (response.status(), response.headers().clone());
+        let mut whole = Response::new(response.bytes().await.map_err(failed)?);
+        *whole.status_mut() = status;
+        *whole.headers_mut() = headers;
+        Ok(whole)
+    }
 }
 
 /// Whether a host is one of Amazon's private registries: others must not be sent a token.
@@ -91,5 +238,30 @@ mod tests {
         ] {
             assert!(!is_registry(other), "{other}");
         }
+    }
+    fn environment(variables: &[(&str, &str)]) -> Environment {
+        Environment(variables.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect())
+    }
+
+    #[test]
+    fn api_of_a_region_is_found() {
+        for (variables, region, api) in [
+            (&[][..], "eu-west-1", "https://api.ecr.eu-west-1.amazonaws.com"),
+            (&[], "cn-north-1", "https://api.ecr.cn-north-1.amazonaws.com.cn"),
+            (&[("AWS_USE_FIPS_ENDPOINT", "true")], "us-east-1", "https://ecr-fips.us-east-1.amazonaws.com"),
+            (&[("AWS_ENDPOINT_URL", "http://a:1/")], "us-east-1", "http://a:1"),
+            (&[("AWS_ENDPOINT_URL", "http://a:1"), ("AWS_ENDPOINT_URL_ECR", "http://b:2")], "us-east-1", "http://b:2"),
+        ] {
+            assert_eq!(environment(variables).api(region), api, "{variables:?}");
+        }
+    }
+
+    #[test]
+    fn region_is_that_of_the_registry_or_of_the_process() {
+        let process = environment(&[("AWS_REGION", "eu-west-1"), ("AWS_DEFAULT_REGION", "eu-west-2")]);
+        assert_eq!(process.region(Some("us-east-1")), Ok("us-east-1"));
+        assert_eq!(process.region(None), Ok("eu-west-1"));
+        assert_eq!(environment(&[("AWS_DEFAULT_REGION", "eu-west-2")]).region(None), Ok("eu-west-2"));
+        assert!(environment(&[("AWS_REGION", "")]).region(None).unwrap_err().contains("AWS_REGION"));
     }
 }

@@ -3,17 +3,16 @@
 //! A pod with workload identity has a file with a token of the cluster's; a machine asks the metadata service. What
 //! comes of it is exchanged at `/oauth2/exchange` for a refresh token of the registry, which takes the place of a password.
 
-use std::sync::LazyLock;
 use std::time::Duration;
 
 use reqwest::Client;
 use serde::Deserialize;
 use url::form_urlencoded::Serializer;
 
+use super::cloud::{CloudClient, read_json};
 use super::{CredentialsError, Found, read_file};
 use crate::blocking::on_thread;
 use crate::secret::Secret;
-use crate::source::root_cause;
 
 /// What the token is for.
 const AUDIENCE: &str = "https://containerregistry.azure.net";
@@ -28,11 +27,6 @@ const USERNAME: &str = "00000000-0000-0000-0000-000000000000";
 /// Refresh tokens are good for three hours and do not say so.
 const LIFE: Duration = Duration::from_secs(90 * 60);
 
-const PATIENCE: Duration = Duration::from_secs(5);
-
-static CLIENT: LazyLock<reqwest::Result<Client>> =
-    LazyLock::new(|| Client::builder().timeout(PATIENCE).redirect(reqwest::redirect::Policy::none()).build());
-
 #[derive(Deserialize)]
 struct Access {
     access_token: String,
@@ -44,9 +38,9 @@ struct Refresh {
 }
 
 /// A registry's refresh token; `base` is the registry's `https://host`.
-pub(super) async fn ask(base: &str, authority: &str) -> Result<Found, CredentialsError> {
+pub(super) async fn fetch(cloud: &CloudClient, base: &str, authority: &str) -> Result<Found, CredentialsError> {
     let failed = |why: String| CredentialsError::Cloud("Azure", why);
-    let client = CLIENT.as_ref().map_err(|e| failed(root_cause(e)))?;
+    let (client, _turn) = cloud.turn().await.map_err(failed)?;
     let variable = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
     let asked = match (variable("AZURE_FEDERATED_TOKEN_FILE"), variable("AZURE_TENANT_ID"), variable("AZURE_CLIENT_ID"))
     {
@@ -73,10 +67,10 @@ pub(super) async fn ask(base: &str, authority: &str) -> Result<Found, Credential
             client.get(url).header("Metadata", "true")
         }
     };
-    let access: Access = read(asked, "Microsoft Entra").await.map_err(failed)?;
+    let access: Access = read_json(asked, "Microsoft Entra").await.map_err(failed)?;
     let exchange = [("grant_type", "access_token"), ("service", authority), ("access_token", &access.access_token)];
     let asked = post(client, &format!("{base}/oauth2/exchange"), &exchange);
-    let refresh: Refresh = read(asked, "the registry's /oauth2/exchange").await.map_err(failed)?;
+    let refresh: Refresh = read_json(asked, "the registry's /oauth2/exchange").await.map_err(failed)?;
     let secret = Secret::Password { username: USERNAME.to_owned(), password: refresh.refresh_token };
     Ok(Found { secret: Some(secret), life: LIFE })
 }
@@ -84,14 +78,6 @@ pub(super) async fn ask(base: &str, authority: &str) -> Result<Found, Credential
 fn post(client: &Client, url: &str, form: &[(&str, &str)]) -> reqwest::RequestBuilder {
     let body = Serializer::new(String::new()).extend_pairs(form).finish();
     client.post(url).header(http::header::CONTENT_TYPE, "application/x-www-form-urlencoded").body(body)
-}
-
-async fn read<T: serde::de::DeserializeOwned>(asked: reqwest::RequestBuilder, whom: &str) -> Result<T, String> {
-    // The URL names no secret, but who we are there.
-    let failed = |error: reqwest::Error| format!("{whom}: {}", root_cause(&error.without_url()));
-    let response = asked.send().await.and_then(reqwest::Response::error_for_status).map_err(failed)?;
-    let bytes = response.bytes().await.map_err(failed)?;
-    serde_json::from_slice(&bytes).map_err(|_| format!("{whom}: its answer is no token"))
 }
 
 /// Whether a host is one of Azure's registries: others must not be sent a token.

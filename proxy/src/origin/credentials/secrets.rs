@@ -1,10 +1,11 @@
 //! Secrets that were found, for as long as their sources say, and for a moment that one could not be had.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::time::{Instant, timeout_at};
 
-use super::{CredentialsError, FILE_LIFE, Found, Whom, find};
+use super::{CloudClient, CredentialsError, FILE_LIFE, Found, Whom, find};
 use crate::config::Credentials;
 use crate::lifetimes::{ByLifetime, Lifetime};
 use crate::origin::http::Home;
@@ -16,6 +17,7 @@ pub(in crate::origin) struct Secrets {
     known: moka::future::Cache<Key, Answer>,
     /// Which were asked for anew a moment ago.
     renewed: moka::future::Cache<Key, ()>,
+    cloud: Arc<CloudClient>,
 }
 
 #[derive(Clone, PartialEq, Eq, Hash)]
@@ -39,10 +41,11 @@ const FAILED: Duration = Duration::from_secs(2);
 const RENEWED: Duration = Duration::from_secs(2);
 
 impl Secrets {
-    pub(in crate::origin) fn new() -> Self {
+    pub(in crate::origin) fn new(cloud: CloudClient) -> Self {
         Self {
             known: moka::future::Cache::builder().max_capacity(10_000).expire_after(ByLifetime).build(),
             renewed: moka::future::Cache::builder().max_capacity(10_000).time_to_live(RENEWED).build(),
+            cloud: Arc::new(cloud),
         }
     }
 
@@ -93,6 +96,7 @@ impl Secrets {
         };
         let (key, known, upstream, trust) =
             (Key::new(home, place), self.known.clone(), home.upstream.clone(), home.trust);
+        let cloud = self.cloud.clone();
         let (place, repository) = (place.clone(), place.repository_at(home.upstream));
         // A task of its own: a source that takes longer than this question has time answers the next one.
         let asked = tokio::spawn(async move {
@@ -101,7 +105,7 @@ impl Secrets {
                 let (registry, name) = (place.registry.as_str(), place.repository.as_str());
                 let authority = &upstream.authority;
                 let whom = Whom { base: &base, authority, trust, repository: &repository, registry, name };
-                let found = find(&source, whom).await;
+                let found = find(&source, whom, &cloud).await;
                 if let Err(error) = &found {
                     tracing::error!(rule = place.rule.name(), %error, "no credentials");
                 }
