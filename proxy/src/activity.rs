@@ -2,8 +2,8 @@
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap, VecDeque};
-use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 
 /// Bounded, and in memory only: it begins anew with the process.
@@ -59,7 +59,7 @@ const TOP: usize = 20;
 
 impl Activity {
     pub fn add(&self, answered: Answered) {
-        let mut seen = self.lock();
+        let mut seen = self.0.lock();
         let traffic = seen.sources.entry(answered.source.clone()).or_default();
         traffic.requests += 1;
         traffic.bytes += answered.bytes;
@@ -74,12 +74,12 @@ impl Activity {
 
     /// The last answers, youngest first.
     pub fn recent(&self) -> Vec<Answered> {
-        self.lock().recent.iter().cloned().collect()
+        self.0.lock().recent.iter().cloned().collect()
     }
 
     /// The most wanted images.
     pub fn images(&self) -> Vec<Wanted> {
-        let mut images: Vec<Wanted> = self.lock().images.values().cloned().collect();
+        let mut images: Vec<Wanted> = self.0.lock().images.values().cloned().collect();
         images.sort_by(|a, b| (b.requests, b.bytes, &a.image).cmp(&(a.requests, a.bytes, &b.image)));
         images.truncate(TOP);
         images
@@ -87,12 +87,7 @@ impl Activity {
 
     /// Since the process began.
     pub fn sources(&self) -> BTreeMap<Cow<'static, str>, Traffic> {
-        self.lock().sources.clone()
-    }
-
-    /// Nothing under this lock waits or can panic halfway.
-    fn lock(&self) -> MutexGuard<'_, Seen> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.lock().sources.clone()
     }
 }
 
@@ -145,7 +140,7 @@ mod tests {
         activity.add(Answered { status: 404, ..answered("a/missing", "none", 0) });
         assert_eq!((activity.recent().len(), activity.recent()[0].image.as_str()), (MAX_RECENT, "a/missing"));
         assert_eq!(activity.images()[0], Wanted { image: "a/hot".into(), requests: 50, bytes: 100 });
-        assert!(activity.images().len() == TOP && activity.lock().images.len() <= MAX_IMAGES);
+        assert!(activity.images().len() == TOP && activity.0.lock().images.len() <= MAX_IMAGES);
         assert_eq!(activity.sources()["disk"], Traffic { requests: 10_030, bytes: 10_030 });
     }
 }

@@ -22,9 +22,10 @@ mod scrub;
 mod write;
 
 use std::net::SocketAddr;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 use tokio::time::Instant;
@@ -167,13 +168,13 @@ impl Fill {
 
     /// The place of the fill, as whoever joined it last may ask for it.
     pub fn newest_place(&self) -> Place {
-        let caller = self.newest.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let caller = self.newest.lock().clone();
         Place { caller, ..self.place.clone() }
     }
 
     /// What that one shows is of no use.
     pub fn forget_newest(&self, caller: &Caller) {
-        let mut newest = self.newest.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut newest = self.newest.lock();
         if *newest == *caller {
             *newest = self.place.caller.clone();
         }
@@ -230,7 +231,7 @@ impl Fill {
     /// Leaves a range to a peer that asked for it, if it may as well fetch that itself.
     pub fn lend(&self, span: Span, to: SocketAddr) -> Lent {
         self.audience.noticed();
-        let mut plan = self.plan();
+        let mut plan = self.plan.lock();
         if plan.is_lent_to(span.start, to) {
             // It comes back: it could not.
             plan.recall(span.start, to, self.clock());
@@ -241,37 +242,32 @@ impl Fill {
 
     /// Whoever asks insists on having the byte at `at` from here.
     pub fn recall(&self, at: u64, by: SocketAddr) {
-        self.plan().recall(at, by, self.clock());
+        self.plan.lock().recall(at, by, self.clock());
     }
 
     /// Whether whoever asks for the byte at `at` had better ask somebody else who has it.
     pub fn is_better_elsewhere(&self, at: u64) -> bool {
-        self.plan().is_better_elsewhere(at)
+        self.plan.lock().is_better_elsewhere(at)
     }
 
     /// This node fetches a range in the owner's stead.
     pub fn depute(&self, span: Span) {
-        self.deputed.lock().unwrap_or_else(PoisonError::into_inner).insert(span);
+        self.deputed.lock().insert(span);
     }
 
     /// It could not.
     pub fn fail_as_deputy(&self, span: Span) {
-        self.deputed.lock().unwrap_or_else(PoisonError::into_inner).remove(span);
+        self.deputed.lock().remove(span);
     }
 
     /// Whether it fetches, or has fetched, the byte at `at` in the owner's stead.
     pub fn is_deputed(&self, at: u64) -> bool {
-        self.deputed.lock().unwrap_or_else(PoisonError::into_inner).run_end(at) > at
+        self.deputed.lock().run_end(at) > at
     }
 
     /// Whether the byte at `at` is here or was asked for; before any source has answered that is the beginning.
     pub fn is_asked_for(&self, at: u64) -> bool {
-        self.opened.get().is_none() || self.plan().is_taken(at)
-    }
-
-    /// What is fetched next. Only looked up and changed under the lock, never across an await.
-    fn plan(&self) -> MutexGuard<'_, Plan> {
-        self.plan.lock().unwrap_or_else(PoisonError::into_inner)
+        self.opened.get().is_none() || self.plan.lock().is_taken(at)
     }
 
     /// The clock of its plan.
@@ -294,7 +290,7 @@ impl Fill {
     fn begin(&self, draft: &Draft, from: ServedFrom, written: &Spans) {
         self.audience.begin();
         self.progress.send_modify(|progress| progress.set_written(written.clone()));
-        *self.plan() = Plan::new(draft.blob.len, written.clone());
+        *self.plan.lock() = Plan::new(draft.blob.len, written.clone());
         self.open(Ok(Opened::Growing { blob: draft.blob.clone(), from }));
     }
 

@@ -20,11 +20,12 @@ mod visit;
 pub mod wire;
 
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::sync::atomic::AtomicU32;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
+use parking_lot::Mutex;
 use reqwest::Client;
 use serde::{Deserialize, Serialize};
 use tokio::sync::{Notify, watch};
@@ -158,7 +159,7 @@ impl Peers {
             proof,
             client,
             trackers: moka::sync::Cache::builder()
-                .weigher(|_, tracker: &Arc<Mutex<Tracker>>| lock(tracker).most())
+                .weigher(|_, tracker: &Arc<Mutex<Tracker>>| tracker.lock().most())
                 .max_capacity(MAX_TRACKED)
                 .time_to_idle(TRACKED)
                 .build(),
@@ -275,7 +276,7 @@ impl Peers {
     /// A peer sent wrong bytes, of which it said this.
     pub fn sent_wrong(&self, peer: SocketAddr, claim: Claim) {
         match claim {
-            Claim::Relayed if !lock(&self.health).relayed_wrong(peer, self.now()) => {
+            Claim::Relayed if !self.health.lock().relayed_wrong(peer, self.now()) => {
                 tracing::info!(%peer, "a peer passed on wrong bytes");
             }
             Claim::Relayed | Claim::Verified => self.lies(peer),
@@ -286,22 +287,17 @@ impl Peers {
     pub fn lies(&self, peer: SocketAddr) {
         tracing::warn!(%peer, "a peer sent wrong bytes");
         self.metrics.shut_out.inc();
-        lock(&self.health).lies(peer, self.now());
-        self.trackers.iter().for_each(|(_, tracker)| lock(&tracker).forget(&peer));
+        self.health.lock().lies(peer, self.now());
+        self.trackers.iter().for_each(|(_, tracker)| tracker.lock().forget(&peer));
     }
 
     /// Whether a peer may be asked.
     fn is_well(&self, peer: &SocketAddr) -> bool {
-        lock(&self.health).is_well(peer, self.now())
+        self.health.lock().is_well(peer, self.now())
     }
 
     /// The clock of trackers, views and health.
     pub fn now(&self) -> Time {
         self.started.elapsed()
     }
-}
-
-/// What peers have is only looked up and changed under the lock.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

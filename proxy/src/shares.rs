@@ -7,8 +7,9 @@
 
 use std::collections::HashMap;
 use std::hash::Hash;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
+use parking_lot::Mutex;
 use tokio::sync::Notify;
 
 /// What there is, and who has how much of it.
@@ -65,12 +66,12 @@ impl<Party: Clone + Eq + Hash> Shares<Party> {
 
     /// Whether a party holds anything.
     pub fn is_holding(&self, party: &Party) -> bool {
-        self.0.lock().held.contains_key(party)
+        self.0.state.lock().held.contains_key(party)
     }
 
     /// What nobody holds.
     pub fn left(&self) -> usize {
-        self.0.lock().left
+        self.0.state.lock().left
     }
 }
 
@@ -85,7 +86,7 @@ impl<Party: Clone + Eq + Hash> Share<Party> {
         if count == 0 {
             return true;
         }
-        let mut state = self.pool.lock();
+        let mut state = self.pool.state.lock();
         let held = state.held.get(&self.party).copied().unwrap_or(0);
         if held + count > state.left {
             return false;
@@ -97,19 +98,14 @@ impl<Party: Clone + Eq + Hash> Share<Party> {
     }
 }
 
-impl<Party> Pool<Party> {
-    fn lock(&self) -> MutexGuard<'_, State<Party>> {
-        // Numbers are only looked up and changed under it.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
+impl<Party> Pool<Party> {}
 
 impl<Party: Eq + Hash> Drop for Share<Party> {
     fn drop(&mut self) {
         if self.count == 0 {
             return;
         }
-        let mut state = self.pool.lock();
+        let mut state = self.pool.state.lock();
         state.left += self.count;
         if let Some(held) = state.held.get_mut(&self.party) {
             *held -= self.count;
@@ -141,7 +137,7 @@ mod tests {
         assert!(shares.take(&"e", 7).is_some() && shares.take(&"e", 8).is_none());
         drop(parties);
         assert_eq!(shares.left(), 120);
-        assert!(shares.0.lock().held.is_empty(), "whoever holds nothing costs nothing");
+        assert!(shares.0.state.lock().held.is_empty(), "whoever holds nothing costs nothing");
     }
 
     #[test]

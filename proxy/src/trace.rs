@@ -301,9 +301,9 @@ impl Drop for Span {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Mutex;
 
     use super::*;
+    use parking_lot::Mutex;
 
     const PARENT: &str = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
 
@@ -322,7 +322,7 @@ mod tests {
 
     impl Report for Seen {
         fn report(&self, span: Ended) {
-            self.0.lock().unwrap().push(span);
+            self.0.lock().push(span);
         }
     }
 
@@ -375,7 +375,7 @@ mod tests {
         let asked = Step::read(&asked.await.unwrap()).unwrap();
         drop(span);
         assert!(written(&begin("elsewhere", Kind::Client)).is_empty());
-        let seen = seen.0.lock().unwrap();
+        let seen = seen.0.lock();
         let [ask, request] = &seen[..] else { panic!("{} spans", seen.len()) };
         assert_eq!((ask.parent, request.parent), (Some(request.step.span), Some(0x00f0_67aa_0ba9_02b7)));
         assert_eq!((asked.trace, asked.span), (ask.step.trace, ask.step.span));
@@ -388,7 +388,7 @@ mod tests {
             let tracer = Arc::new(Tracer::new(seen.clone(), share));
             (0..20).for_each(|_| assert!(tracer.answer(&HeaderMap::new()).trace().is_some()));
             assert!(tracer.join(&HeaderMap::new()).trace().is_none());
-            let seen = seen.0.lock().unwrap();
+            let seen = seen.0.lock();
             assert_eq!(seen.len(), recorded);
             assert!(seen.iter().all(|span| span.parent.is_none()));
         }

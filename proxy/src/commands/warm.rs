@@ -5,7 +5,6 @@
 use std::collections::HashMap;
 use std::io::{IsTerminal, Read};
 use std::path::PathBuf;
-use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
 use base64::Engine;
@@ -16,6 +15,7 @@ use dray::oci::{Digest, ImageName};
 use dray::warm::{self, Blob, Elsewhere, Fetched, Plan, Platforms, Watcher, images_in};
 use http::HeaderValue;
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
+use parking_lot::Mutex;
 
 use super::table::bytes;
 use super::{Failure, block_on, say};
@@ -211,7 +211,7 @@ impl Watching {
     }
 
     fn bar(&self, blob: &Blob) -> Option<ProgressBar> {
-        self.running.lock().unwrap_or_else(PoisonError::into_inner).get(&blob.digest).cloned()
+        self.running.lock().get(&blob.digest).cloned()
     }
 }
 
@@ -236,7 +236,7 @@ impl Watcher for Watching {
         );
         let bar = ProgressBar::new(blob.size).with_style(style(OF_ONE)).with_prefix(name);
         let bar = self.bars.insert_before(&self.all, bar);
-        self.running.lock().unwrap_or_else(PoisonError::into_inner).insert(blob.digest.clone(), bar);
+        self.running.lock().insert(blob.digest.clone(), bar);
     }
 
     fn came(&self, blob: &Blob, bytes: u64) {
@@ -246,7 +246,7 @@ impl Watcher for Watching {
 
     fn ended(&self, blob: &Blob, fetched: &Result<Fetched, String>) {
         let Some(bar) = self.bar(blob) else { return };
-        self.running.lock().unwrap_or_else(PoisonError::into_inner).remove(&blob.digest);
+        self.running.lock().remove(&blob.digest);
         match fetched {
             Ok(_) => bar.finish_and_clear(),
             Err(problem) => bar.abandon_with_message(problem.clone()),

@@ -2,8 +2,9 @@
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
+use parking_lot::Mutex;
 use tokio::sync::oneshot;
 
 #[derive(Default)]
@@ -32,7 +33,7 @@ pub(super) enum Whose {
 impl Idle {
     pub(super) fn enter(self: &Arc<Self>, client: Option<IpAddr>) -> Entry {
         let (sender, closed) = oneshot::channel();
-        let mut waiting = self.lock();
+        let mut waiting = self.0.lock();
         let nth = waiting.next;
         waiting.next += 1;
         waiting.connections.insert(nth, (client, sender));
@@ -41,7 +42,7 @@ impl Idle {
 
     /// Closes the connection that has waited longest. False: none waits.
     pub(super) fn close_oldest(&self, whose: Whose) -> bool {
-        let mut waiting = self.lock();
+        let mut waiting = self.0.lock();
         let is_meant = |client: Option<IpAddr>| match whose {
             Whose::Anybodys => true,
             Whose::Clients(of) => client == of,
@@ -49,11 +50,6 @@ impl Idle {
         let oldest = waiting.connections.iter().find(|(_, (client, _))| is_meant(*client)).map(|(nth, _)| *nth);
         let closed = oldest.and_then(|nth| waiting.connections.remove(&nth));
         closed.is_some_and(|(_, close)| close.send(()).is_ok())
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Waiting> {
-        // Only looked up and changed under it.
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -68,7 +64,7 @@ impl Entry {
 
 impl Drop for Entry {
     fn drop(&mut self) {
-        self.idle.lock().connections.remove(&self.nth);
+        self.idle.0.lock().connections.remove(&self.nth);
     }
 }
 
@@ -88,6 +84,6 @@ mod tests {
         assert_eq!(closed, [true, true, false, false]);
         assert!(!idle.close_oldest(Whose::Clients(client(3))));
         drop(entries);
-        assert!(!idle.close_oldest(Whose::Anybodys) && idle.lock().connections.is_empty());
+        assert!(!idle.close_oldest(Whose::Anybodys) && idle.0.lock().connections.is_empty());
     }
 }

@@ -1,9 +1,10 @@
 //! Keeps containerd pointed here for as long as this process is ready.
 
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use rustix::process::{getegid, geteuid};
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -57,7 +58,7 @@ impl Keeping {
 
     fn point(&self) {
         // Held while files are written, so that nothing is written after it was taken back.
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = self.state.lock();
         if *state == State::Withdrawn {
             return;
         }
@@ -69,7 +70,7 @@ impl Keeping {
 
     /// Takes it back for now: nobody answers. Also what was written before the node, or this process, began anew.
     fn pause(&self) {
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = self.state.lock();
         if matches!(*state, State::Unknown | State::Pointed) {
             let done = self.hosts.withdraw();
             if done.is_ok() {
@@ -81,7 +82,7 @@ impl Keeping {
 
     /// Takes it back: nobody is sent here any more. Also what an earlier process has written that was killed.
     pub fn withdraw(&self) {
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = self.state.lock();
         if std::mem::replace(&mut *state, State::Withdrawn) != State::Withdrawn {
             (self.told)(false);
             self.log(self.hosts.withdraw(), false);

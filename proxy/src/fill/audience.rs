@@ -1,9 +1,10 @@
 //! Who reads a fill, and which byte each waits for.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
@@ -44,7 +45,7 @@ pub(super) struct Seat {
 
 impl Audience {
     pub(super) fn sit(self: &Arc<Self>) -> Seat {
-        let mut seats = self.seats();
+        let mut seats = self.seats.lock();
         seats.next += 1;
         let id = seats.next;
         let came = Arc::new(Notify::new());
@@ -55,7 +56,7 @@ impl Audience {
 
     /// A source has answered: whoever wants to read comes now.
     pub(super) fn begin(&self) {
-        let mut seats = self.seats();
+        let mut seats = self.seats.lock();
         if seats.taken.is_empty() {
             seats.empty_since = Some(Instant::now());
         }
@@ -63,7 +64,7 @@ impl Audience {
 
     /// Somebody asked, who may read elsewhere what this fill brings into the cluster.
     pub(super) fn noticed(&self) {
-        let mut seats = self.seats();
+        let mut seats = self.seats.lock();
         if let Some(since) = &mut seats.empty_since {
             *since = Instant::now();
         }
@@ -72,12 +73,12 @@ impl Audience {
     /// Somebody is about to read. False: it is too late for that.
     pub(super) fn welcome(&self) -> bool {
         self.noticed();
-        !self.seats().is_closed
+        !self.seats.lock().is_closed
     }
 
     /// Lets nobody in any more, if nobody has read for so long. Whether that is so.
     pub(super) fn close_after(&self, patience: Duration) -> bool {
-        let mut seats = self.seats();
+        let mut seats = self.seats.lock();
         seats.is_closed |= seats.empty_since.is_some_and(|since| since.elapsed() > patience);
         seats.is_closed
     }
@@ -86,12 +87,12 @@ impl Audience {
     pub(super) fn came(&self, span: Span) {
         self.came.notify_waiters();
         let waits = |waiting: &&Waiting| waiting.position.is_some_and(|at| span.contains(at));
-        self.seats().taken.values().filter(waits).for_each(|waiting| waiting.came.notify_one());
+        self.seats.lock().taken.values().filter(waits).for_each(|waiting| waiting.came.notify_one());
     }
 
     /// The bytes that are waited for, first ones first.
     pub(super) fn wanted(&self) -> Vec<u64> {
-        let mut wanted: Vec<u64> = self.seats().taken.values().filter_map(|waiting| waiting.position).collect();
+        let mut wanted: Vec<u64> = self.seats.lock().taken.values().filter_map(|waiting| waiting.position).collect();
         wanted.sort_unstable();
         wanted.dedup();
         wanted
@@ -99,12 +100,7 @@ impl Audience {
 
     /// Whether anybody ever read.
     pub(super) fn had_readers(&self) -> bool {
-        self.seats().next > 0
-    }
-
-    fn seats(&self) -> MutexGuard<'_, Seats> {
-        // Only looked up and changed under the lock.
-        self.seats.lock().unwrap_or_else(PoisonError::into_inner)
+        self.seats.lock().next > 0
     }
 }
 
@@ -126,7 +122,7 @@ impl Seat {
     }
 
     fn set(&self, position: Option<u64>) {
-        if let Some(waiting) = self.audience.seats().taken.get_mut(&self.id) {
+        if let Some(waiting) = self.audience.seats.lock().taken.get_mut(&self.id) {
             waiting.position = position;
         }
     }
@@ -134,7 +130,7 @@ impl Seat {
 
 impl Drop for Seat {
     fn drop(&mut self) {
-        let mut seats = self.audience.seats();
+        let mut seats = self.audience.seats.lock();
         seats.taken.remove(&self.id);
         if seats.taken.is_empty() {
             seats.empty_since = Some(Instant::now());

@@ -142,7 +142,7 @@ impl Engine<'_> {
         };
         let span = Span { start: first.0.position(), end: first.0.end() };
         {
-            let mut plan = self.fill.plan();
+            let mut plan = self.fill.plan.lock();
             plan.take(span);
             if !width.is_fixed() {
                 plan.may_lend();
@@ -155,7 +155,7 @@ impl Engine<'_> {
         loop {
             let now = Instant::now();
             let may_open = course.understood && now >= course.resume_at;
-            self.fill.plan().collect(self.fill.clock(), |span| sources.is_elsewhere(span));
+            self.fill.plan.lock().collect(self.fill.clock(), |span| sources.is_elsewhere(span));
             while may_open
                 && let Some((span, leave)) =
                     self.next_range(lanes.len(), &mut width, &course.refusals, progress.borrow_and_update().hashed())
@@ -163,12 +163,12 @@ impl Engine<'_> {
                 lanes.push(lane(span, course.breaks.barren, self.pieces.clone(), leave).run(None));
             }
             meter.idles.store(may_open && width.is_fixed() && lanes.len() < width.lanes(), Ordering::Relaxed);
-            let complete = self.fill.plan().is_complete();
+            let complete = self.fill.plan.lock().is_complete();
             if lanes.is_empty() && complete {
                 return Some(Ended::Complete);
             }
             if lanes.is_empty() && !course.understood {
-                self.fill.plan().lend_no_more();
+                self.fill.plan.lock().lend_no_more();
                 return None;
             }
             let resume_at = course.resume_at;
@@ -203,7 +203,7 @@ impl Engine<'_> {
             course.resume_at = Instant::now();
             return None;
         };
-        self.fill.plan().give_back(Span { start: position, end: span.end });
+        self.fill.plan.lock().give_back(Span { start: position, end: span.end });
         // Others may wait as well, each for the same in vain.
         let alone = others == 0 || (width.is_fixed() && course.moved.1.elapsed() > NOTHING_MOVES);
         match lost {
@@ -260,7 +260,7 @@ impl Engine<'_> {
         }
         let of_origin = meter.of_origin.load(Ordering::Relaxed);
         let lanes = u32::try_from(meter.busy_with_origin.load(Ordering::Relaxed)).unwrap_or(u32::MAX);
-        self.fill.plan().brought(of_origin - course.counted, TICK * lanes);
+        self.fill.plan.lock().brought(of_origin - course.counted, TICK * lanes);
         course.counted = of_origin;
         width.observe(Instant::now(), bytes, meter.busy.load(Ordering::Relaxed));
         self.is_abandoned().then_some(Ended::Abandoned)
@@ -279,7 +279,7 @@ impl Engine<'_> {
         }
         let wanted = self.fill.audience.wanted();
         // Who waits for a byte that nobody brings need not wait for a whole range to end.
-        let mut plan = self.fill.plan();
+        let mut plan = self.fill.plan.lock();
         let urgent = running < MAX_OF_BLOB && plan.waited_for(&wanted).is_some();
         if running >= width.lanes() && !urgent {
             return None;
@@ -313,7 +313,7 @@ impl Engine<'_> {
     }
 
     async fn in_order(self, mut feed: Feed) -> Ended {
-        self.fill.plan().lend_no_more();
+        self.fill.plan.lock().lend_no_more();
         loop {
             let mut position = feed.position();
             let piece = tokio::select! {
@@ -334,7 +334,7 @@ impl Engine<'_> {
                     break;
                 }
                 let span = Span { start: gap.start, end: gap.start + bytes.len() as u64 };
-                self.fill.plan().take(span);
+                self.fill.plan.lock().take(span);
                 if self.pieces.send(Piece::new(span.start, bytes).await).await.is_err() {
                     return Ended::Broken(unwritable());
                 }
@@ -345,7 +345,7 @@ impl Engine<'_> {
 
     /// The first range at or after `from` that nobody brings.
     fn gap(&self, from: u64) -> Option<Span> {
-        self.fill.plan().gap(from)
+        self.fill.plan.lock().gap(from)
     }
 
     async fn abandoned(&self) {
@@ -360,7 +360,7 @@ impl Engine<'_> {
         let comes_soon = written >= LEAST_RATE * self.fill.started.elapsed().as_secs();
         (self.total - written > LITTLE_LEFT || !comes_soon)
             && self.fill.place.rule.abandoned == Abandoned::Keep
-            && !self.fill.plan().has_lent()
+            && !self.fill.plan.lock().has_lent()
             && self.fill.audience.close_after(ABANDONED_AFTER)
     }
 }

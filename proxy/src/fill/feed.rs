@@ -234,7 +234,7 @@ mod tests {
     use super::*;
     use crate::source::Broken;
     use futures_util::{StreamExt, stream};
-    use std::sync::Mutex;
+    use parking_lot::Mutex;
 
     /// What one connection does.
     #[derive(Clone, Copy)]
@@ -257,7 +257,7 @@ mod tests {
     impl Sources for Script {
         async fn open(&self, from: u64, _: Option<u64>, _: u32) -> Result<(Incoming, ServedFrom), SourceError> {
             let act = {
-                let mut acts = self.acts.lock().unwrap();
+                let mut acts = self.acts.lock();
                 if acts.is_empty() { Act::Refuse } else { acts.remove(0) }
             };
             let total = self.body.len() as u64;
@@ -327,7 +327,7 @@ mod tests {
             read.extend_from_slice(&piece);
         }
         assert_eq!(read, body[50..]);
-        assert!(script.acts.lock().unwrap().is_empty());
+        assert!(script.acts.lock().is_empty());
     }
 
     #[tokio::test(start_paused = true)]

@@ -2,9 +2,10 @@
 
 use std::collections::HashMap;
 use std::net::IpAddr;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use prometheus::IntGauge;
 use tokio::sync::Semaphore;
 
@@ -159,14 +160,14 @@ impl Fills {
 
     /// What runs, the oldest first.
     pub fn views(&self) -> Vec<FillView> {
-        let mut running: Vec<Arc<Fill>> = self.lock().values().cloned().collect();
+        let mut running: Vec<Arc<Fill>> = self.running.lock().values().cloned().collect();
         running.sort_by_key(|fill| fill.started);
         running.iter().map(|fill| fill.view()).collect()
     }
 
     /// The running fill of a digest.
     pub fn running(&self, key: &FillKey) -> Option<Arc<Fill>> {
-        self.lock().get(key).cloned()
+        self.running.lock().get(key).cloned()
     }
 
     /// What runs for the same bytes as somebody's follower while `key` is the owner's, and its file.
@@ -257,13 +258,13 @@ impl Fills {
     }
 
     fn enter(&self, key: &FillKey, place: &Place, client: Option<IpAddr>) -> Entered {
-        let mut running = self.lock();
+        let mut running = self.running.lock();
         let earlier = running.get(key).filter(|fill| fill.progress.borrow().phase() != Phase::Failed).cloned();
         if let Some(fill) = &earlier
             && fill.audience.welcome()
         {
             if place.caller.authorization().is_some() {
-                *fill.newest.lock().unwrap_or_else(PoisonError::into_inner) = place.caller.clone();
+                *fill.newest.lock() = place.caller.clone();
             }
             return Entered::Joined(fill.clone());
         }
@@ -289,17 +290,12 @@ impl Fills {
 
     /// A fill is over.
     pub(super) fn leave(&self, over: &Fill) {
-        let mut running = self.lock();
+        let mut running = self.running.lock();
         // A failed one may have been replaced by now.
         if running.get(&over.key).is_some_and(|fill| std::ptr::eq(&raw const **fill, over)) {
             running.remove(&over.key);
         }
         self.gauge.dec();
-    }
-
-    fn lock(&self) -> MutexGuard<'_, HashMap<FillKey, Arc<Fill>>> {
-        // Only looked up and changed under the lock, never across an await.
-        self.running.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -1,9 +1,9 @@
 //! Pieces of a file on their way to a client: how large, and from which memory.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Mutex, PoisonError};
 
 use bytes::Bytes;
+use parking_lot::Mutex;
 
 /// Memory that all pieces together should take, in bytes.
 const ALL_PIECES: usize = 24 * 1024 * 1024;
@@ -38,7 +38,7 @@ pub(super) struct Piece {
 
 impl Piece {
     pub(super) fn new(len: usize) -> Self {
-        let spare = (len == LARGEST).then(|| spares().pop()).flatten();
+        let spare = (len == LARGEST).then(|| SPARE.lock().pop()).flatten();
         IN_USE.fetch_add(len, Ordering::Relaxed);
         Self { memory: spare.unwrap_or_else(|| vec![0; len].into_boxed_slice()), filled: 0 }
     }
@@ -64,17 +64,12 @@ impl Drop for Piece {
     fn drop(&mut self) {
         IN_USE.fetch_sub(self.memory.len(), Ordering::Relaxed);
         if self.memory.len() == LARGEST {
-            let mut spare = spares();
+            let mut spare = SPARE.lock();
             if spare.len() < MAX_SPARE {
                 spare.push(std::mem::take(&mut self.memory));
             }
         }
     }
-}
-
-fn spares() -> std::sync::MutexGuard<'static, Vec<Box<[u8]>>> {
-    // Only pushed to and popped from under the lock.
-    SPARE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]

@@ -1,8 +1,9 @@
 //! One fill from its first question to the file under its name.
 
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use parking_lot::Mutex;
 use tokio::time::timeout;
 
 use super::engine::{Ended, Engine};

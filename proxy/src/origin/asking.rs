@@ -1,16 +1,17 @@
 //! The way of a question through a rule's upstreams: those that are well first, the next one where one gives
 //! nothing or takes long, and nobody who is not there or said "later".
 
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
+use parking_lot::Mutex;
 use reqwest::Response;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 use super::Origin;
-use super::condition::{Admission, Cause, Condition, Silence, lock};
+use super::condition::{Admission, Cause, Condition, Silence};
 use super::http::{Home, Patience};
 use super::question::{Kind, Question};
 use super::retry::RetryBudget;
@@ -69,11 +70,11 @@ impl Origin {
         let mut upstreams = place.rule.upstreams(&place.registry);
         let (now, who) = (Instant::now(), place.caller.who());
         upstreams.sort_by_cached_key(|(upstream, _)| {
-            lock(&self.conditions.of(place, upstream)).rank(question.kind, who, now)
+            self.conditions.of(place, upstream).lock().rank(question.kind, who, now)
         });
         // The last one that may be asked has all the time, and so have those that may not be asked yet.
         let may_be_asked = |(upstream, _): &(Upstream, Trust)| {
-            lock(&self.conditions.of(place, upstream)).admit(question.kind, who, now) == Admission::Ask
+            self.conditions.of(place, upstream).lock().admit(question.kind, who, now) == Admission::Ask
         };
         let last = upstreams.iter().rposition(may_be_asked).unwrap_or(0);
         let mut turns = upstreams.iter().enumerate().map(|(nth, (upstream, trust))| Turn {
@@ -107,7 +108,7 @@ impl Origin {
                 Ok(response) => {
                     // Those who were asked earlier and still say nothing.
                     for turn in &waiting[..place_in_line.unwrap_or(0)] {
-                        lock(&self.conditions.of(place, turn.upstream)).overtaken(Instant::now());
+                        self.conditions.of(place, turn.upstream).lock().overtaken(Instant::now());
                     }
                     return Ok(response);
                 }
@@ -136,7 +137,7 @@ impl Origin {
         let mut worst = None;
         for (upstream, _) in place.rule.upstreams(&place.registry) {
             let known = self.conditions.known(place, &upstream)?;
-            let error = match lock(&known).admit(Kind::ManifestHead, place.caller.who(), now) {
+            let error = match known.lock().admit(Kind::ManifestHead, place.caller.who(), now) {
                 Admission::Ask => return None,
                 Admission::Limited(until) => SourceError::Limited { again: Some(until - now) },
                 Admission::Down(cause) => is_down(cause),
@@ -170,7 +171,7 @@ impl Origin {
         let limits_end = turn.deadline.min(Instant::now() + LONGEST_WAIT_FOR_LIMIT);
         loop {
             let now = Instant::now();
-            let admission = lock(&condition).admit(question.kind, place.caller.who(), now);
+            let admission = condition.lock().admit(question.kind, place.caller.who(), now);
             match admission {
                 Admission::Ask => {}
                 Admission::Down(cause) => return Err(is_down(cause)),
@@ -231,12 +232,12 @@ impl Origin {
             Err(SourceError::TimedOut) if asked.elapsed() < SHORTEST_SILENCE => {}
             Err(SourceError::TimedOut) => self.found_silent(turn, place, question, asked),
             Err(error @ SourceError::Unreachable(_)) => {
-                if lock(condition).silent(question.kind, Cause::Unreachable, asked, Instant::now()) == Silence::Found {
+                if condition.lock().silent(question.kind, Cause::Unreachable, asked, Instant::now()) == Silence::Found {
                     self.look_after(place, turn.upstream, turn.trust, error);
                 }
             }
             Err(SourceError::Limited { again }) => {
-                let mut condition = lock(condition);
+                let mut condition = condition.lock();
                 condition.answered(Instant::now());
                 condition.limited(question.kind, place.caller.who(), *again, Instant::now());
                 self.in_trouble.notify_waiters();
@@ -247,7 +248,7 @@ impl Origin {
                 }
             }
             Ok(_) => {
-                let mut condition = lock(condition);
+                let mut condition = condition.lock();
                 condition.answered(Instant::now());
                 condition.gave(question.kind, place.caller.who());
             }
@@ -259,7 +260,7 @@ impl Origin {
                 | SourceError::Guarded(_)
                 | SourceError::Interrupted(_),
             ) => {}
-            Err(_) => lock(condition).answered(Instant::now()),
+            Err(_) => condition.lock().answered(Instant::now()),
         }
         Next::Done
     }
@@ -267,7 +268,7 @@ impl Origin {
     /// A request was not answered in time.
     fn found_silent(self: &Arc<Self>, turn: Turn<'_>, place: &Place, question: &Question, asked: Instant) {
         let condition = self.conditions.of(place, turn.upstream);
-        if lock(&condition).silent(question.kind, Cause::Silent, asked, Instant::now()) == Silence::Found {
+        if condition.lock().silent(question.kind, Cause::Silent, asked, Instant::now()) == Silence::Found {
             self.look_after(place, turn.upstream, turn.trust, &SourceError::TimedOut);
         }
     }

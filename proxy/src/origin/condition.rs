@@ -2,9 +2,10 @@
 //! clock comes from outside.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 
@@ -126,7 +127,7 @@ impl Conditions {
         let now = Instant::now();
         let view = |(key, condition): (Arc<Key>, Arc<Mutex<Condition>>)| {
             let (has_answered, (state, limited)) = {
-                let condition = lock(&condition);
+                let condition = condition.lock();
                 (condition.has_answered(), condition.state(now))
             };
             // A host that was blocked, or that has never answered, says nothing: clients can invent names.
@@ -258,11 +259,6 @@ impl Condition {
     pub(super) fn forget(&mut self) {
         self.down = None;
     }
-}
-
-/// Conditions are only looked up and changed under the lock.
-pub(super) fn lock(condition: &Mutex<Condition>) -> MutexGuard<'_, Condition> {
-    condition.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]

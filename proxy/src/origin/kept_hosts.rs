@@ -4,9 +4,9 @@
 //! and where they redirect to, are not counted.
 
 use std::collections::HashMap;
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use tokio::time::Instant;
 
 /// When each host last got a request.
@@ -24,23 +24,18 @@ const MAX_HOSTS: usize = 128;
 impl KeptHosts {
     /// Whether the connection of a request to this host may be kept.
     pub(super) fn keeps(&self, host: &str, now: Instant) -> bool {
-        self.lock().get_mut(host).map(|requested| *requested = now).is_some()
+        self.0.lock().get_mut(host).map(|requested| *requested = now).is_some()
     }
 
     /// A host has responded: the connections of its next requests are kept, if there is room.
     pub(super) fn answered(&self, host: &str, now: Instant) {
-        let mut hosts = self.lock();
+        let mut hosts = self.0.lock();
         if hosts.len() >= MAX_HOSTS && !hosts.contains_key(host) {
             hosts.retain(|_, requested| now < *requested + IDLE_TIMEOUT);
         }
         if hosts.len() < MAX_HOSTS {
             hosts.entry(host.to_owned()).or_insert(now);
         }
-    }
-
-    fn lock(&self) -> MutexGuard<'_, HashMap<String, Instant>> {
-        // Only looked up and changed under it.
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -62,6 +57,6 @@ mod tests {
         };
         assert!(!late(start + IDLE_TIMEOUT / 2));
         assert!(late(start + IDLE_TIMEOUT), "the idle ones make room");
-        assert_eq!(hosts.lock().len(), 2);
+        assert_eq!(hosts.0.lock().len(), 2);
     }
 }

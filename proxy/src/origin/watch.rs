@@ -9,7 +9,6 @@ use prometheus::IntGauge;
 use tokio::time::{Instant, sleep_until};
 
 use super::Origin;
-use super::condition::lock;
 use super::http::{Home, Patience};
 use super::question::Question;
 use crate::config::Upstream;
@@ -32,14 +31,14 @@ impl Origin {
         self.in_trouble.notify_waiters();
         let condition = self.conditions.of(place, upstream);
         // Hosts that never were there are nobody's outage.
-        let is_known = trust == Trust::Written || lock(&condition).has_answered();
+        let is_known = trust == Trust::Written || condition.lock().has_answered();
         let (origin, place, upstream, why) = (self.clone(), place.clone(), upstream.clone(), why.clone());
         tokio::spawn(async move {
             // Clients can invent names.
             let may_exist = is_known || origin.http.resolves(&upstream).await;
             let watches = if is_known { &origin.watches } else { &origin.of_strangers };
             let Some(_watch) = may_exist.then(|| watches.clone().try_acquire_owned().ok()).flatten() else {
-                lock(&condition).forget();
+                condition.lock().forget();
                 return;
             };
             tracing::warn!(rule = place.rule.name(), upstream = upstream.base(), %why, "an upstream does not answer");
@@ -53,14 +52,14 @@ impl Origin {
                 tokio::select! {
                     Some(answer) = looks.next() => {
                         if !matches!(answer, Err(SourceError::TimedOut | SourceError::Unreachable(_) | SourceError::Interrupted(_))) {
-                            lock(&condition).answered(Instant::now());
+                            condition.lock().answered(Instant::now());
                             tracing::info!(rule = place.rule.name(), upstream = upstream.base(), "an upstream answers again");
                             break;
                         }
                     }
                     () = sleep_until(next) => {
-                        if !lock(&condition).is_wanted(Instant::now()) {
-                            lock(&condition).forget();
+                        if !condition.lock().is_wanted(Instant::now()) {
+                            condition.lock().forget();
                             break;
                         }
                         if looks.len() < MOST_LOOKS {

@@ -1,14 +1,15 @@
 //! Asking peers: for what they have, or to get it.
 
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use futures_util::future::join_all;
 use futures_util::stream::try_unfold;
 use http::header::{ACCEPT, CONTENT_LENGTH, CONTENT_TYPE, LOCATION};
 use http::{HeaderMap, HeaderValue, Method};
+use parking_lot::Mutex;
 use reqwest::Response;
 use tokio::time::{Instant, timeout, timeout_at};
 
@@ -16,7 +17,7 @@ use super::fetching::Fetching;
 use super::question::{Aim, Manner, Question, Redirects};
 use super::swarm::{Claim, Contribution, View};
 use super::wire::Holder;
-use super::{Peers, lock, wire};
+use super::{Peers, wire};
 use crate::oci::{Digest, MAX_MANIFEST_BYTES, Span, Spans, Tag, manifest};
 use crate::source::{Broken, Incoming, Part, ServedFrom, SourceError, root_cause};
 
@@ -128,8 +129,8 @@ impl Peers {
         let answer = self.ask_for_blob(peer, question, part, have, view).await;
         match &answer {
             Ok(_) | Err(Declined::Redirected(_) | Declined::Deputed(_)) => {}
-            Err(Declined::NotKept) => lock(view).refused(peer, self.now()),
-            Err(Declined::Source(_)) => lock(view).broke(peer, self.now()),
+            Err(Declined::NotKept) => view.lock().refused(peer, self.now()),
+            Err(Declined::Source(_)) => view.lock().broke(peer, self.now()),
         }
         answer
     }
@@ -154,7 +155,7 @@ impl Peers {
         let may_be_asked =
             |other: &SocketAddr| *other != members.own && members.is_within_reach(*other) && self.is_well(other);
         {
-            let mut view = lock(view);
+            let mut view = view.lock();
             let others = wire::read_holders(headers).into_iter();
             others.filter(|holder| may_be_asked(&holder.peer)).for_each(|holder| view.learn(&holder));
             if headers.contains_key(wire::HAVE) {

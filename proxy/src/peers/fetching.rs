@@ -1,12 +1,12 @@
 //! One range on its way from a peer: counted as in flight, and what came of it told to the view.
 
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use tokio::time::Instant;
 use xxhash_rust::xxh64::Xxh64;
 
-use super::lock;
 use super::swarm::{Claim, Contribution, View};
 use crate::oci::Span;
 use crate::source::{Broken, Floor, Speed};
@@ -35,7 +35,7 @@ pub(super) struct Fetching {
 
 impl Fetching {
     pub(super) fn new(view: &Arc<Mutex<View>>, contribution: Contribution, promised: Span, clock: Instant) -> Self {
-        lock(view).begin(contribution.peer);
+        view.lock().begin(contribution.peer);
         let (checksum, speed) = (Xxh64::new(0), Speed::default());
         let view = view.clone();
         Self { view, contribution, promised: promised.end, clock, checksum, speed, asked: None, crawls: false }
@@ -60,7 +60,7 @@ impl Fetching {
 impl Drop for Fetching {
     fn drop(&mut self) {
         let contribution = Contribution { checksum: self.checksum.digest(), ..self.contribution };
-        let mut view = lock(&self.view);
+        let mut view = self.view.lock();
         view.end(contribution);
         // It stalled, broke off, or was not needed any more: others come first for a while.
         let is_silent =

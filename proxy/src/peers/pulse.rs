@@ -10,7 +10,7 @@ use http::Method;
 use http::header::{CACHE_CONTROL, RANGE};
 use tokio::time::{sleep_until, timeout};
 
-use super::{CONNECT_TIMEOUT, Peers, lock, wire};
+use super::{CONNECT_TIMEOUT, Peers, wire};
 
 /// Whoever owes an answer and is there says so within this time.
 const ANSWER: Duration = CONNECT_TIMEOUT;
@@ -26,7 +26,7 @@ impl Peers {
     pub async fn look_after(&self) {
         let mut pinged = FuturesUnordered::new();
         loop {
-            let next = lock(&self.health).next_ping().filter(|_| pinged.len() < AT_A_TIME);
+            let next = self.health.lock().next_ping().filter(|_| pinged.len() < AT_A_TIME);
             tokio::select! {
                 () = sleep_until(self.started + next.unwrap_or_default()), if next.is_some() => {}
                 () = self.troubled.notified() => {}
@@ -34,7 +34,7 @@ impl Peers {
             }
             let members = self.members.load_full();
             let room = AT_A_TIME - pinged.len();
-            let due = lock(&self.health).to_ping(self.now(), room, |peer| members.contains(*peer));
+            let due = self.health.lock().to_ping(self.now(), room, |peer| members.contains(*peer));
             pinged.extend(due.into_iter().map(|peer| self.ping(peer)));
         }
     }
@@ -42,26 +42,26 @@ impl Peers {
     async fn ping(&self, peer: SocketAddr) {
         let url = format!("{}://{peer}/v2/", self.proof.scheme());
         match timeout(PING, self.client.get(url).send()).await {
-            Ok(Ok(_)) => lock(&self.health).is_up(&peer),
-            Ok(Err(_)) | Err(_) => lock(&self.health).is_missed(peer, self.now()),
+            Ok(Ok(_)) => self.health.lock().is_up(&peer),
+            Ok(Err(_)) | Err(_) => self.health.lock().is_missed(peer, self.now()),
         }
     }
 
     /// A peer could not be reached.
     pub(super) fn is_down(&self, peer: SocketAddr) {
-        lock(&self.health).is_down(peer, self.now());
+        self.health.lock().is_down(peer, self.now());
         self.troubled.notify_one();
     }
 
     /// A peer took long for what needs no time.
     pub(super) fn is_suspect(&self, peer: SocketAddr) {
-        lock(&self.health).is_suspect(peer, self.now());
+        self.health.lock().is_suspect(peer, self.now());
         self.troubled.notify_one();
     }
 
     /// A peer gave what it was asked for.
     pub(super) fn gives(&self, peer: SocketAddr) {
-        lock(&self.health).gives(&peer);
+        self.health.lock().gives(&peer);
     }
 
     /// Whether a peer that owes an answer says what it has of the same: no origin is needed for that.

@@ -1,17 +1,18 @@
 //! A peer's question, as the one who is asked sees it.
 
 use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use http::header::CACHE_CONTROL;
 use http::request::Parts;
 use http::{HeaderName, HeaderValue};
+use parking_lot::Mutex;
 
 use super::swarm::{Comes, Direction, Tracker};
 use super::wire::Holder;
-use super::{Aim, Downstream, Peers, Reach, Redirects, Seal, Standing, Unproven, lock, wire};
+use super::{Aim, Downstream, Peers, Reach, Redirects, Seal, Standing, Unproven, wire};
 use crate::caller::{self, Caller, Who};
 use crate::oci::{Digest, Span, Spans};
 use crate::registries::Rule;
@@ -144,10 +145,10 @@ impl Peers {
             return Direction::Answer;
         }
         loop {
-            let direction = lock(&tracker).direct(visitor.peer, span, comes, self.sending(), self.now());
+            let direction = tracker.lock().direct(visitor.peer, span, comes, self.sending(), self.now());
             match direction {
                 // Whoever was sent there would come back.
-                Direction::Redirect(other) if !self.may_be_named(&other) => lock(&tracker).forget(&other),
+                Direction::Redirect(other) if !self.may_be_named(&other) => tracker.lock().forget(&other),
                 direction => return direction,
             }
         }
@@ -156,36 +157,36 @@ impl Peers {
     /// A visitor is answered, or goes where it was sent: it gets this now.
     pub fn expect(&self, visitor: &Visitor, digest: &Digest, span: Span) {
         if visitor.redirects == Redirects::Followed {
-            lock(&self.tracker_of(visitor, digest)).expect(visitor.peer, span, self.now());
+            self.tracker_of(visitor, digest).lock().expect(visitor.peer, span, self.now());
         }
     }
 
     /// A visitor said what it has of a blob.
     pub fn heard(&self, visitor: &Visitor, digest: &Digest) {
-        if let Some(peer) = visitor.peer.filter(|peer| !lock(&self.health).is_shut_out(peer, self.now())) {
-            lock(&self.tracker_of(visitor, digest)).heard(peer, &visitor.have, visitor.load, self.now());
+        if let Some(peer) = visitor.peer.filter(|peer| !self.health.lock().is_shut_out(peer, self.now())) {
+            self.tracker_of(visitor, digest).lock().heard(peer, &visitor.have, visitor.load, self.now());
         }
     }
 
     /// Whether a visitor said to have all of this.
     pub fn is_elsewhere(&self, digest: &Digest, span: Span) -> bool {
-        self.visitors_of(digest).iter().any(|tracker| lock(tracker).is_elsewhere(span))
+        self.visitors_of(digest).iter().any(|tracker| tracker.lock().is_elsewhere(span))
     }
 
     /// Whether another visitor has the byte at `at`, or gets it from the origin.
     pub fn another_has(&self, visitor: SocketAddr, digest: &Digest, at: u64) -> bool {
-        self.visitors_of(digest).iter().any(|tracker| lock(tracker).another_has(visitor, at))
+        self.visitors_of(digest).iter().any(|tracker| tracker.lock().another_has(visitor, at))
     }
 
     /// Whether a peer's requests say what it has of a blob.
     pub(super) fn is_told_by(&self, peer: &SocketAddr, digest: &Digest) -> bool {
         let now = self.now();
-        self.visitors_of(digest).iter().any(|tracker| lock(tracker).is_told_by(peer, now))
+        self.visitors_of(digest).iter().any(|tracker| tracker.lock().is_told_by(peer, now))
     }
 
     /// The visitors who have the byte at `at`, or get it from the origin.
     pub fn who_visited_has(&self, digest: &Digest, at: u64) -> Vec<Holder> {
-        let found = self.visitors_of(digest).into_iter().flat_map(|tracker| lock(&tracker).who_has(at));
+        let found = self.visitors_of(digest).into_iter().flat_map(|tracker| tracker.lock().who_has(at));
         found.filter(|holder| self.may_be_named(&holder.peer)).collect()
     }
 
@@ -197,14 +198,14 @@ impl Peers {
     /// A visitor fetches this from the origin in this node's stead.
     pub fn depute(&self, visitor: &Visitor, digest: &Digest, span: Span) {
         if let Some(peer) = visitor.peer {
-            lock(&self.tracker_of(visitor, digest)).depute(peer, span);
+            self.tracker_of(visitor, digest).lock().depute(peer, span);
         }
     }
 
     /// It does not after all.
     pub fn fail_as_deputy(&self, visitor: &Visitor, digest: &Digest, at: u64) {
         if let Some(peer) = visitor.peer {
-            lock(&self.tracker_of(visitor, digest)).fail_as_deputy(peer, at);
+            self.tracker_of(visitor, digest).lock().fail_as_deputy(peer, at);
         }
     }
 
@@ -221,7 +222,7 @@ impl Peers {
     /// What an answer tells of others, and of this node, which has `have`.
     pub fn told(&self, visitor: &Visitor, digest: &Digest, have: &Spans) -> Vec<(HeaderName, HeaderValue)> {
         let tracker = self.trackers.get(&(digest.clone(), visitor.circle));
-        let holders = tracker.and_then(|tracker| wire::write_holders(&lock(&tracker).holders(visitor.peer)));
+        let holders = tracker.and_then(|tracker| wire::write_holders(&tracker.lock().holders(visitor.peer)));
         let have = wire::write_spans(have);
         let load = have.as_ref().map(|_| (wire::LOAD, HeaderValue::from(self.sending())));
         let told = [holders.map(|value| (wire::HOLDERS, value)), have.map(|value| (wire::HAVE, value)), load];

@@ -2,10 +2,11 @@
 
 use std::collections::HashMap;
 use std::net::IpAddr;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
+use parking_lot::Mutex;
 
 use crate::config::Access;
 use crate::connections::client;
@@ -66,12 +67,12 @@ impl Clients {
         if let Some(most) = self.most_a_second {
             let full = || Arc::new(Mutex::new(Allowance { left: f64::from(most), since: now }));
             let allowance = self.allowances.get_with(client, full);
-            if !lock(&allowance).take(most, now) {
+            if !allowance.lock().take(most, now) {
                 return Err(Unwelcome::TooOften);
             }
         }
         let Some(most) = self.most_at_once else { return Ok(Place(None)) };
-        let mut running = lock(&self.running);
+        let mut running = self.running.lock();
         let count = running.entry(client).or_default();
         if *count >= most {
             return Err(Unwelcome::TooManyAtOnce);
@@ -79,11 +80,6 @@ impl Clients {
         *count += 1;
         Ok(Place(Some((self.running.clone(), client))))
     }
-}
-
-/// Numbers are only looked up and changed under these locks.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Allowance {
@@ -114,7 +110,7 @@ impl Unwelcome {
 impl Drop for Place {
     fn drop(&mut self) {
         let Some((running, client)) = &self.0 else { return };
-        let mut running = lock(running);
+        let mut running = running.lock();
         if let Some(count) = running.get_mut(client) {
             *count -= 1;
             if *count == 0 {
@@ -167,7 +163,7 @@ mod tests {
         assert_eq!(outcome(&few, ip("10.0.0.2")), Ok(()), "another's");
         drop(held);
         assert_eq!(outcome(&few, ip("10.0.0.1")), Ok(()));
-        assert!(lock(&few.running).is_empty(), "whoever asks for nothing costs nothing");
+        assert!(few.running.lock().is_empty(), "whoever asks for nothing costs nothing");
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! The way of a blob: kept, being filled, or fetched.
 
-use std::sync::{Arc, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -268,7 +268,7 @@ impl Pull {
                     let why = "several registries have served this repository: say which one is meant, by ns";
                     return Err(SourceError::Malformed(why.into()).into());
                 }
-                let opened = whole.then(|| feed.lock().unwrap_or_else(PoisonError::into_inner).take()).flatten();
+                let opened = whole.then(|| feed.lock().take()).flatten();
                 let feed = match opened {
                     Some(feed) => feed,
                     None => {

@@ -4,9 +4,10 @@
 //! takes a name from another by serving something under it later. What only one of several could prove is not passed on
 //! unproven, unless it comes from the first, and nobody else has named it in a manifest.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use bytes::Bytes;
+use parking_lot::Mutex;
 
 use crate::blocking::on_thread;
 use crate::oci::{Digest, Registry, Repository, manifest};
@@ -161,7 +162,7 @@ impl Homes {
     fn remember(&self, place: &Place) {
         let (registry, repository) = (&place.registry, &place.repository);
         // Two registries may serve a name at the same time.
-        let _turn = self.remembering.lock().unwrap_or_else(PoisonError::into_inner);
+        let _turn = self.remembering.lock();
         let Some(homes) = with(&self.read(repository), registry, repository) else { return };
         self.store.records.put_repository(&RepositoryRecord::new(repository, &homes));
         self.known.insert(repository.clone(), homes.into());

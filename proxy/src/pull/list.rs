@@ -6,8 +6,8 @@
 
 use std::io::{Read, Write};
 use std::net::IpAddr;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
@@ -296,7 +296,7 @@ impl Pull {
         let registry = place.registry.clone();
         tokio::task::spawn_blocking(move || {
             // Read, changed and written by one at a time.
-            let _turn = turn.lock().unwrap_or_else(PoisonError::into_inner);
+            let _turn = turn.lock();
             let mut referrers = store.records.referrers(&subject);
             if !referrers.contains(&artifact) && referrers.len() < MAX_REFERRERS {
                 referrers.push(artifact);

@@ -2,12 +2,13 @@
 
 use std::collections::HashSet;
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
 use futures_util::stream::try_unfold;
+use parking_lot::Mutex;
 use tokio::time::{Instant, timeout};
 use xxhash_rust::xxh64::Xxh64;
 
@@ -93,11 +94,11 @@ impl Sources for BlobSources {
         let part = Part::new(from, end);
         if let Some(peers) = self.peers() {
             if self.key.role == Role::Global && self.look_at(Looked::AtSuccessors) {
-                self.found_at_successors(peers).await.iter().for_each(|holder| self.view().learn(holder));
+                self.found_at_successors(peers).await.iter().for_each(|holder| self.view.lock().learn(holder));
             }
             if self.key.role == Role::Global {
                 let visitors = peers.who_visited_has(&self.key.digest, from);
-                visitors.iter().for_each(|holder| self.view().learn(holder));
+                visitors.iter().for_each(|holder| self.view.lock().learn(holder));
             }
             // After a break the owner, who is best placed, comes before whoever said that it has it.
             if (failures == 0 || self.key.role == Role::Global)
@@ -139,14 +140,14 @@ impl Sources for BlobSources {
     }
 
     fn choose(&self, ranges: &[Span]) -> Option<usize> {
-        self.view().choose(ranges, fastrand::u64(..))
+        self.view.lock().choose(ranges, fastrand::u64(..))
     }
 
     fn alternatives(&self, at: u64) -> usize {
         // An owner that left a slow peer would go on at the origin.
         let Some(peers) = self.peers().filter(|_| self.key.role != Role::Global) else { return 0 };
         let has = self.have().len();
-        self.view().able(at, has, peers.now())
+        self.view.lock().able(at, has, peers.now())
     }
 
     fn is_elsewhere(&self, span: Span) -> bool {
@@ -170,7 +171,7 @@ impl Sources for BlobSources {
     }
 
     fn mismatched(&self) {
-        let contributions = self.view().contributions().to_vec();
+        let contributions = self.view.lock().contributions().to_vec();
         if !contributions.is_empty() {
             let key = (self.key.digest.clone(), self.key.registry.clone());
             self.pull.suspects.insert(key, Arc::new(contributions));
@@ -239,7 +240,7 @@ impl BlobSources {
     /// nobody.
     fn sender(&self, total: u64) -> Option<(Sender, u64)> {
         let peers = self.pull.peers.as_ref()?;
-        let view = self.view();
+        let view = self.view.lock();
         let from_far = view.contributions().iter().filter(|sent| peers.is_far(sent.peer));
         let far: u64 = from_far.map(|sent| sent.span.len()).sum();
         let origin = self.of_origin.load(Ordering::Relaxed).min(total);
@@ -265,7 +266,7 @@ impl BlobSources {
     async fn ask_holders(&self, peers: &Arc<Peers>, part: Part) -> Option<Incoming> {
         let has = self.have().len();
         for _ in 0..ASK_HOLDERS {
-            let holder = self.view().pick(part.start(), has, peers.now(), fastrand::u64(..))?;
+            let holder = self.view.lock().pick(part.start(), has, peers.now(), fastrand::u64(..))?;
             match self.ask(peers, holder, Manner::IfKept, part).await {
                 Ok(incoming) => return Some(incoming),
                 Err(why) => tracing::debug!(%holder, digest = %self.key.digest, ?why, "a holder gives nothing"),
@@ -288,7 +289,7 @@ impl BlobSources {
         let passed_over = usize::from(failures >= PASS_OVER);
         let mut refusals = Refusals::default();
         for owner in lead.leaders.into_iter().skip(passed_over) {
-            if self.view().crawls(owner, peers.now()) {
+            if self.view.lock().crawls(owner, peers.now()) {
                 continue;
             }
             let answer = match failures {
@@ -412,9 +413,9 @@ impl BlobSources {
         if self.look_at(Looked::Everywhere) {
             let scope = last_scope(&self.place);
             let found = peers.ask_around(&Question { scope, ..self.question(Manner::IfKept) }).await;
-            found.iter().for_each(|holder| self.view().learn(holder));
+            found.iter().for_each(|holder| self.view.lock().learn(holder));
         }
-        self.view().forgive();
+        self.view.lock().forgive();
         self.ask_holders(peers, part).await
     }
 
@@ -445,14 +446,9 @@ impl BlobSources {
     /// Whether this has not been done yet.
     fn look_at(&self, next: Looked) -> bool {
         // Only compared and changed under the lock.
-        let mut looked = self.looked.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut looked = self.looked.lock();
         let is_new = *looked < next;
         *looked = next.max(*looked);
         is_new
-    }
-
-    fn view(&self) -> MutexGuard<'_, View> {
-        // Only looked up and changed under the lock.
-        self.view.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

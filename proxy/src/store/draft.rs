@@ -7,7 +7,7 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, PoisonError, Weak};
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use rustix::fs::copy_file_range;
@@ -70,7 +70,7 @@ impl Large {
     /// lock: blobs that begin at the same time must not be promised the same space.
     fn promise(&self, bytes: u64, charge: &Arc<Charge>) -> Result<(), NoSpace> {
         let (now, mut promised) = (Instant::now(), 0);
-        let mut promises = self.promises();
+        let mut promises = self.promises.lock();
         promises.retain(|promise| {
             let left = promise.left(now);
             promised += left.unwrap_or(0);
@@ -118,7 +118,7 @@ impl Large {
     /// Gives an announced draft its name. Blocks on the disk.
     #[allow(clippy::needless_pass_by_value, reason = "a draft is published once")]
     pub fn publish(&self, draft: Draft, digest: &Digest) -> io::Result<()> {
-        let sealed = self.sealed.read().unwrap_or_else(PoisonError::into_inner);
+        let sealed = self.sealed.read();
         if *sealed {
             return Err(io::Error::other("the cache is closed"));
         }
@@ -139,13 +139,13 @@ impl Large {
 
     /// Nothing gets a name after this, so that everything that has one can be written to the disk.
     pub(super) fn seal(&self) {
-        *self.sealed.write().unwrap_or_else(PoisonError::into_inner) = true;
+        *self.sealed.write() = true;
     }
 
     /// Keeps what there is of a blob for whoever asks next, within bounds. Blocks on the disk.
     pub fn keep_partial(&self, digest: &Digest, registry: &Registry, draft: Draft, written: Spans) {
         let limit = self.budget.limit() / PARTIALS_PART;
-        let dropped = self.partials().keep(digest, registry, Partial { draft, written }, limit, Instant::now());
+        let dropped = self.partials.lock().keep(digest, registry, Partial { draft, written }, limit, Instant::now());
         // Closing them frees their space, which may take a while: not under the lock.
         drop(dropped);
     }
@@ -157,7 +157,7 @@ impl Large {
         registry: &Registry,
         fits: impl Fn(&Provenance) -> bool,
     ) -> Option<Partial> {
-        self.partials().take(digest, registry, fits)
+        self.partials.lock().take(digest, registry, fits)
     }
 
     /// A new file of this length without blocks.

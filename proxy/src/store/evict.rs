@@ -87,7 +87,7 @@ impl Large {
     /// Looks after the disk: yields what others need, evicts down to the low mark, drops old
     /// partials. Blocks on the disk.
     pub fn keep_house(&self, keep_free: Share) {
-        let old = (self.partials().take_old(Instant::now()), self.relayed().take_old(Instant::now()));
+        let old = (self.partials.lock().take_old(Instant::now()), self.relayed.lock().take_old(Instant::now()));
         // Closing them frees their space, which may take a while: not under a lock.
         drop(old);
         if let Some(file_system) = FileSystem::of(&self.blobs) {
@@ -103,8 +103,8 @@ impl Large {
 
     /// Gives up something that was only kept for a while. False: there is none.
     fn drop_passing(&self) -> bool {
-        let partial = self.partials().take_one();
-        let relayed = if partial.is_none() { self.relayed().take_one() } else { None };
+        let partial = self.partials.lock().take_one();
+        let relayed = if partial.is_none() { self.relayed.lock().take_one() } else { None };
         partial.is_some() || relayed.is_some()
     }
 

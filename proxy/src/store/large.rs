@@ -13,10 +13,11 @@ use std::fs::{self, File};
 use std::io;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant, SystemTime};
 
 use arc_swap::ArcSwap;
+use parking_lot::{Mutex, RwLock};
 use prometheus::IntCounter;
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
@@ -38,9 +39,9 @@ pub struct Large {
     pub(super) fills: PathBuf,
     pub(super) budget: Arc<Budget>,
     index: Mutex<HashMap<Digest, Entry>>,
-    partials: Mutex<Partials>,
-    promises: Mutex<Vec<Promise>>,
-    relayed: Mutex<Relayed>,
+    pub(super) partials: Mutex<Partials>,
+    pub(super) promises: Mutex<Vec<Promise>>,
+    pub(super) relayed: Mutex<Relayed>,
     /// What is to stay while anything else can go.
     pinned: ArcSwap<HashSet<Digest>>,
     evicted: IntCounter,
@@ -145,7 +146,7 @@ impl Large {
 
     /// How many have a name.
     pub(super) fn count(&self) -> usize {
-        self.index().len()
+        self.index.lock().len()
     }
 
     pub(super) fn open(layout: &Layout, limit: u64, metrics: &Metrics) -> io::Result<Self> {
@@ -190,10 +191,10 @@ impl Large {
     /// Marks a blob as used, and gives it if that needs no word of the disk.
     pub fn look(&self, digest: &Digest) -> Known {
         let now = SystemTime::now();
-        let mut index = self.index();
+        let mut index = self.index.lock();
         let Some(entry) = index.get_mut(digest) else {
             drop(index);
-            let relayed = self.relayed().get(digest, Instant::now());
+            let relayed = self.relayed.lock().get(digest, Instant::now());
             return relayed.map_or(Known::Nowhere, |blob| Known::Open(blob, Proof::Verified));
         };
         if now.duration_since(entry.last_used).is_ok_and(|age| age > ONE_USE) {
@@ -214,7 +215,7 @@ impl Large {
             Known::OnDisk => {
                 let (blob, proof) = self.peek(digest)?;
                 let now = SystemTime::now();
-                let is_touch_due = self.index().get_mut(digest).is_some_and(|entry| entry.take_touch(now));
+                let is_touch_due = self.index.lock().get_mut(digest).is_some_and(|entry| entry.take_touch(now));
                 if is_touch_due {
                     files::touch(&blob.file, now);
                 }
@@ -224,18 +225,18 @@ impl Large {
     }
 
     pub(super) fn is_owned(&self, digest: &Digest) -> bool {
-        self.index().contains_key(digest)
+        self.index.lock().contains_key(digest)
     }
 
     /// All blobs.
     pub fn digests(&self) -> Vec<Digest> {
-        self.index().keys().cloned().collect()
+        self.index.lock().keys().cloned().collect()
     }
 
     /// Opens a blob as the scrub does, which is no use. Blocks on the disk, and holds no lock while it does.
     pub fn peek(&self, digest: &Digest) -> Option<(Arc<Blob>, Proof)> {
         let (len, charge, unreadable) = {
-            let mut index = self.index();
+            let mut index = self.index.lock();
             let entry = index.get_mut(digest)?;
             if let Some(opened) = entry.opened() {
                 return Some(opened);
@@ -249,7 +250,7 @@ impl Large {
         }
         match files::open(&self.path(digest), len) {
             Ok((file, record)) => {
-                let mut index = self.index();
+                let mut index = self.index.lock();
                 // It may have been evicted meanwhile, or opened by somebody else.
                 let entry = index.get_mut(digest).filter(|entry| Arc::ptr_eq(&entry.charge, &charge))?;
                 if let Some(opened) = entry.opened() {
@@ -280,7 +281,7 @@ impl Large {
 
     /// Drops what cannot be read, unless another copy has taken its place.
     fn give_up(&self, digest: &Digest, charge: &Arc<Charge>) {
-        let mut index = self.index();
+        let mut index = self.index.lock();
         if index.get(digest).is_some_and(|entry| Arc::ptr_eq(&entry.charge, charge)) {
             index.remove(digest);
             drop(index);
@@ -303,7 +304,7 @@ impl Large {
             // The draft keeps it open until it has its name.
             open: Arc::downgrade(&draft.blob),
         };
-        self.index().insert(digest.clone(), entry);
+        self.index.lock().insert(digest.clone(), entry);
     }
 
     pub(super) fn write_record(&self, digest: &Digest, blob: &Blob) -> io::Result<()> {
@@ -316,7 +317,7 @@ impl Large {
 
     /// Remembers that an unproven file turned out to be right. Blocks on the disk.
     pub fn prove(&self, digest: &Digest, blob: &Blob) {
-        if let Some(entry) = self.index().get_mut(digest) {
+        if let Some(entry) = self.index.lock().get_mut(digest) {
             entry.proof = Some(Proof::Verified);
         }
         if let Err(error) = self.write_record(digest, blob) {
@@ -340,16 +341,16 @@ impl Large {
 
     /// Whether evicting everything idle would make enough room, in the budget and on the file system.
     pub(super) fn could_hold(&self, bytes: u64) -> bool {
-        let partials = self.partials().bytes();
+        let partials = self.partials.lock().bytes();
         let idle: u64 = self.idle().iter().map(|candidate| candidate.bytes).sum();
-        let freeable = partials + self.relayed().idle_bytes() + idle;
+        let freeable = partials + self.relayed.lock().idle_bytes() + idle;
         let on_disk = FileSystem::of(&self.blobs).map_or(u64::MAX, |file_system| file_system.available);
         self.budget.free().min(on_disk).saturating_add(freeable) >= bytes
     }
 
     /// The blobs that nobody reads.
     pub(super) fn idle(&self) -> Vec<Candidate> {
-        let (index, pinned) = (self.index(), self.pinned.load());
+        let (index, pinned) = (self.index.lock(), self.pinned.load());
         let idle = index.iter().filter(|(_, entry)| entry.open.strong_count() == 0);
         idle.map(|(digest, entry)| Candidate {
             digest: digest.clone(),
@@ -368,7 +369,7 @@ impl Large {
 
     /// Unlinks a blob, unless somebody reads it by now.
     pub(super) fn evict(&self, digest: &Digest) -> bool {
-        let mut index = self.index();
+        let mut index = self.index.lock();
         if index.get(digest).is_none_or(|entry| entry.open.strong_count() > 0) {
             return false;
         }
@@ -393,26 +394,6 @@ impl Large {
 
     pub(super) fn path(&self, digest: &Digest) -> PathBuf {
         self.blobs.join(digest.algorithm().as_str()).join(&digest.hex()[..2]).join(digest.hex())
-    }
-
-    pub(super) fn partials(&self) -> MutexGuard<'_, Partials> {
-        // Nothing inside the lock panics half-way through a change.
-        self.partials.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    pub(super) fn promises(&self) -> MutexGuard<'_, Vec<Promise>> {
-        // Nothing inside the lock panics half-way through a change.
-        self.promises.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    pub(super) fn relayed(&self) -> MutexGuard<'_, Relayed> {
-        // Nothing inside the lock panics half-way through a change.
-        self.relayed.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn index(&self) -> MutexGuard<'_, HashMap<Digest, Entry>> {
-        // Nothing inside the lock panics half-way through a change.
-        self.index.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

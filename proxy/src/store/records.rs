@@ -9,8 +9,8 @@ use std::io;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
 
+use parking_lot::Mutex;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
@@ -219,7 +219,7 @@ impl Directory {
     }
 
     fn thin_out(&self) {
-        let mut thinned_at = self.thinned_at.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut thinned_at = self.thinned_at.lock();
         let written = self.written.load(Ordering::Relaxed);
         if thinned_at.is_some_and(|thinned_at| written - thinned_at < self.most as u64 / THIN_OUT_SHARE) {
             return;

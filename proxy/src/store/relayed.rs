@@ -39,7 +39,7 @@ impl Large {
             return;
         }
         let limit = self.budget.limit() / RELAYED_PART;
-        let dropped = self.relayed().keep(digest, draft.blob.clone(), limit, Instant::now());
+        let dropped = self.relayed.lock().keep(digest, draft.blob.clone(), limit, Instant::now());
         // Closing them frees their space, which may take a while: not under the lock.
         drop(dropped);
     }

@@ -11,13 +11,14 @@ mod writer;
 use std::fs::OpenOptions;
 use std::io::{Read, Write};
 use std::path::Path;
-use std::sync::{Arc, PoisonError};
+use std::sync::Arc;
 
 use bytes::Bytes;
 use foyer::{
     BlockEngineConfig, Code, DeviceBuilder, FsDeviceBuilder, HybridCache, HybridCacheBuilder, HybridCachePolicy,
     HybridCacheProperties, Location, PsyncIoEngineConfig, RecoverMode, Source, Spawner,
 };
+use parking_lot::RwLock;
 use prometheus::{IntCounter, IntGauge};
 use rustix::fs::FallocateFlags;
 
@@ -55,7 +56,7 @@ struct Instance {
     lookups: Lookups,
     memory: IntGauge,
     /// None once it is closed.
-    writer: std::sync::RwLock<Option<Arc<Writer>>>,
+    writer: RwLock<Option<Arc<Writer>>>,
 }
 
 /// Where objects were found.
@@ -159,7 +160,7 @@ impl Small {
 
     pub(super) async fn close(&self) {
         for instance in [&self.manifests, &self.blobs] {
-            let writer = instance.writer.write().unwrap_or_else(PoisonError::into_inner).take();
+            let writer = instance.writer.write().take();
             if let Some(writer) = writer.and_then(Arc::into_inner) {
                 writer.close().await;
             }
@@ -184,11 +185,11 @@ impl Small {
 
 impl Instance {
     fn writer(&self) -> Option<Arc<Writer>> {
-        self.writer.read().unwrap_or_else(PoisonError::into_inner).clone()
+        self.writer.read().clone()
     }
 
     fn used(&self, key: &str, object: &SmallObject) {
-        if let Some(writer) = &*self.writer.read().unwrap_or_else(PoisonError::into_inner) {
+        if let Some(writer) = &*self.writer.read() {
             writer.used(key, object);
         }
     }
@@ -231,7 +232,7 @@ impl Shape {
         if let Err(error) = self.allocate(&dir, spare) {
             tracing::warn!(%error, cache = self.name, "no disk for small objects, they stay in memory");
             let cache = builder.build().await.map_err(|e| e.to_string())?;
-            let writer = std::sync::RwLock::default();
+            let writer = RwLock::default();
             return Ok(Instance { cache, disk_bytes: 0, lookups, memory: in_memory, writer });
         }
         let device = FsDeviceBuilder::new(&dir)
@@ -257,7 +258,7 @@ impl Shape {
             buffer as u64 / 2,
             dropped.with_label_values(&[self.name, "queue"]),
         );
-        let writer = std::sync::RwLock::new(Some(Arc::new(writer)));
+        let writer = RwLock::new(Some(Arc::new(writer)));
         Ok(Instance { cache, disk_bytes, lookups, memory: in_memory, writer })
     }
 

@@ -5,8 +5,10 @@
 //! request.
 
 use std::io::{self, Write};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
+
+use parking_lot::{Condvar, Mutex};
 
 /// How long a line may wait to be written.
 const WRITTEN_EVERY: Duration = Duration::from_millis(200);
@@ -54,16 +56,16 @@ impl Sink {
 
     /// Writes what has gathered; later lines are lost.
     pub fn close(&self) {
-        let mut state = self.state();
+        let mut state = self.state.lock();
         state.closed = true;
         self.changed.notify_all();
         let unwritten = |state: &mut State| state.writing || !state.lines.is_empty();
-        let _ = self.changed.wait_timeout_while(state, FAREWELL, unwritten);
+        self.changed.wait_while_for(&mut state, unwritten, FAREWELL);
     }
 
     /// How much has gathered.
     fn add(&self, line: &[u8]) -> usize {
-        let mut state = self.state();
+        let mut state = self.state.lock();
         if state.lines.len() > MOST {
             state.dropped += 1;
         } else {
@@ -76,9 +78,9 @@ impl Sink {
     fn write_until_closed(&self) {
         let mut spare = Vec::new();
         loop {
-            let mut state = self.state();
+            let mut state = self.state.lock();
             if state.lines.len() <= FULL && !state.closed {
-                state = self.changed.wait_timeout(state, WRITTEN_EVERY).unwrap_or_else(PoisonError::into_inner).0;
+                self.changed.wait_for(&mut state, WRITTEN_EVERY);
             }
             let (dropped, closed) = (std::mem::take(&mut state.dropped), state.closed);
             std::mem::swap(&mut state.lines, &mut spare);
@@ -90,17 +92,12 @@ impl Sink {
             // Nobody is left to be told that the log cannot be written.
             let _ = io::stderr().write_all(&spare);
             spare.clear();
-            self.state().writing = false;
+            self.state.lock().writing = false;
             self.changed.notify_all();
             if closed {
                 return;
             }
         }
-    }
-
-    fn state(&self) -> MutexGuard<'_, State> {
-        // Only appended to, emptied and looked at under the lock.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -97,8 +97,8 @@ impl Lane<'_> {
             // An origin is not asked twice for the same.
             if from == ServedFrom::Peer && *position < end {
                 waited += took;
-                self.meter.pace().brought(len, took);
-                let is_behind = self.meter.pace().leaves(*position - self.span.start, waited);
+                self.meter.pace.lock().brought(len, took);
+                let is_behind = self.meter.pace.lock().leaves(*position - self.span.start, waited);
                 self.stay(*position, is_behind || self.is_waited_for(*position, waited, Duration::ZERO))?;
             }
         }
@@ -121,13 +121,13 @@ impl Lane<'_> {
     /// Whether nothing else is to be fetched, and the others were far faster.
     fn is_waited_for(&self, position: u64, waited: Duration, since: Duration) -> bool {
         let brought = position - self.span.start;
-        self.meter.idles.load(Ordering::Relaxed) && self.meter.pace().leaves_soon(brought, waited, since)
+        self.meter.idles.load(Ordering::Relaxed) && self.meter.pace.lock().leaves_soon(brought, waited, since)
     }
 
     /// Leaves a peer that is `behind` where others have the same.
     fn stay(&self, position: u64, behind: bool) -> Result<(), Lost> {
         if behind && self.sources.alternatives(position) > 1 {
-            self.meter.pace().left();
+            self.meter.pace.lock().left();
             return Err(Lost::LeftBehind);
         }
         Ok(())

@@ -1,7 +1,8 @@
 //! What all connections of a blob bring together.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use parking_lot::Mutex;
 
 use crate::fill::pace::Pace;
 
@@ -15,16 +16,9 @@ pub(super) struct Meter {
     pub(super) of_origin: AtomicU64,
     pub(super) busy_with_origin: AtomicUsize,
     /// Of those that come from peers.
-    pace: Mutex<Pace>,
+    pub(super) pace: Mutex<Pace>,
     /// More could be fetched at a time than there is to fetch.
     pub(super) idles: AtomicBool,
-}
-
-impl Meter {
-    pub(super) fn pace(&self) -> MutexGuard<'_, Pace> {
-        // Numbers are only looked up and changed under it.
-        self.pace.lock().unwrap_or_else(PoisonError::into_inner)
-    }
 }
 
 /// Counts a connection as busy for as long as it is held.

@@ -1,11 +1,11 @@
 //! Any interleaving of sources, faults and readers ends in the right bytes or a clean refusal.
 
-use std::sync::Mutex;
 use std::sync::atomic::AtomicU32;
 
 use async_trait::async_trait;
 use bytes::Bytes;
 use futures_util::stream;
+use parking_lot::Mutex;
 
 use super::super::plan::Plan;
 use super::super::progress::Phase;
@@ -66,7 +66,7 @@ impl Sources for Lottery {
         let total = self.body.len() as u64;
         let span = Span { start: from, end: end.unwrap_or(total).min(total) };
         let (lot, pieces, delay) = {
-            let mut random = self.random.lock().unwrap();
+            let mut random = self.random.lock();
             let fault = random.u8(0..100) < self.faults;
             (if fault { random.u8(1..8) } else { 0 }, random.usize(0..16), random.u64(0..200))
         };
@@ -140,7 +140,7 @@ async fn run(sources: Arc<dyn Sources>, body: &Bytes, fill: &Arc<Fill>, from: u6
         Ok(_) => return (Ended::Broken(SourceError::Malformed("another length".into())), written),
         Err(error) => return (Ended::Broken(error), written),
     };
-    *fill.plan() = Plan::new(total, written);
+    *fill.plan.lock() = Plan::new(total, written);
     let engine = Engine { fill, sources, connections: &connections, total, pieces };
     let ended = engine.run(feed).await;
     (ended, disk.await.unwrap())
