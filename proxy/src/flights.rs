@@ -3,8 +3,9 @@
 use std::collections::HashMap;
 use std::future::Future;
 use std::hash::Hash;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
+use parking_lot::Mutex;
 use tokio::sync::watch;
 
 use crate::trace;
@@ -28,13 +29,15 @@ where
     /// Waits for the answer of the flight under way, or starts one.
     ///
     /// The flight is a task of its own: callers may leave, it still lands. None: it panicked.
-    pub async fn join<F>(&self, key: K, start: impl FnOnce() -> F) -> Option<V>
+    ///
+    /// Not an `async fn`: that would hold a `start` that is not used, and whatever it owns, until the flight has landed.
+    pub fn join<F>(&self, key: K, start: impl FnOnce() -> F) -> impl Future<Output = Option<V>>
     where
         F: Future<Output = V> + Send + 'static,
     {
         let mut answer = {
             // The map is only locked for look-ups, never across an await.
-            let mut under_way = self.under_way.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut under_way = self.under_way.lock();
             match under_way.get(&key) {
                 Some(answer) => answer.clone(),
                 None => {
@@ -52,8 +55,10 @@ where
                 }
             }
         };
-        let landed = answer.wait_for(Option::is_some).await.ok()?;
-        landed.clone()
+        async move {
+            let landed = answer.wait_for(Option::is_some).await.ok()?;
+            landed.clone()
+        }
     }
 
     /// The same where some answers are only for whoever asked: what somebody else was refused is asked again, once for
@@ -89,7 +94,7 @@ struct Landing<K: Eq + Hash, V> {
 
 impl<K: Eq + Hash, V> Drop for Landing<K, V> {
     fn drop(&mut self) {
-        self.under_way.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.key);
+        self.under_way.lock().remove(&self.key);
     }
 }
 
