@@ -6,6 +6,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use moka::Entry;
 use moka::ops::compute::Op;
+use parking_lot::Mutex;
 
 use crate::blocking::on_thread;
 use crate::oci::{Digest, Tag};
@@ -16,6 +17,8 @@ use crate::store::{Store, TagRecord};
 pub struct Tags {
     leases: moka::sync::Cache<(String, Tag), Lease>,
     store: Arc<Store>,
+    /// Held while a record is written: of two renewals, the record of the younger one must come last.
+    writing: Arc<Mutex<()>>,
 }
 
 /// What the upstream has just said a tag means.
@@ -45,7 +48,7 @@ const MAX_LEASES: u64 = 50_000;
 
 impl Tags {
     pub fn new(store: Arc<Store>) -> Self {
-        Self { leases: moka::sync::Cache::new(MAX_LEASES), store }
+        Self { leases: moka::sync::Cache::new(MAX_LEASES), store, writing: Arc::default() }
     }
 
     /// What a tag meant. A date in the future comes from a wrong clock and says nothing.
@@ -94,20 +97,32 @@ impl Tags {
         if !is_to_be_recorded {
             return;
         }
-        let record = record(place, tag, digest.as_str(), checked_at);
-        let store = self.store.clone();
-        tokio::task::spawn_blocking(move || store.records.put_tag(&record, client));
+        let (store, writing) = (self.store.clone(), self.writing.clone());
+        let (leases, place, tag) = (self.leases.clone(), place.clone(), tag.clone());
+        tokio::task::spawn_blocking(move || {
+            let _writing = writing.lock();
+            // None: the tag was forgotten since.
+            if let Some(lease) = leases.get(&(place.to_string(), tag.clone())) {
+                store.records.put_tag(&record(&place, &tag, &lease), client);
+            }
+        });
     }
 
     /// The upstream has just said that there is no such tag. Of a digest's tags that is remembered for outages: whether
     /// an image has a signature must be known then as well. Of others it is not, since clients can invent any.
     pub fn forget(&self, place: &Place, tag: &Tag) {
+        let forgotten_at = SystemTime::now();
         self.leases.invalidate(&(place.to_string(), tag.clone()));
-        let (store, leases, place, tag) = (self.store.clone(), self.leases.clone(), place.clone(), tag.clone());
+        let (store, writing) = (self.store.clone(), self.writing.clone());
+        let (leases, place, tag) = (self.leases.clone(), place.clone(), tag.clone());
         tokio::task::spawn_blocking(move || {
+            let _writing = writing.lock();
             store.records.forget_tag(&place.registry, &place.repository, &tag);
-            // Another request may have read the record just before.
-            leases.invalidate(&(place.to_string(), tag.clone()));
+            // Another request may have read the record just before, or renewed the tag since.
+            leases.entry((place.to_string(), tag.clone())).and_compute_with(|known| match known {
+                Some(known) if known.value().checked_at <= forgotten_at => Op::Remove,
+                _ => Op::Nop,
+            });
             // Where each client has rights of its own, "not found" is about those.
             if tag.is_of_digest() && !place.rule.asks_who() {
                 store.records.put_absent(&place.registry, &place.repository, &tag);
@@ -126,13 +141,13 @@ impl Tags {
     }
 }
 
-fn record(place: &Place, tag: &Tag, digest: &str, checked_at: SystemTime) -> TagRecord {
+fn record(place: &Place, tag: &Tag, lease: &Lease) -> TagRecord {
     TagRecord {
         registry: place.registry.to_string(),
         repository: place.repository.to_string(),
         tag: tag.to_string(),
-        digest: digest.to_owned(),
-        checked_at: checked_at.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs(),
+        digest: lease.digest.to_string(),
+        checked_at: lease.checked_at.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs(),
     }
 }
 
