@@ -1,122 +1,121 @@
-//! Metric names and handles. A leaf: it knows nobody's types, labels come in as `&'static str` or
+//! Metrics: what they are called, and the handles that count. A leaf: it knows nobody's types, labels come in as `&'static str` or
 //! as names that the configuration bounds.
 
 use std::collections::HashMap;
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::Arc;
 use std::time::Duration;
 
+use parking_lot::RwLock;
 use prometheus::core::Collector;
 use prometheus::{
     CounterVec, Encoder, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec,
     Opts, Registry, TextEncoder,
 };
 
-pub const REQUESTS: &str = "dray_requests_total";
-pub const SENT_BYTES: &str = "dray_sent_bytes_total";
-pub const SAVED_BYTES: &str = "dray_saved_bytes_total";
-pub const REQUEST_SECONDS: &str = "dray_request_seconds";
-pub const FIRST_BYTE: &str = "dray_first_byte_seconds";
-pub const ORIGIN_REQUESTS: &str = "dray_origin_requests_total";
-pub const ORIGIN_BYTES: &str = "dray_origin_bytes_total";
-pub const ORIGIN_FIRST_BYTE: &str = "dray_origin_first_byte_seconds";
-pub const ORIGIN_BODY_SECONDS: &str = "dray_origin_body_seconds_total";
-pub const ORIGIN_DOWN: &str = "dray_origin_down";
-pub const CLIENT_CHECKS: &str = "dray_client_checks_total";
-pub const ORIGIN_RATE_LIMIT: &str = "dray_origin_rate_limit";
-pub const ORIGIN_RATE_LIMIT_REMAINING: &str = "dray_origin_rate_limit_remaining";
-pub const PEER_BYTES: &str = "dray_peer_bytes_total";
-pub const PEER_REQUESTS: &str = "dray_peer_requests_total";
-pub const PEER_FIRST_BYTE: &str = "dray_peer_first_byte_seconds";
-pub const FILLS: &str = "dray_fills";
-pub const RESUMED_BYTES: &str = "dray_resumed_bytes_total";
-pub const EVICTED_BYTES: &str = "dray_evicted_bytes_total";
-pub const CACHE_BYTES: &str = "dray_cache_bytes";
-pub const CACHE_LIMIT: &str = "dray_cache_limit_bytes";
-pub const SCRUBBED_BYTES: &str = "dray_scrubbed_bytes_total";
-pub const DAMAGED: &str = "dray_damaged_blobs_total";
-pub const SHUT_OUT: &str = "dray_peers_shut_out_total";
-pub const UNPROVEN: &str = "dray_peers_unproven_total";
-pub const SMALL_DROPPED: &str = "dray_small_dropped_total";
-pub const SMALL_LOOKUPS: &str = "dray_small_lookups_total";
-pub const SMALL_MEMORY: &str = "dray_small_memory_bytes";
-pub const CONTAINERD_POINTED: &str = "dray_containerd_pointed";
-pub const CACHE_BLOBS: &str = "dray_cache_blobs";
-pub const STALE: &str = "dray_stale_total";
-pub const MISMATCHES: &str = "dray_digest_mismatches_total";
-pub const UNCACHED: &str = "dray_uncached_total";
-pub const PEERS: &str = "dray_peers";
-pub const BUILD_INFO: &str = "dray_build_info";
-pub const CONFIG_INFO: &str = "dray_config_info";
+/// Declares each metric once: handle, kind, labels, name and help text.
+macro_rules! metrics {
+    ($($(#[$attribute:meta])* $visible:vis $handle:ident: $kind:ident [$($label:literal),*] = $name:literal, $help:literal;)*) => {
+        /// Handles to every metric, resolved once.
+        pub struct Metrics {
+            registry: Registry,
+            $($(#[$attribute])* $visible $handle: $kind,)*
+            /// What counts each kind of answer, so that a request looks for one thing and not for five.
+            answers: RwLock<HashMap<Kind, Arc<Counts>>>,
+        }
 
-/// Handles to every metric, resolved once.
-pub struct Metrics {
-    registry: Registry,
-    /// by route, source, status
-    requests: IntCounterVec,
-    /// by source
-    sent_bytes: IntCounterVec,
-    /// to clients of this process, not from a registry
-    pub saved_bytes: IntCounter,
-    /// by route, source, in seconds
-    request_seconds: HistogramVec,
-    /// by source, in seconds
-    first_byte: HistogramVec,
-    /// by rule, kind, outcome
-    pub origin_requests: IntCounterVec,
-    /// by rule
-    pub origin_bytes: IntCounterVec,
-    /// by rule, in seconds
-    pub origin_first_byte: HistogramVec,
-    /// by rule, in seconds
-    pub origin_body_seconds: CounterVec,
-    /// upstreams that do not answer, by rule
-    pub origin_down: IntGaugeVec,
-    /// by rule, outcome
-    pub client_checks: IntCounterVec,
-    /// what upstreams say of their limits, by rule
-    pub origin_rate_limit: IntGaugeVec,
-    pub origin_rate_limit_remaining: IntGaugeVec,
-    /// by from_zone, to_zone
-    pub peer_bytes: IntCounterVec,
-    /// by from_zone, to_zone, outcome
-    pub peer_requests: IntCounterVec,
-    /// by from_zone, to_zone, in seconds
-    pub peer_first_byte: HistogramVec,
-    /// by state
-    pub fills: IntGaugeVec,
-    pub evicted_bytes: IntCounter,
-    /// not fetched again, because an earlier attempt had fetched them
-    pub resumed_bytes: IntCounter,
-    pub scrubbed_bytes: IntCounter,
-    pub damaged: IntCounter,
-    pub shut_out: IntCounter,
-    pub unproven: IntCounterVec,
-    /// by cache, reason
-    pub small_dropped: IntCounterVec,
-    /// by cache, found
-    pub small_lookups: IntCounterVec,
-    /// by cache
-    pub small_memory: IntGaugeVec,
-    /// by hosts directory, where there is one: whether containerd is pointed here
-    pub containerd_pointed: IntGaugeVec,
-    /// that are kept as files
-    pub cache_blobs: IntGauge,
-    /// by tier
-    pub cache_bytes: IntGaugeVec,
-    /// by tier
-    pub cache_limit: IntGaugeVec,
-    /// by reason
-    pub stale: IntCounterVec,
-    pub mismatches: IntCounter,
-    /// by reason
-    pub uncached: IntCounterVec,
-    /// members of the cluster, this process included
-    pub peers: IntGauge,
-    /// by hash
-    pub config: IntGaugeVec,
-    /// What counts each kind of answer, so that a request looks for one thing and not for five.
-    answers: RwLock<HashMap<Kind, Arc<Counts>>>,
+        impl Metrics {
+            /// Registers everything in a registry of its own.
+            ///
+            /// # Panics
+            /// If a name or label is malformed or used twice, which the first test would show.
+            pub fn new() -> Self {
+                let registry = Registry::new();
+                $(let $handle: $kind = register(&registry, $name, $help, &[$($label),*]);)*
+                let metrics = Self { registry, $($handle,)* answers: RwLock::default() };
+                metrics.build.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
+                metrics
+            }
+        }
+    };
 }
+
+metrics! {
+    requests: IntCounterVec ["route", "source", "status"] = "dray_requests_total",
+        "Requests answered.";
+    sent_bytes: IntCounterVec ["source"] = "dray_sent_bytes_total",
+        "Body bytes sent to clients and peers.";
+    pub saved_bytes: IntCounter [] = "dray_saved_bytes_total",
+        "Body bytes sent to clients that did not come from a registry for them.";
+    request_seconds: HistogramVec ["route", "source"] = "dray_request_seconds",
+        "Time to the end of an answer.";
+    first_byte: HistogramVec ["source"] = "dray_first_byte_seconds",
+        "Time to the first byte of an answer, by source.";
+    pub origin_requests: IntCounterVec ["rule", "kind", "outcome"] = "dray_origin_requests_total",
+        "Requests sent to origins.";
+    pub origin_bytes: IntCounterVec ["rule"] = "dray_origin_bytes_total",
+        "Body bytes received from origins.";
+    pub origin_first_byte: HistogramVec ["rule"] = "dray_origin_first_byte_seconds",
+        "Time until an origin began to answer, tokens and redirects included.";
+    pub origin_body_seconds: CounterVec ["rule"] = "dray_origin_body_seconds_total",
+        "Time that bodies of blobs took to come, all connections together.";
+    pub origin_down: IntGaugeVec ["rule"] = "dray_origin_down",
+        "Upstreams that do not answer and are asked again all the time.";
+    pub client_checks: IntCounterVec ["rule", "outcome"] = "dray_client_checks_total",
+        "Times a registry was asked whether a client may have something, by what it said.";
+    pub origin_rate_limit: IntGaugeVec ["rule", "upstream"] = "dray_origin_rate_limit",
+        "Pulls that an upstream allows in its window, as it last said.";
+    pub origin_rate_limit_remaining: IntGaugeVec ["rule", "upstream"] = "dray_origin_rate_limit_remaining",
+        "Pulls that an upstream still allows, as it last said.";
+    pub peer_bytes: IntCounterVec ["from_zone", "to_zone"] = "dray_peer_bytes_total",
+        "Body bytes received from peers.";
+    pub peer_requests: IntCounterVec ["from_zone", "to_zone", "outcome"] = "dray_peer_requests_total",
+        "Questions to peers, by what they gave.";
+    pub peer_first_byte: HistogramVec ["from_zone", "to_zone"] = "dray_peer_first_byte_seconds",
+        "Time until a peer gave what it was asked for.";
+    pub fills: IntGaugeVec ["state"] = "dray_fills",
+        "Blobs being fetched, or proven on disk.";
+    pub evicted_bytes: IntCounter [] = "dray_evicted_bytes_total",
+        "Bytes of blobs evicted from disk.";
+    pub resumed_bytes: IntCounter [] = "dray_resumed_bytes_total",
+        "Bytes that an earlier, unfinished fetch had left.";
+    pub scrubbed_bytes: IntCounter [] = "dray_scrubbed_bytes_total",
+        "Bytes of cached blobs read again to find damage.";
+    pub damaged: IntCounter [] = "dray_damaged_blobs_total",
+        "Cached blobs that no longer matched their digest, and were dropped.";
+    pub shut_out: IntCounter [] = "dray_peers_shut_out_total",
+        "Times a peer was left alone for sending wrong bytes.";
+    pub unproven: IntCounterVec ["what"] = "dray_peers_unproven_total",
+        "Questions to us and answers to us that no peer has proven: other key, certificate, clock or address, or a stranger.";
+    pub small_dropped: IntCounterVec ["cache", "reason"] = "dray_small_dropped_total",
+        "Small objects that did not reach the disk, by queue that was full.";
+    pub small_lookups: IntCounterVec ["cache", "found"] = "dray_small_lookups_total",
+        "Times a small object was looked for, by where it was found.";
+    pub small_memory: IntGaugeVec ["cache"] = "dray_small_memory_bytes",
+        "Bytes of small objects in memory.";
+    pub containerd_pointed: IntGaugeVec ["hosts_dir"] = "dray_containerd_pointed",
+        "Whether the hosts directory of containerd says what it should.";
+    pub cache_blobs: IntGauge [] = "dray_cache_blobs",
+        "Blobs that are kept as files.";
+    pub cache_bytes: IntGaugeVec ["tier"] = "dray_cache_bytes",
+        "Bytes held, by tier.";
+    pub cache_limit: IntGaugeVec ["tier"] = "dray_cache_limit_bytes",
+        "Bytes that may be held, by tier.";
+    pub stale: IntCounterVec ["reason"] = "dray_stale_total",
+        "Tags answered from an expired record, by reason.";
+    pub mismatches: IntCounter [] = "dray_digest_mismatches_total",
+        "Bodies that did not match their digest.";
+    pub uncached: IntCounterVec ["reason"] = "dray_uncached_total",
+        "Blobs passed through without being kept, by reason.";
+    pub peers: IntGauge [] = "dray_peers",
+        "Addresses that DNS or the configuration names as members, this one included.";
+    pub config: IntGaugeVec ["hash"] = "dray_config_info",
+        "Always 1; nodes whose configuration differs have another hash, addresses and zones left out.";
+    pub build: IntGaugeVec ["version"] = "dray_build_info",
+        "Always 1; the version is a label.";
+}
+
+/// The upper bounds of all histograms, in seconds.
+const BUCKETS: [f64; 14] = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0];
 
 /// An answer, to be counted.
 #[derive(Clone, Copy, Debug)]
@@ -140,136 +139,6 @@ struct Counts {
 }
 
 impl Metrics {
-    /// Registers everything in a registry of its own.
-    ///
-    /// # Panics
-    /// If a name or label above is malformed or used twice, which the first test would show.
-    pub fn new() -> Self {
-        let registry = Registry::new();
-        let counters = |name, help, labels: &[&str]| {
-            let counter = IntCounterVec::new(Opts::new(name, help), labels);
-            register(&registry, counter)
-        };
-        let gauges = |name, help, labels: &[&str]| register(&registry, IntGaugeVec::new(Opts::new(name, help), labels));
-        let seconds = |name, help, labels: &[&str]| {
-            let buckets = vec![0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0];
-            register(&registry, HistogramVec::new(HistogramOpts::new(name, help).buckets(buckets), labels))
-        };
-        let info = gauges(BUILD_INFO, "Always 1; the version is a label.", &["version"]);
-        info.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
-        Self {
-            requests: counters(REQUESTS, "Requests answered.", &["route", "source", "status"]),
-            sent_bytes: counters(SENT_BYTES, "Body bytes sent to clients and peers.", &["source"]),
-            saved_bytes: register(
-                &registry,
-                IntCounter::new(SAVED_BYTES, "Body bytes sent to clients that did not come from a registry for them."),
-            ),
-            request_seconds: seconds(REQUEST_SECONDS, "Time to the end of an answer.", &["route", "source"]),
-            first_byte: seconds(FIRST_BYTE, "Time to the first byte of an answer, by source.", &["source"]),
-            origin_requests: counters(ORIGIN_REQUESTS, "Requests sent to origins.", &["rule", "kind", "outcome"]),
-            origin_bytes: counters(ORIGIN_BYTES, "Body bytes received from origins.", &["rule"]),
-            origin_first_byte: seconds(
-                ORIGIN_FIRST_BYTE,
-                "Time until an origin began to answer, tokens and redirects included.",
-                &["rule"],
-            ),
-            origin_body_seconds: register(
-                &registry,
-                CounterVec::new(
-                    Opts::new(ORIGIN_BODY_SECONDS, "Time that bodies of blobs took to come, all connections together."),
-                    &["rule"],
-                ),
-            ),
-            origin_down: gauges(
-                ORIGIN_DOWN,
-                "Upstreams that do not answer and are asked again all the time.",
-                &["rule"],
-            ),
-            client_checks: counters(
-                CLIENT_CHECKS,
-                "Times a registry was asked whether a client may have something, by what it said.",
-                &["rule", "outcome"],
-            ),
-            origin_rate_limit: gauges(
-                ORIGIN_RATE_LIMIT,
-                "Pulls that an upstream allows in its window, as it last said.",
-                &["rule", "upstream"],
-            ),
-            origin_rate_limit_remaining: gauges(
-                ORIGIN_RATE_LIMIT_REMAINING,
-                "Pulls that an upstream still allows, as it last said.",
-                &["rule", "upstream"],
-            ),
-            peer_bytes: counters(PEER_BYTES, "Body bytes received from peers.", &["from_zone", "to_zone"]),
-            peer_requests: counters(
-                PEER_REQUESTS,
-                "Questions to peers, by what they gave.",
-                &["from_zone", "to_zone", "outcome"],
-            ),
-            peer_first_byte: seconds(
-                PEER_FIRST_BYTE,
-                "Time until a peer gave what it was asked for.",
-                &["from_zone", "to_zone"],
-            ),
-            fills: gauges(FILLS, "Blobs being fetched, or proven on disk.", &["state"]),
-            evicted_bytes: register(&registry, IntCounter::new(EVICTED_BYTES, "Bytes of blobs evicted from disk.")),
-            scrubbed_bytes: register(
-                &registry,
-                IntCounter::new(SCRUBBED_BYTES, "Bytes of cached blobs read again to find damage."),
-            ),
-            shut_out: register(
-                &registry,
-                IntCounter::new(SHUT_OUT, "Times a peer was left alone for sending wrong bytes."),
-            ),
-            unproven: counters(
-                UNPROVEN,
-                "Questions to us and answers to us that no peer has proven: other key, certificate, clock or address, or a stranger.",
-                &["what"],
-            ),
-            damaged: register(
-                &registry,
-                IntCounter::new(DAMAGED, "Cached blobs that no longer matched their digest, and were dropped."),
-            ),
-            small_dropped: counters(
-                SMALL_DROPPED,
-                "Small objects that did not reach the disk, by queue that was full.",
-                &["cache", "reason"],
-            ),
-            small_lookups: counters(
-                SMALL_LOOKUPS,
-                "Times a small object was looked for, by where it was found.",
-                &["cache", "found"],
-            ),
-            small_memory: gauges(SMALL_MEMORY, "Bytes of small objects in memory.", &["cache"]),
-            containerd_pointed: gauges(
-                CONTAINERD_POINTED,
-                "Whether the hosts directory of containerd says what it should.",
-                &["hosts_dir"],
-            ),
-            cache_blobs: register(&registry, IntGauge::new(CACHE_BLOBS, "Blobs that are kept as files.")),
-            resumed_bytes: register(
-                &registry,
-                IntCounter::new(RESUMED_BYTES, "Bytes that an earlier, unfinished fetch had left."),
-            ),
-            cache_bytes: gauges(CACHE_BYTES, "Bytes held, by tier.", &["tier"]),
-            cache_limit: gauges(CACHE_LIMIT, "Bytes that may be held, by tier.", &["tier"]),
-            stale: counters(STALE, "Tags answered from an expired record, by reason.", &["reason"]),
-            mismatches: register(&registry, IntCounter::new(MISMATCHES, "Bodies that did not match their digest.")),
-            uncached: counters(UNCACHED, "Blobs passed through without being kept, by reason.", &["reason"]),
-            peers: register(
-                &registry,
-                IntGauge::new(PEERS, "Addresses that DNS or the configuration names as members, this one included."),
-            ),
-            config: gauges(
-                CONFIG_INFO,
-                "Always 1; nodes whose configuration differs have another hash, addresses and zones left out.",
-                &["hash"],
-            ),
-            answers: RwLock::default(),
-            registry,
-        }
-    }
-
     /// Counts an answer.
     pub fn answered(&self, answer: &Answer) {
         let counts = self.counts_of((answer.route, answer.source, answer.status));
@@ -283,7 +152,7 @@ impl Metrics {
 
     /// All of a kind share theirs: there are as many as routes, sources and statuses go together.
     fn counts_of(&self, kind: Kind) -> Arc<Counts> {
-        let known = self.answers.read().unwrap_or_else(PoisonError::into_inner).get(&kind).cloned();
+        let known = self.answers.read().get(&kind).cloned();
         known.unwrap_or_else(|| {
             let (route, source, status) = kind;
             let counts = Arc::new(Counts {
@@ -292,7 +161,7 @@ impl Metrics {
                 request_seconds: self.request_seconds.with_label_values(&[route, source]),
                 first_byte: self.first_byte.with_label_values(&[source]),
             });
-            self.answers.write().unwrap_or_else(PoisonError::into_inner).insert(kind, counts.clone());
+            self.answers.write().insert(kind, counts.clone());
             counts
         })
     }
@@ -320,10 +189,51 @@ impl Default for Metrics {
     }
 }
 
-fn register<C: Collector + Clone + 'static>(registry: &Registry, made: prometheus::Result<C>) -> C {
-    let collector = made.expect("metric names and labels are constants of this file");
-    registry.register(Box::new(collector.clone())).expect("each name is registered once");
-    collector
+/// A kind of metric. Those without labels take none.
+trait Metric: Collector + Clone + 'static {
+    fn make(options: Opts, labels: &[&str]) -> prometheus::Result<Self>;
+}
+
+impl Metric for IntCounter {
+    fn make(options: Opts, _: &[&str]) -> prometheus::Result<Self> {
+        Self::with_opts(options)
+    }
+}
+
+impl Metric for IntGauge {
+    fn make(options: Opts, _: &[&str]) -> prometheus::Result<Self> {
+        Self::with_opts(options)
+    }
+}
+
+impl Metric for IntCounterVec {
+    fn make(options: Opts, labels: &[&str]) -> prometheus::Result<Self> {
+        Self::new(options, labels)
+    }
+}
+
+impl Metric for IntGaugeVec {
+    fn make(options: Opts, labels: &[&str]) -> prometheus::Result<Self> {
+        Self::new(options, labels)
+    }
+}
+
+impl Metric for CounterVec {
+    fn make(options: Opts, labels: &[&str]) -> prometheus::Result<Self> {
+        Self::new(options, labels)
+    }
+}
+
+impl Metric for HistogramVec {
+    fn make(options: Opts, labels: &[&str]) -> prometheus::Result<Self> {
+        Self::new(HistogramOpts { common_opts: options, buckets: BUCKETS.to_vec() }, labels)
+    }
+}
+
+fn register<M: Metric>(registry: &Registry, name: &str, help: &str, labels: &[&str]) -> M {
+    let metric = M::make(Opts::new(name, help), labels).expect("metric names and labels are constants of this file");
+    registry.register(Box::new(metric.clone())).expect("each name is registered once");
+    metric
 }
 
 #[cfg(test)]
@@ -336,6 +246,6 @@ mod tests {
         metrics.requests.with_label_values(&["blob", "disk", "200"]).inc();
         let text = String::from_utf8(metrics.render()).unwrap();
         assert!(text.contains("dray_requests_total{route=\"blob\",source=\"disk\",status=\"200\"} 1"));
-        assert!(text.contains(BUILD_INFO));
+        assert!(text.contains("dray_build_info"));
     }
 }
