@@ -282,7 +282,8 @@ impl<A: HttpServerApp + Send + Sync + 'static> HttpServerApp for Streams<A> {
         session.set_total_drain_timeout(Some(LEFTOVER));
         self.active.send_modify(|count| *count += 1);
         let _ended = Ended(&self.active);
-        self.app.process_new_http(session, shutdown).await
+        // A task of its own, beside the connection's.
+        watched(self.app.process_new_http(session, shutdown)).await
     }
 
     fn server_options(&self) -> Option<&HttpServerOptions> {
