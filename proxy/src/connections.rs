@@ -319,7 +319,7 @@ async fn part(mut stream: Stream, why: &NoHead) {
     };
     tracing::debug!(status, "a connection is closed before its request was whole");
     // A peer would take it for what the origin says.
-    let busy = if *why == NoHead::TooMany { "Dray-Busy: yes\r\n" } else { "" };
+    let busy = if *why == NoHead::TooMany { "Dray-Refusal: overloaded\r\n" } else { "" };
     let words = format!("HTTP/1.1 {status}\r\n{busy}Connection: close\r\nContent-Length: 0\r\n\r\n");
     let farewell = async {
         stream.write_all(words.as_bytes()).await?;

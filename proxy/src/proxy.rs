@@ -395,14 +395,14 @@ impl Front {
         // Who is about to go begins nothing for others: it would go with it. What a tag means is asked in a moment.
         let is_tag = matches!(endpoint, Endpoint::Manifest(Reference::Tag(_)));
         let reach = if self.readiness.has_ended() && !is_tag { Reach::Kept } else { reach };
-        let patience = Asking::patience_of_peer(visitor.deadline);
+        let patience = Asking::patience_of_peer(visitor.terms.deadline);
         Asking {
             asker: Asker::Peer(standing),
             client: None,
-            role: visitor.role,
+            role: visitor.terms.role,
             reach,
-            aim: visitor.aim,
-            downstream: visitor.downstream,
+            aim: visitor.terms.aim,
+            downstream: visitor.terms.peers,
             patience,
         }
     }

@@ -68,13 +68,12 @@ impl Reply {
             }
             // Peers have to know what is the origin's word, and what is not.
             Refusal::NoWay(message) => Self::error(StatusCode::SERVICE_UNAVAILABLE, ErrorCode::Unavailable, message)
-                .header(wire::WAY, wire::NO),
-            Refusal::Guarded(message) => {
-                Self::error(StatusCode::FORBIDDEN, ErrorCode::Denied, message).header(wire::WAY, wire::NO)
-            }
+                .refused_by_peer(wire::Refusal::NoUpstream),
+            Refusal::Guarded(message) => Self::error(StatusCode::FORBIDDEN, ErrorCode::Denied, message)
+                .refused_by_peer(wire::Refusal::NoUpstream),
             Refusal::Busy => {
                 Self::error(StatusCode::SERVICE_UNAVAILABLE, ErrorCode::Unavailable, "too many requests at once")
-                    .header(wire::BUSY, wire::YES)
+                    .refused_by_peer(wire::Refusal::Overloaded)
             }
             Refusal::BadOrigin(message) => Self::error(StatusCode::BAD_GATEWAY, ErrorCode::Unavailable, message),
             // What HTTP has for a question that was only for what a cache has.
@@ -146,12 +145,14 @@ impl Reply {
 
     /// A peer had better fetch it from the origin itself.
     pub fn depute(span: Span) -> Self {
-        let reply = Self::error(
-            StatusCode::TEMPORARY_REDIRECT,
-            ErrorCode::Unavailable,
-            "fetch this from the origin, for all of us",
-        );
-        reply.telling(wire::write_spans(&span.into()).map(|span| (wire::DEPUTY, span)).into_iter().collect())
+        let message = "fetch this from the origin, for all of us";
+        Self::error(StatusCode::TEMPORARY_REDIRECT, ErrorCode::Unavailable, message)
+            .refused_by_peer(wire::Refusal::Deputy(span))
+    }
+
+    /// Tells a peer that it is this node which declines, and not the upstream.
+    fn refused_by_peer(self, refusal: wire::Refusal) -> Self {
+        self.header(wire::REFUSAL, &refusal.text())
     }
 
     /// What a peer hears beside the answer.
@@ -369,8 +370,8 @@ mod tests {
     #[test]
     fn clients_are_not_told_what_is_for_peers() {
         let reply = || Reply::refusal(&Refusal::NoWay("x".into()));
-        assert_eq!(reply().head("id").headers[wire::WAY], "no");
-        assert!(reply().for_clients().head("id").headers.get(wire::WAY).is_none());
+        assert_eq!(reply().head("id").headers[wire::REFUSAL], "no-upstream");
+        assert!(reply().for_clients().head("id").headers.get(wire::REFUSAL).is_none());
     }
 
     #[test]

@@ -7,16 +7,17 @@ use std::time::Duration;
 
 use futures_util::future::join_all;
 use futures_util::stream::try_unfold;
-use http::header::{ACCEPT, CONTENT_LENGTH, CONTENT_TYPE, LOCATION};
-use http::{HeaderMap, HeaderValue, Method};
+use http::header::{CONTENT_LENGTH, CONTENT_TYPE, LOCATION};
+use http::{HeaderMap, Method};
 use parking_lot::Mutex;
 use reqwest::Response;
 use tokio::time::{Instant, timeout, timeout_at};
 
+use super::exchange::Told;
 use super::fetching::Fetching;
-use super::question::{Aim, Manner, Question, Redirects};
+use super::question::{Aim, Downstream, Manner, Question, Redirects};
 use super::swarm::{Claim, Contribution, View};
-use super::wire::Holder;
+use super::wire::{Deputy, Holder};
 use super::{Peers, wire};
 use crate::oci::{Digest, MAX_MANIFEST_BYTES, Span, Spans, Tag, manifest};
 use crate::source::{Broken, Incoming, Part, ServedFrom, SourceError, root_cause};
@@ -95,13 +96,10 @@ impl Peers {
     async fn heads(&self, question: &Question<'_>, peers: Vec<SocketAddr>) -> Vec<(Holder, u64)> {
         let asked = peers.into_iter().map(|peer| async move {
             let path = format!("blobs/{}", question.digest);
-            let asking = self.get(Method::HEAD, peer, question, &path, Part::From(0), HeaderMap::new());
+            let asking = self.get(Method::HEAD, peer, question, &path, Part::From(0), Told::default());
             let response = self.look(peer, asking).await?.ok().filter(|response| response.status() == 200)?;
             let length: u64 = wire::read(response.headers(), &CONTENT_LENGTH)?;
-            let have = match wire::read_have(response.headers()) {
-                some if some.is_empty() => Span::whole(length).into(),
-                some => some,
-            };
+            let have = wire::read_have(response.headers()).map_or_else(|| Span::whole(length).into(), |(_, have)| have);
             Some((Holder { peer, load: 0, have }, length))
         });
         join_all(asked).await.into_iter().flatten().collect()
@@ -144,13 +142,12 @@ impl Peers {
         view: &Arc<Mutex<View>>,
     ) -> Result<Incoming, Declined> {
         let members = self.members.load_full();
-        let mut more = self.of_this_node(have);
-        let may_depute = question.aim == Aim::Whole && question.redirects == Redirects::Followed;
-        if may_depute && matches!((question.manner, part), (Manner::As(_), Part::Span(_))) {
-            more.insert(wire::DEPUTY, HeaderValue::from_static(wire::YES));
-        }
+        let may_depute = question.aim == Aim::Whole
+            && question.redirects == Redirects::Followed
+            && matches!((question.manner, part), (Manner::As(_), Part::Span(_)));
+        let told = Told { deputy: may_depute.then_some(Deputy), ..self.of_this_node(have) };
         let path = format!("blobs/{}", question.digest);
-        let response = self.get(Method::GET, peer, question, &path, part, more).await?;
+        let response = self.get(Method::GET, peer, question, &path, part, told).await?;
         let headers = response.headers();
         let may_be_asked =
             |other: &SocketAddr| *other != members.own && members.is_within_reach(*other) && self.is_well(other);
@@ -158,18 +155,16 @@ impl Peers {
             let mut view = view.lock();
             let others = wire::read_holders(headers).into_iter();
             others.filter(|holder| may_be_asked(&holder.peer)).for_each(|holder| view.learn(&holder));
-            if headers.contains_key(wire::HAVE) {
-                let load = wire::read(headers, &wire::LOAD).unwrap_or(0);
-                view.learn(&Holder { peer, load, have: wire::read_have(headers) });
+            if let Some((load, have)) = wire::read_have(headers) {
+                view.learn(&Holder { peer, load, have });
             }
         }
         match response.status().as_u16() {
             200 | 206 => {}
-            307 if headers.contains_key(wire::DEPUTY) => {
-                let span = wire::read_spans(headers, &wire::DEPUTY).iter().next();
-                return Err(span.map_or(Declined::NotKept, Declined::Deputed));
-            }
             307 => {
+                if let Some(wire::Refusal::Deputy(span)) = wire::Refusal::read(headers) {
+                    return Err(Declined::Deputed(span));
+                }
                 let to: Option<SocketAddr> = wire::read(headers, &LOCATION);
                 let followed = question.redirects == Redirects::Followed;
                 let to = to.filter(|to| *to != peer && may_be_asked(to));
@@ -209,7 +204,7 @@ impl Peers {
     /// How long a blob is, by the word of a peer.
     pub async fn blob_length(&self, peer: SocketAddr, question: &Question<'_>) -> Result<u64, SourceError> {
         let path = format!("blobs/{}", question.digest);
-        let response = self.get(Method::HEAD, peer, question, &path, Part::From(0), HeaderMap::new()).await?;
+        let response = self.get(Method::HEAD, peer, question, &path, Part::From(0), Told::default()).await?;
         match response.status().as_u16() {
             200 => wire::read(response.headers(), &CONTENT_LENGTH)
                 .ok_or_else(|| SourceError::Malformed("a peer's blob without a length".into())),
@@ -228,19 +223,15 @@ impl Peers {
     }
 
     /// What a question tells of whoever asks.
-    fn of_this_node(&self, have: &Spans) -> HeaderMap {
+    fn of_this_node(&self, have: &Spans) -> Told {
+        let have = wire::write_have(self.sending.load(Ordering::Relaxed), have);
+        Told { peers: self.behind_this_node(Downstream::NONE), have, ..Told::default() }
+    }
+
+    /// The peers that wait for a response to this node, which is the first where the members know it.
+    fn behind_this_node(&self, downstream: Downstream) -> Downstream {
         let members = self.members.load();
-        let mut told = HeaderMap::new();
-        if members.has_own()
-            && let Ok(own) = members.own.to_string().parse()
-        {
-            told.insert(wire::PEER, own);
-            told.insert(wire::LOAD, self.sending.load(Ordering::Relaxed).into());
-        }
-        if let Some(have) = wire::write_spans(have) {
-            told.insert(wire::HAVE, have);
-        }
-        told
+        if members.has_own() { downstream.behind(members.own) } else { Downstream::NONE }
     }
 
     /// A manifest by digest from a peer, with its media type. Not yet verified.
@@ -250,16 +241,9 @@ impl Peers {
         question: &Question<'_>,
     ) -> Result<(String, bytes::Bytes), SourceError> {
         let path = format!("manifests/{}", question.digest);
-        let more = self.downstream_of(question);
-        let response = self.get(Method::GET, peer, question, &path, Part::From(0), more).await?;
+        let told = Told { peers: self.behind_this_node(question.downstream), ..Told::default() };
+        let response = self.get(Method::GET, peer, question, &path, Part::From(0), told).await?;
         self.take_manifest(peer, question, response).await
-    }
-
-    /// The peers that wait for the response, this one first.
-    fn downstream_of(&self, question: &Question<'_>) -> HeaderMap {
-        let members = self.members.load();
-        let written = members.has_own().then(|| question.downstream.write(members.own)).flatten();
-        written.map(|peers| (wire::PEER, peers)).into_iter().collect()
     }
 
     /// What a tag means to a peer that has proven who it is, with the manifest. `question.digest` is the tag's place in the
@@ -306,9 +290,10 @@ impl Peers {
         accept: &str,
     ) -> Result<Response, SourceError> {
         // A peer that requests the manifest lacks it; one that only renews its tag may be the only holder.
-        let mut more = if method == Method::GET { self.downstream_of(question) } else { HeaderMap::new() };
-        more.extend(accept.parse().ok().map(|accept| (ACCEPT, accept)));
-        self.get(method, peer, question, &format!("manifests/{tag}"), Part::From(0), more).await
+        let lacks = method == Method::GET;
+        let peers = if lacks { self.behind_this_node(question.downstream) } else { Downstream::NONE };
+        let told = Told { peers, accept: accept.parse().ok(), ..Told::default() };
+        self.get(method, peer, question, &format!("manifests/{tag}"), Part::From(0), told).await
     }
 
     /// What any peer knows of a tag that no upstream resolves: the youngest.
@@ -387,7 +372,7 @@ impl From<SourceError> for Declined {
 
 /// What a peer's error response says of the upstream, whose own status and body it carries.
 async fn refused(response: Response, question: &Question<'_>) -> SourceError {
-    if response.headers().contains_key(wire::WAY) {
+    if wire::Refusal::read(response.headers()) == Some(wire::Refusal::NoUpstream) {
         return SourceError::Unreachable("the peer has no way to it".into());
     }
     SourceError::of_response(response, question.deadline).await

@@ -3,13 +3,14 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use http::header::{ACCEPT_ENCODING, CACHE_CONTROL, RANGE};
-use http::{HeaderMap, Method};
+use http::header::{ACCEPT, ACCEPT_ENCODING, CACHE_CONTROL, RANGE};
+use http::{HeaderValue, Method};
 use reqwest::Response;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 use super::key::Seal;
-use super::question::{Aim, Downstream, Manner, Question, Redirects};
+use super::question::{Downstream, Manner, Question};
+use super::wire::{Deputy, Refusal, Terms};
 use super::{Peers, Scope, wire};
 use crate::role::Role;
 use crate::source::{Part, SourceError, causes, root_cause};
@@ -27,6 +28,18 @@ const BUSY_PAUSE: Duration = Duration::from_millis(200);
 /// What a refusal says is waited for so long.
 const SAID: Duration = Duration::from_millis(500);
 
+/// What a request tells a peer beside the question.
+#[derive(Default)]
+pub(super) struct Told {
+    /// This node, then the peers for which it asks.
+    pub(super) peers: Downstream,
+    /// What this node has: `dray-have`.
+    pub(super) have: Option<HeaderValue>,
+    pub(super) deputy: Option<Deputy>,
+    /// The media types of a manifest that its client accepts.
+    pub(super) accept: Option<HeaderValue>,
+}
+
 impl Peers {
     /// Asks a question, and counts what came of it.
     pub(super) async fn get(
@@ -36,7 +49,7 @@ impl Peers {
         question: &Question<'_>,
         path: &str,
         part: Part,
-        more: HeaderMap,
+        told: Told,
     ) -> Result<Response, SourceError> {
         if !self.is_well(&peer) {
             // It was found out since it was chosen.
@@ -46,12 +59,25 @@ impl Peers {
         let namespace = url::form_urlencoded::byte_serialize(place.registry.as_str().as_bytes());
         let path = format!("/v2/{}/{path}?ns={}", place.repository, namespace.collect::<String>());
         let url = format!("{}://{peer}{path}", self.proof.scheme());
-        let mut request = self.client.request(method, url).header(ACCEPT_ENCODING, "identity").headers(more);
-        request = request.header(wire::RULES, place.rule.fingerprint());
-        request = match question.manner {
-            Manner::IfKept => request.header(CACHE_CONTROL, wire::ONLY_IF_CACHED),
-            Manner::As(role) => request.header(wire::ROLE, role.as_str()),
+        let mut request = self.client.request(method, url).header(ACCEPT_ENCODING, "identity");
+        let role = match question.manner {
+            Manner::IfKept => {
+                request = request.header(CACHE_CONTROL, wire::ONLY_IF_CACHED);
+                Role::Global
+            }
+            Manner::As(role) => role,
         };
+        let terms = Terms {
+            role,
+            rule: Some(place.rule.fingerprint().to_owned()),
+            deadline: Some(question.deadline.saturating_duration_since(Instant::now())),
+            peers: told.peers,
+            aim: question.aim,
+            redirects: question.redirects,
+            deputy: told.deputy,
+        };
+        let headers = [(wire::REQUEST, terms.write()), (wire::HAVE, told.have), (ACCEPT, told.accept)];
+        request = request.headers(headers.into_iter().filter_map(|(name, value)| Some((name, value?))).collect());
         // Only whoever is to ask the registry needs to be shown something.
         let is_lent = matches!(question.manner, Manner::As(_)) && place.caller.may_be_lent();
         if let Some(authorization) = place.caller.authorization().filter(|_| is_lent)
@@ -59,14 +85,6 @@ impl Peers {
         {
             request = request.header(wire::AUTHORIZATION, sealed);
         }
-        if question.redirects == Redirects::Refused {
-            request = request.header(wire::REDIRECT, wire::NO);
-        }
-        if question.aim == Aim::Whole {
-            request = request.header(wire::WHOLE, wire::YES);
-        }
-        let left = question.deadline.saturating_duration_since(Instant::now());
-        request = request.header(wire::DEADLINE, u64::try_from(left.as_millis()).unwrap_or(u64::MAX));
         if let Some(range) = part.header() {
             request = request.header(RANGE, range);
         }
@@ -194,7 +212,7 @@ impl Peers {
         let status = response.status().as_u16();
         let proven = seal.is_none_or(|seal| seal.proves(status, response.headers()));
         // Who has too much to do has no time to look who asks, and signs nothing.
-        if status == 503 && (!proven || response.headers().contains_key(wire::BUSY)) {
+        if status == 503 && (!proven || Refusal::read(response.headers()) == Some(Refusal::Overloaded)) {
             return Err(SourceError::Busy);
         }
         if proven && status != 401 {

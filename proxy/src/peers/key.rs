@@ -225,7 +225,7 @@ mod tests {
 
     fn asked() -> HeaderMap {
         let mut headers = HeaderMap::new();
-        headers.insert(wire::ROLE, "global".parse().unwrap());
+        headers.insert(wire::REQUEST, "role=global".parse().unwrap());
         headers.insert("accept", "*/*".parse().unwrap());
         headers
     }
@@ -260,7 +260,7 @@ mod tests {
             "another method"
         );
         let mut changed = headers.clone();
-        changed.insert(wire::ROLE, "zone".parse().unwrap());
+        changed.insert(wire::REQUEST, "role=zone".parse().unwrap());
         assert_eq!(check(&ours, PATH, &changed).err(), Some(Unproven::WrongKey));
         changed = headers.clone();
         changed.insert("accept", "text/plain".parse().unwrap());
@@ -293,7 +293,7 @@ mod tests {
     #[test]
     fn what_is_signed_stays_the_same() {
         let asked = question(1, asked_one(), &Method::GET, PATH, &asked());
-        assert_eq!(asked, format!("dray question\n1\n192.0.2.1 5052\nGET\n{PATH}\ndray-role:global\n"));
+        assert_eq!(asked, format!("dray question\n1\n192.0.2.1 5052\nGET\n{PATH}\ndray-request:role=global\n"));
         let headers = HeaderMap::from_iter([(wire::CONTENT_DIGEST, "sha256:x".parse().unwrap())]);
         let answered = answer(&"1 00".parse().unwrap(), 200, &headers);
         assert_eq!(answered, "dray answer\n1 00\n200\ndocker-content-digest:sha256:x\n");

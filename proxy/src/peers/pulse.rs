@@ -10,6 +10,8 @@ use http::Method;
 use http::header::{CACHE_CONTROL, RANGE};
 use tokio::time::{sleep_until, timeout};
 
+use super::question::Downstream;
+use super::wire::Terms;
 use super::{CONNECT_TIMEOUT, Peers, wire};
 
 /// Whoever owes an answer and is there says so within this time.
@@ -70,7 +72,9 @@ impl Peers {
         *probe.method_mut() = Method::HEAD;
         let headers = probe.headers_mut();
         // It is not to be remembered by this.
-        [wire::PEER, wire::HAVE, wire::LOAD, wire::DEPUTY, RANGE].iter().for_each(|name| drop(headers.remove(name)));
+        let terms = Terms { peers: Downstream::NONE, deputy: None, ..Terms::read(headers) };
+        headers.extend(terms.write().map(|terms| (wire::REQUEST, terms)));
+        [wire::HAVE, RANGE].iter().for_each(|name| drop(headers.remove(name)));
         headers.insert(CACHE_CONTROL, HeaderValue::from_static(wire::ONLY_IF_CACHED));
         let path = probe.url()[url::Position::BeforePath..].to_owned();
         self.proof.sign(peer, &Method::HEAD, &path, probe.headers_mut());

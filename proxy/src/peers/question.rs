@@ -1,11 +1,11 @@
 //! What a peer is asked, and in which manner.
 
+use std::fmt;
 use std::net::SocketAddr;
 
-use http::{HeaderMap, HeaderValue};
 use tokio::time::Instant;
 
-use super::{Scope, wire};
+use super::Scope;
 use crate::oci::Digest;
 use crate::registries::Place;
 use crate::role::Role;
@@ -36,10 +36,9 @@ const MAX_DOWNSTREAM: usize = 4;
 impl Downstream {
     pub const NONE: Self = Self([None; MAX_DOWNSTREAM]);
 
-    /// Those that the header of a request names.
-    pub(super) fn read(headers: &HeaderMap) -> Self {
-        let text = headers.get(wire::PEER).and_then(|value| value.to_str().ok()).unwrap_or_default();
-        let mut peers = text.split(',').map_while(|peer| peer.trim().parse().ok()).fuse();
+    /// Peers that are separated by `+`.
+    pub(super) fn parse(text: &str) -> Self {
+        let mut peers = text.split('+').map_while(|peer| peer.parse().ok()).fuse();
         Self(std::array::from_fn(|_| peers.next()))
     }
 
@@ -52,10 +51,20 @@ impl Downstream {
         self.0.contains(&Some(*peer))
     }
 
-    /// The header of the request that a peer sends for them.
-    pub(super) fn write(&self, own: SocketAddr) -> Option<HeaderValue> {
-        let peers = std::iter::once(own).chain(self.0.into_iter().flatten()).take(MAX_DOWNSTREAM);
-        HeaderValue::from_str(&peers.map(|peer| peer.to_string()).collect::<Vec<_>>().join(", ")).ok()
+    /// The same as a request names them that a peer sends for them.
+    #[must_use]
+    pub(super) fn behind(self, own: SocketAddr) -> Self {
+        let mut peers = std::iter::once(own).chain(self.0.into_iter().flatten());
+        Self(std::array::from_fn(|_| peers.next()))
+    }
+}
+
+impl fmt::Display for Downstream {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (nth, peer) in self.0.iter().flatten().enumerate() {
+            write!(f, "{}{peer}", if nth == 0 { "" } else { "+" })?;
+        }
+        Ok(())
     }
 }
 
@@ -109,23 +118,20 @@ mod tests {
         SocketAddr::from(([192, 0, 2, last], 5052))
     }
 
-    fn received(header: &HeaderValue) -> Downstream {
-        Downstream::read(&HeaderMap::from_iter([(wire::PEER, header.clone())]))
-    }
-
     #[test]
     fn downstream_peers_are_carried_on_the_nearest_first() {
-        let first = received(&Downstream::NONE.write(peer(1)).unwrap());
-        let second = received(&first.write(peer(2)).unwrap());
+        let received = |sent: Downstream| Downstream::parse(&sent.to_string());
+        let first = received(Downstream::NONE.behind(peer(1)));
+        let second = received(first.behind(peer(2)));
         assert_eq!((first.nearest(), second.nearest()), (Some(peer(1)), Some(peer(2))));
         assert!(second.contains(&peer(1)) && second.contains(&peer(2)) && !second.contains(&peer(3)));
-        let long = (3..9).fold(second, |so_far, nth| received(&so_far.write(peer(nth)).unwrap()));
+        let long = (3..9).fold(second, |so_far, nth| received(so_far.behind(peer(nth))));
         assert_eq!((1..9).filter(|nth| long.contains(&peer(*nth))).collect::<Vec<_>>(), [5, 6, 7, 8]);
     }
 
     #[test]
-    fn a_header_that_names_no_peer_is_read_as_none() {
-        assert_eq!(received(&HeaderValue::from_static("somebody, 192.0.2.1:5052")), Downstream::NONE);
-        assert_eq!(Downstream::read(&HeaderMap::new()), Downstream::NONE);
+    fn text_that_names_no_peer_is_read_as_none() {
+        assert_eq!(Downstream::parse("somebody+192.0.2.1:5052"), Downstream::NONE);
+        assert_eq!(Downstream::parse(""), Downstream::NONE);
     }
 }

@@ -3,7 +3,6 @@
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
 
 use http::header::CACHE_CONTROL;
 use http::request::Parts;
@@ -11,37 +10,26 @@ use http::{HeaderName, HeaderValue};
 use parking_lot::Mutex;
 
 use super::swarm::{Comes, Direction, Tracker};
-use super::wire::Holder;
-use super::{Aim, Downstream, Peers, Reach, Redirects, Seal, Standing, Unproven, wire};
+use super::wire::{Holder, Terms};
+use super::{Peers, Reach, Redirects, Seal, Standing, Unproven, wire};
 use crate::caller::{self, Caller, Who};
 use crate::oci::{Digest, Span, Spans};
 use crate::registries::Rule;
-use crate::role::Role;
 
 /// Who asks, and what it said of itself.
 #[derive(Clone, Debug)]
 pub struct Visitor {
     /// None: no member, or one that does not say so. It is answered, but nobody is sent to it.
     peer: Option<SocketAddr>,
-    /// The peers that wait for the response, by their own word.
-    pub downstream: Downstream,
+    /// What it asks of this node.
+    pub terms: Terms,
     circle: Circle,
-    /// What this node is asked as.
-    pub role: Role,
     reach: Reach,
-    pub redirects: Redirects,
-    pub aim: Aim,
-    /// Whether it could fetch the range itself.
-    may_depute: bool,
-    /// What is left of the time to answer.
-    pub deadline: Option<Duration>,
     have: Spans,
     load: u32,
     /// Whether it has proven who it is, and what proves the answer.
     standing: Standing,
     pub seal: Option<Seal>,
-    /// The fingerprint of the rule that it goes by.
-    rules: Option<String>,
     /// What the registry is shown for its client.
     authorization: Option<HeaderValue>,
 }
@@ -71,40 +59,33 @@ impl Visitor {
             peers.metrics.unproven.with_label_values(&["question"]).inc();
             tracing::debug!(?from, why = why.as_str(), "a question that no peer has signed");
         })?;
-        let text = |name: HeaderName| headers.get(name).and_then(|value| value.to_str().ok()).unwrap_or_default();
-        let kept = text(CACHE_CONTROL).split(',').any(|word| word.trim() == wire::ONLY_IF_CACHED);
-        let refuses = text(wire::REDIRECT) == wire::NO;
-        let downstream = Downstream::read(headers);
+        let cache_control = headers.get(CACHE_CONTROL).and_then(|value| value.to_str().ok()).unwrap_or_default();
+        let kept = cache_control.split(',').any(|word| word.trim() == wire::ONLY_IF_CACHED);
+        let terms = Terms::read(headers);
+        let (load, have) = wire::read_have(headers).unwrap_or_default();
         // Others are sent to it: it has to be a member, and where it says it is. Who proves to be one is believed: with
         // several addresses it may call from another one.
         let members = peers.members.load();
         let is_proven = standing == Standing::Member;
         let is_true = |peer: &SocketAddr| members.contains(*peer) && (is_proven || Some(peer.ip()) == from);
-        let peer = downstream.nearest().filter(is_true);
+        let peer = terms.peers.nearest().filter(is_true);
         let is_far = peer.is_some_and(|peer| members.is_far(peer));
         Ok(Self {
             peer,
-            downstream,
+            terms,
             circle: if is_far { Circle::OtherZones } else { Circle::OwnZone },
-            // Nobody is asked as a client; without a word, it is the owner.
-            role: wire::read(headers, &wire::ROLE).filter(|role| *role != Role::Client).unwrap_or(Role::Global),
             reach: if kept { Reach::Kept } else { Reach::Origin },
-            redirects: if refuses { Redirects::Refused } else { Redirects::Followed },
-            aim: if text(wire::WHOLE) == wire::YES { Aim::Whole } else { Aim::Range },
-            may_depute: text(wire::DEPUTY) == wire::YES,
-            deadline: wire::read(headers, &wire::DEADLINE).map(Duration::from_millis),
-            have: wire::read_have(headers),
-            load: wire::read(headers, &wire::LOAD).unwrap_or(0),
+            have,
+            load,
             authorization: headers.get(wire::AUTHORIZATION).and_then(|sealed| peers.proof.open(sealed)),
             standing,
             seal,
-            rules: wire::read(headers, &wire::RULES),
         })
     }
 
     /// A member that could fetch the range in this node's stead.
     pub fn deputy(&self) -> Option<SocketAddr> {
-        self.peer.filter(|_| self.may_depute && self.rules.is_some())
+        self.peer.filter(|_| self.terms.deputy.is_some() && self.terms.rule.is_some())
     }
 
     /// With whose rights it asks, where a rule wants to know: it has let its client in.
@@ -128,7 +109,7 @@ impl Visitor {
     /// As what it is treated in what a rule is for. Whoever goes by another rule gets what is kept
     /// and everybody may have: this node would fetch it elsewhere, or with other credentials.
     pub fn within(&self, rule: &Rule) -> (Standing, Reach) {
-        match &self.rules {
+        match &self.terms.rule {
             Some(theirs) if theirs != rule.fingerprint() => (Standing::Stranger, Reach::Kept),
             Some(_) => (self.standing, self.reach),
             None => (Standing::Stranger, self.reach),
@@ -141,7 +122,7 @@ impl Peers {
     /// else could.
     pub fn direct(&self, visitor: &Visitor, digest: &Digest, span: Span, comes: Comes) -> Direction {
         let tracker = self.tracker_of(visitor, digest);
-        if visitor.redirects == Redirects::Refused || visitor.peer.is_none() {
+        if visitor.terms.redirects == Redirects::Refused || visitor.peer.is_none() {
             return Direction::Answer;
         }
         loop {
@@ -156,7 +137,7 @@ impl Peers {
 
     /// A visitor is answered, or goes where it was sent: it gets this now.
     pub fn expect(&self, visitor: &Visitor, digest: &Digest, span: Span) {
-        if visitor.redirects == Redirects::Followed {
+        if visitor.terms.redirects == Redirects::Followed {
             self.tracker_of(visitor, digest).lock().expect(visitor.peer, span, self.now());
         }
     }
@@ -223,9 +204,8 @@ impl Peers {
     pub fn told(&self, visitor: &Visitor, digest: &Digest, have: &Spans) -> Vec<(HeaderName, HeaderValue)> {
         let tracker = self.trackers.get(&(digest.clone(), visitor.circle));
         let holders = tracker.and_then(|tracker| wire::write_holders(&tracker.lock().holders(visitor.peer)));
-        let have = wire::write_spans(have);
-        let load = have.as_ref().map(|_| (wire::LOAD, HeaderValue::from(self.sending())));
-        let told = [holders.map(|value| (wire::HOLDERS, value)), have.map(|value| (wire::HAVE, value)), load];
+        let have = if have.is_empty() { None } else { wire::write_have(self.sending(), have) };
+        let told = [holders.map(|value| (wire::HOLDERS, value)), have.map(|value| (wire::HAVE, value))];
         told.into_iter().flatten().collect()
     }
 

@@ -2,54 +2,38 @@
 //!
 //! | header | in | value |
 //! |---|---|---|
-//! | `dray-role` | question | `zone` or `global`: what the one who is asked is to be; without it global |
-//! | `dray-peer` | question | the address by which the members know the peer that asks; of a manifest also those of the peers for which it does |
-//! | `dray-have` | both | the bytes that the sender has: `0-99+200-299` |
-//! | `dray-load` | both | how many bodies the sender sends at the moment |
-//! | `dray-whole` | question | `yes`: the range is one of many that make the whole blob |
-//! | `dray-deadline` | question | milliseconds that are left to answer in |
-//! | `dray-redirect` | question | `no`: nobody else could help, do it yourself |
-//! | `dray-busy` | answer 503 | `yes`: the sender has too much to do, which says nothing of the origin |
-//! | `dray-way` | answer 503, 403 | `no`: the sender has no way to the origin, which says nothing of others' |
-//! | `dray-deputy` | question | `yes`: whoever asks could fetch the range from the origin itself |
-//! | `dray-deputy` | answer 307 | `0-99`: do so for this part of it, nobody else does |
-//! | `dray-rules` | question | the fingerprint of the rule by which whoever asks would fetch it |
-//! | `dray-age` | answer | for a tag: milliseconds since its origin was asked |
-//! | `dray-authorization` | question | what the registry is shown, where a client comes with its own rights; sealed by a shared key |
+//! | `dray-request` | request | what is asked of the peer, and on which terms: [`Terms`] |
+//! | `dray-have` | both | bodies that the sender sends at the moment, and the bytes that it has: `2;0-99+200-299` |
+//! | `dray-holders` | response | other holders, each with its load and bytes: `10.0.0.3:5052;2;0-99+200-299, ...` |
+//! | `dray-refusal` | response 307, 403, 503 | why the peer itself declines: [`Refusal`] |
+//! | `dray-age` | response | for a tag: milliseconds since its upstream was asked |
+//! | `dray-authorization` | request | what the registry is shown, where a client comes with its own rights; sealed by a shared key |
 //! | `dray-auth` | both | the proof that the sender knows the shared key, where there is one |
-//! | `dray-holders` | answer | others that have some: `10.0.0.3:5052;2;0-99+200-299, ...` |
 //!
 //! `cache-control: only-if-cached` asks for what is there or on its way; 504 says that it is not.
 
 use std::fmt::Write;
 use std::net::SocketAddr;
+use std::time::Duration;
 
 use http::{HeaderMap, HeaderName, HeaderValue};
 
+use super::question::{Aim, Downstream, Redirects};
 use crate::oci::{Span, Spans};
+use crate::role::Role;
 
 /// What the names of all headers between peers begin with.
 pub const PREFIX: &str = "dray-";
 
-pub const ROLE: HeaderName = HeaderName::from_static("dray-role");
-pub const PEER: HeaderName = HeaderName::from_static("dray-peer");
+pub const REQUEST: HeaderName = HeaderName::from_static("dray-request");
 pub const HAVE: HeaderName = HeaderName::from_static("dray-have");
-pub const LOAD: HeaderName = HeaderName::from_static("dray-load");
-pub const WAY: HeaderName = HeaderName::from_static("dray-way");
-pub const BUSY: HeaderName = HeaderName::from_static("dray-busy");
-pub const WHOLE: HeaderName = HeaderName::from_static("dray-whole");
-pub const DEADLINE: HeaderName = HeaderName::from_static("dray-deadline");
-pub const REDIRECT: HeaderName = HeaderName::from_static("dray-redirect");
 pub const HOLDERS: HeaderName = HeaderName::from_static("dray-holders");
-pub const DEPUTY: HeaderName = HeaderName::from_static("dray-deputy");
-pub const RULES: HeaderName = HeaderName::from_static("dray-rules");
-pub const AUTHORIZATION: HeaderName = HeaderName::from_static("dray-authorization");
+pub const REFUSAL: HeaderName = HeaderName::from_static("dray-refusal");
 pub const AGE: HeaderName = HeaderName::from_static("dray-age");
+pub const AUTHORIZATION: HeaderName = HeaderName::from_static("dray-authorization");
 pub const CONTENT_DIGEST: HeaderName = HeaderName::from_static("docker-content-digest");
 pub const SOURCE: HeaderName = HeaderName::from_static("x-dray-source");
 pub const ONLY_IF_CACHED: &str = "only-if-cached";
-pub const NO: &str = "no";
-pub const YES: &str = "yes";
 
 /// Told at most: more would make headers that nobody takes.
 const MAX_SPANS: usize = 32;
@@ -69,19 +53,131 @@ pub fn read<T: std::str::FromStr>(headers: &HeaderMap, name: &HeaderName) -> Opt
     headers.get(name)?.to_str().ok()?.trim().parse().ok()
 }
 
-/// The bytes that a peer has; none if it does not say, or makes no sense.
-pub fn read_have(headers: &HeaderMap) -> Spans {
-    read_spans(headers, &HAVE)
+/// What a request asks of a peer: `role=zone; rule=4f1c; deadline=2500; peers=10.0.0.1:5052+10.0.0.2:5052; whole`. What a
+/// later release adds is ignored.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Terms {
+    /// `role`: what the peer is to be.
+    pub role: Role,
+    /// `rule`: the fingerprint of the rule by which the sender would fetch it.
+    pub rule: Option<String>,
+    /// `deadline`: milliseconds that are left for the response.
+    pub deadline: Option<Duration>,
+    /// `peers`: by which address the members know the sender, then the peers for which it sends the request.
+    pub peers: Downstream,
+    /// `whole`: the range is one of many that make the whole blob.
+    pub aim: Aim,
+    /// `no-redirect`: no other peer could help.
+    pub redirects: Redirects,
+    /// `deputy`: the sender could fetch the range from the upstream itself.
+    pub deputy: Option<Deputy>,
 }
 
-/// The bytes that a header names; none if it is missing or wrong.
-pub fn read_spans(headers: &HeaderMap, name: &HeaderName) -> Spans {
-    headers.get(name).and_then(|value| value.to_str().ok()).and_then(parse_spans).unwrap_or_default()
+/// The sender of a request could fetch from the upstream in the peer's stead.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Deputy;
+
+/// Why a peer itself declines, which says nothing of the upstream.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Refusal {
+    /// `overloaded` (503): it has too much to do.
+    Overloaded,
+    /// `no-upstream` (403, 503): it cannot reach the upstream, or may not.
+    NoUpstream,
+    /// `deputy=0-99` (307): the sender had better fetch this part from the upstream, nobody else does.
+    Deputy(Span),
 }
 
-pub fn write_spans(spans: &Spans) -> Option<HeaderValue> {
-    let text = spans_text(spans);
-    (!text.is_empty()).then(|| HeaderValue::from_str(&text).ok()).flatten()
+impl Terms {
+    /// Those of a request; without the header those of a peer that says nothing.
+    pub fn read(headers: &HeaderMap) -> Self {
+        let mut terms = Self::default();
+        for (name, value) in parameters(headers, &REQUEST) {
+            match name {
+                // Nobody is asked as a client.
+                "role" => terms.role = value.parse().ok().filter(|role| *role != Role::Client).unwrap_or(terms.role),
+                "rule" => terms.rule = Some(value.to_owned()),
+                "deadline" => terms.deadline = value.parse().ok().map(Duration::from_millis),
+                "peers" => terms.peers = Downstream::parse(value),
+                "whole" => terms.aim = Aim::Whole,
+                "no-redirect" => terms.redirects = Redirects::Refused,
+                "deputy" => terms.deputy = Some(Deputy),
+                _ => {}
+            }
+        }
+        terms
+    }
+
+    pub fn write(&self) -> Option<HeaderValue> {
+        let mut text = format!("role={}", self.role.as_str());
+        if let Some(rule) = &self.rule {
+            let _ = write!(text, "; rule={rule}");
+        }
+        if let Some(deadline) = self.deadline {
+            let _ = write!(text, "; deadline={}", deadline.as_millis());
+        }
+        if self.peers != Downstream::NONE {
+            let _ = write!(text, "; peers={}", self.peers);
+        }
+        let flags = [
+            ("whole", self.aim == Aim::Whole),
+            ("no-redirect", self.redirects == Redirects::Refused),
+            ("deputy", self.deputy.is_some()),
+        ];
+        for (flag, _) in flags.iter().filter(|(_, is_set)| *is_set) {
+            let _ = write!(text, "; {flag}");
+        }
+        HeaderValue::try_from(text).ok()
+    }
+}
+
+impl Default for Terms {
+    fn default() -> Self {
+        Self {
+            role: Role::Global,
+            rule: None,
+            deadline: None,
+            peers: Downstream::NONE,
+            aim: Aim::Range,
+            redirects: Redirects::Followed,
+            deputy: None,
+        }
+    }
+}
+
+impl Refusal {
+    pub fn read(headers: &HeaderMap) -> Option<Self> {
+        match parameters(headers, &REFUSAL).next()? {
+            ("overloaded", _) => Some(Self::Overloaded),
+            ("no-upstream", _) => Some(Self::NoUpstream),
+            ("deputy", span) => parse_span(span).map(Self::Deputy),
+            _ => None,
+        }
+    }
+
+    pub fn text(self) -> String {
+        match self {
+            Self::Overloaded => "overloaded".to_owned(),
+            Self::NoUpstream => "no-upstream".to_owned(),
+            Self::Deputy(span) => format!("deputy={}", spans_text(&span.into())),
+        }
+    }
+}
+
+/// The parameters of a header, separated by semicolons: names, and values where there are some.
+fn parameters<'a>(headers: &'a HeaderMap, name: &HeaderName) -> impl Iterator<Item = (&'a str, &'a str)> {
+    let text = headers.get(name).and_then(|value| value.to_str().ok()).unwrap_or_default();
+    text.split(';').map(|part| part.trim().split_once('=').unwrap_or((part.trim(), "")))
+}
+
+/// How many bodies the sender sends, and the bytes that it has. None: it does not say.
+pub fn read_have(headers: &HeaderMap) -> Option<(u32, Spans)> {
+    let (load, have) = headers.get(HAVE)?.to_str().ok()?.split_once(';')?;
+    Some((load.parse().ok()?, parse_spans(have)?))
+}
+
+pub fn write_have(load: u32, have: &Spans) -> Option<HeaderValue> {
+    HeaderValue::try_from(format!("{load};{}", spans_text(have))).ok()
 }
 
 /// The holders that an answer names; what makes no sense is left out.
@@ -143,9 +239,48 @@ mod tests {
         headers.insert(HOLDERS, write_holders(&holders).unwrap());
         assert_eq!(headers[HOLDERS], "10.0.0.3:5052;2;0-99+200-299, [fd00::1]:5052;0;");
         assert_eq!(read_holders(&headers), holders);
-        headers.insert(HAVE, write_spans(&holders[0].have).unwrap());
-        assert_eq!(read_have(&headers), holders[0].have);
-        assert_eq!(write_spans(&Spans::default()), None);
+        headers.insert(HAVE, write_have(2, &holders[0].have).unwrap());
+        assert_eq!(headers[HAVE], "2;0-99+200-299");
+        assert_eq!(read_have(&headers), Some((2, holders[0].have.clone())));
+        headers.insert(HAVE, write_have(0, &Spans::default()).unwrap());
+        assert_eq!(read_have(&headers), Some((0, Spans::default())));
+        for refusal in [Refusal::Overloaded, Refusal::NoUpstream, Refusal::Deputy(Span { start: 0, end: 100 })] {
+            headers.insert(REFUSAL, refusal.text().parse().unwrap());
+            assert_eq!(Refusal::read(&headers), Some(refusal));
+        }
+    }
+
+    #[test]
+    fn terms_that_are_written_can_be_read() {
+        let peers = Downstream::parse("10.0.0.1:5052+[fd00::1]:5052");
+        let all = Terms {
+            role: Role::Zone,
+            rule: Some("4f1c".into()),
+            deadline: Some(Duration::from_millis(2500)),
+            peers,
+            aim: Aim::Whole,
+            redirects: Redirects::Refused,
+            deputy: Some(Deputy),
+        };
+        let text =
+            "role=zone; rule=4f1c; deadline=2500; peers=10.0.0.1:5052+[fd00::1]:5052; whole; no-redirect; deputy";
+        for (terms, text) in [(all, text), (Terms::default(), "role=global")] {
+            assert_eq!(terms.write().unwrap(), text);
+            let later = format!("{text}; added=by a later release; flag");
+            for text in [text, &later, &text.replace("; ", ";")] {
+                let headers = HeaderMap::from_iter([(REQUEST, text.parse().unwrap())]);
+                assert_eq!(Terms::read(&headers), terms, "{text}");
+            }
+        }
+    }
+
+    #[test]
+    fn terms_that_make_no_sense_are_left_out() {
+        for text in ["", "role=client", "role=x; deadline=soon; peers=somebody", ";;=;"] {
+            let headers = HeaderMap::from_iter([(REQUEST, text.parse().unwrap())]);
+            assert_eq!(Terms::read(&headers), Terms::default(), "{text}");
+        }
+        assert_eq!(Terms::read(&HeaderMap::new()), Terms::default());
     }
 
     #[test]
@@ -155,8 +290,14 @@ mod tests {
             headers.insert(HOLDERS, text.parse().unwrap());
             assert!(read_holders(&headers).is_empty(), "{text}");
         }
-        headers.insert(HAVE, "0-1+x".parse().unwrap());
-        assert!(read_have(&headers).is_empty());
+        for text in ["", "0-1", "0;0-1+x", "x;0-1", "0;9-1"] {
+            headers.insert(HAVE, text.parse().unwrap());
+            assert_eq!(read_have(&headers), None, "{text}");
+        }
+        for text in ["", "busy", "deputy", "deputy=9-1"] {
+            headers.insert(REFUSAL, text.parse().unwrap());
+            assert_eq!(Refusal::read(&headers), None, "{text}");
+        }
         let many = vec!["1.2.3.4:5;0;0-1"; 100].join(",");
         headers.insert(HOLDERS, many.parse().unwrap());
         assert_eq!(read_holders(&headers).len(), MAX_HOLDERS);

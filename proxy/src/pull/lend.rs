@@ -39,7 +39,7 @@ impl Pull {
     pub async fn direct(&self, visitor: &Visitor, request: &BlobRequest, peers: &Peers) -> Direction {
         let (digest, span) = (&request.digest, self.likely_span(request));
         peers.heard(visitor, digest);
-        if visitor.redirects == Redirects::Refused
+        if visitor.terms.redirects == Redirects::Refused
             && request.asking.reach == Reach::Origin
             && let Some(member) = visitor.member()
         {

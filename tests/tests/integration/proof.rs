@@ -251,7 +251,7 @@ async fn what_came_with_credentials_is_shared_with_those_who_have_proven_themsel
     // A stranger gets nothing at all, whatever it claims.
     for path in [path.as_str(), TAG] {
         for headers in
-            [&[][..], &[("dray-auth", "1 00")], &[("dray-role", "global"), ("cache-control", "only-if-cached")]]
+            [&[][..], &[("dray-auth", "1 00")], &[("dray-request", "role=global"), ("cache-control", "only-if-cached")]]
         {
             let answer = get(&format!("http://{}{path}", nodes[0].peers.unwrap()), headers).await;
             assert_eq!(answer.status, 401, "{path} {headers:?}");

@@ -103,7 +103,7 @@ async fn an_owner_with_too_much_to_do_is_asked_again() {
             let less = |left: u32| left.checked_sub(1);
             let asked = request.method == "GET" && request.is_blob();
             match asked && refusals.fetch_update(Ordering::SeqCst, Ordering::SeqCst, less).is_ok() {
-                true => Response::new(503, "").with("dray-busy", "yes"),
+                true => Response::new(503, "").with("dray-refusal", "overloaded"),
                 false => response,
             }
         })
@@ -130,7 +130,7 @@ async fn an_owner_without_room_says_so_without_asking_the_origin_again() {
     let node = Start::new(format!("{}\n{peers}", rule("docker.io", &origin.url()))).disk("64MiB").run();
     let url = format!("http://127.0.0.1:{port}/v2/library/app/blobs/{}?ns=docker.io", image.layer().0);
     for _ in 0..5 {
-        let asked = dray_tests::http::get(&url, &[("dray-role", "global"), ("dray-whole", "yes")]).await;
+        let asked = dray_tests::http::get(&url, &[("dray-request", "role=global; whole")]).await;
         assert_eq!(
             asked.status,
             504,

@@ -86,9 +86,12 @@ async fn owners_without_a_way_to_the_registry_stop_nobody() {
 async fn an_owner_that_names_somebody_who_may_not_be_asked_is_asked_again() {
     let images = images(8, 300_000);
     let (content, origin) = (content(&images), Origin::answering(|_| Response::new(503, "")).await);
-    let owner = Origin::answering(move |request: &Request| match request.header("dray-redirect") {
-        None if request.method == "GET" && request.is_blob() => Response::new(307, "").with("location", "127.0.0.1:1"),
-        _ => content.answer(request),
+    let owner = Origin::answering(move |request: &Request| {
+        let insists = request.header("dray-request").is_some_and(|terms| terms.contains("no-redirect"));
+        match request.method == "GET" && request.is_blob() && !insists {
+            true => Response::new(307, "").with("location", "127.0.0.1:1"),
+            false => content.answer(request),
+        }
     })
     .await;
     let node = beside(&[&owner], &origin);
@@ -138,12 +141,12 @@ async fn who_is_about_to_go_begins_nothing_for_others() {
     let asked = |nodes: &[Dray], digest: &str| format!("http://{}{}", nodes[0].peers.unwrap(), blob(digest));
     let [first, second] = [0, 1].map(|nth| images[nth].layer().0.to_owned());
     let (url, client) = (asked(&nodes, &first), dray_tests::http::client());
-    let reading = client.get(url).header("dray-role", "global").send().await.unwrap();
+    let reading = client.get(url).header("dray-request", "role=global").send().await.unwrap();
     assert_eq!(reading.status(), 200, "while it stays it fetches what it is asked for");
     nodes[0].process().signal(Signal::TERM);
     let admin = format!("http://{}/readyz", nodes[0].admin);
     eventually("it is about to go", async || (get(&admin, &[]).await.status == 503).then_some(())).await;
-    let answer = get(&asked(&nodes, &second), &[("dray-role", "global")]).await;
+    let answer = get(&asked(&nodes, &second), &[("dray-request", "role=global")]).await;
     assert_eq!(answer.status, 504, "{}", answer.text());
     assert_eq!(origin.count("GET", &second), 0);
     drop(reading);
