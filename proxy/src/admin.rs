@@ -11,7 +11,6 @@
 mod visitors;
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -28,6 +27,7 @@ use crate::metrics::Metrics;
 use crate::oci::route::query_value;
 use crate::readiness::Readiness;
 use crate::status::Sources;
+use crate::times::RETRY_INTERVAL;
 
 /// Answers the admin listener.
 pub struct Admin {
@@ -49,8 +49,6 @@ struct Reply {
 
 /// More people than look at one node at a time.
 pub const MAX_WATCHING: usize = 32;
-
-const UPDATE: Duration = Duration::from_secs(2);
 
 const PAGE: &str = include_str!("admin/page.html");
 
@@ -134,7 +132,7 @@ impl Admin {
             return None;
         };
         session.set_keepalive(None);
-        session.set_write_timeout(Some(UPDATE * 5));
+        session.set_write_timeout(Some(RETRY_INTERVAL * 5));
         let mut head = ResponseHeader::build(200, Some(3)).ok()?;
         head.insert_header("content-type", "text/event-stream").ok()?;
         head.insert_header("cache-control", "no-store").ok()?;
@@ -143,7 +141,7 @@ impl Admin {
         while !self.readiness.has_ended() {
             let event = format!("data: {}\n\n", serde_json::to_string(&self.sources.status()).ok()?);
             session.write_response_body(event.into(), false).await.ok()?;
-            tokio::time::sleep(UPDATE).await;
+            tokio::time::sleep(RETRY_INTERVAL).await;
         }
         session.write_response_body(Bytes::new(), true).await.ok()?;
         None

@@ -30,6 +30,7 @@ use tokio::time::{sleep, timeout};
 use self::idle::{Idle, Whose};
 use crate::memory::{Memory, OfClient};
 use crate::shares::{Share, Shares};
+use crate::times::{FAREWELL, GRACE, STALL_TIMEOUT};
 use crate::worker_watch::watched;
 
 /// Gives the requests of each connection to an application.
@@ -76,24 +77,8 @@ enum NoHead {
 /// A connection without a request is closed after this long.
 const IDLE: Duration = Duration::from_secs(75);
 
-/// A TLS handshake has to be over after this long. Longer: silent connections keep their place. Shorter: clients on slow
-/// links are refused.
-const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
-
-/// A head has to be there so soon after its first byte.
-const WHOLE: Duration = Duration::from_secs(10);
-
 /// Longer than any head that a client of a registry sends.
 const MAX_HEAD: usize = 64 * 1024;
-
-/// Room is made by closing an idle connection, which takes no longer.
-const MAKE_ROOM: Duration = Duration::from_secs(1);
-
-/// What comes of a request's body after the answer is waited for so long, to use the connection again.
-const LEFTOVER: Duration = Duration::from_secs(5);
-
-/// For the last words on a connection.
-const FAREWELL: Duration = Duration::from_secs(1);
 
 impl<A> Connections<A> {
     /// At most `most` of them at a time, and no more than there is memory for.
@@ -113,7 +98,7 @@ impl<A> Connections<A> {
         let plain = stream.into_any().downcast::<TcpStream>().ok()?;
         let mut waiting = self.idle.enter(from);
         let shaken = tokio::select! {
-            shaken = timeout(HANDSHAKE_TIMEOUT, acceptor.tls_handshake(*plain)) => shaken.ok()?,
+            shaken = timeout(STALL_TIMEOUT, acceptor.tls_handshake(*plain)) => shaken.ok()?,
             () = waiting.closed() => return None,
         };
         match shaken {
@@ -133,7 +118,7 @@ impl<A> Connections<A> {
         }
         let whose = if self.places.is_holding(&client) { Whose::Clients(client) } else { Whose::Anybodys };
         let is_closed = self.idle.close_oldest(whose);
-        let place = timeout(MAKE_ROOM, self.places.wait(&client, 1));
+        let place = timeout(FAREWELL, self.places.wait(&client, 1));
         if is_closed { place.await.ok() } else { None }
     }
 }
@@ -204,7 +189,7 @@ impl<A: HttpServerApp + Send + Sync + 'static> Connections<A> {
                 settings.apply_to_session(&mut session);
             }
             session.set_pipelined_prefix(head);
-            session.set_total_drain_timeout(Some(LEFTOVER));
+            session.set_total_drain_timeout(Some(GRACE));
             let Some(reused) = self.app.process_new_http(session, shutdown).await else { return };
             (stream, settings) = reused.consume();
         }
@@ -247,7 +232,7 @@ impl<A: HttpServerApp + Send + Sync + 'static> Connections<A> {
             () = never_begun => {}
             () = self.leaves_its_place(&streams.active, from) => {
                 ends.send_replace(true);
-                let _ = timeout(MAKE_ROOM, serving).await;
+                let _ = timeout(FAREWELL, serving).await;
             }
             () = async { let _ = shutdown.wait_for(|begun| *begun).await; } => {
                 ends.send_replace(true);
@@ -279,7 +264,7 @@ impl<A: HttpServerApp + Send + Sync + 'static> HttpServerApp for Streams<A> {
         shutdown: &ShutdownWatch,
     ) -> Option<ReusedHttpStream> {
         self.begun.store(true, Ordering::Release);
-        session.set_total_drain_timeout(Some(LEFTOVER));
+        session.set_total_drain_timeout(Some(GRACE));
         self.active.send_modify(|count| *count += 1);
         let _ended = Ended(&self.active);
         // A task of its own, beside the connection's.
@@ -353,7 +338,7 @@ impl Head {
             }
             Ok(self.bytes)
         };
-        timeout(WHOLE, rest).await.unwrap_or(Err(NoHead::TooSlow))
+        timeout(STALL_TIMEOUT, rest).await.unwrap_or(Err(NoHead::TooSlow))
     }
 
     async fn read(&mut self, stream: &mut (impl AsyncRead + Unpin)) -> Result<(), NoHead> {
@@ -441,7 +426,10 @@ mod tests {
         assert_eq!(trickled(text, IDLE * 2).await, Err(NoHead::Left), "nobody asks");
         let begun = tokio::time::Instant::now();
         assert!(trickled("G", IDLE / 2).await.is_err());
-        assert!(begun.elapsed() <= IDLE / 2 + WHOLE + Duration::from_secs(1), "an idle connection is no slow one");
+        assert!(
+            begun.elapsed() <= IDLE / 2 + STALL_TIMEOUT + Duration::from_secs(1),
+            "an idle connection is no slow one"
+        );
     }
 
     #[tokio::test(start_paused = true)]
@@ -513,7 +501,7 @@ mod tests {
             let (mut client, server) = duplex(1024);
             client.write_all(sent).await.unwrap();
             let connections = Connections::new(NeverAsked, 2, Arc::new(Memory::new(1 << 20)));
-            let ended = timeout(IDLE + WHOLE, connections.streams(Box::new(server), None, &shutdown)).await;
+            let ended = timeout(IDLE + STALL_TIMEOUT, connections.streams(Box::new(server), None, &shutdown)).await;
             assert!(ended.is_ok(), "{} bytes", sent.len());
         }
     }

@@ -33,7 +33,7 @@ use tokio::time::Instant;
 use self::audience::Audience;
 pub use self::climb::Climb;
 pub use self::feed::{Connections, Feed, Sources, Truth};
-pub use self::fills::{ContentOf, DISTRUST, FillKey, Fills};
+pub use self::fills::{ContentOf, FillKey, Fills};
 pub use self::pace::Pace;
 pub use self::passage::{PART_BYTES, Passage};
 pub use self::plan::{Lent, Plan};
@@ -50,13 +50,7 @@ use crate::trace;
 /// Bytes at the end of a blob that no reader gets before the digest agrees.
 pub const HELD_BYTES: u64 = 64 * 1024;
 
-/// A fill that nobody reads any more goes on for this long, and to its end if no more than
-/// [`LITTLE_LEFT`] is missing.
-const ABANDONED_AFTER: Duration = Duration::from_secs(5);
 const LITTLE_LEFT: u64 = 32 * 1024 * 1024;
-
-/// Who reads only what comes waits for so long.
-const COMES: Duration = Duration::from_secs(1);
 
 /// One blob on its way in.
 pub struct Fill {

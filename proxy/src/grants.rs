@@ -57,9 +57,6 @@ struct SealedRight {
 
 const MEANING: &[u8] = b"dray grant 2";
 
-/// Whatever the registry's own token says: what a client may pull is looked at again after this.
-pub const MAX_LIFE: Duration = Duration::from_secs(300);
-
 /// More than any token is long that was made here, in characters.
 const MAX_TOKEN: usize = 32 * 1024;
 

@@ -43,6 +43,7 @@ pub mod status;
 pub mod store;
 pub mod tags;
 pub mod telemetry;
+pub mod times;
 pub mod trace;
 pub mod warm;
 pub mod worker_watch;

@@ -38,7 +38,7 @@ pub use self::key::{Seal, Unproven};
 use self::members::Members;
 pub use self::members::{Lead, Scope};
 use self::proof::Proof;
-pub use self::proof::{RELOAD, Standing};
+pub use self::proof::Standing;
 pub use self::question::{Aim, Downstream, Manner, Question, Redirects};
 use self::swarm::{Claim, Time, Tracker};
 use self::visit::Circle;
@@ -49,6 +49,7 @@ use crate::metrics::Metrics;
 use crate::oci::Digest;
 use crate::role::Role;
 use crate::source::root_cause;
+use crate::times::{DEFAULT_TTL, IDLE_TIMEOUT, OBSERVATION_TTL, RETRY_INTERVAL};
 
 /// The other processes and what is known of them.
 pub struct Peers {
@@ -102,18 +103,8 @@ pub enum Reach {
 /// More than the second after which a lost SYN is sent again: a busy link is not a dead peer.
 const CONNECT_TIMEOUT: Duration = Duration::from_millis(1500);
 
-/// Shorter than what the other side keeps an idle connection for.
-const IDLE: Duration = Duration::from_secs(60);
-
 /// Peers that are remembered, of all blobs together, each with up to a KiB; for how long.
 const MAX_TRACKED: u64 = 256 * 1024;
-const TRACKED: Duration = Duration::from_secs(60);
-
-/// Who had too much to do is asked only once each time, for so long.
-const BUSY: Duration = Duration::from_secs(2);
-
-/// For how long it is shown how fast a peer was.
-const SHOWN: Duration = Duration::from_secs(600);
 
 impl Peers {
     /// None: this process keeps to itself. Must run inside a tokio runtime.
@@ -146,7 +137,7 @@ impl Peers {
             .no_proxy()
             .redirect(reqwest::redirect::Policy::none())
             .connect_timeout(CONNECT_TIMEOUT)
-            .pool_idle_timeout(IDLE);
+            .pool_idle_timeout(IDLE_TIMEOUT);
         let client = proof.prepare(client)?.build().map_err(|e| root_cause(&e))?;
         Ok(Some(Self {
             members: ArcSwap::from_pointee(members),
@@ -161,10 +152,10 @@ impl Peers {
             trackers: moka::sync::Cache::builder()
                 .weigher(|_, tracker: &Arc<Mutex<Tracker>>| tracker.lock().most())
                 .max_capacity(MAX_TRACKED)
-                .time_to_idle(TRACKED)
+                .time_to_idle(DEFAULT_TTL)
                 .build(),
-            busy: moka::sync::Cache::builder().max_capacity(10_000).time_to_live(BUSY).build(),
-            latencies: moka::sync::Cache::builder().max_capacity(10_000).time_to_live(SHOWN).build(),
+            busy: moka::sync::Cache::builder().max_capacity(10_000).time_to_live(RETRY_INTERVAL).build(),
+            latencies: moka::sync::Cache::builder().max_capacity(10_000).time_to_live(OBSERVATION_TTL).build(),
             sending: AtomicU32::new(0),
             started: Instant::now(),
             metrics,

@@ -10,6 +10,7 @@ use tokio::time::sleep;
 use crate::config::{Pin, Prefetch};
 use crate::oci::{Digest, ImageName};
 use crate::pull::Pull;
+use crate::times::{DEFAULT_TTL, HOUR, OBSERVATION_TTL};
 use crate::warm::{self, Blob, Fetched, Inside, Plan, Platforms, Watcher};
 
 /// Nodes with the same clock do not all ask at once.
@@ -20,13 +21,6 @@ const AFTER_START: Duration = Duration::from_secs(10);
 
 /// They are missed more than fresh ones.
 const PINNED_AFTER_START: Duration = Duration::from_secs(1);
-
-/// Tags of pinned images may mean something else by then.
-const PINNED_AGAIN: Duration = Duration::from_secs(3600);
-const PINNED_AGAIN_SOON: Duration = Duration::from_secs(60);
-
-/// What was left out is tried again before its time.
-const AGAIN: Duration = Duration::from_secs(600);
 
 /// Blobs at a time: what clients want comes first.
 const PARALLEL: usize = 2;
@@ -44,7 +38,7 @@ pub async fn keep_warm(pull: Arc<Pull>, prefetch: Prefetch) {
         }
         let Some(next) = prefetch.schedule.next(Utc::now()) else { return };
         let jitter = Duration::from_millis(fastrand::u64(..JITTER_MILLIS));
-        let next = if is_complete { next } else { next.min(AGAIN) };
+        let next = if is_complete { next } else { next.min(OBSERVATION_TTL) };
         sleep(next + put_off(jitter)).await;
     }
 }
@@ -67,7 +61,7 @@ pub async fn keep_pinned(pull: Arc<Pull>, pins: Vec<Pin>) {
                 pull.pin(known.values().flatten().cloned().collect());
             }
         }
-        sleep(if complete { PINNED_AGAIN } else { PINNED_AGAIN_SOON }).await;
+        sleep(if complete { HOUR } else { DEFAULT_TTL }).await;
     }
 }
 

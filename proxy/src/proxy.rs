@@ -53,6 +53,7 @@ use crate::readiness::Readiness;
 use crate::registries::{self, Registries, Rule};
 use crate::respond::Reply;
 use crate::sentinel;
+use crate::times::FAREWELL;
 use crate::trace::{self, Tracer};
 
 /// Answers one listener's requests.
@@ -80,9 +81,6 @@ pub enum Listener {
 
 /// A request that takes longer is watched for the client's departure. Shorter: more requests cost a descriptor more.
 const AT_ONCE: Duration = Duration::from_millis(250);
-
-/// For the end of a connection that breaks off.
-const FAREWELL: Duration = Duration::from_secs(1);
 
 /// As nginx calls it in its log; no client sees it.
 const CLIENT_CLOSED_REQUEST: u16 = 499;

@@ -44,7 +44,7 @@ pub use self::refusal::{Refusal, status_for_client};
 use self::speeds::Speeds;
 use crate::caller::Who;
 use crate::config::FarPeers;
-use crate::fill::{DISTRUST, FillKey, FillView, Fills};
+use crate::fill::{FillKey, FillView, Fills};
 use crate::flights::Flights;
 use crate::memory::Memory;
 use crate::metrics::Metrics;
@@ -58,21 +58,14 @@ use crate::provenance::Provenance;
 use crate::registries::{Place, Registries};
 use crate::role::Role;
 use crate::secret::Secret;
-use crate::source::{SourceError, UPSTREAM_TIMEOUT};
+use crate::source::SourceError;
 use crate::store::Store;
 use crate::tags::Tags;
-
-/// A source has this long for its first byte.
-const FIRST_BYTE: Duration = Duration::from_secs(10);
+use crate::times::{DEFAULT_TTL, HOUR, OBSERVATION_TTL, STALL_TIMEOUT, UPSTREAM_TIMEOUT};
 
 /// A registry that took long is taken to take long again for this time, or until it answers.
 const SLOW: Duration = Duration::from_secs(15);
 
-/// A digest's blob never changes its length, but its registry may lose it.
-const LENGTHS: Duration = Duration::from_secs(60);
-
-/// For how long copies of lists are counted, and how many are unpacked at the same time.
-const LIST_COPIES: Duration = Duration::from_secs(3600);
 const UNPACKING: usize = 4;
 
 /// Everything that a pull needs.
@@ -136,15 +129,15 @@ impl Pull {
             manifest_flights: Flights::default(),
             tag_flights: Flights::default(),
             confirmations: Flights::default(),
-            lengths: moka::sync::Cache::builder().max_capacity(50_000).time_to_live(LENGTHS).build(),
+            lengths: moka::sync::Cache::builder().max_capacity(50_000).time_to_live(DEFAULT_TTL).build(),
             length_flights: Flights::default(),
             homes: Arc::new(Homes::new(store.clone())),
-            list_copies: moka::sync::Cache::builder().max_capacity(10_000).time_to_live(LIST_COPIES).build(),
+            list_copies: moka::sync::Cache::builder().max_capacity(10_000).time_to_live(HOUR).build(),
             unpacking: Semaphore::new(UNPACKING),
             subjects: Arc::default(),
-            suspects: moka::sync::Cache::builder().max_capacity(100).time_to_live(DISTRUST).build(),
+            suspects: moka::sync::Cache::builder().max_capacity(100).time_to_live(OBSERVATION_TTL).build(),
             speeds: Speeds::new(),
-            holders: moka::sync::Cache::builder().max_capacity(10_000).time_to_live(FIRST_BYTE).build(),
+            holders: moka::sync::Cache::builder().max_capacity(10_000).time_to_live(STALL_TIMEOUT).build(),
             asked: moka::sync::Cache::builder().max_capacity(50_000).time_to_idle(Duration::from_secs(600)).build(),
             store,
         }

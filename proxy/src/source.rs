@@ -12,6 +12,7 @@ use http::{HeaderMap, HeaderValue};
 
 pub use self::upstream_error::UpstreamError;
 use crate::oci::{ContentRange, RangeRequest, Span};
+use crate::times::{STALL_TIMEOUT, UPSTREAM_TIMEOUT};
 
 /// A blob's body as an origin or a peer sends it.
 pub struct Incoming {
@@ -23,14 +24,6 @@ pub struct Incoming {
     pub stall_timeout: Duration,
     body: BoxStream<'static, Result<Bytes, Broken>>,
 }
-
-/// Largest time of one upstream request until its first byte. A slow registry is asked once, and the request stays open
-/// for this long, also when the client that caused it was answered: its result serves the next one. Longer: a registry
-/// that accepts connections and says nothing holds requests longer. Shorter: slower registries can never be pulled from.
-pub const UPSTREAM_TIMEOUT: Duration = Duration::from_secs(60);
-
-/// A body that pauses for this long is replaced by a request for what is missing.
-const STALL_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// What a connection has to bring in a time.
 #[derive(Clone, Copy, Debug)]

@@ -12,6 +12,7 @@ use crate::blocking::on_thread;
 use crate::oci::{Digest, Tag};
 use crate::registries::Place;
 use crate::store::{Store, TagRecord};
+use crate::times::TOUCH_INTERVAL;
 
 /// Leases in memory, backed by record files.
 pub struct Tags {
@@ -39,10 +40,6 @@ pub struct Lease {
     /// The time in the record on disk.
     recorded_at: SystemTime,
 }
-
-/// A renewal that changes nothing else is written to disk this often. Longer: after a restart a tag counts as older than it
-/// is, by up to this time. Shorter: each renewal of each tag is a write.
-const RECORDED_EVERY: Duration = Duration::from_secs(3600);
 
 const MAX_LEASES: u64 = 50_000;
 
@@ -80,7 +77,7 @@ impl Tags {
         let Resolved { place, tag, digest, checked_at, client } = resolved;
         // Into memory, if it is on disk.
         self.known(place, tag).await;
-        let every = RECORDED_EVERY.min(place.rule.stale_for / 8);
+        let every = TOUCH_INTERVAL.min(place.rule.stale_for / 8);
         let mut is_to_be_recorded = false;
         let renewed = |known: Option<Entry<(String, Tag), Lease>>| {
             let known = known.map(Entry::into_value).filter(Lease::is_dated);

@@ -6,7 +6,7 @@ use std::fs;
 use std::path::Path;
 
 const LEVELS: [&[&str]; 11] = [
-    &["worker_watch"],
+    &["times", "worker_watch"],
     &["blocking", "key_file", "metrics", "oci", "readiness", "shares", "trace"],
     &[
         "activity",

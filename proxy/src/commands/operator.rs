@@ -4,7 +4,6 @@
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::time::Duration;
 
 use clap::Args;
 use dray::config::address;
@@ -12,6 +11,7 @@ use dray::server::reachable;
 use serde::de::DeserializeOwned;
 
 use super::Failure;
+use dray::times::STALL_TIMEOUT;
 
 /// Which process, and what it wants to see.
 #[derive(Args)]
@@ -24,8 +24,6 @@ pub(crate) struct Process {
     token_file: Option<PathBuf>,
 }
 
-const PATIENCE: Duration = Duration::from_secs(10);
-
 const REGISTRY_PORT: &str =
     "this looks like dray's registry port; its admin port is 127.0.0.1:5051 by default: --admin";
 
@@ -33,7 +31,7 @@ impl Process {
     /// The JSON of a path, as text and understood.
     pub(crate) async fn ask<T: DeserializeOwned>(&self, path: &str) -> Result<(String, T), Failure> {
         let failed = |what: &str| Failure::Failed(format!("http://{}: {what}", self.admin));
-        let client = reqwest::Client::builder().no_proxy().timeout(PATIENCE).build();
+        let client = reqwest::Client::builder().no_proxy().timeout(STALL_TIMEOUT).build();
         let client = client.map_err(|error| failed(&dray::source::root_cause(&error)))?;
         let mut request = client.get(format!("http://{}{path}", reachable(self.admin)));
         if let Some(file) = &self.token_file {

@@ -1,13 +1,12 @@
 //! `dray status`: what the status page shows, at a terminal.
 
-use std::time::Duration;
-
 use clap::Args;
 use dray::status::Status as Shown;
 
 use super::operator::Process;
 use super::table::{Paint, Table, bytes, seconds};
 use super::{Failure, block_on, say};
+use dray::times::RETRY_INTERVAL;
 
 /// Show what a running dray does: answers by source, fills, registries, peers, disk
 #[derive(Args)]
@@ -21,8 +20,6 @@ pub(crate) struct Status {
     #[arg(long)]
     watch: bool,
 }
-
-const AGAIN: Duration = Duration::from_secs(2);
 
 /// More lines than anybody reads.
 const MAX_LINES: usize = 15;
@@ -41,7 +38,7 @@ impl Status {
                 if !self.watch {
                     return Ok(());
                 }
-                tokio::time::sleep(AGAIN).await;
+                tokio::time::sleep(RETRY_INTERVAL).await;
             }
         })?
     }

@@ -23,6 +23,7 @@ pub use self::remark::Remark;
 use super::hosts_toml::{self, Certificates, Mirrors, State};
 use super::tree::{self, Lock, Owner};
 use crate::oci::Registry;
+use crate::times::SERVICE_TIMEOUT;
 
 /// A hosts directory.
 pub struct HostsDir {
@@ -72,8 +73,6 @@ pub enum HostsError {
     Registry(String),
 }
 
-/// What others do meanwhile takes no such time; and who takes back a mirror has little.
-const LONG: Duration = Duration::from_secs(5);
 const SHORT: Duration = Duration::from_millis(500);
 
 const HOSTS: &str = "hosts.toml";
@@ -203,7 +202,7 @@ impl HostsDir {
     }
 
     fn lock(&self, mode: Mode) -> Result<Lock, HostsError> {
-        self.lock_within(mode, LONG)
+        self.lock_within(mode, SERVICE_TIMEOUT)
     }
 
     fn lock_within(&self, mode: Mode, patience: Duration) -> Result<Lock, HostsError> {

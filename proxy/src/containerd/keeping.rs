@@ -2,7 +2,6 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
 
 use parking_lot::Mutex;
 use rustix::process::{getegid, geteuid};
@@ -12,6 +11,7 @@ use super::hosts_dir::{HostsDir, HostsError, Mode, Outcome, Registries, Remark};
 use super::hosts_toml::Mirrors;
 use super::proof::{self, Answer};
 use crate::config::Mirror;
+use crate::times::{RELOAD_INTERVAL, RETRY_INTERVAL};
 
 /// A hosts directory, and what it is to say.
 pub struct Keeping {
@@ -33,11 +33,6 @@ enum State {
     Withdrawn,
 }
 
-/// Others write there as well: k3s and Talos remove what they do not know.
-const LOOK_AGAIN: Duration = Duration::from_secs(10);
-
-/// How often a mirror elsewhere is asked, and after how many silences it counts as gone.
-const ASK_AGAIN: Duration = Duration::from_secs(2);
 const MISSED: u32 = 3;
 
 impl Keeping {
@@ -52,7 +47,7 @@ impl Keeping {
             let keeping = self.clone();
             // It waits for others who write there.
             let _ = tokio::task::spawn_blocking(move || keeping.point()).await;
-            tokio::time::sleep(LOOK_AGAIN).await;
+            tokio::time::sleep(RELOAD_INTERVAL).await;
         }
     }
 
@@ -129,7 +124,7 @@ pub async fn follow(hosts_dir: PathBuf, mirror: Mirror, ca: Option<PathBuf>) -> 
             }
         }
         tokio::select! {
-            () = tokio::time::sleep(ASK_AGAIN) => {}
+            () = tokio::time::sleep(RETRY_INTERVAL) => {}
             _ = terminate.recv() => break,
             _ = interrupt.recv() => break,
         }

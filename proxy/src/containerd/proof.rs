@@ -4,9 +4,9 @@
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
-use std::time::Duration;
 
 use crate::sentinel::{REGISTRY, REPOSITORY};
+use crate::times::SERVICE_TIMEOUT;
 
 /// What a mirror answers to a request such as containerd's.
 #[derive(Debug)]
@@ -28,9 +28,6 @@ pub enum Pull {
     NotTried(String),
 }
 
-/// A mirror on the same machine answers at once, one in the cluster soon.
-const ANSWER: Duration = Duration::from_secs(5);
-
 /// Where else than in the path distributions have crictl.
 const CRICTL: [&str; 3] = ["/usr/local/bin/crictl", "/var/lib/rancher/rke2/bin/crictl", "/opt/bin/crictl"];
 
@@ -46,7 +43,7 @@ pub async fn ask(mirror: &str, authority: Option<&Path>) -> Answer {
 
 async fn head(url: &str, authority: Option<&Path>) -> Result<reqwest::Response, String> {
     // The mirror is meant, not a proxy on the way to it.
-    let mut client = reqwest::Client::builder().no_proxy().timeout(ANSWER);
+    let mut client = reqwest::Client::builder().no_proxy().timeout(SERVICE_TIMEOUT);
     if let Some(path) = authority {
         let pem = tokio::fs::read(path).await.map_err(|e| format!("{}: {e}", path.display()))?;
         let certificates =

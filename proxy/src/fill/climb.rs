@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use crate::times::PAUSE;
 use tokio::time::Instant;
 
 /// Over which a rate is measured.
@@ -12,9 +13,6 @@ const OPENING: Duration = Duration::from_secs(2);
 
 /// Twice the connections have to bring this much more.
 const WORTHWHILE: f64 = 1.25;
-
-/// After a try in vain, or at the top.
-const REST: Duration = Duration::from_secs(10);
 
 /// How many connections a blob comes by.
 pub(super) enum Width {
@@ -110,10 +108,10 @@ impl Climb {
         match self.step {
             Step::Try { before } if rate < before * WORTHWHILE => {
                 self.lanes /= 2;
-                self.step = Step::Rest { until: now + REST };
+                self.step = Step::Rest { until: now + PAUSE };
             }
             Step::Rest { until } if now < until => {}
-            _ if self.lanes * 2 > self.most => self.step = Step::Rest { until: now + REST },
+            _ if self.lanes * 2 > self.most => self.step = Step::Rest { until: now + PAUSE },
             _ => {
                 self.step = Step::Try { before: rate };
                 self.lanes *= 2;

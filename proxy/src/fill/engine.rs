@@ -22,12 +22,13 @@ use super::climb::{Climb, Width};
 use super::feed::{Connections, Feed, Sources};
 use super::flow::{Breaks, Flow};
 use super::write::Piece;
-use super::{ABANDONED_AFTER, Fill, LITTLE_LEFT};
+use super::{Fill, LITTLE_LEFT};
 use crate::config::Abandoned;
 use crate::oci::{Registry, Span};
 use crate::shares::{Share, Shares};
 use crate::source::{ServedFrom, SourceError};
 use crate::store::LEAST_RATE;
+use crate::times::{FIRST_PAUSE, GRACE, STILL, TICK};
 
 /// How the bytes ended.
 #[derive(Debug)]
@@ -91,18 +92,6 @@ impl Course {
 
 /// Connections of one blob.
 const MAX_OF_BLOB: usize = 8;
-
-/// After a further connection was refused none is opened for this long, then for twice as long.
-const AFTER_REFUSAL: Duration = Duration::from_secs(1);
-
-/// After a peer gave nothing, while others do.
-const ANOTHER_PEER: Duration = Duration::from_millis(100);
-
-/// When no connection has brought anything for this long, it is as if each were the only one.
-const NOTHING_MOVES: Duration = Duration::from_secs(3);
-
-/// How often the number of connections is thought over.
-const TICK: Duration = Duration::from_millis(100);
 
 impl Engine<'_> {
     /// Fetches what is missing. `first` is the connection that is open already.
@@ -205,12 +194,12 @@ impl Engine<'_> {
         };
         self.fill.plan.lock().give_back(Span { start: position, end: span.end });
         // Others may wait as well, each for the same in vain.
-        let alone = others == 0 || (width.is_fixed() && course.moved.1.elapsed() > NOTHING_MOVES);
+        let alone = others == 0 || (width.is_fixed() && course.moved.1.elapsed() > STILL);
         match lost {
             // One of several peers: the next time another one is asked.
             Lost::Broke(_) | Lost::Refused(_) if !alone && width.is_fixed() => {
                 log_break(lost.why(), position, self.total);
-                course.resume_at = Instant::now() + ANOTHER_PEER;
+                course.resume_at = Instant::now() + TICK;
                 return None;
             }
             Lost::Beginning => {
@@ -361,7 +350,7 @@ impl Engine<'_> {
         (self.total - written > LITTLE_LEFT || !comes_soon)
             && self.fill.place.rule.abandoned == Abandoned::Keep
             && !self.fill.plan.lock().has_lent()
-            && self.fill.audience.close_after(ABANDONED_AFTER)
+            && self.fill.audience.close_after(GRACE)
     }
 }
 
@@ -370,7 +359,7 @@ impl Refusals {
         if self.count == 0 {
             tracing::info!(error = error.as_str(), "a further connection is refused");
         }
-        self.wait_until = Some(now + (AFTER_REFUSAL * 2u32.pow(self.count.min(5))));
+        self.wait_until = Some(now + (FIRST_PAUSE * 2u32.pow(self.count.min(5))));
         self.count += 1;
     }
 

@@ -3,7 +3,6 @@
 use std::collections::HashMap;
 use std::net::IpAddr;
 use std::sync::Arc;
-use std::time::Duration;
 
 use parking_lot::Mutex;
 use prometheus::IntGauge;
@@ -21,6 +20,7 @@ use crate::role::Role;
 use crate::shares::{Share, Shares};
 use crate::source::SourceError;
 use crate::store::{Blob, Store};
+use crate::times::{LONGEST_PAUSE, OBSERVATION_TTL, PAUSE};
 use crate::trace;
 
 /// What runs, and what is remembered of what went wrong.
@@ -129,23 +129,14 @@ const MAX_CONNECTIONS: usize = 128;
 /// Files being proven at the same time. Each takes a thread and the disk.
 const MAX_PROOFS: usize = 8;
 
-/// After the disk refused to write, blobs pass through for this long.
-const DISK_REST: Duration = Duration::from_secs(30);
-
-/// What could not be kept is not tried again for whoever can ask elsewhere.
-const NO_ROOM: Duration = Duration::from_secs(10);
-
-/// For how long a digest that did not match is distrusted.
-pub const DISTRUST: Duration = Duration::from_secs(600);
-
 impl Fills {
     pub fn new(store: Arc<Store>, memory: Arc<Memory>, metrics: Arc<Metrics>) -> Self {
         Self {
             running: Mutex::default(),
-            distrusted: moka::sync::Cache::builder().max_capacity(100_000).time_to_live(DISTRUST).build(),
-            damaged: moka::sync::Cache::builder().max_capacity(100_000).time_to_live(DISTRUST).build(),
-            disk_failed: moka::sync::Cache::builder().time_to_live(DISK_REST).build(),
-            no_room: moka::sync::Cache::builder().max_capacity(10_000).time_to_live(NO_ROOM).build(),
+            distrusted: moka::sync::Cache::builder().max_capacity(100_000).time_to_live(OBSERVATION_TTL).build(),
+            damaged: moka::sync::Cache::builder().max_capacity(100_000).time_to_live(OBSERVATION_TTL).build(),
+            disk_failed: moka::sync::Cache::builder().time_to_live(LONGEST_PAUSE).build(),
+            no_room: moka::sync::Cache::builder().max_capacity(10_000).time_to_live(PAUSE).build(),
             of_registries: Shares::new(MAX_RUNNING),
             of_clients: Shares::new(BEGUN_BY_CLIENTS),
             large: Shares::new(MAX_FILLS),
@@ -302,6 +293,7 @@ impl Fills {
 #[cfg(test)]
 mod tests {
     use std::sync::atomic::{AtomicU32, Ordering};
+    use std::time::Duration;
 
     use async_trait::async_trait;
     use bytes::Bytes;

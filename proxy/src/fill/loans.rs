@@ -7,6 +7,7 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use crate::oci::Span;
+use crate::times::{STALL_TIMEOUT, STILL};
 
 /// Lent at a time: some more connections than an owner opens itself.
 const MAX_LENT: usize = 12;
@@ -24,12 +25,6 @@ const MAX_LENT_BY_SLOW: usize = 32;
 
 /// An owner so much slower than its deputies leaves the origin to them.
 const FAR: f64 = 4.0;
-
-/// For how long. Then whoever has some of it is asked for it, its deputy among them, and after that the origin.
-const TERM: Duration = Duration::from_secs(10);
-
-/// A deputy of which another peer says after this long that it gives nothing has failed.
-const BEGINS: Duration = Duration::from_secs(3);
 
 /// So many deputies may fail. One may be refused by the origin where this node is not.
 const MAX_FAILED: usize = 3;
@@ -117,11 +112,11 @@ impl Loans {
         }
         let come = self.take(|loan| has(loan.span));
         // Who brings nothing gets nothing more.
-        for loan in self.open.iter().filter(|loan| now >= loan.since + TERM) {
-            self.theirs.brought(0, TERM);
-            self.deputies.entry(loan.to).or_default().brought(0, TERM);
+        for loan in self.open.iter().filter(|loan| now >= loan.since + STALL_TIMEOUT) {
+            self.theirs.brought(0, STALL_TIMEOUT);
+            self.deputies.entry(loan.to).or_default().brought(0, STALL_TIMEOUT);
         }
-        let overdue = self.take(|loan| now >= loan.since + TERM);
+        let overdue = self.take(|loan| now >= loan.since + STALL_TIMEOUT);
         [come, overdue].concat()
     }
 
@@ -143,7 +138,7 @@ impl Loans {
     /// Whoever asks for the byte at `at` has to have it from the owner: its deputy because it cannot fetch
     /// it, another one because its deputy gives nothing.
     pub(super) fn recall(&mut self, at: u64, by: SocketAddr, now: Duration) -> Vec<Span> {
-        let failed = self.take(|loan| loan.covers(at) && (loan.to == by || now >= loan.since + BEGINS));
+        let failed = self.take(|loan| loan.covers(at) && (loan.to == by || now >= loan.since + STILL));
         self.failed += failed.len();
         failed
     }
@@ -239,12 +234,12 @@ mod tests {
     fn what_does_not_come_is_taken_back() {
         let mut loans = begun();
         loans.lend(span(0), peer(1), Duration::ZERO);
-        loans.lend(span(1), peer(2), BEGINS);
-        assert!(loans.recall(5, peer(3), BEGINS / 2).is_empty(), "its deputy has only begun");
-        assert_eq!(loans.recall(5, peer(3), BEGINS), [span(0)]);
+        loans.lend(span(1), peer(2), STILL);
+        assert!(loans.recall(5, peer(3), STILL / 2).is_empty(), "its deputy has only begun");
+        assert_eq!(loans.recall(5, peer(3), STILL), [span(0)]);
         assert_eq!(loans.may_lend(peer(1)), A_LITTLE, "others may be luckier");
-        assert!(loans.due(TERM, NEVER).is_empty());
-        assert_eq!(loans.due(TERM + BEGINS, NEVER), [span(1)]);
+        assert!(loans.due(STALL_TIMEOUT, NEVER).is_empty());
+        assert_eq!(loans.due(STALL_TIMEOUT + STILL, NEVER), [span(1)]);
     }
 
     #[test]
@@ -252,7 +247,7 @@ mod tests {
         let mut loans = begun();
         (0..2).for_each(|nth| loans.lend(span(nth), peer(u8::try_from(nth).unwrap()), Duration::ZERO));
         loans.due(Duration::from_secs(1), |lent| lent == span(0));
-        assert_eq!(loans.due(TERM, NEVER), [span(1)]);
+        assert_eq!(loans.due(STALL_TIMEOUT, NEVER), [span(1)]);
         assert_eq!([0, 1].map(|last| loans.may_lend(peer(last))), [u64::MAX, 0]);
     }
 

@@ -9,13 +9,14 @@ use rustix::io::{Errno, ReadWriteFlags, preadv2};
 use tokio::sync::watch;
 use tokio::time::sleep;
 
+use super::Reading;
 use super::audience::Seat;
 use super::piece::{Piece, piece_len};
 use super::progress::Progress;
-use super::{COMES, Reading};
 use crate::oci::Span;
 use crate::source::Broken;
 use crate::store::Blob;
+use crate::times::ALTERNATIVE_TIMEOUT;
 
 /// A span of a blob, piece by piece.
 pub struct Reader {
@@ -116,7 +117,7 @@ impl Reader {
             }
             tokio::select! {
                 () = seat.came() => {}
-                () = sleep(COMES), if reading == Reading::OfWhatComes => return Err(Broken("nothing comes".into())),
+                () = sleep(ALTERNATIVE_TIMEOUT), if reading == Reading::OfWhatComes => return Err(Broken("nothing comes".into())),
                 changed = progress.changed() => changed.map_err(|_| Broken("the fill vanished".into()))?,
             }
         }

@@ -1,7 +1,7 @@
 //! One fill from its first question to the file under its name.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use parking_lot::Mutex;
 use tokio::time::timeout;
@@ -16,14 +16,9 @@ use super::{Fill, Fills, Opened};
 use crate::oci::{BLOB_MEDIA_TYPE, Span, Spans};
 use crate::provenance::Provenance;
 use crate::role::Role;
-use crate::source::{ServedFrom, SourceError, UPSTREAM_TIMEOUT};
+use crate::source::{ServedFrom, SourceError};
 use crate::store::{Blob, Draft, Found, Kind, Large, NoSpace, Partial, Proof, SMALL_BYTES, SmallObject};
-
-/// A peer that sends nothing for so long is one of several.
-const SILENT_PEER: Duration = Duration::from_millis(2500);
-
-/// What a follower has is copied for this long.
-const INHERIT: Duration = Duration::from_secs(1);
+use crate::times::{ALTERNATIVE_TIMEOUT, REACH_TIMEOUT, UPSTREAM_TIMEOUT};
 
 /// And its end is not: a source has to say that it is there.
 const ASKED_FOR: u64 = 64 * 1024;
@@ -137,7 +132,7 @@ impl Running<'_> {
         let _held = self.fills.memory.of_upstreams.wait(&self.fill.key.registry, total).await;
         let mut bytes = bytes::BytesMut::new();
         // Where a peer sends no more than the beginning there is time to ask somebody else.
-        let patience = if feed.served_from() == ServedFrom::Peer { SILENT_PEER } else { UPSTREAM_TIMEOUT };
+        let patience = if feed.served_from() == ServedFrom::Peer { REACH_TIMEOUT } else { UPSTREAM_TIMEOUT };
         while let Some(piece) = timeout(patience, feed.next()).await.unwrap_or(Err(SourceError::TimedOut))? {
             bytes.extend_from_slice(&piece);
         }
@@ -202,7 +197,7 @@ impl Running<'_> {
                 bytes += piece.len();
                 large.reserve(&draft.blob, bytes).and_then(|()| draft.copy(&blob, piece)).is_ok()
             };
-            let until = Instant::now() + INHERIT;
+            let until = Instant::now() + ALTERNATIVE_TIMEOUT;
             let spans = follower.written();
             let pieces = spans.iter().flat_map(pieces);
             let copied = pieces.take_while(|piece| Instant::now() < until && copy(*piece));

@@ -12,12 +12,7 @@ use super::Fills;
 use super::fills::Seen;
 use crate::oci::Digest;
 use crate::store::Proof;
-
-/// The first pass begins this long after the start.
-const BEGINS_AFTER: Duration = Duration::from_secs(5);
-
-/// A pass begins at most this often.
-const PASS: Duration = Duration::from_secs(24 * 3600);
+use crate::times::{DAY, GRACE};
 
 /// Read at once; a multiple of what direct reads are aligned to.
 const PIECE: usize = 1024 * 1024;
@@ -30,9 +25,9 @@ impl Fills {
         if rate == 0 {
             return;
         }
-        sleep(BEGINS_AFTER).await;
+        sleep(GRACE).await;
         loop {
-            let next_pass = Instant::now() + PASS;
+            let next_pass = Instant::now() + DAY;
             for digest in self.store.large.digests() {
                 if let Err(error) = self.scrub_one(&digest, rate).await {
                     tracing::debug!(%digest, %error, "not scrubbed");

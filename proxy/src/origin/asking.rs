@@ -18,29 +18,11 @@ use super::retry::RetryBudget;
 use crate::config::Upstream;
 use crate::registries::{Place, Trust};
 use crate::source::SourceError;
-
-/// Only failures this fast are worth another try.
-const FAILS_FAST: Duration = Duration::from_secs(1);
-
-/// An upstream has this long to answer where another one follows.
-pub(super) const OTHERS_FOLLOW: Duration = Duration::from_millis(2500);
-
-/// Whoever has not answered a small question for so long is not waited for alone.
-const HEDGE: Duration = Duration::from_secs(1);
-
-/// An upstream that has not answered for this long is looked after, and new requests are refused until it answers. The
-/// request stays open. Shorter: slow upstreams are taken for dead. Longer: each client finds out for itself.
-const SILENT: Duration = Duration::from_secs(10);
-
-/// Whoever got no answer in less time than this says nothing of the upstream: the time went elsewhere.
-const SHORTEST_SILENCE: Duration = Duration::from_secs(1);
+use crate::times::{ALTERNATIVE_TIMEOUT, REACH_TIMEOUT, STALL_TIMEOUT};
 
 /// Those who waited for a limit's end do not all come at once, and wait so often.
 const SPREAD_MILLIS: u64 = 250;
 const MOST_LIMITS: u32 = 3;
-
-/// A limit that ends later is told to the client at once: it can ask elsewhere.
-const LONGEST_WAIT_FOR_LIMIT: Duration = Duration::from_secs(10);
 
 /// Where a question goes, and whether another upstream follows.
 #[derive(Clone, Copy)]
@@ -81,7 +63,7 @@ impl Origin {
             upstream,
             trust: *trust,
             patience: if nth >= last { Patience::LastResort } else { Patience::OthersFollow },
-            deadline: if nth >= last { deadline } else { deadline.min(Instant::now() + OTHERS_FOLLOW) },
+            deadline: if nth >= last { deadline } else { deadline.min(Instant::now() + REACH_TIMEOUT) },
         });
         let ask = |turn| async move { (turn, self.ask_upstream(turn, place, question).await) };
         let mut asked = FuturesUnordered::new();
@@ -97,7 +79,7 @@ impl Origin {
             }
             let (by, answer) = tokio::select! {
                 Some(answered) = asked.next() => answered,
-                () = sleep(HEDGE), if may_hedge && turns.len() > 0 => {
+                () = sleep(ALTERNATIVE_TIMEOUT), if may_hedge && turns.len() > 0 => {
                     waiting.extend(turns.next());
                     asked.extend(waiting.last().copied().map(ask));
                     continue;
@@ -168,7 +150,7 @@ impl Origin {
     ) -> Result<Response, SourceError> {
         let condition = self.conditions.of(place, turn.upstream);
         let mut limits = 0;
-        let limits_end = turn.deadline.min(Instant::now() + LONGEST_WAIT_FOR_LIMIT);
+        let limits_end = turn.deadline.min(Instant::now() + STALL_TIMEOUT);
         loop {
             let now = Instant::now();
             let admission = condition.lock().admit(question.kind, place.caller.who(), now);
@@ -189,7 +171,7 @@ impl Origin {
             let home =
                 Home { upstream: turn.upstream, trust: turn.trust, tls: &place.rule.tls, patience: turn.patience };
             let mut asking = std::pin::pin!(self.ask_patiently(home, place, question, turn.deadline));
-            let answer = match timeout(SILENT, &mut asking).await {
+            let answer = match timeout(STALL_TIMEOUT, &mut asking).await {
                 Ok(answer) => answer,
                 // Others need not find out; this request stays open, and its answer is proof of life.
                 Err(_) => {
@@ -229,7 +211,7 @@ impl Origin {
         asked: Instant,
     ) -> Next {
         match answer {
-            Err(SourceError::TimedOut) if asked.elapsed() < SHORTEST_SILENCE => {}
+            Err(SourceError::TimedOut) if asked.elapsed() < ALTERNATIVE_TIMEOUT => {}
             Err(SourceError::TimedOut) => self.found_silent(turn, place, question, asked),
             Err(error @ SourceError::Unreachable(_)) => {
                 if condition.lock().silent(question.kind, Cause::Unreachable, asked, Instant::now()) == Silence::Found {
@@ -288,7 +270,7 @@ impl Origin {
             let asked = Instant::now();
             match self.ask_once(home, place, question, deadline).await {
                 // What took long to fail will take long again, and the client waits.
-                Err(error) if error.is_passing() && asked.elapsed() < FAILS_FAST => {
+                Err(error) if error.is_passing() && asked.elapsed() < ALTERNATIVE_TIMEOUT => {
                     match retries.pause(attempt, deadline) {
                         Some(pause) => sleep(pause).await,
                         None => return Err(error),

@@ -1,8 +1,6 @@
 //! One question to one upstream: where the blob was last time, with the token that was granted last time, and what
 //! the upstream asks for beyond that.
 
-use std::time::Duration;
-
 use ::http::header::WWW_AUTHENTICATE;
 use ::http::{HeaderValue, Method};
 use reqwest::Response;
@@ -10,13 +8,13 @@ use tokio::time::{Instant, timeout_at};
 use url::Url;
 
 use super::Origin;
-use super::asking::OTHERS_FOLLOW;
 use super::challenge::Challenge;
 use super::http::{Ask, Home};
 use super::question::{Kind, Question, checked};
 use crate::caller::Caller;
 use crate::registries::Place;
 use crate::source::SourceError;
+use crate::times::REACH_TIMEOUT;
 
 /// What came of asking where an earlier redirect led.
 enum Remembered {
@@ -26,9 +24,6 @@ enum Remembered {
     /// It did not lead there any more.
     Expired,
 }
-
-/// Time for `GET /v2/`, which every registry answers at once.
-const API_TIMEOUT: Duration = Duration::from_millis(2500);
 
 /// What of authentication a question has used: each way is taken once.
 #[derive(Default)]
@@ -174,7 +169,7 @@ impl Origin {
     /// What the upstream asks of everybody who wants to use its API. None also where that cannot be found out soon: the
     /// response that led here stands.
     async fn challenge_of_api(&self, home: Home<'_>, place: &Place, deadline: Instant) -> Option<Challenge> {
-        let deadline = deadline.min(Instant::now() + API_TIMEOUT);
+        let deadline = deadline.min(Instant::now() + REACH_TIMEOUT);
         let ask = async {
             let question = Question::is_anybody_there();
             let url = question.url(home.upstream, place)?;
@@ -236,7 +231,7 @@ impl Origin {
             authorization: None,
             form: None,
         };
-        let soon = deadline.min(Instant::now() + OTHERS_FOLLOW);
+        let soon = deadline.min(Instant::now() + REACH_TIMEOUT);
         let answer = match self.http.send(home, &ask, soon).await {
             Ok(response) => checked(response, soon).await,
             Err(error) => Err(error),

@@ -12,11 +12,12 @@ use url::Url;
 use super::challenge::Challenge;
 use super::credentials::{CloudClient, Secrets};
 use super::http::{Home, Http};
-use super::token_endpoint::{Grant, MAX_LIFE, PULL, fetch_token, repository_of, scopes, sensitive};
+use super::token_endpoint::{Grant, PULL, fetch_token, repository_of, scopes, sensitive};
 use crate::lifetimes::{ByLifetime, Lifetime};
 use crate::registries::Place;
 use crate::secret::Secret;
 use crate::source::SourceError;
+use crate::times::{DAY, OBSERVATION_TTL, RIGHTS_TTL};
 use crate::trace;
 
 /// Remembered challenges and grants.
@@ -51,13 +52,6 @@ pub struct Exchanged {
     /// For how long that is good.
     pub life: Duration,
 }
-
-/// Where a rule leaves to the registry who may have what, what it grants to anybody is used so long: as long as rights that
-/// somebody has shown (`pull/entitlement.rs`).
-const LIFE_FOR_ALL: Duration = Duration::from_secs(300);
-
-/// How long `/v2/` of an upstream is not requested again. Longer: a registry that begins to want a login is found out later.
-const API_CHALLENGE_TTL: Duration = Duration::from_secs(600);
 
 /// What stands for a realm where nobody grants tokens.
 const BASIC: &str = "basic";
@@ -94,7 +88,7 @@ impl Tokens {
                 .max_capacity(10_000)
                 .time_to_live(Duration::from_secs(3600))
                 .build(),
-            of_api: moka::future::Cache::builder().max_capacity(10_000).time_to_live(API_CHALLENGE_TTL).build(),
+            of_api: moka::future::Cache::builder().max_capacity(10_000).time_to_live(OBSERVATION_TTL).build(),
             grants: moka::future::Cache::builder()
                 .max_capacity(MAX_GRANTS_BYTES)
                 .weigher(|key: &GrantKey, grant: &Grant| key.bytes() + grant.bytes())
@@ -268,7 +262,7 @@ impl Tokens {
             // It is the secret itself that is shown, each time.
             Challenge::Basic => {
                 let header = secret.basic().and_then(|value| sensitive(&value)).ok_or_else(SourceError::denied)?;
-                Grant { header: Some(header), life: MAX_LIFE }
+                Grant { header: Some(header), life: DAY }
             }
             Challenge::Bearer { .. } => {
                 let scopes = scopes(home, place, challenge);
@@ -331,7 +325,7 @@ async fn fetch(
                 granted => granted,
             };
             // What everybody may have today is looked at again as soon as what somebody may.
-            let longest = if place.rule.asks_who() { LIFE_FOR_ALL } else { MAX_LIFE };
+            let longest = if place.rule.asks_who() { RIGHTS_TTL } else { DAY };
             granted.map(|grant| Grant { life: grant.life.min(longest), ..grant })
         }
     }

@@ -13,6 +13,7 @@ use super::question::Kind;
 use crate::caller::Who;
 use crate::config::Upstream;
 use crate::registries::Place;
+use crate::times::{DEFAULT_TTL, FIRST_PAUSE, HOUR, OBSERVATION_TTL, PAUSE};
 
 /// The upstreams that were asked lately, each under the rule by whose credentials it is asked.
 pub(super) struct Conditions(moka::sync::Cache<Key, Arc<Mutex<Condition>>>);
@@ -81,21 +82,9 @@ pub(super) enum Silence {
 const MAX_LIMITS: usize = 1_000;
 
 const MAX_UPSTREAMS: u64 = 10_000;
-const REMEMBERED: Duration = Duration::from_secs(600);
-
-/// An upstream of which a blob got no answer is asked last for so long.
-const DOUBTED: Duration = Duration::from_secs(10);
 
 /// A limit that comes without a time lasts so long, then twice as long, and so on.
 const FIRST_LIMIT: Duration = Duration::from_secs(5);
-const LONGEST_UNSAID: Duration = Duration::from_secs(60);
-
-/// Whatever an upstream says. "At once" is no time.
-const SHORTEST_LIMIT: Duration = Duration::from_secs(1);
-const LONGEST_LIMIT: Duration = Duration::from_secs(3600);
-
-/// What nobody has wanted for so long is not looked after any more.
-const WANTED: Duration = Duration::from_secs(60);
 
 /// An upstream as it is shown to people.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -150,7 +139,7 @@ impl Conditions {
     }
 
     pub(super) fn new() -> Self {
-        Self(moka::sync::Cache::builder().max_capacity(MAX_UPSTREAMS).time_to_idle(REMEMBERED).build())
+        Self(moka::sync::Cache::builder().max_capacity(MAX_UPSTREAMS).time_to_idle(OBSERVATION_TTL).build())
     }
 
     pub(super) fn of(&self, place: &Place, upstream: &Upstream) -> Arc<Mutex<Condition>> {
@@ -220,10 +209,10 @@ impl Condition {
 
     /// It said "later", and maybe how much.
     pub(super) fn limited(&mut self, kind: Kind, who: Who, again: Option<Duration>, now: Instant) {
-        let again = again.filter(|again| *again >= SHORTEST_LIMIT);
+        let again = again.filter(|again| *again >= FIRST_PAUSE);
         let strikes = self.limits.get(&(kind, who)).map_or(0, |limit| limit.strikes);
-        let unsaid = (FIRST_LIMIT * (1 << strikes.min(8))).min(LONGEST_UNSAID);
-        let until = now + again.map_or(unsaid, |again| again.min(LONGEST_LIMIT));
+        let unsaid = (FIRST_LIMIT * (1 << strikes.min(8))).min(DEFAULT_TTL);
+        let until = now + again.map_or(unsaid, |again| again.min(HOUR));
         if self.limits.len() >= MAX_LIMITS {
             self.limits.retain(|_, limit| limit.until > now);
         }
@@ -234,7 +223,7 @@ impl Condition {
 
     /// Another upstream has answered, and this one not yet.
     pub(super) fn overtaken(&mut self, now: Instant) {
-        self.doubted = Some(now + DOUBTED);
+        self.doubted = Some(now + PAUSE);
     }
 
     /// Nothing came back to a question of then.
@@ -243,7 +232,7 @@ impl Condition {
             return Silence::Nothing;
         }
         if !kind.tells_who_is_there() {
-            self.doubted = Some(now + DOUBTED);
+            self.doubted = Some(now + PAUSE);
             return Silence::Nothing;
         }
         self.down = Some(Down { cause, wanted: now });
@@ -252,7 +241,7 @@ impl Condition {
 
     /// Whether somebody still wants something of an upstream that is down.
     pub(super) fn is_wanted(&self, now: Instant) -> bool {
-        self.down.as_ref().is_some_and(|down| now < down.wanted + WANTED)
+        self.down.as_ref().is_some_and(|down| now < down.wanted + DEFAULT_TTL)
     }
 
     /// Nobody looks after it: the next question has to find out.
@@ -296,7 +285,7 @@ mod tests {
             let (mut condition, start) = (Condition::default(), Instant::now());
             assert_eq!(condition.silent(kind, Cause::Silent, start, start), Silence::Nothing);
             assert_eq!(condition.rank(Kind::Manifest, Who::NOBODY, start), (Admission::Ask, true));
-            assert_eq!(condition.rank(Kind::Manifest, Who::NOBODY, start + DOUBTED), (Admission::Ask, false));
+            assert_eq!(condition.rank(Kind::Manifest, Who::NOBODY, start + PAUSE), (Admission::Ask, false));
         }
     }
 
@@ -311,11 +300,7 @@ mod tests {
         assert_eq!(condition.admit(Kind::ManifestHead, Who::NOBODY, start), Admission::Ask);
         assert_eq!(condition.admit(Kind::Manifest, Who::NOBODY, start + seconds(7)), Admission::Ask);
         condition.limited(Kind::Manifest, Who::NOBODY, Some(seconds(1_000_000)), start);
-        assert_eq!(
-            condition.admit(Kind::Manifest, Who::NOBODY, start + LONGEST_LIMIT),
-            Admission::Ask,
-            "whatever it says"
-        );
+        assert_eq!(condition.admit(Kind::Manifest, Who::NOBODY, start + HOUR), Admission::Ask, "whatever it says");
     }
 
     #[test]

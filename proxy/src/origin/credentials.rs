@@ -22,6 +22,7 @@ use crate::blocking::on_thread;
 use crate::config::{Cloud, Credentials, PasswordSource, host_matches};
 use crate::registries::Trust;
 use crate::secret::Secret;
+use crate::times::{DEFAULT_TTL, OBSERVATION_TTL};
 
 /// What a source has, and for how long it need not be asked again.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -47,12 +48,6 @@ pub(super) enum CredentialsError {
     #[error("{0}: {1}")]
     Cloud(&'static str, String),
 }
-
-/// Secrets in files are read again after this time.
-const FILE_LIFE: Duration = Duration::from_secs(60);
-
-/// Helpers do not say for how long their secrets are good; one that is refused is asked for again at once.
-const HELPER_LIFE: Duration = Duration::from_secs(600);
 
 /// Whom a secret is for.
 #[derive(Clone, Copy)]
@@ -89,13 +84,13 @@ pub(super) async fn find(
                 }
             };
             let secret = Secret::Password { username: username.clone(), password };
-            Ok(Found { secret: Some(secret), life: FILE_LIFE })
+            Ok(Found { secret: Some(secret), life: DEFAULT_TTL })
         }
         Credentials::DockerConfig { file } => match docker::find(file, whom).await? {
-            docker::Entry::Secret(secret) => Ok(Found { secret, life: FILE_LIFE }),
-            docker::Entry::Helper(name) => helper::ask(&name, authority).await.map(lasting(HELPER_LIFE)),
+            docker::Entry::Secret(secret) => Ok(Found { secret, life: DEFAULT_TTL }),
+            docker::Entry::Helper(name) => helper::ask(&name, authority).await.map(lasting(OBSERVATION_TTL)),
         },
-        Credentials::Helper { name } => helper::ask(name, authority).await.map(lasting(HELPER_LIFE)),
+        Credentials::Helper { name } => helper::ask(name, authority).await.map(lasting(OBSERVATION_TTL)),
         Credentials::Provider { config, bin_dir } => provider::ask(config, bin_dir, authority, repository).await,
         // A token for everything that the machine may do goes where it belongs, or where the operator wrote.
         Credentials::Cloud(cloud) if trust == Trust::Derived && !is_registry_of(*cloud, authority) => {
@@ -119,7 +114,7 @@ fn is_registry_of(cloud: Cloud, authority: &str) -> bool {
 
 impl Found {
     fn nothing() -> Self {
-        Self { secret: None, life: FILE_LIFE }
+        Self { secret: None, life: DEFAULT_TTL }
     }
 }
 

@@ -13,23 +13,15 @@ use tokio::time::{Instant, timeout_at};
 use url::Url;
 
 use super::guard::{Guard, Reach, Refused};
-use super::kept_hosts::{self, KeptHosts};
+use super::kept_hosts::KeptHosts;
 use super::proxies::EnvProxies;
 use super::tls;
 use crate::config::Upstream;
 use crate::identity::Identity;
 use crate::registries::{RuleTls, Trust};
 use crate::source::{SourceError, causes, root_cause};
+use crate::times::{ALTERNATIVE_TIMEOUT, IDLE_TIMEOUT, REACH_TIMEOUT, SERVICE_TIMEOUT};
 use crate::trace;
-
-/// Time to reach a host: DNS, TCP and TLS.
-const CONNECT_TIMEOUT: Duration = Duration::from_millis(2500);
-
-/// The same where another upstream stands ready.
-const CONNECT_TIMEOUT_WITH_ALTERNATIVE: Duration = Duration::from_millis(1000);
-
-/// Longest time that a cloud's token service may take for one response. Longer: a pull waits for a service that is down.
-const CLOUD_TIMEOUT: Duration = Duration::from_secs(5);
 
 const USER_AGENT: &str = concat!("dray/", env!("CARGO_PKG_VERSION"));
 
@@ -223,7 +215,7 @@ impl ClientKey {
             .http1_ignore_invalid_headers_in_responses(true)
             .redirect(reqwest::redirect::Policy::none())
             .connect_timeout(self.patience.connect_timeout())
-            .pool_idle_timeout(kept_hosts::IDLE_TIMEOUT)
+            .pool_idle_timeout(IDLE_TIMEOUT)
             .pool_max_idle_per_host(max_idle)
             .dns_resolver(guard.resolver(self.reach))
             .no_proxy()
@@ -240,7 +232,7 @@ fn cloud_client(guard: &Guard, proxies: Arc<EnvProxies>, tls: rustls::ClientConf
         .user_agent(USER_AGENT)
         .http1_only()
         .redirect(reqwest::redirect::Policy::none())
-        .timeout(CLOUD_TIMEOUT)
+        .timeout(SERVICE_TIMEOUT)
         .dns_resolver(guard.resolver(Reach::Anywhere))
         .no_proxy()
         // What has no TLS is the metadata service of this very machine, or an agent on it.
@@ -284,8 +276,8 @@ fn tell(span: &mut trace::Span, ask: &Ask<'_>, answer: &Result<Response, SourceE
 impl Patience {
     fn connect_timeout(self) -> Duration {
         match self {
-            Self::LastResort => CONNECT_TIMEOUT,
-            Self::OthersFollow => CONNECT_TIMEOUT_WITH_ALTERNATIVE,
+            Self::LastResort => REACH_TIMEOUT,
+            Self::OthersFollow => ALTERNATIVE_TIMEOUT,
         }
     }
 }

@@ -4,18 +4,14 @@
 //! and where they redirect to, are not counted.
 
 use std::collections::HashMap;
-use std::time::Duration;
 
+use crate::times::IDLE_TIMEOUT;
 use parking_lot::Mutex;
 use tokio::time::Instant;
 
 /// When each host last got a request.
 #[derive(Default)]
 pub(super) struct KeptHosts(Mutex<HashMap<String, Instant>>);
-
-/// How long an idle connection is kept. Longer: more connections stay open for nothing. Shorter: pulls that follow each
-/// other connect anew.
-pub(super) const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Hosts at a time. More: invented names cost more memory. Fewer: a cluster that pulls from many registries connects anew
 /// for each request to the others.

@@ -14,6 +14,7 @@ use crate::config::Upstream;
 use crate::oci::Digest;
 use crate::registries::Place;
 use crate::source::{SourceError, root_cause};
+use crate::times::PAUSE;
 
 /// One question, without saying to which registry.
 #[derive(Clone)]
@@ -193,9 +194,6 @@ pub(super) fn claimed_digest(response: &Response) -> Option<Digest> {
     response.headers().get(DOCKER_CONTENT_DIGEST)?.to_str().ok()?.parse().ok()
 }
 
-/// A 503 is believed for so long, whatever its `Retry-After`.
-const LONGEST_REPAIR: Duration = Duration::from_secs(10);
-
 /// Turns a response without content into an error, as the upstream made it. The body's digest decides what a successful
 /// one is worth: labels such as `Content-Encoding` on bytes that were requested as they are decide nothing.
 pub(super) async fn checked(response: Response, deadline: Instant) -> Result<Response, SourceError> {
@@ -204,7 +202,7 @@ pub(super) async fn checked(response: Response, deadline: Instant) -> Result<Res
         200 | 206 => Ok(response),
         429 => Err(SourceError::Limited { again }),
         // Repairs that may take longer or shorter than announced: the upstream is asked again soon.
-        503 if again.is_some() => Err(SourceError::Limited { again: again.map(|again| again.min(LONGEST_REPAIR)) }),
+        503 if again.is_some() => Err(SourceError::Limited { again: again.map(|again| again.min(PAUSE)) }),
         _ => Err(SourceError::of_response(response, deadline).await),
     }
 }
@@ -231,7 +229,7 @@ mod tests {
     }
 
     async fn error(status: u16, name: &'static str, value: &str) -> SourceError {
-        checked(answer(status, name, value), Instant::now() + LONGEST_REPAIR).await.unwrap_err()
+        checked(answer(status, name, value), Instant::now() + PAUSE).await.unwrap_err()
     }
 
     #[tokio::test]
@@ -252,7 +250,7 @@ mod tests {
         let body = r#"{"errors":[{"code":"NAME_UNKNOWN","message":"no such repository"}]}"#;
         for (status, kind) in [(404, "not_found"), (410, "not_found"), (401, "denied"), (403, "denied")] {
             let response = Response::from(::http::Response::builder().status(status).body(body).unwrap());
-            let error = checked(response, Instant::now() + LONGEST_REPAIR).await.unwrap_err();
+            let error = checked(response, Instant::now() + PAUSE).await.unwrap_err();
             assert_eq!(error.as_str(), kind);
             let (SourceError::NotFound(told) | SourceError::Denied(told)) = error else { panic!("{error}") };
             assert_eq!((told.status, told.code()), (status, Some("NAME_UNKNOWN")));
@@ -264,7 +262,7 @@ mod tests {
     async fn web_page_is_known_by_its_first_byte() {
         let believe = async |kind, media_type: &str, body: &'static str| {
             let response = ::http::Response::builder().header(CONTENT_TYPE, media_type).body(body).unwrap();
-            let deadline = Instant::now() + LONGEST_REPAIR;
+            let deadline = Instant::now() + PAUSE;
             let believed = Question::new(kind, "x".into()).believe(Response::from(response), deadline).await;
             believed.ok()?.text().await.ok()
         };

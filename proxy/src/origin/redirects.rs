@@ -7,6 +7,7 @@ use tokio::sync::{Mutex, OwnedMutexGuard};
 use url::Url;
 
 use crate::lifetimes::{ByLifetime, Lifetime};
+use crate::times::DEFAULT_TTL;
 
 /// Targets by the URL that redirected.
 pub(super) struct Redirects {
@@ -21,9 +22,6 @@ struct Target {
     life: Duration,
 }
 
-/// Where a URL does not say how long it is good for.
-const UNKNOWN_LIFE: Duration = Duration::from_secs(60);
-
 /// Longer ones are followed, and asked for anew each time, in bytes: signed URLs have one or two KiB.
 const LONGEST: usize = 8 * 1024;
 
@@ -34,7 +32,7 @@ impl Redirects {
     pub(super) fn new() -> Self {
         Self {
             targets: moka::future::Cache::builder().max_capacity(10_000).expire_after(ByLifetime).build(),
-            turns: moka::sync::Cache::builder().max_capacity(10_000).time_to_idle(UNKNOWN_LIFE).build(),
+            turns: moka::sync::Cache::builder().max_capacity(10_000).time_to_idle(DEFAULT_TTL).build(),
         }
     }
 
@@ -81,7 +79,7 @@ fn life(url: &Url) -> Duration {
         let key = key.to_ascii_lowercase();
         matches!(key.as_str(), "x-amz-expires" | "x-goog-expires").then(|| value.parse().ok()).flatten()
     });
-    seconds.map_or(UNKNOWN_LIFE, |seconds: u64| Duration::from_secs(seconds.min(3600)))
+    seconds.map_or(DEFAULT_TTL, |seconds: u64| Duration::from_secs(seconds.min(3600)))
 }
 
 impl Lifetime for Target {

@@ -7,6 +7,7 @@ use ::http::HeaderMap;
 use tokio::time::Instant;
 
 use crate::metrics::Metrics;
+use crate::times::{DAY, HOUR};
 
 /// By rule and upstream, since a rule says with which credentials is asked.
 pub(super) struct Scarcity {
@@ -29,12 +30,6 @@ const REMAINING: &str = "ratelimit-remaining";
 /// Few: less than one in so many.
 const FEW: i64 = 4;
 
-/// A registry that does not say is taken to count over an hour.
-const UNSAID: Duration = Duration::from_secs(3600);
-
-/// Whatever it says.
-const LONGEST: Duration = Duration::from_secs(24 * 3600);
-
 /// Whoever pulls chooses the registries, each of which may say something: no more are shown.
 const MAX_UPSTREAMS: u64 = 100;
 
@@ -43,7 +38,7 @@ impl Scarcity {
         let shown = metrics.clone();
         let known = moka::sync::Cache::builder()
             .max_capacity(MAX_UPSTREAMS)
-            .time_to_live(LONGEST)
+            .time_to_live(DAY)
             .eviction_listener(move |key: Arc<(String, String)>, _, cause| {
                 if cause.was_evicted() {
                     for gauge in [&shown.origin_rate_limit, &shown.origin_rate_limit_remaining] {
@@ -65,7 +60,7 @@ impl Scarcity {
         if let Some(limit) = limit {
             self.metrics.origin_rate_limit.with_label_values(&[rule, upstream]).set(limit);
         }
-        let left = Left { remaining, limit, said: now, window: window.flatten().unwrap_or(UNSAID).min(LONGEST) };
+        let left = Left { remaining, limit, said: now, window: window.flatten().unwrap_or(HOUR).min(DAY) };
         self.known.insert((rule.to_owned(), upstream.to_owned()), left);
     }
 
@@ -123,7 +118,7 @@ mod tests {
         assert!(is_scarce(HUB, 5399));
         assert!(!is_scarce(HUB, 5400), "it may be asked again");
         hear("100", "1");
-        assert!(!is_scarce(HUB, UNSAID.as_secs() / 4));
+        assert!(!is_scarce(HUB, HOUR.as_secs() / 4));
     }
 
     #[test]

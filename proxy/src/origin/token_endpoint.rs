@@ -15,6 +15,7 @@ use super::read_limited;
 use crate::registries::Place;
 use crate::secret::Secret;
 use crate::source::SourceError;
+use crate::times::{DAY, DEFAULT_TTL, STALL_TIMEOUT};
 
 /// The value of an `Authorization` header; None where the upstream is asked anonymously.
 #[derive(Clone)]
@@ -25,15 +26,6 @@ pub(super) struct Grant {
 
 /// A token's share of its lifetime during which it is used: it is renewed well before its end.
 const USED_PERCENT: u32 = 80;
-
-/// The specification's default where `expires_in` is missing.
-const DEFAULT_LIFE: Duration = Duration::from_secs(60);
-
-/// Whatever a token endpoint promises.
-pub(super) const MAX_LIFE: Duration = Duration::from_secs(24 * 3600);
-
-/// Time for a token endpoint. It sends a few hundred bytes; a request that it has lost must not hold up all others.
-const TOKEN_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Redirects of a token endpoint that are followed, all on its own host.
 const MAX_TOKEN_REDIRECTS: usize = 10;
@@ -54,7 +46,7 @@ pub(super) async fn fetch_token(
     let Challenge::Bearer { realm, service, .. } = challenge else {
         return Err(SourceError::denied());
     };
-    let deadline = deadline.min(Instant::now() + TOKEN_TIMEOUT);
+    let deadline = deadline.min(Instant::now() + STALL_TIMEOUT);
     let headers = HeaderMap::new();
     let by_get = {
         let mut url = realm.clone();
@@ -91,7 +83,7 @@ pub(super) async fn fetch_token(
     match &secret {
         Some(Secret::Bearer(token)) => {
             let header = sensitive(&format!("Bearer {token}")).ok_or_else(SourceError::denied)?;
-            Ok(Grant { header: Some(header), life: DEFAULT_LIFE })
+            Ok(Grant { header: Some(header), life: DEFAULT_TTL })
         }
         Some(secret @ Secret::Identity(_)) => token(http, home, &by_post(secret), deadline).await,
         Some(secret @ Secret::Password { .. }) => match token(http, home, &by_get, deadline).await {
@@ -120,7 +112,7 @@ impl TokenAnswer {
     fn life(&self) -> Duration {
         let text = self.expires_in.as_str().and_then(|text| text.trim().parse().ok());
         let seconds = self.expires_in.as_f64().or(text).filter(|seconds: &f64| *seconds >= 1.0);
-        seconds.map_or(DEFAULT_LIFE, |seconds| Duration::from_secs_f64(seconds.min(MAX_LIFE.as_secs_f64())))
+        seconds.map_or(DEFAULT_TTL, |seconds| Duration::from_secs_f64(seconds.min(DAY.as_secs_f64())))
     }
 }
 

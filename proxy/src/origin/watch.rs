@@ -14,13 +14,10 @@ use super::question::Question;
 use crate::config::Upstream;
 use crate::registries::{Place, Trust};
 use crate::source::SourceError;
+use crate::times::{RETRY_INTERVAL, UPSTREAM_TIMEOUT};
 
 /// It is asked again after this long, then twice as long, and so on.
 const FIRST_LOOK: Duration = Duration::from_millis(250);
-const LONGEST_PAUSE: Duration = Duration::from_secs(2);
-
-/// As long as a client's question would wait, so that a slow upstream is not taken for a dead one.
-const LOOK: Duration = Duration::from_secs(60);
 
 /// One that swallows questions is asked anew meanwhile: it may answer those that come later.
 const MOST_LOOKS: usize = 4;
@@ -63,9 +60,9 @@ impl Origin {
                             break;
                         }
                         if looks.len() < MOST_LOOKS {
-                            looks.push(origin.ask_once(home, &place, &question, Instant::now() + LOOK));
+                            looks.push(origin.ask_once(home, &place, &question, Instant::now() + UPSTREAM_TIMEOUT));
                         }
-                        pause = (pause * 2).min(LONGEST_PAUSE);
+                        pause = (pause * 2).min(RETRY_INTERVAL);
                         next = Instant::now() + pause;
                     }
                 }

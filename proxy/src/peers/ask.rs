@@ -21,6 +21,7 @@ use super::wire::{Deputy, Holder};
 use super::{Peers, wire};
 use crate::oci::{Digest, MAX_MANIFEST_BYTES, Span, Spans, Tag, manifest};
 use crate::source::{Broken, Incoming, Part, ServedFrom, SourceError, root_cause};
+use crate::times::LOOK_TIMEOUT;
 
 /// What a tag means to a peer.
 pub struct TagMeaning {
@@ -49,9 +50,6 @@ pub enum Declined {
     /// It cannot get it.
     Source(SourceError),
 }
-
-/// Who only has to look has this long.
-const LOOK: Duration = Duration::from_millis(500);
 
 /// What is sent whole is here so soon after its head: there has to be time to ask somebody else.
 const BODY: Duration = Duration::from_secs(3);
@@ -107,7 +105,7 @@ impl Peers {
 
     /// Waits for a peer that only has to look. None: it takes longer than that needs.
     async fn look<T>(&self, peer: SocketAddr, asked: impl Future<Output = T>) -> Option<T> {
-        let answer = timeout(LOOK, asked).await.ok();
+        let answer = timeout(LOOK_TIMEOUT, asked).await.ok();
         if answer.is_none() {
             self.is_suspect(peer);
         }

@@ -10,16 +10,10 @@ use tokio::time::{Instant, sleep_until};
 
 use crate::config::{Peers as Config, Zone};
 use crate::dns;
-
-/// An answer is asked for again when it expires, within these bounds.
-const SOONEST: Duration = Duration::from_secs(1);
-const LATEST: Duration = Duration::from_secs(30);
+use crate::times::{FIRST_PAUSE, LONGEST_PAUSE, RETRY_INTERVAL};
 
 /// Large clusters ask less often: their answers are long, and each change concerns fewer digests.
 const MEMBERS_A_SECOND: u32 = 200;
-
-/// After an error.
-const AGAIN: Duration = Duration::from_secs(2);
 
 /// The names to ask, and what they said last.
 pub(super) struct Discovery {
@@ -97,11 +91,15 @@ impl Name {
                 }
                 let lives = answer.valid_until().saturating_duration_since(std::time::Instant::now());
                 let size = Duration::from_secs(1) * u32::try_from(self.len()).unwrap_or(u32::MAX);
-                if is_whole { lives.max(SOONEST + size / MEMBERS_A_SECOND).min(LATEST) } else { AGAIN }
+                if is_whole {
+                    lives.max(FIRST_PAUSE + size / MEMBERS_A_SECOND).min(LONGEST_PAUSE)
+                } else {
+                    RETRY_INTERVAL
+                }
             }
             Err(error) => {
                 self.complain(error.to_string());
-                AGAIN
+                RETRY_INTERVAL
             }
         };
         self.due = Instant::now() + rest.mul_f64(0.75 + fastrand::f64() / 2.0);

@@ -14,19 +14,15 @@ use super::wire::{Deputy, Refusal, Terms};
 use super::{Peers, Scope, wire};
 use crate::role::Role;
 use crate::source::{Part, SourceError, causes, root_cause};
+use crate::times::{ALTERNATIVE_TIMEOUT, LOOK_TIMEOUT};
 use crate::trace;
 
-/// A peer that has not answered after this long is asked whether it is alive, as are those who come after it.
-const ALIVE: Duration = Duration::from_secs(1);
 const COME_AFTER: usize = 2;
 
 /// An owner that has too much to do is asked so often, with pauses of up to as long, twice and three times as long: half a
 /// second altogether for each of three owners is a small part of the time that a client has.
 const BUSY: u32 = 4;
 const BUSY_PAUSE: Duration = Duration::from_millis(200);
-
-/// What a refusal says is waited for so long.
-const SAID: Duration = Duration::from_millis(500);
 
 /// What a request tells a peer beside the question.
 #[derive(Default)]
@@ -191,7 +187,7 @@ impl Peers {
         question: &Question<'_>,
         owed: Option<reqwest::Request>,
     ) -> bool {
-        sleep(ALIVE).await;
+        sleep(ALTERNATIVE_TIMEOUT).await;
         if let Manner::As(role) = question.manner {
             let scope = if role == Role::Zone { Scope::OwnZone } else { question.scope };
             let after = Question { scope, downstream: Downstream::NONE, ..*question };
@@ -237,7 +233,7 @@ impl Peers {
 /// What a refusal says, for whoever reads the log.
 async fn said(mut response: Response) -> String {
     const ENOUGH: usize = 500;
-    let first = timeout(SAID, response.chunk()).await.ok().and_then(Result::ok).flatten().unwrap_or_default();
+    let first = timeout(LOOK_TIMEOUT, response.chunk()).await.ok().and_then(Result::ok).flatten().unwrap_or_default();
     match &*String::from_utf8_lossy(&first[..first.len().min(ENOUGH)]) {
         "" => "it says nothing more than 401".to_owned(),
         text => format!("it says: {text}"),

@@ -7,16 +7,7 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use super::swarm::Time;
-
-/// A peer that cannot be reached is pinged after this long, then after twice as long each time.
-const FIRST_PING: Duration = Duration::from_secs(1);
-const LAST_PING: Duration = Duration::from_secs(30);
-
-/// What is known of it is known for so long after that.
-const REMEMBERED: Duration = Duration::from_secs(600);
-
-/// One that sent wrong bytes is left alone for this long.
-const SHUT_OUT: Duration = Duration::from_secs(600);
+use crate::times::{FIRST_PAUSE, LONGEST_PAUSE, OBSERVATION_TTL};
 
 /// One that relayed wrong bytes so often: it would have found out by itself who sent them.
 const MAX_RELAYED: u32 = 3;
@@ -58,20 +49,20 @@ impl Health {
 
     /// It could not be reached, or did not answer a ping.
     pub fn is_down(&mut self, peer: SocketAddr, now: Time) {
-        let trouble = self.trouble(peer, now, LAST_PING + REMEMBERED);
+        let trouble = self.trouble(peer, now, LONGEST_PAUSE + OBSERVATION_TTL);
         // Several questions that fail at the same time are one failure.
         if trouble.is_down && trouble.ping_at.is_some() {
             return;
         }
-        let pause = FIRST_PING * 2u32.saturating_pow(trouble.strikes);
+        let pause = FIRST_PAUSE * 2u32.saturating_pow(trouble.strikes);
         (trouble.is_down, trouble.is_doubted) = (true, false);
         trouble.strikes = (trouble.strikes + 1).min(16);
-        trouble.ping_at = Some(now + pause.min(LAST_PING));
+        trouble.ping_at = Some(now + pause.min(LONGEST_PAUSE));
     }
 
     /// It did not answer a ping. A busy one may miss one.
     pub fn is_missed(&mut self, peer: SocketAddr, now: Time) {
-        let trouble = self.trouble(peer, now, REMEMBERED);
+        let trouble = self.trouble(peer, now, OBSERVATION_TTL);
         if trouble.is_down || trouble.is_doubted {
             self.is_down(peer, now);
         } else {
@@ -81,7 +72,7 @@ impl Health {
 
     /// It took long for what needs no time: worth a ping.
     pub fn is_suspect(&mut self, peer: SocketAddr, now: Time) {
-        let trouble = self.trouble(peer, now, REMEMBERED);
+        let trouble = self.trouble(peer, now, OBSERVATION_TTL);
         if !trouble.is_down && !trouble.is_doubted {
             trouble.ping_at = Some(now);
         }
@@ -124,12 +115,12 @@ impl Health {
 
     /// It sent wrong bytes of which it said that they were right.
     pub fn lies(&mut self, peer: SocketAddr, now: Time) {
-        self.trouble(peer, now, SHUT_OUT).shut_out = now + SHUT_OUT;
+        self.trouble(peer, now, OBSERVATION_TTL).shut_out = now + OBSERVATION_TTL;
     }
 
     /// It sent wrong bytes that it could not know to be wrong. Whether that is no accident any more.
     pub fn relayed_wrong(&mut self, peer: SocketAddr, now: Time) -> bool {
-        let trouble = self.trouble(peer, now, SHUT_OUT);
+        let trouble = self.trouble(peer, now, OBSERVATION_TTL);
         trouble.relayed_wrong += 1;
         trouble.relayed_wrong >= MAX_RELAYED
     }

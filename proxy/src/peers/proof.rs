@@ -2,7 +2,6 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::Duration;
 
 use http::{HeaderMap, HeaderValue, Method, Uri};
 use reqwest::ClientBuilder;
@@ -26,9 +25,6 @@ pub enum Standing {
     /// A dray that has proven it, and whose rules are ours: gets what our own clients get.
     Member,
 }
-
-/// How often the files are looked at: they change rarely, and tell nobody.
-pub const RELOAD: Duration = Duration::from_secs(10);
 
 impl Proof {
     pub(super) fn load(settings: &Settings) -> Result<Self, String> {

@@ -1,7 +1,6 @@
 //! Writes an answer, by the shortest way that its body has to the client.
 
 use std::pin::pin;
-use std::time::Duration;
 
 use bytes::Bytes;
 use http::{Method, StatusCode};
@@ -16,10 +15,7 @@ use super::taking::PATIENCE;
 use crate::pull::Body;
 use crate::respond::Reply;
 use crate::source::Broken;
-
-/// A client that takes nothing for this long does not keep a connection to an upstream open. Shorter: clients that pause
-/// cost another request. Longer: many that do not read hold more memory.
-const STALLED: Duration = Duration::from_secs(10);
+use crate::times::STALL_TIMEOUT;
 
 /// Writes an answer. An error means that the connection must close: the client sees fewer bytes
 /// than announced, and knows.
@@ -68,7 +64,7 @@ pub(super) async fn send(session: &mut Session, exchange: &mut Exchange, mut rep
         let Some(piece) = next.map_err(|broken| exchange.broke(&broken))? else { break };
         let len = piece.len() as u64;
         let mut writing = pin!(session.write_response_body(piece, false));
-        let written = match timeout(STALLED, &mut writing).await {
+        let written = match timeout(STALL_TIMEOUT, &mut writing).await {
             Ok(written) => written,
             Err(_) => {
                 reply.body.release();

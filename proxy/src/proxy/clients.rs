@@ -3,13 +3,14 @@
 use std::collections::HashMap;
 use std::net::IpAddr;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use ipnet::IpNet;
 use parking_lot::Mutex;
 
 use crate::config::Access;
 use crate::connections::client;
+use crate::times::DEFAULT_TTL;
 
 /// What `[access]` says of clients, and what each address asks for at the moment.
 pub struct Clients {
@@ -43,7 +44,6 @@ pub(super) enum Unwelcome {
 
 /// More addresses than ask within a minute. Those that are forgotten begin anew, with what a second gives anyway.
 const MAX_CLIENTS: u64 = 100_000;
-const REMEMBERED: Duration = Duration::from_secs(60);
 
 impl Clients {
     pub fn new(access: &Access) -> Self {
@@ -52,7 +52,7 @@ impl Clients {
             most_at_once: access.requests_at_once.map(|most| u32::from(most.get())),
             most_a_second: access.requests_per_second.map(|most| u32::from(most.get())),
             running: Arc::default(),
-            allowances: moka::sync::Cache::builder().max_capacity(MAX_CLIENTS).time_to_idle(REMEMBERED).build(),
+            allowances: moka::sync::Cache::builder().max_capacity(MAX_CLIENTS).time_to_idle(DEFAULT_TTL).build(),
         }
     }
 
@@ -122,6 +122,8 @@ impl Drop for Place {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
     use crate::config::Config;
 

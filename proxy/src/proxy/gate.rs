@@ -18,7 +18,7 @@ use super::{Front, client_of};
 use crate::caller::{Caller, Holder, Who};
 use crate::config::Config;
 use crate::flights::Flights;
-use crate::grants::{Grant, Grants, MAX_LIFE, Right};
+use crate::grants::{Grant, Grants, Right};
 use crate::key_file::KeyFile;
 use crate::lifetimes::{ByLifetime, Lifetime};
 use crate::oci::route;
@@ -28,6 +28,7 @@ use crate::registries::Place;
 use crate::respond::{Reply, Token};
 use crate::secret::Secret;
 use crate::source::SourceError;
+use crate::times::{ALTERNATIVE_TIMEOUT, DEFAULT_TTL, RETRY_INTERVAL, RIGHTS_TTL, STALL_TIMEOUT};
 
 /// Makes and reads tokens.
 pub struct Gate {
@@ -62,17 +63,9 @@ const SERVICE: &str = "dray";
 
 /// While the registry is in trouble, a token is good for so long, and it is not asked again for a moment.
 const IN_TROUBLE: Duration = Duration::from_secs(90);
-const ASKED_AGAIN: Duration = Duration::from_secs(2);
-
-/// Whoever has shown the same lately is not kept waiting for longer.
-const SOON: Duration = Duration::from_secs(1);
 
 /// Those of whom a registry wants to know nothing are asked about again after this time.
 const ASKS_NOBODY: Duration = Duration::from_secs(120);
-
-/// Clients take a token to be good for at least so long, whatever it says (the distribution's token specification), and
-/// some go on with one for a whole pull.
-const SHORTEST: Duration = Duration::from_secs(60);
 
 /// All of them together: most have one or two KiB, some 64.
 const MAX_SHOWN_BYTES: u64 = 16 * 1024 * 1024;
@@ -82,7 +75,6 @@ const MOST_SCOPES: usize = 4;
 
 /// Larger than any form of a client, in bytes, and longer than any takes to come.
 const MAX_FORM: usize = 16 * 1024;
-const FORM: Duration = Duration::from_secs(10);
 
 /// What a client asks a token for.
 #[derive(Default)]
@@ -268,7 +260,7 @@ impl Front {
         match known {
             None => landed.await.unwrap_or_else(ended),
             // It is good for a while, and better than nothing while the registry is in trouble.
-            Some(known) => match timeout(SOON, landed).await {
+            Some(known) => match timeout(ALTERNATIVE_TIMEOUT, landed).await {
                 Ok(Some(new)) if !new.is_passing() => new,
                 _ => known,
             },
@@ -277,18 +269,18 @@ impl Front {
 
     /// The token endpoint.
     pub(super) async fn give_token(&self, session: &mut Session) -> Reply {
-        let wanted = match timeout(FORM, wanted(session)).await.unwrap_or(Err("the form does not come")) {
+        let wanted = match timeout(STALL_TIMEOUT, wanted(session)).await.unwrap_or(Err("the form does not come")) {
             Ok(wanted) => wanted,
             Err(problem) => return Reply::no_token(problem),
         };
         let host = host_of(session.req_header());
         let places = wanted.scopes.iter().filter_map(|scope| self.place_of(scope, wanted.service.as_deref(), host));
-        let mut grant = Grant { rights: Vec::new(), life: MAX_LIFE };
+        let mut grant = Grant { rights: Vec::new(), life: RIGHTS_TTL };
         for place in places.take(MOST_SCOPES) {
             let mut caller = Caller::Anonymous;
             if let Some(secret) = wanted.secret.clone().filter(|_| place.rule.asks_who()) {
-                let shown = self.exchange(&place, secret, client_of(session), SHORTEST).await;
-                let life = if shown.is_new() { shown.left().max(SHORTEST) } else { shown.left() };
+                let shown = self.exchange(&place, secret, client_of(session), DEFAULT_TTL).await;
+                let life = if shown.is_new() { shown.left().max(DEFAULT_TTL) } else { shown.left() };
                 caller = match shown.caller {
                     Ok(caller) => caller,
                     // What this secret opens elsewhere is of use without this.
@@ -402,7 +394,7 @@ impl Shown {
 
     /// Whether the registry has just said so: what it grants is good for a minute at least.
     fn is_new(&self) -> bool {
-        self.since.elapsed() < SOON
+        self.since.elapsed() < ALTERNATIVE_TIMEOUT
     }
 
     /// Whether nothing came of it, and something may another time.
@@ -423,7 +415,7 @@ impl Shown {
         let holder = |authorization| Caller::Holder(Arc::new(Holder { who, authorization }));
         match exchanged {
             Ok(Exchanged { authorization: None, .. }) => Self::new(Ok(Caller::Anonymous), ASKS_NOBODY),
-            Ok(Exchanged { authorization, life }) => Self::new(Ok(holder(authorization)), life.min(MAX_LIFE)),
+            Ok(Exchanged { authorization, life }) => Self::new(Ok(holder(authorization)), life.min(RIGHTS_TTL)),
             Err(SourceError::Denied(_)) => {
                 pull.shut_out(&Place { caller: holder(None), ..place.clone() });
                 Self::new(Err(SourceError::denied()), place.rule.negative_ttl)
@@ -433,7 +425,7 @@ impl Shown {
                 // That too many ask here is no trouble of the registry's.
                 let still = error != SourceError::Busy && error.is_passing_outage() && pull.was_let_in(&known);
                 let shown = Self::new(if still { Ok(known.caller) } else { Err(error) }, IN_TROUBLE);
-                Self { life: ASKED_AGAIN, ..shown }
+                Self { life: RETRY_INTERVAL, ..shown }
             }
         }
     }

@@ -11,6 +11,7 @@ use tokio::time::{sleep, timeout};
 use crate::oci::Registry;
 use crate::shares::{Share, Shares};
 use crate::source::SourceError;
+use crate::times::SERVICE_TIMEOUT;
 
 /// Turns to show registries a secret.
 pub(super) struct Turns {
@@ -31,9 +32,6 @@ const OF_CLIENT: usize = 16;
 /// A wrong one holds its client's turn for so long, and nobody else's.
 const WRONG: Duration = Duration::from_secs(1);
 
-/// Whoever waits longer can ask the registry itself.
-const PATIENCE: Duration = Duration::from_secs(5);
-
 const MAX_REGISTRIES: u64 = 10_000;
 const MAX_CLIENTS: u64 = 100_000;
 
@@ -46,7 +44,7 @@ impl Turns {
     pub(super) async fn take(&self, registry: &Registry, client: Option<IpAddr>) -> Result<Turn, SourceError> {
         let of_client = self.of_client.get_with((registry.clone(), client), || Arc::new(Semaphore::new(OF_CLIENT)));
         let of_registry = self.of_registry.get_with_by_ref(registry, || Arc::new(Shares::new(OF_REGISTRY)));
-        let taken = timeout(PATIENCE, async {
+        let taken = timeout(SERVICE_TIMEOUT, async {
             // Only those whose own turn it is wait among all.
             let own = of_client.acquire_owned().await.ok()?;
             Some(Turn { of_client: own, _of_registry: of_registry.wait(&client, 1).await })

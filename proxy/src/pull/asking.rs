@@ -6,7 +6,7 @@ use std::time::Duration;
 use crate::oci::NamedBy;
 use crate::peers::{Aim, Downstream, Reach, Standing};
 use crate::role::Role;
-use crate::source::UPSTREAM_TIMEOUT;
+use crate::times::UPSTREAM_TIMEOUT;
 
 /// Who asks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

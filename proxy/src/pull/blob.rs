@@ -9,13 +9,14 @@ use tokio::time::{Instant, timeout, timeout_at};
 use super::negatives::Endpoint;
 use super::parts::{self, Parts};
 use super::sources::BlobSources;
-use super::{Asker, Asking, FIRST_BYTE, ListBody, Pull, Refusal};
+use super::{Asker, Asking, ListBody, Pull, Refusal};
 use crate::fill::{ContentOf, Feed, Fill, FillKey, Opened, Outcome, PART_BYTES, Passage, Reader, Reading};
 use crate::oci::{Digest, ErrorCode, Multipart, NamedBy, RangeRequest, Registry, Span};
 use crate::peers::{Aim, Reach};
 use crate::registries::Place;
 use crate::source::{Broken, ServedFrom, SourceError};
 use crate::store::{Blob, Found, Kind, Proof, SMALL_BYTES, Tier};
+use crate::times::{CONFIRM_TIMEOUT, RETRY_INTERVAL, STALL_TIMEOUT};
 
 /// A request for a blob, or a part of it.
 #[derive(Clone)]
@@ -73,10 +74,6 @@ enum Patience {
 /// A list on its way: buffers of the upstream's connection, and the copy that is made of it.
 const LIST_BYTES: usize = 512 * 1024;
 
-/// A file that may be damaged is hashed for this long before it is read along.
-const PROVEN_SOON: Duration = Duration::from_secs(5);
-const AGAIN: Duration = Duration::from_secs(2);
-
 /// A registry that cannot be reached is waited for; one that answers with an error so often means it.
 const MOST_ANSWERS: u32 = 4;
 
@@ -116,9 +113,9 @@ impl Pull {
                 let fill = self.fills.prove(&self.fill_key(request), &request.place, blob);
                 // Most files are hashed soon: then a damaged one is fetched anew and nobody notices.
                 // Who cannot wait for a large one reads along.
-                let proven = timeout(PROVEN_SOON, fill.ended()).await;
+                let proven = timeout(CONFIRM_TIMEOUT, fill.ended()).await;
                 if proven != Ok(Outcome::Failed) {
-                    let followed = timeout(FIRST_BYTE - PROVEN_SOON, self.follow(&fill, request)).await;
+                    let followed = timeout(STALL_TIMEOUT - CONFIRM_TIMEOUT, self.follow(&fill, request)).await;
                     return followed.unwrap_or(Err(Fetch::Source(SourceError::TimedOut))).map_err(Fetch::into_refusal);
                 }
             }
@@ -129,7 +126,7 @@ impl Pull {
         for (nth, place) in places.into_iter().enumerate() {
             let (patience, limit) = match request.named_by {
                 // Another place may have it, now.
-                _ if nth + 1 < count => (Patience::Refuse, request.asking.patience.min(FIRST_BYTE)),
+                _ if nth + 1 < count => (Patience::Refuse, request.asking.patience.min(STALL_TIMEOUT)),
                 NamedBy::Namespace => (Patience::Refuse, request.asking.patience),
                 NamedBy::Path | NamedBy::Host | NamedBy::Default => (Patience::WaitOut, request.asking.patience),
             };
@@ -220,10 +217,10 @@ impl Pull {
             answers += u32::from(is_answer);
             let may_wait =
                 patience == Patience::WaitOut && error.is_passing_outage() && (!is_answer || answers < MOST_ANSWERS);
-            if !may_wait || Instant::now() + AGAIN > deadline {
+            if !may_wait || Instant::now() + RETRY_INTERVAL > deadline {
                 return Err(error.into());
             }
-            tokio::time::sleep(AGAIN).await;
+            tokio::time::sleep(RETRY_INTERVAL).await;
         }
     }
 

@@ -19,8 +19,9 @@ use super::Pull;
 use super::entitlement::{digest_of, kind_of};
 use crate::oci::{Digest, Endpoint, Reference, Span};
 use crate::registries::Place;
-use crate::source::{Incoming, Part, SourceError, UPSTREAM_TIMEOUT};
+use crate::source::{Incoming, Part, SourceError};
 use crate::store::{Blob, Found};
+use crate::times::UPSTREAM_TIMEOUT;
 
 /// Ranges of a large blob that are compared. More: more requests for each blob that two repositories share. Fewer: who has
 /// a part of a blob more often passes for having all.

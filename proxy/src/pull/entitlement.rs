@@ -17,8 +17,9 @@ use crate::lifetimes::{ByLifetime, Lifetime};
 use crate::oci::{Digest, Endpoint, ErrorCode, Reference, Registry, Repository};
 use crate::provenance::Provenance;
 use crate::registries::Place;
-use crate::source::{SourceError, UPSTREAM_TIMEOUT};
+use crate::source::SourceError;
 use crate::store::{Found, Kind};
+use crate::times::{ALTERNATIVE_TIMEOUT, DEFAULT_TTL, HOUR, RIGHTS_TTL, UPSTREAM_TIMEOUT};
 
 /// What registries have said of callers, and of digests.
 pub(super) struct Entitlements {
@@ -64,25 +65,13 @@ pub enum Unentitled {
     Refused(Refusal),
 }
 
-/// Somebody who was let in is asked about again after this time.
-const FRESH: Duration = Duration::from_secs(300);
-
-/// While the registry is in trouble, those are still let in who were within this time.
-const IN_TROUBLE: Duration = Duration::from_secs(3600);
-
-/// That something is not for everybody is believed for so long.
-const NOT_PUBLIC: Duration = Duration::from_secs(60);
-
-/// Whoever was let in lately is not kept waiting for longer.
-const SOON: Duration = Duration::from_secs(1);
-
 impl Entitlements {
     pub(super) fn new() -> Self {
         let day = Duration::from_secs(24 * 3600);
         Self {
-            let_in: moka::sync::Cache::builder().max_capacity(100_000).time_to_live(FRESH).build(),
-            lately: moka::sync::Cache::builder().max_capacity(100_000).time_to_live(IN_TROUBLE).build(),
-            noes: moka::sync::Cache::builder().max_capacity(100_000).time_to_live(FRESH).build(),
+            let_in: moka::sync::Cache::builder().max_capacity(100_000).time_to_live(RIGHTS_TTL).build(),
+            lately: moka::sync::Cache::builder().max_capacity(100_000).time_to_live(HOUR).build(),
+            noes: moka::sync::Cache::builder().max_capacity(100_000).time_to_live(RIGHTS_TTL).build(),
             telling: RandomState::new(),
             refused: moka::sync::Cache::builder().max_capacity(50_000).expire_after(ByLifetime).build(),
             belonging: moka::sync::Cache::builder().max_capacity(100_000).time_to_idle(day).build(),
@@ -177,7 +166,7 @@ impl Pull {
         }
         let proven = match self.entitlements.known(place) {
             Known::LetIn => false,
-            Known::Lately => match timeout(SOON, self.prove(place, endpoint, accept)).await {
+            Known::Lately => match timeout(ALTERNATIVE_TIMEOUT, self.prove(place, endpoint, accept)).await {
                 Ok(Ok(())) => true,
                 Ok(Err(error)) if !error.is_passing_outage() => return Err(refused(endpoint, &error)),
                 Ok(Err(_)) => false,
@@ -271,7 +260,7 @@ impl Pull {
                 }
                 if let Err(error @ (SourceError::Denied(_) | SourceError::NotFound(_))) = &given {
                     let is_strangers = error.is_denied() && place.caller == Caller::Anonymous;
-                    let life = if is_strangers { NOT_PUBLIC } else { place.rule.negative_ttl };
+                    let life = if is_strangers { DEFAULT_TTL } else { place.rule.negative_ttl };
                     pull.entitlements.refused.insert(under, Refused { error: error.clone(), life });
                 }
                 given

@@ -7,7 +7,6 @@
 //! no such request: the manifest names its blobs.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use tokio::time::{Instant, timeout};
 
@@ -17,11 +16,9 @@ use super::{Asker, BlobRequest, ManifestAnswer, Pull, Refusal, fetch_ended};
 use crate::oci::{Digest, Reference};
 use crate::provenance::Provenance;
 use crate::registries::Place;
-use crate::source::{SourceError, UPSTREAM_TIMEOUT};
+use crate::source::SourceError;
 use crate::store::Found;
-
-/// How long the upstream has to say whether it holds what is cached from another repository.
-pub(super) const CONFIRM_TIMEOUT: Duration = Duration::from_secs(5);
+use crate::times::UPSTREAM_TIMEOUT;
 
 impl Pull {
     /// Whether a repository is known to hold what is cached: it came from there, a manifest that was served from there

@@ -11,12 +11,11 @@ use crate::fill::{Fill, FillKey};
 use crate::oci::{RangeRequest, Span, Spans};
 use crate::role::Role;
 use crate::store::{Found, Proof};
+use crate::times::{ALTERNATIVE_TIMEOUT, REACH_TIMEOUT};
 
 /// What may come here is waited for so long; longer what this node has asked for already; and longest what an
 /// origin is to send, which waits for nobody.
 const MAY_COME: Duration = Duration::from_millis(250);
-const ASKED_FOR: Duration = Duration::from_millis(1000);
-const FROM_ITS_ORIGIN: Duration = Duration::from_millis(2500);
 
 impl Pull {
     /// What is kept, or comes now. A running fill is followed only where it is ahead: whoever asks can
@@ -44,8 +43,8 @@ impl Pull {
         };
         for fill in self.fills_of(request) {
             let patience = match fill.is_deputed(start) {
-                true => FROM_ITS_ORIGIN,
-                false if fill.is_asked_for(start) => ASKED_FOR,
+                true => REACH_TIMEOUT,
+                false if fill.is_asked_for(start) => ALTERNATIVE_TIMEOUT,
                 false => MAY_COME,
             };
             if timeout(patience, fill.reaches(start)).await == Ok(true) {

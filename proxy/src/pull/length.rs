@@ -4,15 +4,15 @@ use std::sync::Arc;
 use tokio::time::{Instant, timeout};
 
 use super::blob::{Fetch, severer};
-use super::existence::CONFIRM_TIMEOUT;
 use super::sources::{Refusals, last_scope};
-use super::{BlobRequest, FIRST_BYTE, Pull, Refusal, fetch_ended, flights, is_personal};
+use super::{BlobRequest, Pull, Refusal, fetch_ended, flights, is_personal};
 use crate::oci::Digest;
 use crate::peers::{Manner, Question, Reach};
 use crate::registries::Place;
 use crate::role::Role;
-use crate::source::{ServedFrom, SourceError, UPSTREAM_TIMEOUT};
+use crate::source::{ServedFrom, SourceError};
 use crate::store::Found;
+use crate::times::{CONFIRM_TIMEOUT, STALL_TIMEOUT, UPSTREAM_TIMEOUT};
 
 /// How long a blob is, and who said so.
 pub(super) type Length = Result<(u64, ServedFrom), SourceError>;
@@ -134,7 +134,7 @@ impl Pull {
     /// What somebody who has it says, where the origin is out of order.
     async fn anybodys_length(&self, place: &Place, digest: &Digest, error: &SourceError) -> Option<u64> {
         let peers = self.peers_for(place).filter(|_| error.is_outage())?;
-        let question = Question::about(place, digest, Manner::IfKept, Instant::now() + FIRST_BYTE);
+        let question = Question::about(place, digest, Manner::IfKept, Instant::now() + STALL_TIMEOUT);
         peers.anybodys_length(&Question { scope: last_scope(place), ..question }).await
     }
 }

@@ -25,8 +25,9 @@ use crate::blocking::parsed;
 use crate::oci::{Digest, ErrorCode, INDEX_MEDIA_TYPE, manifest};
 use crate::origin::{List, ListResponse};
 use crate::registries::Place;
-use crate::source::{Broken, Floor, ServedFrom, SourceError, Speed, UPSTREAM_TIMEOUT};
+use crate::source::{Broken, Floor, ServedFrom, SourceError, Speed};
 use crate::store::{Found, Kind, ListRecord, ReferrersRecord, SMALL_BYTES, SmallObject};
+use crate::times::{CONFIRM_TIMEOUT, UPSTREAM_TIMEOUT};
 use crate::trace;
 
 /// A list, ready to be sent.
@@ -60,9 +61,6 @@ struct Copying {
     encoder: DeflateEncoder<Vec<u8>>,
 }
 
-/// Where a copy is at hand, an upstream has this long to begin.
-const WITH_COPY: Duration = Duration::from_secs(5);
-
 /// An upstream that sends less of a list in this time of waiting would hold its place for ever.
 const SLOWEST: Floor = Floor { bytes: 64 * 1024, window: Duration::from_secs(180) };
 
@@ -91,13 +89,13 @@ impl Pull {
     ) -> Result<ListAnswer, Refusal> {
         let key = key(place, list, query);
         let mut asked = self.requested(place, list, query, &key, asking.client);
-        let response = match timeout(WITH_COPY.min(asking.patience), &mut asked).await {
+        let response = match timeout(CONFIRM_TIMEOUT.min(asking.patience), &mut asked).await {
             Ok(response) => response,
             // Only what was seen whole: that a slow upstream has something or not it will say itself.
             Err(_) => match self.kept_list(place, list, &key).await.map(|kept| self.stale(place, kept)) {
                 Some(kept) => return Ok(kept),
                 None => {
-                    let left = asking.patience.saturating_sub(WITH_COPY);
+                    let left = asking.patience.saturating_sub(CONFIRM_TIMEOUT);
                     timeout(left, asked).await.unwrap_or(Ok(Err(SourceError::TimedOut)))
                 }
             },

@@ -7,17 +7,17 @@ use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 use tokio::time::{Instant, sleep, timeout};
 
-use super::existence::CONFIRM_TIMEOUT;
 use super::negatives::Endpoint;
 use super::sources::{Refusals, last_scope};
-use super::{Asker, Asking, FIRST_BYTE, Pull, Refusal, fetch_ended, flights, is_personal};
+use super::{Asker, Asking, Pull, Refusal, fetch_ended, flights, is_personal};
 use crate::blocking::parsed;
 use crate::oci::{Digest, ErrorCode, Reference, manifest};
 use crate::peers::{Manner, Question, Reach, Standing};
 use crate::registries::Place;
 use crate::role::Role;
-use crate::source::{ServedFrom, SourceError, UPSTREAM_TIMEOUT};
+use crate::source::{ServedFrom, SourceError};
 use crate::store::{Found, Kind, SmallObject};
+use crate::times::{ALTERNATIVE_TIMEOUT, CONFIRM_TIMEOUT, STALL_TIMEOUT, UPSTREAM_TIMEOUT};
 
 /// A manifest and how it was come by.
 #[derive(Clone)]
@@ -28,12 +28,6 @@ pub struct ManifestAnswer {
     /// For a tag: since when the origin was not asked what it means.
     pub age: Option<Duration>,
 }
-
-/// What takes longer than this to fail is slow rather than dead.
-const FAILS_SLOWLY: Duration = Duration::from_secs(5);
-
-/// How often a client without a fall-back looks whether a slow upstream has answered.
-const WAIT_FOR_SLOW: Duration = Duration::from_secs(1);
 
 pub(super) type Fetched = Result<(SmallObject, ServedFrom), SourceError>;
 
@@ -62,13 +56,13 @@ impl Pull {
                     Err(SourceError::TimedOut) => true,
                     // A limit is no slowness: its end is known, and told at once.
                     Err(SourceError::Limited { .. }) => false,
-                    Err(error) => error.is_passing_outage() && begun.elapsed() > FAILS_SLOWLY,
+                    Err(error) => error.is_passing_outage() && begun.elapsed() > CONFIRM_TIMEOUT,
                     Ok(_) => false,
                 };
                 if !is_slow || !asking.has_no_fallback() {
                     return answer;
                 }
-                sleep(WAIT_FOR_SLOW).await;
+                sleep(ALTERNATIVE_TIMEOUT).await;
             }
         };
         // The flights go on for whoever comes next.
@@ -204,7 +198,7 @@ impl Pull {
 
     /// A manifest that somebody has, where no origin gives it.
     async fn anybodys_manifest(&self, place: &Place, digest: &Digest) -> Option<SmallObject> {
-        let deadline = Instant::now() + FIRST_BYTE;
+        let deadline = Instant::now() + STALL_TIMEOUT;
         let question =
             Question { scope: last_scope(place), ..Question::about(place, digest, Manner::IfKept, deadline) };
         let kept = self.peers_for(place)?.anybodys_manifests(&question).await;

@@ -15,19 +15,13 @@ use crate::lifetimes::{ByLifetime, Lifetime};
 use crate::oci::{Digest, Registry, Repository, manifest};
 use crate::registries::Place;
 use crate::source::SourceError;
+use crate::times::{DEFAULT_TTL, OBSERVATION_TTL, REACH_TIMEOUT};
 
 /// What is known of repositories: None, if their blobs can be had.
 pub(super) struct Reachable(moka::sync::Cache<(Registry, Repository), Verdict>);
 
 #[derive(Clone)]
 struct Verdict(Option<SourceError>);
-
-/// How long a verdict holds. Longer: a changed storage backend of the registry is noticed later.
-const REACHABLE_TTL: Duration = Duration::from_secs(600);
-const BLOCKED_TTL: Duration = Duration::from_secs(60);
-
-/// The manifest is not held up for longer: a registry that is slow with a HEAD is no reason to refuse anything.
-const HEAD_TIMEOUT: Duration = Duration::from_millis(2500);
 
 impl Reachable {
     pub(super) fn new() -> Self {
@@ -47,8 +41,8 @@ impl Pull {
             return known.map_or(Ok(()), Err);
         }
         let Some(blob) = parsed(bytes, first_blob).await else { return Ok(()) };
-        let head = self.origin.blob_head(place, &blob, Instant::now() + HEAD_TIMEOUT);
-        let error = timeout(HEAD_TIMEOUT, head).await.ok().and_then(Result::err).filter(is_final);
+        let head = self.origin.blob_head(place, &blob, Instant::now() + REACH_TIMEOUT);
+        let error = timeout(REACH_TIMEOUT, head).await.ok().and_then(Result::err).filter(is_final);
         self.reachable.0.insert(key, Verdict(error.clone()));
         error.map_or(Ok(()), Err)
     }
@@ -75,7 +69,7 @@ fn is_final(error: &SourceError) -> bool {
 
 impl Lifetime for Verdict {
     fn life(&self) -> Duration {
-        if self.0.is_some() { BLOCKED_TTL } else { REACHABLE_TTL }
+        if self.0.is_some() { DEFAULT_TTL } else { OBSERVATION_TTL }
     }
 }
 

@@ -14,7 +14,7 @@ use xxhash_rust::xxh64::Xxh64;
 
 use super::blob::Fetch;
 use super::speeds::Sender;
-use super::{Asker, Asking, BlobRequest, Extent, FIRST_BYTE, Pull, is_personal};
+use super::{Asker, Asking, BlobRequest, Extent, Pull, is_personal};
 use crate::config::FarPeers;
 use crate::fill::{Connections, FillKey, Sources, Truth};
 use crate::oci::{NamedBy, Span, Spans};
@@ -23,7 +23,8 @@ use crate::peers::wire::Holder;
 use crate::peers::{Aim, Declined, Manner, Peers, Question, Redirects, Scope, Standing};
 use crate::registries::Place;
 use crate::role::Role;
-use crate::source::{Incoming, Part, ServedFrom, SourceError, UPSTREAM_TIMEOUT};
+use crate::source::{Incoming, Part, ServedFrom, SourceError};
+use crate::times::{CONFIRM_TIMEOUT, STALL_TIMEOUT, UPSTREAM_TIMEOUT};
 
 /// The sources of one blob.
 pub(super) struct BlobSources {
@@ -76,9 +77,6 @@ const PASS_OVER: u32 = 3;
 /// Peers asked for one range before its owner is.
 const ASK_HOLDERS: usize = 3;
 
-/// All of them together, so that there is time to ask who comes after them; longer than one, who is found out by that.
-const HOLDERS: Duration = Duration::from_secs(5);
-
 /// Who only has to look what it has, or gets now, answers within this time.
 const IF_KEPT: Duration = Duration::from_secs(4);
 
@@ -102,7 +100,7 @@ impl Sources for BlobSources {
             }
             // After a break the owner, who is best placed, comes before whoever said that it has it.
             if (failures == 0 || self.key.role == Role::Global)
-                && let Some(incoming) = timeout(HOLDERS, self.ask_holders(peers, part)).await.ok().flatten()
+                && let Some(incoming) = timeout(CONFIRM_TIMEOUT, self.ask_holders(peers, part)).await.ok().flatten()
             {
                 return Ok((incoming, ServedFrom::Peer));
             }
@@ -330,7 +328,7 @@ impl BlobSources {
             && (span.end == asked.end || (span.end < asked.end && span.len() >= SMALLEST_LOAN)));
         if let Some(fill) = self.pull.fills.running(&self.key).filter(|_| is_part) {
             fill.depute(span);
-            let deadline = Instant::now() + FIRST_BYTE;
+            let deadline = Instant::now() + STALL_TIMEOUT;
             match self.of_origin(Part::Span(span), deadline).await {
                 Ok(incoming) if incoming.span == span => {
                     let (peers, place, digest) = (peers.clone(), self.place.clone(), self.key.digest.clone());
@@ -423,7 +421,7 @@ impl BlobSources {
     /// is nothing to lose by it. Once bytes have come, a connection that does not begin soon is replaced.
     fn first_byte_timeout(&self) -> Duration {
         let has_begun = self.pull.fills.running(&self.key).is_some_and(|fill| fill.length_now().is_some());
-        if has_begun { FIRST_BYTE } else { UPSTREAM_TIMEOUT }
+        if has_begun { STALL_TIMEOUT } else { UPSTREAM_TIMEOUT }
     }
 
     /// What this node has of it.

@@ -1,5 +1,6 @@
 //! Whether a registry or the peers of other zones are faster: measured, and only where a rule wants to know.
 
+use crate::times::OBSERVATION_TTL;
 use std::time::Duration;
 
 /// How fast blobs came, by the name of a rule. Forgotten after a while, so that whoever was slow is tried again.
@@ -31,12 +32,11 @@ const ENOUGH: u32 = 3;
 const FASTER: f64 = 2.0;
 
 const LATEST: f64 = 0.3;
-const REMEMBERED: Duration = Duration::from_secs(600);
 const MAX_RULES: u64 = 1000;
 
 impl Speeds {
     pub(super) fn new() -> Self {
-        let cache = || moka::sync::Cache::builder().max_capacity(MAX_RULES).time_to_live(REMEMBERED).build();
+        let cache = || moka::sync::Cache::builder().max_capacity(MAX_RULES).time_to_live(OBSERVATION_TTL).build();
         Self { origin: cache(), far: cache() }
     }
 

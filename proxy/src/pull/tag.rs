@@ -19,14 +19,12 @@ use crate::oci::{Digest, Reference, Tag};
 use crate::peers::{Downstream, Manner, Peers, Question, Reach, Standing, TagAnswer, TagMeaning};
 use crate::registries::Place;
 use crate::role::Role;
-use crate::source::{ServedFrom, SourceError, UPSTREAM_TIMEOUT};
+use crate::source::{ServedFrom, SourceError};
 use crate::tags::Resolved;
+use crate::times::{ALTERNATIVE_TIMEOUT, UPSTREAM_TIMEOUT};
 
 /// What a tag means.
 pub(super) type Meant = Result<ManifestAnswer, SourceError>;
-
-/// How long the origin has where an older answer is at hand.
-const WITH_STALE: Duration = Duration::from_secs(1);
 
 /// A renewal stays open for this long: clients are served the stale tag meanwhile. Longer: a request that an upstream has
 /// lost keeps the tag stale for longer. Shorter: tags of slower upstreams are never renewed.
@@ -73,7 +71,7 @@ impl Pull {
                 meant => self.count_stale(place, tag, meant, "peer"),
             };
         };
-        let patience = if self.slow.contains_key(&place.registry) { WHERE_SLOW } else { WITH_STALE };
+        let patience = if self.slow.contains_key(&place.registry) { WHERE_SLOW } else { ALTERNATIVE_TIMEOUT };
         let asked = tokio::select! {
             biased;
             // One that is down is asked by whoever looks after it, and one that said "later" is not asked.
@@ -91,7 +89,7 @@ impl Pull {
             Ok(Err(error)) => Err(error),
             // The flight goes on and renews the lease for whoever comes next.
             Err(_) => {
-                if patience == WITH_STALE {
+                if patience == ALTERNATIVE_TIMEOUT {
                     self.slow.insert(place.registry.clone(), ());
                 }
                 self.count_stale(place, tag, Ok(stale(expired)), "slow")

@@ -1,7 +1,6 @@
 //! What runs beside the listeners for as long as the process lives.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use tokio::runtime::Runtime;
 use tokio::task::JoinHandle;
@@ -10,13 +9,10 @@ use tokio::time::timeout;
 use super::components::Components;
 use super::ports::{Bound, Ports};
 use crate::config::Share;
-use crate::peers::RELOAD;
 use crate::prefetch;
 use crate::store::{HOUSEKEEPING, Store};
+use crate::times::{GRACE, RELOAD_INTERVAL};
 use crate::worker_watch::watched;
-
-/// A new process waits this long to hear who its peers are before it is ready.
-const MEMBERSHIP: Duration = Duration::from_secs(5);
 
 /// Starts everything that waits for nothing.
 pub(super) fn spawn(runtime: &Runtime, components: &Arc<Components>) {
@@ -42,7 +38,7 @@ pub(super) async fn announce(components: Arc<Components>, ports: Ports, started:
         return;
     }
     // A node that does not know its peers yet would fetch everything itself.
-    if timeout(MEMBERSHIP, components.pull.peers_known()).await.is_err() {
+    if timeout(GRACE, components.pull.peers_known()).await.is_err() {
         tracing::warn!("the peers are not known yet: starting alone");
     }
     components.readiness.begin();
@@ -73,7 +69,7 @@ async fn keep_house(store: Arc<Store>, keep_free: Share) {
 async fn keep_secrets(components: Arc<Components>) {
     let mut known = [const { None }; 5];
     loop {
-        tokio::time::sleep(RELOAD).await;
+        tokio::time::sleep(RELOAD_INTERVAL).await;
         let components = components.clone();
         let reloaded = tokio::task::spawn_blocking(move || {
             let own = components.identity.as_ref().and_then(|identity| identity.reload().err());

@@ -1,13 +1,12 @@
 //! An error response as the upstream registry made it: what clients branch on reaches them unchanged.
 
-use std::time::Duration;
-
 use bytes::Bytes;
 use reqwest::Response;
 use serde::Deserialize;
 use tokio::time::{Instant, timeout_at};
 
 use super::SourceError;
+use crate::times::ALTERNATIVE_TIMEOUT;
 
 /// Status and `errors` body of an upstream's response without content.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -32,16 +31,13 @@ const LONGEST_BODY: usize = 2048;
 /// Longest code and message of a body that is cut, in characters.
 const LONGEST_TEXT: usize = 256;
 
-/// Time for the body of an error response: what matters most has come with its head.
-const BODY_TIMEOUT: Duration = Duration::from_secs(1);
-
 /// Most that is read of an error body, in bytes. A web page may be longer, and is dropped anyway.
 const MAX_READ: usize = 64 * 1024;
 
 impl SourceError {
     /// What a response without content says, of an upstream or of a peer that passes on what an upstream said.
     pub async fn of_response(mut response: Response, deadline: Instant) -> Self {
-        let deadline = deadline.min(Instant::now() + BODY_TIMEOUT);
+        let deadline = deadline.min(Instant::now() + ALTERNATIVE_TIMEOUT);
         let mut body = Vec::new();
         while let Ok(Ok(Some(piece))) = timeout_at(deadline, response.chunk()).await
             && body.len() + piece.len() <= MAX_READ

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant, SystemTime};
 use super::large::Large;
 use crate::config::Share;
 use crate::oci::Digest;
+use crate::times::DAY;
 
 /// Above the high mark the housekeeper evicts down to the low one, so that a fill seldom has to
 /// wait for room. In percent of what may be used.
@@ -19,9 +20,6 @@ const HOT: u32 = 2;
 /// A hot blob has at most a hundredth of the disk, all that are protected together a quarter.
 const SMALL_PART: u64 = 100;
 const PROTECTED_PART: u64 = 4;
-
-/// Hot is what was used within this time.
-const HOT_FOR: Duration = Duration::from_secs(24 * 3600);
 
 /// How often the housekeeper looks.
 pub const HOUSEKEEPING: Duration = Duration::from_secs(5);
@@ -43,7 +41,7 @@ pub(super) fn order(mut candidates: Vec<Candidate>, limit: u64, now: SystemTime)
     candidates.sort_by_key(|candidate| Reverse(candidate.last_used));
     let mut allowance = limit / PROTECTED_PART;
     let mut protected = |candidate: &Candidate| {
-        let recent = now.duration_since(candidate.last_used).is_ok_and(|age| age < HOT_FOR);
+        let recent = now.duration_since(candidate.last_used).is_ok_and(|age| age < DAY);
         let hot = candidate.uses >= HOT && candidate.bytes <= limit / SMALL_PART && recent;
         let fits = hot && candidate.bytes <= allowance;
         if fits {

@@ -9,10 +9,10 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use super::layout;
+use crate::times::TICK;
 
 /// A process that was told to end is gone after this time.
 const DRAINED: Duration = Duration::from_secs(30);
-const LOOK_AGAIN: Duration = Duration::from_millis(100);
 
 /// Gives a cache directory with all that is in it to a user and a group. False: it was theirs. One with something else in
 /// it is somebody's, by mistake.
@@ -52,7 +52,7 @@ fn wait_for(layout: &Path) -> io::Result<File> {
         if Instant::now() > until {
             return Err(io::Error::new(io::ErrorKind::WouldBlock, "a dray is using it"));
         }
-        std::thread::sleep(LOOK_AGAIN);
+        std::thread::sleep(TICK);
     }
     Ok(lock)
 }
@@ -114,7 +114,7 @@ mod tests {
         held.lock().unwrap();
         let emptied = std::thread::scope(|scope| {
             let emptying = scope.spawn(|| empty(dir.path()));
-            std::thread::sleep(LOOK_AGAIN * 3);
+            std::thread::sleep(TICK * 3);
             assert!(dir.path().join("v1/blobs/x").exists(), "somebody has it");
             drop(held);
             emptying.join().unwrap()

@@ -14,7 +14,7 @@ use std::io;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Instant, SystemTime};
 
 use arc_swap::ArcSwap;
 use parking_lot::{Mutex, RwLock};
@@ -32,6 +32,7 @@ use super::relayed::Relayed;
 use crate::metrics::Metrics;
 use crate::oci::Digest;
 use crate::provenance::Provenance;
+use crate::times::{DEFAULT_TTL, TOUCH_INTERVAL};
 
 /// The verified files and their index.
 pub struct Large {
@@ -127,12 +128,6 @@ impl Blob {
     }
 }
 
-/// A hit renews the file's times at most this often.
-const TOUCH_INTERVAL: Duration = Duration::from_secs(3600);
-
-/// Hits within this time are one use.
-const ONE_USE: Duration = Duration::from_secs(60);
-
 /// What a file takes beyond its bytes: rounding to blocks, inode, record.
 pub(super) const FILE_OVERHEAD: u64 = 8192;
 
@@ -197,7 +192,7 @@ impl Large {
             let relayed = self.relayed.lock().get(digest, Instant::now());
             return relayed.map_or(Known::Nowhere, |blob| Known::Open(blob, Proof::Verified));
         };
-        if now.duration_since(entry.last_used).is_ok_and(|age| age > ONE_USE) {
+        if now.duration_since(entry.last_used).is_ok_and(|age| age > DEFAULT_TTL) {
             entry.uses = entry.uses.saturating_add(1);
         }
         entry.last_used = now;

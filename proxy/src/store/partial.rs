@@ -1,10 +1,11 @@
 //! Blobs that were begun and left: kept for a while, so that a later pull goes on where they stopped.
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use super::draft::Draft;
 use crate::oci::{Digest, Registry, Spans};
 use crate::provenance::Provenance;
+use crate::times::OBSERVATION_TTL;
 
 /// A blob of which some bytes are there. Nothing about them is proven.
 pub struct Partial {
@@ -27,7 +28,6 @@ struct Kept {
     since: Instant,
 }
 
-const MAX_AGE: Duration = Duration::from_secs(600);
 const MAX_COUNT: usize = 64;
 
 impl Partials {
@@ -67,7 +67,7 @@ impl Partials {
 
     /// Takes those that nobody went on with in a while.
     pub(super) fn take_old(&mut self, now: Instant) -> Vec<Partial> {
-        let old = self.kept.extract_if(.., |kept| now.duration_since(kept.since) >= MAX_AGE);
+        let old = self.kept.extract_if(.., |kept| now.duration_since(kept.since) >= OBSERVATION_TTL);
         old.map(|kept| kept.partial).collect()
     }
 

@@ -16,6 +16,7 @@ use tokio::runtime::Handle;
 use url::Url;
 
 use crate::source::root_cause;
+use crate::times::STALL_TIMEOUT;
 use crate::trace::{Ended, Kind, Report, Value};
 
 /// Sends spans to a collector.
@@ -32,9 +33,6 @@ struct Door {
     well: AtomicBool,
 }
 
-/// A batch that takes longer is lost.
-const TIMEOUT: Duration = Duration::from_secs(10);
-
 /// What is left at the end has this long.
 const LAST: Duration = Duration::from_secs(3);
 
@@ -43,7 +41,7 @@ impl Otlp {
     /// `OTEL_EXPORTER_OTLP_HEADERS` hold, as the specification has them.
     pub(super) fn new(collector: &Url) -> Result<Self, String> {
         // A collector is near: proxies are for the way to registries.
-        let client = reqwest::Client::builder().timeout(TIMEOUT).no_proxy().redirect(Policy::none()).build();
+        let client = reqwest::Client::builder().timeout(STALL_TIMEOUT).no_proxy().redirect(Policy::none()).build();
         let client = client.map_err(|e| root_cause(&e))?;
         let door = Door { client, runtime: Handle::current(), well: AtomicBool::new(true) };
         let base = collector.as_str().trim_end_matches('/').trim_end_matches("/v1/traces");

@@ -8,6 +8,7 @@ use std::io::{self, Write};
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::times::FAREWELL;
 use parking_lot::{Condvar, Mutex};
 
 /// How long a line may wait to be written.
@@ -16,9 +17,6 @@ const WRITTEN_EVERY: Duration = Duration::from_millis(200);
 /// Lines together of this size are written at once; beyond the other they are dropped, and counted.
 const FULL: usize = 32 * 1024;
 const MOST: usize = 4 * 1024 * 1024;
-
-/// At the end the last lines have this long to be written.
-const FAREWELL: Duration = Duration::from_secs(1);
 
 /// Where lines are gathered.
 #[derive(Default)]

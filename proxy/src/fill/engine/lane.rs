@@ -8,7 +8,6 @@ use bytes::Bytes;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep};
 
-use super::TICK;
 use super::meter::{Busy, Meter};
 use crate::fill::feed::Sources;
 use crate::fill::flow::Flow;
@@ -16,6 +15,7 @@ use crate::fill::write::Piece;
 use crate::oci::{Registry, Span};
 use crate::shares::Share;
 use crate::source::{ServedFrom, SourceError};
+use crate::times::TICK;
 
 /// One connection's range.
 pub(super) struct Lane<'a> {

@@ -2,15 +2,12 @@
 
 use std::path::Path;
 use std::process::{ExitStatus, Stdio};
-use std::time::Duration;
 
+use crate::times::STALL_TIMEOUT;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::process::Command;
 use tokio::sync::Semaphore;
 use tokio::time::timeout;
-
-/// How long a program may take, as the kubelet gives its own.
-const PATIENCE: Duration = Duration::from_secs(10);
 
 /// More than any answer is long, in bytes.
 const MAX_ANSWER: u64 = 64 * 1024;
@@ -41,8 +38,8 @@ pub(super) async fn ask(mut command: Command, name: &Path, question: &[u8]) -> R
         }
         Ok(Said { status: child.wait().await?, output })
     };
-    match timeout(PATIENCE, talk).await {
+    match timeout(STALL_TIMEOUT, talk).await {
         Ok(said) => said.map_err(failed),
-        Err(_) => Err(format!("{}: no answer within {} s", name.display(), PATIENCE.as_secs())),
+        Err(_) => Err(format!("{}: no answer within {} s", name.display(), STALL_TIMEOUT.as_secs())),
     }
 }

@@ -5,12 +5,13 @@ use std::time::Duration;
 
 use tokio::time::{Instant, timeout_at};
 
-use super::{CloudClient, CredentialsError, FILE_LIFE, Found, Whom, find};
+use super::{CloudClient, CredentialsError, Found, Whom, find};
 use crate::config::Credentials;
 use crate::lifetimes::{ByLifetime, Lifetime};
 use crate::origin::http::Home;
 use crate::registries::Place;
 use crate::source::SourceError;
+use crate::times::{DEFAULT_TTL, RETRY_INTERVAL};
 
 #[derive(Clone)]
 pub(in crate::origin) struct Secrets {
@@ -34,17 +35,11 @@ struct Answer(Result<Found, CredentialsError>);
 /// Whatever a source promises.
 const MAX_LIFE: Duration = Duration::from_secs(12 * 3600);
 
-/// A source that fails is not asked again for so long.
-const FAILED: Duration = Duration::from_secs(2);
-
-/// Clients that ask for what may not be had must not make a program run, or a server be asked, for each question.
-const RENEWED: Duration = Duration::from_secs(2);
-
 impl Secrets {
     pub(in crate::origin) fn new(cloud: CloudClient) -> Self {
         Self {
             known: moka::future::Cache::builder().max_capacity(10_000).expire_after(ByLifetime).build(),
-            renewed: moka::future::Cache::builder().max_capacity(10_000).time_to_live(RENEWED).build(),
+            renewed: moka::future::Cache::builder().max_capacity(10_000).time_to_live(RETRY_INTERVAL).build(),
             cloud: Arc::new(cloud),
         }
     }
@@ -70,7 +65,7 @@ impl Secrets {
         let is_of_file = match &place.rule.credentials {
             Some(Credentials::Static { .. }) => true,
             Some(Credentials::DockerConfig { .. }) => {
-                let of_file = |Answer(found)| found.is_ok_and(|found: Found| found.life == FILE_LIFE);
+                let of_file = |Answer(found)| found.is_ok_and(|found: Found| found.life == DEFAULT_TTL);
                 self.known.get(&key).await.is_some_and(of_file)
             }
             _ => false,
@@ -130,6 +125,6 @@ impl Key {
 
 impl Lifetime for Answer {
     fn life(&self) -> Duration {
-        self.0.as_ref().map_or(FAILED, |found| found.life.min(MAX_LIFE))
+        self.0.as_ref().map_or(RETRY_INTERVAL, |found| found.life.min(MAX_LIFE))
     }
 }

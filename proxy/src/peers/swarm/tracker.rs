@@ -8,6 +8,7 @@ use std::time::Duration;
 use super::{Comes, Direction, MAX_SPANS, Time, is_slow, scatter};
 use crate::oci::{Span, Spans};
 use crate::peers::wire::{Holder, MAX_HOLDERS};
+use crate::times::TICK;
 
 /// One node's knowledge of who fetches a blob from it.
 pub struct Tracker {
@@ -76,8 +77,6 @@ const OF_FAN: usize = 16;
 
 /// Who gets a blob so many times slower than most sends it as slowly, and is named and asked last.
 const FAR: f64 = 4.0;
-/// Before that nobody knows.
-const JUDGED: Duration = Duration::from_millis(100);
 /// What is typical is so of the last reports, about so many.
 const REPORTS: u32 = 64;
 
@@ -247,7 +246,7 @@ impl Tracked {
         let has = self.have.len();
         let (since, had) = *self.since.get_or_insert((now, has));
         let took = now.saturating_sub(since);
-        if took >= JUDGED {
+        if took >= TICK {
             #[allow(clippy::cast_precision_loss, reason = "a rate")]
             let got = has.saturating_sub(had) as f64;
             self.rate = Some(got / took.as_secs_f64());

@@ -2,7 +2,6 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
 
 use foyer::HybridCache;
 use moka::policy::EvictionPolicy;
@@ -12,12 +11,10 @@ use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
 use super::{PAGE, SmallObject};
+use crate::times::FAREWELL;
 
 /// Objects that wait to be written; whoever inserts more waits as well.
 const QUEUE: usize = 32;
-
-/// For how long.
-const PATIENCE: Duration = Duration::from_secs(1);
 
 /// Where an object that is used is written again: when this part of the ring was written since.
 /// foyer gives up what was written first, used or not.
@@ -77,7 +74,7 @@ impl Writer {
 
     pub(super) async fn write(&self, key: String, object: SmallObject) {
         // A disk that hangs must not hold up who has the object in memory.
-        if timeout(PATIENCE, self.queue.send((key, object))).await.is_err() {
+        if timeout(FAREWELL, self.queue.send((key, object))).await.is_err() {
             self.dropped.inc();
         }
     }
