@@ -57,6 +57,7 @@ struct Copying {
     pull: Arc<Pull>,
     place: Place,
     client: Option<IpAddr>,
+    requested: Instant,
     record: ListRecord,
     encoder: DeflateEncoder<Vec<u8>>,
 }
@@ -88,6 +89,7 @@ impl Pull {
         asking: Asking,
     ) -> Result<ListAnswer, Refusal> {
         let key = key(place, list, query);
+        let requested = Instant::now();
         let mut asked = self.requested(place, list, query, &key, asking.client);
         let response = match timeout(CONFIRM_TIMEOUT.min(asking.patience), &mut asked).await {
             Ok(response) => response,
@@ -102,7 +104,7 @@ impl Pull {
         };
         let response = response.unwrap_or_else(|_| fetch_ended());
         match response {
-            Ok(response) => Ok(self.passed_on(place, list, key, response, asking.client)),
+            Ok(response) => Ok(self.passed_on(place, list, key, response, asking.client, requested)),
             Err(error) if is_outage(&error) => {
                 let seen = self.seen_before(place, list, query, &key).await;
                 seen.unwrap_or_else(|| Err(Refusal::of(&error, missing(list))))
@@ -110,7 +112,7 @@ impl Pull {
             Err(error) => {
                 // "Not found" and "denied" end what was seen before.
                 if error.is_not_found() || error.is_denied() {
-                    self.remember_absence(place, list, key, &error);
+                    self.remember_absence(place, list, key, &error, requested);
                 }
                 Err(Refusal::of(&error, missing(list)))
             }
@@ -131,11 +133,12 @@ impl Pull {
         let (pull, place, list, key) = (self.clone(), place.clone(), list.clone(), key.to_owned());
         let query = query.map(str::to_owned);
         tokio::spawn(trace::carried(async move {
-            let deadline = Instant::now() + UPSTREAM_TIMEOUT;
+            let requested = Instant::now();
+            let deadline = requested + UPSTREAM_TIMEOUT;
             let response = pull.origin.list(&place, &list, query.as_deref(), deadline).await;
             if let Err(Ok(response)) = sender.send(response) {
                 // For the copy, and no longer than a client would wait.
-                let passed_on = pull.passed_on(&place, &list, key, response, client);
+                let passed_on = pull.passed_on(&place, &list, key, response, client, requested);
                 let Body::List(mut body) = passed_on.body else { return };
                 let copied = async { while body.is_copied() && matches!(body.next().await, Ok(Some(_))) {} };
                 let _ = timeout(UPSTREAM_TIMEOUT, copied).await;
@@ -151,6 +154,7 @@ impl Pull {
         key: String,
         response: ListResponse,
         client: Option<IpAddr>,
+        requested: Instant,
     ) -> ListAnswer {
         let ListResponse { next, filters_applied, encoding, length, body } = response;
         let record = ListRecord {
@@ -161,7 +165,7 @@ impl Pull {
             checked_at: SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs(),
         };
         let encoder = DeflateEncoder::new(Vec::new(), Compression::fast());
-        let copy = Copying { pull: self.clone(), place: place.clone(), client, record, encoder };
+        let copy = Copying { pull: self.clone(), place: place.clone(), client, requested, record, encoder };
         let copy = Some(copy).filter(|_| encoding.is_none());
         ListAnswer {
             media_type: media_type(list),
@@ -175,16 +179,37 @@ impl Pull {
         }
     }
 
-    fn remember_absence(self: &Arc<Self>, place: &Place, list: &List, key: String, error: &SourceError) {
+    fn remember_absence(
+        self: &Arc<Self>,
+        place: &Place,
+        list: &List,
+        key: String,
+        error: &SourceError,
+        requested: Instant,
+    ) {
         let has_no_api = error.is_not_found() && matches!(list, List::Referrers(_));
         let (pull, place) = (self.clone(), place.clone());
         tokio::task::spawn_blocking(move || {
+            let _writing = pull.list_records.lock();
+            if !pull.is_youngest(&key, requested) {
+                return;
+            }
             let records = &pull.store.records;
             match has_no_api && (records.is_known_list(&key) || pull.may_copy(&place)) {
                 true => records.put_absent_list(&key, &place.registry),
                 false => records.forget_list(&key),
             }
         });
+    }
+
+    /// Whether a response was requested later than the one that the record of its list tells of: a copy that comes late must
+    /// not undo a refusal. Called under the lock of the records.
+    fn is_youngest(&self, key: &str, requested: Instant) -> bool {
+        if self.list_requests.get(key).is_some_and(|known| known > requested) {
+            return false;
+        }
+        self.list_requests.insert(key.to_owned(), requested);
+        true
     }
 
     /// Clients choose the queries of lists: of one repository so many new copies are written in an hour at most.
@@ -290,11 +315,11 @@ impl Pull {
         let media_type = media_type.to_owned();
         let refers = move |bytes: &[u8]| Some((manifest::subject(bytes)?, manifest::referrer(bytes, &media_type)?));
         let Some((subject, artifact)) = parsed(bytes, refers).await else { return };
-        let (store, subject, turn) = (self.store.clone(), subject_key(place, &subject), self.subjects.clone());
+        let (store, subject, records) = (self.store.clone(), subject_key(place, &subject), self.list_records.clone());
         let registry = place.registry.clone();
         tokio::task::spawn_blocking(move || {
             // Read, changed and written by one at a time.
-            let _turn = turn.lock();
+            let _writing = records.lock();
             let mut referrers = store.records.referrers(&subject);
             if !referrers.contains(&artifact) && referrers.len() < MAX_REFERRERS {
                 referrers.push(artifact);
@@ -344,7 +369,7 @@ impl Copying {
 
     /// All of it has come.
     fn keep(self) {
-        let Self { pull, place, client, mut record, encoder } = self;
+        let Self { pull, place, client, requested, mut record, encoder } = self;
         let Ok(packed) = encoder.finish() else { return };
         let digest = Digest::of(&packed);
         record.digest = digest.to_string();
@@ -359,7 +384,12 @@ impl Copying {
             if pull.store.find(&digest, Kind::Blob).await.is_none() {
                 pull.store.small.insert(&digest, Kind::Blob, object).await;
             }
-            tokio::task::spawn_blocking(move || pull.store.records.put_list(&record, &place.registry, client));
+            tokio::task::spawn_blocking(move || {
+                let _writing = pull.list_records.lock();
+                if pull.is_youngest(&record.key, requested) {
+                    pull.store.records.put_list(&record, &place.registry, client);
+                }
+            });
         });
     }
 }

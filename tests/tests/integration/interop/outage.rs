@@ -190,3 +190,28 @@ async fn list_that_is_denied_is_gone_for_outages_too() {
         assert_eq!(off.status, 503);
     }
 }
+
+/// The end of a slow response must not bring back what was denied meanwhile.
+#[tokio::test(flavor = "multi_thread")]
+async fn list_that_ends_after_it_was_denied_is_not_kept() {
+    let seen = AtomicUsize::new(0);
+    let upstream = Origin::answering(move |_| match seen.fetch_add(1, Ordering::SeqCst) {
+        0 => Response::new(200, r#"{"tags":["1"]}"#).fault(Fault::GateAfter(3)),
+        1 => Response::new(403, ""),
+        _ => Response::new(503, ""),
+    })
+    .await;
+    let dray = dray_of(&upstream);
+    let path = FORMS[1].path("tags/list");
+    let denied = async {
+        eventually("the first request is there", async || (upstream.requests().len() == 1).then_some(())).await;
+        let denied = dray.get(&path).await;
+        upstream.open_gate();
+        denied
+    };
+    let (first, denied) = tokio::join!(dray.get(&path), denied);
+    assert_eq!((first.status, first.complete, denied.status), (200, true, 403));
+    for _ in 0..20 {
+        assert_eq!(dray.get(&path).await.status, 503);
+    }
+}
