@@ -13,7 +13,6 @@ mod flow;
 mod loans;
 mod pace;
 mod passage;
-mod piece;
 mod plan;
 mod progress;
 mod reader;

@@ -13,6 +13,7 @@ pub mod handed;
 mod large;
 mod layout;
 mod partial;
+mod piece_memory;
 mod records;
 mod relayed;
 mod small;
@@ -34,6 +35,7 @@ use large::Known;
 pub use large::{Blob, Large, Proof};
 pub use layout::LayoutError;
 pub use partial::Partial;
+pub use piece_memory::{Piece, PieceMemory};
 pub use records::{ListRecord, Records, ReferrersRecord, RepositoryRecord, TagRecord};
 pub use small::{Kind, Small, SmallObject};
 

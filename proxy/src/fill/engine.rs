@@ -13,7 +13,6 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::stream::{FuturesUnordered, StreamExt};
-use tokio::sync::mpsc;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
 
 use self::lane::{Fetched, Lane, Lost};
@@ -21,7 +20,7 @@ use self::meter::Meter;
 use super::climb::{Climb, Width};
 use super::feed::{Connections, Feed, Sources};
 use super::flow::{Breaks, Flow};
-use super::write::Piece;
+use super::write::Writer;
 use super::{Fill, LITTLE_LEFT};
 use crate::config::Abandoned;
 use crate::oci::{Registry, Span};
@@ -49,7 +48,7 @@ pub(super) struct Engine<'a> {
     /// Connections beyond the first of each blob.
     pub(super) connections: &'a Shares<Registry>,
     pub(super) total: u64,
-    pub(super) pieces: mpsc::Sender<Piece>,
+    pub(super) writer: Writer,
 }
 
 /// Connections beside others that were refused.
@@ -120,12 +119,12 @@ impl Engine<'_> {
         let (sources, total) = (self.sources.clone(), self.total);
         let mut course = Course::new();
         let mut lanes = FuturesUnordered::new();
-        let lane = |span, failures, pieces, leave| Lane {
+        let lane = |span, failures, writer, leave| Lane {
             sources: &*sources,
             span,
             total,
             failures,
-            pieces,
+            writer,
             meter: &meter,
             _leave: leave,
         };
@@ -137,7 +136,7 @@ impl Engine<'_> {
                 plan.may_lend();
             }
         }
-        lanes.push(lane(span, 0, self.pieces.clone(), None).run(Some(first)));
+        lanes.push(lane(span, 0, self.writer.clone(), None).run(Some(first)));
         let mut progress = self.fill.progress.subscribe();
         let mut tick = interval(TICK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -149,7 +148,7 @@ impl Engine<'_> {
                 && let Some((span, leave)) =
                     self.next_range(lanes.len(), &mut width, &course.refusals, progress.borrow_and_update().hashed())
             {
-                lanes.push(lane(span, course.breaks.barren, self.pieces.clone(), leave).run(None));
+                lanes.push(lane(span, course.breaks.barren, self.writer.clone(), leave).run(None));
             }
             meter.idles.store(may_open && width.is_fixed() && lanes.len() < width.lanes(), Ordering::Relaxed);
             let complete = self.fill.plan.lock().is_complete();
@@ -240,7 +239,7 @@ impl Engine<'_> {
     /// What has come since the last time: whether more connections are worth it, and whether the blob is still wanted.
     fn look_over(&self, meter: &Meter, width: &mut Width, course: &mut Course) -> Option<Ended> {
         // Where the plan waits for the hash, no piece finds this out.
-        if self.pieces.is_closed() || self.fill.progress.borrow().is_unreadable() {
+        if self.writer.is_closed() || self.fill.progress.borrow().is_unreadable() {
             return Some(Ended::Broken(unwritable()));
         }
         let bytes = meter.bytes.load(Ordering::Relaxed);
@@ -324,7 +323,7 @@ impl Engine<'_> {
                 }
                 let span = Span { start: gap.start, end: gap.start + bytes.len() as u64 };
                 self.fill.plan.lock().take(span);
-                if self.pieces.send(Piece::new(span.start, bytes).await).await.is_err() {
+                if self.writer.write(span.start, bytes).await.is_err() {
                     return Ended::Broken(unwritable());
                 }
                 position = span.end;

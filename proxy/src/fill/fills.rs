@@ -11,6 +11,7 @@ use tokio::sync::Semaphore;
 use super::feed::Sources;
 use super::progress::Phase;
 use super::run::Running;
+use super::write::MAX_WAITING_KIB;
 use super::{Fill, FillView, Opened};
 use crate::memory::Memory;
 use crate::metrics::Metrics;
@@ -37,6 +38,8 @@ pub struct Fills {
     of_clients: Shares<IpAddr>,
     pub(super) large: Shares<Registry>,
     proofs: Arc<Semaphore>,
+    /// KiB that may wait for the disk or the hash.
+    pub(super) waiting_kib: Arc<Semaphore>,
     pub(super) memory: Arc<Memory>,
     pub(super) connections: Shares<Registry>,
     pub(super) store: Arc<Store>,
@@ -141,6 +144,7 @@ impl Fills {
             of_clients: Shares::new(BEGUN_BY_CLIENTS),
             large: Shares::new(MAX_FILLS),
             proofs: Arc::new(Semaphore::new(MAX_PROOFS)),
+            waiting_kib: Arc::new(Semaphore::new(MAX_WAITING_KIB)),
             memory,
             connections: Shares::new(MAX_CONNECTIONS),
             store,

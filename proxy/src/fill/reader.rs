@@ -11,7 +11,6 @@ use tokio::time::sleep;
 
 use super::Reading;
 use super::audience::Seat;
-use super::piece::{Piece, piece_len};
 use super::progress::Progress;
 use crate::oci::Span;
 use crate::source::Broken;
@@ -78,7 +77,7 @@ impl Reader {
     /// The next piece; None at the end of the span.
     pub async fn next(&mut self) -> Result<Option<Bytes>, Broken> {
         let Some((blob, span)) = self.ready().await? else { return Ok(None) };
-        let len = usize::try_from(span.len()).unwrap_or(usize::MAX).min(piece_len());
+        let len = usize::try_from(span.len()).unwrap_or(usize::MAX).min(blob.pieces.piece_len());
         let read = read(&blob, span.start, len).await.inspect_err(|error| blob.failed(error));
         let bytes = read.map_err(|e| Broken(e.to_string()))?;
         if bytes.is_empty() {
@@ -127,7 +126,7 @@ impl Reader {
 /// Reads without a thread what the page cache holds, and everything else on a thread that may block.
 #[expect(clippy::disallowed_methods, reason = "what may block has a thread for it")]
 async fn read(blob: &Arc<Blob>, offset: u64, len: usize) -> io::Result<Bytes> {
-    let mut piece = Piece::new(len);
+    let mut piece = blob.pieces.piece(len);
     let cached = {
         let mut slices = [IoSliceMut::new(piece.memory())];
         preadv2(&blob.file, &mut slices, offset, ReadWriteFlags::NOWAIT)

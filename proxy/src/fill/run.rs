@@ -176,9 +176,10 @@ impl Running<'_> {
             self.fills.metrics.resumed_bytes.inc_by(written.len());
         }
         self.fill.begin(&draft, from, &written);
-        let (pieces, writing) = write::start(self.fill, &self.fills.store.large, &draft, written);
+        let waiting_kib = self.fills.waiting_kib.clone();
+        let (writer, writing) = write::start(self.fill, &self.fills.store.large, &draft, written, waiting_kib);
         let engine =
-            Engine { fill: self.fill, sources: sources.clone(), connections: &self.fills.connections, total, pieces };
+            Engine { fill: self.fill, sources: sources.clone(), connections: &self.fills.connections, total, writer };
         let ended = Box::pin(engine.run(feed)).await;
         let written = writing.await.unwrap_or(Written::DiskFailed);
         drop(permit);

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{self as std_mpsc, TryRecvError};
 
 use bytes::Bytes;
-use tokio::sync::{Semaphore, SemaphorePermit, mpsc, watch};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tokio::task::JoinHandle;
 
 use super::Fill;
@@ -25,21 +25,44 @@ const READ_BACK: u64 = 1024 * 1024;
 pub(super) struct Piece {
     pub(super) position: u64,
     pub(super) bytes: Bytes,
-    _memory: Option<SemaphorePermit<'static>>,
+    _memory: OwnedSemaphorePermit,
 }
 
-/// All pieces that wait for the disk or the hash share so many KiB: a disk that hangs must not take the
-/// memory.
-static WAITING_KIB: Semaphore = Semaphore::const_new(128 * 1024);
+/// All pieces that wait for the disk or the hash share so many KiB: a disk that hangs must not take the memory. More: it takes
+/// more. Less: disks that pause for a moment hold up all downloads.
+pub(super) const MAX_WAITING_KIB: usize = 128 * 1024;
 
-impl Piece {
-    /// Waits until there is memory for it.
-    pub(super) async fn new(position: u64, bytes: Bytes) -> Self {
-        let kib = u32::try_from(bytes.len() / 1024 + 1).unwrap_or(u32::MAX);
-        // The semaphore is never closed.
-        Self { position, bytes, _memory: WAITING_KIB.acquire_many(kib).await.ok() }
+/// Where the pieces of a blob go.
+#[derive(Clone)]
+pub(super) struct Writer {
+    pieces: mpsc::Sender<Piece>,
+    waiting_kib: Arc<Semaphore>,
+}
+
+/// Nothing is written any more.
+#[derive(Debug)]
+pub(super) struct Closed;
+
+impl Writer {
+    /// One, and what receives its pieces. All writers share what may wait.
+    pub(super) fn new(waiting_kib: Arc<Semaphore>) -> (Self, mpsc::Receiver<Piece>) {
+        let (pieces, received) = mpsc::channel(QUEUE);
+        (Self { pieces, waiting_kib }, received)
     }
 
+    /// Waits until there is memory for bytes that wait, and a place in the queue.
+    pub(super) async fn write(&self, position: u64, bytes: Bytes) -> Result<(), Closed> {
+        let kib = u32::try_from(bytes.len() / 1024 + 1).unwrap_or(u32::MAX);
+        let memory = self.waiting_kib.clone().acquire_many_owned(kib).await.map_err(|_| Closed)?;
+        self.pieces.send(Piece { position, bytes, _memory: memory }).await.map_err(|_| Closed)
+    }
+
+    pub(super) fn is_closed(&self) -> bool {
+        self.pieces.is_closed()
+    }
+}
+
+impl Piece {
     fn span(&self) -> Span {
         Span { start: self.position, end: self.position + self.bytes.len() as u64 }
     }
@@ -75,8 +98,9 @@ pub(super) fn start(
     large: &Arc<Large>,
     draft: &Draft,
     written: Spans,
-) -> (mpsc::Sender<Piece>, JoinHandle<Written>) {
-    let (sender, mut pieces) = mpsc::channel::<Piece>(QUEUE);
+    waiting_kib: Arc<Semaphore>,
+) -> (Writer, JoinHandle<Written>) {
+    let (writer, mut pieces) = Writer::new(waiting_kib);
     let (large, blob, teller) = (large.clone(), draft.blob.clone(), fill.teller());
     let mut bytes = written.len();
     let hasher = Hasher::new(fill, &draft.blob, written);
@@ -107,7 +131,7 @@ pub(super) fn start(
             (None, Ok(written)) => written,
         }
     });
-    (sender, thread)
+    (writer, thread)
 }
 
 /// Hashes a file that is whole, telling its readers as it goes. Whether it matches.

@@ -55,7 +55,8 @@ impl Large {
         let path = self.fills.join(self.next_draft.fetch_add(1, Ordering::Relaxed).to_string());
         match self.create(&path, len) {
             Ok(file) => {
-                let blob = Blob { file, len, provenance: Some(provenance), charge, unreadable: Arc::default() };
+                let (provenance, pieces) = (Some(provenance), self.pieces.clone());
+                let blob = Blob { file, len, provenance, charge, unreadable: Arc::default(), pieces };
                 Ok(Draft { path, blob: Arc::new(blob) })
             }
             Err(error) => {

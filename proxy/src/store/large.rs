@@ -28,6 +28,7 @@ use super::evict::{Candidate, FileSystem};
 use super::files::{self, Record};
 use super::layout::Layout;
 use super::partial::Partials;
+use super::piece_memory::PieceMemory;
 use super::relayed::Relayed;
 use crate::metrics::Metrics;
 use crate::oci::Digest;
@@ -51,6 +52,7 @@ pub struct Large {
     epoch: String,
     /// Whether nothing gets a name any more. Held while something does.
     pub(super) sealed: RwLock<bool>,
+    pub(super) pieces: Arc<PieceMemory>,
 }
 
 /// An open blob, or one that is being written. Its bytes stay readable, and counted, until the
@@ -63,6 +65,8 @@ pub struct Blob {
     pub(super) charge: Arc<Charge>,
     /// The disk could not read it.
     pub(super) unreadable: Arc<AtomicBool>,
+    /// The memory that it is read into.
+    pub pieces: Arc<PieceMemory>,
 }
 
 /// Whether a file can be believed.
@@ -177,6 +181,7 @@ impl Large {
             next_draft: AtomicU64::new(0),
             epoch: layout.epoch().to_owned(),
             sealed: RwLock::default(),
+            pieces: Arc::default(),
         };
         // The limit may have been lowered since.
         large.shrink_to(limit);
@@ -259,6 +264,7 @@ impl Large {
                     provenance: record.map(|record| record.provenance),
                     charge,
                     unreadable,
+                    pieces: self.pieces.clone(),
                 });
                 entry.open = Arc::downgrade(&blob);
                 Some((blob, proof))

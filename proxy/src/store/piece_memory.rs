@@ -1,11 +1,13 @@
-//! Pieces of a file on their way to a client: how large, and from which memory.
+//! PieceMemory of a file on their way to a client: how large they are, and from which memory.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use bytes::Bytes;
 use parking_lot::Mutex;
 
-/// Memory that all pieces together should take, in bytes.
+/// Memory that all pieces together should take, in bytes. More: the process takes more with many slow readers. Less: each of
+/// them reads smaller pieces, which costs CPU.
 const ALL_PIECES: usize = 24 * 1024 * 1024;
 const LARGEST: usize = 1024 * 1024;
 const SMALLEST: usize = 16 * 1024;
@@ -16,12 +18,25 @@ const SHARE: usize = 16;
 /// Buffers kept for the next piece.
 const MAX_SPARE: usize = 8;
 
-static IN_USE: AtomicUsize = AtomicUsize::new(0);
-static SPARE: Mutex<Vec<Box<[u8]>>> = Mutex::new(Vec::new());
+/// The memory of all pieces.
+#[derive(Default)]
+pub struct PieceMemory {
+    in_use: AtomicUsize,
+    spare: Mutex<Vec<Box<[u8]>>>,
+}
 
-/// How much to read at once: the more slow readers hold, the less is left for each.
-pub(super) fn piece_len() -> usize {
-    len_with(IN_USE.load(Ordering::Relaxed))
+impl PieceMemory {
+    /// How much to read at once: the more slow readers hold, the less is left for each.
+    pub fn piece_len(&self) -> usize {
+        len_with(self.in_use.load(Ordering::Relaxed))
+    }
+
+    pub fn piece(self: &Arc<Self>, len: usize) -> Piece {
+        let spare = (len == LARGEST).then(|| self.spare.lock().pop()).flatten();
+        self.in_use.fetch_add(len, Ordering::Relaxed);
+        let memory = spare.unwrap_or_else(|| vec![0; len].into_boxed_slice());
+        Piece { memory, filled: 0, pool: self.clone() }
+    }
 }
 
 fn len_with(in_use: usize) -> usize {
@@ -31,24 +46,19 @@ fn len_with(in_use: usize) -> usize {
 
 /// Memory to read into. A full-sized one goes back to the spares when its last `Bytes` is dropped,
 /// so that a fast reader neither allocates nor clears memory.
-pub(super) struct Piece {
+pub struct Piece {
     memory: Box<[u8]>,
     filled: usize,
+    pool: Arc<PieceMemory>,
 }
 
 impl Piece {
-    pub(super) fn new(len: usize) -> Self {
-        let spare = (len == LARGEST).then(|| SPARE.lock().pop()).flatten();
-        IN_USE.fetch_add(len, Ordering::Relaxed);
-        Self { memory: spare.unwrap_or_else(|| vec![0; len].into_boxed_slice()), filled: 0 }
-    }
-
-    pub(super) fn memory(&mut self) -> &mut [u8] {
+    pub fn memory(&mut self) -> &mut [u8] {
         &mut self.memory
     }
 
     /// The first `filled` bytes.
-    pub(super) fn into_bytes(mut self, filled: usize) -> Bytes {
+    pub fn into_bytes(mut self, filled: usize) -> Bytes {
         self.filled = filled.min(self.memory.len());
         Bytes::from_owner(self)
     }
@@ -62,9 +72,9 @@ impl AsRef<[u8]> for Piece {
 
 impl Drop for Piece {
     fn drop(&mut self) {
-        IN_USE.fetch_sub(self.memory.len(), Ordering::Relaxed);
+        self.pool.in_use.fetch_sub(self.memory.len(), Ordering::Relaxed);
         if self.memory.len() == LARGEST {
-            let mut spare = SPARE.lock();
+            let mut spare = self.pool.spare.lock();
             if spare.len() < MAX_SPARE {
                 spare.push(std::mem::take(&mut self.memory));
             }
@@ -89,9 +99,10 @@ mod tests {
 
     #[test]
     fn a_piece_shows_only_what_was_read() {
-        let mut piece = Piece::new(LARGEST);
+        let pieces = Arc::new(PieceMemory::default());
+        let mut piece = pieces.piece(LARGEST);
         piece.memory()[..3].copy_from_slice(b"abc");
         assert_eq!(&piece.into_bytes(3)[..], b"abc");
-        assert_eq!(Piece::new(LARGEST).into_bytes(0).len(), 0);
+        assert_eq!(pieces.piece(LARGEST).into_bytes(0).len(), 0);
     }
 }

@@ -5,13 +5,12 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use bytes::Bytes;
-use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep};
 
 use super::meter::{Busy, Meter};
 use crate::fill::feed::Sources;
 use crate::fill::flow::Flow;
-use crate::fill::write::Piece;
+use crate::fill::write::Writer;
 use crate::oci::{Registry, Span};
 use crate::shares::Share;
 use crate::source::{ServedFrom, SourceError};
@@ -23,7 +22,7 @@ pub(super) struct Lane<'a> {
     pub(super) span: Span,
     pub(super) total: u64,
     pub(super) failures: u32,
-    pub(super) pieces: mpsc::Sender<Piece>,
+    pub(super) writer: Writer,
     pub(super) meter: &'a Meter,
     pub(super) _leave: Option<Share<Registry>>,
 }
@@ -88,7 +87,7 @@ impl Lane<'_> {
             });
             bytes.truncate(usize::try_from(end - *position).unwrap_or(usize::MAX));
             let len = bytes.len() as u64;
-            self.pieces.send(Piece::new(*position, bytes).await).await.map_err(|_| Lost::Unwritable)?;
+            self.writer.write(*position, bytes).await.map_err(|_| Lost::Unwritable)?;
             self.meter.bytes.fetch_add(len, Ordering::Relaxed);
             if with_origin {
                 self.meter.of_origin.fetch_add(len, Ordering::Relaxed);
@@ -99,7 +98,9 @@ impl Lane<'_> {
                 waited += took;
                 self.meter.pace.lock().brought(len, took);
                 let is_behind = self.meter.pace.lock().leaves(*position - self.span.start, waited);
-                self.stay(*position, is_behind || self.is_waited_for(*position, waited, Duration::ZERO))?;
+                if is_behind || self.is_waited_for(*position, waited, Duration::ZERO) {
+                    self.leave(*position)?;
+                }
             }
         }
         if end < self.span.end { Err(Lost::Beginning) } else { Ok(()) }
@@ -113,7 +114,9 @@ impl Lane<'_> {
             tokio::select! {
                 biased;
                 bytes = &mut gathering => return bytes.map_err(Lost::Broke),
-                () = sleep(TICK) => self.stay(position, self.is_waited_for(position, waited, asked.elapsed()))?,
+                () = sleep(TICK) => if self.is_waited_for(position, waited, asked.elapsed()) {
+                    self.leave(position)?;
+                },
             }
         }
     }
@@ -124,9 +127,9 @@ impl Lane<'_> {
         self.meter.idles.load(Ordering::Relaxed) && self.meter.pace.lock().leaves_soon(brought, waited, since)
     }
 
-    /// Leaves a peer that is `behind` where others have the same.
-    fn stay(&self, position: u64, behind: bool) -> Result<(), Lost> {
-        if behind && self.sources.alternatives(position) > 1 {
+    /// Leaves a peer that is behind, where others have the same.
+    fn leave(&self, position: u64) -> Result<(), Lost> {
+        if self.sources.alternatives(position) > 1 {
             self.meter.pace.lock().left();
             return Err(Lost::LeftBehind);
         }

@@ -6,9 +6,11 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use futures_util::stream;
 use parking_lot::Mutex;
+use tokio::sync::Semaphore;
 
 use super::super::plan::Plan;
 use super::super::progress::Phase;
+use super::super::write::Piece;
 use super::super::{Connections, FillKey};
 use super::*;
 use crate::config::Config;
@@ -111,7 +113,7 @@ fn fill(digest: &Digest) -> Arc<Fill> {
 
 /// Runs the engine against a disk that only checks what it is given, and hashes with a delay.
 async fn run(sources: Arc<dyn Sources>, body: &Bytes, fill: &Arc<Fill>, from: u64, written: Spans) -> (Ended, Spans) {
-    let (pieces, mut received) = mpsc::channel::<Piece>(16);
+    let (writer, mut received) = Writer::new(Arc::new(Semaphore::new(1024 * 1024)));
     fill.progress.send_modify(|progress| {
         progress.set_written(written.clone());
         progress.enter(Phase::Growing);
@@ -141,7 +143,7 @@ async fn run(sources: Arc<dyn Sources>, body: &Bytes, fill: &Arc<Fill>, from: u6
         Err(error) => return (Ended::Broken(error), written),
     };
     *fill.plan.lock() = Plan::new(total, written);
-    let engine = Engine { fill, sources, connections: &connections, total, pieces };
+    let engine = Engine { fill, sources, connections: &connections, total, writer };
     let ended = engine.run(feed).await;
     (ended, disk.await.unwrap())
 }
