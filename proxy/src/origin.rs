@@ -34,7 +34,7 @@ pub use self::auth::Exchanged;
 use self::auth::Tokens;
 pub use self::condition::UpstreamView;
 use self::condition::{Conditions, Known};
-use self::credentials::CloudClient;
+use self::credentials::Outside;
 pub use self::credentials::are_here as credentials_are_here;
 use self::guard::Guard;
 use self::http::Http;
@@ -124,10 +124,10 @@ impl Origin {
     ) -> Result<Self, String> {
         let guard = Guard::new(config)?;
         let http = Http::new(guard, registries.rules().iter().map(|rule| &rule.tls), config.tls.ca.as_deref())?;
-        let cloud = CloudClient::new(http.cloud.clone());
+        let outside = Outside::new(http.cloud.clone());
         Ok(Self {
             http: Arc::new(http),
-            tokens: Tokens::new(cloud),
+            tokens: Tokens::new(outside),
             redirects: Redirects::new(),
             retries: moka::sync::Cache::new(MAX_RETRY_BUDGETS),
             conditions: Conditions::new(),

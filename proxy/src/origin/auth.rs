@@ -10,7 +10,7 @@ use tokio::time::{Instant as Deadline, timeout_at};
 use url::Url;
 
 use super::challenge::Challenge;
-use super::credentials::{CloudClient, Secrets};
+use super::credentials::{Outside, Secrets};
 use super::http::{Home, Http};
 use super::token_endpoint::{Grant, PULL, fetch_token, repository_of, scopes, sensitive};
 use crate::lifetimes::{ByLifetime, Lifetime};
@@ -82,7 +82,7 @@ fn lately(life: Duration) -> moka::future::Cache<(String, String), ()> {
 }
 
 impl Tokens {
-    pub(super) fn new(cloud: CloudClient) -> Self {
+    pub(super) fn new(outside: Outside) -> Self {
         Self {
             challenges: moka::future::Cache::builder()
                 .max_capacity(10_000)
@@ -94,7 +94,7 @@ impl Tokens {
                 .weigher(|key: &GrantKey, grant: &Grant| key.bytes() + grant.bytes())
                 .expire_after(ByLifetime)
                 .build(),
-            secrets: Secrets::new(cloud),
+            secrets: Secrets::new(outside),
             looked_again: lately(Duration::from_secs(60)),
             told: lately(Duration::from_secs(600)),
         }

@@ -15,7 +15,8 @@ mod secrets;
 use std::path::Path;
 use std::time::Duration;
 
-pub(super) use self::cloud::CloudClient;
+use tokio::sync::Semaphore;
+
 pub use self::here::are_here;
 pub(super) use self::secrets::Secrets;
 use crate::blocking::on_thread;
@@ -30,6 +31,23 @@ pub(super) struct Found {
     /// None: the upstream is asked anonymously.
     pub(super) secret: Option<Secret>,
     pub(super) life: Duration,
+}
+
+/// What sources outside of this process share: clients may name any number of registries and repositories.
+pub(super) struct Outside {
+    /// The client of the clouds' token services.
+    http: reqwest::Client,
+    turns: Semaphore,
+}
+
+/// Programs and token services that are asked at the same time. More: programs take the memory of the machine. Fewer: pulls from
+/// registries with different secrets wait for each other.
+const MAX_OUTSIDE: usize = 8;
+
+impl Outside {
+    pub(super) fn new(http: reqwest::Client) -> Self {
+        Self { http, turns: Semaphore::new(MAX_OUTSIDE) }
+    }
 }
 
 /// Why credentials cannot be had. Says which source, never what it holds.
@@ -65,13 +83,11 @@ pub(super) struct Whom<'a> {
 }
 
 /// The secret for an upstream.
-pub(super) async fn find(
-    source: &Credentials,
-    whom: Whom<'_>,
-    cloud_client: &CloudClient,
-) -> Result<Found, CredentialsError> {
+pub(super) async fn find(source: &Credentials, whom: Whom<'_>, outside: &Outside) -> Result<Found, CredentialsError> {
     let Whom { base, authority, trust, repository, .. } = whom;
     let lasting = |life| move |secret| Found { secret, life };
+    // Held while a program or a service is asked.
+    let turn = async || outside.turns.acquire().await.map_err(|closed| CredentialsError::Program(closed.to_string()));
     match source {
         Credentials::Static { username, password } => {
             let password = match password {
@@ -88,18 +104,32 @@ pub(super) async fn find(
         }
         Credentials::DockerConfig { file } => match docker::find(file, whom).await? {
             docker::Entry::Secret(secret) => Ok(Found { secret, life: DEFAULT_TTL }),
-            docker::Entry::Helper(name) => helper::ask(&name, authority).await.map(lasting(OBSERVATION_TTL)),
+            docker::Entry::Helper(name) => {
+                let _turn = turn().await?;
+                helper::ask(&name, authority).await.map(lasting(OBSERVATION_TTL))
+            }
         },
-        Credentials::Helper { name } => helper::ask(name, authority).await.map(lasting(OBSERVATION_TTL)),
-        Credentials::Provider { config, bin_dir } => provider::ask(config, bin_dir, authority, repository).await,
+        Credentials::Helper { name } => {
+            let _turn = turn().await?;
+            helper::ask(name, authority).await.map(lasting(OBSERVATION_TTL))
+        }
+        Credentials::Provider { config, bin_dir } => {
+            let _turn = turn().await?;
+            provider::ask(config, bin_dir, authority, repository).await
+        }
         // A token for everything that the machine may do goes where it belongs, or where the operator wrote.
         Credentials::Cloud(cloud) if trust == Trust::Derived && !is_registry_of(*cloud, authority) => {
             Ok(Found::nothing())
         }
-        #[cfg(feature = "aws")]
-        Credentials::Cloud(Cloud::Aws) => aws::fetch(cloud_client, authority).await,
-        Credentials::Cloud(Cloud::Azure) => azure::fetch(cloud_client, base, authority).await,
-        Credentials::Cloud(Cloud::Gcp) => google::fetch(cloud_client).await,
+        Credentials::Cloud(cloud) => {
+            let _turn = turn().await?;
+            match cloud {
+                #[cfg(feature = "aws")]
+                Cloud::Aws => aws::fetch(&outside.http, authority).await,
+                Cloud::Azure => azure::fetch(&outside.http, base, authority).await,
+                Cloud::Gcp => google::fetch(&outside.http).await,
+            }
+        }
     }
 }
 
@@ -167,7 +197,7 @@ mod tests {
         let whom = Whom { base: &base, authority, trust: Trust::Derived, repository, registry, name };
         let tls = tls::config(&[], Vec::new(), None).unwrap();
         let http = reqwest::Client::builder().tls_backend_preconfigured(tls).build().unwrap();
-        runtime.block_on(find(source, whom, &CloudClient::new(http))).map(|found| found.secret)
+        runtime.block_on(find(source, whom, &Outside::new(http))).map(|found| found.secret)
     }
 
     fn docker(json: &str, authority: &str) -> Result<Option<Secret>, CredentialsError> {

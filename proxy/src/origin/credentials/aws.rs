@@ -20,7 +20,7 @@ use reqwest::{Client, RequestBuilder};
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
 
-use super::cloud::{CloudClient, read_json};
+use super::cloud::read_json;
 use super::{CredentialsError, Found, read_file};
 use crate::blocking::on_thread;
 use crate::secret::Secret;
@@ -50,9 +50,8 @@ struct Token {
 }
 
 /// A token, and half of its life: it is renewed well before its end.
-pub(super) async fn fetch(cloud: &CloudClient, authority: &str) -> Result<Found, CredentialsError> {
+pub(super) async fn fetch(client: &Client, authority: &str) -> Result<Found, CredentialsError> {
     let failed = |why: String| CredentialsError::Cloud("Amazon's ECR", why);
-    let (client, _turn) = cloud.turn().await.map_err(failed)?;
     let environment = Environment::read();
     let Token { authorization_token, expires_at } =
         environment.token(client, region(authority)).await.map_err(failed)?;

@@ -9,7 +9,7 @@ use reqwest::Client;
 use serde::Deserialize;
 use url::form_urlencoded::Serializer;
 
-use super::cloud::{CloudClient, read_json};
+use super::cloud::read_json;
 use super::{CredentialsError, Found, read_file};
 use crate::blocking::on_thread;
 use crate::secret::Secret;
@@ -38,9 +38,8 @@ struct Refresh {
 }
 
 /// A registry's refresh token; `base` is the registry's `https://host`.
-pub(super) async fn fetch(cloud: &CloudClient, base: &str, authority: &str) -> Result<Found, CredentialsError> {
+pub(super) async fn fetch(client: &Client, base: &str, authority: &str) -> Result<Found, CredentialsError> {
     let failed = |why: String| CredentialsError::Cloud("Azure", why);
-    let (client, _turn) = cloud.turn().await.map_err(failed)?;
     let variable = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
     let asked = match (variable("AZURE_FEDERATED_TOKEN_FILE"), variable("AZURE_TENANT_ID"), variable("AZURE_CLIENT_ID"))
     {

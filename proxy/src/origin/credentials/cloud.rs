@@ -1,34 +1,12 @@
-//! How the clouds' token services are reached.
+//! Responses of the clouds' token services.
 
-use reqwest::{Client, RequestBuilder};
+use reqwest::RequestBuilder;
 use serde::de::DeserializeOwned;
-use tokio::sync::{Semaphore, SemaphorePermit};
 
 use crate::source::root_cause;
 
-/// Tokens that are fetched at the same time: clients may name any number of registries.
-const MAX_TOKEN_REQUESTS: usize = 8;
-
 /// Characters of a service's own error message that are logged.
 const MAX_REASON: usize = 500;
-
-/// The client of the clouds' token services, and how many requests it may have under way.
-pub(in crate::origin) struct CloudClient {
-    http: Client,
-    turns: Semaphore,
-}
-
-impl CloudClient {
-    pub(in crate::origin) fn new(http: Client) -> Self {
-        Self { http, turns: Semaphore::new(MAX_TOKEN_REQUESTS) }
-    }
-
-    /// The client, and the turn that must be held for as long as it is used.
-    pub(super) async fn turn(&self) -> Result<(&Client, SemaphorePermit<'_>), String> {
-        let turn = self.turns.acquire().await.map_err(|closed| closed.to_string())?;
-        Ok((&self.http, turn))
-    }
-}
 
 /// Sends a request and parses the JSON of its response. Errors name the service and its reason.
 pub(super) async fn read_json<T: DeserializeOwned>(request: RequestBuilder, service: &str) -> Result<T, String> {

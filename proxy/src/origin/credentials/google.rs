@@ -2,9 +2,10 @@
 
 use std::time::Duration;
 
+use reqwest::Client;
 use serde::Deserialize;
 
-use super::cloud::{CloudClient, read_json};
+use super::cloud::read_json;
 use super::{CredentialsError, Found};
 use crate::secret::Secret;
 
@@ -23,9 +24,8 @@ const PATH: &str = "/computeMetadata/v1/instance/service-accounts/default/token"
 const USERNAME: &str = "oauth2accesstoken";
 
 /// A token, and half of its life: it is renewed well before its end.
-pub(super) async fn fetch(cloud: &CloudClient) -> Result<Found, CredentialsError> {
+pub(super) async fn fetch(client: &Client) -> Result<Found, CredentialsError> {
     let failed = |why: String| CredentialsError::Cloud("Google", why);
-    let (client, _turn) = cloud.turn().await.map_err(failed)?;
     let host = std::env::var(HOST_VARIABLE).unwrap_or_else(|_| HOST.to_owned());
     let request = client.get(format!("http://{host}{PATH}")).header("Metadata-Flavor", "Google");
     let token: Token = read_json(request, "the metadata server").await.map_err(failed)?;

@@ -6,14 +6,10 @@ use std::process::{ExitStatus, Stdio};
 use crate::times::STALL_TIMEOUT;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::process::Command;
-use tokio::sync::Semaphore;
 use tokio::time::timeout;
 
 /// More than any answer is long, in bytes.
 const MAX_ANSWER: u64 = 64 * 1024;
-
-/// Programs that run at a time: each question for a repository that nobody has heard of may start one.
-static PROGRAMS: Semaphore = Semaphore::const_new(8);
 
 /// What a program said.
 pub(super) struct Said {
@@ -24,7 +20,6 @@ pub(super) struct Said {
 /// Runs a program to its end. An error never holds what it said, which may be a secret.
 pub(super) async fn ask(mut command: Command, name: &Path, question: &[u8]) -> Result<Said, String> {
     let failed = |error: std::io::Error| format!("{}: {error}", name.display());
-    let _one = PROGRAMS.acquire().await.map_err(|closed| format!("{}: {closed}", name.display()))?;
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null()).kill_on_drop(true);
     let mut child = command.spawn().map_err(failed)?;
     let talk = async {

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use tokio::time::{Instant, timeout_at};
 
-use super::{CloudClient, CredentialsError, Found, Whom, find};
+use super::{CredentialsError, Found, Outside, Whom, find};
 use crate::config::Credentials;
 use crate::lifetimes::{ByLifetime, Lifetime};
 use crate::origin::http::Home;
@@ -18,7 +18,7 @@ pub(in crate::origin) struct Secrets {
     known: moka::future::Cache<Key, Answer>,
     /// Which were asked for anew a moment ago.
     renewed: moka::future::Cache<Key, ()>,
-    cloud: Arc<CloudClient>,
+    outside: Arc<Outside>,
 }
 
 #[derive(Clone, PartialEq, Eq, Hash)]
@@ -36,11 +36,11 @@ struct Answer(Result<Found, CredentialsError>);
 const MAX_LIFE: Duration = Duration::from_secs(12 * 3600);
 
 impl Secrets {
-    pub(in crate::origin) fn new(cloud: CloudClient) -> Self {
+    pub(in crate::origin) fn new(outside: Outside) -> Self {
         Self {
             known: moka::future::Cache::builder().max_capacity(10_000).expire_after(ByLifetime).build(),
             renewed: moka::future::Cache::builder().max_capacity(10_000).time_to_live(RETRY_INTERVAL).build(),
-            cloud: Arc::new(cloud),
+            outside: Arc::new(outside),
         }
     }
 
@@ -91,7 +91,7 @@ impl Secrets {
         };
         let (key, known, upstream, trust) =
             (Key::new(home, place), self.known.clone(), home.upstream.clone(), home.trust);
-        let cloud = self.cloud.clone();
+        let outside = self.outside.clone();
         let (place, repository) = (place.clone(), place.repository_at(home.upstream));
         // A task of its own: a source that takes longer than this question has time answers the next one.
         let asked = tokio::spawn(async move {
@@ -100,7 +100,7 @@ impl Secrets {
                 let (registry, name) = (place.registry.as_str(), place.repository.as_str());
                 let authority = &upstream.authority;
                 let whom = Whom { base: &base, authority, trust, repository: &repository, registry, name };
-                let found = find(&source, whom, &cloud).await;
+                let found = find(&source, whom, &outside).await;
                 if let Err(error) = &found {
                     tracing::error!(rule = place.rule.name(), %error, "no credentials");
                 }
