@@ -140,9 +140,8 @@ impl Step {
     }
 
     /// A trace that begins here.
-    fn first(sampled: bool) -> Self {
-        let flags = RANDOM | if sampled { SAMPLED } else { 0 };
-        Self { trace: fastrand::u128(1..), span: fastrand::u64(1..), flags, state: None }
+    fn first(flags: u8) -> Self {
+        Self { trace: fastrand::u128(1..), span: fastrand::u64(1..), flags: RANDOM | flags, state: None }
     }
 
     fn write(&self, headers: &mut HeaderMap) {
@@ -188,7 +187,8 @@ impl Tracer {
             Some(step) => self.go_on(step),
             None if self.report.is_none() => Span::default(),
             None => {
-                let current = Current { step: Step::first(fastrand::f64() < self.share), tracer: self.clone() };
+                let flags = if fastrand::f64() < self.share { SAMPLED } else { 0 };
+                let current = Current { step: Step::first(flags), tracer: self.clone() };
                 let mut span = Span::new(Some(current), "request", Kind::Server);
                 span.recording.iter_mut().for_each(|recording| recording.ended.parent = None);
                 span

@@ -40,6 +40,19 @@ pub(crate) enum Containerd {
 }
 
 #[derive(Args)]
+struct DryRun {
+    /// Only say what would be done
+    #[arg(long)]
+    dry_run: bool,
+}
+
+impl DryRun {
+    fn mode(&self) -> Mode {
+        if self.dry_run { Mode::DryRun } else { Mode::Apply }
+    }
+}
+
+#[derive(Args)]
 pub(crate) struct Install {
     #[command(flatten)]
     at: At,
@@ -58,9 +71,8 @@ pub(crate) struct Install {
     /// Also set config_path in containerd's configuration, which then needs a restart
     #[arg(long)]
     patch_config: bool,
-    /// Only say what would be written
-    #[arg(long)]
-    dry_run: bool,
+    #[command(flatten)]
+    dry_run: DryRun,
 }
 
 #[derive(Args)]
@@ -79,9 +91,8 @@ pub(crate) struct Check {
 pub(crate) struct Uninstall {
     #[command(flatten)]
     at: At,
-    /// Only say what would be done
-    #[arg(long)]
-    dry_run: bool,
+    #[command(flatten)]
+    dry_run: DryRun,
     /// Also empty dray's cache directory
     #[arg(long, value_name = "DIR")]
     cache_dir: Option<PathBuf>,
@@ -152,7 +163,7 @@ impl Containerd {
 
 impl Install {
     fn run(self) -> Result<(), Failure> {
-        let mode = mode(self.dry_run);
+        let mode = self.dry_run.mode();
         let dir = match (&self.at.hosts_dir, self.patch_config) {
             (Some(dir), false) => dir.clone(),
             (_, true) => self.patch()?,
@@ -175,11 +186,11 @@ impl Install {
         };
         let ca = self.ca.as_deref().map(authority).transpose()?;
         let mirrors = Mirrors { hosts: once(self.mirror), ca };
-        if self.patch_config && self.dry_run && !dir.exists() {
+        if self.patch_config && mode == Mode::DryRun && !dir.exists() {
             say(&format!("{}: a new directory, with _default/hosts.toml", dir.display()));
             return Ok(());
         }
-        report(&HostsDir::new(dir).install(&mirrors, &registries, mode).map_err(failed)?, self.dry_run)
+        report(&HostsDir::new(dir).install(&mirrors, &registries, mode).map_err(failed)?, mode)
     }
 
     /// Sets the directory in containerd's configuration, and makes it.
@@ -199,7 +210,7 @@ impl Install {
         let (file, section, version) = found.to_patch();
         let (config, existed) = (ConfigFile::new(&file), file.exists());
         let wanted = dir.to_string_lossy();
-        let patched = match mode(self.dry_run) {
+        let patched = match self.dry_run.mode() {
             Mode::Apply => {
                 std::fs::create_dir_all(&dir).map_err(|e| Failure::Failed(format!("{}: {e}", dir.display())))?;
                 config.set(section, version, &wanted)
@@ -207,10 +218,10 @@ impl Install {
             Mode::DryRun => config.plan(section, version, &wanted),
         };
         match patched.map_err(failed)? {
-            Patched::Changed { .. } if !existed && !self.dry_run => {
+            Patched::Changed { .. } if !existed && self.dry_run.mode() == Mode::Apply => {
                 say(&format!("{}: a new file, with config_path = \"{wanted}\". Restart containerd", file.display()));
             }
-            Patched::Changed { .. } if !self.dry_run => say(&format!(
+            Patched::Changed { .. } if self.dry_run.mode() == Mode::Apply => say(&format!(
                 "{}: config_path = \"{wanted}\"; the file as it was is {}. Restart containerd",
                 file.display(),
                 config.kept().display()
@@ -224,7 +235,7 @@ impl Install {
 
     /// An import comes after the file that was patched, and may say otherwise.
     fn is_in_force(&self, dir: &Path) -> Result<(), Failure> {
-        if self.dry_run {
+        if self.dry_run.mode() == Mode::DryRun {
             return Ok(());
         }
         let found = self.at.find()?;
@@ -253,8 +264,8 @@ impl Uninstall {
             return Err(Failure::Failed("containerd's configuration names no hosts directory: use --hosts-dir".into()));
         };
         // The mirror first: whatever comes of the rest, nobody is sent there any more.
-        let done = HostsDir::new(&dir).uninstall(mode(self.dry_run)).map_err(failed);
-        let reported = done.and_then(|done| report(&done, self.dry_run));
+        let done = HostsDir::new(&dir).uninstall(self.dry_run.mode()).map_err(failed);
+        let reported = done.and_then(|done| report(&done, self.dry_run.mode()));
         let restored = found.map_or(Ok(()), |found| self.restore_config(&found, &dir));
         let emptied = self.cache_dir.as_deref().map_or(Ok(()), |dir| self.empty(dir));
         if let Some(linger) = self.linger {
@@ -264,7 +275,7 @@ impl Uninstall {
     }
 
     fn empty(&self, dir: &Path) -> Result<(), Failure> {
-        if self.dry_run {
+        if self.dry_run.mode() == Mode::DryRun {
             say(&format!("{}: what dray keeps there would be removed", dir.display()));
             return Ok(());
         }
@@ -282,8 +293,10 @@ impl Uninstall {
             return Ok(());
         }
         let dir = std::path::absolute(dir).map_err(|e| Failure::Failed(format!("{}: {e}", dir.display())))?;
-        match config.restore(section, version, &dir.to_string_lossy(), mode(self.dry_run)).map_err(failed)? {
-            Patched::Changed { .. } if self.dry_run => say(&format!("{}: would be as it was before", file.display())),
+        match config.restore(section, version, &dir.to_string_lossy(), self.dry_run.mode()).map_err(failed)? {
+            Patched::Changed { .. } if self.dry_run.mode() == Mode::DryRun => {
+                say(&format!("{}: would be as it was before", file.display()));
+            }
             Patched::Changed { .. } => say(&format!("{}: as it was before. Restart containerd", file.display())),
             Patched::Edited => say(&format!(
                 "{}: edited since, and left alone; as it was before it is {}",
@@ -461,10 +474,10 @@ fn asked_version() -> Option<Version> {
     })
 }
 
-fn report(outcome: &Outcome, dry_run: bool) -> Result<(), Failure> {
+fn report(outcome: &Outcome, mode: Mode) -> Result<(), Failure> {
     for change in &outcome.changes {
         say(&change.to_string());
-        if dry_run {
+        if mode == Mode::DryRun {
             say(change.diff().trim_end());
         }
     }
@@ -476,10 +489,6 @@ fn report(outcome: &Outcome, dry_run: bool) -> Result<(), Failure> {
         return Err(Failure::Failed("not all was done: see above".into()));
     }
     Ok(())
-}
-
-fn mode(dry_run: bool) -> Mode {
-    if dry_run { Mode::DryRun } else { Mode::Apply }
 }
 
 fn failed(error: impl std::fmt::Display) -> Failure {

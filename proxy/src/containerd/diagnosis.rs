@@ -69,7 +69,8 @@ impl Diagnosis {
     pub fn of(files: &[File], version: Version, main: &Path, wanted: &str) -> Self {
         let daemon = Daemon::read(files, version);
         let mut findings = Vec::new();
-        let lines = |daemon: &Daemon| lines_to_add(version, daemon.config_version, files.is_empty(), main, wanted);
+        let lines =
+            |daemon: &Daemon| lines_to_add(version, (!files.is_empty()).then_some(daemon.config_version), main, wanted);
         let newest = files.iter().filter_map(|file| Some((file, file.table.get("version")?.as_integer()?)));
         for (file, config_version) in newest.filter(|(_, config)| version.merges() && *config > version.newest_config())
         {
@@ -322,15 +323,15 @@ pub fn hidden(path: &str) -> Vec<PathBuf> {
     later.flat_map(|root| HostsDir::new(root).others().unwrap_or_default()).collect()
 }
 
-/// What sets the directory, for that version.
-fn lines_to_add(version: Version, config_version: i64, is_new: bool, main: &Path, wanted: &str) -> Vec<String> {
-    let config_version = if is_new { version.newest_config().min(3) } else { config_version };
+/// What sets the directory, for that version. `present` is the version of the configuration that is there.
+fn lines_to_add(version: Version, present: Option<i64>, main: &Path, wanted: &str) -> Vec<String> {
+    let config_version = present.unwrap_or(version.newest_config().min(3));
     let section = match version.section(config_version) {
         "cri" => "[plugins.cri.registry]".to_owned(),
         section => format!("[plugins.'{section}'.registry]"),
     };
     let mut lines = vec![format!("Set in {}, once, then restart containerd:", main.display())];
-    if is_new {
+    if present.is_none() {
         lines.push(format!("  version = {config_version}"));
     }
     lines.push(format!("  {section}"));

@@ -60,7 +60,13 @@ impl Keeping {
         let done = self.hosts.install(&self.mirrors, &Registries::Default, Mode::Apply);
         let is_first = std::mem::replace(&mut *state, State::Pointed) == State::Unknown;
         (self.told)(done.as_ref().is_ok_and(|done| !done.remarks.iter().any(Remark::is_failure)));
-        self.log(done, is_first);
+        self.log(&done);
+        // What a person ought to know, once.
+        if let Ok(done) = done
+            && is_first
+        {
+            done.remarks.iter().for_each(|remark| tracing::warn!("{remark}"));
+        }
     }
 
     /// Takes it back for now: nobody answers. Also what was written before the node, or this process, began anew.
@@ -71,7 +77,7 @@ impl Keeping {
             if done.is_ok() {
                 *state = State::Paused;
             }
-            self.log(done, false);
+            self.log(&done);
         }
     }
 
@@ -80,22 +86,16 @@ impl Keeping {
         let mut state = self.state.lock();
         if std::mem::replace(&mut *state, State::Withdrawn) != State::Withdrawn {
             (self.told)(false);
-            self.log(self.hosts.withdraw(), false);
+            self.log(&self.hosts.withdraw());
         }
     }
 
-    /// What was done each time, what a person ought to know once.
-    fn log(&self, done: Result<Outcome, HostsError>, with_remarks: bool) {
+    fn log(&self, done: &Result<Outcome, HostsError>) {
         match done {
-            Ok(outcome) => {
-                outcome.changes.iter().for_each(|change| tracing::info!("{change}"));
-                if with_remarks {
-                    outcome.remarks.iter().for_each(|remark| tracing::warn!("{remark}"));
-                }
-            }
+            Ok(outcome) => outcome.changes.iter().for_each(|change| tracing::info!("{change}")),
             Err(error) => {
                 let ids = (geteuid().as_raw(), getegid().as_raw());
-                let remedy = self.hosts.remedy(&error, ids);
+                let remedy = self.hosts.remedy(error, ids);
                 tracing::error!(%error, remedy, "containerd's hosts directory");
             }
         }

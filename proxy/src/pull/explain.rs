@@ -65,6 +65,14 @@ pub struct Lease {
     pub believed_seconds: Option<u64>,
 }
 
+/// Whether the manifest is here, and may be served without asking.
+#[derive(Clone, Copy)]
+enum Kept {
+    Fresh(ServedFrom),
+    Expired(ServedFrom),
+    Nothing,
+}
+
 impl Pull {
     /// Explains a name as people write it: `alpine`, `ghcr.io/team/app:1`, `reg.corp:5000/app@sha256:...`.
     pub async fn explain(self: &Arc<Self>, image: &str) -> Result<Explanation, String> {
@@ -90,6 +98,11 @@ impl Pull {
             (Reference::Tag(tag), Some(lease)) => lease.is_fresh(&place, tag, now),
             (Reference::Tag(_), None) => false,
         };
+        let is_here = match kept {
+            Some(from) if is_fresh => Kept::Fresh(from),
+            Some(from) => Kept::Expired(from),
+            None => Kept::Nothing,
+        };
         let owner = self.owner_of(&place, &reference);
         let tag = match (&reference, lease) {
             (Reference::Tag(tag), Some(lease)) => Some(Lease {
@@ -108,7 +121,7 @@ impl Pull {
             access: if rule.asks_who() { "client" } else { "shared" }.to_owned(),
             credentials: credentials(rule.credentials.as_ref()),
             upstreams: self.upstreams_of(&place),
-            now: self.what_now(&place, kept, is_fresh, owner.as_ref()),
+            now: self.what_now(&place, is_here, owner.as_ref()),
             owner,
             tag,
             kept: kept.map(|from| from.as_str().to_owned()),
@@ -157,7 +170,7 @@ impl Pull {
         })
     }
 
-    fn what_now(&self, place: &Place, kept: Option<ServedFrom>, is_fresh: bool, owner: Option<&Owner>) -> String {
+    fn what_now(&self, place: &Place, kept: Kept, owner: Option<&Owner>) -> String {
         if place.rule.deny {
             return "refused with 403: the rule denies it".to_owned();
         }
@@ -166,15 +179,15 @@ impl Pull {
             _ => "the registry is asked".to_owned(),
         };
         let who = if place.rule.asks_who() { "to those whom the registry lets pull it: " } else { "" };
-        let what = match (kept, is_fresh, self.origin.trouble(place)) {
-            (Some(from), true, _) => format!("served from {}", from.as_str()),
+        let what = match (kept, self.origin.trouble(place)) {
+            (Kept::Fresh(from), _) => format!("served from {}", from.as_str()),
             _ if let Some(refusal) = self.origin.refusal(place) => format!("refused with 403: {refusal}"),
-            (Some(_), false, Some(trouble)) => format!("served stale from here: {trouble}"),
-            (Some(from), false, None) => {
+            (Kept::Expired(_), Some(trouble)) => format!("served stale from here: {trouble}"),
+            (Kept::Expired(from), None) => {
                 format!("{asked} whether the tag has changed, then it is served from {}", from.as_str())
             }
-            (None, _, Some(trouble)) => format!("asked of peers, or refused with 503: {trouble}"),
-            (None, _, None) => asked,
+            (Kept::Nothing, Some(trouble)) => format!("asked of peers, or refused with 503: {trouble}"),
+            (Kept::Nothing, None) => asked,
         };
         format!("{who}{what}")
     }
