@@ -40,6 +40,7 @@ use self::guard::Guard;
 use self::http::Http;
 use self::question::{Kind, Question, claimed_digest};
 use self::redirects::Redirects;
+pub use self::retry::ROUNDS;
 use self::retry::RetryBudget;
 use self::scarcity::Scarcity;
 use crate::blocking::parsed;

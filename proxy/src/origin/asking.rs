@@ -14,15 +14,14 @@ use super::Origin;
 use super::condition::{Admission, Cause, Condition, Silence};
 use super::http::{Home, Patience};
 use super::question::{Kind, Question};
-use super::retry::RetryBudget;
+use super::retry::{ATTEMPTS, RetryBudget};
 use crate::config::Upstream;
 use crate::registries::{Place, Trust};
 use crate::source::SourceError;
 use crate::times::{ALTERNATIVE_TIMEOUT, REACH_TIMEOUT, STALL_TIMEOUT};
 
-/// Those who waited for a limit's end do not all come at once, and wait so often.
+/// Those who waited for a limit's end do not all come at once.
 const SPREAD_MILLIS: u64 = 250;
-const MOST_LIMITS: u32 = 3;
 
 /// Where a question goes, and whether another upstream follows.
 #[derive(Clone, Copy)]
@@ -161,7 +160,7 @@ impl Origin {
                     let after = until + Duration::from_millis(fastrand::u64(..SPREAD_MILLIS));
                     // Where another follows it is asked instead.
                     limits += 1;
-                    if turn.patience == Patience::OthersFollow || after >= limits_end || limits > MOST_LIMITS {
+                    if turn.patience == Patience::OthersFollow || after >= limits_end || limits >= ATTEMPTS {
                         return Err(SourceError::Limited { again: Some(until - now) });
                     }
                     sleep_until(after).await;

@@ -13,7 +13,17 @@ pub(super) struct RetryBudget {
 
 const COST: i64 = 5;
 const MOST: i64 = 50 * COST;
-const MAX_RETRIES: u32 = 2;
+
+/// How often a request that fails is sent at once, or after the limits that the upstream names. More: an upstream in trouble gets
+/// more requests. Fewer: a short failure reaches the client.
+pub(super) const ATTEMPTS: u32 = 3;
+
+/// Upstream requests that one client request causes at most of an upstream that fails each of them: a client without a fall-back
+/// waits for an outage to end. Further hops of redirects are not counted.
+const MAX_UPSTREAM_REQUESTS: u32 = 12;
+
+/// How often a client without a fall-back has an upstream asked that answers, with an error or a limit.
+pub const ROUNDS: u32 = MAX_UPSTREAM_REQUESTS / ATTEMPTS;
 
 impl RetryBudget {
     pub(super) fn new() -> Self {
@@ -31,7 +41,7 @@ impl RetryBudget {
     pub(super) fn pause(&self, attempt: u32, deadline: Instant) -> Option<Duration> {
         let most = 100 << attempt.min(8);
         let pause = Duration::from_millis(fastrand::u64(most / 2..=most));
-        if attempt >= MAX_RETRIES || Instant::now() + pause >= deadline {
+        if attempt + 1 >= ATTEMPTS || Instant::now() + pause >= deadline {
             return None;
         }
         let spend = |fifths: i64| (fifths >= COST).then_some(fifths - COST);

@@ -12,6 +12,7 @@ use super::sources::BlobSources;
 use super::{Asker, Asking, ListBody, Pull, Refusal};
 use crate::fill::{ContentOf, Feed, Fill, FillKey, Opened, Outcome, PART_BYTES, Passage, Reader, Reading};
 use crate::oci::{Digest, ErrorCode, Multipart, NamedBy, RangeRequest, Registry, Span};
+use crate::origin::ROUNDS;
 use crate::peers::{Aim, Reach};
 use crate::registries::Place;
 use crate::source::{Broken, ServedFrom, SourceError};
@@ -73,9 +74,6 @@ enum Patience {
 
 /// A list on its way: buffers of the upstream's connection, and the copy that is made of it.
 const LIST_BYTES: usize = 512 * 1024;
-
-/// A registry that cannot be reached is waited for; one that answers with an error so often means it.
-const MOST_ANSWERS: u32 = 4;
 
 impl Pull {
     /// `GET blobs/<digest>`.
@@ -213,10 +211,14 @@ impl Pull {
             if !error.is_outage() {
                 self.negatives.put(place, Endpoint::Blob, digest.as_str(), &error);
             }
-            let is_answer = error.failed_status().is_some();
+            // A registry that cannot be reached is waited for; one that answers with an error so often means it.
+            let is_answer = match &error {
+                SourceError::Limited { again } => again.is_none_or(|again| again < STALL_TIMEOUT),
+                error => error.failed_status().is_some(),
+            };
             answers += u32::from(is_answer);
             let may_wait =
-                patience == Patience::WaitOut && error.is_passing_outage() && (!is_answer || answers < MOST_ANSWERS);
+                patience == Patience::WaitOut && error.is_passing_outage() && (!is_answer || answers < ROUNDS);
             if !may_wait || Instant::now() + RETRY_INTERVAL > deadline {
                 return Err(error.into());
             }

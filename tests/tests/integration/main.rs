@@ -31,6 +31,7 @@ mod peers;
 mod proof;
 mod public;
 mod ranges;
+mod retries;
 mod routing;
 mod secrets;
 mod sendfile;

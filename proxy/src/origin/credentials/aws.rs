@@ -18,11 +18,11 @@ use reqsign_aws_v4::{
 use reqsign_core::{Context, FileRead, HttpSend, ProvideCredentialDyn, SignRequest, StaticEnv};
 use reqwest::{Client, RequestBuilder};
 use serde::Deserialize;
-use sha2::{Digest, Sha256};
 
 use super::cloud::read_json;
 use super::{CredentialsError, Found, read_file};
 use crate::blocking::on_thread;
+use crate::oci::Digest;
 use crate::secret::Secret;
 use crate::source::root_cause;
 
@@ -144,7 +144,7 @@ async fn signed_request(
     let request = Request::post(format!("{api}/"))
         .header(CONTENT_TYPE, "application/x-amz-json-1.1")
         .header("x-amz-target", TARGET)
-        .header("x-amz-content-sha256", format!("{:x}", Sha256::digest(&body)))
+        .header("x-amz-content-sha256", Digest::of(&body).hex())
         .body(())
         .map_err(|error| format!("{api}: {error}"))?;
     let (mut parts, ()) = request.into_parts();

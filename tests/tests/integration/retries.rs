@@ -1,0 +1,84 @@
+//! How many upstream requests one client request can cause.
+
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use dray_tests::dray::{Start, rule};
+use dray_tests::image::Image;
+use dray_tests::origin::{Content, Fault, Origin, Request, Response};
+use futures_util::stream::{self, StreamExt};
+use tokio::time::timeout;
+
+/// The most upstream requests, those to token endpoints and of ten hops of redirects included, that one client request causes of
+/// an upstream that fails each of them (`origin/retry.rs`).
+const MOST: usize = 12;
+
+/// As long as a client without a fall-back waits.
+const PATIENCE: Duration = Duration::from_secs(70);
+
+/// Requests at the same time, each with an upstream and a dray of its own.
+const AT_A_TIME: usize = 24;
+
+type Spoil = fn(&Request, Response, &str) -> Response;
+
+/// Ways to fail each request. The text is the upstream's own URL.
+const FAILURES: [(&str, Spoil); 15] = [
+    ("500", |_, _, _| Response::new(500, "")),
+    ("503", |_, _, _| Response::new(503, "")),
+    ("503, later", |_, _, _| Response::new(503, "").with("retry-after", "1")),
+    ("429", |_, _, _| Response::new(429, "")),
+    ("429, later", |_, _, _| Response::new(429, "").with("retry-after", "1")),
+    ("403", |_, _, _| Response::new(403, "")),
+    ("404", |_, _, _| Response::new(404, "")),
+    ("401", |_, _, _| Response::new(401, "")),
+    ("401 Basic", |_, _, _| Response::new(401, "").with("www-authenticate", "Basic realm=\"x\"")),
+    ("401 Bearer", |request, _, url| match request.path.starts_with("/token") {
+        true => Response::new(200, r#"{"token": "x"}"#),
+        false => Response::new(401, "").with("www-authenticate", format!("Bearer realm=\"{url}/token\",service=\"x\"")),
+    }),
+    ("redirects", |request, _, url| Response::new(307, "").with("location", format!("{url}{}", request.path))),
+    ("cut", |_, response, _| response.fault(Fault::CutAfter(0))),
+    ("reset", |_, response, _| response.fault(Fault::ResetAfter(0))),
+    ("cut within", |_, response, _| response.fault(Fault::CutAfter(10))),
+    ("other bytes", |_, response, _| Response { body: vec![b'x'; response.body.len()].into(), ..response }),
+];
+
+/// One client request by `prefix` and `query`, and what it causes.
+async fn cause(failure: &str, spoil: Spoil, image: &Image, path: &str, form: [&str; 2]) -> (String, bool, usize) {
+    let content = Content::new(&[("a/app", "1", image)]);
+    let own = Arc::new(OnceLock::new());
+    let url = own.clone();
+    let upstream =
+        Origin::answering(move |request| spoil(request, content.answer(request), url.get().map_or("", String::as_str)))
+            .await;
+    own.set(upstream.url()).unwrap();
+    let dray = Start::new(rule("reg.example", &upstream.url())).run();
+    let [prefix, query] = form;
+    let answer = timeout(PATIENCE, dray.get(&format!("{prefix}{path}{query}"))).await;
+    let is_served = answer.is_ok_and(|answer| answer.status == 200 && answer.complete);
+    (format!("{failure}: GET {prefix}{path:.20}{query}"), is_served, upstream.requests().len())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn upstream_requests_of_one_client_request_are_bounded() {
+    let image = Image::new(1, &[300_000]);
+    let paths = [
+        "manifests/1".to_owned(),
+        format!("manifests/{}", image.digest),
+        format!("blobs/{}", image.layer().0),
+        "tags/list".to_owned(),
+    ];
+    let forms = [["/v2/reg.example/a/app/", ""], ["/v2/a/app/", "?ns=reg.example"]];
+    let mut cases = Vec::new();
+    for (failure, spoil) in FAILURES {
+        for path in &paths {
+            cases.extend(forms.map(|form| cause(failure, spoil, &image, path, form)));
+        }
+    }
+    let caused: Vec<_> = stream::iter(cases).buffer_unordered(AT_A_TIME).collect().await;
+    let over: Vec<_> = caused.iter().filter(|(_, _, count)| *count > MOST).collect();
+    let served: Vec<_> = caused.iter().filter(|(_, is_served, _)| *is_served).collect();
+    assert!(served.is_empty(), "{served:#?}");
+    assert!(over.is_empty(), "more than {MOST} upstream requests: {over:#?}");
+    assert!(caused.iter().all(|(_, _, count)| *count > 0));
+}
