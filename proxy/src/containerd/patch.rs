@@ -77,6 +77,13 @@ impl ConfigFile {
     pub fn restore(&self, section: &str, version: i64, dir: &str, mode: Mode) -> Result<Patched, PatchError> {
         let Some(kept) = self.read(&self.kept())? else { return Ok(Patched::Nothing) };
         let present = self.read(&self.path)?.unwrap_or_default();
+        if kept != NONE && self.with_path(&present, section, version, dir)? == kept && kept != present {
+            // Killed before the two were exchanged: what is kept is what should have taken the file's place.
+            if mode == Mode::Apply {
+                tree::remove(&self.kept()).map_err(|e| PatchError::Io(self.kept(), e))?;
+            }
+            return Ok(Patched::Nothing);
+        }
         if self.with_path(original(&kept), section, version, dir)? != present {
             return Ok(Patched::Edited);
         }
@@ -186,6 +193,19 @@ mod tests {
         assert!(fs::read_to_string(&file.path).unwrap().starts_with("version = 3\n"));
         file.restore(CRI, 3, "/certs", Mode::Apply).unwrap();
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn kill_before_the_exchange_leaves_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = ConfigFile::new(dir.path().join("config.toml"));
+        fs::write(&file.path, "version = 3\n").unwrap();
+        let Patched::Changed { after, .. } = file.plan(CRI, 3, "/certs").unwrap() else { panic!("nothing to do") };
+        fs::write(file.kept(), after).unwrap();
+        assert_eq!(file.restore(CRI, 3, "/certs", Mode::DryRun).unwrap(), Patched::Nothing);
+        assert_eq!(file.restore(CRI, 3, "/certs", Mode::Apply).unwrap(), Patched::Nothing);
+        assert_eq!(fs::read_to_string(&file.path).unwrap(), "version = 3\n");
+        assert!(!file.kept().exists());
     }
 
     #[test]
