@@ -62,6 +62,8 @@ pub enum Fault {
     Drip,
     /// Takes the request and never answers.
     Silent,
+    /// Takes the request and closes.
+    Closed,
 }
 
 type Handler = Arc<dyn Fn(&Request) -> Response + Send + Sync>;
@@ -289,6 +291,9 @@ impl Connection {
         if response.fault == Fault::Silent {
             std::future::pending::<()>().await;
         }
+        if response.fault == Fault::Closed {
+            return None;
+        }
         if response.fault == Fault::LateUntilGate {
             self.gate.wait_for(|open| *open).await.ok()?;
         }
@@ -306,12 +311,12 @@ impl Connection {
         let upto = match response.fault {
             Fault::CutAfter(n) | Fault::ResetAfter(n) | Fault::StallAfter(n) | Fault::GateAfter(n) => n,
             Fault::Drip | Fault::SlowUntilGate(_) => 0,
-            Fault::None | Fault::Silent | Fault::LateUntilGate => response.body.len(),
+            Fault::None | Fault::Silent | Fault::Closed | Fault::LateUntilGate => response.body.len(),
         };
         let upto = upto.min(response.body.len());
         self.send(stream, &response.body[..upto]).await?;
         match response.fault {
-            Fault::None | Fault::Silent | Fault::LateUntilGate => Some(()),
+            Fault::None | Fault::Silent | Fault::Closed | Fault::LateUntilGate => Some(()),
             Fault::CutAfter(_) => {
                 let _ = stream.shutdown().await;
                 None

@@ -148,7 +148,7 @@ impl Origin {
         question: &Question,
     ) -> Result<Response, SourceError> {
         let condition = self.conditions.of(place, turn.upstream);
-        let mut limits = 0;
+        let mut attempts = 0;
         let limits_end = turn.deadline.min(Instant::now() + STALL_TIMEOUT);
         loop {
             let now = Instant::now();
@@ -159,8 +159,7 @@ impl Origin {
                 Admission::Limited(until) => {
                     let after = until + Duration::from_millis(fastrand::u64(..SPREAD_MILLIS));
                     // Where another follows it is asked instead.
-                    limits += 1;
-                    if turn.patience == Patience::OthersFollow || after >= limits_end || limits >= ATTEMPTS {
+                    if turn.patience == Patience::OthersFollow || after >= limits_end || attempts >= ATTEMPTS {
                         return Err(SourceError::Limited { again: Some(until - now) });
                     }
                     sleep_until(after).await;
@@ -169,7 +168,7 @@ impl Origin {
             }
             let home =
                 Home { upstream: turn.upstream, trust: turn.trust, tls: &place.rule.tls, patience: turn.patience };
-            let mut asking = std::pin::pin!(self.ask_patiently(home, place, question, turn.deadline));
+            let mut asking = std::pin::pin!(self.ask_patiently(home, place, question, turn.deadline, &mut attempts));
             let answer = match timeout(STALL_TIMEOUT, &mut asking).await {
                 Ok(answer) => answer,
                 // Others need not find out; this request stays open, and its answer is proof of life.
@@ -261,23 +260,23 @@ impl Origin {
         place: &Place,
         question: &Question,
         deadline: Instant,
+        attempts: &mut u32,
     ) -> Result<Response, SourceError> {
         let retries = self.retries.get_with_by_ref(&place.registry, || Arc::new(RetryBudget::new()));
         retries.earn();
-        let mut attempt = 0;
         loop {
+            *attempts += 1;
             let asked = Instant::now();
             match self.ask_once(home, place, question, deadline).await {
                 // What took long to fail will take long again, and the client waits.
                 Err(error) if error.is_passing() && asked.elapsed() < ALTERNATIVE_TIMEOUT => {
-                    match retries.pause(attempt, deadline) {
+                    match retries.pause(*attempts, deadline) {
                         Some(pause) => sleep(pause).await,
                         None => return Err(error),
                     }
                 }
                 other => return other,
             }
-            attempt += 1;
         }
     }
 }

@@ -18,9 +18,8 @@ use super::proxies::EnvProxies;
 use super::tls;
 use crate::config::Upstream;
 use crate::identity::Identity;
-use crate::oci::{ErrorCode, error};
 use crate::registries::{RuleTls, Trust};
-use crate::source::{SourceError, UpstreamError, causes, root_cause};
+use crate::source::{SourceError, causes, root_cause};
 use crate::times::{ALTERNATIVE_TIMEOUT, IDLE_TIMEOUT, REACH_TIMEOUT, SERVICE_TIMEOUT};
 use crate::trace;
 
@@ -159,7 +158,7 @@ impl Http {
             }
             ask.url = target;
         }
-        Err(too_many_redirects())
+        Err(SourceError::Malformed(format!("more than {MAX_REDIRECTS} redirects")))
     }
 
     /// Sends a request without following anything.
@@ -241,12 +240,6 @@ fn cloud_client(guard: &Guard, proxies: Arc<EnvProxies>, tls: rustls::ClientConf
         .tls_backend_preconfigured(tls)
         .build()
         .map_err(|e| format!("no HTTP client: {}", root_cause(&e)))
-}
-
-/// Not a malformed response: those are requested again without a range.
-fn too_many_redirects() -> SourceError {
-    let message = format!("more than {MAX_REDIRECTS} redirects");
-    SourceError::Failed(UpstreamError::new(307, &error::body(ErrorCode::Unavailable, &message)))
 }
 
 /// Whether a response is a redirect that names a target.

@@ -18,8 +18,8 @@ const MOST: i64 = 50 * COST;
 /// more requests. Fewer: a short failure reaches the client.
 pub(super) const ATTEMPTS: u32 = 3;
 
-/// Upstream requests that one client request causes at most of an upstream that fails each of them: a client without a fall-back
-/// waits for an outage to end. Further hops of redirects are not counted.
+/// Requests to an upstream that one client request causes at most where each of them fails: a client without a fall-back waits for
+/// an outage to end. Not counted are those that each of them may cause elsewhere: hops of redirects, and token requests.
 const MAX_UPSTREAM_REQUESTS: u32 = 12;
 
 /// How often a client without a fall-back has an upstream asked that answers, with an error or a limit.
@@ -37,11 +37,11 @@ impl RetryBudget {
             .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |fifths| (fifths < MOST).then_some(fifths + 1));
     }
 
-    /// How long to wait before the next attempt; None: give up.
-    pub(super) fn pause(&self, attempt: u32, deadline: Instant) -> Option<Duration> {
-        let most = 100 << attempt.min(8);
+    /// How long to wait after so many attempts; None: give up.
+    pub(super) fn pause(&self, attempts: u32, deadline: Instant) -> Option<Duration> {
+        let most = 50 << attempts.min(8);
         let pause = Duration::from_millis(fastrand::u64(most / 2..=most));
-        if attempt + 1 >= ATTEMPTS || Instant::now() + pause >= deadline {
+        if attempts >= ATTEMPTS || Instant::now() + pause >= deadline {
             return None;
         }
         let spend = |fifths: i64| (fifths >= COST).then_some(fifths - COST);
@@ -57,14 +57,14 @@ mod tests {
     async fn retries_are_few_late_and_paid_for() {
         let budget = RetryBudget::new();
         let deadline = Instant::now() + Duration::from_secs(10);
-        let first = budget.pause(0, deadline).unwrap();
-        let second = budget.pause(1, deadline).unwrap();
+        let first = budget.pause(1, deadline).unwrap();
+        let second = budget.pause(2, deadline).unwrap();
         assert!((50..=100).contains(&first.as_millis()) && (100..=200).contains(&second.as_millis()));
-        assert_eq!(budget.pause(2, deadline), None);
-        assert_eq!(budget.pause(0, Instant::now()), None, "no time left");
-        let spent = (0..100).filter(|_| budget.pause(0, deadline).is_some()).count();
+        assert_eq!(budget.pause(3, deadline), None);
+        assert_eq!(budget.pause(1, Instant::now()), None, "no time left");
+        let spent = (0..100).filter(|_| budget.pause(1, deadline).is_some()).count();
         assert_eq!(spent, 8, "ten at the start, two spent above");
         (0..5).for_each(|_| budget.earn());
-        assert!(budget.pause(0, deadline).is_some() && budget.pause(0, deadline).is_none());
+        assert!(budget.pause(1, deadline).is_some() && budget.pause(1, deadline).is_none());
     }
 }

@@ -214,6 +214,7 @@ impl Pull {
             // A registry that cannot be reached is waited for; one that answers with an error so often means it.
             let is_answer = match &error {
                 SourceError::Limited { again } => again.is_none_or(|again| again < STALL_TIMEOUT),
+                SourceError::Interrupted(_) => true,
                 error => error.failed_status().is_some(),
             };
             answers += u32::from(is_answer);

@@ -1,5 +1,6 @@
 //! How many upstream requests one client request can cause.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
@@ -9,8 +10,8 @@ use dray_tests::origin::{Content, Fault, Origin, Request, Response};
 use futures_util::stream::{self, StreamExt};
 use tokio::time::timeout;
 
-/// The most upstream requests, those to token endpoints and of ten hops of redirects included, that one client request causes of
-/// an upstream that fails each of them (`origin/retry.rs`).
+/// The most requests to an upstream that one client request causes where each of them fails, hops of redirects and token requests
+/// aside (`origin/retry.rs`).
 const MOST: usize = 12;
 
 /// As long as a client without a fall-back waits.
@@ -19,44 +20,59 @@ const PATIENCE: Duration = Duration::from_secs(70);
 /// Requests at the same time, each with an upstream and a dray of its own.
 const AT_A_TIME: usize = 24;
 
-type Spoil = fn(&Request, Response, &str) -> Response;
+type Spoil = fn(&Request, Response, &str, usize) -> Response;
 
-/// Ways to fail each request. The text is the upstream's own URL.
-const FAILURES: [(&str, Spoil); 15] = [
-    ("500", |_, _, _| Response::new(500, "")),
-    ("503", |_, _, _| Response::new(503, "")),
-    ("503, later", |_, _, _| Response::new(503, "").with("retry-after", "1")),
-    ("429", |_, _, _| Response::new(429, "")),
-    ("429, later", |_, _, _| Response::new(429, "").with("retry-after", "1")),
-    ("403", |_, _, _| Response::new(403, "")),
-    ("404", |_, _, _| Response::new(404, "")),
-    ("401", |_, _, _| Response::new(401, "")),
-    ("401 Basic", |_, _, _| Response::new(401, "").with("www-authenticate", "Basic realm=\"x\"")),
-    ("401 Bearer", |request, _, url| match request.path.starts_with("/token") {
+/// Ways to fail each request. The text is the upstream's own URL, the number how many requests came before.
+const FAILURES: [(&str, Spoil); 18] = [
+    ("500", |_, _, _, _| Response::new(500, "")),
+    ("503", |_, _, _, _| Response::new(503, "")),
+    ("503, later", |_, _, _, _| Response::new(503, "").with("retry-after", "1")),
+    ("429", |_, _, _, _| Response::new(429, "")),
+    ("429, later", |_, _, _, _| Response::new(429, "").with("retry-after", "1")),
+    ("403", |_, _, _, _| Response::new(403, "")),
+    ("404", |_, _, _, _| Response::new(404, "")),
+    ("401", |_, _, _, _| Response::new(401, "")),
+    ("401 Basic", |_, _, _, _| Response::new(401, "").with("www-authenticate", "Basic realm=\"x\"")),
+    ("401 Bearer", |request, _, url, _| match request.path.starts_with("/token") {
         true => Response::new(200, r#"{"token": "x"}"#),
         false => Response::new(401, "").with("www-authenticate", format!("Bearer realm=\"{url}/token\",service=\"x\"")),
     }),
-    ("redirects", |request, _, url| Response::new(307, "").with("location", format!("{url}{}", request.path))),
-    ("cut", |_, response, _| response.fault(Fault::CutAfter(0))),
-    ("reset", |_, response, _| response.fault(Fault::ResetAfter(0))),
-    ("cut within", |_, response, _| response.fault(Fault::CutAfter(10))),
-    ("other bytes", |_, response, _| Response { body: vec![b'x'; response.body.len()].into(), ..response }),
+    ("no tokens", |request, _, url, _| match request.path.starts_with("/token") {
+        true => Response::new(503, ""),
+        false => Response::new(401, "").with("www-authenticate", format!("Bearer realm=\"{url}/token\",service=\"x\"")),
+    }),
+    ("in turns", |_, _, _, nth| match nth % 3 {
+        2 => Response::new(429, "").with("retry-after", "1"),
+        _ => Response::new(503, ""),
+    }),
+    ("redirects", |_, _, url, _| Response::new(307, "").with("location", format!("{url}/elsewhere"))),
+    ("closed", |_, response, _, _| response.fault(Fault::Closed)),
+    ("cut", |_, response, _, _| response.fault(Fault::CutAfter(0))),
+    ("reset", |_, response, _, _| response.fault(Fault::ResetAfter(0))),
+    ("cut within", |_, response, _, _| response.fault(Fault::CutAfter(10))),
+    ("other bytes", |_, response, _, _| Response { body: vec![b'x'; response.body.len()].into(), ..response }),
 ];
 
 /// One client request by `prefix` and `query`, and what it causes.
 async fn cause(failure: &str, spoil: Spoil, image: &Image, path: &str, form: [&str; 2]) -> (String, bool, usize) {
     let content = Content::new(&[("a/app", "1", image)]);
     let own = Arc::new(OnceLock::new());
-    let url = own.clone();
-    let upstream =
-        Origin::answering(move |request| spoil(request, content.answer(request), url.get().map_or("", String::as_str)))
-            .await;
+    let (url, count) = (own.clone(), AtomicUsize::new(0));
+    let upstream = Origin::answering(move |request| {
+        let nth = count.fetch_add(1, Ordering::Relaxed);
+        spoil(request, content.answer(request), url.get().map_or("", String::as_str), nth)
+    })
+    .await;
     own.set(upstream.url()).unwrap();
     let dray = Start::new(rule("reg.example", &upstream.url())).run();
     let [prefix, query] = form;
     let answer = timeout(PATIENCE, dray.get(&format!("{prefix}{path}{query}"))).await;
     let is_served = answer.is_ok_and(|answer| answer.status == 200 && answer.complete);
-    (format!("{failure}: GET {prefix}{path:.20}{query}"), is_served, upstream.requests().len())
+    (
+        format!("{failure}: GET {prefix}{path:.20}{query}"),
+        is_served,
+        upstream.count("GET", "/v2/") + upstream.count("HEAD", "/v2/"),
+    )
 }
 
 #[tokio::test(flavor = "multi_thread")]
