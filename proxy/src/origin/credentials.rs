@@ -16,6 +16,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use tokio::sync::Semaphore;
+use tokio::time::timeout;
 
 pub use self::here::are_here;
 pub(super) use self::secrets::Secrets;
@@ -23,7 +24,7 @@ use crate::blocking::on_thread;
 use crate::config::{Cloud, Credentials, PasswordSource, host_matches};
 use crate::registries::Trust;
 use crate::secret::Secret;
-use crate::times::{DEFAULT_TTL, OBSERVATION_TTL};
+use crate::times::{DEFAULT_TTL, OBSERVATION_TTL, STALL_TIMEOUT};
 
 /// What a source has, and for how long it need not be asked again.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -37,16 +38,17 @@ pub(super) struct Found {
 pub(super) struct Outside {
     /// The client of the clouds' token services.
     http: reqwest::Client,
-    turns: Semaphore,
+    programs: Semaphore,
+    services: Semaphore,
 }
 
-/// Programs and token services that are asked at the same time. More: programs take the memory of the machine. Fewer: pulls from
-/// registries with different secrets wait for each other.
+/// Programs that run at the same time, and as many requests to token services. More: programs take the memory of the machine.
+/// Fewer: pulls from registries with different secrets wait for each other.
 const MAX_OUTSIDE: usize = 8;
 
 impl Outside {
     pub(super) fn new(http: reqwest::Client) -> Self {
-        Self { http, turns: Semaphore::new(MAX_OUTSIDE) }
+        Self { http, programs: Semaphore::new(MAX_OUTSIDE), services: Semaphore::new(MAX_OUTSIDE) }
     }
 }
 
@@ -84,10 +86,8 @@ pub(super) struct Whom<'a> {
 
 /// The secret for an upstream.
 pub(super) async fn find(source: &Credentials, whom: Whom<'_>, outside: &Outside) -> Result<Found, CredentialsError> {
-    let Whom { base, authority, trust, repository, .. } = whom;
+    let Whom { authority, trust, repository, .. } = whom;
     let lasting = |life| move |secret| Found { secret, life };
-    // Held while a program or a service is asked.
-    let turn = async || outside.turns.acquire().await.map_err(|closed| CredentialsError::Program(closed.to_string()));
     match source {
         Credentials::Static { username, password } => {
             let password = match password {
@@ -105,16 +105,16 @@ pub(super) async fn find(source: &Credentials, whom: Whom<'_>, outside: &Outside
         Credentials::DockerConfig { file } => match docker::find(file, whom).await? {
             docker::Entry::Secret(secret) => Ok(Found { secret, life: DEFAULT_TTL }),
             docker::Entry::Helper(name) => {
-                let _turn = turn().await?;
+                let _turn = outside.programs.acquire().await;
                 helper::ask(&name, authority).await.map(lasting(OBSERVATION_TTL))
             }
         },
         Credentials::Helper { name } => {
-            let _turn = turn().await?;
+            let _turn = outside.programs.acquire().await;
             helper::ask(name, authority).await.map(lasting(OBSERVATION_TTL))
         }
         Credentials::Provider { config, bin_dir } => {
-            let _turn = turn().await?;
+            let _turn = outside.programs.acquire().await;
             provider::ask(config, bin_dir, authority, repository).await
         }
         // A token for everything that the machine may do goes where it belongs, or where the operator wrote.
@@ -122,14 +122,20 @@ pub(super) async fn find(source: &Credentials, whom: Whom<'_>, outside: &Outside
             Ok(Found::nothing())
         }
         Credentials::Cloud(cloud) => {
-            let _turn = turn().await?;
-            match cloud {
-                #[cfg(feature = "aws")]
-                Cloud::Aws => aws::fetch(&outside.http, authority).await,
-                Cloud::Azure => azure::fetch(&outside.http, base, authority).await,
-                Cloud::Gcp => google::fetch(&outside.http).await,
-            }
+            let _turn = outside.services.acquire().await;
+            timeout(STALL_TIMEOUT, cloud_token(*cloud, whom, &outside.http)).await.unwrap_or_else(|_| {
+                Err(CredentialsError::Cloud("the cloud's token service", "no answer in time".into()))
+            })
         }
+    }
+}
+
+async fn cloud_token(cloud: Cloud, whom: Whom<'_>, http: &reqwest::Client) -> Result<Found, CredentialsError> {
+    match cloud {
+        #[cfg(feature = "aws")]
+        Cloud::Aws => aws::fetch(http, whom.authority).await,
+        Cloud::Azure => azure::fetch(http, whom.base, whom.authority).await,
+        Cloud::Gcp => google::fetch(http).await,
     }
 }
 

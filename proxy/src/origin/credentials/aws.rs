@@ -1,7 +1,8 @@
 //! Authorization tokens of Amazon's ECR, for the identity that the pod or machine has.
 //!
-//! The identity is looked for where Amazon's own libraries look: the environment, a profile's keys, a web identity (IRSA), Pod
-//! Identity or ECS, the instance's role. The first that is configured is used; if it fails, its error is the result.
+//! The identity is looked for where Amazon's own libraries look: keys of the environment or of a profile, a web identity (IRSA),
+//! Pod Identity or ECS, the instance's role. The first that is configured is used; if it fails, its error is the result. Of a
+//! profile only keys are read: one that names a role is refused where `AWS_PROFILE` selects it.
 
 use std::collections::HashMap;
 use std::ffi::OsString;
@@ -19,7 +20,7 @@ use reqsign_core::{Context, FileRead, HttpSend, ProvideCredentialDyn, SignReques
 use reqwest::{Client, RequestBuilder};
 use serde::Deserialize;
 
-use super::cloud::read_json;
+use super::cloud::{cut, read_json, read_some};
 use super::{CredentialsError, Found, read_file};
 use crate::blocking::on_thread;
 use crate::oci::Digest;
@@ -69,11 +70,16 @@ struct Environment(HashMap<String, String>);
 impl Environment {
     fn read() -> Self {
         let text = |(name, value): (OsString, OsString)| Some((name.into_string().ok()?, value.into_string().ok()?));
-        Self(std::env::vars_os().filter_map(text).collect())
+        Self::of(std::env::vars_os().filter_map(text))
+    }
+
+    /// Variables without a value are as if they were not there: manifests often set them so.
+    fn of(variables: impl Iterator<Item = (String, String)>) -> Self {
+        Self(variables.filter(|(_, value)| !value.trim().is_empty()).collect())
     }
 
     fn get(&self, name: &str) -> Option<&str> {
-        self.0.get(name).map(String::as_str).filter(|value| !value.is_empty())
+        self.0.get(name).map(String::as_str)
     }
 
     /// The region of a registry, or the one that the process runs in.
@@ -93,8 +99,15 @@ impl Environment {
         if let Some(endpoint) = self.endpoint("ECR") {
             return endpoint.to_owned();
         }
-        let host = if self.get("AWS_USE_FIPS_ENDPOINT") == Some("true") { "ecr-fips" } else { "api.ecr" };
-        let suffix = if region.starts_with("cn-") { "amazonaws.com.cn" } else { "amazonaws.com" };
+        let is_set = |name| self.get(name) == Some("true");
+        let is_china = region.starts_with("cn-");
+        let (plain, suffix) = match (is_set("AWS_USE_DUALSTACK_ENDPOINT"), is_china) {
+            (true, true) => ("ecr", "api.amazonwebservices.com.cn"),
+            (true, false) => ("ecr", "api.aws"),
+            (false, true) => ("api.ecr", "amazonaws.com.cn"),
+            (false, false) => ("api.ecr", "amazonaws.com"),
+        };
+        let host = if is_set("AWS_USE_FIPS_ENDPOINT") { "ecr-fips" } else { plain };
         format!("https://{host}.{region}.{suffix}")
     }
 
@@ -109,7 +122,7 @@ impl Environment {
         let credential = credential(&context, &region).await?;
         let request = signed_request(&context, &credential, &api, &region).await?;
         let request = RequestBuilder::from_parts(client.clone(), request);
-        let tokens: Tokens = read_json(request, "GetAuthorizationToken").await?;
+        let tokens: Tokens = read_json(request, "GetAuthorizationToken", "").await?;
         tokens.authorization_data.into_iter().next().ok_or_else(|| "GetAuthorizationToken: no token".to_owned())
     }
 }
@@ -118,13 +131,19 @@ impl Environment {
 async fn credential(context: &Context, region: &str) -> Result<Credential, String> {
     let web_identity =
         AssumeRoleWithWebIdentityCredentialProvider::new().with_region(region.to_owned()).with_regional_sts_endpoint();
-    let sources: [&dyn ProvideCredentialDyn<Credential = Credential>; 5] = [
-        &EnvCredentialProvider::new(),
-        &ProfileCredentialProvider::default(),
-        &web_identity,
-        &ECSCredentialProvider::new(),
-        &IMDSv2CredentialProvider::new(),
-    ];
+    let keys: [&dyn ProvideCredentialDyn<Credential = Credential>; 2] =
+        [&EnvCredentialProvider::new(), &ProfileCredentialProvider::default()];
+    for source in keys {
+        if let Some(credential) = source.provide_credential_dyn(context).await.map_err(|error| explain(&error))? {
+            return Ok(credential);
+        }
+    }
+    // Another identity than the selected one would be used without a word.
+    if let Some(profile) = context.env_var("AWS_PROFILE") {
+        return Err(format!("AWS_PROFILE: the profile {profile} has no aws_access_key_id and aws_secret_access_key"));
+    }
+    let sources: [&dyn ProvideCredentialDyn<Credential = Credential>; 3] =
+        [&web_identity, &ECSCredentialProvider::new(), &IMDSv2CredentialProvider::new()];
     for source in sources {
         if let Some(credential) = source.provide_credential_dyn(context).await.map_err(|error| explain(&error))? {
             return Ok(credential);
@@ -156,7 +175,7 @@ async fn signed_request(
 /// The library's errors say what was attempted; what they come from says why it failed.
 fn explain(error: &reqsign_core::Error) -> String {
     let (attempt, cause) = (error.to_string(), root_cause(error));
-    if cause == attempt { attempt } else { format!("{attempt}: {cause}") }
+    cut(&if cause == attempt { attempt } else { format!("{attempt}: {cause}") })
 }
 
 /// Files as the library reads them, on a thread that may block.
@@ -190,7 +209,7 @@ impl HttpSend for Http {
         let request = reqwest::Request::try_from(request).map_err(failed)?;
         let response = self.client.execute(request).await.map_err(failed)?;
         let (status, headers) = (response.status(), response.headers().clone());
-        let mut whole = Response::new(response.bytes().await.map_err(failed)?);
+        let mut whole = Response::new(read_some(response).await.map_err(failed)?);
         *whole.status_mut() = status;
         *whole.headers_mut() = headers;
         Ok(whole)
@@ -239,7 +258,7 @@ mod tests {
         }
     }
     fn environment(variables: &[(&str, &str)]) -> Environment {
-        Environment(variables.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect())
+        Environment::of(variables.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())))
     }
 
     #[test]
@@ -248,6 +267,8 @@ mod tests {
             (&[][..], "eu-west-1", "https://api.ecr.eu-west-1.amazonaws.com"),
             (&[], "cn-north-1", "https://api.ecr.cn-north-1.amazonaws.com.cn"),
             (&[("AWS_USE_FIPS_ENDPOINT", "true")], "us-east-1", "https://ecr-fips.us-east-1.amazonaws.com"),
+            (&[("AWS_USE_DUALSTACK_ENDPOINT", "true")], "eu-west-1", "https://ecr.eu-west-1.api.aws"),
+            (&[("AWS_ENDPOINT_URL", "")], "eu-west-1", "https://api.ecr.eu-west-1.amazonaws.com"),
             (&[("AWS_ENDPOINT_URL", "http://a:1/")], "us-east-1", "http://a:1"),
             (&[("AWS_ENDPOINT_URL", "http://a:1"), ("AWS_ENDPOINT_URL_ECR", "http://b:2")], "us-east-1", "http://b:2"),
         ] {

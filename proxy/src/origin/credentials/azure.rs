@@ -41,35 +41,38 @@ struct Refresh {
 pub(super) async fn fetch(client: &Client, base: &str, authority: &str) -> Result<Found, CredentialsError> {
     let failed = |why: String| CredentialsError::Cloud("Azure", why);
     let variable = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
-    let asked = match (variable("AZURE_FEDERATED_TOKEN_FILE"), variable("AZURE_TENANT_ID"), variable("AZURE_CLIENT_ID"))
-    {
-        (Some(file), Some(tenant), Some(id)) => {
-            let host = variable("AZURE_AUTHORITY_HOST").unwrap_or_else(|| "https://login.microsoftonline.com".into());
-            let read = on_thread(move || read_file(file.as_ref())).await?;
-            let (assertion, scope) = (read, format!("{AUDIENCE}/.default"));
-            let form = [
-                ("grant_type", "client_credentials"),
-                ("client_id", &id),
-                ("client_assertion_type", "urn:ietf:params:oauth:client-assertion-type:jwt-bearer"),
-                ("client_assertion", assertion.trim()),
-                ("scope", &scope),
-            ];
-            post(client, &format!("{}/{tenant}/oauth2/v2.0/token", host.trim_end_matches('/')), &form)
-        }
-        (_, _, id) => {
-            let host = variable(METADATA_VARIABLE).unwrap_or_else(|| METADATA.to_owned());
-            let mut query = Serializer::new(String::new());
-            query.append_pair("api-version", "2018-02-01").append_pair("resource", AUDIENCE);
-            // One of several that the machine has.
-            query.extend_pairs(id.iter().map(|id| ("client_id", id)));
-            let url = format!("{}/metadata/identity/oauth2/token?{}", host.trim_end_matches('/'), query.finish());
-            client.get(url).header("Metadata", "true")
-        }
-    };
-    let access: Access = read_json(asked, "Microsoft Entra").await.map_err(failed)?;
+    let (asked, sent) =
+        match (variable("AZURE_FEDERATED_TOKEN_FILE"), variable("AZURE_TENANT_ID"), variable("AZURE_CLIENT_ID")) {
+            (Some(file), Some(tenant), Some(id)) => {
+                let host =
+                    variable("AZURE_AUTHORITY_HOST").unwrap_or_else(|| "https://login.microsoftonline.com".into());
+                let read = on_thread(move || read_file(file.as_ref())).await?;
+                let (assertion, scope) = (read, format!("{AUDIENCE}/.default"));
+                let form = [
+                    ("grant_type", "client_credentials"),
+                    ("client_id", &id),
+                    ("client_assertion_type", "urn:ietf:params:oauth:client-assertion-type:jwt-bearer"),
+                    ("client_assertion", assertion.trim()),
+                    ("scope", &scope),
+                ];
+                let asked = post(client, &format!("{}/{tenant}/oauth2/v2.0/token", host.trim_end_matches('/')), &form);
+                (asked, assertion.trim().to_owned())
+            }
+            (_, _, id) => {
+                let host = variable(METADATA_VARIABLE).unwrap_or_else(|| METADATA.to_owned());
+                let mut query = Serializer::new(String::new());
+                query.append_pair("api-version", "2018-02-01").append_pair("resource", AUDIENCE);
+                // One of several that the machine has.
+                query.extend_pairs(id.iter().map(|id| ("client_id", id)));
+                let url = format!("{}/metadata/identity/oauth2/token?{}", host.trim_end_matches('/'), query.finish());
+                (client.get(url).header("Metadata", "true"), String::new())
+            }
+        };
+    let access: Access = read_json(asked, "Microsoft Entra", &sent).await.map_err(failed)?;
     let exchange = [("grant_type", "access_token"), ("service", authority), ("access_token", &access.access_token)];
     let asked = post(client, &format!("{base}/oauth2/exchange"), &exchange);
-    let refresh: Refresh = read_json(asked, "the registry's /oauth2/exchange").await.map_err(failed)?;
+    let refresh: Refresh =
+        read_json(asked, "the registry's /oauth2/exchange", &access.access_token).await.map_err(failed)?;
     let secret = Secret::Password { username: USERNAME.to_owned(), password: refresh.refresh_token };
     Ok(Found { secret: Some(secret), life: LIFE })
 }

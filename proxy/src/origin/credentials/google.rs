@@ -28,7 +28,7 @@ pub(super) async fn fetch(client: &Client) -> Result<Found, CredentialsError> {
     let failed = |why: String| CredentialsError::Cloud("Google", why);
     let host = std::env::var(HOST_VARIABLE).unwrap_or_else(|_| HOST.to_owned());
     let request = client.get(format!("http://{host}{PATH}")).header("Metadata-Flavor", "Google");
-    let token: Token = read_json(request, "the metadata server").await.map_err(failed)?;
+    let token: Token = read_json(request, "the metadata server", "").await.map_err(failed)?;
     let secret = Secret::Password { username: USERNAME.to_owned(), password: token.access_token };
     Ok(Found { secret: Some(secret), life: Duration::from_secs(token.expires_in) / 2 })
 }
