@@ -5,9 +5,8 @@ use std::time::Duration;
 
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
-use http::HeaderValue;
-use http::Method;
 use http::header::{CACHE_CONTROL, RANGE};
+use http::{HeaderMap, HeaderValue, Method};
 use tokio::time::{sleep_until, timeout};
 
 use super::question::Downstream;
@@ -70,14 +69,40 @@ impl Peers {
     pub(super) async fn answers(&self, peer: SocketAddr, owed: Option<reqwest::Request>) -> bool {
         let Some(mut probe) = owed else { return false };
         *probe.method_mut() = Method::HEAD;
-        let headers = probe.headers_mut();
-        // It is not to be remembered by this.
-        let terms = Terms { peers: Downstream::NONE, deputy: None, ..Terms::read(headers) };
-        headers.extend(terms.write().map(|terms| (wire::REQUEST, terms)));
-        [wire::HAVE, RANGE].iter().for_each(|name| drop(headers.remove(name)));
-        headers.insert(CACHE_CONTROL, HeaderValue::from_static(wire::ONLY_IF_CACHED));
+        ask_nothing(probe.headers_mut());
         let path = probe.url()[url::Position::BeforePath..].to_owned();
         self.proof.sign(peer, &Method::HEAD, &path, probe.headers_mut());
         matches!(timeout(ANSWER, self.client.execute(probe)).await, Ok(Ok(_)))
+    }
+}
+
+/// Makes a request one that only finds out whether the peer is there: it is not to be remembered by this.
+fn ask_nothing(headers: &mut HeaderMap) {
+    let terms = Terms { peers: Downstream::NONE, deputy: None, ..Terms::read(headers) };
+    if let Some(terms) = terms.write() {
+        headers.insert(wire::REQUEST, terms);
+    }
+    [wire::HAVE, RANGE].iter().for_each(|name| drop(headers.remove(name)));
+    headers.insert(CACHE_CONTROL, HeaderValue::from_static(wire::ONLY_IF_CACHED));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn probe_names_no_peer_and_no_bytes() {
+        let lines = [
+            (wire::REQUEST, "role=zone; rule=4f1c; peers=10.0.0.1:5052; whole; deputy"),
+            (wire::HAVE, "2;0-99"),
+            (RANGE, "bytes=0-9"),
+        ];
+        let mut headers: HeaderMap =
+            lines.into_iter().map(|(name, text)| (name, HeaderValue::from_static(text))).collect();
+        ask_nothing(&mut headers);
+        let all: Vec<_> = headers.get_all(wire::REQUEST).iter().collect();
+        assert_eq!(all, ["role=zone; rule=4f1c; whole"]);
+        assert_eq!(headers[CACHE_CONTROL], "only-if-cached");
+        assert_eq!(headers.len(), 2);
     }
 }
