@@ -178,20 +178,9 @@ impl Front {
             return self.give_token(session).await;
         }
         let request = session.req_header();
-        let header = |name| request.headers.get(name).and_then(|value| value.to_str().ok());
-        if !matches!(request.method, Method::GET | Method::HEAD) {
-            return Reply::read_only();
-        }
-        let (path, query) = (request.uri.path(), request.uri.query());
-        let host = header(HOST).or_else(|| request.uri.authority().map(|a| a.as_str()));
-        let route = match route::parse(path, query, host, &*self.registries) {
+        let route = match self.route(request) {
             Ok(route) => route,
-            Err(error) => {
-                if error.message.contains("override_path") {
-                    tracing::warn!(path, problem = error.message, "a client's mirror configuration is wrong");
-                }
-                return Reply::route_error(&error);
-            }
+            Err(reply) => return *reply,
         };
         exchange.route = route.as_str();
         let is_probe = matches!(&route, Route::Content { registry, .. } if sentinel::is_registry(registry));
@@ -202,7 +191,7 @@ impl Front {
             return self.ping(request);
         };
         if sentinel::is_registry(&registry) && self.listener == Listener::Clients {
-            let range = header(RANGE).and_then(RangeSet::parse).as_ref().and_then(RangeSet::single);
+            let range = text(request, &RANGE).and_then(RangeSet::parse).as_ref().and_then(RangeSet::single);
             return sentinel::answer(&endpoint, range.filter(|_| request.method != Method::HEAD))
                 .of_registry(&registry);
         }
@@ -248,6 +237,21 @@ impl Front {
             false => self.refuse(session.req_header(), &place, &refusal),
         };
         answer.unwrap_or_else(refuse).of_registry(&registry)
+    }
+
+    /// What a request means.
+    fn route(&self, request: &Parts) -> Result<Route, Box<Reply>> {
+        if !matches!(request.method, Method::GET | Method::HEAD) {
+            return Err(Box::new(Reply::read_only()));
+        }
+        let (path, query) = (request.uri.path(), request.uri.query());
+        let host = text(request, &HOST).or_else(|| request.uri.authority().map(|a| a.as_str()));
+        route::parse(path, query, host, &*self.registries).map_err(|error| {
+            if error.message.contains("override_path") {
+                tracing::warn!(path, problem = error.message, "a client's mirror configuration is wrong");
+            }
+            Box::new(Reply::route_error(&error))
+        })
     }
 
     /// Whether the client or peer may have what a rule gives to some only, and with whose credentials it is requested. Then also
@@ -477,6 +481,11 @@ async fn while_client_waits(connection: Option<Descriptor>, answer: impl Future<
         reply = answer => Some(reply),
         () = connection.closed() => None,
     }
+}
+
+/// A header's text. None: it is missing, or not text.
+fn text<'a>(request: &'a Parts, name: &HeaderName) -> Option<&'a str> {
+    request.headers.get(name).and_then(|value| value.to_str().ok())
 }
 
 /// Where a request comes from.

@@ -137,7 +137,12 @@ impl Pull {
             list_copies: moka::sync::Cache::builder().max_capacity(10_000).time_to_live(HOUR).build(),
             unpacking: Semaphore::new(UNPACKING),
             list_records: Arc::default(),
-            list_requests: moka::sync::Cache::builder().max_capacity(10_000).time_to_live(HOUR).build(),
+            list_requests: moka::sync::Cache::builder()
+                .max_capacity(10_000)
+                // By age alone: the newest must not be refused because others are asked for more often.
+                .eviction_policy(moka::policy::EvictionPolicy::lru())
+                .time_to_live(HOUR)
+                .build(),
             suspects: moka::sync::Cache::builder().max_capacity(100).time_to_live(OBSERVATION_TTL).build(),
             speeds: Speeds::new(),
             holders: moka::sync::Cache::builder().max_capacity(10_000).time_to_live(STALL_TIMEOUT).build(),

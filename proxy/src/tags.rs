@@ -12,14 +12,15 @@ use crate::blocking::on_thread;
 use crate::oci::{Digest, Tag};
 use crate::registries::Place;
 use crate::store::{Store, TagRecord};
-use crate::times::TOUCH_INTERVAL;
+use crate::times::{DEFAULT_TTL, TOUCH_INTERVAL};
 
 /// Leases in memory, backed by record files.
 pub struct Tags {
     leases: moka::sync::Cache<(String, Tag), Lease>,
     store: Arc<Store>,
-    /// Held while a record is written: of two renewals, the record of the younger one must come last.
-    writing: Arc<Mutex<()>>,
+    /// When the upstream said what the record of each tag says. Held while a record is written: the youngest word must come
+    /// last.
+    recorded: Arc<Mutex<Recorded>>,
 }
 
 /// What the upstream has just said a tag means.
@@ -45,7 +46,7 @@ const MAX_LEASES: u64 = 50_000;
 
 impl Tags {
     pub fn new(store: Arc<Store>) -> Self {
-        Self { leases: moka::sync::Cache::new(MAX_LEASES), store, writing: Arc::default() }
+        Self { leases: moka::sync::Cache::new(MAX_LEASES), store, recorded: Arc::new(Mutex::new(Recorded::new())) }
     }
 
     /// What a tag meant. A date in the future comes from a wrong clock and says nothing.
@@ -94,13 +95,12 @@ impl Tags {
         if !is_to_be_recorded {
             return;
         }
-        let (store, writing) = (self.store.clone(), self.writing.clone());
-        let (leases, place, tag) = (self.leases.clone(), place.clone(), tag.clone());
+        let (store, recorded) = (self.store.clone(), self.recorded.clone());
+        let (record, key) = (record(place, tag, digest, checked_at), (place.to_string(), tag.clone()));
         tokio::task::spawn_blocking(move || {
-            let _writing = writing.lock();
-            // None: the tag was forgotten since.
-            if let Some(lease) = leases.get(&(place.to_string(), tag.clone())) {
-                store.records.put_tag(&record(&place, &tag, &lease), client);
+            let mut recorded = recorded.lock();
+            if recorded.is_youngest(key, checked_at) {
+                store.records.put_tag(&record, client);
             }
         });
     }
@@ -110,10 +110,13 @@ impl Tags {
     pub fn forget(&self, place: &Place, tag: &Tag) {
         let forgotten_at = SystemTime::now();
         self.leases.invalidate(&(place.to_string(), tag.clone()));
-        let (store, writing) = (self.store.clone(), self.writing.clone());
+        let (store, recorded) = (self.store.clone(), self.recorded.clone());
         let (leases, place, tag) = (self.leases.clone(), place.clone(), tag.clone());
         tokio::task::spawn_blocking(move || {
-            let _writing = writing.lock();
+            let mut recorded = recorded.lock();
+            if !recorded.is_youngest((place.to_string(), tag.clone()), forgotten_at) {
+                return;
+            }
             store.records.forget_tag(&place.registry, &place.repository, &tag);
             // Another request may have read the record just before, or renewed the tag since.
             leases.entry((place.to_string(), tag.clone())).and_compute_with(|known| match known {
@@ -138,13 +141,37 @@ impl Tags {
     }
 }
 
-fn record(place: &Place, tag: &Tag, lease: &Lease) -> TagRecord {
+fn record(place: &Place, tag: &Tag, digest: &Digest, checked_at: SystemTime) -> TagRecord {
     TagRecord {
         registry: place.registry.to_string(),
         repository: place.repository.to_string(),
         tag: tag.to_string(),
-        digest: lease.digest.to_string(),
-        checked_at: lease.checked_at.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs(),
+        digest: digest.to_string(),
+        checked_at: checked_at.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs(),
+    }
+}
+
+/// The time of the word that was recorded last, by tag.
+struct Recorded(moka::sync::Cache<(String, Tag), SystemTime>);
+
+/// Tags whose last word is remembered: those that are renewed or missed within a minute.
+const MAX_RECORDED: u64 = 10_000;
+
+impl Recorded {
+    fn new() -> Self {
+        // By age alone: the newest must not be refused because others are asked for more often.
+        let recent = moka::policy::EvictionPolicy::lru();
+        let cache = moka::sync::Cache::builder().max_capacity(MAX_RECORDED).eviction_policy(recent);
+        Self(cache.time_to_live(DEFAULT_TTL).build())
+    }
+
+    /// Whether no younger word was recorded; then this one is remembered.
+    fn is_youngest(&mut self, key: (String, Tag), said_at: SystemTime) -> bool {
+        if self.0.get(&key).is_some_and(|known| known > said_at) {
+            return false;
+        }
+        self.0.insert(key, said_at);
+        true
     }
 }
 
@@ -184,6 +211,17 @@ mod tests {
         for (digest, minutes, recorded) in table {
             assert_eq!(lease.is_recorded(digest, at(minutes), hour), recorded, "{digest} at {minutes}");
         }
+    }
+
+    #[test]
+    fn older_word_is_not_recorded_after_a_younger_one() {
+        let (mut recorded, at) = (Recorded::new(), |seconds| UNIX_EPOCH + Duration::from_secs(seconds));
+        let mut says =
+            |tag: &str, seconds| recorded.is_youngest(("docker.io/a".into(), tag.parse().unwrap()), at(seconds));
+        assert_eq!(
+            [says("1", 20), says("1", 10), says("1", 20), says("1", 30), says("2", 10)],
+            [true, false, true, true, true]
+        );
     }
 
     #[tokio::test]

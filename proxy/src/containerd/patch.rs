@@ -77,7 +77,11 @@ impl ConfigFile {
     pub fn restore(&self, section: &str, version: i64, dir: &str, mode: Mode) -> Result<Patched, PatchError> {
         let Some(kept) = self.read(&self.kept())? else { return Ok(Patched::Nothing) };
         let present = self.read(&self.path)?.unwrap_or_default();
-        if kept != NONE && self.with_path(&present, section, version, dir)? == kept && kept != present {
+        if kept != NONE
+            && kept != present
+            && self.with_path(&present, section, version, dir)? == kept
+            && !self.is_patched(&kept, &present, section, version)?
+        {
             // Killed before the two were exchanged: what is kept is what should have taken the file's place.
             if mode == Mode::Apply {
                 tree::remove(&self.kept()).map_err(|e| PatchError::Io(self.kept(), e))?;
@@ -206,6 +210,12 @@ mod tests {
         assert_eq!(file.restore(CRI, 3, "/certs", Mode::Apply).unwrap(), Patched::Nothing);
         assert_eq!(fs::read_to_string(&file.path).unwrap(), "version = 3\n");
         assert!(!file.kept().exists());
+        // What looks the same is not: a file that named another directory, which uninstall is told instead of the new one.
+        fs::write(&file.path, "version = 3\n[plugins.'io.containerd.cri.v1.images'.registry]\nconfig_path = \"/a\"\n")
+            .unwrap();
+        file.set(CRI, 3, "/b").unwrap();
+        assert_eq!(file.restore(CRI, 3, "/a", Mode::Apply).unwrap(), Patched::Edited);
+        assert!(file.kept().exists());
     }
 
     #[test]

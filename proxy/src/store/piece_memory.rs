@@ -1,4 +1,4 @@
-//! PieceMemory of a file on their way to a client: how large they are, and from which memory.
+//! Pieces of a file on their way to a client: how large they are, and from which memory.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
