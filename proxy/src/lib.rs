@@ -18,6 +18,7 @@ pub mod flights;
 pub mod grants;
 pub mod identity;
 pub mod key_file;
+pub mod last_word;
 pub mod lifetimes;
 pub mod memory;
 pub mod metrics;

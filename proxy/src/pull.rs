@@ -46,6 +46,7 @@ use crate::caller::Who;
 use crate::config::FarPeers;
 use crate::fill::{FillKey, FillView, Fills};
 use crate::flights::Flights;
+use crate::last_word::LastWord;
 use crate::memory::Memory;
 use crate::metrics::Metrics;
 use crate::oci::{Digest, Registry, Repository, Tag};
@@ -95,10 +96,10 @@ pub struct Pull {
     list_copies: moka::sync::Cache<String, Arc<AtomicU32>>,
     /// Copies that are unpacked at the same time: each takes some MiB before its size is counted.
     unpacking: Semaphore,
-    /// Held while records of lists, or of the artifacts of a manifest, are written.
-    list_records: Arc<Mutex<()>>,
+    /// Held while the artifacts of a manifest are written.
+    subjects: Arc<Mutex<()>>,
     /// When the response was requested that each list's record tells of.
-    list_requests: moka::sync::Cache<String, Instant>,
+    list_words: LastWord<String, Instant>,
     /// Who sent what of blobs that did not match, until the truth is known.
     suspects: moka::sync::Cache<(Digest, Registry), Arc<Vec<Contribution>>>,
     speeds: Speeds,
@@ -136,13 +137,8 @@ impl Pull {
             homes: Arc::new(Homes::new(store.clone())),
             list_copies: moka::sync::Cache::builder().max_capacity(10_000).time_to_live(HOUR).build(),
             unpacking: Semaphore::new(UNPACKING),
-            list_records: Arc::default(),
-            list_requests: moka::sync::Cache::builder()
-                .max_capacity(10_000)
-                // By age alone: the newest must not be refused because others are asked for more often.
-                .eviction_policy(moka::policy::EvictionPolicy::lru())
-                .time_to_live(HOUR)
-                .build(),
+            subjects: Arc::default(),
+            list_words: LastWord::new(HOUR),
             suspects: moka::sync::Cache::builder().max_capacity(100).time_to_live(OBSERVATION_TTL).build(),
             speeds: Speeds::new(),
             holders: moka::sync::Cache::builder().max_capacity(10_000).time_to_live(STALL_TIMEOUT).build(),

@@ -6,9 +6,9 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use moka::Entry;
 use moka::ops::compute::Op;
-use parking_lot::Mutex;
 
 use crate::blocking::on_thread;
+use crate::last_word::LastWord;
 use crate::oci::{Digest, Tag};
 use crate::registries::Place;
 use crate::store::{Store, TagRecord};
@@ -18,9 +18,7 @@ use crate::times::{DEFAULT_TTL, TOUCH_INTERVAL};
 pub struct Tags {
     leases: moka::sync::Cache<(String, Tag), Lease>,
     store: Arc<Store>,
-    /// When the upstream said what the record of each tag says. Held while a record is written: the youngest word must come
-    /// last.
-    recorded: Arc<Mutex<Recorded>>,
+    recorded: Arc<LastWord<(String, Tag), SystemTime>>,
 }
 
 /// What the upstream has just said a tag means.
@@ -46,7 +44,7 @@ const MAX_LEASES: u64 = 50_000;
 
 impl Tags {
     pub fn new(store: Arc<Store>) -> Self {
-        Self { leases: moka::sync::Cache::new(MAX_LEASES), store, recorded: Arc::new(Mutex::new(Recorded::new())) }
+        Self { leases: moka::sync::Cache::new(MAX_LEASES), store, recorded: Arc::new(LastWord::new(DEFAULT_TTL)) }
     }
 
     /// What a tag meant. A date in the future comes from a wrong clock and says nothing.
@@ -98,10 +96,7 @@ impl Tags {
         let (store, recorded) = (self.store.clone(), self.recorded.clone());
         let (record, key) = (record(place, tag, digest, checked_at), (place.to_string(), tag.clone()));
         tokio::task::spawn_blocking(move || {
-            let mut recorded = recorded.lock();
-            if recorded.is_youngest(key, checked_at) {
-                store.records.put_tag(&record, client);
-            }
+            recorded.record(key, checked_at, || store.records.put_tag(&record, client));
         });
     }
 
@@ -109,14 +104,11 @@ impl Tags {
     /// an image has a signature must be known then as well. Of others it is not, since clients can invent any.
     pub fn forget(&self, place: &Place, tag: &Tag) {
         let forgotten_at = SystemTime::now();
-        self.leases.invalidate(&(place.to_string(), tag.clone()));
+        let key = (place.to_string(), tag.clone());
+        self.leases.invalidate(&key);
         let (store, recorded) = (self.store.clone(), self.recorded.clone());
         let (leases, place, tag) = (self.leases.clone(), place.clone(), tag.clone());
-        tokio::task::spawn_blocking(move || {
-            let mut recorded = recorded.lock();
-            if !recorded.is_youngest((place.to_string(), tag.clone()), forgotten_at) {
-                return;
-            }
+        let forget = move || {
             store.records.forget_tag(&place.registry, &place.repository, &tag);
             // Another request may have read the record just before, or renewed the tag since.
             leases.entry((place.to_string(), tag.clone())).and_compute_with(|known| match known {
@@ -127,7 +119,8 @@ impl Tags {
             if tag.is_of_digest() && !place.rule.asks_who() {
                 store.records.put_absent(&place.registry, &place.repository, &tag);
             }
-        });
+        };
+        tokio::task::spawn_blocking(move || recorded.record(key, forgotten_at, forget));
     }
 
     /// Whether the upstream said last that there is no such tag.
@@ -148,30 +141,6 @@ fn record(place: &Place, tag: &Tag, digest: &Digest, checked_at: SystemTime) -> 
         tag: tag.to_string(),
         digest: digest.to_string(),
         checked_at: checked_at.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs(),
-    }
-}
-
-/// The time of the word that was recorded last, by tag.
-struct Recorded(moka::sync::Cache<(String, Tag), SystemTime>);
-
-/// Tags whose last word is remembered: those that are renewed or missed within a minute.
-const MAX_RECORDED: u64 = 10_000;
-
-impl Recorded {
-    fn new() -> Self {
-        // By age alone: the newest must not be refused because others are asked for more often.
-        let recent = moka::policy::EvictionPolicy::lru();
-        let cache = moka::sync::Cache::builder().max_capacity(MAX_RECORDED).eviction_policy(recent);
-        Self(cache.time_to_live(DEFAULT_TTL).build())
-    }
-
-    /// Whether no younger word was recorded; then this one is remembered.
-    fn is_youngest(&mut self, key: (String, Tag), said_at: SystemTime) -> bool {
-        if self.0.get(&key).is_some_and(|known| known > said_at) {
-            return false;
-        }
-        self.0.insert(key, said_at);
-        true
     }
 }
 
@@ -211,17 +180,6 @@ mod tests {
         for (digest, minutes, recorded) in table {
             assert_eq!(lease.is_recorded(digest, at(minutes), hour), recorded, "{digest} at {minutes}");
         }
-    }
-
-    #[test]
-    fn older_word_is_not_recorded_after_a_younger_one() {
-        let (mut recorded, at) = (Recorded::new(), |seconds| UNIX_EPOCH + Duration::from_secs(seconds));
-        let mut says =
-            |tag: &str, seconds| recorded.is_youngest(("docker.io/a".into(), tag.parse().unwrap()), at(seconds));
-        assert_eq!(
-            [says("1", 20), says("1", 10), says("1", 20), says("1", 30), says("2", 10)],
-            [true, false, true, true, true]
-        );
     }
 
     #[tokio::test]

@@ -7,7 +7,7 @@ use std::path::Path;
 
 const LEVELS: [&[&str]; 11] = [
     &["times", "worker_watch"],
-    &["blocking", "key_file", "metrics", "oci", "readiness", "shares", "trace"],
+    &["blocking", "key_file", "last_word", "metrics", "oci", "readiness", "shares", "trace"],
     &[
         "activity",
         "caller",

@@ -90,7 +90,7 @@ impl Pull {
     ) -> Result<ListAnswer, Refusal> {
         let key = key(place, list, query);
         let requested = Instant::now();
-        let mut asked = self.requested(place, list, query, &key, asking.client);
+        let mut asked = self.requested(place, list, query, &key, asking.client, requested);
         let response = match timeout(CONFIRM_TIMEOUT.min(asking.patience), &mut asked).await {
             Ok(response) => response,
             // Only what was seen whole: that a slow upstream has something or not it will say itself.
@@ -128,12 +128,12 @@ impl Pull {
         query: Option<&str>,
         key: &str,
         client: Option<IpAddr>,
+        requested: Instant,
     ) -> oneshot::Receiver<Result<ListResponse, SourceError>> {
         let (sender, asked) = oneshot::channel();
         let (pull, place, list, key) = (self.clone(), place.clone(), list.clone(), key.to_owned());
         let query = query.map(str::to_owned);
         tokio::spawn(trace::carried(async move {
-            let requested = Instant::now();
             let deadline = requested + UPSTREAM_TIMEOUT;
             let response = pull.origin.list(&place, &list, query.as_deref(), deadline).await;
             if let Err(Ok(response)) = sender.send(response) {
@@ -190,26 +190,15 @@ impl Pull {
         let has_no_api = error.is_not_found() && matches!(list, List::Referrers(_));
         let (pull, place) = (self.clone(), place.clone());
         tokio::task::spawn_blocking(move || {
-            let _writing = pull.list_records.lock();
-            if !pull.is_youngest(&key, requested) {
-                return;
-            }
             let records = &pull.store.records;
-            match has_no_api && (records.is_known_list(&key) || pull.may_copy(&place)) {
-                true => records.put_absent_list(&key, &place.registry),
-                false => records.forget_list(&key),
-            }
+            // A copy that comes late must not undo a refusal.
+            pull.list_words.record(key.clone(), requested, || {
+                match has_no_api && (records.is_known_list(&key) || pull.may_copy(&place)) {
+                    true => records.put_absent_list(&key, &place.registry),
+                    false => records.forget_list(&key),
+                }
+            });
         });
-    }
-
-    /// Whether a response was requested later than the one that the record of its list tells of: a copy that comes late must
-    /// not undo a refusal. Called under the lock of the records.
-    fn is_youngest(&self, key: &str, requested: Instant) -> bool {
-        if self.list_requests.get(key).is_some_and(|known| known > requested) {
-            return false;
-        }
-        self.list_requests.insert(key.to_owned(), requested);
-        true
     }
 
     /// Clients choose the queries of lists: of one repository so many new copies are written in an hour at most.
@@ -315,11 +304,11 @@ impl Pull {
         let media_type = media_type.to_owned();
         let refers = move |bytes: &[u8]| Some((manifest::subject(bytes)?, manifest::referrer(bytes, &media_type)?));
         let Some((subject, artifact)) = parsed(bytes, refers).await else { return };
-        let (store, subject, records) = (self.store.clone(), subject_key(place, &subject), self.list_records.clone());
+        let (store, subject, turn) = (self.store.clone(), subject_key(place, &subject), self.subjects.clone());
         let registry = place.registry.clone();
         tokio::task::spawn_blocking(move || {
             // Read, changed and written by one at a time.
-            let _writing = records.lock();
+            let _turn = turn.lock();
             let mut referrers = store.records.referrers(&subject);
             if !referrers.contains(&artifact) && referrers.len() < MAX_REFERRERS {
                 referrers.push(artifact);
@@ -385,10 +374,8 @@ impl Copying {
                 pull.store.small.insert(&digest, Kind::Blob, object).await;
             }
             tokio::task::spawn_blocking(move || {
-                let _writing = pull.list_records.lock();
-                if pull.is_youngest(&record.key, requested) {
-                    pull.store.records.put_list(&record, &place.registry, client);
-                }
+                let write = || pull.store.records.put_list(&record, &place.registry, client);
+                pull.list_words.record(record.key.clone(), requested, write);
             });
         });
     }
