@@ -17,7 +17,6 @@ use crate::peers::{Unproven, wire};
 use crate::pull::{BlobAnswer, Body, Extent, ListAnswer, ManifestAnswer, Refusal, status_for_client};
 use crate::source::{ServedFrom, UpstreamError};
 
-pub const SOURCE: HeaderName = HeaderName::from_static("x-dray-source");
 pub const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 const NAMESPACE: HeaderName = HeaderName::from_static("oci-namespace");
 const FILTERS_APPLIED: HeaderName = HeaderName::from_static("oci-filters-applied");
@@ -236,7 +235,7 @@ impl Reply {
             parts.headers.insert(REQUEST_ID, id);
         }
         if let Some(from) = self.from {
-            parts.headers.insert(SOURCE, HeaderValue::from_static(from.as_str()));
+            parts.headers.insert(wire::SOURCE, HeaderValue::from_static(from.as_str()));
         }
         parts.into()
     }

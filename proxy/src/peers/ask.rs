@@ -17,7 +17,7 @@ use super::exchange::Told;
 use super::fetching::Fetching;
 use super::question::{Aim, Downstream, Manner, Question, Redirects};
 use super::swarm::{Claim, Contribution, View};
-use super::wire::{Deputy, Holder};
+use super::wire::Holder;
 use super::{Peers, wire};
 use crate::oci::{Digest, MAX_MANIFEST_BYTES, Span, Spans, Tag, manifest};
 use crate::source::{Broken, Incoming, Part, ServedFrom, SourceError, root_cause};
@@ -143,7 +143,7 @@ impl Peers {
         let may_depute = question.aim == Aim::Whole
             && question.redirects == Redirects::Followed
             && matches!((question.manner, part), (Manner::As(_), Part::Span(_)));
-        let told = Told { deputy: may_depute.then_some(Deputy), ..self.of_this_node(have) };
+        let told = Told { may_depute, ..self.of_this_node(have) };
         let path = format!("blobs/{}", question.digest);
         let response = self.get(Method::GET, peer, question, &path, part, told).await?;
         let headers = response.headers();

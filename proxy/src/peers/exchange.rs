@@ -10,7 +10,7 @@ use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 use super::key::Seal;
 use super::question::{Downstream, Manner, Question};
-use super::wire::{Deputy, Refusal, Terms};
+use super::wire::{Refusal, Terms};
 use super::{Peers, Scope, wire};
 use crate::role::Role;
 use crate::source::{Part, SourceError, causes, root_cause};
@@ -31,7 +31,8 @@ pub(super) struct Told {
     pub(super) peers: Downstream,
     /// What this node has: `dray-have`.
     pub(super) have: Option<HeaderValue>,
-    pub(super) deputy: Option<Deputy>,
+    /// Whether this node could fetch the range from the upstream itself.
+    pub(super) may_depute: bool,
     /// The media types of a manifest that its client accepts.
     pub(super) accept: Option<HeaderValue>,
 }
@@ -70,7 +71,7 @@ impl Peers {
             peers: told.peers,
             aim: question.aim,
             redirects: question.redirects,
-            deputy: told.deputy,
+            may_depute: told.may_depute,
         };
         let headers = [(wire::REQUEST, terms.write()), (wire::HAVE, told.have), (ACCEPT, told.accept)];
         request = request.headers(headers.into_iter().filter_map(|(name, value)| Some((name, value?))).collect());

@@ -78,7 +78,7 @@ impl Peers {
 
 /// Makes a request one that only finds out whether the peer is there: it is not to be remembered by this.
 fn ask_nothing(headers: &mut HeaderMap) {
-    let terms = Terms { peers: Downstream::NONE, deputy: None, ..Terms::read(headers) };
+    let terms = Terms { peers: Downstream::NONE, may_depute: false, ..Terms::read(headers) };
     if let Some(terms) = terms.write() {
         headers.insert(wire::REQUEST, terms);
     }

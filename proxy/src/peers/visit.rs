@@ -85,7 +85,7 @@ impl Visitor {
 
     /// A member that could fetch the range in this node's stead.
     pub fn deputy(&self) -> Option<SocketAddr> {
-        self.peer.filter(|_| self.terms.deputy.is_some() && self.terms.rule.is_some())
+        self.peer.filter(|_| self.terms.may_depute && self.terms.rule.is_some())
     }
 
     /// With whose rights it asks, where a rule wants to know: it has let its client in.

@@ -70,12 +70,8 @@ pub struct Terms {
     /// `no-redirect`: no other peer could help.
     pub redirects: Redirects,
     /// `deputy`: the sender could fetch the range from the upstream itself.
-    pub deputy: Option<Deputy>,
+    pub may_depute: bool,
 }
-
-/// The sender of a request could fetch from the upstream in the peer's stead.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Deputy;
 
 /// Why a peer itself declines, which says nothing of the upstream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -84,7 +80,7 @@ pub enum Refusal {
     Overloaded,
     /// `no-upstream` (403, 503): it cannot reach the upstream, or may not.
     NoUpstream,
-    /// `deputy=0-99` (307): the sender had better fetch this part from the upstream, nobody else does.
+    /// `deputy=0-99` (307): the sender had better fetch this part from the upstream, since no other peer does.
     Deputy(Span),
 }
 
@@ -94,14 +90,14 @@ impl Terms {
         let mut terms = Self::default();
         for (name, value) in parameters(headers, &REQUEST) {
             match name {
-                // Nobody is asked as a client.
+                // A peer is an owner, not a client.
                 "role" => terms.role = value.parse().ok().filter(|role| *role != Role::Client).unwrap_or(terms.role),
                 "rule" => terms.rule = Some(value.to_owned()),
                 "deadline" => terms.deadline = value.parse().ok().map(Duration::from_millis),
                 "peers" => terms.peers = Downstream::parse(value),
                 "whole" => terms.aim = Aim::Whole,
                 "no-redirect" => terms.redirects = Redirects::Refused,
-                "deputy" => terms.deputy = Some(Deputy),
+                "deputy" => terms.may_depute = true,
                 _ => {}
             }
         }
@@ -122,7 +118,7 @@ impl Terms {
         let flags = [
             ("whole", self.aim == Aim::Whole),
             ("no-redirect", self.redirects == Redirects::Refused),
-            ("deputy", self.deputy.is_some()),
+            ("deputy", self.may_depute),
         ];
         for (flag, _) in flags.iter().filter(|(_, is_set)| *is_set) {
             let _ = write!(text, "; {flag}");
@@ -140,7 +136,7 @@ impl Default for Terms {
             peers: Downstream::NONE,
             aim: Aim::Range,
             redirects: Redirects::Followed,
-            deputy: None,
+            may_depute: false,
         }
     }
 }
@@ -260,7 +256,7 @@ mod tests {
             peers,
             aim: Aim::Whole,
             redirects: Redirects::Refused,
-            deputy: Some(Deputy),
+            may_depute: true,
         };
         let text =
             "role=zone; rule=4f1c; deadline=2500; peers=10.0.0.1:5052+[fd00::1]:5052; whole; no-redirect; deputy";
