@@ -194,40 +194,23 @@ trait Metric: Collector + Clone + 'static {
     fn make(options: Opts, labels: &[&str]) -> prometheus::Result<Self>;
 }
 
-impl Metric for IntCounter {
-    fn make(options: Opts, _: &[&str]) -> prometheus::Result<Self> {
-        Self::with_opts(options)
-    }
+macro_rules! kinds {
+    ($($kind:ty: $make:expr;)*) => {
+        $(impl Metric for $kind {
+            fn make(options: Opts, labels: &[&str]) -> prometheus::Result<Self> {
+                $make(options, labels)
+            }
+        })*
+    };
 }
 
-impl Metric for IntGauge {
-    fn make(options: Opts, _: &[&str]) -> prometheus::Result<Self> {
-        Self::with_opts(options)
-    }
-}
-
-impl Metric for IntCounterVec {
-    fn make(options: Opts, labels: &[&str]) -> prometheus::Result<Self> {
-        Self::new(options, labels)
-    }
-}
-
-impl Metric for IntGaugeVec {
-    fn make(options: Opts, labels: &[&str]) -> prometheus::Result<Self> {
-        Self::new(options, labels)
-    }
-}
-
-impl Metric for CounterVec {
-    fn make(options: Opts, labels: &[&str]) -> prometheus::Result<Self> {
-        Self::new(options, labels)
-    }
-}
-
-impl Metric for HistogramVec {
-    fn make(options: Opts, labels: &[&str]) -> prometheus::Result<Self> {
-        Self::new(HistogramOpts { common_opts: options, buckets: BUCKETS.to_vec() }, labels)
-    }
+kinds! {
+    IntCounter: |options, _| IntCounter::with_opts(options);
+    IntGauge: |options, _| IntGauge::with_opts(options);
+    IntCounterVec: IntCounterVec::new;
+    IntGaugeVec: IntGaugeVec::new;
+    CounterVec: CounterVec::new;
+    HistogramVec: |common_opts, labels| HistogramVec::new(HistogramOpts { common_opts, buckets: BUCKETS.to_vec() }, labels);
 }
 
 fn register<M: Metric>(registry: &Registry, name: &str, help: &str, labels: &[&str]) -> M {

@@ -210,24 +210,27 @@ impl Install {
         let (file, section, version) = found.to_patch();
         let (config, existed) = (ConfigFile::new(&file), file.exists());
         let wanted = dir.to_string_lossy();
-        let patched = match self.dry_run.mode() {
+        let mode = self.dry_run.mode();
+        let patched = match mode {
             Mode::Apply => {
                 std::fs::create_dir_all(&dir).map_err(|e| Failure::Failed(format!("{}: {e}", dir.display())))?;
                 config.set(section, version, &wanted)
             }
             Mode::DryRun => config.plan(section, version, &wanted),
         };
-        match patched.map_err(failed)? {
-            Patched::Changed { .. } if !existed && self.dry_run.mode() == Mode::Apply => {
+        match (patched.map_err(failed)?, mode) {
+            (Patched::Changed { .. }, Mode::Apply) if !existed => {
                 say(&format!("{}: a new file, with config_path = \"{wanted}\". Restart containerd", file.display()));
             }
-            Patched::Changed { .. } if self.dry_run.mode() == Mode::Apply => say(&format!(
+            (Patched::Changed { .. }, Mode::Apply) => say(&format!(
                 "{}: config_path = \"{wanted}\"; the file as it was is {}. Restart containerd",
                 file.display(),
                 config.kept().display()
             )),
-            Patched::Changed { .. } => say(&format!("{}: config_path = \"{wanted}\"", file.display())),
-            Patched::Nothing | Patched::Edited => say(&format!("{}: has config_path already", file.display())),
+            (Patched::Changed { .. }, Mode::DryRun) => {
+                say(&format!("{}: config_path = \"{wanted}\"", file.display()));
+            }
+            (Patched::Nothing | Patched::Edited, _) => say(&format!("{}: has config_path already", file.display())),
         }
         self.is_in_force(&dir)?;
         Ok(dir)
@@ -264,8 +267,9 @@ impl Uninstall {
             return Err(Failure::Failed("containerd's configuration names no hosts directory: use --hosts-dir".into()));
         };
         // The mirror first: whatever comes of the rest, nobody is sent there any more.
-        let done = HostsDir::new(&dir).uninstall(self.dry_run.mode()).map_err(failed);
-        let reported = done.and_then(|done| report(&done, self.dry_run.mode()));
+        let mode = self.dry_run.mode();
+        let done = HostsDir::new(&dir).uninstall(mode).map_err(failed);
+        let reported = done.and_then(|done| report(&done, mode));
         let restored = found.map_or(Ok(()), |found| self.restore_config(&found, &dir));
         let emptied = self.cache_dir.as_deref().map_or(Ok(()), |dir| self.empty(dir));
         if let Some(linger) = self.linger {
@@ -293,8 +297,9 @@ impl Uninstall {
             return Ok(());
         }
         let dir = std::path::absolute(dir).map_err(|e| Failure::Failed(format!("{}: {e}", dir.display())))?;
-        match config.restore(section, version, &dir.to_string_lossy(), self.dry_run.mode()).map_err(failed)? {
-            Patched::Changed { .. } if self.dry_run.mode() == Mode::DryRun => {
+        let mode = self.dry_run.mode();
+        match config.restore(section, version, &dir.to_string_lossy(), mode).map_err(failed)? {
+            Patched::Changed { .. } if mode == Mode::DryRun => {
                 say(&format!("{}: would be as it was before", file.display()));
             }
             Patched::Changed { .. } => say(&format!("{}: as it was before. Restart containerd", file.display())),

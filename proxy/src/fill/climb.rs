@@ -2,8 +2,9 @@
 
 use std::time::Duration;
 
-use crate::times::PAUSE;
 use tokio::time::Instant;
+
+use crate::times::PAUSE;
 
 /// Over which a rate is measured.
 const MEASURED_OVER: Duration = Duration::from_millis(300);

@@ -20,7 +20,7 @@ use crate::registries::{Place, Trust};
 use crate::source::SourceError;
 use crate::times::{ALTERNATIVE_TIMEOUT, REACH_TIMEOUT, STALL_TIMEOUT};
 
-/// Those who waited for a limit's end do not all come at once.
+/// Requests that waited for the end of a limit are spread over this time.
 const SPREAD_MILLIS: u64 = 250;
 
 /// Where a question goes, and whether another upstream follows.

@@ -5,9 +5,10 @@
 
 use std::collections::HashMap;
 
-use crate::times::IDLE_TIMEOUT;
 use parking_lot::Mutex;
 use tokio::time::Instant;
+
+use crate::times::IDLE_TIMEOUT;
 
 /// When each host last got a request.
 #[derive(Default)]

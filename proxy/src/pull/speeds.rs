@@ -1,7 +1,8 @@
 //! Whether a registry or the peers of other zones are faster: measured, and only where a rule wants to know.
 
-use crate::times::OBSERVATION_TTL;
 use std::time::Duration;
+
+use crate::times::OBSERVATION_TTL;
 
 /// How fast blobs came, by the name of a rule. Forgotten after a while, so that whoever was slow is tried again.
 pub(super) struct Speeds {

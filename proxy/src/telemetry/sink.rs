@@ -8,8 +8,9 @@ use std::io::{self, Write};
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::times::FAREWELL;
 use parking_lot::{Condvar, Mutex};
+
+use crate::times::FAREWELL;
 
 /// How long a line may wait to be written.
 const WRITTEN_EVERY: Duration = Duration::from_millis(200);

@@ -3,10 +3,11 @@
 use std::path::Path;
 use std::process::{ExitStatus, Stdio};
 
-use crate::times::STALL_TIMEOUT;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::process::Command;
 use tokio::time::timeout;
+
+use crate::times::STALL_TIMEOUT;
 
 /// More than any answer is long, in bytes.
 const MAX_ANSWER: u64 = 64 * 1024;
