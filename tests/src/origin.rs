@@ -162,6 +162,12 @@ impl Request {
     pub fn range_start(&self) -> Option<usize> {
         self.header("range")?.strip_prefix("bytes=")?.split('-').next()?.parse().ok()
     }
+
+    /// The bytes of `Range: bytes=a-b`.
+    pub fn range(&self) -> Option<std::ops::RangeInclusive<usize>> {
+        let (_, end) = self.header("range")?.split_once('-')?;
+        Some(self.range_start()?..=end.parse().ok()?)
+    }
 }
 
 impl Response {

@@ -408,9 +408,15 @@ async fn an_origin_that_stalls_is_not_asked_by_everybody() {
         assert_eq!((answer.status, answer.complete), (200, true));
         assert!(answer.body == bytes);
     }
-    // Two that stalled, those that took their place, and the ranges of the rest.
-    let asked = origin.count("GET", layer);
-    assert!(asked <= 12, "{asked} questions");
+    // How many ranges the blob is requested in depends on how fast each node is. What must not be: that every node
+    // requests the same byte.
+    let ranges: Vec<_> = (origin.requests().iter().filter(|request| request.is_blob()))
+        .map(|request| request.range().expect("a range, since the blob is a large one"))
+        .collect();
+    for start in ranges.iter().map(|range| *range.start()) {
+        let often = ranges.iter().filter(|range| range.contains(&start)).count();
+        assert!(often < nodes.len(), "byte {start} is requested {often} times: {ranges:?}");
+    }
     let sent = origin.sent();
     assert!(sent <= bytes.len() as u64 * 3 / 2, "{sent} of {}", bytes.len());
 }
