@@ -1,6 +1,6 @@
 //! One growing blob: bytes come in once, many read along.
 //!
-//! A fill belongs to no client, and there is one for each digest, registry and [`Role`]. It writes,
+//! A fill belongs to no client, and there is one for each digest and registry. It writes,
 //! hashes in order, and lets readers follow up to the last 64 KiB, which it holds until the digest
 //! agrees. Whoever asks for the same digest meanwhile joins it.
 
@@ -42,6 +42,7 @@ use crate::caller::Caller;
 use crate::oci::{Span, Spans};
 use crate::provenance::Provenance;
 use crate::registries::Place;
+use crate::role::{CurrentRole, Role};
 use crate::source::{ServedFrom, SourceError};
 use crate::store::{Blob, Draft, SmallObject};
 use crate::trace;
@@ -62,6 +63,8 @@ pub struct Fill {
     progress: watch::Sender<Progress>,
     audience: Arc<Audience>,
     plan: Mutex<Plan>,
+    /// The role in which its sources are asked.
+    role: CurrentRole,
     /// What this node fetches in its owner's stead: it comes, though nothing may be there yet.
     deputed: Mutex<Spans>,
     started: Instant,
@@ -124,14 +127,14 @@ impl Fill {
         FillView {
             digest: self.key.digest.to_string(),
             image: self.place.to_string(),
-            role: self.key.role.as_str().to_owned(),
+            role: self.role.get().as_str().to_owned(),
             total_bytes: self.length_now(),
             written_bytes: self.written().iter().map(|span| span.len()).sum(),
             seconds: self.started.elapsed().as_secs_f64(),
         }
     }
 
-    fn new(key: FillKey, place: Place) -> Self {
+    fn new(key: FillKey, place: Place, role: CurrentRole) -> Self {
         let progress = watch::Sender::new(Progress::new());
         Self {
             key,
@@ -141,9 +144,15 @@ impl Fill {
             progress,
             audience: Arc::default(),
             plan: Mutex::default(),
+            role,
             deputed: Mutex::default(),
             started: Instant::now(),
         }
+    }
+
+    /// The role in which its sources are asked at the moment.
+    pub fn role(&self) -> Role {
+        self.role.get()
     }
 
     /// Waits until a source has answered, or none does.
@@ -314,7 +323,7 @@ impl Fill {
             vec![
                 ("dray.digest", self.key.digest.to_string().into()),
                 ("dray.image", self.place.to_string().into()),
-                ("dray.role", self.key.role.as_str().into()),
+                ("dray.role", self.role.get().as_str().into()),
                 ("dray.bytes", came.into()),
             ]
         });

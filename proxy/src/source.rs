@@ -125,6 +125,11 @@ impl Incoming {
         Self { body: counted.boxed(), ..self }
     }
 
+    /// The same until this event. A connection that is no longer wanted breaks then.
+    pub fn until(self, event: impl Future<Output = ()> + Send + 'static) -> Self {
+        Self { body: self.body.take_until(event).boxed(), ..self }
+    }
+
     /// The next piece; None at the end of the body.
     pub async fn next(&mut self) -> Option<Result<Bytes, Broken>> {
         self.body.next().await

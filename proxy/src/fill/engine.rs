@@ -95,16 +95,14 @@ const MAX_OF_BLOB: usize = 8;
 impl Engine<'_> {
     /// Fetches what is missing. `first` is the connection that is open already.
     pub(super) async fn run(mut self, mut first: Feed) -> Ended {
-        let width = match self.sources.connections() {
-            Connections::One => return self.in_order(first).await,
-            Connections::Climbing => Width::Climbing(Climb::new(MAX_OF_BLOB)),
-            Connections::Chosen(lanes) => Width::Fixed(lanes),
-        };
+        if self.sources.connections() == Connections::One {
+            return self.in_order(first).await;
+        }
         match first.take_part() {
             Some(flow) => {
                 let opened = (flow, first.served_from());
                 drop(first);
-                match self.by_ranges(opened, width).await {
+                match self.by_ranges(opened).await {
                     Some(ended) => ended,
                     None => self.again_in_order().await,
                 }
@@ -114,7 +112,7 @@ impl Engine<'_> {
     }
 
     /// None: the source does not understand ranges after all.
-    async fn by_ranges(&mut self, first: (Flow, ServedFrom), mut width: Width) -> Option<Ended> {
+    async fn by_ranges(&mut self, first: (Flow, ServedFrom)) -> Option<Ended> {
         let meter = Meter::default();
         let (sources, total) = (self.sources.clone(), self.total);
         let mut course = Course::new();
@@ -129,18 +127,17 @@ impl Engine<'_> {
             _leave: leave,
         };
         let span = Span { start: first.0.position(), end: first.0.end() };
-        {
-            let mut plan = self.fill.plan.lock();
-            plan.take(span);
-            if !width.is_fixed() {
-                plan.may_lend();
-            }
-        }
+        self.fill.plan.lock().take(span);
+        let mut width = self.width();
         lanes.push(lane(span, 0, self.writer.clone(), None).run(Some(first)));
         let mut progress = self.fill.progress.subscribe();
         let mut tick = interval(TICK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
+            if width.is_fixed() && self.sources.connections() == Connections::Climbing {
+                // This node has become the owner: how owners broke says nothing of the upstream.
+                (width, course.breaks) = (self.width(), Breaks::default());
+            }
             let now = Instant::now();
             let may_open = course.understood && now >= course.resume_at;
             self.fill.plan.lock().collect(self.fill.clock(), |span| sources.is_elsewhere(span));
@@ -183,6 +180,18 @@ impl Engine<'_> {
         }
     }
 
+    /// How many connections there are. An owner lends ranges from now on.
+    fn width(&self) -> Width {
+        match self.sources.connections() {
+            Connections::One => Width::Fixed(1),
+            Connections::Chosen(lanes) => Width::Fixed(lanes),
+            Connections::Climbing => {
+                self.fill.plan.lock().may_lend();
+                Width::Climbing(Climb::new(MAX_OF_BLOB))
+            }
+        }
+    }
+
     /// A connection has ended, beside so many others: what that means for the rest.
     fn came(&self, fetched: Fetched, others: usize, width: &mut Width, course: &mut Course) -> Option<Ended> {
         let Fetched { span, begun, position, lost } = fetched;
@@ -201,7 +210,7 @@ impl Engine<'_> {
                 course.resume_at = Instant::now() + TICK;
                 return None;
             }
-            Lost::Beginning => {
+            Lost::Beginning | Lost::Superseded => {
                 course.breaks.recovered();
                 return None;
             }

@@ -8,6 +8,7 @@ use bytes::Bytes;
 
 use super::flow::{Breaks, Flow};
 use crate::oci::Span;
+use crate::role::{CurrentRole, Role};
 use crate::source::{Incoming, ServedFrom, SourceError};
 use crate::store::Blob;
 
@@ -19,7 +20,12 @@ pub trait Sources: Send + Sync {
     /// ask another one.
     async fn open(&self, from: u64, end: Option<u64>, failures: u32) -> Result<(Incoming, ServedFrom), SourceError>;
 
-    /// By how many connections the bytes come best.
+    /// The role in which they are asked. When it rises, what was opened as a follower breaks.
+    fn role(&self) -> CurrentRole {
+        CurrentRole::new(Role::Global)
+    }
+
+    /// By how many connections the bytes come best, in the present role.
     fn connections(&self) -> Connections;
 
     /// Which of these ranges to fetch next, where the order is free.

@@ -12,12 +12,12 @@ use super::feed::Sources;
 use super::progress::Phase;
 use super::run::Running;
 use super::write::MAX_WAITING_KIB;
-use super::{Fill, FillView, Opened};
+use super::{Fill, FillView};
 use crate::memory::Memory;
 use crate::metrics::Metrics;
 use crate::oci::{Digest, Registry, Repository};
 use crate::registries::Place;
-use crate::role::Role;
+use crate::role::{CurrentRole, Role};
 use crate::shares::{Share, Shares};
 use crate::source::SourceError;
 use crate::store::{Blob, Store};
@@ -57,9 +57,6 @@ pub struct FillKey {
     pub rule: usize,
     /// Where callers come with their own rights: those at one repository are none at another.
     pub repository: Option<Repository>,
-    /// As what this node fetches it. Two nodes that disagree about the owner must not wait for each
-    /// other: who is asked as the owner never joins a fill that follows one.
-    pub role: Role,
 }
 
 /// A blob as it comes from somewhere.
@@ -84,9 +81,9 @@ impl FillKey {
         ContentOf { digest, registry, repository }
     }
 
-    pub fn new(place: &Place, digest: &Digest, role: Role) -> Self {
+    pub fn new(place: &Place, digest: &Digest) -> Self {
         let ContentOf { digest, registry, repository } = ContentOf::new(place, digest);
-        Self { digest, registry, rule: place.rule.nth, repository, role }
+        Self { digest, registry, rule: place.rule.nth, repository }
     }
 }
 
@@ -165,17 +162,6 @@ impl Fills {
         self.running.lock().get(key).cloned()
     }
 
-    /// What runs for the same bytes as somebody's follower while `key` is the owner's, and its file.
-    pub(super) fn following(&self, key: &FillKey) -> Option<(Arc<Fill>, Arc<Blob>)> {
-        let followers = [Role::Zone, Role::Client].into_iter().filter(|role| key.role > *role);
-        followers.filter_map(|role| self.running(&FillKey { role, ..key.clone() })).find_map(|fill| {
-            match fill.opened.get()? {
-                Ok(Opened::Growing { blob, .. }) => Some((fill.clone(), blob.clone())),
-                _ => None,
-            }
-        })
-    }
-
     /// Whether this lately came with wrong bytes: a client may hold a bad beginning, which a good end must not complete.
     pub fn is_distrusted(&self, content: &ContentOf) -> bool {
         self.damaged.contains_key(&content.digest) || self.distrusted.contains_key(content)
@@ -205,7 +191,7 @@ impl Fills {
     }
 
     /// Joins the running fill of a digest, or starts one from these sources, for a reader of this client who begins at
-    /// `from`.
+    /// `from`. A fill in a lower role is promoted to theirs.
     pub fn join(
         self: &Arc<Self>,
         key: &FillKey,
@@ -214,7 +200,7 @@ impl Fills {
         sources: Arc<dyn Sources>,
         from: u64,
     ) -> Arc<Fill> {
-        let (fill, earlier, turn) = match self.enter(key, place, client) {
+        let (fill, earlier, turn) = match self.enter(key, place, client, sources.role()) {
             Entered::Joined(fill) => return fill,
             Entered::Begun { fill, earlier, turn } => (fill, earlier, turn),
         };
@@ -234,7 +220,7 @@ impl Fills {
 
     /// Proves a file on disk by hashing it, while readers follow.
     pub fn prove(self: &Arc<Self>, key: &FillKey, place: &Place, blob: Arc<Blob>) -> Arc<Fill> {
-        let (fill, turn) = match self.enter(key, place, None) {
+        let (fill, turn) = match self.enter(key, place, None, CurrentRole::new(Role::Client)) {
             Entered::Joined(fill) => return fill,
             Entered::Begun { fill, turn, .. } => (fill, turn),
         };
@@ -252,7 +238,7 @@ impl Fills {
         fill
     }
 
-    fn enter(&self, key: &FillKey, place: &Place, client: Option<IpAddr>) -> Entered {
+    fn enter(&self, key: &FillKey, place: &Place, client: Option<IpAddr>, role: CurrentRole) -> Entered {
         let mut running = self.running.lock();
         let earlier = running.get(key).filter(|fill| fill.progress.borrow().phase() != Phase::Failed).cloned();
         if let Some(fill) = &earlier
@@ -261,9 +247,10 @@ impl Fills {
             if place.caller.authorization().is_some() {
                 *fill.newest.lock() = place.caller.clone();
             }
+            fill.role.promote(role.get());
             return Entered::Joined(fill.clone());
         }
-        let fill = Arc::new(Fill::new(key.clone(), place.clone()));
+        let fill = Arc::new(Fill::new(key.clone(), place.clone(), role));
         let Some(turn) = self.turn(key, client) else {
             fill.open(Err(SourceError::Busy));
             return Entered::Joined(fill);
@@ -351,7 +338,7 @@ mod tests {
         let (registry, repository): (Registry, Repository) =
             ("docker.io".parse().unwrap(), "library/a".parse().unwrap());
         let place = Place::new(registries.rule(&registry, &repository).clone(), registry, repository);
-        let key = FillKey::new(&place, &Digest::of(b"long"), Role::Global);
+        let key = FillKey::new(&place, &Digest::of(b"long"));
         let sources = Arc::new(Stalling::default());
 
         let first = fills.join(&key, &place, None, sources.clone(), 0);

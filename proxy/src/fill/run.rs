@@ -1,7 +1,6 @@
 //! One fill from its first question to the file under its name.
 
 use std::sync::Arc;
-use std::time::Instant;
 
 use parking_lot::Mutex;
 use tokio::time::timeout;
@@ -18,10 +17,7 @@ use crate::provenance::Provenance;
 use crate::role::Role;
 use crate::source::{ServedFrom, SourceError};
 use crate::store::{Blob, Draft, Found, Kind, Large, NoSpace, Partial, Proof, SMALL_BYTES, SmallObject};
-use crate::times::{ALTERNATIVE_TIMEOUT, REACH_TIMEOUT, UPSTREAM_TIMEOUT};
-
-/// And its end is not: a source has to say that it is there.
-const ASKED_FOR: u64 = 64 * 1024;
+use crate::times::{REACH_TIMEOUT, UPSTREAM_TIMEOUT};
 
 /// A fill while it runs; dropping it, also by a panic, takes it off the list and wakes its readers.
 pub(super) struct Running<'a> {
@@ -58,7 +54,6 @@ impl Running<'_> {
                 self.on_disk(|_| drop(dropped)).await;
                 None
             }
-            None => self.inherit().await,
             found => found,
         };
         let opened = if distrusted || sources.connections() == Connections::One {
@@ -68,7 +63,7 @@ impl Running<'_> {
         };
         let (opened, partial) = match (opened, partial) {
             // The owner will not let us go on with what we have: it proved wrong there.
-            (Err(SourceError::NotFound(_)), partial @ Some(_)) if self.fill.key.role != Role::Global => {
+            (Err(SourceError::NotFound(_)), partial @ Some(_)) if self.fill.role() != Role::Global => {
                 match Feed::open(sources.clone(), 0, None).await {
                     Ok(feed) => {
                         self.on_disk(|_| drop(partial)).await;
@@ -186,30 +181,6 @@ impl Running<'_> {
         self.conclude(draft, ended, written, &*sources).await;
     }
 
-    /// A copy of what this node fetches already as somebody's follower, where it has to take the
-    /// owner's place; of as much as can be copied while somebody waits.
-    async fn inherit(&self) -> Option<Partial> {
-        let (follower, blob) = self.fills.following(&self.fill.key)?;
-        let draft = self.draft(blob.len).await.ok()?;
-        let large = self.fills.store.large.clone();
-        let copying = tokio::task::spawn_blocking(move || {
-            let mut bytes = 0;
-            let mut copy = |piece: Span| {
-                bytes += piece.len();
-                large.reserve(&draft.blob, bytes).and_then(|()| draft.copy(&blob, piece)).is_ok()
-            };
-            let until = Instant::now() + ALTERNATIVE_TIMEOUT;
-            let spans = follower.written();
-            let pieces = spans.iter().flat_map(pieces);
-            let copied = pieces.take_while(|piece| Instant::now() < until && copy(*piece));
-            let mut written: Spans = copied.collect();
-            // Something has to be asked for: a little is better than all.
-            written.remove(Span { start: blob.len.saturating_sub(ASKED_FOR), end: blob.len });
-            Partial { draft, written }
-        });
-        copying.await.ok()
-    }
-
     async fn draft(&self, total: u64) -> Result<Draft, NoSpace> {
         let (large, provenance) = (self.fills.store.large.clone(), self.fill.place.provenance());
         tokio::task::spawn_blocking(move || large.draft(total, provenance)).await.unwrap_or(Err(NoSpace))
@@ -230,7 +201,7 @@ impl Running<'_> {
             }
             // The owner will not let us go on: what we have from it proved wrong there.
             (Written::Part(spans), Ended::Broken(SourceError::NotFound(_)))
-                if self.fill.key.role != Role::Global && !spans.is_empty() =>
+                if self.fill.role() != Role::Global && !spans.is_empty() =>
             {
                 self.fills.distrust(self.fill.key.content());
                 self.fill.disown();
@@ -293,7 +264,7 @@ impl Running<'_> {
 
     /// Lets the readers have the tail, then gives the file its name if this node owns the blob.
     async fn publish(&self, draft: Draft) {
-        if self.fill.key.role == Role::Client {
+        if self.fill.role() == Role::Client {
             let digest = self.fill.key.digest.clone();
             self.on_disk(move |large| large.relay(draft, &digest)).await;
             return self.fill.end(Phase::Verified);
@@ -321,13 +292,6 @@ impl Running<'_> {
             self.fills.damaged(digest, blob, seen);
         }
     }
-}
-
-/// A span in pieces, none of which takes long to copy.
-fn pieces(span: Span) -> impl Iterator<Item = Span> {
-    let starts = std::iter::successors(Some(span.start), |start| start.checked_add(LARGEST_RANGE));
-    let starts = starts.take_while(move |start| *start < span.end);
-    starts.map(move |start| Span { start, end: span.end.min(start.saturating_add(LARGEST_RANGE)) })
 }
 
 /// Asks for the first range that is wanted and missing.

@@ -193,7 +193,7 @@ impl Pull {
         if request.asking.asker.is_peer() && is_unkeepable() {
             return Err(SourceError::NotKept.into());
         }
-        let sources = self.sources(&request.place, key.clone(), Aim::Whole);
+        let sources = self.sources(request, Aim::Whole);
         let mut answers = 0;
         loop {
             let fill =
@@ -273,8 +273,7 @@ impl Pull {
                     Some(feed) => feed,
                     None => {
                         let end = (wanted.end < total).then_some(wanted.end);
-                        Feed::open(self.sources(&request.place, fill.key.clone(), Aim::Range), wanted.start, end)
-                            .await?
+                        Feed::open(self.sources(request, Aim::Range), wanted.start, end).await?
                     }
                 };
                 self.passing(feed, request)
@@ -295,12 +294,13 @@ impl Pull {
     }
 
     pub(super) fn fill_key(&self, request: &BlobRequest) -> FillKey {
-        let role = self.role(&request.place, &request.digest, request.asking);
-        FillKey::new(&request.place, &request.digest, role)
+        FillKey::new(&request.place, &request.digest)
     }
 
-    pub(super) fn sources(self: &Arc<Self>, place: &Place, key: FillKey, aim: Aim) -> Arc<BlobSources> {
-        Arc::new(BlobSources::new(self, place, key, aim))
+    /// What this request's fill is fetched from, in the role in which the request asks this node.
+    pub(super) fn sources(self: &Arc<Self>, request: &BlobRequest, aim: Aim) -> Arc<BlobSources> {
+        let role = self.role(&request.place, &request.digest, request.asking);
+        Arc::new(BlobSources::new(self, &request.place, self.fill_key(request), role, aim))
     }
 }
 
@@ -337,14 +337,6 @@ impl Fetch {
         match self {
             Self::Source(error) => Refusal::of(&error, ErrorCode::BlobUnknown),
             Self::Refused(refusal) => refusal,
-        }
-    }
-
-    pub(super) fn into_source(self) -> SourceError {
-        match self {
-            Self::Source(error) => error,
-            // A fill refuses only what lies beyond its blob.
-            Self::Refused(_) => SourceError::failed(416),
         }
     }
 }

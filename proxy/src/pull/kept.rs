@@ -7,9 +7,7 @@ use tokio::time::timeout;
 
 use super::blob::{Fetch, span_of};
 use super::{BlobAnswer, BlobRequest, Pull, Refusal};
-use crate::fill::{Fill, FillKey};
 use crate::oci::{RangeRequest, Span, Spans};
-use crate::role::Role;
 use crate::store::{Found, Proof};
 use crate::times::{ALTERNATIVE_TIMEOUT, REACH_TIMEOUT};
 
@@ -41,7 +39,7 @@ impl Pull {
             Some(RangeRequest::Suffix(_)) => return Err(Refusal::NotKept),
             None => 0,
         };
-        for fill in self.fills_of(request) {
+        if let Some(fill) = self.fills.running(&self.fill_key(request)) {
             let patience = match fill.is_deputed(start) {
                 true => REACH_TIMEOUT,
                 false if fill.is_asked_for(start) => ALTERNATIVE_TIMEOUT,
@@ -59,14 +57,7 @@ impl Pull {
         if let Some(Found::Large { blob, proof: Proof::Verified }) = self.kept_blob(request).await {
             return Span::whole(blob.len).into();
         }
-        self.fills_of(request).iter().flat_map(|fill| fill.written().iter().collect::<Vec<_>>()).collect()
-    }
-
-    /// What runs for a blob, as whatever this node fetches it.
-    pub(super) fn fills_of(&self, request: &BlobRequest) -> Vec<Arc<Fill>> {
-        let key = |role| FillKey::new(&request.place, &request.digest, role);
-        let roles = [Role::Global, Role::Zone, Role::Client].into_iter();
-        roles.filter_map(|role| self.fills.running(&key(role))).collect()
+        self.fills.running(&self.fill_key(request)).map_or_else(Spans::default, |fill| fill.written())
     }
 
     /// The range that a request means, as far as that is known before its answer.

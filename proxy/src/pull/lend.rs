@@ -77,7 +77,8 @@ impl Pull {
 
     /// The fill that this node runs as the owner.
     fn owned(&self, request: &BlobRequest) -> Option<Arc<Fill>> {
-        let key = self.fill_key(request);
-        self.fills.running(&key).filter(|_| key.role == Role::Global)
+        let is_owner = self.role(&request.place, &request.digest, request.asking) == Role::Global;
+        let running = self.fills.running(&self.fill_key(request)).filter(|_| is_owner);
+        running.filter(|fill| fill.role() == Role::Global)
     }
 }

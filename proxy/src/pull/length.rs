@@ -41,16 +41,15 @@ impl Pull {
                 in_outage = Some(kept);
             }
             None if request.asking.reach == Reach::Kept => {
-                let running = self.fills_of(request).into_iter().filter(|fill| !fill.written().is_empty());
-                return match running.filter_map(|fill| fill.length_now()).next() {
-                    Some(length) => Ok((length, ServedFrom::Peer)),
-                    None => Err(SourceError::NotKept),
-                };
+                let running = self.fills.running(&self.fill_key(request)).filter(|fill| !fill.written().is_empty());
+                let length = running.and_then(|fill| fill.length_now()).ok_or(SourceError::NotKept)?;
+                return Ok((length, ServedFrom::Peer));
             }
             None => {}
         }
-        // Another repository's says nothing of this one.
+        // Another repository's says nothing of this one, and one that follows an owner may wait for the requester.
         if let Some(fill) = self.fills.running(&self.fill_key(request))
+            && fill.role() >= self.role(&request.place, &request.digest, request.asking)
             && (fill.place == request.place || self.homes.length_of(&request.place, &request.digest).is_some())
             && let Ok(opened) = fill.opened().await
         {

@@ -34,7 +34,7 @@ impl Pull {
             return Ok(None);
         }
         let Some(span) = self.bounded(request).await? else { return Ok(None) };
-        let key = self.fill_key(request);
+        let (key, role) = (self.fill_key(request), self.role(&request.place, &request.digest, request.asking));
         if let Some(fill) = self.fills.running(&key)
             && fill.is_near(span.start, WAIT_FOR_FILL)
         {
@@ -45,13 +45,13 @@ impl Pull {
         if asked.is_much() {
             // An owner's fill brings first what is waited for. Behind another's, what lies far into
             // the blob need not wait for all that comes before.
-            if key.role == Role::Global || span.start < WAIT_FOR_FILL {
+            if role == Role::Global || span.start < WAIT_FOR_FILL {
                 return Ok(None);
             }
-            let sources = self.sources(&request.place, key.clone(), Aim::Whole);
+            let sources = self.sources(request, Aim::Whole);
             self.fills.join(&key, &request.place, request.asking.client, sources, 0);
         }
-        let feed = match Feed::open(self.sources(&request.place, key, Aim::Range), span.start, Some(span.end)).await {
+        let feed = match Feed::open(self.sources(request, Aim::Range), span.start, Some(span.end)).await {
             Ok(feed) => feed,
             // Beyond the end: say where that is.
             Err(error) if error.failed_status() == Some(416) => {

@@ -7,22 +7,20 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use futures_util::stream::try_unfold;
 use parking_lot::Mutex;
 use tokio::time::{Instant, timeout};
 use xxhash_rust::xxh64::Xxh64;
 
-use super::blob::Fetch;
 use super::speeds::Sender;
-use super::{Asker, Asking, BlobRequest, Extent, Pull, is_personal};
+use super::{Pull, is_personal};
 use crate::config::FarPeers;
 use crate::fill::{Connections, FillKey, Sources, Truth};
-use crate::oci::{NamedBy, Span, Spans};
+use crate::oci::{Span, Spans};
 use crate::peers::swarm::{Contribution, View};
 use crate::peers::wire::Holder;
-use crate::peers::{Aim, Declined, Manner, Peers, Question, Redirects, Scope, Standing};
+use crate::peers::{Aim, Declined, Manner, Peers, Question, Redirects, Scope};
 use crate::registries::Place;
-use crate::role::Role;
+use crate::role::{CurrentRole, Role};
 use crate::source::{Incoming, Part, ServedFrom, SourceError};
 use crate::times::{CONFIRM_TIMEOUT, STALL_TIMEOUT, UPSTREAM_TIMEOUT};
 
@@ -31,6 +29,7 @@ pub(super) struct BlobSources {
     pull: Arc<Pull>,
     place: Place,
     key: FillKey,
+    role: CurrentRole,
     aim: Aim,
     /// Which peers have some of it.
     view: Arc<Mutex<View>>,
@@ -90,48 +89,31 @@ const IN_FLIGHT: usize = 4;
 impl Sources for BlobSources {
     async fn open(&self, from: u64, end: Option<u64>, failures: u32) -> Result<(Incoming, ServedFrom), SourceError> {
         let part = Part::new(from, end);
-        if let Some(peers) = self.peers() {
-            if self.key.role == Role::Global && self.look_at(Looked::AtSuccessors) {
-                self.found_at_successors(peers).await.iter().for_each(|holder| self.view.lock().learn(holder));
-            }
-            if self.key.role == Role::Global {
-                let visitors = peers.who_visited_has(&self.key.digest, from);
-                visitors.iter().for_each(|holder| self.view.lock().learn(holder));
-            }
-            // After a break the owner, who is best placed, comes before whoever said that it has it.
-            if (failures == 0 || self.key.role == Role::Global)
-                && let Some(incoming) = timeout(CONFIRM_TIMEOUT, self.ask_holders(peers, part)).await.ok().flatten()
-            {
-                return Ok((incoming, ServedFrom::Peer));
-            }
-            // When a connection breaks, the owner still has, or fetches, what comes next: asking it
-            // again keeps every follower from going to the origin.
-            if let Some(answer) = self.ask_owners(peers, part, failures).await? {
-                return Ok(answer);
-            }
-            if self.key.role != Role::Global && self.aim == Aim::Whole {
-                match self.as_owner(part).await {
-                    // There is no room for another fill.
-                    Err(SourceError::Busy) => {}
-                    answer => return answer,
-                }
+        loop {
+            let role = self.role.get();
+            let promoted = self.role.clone().rises_above(role);
+            tokio::select! {
+                opened = self.open_as(role, part, failures) => match opened? {
+                    Some((incoming, ServedFrom::Peer)) if role != Role::Global => {
+                        // The peer may take this node for the owner: then neither has what the other waits for.
+                        return Ok((incoming.until(promoted), ServedFrom::Peer));
+                    }
+                    Some(opened) => return Ok(opened),
+                    // Other nodes may turn to this one as well: all of them share its fill, which goes to the upstream.
+                    None => self.role.promote(Role::Global),
+                },
+                () = self.role.clone().rises_above(role) => {}
             }
         }
-        if failures > 0 {
-            self.pull.origin.forget_redirects(&self.place, &self.key.digest).await;
-        }
-        match self.of_origin(part, Instant::now() + self.first_byte_timeout()).await {
-            Ok(incoming) => Ok((incoming, ServedFrom::Origin)),
-            Err(error) => match self.last_resort(part, &error).await {
-                Some(incoming) => Ok((incoming, ServedFrom::Peer)),
-                None => Err(error),
-            },
-        }
+    }
+
+    fn role(&self) -> CurrentRole {
+        self.role.clone()
     }
 
     /// How many connections an origin is worth is found out; peers are asked for a few ranges.
     fn connections(&self) -> Connections {
-        match self.key.role {
+        match self.role.get() {
             Role::Global => Connections::Climbing,
             Role::Client | Role::Zone => Connections::Chosen(IN_FLIGHT),
         }
@@ -143,7 +125,7 @@ impl Sources for BlobSources {
 
     fn alternatives(&self, at: u64) -> usize {
         // An owner that left a slow peer would go on at the origin.
-        let Some(peers) = self.peers().filter(|_| self.key.role != Role::Global) else { return 0 };
+        let Some(peers) = self.peers().filter(|_| self.role.get() != Role::Global) else { return 0 };
         let has = self.have().len();
         self.view.lock().able(at, has, peers.now())
     }
@@ -202,12 +184,55 @@ fn is_wrong(contribution: &Contribution, truth: &Truth) -> bool {
 }
 
 impl BlobSources {
-    pub(super) fn new(pull: &Arc<Pull>, place: &Place, key: FillKey, aim: Aim) -> Self {
+    pub(super) fn new(pull: &Arc<Pull>, place: &Place, key: FillKey, role: Role, aim: Aim) -> Self {
         let looked = Mutex::new(Looked::NotYet);
         let begun = Instant::now();
         let view = Arc::new(Mutex::new(View::new(pull.peers.as_ref().map_or(1, |peers| peers.count()))));
         let of_origin = AtomicU64::new(0);
-        Self { pull: pull.clone(), place: place.clone(), key, aim, view, looked, begun, of_origin }
+        let role = CurrentRole::new(role);
+        Self { pull: pull.clone(), place: place.clone(), key, role, aim, view, looked, begun, of_origin }
+    }
+
+    /// Opens a part in this role. None: no owner can be reached, so that this node has to take its place.
+    async fn open_as(
+        &self,
+        role: Role,
+        part: Part,
+        failures: u32,
+    ) -> Result<Option<(Incoming, ServedFrom)>, SourceError> {
+        if let Some(peers) = self.peers() {
+            if role == Role::Global {
+                if self.look_at(Looked::AtSuccessors) {
+                    self.found_at_successors(peers).await.iter().for_each(|holder| self.view.lock().learn(holder));
+                }
+                let visitors = peers.who_visited_has(&self.key.digest, part.start());
+                visitors.iter().for_each(|holder| self.view.lock().learn(holder));
+            }
+            // After a break the owner, who is best placed, comes before whoever said that it has it.
+            if (failures == 0 || role == Role::Global)
+                && let Some(incoming) = timeout(CONFIRM_TIMEOUT, self.ask_holders(peers, part)).await.ok().flatten()
+            {
+                return Ok(Some((incoming, ServedFrom::Peer)));
+            }
+            // When a connection breaks, the owner still has, or fetches, what comes next: asking it
+            // again keeps every follower from going to the origin.
+            if let Some(answer) = self.ask_owners(peers, role, part, failures).await? {
+                return Ok(Some(answer));
+            }
+            if role != Role::Global && self.aim == Aim::Whole {
+                return Ok(None);
+            }
+        }
+        if failures > 0 {
+            self.pull.origin.forget_redirects(&self.place, &self.key.digest).await;
+        }
+        match self.of_origin(part, Instant::now() + self.first_byte_timeout()).await {
+            Ok(incoming) => Ok(Some((incoming, ServedFrom::Origin))),
+            Err(error) => match self.last_resort(part, &error).await {
+                Some(incoming) => Ok(Some((incoming, ServedFrom::Peer))),
+                None => Err(error),
+            },
+        }
     }
 
     async fn of_origin(&self, part: Part, deadline: Instant) -> Result<Incoming, SourceError> {
@@ -278,10 +303,11 @@ impl BlobSources {
     async fn ask_owners(
         &self,
         peers: &Arc<Peers>,
+        role: Role,
         part: Part,
         failures: u32,
     ) -> Result<Option<(Incoming, ServedFrom)>, SourceError> {
-        let lead = peers.lead(&self.key.digest, self.key.role, self.pull.scope(&self.place));
+        let lead = peers.lead(&self.key.digest, role, self.pull.scope(&self.place));
         let manner = Manner::As(lead.asked_as);
         // Whom an owner makes no progress for turns to the next one, as all others do.
         let passed_over = usize::from(failures >= PASS_OVER);
@@ -347,36 +373,6 @@ impl BlobSources {
         }
         let insisting = self.ask_once(peers, owner, manner, Redirects::Refused, part).await;
         insisting.map(|incoming| (incoming, ServedFrom::Peer))
-    }
-
-    /// Where no owner can be reached this node takes its place. Others may ask it as the owner as well:
-    /// all of them share one fill, which goes to the origin.
-    async fn as_owner(&self, part: Part) -> Result<(Incoming, ServedFrom), SourceError> {
-        let key = FillKey { role: Role::Global, ..self.key.clone() };
-        // Who was found to be of no use is of none to this fill either.
-        let sources = Self::new(&self.pull, &self.place, key.clone(), self.aim);
-        let sources = Arc::new(Self { view: self.view.clone(), ..sources });
-        let asking = Asking { asker: Asker::Peer(Standing::Member), role: Role::Global, ..Asking::CLIENT };
-        let request = BlobRequest {
-            place: self.place.clone(),
-            digest: key.digest.clone(),
-            range: part.request(),
-            named_by: NamedBy::Namespace,
-            asking,
-        };
-        let answer = loop {
-            let fill = self.pull.fills.join(&key, &self.place, None, sources.clone(), part.start());
-            match self.pull.follow(&fill, &request).await.map_err(Fetch::into_source) {
-                Err(_) if fill.refused_another(&self.place).await => {}
-                answer => break answer?,
-            }
-        };
-        let span = match answer.extent {
-            Extent::Part(span) => span,
-            Extent::Whole | Extent::Parts(_) => Span::whole(answer.total),
-        };
-        let body = try_unfold(answer.body, |mut body| async move { Ok(body.next().await?.map(|piece| (piece, body))) });
-        Ok((Incoming::new(span, answer.total, body), answer.from))
     }
 
     /// Asks one peer; if it names another, that one, and if that cannot help or may not be asked, the first again.

@@ -40,6 +40,8 @@ pub(super) enum Lost {
     Broke(String),
     /// Only its beginning was to be fetched.
     Beginning,
+    /// This node has become the owner meanwhile, and waits for no other one.
+    Superseded,
     /// It says that the blob has another length than another source said.
     OtherLength,
     /// The others are far faster.
@@ -55,7 +57,11 @@ pub(super) enum Lost {
 impl Lane<'_> {
     pub(super) async fn run(self, opened: Option<(Flow, ServedFrom)>) -> Fetched {
         let (begun, mut position) = (Instant::now(), self.span.start);
-        let lost = self.bring(opened, &mut position).await.err();
+        let (current, role) = (self.sources.role(), self.sources.role().get());
+        let lost = match self.bring(opened, &mut position).await.err() {
+            Some(Lost::Broke(_)) if current.get() > role => Some(Lost::Superseded),
+            lost => lost,
+        };
         Fetched { span: self.span, begun, position, lost }
     }
 
@@ -149,6 +155,7 @@ impl Lost {
         match self {
             Self::Broke(why) => why,
             Self::Beginning => "only a part",
+            Self::Superseded => "this node is the owner now",
             Self::OtherLength => "another length",
             Self::LeftBehind => "left behind by the others",
             Self::Refused(error) => error.as_str(),

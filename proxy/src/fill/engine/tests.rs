@@ -16,7 +16,7 @@ use super::*;
 use crate::config::Config;
 use crate::oci::{Digest, Spans};
 use crate::registries::Registries;
-use crate::role::Role;
+use crate::role::{CurrentRole, Role};
 use crate::source::{Broken, Incoming, ServedFrom};
 
 const MIB: usize = 1024 * 1024;
@@ -108,7 +108,7 @@ fn fill(digest: &Digest) -> Arc<Fill> {
     let (registry, repository) = ("docker.io".parse().unwrap(), "library/a".parse().unwrap());
     let rule = registries.rule(&registry, &"library/a".parse().unwrap()).clone();
     let place = crate::registries::Place::new(rule, registry, repository);
-    Arc::new(Fill::new(FillKey::new(&place, digest, Role::Global), place))
+    Arc::new(Fill::new(FillKey::new(&place, digest), place, CurrentRole::new(Role::Global)))
 }
 
 /// Runs the engine against a disk that only checks what it is given, and hashes with a delay.
@@ -309,4 +309,50 @@ async fn a_peer_that_alone_is_waited_for_is_left_at_once() {
     let (ended, _) = run(uneven, &body, &fill, 0, Spans::default()).await;
     assert!(matches!(ended, Ended::Complete), "{ended:?}");
     assert!(begun.elapsed() < Duration::from_secs(6), "{:?}", begun.elapsed());
+}
+
+/// As a follower it has the first MiB of each range from an owner that then sends nothing; as the owner it has all from the
+/// upstream.
+struct Following {
+    upstream: Arc<Lottery>,
+    role: CurrentRole,
+}
+
+#[async_trait]
+impl Sources for Following {
+    async fn open(&self, from: u64, end: Option<u64>, _: u32) -> Result<(Incoming, ServedFrom), SourceError> {
+        if self.role.get() == Role::Global {
+            return self.upstream.open(from, end, 0).await;
+        }
+        let total = self.upstream.body.len() as u64;
+        let stalls = self.upstream.send(Span { start: from, end: end.unwrap_or(total).min(total) }, total, 1, None);
+        Ok((stalls.until(self.role.clone().rises_above(Role::Client)), ServedFrom::Peer))
+    }
+
+    fn role(&self) -> CurrentRole {
+        self.role.clone()
+    }
+
+    fn connections(&self) -> Connections {
+        if self.role.get() == Role::Global { Connections::Climbing } else { Connections::Chosen(4) }
+    }
+}
+
+/// Nothing that the owner has sent is requested again: the disk of these tests refuses to write a byte twice.
+#[tokio::test(start_paused = true)]
+async fn promoted_fill_continues_at_the_upstream_at_once() {
+    let body = body(70);
+    let fill = fill(&Digest::of(b"unused"));
+    let role = CurrentRole::new(Role::Client);
+    let following = Arc::new(Following { upstream: Lottery::new(&body, 1, 0), role: role.clone() });
+    let begun = Instant::now();
+    let promoted = async {
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        role.promote(Role::Global);
+    };
+    let ((ended, there), ()) = tokio::join!(run(following, &body, &fill, 0, Spans::default()), promoted);
+    assert!(matches!(ended, Ended::Complete), "{ended:?}");
+    assert_eq!(there.len(), body.len() as u64);
+    // The stalled ranges break after ten seconds.
+    assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
 }
