@@ -45,8 +45,6 @@ pub(crate) struct Fetch {
     pub(crate) lanes: usize,
     /// It could fetch more at a time than there is to fetch.
     pub(crate) idles: bool,
-    /// Its question is held by the owner until then.
-    pub(crate) waits_until: f64,
     pub(crate) done: bool,
 }
 
@@ -62,7 +60,6 @@ impl Fetch {
             climb: None,
             lanes: 0,
             idles: false,
-            waits_until: 0.0,
             done: false,
         }
     }
@@ -236,7 +233,7 @@ impl Network {
                 self.open(node, layer, Role::Client);
             }
             let fetch = &self.nodes[node].fetches[layer];
-            if fetch.plan.is_some() && !fetch.done && fetch.waits_until <= self.now {
+            if fetch.plan.is_some() && !fetch.done {
                 self.ask_for_more(node, layer);
             }
         }
