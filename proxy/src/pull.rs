@@ -103,8 +103,8 @@ pub struct Pull {
     /// Who sent what of blobs that did not match, until the truth is known.
     suspects: moka::sync::Cache<(Digest, Registry), Arc<Vec<Contribution>>>,
     speeds: Speeds,
-    /// Who lately said to have blobs that this node owns.
-    holders: moka::sync::Cache<FillKey, Arc<Vec<Holder>>>,
+    /// What peers lately said to have of blobs.
+    holders: moka::sync::Cache<(FillKey, sources::Looked), Arc<Vec<Holder>>>,
     /// Bytes of bounded ranges asked for, by blob.
     asked: moka::sync::Cache<Digest, range::Asked>,
 }

@@ -137,6 +137,7 @@ impl Engine<'_> {
             if width.is_fixed() && self.sources.connections() == Connections::Climbing {
                 // This node has become the owner: how owners broke says nothing of the upstream.
                 (width, course.breaks) = (self.width(), Breaks::default());
+                course.resume_at = Instant::now();
             }
             let now = Instant::now();
             let may_open = course.understood && now >= course.resume_at;

@@ -93,6 +93,8 @@ impl Truth {
 /// The bytes of one span of a blob, in order.
 pub struct Feed {
     sources: Arc<dyn Sources>,
+    /// The role in which they were asked.
+    role: Role,
     flow: Option<Flow>,
     /// The source has shown that it understands ranges.
     is_ranged: bool,
@@ -108,7 +110,7 @@ pub struct Feed {
 impl Feed {
     /// Opens a span; without `end` to the end of the blob.
     pub async fn open(sources: Arc<dyn Sources>, from: u64, end: Option<u64>) -> Result<Self, SourceError> {
-        let (incoming, served_from) = sources.open(from, end, 0).await?;
+        let (incoming, served_from) = open(&*sources, from, end).await?;
         let end = end.map_or(incoming.total, |end| end.min(incoming.total));
         Ok(Self::of(sources, incoming, served_from, from, end))
     }
@@ -116,7 +118,7 @@ impl Feed {
     /// Opens a whole blob at `from` by asking for the first range only, where that is understood:
     /// what is left can then be asked for elsewhere, or by several connections.
     pub(super) async fn open_range(sources: Arc<dyn Sources>, from: u64, len: u64) -> Result<Self, SourceError> {
-        match sources.open(from, Some(from.saturating_add(len)), 0).await {
+        match open(&*sources, from, Some(from.saturating_add(len))).await {
             Ok((incoming, served_from)) => {
                 let (start, total) = (incoming.span.start, incoming.total);
                 Ok(Self::of(sources, incoming, served_from, start, total))
@@ -130,7 +132,8 @@ impl Feed {
     fn of(sources: Arc<dyn Sources>, incoming: Incoming, served_from: ServedFrom, position: u64, end: u64) -> Self {
         let (total, is_ranged) = (incoming.total, incoming.span != Span::whole(incoming.total));
         let flow = Some(Flow::new(incoming));
-        Self { sources, flow, is_ranged, total, position, end, served_from, breaks: Breaks::default(), brought: 0 }
+        let (role, breaks) = (sources.role().get(), Breaks::default());
+        Self { sources, role, flow, is_ranged, total, position, end, served_from, breaks, brought: 0 }
     }
 
     /// Length of the whole blob.
@@ -211,6 +214,11 @@ impl Feed {
         tracing::info!(why, position = self.position, total = self.total, "a source broke, going on with another");
         self.flow = None;
         self.breaks.broke(std::mem::take(&mut self.brought));
+        let role = self.sources.role().get();
+        if role > self.role {
+            // How owners broke says nothing of the upstream.
+            (self.role, self.breaks) = (role, Breaks::default());
+        }
     }
 
     async fn reopen(&mut self) -> Result<(), SourceError> {
@@ -232,6 +240,17 @@ impl Feed {
             }
         }
         Ok(())
+    }
+}
+
+/// Opens a span, and again if the role has risen meanwhile.
+async fn open(sources: &dyn Sources, from: u64, end: Option<u64>) -> Result<(Incoming, ServedFrom), SourceError> {
+    loop {
+        let role = sources.role().get();
+        match sources.open(from, end, 0).await {
+            Err(_) if sources.role().get() > role => {}
+            opened => return opened,
+        }
     }
 }
 

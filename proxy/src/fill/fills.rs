@@ -219,8 +219,8 @@ impl Fills {
     }
 
     /// Proves a file on disk by hashing it, while readers follow.
-    pub fn prove(self: &Arc<Self>, key: &FillKey, place: &Place, blob: Arc<Blob>) -> Arc<Fill> {
-        let (fill, turn) = match self.enter(key, place, None, CurrentRole::new(Role::Client)) {
+    pub fn prove(self: &Arc<Self>, key: &FillKey, place: &Place, role: Role, blob: Arc<Blob>) -> Arc<Fill> {
+        let (fill, turn) = match self.enter(key, place, None, CurrentRole::new(role)) {
             Entered::Joined(fill) => return fill,
             Entered::Begun { fill, turn, .. } => (fill, turn),
         };

@@ -56,6 +56,7 @@ impl Running<'_> {
             }
             found => found,
         };
+        let role = self.fill.role();
         let opened = if distrusted || sources.connections() == Connections::One {
             Feed::open(sources.clone(), 0, None).await
         } else {
@@ -63,7 +64,7 @@ impl Running<'_> {
         };
         let (opened, partial) = match (opened, partial) {
             // The owner will not let us go on with what we have: it proved wrong there.
-            (Err(SourceError::NotFound(_)), partial @ Some(_)) if self.fill.role() != Role::Global => {
+            (Err(SourceError::NotFound(_)), partial @ Some(_)) if role != Role::Global => {
                 match Feed::open(sources.clone(), 0, None).await {
                     Ok(feed) => {
                         self.on_disk(|_| drop(partial)).await;

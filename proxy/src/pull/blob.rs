@@ -107,7 +107,7 @@ impl Pull {
             Some(Found::Small { object, tier }) => return BlobAnswer::of_bytes(&object.bytes, range, tier.into()),
             Some(Found::Large { blob, proof: Proof::Verified }) => return BlobAnswer::of_blob(blob, range),
             Some(Found::Large { blob, proof: Proof::Unproven }) => {
-                let fill = self.fills.prove(&self.fill_key(request), &request.place, blob);
+                let fill = self.verify_kept(request, blob);
                 // Most files are hashed soon: then a damaged one is fetched anew and nobody notices.
                 // Who cannot wait for a large one reads along.
                 let proven = timeout(CONFIRM_TIMEOUT, fill.ended()).await;
@@ -192,11 +192,11 @@ impl Pull {
         if request.asking.asker.is_peer() && is_unkeepable() {
             return Err(SourceError::NotKept.into());
         }
-        let sources = self.sources(request, Aim::Whole);
         let mut answers = 0;
         loop {
-            let fill =
-                self.fills.join(&key, place, request.asking.client, sources.clone(), first_byte_wanted(request.range));
+            // Each time in the role of the request: the owner may be back.
+            let sources = self.sources(request, Aim::Whole);
+            let fill = self.fills.join(&key, place, request.asking.client, sources, first_byte_wanted(request.range));
             if request.asking.asker.is_peer() && matches!(fill.opened().await, Ok(Opened::Uncached { .. })) {
                 return Err(SourceError::NotKept.into());
             }
@@ -294,6 +294,12 @@ impl Pull {
 
     pub(super) fn fill_key(&self, request: &BlobRequest) -> FillKey {
         FillKey::new(&request.place, &request.digest)
+    }
+
+    /// Hashes a file that may have been damaged, while readers follow.
+    pub(super) fn verify_kept(&self, request: &BlobRequest, blob: Arc<Blob>) -> Arc<Fill> {
+        let role = self.role(&request.place, &request.digest, request.asking);
+        self.fills.prove(&self.fill_key(request), &request.place, role, blob)
     }
 
     /// What this request's fill is fetched from, in the role in which the request asks this node.

@@ -30,7 +30,7 @@ impl Pull {
             Some(Found::Large { blob, proof: Proof::Verified }) => return BlobAnswer::of_blob(blob, request.range),
             // It is passed on while it is hashed: nobody else may have it.
             Some(Found::Large { blob, proof: Proof::Unproven }) => {
-                self.fills.prove(&self.fill_key(request), &request.place, blob);
+                self.verify_kept(request, blob);
             }
             None => {}
         }

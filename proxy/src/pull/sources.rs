@@ -17,7 +17,6 @@ use crate::config::FarPeers;
 use crate::fill::{Connections, FillKey, Sources, Truth};
 use crate::oci::{Span, Spans};
 use crate::peers::swarm::{Contribution, View};
-use crate::peers::wire::Holder;
 use crate::peers::{Aim, Declined, Manner, Peers, Question, Redirects, Scope};
 use crate::registries::Place;
 use crate::role::{CurrentRole, Role};
@@ -33,16 +32,14 @@ pub(super) struct BlobSources {
     aim: Aim,
     /// Which peers have some of it.
     view: Arc<Mutex<View>>,
-    looked: Mutex<Looked>,
     begun: Instant,
     /// Bytes that the origin was asked for.
     of_origin: AtomicU64,
 }
 
-/// Whether others were asked for what this node owns.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-enum Looked {
-    NotYet,
+/// Which peers were asked what they have.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) enum Looked {
     AtSuccessors,
     Everywhere,
 }
@@ -88,23 +85,15 @@ const IN_FLIGHT: usize = 4;
 #[async_trait]
 impl Sources for BlobSources {
     async fn open(&self, from: u64, end: Option<u64>, failures: u32) -> Result<(Incoming, ServedFrom), SourceError> {
-        let part = Part::new(from, end);
-        loop {
-            let role = self.role.get();
-            let promoted = self.role.clone().rises_above(role);
-            tokio::select! {
-                opened = self.open_as(role, part, failures) => match opened? {
-                    Some((incoming, ServedFrom::Peer)) if role != Role::Global => {
-                        // The peer may take this node for the owner: then neither has what the other waits for.
-                        return Ok((incoming.until(promoted), ServedFrom::Peer));
-                    }
-                    Some(opened) => return Ok(opened),
-                    // Other nodes may turn to this one as well: all of them share its fill, which goes to the upstream.
-                    None => self.role.promote(Role::Global),
-                },
-                () = self.role.clone().rises_above(role) => {}
-            }
+        let role = self.role.get();
+        if let Some(opened) = self.open_as(role, Part::new(from, end), failures).await? {
+            return Ok(opened);
         }
+        // Other nodes may turn to this one as well: all of them share its fill, which downloads from the upstream.
+        if self.role.get() == role {
+            self.role.promote(Role::Global);
+        }
+        Err(superseded())
     }
 
     fn role(&self) -> CurrentRole {
@@ -185,15 +174,15 @@ fn is_wrong(contribution: &Contribution, truth: &Truth) -> bool {
 
 impl BlobSources {
     pub(super) fn new(pull: &Arc<Pull>, place: &Place, key: FillKey, role: Role, aim: Aim) -> Self {
-        let looked = Mutex::new(Looked::NotYet);
         let begun = Instant::now();
         let view = Arc::new(Mutex::new(View::new(pull.peers.as_ref().map_or(1, |peers| peers.count()))));
         let of_origin = AtomicU64::new(0);
         let role = CurrentRole::new(role);
-        Self { pull: pull.clone(), place: place.clone(), key, role, aim, view, looked, begun, of_origin }
+        Self { pull: pull.clone(), place: place.clone(), key, role, aim, view, begun, of_origin }
     }
 
-    /// Opens a part in this role. None: no owner can be reached, so that this node has to take its place.
+    /// Opens a part in this role. None: no owner can be reached, so that this node has to take its place, or it has done so
+    /// meanwhile.
     async fn open_as(
         &self,
         role: Role,
@@ -202,9 +191,7 @@ impl BlobSources {
     ) -> Result<Option<(Incoming, ServedFrom)>, SourceError> {
         if let Some(peers) = self.peers() {
             if role == Role::Global {
-                if self.look_at(Looked::AtSuccessors) {
-                    self.found_at_successors(peers).await.iter().for_each(|holder| self.view.lock().learn(holder));
-                }
+                self.look(peers, Looked::AtSuccessors).await;
                 let visitors = peers.who_visited_has(&self.key.digest, part.start());
                 visitors.iter().for_each(|holder| self.view.lock().learn(holder));
             }
@@ -226,7 +213,7 @@ impl BlobSources {
         if failures > 0 {
             self.pull.origin.forget_redirects(&self.place, &self.key.digest).await;
         }
-        match self.of_origin(part, Instant::now() + self.first_byte_timeout()).await {
+        match self.of_origin(part, Instant::now() + self.upstream_timeout()).await {
             Ok(incoming) => Ok(Some((incoming, ServedFrom::Origin))),
             Err(error) => match self.last_resort(part, &error).await {
                 Some(incoming) => Ok(Some((incoming, ServedFrom::Peer))),
@@ -274,15 +261,26 @@ impl BlobSources {
         }
     }
 
-    /// Which successors have it. What somebody else just asked, for another range, is not asked again.
-    async fn found_at_successors(&self, peers: &Peers) -> Arc<Vec<Holder>> {
-        if let Some(found) = self.pull.holders.get(&self.key) {
-            return found;
-        }
-        let scope = self.pull.scope(&self.place);
-        let found = Arc::new(peers.ask_successors(&Question { scope, ..self.question(Manner::IfKept) }).await);
-        self.pull.holders.insert(self.key.clone(), found.clone());
-        found
+    /// Asks peers what they have. What was just asked, for another range, is not asked again.
+    async fn look(&self, peers: &Peers, looked: Looked) {
+        let key = (self.key.clone(), looked);
+        let found = match self.pull.holders.get(&key) {
+            Some(found) => found,
+            None => {
+                let question = self.question(Manner::IfKept);
+                let found = Arc::new(match looked {
+                    Looked::AtSuccessors => {
+                        peers.ask_successors(&Question { scope: self.pull.scope(&self.place), ..question }).await
+                    }
+                    Looked::Everywhere => {
+                        peers.ask_around(&Question { scope: last_scope(&self.place), ..question }).await
+                    }
+                });
+                self.pull.holders.insert(key, found.clone());
+                found
+            }
+        };
+        found.iter().for_each(|holder| self.view.lock().learn(holder));
     }
 
     /// The first of the holders that gives it.
@@ -290,7 +288,7 @@ impl BlobSources {
         let has = self.have().len();
         for _ in 0..ASK_HOLDERS {
             let holder = self.view.lock().pick(part.start(), has, peers.now(), fastrand::u64(..))?;
-            match self.ask(peers, holder, Manner::IfKept, part).await {
+            match self.ask(peers, holder, Role::Global, Manner::IfKept, part).await {
                 Ok(incoming) => return Some(incoming),
                 Err(why) => tracing::debug!(%holder, digest = %self.key.digest, ?why, "a holder gives nothing"),
             }
@@ -317,11 +315,11 @@ impl BlobSources {
                 continue;
             }
             let answer = match failures {
-                0 => self.ask(peers, owner, manner, part).await,
-                _ => self.ask_once(peers, owner, manner, Redirects::Refused, part).await,
+                0 => self.ask(peers, owner, role, manner, part).await,
+                _ => self.ask_once(peers, owner, role, manner, Redirects::Refused, part).await,
             };
             let answer = match answer {
-                Err(Declined::Deputed(span)) => self.in_its_stead(peers, owner, manner, part, span).await,
+                Err(Declined::Deputed(span)) => self.in_its_stead(peers, owner, (role, manner), part, span).await,
                 answer => answer.map(|incoming| (incoming, ServedFrom::Peer)),
             };
             match answer {
@@ -345,7 +343,7 @@ impl BlobSources {
         &self,
         peers: &Arc<Peers>,
         owner: SocketAddr,
-        manner: Manner,
+        (role, manner): (Role, Manner),
         part: Part,
         span: Span,
     ) -> Result<(Incoming, ServedFrom), Declined> {
@@ -371,44 +369,56 @@ impl BlobSources {
             }
             fill.fail_as_deputy(span);
         }
-        let insisting = self.ask_once(peers, owner, manner, Redirects::Refused, part).await;
+        let insisting = self.ask_once(peers, owner, role, manner, Redirects::Refused, part).await;
         insisting.map(|incoming| (incoming, ServedFrom::Peer))
     }
 
     /// Asks one peer; if it names another, that one, and if that cannot help or may not be asked, the first again.
-    async fn ask(&self, peers: &Peers, peer: SocketAddr, manner: Manner, part: Part) -> Result<Incoming, Declined> {
-        let named = match self.ask_once(peers, peer, manner, Redirects::Followed, part).await {
+    async fn ask(
+        &self,
+        peers: &Peers,
+        peer: SocketAddr,
+        role: Role,
+        manner: Manner,
+        part: Part,
+    ) -> Result<Incoming, Declined> {
+        let named = match self.ask_once(peers, peer, role, manner, Redirects::Followed, part).await {
             Err(Declined::Redirected(named)) => named,
             answer => return answer,
         };
         if let Some(named) = named
-            && let Ok(incoming) = self.ask_once(peers, named, Manner::IfKept, Redirects::Refused, part).await
+            && let Ok(incoming) =
+                self.ask_once(peers, named, Role::Global, Manner::IfKept, Redirects::Refused, part).await
         {
             return Ok(incoming);
         }
-        self.ask_once(peers, peer, manner, Redirects::Refused, part).await
+        self.ask_once(peers, peer, role, manner, Redirects::Refused, part).await
     }
 
+    /// Requests a part from one peer for as long as this node's role is no higher than `role`: an owner may take this node
+    /// for the owner, and then neither has what the other waits for. Holders have what they are asked for.
     async fn ask_once(
         &self,
         peers: &Peers,
         peer: SocketAddr,
+        role: Role,
         manner: Manner,
         redirects: Redirects,
         part: Part,
     ) -> Result<Incoming, Declined> {
         let question = Question { redirects, ..self.question(manner) };
-        peers.blob(peer, &question, part, &self.have(), &self.view).await
+        let have = self.have();
+        let rises = || self.role.clone().rises_above(role);
+        tokio::select! {
+            incoming = peers.blob(peer, &question, part, &have, &self.view) => Ok(incoming?.until(rises())),
+            () = rises() => Err(superseded().into()),
+        }
     }
 
     /// Where the origin is out of order, somebody may still have it.
     async fn last_resort(&self, part: Part, error: &SourceError) -> Option<Incoming> {
         let peers = self.peers().filter(|_| error.is_outage() && !error.is_about_ranges())?;
-        if self.look_at(Looked::Everywhere) {
-            let scope = last_scope(&self.place);
-            let found = peers.ask_around(&Question { scope, ..self.question(Manner::IfKept) }).await;
-            found.iter().for_each(|holder| self.view.lock().learn(holder));
-        }
+        self.look(peers, Looked::Everywhere).await;
         self.view.lock().forgive();
         self.ask_holders(peers, part).await
     }
@@ -418,6 +428,11 @@ impl BlobSources {
     fn first_byte_timeout(&self) -> Duration {
         let has_begun = self.pull.fills.running(&self.key).is_some_and(|fill| fill.length_now().is_some());
         if has_begun { STALL_TIMEOUT } else { UPSTREAM_TIMEOUT }
+    }
+
+    /// The same for the upstream, whatever peers have sent before.
+    fn upstream_timeout(&self) -> Duration {
+        if self.of_origin.load(Ordering::Relaxed) > 0 { STALL_TIMEOUT } else { UPSTREAM_TIMEOUT }
     }
 
     /// What this node has of it.
@@ -436,13 +451,9 @@ impl BlobSources {
         let distrusted = || self.pull.fills.is_distrusted(&self.key.content());
         self.pull.peers_for(&self.place).filter(|_| !distrusted())
     }
+}
 
-    /// Whether this has not been done yet.
-    fn look_at(&self, next: Looked) -> bool {
-        // Only compared and changed under the lock.
-        let mut looked = self.looked.lock();
-        let is_new = *looked < next;
-        *looked = next.max(*looked);
-        is_new
-    }
+/// This node has become the owner: what it requested from owners comes from elsewhere.
+fn superseded() -> SourceError {
+    SourceError::Unreachable("this node has become the owner".into())
 }

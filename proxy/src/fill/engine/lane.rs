@@ -59,7 +59,7 @@ impl Lane<'_> {
         let (begun, mut position) = (Instant::now(), self.span.start);
         let (current, role) = (self.sources.role(), self.sources.role().get());
         let lost = match self.bring(opened, &mut position).await.err() {
-            Some(Lost::Broke(_)) if current.get() > role => Some(Lost::Superseded),
+            Some(Lost::Broke(_) | Lost::Refused(_)) if current.get() > role => Some(Lost::Superseded),
             lost => lost,
         };
         Fetched { span: self.span, begun, position, lost }
