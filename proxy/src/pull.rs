@@ -13,6 +13,7 @@ mod length;
 mod list;
 mod manifest;
 mod negatives;
+mod owners;
 mod parts;
 mod range;
 mod reachable;

@@ -4,7 +4,8 @@ use std::sync::Arc;
 use tokio::time::{Instant, timeout};
 
 use super::blob::{Fetch, severer};
-use super::sources::{Refusals, last_scope};
+use super::owners::ask_owners;
+use super::sources::last_scope;
 use super::{BlobRequest, Pull, Refusal, fetch_ended, flights, is_personal};
 use crate::oci::Digest;
 use crate::peers::{Manner, Question, Reach};
@@ -117,17 +118,12 @@ impl Pull {
     async fn length_of_owners(&self, place: &Place, digest: &Digest, role: Role) -> Result<Option<u64>, SourceError> {
         let Some(peers) = self.peers_for(place).filter(|_| role != Role::Global) else { return Ok(None) };
         let lead = peers.lead(digest, role, self.scope(place));
-        let mut refusals = Refusals::default();
-        for owner in lead.leaders {
+        ask_owners(lead, digest, |owner, manner| async move {
             // One that hangs leaves time for the next.
             let deadline = Instant::now() + UPSTREAM_TIMEOUT / 2;
-            let question = Question::about(place, digest, Manner::As(lead.asked_as), deadline);
-            match peers.blob_length(owner, &question).await {
-                Ok(length) => return Ok(Some(length)),
-                Err(error) => refusals.add(error)?,
-            }
-        }
-        Ok(None)
+            peers.blob_length(owner, &Question::about(place, digest, manner, deadline)).await
+        })
+        .await
     }
 
     /// What somebody who has it says, where the origin is out of order.

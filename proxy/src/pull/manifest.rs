@@ -8,7 +8,8 @@ use futures_util::future::BoxFuture;
 use tokio::time::{Instant, sleep, timeout};
 
 use super::negatives::Endpoint;
-use super::sources::{Refusals, last_scope};
+use super::owners::ask_owners;
+use super::sources::last_scope;
 use super::{Asker, Asking, Pull, Refusal, fetch_ended, flights, is_personal};
 use crate::blocking::parsed;
 use crate::oci::{Digest, ErrorCode, Reference, manifest};
@@ -180,20 +181,14 @@ impl Pull {
         if lead.leaders.first().is_some_and(|owner| downstream.contains(owner)) {
             return Ok(None);
         }
-        let mut refusals = Refusals::default();
-        for owner in lead.leaders {
-            match peers.manifest(owner, &question(Manner::As(lead.asked_as))).await {
-                Ok(sent) => match self.keep_one(place, digest, vec![sent]).await {
-                    Some(object) => return Ok(Some(object)),
-                    None => peers.lies(owner),
-                },
-                Err(error) => {
-                    tracing::info!(%owner, %digest, %error, "the owner gives nothing");
-                    refusals.add(error)?;
-                }
-            }
-        }
-        Ok(None)
+        ask_owners(lead, digest, |owner, manner| async move {
+            let sent = peers.manifest(owner, &question(manner)).await?;
+            self.keep_one(place, digest, vec![sent]).await.ok_or_else(|| {
+                peers.lies(owner);
+                SourceError::Malformed("the peer's manifest does not match its digest".into())
+            })
+        })
+        .await
     }
 
     /// A manifest that somebody has, where no origin gives it.

@@ -11,6 +11,7 @@ use parking_lot::Mutex;
 use tokio::time::{Instant, timeout};
 use xxhash_rust::xxh64::Xxh64;
 
+use super::owners::ask_owners;
 use super::speeds::Sender;
 use super::{Pull, is_personal};
 use crate::config::FarPeers;
@@ -42,29 +43,6 @@ pub(super) struct BlobSources {
 pub(super) enum Looked {
     AtSuccessors,
     Everywhere,
-}
-
-/// What owners said that could be reached.
-#[derive(Default)]
-pub(super) struct Refusals {
-    answered: u32,
-}
-
-impl Refusals {
-    /// An error: it is the origin's word, which nobody else needs to hear again. What an owner has
-    /// asked for in vain one successor may try as well.
-    pub(super) fn add(&mut self, error: SourceError) -> Result<(), SourceError> {
-        match error {
-            SourceError::NotFound(_) | SourceError::Denied(_) => Err(error),
-            // The request itself is refused, by whichever node it reaches the upstream.
-            SourceError::Failed(ref told) if (400..500).contains(&told.status) => Err(error),
-            SourceError::Failed(_) => {
-                self.answered += 1;
-                if self.answered > 1 { Err(error) } else { Ok(()) }
-            }
-            _ => Ok(()),
-        }
-    }
 }
 
 /// After so many sources in a row that brought nothing the next owner is asked, by all who wait.
@@ -203,7 +181,7 @@ impl BlobSources {
             }
             // When a connection breaks, the owner still has, or fetches, what comes next: asking it
             // again keeps every follower from going to the origin.
-            if let Some(answer) = self.ask_owners(peers, role, part, failures).await? {
+            if let Some(answer) = self.of_owners(peers, role, part, failures).await? {
                 return Ok(Some(answer));
             }
             if role != Role::Global && self.aim == Aim::Whole {
@@ -296,45 +274,52 @@ impl BlobSources {
         None
     }
 
-    /// None: this process is the owner, or no owner can be reached. A silent owner is followed by
-    /// its successor, not by everybody's going to the origin.
-    async fn ask_owners(
+    /// None: this node is the owner, or no owner can be reached.
+    async fn of_owners(
         &self,
         peers: &Arc<Peers>,
         role: Role,
         part: Part,
         failures: u32,
     ) -> Result<Option<(Incoming, ServedFrom)>, SourceError> {
-        let lead = peers.lead(&self.key.digest, role, self.pull.scope(&self.place));
-        let manner = Manner::As(lead.asked_as);
+        let mut lead = peers.lead(&self.key.digest, role, self.pull.scope(&self.place));
         // Whom an owner makes no progress for turns to the next one, as all others do.
-        let passed_over = usize::from(failures >= PASS_OVER);
-        let mut refusals = Refusals::default();
-        for owner in lead.leaders.into_iter().skip(passed_over) {
-            if self.view.lock().crawls(owner, peers.now()) {
-                continue;
-            }
-            let answer = match failures {
-                0 => self.ask(peers, owner, role, manner, part).await,
-                _ => self.ask_once(peers, owner, role, manner, Redirects::Refused, part).await,
-            };
-            let answer = match answer {
-                Err(Declined::Deputed(span)) => self.in_its_stead(peers, owner, (role, manner), part, span).await,
-                answer => answer.map(|incoming| (incoming, ServedFrom::Peer)),
-            };
-            match answer {
-                Ok(answer) => return Ok(Some(answer)),
+        if failures >= PASS_OVER && !lead.leaders.is_empty() {
+            lead.leaders.remove(0);
+        }
+        let given = ask_owners(lead, &self.key.digest, |owner, manner| async move {
+            match self.of_owner(peers, owner, role, manner, part, failures).await {
                 // It has given some, and is about to change its source: how often is waited for that, before all
                 // who wait turn to the next one, is for the failures to say.
-                Err(Declined::Source(error @ SourceError::TimedOut)) if !self.have().is_empty() => return Err(error),
-                Err(Declined::Source(error)) => {
-                    tracing::info!(%owner, digest = %self.key.digest, %error, "the owner gives nothing");
-                    refusals.add(error)?;
-                }
-                Err(Declined::NotKept | Declined::Redirected(_) | Declined::Deputed(_)) => {}
+                Err(Declined::Source(error @ SourceError::TimedOut)) if !self.have().is_empty() => Ok(Err(error)),
+                Err(Declined::Source(error)) => Err(error),
+                Err(Declined::NotKept | Declined::Redirected(_) | Declined::Deputed(_)) => Err(SourceError::NotKept),
+                Ok(given) => Ok(Ok(given)),
             }
+        });
+        given.await?.transpose()
+    }
+
+    async fn of_owner(
+        &self,
+        peers: &Arc<Peers>,
+        owner: SocketAddr,
+        role: Role,
+        manner: Manner,
+        part: Part,
+        failures: u32,
+    ) -> Result<(Incoming, ServedFrom), Declined> {
+        if self.view.lock().crawls(owner, peers.now()) {
+            return Err(Declined::NotKept);
         }
-        Ok(None)
+        let answer = match failures {
+            0 => self.ask(peers, owner, role, manner, part).await,
+            _ => self.ask_once(peers, owner, role, manner, Redirects::Refused, part).await,
+        };
+        match answer {
+            Err(Declined::Deputed(span)) => self.in_its_stead(peers, owner, (role, manner), part, span).await,
+            answer => answer.map(|incoming| (incoming, ServedFrom::Peer)),
+        }
     }
 
     /// Fetches from the origin what of a range its owner leaves to this node, and tells it when it is here. Where

@@ -13,7 +13,8 @@ use futures_util::future::BoxFuture;
 use tokio::time::{Instant, timeout};
 
 use super::negatives::Endpoint;
-use super::sources::{Refusals, last_scope};
+use super::owners::ask_owners;
+use super::sources::last_scope;
 use super::{Asker, Asking, ManifestAnswer, Pull, fetch_ended, flights, is_personal};
 use crate::oci::{Digest, Reference, Tag};
 use crate::peers::{Downstream, Manner, Peers, Question, Reach, Standing, TagAnswer, TagMeaning};
@@ -206,21 +207,13 @@ impl Pull {
         accept: &str,
         asking: Asking,
     ) -> Result<Option<ManifestAnswer>, SourceError> {
-        let in_ring = in_ring(place, tag);
-        let lead = peers.lead(&in_ring, asking.role, self.scope(place));
-        let mut refusals = Refusals::default();
-        for owner in lead.leaders {
-            let question = question(place, &in_ring, Manner::As(lead.asked_as));
-            let question = Question { downstream: asking.downstream, ..question };
-            match self.tag_of_owner(peers, owner, &question, tag, accept).await {
-                Ok(answer) => return Ok(Some(answer)),
-                Err(error) => {
-                    tracing::info!(%owner, %place, %tag, %error, "the owner does not say what a tag means");
-                    refusals.add(error)?;
-                }
-            }
-        }
-        Ok(None)
+        let in_ring = &in_ring(place, tag);
+        let lead = peers.lead(in_ring, asking.role, self.scope(place));
+        ask_owners(lead, format!("{place}:{tag}"), |owner, manner| async move {
+            let question = Question { downstream: asking.downstream, ..question(place, in_ring, manner) };
+            self.tag_of_owner(peers, owner, &question, tag, accept).await
+        })
+        .await
     }
 
     /// A tag that is renewed mostly means what it meant before: then the manifest is not sent again.
