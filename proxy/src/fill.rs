@@ -35,7 +35,7 @@ pub use self::feed::{Connections, Feed, Sources, Truth};
 pub use self::fills::{ContentOf, FillKey, Fills};
 pub use self::pace::Pace;
 pub use self::passage::{PART_BYTES, Passage};
-pub use self::plan::Plan;
+pub use self::plan::{Lent, Plan};
 use self::progress::{Phase, Progress};
 pub use self::reader::Reader;
 use crate::caller::Caller;
@@ -231,13 +231,13 @@ impl Fill {
     }
 
     /// Leaves a range to a peer that asked for it, if it may as well fetch that itself.
-    pub fn lend(&self, span: Span, to: SocketAddr) -> Option<Span> {
+    pub fn lend(&self, span: Span, to: SocketAddr) -> Lent {
         self.audience.noticed();
         let mut plan = self.plan.lock();
         if plan.is_lent_to(span.start, to) {
             // It comes back: it could not.
             plan.recall(span.start, to, self.clock());
-            return None;
+            return Lent::No;
         }
         plan.lend(span, to, self.clock())
     }

@@ -433,8 +433,10 @@ impl Front {
         exchange: &mut Exchange,
     ) -> Result<Reply, Refusal> {
         let Some(peers) = self.pull.peers() else { return Err(Refusal::NotKept) };
-        let digest = &request.digest;
-        let reply = match self.pull.direct(visitor, request, peers) {
+        let (digest, asked) = (&request.digest, Instant::now());
+        let direction = self.pull.direct(visitor, request, peers).await;
+        let request = &request.after(asked.elapsed());
+        let reply = match direction {
             Direction::Redirect(peer) => Reply::redirect(peer),
             Direction::Depute(span) => Reply::depute(span),
             Direction::Answer => {

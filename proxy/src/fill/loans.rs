@@ -6,32 +6,30 @@ use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use super::plan::LARGEST_RANGE;
 use crate::oci::Span;
 use crate::times::{STALL_TIMEOUT, STILL};
 
-/// Ranges lent at a time: some more than the connections that an owner opens itself. More: the upstream gets more
-/// connections. Fewer: a slow owner's peers wait for each other.
+/// Lent at a time: some more connections than an owner opens itself.
 const MAX_LENT: usize = 12;
 
-/// Ranges lent to one peer at a time, once it has shown that it is fast enough: as many as it requests at a time.
+/// So many peers become deputies; of a thousand that ask, most would be new to it each time.
+const MAX_DEPUTIES: usize = 8;
+
+/// To one peer: as many ranges as it fetches at a time, once it has brought a little, and not far slower than
+/// others.
 const MAX_LENT_TO_ONE: usize = 4;
+const A_LITTLE: u64 = 2 * 1024 * 1024;
 
-/// A range for a peer of which it is not known that it is fast enough, in bytes. Larger: one that is slow or dies delays all
-/// the others (simulated with one dead node in fifty: 7.8 times the image's time instead of 1.4). Smaller: more requests
-/// before its speed is known.
-const FIRST_LOAN: u64 = 2 * 1024 * 1024;
+/// By an owner that fetches nothing itself.
+const MAX_LENT_BY_SLOW: usize = 32;
 
-/// Bytes a second at which the largest range comes before it is overdue.
-const FAST: f64 = LARGEST_RANGE as f64 / STALL_TIMEOUT.as_secs() as f64;
-
-/// An owner that many times slower than its deputies sends those who request a range to peers that have it.
+/// An owner so much slower than its deputies leaves the origin to them.
 const FAR: f64 = 4.0;
 
-/// So many deputies may fail. One may be refused by the upstream where this node is not.
+/// So many deputies may fail. One may be refused by the origin where this node is not.
 const MAX_FAILED: usize = 3;
 
-/// Smaller blobs are not worth the connections, in bytes.
+/// Smaller blobs are not worth the connections.
 pub(super) const WORTHWHILE: u64 = 64 * 1024 * 1024;
 
 /// What one owner has lent of a blob.
@@ -45,15 +43,7 @@ pub(super) struct Loans {
     /// What one connection brings, here and to a deputy.
     own: Rate,
     theirs: Rate,
-    /// What is known of the peers to which ranges were lent.
-    deputies: HashMap<SocketAddr, Deputy>,
-}
-
-#[derive(Clone, Copy)]
-enum Deputy {
-    Fast,
-    /// It lets ranges become overdue.
-    Silent,
+    deputies: HashMap<SocketAddr, Rate>,
 }
 
 #[derive(Clone, Copy, Default)]
@@ -76,17 +66,26 @@ impl Loans {
 
     /// How much more may be lent to this peer at once, in bytes.
     pub(super) fn may_lend(&self, to: SocketAddr) -> u64 {
-        let (to_one, largest) = match self.deputies.get(&to) {
-            None => (1, FIRST_LOAN),
-            Some(Deputy::Fast) => (MAX_LENT_TO_ONE, u64::MAX),
-            Some(Deputy::Silent) => return 0,
-        };
         let to_it = self.open.iter().filter(|loan| loan.to == to).count();
-        let may = self.begun && self.failed < MAX_FAILED && self.open.len() < MAX_LENT && to_it < to_one;
+        let (to_one, largest) = match self.deputies.get(&to) {
+            None if self.deputies.len() < MAX_DEPUTIES => (1, A_LITTLE),
+            None => (0, 0),
+            Some(pace) if pace.time.is_zero() => (1, A_LITTLE),
+            Some(pace) if pace.bytes == 0 || pace.rate() * FAR < self.theirs.without(*pace).rate() => (0, 0),
+            Some(_) => (MAX_LENT_TO_ONE, u64::MAX),
+        };
+        let most = if self.stands_back() { MAX_LENT_BY_SLOW } else { MAX_LENT };
+        let may = self.begun && self.failed < MAX_FAILED && self.open.len() < most && to_it < to_one;
         if may { largest } else { 0 }
     }
 
+    /// Whether a deputy had better wait until more may be lent to it.
+    pub(super) fn may_lend_later(&self, to: SocketAddr) -> bool {
+        !self.open.is_empty() && self.deputies.contains_key(&to)
+    }
+
     pub(super) fn lend(&mut self, span: Span, to: SocketAddr, now: Duration) {
+        self.deputies.entry(to).or_default();
         self.open.push(Loan { span, to, since: now });
     }
 
@@ -106,27 +105,29 @@ impl Loans {
 
     /// Those that somebody `has` now, or that were lent too long ago.
     pub(super) fn due(&mut self, now: Duration, has: impl Fn(Span) -> bool) -> Vec<Span> {
-        let is_overdue = |loan: &Loan| now >= loan.since + STALL_TIMEOUT;
-        for loan in &self.open {
-            if has(loan.span) {
-                let brought = Rate { bytes: loan.span.len(), time: now.saturating_sub(loan.since) };
-                self.theirs.add(brought);
-                match brought.is_fast() {
-                    true => self.deputies.insert(loan.to, Deputy::Fast),
-                    false => self.deputies.remove(&loan.to),
-                };
-            } else if is_overdue(loan) {
-                self.theirs.add(Rate { bytes: 0, time: STALL_TIMEOUT });
-                self.deputies.insert(loan.to, Deputy::Silent);
-                self.failed += 1;
-            }
+        for loan in self.open.iter().filter(|loan| has(loan.span)) {
+            let (bytes, time) = (loan.span.len(), now.saturating_sub(loan.since));
+            self.theirs.brought(bytes, time);
+            self.deputies.entry(loan.to).or_default().brought(bytes, time);
         }
-        self.take(|loan| has(loan.span) || is_overdue(loan))
+        let come = self.take(|loan| has(loan.span));
+        // Who brings nothing gets nothing more.
+        for loan in self.open.iter().filter(|loan| now >= loan.since + STALL_TIMEOUT) {
+            self.theirs.brought(0, STALL_TIMEOUT);
+            self.deputies.entry(loan.to).or_default().brought(0, STALL_TIMEOUT);
+        }
+        let overdue = self.take(|loan| now >= loan.since + STALL_TIMEOUT);
+        [come, overdue].concat()
     }
 
     /// The origin sent this node so much in this time, counted for each connection.
     pub(super) fn brought(&mut self, bytes: u64, time: Duration) {
-        self.own.add(Rate { bytes, time });
+        self.own.brought(bytes, time);
+    }
+
+    /// Whether this node had better fetch nothing that deputies could: they are at it, and far faster.
+    pub(super) fn stands_back(&self) -> bool {
+        !self.open.is_empty() && self.is_slow()
     }
 
     /// Whether this node is far slower than its deputies.
@@ -160,13 +161,14 @@ impl Loan {
 }
 
 impl Rate {
-    fn add(&mut self, other: Self) {
-        self.bytes += other.bytes;
-        self.time += other.time;
+    fn brought(&mut self, bytes: u64, time: Duration) {
+        self.bytes += bytes;
+        self.time += time;
     }
 
-    fn is_fast(self) -> bool {
-        self.time.is_zero() || self.rate() >= FAST
+    /// Of the others.
+    fn without(self, one: Self) -> Self {
+        Self { bytes: self.bytes.saturating_sub(one.bytes), time: self.time.saturating_sub(one.time) }
     }
 
     /// Bytes a second.
@@ -187,7 +189,7 @@ mod tests {
     }
 
     fn span(nth: u64) -> Span {
-        Span { start: nth * LARGEST_RANGE, end: (nth + 1) * LARGEST_RANGE }
+        Span { start: nth * 10, end: nth * 10 + 10 }
     }
 
     fn begun() -> Loans {
@@ -198,25 +200,34 @@ mod tests {
     }
 
     #[test]
-    fn loans_are_limited_for_each_peer_and_for_all() {
+    fn so_much_is_lent_and_no_more() {
         let mut loans = begun();
         for nth in 0..8 {
             let to = peer(u8::try_from(nth).unwrap());
-            assert_eq!(loans.may_lend(to), FIRST_LOAN);
+            assert_eq!(loans.may_lend(to), A_LITTLE);
             loans.lend(span(nth), to, Duration::ZERO);
             assert_eq!(loans.may_lend(to), 0, "one to begin with");
+            assert!(loans.may_lend_later(to));
         }
-        let due = loans.due(Duration::from_secs(1), |lent| lent.start <= span(3).start);
+        assert_eq!(loans.may_lend(peer(8)), 0, "those are enough");
+        assert!(!loans.may_lend_later(peer(8)));
+        let due = loans.due(Duration::from_secs(1), |lent| lent.start <= 30);
         assert_eq!(due, [span(0), span(1), span(2), span(3)]);
         for nth in 8..16 {
             let to = peer(u8::try_from(nth % 2).unwrap());
-            assert_eq!(loans.may_lend(to), u64::MAX, "more to one that is fast");
+            assert_eq!(loans.may_lend(to), u64::MAX, "more to one that has brought something");
             loans.lend(span(nth), to, Duration::from_secs(1));
         }
-        assert!(
-            loans.may_lend(peer(2)) == 0 && !loans.covers(span(2).start) && loans.covers(span(4).start),
-            "that is enough"
-        );
+        assert!(loans.may_lend(peer(2)) == 0 && !loans.covers(25) && loans.covers(45), "that is enough");
+    }
+
+    #[test]
+    fn nothing_more_is_lent_to_the_slow() {
+        let mut loans = begun();
+        (0..3).for_each(|nth| loans.lend(span(nth), peer(u8::try_from(nth).unwrap()), Duration::ZERO));
+        loans.due(Duration::from_secs(1), |lent| lent != span(2));
+        assert_eq!(loans.due(Duration::from_secs(9), |_| true), [span(2)]);
+        assert_eq!([0, 9, 2].map(|last| loans.may_lend(peer(last))), [u64::MAX, A_LITTLE, 0]);
     }
 
     #[test]
@@ -226,52 +237,43 @@ mod tests {
         loans.lend(span(1), peer(2), STILL);
         assert!(loans.recall(5, peer(3), STILL / 2).is_empty(), "its deputy has only begun");
         assert_eq!(loans.recall(5, peer(3), STILL), [span(0)]);
-        assert_eq!(loans.may_lend(peer(1)), FIRST_LOAN, "others may be luckier");
+        assert_eq!(loans.may_lend(peer(1)), A_LITTLE, "others may be luckier");
         assert!(loans.due(STALL_TIMEOUT, NEVER).is_empty());
         assert_eq!(loans.due(STALL_TIMEOUT + STILL, NEVER), [span(1)]);
     }
 
     #[test]
-    fn silent_deputy_gets_nothing_more() {
+    fn who_brings_nothing_gets_nothing_more() {
         let mut loans = begun();
-        (0..3).for_each(|nth| loans.lend(span(nth), peer(u8::try_from(nth).unwrap()), Duration::ZERO));
+        (0..2).for_each(|nth| loans.lend(span(nth), peer(u8::try_from(nth).unwrap()), Duration::ZERO));
         loans.due(Duration::from_secs(1), |lent| lent == span(0));
-        loans.lend(span(4), peer(0), Duration::from_secs(1));
-        assert_eq!(loans.due(STALL_TIMEOUT, |lent| lent == span(1)), [span(1), span(2)]);
-        assert_eq!([0, 1, 2].map(|last| loans.may_lend(peer(last))), [u64::MAX, u64::MAX, 0]);
+        assert_eq!(loans.due(STALL_TIMEOUT, NEVER), [span(1)]);
+        assert_eq!([0, 1].map(|last| loans.may_lend(peer(last))), [u64::MAX, 0]);
     }
 
     #[test]
-    fn slow_deputy_gets_small_ranges() {
-        let mut loans = begun();
-        loans.lend(Span { end: FIRST_LOAN, ..span(0) }, peer(1), Duration::ZERO);
-        loans.due(Duration::from_secs(1), |_| true);
-        assert_eq!(loans.may_lend(peer(1)), u64::MAX, "a whole range would take eight seconds");
-        loans.lend(span(1), peer(1), Duration::from_secs(1));
-        loans.lend(Span { end: FIRST_LOAN, ..span(0) }, peer(2), Duration::from_secs(1));
-        loans.due(Duration::from_secs(3), |lent| lent.start == 0);
-        assert_eq!(loans.may_lend(peer(2)), FIRST_LOAN, "a whole range would take sixteen");
-    }
-
-    #[test]
-    fn owner_is_slow_compared_with_its_deputies() {
+    fn a_slow_owner_stands_back_while_others_are_at_it() {
         let mut loans = begun();
         loans.lend(span(0), peer(1), Duration::ZERO);
+        loans.lend(span(1), peer(2), Duration::ZERO);
         loans.brought(10, Duration::from_secs(10));
-        assert!(!loans.is_slow(), "how fast they are is not known");
+        assert!(!loans.stands_back(), "nobody knows how fast they are");
         loans.due(Duration::from_secs(2), |lent| lent == span(0));
-        assert!(loans.is_slow(), "one byte a second against 8 MiB");
-        loans.brought(4 * LARGEST_RANGE, Duration::from_secs(10));
-        assert!(!loans.is_slow());
+        assert!(loans.stands_back(), "five bytes a second against one");
+        loans.brought(30, Duration::from_secs(10));
+        assert!(!loans.stands_back());
+        loans.brought(0, Duration::from_secs(60));
+        loans.due(Duration::from_secs(2), |lent| lent == span(1));
+        assert!(!loans.stands_back(), "nobody fetches anything any more");
     }
 
     #[test]
     fn where_deputies_fail_nothing_more_is_lent() {
         let mut loans = begun();
         for nth in 0..3 {
-            assert_eq!(loans.may_lend(peer(7)), FIRST_LOAN);
+            assert_eq!(loans.may_lend(peer(7)), A_LITTLE);
             loans.lend(span(nth), peer(1), Duration::ZERO);
-            assert_eq!(loans.recall(span(nth).start + 3, peer(1), Duration::ZERO), [span(nth)]);
+            assert_eq!(loans.recall(nth * 10 + 3, peer(1), Duration::ZERO), [span(nth)]);
         }
         assert_eq!(loans.may_lend(peer(7)), 0);
         let mut loans = begun();

@@ -35,6 +35,17 @@ pub struct Plan {
     returned: Vec<Span>,
 }
 
+/// Whether a range is left to whoever asks for it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Lent {
+    /// It, or its beginning.
+    Yes(Span),
+    /// Enough is lent for now, and nobody brings this range yet.
+    Later,
+    /// It is on its way already, or not worth it.
+    No,
+}
+
 impl Plan {
     pub fn new(total: u64, written: Spans) -> Self {
         Self { total, taken: written, lent: Loans::default(), returned: Vec::new() }
@@ -69,7 +80,7 @@ impl Plan {
     /// first that is missing, unless that is too far from what was `hashed`.
     pub fn next(&mut self, hashed: u64, wanted: &[u64], lanes: usize) -> Option<Span> {
         let waited_for = self.waited_for(wanted).and_then(|at| self.gap(at));
-        let in_order = || self.gap(0).filter(|gap| gap.start < hashed + WINDOW);
+        let in_order = || self.own_gap().filter(|gap| gap.start < hashed + WINDOW);
         let gap = waited_for.or_else(in_order)?;
         let lanes = lanes.max(1) as u64;
         // Towards the end ranges get smaller, so that no connection is left with the last one.
@@ -78,6 +89,20 @@ impl Plan {
         let span = self.of_one_source(Span { start: gap.start, end: gap.end.min(gap.start + len) });
         self.taken.insert(span);
         Some(span)
+    }
+
+    /// The first gap that is this node's to fetch where nobody waits: where it is far slower than its deputies,
+    /// only what one of them has had.
+    fn own_gap(&self) -> Option<Span> {
+        let first = self.gap(0)?;
+        if !self.lent.stands_back() {
+            return Some(first);
+        }
+        let gaps = self.returned.iter().filter_map(|known| {
+            let gap = self.gap(known.start).filter(|gap| gap.start < known.end)?;
+            Some(Span { start: gap.start, end: gap.end.min(known.end) })
+        });
+        gaps.min_by_key(|gap| gap.start)
     }
 
     /// As much of a range as comes from one source: what a deputy has, or what none has.
@@ -117,23 +142,22 @@ impl Plan {
         self.lent.begin();
     }
 
-    /// Leaves a range, or its beginning, to a peer, which fetches it in this node's stead. None: it is on its way already,
-    /// or enough is lent.
-    pub fn lend(&mut self, span: Span, to: SocketAddr, now: Duration) -> Option<Span> {
+    /// Leaves a range, or its beginning, to a peer, which fetches it in this node's stead.
+    pub fn lend(&mut self, span: Span, to: SocketAddr, now: Duration) -> Lent {
         let is_missing = self.gap(span.start).is_some_and(|gap| gap.start == span.start && span.end <= gap.end);
         let is_apart = |known: &Span| span.end <= known.start || known.end <= span.start;
         let is_tiny = span.len() < SMALLEST_RANGE && span.end < self.total;
         if self.total < WORTHWHILE || is_tiny || !is_missing || !self.returned.iter().all(is_apart) {
-            return None;
+            return Lent::No;
         }
         let largest = self.lent.may_lend(to);
-        if largest == 0 {
-            return None;
+        if largest > 0 {
+            let span = Span { start: span.start, end: span.end.min(span.start.saturating_add(largest)) };
+            self.taken.insert(span);
+            self.lent.lend(span, to, now);
+            return Lent::Yes(span);
         }
-        let span = Span { start: span.start, end: span.end.min(span.start.saturating_add(largest)) };
-        self.taken.insert(span);
-        self.lent.lend(span, to, now);
-        Some(span)
+        if self.lent.may_lend_later(to) { Lent::Later } else { Lent::No }
     }
 
     /// Whether the byte at `at` is to come from a deputy.
@@ -204,16 +228,16 @@ mod tests {
         plan.may_lend();
         let range = |start: u64, end: u64| Span { start: start * MIB, end: end * MIB };
         assert_eq!(mib(plan.next(0, &[], 4)), Some((0, 16)));
-        assert_eq!(plan.lend(range(8, 24), to, Duration::ZERO), None, "it is on its way");
-        assert_eq!(plan.lend(range(16, 32), to, Duration::ZERO), Some(range(16, 18)), "a little to begin with");
+        assert_eq!(plan.lend(range(8, 24), to, Duration::ZERO), Lent::No, "it is on its way");
+        assert_eq!(plan.lend(range(16, 32), to, Duration::ZERO), Lent::Yes(range(16, 18)), "a little to begin with");
         assert!(plan.is_lent(16 * MIB));
-        assert_eq!(plan.lend(range(64, 80), to, Duration::ZERO), None, "one at a time");
-        assert_eq!(plan.lend(range(16, 32), to, Duration::ZERO), None, "to one only");
+        assert_eq!(plan.lend(range(64, 80), to, Duration::ZERO), Lent::Later, "one at a time");
+        assert_eq!(plan.lend(range(16, 32), to, Duration::ZERO), Lent::No, "to one only");
         assert_eq!(mib(plan.next(0, &[17 * MIB], 4)), Some((18, 34)), "who waits for that waits for its deputy");
         while plan.next(50 * MIB, &[], 4).is_some() {}
         assert!(!plan.is_complete(), "it is not here");
         plan.collect(Duration::ZERO, |span| span == range(16, 18));
-        assert_eq!(plan.lend(range(16, 18), to, Duration::ZERO), None, "somebody has it");
+        assert_eq!(plan.lend(range(16, 18), to, Duration::ZERO), Lent::No, "somebody has it");
         plan.give_back(range(12, 40));
         assert_eq!(mib(plan.next(50 * MIB, &[], 1)), Some((12, 16)), "what the deputy has is asked for by itself");
         assert_eq!(mib(plan.next(50 * MIB, &[], 1)), Some((16, 18)));
@@ -226,7 +250,7 @@ mod tests {
     fn small_blobs_are_not_lent() {
         let to = SocketAddr::from(([192, 0, 2, 1], 5052));
         let little = Span { start: 16 * MIB, end: 18 * MIB };
-        for (size, lends) in [(40, None), (64, Some(little))] {
+        for (size, lends) in [(40, Lent::No), (64, Lent::Yes(little))] {
             let mut plan = plan(size);
             plan.may_lend();
             assert_eq!(plan.lend(Span { start: 16 * MIB, end: 32 * MIB }, to, Duration::ZERO), lends);

@@ -1,6 +1,7 @@
 //! The way of a blob: kept, being filled, or fetched.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use tokio::time::{Instant, timeout, timeout_at};
@@ -327,6 +328,13 @@ fn first_byte_wanted(range: Option<RangeRequest>) -> u64 {
     match range {
         Some(RangeRequest::From(start) | RangeRequest::Bounded(start, _)) if start > SMALL_BYTES => start,
         _ => 0,
+    }
+}
+
+impl BlobRequest {
+    /// The same once some of its time has passed.
+    pub fn after(&self, waited: Duration) -> Self {
+        Self { asking: self.asking.after(waited), ..self.clone() }
     }
 }
 

@@ -2,13 +2,20 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::time::Instant;
 
 use super::{BlobRequest, Pull};
-use crate::fill::Fill;
+use crate::fill::{Fill, Lent};
 use crate::oci::Span;
 use crate::peers::swarm::{Comes, Direction};
 use crate::peers::{Aim, Peers, Reach, Redirects, Visitor};
 use crate::role::Role;
+
+/// For how long a question waits that may be left to whoever asks, and how often that is looked at.
+const HELD: Duration = Duration::from_secs(6);
+const LOOK_AGAIN: Duration = Duration::from_millis(50);
 
 impl Pull {
     /// Where the byte at `at` had better come from.
@@ -21,14 +28,15 @@ impl Pull {
 
     /// Leaves a range, or its beginning, to the peer that asks for it, if this node fetches from the origin but has not come to
     /// that range yet.
-    fn lend(&self, request: &BlobRequest, span: Span, to: SocketAddr) -> Option<Span> {
+    fn lend(&self, request: &BlobRequest, span: Span, to: SocketAddr) -> Lent {
         // Who goes by other rules would fetch it elsewhere, or with other credentials.
         let is_equal = request.asking.reach == Reach::Origin && request.asking.aim == Aim::Whole;
-        self.owned(request).filter(|_| is_equal).and_then(|fill| fill.lend(span, to))
+        self.owned(request).filter(|_| is_equal).map_or(Lent::No, |fill| fill.lend(span, to))
     }
 
-    /// What to do with a peer's request for a range.
-    pub fn direct(&self, visitor: &Visitor, request: &BlobRequest, peers: &Peers) -> Direction {
+    /// What to do with a peer's question for a range. Where enough is lent for now and nobody brings the range,
+    /// it waits a while for one of both.
+    pub async fn direct(&self, visitor: &Visitor, request: &BlobRequest, peers: &Peers) -> Direction {
         let (digest, span) = (&request.digest, self.likely_span(request));
         peers.heard(visitor, digest);
         if visitor.terms.redirects == Redirects::Refused
@@ -38,16 +46,26 @@ impl Pull {
             peers.fail_as_deputy(visitor, digest, span.start);
             self.recall(request, span.start, member);
         }
-        let direction = peers.direct(visitor, digest, span, self.comes(request, span.start));
-        // What a peer has the owner fetches from there.
-        let may_depute =
-            |deputy: &SocketAddr| direction == Direction::Answer && !peers.another_has(*deputy, digest, span.start);
-        let lent = visitor.deputy().filter(may_depute).and_then(|deputy| self.lend(request, span, deputy));
-        if let Some(lent) = lent {
-            peers.depute(visitor, digest, lent);
-        }
-        peers.expect(visitor, digest, lent.unwrap_or(span));
-        lent.map_or(direction, Direction::Depute)
+        let until = Instant::now() + HELD;
+        let direction = loop {
+            let direction = peers.direct(visitor, digest, span, self.comes(request, span.start));
+            let (Direction::Answer, Some(deputy)) = (direction, visitor.deputy()) else { break direction };
+            // What somebody has the owner fetches from there.
+            if peers.another_has(deputy, digest, span.start) {
+                break Direction::Answer;
+            }
+            match self.lend(request, span, deputy) {
+                Lent::Yes(lent) => {
+                    peers.depute(visitor, digest, lent);
+                    break Direction::Depute(lent);
+                }
+                Lent::Later if Instant::now() < until => tokio::time::sleep(LOOK_AGAIN).await,
+                Lent::Later | Lent::No => break Direction::Answer,
+            }
+        };
+        let gets = if let Direction::Depute(lent) = direction { lent } else { span };
+        peers.expect(visitor, digest, gets);
+        direction
     }
 
     /// Whoever asks insists on having the byte at `at` from here.

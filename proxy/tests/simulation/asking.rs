@@ -1,6 +1,6 @@
 //! Who is asked for what, and what comes of it: the way of `pull/sources.rs`, `pull/lend.rs` and `peers/visit.rs`.
 
-use dray::fill::Climb;
+use dray::fill::{Climb, Lent};
 use dray::oci::Span;
 use dray::peers::swarm::{Comes, Direction};
 use dray::peers::wire::Holder;
@@ -16,12 +16,17 @@ const IN_FLIGHT: usize = 4;
 const ASK_HOLDERS: usize = 3;
 /// What is on its way to somebody is waited for this long before it says that it has nothing.
 const ON_ITS_WAY: f64 = 0.25;
+/// How often an owner looks whether it may lend what somebody waits for.
+const LOOK_AGAIN: f64 = 0.05;
+
 /// What somebody who was asked says.
 enum Said {
     /// Where it comes from.
     From(usize),
     /// This part of it is to be fetched from the origin, in the owner's stead.
     Fetch(Span),
+    /// A little later.
+    Wait,
     NotHere,
 }
 
@@ -63,7 +68,14 @@ impl Network {
             fetch.idles = span.is_none();
             let Some(span) = span else { return };
             fetch.lanes += 1;
-            let source = self.find_source(node, layer, span);
+            let Some(source) = self.find_source(node, layer, span) else {
+                // The owner lets it wait.
+                let fetch = &mut self.nodes[node].fetches[layer];
+                fetch.lanes -= 1;
+                fetch.plan.as_mut().expect("it fetches").give_back(span);
+                fetch.waits_until = self.now + LOOK_AGAIN;
+                return;
+            };
             let rest = Span { start: source.given.end, end: span.end };
             if let Some(plan) = &mut self.nodes[node].fetches[layer].plan {
                 plan.give_back(rest);
@@ -97,8 +109,8 @@ impl Network {
         of_it.map(|flow| whole(flow.position)).filter(|at| have.run_end(*at) == *at).take(64).collect()
     }
 
-    /// Whom a range comes from.
-    fn find_source(&mut self, node: usize, layer: usize, span: Span) -> Source {
+    /// Whom a range comes from. None: who was asked lets it wait.
+    fn find_source(&mut self, node: usize, layer: usize, span: Span) -> Option<Source> {
         let mut round_trips = 0.0;
         let role = self.nodes[node].fetches[layer].role.expect("it has begun");
         if role == Role::Global {
@@ -111,7 +123,7 @@ impl Network {
             let has = self.nodes[node].fetches[layer].have.len();
             let Some(holder) = self.nodes[node].fetches[layer].view.pick(span.start, has, now, lot) else { break };
             if let Said::From(from) = self.ask(node, index(holder), layer, span, None, &mut round_trips) {
-                return Source { from: Some(from), given: span, round_trips, gives_up: true, lent_by: None };
+                return Some(Source { from: Some(from), given: span, round_trips, gives_up: true, lent_by: None });
             }
         }
         loop {
@@ -125,15 +137,16 @@ impl Network {
             let source = Source { from: None, given: span, round_trips, gives_up: false, lent_by: None };
             let said = self.ask(node, leader, layer, span, Some(lead.asked_as), &mut round_trips);
             return match said {
-                Said::From(from) => Source { from: Some(from), round_trips, gives_up: from != leader, ..source },
-                Said::Fetch(lent) => Source { given: lent, round_trips, lent_by: Some(leader), ..source },
-                Said::NotHere => Source { from: Some(leader), round_trips, gives_up: true, ..source },
+                Said::From(from) => Some(Source { from: Some(from), round_trips, gives_up: from != leader, ..source }),
+                Said::Fetch(lent) => Some(Source { given: lent, round_trips, lent_by: Some(leader), ..source }),
+                Said::NotHere => Some(Source { from: Some(leader), round_trips, gives_up: true, ..source }),
+                Said::Wait => None,
             };
         }
         // Those who come before it are not there any more.
         self.open(node, layer, Role::Global);
         round_trips += 1.0;
-        Source { from: None, given: span, round_trips, gives_up: false, lent_by: None }
+        Some(Source { from: None, given: span, round_trips, gives_up: false, lent_by: None })
     }
 
     /// Asks one peer, for what it has or to be that for it; where it names another, that one, and if that cannot
@@ -167,12 +180,19 @@ impl Network {
         let nobody_has = !fetch.trackers.iter().any(|tracker| tracker.another_has(asker, span.start));
         let may_lend = owns && asked_as.is_some() && nobody_has && direction == Direction::Answer;
         let asked = fetch.plan.as_mut().filter(|_| may_lend);
-        let lent = asked.and_then(|plan| plan.lend(span, asker, now));
-        fetch.trackers[circle].expect(Some(asker), lent.unwrap_or(span), now);
+        let lent = asked.map_or(Lent::No, |plan| plan.lend(span, asker, now));
+        if lent != Lent::Later {
+            let gets = if let Lent::Yes(lent) = lent { lent } else { span };
+            fetch.trackers[circle].expect(Some(asker), gets, now);
+        }
         self.tell(node, peer, layer);
-        if let Some(lent) = lent {
-            self.nodes[peer].fetches[layer].trackers[circle].depute(asker, lent);
-            return Said::Fetch(lent);
+        match lent {
+            Lent::Yes(lent) => {
+                self.nodes[peer].fetches[layer].trackers[circle].depute(asker, lent);
+                return Said::Fetch(lent);
+            }
+            Lent::Later => return Said::Wait,
+            Lent::No => {}
         }
         if let Direction::Redirect(other) = direction {
             *round_trips += 1.0;

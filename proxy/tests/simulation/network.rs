@@ -45,6 +45,8 @@ pub(crate) struct Fetch {
     pub(crate) lanes: usize,
     /// It could fetch more at a time than there is to fetch.
     pub(crate) idles: bool,
+    /// Its question is held by the owner until then.
+    pub(crate) waits_until: f64,
     pub(crate) done: bool,
 }
 
@@ -60,6 +62,7 @@ impl Fetch {
             climb: None,
             lanes: 0,
             idles: false,
+            waits_until: 0.0,
             done: false,
         }
     }
@@ -233,7 +236,7 @@ impl Network {
                 self.open(node, layer, Role::Client);
             }
             let fetch = &self.nodes[node].fetches[layer];
-            if fetch.plan.is_some() && !fetch.done {
+            if fetch.plan.is_some() && !fetch.done && fetch.waits_until <= self.now {
                 self.ask_for_more(node, layer);
             }
         }
