@@ -35,7 +35,9 @@ impl Pull {
         }
         let Some(span) = self.bounded(request).await? else { return Ok(None) };
         let (key, role) = (self.fill_key(request), self.role(&request.place, &request.digest, request.asking));
+        // A fill in a lower role would have to be promoted, and then download the whole from elsewhere.
         if let Some(fill) = self.fills.running(&key)
+            && fill.role() >= role
             && fill.is_near(span.start, WAIT_FOR_FILL)
         {
             return Ok(None);

@@ -29,6 +29,8 @@ pub(super) struct BlobSources {
     pull: Arc<Pull>,
     place: Place,
     key: FillKey,
+    /// The role at first, and at the moment.
+    first_role: Role,
     role: CurrentRole,
     aim: Aim,
     /// Which peers have some of it.
@@ -103,7 +105,8 @@ impl Sources for BlobSources {
 
     fn matched(&self, truth: Truth) {
         self.pull.entitlements.was_sent(&self.place, &self.key.digest);
-        if let Some((sender, bytes)) = self.sender(truth.total()) {
+        // The time of a promoted fill is that of peers as well.
+        if let Some((sender, bytes)) = self.sender(truth.total()).filter(|_| !self.was_promoted()) {
             self.pull.speeds.measured(self.place.rule.name(), sender, bytes, self.begun.elapsed());
         }
         let key = (self.key.digest.clone(), self.key.registry.clone());
@@ -155,8 +158,8 @@ impl BlobSources {
         let begun = Instant::now();
         let view = Arc::new(Mutex::new(View::new(pull.peers.as_ref().map_or(1, |peers| peers.count()))));
         let of_origin = AtomicU64::new(0);
-        let role = CurrentRole::new(role);
-        Self { pull: pull.clone(), place: place.clone(), key, role, aim, view, begun, of_origin }
+        let (first_role, role) = (role, CurrentRole::new(role));
+        Self { pull: pull.clone(), place: place.clone(), key, first_role, role, aim, view, begun, of_origin }
     }
 
     /// Opens a part in this role. None: no owner can be reached, so that this node has to take its place, or it has done so
@@ -254,7 +257,10 @@ impl BlobSources {
                         peers.ask_around(&Question { scope: last_scope(&self.place), ..question }).await
                     }
                 });
-                self.pull.holders.insert(key, found.clone());
+                // Peers that had nothing a moment ago may be what an outage is survived by.
+                if looked == Looked::AtSuccessors || !found.is_empty() {
+                    self.pull.holders.insert(key, found.clone());
+                }
                 found
             }
         };
@@ -395,8 +401,9 @@ impl BlobSources {
         let have = self.have();
         let rises = || self.role.clone().rises_above(role);
         tokio::select! {
-            incoming = peers.blob(peer, &question, part, &have, &self.view) => Ok(incoming?.until(rises())),
+            biased;
             () = rises() => Err(superseded().into()),
+            incoming = peers.blob(peer, &question, part, &have, &self.view) => Ok(incoming?.until(rises())),
         }
     }
 
@@ -415,9 +422,15 @@ impl BlobSources {
         if has_begun { STALL_TIMEOUT } else { UPSTREAM_TIMEOUT }
     }
 
-    /// The same for the upstream, whatever peers have sent before.
+    /// The same for the upstream. Of a promoted fill peers have sent the first bytes, which says nothing of the upstream.
     fn upstream_timeout(&self) -> Duration {
-        if self.of_origin.load(Ordering::Relaxed) > 0 { STALL_TIMEOUT } else { UPSTREAM_TIMEOUT }
+        let is_first = self.was_promoted() && self.of_origin.load(Ordering::Relaxed) == 0;
+        if is_first { UPSTREAM_TIMEOUT } else { self.first_byte_timeout() }
+    }
+
+    /// Whether this node took an owner's place meanwhile.
+    fn was_promoted(&self) -> bool {
+        self.role.get() > self.first_role
     }
 
     /// What this node has of it.
