@@ -20,6 +20,8 @@ pub(crate) struct Shape {
     pub(crate) nodes: usize,
     pub(crate) slow: Slow,
     pub(crate) zones: Between,
+    /// What the upstream sends to all together, in bytes a second.
+    pub(crate) upstream: f64,
     /// One in so many is killed after so many seconds, and so is an owner.
     pub(crate) killed: Option<(usize, f64)>,
 }
@@ -46,7 +48,8 @@ const ONE_ZONE: Between = Between { count: 1, policy: Zones::Prefer, between: CA
 
 /// When all who are well have it.
 pub(crate) struct Outcome {
-    /// When each node had all, in the time that its image takes through its own card; without the slow and the dead.
+    /// When each node had all, in the time that its image takes through its own card, or from the upstream where that is
+    /// slower; without the slow and the dead.
     pub(crate) finished: Vec<f64>,
     /// What left the origin and the busiest node, and what passed from zone to zone, in images.
     pub(crate) origin: f64,
@@ -73,9 +76,10 @@ impl Outcome {
 fn simulate(shape: Shape) -> Outcome {
     let outcome = Network::new(shape).run();
     println!(
-        "{} nodes, slow {:?}, {} zones ({:?}), killed {:?}: median {:.2} x, 99 of 100 {:.2} x, last {:.2} x, origin {:.3} x, busiest {:.2} x, \
+        "{} nodes, upstream {:.1} x card, slow {:?}, {} zones ({:?}), killed {:?}: median {:.2} x, 99 of 100 {:.2} x, last {:.2} x, origin {:.3} x, busiest {:.2} x, \
          crossed {:.3} x",
         shape.nodes,
+        shape.upstream / CARD,
         shape.slow,
         shape.zones.count,
         shape.zones.policy,
@@ -93,7 +97,7 @@ fn simulate(shape: Shape) -> Outcome {
 /// A thousand nodes, or as many as `DRAY_SIMULATED` says, of which all are well and equally near.
 fn all_well() -> Shape {
     let nodes = std::env::var("DRAY_SIMULATED").map_or(1000, |text| text.parse().expect("a number of nodes"));
-    Shape { nodes, slow: Slow::Nobody, zones: ONE_ZONE, killed: None }
+    Shape { nodes, slow: Slow::Nobody, zones: ONE_ZONE, upstream: CARD, killed: None }
 }
 
 #[test]
@@ -119,6 +123,17 @@ fn slow_owners_do_not_slow_the_others_as_much() {
     let outcome = simulate(Shape { nodes: shape.nodes / 5, slow: Slow::Owners, ..shape });
     assert!(outcome.median() <= 4.0, "half of the healthy ones are done at {:.2} x size / card", outcome.median());
     assert!(outcome.origin <= 1.01);
+}
+
+/// What an owner sends to all who wait for it must not fill its card.
+#[test]
+fn slow_upstream_is_used_to_the_full() {
+    let shape = all_well();
+    for nodes in [8, shape.nodes / 5] {
+        let outcome = simulate(Shape { nodes, upstream: CARD / 2.0, ..shape });
+        assert!(outcome.last() <= 1.3, "the last is done at {:.2} x size / upstream", outcome.last());
+        assert!(outcome.origin <= 1.01 && outcome.busiest <= 2.0);
+    }
 }
 
 /// Each zone has an owner of its own, and only that one fetches from the other.

@@ -29,7 +29,7 @@ impl Network {
     pub(crate) fn rates(&self) -> Vec<f64> {
         let (count, zones) = (self.nodes.len(), self.shape.zones);
         // Outgoing cards, incoming ones, that of the origin, and the lines from each zone to each other.
-        let cards = (0..count).chain(0..count).map(|node| self.card(node)).chain([CARD]);
+        let cards = (0..count).chain(0..count).map(|node| self.card(node)).chain([self.shape.upstream]);
         let mut links: Vec<f64> = cards.chain(std::iter::repeat_n(zones.between, zones.count * zones.count)).collect();
         let line = |from: usize, to: usize| {
             let (from, to) = (self.nodes[from].zone, self.nodes[to].zone);

@@ -29,8 +29,7 @@ pub(crate) const MOST_LANES: usize = 8;
 /// Those who may have what a node owns from now on; as in `peers/ask.rs`.
 const SUCCESSORS: usize = 2;
 
-/// One layer on one node, whatever it fetches it as: the real one has a fill for each role, where the owner's
-/// begins with what the follower has.
+/// One layer on one node.
 pub(crate) struct Fetch {
     pub(crate) plan: Option<Plan>,
     /// None: not begun.
@@ -218,7 +217,7 @@ impl Network {
         let image = float(LAYERS.iter().sum());
         let healthy = (0..self.nodes.len()).filter(|node| counts(&self, *node));
         let finished = healthy.filter_map(|node| self.nodes[node].finished);
-        let mut finished: Vec<f64> = finished.map(|when| when / (image / CARD)).collect();
+        let mut finished: Vec<f64> = finished.map(|when| when / (image / CARD.min(self.shape.upstream))).collect();
         finished.sort_unstable_by(f64::total_cmp);
         let busiest = self.nodes.iter().map(|node| node.sent).fold(0.0, f64::max) / image;
         Outcome { finished, origin: self.from_origin / image, busiest, crossed: self.crossed / image }
