@@ -127,7 +127,7 @@ impl Fill {
         FillView {
             digest: self.key.digest.to_string(),
             image: self.place.to_string(),
-            role: self.role.get().as_str().to_owned(),
+            role: self.role().as_str().to_owned(),
             total_bytes: self.length_now(),
             written_bytes: self.written().iter().map(|span| span.len()).sum(),
             seconds: self.started.elapsed().as_secs_f64(),
@@ -323,7 +323,7 @@ impl Fill {
             vec![
                 ("dray.digest", self.key.digest.to_string().into()),
                 ("dray.image", self.place.to_string().into()),
-                ("dray.role", self.role.get().as_str().into()),
+                ("dray.role", self.role().as_str().into()),
                 ("dray.bytes", came.into()),
             ]
         });

@@ -58,10 +58,10 @@ impl CurrentRole {
         });
     }
 
-    /// Waits until it is higher than `role`.
-    pub async fn rises_above(self, role: Role) {
+    /// Waits until it is `role` or a higher one.
+    pub async fn reaches(self, role: Role) {
         // It fails only where the sender is gone, which this is.
-        let _ = self.0.subscribe().wait_for(|current| *current > role).await;
+        let _ = self.0.subscribe().wait_for(|current| *current >= role).await;
     }
 }
 
@@ -76,8 +76,8 @@ mod tests {
         let current = CurrentRole::new(Role::Zone);
         current.promote(Role::Client);
         assert_eq!(current.get(), Role::Zone);
-        assert!(current.clone().rises_above(Role::Client).now_or_never().is_some());
-        let mut rises = Box::pin(current.clone().rises_above(Role::Zone));
+        assert!(current.clone().reaches(Role::Zone).now_or_never().is_some());
+        let mut rises = Box::pin(current.clone().reaches(Role::Global));
         assert!(rises.as_mut().now_or_never().is_none());
         current.promote(Role::Global);
         assert!(rises.now_or_never().is_some());

@@ -15,6 +15,7 @@ use crate::oci::{Digest, ErrorCode, Multipart, NamedBy, RangeRequest, Registry, 
 use crate::origin::ROUNDS;
 use crate::peers::{Aim, Reach};
 use crate::registries::Place;
+use crate::role::Role;
 use crate::source::{Broken, ServedFrom, SourceError};
 use crate::store::{Blob, Found, Kind, Proof, SMALL_BYTES, Tier};
 use crate::times::{CONFIRM_TIMEOUT, RETRY_INTERVAL, STALL_TIMEOUT};
@@ -297,16 +298,19 @@ impl Pull {
         FillKey::new(&request.place, &request.digest)
     }
 
+    /// The role in which this node has to download for this request.
+    pub(super) fn role_of(&self, request: &BlobRequest) -> Role {
+        self.role(&request.place, &request.digest, request.asking)
+    }
+
     /// Hashes a file that may have been damaged, while readers follow.
     pub(super) fn verify_kept(&self, request: &BlobRequest, blob: Arc<Blob>) -> Arc<Fill> {
-        let role = self.role(&request.place, &request.digest, request.asking);
-        self.fills.prove(&self.fill_key(request), &request.place, role, blob)
+        self.fills.prove(&self.fill_key(request), &request.place, self.role_of(request), blob)
     }
 
     /// What this request's fill is fetched from, in the role in which the request asks this node.
     pub(super) fn sources(self: &Arc<Self>, request: &BlobRequest, aim: Aim) -> Arc<BlobSources> {
-        let role = self.role(&request.place, &request.digest, request.asking);
-        Arc::new(BlobSources::new(self, &request.place, self.fill_key(request), role, aim))
+        Arc::new(BlobSources::new(self, &request.place, self.fill_key(request), self.role_of(request), aim))
     }
 }
 

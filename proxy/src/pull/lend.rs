@@ -77,8 +77,7 @@ impl Pull {
 
     /// The fill that this node runs as the owner.
     fn owned(&self, request: &BlobRequest) -> Option<Arc<Fill>> {
-        let is_owner = self.role(&request.place, &request.digest, request.asking) == Role::Global;
-        let running = self.fills.running(&self.fill_key(request)).filter(|_| is_owner);
-        running.filter(|fill| fill.role() == Role::Global)
+        let is_owners = |fill: &Arc<Fill>| fill.role() == Role::Global && self.role_of(request) == Role::Global;
+        self.fills.running(&self.fill_key(request)).filter(is_owners)
     }
 }

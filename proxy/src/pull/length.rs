@@ -50,7 +50,7 @@ impl Pull {
         }
         // Another repository's says nothing of this one, and one that follows an owner may wait for the requester.
         if let Some(fill) = self.fills.running(&self.fill_key(request))
-            && fill.role() >= self.role(&request.place, &request.digest, request.asking)
+            && fill.role() >= self.role_of(request)
             && (fill.place == request.place || self.homes.length_of(&request.place, &request.digest).is_some())
             && let Ok(opened) = fill.opened().await
         {

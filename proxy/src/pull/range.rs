@@ -34,7 +34,7 @@ impl Pull {
             return Ok(None);
         }
         let Some(span) = self.bounded(request).await? else { return Ok(None) };
-        let (key, role) = (self.fill_key(request), self.role(&request.place, &request.digest, request.asking));
+        let (key, role) = (self.fill_key(request), self.role_of(request));
         // A fill in a lower role would have to be promoted, and then download the whole from elsewhere.
         if let Some(fill) = self.fills.running(&key)
             && fill.role() >= role

@@ -176,14 +176,14 @@ impl BlobSources {
                 let visitors = peers.who_visited_has(&self.key.digest, part.start());
                 visitors.iter().for_each(|holder| self.view.lock().learn(holder));
             }
-            // After a break the owner, who is best placed, comes before whoever said that it has it.
+            // After a break the owner, which is best placed, is asked before holders.
             if (failures == 0 || role == Role::Global)
                 && let Some(incoming) = timeout(CONFIRM_TIMEOUT, self.ask_holders(peers, part)).await.ok().flatten()
             {
                 return Ok(Some((incoming, ServedFrom::Peer)));
             }
-            // When a connection breaks, the owner still has, or fetches, what comes next: asking it
-            // again keeps every follower from going to the origin.
+            // When a connection breaks, the owner still has, or downloads, what comes next: asking it again keeps the
+            // followers from the upstream.
             if let Some(answer) = self.of_owners(peers, role, part, failures).await? {
                 return Ok(Some(answer));
             }
@@ -272,7 +272,7 @@ impl BlobSources {
         let has = self.have().len();
         for _ in 0..ASK_HOLDERS {
             let holder = self.view.lock().pick(part.start(), has, peers.now(), fastrand::u64(..))?;
-            match self.ask(peers, holder, Role::Global, Manner::IfKept, part).await {
+            match self.ask(peers, holder, Manner::IfKept, part).await {
                 Ok(incoming) => return Some(incoming),
                 Err(why) => tracing::debug!(%holder, digest = %self.key.digest, ?why, "a holder gives nothing"),
             }
@@ -289,14 +289,13 @@ impl BlobSources {
         failures: u32,
     ) -> Result<Option<(Incoming, ServedFrom)>, SourceError> {
         let mut lead = peers.lead(&self.key.digest, role, self.pull.scope(&self.place));
-        // Whom an owner makes no progress for turns to the next one, as all others do.
+        // An owner that brings nothing is passed over, as by all its other followers.
         if failures >= PASS_OVER && !lead.leaders.is_empty() {
             lead.leaders.remove(0);
         }
         let given = ask_owners(lead, &self.key.digest, |owner, manner| async move {
-            match self.of_owner(peers, owner, role, manner, part, failures).await {
-                // It has given some, and is about to change its source: how often is waited for that, before all
-                // who wait turn to the next one, is for the failures to say.
+            match self.of_owner(peers, owner, manner, part, failures).await {
+                // The owner has sent some of it, and is about to change its source: `failures` decide when to pass it over.
                 Err(Declined::Source(error @ SourceError::TimedOut)) if !self.have().is_empty() => Ok(Err(error)),
                 Err(Declined::Source(error)) => Err(error),
                 Err(Declined::NotKept | Declined::Redirected(_) | Declined::Deputed(_)) => Err(SourceError::NotKept),
@@ -310,7 +309,6 @@ impl BlobSources {
         &self,
         peers: &Arc<Peers>,
         owner: SocketAddr,
-        role: Role,
         manner: Manner,
         part: Part,
         failures: u32,
@@ -319,11 +317,11 @@ impl BlobSources {
             return Err(Declined::NotKept);
         }
         let answer = match failures {
-            0 => self.ask(peers, owner, role, manner, part).await,
-            _ => self.ask_once(peers, owner, role, manner, Redirects::Refused, part).await,
+            0 => self.ask(peers, owner, manner, part).await,
+            _ => self.ask_once(peers, owner, manner, Redirects::Refused, part).await,
         };
         match answer {
-            Err(Declined::Deputed(span)) => self.in_its_stead(peers, owner, (role, manner), part, span).await,
+            Err(Declined::Deputed(span)) => self.in_its_stead(peers, owner, manner, part, span).await,
             answer => answer.map(|incoming| (incoming, ServedFrom::Peer)),
         }
     }
@@ -334,7 +332,7 @@ impl BlobSources {
         &self,
         peers: &Arc<Peers>,
         owner: SocketAddr,
-        (role, manner): (Role, Manner),
+        manner: Manner,
         part: Part,
         span: Span,
     ) -> Result<(Incoming, ServedFrom), Declined> {
@@ -360,50 +358,42 @@ impl BlobSources {
             }
             fill.fail_as_deputy(span);
         }
-        let insisting = self.ask_once(peers, owner, role, manner, Redirects::Refused, part).await;
+        let insisting = self.ask_once(peers, owner, manner, Redirects::Refused, part).await;
         insisting.map(|incoming| (incoming, ServedFrom::Peer))
     }
 
     /// Asks one peer; if it names another, that one, and if that cannot help or may not be asked, the first again.
-    async fn ask(
-        &self,
-        peers: &Peers,
-        peer: SocketAddr,
-        role: Role,
-        manner: Manner,
-        part: Part,
-    ) -> Result<Incoming, Declined> {
-        let named = match self.ask_once(peers, peer, role, manner, Redirects::Followed, part).await {
+    async fn ask(&self, peers: &Peers, peer: SocketAddr, manner: Manner, part: Part) -> Result<Incoming, Declined> {
+        let named = match self.ask_once(peers, peer, manner, Redirects::Followed, part).await {
             Err(Declined::Redirected(named)) => named,
             answer => return answer,
         };
         if let Some(named) = named
-            && let Ok(incoming) =
-                self.ask_once(peers, named, Role::Global, Manner::IfKept, Redirects::Refused, part).await
+            && let Ok(incoming) = self.ask_once(peers, named, Manner::IfKept, Redirects::Refused, part).await
         {
             return Ok(incoming);
         }
-        self.ask_once(peers, peer, role, manner, Redirects::Refused, part).await
+        self.ask_once(peers, peer, manner, Redirects::Refused, part).await
     }
 
-    /// Requests a part from one peer for as long as this node's role is no higher than `role`: an owner may take this node
+    /// Requests a part from one peer. A request to an owner ends when this node becomes the same: the peer may take this node
     /// for the owner, and then neither has what the other waits for. Holders have what they are asked for.
     async fn ask_once(
         &self,
         peers: &Peers,
         peer: SocketAddr,
-        role: Role,
         manner: Manner,
         redirects: Redirects,
         part: Part,
     ) -> Result<Incoming, Declined> {
         let question = Question { redirects, ..self.question(manner) };
         let have = self.have();
-        let rises = || self.role.clone().rises_above(role);
+        let asked = peers.blob(peer, &question, part, &have, &self.view);
+        let Manner::As(owner) = manner else { return asked.await };
         tokio::select! {
             biased;
-            () = rises() => Err(superseded().into()),
-            incoming = peers.blob(peer, &question, part, &have, &self.view) => Ok(incoming?.until(rises())),
+            () = self.role.clone().reaches(owner) => Err(superseded().into()),
+            incoming = asked => Ok(incoming?.until(self.role.clone().reaches(owner))),
         }
     }
 

@@ -57,7 +57,8 @@ pub(super) enum Lost {
 impl Lane<'_> {
     pub(super) async fn run(self, opened: Option<(Flow, ServedFrom)>) -> Fetched {
         let (begun, mut position) = (Instant::now(), self.span.start);
-        let (current, role) = (self.sources.role(), self.sources.role().get());
+        let current = self.sources.role();
+        let role = current.get();
         let lost = match self.bring(opened, &mut position).await.err() {
             Some(Lost::Broke(_) | Lost::Refused(_)) if current.get() > role => Some(Lost::Superseded),
             lost => lost,

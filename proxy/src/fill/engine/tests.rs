@@ -326,7 +326,7 @@ impl Sources for Following {
         }
         let total = self.upstream.body.len() as u64;
         let stalls = self.upstream.send(Span { start: from, end: end.unwrap_or(total).min(total) }, total, 1, None);
-        Ok((stalls.until(self.role.clone().rises_above(Role::Client)), ServedFrom::Peer))
+        Ok((stalls.until(self.role.clone().reaches(Role::Global)), ServedFrom::Peer))
     }
 
     fn role(&self) -> CurrentRole {
