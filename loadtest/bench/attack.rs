@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use dray_tests::dray::{Dray, Start, rule};
 use dray_tests::http::client;
 use dray_tests::image::{Image, digest, noise};
-use dray_tests::origin::{Fault, Origin, Request, Response};
+use dray_tests::upstream::{Fault, Request, Response, TestUpstream};
 use tokio::io::AsyncWriteExt;
 use tokio::net::{TcpSocket, TcpStream};
 
@@ -106,19 +106,19 @@ fn cold(nth: usize) -> Vec<u8> {
 
 pub(crate) async fn all() {
     let image = Image::new(1, &[400_000]);
-    let content = dray_tests::origin::Content::new(&[("a/app", "1", &image)]);
+    let content = dray_tests::upstream::Content::new(&[("a/app", "1", &image)]);
     let colds: std::collections::HashMap<String, Vec<u8>> = (0..2 * COLD * ATTACKS.len())
         .map(|nth| (digest(&cold(nth)), nth))
         .map(|(digest, nth)| (digest, cold(nth)))
         .collect();
-    let registry = Origin::answering(move |request: &Request| {
+    let registry = TestUpstream::answering(move |request: &Request| {
         let cold = request.path.rsplit('/').next().and_then(|last| colds.get(last.split('?').next()?));
         cold.map_or_else(|| content.answer(request), |bytes| Response::new(200, bytes.clone()))
     })
     .await;
     // Long enough that a part of it passes through without a fill.
     let large = bytes::Bytes::from(vec![0; 256 << 20]);
-    let bad = Origin::answering(move |request| match request.path.as_str() {
+    let bad = TestUpstream::answering(move |request| match request.path.as_str() {
         path if !path.contains("/blobs/") => Response::new(404, ""),
         path if path.contains("/silent/") => Response::new(200, "").fault(Fault::Silent),
         path if path.contains("/trickling/") => {

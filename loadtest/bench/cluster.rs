@@ -88,8 +88,8 @@ fn path_of(digest: &str) -> String {
 }
 
 impl Rig {
-    fn origin_share(&self) -> f64 {
-        share(self.cluster.origin_bytes(), self.size)
+    fn upstream_share(&self) -> f64 {
+        share(self.cluster.upstream_bytes(), self.size)
     }
 }
 
@@ -109,7 +109,7 @@ fn cold() {
     let seconds = rig.cluster.race(&rig.cluster.everybody(), &rig.path);
     let time = format!("{:.2} x size / origin", last(&seconds) / ideal);
     row("512 MiB cold on 8 nodes of 400 Mbit/s, origin 200", &format!("{:.1} s", last(&seconds)), &time, "<= 1.2 x");
-    row("its origin bytes", &format!("{:.3} x", rig.origin_share()), "", "<= 1.02 x");
+    row("its origin bytes", &format!("{:.3} x", rig.upstream_share()), "", "<= 1.02 x");
     let most = rig.cluster.everybody().into_iter().map(|node| rig.cluster.sent(node)).max().unwrap_or(0);
     row("its busiest node sent", &format!("{:.2} x the image", share(most, IMAGE)), "", "");
 }
@@ -138,13 +138,13 @@ fn thousand() {
 
 /// One has it, the others want it, and the origin is gone.
 fn held_by_one(holder: &Holder) {
-    let shape = Shape { zones: vec![9], origin: 1000, ..Shape::default() };
+    let shape = Shape { zones: vec![9], upstream: 1000, ..Shape::default() };
     let mut rig = rig(shape, IMAGE);
     rig.cluster.race(&[0], &rig.path);
     rig.cluster.wait_until_idle();
     // The owner has asked the origin; node 0 has followed it, or is the owner.
-    let from_origin = |node: &usize| rig.cluster.metric(*node, "dray_origin_bytes_total{rule=\"docker.io\"}") > 0;
-    let owner = rig.cluster.everybody().into_iter().find(from_origin).unwrap_or(0);
+    let from_upstream = |node: &usize| rig.cluster.metric(*node, "dray_origin_bytes_total{rule=\"docker.io\"}") > 0;
+    let owner = rig.cluster.everybody().into_iter().find(from_upstream).unwrap_or(0);
     let (name, keeper) = match holder {
         Holder::Owner => ("the owner", owner),
         Holder::Another => ("another than the owner", if owner == 0 { 1 } else { 0 }),
@@ -159,7 +159,7 @@ fn held_by_one(holder: &Holder) {
         rig.cluster.launch(node);
     }
     rig.cluster.wait_until_formed();
-    rig.cluster.stop_origin();
+    rig.cluster.stop_upstream();
     let before: Vec<u64> = rig.cluster.everybody().into_iter().map(|node| rig.cluster.sent(node)).collect();
     let others: Vec<usize> = rig.cluster.everybody().into_iter().filter(|node| *node != keeper).collect();
     let seconds = rig.cluster.race(&others, &rig.path);
@@ -174,7 +174,7 @@ fn held_by_one(holder: &Holder) {
 fn zones(policy: &'static str, bar: &str) {
     let peers = if policy == "prefer" { "zones = \"prefer\"" } else { "zones = \"isolate\"" };
     let size = 128 << 20;
-    let shape = Shape { zones: vec![4, 4], between_zones: 100, origin: 400, peers, ..Shape::default() };
+    let shape = Shape { zones: vec![4, 4], between_zones: 100, upstream: 400, peers, ..Shape::default() };
     let rig = rig(shape, size);
     let seconds = rig.cluster.race(&rig.cluster.everybody(), &rig.path);
     let peers_only = |from: &str, to: &str| {
@@ -206,14 +206,14 @@ fn slow() {
         let compared = format!("{:.2} x without it", with / without);
         let name = format!("8 nodes, one ten times slower ({what}): the others");
         row(&name, &format!("{with:.1} s"), &compared, "<= 1.3 x");
-        row("its origin bytes", &format!("{:.3} x", rig.origin_share()), "", "");
+        row("its origin bytes", &format!("{:.3} x", rig.upstream_share()), "", "");
     }
 }
 
 /// Every node is stopped and started in turn while the others are asked for what they hold, and then one
 /// more joins.
 fn rolling() {
-    let shape = Shape { zones: vec![9], origin: 400, ..Shape::default() };
+    let shape = Shape { zones: vec![9], upstream: 400, ..Shape::default() };
     let Blobs { mut cluster, digests, bytes } = blobs(shape, 24, 8 << 20, &[8]);
     let pull_all = |cluster: &Cluster, nodes: &[usize]| {
         digests.iter().for_each(|digest| drop(cluster.race(nodes, &path_of(digest))));
@@ -236,7 +236,7 @@ fn rolling() {
     cluster.join(8);
     cluster.wait_until_formed();
     pull_all(&cluster, &[8]);
-    let fetched = format!("{:.3} x", share(cluster.origin_bytes(), bytes));
+    let fetched = format!("{:.3} x", share(cluster.upstream_bytes(), bytes));
     row("8 nodes restarted in turn and a ninth joins: origin bytes", &fetched, "", "<= 1.02 x");
 }
 
@@ -252,7 +252,7 @@ struct Seen {
 /// A minute of pulls on eight nodes; every five seconds one is killed, and one is cut off for a while.
 fn churn() {
     const MINUTE: Duration = Duration::from_secs(60);
-    let shape = Shape { origin: 400, ..Shape::default() };
+    let shape = Shape { upstream: 400, ..Shape::default() };
     let Blobs { cluster, digests, .. } = blobs(shape, 400, 4 << 20, &[]);
     let seen = Seen::default();
     let asked: Mutex<BTreeSet<usize>> = Mutex::default();
@@ -324,6 +324,6 @@ fn churn() {
     let pulls = format!("{} pulls, {} on a dead node", count(&seen.pulls), count(&seen.again));
     row("a node killed every 5 s, one cut off for 20 s: failed", &count(&seen.failed).to_string(), &pulls, "0");
     row("its wrong bodies", &count(&seen.wrong).to_string(), "", "0");
-    let fetched = format!("{:.3} x", share(cluster.origin_bytes(), distinct));
+    let fetched = format!("{:.3} x", share(cluster.upstream_bytes(), distinct));
     row("its origin bytes", &fetched, &format!("{} MiB asked for", distinct >> 20), "<= 1.3 x");
 }

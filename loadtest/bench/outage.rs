@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 use dray_tests::dray::{Dray, Start};
 use dray_tests::eventually;
 use dray_tests::image::Image;
-use dray_tests::origin::{Content, Fault, Origin, Response};
 use dray_tests::registry::Registry;
+use dray_tests::upstream::{Content, Fault, Response, TestUpstream};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, connect, listen, socket, socket_with, sockopt};
 
 use super::rig::{ROUNDS, median, row};
@@ -58,7 +58,7 @@ async fn round(death: Death) -> Took {
     registry.push("team/app", "1", &image).await;
     let silent = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
     let (now, content) = (silent.clone(), Content::new(&[("team/app", "1", &image)]));
-    let origin = Origin::answering(move |request| match now.load(std::sync::atomic::Ordering::SeqCst) {
+    let origin = TestUpstream::answering(move |request| match now.load(std::sync::atomic::Ordering::SeqCst) {
         true => Response::new(200, "").fault(Fault::Silent),
         false => content.answer(request),
     })

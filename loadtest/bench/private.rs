@@ -5,7 +5,7 @@ use base64::engine::general_purpose::STANDARD;
 use dray_tests::dray::{Dray, Start, rule};
 use dray_tests::http::{client, get};
 use dray_tests::image::Image;
-use dray_tests::origin::{Content, Origin, Request, Response};
+use dray_tests::upstream::{Content, Request, Response, TestUpstream};
 use serde_json::Value;
 
 use super::rig::{ROUNDS, median, row};
@@ -15,13 +15,13 @@ pub(crate) async fn hits() {
     let image = Image::new(1, &[1000]);
     let content = Content::new(&[("team/app", "1", &image)]);
     let login = format!("Basic {}", STANDARD.encode("alice:secret"));
-    let open = Origin::start(&[("team/app", "1", &image)], |_, answer| answer).await;
-    let origin = Origin::answering(move |request: &Request| match request.header("authorization") {
+    let open = TestUpstream::start(&[("team/app", "1", &image)], |_, answer| answer).await;
+    let upstream = TestUpstream::answering(move |request: &Request| match request.header("authorization") {
         Some(shown) if shown == login => content.answer(request),
         _ => Response::new(401, "").with("www-authenticate", "Basic realm=\"registry\""),
     })
     .await;
-    let rules = rule("open.test", &open.url()) + &rule("private.test", &origin.url()) + "access = \"client\"\n";
+    let rules = rule("open.test", &open.url()) + &rule("private.test", &upstream.url()) + "access = \"client\"\n";
     let dray = Start::new(rules).env("DRAY_LOG", "error").pinned().run();
     let path = |registry: &str| format!("/v2/team/app/manifests/{}?ns={registry}", image.digest);
     let token = token(&dray).await;

@@ -82,13 +82,13 @@ impl Rig {
     }
 
     /// A way to start dray with an empty cache and one of nginx's servers as its origin.
-    pub(crate) fn start(&self, origin: Server) -> Start {
+    pub(crate) fn start(&self, upstream: Server) -> Start {
         let cache = tempfile::Builder::new().prefix("cache").tempdir_in(self.dir.path()).unwrap().keep();
-        Start::with_upstream("docker.io", &self.nginx.url(origin as usize)).disk("8GiB").cache(cache)
+        Start::with_upstream("docker.io", &self.nginx.url(upstream as usize)).disk("8GiB").cache(cache)
     }
 
-    pub(crate) fn dray(&self, origin: Server) -> Dray {
-        self.start(origin).run()
+    pub(crate) fn dray(&self, upstream: Server) -> Dray {
+        self.start(upstream).run()
     }
 }
 

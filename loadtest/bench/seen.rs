@@ -8,9 +8,9 @@ use dray_tests::callgrind::{COUNTED, collected, of_hot_path};
 use dray_tests::dray::{Dray, Start, binary, rule};
 use dray_tests::http::client;
 use dray_tests::image::Image;
-use dray_tests::origin::Origin;
 use dray_tests::page;
 use dray_tests::process::free_port;
+use dray_tests::upstream::TestUpstream;
 use rustix::process::Signal;
 
 use super::rig::{ROUNDS, cpu_seconds, median, row};
@@ -50,13 +50,13 @@ async fn of_a_request(log: &str) -> f64 {
 /// Instructions of a process that answers so many requests for a manifest in memory.
 async fn counted(log: &str, requests: u32) -> f64 {
     let image = Image::new(1, &[1000]);
-    let origin = Origin::start(&[("library/app", "1", &image)], |_, r| r).await;
+    let upstream = TestUpstream::start(&[("library/app", "1", &image)], |_, r| r).await;
     let dir = tempfile::tempdir().unwrap();
     let (wrapper, said) = (dir.path().join("counted"), dir.path().join("log"));
     let counter = COUNTED.join(" ");
     fs::write(&wrapper, format!("#!/bin/sh\nexec {counter} {} \"$@\"\n", binary().display())).unwrap();
     fs::set_permissions(&wrapper, fs::Permissions::from_mode(0o755)).unwrap();
-    let start = Start::with_upstream("docker.io", &origin.url()).env("DRAY_LOG", log).log_to(&said).by(&wrapper);
+    let start = Start::with_upstream("docker.io", &upstream.url()).env("DRAY_LOG", log).log_to(&said).by(&wrapper);
     let mut dray = start.run();
     let (client, url) = (client(), dray.url(&format!("/v2/library/app/manifests/{}?ns=docker.io", image.digest)));
     for _ in 0..requests {
@@ -77,12 +77,12 @@ fn float(instructions: u64) -> f64 {
 /// The status page of a node that has many peers.
 pub(crate) async fn by_people() {
     let image = Image::new(1, &[1000]);
-    let origin = Origin::start(&[("library/app", "1", &image)], |_, r| r).await;
+    let upstream = TestUpstream::start(&[("library/app", "1", &image)], |_, r| r).await;
     let port = free_port();
     let others = (1..PEERS).map(|nth| format!("\"10.0.{}.{}:5052\"", nth / 250, nth % 250 + 1));
     let members: Vec<String> = others.chain([format!("\"127.0.0.1:{port}\"")]).collect();
     let peers = format!("[peers]\nlisten = \"127.0.0.1:{port}\"\nstatic = [{}]\n", members.join(", "));
-    let dray = Start::new(rule("docker.io", &origin.url()) + &peers).run();
+    let dray = Start::new(rule("docker.io", &upstream.url()) + &peers).run();
     dray.get("/v2/library/app/manifests/1?ns=docker.io").await;
     updates(&dray).await;
     let dir = tempfile::tempdir().unwrap();

@@ -60,9 +60,9 @@ pub(crate) async fn plain(rig: &Rig) {
 /// Through TLS, HTTP/1.1.
 pub(crate) async fn tls(rig: &Rig) {
     let (cert, key) = (rig.tls.cert.display(), rig.tls.key.display());
-    let origin = rig.nginx.url(Server::Fast as usize);
+    let upstream = rig.nginx.url(Server::Fast as usize);
     let config = format!(
-        "[tls]\ncert = \"{cert}\"\nkey = \"{key}\"\n[[registry]]\nmatch = \"docker.io\"\nupstreams = [\"{origin}\"]\n"
+        "[tls]\ncert = \"{cert}\"\nkey = \"{key}\"\n[[registry]]\nmatch = \"docker.io\"\nupstreams = [\"{upstream}\"]\n"
     );
     let cache = tempfile::Builder::new().prefix("cache").tempdir_in(rig.dir.path()).unwrap().keep();
     let dray = Start::new(config).disk("8GiB").cache(cache).run();

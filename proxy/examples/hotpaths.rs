@@ -14,16 +14,16 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use dray::access_log::{AccessLog, Line, Millis};
-use dray::activity::{Activity, Answered};
-use dray::config::{Config, Share, Size};
-use dray::metrics::{Answer, Metrics};
+use dray::activity::{Activity, ServedContent};
+use dray::config::{Config, DiskShare, Size};
+use dray::metrics::{Metrics, ResponseLabels};
 use dray::oci::{Digest, RangeSet, Span, Spans, route};
 use dray::peers::ring::Ring;
 use dray::provenance::Provenance;
 use dray::registries::Registries;
-use dray::respond::Reply;
+use dray::respond::PreparedResponse;
 use dray::source::ServedFrom;
-use dray::store::{Kind, SmallObject, Store};
+use dray::store::{SmallKind, SmallObject, Store};
 use dray::telemetry::{self, Filter, LogFormat};
 
 fn main() -> ExitCode {
@@ -94,7 +94,7 @@ fn head(count: u32) {
     let digest = Digest::of(b"x");
     let registry = "docker.io".parse().unwrap();
     for _ in 0..count {
-        let reply = Reply::blob_length(black_box(1234), ServedFrom::Memory, &digest).of_registry(&registry);
+        let reply = PreparedResponse::blob_length(black_box(1234), ServedFrom::Memory, &digest).of_registry(&registry);
         black_box(reply.head("0123456789abcdef"));
     }
 }
@@ -104,14 +104,14 @@ fn lookup(count: u32) {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let dir = tempfile::tempdir().unwrap();
     runtime.block_on(async {
-        let disk = Share::Size(Size(64 << 20));
-        let store = Store::open(dir.path(), disk, Share::Percent(0), 16 << 20, &Metrics::new()).await.unwrap();
+        let disk = DiskShare::Size(Size(64 << 20));
+        let store = Store::open(dir.path(), disk, DiskShare::Percent(0), 16 << 20, &Metrics::new()).await.unwrap();
         let digest = Digest::of(b"x");
         let provenance = Provenance { rule: "*".into(), registry: "docker.io".into(), repository: "a/b".into() };
         let object = SmallObject::new("a/b", provenance.into(), b"x");
-        store.small.insert(&digest, Kind::Manifest, object).await;
+        store.small.insert(&digest, SmallKind::Manifest, object).await;
         for _ in 0..count {
-            black_box(store.find(black_box(&digest), Kind::Manifest).await.is_some());
+            black_box(store.find(black_box(&digest), SmallKind::Manifest).await.is_some());
         }
     });
 }
@@ -120,7 +120,7 @@ fn lookup(count: u32) {
 fn count_answers(count: u32) {
     let metrics = Metrics::new();
     for _ in 0..count {
-        metrics.answered(black_box(&Answer {
+        metrics.answered(black_box(&ResponseLabels {
             route: "manifest",
             source: "memory",
             status: 200,
@@ -165,7 +165,7 @@ fn log(count: u32) {
 fn note(count: u32) {
     let activity = Activity::default();
     for _ in 0..count {
-        activity.add(black_box(Answered {
+        activity.add(black_box(ServedContent {
             id: "0123456789abcdef".into(),
             at_ms: 1,
             route: "manifest".into(),

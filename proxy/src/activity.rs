@@ -8,18 +8,18 @@ use serde::{Deserialize, Serialize};
 
 /// Bounded, and in memory only: it begins anew with the process.
 #[derive(Default)]
-pub struct Activity(Mutex<Seen>);
+pub struct Activity(Mutex<ImageActivity>);
 
 #[derive(Default)]
-struct Seen {
-    recent: VecDeque<Answered>,
-    images: HashMap<String, Wanted>,
+struct ImageActivity {
+    recent: VecDeque<ServedContent>,
+    images: HashMap<String, Demand>,
     sources: BTreeMap<Cow<'static, str>, Traffic>,
 }
 
 /// One answer with content, or that should have had some.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Answered {
+pub struct ServedContent {
     /// `X-Request-Id`, as in the access log.
     pub id: String,
     /// Milliseconds since 1970.
@@ -40,7 +40,7 @@ pub struct Answered {
 
 /// How much an image is asked for. Old requests fade.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct Wanted {
+pub struct Demand {
     pub image: String,
     pub requests: u64,
     pub bytes: u64,
@@ -58,7 +58,7 @@ const MAX_IMAGES: usize = 2_000;
 const TOP: usize = 20;
 
 impl Activity {
-    pub fn add(&self, answered: Answered) {
+    pub fn add(&self, answered: ServedContent) {
         let mut seen = self.0.lock();
         let traffic = seen.sources.entry(answered.source.clone()).or_default();
         traffic.requests += 1;
@@ -73,13 +73,13 @@ impl Activity {
     }
 
     /// The last answers, youngest first.
-    pub fn recent(&self) -> Vec<Answered> {
+    pub fn recent(&self) -> Vec<ServedContent> {
         self.0.lock().recent.iter().cloned().collect()
     }
 
     /// The most wanted images.
-    pub fn images(&self) -> Vec<Wanted> {
-        let mut images: Vec<Wanted> = self.0.lock().images.values().cloned().collect();
+    pub fn images(&self) -> Vec<Demand> {
+        let mut images: Vec<Demand> = self.0.lock().images.values().cloned().collect();
         images.sort_by(|a, b| (b.requests, b.bytes, &a.image).cmp(&(a.requests, a.bytes, &b.image)));
         images.truncate(TOP);
         images
@@ -91,7 +91,7 @@ impl Activity {
     }
 }
 
-impl Seen {
+impl ImageActivity {
     fn want(&mut self, image: &str, bytes: u64) {
         while self.images.len() >= MAX_IMAGES && !self.images.contains_key(image) {
             self.images.retain(|_, wanted| {
@@ -107,7 +107,7 @@ impl Seen {
             }
             None => {
                 let image = image.to_owned();
-                self.images.insert(image.clone(), Wanted { image, requests: 1, bytes });
+                self.images.insert(image.clone(), Demand { image, requests: 1, bytes });
             }
         }
     }
@@ -117,8 +117,8 @@ impl Seen {
 mod tests {
     use super::*;
 
-    fn answered(image: &str, source: &str, bytes: u64) -> Answered {
-        Answered {
+    fn answered(image: &str, source: &str, bytes: u64) -> ServedContent {
+        ServedContent {
             id: "1".into(),
             at_ms: 0,
             route: "blob".into(),
@@ -137,9 +137,9 @@ mod tests {
         let activity = Activity::default();
         (0..10_030).for_each(|nth| activity.add(answered(&format!("a/{nth}"), "disk", 1)));
         (0..50).for_each(|_| activity.add(answered("a/hot", "memory", 2)));
-        activity.add(Answered { status: 404, ..answered("a/missing", "none", 0) });
+        activity.add(ServedContent { status: 404, ..answered("a/missing", "none", 0) });
         assert_eq!((activity.recent().len(), activity.recent()[0].image.as_str()), (MAX_RECENT, "a/missing"));
-        assert_eq!(activity.images()[0], Wanted { image: "a/hot".into(), requests: 50, bytes: 100 });
+        assert_eq!(activity.images()[0], Demand { image: "a/hot".into(), requests: 50, bytes: 100 });
         assert!(activity.images().len() == TOP && activity.0.lock().images.len() <= MAX_IMAGES);
         assert_eq!(activity.sources()["disk"], Traffic { requests: 10_030, bytes: 10_030 });
     }

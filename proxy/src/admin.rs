@@ -8,7 +8,7 @@
 //! | `/api/v1/events` | the same every two seconds, as server-sent events | |
 //! | `/api/v1/explain?image=` | what would become of a pull | |
 
-mod visitors;
+mod status_auth;
 
 use std::sync::Arc;
 
@@ -21,26 +21,26 @@ use pingora::server::ShutdownWatch;
 use serde::Serialize;
 use tokio::sync::Semaphore;
 
-pub use self::visitors::{Unwelcome, Visitors};
+pub use self::status_auth::{StatusAuth, StatusDenied};
 use crate::connections::kept_for;
 use crate::metrics::Metrics;
 use crate::oci::route::query_value;
 use crate::readiness::Readiness;
-use crate::status::Sources;
+use crate::status::StatusSources;
 use crate::times::RETRY_INTERVAL;
 
 /// Answers the admin listener.
 pub struct Admin {
     pub metrics: Arc<Metrics>,
     pub readiness: Arc<Readiness>,
-    pub visitors: Arc<Visitors>,
-    pub sources: Sources,
+    pub visitors: Arc<StatusAuth>,
+    pub sources: StatusSources,
     /// Pages that are kept up to date at a time.
     pub watching: Arc<Semaphore>,
 }
 
 /// An answer in one piece.
-struct Reply {
+struct StatusResponse {
     status: u16,
     content_type: &'static str,
     body: Bytes,
@@ -72,7 +72,7 @@ impl HttpServerApp for Admin {
             "/api/v1/events" if session.req_header().method == http::Method::GET => {
                 match self.visitors.welcome(&session) {
                     Ok(()) => return self.stream(session).await,
-                    Err(unwelcome) => Reply::unwelcome(unwelcome),
+                    Err(unwelcome) => StatusResponse::unwelcome(unwelcome),
                 }
             }
             _ => self.reply(&session).await,
@@ -89,44 +89,45 @@ impl HttpServerApp for Admin {
 }
 
 impl Admin {
-    async fn reply(&self, session: &ServerSession) -> Reply {
+    async fn reply(&self, session: &ServerSession) -> StatusResponse {
         let request = session.req_header();
         if !matches!(request.method.as_str(), "GET" | "HEAD") {
-            return Reply::text(405, "only GET and HEAD\n");
+            return StatusResponse::text(405, "only GET and HEAD\n");
         }
         match request.uri.path() {
-            "/livez" => return Reply::text(200, "ok\n"),
-            "/readyz" if self.readiness.get() => return Reply::text(200, "ok\n"),
-            "/readyz" => return Reply::text(503, "starting or stopping\n"),
-            "/metrics" => return Reply::new(200, "text/plain; version=0.0.4", self.metrics.render()),
+            "/livez" => return StatusResponse::text(200, "ok\n"),
+            "/readyz" if self.readiness.get() => return StatusResponse::text(200, "ok\n"),
+            "/readyz" => return StatusResponse::text(503, "starting or stopping\n"),
+            "/metrics" => return StatusResponse::new(200, "text/plain; version=0.0.4", self.metrics.render()),
             _ => {}
         }
         if let Err(unwelcome) = self.visitors.welcome(session) {
-            return Reply::unwelcome(unwelcome);
+            return StatusResponse::unwelcome(unwelcome);
         }
         match request.uri.path() {
-            "/" => Reply {
+            "/" => StatusResponse {
                 more: Some(("content-security-policy", POLICY)),
-                ..Reply::new(200, "text/html; charset=utf-8", PAGE)
+                ..StatusResponse::new(200, "text/html; charset=utf-8", PAGE)
             },
-            "/api/v1/status" => Reply::json(200, &self.sources.status()),
+            "/api/v1/status" => StatusResponse::json(200, &self.sources.status()),
             "/api/v1/explain" => match query_value(request.uri.query(), "image") {
                 Some(image) => match self.sources.pull.explain(&image).await {
-                    Ok(explanation) => Reply::json(200, &explanation),
-                    Err(problem) => Reply::text(400, problem + "\n"),
+                    Ok(explanation) => StatusResponse::json(200, &explanation),
+                    Err(problem) => StatusResponse::text(400, problem + "\n"),
                 },
-                None => Reply::text(400, "expected ?image=NAME\n"),
+                None => StatusResponse::text(400, "expected ?image=NAME\n"),
             },
-            _ => {
-                Reply::text(404, "there are /, /api/v1/status, /api/v1/explain?image=, /metrics, /livez and /readyz\n")
-            }
+            _ => StatusResponse::text(
+                404,
+                "there are /, /api/v1/status, /api/v1/explain?image=, /metrics, /livez and /readyz\n",
+            ),
         }
     }
 
     /// Sends the status again and again until the reader leaves.
     async fn stream(&self, mut session: ServerSession) -> Option<ReusedHttpStream> {
         let Ok(_watching) = self.watching.try_acquire() else {
-            let reply = Reply::text(503, "enough people are watching\n");
+            let reply = StatusResponse::text(503, "enough people are watching\n");
             session.write_response_header(Box::new(reply.head()?)).await.ok()?;
             session.write_response_body(reply.body, true).await.ok()?;
             return None;
@@ -148,7 +149,7 @@ impl Admin {
     }
 }
 
-impl Reply {
+impl StatusResponse {
     fn new(status: u16, content_type: &'static str, body: impl Into<Bytes>) -> Self {
         Self { status, content_type, body: body.into(), more: None }
     }
@@ -164,13 +165,13 @@ impl Reply {
         }
     }
 
-    fn unwelcome(unwelcome: Unwelcome) -> Self {
+    fn unwelcome(unwelcome: StatusDenied) -> Self {
         match unwelcome {
-            Unwelcome::NoToken => Self {
+            StatusDenied::NoToken => Self {
                 more: Some(("www-authenticate", "Basic realm=\"dray\", charset=\"UTF-8\"")),
                 ..Self::text(401, "the password is the token in admin_token_file; any user name will do\n")
             },
-            Unwelcome::NotHere => Self::text(
+            StatusDenied::NotHere => Self::text(
                 403,
                 "the status is only shown on loopback, by the name localhost or an address; set admin_token_file to \
                  show it to those who have the token\n",

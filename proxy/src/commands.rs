@@ -14,10 +14,10 @@ use std::future::Future;
 use std::io::Write;
 use std::path::Path;
 
-use dray::config::{ConfigError, Text, Wrong};
-use dray::origin::credentials_are_here;
+use dray::config::{ConfigError, KeyConflict, SourceText};
 use dray::server;
 use dray::telemetry::{self, Filter, LogFormat};
+use dray::upstream::credentials_are_here;
 
 use self::serve::Serve;
 
@@ -35,7 +35,7 @@ impl From<ConfigError> for Failure {
 
 /// `dray check-config`.
 pub(crate) fn check_config(file: &Path) -> Result<(), Failure> {
-    let text = Text::read(file)?;
+    let text = SourceText::read(file)?;
     let config = text.parse()?;
     say(&format!("{}: ok", file.display()));
     // Flags and variables may bring what is missing.
@@ -52,7 +52,7 @@ pub(crate) fn check_config_here(file: &Path) -> Result<(), Failure> {
     for rule in &config.registry {
         let Some(credentials) = &rule.get_ref().credentials else { continue };
         credentials_are_here(credentials).map_err(|problem| {
-            located(text.as_ref(), Wrong::of_rule(rule.span().start, "registry.credentials", problem))
+            located(text.as_ref(), KeyConflict::of_rule(rule.span().start, "registry.credentials", problem))
         })?;
     }
     say(&format!("{}: ok, and so is what it names here", file.display()));
@@ -60,7 +60,7 @@ pub(crate) fn check_config_here(file: &Path) -> Result<(), Failure> {
 }
 
 /// Says where it stands, if a file says it.
-fn located(text: Option<&Text>, wrong: Wrong) -> Failure {
+fn located(text: Option<&SourceText>, wrong: KeyConflict) -> Failure {
     match text {
         Some(text) => text.locate(wrong).into(),
         None => Failure::Usage(wrong.to_string()),

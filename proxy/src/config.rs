@@ -7,11 +7,11 @@ mod addresses;
 mod containerd;
 mod credentials;
 mod lists;
-mod matching;
 mod pattern;
 mod peers;
 mod prefetch;
 mod rule;
+mod rule_pattern;
 mod text;
 mod tracing;
 mod units;
@@ -29,16 +29,16 @@ use sha2::{Digest, Sha256};
 use toml::Spanned;
 
 pub use addresses::address;
-pub use containerd::{Containerd, Mirror, WrongMirror};
+pub use containerd::{ContainerdConfig, Mirror, WrongMirror};
 pub use credentials::{Cloud, Credentials, PasswordSource};
-pub use matching::Matching;
 pub use pattern::{HostPattern, host_matches};
-pub use peers::{Mtls, Peers, Zone, Zones};
+pub use peers::{Mtls, PeersConfig, Zone, Zones};
 pub use prefetch::{Pin, Prefetch, Schedule, platform};
-pub use rule::{Abandoned, ClientCert, FarPeers, Rule, RuleAccess, TagLease};
-pub use text::{Text, Wrong};
+pub use rule::{Authorization, ClientCert, CrossZonePeers, OnClientAbort, RuleConfig, TagTtl};
+pub use rule_pattern::RulePattern;
+pub use text::{KeyConflict, SourceText};
 pub use tracing::Tracing;
-pub use units::{Share, Size, Span, whole_tag};
+pub use units::{ConfigDuration, DiskShare, Size, whole_tag};
 pub use upstream::{Scheme, Upstream};
 pub use zones::service_name;
 
@@ -57,31 +57,31 @@ pub struct Config {
     pub admin: SocketAddr,
     /// Who knows the token in it is shown the status. None: whoever sits at the machine.
     pub admin_token_file: Option<PathBuf>,
-    pub cache: Cache,
-    pub access: Access,
-    pub guard: Guard,
-    pub dns: Dns,
-    pub tls: Tls,
+    pub cache: CacheConfig,
+    pub access: AccessConfig,
+    pub guard: EgressConfig,
+    pub dns: DnsConfig,
+    pub tls: TlsConfig,
     /// Rules in order; the first match wins.
     #[serde(deserialize_with = "lists::list")]
-    pub registry: Vec<Spanned<Rule>>,
+    pub registry: Vec<Spanned<RuleConfig>>,
     #[serde(deserialize_with = "lists::list")]
     pub prefetch: Vec<Prefetch>,
     #[serde(deserialize_with = "lists::list")]
     pub pin: Vec<Pin>,
-    pub peers: Peers,
-    pub containerd: Containerd,
+    pub peers: PeersConfig,
+    pub containerd: ContainerdConfig,
     pub tracing: Tracing,
 }
 
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
-pub struct Cache {
+pub struct CacheConfig {
     pub dir: PathBuf,
     /// On disk, in all.
-    pub disk: Share,
+    pub disk: DiskShare,
     /// Of the file system, left to others.
-    pub keep_free: Share,
+    pub keep_free: DiskShare,
     /// Bytes a second that the scrub reads; 0: no scrub.
     pub scrub: Size,
     /// Bytes of small objects in memory.
@@ -90,9 +90,9 @@ pub struct Cache {
 
 #[derive(Debug, Clone, PartialEq, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
-pub struct Access {
+pub struct AccessConfig {
     /// What happens to registries that no rule names.
-    pub unlisted: Unlisted,
+    pub unlisted: UnlistedRegistries,
     /// Networks whose clients are answered. Empty: everybody's.
     #[serde(deserialize_with = "addresses::networks")]
     pub clients: Vec<IpNet>,
@@ -110,7 +110,7 @@ pub struct Access {
 
 #[derive(Debug, Clone, Copy, PartialEq, Default, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Unlisted {
+pub enum UnlistedRegistries {
     #[default]
     Allow,
     Deny,
@@ -118,7 +118,7 @@ pub enum Unlisted {
 
 #[derive(Debug, Clone, PartialEq, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
-pub struct Guard {
+pub struct EgressConfig {
     /// Networks beside the public Internet that upstreams not written in this file may reach.
     #[serde(deserialize_with = "addresses::networks")]
     pub allow: Vec<IpNet>,
@@ -126,7 +126,7 @@ pub struct Guard {
 
 #[derive(Debug, Clone, PartialEq, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
-pub struct Dns {
+pub struct DnsConfig {
     /// Name servers to ask instead of the system's.
     #[serde(deserialize_with = "addresses::many")]
     pub servers: Vec<SocketAddr>,
@@ -134,7 +134,7 @@ pub struct Dns {
 
 #[derive(Debug, Clone, PartialEq, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
-pub struct Tls {
+pub struct TlsConfig {
     /// Certificate chain of the registry listener, PEM.
     pub cert: Option<PathBuf>,
     pub key: Option<PathBuf>,
@@ -159,7 +159,7 @@ pub enum ConfigError {
     Syntax { file: String, error: Box<toml::de::Error> },
     /// `place` is the file, and the line where there is one; `written` what that line says.
     #[error("{place}: {wrong}{written}")]
-    Invalid { place: String, wrong: Wrong, written: String },
+    Invalid { place: String, wrong: KeyConflict, written: String },
 }
 
 // === impl Config ===
@@ -167,7 +167,7 @@ pub enum ConfigError {
 impl Config {
     /// Understands and checks a text; `file` is only for messages.
     pub fn parse(text: &str, file: &str) -> Result<Self, ConfigError> {
-        Text::new(text, file).parse()
+        SourceText::new(text, file).parse()
     }
 
     /// A ban that a port gets round is none.
@@ -189,33 +189,33 @@ impl Config {
         digest[..6].iter().map(|byte| format!("{byte:02x}")).collect()
     }
 
-    fn check(&self, text: &Text) -> Result<(), Wrong> {
+    fn check(&self, text: &SourceText) -> Result<(), KeyConflict> {
         if self.cache.disk.is_below(MIN_DISK) {
             let problem = format!("\"{}\" is too little, at least {MIN_DISK} are needed", self.cache.disk);
-            return Err(Wrong::new("cache.disk", problem));
+            return Err(KeyConflict::new("cache.disk", problem));
         }
         self.check_addresses()?;
         if self.tls.cert.is_some() != self.tls.key.is_some() {
-            return Err(Wrong::new("tls", "cert and key belong together"));
+            return Err(KeyConflict::new("tls", "cert and key belong together"));
         }
         if self.tls.client_ca.is_some() && self.tls.cert.is_none() {
-            return Err(Wrong::new("tls.client_ca", "needs cert and key"));
+            return Err(KeyConflict::new("tls.client_ca", "needs cert and key"));
         }
         self.peers.check()?;
         if let Some(key) = self.containerd.is_useless() {
-            return Err(Wrong::new(key, "is of no use without containerd.hosts_dir"));
+            return Err(KeyConflict::new(key, "is of no use without containerd.hosts_dir"));
         }
         if let Some(key) = self.tracing.is_useless() {
-            return Err(Wrong::new(key, "is of no use without tracing.otlp"));
+            return Err(KeyConflict::new(key, "is of no use without tracing.otlp"));
         }
         self.check_rules(text)
     }
 
     /// What can only be known when flags and variables have been added.
-    pub fn check_together(&self) -> Result<(), Wrong> {
+    pub fn check_together(&self) -> Result<(), KeyConflict> {
         self.peers.check()?;
         self.check_addresses()?;
-        let asks_who = |rule: &&Spanned<Rule>| rule.get_ref().access == RuleAccess::Client;
+        let asks_who = |rule: &&Spanned<RuleConfig>| rule.get_ref().access == Authorization::Client;
         match self.registry.iter().find(asks_who) {
             Some(rule) if self.peers.listen.is_some() && !self.peers.are_proven() => {
                 let problem = format!(
@@ -223,14 +223,14 @@ impl Config {
                      peers.mtls: without, whoever reaches their port would be taken for one of them",
                     rule.get_ref().pattern
                 );
-                Err(Wrong::of_rule(rule.span().start, "registry.access", problem))
+                Err(KeyConflict::of_rule(rule.span().start, "registry.access", problem))
             }
             _ => Ok(()),
         }
     }
 
     /// The kernel would let two listeners share an address, and each would get some of the other's connections.
-    fn check_addresses(&self) -> Result<(), Wrong> {
+    fn check_addresses(&self) -> Result<(), KeyConflict> {
         let all = [("listen", Some(self.listen)), ("admin", Some(self.admin)), ("peers.listen", self.peers.listen)];
         let all: Vec<_> = all.into_iter().filter_map(|(key, address)| Some((key, address?))).collect();
         for (nth, (key, address)) in all.iter().enumerate() {
@@ -241,14 +241,14 @@ impl Config {
             };
             if let Some((other, _)) = all[nth + 1..].iter().find(is_same) {
                 let problem = format!("{key} and {other} have the same address, {address}: each needs its own");
-                return Err(Wrong::new(other, problem));
+                return Err(KeyConflict::new(other, problem));
             }
         }
         Ok(())
     }
 
-    fn check_rules(&self, text: &Text) -> Result<(), Wrong> {
-        let mut aliases: HashMap<&str, &Matching> = HashMap::new();
+    fn check_rules(&self, text: &SourceText) -> Result<(), KeyConflict> {
+        let mut aliases: HashMap<&str, &RulePattern> = HashMap::new();
         for (index, spanned) in self.registry.iter().enumerate() {
             let (rule, start) = (spanned.get_ref(), spanned.span().start);
             let mut earlier = self.registry[..index].iter();
@@ -256,17 +256,17 @@ impl Config {
                 let (line, cover) = (text.line_at(cover.span().start), &cover.get_ref().pattern);
                 let problem =
                     format!("\"{}\" is never reached: \"{cover}\" of line {line} matches first", rule.pattern);
-                return Err(Wrong::of_rule(start, "registry.match", problem));
+                return Err(KeyConflict::of_rule(start, "registry.match", problem));
             }
-            rule.check().map_err(|(key, problem)| Wrong::of_rule(start, key, problem))?;
-            if rule.access == RuleAccess::Client && self.access.logins_file.is_some() {
+            rule.check().map_err(|(key, problem)| KeyConflict::of_rule(start, key, problem))?;
+            if rule.access == Authorization::Client && self.access.logins_file.is_some() {
                 let problem = "a request has one Authorization: that of access.logins_file, or the registry's own";
-                return Err(Wrong::of_rule(start, "registry.access", problem));
+                return Err(KeyConflict::of_rule(start, "registry.access", problem));
             }
             for alias in &rule.alias {
                 if let Some(other) = aliases.insert(alias, &rule.pattern) {
                     let problem = format!("\"{alias}\" already stands for \"{other}\"");
-                    return Err(Wrong::of_rule(start, "registry.alias", problem));
+                    return Err(KeyConflict::of_rule(start, "registry.alias", problem));
                 }
             }
         }
@@ -281,16 +281,16 @@ impl Default for Config {
             listen: SocketAddr::from(([127, 0, 0, 1], 5050)),
             admin: SocketAddr::from(([127, 0, 0, 1], 5051)),
             admin_token_file: None,
-            cache: Cache::default(),
-            access: Access::default(),
-            guard: Guard::default(),
-            dns: Dns::default(),
-            tls: Tls::default(),
+            cache: CacheConfig::default(),
+            access: AccessConfig::default(),
+            guard: EgressConfig::default(),
+            dns: DnsConfig::default(),
+            tls: TlsConfig::default(),
             registry: Vec::new(),
             prefetch: Vec::new(),
             pin: Vec::new(),
-            peers: Peers::default(),
-            containerd: Containerd::default(),
+            peers: PeersConfig::default(),
+            containerd: ContainerdConfig::default(),
             tracing: Tracing::default(),
         }
     }
@@ -298,12 +298,12 @@ impl Default for Config {
 
 // === impl Cache ===
 
-impl Default for Cache {
+impl Default for CacheConfig {
     fn default() -> Self {
         Self {
             dir: default_dir(),
-            disk: Share::Size(Size(20 << 30)),
-            keep_free: Share::Percent(5),
+            disk: DiskShare::Size(Size(20 << 30)),
+            keep_free: DiskShare::Percent(5),
             scrub: Size(8 << 20),
             memory: Size(64 << 20),
         }

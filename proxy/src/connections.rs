@@ -27,8 +27,8 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt};
 use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 
-use self::idle::{Idle, Whose};
-use crate::memory::{Memory, OfClient};
+use self::idle::{CloseTarget, Idle};
+use crate::memory::{ClientBytes, Memory};
 use crate::shares::{Share, Shares};
 use crate::times::{FAREWELL, GRACE, STALL_TIMEOUT};
 use crate::worker_watch::watched;
@@ -63,7 +63,7 @@ struct Head {
 
 /// Why there is no request.
 #[derive(Debug, PartialEq, Eq)]
-enum NoHead {
+enum HeadError {
     /// Nobody wants anything.
     Left,
     /// It speaks something else, such as TLS.
@@ -116,7 +116,7 @@ impl<A> Connections<A> {
         if let Some(place) = self.places.take(&client, 1) {
             return Some(place);
         }
-        let whose = if self.places.is_holding(&client) { Whose::Clients(client) } else { Whose::Anybodys };
+        let whose = if self.places.is_holding(&client) { CloseTarget::Clients(client) } else { CloseTarget::Anybodys };
         let is_closed = self.idle.close_oldest(whose);
         let place = timeout(FAREWELL, self.places.wait(&client, 1));
         if is_closed { place.await.ok() } else { None }
@@ -152,7 +152,7 @@ impl<A: HttpServerApp + Send + Sync + 'static> Connections<A> {
         let from = from.map(|from| client(from.to_canonical()));
         let Some(_place) = self.place(from).await else {
             if self.tls.is_none() {
-                part(stream, &NoHead::TooMany).await;
+                part(stream, &HeadError::TooMany).await;
             }
             return;
         };
@@ -178,7 +178,7 @@ impl<A: HttpServerApp + Send + Sync + 'static> Connections<A> {
             let head = tokio::select! {
                 biased;
                 head = self.head(&mut stream, from) => head,
-                () = async { let _ = shutdown_begins.wait_for(|begun| *begun).await; } => Err(NoHead::Left),
+                () = async { let _ = shutdown_begins.wait_for(|begun| *begun).await; } => Err(HeadError::Left),
             };
             let head = match head {
                 Ok(head) => head,
@@ -196,12 +196,12 @@ impl<A: HttpServerApp + Send + Sync + 'static> Connections<A> {
     }
 
     /// Waits for a request, and reads its head.
-    async fn head(&self, stream: &mut Stream, from: Option<IpAddr>) -> Result<BytesMut, NoHead> {
+    async fn head(&self, stream: &mut Stream, from: Option<IpAddr>) -> Result<BytesMut, HeadError> {
         let mut head = Head::default();
         let mut waiting = self.idle.enter(from);
         tokio::select! {
             begun = head.begin(stream) => begun?,
-            () = waiting.closed() => return Err(NoHead::Left),
+            () = waiting.closed() => return Err(HeadError::Left),
         }
         drop(waiting);
         head.read_rest(stream, self.memory.of_clients.nothing(&from)).await
@@ -266,7 +266,7 @@ impl<A: HttpServerApp + Send + Sync + 'static> HttpServerApp for Streams<A> {
         self.begun.store(true, Ordering::Release);
         session.set_total_drain_timeout(Some(GRACE));
         self.active.send_modify(|count| *count += 1);
-        let _ended = Ended(&self.active);
+        let _ended = RequestGuard(&self.active);
         // A task of its own, beside the connection's.
         watched(self.app.process_new_http(session, shutdown)).await
     }
@@ -277,9 +277,9 @@ impl<A: HttpServerApp + Send + Sync + 'static> HttpServerApp for Streams<A> {
 }
 
 /// A request is no longer under way, also where its stream was reset.
-struct Ended<'a>(&'a watch::Sender<usize>);
+struct RequestGuard<'a>(&'a watch::Sender<usize>);
 
-impl Drop for Ended<'_> {
+impl Drop for RequestGuard<'_> {
     fn drop(&mut self) {
         self.0.send_modify(|count| *count -= 1);
     }
@@ -294,17 +294,17 @@ pub fn client(address: IpAddr) -> IpAddr {
 }
 
 /// Says why a connection ends, to those who ask wrongly.
-async fn part(mut stream: Stream, why: &NoHead) {
+async fn part(mut stream: Stream, why: &HeadError) {
     let status = match why {
-        NoHead::Left => return,
-        NoHead::NotHttp => "400 Bad Request",
-        NoHead::TooSlow => "408 Request Timeout",
-        NoHead::TooLong => "431 Request Header Fields Too Large",
-        NoHead::TooMany => "503 Service Unavailable",
+        HeadError::Left => return,
+        HeadError::NotHttp => "400 Bad Request",
+        HeadError::TooSlow => "408 Request Timeout",
+        HeadError::TooLong => "431 Request Header Fields Too Large",
+        HeadError::TooMany => "503 Service Unavailable",
     };
     tracing::debug!(status, "a connection is closed before its request was whole");
     // A peer would take it for what the origin says.
-    let busy = if *why == NoHead::TooMany { "Dray-Refusal: overloaded\r\n" } else { "" };
+    let busy = if *why == HeadError::TooMany { "Dray-Refusal: overloaded\r\n" } else { "" };
     let words = format!("HTTP/1.1 {status}\r\n{busy}Connection: close\r\nContent-Length: 0\r\n\r\n");
     let farewell = async {
         stream.write_all(words.as_bytes()).await?;
@@ -319,47 +319,47 @@ async fn part(mut stream: Stream, why: &NoHead) {
 
 impl Head {
     /// Waits for the first bytes.
-    async fn begin(&mut self, stream: &mut (impl AsyncRead + Unpin)) -> Result<(), NoHead> {
-        timeout(IDLE, self.read(stream)).await.unwrap_or(Err(NoHead::Left))
+    async fn begin(&mut self, stream: &mut (impl AsyncRead + Unpin)) -> Result<(), HeadError> {
+        timeout(IDLE, self.read(stream)).await.unwrap_or(Err(HeadError::Left))
     }
 
     /// Reads until the head is whole. Its memory counts as the client's, so that a client cannot have many half heads.
     async fn read_rest(
         mut self,
         stream: &mut (impl AsyncRead + Unpin),
-        mut held: OfClient,
-    ) -> Result<BytesMut, NoHead> {
+        mut held: ClientBytes,
+    ) -> Result<BytesMut, HeadError> {
         let rest = async {
             while !self.is_whole()? {
                 if !held.cover(self.bytes.capacity()) {
-                    return Err(NoHead::TooMany);
+                    return Err(HeadError::TooMany);
                 }
                 self.read(stream).await?;
             }
             Ok(self.bytes)
         };
-        timeout(STALL_TIMEOUT, rest).await.unwrap_or(Err(NoHead::TooSlow))
+        timeout(STALL_TIMEOUT, rest).await.unwrap_or(Err(HeadError::TooSlow))
     }
 
-    async fn read(&mut self, stream: &mut (impl AsyncRead + Unpin)) -> Result<(), NoHead> {
+    async fn read(&mut self, stream: &mut (impl AsyncRead + Unpin)) -> Result<(), HeadError> {
         if self.bytes.len() >= MAX_HEAD {
-            return Err(NoHead::TooLong);
+            return Err(HeadError::TooLong);
         }
         self.bytes.reserve(1024);
         match stream.read_buf(&mut self.bytes).await {
-            Ok(0) | Err(_) => Err(NoHead::Left),
+            Ok(0) | Err(_) => Err(HeadError::Left),
             Ok(_) => Ok(()),
         }
     }
 
     /// Whether an empty line has come. Lines end with or without a carriage return, and empty ones may come before the
     /// first (RFC 9112, sections 2.2 and 3.1).
-    fn is_whole(&mut self) -> Result<bool, NoHead> {
+    fn is_whole(&mut self) -> Result<bool, HeadError> {
         while let Some(b'\r' | b'\n') = self.bytes.first() {
             self.bytes.advance(1);
         }
         if self.bytes.first().is_some_and(|first| !first.is_ascii_graphic()) {
-            return Err(NoHead::NotHttp);
+            return Err(HeadError::NotHttp);
         }
         let new = &self.bytes[self.seen.saturating_sub(2)..];
         self.seen = self.bytes.len();
@@ -374,7 +374,7 @@ mod tests {
     use super::*;
 
     /// What is made of bytes that come one by one, so far apart.
-    async fn trickled(text: &str, apart: Duration) -> Result<BytesMut, NoHead> {
+    async fn trickled(text: &str, apart: Duration) -> Result<BytesMut, HeadError> {
         let (mut client, mut server) = duplex(1);
         let text = text.to_owned();
         tokio::spawn(async move {
@@ -390,7 +390,7 @@ mod tests {
         read(&mut server).await
     }
 
-    async fn read(stream: &mut (impl AsyncRead + Unpin)) -> Result<BytesMut, NoHead> {
+    async fn read(stream: &mut (impl AsyncRead + Unpin)) -> Result<BytesMut, HeadError> {
         let (mut head, memory) = (Head::default(), Memory::new(16 * MAX_HEAD));
         head.begin(stream).await?;
         head.read_rest(stream, memory.of_clients.nothing(&None)).await
@@ -410,11 +410,11 @@ mod tests {
         ] {
             let got = trickled(text, Duration::from_millis(1)).await;
             let expected =
-                if is_whole { Ok(text.trim_start_matches(['\r', '\n']).into()) } else { Err(NoHead::TooSlow) };
+                if is_whole { Ok(text.trim_start_matches(['\r', '\n']).into()) } else { Err(HeadError::TooSlow) };
             assert_eq!(got, expected, "{text:?}");
         }
         for text in ["\u{16}\u{3}\u{1}", "\r\n GET / HTTP/1.1", "\u{e9}"] {
-            assert_eq!(trickled(text, Duration::from_millis(1)).await, Err(NoHead::NotHttp), "{text:?}");
+            assert_eq!(trickled(text, Duration::from_millis(1)).await, Err(HeadError::NotHttp), "{text:?}");
         }
     }
 
@@ -422,8 +422,8 @@ mod tests {
     async fn a_head_has_so_long_from_its_first_byte_on() {
         let text = "GET / HTTP/1.1\r\nHost: a\r\n\r\n";
         assert!(trickled(text, Duration::from_millis(300)).await.is_ok(), "within ten seconds");
-        assert_eq!(trickled(text, Duration::from_secs(1)).await, Err(NoHead::TooSlow));
-        assert_eq!(trickled(text, IDLE * 2).await, Err(NoHead::Left), "nobody asks");
+        assert_eq!(trickled(text, Duration::from_secs(1)).await, Err(HeadError::TooSlow));
+        assert_eq!(trickled(text, IDLE * 2).await, Err(HeadError::Left), "nobody asks");
         let begun = tokio::time::Instant::now();
         assert!(trickled("G", IDLE / 2).await.is_err());
         assert!(
@@ -440,10 +440,10 @@ mod tests {
             client.write_all(b"GET / HTTP/1.1\r\n").await.unwrap();
             while client.write_all(line.as_bytes()).await.is_ok() {}
         });
-        assert_eq!(read(&mut server).await, Err(NoHead::TooLong));
+        assert_eq!(read(&mut server).await, Err(HeadError::TooLong));
         let (client, mut server) = duplex(1024);
         drop(client);
-        assert_eq!(read(&mut server).await, Err(NoHead::Left));
+        assert_eq!(read(&mut server).await, Err(HeadError::Left));
     }
 
     #[tokio::test(start_paused = true)]
@@ -463,9 +463,9 @@ mod tests {
         }
         let outcomes = futures_util::future::join_all(outcomes).await;
         let outcomes: Vec<_> = outcomes.into_iter().map(Result::unwrap).collect();
-        let refused = outcomes.iter().filter(|outcome| **outcome == Err(NoHead::TooMany)).count();
+        let refused = outcomes.iter().filter(|outcome| **outcome == Err(HeadError::TooMany)).count();
         assert!((1..12).contains(&refused), "{refused} of the first client's");
-        assert_eq!(outcomes.last(), Some(&Err(NoHead::TooSlow)), "the other client had the room to go on");
+        assert_eq!(outcomes.last(), Some(&Err(HeadError::TooSlow)), "the other client had the room to go on");
     }
 
     #[tokio::test(start_paused = true)]
@@ -513,7 +513,7 @@ mod tests {
         client.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0").await.unwrap();
         let connections = Connections::new(NeverAsked, 2, Arc::new(Memory::new(1 << 20)));
         let leaving = async {
-            while !connections.idle.close_oldest(Whose::Anybodys) {
+            while !connections.idle.close_oldest(CloseTarget::Anybodys) {
                 tokio::task::yield_now().await;
             }
         };
@@ -527,9 +527,9 @@ mod tests {
         let connections = Connections::new(NeverAsked, 2, Arc::new(Memory::new(1 << 20)));
         let active = watch::Sender::new(1);
         let mut leaves = std::pin::pin!(connections.leaves_its_place(&active, None));
-        assert!(futures_util::poll!(&mut leaves).is_pending() && !connections.idle.close_oldest(Whose::Anybodys));
+        assert!(futures_util::poll!(&mut leaves).is_pending() && !connections.idle.close_oldest(CloseTarget::Anybodys));
         active.send_replace(0);
-        assert!(futures_util::poll!(&mut leaves).is_pending() && connections.idle.close_oldest(Whose::Anybodys));
+        assert!(futures_util::poll!(&mut leaves).is_pending() && connections.idle.close_oldest(CloseTarget::Anybodys));
         leaves.await;
     }
 }

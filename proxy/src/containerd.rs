@@ -5,10 +5,10 @@
 
 pub mod daemon;
 pub mod diagnosis;
+pub mod distributions;
 pub mod hosts_dir;
 pub mod hosts_toml;
-pub mod keeping;
 pub mod patch;
-pub mod places;
 pub mod proof;
+pub mod reconciler;
 mod tree;

@@ -4,20 +4,20 @@
 //! hashes in order, and lets readers follow up to the last 64 KiB, which it holds until the digest
 //! agrees. Whoever asks for the same digest meanwhile joins it.
 
-mod audience;
-mod climb;
+mod connection_scaler;
 mod engine;
-mod feed;
 mod fills;
-mod flow;
 mod loans;
 mod pace;
-mod passage;
-mod plan;
+mod passthrough;
 mod progress;
+mod range_plan;
 mod reader;
+mod readers;
 mod run;
 mod scrub;
+mod span_stream;
+mod watched_body;
 mod write;
 
 use std::net::SocketAddr;
@@ -29,19 +29,19 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-use self::audience::Audience;
-pub use self::climb::Climb;
-pub use self::feed::{Connections, Feed, Sources, Truth};
-pub use self::fills::{ContentOf, FillKey, Fills};
+pub use self::connection_scaler::ConnectionScaler;
+pub use self::fills::{ContentSource, FillKey, Fills};
 pub use self::pace::Pace;
-pub use self::passage::{PART_BYTES, Passage};
-pub use self::plan::{Lent, Plan};
+pub use self::passthrough::{PART_BYTES, PassthroughStream};
 use self::progress::{Phase, Progress};
+pub use self::range_plan::{Lent, RangePlan};
 pub use self::reader::Reader;
-use crate::caller::Caller;
+use self::readers::Readers;
+pub use self::span_stream::{ConnectionMode, FillSources, SpanStream, VerifiedContent};
 use crate::oci::{Span, Spans};
+use crate::principal::Principal;
 use crate::provenance::Provenance;
-use crate::registries::Place;
+use crate::registries::RepositoryRef;
 use crate::role::{CurrentRole, Role};
 use crate::source::{ServedFrom, SourceError};
 use crate::store::{Blob, Draft, SmallObject};
@@ -56,13 +56,13 @@ const LITTLE_LEFT: u64 = 32 * 1024 * 1024;
 pub struct Fill {
     pub key: FillKey,
     /// Whose request started it.
-    pub place: Place,
+    pub place: RepositoryRef,
     /// Whoever joined it last.
-    newest: Mutex<Caller>,
-    opened: OnceLock<Result<Opened, SourceError>>,
+    newest: Mutex<Principal>,
+    opened: OnceLock<Result<OpenedFill, SourceError>>,
     progress: watch::Sender<Progress>,
-    audience: Arc<Audience>,
-    plan: Mutex<Plan>,
+    audience: Arc<Readers>,
+    plan: Mutex<RangePlan>,
     /// The role in which its sources are asked.
     role: CurrentRole,
     /// What this node fetches in its owner's stead: it comes, though nothing may be there yet.
@@ -85,25 +85,25 @@ pub struct FillView {
 }
 
 /// Says what was written.
-struct Teller {
+struct ProgressPublisher {
     progress: watch::Sender<Progress>,
-    audience: Arc<Audience>,
+    audience: Arc<Readers>,
 }
 
 /// What a fill turned out to be once its source answered.
 #[derive(Clone)]
-pub enum Opened {
+pub enum OpenedFill {
     /// A small object, whole and verified.
     Small { object: SmallObject, from: ServedFrom },
     /// A file that grows to its length.
     Growing { blob: Arc<Blob>, from: ServedFrom },
     /// It cannot be kept. The first reader may have the feed that was opened.
-    Uncached { total: u64, from: ServedFrom, feed: Arc<Mutex<Option<Feed>>> },
+    Uncached { total: u64, from: ServedFrom, feed: Arc<Mutex<Option<SpanStream>>> },
 }
 
 /// How a running fill is read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Reading {
+pub enum ReadMode {
     /// Nothing before the digest agrees.
     Verified,
     /// The last bytes once the digest agrees.
@@ -117,7 +117,7 @@ pub enum Reading {
 
 /// How a fill ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Outcome {
+pub enum FillOutcome {
     Verified,
     Failed,
 }
@@ -134,7 +134,7 @@ impl Fill {
         }
     }
 
-    fn new(key: FillKey, place: Place, role: CurrentRole) -> Self {
+    fn new(key: FillKey, place: RepositoryRef, role: CurrentRole) -> Self {
         let progress = watch::Sender::new(Progress::new());
         Self {
             key,
@@ -156,7 +156,7 @@ impl Fill {
     }
 
     /// Waits until a source has answered, or none does.
-    pub async fn opened(&self) -> Result<Opened, SourceError> {
+    pub async fn opened(&self) -> Result<OpenedFill, SourceError> {
         let mut progress = self.progress.subscribe();
         // An error means that the fill ended without a word, which the fallback below says.
         let _ = progress.wait_for(|progress| progress.phase() != Phase::Opening).await;
@@ -164,18 +164,18 @@ impl Fill {
     }
 
     /// Whether another repository's request began it and was refused: one for this place may be granted.
-    pub async fn refused_another(&self, place: &Place) -> bool {
+    pub async fn refused_another(&self, place: &RepositoryRef) -> bool {
         (self.place != *place || self.place.caller != place.caller) && self.opened().await.is_err()
     }
 
     /// The place of the fill, as whoever joined it last may ask for it.
-    pub fn newest_place(&self) -> Place {
+    pub fn newest_place(&self) -> RepositoryRef {
         let caller = self.newest.lock().clone();
-        Place { caller, ..self.place.clone() }
+        RepositoryRef { caller, ..self.place.clone() }
     }
 
     /// What that one shows is of no use.
-    pub fn forget_newest(&self, caller: &Caller) {
+    pub fn forget_newest(&self, caller: &Principal) {
         let mut newest = self.newest.lock();
         if *newest == *caller {
             *newest = self.place.caller.clone();
@@ -189,11 +189,11 @@ impl Fill {
     }
 
     /// Waits until the fill is over.
-    pub async fn ended(&self) -> Outcome {
+    pub async fn ended(&self) -> FillOutcome {
         let mut progress = self.progress.subscribe();
         match progress.wait_for(Progress::is_over).await {
-            Ok(progress) if progress.phase() == Phase::Verified => Outcome::Verified,
-            _ => Outcome::Failed,
+            Ok(progress) if progress.phase() == Phase::Verified => FillOutcome::Verified,
+            _ => FillOutcome::Failed,
         }
     }
 
@@ -284,7 +284,7 @@ impl Fill {
     }
 
     /// Reads a span of a growing file.
-    pub fn reader(&self, blob: Arc<Blob>, span: Span, reading: Reading) -> Reader {
+    pub fn reader(&self, blob: Arc<Blob>, span: Span, reading: ReadMode) -> Reader {
         Reader::of_fill(blob, self.progress.subscribe(), self.audience.sit(), span, reading)
     }
 
@@ -292,13 +292,13 @@ impl Fill {
     fn begin(&self, draft: &Draft, from: ServedFrom, written: &Spans) {
         self.audience.begin();
         self.progress.send_modify(|progress| progress.set_written(written.clone()));
-        *self.plan.lock() = Plan::new(draft.blob.len, written.clone());
-        self.open(Ok(Opened::Growing { blob: draft.blob.clone(), from }));
+        *self.plan.lock() = RangePlan::new(draft.blob.len, written.clone());
+        self.open(Ok(OpenedFill::Growing { blob: draft.blob.clone(), from }));
     }
 
-    fn open(&self, opened: Result<Opened, SourceError>) {
+    fn open(&self, opened: Result<OpenedFill, SourceError>) {
         let phase = match &opened {
-            Ok(Opened::Growing { .. }) => Phase::Growing,
+            Ok(OpenedFill::Growing { .. }) => Phase::Growing,
             Ok(_) => Phase::Verified,
             Err(_) => Phase::Failed,
         };
@@ -308,8 +308,8 @@ impl Fill {
     }
 
     /// Tells from other threads what was written.
-    fn teller(&self) -> Teller {
-        Teller { progress: self.progress.clone(), audience: self.audience.clone() }
+    fn teller(&self) -> ProgressPublisher {
+        ProgressPublisher { progress: self.progress.clone(), audience: self.audience.clone() }
     }
 
     fn end(&self, phase: Phase) {
@@ -317,7 +317,7 @@ impl Fill {
     }
 
     /// Tells whoever follows the trace what became of it.
-    fn tell(&self, span: &mut trace::Span) {
+    fn tell(&self, span: &mut trace::TraceSpan) {
         span.tell(|| {
             let came = self.written().iter().map(|span| span.len()).sum::<u64>();
             vec![
@@ -339,7 +339,7 @@ impl Fill {
     }
 }
 
-impl Teller {
+impl ProgressPublisher {
     /// Who waits for these bytes is woken; a hundred others need not know.
     fn wrote(&self, span: Span) {
         self.progress.send_if_modified(|progress| {
@@ -350,7 +350,7 @@ impl Teller {
     }
 }
 
-impl Opened {
+impl OpenedFill {
     /// The blob's length, and where its bytes come from.
     pub fn length(&self) -> (u64, ServedFrom) {
         match self {

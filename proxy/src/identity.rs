@@ -50,17 +50,17 @@ pub(crate) use verify_signatures;
 
 /// Where an identity stands, in PEM, and the configuration's name for each.
 #[derive(Debug, Clone)]
-pub struct Files {
+pub struct IdentityFiles {
     pub table: &'static str,
     pub cert: PathBuf,
     pub key: PathBuf,
     pub ca: Option<(&'static str, PathBuf)>,
-    pub welcome: Welcome,
+    pub welcome: TrustedRole,
 }
 
 /// What this process shows, and whom it believes.
 pub struct Identity {
-    files: Files,
+    files: IdentityFiles,
     current: ArcSwap<Loaded>,
 }
 
@@ -80,7 +80,7 @@ struct Trusted {
 
 /// Whom an authority's certificate makes welcome.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Welcome {
+pub enum TrustedRole {
     Anybody,
     /// Those whose certificate is for one of the names that ours is for.
     Namesakes,
@@ -88,12 +88,12 @@ pub enum Welcome {
 
 /// Holds others against the authority.
 #[derive(Debug)]
-pub struct Verifier {
+pub struct PeerVerifier {
     identity: Arc<Identity>,
 }
 
 impl Identity {
-    pub fn load(files: Files) -> Result<Arc<Self>, String> {
+    pub fn load(files: IdentityFiles) -> Result<Arc<Self>, String> {
         let current = Loaded::read(&files)?;
         Ok(Arc::new(Self { files, current: ArcSwap::from_pointee(current) }))
     }
@@ -109,8 +109,8 @@ impl Identity {
     }
 
     /// Holds those against the authority who connect, or are connected to.
-    pub fn verifier(self: &Arc<Self>) -> Arc<Verifier> {
-        Arc::new(Verifier { identity: self.clone() })
+    pub fn verifier(self: &Arc<Self>) -> Arc<PeerVerifier> {
+        Arc::new(PeerVerifier { identity: self.clone() })
     }
 
     /// Whether those who connect are held against an authority.
@@ -120,7 +120,7 @@ impl Identity {
 }
 
 impl Loaded {
-    fn read(files: &Files) -> Result<Self, String> {
+    fn read(files: &IdentityFiles) -> Result<Self, String> {
         let wrong = |what: &str, path: &Path, why: &dyn fmt::Display| {
             format!("{}.{what} = \"{}\": {why}", files.table, path.display())
         };
@@ -134,14 +134,14 @@ impl Loaded {
         match certified.keys_match() {
             Ok(()) | Err(Error::InconsistentKeys(InconsistentKeys::Unknown)) => {}
             // Of X.509 version 1: whether it is understood is up to whoever asks for it.
-            Err(Error::InvalidCertificate(_)) if files.welcome == Welcome::Anybody => {}
+            Err(Error::InvalidCertificate(_)) if files.welcome == TrustedRole::Anybody => {}
             Err(why) => return Err(wrong("cert", &files.cert, &format!("does not fit the key: {why}"))),
         }
         let names = match files.welcome {
-            Welcome::Anybody => Vec::new(),
-            Welcome::Namesakes => names(&certified).map_err(|why| wrong("cert", &files.cert, &why))?,
+            TrustedRole::Anybody => Vec::new(),
+            TrustedRole::Namesakes => names(&certified).map_err(|why| wrong("cert", &files.cert, &why))?,
         };
-        if names.is_empty() && files.welcome == Welcome::Namesakes {
+        if names.is_empty() && files.welcome == TrustedRole::Namesakes {
             return Err(wrong("cert", &files.cert, &"is for no DNS name, by which peers know each other"));
         }
         let mut read_all = [cert, key].concat();
@@ -191,7 +191,7 @@ fn provider() -> Arc<CryptoProvider> {
     Arc::new(rustls::crypto::ring::default_provider())
 }
 
-impl Verifier {
+impl PeerVerifier {
     fn trusted<T>(&self, with: impl FnOnce(&Trusted) -> Result<T, Error>) -> Result<T, Error> {
         let current = self.identity.current.load();
         let none = || Error::General("there is no authority to hold a certificate against".into());
@@ -199,7 +199,7 @@ impl Verifier {
     }
 
     fn check_name(&self, certificate: &CertificateDer<'_>) -> Result<(), Error> {
-        if self.identity.files.welcome == Welcome::Anybody {
+        if self.identity.files.welcome == TrustedRole::Anybody {
             return Ok(());
         }
         let parsed = ParsedCertificate::try_from(certificate)?;
@@ -209,7 +209,7 @@ impl Verifier {
     }
 }
 
-impl ClientCertVerifier for Verifier {
+impl ClientCertVerifier for PeerVerifier {
     /// Names of authorities are only hints, and change with the file.
     fn root_hint_subjects(&self) -> &[DistinguishedName] {
         &[]
@@ -229,7 +229,7 @@ impl ClientCertVerifier for Verifier {
     verify_signatures!();
 }
 
-impl ServerCertVerifier for Verifier {
+impl ServerCertVerifier for PeerVerifier {
     /// `name` is an address, which no certificate has: ours says what the other's must be for.
     fn verify_server_cert(
         &self,
@@ -241,8 +241,8 @@ impl ServerCertVerifier for Verifier {
     ) -> Result<ServerCertVerified, Error> {
         let current = self.identity.current.load();
         let wanted = match self.identity.files.welcome {
-            Welcome::Anybody => std::slice::from_ref(name),
-            Welcome::Namesakes => &current.names,
+            TrustedRole::Anybody => std::slice::from_ref(name),
+            TrustedRole::Namesakes => &current.names,
         };
         let mut last = CertificateError::NotValidForName.into();
         for name in wanted {

@@ -9,12 +9,12 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 use self::commands::Failure;
-use self::commands::containerd::Containerd;
+use self::commands::containerd::ContainerdCommand;
 use self::commands::explain::Explain;
 use self::commands::hand_over::HandOver;
-use self::commands::runtime::Runtime;
+use self::commands::runtime::RuntimeCommand;
 use self::commands::serve::Serve;
-use self::commands::status::Status;
+use self::commands::status::StatusCommand;
 use self::commands::warm::Warm;
 
 #[global_allocator]
@@ -51,13 +51,13 @@ enum Command {
     },
     /// Point containerd at dray, find out whether that works, or take it back
     #[command(subcommand)]
-    Containerd(Containerd),
+    Containerd(ContainerdCommand),
     /// Print what points another runtime at dray: the very file, and where it goes
-    Runtime(Runtime),
+    Runtime(RuntimeCommand),
     /// Pull images through a running dray, so that they are there when a runtime asks
     Warm(Warm),
     /// Show what a running dray does: answers by source, fills, registries, peers, disk
-    Status(Status),
+    Status(StatusCommand),
     /// Tell how a running dray routes an image, and what would happen now
     Explain(Explain),
     /// Give directories to the user that dray runs as, who then needs no other right

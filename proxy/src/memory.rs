@@ -22,10 +22,10 @@ pub struct Memory {
 }
 
 /// Bytes of an upstream that are held, until they are dropped.
-pub type OfUpstream = Share<Registry>;
+pub type UpstreamBytes = Share<Registry>;
 
 /// Bytes of a client that are held, until they are dropped.
-pub type OfClient = Share<Option<IpAddr>>;
+pub type ClientBytes = Share<Option<IpAddr>>;
 
 /// Part of the memory of the process. Larger: caches, connections and the allocator have less room within a limit. Smaller:
 /// large responses are refused sooner when many clients read slowly.

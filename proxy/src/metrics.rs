@@ -20,7 +20,7 @@ macro_rules! metrics {
             registry: Registry,
             $($(#[$attribute])* $visible $handle: $kind,)*
             /// What counts each kind of answer, so that a request looks for one thing and not for five.
-            answers: RwLock<HashMap<Kind, Arc<Counts>>>,
+            answers: RwLock<HashMap<ResponseKey, Arc<ResponseCounts>>>,
         }
 
         impl Metrics {
@@ -50,21 +50,21 @@ metrics! {
         "Time to the end of an answer.";
     first_byte: HistogramVec ["source"] = "dray_first_byte_seconds",
         "Time to the first byte of an answer, by source.";
-    pub origin_requests: IntCounterVec ["rule", "kind", "outcome"] = "dray_origin_requests_total",
+    pub upstream_requests: IntCounterVec ["rule", "kind", "outcome"] = "dray_origin_requests_total",
         "Requests sent to origins.";
-    pub origin_bytes: IntCounterVec ["rule"] = "dray_origin_bytes_total",
+    pub upstream_bytes: IntCounterVec ["rule"] = "dray_origin_bytes_total",
         "Body bytes received from origins.";
-    pub origin_first_byte: HistogramVec ["rule"] = "dray_origin_first_byte_seconds",
+    pub upstream_first_byte: HistogramVec ["rule"] = "dray_origin_first_byte_seconds",
         "Time until an origin began to answer, tokens and redirects included.";
-    pub origin_body_seconds: CounterVec ["rule"] = "dray_origin_body_seconds_total",
+    pub upstream_body_seconds: CounterVec ["rule"] = "dray_origin_body_seconds_total",
         "Time that bodies of blobs took to come, all connections together.";
-    pub origin_down: IntGaugeVec ["rule"] = "dray_origin_down",
+    pub upstream_down: IntGaugeVec ["rule"] = "dray_origin_down",
         "Upstreams that do not answer and are asked again all the time.";
     pub client_checks: IntCounterVec ["rule", "outcome"] = "dray_client_checks_total",
         "Times a registry was asked whether a client may have something, by what it said.";
-    pub origin_rate_limit: IntGaugeVec ["rule", "upstream"] = "dray_origin_rate_limit",
+    pub upstream_rate_limit: IntGaugeVec ["rule", "upstream"] = "dray_origin_rate_limit",
         "Pulls that an upstream allows in its window, as it last said.";
-    pub origin_rate_limit_remaining: IntGaugeVec ["rule", "upstream"] = "dray_origin_rate_limit_remaining",
+    pub upstream_rate_limit_remaining: IntGaugeVec ["rule", "upstream"] = "dray_origin_rate_limit_remaining",
         "Pulls that an upstream still allows, as it last said.";
     pub peer_bytes: IntCounterVec ["from_zone", "to_zone"] = "dray_peer_bytes_total",
         "Body bytes received from peers.";
@@ -119,7 +119,7 @@ const BUCKETS: [f64; 14] = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 
 
 /// An answer, to be counted.
 #[derive(Clone, Copy, Debug)]
-pub struct Answer {
+pub struct ResponseLabels {
     pub route: &'static str,
     pub source: &'static str,
     pub status: u16,
@@ -129,9 +129,9 @@ pub struct Answer {
 }
 
 /// Route, source and status.
-type Kind = (&'static str, &'static str, u16);
+type ResponseKey = (&'static str, &'static str, u16);
 
-struct Counts {
+struct ResponseCounts {
     requests: IntCounter,
     sent_bytes: IntCounter,
     request_seconds: Histogram,
@@ -140,7 +140,7 @@ struct Counts {
 
 impl Metrics {
     /// Counts an answer.
-    pub fn answered(&self, answer: &Answer) {
+    pub fn answered(&self, answer: &ResponseLabels) {
         let counts = self.counts_of((answer.route, answer.source, answer.status));
         counts.requests.inc();
         counts.sent_bytes.inc_by(answer.sent);
@@ -151,11 +151,11 @@ impl Metrics {
     }
 
     /// All of a kind share theirs: there are as many as routes, sources and statuses go together.
-    fn counts_of(&self, kind: Kind) -> Arc<Counts> {
+    fn counts_of(&self, kind: ResponseKey) -> Arc<ResponseCounts> {
         let known = self.answers.read().get(&kind).cloned();
         known.unwrap_or_else(|| {
             let (route, source, status) = kind;
-            let counts = Arc::new(Counts {
+            let counts = Arc::new(ResponseCounts {
                 requests: self.requests.with_label_values(&[route, source, &status.to_string()]),
                 sent_bytes: self.sent_bytes.with_label_values(&[source]),
                 request_seconds: self.request_seconds.with_label_values(&[route, source]),

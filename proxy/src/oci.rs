@@ -12,13 +12,13 @@ pub mod range;
 pub mod route;
 pub mod spans;
 
-pub use digest::{Algorithm, Digest, Verifier};
+pub use digest::{Algorithm, Digest, DigestVerifier};
 pub use error::ErrorCode;
 pub use image::ImageName;
 pub use multipart::Multipart;
 pub use name::{Reference, Registry, Repository, Tag};
 pub use range::{ContentRange, RangeRequest, RangeSet, Span};
-pub use route::{Endpoint, NamedBy, Route};
+pub use route::{Endpoint, RegistryFrom, Route};
 pub use spans::Spans;
 
 /// Largest manifest dray accepts, in bytes: the limit of containerd and of the specification.

@@ -4,19 +4,19 @@
 //! headers beside it ([`wire`]). Questions only travel towards the origin ([`Role`]); whoever is asked as the
 //! owner goes to the origin itself.
 
-mod ask;
+mod auth;
 mod discovery;
+mod download;
 mod exchange;
-mod fetching;
 pub mod health;
 mod key;
 pub mod members;
-mod proof;
-mod pulse;
-mod question;
+mod peer_request;
+mod probes;
+mod query;
+mod requests;
 pub mod ring;
 pub mod swarm;
-mod visit;
 pub mod wire;
 
 use std::net::SocketAddr;
@@ -31,19 +31,19 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
 
-pub use self::ask::{Declined, TagAnswer, TagMeaning};
+use self::auth::PeerAuth;
+pub use self::auth::PeerTrust;
 use self::discovery::Discovery;
 use self::health::Health;
-pub use self::key::{Seal, Unproven};
+pub use self::key::{PeerAuthError, Seal};
 use self::members::Members;
-pub use self::members::{Lead, Scope};
-use self::proof::Proof;
-pub use self::proof::Standing;
-pub use self::question::{Aim, Downstream, Manner, Question, Redirects};
+pub use self::members::{OwnerRoute, Scope};
+use self::peer_request::Locality;
+pub use self::peer_request::{PeerBody, PeerRequest};
+pub use self::query::{Downstream, PeerQuery, PeerRequestMode, RangePurpose, RedirectPolicy};
+pub use self::requests::{PeerError, PeerTag, PeerTagResolution};
 use self::swarm::{Claim, Time, Tracker};
-use self::visit::Circle;
-pub use self::visit::{Sending, Visitor};
-use crate::config::{Config, Peers as Settings, Zone};
+use crate::config::{Config, PeersConfig as Settings, Zone};
 use crate::identity::Identity;
 use crate::metrics::Metrics;
 use crate::oci::Digest;
@@ -62,10 +62,10 @@ pub struct Peers {
     health: Mutex<Health>,
     /// Somebody is to be pinged earlier than was known.
     troubled: Notify,
-    proof: Proof,
+    proof: PeerAuth,
     client: Client,
     /// Who fetches what from this node.
-    trackers: moka::sync::Cache<(Digest, Circle), Arc<Mutex<Tracker>>>,
+    trackers: moka::sync::Cache<(Digest, Locality), Arc<Mutex<Tracker>>>,
     /// Those that lately had too much to do.
     busy: moka::sync::Cache<SocketAddr, ()>,
     /// How long each took to give what it was last asked for.
@@ -93,7 +93,7 @@ pub struct PeerView {
 
 /// Where an answer may come from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Reach {
+pub enum FetchPolicy {
     /// Wherever it can be had.
     Origin,
     /// What is here, or comes now: nobody else is asked for it.
@@ -130,7 +130,7 @@ impl Peers {
             tracing::warn!(zone, ?zones, "peers.zone is none of the zones that have members: this node is alone in it");
         }
         metrics.peers.set(i64::try_from(members.len()).unwrap_or(i64::MAX));
-        let proof = Proof::load(&settings)?;
+        let proof = PeerAuth::load(&settings)?;
         let client = Client::builder()
             .user_agent(concat!("dray/", env!("CARGO_PKG_VERSION")))
             .http1_only()
@@ -229,7 +229,7 @@ impl Peers {
     }
 
     /// Whom to ask for a digest, having been asked as `role`.
-    pub fn lead(&self, digest: &Digest, role: Role, scope: Scope) -> Lead {
+    pub fn lead(&self, digest: &Digest, role: Role, scope: Scope) -> OwnerRoute {
         self.members.load().lead(digest, role, scope, |peer| self.is_well(peer))
     }
 
@@ -248,14 +248,14 @@ impl Peers {
     /// Whether peers prove who they are: then they share what no digest proves, and what credentials
     /// were needed for.
     pub fn are_proven(&self) -> bool {
-        !matches!(self.proof, Proof::None)
+        !matches!(self.proof, PeerAuth::None)
     }
 
     /// What the peers' listener shows, if it wants certificates.
     pub fn identity(&self) -> Option<&Arc<Identity>> {
         match &self.proof {
-            Proof::Certificates(identity) => Some(identity),
-            Proof::None | Proof::Key(_) => None,
+            PeerAuth::Certificates(identity) => Some(identity),
+            PeerAuth::None | PeerAuth::Key(_) => None,
         }
     }
 

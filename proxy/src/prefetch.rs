@@ -11,7 +11,7 @@ use crate::config::{Pin, Prefetch};
 use crate::oci::{Digest, ImageName};
 use crate::pull::Pull;
 use crate::times::{DEFAULT_TTL, HOUR, OBSERVATION_TTL};
-use crate::warm::{self, Blob, Fetched, Inside, Plan, Platforms, Watcher};
+use crate::warm::{self, ImagePlan, InProcessSource, PlannedBlob, Platforms, WarmObserver, WarmedBlob};
 
 /// Nodes with the same clock do not all ask at once.
 const JITTER_MILLIS: u64 = 60_000;
@@ -28,7 +28,7 @@ const PARALLEL: usize = 2;
 /// Warms images after the start and then by their schedule, for as long as it is polled.
 pub async fn keep_warm(pull: Arc<Pull>, prefetch: Prefetch) {
     let platforms = wanted(&prefetch.platforms);
-    let door = Inside(pull);
+    let door = InProcessSource(pull);
     let put_off = |pause| if prefetch.schedule.is_by_the_second() { Duration::ZERO } else { pause };
     sleep(put_off(AFTER_START)).await;
     loop {
@@ -45,7 +45,7 @@ pub async fn keep_warm(pull: Arc<Pull>, prefetch: Prefetch) {
 
 /// Keeps pinned images here, and tells the store which blobs they consist of, for as long as it is polled.
 pub async fn keep_pinned(pull: Arc<Pull>, pins: Vec<Pin>) {
-    let door = Inside(pull.clone());
+    let door = InProcessSource(pull.clone());
     sleep(PINNED_AFTER_START).await;
     // What cannot be looked up now is still pinned as it was.
     let mut known: HashMap<(usize, &ImageName), Vec<Digest>> = HashMap::new();
@@ -67,12 +67,12 @@ pub async fn keep_pinned(pull: Arc<Pull>, pins: Vec<Pin>) {
 
 /// Fetches an image, unless its registry allows few more pulls: these belong to clients. Returns what it consists of; None: it
 /// is not whole here.
-async fn warm(door: &Inside, image: &ImageName, platforms: &Platforms) -> Option<Vec<Digest>> {
+async fn warm(door: &InProcessSource, image: &ImageName, platforms: &Platforms) -> Option<Vec<Digest>> {
     if door.0.is_scarce(&door.place(image)) {
         tracing::info!(%image, "not fetched ahead: the registry allows few more pulls");
         return None;
     }
-    let summary = warm::warm(door, std::slice::from_ref(image), platforms, PARALLEL, &Silent).await;
+    let summary = warm::warm(door, std::slice::from_ref(image), platforms, PARALLEL, &NoProgress).await;
     if let Some((_, problem)) = summary.failed.first() {
         tracing::warn!(%image, problem, "not fetched ahead");
         return None;
@@ -87,11 +87,11 @@ fn wanted(platforms: &[String]) -> Platforms {
 }
 
 /// The log tells of the whole.
-struct Silent;
+struct NoProgress;
 
-impl Watcher for Silent {
-    fn planned(&self, _: &ImageName, _: &Plan) {}
-    fn began(&self, _: &Blob) {}
-    fn came(&self, _: &Blob, _: u64) {}
-    fn ended(&self, _: &Blob, _: &Result<Fetched, String>) {}
+impl WarmObserver for NoProgress {
+    fn planned(&self, _: &ImageName, _: &ImagePlan) {}
+    fn began(&self, _: &PlannedBlob) {}
+    fn came(&self, _: &PlannedBlob, _: u64) {}
+    fn ended(&self, _: &PlannedBlob, _: &Result<WarmedBlob, String>) {}
 }

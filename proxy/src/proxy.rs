@@ -2,15 +2,15 @@
 
 mod answer;
 mod browsers;
+mod client_auth;
 mod clients;
 mod exchange;
-mod gate;
 mod load;
+mod login_throttle;
 mod logins;
 mod sendfile;
+mod slow_clients;
 mod socket;
-mod taking;
-mod turns;
 
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -30,34 +30,34 @@ use tokio::time::timeout;
 
 use self::answer::send;
 pub use self::browsers::Browsers;
+pub use self::client_auth::ClientAuth;
 pub use self::clients::Clients;
-use self::clients::{Place, Unwelcome};
+use self::clients::{ClientDenied, ClientPermit};
 pub use self::exchange::Exchange;
 use self::exchange::{Content, LEFT};
-pub use self::gate::Gate;
 pub use self::load::Load;
 use self::load::Overloaded;
-use self::socket::Descriptor;
-use self::taking::PATIENCE;
-use self::turns::Turn;
+use self::login_throttle::LoginPermit;
+use self::slow_clients::PATIENCE;
+use self::socket::SocketDescriptor;
 use crate::access_log::AccessLog;
 use crate::activity::Activity;
 use crate::connections::{self, kept_for};
 use crate::metrics::Metrics;
 use crate::oci::route::{self, query_value};
-use crate::oci::{Endpoint, NamedBy, RangeSet, Reference, Route, accept, link};
-use crate::peers::swarm::Direction;
-use crate::peers::{Reach, Standing, Unproven, Visitor, wire};
-use crate::pull::{Asker, Asking, BlobRequest, List, ManifestAnswer, Pull, Refusal};
+use crate::oci::{Endpoint, RangeSet, Reference, RegistryFrom, Route, accept, link};
+use crate::peers::swarm::PeerDecision;
+use crate::peers::{FetchPolicy, PeerAuthError, PeerRequest, PeerTrust, wire};
+use crate::probe_image;
+use crate::pull::{BlobRequest, ListKind, ManifestResponse, Pull, PullError, RequestContext, Requester};
 use crate::readiness::Readiness;
 use crate::registries::{self, Registries, Rule};
-use crate::respond::Reply;
-use crate::sentinel;
+use crate::respond::PreparedResponse;
 use crate::times::FAREWELL;
 use crate::trace::{self, Tracer};
 
 /// Answers one listener's requests.
-pub struct Front {
+pub struct RegistryProxy {
     pub pull: Arc<Pull>,
     pub registries: Arc<Registries>,
     pub metrics: Arc<Metrics>,
@@ -65,7 +65,7 @@ pub struct Front {
     pub load: Arc<Load>,
     pub clients: Arc<Clients>,
     pub browsers: Arc<Browsers>,
-    pub gate: Arc<Gate>,
+    pub gate: Arc<ClientAuth>,
     pub activity: Arc<Activity>,
     pub tracer: Arc<Tracer>,
     pub readiness: Arc<Readiness>,
@@ -86,7 +86,7 @@ const AT_ONCE: Duration = Duration::from_millis(250);
 const CLIENT_CLOSED_REQUEST: u16 = 499;
 
 #[async_trait]
-impl HttpServerApp for Front {
+impl HttpServerApp for RegistryProxy {
     async fn process_new_http(
         self: &Arc<Self>,
         mut session: Session,
@@ -124,14 +124,14 @@ impl HttpServerApp for Front {
 }
 
 /// A request for content, once it is authorized.
-struct Wanted<'a> {
+struct ContentRequest<'a> {
     endpoint: Endpoint,
     accept: &'a str,
-    named_by: NamedBy,
-    asking: Asking,
+    named_by: RegistryFrom,
+    asking: RequestContext,
 }
 
-impl Front {
+impl RegistryProxy {
     async fn respond(&self, session: &mut Session, exchange: &mut Exchange) -> pingora::Result<()> {
         session.set_write_timeout(Some(PATIENCE));
         let client = self.party(session);
@@ -139,7 +139,7 @@ impl Front {
             Some(seat) => {
                 exchange.seat = Some(seat);
                 let span = self.span(session.req_header());
-                let connection = Descriptor::of(session);
+                let connection = SocketDescriptor::of(session);
                 let answer = span.within(Box::pin(self.answer(session, exchange)));
                 let Some(reply) = while_client_waits(connection, answer).await else {
                     exchange.span = span;
@@ -154,24 +154,26 @@ impl Front {
                         exchange.held = held;
                         reply
                     }
-                    Err(Overloaded) => Reply::refusal(&Refusal::Busy),
+                    Err(Overloaded) => PreparedResponse::refusal(&PullError::Busy),
                 }
             }
-            None => Reply::refusal(&Refusal::Busy),
+            None => PreparedResponse::refusal(&PullError::Busy),
         };
         send(session, exchange, reply).await
     }
 }
 
-impl Front {
-    async fn answer(&self, session: &mut Session, exchange: &mut Exchange) -> Reply {
+impl RegistryProxy {
+    async fn answer(&self, session: &mut Session, exchange: &mut Exchange) -> PreparedResponse {
         match self.welcome(session) {
             Ok(place) => exchange.place = place,
-            Err(why @ Unwelcome::Stranger) => return Reply::refusal(&Refusal::Denied(why.as_str().into())),
-            Err(why) => return Reply::refusal(&Refusal::Unavailable(why.as_str().into())),
+            Err(why @ ClientDenied::Stranger) => {
+                return PreparedResponse::refusal(&PullError::Denied(why.as_str().into()));
+            }
+            Err(why) => return PreparedResponse::refusal(&PullError::Unavailable(why.as_str().into())),
         }
         if let Err(foreign) = self.browsers.admit(session.req_header()) {
-            return Reply::refusal(&Refusal::Denied(foreign.as_str().into()));
+            return PreparedResponse::refusal(&PullError::Denied(foreign.as_str().into()));
         }
         if self.asks_for_token(session.req_header()) {
             exchange.route = "token";
@@ -183,16 +185,18 @@ impl Front {
             Err(reply) => return *reply,
         };
         exchange.route = route.as_str();
-        let is_probe = matches!(&route, Route::Content { registry, .. } if sentinel::is_registry(registry));
+        let is_probe = matches!(&route, Route::Content { registry, .. } if probe_image::is_registry(registry));
         if self.listener == Listener::Clients && !is_probe && !self.gate.knows(request) {
-            return Reply::wrong_secret("this cache is for those who log in: access.logins_file has who may");
+            return PreparedResponse::wrong_secret(
+                "this cache is for those who log in: access.logins_file has who may",
+            );
         }
         let Route::Content { registry, repository, endpoint, named_by } = route else {
             return self.ping(request);
         };
-        if sentinel::is_registry(&registry) && self.listener == Listener::Clients {
+        if probe_image::is_registry(&registry) && self.listener == Listener::Clients {
             let range = text(request, &RANGE).and_then(RangeSet::parse).as_ref().and_then(RangeSet::single);
-            return sentinel::answer(&endpoint, range.filter(|_| request.method != Method::HEAD))
+            return probe_image::answer(&endpoint, range.filter(|_| request.method != Method::HEAD))
                 .of_registry(&registry);
         }
         let place = self.pull.place(registry.clone(), repository.clone());
@@ -200,14 +204,14 @@ impl Front {
         exchange.content = Some(Content { registry: registry.clone(), repository, rule, named_by });
         let visitor = match self.visitor(session) {
             Ok(visitor) => visitor,
-            Err(unproven) => return Reply::unproven(unproven),
+            Err(unproven) => return PreparedResponse::unproven(unproven),
         };
         exchange.seal = visitor.as_ref().and_then(|visitor| visitor.seal.clone());
         let asking = match &visitor {
             Some(visitor) => self.asking(visitor, &place.rule, &endpoint),
-            None => Asking::of_client(named_by),
+            None => RequestContext::of_client(named_by),
         };
-        let asking = Asking { client: self.party(session), ..asking };
+        let asking = RequestContext { client: self.party(session), ..asking };
         let begun = Instant::now();
         let accept = accept::merge(request.headers.get_all(ACCEPT).iter().filter_map(|value| value.to_str().ok()));
         let authorized = self.authorize(session, visitor.as_ref(), place, &endpoint, &accept, asking).await;
@@ -218,31 +222,31 @@ impl Front {
         let asking = asking.after(begun.elapsed());
         if let Err(refusal) = self.pull.permit(&place, asking.asker) {
             // Peers go by their own rules, which may be newer or older: this is no word of the origin.
-            let refusal = if asking.asker.is_peer() { Refusal::NotKept } else { refusal };
-            return Reply::refusal(&refusal);
+            let refusal = if asking.asker.is_peer() { PullError::NotKept } else { refusal };
+            return PreparedResponse::refusal(&refusal);
         }
         let is_list = matches!(endpoint, Endpoint::Tags | Endpoint::Referrers(_) | Endpoint::Catalog);
-        let wanted = Wanted { endpoint, accept: &accept, named_by, asking };
+        let wanted = ContentRequest { endpoint, accept: &accept, named_by, asking };
         let answer = self.content(session, exchange, &place, wanted, visitor).await;
-        if answer.as_ref().is_err_and(Refusal::is_denied) && place.caller.holder().is_some() {
+        if answer.as_ref().is_err_and(PullError::is_denied) && place.caller.holder().is_some() {
             // A client that may not list may still pull.
             if !is_list {
                 self.pull.shut_out(&place);
             }
-            turn.into_iter().for_each(Turn::was_wrong);
+            turn.into_iter().for_each(LoginPermit::was_wrong);
         }
         // A challenge is for clients: a peer would take it for one about keys.
         let refuse = |refusal| match asking.asker.is_peer() {
-            true => Reply::refusal(&refusal),
+            true => PreparedResponse::refusal(&refusal),
             false => self.refuse(session.req_header(), &place, &refusal),
         };
         answer.unwrap_or_else(refuse).of_registry(&registry)
     }
 
     /// What a request means.
-    fn route(&self, request: &Parts) -> Result<Route, Box<Reply>> {
+    fn route(&self, request: &Parts) -> Result<Route, Box<PreparedResponse>> {
         if !matches!(request.method, Method::GET | Method::HEAD) {
-            return Err(Box::new(Reply::read_only()));
+            return Err(Box::new(PreparedResponse::read_only()));
         }
         let (path, query) = (request.uri.path(), request.uri.query());
         let host = text(request, &HOST).or_else(|| request.uri.authority().map(|a| a.as_str()));
@@ -250,7 +254,7 @@ impl Front {
             if error.message.contains("override_path") {
                 tracing::warn!(path, problem = error.message, "a client's mirror configuration is wrong");
             }
-            Box::new(Reply::route_error(&error))
+            Box::new(PreparedResponse::route_error(&error))
         })
     }
 
@@ -259,12 +263,12 @@ impl Front {
     async fn authorize(
         &self,
         session: &Session,
-        visitor: Option<&Visitor>,
-        place: registries::Place,
+        visitor: Option<&PeerRequest>,
+        place: registries::RepositoryRef,
         endpoint: &Endpoint,
         accept: &str,
-        asking: Asking,
-    ) -> Result<(registries::Place, Option<Turn>), Reply> {
+        asking: RequestContext,
+    ) -> Result<(registries::RepositoryRef, Option<LoginPermit>), PreparedResponse> {
         if !place.rule.asks_who() || place.rule.deny {
             return Ok((place, None));
         }
@@ -276,7 +280,7 @@ impl Front {
             Ok(authorized) => authorized,
             Err(_) => {
                 let message = "the upstream does not say in time who may have it";
-                Err(Reply::refusal(&Refusal::Unavailable(message.into())))
+                Err(PreparedResponse::refusal(&PullError::Unavailable(message.into())))
             }
         }
     }
@@ -286,28 +290,28 @@ impl Front {
         &self,
         session: &Session,
         exchange: &mut Exchange,
-        place: &registries::Place,
-        wanted: Wanted<'_>,
-        visitor: Option<Visitor>,
-    ) -> Result<Reply, Refusal> {
+        place: &registries::RepositoryRef,
+        wanted: ContentRequest<'_>,
+        visitor: Option<PeerRequest>,
+    ) -> Result<PreparedResponse, PullError> {
         let request = session.req_header();
         let ranges = request.headers.get(RANGE).and_then(|value| RangeSet::parse(value.to_str().ok()?));
         let range = ranges.as_ref().and_then(RangeSet::single);
         let head_only = request.method == Method::HEAD;
         let (path, query) = (request.uri.path(), request.uri.query());
-        let Wanted { endpoint, accept, named_by, asking } = wanted;
+        let ContentRequest { endpoint, accept, named_by, asking } = wanted;
         match endpoint {
-            Endpoint::Manifest(Reference::Tag(_)) if asking.asker == Asker::Peer(Standing::Stranger) => {
+            Endpoint::Manifest(Reference::Tag(_)) if asking.asker == Requester::Peer(PeerTrust::Stranger) => {
                 Err(self.no_tags())
             }
             Endpoint::Tags | Endpoint::Referrers(_) | Endpoint::Catalog if asking.asker.is_peer() => {
-                Err(Refusal::Denied("peers share content, not lists".into()))
+                Err(PullError::Denied("peers share content, not lists".into()))
             }
             Endpoint::Manifest(reference) => {
                 let answer = self.pull.manifest(place, &reference, accept, asking).await;
                 // A HEAD describes the whole.
                 answer.map(|answer| {
-                    let reply = Reply::manifest(&answer, range.filter(|_| !head_only));
+                    let reply = PreparedResponse::manifest(&answer, range.filter(|_| !head_only));
                     reply.telling(visitor.is_some().then(|| told_age(&answer)).flatten().into_iter().collect())
                 })
             }
@@ -315,7 +319,8 @@ impl Front {
                 let request = BlobRequest { place: place.clone(), digest, range, named_by, asking };
                 if head_only {
                     let length = self.pull.blob_length(&request).await;
-                    let reply = length.map(|(length, from)| Reply::blob_length(length, from, &request.digest));
+                    let reply =
+                        length.map(|(length, from)| PreparedResponse::blob_length(length, from, &request.digest));
                     match (visitor, self.pull.peers()) {
                         (Some(visitor), Some(peers)) => {
                             peers.heard(&visitor, &request.digest);
@@ -331,12 +336,12 @@ impl Front {
                         Some(ranges) => self.pull.blob_parts(&request, &ranges).await,
                         None => self.pull.blob(&request).await,
                     };
-                    answer.map(|answer| Reply::blob(answer, &request.digest))
+                    answer.map(|answer| PreparedResponse::blob(answer, &request.digest))
                 }
             }
-            Endpoint::Tags => self.list(place, &List::Tags, path, query, asking).await,
-            Endpoint::Referrers(digest) => self.list(place, &List::Referrers(digest), path, query, asking).await,
-            Endpoint::Catalog => self.list(place, &List::Catalog, path, query, asking).await,
+            Endpoint::Tags => self.list(place, &ListKind::Tags, path, query, asking).await,
+            Endpoint::Referrers(digest) => self.list(place, &ListKind::Referrers(digest), path, query, asking).await,
+            Endpoint::Catalog => self.list(place, &ListKind::Catalog, path, query, asking).await,
         }
     }
 
@@ -349,7 +354,7 @@ impl Front {
     }
 
     /// A request's part of a trace.
-    fn span(&self, request: &Parts) -> trace::Span {
+    fn span(&self, request: &Parts) -> trace::TraceSpan {
         match self.listener {
             Listener::Clients => self.tracer.answer(&request.headers),
             Listener::Peers => self.tracer.join(&request.headers),
@@ -359,7 +364,7 @@ impl Front {
     /// Whether somebody comes to the token endpoint. It is there where it is needed.
     fn asks_for_token(&self, request: &Parts) -> bool {
         self.listener == Listener::Clients
-            && request.uri.path() == gate::TOKEN
+            && request.uri.path() == client_auth::TOKEN
             && matches!(request.method, Method::GET | Method::POST)
             && self.registries.ask_who()
     }
@@ -367,14 +372,14 @@ impl Front {
     /// A peer has let its client in. What it may be given here has to belong to the same repository.
     async fn let_peer_in(
         &self,
-        visitor: &Visitor,
-        place: registries::Place,
+        visitor: &PeerRequest,
+        place: registries::RepositoryRef,
         endpoint: &Endpoint,
         accept: &str,
-        asking: Asking,
-    ) -> registries::Place {
-        let place = registries::Place { caller: visitor.caller(), ..place };
-        if let (Endpoint::Manifest(Reference::Digest(digest)) | Endpoint::Blob(digest), Reach::Origin) =
+        asking: RequestContext,
+    ) -> registries::RepositoryRef {
+        let place = registries::RepositoryRef { caller: visitor.caller(), ..place };
+        if let (Endpoint::Manifest(Reference::Digest(digest)) | Endpoint::Blob(digest), FetchPolicy::Origin) =
             (endpoint, asking.reach)
             && let Err(why) = self.pull.bring_in(&place, digest, endpoint, accept).await
         {
@@ -384,7 +389,7 @@ impl Front {
     }
 
     /// Whether a client is answered. Peers prove who they are in other ways.
-    fn welcome(&self, session: &Session) -> Result<Option<Place>, Unwelcome> {
+    fn welcome(&self, session: &Session) -> Result<Option<ClientPermit>, ClientDenied> {
         if self.listener == Listener::Peers {
             return Ok(None);
         }
@@ -392,14 +397,14 @@ impl Front {
     }
 
     /// What a peer may want of this node.
-    fn asking(&self, visitor: &Visitor, rule: &Rule, endpoint: &Endpoint) -> Asking {
+    fn asking(&self, visitor: &PeerRequest, rule: &Rule, endpoint: &Endpoint) -> RequestContext {
         let (standing, reach) = visitor.within(rule);
         // Who is about to go begins nothing for others: it would go with it. What a tag means is asked in a moment.
         let is_tag = matches!(endpoint, Endpoint::Manifest(Reference::Tag(_)));
-        let reach = if self.readiness.has_ended() && !is_tag { Reach::Kept } else { reach };
-        let patience = Asking::patience_of_peer(visitor.terms.deadline);
-        Asking {
-            asker: Asker::Peer(standing),
+        let reach = if self.readiness.has_ended() && !is_tag { FetchPolicy::Kept } else { reach };
+        let patience = RequestContext::patience_of_peer(visitor.terms.deadline);
+        RequestContext {
+            asker: Requester::Peer(standing),
             client: None,
             role: visitor.terms.role,
             reach,
@@ -410,40 +415,40 @@ impl Front {
     }
 
     /// Who asks on the peers' port.
-    fn visitor(&self, session: &Session) -> Result<Option<Visitor>, Unproven> {
+    fn visitor(&self, session: &Session) -> Result<Option<PeerRequest>, PeerAuthError> {
         let Some(peers) = self.pull.peers().filter(|_| self.listener == Listener::Peers) else { return Ok(None) };
         let from = address_of(session);
         let at = session.server_addr().and_then(|address| address.as_inet()).copied();
-        Visitor::read(session.req_header(), from, at, peers).map(Some)
+        PeerRequest::read(session.req_header(), from, at, peers).map(Some)
     }
 
     /// Why a stranger is not told what a tag means; a peer whose rules differ asks elsewhere.
-    fn no_tags(&self) -> Refusal {
+    fn no_tags(&self) -> PullError {
         if self.pull.peers().is_some_and(|peers| peers.are_proven()) {
-            return Refusal::NotKept;
+            return PullError::NotKept;
         }
-        Refusal::Denied("peers that do not prove who they are share what a digest proves, not tags".into())
+        PullError::Denied("peers that do not prove who they are share what a digest proves, not tags".into())
     }
 
     /// A blob for a peer: from here, or from somebody who has it as well and is less busy.
     async fn blob_for(
         &self,
-        visitor: &Visitor,
+        visitor: &PeerRequest,
         request: &BlobRequest,
         exchange: &mut Exchange,
-    ) -> Result<Reply, Refusal> {
-        let Some(peers) = self.pull.peers() else { return Err(Refusal::NotKept) };
+    ) -> Result<PreparedResponse, PullError> {
+        let Some(peers) = self.pull.peers() else { return Err(PullError::NotKept) };
         let (digest, asked) = (&request.digest, Instant::now());
         let direction = self.pull.direct(visitor, request, peers).await;
         let request = &request.after(asked.elapsed());
         let reply = match direction {
-            Direction::Redirect(peer) => Reply::redirect(peer),
-            Direction::Depute(span) => Reply::depute(span),
-            Direction::Answer => {
+            PeerDecision::Redirect(peer) => PreparedResponse::redirect(peer),
+            PeerDecision::Depute(span) => PreparedResponse::depute(span),
+            PeerDecision::Answer => {
                 exchange.counted = Some(peers.send());
                 match self.pull.blob(request).await {
-                    Ok(answer) => Reply::blob(answer, digest),
-                    Err(refusal) => Reply::refusal(&refusal),
+                    Ok(answer) => PreparedResponse::blob(answer, digest),
+                    Err(refusal) => PreparedResponse::refusal(&refusal),
                 }
             }
         };
@@ -452,21 +457,24 @@ impl Front {
 
     async fn list(
         &self,
-        place: &registries::Place,
-        list: &List,
+        place: &registries::RepositoryRef,
+        list: &ListKind,
         path: &str,
         query: Option<&str>,
-        asking: Asking,
-    ) -> Result<Reply, Refusal> {
+        asking: RequestContext,
+    ) -> Result<PreparedResponse, PullError> {
         let passed = query.map(link::without_namespace).filter(|query| !query.is_empty());
         let answer = self.pull.list(place, list, passed.as_deref(), asking).await?;
-        Ok(Reply::list(answer, path, query_value(query, "ns").as_deref()))
+        Ok(PreparedResponse::list(answer, path, query_value(query, "ns").as_deref()))
     }
 }
 
 /// The answer, or None if the client leaves first: what it holds here is given back at once. Downloads and lookups that it
 /// began go on for the next client.
-async fn while_client_waits(connection: Option<Descriptor>, answer: impl Future<Output = Reply>) -> Option<Reply> {
+async fn while_client_waits(
+    connection: Option<SocketDescriptor>,
+    answer: impl Future<Output = PreparedResponse>,
+) -> Option<PreparedResponse> {
     let mut answer = std::pin::pin!(answer);
     // What is in memory needs no timer.
     if let Poll::Ready(reply) = poll!(&mut answer) {
@@ -499,7 +507,7 @@ fn client_of(session: &Session) -> Option<IpAddr> {
 }
 
 /// How old a tag's meaning is, more exactly than clients need to know it.
-fn told_age(answer: &ManifestAnswer) -> Option<(HeaderName, HeaderValue)> {
+fn told_age(answer: &ManifestResponse) -> Option<(HeaderName, HeaderValue)> {
     let age = u64::try_from(answer.age?.as_millis()).unwrap_or(u64::MAX);
     Some((wire::AGE, age.into()))
 }

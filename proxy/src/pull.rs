@@ -1,26 +1,26 @@
 //! What dray does with a request: serve what is kept, join what is under way, fetch the rest once.
 
-mod asking;
+mod authorization;
 mod blob;
+mod cached;
 mod content_proof;
-mod entitlement;
+mod error;
 mod existence;
 mod explain;
-mod homes;
-mod kept;
 mod lend;
 mod length;
 mod list;
 mod manifest;
-mod negatives;
+mod negative_cache;
 mod owners;
 mod parts;
 mod range;
-mod reachable;
-mod refusal;
+mod reachability;
+mod registry_hints;
+mod request_context;
 mod sources;
-mod speeds;
 mod tag;
+mod throughput;
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -31,39 +31,39 @@ use parking_lot::Mutex;
 use tokio::sync::Semaphore;
 use tokio::time::Instant;
 
-pub use self::asking::{Asker, Asking};
-pub use self::blob::{BlobAnswer, BlobRequest, Body, Extent};
-use self::entitlement::Entitlements;
-pub use self::entitlement::Unentitled;
+use self::authorization::AuthorizationCache;
+pub use self::authorization::AuthorizationError;
+pub use self::blob::{BlobExtent, BlobRequest, BlobResponse, Body};
+pub use self::error::{PullError, status_for_client};
 pub use self::explain::Explanation;
-use self::homes::Homes;
-pub use self::list::{ListAnswer, ListBody};
-pub use self::manifest::ManifestAnswer;
-use self::negatives::Negatives;
-use self::reachable::Reachable;
-pub use self::refusal::{Refusal, status_for_client};
-use self::speeds::Speeds;
-use crate::caller::Who;
-use crate::config::FarPeers;
+pub use self::list::{ListBody, ListResponse};
+pub use self::manifest::ManifestResponse;
+use self::negative_cache::NegativeCache;
+use self::reachability::Reachability;
+use self::registry_hints::RegistryHints;
+pub use self::request_context::{RequestContext, Requester};
+use self::throughput::ThroughputEstimates;
+use crate::config::CrossZonePeers;
+use crate::confirmed_at::ConfirmedAt;
 use crate::fill::{FillKey, FillView, Fills};
-use crate::flights::Flights;
-use crate::last_word::LastWord;
 use crate::memory::Memory;
 use crate::metrics::Metrics;
 use crate::oci::{Digest, Registry, Repository, Tag};
-pub use crate::origin::{Exchanged, List};
-use crate::origin::{Origin, UpstreamView};
 use crate::peers::swarm::Contribution;
 use crate::peers::wire::Holder;
 use crate::peers::{Peers, Scope};
+use crate::principal::PrincipalId;
 use crate::provenance::Provenance;
-use crate::registries::{Place, Registries};
+use crate::registries::{Registries, RepositoryRef};
 use crate::role::Role;
 use crate::secret::Secret;
+use crate::single_flight::SingleFlight;
 use crate::source::SourceError;
 use crate::store::Store;
 use crate::tags::Tags;
 use crate::times::{DEFAULT_TTL, HOUR, OBSERVATION_TTL, STALL_TIMEOUT, UPSTREAM_TIMEOUT};
+pub use crate::upstream::{ExchangedSecret, ListKind};
+use crate::upstream::{UpstreamClient, UpstreamView};
 
 /// A registry that took long is taken to take long again for this time, or until it answers.
 const SLOW: Duration = Duration::from_secs(15);
@@ -74,25 +74,25 @@ const UNPACKING: usize = 4;
 pub struct Pull {
     registries: Arc<Registries>,
     store: Arc<Store>,
-    origin: Arc<Origin>,
+    upstream: Arc<UpstreamClient>,
     peers: Option<Arc<Peers>>,
     fills: Arc<Fills>,
     tags: Tags,
     metrics: Arc<Metrics>,
-    negatives: Negatives,
-    reachable: Reachable,
-    entitlements: Entitlements,
+    negatives: NegativeCache,
+    reachable: Reachability,
+    entitlements: AuthorizationCache,
     /// Registries that lately kept somebody waiting who had an older answer.
     slow: moka::sync::Cache<Registry, ()>,
     // For all who ask for it there, and where one of them was refused, for each by itself.
-    manifest_flights: Flights<(String, Digest, Role, Option<Who>), manifest::Fetched>,
-    tag_flights: Flights<(String, Tag, Role, Option<Who>), tag::Meant>,
+    manifest_flights: SingleFlight<(String, Digest, Role, Option<PrincipalId>), manifest::FetchedManifest>,
+    tag_flights: SingleFlight<(String, Tag, Role, Option<PrincipalId>), tag::TagResolution>,
     /// Whether repositories hold manifests that are cached from others.
-    confirmations: Flights<(String, Digest), Result<(), SourceError>>,
+    confirmations: SingleFlight<(String, Digest), Result<(), SourceError>>,
     /// How long blobs are that are not here.
     lengths: moka::sync::Cache<(Registry, Repository, Digest), u64>,
-    length_flights: Flights<(String, Digest, Role, Option<Who>), length::Length>,
-    homes: Arc<Homes>,
+    length_flights: SingleFlight<(String, Digest, Role, Option<PrincipalId>), length::Length>,
+    homes: Arc<RegistryHints>,
     /// Copies of lists that were written lately, by repository.
     list_copies: moka::sync::Cache<String, Arc<AtomicU32>>,
     /// Copies that are unpacked at the same time: each takes some MiB before its size is counted.
@@ -100,21 +100,21 @@ pub struct Pull {
     /// Held while the artifacts of a manifest are written.
     subjects: Arc<Mutex<()>>,
     /// When the response was requested that each list's record tells of.
-    list_words: LastWord<String, Instant>,
+    list_words: ConfirmedAt<String, Instant>,
     /// Who sent what of blobs that did not match, until the truth is known.
     suspects: moka::sync::Cache<(Digest, Registry), Arc<Vec<Contribution>>>,
-    speeds: Speeds,
+    speeds: ThroughputEstimates,
     /// What peers lately said to have of blobs.
-    holders: moka::sync::Cache<(FillKey, sources::Looked), Arc<Vec<Holder>>>,
+    holders: moka::sync::Cache<(FillKey, sources::PeersAsked), Arc<Vec<Holder>>>,
     /// Bytes of bounded ranges asked for, by blob.
-    asked: moka::sync::Cache<Digest, range::Asked>,
+    asked: moka::sync::Cache<Digest, range::RequestedRanges>,
 }
 
 impl Pull {
     pub fn new(
         registries: Arc<Registries>,
         store: Arc<Store>,
-        origin: Origin,
+        upstream: UpstreamClient,
         peers: Option<Peers>,
         memory: Arc<Memory>,
         metrics: Arc<Metrics>,
@@ -123,25 +123,25 @@ impl Pull {
             fills: Arc::new(Fills::new(store.clone(), memory, metrics.clone())),
             tags: Tags::new(store.clone()),
             registries,
-            origin: Arc::new(origin),
+            upstream: Arc::new(upstream),
             peers: peers.map(Arc::new),
             metrics,
-            negatives: Negatives::new(),
-            reachable: Reachable::new(),
-            entitlements: Entitlements::new(),
+            negatives: NegativeCache::new(),
+            reachable: Reachability::new(),
+            entitlements: AuthorizationCache::new(),
             slow: moka::sync::Cache::builder().max_capacity(10_000).time_to_live(SLOW).build(),
-            manifest_flights: Flights::default(),
-            tag_flights: Flights::default(),
-            confirmations: Flights::default(),
+            manifest_flights: SingleFlight::default(),
+            tag_flights: SingleFlight::default(),
+            confirmations: SingleFlight::default(),
             lengths: moka::sync::Cache::builder().max_capacity(50_000).time_to_live(DEFAULT_TTL).build(),
-            length_flights: Flights::default(),
-            homes: Arc::new(Homes::new(store.clone())),
+            length_flights: SingleFlight::default(),
+            homes: Arc::new(RegistryHints::new(store.clone())),
             list_copies: moka::sync::Cache::builder().max_capacity(10_000).time_to_live(HOUR).build(),
             unpacking: Semaphore::new(UNPACKING),
             subjects: Arc::default(),
-            list_words: LastWord::new(HOUR),
+            list_words: ConfirmedAt::new(HOUR),
             suspects: moka::sync::Cache::builder().max_capacity(100).time_to_live(OBSERVATION_TTL).build(),
-            speeds: Speeds::new(),
+            speeds: ThroughputEstimates::new(),
             holders: moka::sync::Cache::builder().max_capacity(10_000).time_to_live(STALL_TIMEOUT).build(),
             asked: moka::sync::Cache::builder().max_capacity(50_000).time_to_idle(Duration::from_secs(600)).build(),
             store,
@@ -168,21 +168,24 @@ impl Pull {
     }
 
     /// A repository with the rule that holds for it.
-    pub fn place(&self, registry: Registry, repository: Repository) -> Place {
+    pub fn place(&self, registry: Registry, repository: Repository) -> RepositoryRef {
         let rule = self.registries.rule(&registry, &repository).clone();
-        Place::new(rule, registry, repository)
+        RepositoryRef::new(rule, registry, repository)
     }
 
     /// What a rule forbids, and what peers may not have without proof of who they are.
-    pub fn permit(&self, place: &Place, asker: Asker) -> Result<(), Refusal> {
+    pub fn permit(&self, place: &RepositoryRef, asker: Requester) -> Result<(), PullError> {
         if place.rule.deny {
-            return Err(Refusal::Denied(format!("{} is denied by rule \"{}\"", place.registry, place.rule.name())));
+            return Err(PullError::Denied(format!("{} is denied by rule \"{}\"", place.registry, place.rule.name())));
         }
         if !place.caller.is_let_in() {
-            return Err(Refusal::Denied(format!("{} is for those who may pull from it", place.registry)));
+            return Err(PullError::Denied(format!("{} is for those who may pull from it", place.registry)));
         }
         if !asker.is_trusted() && place.rule.is_private() {
-            return Err(Refusal::Denied(format!("{} needs credentials and is not shared with peers", place.registry)));
+            return Err(PullError::Denied(format!(
+                "{} needs credentials and is not shared with peers",
+                place.registry
+            )));
         }
         Ok(())
     }
@@ -191,7 +194,13 @@ impl Pull {
     /// may not is as good as not kept: the origin of whoever asks decides.
     ///
     /// A peer's rules were compared for the registry that it asks for, and for no other.
-    fn may_give(&self, digest: &Digest, provenance: Option<&Provenance>, asker: Asker, place: &Place) -> bool {
+    fn may_give(
+        &self,
+        digest: &Digest,
+        provenance: Option<&Provenance>,
+        asker: Requester,
+        place: &RepositoryRef,
+    ) -> bool {
         let from = |provenance: &Provenance| -> Option<(Registry, Repository)> {
             Some((provenance.registry.parse().ok()?, provenance.repository.parse().ok()?))
         };
@@ -201,13 +210,13 @@ impl Pull {
         }
         // What most requests are for came from the very place.
         let is_of_place = provenance.is_some_and(|from| place.is_source_of(from));
-        if asker == Asker::Client && !place.rule.asks_who() && is_of_place {
+        if asker == Requester::Client && !place.rule.asks_who() && is_of_place {
             return !place.rule.deny;
         }
         match provenance.and_then(from) {
             Some((registry, repository)) => {
                 let rule = self.registries.rule(&registry, &repository);
-                let is_known = asker == Asker::Client || (asker.is_trusted() && Arc::ptr_eq(rule, &place.rule));
+                let is_known = asker == Requester::Client || (asker.is_trusted() && Arc::ptr_eq(rule, &place.rule));
                 // Rules may send parts of a registry elsewhere: rights there are none here.
                 let belongs = !rule.asks_who()
                     || (Arc::ptr_eq(rule, &place.rule)
@@ -215,42 +224,42 @@ impl Pull {
                 !rule.deny && belongs && (is_known || !rule.is_private())
             }
             // Its record is lost: only those who may have everything may have it.
-            None => asker == Asker::Client && !self.registries.ask_who(),
+            None => asker == Requester::Client && !self.registries.ask_who(),
         }
     }
 
     /// What a secret opens at a place's registry.
-    pub async fn exchange(&self, place: &Place, secret: Secret) -> Result<Exchanged, SourceError> {
+    pub async fn exchange(&self, place: &RepositoryRef, secret: Secret) -> Result<ExchangedSecret, SourceError> {
         // Who is not there is not asked. Whom a registry limits is not known before.
-        match self.origin.trouble(place) {
+        match self.upstream.trouble(place) {
             Some(trouble) if !matches!(trouble, SourceError::Limited { .. }) => Err(trouble),
-            _ => self.origin.exchange(place, secret, Instant::now() + UPSTREAM_TIMEOUT).await,
+            _ => self.upstream.exchange(place, secret, Instant::now() + UPSTREAM_TIMEOUT).await,
         }
     }
 
     /// As what this process fetches a digest: it goes to the origin if it is asked as the owner, is the
     /// owner, or may not show peers the digest, or what it asks for it with.
-    fn role(&self, place: &Place, digest: &Digest, asking: Asking) -> Role {
+    fn role(&self, place: &RepositoryRef, digest: &Digest, asking: RequestContext) -> Role {
         let peers = self.peers_for(place).filter(|_| place.caller.may_be_lent());
         peers.map_or(Role::Global, |peers| peers.lead(digest, asking.role, self.scope(place)).role)
     }
 
     /// Whether this node is who fetches a digest for all, so that it is kept here.
-    pub fn is_owned_here(&self, place: &Place, digest: &Digest) -> bool {
-        self.role(place, digest, Asking::CLIENT) == Role::Global
+    pub fn is_owned_here(&self, place: &RepositoryRef, digest: &Digest) -> bool {
+        self.role(place, digest, RequestContext::CLIENT) == Role::Global
     }
 
     /// Whether peers in other zones are asked for what belongs there.
-    fn scope(&self, place: &Place) -> Scope {
+    fn scope(&self, place: &RepositoryRef) -> Scope {
         match place.rule.far_peers {
-            FarPeers::UnlessSlower if self.speeds.origin_is_faster(place.rule.name()) => Scope::OwnZone,
-            FarPeers::Always | FarPeers::UnlessSlower => Scope::AllZones,
-            FarPeers::Never => Scope::OwnZone,
+            CrossZonePeers::UnlessSlower if self.speeds.upstream_is_faster(place.rule.name()) => Scope::OwnZone,
+            CrossZonePeers::Always | CrossZonePeers::UnlessSlower => Scope::AllZones,
+            CrossZonePeers::Never => Scope::OwnZone,
         }
     }
 
     /// Those who may be asked for what belongs there.
-    fn peers_for(&self, place: &Place) -> Option<&Arc<Peers>> {
+    fn peers_for(&self, place: &RepositoryRef) -> Option<&Arc<Peers>> {
         self.peers.as_ref().filter(|peers| may_share(peers, place))
     }
 
@@ -261,8 +270,8 @@ impl Pull {
     }
 
     /// Whether a registry allows so few more pulls that what nobody waits for is put off.
-    pub fn is_scarce(&self, place: &Place) -> bool {
-        self.origin.is_scarce(place)
+    pub fn is_scarce(&self, place: &RepositoryRef) -> bool {
+        self.upstream.is_scarce(place)
     }
 
     /// Keeps these blobs for as long as anything else can go.
@@ -275,12 +284,12 @@ impl Pull {
     }
 
     pub fn upstreams_now(&self) -> Vec<UpstreamView> {
-        self.origin.upstreams()
+        self.upstream.upstreams()
     }
 
     /// Reads files again that others replace. Blocks on the disk.
     pub fn reload(&self) -> [Result<(), String>; 2] {
-        [self.origin.reload(), self.peers.as_ref().map_or(Ok(()), |peers| peers.reload())]
+        [self.upstream.reload(), self.peers.as_ref().map_or(Ok(()), |peers| peers.reload())]
     }
 
     /// What other drays see of this one.
@@ -290,12 +299,12 @@ impl Pull {
 }
 
 /// What a rule fetches with credentials is only for peers that prove who they are.
-fn may_share(peers: &Peers, place: &Place) -> bool {
+fn may_share(peers: &Peers, place: &RepositoryRef) -> bool {
     peers.are_proven() || !place.rule.is_private()
 }
 
 /// Whether an answer is about the rights of whoever asked, or its account: others may have more.
-fn is_personal<T>(place: &Place, answer: &Result<T, SourceError>) -> bool {
+fn is_personal<T>(place: &RepositoryRef, answer: &Result<T, SourceError>) -> bool {
     let is_ones_own = |error: &SourceError| {
         matches!(
             error,
@@ -310,7 +319,7 @@ fn is_personal<T>(place: &Place, answer: &Result<T, SourceError>) -> bool {
 
 /// The flight that a question shares with all others, and the one with those of the same caller. Whoever can ask nothing
 /// flies for nobody else.
-fn flights<K>(place: &Place, key: impl Fn(Option<Who>) -> K) -> (K, K) {
+fn flights<K>(place: &RepositoryRef, key: impl Fn(Option<PrincipalId>) -> K) -> (K, K) {
     let own = Some(place.caller.who());
     (key(own.filter(|_| place.caller.is_empty_handed())), key(own))
 }

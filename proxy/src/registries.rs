@@ -10,12 +10,12 @@ use std::time::Duration;
 use regex::Regex;
 use xxhash_rust::xxh64::xxh64;
 
-use crate::caller::Caller;
 use crate::config::{
-    self, Abandoned, ClientCert, Config, Credentials, FarPeers, Matching, RuleAccess, Scheme, Upstream,
+    self, Authorization, ClientCert, Config, Credentials, CrossZonePeers, OnClientAbort, RulePattern, Scheme, Upstream,
 };
 use crate::oci::route::Names;
 use crate::oci::{Registry, Repository, Tag};
+use crate::principal::Principal;
 use crate::provenance::Provenance;
 
 /// The rules of a configuration, ready to be asked.
@@ -30,7 +30,7 @@ pub struct Registries {
 pub struct Rule {
     /// Which of the rules it is.
     pub nth: usize,
-    pattern: Matching,
+    pattern: RulePattern,
     upstreams: Vec<Upstream>,
     pub credentials: Option<Credentials>,
     pub tls: RuleTls,
@@ -39,9 +39,9 @@ pub struct Rule {
     tags: Vec<(Regex, Duration)>,
     pub stale_for: Duration,
     pub negative_ttl: Duration,
-    pub abandoned: Abandoned,
-    pub far_peers: FarPeers,
-    access: RuleAccess,
+    pub abandoned: OnClientAbort,
+    pub far_peers: CrossZonePeers,
+    access: Authorization,
     immutable_tags: Vec<Regex>,
     fingerprint: String,
 }
@@ -55,17 +55,17 @@ pub struct RuleTls {
 
 /// A repository as a client named it, with the rule that holds for it.
 #[derive(Clone)]
-pub struct Place {
+pub struct RepositoryRef {
     pub rule: Arc<Rule>,
     pub registry: Registry,
     pub repository: Repository,
     /// Whose rights it is asked with.
-    pub caller: Caller,
+    pub caller: Principal,
 }
 
 /// How far an upstream may lead.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Trust {
+pub enum UpstreamTrust {
     /// Written in the configuration: trusted as written.
     Written,
     /// Derived from what a client or an origin said: https to public addresses only.
@@ -74,7 +74,7 @@ pub enum Trust {
 
 impl Registries {
     pub fn new(config: &Config) -> Self {
-        let implicit = config::Rule::implicit(config.access.unlisted);
+        let implicit = config::RuleConfig::implicit(config.access.unlisted);
         let mut aliases = HashMap::new();
         let written = config.registry.iter().map(|spanned| spanned.get_ref());
         for rule in written.clone() {
@@ -114,10 +114,10 @@ impl Registries {
     }
 }
 
-impl Place {
+impl RepositoryRef {
     /// A place where nobody has been let in yet, if that is what its rule wants.
     pub fn new(rule: Arc<Rule>, registry: Registry, repository: Repository) -> Self {
-        let caller = if rule.asks_who() { Caller::Unknown } else { Caller::Everyone };
+        let caller = if rule.asks_who() { Principal::Unknown } else { Principal::Everyone };
         Self { rule, registry, repository, caller }
     }
 
@@ -141,14 +141,14 @@ impl Place {
     }
 }
 
-impl PartialEq for Place {
+impl PartialEq for RepositoryRef {
     /// A registry has one rule, so the names say it all.
     fn eq(&self, other: &Self) -> bool {
         self.registry == other.registry && self.repository == other.repository
     }
 }
 
-impl fmt::Display for Place {
+impl fmt::Display for RepositoryRef {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}/{}", self.registry, self.repository)
     }
@@ -181,7 +181,7 @@ impl Registries {
 }
 
 impl Rule {
-    fn new(nth: usize, rule: &config::Rule, guard: &config::Guard) -> Self {
+    fn new(nth: usize, rule: &config::RuleConfig, guard: &config::EgressConfig) -> Self {
         Self {
             nth,
             pattern: rule.pattern.clone(),
@@ -213,12 +213,12 @@ impl Rule {
     }
 
     /// Where to fetch from, in order.
-    pub fn upstreams(&self, registry: &Registry) -> Vec<(Upstream, Trust)> {
+    pub fn upstreams(&self, registry: &Registry) -> Vec<(Upstream, UpstreamTrust)> {
         if self.upstreams.is_empty() {
             let authority = if registry.is_docker_hub() { "registry-1.docker.io" } else { registry.as_str() };
-            return vec![(Upstream::new(Scheme::Https, authority), Trust::Derived)];
+            return vec![(Upstream::new(Scheme::Https, authority), UpstreamTrust::Derived)];
         }
-        self.upstreams.iter().map(|upstream| (upstream.clone(), Trust::Written)).collect()
+        self.upstreams.iter().map(|upstream| (upstream.clone(), UpstreamTrust::Written)).collect()
     }
 
     /// What a repository is called at an upstream.
@@ -242,13 +242,13 @@ impl Rule {
 
     /// Whether everybody gets only what the registry would give them.
     pub fn asks_who(&self) -> bool {
-        self.access == RuleAccess::Client
+        self.access == Authorization::Client
     }
 }
 
 /// What decides where something comes from, who may have it, and for how long it is believed. Never a
 /// secret, and no file's place: nodes may keep theirs elsewhere.
-fn fingerprint(rule: &config::Rule, guard: &config::Guard) -> String {
+fn fingerprint(rule: &config::RuleConfig, guard: &config::EgressConfig) -> String {
     let upstreams: Vec<_> = rule.upstreams.iter().map(Upstream::to_string).collect();
     let credentials = match &rule.credentials {
         None => "none".to_owned(),
@@ -273,7 +273,7 @@ fn fingerprint(rule: &config::Rule, guard: &config::Guard) -> String {
     if rule.client_cert.is_some() {
         text += " client_cert";
     }
-    if rule.access != RuleAccess::Shared {
+    if rule.access != Authorization::Shared {
         text += &format!(" {:?}", rule.access);
     }
     format!("{:016x}", xxh64(text.as_bytes(), 0))
@@ -334,7 +334,7 @@ mod tests {
         let ghcr: Registry = "ghcr.io".parse().unwrap();
         let upstreams = registries.rule(&ghcr, &any()).upstreams(&ghcr);
         assert_eq!(upstreams.len(), 2);
-        assert!(upstreams.iter().all(|(_, trust)| *trust == Trust::Written));
+        assert!(upstreams.iter().all(|(_, trust)| *trust == UpstreamTrust::Written));
         assert!(registries.rule(&"quay.io".parse().unwrap(), &any()).deny);
         let hub = Registry::docker_hub();
         assert_eq!(registries.rule(&"mcr.microsoft.com".parse().unwrap(), &any()).name(), "*");

@@ -13,8 +13,8 @@ use pingora::http::ResponseHeader;
 
 use crate::oci::route::RouteError;
 use crate::oci::{BLOB_MEDIA_TYPE, Digest, ErrorCode, RangeRequest, Registry, Span, error, link, manifest};
-use crate::peers::{Unproven, wire};
-use crate::pull::{BlobAnswer, Body, Extent, ListAnswer, ManifestAnswer, Refusal, status_for_client};
+use crate::peers::{PeerAuthError, wire};
+use crate::pull::{BlobExtent, BlobResponse, Body, ListResponse, ManifestResponse, PullError, status_for_client};
 use crate::source::{ServedFrom, UpstreamError};
 
 pub const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -32,14 +32,14 @@ const OF_BROWSERS: [(HeaderName, &str); 3] = [
 
 /// What a client has shown.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Token {
+pub enum PresentedToken {
     None,
     /// A token that is none, or is too old (RFC 6750, section 3.1).
     Invalid,
 }
 
 /// An answer, ready to be written.
-pub struct Reply {
+pub struct PreparedResponse {
     pub status: StatusCode,
     headers: Vec<(HeaderName, HeaderValue)>,
     pub body: Body,
@@ -49,37 +49,37 @@ pub struct Reply {
     pub reason: Option<String>,
 }
 
-impl Reply {
+impl PreparedResponse {
     /// `GET /v2/`
     pub fn ping() -> Self {
         Self::with_bytes(StatusCode::OK, "application/json", Bytes::from_static(b"{}"))
     }
 
-    pub fn refusal(refusal: &Refusal) -> Self {
+    pub fn refusal(refusal: &PullError) -> Self {
         match refusal {
-            Refusal::Upstream { error, code } => Self::upstream_error(error, *code),
-            Refusal::NotFound { code, message } => Self::error(StatusCode::NOT_FOUND, *code, message),
-            Refusal::Denied(message) => Self::error(StatusCode::FORBIDDEN, ErrorCode::Denied, message),
+            PullError::Upstream { error, code } => Self::upstream_error(error, *code),
+            PullError::NotFound { code, message } => Self::error(StatusCode::NOT_FOUND, *code, message),
+            PullError::Denied(message) => Self::error(StatusCode::FORBIDDEN, ErrorCode::Denied, message),
             // Never 408 or 429: containerd repeats those at once. And without Retry-After, for
             // which podman would wait instead of asking elsewhere.
-            Refusal::Unavailable(message) | Refusal::Limited(message) => {
+            PullError::Unavailable(message) | PullError::Limited(message) => {
                 Self::error(StatusCode::SERVICE_UNAVAILABLE, ErrorCode::Unavailable, message)
             }
             // Peers have to know what is the origin's word, and what is not.
-            Refusal::NoWay(message) => Self::error(StatusCode::SERVICE_UNAVAILABLE, ErrorCode::Unavailable, message)
-                .refused_by_peer(wire::Refusal::NoUpstream),
-            Refusal::Guarded(message) => Self::error(StatusCode::FORBIDDEN, ErrorCode::Denied, message)
-                .refused_by_peer(wire::Refusal::NoUpstream),
-            Refusal::Busy => {
+            PullError::NoWay(message) => Self::error(StatusCode::SERVICE_UNAVAILABLE, ErrorCode::Unavailable, message)
+                .refused_by_peer(wire::PeerRefusal::NoUpstream),
+            PullError::Guarded(message) => Self::error(StatusCode::FORBIDDEN, ErrorCode::Denied, message)
+                .refused_by_peer(wire::PeerRefusal::NoUpstream),
+            PullError::Busy => {
                 Self::error(StatusCode::SERVICE_UNAVAILABLE, ErrorCode::Unavailable, "too many requests at once")
-                    .refused_by_peer(wire::Refusal::Overloaded)
+                    .refused_by_peer(wire::PeerRefusal::Overloaded)
             }
-            Refusal::BadOrigin(message) => Self::error(StatusCode::BAD_GATEWAY, ErrorCode::Unavailable, message),
+            PullError::BadOrigin(message) => Self::error(StatusCode::BAD_GATEWAY, ErrorCode::Unavailable, message),
             // What HTTP has for a question that was only for what a cache has.
-            Refusal::NotKept => {
+            PullError::NotKept => {
                 Self::error(StatusCode::GATEWAY_TIMEOUT, ErrorCode::Unavailable, "only-if-cached: it is not")
             }
-            Refusal::Unsatisfiable { total } => {
+            PullError::Unsatisfiable { total } => {
                 let message = format!("the body has {total} bytes");
                 Self::error(StatusCode::RANGE_NOT_SATISFIABLE, ErrorCode::RangeInvalid, &message)
                     .header(CONTENT_RANGE, &format!("bytes */{total}"))
@@ -103,9 +103,9 @@ impl Reply {
     }
 
     /// Who are you? Bearer for those who know it (RFC 6750, and the distribution's token protocol), Basic for others.
-    pub fn challenge(realm: &str, service: &str, repository: Option<&str>, shown: Token) -> Self {
+    pub fn challenge(realm: &str, service: &str, repository: Option<&str>, shown: PresentedToken) -> Self {
         let scope = repository.map(|name| format!(",scope=\"repository:{name}:pull\"")).unwrap_or_default();
-        let error = if shown == Token::Invalid { ",error=\"invalid_token\"" } else { "" };
+        let error = if shown == PresentedToken::Invalid { ",error=\"invalid_token\"" } else { "" };
         let message = "this needs the rights that you have at the registry itself";
         Self::error(StatusCode::UNAUTHORIZED, ErrorCode::Unauthorized, message)
             .header(WWW_AUTHENTICATE, &format!("Bearer realm=\"{realm}\",service=\"{service}\"{scope}{error}"))
@@ -130,7 +130,7 @@ impl Reply {
     }
 
     /// Whoever asks on the peers' port does not prove who it is.
-    pub fn unproven(unproven: Unproven) -> Self {
+    pub fn unproven(unproven: PeerAuthError) -> Self {
         Self::error(StatusCode::UNAUTHORIZED, ErrorCode::Unauthorized, unproven.as_str())
             .header(WWW_AUTHENTICATE, "dray-auth")
     }
@@ -146,11 +146,11 @@ impl Reply {
     pub fn depute(span: Span) -> Self {
         let message = "fetch this from the origin, for all of us";
         Self::error(StatusCode::TEMPORARY_REDIRECT, ErrorCode::Unavailable, message)
-            .refused_by_peer(wire::Refusal::Deputy(span))
+            .refused_by_peer(wire::PeerRefusal::Deputy(span))
     }
 
     /// Tells a peer that it is this node which declines, and not the upstream.
-    fn refused_by_peer(self, refusal: wire::Refusal) -> Self {
+    fn refused_by_peer(self, refusal: wire::PeerRefusal) -> Self {
         self.header(wire::REFUSAL, &refusal.text())
     }
 
@@ -167,8 +167,8 @@ impl Reply {
     }
 
     /// A manifest, or the part of it that a range means.
-    pub fn manifest(answer: &ManifestAnswer, range: Option<RangeRequest>) -> Self {
-        match BlobAnswer::of_bytes(&answer.object.bytes, range, answer.from) {
+    pub fn manifest(answer: &ManifestResponse, range: Option<RangeRequest>) -> Self {
+        match BlobResponse::of_bytes(&answer.object.bytes, range, answer.from) {
             Ok(part) => {
                 // A browser would show, and run, what an upstream calls a page or an image.
                 let stated = &*answer.object.media_type;
@@ -183,18 +183,18 @@ impl Reply {
         }
     }
 
-    pub fn blob(answer: BlobAnswer, digest: &Digest) -> Self {
+    pub fn blob(answer: BlobResponse, digest: &Digest) -> Self {
         Self::content(answer, digest, BLOB_MEDIA_TYPE)
     }
 
     /// `HEAD` of a blob: its length without its bytes.
     pub fn blob_length(length: u64, from: ServedFrom, digest: &Digest) -> Self {
-        let answer = BlobAnswer { total: length, extent: Extent::Whole, from, body: Body::Memory(None) };
+        let answer = BlobResponse { total: length, extent: BlobExtent::Whole, from, body: Body::Memory(None) };
         Self::blob(answer, digest)
     }
 
     /// A list as it comes, with its link to the next page led back here.
-    pub fn list(answer: ListAnswer, path: &str, namespace: Option<&str>) -> Self {
+    pub fn list(answer: ListResponse, path: &str, namespace: Option<&str>) -> Self {
         let reply = Self {
             status: StatusCode::OK,
             headers: Vec::with_capacity(8),
@@ -240,13 +240,13 @@ impl Reply {
         parts.into()
     }
 
-    fn content(answer: BlobAnswer, digest: &Digest, media_type: &str) -> Self {
-        let BlobAnswer { total, extent, from, body } = answer;
+    fn content(answer: BlobResponse, digest: &Digest, media_type: &str) -> Self {
+        let BlobResponse { total, extent, from, body } = answer;
         let multipart_type;
         let (status, media_type, length) = match &extent {
-            Extent::Whole => (StatusCode::OK, media_type, total),
-            Extent::Part(span) => (StatusCode::PARTIAL_CONTENT, media_type, span.len()),
-            Extent::Parts(parts) => {
+            BlobExtent::Whole => (StatusCode::OK, media_type, total),
+            BlobExtent::Part(span) => (StatusCode::PARTIAL_CONTENT, media_type, span.len()),
+            BlobExtent::Parts(parts) => {
                 multipart_type = parts.content_type();
                 (StatusCode::PARTIAL_CONTENT, &*multipart_type, parts.content_length())
             }
@@ -257,8 +257,8 @@ impl Reply {
             .header(CONTENT_DIGEST, digest.as_str())
             .value(ACCEPT_RANGES, HeaderValue::from_static("bytes"));
         match extent {
-            Extent::Part(span) => reply.header(CONTENT_RANGE, &span.content_range(total)),
-            Extent::Whole | Extent::Parts(_) => reply,
+            BlobExtent::Part(span) => reply.header(CONTENT_RANGE, &span.content_range(total)),
+            BlobExtent::Whole | BlobExtent::Parts(_) => reply,
         }
     }
 
@@ -334,7 +334,7 @@ mod tests {
     fn error_of_an_upstream_is_passed_on_as_it_came() {
         let body = br#"{"errors":[{"code":"NAME_UNKNOWN","message":"x"}]}"#;
         let error = UpstreamError::new(404, body);
-        let reply = Reply::refusal(&Refusal::Upstream { error, code: ErrorCode::ManifestUnknown });
+        let reply = PreparedResponse::refusal(&PullError::Upstream { error, code: ErrorCode::ManifestUnknown });
         assert_eq!(reply.status, StatusCode::NOT_FOUND);
         assert!(matches!(&reply.body, Body::Memory(Some(bytes)) if bytes[..] == body[..]));
     }
@@ -346,7 +346,7 @@ mod tests {
         let answer = |media_type: &str| {
             let object = SmallObject::new(media_type, provenance.clone(), b"<script>");
             let digest = Digest::of(b"<script>");
-            ManifestAnswer { digest, object, from: ServedFrom::Memory, age: None }
+            ManifestResponse { digest, object, from: ServedFrom::Memory, age: None }
         };
         for (stated, sent) in [
             (INDEX_MEDIA_TYPE, INDEX_MEDIA_TYPE),
@@ -358,7 +358,7 @@ mod tests {
             ("image/svg+xml", BLOB_MEDIA_TYPE),
             ("application/vnd.oci.image.manifest.v1+json;x=text/html", BLOB_MEDIA_TYPE),
         ] {
-            let head = Reply::manifest(&answer(stated), None).head("id");
+            let head = PreparedResponse::manifest(&answer(stated), None).head("id");
             assert_eq!(head.headers["content-type"], sent);
             for (name, value) in OF_BROWSERS {
                 assert_eq!(head.headers[name], value);
@@ -368,21 +368,21 @@ mod tests {
 
     #[test]
     fn clients_are_not_told_what_is_for_peers() {
-        let reply = || Reply::refusal(&Refusal::NoWay("x".into()));
+        let reply = || PreparedResponse::refusal(&PullError::NoWay("x".into()));
         assert_eq!(reply().head("id").headers[wire::REFUSAL], "no-upstream");
         assert!(reply().for_clients().head("id").headers.get(wire::REFUSAL).is_none());
     }
 
     #[test]
     fn an_outage_never_makes_a_client_hammer() {
-        let reply = Reply::refusal(&Refusal::Unavailable("x".into()));
+        let reply = PreparedResponse::refusal(&PullError::Unavailable("x".into()));
         assert_eq!(reply.status, StatusCode::SERVICE_UNAVAILABLE);
         assert!(reply.head("id").headers.get("retry-after").is_none());
     }
 
     #[test]
     fn an_unsatisfiable_range_says_how_long_the_body_is() {
-        let reply = Reply::refusal(&Refusal::Unsatisfiable { total: 7 });
+        let reply = PreparedResponse::refusal(&PullError::Unsatisfiable { total: 7 });
         assert_eq!(reply.status, StatusCode::RANGE_NOT_SATISFIABLE);
         assert_eq!(reply.head("id").headers["content-range"], "bytes */7");
     }

@@ -26,7 +26,7 @@ pub enum Runtime {
 
 /// A registry, and the name by which paths call it where they cannot have its port.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Named {
+pub struct NamedRegistry {
     host: String,
     alias: Option<String>,
 }
@@ -41,7 +41,7 @@ pub struct Document {
 
 /// Why there is none.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
-pub enum Unsuited {
+pub enum UnsupportedRuntime {
     #[error(
         "{runtime} cannot write the port of {host} into a path: give the registry an alias in dray's configuration, and write --registry {host}=ALIAS"
     )]
@@ -69,7 +69,7 @@ pub const ALL: [Runtime; 10] = [
 
 const HUB: &str = "docker.io";
 
-impl FromStr for Named {
+impl FromStr for NamedRegistry {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
@@ -85,13 +85,13 @@ impl FromStr for Named {
     }
 }
 
-impl Named {
+impl NamedRegistry {
     /// As it stands in a path.
-    fn in_path(&self, runtime: Runtime) -> Result<&str, Unsuited> {
+    fn in_path(&self, runtime: Runtime) -> Result<&str, UnsupportedRuntime> {
         match &self.alias {
             Some(alias) => Ok(alias),
             None if self.host.contains(':') => {
-                Err(Unsuited::Port { runtime: runtime.as_str(), host: self.host.clone() })
+                Err(UnsupportedRuntime::Port { runtime: runtime.as_str(), host: self.host.clone() })
             }
             None => Ok(&self.host),
         }
@@ -115,11 +115,11 @@ impl Runtime {
     }
 
     /// What sends it to a mirror for some registries; for all, or the usual ones, if none is named.
-    pub fn document(self, mirror: &Mirror, registries: &[Named]) -> Result<Document, Unsuited> {
-        let usual: Vec<_> = USUAL.iter().map(|host| Named { host: (*host).to_owned(), alias: None }).collect();
+    pub fn document(self, mirror: &Mirror, registries: &[NamedRegistry]) -> Result<Document, UnsupportedRuntime> {
+        let usual: Vec<_> = USUAL.iter().map(|host| NamedRegistry { host: (*host).to_owned(), alias: None }).collect();
         let each = if registries.is_empty() { &usual } else { registries };
         // Where one entry can stand for all.
-        let all = Named { host: "*".into(), alias: None };
+        let all = NamedRegistry { host: "*".into(), alias: None };
         let or_all = if registries.is_empty() { std::slice::from_ref(&all) } else { registries };
         let text = match self {
             Self::Docker => docker(mirror, registries)?,
@@ -134,7 +134,7 @@ impl Runtime {
         Ok(Document { text, instructions: self.instructions(mirror, registries) })
     }
 
-    fn instructions(self, mirror: &Mirror, registries: &[Named]) -> Vec<String> {
+    fn instructions(self, mirror: &Mirror, registries: &[NamedRegistry]) -> Vec<String> {
         let named: String = registries.iter().map(|registry| format!(" --registry {}", registry.host)).collect();
         let lines: &[&str] = match self {
             Self::Docker => &[
@@ -196,16 +196,16 @@ impl FromStr for Runtime {
 }
 
 /// docs.docker.com, "Mirror the Docker Hub library".
-fn docker(mirror: &Mirror, registries: &[Named]) -> Result<String, Unsuited> {
+fn docker(mirror: &Mirror, registries: &[NamedRegistry]) -> Result<String, UnsupportedRuntime> {
     if let Some(other) = registries.iter().find(|registry| registry.host != HUB) {
         let (host, mirror) = (other.host.clone(), mirror.host().to_owned());
-        return Err(Unsuited::Only { runtime: "docker", only: HUB, host, mirror });
+        return Err(UnsupportedRuntime::Only { runtime: "docker", only: HUB, host, mirror });
     }
     Ok(format!("{:#}\n", json!({ "registry-mirrors": [mirror.as_str()] })))
 }
 
 /// moby/buildkit, docs/buildkitd.toml.md.
-fn buildkit(mirror: &Mirror, registries: &[Named]) -> String {
+fn buildkit(mirror: &Mirror, registries: &[NamedRegistry]) -> String {
     let mut text = String::new();
     for registry in registries {
         let _ = writeln!(text, "[registry.\"{}\"]\n  mirrors = [\"{}\"]", registry.host, mirror.host());
@@ -217,7 +217,11 @@ fn buildkit(mirror: &Mirror, registries: &[Named]) -> String {
 }
 
 /// containers-registries.conf(5).
-fn containers_image(runtime: Runtime, mirror: &Mirror, registries: &[Named]) -> Result<String, Unsuited> {
+fn containers_image(
+    runtime: Runtime,
+    mirror: &Mirror,
+    registries: &[NamedRegistry],
+) -> Result<String, UnsupportedRuntime> {
     let mut text = String::new();
     for registry in registries {
         let (host, path) = (&registry.host, registry.in_path(runtime)?);
@@ -248,7 +252,7 @@ nodes:
 }
 
 /// docs.k3s.io and docs.rke2.io, "Private Registry Configuration".
-fn rancher(mirror: &Mirror, registries: &[Named]) -> String {
+fn rancher(mirror: &Mirror, registries: &[NamedRegistry]) -> String {
     let mut text = "mirrors:\n".to_owned();
     for registry in registries {
         let _ = writeln!(text, "  \"{}\":\n    endpoint:\n      - \"{mirror}\"", registry.host);
@@ -257,7 +261,7 @@ fn rancher(mirror: &Mirror, registries: &[Named]) -> String {
 }
 
 /// docs.siderolabs.com, "machine.registries.mirrors".
-fn talos(mirror: &Mirror, registries: &[Named]) -> String {
+fn talos(mirror: &Mirror, registries: &[NamedRegistry]) -> String {
     let mut text = "machine:\n  registries:\n    mirrors:\n".to_owned();
     for registry in registries {
         let _ = writeln!(text, "      \"{}\":\n        endpoints:\n          - {mirror}", registry.host);
@@ -266,7 +270,7 @@ fn talos(mirror: &Mirror, registries: &[Named]) -> String {
 }
 
 /// bottlerocket.dev, "settings.container-registry.mirrors".
-fn bottlerocket(mirror: &Mirror, registries: &[Named]) -> String {
+fn bottlerocket(mirror: &Mirror, registries: &[NamedRegistry]) -> String {
     let mut text = String::new();
     for registry in registries {
         let host = &registry.host;
@@ -277,7 +281,7 @@ fn bottlerocket(mirror: &Mirror, registries: &[Named]) -> String {
 }
 
 /// docs.cloud.google.com, "Customize containerd configuration in GKE nodes".
-fn gke(mirror: &Mirror, registries: &[Named]) -> String {
+fn gke(mirror: &Mirror, registries: &[NamedRegistry]) -> String {
     let mut text = "registryHosts:\n".to_owned();
     for registry in registries {
         let _ = writeln!(
@@ -298,7 +302,7 @@ mod tests {
         "http://127.0.0.1:5050".parse().unwrap()
     }
 
-    fn named(texts: &[&str]) -> Vec<Named> {
+    fn named(texts: &[&str]) -> Vec<NamedRegistry> {
         texts.iter().map(|text| text.parse().unwrap()).collect()
     }
 
@@ -340,7 +344,7 @@ mod tests {
         let kind = Runtime::Kind.document(&mirror(), &ported).unwrap().instructions.concat();
         assert!(kind.contains("--mirror http://127.0.0.1:5050 --registry reg.corp:5000"), "{kind}");
         for wrong in ["", "a b", "\"x\"", "a.io=", "a.io=x/y", "a.io=X"] {
-            assert!(wrong.parse::<Named>().unwrap_err().contains("no registry such as"));
+            assert!(wrong.parse::<NamedRegistry>().unwrap_err().contains("no registry such as"));
         }
     }
 

@@ -24,11 +24,11 @@ pub struct Share<Party: Eq + Hash> {
 
 struct Pool<Party> {
     all: usize,
-    state: Mutex<State<Party>>,
+    state: Mutex<PoolState<Party>>,
     given_back: Notify,
 }
 
-struct State<Party> {
+struct PoolState<Party> {
     left: usize,
     /// Whoever holds nothing is not in it.
     held: HashMap<Party, usize>,
@@ -36,7 +36,7 @@ struct State<Party> {
 
 impl<Party: Clone + Eq + Hash> Shares<Party> {
     pub fn new(all: usize) -> Self {
-        let state = Mutex::new(State { left: all, held: HashMap::new() });
+        let state = Mutex::new(PoolState { left: all, held: HashMap::new() });
         Self(Arc::new(Pool { all, state, given_back: Notify::new() }))
     }
 

@@ -52,7 +52,7 @@ pub enum ServedFrom {
     Memory,
     Disk,
     Peer,
-    Origin,
+    Upstream,
     /// An expired tag, because the origin could not be asked.
     Stale,
 }
@@ -214,7 +214,7 @@ impl ServedFrom {
             Self::Memory => "memory",
             Self::Disk => "disk",
             Self::Peer => "peer",
-            Self::Origin => "origin",
+            Self::Upstream => "origin",
             Self::Stale => "stale",
         }
     }

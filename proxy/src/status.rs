@@ -10,15 +10,15 @@ use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 
-use crate::activity::{Activity, Answered, Traffic, Wanted};
+use crate::activity::{Activity, Demand, ServedContent, Traffic};
 use crate::fill::FillView;
 use crate::metrics::Metrics;
-use crate::origin::UpstreamView;
 use crate::peers::PeerView;
 use crate::pull::Pull;
+use crate::upstream::UpstreamView;
 
 /// Where everything that is shown comes from.
-pub struct Sources {
+pub struct StatusSources {
     pub pull: Arc<Pull>,
     pub activity: Arc<Activity>,
     pub metrics: Arc<Metrics>,
@@ -36,20 +36,20 @@ pub struct Status {
     pub registry: SocketAddr,
     /// Where other drays connect; null: this one keeps to itself.
     pub peers_listen: Option<SocketAddr>,
-    pub cache: Cache,
+    pub cache: CacheUsage,
     /// What clients were sent since the start, by source: memory, disk, peer, origin, stale; none: refusals.
     pub sources: BTreeMap<Cow<'static, str>, Traffic>,
     pub traffic: Totals,
     pub fills: Vec<FillView>,
     pub peers: Vec<PeerView>,
-    pub origins: Vec<UpstreamView>,
-    pub recent: Vec<Answered>,
-    pub images: Vec<Wanted>,
+    pub upstreams: Vec<UpstreamView>,
+    pub recent: Vec<ServedContent>,
+    pub images: Vec<Demand>,
 }
 
 /// Bytes on disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Cache {
+pub struct CacheUsage {
     /// Of large blobs.
     pub blobs_bytes: u64,
     /// That they may take now.
@@ -65,14 +65,14 @@ pub struct Totals {
     /// To clients.
     pub sent_bytes: u64,
     /// From registries, also on behalf of other nodes.
-    pub origin_bytes: u64,
+    pub upstream_bytes: u64,
     /// From other drays.
     pub peer_bytes: u64,
     /// What clients of this node were sent that did not come from a registry for them.
     pub saved_bytes: u64,
 }
 
-impl Sources {
+impl StatusSources {
     pub fn status(&self) -> Status {
         let sources = self.activity.sources();
         let sent: u64 = sources.values().map(|traffic| traffic.bytes).sum();
@@ -82,16 +82,21 @@ impl Sources {
             uptime_seconds: self.started.elapsed().as_secs(),
             registry: self.registry,
             peers_listen: self.peers,
-            cache: Cache { blobs_bytes, blobs_limit, small_bytes, evicted_bytes: self.metrics.evicted_bytes.get() },
+            cache: CacheUsage {
+                blobs_bytes,
+                blobs_limit,
+                small_bytes,
+                evicted_bytes: self.metrics.evicted_bytes.get(),
+            },
             traffic: Totals {
                 sent_bytes: sent,
-                origin_bytes: Metrics::sum(&self.metrics.origin_bytes),
+                upstream_bytes: Metrics::sum(&self.metrics.upstream_bytes),
                 peer_bytes: Metrics::sum(&self.metrics.peer_bytes),
                 saved_bytes: self.metrics.saved_bytes.get(),
             },
             fills: self.pull.fills_now(),
             peers: self.pull.peers().map(|peers| peers.views()).unwrap_or_default(),
-            origins: self.pull.upstreams_now(),
+            upstreams: self.pull.upstreams_now(),
             recent: self.activity.recent(),
             images: self.activity.images(),
             sources,

@@ -9,9 +9,9 @@ mod budget;
 mod draft;
 mod evict;
 mod files;
-pub mod handed;
 mod large;
 mod layout;
+pub mod ownership;
 mod partial;
 mod piece_memory;
 mod records;
@@ -24,20 +24,20 @@ use std::sync::Arc;
 
 use prometheus::IntGauge;
 
-use crate::config::Share;
+use crate::config::DiskShare;
 use crate::metrics::Metrics;
 use crate::oci::Digest;
 use crate::provenance::Provenance;
 pub use budget::NoSpace;
 pub use draft::{Draft, LEAST_RATE};
 pub use evict::HOUSEKEEPING;
-use large::Known;
-pub use large::{Blob, Large, Proof};
+use large::BlobLocation;
+pub use large::{Blob, Large, Verification};
 pub use layout::LayoutError;
 pub use partial::Partial;
 pub use piece_memory::{Piece, PieceMemory};
 pub use records::{ListRecord, Records, ReferrersRecord, RepositoryRecord, TagRecord};
-pub use small::{Kind, Small, SmallObject};
+pub use small::{Small, SmallKind, SmallObject};
 
 /// Objects up to this many bytes are kept in the small tier, whole.
 pub const SMALL_BYTES: u64 = 256 * 1024;
@@ -57,7 +57,7 @@ const SMALL_PART: u64 = 4;
 /// Where the bytes of a digest were found.
 pub enum Found {
     Small { object: SmallObject, tier: Tier },
-    Large { blob: Arc<Blob>, proof: Proof },
+    Large { blob: Arc<Blob>, proof: Verification },
 }
 
 /// Which tier of the cache answered.
@@ -92,8 +92,8 @@ impl Store {
     /// Opens or creates a cache directory and takes its lock. `memory` in bytes.
     pub async fn open(
         dir: &Path,
-        disk: Share,
-        keep_free: Share,
+        disk: DiskShare,
+        keep_free: DiskShare,
         memory: u64,
         metrics: &Metrics,
     ) -> Result<Self, StoreError> {
@@ -115,17 +115,17 @@ impl Store {
     }
 
     /// Finds an object by its digest, wherever it is kept.
-    pub async fn find(&self, digest: &Digest, kind: Kind) -> Option<Found> {
+    pub async fn find(&self, digest: &Digest, kind: SmallKind) -> Option<Found> {
         if let Some((object, tier)) = self.small.get(digest, kind).await {
             return Some(Found::Small { object, tier });
         }
         match kind {
-            Kind::Manifest => None,
-            Kind::Blob => {
+            SmallKind::Manifest => None,
+            SmallKind::Blob => {
                 let found = match self.large.look(digest) {
-                    Known::Open(blob, proof) => Some((blob, proof)),
-                    Known::Nowhere => None,
-                    Known::OnDisk => {
+                    BlobLocation::Open(blob, proof) => Some((blob, proof)),
+                    BlobLocation::Nowhere => None,
+                    BlobLocation::OnDisk => {
                         let (large, digest) = (self.large.clone(), digest.clone());
                         tokio::task::spawn_blocking(move || large.get(&digest)).await.ok().flatten()
                     }

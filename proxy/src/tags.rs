@@ -8,22 +8,22 @@ use moka::Entry;
 use moka::ops::compute::Op;
 
 use crate::blocking::on_thread;
-use crate::last_word::LastWord;
+use crate::confirmed_at::ConfirmedAt;
 use crate::oci::{Digest, Tag};
-use crate::registries::Place;
+use crate::registries::RepositoryRef;
 use crate::store::{Store, TagRecord};
 use crate::times::{DEFAULT_TTL, TOUCH_INTERVAL};
 
 /// Leases in memory, backed by record files.
 pub struct Tags {
-    leases: moka::sync::Cache<(String, Tag), Lease>,
+    leases: moka::sync::Cache<(String, Tag), CachedTag>,
     store: Arc<Store>,
-    recorded: Arc<LastWord<(String, Tag), SystemTime>>,
+    recorded: Arc<ConfirmedAt<(String, Tag), SystemTime>>,
 }
 
 /// What the upstream has just said a tag means.
 pub struct Resolved<'a> {
-    pub place: &'a Place,
+    pub place: &'a RepositoryRef,
     pub tag: &'a Tag,
     pub digest: &'a Digest,
     pub checked_at: SystemTime,
@@ -33,7 +33,7 @@ pub struct Resolved<'a> {
 
 /// The digest that a tag meant at a time.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Lease {
+pub struct CachedTag {
     pub digest: Digest,
     checked_at: SystemTime,
     /// The time in the record on disk.
@@ -44,20 +44,20 @@ const MAX_LEASES: u64 = 50_000;
 
 impl Tags {
     pub fn new(store: Arc<Store>) -> Self {
-        Self { leases: moka::sync::Cache::new(MAX_LEASES), store, recorded: Arc::new(LastWord::new(DEFAULT_TTL)) }
+        Self { leases: moka::sync::Cache::new(MAX_LEASES), store, recorded: Arc::new(ConfirmedAt::new(DEFAULT_TTL)) }
     }
 
     /// What a tag meant. A date in the future comes from a wrong clock and says nothing.
-    pub async fn lease(&self, place: &Place, tag: &Tag) -> Option<Lease> {
-        self.known(place, tag).await.filter(Lease::is_dated)
+    pub async fn lease(&self, place: &RepositoryRef, tag: &Tag) -> Option<CachedTag> {
+        self.known(place, tag).await.filter(CachedTag::is_dated)
     }
 
     /// The same, as far as it needs no disk.
-    pub fn in_memory(&self, place: &Place, tag: &Tag) -> Option<Lease> {
-        self.leases.get(&(place.to_string(), tag.clone())).filter(Lease::is_dated)
+    pub fn in_memory(&self, place: &RepositoryRef, tag: &Tag) -> Option<CachedTag> {
+        self.leases.get(&(place.to_string(), tag.clone())).filter(CachedTag::is_dated)
     }
 
-    async fn known(&self, place: &Place, tag: &Tag) -> Option<Lease> {
+    async fn known(&self, place: &RepositoryRef, tag: &Tag) -> Option<CachedTag> {
         let key = (place.to_string(), tag.clone());
         if let Some(lease) = self.leases.get(&key) {
             return Some(lease);
@@ -66,7 +66,7 @@ impl Tags {
         let read = move || store.records.tag(&place.registry, &place.repository, &tag);
         let record = on_thread(read).await?;
         let checked_at = UNIX_EPOCH.checked_add(Duration::from_secs(record.checked_at))?;
-        let lease = Lease { digest: record.digest.parse().ok()?, checked_at, recorded_at: checked_at };
+        let lease = CachedTag { digest: record.digest.parse().ok()?, checked_at, recorded_at: checked_at };
         // Another request may have resolved it anew since.
         Some(self.leases.entry(key).or_insert(lease).into_value())
     }
@@ -78,15 +78,15 @@ impl Tags {
         self.known(place, tag).await;
         let every = TOUCH_INTERVAL.min(place.rule.stale_for / 8);
         let mut is_to_be_recorded = false;
-        let renewed = |known: Option<Entry<(String, Tag), Lease>>| {
-            let known = known.map(Entry::into_value).filter(Lease::is_dated);
+        let renewed = |known: Option<Entry<(String, Tag), CachedTag>>| {
+            let known = known.map(Entry::into_value).filter(CachedTag::is_dated);
             if known.as_ref().is_some_and(|known| known.checked_at > checked_at) {
                 return Op::Nop;
             }
             let recorded_at =
                 known.filter(|known| known.is_recorded(digest, checked_at, every)).map(|known| known.recorded_at);
             is_to_be_recorded = recorded_at.is_none();
-            Op::Put(Lease { digest: digest.clone(), checked_at, recorded_at: recorded_at.unwrap_or(checked_at) })
+            Op::Put(CachedTag { digest: digest.clone(), checked_at, recorded_at: recorded_at.unwrap_or(checked_at) })
         };
         // At once, since two requests can renew a tag at the same time.
         self.leases.entry((place.to_string(), tag.clone())).and_compute_with(renewed);
@@ -102,7 +102,7 @@ impl Tags {
 
     /// The upstream has just said that there is no such tag. Of a digest's tags that is remembered for outages: whether
     /// an image has a signature must be known then as well. Of others it is not, since clients can invent any.
-    pub fn forget(&self, place: &Place, tag: &Tag) {
+    pub fn forget(&self, place: &RepositoryRef, tag: &Tag) {
         let forgotten_at = SystemTime::now();
         let key = (place.to_string(), tag.clone());
         self.leases.invalidate(&key);
@@ -124,7 +124,7 @@ impl Tags {
     }
 
     /// Whether the upstream said last that there is no such tag.
-    pub async fn was_absent(&self, place: &Place, tag: &Tag) -> bool {
+    pub async fn was_absent(&self, place: &RepositoryRef, tag: &Tag) -> bool {
         if !tag.is_of_digest() || place.rule.asks_who() {
             return false;
         }
@@ -134,7 +134,7 @@ impl Tags {
     }
 }
 
-fn record(place: &Place, tag: &Tag, digest: &Digest, checked_at: SystemTime) -> TagRecord {
+fn record(place: &RepositoryRef, tag: &Tag, digest: &Digest, checked_at: SystemTime) -> TagRecord {
     TagRecord {
         registry: place.registry.to_string(),
         repository: place.repository.to_string(),
@@ -144,7 +144,7 @@ fn record(place: &Place, tag: &Tag, digest: &Digest, checked_at: SystemTime) -> 
     }
 }
 
-impl Lease {
+impl CachedTag {
     fn is_dated(&self) -> bool {
         self.checked_at <= SystemTime::now()
     }
@@ -159,7 +159,7 @@ impl Lease {
     }
 
     /// Whether the tag may be believed without asking.
-    pub fn is_fresh(&self, place: &Place, tag: &Tag, now: SystemTime) -> bool {
+    pub fn is_fresh(&self, place: &RepositoryRef, tag: &Tag, now: SystemTime) -> bool {
         self.age(now) < place.rule.lease_of(tag)
     }
 }
@@ -167,7 +167,7 @@ impl Lease {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{Config, Share, Size};
+    use crate::config::{Config, DiskShare, Size};
     use crate::metrics::Metrics;
     use crate::registries::Registries;
 
@@ -175,7 +175,7 @@ mod tests {
     fn renewals_that_change_nothing_are_written_once_in_a_while() {
         let (hour, at) = (Duration::from_secs(3600), |minutes: u64| UNIX_EPOCH + Duration::from_secs(minutes * 60));
         let [old, new] = [b"a", b"b"].map(|bytes| Digest::of(bytes));
-        let lease = Lease { digest: old.clone(), checked_at: at(30), recorded_at: at(10) };
+        let lease = CachedTag { digest: old.clone(), checked_at: at(30), recorded_at: at(10) };
         let table = [(&old, 31, true), (&old, 69, true), (&old, 70, false), (&new, 31, false), (&old, 9, false)];
         for (digest, minutes, recorded) in table {
             assert_eq!(lease.is_recorded(digest, at(minutes), hour), recorded, "{digest} at {minutes}");
@@ -185,14 +185,15 @@ mod tests {
     #[tokio::test]
     async fn a_date_in_the_future_says_nothing() {
         let dir = tempfile::tempdir().unwrap();
-        let store = Store::open(dir.path(), Share::Size(Size(64 << 20)), Share::Percent(0), 1 << 20, &Metrics::new())
-            .await
-            .unwrap();
+        let store =
+            Store::open(dir.path(), DiskShare::Size(Size(64 << 20)), DiskShare::Percent(0), 1 << 20, &Metrics::new())
+                .await
+                .unwrap();
         let tags = Tags::new(Arc::new(store));
         let registries = Registries::new(&Config::parse("", "test").unwrap());
         let registry: crate::oci::Registry = "docker.io".parse().unwrap();
         let rule = registries.rule(&registry, &"library/a".parse().unwrap()).clone();
-        let place = Place::new(rule, registry, "library/a".parse().unwrap());
+        let place = RepositoryRef::new(rule, registry, "library/a".parse().unwrap());
         let (tag, now): (Tag, _) = ("1".parse().unwrap(), SystemTime::now());
         let [old, new] = [b"a", b"b"].map(|bytes| Digest::of(bytes));
         let renew =

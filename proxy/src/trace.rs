@@ -1,7 +1,7 @@
 //! The trace that a request belongs to (W3C Trace Context), and what takes how long in it.
 //!
 //! A request brings its trace, or begins one where somebody wants to see it. The task that answers carries it, and
-//! hands it to the tasks that it starts ([`carried`]); questions to peers and registries say it ([`Span::write`]). Where
+//! hands it to the tasks that it starts ([`carried`]); questions to peers and registries say it ([`TraceSpan::write`]). Where
 //! nobody wants to see what happens here, it goes on as it came.
 
 use std::borrow::Cow;
@@ -26,7 +26,7 @@ const RANDOM: u8 = 2;
 
 /// A step of a trace, as one side tells it to the next.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Step {
+pub struct TraceStep {
     pub trace: u128,
     pub span: u64,
     flags: u8,
@@ -44,29 +44,29 @@ pub struct Tracer {
 
 /// Takes what has ended.
 pub trait Report: Send + Sync {
-    fn report(&self, span: Ended);
+    fn report(&self, span: FinishedSpan);
     /// Passes on what is left.
     fn close(&self) {}
 }
 
 /// Something that took time, while it does. By default in no trace.
 #[derive(Default)]
-pub struct Span {
+pub struct TraceSpan {
     current: Option<Current>,
     recording: Option<Recording>,
 }
 
 /// What will be told of it. Nobody looks at a clock for the others.
 struct Recording {
-    ended: Box<Ended>,
+    ended: Box<FinishedSpan>,
     started: Instant,
 }
 
 /// Something that took time.
-pub struct Ended {
+pub struct FinishedSpan {
     pub name: Cow<'static, str>,
-    pub kind: Kind,
-    pub step: Step,
+    pub kind: TraceSpanKind,
+    pub step: TraceStep,
     /// The span that this is a part of; None: it is the first.
     pub parent: Option<u64>,
     pub began: SystemTime,
@@ -78,7 +78,7 @@ pub struct Ended {
 
 /// Which side of a question something is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
+pub enum TraceSpanKind {
     Server,
     Client,
     Internal,
@@ -95,7 +95,7 @@ pub enum Value {
 /// The trace of a task, and whom to report to.
 #[derive(Clone)]
 struct Current {
-    step: Step,
+    step: TraceStep,
     tracer: Arc<Tracer>,
 }
 
@@ -104,8 +104,8 @@ tokio::task_local! {
 }
 
 /// Something begins, in the trace of this task.
-pub fn begin(name: &'static str, kind: Kind) -> Span {
-    Span::new(CURRENT.try_with(Current::clone).ok(), name, kind)
+pub fn begin(name: &'static str, kind: TraceSpanKind) -> TraceSpan {
+    TraceSpan::new(CURRENT.try_with(Current::clone).ok(), name, kind)
 }
 
 /// A task that is about to be started goes on in the trace of this one.
@@ -122,7 +122,7 @@ async fn within<F: Future>(current: Option<Current>, task: F) -> F::Output {
 
 // === impl Step ===
 
-impl Step {
+impl TraceStep {
     /// What a request says. None: nothing that could be right.
     fn read(headers: &HeaderMap) -> Option<Self> {
         let mut all = headers.get_all(TRACEPARENT).iter();
@@ -182,14 +182,14 @@ impl Tracer {
     }
 
     /// A client's request: where it brings no trace, it may begin one.
-    pub fn answer(self: &Arc<Self>, headers: &HeaderMap) -> Span {
-        match Step::read(headers) {
+    pub fn answer(self: &Arc<Self>, headers: &HeaderMap) -> TraceSpan {
+        match TraceStep::read(headers) {
             Some(step) => self.go_on(step),
-            None if self.report.is_none() => Span::default(),
+            None if self.report.is_none() => TraceSpan::default(),
             None => {
                 let flags = if fastrand::f64() < self.share { SAMPLED } else { 0 };
-                let current = Current { step: Step::first(flags), tracer: self.clone() };
-                let mut span = Span::new(Some(current), "request", Kind::Server);
+                let current = Current { step: TraceStep::first(flags), tracer: self.clone() };
+                let mut span = TraceSpan::new(Some(current), "request", TraceSpanKind::Server);
                 span.recording.iter_mut().for_each(|recording| recording.ended.parent = None);
                 span
             }
@@ -197,8 +197,8 @@ impl Tracer {
     }
 
     /// A peer's request: what belongs to no trace there does not begin one here.
-    pub fn join(self: &Arc<Self>, headers: &HeaderMap) -> Span {
-        Step::read(headers).map_or_else(Span::default, |step| self.go_on(step))
+    pub fn join(self: &Arc<Self>, headers: &HeaderMap) -> TraceSpan {
+        TraceStep::read(headers).map_or_else(TraceSpan::default, |step| self.go_on(step))
     }
 
     /// Nothing is reported any more.
@@ -206,8 +206,8 @@ impl Tracer {
         self.report.iter().for_each(|report| report.close());
     }
 
-    fn go_on(self: &Arc<Self>, step: Step) -> Span {
-        Span::new(Some(Current { step, tracer: self.clone() }), "request", Kind::Server)
+    fn go_on(self: &Arc<Self>, step: TraceStep) -> TraceSpan {
+        TraceSpan::new(Some(Current { step, tracer: self.clone() }), "request", TraceSpanKind::Server)
     }
 }
 
@@ -219,16 +219,16 @@ impl fmt::Debug for Tracer {
 
 // === impl Span ===
 
-impl Span {
+impl TraceSpan {
     /// A part of what is current. It has an id of its own only where somebody is told of it.
-    fn new(mut current: Option<Current>, name: &'static str, kind: Kind) -> Self {
+    fn new(mut current: Option<Current>, name: &'static str, kind: TraceSpanKind) -> Self {
         let recorded = current.as_mut().filter(|current| current.tracer.report.is_some() && current.step.is_sampled());
         let recording = recorded.map(|current| {
             let parent = Some(std::mem::replace(&mut current.step.span, fastrand::u64(1..)));
             let (step, began) = (current.step.clone(), SystemTime::now());
             let (took, attributes) = (Duration::ZERO, Vec::new());
             let name = Cow::Borrowed(name);
-            let ended = Ended { name, kind, step, parent, began, took, attributes, failure: None };
+            let ended = FinishedSpan { name, kind, step, parent, began, took, attributes, failure: None };
             Recording { ended: Box::new(ended), started: Instant::now() }
         });
         Self { current, recording }
@@ -289,7 +289,7 @@ impl From<u64> for Value {
 }
 
 /// Whatever ends it, it is told.
-impl Drop for Span {
+impl Drop for TraceSpan {
     fn drop(&mut self) {
         let report = self.current.as_ref().and_then(|current| current.tracer.report.as_ref());
         if let (Some(Recording { mut ended, started }), Some(report)) = (self.recording.take(), report) {
@@ -312,21 +312,21 @@ mod tests {
         HeaderMap::from_iter(lines.iter().map(parsed))
     }
 
-    fn read(parent: &str) -> Option<Step> {
-        Step::read(&headers(&[("traceparent", parent)]))
+    fn read(parent: &str) -> Option<TraceStep> {
+        TraceStep::read(&headers(&[("traceparent", parent)]))
     }
 
     /// What was reported, in the order in which it ended.
     #[derive(Clone, Default)]
-    struct Seen(Arc<Mutex<Vec<Ended>>>);
+    struct RecordingReport(Arc<Mutex<Vec<FinishedSpan>>>);
 
-    impl Report for Seen {
-        fn report(&self, span: Ended) {
+    impl Report for RecordingReport {
+        fn report(&self, span: FinishedSpan) {
             self.0.lock().push(span);
         }
     }
 
-    fn written(span: &Span) -> HeaderMap {
+    fn written(span: &TraceSpan) -> HeaderMap {
         let mut headers = HeaderMap::new();
         span.write(&mut headers);
         headers
@@ -353,7 +353,7 @@ mod tests {
         ] {
             assert_eq!(read(wrong), None, "{wrong}");
         }
-        assert_eq!(Step::read(&headers(&[("traceparent", PARENT), ("traceparent", PARENT)])), None, "two of them");
+        assert_eq!(TraceStep::read(&headers(&[("traceparent", PARENT), ("traceparent", PARENT)])), None, "two of them");
     }
 
     #[test]
@@ -368,13 +368,14 @@ mod tests {
 
     #[tokio::test]
     async fn a_task_and_those_that_it_starts_are_one_trace() {
-        let seen = Seen::default();
+        let seen = RecordingReport::default();
         let tracer = Arc::new(Tracer::new(seen.clone(), 0.0));
         let span = tracer.answer(&headers(&[("traceparent", PARENT)]));
-        let asked = span.within(async { tokio::spawn(carried(async { written(&begin("ask", Kind::Client)) })).await });
-        let asked = Step::read(&asked.await.unwrap()).unwrap();
+        let asked =
+            span.within(async { tokio::spawn(carried(async { written(&begin("ask", TraceSpanKind::Client)) })).await });
+        let asked = TraceStep::read(&asked.await.unwrap()).unwrap();
         drop(span);
-        assert!(written(&begin("elsewhere", Kind::Client)).is_empty());
+        assert!(written(&begin("elsewhere", TraceSpanKind::Client)).is_empty());
         let seen = seen.0.lock();
         let [ask, request] = &seen[..] else { panic!("{} spans", seen.len()) };
         assert_eq!((ask.parent, request.parent), (Some(request.step.span), Some(0x00f0_67aa_0ba9_02b7)));
@@ -384,7 +385,7 @@ mod tests {
     #[test]
     fn a_share_of_the_others_is_recorded_and_no_peer_begins() {
         for (share, recorded) in [(0.0, 0), (1.0, 20)] {
-            let seen = Seen::default();
+            let seen = RecordingReport::default();
             let tracer = Arc::new(Tracer::new(seen.clone(), share));
             (0..20).for_each(|_| assert!(tracer.answer(&HeaderMap::new()).trace().is_some()));
             assert!(tracer.join(&HeaderMap::new()).trace().is_none());

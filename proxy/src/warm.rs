@@ -3,21 +3,21 @@
 //! Everything is checked as it comes: an image is warm when each manifest and blob of each platform that was asked for
 //! has come whole. oci-client would do, but hides where an answer came from.
 
-mod door;
 mod fetch;
 mod http;
-mod inside;
+mod in_process;
 mod plan;
+mod source;
 mod yaml;
 
 use futures_util::{StreamExt, stream};
 use tokio::sync::Semaphore;
 
-pub use self::door::Door;
-pub use self::fetch::Fetched;
-pub use self::http::Elsewhere;
-pub use self::inside::Inside;
-pub use self::plan::{Blob, Plan, Platforms};
+pub use self::fetch::WarmedBlob;
+pub use self::http::HttpSource;
+pub use self::in_process::InProcessSource;
+pub use self::plan::{ImagePlan, PlannedBlob, Platforms};
+pub use self::source::ImageSource;
 pub use self::yaml::images_in;
 use crate::oci::{Digest, ImageName};
 
@@ -25,13 +25,13 @@ use crate::oci::{Digest, ImageName};
 const LOOKED_UP: usize = 4;
 
 /// Somebody who watches.
-pub trait Watcher: Send + Sync {
+pub trait WarmObserver: Send + Sync {
     /// An image was looked up: so much of it is to come that no other image brings.
-    fn planned(&self, image: &ImageName, plan: &Plan);
+    fn planned(&self, image: &ImageName, plan: &ImagePlan);
     /// A blob begins, goes on, and ends.
-    fn began(&self, blob: &Blob);
-    fn came(&self, blob: &Blob, bytes: u64);
-    fn ended(&self, blob: &Blob, fetched: &Result<Fetched, String>);
+    fn began(&self, blob: &PlannedBlob);
+    fn came(&self, blob: &PlannedBlob, bytes: u64);
+    fn ended(&self, blob: &PlannedBlob, fetched: &Result<WarmedBlob, String>);
 }
 
 /// What became of it all.
@@ -53,11 +53,11 @@ pub struct Summary {
 
 /// Warms images, so many blobs at a time.
 pub async fn warm(
-    door: &dyn Door,
+    door: &dyn ImageSource,
     images: &[ImageName],
     platforms: &Platforms,
     parallel: usize,
-    watcher: &dyn Watcher,
+    watcher: &dyn WarmObserver,
 ) -> Summary {
     let looked_up = stream::iter(images.iter().cloned()).map(|image| async move {
         let plan = plan::make(door, &image, platforms).await;
@@ -73,7 +73,7 @@ pub async fn warm(
                 summary.manifests += plan.manifests;
                 summary.foreign += plan.foreign;
                 plan.blobs.retain(|blob| door.wants(blob));
-                let all: Vec<Blob> = plan.blobs.clone();
+                let all: Vec<PlannedBlob> = plan.blobs.clone();
                 // Layers are shared: each comes once.
                 plan.blobs.retain(|blob| known.insert((blob.digest.clone(), blob.size)));
                 summary.digests.extend(plan.blobs.iter().map(|blob| blob.digest.clone()));
@@ -108,7 +108,7 @@ pub async fn warm(
         }
     }
     for (image, blobs) in plans {
-        let of = |blob: &Blob| problems.get_key_value(&(blob.digest.clone(), blob.size));
+        let of = |blob: &PlannedBlob| problems.get_key_value(&(blob.digest.clone(), blob.size));
         if let Some(((digest, _), problem)) = blobs.iter().find_map(of) {
             summary.failed.push((image, format!("{digest}: {problem}")));
         }

@@ -21,7 +21,7 @@ pub struct Shape {
     /// Nodes in each zone.
     pub zones: Vec<usize>,
     pub node: u32,
-    pub origin: u32,
+    pub upstream: u32,
     /// Between each zone and the others.
     pub between_zones: u32,
     /// A node that is slower.
@@ -41,7 +41,7 @@ pub struct Cluster {
     shape: Shape,
     name: String,
     nodes: Vec<Node>,
-    origin: Option<Process>,
+    upstream: Option<Process>,
     dns: Process,
     dir: tempfile::TempDir,
 }
@@ -71,7 +71,7 @@ impl Default for Shape {
         Self {
             zones: vec![8],
             node: 400,
-            origin: 200,
+            upstream: 200,
             between_zones: 1000,
             slow: None,
             strangers: 0,
@@ -124,9 +124,9 @@ impl Cluster {
         }
         let first = format!("{name}s0");
         within(&first, &["ip", "address", "add", &format!("{DNS}/16"), "dev", "br0"]);
-        host(&name, "o", 0, ORIGIN, shape.origin);
+        host(&name, "o", 0, ORIGIN, shape.upstream);
         if shape.apart {
-            (1..shape.zones.len()).for_each(|zone| second_card(&name, zone, shape.origin));
+            (1..shape.zones.len()).for_each(|zone| second_card(&name, zone, shape.upstream));
         }
         let mut nodes = Vec::new();
         for (zone, count) in shape.zones.iter().enumerate() {
@@ -142,13 +142,13 @@ impl Cluster {
         fs::create_dir_all(dir.path().join("www")).expect("a directory");
         fs::write(dir.path().join("hosts"), "").expect("a file");
         let dns = start_dns(&first, dir.path());
-        let mut cluster = Self { shape, name, nodes, origin: None, dns, dir };
-        cluster.start_origin();
+        let mut cluster = Self { shape, name, nodes, upstream: None, dns, dir };
+        cluster.start_upstream();
         cluster
     }
 
     /// The origin is there again.
-    pub fn start_origin(&mut self) {
+    pub fn start_upstream(&mut self) {
         let dir = self.dir.path();
         fs::set_permissions(dir, std::os::unix::fs::PermissionsExt::from_mode(0o755)).expect("a directory of ours");
         let text = format!(
@@ -161,16 +161,16 @@ impl Cluster {
         fs::write(dir.join("nginx.conf"), text).expect("the configuration is written");
         let mut command = inside(&format!("{}o", self.name), "nginx");
         command.env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin").arg("-c").arg(dir.join("nginx.conf"));
-        self.origin = Some(Process::spawn(command.stdout(Stdio::null()).stderr(Stdio::null())));
+        self.upstream = Some(Process::spawn(command.stdout(Stdio::null()).stderr(Stdio::null())));
         self.wait_for("the origin listens", 0, &format!("http://{ORIGIN}/v2/"));
     }
 
-    pub fn stop_origin(&mut self) {
-        self.origin = None;
+    pub fn stop_upstream(&mut self) {
+        self.upstream = None;
     }
 
     /// Body bytes that the origin has sent.
-    pub fn origin_bytes(&self) -> u64 {
+    pub fn upstream_bytes(&self) -> u64 {
         let log = fs::read_to_string(self.dir.path().join("access.log")).unwrap_or_default();
         log.lines().filter_map(|line| line.split(' ').nth(1)?.parse::<u64>().ok()).sum()
     }
@@ -349,9 +349,9 @@ impl Cluster {
         let zones: Vec<String> =
             (0..self.shape.zones.len()).map(|zone| format!("z{zone} = \"z{zone}.dray\"")).collect();
         let service = if zones.len() == 1 { "\"z0.dray\"".to_owned() } else { format!("{{ {} }}", zones.join(", ")) };
-        let origin = self.origin_of(self.nodes[node].zone);
+        let upstream = self.upstream_of(self.nodes[node].zone);
         let text = format!(
-            "[dns]\nservers = [\"{DNS}:53\"]\n[[registry]]\nmatch = \"docker.io\"\nupstreams = [\"http://{origin}\"]\n{}\n\
+            "[dns]\nservers = [\"{DNS}:53\"]\n[[registry]]\nmatch = \"docker.io\"\nupstreams = [\"http://{upstream}\"]\n{}\n\
              [peers]\nlisten = \"0.0.0.0:5052\"\nservice = {service}\n{}\n",
             self.shape.rule, self.shape.peers
         );
@@ -361,8 +361,8 @@ impl Cluster {
     }
 
     /// The address of the origin for nodes of a zone.
-    fn origin_of(&self, zone: usize) -> Ipv4Addr {
-        if self.shape.apart { origin_in(zone) } else { ORIGIN }
+    fn upstream_of(&self, zone: usize) -> Ipv4Addr {
+        if self.shape.apart { upstream_in(zone) } else { ORIGIN }
     }
 
     /// Tells the name server which nodes are known.
@@ -389,7 +389,7 @@ impl Cluster {
 impl Drop for Cluster {
     fn drop(&mut self) {
         self.everybody().into_iter().for_each(|node| self.kill(node));
-        self.origin = None;
+        self.upstream = None;
         self.dns.kill();
         let names = output(Command::new("ip").args(["netns", "list"]));
         for line in String::from_utf8_lossy(&names.stdout).lines() {
@@ -428,20 +428,20 @@ fn host(name: &str, host: &str, zone: usize, address: Ipv4Addr, mbit: u32) {
     within(&namespace, &["ip", "address", "add", &format!("{address}/16"), "dev", "eth0"]);
 }
 
-fn origin_in(zone: usize) -> Ipv4Addr {
+fn upstream_in(zone: usize) -> Ipv4Addr {
     Ipv4Addr::from_bits(ORIGIN.to_bits() + u32::try_from(zone).expect("few zones"))
 }
 
 /// A card of the origin in another zone, with an address that only this card answers for.
 fn second_card(name: &str, zone: usize, mbit: u32) {
-    let (origin, card) = (format!("{name}o"), format!("eth{zone}"));
+    let (upstream, card) = (format!("{name}o"), format!("eth{zone}"));
     let switch = format!("{name}s{zone}");
-    connect(&origin, &card, &switch, "po", mbit);
+    connect(&upstream, &card, &switch, "po", mbit);
     bridge(&switch, "po");
-    within(&origin, &["sh", "-c", "echo 1 >/proc/sys/net/ipv4/conf/all/arp_ignore"]);
-    within(&origin, &["ip", "address", "add", &format!("{}/32", origin_in(zone)), "dev", &card]);
+    within(&upstream, &["sh", "-c", "echo 1 >/proc/sys/net/ipv4/conf/all/arp_ignore"]);
+    within(&upstream, &["ip", "address", "add", &format!("{}/32", upstream_in(zone)), "dev", &card]);
     let way = format!("10.77.{zone}.0/24");
-    within(&origin, &["ip", "route", "add", &way, "dev", &card, "src", &origin_in(zone).to_string()]);
+    within(&upstream, &["ip", "route", "add", &way, "dev", &card, "src", &upstream_in(zone).to_string()]);
 }
 
 /// A cable of this speed in each direction.

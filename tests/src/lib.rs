@@ -13,12 +13,12 @@ pub mod kubernetes;
 pub mod mount;
 pub mod nginx;
 pub mod node;
-pub mod origin;
 pub mod page;
 pub mod process;
 pub mod registry;
 pub mod tls;
 pub mod tokens;
+pub mod upstream;
 
 use std::path::PathBuf;
 

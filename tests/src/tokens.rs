@@ -7,12 +7,12 @@ use base64::Engine;
 use base64::engine::general_purpose::{STANDARD, URL_SAFE_NO_PAD};
 use serde_json::json;
 
-use crate::origin::{Origin, Request, Response};
 use crate::process::run;
+use crate::upstream::{Request, Response, TestUpstream};
 
 /// A running token endpoint. Tokens grant pull to whoever knows the password, if there is one.
 pub struct Tokens {
-    pub origin: Origin,
+    pub upstream: TestUpstream,
     settings: String,
 }
 
@@ -27,13 +27,13 @@ impl Tokens {
         let pem = std::fs::read_to_string(&cert).expect("the certificate was written");
         let der: String = pem.lines().filter(|line| !line.starts_with("-----")).collect();
         let signer = key.clone();
-        let origin = Origin::answering(move |request| answer(request, &signer, &der, password)).await;
+        let upstream = TestUpstream::answering(move |request| answer(request, &signer, &der, password)).await;
         let settings = format!(
             "auth: {{token: {{realm: \"{}/token\", service: test, issuer: tests, rootcertbundle: {}}}}}\n",
-            origin.url(),
+            upstream.url(),
             cert.display()
         );
-        Self { origin, settings }
+        Self { upstream, settings }
     }
 
     /// The `auth:` section of a docker-registry that trusts this endpoint.

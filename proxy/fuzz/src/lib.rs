@@ -3,6 +3,6 @@
 
 pub mod config;
 pub mod oci;
-pub mod origin {
+pub mod upstream {
     pub mod challenge;
 }

@@ -1,7 +1,7 @@
 //! No header of an origin may panic.
 #![no_main]
 
-use dray_fuzz::origin::challenge::Challenge;
+use dray_fuzz::upstream::challenge::Challenge;
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|lines: Vec<&[u8]>| {

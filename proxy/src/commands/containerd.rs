@@ -9,18 +9,18 @@ use clap::{Args, Subcommand};
 use dray::config::Mirror;
 use dray::containerd::daemon::{self, Daemon, File, LoadError, Version};
 use dray::containerd::diagnosis::{self, Diagnosis, Severity, good};
-use dray::containerd::hosts_dir::{HostsDir, Mode, Outcome, Registries};
+use dray::containerd::distributions::{self, Distribution};
+use dray::containerd::hosts_dir::{Changes, HostsDir, MirroredRegistries, Mode};
 use dray::containerd::hosts_toml::{self, Mirrors};
-use dray::containerd::keeping;
 use dray::containerd::patch::{ConfigFile, Patched};
-use dray::containerd::places::{self, Place};
-use dray::containerd::proof::{self, Answer};
-use dray::store::handed;
+use dray::containerd::proof::{self, MirrorResponse};
+use dray::containerd::reconciler;
+use dray::store::ownership;
 
 use super::{Failure, once, say};
 
 #[derive(Subcommand)]
-pub(crate) enum Containerd {
+pub(crate) enum ContainerdCommand {
     /// Send containerd to dray first: write hosts.toml files into its hosts directory
     ///
     /// What is there stays, after dray; a file that is changed is kept beside it. containerd reads the files
@@ -40,13 +40,13 @@ pub(crate) enum Containerd {
 }
 
 #[derive(Args)]
-struct DryRun {
+struct DryRunFlag {
     /// Only say what would be done
     #[arg(long)]
     dry_run: bool,
 }
 
-impl DryRun {
+impl DryRunFlag {
     fn mode(&self) -> Mode {
         if self.dry_run { Mode::DryRun } else { Mode::Apply }
     }
@@ -55,7 +55,7 @@ impl DryRun {
 #[derive(Args)]
 pub(crate) struct Install {
     #[command(flatten)]
-    at: At,
+    at: ContainerdLocation,
     /// Where containerd reaches dray, such as http://127.0.0.1:5050; several are tried in order
     #[arg(long, value_name = "URL", required = true)]
     mirror: Vec<Mirror>,
@@ -72,13 +72,13 @@ pub(crate) struct Install {
     #[arg(long)]
     patch_config: bool,
     #[command(flatten)]
-    dry_run: DryRun,
+    dry_run: DryRunFlag,
 }
 
 #[derive(Args)]
 pub(crate) struct Check {
     #[command(flatten)]
-    at: At,
+    at: ContainerdLocation,
     /// containerd's socket; without it the one that its configuration names
     #[arg(long, value_name = "PATH")]
     socket: Option<PathBuf>,
@@ -90,9 +90,9 @@ pub(crate) struct Check {
 #[derive(Args)]
 pub(crate) struct Uninstall {
     #[command(flatten)]
-    at: At,
+    at: ContainerdLocation,
     #[command(flatten)]
-    dry_run: DryRun,
+    dry_run: DryRunFlag,
     /// Also empty dray's cache directory
     #[arg(long, value_name = "DIR")]
     cache_dir: Option<PathBuf>,
@@ -116,7 +116,7 @@ pub(crate) struct Keep {
 
 /// Which containerd.
 #[derive(Args)]
-struct At {
+struct ContainerdLocation {
     /// containerd's hosts directory, its config_path; without it the one that its configuration names
     #[arg(long, value_name = "DIR")]
     hosts_dir: Option<PathBuf>,
@@ -130,9 +130,9 @@ struct At {
 }
 
 /// A containerd's configuration as far as it is known.
-struct Found {
+struct InstalledContainerd {
     config: PathBuf,
-    place: Option<Place>,
+    place: Option<Distribution>,
     files: Vec<File>,
     version: Version,
     /// Whether the version is only what the configuration lets one think.
@@ -140,7 +140,7 @@ struct Found {
 }
 
 /// A mirror that a hosts.toml names, and the authority for its certificate.
-type Named = (String, Option<PathBuf>);
+type NamedMirror = (String, Option<PathBuf>);
 
 /// What `containerd --version` is asked of, beside what is in the path.
 const CONTAINERD: [&str; 4] = [
@@ -150,7 +150,7 @@ const CONTAINERD: [&str; 4] = [
     "/var/lib/k0s/bin/containerd",
 ];
 
-impl Containerd {
+impl ContainerdCommand {
     pub(crate) fn run(self) -> Result<(), Failure> {
         match self {
             Self::Install(install) => install.run(),
@@ -180,9 +180,9 @@ impl Install {
             }
         };
         let registries = match (self.extend, self.registry.is_empty()) {
-            (true, _) => Registries::Every,
-            (false, false) => Registries::Named(self.registry),
-            (false, true) => Registries::Default,
+            (true, _) => MirroredRegistries::Every,
+            (false, false) => MirroredRegistries::Named(self.registry),
+            (false, true) => MirroredRegistries::Default,
         };
         let ca = self.ca.as_deref().map(authority).transpose()?;
         let mirrors = Mirrors { hosts: once(self.mirror), ca };
@@ -283,14 +283,14 @@ impl Uninstall {
             say(&format!("{}: what dray keeps there would be removed", dir.display()));
             return Ok(());
         }
-        if handed::empty(dir).map_err(|error| Failure::Failed(format!("{}: {error}", dir.display())))? {
+        if ownership::empty(dir).map_err(|error| Failure::Failed(format!("{}: {error}", dir.display())))? {
             say(&format!("{}: what dray kept there is removed", dir.display()));
         }
         Ok(())
     }
 
     /// Takes back what `install --patch-config` did.
-    fn restore_config(&self, found: &Found, dir: &Path) -> Result<(), Failure> {
+    fn restore_config(&self, found: &InstalledContainerd, dir: &Path) -> Result<(), Failure> {
         let (file, section, version) = found.to_patch();
         let config = ConfigFile::new(&file);
         if !config.kept().exists() {
@@ -331,46 +331,46 @@ impl Check {
         })?;
         let mut answers = false;
         for ((mirror, _), answer) in mirrors.iter().zip(asked) {
-            answers |= matches!(answer, Answer::Dray);
+            answers |= matches!(answer, MirrorResponse::Dray);
             say(&match answer {
-                Answer::Dray => format!("ok    mirror: {mirror} is a dray"),
-                Answer::Other(status) => format!("note  mirror: {mirror} answers {status}, and is no dray"),
-                Answer::Nobody(why) => format!("wrong mirror: {mirror} does not answer: {why}"),
+                MirrorResponse::Dray => format!("ok    mirror: {mirror} is a dray"),
+                MirrorResponse::Other(status) => format!("note  mirror: {mirror} answers {status}, and is no dray"),
+                MirrorResponse::Nobody(why) => format!("wrong mirror: {mirror} does not answer: {why}"),
             });
         }
         is_wrong |= !mirrors.is_empty() && !answers;
         if !is_wrong && !self.no_pull {
             let socket = self.socket.or(diagnosis.socket).unwrap_or_else(|| place.socket.into());
             match proof::pull(&socket) {
-                proof::Pull::Came => {
+                proof::RuntimePull::Came => {
                     say(&format!("ok    pull: an image that only dray has came through {}", socket.display()));
                 }
-                proof::Pull::Failed(why) => {
+                proof::RuntimePull::Failed(why) => {
                     is_wrong = true;
                     say(&format!("wrong pull: {} does not get an image that only dray has: {why}", socket.display()));
                     say("        Was containerd restarted since its configuration was changed?");
                 }
-                proof::Pull::NotTried(why) => say(&format!("note  pull: not tried: {why}")),
+                proof::RuntimePull::NotTried(why) => say(&format!("note  pull: not tried: {why}")),
             }
         }
         if is_wrong { Err(Failure::Failed("containerd does not use a dray".into())) } else { Ok(()) }
     }
 
     /// What is wrong, where that containerd is, and the mirrors it names with their authorities.
-    fn diagnose(&self) -> Result<(Diagnosis, Place, Vec<Named>), Failure> {
+    fn diagnose(&self) -> Result<(Diagnosis, Distribution, Vec<NamedMirror>), Failure> {
         let found = match self.at.load()? {
             Ok(found) => found,
-            Err(error) => return Ok((Diagnosis::unreadable(&error), places::USUAL, Vec::new())),
+            Err(error) => return Ok((Diagnosis::unreadable(&error), distributions::USUAL, Vec::new())),
         };
         let mut diagnosis = found.diagnose(self.at.hosts_dir.as_deref());
-        let origin = if found.is_guess {
+        let upstream = if found.is_guess {
             "as its configuration lets one think: --containerd-version says otherwise"
         } else {
             "as it says"
         };
-        let what = format!("{} of containerd {}, {origin}", found.config.display(), found.version);
+        let what = format!("{} of containerd {}, {upstream}", found.config.display(), found.version);
         diagnosis.findings.insert(0, good("config", what));
-        let place = found.place.unwrap_or(places::USUAL);
+        let place = found.place.unwrap_or(distributions::USUAL);
         let mut mirrors = Vec::new();
         if let Some(dir) = diagnosis.hosts_dir.clone() {
             let urls = diagnosis.look_into(&dir).map_err(failed)?;
@@ -390,19 +390,19 @@ impl Keep {
     /// Until a signal.
     fn run(self) -> Result<(), Failure> {
         super::log_to_stderr()?;
-        super::block_on(keeping::follow(self.hosts_dir, self.mirror, self.ca))?
+        super::block_on(reconciler::follow(self.hosts_dir, self.mirror, self.ca))?
             .map_err(|e| Failure::Failed(e.to_string()))
     }
 }
 
-impl At {
-    fn find(&self) -> Result<Found, Failure> {
+impl ContainerdLocation {
+    fn find(&self) -> Result<InstalledContainerd, Failure> {
         self.load()?.map_err(|error| Failure::Failed(format!("{error}; containerd does not start with it")))
     }
 
     /// The inner error: containerd itself could not read it.
-    fn load(&self) -> Result<Result<Found, LoadError>, Failure> {
-        let place = self.config.as_deref().map_or_else(|| Some(places::here()), places::of);
+    fn load(&self) -> Result<Result<InstalledContainerd, LoadError>, Failure> {
+        let place = self.config.as_deref().map_or_else(|| Some(distributions::here()), distributions::of);
         let config = self.config.clone().or(place.map(|place| place.config.into())).unwrap_or_default();
         let is_piped = config == Path::new("-");
         if self.config.is_some() && !is_piped && !config.exists() {
@@ -421,11 +421,11 @@ impl At {
         let asked = self.containerd_version.or_else(|| if is_piped { None } else { asked_version() });
         let version = asked.unwrap_or_else(|| Version::guessed(&main));
         let files = if is_piped { Ok(vec![main]) } else { daemon::load(&config, version) };
-        Ok(files.map(|files| Found { config, place, files, version, is_guess: asked.is_none() }))
+        Ok(files.map(|files| InstalledContainerd { config, place, files, version, is_guess: asked.is_none() }))
     }
 }
 
-impl Found {
+impl InstalledContainerd {
     fn diagnose(&self, hosts_dir: Option<&Path>) -> Diagnosis {
         let wanted = self.wanted();
         let mut diagnosis = Diagnosis::of(&self.files, self.version, &self.main(), &wanted.to_string_lossy());
@@ -443,12 +443,12 @@ impl Found {
         let named = Daemon::read(&self.files, self.version).config_path;
         let first =
             named.as_ref().and_then(|path| path.as_str()?.split(':').next()).filter(|path| path.starts_with('/'));
-        first.map_or_else(|| self.place.unwrap_or(places::USUAL).hosts_dir.into(), PathBuf::from)
+        first.map_or_else(|| self.place.unwrap_or(distributions::USUAL).hosts_dir.into(), PathBuf::from)
     }
 
     /// The file that a person edits.
     fn main(&self) -> PathBuf {
-        if self.config == Path::new("-") { places::USUAL.config.into() } else { self.config.clone() }
+        if self.config == Path::new("-") { distributions::USUAL.config.into() } else { self.config.clone() }
     }
 
     /// The file, the section and the version for a `config_path`.
@@ -479,7 +479,7 @@ fn asked_version() -> Option<Version> {
     })
 }
 
-fn report(outcome: &Outcome, mode: Mode) -> Result<(), Failure> {
+fn report(outcome: &Changes, mode: Mode) -> Result<(), Failure> {
     for change in &outcome.changes {
         say(&change.to_string());
         if mode == Mode::DryRun {

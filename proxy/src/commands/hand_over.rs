@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 use dray::containerd::hosts_dir::{HostsDir, Mode};
-use dray::store::handed;
+use dray::store::ownership;
 
 use super::{Failure, say};
 
@@ -25,7 +25,8 @@ pub(crate) struct HandOver {
 impl HandOver {
     pub(crate) fn run(self) -> Result<(), Failure> {
         if let Some(dir) = self.cache_dir {
-            let owned = handed::own(&dir, self.to).map_err(|e| Failure::Failed(format!("{}: {e}", dir.display())))?;
+            let owned =
+                ownership::own(&dir, self.to).map_err(|e| Failure::Failed(format!("{}: {e}", dir.display())))?;
             if owned {
                 say(&format!("{}: belongs to {}:{} now", dir.display(), self.to.0, self.to.1));
             }

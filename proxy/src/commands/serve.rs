@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use clap::{Args, FromArgMatches};
 use dray::access_log::AccessLog;
-use dray::config::{self, Config, MIN_DISK, Share, Size, Text};
+use dray::config::{self, Config, DiskShare, MIN_DISK, Size, SourceText};
 use dray::server::{self, Bound, StartError};
 use dray::telemetry::{self, Filter, LogFormat};
 
@@ -28,7 +28,7 @@ pub(crate) struct Serve {
     cache_dir: Option<PathBuf>,
     /// Disk to use: a size such as 20GiB, or a share of its file system such as 50%
     #[arg(long, env = "DRAY_CACHE_DISK", value_name = "SIZE")]
-    cache_disk: Option<Share>,
+    cache_disk: Option<DiskShare>,
     /// Bytes of small objects in memory, such as 64MiB
     #[arg(long, env = "DRAY_CACHE_MEMORY", value_name = "SIZE")]
     cache_memory: Option<Size>,
@@ -82,9 +82,9 @@ impl Serve {
     }
 
     /// The file, overridden by flags and variables, and its text.
-    pub(crate) fn config(&self) -> Result<(Config, Option<Text>), Failure> {
-        let text = self.config.as_deref().map(Text::read).transpose()?;
-        let mut config = text.as_ref().map_or_else(|| Ok(Config::default()), Text::parse)?;
+    pub(crate) fn config(&self) -> Result<(Config, Option<SourceText>), Failure> {
+        let text = self.config.as_deref().map(SourceText::read).transpose()?;
+        let mut config = text.as_ref().map_or_else(|| Ok(Config::default()), SourceText::parse)?;
         if let Some(listen) = self.listen {
             config.listen = listen;
         }

@@ -1,7 +1,7 @@
 //! `dray status`: what the status page shows, at a terminal.
 
 use clap::Args;
-use dray::status::Status as Shown;
+use dray::status::Status;
 
 use super::operator::Process;
 use super::table::{Paint, Table, bytes, seconds};
@@ -10,7 +10,7 @@ use dray::times::RETRY_INTERVAL;
 
 /// Show what a running dray does: answers by source, fills, registries, peers, disk
 #[derive(Args)]
-pub(crate) struct Status {
+pub(crate) struct StatusCommand {
     #[command(flatten)]
     process: Process,
     /// Print the JSON of /api/v1/status instead
@@ -24,11 +24,11 @@ pub(crate) struct Status {
 /// More lines than anybody reads.
 const MAX_LINES: usize = 15;
 
-impl Status {
+impl StatusCommand {
     pub(crate) fn run(self) -> Result<(), Failure> {
         block_on(async {
             loop {
-                let (json, status) = self.process.ask::<Shown>("/api/v1/status").await?;
+                let (json, status) = self.process.ask::<Status>("/api/v1/status").await?;
                 match (self.json, self.watch) {
                     (true, _) => say(&json),
                     (false, false) => say(&text(&status, Paint::of_stdout())),
@@ -44,7 +44,7 @@ impl Status {
     }
 }
 
-fn text(status: &Shown, paint: Paint) -> String {
+fn text(status: &Status, paint: Paint) -> String {
     let traffic = status.traffic;
     let mut text = format!(
         "{} {}, up {}, clients at {}{}\n",
@@ -69,8 +69,8 @@ fn text(status: &Shown, paint: Paint) -> String {
             text += &format!("\n{}\n", table.lines(paint));
         }
     }
-    if status.origins.len() > MAX_LINES {
-        text += &format!("  and {} more registries\n", status.origins.len() - MAX_LINES);
+    if status.upstreams.len() > MAX_LINES {
+        text += &format!("  and {} more registries\n", status.upstreams.len() - MAX_LINES);
     }
     if status.peers.len() > MAX_LINES {
         text += &format!("  and {} more peers\n", status.peers.len() - MAX_LINES);
@@ -79,7 +79,7 @@ fn text(status: &Shown, paint: Paint) -> String {
 }
 
 /// What clients were served from.
-fn sources(status: &Shown) -> Table {
+fn sources(status: &Status) -> Table {
     let mut sources = Table::new(&["answered from", ">requests", ">bytes"]);
     for (source, traffic) in &status.sources {
         let source = if source == "none" { "refused" } else { source };
@@ -89,7 +89,7 @@ fn sources(status: &Shown) -> Table {
 }
 
 /// Downloads in progress.
-fn fills(status: &Shown) -> Table {
+fn fills(status: &Status) -> Table {
     let mut fills = Table::new(&["being fetched", "blob", ">bytes", ">of", ">done", "as"]);
     for fill in status.fills.iter().take(MAX_LINES) {
         let done = fill.total_bytes.map(|total| format!("{} %", 100 * fill.written_bytes / total.max(1)));
@@ -108,23 +108,23 @@ fn fills(status: &Shown) -> Table {
 }
 
 /// The upstreams, those that are not healthy first.
-fn upstreams(status: &Shown, paint: Paint) -> Table {
-    let mut origins = Table::new(&["registry", "rule", "state", ">pulls left", ">tokens"]);
-    let mut by_state: Vec<_> = status.origins.iter().collect();
-    by_state.sort_by_key(|origin| origin.state == "well");
-    for origin in by_state.into_iter().take(MAX_LINES) {
-        let more = origin.limited_seconds.map(|left| format!(", {} more", seconds(left))).unwrap_or_default();
-        let state = format!("{}{more}", origin.state);
-        let state = if origin.state == "well" { paint.good(&state) } else { paint.bad(&state) };
-        let left = origin.rate_limit_remaining.map(|left| left.to_string());
-        let tokens = origin.tokens.to_string();
-        origins.row(&[&origin.upstream, &origin.rule, &state, left.as_deref().unwrap_or("-"), &tokens]);
+fn upstreams(status: &Status, paint: Paint) -> Table {
+    let mut upstreams = Table::new(&["registry", "rule", "state", ">pulls left", ">tokens"]);
+    let mut by_state: Vec<_> = status.upstreams.iter().collect();
+    by_state.sort_by_key(|upstream| upstream.state == "well");
+    for upstream in by_state.into_iter().take(MAX_LINES) {
+        let more = upstream.limited_seconds.map(|left| format!(", {} more", seconds(left))).unwrap_or_default();
+        let state = format!("{}{more}", upstream.state);
+        let state = if upstream.state == "well" { paint.good(&state) } else { paint.bad(&state) };
+        let left = upstream.rate_limit_remaining.map(|left| left.to_string());
+        let tokens = upstream.tokens.to_string();
+        upstreams.row(&[&upstream.upstream, &upstream.rule, &state, left.as_deref().unwrap_or("-"), &tokens]);
     }
-    origins
+    upstreams
 }
 
 /// The peers, those that are not requested from first.
-fn peers(status: &Shown, paint: Paint) -> Table {
+fn peers(status: &Status, paint: Paint) -> Table {
     let mut peers = Table::new(&["peer", "zone", "health", ">first byte", ">share"]);
     let mut by_health: Vec<_> = status.peers.iter().collect();
     by_health.sort_by_key(|peer| peer.is_well);
@@ -139,7 +139,7 @@ fn peers(status: &Shown, paint: Paint) -> Table {
 }
 
 /// The last responses.
-fn recent(status: &Shown, paint: Paint) -> Table {
+fn recent(status: &Status, paint: Paint) -> Table {
     let mut recent = Table::new(&["last answers", "of", ">status", "from", ">bytes", ">first byte", ">took"]);
     for answered in status.recent.iter().take(MAX_LINES) {
         let code = answered.status.to_string();

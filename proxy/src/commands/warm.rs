@@ -12,7 +12,7 @@ use base64::engine::general_purpose::STANDARD;
 use clap::Args;
 use dray::config::platform;
 use dray::oci::{Digest, ImageName};
-use dray::warm::{self, Blob, Elsewhere, Fetched, Plan, Platforms, Watcher, images_in};
+use dray::warm::{self, HttpSource, ImagePlan, PlannedBlob, Platforms, WarmObserver, WarmedBlob, images_in};
 use http::HeaderValue;
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use parking_lot::Mutex;
@@ -61,7 +61,7 @@ impl Warm {
         let watching = Watching::new();
         let begun = Instant::now();
         let summary = block_on(async {
-            let door = Elsewhere::new(&self.via, authorization).map_err(Failure::Usage)?;
+            let door = HttpSource::new(&self.via, authorization).map_err(Failure::Usage)?;
             door.is_there()
                 .await
                 .map_err(|why| Failure::Failed(format!("{why}: start it, or say with --via where it is")))?;
@@ -210,7 +210,7 @@ impl Watching {
         self.all.finish_and_clear();
     }
 
-    fn bar(&self, blob: &Blob) -> Option<ProgressBar> {
+    fn bar(&self, blob: &PlannedBlob) -> Option<ProgressBar> {
         self.running.lock().get(&blob.digest).cloned()
     }
 }
@@ -219,8 +219,8 @@ fn style(template: &str) -> ProgressStyle {
     ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar())
 }
 
-impl Watcher for Watching {
-    fn planned(&self, image: &ImageName, plan: &Plan) {
+impl WarmObserver for Watching {
+    fn planned(&self, image: &ImageName, plan: &ImagePlan) {
         let size: u64 = plan.blobs.iter().map(|blob| blob.size).sum();
         self.all.inc_length(size);
         if !self.is_terminal {
@@ -228,7 +228,7 @@ impl Watcher for Watching {
         }
     }
 
-    fn began(&self, blob: &Blob) {
+    fn began(&self, blob: &PlannedBlob) {
         let name = format!(
             "{} {}",
             blob.image.repository.as_str().rsplit('/').next().unwrap_or_default(),
@@ -239,12 +239,12 @@ impl Watcher for Watching {
         self.running.lock().insert(blob.digest.clone(), bar);
     }
 
-    fn came(&self, blob: &Blob, bytes: u64) {
+    fn came(&self, blob: &PlannedBlob, bytes: u64) {
         self.all.inc(bytes);
         self.bar(blob).into_iter().for_each(|bar| bar.inc(bytes));
     }
 
-    fn ended(&self, blob: &Blob, fetched: &Result<Fetched, String>) {
+    fn ended(&self, blob: &PlannedBlob, fetched: &Result<WarmedBlob, String>) {
         let Some(bar) = self.bar(blob) else { return };
         self.running.lock().remove(&blob.digest);
         match fetched {

@@ -8,7 +8,7 @@ use url::Url;
 
 #[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
-pub struct Containerd {
+pub struct ContainerdConfig {
     /// containerd's `config_path`, in which `_default/hosts.toml` is written. None: it is left alone.
     pub hosts_dir: Option<PathBuf>,
     /// Where containerd reaches this process. None: at the address of `listen`.
@@ -26,7 +26,7 @@ pub struct Mirror(String);
 #[error("mirror \"{0}\": write it as http://host:port, without a path")]
 pub struct WrongMirror(String);
 
-impl Containerd {
+impl ContainerdConfig {
     /// A key that does nothing without a hosts directory.
     pub(super) fn is_useless(&self) -> Option<&'static str> {
         match (&self.hosts_dir, &self.mirror, &self.config_file) {

@@ -9,12 +9,12 @@ use crate::oci::Registry;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HostPattern {
     text: String,
-    ports: Ports,
+    ports: PatternPorts,
 }
 
 /// What a pattern without a port means.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Ports {
+enum PatternPorts {
     /// The host without one.
     AsWritten,
     /// The host with whatever port.
@@ -30,12 +30,12 @@ impl HostPattern {
     }
 
     fn written(text: String) -> Self {
-        Self { text, ports: Ports::AsWritten }
+        Self { text, ports: PatternPorts::AsWritten }
     }
 
     /// The same on every port, if it names none.
     pub fn on_every_port(self) -> Self {
-        let ports = if port_of(&self.text).is_none() { Ports::All } else { Ports::AsWritten };
+        let ports = if port_of(&self.text).is_none() { PatternPorts::All } else { PatternPorts::AsWritten };
         Self { ports, ..self }
     }
 
@@ -58,13 +58,13 @@ impl HostPattern {
 
     /// Whether it matches as it is written: without a port no other one is meant.
     pub fn names(&self, registry: &Registry) -> bool {
-        self.matches_text(Ports::AsWritten, registry.as_str())
+        self.matches_text(PatternPorts::AsWritten, registry.as_str())
     }
 
     /// Whether everything that `other` matches is matched by `self` too.
     pub fn covers(&self, other: &Self) -> bool {
         // Taking the other pattern's stars as plain characters is right: only a star covers a star.
-        let on_all_ports = self.ports == Ports::All || other.ports == Ports::AsWritten;
+        let on_all_ports = self.ports == PatternPorts::All || other.ports == PatternPorts::AsWritten;
         let matches_all = match other.text.strip_prefix(AND_BELOW) {
             // Whoever has a name and all below it has what is below that as well.
             Some(name) => self.text.starts_with(AND_BELOW) && self.matches_text(self.ports, name),
@@ -73,9 +73,9 @@ impl HostPattern {
         self.is_any() || (on_all_ports && matches_all)
     }
 
-    fn matches_text(&self, ports: Ports, host: &str) -> bool {
+    fn matches_text(&self, ports: PatternPorts, host: &str) -> bool {
         let host = match (ports, port_of(host)) {
-            (Ports::All, Some(port)) => &host[..host.len() - port.len() - 1],
+            (PatternPorts::All, Some(port)) => &host[..host.len() - port.len() - 1],
             _ => host,
         };
         match self.text.strip_prefix(AND_BELOW) {

@@ -6,11 +6,11 @@ use std::sync::Arc;
 
 use serde::Deserialize;
 
-use super::{Wrong, addresses, zones};
+use super::{KeyConflict, addresses, zones};
 
 #[derive(Debug, Clone, PartialEq, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
-pub struct Peers {
+pub struct PeersConfig {
     /// Where other drays connect; without it this process keeps to itself.
     #[serde(deserialize_with = "addresses::optional")]
     pub listen: Option<SocketAddr>,
@@ -31,17 +31,17 @@ pub struct Peers {
     pub mtls: Option<Mtls>,
 }
 
-impl Peers {
+impl PeersConfig {
     /// Whether peers have to prove who they are.
     pub fn are_proven(&self) -> bool {
         self.key_file.is_some() || self.mtls.is_some()
     }
 
     /// Whether it makes sense as a whole.
-    pub(super) fn check(&self) -> Result<(), Wrong> {
+    pub(super) fn check(&self) -> Result<(), KeyConflict> {
         let has_members = !self.members.is_empty() || !self.service.is_empty();
         if has_members && self.listen.is_none() {
-            return Err(Wrong::new("peers.listen", "is needed, so that the others can ask back"));
+            return Err(KeyConflict::new("peers.listen", "is needed, so that the others can ask back"));
         }
         let useless = [
             ("peers.key_file", "(or --peers-key-file, DRAY_PEERS_KEY_FILE) ", self.key_file.is_some()),
@@ -53,16 +53,16 @@ impl Peers {
         if let Some((key, or, _)) = set {
             let problem =
                 "is of no use without peers.listen (or --peers-service, DRAY_PEERS_SERVICE): there are no peers";
-            return Err(Wrong::new(key, format!("{or}{problem}")));
+            return Err(KeyConflict::new(key, format!("{or}{problem}")));
         }
         if self.key_file.is_some() && self.mtls.is_some() {
-            return Err(Wrong::new("peers.key_file", "is not needed beside mtls: choose one of them"));
+            return Err(KeyConflict::new("peers.key_file", "is not needed beside mtls: choose one of them"));
         }
         let mut zones = self.members.iter().map(|(zone, _)| zone).chain(self.service.iter().map(|(zone, _)| zone));
         if self.zone.is_some() && has_members && !zones.any(Option::is_some) {
             let problem =
                 "is of no use while the others have none: write service = { a = \"...\" } or static = { a = [...] }";
-            return Err(Wrong::new("peers.zone", problem));
+            return Err(KeyConflict::new("peers.zone", problem));
         }
         Ok(())
     }

@@ -4,15 +4,15 @@ use std::path::PathBuf;
 
 use serde::Deserialize;
 
-use super::{Credentials, Matching, Span, Unlisted, Upstream, lists, units};
+use super::{ConfigDuration, Credentials, RulePattern, UnlistedRegistries, Upstream, lists, units};
 use crate::oci::Registry;
 
 /// What holds for the registries that a pattern matches.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Rule {
+pub struct RuleConfig {
     #[serde(rename = "match")]
-    pub pattern: Matching,
+    pub pattern: RulePattern,
     /// Names without a port by which clients may call this registry in a path.
     #[serde(default, deserialize_with = "lists::list")]
     pub alias: Vec<String>,
@@ -30,26 +30,26 @@ pub struct Rule {
     #[serde(default)]
     pub deny: bool,
     #[serde(default)]
-    pub access: RuleAccess,
+    pub access: Authorization,
     /// For how long a tag is believed without asking.
     #[serde(default = "default_tag_ttl")]
-    pub tag_ttl: Span,
+    pub tag_ttl: ConfigDuration,
     /// The same for some tags; the first that matches holds.
     #[serde(default, deserialize_with = "lists::list")]
-    pub tags: Vec<TagLease>,
+    pub tags: Vec<TagTtl>,
     /// Regular expressions of tags that never change.
     #[serde(default, deserialize_with = "units::regexes")]
     pub immutable_tags: Vec<String>,
     /// For how long after it was last asked a tag is served while the origin is in trouble.
     #[serde(default = "default_stale_for")]
-    pub stale_for: Span,
+    pub stale_for: ConfigDuration,
     /// For how long a "not found" is believed.
     #[serde(default = "default_negative_ttl")]
-    pub negative_ttl: Span,
+    pub negative_ttl: ConfigDuration,
     #[serde(default)]
-    pub abandoned: Abandoned,
+    pub abandoned: OnClientAbort,
     #[serde(default)]
-    pub far_peers: FarPeers,
+    pub far_peers: CrossZonePeers,
 }
 
 /// A certificate and its key, as files.
@@ -63,17 +63,17 @@ pub struct ClientCert {
 /// For how long some tags are believed without asking.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct TagLease {
+pub struct TagTtl {
     /// A regular expression of the whole tag.
     #[serde(rename = "match", deserialize_with = "units::regex")]
     pub pattern: String,
-    pub ttl: Span,
+    pub ttl: ConfigDuration,
 }
 
 /// Whether peers in other zones are asked for what a registry serves, where `peers.zones` lets them be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum FarPeers {
+pub enum CrossZonePeers {
     #[default]
     Always,
     /// Unless the registry was found to be faster.
@@ -84,7 +84,7 @@ pub enum FarPeers {
 /// What becomes of a blob that is being fetched when everybody who asked for it has left.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Abandoned {
+pub enum OnClientAbort {
     /// Fetching stops, unless little is left; what is there is kept for a while.
     #[default]
     Keep,
@@ -95,7 +95,7 @@ pub enum Abandoned {
 /// Who may have what a rule can pull.
 #[derive(Debug, Clone, Copy, PartialEq, Default, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum RuleAccess {
+pub enum Authorization {
     /// Every caller.
     #[default]
     Shared,
@@ -103,25 +103,25 @@ pub enum RuleAccess {
     Client,
 }
 
-impl Rule {
+impl RuleConfig {
     /// The rule that stands behind all others.
-    pub fn implicit(unlisted: Unlisted) -> Self {
+    pub fn implicit(unlisted: UnlistedRegistries) -> Self {
         Self {
-            pattern: Matching::any(),
+            pattern: RulePattern::any(),
             alias: Vec::new(),
             upstreams: Vec::new(),
             credentials: None,
             ca: None,
             client_cert: None,
-            deny: unlisted == Unlisted::Deny,
-            access: RuleAccess::Shared,
+            deny: unlisted == UnlistedRegistries::Deny,
+            access: Authorization::Shared,
             tag_ttl: default_tag_ttl(),
             tags: Vec::new(),
             immutable_tags: Vec::new(),
             stale_for: default_stale_for(),
             negative_ttl: default_negative_ttl(),
-            abandoned: Abandoned::Keep,
-            far_peers: FarPeers::Always,
+            abandoned: OnClientAbort::Keep,
+            far_peers: CrossZonePeers::Always,
         }
     }
 
@@ -136,7 +136,7 @@ impl Rule {
         for upstream in &self.upstreams {
             upstream.check(&self.pattern).map_err(|problem| ("registry.upstreams", problem))?;
         }
-        if self.access == RuleAccess::Client {
+        if self.access == Authorization::Client {
             self.check_clients_access().map_err(|(key, problem)| (key, problem.to_owned()))?;
         }
         let one_secret = self.credentials.as_ref().is_some_and(Credentials::is_one_secret);
@@ -185,14 +185,14 @@ impl Rule {
     }
 }
 
-fn default_tag_ttl() -> Span {
-    Span::seconds(60)
+fn default_tag_ttl() -> ConfigDuration {
+    ConfigDuration::seconds(60)
 }
 
-fn default_stale_for() -> Span {
-    Span::seconds(30 * 24 * 3600)
+fn default_stale_for() -> ConfigDuration {
+    ConfigDuration::seconds(30 * 24 * 3600)
 }
 
-fn default_negative_ttl() -> Span {
-    Span::seconds(2)
+fn default_negative_ttl() -> ConfigDuration {
+    ConfigDuration::seconds(2)
 }

@@ -147,7 +147,7 @@ fn errors_name_file_line_and_key() {
 fn what_only_the_start_can_know_is_told_with_its_line() {
     let peers =
         "[[registry]]\nmatch = \"reg.corp\"\naccess = \"client\"\n[peers]\nlisten = \"0.0.0.0:1\"\nservice = \"a.b\"\n";
-    let text = Text::new(peers, "dray.toml");
+    let text = SourceText::new(peers, "dray.toml");
     let mut config = text.parse().unwrap();
     let message = text.locate(config.check_together().unwrap_err()).to_string();
     for want in ["dray.toml:3: registry.access", "reg.corp", "peers.key_file", "--peers-key-file", "peers.mtls"] {

@@ -9,14 +9,14 @@ use super::{Config, ConfigError};
 
 /// What a file says, before it is understood.
 #[derive(Debug)]
-pub struct Text {
+pub struct SourceText {
     file: String,
     text: String,
 }
 
 /// A key that makes no sense beside others.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Wrong {
+pub struct KeyConflict {
     /// The byte at which the rule begins that it belongs to.
     pub(super) rule: Option<usize>,
     /// With its table, such as `cache.disk`.
@@ -26,7 +26,7 @@ pub struct Wrong {
 
 // === impl Text ===
 
-impl Text {
+impl SourceText {
     pub fn read(path: &Path) -> Result<Self, ConfigError> {
         let file = path.display().to_string();
         match std::fs::read_to_string(path) {
@@ -54,7 +54,7 @@ impl Text {
     }
 
     /// Says where it stands that something is wrong.
-    pub fn locate(&self, wrong: Wrong) -> ConfigError {
+    pub fn locate(&self, wrong: KeyConflict) -> ConfigError {
         let Some(line) = self.line_of(&wrong) else {
             // A flag or a variable has brought it.
             return ConfigError::Invalid { place: self.file.clone(), wrong, written: String::new() };
@@ -73,7 +73,7 @@ impl Text {
     }
 
     /// The line of a key, or else of its table.
-    fn line_of(&self, wrong: &Wrong) -> Option<usize> {
+    fn line_of(&self, wrong: &KeyConflict) -> Option<usize> {
         let (table, key) = wrong.key.rsplit_once('.').unwrap_or(("", wrong.key));
         let lines: Vec<&str> = self.text.lines().map(str::trim_start).collect();
         let head = match wrong.rule {
@@ -104,7 +104,7 @@ fn says(line: &str, key: &str) -> bool {
 
 // === impl Wrong ===
 
-impl Wrong {
+impl KeyConflict {
     pub(super) fn new(key: &'static str, problem: impl Into<String>) -> Self {
         Self { rule: None, key, problem: problem.into() }
     }
@@ -115,7 +115,7 @@ impl Wrong {
     }
 }
 
-impl fmt::Display for Wrong {
+impl fmt::Display for KeyConflict {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}: {}", self.key, self.problem)
     }
@@ -145,7 +145,7 @@ deny = true
 
     #[test]
     fn a_key_is_found_or_else_its_table() {
-        let text = Text::new(TEXT, "x");
+        let text = SourceText::new(TEXT, "x");
         let rules: Vec<usize> = TEXT.match_indices("[[registry]]").map(|(at, _)| at).collect();
         for (rule, key, line) in [
             (None, "admin", Some(2)),
@@ -160,16 +160,16 @@ deny = true
             (None, "listen", None),
             (None, "peers.listen", None),
         ] {
-            let wrong = Wrong { rule, key, problem: String::new() };
+            let wrong = KeyConflict { rule, key, problem: String::new() };
             assert_eq!(text.line_of(&wrong), line, "{key}");
         }
     }
 
     #[test]
     fn what_was_written_is_shown() {
-        let error = Text::new(TEXT, "x.toml").locate(Wrong::new("tls.cert", "is nothing"));
+        let error = SourceText::new(TEXT, "x.toml").locate(KeyConflict::new("tls.cert", "is nothing"));
         assert_eq!(error.to_string(), "x.toml:5: tls.cert: is nothing\n  5 | cert = \"c\"");
-        let error = Text::new(TEXT, "x.toml").locate(Wrong::new("peers.listen", "is nothing"));
+        let error = SourceText::new(TEXT, "x.toml").locate(KeyConflict::new("peers.listen", "is nothing"));
         assert_eq!(error.to_string(), "x.toml: peers.listen: is nothing");
     }
 }

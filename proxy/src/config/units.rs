@@ -13,7 +13,7 @@ pub struct Size(pub u64);
 
 /// A part of a disk: a number of bytes, or percent of its file system.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Share {
+pub enum DiskShare {
     Size(Size),
     /// From 1 to 100.
     Percent(u8),
@@ -21,7 +21,7 @@ pub enum Share {
 
 /// A duration with its unit: `"90s"`, `"5m"`, `"1h 30m"`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Span(pub Duration);
+pub struct ConfigDuration(pub Duration);
 
 const UNITS: [(&str, u32); 5] = [("TiB", 40), ("GiB", 30), ("MiB", 20), ("KiB", 10), ("B", 0)];
 
@@ -46,7 +46,7 @@ impl std::str::FromStr for Size {
 
 impl<'de> Deserialize<'de> for Size {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        deserializer.deserialize_str(WithUnit(SIZE))?.parse().map_err(D::Error::custom)
+        deserializer.deserialize_str(UnitText(SIZE))?.parse().map_err(D::Error::custom)
     }
 }
 
@@ -62,7 +62,7 @@ impl fmt::Display for Size {
 
 // === impl Share ===
 
-impl Share {
+impl DiskShare {
     /// Whether it is less than so many bytes on every disk.
     pub fn is_below(self, least: Size) -> bool {
         matches!(self, Self::Size(size) if size < least)
@@ -77,7 +77,7 @@ impl Share {
     }
 }
 
-impl std::str::FromStr for Share {
+impl std::str::FromStr for DiskShare {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
@@ -89,13 +89,13 @@ impl std::str::FromStr for Share {
     }
 }
 
-impl<'de> Deserialize<'de> for Share {
+impl<'de> Deserialize<'de> for DiskShare {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        deserializer.deserialize_str(WithUnit(SIZE))?.parse().map_err(D::Error::custom)
+        deserializer.deserialize_str(UnitText(SIZE))?.parse().map_err(D::Error::custom)
     }
 }
 
-impl fmt::Display for Share {
+impl fmt::Display for DiskShare {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Size(size) => size.fmt(f),
@@ -106,15 +106,15 @@ impl fmt::Display for Share {
 
 // === impl Span ===
 
-impl Span {
+impl ConfigDuration {
     pub(super) const fn seconds(seconds: u64) -> Self {
         Self(Duration::from_secs(seconds))
     }
 }
 
-impl<'de> Deserialize<'de> for Span {
+impl<'de> Deserialize<'de> for ConfigDuration {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let text = deserializer.deserialize_str(WithUnit(DURATION))?;
+        let text = deserializer.deserialize_str(UnitText(DURATION))?;
         humantime::parse_duration(&text).map(Self).map_err(|_| {
             D::Error::custom(format!("\"{text}\" is no duration: write it with a unit, such as \"90s\" or \"5m\""))
         })
@@ -122,12 +122,12 @@ impl<'de> Deserialize<'de> for Span {
 }
 
 /// A text with a number and a unit, which people forget. Says what to write instead of a number.
-struct WithUnit(fn(i64) -> String);
+struct UnitText(fn(i64) -> String);
 
 const SIZE: fn(i64) -> String = |_| "a size such as \"20GiB\"".to_owned();
 const DURATION: fn(i64) -> String = |number| format!("\"{number}s\"");
 
-impl Visitor<'_> for WithUnit {
+impl Visitor<'_> for UnitText {
     type Value = String;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

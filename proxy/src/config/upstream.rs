@@ -4,7 +4,7 @@ use std::fmt;
 
 use serde::de::{Deserialize, Deserializer, Error};
 
-use super::Matching;
+use super::RulePattern;
 use crate::oci::{Registry, Repository};
 
 /// Where a registry's content is fetched from, as written in the configuration.
@@ -18,12 +18,12 @@ pub struct Upstream {
     /// The repository at the upstream, with `{repo}` for the one that was asked for, `{registry}` for its registry, or
     /// `{rest}` for what the rule's star stands for.
     template: Option<String>,
-    naming: Naming,
+    naming: RegistryParameter,
 }
 
 /// Whether the upstream is told the registry beside the repository.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Naming {
+enum RegistryParameter {
     ByPath,
     /// `?ns={registry}`: another mirror, such as a dray.
     ByNamespace,
@@ -42,11 +42,17 @@ const BY_NAMESPACE: &str = "ns={registry}";
 impl Upstream {
     /// An upstream that keeps repository names.
     pub fn new(scheme: Scheme, authority: impl Into<String>) -> Self {
-        Self { scheme, authority: authority.into(), root: ROOT.to_owned(), template: None, naming: Naming::ByPath }
+        Self {
+            scheme,
+            authority: authority.into(),
+            root: ROOT.to_owned(),
+            template: None,
+            naming: RegistryParameter::ByPath,
+        }
     }
 
     /// The repository's path at the upstream.
-    pub fn repository(&self, matching: &Matching, registry: &Registry, repository: &Repository) -> String {
+    pub fn repository(&self, matching: &RulePattern, registry: &Registry, repository: &Repository) -> String {
         let rest = matching.rest(repository).unwrap_or(repository.as_str());
         match &self.template {
             Some(template) => template
@@ -60,11 +66,11 @@ impl Upstream {
     /// The query by which the upstream is told the registry.
     pub fn namespace(&self, registry: &Registry) -> Option<String> {
         let value = || url::form_urlencoded::byte_serialize(registry.as_str().as_bytes()).collect::<String>();
-        (self.naming == Naming::ByNamespace).then(|| format!("ns={}", value()))
+        (self.naming == RegistryParameter::ByNamespace).then(|| format!("ns={}", value()))
     }
 
     /// Whether its path makes sense for what a rule matches. An error: why not.
-    pub fn check(&self, matching: &Matching) -> Result<(), String> {
+    pub fn check(&self, matching: &RulePattern) -> Result<(), String> {
         let Some(template) = &self.template else { return Ok(()) };
         let holds = |placeholder: &str| template.matches(placeholder).count();
         let places = holds("{repo}") + holds("{rest}");
@@ -128,8 +134,8 @@ impl std::str::FromStr for Upstream {
         }
         let (text_without_query, query) = text.split_once('?').unwrap_or((text, ""));
         let naming = match query {
-            "" => Naming::ByPath,
-            BY_NAMESPACE => Naming::ByNamespace,
+            "" => RegistryParameter::ByPath,
+            BY_NAMESPACE => RegistryParameter::ByNamespace,
             _ => return Err(format!("upstream \"{text}\": the only query that has a place here is ?{BY_NAMESPACE}")),
         };
         if url.fragment().is_some() {
@@ -179,7 +185,7 @@ impl fmt::Display for Upstream {
             f.write_str(&self.root)?;
         }
         self.template.as_ref().map_or(Ok(()), |template| write!(f, "/{template}"))?;
-        if self.naming == Naming::ByNamespace { write!(f, "?{BY_NAMESPACE}") } else { Ok(()) }
+        if self.naming == RegistryParameter::ByNamespace { write!(f, "?{BY_NAMESPACE}") } else { Ok(()) }
     }
 }
 
@@ -199,7 +205,7 @@ mod tests {
             ("https://ghcr.io/{repo}-mirror", "team/app-mirror"),
         ] {
             let upstream = text.parse::<Upstream>().unwrap();
-            assert_eq!(upstream.repository(&Matching::any(), &quay(), &repo), want, "{text}");
+            assert_eq!(upstream.repository(&RulePattern::any(), &quay(), &repo), want, "{text}");
         }
     }
 
@@ -216,9 +222,9 @@ mod tests {
             ("http://parent:5050/v2?ns={registry}", "http://parent:5050/v2", "team/app", Some("ns=quay.io")),
         ] {
             let upstream: Upstream = text.parse().unwrap();
-            assert_eq!(upstream.check(&Matching::any()), Ok(()), "{text}");
+            assert_eq!(upstream.check(&RulePattern::any()), Ok(()), "{text}");
             assert_eq!((upstream.api().as_str(), upstream.namespace(&quay()).as_deref()), (api, query), "{text}");
-            assert_eq!(upstream.repository(&Matching::any(), &quay(), &repo), want, "{text}");
+            assert_eq!(upstream.repository(&RulePattern::any(), &quay(), &repo), want, "{text}");
         }
     }
 
@@ -236,7 +242,7 @@ mod tests {
         ] {
             let upstream: Upstream = text.parse().unwrap();
             assert_eq!(upstream.api(), api, "{text}");
-            assert_eq!(upstream.repository(&Matching::any(), &quay(), &repo), want, "{text}");
+            assert_eq!(upstream.repository(&RulePattern::any(), &quay(), &repo), want, "{text}");
             assert_eq!(upstream.to_string(), text.trim_end_matches('/'));
         }
     }
@@ -244,7 +250,7 @@ mod tests {
     #[test]
     fn what_has_moved_is_found() {
         let name = |matching: &str, upstream: &str| {
-            let (matching, upstream): (Matching, Upstream) = (matching.parse().unwrap(), upstream.parse().unwrap());
+            let (matching, upstream): (RulePattern, Upstream) = (matching.parse().unwrap(), upstream.parse().unwrap());
             upstream
                 .check(&matching)
                 .map(|()| upstream.repository(&matching, &quay(), &"team/sub/app".parse().unwrap()))

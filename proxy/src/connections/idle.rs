@@ -8,16 +8,16 @@ use parking_lot::Mutex;
 use tokio::sync::oneshot;
 
 #[derive(Default)]
-pub(super) struct Idle(Mutex<Waiting>);
+pub(super) struct Idle(Mutex<IdleState>);
 
 #[derive(Default)]
-struct Waiting {
+struct IdleState {
     next: u64,
     connections: BTreeMap<u64, (Option<IpAddr>, oneshot::Sender<()>)>,
 }
 
 /// A connection's place among them, until it is dropped.
-pub(super) struct Entry {
+pub(super) struct IdleEntry {
     idle: Arc<Idle>,
     nth: u64,
     closed: oneshot::Receiver<()>,
@@ -25,27 +25,27 @@ pub(super) struct Entry {
 
 /// Whose connection is to be closed.
 #[derive(Clone, Copy)]
-pub(super) enum Whose {
+pub(super) enum CloseTarget {
     Anybodys,
     Clients(Option<IpAddr>),
 }
 
 impl Idle {
-    pub(super) fn enter(self: &Arc<Self>, client: Option<IpAddr>) -> Entry {
+    pub(super) fn enter(self: &Arc<Self>, client: Option<IpAddr>) -> IdleEntry {
         let (sender, closed) = oneshot::channel();
         let mut waiting = self.0.lock();
         let nth = waiting.next;
         waiting.next += 1;
         waiting.connections.insert(nth, (client, sender));
-        Entry { idle: self.clone(), nth, closed }
+        IdleEntry { idle: self.clone(), nth, closed }
     }
 
     /// Closes the connection that has waited longest. False: none waits.
-    pub(super) fn close_oldest(&self, whose: Whose) -> bool {
+    pub(super) fn close_oldest(&self, whose: CloseTarget) -> bool {
         let mut waiting = self.0.lock();
         let is_meant = |client: Option<IpAddr>| match whose {
-            Whose::Anybodys => true,
-            Whose::Clients(of) => client == of,
+            CloseTarget::Anybodys => true,
+            CloseTarget::Clients(of) => client == of,
         };
         let oldest = waiting.connections.iter().find(|(_, (client, _))| is_meant(*client)).map(|(nth, _)| *nth);
         let closed = oldest.and_then(|nth| waiting.connections.remove(&nth));
@@ -53,7 +53,7 @@ impl Idle {
     }
 }
 
-impl Entry {
+impl IdleEntry {
     /// Ends when the connection is to be closed.
     pub(super) async fn closed(&mut self) {
         if (&mut self.closed).await.is_err() {
@@ -62,7 +62,7 @@ impl Entry {
     }
 }
 
-impl Drop for Entry {
+impl Drop for IdleEntry {
     fn drop(&mut self) {
         self.idle.0.lock().connections.remove(&self.nth);
     }
@@ -79,11 +79,11 @@ mod tests {
         let idle = Arc::new(Idle::default());
         let client = |nth: u8| Some(IpAddr::from([192, 0, 2, nth]));
         let mut entries = [1, 2, 2, 1].map(|nth| idle.enter(client(nth)));
-        assert!(idle.close_oldest(Whose::Clients(client(2))) && idle.close_oldest(Whose::Anybodys));
+        assert!(idle.close_oldest(CloseTarget::Clients(client(2))) && idle.close_oldest(CloseTarget::Anybodys));
         let closed = entries.each_mut().map(|entry| entry.closed().now_or_never().is_some());
         assert_eq!(closed, [true, true, false, false]);
-        assert!(!idle.close_oldest(Whose::Clients(client(3))));
+        assert!(!idle.close_oldest(CloseTarget::Clients(client(3))));
         drop(entries);
-        assert!(!idle.close_oldest(Whose::Anybodys) && idle.0.lock().connections.is_empty());
+        assert!(!idle.close_oldest(CloseTarget::Anybodys) && idle.0.lock().connections.is_empty());
     }
 }

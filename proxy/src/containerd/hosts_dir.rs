@@ -20,8 +20,8 @@ pub use self::change::{Action, Change};
 use self::marker::MARKER;
 pub use self::marker::Marker;
 pub use self::remark::Remark;
-use super::hosts_toml::{self, Certificates, Mirrors, State};
-use super::tree::{self, Lock, Owner};
+use super::hosts_toml::{self, Certificates, EditState, Mirrors};
+use super::tree::{self, FileOwner, Lock};
 use crate::oci::Registry;
 use crate::times::SERVICE_TIMEOUT;
 
@@ -32,7 +32,7 @@ pub struct HostsDir {
 
 /// Which registries are sent to the mirror.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Registries {
+pub enum MirroredRegistries {
     /// All that have no directory of their own.
     Default,
     /// All: also those that have a directory of their own.
@@ -50,7 +50,7 @@ pub enum Mode {
 
 /// What a command did or would do.
 #[derive(Debug, Default)]
-pub struct Outcome {
+pub struct Changes {
     pub changes: Vec<Change>,
     pub remarks: Vec<Remark>,
 }
@@ -66,7 +66,7 @@ pub enum HostsError {
     #[error(
         "{0} belongs to {uid}:{gid} with mode {mode:04o}: {to}, as which dray runs, does not get to its own directory there. Let others in (chmod o+rx)", uid = .1.uid, gid = .1.gid, mode = .1.mode, to = .2.0
     )]
-    Closed(PathBuf, Owner, (u32, u32)),
+    Closed(PathBuf, FileOwner, (u32, u32)),
     #[error("{0} is a registry on this machine: containerd asks it itself, and no mirror reaches it")]
     Local(String),
     #[error("\"{0}\" is no registry host such as docker.io or registry.corp:5000")]
@@ -92,13 +92,18 @@ impl HostsDir {
     }
 
     /// Sends containerd to the mirrors first. What is there stays there, after them.
-    pub fn install(&self, mirrors: &Mirrors, registries: &Registries, mode: Mode) -> Result<Outcome, HostsError> {
+    pub fn install(
+        &self,
+        mirrors: &Mirrors,
+        registries: &MirroredRegistries,
+        mode: Mode,
+    ) -> Result<Changes, HostsError> {
         let _lock = self.lock(mode)?;
-        let mut outcome = Outcome::default();
+        let mut outcome = Changes::default();
         for dir in self.wanted(registries)? {
             self.install_in(&dir, mirrors, &mut outcome)?;
         }
-        if *registries == Registries::Default {
+        if *registries == MirroredRegistries::Default {
             for dir in self.others()? {
                 let text = match read(&dir.join(HOSTS)) {
                     // Others' secrets may stand in it: whoever may not read it can say that much.
@@ -117,12 +122,12 @@ impl HostsDir {
     }
 
     /// Takes back what install wrote, and nothing else.
-    pub fn uninstall(&self, mode: Mode) -> Result<Outcome, HostsError> {
+    pub fn uninstall(&self, mode: Mode) -> Result<Changes, HostsError> {
         if !self.root.is_dir() {
-            return Ok(Outcome::default());
+            return Ok(Changes::default());
         }
         let _lock = self.lock(mode)?;
-        let mut outcome = Outcome::default();
+        let mut outcome = Changes::default();
         for dir in self.directories()? {
             self.uninstall_in(&dir, &mut outcome)?;
             self.give_back(&dir, &mut outcome)?;
@@ -135,10 +140,10 @@ impl HostsDir {
 
     /// Takes back the lines for all registries, for as long as the mirror is not there. A directory that was
     /// handed over stays as it is.
-    pub fn withdraw(&self) -> Result<Outcome, HostsError> {
+    pub fn withdraw(&self) -> Result<Changes, HostsError> {
         let dir = self.root.join(DEFAULT);
         if !dir.is_dir() {
-            return Ok(Outcome::default());
+            return Ok(Changes::default());
         }
         // Whoever holds the lock, or has closed the hosts directory since: nobody may be left with a dead mirror.
         let is_in_the_way =
@@ -147,7 +152,7 @@ impl HostsDir {
             Err(HostsError::Io(_, error)) if is_in_the_way(&error) => None,
             lock => Some(lock?),
         };
-        let mut outcome = Outcome::default();
+        let mut outcome = Changes::default();
         self.uninstall_in(&dir, &mut outcome)?;
         if Marker::of(&dir)?.is_some_and(|marker| !marker.handed_over) {
             self.give_back(&dir, &mut outcome)?;
@@ -156,16 +161,16 @@ impl HostsDir {
     }
 
     /// Gives `_default` to the user that dray runs as, who then needs no other right than to get there.
-    pub fn hand_over(&self, to: (u32, u32), mode: Mode) -> Result<Outcome, HostsError> {
+    pub fn hand_over(&self, to: (u32, u32), mode: Mode) -> Result<Changes, HostsError> {
         let _lock = self.lock(mode)?;
         let path = self.root.join(DEFAULT);
         let known = if path.is_dir() { Marker::of(&path)? } else { None };
-        let root = Owner::of(&self.root).map_err(|e| HostsError::Io(self.root.clone(), e))?;
+        let root = FileOwner::of(&self.root).map_err(|e| HostsError::Io(self.root.clone(), e))?;
         // What an earlier one was let into was closed before that.
         let before = Marker::of(&self.root)?.and_then(|marker| marker.before).unwrap_or(root);
-        let mut outcome = Outcome::default();
+        let mut outcome = Changes::default();
         let is_done = known.is_some_and(|known| known.handed_over)
-            && Owner::of(&path).is_ok_and(|owner| (owner.uid, owner.gid) == to);
+            && FileOwner::of(&path).is_ok_and(|owner| (owner.uid, owner.gid) == to);
         if !is_done {
             outcome.add(path, Action::HandOver { to, known }, String::new(), String::new());
         }
@@ -222,12 +227,12 @@ impl HostsDir {
         Ok(lock)
     }
 
-    fn wanted(&self, registries: &Registries) -> Result<Vec<PathBuf>, HostsError> {
+    fn wanted(&self, registries: &MirroredRegistries) -> Result<Vec<PathBuf>, HostsError> {
         let default = self.root.join(DEFAULT);
         match registries {
-            Registries::Default => Ok(vec![default]),
-            Registries::Every => Ok([default].into_iter().chain(self.others()?).collect()),
-            Registries::Named(names) => {
+            MirroredRegistries::Default => Ok(vec![default]),
+            MirroredRegistries::Every => Ok([default].into_iter().chain(self.others()?).collect()),
+            MirroredRegistries::Named(names) => {
                 // Docker Hub may be named twice.
                 let dirs: Result<BTreeSet<_>, _> = names.iter().map(|name| self.dir_of(name)).collect();
                 Ok(dirs?.into_iter().collect())
@@ -251,7 +256,7 @@ impl HostsDir {
         Ok(underscored.unwrap_or_else(|| self.root.join(registry)))
     }
 
-    fn install_in(&self, dir: &Path, mirrors: &Mirrors, outcome: &mut Outcome) -> Result<(), HostsError> {
+    fn install_in(&self, dir: &Path, mirrors: &Mirrors, outcome: &mut Changes) -> Result<(), HostsError> {
         if dir.is_symlink() && !dir.exists() {
             let why = io::Error::new(io::ErrorKind::NotFound, "a symbolic link that leads nowhere: remove it");
             return Err(HostsError::Io(dir.to_owned(), why));
@@ -268,7 +273,7 @@ impl HostsDir {
         let (path, kept) = (dir.join(HOSTS), dir.join(KEPT));
         let present = read(&path)?;
         let earlier = present.as_deref().and_then(hosts_toml::without);
-        if earlier.as_ref().is_some_and(|earlier| earlier.state == State::Edited) {
+        if earlier.as_ref().is_some_and(|earlier| earlier.state == EditState::Edited) {
             outcome.remarks.push(Remark::Edited(path));
             return Ok(());
         }
@@ -292,7 +297,7 @@ impl HostsDir {
         Ok(())
     }
 
-    fn uninstall_in(&self, dir: &Path, outcome: &mut Outcome) -> Result<(), HostsError> {
+    fn uninstall_in(&self, dir: &Path, outcome: &mut Changes) -> Result<(), HostsError> {
         let (path, kept) = (dir.join(HOSTS), dir.join(KEPT));
         // dray wrote text: what is none is somebody else's.
         let (was, present) = (readable(&kept)?, readable(&path)?);
@@ -304,7 +309,7 @@ impl HostsDir {
             }
             return Ok(());
         };
-        if earlier.state == State::Edited {
+        if earlier.state == EditState::Edited {
             outcome.remarks.push(Remark::Edited(path));
             return Ok(());
         }
@@ -322,7 +327,7 @@ impl HostsDir {
     }
 
     /// A directory that dray made goes if nothing else is in it, one that it was handed goes back.
-    fn give_back(&self, dir: &Path, outcome: &mut Outcome) -> Result<(), HostsError> {
+    fn give_back(&self, dir: &Path, outcome: &mut Changes) -> Result<(), HostsError> {
         let Some(marker) = Marker::of(dir)? else { return Ok(()) };
         let going = |name: &Path| {
             outcome.changes.iter().any(|change| {
@@ -340,7 +345,7 @@ impl HostsDir {
             }
             // Somebody has put something there since.
             None => {
-                let owner = Owner::of(&self.root).map_err(|e| HostsError::Io(self.root.clone(), e))?;
+                let owner = FileOwner::of(&self.root).map_err(|e| HostsError::Io(self.root.clone(), e))?;
                 outcome.add(path, Action::GiveBack(owner), nothing.clone(), nothing);
             }
             Some(owner) => outcome.add(path, Action::GiveBack(owner), nothing.clone(), nothing),
@@ -356,7 +361,7 @@ fn extended(was: &str, block: &str) -> String {
     hosts_toml::with(was, block, &mirrors).unwrap_or_default()
 }
 
-impl Outcome {
+impl Changes {
     fn add(&mut self, path: PathBuf, action: Action, before: String, after: String) {
         self.changes.push(Change { path, action, before, after });
     }

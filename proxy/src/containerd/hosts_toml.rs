@@ -30,22 +30,22 @@ pub struct Certificates {
 
 /// A file with dray's lines taken out.
 #[derive(Debug, PartialEq, Eq)]
-pub struct Without {
+pub struct StrippedFile {
     pub rest: String,
     pub block: String,
-    pub state: State,
+    pub state: EditState,
 }
 
 /// Whether a person has edited dray's lines.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum State {
+pub enum EditState {
     AsWritten,
     Edited,
 }
 
 /// Why dray's lines cannot be put into a file.
 #[derive(Debug, Clone, thiserror::Error, PartialEq, Eq)]
-pub enum Unfit {
+pub enum UnsupportedFile {
     #[error("it is not valid TOML, so containerd ignores it: {0}")]
     NotToml(String),
     #[error("it sends containerd to {0} already")]
@@ -113,20 +113,20 @@ impl Certificates {
 }
 
 /// A file with dray's lines before the first of its hosts.
-pub fn with(text: &str, block: &str, mirrors: &Mirrors) -> Result<String, Unfit> {
+pub fn with(text: &str, block: &str, mirrors: &Mirrors) -> Result<String, UnsupportedFile> {
     let before = parse(text)?;
     let hosts = before.get("host").and_then(Value::as_table);
     if let Some(there) =
         mirrors.hosts.iter().find(|mirror| hosts.is_some_and(|hosts| hosts.contains_key(mirror.as_str())))
     {
-        return Err(Unfit::AlreadyThere(there.to_string()));
+        return Err(UnsupportedFile::AlreadyThere(there.to_string()));
     }
     let at = first_table(text);
     let (head, tail) = text.split_at(at);
     let newline = if head.is_empty() || head.ends_with('\n') { "" } else { "\n" };
     let extended = format!("{head}{newline}{block}{tail}");
     // containerd takes the order of hosts from their tables, and what stood there must still mean the same.
-    let mut after = parse(&extended).map_err(|_| Unfit::NoTables)?;
+    let mut after = parse(&extended).map_err(|_| UnsupportedFile::NoTables)?;
     let mut ours = parse(block)?;
     let taken = after.get_mut("host").and_then(Value::as_table_mut).map(|hosts| {
         mirrors.hosts.iter().for_each(|mirror| drop(hosts.remove(mirror.as_str())));
@@ -137,27 +137,27 @@ pub fn with(text: &str, block: &str, mirrors: &Mirrors) -> Result<String, Unfit>
     }
     ours.remove("host");
     ours.keys().filter(|key| !before.contains_key(*key)).for_each(|key| drop(after.remove(key)));
-    if after == before { Ok(extended) } else { Err(Unfit::NoTables) }
+    if after == before { Ok(extended) } else { Err(UnsupportedFile::NoTables) }
 }
 
 /// A file without dray's lines. None: it has none.
-pub fn without(text: &str) -> Option<Without> {
+pub fn without(text: &str) -> Option<StrippedFile> {
     let start = if text.starts_with(BEGIN) { 0 } else { text.find(&format!("\n{BEGIN}"))? + 1 };
     let block = &text[start..];
     let Some(end) = block.find(END).map(|end| end + END.len()) else {
         let (rest, block) = (text[..start].to_owned(), block.to_owned());
-        return Some(Without { rest, block, state: State::Edited });
+        return Some(StrippedFile { rest, block, state: EditState::Edited });
     };
     let block = &block[..end];
     let (head, lines) = block.split_once('\n')?;
     let lines = lines.strip_suffix(END)?;
     let sum = head.strip_prefix(BEGIN).and_then(|head| head.get(..16));
     let state = match sum.and_then(|sum| u64::from_str_radix(sum, 16).ok()) {
-        Some(sum) if sum == xxh64(lines.as_bytes(), 0) => State::AsWritten,
-        _ => State::Edited,
+        Some(sum) if sum == xxh64(lines.as_bytes(), 0) => EditState::AsWritten,
+        _ => EditState::Edited,
     };
     let rest = format!("{}{}", &text[..start], &text[start + end..]);
-    Some(Without { rest, block: block.to_owned(), state })
+    Some(StrippedFile { rest, block: block.to_owned(), state })
 }
 
 /// The URLs that a file names, in the order of their tables, and the registry that comes last if it names one.
@@ -292,8 +292,8 @@ fn headers(text: &str) -> impl Iterator<Item = (usize, &str)> {
         .map(|(start, line)| (start, line.trim_start()))
 }
 
-fn parse(text: &str) -> Result<Table, Unfit> {
-    text.parse().map_err(|error: toml::de::Error| Unfit::NotToml(error.message().to_owned()))
+fn parse(text: &str) -> Result<Table, UnsupportedFile> {
+    text.parse().map_err(|error: toml::de::Error| UnsupportedFile::NotToml(error.message().to_owned()))
 }
 
 fn quoted(text: &str) -> String {
@@ -340,7 +340,7 @@ mod tests {
             let extended = with(text, &block(), &mirrors()).unwrap_or_else(|e| panic!("{text}: {e}"));
             assert_eq!(hosts(&extended)[0], "http://127.0.0.1:5050", "{extended}");
             let back = without(&extended).unwrap();
-            assert_eq!((back.rest.as_str(), back.state), (text, State::AsWritten));
+            assert_eq!((back.rest.as_str(), back.state), (text, EditState::AsWritten));
             assert_eq!(back.block, block());
         }
         // Lines have to end somewhere.
@@ -352,19 +352,22 @@ mod tests {
     #[test]
     fn what_cannot_be_extended_says_why() {
         let unfit = |text: &str| with(text, &block(), &mirrors()).unwrap_err();
-        assert!(matches!(unfit("server = "), Unfit::NotToml(_)));
-        assert_eq!(unfit("host = { \"https://a\" = {} }"), Unfit::NoTables);
-        assert_eq!(unfit("[host.\"http://127.0.0.1:5050\"]"), Unfit::AlreadyThere("http://127.0.0.1:5050".into()));
+        assert!(matches!(unfit("server = "), UnsupportedFile::NotToml(_)));
+        assert_eq!(unfit("host = { \"https://a\" = {} }"), UnsupportedFile::NoTables);
+        assert_eq!(
+            unfit("[host.\"http://127.0.0.1:5050\"]"),
+            UnsupportedFile::AlreadyThere("http://127.0.0.1:5050".into())
+        );
     }
 
     #[test]
     fn what_a_person_edited_is_noticed() {
         let edited = block().replace("1s", "9s");
-        assert_eq!(without(&edited).unwrap().state, State::Edited);
-        assert_eq!(without(&block().replace(END, "")).unwrap().state, State::Edited);
+        assert_eq!(without(&edited).unwrap().state, EditState::Edited);
+        assert_eq!(without(&block().replace(END, "")).unwrap().state, EditState::Edited);
         let added = format!("# mine\n{}[host.\"https://b\"]\n", block());
         let without = without(&added).unwrap();
-        assert_eq!((without.state, without.rest.as_str()), (State::AsWritten, "# mine\n[host.\"https://b\"]\n"));
+        assert_eq!((without.state, without.rest.as_str()), (EditState::AsWritten, "# mine\n[host.\"https://b\"]\n"));
     }
 
     #[test]

@@ -5,12 +5,12 @@
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
-use crate::sentinel::{REGISTRY, REPOSITORY};
+use crate::probe_image::{REGISTRY, REPOSITORY};
 use crate::times::SERVICE_TIMEOUT;
 
 /// What a mirror answers to a request such as containerd's.
 #[derive(Debug)]
-pub enum Answer {
+pub enum MirrorResponse {
     /// It is a dray.
     Dray,
     /// Something else answers there.
@@ -21,7 +21,7 @@ pub enum Answer {
 
 /// What became of a pull through the runtime.
 #[derive(Debug)]
-pub enum Pull {
+pub enum RuntimePull {
     Came,
     Failed(String),
     /// There is no way to ask the runtime from here.
@@ -32,12 +32,14 @@ pub enum Pull {
 const CRICTL: [&str; 3] = ["/usr/local/bin/crictl", "/var/lib/rancher/rke2/bin/crictl", "/opt/bin/crictl"];
 
 /// Asks a mirror as containerd does.
-pub async fn ask(mirror: &str, authority: Option<&Path>) -> Answer {
+pub async fn ask(mirror: &str, authority: Option<&Path>) -> MirrorResponse {
     let url = format!("{mirror}/v2/{REPOSITORY}/manifests/check?ns={REGISTRY}");
     match head(&url, authority).await {
-        Ok(response) if response.status() == 200 && response.headers().contains_key("x-dray-source") => Answer::Dray,
-        Ok(response) => Answer::Other(response.status().as_u16()),
-        Err(error) => Answer::Nobody(error),
+        Ok(response) if response.status() == 200 && response.headers().contains_key("x-dray-source") => {
+            MirrorResponse::Dray
+        }
+        Ok(response) => MirrorResponse::Other(response.status().as_u16()),
+        Err(error) => MirrorResponse::Nobody(error),
     }
 }
 
@@ -55,12 +57,15 @@ async fn head(url: &str, authority: Option<&Path>) -> Result<reqwest::Response, 
 }
 
 /// Pulls through the CRI plugin, as the kubelet does, and removes what came.
-pub fn pull(socket: &Path) -> Pull {
+pub fn pull(socket: &Path) -> RuntimePull {
     if !socket.exists() {
-        return Pull::NotTried(format!("{} is not there: containerd does not run, or elsewhere", socket.display()));
+        return RuntimePull::NotTried(format!(
+            "{} is not there: containerd does not run, or elsewhere",
+            socket.display()
+        ));
     }
     let Some(crictl) = crictl() else {
-        return Pull::NotTried("crictl is not installed".into());
+        return RuntimePull::NotTried("crictl is not installed".into());
     };
     // A tag of its own, since nothing may have been kept of an earlier one.
     let image = format!("{REGISTRY}/{REPOSITORY}:check-{:08x}", fastrand::u32(..));
@@ -73,10 +78,10 @@ pub fn pull(socket: &Path) -> Pull {
     match run(&["pull", &image]) {
         Ok(output) if output.status.success() => {
             let _ = run(&["rmi", &image]);
-            Pull::Came
+            RuntimePull::Came
         }
-        Ok(output) => Pull::Failed(last_line(&output)),
-        Err(error) => Pull::NotTried(format!("{}: {error}", crictl.display())),
+        Ok(output) => RuntimePull::Failed(last_line(&output)),
+        Err(error) => RuntimePull::NotTried(format!("{}: {error}", crictl.display())),
     }
 }
 

@@ -17,7 +17,7 @@ use rustix::io::Errno;
 
 /// Whose a directory or file is, and who may use it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Owner {
+pub struct FileOwner {
     pub uid: u32,
     pub gid: u32,
     pub mode: u32,
@@ -52,7 +52,7 @@ impl Lock {
     }
 }
 
-impl Owner {
+impl FileOwner {
     pub fn of(path: &Path) -> io::Result<Self> {
         let known = fs::symlink_metadata(path)?;
         // A link lets everybody do everything; what counts is the file that it leads to.
@@ -134,7 +134,7 @@ pub(super) fn remove_dir(dir: &Path) -> io::Result<()> {
 
 /// A file of our own, written anew or for the first time.
 pub(super) fn write(path: &Path, content: &str) -> io::Result<()> {
-    let owner = Owner::of(path).ok();
+    let owner = FileOwner::of(path).ok();
     let unfinished = beside(path);
     write_new(&unfinished, content, owner.map_or(0o644, |owner| owner.mode))?;
     if let Some(owner) = owner {
@@ -146,7 +146,7 @@ pub(super) fn write(path: &Path, content: &str) -> io::Result<()> {
 
 /// Somebody else's file gets a new content, and is itself kept as `kept`.
 pub(super) fn exchange(path: &Path, kept: &Path, content: &str) -> io::Result<()> {
-    let owner = Owner::of(path)?;
+    let owner = FileOwner::of(path)?;
     let _ = fs::remove_file(kept);
     write_new(kept, content, owner.mode)?;
     keep_owner(kept, owner)?;
@@ -177,7 +177,7 @@ pub(super) fn sweep(dir: &Path) -> io::Result<()> {
 }
 
 /// Only who may give files away keeps the owner of one that it replaces.
-fn keep_owner(path: &Path, owner: Owner) -> io::Result<()> {
+fn keep_owner(path: &Path, owner: FileOwner) -> io::Result<()> {
     match owner.give(path) {
         Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
             fs::set_permissions(path, Permissions::from_mode(owner.mode))

@@ -1,7 +1,7 @@
 //! Brings a blob by several connections at once: each fetches a range, in whatever order they end.
 //!
-//! There are more connections only while they make it faster ([`Climb`]), ranges that readers wait
-//! for come first ([`Plan`]), and a source that breaks loses only its range. Where ranges are not
+//! There are more connections only while they make it faster ([`ConnectionScaler`]), ranges that readers wait
+//! for come first ([`RangePlan`]), and a source that breaks loses only its range. Where ranges are not
 //! understood, one connection brings the rest in order.
 
 mod lane;
@@ -15,14 +15,14 @@ use bytes::Bytes;
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
 
-use self::lane::{Fetched, Lane, Lost};
+use self::lane::{Lane, RangeLoss, RangeResult};
 use self::meter::Meter;
-use super::climb::{Climb, Width};
-use super::feed::{Connections, Feed, Sources};
-use super::flow::{Breaks, Flow};
-use super::write::Writer;
+use super::connection_scaler::{ConnectionCount, ConnectionScaler};
+use super::span_stream::{ConnectionMode, FillSources, SpanStream};
+use super::watched_body::{Breaks, WatchedBody};
+use super::write::BlobWriter;
 use super::{Fill, LITTLE_LEFT};
-use crate::config::Abandoned;
+use crate::config::OnClientAbort;
 use crate::oci::{Registry, Span};
 use crate::shares::{Share, Shares};
 use crate::source::{ServedFrom, SourceError};
@@ -31,7 +31,7 @@ use crate::times::{FIRST_PAUSE, GRACE, STILL, TICK};
 
 /// How the bytes ended.
 #[derive(Debug)]
-pub(super) enum Ended {
+pub(super) enum DownloadEnd {
     /// All were brought.
     Complete,
     /// Nobody wants them any more.
@@ -44,22 +44,22 @@ pub(super) enum Ended {
 /// One blob on its way in.
 pub(super) struct Engine<'a> {
     pub(super) fill: &'a Fill,
-    pub(super) sources: Arc<dyn Sources>,
+    pub(super) sources: Arc<dyn FillSources>,
     /// Connections beyond the first of each blob.
     pub(super) connections: &'a Shares<Registry>,
     pub(super) total: u64,
-    pub(super) writer: Writer,
+    pub(super) writer: BlobWriter,
 }
 
 /// Connections beside others that were refused.
 #[derive(Default)]
-struct Refusals {
+struct RefusedConnections {
     count: u32,
     wait_until: Option<Instant>,
 }
 
 /// How a download by ranges goes.
-struct Course {
+struct DownloadProgress {
     /// All bytes that have come, and when the last of them did.
     moved: (u64, Instant),
     /// Bytes of the upstream by which the plan has judged it.
@@ -71,10 +71,10 @@ struct Course {
     resume_at: Instant,
     /// Whether the source understands ranges.
     understood: bool,
-    refusals: Refusals,
+    refusals: RefusedConnections,
 }
 
-impl Course {
+impl DownloadProgress {
     fn new() -> Self {
         let now = Instant::now();
         Self {
@@ -84,7 +84,7 @@ impl Course {
             broke_at: None,
             resume_at: now,
             understood: true,
-            refusals: Refusals::default(),
+            refusals: RefusedConnections::default(),
         }
     }
 }
@@ -94,8 +94,8 @@ const MAX_OF_BLOB: usize = 8;
 
 impl Engine<'_> {
     /// Fetches what is missing. `first` is the connection that is open already.
-    pub(super) async fn run(mut self, mut first: Feed) -> Ended {
-        if self.sources.connections() == Connections::One {
+    pub(super) async fn run(mut self, mut first: SpanStream) -> DownloadEnd {
+        if self.sources.connections() == ConnectionMode::One {
             return self.in_order(first).await;
         }
         match first.take_part() {
@@ -112,10 +112,10 @@ impl Engine<'_> {
     }
 
     /// None: the source does not understand ranges after all.
-    async fn by_ranges(&mut self, first: (Flow, ServedFrom)) -> Option<Ended> {
+    async fn by_ranges(&mut self, first: (WatchedBody, ServedFrom)) -> Option<DownloadEnd> {
         let meter = Meter::default();
         let (sources, total) = (self.sources.clone(), self.total);
-        let mut course = Course::new();
+        let mut course = DownloadProgress::new();
         let mut lanes = FuturesUnordered::new();
         let lane = |span, failures, writer, leave| Lane {
             sources: &*sources,
@@ -134,7 +134,7 @@ impl Engine<'_> {
         let mut tick = interval(TICK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
-            if width.is_fixed() && self.sources.connections() == Connections::Climbing {
+            if width.is_fixed() && self.sources.connections() == ConnectionMode::Climbing {
                 // This node has become the owner: how owners broke says nothing of the upstream.
                 (width, course.breaks) = (self.width(), Breaks::default());
                 course.resume_at = Instant::now();
@@ -151,7 +151,7 @@ impl Engine<'_> {
             meter.idles.store(may_open && width.is_fixed() && lanes.len() < width.lanes(), Ordering::Relaxed);
             let complete = self.fill.plan.lock().is_complete();
             if lanes.is_empty() && complete {
-                return Some(Ended::Complete);
+                return Some(DownloadEnd::Complete);
             }
             if lanes.is_empty() && !course.understood {
                 self.fill.plan.lock().lend_no_more();
@@ -174,7 +174,7 @@ impl Engine<'_> {
                 // The plan may go on when more is hashed.
                 changed = progress.changed(), if lanes.len() < width.lanes() => {
                     if changed.is_err() {
-                        return Some(Ended::Broken(unwritable()));
+                        return Some(DownloadEnd::Broken(unwritable()));
                     }
                 }
             }
@@ -182,20 +182,26 @@ impl Engine<'_> {
     }
 
     /// How many connections there are. An owner lends ranges from now on.
-    fn width(&self) -> Width {
+    fn width(&self) -> ConnectionCount {
         match self.sources.connections() {
-            Connections::One => Width::Fixed(1),
-            Connections::Chosen(lanes) => Width::Fixed(lanes),
-            Connections::Climbing => {
+            ConnectionMode::One => ConnectionCount::Fixed(1),
+            ConnectionMode::Chosen(lanes) => ConnectionCount::Fixed(lanes),
+            ConnectionMode::Climbing => {
                 self.fill.plan.lock().may_lend();
-                Width::Climbing(Climb::new(MAX_OF_BLOB))
+                ConnectionCount::Climbing(ConnectionScaler::new(MAX_OF_BLOB))
             }
         }
     }
 
     /// A connection has ended, beside so many others: what that means for the rest.
-    fn came(&self, fetched: Fetched, others: usize, width: &mut Width, course: &mut Course) -> Option<Ended> {
-        let Fetched { span, begun, position, lost } = fetched;
+    fn came(
+        &self,
+        fetched: RangeResult,
+        others: usize,
+        width: &mut ConnectionCount,
+        course: &mut DownloadProgress,
+    ) -> Option<DownloadEnd> {
+        let RangeResult { span, begun, position, lost } = fetched;
         let Some(lost) = lost else {
             course.breaks.recovered();
             course.resume_at = Instant::now();
@@ -206,33 +212,33 @@ impl Engine<'_> {
         let alone = others == 0 || (width.is_fixed() && course.moved.1.elapsed() > STILL);
         match lost {
             // One of several peers: the next time another one is asked.
-            Lost::Broke(_) | Lost::Refused(_) if !alone && width.is_fixed() => {
+            RangeLoss::Broke(_) | RangeLoss::Refused(_) if !alone && width.is_fixed() => {
                 log_break(lost.why(), position, self.total);
                 course.resume_at = Instant::now() + TICK;
                 return None;
             }
-            Lost::Beginning | Lost::Superseded => {
+            RangeLoss::Beginning | RangeLoss::Superseded => {
                 course.breaks.recovered();
                 return None;
             }
-            Lost::LeftBehind => {
+            RangeLoss::LeftBehind => {
                 log_break(lost.why(), position, self.total);
                 return None;
             }
-            Lost::NoRanges => {
+            RangeLoss::NoRanges => {
                 course.understood = false;
                 return None;
             }
-            Lost::OtherLength => return Some(Ended::Disputed),
-            Lost::Unwritable => return Some(Ended::Broken(unwritable())),
+            RangeLoss::OtherLength => return Some(DownloadEnd::Disputed),
+            RangeLoss::Unwritable => return Some(DownloadEnd::Broken(unwritable())),
             // The others get on: one fewer will do.
-            Lost::Refused(error) if !alone => {
+            RangeLoss::Refused(error) if !alone => {
                 course.refusals.another(&error, Instant::now());
                 width.limit(others);
                 return None;
             }
-            Lost::Refused(error) if !error.is_outage() => return Some(Ended::Broken(error)),
-            Lost::Refused(_) | Lost::Broke(_) => log_break(lost.why(), position, self.total),
+            RangeLoss::Refused(error) if !error.is_outage() => return Some(DownloadEnd::Broken(error)),
+            RangeLoss::Refused(_) | RangeLoss::Broke(_) => log_break(lost.why(), position, self.total),
         }
         // Several that waited for the same in vain have failed once.
         if course.broke_at.is_none_or(|at| begun >= at) {
@@ -240,36 +246,41 @@ impl Engine<'_> {
             course.broke_at = Some(Instant::now());
         }
         if alone && course.breaks.too_many() {
-            return Some(Ended::Broken(SourceError::Unreachable("every source broke".into())));
+            return Some(DownloadEnd::Broken(SourceError::Unreachable("every source broke".into())));
         }
         course.resume_at = Instant::now() + course.breaks.pause();
         None
     }
 
     /// What has come since the last time: whether more connections are worth it, and whether the blob is still wanted.
-    fn look_over(&self, meter: &Meter, width: &mut Width, course: &mut Course) -> Option<Ended> {
+    fn look_over(
+        &self,
+        meter: &Meter,
+        width: &mut ConnectionCount,
+        course: &mut DownloadProgress,
+    ) -> Option<DownloadEnd> {
         // Where the plan waits for the hash, no piece finds this out.
         if self.writer.is_closed() || self.fill.progress.borrow().is_unreadable() {
-            return Some(Ended::Broken(unwritable()));
+            return Some(DownloadEnd::Broken(unwritable()));
         }
         let bytes = meter.bytes.load(Ordering::Relaxed);
         if bytes != course.moved.0 {
             course.moved = (bytes, Instant::now());
         }
-        let of_origin = meter.of_origin.load(Ordering::Relaxed);
-        let lanes = u32::try_from(meter.busy_with_origin.load(Ordering::Relaxed)).unwrap_or(u32::MAX);
-        self.fill.plan.lock().brought(of_origin - course.counted, TICK * lanes);
-        course.counted = of_origin;
+        let of_upstream = meter.of_upstream.load(Ordering::Relaxed);
+        let lanes = u32::try_from(meter.busy_with_upstream.load(Ordering::Relaxed)).unwrap_or(u32::MAX);
+        self.fill.plan.lock().brought(of_upstream - course.counted, TICK * lanes);
+        course.counted = of_upstream;
         width.observe(Instant::now(), bytes, meter.busy.load(Ordering::Relaxed));
-        self.is_abandoned().then_some(Ended::Abandoned)
+        self.is_abandoned().then_some(DownloadEnd::Abandoned)
     }
 
     /// The next range, and the leave to fetch it beside so many others. None: not now.
     fn next_range(
         &mut self,
         running: usize,
-        width: &mut Width,
-        refusals: &Refusals,
+        width: &mut ConnectionCount,
+        refusals: &RefusedConnections,
         hashed: u64,
     ) -> Option<(Span, Option<Share<Registry>>)> {
         if running > 0 && refusals.is_too_soon(Instant::now()) {
@@ -283,7 +294,7 @@ impl Engine<'_> {
             return None;
         }
         // Peers are not spared as origins are.
-        if let Width::Fixed(_) = width {
+        if let ConnectionCount::Fixed(_) = width {
             return Some((plan.chosen(hashed, &wanted, |ranges| self.sources.choose(ranges))?, None));
         }
         let leave = if running == 0 { None } else { self.connections.take(&self.fill.key.registry, 1) };
@@ -296,33 +307,33 @@ impl Engine<'_> {
 
     /// Asks for everything that is missing, and skips what is there; from the start where not even
     /// that is understood.
-    async fn again_in_order(self) -> Ended {
+    async fn again_in_order(self) -> DownloadEnd {
         tracing::info!(digest = %self.fill.key.digest, "ranges are not understood, going on with one connection");
         let from = self.gap(0).map_or(0, |gap| gap.start);
-        let opened = match Feed::open(self.sources.clone(), from, None).await {
-            Err(error) if error.is_about_ranges() => Feed::open(self.sources.clone(), 0, None).await,
+        let opened = match SpanStream::open(self.sources.clone(), from, None).await {
+            Err(error) if error.is_about_ranges() => SpanStream::open(self.sources.clone(), 0, None).await,
             other => other,
         };
         match opened {
             Ok(feed) if feed.total() == self.total => self.in_order(feed).await,
-            Ok(_) => Ended::Broken(SourceError::Malformed("another length than before".into())),
-            Err(error) => Ended::Broken(error),
+            Ok(_) => DownloadEnd::Broken(SourceError::Malformed("another length than before".into())),
+            Err(error) => DownloadEnd::Broken(error),
         }
     }
 
-    async fn in_order(self, mut feed: Feed) -> Ended {
+    async fn in_order(self, mut feed: SpanStream) -> DownloadEnd {
         self.fill.plan.lock().lend_no_more();
         loop {
             let mut position = feed.position();
             let piece = tokio::select! {
                 piece = feed.next() => piece,
-                () = self.abandoned() => return Ended::Abandoned,
+                () = self.abandoned() => return DownloadEnd::Abandoned,
             };
             let mut bytes = match piece {
                 Ok(Some(bytes)) => bytes,
-                Ok(None) if self.gap(0).is_none() => return Ended::Complete,
-                Ok(None) => return Ended::Broken(SourceError::Unreachable("every source broke".into())),
-                Err(error) => return Ended::Broken(error),
+                Ok(None) if self.gap(0).is_none() => return DownloadEnd::Complete,
+                Ok(None) => return DownloadEnd::Broken(SourceError::Unreachable("every source broke".into())),
+                Err(error) => return DownloadEnd::Broken(error),
             };
             // What an earlier attempt has written is not written again.
             while let Some(gap) = self.gap(position) {
@@ -334,7 +345,7 @@ impl Engine<'_> {
                 let span = Span { start: gap.start, end: gap.start + bytes.len() as u64 };
                 self.fill.plan.lock().take(span);
                 if self.writer.write(span.start, bytes).await.is_err() {
-                    return Ended::Broken(unwritable());
+                    return DownloadEnd::Broken(unwritable());
                 }
                 position = span.end;
             }
@@ -357,13 +368,13 @@ impl Engine<'_> {
         let written = self.fill.progress.borrow().written().len();
         let comes_soon = written >= LEAST_RATE * self.fill.started.elapsed().as_secs();
         (self.total - written > LITTLE_LEFT || !comes_soon)
-            && self.fill.place.rule.abandoned == Abandoned::Keep
+            && self.fill.place.rule.abandoned == OnClientAbort::Keep
             && !self.fill.plan.lock().has_lent()
             && self.fill.audience.close_after(GRACE)
     }
 }
 
-impl Refusals {
+impl RefusedConnections {
     fn another(&mut self, error: &SourceError, now: Instant) {
         if self.count == 0 {
             tracing::info!(error = error.as_str(), "a further connection is refused");

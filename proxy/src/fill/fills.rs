@@ -8,15 +8,15 @@ use parking_lot::Mutex;
 use prometheus::IntGauge;
 use tokio::sync::Semaphore;
 
-use super::feed::Sources;
 use super::progress::Phase;
-use super::run::Running;
+use super::run::RunningFill;
+use super::span_stream::FillSources;
 use super::write::MAX_WAITING_KIB;
 use super::{Fill, FillView};
 use crate::memory::Memory;
 use crate::metrics::Metrics;
 use crate::oci::{Digest, Registry, Repository};
-use crate::registries::Place;
+use crate::registries::RepositoryRef;
 use crate::role::{CurrentRole, Role};
 use crate::shares::{Share, Shares};
 use crate::source::SourceError;
@@ -27,7 +27,7 @@ use crate::trace;
 /// What runs, and what is remembered of what went wrong.
 pub struct Fills {
     running: Mutex<HashMap<FillKey, Arc<Fill>>>,
-    distrusted: moka::sync::Cache<ContentOf, ()>,
+    distrusted: moka::sync::Cache<ContentSource, ()>,
     /// What was damaged here, and so may have been read by whoever asked for it anywhere.
     damaged: moka::sync::Cache<Digest, ()>,
     /// The disk refused to write lately.
@@ -61,52 +61,52 @@ pub struct FillKey {
 
 /// A blob as it comes from somewhere.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub struct ContentOf {
+pub struct ContentSource {
     digest: Digest,
     registry: Registry,
     /// Where each repository has readers of its own. Otherwise repositories share their fills.
     repository: Option<Repository>,
 }
 
-impl ContentOf {
-    pub fn new(place: &Place, digest: &Digest) -> Self {
+impl ContentSource {
+    pub fn new(place: &RepositoryRef, digest: &Digest) -> Self {
         let repository = place.rule.asks_who().then(|| place.repository.clone());
         Self { digest: digest.clone(), registry: place.registry.clone(), repository }
     }
 }
 
 impl FillKey {
-    pub fn content(&self) -> ContentOf {
+    pub fn content(&self) -> ContentSource {
         let Self { digest, registry, repository, .. } = self.clone();
-        ContentOf { digest, registry, repository }
+        ContentSource { digest, registry, repository }
     }
 
-    pub fn new(place: &Place, digest: &Digest) -> Self {
-        let ContentOf { digest, registry, repository } = ContentOf::new(place, digest);
+    pub fn new(place: &RepositoryRef, digest: &Digest) -> Self {
+        let ContentSource { digest, registry, repository } = ContentSource::new(place, digest);
         Self { digest, registry, rule: place.rule.nth, repository }
     }
 }
 
 /// Whether somebody may have read what is damaged.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Seen {
+pub(super) enum Exposure {
     Never,
     Maybe,
 }
 
 /// Which fill somebody comes to read.
-enum Entered {
+enum FillEntry {
     Joined(Arc<Fill>),
     /// A new one. The earlier one is being given up.
     Begun {
         fill: Arc<Fill>,
         earlier: Option<Arc<Fill>>,
-        turn: Turn,
+        turn: FillPermit,
     },
 }
 
 /// What a fill has of what all fills share, until it ends.
-pub(super) struct Turn {
+pub(super) struct FillPermit {
     _of_registry: Share<Registry>,
     _of_client: Option<Share<IpAddr>>,
 }
@@ -163,7 +163,7 @@ impl Fills {
     }
 
     /// Whether this lately came with wrong bytes: a client may hold a bad beginning, which a good end must not complete.
-    pub fn is_distrusted(&self, content: &ContentOf) -> bool {
+    pub fn is_distrusted(&self, content: &ContentSource) -> bool {
         self.damaged.contains_key(&content.digest) || self.distrusted.contains_key(content)
     }
 
@@ -173,19 +173,19 @@ impl Fills {
     }
 
     /// Remembers that wrong bytes came.
-    pub fn distrust(&self, content: ContentOf) {
+    pub fn distrust(&self, content: ContentSource) {
         self.metrics.mismatches.inc();
         tracing::error!(digest = %content.digest, registry = %content.registry, "the bytes do not match their digest");
         self.distrusted.insert(content, ());
     }
 
     /// Drops a cached blob that does not match any more.
-    pub(super) fn damaged(&self, digest: &Digest, blob: &Blob, seen: Seen) {
+    pub(super) fn damaged(&self, digest: &Digest, blob: &Blob, seen: Exposure) {
         tracing::warn!(%digest, "a cached blob was damaged on disk");
         self.metrics.damaged.inc();
         self.store.large.forget(digest, blob);
         // Who has read its beginning must not get the end of another copy.
-        if seen == Seen::Maybe {
+        if seen == Exposure::Maybe {
             self.damaged.insert(digest.clone(), ());
         }
     }
@@ -195,19 +195,19 @@ impl Fills {
     pub fn join(
         self: &Arc<Self>,
         key: &FillKey,
-        place: &Place,
+        place: &RepositoryRef,
         client: Option<IpAddr>,
-        sources: Arc<dyn Sources>,
+        sources: Arc<dyn FillSources>,
         from: u64,
     ) -> Arc<Fill> {
         let (fill, earlier, turn) = match self.enter(key, place, client, sources.role()) {
-            Entered::Joined(fill) => return fill,
-            Entered::Begun { fill, earlier, turn } => (fill, earlier, turn),
+            FillEntry::Joined(fill) => return fill,
+            FillEntry::Begun { fill, earlier, turn } => (fill, earlier, turn),
         };
         let (fills, new) = (self.clone(), fill.clone());
         tokio::spawn(trace::carried(async move {
-            let mut span = trace::begin("fill", trace::Kind::Internal);
-            let running = Running { fills: &fills, fill: &new, _turn: turn };
+            let mut span = trace::begin("fill", trace::TraceSpanKind::Internal);
+            let running = RunningFill { fills: &fills, fill: &new, _turn: turn };
             // What that one leaves behind is gone on with.
             if let Some(earlier) = earlier {
                 earlier.ended().await;
@@ -219,17 +219,17 @@ impl Fills {
     }
 
     /// Proves a file on disk by hashing it, while readers follow.
-    pub fn prove(self: &Arc<Self>, key: &FillKey, place: &Place, role: Role, blob: Arc<Blob>) -> Arc<Fill> {
+    pub fn prove(self: &Arc<Self>, key: &FillKey, place: &RepositoryRef, role: Role, blob: Arc<Blob>) -> Arc<Fill> {
         let (fill, turn) = match self.enter(key, place, None, CurrentRole::new(role)) {
-            Entered::Joined(fill) => return fill,
-            Entered::Begun { fill, turn, .. } => (fill, turn),
+            FillEntry::Joined(fill) => return fill,
+            FillEntry::Begun { fill, turn, .. } => (fill, turn),
         };
         let (fills, new) = (self.clone(), fill.clone());
         tokio::spawn(async move {
             // Readers of what is proven already need threads as well.
             let permit = fills.proofs.clone().acquire_owned().await;
             let proving = tokio::task::spawn_blocking(move || {
-                let running = Running { fills: &fills, fill: &new, _turn: turn };
+                let running = RunningFill { fills: &fills, fill: &new, _turn: turn };
                 running.prove(&blob);
             });
             let _ = proving.await;
@@ -238,7 +238,7 @@ impl Fills {
         fill
     }
 
-    fn enter(&self, key: &FillKey, place: &Place, client: Option<IpAddr>, role: CurrentRole) -> Entered {
+    fn enter(&self, key: &FillKey, place: &RepositoryRef, client: Option<IpAddr>, role: CurrentRole) -> FillEntry {
         let mut running = self.running.lock();
         let earlier = running.get(key).filter(|fill| fill.progress.borrow().phase() != Phase::Failed).cloned();
         if let Some(fill) = &earlier
@@ -248,26 +248,26 @@ impl Fills {
                 *fill.newest.lock() = place.caller.clone();
             }
             fill.role.promote(role.get());
-            return Entered::Joined(fill.clone());
+            return FillEntry::Joined(fill.clone());
         }
         let fill = Arc::new(Fill::new(key.clone(), place.clone(), role));
         let Some(turn) = self.turn(key, client) else {
             fill.open(Err(SourceError::Busy));
-            return Entered::Joined(fill);
+            return FillEntry::Joined(fill);
         };
         running.insert(key.clone(), fill.clone());
         self.gauge.inc();
-        Entered::Begun { fill, earlier, turn }
+        FillEntry::Begun { fill, earlier, turn }
     }
 
     /// Leave to fill another blob of this registry for this client.
-    fn turn(&self, key: &FillKey, client: Option<IpAddr>) -> Option<Turn> {
+    fn turn(&self, key: &FillKey, client: Option<IpAddr>) -> Option<FillPermit> {
         let of_registry = self.of_registries.take(&key.registry, 1)?;
         let of_client = match client {
             Some(client) => Some(self.of_clients.take(&client, 1)?),
             None => None,
         };
-        Some(Turn { _of_registry: of_registry, _of_client: of_client })
+        Some(FillPermit { _of_registry: of_registry, _of_client: of_client })
     }
 
     /// A fill is over.
@@ -292,7 +292,7 @@ mod tests {
 
     use super::*;
     use crate::config::{Config, Size};
-    use crate::fill::Connections;
+    use crate::fill::ConnectionMode;
     use crate::oci::Span;
     use crate::registries::Registries;
     use crate::source::{Incoming, ServedFrom};
@@ -306,17 +306,17 @@ mod tests {
     }
 
     #[async_trait]
-    impl Sources for Stalling {
+    impl FillSources for Stalling {
         async fn open(&self, from: u64, end: Option<u64>, _: u32) -> Result<(Incoming, ServedFrom), SourceError> {
             let total = 64 * MIB;
             let beginning = (from == 0).then(|| Ok(Bytes::from(vec![7; 1 << 20])));
             self.beginnings.fetch_add(u32::from(beginning.is_some()), Ordering::Relaxed);
             let span = Span { start: from, end: end.unwrap_or(total).min(total) };
-            Ok((Incoming::new(span, total, stream::iter(beginning).chain(stream::pending())), ServedFrom::Origin))
+            Ok((Incoming::new(span, total, stream::iter(beginning).chain(stream::pending())), ServedFrom::Upstream))
         }
 
-        fn connections(&self) -> Connections {
-            Connections::Chosen(1)
+        fn connections(&self) -> ConnectionMode {
+            ConnectionMode::Chosen(1)
         }
     }
 
@@ -326,8 +326,8 @@ mod tests {
         let metrics = Arc::new(Metrics::new());
         let store = Store::open(
             dir.path(),
-            crate::config::Share::Size(Size(1 << 30)),
-            crate::config::Share::Percent(0),
+            crate::config::DiskShare::Size(Size(1 << 30)),
+            crate::config::DiskShare::Percent(0),
             1 << 20,
             &metrics,
         )
@@ -337,7 +337,7 @@ mod tests {
         let registries = Registries::new(&Config::default());
         let (registry, repository): (Registry, Repository) =
             ("docker.io".parse().unwrap(), "library/a".parse().unwrap());
-        let place = Place::new(registries.rule(&registry, &repository).clone(), registry, repository);
+        let place = RepositoryRef::new(registries.rule(&registry, &repository).clone(), registry, repository);
         let key = FillKey::new(&place, &Digest::of(b"long"));
         let sources = Arc::new(Stalling::default());
 

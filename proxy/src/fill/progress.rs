@@ -1,6 +1,6 @@
 //! How far a fill is, as its readers see it.
 
-use super::{HELD_BYTES, Reading};
+use super::{HELD_BYTES, ReadMode};
 use crate::oci::{Span, Spans};
 
 /// What of a blob is there, and whether more will come.
@@ -56,12 +56,12 @@ impl Progress {
 
     /// How far a reader at `start` may read in a blob of `total` bytes; `start` if not at all. The
     /// end of the blob may be held until its digest agrees.
-    pub(super) fn readable(&self, start: u64, total: u64, reading: Reading) -> u64 {
+    pub(super) fn readable(&self, start: u64, total: u64, reading: ReadMode) -> u64 {
         match (self.phase, reading) {
             (Phase::Verified, _) => total,
-            (_, Reading::Verified) => start,
-            (_, Reading::Unproven | Reading::OfWhatComes) => self.written.run_end(start),
-            (_, Reading::Proven) => self.written.run_end(start).min(total.saturating_sub(HELD_BYTES)).max(start),
+            (_, ReadMode::Verified) => start,
+            (_, ReadMode::Unproven | ReadMode::OfWhatComes) => self.written.run_end(start),
+            (_, ReadMode::Proven) => self.written.run_end(start).min(total.saturating_sub(HELD_BYTES)).max(start),
         }
     }
 
@@ -100,15 +100,15 @@ mod tests {
         let mut progress = Progress::new();
         progress.wrote(Span { start: 0, end: 5 });
         progress.wrote(Span { start: 100, end: total });
-        assert_eq!(progress.readable(0, total, Reading::Proven), 5);
-        assert_eq!(progress.readable(5, total, Reading::Proven), 5, "a gap");
-        assert_eq!(progress.readable(200, total, Reading::Proven), total - HELD_BYTES);
-        assert_eq!(progress.readable(total - 1, total, Reading::Proven), total - 1);
-        assert_eq!(progress.readable(200, total, Reading::Unproven), total);
-        assert_eq!(progress.readable(200, total, Reading::Verified), 200);
+        assert_eq!(progress.readable(0, total, ReadMode::Proven), 5);
+        assert_eq!(progress.readable(5, total, ReadMode::Proven), 5, "a gap");
+        assert_eq!(progress.readable(200, total, ReadMode::Proven), total - HELD_BYTES);
+        assert_eq!(progress.readable(total - 1, total, ReadMode::Proven), total - 1);
+        assert_eq!(progress.readable(200, total, ReadMode::Unproven), total);
+        assert_eq!(progress.readable(200, total, ReadMode::Verified), 200);
         progress.enter(Phase::Verified);
-        assert_eq!(progress.readable(total - 1, total, Reading::Proven), total);
+        assert_eq!(progress.readable(total - 1, total, ReadMode::Proven), total);
         progress.disown();
-        assert_eq!(progress.readable(0, total, Reading::Proven), 0);
+        assert_eq!(progress.readable(0, total, ReadMode::Proven), 0);
     }
 }

@@ -9,9 +9,9 @@ use rustix::io::{Errno, ReadWriteFlags, preadv2};
 use tokio::sync::watch;
 use tokio::time::sleep;
 
-use super::Reading;
-use super::audience::Seat;
+use super::ReadMode;
 use super::progress::Progress;
+use super::readers::ReaderSlot;
 use crate::oci::Span;
 use crate::source::Broken;
 use crate::store::Blob;
@@ -22,14 +22,14 @@ pub struct Reader {
     blob: Arc<Blob>,
     span: Span,
     /// None: the whole file is there.
-    fill: Option<Following>,
+    fill: Option<FillReader>,
 }
 
 /// A fill that is read along.
-struct Following {
+struct FillReader {
     progress: watch::Receiver<Progress>,
-    seat: Seat,
-    reading: Reading,
+    seat: ReaderSlot,
+    reading: ReadMode,
 }
 
 impl Reader {
@@ -40,11 +40,11 @@ impl Reader {
     pub(super) fn of_fill(
         blob: Arc<Blob>,
         progress: watch::Receiver<Progress>,
-        seat: Seat,
+        seat: ReaderSlot,
         span: Span,
-        reading: Reading,
+        reading: ReadMode,
     ) -> Self {
-        Self { blob, span, fill: Some(Following { progress, seat, reading }) }
+        Self { blob, span, fill: Some(FillReader { progress, seat, reading }) }
     }
 
     /// How much is still to be read.
@@ -89,7 +89,7 @@ impl Reader {
 
     /// The end of what may be read now; waits until that is something.
     async fn readable(&mut self) -> Result<u64, Broken> {
-        let Some(Following { progress, seat, reading }) = &mut self.fill else {
+        let Some(FillReader { progress, seat, reading }) = &mut self.fill else {
             return Ok(self.span.end);
         };
         let (start, total, reading) = (self.span.start, self.blob.len, *reading);
@@ -116,7 +116,7 @@ impl Reader {
             }
             tokio::select! {
                 () = seat.came() => {}
-                () = sleep(ALTERNATIVE_TIMEOUT), if reading == Reading::OfWhatComes => return Err(Broken("nothing comes".into())),
+                () = sleep(ALTERNATIVE_TIMEOUT), if reading == ReadMode::OfWhatComes => return Err(Broken("nothing comes".into())),
                 changed = progress.changed() => changed.map_err(|_| Broken("the fill vanished".into()))?,
             }
         }

@@ -5,40 +5,40 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 use tokio::time::timeout;
 
-use super::engine::{Ended, Engine};
-use super::feed::{Connections, Feed, Sources, Truth};
-use super::fills::{Seen, Turn};
-use super::plan::{LARGEST_RANGE, Plan};
+use super::engine::{DownloadEnd, Engine};
+use super::fills::{Exposure, FillPermit};
 use super::progress::Phase;
-use super::write::{self, Written};
-use super::{Fill, Fills, Opened};
+use super::range_plan::{LARGEST_RANGE, RangePlan};
+use super::span_stream::{ConnectionMode, FillSources, SpanStream, VerifiedContent};
+use super::write::{self, WriteOutcome};
+use super::{Fill, Fills, OpenedFill};
 use crate::oci::{BLOB_MEDIA_TYPE, Span, Spans};
 use crate::provenance::Provenance;
 use crate::role::Role;
 use crate::source::{ServedFrom, SourceError};
-use crate::store::{Blob, Draft, Found, Kind, Large, NoSpace, Partial, Proof, SMALL_BYTES, SmallObject};
+use crate::store::{Blob, Draft, Found, Large, NoSpace, Partial, SMALL_BYTES, SmallKind, SmallObject, Verification};
 use crate::times::{REACH_TIMEOUT, UPSTREAM_TIMEOUT};
 
 /// A fill while it runs; dropping it, also by a panic, takes it off the list and wakes its readers.
-pub(super) struct Running<'a> {
+pub(super) struct RunningFill<'a> {
     pub(super) fills: &'a Fills,
     pub(super) fill: &'a Fill,
-    pub(super) _turn: Turn,
+    pub(super) _turn: FillPermit,
 }
 
-impl Running<'_> {
+impl RunningFill<'_> {
     /// Fetches a blob; whoever asks first wants to read from `from`.
-    pub(super) async fn fill_from(&self, sources: Arc<dyn Sources>, from: u64) {
+    pub(super) async fn fill_from(&self, sources: Arc<dyn FillSources>, from: u64) {
         // An earlier fill may have ended between our request's look-up and our start. What came from
         // another registry was not given to that request either.
-        let kept = self.fills.store.find(&self.fill.key.digest, Kind::Blob).await;
+        let kept = self.fills.store.find(&self.fill.key.digest, SmallKind::Blob).await;
         let from_here = |found: &Found| found.provenance().is_some_and(|known| self.fill.is_of_same(known));
         match kept.filter(from_here) {
             Some(Found::Small { object, .. }) => {
-                return self.fill.open(Ok(Opened::Small { object, from: ServedFrom::Memory }));
+                return self.fill.open(Ok(OpenedFill::Small { object, from: ServedFrom::Memory }));
             }
-            Some(Found::Large { blob, proof: Proof::Verified }) => {
-                self.fill.open(Ok(Opened::Growing { blob: blob.clone(), from: ServedFrom::Disk }));
+            Some(Found::Large { blob, proof: Verification::Verified }) => {
+                self.fill.open(Ok(OpenedFill::Growing { blob: blob.clone(), from: ServedFrom::Disk }));
                 return self.fill.end(Phase::Verified);
             }
             _ => {}
@@ -57,15 +57,15 @@ impl Running<'_> {
             found => found,
         };
         let role = self.fill.role();
-        let opened = if distrusted || sources.connections() == Connections::One {
-            Feed::open(sources.clone(), 0, None).await
+        let opened = if distrusted || sources.connections() == ConnectionMode::One {
+            SpanStream::open(sources.clone(), 0, None).await
         } else {
             first_range(sources.clone(), partial.as_ref(), from).await
         };
         let (opened, partial) = match (opened, partial) {
             // The owner will not let us go on with what we have: it proved wrong there.
             (Err(SourceError::NotFound(_)), partial @ Some(_)) if role != Role::Global => {
-                match Feed::open(sources.clone(), 0, None).await {
+                match SpanStream::open(sources.clone(), 0, None).await {
                     Ok(feed) => {
                         self.on_disk(|_| drop(partial)).await;
                         (Ok(feed), None)
@@ -87,21 +87,21 @@ impl Running<'_> {
         }
         let whole = timeout(UPSTREAM_TIMEOUT, self.small(feed, sources.clone())).await;
         match whole.unwrap_or(Err(SourceError::TimedOut)) {
-            Ok(Came::Small(opened)) => self.fill.open(Ok(opened)),
-            Ok(Came::Larger(feed)) => self.large(*feed, sources, None).await,
+            Ok(SmallBlobResult::Small(opened)) => self.fill.open(Ok(opened)),
+            Ok(SmallBlobResult::Larger(feed)) => self.large(*feed, sources, None).await,
             Err(error) => self.fill.open(Err(error)),
         }
     }
 
     /// Takes a small object whole, and verifies it before anybody sees it.
-    async fn small(&self, mut feed: Feed, sources: Arc<dyn Sources>) -> Result<Came, SourceError> {
+    async fn small(&self, mut feed: SpanStream, sources: Arc<dyn FillSources>) -> Result<SmallBlobResult, SourceError> {
         if feed.position() > 0 {
-            feed = Feed::open(sources.clone(), 0, None).await?;
+            feed = SpanStream::open(sources.clone(), 0, None).await?;
         }
         let mut was_wrong = false;
         let opened = loop {
             if feed.total() > SMALL_BYTES {
-                return Ok(Came::Larger(Box::new(feed)));
+                return Ok(SmallBlobResult::Larger(Box::new(feed)));
             }
             let of_peer = feed.served_from() == ServedFrom::Peer;
             match self.small_of(feed).await {
@@ -115,15 +115,15 @@ impl Running<'_> {
                 }
                 opened => break opened?,
             }
-            feed = Feed::open(sources.clone(), 0, None).await?;
+            feed = SpanStream::open(sources.clone(), 0, None).await?;
         };
-        if let Opened::Small { object, .. } = &opened {
-            sources.matched(Truth::Bytes(object.bytes.clone()));
+        if let OpenedFill::Small { object, .. } = &opened {
+            sources.matched(VerifiedContent::Bytes(object.bytes.clone()));
         }
-        Ok(Came::Small(opened))
+        Ok(SmallBlobResult::Small(opened))
     }
 
-    async fn small_of(&self, mut feed: Feed) -> Result<Opened, SourceError> {
+    async fn small_of(&self, mut feed: SpanStream) -> Result<OpenedFill, SourceError> {
         let total = usize::try_from(feed.total()).unwrap_or(usize::MAX);
         let _held = self.fills.memory.of_upstreams.wait(&self.fill.key.registry, total).await;
         let mut bytes = bytes::BytesMut::new();
@@ -139,11 +139,11 @@ impl Running<'_> {
         }
         let provenance = Arc::new(place.provenance());
         let object = SmallObject::new(BLOB_MEDIA_TYPE, provenance, &bytes);
-        self.fills.store.small.insert(&self.fill.key.digest, Kind::Blob, object.clone()).await;
-        Ok(Opened::Small { object, from: feed.served_from() })
+        self.fills.store.small.insert(&self.fill.key.digest, SmallKind::Blob, object.clone()).await;
+        Ok(OpenedFill::Small { object, from: feed.served_from() })
     }
 
-    async fn large(&self, feed: Feed, sources: Arc<dyn Sources>, partial: Option<Partial>) {
+    async fn large(&self, feed: SpanStream, sources: Arc<dyn FillSources>, partial: Option<Partial>) {
         let (total, from) = (feed.total(), feed.served_from());
         let Some(permit) = self.fills.large.take(&self.fill.key.registry, 1) else {
             self.keep_again(partial).await;
@@ -177,7 +177,7 @@ impl Running<'_> {
         let engine =
             Engine { fill: self.fill, sources: sources.clone(), connections: &self.fills.connections, total, writer };
         let ended = Box::pin(engine.run(feed)).await;
-        let written = writing.await.unwrap_or(Written::DiskFailed);
+        let written = writing.await.unwrap_or(WriteOutcome::DiskFailed);
         drop(permit);
         self.conclude(draft, ended, written, &*sources).await;
     }
@@ -187,30 +187,30 @@ impl Running<'_> {
         tokio::task::spawn_blocking(move || large.draft(total, provenance)).await.unwrap_or(Err(NoSpace))
     }
 
-    async fn conclude(&self, draft: Draft, ended: Ended, written: Written, sources: &dyn Sources) {
+    async fn conclude(&self, draft: Draft, ended: DownloadEnd, written: WriteOutcome, sources: &dyn FillSources) {
         let digest = &self.fill.key.digest;
         match (written, ended) {
-            (Written::Verified, _) => {
-                sources.matched(Truth::File(draft.blob.clone()));
+            (WriteOutcome::Verified, _) => {
+                sources.matched(VerifiedContent::File(draft.blob.clone()));
                 self.publish(draft).await;
             }
-            (Written::Mismatch, _) | (Written::Part(_), Ended::Disputed) => {
+            (WriteOutcome::Mismatch, _) | (WriteOutcome::Part(_), DownloadEnd::Disputed) => {
                 sources.mismatched();
                 self.fills.distrust(self.fill.key.content());
                 self.fill.disown();
                 self.on_disk(|_| drop(draft)).await;
             }
             // The owner will not let us go on: what we have from it proved wrong there.
-            (Written::Part(spans), Ended::Broken(SourceError::NotFound(_)))
+            (WriteOutcome::Part(spans), DownloadEnd::Broken(SourceError::NotFound(_)))
                 if self.fill.role() != Role::Global && !spans.is_empty() =>
             {
                 self.fills.distrust(self.fill.key.content());
                 self.fill.disown();
                 self.on_disk(|_| drop(draft)).await;
             }
-            (Written::Part(spans), ended) => {
+            (WriteOutcome::Part(spans), ended) => {
                 match ended {
-                    Ended::Broken(error) => tracing::warn!(%digest, %error, "a fill failed"),
+                    DownloadEnd::Broken(error) => tracing::warn!(%digest, %error, "a fill failed"),
                     _ => tracing::info!(%digest, bytes = spans.len(), "nobody waits for a blob any more"),
                 }
                 self.keep(draft, spans).await;
@@ -218,13 +218,13 @@ impl Running<'_> {
                 self.fill.end(Phase::Failed);
             }
             // Whoever goes on gets it uncached.
-            (Written::NoSpace, _) => {
+            (WriteOutcome::NoSpace, _) => {
                 tracing::warn!(%digest, "the space for a blob is used up before its end");
                 self.fills.no_room.insert(self.fill.key.clone(), ());
                 self.fill.end(Phase::Failed);
                 self.on_disk(|_| drop(draft)).await;
             }
-            (Written::DiskFailed, _) => {
+            (WriteOutcome::DiskFailed, _) => {
                 self.fills.disk_failed.insert((), ());
                 self.fill.end(Phase::Failed);
                 self.on_disk(|_| drop(draft)).await;
@@ -251,7 +251,7 @@ impl Running<'_> {
     }
 
     /// Leaves it to each reader to fetch for itself.
-    fn pass(&self, feed: Feed, reason: &str) {
+    fn pass(&self, feed: SpanStream, reason: &str) {
         self.fills.metrics.uncached.with_label_values(&[reason]).inc();
         // Not again and again: then it is tried once more.
         if !self.fills.has_no_room(&self.fill.key) {
@@ -260,7 +260,7 @@ impl Running<'_> {
         tracing::warn!(digest = %self.fill.key.digest, total = feed.total(), reason, "passing through uncached");
         let (total, from) = (feed.total(), feed.served_from());
         let feed = Some(feed).filter(|feed| feed.position() == 0);
-        self.fill.open(Ok(Opened::Uncached { total, from, feed: Arc::new(Mutex::new(feed)) }));
+        self.fill.open(Ok(OpenedFill::Uncached { total, from, feed: Arc::new(Mutex::new(feed)) }));
     }
 
     /// Lets the readers have the tail, then gives the file its name if this node owns the blob.
@@ -281,7 +281,7 @@ impl Running<'_> {
 
     /// Hashes a file that may have been damaged. Blocks on the disk.
     pub(super) fn prove(&self, blob: &Arc<Blob>) {
-        self.fill.open(Ok(Opened::Growing { blob: blob.clone(), from: ServedFrom::Disk }));
+        self.fill.open(Ok(OpenedFill::Growing { blob: blob.clone(), from: ServedFrom::Disk }));
         let digest = &self.fill.key.digest;
         if write::hash_file(self.fill, blob) {
             self.fills.store.large.prove(digest, blob);
@@ -289,32 +289,36 @@ impl Running<'_> {
         } else {
             // Nobody can read it any more: now it is known who did.
             self.fill.disown();
-            let seen = if self.fill.audience.had_readers() { Seen::Maybe } else { Seen::Never };
+            let seen = if self.fill.audience.had_readers() { Exposure::Maybe } else { Exposure::Never };
             self.fills.damaged(digest, blob, seen);
         }
     }
 }
 
 /// Asks for the first range that is wanted and missing.
-async fn first_range(sources: Arc<dyn Sources>, partial: Option<&Partial>, from: u64) -> Result<Feed, SourceError> {
+async fn first_range(
+    sources: Arc<dyn FillSources>,
+    partial: Option<&Partial>,
+    from: u64,
+) -> Result<SpanStream, SourceError> {
     let first = match partial {
         Some(partial) => {
             let total = partial.draft.blob.len;
-            Plan::new(total, partial.written.clone()).next(0, &[from], 1).unwrap_or(Span::whole(total))
+            RangePlan::new(total, partial.written.clone()).next(0, &[from], 1).unwrap_or(Span::whole(total))
         }
         None => Span { start: from, end: from.saturating_add(LARGEST_RANGE) },
     };
-    Feed::open_range(sources, first.start, first.end.saturating_sub(first.start)).await
+    SpanStream::open_range(sources, first.start, first.end.saturating_sub(first.start)).await
 }
 
 /// What became of a blob that a source said to be small.
-enum Came {
-    Small(Opened),
+enum SmallBlobResult {
+    Small(OpenedFill),
     /// It lied, or the next one does.
-    Larger(Box<Feed>),
+    Larger(Box<SpanStream>),
 }
 
-impl Drop for Running<'_> {
+impl Drop for RunningFill<'_> {
     fn drop(&mut self) {
         self.fills.leave(self.fill);
         self.fill.open(Err(SourceError::Unreachable("the fill ended".into())));

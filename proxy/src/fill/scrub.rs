@@ -9,9 +9,9 @@ use tokio::task::spawn_blocking;
 use tokio::time::{Instant, sleep, sleep_until};
 
 use super::Fills;
-use super::fills::Seen;
+use super::fills::Exposure;
 use crate::oci::Digest;
-use crate::store::Proof;
+use crate::store::Verification;
 use crate::times::{DAY, GRACE};
 
 /// Read at once; a multiple of what direct reads are aligned to.
@@ -61,8 +61,8 @@ impl Fills {
             sleep_until(begun + Duration::from_secs(1).mul_f64(count as f64 / rate as f64)).await;
         }
         if position != blob.len || !verifier.verified() {
-            self.damaged(digest, &blob, Seen::Maybe);
-        } else if proof == Proof::Unproven {
+            self.damaged(digest, &blob, Exposure::Maybe);
+        } else if proof == Verification::Unproven {
             let fills = self.clone();
             let digest = digest.clone();
             spawn_blocking(move || fills.store.large.prove(&digest, &blob)).await.map_err(io::Error::other)?;

@@ -11,7 +11,7 @@ use tokio::task::JoinHandle;
 
 use super::Fill;
 use super::progress::Progress;
-use crate::oci::digest::Verifier;
+use crate::oci::digest::DigestVerifier;
 use crate::oci::{Span, Spans};
 use crate::store::{Blob, Draft, Large};
 
@@ -22,7 +22,7 @@ const QUEUE: usize = 16;
 const READ_BACK: u64 = 1024 * 1024;
 
 /// Bytes on their way to the disk, and where they belong.
-pub(super) struct Piece {
+pub(super) struct WritePiece {
     pub(super) position: u64,
     pub(super) bytes: Bytes,
     _memory: OwnedSemaphorePermit,
@@ -34,27 +34,27 @@ pub(super) const MAX_WAITING_KIB: usize = 128 * 1024;
 
 /// Where the pieces of a blob go.
 #[derive(Clone)]
-pub(super) struct Writer {
-    pieces: mpsc::Sender<Piece>,
+pub(super) struct BlobWriter {
+    pieces: mpsc::Sender<WritePiece>,
     waiting_kib: Arc<Semaphore>,
 }
 
 /// Nothing is written any more.
 #[derive(Debug)]
-pub(super) struct Closed;
+pub(super) struct WriterClosed;
 
-impl Writer {
+impl BlobWriter {
     /// One, and what receives its pieces. All writers share what may wait.
-    pub(super) fn new(waiting_kib: Arc<Semaphore>) -> (Self, mpsc::Receiver<Piece>) {
+    pub(super) fn new(waiting_kib: Arc<Semaphore>) -> (Self, mpsc::Receiver<WritePiece>) {
         let (pieces, received) = mpsc::channel(QUEUE);
         (Self { pieces, waiting_kib }, received)
     }
 
     /// Waits until there is memory for bytes that wait, and a place in the queue.
-    pub(super) async fn write(&self, position: u64, bytes: Bytes) -> Result<(), Closed> {
+    pub(super) async fn write(&self, position: u64, bytes: Bytes) -> Result<(), WriterClosed> {
         let kib = u32::try_from(bytes.len() / 1024 + 1).unwrap_or(u32::MAX);
-        let memory = self.waiting_kib.clone().acquire_many_owned(kib).await.map_err(|_| Closed)?;
-        self.pieces.send(Piece { position, bytes, _memory: memory }).await.map_err(|_| Closed)
+        let memory = self.waiting_kib.clone().acquire_many_owned(kib).await.map_err(|_| WriterClosed)?;
+        self.pieces.send(WritePiece { position, bytes, _memory: memory }).await.map_err(|_| WriterClosed)
     }
 
     pub(super) fn is_closed(&self) -> bool {
@@ -62,13 +62,13 @@ impl Writer {
     }
 }
 
-impl Piece {
+impl WritePiece {
     fn span(&self) -> Span {
         Span { start: self.position, end: self.position + self.bytes.len() as u64 }
     }
 }
 
-impl Written {
+impl WriteOutcome {
     fn failed(error: &io::Error) -> Self {
         if error.kind() == io::ErrorKind::StorageFull {
             return Self::NoSpace;
@@ -80,7 +80,7 @@ impl Written {
 
 /// How a file ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Written {
+pub(super) enum WriteOutcome {
     Verified,
     Mismatch,
     /// The pieces ended before the blob did; these are there.
@@ -99,8 +99,8 @@ pub(super) fn start(
     draft: &Draft,
     written: Spans,
     waiting_kib: Arc<Semaphore>,
-) -> (Writer, JoinHandle<Written>) {
-    let (writer, mut pieces) = Writer::new(waiting_kib);
+) -> (BlobWriter, JoinHandle<WriteOutcome>) {
+    let (writer, mut pieces) = BlobWriter::new(waiting_kib);
     let (large, blob, teller) = (large.clone(), draft.blob.clone(), fill.teller());
     let mut bytes = written.len();
     let hasher = Hasher::new(fill, &draft.blob, written);
@@ -109,7 +109,7 @@ pub(super) fn start(
         let hashing = std::thread::Builder::new().name("hash".into()).spawn(move || hasher.run(&from_disk));
         let hashing = match hashing {
             Ok(hashing) => hashing,
-            Err(error) => return Written::failed(&error),
+            Err(error) => return WriteOutcome::failed(&error),
         };
         let mut failure = None;
         while let Some(piece) = pieces.blocking_recv() {
@@ -127,7 +127,7 @@ pub(super) fn start(
         drop(to_hash);
         let hashed = hashing.join().unwrap_or_else(|_| Err(io::Error::other("the hash panicked")));
         match (failure, hashed) {
-            (Some(error), _) | (None, Err(error)) => Written::failed(&error),
+            (Some(error), _) | (None, Err(error)) => WriteOutcome::failed(&error),
             (None, Ok(written)) => written,
         }
     });
@@ -151,7 +151,7 @@ pub(super) fn hash_file(fill: &Fill, blob: &Arc<Blob>) -> bool {
 struct Hasher {
     blob: Arc<Blob>,
     progress: watch::Sender<Progress>,
-    verifier: Verifier,
+    verifier: DigestVerifier,
     /// Bytes from the start that went through the verifier.
     hashed: u64,
     written: Spans,
@@ -166,7 +166,7 @@ impl Hasher {
     }
 
     /// Hashes until there are no more pieces. If it fails, the download learns of it before the next piece comes.
-    fn run(self, pieces: &std_mpsc::Receiver<Piece>) -> io::Result<Written> {
+    fn run(self, pieces: &std_mpsc::Receiver<WritePiece>) -> io::Result<WriteOutcome> {
         let progress = self.progress.clone();
         let hashed = self.hash(pieces);
         if hashed.is_err() {
@@ -175,7 +175,7 @@ impl Hasher {
         hashed
     }
 
-    fn hash(mut self, pieces: &std_mpsc::Receiver<Piece>) -> io::Result<Written> {
+    fn hash(mut self, pieces: &std_mpsc::Receiver<WritePiece>) -> io::Result<WriteOutcome> {
         loop {
             let backlog = self.written.run_end(self.hashed);
             let piece = if backlog > self.hashed {
@@ -196,12 +196,12 @@ impl Hasher {
             self.take(&piece);
         }
         if self.hashed < self.blob.len {
-            return Ok(Written::Part(self.written));
+            return Ok(WriteOutcome::Part(self.written));
         }
-        Ok(if self.verifier.verified() { Written::Verified } else { Written::Mismatch })
+        Ok(if self.verifier.verified() { WriteOutcome::Verified } else { WriteOutcome::Mismatch })
     }
 
-    fn take(&mut self, piece: &Piece) {
+    fn take(&mut self, piece: &WritePiece) {
         let span = piece.span();
         self.written.insert(span);
         if span.start == self.hashed {
@@ -228,7 +228,7 @@ impl Hasher {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{Share, Size};
+    use crate::config::{DiskShare, Size};
     use crate::metrics::Metrics;
     use crate::oci::Digest;
     use crate::provenance::Provenance;
@@ -237,7 +237,7 @@ mod tests {
     #[tokio::test]
     async fn file_that_cannot_be_read_back_ends_the_download() {
         let dir = tempfile::tempdir().unwrap();
-        let (disk, free) = (Share::Size(Size(64 << 20)), Share::Percent(0));
+        let (disk, free) = (DiskShare::Size(Size(64 << 20)), DiskShare::Percent(0));
         let store = Store::open(dir.path(), disk, free, 1 << 20, &Metrics::new()).await.unwrap();
         let provenance = Provenance { rule: "r".into(), registry: "a.io".into(), repository: "b".into() };
         let draft = store.large.draft(1 << 20, provenance).unwrap();

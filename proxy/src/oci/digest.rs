@@ -31,7 +31,7 @@ pub enum DigestError {
 
 /// A running hash that ends in yes or no.
 #[derive(Clone)]
-pub struct Verifier {
+pub struct DigestVerifier {
     hash: Hash,
     expected: Digest,
 }
@@ -63,12 +63,12 @@ impl Digest {
         Self::from_sha256(sha2::Sha256::digest(bytes).as_slice())
     }
 
-    pub fn verifier(&self) -> Verifier {
+    pub fn verifier(&self) -> DigestVerifier {
         let hash = match self.algorithm {
             Algorithm::Sha256 => Hash::Sha256(sha2::Sha256::new()),
             Algorithm::Sha512 => Hash::Sha512(sha2::Sha512::new()),
         };
-        Verifier { hash, expected: self.clone() }
+        DigestVerifier { hash, expected: self.clone() }
     }
 
     /// Whether `bytes` as a whole have this digest.
@@ -135,7 +135,7 @@ impl Algorithm {
 
 // === impl Verifier ===
 
-impl Verifier {
+impl DigestVerifier {
     pub fn update(&mut self, bytes: &[u8]) {
         match &mut self.hash {
             Hash::Sha256(hash) => hash.update(bytes),

@@ -10,7 +10,7 @@ const MANIFEST_MEDIA_TYPE: &str = "application/vnd.oci.image.manifest.v1+json";
 const LONGEST_ANNOTATIONS: usize = 4096;
 
 #[derive(Deserialize)]
-struct Shape {
+struct ManifestShape {
     #[serde(rename = "mediaType")]
     media_type: Option<String>,
     manifests: Option<serde::de::IgnoredAny>,
@@ -23,7 +23,7 @@ struct Shape {
 /// Only OCI manifests may leave the type out; those are known by their shape (image specification,
 /// manifest.md and image-index.md). None: neither, such as a manifest of Docker's first schema.
 pub fn media_type(manifest: &[u8]) -> Option<String> {
-    let shape: Shape = serde_json::from_slice(manifest).ok()?;
+    let shape: ManifestShape = serde_json::from_slice(manifest).ok()?;
     let inferred = || match (&shape.manifests, &shape.config) {
         (Some(_), _) => Some(INDEX_MEDIA_TYPE.to_owned()),
         (None, Some(_)) => Some(MANIFEST_MEDIA_TYPE.to_owned()),
@@ -58,7 +58,7 @@ pub fn is_object(manifest: &[u8]) -> bool {
 
 /// Whether it names manifests rather than blobs.
 pub fn is_index(manifest: &[u8]) -> bool {
-    serde_json::from_slice::<Shape>(manifest).is_ok_and(|shape| shape.manifests.is_some())
+    serde_json::from_slice::<ManifestShape>(manifest).is_ok_and(|shape| shape.manifests.is_some())
 }
 
 /// Whether it is one of Docker's first schema.

@@ -15,7 +15,7 @@ pub enum Route {
     /// `GET /v2/`
     Ping,
     /// Anything below a repository of a registry.
-    Content { registry: Registry, repository: Repository, endpoint: Endpoint, named_by: NamedBy },
+    Content { registry: Registry, repository: Repository, endpoint: Endpoint, named_by: RegistryFrom },
 }
 
 /// What of the repository is asked for.
@@ -34,7 +34,7 @@ pub const CATALOG: &str = "catalog";
 
 /// Which part of the request named the registry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum NamedBy {
+pub enum RegistryFrom {
     /// The `ns` query parameter of containerd and BuildKit.
     Namespace,
     /// The first component of the path: podman, CRI-O, Docker's URL style.
@@ -95,9 +95,9 @@ pub fn query_value<'a>(query: Option<&'a str>, key: &str) -> Option<Cow<'a, str>
 /// Whose repositories: by `ns`, by `Host`, or of the only registry that is configured.
 fn catalog(namespace: Option<Registry>, host: Option<&str>, names: &dyn Names) -> Result<Route, RouteError> {
     let by_host = || host.and_then(|host| host.parse().ok()).filter(|host| names.host_is_registry(host));
-    let named = namespace.map(|registry| (registry, NamedBy::Namespace));
-    let named = named.or_else(|| Some((by_host()?, NamedBy::Host)));
-    let named = named.or_else(|| Some((names.only_registry()?, NamedBy::Default)));
+    let named = namespace.map(|registry| (registry, RegistryFrom::Namespace));
+    let named = named.or_else(|| Some((by_host()?, RegistryFrom::Host)));
+    let named = named.or_else(|| Some((names.only_registry()?, RegistryFrom::Default)));
     let (registry, named_by) =
         named.ok_or_else(|| not_found("name the registry whose repositories are meant by ns"))?;
     let repository = CATALOG.parse().expect("a repository name");
@@ -145,7 +145,7 @@ fn name_registry<'a>(
     namespace: Option<Registry>,
     host: Option<&str>,
     names: &dyn Names,
-) -> Result<(Registry, NamedBy, &'a str), RouteError> {
+) -> Result<(Registry, RegistryFrom, &'a str), RouteError> {
     let prefix = name.split_once('/').and_then(|(first, rest)| {
         let registry =
             names.alias(first).or_else(|| Registry::looks_like(first).then(|| first.parse().ok()).flatten())?;
@@ -153,14 +153,14 @@ fn name_registry<'a>(
     });
     match (namespace, prefix) {
         // BuildKit sends both: they agree, so the prefix is not part of the repository.
-        (Some(ns), Some((prefix, rest))) if prefix == ns => Ok((ns, NamedBy::Namespace, rest)),
-        (Some(ns), _) => Ok((ns, NamedBy::Namespace, name)),
-        (None, Some((prefix, rest))) => Ok((prefix, NamedBy::Path, rest)),
+        (Some(ns), Some((prefix, rest))) if prefix == ns => Ok((ns, RegistryFrom::Namespace, rest)),
+        (Some(ns), _) => Ok((ns, RegistryFrom::Namespace, name)),
+        (None, Some((prefix, rest))) => Ok((prefix, RegistryFrom::Path, rest)),
         (None, None) => {
             let named = host.and_then(|h| h.parse().ok()).filter(|h| names.host_is_registry(h));
             match named {
-                Some(host) => Ok((host, NamedBy::Host, name)),
-                None => Ok((Registry::docker_hub(), NamedBy::Default, name)),
+                Some(host) => Ok((host, RegistryFrom::Host, name)),
+                None => Ok((Registry::docker_hub(), RegistryFrom::Default, name)),
             }
         }
     }
@@ -231,7 +231,7 @@ impl RawEndpoint<'_> {
 
 // === impl NamedBy ===
 
-impl NamedBy {
+impl RegistryFrom {
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Namespace => "ns",

@@ -8,7 +8,7 @@ use hickory_resolver::TokioResolver;
 use hickory_resolver::config::LookupIpStrategy;
 use tokio::time::{Instant, sleep_until};
 
-use crate::config::{Peers as Config, Zone};
+use crate::config::{PeersConfig as Config, Zone};
 use crate::dns;
 use crate::times::{FIRST_PAUSE, LONGEST_PAUSE, RETRY_INTERVAL};
 

@@ -9,8 +9,8 @@ use reqwest::Response;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 use super::key::Seal;
-use super::question::{Downstream, Manner, Question};
-use super::wire::{Refusal, Terms};
+use super::query::{Downstream, PeerQuery, PeerRequestMode};
+use super::wire::{PeerRefusal, Terms};
 use super::{Peers, Scope, wire};
 use crate::role::Role;
 use crate::source::{Part, SourceError, causes, root_cause};
@@ -26,7 +26,7 @@ const BUSY_PAUSE: Duration = Duration::from_millis(200);
 
 /// What a request tells a peer beside the question.
 #[derive(Default)]
-pub(super) struct Told {
+pub(super) struct RequestMetadata {
     /// This node, then the peers for which it asks.
     pub(super) peers: Downstream,
     /// What this node has: `dray-have`.
@@ -43,10 +43,10 @@ impl Peers {
         &self,
         method: Method,
         peer: SocketAddr,
-        question: &Question<'_>,
+        question: &PeerQuery<'_>,
         path: &str,
         part: Part,
-        told: Told,
+        told: RequestMetadata,
     ) -> Result<Response, SourceError> {
         if !self.is_well(&peer) {
             // It was found out since it was chosen.
@@ -58,11 +58,11 @@ impl Peers {
         let url = format!("{}://{peer}{path}", self.proof.scheme());
         let mut request = self.client.request(method, url).header(ACCEPT_ENCODING, "identity");
         let role = match question.manner {
-            Manner::IfKept => {
+            PeerRequestMode::IfKept => {
                 request = request.header(CACHE_CONTROL, wire::ONLY_IF_CACHED);
                 Role::Global
             }
-            Manner::As(role) => role,
+            PeerRequestMode::As(role) => role,
         };
         let terms = Terms {
             role,
@@ -76,7 +76,7 @@ impl Peers {
         let headers = [(wire::REQUEST, terms.write()), (wire::HAVE, told.have), (ACCEPT, told.accept)];
         request = request.headers(headers.into_iter().filter_map(|(name, value)| Some((name, value?))).collect());
         // Only whoever is to ask the registry needs to be shown something.
-        let is_lent = matches!(question.manner, Manner::As(_)) && place.caller.may_be_lent();
+        let is_lent = matches!(question.manner, PeerRequestMode::As(_)) && place.caller.may_be_lent();
         if let Some(authorization) = place.caller.authorization().filter(|_| is_lent)
             && let Some(sealed) = self.proof.seal(authorization)
         {
@@ -86,7 +86,7 @@ impl Peers {
             request = request.header(RANGE, range);
         }
         let mut request = request.build().map_err(|error| SourceError::Malformed(root_cause(&error)))?;
-        let mut span = trace::begin("ask a peer", trace::Kind::Client);
+        let mut span = trace::begin("ask a peer", trace::TraceSpanKind::Client);
         span.write(request.headers_mut());
         let asked = Instant::now();
         let answer = self.exchange_patiently(peer, request, question).await;
@@ -122,9 +122,9 @@ impl Peers {
         &self,
         peer: SocketAddr,
         request: reqwest::Request,
-        question: &Question<'_>,
+        question: &PeerQuery<'_>,
     ) -> Result<Response, SourceError> {
-        let is_patient = matches!(question.manner, Manner::As(_)) && !self.busy.contains_key(&peer);
+        let is_patient = matches!(question.manner, PeerRequestMode::As(_)) && !self.busy.contains_key(&peer);
         let tries = if is_patient { BUSY } else { 1 };
         for nth in 1..tries {
             let Some(again) = request.try_clone() else { break };
@@ -145,7 +145,7 @@ impl Peers {
         &self,
         peer: SocketAddr,
         mut request: reqwest::Request,
-        question: &Question<'_>,
+        question: &PeerQuery<'_>,
     ) -> Result<Response, SourceError> {
         let method = request.method().clone();
         let probe = request.try_clone();
@@ -185,13 +185,13 @@ impl Peers {
     async fn answers_if_asked(
         &self,
         peer: SocketAddr,
-        question: &Question<'_>,
+        question: &PeerQuery<'_>,
         owed: Option<reqwest::Request>,
     ) -> bool {
         sleep(ALTERNATIVE_TIMEOUT).await;
-        if let Manner::As(role) = question.manner {
+        if let PeerRequestMode::As(role) = question.manner {
             let scope = if role == Role::Zone { Scope::OwnZone } else { question.scope };
-            let after = Question { scope, downstream: Downstream::NONE, ..*question };
+            let after = PeerQuery { scope, downstream: Downstream::NONE, ..*question };
             let next = self.successors(&after, COME_AFTER + 1).into_iter().filter(|next| *next != peer);
             next.take(COME_AFTER).for_each(|next| self.is_suspect(next));
         }
@@ -209,7 +209,7 @@ impl Peers {
         let status = response.status().as_u16();
         let proven = seal.is_none_or(|seal| seal.proves(status, response.headers()));
         // Who has too much to do has no time to look who asks, and signs nothing.
-        if status == 503 && (!proven || Refusal::read(response.headers()) == Some(Refusal::Overloaded)) {
+        if status == 503 && (!proven || PeerRefusal::read(response.headers()) == Some(PeerRefusal::Overloaded)) {
             return Err(SourceError::Busy);
         }
         if proven && status != 401 {

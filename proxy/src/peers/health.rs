@@ -17,10 +17,10 @@ const MAX_PEERS: usize = 100_000;
 
 /// What is known of the peers' health, from asking them. Of most there is nothing to know.
 #[derive(Default)]
-pub struct Health(HashMap<SocketAddr, Trouble>);
+pub struct Health(HashMap<SocketAddr, PeerFailure>);
 
 #[derive(Default)]
-struct Trouble {
+struct PeerFailure {
     /// It lied: not asked before then.
     shut_out: Time,
     /// It could not be reached, and has not answered since.
@@ -126,13 +126,13 @@ impl Health {
     }
 
     /// What is known of a peer's trouble, for so long at least.
-    fn trouble(&mut self, peer: SocketAddr, now: Time, lasts: Duration) -> &mut Trouble {
+    fn trouble(&mut self, peer: SocketAddr, now: Time, lasts: Duration) -> &mut PeerFailure {
         if self.0.len() >= MAX_PEERS {
             self.0.retain(|_, trouble| trouble.is_down || trouble.forgotten > now);
         }
         let trouble = self.0.entry(peer).or_default();
         if trouble.forgotten <= now && !trouble.is_down {
-            *trouble = Trouble::default();
+            *trouble = PeerFailure::default();
         }
         trouble.forgotten = trouble.forgotten.max(now + lasts);
         trouble

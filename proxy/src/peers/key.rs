@@ -43,7 +43,7 @@ pub struct Seal {
 
 /// Why a question is not believed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Unproven {
+pub enum PeerAuthError {
     NotSigned,
     /// Signed with another key or for somebody else, or changed on its way.
     WrongKey,
@@ -93,19 +93,19 @@ impl SharedKey {
         method: &Method,
         uri: &Uri,
         headers: &HeaderMap,
-    ) -> Result<Seal, Unproven> {
-        let header = headers.get(AUTH).ok_or(Unproven::NotSigned)?;
-        let (time, mac) = header.to_str().ok().and_then(|text| text.split_once(' ')).ok_or(Unproven::NotSigned)?;
-        let time: u64 = time.parse().map_err(|_| Unproven::NotSigned)?;
-        let mac = from_hex(mac).ok_or(Unproven::NotSigned)?;
+    ) -> Result<Seal, PeerAuthError> {
+        let header = headers.get(AUTH).ok_or(PeerAuthError::NotSigned)?;
+        let (time, mac) = header.to_str().ok().and_then(|text| text.split_once(' ')).ok_or(PeerAuthError::NotSigned)?;
+        let time: u64 = time.parse().map_err(|_| PeerAuthError::NotSigned)?;
+        let mac = from_hex(mac).ok_or(PeerAuthError::NotSigned)?;
         let path = uri.path_and_query().map_or("", |path| path.as_str());
         let text = question(time, at, method, path, headers);
         let keys = self.keys.load();
         let key = keys.keys.iter().find(|key| hmac::verify(key, text.as_bytes(), &mac).is_ok());
-        let key = key.ok_or(Unproven::WrongKey)?.clone();
+        let key = key.ok_or(PeerAuthError::WrongKey)?.clone();
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         if now.abs_diff(Duration::from_millis(time)) > CLOCKS {
-            return Err(Unproven::OtherTime);
+            return Err(PeerAuthError::OtherTime);
         }
         Ok(Seal { key, question: header.clone() })
     }
@@ -159,7 +159,7 @@ impl fmt::Debug for Seal {
     }
 }
 
-impl Unproven {
+impl PeerAuthError {
     /// For whoever runs the peer that asked.
     pub fn as_str(self) -> &'static str {
         match self {
@@ -234,7 +234,7 @@ mod tests {
         SocketAddr::from(([192, 0, 2, 1], 5052))
     }
 
-    fn check(key: &SharedKey, path: &str, headers: &HeaderMap) -> Result<Seal, Unproven> {
+    fn check(key: &SharedKey, path: &str, headers: &HeaderMap) -> Result<Seal, PeerAuthError> {
         key.check(asked_one(), &Method::GET, &path.parse().unwrap(), headers)
     }
 
@@ -242,26 +242,26 @@ mod tests {
     fn who_knows_the_key_is_believed_and_nobody_else() {
         let ours = key("0123456789abcdef-ours\n");
         let mut headers = asked();
-        assert_eq!(check(&ours, PATH, &headers).err(), Some(Unproven::NotSigned));
+        assert_eq!(check(&ours, PATH, &headers).err(), Some(PeerAuthError::NotSigned));
         let seal = ours.sign(asked_one(), &Method::GET, PATH, &mut headers);
         let theirs = check(&ours, PATH, &headers).ok().unwrap();
-        assert_eq!(check(&key("0123456789abcdef-other"), PATH, &headers).err(), Some(Unproven::WrongKey));
-        assert_eq!(check(&ours, "/v2/b/manifests/1?ns=docker.io", &headers).err(), Some(Unproven::WrongKey));
+        assert_eq!(check(&key("0123456789abcdef-other"), PATH, &headers).err(), Some(PeerAuthError::WrongKey));
+        assert_eq!(check(&ours, "/v2/b/manifests/1?ns=docker.io", &headers).err(), Some(PeerAuthError::WrongKey));
         assert_eq!(
             ours.check(SocketAddr::from(([192, 0, 2, 2], 5052)), &Method::GET, &PATH.parse().unwrap(), &headers).err(),
-            Some(Unproven::WrongKey),
+            Some(PeerAuthError::WrongKey),
             "to somebody else"
         );
         let mapped = "[::ffff:192.0.2.1]:5052".parse().unwrap();
         assert!(ours.check(mapped, &Method::GET, &PATH.parse().unwrap(), &headers).is_ok(), "the same address");
         assert_eq!(
             ours.check(asked_one(), &Method::HEAD, &PATH.parse().unwrap(), &headers).err(),
-            Some(Unproven::WrongKey),
+            Some(PeerAuthError::WrongKey),
             "another method"
         );
         let mut changed = headers.clone();
         changed.insert(wire::REQUEST, "role=zone".parse().unwrap());
-        assert_eq!(check(&ours, PATH, &changed).err(), Some(Unproven::WrongKey));
+        assert_eq!(check(&ours, PATH, &changed).err(), Some(PeerAuthError::WrongKey));
         changed = headers.clone();
         changed.insert("accept", "text/plain".parse().unwrap());
         changed.insert("x-other", "1".parse().unwrap());
@@ -308,7 +308,7 @@ mod tests {
         let mac =
             hmac::sign(&ours.keys.load().keys[0], question(old, asked_one(), &Method::GET, PATH, &headers).as_bytes());
         headers.insert(AUTH, format!("{old} {}", hex(mac.as_ref())).parse().unwrap());
-        assert_eq!(check(&ours, PATH, &headers).err(), Some(Unproven::OtherTime));
+        assert_eq!(check(&ours, PATH, &headers).err(), Some(PeerAuthError::OtherTime));
     }
 
     #[test]
@@ -342,7 +342,7 @@ mod tests {
         }
         std::fs::write(file.path(), "0123456789-after").unwrap();
         key.reload().unwrap();
-        assert_eq!(check(&key, PATH, &old).err(), Some(Unproven::WrongKey));
+        assert_eq!(check(&key, PATH, &old).err(), Some(PeerAuthError::WrongKey));
         assert!(check(&key, PATH, &signed(&key)).is_ok());
     }
 
@@ -352,7 +352,7 @@ mod tests {
         for text in ["", "1", "x 00", "1 00", &format!("1 {}", "é".repeat(32)), &format!("1 +{}", "0".repeat(63))] {
             let headers = HeaderMap::from_iter([(AUTH, HeaderValue::from_bytes(text.as_bytes()).unwrap())]);
             let error = check(&ours, PATH, &headers).err();
-            assert!(matches!(error, Some(Unproven::NotSigned | Unproven::WrongKey)), "{text}");
+            assert!(matches!(error, Some(PeerAuthError::NotSigned | PeerAuthError::WrongKey)), "{text}");
         }
     }
 }

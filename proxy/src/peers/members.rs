@@ -30,7 +30,7 @@ pub enum Scope {
 
 /// Whom to ask for a digest, and what they are to be.
 #[derive(Debug, PartialEq, Eq)]
-pub struct Lead {
+pub struct OwnerRoute {
     /// What this node is, having been asked as something.
     pub role: Role,
     /// Those to follow, best first. Empty: the origin.
@@ -96,7 +96,7 @@ impl Members {
     }
 
     /// Whom to ask for a digest by somebody who was asked as `role`; `alive` says who can be asked.
-    pub fn lead(&self, digest: &Digest, role: Role, scope: Scope, alive: impl Fn(&SocketAddr) -> bool) -> Lead {
+    pub fn lead(&self, digest: &Digest, role: Role, scope: Scope, alive: impl Fn(&SocketAddr) -> bool) -> OwnerRoute {
         let before_own = |ring: &Ring| -> Vec<SocketAddr> {
             let first = ring.owners_of(digest, MAX_LEADERS, |member| *member == self.own || alive(member));
             first.into_iter().take_while(|member| *member != self.own).collect()
@@ -106,7 +106,7 @@ impl Members {
             if !leaders.is_empty() {
                 // Isolated, whoever owns it in its zone goes to the origin.
                 let asked_as = if self.policy == Zones::Isolate { Role::Global } else { Role::Zone };
-                return Lead { role: Role::Client, leaders, asked_as };
+                return OwnerRoute { role: Role::Client, leaders, asked_as };
             }
         }
         let ring = match (role, self.policy, scope) {
@@ -120,7 +120,7 @@ impl Members {
             (false, Zones::Ignore) => Role::Client,
             (false, _) => Role::Zone,
         };
-        Lead { role, leaders, asked_as: Role::Global }
+        OwnerRoute { role, leaders, asked_as: Role::Global }
     }
 
     /// Those who would own a digest if this node did not, best first: they may have fetched it while
@@ -224,7 +224,7 @@ mod tests {
     }
 
     #[test]
-    fn isolated_zones_each_ask_the_origin_and_ignored_ones_do_not_exist() {
+    fn isolated_zones_each_ask_the_upstream_and_ignored_ones_do_not_exist() {
         let digest = Digest::of(b"x");
         for from in 0..8 {
             let isolated = way(&views(Zones::Isolate), from, &digest);

@@ -46,7 +46,7 @@ pub enum Claim {
 
 /// Where a byte had better come from that a node was asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Comes {
+pub enum BestSource {
     /// From here, or from somebody who is less busy.
     Here,
     /// From whoever else has it: this node is slow, or left it to others.
@@ -55,7 +55,7 @@ pub enum Comes {
 
 /// What to do with a question.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Direction {
+pub enum PeerDecision {
     Answer,
     Redirect(SocketAddr),
     /// Whoever asks fetches this part of it from the origin, for all.

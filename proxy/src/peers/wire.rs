@@ -5,7 +5,7 @@
 //! | `dray-request` | request | what is asked of the peer, and on which terms: [`Terms`] |
 //! | `dray-have` | both | bodies that the sender sends at the moment, and the bytes that it has: `2;0-99+200-299` |
 //! | `dray-holders` | response | other holders, each with its load and bytes: `10.0.0.3:5052;2;0-99+200-299, ...` |
-//! | `dray-refusal` | response 307, 403, 503 | why the peer itself declines: [`Refusal`] |
+//! | `dray-refusal` | response 307, 403, 503 | why the peer itself declines: [`PeerRefusal`] |
 //! | `dray-age` | response | for a tag: milliseconds since its upstream was asked |
 //! | `dray-authorization` | request | what the registry is shown, where a client comes with its own rights; sealed by a shared key |
 //! | `dray-auth` | both | the proof that the sender knows the shared key, where there is one |
@@ -18,7 +18,7 @@ use std::time::Duration;
 
 use http::{HeaderMap, HeaderName, HeaderValue};
 
-use super::question::{Aim, Downstream, Redirects};
+use super::query::{Downstream, RangePurpose, RedirectPolicy};
 use crate::oci::{Span, Spans};
 use crate::role::Role;
 
@@ -66,16 +66,16 @@ pub struct Terms {
     /// `peers`: by which address the members know the sender, then the peers for which it sends the request.
     pub peers: Downstream,
     /// `whole`: the range is one of many that make the whole blob.
-    pub aim: Aim,
+    pub aim: RangePurpose,
     /// `no-redirect`: no other peer could help.
-    pub redirects: Redirects,
+    pub redirects: RedirectPolicy,
     /// `deputy`: the sender could fetch the range from the upstream itself.
     pub may_depute: bool,
 }
 
 /// Why a peer itself declines, which says nothing of the upstream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Refusal {
+pub enum PeerRefusal {
     /// `overloaded` (503): it has too much to do.
     Overloaded,
     /// `no-upstream` (403, 503): it cannot reach the upstream, or may not.
@@ -95,8 +95,8 @@ impl Terms {
                 "rule" => terms.rule = Some(value.to_owned()),
                 "deadline" => terms.deadline = value.parse().ok().map(Duration::from_millis),
                 "peers" => terms.peers = Downstream::parse(value),
-                "whole" => terms.aim = Aim::Whole,
-                "no-redirect" => terms.redirects = Redirects::Refused,
+                "whole" => terms.aim = RangePurpose::Whole,
+                "no-redirect" => terms.redirects = RedirectPolicy::Refused,
                 "deputy" => terms.may_depute = true,
                 _ => {}
             }
@@ -116,8 +116,8 @@ impl Terms {
             let _ = write!(text, "; peers={}", self.peers);
         }
         let flags = [
-            ("whole", self.aim == Aim::Whole),
-            ("no-redirect", self.redirects == Redirects::Refused),
+            ("whole", self.aim == RangePurpose::Whole),
+            ("no-redirect", self.redirects == RedirectPolicy::Refused),
             ("deputy", self.may_depute),
         ];
         for (flag, _) in flags.iter().filter(|(_, is_set)| *is_set) {
@@ -134,14 +134,14 @@ impl Default for Terms {
             rule: None,
             deadline: None,
             peers: Downstream::NONE,
-            aim: Aim::Range,
-            redirects: Redirects::Followed,
+            aim: RangePurpose::Range,
+            redirects: RedirectPolicy::Followed,
             may_depute: false,
         }
     }
 }
 
-impl Refusal {
+impl PeerRefusal {
     pub fn read(headers: &HeaderMap) -> Option<Self> {
         match parameters(headers, &REFUSAL).next()? {
             ("overloaded", _) => Some(Self::Overloaded),
@@ -240,9 +240,11 @@ mod tests {
         assert_eq!(read_have(&headers), Some((2, holders[0].have.clone())));
         headers.insert(HAVE, write_have(0, &Spans::default()).unwrap());
         assert_eq!(read_have(&headers), Some((0, Spans::default())));
-        for refusal in [Refusal::Overloaded, Refusal::NoUpstream, Refusal::Deputy(Span { start: 0, end: 100 })] {
+        for refusal in
+            [PeerRefusal::Overloaded, PeerRefusal::NoUpstream, PeerRefusal::Deputy(Span { start: 0, end: 100 })]
+        {
             headers.insert(REFUSAL, refusal.text().parse().unwrap());
-            assert_eq!(Refusal::read(&headers), Some(refusal));
+            assert_eq!(PeerRefusal::read(&headers), Some(refusal));
         }
     }
 
@@ -254,8 +256,8 @@ mod tests {
             rule: Some("4f1c".into()),
             deadline: Some(Duration::from_millis(2500)),
             peers,
-            aim: Aim::Whole,
-            redirects: Redirects::Refused,
+            aim: RangePurpose::Whole,
+            redirects: RedirectPolicy::Refused,
             may_depute: true,
         };
         let text =
@@ -292,7 +294,7 @@ mod tests {
         }
         for text in ["", "busy", "deputy", "deputy=9-1"] {
             headers.insert(REFUSAL, text.parse().unwrap());
-            assert_eq!(Refusal::read(&headers), None, "{text}");
+            assert_eq!(PeerRefusal::read(&headers), None, "{text}");
         }
         let many = vec!["1.2.3.4:5;0;0-1"; 100].join(",");
         headers.insert(HOLDERS, many.parse().unwrap());

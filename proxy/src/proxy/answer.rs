@@ -9,17 +9,21 @@ use pingora::protocols::http::ServerSession as Session;
 use tokio::time::timeout;
 
 use super::exchange::{Exchange, LEFT, NO_SOURCE};
-use super::sendfile::{self, Sending};
+use super::sendfile::{self, SendfileBody};
+use super::slow_clients::PATIENCE;
 use super::socket::{self, Socket};
-use super::taking::PATIENCE;
 use crate::pull::Body;
-use crate::respond::Reply;
+use crate::respond::PreparedResponse;
 use crate::source::Broken;
 use crate::times::STALL_TIMEOUT;
 
 /// Writes an answer. An error means that the connection must close: the client sees fewer bytes
 /// than announced, and knows.
-pub(super) async fn send(session: &mut Session, exchange: &mut Exchange, mut reply: Reply) -> pingora::Result<()> {
+pub(super) async fn send(
+    session: &mut Session,
+    exchange: &mut Exchange,
+    mut reply: PreparedResponse,
+) -> pingora::Result<()> {
     exchange.status = reply.status.as_u16();
     exchange.reason = reply.reason.take().filter(|_| !matches!(reply.status, StatusCode::UNAUTHORIZED));
     exchange.source = reply.from.map_or(NO_SOURCE, |from| from.as_str());
@@ -43,7 +47,7 @@ pub(super) async fn send(session: &mut Session, exchange: &mut Exchange, mut rep
         && let Some(socket) = Socket::of_plain(session)
     {
         taken(sendfile::write_head(session, head)).await?;
-        let mut sending = Sending::new(socket, reader);
+        let mut sending = SendfileBody::new(socket, reader);
         while let Some(sent) = sending.next().await.map_err(|broken| exchange.broke(&broken))? {
             exchange.sent(sent);
         }

@@ -2,8 +2,8 @@
 //! requests to a registry of its choice.
 //!
 //! No container client is a browser. A browser says so itself, by headers that pages cannot remove: `Sec-Fetch-Site` (W3C
-//! Fetch Metadata) where it trusts the address, `Origin`, `Accept-Language` and its `User-Agent` everywhere. Where it does
-//! not send `Sec-Fetch-Site`, a page of another origin is known by `Origin`, and a page whose name was made to lead here (DNS
+//! Fetch Metadata) where it trusts the address, `UpstreamClient`, `Accept-Language` and its `User-Agent` everywhere. Where it does
+//! not send `Sec-Fetch-Site`, a page of another origin is known by `UpstreamClient`, and a page whose name was made to lead here (DNS
 //! rebinding) by its `Host`, which is nobody's here.
 
 use std::collections::HashSet;
@@ -18,11 +18,11 @@ use crate::oci::Registry;
 /// By which names browsers may find this process.
 pub struct Browsers {
     names: HashSet<String>,
-    scheme: Scheme,
+    scheme: ClientScheme,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Scheme {
+enum ClientScheme {
     Http,
     /// Browsers hold the name in the address against the certificate: another name does not get here.
     Https,
@@ -30,7 +30,7 @@ enum Scheme {
 
 /// Why a browser gets nothing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Foreign {
+pub(super) enum BrowserDenied {
     /// A page of another origin sent the request.
     CrossSite,
     UnknownHost,
@@ -46,12 +46,12 @@ impl Browsers {
         let mirror = config.containerd.mirror.as_ref().and_then(|mirror| mirror.host().parse::<Registry>().ok());
         let mirror = mirror.map(|mirror| mirror.host().to_owned());
         let names = mirror.into_iter().chain(config.access.hosts.iter().cloned());
-        let scheme = if config.tls.cert.is_some() { Scheme::Https } else { Scheme::Http };
+        let scheme = if config.tls.cert.is_some() { ClientScheme::Https } else { ClientScheme::Http };
         Self { names: names.map(|name| name.to_ascii_lowercase()).collect(), scheme }
     }
 
     /// Whether a request may be answered: it is no browser's, or of dray's own origin.
-    pub(super) fn admit(&self, request: &Parts) -> Result<(), Foreign> {
+    pub(super) fn admit(&self, request: &Parts) -> Result<(), BrowserDenied> {
         let header = |name: &str| request.headers.get(name).map(|value| value.to_str().unwrap_or_default());
         let host = header(HOST.as_str()).or_else(|| request.uri.authority().map(|authority| authority.as_str()));
         let (site, origin) = (header(SEC_FETCH_SITE), header(ORIGIN.as_str()));
@@ -64,11 +64,11 @@ impl Browsers {
         }
         let is_other = |origin: &str| origin.split_once("://").is_none_or(|(_, authority)| Some(authority) != host);
         if site.is_some_and(|site| !matches!(site, "same-origin" | "none")) || origin.is_some_and(is_other) {
-            return Err(Foreign::CrossSite);
+            return Err(BrowserDenied::CrossSite);
         }
-        match self.scheme == Scheme::Https || host.is_some_and(|host| self.knows(host)) {
+        match self.scheme == ClientScheme::Https || host.is_some_and(|host| self.knows(host)) {
             true => Ok(()),
-            false => Err(Foreign::UnknownHost),
+            false => Err(BrowserDenied::UnknownHost),
         }
     }
 
@@ -83,7 +83,7 @@ impl Browsers {
     }
 }
 
-impl Foreign {
+impl BrowserDenied {
     pub(super) fn as_str(self) -> &'static str {
         match self {
             Self::CrossSite => "a web page of another origin gets nothing here",
@@ -100,7 +100,7 @@ mod tests {
 
     const CHROMIUM: (&str, &str) = ("user-agent", "Mozilla/5.0 (X11; Linux x86_64) HeadlessChrome/130.0");
 
-    fn admit(config: &str, host: &str, headers: &[(&str, &str)]) -> Result<(), Foreign> {
+    fn admit(config: &str, host: &str, headers: &[(&str, &str)]) -> Result<(), BrowserDenied> {
         let browsers = Browsers::new(&Config::parse(config, "test").unwrap());
         let mut request = http::Request::get("/v2/").header("host", host);
         for (name, value) in headers {
@@ -122,13 +122,13 @@ mod tests {
     fn page_of_another_origin_gets_nothing() {
         let of = |headers: &[(&str, &str)]| admit("", "10.0.0.1:5050", headers);
         for site in ["cross-site", "same-site", "anything"] {
-            assert_eq!(of(&[("sec-fetch-site", site)]), Err(Foreign::CrossSite), "{site}");
+            assert_eq!(of(&[("sec-fetch-site", site)]), Err(BrowserDenied::CrossSite), "{site}");
         }
         for site in ["none", "same-origin"] {
             assert_eq!(of(&[CHROMIUM, ("sec-fetch-site", site)]), Ok(()), "{site}");
         }
         for origin in ["http://evil.example", "null", "http://10.0.0.1:8080", "http://10.0.0.1:5050.evil.example"] {
-            assert_eq!(of(&[CHROMIUM, ("origin", origin)]), Err(Foreign::CrossSite), "{origin}");
+            assert_eq!(of(&[CHROMIUM, ("origin", origin)]), Err(BrowserDenied::CrossSite), "{origin}");
         }
         assert_eq!(of(&[CHROMIUM, ("origin", "http://10.0.0.1:5050")]), Ok(()));
     }
@@ -158,7 +158,7 @@ mod tests {
             "a b",
         ] {
             let browser = [("accept-language", "en")];
-            assert_eq!(admit(config, host, &browser), Err(Foreign::UnknownHost), "{host}");
+            assert_eq!(admit(config, host, &browser), Err(BrowserDenied::UnknownHost), "{host}");
             assert_eq!(admit("[tls]\ncert = \"c\"\nkey = \"k\"\n", host, &browser), Ok(()), "the certificate tells");
         }
     }

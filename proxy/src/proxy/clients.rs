@@ -8,7 +8,7 @@ use std::time::Instant;
 use ipnet::IpNet;
 use parking_lot::Mutex;
 
-use crate::config::Access;
+use crate::config::AccessConfig;
 use crate::connections::client;
 use crate::times::DEFAULT_TTL;
 
@@ -17,25 +17,25 @@ pub struct Clients {
     networks: Vec<IpNet>,
     most_at_once: Option<u32>,
     most_a_second: Option<u32>,
-    running: Arc<Running>,
-    allowances: moka::sync::Cache<IpAddr, Arc<Mutex<Allowance>>>,
+    running: Arc<RunningRequests>,
+    allowances: moka::sync::Cache<IpAddr, Arc<Mutex<RateAllowance>>>,
 }
 
 /// Requests that are being answered, by client. Whoever has none is not in it.
-type Running = Mutex<HashMap<IpAddr, u32>>;
+type RunningRequests = Mutex<HashMap<IpAddr, u32>>;
 
 /// Requests that may come at once; as many come back each second as may come in one.
-struct Allowance {
+struct RateAllowance {
     left: f64,
     since: Instant,
 }
 
 /// A request's place among those of its client.
-pub(super) struct Place(Option<(Arc<Running>, IpAddr)>);
+pub(super) struct ClientPermit(Option<(Arc<RunningRequests>, IpAddr)>);
 
 /// Why a client is not answered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Unwelcome {
+pub(super) enum ClientDenied {
     /// It is in none of the networks.
     Stranger,
     TooManyAtOnce,
@@ -46,7 +46,7 @@ pub(super) enum Unwelcome {
 const MAX_CLIENTS: u64 = 100_000;
 
 impl Clients {
-    pub fn new(access: &Access) -> Self {
+    pub fn new(access: &AccessConfig) -> Self {
         Self {
             networks: access.clients.clone(),
             most_at_once: access.requests_at_once.map(|most| u32::from(most.get())),
@@ -57,32 +57,32 @@ impl Clients {
     }
 
     /// Lets a request in. Without an address nobody is known to be in a network.
-    pub(super) fn admit(&self, address: Option<IpAddr>, now: Instant) -> Result<Place, Unwelcome> {
+    pub(super) fn admit(&self, address: Option<IpAddr>, now: Instant) -> Result<ClientPermit, ClientDenied> {
         let address = address.map(|address| address.to_canonical());
         let is_in = |address: IpAddr| self.networks.iter().any(|network| network.contains(&address));
         if !self.networks.is_empty() && !address.is_some_and(is_in) {
-            return Err(Unwelcome::Stranger);
+            return Err(ClientDenied::Stranger);
         }
-        let Some(client) = address.map(client) else { return Ok(Place(None)) };
+        let Some(client) = address.map(client) else { return Ok(ClientPermit(None)) };
         if let Some(most) = self.most_a_second {
-            let full = || Arc::new(Mutex::new(Allowance { left: f64::from(most), since: now }));
+            let full = || Arc::new(Mutex::new(RateAllowance { left: f64::from(most), since: now }));
             let allowance = self.allowances.get_with(client, full);
             if !allowance.lock().take(most, now) {
-                return Err(Unwelcome::TooOften);
+                return Err(ClientDenied::TooOften);
             }
         }
-        let Some(most) = self.most_at_once else { return Ok(Place(None)) };
+        let Some(most) = self.most_at_once else { return Ok(ClientPermit(None)) };
         let mut running = self.running.lock();
         let count = running.entry(client).or_default();
         if *count >= most {
-            return Err(Unwelcome::TooManyAtOnce);
+            return Err(ClientDenied::TooManyAtOnce);
         }
         *count += 1;
-        Ok(Place(Some((self.running.clone(), client))))
+        Ok(ClientPermit(Some((self.running.clone(), client))))
     }
 }
 
-impl Allowance {
+impl RateAllowance {
     /// Takes one request of this second's.
     fn take(&mut self, most: u32, now: Instant) -> bool {
         let most = f64::from(most);
@@ -97,7 +97,7 @@ impl Allowance {
     }
 }
 
-impl Unwelcome {
+impl ClientDenied {
     pub(super) fn as_str(self) -> &'static str {
         match self {
             Self::Stranger => "this address is in no network of access.clients",
@@ -107,7 +107,7 @@ impl Unwelcome {
     }
 }
 
-impl Drop for Place {
+impl Drop for ClientPermit {
     fn drop(&mut self) {
         let Some((running, client)) = &self.0 else { return };
         let mut running = running.lock();
@@ -135,7 +135,7 @@ mod tests {
         Some(text.parse().unwrap())
     }
 
-    fn outcome(clients: &Clients, address: Option<IpAddr>) -> Result<(), Unwelcome> {
+    fn outcome(clients: &Clients, address: Option<IpAddr>) -> Result<(), ClientDenied> {
         clients.admit(address, Instant::now()).map(drop)
     }
 
@@ -152,7 +152,7 @@ mod tests {
         ] {
             assert_eq!(outcome(&some, ip(address)).is_ok(), is_in, "{address}");
         }
-        assert_eq!(outcome(&some, None), Err(Unwelcome::Stranger));
+        assert_eq!(outcome(&some, None), Err(ClientDenied::Stranger));
         assert_eq!(outcome(&clients(""), None), Ok(()));
     }
 
@@ -161,7 +161,7 @@ mod tests {
         let few = clients("requests_at_once = 2");
         let now = Instant::now();
         let held: Vec<_> = (0..2).map(|_| few.admit(ip("10.0.0.1"), now).unwrap()).collect();
-        assert_eq!(outcome(&few, ip("10.0.0.1")), Err(Unwelcome::TooManyAtOnce));
+        assert_eq!(outcome(&few, ip("10.0.0.1")), Err(ClientDenied::TooManyAtOnce));
         assert_eq!(outcome(&few, ip("10.0.0.2")), Ok(()), "another's");
         drop(held);
         assert_eq!(outcome(&few, ip("10.0.0.1")), Ok(()));
@@ -172,7 +172,7 @@ mod tests {
     fn a_network_of_ipv6_is_one_client() {
         let few = clients("requests_at_once = 1");
         let _held = few.admit(ip("2001:db8::1"), Instant::now()).unwrap();
-        assert_eq!(outcome(&few, ip("2001:db8::2")), Err(Unwelcome::TooManyAtOnce));
+        assert_eq!(outcome(&few, ip("2001:db8::2")), Err(ClientDenied::TooManyAtOnce));
         assert_eq!(outcome(&few, ip("2001:db8:0:1::1")), Ok(()));
     }
 

@@ -6,33 +6,33 @@ use http::header::USER_AGENT;
 use pingora::prelude::{Error, ErrorType};
 use pingora::protocols::http::ServerSession as Session;
 
-use super::clients::Place;
-use super::load::Seat;
-use super::{Front, Listener};
+use super::clients::ClientPermit;
+use super::load::RequestPermit;
+use super::{Listener, RegistryProxy};
 use crate::access_log::{AccessLog, Line, Millis};
-use crate::activity::{Activity, Answered};
-use crate::memory::OfClient;
+use crate::activity::{Activity, ServedContent};
+use crate::memory::ClientBytes;
 use crate::metrics;
-use crate::oci::{NamedBy, Registry, Repository};
-use crate::peers::{Seal, Sending as Counted};
+use crate::oci::{Registry, RegistryFrom, Repository};
+use crate::peers::{PeerBody as Counted, Seal};
 use crate::source::Broken;
 use crate::trace;
 
 /// One request and what became of it.
 pub struct Exchange {
     pub(super) id: String,
-    pub(super) span: trace::Span,
+    pub(super) span: trace::TraceSpan,
     pub(super) started: Instant,
     /// Counts the request as load for as long as it is answered.
-    pub(super) seat: Option<Seat>,
+    pub(super) seat: Option<RequestPermit>,
     /// And as one of its client's.
-    pub(super) place: Option<Place>,
+    pub(super) place: Option<ClientPermit>,
     /// Proves the answer to a peer.
     pub(super) seal: Option<Seal>,
     /// Counts its body as sent to a peer.
     pub(super) counted: Option<Counted>,
     /// Its share of the memory for answers that are sent whole.
-    pub(super) held: Option<OfClient>,
+    pub(super) held: Option<ClientBytes>,
     pub(super) route: &'static str,
     pub(super) content: Option<Content>,
     pub(super) status: u16,
@@ -50,7 +50,7 @@ pub(super) struct Content {
     pub(super) registry: Registry,
     pub(super) repository: Repository,
     pub(super) rule: String,
-    pub(super) named_by: NamedBy,
+    pub(super) named_by: RegistryFrom,
 }
 
 /// No reference that is right is longer.
@@ -62,7 +62,7 @@ pub(super) const NO_SOURCE: &str = "none";
 /// Why an answer ended early that nothing else ended.
 pub(super) const LEFT: &str = "the client left";
 
-impl Front {
+impl RegistryProxy {
     /// Tells everybody who keeps account of requests what became of one.
     pub(super) fn account(&self, session: &Session, error: Option<&Error>, exchange: &mut Exchange) {
         exchange.took = exchange.started.elapsed();
@@ -75,7 +75,7 @@ impl Front {
     }
 
     pub(super) fn count(&self, exchange: &Exchange) {
-        self.metrics.answered(&metrics::Answer {
+        self.metrics.answered(&metrics::ResponseLabels {
             route: exchange.route,
             source: exchange.source,
             status: exchange.status,
@@ -93,7 +93,7 @@ impl Front {
 fn note(activity: &Activity, session: &Session, exchange: &Exchange) {
     let Some(content) = &exchange.content else { return };
     let reference = session.req_header().uri.path().rsplit('/').next().unwrap_or_default();
-    activity.add(Answered {
+    activity.add(ServedContent {
         id: exchange.id.clone(),
         at_ms: SystemTime::now()
             .duration_since(UNIX_EPOCH)
@@ -185,7 +185,7 @@ impl Exchange {
     pub(super) fn new() -> Self {
         Self {
             id: format!("{:016x}", fastrand::u64(..)),
-            span: trace::Span::default(),
+            span: trace::TraceSpan::default(),
             started: Instant::now(),
             seat: None,
             place: None,

@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use crate::memory::{Memory, OfClient};
+use crate::memory::{ClientBytes, Memory};
 use crate::shares::{Share, Shares};
 
 /// Requests being answered, and the memory that their answers take.
@@ -16,7 +16,7 @@ pub struct Load {
 pub(super) struct Overloaded;
 
 /// A request's place in the load.
-pub(super) type Seat = Share<Option<IpAddr>>;
+pub(super) type RequestPermit = Share<Option<IpAddr>>;
 
 /// More requests than this at once are refused.
 const MAX_REQUESTS: usize = 10_000;
@@ -30,7 +30,7 @@ impl Load {
     }
 
     /// Takes memory for an answer that its client has yet to read; small ones need none.
-    pub(super) fn hold(&self, bytes: usize, client: Option<IpAddr>) -> Result<Option<OfClient>, Overloaded> {
+    pub(super) fn hold(&self, bytes: usize, client: Option<IpAddr>) -> Result<Option<ClientBytes>, Overloaded> {
         if bytes < SMALL_ANSWER {
             return Ok(None);
         }
@@ -38,7 +38,7 @@ impl Load {
     }
 
     /// Counts a request, if there is room for it beside those of others.
-    pub(super) fn enter(&self, client: Option<IpAddr>) -> Option<Seat> {
+    pub(super) fn enter(&self, client: Option<IpAddr>) -> Option<RequestPermit> {
         self.requests.take(&client, 1)
     }
 

@@ -7,33 +7,33 @@ use std::path::{Path, PathBuf};
 
 use arc_swap::ArcSwap;
 
-use crate::caller::Who;
-use crate::grants::Grants;
+use crate::principal::PrincipalId;
 use crate::secret::Secret;
+use crate::token_issuer::TokenIssuer;
 
 /// The logins of a file, read again when it changes. Only their keyed hashes are kept.
 pub(super) struct Logins {
     path: PathBuf,
-    known: ArcSwap<HashSet<Who>>,
+    known: ArcSwap<HashSet<PrincipalId>>,
 }
 
 impl Logins {
-    pub(super) fn load(path: &Path, grants: &Grants) -> Result<Self, String> {
+    pub(super) fn load(path: &Path, grants: &TokenIssuer) -> Result<Self, String> {
         Ok(Self { path: path.to_owned(), known: ArcSwap::from_pointee(read(path, grants)?) })
     }
 
     /// Reads the file again. What cannot be read changes nothing.
-    pub(super) fn reload(&self, grants: &Grants) -> Result<(), String> {
+    pub(super) fn reload(&self, grants: &TokenIssuer) -> Result<(), String> {
         self.known.store(read(&self.path, grants)?.into());
         Ok(())
     }
 
-    pub(super) fn know(&self, secret: &Secret, grants: &Grants) -> bool {
+    pub(super) fn know(&self, secret: &Secret, grants: &TokenIssuer) -> bool {
         self.known.load().contains(&grants.who(secret))
     }
 }
 
-fn read(path: &Path, grants: &Grants) -> Result<HashSet<Who>, String> {
+fn read(path: &Path, grants: &TokenIssuer) -> Result<HashSet<PrincipalId>, String> {
     let wrong = |why: String| format!("access.logins_file = \"{}\": {why}", path.display());
     let text = std::fs::read_to_string(path).map_err(|error| wrong(error.to_string()))?;
     let lines = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty() && !line.starts_with('#'));
@@ -43,7 +43,7 @@ fn read(path: &Path, grants: &Grants) -> Result<HashSet<Who>, String> {
         }
         _ => Err(wrong(format!("line {}: expected user:password", nth + 1))),
     };
-    let known: HashSet<Who> = lines.map(login).collect::<Result<_, _>>()?;
+    let known: HashSet<PrincipalId> = lines.map(login).collect::<Result<_, _>>()?;
     if known.is_empty() { Err(wrong("has no login, so nobody could use this process".into())) } else { Ok(known) }
 }
 
@@ -57,7 +57,7 @@ mod tests {
 
     #[test]
     fn logins_are_lines_and_mistakes_are_named_without_them() {
-        let (file, grants) = (tempfile::NamedTempFile::new().unwrap(), Grants::new(None).unwrap());
+        let (file, grants) = (tempfile::NamedTempFile::new().unwrap(), TokenIssuer::new(None).unwrap());
         std::fs::write(file.path(), "# nodes\nnode:a:b\n\nci:c\n").unwrap();
         let logins = Logins::load(file.path(), &grants).unwrap();
         assert!(logins.know(&login("node", "a:b"), &grants) && logins.know(&login("ci", "c"), &grants));

@@ -20,8 +20,8 @@ use rustix::io::{Errno, ReadWriteFlags, preadv2};
 use tokio::io::Interest;
 use tokio::time::timeout_at;
 
+use super::slow_clients::SlowClientDetector;
 use super::socket::Socket;
-use super::taking::Taking;
 use crate::fill::Reader;
 use crate::oci::Span;
 use crate::source::Broken;
@@ -38,10 +38,10 @@ const CHUNK: u64 = 2 * 1024 * 1024;
 const PROBE: u64 = 128 * 1024;
 
 /// A body on its way past Pingora.
-pub(super) struct Sending<'a> {
+pub(super) struct SendfileBody<'a> {
     socket: Socket,
     reader: &'a mut Reader,
-    taking: Taking,
+    taking: SlowClientDetector,
 }
 
 /// Writes the head of an answer whose body goes past Pingora.
@@ -53,10 +53,10 @@ pub(super) async fn write_head(session: &mut Session, head: ResponseHeader) -> p
     written
 }
 
-impl<'a> Sending<'a> {
+impl<'a> SendfileBody<'a> {
     pub(super) fn new(socket: Socket, reader: &'a mut Reader) -> Self {
         socket.hold_back();
-        Self { socket, reader, taking: Taking::begin() }
+        Self { socket, reader, taking: SlowClientDetector::begin() }
     }
 
     /// Sends some of what is there, or waits until more is; how many bytes the client took. None:
@@ -69,7 +69,7 @@ impl<'a> Sending<'a> {
                 () = self.socket.closed() => return Err(Broken("the client left".into())),
             }
             self.socket.hold_back();
-            self.taking = Taking::begin();
+            self.taking = SlowClientDetector::begin();
         }
         let Some((blob, mut span)) = self.reader.ready().await? else {
             self.socket.push();

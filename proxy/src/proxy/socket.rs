@@ -15,7 +15,7 @@ pub(super) struct Socket(Arc<TcpStream>);
 
 /// The descriptor of an HTTP/1.1 connection, for as long as its session lives: a request that is answered at once, as most
 /// are, needs no other one.
-pub(super) struct Descriptor(RawFd);
+pub(super) struct SocketDescriptor(RawFd);
 
 /// Bodies in memory of this size go out together with their head. Smaller ones do anyway, from Pingora's buffer, which has
 /// room for a head of 1 KiB beside them.
@@ -45,7 +45,7 @@ fn descriptor(session: &Session) -> Option<BorrowedFd<'_>> {
     Some(unsafe { BorrowedFd::borrow_raw(stream.id()) })
 }
 
-impl Descriptor {
+impl SocketDescriptor {
     /// None: the connection is not HTTP/1.1.
     pub(super) fn of(session: &Session) -> Option<Self> {
         descriptor(session).map(|socket| Self(socket.as_raw_fd()))

@@ -6,41 +6,43 @@ use std::time::Duration;
 use bytes::Bytes;
 use tokio::time::{Instant, timeout, timeout_at};
 
-use super::negatives::Endpoint;
+use super::negative_cache::NegativeKind;
 use super::parts::{self, Parts};
 use super::sources::BlobSources;
-use super::{Asker, Asking, ListBody, Pull, Refusal};
-use crate::fill::{ContentOf, Feed, Fill, FillKey, Opened, Outcome, PART_BYTES, Passage, Reader, Reading};
-use crate::oci::{Digest, ErrorCode, Multipart, NamedBy, RangeRequest, Registry, Span};
-use crate::origin::ROUNDS;
-use crate::peers::{Aim, Reach};
-use crate::registries::Place;
+use super::{ListBody, Pull, PullError, RequestContext, Requester};
+use crate::fill::{
+    ContentSource, Fill, FillKey, FillOutcome, OpenedFill, PART_BYTES, PassthroughStream, ReadMode, Reader, SpanStream,
+};
+use crate::oci::{Digest, ErrorCode, Multipart, RangeRequest, Registry, RegistryFrom, Span};
+use crate::peers::{FetchPolicy, RangePurpose};
+use crate::registries::RepositoryRef;
 use crate::role::Role;
 use crate::source::{Broken, ServedFrom, SourceError};
-use crate::store::{Blob, Found, Kind, Proof, SMALL_BYTES, Tier};
+use crate::store::{Blob, Found, SMALL_BYTES, SmallKind, Tier, Verification};
 use crate::times::{CONFIRM_TIMEOUT, RETRY_INTERVAL, STALL_TIMEOUT};
+use crate::upstream::ROUNDS;
 
 /// A request for a blob, or a part of it.
 #[derive(Clone)]
 pub struct BlobRequest {
-    pub place: Place,
+    pub place: RepositoryRef,
     pub digest: Digest,
     pub range: Option<RangeRequest>,
-    pub named_by: NamedBy,
-    pub asking: Asking,
+    pub named_by: RegistryFrom,
+    pub asking: RequestContext,
 }
 
 /// A blob or a part of it, ready to be sent.
-pub struct BlobAnswer {
+pub struct BlobResponse {
     pub total: u64,
-    pub extent: Extent,
+    pub extent: BlobExtent,
     pub from: ServedFrom,
     pub body: Body,
 }
 
 /// What of a blob an answer holds.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Extent {
+pub enum BlobExtent {
     Whole,
     Part(Span),
     /// Several, with what is between them.
@@ -52,7 +54,7 @@ pub enum Body {
     /// Whole in memory, or already sent.
     Memory(Option<Bytes>),
     File(Reader),
-    Passing(Box<Passage>),
+    Passing(Box<PassthroughStream>),
     List(Box<ListBody>),
     Parts(Box<Parts>),
 }
@@ -60,12 +62,12 @@ pub enum Body {
 /// Why a blob was not fetched.
 pub(super) enum Fetch {
     Source(SourceError),
-    Refused(Refusal),
+    Refused(PullError),
 }
 
 /// What an outage means for a blob.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Patience {
+enum OutageWait {
     /// The requester can ask elsewhere: refuse soon.
     Refuse,
     /// A client that sends no `ns` has chosen its mirror for the whole image: a blob refused is a
@@ -78,15 +80,15 @@ const LIST_BYTES: usize = 512 * 1024;
 
 impl Pull {
     /// `GET blobs/<digest>`.
-    pub async fn blob(self: &Arc<Self>, request: &BlobRequest) -> Result<BlobAnswer, Refusal> {
+    pub async fn blob(self: &Arc<Self>, request: &BlobRequest) -> Result<BlobResponse, PullError> {
         let (digest, range) = (&request.digest, request.range);
         let places = self.candidates(request).await;
         // Bytes that lately proved wrong: whoever holds a beginning must not get an end.
-        let is_distrusted = |place: &Place| self.fills.is_distrusted(&ContentOf::new(place, digest));
+        let is_distrusted = |place: &RepositoryRef| self.fills.is_distrusted(&ContentSource::new(place, digest));
         let distrusted = || places.iter().any(is_distrusted);
         let kept = self.kept_blob(request).await;
         // Peers hash the whole: they may have any part of what is verified.
-        let is_proven = matches!(kept, Some(Found::Small { .. } | Found::Large { proof: Proof::Verified, .. }));
+        let is_proven = matches!(kept, Some(Found::Small { .. } | Found::Large { proof: Verification::Verified, .. }));
         let may_resume = request.asking.asker.is_peer() && is_proven;
         if let Some(range) = range
             && !may_resume
@@ -94,26 +96,26 @@ impl Pull {
         {
             if range.is_resumption() {
                 let message = "the bytes that came before did not match this digest: start again".to_owned();
-                return Err(Refusal::NotFound { code: ErrorCode::BlobUnknown, message });
+                return Err(PullError::NotFound { code: ErrorCode::BlobUnknown, message });
             }
             if request.asking.is_follower() {
                 // It could not go on with what comes by ranges: it gets all in one.
                 return Box::pin(self.blob(&BlobRequest { range: None, ..request.clone() })).await;
             }
         }
-        if request.asking.reach == Reach::Kept {
+        if request.asking.reach == FetchPolicy::Kept {
             return self.blob_here(request, kept).await;
         }
         self.confirm_blob(request, kept.as_ref(), &places).await?;
         match kept {
-            Some(Found::Small { object, tier }) => return BlobAnswer::of_bytes(&object.bytes, range, tier.into()),
-            Some(Found::Large { blob, proof: Proof::Verified }) => return BlobAnswer::of_blob(blob, range),
-            Some(Found::Large { blob, proof: Proof::Unproven }) => {
+            Some(Found::Small { object, tier }) => return BlobResponse::of_bytes(&object.bytes, range, tier.into()),
+            Some(Found::Large { blob, proof: Verification::Verified }) => return BlobResponse::of_blob(blob, range),
+            Some(Found::Large { blob, proof: Verification::Unproven }) => {
                 let fill = self.verify_kept(request, blob);
                 // Most files are hashed soon: then a damaged one is fetched anew and nobody notices.
                 // Who cannot wait for a large one reads along.
                 let proven = timeout(CONFIRM_TIMEOUT, fill.ended()).await;
-                if proven != Ok(Outcome::Failed) {
+                if proven != Ok(FillOutcome::Failed) {
                     let followed = timeout(STALL_TIMEOUT - CONFIRM_TIMEOUT, self.follow(&fill, request)).await;
                     return followed.unwrap_or(Err(Fetch::Source(SourceError::TimedOut))).map_err(Fetch::into_refusal);
                 }
@@ -125,9 +127,11 @@ impl Pull {
         for (nth, place) in places.into_iter().enumerate() {
             let (patience, limit) = match request.named_by {
                 // Another place may have it, now.
-                _ if nth + 1 < count => (Patience::Refuse, request.asking.patience.min(STALL_TIMEOUT)),
-                NamedBy::Namespace => (Patience::Refuse, request.asking.patience),
-                NamedBy::Path | NamedBy::Host | NamedBy::Default => (Patience::WaitOut, request.asking.patience),
+                _ if nth + 1 < count => (OutageWait::Refuse, request.asking.patience.min(STALL_TIMEOUT)),
+                RegistryFrom::Namespace => (OutageWait::Refuse, request.asking.patience),
+                RegistryFrom::Path | RegistryFrom::Host | RegistryFrom::Default => {
+                    (OutageWait::WaitOut, request.asking.patience)
+                }
             };
             let request = BlobRequest { place, ..request.clone() };
             let deadline = Instant::now() + limit;
@@ -143,46 +147,46 @@ impl Pull {
     }
 
     pub(super) async fn kept_blob(&self, request: &BlobRequest) -> Option<Found> {
-        let found = self.store.find(&request.digest, Kind::Blob).await?;
+        let found = self.store.find(&request.digest, SmallKind::Blob).await?;
         let (asker, place) = (request.asking.asker, &request.place);
         self.may_give(&request.digest, found.provenance(), asker, place).then_some(found)
     }
 
     /// The places that may have a blob. A request that names no registry is first looked for where its repository was
     /// served from; what came from somewhere with wrong bytes is first looked for elsewhere.
-    pub(super) async fn candidates(&self, request: &BlobRequest) -> Vec<Place> {
+    pub(super) async fn candidates(&self, request: &BlobRequest) -> Vec<RepositoryRef> {
         let place = &request.place;
         let homes = match request.named_by {
-            NamedBy::Default => self.homes.of(&place.repository).await,
-            NamedBy::Namespace | NamedBy::Path | NamedBy::Host => [].into(),
+            RegistryFrom::Default => self.homes.of(&place.repository).await,
+            RegistryFrom::Namespace | RegistryFrom::Path | RegistryFrom::Host => [].into(),
         };
         let home = |registry: &Registry| match *registry == place.registry {
             true => place.clone(),
             false => self.place(registry.clone(), place.repository.clone()),
         };
-        let mut places: Vec<Place> = homes.iter().map(home).collect();
+        let mut places: Vec<RepositoryRef> = homes.iter().map(home).collect();
         if !homes.contains(&place.registry) {
             places.push(place.clone());
         }
         places.retain(|place| self.permit(place, request.asking.asker).is_ok());
-        places.sort_by_key(|place| self.fills.is_distrusted(&ContentOf::new(place, &request.digest)));
+        places.sort_by_key(|place| self.fills.is_distrusted(&ContentSource::new(place, &request.digest)));
         places
     }
 
     /// Whether several registries have served what a request may mean: which of them is to be believed is only known
     /// when all is here.
     pub(super) fn is_ambiguous(&self, request: &BlobRequest) -> bool {
-        request.named_by == NamedBy::Default && self.homes.may_be_anothers(&request.place, &request.digest)
+        request.named_by == RegistryFrom::Default && self.homes.may_be_anothers(&request.place, &request.digest)
     }
 
     async fn fetch_blob(
         self: &Arc<Self>,
         request: &BlobRequest,
-        patience: Patience,
+        patience: OutageWait,
         deadline: Instant,
-    ) -> Result<BlobAnswer, Fetch> {
+    ) -> Result<BlobResponse, Fetch> {
         let (place, digest) = (&request.place, &request.digest);
-        if let Some(error) = self.negatives.get(place, Endpoint::Blob, digest.as_str()) {
+        if let Some(error) = self.negatives.get(place, NegativeKind::Blob, digest.as_str()) {
             return Err(error.into());
         }
         if let Some(answer) = self.pass_range(request).await? {
@@ -197,9 +201,9 @@ impl Pull {
         let mut answers = 0;
         loop {
             // Each time in the role of the request: the owner may be back.
-            let sources = self.sources(request, Aim::Whole);
+            let sources = self.sources(request, RangePurpose::Whole);
             let fill = self.fills.join(&key, place, request.asking.client, sources, first_byte_wanted(request.range));
-            if request.asking.asker.is_peer() && matches!(fill.opened().await, Ok(Opened::Uncached { .. })) {
+            if request.asking.asker.is_peer() && matches!(fill.opened().await, Ok(OpenedFill::Uncached { .. })) {
                 return Err(SourceError::NotKept.into());
             }
             let error = match self.follow(&fill, request).await {
@@ -210,7 +214,7 @@ impl Pull {
                 continue;
             }
             if !error.is_outage() {
-                self.negatives.put(place, Endpoint::Blob, digest.as_str(), &error);
+                self.negatives.put(place, NegativeKind::Blob, digest.as_str(), &error);
             }
             // A registry that cannot be reached is waited for; one that answers with an error so often means it.
             let is_answer = match &error {
@@ -220,7 +224,7 @@ impl Pull {
             };
             answers += u32::from(is_answer);
             let may_wait =
-                patience == Patience::WaitOut && error.is_passing_outage() && (!is_answer || answers < ROUNDS);
+                patience == OutageWait::WaitOut && error.is_passing_outage() && (!is_answer || answers < ROUNDS);
             if !may_wait || Instant::now() + RETRY_INTERVAL > deadline {
                 return Err(error.into());
             }
@@ -229,40 +233,44 @@ impl Pull {
     }
 
     /// Serves a range from a fill, or around it where it cannot be kept.
-    pub(super) async fn follow(self: &Arc<Self>, fill: &Arc<Fill>, request: &BlobRequest) -> Result<BlobAnswer, Fetch> {
+    pub(super) async fn follow(
+        self: &Arc<Self>,
+        fill: &Arc<Fill>,
+        request: &BlobRequest,
+    ) -> Result<BlobResponse, Fetch> {
         match fill.opened().await? {
             // What was kept may come from elsewhere than whoever asked for it thinks.
-            Opened::Small { object, .. }
+            OpenedFill::Small { object, .. }
                 if !self.may_give(&request.digest, Some(&object.provenance), request.asking.asker, &request.place) =>
             {
                 Err(SourceError::NotKept.into())
             }
-            Opened::Small { object, from } => Ok(BlobAnswer::of_bytes(&object.bytes, request.range, from)?),
-            Opened::Growing { blob, .. }
+            OpenedFill::Small { object, from } => Ok(BlobResponse::of_bytes(&object.bytes, request.range, from)?),
+            OpenedFill::Growing { blob, .. }
                 if !self.may_give(&request.digest, blob.provenance.as_ref(), request.asking.asker, &request.place) =>
             {
                 Err(SourceError::NotKept.into())
             }
-            Opened::Growing { blob, from } => {
+            OpenedFill::Growing { blob, from } => {
                 let total = blob.len;
                 let span = span_of(request.range, total)?;
                 let manner = match (request.asking.asker, request.asking.reach, span) {
-                    (Asker::Peer(_), Reach::Kept, Some(_)) => Reading::OfWhatComes,
-                    (Asker::Peer(_), Reach::Origin, Some(_)) => Reading::Unproven,
-                    (Asker::Client, _, Some(span)) if span.end < total && self.is_ambiguous(request) => {
-                        Reading::Verified
+                    (Requester::Peer(_), FetchPolicy::Kept, Some(_)) => ReadMode::OfWhatComes,
+                    (Requester::Peer(_), FetchPolicy::Origin, Some(_)) => ReadMode::Unproven,
+                    (Requester::Client, _, Some(span)) if span.end < total && self.is_ambiguous(request) => {
+                        ReadMode::Verified
                     }
-                    _ => Reading::Proven,
+                    _ => ReadMode::Proven,
                 };
                 let from = match (manner, from) {
                     // A file that is not hashed yet is passed on as somebody else's: nobody vouches for it.
-                    (Reading::Unproven | Reading::OfWhatComes, ServedFrom::Disk) => ServedFrom::Peer,
+                    (ReadMode::Unproven | ReadMode::OfWhatComes, ServedFrom::Disk) => ServedFrom::Peer,
                     (_, from) => from,
                 };
                 let reader = fill.reader(blob, span.unwrap_or(Span::whole(total)), manner);
-                Ok(BlobAnswer { total, extent: span.into(), from, body: Body::File(reader) })
+                Ok(BlobResponse { total, extent: span.into(), from, body: Body::File(reader) })
             }
-            Opened::Uncached { total, feed, .. } => {
+            OpenedFill::Uncached { total, feed, .. } => {
                 let wanted = span_of(request.range, total)?.unwrap_or(Span::whole(total));
                 let whole = wanted == Span::whole(total);
                 if !whole && self.is_ambiguous(request) {
@@ -274,7 +282,7 @@ impl Pull {
                     Some(feed) => feed,
                     None => {
                         let end = (wanted.end < total).then_some(wanted.end);
-                        Feed::open(self.sources(request, Aim::Range), wanted.start, end).await?
+                        SpanStream::open(self.sources(request, RangePurpose::Range), wanted.start, end).await?
                     }
                 };
                 self.passing(feed, request)
@@ -283,15 +291,15 @@ impl Pull {
     }
 
     /// Sends a feed on as it comes; a whole blob only if it matches in the end.
-    pub(super) fn passing(&self, feed: Feed, request: &BlobRequest) -> Result<BlobAnswer, Fetch> {
+    pub(super) fn passing(&self, feed: SpanStream, request: &BlobRequest) -> Result<BlobResponse, Fetch> {
         let (total, from) = (feed.total(), feed.served_from());
         let span = span_of(request.range, total)?;
         let passage = if span.is_none_or(|span| span == Span::whole(total)) {
-            Passage::whole(feed, &self.fills, &request.digest, &request.place)
+            PassthroughStream::whole(feed, &self.fills, &request.digest, &request.place)
         } else {
-            Passage::part(feed)
+            PassthroughStream::part(feed)
         };
-        Ok(BlobAnswer { total, extent: span.into(), from, body: Body::Passing(Box::new(passage)) })
+        Ok(BlobResponse { total, extent: span.into(), from, body: Body::Passing(Box::new(passage)) })
     }
 
     pub(super) fn fill_key(&self, request: &BlobRequest) -> FillKey {
@@ -309,7 +317,7 @@ impl Pull {
     }
 
     /// What this request's fill is fetched from, in the role in which the request asks this node.
-    pub(super) fn sources(self: &Arc<Self>, request: &BlobRequest, aim: Aim) -> Arc<BlobSources> {
+    pub(super) fn sources(self: &Arc<Self>, request: &BlobRequest, aim: RangePurpose) -> Arc<BlobSources> {
         Arc::new(BlobSources::new(self, &request.place, self.fill_key(request), self.role_of(request), aim))
     }
 }
@@ -323,8 +331,8 @@ pub(super) fn severer(known: Option<SourceError>, error: SourceError) -> SourceE
 }
 
 /// The part of a blob that a range means; None: the whole.
-pub(super) fn span_of(range: Option<RangeRequest>, total: u64) -> Result<Option<Span>, Refusal> {
-    range.map(|range| range.within(total)).transpose().map_err(|_| Refusal::Unsatisfiable { total })
+pub(super) fn span_of(range: Option<RangeRequest>, total: u64) -> Result<Option<Span>, PullError> {
+    range.map(|range| range.within(total)).transpose().map_err(|_| PullError::Unsatisfiable { total })
 }
 
 /// Where a fill for this range had best begin; what is near the start is no detour.
@@ -343,9 +351,9 @@ impl BlobRequest {
 }
 
 impl Fetch {
-    pub(super) fn into_refusal(self) -> Refusal {
+    pub(super) fn into_refusal(self) -> PullError {
         match self {
-            Self::Source(error) => Refusal::of(&error, ErrorCode::BlobUnknown),
+            Self::Source(error) => PullError::of(&error, ErrorCode::BlobUnknown),
             Self::Refused(refusal) => refusal,
         }
     }
@@ -357,13 +365,13 @@ impl From<SourceError> for Fetch {
     }
 }
 
-impl From<Refusal> for Fetch {
-    fn from(refusal: Refusal) -> Self {
+impl From<PullError> for Fetch {
+    fn from(refusal: PullError) -> Self {
         Self::Refused(refusal)
     }
 }
 
-impl From<Option<Span>> for Extent {
+impl From<Option<Span>> for BlobExtent {
     fn from(span: Option<Span>) -> Self {
         span.map_or(Self::Whole, Self::Part)
     }
@@ -378,9 +386,9 @@ impl From<Tier> for ServedFrom {
     }
 }
 
-impl BlobAnswer {
+impl BlobResponse {
     /// A part of what is in memory.
-    pub fn of_bytes(bytes: &Bytes, range: Option<RangeRequest>, from: ServedFrom) -> Result<Self, Refusal> {
+    pub fn of_bytes(bytes: &Bytes, range: Option<RangeRequest>, from: ServedFrom) -> Result<Self, PullError> {
         let total = bytes.len() as u64;
         let span = span_of(range, total)?;
         let Span { start, end } = span.unwrap_or(Span::whole(total));
@@ -389,7 +397,7 @@ impl BlobAnswer {
         Ok(Self { total, extent: span.into(), from, body: Body::Memory(Some(part)) })
     }
 
-    pub(super) fn of_blob(blob: Arc<Blob>, range: Option<RangeRequest>) -> Result<Self, Refusal> {
+    pub(super) fn of_blob(blob: Arc<Blob>, range: Option<RangeRequest>) -> Result<Self, PullError> {
         let total = blob.len;
         let span = span_of(range, total)?;
         let reader = Reader::of_blob(blob, span.unwrap_or(Span::whole(total)));

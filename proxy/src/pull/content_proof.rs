@@ -16,9 +16,9 @@ use std::sync::Arc;
 use tokio::time::{Instant, timeout_at};
 
 use super::Pull;
-use super::entitlement::{digest_of, kind_of};
+use super::authorization::{digest_of, kind_of};
 use crate::oci::{Digest, Endpoint, Reference, Span};
-use crate::registries::Place;
+use crate::registries::RepositoryRef;
 use crate::source::{Incoming, Part, SourceError};
 use crate::store::{Blob, Found};
 use crate::times::UPSTREAM_TIMEOUT;
@@ -32,7 +32,7 @@ const SAMPLE_BYTES: u64 = 4096;
 
 impl Pull {
     /// Lets a repository have what is cached from another one, if the registry shows that it holds it there too.
-    pub(super) async fn bring_in_proven(self: &Arc<Self>, place: &Place, endpoint: &Endpoint, accept: &str) {
+    pub(super) async fn bring_in_proven(self: &Arc<Self>, place: &RepositoryRef, endpoint: &Endpoint, accept: &str) {
         let Some(digest) = digest_of(endpoint) else { return };
         let Some(found) = self.foreign(place, digest, kind_of(endpoint)).await else { return };
         if self.entitlements.has_failed_to_show(place, digest) {
@@ -63,30 +63,30 @@ impl Pull {
 
     async fn shows_manifest(
         self: &Arc<Self>,
-        place: &Place,
+        place: &RepositoryRef,
         digest: &Digest,
         accept: &str,
         deadline: Instant,
     ) -> Result<bool, SourceError> {
         let reference = Reference::Digest(digest.clone());
-        let sent = self.origin.manifest(place, &reference, accept, deadline).await?;
+        let sent = self.upstream.manifest(place, &reference, accept, deadline).await?;
         Ok(digest.matches(&sent.bytes))
     }
 
     async fn shows_small(
         self: &Arc<Self>,
-        place: &Place,
+        place: &RepositoryRef,
         digest: &Digest,
         total: u64,
         deadline: Instant,
     ) -> Result<bool, SourceError> {
-        let incoming = self.origin.blob(place, digest, Part::From(0), Some(total), deadline).await?;
+        let incoming = self.upstream.blob(place, digest, Part::From(0), Some(total), deadline).await?;
         Ok(incoming.total == total && digest.matches(&read(incoming, total, deadline).await?))
     }
 
     async fn shows_samples(
         self: &Arc<Self>,
-        place: &Place,
+        place: &RepositoryRef,
         digest: &Digest,
         blob: Arc<Blob>,
         deadline: Instant,
@@ -98,7 +98,7 @@ impl Pull {
             range.start + self.entitlements.secret_of(digest, nth) % (range.end - range.start)
         };
         for span in sample_spans(blob.len, place_of) {
-            let incoming = self.origin.blob(place, digest, Part::Span(span), Some(blob.len), deadline).await?;
+            let incoming = self.upstream.blob(place, digest, Part::Span(span), Some(blob.len), deadline).await?;
             if incoming.span != span {
                 return Err(SourceError::Malformed("the upstream does not honour ranges".into()));
             }

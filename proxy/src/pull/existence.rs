@@ -11,11 +11,11 @@ use std::sync::Arc;
 use tokio::time::{Instant, timeout};
 
 use super::blob::Fetch;
-use super::negatives::Endpoint;
-use super::{Asker, BlobRequest, ManifestAnswer, Pull, Refusal, fetch_ended};
+use super::negative_cache::NegativeKind;
+use super::{BlobRequest, ManifestResponse, Pull, PullError, Requester, fetch_ended};
 use crate::oci::{Digest, Reference};
 use crate::provenance::Provenance;
-use crate::registries::Place;
+use crate::registries::RepositoryRef;
 use crate::source::SourceError;
 use crate::store::Found;
 use crate::times::UPSTREAM_TIMEOUT;
@@ -23,7 +23,7 @@ use crate::times::UPSTREAM_TIMEOUT;
 impl Pull {
     /// Whether a repository is known to hold what is cached: it came from there, a manifest that was served from there
     /// names it, or the upstream has said so. A rule that leaves authorization to the upstream has asked it before.
-    pub(super) fn is_known_at(&self, place: &Place, digest: &Digest, from: &Provenance) -> bool {
+    pub(super) fn is_known_at(&self, place: &RepositoryRef, digest: &Digest, from: &Provenance) -> bool {
         place.rule.asks_who() || place.is_source_of(from) || self.homes.length_of(place, digest).is_some()
     }
 
@@ -32,21 +32,21 @@ impl Pull {
         self: &Arc<Self>,
         request: &BlobRequest,
         kept: Option<&Found>,
-        places: &[Place],
-    ) -> Result<(), Refusal> {
-        let from = kept.and_then(Found::provenance).filter(|_| request.asking.asker == Asker::Client);
+        places: &[RepositoryRef],
+    ) -> Result<(), PullError> {
+        let from = kept.and_then(Found::provenance).filter(|_| request.asking.asker == Requester::Client);
         let Some(from) = from else { return Ok(()) };
         if places.iter().any(|place| self.is_known_at(place, &request.digest, from)) {
             return Ok(());
         }
         let (place, digest) = (&request.place, request.digest.as_str());
-        let known = self.negatives.get(place, Endpoint::Blob, digest);
+        let known = self.negatives.get(place, NegativeKind::Blob, digest);
         let error = match known {
             Some(error) => error,
-            None if self.origin.trouble(place).is_some() => return Ok(()),
+            None if self.upstream.trouble(place).is_some() => return Ok(()),
             None => match timeout(request.asking.patience, self.find_length(request)).await {
                 Ok(Err(error)) => {
-                    self.negatives.put(place, Endpoint::Blob, digest, &error);
+                    self.negatives.put(place, NegativeKind::Blob, digest, &error);
                     error
                 }
                 Ok(Ok(_)) | Err(_) => return Ok(()),
@@ -58,15 +58,15 @@ impl Pull {
     /// Asks the upstream once whether a repository holds a manifest that is cached from elsewhere.
     pub(super) async fn confirm_manifest(
         self: &Arc<Self>,
-        place: &Place,
-        answer: &ManifestAnswer,
+        place: &RepositoryRef,
+        answer: &ManifestResponse,
         accept: &str,
     ) -> Result<(), SourceError> {
         let (digest, bytes) = (&answer.digest, &answer.object.bytes);
-        if let Some(error) = self.negatives.get(place, Endpoint::Manifest, digest.as_str()) {
+        if let Some(error) = self.negatives.get(place, NegativeKind::Manifest, digest.as_str()) {
             return if error.is_outage() { Ok(()) } else { Err(error) };
         }
-        if self.origin.trouble(place).is_some() {
+        if self.upstream.trouble(place).is_some() {
             return Ok(());
         }
         let landed = self.confirmations.join((place.to_string(), digest.clone()), || {
@@ -74,16 +74,16 @@ impl Pull {
             let bytes = bytes.clone();
             async move {
                 let (deadline, reference) = (Instant::now() + UPSTREAM_TIMEOUT, Reference::Digest(digest.clone()));
-                let confirmed = match pull.origin.manifest_digest(&place, &reference, &accept, deadline).await {
+                let confirmed = match pull.upstream.manifest_digest(&place, &reference, &accept, deadline).await {
                     Ok(Some(_)) => Ok(()),
-                    Ok(None) => pull.origin.manifest(&place, &reference, &accept, deadline).await.map(|_| ()),
+                    Ok(None) => pull.upstream.manifest(&place, &reference, &accept, deadline).await.map(|_| ()),
                     Err(error) => Err(error),
                 };
                 match confirmed {
                     Ok(()) => pull.homes.served(&place, &digest, &bytes, || true).await,
                     Err(error) if error.is_outage() => {}
                     Err(error) => {
-                        pull.negatives.put(&place, Endpoint::Manifest, digest.as_str(), &error);
+                        pull.negatives.put(&place, NegativeKind::Manifest, digest.as_str(), &error);
                         return Err(error);
                     }
                 }

@@ -6,11 +6,11 @@ use std::time::SystemTime;
 
 use serde::{Deserialize, Serialize};
 
-use super::{Asker, Pull};
+use super::{Pull, Requester};
 use crate::config::Credentials;
 use crate::oci::route::Names;
 use crate::oci::{ImageName, Reference, Tag};
-use crate::registries::{Place, Trust};
+use crate::registries::{RepositoryRef, UpstreamTrust};
 use crate::source::ServedFrom;
 
 /// The way of an image.
@@ -27,11 +27,11 @@ pub struct Explanation {
     /// What kind of credentials the rule has: never the credentials.
     pub credentials: String,
     /// In order.
-    pub upstreams: Vec<Upstream>,
+    pub upstreams: Vec<ExplainedUpstream>,
     /// Who fetches it for all nodes. Null: this node keeps to itself.
-    pub owner: Option<Owner>,
+    pub owner: Option<ExplainedOwner>,
     /// What is known of the tag.
-    pub tag: Option<Lease>,
+    pub tag: Option<ExplainedTag>,
     /// Whether the manifest is kept here, and where: `memory` or `disk`.
     pub kept: Option<String>,
     /// What would happen now, in words.
@@ -40,7 +40,7 @@ pub struct Explanation {
 
 /// Where it would be fetched.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Upstream {
+pub struct ExplainedUpstream {
     pub url: String,
     pub repository: String,
     /// `written` in the configuration, or `derived` from the name: then only by https at public addresses.
@@ -50,14 +50,14 @@ pub struct Upstream {
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Owner {
+pub struct ExplainedOwner {
     pub address: SocketAddr,
     pub zone: String,
     pub is_this_node: bool,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Lease {
+pub struct ExplainedTag {
     pub digest: String,
     /// Since its registry was asked.
     pub age_seconds: u64,
@@ -67,7 +67,7 @@ pub struct Lease {
 
 /// Whether the manifest is here, and may be served without asking.
 #[derive(Clone, Copy)]
-enum Kept {
+enum CachedManifest {
     Fresh(ServedFrom),
     Expired(ServedFrom),
     Nothing,
@@ -87,9 +87,9 @@ impl Pull {
             (Reference::Tag(_), lease) => lease.as_ref().map(|lease| lease.digest.clone()),
         };
         // As the operator, who may see everything.
-        let seen = Place { caller: crate::caller::Caller::Anonymous, ..place.clone() };
+        let seen = RepositoryRef { caller: crate::principal::Principal::Anonymous, ..place.clone() };
         let kept = match &digest {
-            Some(digest) => self.kept_manifest(&seen, digest, Asker::Client).await.map(|(_, from)| from),
+            Some(digest) => self.kept_manifest(&seen, digest, Requester::Client).await.map(|(_, from)| from),
             None => None,
         };
         let now = SystemTime::now();
@@ -99,13 +99,13 @@ impl Pull {
             (Reference::Tag(_), None) => false,
         };
         let is_here = match kept {
-            Some(from) if is_fresh => Kept::Fresh(from),
-            Some(from) => Kept::Expired(from),
-            None => Kept::Nothing,
+            Some(from) if is_fresh => CachedManifest::Fresh(from),
+            Some(from) => CachedManifest::Expired(from),
+            None => CachedManifest::Nothing,
         };
         let owner = self.owner_of(&place, &reference);
         let tag = match (&reference, lease) {
-            (Reference::Tag(tag), Some(lease)) => Some(Lease {
+            (Reference::Tag(tag), Some(lease)) => Some(ExplainedTag {
                 digest: lease.digest.to_string(),
                 age_seconds: lease.age(now).as_secs(),
                 believed_seconds: believed(&place, tag),
@@ -128,7 +128,7 @@ impl Pull {
         })
     }
 
-    fn parse(&self, image: &str) -> Result<(Place, Reference), String> {
+    fn parse(&self, image: &str) -> Result<(RepositoryRef, Reference), String> {
         let ImageName { registry, repository, reference } = image.parse()?;
         // The first part may stand for a registry.
         let alias = repository.as_str().split_once('/').filter(|_| registry.is_docker_hub());
@@ -137,14 +137,15 @@ impl Pull {
         Ok((self.place(registry, repository), reference))
     }
 
-    fn upstreams_of(&self, place: &Place) -> Vec<Upstream> {
-        let known = self.origin.upstreams();
-        let upstream = |(upstream, trust): (crate::config::Upstream, Trust)| {
+    fn upstreams_of(&self, place: &RepositoryRef) -> Vec<ExplainedUpstream> {
+        let known = self.upstream.upstreams();
+        let upstream = |(upstream, trust): (crate::config::Upstream, UpstreamTrust)| {
             let url = upstream.base();
-            let is_this = |view: &&crate::origin::UpstreamView| view.rule == place.rule.name() && view.upstream == url;
-            Upstream {
+            let is_this =
+                |view: &&crate::upstream::UpstreamView| view.rule == place.rule.name() && view.upstream == url;
+            ExplainedUpstream {
                 repository: place.repository_at(&upstream),
-                trust: if trust == Trust::Written { "written" } else { "derived" }.to_owned(),
+                trust: if trust == UpstreamTrust::Written { "written" } else { "derived" }.to_owned(),
                 state: known.iter().find(is_this).map(|view| view.state.clone()),
                 url,
             }
@@ -152,7 +153,7 @@ impl Pull {
         place.rule.upstreams(&place.registry).into_iter().map(upstream).collect()
     }
 
-    fn owner_of(&self, place: &Place, reference: &Reference) -> Option<Owner> {
+    fn owner_of(&self, place: &RepositoryRef, reference: &Reference) -> Option<ExplainedOwner> {
         let peers = self.peers_for(place)?;
         let in_ring = match reference {
             Reference::Digest(digest) => digest.clone(),
@@ -163,14 +164,14 @@ impl Pull {
                 super::tag::in_ring(place, tag)
             }
         };
-        Some(peers.owner(&in_ring, self.scope(place))).map(|(address, zone, is_this_node)| Owner {
+        Some(peers.owner(&in_ring, self.scope(place))).map(|(address, zone, is_this_node)| ExplainedOwner {
             address,
             zone,
             is_this_node,
         })
     }
 
-    fn what_now(&self, place: &Place, kept: Kept, owner: Option<&Owner>) -> String {
+    fn what_now(&self, place: &RepositoryRef, kept: CachedManifest, owner: Option<&ExplainedOwner>) -> String {
         if place.rule.deny {
             return "refused with 403: the rule denies it".to_owned();
         }
@@ -179,21 +180,21 @@ impl Pull {
             _ => "the registry is asked".to_owned(),
         };
         let who = if place.rule.asks_who() { "to those whom the registry lets pull it: " } else { "" };
-        let what = match (kept, self.origin.trouble(place)) {
-            (Kept::Fresh(from), _) => format!("served from {}", from.as_str()),
-            _ if let Some(refusal) = self.origin.refusal(place) => format!("refused with 403: {refusal}"),
-            (Kept::Expired(_), Some(trouble)) => format!("served stale from here: {trouble}"),
-            (Kept::Expired(from), None) => {
+        let what = match (kept, self.upstream.trouble(place)) {
+            (CachedManifest::Fresh(from), _) => format!("served from {}", from.as_str()),
+            _ if let Some(refusal) = self.upstream.refusal(place) => format!("refused with 403: {refusal}"),
+            (CachedManifest::Expired(_), Some(trouble)) => format!("served stale from here: {trouble}"),
+            (CachedManifest::Expired(from), None) => {
                 format!("{asked} whether the tag has changed, then it is served from {}", from.as_str())
             }
-            (Kept::Nothing, Some(trouble)) => format!("asked of peers, or refused with 503: {trouble}"),
-            (Kept::Nothing, None) => asked,
+            (CachedManifest::Nothing, Some(trouble)) => format!("asked of peers, or refused with 503: {trouble}"),
+            (CachedManifest::Nothing, None) => asked,
         };
         format!("{who}{what}")
     }
 }
 
-fn believed(place: &Place, tag: &Tag) -> Option<u64> {
+fn believed(place: &RepositoryRef, tag: &Tag) -> Option<u64> {
     let lease = place.rule.lease_of(tag);
     (lease != std::time::Duration::MAX).then_some(lease.as_secs())
 }

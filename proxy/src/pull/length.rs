@@ -6,10 +6,10 @@ use tokio::time::{Instant, timeout};
 use super::blob::{Fetch, severer};
 use super::owners::ask_owners;
 use super::sources::last_scope;
-use super::{BlobRequest, Pull, Refusal, fetch_ended, flights, is_personal};
+use super::{BlobRequest, Pull, PullError, fetch_ended, flights, is_personal};
 use crate::oci::Digest;
-use crate::peers::{Manner, Question, Reach};
-use crate::registries::Place;
+use crate::peers::{FetchPolicy, PeerQuery, PeerRequestMode};
+use crate::registries::RepositoryRef;
 use crate::role::Role;
 use crate::source::{ServedFrom, SourceError};
 use crate::store::Found;
@@ -20,7 +20,7 @@ pub(super) type Length = Result<(u64, ServedFrom), SourceError>;
 
 impl Pull {
     /// `HEAD blobs/<digest>`: its length, and where it would come from.
-    pub async fn blob_length(self: &Arc<Self>, request: &BlobRequest) -> Result<(u64, ServedFrom), Refusal> {
+    pub async fn blob_length(self: &Arc<Self>, request: &BlobRequest) -> Result<(u64, ServedFrom), PullError> {
         let length = timeout(request.asking.patience, self.find_length(request)).await;
         length.unwrap_or(Err(SourceError::TimedOut)).map_err(|error| Fetch::Source(error).into_refusal())
     }
@@ -36,12 +36,12 @@ impl Pull {
                 };
                 let from = found.provenance();
                 let is_known = |place| from.is_some_and(|from| self.is_known_at(place, &request.digest, from));
-                if request.asking.reach == Reach::Kept || places.iter().any(is_known) {
+                if request.asking.reach == FetchPolicy::Kept || places.iter().any(is_known) {
                     return Ok(kept);
                 }
                 in_outage = Some(kept);
             }
-            None if request.asking.reach == Reach::Kept => {
+            None if request.asking.reach == FetchPolicy::Kept => {
                 let running = self.fills.running(&self.fill_key(request)).filter(|fill| !fill.written().is_empty());
                 let length = running.and_then(|fill| fill.length_now()).ok_or(SourceError::NotKept)?;
                 return Ok((length, ServedFrom::Peer));
@@ -82,7 +82,7 @@ impl Pull {
         // Where a rule asks who, the origin's word is a word about rights as well.
         if let Some(length) = self.lengths.get(&lengths_key).filter(|_| !place.rule.asks_who()) {
             // It is not kept here for that.
-            return Ok((length, ServedFrom::Origin));
+            return Ok((length, ServedFrom::Upstream));
         }
         let role = self.role(place, digest, request.asking);
         let key = |who| (place.to_string(), digest.clone(), role, who);
@@ -98,10 +98,10 @@ impl Pull {
                         return Ok((length, ServedFrom::Peer));
                     }
                     let known = pull.homes.length_of(&place, &digest);
-                    match pull.origin.blob_length(&place, &digest, known, Instant::now() + UPSTREAM_TIMEOUT).await {
+                    match pull.upstream.blob_length(&place, &digest, known, Instant::now() + UPSTREAM_TIMEOUT).await {
                         Ok(length) => {
                             pull.lengths.insert(key, length);
-                            Ok((length, ServedFrom::Origin))
+                            Ok((length, ServedFrom::Upstream))
                         }
                         Err(error) => {
                             let anybodys = pull.anybodys_length(&place, &digest, &error).await;
@@ -115,21 +115,26 @@ impl Pull {
     }
 
     /// None: this node is the owner, or no owner can be reached.
-    async fn length_of_owners(&self, place: &Place, digest: &Digest, role: Role) -> Result<Option<u64>, SourceError> {
+    async fn length_of_owners(
+        &self,
+        place: &RepositoryRef,
+        digest: &Digest,
+        role: Role,
+    ) -> Result<Option<u64>, SourceError> {
         let Some(peers) = self.peers_for(place).filter(|_| role != Role::Global) else { return Ok(None) };
         let lead = peers.lead(digest, role, self.scope(place));
         ask_owners(lead, digest, |owner, manner| async move {
             // One that hangs leaves time for the next.
             let deadline = Instant::now() + UPSTREAM_TIMEOUT / 2;
-            peers.blob_length(owner, &Question::about(place, digest, manner, deadline)).await
+            peers.blob_length(owner, &PeerQuery::about(place, digest, manner, deadline)).await
         })
         .await
     }
 
     /// What somebody who has it says, where the origin is out of order.
-    async fn anybodys_length(&self, place: &Place, digest: &Digest, error: &SourceError) -> Option<u64> {
+    async fn anybodys_length(&self, place: &RepositoryRef, digest: &Digest, error: &SourceError) -> Option<u64> {
         let peers = self.peers_for(place).filter(|_| error.is_outage())?;
-        let question = Question::about(place, digest, Manner::IfKept, Instant::now() + STALL_TIMEOUT);
-        peers.anybodys_length(&Question { scope: last_scope(place), ..question }).await
+        let question = PeerQuery::about(place, digest, PeerRequestMode::IfKept, Instant::now() + STALL_TIMEOUT);
+        peers.anybodys_length(&PeerQuery { scope: last_scope(place), ..question }).await
     }
 }

@@ -20,18 +20,18 @@ use http::HeaderValue;
 use tokio::sync::oneshot;
 use tokio::time::{Instant, timeout};
 
-use super::{Asking, Body, Pull, Refusal, fetch_ended};
+use super::{Body, Pull, PullError, RequestContext, fetch_ended};
 use crate::blocking::parsed;
 use crate::oci::{Digest, ErrorCode, INDEX_MEDIA_TYPE, manifest};
-use crate::origin::{List, ListResponse};
-use crate::registries::Place;
+use crate::registries::RepositoryRef;
 use crate::source::{Broken, Floor, ServedFrom, SourceError, Speed};
-use crate::store::{Found, Kind, ListRecord, ReferrersRecord, SMALL_BYTES, SmallObject};
+use crate::store::{Found, ListRecord, ReferrersRecord, SMALL_BYTES, SmallKind, SmallObject};
 use crate::times::{CONFIRM_TIMEOUT, UPSTREAM_TIMEOUT};
 use crate::trace;
+use crate::upstream::{ListKind, UpstreamList};
 
 /// A list, ready to be sent.
-pub struct ListAnswer {
+pub struct ListResponse {
     pub media_type: &'static str,
     /// The query of the next page.
     pub next: Option<String>,
@@ -55,7 +55,7 @@ pub struct ListBody {
 
 struct Copying {
     pull: Arc<Pull>,
-    place: Place,
+    place: RepositoryRef,
     client: Option<IpAddr>,
     requested: Instant,
     record: ListRecord,
@@ -83,11 +83,11 @@ impl Pull {
     /// `GET tags/list`, `referrers/<digest>` or `_catalog`.
     pub async fn list(
         self: &Arc<Self>,
-        place: &Place,
-        list: &List,
+        place: &RepositoryRef,
+        list: &ListKind,
         query: Option<&str>,
-        asking: Asking,
-    ) -> Result<ListAnswer, Refusal> {
+        asking: RequestContext,
+    ) -> Result<ListResponse, PullError> {
         let key = key(place, list, query);
         let requested = Instant::now();
         let mut asked = self.requested(place, list, query, &key, asking.client, requested);
@@ -107,14 +107,14 @@ impl Pull {
             Ok(response) => Ok(self.passed_on(place, list, key, response, asking.client, requested)),
             Err(error) if is_outage(&error) => {
                 let seen = self.seen_before(place, list, query, &key).await;
-                seen.unwrap_or_else(|| Err(Refusal::of(&error, missing(list))))
+                seen.unwrap_or_else(|| Err(PullError::of(&error, missing(list))))
             }
             Err(error) => {
                 // "Not found" and "denied" end what was seen before.
                 if error.is_not_found() || error.is_denied() {
                     self.remember_absence(place, list, key, &error, requested);
                 }
-                Err(Refusal::of(&error, missing(list)))
+                Err(PullError::of(&error, missing(list)))
             }
         }
     }
@@ -123,19 +123,19 @@ impl Pull {
     /// answered, the response becomes the copy for the next one.
     fn requested(
         self: &Arc<Self>,
-        place: &Place,
-        list: &List,
+        place: &RepositoryRef,
+        list: &ListKind,
         query: Option<&str>,
         key: &str,
         client: Option<IpAddr>,
         requested: Instant,
-    ) -> oneshot::Receiver<Result<ListResponse, SourceError>> {
+    ) -> oneshot::Receiver<Result<UpstreamList, SourceError>> {
         let (sender, asked) = oneshot::channel();
         let (pull, place, list, key) = (self.clone(), place.clone(), list.clone(), key.to_owned());
         let query = query.map(str::to_owned);
         tokio::spawn(trace::carried(async move {
             let deadline = requested + UPSTREAM_TIMEOUT;
-            let response = pull.origin.list(&place, &list, query.as_deref(), deadline).await;
+            let response = pull.upstream.list(&place, &list, query.as_deref(), deadline).await;
             if let Err(Ok(response)) = sender.send(response) {
                 // For the copy, and no longer than a client would wait.
                 let passed_on = pull.passed_on(&place, &list, key, response, client, requested);
@@ -149,14 +149,14 @@ impl Pull {
 
     fn passed_on(
         self: &Arc<Self>,
-        place: &Place,
-        list: &List,
+        place: &RepositoryRef,
+        list: &ListKind,
         key: String,
-        response: ListResponse,
+        response: UpstreamList,
         client: Option<IpAddr>,
         requested: Instant,
-    ) -> ListAnswer {
-        let ListResponse { next, filters_applied, encoding, length, body } = response;
+    ) -> ListResponse {
+        let UpstreamList { next, filters_applied, encoding, length, body } = response;
         let record = ListRecord {
             key,
             digest: String::new(),
@@ -167,13 +167,13 @@ impl Pull {
         let encoder = DeflateEncoder::new(Vec::new(), Compression::fast());
         let copy = Copying { pull: self.clone(), place: place.clone(), client, requested, record, encoder };
         let copy = Some(copy).filter(|_| encoding.is_none());
-        ListAnswer {
+        ListResponse {
             media_type: media_type(list),
             next,
             filters_applied,
             encoding,
             length,
-            from: ServedFrom::Origin,
+            from: ServedFrom::Upstream,
             age: None,
             body: Body::List(Box::new(ListBody { pieces: body, speed: Speed::default(), copy })),
         }
@@ -181,13 +181,13 @@ impl Pull {
 
     fn remember_absence(
         self: &Arc<Self>,
-        place: &Place,
-        list: &List,
+        place: &RepositoryRef,
+        list: &ListKind,
         key: String,
         error: &SourceError,
         requested: Instant,
     ) {
-        let has_no_api = error.is_not_found() && matches!(list, List::Referrers(_));
+        let has_no_api = error.is_not_found() && matches!(list, ListKind::Referrers(_));
         let (pull, place) = (self.clone(), place.clone());
         tokio::task::spawn_blocking(move || {
             let records = &pull.store.records;
@@ -202,15 +202,15 @@ impl Pull {
     }
 
     /// Clients choose the queries of lists: of one repository so many new copies are written in an hour at most.
-    fn may_copy(&self, place: &Place) -> bool {
+    fn may_copy(&self, place: &RepositoryRef) -> bool {
         let written = self.list_copies.get_with(place.to_string(), Arc::default);
         written.fetch_add(1, Ordering::Relaxed) < MAX_COPIES
     }
 
     /// Whether the upstream had no referrers API for this manifest: a client looks for the fall-back tag then, which is
     /// complete where cached artifacts may not be.
-    async fn was_absent(&self, list: &List, key: &str) -> bool {
-        if !matches!(list, List::Referrers(_)) {
+    async fn was_absent(&self, list: &ListKind, key: &str) -> bool {
+        if !matches!(list, ListKind::Referrers(_)) {
             return false;
         }
         let (store, key) = (self.store.clone(), key.to_owned());
@@ -220,11 +220,11 @@ impl Pull {
     /// The list as it was last seen, or as cached artifacts tell. None: neither.
     async fn seen_before(
         &self,
-        place: &Place,
-        list: &List,
+        place: &RepositoryRef,
+        list: &ListKind,
         query: Option<&str>,
         key: &str,
-    ) -> Option<Result<ListAnswer, Refusal>> {
+    ) -> Option<Result<ListResponse, PullError>> {
         if let Some(kept) = self.kept_list(place, list, key).await {
             return Some(Ok(self.stale(place, kept)));
         }
@@ -232,19 +232,19 @@ impl Pull {
             return None;
         }
         if self.was_absent(list, key).await {
-            return Some(Err(Refusal::of(&SourceError::not_found(), missing(list))));
+            return Some(Err(PullError::of(&SourceError::not_found(), missing(list))));
         }
         let made = self.referrers_of_cached(place, list, query).await?;
         Some(Ok(self.stale(place, made)))
     }
 
-    fn stale(&self, place: &Place, copy: ListAnswer) -> ListAnswer {
+    fn stale(&self, place: &RepositoryRef, copy: ListResponse) -> ListResponse {
         self.metrics.stale.with_label_values(&["list"]).inc();
         tracing::info!(%place, "served a list stale");
         copy
     }
 
-    async fn kept_list(&self, place: &Place, list: &List, key: &str) -> Option<ListAnswer> {
+    async fn kept_list(&self, place: &RepositoryRef, list: &ListKind, key: &str) -> Option<ListResponse> {
         // A right to list ends with the right to pull.
         if place.rule.asks_who() && !self.was_let_in(place) {
             return None;
@@ -255,12 +255,12 @@ impl Pull {
         if age >= place.rule.stale_for {
             return None;
         }
-        let Found::Small { object, .. } = self.store.find(&record.digest.parse().ok()?, Kind::Blob).await? else {
+        let Found::Small { object, .. } = self.store.find(&record.digest.parse().ok()?, SmallKind::Blob).await? else {
             return None;
         };
         let _turn = self.unpacking.acquire().await.ok()?;
         let bytes = tokio::task::spawn_blocking(move || unpack(&object.bytes)).await.ok()??;
-        Some(ListAnswer {
+        Some(ListResponse {
             media_type: media_type(list),
             next: record.next,
             filters_applied: record.filters_applied,
@@ -273,8 +273,13 @@ impl Pull {
     }
 
     /// A referrers response from what is cached. None: no artifact of the manifest is known.
-    async fn referrers_of_cached(&self, place: &Place, list: &List, query: Option<&str>) -> Option<ListAnswer> {
-        let List::Referrers(digest) = list else { return None };
+    async fn referrers_of_cached(
+        &self,
+        place: &RepositoryRef,
+        list: &ListKind,
+        query: Option<&str>,
+    ) -> Option<ListResponse> {
+        let ListKind::Referrers(digest) = list else { return None };
         let (store, subject) = (self.store.clone(), subject_key(place, digest));
         let known = tokio::task::spawn_blocking(move || store.records.referrers(&subject)).await.ok()?;
         if known.is_empty() {
@@ -287,7 +292,7 @@ impl Pull {
         let manifests: Vec<_> = known.into_iter().filter(is_wanted).collect();
         let index = serde_json::json!({"schemaVersion": 2, "mediaType": INDEX_MEDIA_TYPE, "manifests": manifests});
         let bytes = Bytes::from(index.to_string());
-        Some(ListAnswer {
+        Some(ListResponse {
             media_type: INDEX_MEDIA_TYPE,
             next: None,
             filters_applied: wanted.map(|_| ARTIFACT_TYPE.to_owned()),
@@ -300,7 +305,7 @@ impl Pull {
     }
 
     /// Remembers which manifest an artifact refers to, if it refers to one.
-    pub(super) async fn remember_subject(&self, place: &Place, bytes: &Bytes, media_type: &str) {
+    pub(super) async fn remember_subject(&self, place: &RepositoryRef, bytes: &Bytes, media_type: &str) {
         let media_type = media_type.to_owned();
         let refers = move |bytes: &[u8]| Some((manifest::subject(bytes)?, manifest::referrer(bytes, &media_type)?));
         let Some((subject, artifact)) = parsed(bytes, refers).await else { return };
@@ -370,8 +375,8 @@ impl Copying {
             }
             let object = SmallObject::new("application/octet-stream", Arc::new(place.provenance()), &packed);
             // Most lists are the same as before.
-            if pull.store.find(&digest, Kind::Blob).await.is_none() {
-                pull.store.small.insert(&digest, Kind::Blob, object).await;
+            if pull.store.find(&digest, SmallKind::Blob).await.is_none() {
+                pull.store.small.insert(&digest, SmallKind::Blob, object).await;
             }
             tokio::task::spawn_blocking(move || {
                 let write = || pull.store.records.put_list(&record, &place.registry, client);
@@ -387,17 +392,17 @@ fn is_outage(error: &SourceError) -> bool {
 }
 
 /// What is requested, and with whose rights.
-fn key(place: &Place, list: &List, query: Option<&str>) -> String {
+fn key(place: &RepositoryRef, list: &ListKind, query: Option<&str>) -> String {
     let what = match list {
-        List::Tags => format!("{place}/tags"),
-        List::Referrers(digest) => format!("{place}/referrers/{digest}"),
-        List::Catalog => format!("{}/_catalog", place.registry),
+        ListKind::Tags => format!("{place}/tags"),
+        ListKind::Referrers(digest) => format!("{place}/referrers/{digest}"),
+        ListKind::Catalog => format!("{}/_catalog", place.registry),
     };
     let who = place.caller.holder().map_or(0, |holder| u128::from_be_bytes(holder.who.0));
     format!("{what}?{} {} {who:032x}", query.unwrap_or_default(), place.rule.name())
 }
 
-fn subject_key(place: &Place, subject: &Digest) -> String {
+fn subject_key(place: &RepositoryRef, subject: &Digest) -> String {
     format!("{place}@{subject} {}", place.rule.name())
 }
 
@@ -406,19 +411,19 @@ fn wanted_type(query: Option<&str>) -> Option<String> {
     pairs.find(|(key, _)| key == ARTIFACT_TYPE).map(|(_, value)| value.into_owned())
 }
 
-fn media_type(list: &List) -> &'static str {
+fn media_type(list: &ListKind) -> &'static str {
     match list {
-        List::Referrers(_) => INDEX_MEDIA_TYPE,
-        List::Tags | List::Catalog => "application/json",
+        ListKind::Referrers(_) => INDEX_MEDIA_TYPE,
+        ListKind::Tags | ListKind::Catalog => "application/json",
     }
 }
 
 /// The code of a 404 without a body. Clients take any but `NAME_UNKNOWN` for "no referrers API, look for the fall-back
 /// tag".
-fn missing(list: &List) -> ErrorCode {
+fn missing(list: &ListKind) -> ErrorCode {
     match list {
-        List::Referrers(_) => ErrorCode::Unsupported,
-        List::Tags | List::Catalog => ErrorCode::NameUnknown,
+        ListKind::Referrers(_) => ErrorCode::Unsupported,
+        ListKind::Tags | ListKind::Catalog => ErrorCode::NameUnknown,
     }
 }
 

@@ -7,22 +7,22 @@ use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 use tokio::time::{Instant, sleep, timeout};
 
-use super::negatives::Endpoint;
+use super::negative_cache::NegativeKind;
 use super::owners::ask_owners;
 use super::sources::last_scope;
-use super::{Asker, Asking, Pull, Refusal, fetch_ended, flights, is_personal};
+use super::{Pull, PullError, RequestContext, Requester, fetch_ended, flights, is_personal};
 use crate::blocking::parsed;
 use crate::oci::{Digest, ErrorCode, Reference, manifest};
-use crate::peers::{Manner, Question, Reach, Standing};
-use crate::registries::Place;
+use crate::peers::{FetchPolicy, PeerQuery, PeerRequestMode, PeerTrust};
+use crate::registries::RepositoryRef;
 use crate::role::Role;
 use crate::source::{ServedFrom, SourceError};
-use crate::store::{Found, Kind, SmallObject};
+use crate::store::{Found, SmallKind, SmallObject};
 use crate::times::{ALTERNATIVE_TIMEOUT, CONFIRM_TIMEOUT, STALL_TIMEOUT, UPSTREAM_TIMEOUT};
 
 /// A manifest and how it was come by.
 #[derive(Clone)]
-pub struct ManifestAnswer {
+pub struct ManifestResponse {
     pub digest: Digest,
     pub object: SmallObject,
     pub from: ServedFrom,
@@ -30,24 +30,24 @@ pub struct ManifestAnswer {
     pub age: Option<Duration>,
 }
 
-pub(super) type Fetched = Result<(SmallObject, ServedFrom), SourceError>;
+pub(super) type FetchedManifest = Result<(SmallObject, ServedFrom), SourceError>;
 
 impl Pull {
     /// `GET` or `HEAD manifests/<reference>`.
     pub async fn manifest(
         self: &Arc<Self>,
-        place: &Place,
+        place: &RepositoryRef,
         reference: &Reference,
         accept: &str,
-        asking: Asking,
-    ) -> Result<ManifestAnswer, Refusal> {
+        asking: RequestContext,
+    ) -> Result<ManifestResponse, PullError> {
         let begun = Instant::now();
         let answer = async {
             loop {
                 let answer = match reference {
                     Reference::Digest(digest) => {
                         let found = self.manifest_by_digest(place, digest, accept, asking).await;
-                        found.map(|(object, from)| ManifestAnswer { digest: digest.clone(), object, from, age: None })
+                        found.map(|(object, from)| ManifestResponse { digest: digest.clone(), object, from, age: None })
                     }
                     Reference::Tag(tag) => self.manifest_by_tag(place, tag, accept, asking).await,
                 };
@@ -68,14 +68,14 @@ impl Pull {
         };
         // The flights go on for whoever comes next.
         let answer = timeout(asking.patience, answer).await.unwrap_or(Err(SourceError::TimedOut));
-        let answer = answer.map_err(|error| Refusal::of(&error, ErrorCode::ManifestUnknown))?;
-        let ManifestAnswer { digest, object, .. } = &answer;
+        let answer = answer.map_err(|error| PullError::of(&error, ErrorCode::ManifestUnknown))?;
+        let ManifestResponse { digest, object, .. } = &answer;
         let is_held = || matches!(reference, Reference::Tag(_)) || self.is_known_at(place, digest, &object.provenance);
-        if asking.asker == Asker::Client && !is_held() {
+        if asking.asker == Requester::Client && !is_held() {
             let confirmed = self.confirm_manifest(place, &answer, accept);
             let left = asking.after(begun.elapsed()).patience;
             if let Ok(Err(error)) = timeout(left.min(CONFIRM_TIMEOUT), confirmed).await {
-                return Err(Refusal::of(&error, ErrorCode::ManifestUnknown));
+                return Err(PullError::of(&error, ErrorCode::ManifestUnknown));
             }
         }
         self.homes.served(place, digest, &object.bytes, is_held).await;
@@ -84,32 +84,32 @@ impl Pull {
 
     pub(super) async fn manifest_by_digest(
         self: &Arc<Self>,
-        place: &Place,
+        place: &RepositoryRef,
         digest: &Digest,
         accept: &str,
-        asking: Asking,
-    ) -> Fetched {
+        asking: RequestContext,
+    ) -> FetchedManifest {
         if let Some(found) = self.kept_manifest(place, digest, asking.asker).await {
             return Ok(found);
         }
-        if asking.reach == Reach::Kept {
+        if asking.reach == FetchPolicy::Kept {
             return Err(SourceError::NotKept);
         }
-        if let Some(error) = self.negatives.get(place, Endpoint::Manifest, digest.as_str()) {
+        if let Some(error) = self.negatives.get(place, NegativeKind::Manifest, digest.as_str()) {
             return Err(error);
         }
         let role = self.role(place, digest, asking);
-        self.manifest_flight(place, digest, accept, Asking { role, ..asking }).await
+        self.manifest_flight(place, digest, accept, RequestContext { role, ..asking }).await
     }
 
     /// Fetched once for all who ask for it at the same time.
     fn manifest_flight<'a>(
         self: &'a Arc<Self>,
-        place: &'a Place,
+        place: &'a RepositoryRef,
         digest: &'a Digest,
         accept: &'a str,
-        asking: Asking,
-    ) -> BoxFuture<'a, Fetched> {
+        asking: RequestContext,
+    ) -> BoxFuture<'a, FetchedManifest> {
         let key = |who| (place.to_string(), digest.clone(), asking.role, who);
         let (shared, own) = flights(place, key);
         let landed = self.manifest_flights.join_or_own(
@@ -121,7 +121,7 @@ impl Pull {
                 async move {
                     let fetched = pull.fetch_manifest(&place, &digest, &accept, asking).await;
                     if let Err(error) = &fetched {
-                        pull.negatives.put(&place, Endpoint::Manifest, digest.as_str(), error);
+                        pull.negatives.put(&place, NegativeKind::Manifest, digest.as_str(), error);
                     }
                     fetched
                 }
@@ -130,10 +130,16 @@ impl Pull {
         async move { landed.await.unwrap_or_else(fetch_ended) }.boxed()
     }
 
-    async fn fetch_manifest(self: &Arc<Self>, place: &Place, digest: &Digest, accept: &str, asking: Asking) -> Fetched {
+    async fn fetch_manifest(
+        self: &Arc<Self>,
+        place: &RepositoryRef,
+        digest: &Digest,
+        accept: &str,
+        asking: RequestContext,
+    ) -> FetchedManifest {
         // Another place may have brought it while we waited for our turn. Peers may wait for this as
         // well, and get what they may have.
-        if let Some(found) = self.kept_manifest(place, digest, Asker::Peer(Standing::Member)).await {
+        if let Some(found) = self.kept_manifest(place, digest, Requester::Peer(PeerTrust::Member)).await {
             return Ok(found);
         }
         if let Some(object) = self.manifest_of_peers(place, digest, asking).await? {
@@ -141,11 +147,11 @@ impl Pull {
         }
         if asking.role != Role::Global {
             // It takes the owner's place, as others may ask it to.
-            return self.manifest_flight(place, digest, accept, Asking { role: Role::Global, ..asking }).await;
+            return self.manifest_flight(place, digest, accept, RequestContext { role: Role::Global, ..asking }).await;
         }
         let deadline = Instant::now() + UPSTREAM_TIMEOUT;
         let reference = Reference::Digest(digest.clone());
-        let answer = match self.origin.manifest(place, &reference, accept, deadline).await {
+        let answer = match self.upstream.manifest(place, &reference, accept, deadline).await {
             Err(error) if error.is_outage() => {
                 let anybodys = self.anybodys_manifest(place, digest).await;
                 return anybodys.map(|object| (object, ServedFrom::Peer)).ok_or(error);
@@ -156,25 +162,25 @@ impl Pull {
             return Err(self.mismatched(place, digest));
         }
         self.blobs_reachable(place, &answer.bytes).await?;
-        Ok((self.keep_manifest(place, digest, &answer.media_type, answer.bytes).await, ServedFrom::Origin))
+        Ok((self.keep_manifest(place, digest, &answer.media_type, answer.bytes).await, ServedFrom::Upstream))
     }
 
     /// A manifest that another node has or fetches. None: this node has to fetch it.
     async fn manifest_of_peers(
         &self,
-        place: &Place,
+        place: &RepositoryRef,
         digest: &Digest,
-        asking: Asking,
+        asking: RequestContext,
     ) -> Result<Option<SmallObject>, SourceError> {
         let Some(peers) = self.peers_for(place) else { return Ok(None) };
         let (scope, downstream) = (self.scope(place), asking.downstream);
         let question = |manner| {
             let deadline = Instant::now() + UPSTREAM_TIMEOUT;
-            Question { scope, downstream, ..Question::about(place, digest, manner, deadline) }
+            PeerQuery { scope, downstream, ..PeerQuery::about(place, digest, manner, deadline) }
         };
         let lead = peers.lead(digest, asking.role, scope);
         if asking.role == Role::Global || lead.leaders.is_empty() {
-            let kept = peers.successors_manifests(&question(Manner::IfKept)).await;
+            let kept = peers.successors_manifests(&question(PeerRequestMode::IfKept)).await;
             return Ok(self.keep_one(place, digest, kept).await);
         }
         // The owner itself waits for this node, which resolves its tag: it would have to ask the upstream as well.
@@ -192,16 +198,23 @@ impl Pull {
     }
 
     /// A manifest that somebody has, where no origin gives it.
-    async fn anybodys_manifest(&self, place: &Place, digest: &Digest) -> Option<SmallObject> {
+    async fn anybodys_manifest(&self, place: &RepositoryRef, digest: &Digest) -> Option<SmallObject> {
         let deadline = Instant::now() + STALL_TIMEOUT;
-        let question =
-            Question { scope: last_scope(place), ..Question::about(place, digest, Manner::IfKept, deadline) };
+        let question = PeerQuery {
+            scope: last_scope(place),
+            ..PeerQuery::about(place, digest, PeerRequestMode::IfKept, deadline)
+        };
         let kept = self.peers_for(place)?.anybodys_manifests(&question).await;
         self.keep_one(place, digest, kept).await
     }
 
     /// The first of those that peers sent which is the one that is meant.
-    async fn keep_one(&self, place: &Place, digest: &Digest, sent: Vec<(String, bytes::Bytes)>) -> Option<SmallObject> {
+    async fn keep_one(
+        &self,
+        place: &RepositoryRef,
+        digest: &Digest,
+        sent: Vec<(String, bytes::Bytes)>,
+    ) -> Option<SmallObject> {
         let (stated, bytes) = sent.into_iter().find(|(_, bytes)| digest.matches(bytes))?;
         let media_type = parsed(&bytes, manifest::media_type).await.unwrap_or(stated);
         Some(self.keep_manifest(place, digest, &media_type, bytes).await)
@@ -209,11 +222,11 @@ impl Pull {
 
     pub(super) async fn kept_manifest(
         &self,
-        place: &Place,
+        place: &RepositoryRef,
         digest: &Digest,
-        asker: Asker,
+        asker: Requester,
     ) -> Option<(SmallObject, ServedFrom)> {
-        match self.store.find(digest, Kind::Manifest).await? {
+        match self.store.find(digest, SmallKind::Manifest).await? {
             Found::Small { object, tier } if self.may_give(digest, Some(&object.provenance), asker, place) => {
                 Some((object, tier.into()))
             }
@@ -223,7 +236,7 @@ impl Pull {
 
     pub(super) async fn keep_manifest(
         &self,
-        place: &Place,
+        place: &RepositoryRef,
         digest: &Digest,
         media_type: &str,
         bytes: bytes::Bytes,
@@ -231,18 +244,18 @@ impl Pull {
         self.entitlements.was_sent(place, digest);
         self.remember_subject(place, &bytes, media_type).await;
         // A renewed tag mostly means what it meant before: nothing is written then.
-        if let Some((object, _)) = self.kept_manifest(place, digest, Asker::Peer(Standing::Member)).await
+        if let Some((object, _)) = self.kept_manifest(place, digest, Requester::Peer(PeerTrust::Member)).await
             && *object.media_type == *media_type
         {
             return object;
         }
         let provenance = Arc::new(place.provenance());
         let object = SmallObject::new(media_type, provenance, &bytes);
-        self.store.small.insert(digest, Kind::Manifest, object.clone()).await;
+        self.store.small.insert(digest, SmallKind::Manifest, object.clone()).await;
         object
     }
 
-    pub(super) fn mismatched(&self, place: &Place, digest: &Digest) -> SourceError {
+    pub(super) fn mismatched(&self, place: &RepositoryRef, digest: &Digest) -> SourceError {
         self.metrics.mismatches.inc();
         tracing::error!(%place, %digest, "the origin sent a manifest that does not match its digest");
         SourceError::Malformed("the manifest does not match its digest".into())

@@ -3,12 +3,12 @@
 use std::fmt::Display;
 use std::net::SocketAddr;
 
-use crate::peers::{Lead, Manner};
+use crate::peers::{OwnerRoute, PeerRequestMode};
 use crate::source::SourceError;
 
 /// What an owner's error means for the others.
 #[derive(Debug, PartialEq, Eq)]
-enum Next {
+enum AfterOwner {
     AskNextOwner,
     /// It is the upstream's word, which no other node needs to hear again.
     Fail,
@@ -22,16 +22,16 @@ struct OwnerErrors {
 
 impl OwnerErrors {
     /// What an owner has requested in vain one successor may try as well, since its way to the upstream is another one.
-    fn judge(&mut self, error: &SourceError) -> Next {
+    fn judge(&mut self, error: &SourceError) -> AfterOwner {
         match error {
-            SourceError::NotFound(_) | SourceError::Denied(_) => Next::Fail,
+            SourceError::NotFound(_) | SourceError::Denied(_) => AfterOwner::Fail,
             // The request itself is refused, by whichever node it reaches the upstream.
-            SourceError::Failed(upstream) if (400..500).contains(&upstream.status) => Next::Fail,
+            SourceError::Failed(upstream) if (400..500).contains(&upstream.status) => AfterOwner::Fail,
             SourceError::Failed(_) => {
                 self.upstream_failures += 1;
-                if self.upstream_failures > 1 { Next::Fail } else { Next::AskNextOwner }
+                if self.upstream_failures > 1 { AfterOwner::Fail } else { AfterOwner::AskNextOwner }
             }
-            _ => Next::AskNextOwner,
+            _ => AfterOwner::AskNextOwner,
         }
     }
 }
@@ -39,22 +39,22 @@ impl OwnerErrors {
 /// What the first owner responds that has it. None: this node is the owner, or no owner can be reached. A silent owner is
 /// followed by its successor, so that not every node goes to the upstream. `what` is for the log.
 pub(super) async fn ask_owners<T, F>(
-    lead: Lead,
+    lead: OwnerRoute,
     what: impl Display,
-    ask: impl Fn(SocketAddr, Manner) -> F,
+    ask: impl Fn(SocketAddr, PeerRequestMode) -> F,
 ) -> Result<Option<T>, SourceError>
 where
     F: Future<Output = Result<T, SourceError>>,
 {
     let mut errors = OwnerErrors::default();
     for owner in lead.leaders {
-        let error = match ask(owner, Manner::As(lead.asked_as)).await {
+        let error = match ask(owner, PeerRequestMode::As(lead.asked_as)).await {
             Ok(given) => return Ok(Some(given)),
             Err(SourceError::NotKept) => continue,
             Err(error) => error,
         };
         tracing::info!(peer = %owner, role = "owner", %what, %error, "peer request failed");
-        if errors.judge(&error) == Next::Fail {
+        if errors.judge(&error) == AfterOwner::Fail {
             return Err(error);
         }
     }
@@ -70,11 +70,11 @@ mod tests {
 
     fn ask(responses: &[Result<&'static str, SourceError>]) -> (Result<Option<&'static str>, SourceError>, usize) {
         let owners = (0..3).map(|nth| SocketAddr::from(([192, 0, 2, nth], 5052))).collect();
-        let lead = Lead { role: Role::Client, leaders: owners, asked_as: Role::Global };
+        let lead = OwnerRoute { role: Role::Client, leaders: owners, asked_as: Role::Global };
         let asked = std::cell::Cell::new(0);
         let given = ask_owners(lead, "a digest", |owner, manner| {
             let nth = asked.replace(asked.get() + 1);
-            assert_eq!((owner.ip().to_string(), manner), (format!("192.0.2.{nth}"), Manner::As(Role::Global)));
+            assert_eq!((owner.ip().to_string(), manner), (format!("192.0.2.{nth}"), PeerRequestMode::As(Role::Global)));
             std::future::ready(responses[nth].clone())
         });
         (given.now_or_never().expect("nothing waits"), asked.get())

@@ -6,10 +6,10 @@
 use std::sync::Arc;
 
 use super::blob::{Fetch, span_of};
-use super::{BlobAnswer, BlobRequest, Pull, Refusal};
-use crate::fill::Feed;
+use super::{BlobRequest, BlobResponse, Pull, PullError};
+use crate::fill::SpanStream;
 use crate::oci::{RangeRequest, Span};
-use crate::peers::Aim;
+use crate::peers::RangePurpose;
 use crate::role::Role;
 
 /// A blob is filled once this much, or this share, of it was asked for.
@@ -21,7 +21,7 @@ const WAIT_FOR_FILL: u64 = 16 * 1024 * 1024;
 
 /// What was asked for of a blob, in bounded ranges.
 #[derive(Clone, Copy, Default)]
-pub(super) struct Asked {
+pub(super) struct RequestedRanges {
     bytes: u64,
     /// Known after the first answer.
     total: Option<u64>,
@@ -29,8 +29,8 @@ pub(super) struct Asked {
 
 impl Pull {
     /// Passes a bounded range through. None: it is no such range, or a fill serves it.
-    pub(super) async fn pass_range(self: &Arc<Self>, request: &BlobRequest) -> Result<Option<BlobAnswer>, Fetch> {
-        if request.asking.aim == Aim::Whole || self.is_ambiguous(request) {
+    pub(super) async fn pass_range(self: &Arc<Self>, request: &BlobRequest) -> Result<Option<BlobResponse>, Fetch> {
+        if request.asking.aim == RangePurpose::Whole || self.is_ambiguous(request) {
             return Ok(None);
         }
         let Some(span) = self.bounded(request).await? else { return Ok(None) };
@@ -50,15 +50,16 @@ impl Pull {
             if role == Role::Global || span.start < WAIT_FOR_FILL {
                 return Ok(None);
             }
-            let sources = self.sources(request, Aim::Whole);
+            let sources = self.sources(request, RangePurpose::Whole);
             self.fills.join(&key, &request.place, request.asking.client, sources, 0);
         }
-        let feed = match Feed::open(self.sources(request, Aim::Range), span.start, Some(span.end)).await {
+        let feed = match SpanStream::open(self.sources(request, RangePurpose::Range), span.start, Some(span.end)).await
+        {
             Ok(feed) => feed,
             // Beyond the end: say where that is.
             Err(error) if error.failed_status() == Some(416) => {
                 let (total, _) = self.length_elsewhere(request).await?;
-                return Err(Refusal::Unsatisfiable { total }.into());
+                return Err(PullError::Unsatisfiable { total }.into());
             }
             Err(error) => return Err(error.into()),
         };
@@ -66,7 +67,7 @@ impl Pull {
             // Its source knows no ranges: then all of it may as well be kept.
             return Ok(None);
         }
-        self.asked.insert(request.digest.clone(), Asked { total: Some(feed.total()), ..asked });
+        self.asked.insert(request.digest.clone(), RequestedRanges { total: Some(feed.total()), ..asked });
         self.passing(feed, request).map(Some)
     }
 
@@ -84,7 +85,7 @@ impl Pull {
     }
 }
 
-impl Asked {
+impl RequestedRanges {
     fn plus(self, bytes: u64) -> Self {
         Self { bytes: self.bytes.saturating_add(bytes), ..self }
     }

@@ -12,14 +12,14 @@ use tokio::time::{Instant, timeout};
 use xxhash_rust::xxh64::Xxh64;
 
 use super::owners::ask_owners;
-use super::speeds::Sender;
+use super::throughput::Sender;
 use super::{Pull, is_personal};
-use crate::config::FarPeers;
-use crate::fill::{Connections, FillKey, Sources, Truth};
+use crate::config::CrossZonePeers;
+use crate::fill::{ConnectionMode, FillKey, FillSources, VerifiedContent};
 use crate::oci::{Span, Spans};
 use crate::peers::swarm::{Contribution, View};
-use crate::peers::{Aim, Declined, Manner, Peers, Question, Redirects, Scope};
-use crate::registries::Place;
+use crate::peers::{PeerError, PeerQuery, PeerRequestMode, Peers, RangePurpose, RedirectPolicy, Scope};
+use crate::registries::RepositoryRef;
 use crate::role::{CurrentRole, Role};
 use crate::source::{Incoming, Part, ServedFrom, SourceError};
 use crate::times::{CONFIRM_TIMEOUT, STALL_TIMEOUT, UPSTREAM_TIMEOUT};
@@ -27,22 +27,22 @@ use crate::times::{CONFIRM_TIMEOUT, STALL_TIMEOUT, UPSTREAM_TIMEOUT};
 /// The sources of one blob.
 pub(super) struct BlobSources {
     pull: Arc<Pull>,
-    place: Place,
+    place: RepositoryRef,
     key: FillKey,
     /// The role at first, and at the moment.
     first_role: Role,
     role: CurrentRole,
-    aim: Aim,
+    aim: RangePurpose,
     /// Which peers have some of it.
     view: Arc<Mutex<View>>,
     begun: Instant,
     /// Bytes that the origin was asked for.
-    of_origin: AtomicU64,
+    of_upstream: AtomicU64,
 }
 
 /// Which peers were asked what they have.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
-pub(super) enum Looked {
+pub(super) enum PeersAsked {
     AtSuccessors,
     Everywhere,
 }
@@ -63,7 +63,7 @@ const SMALLEST_LOAN: u64 = 1024 * 1024;
 const IN_FLIGHT: usize = 4;
 
 #[async_trait]
-impl Sources for BlobSources {
+impl FillSources for BlobSources {
     async fn open(&self, from: u64, end: Option<u64>, failures: u32) -> Result<(Incoming, ServedFrom), SourceError> {
         let role = self.role.get();
         if let Some(opened) = self.open_as(role, Part::new(from, end), failures).await? {
@@ -81,10 +81,10 @@ impl Sources for BlobSources {
     }
 
     /// How many connections an origin is worth is found out; peers are asked for a few ranges.
-    fn connections(&self) -> Connections {
+    fn connections(&self) -> ConnectionMode {
         match self.role.get() {
-            Role::Global => Connections::Climbing,
-            Role::Client | Role::Zone => Connections::Chosen(IN_FLIGHT),
+            Role::Global => ConnectionMode::Climbing,
+            Role::Client | Role::Zone => ConnectionMode::Chosen(IN_FLIGHT),
         }
     }
 
@@ -103,7 +103,7 @@ impl Sources for BlobSources {
         self.peers().is_some_and(|peers| peers.is_elsewhere(&self.key.digest, span))
     }
 
-    fn matched(&self, truth: Truth) {
+    fn matched(&self, truth: VerifiedContent) {
         self.pull.entitlements.was_sent(&self.place, &self.key.digest);
         // The time of a promoted fill is that of peers as well.
         if let Some((sender, bytes)) = self.sender(truth.total()).filter(|_| !self.was_promoted()) {
@@ -130,12 +130,12 @@ impl Sources for BlobSources {
 }
 
 /// Whom to ask when no origin answers: peers that are slow are better than none.
-pub(super) fn last_scope(place: &Place) -> Scope {
-    if place.rule.far_peers == FarPeers::Never { Scope::OwnZone } else { Scope::AllZones }
+pub(super) fn last_scope(place: &RepositoryRef) -> Scope {
+    if place.rule.far_peers == CrossZonePeers::Never { Scope::OwnZone } else { Scope::AllZones }
 }
 
 /// Whether a peer sent something else than what was verified.
-fn is_wrong(contribution: &Contribution, truth: &Truth) -> bool {
+fn is_wrong(contribution: &Contribution, truth: &VerifiedContent) -> bool {
     if contribution.total != truth.total() {
         return true;
     }
@@ -154,12 +154,12 @@ fn is_wrong(contribution: &Contribution, truth: &Truth) -> bool {
 }
 
 impl BlobSources {
-    pub(super) fn new(pull: &Arc<Pull>, place: &Place, key: FillKey, role: Role, aim: Aim) -> Self {
+    pub(super) fn new(pull: &Arc<Pull>, place: &RepositoryRef, key: FillKey, role: Role, aim: RangePurpose) -> Self {
         let begun = Instant::now();
         let view = Arc::new(Mutex::new(View::new(pull.peers.as_ref().map_or(1, |peers| peers.count()))));
-        let of_origin = AtomicU64::new(0);
+        let of_upstream = AtomicU64::new(0);
         let (first_role, role) = (role, CurrentRole::new(role));
-        Self { pull: pull.clone(), place: place.clone(), key, first_role, role, aim, view, begun, of_origin }
+        Self { pull: pull.clone(), place: place.clone(), key, first_role, role, aim, view, begun, of_upstream }
     }
 
     /// Opens a part in this role. None: no owner can be reached, so that this node has to take its place, or it has done so
@@ -172,7 +172,7 @@ impl BlobSources {
     ) -> Result<Option<(Incoming, ServedFrom)>, SourceError> {
         if let Some(peers) = self.peers() {
             if role == Role::Global {
-                self.look(peers, Looked::AtSuccessors).await;
+                self.look(peers, PeersAsked::AtSuccessors).await;
                 let visitors = peers.who_visited_has(&self.key.digest, part.start());
                 visitors.iter().for_each(|holder| self.view.lock().learn(holder));
             }
@@ -187,15 +187,15 @@ impl BlobSources {
             if let Some(answer) = self.of_owners(peers, role, part, failures).await? {
                 return Ok(Some(answer));
             }
-            if role != Role::Global && self.aim == Aim::Whole {
+            if role != Role::Global && self.aim == RangePurpose::Whole {
                 return Ok(None);
             }
         }
         if failures > 0 {
-            self.pull.origin.forget_redirects(&self.place, &self.key.digest).await;
+            self.pull.upstream.forget_redirects(&self.place, &self.key.digest).await;
         }
-        match self.of_origin(part, Instant::now() + self.upstream_timeout()).await {
-            Ok(incoming) => Ok(Some((incoming, ServedFrom::Origin))),
+        match self.of_upstream(part, Instant::now() + self.upstream_timeout()).await {
+            Ok(incoming) => Ok(Some((incoming, ServedFrom::Upstream))),
             Err(error) => match self.last_resort(part, &error).await {
                 Some(incoming) => Ok(Some((incoming, ServedFrom::Peer))),
                 None => Err(error),
@@ -203,28 +203,28 @@ impl BlobSources {
         }
     }
 
-    async fn of_origin(&self, part: Part, deadline: Instant) -> Result<Incoming, SourceError> {
-        let incoming = self.ask_origin(part, deadline).await?;
-        self.of_origin.fetch_add(incoming.span.len(), Ordering::Relaxed);
+    async fn of_upstream(&self, part: Part, deadline: Instant) -> Result<Incoming, SourceError> {
+        let incoming = self.ask_upstream(part, deadline).await?;
+        self.of_upstream.fetch_add(incoming.span.len(), Ordering::Relaxed);
         Ok(incoming)
     }
 
     /// The registry is shown what somebody who joined has, which is probably good for longer: what the first caller showed
     /// may end before the blob does. Who is refused with it leaves the others what they had.
-    async fn ask_origin(&self, part: Part, deadline: Instant) -> Result<Incoming, SourceError> {
+    async fn ask_upstream(&self, part: Part, deadline: Instant) -> Result<Incoming, SourceError> {
         let digest = &self.key.digest;
         let known = self.pull.homes.length_of(&self.place, digest);
         if let Some(fill) = self.pull.fills.running(&self.key)
             && let newest = fill.newest_place()
             && newest.caller != self.place.caller
         {
-            let answer = self.pull.origin.blob(&newest, digest, part, known, deadline).await;
+            let answer = self.pull.upstream.blob(&newest, digest, part, known, deadline).await;
             if !is_personal(&self.place, &answer) {
                 return answer;
             }
             fill.forget_newest(&newest.caller);
         }
-        self.pull.origin.blob(&self.place, digest, part, known, deadline).await
+        self.pull.upstream.blob(&self.place, digest, part, known, deadline).await
     }
 
     /// Who has sent most of it, one of both whose speeds are compared, and how much. What was here before came from
@@ -234,31 +234,31 @@ impl BlobSources {
         let view = self.view.lock();
         let from_far = view.contributions().iter().filter(|sent| peers.is_far(sent.peer));
         let far: u64 = from_far.map(|sent| sent.span.len()).sum();
-        let origin = self.of_origin.load(Ordering::Relaxed).min(total);
+        let upstream = self.of_upstream.load(Ordering::Relaxed).min(total);
         if far > total / 2 {
             Some((Sender::Far, far))
         } else {
-            Some((Sender::Origin, origin)).filter(|_| origin > total / 2)
+            Some((Sender::Upstream, upstream)).filter(|_| upstream > total / 2)
         }
     }
 
     /// Asks peers what they have. What was just asked, for another range, is not asked again.
-    async fn look(&self, peers: &Peers, looked: Looked) {
+    async fn look(&self, peers: &Peers, looked: PeersAsked) {
         let key = (self.key.clone(), looked);
         let found = match self.pull.holders.get(&key) {
             Some(found) => found,
             None => {
-                let question = self.question(Manner::IfKept);
+                let question = self.question(PeerRequestMode::IfKept);
                 let found = Arc::new(match looked {
-                    Looked::AtSuccessors => {
-                        peers.ask_successors(&Question { scope: self.pull.scope(&self.place), ..question }).await
+                    PeersAsked::AtSuccessors => {
+                        peers.ask_successors(&PeerQuery { scope: self.pull.scope(&self.place), ..question }).await
                     }
-                    Looked::Everywhere => {
-                        peers.ask_around(&Question { scope: last_scope(&self.place), ..question }).await
+                    PeersAsked::Everywhere => {
+                        peers.ask_around(&PeerQuery { scope: last_scope(&self.place), ..question }).await
                     }
                 });
                 // Peers that had nothing a moment ago may be what an outage is survived by.
-                if looked == Looked::AtSuccessors || !found.is_empty() {
+                if looked == PeersAsked::AtSuccessors || !found.is_empty() {
                     self.pull.holders.insert(key, found.clone());
                 }
                 found
@@ -272,7 +272,7 @@ impl BlobSources {
         let has = self.have().len();
         for _ in 0..ASK_HOLDERS {
             let holder = self.view.lock().pick(part.start(), has, peers.now(), fastrand::u64(..))?;
-            match self.ask(peers, holder, Manner::IfKept, part).await {
+            match self.ask(peers, holder, PeerRequestMode::IfKept, part).await {
                 Ok(incoming) => return Some(incoming),
                 Err(why) => tracing::debug!(%holder, digest = %self.key.digest, ?why, "a holder gives nothing"),
             }
@@ -296,9 +296,9 @@ impl BlobSources {
         let given = ask_owners(lead, &self.key.digest, |owner, manner| async move {
             match self.of_owner(peers, owner, manner, part, failures).await {
                 // The owner has sent some of it, and is about to change its source: `failures` decide when to pass it over.
-                Err(Declined::Source(error @ SourceError::TimedOut)) if !self.have().is_empty() => Ok(Err(error)),
-                Err(Declined::Source(error)) => Err(error),
-                Err(Declined::NotKept | Declined::Redirected(_) | Declined::Deputed(_)) => Err(SourceError::NotKept),
+                Err(PeerError::Source(error @ SourceError::TimedOut)) if !self.have().is_empty() => Ok(Err(error)),
+                Err(PeerError::Source(error)) => Err(error),
+                Err(PeerError::NotKept | PeerError::Redirected(_) | PeerError::Deputed(_)) => Err(SourceError::NotKept),
                 Ok(given) => Ok(Ok(given)),
             }
         });
@@ -309,19 +309,19 @@ impl BlobSources {
         &self,
         peers: &Arc<Peers>,
         owner: SocketAddr,
-        manner: Manner,
+        manner: PeerRequestMode,
         part: Part,
         failures: u32,
-    ) -> Result<(Incoming, ServedFrom), Declined> {
+    ) -> Result<(Incoming, ServedFrom), PeerError> {
         if self.view.lock().crawls(owner, peers.now()) {
-            return Err(Declined::NotKept);
+            return Err(PeerError::NotKept);
         }
         let answer = match failures {
             0 => self.ask(peers, owner, manner, part).await,
-            _ => self.ask_once(peers, owner, manner, Redirects::Refused, part).await,
+            _ => self.ask_once(peers, owner, manner, RedirectPolicy::Refused, part).await,
         };
         match answer {
-            Err(Declined::Deputed(span)) => self.in_its_stead(peers, owner, manner, part, span).await,
+            Err(PeerError::Deputed(span)) => self.in_its_stead(peers, owner, manner, part, span).await,
             answer => answer.map(|incoming| (incoming, ServedFrom::Peer)),
         }
     }
@@ -332,48 +332,56 @@ impl BlobSources {
         &self,
         peers: &Arc<Peers>,
         owner: SocketAddr,
-        manner: Manner,
+        manner: PeerRequestMode,
         part: Part,
         span: Span,
-    ) -> Result<(Incoming, ServedFrom), Declined> {
+    ) -> Result<(Incoming, ServedFrom), PeerError> {
         // Smaller parts would make many questions of one.
         let is_part = matches!(part, Part::Span(asked) if asked.start == span.start
             && (span.end == asked.end || (span.end < asked.end && span.len() >= SMALLEST_LOAN)));
         if let Some(fill) = self.pull.fills.running(&self.key).filter(|_| is_part) {
             fill.depute(span);
             let deadline = Instant::now() + STALL_TIMEOUT;
-            match self.of_origin(Part::Span(span), deadline).await {
+            match self.of_upstream(Part::Span(span), deadline).await {
                 Ok(incoming) if incoming.span == span => {
                     let (peers, place, digest) = (peers.clone(), self.place.clone(), self.key.digest.clone());
                     let told = incoming.followed_by(move || {
                         tokio::spawn(async move {
-                            let question = Question::about(&place, &digest, Manner::IfKept, Instant::now() + IF_KEPT);
+                            let question =
+                                PeerQuery::about(&place, &digest, PeerRequestMode::IfKept, Instant::now() + IF_KEPT);
                             peers.tell(owner, &question, &span.into()).await;
                         });
                     });
-                    return Ok((told, ServedFrom::Origin));
+                    return Ok((told, ServedFrom::Upstream));
                 }
                 Ok(_) => tracing::info!(digest = %self.key.digest, "the origin gives a deputy no ranges"),
                 Err(error) => tracing::info!(digest = %self.key.digest, %error, "the origin gives a deputy nothing"),
             }
             fill.fail_as_deputy(span);
         }
-        let insisting = self.ask_once(peers, owner, manner, Redirects::Refused, part).await;
+        let insisting = self.ask_once(peers, owner, manner, RedirectPolicy::Refused, part).await;
         insisting.map(|incoming| (incoming, ServedFrom::Peer))
     }
 
     /// Asks one peer; if it names another, that one, and if that cannot help or may not be asked, the first again.
-    async fn ask(&self, peers: &Peers, peer: SocketAddr, manner: Manner, part: Part) -> Result<Incoming, Declined> {
-        let named = match self.ask_once(peers, peer, manner, Redirects::Followed, part).await {
-            Err(Declined::Redirected(named)) => named,
+    async fn ask(
+        &self,
+        peers: &Peers,
+        peer: SocketAddr,
+        manner: PeerRequestMode,
+        part: Part,
+    ) -> Result<Incoming, PeerError> {
+        let named = match self.ask_once(peers, peer, manner, RedirectPolicy::Followed, part).await {
+            Err(PeerError::Redirected(named)) => named,
             answer => return answer,
         };
         if let Some(named) = named
-            && let Ok(incoming) = self.ask_once(peers, named, Manner::IfKept, Redirects::Refused, part).await
+            && let Ok(incoming) =
+                self.ask_once(peers, named, PeerRequestMode::IfKept, RedirectPolicy::Refused, part).await
         {
             return Ok(incoming);
         }
-        self.ask_once(peers, peer, manner, Redirects::Refused, part).await
+        self.ask_once(peers, peer, manner, RedirectPolicy::Refused, part).await
     }
 
     /// Requests a part from one peer. A request to an owner ends when this node becomes the same: the peer may take this node
@@ -382,14 +390,14 @@ impl BlobSources {
         &self,
         peers: &Peers,
         peer: SocketAddr,
-        manner: Manner,
-        redirects: Redirects,
+        manner: PeerRequestMode,
+        redirects: RedirectPolicy,
         part: Part,
-    ) -> Result<Incoming, Declined> {
-        let question = Question { redirects, ..self.question(manner) };
+    ) -> Result<Incoming, PeerError> {
+        let question = PeerQuery { redirects, ..self.question(manner) };
         let have = self.have();
         let asked = peers.blob(peer, &question, part, &have, &self.view);
-        let Manner::As(owner) = manner else { return asked.await };
+        let PeerRequestMode::As(owner) = manner else { return asked.await };
         tokio::select! {
             biased;
             () = self.role.clone().reaches(owner) => Err(superseded().into()),
@@ -400,7 +408,7 @@ impl BlobSources {
     /// Where the origin is out of order, somebody may still have it.
     async fn last_resort(&self, part: Part, error: &SourceError) -> Option<Incoming> {
         let peers = self.peers().filter(|_| error.is_outage() && !error.is_about_ranges())?;
-        self.look(peers, Looked::Everywhere).await;
+        self.look(peers, PeersAsked::Everywhere).await;
         self.view.lock().forgive();
         self.ask_holders(peers, part).await
     }
@@ -414,7 +422,7 @@ impl BlobSources {
 
     /// The same for the upstream. Of a promoted fill peers have sent the first bytes, which says nothing of the upstream.
     fn upstream_timeout(&self) -> Duration {
-        let is_first = self.was_promoted() && self.of_origin.load(Ordering::Relaxed) == 0;
+        let is_first = self.was_promoted() && self.of_upstream.load(Ordering::Relaxed) == 0;
         if is_first { UPSTREAM_TIMEOUT } else { self.first_byte_timeout() }
     }
 
@@ -428,9 +436,10 @@ impl BlobSources {
         self.pull.fills.running(&self.key).map_or_else(Spans::default, |fill| fill.written())
     }
 
-    fn question(&self, manner: Manner) -> Question<'_> {
-        let deadline = Instant::now() + if manner == Manner::IfKept { IF_KEPT } else { self.first_byte_timeout() };
-        Question { aim: self.aim, ..Question::about(&self.place, &self.key.digest, manner, deadline) }
+    fn question(&self, manner: PeerRequestMode) -> PeerQuery<'_> {
+        let deadline =
+            Instant::now() + if manner == PeerRequestMode::IfKept { IF_KEPT } else { self.first_byte_timeout() };
+        PeerQuery { aim: self.aim, ..PeerQuery::about(&self.place, &self.key.digest, manner, deadline) }
     }
 
     /// None: peers may not know of it. And what came wrong comes from the

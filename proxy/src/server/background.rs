@@ -8,7 +8,7 @@ use tokio::time::timeout;
 
 use super::components::Components;
 use super::ports::{Bound, Ports};
-use crate::config::Share;
+use crate::config::DiskShare;
 use crate::prefetch;
 use crate::store::{HOUSEKEEPING, Store};
 use crate::times::{GRACE, RELOAD_INTERVAL};
@@ -49,7 +49,7 @@ pub(super) async fn announce(components: Arc<Components>, ports: Ports, started:
 }
 
 /// Looks after the disk for as long as the process lives.
-async fn keep_house(store: Arc<Store>, keep_free: Share) {
+async fn keep_house(store: Arc<Store>, keep_free: DiskShare) {
     let mut thinning = None::<JoinHandle<()>>;
     let mut tick = tokio::time::interval(HOUSEKEEPING);
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);

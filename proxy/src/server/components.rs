@@ -9,23 +9,23 @@ use super::StartError;
 use super::ports::{Bound, reachable};
 use crate::access_log::AccessLog;
 use crate::activity::Activity;
-use crate::admin::Visitors;
-use crate::config::{Config, Mirror, Tls};
+use crate::admin::StatusAuth;
+use crate::config::{Config, Mirror, TlsConfig};
 use crate::containerd::diagnosis;
 use crate::containerd::hosts_toml::Mirrors;
-use crate::containerd::keeping::Keeping;
-use crate::identity::{Files, Identity, Welcome};
+use crate::containerd::reconciler::MirrorReconciler;
+use crate::identity::{Identity, IdentityFiles, TrustedRole};
 use crate::memory::Memory;
 use crate::metrics::Metrics;
-use crate::origin::Origin;
 use crate::peers::Peers;
-use crate::proxy::{Browsers, Clients, Gate, Load};
+use crate::proxy::{Browsers, ClientAuth, Clients, Load};
 use crate::pull::Pull;
 use crate::readiness::Readiness;
 use crate::registries::Registries;
 use crate::store::Store;
 use crate::telemetry;
 use crate::trace::Tracer;
+use crate::upstream::UpstreamClient;
 
 pub(super) struct Components {
     pub(super) config: Config,
@@ -43,11 +43,11 @@ pub(super) struct Components {
     pub(super) readiness: Arc<Readiness>,
     pub(super) clients: Arc<Clients>,
     pub(super) browsers: Arc<Browsers>,
-    pub(super) gate: Arc<Gate>,
+    pub(super) gate: Arc<ClientAuth>,
     pub(super) activity: Arc<Activity>,
     pub(super) tracer: Arc<Tracer>,
-    pub(super) visitors: Arc<Visitors>,
-    pub(super) keeping: Option<Arc<Keeping>>,
+    pub(super) visitors: Arc<StatusAuth>,
+    pub(super) keeping: Option<Arc<MirrorReconciler>>,
 }
 
 impl Components {
@@ -93,7 +93,7 @@ impl Components {
 pub fn check(config: &Config) -> Result<(), StartError> {
     let (metrics, registries) = (Arc::new(Metrics::new()), Registries::new(config));
     identity(&config.tls)?;
-    Origin::new(config, &registries, Arc::new(Memory::new(0)), metrics.clone()).map_err(StartError::Config)?;
+    UpstreamClient::new(config, &registries, Arc::new(Memory::new(0)), metrics.clone()).map_err(StartError::Config)?;
     Peers::new(config, metrics.clone()).map_err(StartError::Config)?;
     gate(config, config.listen, &registries)?;
     telemetry::tracer(&config.tracing).map_err(StartError::Config)?;
@@ -113,9 +113,13 @@ async fn compose(
         .await
         .map_err(|e| StartError::Failed(e.to_string()))?;
     let store = Arc::new(store);
-    let origin = Origin::new(config, registries, memory.clone(), metrics.clone()).map_err(StartError::Config)?;
+    let upstream =
+        UpstreamClient::new(config, registries, memory.clone(), metrics.clone()).map_err(StartError::Config)?;
     let peers = Peers::new(config, metrics.clone()).map_err(StartError::Config)?;
-    Ok((Arc::new(Pull::new(registries.clone(), store.clone(), origin, peers, memory.clone(), metrics.clone())), store))
+    Ok((
+        Arc::new(Pull::new(registries.clone(), store.clone(), upstream, peers, memory.clone(), metrics.clone())),
+        store,
+    ))
 }
 
 /// Says what peers that prove nothing cost, and whom they let in.
@@ -134,22 +138,26 @@ fn warn_of_strangers(config: &Config) {
 }
 
 /// Who gets what only some may have.
-fn gate(config: &Config, listen: SocketAddr, registries: &Registries) -> Result<Arc<Gate>, StartError> {
+fn gate(config: &Config, listen: SocketAddr, registries: &Registries) -> Result<Arc<ClientAuth>, StartError> {
     let scheme = if config.tls.cert.is_some() { "https" } else { "http" };
     let are_asked = registries.ask_who() || config.access.logins_file.is_some();
     if are_asked && scheme == "http" && !listen.ip().is_loopback() {
         tracing::warn!(%listen, "clients will send their secrets here in the clear: set [tls], or listen on loopback");
     }
-    Gate::new(config, scheme, listen).map(Arc::new).map_err(StartError::Config)
+    ClientAuth::new(config, scheme, listen).map(Arc::new).map_err(StartError::Config)
 }
 
-fn visitors(config: &Config) -> Result<Visitors, StartError> {
-    Visitors::new(config.admin_token_file.as_deref()).map_err(StartError::Config)
+fn visitors(config: &Config) -> Result<StatusAuth, StartError> {
+    StatusAuth::new(config.admin_token_file.as_deref()).map_err(StartError::Config)
 }
 
 /// Whom containerd is pointed at while this process is ready. None: nobody asked for that.
 #[expect(clippy::disallowed_methods, reason = "runs at the start")]
-fn keeping(config: &Config, listen: SocketAddr, metrics: &Metrics) -> Result<Option<Arc<Keeping>>, StartError> {
+fn keeping(
+    config: &Config,
+    listen: SocketAddr,
+    metrics: &Metrics,
+) -> Result<Option<Arc<MirrorReconciler>>, StartError> {
     let Some(hosts_dir) = config.containerd.hosts_dir.clone() else { return Ok(None) };
     if !hosts_dir.is_dir() {
         let problem = "is no directory: it has to be containerd's config_path, which `dray containerd check` tells";
@@ -165,13 +173,13 @@ fn keeping(config: &Config, listen: SocketAddr, metrics: &Metrics) -> Result<Opt
         }
     }
     let pointed = metrics.containerd_pointed.with_label_values(&[&*hosts_dir.to_string_lossy()]);
-    Ok(Some(Arc::new(Keeping::new(hosts_dir, Mirrors::one(mirror), move |is_so| pointed.set(is_so.into())))))
+    Ok(Some(Arc::new(MirrorReconciler::new(hosts_dir, Mirrors::one(mirror), move |is_so| pointed.set(is_so.into())))))
 }
 
 /// What the registry listener shows. None: it speaks plain HTTP.
-pub(super) fn identity(tls: &Tls) -> Result<Option<Arc<Identity>>, StartError> {
+pub(super) fn identity(tls: &TlsConfig) -> Result<Option<Arc<Identity>>, StartError> {
     let (Some(cert), Some(key)) = (&tls.cert, &tls.key) else { return Ok(None) };
     let ca = tls.client_ca.clone().map(|path| ("client_ca", path));
-    let files = Files { table: "tls", cert: cert.clone(), key: key.clone(), ca, welcome: Welcome::Anybody };
+    let files = IdentityFiles { table: "tls", cert: cert.clone(), key: key.clone(), ca, welcome: TrustedRole::Anybody };
     Identity::load(files).map(Some).map_err(StartError::Config)
 }

@@ -17,8 +17,8 @@ use super::components::Components;
 use crate::admin::{Admin, MAX_WATCHING};
 use crate::connections::Connections;
 use crate::identity::Identity;
-use crate::proxy::{Front, Listener};
-use crate::status::Sources;
+use crate::proxy::{Listener, RegistryProxy};
+use crate::status::StatusSources;
 
 /// Connections of each listener. A node of a cluster of ten thousand may be asked by all others, by several at a time.
 const MOST_CLIENTS: usize = 16_384;
@@ -51,7 +51,7 @@ pub(super) fn server(components: &Components) -> Result<Server, StartError> {
     Ok(server)
 }
 
-fn for_clients(components: &Components) -> Result<Connections<Front>, StartError> {
+fn for_clients(components: &Components) -> Result<Connections<RegistryProxy>, StartError> {
     let clients = Connections::new(front(components, Listener::Clients), MOST_CLIENTS, components.memory.clone());
     let Some(identity) = &components.identity else { return Ok(clients) };
     let mut settings = tls_settings(identity)?;
@@ -59,7 +59,7 @@ fn for_clients(components: &Components) -> Result<Connections<Front>, StartError
     Ok(clients.with_tls(settings))
 }
 
-fn for_peers(components: &Components) -> Result<Connections<Front>, StartError> {
+fn for_peers(components: &Components) -> Result<Connections<RegistryProxy>, StartError> {
     let peers = Connections::new(front(components, Listener::Peers), MOST_PEERS, components.memory.clone());
     match components.pull.peers().and_then(|peers| peers.identity()) {
         Some(identity) => Ok(peers.with_tls(tls_settings(identity)?)),
@@ -67,9 +67,9 @@ fn for_peers(components: &Components) -> Result<Connections<Front>, StartError> 
     }
 }
 
-fn front(components: &Components, listener: Listener) -> Front {
+fn front(components: &Components, listener: Listener) -> RegistryProxy {
     let [of_clients, of_peers] = &components.loads;
-    Front {
+    RegistryProxy {
         pull: components.pull.clone(),
         registries: components.registries.clone(),
         metrics: components.metrics.clone(),
@@ -86,7 +86,7 @@ fn front(components: &Components, listener: Listener) -> Front {
 }
 
 fn admin(components: &Components) -> Admin {
-    let sources = Sources {
+    let sources = StatusSources {
         pull: components.pull.clone(),
         activity: components.activity.clone(),
         metrics: components.metrics.clone(),

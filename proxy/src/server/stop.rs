@@ -8,7 +8,7 @@ use pingora::server::{ShutdownSignal, ShutdownSignalWatch};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::Mutex;
 
-use crate::containerd::keeping::Keeping;
+use crate::containerd::reconciler::MirrorReconciler;
 use crate::proxy::Load;
 use crate::readiness::Readiness;
 
@@ -42,7 +42,7 @@ pub(super) struct Stop {
     pub(super) signals: Mutex<Signals>,
     pub(super) readiness: Arc<Readiness>,
     pub(super) loads: [Arc<Load>; 2],
-    pub(super) keeping: Option<Arc<Keeping>>,
+    pub(super) keeping: Option<Arc<MirrorReconciler>>,
 }
 
 #[async_trait]

@@ -94,7 +94,7 @@ impl std::fmt::Display for UpstreamError {
 impl ErrorBody {
     fn parse(body: &[u8]) -> Option<Self> {
         #[derive(Deserialize)]
-        struct Shape {
+        struct ErrorsShape {
             errors: Vec<Entry>,
         }
         #[derive(Deserialize)]
@@ -102,7 +102,7 @@ impl ErrorBody {
             code: Option<String>,
             message: Option<String>,
         }
-        let first = serde_json::from_slice::<Shape>(body).ok()?.errors.into_iter().next()?;
+        let first = serde_json::from_slice::<ErrorsShape>(body).ok()?.errors.into_iter().next()?;
         let text = |text: Option<String>| text.unwrap_or_default().chars().take(LONGEST_TEXT).collect::<String>();
         let (code, message) = (text(first.code), text(first.message));
         let json = if body.len() <= LONGEST_BODY {

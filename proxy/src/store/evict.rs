@@ -5,7 +5,7 @@ use std::path::Path;
 use std::time::{Duration, Instant, SystemTime};
 
 use super::large::Large;
-use crate::config::Share;
+use crate::config::DiskShare;
 use crate::oci::Digest;
 use crate::times::DAY;
 
@@ -84,7 +84,7 @@ impl Large {
 
     /// Looks after the disk: yields what others need, evicts down to the low mark, drops old
     /// partials. Blocks on the disk.
-    pub fn keep_house(&self, keep_free: Share) {
+    pub fn keep_house(&self, keep_free: DiskShare) {
         let old = (self.partials.lock().take_old(Instant::now()), self.relayed.lock().take_old(Instant::now()));
         // Closing them frees their space, which may take a while: not under a lock.
         drop(old);

@@ -40,7 +40,7 @@ pub struct Large {
     pub(super) blobs: PathBuf,
     pub(super) fills: PathBuf,
     pub(super) budget: Arc<Budget>,
-    index: Mutex<HashMap<Digest, Entry>>,
+    index: Mutex<HashMap<Digest, BlobEntry>>,
     pub(super) partials: Mutex<Partials>,
     pub(super) promises: Mutex<Vec<Promise>>,
     pub(super) relayed: Mutex<Relayed>,
@@ -71,17 +71,17 @@ pub struct Blob {
 
 /// Whether a file can be believed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Proof {
+pub enum Verification {
     /// Its hash agreed, and nothing happened to the machine since.
     Verified,
     /// The machine went down since: hash it before its last byte leaves.
     Unproven,
 }
 
-struct Entry {
+struct BlobEntry {
     len: u64,
     /// None: its record was not read yet.
-    proof: Option<Proof>,
+    proof: Option<Verification>,
     last_used: SystemTime,
     /// How often it was used, at different times, since this process found it.
     uses: u32,
@@ -93,15 +93,15 @@ struct Entry {
 }
 
 /// Where a blob is, as far as that is known without asking the disk.
-pub enum Known {
-    Open(Arc<Blob>, Proof),
+pub enum BlobLocation {
+    Open(Arc<Blob>, Verification),
     OnDisk,
     Nowhere,
 }
 
-impl Entry {
+impl BlobEntry {
     /// What somebody has open.
-    fn opened(&self) -> Option<(Arc<Blob>, Proof)> {
+    fn opened(&self) -> Option<(Arc<Blob>, Verification)> {
         if self.unreadable.load(Ordering::Relaxed) {
             return None;
         }
@@ -155,7 +155,7 @@ impl Large {
         let index = found.into_iter().map(|found| {
             let charge = Arc::new(budget.account(found.len + FILE_OVERHEAD));
             let (len, last_used) = (found.len, found.modified);
-            let entry = Entry {
+            let entry = BlobEntry {
                 len,
                 proof: None,
                 last_used,
@@ -189,30 +189,30 @@ impl Large {
     }
 
     /// Marks a blob as used, and gives it if that needs no word of the disk.
-    pub fn look(&self, digest: &Digest) -> Known {
+    pub fn look(&self, digest: &Digest) -> BlobLocation {
         let now = SystemTime::now();
         let mut index = self.index.lock();
         let Some(entry) = index.get_mut(digest) else {
             drop(index);
             let relayed = self.relayed.lock().get(digest, Instant::now());
-            return relayed.map_or(Known::Nowhere, |blob| Known::Open(blob, Proof::Verified));
+            return relayed.map_or(BlobLocation::Nowhere, |blob| BlobLocation::Open(blob, Verification::Verified));
         };
         if now.duration_since(entry.last_used).is_ok_and(|age| age > DEFAULT_TTL) {
             entry.uses = entry.uses.saturating_add(1);
         }
         entry.last_used = now;
         match entry.opened() {
-            Some((blob, proof)) if !entry.is_touch_due(now) => Known::Open(blob, proof),
-            _ => Known::OnDisk,
+            Some((blob, proof)) if !entry.is_touch_due(now) => BlobLocation::Open(blob, proof),
+            _ => BlobLocation::OnDisk,
         }
     }
 
     /// Opens a blob and marks it as used. Blocks on the disk.
-    pub fn get(&self, digest: &Digest) -> Option<(Arc<Blob>, Proof)> {
+    pub fn get(&self, digest: &Digest) -> Option<(Arc<Blob>, Verification)> {
         match self.look(digest) {
-            Known::Open(blob, proof) => Some((blob, proof)),
-            Known::Nowhere => None,
-            Known::OnDisk => {
+            BlobLocation::Open(blob, proof) => Some((blob, proof)),
+            BlobLocation::Nowhere => None,
+            BlobLocation::OnDisk => {
                 let (blob, proof) = self.peek(digest)?;
                 let now = SystemTime::now();
                 let is_touch_due = self.index.lock().get_mut(digest).is_some_and(|entry| entry.take_touch(now));
@@ -234,7 +234,7 @@ impl Large {
     }
 
     /// Opens a blob as the scrub does, which is no use. Blocks on the disk, and holds no lock while it does.
-    pub fn peek(&self, digest: &Digest) -> Option<(Arc<Blob>, Proof)> {
+    pub fn peek(&self, digest: &Digest) -> Option<(Arc<Blob>, Verification)> {
         let (len, charge, unreadable) = {
             let mut index = self.index.lock();
             let entry = index.get_mut(digest)?;
@@ -257,7 +257,8 @@ impl Large {
                     return Some(opened);
                 }
                 let known = record.as_ref().is_some_and(|record| record.epoch == self.epoch);
-                let proof = *entry.proof.get_or_insert(if known { Proof::Verified } else { Proof::Unproven });
+                let proof =
+                    *entry.proof.get_or_insert(if known { Verification::Verified } else { Verification::Unproven });
                 let blob = Arc::new(Blob {
                     file,
                     len,
@@ -294,9 +295,9 @@ impl Large {
     /// hash agreed.
     pub fn announce(&self, draft: &Draft, digest: &Digest) {
         let now = SystemTime::now();
-        let entry = Entry {
+        let entry = BlobEntry {
             len: draft.blob.len,
-            proof: Some(Proof::Verified),
+            proof: Some(Verification::Verified),
             last_used: now,
             uses: 1,
             touched: now,
@@ -319,7 +320,7 @@ impl Large {
     /// Remembers that an unproven file turned out to be right. Blocks on the disk.
     pub fn prove(&self, digest: &Digest, blob: &Blob) {
         if let Some(entry) = self.index.lock().get_mut(digest) {
-            entry.proof = Some(Proof::Verified);
+            entry.proof = Some(Verification::Verified);
         }
         if let Err(error) = self.write_record(digest, blob) {
             tracing::warn!(%digest, %error, "a proof could not be recorded");
@@ -428,7 +429,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let digest = put(&large(dir.path(), 1 << 20), b"hello");
         let (blob, proof) = large(dir.path(), 1 << 20).get(&digest).unwrap();
-        assert_eq!((blob.len, proof), (5, Proof::Verified));
+        assert_eq!((blob.len, proof), (5, Verification::Verified));
         assert_eq!(blob.provenance, Some(provenance()));
     }
 
@@ -443,14 +444,14 @@ mod tests {
         {
             let large = large(dir.path(), 1 << 20);
             let (blob, proof) = large.get(&first).unwrap();
-            assert_eq!(proof, Proof::Unproven);
+            assert_eq!(proof, Verification::Unproven);
             large.prove(&first, &blob);
-            assert_eq!(large.get(&first).unwrap().1, Proof::Verified);
+            assert_eq!(large.get(&first).unwrap().1, Verification::Verified);
         }
         // What was not proven then is not believed later either.
         let large = large(dir.path(), 1 << 20);
-        assert_eq!(large.get(&first).unwrap().1, Proof::Verified);
-        assert_eq!(large.get(&second).unwrap().1, Proof::Unproven);
+        assert_eq!(large.get(&first).unwrap().1, Verification::Verified);
+        assert_eq!(large.get(&second).unwrap().1, Verification::Unproven);
     }
 
     #[test]

@@ -17,10 +17,10 @@ pub struct Partial {
 /// All partials, oldest first.
 #[derive(Default)]
 pub(super) struct Partials {
-    kept: Vec<Kept>,
+    kept: Vec<PartialEntry>,
 }
 
-struct Kept {
+struct PartialEntry {
     digest: Digest,
     /// Bytes of one registry are no help to another: they are proven only at their end.
     registry: Registry,
@@ -40,10 +40,10 @@ impl Partials {
         limit: u64,
         now: Instant,
     ) -> Vec<Partial> {
-        let is_replaced = |kept: &mut Kept| (&kept.digest, &kept.registry) == (digest, registry);
+        let is_replaced = |kept: &mut PartialEntry| (&kept.digest, &kept.registry) == (digest, registry);
         let mut dropped: Vec<_> = self.kept.extract_if(.., is_replaced).map(|kept| kept.partial).collect();
         let (digest, registry) = (digest.clone(), registry.clone());
-        self.kept.push(Kept { digest, registry, partial, since: now });
+        self.kept.push(PartialEntry { digest, registry, partial, since: now });
         while self.kept.len() > MAX_COUNT || self.bytes() > limit {
             dropped.push(self.kept.remove(0).partial);
         }
@@ -57,7 +57,7 @@ impl Partials {
         registry: &Registry,
         fits: impl Fn(&Provenance) -> bool,
     ) -> Option<Partial> {
-        let is_it = |kept: &Kept| {
+        let is_it = |kept: &PartialEntry| {
             let from = kept.partial.draft.blob.provenance.as_ref();
             (&kept.digest, &kept.registry) == (digest, registry) && from.is_some_and(&fits)
         };

@@ -59,13 +59,13 @@ pub struct ListRecord {
 
 /// What stands where a list would, if there is none, and for a tag that is absent.
 #[derive(Serialize, Deserialize)]
-struct Absent {
+struct AbsenceRecord {
     absent: String,
 }
 
 /// A record as it is written.
 #[derive(Serialize)]
-struct Filed<'a, T> {
+struct RecordFile<'a, T> {
     #[serde(flatten)]
     record: &'a T,
     party: &'a Party,
@@ -73,7 +73,7 @@ struct Filed<'a, T> {
 
 /// Whose record a file is.
 #[derive(Default, Deserialize)]
-struct OfParty {
+struct PartyRecord {
     #[serde(default)]
     party: Party,
 }
@@ -170,24 +170,24 @@ impl Records {
     /// Remembers that there is no such tag, until one is put. Blocks on the disk.
     pub fn put_absent(&self, registry: &Registry, repository: &Repository, tag: &Tag) {
         let key = absent_key(registry, repository, tag);
-        self.lists.write(&key, &Absent { absent: key.clone() }, &Party::of(registry));
+        self.lists.write(&key, &AbsenceRecord { absent: key.clone() }, &Party::of(registry));
     }
 
     /// Blocks on the disk.
     pub fn is_absent(&self, registry: &Registry, repository: &Repository, tag: &Tag) -> bool {
         let key = absent_key(registry, repository, tag);
-        self.lists.read::<Absent>(&key).is_some_and(|known| known.absent == key)
+        self.lists.read::<AbsenceRecord>(&key).is_some_and(|known| known.absent == key)
             && self.tag(registry, repository, tag).is_none()
     }
 
     /// Remembers that there is no such list, until one is put. Blocks on the disk.
     pub fn put_absent_list(&self, key: &str, registry: &Registry) {
-        self.lists.write(&list_key(key), &Absent { absent: key.to_owned() }, &Party::of(registry));
+        self.lists.write(&list_key(key), &AbsenceRecord { absent: key.to_owned() }, &Party::of(registry));
     }
 
     /// Blocks on the disk.
     pub fn is_absent_list(&self, key: &str) -> bool {
-        self.lists.read::<Absent>(&list_key(key)).is_some_and(|known| known.absent == key)
+        self.lists.read::<AbsenceRecord>(&list_key(key)).is_some_and(|known| known.absent == key)
     }
 
     /// Blocks on the disk.
@@ -232,7 +232,7 @@ impl Directory {
         }
         let dated = paths.into_iter().filter_map(|path| {
             let written = fs::metadata(&path).ok()?.modified().ok()?;
-            let of_party: OfParty = serde_json::from_slice(&fs::read(&path).ok()?).unwrap_or_default();
+            let of_party: PartyRecord = serde_json::from_slice(&fs::read(&path).ok()?).unwrap_or_default();
             Some(Dated { party: of_party.party, written, id: path })
         });
         for path in surplus(dated.collect(), self.most) {
@@ -254,7 +254,7 @@ impl Directory {
         let nth = self.written.fetch_add(1, Ordering::Relaxed);
         let temporary = self.path.join(format!(".{nth}"));
         let write = || -> io::Result<()> {
-            write_creating(&temporary, &serde_json::to_vec(&Filed { record, party })?)?;
+            write_creating(&temporary, &serde_json::to_vec(&RecordFile { record, party })?)?;
             fs::rename(&temporary, &path)
         };
         if let Err(error) = write() {

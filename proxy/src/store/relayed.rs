@@ -14,10 +14,10 @@ use crate::oci::Digest;
 /// All relayed blobs.
 #[derive(Default)]
 pub(super) struct Relayed {
-    kept: HashMap<Digest, Kept>,
+    kept: HashMap<Digest, RelayedEntry>,
 }
 
-struct Kept {
+struct RelayedEntry {
     blob: Arc<Blob>,
     last_used: Instant,
 }
@@ -48,8 +48,12 @@ impl Large {
 impl Relayed {
     /// Gives what had to go.
     fn keep(&mut self, digest: &Digest, blob: Arc<Blob>, limit: u64, now: Instant) -> Vec<Arc<Blob>> {
-        let mut dropped: Vec<_> =
-            self.kept.insert(digest.clone(), Kept { blob, last_used: now }).map(|kept| kept.blob).into_iter().collect();
+        let mut dropped: Vec<_> = self
+            .kept
+            .insert(digest.clone(), RelayedEntry { blob, last_used: now })
+            .map(|kept| kept.blob)
+            .into_iter()
+            .collect();
         // The last one is wanted now, however large it is.
         while self.kept.len() > 1 && (self.bytes() > limit || self.kept.len() > MAX_COUNT) {
             dropped.extend(self.take_oldest(|_| true));
@@ -87,7 +91,7 @@ impl Relayed {
         self.kept.values().map(|kept| kept.blob.len).sum()
     }
 
-    fn take_oldest(&mut self, counts: impl Fn(&Kept) -> bool) -> Option<Arc<Blob>> {
+    fn take_oldest(&mut self, counts: impl Fn(&RelayedEntry) -> bool) -> Option<Arc<Blob>> {
         let candidates = self.kept.iter().filter(|(_, kept)| counts(kept));
         let oldest = candidates.min_by_key(|(_, kept)| kept.last_used).map(|(digest, _)| digest.clone());
         self.kept.remove(&oldest?).map(|kept| kept.blob)

@@ -23,7 +23,7 @@ use prometheus::{IntCounter, IntGauge};
 use rustix::fs::FallocateFlags;
 
 use self::overflow::Overflow;
-use self::writer::Writer;
+use self::writer::SmallWriter;
 use super::{SMALL_BYTES, Tier};
 use crate::metrics::Metrics;
 use crate::oci::{Digest, MAX_MANIFEST_BYTES};
@@ -37,7 +37,7 @@ pub struct Small {
 
 /// Which instance an object belongs to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
+pub enum SmallKind {
     Manifest,
     Blob,
 }
@@ -56,7 +56,7 @@ struct Instance {
     lookups: Lookups,
     memory: IntGauge,
     /// None once it is closed.
-    writer: RwLock<Option<Arc<Writer>>>,
+    writer: RwLock<Option<Arc<SmallWriter>>>,
 }
 
 /// Where objects were found.
@@ -67,7 +67,7 @@ struct Lookups {
 }
 
 /// How an instance lies on disk.
-struct Shape {
+struct InstanceLayout {
     name: &'static str,
     largest_entry: u64,
     entries_per_block: u64,
@@ -93,8 +93,8 @@ impl Small {
     ) -> Result<Self, String> {
         // An eighth of a disk, at most 1 GiB, is plenty: a manifest has a few KiB.
         let share = (disk / 8).min(1 << 30);
-        let manifests = Shape::new("manifests", MAX_MANIFEST_BYTES, 1, share / 4, memory / 2);
-        let blobs = Shape::new("blobs", SMALL_BYTES, 16, share - share / 4, memory / 2);
+        let manifests = InstanceLayout::new("manifests", MAX_MANIFEST_BYTES, 1, share / 4, memory / 2);
+        let blobs = InstanceLayout::new("blobs", SMALL_BYTES, 16, share - share / 4, memory / 2);
         let manifests = manifests.open(dir, spare / 4, metrics).await?;
         Ok(Self { manifests, blobs: blobs.open(dir, spare - spare / 4, metrics).await? })
     }
@@ -104,7 +104,7 @@ impl Small {
         self.manifests.disk_bytes + self.blobs.disk_bytes
     }
 
-    pub async fn get(&self, digest: &Digest, kind: Kind) -> Option<(SmallObject, Tier)> {
+    pub async fn get(&self, digest: &Digest, kind: SmallKind) -> Option<(SmallObject, Tier)> {
         let found = self.look_for(digest, kind).await;
         let lookups = &self.of(kind).lookups;
         match found {
@@ -122,7 +122,7 @@ impl Small {
         }
     }
 
-    async fn look_for(&self, digest: &Digest, kind: Kind) -> Option<(SmallObject, Tier)> {
+    async fn look_for(&self, digest: &Digest, kind: SmallKind) -> Option<(SmallObject, Tier)> {
         let cache = &self.of(kind).cache;
         let key = digest.to_string();
         let entry = match cache.get(&key).await {
@@ -149,7 +149,7 @@ impl Small {
 
     /// Keeps a verified object: in memory at once, on disk as soon as that takes it. Waits where too
     /// many wait already.
-    pub async fn insert(&self, digest: &Digest, kind: Kind, object: SmallObject) {
+    pub async fn insert(&self, digest: &Digest, kind: SmallKind, object: SmallObject) {
         let instance = self.of(kind);
         let in_memory = HybridCacheProperties::default().with_location(Location::InMem);
         instance.cache.insert_with_properties(digest.to_string(), object.clone(), in_memory);
@@ -173,10 +173,10 @@ impl Small {
         }
     }
 
-    fn of(&self, kind: Kind) -> &Instance {
+    fn of(&self, kind: SmallKind) -> &Instance {
         match kind {
-            Kind::Manifest => &self.manifests,
-            Kind::Blob => &self.blobs,
+            SmallKind::Manifest => &self.manifests,
+            SmallKind::Blob => &self.blobs,
         }
     }
 }
@@ -184,7 +184,7 @@ impl Small {
 // === impl Instance ===
 
 impl Instance {
-    fn writer(&self) -> Option<Arc<Writer>> {
+    fn writer(&self) -> Option<Arc<SmallWriter>> {
         self.writer.read().clone()
     }
 
@@ -197,7 +197,7 @@ impl Instance {
 
 // === impl Shape ===
 
-impl Shape {
+impl InstanceLayout {
     fn new(name: &'static str, largest: u64, entries_per_block: u64, share: u64, memory: u64) -> Self {
         // Room for key, media type and provenance beside the bytes.
         let largest_entry = largest + PAGE;
@@ -252,7 +252,7 @@ impl Shape {
         let cache = builder.with_engine_config(engine).build().await.map_err(|e| e.to_string())?;
         let disk_bytes = self.blocks * self.block_bytes();
         // Half of the buffer: the engine keeps it twice, one in flight.
-        let writer = Writer::start(
+        let writer = SmallWriter::start(
             cache.clone(),
             disk_bytes,
             buffer as u64 / 2,
@@ -379,16 +379,16 @@ mod tests {
         let small = open(dir.path(), 1 << 28).await;
         let mut digests = Vec::new();
         for bytes in [&largest[..], b"tiny"] {
-            small.insert(&Digest::of(bytes), Kind::Manifest, object(bytes)).await;
+            small.insert(&Digest::of(bytes), SmallKind::Manifest, object(bytes)).await;
             digests.push(Digest::of(bytes));
         }
-        assert!(small.get(&digests[1], Kind::Manifest).await.is_some());
-        assert!(small.get(&digests[1], Kind::Blob).await.is_none());
+        assert!(small.get(&digests[1], SmallKind::Manifest).await.is_some());
+        assert!(small.get(&digests[1], SmallKind::Blob).await.is_none());
         small.close().await;
         drop(small);
         let small = open(dir.path(), 1 << 28).await;
         for (digest, bytes) in digests.iter().zip([&largest[..], b"tiny"]) {
-            let (found, tier) = small.get(digest, Kind::Manifest).await.unwrap();
+            let (found, tier) = small.get(digest, SmallKind::Manifest).await.unwrap();
             assert_eq!((found, tier), (object(bytes), Tier::Disk));
         }
     }
@@ -407,25 +407,25 @@ mod tests {
         let ring = small.blobs.disk_bytes;
         let manifests: Vec<_> = (0..50).map(|nth| blob(nth, 3000)).collect();
         for manifest in &manifests {
-            small.insert(&Digest::of(manifest), Kind::Manifest, object(manifest)).await;
+            small.insert(&Digest::of(manifest), SmallKind::Manifest, object(manifest)).await;
         }
         let hot = blob(999, 5000);
-        small.insert(&Digest::of(&hot), Kind::Blob, object(&hot)).await;
+        small.insert(&Digest::of(&hot), SmallKind::Blob, object(&hot)).await;
         let len = 200 * 1024;
         for nth in 0..10 * ring / len as u64 {
             let cold = blob(1000 + nth, len);
-            small.insert(&Digest::of(&cold), Kind::Blob, object(&cold)).await;
+            small.insert(&Digest::of(&cold), SmallKind::Blob, object(&cold)).await;
             if nth % 20 == 0 {
-                assert!(small.get(&Digest::of(&hot), Kind::Blob).await.is_some(), "after {nth}");
+                assert!(small.get(&Digest::of(&hot), SmallKind::Blob).await.is_some(), "after {nth}");
             }
         }
         small.close().await;
         drop(small);
         let small = open(dir.path(), 1 << 29).await;
         for manifest in &manifests {
-            assert!(small.get(&Digest::of(manifest), Kind::Manifest).await.is_some());
+            assert!(small.get(&Digest::of(manifest), SmallKind::Manifest).await.is_some());
         }
-        assert!(small.get(&Digest::of(&hot), Kind::Blob).await.is_some());
+        assert!(small.get(&Digest::of(&hot), SmallKind::Blob).await.is_some());
     }
 
     #[tokio::test]
@@ -435,13 +435,13 @@ mod tests {
         let small = Small::open(dir.path(), 1 << 29, u64::MAX, 1 << 22, &metrics).await.unwrap();
         let burst: Vec<_> = (0..200).map(|nth| blob(nth, 200 * 1024)).collect();
         for bytes in &burst {
-            small.insert(&Digest::of(bytes), Kind::Blob, object(bytes)).await;
+            small.insert(&Digest::of(bytes), SmallKind::Blob, object(bytes)).await;
         }
         small.close().await;
         drop(small);
         let small = Small::open(dir.path(), 1 << 29, u64::MAX, 1 << 22, &metrics).await.unwrap();
         for bytes in &burst {
-            assert!(small.get(&Digest::of(bytes), Kind::Blob).await.is_some());
+            assert!(small.get(&Digest::of(bytes), SmallKind::Blob).await.is_some());
         }
         let lost: u64 = ["buffer", "channel"]
             .map(|queue| metrics.small_dropped.with_label_values(&["blobs", queue]).get())

@@ -17,7 +17,7 @@ use url::Url;
 
 use crate::source::root_cause;
 use crate::times::STALL_TIMEOUT;
-use crate::trace::{Ended, Kind, Report, Value};
+use crate::trace::{FinishedSpan, Report, TraceSpanKind, Value};
 
 /// Sends spans to a collector.
 pub(super) struct Otlp {
@@ -26,7 +26,7 @@ pub(super) struct Otlp {
 }
 
 /// The library's way to our HTTP client: its own needs threads that block.
-struct Door {
+struct CollectorClient {
     client: reqwest::Client,
     runtime: Handle,
     /// Whether the collector took the last batch: each change is logged once.
@@ -43,7 +43,7 @@ impl Otlp {
         // A collector is near: proxies are for the way to registries.
         let client = reqwest::Client::builder().timeout(STALL_TIMEOUT).no_proxy().redirect(Policy::none()).build();
         let client = client.map_err(|e| root_cause(&e))?;
-        let door = Door { client, runtime: Handle::current(), well: AtomicBool::new(true) };
+        let door = CollectorClient { client, runtime: Handle::current(), well: AtomicBool::new(true) };
         let base = collector.as_str().trim_end_matches('/').trim_end_matches("/v1/traces");
         let endpoint = format!("{base}/v1/traces");
         let exporter = SpanExporter::builder().with_http().with_http_client(door).with_endpoint(endpoint).build();
@@ -61,7 +61,7 @@ const NAME: &str = "dray";
 const VERSION: &str = env!("CARGO_PKG_VERSION");
 
 impl Report for Otlp {
-    fn report(&self, span: Ended) {
+    fn report(&self, span: FinishedSpan) {
         let (trace, state) = (TraceId::from(span.step.trace), &span.step.state);
         let state = state.as_ref().and_then(|state| state.to_str().ok()?.parse().ok());
         let context = |state: Option<TraceState>| {
@@ -71,11 +71,11 @@ impl Report for Otlp {
         self.batches.on_end(SpanData {
             span_context: context(state),
             parent_span_id: span.parent.map_or(SpanId::INVALID, SpanId::from),
-            parent_span_is_remote: span.kind == Kind::Server && span.parent.is_some(),
+            parent_span_is_remote: span.kind == TraceSpanKind::Server && span.parent.is_some(),
             span_kind: match span.kind {
-                Kind::Server => SpanKind::Server,
-                Kind::Client => SpanKind::Client,
-                Kind::Internal => SpanKind::Internal,
+                TraceSpanKind::Server => SpanKind::Server,
+                TraceSpanKind::Client => SpanKind::Client,
+                TraceSpanKind::Internal => SpanKind::Internal,
             },
             name: span.name,
             start_time: span.began,
@@ -105,7 +105,7 @@ fn attribute(name: &'static str, value: Value) -> KeyValue {
 }
 
 #[async_trait]
-impl HttpClient for Door {
+impl HttpClient for CollectorClient {
     async fn send_bytes(&self, request: Request<Bytes>) -> Result<Response<Bytes>, HttpError> {
         let (head, body) = request.into_parts();
         let sending = self.client.request(head.method, head.uri.to_string()).headers(head.headers).body(body);
@@ -131,7 +131,7 @@ impl HttpClient for Door {
     }
 }
 
-impl fmt::Debug for Door {
+impl fmt::Debug for CollectorClient {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Door").finish_non_exhaustive()
     }

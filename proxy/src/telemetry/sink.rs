@@ -22,12 +22,12 @@ const MOST: usize = 4 * 1024 * 1024;
 /// Where lines are gathered.
 #[derive(Default)]
 pub struct Sink {
-    state: Mutex<State>,
+    state: Mutex<SinkState>,
     changed: Condvar,
 }
 
 #[derive(Default)]
-struct State {
+struct SinkState {
     lines: Vec<u8>,
     dropped: u64,
     writing: bool,
@@ -58,7 +58,7 @@ impl Sink {
         let mut state = self.state.lock();
         state.closed = true;
         self.changed.notify_all();
-        let unwritten = |state: &mut State| state.writing || !state.lines.is_empty();
+        let unwritten = |state: &mut SinkState| state.writing || !state.lines.is_empty();
         self.changed.wait_while_for(&mut state, unwritten, FAREWELL);
     }
 

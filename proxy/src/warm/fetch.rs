@@ -6,13 +6,13 @@ use std::time::Duration;
 use bytes::{Bytes, BytesMut};
 use tokio::time::{sleep, timeout};
 
-use super::door::{Door, Failed};
-use super::plan::Blob;
-use crate::oci::{ImageName, Reference, Verifier};
+use super::plan::PlannedBlob;
+use super::source::{Failed, ImageSource};
+use crate::oci::{DigestVerifier, ImageName, Reference};
 
 /// A blob that came whole.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Fetched {
+pub struct WarmedBlob {
     pub bytes: u64,
     /// It was there before.
     pub was_kept: bool,
@@ -30,7 +30,11 @@ const LOOK_AGAIN: Duration = Duration::from_millis(250);
 /// dray holds some questions for a minute.
 const PATIENCE: Duration = Duration::from_secs(90);
 
-pub(super) async fn manifest(door: &dyn Door, image: &ImageName, reference: &Reference) -> Result<Bytes, String> {
+pub(super) async fn manifest(
+    door: &dyn ImageSource,
+    image: &ImageName,
+    reference: &Reference,
+) -> Result<Bytes, String> {
     let asking = || async {
         let bytes = door.manifest(image, reference).await?;
         match reference {
@@ -44,8 +48,8 @@ pub(super) async fn manifest(door: &dyn Door, image: &ImageName, reference: &Ref
 }
 
 /// Reads a blob whole. `came` is told of each piece.
-pub(super) async fn blob(door: &dyn Door, blob: &Blob, came: impl Fn(u64)) -> Result<Fetched, String> {
-    let mut reading = Reading { verifier: blob.digest.verifier(), bytes: 0, was_kept: None };
+pub(super) async fn blob(door: &dyn ImageSource, blob: &PlannedBlob, came: impl Fn(u64)) -> Result<WarmedBlob, String> {
+    let mut reading = BlobReading { verifier: blob.digest.verifier(), bytes: 0, was_kept: None };
     let mut attempt = 0;
     loop {
         let before = reading.bytes;
@@ -67,11 +71,11 @@ pub(super) async fn blob(door: &dyn Door, blob: &Blob, came: impl Fn(u64)) -> Re
     if !was_kept {
         is_kept_now(door, blob).await?;
     }
-    Ok(Fetched { bytes: reading.bytes, was_kept })
+    Ok(WarmedBlob { bytes: reading.bytes, was_kept })
 }
 
 /// What came may have passed through without being kept. A file gets its name a moment after its last byte has left.
-async fn is_kept_now(door: &dyn Door, blob: &Blob) -> Result<(), String> {
+async fn is_kept_now(door: &dyn ImageSource, blob: &PlannedBlob) -> Result<(), String> {
     for _ in 0..LOOKS {
         match door.keeps(blob).await {
             Ok(true) => return Ok(()),
@@ -83,7 +87,7 @@ async fn is_kept_now(door: &dyn Door, blob: &Blob) -> Result<(), String> {
 }
 
 /// A blob of some KiB, with its bytes.
-pub(super) async fn small_blob(door: &dyn Door, blob: &Blob) -> Result<Bytes, String> {
+pub(super) async fn small_blob(door: &dyn ImageSource, blob: &PlannedBlob) -> Result<Bytes, String> {
     let asking = || async {
         let bytes = whole(door, blob).await?;
         let matches = blob.digest.matches(&bytes);
@@ -105,7 +109,7 @@ async fn retried<F: Future<Output = Result<Bytes, Failed>>>(asking: impl Fn() ->
     }
 }
 
-async fn whole(door: &dyn Door, blob: &Blob) -> Result<Bytes, Failed> {
+async fn whole(door: &dyn ImageSource, blob: &PlannedBlob) -> Result<Bytes, Failed> {
     let mut coming = door.blob(blob, 0).await?;
     let mut bytes = BytesMut::new();
     while let Some(piece) = coming.pieces.next().await? {
@@ -117,14 +121,14 @@ async fn whole(door: &dyn Door, blob: &Blob) -> Result<Bytes, Failed> {
     Ok(bytes.freeze())
 }
 
-struct Reading {
-    verifier: Verifier,
+struct BlobReading {
+    verifier: DigestVerifier,
     bytes: u64,
     was_kept: Option<bool>,
 }
 
-impl Reading {
-    async fn go_on(&mut self, door: &dyn Door, blob: &Blob, came: &impl Fn(u64)) -> Result<(), Failed> {
+impl BlobReading {
+    async fn go_on(&mut self, door: &dyn ImageSource, blob: &PlannedBlob, came: &impl Fn(u64)) -> Result<(), Failed> {
         let mut coming = door.blob(blob, self.bytes).await?;
         self.was_kept.get_or_insert(coming.was_kept);
         loop {

@@ -10,14 +10,14 @@ use reqwest::{Client, Response};
 use tokio::time::timeout;
 use url::Url;
 
-use super::door::{Coming, Door, Failed, Pieces};
 use super::fetch;
-use super::plan::Blob;
+use super::plan::PlannedBlob;
+use super::source::{BlobStream, Failed, ImageSource, Pieces};
 use crate::oci::{ImageName, MAX_MANIFEST_BYTES, Reference, accept};
 use crate::source::root_cause;
 
 /// Somewhere else than in this process.
-pub struct Elsewhere {
+pub struct HttpSource {
     client: Client,
     base: String,
     headers: HeaderMap,
@@ -26,7 +26,7 @@ pub struct Elsewhere {
 /// dray holds some questions for a minute.
 const PATIENCE: Duration = Duration::from_secs(90);
 
-impl Elsewhere {
+impl HttpSource {
     /// `base` is such as `http://127.0.0.1:5050`; `authorization` what is shown there, if anything is wanted.
     pub fn new(base: &str, authorization: Option<HeaderValue>) -> Result<Self, String> {
         let base = if base.contains("://") { base.to_owned() } else { format!("http://{base}") };
@@ -82,7 +82,7 @@ impl Elsewhere {
 }
 
 #[async_trait]
-impl Door for Elsewhere {
+impl ImageSource for HttpSource {
     async fn manifest(&self, image: &ImageName, reference: &Reference) -> Result<Bytes, Failed> {
         let accept = HeaderValue::from_str(&accept::merge(std::iter::empty())).ok();
         let accept = accept.map(|accept| (ACCEPT, accept)).into_iter().collect();
@@ -93,7 +93,7 @@ impl Door for Elsewhere {
         response.bytes().await.map_err(|error| Failed::Passing(root_cause(&error.without_url())))
     }
 
-    async fn blob(&self, blob: &Blob, from: u64) -> Result<Coming, Failed> {
+    async fn blob(&self, blob: &PlannedBlob, from: u64) -> Result<BlobStream, Failed> {
         let range = (from > 0).then(|| HeaderValue::from_str(&format!("bytes={from}-")).ok()).flatten();
         let headers = range.map(|range| (RANGE, range)).into_iter().collect();
         let response = self.ask(Method::GET, &blob.image, &format!("blobs/{}", blob.digest), headers).await?;
@@ -101,17 +101,17 @@ impl Door for Elsewhere {
             return Err(Failed::ForGood("it cannot be gone on with".to_owned()));
         }
         let was_kept = is_kept(&response);
-        Ok(Coming { pieces: Pieces::Http(Box::new(response)), was_kept })
+        Ok(BlobStream { pieces: Pieces::Http(Box::new(response)), was_kept })
     }
 
-    async fn keeps(&self, blob: &Blob) -> Result<bool, Failed> {
+    async fn keeps(&self, blob: &PlannedBlob) -> Result<bool, Failed> {
         let path = format!("blobs/{}", blob.digest);
         let response = self.ask(Method::HEAD, &blob.image, &path, HeaderMap::new()).await?;
         Ok(is_kept(&response))
     }
 
     /// Whoever is asked sees to where it belongs.
-    fn wants(&self, _: &Blob) -> bool {
+    fn wants(&self, _: &PlannedBlob) -> bool {
         true
     }
 }

@@ -4,13 +4,13 @@ use std::collections::HashSet;
 
 use serde::Deserialize;
 
-use super::door::Door;
 use super::fetch;
+use super::source::ImageSource;
 use crate::oci::{Digest, INDEX_MEDIA_TYPE, ImageName, Reference};
 
 /// A blob that an image needs.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Blob {
+pub struct PlannedBlob {
     pub image: ImageName,
     pub digest: Digest,
     pub size: u64,
@@ -18,10 +18,10 @@ pub struct Blob {
 
 /// Everything that is to be fetched for an image.
 #[derive(Clone, Debug, Default)]
-pub struct Plan {
+pub struct ImagePlan {
     /// Manifests that have come already.
     pub manifests: usize,
-    pub blobs: Vec<Blob>,
+    pub blobs: Vec<PlannedBlob>,
     /// Layers that the registry does not give out: runtimes have them from elsewhere.
     pub foreign: usize,
 }
@@ -69,8 +69,12 @@ const MAX_CONFIG: u64 = 4 << 20;
 const MAX_NAMES: usize = 20;
 
 /// Looks an image up. Its manifests are warm afterwards.
-pub(super) async fn make(door: &dyn Door, image: &ImageName, platforms: &Platforms) -> Result<Plan, String> {
-    let mut making = Making { door, image, plan: Plan::default(), known: HashSet::new() };
+pub(super) async fn make(
+    door: &dyn ImageSource,
+    image: &ImageName,
+    platforms: &Platforms,
+) -> Result<ImagePlan, String> {
+    let mut making = PlanBuilder { door, image, plan: ImagePlan::default(), known: HashSet::new() };
     let top = making.read(&image.reference).await?;
     let Some(children) = &top.manifests else {
         making.has_one_of(&top, platforms).await?;
@@ -85,14 +89,14 @@ pub(super) async fn make(door: &dyn Door, image: &ImageName, platforms: &Platfor
     Ok(making.plan)
 }
 
-struct Making<'a> {
-    door: &'a dyn Door,
+struct PlanBuilder<'a> {
+    door: &'a dyn ImageSource,
     image: &'a ImageName,
-    plan: Plan,
+    plan: ImagePlan,
     known: HashSet<Digest>,
 }
 
-impl Making<'_> {
+impl PlanBuilder<'_> {
     async fn read(&mut self, reference: &Reference) -> Result<Manifest, String> {
         if self.plan.manifests == MAX_MANIFESTS {
             return Err(format!("it has more than {MAX_MANIFESTS} manifests"));
@@ -137,7 +141,7 @@ impl Making<'_> {
         if !is_config(&config.media_type) || config.size > MAX_CONFIG {
             return Ok(());
         }
-        let blob = Blob { image: self.image.clone(), digest: digest_of(config)?, size: config.size };
+        let blob = PlannedBlob { image: self.image.clone(), digest: digest_of(config)?, size: config.size };
         let bytes = fetch::small_blob(self.door, &blob).await?;
         let Ok(platform) = serde_json::from_slice::<Platform>(&bytes) else { return Ok(()) };
         match names.iter().find(|name| !platform.is(name)) {
@@ -156,7 +160,7 @@ impl Making<'_> {
             }
             let digest = digest_of(descriptor)?;
             if self.known.insert(digest.clone()) {
-                self.plan.blobs.push(Blob { image: self.image.clone(), digest, size: descriptor.size });
+                self.plan.blobs.push(PlannedBlob { image: self.image.clone(), digest, size: descriptor.size });
             }
             if self.plan.blobs.len() > MAX_BLOBS {
                 return Err(format!("it has more than {MAX_BLOBS} blobs"));

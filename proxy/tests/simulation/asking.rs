@@ -1,12 +1,12 @@
 //! Who is asked for what, and what comes of it: the way of `pull/sources.rs`, `pull/lend.rs` and `peers/visit.rs`.
 
-use dray::fill::{Climb, Lent};
+use dray::fill::{ConnectionScaler, Lent};
 use dray::oci::Span;
-use dray::peers::swarm::{Comes, Direction};
+use dray::peers::swarm::{BestSource, PeerDecision};
 use dray::peers::wire::Holder;
 use dray::role::Role;
 
-use crate::network::{CARD, Flow, MOST_LANES, Network, float, index, whole};
+use crate::network::{CARD, MOST_LANES, Network, WatchedBody, float, index, whole};
 
 const ROUND_TRIP: f64 = 0.0005;
 
@@ -20,7 +20,7 @@ const ON_ITS_WAY: f64 = 0.25;
 const LOOK_AGAIN: f64 = 0.05;
 
 /// What somebody who was asked says.
-enum Said {
+enum ProgramOutput {
     /// Where it comes from.
     From(usize),
     /// This part of it is to be fetched from the origin, in the owner's stead.
@@ -56,7 +56,7 @@ impl Network {
             let mut wanted = vec![read];
             wanted.extend(&waiting);
             let urgent = plan.waited_for(&wanted).is_some() && fetch.lanes < MOST_LANES;
-            let most = fetch.climb.as_ref().map_or(IN_FLIGHT, Climb::lanes);
+            let most = fetch.climb.as_ref().map_or(IN_FLIGHT, ConnectionScaler::lanes);
             if fetch.lanes >= most && !urgent {
                 return;
             }
@@ -87,7 +87,7 @@ impl Network {
             }
             let starts = self.now + source.round_trips * ROUND_TRIP;
             self.flows_to[node].push(self.flows.len());
-            self.flows.push(Flow {
+            self.flows.push(WatchedBody {
                 from: source.from,
                 to: node,
                 layer,
@@ -122,7 +122,7 @@ impl Network {
             let (now, lot) = (self.clock(), self.random.u64(..));
             let has = self.nodes[node].fetches[layer].have.len();
             let Some(holder) = self.nodes[node].fetches[layer].view.pick(span.start, has, now, lot) else { break };
-            if let Said::From(from) = self.ask(node, index(holder), layer, span, None, &mut round_trips) {
+            if let ProgramOutput::From(from) = self.ask(node, index(holder), layer, span, None, &mut round_trips) {
                 return Some(Source { from: Some(from), given: span, round_trips, gives_up: true, lent_by: None });
             }
         }
@@ -137,10 +137,14 @@ impl Network {
             let source = Source { from: None, given: span, round_trips, gives_up: false, lent_by: None };
             let said = self.ask(node, leader, layer, span, Some(lead.asked_as), &mut round_trips);
             return match said {
-                Said::From(from) => Some(Source { from: Some(from), round_trips, gives_up: from != leader, ..source }),
-                Said::Fetch(lent) => Some(Source { given: lent, round_trips, lent_by: Some(leader), ..source }),
-                Said::NotHere => Some(Source { from: Some(leader), round_trips, gives_up: true, ..source }),
-                Said::Wait => None,
+                ProgramOutput::From(from) => {
+                    Some(Source { from: Some(from), round_trips, gives_up: from != leader, ..source })
+                }
+                ProgramOutput::Fetch(lent) => {
+                    Some(Source { given: lent, round_trips, lent_by: Some(leader), ..source })
+                }
+                ProgramOutput::NotHere => Some(Source { from: Some(leader), round_trips, gives_up: true, ..source }),
+                ProgramOutput::Wait => None,
             };
         }
         // Those who come before it are not there any more.
@@ -159,12 +163,12 @@ impl Network {
         span: Span,
         asked_as: Option<Role>,
         round_trips: &mut f64,
-    ) -> Said {
+    ) -> ProgramOutput {
         *round_trips += 1.0;
         let now = self.clock();
         if self.nodes[peer].is_dead {
             self.found_dead(node, layer, peer);
-            return Said::NotHere;
+            return ProgramOutput::NotHere;
         }
         if let Some(role) = asked_as {
             self.open(peer, layer, role);
@@ -175,10 +179,10 @@ impl Network {
         let fetch = &mut self.nodes[peer].fetches[layer];
         let owns = fetch.role == Some(Role::Global);
         let is_better = fetch.plan.as_ref().is_some_and(|plan| owns && plan.is_better_elsewhere(span.start));
-        let comes = if is_better { Comes::Elsewhere } else { Comes::Here };
+        let comes = if is_better { BestSource::Elsewhere } else { BestSource::Here };
         let direction = fetch.trackers[circle].direct(Some(asker), span, comes, sending, now);
         let nobody_has = !fetch.trackers.iter().any(|tracker| tracker.another_has(asker, span.start));
-        let may_lend = owns && asked_as.is_some() && nobody_has && direction == Direction::Answer;
+        let may_lend = owns && asked_as.is_some() && nobody_has && direction == PeerDecision::Answer;
         let asked = fetch.plan.as_mut().filter(|_| may_lend);
         let lent = asked.map_or(Lent::No, |plan| plan.lend(span, asker, now));
         if lent != Lent::Later {
@@ -189,12 +193,12 @@ impl Network {
         match lent {
             Lent::Yes(lent) => {
                 self.nodes[peer].fetches[layer].trackers[circle].depute(asker, lent);
-                return Said::Fetch(lent);
+                return ProgramOutput::Fetch(lent);
             }
-            Lent::Later => return Said::Wait,
+            Lent::Later => return ProgramOutput::Wait,
             Lent::No => {}
         }
-        if let Direction::Redirect(other) = direction {
+        if let PeerDecision::Redirect(other) = direction {
             *round_trips += 1.0;
             let other = index(other);
             if self.nodes[other].is_dead {
@@ -203,7 +207,7 @@ impl Network {
                 self.hear(node, other, layer);
                 self.tell(node, other, layer);
                 if self.gives(other, layer, span.start) {
-                    return Said::From(other);
+                    return ProgramOutput::From(other);
                 }
                 let refused = self.nodes[other].address;
                 self.nodes[node].fetches[layer].view.refused(refused, now);
@@ -212,11 +216,11 @@ impl Network {
             self.hear(node, peer, layer);
         }
         if asked_as.is_some() || self.gives(peer, layer, span.start) {
-            return Said::From(peer);
+            return ProgramOutput::From(peer);
         }
         let refused = self.nodes[peer].address;
         self.nodes[node].fetches[layer].view.refused(refused, now);
-        Said::NotHere
+        ProgramOutput::NotHere
     }
 
     /// Whether somebody has a byte, or gets it in no time.

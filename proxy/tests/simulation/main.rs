@@ -1,5 +1,5 @@
 //! A thousand nodes and more on virtual time: the code that decides who asks whom for which bytes
-//! (`peers::{ring, members, swarm, health}`, `fill::{Plan, Pace, Climb}`) drives a network whose links are shared
+//! (`peers::{ring, members, swarm, health}`, `fill::{RangePlan, Pace, ConnectionScaler}`) drives a network whose links are shared
 //! max-min fair.
 //!
 //! Nothing here measures a real clock: the same shape always takes the same virtual time. Not
@@ -52,7 +52,7 @@ pub(crate) struct Outcome {
     /// slower; without the slow and the dead.
     pub(crate) finished: Vec<f64>,
     /// What left the origin and the busiest node, and what passed from zone to zone, in images.
-    pub(crate) origin: f64,
+    pub(crate) upstream: f64,
     pub(crate) busiest: f64,
     pub(crate) crossed: f64,
 }
@@ -87,7 +87,7 @@ fn simulate(shape: Shape) -> Outcome {
         outcome.median(),
         outcome.most(),
         outcome.last(),
-        outcome.origin,
+        outcome.upstream,
         outcome.busiest,
         outcome.crossed
     );
@@ -105,14 +105,14 @@ fn an_image_reaches_a_thousand_nodes_at_nearly_the_speed_of_their_cards() {
     let outcome = simulate(all_well());
     assert!(outcome.median() <= 1.7, "half of them are done at {:.2} x size / card", outcome.median());
     assert!(outcome.last() <= 2.2, "the last is done at {:.2} x size / card", outcome.last());
-    assert!(outcome.origin <= 1.01 && outcome.busiest <= 2.5);
+    assert!(outcome.upstream <= 1.01 && outcome.busiest <= 2.5);
 }
 
 #[test]
 fn slow_nodes_do_not_slow_the_others() {
     let outcome = simulate(Shape { slow: Slow::OneIn(20), ..all_well() });
     assert!(outcome.last() <= 3.0, "the last healthy one is done at {:.2} x size / card", outcome.last());
-    assert!(outcome.origin <= 1.01);
+    assert!(outcome.upstream <= 1.01);
 }
 
 /// All five at once, which is five times what one slow node does to a cluster. Without deputies it takes ten
@@ -122,7 +122,7 @@ fn slow_owners_do_not_slow_the_others_as_much() {
     let shape = all_well();
     let outcome = simulate(Shape { nodes: shape.nodes / 5, slow: Slow::Owners, ..shape });
     assert!(outcome.median() <= 4.0, "half of the healthy ones are done at {:.2} x size / card", outcome.median());
-    assert!(outcome.origin <= 1.01);
+    assert!(outcome.upstream <= 1.01);
 }
 
 /// What an owner sends to all who wait for it must not fill its card.
@@ -132,7 +132,7 @@ fn slow_upstream_is_used_to_the_full() {
     for nodes in [8, shape.nodes / 5] {
         let outcome = simulate(Shape { nodes, upstream: CARD / 2.0, ..shape });
         assert!(outcome.last() <= 1.3, "the last is done at {:.2} x size / upstream", outcome.last());
-        assert!(outcome.origin <= 1.01 && outcome.busiest <= 2.0);
+        assert!(outcome.upstream <= 1.01 && outcome.busiest <= 2.0);
     }
 }
 
@@ -143,7 +143,7 @@ fn an_image_enters_each_zone_once() {
     let zones = Between { count: 2, policy: Zones::Prefer, between: CARD };
     let outcome = simulate(Shape { nodes: shape.nodes / 2, zones, ..shape });
     assert!(outcome.crossed <= 1.05, "{:.3} images crossed", outcome.crossed);
-    assert!(outcome.origin <= 1.01);
+    assert!(outcome.upstream <= 1.01);
     assert!(outcome.last() <= 3.0, "the last is done at {:.2} x size / card", outcome.last());
 }
 
@@ -153,7 +153,7 @@ fn isolated_zones_send_each_other_nothing() {
     let zones = Between { count: 2, policy: Zones::Isolate, between: CARD };
     let outcome = simulate(Shape { nodes: shape.nodes / 5, zones, ..shape });
     assert!(outcome.crossed == 0.0, "{:.3} images crossed", outcome.crossed);
-    assert!((1.99..=2.02).contains(&outcome.origin), "one fetches for each: {:.3}", outcome.origin);
+    assert!((1.99..=2.02).contains(&outcome.upstream), "one fetches for each: {:.3}", outcome.upstream);
 }
 
 /// One in fifty, and the owner of the largest layer among them: its successor goes on with what others have.
@@ -161,5 +161,5 @@ fn isolated_zones_send_each_other_nothing() {
 fn the_dead_delay_the_others_little() {
     let outcome = simulate(Shape { killed: Some((50, 1.0)), ..all_well() });
     assert!(outcome.last() <= 3.0, "the last living one is done at {:.2} x size / card", outcome.last());
-    assert!(outcome.origin <= 1.05, "{:.3} images from the origin", outcome.origin);
+    assert!(outcome.upstream <= 1.05, "{:.3} images from the origin", outcome.upstream);
 }

@@ -7,14 +7,14 @@ use dray::peers::swarm::{Claim, Contribution, View};
 use dray::role::Role;
 
 use crate::links::{self, Way};
-use crate::network::{CARD, Flow, LAYERS, Network, STEP, float, whole};
+use crate::network::{CARD, LAYERS, Network, STEP, WatchedBody, float, whole};
 
 /// Who follows what somebody has gives up when nothing comes for this long.
 const COMES: f64 = 1.0;
 
 impl Network {
     /// Bytes that a flow's source has beyond its position.
-    fn available(&self, flow: &Flow) -> f64 {
+    fn available(&self, flow: &WatchedBody) -> f64 {
         match flow.from {
             None => f64::INFINITY,
             Some(peer) => {
@@ -35,7 +35,7 @@ impl Network {
             let (from, to) = (self.nodes[from].zone, self.nodes[to].zone);
             (from != to).then_some(2 * count + 1 + from * zones.count + to)
         };
-        let mut way = |flow: &Flow| -> Way {
+        let mut way = |flow: &WatchedBody| -> Way {
             let available = self.available(flow);
             if flow.starts > self.now || available < 1.0 {
                 return Way::default();
@@ -81,7 +81,7 @@ impl Network {
                     over.push(nth);
                 }
                 match flow.from {
-                    None => self.from_origin += moved,
+                    None => self.from_upstream += moved,
                     Some(peer) => {
                         self.nodes[peer].sent += moved;
                         if self.nodes[peer].zone != self.nodes[flow.to].zone {
@@ -112,7 +112,7 @@ impl Network {
     }
 
     /// A flow has come to its end, or broke off.
-    pub(crate) fn end(&mut self, flow: &Flow) {
+    pub(crate) fn end(&mut self, flow: &WatchedBody) {
         let broke = float(flow.span.end) - flow.position >= 1.0;
         let now = self.clock();
         let peer = flow.from.map(|peer| {

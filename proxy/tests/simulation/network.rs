@@ -5,10 +5,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use dray::config::{Zone, Zones};
-use dray::fill::{Climb, Pace, Plan};
+use dray::fill::{ConnectionScaler, Pace, RangePlan};
 use dray::oci::{Digest, Span, Spans};
 use dray::peers::health::Health;
-use dray::peers::members::{Lead, Members, Scope};
+use dray::peers::members::{Members, OwnerRoute, Scope};
 use dray::peers::ring::Ring;
 use dray::peers::swarm::{Tracker, View};
 use dray::role::Role;
@@ -31,7 +31,7 @@ const SUCCESSORS: usize = 2;
 
 /// One layer on one node.
 pub(crate) struct Fetch {
-    pub(crate) plan: Option<Plan>,
+    pub(crate) plan: Option<RangePlan>,
     /// None: not begun.
     pub(crate) role: Option<Role>,
     pub(crate) have: Spans,
@@ -40,7 +40,7 @@ pub(crate) struct Fetch {
     pub(crate) trackers: [Tracker; 2],
     pub(crate) pace: Pace,
     /// Of an owner: how many connections to the origin are worth it.
-    pub(crate) climb: Option<Climb>,
+    pub(crate) climb: Option<ConnectionScaler>,
     pub(crate) lanes: usize,
     /// It could fetch more at a time than there is to fetch.
     pub(crate) idles: bool,
@@ -73,7 +73,7 @@ pub(crate) struct Node {
     pub(crate) fetches: Vec<Fetch>,
     pub(crate) health: Health,
     /// Whom it asks for each layer, until it learns that somebody is down.
-    leads: [[Option<Arc<Lead>>; 2]; LAYERS.len()],
+    leads: [[Option<Arc<OwnerRoute>>; 2]; LAYERS.len()],
     pub(crate) is_dead: bool,
     pub(crate) sending: u32,
     pub(crate) sent: f64,
@@ -81,7 +81,7 @@ pub(crate) struct Node {
 }
 
 /// Bytes on their way from somebody to somebody.
-pub(crate) struct Flow {
+pub(crate) struct WatchedBody {
     /// None: the origin.
     pub(crate) from: Option<usize>,
     pub(crate) to: usize,
@@ -104,10 +104,10 @@ pub(crate) struct Network {
     pub(crate) nodes: Vec<Node>,
     /// Of all zones: those whom the ring names first.
     owners: Vec<usize>,
-    pub(crate) flows: Vec<Flow>,
+    pub(crate) flows: Vec<WatchedBody>,
     /// Which of them go to each node.
     pub(crate) flows_to: Vec<Vec<usize>>,
-    pub(crate) from_origin: f64,
+    pub(crate) from_upstream: f64,
     /// What went from one zone to another.
     pub(crate) crossed: f64,
     pub(crate) now: f64,
@@ -166,7 +166,7 @@ impl Network {
             owners,
             flows: Vec::new(),
             flows_to: Vec::new(),
-            from_origin: 0.0,
+            from_upstream: 0.0,
             crossed: 0.0,
             now: 0.0,
             started: tokio::time::Instant::now(),
@@ -220,7 +220,7 @@ impl Network {
         let mut finished: Vec<f64> = finished.map(|when| when / (image / CARD.min(self.shape.upstream))).collect();
         finished.sort_unstable_by(f64::total_cmp);
         let busiest = self.nodes.iter().map(|node| node.sent).fold(0.0, f64::max) / image;
-        Outcome { finished, origin: self.from_origin / image, busiest, crossed: self.crossed / image }
+        Outcome { finished, upstream: self.from_upstream / image, busiest, crossed: self.crossed / image }
     }
 
     /// Starts the layers that a node pulls now, and as many ranges of each as it may.
@@ -252,9 +252,9 @@ impl Network {
     }
 
     /// Whom a node asks that fetches a layer as `role`: the real decision, by what it knows of the others.
-    pub(crate) fn lead(&mut self, node: usize, layer: usize, role: Role) -> Arc<Lead> {
+    pub(crate) fn lead(&mut self, node: usize, layer: usize, role: Role) -> Arc<OwnerRoute> {
         if role == Role::Global {
-            return Arc::new(Lead { role, leaders: Vec::new(), asked_as: role });
+            return Arc::new(OwnerRoute { role, leaders: Vec::new(), asked_as: role });
         }
         let nth = usize::from(role == Role::Zone);
         if self.nodes[node].leads[layer][nth].is_none() {
@@ -292,9 +292,9 @@ impl Network {
         let role = self.lead(node, layer, asked_as).role.max(asked_as);
         let fetch = &mut self.nodes[node].fetches[layer];
         fetch.role = Some(role);
-        let plan = fetch.plan.get_or_insert_with(|| Plan::new(LAYERS[layer], Spans::default()));
+        let plan = fetch.plan.get_or_insert_with(|| RangePlan::new(LAYERS[layer], Spans::default()));
         if role == Role::Global && fetch.climb.is_none() {
-            fetch.climb = Some(Climb::new(MOST_LANES));
+            fetch.climb = Some(ConnectionScaler::new(MOST_LANES));
             if known.is_some() {
                 plan.may_lend();
                 self.ask_successors(node, layer);
@@ -338,7 +338,7 @@ impl Network {
         (0..self.nodes.len()).filter(|node| self.is_doomed(*node)).collect::<Vec<_>>().into_iter().for_each(|node| {
             self.nodes[node].is_dead = true;
         });
-        let dead = |network: &Self, flow: &Flow| {
+        let dead = |network: &Self, flow: &WatchedBody| {
             network.nodes[flow.to].is_dead || flow.from.is_some_and(|from| network.nodes[from].is_dead)
         };
         let over: Vec<_> = (0..self.flows.len()).filter(|nth| dead(self, &self.flows[*nth])).collect();

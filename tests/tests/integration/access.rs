@@ -17,9 +17,9 @@ use dray_tests::dray::{Dray, Start};
 use dray_tests::eventually;
 use dray_tests::http::{get, send};
 use dray_tests::image::Image;
-use dray_tests::origin::{Content, Fault, Origin, Response};
 use dray_tests::process::{free_port, output};
 use dray_tests::registry::{Registry, htpasswd};
+use dray_tests::upstream::{Content, Fault, Response, TestUpstream};
 use reqwest::Method;
 use serde_json::json;
 
@@ -29,7 +29,7 @@ use self::tenants::*;
 async fn what_is_cached_is_given_to_those_who_may_pull_it_and_to_nobody_else() {
     for wants in [Wants::Tokens, Wants::Basic] {
         let tenants = Tenants::new(wants).await;
-        let nothing = Origin::answering(|_| Response::new(404, "")).await;
+        let nothing = TestUpstream::answering(|_| Response::new(404, "")).await;
         let others = format!("[[registry]]\nmatch = \"*\"\nupstreams = [\"{}\"]\n", nothing.url());
         let dray = Start::new(tenants.rule() + &others).run();
         let alices = &tenants.alices;
@@ -43,14 +43,14 @@ async fn what_is_cached_is_given_to_those_who_may_pull_it_and_to_nobody_else() {
 
         // At hit speed, and without a word to the registry.
         let token_of_alice = token(&dray.get(&blob).await, Some(ALICE)).await.unwrap();
-        let asked = tenants.origin.requests().len();
+        let asked = tenants.upstream.requests().len();
         for path in [TAG, &manifest, &blob] {
             let again = get_as(&dray, path, &format!("Bearer {token_of_alice}")).await;
             assert!(again.status == 200 && ["memory", "disk"].contains(&again.source()), "{path}: {}", again.source());
             let basic = format!("Basic {}", STANDARD.encode(ALICE));
             assert_eq!(get_as(&dray, path, &basic).await.status, 200, "{path}");
         }
-        assert_eq!(tenants.origin.requests().len(), asked);
+        assert_eq!(tenants.upstream.requests().len(), asked);
 
         // Others are refused by every way, with what they are challenged to show or without.
         let basic = |login: &str| format!("Basic {}", STANDARD.encode(login));
@@ -87,10 +87,10 @@ async fn what_is_cached_is_given_to_those_who_may_pull_it_and_to_nobody_else() {
         }
         assert_ne!(dray.get(&format!("/v2/a/app/blobs/{layer}")).await.status, 200);
         // What his repository has as well he gets without it being fetched again.
-        let fetched = tenants.origin.sent();
+        let fetched = tenants.upstream.sent();
         assert_eq!(pull_as(&dray, &blob.replace("/a/app", "/b/both"), BOB).await.body, bytes);
         // But for the samples by which the registry shows that it has it.
-        assert!(tenants.origin.sent() - fetched < 20_000, "{wants:?}: {}", tenants.origin.sent() - fetched);
+        assert!(tenants.upstream.sent() - fetched < 20_000, "{wants:?}: {}", tenants.upstream.sent() - fetched);
         assert_eq!(pull_as(&dray, "/v2/b/app/manifests/1?ns=reg.example", BOB).await.body, tenants.bobs.index());
     }
 }
@@ -125,7 +125,7 @@ async fn a_list_opens_nothing() {
 #[tokio::test(flavor = "multi_thread")]
 async fn another_rule_of_the_same_registry_opens_nothing() {
     let tenants = Tenants::new(Wants::Tokens).await;
-    let yes = Origin::answering(|request| match request.method.as_str() {
+    let yes = TestUpstream::answering(|request| match request.method.as_str() {
         "HEAD" => Response::new(200, ""),
         _ => Response::new(404, ""),
     })
@@ -180,7 +180,7 @@ async fn a_registry_that_claims_to_have_it_opens_nothing() {
     let tenants = Tenants::new(Wants::Tokens).await;
     let (layer, bytes) = tenants.alices.layer();
     let (claims, length) = (layer.to_owned(), bytes.len());
-    let liar = Origin::answering(move |request| {
+    let liar = TestUpstream::answering(move |request| {
         let body = if request.method == "HEAD" { vec![0; length] } else { vec![1; length] };
         let is_manifest = request.path.contains("/manifests/");
         let response = Response::new(200, body).with("docker-content-digest", &claims);
@@ -245,7 +245,7 @@ async fn a_blob_goes_on_with_what_a_later_caller_shows() {
     let content = Content::new(&[("a/app", "1", &image)]);
     let over = Arc::new(AtomicUsize::new(0));
     let is_over = over.clone();
-    let registry = Origin::answering(move |request| {
+    let registry = TestUpstream::answering(move |request| {
         let said = request.header("authorization").unwrap_or_default().to_owned();
         if request.path.starts_with("/token") {
             let user = said.strip_prefix("Basic ").unwrap_or("bm9ib2R5");
@@ -318,7 +318,7 @@ async fn pull_by_peers(tenants: &Tenants, wants: Wants) {
             dray.fills_end().await;
         }
         let gets = tenants
-            .origin
+            .upstream
             .requests()
             .iter()
             .filter(|request| request.method == "GET" && request.path.contains(digest))
@@ -349,7 +349,7 @@ async fn pull_by_peers(tenants: &Tenants, wants: Wants) {
             assert_eq!(pull_as(dray, &blob, ALICE).await.status, 403);
         }
     }
-    let manifests = tenants.origin.count("GET", &tenants.alices.digest);
+    let manifests = tenants.upstream.count("GET", &tenants.alices.digest);
     assert!(manifests == 1 || wants == Wants::Basic, "{manifests}");
 }
 

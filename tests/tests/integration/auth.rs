@@ -8,9 +8,9 @@ use base64::engine::general_purpose::STANDARD;
 use dray_tests::dray::{Dray, Start};
 use dray_tests::http::get;
 use dray_tests::image::Image;
-use dray_tests::origin::{Content, Origin, Request, Response};
 use dray_tests::registry::{Registry, htpasswd};
 use dray_tests::tokens::Tokens;
+use dray_tests::upstream::{Content, Request, Response, TestUpstream};
 use serde_json::json;
 
 const MANIFEST: &str = "/v2/team/app/manifests/1?ns=reg.example";
@@ -72,7 +72,7 @@ async fn a_real_registry_with_tokens() {
     let dray = Start::new(config(&registry.url(), guard)).run();
     assert_pulls(&dray, &image()).await;
     assert_pulls(&dray, &image()).await;
-    assert_eq!(tokens.origin.requests().len(), 1, "one token for all of it");
+    assert_eq!(tokens.upstream.requests().len(), 1, "one token for all of it");
     let status = get(&format!("http://{}/api/v1/status", dray.admin), &[]).await.text();
     assert!(status.contains("\"tokens\":1"), "{status}");
 
@@ -90,11 +90,11 @@ async fn scripted(
     challenge: impl Fn(&str) -> String + Send + Sync + 'static,
     token: impl Fn(usize, &Request) -> Response + Send + Sync + 'static,
     accepts: impl Fn(&str) -> bool + Send + Sync + 'static,
-) -> Origin {
+) -> TestUpstream {
     let image = image();
     let content = Content::new(&[("team/app", "1", &image)]);
     let asked = AtomicUsize::new(0);
-    Origin::answering(move |request| {
+    TestUpstream::answering(move |request| {
         if request.path.starts_with("/token") {
             return token(asked.fetch_add(1, Ordering::SeqCst), request);
         }
@@ -204,7 +204,7 @@ async fn endless_challenges_end_as_denied() {
 #[tokio::test(flavor = "multi_thread")]
 async fn credentials_go_nowhere_else() {
     // The realm and the redirect both lead to a stranger.
-    let stranger = Origin::answering(|_| Response::new(200, "{\"token\":\"x\"}")).await;
+    let stranger = TestUpstream::answering(|_| Response::new(200, "{\"token\":\"x\"}")).await;
     let target = stranger.url();
     let realm = scripted(move |_| bearer(&format!("{target}/token")), |_, _| Response::new(500, ""), |_| false).await;
     let credentials = "credentials = { username = \"robot\", password_env = \"P\" }";
@@ -215,9 +215,9 @@ async fn credentials_go_nowhere_else() {
     let image = image();
     let content = Content::new(&[("team/app", "1", &image)]);
     let cdn_content = content.clone();
-    let cdn = Origin::answering(move |request| cdn_content.answer(request)).await;
+    let cdn = TestUpstream::answering(move |request| cdn_content.answer(request)).await;
     let cdn_url = cdn.url();
-    let registry = Origin::answering(move |request| {
+    let registry = TestUpstream::answering(move |request| {
         if request.header("authorization").is_none() {
             return Response::new(401, "").with("www-authenticate", "Basic realm=\"x\"");
         }

@@ -5,21 +5,22 @@ use std::process::Command;
 use dray_tests::dray::{Start, rule};
 use dray_tests::http::get;
 use dray_tests::image::Image;
-use dray_tests::origin::{Content, Origin, Response};
 use dray_tests::process::run;
 use dray_tests::tool;
+use dray_tests::upstream::{Content, Response, TestUpstream};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn pages_of_others_read_run_and_send_nothing() {
     let image = Image::new(1, &[1_000]);
     let content = Content::new(&[("a/app", "1", &image)]);
     let script = r#"{"schemaVersion": 2, "x": "<script>document.title='ran';parent.postMessage('ran','*')</script>"}"#;
-    let upstream = Origin::answering(move |request| match request.path.contains("/page/") {
+    let upstream = TestUpstream::answering(move |request| match request.path.contains("/page/") {
         true => Response::new(200, script).with("content-type", "image/svg+xml"),
         false => content.answer(request),
     })
     .await;
-    let attacker = Origin::answering(|_| Response::new(200, "<html></html>").with("content-type", "text/html")).await;
+    let attacker =
+        TestUpstream::answering(|_| Response::new(200, "<html></html>").with("content-type", "text/html")).await;
     let others = format!("[[registry]]\nmatch = \"sent.example\"\nupstreams = [\"{}\"]\n", upstream.url());
     let dray = Start::new(rule("reg.example", &upstream.url()) + &others).run();
     let (private, page) = ("/v2/reg.example/a/app/manifests/1", "/v2/reg.example/page/x/manifests/1");

@@ -7,21 +7,21 @@ use dray_tests::dray::{Start, rule};
 use dray_tests::eventually;
 use dray_tests::image::Image;
 use dray_tests::mount::Mount;
-use dray_tests::origin::{Fault, Origin};
 use dray_tests::process::run;
+use dray_tests::upstream::{Fault, TestUpstream};
 
 fn path(digest: &str) -> String {
     format!("/v2/library/app/blobs/{digest}?ns=docker.io")
 }
 
-async fn origin(image: &Image) -> Origin {
-    Origin::start(&[("library/app", "1", image)], |_, r| r).await
+async fn upstream(image: &Image) -> TestUpstream {
+    TestUpstream::start(&[("library/app", "1", image)], |_, r| r).await
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_kill_at_any_moment_loses_nothing_that_was_whole() {
     let image = Image::new(1, &[3_000_000, 1000]);
-    let origin = Origin::start(&[("library/app", "1", &image)], |request, response| {
+    let upstream = TestUpstream::start(&[("library/app", "1", &image)], |request, response| {
         if request.header("user-agent").is_some() && response.body.len() > 2_000_000 {
             response.fault(Fault::GateAfter(1_500_000))
         } else {
@@ -29,7 +29,7 @@ async fn a_kill_at_any_moment_loses_nothing_that_was_whole() {
         }
     })
     .await;
-    let dray = Start::with_upstream("docker.io", &origin.url()).run();
+    let dray = Start::with_upstream("docker.io", &upstream.url()).run();
     let manifest = "/v2/library/app/manifests/1?ns=docker.io";
     assert_eq!(dray.get(manifest).await.status, 200);
     let small = dray.get(&path(&image.layers[1])).await;
@@ -37,17 +37,17 @@ async fn a_kill_at_any_moment_loses_nothing_that_was_whole() {
     // In the middle of a fill.
     let url = dray.url(&path(&image.layers[0]));
     let half = tokio::spawn(async move { dray_tests::http::get(&url, &[]).await });
-    eventually("the fill begins", async || (origin.count("GET", &image.layers[0]) == 1).then_some(())).await;
+    eventually("the fill begins", async || (upstream.count("GET", &image.layers[0]) == 1).then_some(())).await;
     let dray = dray.kill_and_restart();
     // Whoever asked has half of it, or not even an answer.
     assert!(half.await.map_or(true, |answer| !answer.complete));
-    origin.open_gate();
+    upstream.open_gate();
     let answer = dray.get(&path(&image.layers[0])).await;
     assert!(answer.complete && answer.body == image.layer().1);
     dray.fills_end().await;
     // And after it.
     let dray = dray.kill_and_restart();
-    drop(origin);
+    drop(upstream);
     assert_eq!(dray.get(manifest).await.status, 200);
     for layer in &image.layers {
         let answer = dray.get(&path(layer)).await;
@@ -59,8 +59,8 @@ async fn a_kill_at_any_moment_loses_nothing_that_was_whole() {
 #[tokio::test(flavor = "multi_thread")]
 async fn after_a_crash_of_the_machine_files_are_hashed_before_they_are_believed() {
     let image = Image::new(1, &[3_000_000, 2_000_000]);
-    let origin = origin(&image).await;
-    let mut dray = Start::with_upstream("docker.io", &origin.url()).run();
+    let upstream = upstream(&image).await;
+    let mut dray = Start::with_upstream("docker.io", &upstream.url()).run();
     for layer in &image.layers {
         assert_eq!(dray.get(&path(layer)).await.status, 200);
     }
@@ -77,17 +77,17 @@ async fn after_a_crash_of_the_machine_files_are_hashed_before_they_are_believed(
     let first = dray.get(&path(&image.layers[0])).await;
     assert_eq!(first.source(), "origin", "fetched anew before anybody notices");
     assert!(first.complete && first.body == image.blobs[&image.layers[0]]);
-    let asked = origin.count("GET", &image.layers[1]);
+    let asked = upstream.count("GET", &image.layers[1]);
     let sound = dray.get(&path(&image.layers[1])).await;
     assert!(sound.complete && sound.body == image.blobs[&image.layers[1]]);
-    assert_eq!((sound.source(), origin.count("GET", &image.layers[1])), ("disk", asked));
+    assert_eq!((sound.source(), upstream.count("GET", &image.layers[1])), ("disk", asked));
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_scrub_finds_what_the_disk_has_damaged() {
     let image = Image::new(1, &[3_000_000, 2_000_000]);
-    let origin = origin(&image).await;
-    let dray = Start::with_upstream("docker.io", &origin.url()).run();
+    let upstream = upstream(&image).await;
+    let dray = Start::with_upstream("docker.io", &upstream.url()).run();
     for layer in &image.layers {
         assert!(dray.get(&path(layer)).await.complete);
     }
@@ -113,9 +113,9 @@ async fn the_scrub_finds_what_the_disk_has_damaged() {
 #[tokio::test(flavor = "multi_thread")]
 async fn others_on_the_same_disk_are_yielded_to() {
     let image = Image::new(1, &[20_000_000]);
-    let origin = origin(&image).await;
+    let upstream = upstream(&image).await;
     let disk = Mount::tmpfs("256m");
-    let config = rule("docker.io", &origin.url()) + "[cache]\nkeep_free = \"40%\"\n";
+    let config = rule("docker.io", &upstream.url()) + "[cache]\nkeep_free = \"40%\"\n";
     let dray = Start::new(config).cache(disk.path().join("cache")).disk("50%").run();
     assert!(dray.get(&path(&image.layers[0])).await.complete);
     dray.fills_end().await;
@@ -140,8 +140,8 @@ async fn others_on_the_same_disk_are_yielded_to() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_deleted_directory_is_only_a_miss() {
     let image = Image::new(1, &[2_000_000, 1000]);
-    let origin = origin(&image).await;
-    let dray = Start::with_upstream("docker.io", &origin.url()).run();
+    let upstream = upstream(&image).await;
+    let dray = Start::with_upstream("docker.io", &upstream.url()).run();
     for _ in 0..2 {
         for layer in &image.layers {
             let answer = dray.get(&path(layer)).await;
@@ -152,7 +152,7 @@ async fn a_deleted_directory_is_only_a_miss() {
         // A record may still be on its way there.
         eventually("it is gone", async || std::fs::remove_dir_all(dray.start().cache_dir()).ok()).await;
     }
-    assert_eq!(origin.count("GET", &image.layers[0]), 2);
+    assert_eq!(upstream.count("GET", &image.layers[0]), 2);
     let dray = dray.kill_and_restart();
     assert_eq!(dray.get("/v2/library/app/manifests/1?ns=docker.io").await.status, 200);
 }
@@ -161,8 +161,8 @@ async fn a_deleted_directory_is_only_a_miss() {
 async fn the_disk_stays_within_its_bound() {
     let images: Vec<Image> = (0..8).map(|seed| Image::new(seed, &[20_000_000])).collect();
     let served: Vec<_> = images.iter().map(|image| ("library/app", "1", image)).collect();
-    let origin = Origin::start(&served, |_, r| r).await;
-    let dray = Start::with_upstream("docker.io", &origin.url()).disk("160MiB").run();
+    let upstream = TestUpstream::start(&served, |_, r| r).await;
+    let dray = Start::with_upstream("docker.io", &upstream.url()).disk("160MiB").run();
     for image in &images {
         let (layer, bytes) = image.layer();
         let answer = dray.get(&path(layer)).await;
@@ -184,8 +184,8 @@ async fn what_does_not_fit_passes_through() {
     let image = Image::new(1, &[50_000_000]);
     let (layer, bytes) = image.layer();
     // By its own bound.
-    let origin = origin(&image).await;
-    let dray = Start::with_upstream("docker.io", &origin.url()).disk("64MiB").run();
+    let upstream = upstream(&image).await;
+    let dray = Start::with_upstream("docker.io", &upstream.url()).disk("64MiB").run();
     for range in [None, Some("bytes=49000000-"), Some("bytes=0-")] {
         let answer = match range {
             None => dray.get(&path(layer)).await,
@@ -198,7 +198,7 @@ async fn what_does_not_fit_passes_through() {
 
     // Because others filled the disk.
     let mount = Mount::tmpfs("90m");
-    let start = Start::with_upstream("docker.io", &origin.url()).disk("85MiB").cache(mount.path().join("cache"));
+    let start = Start::with_upstream("docker.io", &upstream.url()).disk("85MiB").cache(mount.path().join("cache"));
     let dray = start.run();
     std::fs::write(mount.path().join("others"), vec![1; 30_000_000]).unwrap();
     let answer = dray.get(&path(layer)).await;
@@ -210,14 +210,14 @@ async fn what_does_not_fit_passes_through() {
 #[tokio::test(flavor = "multi_thread")]
 async fn wrong_bytes_pass_through_no_more_than_elsewhere() {
     let image = Image::new(1, &[50_000_000]);
-    let origin = Origin::start(&[("library/app", "1", &image)], |request, mut response| {
+    let upstream = TestUpstream::start(&[("library/app", "1", &image)], |request, mut response| {
         if request.is_blob() {
             response = response.flipped(500);
         }
         response
     })
     .await;
-    let dray = Start::with_upstream("docker.io", &origin.url()).disk("64MiB").run();
+    let dray = Start::with_upstream("docker.io", &upstream.url()).disk("64MiB").run();
     let answer = dray.get(&path(image.layer().0)).await;
     assert!(!answer.complete && answer.body.len() + 64 * 1024 <= image.layer().1.len());
     let resume = dray.get_range(&path(image.layer().0), "bytes=49000000-").await;

@@ -9,10 +9,10 @@ use dray_tests::containerd::{Containerd, Version};
 use dray_tests::dray::{Dray, Start, binary, rule};
 use dray_tests::eventually;
 use dray_tests::image::Image;
-use dray_tests::origin::{Fault, Origin};
 use dray_tests::process::{Process, output, run};
 use dray_tests::registry::Registry;
 use dray_tests::tool;
+use dray_tests::upstream::{Fault, TestUpstream};
 
 /// Two registries and a dray that knows both.
 struct Rig {
@@ -236,14 +236,14 @@ async fn after_wrong_bytes_the_next_pull_by_containerd_succeeds() {
     let image = Image::new(7, &[2_000_000]);
     let lie = Arc::new(AtomicBool::new(true));
     let lying = lie.clone();
-    let origin = Origin::start(&[("library/app", "1", &image)], move |request, response| {
+    let upstream = TestUpstream::start(&[("library/app", "1", &image)], move |request, response| {
         if request.is_blob() && response.body.len() > 1_000_000 && lying.load(Ordering::SeqCst) {
             return response.flipped(1000).fault(Fault::GateAfter(1_500_000));
         }
         response
     })
     .await;
-    let dray = Start::with_upstream("docker.io", &origin.url()).run();
+    let dray = Start::with_upstream("docker.io", &upstream.url()).run();
     let containerd = Containerd::start(Version::V1).await;
     containerd.use_mirror(&dray);
     let pull = std::thread::scope(|scope| {
@@ -252,7 +252,7 @@ async fn after_wrong_bytes_the_next_pull_by_containerd_succeeds() {
             assert!(!pull.is_finished(), "it is pulled");
             std::thread::sleep(std::time::Duration::from_millis(5));
         }
-        origin.open_gate();
+        upstream.open_gate();
         pull.join().unwrap()
     });
     let error = pull.unwrap_err();

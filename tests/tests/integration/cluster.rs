@@ -33,7 +33,7 @@ fn path(digest: &str) -> String {
 }
 
 fn fast() -> Shape {
-    Shape { node: 2000, origin: 2000, between_zones: 2000, ..Shape::default() }
+    Shape { node: 2000, upstream: 2000, between_zones: 2000, ..Shape::default() }
 }
 
 /// Pulls a blob on these nodes at once, and checks what came.
@@ -59,7 +59,7 @@ fn a_thousand_addresses_are_more_than_a_datagram_holds() {
 }
 
 #[test]
-fn eight_nodes_share_what_left_the_origin_once() {
+fn eight_nodes_share_what_left_the_upstream_once() {
     if let Some(why) = unavailable() {
         return eprintln!("skipped: {why}");
     }
@@ -69,7 +69,7 @@ fn eight_nodes_share_what_left_the_origin_once() {
     for digest in &digests {
         pull_everywhere(&cluster, &everybody, digest);
     }
-    assert_eq!(cluster.origin_bytes(), bytes, "each byte once");
+    assert_eq!(cluster.upstream_bytes(), bytes, "each byte once");
     cluster.wait_until_idle();
     let most = everybody.iter().map(|node| cluster.sent(*node)).max().unwrap();
     assert!(most < bytes * 5, "nobody serves all the others: {most} of {bytes}");
@@ -82,13 +82,13 @@ fn an_owner_leaves_ranges_to_those_who_ask_for_them() {
     }
     for (what, slow) in [("all are equal", None), ("one is ten times slower", Some((0, 40)))] {
         let Blobs { dir, digests, bytes } = blobs(&[80 * MIB]);
-        let cluster = Cluster::start(Shape { zones: vec![4], slow, origin: 100, ..Shape::default() }, dir);
+        let cluster = Cluster::start(Shape { zones: vec![4], slow, upstream: 100, ..Shape::default() }, dir);
         let everybody = cluster.everybody();
         pull_everywhere(&cluster, &everybody, &digests[0]);
         let fetched = |node: &usize| cluster.metric(*node, "dray_origin_bytes_total{rule=\"docker.io\"}");
         let deputies = everybody.iter().filter(|node| fetched(node) > 0).count();
         assert!(deputies > 1, "{what}: {deputies} fetch from the origin");
-        assert_eq!(cluster.origin_bytes(), bytes, "{what}: each byte once");
+        assert_eq!(cluster.upstream_bytes(), bytes, "{what}: each byte once");
     }
 }
 
@@ -143,12 +143,12 @@ fn a_blob_crosses_into_a_zone_once_or_never() {
             assert_eq!(given > 0, crossings > 0, "{peers}");
             assert_eq!(crossed("dray_peer_first_byte_seconds_count", ""), given, "{peers}");
         }
-        assert_eq!(cluster.origin_bytes(), fetches * bytes, "{peers}");
+        assert_eq!(cluster.upstream_bytes(), fetches * bytes, "{peers}");
     }
 }
 
 #[test]
-fn what_any_node_has_is_found_when_the_origin_is_gone() {
+fn what_any_node_has_is_found_when_the_upstream_is_gone() {
     if let Some(why) = unavailable() {
         return eprintln!("skipped: {why}");
     }
@@ -158,7 +158,7 @@ fn what_any_node_has_is_found_when_the_origin_is_gone() {
         pull_everywhere(&cluster, &[nth], digest);
     }
     cluster.wait_until_idle();
-    cluster.stop_origin();
+    cluster.stop_upstream();
     let everybody = cluster.everybody();
     for digest in &digests {
         pull_everywhere(&cluster, &everybody, digest);
@@ -166,7 +166,7 @@ fn what_any_node_has_is_found_when_the_origin_is_gone() {
 }
 
 #[test]
-fn restarts_and_a_new_node_do_not_send_anybody_back_to_the_origin() {
+fn restarts_and_a_new_node_do_not_send_anybody_back_to_the_upstream() {
     if let Some(why) = unavailable() {
         return eprintln!("skipped: {why}");
     }
@@ -177,7 +177,7 @@ fn restarts_and_a_new_node_do_not_send_anybody_back_to_the_origin() {
         pull_everywhere(&cluster, &first, digest);
     }
     cluster.wait_until_idle();
-    assert_eq!(cluster.origin_bytes(), bytes);
+    assert_eq!(cluster.upstream_bytes(), bytes);
     for node in first {
         cluster.stop(node);
         let others: Vec<usize> = (0..4).filter(|other| *other != node).collect();
@@ -188,7 +188,7 @@ fn restarts_and_a_new_node_do_not_send_anybody_back_to_the_origin() {
     cluster.join(4);
     cluster.wait_until_formed();
     digests.iter().for_each(|digest| pull_everywhere(&cluster, &[4], digest));
-    assert_eq!(cluster.origin_bytes(), bytes, "nothing was fetched again");
+    assert_eq!(cluster.upstream_bytes(), bytes, "nothing was fetched again");
 }
 
 #[test]
@@ -197,7 +197,7 @@ fn killed_and_cut_off_nodes_fail_nobody_else() {
         return eprintln!("skipped: {why}");
     }
     let Blobs { dir, digests, bytes } = blobs(&[6 * MIB, 96 * MIB, 6 * MIB, 6 * MIB, 96 * MIB, 6 * MIB]);
-    let cluster = Cluster::start(Shape { zones: vec![6], node: 400, origin: 400, ..Shape::default() }, dir);
+    let cluster = Cluster::start(Shape { zones: vec![6], node: 400, upstream: 400, ..Shape::default() }, dir);
     for (nth, digest) in digests.iter().enumerate() {
         let victim = nth % 6;
         let living: Vec<usize> = (0..6).filter(|node| *node != victim).collect();
@@ -216,6 +216,6 @@ fn killed_and_cut_off_nodes_fail_nobody_else() {
         cluster.launch(victim);
         pull_everywhere(&cluster, &[victim], digest);
     }
-    let share = cluster.origin_bytes() * 10 / bytes;
+    let share = cluster.upstream_bytes() * 10 / bytes;
     assert!(share <= 13, "{share} tenths of what there is");
 }

@@ -4,8 +4,8 @@
 use dray_tests::dray::{Dray, Start};
 use dray_tests::http::{Answer, head, send};
 use dray_tests::image::{INDEX, Image, digest, noise};
-use dray_tests::origin::{Origin, Response};
 use dray_tests::registry::Registry;
+use dray_tests::upstream::{Response, TestUpstream};
 use reqwest::Method;
 use sha2::{Digest, Sha512};
 
@@ -72,8 +72,8 @@ async fn pull() {
 }
 
 /// Debian's registry does not page tags, so this one does.
-async fn paging_registry() -> Origin {
-    Origin::answering(|request| {
+async fn paging_registry() -> TestUpstream {
+    TestUpstream::answering(|request| {
         let (path, query) = request.path.split_once('?').unwrap_or((&request.path, ""));
         assert!(!query.contains("ns="), "the origin knows no ns: {query}");
         if path != "/v2/conformance/app/tags/list" {
@@ -94,8 +94,8 @@ async fn paging_registry() -> Origin {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn tag_listing() {
-    let origin = paging_registry().await;
-    let dray = Start::with_upstream("docker.io", &origin.url()).run();
+    let upstream = paging_registry().await;
+    let dray = Start::with_upstream("docker.io", &upstream.url()).run();
     let list = async |query: &str| -> Vec<String> {
         let answer = dray.get(&format!("{REPO}/tags/list{query}")).await;
         assert_eq!(answer.status, 200, "{query}");
@@ -111,8 +111,8 @@ async fn tag_listing() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_next_page_leads_back_here_and_keeps_the_namespace() {
-    let origin = paging_registry().await;
-    let dray = Start::with_upstream("docker.io", &origin.url()).run();
+    let upstream = paging_registry().await;
+    let dray = Start::with_upstream("docker.io", &upstream.url()).run();
     for first in [format!("{REPO}/tags/list?n=3"), "/v2/conformance/app/tags/list?n=3&ns=docker.io".to_owned()] {
         let page = dray.get(&first).await;
         assert_eq!(tags(&page), TAGS[..3]);
@@ -133,8 +133,9 @@ fn tags(answer: &Answer) -> Vec<String> {
 #[tokio::test(flavor = "multi_thread")]
 async fn referrers_of_nothing_are_an_empty_index() {
     let empty = format!(r#"{{"schemaVersion":2,"mediaType":"{INDEX}","manifests":[]}}"#);
-    let origin = Origin::answering(move |_| Response::new(200, empty.clone()).with("content-type", INDEX)).await;
-    let dray = Start::with_upstream("docker.io", &origin.url()).run();
+    let upstream =
+        TestUpstream::answering(move |_| Response::new(200, empty.clone()).with("content-type", INDEX)).await;
+    let dray = Start::with_upstream("docker.io", &upstream.url()).run();
     let answer = dray.get(&format!("{REPO}/referrers/{}", digest(b"nothing"))).await;
     assert_eq!((answer.status, answer.header("content-type")), (200, Some(INDEX)));
     let json: serde_json::Value = serde_json::from_slice(&answer.body).unwrap();
@@ -154,7 +155,7 @@ async fn sha512_content_is_verified_and_kept() {
     let wrong = name(b"something else");
     let held = [small.clone(), large.clone(), manifest.clone()].map(|bytes| (name(&bytes), bytes));
     let lie = wrong.clone();
-    let origin = Origin::answering(move |request| {
+    let upstream = TestUpstream::answering(move |request| {
         let wanted = request.path.rsplit('/').next().unwrap_or_default();
         if wanted == "by-sha512" {
             let (digest, bytes) = &held[2];
@@ -167,7 +168,7 @@ async fn sha512_content_is_verified_and_kept() {
         }
     })
     .await;
-    let dray = Start::with_upstream("docker.io", &origin.url()).run();
+    let dray = Start::with_upstream("docker.io", &upstream.url()).run();
     for _ in 0..2 {
         for bytes in [&small, &large] {
             let answer = dray.get(&format!("{REPO}/blobs/{}", name(bytes))).await;
@@ -176,7 +177,7 @@ async fn sha512_content_is_verified_and_kept() {
         let answer = dray.get(&format!("{REPO}/manifests/{}", name(&manifest))).await;
         assert_eq!((answer.status, &answer.body[..]), (200, &manifest[..]));
     }
-    assert_eq!(origin.requests().len(), 3, "fetched once");
+    assert_eq!(upstream.requests().len(), 3, "fetched once");
     // A tag has the digest that its registry names, if it is right.
     for method in [Method::HEAD, Method::GET] {
         let answer = send(method, &dray.url(&format!("{REPO}/manifests/by-sha512")), &[]).await;

@@ -9,7 +9,7 @@ use dray_tests::dray::{Dray, Start, rule};
 use dray_tests::eventually;
 use dray_tests::image::{digest, noise};
 use dray_tests::nginx::{Nginx, put_blob};
-use dray_tests::origin::{Fault, Origin, Request, Response};
+use dray_tests::upstream::{Fault, Request, Response, TestUpstream};
 
 const MIB: usize = 1024 * 1024;
 const SIZE: usize = 50 * MIB + 4321;
@@ -36,11 +36,11 @@ fn honest(request: &Request) -> Response {
     Response::new(206, bytes.slice(start..=last)).with("content-range", format!("bytes {start}-{last}/{SIZE}"))
 }
 
-async fn rig(handler: impl Fn(usize, &Request) -> Response + Send + Sync + 'static) -> (Origin, Dray) {
+async fn rig(handler: impl Fn(usize, &Request) -> Response + Send + Sync + 'static) -> (TestUpstream, Dray) {
     let count = AtomicUsize::new(0);
-    let origin = Origin::answering(move |request| handler(count.fetch_add(1, Ordering::SeqCst), request)).await;
-    let dray = Start::with_upstream("docker.io", &origin.url()).run();
-    (origin, dray)
+    let upstream = TestUpstream::answering(move |request| handler(count.fetch_add(1, Ordering::SeqCst), request)).await;
+    let dray = Start::with_upstream("docker.io", &upstream.url()).run();
+    (upstream, dray)
 }
 
 async fn assert_right(dray: &Dray) {
@@ -50,7 +50,7 @@ async fn assert_right(dray: &Dray) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_origin_that_limits_each_connection_gets_several_and_sends_each_byte_once() {
+async fn an_upstream_that_limits_each_connection_gets_several_and_sends_each_byte_once() {
     let dir = tempfile::tempdir().unwrap();
     put_blob(dir.path(), "library/app", &blob().0, &blob().1);
     let nginx = Nginx::start(dir.path(), &["limit_rate 15m; sendfile_max_chunk 128k;"]).await;
@@ -66,14 +66,14 @@ async fn an_origin_that_limits_each_connection_gets_several_and_sends_each_byte_
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_origin_without_ranges_is_asked_once() {
-    let (origin, dray) = rig(|_, _| Response::new(200, blob().1.clone())).await;
+async fn an_upstream_without_ranges_is_asked_once() {
+    let (upstream, dray) = rig(|_, _| Response::new(200, blob().1.clone())).await;
     assert_right(&dray).await;
-    assert_eq!((origin.requests().len(), origin.sent()), (1, SIZE as u64));
+    assert_eq!((upstream.requests().len(), upstream.sent()), (1, SIZE as u64));
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_origin_that_botches_ranges_falls_back_to_one_stream() {
+async fn an_upstream_that_botches_ranges_falls_back_to_one_stream() {
     type Botch = fn(usize, &Request) -> Response;
     let botches: [(&str, Botch); 5] = [
         ("another start", |_, request| match request.range_start() {
@@ -104,26 +104,31 @@ async fn an_origin_that_botches_ranges_falls_back_to_one_stream() {
         }),
     ];
     for (name, botch) in botches {
-        let (origin, dray) = rig(botch).await;
+        let (upstream, dray) = rig(botch).await;
         let answer = dray.get(&path()).await;
-        assert!(answer.complete && answer.body == blob().1, "{name}: {} {:?}", answer.status, origin.requests().len());
+        assert!(
+            answer.complete && answer.body == blob().1,
+            "{name}: {} {:?}",
+            answer.status,
+            upstream.requests().len()
+        );
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn one_answer_without_range_does_not_fetch_everything_again() {
-    let (origin, dray) = rig(|nth, request| match nth {
+    let (upstream, dray) = rig(|nth, request| match nth {
         2 => Response::new(200, blob().1.clone()).fault(Fault::CutAfter(MIB)),
         _ => honest(request),
     })
     .await;
     assert_right(&dray).await;
-    assert!(origin.sent() < (SIZE + 20 * MIB) as u64, "{} sent of {SIZE}", origin.sent());
+    assert!(upstream.sent() < (SIZE + 20 * MIB) as u64, "{} sent of {SIZE}", upstream.sent());
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_replica_that_has_lost_it_spoils_nothing() {
-    let (_origin, dray) = rig(|nth, request| match nth {
+    let (_upstream, dray) = rig(|nth, request| match nth {
         1 => Response::new(404, ""),
         _ => honest(request),
     })
@@ -143,7 +148,7 @@ async fn a_replica_that_has_lost_it_spoils_nothing() {
 async fn who_limits_connections_is_not_hammered() {
     let open = Arc::new(AtomicUsize::new(0));
     let counted = open.clone();
-    let (origin, dray) = rig(move |_, request| {
+    let (upstream, dray) = rig(move |_, request| {
         if counted.fetch_add(1, Ordering::SeqCst) > 0 {
             return Response::new(429, "");
         }
@@ -156,9 +161,9 @@ async fn who_limits_connections_is_not_hammered() {
     let url = dray.url(&path());
     let second = tokio::spawn(async move { dray_tests::http::get(&url, &[("range", "bytes=40000000-")]).await });
     tokio::time::sleep(Duration::from_secs(4)).await;
-    assert!(origin.requests().len() < 8, "{} requests", origin.requests().len());
+    assert!(upstream.requests().len() < 8, "{} requests", upstream.requests().len());
     open.store(0, Ordering::SeqCst);
-    origin.open_gate();
+    upstream.open_gate();
     first.abort();
     second.abort();
 }
@@ -168,13 +173,13 @@ async fn a_signed_url_that_expires_is_refreshed_once_for_all() {
     let fresh = Arc::new(AtomicUsize::new(0));
     let (signed, served) = (fresh.clone(), AtomicUsize::new(0));
     // The third answer of the store is the last one that the first signature gets.
-    let store = Origin::answering(move |request| {
+    let store = TestUpstream::answering(move |request| {
         let expired = request.path.contains("signature=1") && served.fetch_add(1, Ordering::SeqCst) >= 2;
         if expired { Response::new(403, "expired") } else { honest(request) }
     })
     .await;
     let location = format!("{}/blob?signature=", store.url());
-    let registry = Origin::answering(move |_| {
+    let registry = TestUpstream::answering(move |_| {
         let nth = signed.fetch_add(1, Ordering::SeqCst) + 1;
         Response::new(307, "").with("location", format!("{location}{nth}"))
     })
@@ -185,10 +190,10 @@ async fn a_signed_url_that_expires_is_refreshed_once_for_all() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_an_origin_sent_before_it_failed_is_not_fetched_again() {
+async fn what_an_upstream_sent_before_it_failed_is_not_fetched_again() {
     let healthy = Arc::new(AtomicBool::new(false));
     let well = healthy.clone();
-    let (origin, dray) = rig(move |nth, request| match nth {
+    let (upstream, dray) = rig(move |nth, request| match nth {
         0 => honest(request).fault(Fault::CutAfter(12 * MIB)),
         _ if well.load(Ordering::SeqCst) => honest(request),
         _ => Response::new(503, ""),
@@ -200,13 +205,13 @@ async fn what_an_origin_sent_before_it_failed_is_not_fetched_again() {
     dray.fills_end().await;
     healthy.store(true, Ordering::SeqCst);
     assert_right(&dray).await;
-    assert!(origin.sent() < (SIZE + MIB) as u64, "{} sent of {SIZE}", origin.sent());
+    assert!(upstream.sent() < (SIZE + MIB) as u64, "{} sent of {SIZE}", upstream.sent());
     assert!(dray.metric("dray_resumed_bytes_total").await > 11 * MIB as u64);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_proved_wrong_is_fetched_anew_by_one_stream() {
-    let (origin, dray) = rig(|nth, request| match nth {
+    let (upstream, dray) = rig(|nth, request| match nth {
         0 => honest(request).flipped(5 * MIB),
         _ => honest(request),
     })
@@ -216,16 +221,16 @@ async fn what_proved_wrong_is_fetched_anew_by_one_stream() {
     dray.fills_end().await;
     let resumed = dray.get_range(&path(), "bytes=1000000-").await;
     assert_eq!(resumed.status, 404, "a good end must not complete a bad beginning");
-    let before = origin.requests().len();
+    let before = upstream.requests().len();
     assert_right(&dray).await;
-    let after = origin.requests().split_off(before);
+    let after = upstream.requests().split_off(before);
     assert_eq!(after.iter().map(Request::range_start).collect::<Vec<_>>(), [None]);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn who_resumes_far_into_a_cold_blob_does_not_wait_for_its_beginning() {
     let start = 40 * MIB;
-    let (origin, dray) = rig(move |_, request| {
+    let (upstream, dray) = rig(move |_, request| {
         let answer = honest(request);
         if request.range_start().is_none_or(|from| from < start) { answer.fault(Fault::GateAfter(0)) } else { answer }
     })
@@ -233,28 +238,28 @@ async fn who_resumes_far_into_a_cold_blob_does_not_wait_for_its_beginning() {
     let answer = dray.get_range(&path(), &format!("bytes={start}-{}", SIZE - 100_000)).await;
     assert_eq!((answer.status, answer.complete), (206, true));
     assert!(answer.body == blob().1[start..=SIZE - 100_000], "wrong bytes");
-    origin.open_gate();
+    upstream.open_gate();
     assert_right(&dray).await;
-    assert_eq!(origin.sent(), SIZE as u64, "each byte once");
+    assert_eq!(upstream.sent(), SIZE as u64, "each byte once");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_fill_that_nobody_wants_any_more_stops_and_is_gone_on_with() {
     for (abandoned, goes_on) in [("keep", false), ("finish", true)] {
-        let origin = Origin::answering(|request| honest(request).fault(Fault::SlowUntilGate(300_000))).await;
-        let config = rule("docker.io", &origin.url()) + &format!("abandoned = \"{abandoned}\"\n");
+        let upstream = TestUpstream::answering(|request| honest(request).fault(Fault::SlowUntilGate(300_000))).await;
+        let config = rule("docker.io", &upstream.url()) + &format!("abandoned = \"{abandoned}\"\n");
         let dray = Start::new(config).run();
         drop(dray_tests::http::client().get(dray.url(&path())).send().await.unwrap());
         if goes_on {
             tokio::time::sleep(Duration::from_secs(7)).await;
-            origin.open_gate();
+            upstream.open_gate();
             dray.fills_end().await;
             assert_eq!(dray.get(&path()).await.source(), "disk");
         } else {
             dray.fills_end().await;
-            let sent = origin.sent();
+            let sent = upstream.sent();
             assert!(sent < 20 * MIB as u64, "{sent}");
-            origin.open_gate();
+            upstream.open_gate();
             assert_right(&dray).await;
             assert!(dray.metric("dray_resumed_bytes_total").await > MIB as u64);
         }

@@ -6,14 +6,16 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use dray_tests::dray::{Dray, Start, rule};
 use dray_tests::http::{Answer, get, head};
 use dray_tests::image::{Image, noise};
-use dray_tests::origin::{Content, Fault, Origin, Request, Response};
+use dray_tests::upstream::{Content, Fault, Request, Response, TestUpstream};
 
 /// One layer of 2 MB behind an origin whose blob answers are spoiled; the number of the blob
 /// request comes along.
-async fn rig(spoil: impl Fn(usize, &Request, Response) -> Response + Send + Sync + 'static) -> (Origin, Dray, Image) {
+async fn rig(
+    spoil: impl Fn(usize, &Request, Response) -> Response + Send + Sync + 'static,
+) -> (TestUpstream, Dray, Image) {
     let image = Image::new(1, &[2_000_000]);
     let count = AtomicUsize::new(0);
-    let origin = Origin::start(&[("library/app", "1", &image)], move |request, response| {
+    let upstream = TestUpstream::start(&[("library/app", "1", &image)], move |request, response| {
         if request.is_blob() && request.method == "GET" {
             spoil(count.fetch_add(1, Ordering::SeqCst), request, response)
         } else {
@@ -21,8 +23,8 @@ async fn rig(spoil: impl Fn(usize, &Request, Response) -> Response + Send + Sync
         }
     })
     .await;
-    let dray = Start::with_upstream("docker.io", &origin.url()).run();
-    (origin, dray, image)
+    let dray = Start::with_upstream("docker.io", &upstream.url()).run();
+    (upstream, dray, image)
 }
 
 fn blob_path(image: &Image) -> String {
@@ -42,13 +44,13 @@ fn assert_right(answer: &Answer, image: &Image) {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_body_that_breaks_goes_on_unnoticed() {
     for fault in [Fault::CutAfter(700_000), Fault::ResetAfter(700_000), Fault::CutAfter(0)] {
-        let (origin, dray, image) = rig(move |nth, _, response| match nth {
+        let (upstream, dray, image) = rig(move |nth, _, response| match nth {
             0 | 1 => response.fault(fault),
             _ => response,
         })
         .await;
         assert_right(&pull(&dray, &image).await, &image);
-        let starts: Vec<_> = origin.requests().iter().filter(|r| r.is_blob()).map(Request::range_start).collect();
+        let starts: Vec<_> = upstream.requests().iter().filter(|r| r.is_blob()).map(Request::range_start).collect();
         assert_eq!(starts.len(), 3, "{fault:?}: {starts:?}");
         let by_range = starts[1..].iter().any(Option::is_some);
         assert_eq!(by_range, fault != Fault::CutAfter(0), "{fault:?}: {starts:?}");
@@ -56,8 +58,8 @@ async fn a_body_that_breaks_goes_on_unnoticed() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_stalling_origin_is_changed() {
-    let (_origin, dray, image) = rig(|nth, _, response| match nth {
+async fn a_stalling_upstream_is_changed() {
+    let (_upstream, dray, image) = rig(|nth, _, response| match nth {
         0 => response.fault(Fault::StallAfter(700_000)),
         _ => response,
     })
@@ -66,10 +68,10 @@ async fn a_stalling_origin_is_changed() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_origin_without_ranges_is_read_again_and_skipped() {
+async fn an_upstream_without_ranges_is_read_again_and_skipped() {
     let whole = Image::new(1, &[2_000_000]);
     let content = Content::new(&[("library/app", "1", &whole)]);
-    let (_origin, dray, image) = rig(move |nth, request, _| {
+    let (_upstream, dray, image) = rig(move |nth, request, _| {
         let plain = Request { headers: Default::default(), ..request.clone() };
         let answer = content.answer(&plain);
         if nth == 0 { answer.fault(Fault::CutAfter(900_000)) } else { answer }
@@ -80,7 +82,7 @@ async fn an_origin_without_ranges_is_read_again_and_skipped() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_lying_range_is_not_believed() {
-    let (_origin, dray, image) = rig(|nth, request, response| match (nth, request.range_start()) {
+    let (_upstream, dray, image) = rig(|nth, request, response| match (nth, request.range_start()) {
         (0, _) => response.fault(Fault::CutAfter(900_000)),
         // 206, but for bytes that nobody asked for.
         (1, Some(start)) => {
@@ -97,7 +99,7 @@ async fn a_lying_range_is_not_believed() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn wrong_bytes_never_leave_whole() {
-    let (_origin, dray, image) = rig(|_, _, response| {
+    let (_upstream, dray, image) = rig(|_, _, response| {
         let last = response.body.len() - 1;
         response.flipped(last / 2)
     })
@@ -115,7 +117,7 @@ async fn wrong_bytes_never_leave_whole() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_right_end_never_completes_a_wrong_beginning() {
-    let (_origin, dray, image) = rig(|nth, _, response| {
+    let (_upstream, dray, image) = rig(|nth, _, response| {
         let mut bytes = response.body.to_vec();
         bytes[500] ^= u8::from(nth == 0);
         Response { body: bytes.into(), ..response }
@@ -132,13 +134,13 @@ async fn a_right_end_never_completes_a_wrong_beginning() {
 #[tokio::test(flavor = "multi_thread")]
 async fn nor_for_a_client_that_does_not_say_which_registry() {
     let image = Image::new(1, &[2_000_000]);
-    let origin = Origin::start(&[("team/app", "1", &image)], |request, response| match request.is_blob() {
+    let upstream = TestUpstream::start(&[("team/app", "1", &image)], |request, response| match request.is_blob() {
         true => response.flipped(0),
         false => response,
     })
     .await;
-    let hub = Origin::answering(|_| Response::new(404, "")).await;
-    let dray = Start::new([rule("ghcr.io", &origin.url()), rule("docker.io", &hub.url())].concat()).run();
+    let hub = TestUpstream::answering(|_| Response::new(404, "")).await;
+    let dray = Start::new([rule("ghcr.io", &upstream.url()), rule("docker.io", &hub.url())].concat()).run();
     assert_eq!(dray.get("/v2/team/app/manifests/1?ns=ghcr.io").await.status, 200);
     let path = format!("/v2/team/app/blobs/{}", image.layer().0);
     let first = dray.get(&path).await;
@@ -149,8 +151,8 @@ async fn nor_for_a_client_that_does_not_say_which_registry() {
 #[tokio::test(flavor = "multi_thread")]
 async fn one_registry_spoils_nothing_for_another() {
     let image = Image::new(1, &[2_000_000, 1000]);
-    let honest = Origin::start(&[("team/app", "1", &image)], |_, r| r).await;
-    let evil = Origin::start(&[("team/app", "1", &image)], |request, response| match request.is_blob() {
+    let honest = TestUpstream::start(&[("team/app", "1", &image)], |_, r| r).await;
+    let evil = TestUpstream::start(&[("team/app", "1", &image)], |request, response| match request.is_blob() {
         // Large ones come with wrong bytes, small ones hardly at all.
         true if response.body.len() > 1_000_000 => {
             Response { body: vec![0; response.body.len()].into(), ..response }.fault(Fault::GateAfter(1_000_000))
@@ -179,17 +181,17 @@ async fn one_registry_spoils_nothing_for_another() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_byte_a_connection_ends_soon() {
-    let (origin, dray, image) = rig(|_, _, response| response.fault(Fault::CutAfter(1))).await;
+    let (upstream, dray, image) = rig(|_, _, response| response.fault(Fault::CutAfter(1))).await;
     let answer = pull(&dray, &image).await;
     assert!(!answer.complete);
-    assert!(origin.count("GET", "/blobs/") <= 10, "{}", origin.count("GET", "/blobs/"));
+    assert!(upstream.count("GET", "/blobs/") <= 10, "{}", upstream.count("GET", "/blobs/"));
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_silent_upstream_is_left_for_the_next() {
     let image = Image::new(1, &[2_000_000]);
-    let silent = Origin::answering(|_| Response::new(200, "").fault(Fault::Silent)).await;
-    let honest = Origin::start(&[("library/app", "1", &image)], |_, r| r).await;
+    let silent = TestUpstream::answering(|_| Response::new(200, "").fault(Fault::Silent)).await;
+    let honest = TestUpstream::start(&[("library/app", "1", &image)], |_, r| r).await;
     let config =
         format!("[[registry]]\nmatch = \"docker.io\"\nupstreams = [\"{}\", \"{}\"]\n", silent.url(), honest.url());
     let dray = Start::new(config).run();
@@ -201,7 +203,7 @@ async fn a_silent_upstream_is_left_for_the_next() {
 #[tokio::test(flavor = "multi_thread")]
 async fn wrong_lengths() {
     // Announces more than it has, every time: the client is told, and not left hanging.
-    let (_origin, dray, image) = rig(|_, _, response| {
+    let (_upstream, dray, image) = rig(|_, _, response| {
         let announced = response.body.len() + 10;
         response.with("content-length", announced).fault(Fault::CutAfter(usize::MAX))
     })
@@ -209,7 +211,7 @@ async fn wrong_lengths() {
     let answer = pull(&dray, &image).await;
     assert!(!answer.complete || answer.status >= 500);
     // No length, and chunks that end in the middle.
-    let (_origin, dray, image) = rig(|_, _, response| {
+    let (_upstream, dray, image) = rig(|_, _, response| {
         Response::new(200, format!("{:x}\r\n", response.body.len())).with("transfer-encoding", "chunked")
     })
     .await;
@@ -218,28 +220,30 @@ async fn wrong_lengths() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn refusals_of_the_origin_have_a_status_that_helps() {
-    for (origin_says, client_sees) in
+async fn refusals_of_the_upstream_have_a_status_that_helps() {
+    for (upstream_says, client_sees) in
         [(404, 404), (410, 410), (403, 403), (401, 403), (429, 503), (500, 503), (503, 503), (400, 400), (304, 502)]
     {
-        let (_origin, dray, image) = rig(move |_, _, _| Response::new(origin_says, "").with("retry-after", 60)).await;
+        let (_upstream, dray, image) =
+            rig(move |_, _, _| Response::new(upstream_says, "").with("retry-after", 60)).await;
         let answer = pull(&dray, &image).await;
-        assert_eq!(answer.status, client_sees, "for {origin_says}");
+        assert_eq!(answer.status, client_sees, "for {upstream_says}");
         assert_eq!(answer.header("retry-after"), None, "podman would wait");
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn passing_trouble_is_tried_again() {
-    let (origin, dray, image) = rig(|nth, _, response| if nth == 0 { Response::new(502, "") } else { response }).await;
+    let (upstream, dray, image) =
+        rig(|nth, _, response| if nth == 0 { Response::new(502, "") } else { response }).await;
     assert_right(&pull(&dray, &image).await, &image);
-    assert_eq!(origin.count("GET", "/blobs/"), 2);
+    assert_eq!(upstream.count("GET", "/blobs/"), 2);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_origin_that_is_off_is_refused_soon() {
-    let (origin, dray, image) = rig(|_, _, response| response).await;
-    drop(origin);
+async fn an_upstream_that_is_off_is_refused_soon() {
+    let (upstream, dray, image) = rig(|_, _, response| response).await;
+    drop(upstream);
     let answer = pull(&dray, &image).await;
     assert_eq!((answer.status, answer.code().as_str()), (503, "UNAVAILABLE"));
 }
@@ -247,8 +251,9 @@ async fn an_origin_that_is_off_is_refused_soon() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_slow_drip_still_arrives() {
     let image = Image::new(1, &[1000]);
-    let origin = Origin::start(&[("library/app", "1", &image)], |_, response| response.fault(Fault::Drip)).await;
-    let dray = Start::with_upstream("docker.io", &origin.url()).run();
+    let upstream =
+        TestUpstream::start(&[("library/app", "1", &image)], |_, response| response.fault(Fault::Drip)).await;
+    let dray = Start::with_upstream("docker.io", &upstream.url()).run();
     let (layer, bytes) = image.layer();
     assert_eq!(&dray.get("/v2/library/app/manifests/1?ns=docker.io").await.body, image.index());
     assert_eq!(&dray.get(&format!("/v2/library/app/blobs/{layer}?ns=docker.io")).await.body, bytes);
@@ -266,11 +271,11 @@ async fn manifests_that_lie_or_are_huge_are_refused() {
         ),
         (Box::new(|r: Response| Response { body: vec![b' '; 5 << 20].into(), ..r }), 502),
     ] {
-        let origin = Origin::start(&[("library/app", "1", &image)], move |request, response| {
+        let upstream = TestUpstream::start(&[("library/app", "1", &image)], move |request, response| {
             if request.method == "GET" { spoil(response) } else { response }
         })
         .await;
-        let dray = Start::with_upstream("docker.io", &origin.url()).run();
+        let dray = Start::with_upstream("docker.io", &upstream.url()).run();
         for (reference, status) in [("1", by_tag), (image.digest.as_str(), 502)] {
             let answer = dray.get(&format!("/v2/library/app/manifests/{reference}?ns=docker.io")).await;
             assert_eq!(answer.status, status, "{reference}: {}", answer.text());
@@ -282,19 +287,21 @@ async fn manifests_that_lie_or_are_huge_are_refused() {
 async fn a_tag_is_what_its_bytes_hash_to() {
     let image = Image::new(1, &[1000]);
     // HEAD is refused, so the bytes themselves must tell; the header is wrong, or missing.
-    let wrong = Origin::start(&[("library/app", "1", &image)], |request, response| match request.method.as_str() {
-        "HEAD" => Response::new(405, ""),
-        _ => response.with("docker-content-digest", dray_tests::image::digest(b"other")),
-    })
-    .await;
+    let wrong =
+        TestUpstream::start(&[("library/app", "1", &image)], |request, response| match request.method.as_str() {
+            "HEAD" => Response::new(405, ""),
+            _ => response.with("docker-content-digest", dray_tests::image::digest(b"other")),
+        })
+        .await;
     let dray = Start::with_upstream("docker.io", &wrong.url()).run();
     let answer = dray.get("/v2/library/app/manifests/1?ns=docker.io").await;
     assert_eq!((answer.status, answer.header("docker-content-digest")), (200, Some(image.digest.as_str())));
-    let honest = Origin::start(&[("library/app", "1", &image)], |request, response| match request.method.as_str() {
-        "HEAD" => Response::new(405, ""),
-        _ => response.without("docker-content-digest"),
-    })
-    .await;
+    let honest =
+        TestUpstream::start(&[("library/app", "1", &image)], |request, response| match request.method.as_str() {
+            "HEAD" => Response::new(405, ""),
+            _ => response.without("docker-content-digest"),
+        })
+        .await;
     let dray = Start::with_upstream("docker.io", &honest.url()).run();
     let answer = head(&dray.url("/v2/library/app/manifests/1?ns=docker.io")).await;
     assert_eq!((answer.status, answer.header("docker-content-digest")), (200, Some(image.digest.as_str())));
@@ -307,7 +314,7 @@ async fn redirects_are_followed_reused_and_asked_for_again() {
     let expired = Arc::new(AtomicUsize::new(0));
     let (cdn_content, expiry) = (content.clone(), expired.clone());
     // The CDN lies on the same host and port, as it is written in the configuration.
-    let origin = Origin::answering(move |request| {
+    let upstream = TestUpstream::answering(move |request| {
         if let Some(path) = request.path.strip_prefix("/cdn") {
             let (path, signature) = path.split_once("?signature=").unwrap();
             if signature != expiry.load(Ordering::SeqCst).to_string() {
@@ -322,7 +329,7 @@ async fn redirects_are_followed_reused_and_asked_for_again() {
         content.answer(request)
     })
     .await;
-    let dray = Start::with_upstream("docker.io", &origin.url()).run();
+    let dray = Start::with_upstream("docker.io", &upstream.url()).run();
     let path = blob_path(&image);
     let bytes = image.layer().1;
     let part = |from: usize| format!("bytes={from}-{}", from + 99);
@@ -331,7 +338,7 @@ async fn redirects_are_followed_reused_and_asked_for_again() {
         assert_eq!((answer.status, &answer.body[..]), (206, &bytes[from..from + 100]));
     }
     assert_eq!(
-        origin.count("GET", "/v2/library/app/blobs") - origin.count("GET", "/cdn"),
+        upstream.count("GET", "/v2/library/app/blobs") - upstream.count("GET", "/cdn"),
         1,
         "asked once, reused twice"
     );
@@ -342,7 +349,7 @@ async fn redirects_are_followed_reused_and_asked_for_again() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn redirects_in_circles_and_to_private_addresses_are_refused() {
-    let secret = Origin::answering(|_| Response::new(200, noise(1, 1000))).await;
+    let secret = TestUpstream::answering(|_| Response::new(200, noise(1, 1000))).await;
     let inside = secret.url();
     for target in [
         "/v2/library/app/blobs/x",
@@ -353,7 +360,7 @@ async fn redirects_in_circles_and_to_private_addresses_are_refused() {
         "",
     ] {
         let location = target.to_owned();
-        let (_origin, dray, image) = rig(move |_, _, _| Response::new(307, "").with("location", &location)).await;
+        let (_upstream, dray, image) = rig(move |_, _, _| Response::new(307, "").with("location", &location)).await;
         // Either the origin makes no sense, or the guard says no.
         let answer = pull(&dray, &image).await;
         assert!(matches!(answer.status, 502 | 403), "{target}: {}", answer.status);
@@ -364,8 +371,8 @@ async fn redirects_in_circles_and_to_private_addresses_are_refused() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_second_upstream_takes_over() {
     let image = Image::new(1, &[2_000_000]);
-    let limited = Origin::answering(|_| Response::new(429, "")).await;
-    let honest = Origin::start(&[("library/app", "1", &image)], |_, r| r).await;
+    let limited = TestUpstream::answering(|_| Response::new(429, "")).await;
+    let honest = TestUpstream::start(&[("library/app", "1", &image)], |_, r| r).await;
     let config = format!(
         "[[registry]]\nmatch = \"docker.io\"\nupstreams = [\"http://127.0.0.1:1\", \"{}\", \"{}\"]\n",
         limited.url(),

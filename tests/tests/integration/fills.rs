@@ -6,21 +6,21 @@ use dray_tests::dray::{Dray, Start, rule};
 use dray_tests::eventually;
 use dray_tests::http::client;
 use dray_tests::image::Image;
-use dray_tests::origin::{Fault, Origin};
+use dray_tests::upstream::{Fault, TestUpstream};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::task::JoinSet;
 
 const SIZE: usize = 4_000_000;
 
-async fn rig(fault: Fault) -> (Origin, Dray, Image) {
+async fn rig(fault: Fault) -> (TestUpstream, Dray, Image) {
     let image = Image::new(1, &[SIZE]);
-    let origin = Origin::start(&[("library/app", "1", &image)], move |request, response| {
+    let upstream = TestUpstream::start(&[("library/app", "1", &image)], move |request, response| {
         if request.is_blob() { response.fault(fault) } else { response }
     })
     .await;
-    let dray = Start::with_upstream("docker.io", &origin.url()).run();
-    (origin, dray, image)
+    let dray = Start::with_upstream("docker.io", &upstream.url()).run();
+    (upstream, dray, image)
 }
 
 fn path(image: &Image) -> String {
@@ -37,7 +37,7 @@ async fn ask(dray: &Dray, image: &Image) -> TcpStream {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_hundred_clients_and_one_fetch() {
-    let (origin, dray, image) = rig(Fault::GateAfter(1000)).await;
+    let (upstream, dray, image) = rig(Fault::GateAfter(1000)).await;
     let url = dray.url(&path(&image));
     let mut pulls = JoinSet::new();
     for nth in 0..100 {
@@ -53,21 +53,21 @@ async fn a_hundred_clients_and_one_fetch() {
             (skip, answer.headers()["x-dray-source"].clone(), answer.bytes().await.unwrap())
         });
     }
-    eventually("the origin is asked", async || (origin.count("GET", "/blobs/") > 0).then_some(())).await;
-    origin.open_gate();
+    eventually("the origin is asked", async || (upstream.count("GET", "/blobs/") > 0).then_some(())).await;
+    upstream.open_gate();
     let bytes = image.layer().1;
     while let Some(pulled) = pulls.join_next().await {
         let (skip, source, body) = pulled.unwrap();
         assert!(body == bytes.slice(skip..), "wrong bytes");
         assert!(source == "origin" || source == "disk");
     }
-    assert_eq!(origin.count("GET", "/blobs/"), 1);
-    assert_eq!(origin.sent(), bytes.len() as u64);
+    assert_eq!(upstream.count("GET", "/blobs/"), 1);
+    assert_eq!(upstream.sent(), bytes.len() as u64);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn readers_that_leave_stall_or_crawl_disturb_nobody() {
-    let (origin, dray, image) = rig(Fault::GateAfter(2_000_000)).await;
+    let (upstream, dray, image) = rig(Fault::GateAfter(2_000_000)).await;
     let leaver = ask(&dray, &image).await;
     let staller = ask(&dray, &image).await;
     let mut crawler = ask(&dray, &image).await;
@@ -81,25 +81,25 @@ async fn readers_that_leave_stall_or_crawl_disturb_nobody() {
     });
     dray.fill_begins().await;
     drop(leaver);
-    origin.open_gate();
+    upstream.open_gate();
     let answer = dray.get(&path(&image)).await;
     assert!(answer.complete && answer.body == image.layer().1);
     let (count, _still_open) = crawl.await.unwrap();
     assert_eq!(count, 20_000);
     drop(staller);
-    assert_eq!(origin.count("GET", "/blobs/"), 1);
+    assert_eq!(upstream.count("GET", "/blobs/"), 1);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_fill_whose_only_reader_left_still_ends() {
-    let (origin, dray, image) = rig(Fault::GateAfter(2_000_000)).await;
+    let (upstream, dray, image) = rig(Fault::GateAfter(2_000_000)).await;
     let mut only = ask(&dray, &image).await;
     let mut some = vec![0; 100_000];
     only.read_exact(&mut some).await.unwrap();
     drop(only);
-    origin.open_gate();
+    upstream.open_gate();
     dray.fills_end().await;
-    drop(origin);
+    drop(upstream);
     let answer = dray.get(&path(&image)).await;
     assert_eq!((answer.status, answer.source()), (200, "disk"));
     assert!(answer.body == image.layer().1);
@@ -107,13 +107,13 @@ async fn a_fill_whose_only_reader_left_still_ends() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn readers_follow_while_the_blob_grows() {
-    let (origin, dray, image) = rig(Fault::GateAfter(2_000_000)).await;
+    let (upstream, dray, image) = rig(Fault::GateAfter(2_000_000)).await;
     let mut reader = ask(&dray, &image).await;
     // More than a million bytes arrive although the origin holds back the rest.
     let mut first = vec![0; 1_000_000];
     tokio::time::timeout(Duration::from_secs(20), reader.read_exact(&mut first)).await.unwrap().unwrap();
     assert_eq!(dray.metric("dray_fills{state=\"running\"}").await, 1);
-    origin.open_gate();
+    upstream.open_gate();
     let mut rest = Vec::new();
     reader.read_to_end(&mut rest).await.unwrap();
     first.extend(rest);
@@ -123,7 +123,7 @@ async fn readers_follow_while_the_blob_grows() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn pulls_under_way_end_before_a_stopping_dray_does() {
-    let (origin, mut dray, image) = rig(Fault::GateAfter(2_000_000)).await;
+    let (upstream, mut dray, image) = rig(Fault::GateAfter(2_000_000)).await;
     let mut reader = ask(&dray, &image).await;
     let mut head = [0; 1000];
     reader.read_exact(&mut head).await.unwrap();
@@ -134,7 +134,7 @@ async fn pulls_under_way_end_before_a_stopping_dray_does() {
         answer.map_or(true, |answer| answer.status() == 503).then_some(())
     })
     .await;
-    origin.open_gate();
+    upstream.open_gate();
     let mut rest = Vec::new();
     reader.read_to_end(&mut rest).await.unwrap();
     let body = head.windows(4).position(|w| w == b"\r\n\r\n").unwrap() + 4;
@@ -145,11 +145,12 @@ async fn pulls_under_way_end_before_a_stopping_dray_does() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_registry_that_never_ends_takes_no_more_than_its_share() {
     let image = Image::new(1, &[SIZE]);
-    let stuck =
-        Origin::answering(|_| dray_tests::origin::Response::new(200, vec![0; 200_000]).fault(Fault::StallAfter(1000)))
-            .await;
-    let honest = Origin::start(&[("library/app", "1", &image)], |_, r| r).await;
-    let rules = [("stuck.example", &stuck), ("docker.io", &honest)].map(|(name, origin)| rule(name, &origin.url()));
+    let stuck = TestUpstream::answering(|_| {
+        dray_tests::upstream::Response::new(200, vec![0; 200_000]).fault(Fault::StallAfter(1000))
+    })
+    .await;
+    let honest = TestUpstream::start(&[("library/app", "1", &image)], |_, r| r).await;
+    let rules = [("stuck.example", &stuck), ("docker.io", &honest)].map(|(name, upstream)| rule(name, &upstream.url()));
     let dray = Start::new(rules.concat()).run();
     let mut waiting = JoinSet::new();
     for n in 0..600_u32 {

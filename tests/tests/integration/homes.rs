@@ -3,13 +3,13 @@
 use dray_tests::dray::{Dray, Start, rule};
 use dray_tests::http::{Answer, get};
 use dray_tests::image::Image;
-use dray_tests::origin::Origin;
+use dray_tests::upstream::TestUpstream;
 
 /// Somebody's registry, one of somebody else who has its layer as well, with wrong bytes, and a Docker Hub without it.
 struct Rig {
-    real: Origin,
-    evil: Origin,
-    _hub: Origin,
+    real: TestUpstream,
+    evil: TestUpstream,
+    _hub: TestUpstream,
     dray: Dray,
     image: Image,
     others: Image,
@@ -18,14 +18,15 @@ struct Rig {
 impl Rig {
     async fn new() -> Self {
         let (image, others) = (Image::new(1, &[12_000_000]), Image::new(2, &[1000]));
-        let real = Origin::start(&[("team/app", "1", &image)], |_, r| r).await;
+        let real = TestUpstream::start(&[("team/app", "1", &image)], |_, r| r).await;
         let content = [("team/app", "1", &image), ("team/app", "2", &others)];
-        let evil = Origin::start(&content, |request, response| match request.is_blob() && response.body.len() > 1000 {
-            true => response.flipped(500),
-            false => response,
-        })
-        .await;
-        let hub = Origin::start(&[], |_, r| r).await;
+        let evil =
+            TestUpstream::start(&content, |request, response| match request.is_blob() && response.body.len() > 1000 {
+                true => response.flipped(500),
+                false => response,
+            })
+            .await;
+        let hub = TestUpstream::start(&[], |_, r| r).await;
         let rules =
             [("ghcr.io", &real), ("evil.example", &evil), ("docker.io", &hub)].map(|(name, at)| rule(name, &at.url()));
         let dray = Start::new(rules.concat()).run();

@@ -8,7 +8,7 @@ use std::time::Duration;
 use dray_tests::dns::Dns;
 use dray_tests::dray::{Dray, Start};
 use dray_tests::image::Image;
-use dray_tests::origin::Origin;
+use dray_tests::upstream::TestUpstream;
 use futures_util::StreamExt;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
@@ -233,10 +233,10 @@ fn mutated(random: &mut fastrand::Rng, digest: &str) -> Vec<u8> {
 #[tokio::test(flavor = "multi_thread")]
 async fn ten_thousand_malformed_requests_leave_no_trace() {
     let image = Image::new(1, &[300_000, 1000]);
-    let origin = Origin::start(&[("library/app", "1", &image)], |_, response| response).await;
+    let upstream = TestUpstream::start(&[("library/app", "1", &image)], |_, response| response).await;
     let config = format!(
         "[access]\nunlisted = \"deny\"\n[[registry]]\nmatch = \"docker.io\"\nupstreams = [\"{}\"]\n",
-        origin.url()
+        upstream.url()
     );
     let dray = Start::new(config).env("DRAY_LOG", "warn").run();
     let mut random = fastrand::Rng::with_seed(20_261_126);
@@ -266,13 +266,13 @@ async fn ten_thousand_malformed_requests_leave_no_trace() {
 async fn what_a_registry_says_beside_its_content_is_not_kept_at_any_length() {
     let huge = "x".repeat(300_000);
     let asks = AtomicUsize::new(0);
-    let registry = Origin::answering(move |request| {
+    let registry = TestUpstream::answering(move |request| {
         let nth = asks.fetch_add(1, Ordering::SeqCst);
         let digits: String = request.path.chars().filter(char::is_ascii_digit).collect();
         match nth % 2 {
             // Neither JSON nor a type that anybody has.
-            0 => dray_tests::origin::Response::new(200, digits).with("content-type", format!("a/{huge}")),
-            _ => dray_tests::origin::Response::new(401, "")
+            0 => dray_tests::upstream::Response::new(200, digits).with("content-type", format!("a/{huge}")),
+            _ => dray_tests::upstream::Response::new(401, "")
                 .with("www-authenticate", format!("Bearer realm=\"http://127.0.0.1:1/\",service=\"{huge}\"")),
         }
     })

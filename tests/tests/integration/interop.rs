@@ -14,7 +14,7 @@ mod tls;
 use dray_tests::dray::{Dray, Start, rule};
 use dray_tests::http::{Answer, get};
 use dray_tests::image::Image;
-use dray_tests::origin::{Content, Origin, Request, Response};
+use dray_tests::upstream::{Content, Request, Response, TestUpstream};
 
 /// How a client names the registry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,19 +39,22 @@ impl Form {
 }
 
 /// The same path at the upstream itself.
-async fn directly(upstream: &Origin, below: &str) -> Answer {
+async fn directly(upstream: &TestUpstream, below: &str) -> Answer {
     get(&format!("{}/v2/a/app/{below}", upstream.url()), &[]).await
 }
 
 /// A dray whose tags are asked for anew each time.
-fn dray_of(upstream: &Origin) -> Dray {
+fn dray_of(upstream: &TestUpstream) -> Dray {
     Start::new(rule(REGISTRY, &upstream.url()) + "tag_ttl = \"0s\"\nnegative_ttl = \"0s\"\n").run()
 }
 
 /// An upstream with one image as `a/app:1`, whose responses are spoiled.
-async fn upstream_of(image: &Image, spoil: impl Fn(&Request, Response) -> Response + Send + Sync + 'static) -> Origin {
+async fn upstream_of(
+    image: &Image,
+    spoil: impl Fn(&Request, Response) -> Response + Send + Sync + 'static,
+) -> TestUpstream {
     let content = Content::new(&[("a/app", "1", image)]);
-    Origin::answering(move |request| spoil(request, content.answer(request))).await
+    TestUpstream::answering(move |request| spoil(request, content.answer(request))).await
 }
 
 /// Pulls the image as a client does: tag, manifests, blobs.

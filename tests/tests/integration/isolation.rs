@@ -8,7 +8,7 @@ use dray_tests::eventually;
 use dray_tests::held_disk::HeldDisk;
 use dray_tests::http::get;
 use dray_tests::image::{Image, noise};
-use dray_tests::origin::{Content, Fault, Origin, Response};
+use dray_tests::upstream::{Content, Fault, Response, TestUpstream};
 use futures_util::future::join_all;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpSocket, TcpStream};
@@ -35,9 +35,9 @@ async fn flood(to: SocketAddr, each: usize, sent: impl Fn(usize) -> String) -> V
 }
 
 /// A registry that serves an image, beside any number of others.
-async fn honest(image: &Image) -> (Origin, String) {
+async fn honest(image: &Image) -> (TestUpstream, String) {
     let content = Content::new(&[("a/app", "1", image)]);
-    let origin = Origin::answering(move |request| content.answer(request)).await;
+    let origin = TestUpstream::answering(move |request| content.answer(request)).await;
     let rule = rule("honest.example", &origin.url());
     (origin, rule)
 }
@@ -65,8 +65,8 @@ fn digest(nth: usize) -> String {
 #[tokio::test(flavor = "multi_thread")]
 async fn silent_registries_leave_room_for_others() {
     let image = Image::new(1, &[400_000, 1_000]);
-    let (_origin, honest_rule) = honest(&image).await;
-    let silent = Origin::answering(|_| Response::new(200, "").fault(Fault::Silent)).await;
+    let (_upstream, honest_rule) = honest(&image).await;
+    let silent = TestUpstream::answering(|_| Response::new(200, "").fault(Fault::Silent)).await;
     let rules = (0..4).map(|nth| rule(&format!("silent{nth}.example"), &silent.url())).collect::<String>();
     let dray = Start::new(honest_rule + &rules).run();
     let request = |nth: usize| {
@@ -86,7 +86,7 @@ async fn trickling_registries_do_not_end_caching() {
     let image = Image::new(1, &[400_000, 2_000_000]);
     let (origin, honest_rule) = honest(&image).await;
     let large = noise(1, 31 << 20);
-    let trickling = Origin::answering(move |request| match request.is_blob() {
+    let trickling = TestUpstream::answering(move |request| match request.is_blob() {
         true => Response::new(200, large.clone()).fault(Fault::SlowUntilGate(2_500)),
         false => Response::new(404, ""),
     })
@@ -109,7 +109,7 @@ async fn trickling_registries_do_not_end_caching() {
 #[tokio::test(flavor = "multi_thread")]
 async fn connections_of_two_hosts_leave_room_for_others() {
     let image = Image::new(1, &[1_000]);
-    let (_origin, rule) = honest(&image).await;
+    let (_upstream, rule) = honest(&image).await;
     let port = dray_tests::process::free_port();
     let peers = format!("[peers]\nlisten = \"127.0.0.1:{port}\"\nstatic = [\"127.0.0.1:{port}\"]\n");
     let dray = Start::new(rule + &peers).run();
@@ -134,7 +134,7 @@ async fn connections_of_two_hosts_leave_room_for_others() {
 async fn one_odd_name_does_not_take_its_registry_down() {
     let image = Image::new(1, &[400_000]);
     let content = Content::new(&[("a/app", "1", &image)]);
-    let upstream = Origin::answering(move |request| match request.path.contains("/odd/") {
+    let upstream = TestUpstream::answering(move |request| match request.path.contains("/odd/") {
         true => Response::new(200, "x").fault(Fault::ResetAfter(0)),
         false => content.answer(request),
     })
@@ -192,8 +192,8 @@ async fn one_odd_name_does_not_take_its_registry_down() {
 #[tokio::test(flavor = "multi_thread")]
 async fn announced_length_evicts_nothing() {
     let image = Image::new(1, &[12_000_000, 9_000_000]);
-    let (_origin, honest_rule) = honest(&image).await;
-    let lying = Origin::answering(|request| match request.is_blob() {
+    let (_upstream, honest_rule) = honest(&image).await;
+    let lying = TestUpstream::answering(|request| match request.is_blob() {
         true => {
             Response::new(200, noise(1, 100_000)).with("content-length", 90_000_000).fault(Fault::StallAfter(100_000))
         }
@@ -219,7 +219,7 @@ async fn announced_length_evicts_nothing() {
 async fn hanging_disk_holds_up_only_what_reads_it() {
     let [served, hanging] = [1, 2].map(|seed| Image::new(seed, &[400_000, 700_000]));
     let content = Content::new(&[("a/app", "1", &served), ("b/app", "1", &hanging)]);
-    let origin = Origin::answering(move |request| content.answer(request)).await;
+    let origin = TestUpstream::answering(move |request| content.answer(request)).await;
     let dray = Start::new(rule("honest.example", &origin.url())).run();
     let path = |repository: &str, below: &str| format!("/v2/{repository}/{below}?ns=honest.example");
     for (repository, image) in [("a/app", &served), ("b/app", &hanging)] {

@@ -4,13 +4,13 @@
 use dray_tests::dray::{Dray, Start};
 use dray_tests::http::{Answer, get, head};
 use dray_tests::image::Image;
-use dray_tests::origin::{Origin, Request};
+use dray_tests::upstream::{Request, TestUpstream};
 
-async fn rig() -> (Origin, Dray, Image) {
+async fn rig() -> (TestUpstream, Dray, Image) {
     let image = Image::new(1, &[12_000_000]);
-    let origin = Origin::start(&[("library/app", "1", &image)], |_, r| r).await;
-    let dray = Start::with_upstream("docker.io", &origin.url()).run();
-    (origin, dray, image)
+    let upstream = TestUpstream::start(&[("library/app", "1", &image)], |_, r| r).await;
+    let dray = Start::with_upstream("docker.io", &upstream.url()).run();
+    (upstream, dray, image)
 }
 
 fn url(dray: &Dray, image: &Image) -> String {
@@ -45,7 +45,7 @@ fn parts(answer: &Answer) -> Vec<(String, Vec<u8>)> {
 /// request, and the probe again each minute.
 #[tokio::test(flavor = "multi_thread")]
 async fn stargz_reads_chunks_by_several_ranges() {
-    let (origin, dray, image) = rig().await;
+    let (upstream, dray, image) = rig().await;
     let (url, bytes) = (url(&dray, &image), image.layer().1);
     let total = bytes.len();
     let probe = read(&url, "bytes=0-1").await;
@@ -67,7 +67,7 @@ async fn stargz_reads_chunks_by_several_ranges() {
             assert!(body[..] == bytes[start..end], "{state}: wrong bytes of {range}");
         }
         if state == "cold" {
-            assert_eq!(origin.sent(), 150_004, "nothing but what was asked for");
+            assert_eq!(upstream.sent(), 150_004, "nothing but what was asked for");
             assert!(dray.get(&format!("/v2/library/app/blobs/{}", image.layer().0)).await.complete);
             dray.fills_end().await;
         }
@@ -77,7 +77,7 @@ async fn stargz_reads_chunks_by_several_ranges() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn sets_that_mean_one_range_or_none() {
-    let (_origin, dray, image) = rig().await;
+    let (_upstream, dray, image) = rig().await;
     let (url, bytes) = (url(&dray, &image), image.layer().1);
     let total = bytes.len();
     for state in ["cold", "warm"] {
@@ -100,17 +100,17 @@ async fn sets_that_mean_one_range_or_none() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn many_ranges_of_nothing_are_one_question() {
-    let (origin, dray, image) = rig().await;
+    let (upstream, dray, image) = rig().await;
     let ranges = (0..200).map(|nth| format!("{}-", 900_000_000 + nth)).collect::<Vec<_>>().join(",");
     let answer = read(&url(&dray, &image), &format!("bytes={ranges}")).await;
     assert_eq!(answer.status, 416);
-    assert!(origin.requests().len() <= 4, "{}", origin.requests().len());
+    assert!(upstream.requests().len() <= 4, "{}", upstream.requests().len());
 }
 
 /// Spans of 4 MiB and a parallel mode with many connections; it insists on Accept-Ranges.
 #[tokio::test(flavor = "multi_thread")]
 async fn soci_reads_spans_on_many_connections() {
-    let (origin, dray, image) = rig().await;
+    let (upstream, dray, image) = rig().await;
     let (url, bytes) = (url(&dray, &image), image.layer().1.clone());
     let total = bytes.len();
     let span = 1 << 20;
@@ -127,15 +127,15 @@ async fn soci_reads_spans_on_many_connections() {
         read.await.unwrap();
     }
     dray.fills_end().await;
-    assert!(origin.sent() <= 2 * total as u64, "{} bytes of {total}", origin.sent());
-    drop(origin);
+    assert!(upstream.sent() <= 2 * total as u64, "{} bytes of {total}", upstream.sent());
+    drop(upstream);
     assert_eq!(read(&url, "bytes=0-1048575").await.source(), "disk");
 }
 
 /// HEAD for the size, single ranges of up to 1 MiB, and streaming reads of the rest.
 #[tokio::test(flavor = "multi_thread")]
 async fn nydusd_reads_single_ranges_and_streams() {
-    let (origin, dray, image) = rig().await;
+    let (upstream, dray, image) = rig().await;
     let (url, bytes) = (url(&dray, &image), image.layer().1);
     let total = bytes.len();
     let size = head(&url).await;
@@ -145,16 +145,16 @@ async fn nydusd_reads_single_ranges_and_streams() {
     );
     let answer = read(&url, "bytes=5000000-5262143").await;
     assert!(answer.status == 206 && answer.body[..] == bytes[5_000_000..5_262_144]);
-    assert_eq!(origin.requests().iter().filter(|request| request.method == "GET").count(), 1, "one round trip");
+    assert_eq!(upstream.requests().iter().filter(|request| request.method == "GET").count(), 1, "one round trip");
     let answer = read(&url, "bytes=11000000-").await;
     assert!(answer.status == 206 && answer.complete && answer.body[..] == bytes[11_000_000..]);
-    let starts: Vec<_> = origin.requests().iter().filter_map(Request::range_start).collect();
+    let starts: Vec<_> = upstream.requests().iter().filter_map(Request::range_start).collect();
     assert_eq!(starts[1], 11_000_000, "what is waited for comes first");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_reader_that_closes_early_disturbs_nobody() {
-    let (_origin, dray, image) = rig().await;
+    let (_upstream, dray, image) = rig().await;
     let url = url(&dray, &image);
     for range in ["bytes=0-", "bytes=1000-2000,5000000-6000000", "bytes=2000000-9000000"] {
         let client = dray_tests::http::client();

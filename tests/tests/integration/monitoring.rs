@@ -7,8 +7,8 @@ use std::process::Command;
 use dray_tests::dray::{Start, rule};
 use dray_tests::http::get;
 use dray_tests::image::Image;
-use dray_tests::origin::{Origin, Response};
 use dray_tests::process::{free_port, run};
+use dray_tests::upstream::{Response, TestUpstream};
 use serde_json::Value;
 
 fn project() -> PathBuf {
@@ -57,18 +57,18 @@ fn the_table_has_every_metric_and_no_other() {
 #[tokio::test(flavor = "multi_thread")]
 async fn metrics_are_what_the_table_says() {
     let image = Image::new(1, &[500_000]);
-    let origin = Origin::start(&[("library/app", "1", &image)], |_, r| {
+    let upstream = TestUpstream::start(&[("library/app", "1", &image)], |_, r| {
         r.with("ratelimit-limit", "100;w=1").with("ratelimit-remaining", "9;w=1")
     })
     .await;
-    let gone = Origin::answering(|_| Response::new(429, "")).await;
+    let gone = TestUpstream::answering(|_| Response::new(429, "")).await;
     let port = free_port();
     let peers = format!("[peers]\nlisten = \"127.0.0.1:{port}\"\nstatic = [\"127.0.0.1:{port}\"]\n");
     let asks = format!("{}access = \"client\"\n", rule("asks.example", &gone.url()));
     let key = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(key.path(), "0123456789abcdef").unwrap();
     let peers = format!("{peers}key_file = \"{}\"\n", key.path().display());
-    let dray = Start::new(rule("docker.io", &origin.url()) + &asks + &peers).run();
+    let dray = Start::new(rule("docker.io", &upstream.url()) + &asks + &peers).run();
     let (layer, bytes) = image.layer();
     for path in ["manifests/1".to_owned(), format!("blobs/{layer}"), format!("blobs/{layer}"), "tags/list".to_owned()] {
         dray.get(&format!("/v2/library/app/{path}?ns=docker.io")).await;

@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use dray_tests::dray::{Dray, Start};
 use dray_tests::image::Image;
-use dray_tests::origin::{Content, Fault, Origin, Request, Response};
 use dray_tests::registry::Registry;
+use dray_tests::upstream::{Content, Fault, Request, Response, TestUpstream};
 use dray_tests::{eventually, eventually_within};
 
 /// How an origin behaves; changed while it runs.
@@ -48,17 +48,18 @@ const RENEWAL: Duration = Duration::from_secs(60);
 const PATH: &str = "/v2/library/app/manifests/1?ns=docker.io";
 
 /// Two tags, of which a test asks for the first while all is well.
-async fn moody() -> (Origin, Moody, Image) {
+async fn moody() -> (TestUpstream, Moody, Image) {
     let image = Image::new(1, &[1000]);
     let content = Content::new(&[("library/app", "1", &image), ("library/app", "2", &image)]);
     let moody = Moody::default();
     let mood = moody.clone();
-    let origin = Origin::answering(move |request| mood.answer(request, |request| content.answer(request))).await;
-    (origin, moody, image)
+    let upstream =
+        TestUpstream::answering(move |request| mood.answer(request, |request| content.answer(request))).await;
+    (upstream, moody, image)
 }
 
-fn rule(upstreams: &[&Origin], more: &str) -> String {
-    let upstreams: Vec<_> = upstreams.iter().map(|origin| format!("\"{}\"", origin.url())).collect();
+fn rule(upstreams: &[&TestUpstream], more: &str) -> String {
+    let upstreams: Vec<_> = upstreams.iter().map(|upstream| format!("\"{}\"", upstream.url())).collect();
     let upstreams = upstreams.join(", ");
     format!(
         "[[registry]]\nmatch = \"docker.io\"\nupstreams = [{upstreams}]\ntag_ttl = \"0s\"\nnegative_ttl = \"0s\"\n{more}"
@@ -79,12 +80,12 @@ async fn a_page_in_place_of_a_manifest_is_no_meaning_of_a_tag() {
     let said = Arc::new(AtomicUsize::new(0));
     let (now, there) = (said.clone(), Content::new(&[("library/app", "1", &image), ("library/app", "2", &image)]));
     let pages = [("text/html; charset=utf-8", "<p>Back soon</p>"), ("application/json", "{\"message\":\"Back soon\"}")];
-    let first = Origin::answering(move |request| match now.load(Ordering::SeqCst).checked_sub(1) {
+    let first = TestUpstream::answering(move |request| match now.load(Ordering::SeqCst).checked_sub(1) {
         None => content.answer(request),
         Some(nth) => Response::new(200, pages[nth].1).with("content-type", pages[nth].0),
     })
     .await;
-    let second = Origin::answering(move |request| there.answer(request)).await;
+    let second = TestUpstream::answering(move |request| there.answer(request)).await;
     let alone = Start::new(rule(&[&first], "")).run();
     let both = Start::new(rule(&[&first, &second], "")).run();
     assert_eq!(alone.get(PATH).await.status, 200);
@@ -108,7 +109,8 @@ async fn a_page_in_place_of_a_manifest_is_no_meaning_of_a_tag() {
 async fn the_log_says_what_is_wrong() {
     let dir = tempfile::tempdir().unwrap();
     let log = dir.path().join("log");
-    let locked = Origin::answering(|_| Response::new(401, "").with("www-authenticate", "Basic realm=\"r\"")).await;
+    let locked =
+        TestUpstream::answering(|_| Response::new(401, "").with("www-authenticate", "Basic realm=\"r\"")).await;
     let config = format!(
         "[[registry]]\nmatch = \"docker.io\"\nupstreams = [\"http://127.0.0.1:1\"]\n\
          [[registry]]\nmatch = \"locked.example\"\nupstreams = [\"{}\"]\n\
@@ -135,9 +137,9 @@ async fn the_log_says_what_is_wrong() {
 /// Clients can name any: nothing of a registry that is missed may depend on how many.
 #[tokio::test(flavor = "multi_thread")]
 async fn hosts_that_nobody_ever_heard_of_hide_no_outage() {
-    let (origin, mood, _) = moody().await;
+    let (upstream, mood, _) = moody().await;
     let dns = "[dns]\nservers = [\"127.0.0.1:1\"]\n";
-    let dray = Start::new(format!("{dns}{}", rule(&[&origin], ""))).run();
+    let dray = Start::new(format!("{dns}{}", rule(&[&upstream], ""))).run();
     assert_eq!(dray.get(PATH).await.status, 200);
     let strangers =
         (0..400).map(async |nth| dray.get(&format!("/v2/a/b/manifests/1?ns=stranger-{nth}.example")).await.status);
@@ -150,19 +152,19 @@ async fn hosts_that_nobody_ever_heard_of_hide_no_outage() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn two_hundred_pulls_under_a_limit_fail_nowhere_and_ask_little() {
-    let (origin, mood, image) = moody().await;
-    let dray = Start::new(rule(&[&origin], "")).run();
+    let (upstream, mood, image) = moody().await;
+    let dray = Start::new(rule(&[&upstream], "")).run();
     assert_eq!(dray.get(PATH).await.status, 200);
-    let labels = format!("{{rule=\"docker.io\",upstream=\"{}\"}}", origin.url());
+    let labels = format!("{{rule=\"docker.io\",upstream=\"{}\"}}", upstream.url());
     let [limit, remaining] = ["", "_remaining"].map(|which| format!("dray_origin_rate_limit{which}{labels}"));
     assert_eq!((dray.metric(&limit).await, dray.metric(&remaining).await), (100, 76));
     mood.is(Mood::Limits);
-    let asked = origin.requests().len();
+    let asked = upstream.requests().len();
     for _ in 0..200 {
         let answer = dray.get(PATH).await;
         assert_eq!((answer.status, answer.source(), &answer.body), (200, "stale", image.index()));
     }
-    let asked = origin.requests().len() - asked;
+    let asked = upstream.requests().len() - asked;
     assert!(asked <= 3, "a limit of seconds, and {asked} questions");
     let reason = "dray_stale_total{reason=\"limited\"}";
     assert_eq!(dray.metric(reason).await, 200);
@@ -180,15 +182,15 @@ async fn who_says_how_much_later_is_asked_then() {
     for status in [429, 503] {
         let (content, seen) = (Content::new(&[("library/app", "1", &image)]), limited.clone());
         seen.store(0, Ordering::SeqCst);
-        let origin = Origin::answering(move |request| match seen.fetch_add(1, Ordering::SeqCst) {
+        let upstream = TestUpstream::answering(move |request| match seen.fetch_add(1, Ordering::SeqCst) {
             0 => Response::new(status, "").with("retry-after", "1"),
             _ => content.answer(request),
         })
         .await;
-        let dray = Start::new(rule(&[&origin], "")).run();
+        let dray = Start::new(rule(&[&upstream], "")).run();
         let answer = dray.get(PATH).await;
         assert_eq!((answer.status, answer.source()), (200, "origin"), "{status}: {}", answer.text());
-        assert_eq!(origin.count("GET", "/manifests/1"), 2, "once in vain");
+        assert_eq!(upstream.count("GET", "/manifests/1"), 2, "once in vain");
     }
 }
 
@@ -202,7 +204,8 @@ async fn a_limited_upstream_is_passed_by_without_being_asked() {
         assert_eq!((answer.status, &answer.body), (200, image.index()));
     }
     // A new tag is fetched at once, a known one is asked for by HEAD; each kind has a limit of its own.
-    let counts = |origin: &Origin| [origin.count("GET", "/manifests/1"), origin.count("HEAD", "/manifests/1")];
+    let counts =
+        |upstream: &TestUpstream| [upstream.count("GET", "/manifests/1"), upstream.count("HEAD", "/manifests/1")];
     assert_eq!((counts(&first), counts(&second)), ([1, 1], [1, 4]));
     let blob = format!("/v2/library/app/blobs/{}?ns=docker.io", image.layers[0]);
     assert_eq!(dray.get(&blob).await.status, 200);
@@ -216,7 +219,8 @@ async fn a_slow_upstream_is_not_waited_for_alone() {
     let dray = Start::new(rule(&[&first, &second], "")).run();
     let answer = dray.get(PATH).await;
     assert_eq!((answer.status, &answer.body), (200, image.index()));
-    let count = |origin: &Origin| origin.count("GET", "/manifests/1") + origin.count("HEAD", "/manifests/1");
+    let count =
+        |upstream: &TestUpstream| upstream.count("GET", "/manifests/1") + upstream.count("HEAD", "/manifests/1");
     assert_eq!(count(&second), 1);
     // Nor is the next one kept waiting.
     assert_eq!(dray.get(PATH).await.status, 200);
@@ -225,12 +229,12 @@ async fn a_slow_upstream_is_not_waited_for_alone() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn who_says_at_once_is_not_asked_at_once() {
-    let origin = Origin::answering(|_| Response::new(429, "").with("retry-after", "0")).await;
-    let dray = Start::new(rule(&[&origin], "")).run();
+    let upstream = TestUpstream::answering(|_| Response::new(429, "").with("retry-after", "0")).await;
+    let dray = Start::new(rule(&[&upstream], "")).run();
     for _ in 0..3 {
         assert_eq!(dray.get(PATH).await.status, 503);
     }
-    let asked = origin.requests().len();
+    let asked = upstream.requests().len();
     assert!(asked <= 3, "{asked} questions");
 }
 
@@ -239,12 +243,12 @@ async fn who_says_at_once_is_not_asked_at_once() {
 async fn a_slow_list_or_repository_takes_no_registry_down() {
     let image = Image::new(1, &[1000]);
     let content = Content::new(&[("library/app", "1", &image)]);
-    let origin = Origin::answering(move |request| {
+    let upstream = TestUpstream::answering(move |request| {
         let is_slow = request.path.contains("/tags/list") || request.path.contains("/slow/");
         if is_slow { Response::new(200, "").fault(Fault::Silent) } else { content.answer(request) }
     })
     .await;
-    let dray = Start::new(rule(&[&origin], "")).run();
+    let dray = Start::new(rule(&[&upstream], "")).run();
     assert!(!is_stale(&dray).await);
     assert_eq!(dray.get("/v2/library/app/tags/list?ns=docker.io").await.status, 503);
     assert_eq!(dray.metric("dray_origin_down{rule=\"docker.io\"}").await, 0);
@@ -260,7 +264,7 @@ async fn a_second_upstream_that_is_down_leaves_the_first_its_time() {
     gone.stop();
     let image = Image::new(1, &[1000]);
     let content = Content::new(&[("library/app", "1", &image)]);
-    let first = Origin::answering(move |request| {
+    let first = TestUpstream::answering(move |request| {
         if request.path.contains("/manifests/") {
             tokio::task::block_in_place(|| std::thread::sleep(std::time::Duration::from_millis(3500)));
         }
@@ -303,8 +307,8 @@ async fn a_registry_that_is_off_is_noticed_once_and_missed_by_nobody() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_registry_that_takes_and_never_answers_is_down_as_well() {
-    let (origin, mood, _) = moody().await;
-    let dray = Start::new(rule(&[&origin], "")).run();
+    let (upstream, mood, _) = moody().await;
+    let dray = Start::new(rule(&[&upstream], "")).run();
     assert!(!is_stale(&dray).await);
     mood.is(Mood::Silent);
     assert!(is_stale(&dray).await);
@@ -320,23 +324,23 @@ async fn a_registry_that_takes_and_never_answers_is_down_as_well() {
 
 /// A registry that answers, but whose tokens nobody grants, is of no use.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_token_server_that_is_silent_or_limits_is_an_origin_in_trouble() {
+async fn a_token_server_that_is_silent_or_limits_is_an_upstream_in_trouble() {
     let image = Image::new(1, &[1000]);
     let content = Content::new(&[("library/app", "1", &image)]);
     let mood = Moody::default();
     let granting = mood.clone();
-    let tokens = Origin::answering(move |request| {
+    let tokens = TestUpstream::answering(move |request| {
         granting.answer(request, |_| Response::new(200, r#"{"token": "t", "expires_in": 1}"#))
     })
     .await;
     let realm = format!("Bearer realm=\"{}/token\",service=\"s\"", tokens.url());
-    let origin = Origin::answering(move |request| match request.header("authorization") {
+    let upstream = TestUpstream::answering(move |request| match request.header("authorization") {
         Some("Bearer t") => content.answer(request),
         _ => Response::new(401, "").with("www-authenticate", &realm),
     })
     .await;
     let guard = "[guard]\nallow = [\"127.0.0.0/8\"]\n";
-    let dray = Start::new(rule(&[&origin], guard)).run();
+    let dray = Start::new(rule(&[&upstream], guard)).run();
     assert!(!is_stale(&dray).await);
     for trouble in [Mood::Limits, Mood::Silent] {
         mood.is(trouble);

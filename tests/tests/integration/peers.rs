@@ -3,8 +3,8 @@
 use dray_tests::dray::{Dray, Start, rule};
 use dray_tests::http::{get, send};
 use dray_tests::image::Image;
-use dray_tests::origin::Origin;
 use dray_tests::process::free_port;
+use dray_tests::upstream::TestUpstream;
 use reqwest::Method;
 
 fn cluster(count: usize, registry_rule: &str) -> Vec<Dray> {
@@ -25,8 +25,8 @@ fn paths(image: &Image) -> Vec<String> {
 #[tokio::test(flavor = "multi_thread")]
 async fn three_nodes_and_one_fetch_of_each_object() {
     let image = Image::new(1, &[2_000_000, 700_000, 1000]);
-    let origin = Origin::start(&[("library/app", "1", &image)], |_, r| r).await;
-    let nodes = cluster(3, &rule("docker.io", &origin.url()));
+    let upstream = TestUpstream::start(&[("library/app", "1", &image)], |_, r| r).await;
+    let nodes = cluster(3, &rule("docker.io", &upstream.url()));
     let mut peer_answers = 0;
     for path in paths(&image) {
         let answers = futures_util::future::join_all(nodes.iter().map(|node| node.get(&path))).await;
@@ -36,7 +36,7 @@ async fn three_nodes_and_one_fetch_of_each_object() {
             peer_answers += usize::from(answer.source() == "peer");
         }
         let object = path.split('?').next().unwrap();
-        assert_eq!(origin.count("GET", object), 1, "{path}");
+        assert_eq!(upstream.count("GET", object), 1, "{path}");
     }
     let objects = paths(&image).len();
     assert_eq!(peer_answers, 2 * objects, "every node but the owner got it from the owner");
@@ -53,8 +53,8 @@ async fn three_nodes_and_one_fetch_of_each_object() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_blob_stays_on_the_disk_of_its_owner() {
     let image = Image::new(1, &[2_000_000, 3_000_000, 1_500_000]);
-    let origin = Origin::start(&[("library/app", "1", &image)], |_, r| r).await;
-    let nodes = cluster(3, &rule("docker.io", &origin.url()));
+    let upstream = TestUpstream::start(&[("library/app", "1", &image)], |_, r| r).await;
+    let nodes = cluster(3, &rule("docker.io", &upstream.url()));
     let large: Vec<&String> = image.blobs.iter().filter(|(_, bytes)| bytes.len() > 300_000).map(|(d, _)| d).collect();
     let files = |digest: &str| {
         let name = digest.trim_start_matches("sha256:");
@@ -71,15 +71,15 @@ async fn a_blob_stays_on_the_disk_of_its_owner() {
         dray_tests::eventually("it has its name", async || (files(digest) == 1).then_some(())).await;
         let sources = futures_util::future::join_all(nodes.iter().map(|node| node.get(&path))).await;
         assert!(sources.iter().all(|answer| answer.source() == "disk"), "the others have it for a while");
-        assert_eq!(origin.count("GET", digest), 1);
+        assert_eq!(upstream.count("GET", digest), 1);
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_dead_owner_costs_nothing_but_its_share() {
     let image = Image::new(1, &[2_000_000, 700_000, 1000]);
-    let origin = Origin::start(&[("library/app", "1", &image)], |_, r| r).await;
-    let mut nodes = cluster(3, &rule("docker.io", &origin.url()));
+    let upstream = TestUpstream::start(&[("library/app", "1", &image)], |_, r| r).await;
+    let mut nodes = cluster(3, &rule("docker.io", &upstream.url()));
     nodes[0].process().kill();
     for path in paths(&image) {
         for node in &nodes[1..] {
@@ -87,19 +87,19 @@ async fn a_dead_owner_costs_nothing_but_its_share() {
             assert_eq!((answer.status, answer.complete), (200, true), "{path}");
         }
         let object = path.split('?').next().unwrap();
-        assert_eq!(origin.count("GET", object), 1, "the next owner fetches for all: {path}");
+        assert_eq!(upstream.count("GET", object), 1, "the next owner fetches for all: {path}");
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_peer_port_gives_only_what_a_digest_proves() {
     let image = Image::new(1, &[1000]);
-    let origin = Origin::start(&[("library/app", "1", &image)], |_, r| r).await;
+    let upstream = TestUpstream::start(&[("library/app", "1", &image)], |_, r| r).await;
     let rules = format!(
         "{}[[registry]]\nmatch = \"private.io\"\nupstreams = [\"{}\"]\ncredentials = {{ username = \"u\", password_env = \"HOME\" }}\n\
          [[registry]]\nmatch = \"denied.io\"\ndeny = true\n",
-        rule("docker.io", &origin.url()),
-        origin.url()
+        rule("docker.io", &upstream.url()),
+        upstream.url()
     );
     let nodes = cluster(1, &rules);
     let peer = nodes[0].peers.unwrap();
@@ -111,7 +111,7 @@ async fn the_peer_port_gives_only_what_a_digest_proves() {
         ("/v2/library/app/tags/list?ns=docker.io".to_owned(), 403),
         (format!("/v2/library/app/blobs/{layer}?ns=private.io"), 504),
         (format!("/v2/library/app/blobs/{layer}?ns=denied.io"), 504),
-        (format!("/v2/library/app/blobs/{layer}?ns=127.0.0.1%3A{}", origin.address.port()), 200),
+        (format!("/v2/library/app/blobs/{layer}?ns=127.0.0.1%3A{}", upstream.address.port()), 200),
     ] {
         assert_eq!(get(&format!("http://{peer}{path}"), &[]).await.status, status, "{path}");
     }
@@ -121,7 +121,7 @@ async fn the_peer_port_gives_only_what_a_digest_proves() {
 async fn a_name_is_enough_to_form_a_cluster() {
     use dray_tests::dns::Dns;
     let image = Image::new(1, &[2_000_000, 700_000, 1000]);
-    let origin = Origin::start(&[("library/app", "1", &image)], |_, r| r).await;
+    let upstream = TestUpstream::start(&[("library/app", "1", &image)], |_, r| r).await;
     let dns = Dns::start(&[]).await;
     let port = free_port();
     let addresses = ["127.0.0.11", "127.0.0.12", "127.0.0.13"];
@@ -131,7 +131,7 @@ async fn a_name_is_enough_to_form_a_cluster() {
             "[dns]\nservers = [\"{}\"]\n[peers]\nlisten = \"{address}:{port}\"\nservice = \"dray.example\"\n",
             dns.address
         );
-        Start::new(format!("{}\n{peers}", rule("docker.io", &origin.url()))).run()
+        Start::new(format!("{}\n{peers}", rule("docker.io", &upstream.url()))).run()
     };
     let nodes: Vec<Dray> = addresses.iter().map(start).collect();
     for node in &nodes {
@@ -143,15 +143,15 @@ async fn a_name_is_enough_to_form_a_cluster() {
             assert_eq!(node.get(&path).await.status, 200);
         }
         let object = path.split('?').next().unwrap();
-        assert_eq!(origin.count("GET", object), 1, "{path}");
+        assert_eq!(upstream.count("GET", object), 1, "{path}");
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_came_with_credentials_is_not_shared_under_another_name() {
     let image = Image::new(1, &[2_000_000, 1000]);
-    let private = Origin::start(&[("library/app", "1", &image)], |_, r| r).await;
-    let public = Origin::answering(|_| dray_tests::origin::Response::new(404, "")).await;
+    let private = TestUpstream::start(&[("library/app", "1", &image)], |_, r| r).await;
+    let public = TestUpstream::answering(|_| dray_tests::upstream::Response::new(404, "")).await;
     let rules = format!(
         "{}[[registry]]\nmatch = \"private.io\"\nupstreams = [\"{}\"]\ncredentials = {{ username = \"u\", password_env = \"HOME\" }}\n",
         rule("docker.io", &public.url()),
@@ -176,8 +176,8 @@ async fn frozen_nodes_cost_a_moment_once() {
     let images: Vec<Image> = (0..4).map(|seed| Image::new(seed, &[2_000_000, 700_000, 1000])).collect();
     let tags: Vec<String> = (0..4).map(|seed| seed.to_string()).collect();
     let content: Vec<_> = images.iter().zip(&tags).map(|(image, tag)| ("library/app", tag.as_str(), image)).collect();
-    let origin = Origin::start(&content, |_, r| r).await;
-    let mut nodes = cluster(4, &rule("docker.io", &origin.url()));
+    let upstream = TestUpstream::start(&content, |_, r| r).await;
+    let mut nodes = cluster(4, &rule("docker.io", &upstream.url()));
     let (frozen, living) = nodes.split_at_mut(2);
     frozen.iter_mut().for_each(|node| node.process().signal(rustix::process::Signal::STOP));
     let pull = async |image: &Image| {
@@ -216,12 +216,12 @@ async fn a_member_that_hardly_sends_what_it_has_is_passed_over() {
     let images: Vec<Image> = (0..4).map(|seed| Image::new(seed, &[1_000_000])).collect();
     let tags: Vec<String> = (0..4).map(|seed| seed.to_string()).collect();
     let content: Vec<_> = images.iter().zip(&tags).map(|(image, tag)| ("library/app", tag.as_str(), image)).collect();
-    let origin = Origin::start(&content, |_, r| r).await;
-    let all = std::sync::Arc::new(dray_tests::origin::Content::new(&content));
-    let slow = Origin::answering(move |request| {
+    let upstream = TestUpstream::start(&content, |_, r| r).await;
+    let all = std::sync::Arc::new(dray_tests::upstream::Content::new(&content));
+    let slow = TestUpstream::answering(move |request| {
         let response = all.answer(request);
         if request.method == "GET" && request.is_blob() {
-            return response.fault(dray_tests::origin::Fault::SlowUntilGate(3000));
+            return response.fault(dray_tests::upstream::Fault::SlowUntilGate(3000));
         }
         response
     })
@@ -229,7 +229,7 @@ async fn a_member_that_hardly_sends_what_it_has_is_passed_over() {
     let port = free_port();
     let peers =
         format!("[peers]\nlisten = \"127.0.0.1:{port}\"\nstatic = [\"127.0.0.1:{port}\", \"{}\"]\n", slow.address);
-    let node = Start::new(format!("{}\n{peers}", rule("docker.io", &origin.url()))).run();
+    let node = Start::new(format!("{}\n{peers}", rule("docker.io", &upstream.url()))).run();
     let pulls = images.iter().map(async |image| {
         let (digest, bytes) = image.layer();
         let answer = node.get(&format!("/v2/library/app/blobs/{digest}?ns=docker.io")).await;
@@ -242,11 +242,11 @@ async fn a_member_that_hardly_sends_what_it_has_is_passed_over() {
 
 /// A HEAD, or the end of a blob whose length nobody has said yet.
 #[tokio::test(flavor = "multi_thread")]
-async fn how_long_a_blob_is_the_origin_is_asked_once() {
+async fn how_long_a_blob_is_the_upstream_is_asked_once() {
     let image = Image::new(1, &[1_000_000]);
     let (digest, bytes) = image.layer();
-    let origin = Origin::start(&[("library/app", "1", &image)], |_, r| r).await;
-    let nodes = cluster(3, &rule("docker.io", &origin.url()));
+    let upstream = TestUpstream::start(&[("library/app", "1", &image)], |_, r| r).await;
+    let nodes = cluster(3, &rule("docker.io", &upstream.url()));
     let path = format!("/v2/library/app/blobs/{digest}?ns=docker.io");
     for node in &nodes {
         let length = send(Method::HEAD, &node.url(&path), &[]).await;
@@ -254,7 +254,7 @@ async fn how_long_a_blob_is_the_origin_is_asked_once() {
         let end = node.get_range(&path, "bytes=-1000").await;
         assert_eq!((end.status, end.body.as_ref()), (206, &bytes[bytes.len() - 1000..]));
     }
-    assert_eq!(origin.count("HEAD", digest), 1);
+    assert_eq!(upstream.count("HEAD", digest), 1);
 }
 
 /// The owner knows that a beginning was wrong; who follows it must not complete it either.
@@ -264,14 +264,14 @@ async fn wrong_bytes_of_an_owner_are_not_completed_by_a_follower() {
     let (layer, bytes) = image.layer();
     let lie = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(true));
     let lying = lie.clone();
-    let origin = Origin::start(&[("library/app", "1", &image)], move |request, mut response| {
+    let upstream = TestUpstream::start(&[("library/app", "1", &image)], move |request, mut response| {
         if request.is_blob() && lying.load(std::sync::atomic::Ordering::SeqCst) {
             response = response.flipped(0);
         }
         response
     })
     .await;
-    let nodes = cluster(2, &rule("docker.io", &origin.url()));
+    let nodes = cluster(2, &rule("docker.io", &upstream.url()));
     let path = format!("/v2/library/app/blobs/{layer}?ns=docker.io");
     let first = futures_util::future::join_all(nodes.iter().map(|node| node.get(&path))).await;
     lie.store(false, std::sync::atomic::Ordering::SeqCst);
@@ -299,13 +299,13 @@ fn a_list_without_this_node_is_refused() {
 #[tokio::test(flavor = "multi_thread")]
 async fn nodes_that_disagree_never_wait_for_each_other() {
     let image = Image::new(1, &[2_000_000, 700_000, 1000]);
-    let origin = Origin::start(&[("library/app", "1", &image)], |_, r| r).await;
+    let upstream = TestUpstream::start(&[("library/app", "1", &image)], |_, r| r).await;
     let ports = [free_port(), free_port()];
     // Each knows itself by another address than the other does, so each may take the other for the owner.
     let start = |own: usize| {
         let members = format!("\"127.0.0.1:{}\", \"127.0.0.2:{}\"", ports[own], ports[1 - own]);
         let peers = format!("[peers]\nlisten = \"0.0.0.0:{}\"\nstatic = [{members}]\n", ports[own]);
-        Start::new(format!("{}\n{peers}", rule("docker.io", &origin.url()))).run()
+        Start::new(format!("{}\n{peers}", rule("docker.io", &upstream.url()))).run()
     };
     let nodes = [start(0), start(1)];
     for path in paths(&image) {
@@ -321,9 +321,9 @@ async fn a_lying_owner_is_found_out_and_left_alone() {
     let images: Vec<Image> = (0..12).map(|seed| Image::new(seed, &[1_000_000])).collect();
     let tags: Vec<String> = (0..12).map(|seed| seed.to_string()).collect();
     let content: Vec<_> = images.iter().zip(&tags).map(|(image, tag)| ("library/app", tag.as_str(), image)).collect();
-    let origin = Origin::start(&content, |_, r| r).await;
-    let lies = std::sync::Arc::new(dray_tests::origin::Content::new(&content));
-    let liar = Origin::answering(move |request| {
+    let upstream = TestUpstream::start(&content, |_, r| r).await;
+    let lies = std::sync::Arc::new(dray_tests::upstream::Content::new(&content));
+    let liar = TestUpstream::answering(move |request| {
         let mut response = lies.answer(request);
         if request.is_blob() && response.body.len() > 1000 {
             response = response.flipped(500);
@@ -334,7 +334,7 @@ async fn a_lying_owner_is_found_out_and_left_alone() {
     let port = free_port();
     let peers =
         format!("[peers]\nlisten = \"127.0.0.1:{port}\"\nstatic = [\"127.0.0.1:{port}\", \"{}\"]\n", liar.address);
-    let node = Start::new(format!("{}\n{peers}", rule("docker.io", &origin.url()))).run();
+    let node = Start::new(format!("{}\n{peers}", rule("docker.io", &upstream.url()))).run();
     let mut lied = 0;
     for image in &images {
         let (digest, bytes) = image.layer();
@@ -363,7 +363,7 @@ async fn what_came_wrong_once_is_not_wrong_for_everybody() {
         let image = Image::new(1, &[size]);
         let (digest, bytes) = image.layer();
         let wrong = std::sync::atomic::AtomicBool::new(true);
-        let origin = Origin::start(&[("library/app", "1", &image)], move |request, mut response| {
+        let upstream = TestUpstream::start(&[("library/app", "1", &image)], move |request, mut response| {
             if request.is_blob()
                 && request.method == "GET"
                 && !response.body.is_empty()
@@ -374,7 +374,7 @@ async fn what_came_wrong_once_is_not_wrong_for_everybody() {
             response
         })
         .await;
-        let nodes = cluster(3, &rule("docker.io", &origin.url()));
+        let nodes = cluster(3, &rule("docker.io", &upstream.url()));
         let path = format!("/v2/library/app/blobs/{digest}?ns=docker.io");
         let first = nodes[0].get(&path).await;
         assert!(!first.complete || first.status != 200 || first.body == *bytes, "wrong bytes do not pass");
@@ -389,20 +389,20 @@ async fn what_came_wrong_once_is_not_wrong_for_everybody() {
 
 /// Who follows an owner waits as long as that one does, and does not go to the origin itself.
 #[tokio::test(flavor = "multi_thread")]
-async fn an_origin_that_stalls_is_not_asked_by_everybody() {
+async fn an_upstream_that_stalls_is_not_asked_by_everybody() {
     let image = Image::new(1, &[20_000_000]);
     let (layer, bytes) = image.layer();
     let stalls = std::sync::atomic::AtomicU32::new(2);
-    let origin = Origin::start(&[("library/app", "1", &image)], move |request, mut response| {
+    let upstream = TestUpstream::start(&[("library/app", "1", &image)], move |request, mut response| {
         let less = |left: u32| left.checked_sub(1);
         let order = std::sync::atomic::Ordering::SeqCst;
         if request.is_blob() && request.method == "GET" && stalls.fetch_update(order, order, less).is_ok() {
-            response.fault = dray_tests::origin::Fault::StallAfter(1_000_000);
+            response.fault = dray_tests::upstream::Fault::StallAfter(1_000_000);
         }
         response
     })
     .await;
-    let nodes = cluster(5, &rule("docker.io", &origin.url()));
+    let nodes = cluster(5, &rule("docker.io", &upstream.url()));
     let path = format!("/v2/library/app/blobs/{layer}?ns=docker.io");
     for answer in futures_util::future::join_all(nodes.iter().map(|node| node.get(&path))).await {
         assert_eq!((answer.status, answer.complete), (200, true));
@@ -410,13 +410,13 @@ async fn an_origin_that_stalls_is_not_asked_by_everybody() {
     }
     // How many ranges the blob is requested in depends on how fast each node is. What must not be: that every node
     // requests the same byte.
-    let ranges: Vec<_> = (origin.requests().iter().filter(|request| request.is_blob()))
+    let ranges: Vec<_> = (upstream.requests().iter().filter(|request| request.is_blob()))
         .map(|request| request.range().expect("a range, since the blob is a large one"))
         .collect();
     for start in ranges.iter().map(|range| *range.start()) {
         let often = ranges.iter().filter(|range| range.contains(&start)).count();
         assert!(often < nodes.len(), "byte {start} is requested {often} times: {ranges:?}");
     }
-    let sent = origin.sent();
+    let sent = upstream.sent();
     assert!(sent <= bytes.len() as u64 * 3 / 2, "{sent} of {}", bytes.len());
 }

@@ -11,9 +11,9 @@ use dray_tests::dray::{Dray, Start, rule};
 use dray_tests::eventually;
 use dray_tests::http::get;
 use dray_tests::image::Image;
-use dray_tests::origin::{Content, Fault, Origin, Request, Response};
 use dray_tests::process::{free_port, output};
 use dray_tests::tls::Authority;
+use dray_tests::upstream::{Content, Fault, Request, Response, TestUpstream};
 use futures_util::StreamExt;
 use futures_util::future::join_all;
 use futures_util::stream;
@@ -47,7 +47,7 @@ fn members(each: &[(&str, &str)]) -> Vec<Start> {
 
 /// What the origin has under a tag can be changed, and the origin can go.
 struct Moving {
-    origin: Origin,
+    upstream: TestUpstream,
     now: Arc<AtomicUsize>,
     images: [Image; 2],
 }
@@ -60,12 +60,13 @@ impl Moving {
         let contents = images.each_ref().map(|image| Content::new(&[("library/app", "1", image)]));
         let now = Arc::new(AtomicUsize::new(0));
         let at = now.clone();
-        let origin = Origin::answering(move |request: &Request| match contents.get(at.load(Ordering::SeqCst)) {
-            Some(content) => content.answer(request),
-            None => Response::new(503, ""),
-        })
-        .await;
-        Self { origin, now, images }
+        let upstream =
+            TestUpstream::answering(move |request: &Request| match contents.get(at.load(Ordering::SeqCst)) {
+                Some(content) => content.answer(request),
+                None => Response::new(503, ""),
+            })
+            .await;
+        Self { upstream, now, images }
     }
 
     fn is(&self, mood: usize) {
@@ -73,7 +74,7 @@ impl Moving {
     }
 
     fn rule(&self, more: &str) -> String {
-        format!("{}{more}\n", rule("docker.io", &self.origin.url()))
+        format!("{}{more}\n", rule("docker.io", &self.upstream.url()))
     }
 
     /// How often it was asked what the tag means.
@@ -82,7 +83,7 @@ impl Moving {
     }
 
     fn asked_for(&self, tag: &str) -> usize {
-        self.origin.count("HEAD", tag)
+        self.upstream.count("HEAD", tag)
     }
 }
 
@@ -138,7 +139,7 @@ async fn a_new_tag_takes_two_peer_requests_at_most() {
         assert_eq!(nodes[0].get(TAG).await.status, 200);
         let requests = sum(&nodes, "dray_peer_requests_total").await;
         assert!(requests <= 2.0, "{requests} requests between peers");
-        assert_eq!(moving.origin.count("GET", "/manifests/"), 1);
+        assert_eq!(moving.upstream.count("GET", "/manifests/"), 1);
     }
 }
 
@@ -160,7 +161,7 @@ async fn an_owner_without_its_cache_gets_a_renewed_manifest_from_its_follower() 
         })
         .await;
         assert_eq!(nodes[1].get(TAG).await.status, 200);
-        assert_eq!(moving.origin.count("GET", "/manifests/"), 1, "the upstream sends the manifest once");
+        assert_eq!(moving.upstream.count("GET", "/manifests/"), 1, "the upstream sends the manifest once");
     }
 }
 
@@ -217,7 +218,7 @@ async fn a_renewed_tag_that_has_not_moved_is_neither_sent_nor_written_again() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_tag_that_any_node_knows_outlives_its_origin_and_its_owner() {
+async fn a_tag_that_any_node_knows_outlives_its_upstream_and_its_owner() {
     let moving = Moving::new().await;
     let (_dir, key) = key("a secret of all the drays\n");
     let rules = moving.rule("tag_ttl = \"1s\"\nnegative_ttl = \"0s\"");
@@ -246,7 +247,7 @@ async fn what_came_with_credentials_is_shared_with_those_who_have_proven_themsel
     let path = format!("/v2/library/app/blobs/{layer}?ns=docker.io");
     let answers = join_all(nodes.iter().map(|node| node.get(&path))).await;
     assert!(answers.iter().all(|answer| answer.status == 200 && answer.body == *bytes));
-    assert_eq!(moving.origin.sent(), bytes.len() as u64, "once for all");
+    assert_eq!(moving.upstream.sent(), bytes.len() as u64, "once for all");
     assert_eq!(answers.iter().filter(|answer| answer.source() == "peer").count(), 2);
     // A stranger gets nothing at all, whatever it claims.
     for path in [path.as_str(), TAG] {
@@ -308,13 +309,13 @@ async fn peers_with_other_rules_give_only_what_they_have_and_everybody_may() {
     let nodes = cluster(&[(&public, &key), (&private, &key), (&private, &key), (&private, &key)]);
     // Some of them belong to each.
     for (blob, bytes) in &moving.images[0].blobs {
-        let before = moving.origin.sent();
+        let before = moving.upstream.sent();
         let path = format!("/v2/library/app/blobs/{blob}?ns=docker.io");
         assert_eq!(nodes[1].get(&path).await.status, 200);
-        assert_eq!(moving.origin.sent() - before, bytes.len() as u64);
+        assert_eq!(moving.upstream.sent() - before, bytes.len() as u64);
         let answer = nodes[0].get(&path).await;
         assert_eq!((answer.status, answer.source()), (200, "origin"), "it was fetched with credentials there");
-        assert_eq!(moving.origin.sent() - before, 2 * bytes.len() as u64);
+        assert_eq!(moving.upstream.sent() - before, 2 * bytes.len() as u64);
     }
 }
 
@@ -324,7 +325,7 @@ async fn a_tag_elsewhere_that_names_a_private_digest_opens_nothing() {
     let content = Content::new(&[("ours/app", "1", &image)]);
     let digest = image.digest.clone();
     // Whoever runs the public registry knows the digest, and nothing else.
-    let origin = Origin::answering(move |request: &Request| match request.path.contains("/theirs/") {
+    let upstream = TestUpstream::answering(move |request: &Request| match request.path.contains("/theirs/") {
         true if request.method == "HEAD" => Response::new(200, "").with("docker-content-digest", &digest),
         true => Response::new(404, ""),
         false => content.answer(request),
@@ -332,9 +333,9 @@ async fn a_tag_elsewhere_that_names_a_private_digest_opens_nothing() {
     .await;
     let private = format!(
         "{}credentials = {{ username = \"u\", password_env = \"HOME\" }}\n",
-        rule("private.example", &origin.url())
+        rule("private.example", &upstream.url())
     );
-    let rules = format!("{private}{}", rule("public.example", &origin.url()));
+    let rules = format!("{private}{}", rule("public.example", &upstream.url()));
     let (_dir, key) = key("a secret of all the drays\n");
     let nodes = cluster(&[(&rules, &key), (&rules, &key)]);
     for node in &nodes {
@@ -396,7 +397,7 @@ async fn peers_know_each_other_by_certificates_for_one_name() {
         assert_eq!((answer.status, answer.complete), (200, true));
         assert!(answer.body == *bytes);
     }
-    assert_eq!(moving.origin.sent(), 3 * bytes.len() as u64, "two share; the others are nobody's peers");
+    assert_eq!(moving.upstream.sent(), 3 * bytes.len() as u64, "two share; the others are nobody's peers");
     let unproven = nodes.iter().map(|node| node.metric("dray_peers_unproven_total{what=\"answer\"}"));
     assert!(join_all(unproven).await.into_iter().sum::<u64>() >= 2, "whoever asked the owner knows why it got nothing");
     let meant = tag_on(&nodes[..2]).await;
@@ -473,9 +474,9 @@ async fn a_thousand_clients_of_eight_nodes_ask_for_a_tag_once() {
     let images: Vec<Image> = (0..20).map(|seed| Image::new(seed, &[1000])).collect();
     let tags: Vec<String> = (0..20).map(|nth| format!("t{nth}")).collect();
     let served: Vec<_> = tags.iter().zip(&images).map(|(tag, image)| ("library/app", tag.as_str(), image)).collect();
-    let origin = Origin::start(&served, |_, response| response).await;
+    let upstream = TestUpstream::start(&served, |_, response| response).await;
     let (_dir, key) = key("0123456789abcdef");
-    let rules = format!("{}tag_ttl = \"1h\"\n", rule("docker.io", &origin.url()));
+    let rules = format!("{}tag_ttl = \"1h\"\n", rule("docker.io", &upstream.url()));
     let nodes = cluster(&[(rules.as_str(), key.as_str()); 8]);
     let client = dray_tests::http::client();
     let ask = async |nth: usize| {
@@ -488,10 +489,10 @@ async fn a_thousand_clients_of_eight_nodes_ask_for_a_tag_once() {
     // A thousand, of which each meets a node and a tag that others ask for as well.
     let asked = stream::iter((0..1000).map(|nth| ask(nth + nth / 40)));
     asked.buffer_unordered(200).collect::<Vec<()>>().await;
-    assert!(origin.count("HEAD", "/manifests/t") <= 20, "{} HEADs", origin.count("HEAD", "/manifests/t"));
+    assert!(upstream.count("HEAD", "/manifests/t") <= 20, "{} HEADs", upstream.count("HEAD", "/manifests/t"));
     for image in &images {
-        assert!(origin.count("GET", &image.digest) + origin.count("GET", "/manifests/t") <= 20);
-        assert!(origin.count("GET", &image.digest) <= 1);
+        assert!(upstream.count("GET", &image.digest) + upstream.count("GET", "/manifests/t") <= 20);
+        assert!(upstream.count("GET", &image.digest) <= 1);
     }
 }
 
@@ -513,11 +514,11 @@ async fn with_an_owner(rules: &str, proof: &str, digest: &str) -> Vec<Dray> {
 
 /// A range that was left to it comes from the owner after all, and nothing twice.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_deputy_that_the_origin_refuses_costs_a_moment() {
+async fn a_deputy_that_the_upstream_refuses_costs_a_moment() {
     let image = Image::new(1, &[80 << 20]);
     let content = Content::new(&[("library/app", "1", &image)]);
     let right = format!("Basic {}", STANDARD.encode("u:right"));
-    let origin = Origin::answering(move |request: &Request| {
+    let upstream = TestUpstream::answering(move |request: &Request| {
         if request.header("authorization") != Some(&right) {
             return Response::new(401, "").with("www-authenticate", "Basic realm=\"origin\"");
         }
@@ -526,7 +527,7 @@ async fn a_deputy_that_the_origin_refuses_costs_a_moment() {
     })
     .await;
     let rules =
-        format!("{}credentials = {{ username = \"u\", password_env = \"P\" }}", rule("docker.io", &origin.url()));
+        format!("{}credentials = {{ username = \"u\", password_env = \"P\" }}", rule("docker.io", &upstream.url()));
     let (_dir, proof) = key("0123456789abcdef");
     let layer = &image.layers[0];
     let nodes = with_an_owner(&rules, &proof, layer).await;

@@ -4,9 +4,9 @@ use dray_tests::containerd::{Containerd, Version};
 use dray_tests::dns::Dns;
 use dray_tests::dray::Start;
 use dray_tests::image::Image;
-use dray_tests::origin::{Content, Origin};
 use dray_tests::registry::Registry;
 use dray_tests::tls::Authority;
+use dray_tests::upstream::{Content, TestUpstream};
 use std::process::Command;
 
 /// A configuration without rules: test name server, test CA, loopback allowed or not.
@@ -59,7 +59,7 @@ async fn private_addresses_are_out_of_reach_however_they_are_named() {
     let authority = Authority::new(dir.path());
     let image = Image::new(1, &[1000]);
     let content = Content::new(&[("team/app", "1", &image)]);
-    let inside = Origin::answering_tls(authority.acceptor(&["inside.example", "127.0.0.1"]), move |request| {
+    let inside = TestUpstream::answering_tls(authority.acceptor(&["inside.example", "127.0.0.1"]), move |request| {
         content.answer(request)
     })
     .await;
@@ -97,7 +97,8 @@ async fn an_untrusted_certificate_is_refused() {
     let image = Image::new(1, &[1000]);
     let content = Content::new(&[("team/app", "1", &image)]);
     let other =
-        Origin::answering_tls(authority.acceptor(&["other.example"]), move |request| content.answer(request)).await;
+        TestUpstream::answering_tls(authority.acceptor(&["other.example"]), move |request| content.answer(request))
+            .await;
     let dray = Start::new(config(&dns, &authority, "\"127.0.0.0/8\"")).run();
     let path = format!("/v2/team/app/manifests/1?ns=one.example%3A{}", other.address.port());
     assert_eq!(dray.get(&path).await.status, 503);
@@ -110,9 +111,9 @@ async fn a_rule_has_a_ca_of_its_own() {
     let authority = Authority::new(dir.path());
     let image = Image::new(1, &[500_000]);
     let content = Content::new(&[("team/app", "1", &image)]);
-    let origin =
-        Origin::answering_tls(authority.acceptor(&["127.0.0.1"]), move |request| content.answer(request)).await;
-    let rule = format!("[[registry]]\nmatch = \"reg.corp\"\nupstreams = [\"https://{}\"]\n", origin.address);
+    let upstream =
+        TestUpstream::answering_tls(authority.acceptor(&["127.0.0.1"]), move |request| content.answer(request)).await;
+    let rule = format!("[[registry]]\nmatch = \"reg.corp\"\nupstreams = [\"https://{}\"]\n", upstream.address);
     let with_ca = format!("{rule}ca = \"{}\"\n", authority.ca_file.display());
     let path = "/v2/team/app/manifests/1?ns=reg.corp";
     assert_eq!(Start::new(rule).run().get(path).await.status, 503);
@@ -124,9 +125,9 @@ async fn a_proxy_of_the_environment_is_used() {
     let image = Image::new(1, &[500_000]);
     let content = Content::new(&[("team/app", "1", &image)]);
     // A forward proxy sees whole URLs.
-    let proxy = Origin::answering(move |request| {
+    let proxy = TestUpstream::answering(move |request| {
         let path = request.path.strip_prefix("http://reg.corp").unwrap_or("/").to_owned();
-        content.answer(&dray_tests::origin::Request { path, ..request.clone() })
+        content.answer(&dray_tests::upstream::Request { path, ..request.clone() })
     })
     .await;
     let rule = "[[registry]]\nmatch = \"reg.corp\"\nupstreams = [\"http://reg.corp\"]\n[[registry]]\nmatch = \"direct.corp\"\nupstreams = [\"http://127.0.0.1:1\"]";

@@ -3,7 +3,7 @@
 use dray_tests::dray::Start;
 use dray_tests::http::get;
 use dray_tests::image::Image;
-use dray_tests::origin::Origin;
+use dray_tests::upstream::TestUpstream;
 
 /// The cases of the conformance suite, on a blob of any size: what is asked, and what comes.
 fn cases(total: usize) -> Vec<(String, Option<(usize, usize)>)> {
@@ -27,8 +27,8 @@ async fn the_right_bytes_small_and_large_cold_and_warm() {
     for layer in &image.layers {
         let bytes = &image.blobs[layer];
         for (range, want) in cases(bytes.len()) {
-            let origin = Origin::start(&[("library/app", "1", &image)], |_, r| r).await;
-            let dray = Start::with_upstream("docker.io", &origin.url()).run();
+            let upstream = TestUpstream::start(&[("library/app", "1", &image)], |_, r| r).await;
+            let dray = Start::with_upstream("docker.io", &upstream.url()).run();
             let path = format!("/v2/library/app/blobs/{layer}?ns=docker.io");
             for state in ["cold", "warm"] {
                 let answer = dray.get_range(&path, &range).await;
@@ -57,8 +57,8 @@ async fn the_right_bytes_small_and_large_cold_and_warm() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_small_read_of_a_large_blob_does_not_fetch_it() {
     let image = Image::new(1, &[12_000_000]);
-    let origin = Origin::start(&[("library/app", "1", &image)], |_, r| r).await;
-    let dray = Start::with_upstream("docker.io", &origin.url()).run();
+    let upstream = TestUpstream::start(&[("library/app", "1", &image)], |_, r| r).await;
+    let dray = Start::with_upstream("docker.io", &upstream.url()).run();
     let (layer, bytes) = image.layer();
     let path = format!("/v2/library/app/blobs/{layer}?ns=docker.io");
     for start in [5_000_000, 1_000_000, 11_000_000] {
@@ -66,14 +66,14 @@ async fn a_small_read_of_a_large_blob_does_not_fetch_it() {
         assert_eq!((answer.status, answer.source()), (206, "origin"));
         assert!(answer.body == bytes.slice(start..start + 50_000));
     }
-    assert_eq!(origin.sent(), 150_000, "nothing but what was asked for");
+    assert_eq!(upstream.sent(), 150_000, "nothing but what was asked for");
     // A good share: now the whole is worth having.
     let answer = dray.get_range(&path, "bytes=0-999999").await;
     assert!(answer.body == bytes.slice(..1_000_000));
     let whole = dray.get(&path).await;
     assert!(whole.body == *bytes);
     dray.fills_end().await;
-    drop(origin);
+    drop(upstream);
     assert_eq!(dray.get(&path).await.source(), "disk");
 }
 
@@ -81,8 +81,8 @@ async fn a_small_read_of_a_large_blob_does_not_fetch_it() {
 #[tokio::test(flavor = "multi_thread")]
 async fn manifests_know_ranges_too() {
     let image = Image::new(1, &[1000]);
-    let origin = Origin::start(&[("library/app", "1", &image)], |_, r| r).await;
-    let dray = Start::with_upstream("docker.io", &origin.url()).run();
+    let upstream = TestUpstream::start(&[("library/app", "1", &image)], |_, r| r).await;
+    let dray = Start::with_upstream("docker.io", &upstream.url()).run();
     let url = dray.url("/v2/library/app/manifests/1?ns=docker.io");
     let answer = get(&url, &[("range", "bytes=0-")]).await;
     assert_eq!((answer.status, &answer.body), (206, image.index()));

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use dray_tests::dray::{Start, rule};
 use dray_tests::image::Image;
-use dray_tests::origin::{Content, Fault, Origin, Request, Response};
+use dray_tests::upstream::{Content, Fault, Request, Response, TestUpstream};
 use futures_util::stream::{self, StreamExt};
 use tokio::time::timeout;
 
@@ -58,7 +58,7 @@ async fn cause(failure: &str, spoil: Spoil, image: &Image, path: &str, form: [&s
     let content = Content::new(&[("a/app", "1", image)]);
     let own = Arc::new(OnceLock::new());
     let (url, count) = (own.clone(), AtomicUsize::new(0));
-    let upstream = Origin::answering(move |request| {
+    let upstream = TestUpstream::answering(move |request| {
         let nth = count.fetch_add(1, Ordering::Relaxed);
         spoil(request, content.answer(request), url.get().map_or("", String::as_str), nth)
     })

@@ -6,20 +6,20 @@ use dray_tests::dray::{Start, rule};
 use dray_tests::eventually;
 use dray_tests::http::{client, get, head, send};
 use dray_tests::image::{INDEX, Image, digest, noise};
-use dray_tests::origin::{Fault, Origin, Response};
 use dray_tests::registry::Registry;
+use dray_tests::upstream::{Fault, Response, TestUpstream};
 use reqwest::Method;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn every_url_form_reaches_its_registry() {
     let (hub, corp) = (Image::new(1, &[1000]), Image::new(2, &[1000]));
-    let hub_origin = Origin::start(&[("library/app", "1", &hub)], |_, r| r).await;
-    let corp_origin = Origin::start(&[("team/app", "1", &corp), ("app", "1", &corp)], |_, r| r).await;
+    let hub_upstream = TestUpstream::start(&[("library/app", "1", &hub)], |_, r| r).await;
+    let corp_upstream = TestUpstream::start(&[("team/app", "1", &corp), ("app", "1", &corp)], |_, r| r).await;
     let config = format!(
         "{}[[registry]]\nmatch = \"reg.corp:5000\"\nalias = [\"corp\"]\nupstreams = [\"{}\"]\n{}",
-        rule("docker.io", &hub_origin.url()),
-        corp_origin.url(),
-        rule("quay.io", &corp_origin.url()),
+        rule("docker.io", &hub_upstream.url()),
+        corp_upstream.url(),
+        rule("quay.io", &corp_upstream.url()),
     );
     let dray = Start::new(config).run();
     for path in [
@@ -54,7 +54,7 @@ async fn every_url_form_reaches_its_registry() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_manifest_comes_with_everything_a_client_needs() {
     let image = Image::new(1, &[1000]);
-    let origin = Origin::start(&[("library/app", "1", &image)], |request, response| {
+    let upstream = TestUpstream::start(&[("library/app", "1", &image)], |request, response| {
         match response.headers.iter().any(|(name, value)| name == "content-type" && value == INDEX) {
             // Parameters would become part of the type in go-containerregistry.
             true => response.with("content-type", format!("{INDEX}; charset=utf-8")).with("x-path", &request.path),
@@ -62,7 +62,7 @@ async fn a_manifest_comes_with_everything_a_client_needs() {
         }
     })
     .await;
-    let dray = Start::with_upstream("docker.io", &origin.url()).run();
+    let dray = Start::with_upstream("docker.io", &upstream.url()).run();
     let accept = [("accept", "application/x-one"), ("accept", "application/x-two, */*"), ("accept-encoding", "gzip")];
     let answer = get(&dray.url("/v2/library/app/manifests/1?ns=docker.io"), &accept).await;
     assert_eq!(answer.header("content-type"), Some(INDEX));
@@ -74,7 +74,7 @@ async fn a_manifest_comes_with_everything_a_client_needs() {
     assert_eq!(answer.header("docker-distribution-api-version"), Some("registry/2.0"));
     assert_eq!(answer.source(), "origin");
     assert!(answer.header("x-request-id").is_some());
-    for request in origin.requests() {
+    for request in upstream.requests() {
         let accepted = request.header("accept").unwrap();
         for wanted in ["application/x-one", "application/x-two", INDEX, "manifest.list.v2+json", "manifest.v2+json"] {
             assert!(accepted.contains(wanted), "{accepted}");
@@ -92,13 +92,13 @@ async fn a_manifest_comes_with_everything_a_client_needs() {
 async fn head_of_a_blob_has_its_length() {
     let image = Image::new(1, &[1_000_000]);
     let (layer, bytes) = image.layer();
-    let origin = Origin::start(&[("library/app", "1", &image)], |_, r| r).await;
-    let dray = Start::with_upstream("docker.io", &origin.url()).run();
+    let upstream = TestUpstream::start(&[("library/app", "1", &image)], |_, r| r).await;
+    let dray = Start::with_upstream("docker.io", &upstream.url()).run();
     let path = format!("/v2/library/app/blobs/{layer}?ns=docker.io");
     let length = bytes.len().to_string();
     let cold = head(&dray.url(&path)).await;
     assert_eq!((cold.status, cold.header("content-length"), cold.source()), (200, Some(length.as_str()), "origin"));
-    assert_eq!(origin.count("GET", layer), 0);
+    assert_eq!(upstream.count("GET", layer), 0);
     dray.get(&path).await;
     dray.fills_end().await;
     let warm = head(&dray.url(&path)).await;
@@ -139,7 +139,7 @@ async fn refusals_follow_the_specification() {
 #[tokio::test(flavor = "multi_thread")]
 async fn referrers_are_passed_on() {
     let empty = format!(r#"{{"schemaVersion":2,"mediaType":"{INDEX}","manifests":[]}}"#);
-    let origin = Origin::answering(move |request| {
+    let upstream = TestUpstream::answering(move |request| {
         if request.path.contains("/referrers/") && !request.path.contains("old") {
             let filtered = request.path.contains("artifactType=a/b");
             let answer = Response::new(200, empty.clone()).with("content-type", INDEX);
@@ -148,12 +148,12 @@ async fn referrers_are_passed_on() {
         Response::new(404, "404 page not found")
     })
     .await;
-    let dray = Start::with_upstream("docker.io", &origin.url()).run();
+    let dray = Start::with_upstream("docker.io", &upstream.url()).run();
     let subject = digest(b"subject");
     let answer = dray.get(&format!("/v2/library/app/referrers/{subject}?ns=docker.io&artifactType=a/b")).await;
     assert_eq!((answer.status, answer.header("content-type")), (200, Some(INDEX)));
     assert_eq!(answer.header("oci-filters-applied"), Some("artifactType"));
-    assert!(origin.requests().iter().all(|request| !request.path.contains("ns=")));
+    assert!(upstream.requests().iter().all(|request| !request.path.contains("ns=")));
     // An old registry: the client then looks for the tag schema.
     assert_eq!(dray.get(&format!("/v2/library/old/referrers/{subject}?ns=docker.io")).await.status, 404);
     assert_eq!(dray.get("/v2/library/app/referrers/sha256:bad").await.status, 400);
@@ -162,9 +162,9 @@ async fn referrers_are_passed_on() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_blob_without_namespace_is_found_where_its_repository_was() {
     let image = Image::new(1, &[400_000, 1000]);
-    let origin = Origin::start(&[("team/app", "1", &image)], |_, r| r).await;
-    let hub = Origin::answering(|_| Response::new(404, "")).await;
-    let start = Start::new([rule("ghcr.io", &origin.url()), rule("docker.io", &hub.url())].concat());
+    let upstream = TestUpstream::start(&[("team/app", "1", &image)], |_, r| r).await;
+    let hub = TestUpstream::answering(|_| Response::new(404, "")).await;
+    let start = Start::new([rule("ghcr.io", &upstream.url()), rule("docker.io", &hub.url())].concat());
     let dray = start.run();
     let (layer, bytes) = image.layer();
     assert_eq!(dray.get(&format!("/v2/team/app/blobs/{layer}")).await.status, 404, "nobody said where");
@@ -193,8 +193,8 @@ async fn override_path_mistakes_are_explained() {
 #[tokio::test(flavor = "multi_thread")]
 async fn upstreams_in_order_and_rewritten() {
     let image = Image::new(1, &[400_000]);
-    let mirror = Origin::answering(|_| Response::new(404, "")).await;
-    let harbor = Origin::start(&[("proxy/team/app", "1", &image)], |_, r| r).await;
+    let mirror = TestUpstream::answering(|_| Response::new(404, "")).await;
+    let harbor = TestUpstream::start(&[("proxy/team/app", "1", &image)], |_, r| r).await;
     let config = format!(
         "[[registry]]\nmatch = \"ghcr.io\"\nupstreams = [\"{}\", \"{}/proxy/{{repo}}\"]\n\
          [[registry]]\nmatch = \"*.evil.example\"\ndeny = true\n",
@@ -215,11 +215,11 @@ async fn upstreams_in_order_and_rewritten() {
 #[tokio::test(flavor = "multi_thread")]
 async fn clients_may_have_to_log_in() {
     let image = Image::new(1, &[1000]);
-    let origin = Origin::start(&[("library/app", "1", &image)], |_, r| r).await;
+    let upstream = TestUpstream::start(&[("library/app", "1", &image)], |_, r| r).await;
     let file = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(file.path(), "node:hush\n").unwrap();
     let access = format!("[access]\nlogins_file = \"{}\"\n", file.path().display());
-    let dray = Start::new(rule("docker.io", &origin.url()) + &access).run();
+    let dray = Start::new(rule("docker.io", &upstream.url()) + &access).run();
     let path = dray.url("/v2/library/app/manifests/1?ns=docker.io");
     let basic = |login: &str| format!("Basic {}", STANDARD.encode(login));
     for url in [&path, &dray.url("/v2/")] {
@@ -229,7 +229,7 @@ async fn clients_may_have_to_log_in() {
         }
         assert_eq!(get(url, &[("authorization", &basic("node:hush"))]).await.status, 200);
     }
-    assert_eq!(origin.requests().iter().filter(|request| request.header("authorization").is_some()).count(), 0);
+    assert_eq!(upstream.requests().iter().filter(|request| request.header("authorization").is_some()).count(), 0);
 }
 
 /// An image whose project has moved: from its new place first, from the old one what is only there.
@@ -273,12 +273,12 @@ async fn moved_images_are_found_by_their_old_names() {
 async fn the_upstream_with_the_right_digest_is_believed() {
     let [wrong, right] = [Image::new(1, &[300_000]), Image::new(2, &[300_000])];
     let (other, other_blob) = (wrong.index().clone(), wrong.layers[0].clone());
-    let lying = Origin::answering(move |request| {
+    let lying = TestUpstream::answering(move |request| {
         let claims = if request.is_blob() { other_blob.clone() } else { digest(&other) };
         Response::new(200, other.clone()).with("docker-content-digest", claims)
     })
     .await;
-    let honest = Origin::start(&[("library/app", "1", &right)], |_, response| response).await;
+    let honest = TestUpstream::start(&[("library/app", "1", &right)], |_, response| response).await;
     let dray = Start::new(format!(
         "[[registry]]\nmatch = \"docker.io\"\nupstreams = [\"{}\", \"{}\"]",
         lying.url(),
@@ -300,12 +300,12 @@ async fn clients_may_be_those_of_some_networks_and_ask_so_much() {
 
     // A blob that does not end until the gate opens holds its client's only place.
     let image = Image::new(1, &[2_000_000]);
-    let origin = Origin::start(&[("library/app", "1", &image)], |request, response| {
+    let upstream = TestUpstream::start(&[("library/app", "1", &image)], |request, response| {
         if request.is_blob() { response.fault(Fault::GateAfter(1_000_000)) } else { response }
     })
     .await;
     let one =
-        format!("[access]\nclients = [\"127.0.0.0/8\"]\nrequests_at_once = 1\n{}", rule("docker.io", &origin.url()));
+        format!("[access]\nclients = [\"127.0.0.0/8\"]\nrequests_at_once = 1\n{}", rule("docker.io", &upstream.url()));
     let dray = Start::new(one).run();
     let blob = dray.url(&format!("/v2/library/app/blobs/{}?ns=docker.io", image.layers[0]));
     let held = client().get(&blob).send().await.unwrap();
@@ -313,7 +313,7 @@ async fn clients_may_be_those_of_some_networks_and_ask_so_much() {
     let more = dray.get("/v2/").await;
     assert_eq!((more.status, more.header("retry-after")), (503, None));
     assert!(more.text().contains("requests_at_once"), "{}", more.text());
-    origin.open_gate();
+    upstream.open_gate();
     assert!(held.bytes().await.unwrap() == image.blobs[&image.layers[0]]);
     eventually("its place is free", async || (dray.get("/v2/").await.status == 200).then_some(())).await;
 }

@@ -10,15 +10,15 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use dray_tests::dray::{Dray, Start};
 use dray_tests::image::Image;
-use dray_tests::origin::{Content, Origin, Response};
 use dray_tests::process::{Process, free_port};
+use dray_tests::upstream::{Content, Response, TestUpstream};
 use serde_json::json;
 
 const MANIFEST: &str = "/v2/team/app/manifests/1?ns=reg.example";
 
 /// A registry that knows one user and password at a time, and wants Basic or grants tokens.
 struct Locked {
-    origin: Origin,
+    upstream: TestUpstream,
     login: Arc<Mutex<String>>,
     image: Image,
 }
@@ -37,7 +37,7 @@ impl Locked {
         let content = Content::new(&[("team/app", "1", &image), ("team/app", "2", &image)]);
         let login = Arc::new(Mutex::new(login.to_owned()));
         let known = login.clone();
-        let origin = Origin::answering(move |request| {
+        let upstream = TestUpstream::answering(move |request| {
             let basic = format!("Basic {}", STANDARD.encode(known.lock().unwrap().as_bytes()));
             // A token is good for as long as the password that it was granted for.
             let bearer = format!("Bearer {}", STANDARD.encode(&basic));
@@ -60,7 +60,7 @@ impl Locked {
             }
         })
         .await;
-        Self { origin, login, image }
+        Self { upstream, login, image }
     }
 
     fn knows(&self, login: &str) {
@@ -71,7 +71,7 @@ impl Locked {
         format!(
             "[[registry]]\nmatch = \"reg.example\"\nupstreams = [\"{}\"]\nnegative_ttl = \"0s\"\ntag_ttl = \"0s\"\n\
              credentials = {{ {credentials} }}\n",
-            self.origin.url()
+            self.upstream.url()
         )
     }
 
@@ -114,7 +114,7 @@ async fn a_credential_helper_is_asked_once_and_again_when_its_secret_was_changed
         );
         let by_name = registry.rule("helper = \"test\"");
         let config = dir.path().join("config.json");
-        let host = registry.origin.address.to_string();
+        let host = registry.upstream.address.to_string();
         std::fs::write(&config, json!({"credHelpers": {&host: "test"}, "auths": {&host: {}}}).to_string()).unwrap();
         let by_file = registry.rule(&format!("file = \"{}\"", config.display()));
         for rule in [by_name, by_file] {
@@ -170,7 +170,7 @@ async fn the_kubelets_plugins_are_used_as_they_are() {
     let dir = tempfile::tempdir().unwrap();
     let (secret, asked) = (dir.path().join("secret"), dir.path().join("asked"));
     std::fs::write(&secret, "old").unwrap();
-    let host = registry.origin.address.to_string();
+    let host = registry.upstream.address.to_string();
     script(
         &dir.path().join("ecr-credential-provider"),
         &format!(
@@ -227,7 +227,7 @@ async fn the_kubelets_plugins_are_used_as_they_are() {
 #[tokio::test(flavor = "multi_thread")]
 async fn googles_metadata_server_grants_tokens() {
     let registry = Locked::new(Wants::Tokens, "oauth2accesstoken:ya29").await;
-    let metadata = Origin::answering(|request| match request.header("metadata-flavor") {
+    let metadata = TestUpstream::answering(|request| match request.header("metadata-flavor") {
         Some("Google") if request.path == "/computeMetadata/v1/instance/service-accounts/default/token" => {
             Response::new(200, r#"{"access_token": "ya29", "expires_in": 3599, "token_type": "Bearer"}"#)
         }
@@ -256,7 +256,7 @@ async fn amazons_ecr_grants_tokens_to_pods() {
     let file = dir.path().join("token");
     std::fs::write(&file, "of-the-cluster").unwrap();
     // Pod Identity's agent on each node.
-    let agent = Origin::answering(|request| match request.header("authorization") {
+    let agent = TestUpstream::answering(|request| match request.header("authorization") {
         Some("of-the-cluster") => Response::new(
             200,
             json!({"AccessKeyId": "A", "SecretAccessKey": "S", "Token": "T", "Expiration": "2099-01-01T00:00:00Z"})
@@ -265,7 +265,7 @@ async fn amazons_ecr_grants_tokens_to_pods() {
         _ => Response::new(403, ""),
     })
     .await;
-    let metadata = Origin::answering(|request| match (&*request.method, &*request.path) {
+    let metadata = TestUpstream::answering(|request| match (&*request.method, &*request.path) {
         ("PUT", "/latest/api/token") => {
             Response::new(200, "session").with("x-aws-ec2-metadata-token-ttl-seconds", "21600")
         }
@@ -300,7 +300,7 @@ async fn amazons_ecr_grants_tokens_to_pods() {
 async fn a_token_of_ecr_is_used_for_half_of_its_life() {
     let registry = Locked::new(Wants::Basic, "AWS:hush").await;
     let ends = std::time::UNIX_EPOCH.elapsed().unwrap().as_secs() + 12 * 3600;
-    let ecr = Origin::answering(move |request| {
+    let ecr = TestUpstream::answering(move |request| {
         let target = request.header("x-amz-target").unwrap_or_default();
         assert!(target.ends_with(".GetAuthorizationToken"), "{target}");
         let signed = request.header("authorization").unwrap_or_default();
@@ -325,8 +325,8 @@ async fn a_token_of_ecr_is_used_for_half_of_its_life() {
 async fn azures_registries_exchange_tokens_of_pods_and_machines() {
     for kind in ["workload", "machine"] {
         let locked = Locked::new(Wants::Basic, "00000000-0000-0000-0000-000000000000:refresh").await;
-        let behind = locked.origin.url();
-        let entra = Origin::answering(move |request| {
+        let behind = locked.upstream.url();
+        let entra = TestUpstream::answering(move |request| {
             let is_workload = request.method == "POST" && request.path == "/tenant/oauth2/v2.0/token";
             let is_machine = request.path.starts_with("/metadata/identity/oauth2/token?api-version=2018-02-01&resource=https%3A%2F%2Fcontainerregistry.azure.net")
                 && request.header("metadata") == Some("true");
@@ -335,7 +335,7 @@ async fn azures_registries_exchange_tokens_of_pods_and_machines() {
         })
         .await;
         let front = reqwest::Client::builder().no_proxy().build().unwrap();
-        let registry = Origin::answering(move |request| {
+        let registry = TestUpstream::answering(move |request| {
             if request.path == "/oauth2/exchange" {
                 return Response::new(200, json!({"refresh_token": "refresh"}).to_string());
             }
@@ -361,7 +361,7 @@ async fn azures_registries_exchange_tokens_of_pods_and_machines() {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("token");
         std::fs::write(&file, "of-the-cluster\n").unwrap();
-        let rule = locked.rule("cloud = \"azure\"").replace(&locked.origin.url(), &registry.url());
+        let rule = locked.rule("cloud = \"azure\"").replace(&locked.upstream.url(), &registry.url());
         let start = Start::new(rule);
         let start = match kind {
             "workload" => start
@@ -385,7 +385,7 @@ async fn a_docker_configuration_that_is_replaced_is_read_again() {
     let registry = Locked::new(Wants::Tokens, "robot:old").await;
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join(".dockerconfigjson");
-    let host = registry.origin.address.to_string();
+    let host = registry.upstream.address.to_string();
     let write = |password: &str| {
         // The key with the path says more than that of the host.
         let entry = |login: &str| json!({"auth": STANDARD.encode(login)});

@@ -7,16 +7,16 @@ use std::time::Duration;
 use dray_tests::dray::{Dray, Start, rule};
 use dray_tests::eventually;
 use dray_tests::image::Image;
-use dray_tests::origin::{Content, Fault, Origin};
 use dray_tests::tls::Authority;
+use dray_tests::upstream::{Content, Fault, TestUpstream};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
 /// A dray that holds a blob of so many bytes, and nobody to ask.
 async fn warm(size: usize) -> (Dray, Image) {
     let image = Image::new(1, &[size]);
-    let origin = Origin::start(&[("library/app", "1", &image)], |_, r| r).await;
-    let dray = Start::with_upstream("docker.io", &origin.url()).run();
+    let upstream = TestUpstream::start(&[("library/app", "1", &image)], |_, r| r).await;
+    let dray = Start::with_upstream("docker.io", &upstream.url()).run();
     assert!(dray.get(&path(&image)).await.complete);
     dray.fills_end().await;
     (dray, image)
@@ -110,10 +110,11 @@ async fn a_client_that_leaves_while_it_waits_is_noticed() {
     let tls = format!("[tls]\ncert = \"{}\"\nkey = \"{}\"\n", files.cert.display(), files.key.display());
     let image = Image::new(1, &[3_000_000]);
     let content = Content::new(&[("library/app", "1", &image)]);
-    let origin = Origin::answering(move |request| content.answer(request).fault(Fault::GateAfter(1_000_000))).await;
+    let upstream =
+        TestUpstream::answering(move |request| content.answer(request).fault(Fault::GateAfter(1_000_000))).await;
     for (name, config, version) in [("plain", "", "--http1.1"), ("tls", &tls, "--http1.1"), ("h2", &tls, "--http2")] {
         let log = dir.path().join(name);
-        let dray = Start::new(config.to_owned() + &rule("docker.io", &origin.url()))
+        let dray = Start::new(config.to_owned() + &rule("docker.io", &upstream.url()))
             .env("DRAY_LOG", "info")
             .log_to(&log)
             .run();

@@ -5,14 +5,14 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use dray_tests::dray::{Dray, Start, rule};
 use dray_tests::image::Image;
-use dray_tests::origin::{Content, Fault, Origin, Request, Response};
 use dray_tests::process::free_port;
+use dray_tests::upstream::{Content, Fault, Request, Response, TestUpstream};
 
 /// Images of one layer each, and the registry that has them.
 struct Rig {
     images: Vec<Image>,
     content: Arc<Content>,
-    origin: Origin,
+    upstream: TestUpstream,
 }
 
 impl Rig {
@@ -20,21 +20,21 @@ impl Rig {
         let images: Vec<Image> = sizes.iter().zip(0..).map(|(size, seed)| Image::new(seed, &[*size])).collect();
         let tags: Vec<String> = (0..images.len()).map(|nth| nth.to_string()).collect();
         let named: Vec<_> = images.iter().zip(&tags).map(|(image, tag)| ("library/app", tag.as_str(), image)).collect();
-        let (content, origin) = (Arc::new(Content::new(&named)), Origin::start(&named, |_, r| r).await);
-        Self { images, content, origin }
+        let (content, upstream) = (Arc::new(Content::new(&named)), TestUpstream::start(&named, |_, r| r).await);
+        Self { images, content, upstream }
     }
 
     /// A member that has all of it, and spoils what it is asked for.
-    async fn member(&self, spoil: impl Fn(&Request, Response) -> Response + Send + Sync + 'static) -> Origin {
+    async fn member(&self, spoil: impl Fn(&Request, Response) -> Response + Send + Sync + 'static) -> TestUpstream {
         let content = self.content.clone();
-        Origin::answering(move |request| spoil(request, content.answer(request))).await
+        TestUpstream::answering(move |request| spoil(request, content.answer(request))).await
     }
 
     /// A dray beside it. `peers` has a place for its own port and one for the member.
     fn node(&self, peers: impl Fn(u16) -> String) -> Dray {
         let port = free_port();
         let peers = format!("[peers]\nlisten = \"127.0.0.1:{port}\"\n{}\n", peers(port));
-        Start::new(format!("{}\n{peers}", rule("docker.io", &self.origin.url()))).run()
+        Start::new(format!("{}\n{peers}", rule("docker.io", &self.upstream.url()))).run()
     }
 
     async fn pull_all(&self, node: &Dray) {
@@ -117,17 +117,17 @@ async fn an_owner_with_too_much_to_do_is_asked_again() {
         of_busy += usize::from(answer.source() == "peer");
     }
     assert!(of_busy > 0, "it owns none of six");
-    assert_eq!(rig.origin.count("GET", "/blobs/"), rig.images.len() - of_busy, "what it owns comes from it");
+    assert_eq!(rig.upstream.count("GET", "/blobs/"), rig.images.len() - of_busy, "what it owns comes from it");
 }
 
 /// Somebody else may have room; the origin is not asked for it again by each question.
 #[tokio::test(flavor = "multi_thread")]
-async fn an_owner_without_room_says_so_without_asking_the_origin_again() {
+async fn an_owner_without_room_says_so_without_asking_the_upstream_again() {
     let image = Image::new(1, &[100_000_000]);
-    let origin = Origin::start(&[("library/app", "1", &image)], |_, r| r).await;
+    let upstream = TestUpstream::start(&[("library/app", "1", &image)], |_, r| r).await;
     let port = free_port();
     let peers = format!("[peers]\nlisten = \"127.0.0.1:{port}\"\nstatic = [\"127.0.0.1:{port}\", \"127.0.0.1:1\"]\n");
-    let node = Start::new(format!("{}\n{peers}", rule("docker.io", &origin.url()))).disk("64MiB").run();
+    let node = Start::new(format!("{}\n{peers}", rule("docker.io", &upstream.url()))).disk("64MiB").run();
     let url = format!("http://127.0.0.1:{port}/v2/library/app/blobs/{}?ns=docker.io", image.layer().0);
     for _ in 0..5 {
         let asked = dray_tests::http::get(&url, &[("dray-request", "role=global; whole")]).await;
@@ -138,6 +138,6 @@ async fn an_owner_without_room_says_so_without_asking_the_origin_again() {
             String::from_utf8_lossy(&asked.body)
         );
     }
-    assert_eq!(origin.count("GET", "/blobs/"), 1);
+    assert_eq!(upstream.count("GET", "/blobs/"), 1);
     drop(node);
 }

@@ -13,7 +13,7 @@ use dray_tests::dray::{Dray, Start};
 use dray_tests::http::client;
 use dray_tests::image::Image;
 use dray_tests::mount::Mount;
-use dray_tests::origin::Origin;
+use dray_tests::upstream::TestUpstream;
 use tokio::task::JoinSet;
 
 /// How often, or for how many seconds, in CI and in `make soak`.
@@ -25,11 +25,11 @@ fn rounds(few: usize, many: usize) -> usize {
 type Objects = Arc<Vec<(String, Bytes)>>;
 
 /// Blobs of many sizes, more than the cache holds, and their manifests.
-async fn rig() -> (Origin, Objects) {
+async fn rig() -> (TestUpstream, Objects) {
     let images: Vec<Image> =
         (0..6).map(|seed| Image::new(seed, &[12_000_000, 3_000_000, 400_000, 60_000, 900])).collect();
     let served: Vec<_> = images.iter().map(|image| ("library/app", "1", image)).collect();
-    let origin = Origin::start(&served, |_, response| response).await;
+    let upstream = TestUpstream::start(&served, |_, response| response).await;
     let mut objects = Vec::new();
     for image in &images {
         let blobs = image.blobs.iter().map(|(digest, bytes)| (format!("blobs/{digest}"), bytes.clone()));
@@ -38,7 +38,7 @@ async fn rig() -> (Origin, Objects) {
         objects.extend(blobs.chain(manifests));
     }
     let named = |(path, bytes)| (format!("/v2/library/app/{path}?ns=docker.io"), bytes);
-    (origin, Arc::new(objects.into_iter().map(named).collect()))
+    (upstream, Arc::new(objects.into_iter().map(named).collect()))
 }
 
 /// Clients that read this and that, whole or in part, until told to stop. Panics on wrong bytes.
@@ -136,9 +136,9 @@ fn damage(cache: &Path, random: &mut fastrand::Rng) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn killed_at_random_moments() {
-    let (origin, objects) = rig().await;
+    let (upstream, objects) = rig().await;
     let mut random = fastrand::Rng::with_seed(11);
-    let mut dray = Start::with_upstream("docker.io", &origin.url()).disk("96MiB").run();
+    let mut dray = Start::with_upstream("docker.io", &upstream.url()).disk("96MiB").run();
     let mut complete = 0;
     for round in 0..rounds(20, 200) {
         let load = Load::start(&dray, &objects, round as u64);
@@ -160,9 +160,9 @@ async fn killed_at_random_moments() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn others_fill_the_disk() {
-    let (origin, objects) = rig().await;
+    let (upstream, objects) = rig().await;
     let disk = Mount::tmpfs("200m");
-    let dray = Start::with_upstream("docker.io", &origin.url()).disk("90%").cache(disk.path().join("cache")).run();
+    let dray = Start::with_upstream("docker.io", &upstream.url()).disk("90%").cache(disk.path().join("cache")).run();
     let others = disk.path().join("others");
     for round in 0..rounds(3, 20) {
         let load = Load::start(&dray, &objects, round as u64);

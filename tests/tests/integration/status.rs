@@ -5,8 +5,8 @@ use std::process::Command;
 use dray_tests::dray::{Dray, Start, binary, rule};
 use dray_tests::http::{client, get};
 use dray_tests::image::Image;
-use dray_tests::origin::{Origin, Response};
 use dray_tests::process::{free_port, output};
+use dray_tests::upstream::{Response, TestUpstream};
 use serde_json::Value;
 
 async fn json(dray: &Dray, path: &str) -> Value {
@@ -25,8 +25,9 @@ fn command(dray: &Dray, arguments: &[&str]) -> (Option<i32>, String, String) {
 #[tokio::test(flavor = "multi_thread")]
 async fn the_status_tells_what_was_done_and_from_where() {
     let image = Image::new(1, &[2_000_000]);
-    let hub = Origin::start(&[("library/app", "1", &image)], |_, r| r.with("ratelimit-remaining", "76;w=21600")).await;
-    let gone = Origin::answering(|_| Response::new(503, "")).await;
+    let hub =
+        TestUpstream::start(&[("library/app", "1", &image)], |_, r| r.with("ratelimit-remaining", "76;w=21600")).await;
+    let gone = TestUpstream::answering(|_| Response::new(503, "")).await;
     let dir = tempfile::tempdir().unwrap();
     let password = dir.path().join("password");
     std::fs::write(&password, "hush-hush").unwrap();
@@ -90,14 +91,14 @@ async fn the_status_tells_what_was_done_and_from_where() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_fill_is_seen_while_it_runs() {
-    use dray_tests::origin::Fault;
+    use dray_tests::upstream::Fault;
     let image = Image::new(1, &[3_000_000]);
-    let origin = Origin::start(&[("library/app", "1", &image)], |request, response| match request.is_blob() {
+    let upstream = TestUpstream::start(&[("library/app", "1", &image)], |request, response| match request.is_blob() {
         true => response.fault(Fault::GateAfter(1_000_000)),
         false => response,
     })
     .await;
-    let dray = Start::with_upstream("docker.io", &origin.url()).run();
+    let dray = Start::with_upstream("docker.io", &upstream.url()).run();
     let (layer, bytes) = image.layer();
     let url = dray.url(&format!("/v2/library/app/blobs/{layer}?ns=docker.io"));
     let pulling = tokio::spawn(async move { client().get(url).send().await.unwrap().bytes().await.unwrap().len() });
@@ -110,7 +111,7 @@ async fn a_fill_is_seen_while_it_runs() {
         (&fill["image"], fill["total_bytes"].as_u64()),
         (&"docker.io/library/app".into(), Some(bytes.len() as u64))
     );
-    origin.open_gate();
+    upstream.open_gate();
     assert_eq!(pulling.await.unwrap(), bytes.len());
     dray.fills_end().await;
     assert_eq!(json(&dray, "/api/v1/status").await["fills"], Value::Array(Vec::new()));
@@ -160,11 +161,11 @@ async fn the_status_is_for_the_machine_or_for_those_with_the_token() {
 #[tokio::test(flavor = "multi_thread")]
 async fn the_page_is_readable_by_day_by_night_and_on_a_phone() {
     let image = Image::new(1, &[2_000_000]);
-    let origin = Origin::start(&[("library/app", "1", &image)], |_, r| r).await;
+    let upstream = TestUpstream::start(&[("library/app", "1", &image)], |_, r| r).await;
     let port = free_port();
     let members = (0..1000).map(|nth| format!("\"127.0.{}.{}:{port}\"", nth / 250, nth % 250 + 1)).collect::<Vec<_>>();
     let peers = format!("[peers]\nlisten = \"127.0.0.1:{port}\"\nstatic = [{}]\n", members.join(", "));
-    let dray = Start::new(rule("docker.io", &origin.url()) + &peers).run();
+    let dray = Start::new(rule("docker.io", &upstream.url()) + &peers).run();
     dray.get("/v2/library/app/manifests/1?ns=docker.io").await;
     dray.get("/v2/library/%3Cimg%20src=x%3E/manifests/1?ns=docker.io").await;
     let page = get(&format!("http://{}/", dray.admin), &[]).await;

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use dray_tests::dray::Start;
 use dray_tests::http::Answer;
 use dray_tests::image::Image;
-use dray_tests::origin::{Content, Fault, Origin, Response};
+use dray_tests::upstream::{Content, Fault, Response, TestUpstream};
 
 const PATH: &str = "/v2/library/app/manifests/1?ns=docker.io";
 
@@ -25,7 +25,7 @@ enum Mood {
 const MOODS: [Mood; 7] = [Mood::First, Mood::Second, Mood::Fails, Mood::Limits, Mood::Silent, Mood::Gone, Mood::Denies];
 
 struct Rig {
-    origin: Origin,
+    upstream: TestUpstream,
     mood: Arc<AtomicUsize>,
     images: [Image; 2],
 }
@@ -36,7 +36,7 @@ impl Rig {
         let contents = images.each_ref().map(|image| Content::new(&[("library/app", "1", image)]));
         let mood = Arc::new(AtomicUsize::new(0));
         let now = mood.clone();
-        let origin = Origin::answering(move |request| match MOODS[now.load(Ordering::SeqCst)] {
+        let upstream = TestUpstream::answering(move |request| match MOODS[now.load(Ordering::SeqCst)] {
             Mood::First => contents[0].answer(request),
             Mood::Second => contents[1].answer(request),
             Mood::Fails => Response::new(500, ""),
@@ -46,7 +46,7 @@ impl Rig {
             Mood::Denies => Response::new(403, ""),
         })
         .await;
-        Self { origin, mood, images }
+        Self { upstream, mood, images }
     }
 
     fn is(&self, mood: Mood) {
@@ -57,7 +57,7 @@ impl Rig {
     fn start(&self, more: &str) -> Start {
         Start::new(format!(
             "[[registry]]\nmatch = \"docker.io\"\nupstreams = [\"{}\"]\nnegative_ttl = \"0s\"\n{more}",
-            self.origin.url()
+            self.upstream.url()
         ))
     }
 
@@ -72,16 +72,16 @@ async fn within_its_time_a_tag_is_not_asked_for_again() {
     let rig = Rig::new().await;
     let dray = rig.start("tag_ttl = \"1h\"").run();
     rig.assert_is(&dray.get(PATH).await, 0);
-    let asked = rig.origin.requests().len();
+    let asked = rig.upstream.requests().len();
     rig.is(Mood::Second);
     let again = dray.get(PATH).await;
     rig.assert_is(&again, 0);
-    assert_eq!((rig.origin.requests().len(), again.source()), (asked, "memory"));
+    assert_eq!((rig.upstream.requests().len(), again.source()), (asked, "memory"));
     assert!(again.header("age").is_some());
     // Not even after a kill: the lease is on disk.
     let dray = dray.kill_and_restart();
     rig.assert_is(&dray.get(PATH).await, 0);
-    assert_eq!(rig.origin.requests().len(), asked);
+    assert_eq!(rig.upstream.requests().len(), asked);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -90,13 +90,13 @@ async fn after_its_time_a_head_finds_the_new_meaning() {
     let dray = rig.start("tag_ttl = \"0s\"").run();
     rig.assert_is(&dray.get(PATH).await, 0);
     rig.assert_is(&dray.get(PATH).await, 0);
-    assert_eq!((rig.origin.count("HEAD", "/1"), rig.origin.count("GET", "/")), (1, 1), "unchanged: no second GET");
+    assert_eq!((rig.upstream.count("HEAD", "/1"), rig.upstream.count("GET", "/")), (1, 1), "unchanged: no second GET");
     rig.is(Mood::Second);
     rig.assert_is(&dray.get(PATH).await, 1);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_origin_in_trouble_means_stale_and_says_so() {
+async fn an_upstream_in_trouble_means_stale_and_says_so() {
     let rig = Rig::new().await;
     let dray = rig.start("tag_ttl = \"0s\"").run();
     rig.assert_is(&dray.get(PATH).await, 0);
@@ -109,7 +109,7 @@ async fn an_origin_in_trouble_means_stale_and_says_so() {
     // The silent one is not asked before the limit's end.
     assert_eq!(dray.metric("dray_stale_total{reason=\"limited\"}").await, 2);
     let start = dray.start().clone();
-    drop((rig.origin, dray));
+    drop((rig.upstream, dray));
     let dray = start.run();
     let off = dray.get(PATH).await;
     assert_eq!((off.status, off.source()), (200, "stale"));
@@ -167,8 +167,8 @@ async fn immutable_tags_are_never_asked_for_again() {
 #[tokio::test(flavor = "multi_thread")]
 async fn that_there_is_no_such_manifest_says_nothing_of_a_blob() {
     let image = Image::new(1, &[300_000]);
-    let origin = Origin::start(&[("library/app", "1", &image)], |_, response| response).await;
-    let dray = Start::with_upstream("docker.io", &origin.url()).run();
+    let upstream = TestUpstream::start(&[("library/app", "1", &image)], |_, response| response).await;
+    let dray = Start::with_upstream("docker.io", &upstream.url()).run();
     let ask = async |endpoint: &str| {
         dray.get(&format!("/v2/library/app/{endpoint}/{}?ns=docker.io", image.layers[0])).await.status
     };
@@ -184,13 +184,13 @@ async fn not_found_is_believed_for_a_moment_only() {
         "[[registry]]\nmatch = \"docker.io\"\nupstreams = [\"{0}\"]\nnegative_ttl = \"1h\"\n\
          [[registry]]\nmatch = \"quay.io\"\nupstreams = [\"{0}\"]\nnegative_ttl = \"0s\"\n\
          [[registry]]\nmatch = \"ghcr.io\"\nupstreams = [\"{0}\"]\nnegative_ttl = \"1h\"\ntag_ttl = \"0s\"",
-        rig.origin.url()
+        rig.upstream.url()
     );
     let dray = Start::new(config).run();
     for _ in 0..5 {
         assert_eq!(dray.get(PATH).await.status, 404);
     }
-    assert_eq!(rig.origin.count("GET", "/1"), 1);
+    assert_eq!(rig.upstream.count("GET", "/1"), 1);
     let elsewhere = ["quay.io", "ghcr.io"].map(|registry| format!("/v2/library/app/manifests/1?ns={registry}"));
     for path in &elsewhere {
         assert_eq!(dray.get(path).await.status, 404);
@@ -214,5 +214,5 @@ async fn many_ask_for_a_tag_and_one_request_goes_out() {
     while let Some(answer) = pulls.join_next().await {
         rig.assert_is(&answer.unwrap(), 0);
     }
-    assert_eq!((rig.origin.count("HEAD", "/1"), rig.origin.count("GET", "/manifests/")), (0, 1));
+    assert_eq!((rig.upstream.count("HEAD", "/1"), rig.upstream.count("GET", "/manifests/")), (0, 1));
 }

@@ -6,8 +6,8 @@ use dray_tests::dray::{Start, rule};
 use dray_tests::eventually;
 use dray_tests::http::get;
 use dray_tests::image::Image;
-use dray_tests::origin::{Origin, Response};
 use dray_tests::process::free_port;
+use dray_tests::upstream::{Response, TestUpstream};
 use opentelemetry_proto::tonic::collector::trace::v1::ExportTraceServiceRequest;
 use opentelemetry_proto::tonic::common::v1::any_value::Value;
 use opentelemetry_proto::tonic::trace::v1::Span;
@@ -17,12 +17,12 @@ const TRACE: &str = "4bf92f3577b34da6a3ce929d0e0e4736";
 const CLIENT: &str = "00f067aa0ba902b7";
 
 /// A collector; it answers whatever it is sent as one that has taken it.
-async fn collector() -> Origin {
-    Origin::answering(|_| Response::new(200, "").with("content-type", "application/x-protobuf")).await
+async fn collector() -> TestUpstream {
+    TestUpstream::answering(|_| Response::new(200, "").with("content-type", "application/x-protobuf")).await
 }
 
 /// What it was told, by each span's id.
-fn told(collector: &Origin) -> HashMap<String, Span> {
+fn told(collector: &TestUpstream) -> HashMap<String, Span> {
     let mut spans = HashMap::new();
     for request in collector.requests() {
         assert_eq!((&*request.method, &*request.path), ("POST", "/v1/traces"));
@@ -65,9 +65,9 @@ fn way(spans: &HashMap<String, Span>, id: &str) -> (Vec<String>, String) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_trace_goes_from_a_client_through_peers_to_the_origin() {
+async fn a_trace_goes_from_a_client_through_peers_to_the_upstream() {
     let image = Image::new(1, &[300_000; 24]);
-    let origin = Origin::start(&[("library/app", "1", &image)], |_, r| r).await;
+    let upstream = TestUpstream::start(&[("library/app", "1", &image)], |_, r| r).await;
     let collector = collector().await;
     let ports = [free_port(), free_port()];
     let nodes = ports.map(|port| {
@@ -76,7 +76,7 @@ async fn a_trace_goes_from_a_client_through_peers_to_the_origin() {
             "[peers]\nlisten = \"127.0.0.1:{port}\"\nstatic = [{members}]\n[tracing]\notlp = \"{}\"\nsample = 0.0\n",
             collector.url()
         );
-        Start::new(format!("{}\n{more}", rule("docker.io", &origin.url()))).env("OTEL_BSP_SCHEDULE_DELAY", "50").run()
+        Start::new(format!("{}\n{more}", rule("docker.io", &upstream.url()))).env("OTEL_BSP_SCHEDULE_DELAY", "50").run()
     });
     // Of so many each node owns some.
     for digest in image.blobs.keys() {
@@ -86,7 +86,7 @@ async fn a_trace_goes_from_a_client_through_peers_to_the_origin() {
         let untraced = format!("http://{}/v2/library/app/blobs/{digest}?ns=docker.io", nodes[1].registry);
         assert_eq!(get(&untraced, &[]).await.status, 200);
     }
-    let asked: Vec<_> = origin.requests().into_iter().filter(|request| request.is_blob()).collect();
+    let asked: Vec<_> = upstream.requests().into_iter().filter(|request| request.is_blob()).collect();
     assert_eq!(asked.len(), image.blobs.len(), "once each");
     let parents = asked.iter().map(|request| {
         assert_eq!(request.header("tracestate"), Some("a=1"));
@@ -117,17 +117,17 @@ async fn a_trace_goes_from_a_client_through_peers_to_the_origin() {
 #[tokio::test(flavor = "multi_thread")]
 async fn without_a_collector_a_trace_is_passed_on_as_it_came() {
     let image = Image::new(1, &[1000]);
-    let origin = Origin::start(&[("library/app", "1", &image)], |_, r| r).await;
+    let upstream = TestUpstream::start(&[("library/app", "1", &image)], |_, r| r).await;
     let dir = tempfile::tempdir().unwrap();
     let log = dir.path().join("log");
-    let node = Start::with_upstream("docker.io", &origin.url()).env("DRAY_LOG", "info").log_to(&log).run();
+    let node = Start::with_upstream("docker.io", &upstream.url()).env("DRAY_LOG", "info").log_to(&log).run();
     let parent = format!("00-{TRACE}-{CLIENT}-00");
     let url = |digest: &str| format!("http://{}/v2/library/app/blobs/{digest}?ns=docker.io", node.registry);
     let mut digests = image.blobs.keys();
     let (traced, untraced) = (digests.next().unwrap(), digests.next().unwrap());
     assert_eq!(get(&url(traced), &[("traceparent", &parent), ("tracestate", "a=1,b=2")]).await.status, 200);
     assert_eq!(get(&url(untraced), &[]).await.status, 200);
-    let requests = origin.requests();
+    let requests = upstream.requests();
     let of = |digest: &str| requests.iter().find(|request| request.path.contains(digest)).unwrap();
     assert_eq!(of(traced).header("traceparent"), Some(&*parent));
     assert_eq!(of(traced).header("tracestate"), Some("a=1,b=2"));
@@ -142,11 +142,11 @@ async fn without_a_collector_a_trace_is_passed_on_as_it_came() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_dead_collector_costs_its_traces_and_one_line() {
     let image = Image::new(1, &[1000]);
-    let origin = Origin::start(&[("library/app", "1", &image)], |_, r| r).await;
+    let upstream = TestUpstream::start(&[("library/app", "1", &image)], |_, r| r).await;
     let dir = tempfile::tempdir().unwrap();
     let log = dir.path().join("log");
     let tracing = format!("[tracing]\notlp = \"http://127.0.0.1:{}\"\n", free_port());
-    let start = Start::new(format!("{}\n{tracing}", rule("docker.io", &origin.url())));
+    let start = Start::new(format!("{}\n{tracing}", rule("docker.io", &upstream.url())));
     let node = start.env("OTEL_BSP_SCHEDULE_DELAY", "20").env("DRAY_LOG", "info").log_to(&log).run();
     let lost = || std::fs::read_to_string(&log).unwrap().matches("the collector takes no traces").count();
     for _ in 0..3 {

@@ -8,8 +8,8 @@ use std::sync::{Arc, Mutex};
 use dray_tests::dray::{Dray, Start, binary, previous, rule};
 use dray_tests::http::client;
 use dray_tests::image::Image;
-use dray_tests::origin::Origin;
 use dray_tests::process::free_port;
+use dray_tests::upstream::TestUpstream;
 use rustix::process::Signal;
 
 const NODES: usize = 3;
@@ -83,13 +83,13 @@ async fn a_cluster_is_upgraded_and_rolled_back_under_load() {
     let images: Vec<_> = (1..=3).map(|seed| Image::new(seed, &[2_000_000, 700_000, 1_000])).collect();
     let names: Vec<_> = (0..images.len()).map(|nth| format!("library/app{nth}")).collect();
     let served: Vec<_> = names.iter().zip(&images).map(|(name, image)| (name.as_str(), "1", image)).collect();
-    let origin = Origin::start(&served, |_, response| response).await;
+    let upstream = TestUpstream::start(&served, |_, response| response).await;
     let key = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(key.path(), "a secret of more than sixteen characters\n").unwrap();
     let ports: Vec<u16> = (0..NODES).map(|_| free_port()).collect();
     let members = ports.iter().map(|port| format!("\"127.0.0.1:{port}\"")).collect::<Vec<_>>().join(", ");
     let config = |port: &u16| {
-        let rule = rule("docker.io", &origin.url());
+        let rule = rule("docker.io", &upstream.url());
         let key = key.path().display();
         format!("{rule}[peers]\nlisten = \"127.0.0.1:{port}\"\nstatic = [{members}]\nkey_file = \"{key}\"\n")
     };
@@ -135,7 +135,7 @@ async fn a_cluster_is_upgraded_and_rolled_back_under_load() {
     // What they had they have kept: every blob came once.
     for image in &images {
         for digest in image.blobs.keys() {
-            assert_eq!(origin.count("GET", digest), 1, "{digest}");
+            assert_eq!(upstream.count("GET", digest), 1, "{digest}");
         }
     }
 }

@@ -7,9 +7,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use dray_tests::dray::{Dray, Start, binary, rule};
 use dray_tests::image::{INDEX, Image, MANIFEST, digest};
-use dray_tests::origin::{Content, Fault, Origin, Response};
 use dray_tests::process::{free_port, output};
 use dray_tests::registry::Registry;
+use dray_tests::upstream::{Content, Fault, Response, TestUpstream};
 use serde_json::json;
 
 fn warm(dray: &Dray, arguments: &[&str]) -> (Option<i32>, String) {
@@ -52,11 +52,11 @@ async fn what_is_prefetched_stays_fresh() {
     let contents = [&old, &new].map(|image| Content::new(&[("library/app", "1", image)]));
     let now = Arc::new(AtomicUsize::new(0));
     let at = now.clone();
-    let origin = Origin::answering(move |request| contents[at.load(Ordering::SeqCst)].answer(request)).await;
+    let upstream = TestUpstream::answering(move |request| contents[at.load(Ordering::SeqCst)].answer(request)).await;
     let ports: Vec<u16> = (0..2).map(|_| free_port()).collect();
     let members = ports.iter().map(|port| format!("\"127.0.0.1:{port}\"")).collect::<Vec<_>>().join(", ");
     let node = |port: &u16| {
-        let rule = rule("docker.io", &origin.url());
+        let rule = rule("docker.io", &upstream.url());
         Start::new(format!(
             "{rule}tag_ttl = \"0s\"\n[peers]\nlisten = \"127.0.0.1:{port}\"\nstatic = [{members}]\n\
              [[prefetch]]\nimages = [\"app:1\"]\nschedule = \"*/2 * * * * *\"\nplatforms = [\"linux/amd64\"]\n"
@@ -76,7 +76,7 @@ async fn what_is_prefetched_stays_fresh() {
         now.store(nth, Ordering::SeqCst);
         for layer in &image.layers {
             dray_tests::eventually("it is fetched", async || {
-                (origin.count("GET", layer) > 0 || image.blobs[layer].is_empty()).then_some(())
+                (upstream.count("GET", layer) > 0 || image.blobs[layer].is_empty()).then_some(())
             })
             .await;
         }
@@ -84,7 +84,7 @@ async fn what_is_prefetched_stays_fresh() {
             dray.fills_end().await;
         }
         for layer in &image.layers {
-            assert!(origin.count("GET", layer) == 1 || nth == 0, "once, by its owner");
+            assert!(upstream.count("GET", layer) == 1 || nth == 0, "once, by its owner");
             for dray in &nodes {
                 let source = dray.get(&format!("/v2/library/app/blobs/{layer}?ns=docker.io")).await;
                 assert!(source.status == 200 && source.source() != "origin", "{}", source.source());
@@ -100,12 +100,12 @@ async fn what_is_pinned_outlives_what_is_used_more() {
     let mut images = vec![("library/pinned".to_owned(), &pinned)];
     images.extend(others.iter().enumerate().map(|(nth, image)| (format!("library/other{nth}"), image)));
     let images: Vec<_> = images.iter().map(|(name, image)| (name.as_str(), "1", *image)).collect();
-    let origin = Origin::start(&images, |_, r| r).await;
+    let upstream = TestUpstream::start(&images, |_, r| r).await;
     let pin = "[[pin]]\nimages = [\"pinned:1\"]\nplatforms = [\"linux/amd64\"]\n";
-    let dray = Start::new(rule("docker.io", &origin.url()) + pin).disk("64MiB").run();
+    let dray = Start::new(rule("docker.io", &upstream.url()) + pin).disk("64MiB").run();
     let layer = &pinned.layers[0];
     dray_tests::eventually("it is fetched without being asked for", async || {
-        (origin.count("GET", layer) == 1).then_some(())
+        (upstream.count("GET", layer) == 1).then_some(())
     })
     .await;
     dray.fills_end().await;
@@ -128,7 +128,7 @@ async fn what_nobody_waits_for_is_put_off_while_few_pulls_are_left() {
     let images = [("library/first", "1", &first), ("library/second", "1", &second)];
     let left = Arc::new(AtomicUsize::new(24));
     let now = left.clone();
-    let origin = Origin::start(&images, move |_, answer| {
+    let upstream = TestUpstream::start(&images, move |_, answer| {
         let remaining = format!("{};w=21600", now.load(Ordering::SeqCst));
         answer.with("ratelimit-limit", "100;w=21600").with("ratelimit-remaining", remaining)
     })
@@ -136,21 +136,21 @@ async fn what_nobody_waits_for_is_put_off_while_few_pulls_are_left() {
     let dray = Start::new(format!(
         "{}tag_ttl = \"0s\"\n[[prefetch]]\nimages = [\"first:1\", \"second:1\"]\nschedule = \"* * * * * *\"\n\
          platforms = [\"linux/amd64\"]\n",
-        rule("docker.io", &origin.url())
+        rule("docker.io", &upstream.url())
     ))
     .run();
     dray_tests::eventually("the first one is there", async || {
-        (origin.count("GET", &first.layers[0]) > 0).then_some(())
+        (upstream.count("GET", &first.layers[0]) > 0).then_some(())
     })
     .await;
     // Several more times by the schedule.
     tokio::time::sleep(std::time::Duration::from_secs(3)).await;
-    assert_eq!(origin.count("GET", "library/second") + origin.count("HEAD", "library/second"), 0);
+    assert_eq!(upstream.count("GET", "library/second") + upstream.count("HEAD", "library/second"), 0);
     left.store(90, Ordering::SeqCst);
     // Whoever waits is served, and hears how many are left.
     assert_eq!(dray.get("/v2/library/first/manifests/1?ns=docker.io").await.status, 200);
     dray_tests::eventually("the second one as well", async || {
-        (origin.count("GET", &second.layers[0]) > 0).then_some(())
+        (upstream.count("GET", &second.layers[0]) > 0).then_some(())
     })
     .await;
 }
@@ -160,12 +160,12 @@ async fn what_is_not_whole_is_not_warm() {
     let (good, bad) = (Image::new(1, &[500_000]), Image::new(2, &[600_000]));
     let wrong = bad.layers[0].clone();
     let images = [("library/good", "1", &good), ("library/bad", "1", &bad)];
-    let origin = Origin::start(&images, move |request, response| match request.path.contains(&wrong) {
+    let upstream = TestUpstream::start(&images, move |request, response| match request.path.contains(&wrong) {
         true => Response::new(404, ""),
         false => response,
     })
     .await;
-    let dray = Start::new(rule("docker.io", &origin.url())).run();
+    let dray = Start::new(rule("docker.io", &upstream.url())).run();
     let (code, said) = warm(&dray, &["good:1", "bad:1", "none:1"]);
     assert_eq!(code, Some(1));
     for says in
@@ -202,7 +202,7 @@ async fn what_is_no_image_for_the_platform_is_not_warm() {
         ("hello", MANIFEST, json!({"hello": "world"})),
         ("nested", INDEX, json!({"schemaVersion": 2, "mediaType": INDEX, "manifests": [missing]})),
     ];
-    let origin = Origin::answering(move |request| {
+    let upstream = TestUpstream::answering(move |request| {
         let last = request.path.rsplit('/').next().unwrap();
         let manifest = answers.iter().find(|(tag, ..)| *tag == last || digest(&answer(tag, &answers)) == last);
         match manifest {
@@ -216,7 +216,7 @@ async fn what_is_no_image_for_the_platform_is_not_warm() {
         }
     })
     .await;
-    let dray = Start::new(rule("docker.io", &origin.url())).run();
+    let dray = Start::new(rule("docker.io", &upstream.url())).run();
     for (tag, says) in [
         ("arm", "it has nothing for linux/amd64, only for linux/arm64"),
         ("empty", "has nothing in it"),
@@ -238,8 +238,8 @@ fn answer(tag: &str, answers: &[(&str, &str, serde_json::Value)]) -> Vec<u8> {
 #[tokio::test(flavor = "multi_thread")]
 async fn what_passes_through_is_not_warm() {
     let image = Image::new(1, &[80_000_000]);
-    let origin = Origin::start(&[("library/app", "1", &image)], |_, r| r).await;
-    let dray = Start::new(rule("docker.io", &origin.url())).disk("64MiB").run();
+    let upstream = TestUpstream::start(&[("library/app", "1", &image)], |_, r| r).await;
+    let dray = Start::new(rule("docker.io", &upstream.url())).disk("64MiB").run();
     let (code, said) = warm(&dray, &["app:1", "--platform", "linux/amd64"]);
     assert!(code == Some(1) && said.contains("was not kept"), "{said}");
     let registry = Registry::open().await;
@@ -255,12 +255,12 @@ async fn what_breaks_is_gone_on_with() {
     let image = Image::new(1, &[4_000_000]);
     let broken = Arc::new(AtomicUsize::new(0));
     let breaks = broken.clone();
-    let origin = Origin::start(&[("library/app", "1", &image)], move |request, response| {
+    let upstream = TestUpstream::start(&[("library/app", "1", &image)], move |request, response| {
         let is_first = request.is_blob() && breaks.fetch_add(1, Ordering::SeqCst) < 2;
         if is_first { response.fault(Fault::CutAfter(1_000_000)) } else { response }
     })
     .await;
-    let dray = Start::new(rule("docker.io", &origin.url())).run();
+    let dray = Start::new(rule("docker.io", &upstream.url())).run();
     let (code, said) = warm(&dray, &["app:1", "--platform", "linux/amd64"]);
     assert!(code == Some(0) && broken.load(Ordering::SeqCst) > 2, "{said}");
 }

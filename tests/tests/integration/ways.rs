@@ -8,8 +8,8 @@ use dray_tests::dray::{Dray, Start, rule};
 use dray_tests::eventually;
 use dray_tests::http::{get, send};
 use dray_tests::image::{Image, noise};
-use dray_tests::origin::{Content, Fault, Origin, Request, Response};
 use dray_tests::process::free_port;
+use dray_tests::upstream::{Content, Fault, Request, Response, TestUpstream};
 use futures_util::future::join_all;
 use reqwest::Method;
 use rustix::process::Signal;
@@ -35,7 +35,7 @@ fn cluster(count: usize, rules: &str, proof: &str) -> Vec<Start> {
 }
 
 /// A dray with these other members.
-fn beside(members: &[&Origin], registry: &Origin) -> Dray {
+fn beside(members: &[&TestUpstream], registry: &TestUpstream) -> Dray {
     let port = free_port();
     let members: String = members.iter().map(|member| format!(", \"{}\"", member.address)).collect();
     let peers = format!("[peers]\nlisten = \"127.0.0.1:{port}\"\nstatic = [\"127.0.0.1:{port}\"{members}]\n");
@@ -52,7 +52,7 @@ async fn owners_without_a_way_to_the_registry_stop_nobody() {
     let images = images(2, 500_000);
     let content = content(&images);
     let known = format!("Basic {}", STANDARD.encode("robot:known"));
-    let origin = Origin::answering(move |request| match request.header("authorization") {
+    let upstream = TestUpstream::answering(move |request| match request.header("authorization") {
         Some(said) if said == known => content.answer(request),
         _ => Response::new(401, "").with("www-authenticate", "Basic realm=\"r\""),
     })
@@ -60,7 +60,7 @@ async fn owners_without_a_way_to_the_registry_stop_nobody() {
     let dir = tempfile::tempdir().unwrap();
     let key = dir.path().join("peers.key");
     std::fs::write(&key, "a secret of all the drays\n").unwrap();
-    let rules = rule("docker.io", &origin.url())
+    let rules = rule("docker.io", &upstream.url())
         + "credentials = { username = \"robot\", password_env = \"DRAY_TEST_PASSWORD\" }\ntag_ttl = \"0s\"\n";
     let starts = cluster(5, &rules, &format!("key_file = \"{}\"", key.display())).into_iter().enumerate();
     let starts = starts.map(|(nth, start)| if nth == 0 { start.env("DRAY_TEST_PASSWORD", "known") } else { start });
@@ -85,8 +85,8 @@ async fn owners_without_a_way_to_the_registry_stop_nobody() {
 #[tokio::test(flavor = "multi_thread")]
 async fn an_owner_that_names_somebody_who_may_not_be_asked_is_asked_again() {
     let images = images(8, 300_000);
-    let (content, origin) = (content(&images), Origin::answering(|_| Response::new(503, "")).await);
-    let owner = Origin::answering(move |request: &Request| {
+    let (content, upstream) = (content(&images), TestUpstream::answering(|_| Response::new(503, "")).await);
+    let owner = TestUpstream::answering(move |request: &Request| {
         let insists = request.header("dray-request").is_some_and(|terms| terms.contains("no-redirect"));
         match request.method == "GET" && request.is_blob() && !insists {
             true => Response::new(307, "").with("location", "127.0.0.1:1"),
@@ -94,7 +94,7 @@ async fn an_owner_that_names_somebody_who_may_not_be_asked_is_asked_again() {
         }
     })
     .await;
-    let node = beside(&[&owner], &origin);
+    let node = beside(&[&owner], &upstream);
     for image in &images {
         let (digest, bytes) = image.layer();
         let answer = node.get(&blob(digest)).await;
@@ -107,14 +107,14 @@ async fn an_owner_that_names_somebody_who_may_not_be_asked_is_asked_again() {
 async fn what_one_member_has_of_an_image_is_had_by_all_while_the_registry_is_down() {
     let images = images(8, 300_000);
     let content = content(&images);
-    let origin = Origin::answering(|_| Response::new(503, "")).await;
-    let holder = Origin::answering(move |request: &Request| content.answer(request)).await;
+    let upstream = TestUpstream::answering(|_| Response::new(503, "")).await;
+    let holder = TestUpstream::answering(move |request: &Request| content.answer(request)).await;
     let mut others = Vec::new();
     for _ in 0..12 {
-        others.push(Origin::answering(|_| Response::new(504, "")).await);
+        others.push(TestUpstream::answering(|_| Response::new(504, "")).await);
     }
-    let members: Vec<&Origin> = others.iter().chain([&holder]).collect();
-    let node = beside(&members, &origin);
+    let members: Vec<&TestUpstream> = others.iter().chain([&holder]).collect();
+    let node = beside(&members, &upstream);
     let pulls = images.iter().map(async |image| {
         let manifest = node.get(&format!("/v2/library/app/manifests/{}?ns=docker.io", image.digest)).await;
         assert_eq!((manifest.status, &manifest.body), (200, image.index()), "{}", manifest.text());
@@ -134,10 +134,12 @@ async fn who_is_about_to_go_begins_nothing_for_others() {
     let images = images(2, 30_000_000);
     let content = content(&images);
     // Slow enough that somebody still reads when it is told to go.
-    let origin =
-        Origin::answering(move |request: &Request| content.answer(request).fault(Fault::SlowUntilGate(1_000_000)))
-            .await;
-    let mut nodes: Vec<Dray> = cluster(2, &rule("docker.io", &origin.url()), "").into_iter().map(Start::run).collect();
+    let upstream = TestUpstream::answering(move |request: &Request| {
+        content.answer(request).fault(Fault::SlowUntilGate(1_000_000))
+    })
+    .await;
+    let mut nodes: Vec<Dray> =
+        cluster(2, &rule("docker.io", &upstream.url()), "").into_iter().map(Start::run).collect();
     let asked = |nodes: &[Dray], digest: &str| format!("http://{}{}", nodes[0].peers.unwrap(), blob(digest));
     let [first, second] = [0, 1].map(|nth| images[nth].layer().0.to_owned());
     let (url, client) = (asked(&nodes, &first), dray_tests::http::client());
@@ -148,7 +150,7 @@ async fn who_is_about_to_go_begins_nothing_for_others() {
     eventually("it is about to go", async || (get(&admin, &[]).await.status == 503).then_some(())).await;
     let answer = get(&asked(&nodes, &second), &[("dray-request", "role=global")]).await;
     assert_eq!(answer.status, 504, "{}", answer.text());
-    assert_eq!(origin.count("GET", &second), 0);
+    assert_eq!(upstream.count("GET", &second), 0);
     drop(reading);
 }
 
@@ -158,13 +160,13 @@ async fn a_member_that_makes_large_blobs_short_costs_no_pull() {
     let images = images(8, 1_000_000);
     let content = content(&images);
     let truth = content.clone();
-    let origin = Origin::answering(move |request: &Request| truth.answer(request)).await;
-    let liar = Origin::answering(move |request: &Request| match request.is_blob() {
+    let upstream = TestUpstream::answering(move |request: &Request| truth.answer(request)).await;
+    let liar = TestUpstream::answering(move |request: &Request| match request.is_blob() {
         true => Response::new(200, noise(9, 1000)),
         false => content.answer(request),
     })
     .await;
-    let node = beside(&[&liar], &origin);
+    let node = beside(&[&liar], &upstream);
     for image in &images {
         let (digest, bytes) = image.layer();
         let answer = node.get(&blob(digest)).await;

@@ -9,7 +9,7 @@ use similar::TextDiff;
 
 use super::HOSTS;
 use super::marker::{MARKER, Marker};
-use crate::containerd::tree::{self, Owner};
+use crate::containerd::tree::{self, FileOwner};
 
 /// One step of what a command does or would do.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -50,12 +50,12 @@ pub enum Action {
     /// The hosts directory lets that user's group in.
     LetIn {
         gid: u32,
-        before: Owner,
+        before: FileOwner,
     },
     /// The hosts directory lets in whom it let in before.
-    Close(Owner),
+    Close(FileOwner),
     /// A directory goes back to whose it was.
-    GiveBack(Owner),
+    GiveBack(FileOwner),
 }
 
 impl Change {
@@ -82,7 +82,7 @@ impl Change {
                 before.letting_in(*gid).give(path)
             }
             Action::Close(before) => {
-                let now = Owner::of(path)?;
+                let now = FileOwner::of(path)?;
                 // Somebody may have decided otherwise since.
                 if now == before.letting_in(now.gid) {
                     before.give(path)?;
@@ -140,8 +140,8 @@ fn hand_over(path: &Path, to: (u32, u32), known: Option<Marker>) -> io::Result<(
         let marker = Marker { before: None, handed_over: true };
         return tree::make_dir(path, &[(MARKER, &marker.to_text())], Some(to));
     }
-    let owner = Owner::of(path)?;
+    let owner = FileOwner::of(path)?;
     let before = known.map_or(Some(owner), |known| known.before);
     tree::write(&path.join(MARKER), &Marker { before, handed_over: true }.to_text())?;
-    Owner { uid: to.0, gid: to.1, mode: owner.mode | 0o700 }.give(path)
+    FileOwner { uid: to.0, gid: to.1, mode: owner.mode | 0o700 }.give(path)
 }

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use super::{HostsError, readable};
-use crate::containerd::tree::Owner;
+use crate::containerd::tree::FileOwner;
 
 /// Its name.
 pub(super) const MARKER: &str = ".dray";
@@ -12,7 +12,7 @@ pub(super) const MARKER: &str = ".dray";
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Marker {
     /// Whose it was before. None: dray made it.
-    pub(super) before: Option<Owner>,
+    pub(super) before: Option<FileOwner>,
     /// It belongs to the user that dray runs as until it is given back.
     pub(super) handed_over: bool,
 }
@@ -33,13 +33,13 @@ impl Marker {
     }
 
     pub(super) fn to_text(self) -> String {
-        let of = |owner: Owner| format!("{} {} {:04o}", owner.uid, owner.gid, owner.mode);
+        let of = |owner: FileOwner| format!("{} {} {:04o}", owner.uid, owner.gid, owner.mode);
         let before = self.before.map_or_else(|| "made".to_owned(), |owner| format!("was {}", of(owner)));
         format!("{before}{}\n", if self.handed_over { " handed-over" } else { "" })
     }
 }
 
-fn read_owner<'a>(words: &mut impl Iterator<Item = &'a str>) -> Option<Owner> {
+fn read_owner<'a>(words: &mut impl Iterator<Item = &'a str>) -> Option<FileOwner> {
     let mut number = |radix| u32::from_str_radix(words.next()?, radix).ok();
-    Some(Owner { uid: number(10)?, gid: number(10)?, mode: number(8)? })
+    Some(FileOwner { uid: number(10)?, gid: number(10)?, mode: number(8)? })
 }

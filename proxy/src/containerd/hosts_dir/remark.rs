@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use crate::containerd::hosts_toml::{self, Unfit};
+use crate::containerd::hosts_toml::{self, UnsupportedFile};
 
 /// What a person ought to know.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -11,7 +11,7 @@ pub enum Remark {
     Shadows(PathBuf),
     /// It is of a registry on this machine, which no mirror reaches.
     Local(PathBuf),
-    Unfit(PathBuf, Unfit),
+    Unfit(PathBuf, UnsupportedFile),
     /// dray's lines in it were edited by hand, and stay.
     Edited(PathBuf),
 }
@@ -20,7 +20,7 @@ impl Remark {
     /// Whether something was not done that was asked for.
     pub fn is_failure(&self) -> bool {
         match self {
-            Self::Shadows(_) | Self::Local(_) | Self::Unfit(_, Unfit::AlreadyThere(_)) => false,
+            Self::Shadows(_) | Self::Local(_) | Self::Unfit(_, UnsupportedFile::AlreadyThere(_)) => false,
             Self::Unfit(..) | Self::Edited(_) => true,
         }
     }

@@ -13,11 +13,11 @@ fn ours() -> Mirrors {
 }
 
 /// Everything in a directory: path to content, owner and mode.
-fn tree(dir: &Path) -> BTreeMap<PathBuf, (String, Owner)> {
+fn tree(dir: &Path) -> BTreeMap<PathBuf, (String, FileOwner)> {
     let mut found = BTreeMap::new();
     let mut pending = vec![dir.to_owned()];
     while let Some(path) = pending.pop() {
-        let owner = Owner::of(&path).unwrap();
+        let owner = FileOwner::of(&path).unwrap();
         let content = if path.is_dir() {
             pending.extend(fs::read_dir(&path).unwrap().map(|entry| entry.unwrap().path()));
             "/".to_owned()
@@ -54,14 +54,14 @@ fn installs_once_and_leaves_nothing_behind() {
     let dir = tempfile::tempdir().unwrap();
     let before = tree(dir.path());
     let hosts = HostsDir::new(dir.path());
-    let planned = hosts.install(&ours(), &Registries::Default, Mode::DryRun).unwrap();
+    let planned = hosts.install(&ours(), &MirroredRegistries::Default, Mode::DryRun).unwrap();
     assert!(planned.changes[0].diff().contains("+[host.\"http://127.0.0.1:5050\"]"), "{}", planned.changes[0].diff());
     assert_eq!(tree(dir.path()), before);
-    let done = hosts.install(&ours(), &Registries::Default, Mode::Apply).unwrap();
+    let done = hosts.install(&ours(), &MirroredRegistries::Default, Mode::Apply).unwrap();
     assert_eq!(done.changes, planned.changes);
     assert_eq!(hosts_of(dir.path(), DEFAULT), ["http://127.0.0.1:5050"]);
-    assert!(hosts.install(&ours(), &Registries::Default, Mode::Apply).unwrap().changes.is_empty());
-    hosts.install(&mirrors("http://127.0.0.1:6060"), &Registries::Default, Mode::Apply).unwrap();
+    assert!(hosts.install(&ours(), &MirroredRegistries::Default, Mode::Apply).unwrap().changes.is_empty());
+    hosts.install(&mirrors("http://127.0.0.1:6060"), &MirroredRegistries::Default, Mode::Apply).unwrap();
     assert_eq!(hosts_of(dir.path(), DEFAULT), ["http://127.0.0.1:6060"]);
     hosts.uninstall(Mode::Apply).unwrap();
     assert_eq!(tree(dir.path()), before);
@@ -78,13 +78,15 @@ fn what_was_there_stays_and_comes_back_byte_for_byte() {
     put(dir.path(), "localhost:32000/hosts.toml", FOREIGN);
     put(dir.path(), "broken.io/hosts.toml", "server = ");
     put(dir.path(), ".hidden/hosts.toml", "server = ");
-    Owner { mode: 0o640, ..Owner::of(dir.path()).unwrap() }.give(&dir.path().join("_default/hosts.toml")).unwrap();
+    FileOwner { mode: 0o640, ..FileOwner::of(dir.path()).unwrap() }
+        .give(&dir.path().join("_default/hosts.toml"))
+        .unwrap();
     let before = tree(dir.path());
     let hosts = HostsDir::new(dir.path());
-    let done = hosts.install(&ours(), &Registries::Default, Mode::Apply).unwrap();
+    let done = hosts.install(&ours(), &MirroredRegistries::Default, Mode::Apply).unwrap();
     let shadows = done.remarks.iter().filter(|remark| matches!(remark, Remark::Shadows(_))).count();
     assert_eq!(shadows, 4, "{:?}", done.remarks);
-    let done = hosts.install(&ours(), &Registries::Every, Mode::Apply).unwrap();
+    let done = hosts.install(&ours(), &MirroredRegistries::Every, Mode::Apply).unwrap();
     assert_eq!(done.remarks.len(), 2, "{:?}", done.remarks);
     assert_eq!(done.remarks.iter().filter(|remark| remark.is_failure()).count(), 1);
     assert_eq!(hosts_of(dir.path(), DEFAULT), ["http://127.0.0.1:5050", "https://a"]);
@@ -93,7 +95,7 @@ fn what_was_there_stays_and_comes_back_byte_for_byte() {
     }
     let corp = fs::read_to_string(dir.path().join("reg.corp_5000_/hosts.toml")).unwrap();
     assert!(corp.contains("server = \"https://reg.corp:5000\"\nca = [\"ca.crt\"]\n"), "{corp}");
-    let default = Owner::of(&dir.path().join("_default/hosts.toml")).unwrap();
+    let default = FileOwner::of(&dir.path().join("_default/hosts.toml")).unwrap();
     assert_eq!(default.mode, 0o640);
     hosts.uninstall(Mode::Apply).unwrap();
     assert_eq!(tree(dir.path()), before);
@@ -104,8 +106,10 @@ fn what_a_person_changed_since_is_kept() {
     let dir = tempfile::tempdir().unwrap();
     let hosts = HostsDir::new(dir.path());
     put(dir.path(), "_default/hosts.toml", FOREIGN);
-    hosts.install(&ours(), &Registries::Named(vec!["docker.io".into(), "reg.corp:5000".into()]), Mode::Apply).unwrap();
-    hosts.install(&ours(), &Registries::Default, Mode::Apply).unwrap();
+    hosts
+        .install(&ours(), &MirroredRegistries::Named(vec!["docker.io".into(), "reg.corp:5000".into()]), Mode::Apply)
+        .unwrap();
+    hosts.install(&ours(), &MirroredRegistries::Default, Mode::Apply).unwrap();
     let append = |name: &str, more: &str| {
         let path = dir.path().join(name).join(HOSTS);
         fs::write(&path, fs::read_to_string(&path).unwrap() + more).unwrap();
@@ -134,26 +138,26 @@ fn a_directory_is_handed_over_and_given_back() {
     for foreign in [false, true] {
         if foreign {
             put(dir.path(), "_default/hosts.toml", FOREIGN);
-            Owner { uid: 7, gid: 8, mode: 0o750 }.give(&default).unwrap();
+            FileOwner { uid: 7, gid: 8, mode: 0o750 }.give(&default).unwrap();
         }
         // Nobody else gets there.
-        let root = Owner { mode: 0o700, ..Owner::of(dir.path()).unwrap() };
+        let root = FileOwner { mode: 0o700, ..FileOwner::of(dir.path()).unwrap() };
         root.give(dir.path()).unwrap();
         let before = tree(dir.path());
         hosts.hand_over((65532, 65532), Mode::Apply).unwrap();
-        assert_eq!(Owner::of(dir.path()).unwrap(), Owner { gid: 65532, mode: 0o750, ..root });
+        assert_eq!(FileOwner::of(dir.path()).unwrap(), FileOwner { gid: 65532, mode: 0o750, ..root });
         assert!(hosts.hand_over((65532, 65532), Mode::Apply).unwrap().changes.is_empty());
-        assert_eq!(Owner::of(&default).unwrap().uid, 65532);
+        assert_eq!(FileOwner::of(&default).unwrap().uid, 65532);
         // A reader stays a reader where the group has no right to write.
-        hosts.install(&ours(), &Registries::Default, Mode::Apply).unwrap();
+        hosts.install(&ours(), &MirroredRegistries::Default, Mode::Apply).unwrap();
         assert_eq!(hosts_of(dir.path(), DEFAULT)[0], "http://127.0.0.1:5050");
         hosts.withdraw().unwrap();
-        assert_eq!(Owner::of(&default).unwrap().uid, 65532, "until it is given back");
+        assert_eq!(FileOwner::of(&default).unwrap().uid, 65532, "until it is given back");
         hosts.hand_over((1000, 1000), Mode::Apply).unwrap();
-        hosts.install(&ours(), &Registries::Default, Mode::Apply).unwrap();
+        hosts.install(&ours(), &MirroredRegistries::Default, Mode::Apply).unwrap();
         hosts.uninstall(Mode::Apply).unwrap();
         assert_eq!(tree(dir.path()), before);
-        assert_eq!(Owner::of(dir.path()).unwrap(), root);
+        assert_eq!(FileOwner::of(dir.path()).unwrap(), root);
     }
 }
 
@@ -163,12 +167,12 @@ fn a_directory_of_some_group_is_not_opened_to_another() {
         return; // Only root gives files away.
     }
     let dir = tempfile::tempdir().unwrap();
-    let of_group = Owner { uid: 0, gid: 8, mode: 0o750 };
+    let of_group = FileOwner { uid: 0, gid: 8, mode: 0o750 };
     of_group.give(dir.path()).unwrap();
     let refused = HostsDir::new(dir.path()).hand_over((65532, 65532), Mode::Apply).unwrap_err().to_string();
     assert!(refused.contains("chmod o+rx"), "{refused}");
-    assert_eq!(Owner::of(dir.path()).unwrap(), of_group);
-    Owner { mode: 0o755, ..of_group }.give(dir.path()).unwrap();
+    assert_eq!(FileOwner::of(dir.path()).unwrap(), of_group);
+    FileOwner { mode: 0o755, ..of_group }.give(dir.path()).unwrap();
     assert_eq!(HostsDir::new(dir.path()).hand_over((65532, 65532), Mode::Apply).unwrap().changes.len(), 1);
 }
 
@@ -177,10 +181,10 @@ fn a_directory_of_some_group_is_not_opened_to_another() {
 fn a_lock_that_is_held_keeps_nobody_from_taking_it_back() {
     let dir = tempfile::tempdir().unwrap();
     let hosts = HostsDir::new(dir.path());
-    hosts.install(&ours(), &Registries::Default, Mode::Apply).unwrap();
+    hosts.install(&ours(), &MirroredRegistries::Default, Mode::Apply).unwrap();
     let held = std::fs::File::open(dir.path()).unwrap();
     held.lock().unwrap();
-    let refused = hosts.install(&ours(), &Registries::Default, Mode::Apply).unwrap_err().to_string();
+    let refused = hosts.install(&ours(), &MirroredRegistries::Default, Mode::Apply).unwrap_err().to_string();
     assert!(refused.contains("holds a lock"), "{refused}");
     hosts.withdraw().unwrap();
     assert!(!dir.path().join(DEFAULT).exists());
@@ -197,7 +201,11 @@ fn two_at_once_wait_for_each_other() {
             scope.spawn(move || {
                 for _ in 0..10 {
                     HostsDir::new(root)
-                        .install(&mirrors(&format!("http://127.0.0.1:{}", 5000 + n)), &Registries::Every, Mode::Apply)
+                        .install(
+                            &mirrors(&format!("http://127.0.0.1:{}", 5000 + n)),
+                            &MirroredRegistries::Every,
+                            Mode::Apply,
+                        )
                         .unwrap();
                 }
             });
@@ -210,11 +218,12 @@ fn two_at_once_wait_for_each_other() {
 
 #[test]
 fn mistakes_are_explained() {
-    let error = HostsDir::new("/nowhere").install(&ours(), &Registries::Default, Mode::Apply).unwrap_err().to_string();
+    let error =
+        HostsDir::new("/nowhere").install(&ours(), &MirroredRegistries::Default, Mode::Apply).unwrap_err().to_string();
     assert!(error.contains("config_path"), "{error}");
     let dir = tempfile::tempdir().unwrap();
     for name in ["", "../x", "a/b", "reg.corp:port", "-x"] {
-        let wanted = Registries::Named(vec![name.into()]);
+        let wanted = MirroredRegistries::Named(vec![name.into()]);
         let error = HostsDir::new(dir.path()).install(&ours(), &wanted, Mode::Apply).unwrap_err().to_string();
         assert!(error.contains("registry host such as"), "{error}");
     }
@@ -234,13 +243,13 @@ fn what_is_no_text_of_ours_is_not_waited_for_and_not_taken_back() {
         path
     };
     let (file, marker) = (pipe(HOSTS), pipe(MARKER));
-    let refused = hosts.install(&ours(), &Registries::Default, Mode::Apply).unwrap_err().to_string();
+    let refused = hosts.install(&ours(), &MirroredRegistries::Default, Mode::Apply).unwrap_err().to_string();
     assert!(refused.contains("no file") && refused.contains(HOSTS), "{refused}");
     assert!(hosts.uninstall(Mode::Apply).unwrap().changes.is_empty());
     assert!([&file, &marker].into_iter().all(|path| fs::metadata(path).unwrap().file_type().is_fifo()));
     fs::remove_file(&file).unwrap();
     fs::write(&file, [0xff, 0xfe]).unwrap();
-    assert!(hosts.install(&ours(), &Registries::Default, Mode::Apply).is_err());
+    assert!(hosts.install(&ours(), &MirroredRegistries::Default, Mode::Apply).is_err());
     assert!(hosts.uninstall(Mode::Apply).unwrap().changes.is_empty());
 }
 
@@ -253,8 +262,8 @@ fn a_link_opens_nothing_to_everybody() {
     fs::create_dir(dir.path().join(DEFAULT)).unwrap();
     let file = dir.path().join(DEFAULT).join(HOSTS);
     std::os::unix::fs::symlink(dir.path().join("elsewhere/mine.toml"), &file).unwrap();
-    hosts.install(&ours(), &Registries::Default, Mode::Apply).unwrap();
-    assert_eq!(Owner::of(&file).unwrap().mode, 0o644);
+    hosts.install(&ours(), &MirroredRegistries::Default, Mode::Apply).unwrap();
+    assert_eq!(FileOwner::of(&file).unwrap().mode, 0o644);
     assert!(!file.is_symlink());
     hosts.uninstall(Mode::Apply).unwrap();
     assert!(file.is_symlink() && fs::read_to_string(&file).unwrap() == FOREIGN);

@@ -8,9 +8,9 @@ use bytes::Bytes;
 use tokio::time::{Instant, sleep};
 
 use super::meter::{Busy, Meter};
-use crate::fill::feed::Sources;
-use crate::fill::flow::Flow;
-use crate::fill::write::Writer;
+use crate::fill::span_stream::FillSources;
+use crate::fill::watched_body::WatchedBody;
+use crate::fill::write::BlobWriter;
 use crate::oci::{Registry, Span};
 use crate::shares::Share;
 use crate::source::{ServedFrom, SourceError};
@@ -18,24 +18,24 @@ use crate::times::TICK;
 
 /// One connection's range.
 pub(super) struct Lane<'a> {
-    pub(super) sources: &'a dyn Sources,
+    pub(super) sources: &'a dyn FillSources,
     pub(super) span: Span,
     pub(super) total: u64,
     pub(super) failures: u32,
-    pub(super) writer: Writer,
+    pub(super) writer: BlobWriter,
     pub(super) meter: &'a Meter,
     pub(super) _leave: Option<Share<Registry>>,
 }
 
 /// What became of a range: its first missing byte, and why the rest did not come.
-pub(super) struct Fetched {
+pub(super) struct RangeResult {
     pub(super) span: Span,
     pub(super) begun: Instant,
     pub(super) position: u64,
-    pub(super) lost: Option<Lost>,
+    pub(super) lost: Option<RangeLoss>,
 }
 
-pub(super) enum Lost {
+pub(super) enum RangeLoss {
     /// The connection broke.
     Broke(String),
     /// Only its beginning was to be fetched.
@@ -55,26 +55,26 @@ pub(super) enum Lost {
 }
 
 impl Lane<'_> {
-    pub(super) async fn run(self, opened: Option<(Flow, ServedFrom)>) -> Fetched {
+    pub(super) async fn run(self, opened: Option<(WatchedBody, ServedFrom)>) -> RangeResult {
         let (begun, mut position) = (Instant::now(), self.span.start);
         let current = self.sources.role();
         let role = current.get();
         let lost = match self.bring(opened, &mut position).await.err() {
-            Some(Lost::Broke(_) | Lost::Refused(_)) if current.get() > role => Some(Lost::Superseded),
+            Some(RangeLoss::Broke(_) | RangeLoss::Refused(_)) if current.get() > role => Some(RangeLoss::Superseded),
             lost => lost,
         };
-        Fetched { span: self.span, begun, position, lost }
+        RangeResult { span: self.span, begun, position, lost }
     }
 
-    async fn bring(&self, opened: Option<(Flow, ServedFrom)>, position: &mut u64) -> Result<(), Lost> {
+    async fn bring(&self, opened: Option<(WatchedBody, ServedFrom)>, position: &mut u64) -> Result<(), RangeLoss> {
         let (mut flow, from) = match opened {
             Some(opened) => opened,
             None => match self.sources.open(self.span.start, Some(self.span.end), self.failures).await {
-                Ok((incoming, _)) if incoming.total != self.total => return Err(Lost::OtherLength),
-                Ok((incoming, _)) if !self.is_beginning(incoming.span) => return Err(Lost::NoRanges),
-                Ok((incoming, from)) => (Flow::new(incoming), from),
-                Err(SourceError::Malformed(_)) => return Err(Lost::NoRanges),
-                Err(error) => return Err(Lost::Refused(error)),
+                Ok((incoming, _)) if incoming.total != self.total => return Err(RangeLoss::OtherLength),
+                Ok((incoming, _)) if !self.is_beginning(incoming.span) => return Err(RangeLoss::NoRanges),
+                Ok((incoming, from)) => (WatchedBody::new(incoming), from),
+                Err(SourceError::Malformed(_)) => return Err(RangeLoss::NoRanges),
+                Err(error) => return Err(RangeLoss::Refused(error)),
             },
         };
         let mut busy = None;
@@ -84,20 +84,20 @@ impl Lane<'_> {
             let asked = Instant::now();
             let mut bytes = match from {
                 ServedFrom::Peer => self.gather_soon(&mut flow, *position, waited).await?,
-                _ => flow.gather().await.map_err(Lost::Broke)?,
+                _ => flow.gather().await.map_err(RangeLoss::Broke)?,
             };
             let took = asked.elapsed();
-            let with_origin = from == ServedFrom::Origin;
+            let with_upstream = from == ServedFrom::Upstream;
             busy.get_or_insert_with(|| {
-                let with_origin = with_origin.then(|| Busy::new(&self.meter.busy_with_origin));
-                (Busy::new(&self.meter.busy), with_origin)
+                let with_upstream = with_upstream.then(|| Busy::new(&self.meter.busy_with_upstream));
+                (Busy::new(&self.meter.busy), with_upstream)
             });
             bytes.truncate(usize::try_from(end - *position).unwrap_or(usize::MAX));
             let len = bytes.len() as u64;
-            self.writer.write(*position, bytes).await.map_err(|_| Lost::Unwritable)?;
+            self.writer.write(*position, bytes).await.map_err(|_| RangeLoss::Unwritable)?;
             self.meter.bytes.fetch_add(len, Ordering::Relaxed);
-            if with_origin {
-                self.meter.of_origin.fetch_add(len, Ordering::Relaxed);
+            if with_upstream {
+                self.meter.of_upstream.fetch_add(len, Ordering::Relaxed);
             }
             *position += len;
             // An origin is not asked twice for the same.
@@ -110,17 +110,17 @@ impl Lane<'_> {
                 }
             }
         }
-        if end < self.span.end { Err(Lost::Beginning) } else { Ok(()) }
+        if end < self.span.end { Err(RangeLoss::Beginning) } else { Ok(()) }
     }
 
     /// What comes next from a peer, unless all the others are done and it does not come soon.
-    async fn gather_soon(&self, flow: &mut Flow, position: u64, waited: Duration) -> Result<Bytes, Lost> {
+    async fn gather_soon(&self, flow: &mut WatchedBody, position: u64, waited: Duration) -> Result<Bytes, RangeLoss> {
         let asked = Instant::now();
         let mut gathering = pin!(flow.gather());
         loop {
             tokio::select! {
                 biased;
-                bytes = &mut gathering => return bytes.map_err(Lost::Broke),
+                bytes = &mut gathering => return bytes.map_err(RangeLoss::Broke),
                 () = sleep(TICK) => if self.is_waited_for(position, waited, asked.elapsed()) {
                     self.leave(position)?;
                 },
@@ -135,10 +135,10 @@ impl Lane<'_> {
     }
 
     /// Leaves a peer that is behind, where others have the same.
-    fn leave(&self, position: u64) -> Result<(), Lost> {
+    fn leave(&self, position: u64) -> Result<(), RangeLoss> {
         if self.sources.alternatives(position) > 1 {
             self.meter.pace.lock().left();
-            return Err(Lost::LeftBehind);
+            return Err(RangeLoss::LeftBehind);
         }
         Ok(())
     }
@@ -150,7 +150,7 @@ impl Lane<'_> {
     }
 }
 
-impl Lost {
+impl RangeLoss {
     /// For the log.
     pub(super) fn why(&self) -> &str {
         match self {

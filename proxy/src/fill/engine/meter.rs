@@ -13,8 +13,8 @@ pub(super) struct Meter {
     /// Connections that are bringing bytes now.
     pub(super) busy: AtomicUsize,
     /// The same of those to the origin.
-    pub(super) of_origin: AtomicU64,
-    pub(super) busy_with_origin: AtomicUsize,
+    pub(super) of_upstream: AtomicU64,
+    pub(super) busy_with_upstream: AtomicUsize,
     /// Of those that come from peers.
     pub(super) pace: Mutex<Pace>,
     /// More could be fetched at a time than there is to fetch.

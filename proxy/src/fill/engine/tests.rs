@@ -8,10 +8,10 @@ use futures_util::stream;
 use parking_lot::Mutex;
 use tokio::sync::Semaphore;
 
-use super::super::plan::Plan;
 use super::super::progress::Phase;
-use super::super::write::Piece;
-use super::super::{Connections, FillKey};
+use super::super::range_plan::RangePlan;
+use super::super::write::WritePiece;
+use super::super::{ConnectionMode, FillKey};
 use super::*;
 use crate::config::Config;
 use crate::oci::{Digest, Spans};
@@ -22,7 +22,7 @@ use crate::source::{Broken, Incoming, ServedFrom};
 const MIB: usize = 1024 * 1024;
 
 /// An origin whose every answer is drawn by lot.
-struct Lottery {
+struct RandomUpstream {
     body: Bytes,
     random: Mutex<fastrand::Rng>,
     /// Of a hundred answers so many go wrong.
@@ -33,7 +33,7 @@ struct Lottery {
     whole: AtomicU32,
 }
 
-impl Lottery {
+impl RandomUpstream {
     fn new(body: &Bytes, seed: u64, faults: u8) -> Arc<Self> {
         let random = Mutex::new(fastrand::Rng::with_seed(seed));
         let pace = Duration::from_millis(25);
@@ -62,7 +62,7 @@ impl Lottery {
 }
 
 #[async_trait]
-impl Sources for Lottery {
+impl FillSources for RandomUpstream {
     async fn open(&self, from: u64, end: Option<u64>, _: u32) -> Result<(Incoming, ServedFrom), SourceError> {
         self.opened.fetch_add(1, Ordering::Relaxed);
         let total = self.body.len() as u64;
@@ -89,11 +89,11 @@ impl Sources for Lottery {
             }
             _ => self.send(span, total, usize::MAX, None),
         };
-        Ok((incoming, ServedFrom::Origin))
+        Ok((incoming, ServedFrom::Upstream))
     }
 
-    fn connections(&self) -> Connections {
-        Connections::Climbing
+    fn connections(&self) -> ConnectionMode {
+        ConnectionMode::Climbing
     }
 }
 
@@ -107,20 +107,26 @@ fn fill(digest: &Digest) -> Arc<Fill> {
     let registries = Registries::new(&Config::default());
     let (registry, repository) = ("docker.io".parse().unwrap(), "library/a".parse().unwrap());
     let rule = registries.rule(&registry, &"library/a".parse().unwrap()).clone();
-    let place = crate::registries::Place::new(rule, registry, repository);
+    let place = crate::registries::RepositoryRef::new(rule, registry, repository);
     Arc::new(Fill::new(FillKey::new(&place, digest), place, CurrentRole::new(Role::Global)))
 }
 
 /// Runs the engine against a disk that only checks what it is given, and hashes with a delay.
-async fn run(sources: Arc<dyn Sources>, body: &Bytes, fill: &Arc<Fill>, from: u64, written: Spans) -> (Ended, Spans) {
-    let (writer, mut received) = Writer::new(Arc::new(Semaphore::new(1024 * 1024)));
+async fn run(
+    sources: Arc<dyn FillSources>,
+    body: &Bytes,
+    fill: &Arc<Fill>,
+    from: u64,
+    written: Spans,
+) -> (DownloadEnd, Spans) {
+    let (writer, mut received) = BlobWriter::new(Arc::new(Semaphore::new(1024 * 1024)));
     fill.progress.send_modify(|progress| {
         progress.set_written(written.clone());
         progress.enter(Phase::Growing);
     });
     let (truth, watched, mut there) = (body.clone(), fill.clone(), written.clone());
     let disk = tokio::spawn(async move {
-        while let Some(Piece { position, bytes, .. }) = received.recv().await {
+        while let Some(WritePiece { position, bytes, .. }) = received.recv().await {
             let at = usize::try_from(position).unwrap();
             assert!(truth[at..at + bytes.len()] == bytes[..], "wrong bytes at {position}");
             let span = Span { start: position, end: position + bytes.len() as u64 };
@@ -135,14 +141,14 @@ async fn run(sources: Arc<dyn Sources>, body: &Bytes, fill: &Arc<Fill>, from: u6
     });
     let total = body.len() as u64;
     let connections = Shares::new(64);
-    let first = Plan::new(total, written.clone()).next(0, &[from], 1).unwrap();
-    let opened = Feed::open_range(sources.clone(), first.start, first.len()).await;
+    let first = RangePlan::new(total, written.clone()).next(0, &[from], 1).unwrap();
+    let opened = SpanStream::open_range(sources.clone(), first.start, first.len()).await;
     let feed = match opened {
         Ok(feed) if feed.total() == total => feed,
-        Ok(_) => return (Ended::Broken(SourceError::Malformed("another length".into())), written),
-        Err(error) => return (Ended::Broken(error), written),
+        Ok(_) => return (DownloadEnd::Broken(SourceError::Malformed("another length".into())), written),
+        Err(error) => return (DownloadEnd::Broken(error), written),
     };
-    *fill.plan.lock() = Plan::new(total, written);
+    *fill.plan.lock() = RangePlan::new(total, written);
     let engine = Engine { fill, sources, connections: &connections, total, writer };
     let ended = engine.run(feed).await;
     (ended, disk.await.unwrap())
@@ -156,7 +162,7 @@ async fn any_interleaving_of_faults_ends_right_or_refused() {
     for seed in 0..150 {
         let fill = fill(&digest);
         let faults = [0, 5, 20, 60][usize::try_from(seed % 4).unwrap()];
-        let sources = Lottery::new(&body, seed, faults);
+        let sources = RandomUpstream::new(&body, seed, faults);
         // Readers that wait here and there, and leave.
         let _readers: Vec<_> = (0..seed % 5)
             .map(|nth| {
@@ -167,19 +173,19 @@ async fn any_interleaving_of_faults_ends_right_or_refused() {
             .collect();
         let (ended, there) = run(sources.clone(), &body, &fill, 0, Spans::default()).await;
         match ended {
-            Ended::Complete => {
+            DownloadEnd::Complete => {
                 assert_eq!(there, Spans::from(Span::whole(body.len() as u64)), "seed {seed}");
                 complete += 1;
             }
-            Ended::Broken(error) => {
+            DownloadEnd::Broken(error) => {
                 assert!(faults > 0 && error.is_outage(), "seed {seed}: {error}");
                 broken += 1;
             }
-            Ended::Disputed => {
+            DownloadEnd::Disputed => {
                 assert!(faults > 0, "seed {seed}");
                 broken += 1;
             }
-            Ended::Abandoned => panic!("seed {seed}: somebody reads"),
+            DownloadEnd::Abandoned => panic!("seed {seed}: somebody reads"),
         }
     }
     assert!(complete > 100 && broken > 0, "{complete} complete, {broken} broken");
@@ -191,9 +197,9 @@ async fn goes_on_with_what_is_there_and_fetches_the_rest_once() {
     let fill = fill(&Digest::of(b"unused"));
     let mut written = Spans::from(Span { start: 0, end: 20 * MIB as u64 });
     written.insert(Span { start: 30 * MIB as u64, end: 31 * MIB as u64 });
-    let sources = Lottery::new(&body, 1, 0);
+    let sources = RandomUpstream::new(&body, 1, 0);
     let (ended, there) = run(sources.clone(), &body, &fill, 20 * MIB as u64, written).await;
-    assert!(matches!(ended, Ended::Complete), "{ended:?}");
+    assert!(matches!(ended, DownloadEnd::Complete), "{ended:?}");
     assert_eq!(there.len(), body.len() as u64);
     assert_eq!(sources.whole.load(Ordering::Relaxed), 0);
 }
@@ -203,10 +209,10 @@ async fn stops_when_everybody_left() {
     let body = body(70);
     let fill = fill(&Digest::of(b"unused"));
     drop(fill.audience.sit());
-    let mut slow = Lottery::new(&body, 1, 0);
+    let mut slow = RandomUpstream::new(&body, 1, 0);
     Arc::get_mut(&mut slow).unwrap().pace = Duration::from_secs(2);
     let (ended, there) = run(slow, &body, &fill, 0, Spans::default()).await;
-    assert!(matches!(ended, Ended::Abandoned), "{ended:?}");
+    assert!(matches!(ended, DownloadEnd::Abandoned), "{ended:?}");
     assert!(!there.is_empty() && there.len() < 40 * MIB as u64);
 }
 
@@ -216,20 +222,20 @@ async fn each_connection_limited_means_several() {
     let fill = fill(&Digest::of(b"unused"));
     let begun = Instant::now();
     // 40 MiB a second for each connection: 5 s for one.
-    let (ended, _) = run(Lottery::new(&body, 1, 0), &body, &fill, 0, Spans::default()).await;
-    assert!(matches!(ended, Ended::Complete), "{ended:?}");
+    let (ended, _) = run(RandomUpstream::new(&body, 1, 0), &body, &fill, 0, Spans::default()).await;
+    assert!(matches!(ended, DownloadEnd::Complete), "{ended:?}");
     assert!(begun.elapsed() < Duration::from_millis(2500), "{:?}", begun.elapsed());
 }
 
 /// Gives one connection at a time, and counts the rest.
-struct Jealous {
-    inner: Arc<Lottery>,
+struct SingleConnectionUpstream {
+    inner: Arc<RandomUpstream>,
     open: AtomicU32,
     refused: AtomicU32,
 }
 
 #[async_trait]
-impl Sources for Jealous {
+impl FillSources for SingleConnectionUpstream {
     async fn open(&self, from: u64, end: Option<u64>, _: u32) -> Result<(Incoming, ServedFrom), SourceError> {
         if self.open.fetch_add(1, Ordering::Relaxed) > 0 {
             self.refused.fetch_add(1, Ordering::Relaxed);
@@ -238,8 +244,8 @@ impl Sources for Jealous {
         self.inner.open(from, end, 0).await
     }
 
-    fn connections(&self) -> Connections {
-        Connections::Climbing
+    fn connections(&self) -> ConnectionMode {
+        ConnectionMode::Climbing
     }
 }
 
@@ -249,24 +255,25 @@ async fn who_refuses_further_connections_is_not_hammered() {
     let fill = fill(&Digest::of(b"unused"));
     let reader = fill.audience.sit();
     reader.wait_for(60 * MIB as u64);
-    let mut slow = Lottery::new(&body, 1, 0);
+    let mut slow = RandomUpstream::new(&body, 1, 0);
     Arc::get_mut(&mut slow).unwrap().pace = Duration::from_secs(1);
-    let jealous = Arc::new(Jealous { inner: slow, open: AtomicU32::new(0), refused: AtomicU32::new(0) });
+    let jealous =
+        Arc::new(SingleConnectionUpstream { inner: slow, open: AtomicU32::new(0), refused: AtomicU32::new(0) });
     let (ended, _) = run(jealous.clone(), &body, &fill, 0, Spans::default()).await;
     // The first range takes 16 s; then nothing is given any more.
-    assert!(matches!(ended, Ended::Broken(_)), "{ended:?}");
+    assert!(matches!(ended, DownloadEnd::Broken(_)), "{ended:?}");
     assert!(jealous.refused.load(Ordering::Relaxed) < 12, "{}", jealous.refused.load(Ordering::Relaxed));
 }
 
 /// Peers of which every fifth sends a MiB in two seconds, the others in no time.
-struct Uneven {
-    fast: Arc<Lottery>,
-    slow: Arc<Lottery>,
+struct UnevenPeers {
+    fast: Arc<RandomUpstream>,
+    slow: Arc<RandomUpstream>,
     asked: AtomicU32,
 }
 
 #[async_trait]
-impl Sources for Uneven {
+impl FillSources for UnevenPeers {
     async fn open(&self, from: u64, end: Option<u64>, _: u32) -> Result<(Incoming, ServedFrom), SourceError> {
         let nth = self.asked.fetch_add(1, Ordering::Relaxed);
         let source = if nth % 5 == 4 { &self.slow } else { &self.fast };
@@ -274,8 +281,8 @@ impl Sources for Uneven {
         Ok((incoming, ServedFrom::Peer))
     }
 
-    fn connections(&self) -> Connections {
-        Connections::Chosen(4)
+    fn connections(&self) -> ConnectionMode {
+        ConnectionMode::Chosen(4)
     }
 
     fn alternatives(&self, _: u64) -> usize {
@@ -287,12 +294,12 @@ impl Sources for Uneven {
 async fn a_peer_that_is_far_slower_than_the_others_is_left() {
     let body = body(200);
     let fill = fill(&Digest::of(b"unused"));
-    let mut slow = Lottery::new(&body, 1, 0);
+    let mut slow = RandomUpstream::new(&body, 1, 0);
     Arc::get_mut(&mut slow).unwrap().pace = Duration::from_secs(2);
-    let uneven = Arc::new(Uneven { fast: Lottery::new(&body, 2, 0), slow, asked: AtomicU32::new(0) });
+    let uneven = Arc::new(UnevenPeers { fast: RandomUpstream::new(&body, 2, 0), slow, asked: AtomicU32::new(0) });
     let begun = Instant::now();
     let (ended, _) = run(uneven, &body, &fill, 0, Spans::default()).await;
-    assert!(matches!(ended, Ended::Complete), "{ended:?}");
+    assert!(matches!(ended, DownloadEnd::Complete), "{ended:?}");
     // A range of 16 MiB takes 32 s from a slow one.
     assert!(begun.elapsed() < Duration::from_secs(12), "{:?}", begun.elapsed());
 }
@@ -302,24 +309,25 @@ async fn a_peer_that_is_far_slower_than_the_others_is_left() {
 async fn a_peer_that_alone_is_waited_for_is_left_at_once() {
     let body = body(70);
     let fill = fill(&Digest::of(b"unused"));
-    let mut silent = Lottery::new(&body, 1, 0);
+    let mut silent = RandomUpstream::new(&body, 1, 0);
     Arc::get_mut(&mut silent).unwrap().pace = Duration::from_secs(100);
-    let uneven = Arc::new(Uneven { fast: Lottery::new(&body, 2, 0), slow: silent, asked: AtomicU32::new(0) });
+    let uneven =
+        Arc::new(UnevenPeers { fast: RandomUpstream::new(&body, 2, 0), slow: silent, asked: AtomicU32::new(0) });
     let begun = Instant::now();
     let (ended, _) = run(uneven, &body, &fill, 0, Spans::default()).await;
-    assert!(matches!(ended, Ended::Complete), "{ended:?}");
+    assert!(matches!(ended, DownloadEnd::Complete), "{ended:?}");
     assert!(begun.elapsed() < Duration::from_secs(6), "{:?}", begun.elapsed());
 }
 
 /// As a follower it has the first MiB of each range from an owner that then sends nothing; as the owner it has all from the
 /// upstream.
-struct Following {
-    upstream: Arc<Lottery>,
+struct StallingOwner {
+    upstream: Arc<RandomUpstream>,
     role: CurrentRole,
 }
 
 #[async_trait]
-impl Sources for Following {
+impl FillSources for StallingOwner {
     async fn open(&self, from: u64, end: Option<u64>, _: u32) -> Result<(Incoming, ServedFrom), SourceError> {
         if self.role.get() == Role::Global {
             return self.upstream.open(from, end, 0).await;
@@ -333,8 +341,8 @@ impl Sources for Following {
         self.role.clone()
     }
 
-    fn connections(&self) -> Connections {
-        if self.role.get() == Role::Global { Connections::Climbing } else { Connections::Chosen(4) }
+    fn connections(&self) -> ConnectionMode {
+        if self.role.get() == Role::Global { ConnectionMode::Climbing } else { ConnectionMode::Chosen(4) }
     }
 }
 
@@ -344,14 +352,14 @@ async fn promoted_fill_continues_at_the_upstream_at_once() {
     let body = body(70);
     let fill = fill(&Digest::of(b"unused"));
     let role = CurrentRole::new(Role::Client);
-    let following = Arc::new(Following { upstream: Lottery::new(&body, 1, 0), role: role.clone() });
+    let following = Arc::new(StallingOwner { upstream: RandomUpstream::new(&body, 1, 0), role: role.clone() });
     let begun = Instant::now();
     let promoted = async {
         tokio::time::sleep(Duration::from_secs(2)).await;
         role.promote(Role::Global);
     };
     let ((ended, there), ()) = tokio::join!(run(following, &body, &fill, 0, Spans::default()), promoted);
-    assert!(matches!(ended, Ended::Complete), "{ended:?}");
+    assert!(matches!(ended, DownloadEnd::Complete), "{ended:?}");
     assert_eq!(there.len(), body.len() as u64);
     // The stalled ranges break after ten seconds.
     assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());

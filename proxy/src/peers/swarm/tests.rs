@@ -21,10 +21,10 @@ fn direct(
     tracker: &mut Tracker,
     asker: Option<SocketAddr>,
     span: Span,
-    comes: Comes,
+    comes: BestSource,
     sending: u32,
     now: Time,
-) -> Direction {
+) -> PeerDecision {
     let direction = tracker.direct(asker, span, comes, sending, now);
     tracker.expect(asker, span, now);
     direction
@@ -36,37 +36,44 @@ fn a_busy_node_sends_on_to_whoever_gets_the_bytes_now() {
     for n in 1..=3 {
         tracker.heard(peer(n), &Spans::default(), 0, at(0));
     }
-    assert_eq!(direct(&mut tracker, Some(peer(1)), mib(0, 16), Comes::Here, 1, at(0)), Direction::Answer, "few");
-    assert_eq!(direct(&mut tracker, Some(peer(2)), mib(0, 16), Comes::Here, 6, at(0)), Direction::Redirect(peer(1)));
+    assert_eq!(
+        direct(&mut tracker, Some(peer(1)), mib(0, 16), BestSource::Here, 1, at(0)),
+        PeerDecision::Answer,
+        "few"
+    );
+    assert_eq!(
+        direct(&mut tracker, Some(peer(2)), mib(0, 16), BestSource::Here, 6, at(0)),
+        PeerDecision::Redirect(peer(1))
+    );
     tracker.heard(peer(1), &Spans::default(), 6, at(0));
     assert_eq!(
-        direct(&mut tracker, Some(peer(3)), mib(0, 16), Comes::Here, 6, at(0)),
-        Direction::Redirect(peer(2)),
+        direct(&mut tracker, Some(peer(3)), mib(0, 16), BestSource::Here, 6, at(0)),
+        PeerDecision::Redirect(peer(2)),
         "sent on itself"
     );
     assert_eq!(
-        direct(&mut tracker, None, mib(0, 16), Comes::Here, 0, at(0)),
-        Direction::Answer,
+        direct(&mut tracker, None, mib(0, 16), BestSource::Here, 0, at(0)),
+        PeerDecision::Answer,
         "no busier than the others"
     );
     assert_eq!(
-        direct(&mut tracker, Some(peer(2)), mib(16, 32), Comes::Here, 9, at(0)),
-        Direction::Answer,
+        direct(&mut tracker, Some(peer(2)), mib(16, 32), BestSource::Here, 9, at(0)),
+        PeerDecision::Answer,
         "nobody else has that"
     );
     assert_eq!(
-        direct(&mut tracker, Some(peer(1)), mib(0, 16), Comes::Here, 9, at(0)),
-        Direction::Answer,
+        direct(&mut tracker, Some(peer(1)), mib(0, 16), BestSource::Here, 9, at(0)),
+        PeerDecision::Answer,
         "all others wait for it"
     );
     assert_eq!(
-        direct(&mut tracker, Some(peer(3)), mib(0, 16), Comes::Here, 9, at(0)),
-        Direction::Redirect(peer(2)),
+        direct(&mut tracker, Some(peer(3)), mib(0, 16), BestSource::Here, 9, at(0)),
+        PeerDecision::Redirect(peer(2)),
         "nor to itself"
     );
     assert_eq!(
-        direct(&mut tracker, Some(peer(2)), mib(0, 16), Comes::Here, 9, at(20_000)),
-        Direction::Answer,
+        direct(&mut tracker, Some(peer(2)), mib(0, 16), BestSource::Here, 9, at(20_000)),
+        PeerDecision::Answer,
         "it never came"
     );
     assert!(tracker.holders(None).is_empty(), "nobody has said that it has any");
@@ -83,8 +90,8 @@ fn a_thousand_who_ask_at_once_are_a_tree_and_no_chain() {
         for nth in 0..4 {
             let span = mib(nth * 16, (nth + 1) * 16);
             tracker.heard(peer(n), &Spans::default(), 0, at(0));
-            let from = match direct(&mut tracker, Some(peer(n)), span, Comes::Here, sending, at(0)) {
-                Direction::Redirect(from) => {
+            let from = match direct(&mut tracker, Some(peer(n)), span, BestSource::Here, sending, at(0)) {
+                PeerDecision::Redirect(from) => {
                     *sent.entry(from).or_default() += 1;
                     hops[&(from, nth)]
                 }
@@ -105,18 +112,31 @@ fn nobody_is_sent_to_those_who_wait_for_it() {
     let mut tracker = Tracker::new(1);
     (1..=3).for_each(|n| tracker.heard(peer(n), &Spans::default(), 0, at(0)));
     // The first gets the beginning only, in this node's stead; the second follows it, for all.
-    assert_eq!(tracker.direct(Some(peer(1)), mib(0, 16), Comes::Here, 9, at(0)), Direction::Answer);
+    assert_eq!(tracker.direct(Some(peer(1)), mib(0, 16), BestSource::Here, 9, at(0)), PeerDecision::Answer);
     tracker.expect(Some(peer(1)), mib(0, 2), at(0));
-    assert_eq!(direct(&mut tracker, Some(peer(2)), mib(0, 16), Comes::Here, 9, at(0)), Direction::Redirect(peer(1)));
     assert_eq!(
-        direct(&mut tracker, Some(peer(1)), mib(2, 16), Comes::Here, 9, at(0)),
-        Direction::Answer,
+        direct(&mut tracker, Some(peer(2)), mib(0, 16), BestSource::Here, 9, at(0)),
+        PeerDecision::Redirect(peer(1))
+    );
+    assert_eq!(
+        direct(&mut tracker, Some(peer(1)), mib(2, 16), BestSource::Here, 9, at(0)),
+        PeerDecision::Answer,
         "the second waits for that as well"
     );
-    assert_eq!(direct(&mut tracker, Some(peer(3)), mib(2, 16), Comes::Here, 9, at(0)), Direction::Redirect(peer(1)));
-    assert_eq!(direct(&mut tracker, Some(peer(1)), mib(2, 16), Comes::Here, 9, at(0)), Direction::Answer, "again");
+    assert_eq!(
+        direct(&mut tracker, Some(peer(3)), mib(2, 16), BestSource::Here, 9, at(0)),
+        PeerDecision::Redirect(peer(1))
+    );
+    assert_eq!(
+        direct(&mut tracker, Some(peer(1)), mib(2, 16), BestSource::Here, 9, at(0)),
+        PeerDecision::Answer,
+        "again"
+    );
     tracker.heard(peer(2), &mib(0, 16).into(), 0, at(0));
-    assert_eq!(direct(&mut tracker, Some(peer(1)), mib(2, 16), Comes::Here, 9, at(0)), Direction::Redirect(peer(2)));
+    assert_eq!(
+        direct(&mut tracker, Some(peer(1)), mib(2, 16), BestSource::Here, 9, at(0)),
+        PeerDecision::Redirect(peer(2))
+    );
 }
 
 #[test]
@@ -162,10 +182,13 @@ fn the_slow_end_up_as_leaves() {
     tracker.heard(peer(1), &mib(0, 64).into(), 9, at(0));
     tracker.heard(peer(2), &mib(0, 16).into(), 0, at(0));
     tracker.heard(peer(3), &mib(0, 64).into(), 5, at(0));
-    assert_eq!(direct(&mut tracker, Some(peer(1)), mib(0, 16), Comes::Here, 9, at(0)), Direction::Redirect(peer(3)));
     assert_eq!(
-        direct(&mut tracker, None, mib(0, 16), Comes::Here, 9, at(0)),
-        Direction::Redirect(peer(2)),
+        direct(&mut tracker, Some(peer(1)), mib(0, 16), BestSource::Here, 9, at(0)),
+        PeerDecision::Redirect(peer(3))
+    );
+    assert_eq!(
+        direct(&mut tracker, None, mib(0, 16), BestSource::Here, 9, at(0)),
+        PeerDecision::Redirect(peer(2)),
         "good enough for a new one"
     );
     let told: Vec<_> = tracker.holders(Some(peer(1))).into_iter().map(|holder| holder.peer).collect();
@@ -185,13 +208,13 @@ fn who_gets_it_slowly_is_asked_last_by_those_who_have_less() {
         tracker.heard(peer(n), &mib(0, reached).into(), if n == 1 { 0 } else { 5 }, at(500));
     }
     assert!(matches!(
-        direct(&mut tracker, None, mib(0, 16), Comes::Here, 9, at(500)),
-        Direction::Redirect(to) if to != peer(1)
+        direct(&mut tracker, None, mib(0, 16), BestSource::Here, 9, at(500)),
+        PeerDecision::Redirect(to) if to != peer(1)
     ));
     assert!(tracker.holders(None).iter().all(|holder| holder.peer != peer(1)));
     assert_eq!(
-        direct(&mut tracker, None, mib(0, 16), Comes::Here, 4, at(500)),
-        Direction::Answer,
+        direct(&mut tracker, None, mib(0, 16), BestSource::Here, 4, at(500)),
+        PeerDecision::Answer,
         "rather from here than from the slow one"
     );
 }

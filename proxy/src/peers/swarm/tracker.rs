@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::ops::RangeInclusive;
 use std::time::Duration;
 
-use super::{Comes, Direction, MAX_SPANS, Time, is_slow, scatter};
+use super::{BestSource, MAX_SPANS, PeerDecision, Time, is_slow, scatter};
 use crate::oci::{Span, Spans};
 use crate::peers::wire::{Holder, MAX_HOLDERS};
 use crate::times::TICK;
@@ -26,7 +26,7 @@ pub struct Tracker {
 pub(super) struct Tracked {
     pub(super) have: Spans,
     /// What is on its way to it.
-    coming: Vec<Coming>,
+    coming: Vec<RangeInFlight>,
     /// Through how many nodes what it asked for last reaches it from here, and how far.
     hops: u32,
     until: u64,
@@ -44,13 +44,13 @@ pub(super) struct Tracked {
 }
 
 /// A range on its way to somebody.
-struct Coming {
+struct RangeInFlight {
     span: Span,
     since: Time,
     hops: u32,
 }
 
-impl Coming {
+impl RangeInFlight {
     /// Whether it is still believed to arrive.
     fn arrives(&self, now: Time) -> bool {
         now < self.since + ARRIVES
@@ -132,15 +132,15 @@ impl Tracker {
         &mut self,
         asker: Option<SocketAddr>,
         span: Span,
-        comes: Comes,
+        comes: BestSource,
         sending: u32,
         now: Time,
-    ) -> Direction {
+    ) -> PeerDecision {
         let (has, typical, fan) = (self.has(asker), self.typical, self.fan);
         // Whoever asks again may be who those behind it wait for.
         let before = asker.and_then(|asker| self.peers.get(&asker)?.comes_by(span.start)).unwrap_or(u32::MAX);
         let able = self.peers.iter_mut().filter(|(peer, tracked)| {
-            let is_slow = comes == Comes::Here && tracked.is_slow(has, typical);
+            let is_slow = comes == BestSource::Here && tracked.is_slow(has, typical);
             let may_be_asked = Some(**peer) != asker && tracked.hops_to(span) < before;
             may_be_asked && tracked.gets(span.start, now) && !is_slow
         });
@@ -150,12 +150,12 @@ impl Tracker {
             (tracked.is_slow(has, typical), nearest, **peer)
         });
         let (direction, hops, until) = match best {
-            Some((peer, tracked)) if tracked.load / fan < sending / fan || comes == Comes::Elsewhere => {
+            Some((peer, tracked)) if tracked.load / fan < sending / fan || comes == BestSource::Elsewhere => {
                 tracked.load = tracked.load.saturating_add(1);
                 tracked.serves = Some(span.start);
-                (Direction::Redirect(*peer), tracked.hops_to(span) + 1, tracked.gets_until(span.start, now))
+                (PeerDecision::Redirect(*peer), tracked.hops_to(span) + 1, tracked.gets_until(span.start, now))
             }
-            _ => (Direction::Answer, 1, span.end),
+            _ => (PeerDecision::Answer, 1, span.end),
         };
         if let Some(asker) = asker.and_then(|asker| self.peers.get_mut(&asker)) {
             (asker.hops, asker.until) = (hops, until);
@@ -169,7 +169,7 @@ impl Tracker {
             tracked.coming.truncate(MAX_COMING - 1);
             // Beyond what its source gets it may be that one's to find another: it must not be sent here.
             let span = Span { start: span.start, end: span.end.min(tracked.until).max(span.start) };
-            tracked.coming.insert(0, Coming { span, since: now, hops: tracked.hops });
+            tracked.coming.insert(0, RangeInFlight { span, since: now, hops: tracked.hops });
         }
     }
 

@@ -12,13 +12,13 @@ use crate::peers::wire::Holder;
 
 /// One fetching node's knowledge of who has a blob.
 pub struct View {
-    pub(super) peers: HashMap<SocketAddr, Known>,
+    pub(super) peers: HashMap<SocketAddr, KnownHolder>,
     pub(super) most: usize,
     contributions: Vec<Contribution>,
 }
 
 #[derive(Default)]
-pub(super) struct Known {
+pub(super) struct KnownHolder {
     pub(super) have: Spans,
     load: u32,
     /// Ranges that this node fetches from it.
@@ -47,7 +47,7 @@ const CRAWLED: Duration = Duration::from_secs(300);
 /// Of so many ranges one is asked for before anybody gets it.
 const EAGER: u64 = 4;
 
-impl Known {
+impl KnownHolder {
     fn is_able(&self, at: u64, now: Time) -> bool {
         now >= self.not_before && now >= self.crawls_until && self.have.run_end(at) > at
     }
@@ -63,7 +63,7 @@ impl View {
     /// Somebody has these bytes.
     pub fn learn(&mut self, holder: &Holder) {
         if self.peers.len() >= self.most && !self.peers.contains_key(&holder.peer) {
-            let idle = |(_, known): &(&SocketAddr, &Known)| known.in_flight == 0;
+            let idle = |(_, known): &(&SocketAddr, &KnownHolder)| known.in_flight == 0;
             let least = self.peers.iter().filter(idle).min_by_key(|(peer, known)| (known.have.len(), **peer));
             let Some(least) = least.map(|(peer, _)| *peer) else { return };
             self.peers.remove(&least);
@@ -81,7 +81,7 @@ impl View {
     /// one that `lot` falls on.
     pub fn pick(&self, at: u64, has: u64, now: Time, lot: u64) -> Option<SocketAddr> {
         let able = self.peers.iter().filter(|(_, known)| known.is_able(at, now));
-        let rank = |(peer, known): &(&SocketAddr, &Known)| {
+        let rank = |(peer, known): &(&SocketAddr, &KnownHolder)| {
             (is_slow(&known.have, has), known.load.saturating_add(known.in_flight), scatter(**peer, lot))
         };
         able.min_by_key(rank).map(|(peer, _)| *peer)

@@ -25,29 +25,29 @@ const FAR_BEHIND: u64 = 4;
 const MAX_POSITIONS: u64 = 100_000;
 
 /// The way to one cache's disk.
-pub(super) struct Writer {
+pub(super) struct SmallWriter {
     queue: mpsc::Sender<(String, SmallObject)>,
     /// What is used and has to be written again: before what is new, which only queues up.
     again: mpsc::Sender<(String, SmallObject)>,
     task: JoinHandle<()>,
-    ring: Arc<Ring>,
+    ring: Arc<RingPositions>,
     dropped: IntCounter,
 }
 
 /// Where on the ring each object was written last.
-struct Ring {
+struct RingPositions {
     bytes: u64,
     written: AtomicU64,
     positions: moka::sync::Cache<String, u64>,
 }
 
-impl Writer {
+impl SmallWriter {
     /// For a cache of `bytes` on disk, which takes `batch` bytes at once. What waits in vain is
     /// counted as `dropped`.
     pub(super) fn start(cache: HybridCache<String, SmallObject>, bytes: u64, batch: u64, dropped: IntCounter) -> Self {
         let (queue, mut waiting) = mpsc::channel::<(String, SmallObject)>(QUEUE);
         let (again, mut used) = mpsc::channel::<(String, SmallObject)>(QUEUE);
-        let ring = Arc::new(Ring::new(bytes));
+        let ring = Arc::new(RingPositions::new(bytes));
         let writing = ring.clone();
         let task = tokio::spawn(async move {
             let mut taken = 0;
@@ -93,7 +93,7 @@ impl Writer {
     }
 }
 
-impl Ring {
+impl RingPositions {
     /// Remembers the positions of what the disk can hold, and of what was written last: the others count as far behind.
     fn new(bytes: u64) -> Self {
         let most = (bytes / PAGE).min(MAX_POSITIONS);
@@ -120,7 +120,7 @@ mod tests {
 
     #[test]
     fn positions_are_bounded_by_what_the_disk_holds() {
-        let ring = Ring::new(64 * PAGE);
+        let ring = RingPositions::new(64 * PAGE);
         (0..1_000).for_each(|nth| ring.wrote(&nth.to_string(), PAGE));
         ring.positions.run_pending_tasks();
         assert!(ring.positions.entry_count() <= 64, "{}", ring.positions.entry_count());

@@ -3,7 +3,7 @@
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use dray_tests::dray::Start;
-use dray_tests::origin::Request;
+use dray_tests::upstream::Request;
 
 use super::tenants::*;
 
@@ -49,7 +49,7 @@ async fn layer_of_two_repositories_is_compared_and_not_sent_again() {
                 let answer = pull_as(&dray, &path("b/both"), BOB).await;
                 assert!(answer.body == *bytes && ["memory", "disk"].contains(&answer.source()), "{}", answer.source());
             }
-            let asked = tenants.origin.requests();
+            let asked = tenants.upstream.requests();
             let of_bob =
                 asked.iter().filter(|request| request.method == "GET" && request.path.contains("b/both/blobs"));
             let of_bob: Vec<_> = of_bob.filter(|request| request.path.contains(digest.as_str())).collect();

@@ -9,8 +9,8 @@ use bytes::Bytes;
 use dray_tests::dray::{Dray, Start};
 use dray_tests::http::{Answer, get, send};
 use dray_tests::image::{INDEX, Image, digest};
-use dray_tests::origin::{Content, Origin, Request, Response};
 use dray_tests::process::free_port;
+use dray_tests::upstream::{Content, Request, Response, TestUpstream};
 use reqwest::Method;
 
 use super::tenants::{ALICE, BOB};
@@ -37,10 +37,10 @@ fn user_of(request: &Request) -> String {
 }
 
 /// `team/app` is alice's; `evil/app` is bob's, and tells of alice's image as if it were there.
-async fn lying(image: &Image, lie: Lie) -> Origin {
+async fn lying(image: &Image, lie: Lie) -> TestUpstream {
     let content = Arc::new(Content::new(&[("team/app", "1", image)]));
     let index = image.digest.clone();
-    Origin::answering(move |request| {
+    TestUpstream::answering(move |request| {
         let owner = if request.path.starts_with("/v2/team/") { ALICE } else { BOB };
         match user_of(request) {
             user if user == owner || (request.path == "/v2/" && !user.is_empty()) => {}

@@ -8,7 +8,7 @@ use base64::engine::general_purpose::STANDARD;
 use dray_tests::dray::Dray;
 use dray_tests::http::{Answer, client, get};
 use dray_tests::image::Image;
-use dray_tests::origin::{Content, Fault, Origin, Request, Response};
+use dray_tests::upstream::{Content, Fault, Request, Response, TestUpstream};
 use serde_json::{Value, json};
 
 pub(super) const ALICE: &str = "alice:for-a";
@@ -22,7 +22,7 @@ pub(super) enum Wants {
 
 /// A registry with a repository for everybody, one of alice's and one of bob's, which share a layer.
 pub(super) struct Tenants {
-    pub(super) origin: Origin,
+    pub(super) upstream: TestUpstream,
     pub(super) alices: Image,
     pub(super) bobs: Image,
     pub(super) open: Image,
@@ -59,7 +59,7 @@ impl Tenants {
         ]);
         let mood = Arc::new(AtomicUsize::new(WELL));
         let now = mood.clone();
-        let origin = Origin::answering(move |request: &Request| {
+        let upstream = TestUpstream::answering(move |request: &Request| {
             if now.load(Ordering::SeqCst) == GONE {
                 return Response::new(200, "").fault(Fault::Silent);
             }
@@ -105,11 +105,14 @@ impl Tenants {
             Response::new(401, "").with("www-authenticate", challenge)
         })
         .await;
-        Self { origin, alices, bobs, open, mood }
+        Self { upstream, alices, bobs, open, mood }
     }
 
     pub(super) fn rule(&self) -> String {
-        format!("[[registry]]\nmatch = \"reg.example\"\nupstreams = [\"{}\"]\naccess = \"client\"\n", self.origin.url())
+        format!(
+            "[[registry]]\nmatch = \"reg.example\"\nupstreams = [\"{}\"]\naccess = \"client\"\n",
+            self.upstream.url()
+        )
     }
 
     pub(super) fn is(&self, mood: usize) {

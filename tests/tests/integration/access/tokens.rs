@@ -3,8 +3,8 @@
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use dray_tests::dray::Start;
-use dray_tests::origin::{Content, Origin, Request, Response};
 use dray_tests::process::free_port;
+use dray_tests::upstream::{Content, Request, Response, TestUpstream};
 use serde_json::{Value, json};
 
 use super::tenants::*;
@@ -16,7 +16,7 @@ use dray_tests::image::Image;
 async fn a_token_is_good_for_a_minute_whatever_the_registry_gives_and_however_late_it_is_asked_for() {
     let image = Image::new(1, &[1000]);
     let content = Content::new(&[("a/app", "1", &image)]);
-    let origin = Origin::answering(move |request: &Request| match request.header("authorization") {
+    let upstream = TestUpstream::answering(move |request: &Request| match request.header("authorization") {
         Some(_) if request.path.starts_with("/token") => {
             Response::new(200, json!({"token": "short-lived", "expires_in": 10}).to_string())
         }
@@ -29,7 +29,7 @@ async fn a_token_is_good_for_a_minute_whatever_the_registry_gives_and_however_la
     })
     .await;
     let rule =
-        format!("[[registry]]\nmatch = \"reg.example\"\nupstreams = [\"{}\"]\naccess = \"client\"\n", origin.url());
+        format!("[[registry]]\nmatch = \"reg.example\"\nupstreams = [\"{}\"]\naccess = \"client\"\n", upstream.url());
     let dray = Start::new(rule).run();
     let parameters = challenge(&dray.get(TAG).await);
     let url = |(_, realm): &(String, String), rest: &[(String, String)]| {
@@ -37,11 +37,11 @@ async fn a_token_is_good_for_a_minute_whatever_the_registry_gives_and_however_la
     };
     let url = url(&parameters[0], &parameters[1..]);
     for nth in 1..=3 {
-        let before = origin.count("GET", "/token");
+        let before = upstream.count("GET", "/token");
         let answer = client().get(url.clone()).basic_auth("alice", Some("for-a")).send().await.unwrap();
         let answer: Value = serde_json::from_slice(&answer.bytes().await.unwrap()).unwrap();
         assert!(answer["expires_in"].as_u64().unwrap() >= 60, "{nth}: {answer}");
-        assert_eq!(origin.count("GET", "/token") - before, 1, "{nth}: what is left of an earlier one is too little");
+        assert_eq!(upstream.count("GET", "/token") - before, 1, "{nth}: what is left of an earlier one is too little");
         let shown = format!("Bearer {}", answer["token"].as_str().unwrap());
         assert_eq!(get_as(&dray, TAG, &shown).await.status, 200);
     }

@@ -8,7 +8,7 @@ use base64::engine::general_purpose::STANDARD;
 use dray_tests::dray::Start;
 use dray_tests::eventually;
 use dray_tests::image::Image;
-use dray_tests::origin::{Content, Origin, Request, Response};
+use dray_tests::upstream::{Content, Request, Response, TestUpstream};
 use serde_json::json;
 
 use super::tenants::*;
@@ -20,7 +20,7 @@ async fn a_token_server_that_is_gone_throws_nobody_out() {
     let content = Content::new(&[("a/app", "1", &image)]);
     let gone = Arc::new(AtomicUsize::new(0));
     let is_gone = gone.clone();
-    let registry = Origin::answering(move |request| {
+    let registry = TestUpstream::answering(move |request| {
         if request.path.starts_with("/token") {
             let basic = format!("Basic {}", STANDARD.encode(ALICE));
             return match (is_gone.load(Ordering::SeqCst), request.header("authorization")) {

@@ -2,7 +2,7 @@
 
 use dray_tests::http::head;
 use dray_tests::image::Image;
-use dray_tests::origin::{Content, Origin, Request, Response};
+use dray_tests::upstream::{Content, Request, Response, TestUpstream};
 
 use super::{FORMS, dray_of, pull, upstream_of};
 
@@ -138,7 +138,7 @@ async fn redirects_are_followed_as_gos_client_does() {
         let content = Content::new(&[("a/app", "1", &image)]);
         for form in FORMS {
             let (content, location) = (content.clone(), location.to_owned());
-            let upstream = Origin::answering(move |request| {
+            let upstream = TestUpstream::answering(move |request| {
                 let Some((path, query)) = request.path.split_once('?').filter(|_| request.is_blob()) else {
                     if !request.is_blob() {
                         return content.answer(request);

@@ -6,9 +6,9 @@ use std::process::Command;
 use dray_tests::containerd::{Containerd, Version};
 use dray_tests::dray::{Start, rule};
 use dray_tests::image::Image;
-use dray_tests::origin::{Content, Origin, Request, Response};
 use dray_tests::process::output;
 use dray_tests::tool;
+use dray_tests::upstream::{Content, Request, Response, TestUpstream};
 use serde_json::json;
 
 use super::{REGISTRY, dray_of, upstream_of};
@@ -120,7 +120,7 @@ async fn containerd_needs_no_fallback_for_any_quirk() {
 async fn crane_lists_all_tags_of_an_upstream_with_opaque_pages() {
     let image = Image::new(1, &[1_000]);
     let content = Content::new(&[("a/app", "1", &image)]);
-    let upstream = Origin::answering(move |request| {
+    let upstream = TestUpstream::answering(move |request| {
         let Some((path, query)) = request.path.split_once("/tags/list").filter(|_| request.path.contains("/tags/list"))
         else {
             return content.answer(request);

@@ -2,7 +2,7 @@
 
 use dray_tests::http::{get, head, send};
 use dray_tests::image::Image;
-use dray_tests::origin::{Fault, Origin, Response};
+use dray_tests::upstream::{Fault, Response, TestUpstream};
 use reqwest::Method;
 use serde_json::json;
 
@@ -30,7 +30,7 @@ async fn errors_of_an_upstream_keep_status_code_and_body() {
         (500, "INTERNAL", 503),
     ];
     for (status, code, wanted) in cases {
-        let upstream = Origin::answering(move |_| Response::new(status, error(code))).await;
+        let upstream = TestUpstream::answering(move |_| Response::new(status, error(code))).await;
         let dray = dray_of(&upstream);
         for path in paths {
             let direct = directly(&upstream, path).await;
@@ -47,7 +47,7 @@ async fn errors_of_an_upstream_keep_status_code_and_body() {
 /// A registry that cannot be reached is waited for; one that answers with an error means it.
 #[tokio::test(flavor = "multi_thread")]
 async fn blob_that_fails_each_time_is_requested_a_few_times() {
-    let upstream = Origin::answering(|_| Response::new(502, error("BROKEN"))).await;
+    let upstream = TestUpstream::answering(|_| Response::new(502, error("BROKEN"))).await;
     let dray = dray_of(&upstream);
     let refused = dray.get(&Form::Path.path(&format!("blobs/{}", dray_tests::image::digest(b"x")))).await;
     assert_eq!((refused.status, refused.code().as_str()), (503, "BROKEN"));
@@ -59,7 +59,7 @@ async fn blob_that_fails_each_time_is_requested_a_few_times() {
 async fn web_page_of_the_referrers_endpoint_means_no_such_api() {
     let digest = dray_tests::image::digest(b"image");
     for status in [200, 302] {
-        let upstream = Origin::answering(move |request| match status {
+        let upstream = TestUpstream::answering(move |request| match status {
             302 if request.path.contains("/referrers/") => Response::new(302, "").with("location", "/login"),
             _ => Response::new(200, "<html>log in</html>").with("content-type", "text/html; charset=utf-8"),
         })
@@ -75,7 +75,7 @@ async fn web_page_of_the_referrers_endpoint_means_no_such_api() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn referrers_404_without_a_body_is_not_a_missing_repository() {
-    let upstream = Origin::answering(|_| Response::new(404, "404 page not found")).await;
+    let upstream = TestUpstream::answering(|_| Response::new(404, "404 page not found")).await;
     let dray = dray_of(&upstream);
     let digest = dray_tests::image::digest(b"image");
     for form in FORMS {
@@ -90,7 +90,7 @@ async fn referrers_404_without_a_body_is_not_a_missing_repository() {
 async fn schema_1_image_is_refused_with_a_reason() {
     let manifest = json!({"schemaVersion": 1, "name": "a/app", "fsLayers": [], "history": [], "signatures": []});
     let bytes = manifest.to_string();
-    let upstream = Origin::answering(move |_| {
+    let upstream = TestUpstream::answering(move |_| {
         Response::new(200, bytes.clone())
             .with("content-type", "application/vnd.docker.distribution.manifest.v1+prettyjws")
     })

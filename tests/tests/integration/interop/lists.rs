@@ -1,6 +1,6 @@
 //! Opaque stays opaque: queries and paging of lists are the upstream's.
 
-use dray_tests::origin::{Origin, Request, Response};
+use dray_tests::upstream::{Request, Response, TestUpstream};
 use serde_json::json;
 
 use super::{FORMS, dray_of};
@@ -30,7 +30,7 @@ fn page(request: &Request, parameter: &str) -> Response {
 #[tokio::test(flavor = "multi_thread")]
 async fn every_kind_of_paging_ends_with_all_pages() {
     for parameter in ["last", "next_page", "nextToken", "continuationToken", "cursor[after]"] {
-        let upstream = Origin::answering(move |request| page(request, parameter)).await;
+        let upstream = TestUpstream::answering(move |request| page(request, parameter)).await;
         let dray = dray_of(&upstream);
         for form in FORMS {
             let (mut path, mut tags) = (form.path("tags/list?n=1"), Vec::new());
@@ -49,7 +49,7 @@ async fn every_kind_of_paging_ends_with_all_pages() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn unknown_parameters_reach_the_upstream_as_they_are() {
-    let upstream = Origin::answering(|_| Response::new(200, r#"{"name":"a/app","tags":[]}"#)).await;
+    let upstream = TestUpstream::answering(|_| Response::new(200, r#"{"name":"a/app","tags":[]}"#)).await;
     let dray = dray_of(&upstream);
     for form in FORMS {
         dray.get(&form.path("tags/list?n=2&pageToken=a+b%2Fc&orderby=timedesc")).await;
@@ -65,7 +65,7 @@ async fn list_of_nine_megabytes_is_passed_on() {
     let list = json!({"name": "a/app", "tags": tags}).to_string();
     assert!(list.len() > 9_000_000);
     let body = list.clone();
-    let upstream = Origin::answering(move |_| Response::new(200, body.clone()).chunked()).await;
+    let upstream = TestUpstream::answering(move |_| Response::new(200, body.clone()).chunked()).await;
     let dray = dray_of(&upstream);
     for form in FORMS {
         let lists = (0..16).map(|_| async { dray.get(&form.path("tags/list")).await });
@@ -78,7 +78,7 @@ async fn list_of_nine_megabytes_is_passed_on() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn catalog_is_passed_on_for_a_named_registry() {
-    let upstream = Origin::answering(|request| match request.path.starts_with("/v2/_catalog") {
+    let upstream = TestUpstream::answering(|request| match request.path.starts_with("/v2/_catalog") {
         true => Response::new(200, r#"{"repositories":["a/app"]}"#)
             .with("link", "</v2/_catalog?n=1&last=a%2Fapp>; rel=\"next\""),
         false => Response::new(404, ""),

@@ -7,7 +7,7 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use dray_tests::dray::{Dray, Start, rule};
 use dray_tests::image::Image;
-use dray_tests::origin::{Content, Origin, Request, Response};
+use dray_tests::upstream::{Content, Request, Response, TestUpstream};
 
 use super::{FORMS, Form, REGISTRY, pull};
 
@@ -18,7 +18,7 @@ fn basic() -> String {
 }
 
 /// With the robot's credentials, and tags that are asked for anew each time.
-fn with_credentials(upstream: &Origin) -> Dray {
+fn with_credentials(upstream: &TestUpstream) -> Dray {
     let credentials = "credentials = { username = \"robot\", password_env = \"DRAY_TEST_PASSWORD\" }\n";
     Start::new(rule(REGISTRY, &upstream.url()) + "tag_ttl = \"0s\"\nnegative_ttl = \"0s\"\n" + credentials)
         .env("DRAY_TEST_PASSWORD", "s3cret")
@@ -61,7 +61,7 @@ async fn credentials_are_used_where_strangers_are_told_nothing() {
     for to_strangers in TO_STRANGERS {
         let image = Image::new(1, &[300_000]);
         let content = Content::new(&[("a/app", "1", &image)]);
-        let upstream = Origin::answering(move |request| hides(to_strangers, &content, request)).await;
+        let upstream = TestUpstream::answering(move |request| hides(to_strangers, &content, request)).await;
         for form in FORMS {
             let before = upstream.count("GET", "/v2/");
             pull(&with_credentials(&upstream), form, &image).await;
@@ -77,7 +77,7 @@ async fn clients_own_credentials_are_used_there_as_well() {
     for to_strangers in TO_STRANGERS {
         let image = Image::new(1, &[300_000]);
         let content = Content::new(&[("a/app", "1", &image)]);
-        let upstream = Origin::answering(move |request| hides(to_strangers, &content, request)).await;
+        let upstream = TestUpstream::answering(move |request| hides(to_strangers, &content, request)).await;
         let dray = Start::new(rule(REGISTRY, &upstream.url()) + "access = \"client\"\n").run();
         for form in FORMS {
             let (layer, bytes) = image.layer();
@@ -98,7 +98,7 @@ async fn clients_own_credentials_are_used_there_as_well() {
 async fn redirect_to_a_registry_that_challenges_gets_an_anonymous_token() {
     let image = Image::new(1, &[300_000]);
     let content = Content::new(&[("a/app", "1", &image)]);
-    let target = Origin::answering(move |request| {
+    let target = TestUpstream::answering(move |request| {
         if let Some((_, query)) = request.path.split_once("/token?") {
             let is_right = query.contains("scope=repository%3Aa%2Fapp%3Apull") && query.contains("service=target");
             return match request.header("authorization") {
@@ -119,7 +119,7 @@ async fn redirect_to_a_registry_that_challenges_gets_an_anonymous_token() {
     })
     .await;
     let location = target.url();
-    let front = Origin::answering(move |request| match request.path.as_str() {
+    let front = TestUpstream::answering(move |request| match request.path.as_str() {
         "/v2/" => Response::new(200, "{}"),
         path => Response::new(307, "").with("location", format!("{location}{path}")),
     })
@@ -145,10 +145,10 @@ async fn redirect_to_a_registry_that_challenges_gets_an_anonymous_token() {
 async fn token_endpoint_is_followed_on_its_own_host_only() {
     let image = Image::new(1, &[1_000]);
     let content = Content::new(&[("a/app", "1", &image)]);
-    let elsewhere = Origin::answering(|_| Response::new(200, r#"{"token": "stolen"}"#)).await;
+    let elsewhere = TestUpstream::answering(|_| Response::new(200, r#"{"token": "stolen"}"#)).await;
     let (away, leaves) = (elsewhere.url(), Arc::new(AtomicUsize::new(0)));
     let leaving = leaves.clone();
-    let upstream = Origin::answering(move |request| {
+    let upstream = TestUpstream::answering(move |request| {
         if request.path.starts_with("/token") {
             let location = if leaving.load(Ordering::SeqCst) == 0 { "/v2/auth?scope=x" } else { &away };
             return Response::new(302, "").with("location", location);

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use dray_tests::dray::{Start, rule};
 use dray_tests::eventually;
 use dray_tests::image::{MANIFEST, digest};
-use dray_tests::origin::{Fault, Origin, Response};
+use dray_tests::upstream::{Fault, Response, TestUpstream};
 use serde_json::json;
 
 use super::{FORMS, REGISTRY, dray_of};
@@ -19,7 +19,7 @@ async fn lists_that_were_seen_are_served_while_the_upstream_is_off() {
     let without_api = format!("referrers/{}", digest(b"of a registry without the API"));
     let old = without_api.clone();
     let body = referrers.clone();
-    let upstream = Origin::answering(move |request| match request.path.contains("/referrers/") {
+    let upstream = TestUpstream::answering(move |request| match request.path.contains("/referrers/") {
         true if request.path.contains(&old) => Response::new(404, "404 page not found"),
         true => Response::new(200, body.clone()).with("oci-filters-applied", "artifactType"),
         false if request.path.contains("/tags/list") => Response::new(200, r#"{"name":"a/app","tags":["1"]}"#)
@@ -66,7 +66,7 @@ async fn referrers_are_put_together_from_cached_artifacts() {
     })
     .to_string();
     let (bytes, artifact_digest) = (artifact.clone(), digest(artifact.as_bytes()));
-    let upstream = Origin::answering(move |request| match request.path.contains("/manifests/") {
+    let upstream = TestUpstream::answering(move |request| match request.path.contains("/manifests/") {
         true => Response::new(200, bytes.clone()).with("content-type", MANIFEST),
         false => Response::new(404, ""),
     })
@@ -100,7 +100,7 @@ async fn missing_referrers_api_stays_missing_in_an_outage() {
     })
     .to_string();
     let bytes = artifact.clone();
-    let upstream = Origin::answering(move |request| match request.path.contains("/manifests/") {
+    let upstream = TestUpstream::answering(move |request| match request.path.contains("/manifests/") {
         true => Response::new(200, bytes.clone()).with("content-type", MANIFEST),
         false => Response::new(404, "404 page not found"),
     })
@@ -121,7 +121,7 @@ async fn missing_referrers_api_stays_missing_in_an_outage() {
 async fn list_that_is_requested_often_is_kept_as_it_was_last_seen() {
     let pushed = Arc::new(AtomicUsize::new(0));
     let now = pushed.clone();
-    let upstream = Origin::answering(move |_| {
+    let upstream = TestUpstream::answering(move |_| {
         let tags: Vec<usize> = (0..=now.load(Ordering::SeqCst)).collect();
         Response::new(200, json!({"tags": tags}).to_string())
     })
@@ -146,7 +146,7 @@ async fn list_that_is_requested_often_is_kept_as_it_was_last_seen() {
 async fn list_of_a_slow_upstream_is_served_stale_and_renewed() {
     let (seen, lists) = (Arc::new(AtomicUsize::new(0)), [r#"{"tags":["1"]}"#, r#"{"tags":["1","2"]}"#]);
     let nth = seen.clone();
-    let upstream = Origin::answering(move |_| match nth.fetch_add(1, Ordering::SeqCst) {
+    let upstream = TestUpstream::answering(move |_| match nth.fetch_add(1, Ordering::SeqCst) {
         0 => Response::new(200, lists[0]),
         _ => Response::new(200, lists[1]).fault(Fault::LateUntilGate),
     })
@@ -172,7 +172,7 @@ async fn list_that_is_denied_is_gone_for_outages_too() {
     for status in [403, 404] {
         let seen = Arc::new(AtomicUsize::new(0));
         let nth = seen.clone();
-        let upstream = Origin::answering(move |_| match nth.fetch_add(1, Ordering::SeqCst) {
+        let upstream = TestUpstream::answering(move |_| match nth.fetch_add(1, Ordering::SeqCst) {
             0 => Response::new(200, r#"{"tags":["1"]}"#),
             1 => Response::new(status, ""),
             _ => Response::new(503, ""),
@@ -195,7 +195,7 @@ async fn list_that_is_denied_is_gone_for_outages_too() {
 #[tokio::test(flavor = "multi_thread")]
 async fn list_that_ends_after_it_was_denied_is_not_kept() {
     let seen = AtomicUsize::new(0);
-    let upstream = Origin::answering(move |_| match seen.fetch_add(1, Ordering::SeqCst) {
+    let upstream = TestUpstream::answering(move |_| match seen.fetch_add(1, Ordering::SeqCst) {
         0 => Response::new(200, r#"{"tags":["1"]}"#).fault(Fault::GateAfter(3)),
         1 => Response::new(403, ""),
         _ => Response::new(503, ""),

@@ -2,7 +2,7 @@
 
 use dray_tests::eventually;
 use dray_tests::image::Image;
-use dray_tests::origin::{Content, Fault, Origin, Request};
+use dray_tests::upstream::{Content, Fault, Request, TestUpstream};
 
 use super::{Form, dray_of, upstream_of};
 
@@ -55,7 +55,7 @@ async fn slow_upstream_is_asked_once_and_answers_everybody() {
 async fn pause_of_an_upstream_without_ranges_is_waited_out() {
     let image = Image::new(1, &[200_000, 3_000_000]);
     let content = Content::new(&[("a/app", "1", &image)]);
-    let upstream = Origin::answering(move |request| {
+    let upstream = TestUpstream::answering(move |request| {
         let whole = Request { headers: Default::default(), ..request.clone() };
         let response = content.answer(&whole);
         if response.body.len() > 100_000 { response.fault(Fault::GateAfter(100_000)) } else { response }

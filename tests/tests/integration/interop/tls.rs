@@ -3,12 +3,12 @@
 use dray_tests::dray::{Start, rule};
 use dray_tests::eventually;
 use dray_tests::image::Image;
-use dray_tests::origin::{Content, Origin};
 use dray_tests::tls::{Authority, self_signed, self_signed_until};
+use dray_tests::upstream::{Content, TestUpstream};
 
 use super::{FORMS, Form, REGISTRY, pull};
 
-fn https(origin: &Origin) -> String {
+fn https(origin: &TestUpstream) -> String {
     format!("https://{}", origin.address)
 }
 
@@ -17,7 +17,7 @@ async fn ca_file_with_the_servers_own_certificate_pins_it() {
     let (dir, image) = (tempfile::tempdir().unwrap(), Image::new(1, &[300_000]));
     let content = Content::new(&[("a/app", "1", &image)]);
     let (file, acceptor) = self_signed(dir.path(), &["127.0.0.1"]);
-    let upstream = Origin::answering_tls(acceptor, move |request| content.answer(request)).await;
+    let upstream = TestUpstream::answering_tls(acceptor, move |request| content.answer(request)).await;
     let of_rule = rule(REGISTRY, &https(&upstream)) + &format!("ca = \"{}\"\n", file.display());
     let of_all = rule(REGISTRY, &https(&upstream)) + &format!("[tls]\nca = \"{}\"\n", file.display());
     for (config, form) in [of_rule, of_all].into_iter().zip(FORMS) {
@@ -30,13 +30,13 @@ async fn ca_file_with_the_servers_own_certificate_pins_it() {
     // Nor is it good for another name.
     let other = tempfile::tempdir().unwrap();
     let (file, acceptor) = self_signed(other.path(), &["other.example"]);
-    let upstream = Origin::answering_tls(acceptor, |_| dray_tests::origin::Response::new(200, "")).await;
+    let upstream = TestUpstream::answering_tls(acceptor, |_| dray_tests::upstream::Response::new(200, "")).await;
     let config = rule(REGISTRY, &https(&upstream)) + &format!("ca = \"{}\"\n", file.display());
     assert_eq!(Start::new(config).run().get(&Form::Path.path("manifests/1")).await.status, 503);
     // Nor for longer than it says.
     let expired = tempfile::tempdir().unwrap();
     let (file, acceptor) = self_signed_until(expired.path(), &["127.0.0.1"], 2020);
-    let upstream = Origin::answering_tls(acceptor, |_| dray_tests::origin::Response::new(200, "")).await;
+    let upstream = TestUpstream::answering_tls(acceptor, |_| dray_tests::upstream::Response::new(200, "")).await;
     let config = rule(REGISTRY, &https(&upstream)) + &format!("ca = \"{}\"\n", file.display());
     let refused = Start::new(config).run().get(&Form::Path.path("manifests/1")).await;
     assert_eq!(refused.status, 503);
@@ -49,7 +49,7 @@ async fn upstream_is_shown_the_certificate_of_its_rule() {
     let authority = Authority::new(dir.path());
     let content = Content::new(&[("a/app", "1", &image)]);
     let acceptor = authority.acceptor_for_known(&["127.0.0.1"]);
-    let upstream = Origin::answering_tls(acceptor, move |request| content.answer(request)).await;
+    let upstream = TestUpstream::answering_tls(acceptor, move |request| content.answer(request)).await;
     let files = authority.files(&["dray.example"]);
     let ca = format!("ca = \"{}\"\n", authority.ca_file.display());
     let without = Start::new(rule(REGISTRY, &https(&upstream)) + &ca).run();

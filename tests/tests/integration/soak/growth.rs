@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 use dray_tests::dray::{Dray, Start};
 use dray_tests::http::client;
 use dray_tests::image::Image;
-use dray_tests::origin::{Content, Origin, Response};
 use dray_tests::process::free_port;
+use dray_tests::upstream::{Content, Response, TestUpstream};
 use tokio::task::JoinSet;
 
 use super::rounds;
@@ -36,7 +36,7 @@ const MOVES_EVERY: Duration = Duration::from_millis(250);
 
 /// A registry whose tags move, with the latest image of each repository.
 struct Moving {
-    origin: Origin,
+    upstream: TestUpstream,
     images: Arc<Mutex<Vec<(Image, Content)>>>,
 }
 
@@ -55,7 +55,7 @@ impl Moving {
         let images: Vec<_> = (0..REPOSITORIES).map(|nth| image(nth, nth as u64)).collect();
         let images = Arc::new(Mutex::new(images));
         let served = images.clone();
-        let origin = Origin::answering(move |request| {
+        let upstream = TestUpstream::answering(move |request| {
             let nth = request.path.strip_prefix("/v2/team/app").and_then(|rest| rest.get(..1)?.parse::<usize>().ok());
             match nth {
                 Some(_) if request.path.contains("/tags/list") => Response::new(200, r#"{"name":"x","tags":["1"]}"#),
@@ -64,7 +64,7 @@ impl Moving {
             }
         })
         .await;
-        Self { origin, images }
+        Self { upstream, images }
     }
 
     fn moves(&self, generation: u64) {
@@ -152,7 +152,7 @@ async fn ordinary_operation_does_not_grow() {
     let ports = [free_port(), free_port()];
     let members = ports.map(|port| format!("\"127.0.0.1:{port}\"")).join(", ");
     let nodes = ports.map(|port| {
-        let url = moving.origin.url();
+        let url = moving.upstream.url();
         let rule = format!("[[registry]]\nmatch = \"moving.example\"\nupstreams = [\"{url}\"]\ntag_ttl = \"1s\"\n");
         let peers =
             format!("[peers]\nlisten = \"127.0.0.1:{port}\"\nstatic = [{members}]\nkey_file = \"{}\"\n", key.display());

@@ -1,1 +1,0 @@
-../../../src/origin/challenge.rs

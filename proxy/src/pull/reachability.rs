@@ -1,0 +1,105 @@
+//! Whether the blobs of a repository can be had at all, found out when its manifest is requested.
+//!
+//! podman, CRI-O, buildah and skopeo try another mirror only while they have no manifest. What dray will refuse of the
+//! blobs, such as a redirect to an object store that the egress policy blocks, has to be said with the manifest.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use tokio::time::{Instant, timeout};
+
+use super::Pull;
+use crate::blocking::parsed;
+use crate::lifetimes::{ByLifetime, Lifetime};
+use crate::oci::{Digest, Registry, Repository, manifest};
+use crate::registries::RepositoryRef;
+use crate::source::SourceError;
+use crate::times::{DEFAULT_TTL, OBSERVATION_TTL, REACH_TIMEOUT};
+
+/// What is known of repositories: None, if their blobs can be had.
+pub(super) struct Reachability(moka::sync::Cache<(Registry, Repository), Verdict>);
+
+#[derive(Clone)]
+struct Verdict(Option<SourceError>);
+
+impl Reachability {
+    pub(super) fn new() -> Self {
+        Self(moka::sync::Cache::builder().max_capacity(50_000).expire_after(ByLifetime).build())
+    }
+}
+
+impl Pull {
+    /// Requests the head of a manifest's first layer, once for a repository. An error: dray will not get its blobs.
+    pub(super) async fn blobs_reachable(
+        self: &Arc<Self>,
+        place: &RepositoryRef,
+        bytes: &Bytes,
+    ) -> Result<(), SourceError> {
+        // Where authorization is the upstream's, each client's own request has told.
+        if place.rule.asks_who() {
+            return Ok(());
+        }
+        let key = (place.registry.clone(), place.repository.clone());
+        if let Some(Verdict(known)) = self.reachable.0.get(&key) {
+            return known.map_or(Ok(()), Err);
+        }
+        let Some(blob) = parsed(bytes, first_blob).await else { return Ok(()) };
+        let head = self.upstream.blob_head(place, &blob, Instant::now() + REACH_TIMEOUT);
+        let error = timeout(REACH_TIMEOUT, head).await.ok().and_then(Result::err).filter(is_final);
+        self.reachable.0.insert(key, Verdict(error.clone()));
+        error.map_or(Ok(()), Err)
+    }
+}
+
+/// The first layer, or else the configuration. None: an index, whose manifests tell.
+fn first_blob(bytes: &[u8]) -> Option<Digest> {
+    if manifest::is_index(bytes) {
+        return None;
+    }
+    let mut named = manifest::named(bytes).into_iter().map(|(digest, _)| digest);
+    let config = named.next()?;
+    Some(named.next().unwrap_or(config))
+}
+
+/// Whether a GET would meet the same. Signed URLs are often good for GET only, and answer a HEAD with 403.
+fn is_final(error: &SourceError) -> bool {
+    match error {
+        SourceError::Guarded(_) => true,
+        SourceError::Denied(told) => told.status == 401,
+        _ => false,
+    }
+}
+
+impl Lifetime for Verdict {
+    fn life(&self) -> Duration {
+        if self.0.is_some() { DEFAULT_TTL } else { OBSERVATION_TTL }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::source::UpstreamError;
+
+    #[test]
+    fn first_layer_is_what_is_requested() {
+        let [config, layer] = ["config", "layer"].map(|text| Digest::of(text.as_bytes()));
+        let of = |json: serde_json::Value| first_blob(json.to_string().as_bytes());
+        let (config_json, layer_json) =
+            (serde_json::json!({"digest": config.as_str()}), serde_json::json!({"digest": layer.as_str()}));
+        assert_eq!(of(serde_json::json!({"config": config_json, "layers": [layer_json]})), Some(layer.clone()));
+        assert_eq!(of(serde_json::json!({"config": config_json, "layers": []})), Some(config));
+        assert_eq!(of(serde_json::json!({"manifests": [layer_json]})), None);
+    }
+
+    #[test]
+    fn only_what_a_get_meets_as_well_is_final() {
+        assert!(is_final(&SourceError::Guarded("10.0.0.1".into())));
+        assert!(is_final(&SourceError::Denied(UpstreamError::of_status(401))));
+        for error in [SourceError::denied(), SourceError::not_found(), SourceError::TimedOut, SourceError::failed(405)]
+        {
+            assert!(!is_final(&error), "{error}");
+        }
+    }
+}
