@@ -29,14 +29,15 @@ test: setup tools ## Build, install what the tests need, and run them all, or so
 	PROGRAM=$(BIN) tests/stage.sh image k8s/image.sh target/tests/image
 	tests/stage.sh tests cargo test --profile $(PROFILE) --workspace -- $(TESTS)
 
-lint: build-setup fmt-check clippy ## Formatting, clippy, licences and bans
+lint: build-setup fmt-check clippy ## Formatting, clippy, the words of the glossary, licences and bans
 	cargo check --profile $(PROFILE) --package dray --no-default-features
+	tests/language.sh
 	tests/deny.sh
 
 fuzz: setup ## Every fuzz target for some seconds: make fuzz SECONDS=10
 	tests/fuzz.sh $(or $(SECONDS),10)
 
-bench: setup tools ## Compare the release build with direct pulls and nginx here: make bench PARTS="small cold"
+bench: setup tools ## Compare the release build with direct pulls and nginx on this machine: make bench PARTS="small cold"
 	cargo build --release --workspace --bins --examples
 	$(BUILT)/release/bench $(PARTS)
 

@@ -7,7 +7,7 @@ chart=$(dirname "$0")/dray
 for mode in daemonset deployment; do
     {
         cat <<HEAD
-# Made from the chart by \`make manifests\`: change that, or use Helm. Here there is no clean-up after
+# Made from the chart by \`make manifests\`: change that, or use Helm. These manifests have no clean-up after
 # \`kubectl delete\`: pods that end take containerd's configuration back themselves, and
 # \`dray containerd uninstall\` does so on a node where one was killed.
 #

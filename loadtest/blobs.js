@@ -1,4 +1,4 @@
-// Fetches layers, many at a time, each whole: what a dray can carry.
+// Downloads whole layers, several at a time: the throughput of a dray.
 //
 // VUS       clients at a time    (16)
 // DURATION  in seconds           (30)

@@ -1,8 +1,8 @@
-// More images than the cache holds, some of them asked for often: what stays, and what it costs.
+// More images than the cache holds, some of them pulled often: what stays cached, and what a pull takes.
 //
 // VUS       clients at a time                    (8)
 // DURATION  in seconds                           (60)
-// HOT       of the images, that half of all pulls are for  (2)
+// HOT       images that get half of all pulls    (2)
 import { common, images, pull, thresholds } from "./lib/registry.js";
 import { summary } from "./lib/summary.js";
 import { Trend } from "k6/metrics";

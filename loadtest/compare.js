@@ -1,7 +1,7 @@
-// Two places that serve the same image, such as an old registry and the one it moves to: who is faster, asked in turns.
+// Two registries with the same image, such as an old one and its successor: which one is faster, in alternating pulls.
 //
 // BASE_A, BASE_B    registries, or drays with one rule each         (BASE)
-// IMAGE_A, IMAGE_B  the image there, with its registry              (the first of IMAGES)
+// IMAGE_A, IMAGE_B  the image on each, with its registry            (the first of IMAGES)
 // ITERATIONS        pulls of each                                   (20)
 import { base, common, images, pull, thresholds } from "./lib/registry.js";
 import { summary } from "./lib/summary.js";
@@ -20,7 +20,7 @@ export const options = {
 };
 
 export default function () {
-  // Whoever goes second finds the machine warmer.
+  // The order alternates, because the second pull runs on a warmer machine.
   const order = __ITER % 2 === 0 ? sides : [...sides].reverse();
   order.forEach(({ at, image, pulls }) => pulls.add(pull(image, at)));
 }

@@ -1,7 +1,7 @@
-// Asks what tags mean, as a cluster does whose pods have imagePullPolicy Always: steadily, then all at once.
+// Resolves tags, as a cluster does with imagePullPolicy Always: at a steady rate, then in a burst.
 //
-// RATE      questions a second, steadily       (200)
-// BURST     questions a second in the burst    (2000)
+// RATE      requests a second, steady          (200)
+// BURST     requests a second in the burst     (2000)
 // DURATION  of each, in seconds                (20)
 import { common, images, manifest, resolve, thresholds } from "./lib/registry.js";
 import { summary } from "./lib/summary.js";
@@ -26,7 +26,7 @@ export const options = {
 export default function () {
   const image = images[Math.floor(Math.random() * images.length)];
   const digest = resolve(image);
-  // A runtime that does not have it asks for it by digest.
+  // A runtime without the manifest requests it by digest.
   if (__ITER % 10 === 0) manifest(image, digest);
 }
 

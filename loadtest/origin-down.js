@@ -1,5 +1,5 @@
-// Pulls what was pulled before while its registry goes and comes back, which loadtest/run.sh sees to. Every pull must
-// succeed; what was never pulled must be refused soon, with a status that makes a runtime ask elsewhere.
+// Pulls cached images while their registry is down and after it is back; loadtest/run.sh stops and starts it. Every pull must
+// succeed. Images that are not cached must fail soon, with a status that makes a runtime use its fall-back.
 //
 // VUS       clients at a time   (8)
 // DURATION  in seconds          (30)
@@ -16,7 +16,7 @@ export const options = {
   ...common,
   scenarios: {
     known: { executor: "constant-vus", vus: Number(__ENV.VUS || 8), duration, exec: "pullKnown" },
-    unknown: { executor: "constant-vus", vus: 2, duration, exec: "askUnknown" },
+    unknown: { executor: "constant-vus", vus: 2, duration, exec: "requestUnknown" },
   },
   thresholds: thresholds({ refused_unknown: ["max<12500"] }),
 };
@@ -29,11 +29,11 @@ export function pullKnown() {
   known.add(pull(images[__ITER % images.length]));
 }
 
-export function askUnknown() {
+export function requestUnknown() {
   const image = `${images[0].replace(/:[^:]*$/, "")}:never-${__VU}-${__ITER}`;
-  const answer = http.head(url(image, `manifests/${parse(image).tag}`), { headers: { Accept: accept }, tags: { name: "unknown" } });
-  check(answer, { "refused as runtimes understand": (r) => r.status === 404 || r.status === 503 });
-  unknown.add(answer.timings.duration);
+  const response = http.head(url(image, `manifests/${parse(image).tag}`), { headers: { Accept: accept }, tags: { name: "unknown" } });
+  check(response, { "refused as runtimes understand": (r) => r.status === 404 || r.status === 503 });
+  unknown.add(response.timings.duration);
   sleep(0.2);
 }
 

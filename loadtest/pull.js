@@ -1,11 +1,11 @@
 // Pulls images as a container runtime does: HEAD of the tag, index, platform manifest, config and layers by digest.
-// Fails if any answer is wrong; if P95_MS is set, also if it is slow.
+// Fails if any response is wrong, and if P95_MS is set, also if it is slow.
 //
 //   k6 run -e BASE=http://127.0.0.1:5050 -e IMAGES=docker.io/library/alpine:latest loadtest/pull.js
 //
 // VUS         pulls at the same time   (10)
 // ITERATIONS  pulls in all             (50)
-// What all scripts take: README.md.
+// Variables of all scripts: README.md.
 import { common, images, pull, thresholds } from "./lib/registry.js";
 import { summary } from "./lib/summary.js";
 import { Trend } from "k6/metrics";

@@ -1,5 +1,5 @@
-// Reads pieces of layers here and there, as snapshotters do that start a container before its image is there
-// (stargz, SOCI, nydus), and open-ended ones, as containerd does when it fetches a layer by several connections.
+// Reads random pieces of layers, as lazy snapshotters do, which start a container before its image is complete
+// (stargz, SOCI, nydus), and open-ended ranges, as containerd does when it downloads a layer by several connections.
 //
 // VUS       readers at a time            (16)
 // DURATION  in seconds                   (20)
@@ -29,12 +29,12 @@ export default function (wanted) {
   const start = isOpen ? blob.size - piece : Math.floor(Math.random() * (blob.size - piece));
   const end = Math.min(start + piece, blob.size);
   const range = isOpen ? `bytes=${start}-` : `bytes=${start}-${end - 1}`;
-  const answer = http.get(url(blob.image, `blobs/${blob.digest}`), { headers: { Range: range }, tags: { name: "range" } });
-  check(answer, {
+  const response = http.get(url(blob.image, `blobs/${blob.digest}`), { headers: { Range: range }, tags: { name: "range" } });
+  check(response, {
     "exactly the range": (r) =>
       r.status === 206 && r.error_code === 0 && r.headers["Content-Range"] === `bytes ${start}-${end - 1}/${blob.size}`,
   });
-  count(answer, end - start);
+  count(response, end - start);
 }
 
 export const handleSummary = summary("ranges");

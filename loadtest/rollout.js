@@ -1,7 +1,7 @@
-// A rollout: so many nodes pull one image at the same time, each once, spread over the drays of BASES.
+// A rollout: NODES nodes pull one image at the same time, each once, spread over the drays of BASES.
 //
 // NODES   virtual nodes                                       (50)
-// BASES   drays, comma-separated; each node asks one of them  (BASE)
+// BASES   drays, comma-separated; each node uses one of them  (BASE)
 import { base, common, images, pull, thresholds } from "./lib/registry.js";
 import { summary } from "./lib/summary.js";
 import { Trend } from "k6/metrics";

@@ -1,6 +1,6 @@
 #!/bin/sh
-# One command for one scenario: starts a registry with images, a dray in front of it or several that are peers, runs
-# k6, and stops everything. Nothing of it is left, except what OUT names.
+# Runs one scenario: starts a registry with images, and in front of it one dray or several that are peers, then runs
+# k6 and stops everything. Only the files that OUT names remain.
 #
 #   loadtest/run.sh rollout                 # pull manifests blobs ranges rollout churn origin-down compare
 #   DRAYS=4 NODES=100 loadtest/run.sh rollout
@@ -8,11 +8,11 @@
 #
 # DRAY     the program          (target/release/dray, or dray from the path)
 # K6       the program          (target/tools/k6, or k6 from the path)
-# DRAYS    how many             (4 for rollout, otherwise 1)
+# DRAYS    number of drays      (4 for rollout, otherwise 1)
 # SIZE     bytes of a layer     (8000000)
 # COUNT    images               (12 for churn, otherwise 4)
 # DISK     of each dray         (a third of all images for churn, at least 64 MiB; otherwise 4GiB)
-# What the scenario takes stands at its head; variables are handed on.
+# The scenario lists its own variables at its head; they are passed on.
 set -eu
 scenario=${1:?which scenario? $(cd "$(dirname "$0")" && ls *.js | sed 's/\.js$//' | tr '\n' ' ')}
 here=$(cd "$(dirname "$0")" && pwd)
@@ -29,7 +29,7 @@ is rollout && drays=${DRAYS:-4} || drays=${DRAYS:-1}
 is churn && count=${COUNT:-12} || count=${COUNT:-4}
 size=${SIZE:-8000000}
 disk=${DISK:-4GiB}
-# An eighth of it is set aside for small objects.
+# dray reserves an eighth of the disk for small objects.
 if is churn && [ -z "${DISK:-}" ]; then
     third=$((size * count / 3 * 8 / 7 + 1))
     [ $third -gt 67108864 ] || third=67108864
@@ -46,7 +46,7 @@ stop() {
 trap stop EXIT
 trap 'exit 130' INT TERM
 
-# The first of some ports in a row that are free.
+# The first port of a free range.
 first=$((3000 + $$ % 5000))
 while ss -Hltn "sport >= :$first and sport <= :$((first + 40))" | grep -q .; do first=$((first + 41)); done
 registry_port=$first
@@ -59,7 +59,7 @@ printf 'version: 0.1\nstorage: {filesystem: {rootdirectory: %s}}\nhttp: {addr: "
 start_registry
 wait_for() { # URL
     for _ in $(seq 100); do curl -fsS -o /dev/null "$1" 2>/dev/null && return; sleep 0.1; done
-    echo "$1 does not answer" >&2
+    echo "$1 does not respond" >&2
     exit 1
 }
 wait_for "http://127.0.0.1:$registry_port/v2/"
@@ -90,7 +90,7 @@ for name in VUS ITERATIONS DURATION RATE BURST NODES HOT PIECE P95_MS PLATFORM O
     eval "value=\${$name:-}"
     [ -z "$value" ] || set -- "$@" --env "$name=$value"
 done
-# Beside the dray, the registry itself.
+# Compares the dray with the registry itself.
 is compare && set -- "$@" --env "BASE_A=$base" --env "BASE_B=http://127.0.0.1:$registry_port"
 "$k6" "$@" "$here/$scenario.js" &
 running=$!

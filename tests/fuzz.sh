@@ -1,8 +1,8 @@
 #!/bin/sh
-# Runs every fuzz target for so many seconds. Without a nightly toolchain the stable one is told to
-# accept the flags that the fuzzer needs.
+# Runs every fuzz target for a number of seconds. Without a nightly toolchain, RUSTC_BOOTSTRAP makes the stable one
+# accept the flags of the fuzzer.
 set -eu
-# The fuzzer has flags of its own.
+# The fuzzer sets its own flags.
 unset CARGO_ENCODED_RUSTFLAGS CARGO_BUILD_TARGET
 seconds=${1:-10}
 cd "$(dirname "$0")/.."

@@ -22,7 +22,7 @@ if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then
     echo "installing: $*"
     export DEBIAN_FRONTEND=noninteractive
     apt-get update -qq
-    # Services of these packages are not wanted: the tests start their own.
+    # The tests start their own services, so those of the packages must not start.
     printf '#!/bin/sh\nexit 101\n' >/usr/sbin/policy-rc.d.dray && chmod +x /usr/sbin/policy-rc.d.dray
     [ -e /usr/sbin/policy-rc.d ] || { mv /usr/sbin/policy-rc.d.dray /usr/sbin/policy-rc.d; ours=1; }
     apt-get install -y -qq --no-install-recommends "$@" >/dev/null

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Runs a stage of the build or of the tests, and says how long it took: tests/stage.sh NAME COMMAND...
+# Runs a stage of the build or of the tests, and prints its duration: tests/stage.sh NAME COMMAND...
 set -eu
 name=$1
 shift

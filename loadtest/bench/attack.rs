@@ -1,5 +1,5 @@
-//! What others notice of one hostile or slow party: the latency of their requests while an attack runs, against the latency
-//! of the same requests just before it.
+//! The effect of one hostile or slow party on other clients: the latency of their requests during an attack, relative
+//! to the latency of the same requests before it.
 
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
@@ -13,22 +13,22 @@ use tokio::net::{TcpSocket, TcpStream};
 
 use super::rig::row;
 
-/// Requests of each kind that are measured.
+/// Number of measured requests of each kind.
 const REQUESTS: usize = 200;
 
-/// Of these fewer: each is of another blob.
+/// Number of requests for uncached blobs. Smaller, because each needs its own blob.
 const COLD: usize = 40;
 
-/// Hosts other than that of the measuring client.
+/// Source addresses other than that of the measuring client.
 const ATTACKERS: [[u8; 4]; 2] = [[127, 0, 0, 2], [127, 0, 0, 3]];
 
-/// What each attacker opens, and what it sends there.
+/// The connections that each attacker opens, and what it sends on them.
 struct Attack {
     name: &'static str,
     connections: usize,
     on: Port,
     sends: fn(usize) -> String,
-    /// Whether the attacker hangs up at once.
+    /// Whether the attacker closes its connections at once.
     hangs_up: bool,
 }
 
@@ -111,14 +111,14 @@ pub(crate) async fn all() {
         .map(|nth| (digest(&cold(nth)), nth))
         .map(|(digest, nth)| (digest, cold(nth)))
         .collect();
-    let registry = TestUpstream::answering(move |request: &Request| {
+    let registry = TestUpstream::with_handler(move |request: &Request| {
         let cold = request.path.rsplit('/').next().and_then(|last| colds.get(last.split('?').next()?));
-        cold.map_or_else(|| content.answer(request), |bytes| Response::new(200, bytes.clone()))
+        cold.map_or_else(|| content.respond(request), |bytes| Response::new(200, bytes.clone()))
     })
     .await;
-    // Long enough that a part of it passes through without a fill.
+    // Large enough that a range of it bypasses the cache without a download.
     let large = bytes::Bytes::from(vec![0; 256 << 20]);
-    let bad = TestUpstream::answering(move |request| match request.path.as_str() {
+    let bad = TestUpstream::with_handler(move |request| match request.path.as_str() {
         path if !path.contains("/blobs/") => Response::new(404, ""),
         path if path.contains("/silent/") => Response::new(200, "").fault(Fault::Silent),
         path if path.contains("/trickling/") => {
@@ -160,7 +160,7 @@ async fn begin(attack: &Attack, dray: &Dray) -> Vec<TcpStream> {
         let socket = TcpSocket::new_v4().unwrap();
         socket.bind(SocketAddr::from((ATTACKERS[nth % ATTACKERS.len()], 0))).unwrap();
         let Ok(mut stream) = socket.connect(to).await else { continue };
-        // It may be closed at once.
+        // dray may close the connection at once.
         let _ = stream.write_all((attack.sends)(nth).as_bytes()).await;
         if !attack.hangs_up {
             held.push(stream);
@@ -169,7 +169,7 @@ async fn begin(attack: &Attack, dray: &Dray) -> Vec<TcpStream> {
     held
 }
 
-/// What is measured, and how often.
+/// A kind of measured request, and how often it is sent.
 struct Kind {
     what: &'static str,
     count: usize,

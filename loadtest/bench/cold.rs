@@ -1,4 +1,4 @@
-//! First pulls: through dray, direct, and through others.
+//! First pulls: through dray, direct, and through other caches.
 
 use std::time::Instant;
 
@@ -6,7 +6,7 @@ use dray_tests::registry::Registry;
 
 use super::rig::{GIB, ROUNDS, Rig, Server, clean, curl, curls, gigabytes, median, row};
 
-/// From origins that limit each connection.
+/// From upstreams that limit the rate of each connection.
 pub(crate) async fn limited(rig: &Rig) {
     for (server, name, bar) in [(Server::Gigabit, "125 MB/s", "<= 1.03 x"), (Server::Limited, "40 MB/s", "<= 0.333 x")]
     {
@@ -22,16 +22,16 @@ pub(crate) async fn limited(rig: &Rig) {
             clean(dray);
         }
         row(
-            &format!("1 GiB cold, origin at {name} a connection"),
+            &format!("1 GiB cold, upstream at {name} a connection"),
             &format!("{:.2} s", median(&pulls)),
             &format!("{:.3} x direct ({:.2} s)", median(&ratios), median(&directs)),
             bar,
         );
-        row("its first byte", &format!("{:+.1} ms", median(&delays)), "after the origin's", "<= 5 ms");
+        row("its first byte", &format!("{:+.1} ms", median(&delays)), "after the upstream's", "<= 5 ms");
     }
 }
 
-/// From an origin as fast as this machine.
+/// From an upstream as fast as this machine.
 pub(crate) async fn unlimited(rig: &Rig) {
     let (mut pulls, mut registries, mut caches, mut ratios) = (vec![], vec![], vec![], vec![]);
     for _ in 0..ROUNDS {
@@ -50,7 +50,7 @@ pub(crate) async fn unlimited(rig: &Rig) {
         ratios.push(through / pull);
     }
     row(
-        "1 GiB cold, origin unlimited",
+        "1 GiB cold, upstream unlimited",
         &format!("{:.2} GB/s", gigabytes(median(&pulls))),
         &format!(
             "{:.2} x docker-registry ({:.2} GB/s); nginx proxy_cache {:.2} GB/s",
@@ -62,7 +62,7 @@ pub(crate) async fn unlimited(rig: &Rig) {
     );
 }
 
-/// Twenty clients at once on a cold blob, from an origin that is slower than this machine.
+/// Twenty clients at once on a cold blob, from an upstream that is slower than this machine.
 pub(crate) async fn crowd(rig: &Rig) {
     let (mut ratios, mut shares) = (vec![], vec![]);
     for _ in 0..3 {
@@ -74,15 +74,15 @@ pub(crate) async fn crowd(rig: &Rig) {
         curls(&dray.url(&rig.path()), 20);
         ratios.push(started.elapsed().as_secs_f64() / one.seconds);
         #[allow(clippy::cast_precision_loss, reason = "a ratio for people")]
-        let share = dray.metric("dray_origin_bytes_total{rule=\"docker.io\"}").await as f64 / GIB as f64;
+        let share = dray.metric("dray_upstream_bytes_total{rule=\"docker.io\"}").await as f64 / GIB as f64;
         shares.push(share);
         clean(dray);
     }
     row(
-        "20 clients, one cold GiB, origin at 125 MB/s in all",
+        "20 clients, one cold GiB, upstream at 125 MB/s in all",
         &format!("{:.2} x one client's time", median(&ratios)),
         "",
         "<= 1.15 x",
     );
-    row("its origin bytes", &format!("{:.3} x the blob", median(&shares)), "", "<= 1.01 x");
+    row("its upstream bytes", &format!("{:.3} x the blob", median(&shares)), "", "<= 1.01 x");
 }

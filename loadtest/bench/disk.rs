@@ -1,4 +1,4 @@
-//! The disk: how much is taken at most, and how soon dray is ready with what it finds.
+//! The disk: its peak usage, and the time of a start with many blobs.
 
 use std::fs;
 use std::process::Command;
@@ -28,7 +28,7 @@ pub(crate) async fn churn(rig: &Rig) {
         }
     });
     for nth in 0..20 * GIB / BLOB {
-        // Another length, another blob.
+        // Another length makes another blob.
         let digest = write_blob(&blobs, BLOB - (nth << 20));
         curl(&dray.url(&format!("/v2/library/churn/blobs/{digest}")));
         fs::remove_file(blobs.join(digest)).unwrap();

@@ -1,8 +1,7 @@
-//! The comparison benchmark: dray beside direct pulls, nginx and docker-registry, in one run on one
-//! machine.
+//! The comparison benchmark: dray beside direct pulls, nginx and docker-registry, in one run on one machine.
 //!
-//! Every figure is a ratio to something measured in the same run, the median of several rounds, each
-//! in turn. Run it with `make bench`; what it printed last stands in RESULTS.md.
+//! Every figure is a ratio to a measurement of the same run: the median of several alternating rounds. Run it with
+//! `make bench`; RESULTS.md holds its latest output.
 
 #![allow(clippy::print_stdout, clippy::unwrap_used, reason = "a benchmark prints, and stops at the first surprise")]
 
@@ -24,7 +23,7 @@ use rig::Rig;
 
 #[tokio::main]
 async fn main() {
-    // Names of parts on the command line; none: all of them.
+    // Names of parts on the command line. None: all parts.
     let wanted: Vec<String> = std::env::args().skip(1).collect();
     let runs = |part: &str| wanted.is_empty() || wanted.iter().any(|name| name == part);
     println!("| what | measured | compared with | bar |\n|---|---|---|---|");

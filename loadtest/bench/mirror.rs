@@ -1,4 +1,4 @@
-//! A pull by containerd whose mirror is not there, beside one that has none.
+//! A pull by containerd with a dead mirror, beside one without a mirror.
 
 use std::fs;
 use std::process::Command;
@@ -14,16 +14,16 @@ use rustix::process::Signal;
 
 use super::rig::{ROUNDS, median, row};
 
-/// What has become of the dray that containerd is sent to first.
+/// State of the dray that is containerd's mirror.
 #[derive(Clone, Copy)]
 enum Mirror {
-    /// containerd is sent to none.
+    /// containerd has no mirror.
     None,
     NeverStarted,
     Killed,
-    /// It was told to stop, and still sends a blob to somebody; its lines are still there.
+    /// dray drains after SIGTERM: it still sends a blob to a client, and its mirror configuration is still there.
     Draining,
-    /// It was told to stop, and did.
+    /// dray has stopped after SIGTERM.
     Stopped,
 }
 
@@ -59,24 +59,24 @@ pub(crate) async fn dead() {
 
 async fn pull(registry: &Registry, version: Version, mirror: Mirror) -> f64 {
     let containerd = Containerd::start(version).await;
-    let point = |url: &str| {
+    let configure = |url: &str| {
         let mut command = Command::new(binary());
         run(command.args(["containerd", "install", "--mirror", url, "--hosts-dir"]).arg(containerd.hosts_dir()));
     };
     let mut running: Option<(Dray, tokio::task::JoinHandle<()>)> = None;
     match mirror {
         Mirror::None => {}
-        Mirror::NeverStarted => point(&format!("http://127.0.0.1:{}", free_port())),
+        Mirror::NeverStarted => configure(&format!("http://127.0.0.1:{}", free_port())),
         Mirror::Killed => {
             let mut dray = Start::new("").run();
-            point(&dray.url(""));
+            configure(&dray.url(""));
             dray.process().kill();
         }
         Mirror::Draining => {
             let mut dray = Start::with_upstream("slow.test", &registry.url()).run();
-            point(&dray.url(""));
+            configure(&dray.url(""));
             let reading = tokio::spawn(read_slowly(dray.registry.to_string()));
-            dray.fill_begins().await;
+            dray.wait_for_fill_start().await;
             dray.process().signal(Signal::TERM);
             // The listeners stay open for a second.
             tokio::time::sleep(Duration::from_millis(1500)).await;
@@ -86,7 +86,7 @@ async fn pull(registry: &Registry, version: Version, mirror: Mirror) -> f64 {
             let start = Start::new(format!("[containerd]\nhosts_dir = \"{}\"\n", containerd.hosts_dir().display()));
             let mut dray = start.run();
             let file = containerd.hosts_dir().join("_default/hosts.toml");
-            eventually("containerd is pointed at it", async || fs::metadata(&file).ok()).await;
+            eventually("the mirror is configured", async || fs::metadata(&file).ok()).await;
             dray.process().signal(Signal::TERM);
             dray.process().wait();
         }
@@ -102,7 +102,7 @@ async fn pull(registry: &Registry, version: Version, mirror: Mirror) -> f64 {
     took
 }
 
-/// Asks for something that takes long, and does not read it.
+/// Requests a large blob and does not read it.
 async fn read_slowly(at: String) {
     use tokio::io::AsyncWriteExt;
     let mut stream = tokio::net::TcpStream::connect(&at).await.unwrap();

@@ -77,7 +77,7 @@ fn limit_memory(pid: u32) {
     fs::write(group.join("cgroup.procs"), pid.to_string()).unwrap();
 }
 
-/// A file system on a loop device whose rate the kernel limits.
+/// A file system on a loop device with a rate limit of the kernel.
 struct SlowDisk {
     device: String,
     dir: PathBuf,
@@ -105,7 +105,7 @@ impl SlowDisk {
         Some(disk)
     }
 
-    /// Nothing of an earlier round is still to be written.
+    /// Writes out everything of an earlier round.
     fn settle(&self) {
         run(&mut Command::new("sync"));
     }

@@ -1,4 +1,4 @@
-//! What a pull by tag takes when its registry is not there: at first, and once that is known.
+//! Time of a pull by tag during an outage: at first, and once the outage is detected.
 
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
@@ -19,15 +19,15 @@ const MISSING: &str = "/v2/team/app/manifests/2?ns=reg.test";
 /// How a registry is dead.
 #[derive(Clone, Copy)]
 enum Death {
-    /// Nobody listens.
+    /// No process listens on the port.
     Refuses,
-    /// Connections and requests are taken, and nothing is said.
+    /// Connections and requests are accepted, but there is no response.
     Stalls,
-    /// Nothing comes back, not even that nobody listens.
+    /// No packet comes back, not even a RST.
     Swallows,
 }
 
-/// Milliseconds for a known tag and another one, at first and then.
+/// Milliseconds for a known and an unknown tag: before and after the outage is detected.
 type Took = [f64; 4];
 
 pub(crate) async fn dead() {
@@ -58,12 +58,13 @@ async fn round(death: Death) -> Took {
     registry.push("team/app", "1", &image).await;
     let silent = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
     let (now, content) = (silent.clone(), Content::new(&[("team/app", "1", &image)]));
-    let origin = TestUpstream::answering(move |request| match now.load(std::sync::atomic::Ordering::SeqCst) {
-        true => Response::new(200, "").fault(Fault::Silent),
-        false => content.answer(request),
-    })
-    .await;
-    let upstream = if matches!(death, Death::Stalls) { origin.url() } else { registry.url() };
+    let test_upstream =
+        TestUpstream::with_handler(move |request| match now.load(std::sync::atomic::Ordering::SeqCst) {
+            true => Response::new(200, "").fault(Fault::Silent),
+            false => content.respond(request),
+        })
+        .await;
+    let upstream = if matches!(death, Death::Stalls) { test_upstream.url() } else { registry.url() };
     let dray = Start::new(format!(
         "[[registry]]\nmatch = \"reg.test\"\nupstreams = [\"{upstream}\"]\ntag_ttl = \"0s\"\nnegative_ttl = \"0s\"\n"
     ))
@@ -79,11 +80,11 @@ async fn round(death: Death) -> Took {
         }
     }
     let (known, unknown) = (timed(&dray, TAG, 200).await, timed(&dray, MISSING, 503).await);
-    eventually("it is known to be down", async || {
-        (dray.metric("dray_origin_down{rule=\"reg.test\"}").await == 1).then_some(())
+    eventually("the outage is detected", async || {
+        (dray.metric("dray_upstream_down{rule=\"reg.test\"}").await == 1).then_some(())
     })
     .await;
-    // The median of some: one may meet a look at the registry.
+    // The median of several requests, because one may coincide with a probe.
     let mut later = [Vec::new(), Vec::new()];
     for _ in 0..20 {
         later[0].push(timed(&dray, TAG, 200).await);
@@ -94,13 +95,13 @@ async fn round(death: Death) -> Took {
 }
 
 async fn timed(dray: &Dray, path: &str, status: u16) -> f64 {
-    let asked = Instant::now();
-    let answer = dray.get(path).await;
-    assert_eq!(answer.status, status, "{}", answer.text());
-    asked.elapsed().as_secs_f64() * 1000.0
+    let sent_at = Instant::now();
+    let response = dray.get(path).await;
+    assert_eq!(response.status, status, "{}", response.text());
+    sent_at.elapsed().as_secs_f64() * 1000.0
 }
 
-/// A listener that takes nobody any more: the kernel drops what comes, as a network does that swallows it.
+/// A listener with a full backlog: the kernel drops new connections, like a network that drops packets.
 struct Hole {
     _listener: OwnedFd,
     _taken: Vec<OwnedFd>,
@@ -114,10 +115,10 @@ impl Hole {
         bind(&listener, &address).unwrap();
         listen(&listener, 0).unwrap();
         let taken = (0..3).map(|_| {
-            let caller = socket_with(AddressFamily::INET, SocketType::STREAM, SocketFlags::NONBLOCK, None).unwrap();
-            // Under way, or there.
-            let _ = connect(&caller, &address);
-            caller
+            let client = socket_with(AddressFamily::INET, SocketType::STREAM, SocketFlags::NONBLOCK, None).unwrap();
+            // The connection is pending or established.
+            let _ = connect(&client, &address);
+            client
         });
         Self { _taken: taken.collect(), _listener: listener }
     }

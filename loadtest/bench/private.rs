@@ -1,4 +1,4 @@
-//! What is cached and private, for a caller whose right the registry has confirmed, beside what is for everybody.
+//! Cached private content for an authorized client, beside public content.
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
@@ -15,44 +15,45 @@ pub(crate) async fn hits() {
     let image = Image::new(1, &[1000]);
     let content = Content::new(&[("team/app", "1", &image)]);
     let login = format!("Basic {}", STANDARD.encode("alice:secret"));
-    let open = TestUpstream::start(&[("team/app", "1", &image)], |_, answer| answer).await;
-    let upstream = TestUpstream::answering(move |request: &Request| match request.header("authorization") {
-        Some(shown) if shown == login => content.answer(request),
+    let open = TestUpstream::start(&[("team/app", "1", &image)], |_, response| response).await;
+    let upstream = TestUpstream::with_handler(move |request: &Request| match request.header("authorization") {
+        Some(value) if value == login => content.respond(request),
         _ => Response::new(401, "").with("www-authenticate", "Basic realm=\"registry\""),
     })
     .await;
-    let rules = rule("open.test", &open.url()) + &rule("private.test", &upstream.url()) + "access = \"client\"\n";
+    let rules =
+        rule("open.test", &open.url()) + &rule("private.test", &upstream.url()) + "authorization = \"passthrough\"\n";
     let dray = Start::new(rules).env("DRAY_LOG", "error").pinned().run();
     let path = |registry: &str| format!("/v2/team/app/manifests/{}?ns={registry}", image.digest);
     let token = token(&dray).await;
     let private = get(&dray.url(&path("private.test")), &[("authorization", &token)]).await;
     assert_eq!(private.status, 200, "{}", private.text());
-    assert_eq!(get(&dray.url(&path("private.test")), &[]).await.status, 401, "for nobody else");
+    assert_eq!(get(&dray.url(&path("private.test")), &[]).await.status, 401, "denied without a token");
     let target = |path: String, more: &str| Target {
         port: dray.registry.port(),
         request: format!("GET {path} HTTP/1.1\r\nHost: x\r\n{more}\r\n"),
     };
     let ours = target(path("private.test"), &format!("Authorization: {token}\r\n"));
-    let everybodys = target(path("open.test"), "");
+    let public = target(path("open.test"), "");
     let (mut rates, mut ratios) = (vec![], vec![]);
     for _ in 0..ROUNDS {
-        let (private, open) = (ours.most(), everybodys.most());
+        let (private, open) = (ours.most(), public.most());
         rates.push(private);
         ratios.push(private / open);
     }
     row(
-        "a private manifest that is cached, access = \"client\", one core",
+        "a private manifest that is cached, authorization = \"passthrough\", one core",
         &format!("{:.0} requests/s", median(&rates)),
-        &format!("{:.2} x one that is for everybody", median(&ratios)),
+        &format!("{:.2} x a public one", median(&ratios)),
         "at hit speed",
     );
 }
 
-/// Comes by a token as a runtime does.
+/// Gets a token as a runtime does.
 async fn token(dray: &Dray) -> String {
     let form = "grant_type=password&service=private.test&scope=repository:team/app:pull&username=alice&password=secret";
-    let asking =
+    let request =
         client().post(dray.url("/token")).header("content-type", "application/x-www-form-urlencoded").body(form);
-    let answer: Value = serde_json::from_slice(&asking.send().await.unwrap().bytes().await.unwrap()).unwrap();
-    format!("Bearer {}", answer["token"].as_str().unwrap())
+    let response: Value = serde_json::from_slice(&request.send().await.unwrap().bytes().await.unwrap()).unwrap();
+    format!("Bearer {}", response["token"].as_str().unwrap())
 }

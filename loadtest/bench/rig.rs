@@ -1,4 +1,4 @@
-//! What all parts stand on: a blob, the servers that have it, and how they are measured.
+//! Shared by all parts: a blob, its servers, and their measurement.
 
 use std::fs;
 use std::io::Write;
@@ -15,7 +15,7 @@ use sha2::{Digest, Sha256};
 pub(crate) const GIB: u64 = 1 << 30;
 pub(crate) const ROUNDS: usize = 5;
 
-/// Which nginx server.
+/// The servers of nginx.
 #[derive(Clone, Copy)]
 pub(crate) enum Server {
     /// 125 MB/s a connection.
@@ -24,13 +24,13 @@ pub(crate) enum Server {
     Limited,
     Fast,
     Tls,
-    /// Caching what the fast one has.
+    /// Caches the responses of the fast server.
     Cache,
-    /// 125 MB/s in all: one connection, and no other beside it.
+    /// 125 MB/s in total: it accepts one connection at a time.
     Single,
 }
 
-/// One nginx over one blob of 1 GiB.
+/// One nginx that serves one blob of 1 GiB.
 pub(crate) struct Rig {
     pub(crate) dir: tempfile::TempDir,
     pub(crate) digest: String,
@@ -38,7 +38,7 @@ pub(crate) struct Rig {
     pub(crate) tls: Files,
 }
 
-/// One transfer as curl saw it.
+/// One transfer as measured by curl.
 #[derive(Clone, Copy)]
 pub(crate) struct Transfer {
     pub(crate) seconds: f64,
@@ -81,7 +81,7 @@ impl Rig {
         format!("{scheme}://localhost:{}{}", self.nginx.ports[server as usize], self.path())
     }
 
-    /// A way to start dray with an empty cache and one of nginx's servers as its origin.
+    /// A start of dray with an empty cache, and one of nginx's servers as its upstream.
     pub(crate) fn start(&self, upstream: Server) -> Start {
         let cache = tempfile::Builder::new().prefix("cache").tempdir_in(self.dir.path()).unwrap().keep();
         Start::with_upstream("docker.io", &self.nginx.url(upstream as usize)).disk("8GiB").cache(cache)
@@ -97,7 +97,7 @@ pub(crate) fn row(what: &str, measured: &str, compared: &str, bar: &str) {
     std::io::stdout().flush().unwrap();
 }
 
-/// Fetches a URL and throws it away.
+/// Downloads a URL and discards the body.
 pub(crate) fn curl(url: &str) -> Transfer {
     let output = output(
         Command::new("curl")
@@ -111,7 +111,7 @@ pub(crate) fn curl(url: &str) -> Transfer {
     Transfer { seconds: seconds.parse().unwrap(), first_byte: first_byte.parse().unwrap() }
 }
 
-/// Fetches a URL by so many clients at once; seconds until the last has it.
+/// Downloads a URL by this number of clients at once. Returns the seconds until the last one is done.
 pub(crate) fn curls(url: &str, clients: usize) -> f64 {
     let started = std::time::Instant::now();
     std::thread::scope(|scope| {
@@ -154,7 +154,7 @@ pub(crate) fn resident(pid: u32) -> u64 {
     line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() * 1024
 }
 
-/// Bytes that a directory takes on disk.
+/// Disk usage of a directory in bytes.
 pub(crate) fn disk_usage(dir: &Path) -> u64 {
     use std::os::unix::fs::MetadataExt;
     let (mut dirs, mut blocks) = (vec![PathBuf::from(dir)], 0);
@@ -170,7 +170,7 @@ pub(crate) fn disk_usage(dir: &Path) -> u64 {
     blocks * 512
 }
 
-/// Writes a blob under its digest; returns that.
+/// Writes a blob under its digest and returns the digest.
 pub(crate) fn write_blob(dir: &Path, len: u64) -> String {
     let temporary = dir.join("new");
     let mut file = fs::File::create(&temporary).unwrap();

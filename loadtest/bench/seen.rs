@@ -1,10 +1,10 @@
-//! What it costs to be seen: the access log, the metrics, and the status page.
+//! The cost of observability: the access log, the metrics, and the status page.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::time::Instant;
 
-use dray_tests::callgrind::{COUNTED, collected, of_hot_path};
+use dray_tests::callgrind::{CALLGRIND, collected_instructions, instructions_per_pass};
 use dray_tests::dray::{Dray, Start, binary, rule};
 use dray_tests::http::client;
 use dray_tests::image::Image;
@@ -15,24 +15,24 @@ use rustix::process::Signal;
 
 use super::rig::{ROUNDS, cpu_seconds, median, row};
 
-/// Requests whose instructions are counted, and those before, which start what starts late.
+/// Measured requests, and warm-up requests before them, which pay for lazy initialization.
 const REQUESTS: u32 = 2_000;
 const BEFORE: u32 = 200;
 
-/// And those of the metrics alone: the start of a process is never quite the same.
+/// Passes of the metrics alone. More passes: the varying start of a process has less weight.
 const PASSES: u32 = 20_000;
 
 const PEERS: usize = 1_000;
 const UPDATES: u32 = 500;
 
-/// Instructions, which no noise of the machine changes; but its threads wait for each other in more ways than one.
+/// Instructions do not depend on the load of the machine. They still vary a little with the scheduling of threads.
 pub(crate) async fn by_log_and_metrics() {
     let (mut with, mut without) = (Vec::new(), Vec::new());
     for _ in 0..ROUNDS {
         with.push(of_a_request("info").await);
         without.push(of_a_request("info,access=off").await);
     }
-    let (with, counting) = (median(&with), float(of_hot_path("count", PASSES)));
+    let (with, counting) = (median(&with), float(instructions_per_pass("count", PASSES)));
     let log = with - median(&without);
     row(
         "a warm manifest: its line in the access log, and its metrics",
@@ -47,26 +47,29 @@ async fn of_a_request(log: &str) -> f64 {
     (all - counted(log, BEFORE).await) / f64::from(REQUESTS)
 }
 
-/// Instructions of a process that answers so many requests for a manifest in memory.
+/// Instructions of a process that serves this number of requests for a manifest in memory.
 async fn counted(log: &str, requests: u32) -> f64 {
     let image = Image::new(1, &[1000]);
     let upstream = TestUpstream::start(&[("library/app", "1", &image)], |_, r| r).await;
     let dir = tempfile::tempdir().unwrap();
-    let (wrapper, said) = (dir.path().join("counted"), dir.path().join("log"));
-    let counter = COUNTED.join(" ");
+    let (wrapper, log_file) = (dir.path().join("counted"), dir.path().join("log"));
+    let counter = CALLGRIND.join(" ");
     fs::write(&wrapper, format!("#!/bin/sh\nexec {counter} {} \"$@\"\n", binary().display())).unwrap();
     fs::set_permissions(&wrapper, fs::Permissions::from_mode(0o755)).unwrap();
-    let start = Start::with_upstream("docker.io", &upstream.url()).env("DRAY_LOG", log).log_to(&said).by(&wrapper);
+    let start = Start::with_upstream("docker.io", &upstream.url())
+        .env("DRAY_LOG", log)
+        .log_to(&log_file)
+        .with_program(&wrapper);
     let mut dray = start.run();
     let (client, url) = (client(), dray.url(&format!("/v2/library/app/manifests/{}?ns=docker.io", image.digest)));
     for _ in 0..requests {
-        let answer = client.get(&url).header("user-agent", "containerd/v2.1.0").send().await.unwrap();
-        assert_eq!(answer.status(), 200);
-        answer.bytes().await.unwrap();
+        let response = client.get(&url).header("user-agent", "containerd/v2.1.0").send().await.unwrap();
+        assert_eq!(response.status(), 200);
+        response.bytes().await.unwrap();
     }
     dray.process().signal(Signal::TERM);
     dray.process().wait();
-    float(collected(&fs::read_to_string(said).unwrap()))
+    float(collected_instructions(&fs::read_to_string(log_file).unwrap()))
 }
 
 #[allow(clippy::cast_precision_loss, reason = "far below 2^52")]
@@ -86,8 +89,8 @@ pub(crate) async fn by_people() {
     dray.get("/v2/library/app/manifests/1?ns=docker.io").await;
     updates(&dray).await;
     let dir = tempfile::tempdir().unwrap();
-    let looks = page::look(dray.admin, dir.path());
-    let of = |key: &str| median(&looks.iter().map(|look| look[key].as_f64().unwrap()).collect::<Vec<_>>());
+    let captures = page::capture(dray.admin, dir.path());
+    let of = |key: &str| median(&captures.iter().map(|capture| capture[key].as_f64().unwrap()).collect::<Vec<_>>());
     let bytes = client().get(format!("http://{}/", dray.admin)).send().await.unwrap().bytes().await.unwrap().len();
     row(
         "the status page in Chromium, 1,000 peers: loaded",

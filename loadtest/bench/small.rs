@@ -1,4 +1,4 @@
-//! Manifests and small blobs: requests a second, and how long they take at half of that.
+//! Manifests and small blobs: requests a second, and the latency at half of that rate.
 
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -15,7 +15,7 @@ const CONNECTIONS: usize = 32;
 const SECONDS: u64 = 3;
 const SMALL: usize = 4096;
 
-/// Server and client have a core each; both servers write an access log.
+/// Server and client have one core each; both servers write an access log.
 pub(crate) async fn rates(rig: &Rig) {
     let dir = tempfile::tempdir_in(rig.dir.path()).unwrap();
     let manifest = manifest();
@@ -77,7 +77,7 @@ fn put(dir: &Path, name: &str, bytes: &[u8]) {
     std::fs::write(dir.join(name), bytes).unwrap();
 }
 
-/// A server and what it is asked, over and over.
+/// A server and the request that is sent repeatedly.
 #[derive(Clone)]
 pub(crate) struct Target {
     pub(crate) port: u16,
@@ -85,14 +85,14 @@ pub(crate) struct Target {
 }
 
 impl Target {
-    /// Requests a second when each connection asks again at once.
+    /// Requests a second when each connection sends its next request at once.
     pub(crate) fn most(&self) -> f64 {
         let begun = Instant::now();
         let latencies = self.drive(|_| begun);
         f64::from(u32::try_from(latencies.len()).unwrap()) / begun.elapsed().as_secs_f64()
     }
 
-    /// Seconds that 99 of 100 requests take at most, counted from when they were due.
+    /// The p99 latency in seconds, counted from the time when each request was due.
     fn p99(&self, rate: f64) -> f64 {
         let begun = Instant::now();
         let mut latencies = self.drive(|nth| begun + Duration::from_secs_f64(f64::from(nth) / rate));
@@ -100,7 +100,7 @@ impl Target {
         latencies[latencies.len() * 99 / 100]
     }
 
-    /// Sends requests when they are due, on a thread of its own; seconds that each took.
+    /// Sends requests when they are due, on its own thread. Returns the seconds that each took.
     fn drive(&self, due: impl Fn(u32) -> Instant + Clone + Send + Sync) -> Vec<f64> {
         std::thread::scope(|scope| {
             scope
@@ -108,8 +108,8 @@ impl Target {
                     pin_to_last_core();
                     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
                     runtime.block_on(async {
-                        let asking = (0..CONNECTIONS).map(|nth| self.ask_again(nth, &due));
-                        futures_util::future::join_all(asking).await.concat()
+                        let connections = (0..CONNECTIONS).map(|nth| self.request_repeatedly(nth, &due));
+                        futures_util::future::join_all(connections).await.concat()
                     })
                 })
                 .join()
@@ -117,7 +117,7 @@ impl Target {
         })
     }
 
-    async fn ask_again(&self, nth: usize, due: &impl Fn(u32) -> Instant) -> Vec<f64> {
+    async fn request_repeatedly(&self, nth: usize, due: &impl Fn(u32) -> Instant) -> Vec<f64> {
         let mut stream = TcpStream::connect(("127.0.0.1", self.port)).await.unwrap();
         stream.set_nodelay(true).unwrap();
         let end = Instant::now() + Duration::from_secs(SECONDS);
@@ -125,21 +125,21 @@ impl Target {
         let mut count = u32::try_from(nth).unwrap();
         while Instant::now() < end {
             let due = due(count);
-            // A timer is too coarse; the core has nothing else to do.
+            // A timer is too coarse, and this core has no other work.
             while Instant::now() < due {
                 tokio::task::yield_now().await;
             }
-            let asked = due.max(Instant::now() - Duration::from_secs(SECONDS));
+            let sent_at = due.max(Instant::now() - Duration::from_secs(SECONDS));
             stream.write_all(self.request.as_bytes()).await.unwrap();
-            read_answer(&mut stream, &mut buffer).await;
-            latencies.push(asked.elapsed().as_secs_f64());
+            read_response(&mut stream, &mut buffer).await;
+            latencies.push(sent_at.elapsed().as_secs_f64());
             count += u32::try_from(CONNECTIONS).unwrap();
         }
         latencies
     }
 }
 
-async fn read_answer(stream: &mut TcpStream, buffer: &mut [u8]) {
+async fn read_response(stream: &mut TcpStream, buffer: &mut [u8]) {
     let mut filled = 0;
     loop {
         let count = stream.read(&mut buffer[filled..]).await.unwrap();
@@ -159,7 +159,7 @@ async fn read_answer(stream: &mut TcpStream, buffer: &mut [u8]) {
     }
 }
 
-/// The servers have the first one.
+/// The servers run on the first core.
 fn pin_to_last_core() {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let mut set = rustix::thread::CpuSet::new();

@@ -1,4 +1,4 @@
-//! Later pulls of a large blob: at the speed of the kernel.
+//! Cached pulls of a large blob, which the kernel sends.
 
 use dray_tests::dray::Start;
 
@@ -39,11 +39,11 @@ fn compare(what: &str, ours: &Side, nginx: &Side, bar: &str) {
     row(what, &ours.show(), &compared, bar);
 }
 
-/// By sendfile, beside nginx's.
+/// By sendfile, beside nginx's sendfile.
 pub(crate) async fn plain(rig: &Rig) {
     let dray = rig.dray(Server::Fast);
     curl(&dray.url(&rig.path()));
-    dray.fills_end().await;
+    dray.wait_for_fills().await;
     let url = dray.url(&rig.path());
     for clients in [1, 8] {
         let (mut ours, mut nginx) = (Side::default(), Side::default());
@@ -68,7 +68,7 @@ pub(crate) async fn tls(rig: &Rig) {
     let dray = Start::new(config).disk("8GiB").cache(cache).run();
     let url = format!("https://localhost:{}{}", dray.registry.port(), rig.path());
     curl(&url);
-    dray.fills_end().await;
+    dray.wait_for_fills().await;
     let (mut ours, mut nginx) = (Side::default(), Side::default());
     for _ in 0..ROUNDS {
         ours.measure(dray.id(), &url, 1);

@@ -1,4 +1,4 @@
-// What a container runtime asks of a registry, counted and checked.
+// Requests of a container runtime to a registry, counted and checked.
 import http from "k6/http";
 import { check, fail } from "k6";
 import { Counter, Trend } from "k6/metrics";
@@ -9,12 +9,12 @@ const [os, architecture] = (__ENV.PLATFORM || "linux/amd64").split("/");
 
 const bytes = new Counter("pulled_bytes");
 const firstByte = new Trend("first_byte", true);
-// One for each source: k6 shows no tags in its summary.
+// One counter per source, because k6 shows no tags in its summary.
 const bySource = Object.fromEntries(
-  ["memory", "disk", "peer", "origin", "stale", "none"].map((source) => [source, new Counter(`from_${source}`)]),
+  ["memory", "disk", "peer", "upstream", "stale", "none"].map((source) => [source, new Counter(`from_${source}`)]),
 );
 
-// What every scenario wants; P95_MS bounds the time to the first byte of 95 of 100 requests, in ms.
+// Thresholds of every scenario. P95_MS bounds the p95 time to the first byte, in ms.
 export function thresholds(more = {}) {
   const wanted = { checks: ["rate==1"], ...more };
   if (__ENV.P95_MS) wanted.first_byte = [`p(95)<${__ENV.P95_MS}`];
@@ -50,20 +50,20 @@ export function resolve(image, at = base) {
 }
 
 export function manifest(image, digest, at = base) {
-  const answer = http.get(url(image, `manifests/${digest}`, at), {
+  const response = http.get(url(image, `manifests/${digest}`, at), {
     headers: { Accept: accept },
     responseType: "text",
     tags: { name: "manifest" },
   });
-  const right = check(answer, {
+  const right = check(response, {
     "manifest has its digest": (r) => r.status === 200 && r.headers["Docker-Content-Digest"] === digest,
   });
-  if (!right) fail(`${image}@${digest}: ${answer.status}`);
-  count(answer, answer.body.length);
-  return JSON.parse(answer.body);
+  if (!right) fail(`${image}@${digest}: ${response.status}`);
+  count(response, response.body.length);
+  return JSON.parse(response.body);
 }
 
-// The blobs of an image for the platform, its config first.
+// The blobs of an image for the platform, the config first.
 export function blobs(image, at = base) {
   let found = manifest(image, resolve(image, at), at);
   if (found.manifests) {
@@ -74,26 +74,26 @@ export function blobs(image, at = base) {
   return [found.config, ...found.layers];
 }
 
-// As a runtime does: tag, index, manifest, then all blobs at once. Returns how long it took, in ms.
+// Pulls as a runtime does: tag, index, manifest, then all blobs at once. Returns the time in ms.
 export function pull(image, at = base) {
   const begun = Date.now();
   const wanted = blobs(image, at);
-  const answers = http.batch(wanted.map((blob) => ["GET", url(image, `blobs/${blob.digest}`, at), null, { tags: { name: "blob" } }]));
-  answers.forEach((answer, nth) => whole(answer, wanted[nth].size));
+  const responses = http.batch(wanted.map((blob) => ["GET", url(image, `blobs/${blob.digest}`, at), null, { tags: { name: "blob" } }]));
+  responses.forEach((response, nth) => whole(response, wanted[nth].size));
   return Date.now() - begun;
 }
 
-export function whole(answer, size) {
-  const isWhole = check(answer, {
+export function whole(response, size) {
+  const isWhole = check(response, {
     "blob is whole": (r) => r.status === 200 && r.error_code === 0 && Number(r.headers["Content-Length"]) === size,
   });
-  count(answer, isWhole ? size : 0);
+  count(response, isWhole ? size : 0);
   return isWhole;
 }
 
-export function count(answer, size) {
-  const source = answer.headers["X-Dray-Source"] || "none";
+export function count(response, size) {
+  const source = response.headers["X-Dray-Source"] || "none";
   (bySource[source] || bySource.none).add(1);
   bytes.add(size);
-  firstByte.add(answer.timings.waiting);
+  firstByte.add(response.timings.waiting);
 }

@@ -1,4 +1,4 @@
-// What came of a run: text for whoever waits for it, and, where OUT names a file without its ending, OUT.json and OUT.html.
+// The results of a run: text on standard output, and if OUT names a file without its ending, OUT.json and OUT.html.
 export function summary(title) {
   return (data) => {
     const files = { stdout: text(title, data) };
@@ -35,11 +35,11 @@ function bytes(number) {
   return `${number.toFixed(unit ? 1 : 0)} ${units[unit]}`;
 }
 
-// Counters and trends that say something, in the order of their names.
+// The relevant counters and trends, sorted by name.
 function rows(data) {
-  const told = ["iterations", "http_reqs", "http_req_duration", "data_received"];
+  const builtin = ["iterations", "http_reqs", "http_req_duration", "data_received"];
   const own = (name) => !/^(http_|data_|iteration|vus|checks|group_)/.test(name);
-  return Object.entries(data.metrics).filter(([name, metric]) => (told.includes(name) || own(name)) && !name.includes("{") && metric.values)
+  return Object.entries(data.metrics).filter(([name, metric]) => (builtin.includes(name) || own(name)) && !name.includes("{") && metric.values)
     .sort(([a], [b]) => a.localeCompare(b));
 }
 
@@ -62,10 +62,10 @@ function text(title, data) {
   checks(data.root_group).forEach((c) => lines.push(`  ${c.fails ? "FAILED" : "ok    "} ${c.name}: ${c.passes} of ${c.passes + c.fails}`));
   rows(data).forEach(([name, metric]) => {
     const v = metric.values;
-    const told = metric.type === "trend"
+    const shown = metric.type === "trend"
       ? `median ${value(metric, v.med)}, 95 of 100 ${value(metric, v["p(95)"])}, longest ${value(metric, v.max)}`
       : [sum(name, metric), rate(name, metric)].filter(Boolean).join(", ");
-    lines.push(`  ${name.padEnd(20)} ${told}`);
+    lines.push(`  ${name.padEnd(20)} ${shown}`);
   });
   return `${lines.join("\n")}\n`;
 }
@@ -88,7 +88,7 @@ th, td { text-align: left; padding: .3rem .8rem .3rem 0; border-bottom: 1px soli
 .bar { display: inline-block; height: .7em; background: #2468b4; border-radius: 2px; }
 </style><h1>${safe(title)}: <span class="${bad ? "bad" : "good"}">${bad ? "failed" : "passed"}</span></h1>
 <p>${safe(new Date().toISOString())}, ${(data.state.testRunDurationMs / 1000).toFixed(1)} s</p>
-<h2>What had to hold</h2><table><tr><th>threshold</th><th>of</th><th></th></tr>
+<h2>Thresholds and checks</h2><table><tr><th>threshold</th><th>of</th><th></th></tr>
 ${thresholds(data).map((t) => row([safe(t.rule), safe(t.metric), mark(t.ok)])).join("")}
 ${checks(data.root_group).map((c) => row([safe(c.name), `${c.passes} of ${c.passes + c.fails}`, mark(!c.fails)])).join("")}</table>
 <h2>Times</h2><table><tr><th></th><th>median</th><th>95 of 100</th><th>99 of 100</th><th>longest</th><th></th></tr>

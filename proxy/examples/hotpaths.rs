@@ -1,12 +1,12 @@
-//! What every request goes through, alone and over and over, for counting instructions:
+//! The code that every request runs, each part alone and repeated, for counting instructions:
 //!
 //! ```sh
 //! valgrind --tool=callgrind --callgrind-out-file=/dev/null target/*/ci/examples/hotpaths route 1000
 //! ```
 //!
-//! The integration test `hotpaths` runs all of them and holds them to a bound.
+//! The integration test `hotpaths` runs all of them and enforces a limit for each.
 
-#![allow(clippy::print_stderr, clippy::unwrap_used, reason = "a tool for whoever changes a hot path")]
+#![allow(clippy::print_stderr, clippy::unwrap_used, reason = "a tool for developers")]
 
 use std::hint::black_box;
 use std::net::SocketAddr;
@@ -40,11 +40,11 @@ fn main() -> ExitCode {
         "ring" => ring(count),
         "head" => head(count),
         "lookup" => lookup(count),
-        "count" => count_answers(count),
+        "count" => count_responses(count),
         "log" => log(count),
         "note" => note(count),
         other => {
-            eprintln!("no hot path is called {other}");
+            eprintln!("unknown hot path {other}");
             return ExitCode::from(2);
         }
     }
@@ -69,7 +69,7 @@ fn range(count: u32) {
     }
 }
 
-/// The bytes of a blob that come by four connections.
+/// The bytes of a blob that arrive over four connections.
 fn spans(count: u32) {
     let mut spans = Spans::default();
     for nth in 0..u64::from(count) {
@@ -89,7 +89,7 @@ fn ring(count: u32) {
     }
 }
 
-/// The head of an answer.
+/// The head of a response.
 fn head(count: u32) {
     let digest = Digest::of(b"x");
     let registry = "docker.io".parse().unwrap();
@@ -116,11 +116,12 @@ fn lookup(count: u32) {
     });
 }
 
-/// An answer, for the metrics.
-fn count_answers(count: u32) {
+/// A response, for the metrics.
+fn count_responses(count: u32) {
     let metrics = Metrics::new();
     for _ in 0..count {
-        metrics.answered(black_box(&ResponseLabels {
+        metrics.count(black_box(&ResponseLabels {
+            receiver: dray::metrics::Receiver::Client,
             route: "manifest",
             source: "memory",
             status: 200,
@@ -131,7 +132,7 @@ fn count_answers(count: u32) {
     }
 }
 
-/// An answer, for the access log.
+/// A response, for the access log.
 fn log(count: u32) {
     let sink = telemetry::init(&Filter::default(), LogFormat::Text).unwrap();
     let access_log = AccessLog::new(LogFormat::Text, sink.clone());
@@ -147,21 +148,20 @@ fn log(count: u32) {
             route: "manifest",
             registry: Some("docker.io"),
             repository: Some("library/alpine"),
-            named_by: Some("ns"),
+            registry_from: Some("ns"),
             rule: Some("docker.io"),
             status: 200,
             source: "memory",
             bytes: 1234,
             first_byte_ms: Some(Millis(Duration::from_micros(90))),
             total_ms: Millis(Duration::from_micros(100)),
-            reason: None,
-            failure: None,
+            error: None,
         }));
     }
     sink.close();
 }
 
-/// An answer, for the status page.
+/// A response, for the status page.
 fn note(count: u32) {
     let activity = Activity::default();
     for _ in 0..count {

@@ -1,4 +1,4 @@
-//! The access log: one line a request, text for people or JSON for machines.
+//! The access log: one line per request, as text or JSON.
 
 use std::cell::RefCell;
 use std::fmt::Write as _;
@@ -10,18 +10,18 @@ use serde::{Serialize, Serializer};
 
 use crate::telemetry::{LogFormat, Sink};
 
-/// Where lines go, and how they look.
+/// The destination and format of the lines.
 pub struct AccessLog {
-    /// None: nobody wants it.
+    /// None: the access log is off.
     format: Option<LogFormat>,
     sink: Arc<Sink>,
 }
 
-/// One request and what became of it.
+/// One request and its outcome.
 #[derive(Debug, Serialize)]
 pub struct Line<'a> {
     pub id: &'a str,
-    /// The trace that it belongs to (W3C Trace Context).
+    /// The trace that the request belongs to (W3C Trace Context).
     #[serde(skip_serializing_if = "Option::is_none")]
     pub trace: Option<&'a str>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -36,7 +36,7 @@ pub struct Line<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub repository: Option<&'a str>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub named_by: Option<&'static str>,
+    pub registry_from: Option<&'static str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub rule: Option<&'a str>,
     pub status: u16,
@@ -45,15 +45,12 @@ pub struct Line<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub first_byte_ms: Option<Millis>,
     pub total_ms: Millis,
-    /// Why there is no content.
+    /// Why there is no content, or why the body ended early.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub reason: Option<&'a str>,
-    /// Why it broke off.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub failure: Option<&'a str>,
+    pub error: Option<&'a str>,
 }
 
-/// Shown as milliseconds, to the microsecond.
+/// Written in milliseconds, to the microsecond.
 #[derive(Clone, Copy, Debug)]
 pub struct Millis(pub Duration);
 
@@ -91,14 +88,14 @@ fn as_json(now: SystemTime, line: &Line<'_>) -> String {
     serde_json::to_string(&event).unwrap_or_default() + "\n"
 }
 
-/// By hand: a line is written for every request, and formatters cost more than all the rest of it.
+/// Without `format!`: it would cost more than the rest of the line, and every request writes one.
 fn as_text(now: SystemTime, line: &Line<'_>) -> String {
     let mut text = String::with_capacity(512);
     write_time(&mut text, now);
     text.push_str("  INFO access: request");
-    word(&mut text, " id=", line.id);
+    write_field(&mut text, " id=", line.id);
     if let Some(trace) = line.trace {
-        word(&mut text, " trace=", trace);
+        write_field(&mut text, " trace=", trace);
     }
     if let Some(client) = line.client {
         text.push_str(" client=");
@@ -111,34 +108,32 @@ fn as_text(now: SystemTime, line: &Line<'_>) -> String {
         (" route=", Some(line.route)),
         (" registry=", line.registry),
         (" repository=", line.repository),
-        (" named_by=", line.named_by),
+        (" registry_from=", line.registry_from),
         (" rule=", line.rule),
     ] {
         if let Some(value) = value {
-            word(&mut text, name, value);
+            write_field(&mut text, name, value);
         }
     }
-    number(&mut text, " status=", line.status.into());
-    word(&mut text, " source=", line.source);
-    number(&mut text, " bytes=", line.bytes);
+    write_number(&mut text, " status=", line.status.into());
+    write_field(&mut text, " source=", line.source);
+    write_number(&mut text, " bytes=", line.bytes);
     if let Some(first_byte) = line.first_byte_ms {
         text.push_str(" first_byte_ms=");
         first_byte.write(&mut text);
     }
     text.push_str(" total_ms=");
     line.total_ms.write(&mut text);
-    for (name, value) in [(" reason=", line.reason), (" failure=", line.failure)] {
-        if let Some(value) = value {
-            word(&mut text, name, value);
-        }
+    if let Some(error) = line.error {
+        write_field(&mut text, " error=", error);
     }
     text.push('\n');
     text
 }
 
-/// What could be taken for another field, or another line, is quoted.
-fn word(text: &mut String, name: &str, value: &str) {
-    // To its end, many bytes at a time: nearly every value is plain.
+/// Quotes a value that could be taken for another field or another line.
+fn write_field(text: &mut String, name: &str, value: &str) {
+    // A fold without early exit is vectorized; nearly every value is plain.
     let plain = value.bytes().fold(!value.is_empty(), |plain, byte| plain & byte.is_ascii_graphic() & (byte != b'"'));
     text.push_str(name);
     if plain {
@@ -149,7 +144,7 @@ fn word(text: &mut String, name: &str, value: &str) {
     }
 }
 
-fn number(text: &mut String, name: &str, value: u64) {
+fn write_number(text: &mut String, name: &str, value: u64) {
     text.push_str(name);
     text.push_str(itoa::Buffer::new().format(value));
 }
@@ -170,7 +165,7 @@ fn write_address(text: &mut String, address: SocketAddr) {
     text.push_str(digits.format(v4.port()));
 }
 
-/// As RFC 3339 has it, to the microsecond. The calendar is asked once a second.
+/// RFC 3339, to the microsecond. The part up to the second is formatted once a second.
 fn write_time(text: &mut String, now: SystemTime) {
     thread_local! {
         static SECOND: RefCell<(u64, String)> = const { RefCell::new((u64::MAX, String::new())) };
@@ -185,12 +180,12 @@ fn write_time(text: &mut String, now: SystemTime) {
         text.push_str(written.trim_end_matches('Z'));
     });
     text.push('.');
-    padded(text, since.subsec_micros(), 6);
+    write_padded(text, since.subsec_micros(), 6);
     text.push('Z');
 }
 
-/// With zeros in front.
-fn padded(text: &mut String, value: u32, digits: usize) {
+/// Pads with leading zeros.
+fn write_padded(text: &mut String, value: u32, digits: usize) {
     let mut buffer = itoa::Buffer::new();
     let value = buffer.format(value);
     (value.len()..digits).for_each(|_| text.push('0'));
@@ -202,7 +197,7 @@ impl Millis {
         let micros = u64::try_from(self.0.as_micros()).unwrap_or(u64::MAX);
         text.push_str(itoa::Buffer::new().format(micros / 1000));
         text.push('.');
-        padded(text, u32::try_from(micros % 1000).unwrap_or(0), 3);
+        write_padded(text, u32::try_from(micros % 1000).unwrap_or(0), 3);
     }
 
     /// A number of milliseconds.
@@ -232,20 +227,19 @@ mod tests {
             route: "ping",
             registry: None,
             repository: None,
-            named_by: None,
+            registry_from: None,
             rule: Some("*"),
             status: 200,
             source: "none",
             bytes: 2,
             first_byte_ms: Some(Millis(Duration::from_micros(250))),
             total_ms: Millis(Duration::from_millis(1)),
-            reason: None,
-            failure: None,
+            error: None,
         }
     }
 
     #[test]
-    fn a_line_cannot_be_forged() {
+    fn value_with_line_break_is_quoted() {
         let forging = line("curl/8\nstatus=404 \"x\"");
         assert_eq!(
             as_text(SystemTime::UNIX_EPOCH, &forging),
@@ -261,7 +255,7 @@ mod tests {
     }
 
     #[test]
-    fn a_time_is_what_the_calendar_says() {
+    fn timestamp_matches_rfc3339_formatter() {
         for micros in [0, 1, 999_999, 1_000_000, 1_779_800_000_123_456] {
             let now = SystemTime::UNIX_EPOCH + Duration::from_micros(micros);
             let mut text = String::new();

@@ -1,4 +1,4 @@
-//! What clients asked for lately, for people who look: the last answers, the most wanted images, bytes by source.
+//! Recent activity for the status: the last responses, the most requested images, bytes by source.
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap, VecDeque};
@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, HashMap, VecDeque};
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 
-/// Bounded, and in memory only: it begins anew with the process.
+/// Bounded, and in memory only: a restart clears it.
 #[derive(Default)]
 pub struct Activity(Mutex<ImageActivity>);
 
@@ -17,7 +17,7 @@ struct ImageActivity {
     sources: BTreeMap<Cow<'static, str>, Traffic>,
 }
 
-/// One answer with content, or that should have had some.
+/// One response to a request for content, including errors.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ServedContent {
     /// `X-Request-Id`, as in the access log.
@@ -38,7 +38,7 @@ pub struct ServedContent {
     pub total_ms: f64,
 }
 
-/// How much an image is asked for. Old requests fade.
+/// How often an image was requested. If the table is full, all counts are halved.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Demand {
     pub image: String,
@@ -46,7 +46,7 @@ pub struct Demand {
     pub bytes: u64,
 }
 
-/// What was answered from one source.
+/// Responses from one source.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Traffic {
     pub requests: u64,
@@ -55,55 +55,55 @@ pub struct Traffic {
 
 const MAX_RECENT: usize = 100;
 const MAX_IMAGES: usize = 2_000;
-const TOP: usize = 20;
+const MAX_LISTED_IMAGES: usize = 20;
 
 impl Activity {
-    pub fn add(&self, answered: ServedContent) {
-        let mut seen = self.0.lock();
-        let traffic = seen.sources.entry(answered.source.clone()).or_default();
+    pub fn add(&self, response: ServedContent) {
+        let mut activity = self.0.lock();
+        let traffic = activity.sources.entry(response.source.clone()).or_default();
         traffic.requests += 1;
-        traffic.bytes += answered.bytes;
-        if answered.status < 400 {
-            seen.want(&answered.image, answered.bytes);
+        traffic.bytes += response.bytes;
+        if response.status < 400 {
+            activity.count_image(&response.image, response.bytes);
         }
-        if seen.recent.len() == MAX_RECENT {
-            seen.recent.pop_back();
+        if activity.recent.len() == MAX_RECENT {
+            activity.recent.pop_back();
         }
-        seen.recent.push_front(answered);
+        activity.recent.push_front(response);
     }
 
-    /// The last answers, youngest first.
+    /// The last responses, newest first.
     pub fn recent(&self) -> Vec<ServedContent> {
         self.0.lock().recent.iter().cloned().collect()
     }
 
-    /// The most wanted images.
+    /// The most requested images.
     pub fn images(&self) -> Vec<Demand> {
         let mut images: Vec<Demand> = self.0.lock().images.values().cloned().collect();
         images.sort_by(|a, b| (b.requests, b.bytes, &a.image).cmp(&(a.requests, a.bytes, &b.image)));
-        images.truncate(TOP);
+        images.truncate(MAX_LISTED_IMAGES);
         images
     }
 
-    /// Since the process began.
+    /// Since the process started.
     pub fn sources(&self) -> BTreeMap<Cow<'static, str>, Traffic> {
         self.0.lock().sources.clone()
     }
 }
 
 impl ImageActivity {
-    fn want(&mut self, image: &str, bytes: u64) {
+    fn count_image(&mut self, image: &str, bytes: u64) {
         while self.images.len() >= MAX_IMAGES && !self.images.contains_key(image) {
-            self.images.retain(|_, wanted| {
-                wanted.requests /= 2;
-                wanted.bytes /= 2;
-                wanted.requests > 0
+            self.images.retain(|_, demand| {
+                demand.requests /= 2;
+                demand.bytes /= 2;
+                demand.requests > 0
             });
         }
         match self.images.get_mut(image) {
-            Some(wanted) => {
-                wanted.requests += 1;
-                wanted.bytes += bytes;
+            Some(demand) => {
+                demand.requests += 1;
+                demand.bytes += bytes;
             }
             None => {
                 let image = image.to_owned();
@@ -117,7 +117,7 @@ impl ImageActivity {
 mod tests {
     use super::*;
 
-    fn answered(image: &str, source: &str, bytes: u64) -> ServedContent {
+    fn response(image: &str, source: &str, bytes: u64) -> ServedContent {
         ServedContent {
             id: "1".into(),
             at_ms: 0,
@@ -133,14 +133,14 @@ mod tests {
     }
 
     #[test]
-    fn the_last_ones_the_most_wanted_and_the_sums_are_kept() {
+    fn recent_top_images_and_totals_are_kept() {
         let activity = Activity::default();
-        (0..10_030).for_each(|nth| activity.add(answered(&format!("a/{nth}"), "disk", 1)));
-        (0..50).for_each(|_| activity.add(answered("a/hot", "memory", 2)));
-        activity.add(ServedContent { status: 404, ..answered("a/missing", "none", 0) });
+        (0..10_030).for_each(|nth| activity.add(response(&format!("a/{nth}"), "disk", 1)));
+        (0..50).for_each(|_| activity.add(response("a/hot", "memory", 2)));
+        activity.add(ServedContent { status: 404, ..response("a/missing", "none", 0) });
         assert_eq!((activity.recent().len(), activity.recent()[0].image.as_str()), (MAX_RECENT, "a/missing"));
         assert_eq!(activity.images()[0], Demand { image: "a/hot".into(), requests: 50, bytes: 100 });
-        assert!(activity.images().len() == TOP && activity.0.lock().images.len() <= MAX_IMAGES);
+        assert!(activity.images().len() == MAX_LISTED_IMAGES && activity.0.lock().images.len() <= MAX_IMAGES);
         assert_eq!(activity.sources()["disk"], Traffic { requests: 10_030, bytes: 10_030 });
     }
 }

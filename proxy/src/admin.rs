@@ -1,12 +1,12 @@
-//! The operators' port: probes and metrics for machines, the status for people.
+//! The admin port: probes and metrics, and the status for operators.
 //!
-//! | path | what | who |
+//! | path | content | access |
 //! |---|---|---|
-//! | `/livez`, `/readyz`, `/metrics` | probes, Prometheus | whoever can connect |
-//! | `/` | the status page, in one piece | as below |
-//! | `/api/v1/status` | the same as JSON | loopback, or `admin_token_file` |
-//! | `/api/v1/events` | the same every two seconds, as server-sent events | |
-//! | `/api/v1/explain?image=` | what would become of a pull | |
+//! | `/livez`, `/readyz`, `/metrics` | probes, Prometheus | every client that can connect |
+//! | `/` | the status page, in one file | loopback, or the token of `admin_token_file` |
+//! | `/api/v1/status` | the status as JSON | the same |
+//! | `/api/v1/events` | the status every two seconds, as server-sent events | the same |
+//! | `/api/v1/explain?image=` | how a pull of the image would be served | the same |
 
 mod status_auth;
 
@@ -22,39 +22,39 @@ use serde::Serialize;
 use tokio::sync::Semaphore;
 
 pub use self::status_auth::{StatusAuth, StatusDenied};
-use crate::connections::kept_for;
+use crate::connections::keep_alive_seconds;
 use crate::metrics::Metrics;
 use crate::oci::route::query_value;
 use crate::readiness::Readiness;
 use crate::status::StatusSources;
 use crate::times::RETRY_INTERVAL;
 
-/// Answers the admin listener.
+/// Handles the requests of the admin listener.
 pub struct Admin {
     pub metrics: Arc<Metrics>,
     pub readiness: Arc<Readiness>,
-    pub visitors: Arc<StatusAuth>,
+    pub status_auth: Arc<StatusAuth>,
     pub sources: StatusSources,
-    /// Pages that are kept up to date at a time.
-    pub watching: Arc<Semaphore>,
+    /// Limits concurrent event streams.
+    pub event_streams: Arc<Semaphore>,
 }
 
-/// An answer in one piece.
+/// A response with its whole body.
 struct StatusResponse {
     status: u16,
     content_type: &'static str,
     body: Bytes,
-    more: Option<(&'static str, &'static str)>,
+    extra_header: Option<(&'static str, &'static str)>,
 }
 
-/// More people than look at one node at a time.
-pub const MAX_WATCHING: usize = 32;
+/// Concurrent event streams. More get a 503: each serializes the whole status every two seconds.
+pub const MAX_EVENT_STREAMS: usize = 32;
 
 const PAGE: &str = include_str!("admin/page.html");
 
-/// Nothing is loaded from elsewhere, and nobody shows the page inside theirs.
-const POLICY: &str = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; \
-                      base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
+/// The page loads nothing from other hosts, and no other page can frame it.
+const PAGE_POLICY: &str = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; \
+                           connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
 
 #[async_trait]
 impl HttpServerApp for Admin {
@@ -66,21 +66,21 @@ impl HttpServerApp for Admin {
         if !session.read_request().await.ok()? {
             return None;
         }
-        let kept_for = kept_for(session.req_header()).filter(|_| !*shutdown.borrow());
-        session.set_keepalive(kept_for);
-        let reply = match session.req_header().uri.path() {
+        let keep_alive_seconds = keep_alive_seconds(session.req_header()).filter(|_| !*shutdown.borrow());
+        session.set_keepalive(keep_alive_seconds);
+        let response = match session.req_header().uri.path() {
             "/api/v1/events" if session.req_header().method == http::Method::GET => {
-                match self.visitors.welcome(&session) {
+                match self.status_auth.authorize(&session) {
                     Ok(()) => return self.stream(session).await,
-                    Err(unwelcome) => StatusResponse::unwelcome(unwelcome),
+                    Err(denied) => StatusResponse::denied(denied),
                 }
             }
-            _ => self.reply(&session).await,
+            _ => self.respond(&session).await,
         };
         let head_only = session.req_header().method == http::Method::HEAD;
-        session.write_response_header(Box::new(reply.head()?)).await.ok()?;
+        session.write_response_header(Box::new(response.head()?)).await.ok()?;
         if !head_only {
-            session.write_response_body(reply.body, true).await.ok()?;
+            session.write_response_body(response.body, true).await.ok()?;
         }
         let settings = HttpPersistentSettings::for_session(&session);
         let stream = session.finish().await.ok()??;
@@ -89,10 +89,10 @@ impl HttpServerApp for Admin {
 }
 
 impl Admin {
-    async fn reply(&self, session: &ServerSession) -> StatusResponse {
+    async fn respond(&self, session: &ServerSession) -> StatusResponse {
         let request = session.req_header();
         if !matches!(request.method.as_str(), "GET" | "HEAD") {
-            return StatusResponse::text(405, "only GET and HEAD\n");
+            return StatusResponse::text(405, "method not allowed: use GET or HEAD\n");
         }
         match request.uri.path() {
             "/livez" => return StatusResponse::text(200, "ok\n"),
@@ -101,12 +101,12 @@ impl Admin {
             "/metrics" => return StatusResponse::new(200, "text/plain; version=0.0.4", self.metrics.render()),
             _ => {}
         }
-        if let Err(unwelcome) = self.visitors.welcome(session) {
-            return StatusResponse::unwelcome(unwelcome);
+        if let Err(denied) = self.status_auth.authorize(session) {
+            return StatusResponse::denied(denied);
         }
         match request.uri.path() {
             "/" => StatusResponse {
-                more: Some(("content-security-policy", POLICY)),
+                extra_header: Some(("content-security-policy", PAGE_POLICY)),
                 ..StatusResponse::new(200, "text/html; charset=utf-8", PAGE)
             },
             "/api/v1/status" => StatusResponse::json(200, &self.sources.status()),
@@ -119,17 +119,17 @@ impl Admin {
             },
             _ => StatusResponse::text(
                 404,
-                "there are /, /api/v1/status, /api/v1/explain?image=, /metrics, /livez and /readyz\n",
+                "not found; use /, /api/v1/status, /api/v1/events, /api/v1/explain?image=, /metrics, /livez, /readyz\n",
             ),
         }
     }
 
-    /// Sends the status again and again until the reader leaves.
+    /// Sends the status every two seconds until the client disconnects or this process ends.
     async fn stream(&self, mut session: ServerSession) -> Option<ReusedHttpStream> {
-        let Ok(_watching) = self.watching.try_acquire() else {
-            let reply = StatusResponse::text(503, "enough people are watching\n");
-            session.write_response_header(Box::new(reply.head()?)).await.ok()?;
-            session.write_response_body(reply.body, true).await.ok()?;
+        let Ok(_permit) = self.event_streams.try_acquire() else {
+            let response = StatusResponse::text(503, "too many event streams on this node\n");
+            session.write_response_header(Box::new(response.head()?)).await.ok()?;
+            session.write_response_body(response.body, true).await.ok()?;
             return None;
         };
         session.set_keepalive(None);
@@ -151,7 +151,7 @@ impl Admin {
 
 impl StatusResponse {
     fn new(status: u16, content_type: &'static str, body: impl Into<Bytes>) -> Self {
-        Self { status, content_type, body: body.into(), more: None }
+        Self { status, content_type, body: body.into(), extra_header: None }
     }
 
     fn text(status: u16, body: impl Into<Bytes>) -> Self {
@@ -165,16 +165,19 @@ impl StatusResponse {
         }
     }
 
-    fn unwelcome(unwelcome: StatusDenied) -> Self {
-        match unwelcome {
+    fn denied(denied: StatusDenied) -> Self {
+        match denied {
             StatusDenied::NoToken => Self {
-                more: Some(("www-authenticate", "Basic realm=\"dray\", charset=\"UTF-8\"")),
-                ..Self::text(401, "the password is the token in admin_token_file; any user name will do\n")
+                extra_header: Some(("www-authenticate", "Basic realm=\"dray\", charset=\"UTF-8\"")),
+                ..Self::text(
+                    401,
+                    "authentication required: the password is the token of admin_token_file, with any user name\n",
+                )
             },
-            StatusDenied::NotHere => Self::text(
+            StatusDenied::NotLoopback => Self::text(
                 403,
-                "the status is only shown on loopback, by the name localhost or an address; set admin_token_file to \
-                 show it to those who have the token\n",
+                "the status is available on loopback only, by localhost or an IP address; set admin_token_file to \
+                 allow access with a token\n",
             ),
         }
     }
@@ -185,7 +188,7 @@ impl StatusResponse {
         head.insert_header("content-length", self.body.len()).ok()?;
         head.insert_header("cache-control", "no-store").ok()?;
         head.insert_header("x-content-type-options", "nosniff").ok()?;
-        if let Some((name, value)) = self.more {
+        if let Some((name, value)) = self.extra_header {
             head.insert_header(name, value).ok()?;
         }
         Some(head)

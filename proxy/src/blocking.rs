@@ -1,27 +1,28 @@
-//! Work that would hold up a worker, and with it every request that the worker carries: reading files, and parsing the
-//! largest documents that upstreams and peers send.
+//! Work that would block a worker, and with it every request of that worker: reading files, and parsing the largest
+//! documents of upstreams and peers.
 
 use bytes::Bytes;
 use tokio::task::spawn_blocking;
 
-/// Longest document that is parsed at once, in bytes: some 0.3 ms. Longer ones are parsed on a thread for blocking work.
-const SHORT: usize = 64 * 1024;
+/// Longest document that is parsed on the worker, in bytes: some 0.3 ms. Larger: other requests of the worker wait
+/// longer. Smaller: more documents pay for a change of threads.
+const MAX_INLINE_BYTES: usize = 64 * 1024;
 
-/// Runs work on a thread that may block. Work that panics does so in its caller.
+/// Runs work on a thread that may block. A panic of the work continues in the task that awaits it.
 pub async fn on_thread<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
     match spawn_blocking(work).await {
         Ok(result) => result,
         Err(error) => match error.try_into_panic() {
             Ok(panic) => std::panic::resume_unwind(panic),
-            // The process ends.
+            // The runtime shuts down, and the process ends.
             Err(_) => std::future::pending().await,
         },
     }
 }
 
-/// Parses a document.
+/// Parses a document, on the worker if it is short.
 pub async fn parsed<T: Send + 'static>(bytes: &Bytes, parse: impl FnOnce(&[u8]) -> T + Send + 'static) -> T {
-    if bytes.len() <= SHORT {
+    if bytes.len() <= MAX_INLINE_BYTES {
         return parse(bytes);
     }
     let bytes = bytes.clone();
@@ -34,11 +35,11 @@ mod tests {
 
     #[tokio::test]
     async fn long_documents_are_parsed_on_another_thread() {
-        let here = std::thread::current().id();
-        for (len, is_here) in [(1, true), (SHORT, true), (SHORT + 1, false)] {
+        let worker = std::thread::current().id();
+        for (len, is_inline) in [(1, true), (MAX_INLINE_BYTES, true), (MAX_INLINE_BYTES + 1, false)] {
             let parse = |bytes: &[u8]| (bytes.len(), std::thread::current().id());
             let (parsed_len, on) = parsed(&Bytes::from(vec![0; len]), parse).await;
-            assert_eq!((parsed_len, on == here), (len, is_here));
+            assert_eq!((parsed_len, on == worker), (len, is_inline));
         }
     }
 }

@@ -1,9 +1,9 @@
-//! The commands, and how each ends.
+//! The commands of the command line, and what they share.
 
 pub(crate) mod containerd;
 pub(crate) mod explain;
-pub(crate) mod hand_over;
 mod operator;
+mod prepare;
 pub(crate) mod runtime;
 pub(crate) mod serve;
 pub(crate) mod status;
@@ -17,11 +17,11 @@ use std::path::Path;
 use dray::config::{ConfigError, KeyConflict, SourceText};
 use dray::server;
 use dray::telemetry::{self, Filter, LogFormat};
-use dray::upstream::credentials_are_here;
+use dray::upstream::check_credentials;
 
 use self::serve::Serve;
 
-/// Why a command ends without success.
+/// Why a command failed; `Usage` ends with exit code 2, `Failed` with 1.
 pub(crate) enum Failure {
     Usage(String),
     Failed(String),
@@ -37,65 +37,65 @@ impl From<ConfigError> for Failure {
 pub(crate) fn check_config(file: &Path) -> Result<(), Failure> {
     let text = SourceText::read(file)?;
     let config = text.parse()?;
-    say(&format!("{}: ok", file.display()));
-    // Flags and variables may bring what is missing.
-    if let Err(wrong) = config.check_together() {
-        say(&format!("note: {}", text.locate(wrong)));
+    print(&format!("{}: ok", file.display()));
+    // A note, not an error: a flag or variable of `serve` may set the missing key.
+    if let Err(conflict) = config.check_together() {
+        print(&format!("note: {}", text.locate(conflict)));
     }
     Ok(())
 }
 
-/// `dray check-config --here`.
-pub(crate) fn check_config_here(file: &Path) -> Result<(), Failure> {
-    let (config, text) = Serve::here(file)?.config()?;
+/// `dray check-config --check-files`.
+pub(crate) fn check_config_files(file: &Path) -> Result<(), Failure> {
+    let (config, text) = Serve::from_environment(file)?.config()?;
     block_on(async { server::check(&config) })?.map_err(|e| Failure::Usage(format!("{}: {e}", file.display())))?;
     for rule in &config.registry {
         let Some(credentials) = &rule.get_ref().credentials else { continue };
-        credentials_are_here(credentials).map_err(|problem| {
+        check_credentials(credentials).map_err(|problem| {
             located(text.as_ref(), KeyConflict::of_rule(rule.span().start, "registry.credentials", problem))
         })?;
     }
-    say(&format!("{}: ok, and so is what it names here", file.display()));
+    print(&format!("{}: ok, including the files and credentials that it names", file.display()));
     Ok(())
 }
 
-/// Says where it stands, if a file says it.
-fn located(text: Option<&SourceText>, wrong: KeyConflict) -> Failure {
+/// Adds the position in the configuration file, if there is a file.
+fn located(text: Option<&SourceText>, conflict: KeyConflict) -> Failure {
     match text {
-        Some(text) => text.locate(wrong).into(),
-        None => Failure::Usage(wrong.to_string()),
+        Some(text) => text.locate(conflict).into(),
+        None => Failure::Usage(conflict.to_string()),
     }
 }
 
-/// Prints what a command has to say. A closed pipe is the reader's business.
-fn say(text: &str) {
+/// Prints a line to standard output. A write to a closed pipe is not an error: `dray status | head` succeeds.
+fn print(text: &str) {
     let _ = writeln!(std::io::stdout(), "{text}");
 }
 
-/// Each of them once, in the order in which they came.
-fn once<T: PartialEq>(all: Vec<T>) -> Vec<T> {
-    all.into_iter().fold(Vec::new(), |mut known, one| {
-        if !known.contains(&one) {
-            known.push(one);
+/// Removes duplicates and keeps the order.
+fn deduplicated<T: PartialEq>(items: Vec<T>) -> Vec<T> {
+    items.into_iter().fold(Vec::new(), |mut unique, item| {
+        if !unique.contains(&item) {
+            unique.push(item);
         }
-        known
+        unique
     })
 }
 
-/// For commands that ask others.
-fn block_on<T>(asking: impl Future<Output = T>) -> Result<T, Failure> {
+/// For commands that send requests.
+fn block_on<T>(future: impl Future<Output = T>) -> Result<T, Failure> {
     install_tls()?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-    Ok(runtime.map_err(|e| Failure::Failed(e.to_string()))?.block_on(asking))
+    Ok(runtime.map_err(|e| Failure::Failed(e.to_string()))?.block_on(future))
 }
 
-/// For commands that stay.
+/// For commands that run until a signal.
 fn log_to_stderr() -> Result<(), Failure> {
     telemetry::init(&Filter::default(), LogFormat::Text).map(drop).map_err(Failure::Usage)
 }
 
-/// Before anything else may choose another provider.
+/// Must run before a library installs another TLS provider: the first one wins.
 fn install_tls() -> Result<(), Failure> {
     let installed = rustls::crypto::ring::default_provider().install_default();
-    installed.map_err(|_| Failure::Failed("no TLS provider".into()))
+    installed.map_err(|_| Failure::Failed("the TLS provider is already installed".into()))
 }

@@ -1,4 +1,4 @@
-//! The configuration file: strict, total, and complete once loaded.
+//! The configuration file. A loaded configuration is complete: every default is filled in.
 //!
 //! Unknown keys, wrong units, unreachable rules and duplicates are errors that name file, line and
 //! key. An accepted key is never ignored.
@@ -10,6 +10,7 @@ mod lists;
 mod pattern;
 mod peers;
 mod prefetch;
+mod renamed;
 mod rule;
 mod rule_pattern;
 mod text;
@@ -42,24 +43,24 @@ pub use units::{ConfigDuration, DiskShare, Size, whole_tag};
 pub use upstream::{Scheme, Upstream};
 pub use zones::service_name;
 
-/// Everything a running dray needs to know, with every default filled in.
+/// The whole configuration, with every default filled in.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Config {
-    /// Which keys there are: a file for a later version is refused, and says so.
+    /// The version of the keys. A file for a later version is refused.
     #[serde(deserialize_with = "units::version")]
     pub version: u64,
-    /// Where container runtimes connect.
+    /// The registry port, for container runtimes and other clients.
     #[serde(deserialize_with = "addresses::one")]
     pub listen: SocketAddr,
-    /// Where operators and probes connect.
+    /// The admin port, for operators and probes.
     #[serde(deserialize_with = "addresses::one")]
     pub admin: SocketAddr,
-    /// Who knows the token in it is shown the status. None: whoever sits at the machine.
+    /// The file with the token for the status page. None: the page is shown on loopback only.
     pub admin_token_file: Option<PathBuf>,
     pub cache: CacheConfig,
     pub access: AccessConfig,
-    pub guard: EgressConfig,
+    pub egress: EgressConfig,
     pub dns: DnsConfig,
     pub tls: TlsConfig,
     /// Rules in order; the first match wins.
@@ -78,34 +79,34 @@ pub struct Config {
 #[serde(deny_unknown_fields, default)]
 pub struct CacheConfig {
     pub dir: PathBuf,
-    /// On disk, in all.
+    /// Disk space in all.
     pub disk: DiskShare,
-    /// Of the file system, left to others.
-    pub keep_free: DiskShare,
-    /// Bytes a second that the scrub reads; 0: no scrub.
-    pub scrub: Size,
-    /// Bytes of small objects in memory.
+    /// Free space of the file system that dray never uses.
+    pub min_free: DiskShare,
+    /// Bytes per second that the scrub reads; 0: no scrub.
+    pub scrub_rate: Size,
+    /// Memory for small objects.
     pub memory: Size,
 }
 
 #[derive(Debug, Clone, PartialEq, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct AccessConfig {
-    /// What happens to registries that no rule names.
-    pub unlisted: UnlistedRegistries,
-    /// Networks whose clients are answered. Empty: everybody's.
+    /// Registries that no rule matches.
+    pub unlisted_registries: UnlistedRegistries,
+    /// Networks of clients that may connect. Empty: all.
     #[serde(deserialize_with = "addresses::networks")]
-    pub clients: Vec<IpNet>,
-    /// Names beside its addresses by which web browsers may find this process.
+    pub allowed_cidrs: Vec<IpNet>,
+    /// Names, beside its addresses, under which web browsers may reach this process.
     #[serde(deserialize_with = "addresses::hosts")]
     pub hosts: Vec<String>,
-    /// That one address may have open at once.
-    pub requests_at_once: Option<NonZeroU16>,
-    pub requests_per_second: Option<NonZeroU16>,
-    /// Who may use this process, by lines of `user:password`. None: whoever can connect.
-    pub logins_file: Option<PathBuf>,
-    /// A secret by which processes take each other's grants.
-    pub key_file: Option<PathBuf>,
+    /// Open requests of one client address.
+    pub max_concurrent_requests: Option<NonZeroU16>,
+    pub max_requests_per_second: Option<NonZeroU16>,
+    /// Users by lines of `user:password`. None: no login is required.
+    pub users_file: Option<PathBuf>,
+    /// A secret with which instances accept each other's client tokens.
+    pub token_key_file: Option<PathBuf>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Default, Deserialize)]
@@ -119,15 +120,15 @@ pub enum UnlistedRegistries {
 #[derive(Debug, Clone, PartialEq, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct EgressConfig {
-    /// Networks beside the public Internet that upstreams not written in this file may reach.
+    /// Networks, beside the public Internet, that requests to hosts outside of this file may reach.
     #[serde(deserialize_with = "addresses::networks")]
-    pub allow: Vec<IpNet>,
+    pub allow_cidrs: Vec<IpNet>,
 }
 
 #[derive(Debug, Clone, PartialEq, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct DnsConfig {
-    /// Name servers to ask instead of the system's.
+    /// Name servers to use instead of the system's.
     #[serde(deserialize_with = "addresses::many")]
     pub servers: Vec<SocketAddr>,
 }
@@ -138,26 +139,26 @@ pub struct TlsConfig {
     /// Certificate chain of the registry listener, PEM.
     pub cert: Option<PathBuf>,
     pub key: Option<PathBuf>,
-    /// Clients must show a certificate signed by this CA.
+    /// Clients must present a certificate signed by this CA.
     pub client_ca: Option<PathBuf>,
-    /// Further roots to trust for every upstream, PEM.
+    /// Additional roots to trust for every upstream, PEM.
     pub ca: Option<PathBuf>,
 }
 
-/// The version of the keys below. A key that goes, or means something else, makes it the next one.
+/// The version of the keys below. Removing a key, or changing its meaning, increments it.
 const VERSION: u64 = 1;
 
-/// Below this the preallocated files for small objects leave no room for blobs.
+/// Smaller, and the preallocated files for small objects leave no room for blobs.
 pub const MIN_DISK: Size = Size(64 << 20);
 
-/// What is wrong with a configuration, and where.
+/// An error in a configuration, and its place.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     #[error("{file}: cannot be read: {source}")]
     Unreadable { file: String, source: std::io::Error },
-    #[error("{file}: {error}")]
+    #[error("{file}: {error}{}", renamed::hint(&error.to_string()))]
     Syntax { file: String, error: Box<toml::de::Error> },
-    /// `place` is the file, and the line where there is one; `written` what that line says.
+    /// `place` is the file, with the line if there is one; `written` is the text of that line.
     #[error("{place}: {wrong}{written}")]
     Invalid { place: String, wrong: KeyConflict, written: String },
 }
@@ -165,25 +166,25 @@ pub enum ConfigError {
 // === impl Config ===
 
 impl Config {
-    /// Understands and checks a text; `file` is only for messages.
+    /// Parses and checks a text; `file` is only for messages.
     pub fn parse(text: &str, file: &str) -> Result<Self, ConfigError> {
         SourceText::new(text, file).parse()
     }
 
-    /// A ban that a port gets round is none.
+    /// A client must not get around a rule that denies by adding a port.
     fn deny_on_every_port(&mut self) {
         for rule in self.registry.iter_mut().map(Spanned::get_mut).filter(|rule| rule.deny) {
             rule.pattern = rule.pattern.clone().on_every_port();
         }
     }
 
-    /// Tells configurations apart by what nodes of one cluster have in common.
+    /// A hash of what all nodes of a cluster have in common.
     pub fn hash(&self) -> String {
         let mut common = self.clone();
         let any = Self::default();
         (common.listen, common.admin, common.cache.dir) = (any.listen, any.admin, any.cache.dir);
         (common.peers.listen, common.peers.zone) = (any.peers.listen, any.peers.zone);
-        // Where a rule stands in the file changes nothing.
+        // The position of a rule in the file has no effect.
         common.registry = common.registry.into_iter().map(|rule| Spanned::new(0..0, rule.into_inner())).collect();
         let digest = Sha256::digest(format!("{common:?}"));
         digest[..6].iter().map(|byte| format!("{byte:02x}")).collect()
@@ -191,45 +192,45 @@ impl Config {
 
     fn check(&self, text: &SourceText) -> Result<(), KeyConflict> {
         if self.cache.disk.is_below(MIN_DISK) {
-            let problem = format!("\"{}\" is too little, at least {MIN_DISK} are needed", self.cache.disk);
+            let problem = format!("\"{}\" is too small: at least {MIN_DISK} is needed", self.cache.disk);
             return Err(KeyConflict::new("cache.disk", problem));
         }
         self.check_addresses()?;
         if self.tls.cert.is_some() != self.tls.key.is_some() {
-            return Err(KeyConflict::new("tls", "cert and key belong together"));
+            return Err(KeyConflict::new("tls", "cert and key must be set together"));
         }
         if self.tls.client_ca.is_some() && self.tls.cert.is_none() {
             return Err(KeyConflict::new("tls.client_ca", "needs cert and key"));
         }
         self.peers.check()?;
         if let Some(key) = self.containerd.is_useless() {
-            return Err(KeyConflict::new(key, "is of no use without containerd.hosts_dir"));
+            return Err(KeyConflict::new(key, "has no effect without containerd.hosts_dir"));
         }
         if let Some(key) = self.tracing.is_useless() {
-            return Err(KeyConflict::new(key, "is of no use without tracing.otlp"));
+            return Err(KeyConflict::new(key, "has no effect without tracing.otlp"));
         }
         self.check_rules(text)
     }
 
-    /// What can only be known when flags and variables have been added.
+    /// Checks what flags and environment variables can still change.
     pub fn check_together(&self) -> Result<(), KeyConflict> {
         self.peers.check()?;
         self.check_addresses()?;
-        let asks_who = |rule: &&Spanned<RuleConfig>| rule.get_ref().access == Authorization::Client;
-        match self.registry.iter().find(asks_who) {
-            Some(rule) if self.peers.listen.is_some() && !self.peers.are_proven() => {
+        let is_passthrough = |rule: &&Spanned<RuleConfig>| rule.get_ref().authorization == Authorization::Passthrough;
+        match self.registry.iter().find(is_passthrough) {
+            Some(rule) if self.peers.listen.is_some() && !self.peers.are_authenticated() => {
                 let problem = format!(
-                    "\"client\" of \"{}\" with peers needs peers.key_file (or --peers-key-file, DRAY_PEERS_KEY_FILE) or \
-                     peers.mtls: without, whoever reaches their port would be taken for one of them",
+                    "\"passthrough\" of \"{}\" with peers needs peers.key_file (or --peers-key-file, DRAY_PEERS_KEY_FILE) or \
+                     peers.mtls: without, every client that reaches the peer port would be taken for a peer",
                     rule.get_ref().pattern
                 );
-                Err(KeyConflict::of_rule(rule.span().start, "registry.access", problem))
+                Err(KeyConflict::of_rule(rule.span().start, "registry.authorization", problem))
             }
             _ => Ok(()),
         }
     }
 
-    /// The kernel would let two listeners share an address, and each would get some of the other's connections.
+    /// The kernel would let two listeners share an address, and distribute the connections over both.
     fn check_addresses(&self) -> Result<(), KeyConflict> {
         let all = [("listen", Some(self.listen)), ("admin", Some(self.admin)), ("peers.listen", self.peers.listen)];
         let all: Vec<_> = all.into_iter().filter_map(|(key, address)| Some((key, address?))).collect();
@@ -240,7 +241,8 @@ impl Config {
                 address.port() == other.port() && address.port() != 0 && meets
             };
             if let Some((other, _)) = all[nth + 1..].iter().find(is_same) {
-                let problem = format!("{key} and {other} have the same address, {address}: each needs its own");
+                let problem =
+                    format!("{key} and {other} have the same address, {address}: each needs an address of its own");
                 return Err(KeyConflict::new(other, problem));
             }
         }
@@ -259,13 +261,13 @@ impl Config {
                 return Err(KeyConflict::of_rule(start, "registry.match", problem));
             }
             rule.check().map_err(|(key, problem)| KeyConflict::of_rule(start, key, problem))?;
-            if rule.access == Authorization::Client && self.access.logins_file.is_some() {
-                let problem = "a request has one Authorization: that of access.logins_file, or the registry's own";
-                return Err(KeyConflict::of_rule(start, "registry.access", problem));
+            if rule.authorization == Authorization::Passthrough && self.access.users_file.is_some() {
+                let problem = "a request has one Authorization: that of access.users_file, or the registry's own";
+                return Err(KeyConflict::of_rule(start, "registry.authorization", problem));
             }
             for alias in &rule.alias {
                 if let Some(other) = aliases.insert(alias, &rule.pattern) {
-                    let problem = format!("\"{alias}\" already stands for \"{other}\"");
+                    let problem = format!("\"{alias}\" is already the alias of \"{other}\"");
                     return Err(KeyConflict::of_rule(start, "registry.alias", problem));
                 }
             }
@@ -283,7 +285,7 @@ impl Default for Config {
             admin_token_file: None,
             cache: CacheConfig::default(),
             access: AccessConfig::default(),
-            guard: EgressConfig::default(),
+            egress: EgressConfig::default(),
             dns: DnsConfig::default(),
             tls: TlsConfig::default(),
             registry: Vec::new(),
@@ -303,8 +305,8 @@ impl Default for CacheConfig {
         Self {
             dir: default_dir(),
             disk: DiskShare::Size(Size(20 << 30)),
-            keep_free: DiskShare::Percent(5),
-            scrub: Size(8 << 20),
+            min_free: DiskShare::Percent(5),
+            scrub_rate: Size(8 << 20),
             memory: Size(64 << 20),
         }
     }

@@ -1,7 +1,7 @@
-//! A listener's connections: how long they may idle, and in which time a request has to come.
+//! The connections of a listener: how long they may idle, and how long the head of a request may take.
 //!
-//! Pingora bounds each read, so that somebody who sends one byte a minute would keep a connection for ever. Here the
-//! head of a request is read as a whole, by one deadline, and handed over.
+//! Pingora bounds each read, so that a client that sends one byte a minute would keep a connection for ever. This
+//! module reads the head of a request whole, with one deadline, and passes it to Pingora.
 
 mod idle;
 
@@ -30,15 +30,15 @@ use tokio::time::{sleep, timeout};
 use self::idle::{CloseTarget, Idle};
 use crate::memory::{ClientBytes, Memory};
 use crate::shares::{Share, Shares};
-use crate::times::{FAREWELL, GRACE, STALL_TIMEOUT};
+use crate::times::{CLOSE_TIMEOUT, COMPLETION_GRACE, STALL_TIMEOUT};
 use crate::worker_watch::watched;
 
-/// Gives the requests of each connection to an application.
+/// Accepts connections, and passes their requests to an application.
 pub struct Connections<A> {
     app: Arc<A>,
-    places: Shares<Option<IpAddr>>,
+    slots: Shares<Option<IpAddr>>,
     idle: Arc<Idle>,
-    /// For heads while they are read.
+    /// Budget for heads while they are read.
     memory: Arc<Memory>,
     tls: Option<Acceptor>,
 }
@@ -47,9 +47,9 @@ pub struct Connections<A> {
 struct Streams<A> {
     app: Arc<A>,
     options: HttpServerOptions,
-    /// Requests under way.
+    /// Number of running requests.
     active: watch::Sender<usize>,
-    /// A request has come.
+    /// Whether there was a request.
     begun: AtomicBool,
 }
 
@@ -57,80 +57,82 @@ struct Streams<A> {
 #[derive(Default)]
 struct Head {
     bytes: BytesMut,
-    /// So many of them have been looked through for the end.
+    /// Length of the prefix that was searched for the end of the head.
     seen: usize,
 }
 
-/// Why there is no request.
+/// Why a connection ends without a request.
 #[derive(Debug, PartialEq, Eq)]
 enum HeadError {
-    /// Nobody wants anything.
-    Left,
-    /// It speaks something else, such as TLS.
+    /// The connection idles, was closed, or must end.
+    Closed,
+    /// Another protocol, such as TLS.
     NotHttp,
     TooSlow,
     TooLong,
-    /// So many others are at it that there is no room.
+    /// The limit of connections, or of memory for heads, is reached.
     TooMany,
 }
 
-/// A connection without a request is closed after this long.
-const IDLE: Duration = Duration::from_secs(75);
+/// A connection without a request is closed after this time. Longer: idle clients hold slots. Shorter: pulls that
+/// follow each other connect again.
+const CLIENT_IDLE_TIMEOUT: Duration = Duration::from_secs(75);
 
-/// Longer than any head that a client of a registry sends.
-const MAX_HEAD: usize = 64 * 1024;
+/// Largest head of a request, in bytes: larger than any that a client of a registry sends. Larger: each connection may
+/// hold more memory. Smaller: clients with long tokens are refused.
+const MAX_HEAD_BYTES: usize = 64 * 1024;
 
 impl<A> Connections<A> {
-    /// At most `most` of them at a time, and no more than there is memory for.
+    /// At most `most` connections at a time, and no more than there is memory for.
     pub fn new(app: A, most: usize, memory: Arc<Memory>) -> Self {
-        let places = Shares::new(most.min(memory.connections));
-        Self { app: Arc::new(app), places, idle: Arc::default(), memory, tls: None }
+        let slots = Shares::new(most.min(memory.connections));
+        Self { app: Arc::new(app), slots, idle: Arc::default(), memory, tls: None }
     }
 
-    /// The same behind TLS. A connection has its place before its handshake: Pingora's own listeners do not count those
-    /// whose handshake is under way, and wait for each for a minute.
+    /// The same behind TLS. A connection takes its slot before its handshake: Pingora's own listeners do not count
+    /// connections in a handshake, and wait a minute for each.
     pub fn with_tls(self, settings: TlsSettings) -> Self {
         Self { tls: Some(settings.build()), ..self }
     }
 
-    /// The connection after its handshake. None: it failed, or the connection had to leave its place to another one.
-    async fn secured(&self, stream: Stream, acceptor: &Acceptor, from: Option<IpAddr>) -> Option<Stream> {
+    /// The connection after its handshake. None: the handshake failed, or the connection had to free its slot.
+    async fn accept_tls(&self, stream: Stream, acceptor: &Acceptor, from: Option<IpAddr>) -> Option<Stream> {
         let plain = stream.into_any().downcast::<TcpStream>().ok()?;
         let mut waiting = self.idle.enter(from);
-        let shaken = tokio::select! {
-            shaken = timeout(STALL_TIMEOUT, acceptor.tls_handshake(*plain)) => shaken.ok()?,
+        let handshake = tokio::select! {
+            handshake = timeout(STALL_TIMEOUT, acceptor.tls_handshake(*plain)) => handshake.ok()?,
             () = waiting.closed() => return None,
         };
-        match shaken {
+        match handshake {
             Ok(stream) => Some(Box::new(stream)),
             Err(error) => {
-                tracing::debug!(client = from.map(tracing::field::display), %error, "a TLS handshake failed");
+                tracing::debug!(client = from.map(tracing::field::display), %error, "TLS handshake failed");
                 None
             }
         }
     }
 
-    /// A place for another connection, which an idle one may have to leave: one of the same client, or the oldest for a client
-    /// that has none.
-    async fn place(&self, client: Option<IpAddr>) -> Option<Share<Option<IpAddr>>> {
-        if let Some(place) = self.places.take(&client, 1) {
-            return Some(place);
+    /// A slot for a new connection. If none is free, an idle connection is closed: one of the same client, or the
+    /// oldest if the client has no slot.
+    async fn acquire_slot(&self, client: Option<IpAddr>) -> Option<Share<Option<IpAddr>>> {
+        if let Some(slot) = self.slots.take(&client, 1) {
+            return Some(slot);
         }
-        let whose = if self.places.is_holding(&client) { CloseTarget::Clients(client) } else { CloseTarget::Anybodys };
-        let is_closed = self.idle.close_oldest(whose);
-        let place = timeout(FAREWELL, self.places.wait(&client, 1));
-        if is_closed { place.await.ok() } else { None }
+        let target = if self.slots.is_holding(&client) { CloseTarget::Client(client) } else { CloseTarget::Any };
+        let is_closed = self.idle.close_oldest(target);
+        let slot = timeout(CLOSE_TIMEOUT, self.slots.wait(&client, 1));
+        if is_closed { slot.await.ok() } else { None }
     }
 }
 
-/// For how many seconds a connection waits for its next request. None: HTTP/1.0 has one, unless it says otherwise (RFC
+/// How many seconds a connection waits for its next request. None: it is closed, as is the default of HTTP/1.0 (RFC
 /// 9112, section 9.3).
-pub fn kept_for(request: &Parts) -> Option<u64> {
-    let asks = || {
+pub fn keep_alive_seconds(request: &Parts) -> Option<u64> {
+    let is_keep_alive = || {
         let values = request.headers.get_all(CONNECTION).iter().filter_map(|value| value.to_str().ok());
         values.flat_map(|value| value.split(',')).any(|option| option.trim().eq_ignore_ascii_case("keep-alive"))
     };
-    (request.version >= Version::HTTP_11 || asks()).then_some(IDLE.as_secs())
+    (request.version >= Version::HTTP_11 || is_keep_alive()).then_some(CLIENT_IDLE_TIMEOUT.as_secs())
 }
 
 #[async_trait]
@@ -150,89 +152,89 @@ impl<A: HttpServerApp + Send + Sync + 'static> Connections<A> {
         let digest = stream.get_socket_digest();
         let from = digest.as_ref().and_then(|digest| digest.peer_addr()?.as_inet()).map(|from| from.ip());
         let from = from.map(|from| client(from.to_canonical()));
-        let Some(_place) = self.place(from).await else {
+        let Some(_slot) = self.acquire_slot(from).await else {
             if self.tls.is_none() {
-                part(stream, &HeadError::TooMany).await;
+                reject(stream, &HeadError::TooMany).await;
             }
             return;
         };
         let stream = match &self.tls {
-            Some(acceptor) => match self.secured(stream, acceptor, from).await {
+            Some(acceptor) => match self.accept_tls(stream, acceptor, from).await {
                 Some(stream) => stream,
                 None => return,
             },
             None => stream,
         };
         if matches!(stream.selected_alpn_proto(), Some(ALPN::H2)) {
-            self.streams(stream, from, shutdown).await;
+            self.serve_http2(stream, from, shutdown).await;
         } else {
-            self.requests(stream, from, shutdown).await;
+            self.serve_http1(stream, from, shutdown).await;
         }
     }
 
     /// HTTP/1: one request after the other.
-    async fn requests(&self, mut stream: Stream, from: Option<IpAddr>, shutdown: &ShutdownWatch) {
+    async fn serve_http1(&self, mut stream: Stream, from: Option<IpAddr>, shutdown: &ShutdownWatch) {
         let mut settings = None::<HttpPersistentSettings>;
         loop {
             let mut shutdown_begins = shutdown.clone();
             let head = tokio::select! {
                 biased;
-                head = self.head(&mut stream, from) => head,
-                () = async { let _ = shutdown_begins.wait_for(|begun| *begun).await; } => Err(HeadError::Left),
+                head = self.read_head(&mut stream, from) => head,
+                () = async { let _ = shutdown_begins.wait_for(|begun| *begun).await; } => Err(HeadError::Closed),
             };
             let head = match head {
                 Ok(head) => head,
-                Err(why) => return part(stream, &why).await,
+                Err(error) => return reject(stream, &error).await,
             };
             let mut session = ServerSession::new_http1(stream);
             if let Some(settings) = settings {
                 settings.apply_to_session(&mut session);
             }
             session.set_pipelined_prefix(head);
-            session.set_total_drain_timeout(Some(GRACE));
+            session.set_total_drain_timeout(Some(COMPLETION_GRACE));
             let Some(reused) = self.app.process_new_http(session, shutdown).await else { return };
             (stream, settings) = reused.consume();
         }
     }
 
     /// Waits for a request, and reads its head.
-    async fn head(&self, stream: &mut Stream, from: Option<IpAddr>) -> Result<BytesMut, HeadError> {
+    async fn read_head(&self, stream: &mut Stream, from: Option<IpAddr>) -> Result<BytesMut, HeadError> {
         let mut head = Head::default();
         let mut waiting = self.idle.enter(from);
         tokio::select! {
             begun = head.begin(stream) => begun?,
-            () = waiting.closed() => return Err(HeadError::Left),
+            () = waiting.closed() => return Err(HeadError::Closed),
         }
         drop(waiting);
         head.read_rest(stream, self.memory.of_clients.nothing(&from)).await
     }
 
     /// HTTP/2: many requests at once.
-    async fn streams(&self, stream: Stream, from: Option<IpAddr>, shutdown: &ShutdownWatch) {
+    async fn serve_http2(&self, stream: Stream, from: Option<IpAddr>, shutdown: &ShutdownWatch) {
         let mut options = HttpServerOptions::default();
-        // Of connections with TLS their handshake has said so.
+        // With TLS, the handshake has already selected HTTP/2.
         options.h2c = true;
-        options.h2_idle_timeout = Some(IDLE);
+        options.h2_idle_timeout = Some(CLIENT_IDLE_TIMEOUT);
         let active = watch::Sender::new(0);
         let streams = Arc::new(Streams { app: self.app.clone(), options, active, begun: AtomicBool::new(false) });
-        // Once there was a request, Pingora sees itself whether the connection idles.
+        // After the first request, Pingora itself closes the connection when it idles.
         let never_begun = async {
-            sleep(IDLE).await;
+            sleep(CLIENT_IDLE_TIMEOUT).await;
             if streams.begun.load(Ordering::Acquire) {
                 std::future::pending::<()>().await;
             }
         };
-        // Pingora says goodbye on it (GOAWAY) where a shutdown begins, or this connection has to leave its place: what is
-        // still to be sent is not lost then, and a client knows that it may ask again elsewhere.
+        // Pingora sends GOAWAY when this changes: at a shutdown, or when the connection must free its slot. Running
+        // responses are finished then, and a client knows that it may retry on another connection.
         let (ends, ending) = watch::channel(*shutdown.borrow());
         let mut serving = pin!(streams.process_new(stream, &ending));
         let mut shutdown = shutdown.clone();
         tokio::select! {
             _ = &mut serving => {}
             () = never_begun => {}
-            () = self.leaves_its_place(&streams.active, from) => {
+            () = self.slot_needed(&streams.active, from) => {
                 ends.send_replace(true);
-                let _ = timeout(FAREWELL, serving).await;
+                let _ = timeout(CLOSE_TIMEOUT, serving).await;
             }
             () = async { let _ = shutdown.wait_for(|begun| *begun).await; } => {
                 ends.send_replace(true);
@@ -243,8 +245,8 @@ impl<A: HttpServerApp + Send + Sync + 'static> Connections<A> {
 }
 
 impl<A> Connections<A> {
-    /// Ends when a connection without a request under way has to leave its place to another one.
-    async fn leaves_its_place(&self, active: &watch::Sender<usize>, from: Option<IpAddr>) {
+    /// Returns when the connection must free its slot, which only happens without a running request.
+    async fn slot_needed(&self, active: &watch::Sender<usize>, from: Option<IpAddr>) {
         let mut active = active.subscribe();
         while active.wait_for(|count| *count == 0).await.is_ok() {
             let mut waiting = self.idle.enter(from);
@@ -264,7 +266,7 @@ impl<A: HttpServerApp + Send + Sync + 'static> HttpServerApp for Streams<A> {
         shutdown: &ShutdownWatch,
     ) -> Option<ReusedHttpStream> {
         self.begun.store(true, Ordering::Release);
-        session.set_total_drain_timeout(Some(GRACE));
+        session.set_total_drain_timeout(Some(COMPLETION_GRACE));
         self.active.send_modify(|count| *count += 1);
         let _ended = RequestGuard(&self.active);
         // A task of its own, beside the connection's.
@@ -276,7 +278,7 @@ impl<A: HttpServerApp + Send + Sync + 'static> HttpServerApp for Streams<A> {
     }
 }
 
-/// A request is no longer under way, also where its stream was reset.
+/// Ends the count of a running request, also if its stream was reset.
 struct RequestGuard<'a>(&'a watch::Sender<usize>);
 
 impl Drop for RequestGuard<'_> {
@@ -285,7 +287,7 @@ impl Drop for RequestGuard<'_> {
     }
 }
 
-/// As whom an address counts: one host has a whole network of IPv6 addresses (RFC 4291, section 2.5.4).
+/// The address that a client is counted by: a host has a whole network of IPv6 addresses (RFC 4291, section 2.5.4).
 pub fn client(address: IpAddr) -> IpAddr {
     match address {
         IpAddr::V4(_) => address,
@@ -293,44 +295,45 @@ pub fn client(address: IpAddr) -> IpAddr {
     }
 }
 
-/// Says why a connection ends, to those who ask wrongly.
-async fn part(mut stream: Stream, why: &HeadError) {
-    let status = match why {
-        HeadError::Left => return,
+/// Sends the reason as a status, then closes the connection.
+async fn reject(mut stream: Stream, error: &HeadError) {
+    let status = match error {
+        HeadError::Closed => return,
         HeadError::NotHttp => "400 Bad Request",
         HeadError::TooSlow => "408 Request Timeout",
         HeadError::TooLong => "431 Request Header Fields Too Large",
         HeadError::TooMany => "503 Service Unavailable",
     };
-    tracing::debug!(status, "a connection is closed before its request was whole");
-    // A peer would take it for what the origin says.
-    let busy = if *why == HeadError::TooMany { "Dray-Refusal: overloaded\r\n" } else { "" };
-    let words = format!("HTTP/1.1 {status}\r\n{busy}Connection: close\r\nContent-Length: 0\r\n\r\n");
+    tracing::debug!(status, "connection closed before a complete request");
+    // Without the header, a peer would take the status for that of the upstream.
+    let refusal = if *error == HeadError::TooMany { "Dray-Refusal: overloaded\r\n" } else { "" };
+    let response = format!("HTTP/1.1 {status}\r\n{refusal}Connection: close\r\nContent-Length: 0\r\n\r\n");
     let farewell = async {
-        stream.write_all(words.as_bytes()).await?;
+        stream.write_all(response.as_bytes()).await?;
         AsyncWriteExt::shutdown(&mut stream).await?;
-        // Bytes that nobody reads would reset the connection, and take the answer along.
+        // Unread bytes would reset the connection, and discard the response with it.
         let mut unread = [0; 512];
         while stream.read(&mut unread).await? > 0 {}
         Ok::<_, std::io::Error>(())
     };
-    let _ = timeout(FAREWELL, farewell).await;
+    let _ = timeout(CLOSE_TIMEOUT, farewell).await;
 }
 
 impl Head {
     /// Waits for the first bytes.
     async fn begin(&mut self, stream: &mut (impl AsyncRead + Unpin)) -> Result<(), HeadError> {
-        timeout(IDLE, self.read(stream)).await.unwrap_or(Err(HeadError::Left))
+        timeout(CLIENT_IDLE_TIMEOUT, self.read(stream)).await.unwrap_or(Err(HeadError::Closed))
     }
 
-    /// Reads until the head is whole. Its memory counts as the client's, so that a client cannot have many half heads.
+    /// Reads until the head is complete. Its memory counts as that of the client, so that a client cannot hold many
+    /// half heads.
     async fn read_rest(
         mut self,
         stream: &mut (impl AsyncRead + Unpin),
         mut held: ClientBytes,
     ) -> Result<BytesMut, HeadError> {
         let rest = async {
-            while !self.is_whole()? {
+            while !self.is_complete()? {
                 if !held.cover(self.bytes.capacity()) {
                     return Err(HeadError::TooMany);
                 }
@@ -342,19 +345,19 @@ impl Head {
     }
 
     async fn read(&mut self, stream: &mut (impl AsyncRead + Unpin)) -> Result<(), HeadError> {
-        if self.bytes.len() >= MAX_HEAD {
+        if self.bytes.len() >= MAX_HEAD_BYTES {
             return Err(HeadError::TooLong);
         }
         self.bytes.reserve(1024);
         match stream.read_buf(&mut self.bytes).await {
-            Ok(0) | Err(_) => Err(HeadError::Left),
+            Ok(0) | Err(_) => Err(HeadError::Closed),
             Ok(_) => Ok(()),
         }
     }
 
-    /// Whether an empty line has come. Lines end with or without a carriage return, and empty ones may come before the
-    /// first (RFC 9112, sections 2.2 and 3.1).
-    fn is_whole(&mut self) -> Result<bool, HeadError> {
+    /// Whether the head ends with an empty line. Lines end with or without a carriage return, and empty lines may
+    /// precede the first one (RFC 9112, sections 2.2 and 3.1).
+    fn is_complete(&mut self) -> Result<bool, HeadError> {
         while let Some(b'\r' | b'\n') = self.bytes.first() {
             self.bytes.advance(1);
         }
@@ -373,7 +376,7 @@ mod tests {
 
     use super::*;
 
-    /// What is made of bytes that come one by one, so far apart.
+    /// Reads a head, the bytes of which arrive one by one, `apart` from each other.
     async fn trickled(text: &str, apart: Duration) -> Result<BytesMut, HeadError> {
         let (mut client, mut server) = duplex(1);
         let text = text.to_owned();
@@ -391,13 +394,13 @@ mod tests {
     }
 
     async fn read(stream: &mut (impl AsyncRead + Unpin)) -> Result<BytesMut, HeadError> {
-        let (mut head, memory) = (Head::default(), Memory::new(16 * MAX_HEAD));
+        let (mut head, memory) = (Head::default(), Memory::new(16 * MAX_HEAD_BYTES));
         head.begin(stream).await?;
         head.read_rest(stream, memory.of_clients.nothing(&None)).await
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_head_ends_with_an_empty_line() {
+    async fn head_ends_with_an_empty_line() {
         for (text, is_whole) in [
             ("GET / HTTP/1.1\r\n\r\n", true),
             ("GET / HTTP/1.1\r\nHost: a\r\n\r\n", true),
@@ -419,21 +422,21 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_head_has_so_long_from_its_first_byte_on() {
+    async fn head_deadline_begins_with_the_first_byte() {
         let text = "GET / HTTP/1.1\r\nHost: a\r\n\r\n";
         assert!(trickled(text, Duration::from_millis(300)).await.is_ok(), "within ten seconds");
         assert_eq!(trickled(text, Duration::from_secs(1)).await, Err(HeadError::TooSlow));
-        assert_eq!(trickled(text, IDLE * 2).await, Err(HeadError::Left), "nobody asks");
+        assert_eq!(trickled(text, CLIENT_IDLE_TIMEOUT * 2).await, Err(HeadError::Closed), "no request");
         let begun = tokio::time::Instant::now();
-        assert!(trickled("G", IDLE / 2).await.is_err());
+        assert!(trickled("G", CLIENT_IDLE_TIMEOUT / 2).await.is_err());
         assert!(
-            begun.elapsed() <= IDLE / 2 + STALL_TIMEOUT + Duration::from_secs(1),
-            "an idle connection is no slow one"
+            begun.elapsed() <= CLIENT_IDLE_TIMEOUT / 2 + STALL_TIMEOUT + Duration::from_secs(1),
+            "an idle connection is not slow"
         );
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_head_has_an_end() {
+    async fn oversized_head_is_refused() {
         let (mut client, mut server) = duplex(1024);
         tokio::spawn(async move {
             let line = format!("X: {}\r\n", "x".repeat(1000));
@@ -443,11 +446,11 @@ mod tests {
         assert_eq!(read(&mut server).await, Err(HeadError::TooLong));
         let (client, mut server) = duplex(1024);
         drop(client);
-        assert_eq!(read(&mut server).await, Err(HeadError::Left));
+        assert_eq!(read(&mut server).await, Err(HeadError::Closed));
     }
 
     #[tokio::test(start_paused = true)]
-    async fn half_heads_of_one_client_leave_room_for_others() {
+    async fn half_heads_of_a_client_leave_room_for_others() {
         let memory = Memory::new(32 * 1024);
         let mut clients = Vec::new();
         let mut outcomes = Vec::new();
@@ -465,71 +468,78 @@ mod tests {
         let outcomes: Vec<_> = outcomes.into_iter().map(Result::unwrap).collect();
         let refused = outcomes.iter().filter(|outcome| **outcome == Err(HeadError::TooMany)).count();
         assert!((1..12).contains(&refused), "{refused} of the first client's");
-        assert_eq!(outcomes.last(), Some(&Err(HeadError::TooSlow)), "the other client had the room to go on");
+        assert_eq!(outcomes.last(), Some(&Err(HeadError::TooSlow)), "the other client has its own share");
     }
 
     #[tokio::test(start_paused = true)]
-    async fn idle_connection_leaves_its_place_to_a_new_one() {
-        let connections = Connections::new(NeverAsked, 4, Arc::new(Memory::new(1 << 20)));
+    async fn idle_connection_is_closed_for_a_new_one() {
+        let connections = Connections::new(NeverCalled, 4, Arc::new(Memory::new(1 << 20)));
         let client = |nth: u8| Some(IpAddr::from([192, 0, 2, nth]));
-        let held = [connections.place(client(1)).await, connections.place(client(1)).await];
-        assert!(held.iter().all(Option::is_some) && connections.place(client(1)).await.is_none(), "none is idle");
+        let held = [connections.acquire_slot(client(1)).await, connections.acquire_slot(client(1)).await];
+        assert!(
+            held.iter().all(Option::is_some) && connections.acquire_slot(client(1)).await.is_none(),
+            "none is idle"
+        );
         let mut oldest = connections.idle.enter(client(1));
         let left = async {
             oldest.closed().await;
             drop(held);
         };
-        let (place, ()) = tokio::join!(connections.place(client(1)), left);
-        assert!(place.is_some());
+        let (slot, ()) = tokio::join!(connections.acquire_slot(client(1)), left);
+        assert!(slot.is_some());
     }
 
-    struct NeverAsked;
+    struct NeverCalled;
 
     #[async_trait]
-    impl HttpServerApp for NeverAsked {
+    impl HttpServerApp for NeverCalled {
         async fn process_new_http(self: &Arc<Self>, _: ServerSession, _: &ShutdownWatch) -> Option<ReusedHttpStream> {
             panic!("no request was whole")
         }
     }
 
     #[tokio::test(start_paused = true)]
-    async fn whoever_asks_nothing_by_http2_is_left_too() {
+    async fn http2_connection_without_requests_is_closed() {
         let (_goes_on, shutdown) = tokio::sync::watch::channel(false);
         // The preface, settings, and the first half of a request's headers.
         let begun = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0\0\0\x01\x01\x01\0\0\0\x01";
         for sent in [&begun[..0], &begun[..10], begun] {
             let (mut client, server) = duplex(1024);
             client.write_all(sent).await.unwrap();
-            let connections = Connections::new(NeverAsked, 2, Arc::new(Memory::new(1 << 20)));
-            let ended = timeout(IDLE + STALL_TIMEOUT, connections.streams(Box::new(server), None, &shutdown)).await;
+            let connections = Connections::new(NeverCalled, 2, Arc::new(Memory::new(1 << 20)));
+            let ended = timeout(
+                CLIENT_IDLE_TIMEOUT + STALL_TIMEOUT,
+                connections.serve_http2(Box::new(server), None, &shutdown),
+            )
+            .await;
             assert!(ended.is_ok(), "{} bytes", sent.len());
         }
     }
 
     #[tokio::test(start_paused = true)]
-    async fn idle_http2_connection_leaves_its_place_to_a_new_one() {
+    async fn idle_http2_connection_is_closed_for_a_new_one() {
         let (_goes_on, shutdown) = tokio::sync::watch::channel(false);
         let (mut client, server) = duplex(1024);
         client.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0").await.unwrap();
-        let connections = Connections::new(NeverAsked, 2, Arc::new(Memory::new(1 << 20)));
+        let connections = Connections::new(NeverCalled, 2, Arc::new(Memory::new(1 << 20)));
         let leaving = async {
-            while !connections.idle.close_oldest(CloseTarget::Anybodys) {
+            while !connections.idle.close_oldest(CloseTarget::Any) {
                 tokio::task::yield_now().await;
             }
         };
-        let serving = timeout(IDLE / 2, connections.streams(Box::new(server), None, &shutdown));
+        let serving = timeout(CLIENT_IDLE_TIMEOUT / 2, connections.serve_http2(Box::new(server), None, &shutdown));
         let (ended, ()) = tokio::join!(serving, leaving);
         assert!(ended.is_ok());
     }
 
     #[tokio::test]
-    async fn connection_with_a_request_under_way_keeps_its_place() {
-        let connections = Connections::new(NeverAsked, 2, Arc::new(Memory::new(1 << 20)));
+    async fn connection_with_a_running_request_keeps_its_slot() {
+        let connections = Connections::new(NeverCalled, 2, Arc::new(Memory::new(1 << 20)));
         let active = watch::Sender::new(1);
-        let mut leaves = std::pin::pin!(connections.leaves_its_place(&active, None));
-        assert!(futures_util::poll!(&mut leaves).is_pending() && !connections.idle.close_oldest(CloseTarget::Anybodys));
+        let mut leaves = std::pin::pin!(connections.slot_needed(&active, None));
+        assert!(futures_util::poll!(&mut leaves).is_pending() && !connections.idle.close_oldest(CloseTarget::Any));
         active.send_replace(0);
-        assert!(futures_util::poll!(&mut leaves).is_pending() && connections.idle.close_oldest(CloseTarget::Anybodys));
+        assert!(futures_util::poll!(&mut leaves).is_pending() && connections.idle.close_oldest(CloseTarget::Any));
         leaves.await;
     }
 }

@@ -1,7 +1,7 @@
-//! Points containerd at dray, says whether and why that works, and takes it back.
+//! Writes, checks and removes containerd's mirror configuration.
 //!
-//! `hosts_dir` changes the files by which containerd finds mirrors, `daemon` reads what its own configuration
-//! makes of them, and `diagnosis` says what is wrong, and what to do.
+//! `hosts_dir` changes the files in which containerd finds mirrors. `daemon` reads the effective configuration of
+//! containerd. `diagnosis` finds problems in both, with a remedy for each.
 
 pub mod daemon;
 pub mod diagnosis;

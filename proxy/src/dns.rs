@@ -1,4 +1,4 @@
-//! Names to addresses, by the system's name servers or by those of `[dns]`.
+//! DNS resolvers: the system's name servers or those of `[dns]`.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -7,18 +7,16 @@ use hickory_resolver::config::{ConnectionConfig, LookupIpStrategy, NameServerCon
 use hickory_resolver::net::runtime::TokioRuntimeProvider;
 use hickory_resolver::{Resolver, TokioResolver};
 
-/// Asks these servers, or the system's if there are none. Must run inside a tokio runtime.
+/// Uses `servers`, or the system's name servers if there are none. Must run inside a tokio runtime.
 pub fn resolver(servers: &[SocketAddr]) -> Result<TokioResolver, String> {
     resolver_of(servers, LookupIpStrategy::default())
 }
 
-/// One for some families of addresses.
+/// A resolver for some address families only.
 pub fn resolver_of(servers: &[SocketAddr], families: LookupIpStrategy) -> Result<TokioResolver, String> {
     let mut builder = if servers.is_empty() {
         TokioResolver::builder_tokio().map_err(|e| {
-            format!(
-                "the system's name servers cannot be read: {e}; name one in /etc/resolv.conf, or in servers of [dns]"
-            )
+            format!("the system's name servers cannot be read: {e}; add one to /etc/resolv.conf or to servers of [dns]")
         })?
     } else {
         let servers = servers.iter().map(|server| {
@@ -35,7 +33,7 @@ pub fn resolver_of(servers: &[SocketAddr], families: LookupIpStrategy) -> Result
     options.timeout = Duration::from_secs(1);
     options.attempts = 2;
     options.ip_strategy = families;
-    // Clusters ask for five dots before a name is tried as it stands: five lookups for nothing.
+    // Kubernetes sets ndots to 5, which causes five useless lookups before a name is tried as written.
     options.ndots = 1;
     options.positive_max_ttl = Some(Duration::from_secs(300));
     options.negative_max_ttl = Some(Duration::from_secs(2));

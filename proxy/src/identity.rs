@@ -1,5 +1,5 @@
-//! A certificate, its key and the authority that others are held against, from files that may be
-//! replaced while dray runs, as cert-manager does.
+//! A certificate, its key and the CA that verifies the other side, from files that may be replaced while dray runs, as
+//! cert-manager does.
 
 #![allow(clippy::disallowed_methods, reason = "runs at the start, and on threads for blocking work")]
 
@@ -48,7 +48,7 @@ macro_rules! verify_signatures {
 }
 pub(crate) use verify_signatures;
 
-/// Where an identity stands, in PEM, and the configuration's name for each.
+/// The PEM files of an identity, and their keys in the configuration.
 #[derive(Debug, Clone)]
 pub struct IdentityFiles {
     pub table: &'static str,
@@ -58,17 +58,17 @@ pub struct IdentityFiles {
     pub welcome: TrustedRole,
 }
 
-/// What this process shows, and whom it believes.
+/// The certificate that this process presents, and the CA that it trusts.
 pub struct Identity {
     files: IdentityFiles,
     current: ArcSwap<Loaded>,
 }
 
 struct Loaded {
-    /// What was read, to see whether it has changed.
+    /// The files' content, to detect changes.
     read: Vec<u8>,
     certified: Arc<CertifiedKey>,
-    /// The names that the certificate is for.
+    /// The DNS names of the certificate.
     names: Vec<ServerName<'static>>,
     trusted: Option<Trusted>,
 }
@@ -78,15 +78,15 @@ struct Trusted {
     servers: Arc<WebPkiServerVerifier>,
 }
 
-/// Whom an authority's certificate makes welcome.
+/// Which certificates of the CA are accepted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum TrustedRole {
-    Anybody,
-    /// Those whose certificate is for one of the names that ours is for.
-    Namesakes,
+    AnyCertificate,
+    /// Certificates for at least one DNS name of this node's own certificate.
+    SharedDnsName,
 }
 
-/// Holds others against the authority.
+/// Verifies the other side's certificate against the CA.
 #[derive(Debug)]
 pub struct PeerVerifier {
     identity: Arc<Identity>,
@@ -98,23 +98,23 @@ impl Identity {
         Ok(Arc::new(Self { files, current: ArcSwap::from_pointee(current) }))
     }
 
-    /// Reads the files again. An error leaves everything as it is: they may be replaced one by one.
+    /// Reloads the files. An error leaves everything unchanged: the files may be replaced one by one.
     pub fn reload(&self) -> Result<(), String> {
         let loaded = Loaded::read(&self.files)?;
         if loaded.read != self.current.load().read {
-            tracing::info!(file = %self.files.cert.display(), "the certificate or its authority has changed");
+            tracing::info!(file = %self.files.cert.display(), "certificate reloaded");
             self.current.store(Arc::new(loaded));
         }
         Ok(())
     }
 
-    /// Holds those against the authority who connect, or are connected to.
+    /// The verifier for incoming and outgoing connections.
     pub fn verifier(self: &Arc<Self>) -> Arc<PeerVerifier> {
         Arc::new(PeerVerifier { identity: self.clone() })
     }
 
-    /// Whether those who connect are held against an authority.
-    pub fn wants_certificates(&self) -> bool {
+    /// Whether the listener requires client certificates.
+    pub fn requires_client_certificates(&self) -> bool {
         self.files.ca.is_some()
     }
 }
@@ -133,16 +133,16 @@ impl Loaded {
         let certified = CertifiedKey::new(chain, private);
         match certified.keys_match() {
             Ok(()) | Err(Error::InconsistentKeys(InconsistentKeys::Unknown)) => {}
-            // Of X.509 version 1: whether it is understood is up to whoever asks for it.
-            Err(Error::InvalidCertificate(_)) if files.welcome == TrustedRole::Anybody => {}
-            Err(why) => return Err(wrong("cert", &files.cert, &format!("does not fit the key: {why}"))),
+            // Of X.509 version 1, which rustls does not parse: the other side may accept it.
+            Err(Error::InvalidCertificate(_)) if files.welcome == TrustedRole::AnyCertificate => {}
+            Err(why) => return Err(wrong("cert", &files.cert, &format!("does not match the key: {why}"))),
         }
         let names = match files.welcome {
-            TrustedRole::Anybody => Vec::new(),
-            TrustedRole::Namesakes => names(&certified).map_err(|why| wrong("cert", &files.cert, &why))?,
+            TrustedRole::AnyCertificate => Vec::new(),
+            TrustedRole::SharedDnsName => names(&certified).map_err(|why| wrong("cert", &files.cert, &why))?,
         };
-        if names.is_empty() && files.welcome == TrustedRole::Namesakes {
-            return Err(wrong("cert", &files.cert, &"is for no DNS name, by which peers know each other"));
+        if names.is_empty() && files.welcome == TrustedRole::SharedDnsName {
+            return Err(wrong("cert", &files.cert, &"has no DNS name, by which peers authenticate each other"));
         }
         let mut read_all = [cert, key].concat();
         let trusted = match &files.ca {
@@ -174,11 +174,11 @@ impl Trusted {
     }
 }
 
-/// The certificates of a PEM bundle, of which there has to be one at least.
+/// The certificates of a PEM bundle: at least one.
 pub fn certificates(pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, String> {
     let found: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(pem).collect();
     let found = found.map_err(|error| error.to_string())?;
-    if found.is_empty() { Err("holds no certificate in PEM".to_owned()) } else { Ok(found) }
+    if found.is_empty() { Err("contains no PEM certificate".to_owned()) } else { Ok(found) }
 }
 
 fn names(certified: &CertifiedKey) -> Result<Vec<ServerName<'static>>, String> {
@@ -194,23 +194,23 @@ fn provider() -> Arc<CryptoProvider> {
 impl PeerVerifier {
     fn trusted<T>(&self, with: impl FnOnce(&Trusted) -> Result<T, Error>) -> Result<T, Error> {
         let current = self.identity.current.load();
-        let none = || Error::General("there is no authority to hold a certificate against".into());
+        let none = || Error::General("no CA is configured to verify certificates".into());
         with(current.trusted.as_ref().ok_or_else(none)?)
     }
 
     fn check_name(&self, certificate: &CertificateDer<'_>) -> Result<(), Error> {
-        if self.identity.files.welcome == TrustedRole::Anybody {
+        if self.identity.files.welcome == TrustedRole::AnyCertificate {
             return Ok(());
         }
         let parsed = ParsedCertificate::try_from(certificate)?;
         let current = self.identity.current.load();
-        let shares = current.names.iter().any(|name| verify_server_name(&parsed, name).is_ok());
-        if shares { Ok(()) } else { Err(CertificateError::NotValidForName.into()) }
+        let shares_name = current.names.iter().any(|name| verify_server_name(&parsed, name).is_ok());
+        if shares_name { Ok(()) } else { Err(CertificateError::NotValidForName.into()) }
     }
 }
 
 impl ClientCertVerifier for PeerVerifier {
-    /// Names of authorities are only hints, and change with the file.
+    /// CA names are only hints to clients, and change with the file.
     fn root_hint_subjects(&self) -> &[DistinguishedName] {
         &[]
     }
@@ -230,7 +230,8 @@ impl ClientCertVerifier for PeerVerifier {
 }
 
 impl ServerCertVerifier for PeerVerifier {
-    /// `name` is an address, which no certificate has: ours says what the other's must be for.
+    /// A peer's `name` is an address, which its certificate does not have: it must share a name of this node's
+    /// certificate.
     fn verify_server_cert(
         &self,
         end_entity: &CertificateDer<'_>,
@@ -240,12 +241,12 @@ impl ServerCertVerifier for PeerVerifier {
         now: UnixTime,
     ) -> Result<ServerCertVerified, Error> {
         let current = self.identity.current.load();
-        let wanted = match self.identity.files.welcome {
-            TrustedRole::Anybody => std::slice::from_ref(name),
-            TrustedRole::Namesakes => &current.names,
+        let names = match self.identity.files.welcome {
+            TrustedRole::AnyCertificate => std::slice::from_ref(name),
+            TrustedRole::SharedDnsName => &current.names,
         };
         let mut last = CertificateError::NotValidForName.into();
-        for name in wanted {
+        for name in names {
             let verified = self.trusted(|trusted| {
                 trusted.servers.verify_server_cert(end_entity, intermediates, name, ocsp_response, now)
             });
@@ -277,7 +278,7 @@ impl ResolvesClientCert for Identity {
 }
 
 impl fmt::Debug for Identity {
-    /// Never the key.
+    /// Without the key, so that it never reaches a log.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Identity").field("files", &self.files).finish_non_exhaustive()
     }

@@ -1,6 +1,6 @@
 //! dray: a stateless pull-through cache proxy for container registries.
 //!
-//! Modules stand in levels and import only downwards; `tests/levels.rs` holds them to it.
+//! Modules form levels and import only from lower ones; `tests/levels.rs` enforces it.
 
 #![cfg_attr(test, allow(clippy::disallowed_methods, reason = "tests may block"))]
 

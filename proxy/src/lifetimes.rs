@@ -1,17 +1,17 @@
-//! Cached values that know how long they are good for.
+//! Cached values with a TTL of their own.
 
 use std::time::{Duration, Instant};
 
 use moka::Expiry;
 
-/// A value with a life of its own.
+/// A value with a TTL of its own.
 pub trait Lifetime {
-    /// How long it is good for, from when it is put into a cache.
+    /// Its TTL, from its insertion into a cache.
     fn life(&self) -> Duration;
 }
 
-/// Lets a cache drop each value at the end of its life. A value that is put in again begins a new
-/// one, which is not what moka does by itself.
+/// Makes a cache remove each value at the end of its TTL. An insertion under the same key starts a new TTL, which moka
+/// does not do by default.
 pub struct ByLifetime;
 
 impl<K, V: Lifetime> Expiry<K, V> for ByLifetime {

@@ -1,4 +1,4 @@
-//! The command line. Exit codes: 0 done, 1 failed, 2 wrong usage or configuration.
+//! The command line. Exit codes: 0 success, 1 failure, 2 invalid usage or configuration.
 
 mod commands;
 
@@ -11,8 +11,7 @@ use clap::{Parser, Subcommand};
 use self::commands::Failure;
 use self::commands::containerd::ContainerdCommand;
 use self::commands::explain::Explain;
-use self::commands::hand_over::HandOver;
-use self::commands::runtime::RuntimeCommand;
+use self::commands::runtime::RuntimeConfig;
 use self::commands::serve::Serve;
 use self::commands::status::StatusCommand;
 use self::commands::warm::Warm;
@@ -22,9 +21,9 @@ static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 
 /// A stateless pull-through cache proxy for container registries.
 ///
-/// Point every container runtime at it once; from then on any image of any registry is fetched
-/// once, verified by digest, and served from here. Without a command it serves; options stand
-/// before or after that, but not before another command.
+/// Configure dray as the mirror of every container runtime once. dray then downloads each image of any
+/// registry once, verifies it by digest, and serves it from its cache. Without a command, dray runs
+/// `serve`; the options of `serve` are not valid before another command.
 #[derive(Parser)]
 #[command(version, args_conflicts_with_subcommands = true)]
 struct Cli {
@@ -36,48 +35,47 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Serve registry clients (the default)
+    /// Serve registry clients; this is the default command
     Serve(Serve),
-    /// Check a configuration file and say what is wrong with it
+    /// Check a configuration file and print its errors
     ///
-    /// Opens none of the files that it names, so that it can be checked anywhere; with --here it does.
+    /// Does not open the files that the configuration names, so it runs on any machine. With --check-files it opens
+    /// them.
     CheckConfig {
-        /// The file
+        /// The configuration file
         file: PathBuf,
-        /// Also check what this machine has to have for it: certificates, keys and other files that it names, credentials, an address
-        /// among peers.static, containerd's hosts directory. DRAY_... variables hold as they do at the start
+        /// Also check this machine: the certificates, keys and other files that the configuration names, its
+        /// credentials, that peers.static has an address of this machine, and containerd's hosts directory.
+        /// DRAY_... variables apply as for `serve`
         #[arg(long)]
-        here: bool,
+        check_files: bool,
     },
-    /// Point containerd at dray, find out whether that works, or take it back
+    /// Write, check, synchronize or remove containerd's mirror configuration
     #[command(subcommand)]
     Containerd(ContainerdCommand),
-    /// Print what points another runtime at dray: the very file, and where it goes
-    Runtime(RuntimeCommand),
-    /// Pull images through a running dray, so that they are there when a runtime asks
+    /// Print the mirror configuration of another container runtime, and where to save it
+    RuntimeConfig(RuntimeConfig),
+    /// Pull images through a running dray, so that later pulls are cache hits
     Warm(Warm),
-    /// Show what a running dray does: answers by source, fills, registries, peers, disk
+    /// Show the state of a running dray: requests by source, downloads, upstreams, peers, disk
     Status(StatusCommand),
-    /// Tell how a running dray routes an image, and what would happen now
+    /// Show how a running dray routes an image, and what it would do with a request now
     Explain(Explain),
-    /// Give directories to the user that dray runs as, who then needs no other right
-    HandOver(HandOver),
 }
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    let done = match cli.command.unwrap_or(Command::Serve(cli.serve)) {
+    let result = match cli.command.unwrap_or(Command::Serve(cli.serve)) {
         Command::Serve(serve) => serve.run(),
-        Command::CheckConfig { file, here: false } => commands::check_config(&file),
-        Command::CheckConfig { file, here: true } => commands::check_config_here(&file),
+        Command::CheckConfig { file, check_files: false } => commands::check_config(&file),
+        Command::CheckConfig { file, check_files: true } => commands::check_config_files(&file),
         Command::Containerd(command) => command.run(),
-        Command::Runtime(runtime) => runtime.run(),
+        Command::RuntimeConfig(runtime) => runtime.run(),
         Command::Warm(warm) => warm.run(),
         Command::Status(status) => status.run(),
         Command::Explain(explain) => explain.run(),
-        Command::HandOver(hand_over) => hand_over.run(),
     };
-    match done {
+    match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(Failure::Usage(message)) => fail(&message, 2),
         Err(Failure::Failed(message)) => fail(&message, 1),

@@ -1,5 +1,5 @@
-//! Metrics: what they are called, and the handles that count. A leaf: it knows nobody's types, labels come in as `&'static str` or
-//! as names that the configuration bounds.
+//! The names of all metrics and the handles that count. This module imports no other one: labels come in as `&'static str`
+//! or as names that the configuration bounds.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -19,8 +19,8 @@ macro_rules! metrics {
         pub struct Metrics {
             registry: Registry,
             $($(#[$attribute])* $visible $handle: $kind,)*
-            /// What counts each kind of answer, so that a request looks for one thing and not for five.
-            answers: RwLock<HashMap<ResponseKey, Arc<ResponseCounts>>>,
+            /// The handles for each kind of response, so that a request needs one lookup instead of five.
+            responses: RwLock<HashMap<ResponseKey, Arc<ResponseCounts>>>,
         }
 
         impl Metrics {
@@ -31,7 +31,7 @@ macro_rules! metrics {
             pub fn new() -> Self {
                 let registry = Registry::new();
                 $(let $handle: $kind = register(&registry, $name, $help, &[$($label),*]);)*
-                let metrics = Self { registry, $($handle,)* answers: RwLock::default() };
+                let metrics = Self { registry, $($handle,)* responses: RwLock::default() };
                 metrics.build.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
                 metrics
             }
@@ -41,71 +41,71 @@ macro_rules! metrics {
 
 metrics! {
     requests: IntCounterVec ["route", "source", "status"] = "dray_requests_total",
-        "Requests answered.";
-    sent_bytes: IntCounterVec ["source"] = "dray_sent_bytes_total",
-        "Body bytes sent to clients and peers.";
-    pub saved_bytes: IntCounter [] = "dray_saved_bytes_total",
-        "Body bytes sent to clients that did not come from a registry for them.";
+        "Requests of clients and peers that got a response.";
+    client_bytes: IntCounterVec ["source"] = "dray_client_bytes_total",
+        "Body bytes sent to clients.";
+    peer_sent_bytes: IntCounterVec ["source"] = "dray_peer_sent_bytes_total",
+        "Body bytes sent to peers.";
     request_seconds: HistogramVec ["route", "source"] = "dray_request_seconds",
-        "Time to the end of an answer.";
+        "Time to the end of a response.";
     first_byte: HistogramVec ["source"] = "dray_first_byte_seconds",
-        "Time to the first byte of an answer, by source.";
-    pub upstream_requests: IntCounterVec ["rule", "kind", "outcome"] = "dray_origin_requests_total",
-        "Requests sent to origins.";
-    pub upstream_bytes: IntCounterVec ["rule"] = "dray_origin_bytes_total",
-        "Body bytes received from origins.";
-    pub upstream_first_byte: HistogramVec ["rule"] = "dray_origin_first_byte_seconds",
-        "Time until an origin began to answer, tokens and redirects included.";
-    pub upstream_body_seconds: CounterVec ["rule"] = "dray_origin_body_seconds_total",
-        "Time that bodies of blobs took to come, all connections together.";
-    pub upstream_down: IntGaugeVec ["rule"] = "dray_origin_down",
-        "Upstreams that do not answer and are asked again all the time.";
-    pub client_checks: IntCounterVec ["rule", "outcome"] = "dray_client_checks_total",
-        "Times a registry was asked whether a client may have something, by what it said.";
-    pub upstream_rate_limit: IntGaugeVec ["rule", "upstream"] = "dray_origin_rate_limit",
-        "Pulls that an upstream allows in its window, as it last said.";
-    pub upstream_rate_limit_remaining: IntGaugeVec ["rule", "upstream"] = "dray_origin_rate_limit_remaining",
-        "Pulls that an upstream still allows, as it last said.";
+        "Time to the first byte of a response, by source.";
+    pub upstream_requests: IntCounterVec ["rule", "kind", "outcome"] = "dray_upstream_requests_total",
+        "Requests sent to upstream registries.";
+    pub upstream_bytes: IntCounterVec ["rule"] = "dray_upstream_bytes_total",
+        "Body bytes received from upstream registries.";
+    pub upstream_first_byte: HistogramVec ["rule"] = "dray_upstream_first_byte_seconds",
+        "Time to the first byte of an upstream's response, token requests and redirects included.";
+    pub upstream_body_seconds: CounterVec ["rule"] = "dray_upstream_body_seconds_total",
+        "Time that connections to upstreams spent on bodies of blobs.";
+    pub upstream_down: IntGaugeVec ["rule"] = "dray_upstream_down",
+        "Upstreams that are down, and are probed until they respond.";
+    pub client_authorizations: IntCounterVec ["rule", "outcome"] = "dray_client_authorizations_total",
+        "Requests to upstream registries whether a client may pull something, by outcome.";
+    pub upstream_rate_limit: IntGaugeVec ["rule", "upstream"] = "dray_upstream_rate_limit",
+        "Pulls that an upstream allows in its window, by its last response.";
+    pub upstream_rate_limit_remaining: IntGaugeVec ["rule", "upstream"] = "dray_upstream_rate_limit_remaining",
+        "Pulls that an upstream still allows, by its last response.";
     pub peer_bytes: IntCounterVec ["from_zone", "to_zone"] = "dray_peer_bytes_total",
         "Body bytes received from peers.";
     pub peer_requests: IntCounterVec ["from_zone", "to_zone", "outcome"] = "dray_peer_requests_total",
-        "Questions to peers, by what they gave.";
+        "Requests to peers, by outcome.";
     pub peer_first_byte: HistogramVec ["from_zone", "to_zone"] = "dray_peer_first_byte_seconds",
-        "Time until a peer gave what it was asked for.";
-    pub fills: IntGaugeVec ["state"] = "dray_fills",
-        "Blobs being fetched, or proven on disk.";
+        "Time to the first byte of a peer's response with content.";
+    pub downloads: IntGaugeVec ["state"] = "dray_downloads_in_progress",
+        "Blobs that are being downloaded, or verified on disk.";
     pub evicted_bytes: IntCounter [] = "dray_evicted_bytes_total",
         "Bytes of blobs evicted from disk.";
     pub resumed_bytes: IntCounter [] = "dray_resumed_bytes_total",
-        "Bytes that an earlier, unfinished fetch had left.";
+        "Bytes that an earlier, unfinished download had left on disk.";
     pub scrubbed_bytes: IntCounter [] = "dray_scrubbed_bytes_total",
-        "Bytes of cached blobs read again to find damage.";
-    pub damaged: IntCounter [] = "dray_damaged_blobs_total",
-        "Cached blobs that no longer matched their digest, and were dropped.";
-    pub shut_out: IntCounter [] = "dray_peers_shut_out_total",
-        "Times a peer was left alone for sending wrong bytes.";
-    pub unproven: IntCounterVec ["what"] = "dray_peers_unproven_total",
-        "Questions to us and answers to us that no peer has proven: other key, certificate, clock or address, or a stranger.";
+        "Bytes of cached blobs read again to find corrupt ones.";
+    pub corrupt_blobs: IntCounter [] = "dray_corrupt_blobs_total",
+        "Cached blobs that no longer matched their digest and were dropped.";
+    pub peer_ejections: IntCounter [] = "dray_peer_ejections_total",
+        "Times a peer was ejected for sending corrupt bytes.";
+    pub peer_auth_failures: IntCounterVec ["direction"] = "dray_peer_auth_failures_total",
+        "Requests from peers and responses of peers whose proof of identity failed: other key, certificate, clock or address.";
     pub small_dropped: IntCounterVec ["cache", "reason"] = "dray_small_dropped_total",
         "Small objects that did not reach the disk, by queue that was full.";
-    pub small_lookups: IntCounterVec ["cache", "found"] = "dray_small_lookups_total",
-        "Times a small object was looked for, by where it was found.";
+    pub small_lookups: IntCounterVec ["cache", "result"] = "dray_small_lookups_total",
+        "Lookups of small objects, by result.";
     pub small_memory: IntGaugeVec ["cache"] = "dray_small_memory_bytes",
         "Bytes of small objects in memory.";
-    pub containerd_pointed: IntGaugeVec ["hosts_dir"] = "dray_containerd_pointed",
-        "Whether the hosts directory of containerd says what it should.";
+    pub containerd_mirror_configured: IntGaugeVec ["hosts_dir"] = "dray_containerd_mirror_configured",
+        "Whether dray is configured as the mirror in the hosts directory of containerd.";
     pub cache_blobs: IntGauge [] = "dray_cache_blobs",
-        "Blobs that are kept as files.";
+        "Blobs that are cached as files.";
     pub cache_bytes: IntGaugeVec ["tier"] = "dray_cache_bytes",
         "Bytes held, by tier.";
     pub cache_limit: IntGaugeVec ["tier"] = "dray_cache_limit_bytes",
         "Bytes that may be held, by tier.";
     pub stale: IntCounterVec ["reason"] = "dray_stale_total",
-        "Tags answered from an expired record, by reason.";
+        "Tags and lists served stale, by reason.";
     pub mismatches: IntCounter [] = "dray_digest_mismatches_total",
         "Bodies that did not match their digest.";
-    pub uncached: IntCounterVec ["reason"] = "dray_uncached_total",
-        "Blobs passed through without being kept, by reason.";
+    pub cache_bypass: IntCounterVec ["reason"] = "dray_cache_bypass_total",
+        "Blobs that were proxied without being cached, by reason.";
     pub peers: IntGauge [] = "dray_peers",
         "Addresses that DNS or the configuration names as members, this one included.";
     pub config: IntGaugeVec ["hash"] = "dray_config_info",
@@ -117,9 +117,17 @@ metrics! {
 /// The upper bounds of all histograms, in seconds.
 const BUCKETS: [f64; 14] = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0];
 
-/// An answer, to be counted.
+/// The kind of connection that a response is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Receiver {
+    Client,
+    Peer,
+}
+
+/// A response, to be counted.
 #[derive(Clone, Copy, Debug)]
 pub struct ResponseLabels {
+    pub receiver: Receiver,
     pub route: &'static str,
     pub source: &'static str,
     pub status: u16,
@@ -128,8 +136,8 @@ pub struct ResponseLabels {
     pub took: Duration,
 }
 
-/// Route, source and status.
-type ResponseKey = (&'static str, &'static str, u16);
+/// Receiver, route, source and status.
+type ResponseKey = (Receiver, &'static str, &'static str, u16);
 
 struct ResponseCounts {
     requests: IntCounter,
@@ -139,34 +147,37 @@ struct ResponseCounts {
 }
 
 impl Metrics {
-    /// Counts an answer.
-    pub fn answered(&self, answer: &ResponseLabels) {
-        let counts = self.counts_of((answer.route, answer.source, answer.status));
+    pub fn count(&self, response: &ResponseLabels) {
+        let counts = self.counts_of((response.receiver, response.route, response.source, response.status));
         counts.requests.inc();
-        counts.sent_bytes.inc_by(answer.sent);
-        counts.request_seconds.observe(answer.took.as_secs_f64());
-        if let Some(first_byte) = answer.first_byte {
+        counts.sent_bytes.inc_by(response.sent);
+        counts.request_seconds.observe(response.took.as_secs_f64());
+        if let Some(first_byte) = response.first_byte {
             counts.first_byte.observe(first_byte.as_secs_f64());
         }
     }
 
-    /// All of a kind share theirs: there are as many as routes, sources and statuses go together.
+    /// Bounded by the combinations of routes, sources and statuses.
     fn counts_of(&self, kind: ResponseKey) -> Arc<ResponseCounts> {
-        let known = self.answers.read().get(&kind).cloned();
+        let known = self.responses.read().get(&kind).cloned();
         known.unwrap_or_else(|| {
-            let (route, source, status) = kind;
+            let (receiver, route, source, status) = kind;
+            let sent_bytes = match receiver {
+                Receiver::Client => &self.client_bytes,
+                Receiver::Peer => &self.peer_sent_bytes,
+            };
             let counts = Arc::new(ResponseCounts {
                 requests: self.requests.with_label_values(&[route, source, &status.to_string()]),
-                sent_bytes: self.sent_bytes.with_label_values(&[source]),
+                sent_bytes: sent_bytes.with_label_values(&[source]),
                 request_seconds: self.request_seconds.with_label_values(&[route, source]),
                 first_byte: self.first_byte.with_label_values(&[source]),
             });
-            self.answers.write().insert(kind, counts.clone());
+            self.responses.write().insert(kind, counts.clone());
             counts
         })
     }
 
-    /// A counter over all its labels.
+    /// The sum of a counter over all its labels.
     #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "counters count, and stay below 2^53")]
     pub fn sum(counters: &IntCounterVec) -> u64 {
         let families = counters.collect();
@@ -189,7 +200,7 @@ impl Default for Metrics {
     }
 }
 
-/// A kind of metric. Those without labels take none.
+/// A kind of metric. Kinds without labels ignore them.
 trait Metric: Collector + Clone + 'static {
     fn make(options: Opts, labels: &[&str]) -> prometheus::Result<Self>;
 }

@@ -1,4 +1,4 @@
-//! The words of the OCI distribution specification: names, digests, ranges, routes, errors.
+//! The terms of the OCI distribution specification: names, digests, ranges, routes, errors.
 
 pub mod accept;
 pub mod digest;
@@ -21,11 +21,11 @@ pub use range::{ContentRange, RangeRequest, RangeSet, Span};
 pub use route::{Endpoint, RegistryFrom, Route};
 pub use spans::Spans;
 
-/// Largest manifest dray accepts, in bytes: the limit of containerd and of the specification.
+/// Largest manifest that dray accepts, in bytes: the limit of containerd and of the specification.
 pub const MAX_MANIFEST_BYTES: u64 = 4 * 1024 * 1024;
 
-/// What a blob is served as; its real type stands in the manifest that names it.
+/// Media type of blob responses. The real type of a blob is in its manifest.
 pub const BLOB_MEDIA_TYPE: &str = "application/octet-stream";
 
-/// Media type of an OCI image index, which is also the shape of a referrers answer.
+/// Media type of an OCI image index and of a referrers response.
 pub const INDEX_MEDIA_TYPE: &str = "application/vnd.oci.image.index.v1+json";

@@ -1,8 +1,8 @@
-//! Other drays: who owns a digest, who else has it, and asking them.
+//! The other dray instances of the cluster: which peer owns a digest, which peers hold it, and requests to them.
 //!
-//! Peers speak the registry protocol, tags only with proof of who they are, on a port of their own, and a few
-//! headers beside it ([`wire`]). Questions only travel towards the origin ([`Role`]); whoever is asked as the
-//! owner goes to the origin itself.
+//! Peers speak the registry protocol on a port of their own, with a few additional headers ([`wire`]). Only
+//! authenticated peers resolve tags for each other. Requests only travel towards the upstream ([`Role`]): a peer that
+//! is requested as the owner requests from the upstream itself.
 
 mod auth;
 mod discovery;
@@ -51,7 +51,7 @@ use crate::role::Role;
 use crate::source::root_cause;
 use crate::times::{DEFAULT_TTL, IDLE_TIMEOUT, OBSERVATION_TTL, RETRY_INTERVAL};
 
-/// The other processes and what is known of them.
+/// The peers, and what this node has observed of them.
 pub struct Peers {
     members: ArcSwap<Members>,
     settings: Settings,
@@ -60,66 +60,71 @@ pub struct Peers {
     /// Whether the members are known.
     formed: watch::Sender<bool>,
     health: Mutex<Health>,
-    /// Somebody is to be pinged earlier than was known.
-    troubled: Notify,
-    proof: PeerAuth,
+    /// Wakes the pinger: a ping is due earlier than the one that it sleeps for.
+    ping_due: Notify,
+    auth: PeerAuth,
     client: Client,
-    /// Who fetches what from this node.
+    /// Per blob and locality: which peers request it from this node, and what they have of it.
     trackers: moka::sync::Cache<(Digest, Locality), Arc<Mutex<Tracker>>>,
-    /// Those that lately had too much to do.
-    busy: moka::sync::Cache<SocketAddr, ()>,
-    /// How long each took to give what it was last asked for.
+    /// Peers that were overloaded within [`RETRY_INTERVAL`]: requests to them are not retried.
+    overloaded: moka::sync::Cache<SocketAddr, ()>,
+    /// Time to first byte of each peer's last successful response.
     latencies: moka::sync::Cache<SocketAddr, Duration>,
-    /// Bodies sent to peers at the moment.
+    /// Number of bodies that are being sent to peers.
     sending: AtomicU32,
     started: Instant,
     metrics: Arc<Metrics>,
 }
 
-/// A member as it is shown to people.
+/// A member in the status report.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct PeerView {
     pub address: SocketAddr,
-    /// `-`: in none.
+    /// `-`: the member has no zone.
     pub zone: String,
     pub is_this_node: bool,
-    /// Whether it is asked: not for a while after it could not be reached or lied.
-    pub is_well: bool,
-    /// How long it took to give what it was last asked for. Null: it was not, lately.
+    /// `healthy`; `down`: it does not respond, and is pinged until it does; `ejected`: it sent corrupt bytes, and is not used
+    /// for a while.
+    pub state: String,
+    /// Time to first byte of its last response. Null: none within `OBSERVATION_TTL`.
     pub first_byte_ms: Option<f64>,
-    /// Of all digests, that it owns.
+    /// The fraction of all digests that it owns.
     pub share: f64,
 }
 
-/// Where an answer may come from.
+/// Where a response may come from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FetchPolicy {
-    /// Wherever it can be had.
-    Origin,
-    /// What is here, or comes now: nobody else is asked for it.
-    Kept,
+    /// Any source, including the upstream.
+    Upstream,
+    /// Only this node's cache and the downloads that it runs.
+    CacheOnly,
 }
 
-/// More than the second after which a lost SYN is sent again: a busy link is not a dead peer.
+/// Longer than one second, after which TCP resends a lost SYN: a congested link is not a dead peer. Longer: a dead peer
+/// delays each request more. Shorter: one lost packet marks a peer as down.
 const CONNECT_TIMEOUT: Duration = Duration::from_millis(1500);
 
-/// Peers that are remembered, of all blobs together, each with up to a KiB; for how long.
+/// Upper bound for the peers tracked over all blobs together, each with up to a KiB. Larger: more memory. Smaller:
+/// trackers of blobs in use are evicted, and this node sends bodies that other holders could send.
 const MAX_TRACKED: u64 = 256 * 1024;
 
 impl Peers {
-    /// None: this process keeps to itself. Must run inside a tokio runtime.
+    /// None: peers are not configured. Must run inside a tokio runtime.
     pub fn new(config: &Config, metrics: Arc<Metrics>) -> Result<Option<Self>, String> {
         let settings = config.peers.clone();
         let Some(listen) = settings.listen else { return Ok(None) };
         let discovery = Discovery::new(&settings, &config.dns.servers, listen)?;
         let members = Members::new(&settings.members, listen, settings.zone.clone(), settings.zones);
         if !discovery.is_needed() && settings.members.is_empty() {
-            return Err("peers.listen: nobody is known who could connect: set peers.service or peers.static".to_owned());
+            return Err(
+                "peers.listen is set, but no members are configured: set peers.service or peers.static".to_owned()
+            );
         }
         if !discovery.is_needed() && !settings.members.iter().any(|(_, member)| *member == members.own) {
             return Err(format!(
-                "peers.static holds no address of this host with port {}: write all members, this one included, \
-                 by the addresses that the others use",
+                "peers.static contains no address of this host with port {}: list all members, this one included, \
+                 with the addresses that the others use",
                 listen.port()
             ));
         }
@@ -127,10 +132,10 @@ impl Peers {
         if settings.zone.is_some() && !names.clone().any(|zone| *zone == settings.zone) {
             let zones: Vec<&str> = names.filter_map(|zone| zone.as_deref()).collect();
             let zone = settings.zone.as_deref().unwrap_or_default();
-            tracing::warn!(zone, ?zones, "peers.zone is none of the zones that have members: this node is alone in it");
+            tracing::warn!(zone, ?zones, "own zone has no members configured");
         }
         metrics.peers.set(i64::try_from(members.len()).unwrap_or(i64::MAX));
-        let proof = PeerAuth::load(&settings)?;
+        let auth = PeerAuth::load(&settings)?;
         let client = Client::builder()
             .user_agent(concat!("dray/", env!("CARGO_PKG_VERSION")))
             .http1_only()
@@ -138,7 +143,7 @@ impl Peers {
             .redirect(reqwest::redirect::Policy::none())
             .connect_timeout(CONNECT_TIMEOUT)
             .pool_idle_timeout(IDLE_TIMEOUT);
-        let client = proof.prepare(client)?.build().map_err(|e| root_cause(&e))?;
+        let client = auth.prepare(client)?.build().map_err(|e| root_cause(&e))?;
         Ok(Some(Self {
             members: ArcSwap::from_pointee(members),
             formed: watch::Sender::new(!discovery.is_needed()),
@@ -146,15 +151,15 @@ impl Peers {
             settings,
             listen,
             health: Mutex::default(),
-            troubled: Notify::new(),
-            proof,
+            ping_due: Notify::new(),
+            auth,
             client,
             trackers: moka::sync::Cache::builder()
-                .weigher(|_, tracker: &Arc<Mutex<Tracker>>| tracker.lock().most())
+                .weigher(|_, tracker: &Arc<Mutex<Tracker>>| tracker.lock().max_peers())
                 .max_capacity(MAX_TRACKED)
                 .time_to_idle(DEFAULT_TTL)
                 .build(),
-            busy: moka::sync::Cache::builder().max_capacity(10_000).time_to_live(RETRY_INTERVAL).build(),
+            overloaded: moka::sync::Cache::builder().max_capacity(10_000).time_to_live(RETRY_INTERVAL).build(),
             latencies: moka::sync::Cache::builder().max_capacity(10_000).time_to_live(OBSERVATION_TTL).build(),
             sending: AtomicU32::new(0),
             started: Instant::now(),
@@ -162,8 +167,8 @@ impl Peers {
         }))
     }
 
-    /// Follows the names for as long as it is polled. While they cannot be resolved, everybody
-    /// known stays a member.
+    /// Resolves the service names again and again while it is polled. While they cannot be resolved, the known members
+    /// stay.
     pub async fn follow_services(&self) {
         let mut discovery = self.discovery.lock().await;
         let mut known = Vec::new();
@@ -171,9 +176,10 @@ impl Peers {
             if let Some(mut found) = discovery.next().await {
                 found.extend(self.settings.members.iter().cloned());
                 found.sort_unstable();
-                // Finding this host takes some system calls for each member. Until it is found it may still get its address.
+                // `Members::new` finds this host with some system calls for each member, so an unchanged list skips it.
+                // But until this host is found its address may still appear.
                 if found != known || !self.members.load().has_own() {
-                    self.take(&found);
+                    self.update_members(&found);
                     known = found;
                 }
                 self.formed.send_replace(true);
@@ -183,43 +189,43 @@ impl Peers {
 
     /// Waits until the members are known.
     pub async fn formed(&self) {
-        // The sender lives as long as this.
+        // Waiting only fails when the sender is dropped, and `self` owns it.
         let _ = self.formed.subscribe().wait_for(|formed| *formed).await;
     }
 
-    fn take(&self, found: &[(Zone, SocketAddr)]) {
+    fn update_members(&self, found: &[(Zone, SocketAddr)]) {
         let members = Members::new(found, self.listen, self.settings.zone.clone(), self.settings.zones);
         if **self.members.load() != members {
-            tracing::info!(members = members.len(), own = %members.own, zone = members.own_zone(), "the peers changed");
+            tracing::info!(members = members.len(), own = %members.own, zone = members.own_zone(), "peers changed");
             if !members.has_own() {
-                tracing::warn!("none of the peers' addresses is this host's: it asks them, but owns nothing");
+                tracing::warn!(own = %members.own, "own address not among the peers: this node owns no digests");
             }
             self.metrics.peers.set(i64::try_from(members.len()).unwrap_or(i64::MAX));
             self.members.store(Arc::new(members));
         }
     }
 
-    /// Whether a member is in another zone.
-    pub fn is_far(&self, peer: SocketAddr) -> bool {
-        self.members.load().is_far(peer)
+    /// Whether traffic to or from a peer crosses into another zone.
+    pub fn is_cross_zone(&self, peer: SocketAddr) -> bool {
+        self.members.load().is_cross_zone(peer)
     }
 
-    /// How many members there are.
     pub fn count(&self) -> usize {
         self.members.load().len()
     }
 
-    /// The members as they are shown to people, by zone and address.
+    /// The members for the status report, sorted by zone and address.
     pub fn views(&self) -> Vec<PeerView> {
         let members = self.members.load();
         let share = 1.0 / members.len().max(1) as f64;
+        let (health, now) = (self.health.lock(), self.now());
         let mut views: Vec<PeerView> = members
             .iter()
             .map(|(address, zone)| PeerView {
                 address,
                 zone: zone.to_owned(),
                 is_this_node: address == members.own,
-                is_well: address == members.own || self.is_well(&address),
+                state: if address == members.own { "healthy" } else { health.state(&address, now) }.to_owned(),
                 first_byte_ms: self.latencies.get(&address).map(|latency| latency.as_secs_f64() * 1000.0),
                 share,
             })
@@ -228,66 +234,67 @@ impl Peers {
         views
     }
 
-    /// Whom to ask for a digest, having been asked as `role`.
+    /// The route to the owners of a digest, for a request that reached this node with `role`.
     pub fn lead(&self, digest: &Digest, role: Role, scope: Scope) -> OwnerRoute {
-        self.members.load().lead(digest, role, scope, |peer| self.is_well(peer))
+        self.members.load().owner_route(digest, role, scope, |peer| self.is_available(peer))
     }
 
-    /// Who goes to the origin for a digest, in which zone, and whether that is this node.
+    /// The peer that downloads a digest from the upstream, its zone, and whether it is this node.
     pub fn owner(&self, digest: &Digest, scope: Scope) -> (SocketAddr, String, bool) {
         let members = self.members.load();
-        let mut lead = members.lead(digest, Role::Client, scope, |peer| self.is_well(peer));
-        // The owner of the zone asks further.
-        if lead.asked_as == Role::Zone {
-            lead = members.lead(digest, Role::Zone, scope, |peer| self.is_well(peer));
+        let mut route = members.owner_route(digest, Role::Client, scope, |peer| self.is_available(peer));
+        // The zone's owner forwards the request to the owner of all zones.
+        if route.request_role == Role::Zone {
+            route = members.owner_route(digest, Role::Zone, scope, |peer| self.is_available(peer));
         }
-        let owner = lead.leaders.first().copied().unwrap_or(members.own);
+        let owner = route.owners.first().copied().unwrap_or(members.own);
         (owner, members.zone_of(owner).to_owned(), owner == members.own)
     }
 
-    /// Whether peers prove who they are: then they share what no digest proves, and what credentials
-    /// were needed for.
-    pub fn are_proven(&self) -> bool {
-        !matches!(self.proof, PeerAuth::None)
+    /// Whether peers authenticate each other. Then they also share what no digest verifies (tags), and content that
+    /// needs credentials.
+    pub fn are_authenticated(&self) -> bool {
+        !matches!(self.auth, PeerAuth::None)
     }
 
-    /// What the peers' listener shows, if it wants certificates.
+    /// The certificate of the peers' listener, with mTLS only.
     pub fn identity(&self) -> Option<&Arc<Identity>> {
-        match &self.proof {
+        match &self.auth {
             PeerAuth::Certificates(identity) => Some(identity),
             PeerAuth::None | PeerAuth::Key(_) => None,
         }
     }
 
-    /// Reads the key or the certificates again. Blocks on the disk.
+    /// Reloads the key or the certificates. Blocks on the disk.
     pub fn reload(&self) -> Result<(), String> {
-        self.proof.reload()
+        self.auth.reload()
     }
 
-    /// A peer sent wrong bytes, of which it said this.
-    pub fn sent_wrong(&self, peer: SocketAddr, claim: Claim) {
+    /// Handles corrupt bytes of a peer, by what it claimed of them: a peer that relays cannot know, and is ejected only
+    /// when it relays corrupt bytes repeatedly.
+    pub fn report_corrupt(&self, peer: SocketAddr, claim: Claim) {
         match claim {
-            Claim::Relayed if !self.health.lock().relayed_wrong(peer, self.now()) => {
-                tracing::info!(%peer, "a peer passed on wrong bytes");
+            Claim::Relayed if !self.health.lock().record_relayed_corruption(peer, self.now()) => {
+                tracing::info!(%peer, "peer relayed corrupt bytes");
             }
             Claim::Relayed | Claim::Verified => self.lies(peer),
         }
     }
 
-    /// Leaves a peer alone that lied, and names it to nobody.
+    /// Ejects a peer that sent corrupt bytes as verified, and no longer names it as a holder to others.
     pub fn lies(&self, peer: SocketAddr) {
-        tracing::warn!(%peer, "a peer sent wrong bytes");
-        self.metrics.shut_out.inc();
-        self.health.lock().lies(peer, self.now());
+        tracing::warn!(%peer, reason = "corrupt", "peer ejected");
+        self.metrics.peer_ejections.inc();
+        self.health.lock().eject(peer, self.now());
         self.trackers.iter().for_each(|(_, tracker)| tracker.lock().forget(&peer));
     }
 
-    /// Whether a peer may be asked.
-    fn is_well(&self, peer: &SocketAddr) -> bool {
-        self.health.lock().is_well(peer, self.now())
+    /// Whether a peer is neither down nor ejected.
+    fn is_available(&self, peer: &SocketAddr) -> bool {
+        self.health.lock().is_available(peer, self.now())
     }
 
-    /// The clock of trackers, views and health.
+    /// The clock that trackers, views and health share.
     pub fn now(&self) -> Time {
         self.started.elapsed()
     }

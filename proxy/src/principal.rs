@@ -1,4 +1,4 @@
-//! With whose rights a registry is asked, where a rule says that they are the caller's own.
+//! Principals: whose credentials a request carries, for rules that leave authorization to the upstream.
 
 use std::fmt;
 use std::sync::Arc;
@@ -6,89 +6,89 @@ use std::sync::Arc;
 use http::HeaderValue;
 use ring::digest::{SHA256, digest};
 
-/// Whose rights a question is asked with.
+/// Whose rights a request has.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Principal {
-    /// What the rule can pull, everybody may have.
-    Everyone,
-    /// The rule asks who it is, and nobody has been let in.
-    Unknown,
-    /// Somebody without a secret: gets what the registry gives to anybody.
+    /// Any client: all may have what the rule's credentials can pull.
+    Shared,
+    /// Not authorized yet: the rule leaves authorization to the upstream.
+    Unauthorized,
+    /// A client without a credential: it gets what the upstream serves to anonymous clients.
     Anonymous,
-    /// Somebody with a secret of their own.
-    Holder(Arc<VerifiedPrincipal>),
+    /// A client with its own credential.
+    Verified(Arc<VerifiedPrincipal>),
 }
 
-/// Somebody whose secret a registry has taken.
+/// A principal whose credential an upstream has accepted.
 #[derive(Clone, PartialEq, Eq)]
 pub struct VerifiedPrincipal {
-    pub who: PrincipalId,
-    /// What the registry is shown. None: it could not be asked, so there is only what is here.
+    pub id: PrincipalId,
+    /// The `Authorization` for the upstream. None: the upstream was not reachable, so only the cache can be served.
     pub authorization: Option<HeaderValue>,
 }
 
-/// A secret's keyed hash: tells callers apart, and tells nobody the secret.
+/// The keyed hash of a credential: it distinguishes principals without revealing the credential.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct PrincipalId(pub [u8; 16]);
 
 impl PrincipalId {
-    /// Those without a secret.
-    pub const NOBODY: Self = Self([0; 16]);
+    /// Of principals without a credential.
+    pub const ANONYMOUS: Self = Self([0; 16]);
 
-    /// Whoever another dray asks for, which has let them in. Never taken for somebody who asks here.
+    /// Of a principal that a peer has authorized and requests for. It never equals the ID of a client of this node.
     pub fn lent(authorization: &HeaderValue) -> Self {
-        let told = [b"dray lent\0", authorization.as_bytes()].concat();
-        let mut who = [0; 16];
-        who.copy_from_slice(&digest(&SHA256, &told).as_ref()[..16]);
-        Self(who)
+        let input = [b"dray lent\0", authorization.as_bytes()].concat();
+        let mut id = [0; 16];
+        id.copy_from_slice(&digest(&SHA256, &input).as_ref()[..16]);
+        Self(id)
     }
 }
 
 impl Principal {
-    /// Whether somebody has looked at who it is, or nobody need.
-    pub fn is_let_in(&self) -> bool {
-        *self != Self::Unknown
+    /// Whether authorization is done or not needed.
+    pub fn is_authorized(&self) -> bool {
+        *self != Self::Unauthorized
     }
 
-    pub fn who(&self) -> PrincipalId {
+    pub fn principal_id(&self) -> PrincipalId {
         match self {
-            Self::Holder(holder) => holder.who,
-            Self::Everyone | Self::Unknown | Self::Anonymous => PrincipalId::NOBODY,
+            Self::Verified(holder) => holder.id,
+            Self::Shared | Self::Unauthorized | Self::Anonymous => PrincipalId::ANONYMOUS,
         }
     }
 
-    /// What the registry is shown that is the caller's own.
+    /// The principal's own `Authorization` for the upstream.
     pub fn authorization(&self) -> Option<&HeaderValue> {
         self.holder()?.authorization.as_ref()
     }
 
-    /// Whether the registry can be asked nothing in its name.
-    pub fn is_empty_handed(&self) -> bool {
+    /// Whether it has a credential, but no `Authorization` for the upstream.
+    pub fn lacks_authorization(&self) -> bool {
         self.holder().is_some() && self.authorization().is_none()
     }
 
-    /// Whether what the registry is shown is a secret itself, which may be a wrong one.
-    pub fn shows_secret(&self) -> bool {
+    /// Whether its `Authorization` is the password itself, which may be wrong.
+    pub fn has_password(&self) -> bool {
         self.authorization().is_some_and(|value| value.as_bytes().starts_with(b"Basic "))
     }
 
-    /// Whether other nodes may ask the registry in its name: by a token for one repository, never by a secret.
-    pub fn may_be_lent(&self) -> bool {
+    /// Whether peers may send requests with its rights: with a token for one repository, never with a password.
+    pub fn may_be_forwarded(&self) -> bool {
         self.holder().is_none() || self.authorization().is_some_and(|value| value.as_bytes().starts_with(b"Bearer "))
     }
 
     pub fn holder(&self) -> Option<&VerifiedPrincipal> {
         match self {
-            Self::Holder(holder) => Some(holder),
-            Self::Everyone | Self::Unknown | Self::Anonymous => None,
+            Self::Verified(holder) => Some(holder),
+            Self::Shared | Self::Unauthorized | Self::Anonymous => None,
         }
     }
 }
 
 impl fmt::Debug for VerifiedPrincipal {
-    /// Never what the registry is shown.
+    /// Never shows the `Authorization`.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Holder").field("who", &self.who).finish_non_exhaustive()
+        f.debug_struct("Holder").field("id", &self.id).finish_non_exhaustive()
     }
 }
 
@@ -97,15 +97,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_secret_is_not_lent() {
+    fn password_is_never_lent_to_peers() {
         let holder = |text| {
             let authorization = Some(HeaderValue::from_static(text));
-            Principal::Holder(Arc::new(VerifiedPrincipal { who: PrincipalId::NOBODY, authorization }))
+            Principal::Verified(Arc::new(VerifiedPrincipal { id: PrincipalId::ANONYMOUS, authorization }))
         };
-        assert!(holder("Bearer x").may_be_lent() && Principal::Anonymous.may_be_lent());
-        assert!(!holder("Basic eDp5").may_be_lent());
-        let in_trouble = VerifiedPrincipal { who: PrincipalId::NOBODY, authorization: None };
-        assert!(!Principal::Holder(Arc::new(in_trouble)).may_be_lent());
+        assert!(holder("Bearer x").may_be_forwarded() && Principal::Anonymous.may_be_forwarded());
+        assert!(!holder("Basic eDp5").may_be_forwarded());
+        let in_trouble = VerifiedPrincipal { id: PrincipalId::ANONYMOUS, authorization: None };
+        assert!(!Principal::Verified(Arc::new(in_trouble)).may_be_forwarded());
         assert!(!format!("{:?}", holder("Basic eDp5")).contains("eDp5"));
     }
 }

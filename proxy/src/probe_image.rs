@@ -1,6 +1,6 @@
-//! An image of dray's own, by which `dray containerd check` finds out whether a runtime's pulls come here.
+//! The probe image, with which `dray containerd check` tests whether a runtime pulls through dray.
 //!
-//! No registry can have it: names below `.invalid` never resolve (RFC 6761). So whoever gets it, has it from a dray.
+//! Only dray serves it: names below `.invalid` never resolve (RFC 6761), so a pull that succeeds went through dray.
 
 use std::sync::{Arc, LazyLock};
 
@@ -14,17 +14,17 @@ use crate::respond::PreparedResponse;
 use crate::source::ServedFrom;
 use crate::store::SmallObject;
 
-/// The registry that has only this image, under any tag.
+/// The name of a registry that has only this image, under every tag.
 pub const REGISTRY: &str = "dray.invalid";
 
-/// Its repository there.
+/// The repository of the probe image.
 pub const REPOSITORY: &str = "dray/sentinel";
 
 const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
 const CONFIG: &str = "application/vnd.oci.image.config.v1+json";
 const LAYER: &str = "application/vnd.oci.image.layer.v1.tar";
 
-/// An archive of nothing ends with two empty blocks.
+/// An empty tar archive: two empty blocks of 512 bytes.
 static EMPTY_TAR: [u8; 1024] = [0; 1024];
 
 struct Image {
@@ -34,7 +34,7 @@ struct Image {
 
 static IMAGE: LazyLock<Image> = LazyLock::new(|| {
     let layer = Bytes::from_static(&EMPTY_TAR);
-    // The one thing that runtimes compare with the machine they are on.
+    // Runtimes refuse an image for another architecture.
     let architecture = match std::env::consts::ARCH {
         "x86_64" => "amd64",
         "aarch64" => "arm64",
@@ -47,44 +47,44 @@ static IMAGE: LazyLock<Image> = LazyLock::new(|| {
         "rootfs": { "type": "layers", "diff_ids": [digest(&layer)] },
     });
     let config = Bytes::from(config.to_string());
-    let described =
+    let descriptor =
         |media_type: &str, blob: &Bytes| json!({ "mediaType": media_type, "digest": digest(blob), "size": blob.len() });
     let manifest = json!({
         "schemaVersion": 2,
         "mediaType": MANIFEST,
-        "config": described(CONFIG, &config),
-        "layers": [described(LAYER, &layer)],
+        "config": descriptor(CONFIG, &config),
+        "layers": [descriptor(LAYER, &layer)],
     });
     Image { manifest: manifest.to_string().into(), blobs: [config, layer] }
 });
 
-/// Whether a registry is the sentinel's.
+/// Whether a request is for the registry of the probe image.
 pub fn is_registry(registry: &Registry) -> bool {
     registry.as_str() == REGISTRY
 }
 
-/// What is asked for of it.
+/// The response to a request for the probe image.
 pub fn answer(endpoint: &Endpoint, range: Option<RangeRequest>) -> PreparedResponse {
     let image = &*IMAGE;
     let found = match endpoint {
         Endpoint::Manifest(crate::oci::Reference::Tag(_)) => Some((&image.manifest, MANIFEST)),
-        Endpoint::Manifest(crate::oci::Reference::Digest(asked)) => {
-            asked.matches(&image.manifest).then_some((&image.manifest, MANIFEST))
+        Endpoint::Manifest(crate::oci::Reference::Digest(digest)) => {
+            digest.matches(&image.manifest).then_some((&image.manifest, MANIFEST))
         }
-        Endpoint::Blob(asked) => {
-            image.blobs.iter().find(|blob| asked.matches(blob)).map(|blob| (blob, BLOB_MEDIA_TYPE))
+        Endpoint::Blob(digest) => {
+            image.blobs.iter().find(|blob| digest.matches(blob)).map(|blob| (blob, BLOB_MEDIA_TYPE))
         }
         Endpoint::Tags | Endpoint::Referrers(_) | Endpoint::Catalog => None,
     };
     let Some((bytes, media_type)) = found else {
-        let message = format!("{REGISTRY} has one image, for `dray containerd check`");
+        let message = format!("{REGISTRY} has only the probe image of `dray containerd check`");
         return PreparedResponse::refusal(&PullError::NotFound { code: ErrorCode::ManifestUnknown, message });
     };
     let digest = Digest::of(bytes);
     if media_type == BLOB_MEDIA_TYPE {
         return match BlobResponse::of_bytes(bytes, range, ServedFrom::Memory) {
-            Ok(answer) => PreparedResponse::blob(answer, &digest),
-            Err(refusal) => PreparedResponse::refusal(&refusal),
+            Ok(response) => PreparedResponse::blob(response, &digest),
+            Err(error) => PreparedResponse::refusal(&error),
         };
     }
     let provenance = Provenance { rule: REGISTRY.into(), registry: REGISTRY.into(), repository: REPOSITORY.into() };

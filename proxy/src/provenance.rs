@@ -2,8 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
-/// By which rule and from which repository an object was first fetched. A digest opens nothing by
-/// itself: the rules are held against this record whenever it is given out.
+/// The rule and the repository that an object was first fetched by. A digest alone grants no access: this record is
+/// checked against the rules each time the object is served.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Provenance {
     pub rule: String,

@@ -1,4 +1,4 @@
-//! What becomes of a request on the registry and peer ports: it is answered, counted and logged.
+//! Handles requests on the registry and peer ports: authorizes, responds, counts and logs.
 
 mod answer;
 mod browsers;
@@ -34,15 +34,15 @@ pub use self::client_auth::ClientAuth;
 pub use self::clients::Clients;
 use self::clients::{ClientDenied, ClientPermit};
 pub use self::exchange::Exchange;
-use self::exchange::{Content, LEFT};
+use self::exchange::{CLIENT_DISCONNECTED, Content};
 pub use self::load::Load;
 use self::load::Overloaded;
 use self::login_throttle::LoginPermit;
-use self::slow_clients::PATIENCE;
+use self::slow_clients::CLIENT_STALL_TIMEOUT;
 use self::socket::SocketDescriptor;
 use crate::access_log::AccessLog;
 use crate::activity::Activity;
-use crate::connections::{self, kept_for};
+use crate::connections::{self, keep_alive_seconds};
 use crate::metrics::Metrics;
 use crate::oci::route::{self, query_value};
 use crate::oci::{Endpoint, RangeSet, Reference, RegistryFrom, Route, accept, link};
@@ -53,10 +53,10 @@ use crate::pull::{BlobRequest, ListKind, ManifestResponse, Pull, PullError, Requ
 use crate::readiness::Readiness;
 use crate::registries::{self, Registries, Rule};
 use crate::respond::PreparedResponse;
-use crate::times::FAREWELL;
+use crate::times::CLOSE_TIMEOUT;
 use crate::trace::{self, Tracer};
 
-/// Answers one listener's requests.
+/// Handles the requests of one listener.
 pub struct RegistryProxy {
     pub pull: Arc<Pull>,
     pub registries: Arc<Registries>,
@@ -65,24 +65,25 @@ pub struct RegistryProxy {
     pub load: Arc<Load>,
     pub clients: Arc<Clients>,
     pub browsers: Arc<Browsers>,
-    pub gate: Arc<ClientAuth>,
+    pub client_auth: Arc<ClientAuth>,
     pub activity: Arc<Activity>,
     pub tracer: Arc<Tracer>,
     pub readiness: Arc<Readiness>,
     pub listener: Listener,
 }
 
-/// Whom a listener is for.
+/// The kind of requester that a listener serves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Listener {
     Clients,
     Peers,
 }
 
-/// A request that takes longer is watched for the client's departure. Shorter: more requests cost a descriptor more.
-const AT_ONCE: Duration = Duration::from_millis(250);
+/// A request that takes longer is watched for a client disconnect. Larger: abandoned requests hold their share longer.
+/// Smaller: more requests need a second descriptor.
+const DISCONNECT_WATCH_DELAY: Duration = Duration::from_millis(250);
 
-/// As nginx calls it in its log; no client sees it.
+/// nginx's status for a request whose client disconnected. Only logs, metrics and the status have it.
 const CLIENT_CLOSED_REQUEST: u16 = 499;
 
 #[async_trait]
@@ -96,102 +97,102 @@ impl HttpServerApp for RegistryProxy {
             Ok(true) => {}
             Ok(false) => return None,
             Err(error) => {
-                tracing::debug!(%error, "a request cannot be read");
+                tracing::debug!(%error, "request unreadable");
                 self.count(&Exchange { status: 400, ..Exchange::new() });
                 let farewell = async {
                     let _ = session.respond_error(400).await;
                     session.shutdown().await;
                 };
-                let _ = timeout(FAREWELL, farewell).await;
+                let _ = timeout(CLOSE_TIMEOUT, farewell).await;
                 return None;
             }
         }
         let mut exchange = Exchange::new();
-        let kept_for = kept_for(session.req_header()).filter(|_| !*shutdown.borrow());
-        session.set_keepalive(kept_for);
+        let keep_alive_seconds = keep_alive_seconds(session.req_header()).filter(|_| !*shutdown.borrow());
+        session.set_keepalive(keep_alive_seconds);
         if let Err(error) = self.respond(&mut session, &mut exchange).await {
-            self.account(&session, Some(&error), &mut exchange);
-            // The client sees fewer bytes than announced, at once: a copy of the descriptor may still be open. One that reads
-            // nothing takes no farewell.
-            let _ = timeout(FAREWELL, session.shutdown()).await;
+            self.report(&session, Some(&error), &mut exchange);
+            // A duplicate of the descriptor may still be open: without the shutdown the client would not see the short
+            // body at once. The timeout is for a client that reads nothing.
+            let _ = timeout(CLOSE_TIMEOUT, session.shutdown()).await;
             return None;
         }
-        self.account(&session, None, &mut exchange);
+        self.report(&session, None, &mut exchange);
         let settings = HttpPersistentSettings::for_session(&session);
-        let stream = timeout(PATIENCE, session.finish()).await.ok()?.ok()??;
+        let stream = timeout(CLIENT_STALL_TIMEOUT, session.finish()).await.ok()?.ok()??;
         Some(ReusedHttpStream::from_reusable_stream(stream, settings))
     }
 }
 
-/// A request for content, once it is authorized.
+/// An authorized request for content.
 struct ContentRequest<'a> {
     endpoint: Endpoint,
     accept: &'a str,
-    named_by: RegistryFrom,
-    asking: RequestContext,
+    registry_from: RegistryFrom,
+    request_context: RequestContext,
 }
 
 impl RegistryProxy {
     async fn respond(&self, session: &mut Session, exchange: &mut Exchange) -> pingora::Result<()> {
-        session.set_write_timeout(Some(PATIENCE));
-        let client = self.party(session);
-        let reply = match self.load.enter(client) {
-            Some(seat) => {
-                exchange.seat = Some(seat);
+        session.set_write_timeout(Some(CLIENT_STALL_TIMEOUT));
+        let client = self.share_key(session);
+        let response = match self.load.admit(client) {
+            Some(permit) => {
+                exchange.request_permit = Some(permit);
                 let span = self.span(session.req_header());
                 let connection = SocketDescriptor::of(session);
-                let answer = span.within(Box::pin(self.answer(session, exchange)));
-                let Some(reply) = while_client_waits(connection, answer).await else {
+                let handling = span.within(Box::pin(self.handle(session, exchange)));
+                let Some(response) = until_disconnect(connection, handling).await else {
                     exchange.span = span;
                     exchange.status = CLIENT_CLOSED_REQUEST;
-                    // Nothing is written to somebody who has left.
-                    return Err(Error::explain(ErrorType::ConnectionClosed, LEFT).into_down());
+                    // The client has disconnected: nothing is written.
+                    return Err(Error::explain(ErrorType::ConnectionClosed, CLIENT_DISCONNECTED).into_down());
                 };
                 exchange.span = span;
-                let reply = if self.listener == Listener::Clients { reply.for_clients() } else { reply };
-                match self.load.hold(reply.body.held(), client) {
-                    Ok(held) => {
-                        exchange.held = held;
-                        reply
+                let response = if self.listener == Listener::Clients { response.for_clients() } else { response };
+                match self.load.reserve(response.body.held(), client) {
+                    Ok(memory) => {
+                        exchange.memory = memory;
+                        response
                     }
                     Err(Overloaded) => PreparedResponse::refusal(&PullError::Busy),
                 }
             }
             None => PreparedResponse::refusal(&PullError::Busy),
         };
-        send(session, exchange, reply).await
+        send(session, exchange, response).await
     }
 }
 
 impl RegistryProxy {
-    async fn answer(&self, session: &mut Session, exchange: &mut Exchange) -> PreparedResponse {
-        match self.welcome(session) {
-            Ok(place) => exchange.place = place,
-            Err(why @ ClientDenied::Stranger) => {
-                return PreparedResponse::refusal(&PullError::Denied(why.as_str().into()));
+    async fn handle(&self, session: &mut Session, exchange: &mut Exchange) -> PreparedResponse {
+        match self.admit_client(session) {
+            Ok(permit) => exchange.client_permit = permit,
+            Err(denied @ ClientDenied::NotAllowed) => {
+                return PreparedResponse::refusal(&PullError::Denied(denied.as_str().into()));
             }
-            Err(why) => return PreparedResponse::refusal(&PullError::Unavailable(why.as_str().into())),
+            Err(denied) => return PreparedResponse::refusal(&PullError::Unavailable(denied.as_str().into())),
         }
-        if let Err(foreign) = self.browsers.admit(session.req_header()) {
-            return PreparedResponse::refusal(&PullError::Denied(foreign.as_str().into()));
+        if let Err(denied) = self.browsers.admit(session.req_header()) {
+            return PreparedResponse::refusal(&PullError::Denied(denied.as_str().into()));
         }
-        if self.asks_for_token(session.req_header()) {
+        if self.is_token_request(session.req_header()) {
             exchange.route = "token";
-            return self.give_token(session).await;
+            return self.issue_token(session).await;
         }
         let request = session.req_header();
         let route = match self.route(request) {
             Ok(route) => route,
-            Err(reply) => return *reply,
+            Err(response) => return *response,
         };
         exchange.route = route.as_str();
         let is_probe = matches!(&route, Route::Content { registry, .. } if probe_image::is_registry(registry));
-        if self.listener == Listener::Clients && !is_probe && !self.gate.knows(request) {
-            return PreparedResponse::wrong_secret(
-                "this cache is for those who log in: access.logins_file has who may",
+        if self.listener == Listener::Clients && !is_probe && !self.client_auth.is_logged_in(request) {
+            return PreparedResponse::credential_rejected(
+                "this cache requires a login: use an account of access.users_file",
             );
         }
-        let Route::Content { registry, repository, endpoint, named_by } = route else {
+        let Route::Content { registry, repository, endpoint, registry_from } = route else {
             return self.ping(request);
         };
         if probe_image::is_registry(&registry) && self.listener == Listener::Clients {
@@ -199,51 +200,52 @@ impl RegistryProxy {
             return probe_image::answer(&endpoint, range.filter(|_| request.method != Method::HEAD))
                 .of_registry(&registry);
         }
-        let place = self.pull.place(registry.clone(), repository.clone());
-        let rule = place.rule.name().to_owned();
-        exchange.content = Some(Content { registry: registry.clone(), repository, rule, named_by });
-        let visitor = match self.visitor(session) {
-            Ok(visitor) => visitor,
-            Err(unproven) => return PreparedResponse::unproven(unproven),
+        let repo_ref = self.pull.repo_ref(registry.clone(), repository.clone());
+        let rule = repo_ref.rule.name().to_owned();
+        exchange.content = Some(Content { registry: registry.clone(), repository, rule, registry_from });
+        let peer_request = match self.peer_request(session) {
+            Ok(peer_request) => peer_request,
+            Err(unauthenticated) => return PreparedResponse::unauthenticated(unauthenticated),
         };
-        exchange.seal = visitor.as_ref().and_then(|visitor| visitor.seal.clone());
-        let asking = match &visitor {
-            Some(visitor) => self.asking(visitor, &place.rule, &endpoint),
-            None => RequestContext::of_client(named_by),
+        exchange.seal = peer_request.as_ref().and_then(|peer_request| peer_request.seal.clone());
+        let request_context = match &peer_request {
+            Some(peer_request) => self.peer_context(peer_request, &repo_ref.rule, &endpoint),
+            None => RequestContext::of_client(registry_from),
         };
-        let asking = RequestContext { client: self.party(session), ..asking };
-        let begun = Instant::now();
+        let request_context = RequestContext { client: self.share_key(session), ..request_context };
+        let started = Instant::now();
         let accept = accept::merge(request.headers.get_all(ACCEPT).iter().filter_map(|value| value.to_str().ok()));
-        let authorized = self.authorize(session, visitor.as_ref(), place, &endpoint, &accept, asking).await;
-        let (place, turn) = match authorized {
+        let authorized =
+            self.authorize(session, peer_request.as_ref(), repo_ref, &endpoint, &accept, request_context).await;
+        let (repo_ref, permit) = match authorized {
             Ok(authorized) => authorized,
-            Err(reply) => return reply.of_registry(&registry),
+            Err(response) => return response.of_registry(&registry),
         };
-        let asking = asking.after(begun.elapsed());
-        if let Err(refusal) = self.pull.permit(&place, asking.asker) {
-            // Peers go by their own rules, which may be newer or older: this is no word of the origin.
-            let refusal = if asking.asker.is_peer() { PullError::NotKept } else { refusal };
+        let request_context = request_context.after(started.elapsed());
+        if let Err(refusal) = self.pull.permit(&repo_ref, request_context.requester) {
+            // A peer's own rules may be newer or older. A 504 says nothing about the upstream, unlike a 403.
+            let refusal = if request_context.requester.is_peer() { PullError::NotCached } else { refusal };
             return PreparedResponse::refusal(&refusal);
         }
         let is_list = matches!(endpoint, Endpoint::Tags | Endpoint::Referrers(_) | Endpoint::Catalog);
-        let wanted = ContentRequest { endpoint, accept: &accept, named_by, asking };
-        let answer = self.content(session, exchange, &place, wanted, visitor).await;
-        if answer.as_ref().is_err_and(PullError::is_denied) && place.caller.holder().is_some() {
-            // A client that may not list may still pull.
+        let content_request = ContentRequest { endpoint, accept: &accept, registry_from, request_context };
+        let result = self.content(session, exchange, &repo_ref, content_request, peer_request).await;
+        if result.as_ref().is_err_and(PullError::is_denied) && repo_ref.principal.holder().is_some() {
+            // A client that is denied a list may still be allowed to pull.
             if !is_list {
-                self.pull.shut_out(&place);
+                self.pull.revoke_authorization(&repo_ref);
             }
-            turn.into_iter().for_each(LoginPermit::was_wrong);
+            permit.into_iter().for_each(LoginPermit::mark_rejected);
         }
-        // A challenge is for clients: a peer would take it for one about keys.
-        let refuse = |refusal| match asking.asker.is_peer() {
+        // Only clients get a challenge: a peer would take a 401 for failed peer authentication.
+        let refuse = |refusal| match request_context.requester.is_peer() {
             true => PreparedResponse::refusal(&refusal),
-            false => self.refuse(session.req_header(), &place, &refusal),
+            false => self.client_error(session.req_header(), &repo_ref, &refusal),
         };
-        answer.unwrap_or_else(refuse).of_registry(&registry)
+        result.unwrap_or_else(refuse).of_registry(&registry)
     }
 
-    /// What a request means.
+    /// Resolves a request to a registry, repository and endpoint.
     fn route(&self, request: &Parts) -> Result<Route, Box<PreparedResponse>> {
         if !matches!(request.method, Method::GET | Method::HEAD) {
             return Err(Box::new(PreparedResponse::read_only()));
@@ -252,108 +254,116 @@ impl RegistryProxy {
         let host = text(request, &HOST).or_else(|| request.uri.authority().map(|a| a.as_str()));
         route::parse(path, query, host, &*self.registries).map_err(|error| {
             if error.message.contains("override_path") {
-                tracing::warn!(path, problem = error.message, "a client's mirror configuration is wrong");
+                tracing::warn!(path, error = error.message, "client mirror configuration invalid");
             }
             Box::new(PreparedResponse::route_error(&error))
         })
     }
 
-    /// Whether the client or peer may have what a rule gives to some only, and with whose credentials it is requested. Then also
-    /// its turn, if its secret may be wrong.
+    /// Authorizes a request where the rule needs it, and sets the principal of the repository. The login permit is held
+    /// while the credential may still be rejected.
     async fn authorize(
         &self,
         session: &Session,
-        visitor: Option<&PeerRequest>,
-        place: registries::RepositoryRef,
+        peer_request: Option<&PeerRequest>,
+        repo_ref: registries::RepositoryRef,
         endpoint: &Endpoint,
         accept: &str,
-        asking: RequestContext,
+        request_context: RequestContext,
     ) -> Result<(registries::RepositoryRef, Option<LoginPermit>), PreparedResponse> {
-        if !place.rule.asks_who() || place.rule.deny {
-            return Ok((place, None));
+        if !repo_ref.rule.is_passthrough() || repo_ref.rule.deny {
+            return Ok((repo_ref, None));
         }
-        if let Some(visitor) = visitor {
-            return Ok((self.let_peer_in(visitor, place, endpoint, accept, asking).await, None));
+        if let Some(peer_request) = peer_request {
+            return Ok((self.authorize_peer(peer_request, repo_ref, endpoint, accept, request_context).await, None));
         }
-        let let_in = self.let_in(session, place, endpoint, accept);
-        match timeout(asking.patience, let_in).await {
+        let authorization = self.authorize_client(session, repo_ref, endpoint, accept);
+        match timeout(request_context.patience, authorization).await {
             Ok(authorized) => authorized,
             Err(_) => {
-                let message = "the upstream does not say in time who may have it";
+                let message = "authorization timed out: the registry did not respond in time";
                 Err(PreparedResponse::refusal(&PullError::Unavailable(message.into())))
             }
         }
     }
 
-    /// What is requested, from wherever it comes.
+    /// Produces the content, from the cache, a peer or the upstream.
     async fn content(
         &self,
         session: &Session,
         exchange: &mut Exchange,
-        place: &registries::RepositoryRef,
-        wanted: ContentRequest<'_>,
-        visitor: Option<PeerRequest>,
+        repo_ref: &registries::RepositoryRef,
+        content_request: ContentRequest<'_>,
+        peer_request: Option<PeerRequest>,
     ) -> Result<PreparedResponse, PullError> {
         let request = session.req_header();
         let ranges = request.headers.get(RANGE).and_then(|value| RangeSet::parse(value.to_str().ok()?));
         let range = ranges.as_ref().and_then(RangeSet::single);
         let head_only = request.method == Method::HEAD;
         let (path, query) = (request.uri.path(), request.uri.query());
-        let ContentRequest { endpoint, accept, named_by, asking } = wanted;
+        let ContentRequest { endpoint, accept, registry_from, request_context } = content_request;
         match endpoint {
-            Endpoint::Manifest(Reference::Tag(_)) if asking.asker == Requester::Peer(PeerTrust::Stranger) => {
-                Err(self.no_tags())
+            Endpoint::Manifest(Reference::Tag(_))
+                if request_context.requester == Requester::Peer(PeerTrust::Unauthenticated) =>
+            {
+                Err(self.tags_denied())
             }
-            Endpoint::Tags | Endpoint::Referrers(_) | Endpoint::Catalog if asking.asker.is_peer() => {
-                Err(PullError::Denied("peers share content, not lists".into()))
+            Endpoint::Tags | Endpoint::Referrers(_) | Endpoint::Catalog if request_context.requester.is_peer() => {
+                Err(PullError::Denied("lists are not served to peers".into()))
             }
             Endpoint::Manifest(reference) => {
-                let answer = self.pull.manifest(place, &reference, accept, asking).await;
-                // A HEAD describes the whole.
-                answer.map(|answer| {
-                    let reply = PreparedResponse::manifest(&answer, range.filter(|_| !head_only));
-                    reply.telling(visitor.is_some().then(|| told_age(&answer)).flatten().into_iter().collect())
+                let found = self.pull.manifest(repo_ref, &reference, accept, request_context).await;
+                // A HEAD request describes the whole manifest.
+                found.map(|found| {
+                    let response = PreparedResponse::manifest(&found, range.filter(|_| !head_only));
+                    response.with_headers(
+                        peer_request.is_some().then(|| age_header(&found)).flatten().into_iter().collect(),
+                    )
                 })
             }
             Endpoint::Blob(digest) => {
-                let request = BlobRequest { place: place.clone(), digest, range, named_by, asking };
+                let request = BlobRequest { repo_ref: repo_ref.clone(), digest, range, registry_from, request_context };
                 if head_only {
                     let length = self.pull.blob_length(&request).await;
-                    let reply =
+                    let response =
                         length.map(|(length, from)| PreparedResponse::blob_length(length, from, &request.digest));
-                    match (visitor, self.pull.peers()) {
-                        (Some(visitor), Some(peers)) => {
-                            peers.heard(&visitor, &request.digest);
+                    match (peer_request, self.pull.peers()) {
+                        (Some(peer_request), Some(peers)) => {
+                            peers.heard(&peer_request, &request.digest);
                             let here = self.pull.here(&request).await;
-                            reply.map(|reply| reply.telling(peers.told(&visitor, &request.digest, &here)))
+                            response.map(|response| {
+                                response.with_headers(peers.told(&peer_request, &request.digest, &here))
+                            })
                         }
-                        _ => reply,
+                        _ => response,
                     }
-                } else if let Some(visitor) = visitor {
-                    self.blob_for(&visitor, &request, exchange).await
+                } else if let Some(peer_request) = peer_request {
+                    self.blob_for_peer(&peer_request, &request, exchange).await
                 } else {
-                    let answer = match ranges.filter(|_| range.is_none()) {
+                    let found = match ranges.filter(|_| range.is_none()) {
                         Some(ranges) => self.pull.blob_parts(&request, &ranges).await,
                         None => self.pull.blob(&request).await,
                     };
-                    answer.map(|answer| PreparedResponse::blob(answer, &request.digest))
+                    found.map(|found| PreparedResponse::blob(found, &request.digest))
                 }
             }
-            Endpoint::Tags => self.list(place, &ListKind::Tags, path, query, asking).await,
-            Endpoint::Referrers(digest) => self.list(place, &ListKind::Referrers(digest), path, query, asking).await,
-            Endpoint::Catalog => self.list(place, &ListKind::Catalog, path, query, asking).await,
+            Endpoint::Tags => self.list(repo_ref, &ListKind::Tags, path, query, request_context).await,
+            Endpoint::Referrers(digest) => {
+                self.list(repo_ref, &ListKind::Referrers(digest), path, query, request_context).await
+            }
+            Endpoint::Catalog => self.list(repo_ref, &ListKind::Catalog, path, query, request_context).await,
         }
     }
 
-    /// Who takes a share of what all share: a cluster's nodes may stand in one network.
-    fn party(&self, session: &Session) -> Option<IpAddr> {
+    /// The key for fair sharing. Peers count by address, not by network: all nodes of a cluster may be in one network.
+    fn share_key(&self, session: &Session) -> Option<IpAddr> {
         match self.listener {
             Listener::Clients => client_of(session),
             Listener::Peers => address_of(session),
         }
     }
 
-    /// A request's part of a trace.
+    /// The request's trace span.
     fn span(&self, request: &Parts) -> trace::TraceSpan {
         match self.listener {
             Listener::Clients => self.tracer.answer(&request.headers),
@@ -361,153 +371,153 @@ impl RegistryProxy {
         }
     }
 
-    /// Whether somebody comes to the token endpoint. It is there where it is needed.
-    fn asks_for_token(&self, request: &Parts) -> bool {
+    /// Whether this is a request to the token endpoint, which exists only if a rule authorizes clients at the registry.
+    fn is_token_request(&self, request: &Parts) -> bool {
         self.listener == Listener::Clients
-            && request.uri.path() == client_auth::TOKEN
+            && request.uri.path() == client_auth::TOKEN_PATH
             && matches!(request.method, Method::GET | Method::POST)
-            && self.registries.ask_who()
+            && self.registries.any_passthrough()
     }
 
-    /// A peer has let its client in. What it may be given here has to belong to the same repository.
-    async fn let_peer_in(
+    /// The peer has authorized its client. This node checks only that the digest belongs to the repository.
+    async fn authorize_peer(
         &self,
-        visitor: &PeerRequest,
-        place: registries::RepositoryRef,
+        peer_request: &PeerRequest,
+        repo_ref: registries::RepositoryRef,
         endpoint: &Endpoint,
         accept: &str,
-        asking: RequestContext,
+        request_context: RequestContext,
     ) -> registries::RepositoryRef {
-        let place = registries::RepositoryRef { caller: visitor.caller(), ..place };
-        if let (Endpoint::Manifest(Reference::Digest(digest)) | Endpoint::Blob(digest), FetchPolicy::Origin) =
-            (endpoint, asking.reach)
-            && let Err(why) = self.pull.bring_in(&place, digest, endpoint, accept).await
+        let repo_ref = registries::RepositoryRef { principal: peer_request.principal(), ..repo_ref };
+        if let (Endpoint::Manifest(Reference::Digest(digest)) | Endpoint::Blob(digest), FetchPolicy::Upstream) =
+            (endpoint, request_context.fetch_policy)
+            && let Err(error) = self.pull.authorize_content(&repo_ref, digest, endpoint, accept).await
         {
-            tracing::debug!(%place, %digest, ?why, "what is here is not known to belong there");
+            tracing::debug!(repository = %repo_ref, %digest, ?error, "digest not proven for repository");
         }
-        place
+        repo_ref
     }
 
-    /// Whether a client is answered. Peers prove who they are in other ways.
-    fn welcome(&self, session: &Session) -> Result<Option<ClientPermit>, ClientDenied> {
+    /// Applies the limits of `[access]` to a client. Peers authenticate by key or certificate instead.
+    fn admit_client(&self, session: &Session) -> Result<Option<ClientPermit>, ClientDenied> {
         if self.listener == Listener::Peers {
             return Ok(None);
         }
         self.clients.admit(address_of(session), Instant::now()).map(Some)
     }
 
-    /// What a peer may want of this node.
-    fn asking(&self, visitor: &PeerRequest, rule: &Rule, endpoint: &Endpoint) -> RequestContext {
-        let (standing, reach) = visitor.within(rule);
-        // Who is about to go begins nothing for others: it would go with it. What a tag means is asked in a moment.
+    /// The terms under which this node serves a peer's request.
+    fn peer_context(&self, peer_request: &PeerRequest, rule: &Rule, endpoint: &Endpoint) -> RequestContext {
+        let (standing, fetch_policy) = peer_request.within(rule);
+        // While draining, this node starts no download for a peer: it would be cut off. Tag lookups are short.
         let is_tag = matches!(endpoint, Endpoint::Manifest(Reference::Tag(_)));
-        let reach = if self.readiness.has_ended() && !is_tag { FetchPolicy::Kept } else { reach };
-        let patience = RequestContext::patience_of_peer(visitor.terms.deadline);
+        let fetch_policy = if self.readiness.has_ended() && !is_tag { FetchPolicy::CacheOnly } else { fetch_policy };
+        let patience = RequestContext::peer_time_limit(peer_request.terms.deadline);
         RequestContext {
-            asker: Requester::Peer(standing),
+            requester: Requester::Peer(standing),
             client: None,
-            role: visitor.terms.role,
-            reach,
-            aim: visitor.terms.aim,
-            downstream: visitor.terms.peers,
+            role: peer_request.terms.role,
+            fetch_policy,
+            range_purpose: peer_request.terms.range_purpose,
+            downstream: peer_request.terms.peers,
             patience,
         }
     }
 
-    /// Who asks on the peers' port.
-    fn visitor(&self, session: &Session) -> Result<Option<PeerRequest>, PeerAuthError> {
+    /// Authenticates a request on the peer port. None: the listener serves clients.
+    fn peer_request(&self, session: &Session) -> Result<Option<PeerRequest>, PeerAuthError> {
         let Some(peers) = self.pull.peers().filter(|_| self.listener == Listener::Peers) else { return Ok(None) };
         let from = address_of(session);
         let at = session.server_addr().and_then(|address| address.as_inet()).copied();
         PeerRequest::read(session.req_header(), from, at, peers).map(Some)
     }
 
-    /// Why a stranger is not told what a tag means; a peer whose rules differ asks elsewhere.
-    fn no_tags(&self) -> PullError {
-        if self.pull.peers().is_some_and(|peers| peers.are_proven()) {
-            return PullError::NotKept;
+    /// The error for a peer that gets no tags. If peers authenticate, this one has other rules and gets a cache miss.
+    fn tags_denied(&self) -> PullError {
+        if self.pull.peers().is_some_and(|peers| peers.are_authenticated()) {
+            return PullError::NotCached;
         }
-        PullError::Denied("peers that do not prove who they are share what a digest proves, not tags".into())
+        PullError::Denied("tags are not served to unauthenticated peers".into())
     }
 
-    /// A blob for a peer: from here, or from somebody who has it as well and is less busy.
-    async fn blob_for(
+    /// A blob for a peer: the content, a redirect to a less loaded holder, or a range to download for all peers.
+    async fn blob_for_peer(
         &self,
-        visitor: &PeerRequest,
+        peer_request: &PeerRequest,
         request: &BlobRequest,
         exchange: &mut Exchange,
     ) -> Result<PreparedResponse, PullError> {
-        let Some(peers) = self.pull.peers() else { return Err(PullError::NotKept) };
-        let (digest, asked) = (&request.digest, Instant::now());
-        let direction = self.pull.direct(visitor, request, peers).await;
-        let request = &request.after(asked.elapsed());
-        let reply = match direction {
+        let Some(peers) = self.pull.peers() else { return Err(PullError::NotCached) };
+        let (digest, started) = (&request.digest, Instant::now());
+        let decision = self.pull.direct(peer_request, request, peers).await;
+        let request = &request.after(started.elapsed());
+        let response = match decision {
             PeerDecision::Redirect(peer) => PreparedResponse::redirect(peer),
-            PeerDecision::Depute(span) => PreparedResponse::depute(span),
-            PeerDecision::Answer => {
-                exchange.counted = Some(peers.send());
+            PeerDecision::Depute(span) => PreparedResponse::delegate(span),
+            PeerDecision::Serve => {
+                exchange.peer_body = Some(peers.send());
                 match self.pull.blob(request).await {
-                    Ok(answer) => PreparedResponse::blob(answer, digest),
+                    Ok(found) => PreparedResponse::blob(found, digest),
                     Err(refusal) => PreparedResponse::refusal(&refusal),
                 }
             }
         };
-        Ok(reply.telling(peers.told(visitor, digest, &self.pull.here(request).await)))
+        Ok(response.with_headers(peers.told(peer_request, digest, &self.pull.here(request).await)))
     }
 
     async fn list(
         &self,
-        place: &registries::RepositoryRef,
+        repo_ref: &registries::RepositoryRef,
         list: &ListKind,
         path: &str,
         query: Option<&str>,
-        asking: RequestContext,
+        request_context: RequestContext,
     ) -> Result<PreparedResponse, PullError> {
         let passed = query.map(link::without_namespace).filter(|query| !query.is_empty());
-        let answer = self.pull.list(place, list, passed.as_deref(), asking).await?;
-        Ok(PreparedResponse::list(answer, path, query_value(query, "ns").as_deref()))
+        let found = self.pull.list(repo_ref, list, passed.as_deref(), request_context).await?;
+        Ok(PreparedResponse::list(found, path, query_value(query, "ns").as_deref()))
     }
 }
 
-/// The answer, or None if the client leaves first: what it holds here is given back at once. Downloads and lookups that it
-/// began go on for the next client.
-async fn while_client_waits(
+/// The response, or None if the client disconnects first, which frees the request's shares at once. Downloads and
+/// lookups are tasks of their own and are not cancelled with it.
+async fn until_disconnect(
     connection: Option<SocketDescriptor>,
-    answer: impl Future<Output = PreparedResponse>,
+    handling: impl Future<Output = PreparedResponse>,
 ) -> Option<PreparedResponse> {
-    let mut answer = std::pin::pin!(answer);
-    // What is in memory needs no timer.
-    if let Poll::Ready(reply) = poll!(&mut answer) {
-        return Some(reply);
+    let mut handling = std::pin::pin!(handling);
+    // A response from memory needs no timer.
+    if let Poll::Ready(response) = poll!(&mut handling) {
+        return Some(response);
     }
-    if let Ok(reply) = timeout(AT_ONCE, &mut answer).await {
-        return Some(reply);
+    if let Ok(response) = timeout(DISCONNECT_WATCH_DELAY, &mut handling).await {
+        return Some(response);
     }
-    let Some(connection) = connection else { return Some(answer.await) };
+    let Some(connection) = connection else { return Some(handling.await) };
     tokio::select! {
         biased;
-        reply = answer => Some(reply),
+        response = handling => Some(response),
         () = connection.closed() => None,
     }
 }
 
-/// A header's text. None: it is missing, or not text.
+/// A header's text. None: the header is missing or is not text.
 fn text<'a>(request: &'a Parts, name: &HeaderName) -> Option<&'a str> {
     request.headers.get(name).and_then(|value| value.to_str().ok())
 }
 
-/// Where a request comes from.
+/// The address of the client or peer.
 fn address_of(session: &Session) -> Option<IpAddr> {
     session.client_addr().and_then(|address| address.as_inet()).map(|address| address.ip().to_canonical())
 }
 
-/// As whom that counts where all share something.
+/// The address as fair sharing counts it: an IPv6 network is one client.
 fn client_of(session: &Session) -> Option<IpAddr> {
     address_of(session).map(connections::client)
 }
 
-/// How old a tag's meaning is, more exactly than clients need to know it.
-fn told_age(answer: &ManifestResponse) -> Option<(HeaderName, HeaderValue)> {
-    let age = u64::try_from(answer.age?.as_millis()).unwrap_or(u64::MAX);
+/// The age of a tag resolution for peers, in milliseconds: the `Age` header for clients has only seconds.
+fn age_header(found: &ManifestResponse) -> Option<(HeaderName, HeaderValue)> {
+    let age = u64::try_from(found.age?.as_millis()).unwrap_or(u64::MAX);
     Some((wire::AGE, age.into()))
 }

@@ -1,4 +1,4 @@
-//! What dray does with a request: serve what is kept, join what is under way, fetch the rest once.
+//! How dray serves a request: from the cache, from a download in progress, or by one new download.
 
 mod authorization;
 mod blob;
@@ -65,12 +65,15 @@ use crate::times::{DEFAULT_TTL, HOUR, OBSERVATION_TTL, STALL_TIMEOUT, UPSTREAM_T
 pub use crate::upstream::{ExchangedSecret, ListKind};
 use crate::upstream::{UpstreamClient, UpstreamView};
 
-/// A registry that took long is taken to take long again for this time, or until it answers.
-const SLOW: Duration = Duration::from_secs(15);
+/// How long a slow upstream counts as slow, unless it responds earlier. Longer: stale tags are served for longer.
+/// Shorter: more requests wait the full `ALTERNATIVE_TIMEOUT`.
+const SLOW_UPSTREAM_TTL: Duration = Duration::from_secs(15);
 
-const UNPACKING: usize = 4;
+/// List copies that are unpacked at the same time. More: each takes some MiB of memory before its size is counted.
+/// Fewer: lists wait for each other during an outage.
+const MAX_CONCURRENT_UNPACKS: usize = 4;
 
-/// Everything that a pull needs.
+/// The state that pulls share.
 pub struct Pull {
     registries: Arc<Registries>,
     store: Arc<Store>,
@@ -79,35 +82,34 @@ pub struct Pull {
     fills: Arc<Fills>,
     tags: Tags,
     metrics: Arc<Metrics>,
-    negatives: NegativeCache,
-    reachable: Reachability,
-    entitlements: AuthorizationCache,
-    /// Registries that lately kept somebody waiting who had an older answer.
-    slow: moka::sync::Cache<Registry, ()>,
-    // For all who ask for it there, and where one of them was refused, for each by itself.
+    negative_cache: NegativeCache,
+    reachability: Reachability,
+    authorizations: AuthorizationCache,
+    /// Registries that did not respond within the timeout while a stale result was at hand.
+    slow_upstreams: moka::sync::Cache<Registry, ()>,
+    // The principal is None where all clients share a flight, and set where an earlier response was about rights.
     manifest_flights: SingleFlight<(String, Digest, Role, Option<PrincipalId>), manifest::FetchedManifest>,
     tag_flights: SingleFlight<(String, Tag, Role, Option<PrincipalId>), tag::TagResolution>,
-    /// Whether repositories hold manifests that are cached from others.
+    /// Checks whether repositories hold manifests that were cached from other repositories.
     confirmations: SingleFlight<(String, Digest), Result<(), SourceError>>,
-    /// How long blobs are that are not here.
+    /// Lengths of blobs that are not cached on this node.
     lengths: moka::sync::Cache<(Registry, Repository, Digest), u64>,
     length_flights: SingleFlight<(String, Digest, Role, Option<PrincipalId>), length::Length>,
-    homes: Arc<RegistryHints>,
-    /// Copies of lists that were written lately, by repository.
+    registry_hints: Arc<RegistryHints>,
+    /// Number of list copies written within the last hour, by repository.
     list_copies: moka::sync::Cache<String, Arc<AtomicU32>>,
-    /// Copies that are unpacked at the same time: each takes some MiB before its size is counted.
     unpacking: Semaphore,
-    /// Held while the artifacts of a manifest are written.
-    subjects: Arc<Mutex<()>>,
-    /// When the response was requested that each list's record tells of.
-    list_words: ConfirmedAt<String, Instant>,
-    /// Who sent what of blobs that did not match, until the truth is known.
-    suspects: moka::sync::Cache<(Digest, Registry), Arc<Vec<Contribution>>>,
-    speeds: ThroughputEstimates,
-    /// What peers lately said to have of blobs.
-    holders: moka::sync::Cache<(FillKey, sources::PeersAsked), Arc<Vec<Holder>>>,
-    /// Bytes of bounded ranges asked for, by blob.
-    asked: moka::sync::Cache<Digest, range::RequestedRanges>,
+    /// Held while the referrers of a manifest are read, changed and written.
+    referrers_lock: Arc<Mutex<()>>,
+    /// When the response in each list's record was requested.
+    list_times: ConfirmedAt<String, Instant>,
+    /// What each peer sent of a corrupt blob, until a verified copy shows which peer was wrong.
+    suspect_contributions: moka::sync::Cache<(Digest, Registry), Arc<Vec<Contribution>>>,
+    throughput: ThroughputEstimates,
+    /// The holders of blobs as peers last reported them.
+    holders: moka::sync::Cache<(FillKey, sources::QueryScope), Arc<Vec<Holder>>>,
+    /// Bytes requested in bounded ranges, by blob.
+    requested_ranges: moka::sync::Cache<Digest, range::RequestedRanges>,
 }
 
 impl Pull {
@@ -126,29 +128,32 @@ impl Pull {
             upstream: Arc::new(upstream),
             peers: peers.map(Arc::new),
             metrics,
-            negatives: NegativeCache::new(),
-            reachable: Reachability::new(),
-            entitlements: AuthorizationCache::new(),
-            slow: moka::sync::Cache::builder().max_capacity(10_000).time_to_live(SLOW).build(),
+            negative_cache: NegativeCache::new(),
+            reachability: Reachability::new(),
+            authorizations: AuthorizationCache::new(),
+            slow_upstreams: moka::sync::Cache::builder().max_capacity(10_000).time_to_live(SLOW_UPSTREAM_TTL).build(),
             manifest_flights: SingleFlight::default(),
             tag_flights: SingleFlight::default(),
             confirmations: SingleFlight::default(),
             lengths: moka::sync::Cache::builder().max_capacity(50_000).time_to_live(DEFAULT_TTL).build(),
             length_flights: SingleFlight::default(),
-            homes: Arc::new(RegistryHints::new(store.clone())),
+            registry_hints: Arc::new(RegistryHints::new(store.clone())),
             list_copies: moka::sync::Cache::builder().max_capacity(10_000).time_to_live(HOUR).build(),
-            unpacking: Semaphore::new(UNPACKING),
-            subjects: Arc::default(),
-            list_words: ConfirmedAt::new(HOUR),
-            suspects: moka::sync::Cache::builder().max_capacity(100).time_to_live(OBSERVATION_TTL).build(),
-            speeds: ThroughputEstimates::new(),
+            unpacking: Semaphore::new(MAX_CONCURRENT_UNPACKS),
+            referrers_lock: Arc::default(),
+            list_times: ConfirmedAt::new(HOUR),
+            suspect_contributions: moka::sync::Cache::builder().max_capacity(100).time_to_live(OBSERVATION_TTL).build(),
+            throughput: ThroughputEstimates::new(),
             holders: moka::sync::Cache::builder().max_capacity(10_000).time_to_live(STALL_TIMEOUT).build(),
-            asked: moka::sync::Cache::builder().max_capacity(50_000).time_to_idle(Duration::from_secs(600)).build(),
+            requested_ranges: moka::sync::Cache::builder()
+                .max_capacity(50_000)
+                .time_to_idle(Duration::from_secs(600))
+                .build(),
             store,
         }
     }
 
-    /// Follows who the peers are, and whether they are there, for as long as it is polled.
+    /// Discovers and probes the peers for as long as it is polled.
     pub async fn follow_peers(&self) {
         if let Some(peers) = &self.peers {
             tokio::join!(peers.follow_services(), peers.look_after());
@@ -162,150 +167,158 @@ impl Pull {
         }
     }
 
-    /// Reads what is kept again, at most `rate` bytes a second, for as long as it is polled.
+    /// Verifies cached blobs again, at most `rate` bytes a second, for as long as it is polled.
     pub async fn scrub(&self, rate: u64) {
         self.fills.scrub(rate).await;
     }
 
-    /// A repository with the rule that holds for it.
-    pub fn place(&self, registry: Registry, repository: Repository) -> RepositoryRef {
+    /// A repository with its rule. Where the rule leaves authorization to the upstream, no principal is set yet.
+    pub fn repo_ref(&self, registry: Registry, repository: Repository) -> RepositoryRef {
         let rule = self.registries.rule(&registry, &repository).clone();
         RepositoryRef::new(rule, registry, repository)
     }
 
-    /// What a rule forbids, and what peers may not have without proof of who they are.
-    pub fn permit(&self, place: &RepositoryRef, asker: Requester) -> Result<(), PullError> {
-        if place.rule.deny {
-            return Err(PullError::Denied(format!("{} is denied by rule \"{}\"", place.registry, place.rule.name())));
-        }
-        if !place.caller.is_let_in() {
-            return Err(PullError::Denied(format!("{} is for those who may pull from it", place.registry)));
-        }
-        if !asker.is_trusted() && place.rule.is_private() {
+    /// Denies what the rule forbids, unauthorized clients, and private content to unauthenticated peers.
+    pub fn permit(&self, repo_ref: &RepositoryRef, requester: Requester) -> Result<(), PullError> {
+        if repo_ref.rule.deny {
             return Err(PullError::Denied(format!(
-                "{} needs credentials and is not shared with peers",
-                place.registry
+                "{} is denied by rule \"{}\"",
+                repo_ref.registry,
+                repo_ref.rule.name()
+            )));
+        }
+        if !repo_ref.principal.is_authorized() {
+            return Err(PullError::Denied(format!(
+                "{} needs authorization: log in with an account that may pull from it",
+                repo_ref.registry
+            )));
+        }
+        if !requester.is_trusted() && repo_ref.rule.is_private() {
+            return Err(PullError::Denied(format!(
+                "{} needs credentials: it is shared only with authenticated peers",
+                repo_ref.registry
             )));
         }
         Ok(())
     }
 
-    /// Whether something kept may be given out, by the rule of the registry that it came from. What
-    /// may not is as good as not kept: the origin of whoever asks decides.
+    /// Whether the rule of the registry that a cached object came from allows to serve it. An object that may not be
+    /// served counts as a cache miss: the requested upstream decides.
     ///
-    /// A peer's rules were compared for the registry that it asks for, and for no other.
-    fn may_give(
+    /// A peer's rules were compared only for the registry that it requested from.
+    fn may_serve(
         &self,
         digest: &Digest,
         provenance: Option<&Provenance>,
-        asker: Requester,
-        place: &RepositoryRef,
+        requester: Requester,
+        repo_ref: &RepositoryRef,
     ) -> bool {
         let from = |provenance: &Provenance| -> Option<(Registry, Repository)> {
             Some((provenance.registry.parse().ok()?, provenance.repository.parse().ok()?))
         };
-        // Two registries may have the same layer: each has sent it.
-        if asker.is_trusted() && !place.rule.deny && self.entitlements.has_sent(place, digest) {
+        // Two registries may hold the same layer, and its provenance names only one of them.
+        if requester.is_trusted() && !repo_ref.rule.deny && self.authorizations.was_sent(repo_ref, digest) {
             return true;
         }
-        // What most requests are for came from the very place.
-        let is_of_place = provenance.is_some_and(|from| place.is_source_of(from));
-        if asker == Requester::Client && !place.rule.asks_who() && is_of_place {
-            return !place.rule.deny;
+        // Fast path: most objects came from the requested repository.
+        let is_from_repository = provenance.is_some_and(|from| repo_ref.is_source_of(from));
+        if requester == Requester::Client && !repo_ref.rule.is_passthrough() && is_from_repository {
+            return !repo_ref.rule.deny;
         }
         match provenance.and_then(from) {
             Some((registry, repository)) => {
                 let rule = self.registries.rule(&registry, &repository);
-                let is_known = asker == Requester::Client || (asker.is_trusted() && Arc::ptr_eq(rule, &place.rule));
-                // Rules may send parts of a registry elsewhere: rights there are none here.
-                let belongs = !rule.asks_who()
-                    || (Arc::ptr_eq(rule, &place.rule)
-                        && self.entitlements.belongs(place, &registry, &repository, digest));
+                let is_known =
+                    requester == Requester::Client || (requester.is_trusted() && Arc::ptr_eq(rule, &repo_ref.rule));
+                // Rules may route repositories of one registry to different upstreams. Rights at one are not rights at
+                // another.
+                let belongs = !rule.is_passthrough()
+                    || (Arc::ptr_eq(rule, &repo_ref.rule)
+                        && self.authorizations.belongs_to(repo_ref, &registry, &repository, digest));
                 !rule.deny && belongs && (is_known || !rule.is_private())
             }
-            // Its record is lost: only those who may have everything may have it.
-            None => asker == Requester::Client && !self.registries.ask_who(),
+            // The provenance is lost: it is served to clients only if no rule needs authorization by the upstream.
+            None => requester == Requester::Client && !self.registries.any_passthrough(),
         }
     }
 
-    /// What a secret opens at a place's registry.
-    pub async fn exchange(&self, place: &RepositoryRef, secret: Secret) -> Result<ExchangedSecret, SourceError> {
-        // Who is not there is not asked. Whom a registry limits is not known before.
-        match self.upstream.trouble(place) {
+    /// What the repository's registry returns for a credential.
+    pub async fn exchange(&self, repo_ref: &RepositoryRef, secret: Secret) -> Result<ExchangedSecret, SourceError> {
+        // No request to an upstream that is down. A rate limit may not apply to this credential, so it is tried.
+        match self.upstream.trouble(repo_ref) {
             Some(trouble) if !matches!(trouble, SourceError::Limited { .. }) => Err(trouble),
-            _ => self.upstream.exchange(place, secret, Instant::now() + UPSTREAM_TIMEOUT).await,
+            _ => self.upstream.exchange(repo_ref, secret, Instant::now() + UPSTREAM_TIMEOUT).await,
         }
     }
 
-    /// As what this process fetches a digest: it goes to the origin if it is asked as the owner, is the
-    /// owner, or may not show peers the digest, or what it asks for it with.
-    fn role(&self, place: &RepositoryRef, digest: &Digest, asking: RequestContext) -> Role {
-        let peers = self.peers_for(place).filter(|_| place.caller.may_be_lent());
-        peers.map_or(Role::Global, |peers| peers.lead(digest, asking.role, self.scope(place)).role)
+    /// The role in which this node fetches a digest. It downloads from the upstream if it is the owner, or is requested
+    /// as the owner. It also does so if peers may not get the repository or the principal's credential.
+    fn role(&self, repo_ref: &RepositoryRef, digest: &Digest, request_context: RequestContext) -> Role {
+        let peers = self.peers_for(repo_ref).filter(|_| repo_ref.principal.may_be_forwarded());
+        peers.map_or(Role::Global, |peers| peers.lead(digest, request_context.role, self.scope(repo_ref)).role)
     }
 
-    /// Whether this node is who fetches a digest for all, so that it is kept here.
-    pub fn is_owned_here(&self, place: &RepositoryRef, digest: &Digest) -> bool {
-        self.role(place, digest, RequestContext::CLIENT) == Role::Global
+    /// Whether this node owns a digest: it downloads and caches it for all nodes.
+    pub fn is_owner(&self, repo_ref: &RepositoryRef, digest: &Digest) -> bool {
+        self.role(repo_ref, digest, RequestContext::CLIENT) == Role::Global
     }
 
-    /// Whether peers in other zones are asked for what belongs there.
-    fn scope(&self, place: &RepositoryRef) -> Scope {
-        match place.rule.far_peers {
-            CrossZonePeers::UnlessSlower if self.speeds.upstream_is_faster(place.rule.name()) => Scope::OwnZone,
+    /// Whether peers of other zones are sources for this repository.
+    fn scope(&self, repo_ref: &RepositoryRef) -> Scope {
+        match repo_ref.rule.cross_zone_peers {
+            CrossZonePeers::UnlessSlower if self.throughput.upstream_is_faster(repo_ref.rule.name()) => Scope::OwnZone,
             CrossZonePeers::Always | CrossZonePeers::UnlessSlower => Scope::AllZones,
             CrossZonePeers::Never => Scope::OwnZone,
         }
     }
 
-    /// Those who may be asked for what belongs there.
-    fn peers_for(&self, place: &RepositoryRef) -> Option<&Arc<Peers>> {
-        self.peers.as_ref().filter(|peers| may_share(peers, place))
+    /// The peers, if this repository may be shared with them.
+    fn peers_for(&self, repo_ref: &RepositoryRef) -> Option<&Arc<Peers>> {
+        self.peers.as_ref().filter(|peers| may_share(peers, repo_ref))
     }
 
-    /// Bytes of blobs on disk, their limit, and what is set aside for small objects.
+    /// Bytes of blobs on disk, their limit, and the disk space reserved for small objects.
     pub fn disk_usage(&self) -> (u64, u64, u64) {
         let (used, limit) = self.store.large.usage();
         (used, limit, self.store.small.disk_bytes())
     }
 
-    /// Whether a registry allows so few more pulls that what nobody waits for is put off.
-    pub fn is_scarce(&self, place: &RepositoryRef) -> bool {
-        self.upstream.is_scarce(place)
+    /// Whether the upstream's rate limit is nearly used up, so that prefetches are postponed.
+    pub fn is_rate_limit_low(&self, repo_ref: &RepositoryRef) -> bool {
+        self.upstream.is_rate_limit_low(repo_ref)
     }
 
-    /// Keeps these blobs for as long as anything else can go.
+    /// Evicts these blobs last.
     pub fn pin(&self, digests: HashSet<Digest>) {
         self.store.large.pin(digests);
     }
 
-    pub fn fills_now(&self) -> Vec<FillView> {
+    pub fn download_views(&self) -> Vec<FillView> {
         self.fills.views()
     }
 
-    pub fn upstreams_now(&self) -> Vec<UpstreamView> {
+    pub fn upstream_views(&self) -> Vec<UpstreamView> {
         self.upstream.upstreams()
     }
 
-    /// Reads files again that others replace. Blocks on the disk.
+    /// Reloads certificates and keys that were replaced on disk. Blocks on the disk.
     pub fn reload(&self) -> [Result<(), String>; 2] {
         [self.upstream.reload(), self.peers.as_ref().map_or(Ok(()), |peers| peers.reload())]
     }
 
-    /// What other drays see of this one.
     pub fn peers(&self) -> Option<&Arc<Peers>> {
         self.peers.as_ref()
     }
 }
 
-/// What a rule fetches with credentials is only for peers that prove who they are.
-fn may_share(peers: &Peers, place: &RepositoryRef) -> bool {
-    peers.are_proven() || !place.rule.is_private()
+/// Content that needs credentials is shared only with authenticated peers.
+fn may_share(peers: &Peers, repo_ref: &RepositoryRef) -> bool {
+    peers.are_authenticated() || !repo_ref.rule.is_private()
 }
 
-/// Whether an answer is about the rights of whoever asked, or its account: others may have more.
-fn is_personal<T>(place: &RepositoryRef, answer: &Result<T, SourceError>) -> bool {
-    let is_ones_own = |error: &SourceError| {
+/// Whether a result is about the rights or the rate limit of one principal: another principal may get more.
+fn is_personal<T>(repo_ref: &RepositoryRef, result: &Result<T, SourceError>) -> bool {
+    let is_about_principal = |error: &SourceError| {
         matches!(
             error,
             SourceError::NotFound(_)
@@ -314,17 +327,17 @@ fn is_personal<T>(place: &RepositoryRef, answer: &Result<T, SourceError>) -> boo
                 | SourceError::NoCredentials(_)
         )
     };
-    place.rule.asks_who() && answer.as_ref().err().is_some_and(is_ones_own)
+    repo_ref.rule.is_passthrough() && result.as_ref().err().is_some_and(is_about_principal)
 }
 
-/// The flight that a question shares with all others, and the one with those of the same caller. Whoever can ask nothing
-/// flies for nobody else.
-fn flights<K>(place: &RepositoryRef, key: impl Fn(Option<PrincipalId>) -> K) -> (K, K) {
-    let own = Some(place.caller.who());
-    (key(own.filter(|_| place.caller.is_empty_handed())), key(own))
+/// The key of the flight that all principals share, and the key of the principal's own flight. A principal without a
+/// credential for the upstream uses only its own: its failure must not reach others.
+fn flight_keys<K>(repo_ref: &RepositoryRef, key: impl Fn(Option<PrincipalId>) -> K) -> (K, K) {
+    let own = Some(repo_ref.principal.principal_id());
+    (key(own.filter(|_| repo_ref.principal.lacks_authorization())), key(own))
 }
 
-/// What a flight that panicked has brought.
+/// The result of a flight that panicked.
 fn fetch_ended<T>() -> Result<T, SourceError> {
-    Err(SourceError::Unreachable("the fetch ended".into()))
+    Err(SourceError::Unreachable("internal error: the task panicked, see dray's log".into()))
 }

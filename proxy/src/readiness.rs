@@ -1,8 +1,8 @@
-//! Whether this process has begun, and whether it is about to end.
+//! Whether this process has started, and whether it is about to stop.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
-/// Whether clients should be sent here: true between the start line and the stop signal.
+/// Whether this process should get client requests: true between the start line and the stop signal.
 #[derive(Default)]
 pub struct Readiness {
     begun: AtomicBool,
@@ -18,7 +18,7 @@ impl Readiness {
         self.begun.store(true, Ordering::Release);
     }
 
-    /// For ever, also where it has not begun yet.
+    /// Final, even if the process has not started yet.
     pub fn end(&self) {
         self.ended.store(true, Ordering::Release);
     }

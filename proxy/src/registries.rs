@@ -1,4 +1,4 @@
-//! Which rule holds for a registry, and where its content is fetched from.
+//! The rules of the configuration: which one applies to a repository, and its upstreams.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -18,7 +18,7 @@ use crate::oci::{Registry, Repository, Tag};
 use crate::principal::Principal;
 use crate::provenance::Provenance;
 
-/// The rules of a configuration, ready to be asked.
+/// The rules of a configuration, ready for look-ups.
 pub struct Registries {
     /// In order; the last one matches everything.
     rules: Vec<Arc<Rule>>,
@@ -26,9 +26,9 @@ pub struct Registries {
     listen: SocketAddr,
 }
 
-/// What holds for the registries that a pattern matches.
+/// One `[[registry]]` table, or the implicit last rule.
 pub struct Rule {
-    /// Which of the rules it is.
+    /// Its position among the rules.
     pub nth: usize,
     pattern: RulePattern,
     upstreams: Vec<Upstream>,
@@ -37,44 +37,44 @@ pub struct Rule {
     pub deny: bool,
     tag_ttl: Duration,
     tags: Vec<(Regex, Duration)>,
-    pub stale_for: Duration,
+    pub stale_if_error: Duration,
     pub negative_ttl: Duration,
-    pub abandoned: OnClientAbort,
-    pub far_peers: CrossZonePeers,
-    access: Authorization,
+    pub on_client_abort: OnClientAbort,
+    pub cross_zone_peers: CrossZonePeers,
+    authorization: Authorization,
     immutable_tags: Vec<Regex>,
     fingerprint: String,
 }
 
-/// How a rule's upstreams prove who they are, and dray to them.
+/// How dray authenticates a rule's upstreams, and itself to them.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct RuleTls {
     pub ca: Option<PathBuf>,
     pub client_cert: Option<ClientCert>,
 }
 
-/// A repository as a client named it, with the rule that holds for it.
+/// A repository as a client named it, with its rule and the requesting principal.
 #[derive(Clone)]
 pub struct RepositoryRef {
     pub rule: Arc<Rule>,
     pub registry: Registry,
     pub repository: Repository,
-    /// Whose rights it is asked with.
-    pub caller: Principal,
+    /// Whose rights the request has.
+    pub principal: Principal,
 }
 
-/// How far an upstream may lead.
+/// How far dray trusts an upstream's address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum UpstreamTrust {
     /// Written in the configuration: trusted as written.
     Written,
-    /// Derived from what a client or an origin said: https to public addresses only.
+    /// Derived from a client's or an upstream's input: only https to public addresses.
     Derived,
 }
 
 impl Registries {
     pub fn new(config: &Config) -> Self {
-        let implicit = config::RuleConfig::implicit(config.access.unlisted);
+        let implicit = config::RuleConfig::implicit(config.access.unlisted_registries);
         let mut aliases = HashMap::new();
         let written = config.registry.iter().map(|spanned| spanned.get_ref());
         for rule in written.clone() {
@@ -85,7 +85,7 @@ impl Registries {
             }
         }
         let rules = written.chain([&implicit]).enumerate();
-        let rules = rules.map(|(nth, rule)| Arc::new(Rule::new(nth, rule, &config.guard))).collect();
+        let rules = rules.map(|(nth, rule)| Arc::new(Rule::new(nth, rule, &config.egress))).collect();
         Self { rules, aliases, listen: config.listen }
     }
 
@@ -101,12 +101,12 @@ impl Registries {
         &self.rules
     }
 
-    /// Whether some rule wants to know who asks.
-    pub fn ask_who(&self) -> bool {
-        self.rules.iter().any(|rule| rule.asks_who())
+    /// Whether any rule leaves authorization to the upstream.
+    pub fn any_passthrough(&self) -> bool {
+        self.rules.iter().any(|rule| rule.is_passthrough())
     }
 
-    /// Whether a `Host` is this process rather than a registry.
+    /// Whether a `Host` names this process instead of a registry.
     fn is_own_address(&self, host: &Registry) -> bool {
         let literal = host.host().trim_matches(['[', ']']).parse::<IpAddr>().is_ok();
         let same_port = host.port().unwrap_or(80) == self.listen.port();
@@ -115,23 +115,23 @@ impl Registries {
 }
 
 impl RepositoryRef {
-    /// A place where nobody has been let in yet, if that is what its rule wants.
+    /// A repository without a principal yet, if its rule leaves authorization to the upstream.
     pub fn new(rule: Arc<Rule>, registry: Registry, repository: Repository) -> Self {
-        let caller = if rule.asks_who() { Principal::Unknown } else { Principal::Everyone };
-        Self { rule, registry, repository, caller }
+        let principal = if rule.is_passthrough() { Principal::Unauthorized } else { Principal::Shared };
+        Self { rule, registry, repository, principal }
     }
 
-    /// What its repository is called at an upstream.
+    /// The repository's name at an upstream.
     pub fn repository_at(&self, upstream: &Upstream) -> String {
         self.rule.repository_at(upstream, &self.registry, &self.repository)
     }
 
-    /// Whether an object came from here.
+    /// Whether an object came from this repository.
     pub fn is_source_of(&self, from: &Provenance) -> bool {
         from.registry == self.registry.as_str() && from.repository == self.repository.as_str()
     }
 
-    /// What is remembered of objects that come from here.
+    /// The record of objects that come from this repository.
     pub fn provenance(&self) -> Provenance {
         Provenance {
             rule: self.rule.name().to_owned(),
@@ -142,7 +142,7 @@ impl RepositoryRef {
 }
 
 impl PartialEq for RepositoryRef {
-    /// A registry has one rule, so the names say it all.
+    /// A repository has one rule, so the names suffice. The principal does not count.
     fn eq(&self, other: &Self) -> bool {
         self.registry == other.registry && self.repository == other.repository
     }
@@ -160,7 +160,7 @@ impl Names for Registries {
     }
 
     fn host_is_registry(&self, host: &Registry) -> bool {
-        // A ban is for all ports, but does not make this process, under a name of its own, a registry.
+        // A rule with `deny` matches all ports, but must not turn this process's own address into a registry.
         let named = |rule: &Arc<Rule>| !rule.pattern.host.is_any() && rule.pattern.host.names(host);
         self.rules.iter().any(named) && !self.is_own_address(host)
     }
@@ -171,7 +171,7 @@ impl Names for Registries {
 }
 
 impl Registries {
-    /// The one registry that rules name, if they name one.
+    /// The registry that the rules name, if all name the same one.
     fn only_named(&self) -> Option<Registry> {
         let named = self.rules.iter().filter(|rule| !rule.pattern.host.is_any());
         let mut names = named.map(|rule| rule.pattern.host.as_str().parse().ok());
@@ -181,7 +181,7 @@ impl Registries {
 }
 
 impl Rule {
-    fn new(nth: usize, rule: &config::RuleConfig, guard: &config::EgressConfig) -> Self {
+    fn new(nth: usize, rule: &config::RuleConfig, egress: &config::EgressConfig) -> Self {
         Self {
             nth,
             pattern: rule.pattern.clone(),
@@ -191,18 +191,18 @@ impl Rule {
             deny: rule.deny,
             tag_ttl: rule.tag_ttl.0,
             tags: rule.tags.iter().filter_map(|tag| Some((config::whole_tag(&tag.pattern).ok()?, tag.ttl.0))).collect(),
-            stale_for: rule.stale_for.0,
+            stale_if_error: rule.stale_if_error.0,
             negative_ttl: rule.negative_ttl.0,
-            abandoned: rule.abandoned,
-            far_peers: rule.far_peers,
-            access: rule.access,
-            // The configuration refused patterns that do not compile.
+            on_client_abort: rule.on_client_abort,
+            cross_zone_peers: rule.cross_zone_peers,
+            authorization: rule.authorization,
+            // Invalid patterns were rejected with the configuration.
             immutable_tags: rule.immutable_tags.iter().filter_map(|p| config::whole_tag(p).ok()).collect(),
-            fingerprint: fingerprint(rule, guard),
+            fingerprint: fingerprint(rule, egress),
         }
     }
 
-    /// The same on nodes that would fetch the same in the same way.
+    /// Equal on nodes that would fetch the same content in the same way.
     pub fn fingerprint(&self) -> &str {
         &self.fingerprint
     }
@@ -212,7 +212,7 @@ impl Rule {
         self.pattern.as_str()
     }
 
-    /// Where to fetch from, in order.
+    /// The upstreams, in order.
     pub fn upstreams(&self, registry: &Registry) -> Vec<(Upstream, UpstreamTrust)> {
         if self.upstreams.is_empty() {
             let authority = if registry.is_docker_hub() { "registry-1.docker.io" } else { registry.as_str() };
@@ -221,13 +221,13 @@ impl Rule {
         self.upstreams.iter().map(|upstream| (upstream.clone(), UpstreamTrust::Written)).collect()
     }
 
-    /// What a repository is called at an upstream.
+    /// A repository's name at an upstream.
     fn repository_at(&self, upstream: &Upstream, registry: &Registry, repository: &Repository) -> String {
         upstream.repository(&self.pattern, registry, repository)
     }
 
-    /// For how long a tag is believed without asking.
-    pub fn lease_of(&self, tag: &Tag) -> Duration {
+    /// The TTL of a tag.
+    pub fn ttl_of(&self, tag: &Tag) -> Duration {
         if self.immutable_tags.iter().any(|pattern| pattern.is_match(tag.as_str())) {
             return Duration::MAX;
         }
@@ -235,20 +235,20 @@ impl Rule {
         of_some.map_or(self.tag_ttl, |(_, ttl)| *ttl)
     }
 
-    /// Whether what it fetches may need a secret that other processes do not have.
+    /// Whether its content may need credentials, so that only authenticated peers get it.
     pub fn is_private(&self) -> bool {
-        self.credentials.is_some() || self.tls.client_cert.is_some() || self.asks_who()
+        self.credentials.is_some() || self.tls.client_cert.is_some() || self.is_passthrough()
     }
 
-    /// Whether everybody gets only what the registry would give them.
-    pub fn asks_who(&self) -> bool {
-        self.access == Authorization::Client
+    /// Whether the upstream decides for each client what it may pull.
+    pub fn is_passthrough(&self) -> bool {
+        self.authorization == Authorization::Passthrough
     }
 }
 
-/// What decides where something comes from, who may have it, and for how long it is believed. Never a
-/// secret, and no file's place: nodes may keep theirs elsewhere.
-fn fingerprint(rule: &config::RuleConfig, guard: &config::EgressConfig) -> String {
+/// A hash of the settings that decide the sources of content, its authorization and its TTL. It contains neither
+/// secrets nor paths, which may differ between nodes.
+fn fingerprint(rule: &config::RuleConfig, egress: &config::EgressConfig) -> String {
     let upstreams: Vec<_> = rule.upstreams.iter().map(Upstream::to_string).collect();
     let credentials = match &rule.credentials {
         None => "none".to_owned(),
@@ -264,17 +264,17 @@ fn fingerprint(rule: &config::RuleConfig, guard: &config::EgressConfig) -> Strin
         rule.deny,
         rule.tag_ttl.0,
         rule.immutable_tags,
-        guard.allow,
+        egress.allow_cidrs,
     );
-    // What earlier releases do not know changes nothing where it is not used.
+    // Newer settings are added only if they are used, so that nodes with other releases have the same fingerprint.
     if !rule.tags.is_empty() {
         text += &format!(" {:?}", rule.tags);
     }
     if rule.client_cert.is_some() {
         text += " client_cert";
     }
-    if rule.access != Authorization::Shared {
-        text += &format!(" {:?}", rule.access);
+    if rule.authorization != Authorization::Shared {
+        text += &format!(" {:?}", rule.authorization);
     }
     format!("{:016x}", xxh64(text.as_bytes(), 0))
 }
@@ -284,14 +284,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_fingerprint_is_of_what_decides() {
+    fn fingerprint_covers_the_deciding_settings() {
         let of = |text: &str| registries(text).rules()[0].fingerprint().to_owned();
         let plain = of("[[registry]]\nmatch = \"a.io\"");
-        assert_eq!(plain, "23f3ed28e87080c2", "nodes of two releases would not share what is private, nor tags");
+        assert_eq!(plain, "23f3ed28e87080c2", "nodes of two releases would not share private content, nor tags");
         let at = |path: &str| format!("[[registry]]\nmatch = \"a.io\"\nupstreams = [\"https://b.io/{path}\"]");
         assert_ne!(of(&at("x/{repo}")), of(&at("y/{repo}")));
         let none = "[[registry]]\nmatch = \"a.io\"\ncredentials = { username = \"none\", password_env = \"HOME\" }";
-        assert_ne!(plain, of(none), "nobody is called that");
+        assert_ne!(plain, of(none), "a user named none differs from no credentials");
         assert_eq!(plain, of("listen = \"127.0.0.1:1\"\n[[registry]]\nmatch = \"a.io\"\nnegative_ttl = \"9s\""));
         let secret = "credentials = { username = \"u\", password_env = ";
         let with = |name: &str| of(&format!("[[registry]]\nmatch = \"a.io\"\n{secret}\"{name}\" }}"));
@@ -310,7 +310,7 @@ mod tests {
     }
 
     #[test]
-    fn a_rule_may_be_about_some_repositories() {
+    fn rule_may_match_some_repositories() {
         let registries = registries(
             "[[registry]]\nmatch = \"docker.io/kubeflow/*\"\nupstreams = [\"https://ghcr.io/{repo}\"]\n\
              [[registry]]\nmatch = \"docker.io\"\ndeny = true",
@@ -326,7 +326,7 @@ mod tests {
     }
 
     #[test]
-    fn the_first_match_wins_and_something_always_matches() {
+    fn first_matching_rule_wins_and_the_last_matches_all() {
         let registries = registries(
             "[[registry]]\nmatch = \"ghcr.io\"\nupstreams = [\"http://m1\", \"https://m2/x/{repo}\"]\n\
              [[registry]]\nmatch = \"*.io\"\ndeny = true",
@@ -342,13 +342,13 @@ mod tests {
     }
 
     #[test]
-    fn unlisted_registries_can_be_denied() {
-        let registries = registries("[access]\nunlisted = \"deny\"");
+    fn unlisted_registries_are_denied_by_config() {
+        let registries = registries("[access]\nunlisted_registries = \"deny\"");
         assert!(registries.rule(&Registry::docker_hub(), &any()).deny);
     }
 
     #[test]
-    fn a_host_is_a_registry_only_by_rule() {
+    fn host_is_a_registry_only_by_rule() {
         let registries = registries(
             "listen = \"0.0.0.0:5050\"\n[[registry]]\nmatch = \"*.io\"\n[[registry]]\nmatch = \"localhost:5050\"\nalias = [\"me\"]",
         );
@@ -367,8 +367,8 @@ mod tests {
              tags = [{ match = 'latest|edge', ttl = \"0s\" }, { match = '.*-rc', ttl = \"1h\" }]",
         );
         let rule = &registries.rules()[0];
-        let lease = |tag: &str| rule.lease_of(&tag.parse().unwrap());
-        assert_eq!([lease("v12"), lease("x")], [Duration::MAX; 2]);
-        assert_eq!([lease("v12-rc"), lease("edge"), lease("ax")].map(|lease| lease.as_secs()), [3600, 0, 60]);
+        let ttl = |tag: &str| rule.ttl_of(&tag.parse().unwrap());
+        assert_eq!([ttl("v12"), ttl("x")], [Duration::MAX; 2]);
+        assert_eq!([ttl("v12-rc"), ttl("edge"), ttl("ax")].map(|ttl| ttl.as_secs()), [3600, 0, 60]);
     }
 }

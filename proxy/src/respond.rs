@@ -1,7 +1,7 @@
-//! Answers: status, headers and body of everything a registry client can get.
+//! Responses: status, headers and body of everything that a registry client can get.
 //!
-//! Only this file knows which status a refusal has. Lengths of manifests and blobs are always known: containerd takes a
-//! missing length for an unknown size. Only lists may be sent in chunks.
+//! Only this file maps an error to a status. Manifests and blobs always have a `Content-Length`: containerd takes a
+//! missing one for an unknown size. Only lists may be chunked.
 
 use bytes::Bytes;
 use http::header::{
@@ -17,35 +17,36 @@ use crate::peers::{PeerAuthError, wire};
 use crate::pull::{BlobExtent, BlobResponse, Body, ListResponse, ManifestResponse, PullError, status_for_client};
 use crate::source::{ServedFrom, UpstreamError};
 
+const CACHE_STATUS: HeaderName = HeaderName::from_static("cache-status");
 pub const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 const NAMESPACE: HeaderName = HeaderName::from_static("oci-namespace");
 const FILTERS_APPLIED: HeaderName = HeaderName::from_static("oci-filters-applied");
 const CONTENT_DIGEST: HeaderName = HeaderName::from_static("docker-content-digest");
 const API_VERSION: HeaderName = HeaderName::from_static("docker-distribution-api-version");
 
-/// Keeps content from running in a browser, whatever an upstream calls it: nothing that is served here is a page.
-const OF_BROWSERS: [(HeaderName, &str); 3] = [
+/// Keep content from running in a browser, whatever media type the upstream claims: the registry port serves no pages.
+const BROWSER_SECURITY_HEADERS: [(HeaderName, &str); 3] = [
     (X_CONTENT_TYPE_OPTIONS, "nosniff"),
     (CONTENT_SECURITY_POLICY, "sandbox; default-src 'none'"),
     (CONTENT_DISPOSITION, "attachment"),
 ];
 
-/// What a client has shown.
+/// The token that a client presented.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PresentedToken {
     None,
-    /// A token that is none, or is too old (RFC 6750, section 3.1).
+    /// Expired, or not issued with this key (RFC 6750, section 3.1).
     Invalid,
 }
 
-/// An answer, ready to be written.
+/// A response, ready to be written.
 pub struct PreparedResponse {
     pub status: StatusCode,
     headers: Vec<(HeaderName, HeaderValue)>,
     pub body: Body,
-    /// Where its content came from; None: it has none.
+    /// The source of the content. None: the response has no content.
     pub from: Option<ServedFrom>,
-    /// Why there is none, for the log.
+    /// Why there is no content, for the access log.
     pub reason: Option<String>,
 }
 
@@ -60,27 +61,35 @@ impl PreparedResponse {
             PullError::Upstream { error, code } => Self::upstream_error(error, *code),
             PullError::NotFound { code, message } => Self::error(StatusCode::NOT_FOUND, *code, message),
             PullError::Denied(message) => Self::error(StatusCode::FORBIDDEN, ErrorCode::Denied, message),
-            // Never 408 or 429: containerd repeats those at once. And without Retry-After, for
-            // which podman would wait instead of asking elsewhere.
+            // Never 408 or 429: containerd retries those at once. No Retry-After: podman would wait instead of
+            // falling back.
             PullError::Unavailable(message) | PullError::Limited(message) => {
                 Self::error(StatusCode::SERVICE_UNAVAILABLE, ErrorCode::Unavailable, message)
             }
-            // Peers have to know what is the origin's word, and what is not.
-            PullError::NoWay(message) => Self::error(StatusCode::SERVICE_UNAVAILABLE, ErrorCode::Unavailable, message)
-                .refused_by_peer(wire::PeerRefusal::NoUpstream),
-            PullError::Guarded(message) => Self::error(StatusCode::FORBIDDEN, ErrorCode::Denied, message)
-                .refused_by_peer(wire::PeerRefusal::NoUpstream),
-            PullError::Busy => {
-                Self::error(StatusCode::SERVICE_UNAVAILABLE, ErrorCode::Unavailable, "too many requests at once")
-                    .refused_by_peer(wire::PeerRefusal::Overloaded)
+            // The header tells a peer that the error is this node's, not the upstream's.
+            PullError::UpstreamUnreachable(message) => {
+                Self::error(StatusCode::SERVICE_UNAVAILABLE, ErrorCode::Unavailable, message)
+                    .with_peer_refusal(wire::PeerRefusal::NoUpstream)
             }
-            PullError::BadOrigin(message) => Self::error(StatusCode::BAD_GATEWAY, ErrorCode::Unavailable, message),
-            // What HTTP has for a question that was only for what a cache has.
-            PullError::NotKept => {
-                Self::error(StatusCode::GATEWAY_TIMEOUT, ErrorCode::Unavailable, "only-if-cached: it is not")
+            PullError::Blocked(message) => Self::error(StatusCode::FORBIDDEN, ErrorCode::Denied, message)
+                .with_peer_refusal(wire::PeerRefusal::NoUpstream),
+            PullError::Busy => Self::error(
+                StatusCode::SERVICE_UNAVAILABLE,
+                ErrorCode::Unavailable,
+                "this node is overloaded: too many concurrent requests",
+            )
+            .with_peer_refusal(wire::PeerRefusal::Overloaded),
+            PullError::InvalidUpstreamResponse(message) => {
+                Self::error(StatusCode::BAD_GATEWAY, ErrorCode::Unavailable, message)
             }
+            // The status for an unfulfilled `only-if-cached` (RFC 9111, section 5.2.1.7).
+            PullError::NotCached => Self::error(
+                StatusCode::GATEWAY_TIMEOUT,
+                ErrorCode::Unavailable,
+                "not cached on this node (only-if-cached)",
+            ),
             PullError::Unsatisfiable { total } => {
-                let message = format!("the body has {total} bytes");
+                let message = format!("the range is not satisfiable: the content has {total} bytes");
                 Self::error(StatusCode::RANGE_NOT_SATISFIABLE, ErrorCode::RangeInvalid, &message)
                     .header(CONTENT_RANGE, &format!("bytes */{total}"))
             }
@@ -92,7 +101,7 @@ impl PreparedResponse {
         Self::error(status, error.code, &error.message)
     }
 
-    /// Anything but GET and HEAD.
+    /// 405: any method but GET and HEAD.
     pub fn read_only() -> Self {
         Self::error(
             StatusCode::METHOD_NOT_ALLOWED,
@@ -102,134 +111,140 @@ impl PreparedResponse {
         .header(ALLOW, "GET, HEAD")
     }
 
-    /// Who are you? Bearer for those who know it (RFC 6750, and the distribution's token protocol), Basic for others.
-    pub fn challenge(realm: &str, service: &str, repository: Option<&str>, shown: PresentedToken) -> Self {
+    /// 401 with two challenges: Bearer (RFC 6750, the distribution's token protocol), and Basic for clients without it.
+    pub fn challenge(realm: &str, service: &str, repository: Option<&str>, presented: PresentedToken) -> Self {
         let scope = repository.map(|name| format!(",scope=\"repository:{name}:pull\"")).unwrap_or_default();
-        let error = if shown == PresentedToken::Invalid { ",error=\"invalid_token\"" } else { "" };
-        let message = "this needs the rights that you have at the registry itself";
+        let error = if presented == PresentedToken::Invalid { ",error=\"invalid_token\"" } else { "" };
+        let message = "authentication required: use your credentials for the registry";
         Self::error(StatusCode::UNAUTHORIZED, ErrorCode::Unauthorized, message)
             .header(WWW_AUTHENTICATE, &format!("Bearer realm=\"{realm}\",service=\"{service}\"{scope}{error}"))
             .header(WWW_AUTHENTICATE, "Basic realm=\"dray\"")
     }
 
-    /// A token for a client, good for so many seconds.
+    /// The response of the token endpoint. `seconds` is the token's lifetime.
     pub fn token(token: &str, seconds: u64) -> Self {
         let body = serde_json::json!({"token": token, "access_token": token, "expires_in": seconds});
         Self::with_bytes(StatusCode::OK, "application/json", body.to_string().into()).header(CACHE_CONTROL, "no-store")
     }
 
-    /// The registry does not take a secret.
-    pub fn wrong_secret(message: &str) -> Self {
+    /// 401: the credential is missing or was rejected, and a token would not help.
+    pub fn credential_rejected(message: &str) -> Self {
         Self::error(StatusCode::UNAUTHORIZED, ErrorCode::Unauthorized, message)
             .header(WWW_AUTHENTICATE, "Basic realm=\"dray\"")
     }
 
-    /// A question for a token that is not understood.
-    pub fn no_token(message: &str) -> Self {
+    /// 400: a malformed token request.
+    pub fn malformed_token_request(message: &str) -> Self {
         Self::error(StatusCode::BAD_REQUEST, ErrorCode::Unsupported, message)
     }
 
-    /// Whoever asks on the peers' port does not prove who it is.
-    pub fn unproven(unproven: PeerAuthError) -> Self {
-        Self::error(StatusCode::UNAUTHORIZED, ErrorCode::Unauthorized, unproven.as_str())
+    /// 401: a request on the peer port that is not authenticated.
+    pub fn unauthenticated(unauthenticated: PeerAuthError) -> Self {
+        Self::error(StatusCode::UNAUTHORIZED, ErrorCode::Unauthorized, unauthenticated.as_str())
             .header(WWW_AUTHENTICATE, "dray-auth")
     }
 
-    /// Another peer has it, and is less busy.
+    /// 307: the peer should use a less loaded holder.
     pub fn redirect(peer: std::net::SocketAddr) -> Self {
-        let message = format!("{peer} has it as well");
+        let message = format!("{peer} is a less loaded holder");
         Self::error(StatusCode::TEMPORARY_REDIRECT, ErrorCode::Unavailable, &message)
             .header(LOCATION, &peer.to_string())
     }
 
-    /// A peer had better fetch it from the origin itself.
-    pub fn depute(span: Span) -> Self {
-        let message = "fetch this from the origin, for all of us";
+    /// 307: the peer should download the range from the upstream, for all peers.
+    pub fn delegate(span: Span) -> Self {
+        let message = "download this range from the upstream, for all peers";
         Self::error(StatusCode::TEMPORARY_REDIRECT, ErrorCode::Unavailable, message)
-            .refused_by_peer(wire::PeerRefusal::Deputy(span))
+            .with_peer_refusal(wire::PeerRefusal::Deputy(span))
     }
 
-    /// Tells a peer that it is this node which declines, and not the upstream.
-    fn refused_by_peer(self, refusal: wire::PeerRefusal) -> Self {
+    /// Tells a peer that this node declines, not the upstream.
+    fn with_peer_refusal(self, refusal: wire::PeerRefusal) -> Self {
         self.header(wire::REFUSAL, &refusal.text())
     }
 
-    /// What a peer hears beside the answer.
-    pub fn telling(mut self, headers: Vec<(HeaderName, HeaderValue)>) -> Self {
+    /// Adds headers for a peer.
+    pub fn with_headers(mut self, headers: Vec<(HeaderName, HeaderValue)>) -> Self {
         self.headers.extend(headers);
         self
     }
 
-    /// The same without what only peers are to know.
+    /// Removes the headers that are for peers only.
     pub fn for_clients(mut self) -> Self {
         self.headers.retain(|(name, _)| !name.as_str().starts_with(wire::PREFIX));
+        if let Some(from) = self.from {
+            self.headers.push((CACHE_STATUS, HeaderValue::from_static(cache_status(from))));
+        }
         self
     }
 
-    /// A manifest, or the part of it that a range means.
-    pub fn manifest(answer: &ManifestResponse, range: Option<RangeRequest>) -> Self {
-        match BlobResponse::of_bytes(&answer.object.bytes, range, answer.from) {
+    /// A manifest, or the requested range of it.
+    pub fn manifest(found: &ManifestResponse, range: Option<RangeRequest>) -> Self {
+        match BlobResponse::of_bytes(&found.object.bytes, range, found.from) {
             Ok(part) => {
-                // A browser would show, and run, what an upstream calls a page or an image.
-                let stated = &*answer.object.media_type;
+                // A browser would run what an upstream labels as HTML or SVG.
+                let stated = &*found.object.media_type;
                 let media_type = if manifest::is_manifest_type(stated) { stated } else { BLOB_MEDIA_TYPE };
-                let reply = Self::content(part, &answer.digest, media_type);
-                match answer.age {
-                    Some(age) => reply.header(AGE, &age.as_secs().to_string()),
-                    None => reply,
+                let response = Self::content(part, &found.digest, media_type);
+                match found.age {
+                    Some(age) => response.header(AGE, &age.as_secs().to_string()),
+                    None => response,
                 }
             }
             Err(refusal) => Self::refusal(&refusal),
         }
     }
 
-    pub fn blob(answer: BlobResponse, digest: &Digest) -> Self {
-        Self::content(answer, digest, BLOB_MEDIA_TYPE)
+    pub fn blob(blob: BlobResponse, digest: &Digest) -> Self {
+        Self::content(blob, digest, BLOB_MEDIA_TYPE)
     }
 
     /// `HEAD` of a blob: its length without its bytes.
     pub fn blob_length(length: u64, from: ServedFrom, digest: &Digest) -> Self {
-        let answer = BlobResponse { total: length, extent: BlobExtent::Whole, from, body: Body::Memory(None) };
-        Self::blob(answer, digest)
+        let blob = BlobResponse { total: length, extent: BlobExtent::Whole, from, body: Body::Memory(None) };
+        Self::blob(blob, digest)
     }
 
-    /// A list as it comes, with its link to the next page led back here.
-    pub fn list(answer: ListResponse, path: &str, namespace: Option<&str>) -> Self {
-        let reply = Self {
+    /// A list as the upstream sends it, with its link to the next page rewritten to this node.
+    pub fn list(list: ListResponse, path: &str, namespace: Option<&str>) -> Self {
+        let response = Self {
             status: StatusCode::OK,
             headers: Vec::with_capacity(8),
-            body: answer.body,
-            from: Some(answer.from),
+            body: list.body,
+            from: Some(list.from),
             reason: None,
         };
-        let reply = reply.header(CONTENT_TYPE, answer.media_type);
-        let reply = match answer.length {
-            Some(length) => reply.value(CONTENT_LENGTH, length.into()),
-            None => reply.value(TRANSFER_ENCODING, HeaderValue::from_static("chunked")),
+        let response = response.header(CONTENT_TYPE, list.media_type);
+        let response = match list.length {
+            Some(length) => response.value(CONTENT_LENGTH, length.into()),
+            None => response.value(TRANSFER_ENCODING, HeaderValue::from_static("chunked")),
         };
-        let reply = match answer.encoding {
-            Some(encoding) => reply.value(CONTENT_ENCODING, encoding),
-            None => reply,
+        let response = match list.encoding {
+            Some(encoding) => response.value(CONTENT_ENCODING, encoding),
+            None => response,
         };
-        let age = answer.age.map(|age| (AGE, age.as_secs().to_string()));
-        let link = answer.next.map(|query| (LINK, next_page(&query, path, namespace)));
-        let filters = answer.filters_applied.map(|filters| (FILTERS_APPLIED, filters));
-        [age, link, filters].into_iter().flatten().fold(reply, |reply, (name, value)| reply.header(name, &value))
+        let age = list.age.map(|age| (AGE, age.as_secs().to_string()));
+        let link = list.next.map(|query| (LINK, next_page(&query, path, namespace)));
+        let filters = list.filters_applied.map(|filters| (FILTERS_APPLIED, filters));
+        [age, link, filters]
+            .into_iter()
+            .flatten()
+            .fold(response, |response, (name, value)| response.header(name, &value))
     }
 
-    /// Says which registry the content belongs to.
+    /// Names the registry of the content.
     pub fn of_registry(self, registry: &Registry) -> Self {
         self.header(NAMESPACE, registry.as_str())
     }
 
-    /// The head as it is sent, with what every answer has.
+    /// The response head, with the headers that every response has.
     pub fn head(&self, request_id: &str) -> ResponseHeader {
-        // Pingora's own way to add a header reads the name anew each time.
+        // Pingora's `insert_header` would parse each name again.
         let (mut parts, ()) = http::Response::new(()).into_parts();
         parts.status = self.status;
-        parts.headers.reserve(self.headers.len() + 3 + OF_BROWSERS.len());
+        parts.headers.reserve(self.headers.len() + 3 + BROWSER_SECURITY_HEADERS.len());
         parts.headers.extend(self.headers.iter().map(|(name, value)| (name.clone(), value.clone())));
-        parts.headers.extend(OF_BROWSERS.map(|(name, value)| (name, HeaderValue::from_static(value))));
+        parts.headers.extend(BROWSER_SECURITY_HEADERS.map(|(name, value)| (name, HeaderValue::from_static(value))));
         parts.headers.insert(API_VERSION, HeaderValue::from_static("registry/2.0"));
         if let Ok(id) = HeaderValue::from_str(request_id) {
             parts.headers.insert(REQUEST_ID, id);
@@ -240,8 +255,8 @@ impl PreparedResponse {
         parts.into()
     }
 
-    fn content(answer: BlobResponse, digest: &Digest, media_type: &str) -> Self {
-        let BlobResponse { total, extent, from, body } = answer;
+    fn content(blob: BlobResponse, digest: &Digest, media_type: &str) -> Self {
+        let BlobResponse { total, extent, from, body } = blob;
         let multipart_type;
         let (status, media_type, length) = match &extent {
             BlobExtent::Whole => (StatusCode::OK, media_type, total),
@@ -251,21 +266,21 @@ impl PreparedResponse {
                 (StatusCode::PARTIAL_CONTENT, &*multipart_type, parts.content_length())
             }
         };
-        let reply = Self { status, headers: Vec::with_capacity(8), body, from: Some(from), reason: None }
+        let response = Self { status, headers: Vec::with_capacity(8), body, from: Some(from), reason: None }
             .header(CONTENT_TYPE, media_type)
             .value(CONTENT_LENGTH, length.into())
             .header(CONTENT_DIGEST, digest.as_str())
             .value(ACCEPT_RANGES, HeaderValue::from_static("bytes"));
         match extent {
-            BlobExtent::Part(span) => reply.header(CONTENT_RANGE, &span.content_range(total)),
-            BlobExtent::Whole | BlobExtent::Parts(_) => reply,
+            BlobExtent::Part(span) => response.header(CONTENT_RANGE, &span.content_range(total)),
+            BlobExtent::Whole | BlobExtent::Parts(_) => response,
         }
     }
 
-    /// An upstream's error as it made it. `code` stands for a body without one.
+    /// An upstream's error with its own JSON body. Without one, `code` makes the body.
     fn upstream_error(error: &UpstreamError, code: ErrorCode) -> Self {
         let status = StatusCode::from_u16(status_for_client(error.status)).unwrap_or(StatusCode::SERVICE_UNAVAILABLE);
-        let message = format!("the upstream answered {error}");
+        let message = format!("the upstream responded with {error}");
         match error.json() {
             Some(json) => Self { reason: Some(message), ..Self::with_bytes(status, "application/json", json.clone()) },
             None => Self::error(status, code, &message),
@@ -273,8 +288,8 @@ impl PreparedResponse {
     }
 
     fn error(status: StatusCode, code: ErrorCode, message: &str) -> Self {
-        let reply = Self::with_bytes(status, "application/json", error::body(code, message).into());
-        Self { reason: Some(message.to_owned()), ..reply }
+        let response = Self::with_bytes(status, "application/json", error::body(code, message).into());
+        Self { reason: Some(message.to_owned()), ..response }
     }
 
     fn with_bytes(status: StatusCode, media_type: &str, bytes: Bytes) -> Self {
@@ -289,7 +304,7 @@ impl PreparedResponse {
         self
     }
 
-    /// Adds a header. A value that fits no header is left out: it came from an origin.
+    /// Adds a header. A value that is not valid in a header is dropped: it came from an upstream.
     fn header(mut self, name: HeaderName, value: &str) -> Self {
         if let Ok(value) = HeaderValue::from_str(value) {
             self.headers.push((name, value));
@@ -298,7 +313,18 @@ impl PreparedResponse {
     }
 }
 
-/// A link to the next page here, by the query that the upstream's link has.
+/// `Cache-Status` (RFC 9211): for clients and proxies that know no header of dray.
+fn cache_status(from: ServedFrom) -> &'static str {
+    match from {
+        ServedFrom::Memory => "dray; hit; detail=memory",
+        ServedFrom::Disk => "dray; hit; detail=disk",
+        ServedFrom::Stale => "dray; hit; detail=stale",
+        ServedFrom::Peer => "dray; fwd=miss; detail=peer",
+        ServedFrom::Upstream => "dray; fwd=miss",
+    }
+}
+
+/// The link to the next page on this node, with the query of the upstream's link.
 fn next_page(query: &str, path: &str, namespace: Option<&str>) -> String {
     let mut query = link::without_namespace(query);
     if let Some(namespace) = namespace {
@@ -318,7 +344,7 @@ mod tests {
     use crate::store::SmallObject;
 
     #[test]
-    fn next_page_leads_back_here() {
+    fn next_page_link_points_to_this_node() {
         let of = |query: &str, ns| next_page(query, "/v2/library/alpine/tags/list", ns);
         assert_eq!(
             of("last=a%2Bb&n=2", Some("reg.io:5000")),
@@ -331,19 +357,19 @@ mod tests {
     }
 
     #[test]
-    fn error_of_an_upstream_is_passed_on_as_it_came() {
+    fn upstream_error_body_is_passed_on_unchanged() {
         let body = br#"{"errors":[{"code":"NAME_UNKNOWN","message":"x"}]}"#;
         let error = UpstreamError::new(404, body);
-        let reply = PreparedResponse::refusal(&PullError::Upstream { error, code: ErrorCode::ManifestUnknown });
-        assert_eq!(reply.status, StatusCode::NOT_FOUND);
-        assert!(matches!(&reply.body, Body::Memory(Some(bytes)) if bytes[..] == body[..]));
+        let response = PreparedResponse::refusal(&PullError::Upstream { error, code: ErrorCode::ManifestUnknown });
+        assert_eq!(response.status, StatusCode::NOT_FOUND);
+        assert!(matches!(&response.body, Body::Memory(Some(bytes)) if bytes[..] == body[..]));
     }
 
     #[test]
-    fn nothing_runs_in_a_browser_and_manifests_have_types_of_manifests() {
+    fn manifest_with_foreign_media_type_is_sent_as_blob() {
         let (rule, registry, repository) = ("*".into(), "reg.io".into(), "a".into());
         let provenance = Arc::new(Provenance { rule, registry, repository });
-        let answer = |media_type: &str| {
+        let response_of = |media_type: &str| {
             let object = SmallObject::new(media_type, provenance.clone(), b"<script>");
             let digest = Digest::of(b"<script>");
             ManifestResponse { digest, object, from: ServedFrom::Memory, age: None }
@@ -358,32 +384,32 @@ mod tests {
             ("image/svg+xml", BLOB_MEDIA_TYPE),
             ("application/vnd.oci.image.manifest.v1+json;x=text/html", BLOB_MEDIA_TYPE),
         ] {
-            let head = PreparedResponse::manifest(&answer(stated), None).head("id");
+            let head = PreparedResponse::manifest(&response_of(stated), None).head("id");
             assert_eq!(head.headers["content-type"], sent);
-            for (name, value) in OF_BROWSERS {
+            for (name, value) in BROWSER_SECURITY_HEADERS {
                 assert_eq!(head.headers[name], value);
             }
         }
     }
 
     #[test]
-    fn clients_are_not_told_what_is_for_peers() {
-        let reply = || PreparedResponse::refusal(&PullError::NoWay("x".into()));
-        assert_eq!(reply().head("id").headers[wire::REFUSAL], "no-upstream");
-        assert!(reply().for_clients().head("id").headers.get(wire::REFUSAL).is_none());
+    fn response_for_client_has_no_peer_headers() {
+        let response = || PreparedResponse::refusal(&PullError::UpstreamUnreachable("x".into()));
+        assert_eq!(response().head("id").headers[wire::REFUSAL], "no-upstream");
+        assert!(response().for_clients().head("id").headers.get(wire::REFUSAL).is_none());
     }
 
     #[test]
-    fn an_outage_never_makes_a_client_hammer() {
-        let reply = PreparedResponse::refusal(&PullError::Unavailable("x".into()));
-        assert_eq!(reply.status, StatusCode::SERVICE_UNAVAILABLE);
-        assert!(reply.head("id").headers.get("retry-after").is_none());
+    fn unavailable_response_has_no_retry_after() {
+        let response = PreparedResponse::refusal(&PullError::Unavailable("x".into()));
+        assert_eq!(response.status, StatusCode::SERVICE_UNAVAILABLE);
+        assert!(response.head("id").headers.get("retry-after").is_none());
     }
 
     #[test]
-    fn an_unsatisfiable_range_says_how_long_the_body_is() {
-        let reply = PreparedResponse::refusal(&PullError::Unsatisfiable { total: 7 });
-        assert_eq!(reply.status, StatusCode::RANGE_NOT_SATISFIABLE);
-        assert_eq!(reply.head("id").headers["content-range"], "bytes */7");
+    fn unsatisfiable_range_states_content_length() {
+        let response = PreparedResponse::refusal(&PullError::Unsatisfiable { total: 7 });
+        assert_eq!(response.status, StatusCode::RANGE_NOT_SATISFIABLE);
+        assert_eq!(response.head("id").headers["content-range"], "bytes */7");
     }
 }

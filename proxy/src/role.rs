@@ -1,24 +1,29 @@
-//! What a node is for a digest. Questions travel one way only, from client to zone to global to the
-//! origin, so that no request ever travels in a circle, whatever the nodes believe of each other.
+//! The role of a node for a digest. Requests go one way only: client, zone, global, upstream. Nodes may disagree about
+//! the members of the cluster, but no request can loop.
+//!
+//! | role | event | next role |
+//! |---|---|---|
+//! | client | a peer requests the blob as from the owner in its zone | zone |
+//! | client, zone | a peer requests the blob as from the owner of all zones, or no owner is reachable | global |
 
 use std::str::FromStr;
 use std::sync::Arc;
 
 use tokio::sync::watch;
 
-/// Which part a node plays, as whoever asks it sees it.
+/// The role of a node for a digest, as stated in the request that it serves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Role {
-    /// It fetches for its own clients, from the owner of its zone.
+    /// Downloads for its own clients, from the owner in its zone.
     Client,
-    /// It owns the digest in its zone, and fetches for that, from the owner of all zones.
+    /// Owner in its zone: downloads for the zone, from the owner of all zones.
     Zone,
-    /// It owns the digest, and fetches from the origin: whatever its own view of the members.
+    /// Owner of all zones: downloads from the upstream, even if it considers another node the owner.
     Global,
 }
 
-/// The role in which this node downloads a blob. It only rises: when no owner can be reached, this node takes its place,
-/// and two nodes that take each other for the owner must not wait for each other.
+/// The role in which this node downloads a blob. It only rises: two nodes that consider each other the owner must not
+/// wait for each other.
 #[derive(Clone)]
 pub struct CurrentRole(Arc<watch::Sender<Role>>);
 
@@ -60,7 +65,7 @@ impl CurrentRole {
 
     /// Waits until it is `role` or a higher one.
     pub async fn reaches(self, role: Role) {
-        // It fails only where the sender is gone, which this is.
+        // It fails only if the sender is dropped, and `self` holds the sender.
         let _ = self.0.subscribe().wait_for(|current| *current >= role).await;
     }
 }

@@ -1,6 +1,4 @@
-//! What points each container runtime at dray: the very file, document or machine configuration.
-//!
-//! containerd has more than that, and rooms of its own: `containerd.rs`.
+//! The mirror configuration of each container runtime other than containerd, which has the module `containerd`.
 
 use std::fmt::Write as _;
 use std::str::FromStr;
@@ -24,34 +22,34 @@ pub enum Runtime {
     Gke,
 }
 
-/// A registry, and the name by which paths call it where they cannot have its port.
+/// A registry, and its alias for image paths, which cannot contain a port.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NamedRegistry {
     host: String,
     alias: Option<String>,
 }
 
-/// What to write, and where.
+/// A configuration document, and the instructions to install it.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Document {
     pub text: String,
-    /// Where it goes and what else to do, line by line.
+    /// Where to save it, and further steps; one line each.
     pub instructions: Vec<String>,
 }
 
-/// Why there is none.
+/// Why a runtime cannot use the mirror for a registry.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum UnsupportedRuntime {
     #[error(
-        "{runtime} cannot write the port of {host} into a path: give the registry an alias in dray's configuration, and write --registry {host}=ALIAS"
+        "{runtime} cannot use the port of {host} in an image path: set an alias for the registry in dray's configuration, and pass --registry {host}=ALIAS"
     )]
     Port { runtime: &'static str, host: String },
-    #[error("{runtime} uses a mirror for {only} only, not for {host}: write that image as {mirror}/{host}/...")]
+    #[error("{runtime} supports mirrors for {only} only, not for {host}: pull the image as {mirror}/{host}/...")]
     Only { runtime: &'static str, only: &'static str, host: String, mirror: String },
 }
 
-/// Public registries, for runtimes that have to be told each.
-pub const USUAL: [&str; 7] =
+/// Public registries, for runtimes without a wildcard for all registries.
+pub const PUBLIC_REGISTRIES: [&str; 7] =
     ["docker.io", "ghcr.io", "quay.io", "registry.k8s.io", "gcr.io", "public.ecr.aws", "mcr.microsoft.com"];
 
 pub const ALL: [Runtime; 10] = [
@@ -67,7 +65,7 @@ pub const ALL: [Runtime; 10] = [
     Runtime::Gke,
 ];
 
-const HUB: &str = "docker.io";
+const DOCKER_HUB: &str = "docker.io";
 
 impl FromStr for NamedRegistry {
     type Err = String;
@@ -79,15 +77,17 @@ impl FromStr for NamedRegistry {
             !alias.is_empty() && alias.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-')
         };
         if host.is_empty() || !host.chars().all(is_host) || !alias.is_none_or(is_alias) {
-            return Err(format!("\"{text}\" is no registry such as docker.io or registry.corp:5000=corp"));
+            return Err(format!(
+                "\"{text}\" is not a valid registry: expected HOST[=ALIAS], such as docker.io or registry.corp:5000=corp"
+            ));
         }
         Ok(Self { host: host.to_owned(), alias: alias.map(str::to_owned) })
     }
 }
 
 impl NamedRegistry {
-    /// As it stands in a path.
-    fn in_path(&self, runtime: Runtime) -> Result<&str, UnsupportedRuntime> {
+    /// The name of the registry in an image path.
+    fn path_name(&self, runtime: Runtime) -> Result<&str, UnsupportedRuntime> {
         match &self.alias {
             Some(alias) => Ok(alias),
             None if self.host.contains(':') => {
@@ -114,11 +114,13 @@ impl Runtime {
         }
     }
 
-    /// What sends it to a mirror for some registries; for all, or the usual ones, if none is named.
+    /// The document that configures a mirror for these registries. For an empty list: for all registries, or for the
+    /// public ones if the runtime needs a list.
     pub fn document(self, mirror: &Mirror, registries: &[NamedRegistry]) -> Result<Document, UnsupportedRuntime> {
-        let usual: Vec<_> = USUAL.iter().map(|host| NamedRegistry { host: (*host).to_owned(), alias: None }).collect();
-        let each = if registries.is_empty() { &usual } else { registries };
-        // Where one entry can stand for all.
+        let public: Vec<_> =
+            PUBLIC_REGISTRIES.iter().map(|host| NamedRegistry { host: (*host).to_owned(), alias: None }).collect();
+        let each = if registries.is_empty() { &public } else { registries };
+        // The wildcard of runtimes that have one.
         let all = NamedRegistry { host: "*".into(), alias: None };
         let or_all = if registries.is_empty() { std::slice::from_ref(&all) } else { registries };
         let text = match self {
@@ -139,42 +141,42 @@ impl Runtime {
         let lines: &[&str] = match self {
             Self::Docker => &[
                 "Merge this into /etc/docker/daemon.json, then restart Docker: systemctl restart docker",
-                "It holds for Docker Hub. With the containerd image store (new installations since Engine 29) all registries are sent to dray instead by:",
+                "This mirrors Docker Hub only. With the containerd image store (new installations since Engine 29), mirror all registries instead with:",
                 "  mkdir -p /etc/docker/certs.d && dray containerd install --hosts-dir /etc/docker/certs.d --mirror MIRROR",
             ],
             Self::Buildkit => &[
                 "Save it as /etc/buildkit/buildkitd.toml (rootless: ~/.config/buildkit/buildkitd.toml), or pass it: docker buildx create --driver docker-container --buildkitd-config FILE",
-                "In the docker-container driver 127.0.0.1 is BuildKit's own container: use an address of the host.",
+                "With the docker-container driver, 127.0.0.1 is BuildKit's own container: use an address of the host.",
             ],
             Self::Podman => &[
-                "Save it as /etc/containers/registries.conf.d/50-dray.conf; podman, buildah and skopeo read it each time.",
+                "Save it as /etc/containers/registries.conf.d/50-dray.conf; podman, buildah and skopeo do not need a restart.",
             ],
             Self::Crio => &[
                 "Save it as /etc/containers/registries.conf.d/50-dray.conf, then: systemctl reload crio",
-                "On OpenShift by a MachineConfig with that file: k8s/README.md.",
+                "On OpenShift, install the file with a MachineConfig: see k8s/README.md.",
             ],
             Self::Kind => &[
                 "Pass it to: kind create cluster --config FILE",
-                "Before, on the host: mkdir -p certs.d && dray containerd install --hosts-dir certs.d --mirror MIRRORREGISTRIES",
-                "In kind's nodes 127.0.0.1 is the node itself: use an address of the host, such as that of Docker's bridge.",
-                "The node image is pulled by Docker: dray runtime docker",
+                "Before that, run on the host: mkdir -p certs.d && dray containerd install --hosts-dir certs.d --mirror MIRRORREGISTRIES",
+                "In kind's nodes, 127.0.0.1 is the node itself: use an address of the host, such as that of Docker's bridge.",
+                "Docker pulls the node image; configure it with: dray runtime-config docker",
             ],
             Self::K3s => &[
-                "Save it as /etc/rancher/k3s/registries.yaml on each node, or put it into the one that is there, then restart k3s. Not needed where dray's chart writes into the hosts directory.",
+                "Save it as /etc/rancher/k3s/registries.yaml on each node, or merge it into the existing file, then restart k3s. Not needed if dray's chart writes into the hosts directory.",
             ],
             Self::Rke2 => &[
-                "Save it as /etc/rancher/rke2/registries.yaml on each node, or put it into the one that is there, then restart rke2-server or rke2-agent. Not needed where dray's chart writes into the hosts directory.",
+                "Save it as /etc/rancher/rke2/registries.yaml on each node, or merge it into the existing file, then restart rke2-server or rke2-agent. Not needed if dray's chart writes into the hosts directory.",
             ],
-            Self::Talos => {
-                &["Apply it as a patch to each machine, without a reboot: talosctl patch machineconfig --patch @FILE"]
-            }
+            Self::Talos => &[
+                "Apply it as a patch to each machine; this does not need a reboot: talosctl patch machineconfig --patch @FILE",
+            ],
             Self::Bottlerocket => &[
-                "Put it into the instances' user data, or set it on a running one: apiclient apply < FILE",
-                "Every registry by \"*\" needs Bottlerocket 1.56 or newer: before, name each with --registry.",
+                "Add it to the user data of the instances, or apply it on a running instance: apiclient apply < FILE",
+                "The wildcard \"*\" needs Bottlerocket 1.56 or newer. For older versions, list each registry with --registry.",
             ],
             Self::Gke => &[
                 "Pass it to: gcloud container node-pools update POOL --cluster CLUSTER --containerd-config-from-file FILE",
-                "GKE makes the pool's nodes anew. It takes no registry by \"*\", and at most 25.",
+                "GKE recreates the nodes of the pool. It does not support the wildcard \"*\", and accepts at most 25 registries.",
             ],
         };
         let filled = |line: &&str| line.replace("MIRROR", mirror.as_str()).replace("REGISTRIES", &named);
@@ -187,19 +189,19 @@ impl FromStr for Runtime {
 
     fn from_str(name: &str) -> Result<Self, String> {
         if name == "containerd" {
-            return Err("containerd has commands of its own: dray containerd install".to_owned());
+            return Err("containerd has its own command: dray containerd install".to_owned());
         }
         let names = || ALL.map(Self::as_str).join(", ");
         let found = ALL.into_iter().find(|runtime| runtime.as_str() == name);
-        found.ok_or_else(|| format!("\"{name}\" is none of {}", names()))
+        found.ok_or_else(|| format!("\"{name}\" is not a valid runtime: expected one of {}", names()))
     }
 }
 
 /// docs.docker.com, "Mirror the Docker Hub library".
 fn docker(mirror: &Mirror, registries: &[NamedRegistry]) -> Result<String, UnsupportedRuntime> {
-    if let Some(other) = registries.iter().find(|registry| registry.host != HUB) {
+    if let Some(other) = registries.iter().find(|registry| registry.host != DOCKER_HUB) {
         let (host, mirror) = (other.host.clone(), mirror.host().to_owned());
-        return Err(UnsupportedRuntime::Only { runtime: "docker", only: HUB, host, mirror });
+        return Err(UnsupportedRuntime::Only { runtime: "docker", only: DOCKER_HUB, host, mirror });
     }
     Ok(format!("{:#}\n", json!({ "registry-mirrors": [mirror.as_str()] })))
 }
@@ -224,7 +226,7 @@ fn containers_image(
 ) -> Result<String, UnsupportedRuntime> {
     let mut text = String::new();
     for registry in registries {
-        let (host, path) = (&registry.host, registry.in_path(runtime)?);
+        let (host, path) = (&registry.host, registry.path_name(runtime)?);
         let _ = writeln!(text, "[[registry]]\nprefix = \"{host}\"\nlocation = \"{host}\"");
         let _ = writeln!(text, "[[registry.mirror]]\nlocation = \"{}/{path}\"", mirror.host());
         if mirror.is_plain() {
@@ -234,7 +236,8 @@ fn containers_image(
     Ok(text)
 }
 
-/// kind.sigs.k8s.io, "Configuration": containerd's patches, and a directory of the host in the nodes.
+/// kind.sigs.k8s.io, "Configuration": patches of containerd's configuration, and a directory of the host mounted in the
+/// nodes.
 fn kind() -> String {
     "kind: Cluster
 apiVersion: kind.x-k8s.io/v1alpha4
@@ -307,32 +310,32 @@ mod tests {
     }
 
     #[test]
-    fn every_document_has_the_mirror_and_says_where_it_goes() {
+    fn document_of_each_runtime_has_mirror_and_instructions() {
         for runtime in ALL {
             assert_eq!(runtime.as_str().parse(), Ok(runtime));
             let document = runtime.document(&mirror(), &[]).unwrap();
             assert!(document.text.ends_with('\n') && !document.instructions.is_empty());
-            let said = document.text + &document.instructions.concat();
-            assert!(said.contains(mirror().host()), "{said}");
-            assert!(!said.contains("MIRROR") && !said.contains("REGISTRIES"), "{said}");
+            let output = document.text + &document.instructions.concat();
+            assert!(output.contains(mirror().host()), "{output}");
+            assert!(!output.contains("MIRROR") && !output.contains("REGISTRIES"), "{output}");
         }
         assert!("dockr".parse::<Runtime>().unwrap_err().contains("docker, buildkit"));
         assert!("containerd".parse::<Runtime>().unwrap_err().contains("dray containerd install"));
     }
 
     #[test]
-    fn one_entry_for_all_where_that_is_understood() {
+    fn wildcard_is_used_by_runtimes_that_support_it() {
         for runtime in [Runtime::K3s, Runtime::Rke2, Runtime::Talos, Runtime::Bottlerocket] {
             assert!(runtime.document(&mirror(), &[]).unwrap().text.contains("\"*\""), "{runtime:?}");
         }
         for runtime in [Runtime::Buildkit, Runtime::Podman, Runtime::Gke] {
             let text = runtime.document(&mirror(), &[]).unwrap().text;
-            assert!(USUAL.iter().all(|host| text.contains(host)) && !text.contains('*'), "{text}");
+            assert!(PUBLIC_REGISTRIES.iter().all(|host| text.contains(host)) && !text.contains('*'), "{text}");
         }
     }
 
     #[test]
-    fn ports_in_paths_need_an_alias_and_docker_has_one_registry() {
+    fn registry_with_port_needs_alias_in_paths() {
         let ported = named(&["reg.corp:5000"]);
         let error = Runtime::Podman.document(&mirror(), &ported).unwrap_err().to_string();
         assert!(error.contains("--registry reg.corp:5000=ALIAS"), "{error}");
@@ -344,12 +347,12 @@ mod tests {
         let kind = Runtime::Kind.document(&mirror(), &ported).unwrap().instructions.concat();
         assert!(kind.contains("--mirror http://127.0.0.1:5050 --registry reg.corp:5000"), "{kind}");
         for wrong in ["", "a b", "\"x\"", "a.io=", "a.io=x/y", "a.io=X"] {
-            assert!(wrong.parse::<NamedRegistry>().unwrap_err().contains("no registry such as"));
+            assert!(wrong.parse::<NamedRegistry>().unwrap_err().contains("not a valid registry"));
         }
     }
 
     #[test]
-    fn a_certificate_needs_no_exception() {
+    fn https_mirror_is_not_marked_insecure() {
         let mirror = "https://dray.corp".parse().unwrap();
         for runtime in [Runtime::Buildkit, Runtime::Podman] {
             let text = runtime.document(&mirror, &[]).unwrap().text;

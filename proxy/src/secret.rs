@@ -1,11 +1,11 @@
-//! What somebody proves to a registry who they are with.
+//! Credentials for a registry.
 
 use std::fmt;
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 
-/// A secret for one registry. Its debug form does not show it.
+/// A secret for one registry. `Debug` hides it.
 #[derive(Clone, PartialEq, Eq)]
 pub enum Secret {
     Password {
@@ -14,7 +14,7 @@ pub enum Secret {
     },
     /// Docker's `identitytoken`: an OAuth2 refresh token.
     Identity(String),
-    /// Docker's `registrytoken`: what the registry is shown as it is.
+    /// Docker's `registrytoken`, sent to the registry unchanged.
     Bearer(String),
 }
 
@@ -29,7 +29,7 @@ impl Secret {
         }
     }
 
-    /// Reads the value of an `Authorization: Basic` header.
+    /// Parses the value of an `Authorization: Basic` header.
     pub fn from_basic(value: &str) -> Option<Self> {
         let (scheme, encoded) = value.split_once(' ')?;
         let decoded = scheme.eq_ignore_ascii_case("basic").then(|| STANDARD.decode(encoded.trim()).ok())??;
@@ -50,7 +50,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn basic_can_be_written_and_read() {
+    fn basic_header_round_trips() {
         let secret = Secret::Password { username: "me".into(), password: "s:ecret".into() };
         assert_eq!(Secret::from_basic(&secret.basic().unwrap()), Some(secret));
         for text in ["", "Basic", "Basic !", "Bearer bWU6cw==", "Basic bWU="] {

@@ -1,4 +1,4 @@
-//! Composition: opens the store, starts the listeners, says so, and drains before it stops.
+//! Composition: opens the store, starts the listeners, reports readiness, and drains before it stops.
 
 mod background;
 mod components;
@@ -27,7 +27,7 @@ use crate::store::Store;
 /// Why dray does not start.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
-    /// The configuration is understood but cannot work here.
+    /// The configuration is valid but does not work on this host.
     #[error("{0}")]
     Config(String),
     #[error("{0}")]
@@ -41,11 +41,11 @@ pub fn run(
     started: impl FnOnce(Bound) + Send + 'static,
 ) -> Result<(), StartError> {
     raise_descriptor_limit();
-    // A certificate that cannot be used is an error before any port is taken.
+    // An unusable certificate is reported before any port is bound.
     let identity = components::identity(&config.tls)?;
     let ports = Ports::reserve(&mut config)?;
-    let runtime = runtime().map_err(|e| StartError::Failed(format!("no threads: {e}")))?;
-    // From here on a signal ends the process in order, however far it has come.
+    let runtime = runtime().map_err(|e| StartError::Failed(format!("cannot start the background threads: {e}")))?;
+    // Installed before the store opens: from now on a signal stops the process in order.
     let signals = runtime.block_on(async { Signals::watch() }).map_err(|e| StartError::Failed(e.to_string()))?;
     if !std::io::stderr().is_terminal() {
         runtime.spawn(stop::ignore_hangups());
@@ -58,32 +58,32 @@ pub fn run(
         signals: Mutex::new(signals),
         readiness: components.readiness.clone(),
         loads: components.loads.clone(),
-        keeping: components.keeping.clone(),
+        reconciler: components.reconciler.clone(),
     };
     server.run(RunArgs { shutdown_signal: Box::new(stop) });
-    if let Some(keeping) = &components.keeping {
-        keeping.withdraw();
+    if let Some(reconciler) = &components.reconciler {
+        reconciler.withdraw();
     }
     components.tracer.close();
     close(runtime, &components.store);
     Ok(())
 }
 
-/// Of the background tasks; the listeners have threads of their own.
+/// The runtime of the background tasks. The listeners have threads of their own.
 fn runtime() -> std::io::Result<Runtime> {
     tokio::runtime::Builder::new_multi_thread().worker_threads(2).thread_name("dray").enable_all().build()
 }
 
 fn close(runtime: Runtime, store: &Store) {
     runtime.block_on(store.close());
-    // A fill may still be waiting for its origin.
+    // A fill may still be waiting for its upstream: the process does not wait for it.
     runtime.shutdown_timeout(Duration::from_millis(100));
 }
 
-/// Blobs, clients and origins all take descriptors; the usual soft limit of 1,024 is soon reached.
+/// Blobs, clients and upstreams all take descriptors; the usual soft limit of 1,024 is soon reached.
 fn raise_descriptor_limit() {
     let limit = getrlimit(Resource::Nofile);
     if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum }) {
-        tracing::warn!(%error, "the descriptor limit stays as it is");
+        tracing::warn!(%error, "descriptor limit not raised");
     }
 }

@@ -1,9 +1,9 @@
-//! Something that many parties share, such as memory or connections: whoever uses it may have much while it is idle, and
-//! nobody takes what the next one needs.
+//! A resource that many parties share, such as memory or connections. A party can use much of an idle resource, and
+//! always leaves some for the next party.
 //!
-//! A party may take something if it then holds no more than is left for the others (dynamic thresholds, as switches share
-//! their packet memory). So one alone has half of all, one that comes then half of the rest, and each leaves as much as it
-//! has to the next. No limit for each party has to be chosen, and only those who hold something are remembered.
+//! A party may take more if it then holds no more than what is left (dynamic thresholds, as switches share their packet
+//! memory). The first party can hold half of the resource, the second half of the rest, and so on. No limit per party
+//! has to be configured, and only parties that hold something are remembered.
 
 use std::collections::HashMap;
 use std::hash::Hash;
@@ -12,10 +12,10 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 
-/// What there is, and who has how much of it.
+/// A shared resource, and how much of it each party holds.
 pub struct Shares<Party>(Arc<Pool<Party>>);
 
-/// A part of it, for as long as it is held.
+/// A part of the resource, held until dropped.
 pub struct Share<Party: Eq + Hash> {
     pool: Arc<Pool<Party>>,
     party: Party,
@@ -25,42 +25,43 @@ pub struct Share<Party: Eq + Hash> {
 struct Pool<Party> {
     all: usize,
     state: Mutex<PoolState<Party>>,
-    given_back: Notify,
+    released: Notify,
 }
 
 struct PoolState<Party> {
     left: usize,
-    /// Whoever holds nothing is not in it.
+    /// Contains only parties that hold something.
     held: HashMap<Party, usize>,
 }
 
 impl<Party: Clone + Eq + Hash> Shares<Party> {
     pub fn new(all: usize) -> Self {
         let state = Mutex::new(PoolState { left: all, held: HashMap::new() });
-        Self(Arc::new(Pool { all, state, given_back: Notify::new() }))
+        Self(Arc::new(Pool { all, state, released: Notify::new() }))
     }
 
-    /// Nothing yet, to grow.
+    /// An empty share, to grow.
     pub fn nothing(&self, party: &Party) -> Share<Party> {
         Share { pool: self.0.clone(), party: party.clone(), count: 0 }
     }
 
-    /// So many, if the party may have as many.
+    /// A share of `count`, if the party may hold that much more.
     pub fn take(&self, party: &Party, count: usize) -> Option<Share<Party>> {
         let mut share = self.nothing(party);
         share.grow(count).then_some(share)
     }
 
-    /// Waits for so many, at most as many as one alone may have. Whoever waits holds nothing.
+    /// Waits for a share of `count`, or of half of the resource if that is less: one party never gets more. The waiting
+    /// task must not hold another share, or it may wait for itself.
     pub async fn wait(&self, party: &Party, count: usize) -> Share<Party> {
         let count = count.min(self.0.all / 2);
         loop {
-            let mut given_back = std::pin::pin!(self.0.given_back.notified());
-            given_back.as_mut().enable();
+            let mut released = std::pin::pin!(self.0.released.notified());
+            released.as_mut().enable();
             if let Some(share) = self.take(party, count) {
                 return share;
             }
-            given_back.await;
+            released.await;
         }
     }
 
@@ -69,19 +70,19 @@ impl<Party: Clone + Eq + Hash> Shares<Party> {
         self.0.state.lock().held.contains_key(party)
     }
 
-    /// What nobody holds.
+    /// How much no party holds.
     pub fn left(&self) -> usize {
         self.0.state.lock().left
     }
 }
 
 impl<Party: Clone + Eq + Hash> Share<Party> {
-    /// Takes what is missing to hold so many.
+    /// Grows the share to `count`. False: the party may not hold as much.
     pub fn cover(&mut self, count: usize) -> bool {
         self.grow(count.saturating_sub(self.count))
     }
 
-    /// Takes more of the same, if the party may have as much.
+    /// Adds `count`. False: the party may not hold as much.
     pub fn grow(&mut self, count: usize) -> bool {
         if count == 0 {
             return true;
@@ -98,8 +99,6 @@ impl<Party: Clone + Eq + Hash> Share<Party> {
     }
 }
 
-impl<Party> Pool<Party> {}
-
 impl<Party: Eq + Hash> Drop for Share<Party> {
     fn drop(&mut self) {
         if self.count == 0 {
@@ -114,7 +113,7 @@ impl<Party: Eq + Hash> Drop for Share<Party> {
             }
         }
         drop(state);
-        self.pool.given_back.notify_waiters();
+        self.pool.released.notify_waiters();
     }
 }
 
@@ -129,7 +128,7 @@ mod tests {
     }
 
     #[test]
-    fn each_party_leaves_as_much_as_it_has() {
+    fn each_party_leaves_as_much_as_it_holds() {
         let shares = Shares::new(120);
         let parties = ["a", "b", "c", "d"].map(|party| take_all(&shares, party));
         assert_eq!(parties.each_ref().map(Vec::len), [60, 30, 15, 8]);
@@ -137,7 +136,7 @@ mod tests {
         assert!(shares.take(&"e", 7).is_some() && shares.take(&"e", 8).is_none());
         drop(parties);
         assert_eq!(shares.left(), 120);
-        assert!(shares.0.state.lock().held.is_empty(), "whoever holds nothing costs nothing");
+        assert!(shares.0.state.lock().held.is_empty(), "a party without a share is forgotten");
     }
 
     #[test]
@@ -151,7 +150,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn who_waits_goes_on_when_something_is_given_back() {
+    async fn waiting_party_continues_after_a_release() {
         let shares = Shares::new(2);
         let held = shares.take(&"a", 1).unwrap();
         assert!(shares.wait(&"a", 1).now_or_never().is_none(), "its own share is taken");

@@ -1,4 +1,4 @@
-//! Single flight: many ask, one goes.
+//! Single-flight: concurrent identical requests share one execution and its result.
 
 use std::collections::HashMap;
 use std::future::Future;
@@ -10,14 +10,14 @@ use tokio::sync::watch;
 
 use crate::trace;
 
-/// Questions under way, by key.
+/// The flights in progress, by key.
 pub struct SingleFlight<K, V> {
-    under_way: Arc<Mutex<HashMap<K, watch::Receiver<Option<V>>>>>,
+    in_progress: Arc<Mutex<HashMap<K, watch::Receiver<Option<V>>>>>,
 }
 
 impl<K, V> Default for SingleFlight<K, V> {
     fn default() -> Self {
-        Self { under_way: Arc::default() }
+        Self { in_progress: Arc::default() }
     }
 }
 
@@ -26,43 +26,43 @@ where
     K: Clone + Eq + Hash + Send + 'static,
     V: Clone + Send + Sync + 'static,
 {
-    /// Waits for the answer of the flight under way, or starts one.
+    /// Waits for the result of the flight in progress, or starts one.
     ///
-    /// The flight is a task of its own: callers may leave, it still lands. None: it panicked.
+    /// The flight is a task of its own: it ends also if all waiting requests are cancelled. None: it panicked.
     ///
-    /// Not an `async fn`: that would hold a `start` that is not used, and whatever it owns, until the flight has landed.
+    /// Not an `async fn`: that would hold an unused `start`, with everything it owns, until the flight ends.
     pub fn join<F>(&self, key: K, start: impl FnOnce() -> F) -> impl Future<Output = Option<V>>
     where
         F: Future<Output = V> + Send + 'static,
     {
-        let mut answer = {
-            // The map is only locked for look-ups, never across an await.
-            let mut under_way = self.under_way.lock();
-            match under_way.get(&key) {
-                Some(answer) => answer.clone(),
+        let mut receiver = {
+            // The map is locked only for look-ups, never across an await.
+            let mut in_progress = self.in_progress.lock();
+            match in_progress.get(&key) {
+                Some(receiver) => receiver.clone(),
                 None => {
                     let (sender, receiver) = watch::channel(None);
-                    under_way.insert(key.clone(), receiver.clone());
-                    let landing = FlightGuard { key, under_way: self.under_way.clone() };
+                    in_progress.insert(key.clone(), receiver.clone());
+                    let guard = FlightGuard { key, in_progress: self.in_progress.clone() };
                     let flight = start();
                     tokio::spawn(trace::carried(async move {
-                        let answer = flight.await;
-                        // Off the map first: whoever comes now sees what the flight has stored.
-                        drop(landing);
-                        sender.send_replace(Some(answer));
+                        let result = flight.await;
+                        // Removed first: a request that comes now finds what the flight has stored.
+                        drop(guard);
+                        sender.send_replace(Some(result));
                     }));
                     receiver
                 }
             }
         };
         async move {
-            let landed = answer.wait_for(Option::is_some).await.ok()?;
-            landed.clone()
+            let result = receiver.wait_for(Option::is_some).await.ok()?;
+            result.clone()
         }
     }
 
-    /// The same where some answers are only for whoever asked: what somebody else was refused is asked again, once for
-    /// all who share the key `own`.
+    /// The same if some results are for one principal only. After another principal's personal result a second flight
+    /// starts, shared by all requests with the key `own`.
     pub async fn join_or_own<F>(
         &self,
         key: K,
@@ -78,23 +78,23 @@ where
             is_own = true;
             start()
         };
-        let landed = self.join(key, started).await?;
-        if is_own || !is_personal(&landed) {
-            return Some(landed);
+        let result = self.join(key, started).await?;
+        if is_own || !is_personal(&result) {
+            return Some(result);
         }
         self.join(own, start).await
     }
 }
 
-/// Takes a flight off the map, also when it panics.
+/// Removes a flight from the map, also when it panics.
 struct FlightGuard<K: Eq + Hash, V> {
     key: K,
-    under_way: Arc<Mutex<HashMap<K, watch::Receiver<Option<V>>>>>,
+    in_progress: Arc<Mutex<HashMap<K, watch::Receiver<Option<V>>>>>,
 }
 
 impl<K: Eq + Hash, V> Drop for FlightGuard<K, V> {
     fn drop(&mut self) {
-        self.under_way.lock().remove(&self.key);
+        self.in_progress.lock().remove(&self.key);
     }
 }
 
@@ -104,10 +104,10 @@ mod tests {
     use std::sync::atomic::{AtomicUsize, Ordering};
 
     #[tokio::test]
-    async fn many_ask_one_goes_and_the_next_goes_again() {
+    async fn concurrent_requests_share_one_flight() {
         let flights = Arc::new(SingleFlight::<u8, usize>::default());
         let started = Arc::new(AtomicUsize::new(0));
-        let ask = || {
+        let request = || {
             let (flights, started) = (flights.clone(), started.clone());
             async move {
                 flights
@@ -118,13 +118,13 @@ mod tests {
                     .await
             }
         };
-        let answers = futures_util::future::join_all((0..50).map(|_| ask())).await;
-        assert!(answers.iter().all(|answer| *answer == Some(0)));
-        assert_eq!(ask().await, Some(1));
+        let results = futures_util::future::join_all((0..50).map(|_| request())).await;
+        assert!(results.iter().all(|result| *result == Some(0)));
+        assert_eq!(request().await, Some(1));
     }
 
     #[tokio::test]
-    async fn the_first_caller_may_leave() {
+    async fn flight_continues_after_its_first_request_is_cancelled() {
         let flights = SingleFlight::<u8, u8>::default();
         let (go, gone) = tokio::sync::oneshot::channel::<()>();
         let first = flights.join(1, || async move {
@@ -139,29 +139,30 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_one_is_refused_another_may_be_given() {
+    async fn personal_result_starts_a_flight_per_principal() {
         let flights = SingleFlight::<u8, Result<u8, ()>>::default();
         let (go, gone) = watch::channel(false);
         let started = Arc::new(AtomicUsize::new(0));
-        let ask = |who, answer: Result<u8, ()>| {
+        let request = |principal, result: Result<u8, ()>| {
             let (gone, started) = (gone.clone(), started.clone());
-            flights.join_or_own(0, who, Result::is_err, move || {
+            flights.join_or_own(0, principal, Result::is_err, move || {
                 let (mut gone, started) = (gone.clone(), started.clone());
                 async move {
                     let _ = gone.wait_for(|gone| *gone).await;
                     started.fetch_add(1, Ordering::SeqCst);
-                    answer
+                    result
                 }
             })
         };
-        let all = async { tokio::join!(ask(1, Err(())), ask(2, Ok(7)), ask(2, Ok(8)), ask(1, Err(()))) };
-        let answers = tokio::join!(all, async { go.send_replace(true) }).0;
-        assert_eq!(answers, (Some(Err(())), Some(Ok(7)), Some(Ok(7)), Some(Err(()))));
-        assert_eq!(started.load(Ordering::SeqCst), 3, "one for all, then one for each of both");
+        let all =
+            async { tokio::join!(request(1, Err(())), request(2, Ok(7)), request(2, Ok(8)), request(1, Err(()))) };
+        let results = tokio::join!(all, async { go.send_replace(true) }).0;
+        assert_eq!(results, (Some(Err(())), Some(Ok(7)), Some(Ok(7)), Some(Err(()))));
+        assert_eq!(started.load(Ordering::SeqCst), 3, "a shared flight, then one for each of two principals");
     }
 
     #[tokio::test]
-    async fn a_panic_blocks_nobody() {
+    async fn panicked_flight_is_removed() {
         let flights = SingleFlight::<u8, u8>::default();
         assert_eq!(flights.join(1, || async { panic!("on purpose") }).await, None);
         assert_eq!(flights.join(1, || async { 3 }).await, Some(3));

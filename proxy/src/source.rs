@@ -1,4 +1,4 @@
-//! Bodies on their way in from an upstream or a peer, and why a source sends none.
+//! Response bodies from an upstream or a peer, and the errors of a source.
 
 mod upstream_error;
 
@@ -14,88 +14,89 @@ pub use self::upstream_error::UpstreamError;
 use crate::oci::{ContentRange, RangeRequest, Span};
 use crate::times::{STALL_TIMEOUT, UPSTREAM_TIMEOUT};
 
-/// A blob's body as an origin or a peer sends it.
+/// The body of a blob as an upstream or a peer sends it.
 pub struct Incoming {
     /// Length of the whole blob, in bytes.
     pub total: u64,
-    /// The part of it that comes.
+    /// The range that this body contains.
     pub span: Span,
-    /// How long to wait for the next piece.
+    /// Read timeout for the next piece.
     pub stall_timeout: Duration,
     body: BoxStream<'static, Result<Bytes, Broken>>,
 }
 
-/// What a connection has to bring in a time.
+/// The minimum throughput of a connection: `bytes` in each `window`.
 #[derive(Clone, Copy, Debug)]
-pub struct Floor {
+pub struct MinRate {
     pub bytes: u64,
     pub window: Duration,
 }
 
-/// How fast a connection is, counting only the time spent waiting for it.
+/// Throughput of a connection. It counts only the time spent on waiting for bytes, so a slow reader does not reduce it.
 #[derive(Default)]
 pub struct Speed {
     waited: Duration,
     bytes: u64,
 }
 
-/// Which part of a blob to ask a source for.
+/// The part of a blob to request from a source.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Part {
     From(u64),
     Span(Span),
 }
 
-/// Where the bytes of an answer came from: the same words in the response, the log and the metrics.
+/// The source of the bytes of a response. The response, the log and the metrics use the same names.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ServedFrom {
     Memory,
     Disk,
     Peer,
     Upstream,
-    /// An expired tag, because the origin could not be asked.
+    /// An expired tag, because the upstream fails.
     Stale,
 }
 
-/// A body ended early, or with an error.
+/// A body that ended early or with an error.
 #[derive(Debug, Clone, thiserror::Error)]
-#[error("the body broke: {0}")]
+#[error("the response body ended early: {0}")]
 pub struct Broken(pub String);
 
-/// Why a source gives nothing.
+/// Why a source sends no content.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum SourceError {
     /// 404 or 410.
-    #[error("the upstream does not have it: {0}")]
+    #[error("the upstream does not have this content: {0}")]
     NotFound(UpstreamError),
     /// 401 or 403.
     #[error("the upstream denies access: {0}")]
     Denied(UpstreamError),
-    #[error("it is not kept here")]
-    NotKept,
-    #[error("the origin limits its requests")]
+    #[error("not cached on this node")]
+    NotCached,
+    #[error("the upstream limits the rate of requests; try again later")]
     Limited {
-        /// How much later it may be asked again, where it says so.
+        /// How long the upstream wants no further requests, if it states that.
         again: Option<Duration>,
     },
-    #[error("too many fetches at once")]
+    #[error("too many concurrent requests; try again later")]
     Busy,
-    /// The source of a rule's credentials fails, which says nothing of the origin.
+    /// The provider of a rule's credentials fails, which is independent of the upstream's health.
     #[error("no credentials: {0}")]
     NoCredentials(String),
     #[error("unreachable: {0}")]
     Unreachable(String),
-    /// A connection broke before a response came, which may be about this request only: filters do so for some paths.
-    #[error("the connection broke: {0}")]
+    /// A connection was interrupted before the response began. The cause may be this request alone: some content
+    /// filters reset connections for certain paths.
+    #[error("the connection was interrupted: {0}")]
     Interrupted(String),
-    #[error("no answer in time")]
+    #[error("no response in time")]
     TimedOut,
     /// Any other status.
-    #[error("the upstream answered {0}")]
+    #[error("the upstream responded with {0}")]
     Failed(UpstreamError),
-    #[error("not followed: {0}")]
-    Guarded(String),
-    #[error("the origin's answer is wrong: {0}")]
+    #[error("blocked by the egress policy: {0}")]
+    Blocked(String),
+    #[error("invalid response: {0}")]
     Malformed(String),
 }
 
@@ -108,13 +109,14 @@ impl Incoming {
         Self { total, span, stall_timeout: STALL_TIMEOUT, body: body.boxed() }
     }
 
-    /// A body that cannot be gone on with elsewhere: its source would begin again at the start, so a pause is waited out.
+    /// A body that cannot be resumed from another connection: its source would begin again at the first byte, so a
+    /// longer pause is tolerated.
     pub fn not_resumable(self) -> Self {
         Self { stall_timeout: UPSTREAM_TIMEOUT, ..self }
     }
 
-    /// Does something when the last byte has come.
-    pub fn followed_by(self, done: impl FnOnce() + Send + 'static) -> Self {
+    /// Calls `done` when the last byte has arrived.
+    pub fn on_complete(self, done: impl FnOnce() + Send + 'static) -> Self {
         let (mut left, mut done) = (self.span.len(), Some(done));
         let counted = self.body.inspect(move |piece| {
             left = left.saturating_sub(piece.as_ref().map_or(0, |piece| piece.len() as u64));
@@ -125,7 +127,7 @@ impl Incoming {
         Self { body: counted.boxed(), ..self }
     }
 
-    /// The same until this event. A connection that is no longer wanted breaks then.
+    /// The same body, cut off at this event: a connection that is no longer wanted ends then.
     pub fn until(self, event: impl Future<Output = ()> + Send + 'static) -> Self {
         Self { body: self.body.take_until(event).boxed(), ..self }
     }
@@ -137,8 +139,8 @@ impl Incoming {
 }
 
 impl Speed {
-    /// Counts a piece. False: the window is over and brought too little.
-    pub fn keeps_up(&mut self, floor: Floor, waited: Duration, len: usize) -> bool {
+    /// Counts a piece. False: the window has passed with fewer bytes than `floor` demands.
+    pub fn keeps_up(&mut self, floor: MinRate, waited: Duration, len: usize) -> bool {
         self.waited += waited;
         self.bytes += len as u64;
         if self.waited < floor.window {
@@ -153,7 +155,7 @@ impl Part {
         end.map_or(Self::From(from), |end| Self::Span(Span { start: from, end }))
     }
 
-    /// The same as a client would ask for it; None: the whole blob.
+    /// The same as a range request; None: the whole blob.
     pub fn request(self) -> Option<RangeRequest> {
         match self {
             Self::From(0) => None,
@@ -180,9 +182,9 @@ impl Part {
         HeaderValue::from_str(&text).ok()
     }
 
-    /// Which part an answer of status 200 or 206 brings and how long the whole blob is. A 206 is
-    /// believed only if it is exactly what was asked for; a 200 brings everything. `known` is the blob's length by
-    /// a manifest, for a 200 that does not tell it.
+    /// The range that a response of status 200 or 206 contains, and the length of the whole blob. A 206 must match the
+    /// requested range exactly; a 200 contains everything. `known` is the length from a manifest, for a 200 without
+    /// `Content-Length`.
     pub fn brought(self, status: u16, headers: &HeaderMap, known: Option<u64>) -> Result<(Span, u64), SourceError> {
         let malformed = |what: &str| SourceError::Malformed(what.to_owned());
         let text = |name| headers.get(name).and_then(|value| value.to_str().ok());
@@ -191,18 +193,18 @@ impl Part {
             return length
                 .or(known)
                 .map(|total| (Span::whole(total), total))
-                // Another node may have served the manifest that tells it.
-                .ok_or_else(|| SourceError::Unreachable("the upstream does not tell the length of the blob".into()));
+                // Not malformed, so that it can be retried: another node may know the length from the manifest.
+                .ok_or_else(|| SourceError::Unreachable("the upstream does not state the length of the blob".into()));
         }
         let range: ContentRange = text(CONTENT_RANGE)
             .and_then(|text| text.parse().ok())
             .ok_or_else(|| malformed("206 without a valid Content-Range"))?;
-        let asked = match self {
+        let requested = match self {
             Self::From(start) => Span { start, end: range.total },
             Self::Span(span) => Span { start: span.start, end: span.end.min(range.total) },
         };
-        if range.span != asked || length.is_some_and(|length| length != asked.len()) {
-            return Err(malformed("206 for another range than asked"));
+        if range.span != requested || length.is_some_and(|length| length != requested.len()) {
+            return Err(malformed("206 for another range than requested"));
         }
         Ok((range.span, range.total))
     }
@@ -214,19 +216,19 @@ impl ServedFrom {
             Self::Memory => "memory",
             Self::Disk => "disk",
             Self::Peer => "peer",
-            Self::Upstream => "origin",
+            Self::Upstream => "upstream",
             Self::Stale => "stale",
         }
     }
 }
 
 impl SourceError {
-    /// Nothing has it, as far as dray knows without an upstream's word.
+    /// "Not found" as decided by dray, without a response of an upstream.
     pub fn not_found() -> Self {
         Self::NotFound(UpstreamError::of_status(404))
     }
 
-    /// Access is denied, without a response that says so.
+    /// "Denied" as decided by dray, without a response of an upstream.
     pub fn denied() -> Self {
         Self::Denied(UpstreamError::of_status(403))
     }
@@ -264,33 +266,33 @@ impl SourceError {
         match self {
             Self::NotFound(_) => "not_found",
             Self::Denied(_) => "denied",
-            Self::NotKept => "not_kept",
-            Self::Limited { .. } => "limited",
-            Self::Busy => "busy",
+            Self::NotCached => "miss",
+            Self::Limited { .. } => "rate_limited",
+            Self::Busy => "overloaded",
             Self::NoCredentials(_) => "no_credentials",
             Self::Unreachable(_) => "unreachable",
             Self::Interrupted(_) => "interrupted",
             Self::TimedOut => "timed_out",
             Self::Failed(_) => "failed",
-            Self::Guarded(_) => "guarded",
+            Self::Blocked(_) => "blocked",
             Self::Malformed(_) => "malformed",
         }
     }
 
-    /// Whether the same question may well be answered in a moment.
-    pub fn is_passing(&self) -> bool {
+    /// Whether an immediate retry of the same request may succeed.
+    pub fn is_transient(&self) -> bool {
         matches!(self, Self::Unreachable(_) | Self::Interrupted(_))
             || matches!(self.failed_status(), Some(500 | 502 | 503 | 504))
     }
 
-    /// Whether this is about the origin's health, so that an older answer is better than none.
-    /// "Not found" and "denied" are answers.
+    /// Whether the error is about the source's health, so that a stale response is better than the error. "Not found"
+    /// and "denied" are responses.
     pub fn is_outage(&self) -> bool {
         !matches!(self, Self::NotFound(_) | Self::Denied(_))
     }
 
-    /// Whether waiting may help: the origin was not there, or said "later".
-    pub fn is_passing_outage(&self) -> bool {
+    /// Whether a later retry may succeed: the upstream is unavailable, or limits its requests.
+    pub fn is_transient_outage(&self) -> bool {
         match self {
             Self::Unreachable(_)
             | Self::Interrupted(_)
@@ -303,18 +305,18 @@ impl SourceError {
         }
     }
 
-    /// Whether it may come from asking for a range: the same question without one may be answered.
+    /// Whether the `Range` header may be the cause: the same request without it may succeed.
     pub fn is_about_ranges(&self) -> bool {
         matches!(self, Self::Malformed(_)) || matches!(self.failed_status(), Some(400..=499 | 501))
     }
 
-    /// Of two upstreams' errors the one that says more: an outage of one means that the other's
-    /// "not found" is not the whole truth.
-    pub fn severer(self, other: Self) -> Self {
+    /// Of the errors of two upstreams, the one with more information. If one upstream fails, the "not found" of the
+    /// other is not conclusive.
+    pub fn more_severe(self, other: Self) -> Self {
         let rank = |error: &Self| match error {
-            Self::NotFound(_) | Self::NotKept => 0,
+            Self::NotFound(_) | Self::NotCached => 0,
             Self::Denied(_) => 1,
-            Self::Guarded(_) => 2,
+            Self::Blocked(_) => 2,
             Self::Malformed(_) => 3,
             Self::Failed(_) => 4,
             Self::NoCredentials(_) => 5,
@@ -327,7 +329,7 @@ impl SourceError {
     }
 }
 
-/// An error and its causes. What an I/O error wraps is one of them, which `source` passes over.
+/// An error and its causes, including those that an I/O error wraps, which `Error::source` skips.
 pub fn causes<'a>(
     error: &'a (dyn std::error::Error + 'static),
 ) -> impl Iterator<Item = &'a (dyn std::error::Error + 'static)> {
@@ -339,7 +341,7 @@ pub fn causes<'a>(
     })
 }
 
-/// What an error comes from. The layers of an HTTP client around it say nothing more.
+/// The innermost cause of an error. The layers of an HTTP client around it add no information.
 pub fn root_cause(error: &(dyn std::error::Error + 'static)) -> String {
     causes(error).last().map(ToString::to_string).unwrap_or_default()
 }
@@ -357,8 +359,8 @@ mod tests {
     }
 
     #[test]
-    fn a_trickle_is_too_slow() {
-        let (second, floor) = (Duration::from_secs(1), Floor { bytes: 64 * 1024, window: Duration::from_secs(30) });
+    fn trickle_is_below_the_floor() {
+        let (second, floor) = (Duration::from_secs(1), MinRate { bytes: 64 * 1024, window: Duration::from_secs(30) });
         let mut speed = Speed::default();
         assert!((0..29).all(|_| speed.keeps_up(floor, second, 1)));
         assert!(!speed.keeps_up(floor, second, 1));
@@ -366,7 +368,7 @@ mod tests {
     }
 
     #[test]
-    fn only_the_exact_range_is_believed() {
+    fn only_the_exact_range_is_accepted() {
         let span = Part::Span(Span { start: 5, end: 10 });
         let range = |value| [("content-range", value)];
         assert_eq!(brought(Part::From(5), 206, &range("bytes 5-9/10")), Some((5, 10, 10)));
@@ -380,13 +382,13 @@ mod tests {
         assert_eq!(brought(span, 200, &[("content-length", "100")]), Some((0, 100, 100)));
         assert_eq!(brought(Part::From(0), 200, &[]), None);
         let known = Part::From(7).brought(200, &HeaderMap::new(), Some(9));
-        assert_eq!(known, Ok((Span::whole(9), 9)), "the manifest tells what the response does not");
+        assert_eq!(known, Ok((Span::whole(9), 9)), "the length from the manifest");
     }
 
     #[test]
-    fn an_outage_outweighs_a_not_found() {
+    fn outage_outranks_not_found() {
         let outage = SourceError::TimedOut;
-        assert_eq!(SourceError::not_found().severer(outage.clone()), outage);
-        assert_eq!(outage.clone().severer(SourceError::not_found()), outage);
+        assert_eq!(SourceError::not_found().more_severe(outage.clone()), outage);
+        assert_eq!(outage.clone().more_severe(SourceError::not_found()), outage);
     }
 }

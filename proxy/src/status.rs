@@ -1,6 +1,6 @@
-//! What a process does, in one piece of JSON: `/api/v1/status`, the status page, `dray status`.
+//! The state of a process as JSON, for `/api/v1/status`, the status page and `dray status`.
 //!
-//! Names only grow: what is there keeps its meaning. Nothing in it is a secret.
+//! Fields are only added: existing ones keep their meaning. None contains a secret.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -17,7 +17,7 @@ use crate::peers::PeerView;
 use crate::pull::Pull;
 use crate::upstream::UpstreamView;
 
-/// Where everything that is shown comes from.
+/// The components that the status is collected from.
 pub struct StatusSources {
     pub pull: Arc<Pull>,
     pub activity: Arc<Activity>,
@@ -27,20 +27,20 @@ pub struct StatusSources {
     pub started: Instant,
 }
 
-/// One process at one time.
+/// The state of one process at one time.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Status {
     pub version: String,
     pub uptime_seconds: u64,
-    /// Where clients connect.
+    /// The address of the registry listener.
     pub registry: SocketAddr,
-    /// Where other drays connect; null: this one keeps to itself.
+    /// The address of the peer listener; null: this process has no peers.
     pub peers_listen: Option<SocketAddr>,
     pub cache: CacheUsage,
-    /// What clients were sent since the start, by source: memory, disk, peer, origin, stale; none: refusals.
+    /// Responses to clients since the start, by source: memory, disk, peer, upstream, stale; none: errors.
     pub sources: BTreeMap<Cow<'static, str>, Traffic>,
     pub traffic: Totals,
-    pub fills: Vec<FillView>,
+    pub downloads: Vec<FillView>,
     pub peers: Vec<PeerView>,
     pub upstreams: Vec<UpstreamView>,
     pub recent: Vec<ServedContent>,
@@ -50,11 +50,11 @@ pub struct Status {
 /// Bytes on disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CacheUsage {
-    /// Of large blobs.
+    /// Size of the large blobs.
     pub blobs_bytes: u64,
-    /// That they may take now.
+    /// Current limit for the large blobs.
     pub blobs_limit: u64,
-    /// Set aside for small objects.
+    /// Reserved for small objects.
     pub small_bytes: u64,
     pub evicted_bytes: u64,
 }
@@ -62,14 +62,12 @@ pub struct CacheUsage {
 /// Bytes since the start.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Totals {
-    /// To clients.
+    /// Sent to clients.
     pub sent_bytes: u64,
-    /// From registries, also on behalf of other nodes.
+    /// Downloaded from upstreams, also on behalf of peers.
     pub upstream_bytes: u64,
-    /// From other drays.
+    /// Received from peers.
     pub peer_bytes: u64,
-    /// What clients of this node were sent that did not come from a registry for them.
-    pub saved_bytes: u64,
 }
 
 impl StatusSources {
@@ -92,11 +90,10 @@ impl StatusSources {
                 sent_bytes: sent,
                 upstream_bytes: Metrics::sum(&self.metrics.upstream_bytes),
                 peer_bytes: Metrics::sum(&self.metrics.peer_bytes),
-                saved_bytes: self.metrics.saved_bytes.get(),
             },
-            fills: self.pull.fills_now(),
+            downloads: self.pull.download_views(),
             peers: self.pull.peers().map(|peers| peers.views()).unwrap_or_default(),
-            upstreams: self.pull.upstreams_now(),
+            upstreams: self.pull.upstream_views(),
             recent: self.activity.recent(),
             images: self.activity.images(),
             sources,

@@ -1,9 +1,8 @@
-//! What dray keeps: small objects in memory and on disk, large blobs as verified files, and tiny
-//! records of tags.
+//! The cache: small objects in memory and on disk, large blobs as files, and small records of tags and lists.
 //!
-//! The directory may vanish at any moment, and a process may be killed at any moment: whatever is
-//! found afterwards is checked before it is believed: small objects are hashed whenever they are read from
-//! disk, large blobs once in each epoch (`layout.rs`), and otherwise by their length.
+//! The directory may vanish and the process may be killed at any moment, so content is checked before use:
+//! - small objects are hashed at each read from disk;
+//! - large blobs are hashed once in each epoch (`layout.rs`), otherwise only their length is compared.
 
 mod budget;
 mod draft;
@@ -29,8 +28,8 @@ use crate::metrics::Metrics;
 use crate::oci::Digest;
 use crate::provenance::Provenance;
 pub use budget::NoSpace;
-pub use draft::{Draft, LEAST_RATE};
-pub use evict::HOUSEKEEPING;
+pub use draft::{Draft, MIN_DOWNLOAD_RATE};
+pub use evict::HOUSEKEEPING_INTERVAL;
 use large::BlobLocation;
 pub use large::{Blob, Large, Verification};
 pub use layout::LayoutError;
@@ -39,10 +38,11 @@ pub use piece_memory::{Piece, PieceMemory};
 pub use records::{ListRecord, Records, ReferrersRecord, RepositoryRecord, TagRecord};
 pub use small::{Small, SmallKind, SmallObject};
 
-/// Objects up to this many bytes are kept in the small tier, whole.
+/// Largest object of the small tier, in bytes. Larger: single blobs displace many others from memory. Smaller: more
+/// blobs take a file and a record each.
 pub const SMALL_BYTES: u64 = 256 * 1024;
 
-/// Everything on disk, and its memory tier.
+/// The cache directory and its memory tier.
 pub struct Store {
     pub small: Small,
     pub large: Arc<Large>,
@@ -51,8 +51,9 @@ pub struct Store {
     blobs: IntGauge,
 }
 
-/// Files for small objects take at most this part of what is free.
-const SMALL_PART: u64 = 4;
+/// Files for small objects take at most one part in this many of the free space. Larger: fewer small objects on disk.
+/// Smaller: less space for large blobs.
+const SMALL_FILES_SHARE: u64 = 4;
 
 /// Where the bytes of a digest were found.
 pub enum Found {
@@ -60,7 +61,7 @@ pub enum Found {
     Large { blob: Arc<Blob>, proof: Verification },
 }
 
-/// Which tier of the cache answered.
+/// The tier of the cache that held an object.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Tier {
     Memory,
@@ -72,14 +73,14 @@ pub enum Tier {
 pub enum StoreError {
     #[error(transparent)]
     Layout(#[from] LayoutError),
-    #[error("the cache directory cannot be read: {0}")]
+    #[error("the cache directory cannot be scanned: {0}; check its permissions and its disk")]
     Scan(std::io::Error),
-    #[error("the small-object cache cannot be opened: {0}")]
+    #[error("the small-object cache cannot be opened: {0}; check the permissions and the disk of the cache directory")]
     Small(String),
 }
 
 impl Found {
-    /// None: its record was lost.
+    /// None: the record of the blob was lost.
     pub fn provenance(&self) -> Option<&Provenance> {
         match self {
             Self::Small { object, .. } => Some(&object.provenance),
@@ -89,20 +90,21 @@ impl Found {
 }
 
 impl Store {
-    /// Opens or creates a cache directory and takes its lock. `memory` in bytes.
+    /// Opens or creates a cache directory and locks it. `memory` in bytes.
     pub async fn open(
         dir: &Path,
         disk: DiskShare,
-        keep_free: DiskShare,
+        min_free: DiskShare,
         memory: u64,
         metrics: &Metrics,
     ) -> Result<Self, StoreError> {
         let layout = layout::Layout::open(dir)?;
         let file_system = evict::FileSystem::of(dir).unwrap_or(evict::FileSystem { total: 0, available: u64::MAX });
         let disk = disk.of(file_system.total);
-        let spare = file_system.available.saturating_sub(keep_free.of(file_system.total));
-        let small =
-            Small::open(&layout.small(), disk, spare / SMALL_PART, memory, metrics).await.map_err(StoreError::Small)?;
+        let spare = file_system.available.saturating_sub(min_free.of(file_system.total));
+        let small = Small::open(&layout.small(), disk, spare / SMALL_FILES_SHARE, memory, metrics)
+            .await
+            .map_err(StoreError::Small)?;
         let for_blobs = disk.saturating_sub(small.disk_bytes());
         let large = Large::open(&layout, for_blobs, metrics).map_err(StoreError::Scan)?;
         metrics.cache_bytes.with_label_values(&["small"]).set(i64::try_from(small.disk_bytes()).unwrap_or(i64::MAX));
@@ -114,7 +116,7 @@ impl Store {
         Ok(store)
     }
 
-    /// Finds an object by its digest, wherever it is kept.
+    /// Finds an object in any tier.
     pub async fn find(&self, digest: &Digest, kind: SmallKind) -> Option<Found> {
         if let Some((object, tier)) = self.small.get(digest, kind).await {
             return Some(Found::Small { object, tier });
@@ -122,7 +124,7 @@ impl Store {
         match kind {
             SmallKind::Manifest => None,
             SmallKind::Blob => {
-                let found = match self.large.look(digest) {
+                let found = match self.large.lookup(digest) {
                     BlobLocation::Open(blob, proof) => Some((blob, proof)),
                     BlobLocation::Nowhere => None,
                     BlobLocation::OnDisk => {
@@ -135,13 +137,13 @@ impl Store {
         }
     }
 
-    /// Tells how much is kept.
+    /// Updates the gauges of the cache.
     pub fn measure(&self) {
         self.small.measure();
         self.blobs.set(i64::try_from(self.large.count()).unwrap_or(i64::MAX));
     }
 
-    /// Flushes, and marks the directory as left in order. Blocks on the disk.
+    /// Flushes, and marks the directory as clean. Blocks on the disk.
     pub async fn close(&self) {
         self.small.close().await;
         self.large.seal();

@@ -1,4 +1,4 @@
-//! What is told to the outside: logs, one line an event, text for people or JSON for machines, on stderr; and traces.
+//! Telemetry: logs on stderr, one line per event, as text or JSON; and traces.
 
 mod filter;
 #[cfg(feature = "otlp")]
@@ -13,16 +13,16 @@ pub use self::sink::Sink;
 use crate::config::Tracing;
 use crate::trace::Tracer;
 
-/// How log lines look.
+/// The format of log lines.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum LogFormat {
     Text,
     Json,
 }
 
-/// Starts logging. Close the sink at the end.
+/// Starts logging. The sink must be closed at the end of the process.
 pub fn init(filter: &Filter, format: LogFormat) -> Result<Arc<Sink>, String> {
-    let sink = Sink::start().map_err(|e| format!("no thread for the log: {e}"))?;
+    let sink = Sink::start().map_err(|e| format!("the log thread cannot be started: {e}"))?;
     let urgent = sink.clone();
     let builder = tracing_subscriber::fmt()
         .with_env_filter(filter.directives())
@@ -36,7 +36,7 @@ pub fn init(filter: &Filter, format: LogFormat) -> Result<Arc<Sink>, String> {
     Ok(sink)
 }
 
-/// Who is told which request took how long where. Must run inside a tokio runtime.
+/// The tracer that records how long requests take, and where. Must run inside a tokio runtime.
 pub fn tracer(settings: &Tracing) -> Result<Tracer, String> {
     #[cfg(feature = "otlp")]
     if let Some(collector) = &settings.otlp {

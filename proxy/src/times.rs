@@ -1,90 +1,95 @@
-//! The times that more than one part of dray waits, pauses or remembers. Those of one part stand beside what they bound.
+//! Timeouts, intervals and lifetimes that more than one module uses. Others are defined in the module that uses them.
 //!
-//! A new part takes one of these if its reason is the same: fewer times are easier to hold in the head.
+//! New code reuses one of these if its reason is the same: fewer times are easier to remember.
 
 use std::time::Duration;
 
-// How long somebody waits.
+// Timeouts.
 
-/// Largest time of one upstream request until its first byte. A slow registry is asked once, and the request stays open for this
-/// long, also when the client that caused it was answered: its result serves the next one. Longer: a registry that accepts
-/// connections and says nothing holds requests longer. Shorter: slower registries can never be pulled from.
+/// Timeout of an upstream request until its first byte. The request stays open for this long even if its client already
+/// has a response: the result serves the next client. Longer: a registry that accepts connections but sends nothing
+/// holds requests longer. Shorter: slower registries can never be pulled from.
 pub const UPSTREAM_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// No response, no byte or no reader for this long: the other side is stalled. Longer: clients wait longer before they fall
-/// back. Shorter: slow links are taken for dead.
+/// Without a response, a byte or a read for this long, the other side is stalled. Longer: clients wait longer before
+/// they fall back. Shorter: slow links count as dead.
 pub const STALL_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// A small request to a service that answers at once, or a lock that is held for a moment. Longer: a pull waits for what is
-/// down. Shorter: a loaded machine is refused.
+/// Timeout of a small request to a service, or of a short lock. Longer: a pull waits for a service that is down.
+/// Shorter: requests fail on a loaded machine.
 pub const SERVICE_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// How long the better of two answers is waited for, where the other one is at hand: a copy, an older tag, other sources. Longer:
-/// clients wait for slow upstreams although they could be served. Shorter: copies are served that are out of date.
+/// How long a better response is awaited while another one is at hand: a copy, an older tag, other sources. Longer:
+/// clients wait for slow upstreams although they could be served. Shorter: stale copies are served.
 pub const CONFIRM_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// To reach a source, or for a response that needs no work, where another source follows. Longer: a dead source costs each pull
-/// more. Shorter: distant sources are passed over.
+/// Timeout to reach a source that another source follows, or for a response without work. Longer: a dead source costs
+/// each pull more. Shorter: distant sources are skipped.
 pub const REACH_TIMEOUT: Duration = Duration::from_millis(2500);
 
-/// How long one source is waited for alone, where an older answer or another source is at hand: no user notices it. Longer: slow
-/// sources are noticed. Shorter: sources that are only distant are asked twice.
+/// How long one source is awaited alone while an alternative is at hand. Users do not notice this delay. Longer: slow
+/// sources are noticed. Shorter: distant sources get a second request in vain.
 pub const ALTERNATIVE_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// For a peer that only has to look at what it has.
-pub const LOOK_TIMEOUT: Duration = Duration::from_millis(500);
+/// Timeout for a peer that only looks into its index. Longer: a slow peer delays each pull. Shorter: hits of distant
+/// peers are missed.
+pub const LOOKUP_TIMEOUT: Duration = Duration::from_millis(500);
 
-/// What is about to end, or to come, has this long: the last reader of a fill, the rest of a request, the first peers. Longer:
-/// nothing is gained by it. Shorter: what would have come is begun again.
-pub const GRACE: Duration = Duration::from_secs(5);
+/// Grace period for a state that is about to change: the last reader of a download, the rest of a request, the first
+/// peers. Longer: nothing is gained. Shorter: work is repeated that was about to finish.
+pub const COMPLETION_GRACE: Duration = Duration::from_secs(5);
 
-/// For the end of a connection, or the last lines of a log.
-pub const FAREWELL: Duration = Duration::from_secs(1);
+/// Timeout for closing a connection, or for writing the last lines of a log. Longer: a dead connection holds its slot
+/// longer. Shorter: a last response may be lost.
+pub const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Nothing has moved for this long in what usually moves all the time.
-pub const STILL: Duration = Duration::from_secs(3);
+/// A transfer without a byte for this long makes no progress. Longer: lent ranges are recalled late. Shorter: short
+/// pauses count as failures.
+pub const NO_PROGRESS_TIMEOUT: Duration = Duration::from_secs(3);
 
-// How long a pause is.
+// Intervals.
 
-/// How often something is looked at that changes all the time. Longer: changes are seen late. Shorter: looking costs more.
+/// Interval for checking a state that changes all the time. Longer: changes are noticed late. Shorter: checks cost
+/// more.
 pub const TICK: Duration = Duration::from_millis(100);
 
-/// The first pause after a failure. Each further one is twice as long, up to [`LONGEST_PAUSE`].
-pub const FIRST_PAUSE: Duration = Duration::from_secs(1);
+/// The first delay after a failure. Each further one is twice as long, up to [`MAX_RETRY_DELAY`].
+pub const FIRST_RETRY_DELAY: Duration = Duration::from_secs(1);
 
-/// The longest pause of what is tried again until it works. Longer: what works again is found out later.
-pub const LONGEST_PAUSE: Duration = Duration::from_secs(30);
+/// The longest delay between attempts that repeat until they succeed. Longer: recovery is noticed later.
+pub const MAX_RETRY_DELAY: Duration = Duration::from_secs(30);
 
-/// What failed is tried again after this long by whoever needs it. Longer: a short failure is felt for longer. Shorter: each
-/// request repeats what cannot work.
+/// A failed action may be repeated after this time. Longer: a short failure lasts longer. Shorter: each request repeats
+/// what cannot succeed.
 pub const RETRY_INTERVAL: Duration = Duration::from_secs(2);
 
-/// What did not work is avoided for this long where there is another way.
+/// A failed choice is avoided for this long while another one exists. Longer: recovery is noticed later. Shorter:
+/// failures repeat.
 pub const PAUSE: Duration = Duration::from_secs(10);
 
-/// How often files are looked at that change rarely and tell nobody.
+/// Interval for rereading files that change rarely and send no notification. Longer: changes apply later.
 pub const RELOAD_INTERVAL: Duration = Duration::from_secs(10);
 
-// How long something is believed or kept.
+// Lifetimes.
 
-/// An idle connection that dray opened: shorter than servers keep theirs. Longer: more connections stay open for nothing. Shorter:
-/// pulls that follow each other connect anew.
+/// An idle connection that dray opened is closed after this time, which is shorter than that of servers. Longer: more
+/// connections stay open unused. Shorter: pulls that follow each other connect again.
 pub const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// For how long something is good that does not say so, such as a token (the distribution's token specification), a URL that a
-/// redirect named, or a file with a secret. Longer: changes are seen late. Shorter: each pull asks again.
+/// Lifetime where none is stated: a token (the distribution's token specification), the target of a redirect, a file
+/// with a secret. Longer: changes apply late. Shorter: each pull sends more requests.
 pub const DEFAULT_TTL: Duration = Duration::from_secs(60);
 
-/// What a client may pull is looked at again after this, whatever its token says. Longer: rights that were taken away hold for
-/// longer. Shorter: the registry is asked more often.
-pub const RIGHTS_TTL: Duration = Duration::from_secs(300);
+/// The access of a client to a repository is checked again after this time, whatever the lifetime of its token. Longer:
+/// revoked access lasts longer. Shorter: the upstream gets more requests.
+pub const AUTHORIZATION_TTL: Duration = Duration::from_secs(300);
 
-/// For how long it is remembered what was observed of an upstream, a peer or a digest. Longer: those that recover are avoided for
-/// longer. Shorter: those that do not are tried more often.
+/// Lifetime of an observation about an upstream, a peer or a digest. Longer: recovered upstreams and peers are avoided
+/// for longer. Shorter: failing ones are tried more often.
 pub const OBSERVATION_TTL: Duration = Duration::from_secs(600);
 
-/// A cached object's time of use, and a tag's of its last check, are written to the disk this often. Longer: after a restart they
-/// count as older than they are, by up to this time. Shorter: each use is a write.
+/// How often the last use of a cached object, and the last check of a tag, are stored on disk. Longer: after a restart
+/// they count as older, by up to this time. Shorter: each use is a write.
 pub const TOUCH_INTERVAL: Duration = Duration::from_secs(3600);
 
 pub const HOUR: Duration = Duration::from_secs(3600);

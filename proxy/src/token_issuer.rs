@@ -1,8 +1,8 @@
-//! What a client is given for its secret: a token that says what it may pull for some minutes, which it shows with
-//! each request.
+//! Issues the tokens that clients get for their credentials. A token states for some minutes what the client may pull;
+//! the client sends it with each request.
 //!
-//! A token is sealed: nobody else can make one, and nobody can read the registry's authorization in it. So dray remembers
-//! no secret, and processes that share a key take each other's.
+//! A token is sealed: clients can neither forge it nor read the upstream's `Authorization` in it. So dray stores no
+//! credentials, and processes with the same key accept each other's tokens.
 
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -18,29 +18,29 @@ use crate::principal::{Principal, PrincipalId, VerifiedPrincipal};
 use crate::sealing::Sealing;
 use crate::secret::Secret;
 
-/// Seals tokens, and tells secrets apart.
+/// Seals and opens tokens, and computes principal IDs.
 pub struct TokenIssuer {
     sealing: Sealing,
-    telling: hmac::Key,
+    id_key: hmac::Key,
 }
 
-/// What a token says.
+/// The content of a token.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TokenGrant {
-    /// None: somebody has logged in, and has asked for nothing yet.
+    /// Empty: a login that requested no repository yet.
     pub rights: Vec<Right>,
     pub life: Duration,
 }
 
-/// With whose rights a client is let into a repository.
+/// With whose rights a client may pull from a repository.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Right {
     pub registry: Registry,
     pub repository: Repository,
-    pub caller: Principal,
+    pub principal: Principal,
 }
 
-/// What is sealed. Another meaning needs another [`MEANING`].
+/// The sealed content. An incompatible change needs another [`SEAL_CONTEXT`].
 #[derive(Serialize, Deserialize)]
 struct Sealed {
     expires: u64,
@@ -55,53 +55,57 @@ struct SealedRight {
     authorization: Option<String>,
 }
 
-const MEANING: &[u8] = b"dray grant 2";
+const SEAL_CONTEXT: &[u8] = b"dray grant 2";
 
-/// More than any token is long that was made here, in characters.
-const MAX_TOKEN: usize = 32 * 1024;
+/// Longest token that is issued or opened, in characters. Longer: clients send longer headers than servers accept.
+/// Shorter: registries with long tokens are unusable.
+const MAX_TOKEN_CHARS: usize = 32 * 1024;
 
 impl TokenIssuer {
-    /// Keys of this process, or those that all processes have whose file has the same first line.
+    /// With the keys of a file, shared by all processes whose file has the same first line, or random ones.
     pub fn new(key_file: Option<KeyFile<'_>>) -> Result<Self, String> {
         let secret = match key_file {
             Some(file) => file.lines()?.swap_remove(0).into_bytes(),
             None => {
                 let mut bytes = vec![0; 32];
-                SystemRandom::new().fill(&mut bytes).map_err(|_| "the system gives no random bytes".to_owned())?;
+                SystemRandom::new()
+                    .fill(&mut bytes)
+                    .map_err(|_| "cannot read random bytes from the operating system".to_owned())?;
                 bytes
             }
         };
-        let sealing = Sealing::new(&secret, MEANING).ok_or_else(|| "no key can be made".to_owned())?;
-        let telling = hmac::Key::new(HMAC_SHA256, &[b"dray telling 1", &secret[..]].concat());
-        Ok(Self { sealing, telling })
+        let sealing =
+            Sealing::new(&secret, SEAL_CONTEXT).ok_or_else(|| "cannot derive the key of client tokens".to_owned())?;
+        let id_key = hmac::Key::new(HMAC_SHA256, &[b"dray telling 1", &secret[..]].concat());
+        Ok(Self { sealing, id_key })
     }
 
-    /// Who has a secret.
-    pub fn who(&self, secret: &Secret) -> PrincipalId {
+    /// The principal ID of a credential.
+    pub fn principal_id(&self, secret: &Secret) -> PrincipalId {
         let text = match secret {
             Secret::Password { username, password } => format!("password\0{}\0{username}{password}", username.len()),
             Secret::Identity(token) => format!("identity\0{token}"),
             Secret::Bearer(token) => format!("bearer\0{token}"),
         };
-        let mut who = [0; 16];
-        who.copy_from_slice(&hmac::sign(&self.telling, text.as_bytes()).as_ref()[..16]);
-        PrincipalId(who)
+        let mut id = [0; 16];
+        id.copy_from_slice(&hmac::sign(&self.id_key, text.as_bytes()).as_ref()[..16]);
+        PrincipalId(id)
     }
 
-    /// None: it cannot be said, since the registry's own token is too long.
+    /// None: the token would be too long, because it contains the upstream's own token.
     pub fn seal(&self, grant: &TokenGrant, now: SystemTime) -> Option<String> {
         let sealed = Sealed {
-            // Not before it was said to end.
+            // Rounded up: the token must not expire before the time that the client was given.
             expires: (now + grant.life + Duration::from_millis(999)).duration_since(UNIX_EPOCH).ok()?.as_secs(),
             rights: grant.rights.iter().map(Right::to_seal).collect::<Option<_>>()?,
         };
         let token = self.sealing.seal(&serde_json::to_vec(&sealed).ok()?)?;
-        (token.len() <= MAX_TOKEN).then_some(token)
+        (token.len() <= MAX_TOKEN_CHARS).then_some(token)
     }
 
-    /// What a token says. None: it was not made here, or is too old.
+    /// Opens a token. None: it was sealed with another key, or is expired.
     pub fn open(&self, token: &str, now: SystemTime) -> Option<TokenGrant> {
-        let plain = (token.len() <= MAX_TOKEN).then(|| self.sealing.open(token.as_bytes()))??;
+        let plain = (token.len() <= MAX_TOKEN_CHARS).then(|| self.sealing.open(token.as_bytes()))??;
         let sealed: Sealed = serde_json::from_slice(&plain).ok()?;
         let life = (UNIX_EPOCH + Duration::from_secs(sealed.expires)).duration_since(now).ok()?;
         let rights = sealed.rights.into_iter().map(Right::opened).collect::<Option<_>>()?;
@@ -111,22 +115,22 @@ impl TokenIssuer {
 
 impl Right {
     fn to_seal(&self) -> Option<SealedRight> {
-        let authorization = self.caller.authorization();
+        let authorization = self.principal.authorization();
         Some(SealedRight {
             registry: self.registry.to_string(),
             repository: self.repository.to_string(),
-            who: self.caller.holder().map(|holder| holder.who.0),
+            who: self.principal.holder().map(|holder| holder.id.0),
             authorization: authorization.map(|value| value.to_str().map(str::to_owned)).transpose().ok()?,
         })
     }
 
     fn opened(sealed: SealedRight) -> Option<Self> {
         let authorization = sealed.authorization.and_then(|text| sensitive(&text));
-        let caller = match sealed.who {
-            Some(who) => Principal::Holder(Arc::new(VerifiedPrincipal { who: PrincipalId(who), authorization })),
+        let principal = match sealed.who {
+            Some(id) => Principal::Verified(Arc::new(VerifiedPrincipal { id: PrincipalId(id), authorization })),
             None => Principal::Anonymous,
         };
-        Some(Self { registry: sealed.registry.parse().ok()?, repository: sealed.repository.parse().ok()?, caller })
+        Some(Self { registry: sealed.registry.parse().ok()?, repository: sealed.repository.parse().ok()?, principal })
     }
 }
 
@@ -141,13 +145,13 @@ mod tests {
     use super::*;
 
     fn grant() -> TokenGrant {
-        let holder = VerifiedPrincipal { who: PrincipalId([7; 16]), authorization: sensitive("Bearer hush") };
-        let right = |repository: &str, caller| {
+        let holder = VerifiedPrincipal { id: PrincipalId([7; 16]), authorization: sensitive("Bearer hush") };
+        let right = |repository: &str, principal| {
             let (registry, repository) = ("reg.corp:5000".parse().unwrap(), repository.parse().unwrap());
-            Right { registry, repository, caller }
+            Right { registry, repository, principal }
         };
         let rights =
-            vec![right("team/app", Principal::Holder(Arc::new(holder))), right("open/base", Principal::Anonymous)];
+            vec![right("team/app", Principal::Verified(Arc::new(holder))), right("open/base", Principal::Anonymous)];
         TokenGrant { rights, life: Duration::from_secs(300) }
     }
 
@@ -156,42 +160,42 @@ mod tests {
     }
 
     #[test]
-    fn what_is_sealed_is_opened_while_it_lives() {
-        let grants = TokenIssuer::new(None).unwrap();
-        let token = grants.seal(&grant(), now()).unwrap();
-        assert_eq!(grants.open(&token, now()), Some(grant()));
-        assert_eq!(grants.open(&token, now() + Duration::from_secs(301)), None);
+    fn sealed_token_opens_until_it_expires() {
+        let issuer = TokenIssuer::new(None).unwrap();
+        let token = issuer.seal(&grant(), now()).unwrap();
+        assert_eq!(issuer.open(&token, now()), Some(grant()));
+        assert_eq!(issuer.open(&token, now() + Duration::from_secs(301)), None);
         let nothing = TokenGrant { rights: Vec::new(), ..grant() };
-        assert_eq!(grants.open(&grants.seal(&nothing, now()).unwrap(), now()), Some(nothing));
+        assert_eq!(issuer.open(&issuer.seal(&nothing, now()).unwrap(), now()), Some(nothing));
     }
 
     #[test]
-    fn what_others_made_opens_nothing() {
-        let grants = TokenIssuer::new(None).unwrap();
-        let token = grants.seal(&grant(), now()).unwrap();
+    fn token_of_another_key_is_rejected() {
+        let issuer = TokenIssuer::new(None).unwrap();
+        let token = issuer.seal(&grant(), now()).unwrap();
         assert_eq!(TokenIssuer::new(None).unwrap().open(&token, now()), None);
         for text in ["", "a", "ey.ey.x", &"A".repeat(100_000)] {
-            assert_eq!(grants.open(text, now()), None);
+            assert_eq!(issuer.open(text, now()), None);
         }
     }
 
     #[test]
-    fn processes_with_one_file_take_each_others_tokens() {
+    fn issuers_with_the_same_key_file_share_tokens() {
         fn named(file: &tempfile::NamedTempFile) -> KeyFile<'_> {
-            KeyFile { key: "access.key_file", path: file.path() }
+            KeyFile { key: "access.token_key_file", path: file.path() }
         }
         let file = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(file.path(), "0123456789abcdef\n").unwrap();
         let [one, other] = [0, 1].map(|_| TokenIssuer::new(Some(named(&file))).unwrap());
         assert_eq!(other.open(&one.seal(&grant(), now()).unwrap(), now()), Some(grant()));
         let secret = |text: &str| Secret::Password { username: "u".into(), password: text.into() };
-        assert_eq!(one.who(&secret("a")), other.who(&secret("a")));
-        assert_ne!(one.who(&secret("a")), one.who(&secret("b")));
+        assert_eq!(one.principal_id(&secret("a")), other.principal_id(&secret("a")));
+        assert_ne!(one.principal_id(&secret("a")), one.principal_id(&secret("b")));
         assert_ne!(
-            one.who(&Secret::Password { username: "ua".into(), password: String::new() }),
-            one.who(&secret("a"))
+            one.principal_id(&Secret::Password { username: "ua".into(), password: String::new() }),
+            one.principal_id(&secret("a"))
         );
         std::fs::write(file.path(), "short").unwrap();
-        assert!(TokenIssuer::new(Some(named(&file))).err().unwrap().contains("access.key_file"));
+        assert!(TokenIssuer::new(Some(named(&file))).err().unwrap().contains("access.token_key_file"));
     }
 }

@@ -1,8 +1,8 @@
-//! The trace that a request belongs to (W3C Trace Context), and what takes how long in it.
+//! Distributed tracing (W3C Trace Context): the trace of a request, and how long its parts take.
 //!
-//! A request brings its trace, or begins one where somebody wants to see it. The task that answers carries it, and
-//! hands it to the tasks that it starts ([`carried`]); questions to peers and registries say it ([`TraceSpan::write`]). Where
-//! nobody wants to see what happens here, it goes on as it came.
+//! A request continues the trace of its headers, or begins one if a collector is configured. The task of a request
+//! carries the trace, and passes it to the tasks that it starts ([`carried`]). Requests to peers and upstreams carry it
+//! as well ([`TraceSpan::write`]). Without a collector, the headers of a trace are passed on unchanged.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -17,66 +17,67 @@ use crate::worker_watch::watched;
 const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
 const TRACESTATE: HeaderName = HeaderName::from_static("tracestate");
 
-/// The longest `tracestate` that is passed on.
+/// Longest `tracestate` that is passed on, in bytes, which is the minimum of the specification. A longer one is
+/// dropped.
 const MAX_STATE: usize = 512;
 
-/// Bits of a trace's flags: somebody records it; its id is random.
+/// Bits of the flags of a trace: it is recorded; its id is random.
 const SAMPLED: u8 = 1;
 const RANDOM: u8 = 2;
 
-/// A step of a trace, as one side tells it to the next.
+/// The position in a trace, as one service sends it to the next.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TraceStep {
     pub trace: u128,
     pub span: u64,
     flags: u8,
-    /// What other systems add for themselves.
+    /// The `tracestate`: data of other tracing systems.
     pub state: Option<HeaderValue>,
 }
 
-/// Decides what is recorded, and passes it on.
+/// Selects the traces that are recorded, and reports their spans.
 #[derive(Default)]
 pub struct Tracer {
     report: Option<Box<dyn Report>>,
-    /// Of the requests that come without a trace, from 0 to 1.
+    /// Share of the requests without a trace that are recorded, from 0 to 1.
     share: f64,
 }
 
-/// Takes what has ended.
+/// Receives finished spans.
 pub trait Report: Send + Sync {
     fn report(&self, span: FinishedSpan);
-    /// Passes on what is left.
+    /// Sends the spans that are left.
     fn close(&self) {}
 }
 
-/// Something that took time, while it does. By default in no trace.
+/// A running span. The default belongs to no trace.
 #[derive(Default)]
 pub struct TraceSpan {
     current: Option<Current>,
     recording: Option<Recording>,
 }
 
-/// What will be told of it. Nobody looks at a clock for the others.
+/// The data of a span that is recorded. Other spans do not read the clock.
 struct Recording {
-    ended: Box<FinishedSpan>,
+    span: Box<FinishedSpan>,
     started: Instant,
 }
 
-/// Something that took time.
+/// A finished span.
 pub struct FinishedSpan {
     pub name: Cow<'static, str>,
     pub kind: TraceSpanKind,
     pub step: TraceStep,
-    /// The span that this is a part of; None: it is the first.
+    /// The parent span. None: this one is the first of its trace.
     pub parent: Option<u64>,
     pub began: SystemTime,
     pub took: Duration,
     pub attributes: Vec<(&'static str, Value)>,
-    /// Why it failed, if it did.
+    /// The error, if it failed.
     pub failure: Option<String>,
 }
 
-/// Which side of a question something is.
+/// The side of a request that a span is on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum TraceSpanKind {
     Server,
@@ -84,15 +85,15 @@ pub enum TraceSpanKind {
     Internal,
 }
 
-/// What is told about a span.
+/// The value of an attribute.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Value {
     Text(String),
-    Word(&'static str),
+    Static(&'static str),
     Number(u64),
 }
 
-/// The trace of a task, and whom to report to.
+/// The trace of a task, and where its spans are reported.
 #[derive(Clone)]
 struct Current {
     step: TraceStep,
@@ -103,12 +104,12 @@ tokio::task_local! {
     static CURRENT: Current;
 }
 
-/// Something begins, in the trace of this task.
+/// Begins a span in the trace of this task.
 pub fn begin(name: &'static str, kind: TraceSpanKind) -> TraceSpan {
     TraceSpan::new(CURRENT.try_with(Current::clone).ok(), name, kind)
 }
 
-/// A task that is about to be started goes on in the trace of this one.
+/// A task that continues the trace of this task.
 pub fn carried<F: Future>(task: F) -> impl Future<Output = F::Output> {
     within(CURRENT.try_with(Current::clone).ok(), watched(task))
 }
@@ -120,17 +121,17 @@ async fn within<F: Future>(current: Option<Current>, task: F) -> F::Output {
     }
 }
 
-// === impl Step ===
+// === impl TraceStep ===
 
 impl TraceStep {
-    /// What a request says. None: nothing that could be right.
+    /// Parses the headers of a request. None: they are missing or invalid.
     fn read(headers: &HeaderMap) -> Option<Self> {
         let mut all = headers.get_all(TRACEPARENT).iter();
         let (only, None) = (all.next()?, all.next()) else { return None };
         let mut parts = only.to_str().ok()?.split('-');
         let (version, trace, span, flags) = (parts.next()?, parts.next()?, parts.next()?, parts.next()?);
         let (version, flags) = (hex(version, 2)?, hex(flags, 2)?);
-        // Later versions may say more.
+        // Later versions may have more fields.
         if version == 0xff || (version == 0 && parts.next().is_some()) {
             return None;
         }
@@ -139,8 +140,8 @@ impl TraceStep {
         (trace != 0 && span != 0).then(|| Self { trace, span, flags, state: state(headers) })
     }
 
-    /// A trace that begins here.
-    fn first(flags: u8) -> Self {
+    /// A new trace.
+    fn new_root(flags: u8) -> Self {
         Self { trace: fastrand::u128(1..), span: fastrand::u64(1..), flags: RANDOM | flags, state: None }
     }
 
@@ -150,7 +151,7 @@ impl TraceStep {
         headers.extend(self.state.clone().map(|state| (TRACESTATE, state)));
     }
 
-    /// Whether somebody records the trace.
+    /// Whether the trace is recorded.
     pub fn is_sampled(&self) -> bool {
         self.flags & SAMPLED != 0
     }
@@ -160,53 +161,53 @@ impl TraceStep {
     }
 }
 
-/// Several headers are one list.
+/// Several headers form one list.
 fn state(headers: &HeaderMap) -> Option<HeaderValue> {
     let all: Vec<_> = headers.get_all(TRACESTATE).iter().map(HeaderValue::as_bytes).collect();
     let joined = all.join(&b","[..]);
     HeaderValue::from_bytes(&joined).ok().filter(|state| !state.is_empty() && state.len() <= MAX_STATE)
 }
 
-/// A number of exactly so many digits, in lower case.
+/// A lower-case hexadecimal number of exactly `digits` digits.
 fn hex(text: &str, digits: usize) -> Option<u128> {
-    let is_right = text.len() == digits && text.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b));
-    is_right.then(|| u128::from_str_radix(text, 16).ok()).flatten()
+    let is_valid = text.len() == digits && text.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b));
+    is_valid.then(|| u128::from_str_radix(text, 16).ok()).flatten()
 }
 
 // === impl Tracer ===
 
 impl Tracer {
-    /// Reports what belongs to a trace that is recorded, and of the others a share.
+    /// Reports the recorded traces of other services, and a share of the requests without a trace.
     pub fn new(report: impl Report + 'static, share: f64) -> Self {
         Self { report: Some(Box::new(report)), share }
     }
 
-    /// A client's request: where it brings no trace, it may begin one.
+    /// The span of a client request. Without a trace in its headers, it may begin one.
     pub fn answer(self: &Arc<Self>, headers: &HeaderMap) -> TraceSpan {
         match TraceStep::read(headers) {
-            Some(step) => self.go_on(step),
+            Some(step) => self.continue_trace(step),
             None if self.report.is_none() => TraceSpan::default(),
             None => {
                 let flags = if fastrand::f64() < self.share { SAMPLED } else { 0 };
-                let current = Current { step: TraceStep::first(flags), tracer: self.clone() };
+                let current = Current { step: TraceStep::new_root(flags), tracer: self.clone() };
                 let mut span = TraceSpan::new(Some(current), "request", TraceSpanKind::Server);
-                span.recording.iter_mut().for_each(|recording| recording.ended.parent = None);
+                span.recording.iter_mut().for_each(|recording| recording.span.parent = None);
                 span
             }
         }
     }
 
-    /// A peer's request: what belongs to no trace there does not begin one here.
+    /// The span of a peer request. Without a trace in its headers, it does not begin one.
     pub fn join(self: &Arc<Self>, headers: &HeaderMap) -> TraceSpan {
-        TraceStep::read(headers).map_or_else(TraceSpan::default, |step| self.go_on(step))
+        TraceStep::read(headers).map_or_else(TraceSpan::default, |step| self.continue_trace(step))
     }
 
-    /// Nothing is reported any more.
+    /// Sends the spans that are left, at the end of the process.
     pub fn close(&self) {
         self.report.iter().for_each(|report| report.close());
     }
 
-    fn go_on(self: &Arc<Self>, step: TraceStep) -> TraceSpan {
+    fn continue_trace(self: &Arc<Self>, step: TraceStep) -> TraceSpan {
         TraceSpan::new(Some(Current { step, tracer: self.clone() }), "request", TraceSpanKind::Server)
     }
 }
@@ -217,10 +218,10 @@ impl fmt::Debug for Tracer {
     }
 }
 
-// === impl Span ===
+// === impl TraceSpan ===
 
 impl TraceSpan {
-    /// A part of what is current. It has an id of its own only where somebody is told of it.
+    /// A child of the current span. It has its own id only if it is recorded.
     fn new(mut current: Option<Current>, name: &'static str, kind: TraceSpanKind) -> Self {
         let recorded = current.as_mut().filter(|current| current.tracer.report.is_some() && current.step.is_sampled());
         let recording = recorded.map(|current| {
@@ -228,51 +229,51 @@ impl TraceSpan {
             let (step, began) = (current.step.clone(), SystemTime::now());
             let (took, attributes) = (Duration::ZERO, Vec::new());
             let name = Cow::Borrowed(name);
-            let ended = FinishedSpan { name, kind, step, parent, began, took, attributes, failure: None };
-            Recording { ended: Box::new(ended), started: Instant::now() }
+            let finished = FinishedSpan { name, kind, step, parent, began, took, attributes, failure: None };
+            Recording { span: Box::new(finished), started: Instant::now() }
         });
         Self { current, recording }
     }
 
-    /// Does something that is a part of this.
+    /// Runs a task as a part of this span.
     pub fn within<F: Future>(&self, task: F) -> impl Future<Output = F::Output> + use<F> {
         within(self.current.clone(), task)
     }
 
-    /// The trace's id, if there is one.
+    /// The id of the trace, if there is one.
     pub fn trace(&self) -> Option<u128> {
         self.current.as_ref().map(|current| current.step.trace)
     }
 
-    /// Calls it something else, if anybody is told.
+    /// Renames the span, if it is recorded.
     pub fn rename(&mut self, name: impl FnOnce() -> String) {
         if let Some(recording) = &mut self.recording {
-            recording.ended.name = Cow::Owned(name());
+            recording.span.name = Cow::Owned(name());
         }
     }
 
-    /// Says in a question's headers that it is this.
+    /// Adds the trace to the headers of a request.
     pub fn write(&self, headers: &mut HeaderMap) {
         self.current.iter().for_each(|current| current.step.write(headers));
     }
 
-    /// Tells more of it, if anybody is told.
-    pub fn tell(&mut self, told: impl FnOnce() -> Vec<(&'static str, Value)>) {
+    /// Adds attributes, if the span is recorded.
+    pub fn tell(&mut self, attributes: impl FnOnce() -> Vec<(&'static str, Value)>) {
         if let Some(recording) = &mut self.recording {
-            recording.ended.attributes.extend(told());
+            recording.span.attributes.extend(attributes());
         }
     }
 
-    pub fn fail(&mut self, why: impl FnOnce() -> String) {
+    pub fn fail(&mut self, error: impl FnOnce() -> String) {
         if let Some(recording) = &mut self.recording {
-            recording.ended.failure = Some(why());
+            recording.span.failure = Some(error());
         }
     }
 }
 
 impl From<&'static str> for Value {
-    fn from(word: &'static str) -> Self {
-        Self::Word(word)
+    fn from(text: &'static str) -> Self {
+        Self::Static(text)
     }
 }
 
@@ -288,13 +289,13 @@ impl From<u64> for Value {
     }
 }
 
-/// Whatever ends it, it is told.
+/// Reports the span, however it ends.
 impl Drop for TraceSpan {
     fn drop(&mut self) {
         let report = self.current.as_ref().and_then(|current| current.tracer.report.as_ref());
-        if let (Some(Recording { mut ended, started }), Some(report)) = (self.recording.take(), report) {
-            ended.took = started.elapsed();
-            report.report(*ended);
+        if let (Some(Recording { mut span, started }), Some(report)) = (self.recording.take(), report) {
+            span.took = started.elapsed();
+            report.report(*span);
         }
     }
 }
@@ -316,7 +317,7 @@ mod tests {
         TraceStep::read(&headers(&[("traceparent", parent)]))
     }
 
-    /// What was reported, in the order in which it ended.
+    /// The reported spans, in the order in which they ended.
     #[derive(Clone, Default)]
     struct RecordingReport(Arc<Mutex<Vec<FinishedSpan>>>);
 
@@ -333,13 +334,13 @@ mod tests {
     }
 
     #[test]
-    fn only_what_is_right_is_believed() {
+    fn invalid_traceparent_is_ignored() {
         let step = read(PARENT).unwrap();
         assert_eq!((step.trace, step.span), (0x4bf9_2f35_77b3_4da6_a3ce_929d_0e0e_4736, 0x00f0_67aa_0ba9_02b7));
         assert!(step.is_sampled() && !read(&PARENT.replace("-01", "-00")).unwrap().is_sampled());
         assert!(read(&PARENT.replacen("00-", "cc-", 1)).is_some(), "a later version");
         assert!(read(&(PARENT.replacen("00-", "cc-", 1) + "-more")).is_some());
-        for wrong in [
+        for invalid in [
             "",
             "00",
             &(PARENT.to_owned() + "-more"),
@@ -351,13 +352,13 @@ mod tests {
             &PARENT.replace("-01", "-1"),
             &PARENT.replace("4bf", "+bf"),
         ] {
-            assert_eq!(read(wrong), None, "{wrong}");
+            assert_eq!(read(invalid), None, "{invalid}");
         }
         assert_eq!(TraceStep::read(&headers(&[("traceparent", PARENT), ("traceparent", PARENT)])), None, "two of them");
     }
 
     #[test]
-    fn what_nobody_records_is_passed_on_as_it_came() {
+    fn unrecorded_trace_is_passed_on_unchanged() {
         let sent = headers(&[("traceparent", PARENT), ("tracestate", "a=1"), ("tracestate", "b=2")]);
         let span = Arc::new(Tracer::default()).answer(&sent);
         assert_eq!(written(&span), headers(&[("traceparent", PARENT), ("tracestate", "a=1,b=2")]));
@@ -367,23 +368,23 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_task_and_those_that_it_starts_are_one_trace() {
+    async fn task_and_its_subtasks_share_one_trace() {
         let seen = RecordingReport::default();
         let tracer = Arc::new(Tracer::new(seen.clone(), 0.0));
         let span = tracer.answer(&headers(&[("traceparent", PARENT)]));
-        let asked =
-            span.within(async { tokio::spawn(carried(async { written(&begin("ask", TraceSpanKind::Client)) })).await });
-        let asked = TraceStep::read(&asked.await.unwrap()).unwrap();
+        let sent_by_subtask = span
+            .within(async { tokio::spawn(carried(async { written(&begin("subtask", TraceSpanKind::Client)) })).await });
+        let sent_by_subtask = TraceStep::read(&sent_by_subtask.await.unwrap()).unwrap();
         drop(span);
-        assert!(written(&begin("elsewhere", TraceSpanKind::Client)).is_empty());
+        assert!(written(&begin("outside", TraceSpanKind::Client)).is_empty());
         let seen = seen.0.lock();
-        let [ask, request] = &seen[..] else { panic!("{} spans", seen.len()) };
-        assert_eq!((ask.parent, request.parent), (Some(request.step.span), Some(0x00f0_67aa_0ba9_02b7)));
-        assert_eq!((asked.trace, asked.span), (ask.step.trace, ask.step.span));
+        let [child, request] = &seen[..] else { panic!("{} spans", seen.len()) };
+        assert_eq!((child.parent, request.parent), (Some(request.step.span), Some(0x00f0_67aa_0ba9_02b7)));
+        assert_eq!((sent_by_subtask.trace, sent_by_subtask.span), (child.step.trace, child.step.span));
     }
 
     #[test]
-    fn a_share_of_the_others_is_recorded_and_no_peer_begins() {
+    fn share_of_client_requests_begins_a_trace() {
         for (share, recorded) in [(0.0, 0), (1.0, 20)] {
             let seen = RecordingReport::default();
             let tracer = Arc::new(Tracer::new(seen.clone(), share));

@@ -1,4 +1,4 @@
-//! The registry client: upstreams in order, authorization, redirects, retries, the guard.
+//! Client of the upstream registries: failover, authentication, redirects, retries, egress policy.
 
 mod access_check;
 mod attempt;
@@ -33,7 +33,7 @@ use tokio::time::{Instant, timeout_at};
 pub use self::auth::ExchangedSecret;
 use self::auth::TokenCache;
 use self::credentials::ExternalCredentials;
-pub use self::credentials::are_here as credentials_are_here;
+pub use self::credentials::check as check_credentials;
 use self::egress::EgressPolicy;
 pub use self::health::UpstreamView;
 use self::health::{KnownHealth, UpstreamStates};
@@ -52,34 +52,33 @@ use crate::registries::{Registries, RepositoryRef};
 use crate::shares::Shares;
 use crate::source::{Broken, Incoming, Part, SourceError, UpstreamError, root_cause};
 
-/// All origins, behind one door.
+/// Sends requests to all upstream registries.
 pub struct UpstreamClient {
     http: Arc<UpstreamHttp>,
     tokens: TokenCache,
     redirects: RedirectCache,
-    /// By registry: one that fails does not spend what others earn.
+    /// By registry, so that a failing registry does not spend the retries that others have earned.
     retries: moka::sync::Cache<Registry, Arc<RetryBudget>>,
-    conditions: UpstreamStates,
-    /// An upstream was found to be down, or limits its requests.
-    in_trouble: Notify,
-    scarcity: RateLimits,
-    /// Probes of upstreams that are down, and of those that have never answered.
-    watches: Arc<Semaphore>,
-    of_strangers: Arc<Semaphore>,
+    health: UpstreamStates,
+    /// Notified when an upstream goes down or limits its requests.
+    became_unavailable: Notify,
+    rate_limits: RateLimits,
+    /// One permit for each probed upstream that is configured or has responded before.
+    probe_permits: Arc<Semaphore>,
+    unknown_host_permits: Arc<Semaphore>,
     memory: Arc<Memory>,
     lists: Shares<Registry>,
     metrics: Arc<Metrics>,
 }
 
-/// A manifest as an origin sent it. Its digest is not yet verified.
+/// A manifest as the upstream sent it. Its digest is not yet verified.
 pub struct UpstreamManifest {
     pub media_type: String,
     pub bytes: Bytes,
-    /// The digest that the upstream names, which may be wrong.
+    /// From `Docker-Content-Digest`, which may be wrong.
     pub claimed: Option<Digest>,
 }
 
-/// What can be listed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ListKind {
     Tags,
@@ -88,32 +87,35 @@ pub enum ListKind {
     Catalog,
 }
 
-/// A list, passed on as it comes.
+/// A list response, which is streamed to the client.
 pub struct UpstreamList {
     /// The query of the next page, as the upstream wrote it.
     pub next: Option<String>,
     pub filters_applied: Option<String>,
-    /// `Content-Encoding`, though none was asked for.
+    /// `Content-Encoding`: some upstreams send one although the request accepts only `identity`.
     pub encoding: Option<HeaderValue>,
-    /// In bytes. None: only its end tells.
+    /// In bytes. None: the response has no `Content-Length`.
     pub length: Option<u64>,
     pub body: BoxStream<'static, Result<Bytes, Broken>>,
 }
 
-/// Registries whose retries are counted. One that is forgotten begins anew.
+/// Registries with a retry budget. More: more memory. Fewer: an evicted registry starts with a new budget.
 const MAX_RETRY_BUDGETS: u64 = 10_000;
 
-/// Upstreams that are looked after at a time. Of others each question finds out by itself.
-const MAX_WATCHES: usize = 256;
+/// Known upstreams that are probed at the same time. More: more requests in a large outage. Fewer: without a probe,
+/// client requests find out that an upstream is down.
+const MAX_PROBED_UPSTREAMS: usize = 256;
 
-/// Clients can name hosts that never were there: they must not take the place of those that are missed.
-const MAX_OF_STRANGERS: usize = 64;
+/// The same for hosts that have never responded. Clients can invent such hosts, so these probes must not use the
+/// permits of known upstreams.
+const MAX_PROBED_UNKNOWN_HOSTS: usize = 64;
 
-/// Lists that are passed on at the same time: their size has no bound, their number has.
+/// Lists that are streamed at the same time: a list has no size limit. More: more connections. Fewer: clients wait for
+/// each other's lists.
 const MAX_LISTS: usize = 256;
 
-/// Longest `OCI-Filters-Applied` that is passed on, in bytes.
-const LONGEST_FILTERS: usize = 256;
+/// Largest `OCI-Filters-Applied` that clients get, in bytes. A larger one is dropped.
+const MAX_FILTERS_APPLIED_BYTES: usize = 256;
 
 impl UpstreamClient {
     /// Must run inside a tokio runtime, which drives DNS.
@@ -123,19 +125,20 @@ impl UpstreamClient {
         memory: Arc<Memory>,
         metrics: Arc<Metrics>,
     ) -> Result<Self, String> {
-        let guard = EgressPolicy::new(config)?;
-        let http = UpstreamHttp::new(guard, registries.rules().iter().map(|rule| &rule.tls), config.tls.ca.as_deref())?;
-        let outside = ExternalCredentials::new(http.cloud.clone());
+        let egress = EgressPolicy::new(config)?;
+        let http =
+            UpstreamHttp::new(egress, registries.rules().iter().map(|rule| &rule.tls), config.tls.ca.as_deref())?;
+        let external = ExternalCredentials::new(http.cloud.clone());
         Ok(Self {
             http: Arc::new(http),
-            tokens: TokenCache::new(outside),
+            tokens: TokenCache::new(external),
             redirects: RedirectCache::new(),
             retries: moka::sync::Cache::new(MAX_RETRY_BUDGETS),
-            conditions: UpstreamStates::new(),
-            in_trouble: Notify::new(),
-            scarcity: RateLimits::new(metrics.clone()),
-            watches: Arc::new(Semaphore::new(MAX_WATCHES)),
-            of_strangers: Arc::new(Semaphore::new(MAX_OF_STRANGERS)),
+            health: UpstreamStates::new(),
+            became_unavailable: Notify::new(),
+            rate_limits: RateLimits::new(metrics.clone()),
+            probe_permits: Arc::new(Semaphore::new(MAX_PROBED_UPSTREAMS)),
+            unknown_host_permits: Arc::new(Semaphore::new(MAX_PROBED_UNKNOWN_HOSTS)),
             memory,
             lists: Shares::new(MAX_LISTS),
             metrics,
@@ -145,36 +148,36 @@ impl UpstreamClient {
     /// `GET manifests/<reference>`.
     pub async fn manifest(
         self: &Arc<Self>,
-        place: &RepositoryRef,
+        repo_ref: &RepositoryRef,
         reference: &Reference,
         accept: &str,
         deadline: Instant,
     ) -> Result<UpstreamManifest, SourceError> {
         let known = if let Reference::Digest(digest) = reference { Some(digest) } else { None };
-        let question = UpstreamRequest::new(RequestKind::Manifest, format!("manifests/{reference}")).accept(accept);
-        let response = self.ask_for(place, question, known, deadline).await?;
+        let request = UpstreamRequest::new(RequestKind::Manifest, format!("manifests/{reference}")).accept(accept);
+        let response = self.send_for_content(repo_ref, request, known, deadline).await?;
         let (stated, claimed) = (media_type(&response), claimed_digest(&response));
         let limit = usize::try_from(MAX_MANIFEST_BYTES).unwrap_or(usize::MAX);
-        let bytes = self.read_whole(place, response, limit, deadline).await?;
+        let bytes = self.read_whole(repo_ref, response, limit, deadline).await?;
         let known = known.cloned();
         let media_type = parsed(&bytes, move |bytes| manifest_type(bytes, stated, known.as_ref())).await?;
-        self.count_bytes(place, bytes.len());
+        self.count_bytes(repo_ref, bytes.len());
         Ok(UpstreamManifest { media_type, bytes, claimed })
     }
 
-    /// `HEAD manifests/<tag>`: the digest that a tag means now. None: the upstream does not say, and a GET decides. A
-    /// HEAD is a hint: registries answer it with 404, 403, 405, 5xx or a web page for what a GET gives.
+    /// `HEAD manifests/<tag>`: the digest that the tag resolves to. None: only a GET can tell. A HEAD is a hint: some
+    /// registries respond with 404, 403, 405, 5xx or a web page although GET succeeds.
     pub async fn manifest_digest(
         self: &Arc<Self>,
-        place: &RepositoryRef,
+        repo_ref: &RepositoryRef,
         reference: &Reference,
         accept: &str,
         deadline: Instant,
     ) -> Result<Option<Digest>, SourceError> {
-        let question = UpstreamRequest::new(RequestKind::ManifestHead, format!("manifests/{reference}")).accept(accept);
-        match self.ask(place, &question, deadline).await {
+        let request = UpstreamRequest::new(RequestKind::ManifestHead, format!("manifests/{reference}")).accept(accept);
+        match self.send(repo_ref, &request, deadline).await {
             Ok(response) => Ok(claimed_digest(&response)),
-            Err(SourceError::Denied(told)) if told.status == 401 => Err(SourceError::Denied(told)),
+            Err(SourceError::Denied(error)) if error.status == 401 => Err(SourceError::Denied(error)),
             Err(
                 SourceError::NotFound(_) | SourceError::Denied(_) | SourceError::Failed(_) | SourceError::Malformed(_),
             ) => Ok(None),
@@ -182,28 +185,28 @@ impl UpstreamClient {
         }
     }
 
-    /// `GET blobs/<digest>`, whole or in part. Where Range is not honoured the response starts at 0. `known` is the
-    /// blob's length by a manifest: it replaces a missing `Content-Length`.
+    /// `GET blobs/<digest>`, whole or in part. If the upstream ignores `Range`, the body starts at 0. `known` is the
+    /// length from a manifest and replaces a missing `Content-Length`.
     pub async fn blob(
         self: &Arc<Self>,
-        place: &RepositoryRef,
+        repo_ref: &RepositoryRef,
         digest: &Digest,
         part: Part,
         known: Option<u64>,
         deadline: Instant,
     ) -> Result<Incoming, SourceError> {
-        let mut question = UpstreamRequest::new(RequestKind::Blob, format!("blobs/{digest}")).of_blob(digest);
+        let mut request = UpstreamRequest::new(RequestKind::Blob, format!("blobs/{digest}")).of_blob(digest);
         if let Some(range) = part.header() {
-            question.headers.insert(RANGE, range);
+            request.headers.insert(RANGE, range);
         }
-        let mut response = self.ask_for(place, question.clone(), Some(digest), deadline).await?;
+        let mut response = self.send_for_content(repo_ref, request.clone(), Some(digest), deadline).await?;
         let has_length = response.status() != 200 || header_u64(&response, CONTENT_LENGTH.as_str()).is_some();
         let known = match known {
-            None if !has_length => match self.blob_head(place, digest, deadline).await.ok().flatten() {
+            None if !has_length => match self.blob_head(repo_ref, digest, deadline).await.ok().flatten() {
                 Some(length) => Some(length),
                 None => {
-                    let length = self.counted(place, response, deadline).await?;
-                    response = self.ask_for(place, question, Some(digest), deadline).await?;
+                    let length = self.measured_length(repo_ref, response, deadline).await?;
+                    response = self.send_for_content(repo_ref, request, Some(digest), deadline).await?;
                     Some(length)
                 }
             },
@@ -211,8 +214,8 @@ impl UpstreamClient {
         };
         let understands_ranges = response.status() == 206;
         let (span, total) = part.brought(response.status().as_u16(), response.headers(), known)?;
-        let counter = self.metrics.upstream_bytes.with_label_values(&[place.rule.name()]);
-        let seconds = self.metrics.upstream_body_seconds.with_label_values(&[place.rule.name()]);
+        let counter = self.metrics.upstream_bytes.with_label_values(&[repo_ref.rule.name()]);
+        let seconds = self.metrics.upstream_body_seconds.with_label_values(&[repo_ref.rule.name()]);
         let mut last = Instant::now();
         let body = response
             .bytes_stream()
@@ -226,165 +229,173 @@ impl UpstreamClient {
         Ok(if understands_ranges { incoming } else { incoming.not_resumable() })
     }
 
-    /// The length of a body that only its end tells. Its bytes are not kept, since there may be more than fit: the blob is
-    /// downloaded twice, which is better than not at all. No manifest has named it, or none that passed through here.
-    async fn counted(&self, place: &RepositoryRef, response: Response, deadline: Instant) -> Result<u64, SourceError> {
-        let counter = self.metrics.upstream_bytes.with_label_values(&[place.rule.name()]);
+    /// Downloads a body only to measure it, if neither the response nor a manifest states its length. The bytes are not
+    /// kept, since they may not fit the store. A second download is better than an error.
+    async fn measured_length(
+        &self,
+        repo_ref: &RepositoryRef,
+        response: Response,
+        deadline: Instant,
+    ) -> Result<u64, SourceError> {
+        let counter = self.metrics.upstream_bytes.with_label_values(&[repo_ref.rule.name()]);
         let counting = response.bytes_stream().try_fold(0, |length, piece| {
             counter.inc_by(piece.len() as u64);
             std::future::ready(Ok(length + piece.len() as u64))
         });
         match timeout_at(deadline, counting).await {
-            Ok(counted) => counted.map_err(|error| SourceError::Interrupted(root_cause(&error.without_url()))),
-            Err(_) => Err(SourceError::Unreachable("the upstream does not tell the length of the blob".into())),
+            Ok(length) => length.map_err(|error| SourceError::Interrupted(root_cause(&error.without_url()))),
+            Err(_) => Err(SourceError::Unreachable("the upstream does not state the length of the blob".into())),
         }
     }
 
-    /// The length of a blob, in bytes. `known` is the one by a manifest.
+    /// The length of a blob, in bytes. `known` is the length from a manifest.
     pub async fn blob_length(
         self: &Arc<Self>,
-        place: &RepositoryRef,
+        repo_ref: &RepositoryRef,
         digest: &Digest,
         known: Option<u64>,
         deadline: Instant,
     ) -> Result<u64, SourceError> {
-        match self.blob_head(place, digest, deadline).await {
+        match self.blob_head(repo_ref, digest, deadline).await {
             Ok(length) => match length.or(known) {
                 Some(length) => return Ok(length),
-                None => tracing::debug!(%place, %digest, "HEAD without a length"),
+                None => tracing::debug!(repository = %repo_ref, %digest, "HEAD response without length"),
             },
             Err(error @ (SourceError::Unreachable(_) | SourceError::Interrupted(_) | SourceError::TimedOut)) => {
                 return Err(error);
             }
             Err(error @ SourceError::NotFound(_)) => return Err(error),
-            // Signed URLs are often good for GET only.
-            Err(error) => tracing::debug!(%place, %digest, %error, "HEAD refused, asking by GET"),
+            // Signed URLs are often valid for GET only.
+            Err(error) => tracing::debug!(repository = %repo_ref, %digest, %error, "HEAD request failed"),
         }
-        Ok(self.blob(place, digest, Part::From(0), known, deadline).await?.total)
+        Ok(self.blob(repo_ref, digest, Part::From(0), known, deadline).await?.total)
     }
 
-    /// Asks for content. Of several upstreams one that names another digest is passed over, where another one has what is
-    /// meant; alone it is believed, since many registries name a wrong one for the right bytes.
-    async fn ask_for(
+    /// Requests content. With several upstreams, one with another `Docker-Content-Digest` is skipped first. If none
+    /// matches, the header is ignored: many registries send a wrong one with the right bytes.
+    async fn send_for_content(
         self: &Arc<Self>,
-        place: &RepositoryRef,
-        question: UpstreamRequest,
+        repo_ref: &RepositoryRef,
+        request: UpstreamRequest,
         digest: Option<&Digest>,
         deadline: Instant,
     ) -> Result<Response, SourceError> {
-        if digest.is_some() && place.rule.upstreams(&place.registry).len() > 1 {
-            match self.ask(place, &question.clone().expect(digest), deadline).await {
+        if digest.is_some() && repo_ref.rule.upstreams(&repo_ref.registry).len() > 1 {
+            match self.send(repo_ref, &request.clone().expect(digest), deadline).await {
                 Err(SourceError::Malformed(_)) => {}
-                answer => return answer,
+                result => return result,
             }
         }
-        self.ask(place, &question, deadline).await
+        self.send(repo_ref, &request, deadline).await
     }
 
-    /// `HEAD blobs/<digest>`, of which only the outcome counts. The length: None, if it is not told.
+    /// `HEAD blobs/<digest>`: the blob's length. None: the response has no `Content-Length`.
     pub async fn blob_head(
         self: &Arc<Self>,
-        place: &RepositoryRef,
+        repo_ref: &RepositoryRef,
         digest: &Digest,
         deadline: Instant,
     ) -> Result<Option<u64>, SourceError> {
-        let question =
+        let request =
             UpstreamRequest::new(RequestKind::BlobHead, format!("blobs/{digest}")).of_blob(digest).expect(Some(digest));
-        let response = self.ask(place, &question, deadline).await?;
+        let response = self.send(repo_ref, &request, deadline).await?;
         Ok(header_u64(&response, CONTENT_LENGTH.as_str()))
     }
 
-    /// `GET tags/list`, `GET referrers/<digest>` or `GET _catalog`: passed on as it comes.
+    /// `GET tags/list`, `GET referrers/<digest>` or `GET _catalog`, streamed.
     pub async fn list(
         self: &Arc<Self>,
-        place: &RepositoryRef,
+        repo_ref: &RepositoryRef,
         list: &ListKind,
         query: Option<&str>,
         deadline: Instant,
     ) -> Result<UpstreamList, SourceError> {
-        let turn = timeout_at(deadline, self.lists.wait(&place.registry, 1)).await;
-        let turn = turn.map_err(|_| SourceError::Busy)?;
-        let question = UpstreamRequest::list(list).query(query);
-        let response = match (self.ask(place, &question, deadline).await, list) {
-            // A web page, or a redirect to one, stands where a registry without the API has a login.
+        let permit = timeout_at(deadline, self.lists.wait(&repo_ref.registry, 1)).await;
+        let permit = permit.map_err(|_| SourceError::Busy)?;
+        let request = UpstreamRequest::list(list).query(query);
+        let response = match (self.send(repo_ref, &request, deadline).await, list) {
+            // A registry without the referrers API may respond with its login page or a redirect to it.
             (Err(SourceError::Malformed(_)), ListKind::Referrers(_)) => return Err(no_referrers_api()),
             (response, _) => response?,
         };
         let filters = response.headers().get("oci-filters-applied").and_then(|value| value.to_str().ok());
-        let filters_applied = filters.filter(|filters| filters.len() <= LONGEST_FILTERS).map(str::to_owned);
+        let filters_applied = filters.filter(|filters| filters.len() <= MAX_FILTERS_APPLIED_BYTES).map(str::to_owned);
         let encoding = response.headers().get(CONTENT_ENCODING).filter(|encoding| *encoding != "identity").cloned();
         let next = link::next(response.headers().get_all(LINK).iter().map(HeaderValue::as_bytes));
         let length = header_u64(&response, CONTENT_LENGTH.as_str());
-        let counter = self.metrics.upstream_bytes.with_label_values(&[place.rule.name()]);
+        let counter = self.metrics.upstream_bytes.with_label_values(&[repo_ref.rule.name()]);
         let body = response
             .bytes_stream()
             .inspect_ok(move |piece| {
-                let _ = &turn;
+                let _ = &permit;
                 counter.inc_by(piece.len() as u64);
             })
             .map_err(|error| Broken(root_cause(&error.without_url())));
         Ok(UpstreamList { next, filters_applied, encoding, length, body: body.boxed() })
     }
 
-    /// Reads a body within the memory that all such bodies share.
+    /// Reads a body into memory, within the budget that all such bodies share.
     async fn read_whole(
         &self,
-        place: &RepositoryRef,
+        repo_ref: &RepositoryRef,
         response: Response,
         limit: usize,
         deadline: Instant,
     ) -> Result<Bytes, SourceError> {
         let announced = header_u64(&response, CONTENT_LENGTH.as_str()).and_then(|length| usize::try_from(length).ok());
-        // Before anything is read, so that nobody waits while holding some. What is not announced takes it as it comes.
-        let held = self.memory.of_upstreams.wait(&place.registry, announced.unwrap_or(0).min(limit));
+        // Reserved before reading, so that no request waits while it holds memory. A body without a length grows its
+        // reservation.
+        let held = self.memory.of_upstreams.wait(&repo_ref.registry, announced.unwrap_or(0).min(limit));
         let held = timeout_at(deadline, held).await.map_err(|_| SourceError::Busy)?;
         read_limited(response, limit, deadline, Some(held)).await
     }
 
-    /// Reads the certificates again that upstreams are shown. Blocks on the disk.
+    /// Reloads the client certificates for upstreams. Blocks on the disk.
     pub fn reload(&self) -> Result<(), String> {
         self.http.reload()
     }
 
-    /// The upstreams that were asked lately.
+    /// The upstreams with recent requests.
     pub fn upstreams(&self) -> Vec<UpstreamView> {
         let tokens = self.tokens.counts();
-        self.conditions.views(|rule, upstream| KnownHealth {
-            remaining: self.scarcity.remaining(rule, upstream),
+        self.health.views(|rule, upstream| KnownHealth {
+            remaining: self.rate_limits.remaining(rule, upstream),
             tokens: tokens.get(&(rule.to_owned(), upstream.to_owned())).copied().unwrap_or(0),
         })
     }
 
-    /// Whether pulls are few by which a rule's registry counts, so that what nobody waits for is put off.
-    pub fn is_scarce(&self, place: &RepositoryRef) -> bool {
-        let mut upstreams = place.rule.upstreams(&place.registry).into_iter().map(|(upstream, _)| upstream.base());
-        let (rule, now) = (place.rule.name(), Instant::now());
-        upstreams.any(|upstream| self.scarcity.is_scarce(rule, &upstream, now))
+    /// Whether few pulls remain of an upstream's rate limit, so that background work should wait.
+    pub fn is_rate_limit_low(&self, repo_ref: &RepositoryRef) -> bool {
+        let mut upstreams =
+            repo_ref.rule.upstreams(&repo_ref.registry).into_iter().map(|(upstream, _)| upstream.base());
+        let (rule, now) = (repo_ref.rule.name(), Instant::now());
+        upstreams.any(|upstream| self.rate_limits.is_rate_limit_low(rule, &upstream, now))
     }
 
-    /// Forgets where a blob's redirect led: the bytes from there broke off or were wrong.
-    pub async fn forget_redirects(&self, place: &RepositoryRef, digest: &Digest) {
-        let question = UpstreamRequest::new(RequestKind::Blob, format!("blobs/{digest}"));
-        for (upstream, _) in place.rule.upstreams(&place.registry) {
-            if let Ok(url) = question.url(&upstream, place) {
+    /// Forgets the redirect targets of a blob, after a body from one of them was incomplete or corrupt.
+    pub async fn forget_redirects(&self, repo_ref: &RepositoryRef, digest: &Digest) {
+        let request = UpstreamRequest::new(RequestKind::Blob, format!("blobs/{digest}"));
+        for (upstream, _) in repo_ref.rule.upstreams(&repo_ref.registry) {
+            if let Ok(url) = request.url(&upstream, repo_ref) {
                 self.redirects.forget(&url).await;
             }
         }
     }
 
-    fn count_bytes(&self, place: &RepositoryRef, bytes: usize) {
-        self.metrics.upstream_bytes.with_label_values(&[place.rule.name()]).inc_by(bytes as u64);
+    fn count_bytes(&self, repo_ref: &RepositoryRef, bytes: usize) {
+        self.metrics.upstream_bytes.with_label_values(&[repo_ref.rule.name()]).inc_by(bytes as u64);
     }
 }
 
-/// Reads a body of at most `limit` bytes. `held` grows where more comes than was announced; None: it is small.
+/// Reads a body of at most `limit` bytes. `held` grows if the body exceeds its announced length. None: the body is
+/// small.
 async fn read_limited(
     mut response: Response,
     limit: usize,
     deadline: Instant,
     mut held: Option<UpstreamBytes>,
 ) -> Result<Bytes, SourceError> {
-    let too_large = || SourceError::Malformed(format!("an answer of more than {limit} bytes"));
+    let too_large = || SourceError::Malformed(format!("a response of more than {limit} bytes"));
     if header_u64(&response, CONTENT_LENGTH.as_str()).is_some_and(|length| length > limit as u64) {
         return Err(too_large());
     }
@@ -403,30 +414,30 @@ async fn read_limited(
     }
 }
 
-/// The media type of what an upstream sent for a manifest. `known` is the digest that was requested.
+/// The media type of a manifest response. `known` is the requested digest.
 fn manifest_type(bytes: &[u8], stated: Option<String>, known: Option<&Digest>) -> Result<String, SourceError> {
     if manifest::is_first_schema(bytes) {
         return Err(first_schema());
     }
-    // What has not the shape of a manifest may still be one, by its digest or its declared type.
+    // A body without the shape of a manifest may still be one, by its digest or its declared type.
     let is_manifest = |stated: &String| {
         (manifest::is_manifest_type(stated) && manifest::is_object(bytes))
             || known.is_some_and(|digest| digest.matches(bytes))
             || manifest::has_version(bytes)
     };
-    manifest::media_type(bytes)
-        .or_else(|| stated.filter(is_manifest))
-        .ok_or_else(|| SourceError::Malformed("something that is not a manifest, or one without a media type".into()))
+    manifest::media_type(bytes).or_else(|| stated.filter(is_manifest)).ok_or_else(|| {
+        SourceError::Malformed("a body that is not a manifest, or a manifest without a media type".into())
+    })
 }
 
-/// Docker's first schema is not supported: its digest is not that of its bytes, and containerd 2 refuses it as well.
+/// Docker's schema 1 is not supported: its digest is not the digest of its bytes, and containerd 2 rejects it as well.
 fn first_schema() -> SourceError {
     let message =
         "the image has a manifest of Docker's schema 1, which is not supported: push it again with a current client";
     SourceError::NotFound(UpstreamError::new(404, &error::body(ErrorCode::ManifestUnknown, message)))
 }
 
-/// What clients take for "look for the fall-back tag": any 404 but `NAME_UNKNOWN`.
+/// Makes clients use the fallback tag, which they do after any 404 except `NAME_UNKNOWN`.
 fn no_referrers_api() -> SourceError {
     let message = "the upstream has no referrers API";
     SourceError::NotFound(UpstreamError::new(404, &error::body(ErrorCode::Unsupported, message)))
@@ -436,7 +447,7 @@ fn header_u64(response: &Response, name: &str) -> Option<u64> {
     response.headers().get(name)?.to_str().ok()?.trim().parse().ok()
 }
 
-/// The media type without parameters, which clients would take as part of it.
+/// Without parameters: clients would take them as part of the type.
 fn media_type(response: &Response) -> Option<String> {
     let value = response.headers().get(CONTENT_TYPE)?.to_str().ok()?;
     let bare = value.split(';').next().unwrap_or_default().trim();

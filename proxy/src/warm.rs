@@ -1,7 +1,7 @@
-//! Pulls images through a dray, as a runtime would, so that they are there when one does: `dray warm` and `[[prefetch]]`.
+//! Pulls images through a dray before a client pulls them: `dray warm`, `[[prefetch]]` and `[[pin]]`.
 //!
-//! Everything is checked as it comes: an image is warm when each manifest and blob of each platform that was asked for
-//! has come whole. oci-client would do, but hides where an answer came from.
+//! An image is warm if each manifest and blob of each requested platform was downloaded, verified and cached. The crate
+//! oci-client is not used because it hides response headers, which tell where dray served a response from.
 
 mod fetch;
 mod http;
@@ -21,49 +21,50 @@ pub use self::source::ImageSource;
 pub use self::yaml::images_in;
 use crate::oci::{Digest, ImageName};
 
-/// Images that are looked up at a time.
-const LOOKED_UP: usize = 4;
+/// Images whose manifests are requested at the same time. Larger: more load on one registry. Smaller: a long list takes
+/// longer.
+const MAX_PARALLEL_LOOKUPS: usize = 4;
 
-/// Somebody who watches.
+/// Receives the progress.
 pub trait WarmObserver: Send + Sync {
-    /// An image was looked up: so much of it is to come that no other image brings.
+    /// An image was looked up; the plan has the blobs that no earlier image has.
     fn planned(&self, image: &ImageName, plan: &ImagePlan);
-    /// A blob begins, goes on, and ends.
-    fn began(&self, blob: &PlannedBlob);
-    fn came(&self, blob: &PlannedBlob, bytes: u64);
-    fn ended(&self, blob: &PlannedBlob, fetched: &Result<WarmedBlob, String>);
+    fn blob_started(&self, blob: &PlannedBlob);
+    /// More bytes of the blob were received.
+    fn blob_progressed(&self, blob: &PlannedBlob, bytes: u64);
+    fn blob_finished(&self, blob: &PlannedBlob, result: &Result<WarmedBlob, String>);
 }
 
-/// What became of it all.
+/// The result for all images.
 #[derive(Debug, Default)]
 pub struct Summary {
     pub images: usize,
     pub manifests: usize,
     pub blobs: usize,
     pub bytes: u64,
-    /// Of these, that were there already.
-    pub kept_bytes: u64,
-    /// What the images consist of that could be looked up.
+    /// The part of `bytes` that was cached before.
+    pub cached_bytes: u64,
+    /// The blobs of the images that could be looked up.
     pub digests: Vec<Digest>,
-    /// Layers that runtimes have from elsewhere.
+    /// Layers that the registry does not distribute: runtimes get them elsewhere.
     pub foreign: usize,
-    /// An image, and why it is not warm.
+    /// Images that are not warm, with the error.
     pub failed: Vec<(ImageName, String)>,
 }
 
-/// Warms images, so many blobs at a time.
+/// Warms images; `parallel` bounds the blobs that are downloaded at the same time.
 pub async fn warm(
-    door: &dyn ImageSource,
+    source: &dyn ImageSource,
     images: &[ImageName],
     platforms: &Platforms,
     parallel: usize,
-    watcher: &dyn WarmObserver,
+    observer: &dyn WarmObserver,
 ) -> Summary {
     let looked_up = stream::iter(images.iter().cloned()).map(|image| async move {
-        let plan = plan::make(door, &image, platforms).await;
+        let plan = plan::make(source, &image, platforms).await;
         (image, plan)
     });
-    let looked_up: Vec<_> = looked_up.buffered(LOOKED_UP).collect().await;
+    let looked_up: Vec<_> = looked_up.buffered(MAX_PARALLEL_LOOKUPS).collect().await;
     let mut summary = Summary { images: images.len(), ..Summary::default() };
     let mut known = std::collections::HashSet::new();
     let (mut wanted, mut plans) = (Vec::new(), Vec::new());
@@ -72,12 +73,12 @@ pub async fn warm(
             Ok(mut plan) => {
                 summary.manifests += plan.manifests;
                 summary.foreign += plan.foreign;
-                plan.blobs.retain(|blob| door.wants(blob));
+                plan.blobs.retain(|blob| source.is_responsible_for(blob));
                 let all: Vec<PlannedBlob> = plan.blobs.clone();
-                // Layers are shared: each comes once.
+                // Images share layers; each is downloaded once.
                 plan.blobs.retain(|blob| known.insert((blob.digest.clone(), blob.size)));
                 summary.digests.extend(plan.blobs.iter().map(|blob| blob.digest.clone()));
-                watcher.planned(&image, &plan);
+                observer.planned(&image, &plan);
                 wanted.extend(plan.blobs.iter().cloned());
                 plans.push((image, all));
             }
@@ -85,24 +86,24 @@ pub async fn warm(
         }
     }
     let permits = Semaphore::new(parallel);
-    let fetching = stream::iter(wanted).map(|blob| {
+    let downloads = stream::iter(wanted).map(|blob| {
         let permits = &permits;
         async move {
             let _permit = permits.acquire().await;
-            watcher.began(&blob);
-            let fetched = fetch::blob(door, &blob, |bytes| watcher.came(&blob, bytes)).await;
-            watcher.ended(&blob, &fetched);
-            ((blob.digest, blob.size), fetched)
+            observer.blob_started(&blob);
+            let result = fetch::blob(source, &blob, |bytes| observer.blob_progressed(&blob, bytes)).await;
+            observer.blob_finished(&blob, &result);
+            ((blob.digest, blob.size), result)
         }
     });
-    let fetched: Vec<_> = fetching.buffer_unordered(parallel).collect().await;
+    let results: Vec<_> = downloads.buffer_unordered(parallel).collect().await;
     let mut problems = std::collections::HashMap::new();
-    for (blob, fetched) in fetched {
-        match fetched {
-            Ok(fetched) => {
+    for (blob, result) in results {
+        match result {
+            Ok(warmed) => {
                 summary.blobs += 1;
-                summary.bytes += fetched.bytes;
-                summary.kept_bytes += if fetched.was_kept { fetched.bytes } else { 0 };
+                summary.bytes += warmed.bytes;
+                summary.cached_bytes += if warmed.was_cached { warmed.bytes } else { 0 };
             }
             Err(problem) => drop(problems.insert(blob, problem)),
         }

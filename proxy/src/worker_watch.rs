@@ -1,8 +1,8 @@
-//! Ends the process when a task blocks its worker, in builds with `DRAY_WATCH_WORKERS` in their environment: those that the tests
-//! run (Makefile).
+//! Ends the process when a task blocks its worker, in builds with `DRAY_WATCH_WORKERS` in their environment: the builds
+//! that the tests run (Makefile).
 //!
-//! A worker that blocks holds up every request that it carries. What a thread does not spend on a core or waiting for one
-//! (Linux: `/proc/thread-self/schedstat`), it spends blocked: on the disk, on a lock, or asleep.
+//! A worker that blocks holds up every request that it carries. A thread that neither runs nor waits for a core (Linux:
+//! `/proc/thread-self/schedstat`) is blocked: on the disk, on a lock, or asleep.
 
 #![allow(clippy::disallowed_methods, reason = "reads /proc, which does not block")]
 
@@ -11,8 +11,8 @@ use std::future::{Future, poll_fn};
 use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
 
-/// Longest time that a thread may be blocked within one poll of a task. Longer: other requests of the worker wait noticeably.
-/// Shorter: on a loaded machine page faults would end the process.
+/// Longest time that a thread may be blocked within one poll of a task. Longer: other requests of the worker wait
+/// noticeably. Shorter: on a loaded machine page faults would end the process.
 const MAX_BLOCKED: Duration = Duration::from_millis(100);
 
 thread_local! {
@@ -26,9 +26,9 @@ struct Poll {
     active: Duration,
 }
 
-/// The same task, each poll of which is watched.
+/// The same task, with each poll watched.
 ///
-/// It is boxed: an `async fn` would hold a task twice, before and while it runs, for as long as its connection lives.
+/// It is boxed: an `async fn` would hold the task twice, before and while it runs, as long as its connection lives.
 pub fn watched<F: Future>(task: F) -> impl Future<Output = F::Output> {
     let mut task = Box::pin(task);
     poll_fn(move |context| {

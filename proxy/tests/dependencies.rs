@@ -1,4 +1,4 @@
-//! The table of dependencies names each that the program has, and no other.
+//! The table of dependencies matches Cargo.toml.
 
 #![allow(clippy::disallowed_methods, reason = "tests may block")]
 
@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 use std::path::Path;
 
 fn text(path: &str) -> String {
-    std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(path)).expect("a file of the project")
+    std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(path)).expect("a readable file of the project")
 }
 
 #[test]

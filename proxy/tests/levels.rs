@@ -1,4 +1,4 @@
-//! Modules import only downwards: what stands on a level knows nothing of its own level or above.
+//! Modules import only modules of lower levels.
 
 #![allow(clippy::disallowed_methods, reason = "tests may block")]
 
@@ -33,7 +33,7 @@ const LEVELS: [&[&str]; 11] = [
 
 fn level(module: &str) -> usize {
     let found = LEVELS.iter().position(|modules| modules.contains(&module));
-    found.unwrap_or_else(|| panic!("module {module} stands on no level: add it to tests/levels.rs"))
+    found.unwrap_or_else(|| panic!("module {module} has no level: add it to tests/levels.rs"))
 }
 
 /// Every `crate::module` in a file.

@@ -1,4 +1,4 @@
-//! The Helm chart, rendered as a person renders it.
+//! The Helm chart, rendered by `helm template`.
 
 use std::path::PathBuf;
 use std::process::Command;
@@ -8,16 +8,16 @@ pub use serde_yaml_ng::Value;
 
 use crate::process::output;
 
-/// The directory with the chart and all about Kubernetes.
+/// The directory of the chart, the manifests and the monitoring rules.
 pub fn k8s_dir() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).parent().expect("the workspace").join("k8s")
 }
 
-/// What becomes of the chart with these arguments, hooks included; or why nothing does.
+/// Renders the chart with these arguments, hooks included. Err: helm's error output.
 pub fn render(arguments: &[&str]) -> Result<String, String> {
     let mut command = Command::new(crate::tool("helm"));
     command.args(["template", "dray"]).arg(k8s_dir().join("dray"));
-    // Without a cluster to ask, helm has to be told its version.
+    // Without a cluster, helm needs the Kubernetes version as an argument.
     command.args(["--namespace", "dray", "--kube-version", "1.37.0"]).args(arguments);
     let output = output(&mut command);
     if !output.status.success() {
@@ -33,12 +33,12 @@ pub fn documents(text: &str) -> Vec<Value> {
     documents.filter(|document| !document.is_null()).collect()
 }
 
-/// Those of a kind.
+/// The documents of one kind.
 pub fn of_kind<'a>(documents: &'a [Value], kind: &str) -> Vec<&'a Value> {
     documents.iter().filter(|document| document["kind"] == kind).collect()
 }
 
-/// The texts of a list.
+/// The strings of a list.
 pub fn texts(list: &Value) -> Vec<&str> {
     list.as_sequence().into_iter().flatten().filter_map(Value::as_str).collect()
 }

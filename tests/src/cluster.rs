@@ -1,5 +1,5 @@
-//! Several drays, each in a network namespace of its own behind a link of a given speed, with an origin
-//! and a name server, in one zone or several.
+//! Several drays, each in its own network namespace behind a link of a given speed, with an upstream and a name server,
+//! in one zone or several.
 
 use std::fmt::Write;
 use std::fs;
@@ -15,30 +15,30 @@ use rustix::process::Signal;
 use crate::dray::binary;
 use crate::process::{Process, output, run};
 
-/// What the network looks like. Speeds in Mbit/s.
+/// The network. Speeds in Mbit/s.
 #[derive(Clone)]
-pub struct Shape {
+pub struct Topology {
     /// Nodes in each zone.
     pub zones: Vec<usize>,
     pub node: u32,
     pub upstream: u32,
-    /// Between each zone and the others.
+    /// Link between each zone and the first one.
     pub between_zones: u32,
-    /// A node that is slower.
+    /// One slower node and its speed.
     pub slow: Option<(usize, u32)>,
-    /// Members of the first zone that DNS knows and nobody else does.
-    pub strangers: u16,
-    /// More for the `[peers]` table.
+    /// Members of the first zone that have a DNS record, but no process.
+    pub unreachable_members: u16,
+    /// Lines added to the `[peers]` table.
     pub peers: &'static str,
-    /// More for the rule of the origin.
+    /// Lines added to the rule of the upstream.
     pub rule: &'static str,
-    /// Whether the origin has a way into each zone of its own, rather than being in the first zone.
-    pub apart: bool,
+    /// Whether the upstream has a link into each zone. Otherwise it is connected to the first zone only.
+    pub upstream_per_zone: bool,
 }
 
-/// A running cluster; everything of it goes when it is dropped.
+/// A running cluster. All its processes and namespaces are removed when it is dropped.
 pub struct Cluster {
-    shape: Shape,
+    topology: Topology,
     name: String,
     nodes: Vec<Node>,
     upstream: Option<Process>,
@@ -46,7 +46,7 @@ pub struct Cluster {
     dir: tempfile::TempDir,
 }
 
-/// One node, whether its process runs or not.
+/// One node, running or stopped.
 struct Node {
     zone: usize,
     address: Ipv4Addr,
@@ -54,19 +54,19 @@ struct Node {
     known: bool,
 }
 
-/// A body as a client got it.
+/// A response body as the client received it.
 #[derive(Clone, Debug)]
 pub struct Pulled {
     pub seconds: f64,
     pub status: u16,
-    /// The digest of what came, where the whole came.
+    /// Digest of the received body. None: the transfer was incomplete.
     pub digest: Option<String>,
 }
 
 const DNS: Ipv4Addr = Ipv4Addr::new(10, 77, 255, 53);
-const ORIGIN: Ipv4Addr = Ipv4Addr::new(10, 77, 254, 1);
+const UPSTREAM: Ipv4Addr = Ipv4Addr::new(10, 77, 254, 1);
 
-impl Default for Shape {
+impl Default for Topology {
     fn default() -> Self {
         Self {
             zones: vec![8],
@@ -74,67 +74,69 @@ impl Default for Shape {
             upstream: 200,
             between_zones: 1000,
             slow: None,
-            strangers: 0,
+            unreachable_members: 0,
             peers: "",
             rule: "",
-            apart: false,
+            upstream_per_zone: false,
         }
     }
 }
 
-/// Why there can be no clusters here; a reason to skip a test, but not where tests must not be skipped.
+/// Why clusters cannot be created on this machine: a reason to skip a test. In CI this panics, so that tests are not
+/// skipped unnoticed.
 pub fn unavailable() -> Option<String> {
     let tried = output(Command::new("unshare").args(["--net", "--mount", "true"]));
-    let why = (!tried.status.success()).then(|| "network namespaces are not allowed here (root is needed)".to_owned());
-    assert!(why.is_none() || std::env::var_os("CI").is_none(), "{why:?}");
-    why
+    let reason = (!tried.status.success())
+        .then(|| "network namespaces are not allowed on this machine (root is needed)".to_owned());
+    assert!(reason.is_none() || std::env::var_os("CI").is_none(), "{reason:?}");
+    reason
 }
 
 impl Cluster {
-    /// Starts the network, the name server and the origin, which has `www` under `dir`; then all nodes.
-    pub fn start(shape: Shape, dir: tempfile::TempDir) -> Self {
-        Self::start_without(shape, dir, &[])
+    /// Starts the network, the name server and the upstream, which serves `www` of `dir`; then all nodes.
+    pub fn start(topology: Topology, dir: tempfile::TempDir) -> Self {
+        Self::start_without(topology, dir, &[])
     }
 
-    /// The same without these nodes, of which nobody knows yet.
-    pub fn start_without(shape: Shape, dir: tempfile::TempDir, later: &[usize]) -> Self {
-        let mut cluster = Self::without_nodes(shape, dir);
-        let now: Vec<usize> = cluster.everybody().into_iter().filter(|node| !later.contains(node)).collect();
+    /// The same, but these nodes are neither started nor known to DNS.
+    pub fn start_without(topology: Topology, dir: tempfile::TempDir, later: &[usize]) -> Self {
+        let mut cluster = Self::without_nodes(topology, dir);
+        let now: Vec<usize> = cluster.all_nodes().into_iter().filter(|node| !later.contains(node)).collect();
         now.iter().for_each(|node| cluster.nodes[*node].known = true);
-        cluster.tell_dns();
+        cluster.update_dns();
         now.into_iter().for_each(|node| cluster.launch(node));
         cluster.wait_until_formed();
         cluster
     }
 
-    fn without_nodes(shape: Shape, dir: tempfile::TempDir) -> Self {
+    fn without_nodes(topology: Topology, dir: tempfile::TempDir) -> Self {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let name = format!("dray{}x{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
-        for zone in 0..shape.zones.len() {
+        for zone in 0..topology.zones.len() {
             let switch = format!("{name}s{zone}");
             ip(&["netns", "add", &switch]);
             within(&switch, &["ip", "link", "add", "br0", "type", "bridge"]);
             within(&switch, &["ip", "link", "set", "br0", "up"]);
             within(&switch, &["ip", "link", "set", "lo", "up"]);
             if zone > 0 {
-                connect(&format!("{name}s0"), &format!("z{zone}"), &switch, "z0", shape.between_zones);
+                connect(&format!("{name}s0"), &format!("z{zone}"), &switch, "z0", topology.between_zones);
                 bridge(&format!("{name}s0"), &format!("z{zone}"));
                 bridge(&switch, "z0");
             }
         }
         let first = format!("{name}s0");
         within(&first, &["ip", "address", "add", &format!("{DNS}/16"), "dev", "br0"]);
-        host(&name, "o", 0, ORIGIN, shape.upstream);
-        if shape.apart {
-            (1..shape.zones.len()).for_each(|zone| second_card(&name, zone, shape.upstream));
+        host(&name, "o", 0, UPSTREAM, topology.upstream);
+        if topology.upstream_per_zone {
+            (1..topology.zones.len()).for_each(|zone| add_upstream_card(&name, zone, topology.upstream));
         }
         let mut nodes = Vec::new();
-        for (zone, count) in shape.zones.iter().enumerate() {
+        for (zone, count) in topology.zones.iter().enumerate() {
             for _ in 0..*count {
                 let nth = nodes.len();
                 let [zone_byte, nth_byte] = [zone, nth + 1].map(|n| u8::try_from(n).expect("a small cluster"));
                 let address = Ipv4Addr::new(10, 77, zone_byte, nth_byte);
-                let speed = shape.slow.filter(|(slow, _)| *slow == nth).map_or(shape.node, |(_, speed)| speed);
+                let speed = topology.slow.filter(|(slow, _)| *slow == nth).map_or(topology.node, |(_, speed)| speed);
                 host(&name, &format!("n{nth}"), zone, address, speed);
                 nodes.push(Node { zone, address, process: Mutex::default(), known: false });
             }
@@ -142,12 +144,12 @@ impl Cluster {
         fs::create_dir_all(dir.path().join("www")).expect("a directory");
         fs::write(dir.path().join("hosts"), "").expect("a file");
         let dns = start_dns(&first, dir.path());
-        let mut cluster = Self { shape, name, nodes, upstream: None, dns, dir };
+        let mut cluster = Self { topology, name, nodes, upstream: None, dns, dir };
         cluster.start_upstream();
         cluster
     }
 
-    /// The origin is there again.
+    /// Starts the upstream, also after `stop_upstream`.
     pub fn start_upstream(&mut self) {
         let dir = self.dir.path();
         fs::set_permissions(dir, std::os::unix::fs::PermissionsExt::from_mode(0o755)).expect("a directory of ours");
@@ -162,28 +164,28 @@ impl Cluster {
         let mut command = inside(&format!("{}o", self.name), "nginx");
         command.env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin").arg("-c").arg(dir.join("nginx.conf"));
         self.upstream = Some(Process::spawn(command.stdout(Stdio::null()).stderr(Stdio::null())));
-        self.wait_for("the origin listens", 0, &format!("http://{ORIGIN}/v2/"));
+        self.wait_for("the upstream listens", 0, &format!("http://{UPSTREAM}/v2/"));
     }
 
     pub fn stop_upstream(&mut self) {
         self.upstream = None;
     }
 
-    /// Body bytes that the origin has sent.
+    /// Body bytes that the upstream has sent.
     pub fn upstream_bytes(&self) -> u64 {
         let log = fs::read_to_string(self.dir.path().join("access.log")).unwrap_or_default();
         log.lines().filter_map(|line| line.split(' ').nth(1)?.parse::<u64>().ok()).sum()
     }
 
-    /// All nodes, whether they run or not.
-    pub fn everybody(&self) -> Vec<usize> {
+    /// All nodes, running or stopped.
+    pub fn all_nodes(&self) -> Vec<usize> {
         (0..self.nodes.len()).collect()
     }
 
-    /// Starts a node that DNS knows of from now on.
+    /// Publishes a node in DNS and starts it.
     pub fn join(&mut self, node: usize) {
         self.nodes[node].known = true;
-        self.tell_dns();
+        self.update_dns();
         self.launch(node);
     }
 
@@ -208,14 +210,14 @@ impl Cluster {
         }
     }
 
-    /// A node answers nothing any more, and nobody is told.
+    /// Stops a node's process with SIGSTOP: connections stay open, but nothing responds.
     pub fn freeze(&self, node: usize) {
         if let Some(process) = &*self.process(node) {
             process.signal(Signal::STOP);
         }
     }
 
-    /// Stops a node as an orchestrator does, and waits for its end.
+    /// Stops a node with SIGTERM, as an orchestrator does, and waits for its end.
     pub fn stop(&self, node: usize) {
         let stopped = self.process(node).take();
         if let Some(mut process) = stopped {
@@ -224,12 +226,12 @@ impl Cluster {
         }
     }
 
-    /// Cuts a node off from everybody, or not any more.
-    pub fn cut(&self, node: usize) {
+    /// Takes the link of a node down.
+    pub fn disconnect(&self, node: usize) {
         self.link(node, "down");
     }
 
-    pub fn heal(&self, node: usize) {
+    pub fn reconnect(&self, node: usize) {
         self.link(node, "up");
     }
 
@@ -238,24 +240,24 @@ impl Cluster {
         within(&switch, &["ip", "link", "set", &format!("pn{node}"), state]);
     }
 
-    /// Forgets what a node has.
+    /// Removes the cache of a node.
     pub fn clear(&self, node: usize) {
         let _ = fs::remove_dir_all(self.cache(node));
     }
 
-    /// The node that keeps a blob under its name.
+    /// The node that stores the complete blob under its digest.
     pub fn owner(&self, path: &str) -> usize {
         let digest = path.split(['/', '?']).find_map(|part| part.strip_prefix("sha256:")).expect("a blob's path");
         let file = format!("v1/blobs/sha256/{}/{digest}", &digest[..2]);
-        let keeps = |node: &usize| self.cache(*node).join(&file).exists();
-        self.everybody().into_iter().find(keeps).expect("somebody owns it")
+        let stores = |node: &usize| self.cache(*node).join(&file).exists();
+        self.all_nodes().into_iter().find(stores).expect("a node owns it")
     }
 
     pub fn cache(&self, node: usize) -> PathBuf {
         self.dir.path().join(format!("cache{node}"))
     }
 
-    /// A client on a node asks its dray for a path.
+    /// Requests a path from the dray of a node, by a client on that node.
     pub fn pull(&self, node: usize, path: &str) -> Pulled {
         let started = Instant::now();
         let file = self.dir.path().join(format!("body{node}-{}", fastrand::u64(..)));
@@ -269,8 +271,8 @@ impl Cluster {
         Pulled { seconds, status, digest }
     }
 
-    /// The seconds that a client on each of these nodes takes, all at once, throwing the body away.
-    pub fn race(&self, nodes: &[usize], path: &str) -> Vec<f64> {
+    /// Seconds that a client on each of these nodes takes for a path, all at the same time. The body is discarded.
+    pub fn time_pulls(&self, nodes: &[usize], path: &str) -> Vec<f64> {
         std::thread::scope(|scope| {
             let pull = |node: &usize| {
                 let mut curl = inside(&self.namespace(*node), "curl");
@@ -283,9 +285,9 @@ impl Cluster {
         })
     }
 
-    /// The process of a node that runs.
+    /// Process ID of a running node.
     pub fn pid(&self, node: usize) -> u32 {
-        self.process(node).as_ref().expect("it runs").id()
+        self.process(node).as_ref().expect("the node runs").id()
     }
 
     /// Bytes that a node's network card has received.
@@ -303,7 +305,7 @@ impl Cluster {
         run(inside(&self.namespace(node), "cat").arg(path)).trim().parse().expect("a number")
     }
 
-    /// The value of a metric of a node; 0 if it is not there.
+    /// The value of a metric of a node. 0: the metric is missing.
     pub fn metric(&self, node: usize, name: &str) -> u64 {
         let text = output(inside(&self.namespace(node), "curl").args(["-s", "http://127.0.0.1:5051/metrics"]));
         let text = String::from_utf8_lossy(&text.stdout).into_owned();
@@ -311,30 +313,31 @@ impl Cluster {
         line.and_then(|line| line.rsplit(' ').next()?.parse().ok()).unwrap_or(0)
     }
 
-    /// Waits until every running node knows all the others.
+    /// Waits until every running node lists all members.
     pub fn wait_until_formed(&self) {
-        let known = self.nodes.iter().filter(|node| node.known).count() as u64 + u64::from(self.shape.strangers);
+        let known =
+            self.nodes.iter().filter(|node| node.known).count() as u64 + u64::from(self.topology.unreachable_members);
         for node in self.running() {
-            let knows = || self.metric(node, "dray_peers");
+            let listed = || self.metric(node, "dray_peers");
             assert!(
-                comes_true(|| knows() == known),
-                "node {node} knows {} of {known} members after 30 s; its name server: {}; its log: {}",
-                knows(),
+                becomes_true(|| listed() == known),
+                "node {node} lists {} of {known} members after 30 s; its name server: {}; its log: {}",
+                listed(),
                 fs::read_to_string(format!("/proc/{}/stat", self.dns.id())).unwrap_or_default(),
                 fs::read_to_string(self.dir.path().join(format!("node{node}.log"))).unwrap_or_default()
             );
         }
     }
 
-    /// Waits until no node fetches anything.
+    /// Waits until no node downloads anything.
     pub fn wait_until_idle(&self) {
         for node in self.running() {
-            until("fills end", || self.metric(node, "dray_fills{state=\"running\"}") == 0);
+            until("fills end", || self.metric(node, "dray_downloads_in_progress{state=\"running\"}") == 0);
         }
     }
 
     fn running(&self) -> impl Iterator<Item = usize> {
-        self.everybody().into_iter().filter(|node| self.process(*node).is_some())
+        self.all_nodes().into_iter().filter(|node| self.process(*node).is_some())
     }
 
     fn process(&self, node: usize) -> MutexGuard<'_, Option<Process>> {
@@ -347,32 +350,32 @@ impl Cluster {
 
     fn config(&self, node: usize) -> PathBuf {
         let zones: Vec<String> =
-            (0..self.shape.zones.len()).map(|zone| format!("z{zone} = \"z{zone}.dray\"")).collect();
+            (0..self.topology.zones.len()).map(|zone| format!("z{zone} = \"z{zone}.dray\"")).collect();
         let service = if zones.len() == 1 { "\"z0.dray\"".to_owned() } else { format!("{{ {} }}", zones.join(", ")) };
         let upstream = self.upstream_of(self.nodes[node].zone);
         let text = format!(
             "[dns]\nservers = [\"{DNS}:53\"]\n[[registry]]\nmatch = \"docker.io\"\nupstreams = [\"http://{upstream}\"]\n{}\n\
              [peers]\nlisten = \"0.0.0.0:5052\"\nservice = {service}\n{}\n",
-            self.shape.rule, self.shape.peers
+            self.topology.rule, self.topology.peers
         );
         let path = self.dir.path().join(format!("node{node}.toml"));
         fs::write(&path, text).expect("the configuration is written");
         path
     }
 
-    /// The address of the origin for nodes of a zone.
+    /// Address of the upstream for nodes of a zone.
     fn upstream_of(&self, zone: usize) -> Ipv4Addr {
-        if self.shape.apart { upstream_in(zone) } else { ORIGIN }
+        if self.topology.upstream_per_zone { upstream_in(zone) } else { UPSTREAM }
     }
 
-    /// Tells the name server which nodes are known.
-    fn tell_dns(&self) {
+    /// Writes the known nodes to the name server's hosts file and reloads it.
+    fn update_dns(&self) {
         let mut hosts = String::new();
         for node in self.nodes.iter().filter(|node| node.known) {
             let _ = writeln!(hosts, "{} z{}.dray", node.address, node.zone);
         }
-        for stranger in 0..self.shape.strangers {
-            let [high, low] = stranger.to_be_bytes();
+        for member in 0..self.topology.unreachable_members {
+            let [high, low] = member.to_be_bytes();
             let _ = writeln!(hosts, "{} z0.dray", Ipv4Addr::new(10, 78, high, low));
         }
         fs::write(self.dir.path().join("hosts"), hosts).expect("a file");
@@ -388,7 +391,7 @@ impl Cluster {
 
 impl Drop for Cluster {
     fn drop(&mut self) {
-        self.everybody().into_iter().for_each(|node| self.kill(node));
+        self.all_nodes().into_iter().for_each(|node| self.kill(node));
         self.upstream = None;
         self.dns.kill();
         let names = output(Command::new("ip").args(["netns", "list"]));
@@ -409,7 +412,7 @@ fn start_dns(namespace: &str, dir: &Path) -> Process {
     command.args(["--user=root", "--pid-file=", "--bind-interfaces", "--log-facility=/dev/null"]);
     command.arg(format!("--listen-address={DNS}")).arg(format!("--addn-hosts={}", dir.join("hosts").display()));
     let dns = Process::spawn(command.stdout(Stdio::null()).stderr(Stdio::null()));
-    // Before it knows what SIGHUP means it would end by it.
+    // dnsmasq installs its handler late: before that, SIGHUP would end it.
     until("the name server has started", || {
         let status = fs::read_to_string(format!("/proc/{}/status", dns.id())).unwrap_or_default();
         let caught = status.lines().find_map(|line| line.strip_prefix("SigCgt:"));
@@ -418,7 +421,7 @@ fn start_dns(namespace: &str, dir: &Path) -> Process {
     dns
 }
 
-/// A namespace with one card, behind a port of its zone's switch.
+/// A namespace with one network interface, behind a port of its zone's switch.
 fn host(name: &str, host: &str, zone: usize, address: Ipv4Addr, mbit: u32) {
     let (namespace, switch) = (format!("{name}{host}"), format!("{name}s{zone}"));
     ip(&["netns", "add", &namespace]);
@@ -429,22 +432,22 @@ fn host(name: &str, host: &str, zone: usize, address: Ipv4Addr, mbit: u32) {
 }
 
 fn upstream_in(zone: usize) -> Ipv4Addr {
-    Ipv4Addr::from_bits(ORIGIN.to_bits() + u32::try_from(zone).expect("few zones"))
+    Ipv4Addr::from_bits(UPSTREAM.to_bits() + u32::try_from(zone).expect("few zones"))
 }
 
-/// A card of the origin in another zone, with an address that only this card answers for.
-fn second_card(name: &str, zone: usize, mbit: u32) {
+/// An interface of the upstream in another zone, with an address that only this interface responds for.
+fn add_upstream_card(name: &str, zone: usize, mbit: u32) {
     let (upstream, card) = (format!("{name}o"), format!("eth{zone}"));
     let switch = format!("{name}s{zone}");
     connect(&upstream, &card, &switch, "po", mbit);
     bridge(&switch, "po");
     within(&upstream, &["sh", "-c", "echo 1 >/proc/sys/net/ipv4/conf/all/arp_ignore"]);
     within(&upstream, &["ip", "address", "add", &format!("{}/32", upstream_in(zone)), "dev", &card]);
-    let way = format!("10.77.{zone}.0/24");
-    within(&upstream, &["ip", "route", "add", &way, "dev", &card, "src", &upstream_in(zone).to_string()]);
+    let route = format!("10.77.{zone}.0/24");
+    within(&upstream, &["ip", "route", "add", &route, "dev", &card, "src", &upstream_in(zone).to_string()]);
 }
 
-/// A cable of this speed in each direction.
+/// A virtual cable of this speed in each direction.
 fn connect(a: &str, a_end: &str, b: &str, b_end: &str, mbit: u32) {
     ip(&["link", "add", a_end, "netns", a, "type", "veth", "peer", "name", b_end, "netns", b]);
     for (namespace, end) in [(a, a_end), (b, b_end)] {
@@ -482,10 +485,10 @@ fn sha256(file: &Path) -> String {
 }
 
 fn until(what: &str, done: impl FnMut() -> bool) {
-    assert!(comes_true(done), "still waiting after 30 s: {what}");
+    assert!(becomes_true(done), "still waiting after 30 s: {what}");
 }
 
-fn comes_true(mut done: impl FnMut() -> bool) -> bool {
+fn becomes_true(mut done: impl FnMut() -> bool) -> bool {
     let deadline = Instant::now() + Duration::from_secs(30);
     while !done() {
         if Instant::now() > deadline {

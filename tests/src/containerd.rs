@@ -1,4 +1,4 @@
-//! Real containerd daemons, each with a root of its own.
+//! Real containerd daemons, each with its own root directory.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
@@ -9,7 +9,7 @@ use crate::dray::{Dray, binary};
 use crate::eventually;
 use crate::process::{Process, output, run};
 
-/// A running containerd and the `ctr` that fits it.
+/// A running containerd and the `ctr` of the same version.
 pub struct Containerd {
     dir: TempDir,
     socket: PathBuf,
@@ -31,7 +31,7 @@ impl Containerd {
         Self::start_in(version, &std::env::temp_dir()).await
     }
 
-    /// With everything it keeps in a directory below this one.
+    /// With all its files in a directory below this one.
     pub async fn start_in(version: Version, parent: &Path) -> Self {
         assert!(rustix::process::geteuid().is_root(), "containerd needs root: run the tests as root");
         let dir = tempfile::tempdir_in(parent).expect("a temporary directory");
@@ -75,11 +75,11 @@ impl Containerd {
                 .stderr(log),
         );
         let containerd = Self { dir, socket, ctr, _process: process };
-        eventually("containerd answers", async || containerd.ctr(&["version"]).status.success().then_some(())).await;
+        eventually("containerd responds", async || containerd.ctr(&["version"]).status.success().then_some(())).await;
         containerd
     }
 
-    /// Points it at a dray, as a person would.
+    /// Configures dray as its mirror by `dray containerd install`.
     pub fn use_mirror(&self, dray: &Dray) {
         run(Command::new(binary())
             .args(["containerd", "install", "--mirror", &dray.url(""), "--hosts-dir"])
@@ -100,12 +100,12 @@ impl Containerd {
         output(Command::new(&self.ctr).arg("--address").arg(&self.socket).args(["--namespace", "k8s.io"]).args(args))
     }
 
-    /// Pulls and unpacks an image by the hosts directory.
+    /// Pulls and unpacks an image, with mirrors from the hosts directory.
     pub fn pull(&self, image: &str) -> Result<(), String> {
         self.pull_by("native", image)
     }
 
-    /// The same by another snapshotter.
+    /// The same with another snapshotter.
     pub fn pull_by(&self, snapshotter: &str, image: &str) -> Result<(), String> {
         let hosts = self.hosts_dir();
         let hosts = hosts.to_str().expect("a UTF-8 path");
@@ -116,14 +116,14 @@ impl Containerd {
         Err(format!("{}{}", String::from_utf8_lossy(&pulled.stdout), String::from_utf8_lossy(&pulled.stderr)))
     }
 
-    /// Bytes of blobs that are being fetched.
+    /// Bytes of the blobs that are being downloaded.
     pub fn ingested(&self) -> u64 {
         let ingests = self.dir.path().join("root/io.containerd.content.v1.content/ingest");
         let sizes = std::fs::read_dir(ingests).into_iter().flatten().flatten();
         sizes.filter_map(|dir| Some(std::fs::metadata(dir.path().join("data")).ok()?.len())).sum()
     }
 
-    /// What the daemon does by itself after some changes.
+    /// Collects garbage now. The daemon itself does so after some changes.
     pub fn collect_garbage(&self) {
         let pruned = self.ctr(&["content", "prune", "references"]);
         assert!(pruned.status.success(), "{}", String::from_utf8_lossy(&pruned.stderr));

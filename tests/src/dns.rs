@@ -1,4 +1,4 @@
-//! A name server that knows what a test tells it.
+//! A name server with the records that a test sets.
 
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
@@ -21,7 +21,7 @@ impl Dns {
         let socket = UdpSocket::bind("127.0.0.1:0").await.expect("a free port");
         let address = socket.local_addr().expect("a bound address");
         let known: Arc<Mutex<HashMap<String, Vec<IpAddr>>>> = Arc::default();
-        let task = tokio::spawn(answer(socket, known.clone()));
+        let task = tokio::spawn(respond(socket, known.clone()));
         let dns = Self { address, names: known, task };
         for (name, ip) in names {
             dns.set(name, &[ip]);
@@ -29,7 +29,7 @@ impl Dns {
         dns
     }
 
-    /// What a name means from now on.
+    /// Replaces the addresses of a name.
     pub fn set(&self, name: &str, ips: &[&str]) {
         let ips = ips.iter().map(|ip| ip.parse().expect("an address")).collect();
         self.names.lock().expect("no panic").insert(name.to_owned(), ips);
@@ -42,26 +42,26 @@ impl Drop for Dns {
     }
 }
 
-async fn answer(socket: UdpSocket, names: Arc<Mutex<HashMap<String, Vec<IpAddr>>>>) {
+async fn respond(socket: UdpSocket, names: Arc<Mutex<HashMap<String, Vec<IpAddr>>>>) {
     let mut buffer = [0; 4096];
     while let Ok((count, client)) = socket.recv_from(&mut buffer).await {
         let Ok(query) = Message::from_vec(&buffer[..count]) else { continue };
         let mut reply = Message::new(query.metadata.id, MessageType::Response, query.metadata.op_code);
         reply.metadata.recursion_available = true;
-        for question in &query.queries {
-            reply.add_query(question.clone());
-            let name = question.name().to_utf8();
+        for wanted in &query.queries {
+            reply.add_query(wanted.clone());
+            let name = wanted.name().to_utf8();
             let known = names.lock().expect("no panic").get(name.trim_end_matches('.')).cloned();
             match known {
                 None => reply.metadata.response_code = ResponseCode::NXDomain,
                 Some(ips) => {
                     for ip in ips {
-                        let data = match (question.query_type(), ip) {
+                        let data = match (wanted.query_type(), ip) {
                             (RecordType::A, IpAddr::V4(ip)) => RData::A(ip.into()),
                             (RecordType::AAAA, IpAddr::V6(ip)) => RData::AAAA(ip.into()),
                             _ => continue,
                         };
-                        reply.add_answer(Record::from_rdata(question.name().clone(), 1, data));
+                        reply.add_answer(Record::from_rdata(wanted.name().clone(), 1, data));
                     }
                 }
             }

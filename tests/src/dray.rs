@@ -1,4 +1,4 @@
-//! dray as its users run it: a process with a file, flags and a directory.
+//! dray as a process, with a configuration file, flags and a cache directory.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -7,7 +7,7 @@ use std::process::{Command, Stdio};
 use rustix::process::Signal;
 use tempfile::TempDir;
 
-use crate::http::{Answer, get};
+use crate::http::{ClientResponse, get};
 use crate::process::Process;
 use crate::{build_dir, eventually};
 
@@ -20,7 +20,7 @@ pub struct Dray {
     start: Start,
 }
 
-/// How to start it, again if need be.
+/// How to start dray, also repeatedly.
 #[derive(Clone)]
 pub struct Start {
     config: String,
@@ -33,7 +33,7 @@ pub struct Start {
     program: Option<PathBuf>,
 }
 
-/// Which cores it may use.
+/// The cores that dray can use.
 #[derive(Clone, Copy)]
 enum Cores {
     All,
@@ -41,7 +41,7 @@ enum Cores {
 }
 
 impl Start {
-    /// With a configuration and an empty cache of its own.
+    /// With a configuration and an empty cache directory.
     pub fn new(config: impl Into<String>) -> Self {
         let dir = tempfile::tempdir().expect("a temporary directory");
         let cache = dir.path().join("cache");
@@ -57,7 +57,7 @@ impl Start {
         }
     }
 
-    /// With one rule: `registry` is fetched from `upstream`.
+    /// With one rule, which maps `registry` to `upstream`.
     pub fn with_upstream(registry: &str, upstream: &str) -> Self {
         Self::new(rule(registry, upstream))
     }
@@ -77,7 +77,7 @@ impl Start {
         self
     }
 
-    /// Its log goes to a file.
+    /// Writes the log to a file.
     pub fn log_to(mut self, file: &std::path::Path) -> Self {
         self.log = Some(file.to_owned());
         self
@@ -89,8 +89,8 @@ impl Start {
         self
     }
 
-    /// By another program than the one that was built beside this test.
-    pub fn by(mut self, program: &std::path::Path) -> Self {
+    /// Runs another program than the one that cargo built beside this test.
+    pub fn with_program(mut self, program: &std::path::Path) -> Self {
         self.program = Some(program.to_owned());
         self
     }
@@ -99,12 +99,12 @@ impl Start {
         &self.cache
     }
 
-    /// A directory that lives as long as this.
+    /// A temporary directory that exists as long as this value.
     pub fn dir(&self) -> &std::path::Path {
         self.dir.path()
     }
 
-    /// The command, not yet run.
+    /// The command, not started.
     pub fn command(&self) -> Command {
         let file = self.dir.path().join("dray.toml");
         std::fs::write(&file, &self.config).expect("the configuration is written");
@@ -156,30 +156,35 @@ impl Dray {
     }
 
     /// `GET` of a path of the registry port.
-    pub async fn get(&self, path: &str) -> Answer {
+    pub async fn get(&self, path: &str) -> ClientResponse {
         get(&self.url(path), &[]).await
     }
 
-    pub async fn get_range(&self, path: &str, range: &str) -> Answer {
+    pub async fn get_range(&self, path: &str, range: &str) -> ClientResponse {
         get(&self.url(path), &[("range", range)]).await
     }
 
-    /// The value of a metric, its labels as they stand in the exposition; 0 if it is not there.
+    /// The value of a metric, with its labels as in the exposition. 0: the metric is missing.
     pub async fn metric(&self, name: &str) -> u64 {
         let text = get(&format!("http://{}/metrics", self.admin), &[]).await.text();
         let line = text.lines().find(|line| line.split(' ').next() == Some(name));
         line.and_then(|line| line.rsplit(' ').next()?.parse().ok()).unwrap_or(0)
     }
 
-    /// Waits until every blob that is being fetched is published or given up.
-    pub async fn fills_end(&self) {
-        eventually("fills end", async || (self.metric("dray_fills{state=\"running\"}").await == 0).then_some(())).await;
+    /// Waits until every running download is published or aborted.
+    pub async fn wait_for_fills(&self) {
+        eventually("no download runs", async || {
+            (self.metric("dray_downloads_in_progress{state=\"running\"}").await == 0).then_some(())
+        })
+        .await;
     }
 
-    /// Waits until a fill runs.
-    pub async fn fill_begins(&self) {
-        eventually("a fill begins", async || (self.metric("dray_fills{state=\"running\"}").await > 0).then_some(()))
-            .await;
+    /// Waits until a download runs.
+    pub async fn wait_for_fill_start(&self) {
+        eventually("a download runs", async || {
+            (self.metric("dray_downloads_in_progress{state=\"running\"}").await > 0).then_some(())
+        })
+        .await;
     }
 
     /// The process id.
@@ -195,31 +200,31 @@ impl Dray {
         &self.start
     }
 
-    /// SIGTERM, then the same again.
+    /// Stops with SIGTERM and starts again.
     pub fn restart(mut self) -> Self {
         self.process.signal(Signal::TERM);
         self.process.wait();
         self.start.clone().run()
     }
 
-    /// SIGKILL, then the same again.
+    /// Kills with SIGKILL and starts again.
     pub fn kill_and_restart(mut self) -> Self {
         self.process.kill();
         self.start.clone().run()
     }
 }
 
-/// The program of the commit before this one. None: there is no earlier commit.
-pub fn previous() -> Option<PathBuf> {
-    of_previous("dray")
+/// The program of the previous commit. None: this is the first commit.
+pub fn previous_program() -> Option<PathBuf> {
+    previous_file("dray")
 }
 
-/// Its chart.
+/// The chart of the previous commit.
 pub fn previous_chart() -> Option<PathBuf> {
-    of_previous("chart")
+    previous_file("chart")
 }
 
-fn of_previous(name: &str) -> Option<PathBuf> {
+fn previous_file(name: &str) -> Option<PathBuf> {
     let root = PathBuf::from(env!("CARGO_MANIFEST_DIR"));
     let path = root.parent().expect("the workspace").join("target/previous").join(name);
     path.exists().then_some(path)

@@ -1,6 +1,6 @@
-"""Looks at the registry port in Chromium, as pages of others would: python3 foreign_pages.py REGISTRY ATTACKER PATH PAGE. PATH is a
-manifest that only dray's clients may have, PAGE one that an upstream calls a web page. What a page gets that it should not is an
-assertion that fails."""
+"""Requests the registry port in Chromium, as pages of other origins do: python3 foreign_pages.py REGISTRY ATTACKER PATH PAGE.
+PATH is a manifest that only dray's clients may read, PAGE one that an upstream declares as a web page. An assertion fails if a
+page reads or runs something."""
 
 import sys
 
@@ -10,8 +10,8 @@ registry, attacker, path, page_path = sys.argv[1:]
 rebound = f"http://rebound.example:{registry.rsplit(':', 1)[1]}"
 READ = """async (url) => {
     try {
-        const answer = await fetch(url);
-        return [answer.status, await answer.text()];
+        const response = await fetch(url);
+        return [response.status, await response.text()];
     } catch (error) {
         return [0, String(error)];
     }
@@ -20,19 +20,19 @@ SEND = "async (url) => { try { return (await fetch(url, { mode: 'no-cors' })).ty
 
 with sync_playwright() as playwright:
     rules = "MAP rebound.example 127.0.0.1, MAP attacker.example 127.0.0.1"
-    # Only some browsers keep pages of the Internet from local addresses: here none does.
+    # Only some browsers protect local addresses from pages of the Internet: the flags turn this protection off.
     allowed = "LocalNetworkAccessChecks,BlockInsecurePrivateNetworkRequests,PrivateNetworkAccessSendPreflights"
     args = ["--no-sandbox", f"--host-resolver-rules={rules}", f"--disable-features={allowed}"]
     browser = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=args)
     page = browser.new_page()
 
-    # A name that was made to lead here: neither by its address nor from its own origin.
+    # DNS rebinding: the page's host name resolves to the registry's address, and still reads nothing.
     page.route(rebound + "/", lambda route: route.fulfill(body="<html></html>", content_type="text/html"))
     page.goto(rebound + "/")
     status, text = page.evaluate(READ, path)
     assert status == 403 and "schemaVersion" not in text, text
 
-    # A page of another origin can read nothing, and what it only sends goes nowhere, which the test counts.
+    # A page of another origin reads nothing, and its requests cause no upstream request, which the test counts.
     for origin in [f"http://attacker.example:{attacker}", f"http://127.0.0.1:{attacker}"]:
         page.goto(origin)
         status, text = page.evaluate(READ, registry + path)
@@ -47,7 +47,7 @@ with sync_playwright() as playwright:
             registry + "/v2/sent.example/from/image/manifests/1",
         )
 
-    # What an upstream calls a page is a file: it does not run, whoever opens it.
+    # A manifest declared as a web page is downloaded as a file and never run.
     try:
         page.goto(registry + page_path)
         opened = "shown"

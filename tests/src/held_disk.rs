@@ -1,10 +1,11 @@
-//! A disk that hangs: every open of a file below a directory waits until this is dropped.
+//! A disk that hangs: every open of a file below a directory blocks until this value is dropped.
 
 use std::path::Path;
 
 use nix::sys::fanotify::{EventFFlags, Fanotify, InitFlags, MarkFlags, MaskFlags};
 
-/// The kernel asks this group for permission. It gets no response until the last descriptor is closed.
+/// The kernel requests permission from this group for each open. It gets no response until the last descriptor is
+/// closed.
 pub struct HeldDisk(#[expect(dead_code, reason = "closed when dropped")] Fanotify);
 
 impl HeldDisk {
@@ -17,7 +18,7 @@ impl HeldDisk {
 }
 
 fn mark(fanotify: &Fanotify, dir: &Path) {
-    // Listed before its opens wait.
+    // Listed first, because opens of a marked directory block.
     let entries = std::fs::read_dir(dir).expect("a directory").flatten();
     let below: Vec<_> = entries.map(|entry| entry.path()).filter(|path| path.is_dir()).collect();
     below.iter().for_each(|dir| mark(fanotify, dir));

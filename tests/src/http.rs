@@ -6,17 +6,17 @@ use bytes::Bytes;
 use reqwest::header::HeaderMap;
 use reqwest::{Client, Method};
 
-/// An answer read to its end.
+/// A response, read to its end.
 #[derive(Debug)]
-pub struct Answer {
+pub struct ClientResponse {
     pub status: u16,
     pub headers: HeaderMap,
     pub body: Bytes,
-    /// Whether the body came as announced.
+    /// Whether the body was complete.
     pub complete: bool,
 }
 
-impl Answer {
+impl ClientResponse {
     pub fn header(&self, name: &str) -> Option<&str> {
         self.headers.get(name)?.to_str().ok()
     }
@@ -45,16 +45,16 @@ pub fn client() -> Client {
     Client::builder().no_proxy().redirect(reqwest::redirect::Policy::none()).build().expect("a client of constants")
 }
 
-pub async fn get(url: &str, headers: &[(&str, &str)]) -> Answer {
+pub async fn get(url: &str, headers: &[(&str, &str)]) -> ClientResponse {
     send(Method::GET, url, headers).await
 }
 
-pub async fn head(url: &str) -> Answer {
+pub async fn head(url: &str) -> ClientResponse {
     send(Method::HEAD, url, &[]).await
 }
 
-/// Sends a request; panics if there is no answer at all.
-pub async fn send(method: Method, url: &str, headers: &[(&str, &str)]) -> Answer {
+/// Sends a request. Panics if no response arrives.
+pub async fn send(method: Method, url: &str, headers: &[(&str, &str)]) -> ClientResponse {
     let mut request = client().request(method, url);
     for (name, value) in headers {
         request = request.header(*name, *value);
@@ -69,5 +69,5 @@ pub async fn send(method: Method, url: &str, headers: &[(&str, &str)]) -> Answer
             Err(_) => break false,
         }
     };
-    Answer { status, headers, body: body.into(), complete }
+    ClientResponse { status, headers, body: body.into(), complete }
 }

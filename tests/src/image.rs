@@ -12,7 +12,7 @@ use sha2::{Digest, Sha256};
 pub const INDEX: &str = "application/vnd.oci.image.index.v1+json";
 pub const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
 
-/// Everything a registry needs to hold to serve one image.
+/// Everything that a registry needs to serve one image.
 #[derive(Clone)]
 pub struct Image {
     /// Digest of the index.

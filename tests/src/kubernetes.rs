@@ -16,13 +16,13 @@ pub struct Kubernetes {
     process: Process,
 }
 
-/// What is the first process of a container that does nothing.
+/// The first process of a container that does nothing.
 const PAUSE: &str = "#include <signal.h>\n#include <unistd.h>\n\
                      static void end(int sig) { (void)sig; _exit(0); }\n\
                      int main(void) { signal(SIGTERM, end); for (;;) pause(); }\n";
 
 impl Kubernetes {
-    /// With dray's image as 127.0.0.1:5000/dray:test in its registry.
+    /// Starts a cluster whose registry has dray's image as 127.0.0.1:5000/dray:test.
     pub fn start() -> Self {
         assert!(rustix::process::geteuid().is_root(), "namespaces need root: run the tests as root");
         let dir = tempfile::tempdir().expect("a temporary directory");
@@ -65,7 +65,7 @@ impl Kubernetes {
             .args(["--set-platform", "linux/amd64"]));
     }
 
-    /// Pushes an image of that name to the registry that does nothing and differs from all others.
+    /// Pushes an image under this name to the cluster's registry. It does nothing, and its digest is unique.
     pub fn push(&self, name: &str) {
         let to = format!("127.0.0.1:5000/{name}");
         let label = format!("name={name}");
@@ -73,12 +73,12 @@ impl Kubernetes {
         run(crane.args(["mutate", "--insecure", "127.0.0.1:5000/pause:1", "--tag", &to, "--label", &label]));
     }
 
-    /// A file or directory of it.
+    /// A file or directory of the cluster.
     pub fn path(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
     }
 
-    /// Where its containerd looks for mirrors.
+    /// The directory in which its containerd looks for mirrors.
     pub fn hosts_dir(&self) -> PathBuf {
         self.path("certs.d")
     }
@@ -91,7 +91,7 @@ impl Kubernetes {
         output(self.inside(tool("kubectl")).args(arguments))
     }
 
-    /// Runs an image in a pod until it has begun.
+    /// Runs an image in a pod and waits until the pod is ready.
     pub fn run_pod(&self, name: &str, image: &str) {
         let made = self.kubectl(&["run", name, "--image", image, "--grace-period", "1"]);
         assert!(made.status.success(), "{made:?}");
@@ -99,7 +99,7 @@ impl Kubernetes {
         assert!(runs.status.success(), "{runs:?}\n{}", self.events());
     }
 
-    /// What happened, and what dray says, for whoever looks for a failure.
+    /// Events of the cluster and dray's log, to explain a failure.
     pub fn events(&self) -> String {
         let events = self.kubectl(&["get", "events", "--all-namespaces"]);
         let logs = self.kubectl(&["logs", "--namespace", "dray", "--selector", "app.kubernetes.io/name=dray"]);
@@ -110,7 +110,7 @@ impl Kubernetes {
 impl Drop for Kubernetes {
     fn drop(&mut self) {
         self.process.kill();
-        // What is left of the pods: empty cgroups. Those that somebody else uses cannot be removed.
+        // The pods leave empty cgroups. Cgroups in use by other processes cannot be removed.
         let hierarchies = std::fs::read_dir("/sys/fs/cgroup").into_iter().flatten().flatten();
         for pods in hierarchies.map(|hierarchy| hierarchy.path().join("k8s.io")) {
             let left = std::fs::read_dir(&pods).into_iter().flatten().flatten();

@@ -1,22 +1,22 @@
 #!/bin/bash
-# A Kubernetes cluster of one node, in the namespaces that it is started in: kubernetes.sh DIR TOOLS. Says "ready" when
-# its node is; everything ends with it.
+# A Kubernetes cluster of one node, in the namespaces that it is started in: kubernetes.sh DIR TOOLS. Prints "ready" when the
+# node is ready. All processes end with this script.
 set -euo pipefail
 dir=$1
 PATH=$2:$PATH
 mkdir -p "$dir"/{etcd,api,kubelet,certs.d,log,pods,cni}
 
 ip link set lo up
-# A node has an address and a way out, be it to nowhere.
+# A node needs an address and a default route, even if it leads nowhere.
 ip link add uplink type veth peer name nowhere
 ip address add 192.0.2.2/24 dev uplink
 ip link set uplink up
 ip link set nowhere up
 ip route add default via 192.0.2.1
-# No name is known, which nobody answers at once.
+# There is no name server on this address, so lookups fail at once.
 echo nameserver 127.0.0.1 >"$dir/resolv.conf"
 mount --bind "$dir/resolv.conf" /etc/resolv.conf
-# The device plugins' directory has no other place.
+# The path of the device plugins' directory cannot be configured.
 mkdir -p /var/lib/kubelet
 mount -t tmpfs tmpfs /var/lib/kubelet
 
@@ -66,7 +66,7 @@ disabled_plugins = ["io.containerd.internal.v1.opt", "io.containerd.nri.v1.nri"]
 [plugins.'io.containerd.cri.v1.images'.registry]
   config_path = "$dir/certs.d"
 [plugins.'io.containerd.cri.v1.runtime']
-  # Who may not lower it would start nothing.
+  # Without the privilege to lower oom_score_adj, containerd would not start any container.
   restrict_oom_score_adj = true
 [plugins.'io.containerd.cri.v1.runtime'.cni]
   bin_dirs = ["/usr/lib/cni"]
@@ -99,7 +99,7 @@ END
 until curl --silent --insecure --fail --header 'Authorization: Bearer secret' https://127.0.0.1:6443/readyz >/dev/null; do sleep 0.2; done
 in_background kubelet kubelet --config "$dir/kubelet.yaml" --kubeconfig "$dir/kubeconfig" --root-dir "$dir/kubelet" \
     --cert-dir "$dir/kubelet/pki" --hostname-override node1 --node-ip 192.0.2.2
-# Its network is there before there is anything in it.
+# The node's network must be ready before pods are created.
 until kubectl --kubeconfig "$dir/kubeconfig" wait --for condition=Ready node/node1 --timeout 60s >/dev/null 2>&1; do sleep 0.2; done
 echo ready
 wait

@@ -1,4 +1,4 @@
-//! What the integration tests stand on: real registries and clients, a hostile origin, DNS, TLS.
+//! Support for the integration tests: real registries and clients, a hostile upstream, DNS, TLS.
 
 pub mod callgrind;
 pub mod chart;
@@ -22,12 +22,12 @@ pub mod upstream;
 
 use std::path::PathBuf;
 
-/// Waits for something that another process is about to do. Panics after 30 s.
+/// Waits for an effect of another process. Panics after 30 s.
 pub async fn eventually<T>(what: &str, probe: impl AsyncFnMut() -> Option<T>) -> T {
     eventually_within(std::time::Duration::from_secs(30), what, probe).await
 }
 
-/// The same for something that takes longer.
+/// The same with another limit.
 pub async fn eventually_within<T>(
     limit: std::time::Duration,
     what: &str,
@@ -47,7 +47,7 @@ pub async fn eventually_within<T>(
 pub fn build_dir() -> PathBuf {
     let program = std::env::current_exe().expect("a program has a path");
     let dir = program.parent().expect("a program lies in a directory");
-    // Tests lie in <profile>/deps, programs in <profile>.
+    // Tests are in <profile>/deps, programs in <profile>.
     let profile = if dir.ends_with("deps") { dir.parent() } else { Some(dir) };
     profile.expect("cargo's layout").to_owned()
 }

@@ -5,7 +5,7 @@ use std::process::Command;
 
 use crate::process::run;
 
-/// One that is unmounted when dropped.
+/// A file system that is unmounted when dropped.
 pub struct Mount(tempfile::TempDir);
 
 impl Mount {

@@ -1,4 +1,4 @@
-//! nginx: an origin of static files with limits, and what dray is compared with.
+//! nginx: an upstream of static files with rate limits, and the reference for benchmarks.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -11,7 +11,7 @@ use crate::process::{Process, free_port};
 
 /// A running nginx with one worker.
 pub struct Nginx {
-    /// Of its servers, in the order of their settings.
+    /// Ports of its servers, in the order of their settings.
     pub ports: Vec<u16>,
     dir: PathBuf,
     process: Process,
@@ -23,7 +23,7 @@ impl Nginx {
         Self::with("", dir, servers).await
     }
 
-    /// The same with settings for all of them.
+    /// The same with settings that apply to all servers.
     pub async fn with(settings: &str, dir: &Path, servers: &[&str]) -> Self {
         Self::run(Command::new(program()), settings, dir, servers).await
     }
@@ -36,7 +36,7 @@ impl Nginx {
     }
 
     async fn run(mut command: Command, settings: &str, dir: &Path, servers: &[&str]) -> Self {
-        // nginx drops its privileges, so it must get here.
+        // nginx drops its privileges: the unprivileged user needs access to the directory.
         fs::set_permissions(dir, std::os::unix::fs::PermissionsExt::from_mode(0o755)).expect("a directory of ours");
         fs::create_dir_all(dir.join("www")).expect("a directory");
         let ports: Vec<u16> = servers.iter().map(|_| free_port()).collect();
@@ -82,12 +82,12 @@ impl Nginx {
     }
 }
 
-/// Debian keeps it where not everybody looks.
+/// Debian installs nginx in /usr/sbin, which is not in every PATH.
 fn program() -> &'static str {
     if Path::new("/usr/sbin/nginx").exists() { "/usr/sbin/nginx" } else { "nginx" }
 }
 
-/// Puts a blob where a server finds it.
+/// Writes a blob to the path at which a server serves it.
 pub fn put_blob(dir: &Path, repository: &str, digest: &str, bytes: &[u8]) {
     let blobs = dir.join("www/v2").join(repository).join("blobs");
     fs::create_dir_all(&blobs).expect("a directory");

@@ -1,5 +1,5 @@
-//! A Kubernetes node as far as a pod sees it: containers run from the unpacked image with the arguments, mounts,
-//! users and capabilities that the manifest says, in mount namespaces of their own and the host's network.
+//! A Kubernetes node as a pod sees it. Containers run from the unpacked image, in their own mount namespaces and the
+//! host's network. Arguments, mounts, users and capabilities come from the manifest.
 
 use std::collections::BTreeMap;
 use std::io::Read;
@@ -12,14 +12,14 @@ use tempfile::TempDir;
 
 use crate::chart::{Value, of_kind, texts};
 
-/// A node's file system: host paths lie below its root.
+/// A node's file system: host paths are below its root.
 pub struct Node {
     dir: TempDir,
     image: PathBuf,
 }
 
 impl Node {
-    /// With the image of `make test` on it.
+    /// With the image that `make test` built.
     pub fn new() -> Self {
         assert!(rustix::process::geteuid().is_root(), "namespaces need root: run the tests as root");
         let dir = tempfile::tempdir().expect("a temporary directory");
@@ -29,64 +29,64 @@ impl Node {
         Self { dir, image }
     }
 
-    /// Where a host path lies.
+    /// Maps a host path to this machine.
     pub fn path(&self, host: &str) -> PathBuf {
         self.dir.path().join("node").join(host.trim_start_matches('/'))
     }
 
-    /// Where a path of the image lies.
+    /// Maps a path of the image to this machine.
     pub fn in_image(&self, path: &str) -> PathBuf {
         self.image.join(path.trim_start_matches('/'))
     }
 
-    /// What runs one container of a pod.
+    /// The command that runs one container of a pod.
     pub fn command(&self, documents: &[Value], pod: &Value, container: &Value) -> Command {
         let root = self.dir.path().join("run").join(fastrand::u64(..).to_string());
         let mut script = String::from("set -e\n");
-        let mut say = |line: String| script = format!("{script}{line}\n");
+        let mut append = |line: String| script = format!("{script}{line}\n");
         let (root_text, image) = (root.display(), self.image.display());
-        say(format!("mkdir -p {root_text}; mount --bind {image} {root_text}"));
-        // What is mounted where needs places to be mounted at, as the kubelet makes them.
+        append(format!("mkdir -p {root_text}; mount --bind {image} {root_text}"));
+        // Mount points that do not exist are created, as the kubelet does.
         for mount in container["volumeMounts"].as_sequence().into_iter().flatten() {
             let (source, is_file) = self.source(documents, pod, mount);
             let at = format!("{root_text}{}", mount["mountPath"].as_str().expect("a path"));
             match is_file {
-                true => say(format!("mkdir -p $(dirname {at}); touch {at}")),
-                false => say(format!("mkdir -p {at}")),
+                true => append(format!("mkdir -p $(dirname {at}); touch {at}")),
+                false => append(format!("mkdir -p {at}")),
             }
-            say(format!("mount --bind {} {at}", source.display()));
+            append(format!("mount --bind {} {at}", source.display()));
             if mount["readOnly"] == true {
-                say(format!("mount -o remount,bind,ro {at}"));
+                append(format!("mount -o remount,bind,ro {at}"));
             }
         }
         for path in ["/proc", "/dev"] {
-            say(format!("mkdir -p {root_text}{path}; mount --rbind {path} {root_text}{path}"));
+            append(format!("mkdir -p {root_text}{path}; mount --rbind {path} {root_text}{path}"));
         }
-        say(format!("mkdir -p {root_text}/etc; touch {root_text}/etc/resolv.conf"));
-        say(format!("mount --bind /etc/resolv.conf {root_text}/etc/resolv.conf"));
-        say(format!("mount -o remount,bind,ro {root_text}"));
+        append(format!("mkdir -p {root_text}/etc; touch {root_text}/etc/resolv.conf"));
+        append(format!("mount --bind /etc/resolv.conf {root_text}/etc/resolv.conf"));
+        append(format!("mount -o remount,bind,ro {root_text}"));
         let security = &container["securityContext"];
         let (uid, gid) =
             (security["runAsUser"].as_u64().expect("a user"), security["runAsGroup"].as_u64().expect("a group"));
         let group = pod["spec"]["securityContext"]["fsGroup"].as_u64().unwrap_or(gid);
         let added: Vec<_> =
             texts(&security["capabilities"]["add"]).iter().map(|name| format!(",+{}", name.to_lowercase())).collect();
-        // Until it is inside.
+        // chroot needs these capabilities until the container's root and user are set.
         let bounds = format!("-all{},+sys_chroot,+setuid,+setgid,+setpcap", added.concat());
         let arguments: Vec<_> = texts(&container["args"]).iter().map(|argument| format!("'{argument}'")).collect();
-        say(format!(
+        append(format!(
             "exec setpriv --no-new-privs --inh-caps=-all --bounding-set={bounds} \
              chroot --userspec={uid}:{gid} --groups={group} {root_text} /dray {}",
             arguments.join(" ")
         ));
         let mut command = Command::new("unshare");
-        // Nothing but what an image and a kubelet give.
+        // Only variables that an image and a kubelet set.
         command.env_clear().env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin").env("XDG_CACHE_HOME", "/var/cache");
         command.args(["--mount", "--propagation", "private", "sh", "-c", &script]).stdout(Stdio::piped());
         command
     }
 
-    /// What a mount shows, and whether that is a file.
+    /// The source of a mount, and whether it is a file.
     fn source(&self, documents: &[Value], pod: &Value, mount: &Value) -> (PathBuf, bool) {
         let volumes = pod["spec"]["volumes"].as_sequence().into_iter().flatten();
         let volume = volumes.into_iter().find(|volume| volume["name"] == mount["name"]).expect("a volume");
@@ -114,17 +114,17 @@ impl Default for Node {
 }
 
 /// Content, owner, group and mode.
-pub type Known = (String, u32, u32, u32);
+pub type FileState = (String, u32, u32, u32);
 
-/// Everything below a directory. What goes while it is looked at is left out.
-pub fn tree(dir: &Path) -> BTreeMap<PathBuf, Known> {
+/// Everything below a directory. Files that disappear during the walk are skipped.
+pub fn tree(dir: &Path) -> BTreeMap<PathBuf, FileState> {
     let mut found = BTreeMap::new();
     let mut pending = vec![dir.to_owned()];
     while let Some(path) = pending.pop() {
-        match look_at(&path) {
-            Ok((known, below)) => {
+        match inspect(&path) {
+            Ok((state, below)) => {
                 pending.extend(below);
-                found.insert(path, known);
+                found.insert(path, state);
             }
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
             Err(error) => panic!("{}: {error}", path.display()),
@@ -133,21 +133,21 @@ pub fn tree(dir: &Path) -> BTreeMap<PathBuf, Known> {
     found
 }
 
-/// One thing, and what is in it.
-fn look_at(path: &Path) -> std::io::Result<(Known, Vec<PathBuf>)> {
-    let known = std::fs::symlink_metadata(path)?;
+/// The state of one path, and the entries of a directory.
+fn inspect(path: &Path) -> std::io::Result<(FileState, Vec<PathBuf>)> {
+    let state = std::fs::symlink_metadata(path)?;
     let (mut content, mut below) = (String::new(), Vec::new());
-    if known.is_dir() {
+    if state.is_dir() {
         for entry in std::fs::read_dir(path)? {
             below.push(entry?.path());
         }
     } else {
         content = std::fs::read_to_string(path)?;
     }
-    Ok(((content, known.uid(), known.gid(), known.mode()), below))
+    Ok(((content, state.uid(), state.gid(), state.mode()), below))
 }
 
-/// The image that `make test` has built: its configuration, and the compressed size of all of it in bytes.
+/// The configuration of the image that `make test` built, and the compressed size of the image in bytes.
 pub fn image() -> (Json, u64) {
     let manifest = manifest();
     let config = read(manifest["config"]["digest"].as_str().expect("a digest"));
@@ -156,7 +156,7 @@ pub fn image() -> (Json, u64) {
     (serde_json::from_slice(&config).expect("JSON"), layers.sum::<u64>() + config.len() as u64)
 }
 
-/// The image of the program that is tested.
+/// The OCI layout of the tested image.
 pub(crate) fn image_directory() -> PathBuf {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the workspace").join("target/tests/image/oci");
     assert!(root.exists(), "{} is missing: run `make test`", root.display());
@@ -173,7 +173,7 @@ fn read(digest: &str) -> Vec<u8> {
     std::fs::read(image_directory().join("blobs").join(digest.replace(':', "/"))).expect("a blob")
 }
 
-/// Lays the image's layers over each other. Nothing of it is ever taken away.
+/// Unpacks the image's layers in order. The image contains no whiteouts.
 fn unpack(root: &Path) {
     for layer in manifest()["layers"].as_array().expect("layers") {
         let digest = layer["digest"].as_str().expect("a digest");

@@ -1,5 +1,5 @@
-"""Looks at the status page in Chromium, as people do: python3 page.py URL DIRECTORY. Screenshots go to the directory;
-what a person would miss is an assertion that fails."""
+"""Opens the status page in Chromium, as people do: python3 page.py URL DIRECTORY. Screenshots go to the directory;
+an assertion fails if the page lacks something."""
 
 import json
 import sys
@@ -15,27 +15,27 @@ with sync_playwright() as playwright:
     for name, scheme, width, height in looks:
         context = browser.new_context(color_scheme=scheme, viewport={"width": width, "height": height})
         page = context.new_page()
-        said, asked = [], []
-        page.on("console", lambda message: said.append(message.text))
-        page.on("pageerror", lambda error: said.append(str(error)))
-        page.on("request", lambda request: asked.append(request.url))
+        errors, requests = [], []
+        page.on("console", lambda message: errors.append(message.text))
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.on("request", lambda request: requests.append(request.url))
         page.goto(url)
-        # By locators: a function that the page is asked again and again is an eval, which its policy forbids.
+        # Waits by locators: Playwright's wait_for_function evaluates code repeatedly, which the page's policy forbids.
         expect(page.locator("#state")).to_have_text("live")
         shown = page.evaluate("performance.now()")
         loaded = page.evaluate("performance.getEntriesByType('navigation')[0].loadEventEnd")
         page.locator("#recent tbody tr").first.wait_for()
-        # All of it comes from here, in one piece.
-        assert all(request.startswith(url) for request in asked), asked
+        # The page loads everything from its own origin, and is small.
+        assert all(request.startswith(url) for request in requests), requests
         assert len(page.content()) < 400_000
-        # Nothing sticks out on a phone; wide tables scroll by themselves, by keyboard as well.
+        # The page fits the width of a phone; wide tables scroll by themselves, also by keyboard.
         assert page.evaluate("document.documentElement.scrollWidth") <= width, name
         assert page.evaluate("[...document.querySelectorAll('.scroll')].every((e) => e.tabIndex === 0 && e.getAttribute('aria-labelledby'))")
         headings = page.evaluate("[...document.querySelectorAll('h1, h2')].map((e) => e.textContent)")
-        assert headings[0] == "dray" and "Last answers" in headings, headings
+        assert headings[0] == "dray" and "Recent responses" in headings, headings
         back = page.evaluate("getComputedStyle(document.body).backgroundColor")
         page.screenshot(path=f"{shots}/{name}.png", full_page=True)
-        # Names of images are text, whatever they look like.
+        # Names of images are shown as text, even if they contain HTML.
         assert page.evaluate("document.querySelectorAll('main script, main img, main iframe').length") == 0
         rows = page.evaluate("document.querySelectorAll('#peers tbody tr').length")
         more = page.locator("#more")
@@ -43,6 +43,6 @@ with sync_playwright() as playwright:
             more.focus()
             page.keyboard.press("Enter")
             page.locator("#peers tbody tr").nth(rows).wait_for()
-        assert not said, said
+        assert not errors, errors
         print(json.dumps({"look": name, "background": back, "peers": rows, "loaded_ms": loaded, "shown_ms": shown, "text": page.inner_text("main")}))
     browser.close()

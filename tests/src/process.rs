@@ -1,4 +1,4 @@
-//! Child processes that end with their test.
+//! Child processes that are killed at the end of their test.
 
 use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader};
@@ -41,7 +41,7 @@ impl Process {
         self.child.wait().expect("the process was started")
     }
 
-    /// The first line of its output that begins with `prefix`; later output is thrown away.
+    /// The first output line that begins with `prefix`. Later output is discarded.
     pub fn line(&mut self, prefix: &'static str) -> String {
         let stdout = self.child.stdout.take().expect("stdout is piped");
         let (sender, receiver) = mpsc::channel();
@@ -79,18 +79,18 @@ pub fn run(command: &mut Command) -> String {
     text(&output.stdout)
 }
 
-/// Runs a command to its end, whatever that is.
+/// Runs a command to its end and returns its result, also after a failure.
 pub fn output(command: &mut Command) -> Output {
     let output = command.stdin(Stdio::null()).output();
     output.unwrap_or_else(|e| panic!("{command:?}: {e}; run `make setup`"))
 }
 
-/// A port that is free now, for programs that cannot take port 0. Below those that the kernel gives
-/// to outgoing connections, so that none of them takes it meanwhile, and none that was given before.
+/// A port that is free now, for programs that cannot use port 0. It is below the range of outgoing connections, so that
+/// the kernel does not assign it meanwhile. Each port is returned once.
 pub fn free_port() -> u16 {
-    static GIVEN: Mutex<BTreeSet<u16>> = Mutex::new(BTreeSet::new());
-    let mut given = GIVEN.lock().expect("nobody panicked");
-    let free = |port: &u16| TcpListener::bind(("127.0.0.1", *port)).is_ok() && given.insert(*port);
+    static RETURNED: Mutex<BTreeSet<u16>> = Mutex::new(BTreeSet::new());
+    let mut returned = RETURNED.lock().expect("no test panicked");
+    let free = |port: &u16| TcpListener::bind(("127.0.0.1", *port)).is_ok() && returned.insert(*port);
     let mut candidates = std::iter::repeat_with(|| fastrand::u16(10_000..32_000));
     candidates.find(free).expect("a free port")
 }

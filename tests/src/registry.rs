@@ -1,4 +1,4 @@
-//! Debian's docker-registry: open, with a password, with tokens, with TLS.
+//! Debian's docker-registry: without authentication, with a password, with tokens, with TLS.
 
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -15,7 +15,7 @@ use crate::process::{Process, free_port};
 pub struct Registry {
     pub port: u16,
     process: Option<Process>,
-    /// Without the authentication of the main one, on the same storage, to push to.
+    /// A second registry on the same storage, without authentication, to push to.
     push_port: u16,
     _push: Process,
     dir: TempDir,
@@ -27,7 +27,7 @@ impl Registry {
         Self::with("").await
     }
 
-    /// With more YAML: `auth:` and `http: tls:` sections.
+    /// With additional YAML: `auth:` and `http: tls:` sections.
     pub async fn with(settings: &str) -> Self {
         let dir = tempfile::tempdir().expect("a temporary directory");
         let (port, push_port) = (free_port(), free_port());
@@ -44,12 +44,12 @@ impl Registry {
         format!("http://127.0.0.1:{}", self.port)
     }
 
-    /// Switches it off.
+    /// Stops the registry.
     pub fn stop(&mut self) {
         self.process = None;
     }
 
-    /// Switches it on again, at the same port.
+    /// Starts the registry again on the same port.
     pub async fn start(&mut self) {
         self.process = Some(serve(self.dir.path(), "main", self.port, &self.settings));
         listening(self.port).await;
@@ -81,7 +81,7 @@ impl Registry {
     }
 }
 
-/// `auth:` by htpasswd. The file holds bcrypt, made by the real tool.
+/// An `auth:` section for htpasswd. The file holds bcrypt hashes from the real tool.
 pub fn htpasswd(dir: &Path, username: &str, password: &str) -> String {
     let file = dir.join("htpasswd");
     let line = crate::process::run(Command::new("htpasswd").args(["-nbB", username, password]));

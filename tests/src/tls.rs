@@ -9,7 +9,7 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::server::danger::ClientCertVerifier;
 use tokio_rustls::TlsAcceptor;
 
-/// A CA whose certificate lies in a file.
+/// A CA with its certificate in a file.
 pub struct Authority {
     issuer: Issuer<'static, KeyPair>,
     pub ca_file: PathBuf,
@@ -27,7 +27,7 @@ impl Authority {
     pub fn new(dir: &Path) -> Self {
         let mut params = CertificateParams::new(Vec::new()).expect("no names");
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        // Another name than the certificates have, or OpenSSL takes those for self-signed.
+        // Without its own name, OpenSSL treats issued certificates as self-signed.
         params.distinguished_name.push(DnType::CommonName, "test authority");
         let key = KeyPair::generate().expect("a key");
         let cert = params.self_signed(&key).expect("a certificate");
@@ -51,8 +51,8 @@ impl Authority {
         acceptor(&cert, &key, None)
     }
 
-    /// The same for those only who show a certificate of this authority.
-    pub fn acceptor_for_known(&self, names: &[&str]) -> TlsAcceptor {
+    /// The same, but only for clients with a certificate of this authority.
+    pub fn acceptor_with_client_auth(&self, names: &[&str]) -> TlsAcceptor {
         let (cert, key) = self.issue(names);
         let mut roots = rustls::RootCertStore::empty();
         roots.add(self.certificate.clone()).expect("a root");
@@ -68,12 +68,12 @@ impl Authority {
     }
 }
 
-/// A certificate that is its own authority, as Docker's recipe for a private registry makes one, in a file.
+/// A self-signed certificate in a file, as in Docker's instructions for a private registry.
 pub fn self_signed(dir: &Path, names: &[&str]) -> (PathBuf, TlsAcceptor) {
     self_signed_until(dir, names, 4000)
 }
 
-/// The same, valid until a year begins.
+/// The same, valid until the start of a year.
 pub fn self_signed_until(dir: &Path, names: &[&str], year: i32) -> (PathBuf, TlsAcceptor) {
     let names: Vec<String> = names.iter().map(|name| (*name).to_owned()).collect();
     let mut params = CertificateParams::new(names).expect("names");

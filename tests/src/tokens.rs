@@ -10,13 +10,13 @@ use serde_json::json;
 use crate::process::run;
 use crate::upstream::{Request, Response, TestUpstream};
 
-/// A running token endpoint. Tokens grant pull to whoever knows the password, if there is one.
-pub struct Tokens {
+/// A running token endpoint. It issues pull tokens for the given login. None: it issues them to every client.
+pub struct TokenServer {
     pub upstream: TestUpstream,
     settings: String,
 }
 
-impl Tokens {
+impl TokenServer {
     pub async fn start(dir: &Path, password: Option<(&'static str, &'static str)>) -> Self {
         let (key, cert) = (dir.join("token.key"), dir.join("token.crt"));
         run(std::process::Command::new("openssl")
@@ -27,7 +27,7 @@ impl Tokens {
         let pem = std::fs::read_to_string(&cert).expect("the certificate was written");
         let der: String = pem.lines().filter(|line| !line.starts_with("-----")).collect();
         let signer = key.clone();
-        let upstream = TestUpstream::answering(move |request| answer(request, &signer, &der, password)).await;
+        let upstream = TestUpstream::with_handler(move |request| respond(request, &signer, &der, password)).await;
         let settings = format!(
             "auth: {{token: {{realm: \"{}/token\", service: test, issuer: tests, rootcertbundle: {}}}}}\n",
             upstream.url(),
@@ -42,7 +42,7 @@ impl Tokens {
     }
 }
 
-fn answer(request: &Request, key: &Path, cert: &str, password: Option<(&str, &str)>) -> Response {
+fn respond(request: &Request, key: &Path, cert: &str, password: Option<(&str, &str)>) -> Response {
     if let Some((username, password)) = password {
         let expected = format!("Basic {}", STANDARD.encode(format!("{username}:{password}")));
         if request.header("authorization") != Some(&expected) {

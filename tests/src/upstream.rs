@@ -1,4 +1,4 @@
-//! A hostile origin: a registry on port 0 whose every answer a test can spoil.
+//! A test double for an upstream registry on port 0. A test can change every response.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -13,7 +13,7 @@ use tokio_rustls::TlsAcceptor;
 
 use crate::image::Image;
 
-/// A running origin.
+/// A running upstream.
 pub struct TestUpstream {
     pub address: SocketAddr,
     requests: Arc<Mutex<Vec<Request>>>,
@@ -22,7 +22,7 @@ pub struct TestUpstream {
     task: JoinHandle<()>,
 }
 
-/// A request as the origin saw it.
+/// A request as the upstream received it.
 #[derive(Clone, Debug)]
 pub struct Request {
     pub method: String,
@@ -32,7 +32,7 @@ pub struct Request {
     pub body: Vec<u8>,
 }
 
-/// What is sent back.
+/// A response to send.
 #[derive(Clone, Debug)]
 pub struct Response {
     pub status: u16,
@@ -41,50 +41,50 @@ pub struct Response {
     pub fault: Fault,
 }
 
-/// How an answer goes wrong on the wire.
+/// How a response fails on the wire.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Fault {
     #[default]
     None,
-    /// Closes in order after so many bytes of the body.
+    /// Closes in order after this number of body bytes.
     CutAfter(usize),
-    /// Closes with RST after so many bytes of the body.
+    /// Closes with RST after this number of body bytes.
     ResetAfter(usize),
-    /// Sends nothing more after so many bytes, and keeps the connection.
+    /// Stops sending after this number of body bytes, and keeps the connection open.
     StallAfter(usize),
-    /// Waits after so many bytes until [`TestUpstream::open_gate`] is called.
+    /// Waits after this number of body bytes until [`TestUpstream::open_gate`] is called.
     GateAfter(usize),
-    /// Answers nothing, not even a head, until [`TestUpstream::open_gate`] is called.
+    /// Sends nothing, not even a head, until [`TestUpstream::open_gate`] is called.
     LateUntilGate,
-    /// Sends so many bytes a second until [`TestUpstream::open_gate`] is called.
+    /// Sends this number of bytes a second until [`TestUpstream::open_gate`] is called.
     SlowUntilGate(usize),
     /// Sends one byte at a time.
     Drip,
-    /// Takes the request and never answers.
+    /// Reads the request and never responds.
     Silent,
-    /// Takes the request and closes.
+    /// Reads the request and closes the connection.
     Closed,
 }
 
 type Handler = Arc<dyn Fn(&Request) -> Response + Send + Sync>;
 
 impl TestUpstream {
-    /// Serves images, each under `repository` and `tag`; `spoil` changes the right answers.
+    /// Serves images, each under `repository` and `tag`. `spoil` changes the correct responses.
     pub async fn start(
         images: &[(&str, &str, &Image)],
         spoil: impl Fn(&Request, Response) -> Response + Send + Sync + 'static,
     ) -> Self {
         let content = Content::new(images);
-        Self::answering(move |request| spoil(request, content.answer(request))).await
+        Self::with_handler(move |request| spoil(request, content.respond(request))).await
     }
 
-    /// Serves whatever the handler says.
-    pub async fn answering(handler: impl Fn(&Request) -> Response + Send + Sync + 'static) -> Self {
+    /// Sends the responses of a handler.
+    pub async fn with_handler(handler: impl Fn(&Request) -> Response + Send + Sync + 'static) -> Self {
         Self::listen(Arc::new(handler), None).await
     }
 
     /// The same behind TLS.
-    pub async fn answering_tls(
+    pub async fn with_handler_tls(
         tls: TlsAcceptor,
         handler: impl Fn(&Request) -> Response + Send + Sync + 'static,
     ) -> Self {
@@ -98,7 +98,7 @@ impl TestUpstream {
         let gate = watch::Sender::new(false);
         let shared = Connection { handler, requests: requests.clone(), sent: sent.clone(), gate: gate.subscribe() };
         let task = tokio::spawn(async move {
-            // Ended with the task: an origin that is dropped answers nothing any more.
+            // Aborted together with the task: a dropped upstream sends no more responses.
             let mut connections = JoinSet::new();
             while let Ok((stream, _)) = listener.accept().await {
                 while connections.try_join_next().is_some() {}
@@ -128,7 +128,7 @@ impl TestUpstream {
         self.requests.lock().expect("no handler panicked").clone()
     }
 
-    /// How many requests had this method and a path with this in it.
+    /// Number of requests with this method and a path that contains `part`.
     pub fn count(&self, method: &str, part: &str) -> usize {
         self.requests().iter().filter(|r| r.method == method && r.path.contains(part)).count()
     }
@@ -186,7 +186,7 @@ impl Response {
         self
     }
 
-    /// In chunks, without a length: as a registry sends what it has yet to receive itself.
+    /// In chunks, without a length, as registries stream content that they are still downloading.
     pub fn chunked(mut self) -> Self {
         let mut framed = Vec::new();
         for piece in self.body.chunks(32 * 1024) {
@@ -217,7 +217,7 @@ impl Response {
     }
 }
 
-/// What an honest registry holds.
+/// The content of a correct registry.
 #[derive(Clone)]
 pub struct Content {
     blobs: BTreeMap<String, Bytes>,
@@ -240,8 +240,8 @@ impl Content {
         content
     }
 
-    /// The right answer, ranges included.
-    pub fn answer(&self, request: &Request) -> Response {
+    /// The correct response, ranges included.
+    pub fn respond(&self, request: &Request) -> Response {
         let path = request.path.split('?').next().unwrap_or_default();
         if path == "/v2/" {
             return Response::new(200, "{}");
@@ -254,14 +254,14 @@ impl Content {
         let Some(bytes) = self.blobs.get(path) else {
             return Response::new(404, r#"{"errors":[{"code":"NAME_UNKNOWN"}]}"#);
         };
-        let answer = Response::new(200, bytes.clone()).with("content-type", "application/octet-stream");
+        let response = Response::new(200, bytes.clone()).with("content-type", "application/octet-stream");
         let Some(start) = request.range_start().filter(|start| *start < bytes.len()) else {
-            return answer;
+            return response;
         };
         let last = request.header("range").and_then(|range| range.rsplit('-').next()?.parse().ok());
         let end = last.map_or(bytes.len(), |last: usize| bytes.len().min(last + 1));
         let range = format!("bytes {start}-{}/{}", end - 1, bytes.len());
-        Response { status: 206, body: bytes.slice(start..end), ..answer }.with("content-range", range)
+        Response { status: 206, body: bytes.slice(start..end), ..response }.with("content-range", range)
     }
 }
 
@@ -286,7 +286,7 @@ impl Connection {
         }
     }
 
-    /// None: the connection is at its end.
+    /// None: the connection has ended.
     async fn write(
         &mut self,
         stream: &mut (impl AsyncWrite + Unpin),
@@ -362,7 +362,7 @@ impl Connection {
 
     async fn send(&self, stream: &mut (impl AsyncWrite + Unpin), bytes: &[u8]) -> Option<()> {
         for piece in bytes.chunks(64 * 1024) {
-            // Before it goes, so that whoever has got it finds it counted.
+            // Counted before it is sent: a client that has received the bytes must find them counted.
             *self.sent.lock().expect("no handler panicked") += piece.len() as u64;
             stream.write_all(piece).await.ok()?;
             stream.flush().await.ok()?;

@@ -1,17 +1,26 @@
 {{- define "dray.name" -}}
-{{- .Release.Name | trunc 40 | trimSuffix "-" -}}
+{{- .Values.nameOverride | default .Chart.Name | trunc 63 | trimSuffix "-" -}}
+{{- end -}}
+
+{{- define "dray.fullname" -}}
+{{- $name := include "dray.name" . -}}
+{{- $default := ternary .Release.Name (printf "%s-%s" .Release.Name $name) (contains $name .Release.Name) -}}
+{{- .Values.fullnameOverride | default $default | trunc 40 | trimSuffix "-" -}}
 {{- end -}}
 
 {{- define "dray.labels" -}}
-app.kubernetes.io/name: dray
+app.kubernetes.io/name: {{ include "dray.name" $ }}
 app.kubernetes.io/instance: {{ .Release.Name }}
 app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
 app.kubernetes.io/managed-by: {{ .Release.Service }}
 helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
+{{- with .Values.commonLabels }}
+{{ toYaml . }}
+{{- end }}
 {{- end -}}
 
 {{- define "dray.selector" -}}
-app.kubernetes.io/name: dray
+app.kubernetes.io/name: {{ include "dray.name" $ }}
 app.kubernetes.io/instance: {{ .Release.Name }}
 app.kubernetes.io/component: proxy
 {{- end -}}
@@ -20,29 +29,30 @@ app.kubernetes.io/component: proxy
 {{ .Values.image.repository }}:{{ .Values.image.tag | default .Chart.AppVersion }}
 {{- end -}}
 
-{{- define "dray.reach" -}}
-{{- $by := .Values.reach.by | default (ternary "hostNetwork" "nodePort" (eq .Values.mode "daemonset")) -}}
+{{- define "dray.exposure" -}}
+{{- include "dray.renamed" . -}}
+{{- $by := .Values.exposure.type | default (ternary "hostNetwork" "nodePort" (eq .Values.mode "daemonset")) -}}
 {{- if and (eq .Values.mode "daemonset") (not (has $by (list "hostNetwork" "hostPort"))) -}}
-{{- fail (printf "reach.by: %s is for mode: deployment; a daemonset is reached by hostNetwork or hostPort" $by) -}}
+{{- fail (printf "exposure.type: %s is for mode: deployment; a daemonset has hostNetwork or hostPort" $by) -}}
 {{- end -}}
 {{- if and (eq .Values.mode "deployment") (not (has $by (list "nodePort" "clusterIP"))) -}}
-{{- fail (printf "reach.by: %s is for mode: daemonset; a deployment is reached by nodePort or clusterIP" $by) -}}
+{{- fail (printf "exposure.type: %s is for mode: daemonset; a deployment has nodePort or clusterIP" $by) -}}
 {{- end -}}
-{{- if and (eq $by "clusterIP") (not .Values.reach.clusterIP) (not .Values.reach.mirror) -}}
-{{- fail "reach.clusterIP: a free address of the cluster's Service range is needed, since nodes cannot resolve names" -}}
+{{- if and (eq $by "clusterIP") (not .Values.exposure.clusterIP) (not .Values.exposure.mirror) -}}
+{{- fail "exposure.clusterIP: a free address of the cluster's Service range is needed, since nodes cannot resolve names" -}}
 {{- end -}}
-{{- if and .Values.reach.ipv6 (has $by (list "hostPort" "nodePort")) (not .Values.reach.mirror) -}}
-{{- fail (printf "reach.ipv6: with %s nothing leads from 127.0.0.1 to an IPv6 address: use hostNetwork or clusterIP, or set reach.mirror" $by) -}}
+{{- if and .Values.exposure.ipv6 (has $by (list "hostPort" "nodePort")) (not .Values.exposure.mirror) -}}
+{{- fail (printf "exposure.ipv6: with %s nothing leads from 127.0.0.1 to an IPv6 address: use hostNetwork or clusterIP, or set exposure.mirror" $by) -}}
 {{- end -}}
 {{- $by -}}
 {{- end -}}
 
 {{- define "dray.mirror" -}}
-{{- $by := include "dray.reach" . -}}
-{{- if .Values.reach.mirror -}}{{ .Values.reach.mirror }}
-{{- else if eq $by "nodePort" -}}http://127.0.0.1:{{ .Values.reach.nodePort }}
-{{- else if eq $by "clusterIP" -}}http://{{ include "dray.bracketed" .Values.reach.clusterIP }}:{{ .Values.reach.port }}
-{{- else -}}http://127.0.0.1:{{ .Values.reach.port }}
+{{- $by := include "dray.exposure" . -}}
+{{- if .Values.exposure.mirror -}}{{ .Values.exposure.mirror }}
+{{- else if eq $by "nodePort" -}}http://127.0.0.1:{{ .Values.exposure.nodePort }}
+{{- else if eq $by "clusterIP" -}}http://{{ include "dray.bracketed" .Values.exposure.clusterIP }}:{{ .Values.exposure.port }}
+{{- else -}}http://127.0.0.1:{{ .Values.exposure.port }}
 {{- end -}}
 {{- end -}}
 
@@ -50,19 +60,19 @@ app.kubernetes.io/component: proxy
 {{ ternary (printf "[%s]" .) . (contains ":" .) }}
 {{- end -}}
 
-{{/* What would make pods that never start. */}}
-{{- define "dray.sensible" -}}
-{{- if regexMatch "(?m)^[ \\t]*\\[+[ \\t]*(cache|peers|containerd)[ \\t]*[].]" .Values.config -}}
-{{- fail "config: [cache], [peers] and [containerd] are written by the chart: use cache, peers, zones and containerd" -}}
+{{/* Refuses values of which pods would be made that never start. */}}
+{{- define "dray.validate" -}}
+{{- if regexMatch "(?m)^[ \\t]*\\[+[ \\t]*(cache|peers|containerd)[ \\t]*[].]" .Values.extraConfig -}}
+{{- fail "extraConfig: [cache], [peers] and [containerd] are written by the chart: use cache, peers, zones and containerd" -}}
 {{- end -}}
-{{- $first := regexFind "(?m)^[ \\t]*[^# \\t\\r\\n].*$" .Values.config | trim -}}
+{{- $first := regexFind "(?m)^[ \\t]*[^# \\t\\r\\n].*$" .Values.extraConfig | trim -}}
 {{- if and $first (not (hasPrefix "[" $first)) -}}
-{{- fail (printf "config: \"%s\" stands in no table: begin with one, such as [[registry]]; listen, admin and the like are values of the chart" $first) -}}
+{{- fail (printf "extraConfig: \"%s\" is outside of a table: begin with one, such as [[registry]]; listen, admin and the like are values of the chart" $first) -}}
 {{- end -}}
-{{- $registry := ternary .Values.reach.port 5050 (eq (include "dray.reach" .) "hostNetwork") -}}
+{{- $registry := ternary .Values.exposure.port 5050 (eq (include "dray.exposure" .) "hostNetwork") -}}
 {{- $ports := list (int .Values.peers.port) (int .Values.metrics.port) (int $registry) -}}
 {{- if ne (len (uniq $ports)) 3 -}}
-{{- fail "reach.port, peers.port, metrics.port: each needs a port of its own" -}}
+{{- fail "exposure.port, peers.port, metrics.port: each needs a port of its own" -}}
 {{- end -}}
 {{- range .Values.zones.names -}}
 {{- if gt (len (printf "%s-%s" (include "dray.peersService" $) .)) 63 -}}
@@ -71,16 +81,16 @@ app.kubernetes.io/component: proxy
 {{- end -}}
 {{- end -}}
 
-{{/* The zones that have a workload of their own; one without a name if there are none. */}}
+{{/* The zones that have a workload of their own; one without a name if zones.by is not "nodes". */}}
 {{- define "dray.zoneList" -}}
 {{- if ne .Values.zones.by "none" -}}
-{{- if not .Values.zones.names -}}{{- fail "zones.names: with zones.by each zone has to be named" -}}{{- end -}}
+{{- if not .Values.zones.names -}}{{- fail "zones.names: with zones.by each zone must be named" -}}{{- end -}}
 {{- end -}}
 {{- if eq .Values.zones.by "nodes" -}}{{ toJson .Values.zones.names }}{{- else -}}[""]{{- end -}}
 {{- end -}}
 
 {{- define "dray.peersService" -}}
-{{ include "dray.name" . }}-peers
+{{ include "dray.fullname" . }}-peers
 {{- end -}}
 
 {{- define "dray.domain" -}}
@@ -88,17 +98,17 @@ app.kubernetes.io/component: proxy
 {{- end -}}
 
 {{- define "dray.admin" -}}
-{{- $all := ternary "[::]" "0.0.0.0" .Values.reach.ipv6 -}}
-{{- $loopback := and (eq (include "dray.reach" .) "hostNetwork") (not .Values.metrics.enabled) -}}
+{{- $all := ternary "[::]" "0.0.0.0" .Values.exposure.ipv6 -}}
+{{- $loopback := and (eq (include "dray.exposure" .) "hostNetwork") (not .Values.metrics.enabled) -}}
 {{ ternary "127.0.0.1" $all $loopback }}:{{ .Values.metrics.port }}
 {{- end -}}
 
 {{- define "dray.config" -}}
-{{- include "dray.sensible" . -}}
-{{- $by := include "dray.reach" . -}}
+{{- include "dray.validate" . -}}
+{{- $by := include "dray.exposure" . -}}
 {{- $loopback := eq $by "hostNetwork" -}}
-{{- $all := ternary "[::]" "0.0.0.0" .Values.reach.ipv6 -}}
-listen = "{{ ternary "127.0.0.1" $all $loopback }}:{{ ternary .Values.reach.port 5050 $loopback }}"
+{{- $all := ternary "[::]" "0.0.0.0" .Values.exposure.ipv6 -}}
+listen = "{{ ternary "127.0.0.1" $all $loopback }}:{{ ternary .Values.exposure.port 5050 $loopback }}"
 admin = {{ include "dray.admin" . | quote }}
 {{- if .Values.metrics.tokenSecret }}
 admin_token_file = "/etc/dray/admin/token"
@@ -107,7 +117,7 @@ admin_token_file = "/etc/dray/admin/token"
 [cache]
 dir = "/var/cache/dray"
 disk = {{ .Values.cache.disk | quote }}
-keep_free = {{ .Values.cache.keepFree | default (ternary "5%" "16%" (not (empty .Values.cache.volume))) | quote }}
+min_free = {{ .Values.cache.minFree | default (ternary "5%" "16%" (not (empty .Values.cache.volume))) | quote }}
 memory = {{ .Values.cache.memory | quote }}
 
 [peers]
@@ -134,7 +144,7 @@ mirror = {{ include "dray.mirror" . | quote }}
 config_file = {{ . | quote }}
 {{- end }}
 {{- end }}
-{{- with .Values.config }}
+{{- with .Values.extraConfig }}
 
 {{ . | trim }}
 {{- end }}
@@ -152,7 +162,7 @@ seccompProfile:
   type: RuntimeDefault
 {{- end -}}
 
-{{/* For what has to touch a node's files: root, without any right that it does not need. */}}
+{{/* For containers that write files of a node: root, with the capabilities for that only. */}}
 {{- define "dray.security.files" -}}
 runAsUser: 0
 runAsGroup: 0
@@ -166,32 +176,39 @@ seccompProfile:
   type: RuntimeDefault
 {{- end -}}
 
-{{/* There is no dray for other systems. */}}
+{{/* dray runs on Linux only. */}}
 {{- define "dray.nodeSelector" -}}
 nodeSelector:
   {{- merge (dict) .Values.nodeSelector (dict "kubernetes.io/os" "linux") | toYaml | nindent 2 }}
 {{- end -}}
 
 {{/* The nodes whose files are changed. */}}
-{{- define "dray.nodesPointed" -}}
+{{- define "dray.mirroredNodes" -}}
 nodeSelector:
   {{- $nodes := ternary .Values.nodeSelector .Values.containerd.nodeSelector (eq .Values.mode "daemonset") }}
   {{- merge (dict) $nodes (dict "kubernetes.io/os" "linux") | toYaml | nindent 2 }}
 {{- end -}}
 
-{{/* For pods that write into directories of the node. */}}
-{{- define "dray.seLinux" -}}
-{{- with .Values.seLinuxOptions }}
-seLinuxOptions:
+{{- define "dray.pullSecrets" -}}
+{{- with .Values.imagePullSecrets }}
+imagePullSecrets:
   {{- toYaml . | nindent 2 }}
 {{- end }}
 {{- end -}}
 
-{{- define "dray.pullSecrets" -}}
-{{- with .Values.image.pullSecrets }}
-imagePullSecrets:
-{{- range . }}
-  - name: {{ . }}
-{{- end }}
-{{- end }}
+{{- define "dray.serviceAccountName" -}}
+{{- .Values.serviceAccount.name | default (ternary (include "dray.fullname" .) "" .Values.serviceAccount.create) -}}
+{{- end -}}
+
+{{/* Values of earlier drafts of this chart, so that an upgrade says what to write instead. */}}
+{{- define "dray.renamed" -}}
+{{- $renamed := dict "reach" "exposure (reach.by is exposure.type)" "replicas" "replicaCount" "config" "extraConfig" "env" "extraEnv" "serviceAccountName" "serviceAccount.name" "seLinuxOptions" "podSecurityContext.seLinuxOptions" -}}
+{{- range $old, $new := $renamed -}}
+{{- if hasKey $.Values $old -}}{{- fail (printf "%s: this value is now %s" $old $new) -}}{{- end -}}
+{{- end -}}
+{{- range $old, $new := dict "serviceMonitor" "serviceMonitor" "prometheusRule" "prometheusRule" "dashboard" "grafanaDashboard" -}}
+{{- if hasKey $.Values.metrics $old -}}{{- fail (printf "metrics.%s: this value is now %s" $old $new) -}}{{- end -}}
+{{- end -}}
+{{- if hasKey .Values.image "pullSecrets" -}}{{- fail "image.pullSecrets: this value is now imagePullSecrets, a list of {name}" -}}{{- end -}}
+{{- if hasKey .Values.cache "keepFree" -}}{{- fail "cache.keepFree: this value is now cache.minFree" -}}{{- end -}}
 {{- end -}}

@@ -1,4 +1,4 @@
-//! No header of an origin may panic.
+//! No upstream header may cause a panic.
 #![no_main]
 
 use dray_fuzz::upstream::challenge::Challenge;

@@ -1,4 +1,4 @@
-//! No file may panic, and every error names the file.
+//! No file may cause a panic, and every error names the file.
 #![no_main]
 
 use dray_fuzz::config::Config;

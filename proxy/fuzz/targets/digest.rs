@@ -1,4 +1,4 @@
-//! What parses is printed the same, and names a file safely.
+//! A digest that parses is printed unchanged, and is safe as a file name.
 #![no_main]
 
 use dray_fuzz::oci::Digest;

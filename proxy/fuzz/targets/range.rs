@@ -1,4 +1,4 @@
-//! Ranges lie within their body and do not overlap, and a Content-Range that is printed is read back.
+//! Ranges lie within their body and do not overlap, and a printed Content-Range parses again.
 #![no_main]
 
 use dray_fuzz::oci::{ContentRange, RangeSet};

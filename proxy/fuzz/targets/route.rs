@@ -1,4 +1,4 @@
-//! No path, query or host may panic, and what is understood is well-formed.
+//! No path, query or host may cause a panic, and what parses is well-formed.
 #![no_main]
 
 use dray_fuzz::oci::Registry;

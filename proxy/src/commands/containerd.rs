@@ -1,4 +1,4 @@
-//! `dray containerd install | check | uninstall | hand-over`.
+//! `dray containerd install | check | uninstall | sync | prepare`.
 
 #![allow(clippy::disallowed_methods, reason = "a command has its thread for itself")]
 
@@ -17,31 +17,35 @@ use dray::containerd::proof::{self, MirrorResponse};
 use dray::containerd::reconciler;
 use dray::store::ownership;
 
-use super::{Failure, once, say};
+use super::prepare::Prepare;
+use super::{Failure, deduplicated, print};
 
 #[derive(Subcommand)]
 pub(crate) enum ContainerdCommand {
-    /// Send containerd to dray first: write hosts.toml files into its hosts directory
+    /// Make dray the first mirror of containerd: write hosts.toml files into its hosts directory
     ///
-    /// What is there stays, after dray; a file that is changed is kept beside it. containerd reads the files
-    /// anew for every pull: nothing needs a restart.
+    /// Existing mirrors stay in use after dray. The original of a changed file is saved next to it. containerd reads
+    /// these files for every pull, so it does not need a restart.
     Install(Install),
-    /// Say in plain words whether containerd uses its mirror, and if not, why
+    /// Check whether containerd uses its mirror, and print why if it does not
     ///
-    /// Exit code 0 if it does, 1 if not. Ends with a proof: an image that only dray has is pulled through
-    /// containerd's own configuration where crictl is installed, and asked of the mirror in any case.
+    /// Exit code 0 if it does, 1 if not. The check requests an image that only dray has: from the mirror, and, if
+    /// crictl is installed, through containerd with its own configuration.
     Check(Check),
-    /// Take back what install wrote, and put back what was there before
+    /// Remove what install wrote, and restore the original files
     Uninstall(Uninstall),
-    /// Keep containerd pointed at a mirror elsewhere for as long as that answers
+    /// Keep containerd's mirror configuration in place while a dray on another machine responds
     ///
-    /// For a dray that is shared by a cluster. Takes it back when the mirror is gone, and when it is stopped.
-    Keep(Keep),
+    /// For a dray that is shared by a cluster. Removes the mirror configuration if the mirror stops responding, and
+    /// when this command is stopped.
+    Sync(SyncMirror),
+    /// Give directories to the user that dray runs as, so that dray needs no further privileges
+    Prepare(Prepare),
 }
 
 #[derive(Args)]
 struct DryRunFlag {
-    /// Only say what would be done
+    /// Print what would change without changing anything
     #[arg(long)]
     dry_run: bool,
 }
@@ -55,20 +59,22 @@ impl DryRunFlag {
 #[derive(Args)]
 pub(crate) struct Install {
     #[command(flatten)]
-    at: ContainerdLocation,
-    /// Where containerd reaches dray, such as http://127.0.0.1:5050; several are tried in order
+    location: ContainerdLocation,
+    /// The URL on which containerd reaches dray, such as http://127.0.0.1:5050; if repeated, containerd tries them in
+    /// order
     #[arg(long, value_name = "URL", required = true)]
     mirror: Vec<Mirror>,
-    /// The authority that signed the mirror's certificate, a PEM file on the node
+    /// The certificate authority of the mirror's certificate: a PEM file on the node
     #[arg(long, value_name = "FILE")]
     ca: Option<PathBuf>,
-    /// Only for these registries, such as docker.io; without it for all that have no directory of their own
+    /// Mirror only this registry, such as docker.io; can be repeated. Without it: all registries without a directory of
+    /// their own
     #[arg(long, value_name = "HOST", conflicts_with = "extend")]
     registry: Vec<String>,
-    /// Also where a registry has a directory of its own, which hides _default
+    /// Also mirror registries that have a directory of their own, which makes containerd ignore _default for them
     #[arg(long)]
     extend: bool,
-    /// Also set config_path in containerd's configuration, which then needs a restart
+    /// Also set config_path in containerd's configuration; containerd then needs a restart
     #[arg(long)]
     patch_config: bool,
     #[command(flatten)]
@@ -78,72 +84,72 @@ pub(crate) struct Install {
 #[derive(Args)]
 pub(crate) struct Check {
     #[command(flatten)]
-    at: ContainerdLocation,
-    /// containerd's socket; without it the one that its configuration names
+    location: ContainerdLocation,
+    /// containerd's socket. Without it: the socket in containerd's configuration
     #[arg(long, value_name = "PATH")]
     socket: Option<PathBuf>,
-    /// Do not pull through containerd
+    /// Do not pull an image through containerd
     #[arg(long)]
-    no_pull: bool,
+    skip_pull: bool,
 }
 
 #[derive(Args)]
 pub(crate) struct Uninstall {
     #[command(flatten)]
-    at: ContainerdLocation,
+    location: ContainerdLocation,
     #[command(flatten)]
     dry_run: DryRunFlag,
-    /// Also empty dray's cache directory
+    /// Also delete everything in dray's cache directory
     #[arg(long, value_name = "DIR")]
     cache_dir: Option<PathBuf>,
-    /// Stay so long afterwards, such as 30s
+    /// Sleep for this time before exiting, such as 30s. For Kubernetes, which restarts a container that exits
     #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
-    linger: Option<Duration>,
+    sleep_after: Option<Duration>,
 }
 
 #[derive(Args)]
-pub(crate) struct Keep {
+pub(crate) struct SyncMirror {
     /// containerd's hosts directory, such as /etc/containerd/certs.d
     #[arg(long, value_name = "DIR")]
     hosts_dir: PathBuf,
-    /// Where containerd reaches dray
+    /// The URL on which containerd reaches dray
     #[arg(long, value_name = "URL")]
     mirror: Mirror,
-    /// The authority that signed the mirror's certificate, a PEM file on the node
+    /// The certificate authority of the mirror's certificate: a PEM file on the node
     #[arg(long, value_name = "FILE")]
     ca: Option<PathBuf>,
 }
 
-/// Which containerd.
+/// The containerd installation to work on.
 #[derive(Args)]
 struct ContainerdLocation {
-    /// containerd's hosts directory, its config_path; without it the one that its configuration names
+    /// containerd's hosts directory (its config_path). Without it: the directory in containerd's configuration
     #[arg(long, value_name = "DIR")]
     hosts_dir: Option<PathBuf>,
-    /// containerd's configuration; - reads what `containerd config dump` prints. Without it that of the
-    /// distribution: containerd's own, k3s, RKE2, k0s, MicroK8s, Talos
+    /// containerd's configuration file; - reads the output of `containerd config dump` from standard input. Without it:
+    /// the file of the detected distribution (k3s, RKE2, k0s, MicroK8s, Talos, or containerd's own)
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
-    /// Which containerd reads it, such as 1.7 or 2.1; without it `containerd --version` is asked
+    /// containerd's version, such as 1.7 or 2.1. Without it: the output of `containerd --version`
     #[arg(long, value_name = "VERSION")]
     containerd_version: Option<Version>,
 }
 
-/// A containerd's configuration as far as it is known.
+/// The configuration of one containerd installation.
 struct InstalledContainerd {
     config: PathBuf,
-    place: Option<Distribution>,
+    distribution: Option<Distribution>,
     files: Vec<File>,
     version: Version,
-    /// Whether the version is only what the configuration lets one think.
+    /// The version is guessed from the configuration, because `containerd --version` cannot be run.
     is_guess: bool,
 }
 
-/// A mirror that a hosts.toml names, and the authority for its certificate.
+/// The URL of a mirror in a hosts.toml, and the file of its certificate authority.
 type NamedMirror = (String, Option<PathBuf>);
 
-/// What `containerd --version` is asked of, beside what is in the path.
-const CONTAINERD: [&str; 4] = [
+/// The programs to run with `--version`: from PATH, then those that distributions install outside of it.
+const CONTAINERD_PROGRAMS: [&str; 4] = [
     "containerd",
     "/var/lib/rancher/k3s/data/current/bin/containerd",
     "/var/lib/rancher/rke2/bin/containerd",
@@ -156,7 +162,8 @@ impl ContainerdCommand {
             Self::Install(install) => install.run(),
             Self::Check(check) => check.run(),
             Self::Uninstall(uninstall) => uninstall.run(),
-            Self::Keep(keep) => keep.run(),
+            Self::Sync(sync) => sync.run(),
+            Self::Prepare(prepare) => prepare.run(),
         }
     }
 }
@@ -164,19 +171,23 @@ impl ContainerdCommand {
 impl Install {
     fn run(self) -> Result<(), Failure> {
         let mode = self.dry_run.mode();
-        let dir = match (&self.at.hosts_dir, self.patch_config) {
+        let dir = match (&self.location.hosts_dir, self.patch_config) {
             (Some(dir), false) => dir.clone(),
             (_, true) => self.patch()?,
             (None, false) => {
-                let found = self.at.find()?;
+                let found = self.location.find()?;
                 let diagnosis = found.diagnose(None);
-                let wrong = diagnosis.findings.iter().find(|finding| finding.severity == Severity::Wrong);
-                if let Some(finding) = wrong {
+                let problem = diagnosis.findings.iter().find(|finding| finding.severity == Severity::Wrong);
+                if let Some(finding) = problem {
                     let mut message = format!("{}\n", finding.what);
                     finding.remedy.iter().for_each(|line| message += &format!("  {line}\n"));
-                    return Err(Failure::Failed(message + "or name the directory with --hosts-dir"));
+                    return Err(Failure::Failed(message + "or pass the hosts directory with --hosts-dir"));
                 }
-                diagnosis.hosts_dir.ok_or_else(|| Failure::Failed("name the directory with --hosts-dir".into()))?
+                diagnosis.hosts_dir.ok_or_else(|| {
+                    Failure::Failed(
+                        "containerd's configuration does not name a hosts directory: pass it with --hosts-dir".into(),
+                    )
+                })?
             }
         };
         let registries = match (self.extend, self.registry.is_empty()) {
@@ -185,29 +196,29 @@ impl Install {
             (false, true) => MirroredRegistries::Default,
         };
         let ca = self.ca.as_deref().map(authority).transpose()?;
-        let mirrors = Mirrors { hosts: once(self.mirror), ca };
+        let mirrors = Mirrors { hosts: deduplicated(self.mirror), ca };
         if self.patch_config && mode == Mode::DryRun && !dir.exists() {
-            say(&format!("{}: a new directory, with _default/hosts.toml", dir.display()));
+            print(&format!("{}: directory created, with _default/hosts.toml", dir.display()));
             return Ok(());
         }
         report(&HostsDir::new(dir).install(&mirrors, &registries, mode).map_err(failed)?, mode)
     }
 
-    /// Sets the directory in containerd's configuration, and makes it.
+    /// Sets `config_path` in containerd's configuration, and creates the directory.
     fn patch(&self) -> Result<PathBuf, Failure> {
-        let found = self.at.find()?;
+        let found = self.location.find()?;
         let named = Daemon::read(&found.files, found.version).config_path;
-        let left_out = named.as_ref().and_then(|path| path.as_str()).map(diagnosis::hidden).unwrap_or_default();
-        if let Some(dir) = left_out.first() {
+        let hidden = named.as_ref().and_then(|path| path.as_str()).map(diagnosis::hidden).unwrap_or_default();
+        if let Some(dir) = hidden.first() {
             return Err(Failure::Failed(format!(
-                "{}: containerd would not look there any more, since config_path has to be one directory: move it into the first",
+                "{}: containerd would ignore this directory, because config_path must be a single directory: move it into the first directory of config_path",
                 dir.display()
             )));
         }
-        let dir = self.at.hosts_dir.clone().unwrap_or_else(|| found.wanted());
-        // containerd is started elsewhere.
+        let dir = self.location.hosts_dir.clone().unwrap_or_else(|| found.hosts_dir());
+        // Absolute, because containerd runs in another working directory.
         let dir = std::path::absolute(&dir).map_err(|e| Failure::Failed(format!("{}: {e}", dir.display())))?;
-        let (file, section, version) = found.to_patch();
+        let (file, section, version) = found.patch_target();
         let (config, existed) = (ConfigFile::new(&file), file.exists());
         let wanted = dir.to_string_lossy();
         let mode = self.dry_run.mode();
@@ -220,35 +231,37 @@ impl Install {
         };
         match (patched.map_err(failed)?, mode) {
             (Patched::Changed { .. }, Mode::Apply) if !existed => {
-                say(&format!("{}: a new file, with config_path = \"{wanted}\". Restart containerd", file.display()));
+                print(&format!("{}: file created with config_path = \"{wanted}\". Restart containerd", file.display()));
             }
-            (Patched::Changed { .. }, Mode::Apply) => say(&format!(
-                "{}: config_path = \"{wanted}\"; the file as it was is {}. Restart containerd",
+            (Patched::Changed { .. }, Mode::Apply) => print(&format!(
+                "{}: config_path set to \"{wanted}\"; the original file is {}. Restart containerd",
                 file.display(),
-                config.kept().display()
+                config.backup_path().display()
             )),
             (Patched::Changed { .. }, Mode::DryRun) => {
-                say(&format!("{}: config_path = \"{wanted}\"", file.display()));
+                print(&format!("{}: config_path set to \"{wanted}\"", file.display()));
             }
-            (Patched::Nothing | Patched::Edited, _) => say(&format!("{}: has config_path already", file.display())),
+            (Patched::Nothing | Patched::Edited, _) => {
+                print(&format!("{}: config_path is set already", file.display()));
+            }
         }
-        self.is_in_force(&dir)?;
+        self.check_effective_path(&dir)?;
         Ok(dir)
     }
 
-    /// An import comes after the file that was patched, and may say otherwise.
-    fn is_in_force(&self, dir: &Path) -> Result<(), Failure> {
+    /// Fails if an imported file overrides `config_path`: containerd reads imports after the patched file.
+    fn check_effective_path(&self, dir: &Path) -> Result<(), Failure> {
         if self.dry_run.mode() == Mode::DryRun {
             return Ok(());
         }
-        let found = self.at.find()?;
+        let found = self.location.find()?;
         let daemon = Daemon::read(&found.files, found.version);
-        let said = daemon.config_path.as_ref().and_then(|path| path.as_str()).unwrap_or_default();
-        if Path::new(said) == dir {
+        let effective = daemon.config_path.as_ref().and_then(|path| path.as_str()).unwrap_or_default();
+        if Path::new(effective) == dir {
             return Ok(());
         }
         Err(Failure::Failed(format!(
-            "{} says config_path = \"{}\" now, but a file that it imports says \"{said}\", which counts: change it there",
+            "{} now has config_path = \"{}\", but a file that it imports overrides it with \"{effective}\": change it there",
             found.main().display(),
             dir.display()
         )))
@@ -257,56 +270,58 @@ impl Install {
 
 impl Uninstall {
     fn run(self) -> Result<(), Failure> {
-        let found = match self.at.hosts_dir {
-            // With a directory at hand nobody needs containerd's configuration, unless it was patched for that.
-            Some(_) => self.at.load().ok().and_then(Result::ok),
-            None => Some(self.at.find()?),
+        let found = match self.location.hosts_dir {
+            // With --hosts-dir the configuration is only needed if install has patched it, so it may be unreadable.
+            Some(_) => self.location.load().ok().and_then(Result::ok),
+            None => Some(self.location.find()?),
         };
         let named = || found.as_ref().and_then(|found| found.diagnose(None).hosts_dir);
-        let Some(dir) = self.at.hosts_dir.clone().or_else(named) else {
-            return Err(Failure::Failed("containerd's configuration names no hosts directory: use --hosts-dir".into()));
+        let Some(dir) = self.location.hosts_dir.clone().or_else(named) else {
+            return Err(Failure::Failed(
+                "containerd's configuration does not name a hosts directory: pass it with --hosts-dir".into(),
+            ));
         };
-        // The mirror first: whatever comes of the rest, nobody is sent there any more.
+        // The mirror first: also if a later step fails, containerd no longer uses dray.
         let mode = self.dry_run.mode();
         let done = HostsDir::new(&dir).uninstall(mode).map_err(failed);
         let reported = done.and_then(|done| report(&done, mode));
         let restored = found.map_or(Ok(()), |found| self.restore_config(&found, &dir));
-        let emptied = self.cache_dir.as_deref().map_or(Ok(()), |dir| self.empty(dir));
-        if let Some(linger) = self.linger {
-            std::thread::sleep(linger);
+        let emptied = self.cache_dir.as_deref().map_or(Ok(()), |dir| self.empty_cache(dir));
+        if let Some(duration) = self.sleep_after {
+            std::thread::sleep(duration);
         }
         reported.and(restored).and(emptied)
     }
 
-    fn empty(&self, dir: &Path) -> Result<(), Failure> {
+    fn empty_cache(&self, dir: &Path) -> Result<(), Failure> {
         if self.dry_run.mode() == Mode::DryRun {
-            say(&format!("{}: what dray keeps there would be removed", dir.display()));
+            print(&format!("{}: the cache would be deleted", dir.display()));
             return Ok(());
         }
         if ownership::empty(dir).map_err(|error| Failure::Failed(format!("{}: {error}", dir.display())))? {
-            say(&format!("{}: what dray kept there is removed", dir.display()));
+            print(&format!("{}: cache deleted", dir.display()));
         }
         Ok(())
     }
 
-    /// Takes back what `install --patch-config` did.
+    /// Reverts `install --patch-config`.
     fn restore_config(&self, found: &InstalledContainerd, dir: &Path) -> Result<(), Failure> {
-        let (file, section, version) = found.to_patch();
+        let (file, section, version) = found.patch_target();
         let config = ConfigFile::new(&file);
-        if !config.kept().exists() {
+        if !config.backup_path().exists() {
             return Ok(());
         }
         let dir = std::path::absolute(dir).map_err(|e| Failure::Failed(format!("{}: {e}", dir.display())))?;
         let mode = self.dry_run.mode();
         match config.restore(section, version, &dir.to_string_lossy(), mode).map_err(failed)? {
             Patched::Changed { .. } if mode == Mode::DryRun => {
-                say(&format!("{}: would be as it was before", file.display()));
+                print(&format!("{}: would be restored", file.display()));
             }
-            Patched::Changed { .. } => say(&format!("{}: as it was before. Restart containerd", file.display())),
-            Patched::Edited => say(&format!(
-                "{}: edited since, and left alone; as it was before it is {}",
+            Patched::Changed { .. } => print(&format!("{}: restored. Restart containerd", file.display())),
+            Patched::Edited => print(&format!(
+                "{}: not restored, because it was edited after install; the original file is {}",
                 file.display(),
-                config.kept().display()
+                config.backup_path().display()
             )),
             Patched::Nothing => {}
         }
@@ -316,64 +331,69 @@ impl Uninstall {
 
 impl Check {
     fn run(self) -> Result<(), Failure> {
-        let (diagnosis, place, mirrors) = self.diagnose()?;
+        let (diagnosis, distribution, mirrors) = self.diagnose()?;
         let mut is_wrong = diagnosis.is_wrong();
         for finding in &diagnosis.findings {
-            say(&format!("{:<5} {}: {}", finding.severity.as_str(), finding.code, finding.what));
-            finding.remedy.iter().for_each(|line| say(&format!("        {line}")));
+            print(&format!("{:<5} {}: {}", finding.severity.as_str(), finding.code, finding.what));
+            finding.remedy.iter().for_each(|line| print(&format!("        {line}")));
         }
-        let asked = super::block_on(async {
-            let mut answers = Vec::new();
+        let responses = super::block_on(async {
+            let mut responses = Vec::new();
             for (mirror, authority) in &mirrors {
-                answers.push(proof::ask(mirror, authority.as_deref()).await);
+                responses.push(proof::probe(mirror, authority.as_deref()).await);
             }
-            answers
+            responses
         })?;
-        let mut answers = false;
-        for ((mirror, _), answer) in mirrors.iter().zip(asked) {
-            answers |= matches!(answer, MirrorResponse::Dray);
-            say(&match answer {
+        let mut has_dray = false;
+        for ((mirror, _), response) in mirrors.iter().zip(responses) {
+            has_dray |= matches!(response, MirrorResponse::Dray);
+            print(&match response {
                 MirrorResponse::Dray => format!("ok    mirror: {mirror} is a dray"),
-                MirrorResponse::Other(status) => format!("note  mirror: {mirror} answers {status}, and is no dray"),
-                MirrorResponse::Nobody(why) => format!("wrong mirror: {mirror} does not answer: {why}"),
+                MirrorResponse::Other(status) => {
+                    format!("note  mirror: {mirror} is not a dray: it responds with status {status}")
+                }
+                MirrorResponse::Unreachable(error) => format!("wrong mirror: {mirror} does not respond: {error}"),
             });
         }
-        is_wrong |= !mirrors.is_empty() && !answers;
-        if !is_wrong && !self.no_pull {
-            let socket = self.socket.or(diagnosis.socket).unwrap_or_else(|| place.socket.into());
+        is_wrong |= !mirrors.is_empty() && !has_dray;
+        if !is_wrong && !self.skip_pull {
+            let socket = self.socket.or(diagnosis.socket).unwrap_or_else(|| distribution.socket.into());
             match proof::pull(&socket) {
-                proof::RuntimePull::Came => {
-                    say(&format!("ok    pull: an image that only dray has came through {}", socket.display()));
+                proof::RuntimePull::Succeeded => {
+                    print(&format!("ok    pull: {} pulled an image that only dray has", socket.display()));
                 }
-                proof::RuntimePull::Failed(why) => {
+                proof::RuntimePull::Failed(error) => {
                     is_wrong = true;
-                    say(&format!("wrong pull: {} does not get an image that only dray has: {why}", socket.display()));
-                    say("        Was containerd restarted since its configuration was changed?");
+                    print(&format!(
+                        "wrong pull: {} cannot pull an image that only dray has: {error}",
+                        socket.display()
+                    ));
+                    print("        Restart containerd if its configuration was changed after its last start.");
                 }
-                proof::RuntimePull::NotTried(why) => say(&format!("note  pull: not tried: {why}")),
+                proof::RuntimePull::NotTried(why) => print(&format!("note  pull: not tried: {why}")),
             }
         }
-        if is_wrong { Err(Failure::Failed("containerd does not use a dray".into())) } else { Ok(()) }
+        if is_wrong { Err(Failure::Failed("containerd does not use dray as a mirror".into())) } else { Ok(()) }
     }
 
-    /// What is wrong, where that containerd is, and the mirrors it names with their authorities.
+    /// The findings, the distribution, and the mirrors in its hosts directory.
     fn diagnose(&self) -> Result<(Diagnosis, Distribution, Vec<NamedMirror>), Failure> {
-        let found = match self.at.load()? {
+        let found = match self.location.load()? {
             Ok(found) => found,
-            Err(error) => return Ok((Diagnosis::unreadable(&error), distributions::USUAL, Vec::new())),
+            Err(error) => return Ok((Diagnosis::unreadable(&error), distributions::DEFAULT, Vec::new())),
         };
-        let mut diagnosis = found.diagnose(self.at.hosts_dir.as_deref());
-        let upstream = if found.is_guess {
-            "as its configuration lets one think: --containerd-version says otherwise"
+        let mut diagnosis = found.diagnose(self.location.hosts_dir.as_deref());
+        let version_from = if found.is_guess {
+            "a guess from its configuration; set it with --containerd-version"
         } else {
-            "as it says"
+            "as it reports"
         };
-        let what = format!("{} of containerd {}, {upstream}", found.config.display(), found.version);
+        let what = format!("{} of containerd {} ({version_from})", found.config.display(), found.version);
         diagnosis.findings.insert(0, good("config", what));
-        let place = found.place.unwrap_or(distributions::USUAL);
+        let distribution = found.distribution.unwrap_or(distributions::DEFAULT);
         let mut mirrors = Vec::new();
         if let Some(dir) = diagnosis.hosts_dir.clone() {
-            let urls = diagnosis.look_into(&dir).map_err(failed)?;
+            let urls = diagnosis.inspect_hosts_dir(&dir).map_err(failed)?;
             let file = HostsDir::new(&dir).default_file();
             let text = std::fs::read_to_string(&file).unwrap_or_default();
             mirrors = urls.into_iter().map(|url| (url.clone(), hosts_toml::authority(&text, &url))).collect();
@@ -382,28 +402,29 @@ impl Check {
                 diagnosis.findings.push(good("hosts", format!("{} names {names}", file.display())));
             }
         }
-        Ok((diagnosis, place, mirrors))
+        Ok((diagnosis, distribution, mirrors))
     }
 }
 
-impl Keep {
-    /// Until a signal.
+impl SyncMirror {
+    /// Runs until a signal.
     fn run(self) -> Result<(), Failure> {
         super::log_to_stderr()?;
-        super::block_on(reconciler::follow(self.hosts_dir, self.mirror, self.ca))?
+        super::block_on(reconciler::sync(self.hosts_dir, self.mirror, self.ca))?
             .map_err(|e| Failure::Failed(e.to_string()))
     }
 }
 
 impl ContainerdLocation {
     fn find(&self) -> Result<InstalledContainerd, Failure> {
-        self.load()?.map_err(|error| Failure::Failed(format!("{error}; containerd does not start with it")))
+        self.load()?
+            .map_err(|error| Failure::Failed(format!("{error}; containerd does not start with this configuration")))
     }
 
-    /// The inner error: containerd itself could not read it.
+    /// The inner error is one that containerd has as well: it cannot read the configuration.
     fn load(&self) -> Result<Result<InstalledContainerd, LoadError>, Failure> {
-        let place = self.config.as_deref().map_or_else(|| Some(distributions::here()), distributions::of);
-        let config = self.config.clone().or(place.map(|place| place.config.into())).unwrap_or_default();
+        let distribution = self.config.as_deref().map_or_else(|| Some(distributions::detect()), distributions::of);
+        let config = self.config.clone().or(distribution.map(|found| found.config.into())).unwrap_or_default();
         let is_piped = config == Path::new("-");
         if self.config.is_some() && !is_piped && !config.exists() {
             return Err(Failure::Failed(format!("{}: no such file", config.display())));
@@ -418,41 +439,41 @@ impl ContainerdLocation {
             Ok(main) => main,
             Err(error) => return Ok(Err(error)),
         };
-        let asked = self.containerd_version.or_else(|| if is_piped { None } else { asked_version() });
-        let version = asked.unwrap_or_else(|| Version::guessed(&main));
+        let known = self.containerd_version.or_else(|| if is_piped { None } else { installed_version() });
+        let version = known.unwrap_or_else(|| Version::guessed(&main));
         let files = if is_piped { Ok(vec![main]) } else { daemon::load(&config, version) };
-        Ok(files.map(|files| InstalledContainerd { config, place, files, version, is_guess: asked.is_none() }))
+        Ok(files.map(|files| InstalledContainerd { config, distribution, files, version, is_guess: known.is_none() }))
     }
 }
 
 impl InstalledContainerd {
     fn diagnose(&self, hosts_dir: Option<&Path>) -> Diagnosis {
-        let wanted = self.wanted();
+        let wanted = self.hosts_dir();
         let mut diagnosis = Diagnosis::of(&self.files, self.version, &self.main(), &wanted.to_string_lossy());
-        if let Some(note) = self.place.and_then(|place| place.note) {
-            diagnosis.remark("distribution", note);
+        if let Some(note) = self.distribution.and_then(|distribution| distribution.note) {
+            diagnosis.add_note("distribution", note);
         }
         if let Some(dir) = hosts_dir {
-            diagnosis.expect(dir);
+            diagnosis.require(dir);
         }
         diagnosis
     }
 
-    /// The directory that the configuration names, or had better name.
-    fn wanted(&self) -> PathBuf {
+    /// The first directory of the configured `config_path`; if there is none, that of the distribution.
+    fn hosts_dir(&self) -> PathBuf {
         let named = Daemon::read(&self.files, self.version).config_path;
         let first =
             named.as_ref().and_then(|path| path.as_str()?.split(':').next()).filter(|path| path.starts_with('/'));
-        first.map_or_else(|| self.place.unwrap_or(distributions::USUAL).hosts_dir.into(), PathBuf::from)
+        first.map_or_else(|| self.distribution.unwrap_or(distributions::DEFAULT).hosts_dir.into(), PathBuf::from)
     }
 
-    /// The file that a person edits.
+    /// The file to edit; with standard input, the default one.
     fn main(&self) -> PathBuf {
-        if self.config == Path::new("-") { distributions::USUAL.config.into() } else { self.config.clone() }
+        if self.config == Path::new("-") { distributions::DEFAULT.config.into() } else { self.config.clone() }
     }
 
-    /// The file, the section and the version for a `config_path`.
-    fn to_patch(&self) -> (PathBuf, &'static str, i64) {
+    /// The file, section and configuration version in which to set `config_path`.
+    fn patch_target(&self) -> (PathBuf, &'static str, i64) {
         let version = self
             .files
             .first()
@@ -461,19 +482,20 @@ impl InstalledContainerd {
     }
 }
 
-/// Where containerd cannot read an authority every pull fails, also one that would not come by the mirror.
+/// Checks the file of a certificate authority: if containerd cannot read it, every pull fails, also those that do not
+/// use the mirror.
 fn authority(file: &Path) -> Result<PathBuf, Failure> {
-    let wrong = |what: &str| Failure::Usage(format!("--ca {}: {what}", file.display()));
-    let text = std::fs::read_to_string(file).map_err(|error| wrong(&error.to_string()))?;
+    let failure = |what: &str| Failure::Usage(format!("--ca {}: {what}", file.display()));
+    let text = std::fs::read_to_string(file).map_err(|error| failure(&error.to_string()))?;
     if !text.contains("-----BEGIN CERTIFICATE-----") {
-        return Err(wrong("holds no certificate in PEM"));
+        return Err(failure("the file does not contain a certificate in PEM"));
     }
-    std::path::absolute(file).map_err(|error| wrong(&error.to_string()))
+    std::path::absolute(file).map_err(|error| failure(&error.to_string()))
 }
 
-/// What the installed containerd says of itself.
-fn asked_version() -> Option<Version> {
-    CONTAINERD.iter().find_map(|program| {
+/// The version of the first containerd program that runs.
+fn installed_version() -> Option<Version> {
+    CONTAINERD_PROGRAMS.iter().find_map(|program| {
         let output = std::process::Command::new(program).arg("--version").output().ok()?;
         String::from_utf8_lossy(&output.stdout).parse().ok()
     })
@@ -481,17 +503,17 @@ fn asked_version() -> Option<Version> {
 
 fn report(outcome: &Changes, mode: Mode) -> Result<(), Failure> {
     for change in &outcome.changes {
-        say(&change.to_string());
+        print(&change.to_string());
         if mode == Mode::DryRun {
-            say(change.diff().trim_end());
+            print(change.diff().trim_end());
         }
     }
     if outcome.changes.is_empty() {
-        say("nothing to do");
+        print("nothing to do");
     }
-    outcome.remarks.iter().for_each(|remark| say(&remark.to_string()));
+    outcome.remarks.iter().for_each(|remark| print(&remark.to_string()));
     if outcome.remarks.iter().any(|remark| remark.is_failure()) {
-        return Err(Failure::Failed("not all was done: see above".into()));
+        return Err(Failure::Failed("not every change was made: see above".into()));
     }
     Ok(())
 }

@@ -1,39 +1,43 @@
-//! Asking a running dray: what `dray status` and `dray explain` have in common.
+//! A client of dray's admin API, for `dray status` and `dray explain`.
 
 #![allow(clippy::disallowed_methods, reason = "a command has its thread for itself")]
 
-use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::Args;
-use dray::config::address;
-use dray::server::reachable;
+use dray::times::STALL_TIMEOUT;
 use serde::de::DeserializeOwned;
+use url::{Host, Url};
 
 use super::Failure;
-use dray::times::STALL_TIMEOUT;
 
-/// Which process, and what it wants to see.
+/// Which process to send requests to, and the token to authenticate with.
 #[derive(Args)]
-pub(crate) struct Process {
-    /// Where its admin port is
-    #[arg(long, env = "DRAY_ADMIN", value_name = "IP:PORT", default_value = "127.0.0.1:5051", value_parser = address)]
-    admin: SocketAddr,
-    /// The file with its admin token, where it has one (`admin_token_file`)
+pub(crate) struct AdminApi {
+    /// The admin address of the running dray: HOST:PORT or http://HOST:PORT
+    #[arg(
+        long,
+        env = "DRAY_ADMIN",
+        value_name = "ADDRESS",
+        default_value = "127.0.0.1:5051",
+        value_parser = base_url
+    )]
+    admin: String,
+    /// A file with the admin token, if the running dray has one (its `admin_token_file`)
     #[arg(long, value_name = "FILE")]
     token_file: Option<PathBuf>,
 }
 
 const REGISTRY_PORT: &str =
-    "this looks like dray's registry port; its admin port is 127.0.0.1:5051 by default: --admin";
+    "this looks like dray's registry port; pass the admin address with --admin (default: 127.0.0.1:5051)";
 
-impl Process {
-    /// The JSON of a path, as text and understood.
-    pub(crate) async fn ask<T: DeserializeOwned>(&self, path: &str) -> Result<(String, T), Failure> {
-        let failed = |what: &str| Failure::Failed(format!("http://{}: {what}", self.admin));
+impl AdminApi {
+    /// The JSON of a path, as text and parsed.
+    pub(crate) async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<(String, T), Failure> {
+        let failed = |what: &str| Failure::Failed(format!("{}: {what}", self.admin));
         let client = reqwest::Client::builder().no_proxy().timeout(STALL_TIMEOUT).build();
         let client = client.map_err(|error| failed(&dray::source::root_cause(&error)))?;
-        let mut request = client.get(format!("http://{}{path}", reachable(self.admin)));
+        let mut request = client.get(format!("{}{path}", self.admin));
         if let Some(file) = &self.token_file {
             let token = std::fs::read_to_string(file)
                 .map_err(|error| Failure::Usage(format!("--token-file {}: {error}", file.display())))?;
@@ -49,16 +53,60 @@ impl Process {
         let text = response.text().await.map_err(|error| failed(&dray::source::root_cause(&error)))?;
         match status.as_u16() {
             200 => {
-                let understood = serde_json::from_str(&text);
-                Ok((text, understood.map_err(|error| failed(&format!("its answer is not understood: {error}")))?))
+                let parsed = serde_json::from_str(&text);
+                Ok((text, parsed.map_err(|error| failed(&format!("the response is not valid: {error}")))?))
             }
             400 => Err(Failure::Usage(text.trim().to_owned())),
             401 => Err(failed(&match &self.token_file {
-                Some(file) => format!("the token in {} is not the one in its admin_token_file", file.display()),
-                None => "it wants a token: --token-file".to_owned(),
+                Some(file) => format!("the token in {} is not the one in dray's admin_token_file", file.display()),
+                None => "this dray requires its admin token: pass --token-file".to_owned(),
             })),
-            404 => Err(failed("it is older than this program: it has no status")),
+            404 => Err(failed("this dray is older than this program and does not have a status API")),
             _ => Err(failed(text.trim())),
+        }
+    }
+}
+
+/// The base URL of an admin address, without a trailing slash.
+fn base_url(address: &str) -> Result<String, String> {
+    let wrong = || format!("\"{address}\" is not a valid address: expected HOST:PORT, such as 127.0.0.1:5051");
+    let has_port = address.rsplit_once(':').is_some_and(|(_, port)| port.parse::<u16>().is_ok());
+    let url = match address.contains("://") {
+        true => Url::parse(address),
+        false if has_port => Url::parse(&format!("http://{address}")),
+        false => return Err(wrong()),
+    };
+    let mut url = url.ok().filter(|url| url.scheme() == "http" && url.path() == "/").ok_or_else(wrong)?;
+    // DRAY_ADMIN may be the address that the server listens on, such as 0.0.0.0:5051.
+    let loopback = match url.host() {
+        Some(Host::Ipv4(ip)) if ip.is_unspecified() => Some("127.0.0.1"),
+        Some(Host::Ipv6(ip)) if ip.is_unspecified() => Some("[::1]"),
+        _ => None,
+    };
+    if loopback.is_some() {
+        url.set_host(loopback).map_err(|_| wrong())?;
+    }
+    Ok(url.origin().ascii_serialization())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn admin_address_with_or_without_scheme_is_accepted() {
+        for (address, want) in [
+            ("127.0.0.1:5051", "http://127.0.0.1:5051"),
+            ("http://127.0.0.1:5051", "http://127.0.0.1:5051"),
+            ("http://node-1:5051/", "http://node-1:5051"),
+            ("localhost:80", "http://localhost"),
+            ("0.0.0.0:5051", "http://127.0.0.1:5051"),
+            ("[::]:5051", "http://[::1]:5051"),
+        ] {
+            assert_eq!(base_url(address).as_deref(), Ok(want), "{address}");
+        }
+        for address in ["", "5051", "127.0.0.1", "[::1]", "https://a:1", "http://", "http://a:1/metrics", "a b:1"] {
+            assert!(base_url(address).unwrap_err().contains("expected HOST:PORT"), "{address}");
         }
     }
 }

@@ -1,4 +1,4 @@
-//! `dray runtime NAME`.
+//! `dray runtime-config NAME`.
 
 use std::io::Write;
 
@@ -9,24 +9,24 @@ use dray::runtimes::{NamedRegistry, Runtime as RuntimeKind};
 use super::Failure;
 
 #[derive(Args)]
-pub(crate) struct RuntimeCommand {
-    /// docker, buildkit, podman (skopeo and buildah as well), crio, kind, k3s, rke2, talos, bottlerocket or gke;
-    /// for containerd itself: dray containerd
+pub(crate) struct RuntimeConfig {
+    /// docker, buildkit, podman (also for skopeo and buildah), crio, kind, k3s, rke2, talos, bottlerocket or gke;
+    /// for containerd itself use `dray containerd install`
     name: RuntimeKind,
-    /// Where the runtime reaches dray
+    /// The URL on which the runtime reaches dray
     #[arg(long, value_name = "URL", default_value = "http://127.0.0.1:5050")]
     mirror: Mirror,
-    /// Only for these registries, such as docker.io; registry.corp:5000=corp where paths call it by an alias.
-    /// Without it for all, or for the usual ones where each has to be named
+    /// Mirror only this registry, such as docker.io, or registry.corp:5000=corp if image paths use an alias; can be
+    /// repeated. Without it: all registries, or the well-known public ones if the runtime needs a list
     #[arg(long, value_name = "HOST[=ALIAS]")]
     registry: Vec<NamedRegistry>,
 }
 
-impl RuntimeCommand {
-    /// The document on standard output, what to do with it on standard error.
+impl RuntimeConfig {
+    /// The document goes to standard output, the instructions to standard error: output can be redirected to a file.
     pub(crate) fn run(self) -> Result<(), Failure> {
-        let document = self.name.document(&self.mirror, &super::once(self.registry));
-        let document = document.map_err(|unsuited| Failure::Usage(unsuited.to_string()))?;
+        let document = self.name.document(&self.mirror, &super::deduplicated(self.registry));
+        let document = document.map_err(|error| Failure::Usage(error.to_string()))?;
         let _ = write!(std::io::stdout(), "{}", document.text);
         document.instructions.iter().for_each(|line| drop(writeln!(std::io::stderr(), "# {line}")));
         Ok(())

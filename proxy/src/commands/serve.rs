@@ -10,55 +10,54 @@ use dray::config::{self, Config, DiskShare, MIN_DISK, Size, SourceText};
 use dray::server::{self, Bound, StartError};
 use dray::telemetry::{self, Filter, LogFormat};
 
-use super::{Failure, install_tls, located, say};
+use super::{Failure, install_tls, located, print};
 
 #[derive(Args)]
 pub(crate) struct Serve {
-    /// Configuration file; without one the built-in defaults hold
+    /// The configuration file; without one, the built-in defaults apply
     #[arg(long, env = "DRAY_CONFIG", value_name = "FILE")]
     config: Option<PathBuf>,
-    /// Where container runtimes connect; port 0 takes any free port
+    /// The address on which container runtimes connect; port 0 selects a free port
     #[arg(long, env = "DRAY_LISTEN", value_name = "IP:PORT", value_parser = config::address)]
     listen: Option<SocketAddr>,
-    /// Where operators and probes connect
+    /// The address for operators, metrics and probes
     #[arg(long, env = "DRAY_ADMIN", value_name = "IP:PORT", value_parser = config::address)]
     admin: Option<SocketAddr>,
-    /// The cache directory; it may be deleted at any time
+    /// The cache directory; its content can be deleted at any time
     #[arg(long, env = "DRAY_CACHE_DIR", value_name = "DIR")]
     cache_dir: Option<PathBuf>,
-    /// Disk to use: a size such as 20GiB, or a share of its file system such as 50%
+    /// The disk space for the cache: a size such as 20GiB, or a share of its file system such as 50%
     #[arg(long, env = "DRAY_CACHE_DISK", value_name = "SIZE")]
     cache_disk: Option<DiskShare>,
-    /// Bytes of small objects in memory, such as 64MiB
+    /// The memory for small objects such as manifests: a size such as 64MiB
     #[arg(long, env = "DRAY_CACHE_MEMORY", value_name = "SIZE")]
     cache_memory: Option<Size>,
-    /// The name that has the addresses of all drays, such as a headless Service. Unless the file
-    /// says where peers connect, opens 0.0.0.0:5052 for them
+    /// The DNS name that resolves to the addresses of all peers, such as a headless Service. Unless the
+    /// configuration file sets peers.listen, also listens on 0.0.0.0:5052 for peers
     #[arg(long, env = "DRAY_PEERS_SERVICE", value_name = "NAME", value_parser = config::service_name)]
     peers_service: Option<String>,
-    /// The zone that this node is in
+    /// The zone of this node
     #[arg(long, env = "DRAY_ZONE", value_name = "ZONE")]
     zone: Option<String>,
-    /// A file with a secret of 16 characters or more that all drays share, by which they prove to each other
-    /// who they are; not beside certificates (`[peers] mtls`)
+    /// A file with a secret of at least 16 characters that all peers share and authenticate each other with;
+    /// cannot be combined with client certificates (`[peers] mtls`)
     #[arg(long, env = "DRAY_PEERS_KEY_FILE", value_name = "FILE")]
     peers_key_file: Option<PathBuf>,
-    /// What to log: error, warn, info, debug; or by part, such as "warn,access=info"
+    /// The log level: error, warn, info or debug; also by part, such as "warn,access=info"
     #[arg(long, env = "DRAY_LOG", default_value = "info", value_name = "FILTER")]
     log: Filter,
-    /// How log lines look
+    /// The format of log lines
     #[arg(long, env = "DRAY_LOG_FORMAT", default_value = "text", value_name = "FORMAT")]
     log_format: LogFormat,
 }
 
-/// Where peers meet when only the name of their service is given.
+/// The port for peers if only the name of their service is configured.
 const PEERS_PORT: u16 = 5052;
 
 impl Serve {
     pub(crate) fn run(self) -> Result<(), Failure> {
         let (config, text) = self.config()?;
         let sink = telemetry::init(&self.log, self.log_format).map_err(Failure::Usage)?;
-        // Before anything else may choose another provider.
         install_tls()?;
         let scheme = if config.tls.cert.is_some() { "https" } else { "http" };
         let access_log = AccessLog::new(self.log_format, sink.clone());
@@ -73,15 +72,15 @@ impl Serve {
         })
     }
 
-    /// As it would start with a file in the environment of this process.
-    pub(crate) fn here(file: &Path) -> Result<Self, Failure> {
+    /// The options of `serve --config FILE` in the environment of this process.
+    pub(crate) fn from_environment(file: &Path) -> Result<Self, Failure> {
         let arguments = [OsStr::new("dray"), OsStr::new("--config"), file.as_os_str()];
         let matches = Self::augment_args(clap::Command::new("dray")).try_get_matches_from(arguments);
-        let here = matches.and_then(|matches| Self::from_arg_matches(&matches));
-        here.map_err(|error| Failure::Usage(error.to_string()))
+        let serve = matches.and_then(|matches| Self::from_arg_matches(&matches));
+        serve.map_err(|error| Failure::Usage(error.to_string()))
     }
 
-    /// The file, overridden by flags and variables, and its text.
+    /// The configuration: the file, overridden by flags and variables; and the file's text.
     pub(crate) fn config(&self) -> Result<(Config, Option<SourceText>), Failure> {
         let text = self.config.as_deref().map(SourceText::read).transpose()?;
         let mut config = text.as_ref().map_or_else(|| Ok(Config::default()), SourceText::parse)?;
@@ -103,15 +102,13 @@ impl Serve {
         if let Some(zone) = &self.zone {
             config.peers.zone = Some(zone.as_str().into());
         }
-        config.check_together().map_err(|wrong| located(text.as_ref(), wrong))?;
+        config.check_together().map_err(|conflict| located(text.as_ref(), conflict))?;
         if let Some(dir) = &self.cache_dir {
             config.cache.dir.clone_from(dir);
         }
         if let Some(disk) = self.cache_disk {
             if disk.is_below(MIN_DISK) {
-                return Err(Failure::Usage(format!(
-                    "--cache-disk {disk} is too little, at least {MIN_DISK} are needed"
-                )));
+                return Err(Failure::Usage(format!("--cache-disk {disk} is too small: the minimum is {MIN_DISK}")));
             }
             config.cache.disk = disk;
         }
@@ -122,13 +119,13 @@ impl Serve {
     }
 }
 
-/// The start line, which others parse, and something to try at once.
+/// Prints the start line, which scripts parse, and two commands to try.
 fn announce(bound: Bound, scheme: &str) {
     let peers = bound.peers.map_or_else(|| "-".to_owned(), |peers| peers.to_string());
-    say(&format!("listening registry={} admin={} peers={peers}", bound.registry, bound.admin));
-    say(&format!(
+    print(&format!("listening registry={} admin={} peers={peers}", bound.registry, bound.admin));
+    print(&format!(
         "try: curl {scheme}://{0}/v2/docker.io/library/alpine/manifests/latest\n\
-         then point containerd here: dray containerd install --hosts-dir /etc/containerd/certs.d --mirror {scheme}://{0}",
+         to use dray as containerd's mirror: dray containerd install --hosts-dir /etc/containerd/certs.d --mirror {scheme}://{0}",
         server::reachable(bound.registry)
     ));
 }

@@ -1,15 +1,15 @@
-//! Tables and colours for people at a terminal.
+//! Tables and colours for terminals.
 
 use std::io::IsTerminal;
 
-/// Colours, where somebody sees them (<https://no-color.org>).
+/// Colours, only if standard output is a terminal and NO_COLOR is not set (<https://no-color.org>).
 #[derive(Clone, Copy)]
 pub(crate) struct Paint(bool);
 
-/// A table whose columns are as wide as they have to be.
+/// A table whose columns are as wide as their widest cell.
 pub(crate) struct Table {
     rows: Vec<Vec<String>>,
-    /// Which columns are numbers.
+    /// Columns of numbers, aligned right.
     numbers: Vec<bool>,
 }
 
@@ -41,7 +41,7 @@ impl Paint {
 }
 
 impl Table {
-    /// Heads that begin with `>` stand above numbers.
+    /// A heading that starts with `>` marks a column of numbers.
     pub(crate) fn new(heads: &[&str]) -> Self {
         let numbers = heads.iter().map(|head| head.starts_with('>')).collect();
         Self { rows: vec![heads.iter().map(|head| head.trim_start_matches('>').to_owned()).collect()], numbers }
@@ -55,7 +55,7 @@ impl Table {
         self.rows.len() == 1
     }
 
-    /// Lines, indented, the heads quiet.
+    /// The indented lines; the heading is dimmed.
     pub(crate) fn lines(&self, paint: Paint) -> String {
         let columns = self.numbers.len();
         let width = |column: usize| self.rows.iter().map(|row| visible(&row[column])).max().unwrap_or(0);
@@ -72,7 +72,7 @@ impl Table {
     }
 }
 
-/// How wide a text is, without its colours.
+/// The width of a text without its colour codes.
 fn visible(text: &str) -> usize {
     let mut count = 0;
     let mut in_colour = false;
@@ -87,7 +87,7 @@ fn visible(text: &str) -> usize {
     count
 }
 
-/// As on the status page.
+/// The format of the status page.
 pub(crate) fn bytes(count: u64) -> String {
     let mut rest = count as f64;
     for unit in ["B", "KiB", "MiB", "GiB"] {
@@ -114,7 +114,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn columns_stand_under_each_other_whatever_their_colour() {
+    fn table_with_colours_keeps_columns_aligned() {
         let paint = Paint(true);
         let mut table = Table::new(&["a", ">number", "b"]);
         table.row(&["long one", "5", &paint.bad("x")]);
@@ -125,7 +125,7 @@ mod tests {
     }
 
     #[test]
-    fn quantities_are_short() {
+    fn bytes_and_seconds_are_abbreviated() {
         assert_eq!([0, 1023, 1536, 20 << 30].map(bytes), ["0 B", "1023 B", "1.5 KiB", "20 GiB"]);
         assert_eq!([5, 600, 7_200, 864_000].map(seconds), ["5 s", "10 min", "2 h", "10 d"]);
     }

@@ -8,17 +8,17 @@ use serde::de::{Deserialize, Deserializer, Error};
 use super::lists::list;
 use crate::oci::Registry;
 
-/// Where somebody listens. An error says how it is written.
+/// The address of a listener. An error says how to write it.
 pub fn address(text: &str) -> Result<SocketAddr, String> {
     text.parse().map_err(|_| {
-        format!("\"{text}\" is no address: write IP:PORT, such as \"127.0.0.1:5050\" (a name only in peers.service)")
+        format!("\"{text}\" is not a valid address: expected IP:PORT, such as \"127.0.0.1:5050\" (a name only in peers.service)")
     })
 }
 
 fn network(text: &str) -> Result<IpNet, String> {
     text.parse().map_err(|_| match text.parse::<IpAddr>() {
         Ok(one) => format!("\"{text}\" is an address: write a network, \"{}\"", IpNet::from(one)),
-        Err(_) => format!("\"{text}\" is no network: write one such as \"10.0.0.0/8\""),
+        Err(_) => format!("\"{text}\" is not a valid network: expected one such as \"10.0.0.0/8\""),
     })
 }
 
@@ -38,7 +38,7 @@ pub(super) fn many<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<Soc
 fn host(text: &str) -> Result<String, String> {
     match text.parse::<Registry>() {
         Ok(name) if name.port().is_none() => Ok(text.to_owned()),
-        _ => Err(format!("\"{text}\" is no host name: write it without scheme, port and path")),
+        _ => Err(format!("\"{text}\" is not a valid host name: write it without scheme, port and path")),
     }
 }
 

@@ -1,4 +1,4 @@
-//! `[containerd]`: the runtime on this machine that is pointed here for as long as this process is ready.
+//! `[containerd]`: the runtime on this machine whose mirror this process is while it is ready.
 
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -9,15 +9,15 @@ use url::Url;
 #[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct ContainerdConfig {
-    /// containerd's `config_path`, in which `_default/hosts.toml` is written. None: it is left alone.
+    /// containerd's `config_path`, in which dray writes `_default/hosts.toml`. None: dray leaves containerd alone.
     pub hosts_dir: Option<PathBuf>,
-    /// Where containerd reaches this process. None: at the address of `listen`.
+    /// The address at which containerd reaches this process. None: that of `listen`.
     pub mirror: Option<Mirror>,
-    /// containerd's configuration: only read, to log what is wrong with it. None: it is not looked at.
+    /// containerd's configuration: only read, to log what is wrong with it. None: it is not checked.
     pub config_file: Option<PathBuf>,
 }
 
-/// Where a runtime is sent: `http://host:port` or `https://host:port`.
+/// The URL of a mirror: `http://host:port` or `https://host:port`.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(try_from = "String")]
 pub struct Mirror(String);
@@ -27,7 +27,7 @@ pub struct Mirror(String);
 pub struct WrongMirror(String);
 
 impl ContainerdConfig {
-    /// A key that does nothing without a hosts directory.
+    /// A key that has no effect without a hosts directory.
     pub(super) fn is_useless(&self) -> Option<&'static str> {
         match (&self.hosts_dir, &self.mirror, &self.config_file) {
             (None, Some(_), _) => Some("containerd.mirror"),

@@ -1,4 +1,4 @@
-//! Where a rule's credentials come from. The secrets themselves are read later, and re-read.
+//! The source of a rule's credentials. The secrets themselves are read later, and again when they change.
 
 use std::path::PathBuf;
 
@@ -15,11 +15,11 @@ pub enum Credentials {
     Helper { name: String },
     /// The kubelet's plugins: a `CredentialProviderConfig`, and the directory with its programs.
     Provider { config: PathBuf, bin_dir: PathBuf },
-    /// What the machine or pod may do by itself.
+    /// The identity of the machine or pod.
     Cloud(Cloud),
 }
 
-/// Which cloud knows who the machine or pod is.
+/// The cloud that knows the identity of the machine or pod.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Cloud {
@@ -32,7 +32,7 @@ pub enum Cloud {
     Gcp,
 }
 
-/// Where a password stands.
+/// The source of a password.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum PasswordSource {
     File(PathBuf),
@@ -53,12 +53,12 @@ struct Raw {
 }
 
 impl Credentials {
-    /// Whether they are one secret that every upstream of a rule is sent.
+    /// Whether every upstream of a rule gets the same secret.
     pub fn is_one_secret(&self) -> bool {
         matches!(self, Self::Static { .. })
     }
 
-    /// Whether they may be others for another repository of the same upstream.
+    /// Whether two repositories of one upstream may have different credentials.
     pub fn may_differ_by_repository(&self) -> bool {
         matches!(self, Self::DockerConfig { .. } | Self::Provider { .. })
     }
@@ -105,7 +105,7 @@ impl<'de> Deserialize<'de> for Credentials {
 const WAYS: &str = "credentials take one of: file (a Docker config.json); username with password_file or password_env; \
                     helper (a Docker credential helper); provider with bin_dir (the kubelet's plugins); cloud";
 
-/// Several ways at once would leave one of them ignored.
+/// With several sources at once, all but one would be ignored.
 fn only<E: Error>(left: &Raw, found: Credentials) -> Result<Credentials, E> {
     if *left == Raw::default() { Ok(found) } else { Err(E::custom(WAYS)) }
 }

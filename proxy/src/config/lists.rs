@@ -1,11 +1,11 @@
-//! Lists, and what people write where one belongs.
+//! Lists, and errors for values that are not in a list.
 
 use std::fmt;
 use std::marker::PhantomData;
 
 use serde::de::{Deserialize, Deserializer, Error, MapAccess, SeqAccess, Visitor};
 
-/// A list. A single text, or a table in single brackets, is told how it is written.
+/// A list. For a single text, or a table in single brackets, the error says how to write it.
 pub(super) fn list<'de, D: Deserializer<'de>, T: Deserialize<'de>>(deserializer: D) -> Result<Vec<T>, D::Error> {
     deserializer.deserialize_seq(ListVisitor(PhantomData))
 }

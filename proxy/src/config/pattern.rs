@@ -12,16 +12,16 @@ pub struct HostPattern {
     ports: PatternPorts,
 }
 
-/// What a pattern without a port means.
+/// The ports that a pattern without a port matches.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum PatternPorts {
-    /// The host without one.
+    /// Only the host without a port.
     AsWritten,
-    /// The host with whatever port.
+    /// The host with any port.
     All,
 }
 
-/// Before a name: the name itself, and all below it.
+/// Precedes a name: matches the name itself and all names below it.
 const AND_BELOW: &str = "**.";
 
 impl HostPattern {
@@ -33,7 +33,7 @@ impl HostPattern {
         Self { text, ports: PatternPorts::AsWritten }
     }
 
-    /// The same on every port, if it names none.
+    /// The same pattern on every port, if it has none.
     pub fn on_every_port(self) -> Self {
         let ports = if port_of(&self.text).is_none() { PatternPorts::All } else { PatternPorts::AsWritten };
         Self { ports, ..self }
@@ -56,7 +56,7 @@ impl HostPattern {
         self.matches_text(self.ports, registry.as_str())
     }
 
-    /// Whether it matches as it is written: without a port no other one is meant.
+    /// Whether it matches literally: a pattern without a port matches a host without a port.
     pub fn names(&self, registry: &Registry) -> bool {
         self.matches_text(PatternPorts::AsWritten, registry.as_str())
     }
@@ -66,7 +66,7 @@ impl HostPattern {
         // Taking the other pattern's stars as plain characters is right: only a star covers a star.
         let on_all_ports = self.ports == PatternPorts::All || other.ports == PatternPorts::AsWritten;
         let matches_all = match other.text.strip_prefix(AND_BELOW) {
-            // Whoever has a name and all below it has what is below that as well.
+            // A name and all below it include what is below a name below it.
             Some(name) => self.text.starts_with(AND_BELOW) && self.matches_text(self.ports, name),
             None => !other.is_any() && self.matches_text(self.ports, &other.text),
         };
@@ -89,7 +89,7 @@ impl HostPattern {
     }
 }
 
-/// What stands behind the last colon, which is not one of an IPv6 address in brackets.
+/// The part after the last colon, which is not one of an IPv6 address in brackets.
 fn port_of(host: &str) -> Option<&str> {
     host.rsplit_once(':').map(|(_, port)| port).filter(|port| !port.ends_with(']'))
 }
@@ -110,7 +110,7 @@ pub fn host_matches(pattern: &str, host: &str) -> bool {
     }
 }
 
-/// Wildcard match that goes back at most to the last star, so it is quadratic at worst.
+/// Wildcard match that backtracks at most to the last star, so it is quadratic at worst.
 fn glob(pattern: &[u8], text: &[u8]) -> bool {
     let (mut p, mut t) = (0, 0);
     let mut retry: Option<(usize, usize)> = None;
@@ -136,10 +136,10 @@ impl std::str::FromStr for HostPattern {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        // A star in a label is as good as a letter there, so the grammar of hosts does the rest.
+        // A star may stand wherever a letter may, so the grammar of hosts checks the rest.
         let as_host = text.replace('*', "a").parse::<Registry>();
         match as_host {
-            // The port of https goes without saying, as in the names of requests.
+            // The port of https is left out, as in the registry names of requests.
             Ok(_) if text.strip_prefix(AND_BELOW).unwrap_or(text).contains("**") => Err(format!(
                 "match \"{text}\": two stars stand at the beginning only, as in \"**.example.com\", which is example.com and \
                  all below it"
@@ -247,7 +247,7 @@ mod tests {
         assert!(is_denied("10.0.0.1", "10.0.0.1:5000") && is_denied("[fd00::1]", "[fd00::1]:5000"));
         assert!(is_denied("evil.example:8443", "evil.example:8443") && !is_denied("evil.example:8443", "evil.example"));
         let plain = |text: &str| text.parse::<HostPattern>().unwrap();
-        assert!(denied("evil.example").covers(&plain("evil.example:1")), "nobody gets there");
+        assert!(denied("evil.example").covers(&plain("evil.example:1")), "no client reaches it");
         assert!(denied("evil.example").covers(&denied("evil.example")) && denied("*.io").covers(&denied("a.io")));
         assert!(!plain("evil.example").covers(&denied("evil.example")), "the other ports are still to be denied");
         assert!(plain("*").covers(&denied("evil.example")));

@@ -1,4 +1,4 @@
-//! `[peers]`: who the other drays are, and how they know each other.
+//! `[peers]`: the other instances, and how they authenticate each other.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -11,37 +11,37 @@ use super::{KeyConflict, addresses, zones};
 #[derive(Debug, Clone, PartialEq, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct PeersConfig {
-    /// Where other drays connect; without it this process keeps to itself.
+    /// The peer port; without it this process uses no peers.
     #[serde(deserialize_with = "addresses::optional")]
     pub listen: Option<SocketAddr>,
-    /// The peer listeners of all drays, this one included.
+    /// The peer ports of all instances, this one included.
     #[serde(rename = "static", deserialize_with = "zones::members")]
     pub members: Vec<(Zone, SocketAddr)>,
-    /// Names whose addresses are those of all drays, such as a headless Service. Each listens on
+    /// DNS names that list the addresses of all instances, such as a headless Service. Each listens on
     /// the port of `listen`.
     #[serde(deserialize_with = "zones::services")]
     pub service: Vec<(Zone, String)>,
-    /// This process's own; without it, that of the name or list that has its address.
+    /// The zone of this process; without it, that of the name or list that contains its address.
     #[serde(deserialize_with = "zones::zone")]
     pub zone: Zone,
     pub zones: Zones,
-    /// A file with a secret that all drays share, one to a line: the first signs, all are believed.
+    /// A file with secrets that all instances share, one a line: the first signs, all are accepted.
     pub key_file: Option<PathBuf>,
-    /// Certificates by which drays know each other.
+    /// Certificates with which instances authenticate each other.
     pub mtls: Option<Mtls>,
 }
 
 impl PeersConfig {
-    /// Whether peers have to prove who they are.
-    pub fn are_proven(&self) -> bool {
+    /// Whether peers authenticate each other.
+    pub fn are_authenticated(&self) -> bool {
         self.key_file.is_some() || self.mtls.is_some()
     }
 
-    /// Whether it makes sense as a whole.
+    /// Checks the keys against each other.
     pub(super) fn check(&self) -> Result<(), KeyConflict> {
         let has_members = !self.members.is_empty() || !self.service.is_empty();
         if has_members && self.listen.is_none() {
-            return Err(KeyConflict::new("peers.listen", "is needed, so that the others can ask back"));
+            return Err(KeyConflict::new("peers.listen", "is needed, so that the peers can connect to this process"));
         }
         let useless = [
             ("peers.key_file", "(or --peers-key-file, DRAY_PEERS_KEY_FILE) ", self.key_file.is_some()),
@@ -71,25 +71,25 @@ impl PeersConfig {
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Mtls {
-    /// Certificate chain, PEM. Peers have to have one for the same name.
+    /// Certificate chain, PEM. The certificates of all peers have one DNS name in common.
     pub cert: PathBuf,
     pub key: PathBuf,
-    /// Who issues the peers' certificates, PEM.
+    /// The authority of the peers' certificates, PEM.
     pub ca: PathBuf,
 }
 
-/// A zone's name; None: no zone that anybody knows.
+/// A zone's name; None: the zone is unknown.
 pub type Zone = Option<Arc<str>>;
 
-/// What zones mean for who asks whom.
+/// The effect of zones on requests between peers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Zones {
-    /// The owner in the zone is asked, and it asks the owner in all zones.
+    /// Requests go to the owner in the zone, and from it to the owner over all zones.
     #[default]
     Prefer,
-    /// Nobody in another zone is asked: each zone fetches from the origin for itself.
+    /// No requests between zones: each zone downloads from the upstream for itself.
     Isolate,
-    /// There are none.
+    /// Zones have no effect.
     Ignore,
 }

@@ -1,4 +1,4 @@
-//! `[[prefetch]]`: which images are kept fresh, and when. `[[pin]]`: which stay.
+//! `[[prefetch]]`: images that are kept fresh, and when. `[[pin]]`: images that stay in the cache.
 
 use std::str::FromStr;
 use std::time::Duration;
@@ -17,7 +17,7 @@ pub struct Prefetch {
     #[serde(deserialize_with = "images")]
     pub images: Vec<ImageName>,
     pub schedule: Schedule,
-    /// `os/architecture`; empty: this machine's.
+    /// `os/architecture`; empty: that of this machine.
     #[serde(default, deserialize_with = "platforms")]
     pub platforms: Vec<String>,
 }
@@ -27,12 +27,12 @@ pub struct Prefetch {
 pub struct Pin {
     #[serde(deserialize_with = "images")]
     pub images: Vec<ImageName>,
-    /// As of [`Prefetch`].
+    /// As in [`Prefetch`].
     #[serde(default, deserialize_with = "platforms")]
     pub platforms: Vec<String>,
 }
 
-/// A time as cron has it, in UTC.
+/// A schedule in the format of cron, in UTC.
 #[derive(Debug, Clone)]
 pub struct Schedule {
     text: String,
@@ -40,12 +40,12 @@ pub struct Schedule {
 }
 
 impl Schedule {
-    /// Whether it says seconds as well: then somebody watches, and nothing is to be put off.
+    /// Whether it has seconds: such a schedule is for tests and demonstrations, so no random delay is added.
     pub fn is_by_the_second(&self) -> bool {
         self.text.split_whitespace().count() > 5
     }
 
-    /// From now to the next time; None: there is none.
+    /// The time until the next run; None: there is none.
     pub fn next(&self, now: DateTime<Utc>) -> Option<Duration> {
         let next = self.cron.find_next_occurrence(&now, false).ok()?;
         (next - now).to_std().ok()
@@ -81,14 +81,14 @@ fn platforms<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<String>, 
     texts.iter().map(|text| platform(text).map_err(D::Error::custom)).collect()
 }
 
-/// `os/architecture`, or with a variant. An error says how it is written.
+/// `os/architecture`, or with a variant. An error says how to write it.
 pub fn platform(text: &str) -> Result<String, String> {
     let parts: Vec<&str> = text.split('/').collect();
     if (2..=3).contains(&parts.len()) && parts.iter().all(|part| !part.is_empty()) {
         return Ok(text.to_owned());
     }
     let example = if parts.len() == 1 && !text.is_empty() { format!("linux/{text}") } else { "linux/amd64".to_owned() };
-    Err(format!("\"{text}\" is no platform: write os/arch, such as \"{example}\""))
+    Err(format!("\"{text}\" is not a valid platform: expected os/arch, such as \"{example}\""))
 }
 
 #[cfg(test)]
@@ -115,7 +115,7 @@ mod tests {
         assert_eq!(prefetch.schedule.next(now), Some(Duration::from_secs(1800)));
         assert_eq!(prefetch.images[0].to_string(), "docker.io/library/alpine:latest");
         for (text, says) in [
-            ("images = [\"UPPER\"]\nschedule = \"0 3 * * *\"", "is no image"),
+            ("images = [\"UPPER\"]\nschedule = \"0 3 * * *\"", "is not a valid image name"),
             ("images = []\nschedule = \"daily at three\"", "0 3 * * *"),
             ("images = []\nschedule = \"61 3 * * *\"", "in UTC"),
         ] {

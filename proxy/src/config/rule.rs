@@ -1,4 +1,4 @@
-//! `[[registry]]`: what holds for some registries or repositories.
+//! `[[registry]]`: a rule for some registries or repositories.
 
 use std::path::PathBuf;
 
@@ -7,49 +7,49 @@ use serde::Deserialize;
 use super::{ConfigDuration, Credentials, RulePattern, UnlistedRegistries, Upstream, lists, units};
 use crate::oci::Registry;
 
-/// What holds for the registries that a pattern matches.
+/// The settings of the registries that a pattern matches.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RuleConfig {
     #[serde(rename = "match")]
     pub pattern: RulePattern,
-    /// Names without a port by which clients may call this registry in a path.
+    /// Names without a port that stand for this registry in a path.
     #[serde(default, deserialize_with = "lists::list")]
     pub alias: Vec<String>,
-    /// Where to fetch from, in order. Empty: the registry itself.
+    /// In order of preference. Empty: the registry itself.
     #[serde(default, deserialize_with = "lists::list")]
     pub upstreams: Vec<Upstream>,
     #[serde(default)]
     pub credentials: Option<Credentials>,
-    /// Further roots to trust for this rule's upstreams, or the very certificates that they show, PEM.
+    /// Additional roots to trust for this rule's upstreams, or the certificates themselves that they present, PEM.
     #[serde(default)]
     pub ca: Option<PathBuf>,
-    /// What this rule's upstreams are shown where they want to know who connects, PEM.
+    /// The client certificate for upstreams that require one, PEM.
     #[serde(default)]
     pub client_cert: Option<ClientCert>,
     #[serde(default)]
     pub deny: bool,
     #[serde(default)]
-    pub access: Authorization,
-    /// For how long a tag is believed without asking.
+    pub authorization: Authorization,
+    /// How long a tag resolution is fresh.
     #[serde(default = "default_tag_ttl")]
     pub tag_ttl: ConfigDuration,
-    /// The same for some tags; the first that matches holds.
+    /// The same for some tags; the first match wins.
     #[serde(default, deserialize_with = "lists::list")]
     pub tags: Vec<TagTtl>,
     /// Regular expressions of tags that never change.
     #[serde(default, deserialize_with = "units::regexes")]
     pub immutable_tags: Vec<String>,
-    /// For how long after it was last asked a tag is served while the origin is in trouble.
+    /// How long after its last confirmation a tag is served stale while the upstream fails.
     #[serde(default = "default_stale_for")]
-    pub stale_for: ConfigDuration,
-    /// For how long a "not found" is believed.
+    pub stale_if_error: ConfigDuration,
+    /// How long "not found" is cached.
     #[serde(default = "default_negative_ttl")]
     pub negative_ttl: ConfigDuration,
     #[serde(default)]
-    pub abandoned: OnClientAbort,
+    pub on_client_abort: OnClientAbort,
     #[serde(default)]
-    pub far_peers: CrossZonePeers,
+    pub cross_zone_peers: CrossZonePeers,
 }
 
 /// A certificate and its key, as files.
@@ -60,7 +60,7 @@ pub struct ClientCert {
     pub key: PathBuf,
 }
 
-/// For how long some tags are believed without asking.
+/// How long the resolutions of some tags are fresh.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TagTtl {
@@ -70,41 +70,41 @@ pub struct TagTtl {
     pub ttl: ConfigDuration,
 }
 
-/// Whether peers in other zones are asked for what a registry serves, where `peers.zones` lets them be.
+/// Whether peers in other zones are used for a registry, if `peers.zones` allows it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum CrossZonePeers {
     #[default]
     Always,
-    /// Unless the registry was found to be faster.
+    /// Unless the registry was measured to be faster.
     UnlessSlower,
     Never,
 }
 
-/// What becomes of a blob that is being fetched when everybody who asked for it has left.
+/// What to do with a download when all its clients have disconnected.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum OnClientAbort {
-    /// Fetching stops, unless little is left; what is there is kept for a while.
+    /// Stop it, unless little is left; the received bytes are kept for a while.
     #[default]
-    Keep,
-    /// It is fetched to its end.
+    Stop,
+    /// Complete it.
     Finish,
 }
 
-/// Who may have what a rule can pull.
+/// Which clients may pull what dray can pull by a rule.
 #[derive(Debug, Clone, Copy, PartialEq, Default, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Authorization {
-    /// Every caller.
+    /// Every client.
     #[default]
     Shared,
-    /// Whoever could pull it from the registry itself.
-    Client,
+    /// A client that may pull it from the registry with its own pull secret.
+    Passthrough,
 }
 
 impl RuleConfig {
-    /// The rule that stands behind all others.
+    /// The rule behind all others.
     pub fn implicit(unlisted: UnlistedRegistries) -> Self {
         Self {
             pattern: RulePattern::any(),
@@ -114,18 +114,18 @@ impl RuleConfig {
             ca: None,
             client_cert: None,
             deny: unlisted == UnlistedRegistries::Deny,
-            access: Authorization::Shared,
+            authorization: Authorization::Shared,
             tag_ttl: default_tag_ttl(),
             tags: Vec::new(),
             immutable_tags: Vec::new(),
-            stale_for: default_stale_for(),
+            stale_if_error: default_stale_for(),
             negative_ttl: default_negative_ttl(),
-            abandoned: OnClientAbort::Keep,
-            far_peers: CrossZonePeers::Always,
+            on_client_abort: OnClientAbort::Stop,
+            cross_zone_peers: CrossZonePeers::Always,
         }
     }
 
-    /// The key and the problem, where something in it makes no sense by itself.
+    /// The first key that is wrong by itself, and the problem.
     pub(super) fn check(&self) -> Result<(), (&'static str, String)> {
         if self.deny && self.client_cert.is_some() {
             return Err(("registry.client_cert", "a denied registry is shown no certificate".to_owned()));
@@ -136,7 +136,7 @@ impl RuleConfig {
         for upstream in &self.upstreams {
             upstream.check(&self.pattern).map_err(|problem| ("registry.upstreams", problem))?;
         }
-        if self.access == Authorization::Client {
+        if self.authorization == Authorization::Passthrough {
             self.check_clients_access().map_err(|(key, problem)| (key, problem.to_owned()))?;
         }
         let one_secret = self.credentials.as_ref().is_some_and(Credentials::is_one_secret);
@@ -159,13 +159,16 @@ impl RuleConfig {
         self.alias.iter().try_for_each(|alias| self.check_alias(alias).map_err(|problem| ("registry.alias", problem)))
     }
 
-    /// What a rule by which callers come with their own rights cannot have.
+    /// Keys that exclude `authorization = "passthrough"`.
     fn check_clients_access(&self) -> Result<(), (&'static str, &'static str)> {
         if self.credentials.is_some() {
-            return Err(("registry.credentials", "are of no use with access = \"client\": callers bring their own"));
+            return Err((
+                "registry.credentials",
+                "have no effect with authorization = \"passthrough\": clients bring their own",
+            ));
         }
         if self.upstreams.len() > 1 {
-            let problem = "access = \"client\" takes one: a caller's rights are those at one registry";
+            let problem = "authorization = \"passthrough\" takes one: the rights of a client are those at one registry";
             return Err(("registry.upstreams", problem));
         }
         Ok(())
@@ -176,10 +179,13 @@ impl RuleConfig {
             return Err(format!("\"{alias}\" must be a plain name: no dot, colon or slash"));
         }
         if !self.pattern.is_of_registries() {
-            return Err(format!("\"{alias}\" stands for a registry, but \"{}\" is about repositories", self.pattern));
+            return Err(format!(
+                "\"{alias}\" is a name for a registry, but \"{}\" is about repositories",
+                self.pattern
+            ));
         }
         if self.pattern.host.is_glob() {
-            return Err(format!("\"{alias}\" cannot stand for the many hosts of \"{}\"", self.pattern));
+            return Err(format!("\"{alias}\" cannot be the name of the many hosts of \"{}\"", self.pattern));
         }
         Ok(())
     }

@@ -1,4 +1,4 @@
-//! What a rule is for: registries by pattern, and maybe only some of their repositories.
+//! The scope of a rule: registries by pattern, optionally only some of their repositories.
 
 use std::fmt;
 
@@ -29,7 +29,7 @@ impl RulePattern {
         Self { text: "*".to_owned(), host: HostPattern::any(), repositories: Repositories::All }
     }
 
-    /// The same on every port, if it names none.
+    /// The same pattern on every port, if it has none.
     pub fn on_every_port(self) -> Self {
         Self { host: self.host.on_every_port(), ..self }
     }
@@ -55,7 +55,7 @@ impl RulePattern {
         }
     }
 
-    /// Whether it is for whole registries.
+    /// Whether it matches whole registries.
     pub fn is_of_registries(&self) -> bool {
         self.repositories == Repositories::All
     }
@@ -64,7 +64,7 @@ impl RulePattern {
         matches!(self.repositories, Repositories::One(_))
     }
 
-    /// Whether it has a star for the rest of a repository's name.
+    /// Whether it ends in a star for the rest of a repository's name.
     pub fn has_rest(&self) -> bool {
         matches!(self.repositories, Repositories::Below(_))
     }
@@ -84,7 +84,7 @@ impl RulePattern {
     }
 }
 
-/// What follows a parent's name in that of one of its children.
+/// The rest of a repository's name below its parent.
 fn below<'a>(parent: &str, name: &'a str) -> Option<&'a str> {
     name.strip_prefix(parent)?.strip_prefix('/').filter(|rest| !rest.is_empty())
 }

@@ -84,31 +84,31 @@ fn errors_name_file_line_and_key() {
         ("[[registry]]\nmatch = \"a.io\"\nclient_cert = { cert = \"c\" }", &["line 3", "key"]),
         ("[[registry]]\nmatch = \"a.io\"\naccess = \"public\"", &["line 3", "shared", "client"]),
         (
-            "[[registry]]\nmatch = \"a.io\"\naccess = \"client\"\ncredentials = { helper = \"x\" }",
+            "[[registry]]\nmatch = \"a.io\"\nauthorization = \"passthrough\"\ncredentials = { helper = \"x\" }",
             &["dray.toml:4", "registry.credentials", "their own"],
         ),
         (
-            "[[registry]]\nmatch = \"a.io\"\naccess = \"client\"\nupstreams = [\"https://a\", \"https://b\"]",
+            "[[registry]]\nmatch = \"a.io\"\nauthorization = \"passthrough\"\nupstreams = [\"https://a\", \"https://b\"]",
             &["dray.toml:4", "registry.upstreams"],
         ),
         (
-            "[access]\nlogins_file = \"l\"\n[[registry]]\nmatch = \"a.io\"\naccess = \"client\"",
-            &["dray.toml:5", "registry.access", "logins_file"],
+            "[access]\nusers_file = \"l\"\n[[registry]]\nmatch = \"a.io\"\nauthorization = \"passthrough\"",
+            &["dray.toml:5", "registry.authorization", "users_file"],
         ),
         ("[[registry]]\nmatch = \"a.io\"\nalias = [\"x.y\"]", &["dray.toml:3", "registry.alias"]),
         ("# [cache]\n[cache]\ndisk = \"1MiB\"", &["dray.toml:3", "cache.disk", "64MiB", "disk = \"1MiB\""]),
         ("[tls]\ncert = \"c\"", &["dray.toml:1", "tls"]),
         ("admin = \"0.0.0.0:5050\"", &["dray.toml:1", "listen and admin", "its own"]),
         ("[peers]\nlisten = \"0.0.0.0:5051\"\nservice = \"a.b\"", &["admin and peers.listen"]),
-        ("listen = \"here\"", &["line 1", "listen"]),
-        ("admin = \"localhost:5051\"", &["line 1", "\"localhost:5051\" is no address", "IP:PORT"]),
+        ("listen = \"x\"", &["line 1", "listen"]),
+        ("admin = \"localhost:5051\"", &["line 1", "\"localhost:5051\" is not a valid address", "IP:PORT"]),
         ("[dns]\nservers = [\"10.96.0.10\"]", &["line 2", "\"10.96.0.10\"", "IP:PORT"]),
         ("[peers]\nlisten = \"5052\"", &["line 2", "IP:PORT"]),
         ("[peers]\nstatic = { a = [\"node1:5052\"] }", &["line 2", "\"node1:5052\"", "IP:PORT", "peers.service"]),
         ("[peers]\nservice = [\"dray.svc:5052\"]", &["line 2", "\"dray.svc:5052\"", "without a port", "peers.listen"]),
-        ("[guard]\nallow = [\"10.0.0.1\"]", &["line 2", "write a network, \"10.0.0.1/32\""]),
-        ("[access]\nclients = [\"fd00::1\"]", &["line 2", "write a network, \"fd00::1/128\""]),
-        ("[access]\nclients = [\"corp\"]", &["line 2", "\"corp\" is no network", "10.0.0.0/8"]),
+        ("[egress]\nallow_cidrs = [\"10.0.0.1\"]", &["line 2", "write a network, \"10.0.0.1/32\""]),
+        ("[access]\nallowed_cidrs = [\"fd00::1\"]", &["line 2", "write a network, \"fd00::1/128\""]),
+        ("[access]\nallowed_cidrs = [\"corp\"]", &["line 2", "\"corp\" is not a valid network", "10.0.0.0/8"]),
         ("[[registry]]\nmatch = \"a.io\"\ntag_ttl = 60", &["line 3", "60 has no unit", "\"60s\""]),
         ("[cache]\ndisk = 20000000000", &["line 2", "20000000000 has no unit", "\"20GiB\""]),
         ("[cache]\ndisk = true", &["line 2", "boolean", "\"20GiB\""]),
@@ -145,12 +145,12 @@ fn errors_name_file_line_and_key() {
 
 #[test]
 fn what_only_the_start_can_know_is_told_with_its_line() {
-    let peers =
-        "[[registry]]\nmatch = \"reg.corp\"\naccess = \"client\"\n[peers]\nlisten = \"0.0.0.0:1\"\nservice = \"a.b\"\n";
+    let peers = "[[registry]]\nmatch = \"reg.corp\"\nauthorization = \"passthrough\"\n[peers]\nlisten = \"0.0.0.0:1\"\nservice = \"a.b\"\n";
     let text = SourceText::new(peers, "dray.toml");
     let mut config = text.parse().unwrap();
     let message = text.locate(config.check_together().unwrap_err()).to_string();
-    for want in ["dray.toml:3: registry.access", "reg.corp", "peers.key_file", "--peers-key-file", "peers.mtls"] {
+    for want in ["dray.toml:3: registry.authorization", "reg.corp", "peers.key_file", "--peers-key-file", "peers.mtls"]
+    {
         assert!(message.contains(want), "{message}");
     }
     config.peers.key_file = Some("key".into());

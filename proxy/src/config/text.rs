@@ -1,4 +1,4 @@
-//! The text of a configuration file, and where in it things stand.
+//! The text of a configuration file, and the lines of its keys.
 
 #![allow(clippy::disallowed_methods, reason = "runs at the start, and on threads for blocking work")]
 
@@ -7,24 +7,24 @@ use std::path::Path;
 
 use super::{Config, ConfigError};
 
-/// What a file says, before it is understood.
+/// The text of a file before it is parsed.
 #[derive(Debug)]
 pub struct SourceText {
     file: String,
     text: String,
 }
 
-/// A key that makes no sense beside others.
+/// A key that contradicts another one, and the problem.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct KeyConflict {
-    /// The byte at which the rule begins that it belongs to.
+    /// The first byte of the rule that contains it.
     pub(super) rule: Option<usize>,
     /// With its table, such as `cache.disk`.
     pub(super) key: &'static str,
     pub(super) problem: String,
 }
 
-// === impl Text ===
+// === impl SourceText ===
 
 impl SourceText {
     pub fn read(path: &Path) -> Result<Self, ConfigError> {
@@ -44,7 +44,7 @@ impl SourceText {
         &self.file
     }
 
-    /// Understands and checks it.
+    /// Parses and checks it.
     pub fn parse(&self) -> Result<Config, ConfigError> {
         let mut config: Config = toml::from_str(&self.text)
             .map_err(|error| ConfigError::Syntax { file: self.file.clone(), error: Box::new(error) })?;
@@ -53,10 +53,10 @@ impl SourceText {
         Ok(config)
     }
 
-    /// Says where it stands that something is wrong.
+    /// Adds the file, and the line if the file contains the key.
     pub fn locate(&self, wrong: KeyConflict) -> ConfigError {
         let Some(line) = self.line_of(&wrong) else {
-            // A flag or a variable has brought it.
+            // It comes from a flag or an environment variable.
             return ConfigError::Invalid { place: self.file.clone(), wrong, written: String::new() };
         };
         let written = self.text.lines().nth(line - 1).unwrap_or_default();
@@ -72,7 +72,7 @@ impl SourceText {
         self.text.bytes().take(offset).filter(|byte| *byte == b'\n').count() + 1
     }
 
-    /// The line of a key, or else of its table.
+    /// The line of a key, otherwise of its table.
     fn line_of(&self, wrong: &KeyConflict) -> Option<usize> {
         let (table, key) = wrong.key.rsplit_once('.').unwrap_or(("", wrong.key));
         let lines: Vec<&str> = self.text.lines().map(str::trim_start).collect();
@@ -93,23 +93,23 @@ impl SourceText {
 fn opens(line: &str) -> Option<&str> {
     let (name, _) = line.strip_prefix('[')?.trim_start_matches('[').split_once(']')?;
     let name = name.trim();
-    // An array may go over several lines.
+    // An array may span several lines.
     name.starts_with(|c: char| c.is_ascii_lowercase()).then_some(name)
 }
 
-/// Whether a line sets a key, or one below it.
+/// Whether a line sets a key or one below it.
 fn says(line: &str, key: &str) -> bool {
     line.strip_prefix(key).is_some_and(|rest| rest.trim_start().starts_with(['=', '.']))
 }
 
-// === impl Wrong ===
+// === impl KeyConflict ===
 
 impl KeyConflict {
     pub(super) fn new(key: &'static str, problem: impl Into<String>) -> Self {
         Self { rule: None, key, problem: problem.into() }
     }
 
-    /// With a key of a rule that begins at a byte.
+    /// For a key of the rule that begins at a byte.
     pub fn of_rule(rule: usize, key: &'static str, problem: impl Into<String>) -> Self {
         Self { rule: Some(rule), key, problem: problem.into() }
     }
@@ -144,7 +144,7 @@ deny = true
 ";
 
     #[test]
-    fn a_key_is_found_or_else_its_table() {
+    fn key_is_located_otherwise_its_table() {
         let text = SourceText::new(TEXT, "x");
         let rules: Vec<usize> = TEXT.match_indices("[[registry]]").map(|(at, _)| at).collect();
         for (rule, key, line) in [
@@ -166,7 +166,7 @@ deny = true
     }
 
     #[test]
-    fn what_was_written_is_shown() {
+    fn located_error_shows_the_line() {
         let error = SourceText::new(TEXT, "x.toml").locate(KeyConflict::new("tls.cert", "is nothing"));
         assert_eq!(error.to_string(), "x.toml:5: tls.cert: is nothing\n  5 | cert = \"c\"");
         let error = SourceText::new(TEXT, "x.toml").locate(KeyConflict::new("peers.listen", "is nothing"));

@@ -1,4 +1,4 @@
-//! `[tracing]`: who is told which request took how long where.
+//! `[tracing]`: traces of requests, and the collector that they are exported to.
 
 use serde::Deserialize;
 use serde::de::{Deserializer, Error};
@@ -7,10 +7,10 @@ use url::Url;
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Tracing {
-    /// An OpenTelemetry collector. None: traces are only passed on.
+    /// An OpenTelemetry collector. None: trace contexts are only propagated.
     #[serde(deserialize_with = "collector")]
     pub otlp: Option<Url>,
-    /// Of the requests that belong to no trace, those for which one begins: from 0 to 1.
+    /// The share of requests without a trace for which dray starts one: from 0 to 1.
     #[serde(deserialize_with = "share")]
     pub sample: f64,
 }
@@ -22,7 +22,7 @@ impl Default for Tracing {
 }
 
 impl Tracing {
-    /// A key that does nothing without a collector.
+    /// A key that has no effect without a collector.
     pub(super) fn is_useless(&self) -> Option<&'static str> {
         (self.otlp.is_none() && *self != Self::default()).then_some("tracing.sample")
     }

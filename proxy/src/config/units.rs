@@ -1,4 +1,4 @@
-//! Sizes and durations as people write them.
+//! Sizes and durations with units.
 
 use std::fmt;
 use std::time::Duration;
@@ -11,7 +11,7 @@ use super::lists::list;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Size(pub u64);
 
-/// A part of a disk: a number of bytes, or percent of its file system.
+/// A share of a disk: a number of bytes, or percent of its file system.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum DiskShare {
     Size(Size),
@@ -39,7 +39,7 @@ impl std::str::FromStr for Size {
             count.checked_shl(*shift).filter(|bytes| bytes >> shift == count)
         };
         parse().map(Self).ok_or_else(|| {
-            format!("\"{text}\" is no size: write a whole number with B, KiB, MiB, GiB or TiB, such as \"20GiB\"")
+            format!("\"{text}\" is not a valid size: expected a whole number with B, KiB, MiB, GiB or TiB, such as \"20GiB\"")
         })
     }
 }
@@ -60,15 +60,15 @@ impl fmt::Display for Size {
     }
 }
 
-// === impl Share ===
+// === impl DiskShare ===
 
 impl DiskShare {
-    /// Whether it is less than so many bytes on every disk.
+    /// Whether it is less than a number of bytes on every disk.
     pub fn is_below(self, least: Size) -> bool {
         matches!(self, Self::Size(size) if size < least)
     }
 
-    /// In bytes, of a whole of `total` bytes.
+    /// In bytes, for a disk of `total` bytes.
     pub fn of(self, total: u64) -> u64 {
         match self {
             Self::Size(size) => size.0,
@@ -85,7 +85,7 @@ impl std::str::FromStr for DiskShare {
             return text.parse().map(Self::Size).map_err(|error| format!("{error}, or percent such as \"50%\""));
         };
         let percent = digits.trim_end().parse().ok().filter(|percent| (1..=100).contains(percent));
-        percent.map(Self::Percent).ok_or_else(|| format!("\"{text}\" is no share: write 1% to 100%"))
+        percent.map(Self::Percent).ok_or_else(|| format!("\"{text}\" is not a valid share: expected 1% to 100%"))
     }
 }
 
@@ -104,7 +104,7 @@ impl fmt::Display for DiskShare {
     }
 }
 
-// === impl Span ===
+// === impl ConfigDuration ===
 
 impl ConfigDuration {
     pub(super) const fn seconds(seconds: u64) -> Self {
@@ -116,12 +116,14 @@ impl<'de> Deserialize<'de> for ConfigDuration {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let text = deserializer.deserialize_str(UnitText(DURATION))?;
         humantime::parse_duration(&text).map(Self).map_err(|_| {
-            D::Error::custom(format!("\"{text}\" is no duration: write it with a unit, such as \"90s\" or \"5m\""))
+            D::Error::custom(format!(
+                "\"{text}\" is not a valid duration: expected a number with a unit, such as \"90s\" or \"5m\""
+            ))
         })
     }
 }
 
-/// A text with a number and a unit, which people forget. Says what to write instead of a number.
+/// A text with a number and a unit. For a plain number the error says what to write.
 struct UnitText(fn(i64) -> String);
 
 const SIZE: fn(i64) -> String = |_| "a size such as \"20GiB\"".to_owned();

@@ -7,7 +7,7 @@ use serde::de::{Deserialize, Deserializer, Error};
 use super::RulePattern;
 use crate::oci::{Registry, Repository};
 
-/// Where a registry's content is fetched from, as written in the configuration.
+/// A server that dray downloads from, as written in the configuration.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Upstream {
     pub scheme: Scheme,
@@ -15,17 +15,17 @@ pub struct Upstream {
     pub authority: String,
     /// The root of the API, as containerd's `override_path` has it: `/v2`, or a longer path that ends so.
     root: String,
-    /// The repository at the upstream, with `{repo}` for the one that was asked for, `{registry}` for its registry, or
-    /// `{rest}` for what the rule's star stands for.
+    /// The repository at the upstream. `{repo}` is the requested one, `{registry}` its registry, and `{rest}` what the rule's
+    /// star matches.
     template: Option<String>,
     naming: RegistryParameter,
 }
 
-/// Whether the upstream is told the registry beside the repository.
+/// How a request to the upstream contains the name of the registry.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum RegistryParameter {
     ByPath,
-    /// `?ns={registry}`: another mirror, such as a dray.
+    /// `?ns={registry}`, for another mirror such as dray.
     ByNamespace,
 }
 
@@ -63,13 +63,13 @@ impl Upstream {
         }
     }
 
-    /// The query by which the upstream is told the registry.
+    /// The query with the name of the registry.
     pub fn namespace(&self, registry: &Registry) -> Option<String> {
         let value = || url::form_urlencoded::byte_serialize(registry.as_str().as_bytes()).collect::<String>();
         (self.naming == RegistryParameter::ByNamespace).then(|| format!("ns={}", value()))
     }
 
-    /// Whether its path makes sense for what a rule matches. An error: why not.
+    /// Checks its path against the pattern of its rule.
     pub fn check(&self, matching: &RulePattern) -> Result<(), String> {
         let Some(template) = &self.template else { return Ok(()) };
         let holds = |placeholder: &str| template.matches(placeholder).count();
@@ -79,7 +79,7 @@ impl Upstream {
                 "\"{self}\": {{rest}} is what a star at the end of match stands for, and \"{matching}\" has none"
             ));
         }
-        // One repository may be called anything there.
+        // A single repository may have any name at the upstream.
         if places == 1 || (places == 0 && matching.is_of_one_repository()) {
             return Ok(());
         }
@@ -90,7 +90,8 @@ impl Upstream {
         ))
     }
 
-    /// Whether repositories are called there as here. A list of them is of no use otherwise, and may be of others' as well.
+    /// Whether repositories have the same names at the upstream. Otherwise its catalog is not served: names would not match, and
+    /// it may list other repositories as well.
     pub fn keeps_names(&self) -> bool {
         self.template.is_none()
     }
@@ -100,7 +101,7 @@ impl Upstream {
         format!("{}://{}", self.scheme.as_str(), self.authority)
     }
 
-    /// `scheme://authority/v2`, or where else its API begins.
+    /// `scheme://authority/v2`, or another root of its API.
     pub fn api(&self) -> String {
         self.base() + &self.root
     }
@@ -136,10 +137,14 @@ impl std::str::FromStr for Upstream {
         let naming = match query {
             "" => RegistryParameter::ByPath,
             BY_NAMESPACE => RegistryParameter::ByNamespace,
-            _ => return Err(format!("upstream \"{text}\": the only query that has a place here is ?{BY_NAMESPACE}")),
+            _ => {
+                return Err(format!(
+                    "upstream \"{text}\": the only query that an upstream may have is ?{BY_NAMESPACE}"
+                ));
+            }
         };
         if url.fragment().is_some() {
-            return Err(format!("upstream \"{text}\": a fragment has no place here"));
+            return Err(format!("upstream \"{text}\": a fragment is not allowed"));
         }
         let host = url.host_str().ok_or_else(|| format!("upstream \"{text}\" has no host"))?;
         let authority = match url.port() {
@@ -162,7 +167,7 @@ impl std::str::FromStr for Upstream {
     }
 }
 
-/// The root of the API and the template of repositories: what stands before `/v2`, and behind it.
+/// The root of the API and the template of repositories: the path up to `/v2`, and after it.
 fn split_path(path: &str) -> (String, Option<String>) {
     let template = |text: &str| Some(text.to_owned()).filter(|text| !text.is_empty());
     let slashed = format!("/{path}/");

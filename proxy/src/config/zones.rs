@@ -7,7 +7,7 @@ use serde::de::{Deserialize, Deserializer, Error};
 
 use super::{Zone, addresses};
 
-/// A name that has the addresses of all drays. An error says how it is written.
+/// A DNS name that lists the addresses of all instances. An error says how to write it.
 pub fn service_name(text: &str) -> Result<String, String> {
     if text.contains(':') && text.parse::<IpAddr>().is_err() {
         return Err(format!("\"{text}\": write a name without a port: peers use the port of peers.listen"));
@@ -27,7 +27,7 @@ pub(super) fn services<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec
     by_zone(deserializer, service_name)
 }
 
-/// One, or a list, or for each zone one or a list.
+/// A value, a list, or for each zone a value or a list.
 fn by_zone<'de, D, T>(deserializer: D, parse: fn(&str) -> Result<T, String>) -> Result<Vec<(Zone, T)>, D::Error>
 where
     D: Deserializer<'de>,

@@ -1,4 +1,4 @@
-//! Connections that wait for a request, the oldest first: where there is no room for another one, one of them is closed.
+//! Connections that wait for a request, oldest first. If no slot is free, one of them is closed for a new connection.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -16,18 +16,18 @@ struct IdleState {
     connections: BTreeMap<u64, (Option<IpAddr>, oneshot::Sender<()>)>,
 }
 
-/// A connection's place among them, until it is dropped.
+/// The entry of an idle connection, removed on drop.
 pub(super) struct IdleEntry {
     idle: Arc<Idle>,
     nth: u64,
     closed: oneshot::Receiver<()>,
 }
 
-/// Whose connection is to be closed.
+/// Which connection is to be closed.
 #[derive(Clone, Copy)]
 pub(super) enum CloseTarget {
-    Anybodys,
-    Clients(Option<IpAddr>),
+    Any,
+    Client(Option<IpAddr>),
 }
 
 impl Idle {
@@ -40,21 +40,21 @@ impl Idle {
         IdleEntry { idle: self.clone(), nth, closed }
     }
 
-    /// Closes the connection that has waited longest. False: none waits.
-    pub(super) fn close_oldest(&self, whose: CloseTarget) -> bool {
+    /// Closes the connection that has been idle longest. False: none is idle.
+    pub(super) fn close_oldest(&self, target: CloseTarget) -> bool {
         let mut waiting = self.0.lock();
-        let is_meant = |client: Option<IpAddr>| match whose {
-            CloseTarget::Anybodys => true,
-            CloseTarget::Clients(of) => client == of,
+        let is_target = |client: Option<IpAddr>| match target {
+            CloseTarget::Any => true,
+            CloseTarget::Client(of) => client == of,
         };
-        let oldest = waiting.connections.iter().find(|(_, (client, _))| is_meant(*client)).map(|(nth, _)| *nth);
+        let oldest = waiting.connections.iter().find(|(_, (client, _))| is_target(*client)).map(|(nth, _)| *nth);
         let closed = oldest.and_then(|nth| waiting.connections.remove(&nth));
         closed.is_some_and(|(_, close)| close.send(()).is_ok())
     }
 }
 
 impl IdleEntry {
-    /// Ends when the connection is to be closed.
+    /// Returns when the connection is to be closed.
     pub(super) async fn closed(&mut self) {
         if (&mut self.closed).await.is_err() {
             std::future::pending::<()>().await;
@@ -75,15 +75,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn oldest_is_closed_first_and_of_a_client_its_own() {
+    fn oldest_idle_connection_is_closed_first() {
         let idle = Arc::new(Idle::default());
         let client = |nth: u8| Some(IpAddr::from([192, 0, 2, nth]));
         let mut entries = [1, 2, 2, 1].map(|nth| idle.enter(client(nth)));
-        assert!(idle.close_oldest(CloseTarget::Clients(client(2))) && idle.close_oldest(CloseTarget::Anybodys));
+        assert!(idle.close_oldest(CloseTarget::Client(client(2))) && idle.close_oldest(CloseTarget::Any));
         let closed = entries.each_mut().map(|entry| entry.closed().now_or_never().is_some());
         assert_eq!(closed, [true, true, false, false]);
-        assert!(!idle.close_oldest(CloseTarget::Clients(client(3))));
+        assert!(!idle.close_oldest(CloseTarget::Client(client(3))));
         drop(entries);
-        assert!(!idle.close_oldest(CloseTarget::Anybodys) && idle.0.lock().connections.is_empty());
+        assert!(!idle.close_oldest(CloseTarget::Any) && idle.0.lock().connections.is_empty());
     }
 }

@@ -1,8 +1,11 @@
-//! What a containerd makes of its configuration: config.toml and what it imports, as far as mirrors go.
+//! The effective configuration of a containerd: config.toml and its imports, as far as it concerns mirrors.
 //!
-//! containerd 1.x takes a plugin's section from the file that was read last, 2.x merges them key by key; 1.x
-//! knows short plugin names in files without `version = 2`, 2.x moves each file to its own version first. Either
-//! ignores what stands in a section that it does not read.
+//! | | containerd 1.x | containerd 2.x |
+//! |---|---|---|
+//! | one plugin section in several files | the last file's section replaces the others | merged key by key |
+//! | files of an older configuration version | short plugin names without `version = 2` | each file is migrated first |
+//!
+//! Both ignore sections that they do not know.
 
 #![allow(clippy::disallowed_methods, reason = "runs in commands, and on threads for blocking work")]
 
@@ -14,7 +17,7 @@ use std::str::FromStr;
 
 use toml::{Table, Value};
 
-/// Which containerd reads the configuration.
+/// The version of the containerd that reads the configuration.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Version {
     pub major: u32,
@@ -28,28 +31,28 @@ pub struct File {
     pub table: Table,
 }
 
-/// What of it matters for mirrors.
+/// The settings that concern mirrors.
 #[derive(Debug, Clone, Default)]
 pub struct Daemon {
     /// The CRI plugin's `config_path`.
     pub config_path: Option<Value>,
     /// `registry.mirrors` has entries.
     pub has_mirrors: bool,
-    /// `registry.configs` has some with TLS.
+    /// `registry.configs` has entries with TLS.
     pub has_tls_configs: bool,
     pub cri_disabled: bool,
-    /// A setting for which containerd 2.1 and later pulls in the CRI plugin, as all did before, and not by its
+    /// A setting that makes containerd 2.1 and later pull in the CRI plugin, as older versions do, instead of in the
     /// transfer service.
-    pub pulls_itself: Option<&'static str>,
-    /// Its socket, where the configuration names one.
+    pub local_pull_setting: Option<&'static str>,
+    /// The socket in the configuration.
     pub socket: Option<PathBuf>,
-    /// A plugin's name, of a section or disabled, which containerd does not take.
+    /// A plugin name, of a section or in `disabled_plugins`, with which containerd does not start.
     pub misnamed_plugin: Option<String>,
-    /// Files with a `config_path` for the CRI plugin that a later one takes away.
+    /// Files whose `config_path` for the CRI plugin is lost, because the section of a later file replaces theirs.
     pub replaced: Vec<PathBuf>,
     /// Sections with a `config_path` that this containerd does not read.
     pub misplaced: Vec<(PathBuf, String)>,
-    /// The version that the configuration has.
+    /// The version of the configuration format.
     pub config_version: i64,
 }
 
@@ -62,18 +65,20 @@ pub enum LoadError {
     NotToml { path: PathBuf, problem: String },
 }
 
-/// Where a plugin's registry settings stand.
+/// The plugin sections with registry settings: the CRI plugin up to configuration version 2, its images plugin since
+/// version 3, and the transfer service.
 const CRI_1: &str = "io.containerd.grpc.v1.cri";
 const CRI_2: &str = "io.containerd.cri.v1.images";
 const TRANSFER: &str = "io.containerd.transfer.v1.local";
 
-/// The configuration's version since which plugins have their full names, and since which the CRI plugin's image
-/// settings stand apart.
-const FULL_NAMES: i64 = 2;
-const IMAGES_APART: i64 = 3;
+/// The first configuration version with full plugin names.
+const FULL_NAMES_VERSION: i64 = 2;
+
+/// The first configuration version in which the image settings of the CRI plugin have a section of their own.
+const IMAGES_SECTION_VERSION: i64 = 3;
 
 impl Version {
-    /// What can be thought of one that is not to be asked.
+    /// A guess from the configuration, for a containerd whose `--version` cannot be run.
     pub fn guessed(main: &File) -> Self {
         match config_version(&main.table) {
             Some(4..) => Self { major: 2, minor: 4 },
@@ -82,22 +87,22 @@ impl Version {
         }
     }
 
-    /// Plugin sections of several files are merged.
-    pub fn merges(self) -> bool {
+    /// Merges the sections of a plugin in several files.
+    pub fn merges_sections(self) -> bool {
         self.major >= 2
     }
 
-    /// Pulls of the CRI plugin go through the transfer service.
-    pub fn transfers(self) -> bool {
+    /// Pulls of the CRI plugin use the transfer service.
+    pub fn uses_transfer_service(self) -> bool {
         self >= Self { major: 2, minor: 1 }
     }
 
-    /// Where nothing is configured, two directories are looked into.
+    /// Without a `config_path`, reads two default directories.
     pub fn has_default_path(self) -> bool {
         self >= Self { major: 2, minor: 2 }
     }
 
-    /// The newest version of the configuration that it knows; 1.x does not mind newer ones.
+    /// The newest configuration version that it supports; 1.x also starts with newer ones.
     pub fn newest_config(self) -> i64 {
         match self {
             Self { major: ..=1, .. } => 2,
@@ -106,11 +111,11 @@ impl Version {
         }
     }
 
-    /// The section that it reads.
+    /// The plugin section whose registry settings it reads.
     pub fn section(self, config_version: i64) -> &'static str {
-        match (self.merges(), config_version) {
-            (true, IMAGES_APART..) => CRI_2,
-            (false, ..FULL_NAMES) => "cri",
+        match (self.merges_sections(), config_version) {
+            (true, IMAGES_SECTION_VERSION..) => CRI_2,
+            (false, ..FULL_NAMES_VERSION) => "cri",
             _ => CRI_1,
         }
     }
@@ -125,7 +130,7 @@ impl PartialOrd for Version {
 impl FromStr for Version {
     type Err = String;
 
-    /// "1.7", "v2.1.3", or all that `containerd --version` prints.
+    /// Parses "1.7", "v2.1.3", or the output of `containerd --version`.
     fn from_str(text: &str) -> Result<Self, String> {
         let words = text.split_whitespace().map(|word| word.trim_start_matches('v'));
         let mut parsed = words.filter_map(|word| {
@@ -133,7 +138,7 @@ impl FromStr for Version {
             let major = numbers.next()?.parse().ok()?;
             Some(Self { major, minor: numbers.next()?.parse().ok()? })
         });
-        parsed.next_back().ok_or_else(|| format!("\"{text}\" is no version such as 1.7 or 2.1"))
+        parsed.next_back().ok_or_else(|| format!("\"{text}\" is not a valid version: expected one such as 1.7 or 2.1"))
     }
 }
 
@@ -143,8 +148,8 @@ impl std::fmt::Display for Version {
     }
 }
 
-/// The file and all that it imports, in the order in which containerd merges them. One that is not there has
-/// nothing, as for containerd; at an import that is not there 2.x stops reading, 1.x does not start.
+/// The file and its imports, in the order in which containerd merges them. A missing main file is empty, as for
+/// containerd. At a missing import, 2.x stops reading and 1.x does not start.
 pub fn load(path: &Path, version: Version) -> Result<Vec<File>, LoadError> {
     if !path.exists() {
         return Ok(Vec::new());
@@ -157,7 +162,7 @@ pub fn load(path: &Path, version: Version) -> Result<Vec<File>, LoadError> {
             continue;
         }
         let text = match fs::read_to_string(&path) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound && version.merges() => break,
+            Err(error) if error.kind() == io::ErrorKind::NotFound && version.merges_sections() => break,
             text => text.map_err(|e| LoadError::Io(path.clone(), e))?,
         };
         let file = parse(&path, &text)?;
@@ -167,7 +172,7 @@ pub fn load(path: &Path, version: Version) -> Result<Vec<File>, LoadError> {
     Ok(files)
 }
 
-/// A file whose text is known, without what it imports.
+/// Parses the text of a file, without its imports.
 pub fn parse(path: &Path, text: &str) -> Result<File, LoadError> {
     let not_toml = |error: toml::de::Error| {
         let line = error.span().map_or(1, |span| text[..span.start.min(text.len())].matches('\n').count() + 1);
@@ -176,13 +181,13 @@ pub fn parse(path: &Path, text: &str) -> Result<File, LoadError> {
     Ok(File { path: path.to_owned(), table: text.parse().map_err(not_toml)? })
 }
 
-/// 1.x looks for patterns from where it was started, which is the root for services.
+/// 1.x resolves patterns from its working directory, which is the root directory for services.
 fn imports(file: &File, version: Version) -> Vec<PathBuf> {
     let listed = file.table.get("imports").and_then(Value::as_array).into_iter().flatten().filter_map(Value::as_str);
     let parent = file.path.parent().unwrap_or(Path::new("/"));
     let resolved = listed.flat_map(|import| {
         let is_pattern = import.contains('*');
-        let parent = if is_pattern && !version.merges() { Path::new("/") } else { parent };
+        let parent = if is_pattern && !version.merges_sections() { Path::new("/") } else { parent };
         let path = parent.join(import);
         match is_pattern.then(|| glob::glob(&path.to_string_lossy())) {
             Some(found) => found.into_iter().flatten().flatten().collect(),
@@ -193,63 +198,69 @@ fn imports(file: &File, version: Version) -> Vec<PathBuf> {
 }
 
 impl Daemon {
-    /// What containerd of that version makes of these files.
+    /// The settings that containerd of that version reads from these files.
     pub fn read(files: &[File], version: Version) -> Self {
-        if version.merges() { Self::merged(files, version) } else { Self::replaced(files) }
+        if version.merges_sections() {
+            Self::with_merged_sections(files, version)
+        } else {
+            Self::with_last_section(files)
+        }
     }
 
-    /// 1.x: the last file that has a plugin's section has all of it; the last version named is that of all files.
-    fn replaced(files: &[File]) -> Self {
+    /// 1.x: the last file with a section of a plugin replaces it whole. The last `version` applies to all files.
+    fn with_last_section(files: &[File]) -> Self {
         let version = files.iter().filter_map(|file| config_version(&file.table)).next_back().unwrap_or(1);
         let section = Version { major: 1, minor: 7 }.section(version);
         let sections: Vec<_> = files.iter().filter_map(|file| Some((file, plugin(&file.table, section)?))).collect();
         let last = sections.last().map(|(_, section)| *section);
-        let mut daemon = Self::of_registry(last.and_then(|section| table(section, "registry")));
+        let mut daemon = Self::from_registry(last.and_then(|section| table(section, "registry")));
         daemon.config_version = version;
-        daemon.of_top(files, if version < FULL_NAMES { "cri" } else { CRI_1 });
-        // Each has to be io.containerd.something.v1.name.
+        daemon.read_top_level(files, if version < FULL_NAMES_VERSION { "cri" } else { CRI_1 });
+        // containerd 1.x only starts if each is io.containerd.KIND.v1.NAME.
         let is_full = |name: &&str| name.starts_with("io.containerd.") && name.splitn(4, '.').count() == 4;
-        if version >= FULL_NAMES {
+        if version >= FULL_NAMES_VERSION {
             let sections = files.iter().filter_map(|file| table(&file.table, "plugins"));
             let named = disabled(files).chain(sections.flat_map(|plugins| plugins.keys().map(String::as_str)));
             daemon.misnamed_plugin = named.into_iter().find(|name| !is_full(name)).map(str::to_owned);
         }
         let has_path = |section: &Table| registry_path(section).is_some();
         if daemon.config_path.is_none() {
-            let taken = sections.iter().filter(|(_, section)| has_path(section));
-            daemon.replaced = taken.map(|(file, _)| file.path.clone()).collect();
+            let lost = sections.iter().filter(|(_, section)| has_path(section));
+            daemon.replaced = lost.map(|(file, _)| file.path.clone()).collect();
         }
         daemon.misplaced = misplaced(files, |_| section);
         daemon
     }
 
-    /// 2.x: each file is moved to the newest version, then all are merged key by key.
-    fn merged(files: &[File], version: Version) -> Self {
+    /// 2.x: each file is migrated to the newest version, then all are merged key by key.
+    fn with_merged_sections(files: &[File], version: Version) -> Self {
         let mut images = Table::new();
         for file in files {
-            let own = config_version(&file.table).unwrap_or(1);
-            let mut moved = plugin(&file.table, CRI_2).cloned().unwrap_or_default();
-            let old = [plugin(&file.table, CRI_1), plugin(&file.table, "cri").filter(|_| own < FULL_NAMES)];
-            // A version that is not the newest is moved, the sections of before with it.
-            if own < version.newest_config()
+            let file_version = config_version(&file.table).unwrap_or(1);
+            let mut migrated = plugin(&file.table, CRI_2).cloned().unwrap_or_default();
+            let old =
+                [plugin(&file.table, CRI_1), plugin(&file.table, "cri").filter(|_| file_version < FULL_NAMES_VERSION)];
+            // Only older files are migrated: in a file of the newest version, containerd ignores the old sections.
+            if file_version < version.newest_config()
                 && let Some(old) = old.into_iter().flatten().next_back()
             {
-                move_section(old, &mut moved);
+                migrate_section(old, &mut migrated);
             }
-            merge(&mut images, &moved);
+            merge(&mut images, &migrated);
         }
-        let mut daemon = Self::of_registry(table(&images, "registry"));
+        let mut daemon = Self::from_registry(table(&images, "registry"));
         daemon.config_version = files.first().and_then(|file| config_version(&file.table)).unwrap_or(1);
-        daemon.of_top(files, CRI_1);
+        daemon.read_top_level(files, CRI_1);
         daemon.cri_disabled |= disabled(files).any(|name| name == CRI_2 || name == "cri");
-        daemon.misnamed_plugin =
-            disabled(files).find(|name| !name.contains('.') && daemon.config_version >= FULL_NAMES).map(str::to_owned);
-        daemon.pulls_itself = pulls_itself(&images);
+        daemon.misnamed_plugin = disabled(files)
+            .find(|name| !name.contains('.') && daemon.config_version >= FULL_NAMES_VERSION)
+            .map(str::to_owned);
+        daemon.local_pull_setting = local_pull_setting(&images);
         daemon.misplaced = misplaced(files, |file| version.section(config_version(&file.table).unwrap_or(1)));
         daemon
     }
 
-    fn of_registry(registry: Option<&Table>) -> Self {
+    fn from_registry(registry: Option<&Table>) -> Self {
         let Some(registry) = registry else { return Self::default() };
         let has = |key| table(registry, key).is_some_and(|table| !table.is_empty());
         let with_tls = |config: &Value| config.get("tls").is_some();
@@ -261,7 +272,7 @@ impl Daemon {
         }
     }
 
-    fn of_top(&mut self, files: &[File], cri: &str) {
+    fn read_top_level(&mut self, files: &[File], cri: &str) {
         self.cri_disabled = disabled(files).any(|name| name == cri);
         let mut addresses = files.iter().filter_map(|file| {
             let grpc = table(&file.table, "grpc").and_then(|grpc| grpc.get("address"));
@@ -272,8 +283,8 @@ impl Daemon {
     }
 }
 
-/// As containerd 2.x moves the CRI plugin's section of before.
-fn move_section(old: &Table, images: &mut Table) {
+/// Migrates an old section of the CRI plugin as containerd 2.x does.
+fn migrate_section(old: &Table, images: &mut Table) {
     for key in ["registry", "max_concurrent_downloads", "image_pull_with_sync_fs"] {
         images.extend(old.get(key).map(|value| (key.to_owned(), value.clone())));
     }
@@ -283,7 +294,7 @@ fn move_section(old: &Table, images: &mut Table) {
     }
 }
 
-fn pulls_itself(images: &Table) -> Option<&'static str> {
+fn local_pull_setting(images: &Table) -> Option<&'static str> {
     let is = |key: &str, value: bool| images.get(key).and_then(Value::as_bool) == Some(value);
     let registry = table(images, "registry");
     let has = |key: &str| registry.and_then(|registry| table(registry, key)).is_some_and(|table| !table.is_empty());
@@ -323,7 +334,7 @@ fn disabled(files: &[File]) -> impl Iterator<Item = &str> {
     lists.flatten().filter_map(Value::as_str)
 }
 
-/// As containerd merges plugins' sections: tables by key.
+/// Merges plugin sections as containerd does: tables by key, other values are replaced.
 fn merge(into: &mut Table, from: &Table) {
     for (key, value) in from {
         match (into.get_mut(key), value) {
@@ -333,7 +344,7 @@ fn merge(into: &mut Table, from: &Table) {
     }
 }
 
-/// Every `config_path` of a registry that stands where it is not read.
+/// Every `config_path` in a section that containerd does not read.
 fn misplaced<'a>(files: &'a [File], section: impl Fn(&File) -> &'a str) -> Vec<(PathBuf, String)> {
     let mut found = Vec::new();
     for file in files {

@@ -1,4 +1,4 @@
-//! What is wrong with a containerd's way to its mirrors, in plain words, and what to do.
+//! Finds problems in containerd's configuration that keep it from using its mirrors, with a remedy for each.
 
 #![allow(clippy::disallowed_methods, reason = "runs in commands, and on threads for blocking work")]
 
@@ -10,38 +10,37 @@ use super::daemon::{self, Daemon, File, LoadError, Version};
 use super::hosts_dir::{HostsDir, HostsError};
 use super::hosts_toml;
 
-/// One thing that a person ought to know.
+/// One result for the operator.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Finding {
-    /// A word for scripts and tests.
+    /// A stable identifier for scripts and tests.
     pub code: &'static str,
     pub severity: Severity,
     pub what: String,
-    /// What to do, line by line.
+    /// Instructions, one per line.
     pub remedy: Vec<String>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Severity {
-    /// As it should be.
     Good,
-    /// It works, but maybe not as one thinks.
+    /// Mirrors are used, but perhaps not as intended.
     Note,
-    /// No mirror is used.
+    /// containerd does not use a mirror, or does not start.
     Wrong,
 }
 
-/// A configuration and what follows from it.
+/// The findings for a configuration, and the paths in it.
 #[derive(Debug)]
 pub struct Diagnosis {
     pub findings: Vec<Finding>,
-    /// Where containerd looks for hosts.toml.
+    /// The hosts directory that containerd reads.
     pub hosts_dir: Option<PathBuf>,
-    /// Where it listens, if the configuration says so.
+    /// The socket in the configuration.
     pub socket: Option<PathBuf>,
 }
 
-/// The list that containerd 2.2 and later have where nothing is configured.
+/// The `config_path` of containerd 2.2 and later if none is configured.
 const DEFAULT_PATH: &str = "/etc/containerd/certs.d:/etc/docker/certs.d";
 
 impl Severity {
@@ -59,25 +58,26 @@ impl Diagnosis {
         self.findings.iter().any(|finding| finding.severity == Severity::Wrong)
     }
 
-    /// Of a configuration that could not be read.
+    /// The diagnosis of a configuration that cannot be read.
     pub fn unreadable(error: &LoadError) -> Self {
-        let what = format!("{error}; containerd does not start with it");
+        let what = format!("{error}; containerd does not start with this configuration");
         Self { findings: vec![wrong("unreadable", what, Vec::new())], hosts_dir: None, socket: None }
     }
 
-    /// Of a configuration: `main` is the file that lines are to be added to, `wanted` the directory to name there.
+    /// The diagnosis of a configuration. A remedy sets the directory `wanted` in the file `main`.
     pub fn of(files: &[File], version: Version, main: &Path, wanted: &str) -> Self {
         let daemon = Daemon::read(files, version);
         let mut findings = Vec::new();
         let lines =
-            |daemon: &Daemon| lines_to_add(version, (!files.is_empty()).then_some(daemon.config_version), main, wanted);
+            |daemon: &Daemon| instructions(version, (!files.is_empty()).then_some(daemon.config_version), main, wanted);
         let newest = files.iter().filter_map(|file| Some((file, file.table.get("version")?.as_integer()?)));
-        for (file, config_version) in newest.filter(|(_, config)| version.merges() && *config > version.newest_config())
+        for (file, config_version) in
+            newest.filter(|(_, config)| version.merges_sections() && *config > version.newest_config())
         {
             findings.push(wrong(
                 "version",
                 format!(
-                    "{}: version = {config_version} is newer than containerd {version} knows ({}): it does not start",
+                    "{}: containerd {version} does not start with version = {config_version}: the newest version that it supports is {}",
                     file.path.display(),
                     version.newest_config()
                 ),
@@ -85,23 +85,21 @@ impl Diagnosis {
             ));
         }
         if let Some(name) = &daemon.misnamed_plugin {
-            let what = format!("\"{name}\" is no full plugin name: containerd does not start");
+            let what = format!("\"{name}\" is not a full plugin name: containerd does not start");
             findings.push(wrong(
                 "plugin-name",
                 what,
-                vec!["Write it as io.containerd.KIND.v1.NAME, such as io.containerd.grpc.v1.cri.".into()],
+                vec!["Use the form io.containerd.KIND.v1.NAME, such as io.containerd.grpc.v1.cri.".into()],
             ));
         }
         if daemon.cri_disabled {
             let what = "the CRI plugin is disabled (disabled_plugins): Kubernetes cannot use this containerd".into();
-            findings.push(wrong("cri-disabled", what, vec!["Take it out of disabled_plugins.".into()]));
+            findings.push(wrong("cri-disabled", what, vec!["Remove it from disabled_plugins.".into()]));
         }
         for (file, section) in &daemon.misplaced {
-            let what = format!(
-                "{}: config_path stands under {section}, where containerd {version} does not look",
-                file.display()
-            );
-            // Harmless where it is said in the right place as well.
+            let what =
+                format!("{}: config_path is in {section}, which containerd {version} does not read", file.display());
+            // Harmless if the right section has a config_path as well.
             let finding = if daemon.config_path.is_some() {
                 note("misplaced", what)
             } else {
@@ -111,52 +109,56 @@ impl Diagnosis {
         }
         for file in &daemon.replaced {
             let what = format!(
-                "{}: its config_path is lost: a file imported later has the same section, and containerd 1.x takes all of a section from one file",
+                "{}: containerd ignores its config_path: a file imported later has the same section, and containerd 1.x reads a section from one file only",
                 file.display()
             );
             findings.push(wrong(
                 "replaced",
                 what,
-                vec!["Put the whole section, config_path included, into the last of them.".into()],
+                vec!["Move the whole section, config_path included, into the last of these files.".into()],
             ));
         }
-        let hosts_dir = path_of(&daemon, version, &mut findings, &lines(&daemon));
+        let hosts_dir = effective_dir(&daemon, version, &mut findings, &lines(&daemon));
         Self { findings, hosts_dir, socket: daemon.socket }
     }
 
-    /// Something that holds whatever the configuration says.
-    pub fn remark(&mut self, code: &'static str, what: &str) {
+    /// Adds a note that does not depend on the configuration.
+    pub fn add_note(&mut self, code: &'static str, what: &str) {
         self.findings.push(note(code, what.to_owned()));
     }
 
-    /// Another directory is meant than the configuration may name.
-    pub fn expect(&mut self, dir: &Path) {
+    /// Adds a finding if the configuration names another directory than the requested one.
+    pub fn require(&mut self, dir: &Path) {
         if let Some(named) = self.hosts_dir.as_ref().filter(|named| *named != dir) {
-            let what = format!("containerd looks into {}, not into {}", named.display(), dir.display());
+            let what = format!("containerd reads {}, not {}", named.display(), dir.display());
             self.findings.push(wrong("other-directory", what, Vec::new()));
         }
         self.hosts_dir = Some(dir.to_owned());
     }
 
-    /// What of a hosts directory is in the way, and which mirrors it names for all registries.
-    pub fn look_into(&mut self, dir: &Path) -> Result<Vec<String>, HostsError> {
+    /// Adds the problems of a hosts directory. Returns its mirrors: those of `_default`, or those of single registries.
+    pub fn inspect_hosts_dir(&mut self, dir: &Path) -> Result<Vec<String>, HostsError> {
         let hosts = HostsDir::new(dir);
         if !dir.is_dir() {
-            let what = format!("{} does not exist: no mirror is used", dir.display());
-            self.findings.push(wrong("no-directory", what, vec![format!("mkdir -p {}", dir.display()), install(dir)]));
+            let what = format!("{} does not exist, so no mirror is used", dir.display());
+            self.findings.push(wrong(
+                "no-directory",
+                what,
+                vec![format!("mkdir -p {}", dir.display()), install_command(dir)],
+            ));
             return Ok(Vec::new());
         }
         let file = hosts.default_file();
         let text = super::tree::read(&file).map_err(|e| HostsError::Io(file.clone(), e))?;
         let Some(text) = text.filter(|text| !text.is_empty()) else {
-            let (registries, mirrors) = named_by_dray(&hosts)?;
+            let (registries, mirrors) = mirrored_registries(&hosts)?;
             if !mirrors.is_empty() {
                 let what = format!("a mirror is used for {} only", registries.join(", "));
                 self.findings.push(note("some-registries", what));
                 return Ok(mirrors);
             }
-            let what = format!("{} is not there: no mirror is used", file.display());
-            self.findings.push(wrong("no-mirror", what, vec![install(dir)]));
+            let what = format!("{} does not exist, so no mirror is used", file.display());
+            self.findings.push(wrong("no-mirror", what, vec![install_command(dir)]));
             return Ok(Vec::new());
         };
         for problem in hosts_toml::problems(&text) {
@@ -165,13 +167,13 @@ impl Diagnosis {
             self.findings.push(Finding { code: "hosts-file", severity, what, remedy: Vec::new() });
         }
         let mirrors = hosts_toml::hosts(&text);
-        for other in hosts.others()? {
-            self.look_into_other(&other, &mirrors)?;
+        for other in hosts.registry_dirs()? {
+            self.inspect_registry_dir(&other, &mirrors)?;
         }
         Ok(mirrors)
     }
 
-    fn look_into_other(&mut self, dir: &Path, mirrors: &[String]) -> Result<(), HostsError> {
+    fn inspect_registry_dir(&mut self, dir: &Path, mirrors: &[String]) -> Result<(), HostsError> {
         let file = dir.join("hosts.toml");
         let text = super::tree::read(&file).map_err(|e| HostsError::Io(file.clone(), e))?.unwrap_or_default();
         let registry = hosts_toml::registry_of(dir).unwrap_or_default();
@@ -193,23 +195,26 @@ impl Diagnosis {
     }
 }
 
-/// The registries that dray's lines stand for one by one, and the mirrors there.
-fn named_by_dray(hosts: &HostsDir) -> Result<(Vec<String>, Vec<String>), HostsError> {
+/// The registries with dray's block in a directory of their own, and the mirrors in these blocks.
+fn mirrored_registries(hosts: &HostsDir) -> Result<(Vec<String>, Vec<String>), HostsError> {
     let (mut registries, mut mirrors) = (Vec::new(), Vec::new());
-    for dir in hosts.others()? {
+    for dir in hosts.registry_dirs()? {
         let file = dir.join("hosts.toml");
         let text = super::tree::read(&file).map_err(|e| HostsError::Io(file.clone(), e))?.unwrap_or_default();
-        if let Some(own) = hosts_toml::without(&text) {
+        if let Some(stripped) = hosts_toml::strip_block(&text) {
             registries.extend(hosts_toml::registry_of(&dir));
             mirrors.extend(
-                hosts_toml::hosts(&own.block).into_iter().filter(|host| !mirrors.contains(host)).collect::<Vec<_>>(),
+                hosts_toml::hosts(&stripped.block)
+                    .into_iter()
+                    .filter(|host| !mirrors.contains(host))
+                    .collect::<Vec<_>>(),
             );
         }
     }
     Ok((registries, mirrors))
 }
 
-/// What is wrong with a node's configuration, as far as the files tell.
+/// The problems of a node's configuration that its files show.
 pub fn of_node(config: &Path, hosts_dir: &Path) -> Vec<Finding> {
     let text = std::fs::read_to_string(config).unwrap_or_default();
     let loaded = daemon::parse(config, &text).and_then(|main| {
@@ -221,13 +226,13 @@ pub fn of_node(config: &Path, hosts_dir: &Path) -> Vec<Finding> {
         Err(error) => Diagnosis::unreadable(&error),
     };
     if !diagnosis.is_wrong() {
-        diagnosis.expect(hosts_dir);
+        diagnosis.require(hosts_dir);
     }
     diagnosis.findings.retain(|finding| finding.severity == Severity::Wrong);
     diagnosis.findings
 }
 
-/// What containerd takes for its hosts directories.
+/// The effective `config_path`, which may be a list of directories.
 fn configured_path(daemon: &Daemon, version: Version, findings: &mut Vec<Finding>, lines: &[String]) -> Option<String> {
     let conflict = |what: &str| format!("{what}: containerd's CRI plugin does not start");
     match &daemon.config_path {
@@ -237,15 +242,15 @@ fn configured_path(daemon: &Daemon, version: Version, findings: &mut Vec<Finding
                 findings.push(wrong(
                     "mirrors",
                     what,
-                    vec!["Take out registry.mirrors: mirrors belong into hosts.toml files.".into()],
+                    vec!["Remove registry.mirrors: configure mirrors in hosts.toml files.".into()],
                 ));
             }
-            if daemon.has_tls_configs && !version.merges() {
+            if daemon.has_tls_configs && !version.merges_sections() {
                 let what = conflict("registry.configs with tls and registry.config_path cannot both be set");
                 findings.push(wrong(
                     "tls-configs",
                     what,
-                    vec!["Take out the tls parts: they belong into hosts.toml files (ca, client).".into()],
+                    vec!["Remove the tls parts: configure certificates in hosts.toml files (ca, client).".into()],
                 ));
             }
             Some(path.clone())
@@ -256,17 +261,17 @@ fn configured_path(daemon: &Daemon, version: Version, findings: &mut Vec<Finding
             None
         }
         None if daemon.has_mirrors => {
-            let what = "registry.mirrors is used, as containerd had it before: hosts.toml files are not read".into();
-            let mut remedy = vec!["Take out registry.mirrors and registry.configs, then:".to_owned()];
+            let what = "registry.mirrors, an old setting, is used: containerd does not read hosts.toml files".into();
+            let mut remedy = vec!["Remove registry.mirrors and registry.configs, then:".to_owned()];
             remedy.extend_from_slice(lines);
             findings.push(wrong("mirrors", what, remedy));
             None
         }
         None if version.has_default_path() => Some(DEFAULT_PATH.to_owned()),
         None => {
-            let explained = findings.iter().any(|finding| matches!(finding.code, "misplaced" | "replaced"));
-            if !explained {
-                let what = "no config_path is set: hosts.toml files are not read".into();
+            let is_explained = findings.iter().any(|finding| matches!(finding.code, "misplaced" | "replaced"));
+            if !is_explained {
+                let what = "config_path is not set: containerd does not read hosts.toml files".into();
                 findings.push(wrong("no-config-path", what, lines.to_vec()));
             }
             None
@@ -274,17 +279,17 @@ fn configured_path(daemon: &Daemon, version: Version, findings: &mut Vec<Finding
     }
 }
 
-/// Where containerd looks, and what it stumbles over there.
-fn path_of(daemon: &Daemon, version: Version, findings: &mut Vec<Finding>, lines: &[String]) -> Option<PathBuf> {
+/// The directory that containerd reads, and findings for a `config_path` that it does not support.
+fn effective_dir(daemon: &Daemon, version: Version, findings: &mut Vec<Finding>, lines: &[String]) -> Option<PathBuf> {
     let path = configured_path(daemon, version, findings, lines)?;
     let mut roots = path.split(':');
     let first = roots.next().unwrap_or_default();
     if roots.next().is_some() {
-        match daemon.pulls_itself {
-            _ if !version.transfers() => {}
+        match daemon.local_pull_setting {
+            _ if !version.uses_transfer_service() => {}
             Some(setting) => {
                 let what = format!(
-                    "config_path is a list, {path}: it works only as long as {setting} keeps pulls in the CRI plugin"
+                    "config_path is a list, {path}: this works only while {setting} keeps pulls in the CRI plugin"
                 );
                 findings.push(Finding { code: "list", severity: Severity::Note, what, remedy: lines.to_vec() });
             }
@@ -295,7 +300,7 @@ fn path_of(daemon: &Daemon, version: Version, findings: &mut Vec<Finding>, lines
                     "config_path is not set, and is a list by default"
                 };
                 let what = format!(
-                    "{set}, {path}: containerd's transfer service takes it for one directory, which does not exist, and uses no mirror"
+                    "{set}, {path}: containerd's transfer service reads it as a single directory, which does not exist, and does not use a mirror"
                 );
                 findings.push(wrong("list", what, lines.to_vec()));
                 return None;
@@ -304,33 +309,35 @@ fn path_of(daemon: &Daemon, version: Version, findings: &mut Vec<Finding>, lines
     }
     for hidden in hidden(&path) {
         let what = format!(
-            "{}: with _default in {first}, which dray needs, containerd does not look there any more",
+            "{}: containerd ignores this directory as soon as {first} has _default, which dray needs",
             hidden.display()
         );
         findings.push(wrong("hidden", what, vec![format!("mv {} {first}/", hidden.display())]));
     }
     if !first.starts_with('/') {
-        let what = format!("config_path = \"{first}\" is not absolute: it is looked for where containerd was started");
+        let what =
+            format!("config_path = \"{first}\" is not absolute: containerd resolves it in its working directory");
         findings.push(wrong("relative", what, lines.to_vec()));
         return None;
     }
     Some(PathBuf::from(first))
 }
 
-/// Registries' directories in a list's later roots, where containerd does not look once the first has `_default`.
+/// Directories of registries in the later roots of a list. containerd ignores them as soon as the first root has
+/// `_default`.
 pub fn hidden(path: &str) -> Vec<PathBuf> {
     let later = path.split(':').skip(1).filter(|root| root.starts_with('/'));
-    later.flat_map(|root| HostsDir::new(root).others().unwrap_or_default()).collect()
+    later.flat_map(|root| HostsDir::new(root).registry_dirs().unwrap_or_default()).collect()
 }
 
-/// What sets the directory, for that version. `present` is the version of the configuration that is there.
-fn lines_to_add(version: Version, present: Option<i64>, main: &Path, wanted: &str) -> Vec<String> {
+/// The instructions to set the directory. `present` is the version of the existing configuration.
+fn instructions(version: Version, present: Option<i64>, main: &Path, wanted: &str) -> Vec<String> {
     let config_version = present.unwrap_or(version.newest_config().min(3));
     let section = match version.section(config_version) {
         "cri" => "[plugins.cri.registry]".to_owned(),
         section => format!("[plugins.'{section}'.registry]"),
     };
-    let mut lines = vec![format!("Set in {}, once, then restart containerd:", main.display())];
+    let mut lines = vec![format!("Set this in {}, then restart containerd:", main.display())];
     if present.is_none() {
         lines.push(format!("  version = {config_version}"));
     }
@@ -339,7 +346,7 @@ fn lines_to_add(version: Version, present: Option<i64>, main: &Path, wanted: &st
     lines
 }
 
-fn install(dir: &Path) -> String {
+fn install_command(dir: &Path) -> String {
     format!("dray containerd install --hosts-dir {} --mirror http://127.0.0.1:5050", dir.display())
 }
 

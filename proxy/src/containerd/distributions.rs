@@ -1,4 +1,4 @@
-//! Where distributions keep containerd's configuration, its hosts directory and its socket.
+//! The paths of containerd's configuration, hosts directory and socket in each distribution.
 
 #![allow(clippy::disallowed_methods, reason = "runs in commands, and on threads for blocking work")]
 
@@ -9,15 +9,15 @@ use std::path::Path;
 pub struct Distribution {
     pub name: &'static str,
     pub config: &'static str,
-    /// Where its hosts directory is, or had better be.
+    /// Its hosts directory, or the recommended one if it does not configure any.
     pub hosts_dir: &'static str,
     pub socket: &'static str,
-    /// What else one has to know, if its configuration or hosts directory is written by a program of its own.
+    /// A note for operators, if a program of the distribution writes these files.
     pub note: Option<&'static str>,
 }
 
-/// containerd as it comes from packages: kubeadm, kind, EKS, AKS and most others.
-pub const USUAL: Distribution = Distribution {
+/// containerd from packages: kubeadm, kind, EKS, AKS and most others.
+pub const DEFAULT: Distribution = Distribution {
     name: "containerd",
     config: "/etc/containerd/config.toml",
     hosts_dir: "/etc/containerd/certs.d",
@@ -26,7 +26,7 @@ pub const USUAL: Distribution = Distribution {
 };
 
 /// Sources of the paths: k8s/README.md.
-pub const PLACES: [Distribution; 6] = [
+pub const ALL: [Distribution; 6] = [
     Distribution {
         name: "k3s",
         config: "/var/lib/rancher/k3s/agent/etc/containerd/config.toml",
@@ -34,7 +34,7 @@ pub const PLACES: [Distribution; 6] = [
         socket: "/run/k3s/containerd/containerd.sock",
         note: Some(
             "k3s writes this configuration at every start, and a directory for each registry in \
-             /etc/rancher/k3s/registries.yaml; other directories it leaves alone",
+             /etc/rancher/k3s/registries.yaml; it does not change other directories",
         ),
     },
     Distribution {
@@ -44,7 +44,7 @@ pub const PLACES: [Distribution; 6] = [
         socket: "/run/k3s/containerd/containerd.sock",
         note: Some(
             "RKE2 writes this configuration at every start, and a directory for each registry in \
-             /etc/rancher/rke2/registries.yaml; other directories it leaves alone",
+             /etc/rancher/rke2/registries.yaml; it does not change other directories",
         ),
     },
     Distribution {
@@ -52,7 +52,7 @@ pub const PLACES: [Distribution; 6] = [
         config: "/etc/k0s/containerd.toml",
         hosts_dir: "/etc/k0s/containerd.d/certs.d",
         socket: "/run/k0s/containerd.sock",
-        note: Some("put the lines into a file of their own below /etc/k0s/containerd.d, which k0s imports"),
+        note: Some("add the settings in a separate file in /etc/k0s/containerd.d, which k0s imports"),
     },
     Distribution {
         name: "MicroK8s",
@@ -68,18 +68,18 @@ pub const PLACES: [Distribution; 6] = [
         socket: "/run/containerd/containerd.sock",
         note: Some(
             "Talos removes from the hosts directory what its machine configuration does not name: use \
-             `dray runtime talos` instead",
+             `dray runtime-config talos` instead",
         ),
     },
-    USUAL,
+    DEFAULT,
 ];
 
-/// The first whose configuration is here; the usual one where none is.
-pub fn here() -> Distribution {
-    PLACES.into_iter().find(|place| Path::new(place.config).exists()).unwrap_or(USUAL)
+/// The first distribution whose configuration exists on this node, otherwise the default one.
+pub fn detect() -> Distribution {
+    ALL.into_iter().find(|distribution| Path::new(distribution.config).exists()).unwrap_or(DEFAULT)
 }
 
-/// The one that a configuration belongs to.
+/// The distribution of a configuration file.
 pub fn of(config: &Path) -> Option<Distribution> {
-    PLACES.into_iter().find(|place| Path::new(place.config) == config)
+    ALL.into_iter().find(|distribution| Path::new(distribution.config) == config)
 }

@@ -1,7 +1,7 @@
-//! The text of a hosts.toml: dray's lines in it, and what containerd makes of the rest.
+//! The text of a hosts.toml: dray's block in it, and the errors that containerd finds in the rest.
 //!
-//! dray's lines stand between two comments, the first of which has a checksum: so they can be taken out of a
-//! file that a person has edited since, and are left where a person has edited them.
+//! dray's block is enclosed by two comments. The first has a checksum of the block: `strip_block` removes an unchanged
+//! block from a file that was edited elsewhere, and does not remove an edited block.
 
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
@@ -12,23 +12,23 @@ use xxhash_rust::xxh64::xxh64;
 
 use crate::config::Mirror;
 
-/// The mirrors that come before everything else, in order.
+/// The mirrors that containerd tries first, in order.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Mirrors {
     pub hosts: Vec<Mirror>,
-    /// The authority that signed their certificates.
+    /// The file of the certificate authority of their certificates.
     pub ca: Option<PathBuf>,
 }
 
-/// Files by which containerd knows a registry where there is no hosts.toml.
+/// Certificates that containerd finds by their file names if there is no hosts.toml.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Certificates {
     pub authorities: Vec<String>,
-    /// Certificate and, if it is a file of its own, key.
+    /// Certificate, and key if it is in a separate file.
     pub clients: Vec<(String, Option<String>)>,
 }
 
-/// A file with dray's lines taken out.
+/// A file after dray's block was removed.
 #[derive(Debug, PartialEq, Eq)]
 pub struct StrippedFile {
     pub rest: String,
@@ -36,42 +36,43 @@ pub struct StrippedFile {
     pub state: EditState,
 }
 
-/// Whether a person has edited dray's lines.
+/// Whether dray's block was edited after it was written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum EditState {
     AsWritten,
     Edited,
 }
 
-/// Why dray's lines cannot be put into a file.
+/// Why dray's block cannot be inserted into a file.
 #[derive(Debug, Clone, thiserror::Error, PartialEq, Eq)]
 pub enum UnsupportedFile {
     #[error("it is not valid TOML, so containerd ignores it: {0}")]
     NotToml(String),
-    #[error("it sends containerd to {0} already")]
+    #[error("it already has the mirror {0}")]
     AlreadyThere(String),
-    #[error("its hosts are not written as [host.\"URL\"] tables, so no other can be put before them")]
+    #[error("its hosts are not written as [host.\"URL\"] tables, so a mirror cannot be inserted before them")]
     NoTables,
 }
 
 const BEGIN: &str = "# dray> begin ";
 const END: &str = "# dray> end\n";
 
-/// Longer waits for a mirror that does not answer are of no use: the registry is asked then.
+/// Timeout for a connection to the mirror. Longer: pulls are slower while dray is down. Shorter: containerd skips a
+/// loaded dray and pulls from the registry.
 const DIAL_TIMEOUT: &str = "1s";
 
 impl Mirrors {
-    /// One, by plain HTTP or with a certificate that everybody trusts.
+    /// One mirror with plain HTTP, or with a certificate of a public authority.
     pub fn one(mirror: Mirror) -> Self {
         Self { hosts: vec![mirror], ca: None }
     }
 
-    /// dray's lines. What every containerd since 1.6 understands: a `[host]` table always, `skip_verify` never
-    /// (on http it makes containerd try TLS first), `referrers` never (before 2.2 it voids the file).
-    /// `dial_timeout` is ignored before 2.0.7.
+    /// dray's block, valid for containerd 1.6 and later: it always has a `[host]` table. It never has `skip_verify`,
+    /// with which containerd tries TLS first on http. It never has the capability `referrers`, with which containerd
+    /// before 2.2 ignores the whole file. containerd before 2.0.7 ignores `dial_timeout`.
     ///
-    /// With `registry` the certificates that containerd found by their names are named, since it no longer
-    /// looks for them beside a hosts.toml.
+    /// For a `registry`, the block lists its certificates, because next to a hosts.toml containerd does not find
+    /// certificates by their file names.
     pub fn block(&self, registry: Option<&str>, certificates: &Certificates) -> String {
         let mut lines = String::new();
         if let Some(registry) = registry.filter(|_| !certificates.is_empty()) {
@@ -88,7 +89,7 @@ impl Mirrors {
             }
         }
         let sum = xxh64(lines.as_bytes(), 0);
-        format!("{BEGIN}{sum:016x}: `dray containerd uninstall` takes these lines out again\n{lines}{END}")
+        format!("{BEGIN}{sum:016x}: `dray containerd uninstall` removes these lines\n{lines}{END}")
     }
 }
 
@@ -112,36 +113,37 @@ impl Certificates {
     }
 }
 
-/// A file with dray's lines before the first of its hosts.
-pub fn with(text: &str, block: &str, mirrors: &Mirrors) -> Result<String, UnsupportedFile> {
+/// Inserts dray's block before the first host.
+pub fn insert_block(text: &str, block: &str, mirrors: &Mirrors) -> Result<String, UnsupportedFile> {
     let before = parse(text)?;
     let hosts = before.get("host").and_then(Value::as_table);
-    if let Some(there) =
+    if let Some(present) =
         mirrors.hosts.iter().find(|mirror| hosts.is_some_and(|hosts| hosts.contains_key(mirror.as_str())))
     {
-        return Err(UnsupportedFile::AlreadyThere(there.to_string()));
+        return Err(UnsupportedFile::AlreadyThere(present.to_string()));
     }
     let at = first_table(text);
     let (head, tail) = text.split_at(at);
     let newline = if head.is_empty() || head.ends_with('\n') { "" } else { "\n" };
     let extended = format!("{head}{newline}{block}{tail}");
-    // containerd takes the order of hosts from their tables, and what stood there must still mean the same.
+    // containerd takes the order of hosts from the order of their tables. The rest must keep its meaning, so it is
+    // compared.
     let mut after = parse(&extended).map_err(|_| UnsupportedFile::NoTables)?;
-    let mut ours = parse(block)?;
-    let taken = after.get_mut("host").and_then(Value::as_table_mut).map(|hosts| {
+    let mut inserted = parse(block)?;
+    let is_empty = after.get_mut("host").and_then(Value::as_table_mut).map(|hosts| {
         mirrors.hosts.iter().for_each(|mirror| drop(hosts.remove(mirror.as_str())));
         hosts.is_empty()
     });
-    if taken == Some(true) && before.get("host").is_none() {
+    if is_empty == Some(true) && before.get("host").is_none() {
         after.remove("host");
     }
-    ours.remove("host");
-    ours.keys().filter(|key| !before.contains_key(*key)).for_each(|key| drop(after.remove(key)));
+    inserted.remove("host");
+    inserted.keys().filter(|key| !before.contains_key(*key)).for_each(|key| drop(after.remove(key)));
     if after == before { Ok(extended) } else { Err(UnsupportedFile::NoTables) }
 }
 
-/// A file without dray's lines. None: it has none.
-pub fn without(text: &str) -> Option<StrippedFile> {
+/// Removes dray's block. None: the file does not have it.
+pub fn strip_block(text: &str) -> Option<StrippedFile> {
     let start = if text.starts_with(BEGIN) { 0 } else { text.find(&format!("\n{BEGIN}"))? + 1 };
     let block = &text[start..];
     let Some(end) = block.find(END).map(|end| end + END.len()) else {
@@ -160,23 +162,23 @@ pub fn without(text: &str) -> Option<StrippedFile> {
     Some(StrippedFile { rest, block: block.to_owned(), state })
 }
 
-/// The URLs that a file names, in the order of their tables, and the registry that comes last if it names one.
+/// The URLs of the `[host]` tables, in the order in which containerd tries them.
 pub fn hosts(text: &str) -> Vec<String> {
     let Ok(table) = text.parse::<Table>() else { return Vec::new() };
     let Some(hosts) = table.get("host").and_then(Value::as_table) else { return Vec::new() };
-    let mut found: Vec<_> = hosts.keys().filter_map(|url| Some((table_of(text, url)?, url.clone()))).collect();
+    let mut found: Vec<_> = hosts.keys().filter_map(|url| Some((table_position(text, url)?, url.clone()))).collect();
     found.sort();
     found.into_iter().map(|(_, url)| url).collect()
 }
 
-/// The first authority that a file names for a host.
+/// The first certificate authority of a host in a file.
 pub fn authority(text: &str, url: &str) -> Option<PathBuf> {
     let table: Table = text.parse().ok()?;
     let ca = table.get("host")?.get(url)?.get("ca")?;
     ca.as_str().or_else(|| ca.get(0)?.as_str()).map(PathBuf::from)
 }
 
-/// What is wrong with a file, as containerd reads it.
+/// The errors that containerd finds in a file.
 pub fn problems(text: &str) -> Vec<String> {
     let table = match text.parse::<Table>() {
         Ok(table) => table,
@@ -186,35 +188,40 @@ pub fn problems(text: &str) -> Vec<String> {
     let hosts = table.get("host");
     match hosts.map(Value::as_table) {
         None => problems.push(
-            "it has no [host.\"URL\"] table: containerd 1.6 ignores it, later ones go to the registry itself".into(),
+            "it has no [host.\"URL\"] table: containerd 1.6 ignores the file, later versions use the registry directly"
+                .into(),
         ),
-        Some(None) => problems.push("\"host\" has to be tables such as [host.\"http://127.0.0.1:5050\"]".into()),
+        Some(None) => {
+            problems.push("\"host\" is not a table: expected tables such as [host.\"http://127.0.0.1:5050\"]".into());
+        }
         Some(Some(hosts)) => {
             for (url, host) in hosts {
                 let Some(host) = host.as_table() else {
                     problems.push(format!("host \"{url}\" is not a table, so containerd ignores the file"));
                     continue;
                 };
-                if table_of(text, url).is_none() {
+                if table_position(text, url).is_none() {
                     problems.push(format!(
-                        "host \"{url}\" is not written as a table of its own, [host.\"{url}\"]: containerd ignores it"
+                        "host \"{url}\" is not written as a separate table, [host.\"{url}\"]: containerd ignores it"
                     ));
                 }
-                of_host(url, host, &mut problems);
+                check_host(url, host, &mut problems);
             }
         }
     }
-    of_host("server", &table, &mut problems);
+    check_host("server", &table, &mut problems);
     if let Some(server) = table.get("server").and_then(Value::as_str) {
         let host = server.trim_start_matches("https://").trim_start_matches("http://").trim_end_matches('/');
         if matches!(host, "docker.io" | "index.docker.io" | "hub.docker.com") {
-            problems.push(format!("server \"{server}\" is no registry: Docker Hub's is https://registry-1.docker.io"));
+            problems.push(format!(
+                "server \"{server}\" is not a registry: Docker Hub's registry is https://registry-1.docker.io"
+            ));
         }
     }
     problems
 }
 
-fn of_host(url: &str, host: &Table, problems: &mut Vec<String>) {
+fn check_host(url: &str, host: &Table, problems: &mut Vec<String>) {
     match host.get("capabilities").map(Value::as_array) {
         Some(Some(names)) => {
             for name in names {
@@ -223,7 +230,8 @@ fn of_host(url: &str, host: &Table, problems: &mut Vec<String>) {
                     Some("referrers") => problems.push(format!(
                         "\"{url}\" has the capability \"referrers\": containerd before 2.2 ignores the whole file"
                     )),
-                    _ => problems.push(format!("\"{url}\" has the capability {name}: containerd ignores the file")),
+                    _ => problems
+                        .push(format!("\"{url}\" has the unknown capability {name}: containerd ignores the file")),
                 }
             }
         }
@@ -234,22 +242,22 @@ fn of_host(url: &str, host: &Table, problems: &mut Vec<String>) {
         && !timeout.as_str().is_some_and(is_duration)
     {
         problems.push(format!(
-            "dial_timeout = {timeout} of \"{url}\" is no duration such as \"1s\": containerd ignores the file"
+            "dial_timeout = {timeout} of \"{url}\" is not a duration such as \"1s\": containerd ignores the file"
         ));
     }
     let plain = Url::parse(url).ok().filter(|url| url.scheme() == "http" && url.port_or_known_default() != Some(80));
     let tls: Vec<_> = ["skip_verify", "ca", "client"].into_iter().filter(|key| host.contains_key(*key)).collect();
     if plain.is_some() && !tls.is_empty() {
-        problems.push(format!("\"{url}\" is http, but has {}: containerd tries https there first", tls.join(", ")));
+        problems.push(format!("\"{url}\" uses http, but has {}: containerd tries https first", tls.join(", ")));
     }
     let path = Url::parse(url).map(|url| url.path().to_owned()).unwrap_or_default();
     let overrides = host.get("override_path").and_then(Value::as_bool) == Some(true);
     if !matches!(path.as_str(), "" | "/") && !overrides && !path.trim_end_matches('/').ends_with("/v2") {
-        problems.push(format!("\"{url}\" has a path without override_path: containerd puts /v2 after it"));
+        problems.push(format!("\"{url}\" has a path without override_path: containerd appends /v2 to it"));
     }
 }
 
-/// As Go writes them: "1m30s", "1.5s", "200ms".
+/// Whether Go parses the text as a duration, such as "1m30s", "1.5s" or "200ms".
 fn is_duration(text: &str) -> bool {
     let mut rest = text;
     while !rest.is_empty() {
@@ -264,21 +272,21 @@ fn is_duration(text: &str) -> bool {
     !text.is_empty()
 }
 
-/// Where the table of a host begins.
-fn table_of(text: &str, url: &str) -> Option<usize> {
-    let is_its = |header: &str| {
+/// The offset of the table of a host.
+fn table_position(text: &str, url: &str) -> Option<usize> {
+    let is_of_host = |header: &str| {
         let table = header.parse::<Table>().ok()?;
         table.get("host")?.get(url).map(drop)
     };
-    headers(text).find(|(_, header)| is_its(header).is_some()).map(|(at, _)| at)
+    headers(text).find(|(_, header)| is_of_host(header).is_some()).map(|(at, _)| at)
 }
 
-/// Where the first table begins: everything before it belongs to the registry itself.
+/// The offset of the first table. The keys before it are settings of the upstream registry.
 fn first_table(text: &str) -> usize {
     headers(text).next().map_or(text.len(), |(at, _)| at)
 }
 
-/// The lines that begin a table.
+/// The header lines of tables, with their offsets.
 fn headers(text: &str) -> impl Iterator<Item = (usize, &str)> {
     let mut at = 0;
     let lines = text.split_inclusive('\n').map(move |line| {
@@ -286,7 +294,7 @@ fn headers(text: &str) -> impl Iterator<Item = (usize, &str)> {
         at += line.len();
         (start, line)
     });
-    // A bracket inside a string or a list begins no table: what comes before it would be unfinished.
+    // A bracket within a string or an array is not a header: the text before it is not valid TOML.
     lines
         .filter(|(start, line)| line.trim_start().starts_with('[') && text[..*start].parse::<Table>().is_ok())
         .map(|(start, line)| (start, line.trim_start()))
@@ -300,13 +308,13 @@ fn quoted(text: &str) -> String {
     Value::from(text).to_string()
 }
 
-/// The registry that a directory is for. None: it is for all that have none of their own.
+/// The registry of a directory. None: `_default`, for all registries without a directory of their own.
 pub fn registry_of(dir: &Path) -> Option<String> {
     let name = dir.file_name()?.to_str()?;
     if name == "_default" {
         return None;
     }
-    // containerd writes host:port as host_port_ where file names cannot have a colon.
+    // containerd also accepts host_port_ for host:port, because some file systems do not allow a colon in names.
     let port = name.strip_suffix('_').and_then(|name| name.rsplit_once('_'));
     Some(match port {
         Some((host, port)) if port.parse::<u16>().is_ok() => format!("{host}:{port}"),
@@ -327,7 +335,7 @@ mod tests {
     }
 
     #[test]
-    fn comes_before_the_hosts_that_are_there_and_goes_without_a_trace() {
+    fn block_is_inserted_before_hosts_and_stripped_again() {
         for text in [
             "",
             "# only a comment\n",
@@ -337,41 +345,41 @@ mod tests {
             "ca = [\n  \"a\",\n]\n\n  [host.'https://a']\r\n",
             "[header]\n  x = [\"1\"]\n[host.\"https://b\"]",
         ] {
-            let extended = with(text, &block(), &mirrors()).unwrap_or_else(|e| panic!("{text}: {e}"));
+            let extended = insert_block(text, &block(), &mirrors()).unwrap_or_else(|e| panic!("{text}: {e}"));
             assert_eq!(hosts(&extended)[0], "http://127.0.0.1:5050", "{extended}");
-            let back = without(&extended).unwrap();
-            assert_eq!((back.rest.as_str(), back.state), (text, EditState::AsWritten));
-            assert_eq!(back.block, block());
+            let stripped = strip_block(&extended).unwrap();
+            assert_eq!((stripped.rest.as_str(), stripped.state), (text, EditState::AsWritten));
+            assert_eq!(stripped.block, block());
         }
-        // Lines have to end somewhere.
-        let extended = with("server = \"https://x\"", &block(), &mirrors()).unwrap();
-        assert_eq!(without(&extended).unwrap().rest, "server = \"https://x\"\n");
-        assert_eq!(without("[host.\"http://127.0.0.1:5050\"]\n"), None);
+        // A missing newline at the end is added, and not removed.
+        let extended = insert_block("server = \"https://x\"", &block(), &mirrors()).unwrap();
+        assert_eq!(strip_block(&extended).unwrap().rest, "server = \"https://x\"\n");
+        assert_eq!(strip_block("[host.\"http://127.0.0.1:5050\"]\n"), None);
     }
 
     #[test]
-    fn what_cannot_be_extended_says_why() {
-        let unfit = |text: &str| with(text, &block(), &mirrors()).unwrap_err();
-        assert!(matches!(unfit("server = "), UnsupportedFile::NotToml(_)));
-        assert_eq!(unfit("host = { \"https://a\" = {} }"), UnsupportedFile::NoTables);
+    fn unsupported_file_is_refused_with_the_reason() {
+        let error = |text: &str| insert_block(text, &block(), &mirrors()).unwrap_err();
+        assert!(matches!(error("server = "), UnsupportedFile::NotToml(_)));
+        assert_eq!(error("host = { \"https://a\" = {} }"), UnsupportedFile::NoTables);
         assert_eq!(
-            unfit("[host.\"http://127.0.0.1:5050\"]"),
+            error("[host.\"http://127.0.0.1:5050\"]"),
             UnsupportedFile::AlreadyThere("http://127.0.0.1:5050".into())
         );
     }
 
     #[test]
-    fn what_a_person_edited_is_noticed() {
+    fn edited_block_is_detected() {
         let edited = block().replace("1s", "9s");
-        assert_eq!(without(&edited).unwrap().state, EditState::Edited);
-        assert_eq!(without(&block().replace(END, "")).unwrap().state, EditState::Edited);
+        assert_eq!(strip_block(&edited).unwrap().state, EditState::Edited);
+        assert_eq!(strip_block(&block().replace(END, "")).unwrap().state, EditState::Edited);
         let added = format!("# mine\n{}[host.\"https://b\"]\n", block());
-        let without = without(&added).unwrap();
-        assert_eq!((without.state, without.rest.as_str()), (EditState::AsWritten, "# mine\n[host.\"https://b\"]\n"));
+        let stripped = strip_block(&added).unwrap();
+        assert_eq!((stripped.state, stripped.rest.as_str()), (EditState::AsWritten, "# mine\n[host.\"https://b\"]\n"));
     }
 
     #[test]
-    fn certificates_beside_it_stay_in_use() {
+    fn block_lists_certificates_of_registry() {
         let certificates = Certificates {
             authorities: vec!["ca.crt".into()],
             clients: vec![("a.cert".into(), Some("a.key".into())), ("b.cert".into(), None)],
@@ -381,13 +389,13 @@ mod tests {
         assert_eq!(table["server"].as_str(), Some("https://reg.corp:5000"));
         assert_eq!(table["ca"].as_array().unwrap().len(), 1);
         assert_eq!(table["client"][0][1].as_str(), Some("a.key"));
-        assert_eq!(with("", &block, &mirrors()).unwrap(), block);
+        assert_eq!(insert_block("", &block, &mirrors()).unwrap(), block);
         let authority = Mirrors { hosts: vec!["https://dray:5050".parse().unwrap()], ca: Some("/etc/ca.crt".into()) };
         assert!(authority.block(None, &Certificates::default()).contains("ca = \"/etc/ca.crt\""));
     }
 
     #[test]
-    fn what_containerd_stumbles_over_is_named() {
+    fn problems_of_hosts_file_are_reported() {
         assert_eq!(problems(&block()), Vec::<String>::new());
         for (text, want) in [
             ("server = ", "not valid TOML"),
@@ -398,7 +406,7 @@ mod tests {
             ("[host.\"https://a\"]\ncapabilities = \"pull\"", "not a list"),
             ("[host.\"https://a\"]\ndial_timeout = \"1\"", "dial_timeout"),
             ("[host.\"https://a/v2/docker.io\"]", "override_path"),
-            ("host = { \"https://a\" = {} }", "table of its own"),
+            ("host = { \"https://a\" = {} }", "separate table"),
             ("server = \"https://docker.io\"\n[host.\"https://a\"]", "registry-1"),
             ("host = 1", "tables such as"),
         ] {
@@ -410,7 +418,7 @@ mod tests {
     }
 
     #[test]
-    fn directories_name_their_registry() {
+    fn directory_name_gives_the_registry() {
         for (name, registry) in
             [("docker.io", "docker.io"), ("reg.corp:5000", "reg.corp:5000"), ("reg.corp_5000_", "reg.corp:5000")]
         {

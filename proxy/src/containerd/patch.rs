@@ -1,4 +1,12 @@
-//! Sets `config_path` in somebody's config.toml, and puts the file back; comments and order stay.
+//! Sets `config_path` in an existing config.toml, and restores the file. Comments and order are preserved.
+//!
+//! | file | backup (`.before-dray`) | meaning |
+//! |---|---|---|
+//! | any | none | not patched |
+//! | patched | the original | patched; `restore` renames the backup over the file |
+//! | patched | `NO_FILE` | patched; there was no file, so `restore` removes both |
+//! | the original | patched | `set` was killed before it exchanged the two; `restore` removes the backup |
+//! | other | the original or `NO_FILE` | edited after `set`, or set to another directory; `restore` changes nothing |
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -13,21 +21,21 @@ pub struct ConfigFile {
     path: PathBuf,
 }
 
-/// What became of it.
+/// The result of a change.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Patched {
     Nothing,
-    /// Its text before and after.
+    /// The text before and after.
     Changed {
         before: String,
         after: String,
     },
-    /// It was edited since, and stays as it is.
+    /// Not changed, because it was edited after `set`.
     Edited,
 }
 
-/// Kept where there was no file.
-const NONE: &str = "# There was no file before `dray containerd install --patch-config`.\n";
+/// The backup if there was no file before.
+const NO_FILE: &str = "# There was no file before `dray containerd install --patch-config`.\n";
 
 #[derive(Debug, thiserror::Error)]
 pub enum PatchError {
@@ -35,8 +43,8 @@ pub enum PatchError {
     Io(PathBuf, io::Error),
     #[error("{0}: not valid TOML: {1}")]
     NotToml(PathBuf, TomlError),
-    #[error("{0}: \"{1}\" is no table, so nothing can be set in it")]
-    NoTable(PathBuf, String),
+    #[error("{0}: \"{1}\" is not a table, so config_path cannot be set in it")]
+    NotATable(PathBuf, String),
 }
 
 impl ConfigFile {
@@ -44,7 +52,7 @@ impl ConfigFile {
         Self { path: path.into() }
     }
 
-    /// Sets the directory in a plugin's section. A new file gets `version` as well.
+    /// Sets `config_path` in a plugin section. A new file also gets `version`.
     pub fn set(&self, section: &str, version: i64, dir: &str) -> Result<Patched, PatchError> {
         let before = self.read(&self.path)?;
         let text = before.clone().unwrap_or_default();
@@ -52,64 +60,64 @@ impl ConfigFile {
         if before.as_deref() == Some(&after) {
             return Ok(Patched::Nothing);
         }
-        let is_ours = match self.read(&self.kept())? {
-            Some(kept) => self.is_patched(&kept, &text, section, version)?,
+        let is_patched = match self.read(&self.backup_path())? {
+            Some(backup) => self.is_patched(&backup, &text, section, version)?,
             None => false,
         };
         let written = match before {
-            // For another directory: what was there before dray stays kept.
-            Some(_) if is_ours => tree::write(&self.path, &after),
-            Some(_) => tree::exchange(&self.path, &self.kept(), &after),
-            None => tree::write(&self.kept(), NONE).and_then(|()| tree::write(&self.path, &after)),
+            // Patched before with another directory: the backup already has the original.
+            Some(_) if is_patched => tree::write(&self.path, &after),
+            Some(_) => tree::exchange(&self.path, &self.backup_path(), &after),
+            None => tree::write(&self.backup_path(), NO_FILE).and_then(|()| tree::write(&self.path, &after)),
         };
         written.map_err(|e| PatchError::Io(self.path.clone(), e))?;
         Ok(Patched::Changed { before: text, after })
     }
 
-    /// What `set` would do.
+    /// The change that `set` would make.
     pub fn plan(&self, section: &str, version: i64, dir: &str) -> Result<Patched, PatchError> {
         let before = self.read(&self.path)?.unwrap_or_default();
         let after = self.with_path(&before, section, version, dir)?;
         Ok(if before == after { Patched::Nothing } else { Patched::Changed { before, after } })
     }
 
-    /// Puts the file back that `set` has kept, unless it was edited since.
+    /// Restores the backup that `set` made, unless the file was edited after it.
     pub fn restore(&self, section: &str, version: i64, dir: &str, mode: Mode) -> Result<Patched, PatchError> {
-        let Some(kept) = self.read(&self.kept())? else { return Ok(Patched::Nothing) };
+        let Some(backup) = self.read(&self.backup_path())? else { return Ok(Patched::Nothing) };
         let present = self.read(&self.path)?.unwrap_or_default();
-        if kept != NONE
-            && kept != present
-            && self.with_path(&present, section, version, dir)? == kept
-            && !self.is_patched(&kept, &present, section, version)?
+        if backup != NO_FILE
+            && backup != present
+            && self.with_path(&present, section, version, dir)? == backup
+            && !self.is_patched(&backup, &present, section, version)?
         {
-            // Killed before the two were exchanged: what is kept is what should have taken the file's place.
+            // `set` was killed before the exchange: the backup has the patched text, and the file is the original.
             if mode == Mode::Apply {
-                tree::remove(&self.kept()).map_err(|e| PatchError::Io(self.kept(), e))?;
+                tree::remove(&self.backup_path()).map_err(|e| PatchError::Io(self.backup_path(), e))?;
             }
             return Ok(Patched::Nothing);
         }
-        if self.with_path(original(&kept), section, version, dir)? != present {
+        if self.with_path(original(&backup), section, version, dir)? != present {
             return Ok(Patched::Edited);
         }
-        let restored = match (mode, &*kept) {
+        let restored = match (mode, &*backup) {
             (Mode::DryRun, _) => Ok(()),
-            (Mode::Apply, NONE) => tree::remove(&self.path).and_then(|()| tree::remove(&self.kept())),
-            (Mode::Apply, _) => tree::restore(&self.path, &self.kept()),
+            (Mode::Apply, NO_FILE) => tree::remove(&self.path).and_then(|()| tree::remove(&self.backup_path())),
+            (Mode::Apply, _) => tree::restore(&self.path, &self.backup_path()),
         };
         restored.map_err(|e| PatchError::Io(self.path.clone(), e))?;
-        Ok(Patched::Changed { before: present, after: original(&kept).to_owned() })
+        Ok(Patched::Changed { before: present, after: original(&backup).to_owned() })
     }
 
-    /// Whether a text is what `set` has made of the file that it kept.
-    fn is_patched(&self, kept: &str, text: &str, section: &str, version: i64) -> Result<bool, PatchError> {
+    /// Whether `set` made this text from the original of this backup.
+    fn is_patched(&self, backup: &str, text: &str, section: &str, version: i64) -> Result<bool, PatchError> {
         let document: DocumentMut = text.parse().map_err(|error| PatchError::NotToml(self.path.clone(), error))?;
         let mut at = ["plugins", section, "registry", "config_path"].into_iter();
         let path = at.try_fold(document.as_item(), |at, name| at.get(name)).and_then(Item::as_str);
-        path.map_or(Ok(false), |dir| Ok(self.with_path(original(kept), section, version, dir)? == text))
+        path.map_or(Ok(false), |dir| Ok(self.with_path(original(backup), section, version, dir)? == text))
     }
 
-    /// Where the file is while another one stands in its place.
-    pub fn kept(&self) -> PathBuf {
+    /// The path of the original while the file is patched.
+    pub fn backup_path(&self) -> PathBuf {
         let mut name = self.path.file_name().unwrap_or_default().to_owned();
         name.push(".before-dray");
         self.path.with_file_name(name)
@@ -120,13 +128,13 @@ impl ConfigFile {
         if document.is_empty() {
             document["version"] = toml_edit::value(version);
         }
-        let no_table = |name: &str| PatchError::NoTable(self.path.clone(), name.to_owned());
+        let not_a_table = |name: &str| PatchError::NotATable(self.path.clone(), name.to_owned());
         let mut at = document.as_table_mut() as &mut dyn toml_edit::TableLike;
         for name in ["plugins", section, "registry"] {
-            let mut made = Table::new();
-            // Only the innermost needs a header of its own.
-            made.set_implicit(true);
-            at = at.entry(name).or_insert(Item::Table(made)).as_table_like_mut().ok_or_else(|| no_table(name))?;
+            let mut table = Table::new();
+            // Implicit: only the innermost table needs a header.
+            table.set_implicit(true);
+            at = at.entry(name).or_insert(Item::Table(table)).as_table_like_mut().ok_or_else(|| not_a_table(name))?;
         }
         match at.get_mut("config_path").and_then(Item::as_value_mut) {
             Some(present) => {
@@ -144,9 +152,9 @@ impl ConfigFile {
     }
 }
 
-/// What there was before, by what was kept of it.
-fn original(kept: &str) -> &str {
-    if kept == NONE { "" } else { kept }
+/// The original text, which is empty if there was no file.
+fn original(backup: &str) -> &str {
+    if backup == NO_FILE { "" } else { backup }
 }
 
 #[cfg(test)]
@@ -158,7 +166,7 @@ mod tests {
     const CRI: &str = "io.containerd.cri.v1.images";
 
     #[test]
-    fn everything_else_stays_and_comes_back() {
+    fn set_keeps_other_settings_and_restore_reverts_it() {
         let dir = tempfile::tempdir().unwrap();
         let file = ConfigFile::new(dir.path().join("config.toml"));
         for (text, want) in [
@@ -179,18 +187,18 @@ mod tests {
             file.set(CRI, 3, "/certs").unwrap();
             assert_eq!(fs::read_to_string(&file.path).unwrap(), want);
             assert_eq!(file.set(CRI, 3, "/certs").unwrap(), Patched::Nothing);
-            // Another directory, and back: what was there before is still known.
+            // Set to another directory and back: the backup still has the original.
             file.set(CRI, 3, "/others").unwrap();
             file.set(CRI, 3, "/certs").unwrap();
             assert!(matches!(file.restore(CRI, 3, "/certs", Mode::DryRun), Ok(Patched::Changed { .. })));
             assert!(matches!(file.restore(CRI, 3, "/certs", Mode::Apply), Ok(Patched::Changed { .. })));
             assert_eq!(fs::read_to_string(&file.path).unwrap(), text);
-            assert!(!file.kept().exists());
+            assert!(!file.backup_path().exists());
         }
     }
 
     #[test]
-    fn a_file_that_was_not_there_goes_again() {
+    fn new_file_is_removed_by_restore() {
         let dir = tempfile::tempdir().unwrap();
         let file = ConfigFile::new(dir.path().join("config.toml"));
         file.set(CRI, 3, "/certs").unwrap();
@@ -200,26 +208,27 @@ mod tests {
     }
 
     #[test]
-    fn kill_before_the_exchange_leaves_nothing() {
+    fn set_killed_before_exchange_is_cleaned_up() {
         let dir = tempfile::tempdir().unwrap();
         let file = ConfigFile::new(dir.path().join("config.toml"));
         fs::write(&file.path, "version = 3\n").unwrap();
         let Patched::Changed { after, .. } = file.plan(CRI, 3, "/certs").unwrap() else { panic!("nothing to do") };
-        fs::write(file.kept(), after).unwrap();
+        fs::write(file.backup_path(), after).unwrap();
         assert_eq!(file.restore(CRI, 3, "/certs", Mode::DryRun).unwrap(), Patched::Nothing);
         assert_eq!(file.restore(CRI, 3, "/certs", Mode::Apply).unwrap(), Patched::Nothing);
         assert_eq!(fs::read_to_string(&file.path).unwrap(), "version = 3\n");
-        assert!(!file.kept().exists());
-        // What looks the same is not: a file that named another directory, which uninstall is told instead of the new one.
+        assert!(!file.backup_path().exists());
+        // Looks the same, but was not killed: the file had another directory before, and restore is called with that
+        // directory.
         fs::write(&file.path, "version = 3\n[plugins.'io.containerd.cri.v1.images'.registry]\nconfig_path = \"/a\"\n")
             .unwrap();
         file.set(CRI, 3, "/b").unwrap();
         assert_eq!(file.restore(CRI, 3, "/a", Mode::Apply).unwrap(), Patched::Edited);
-        assert!(file.kept().exists());
+        assert!(file.backup_path().exists());
     }
 
     #[test]
-    fn what_was_edited_since_stays() {
+    fn edited_file_is_not_restored() {
         let dir = tempfile::tempdir().unwrap();
         let file = ConfigFile::new(dir.path().join("config.toml"));
         fs::write(&file.path, "version = 3\n").unwrap();
@@ -228,7 +237,7 @@ mod tests {
         assert_eq!(file.restore(CRI, 3, "/certs", Mode::Apply).unwrap(), Patched::Edited);
         assert_eq!(fs::read_to_string(&file.path).unwrap(), "version = 3\n# mine\n");
         fs::write(&file.path, "plugins = 1").unwrap();
-        assert!(file.set(CRI, 3, "/certs").unwrap_err().to_string().contains("\"plugins\" is no table"));
+        assert!(file.set(CRI, 3, "/certs").unwrap_err().to_string().contains("\"plugins\" is not a table"));
         fs::write(&file.path, "plugins = ").unwrap();
         assert!(file.set(CRI, 3, "/certs").unwrap_err().to_string().contains("config.toml"));
     }

@@ -1,4 +1,4 @@
-//! The proof that a mirror works: an image that only dray has comes from it, and through the runtime.
+//! Tests that a mirror works: requests the probe image from it, and pulls it through the runtime.
 
 #![allow(clippy::disallowed_methods, reason = "runs in commands, and on threads for blocking work")]
 
@@ -8,43 +8,42 @@ use std::process::{Command, Output};
 use crate::probe_image::{REGISTRY, REPOSITORY};
 use crate::times::SERVICE_TIMEOUT;
 
-/// What a mirror answers to a request such as containerd's.
+/// The response of a mirror to a request as containerd sends it.
 #[derive(Debug)]
 pub enum MirrorResponse {
-    /// It is a dray.
     Dray,
-    /// Something else answers there.
+    /// The status of a server that is not a dray.
     Other(u16),
-    /// Nobody does.
-    Nobody(String),
+    /// Why there was no response.
+    Unreachable(String),
 }
 
-/// What became of a pull through the runtime.
+/// The result of a pull through the runtime.
 #[derive(Debug)]
 pub enum RuntimePull {
-    Came,
+    Succeeded,
     Failed(String),
-    /// There is no way to ask the runtime from here.
+    /// This process cannot use the runtime.
     NotTried(String),
 }
 
-/// Where else than in the path distributions have crictl.
-const CRICTL: [&str; 3] = ["/usr/local/bin/crictl", "/var/lib/rancher/rke2/bin/crictl", "/opt/bin/crictl"];
+/// Where distributions install crictl outside of PATH.
+const CRICTL_PATHS: [&str; 3] = ["/usr/local/bin/crictl", "/var/lib/rancher/rke2/bin/crictl", "/opt/bin/crictl"];
 
-/// Asks a mirror as containerd does.
-pub async fn ask(mirror: &str, authority: Option<&Path>) -> MirrorResponse {
+/// Requests the probe image from a mirror, as containerd does.
+pub async fn probe(mirror: &str, authority: Option<&Path>) -> MirrorResponse {
     let url = format!("{mirror}/v2/{REPOSITORY}/manifests/check?ns={REGISTRY}");
     match head(&url, authority).await {
         Ok(response) if response.status() == 200 && response.headers().contains_key("x-dray-source") => {
             MirrorResponse::Dray
         }
         Ok(response) => MirrorResponse::Other(response.status().as_u16()),
-        Err(error) => MirrorResponse::Nobody(error),
+        Err(error) => MirrorResponse::Unreachable(error),
     }
 }
 
 async fn head(url: &str, authority: Option<&Path>) -> Result<reqwest::Response, String> {
-    // The mirror is meant, not a proxy on the way to it.
+    // The request must test the mirror, not an HTTP proxy in between.
     let mut client = reqwest::Client::builder().no_proxy().timeout(SERVICE_TIMEOUT);
     if let Some(path) = authority {
         let pem = tokio::fs::read(path).await.map_err(|e| format!("{}: {e}", path.display()))?;
@@ -56,18 +55,18 @@ async fn head(url: &str, authority: Option<&Path>) -> Result<reqwest::Response, 
     client.head(url).send().await.map_err(|e| crate::source::root_cause(&e))
 }
 
-/// Pulls through the CRI plugin, as the kubelet does, and removes what came.
+/// Pulls the probe image through the CRI plugin, as the kubelet does, and removes it.
 pub fn pull(socket: &Path) -> RuntimePull {
     if !socket.exists() {
         return RuntimePull::NotTried(format!(
-            "{} is not there: containerd does not run, or elsewhere",
+            "{} does not exist: containerd is not running, or uses another socket",
             socket.display()
         ));
     }
     let Some(crictl) = crictl() else {
         return RuntimePull::NotTried("crictl is not installed".into());
     };
-    // A tag of its own, since nothing may have been kept of an earlier one.
+    // A random tag, because containerd may still have the image of an earlier check.
     let image = format!("{REGISTRY}/{REPOSITORY}:check-{:08x}", fastrand::u32(..));
     let endpoint = format!("unix://{}", socket.display());
     let run = |arguments: &[&str]| {
@@ -78,7 +77,7 @@ pub fn pull(socket: &Path) -> RuntimePull {
     match run(&["pull", &image]) {
         Ok(output) if output.status.success() => {
             let _ = run(&["rmi", &image]);
-            RuntimePull::Came
+            RuntimePull::Succeeded
         }
         Ok(output) => RuntimePull::Failed(last_line(&output)),
         Err(error) => RuntimePull::NotTried(format!("{}: {error}", crictl.display())),
@@ -88,10 +87,10 @@ pub fn pull(socket: &Path) -> RuntimePull {
 fn crictl() -> Option<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let listed: Vec<_> = std::env::split_paths(&path).map(|dir| dir.join("crictl")).collect();
-    listed.into_iter().chain(CRICTL.iter().map(PathBuf::from)).find(|file| file.is_file())
+    listed.into_iter().chain(CRICTL_PATHS.iter().map(PathBuf::from)).find(|file| file.is_file())
 }
 
 fn last_line(output: &Output) -> String {
-    let said = String::from_utf8_lossy(&output.stderr);
-    said.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or("it said nothing").to_owned()
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    stderr.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or("crictl failed without a message").to_owned()
 }

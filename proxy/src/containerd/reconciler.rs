@@ -1,4 +1,15 @@
-//! Keeps containerd pointed here for as long as this process is ready.
+//! Keeps containerd's mirror configuration in place while dray is ready: for this process, or for a mirror on another
+//! machine.
+//!
+//! | state | reconcile, or the mirror responds | no response to three probes | stop |
+//! |---|---|---|---|
+//! | unknown (start) | configured | paused | withdrawn |
+//! | configured | configured: written again if it was changed | paused | withdrawn |
+//! | paused | configured | paused | withdrawn |
+//! | withdrawn | withdrawn | withdrawn | withdrawn |
+//!
+//! A transition to paused or withdrawn removes the mirror configuration. If the removal fails, unknown and configured
+//! do not change to paused, so that the next failed probe tries again.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -13,113 +24,115 @@ use super::proof::{self, MirrorResponse};
 use crate::config::Mirror;
 use crate::times::{RELOAD_INTERVAL, RETRY_INTERVAL};
 
-/// A hosts directory, and what it is to say.
+/// Writes and removes the mirror configuration of a hosts directory.
 pub struct MirrorReconciler {
     hosts: HostsDir,
     mirrors: Mirrors,
-    /// Whether it says so now: not before this process is ready, and not again after it was taken back.
     state: Mutex<MirrorState>,
-    /// Hears whether it does.
-    told: Box<dyn Fn(bool) + Send + Sync>,
+    /// Called with whether containerd uses the mirrors.
+    on_change: Box<dyn Fn(bool) + Send + Sync>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum MirrorState {
-    /// What an earlier process has written may stand there, and may be true.
+    /// The mirror configuration of an earlier process may exist.
     Unknown,
-    Pointed,
-    /// Taken back for now.
+    Configured,
+    /// Removed until the mirror responds.
     Paused,
+    /// Removed until the end of this process.
     Withdrawn,
 }
 
-const MISSED: u32 = 3;
+/// Consecutive failed probes until the mirror configuration is removed. More: pulls wait longer for a mirror that is
+/// down. Fewer: a short interruption sends pulls to the upstream.
+const MAX_FAILED_PROBES: u32 = 3;
 
 impl MirrorReconciler {
-    pub fn new(hosts_dir: PathBuf, mirrors: Mirrors, told: impl Fn(bool) + Send + Sync + 'static) -> Self {
+    pub fn new(hosts_dir: PathBuf, mirrors: Mirrors, on_change: impl Fn(bool) + Send + Sync + 'static) -> Self {
         let (hosts, state) = (HostsDir::new(hosts_dir), Mutex::new(MirrorState::Unknown));
-        Self { hosts, mirrors, state, told: Box::new(told) }
+        Self { hosts, mirrors, state, on_change: Box::new(on_change) }
     }
 
-    /// Points containerd here, and again when somebody has undone it.
+    /// Writes the mirror configuration, and again after another program has removed it.
     pub async fn keep(self: &Arc<Self>) {
         loop {
-            let keeping = self.clone();
-            // It waits for others who write there.
-            let _ = tokio::task::spawn_blocking(move || keeping.point()).await;
+            let reconciler = self.clone();
+            // Blocking, because it may wait for the lock of another process.
+            let _ = tokio::task::spawn_blocking(move || reconciler.reconcile()).await;
             tokio::time::sleep(RELOAD_INTERVAL).await;
         }
     }
 
-    fn point(&self) {
-        // Held while files are written, so that nothing is written after it was taken back.
+    fn reconcile(&self) {
+        // The guard is held while files are written, so that nothing is written after `withdraw`.
         let mut state = self.state.lock();
         if *state == MirrorState::Withdrawn {
             return;
         }
-        let done = self.hosts.install(&self.mirrors, &MirroredRegistries::Default, Mode::Apply);
-        let is_first = std::mem::replace(&mut *state, MirrorState::Pointed) == MirrorState::Unknown;
-        (self.told)(done.as_ref().is_ok_and(|done| !done.remarks.iter().any(Remark::is_failure)));
-        self.log(&done);
-        // What a person ought to know, once.
-        if let Ok(done) = done
+        let result = self.hosts.install(&self.mirrors, &MirroredRegistries::Default, Mode::Apply);
+        let is_first = std::mem::replace(&mut *state, MirrorState::Configured) == MirrorState::Unknown;
+        (self.on_change)(result.as_ref().is_ok_and(|changes| !changes.remarks.iter().any(Remark::is_failure)));
+        self.log(&result);
+        // Remarks are logged once, not in every pass.
+        if let Ok(changes) = result
             && is_first
         {
-            done.remarks.iter().for_each(|remark| tracing::warn!("{remark}"));
+            changes.remarks.iter().for_each(|remark| tracing::warn!("{remark}"));
         }
     }
 
-    /// Takes it back for now: nobody answers. Also what was written before the node, or this process, began anew.
+    /// Removes the mirror configuration until the mirror responds, also that of an earlier process.
     fn pause(&self) {
         let mut state = self.state.lock();
-        if matches!(*state, MirrorState::Unknown | MirrorState::Pointed) {
-            let done = self.hosts.withdraw();
-            if done.is_ok() {
+        if matches!(*state, MirrorState::Unknown | MirrorState::Configured) {
+            let result = self.hosts.withdraw();
+            if result.is_ok() {
                 *state = MirrorState::Paused;
             }
-            self.log(&done);
+            self.log(&result);
         }
     }
 
-    /// Takes it back: nobody is sent here any more. Also what an earlier process has written that was killed.
+    /// Removes the mirror configuration before this process stops, also that of an earlier process that was killed.
     pub fn withdraw(&self) {
         let mut state = self.state.lock();
         if std::mem::replace(&mut *state, MirrorState::Withdrawn) != MirrorState::Withdrawn {
-            (self.told)(false);
+            (self.on_change)(false);
             self.log(&self.hosts.withdraw());
         }
     }
 
-    fn log(&self, done: &Result<Changes, HostsError>) {
-        match done {
-            Ok(outcome) => outcome.changes.iter().for_each(|change| tracing::info!("{change}")),
+    fn log(&self, result: &Result<Changes, HostsError>) {
+        match result {
+            Ok(changes) => changes.changes.iter().for_each(|change| tracing::info!("{change}")),
             Err(error) => {
                 let ids = (geteuid().as_raw(), getegid().as_raw());
                 let remedy = self.hosts.remedy(error, ids);
-                tracing::error!(%error, remedy, "containerd's hosts directory");
+                tracing::error!(%error, remedy, "mirror configuration failed");
             }
         }
     }
 }
 
-/// Keeps containerd pointed at a mirror elsewhere for as long as that answers. Ends when the process is to end,
-/// and has taken it back then.
-pub async fn follow(hosts_dir: PathBuf, mirror: Mirror, ca: Option<PathBuf>) -> std::io::Result<()> {
+/// Keeps the mirror configuration in place while a mirror on another machine responds. Returns after SIGTERM or SIGINT,
+/// when the mirror configuration is removed.
+pub async fn sync(hosts_dir: PathBuf, mirror: Mirror, ca: Option<PathBuf>) -> std::io::Result<()> {
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     let (url, mirrors) = (mirror.to_string(), Mirrors { hosts: vec![mirror], ca: ca.clone() });
-    let keeping = MirrorReconciler::new(hosts_dir, mirrors, |_| {});
-    let mut missed = 0;
+    let reconciler = MirrorReconciler::new(hosts_dir, mirrors, |_| {});
+    let mut failed_probes = 0;
     loop {
-        match proof::ask(&url, ca.as_deref()).await {
+        match proof::probe(&url, ca.as_deref()).await {
             MirrorResponse::Dray => {
-                missed = 0;
-                keeping.point();
+                failed_probes = 0;
+                reconciler.reconcile();
             }
-            answer => {
-                missed += 1;
-                tracing::debug!(mirror = url, ?answer, missed, "the mirror does not answer");
-                if missed >= MISSED {
-                    keeping.pause();
+            response => {
+                failed_probes += 1;
+                tracing::debug!(mirror = url, ?response, failed_probes, "mirror probe failed");
+                if failed_probes >= MAX_FAILED_PROBES {
+                    reconciler.pause();
                 }
             }
         }
@@ -129,6 +142,6 @@ pub async fn follow(hosts_dir: PathBuf, mirror: Mirror, ca: Option<PathBuf>) -> 
             _ = interrupt.recv() => break,
         }
     }
-    keeping.withdraw();
+    reconciler.withdraw();
     Ok(())
 }

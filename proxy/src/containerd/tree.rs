@@ -1,8 +1,8 @@
-//! Changes to somebody else's directory: each takes effect at once or not at all, also when the process or the
-//! machine stops half-way.
+//! Atomic changes in directories of other programs: each takes effect completely or not at all, also if the process or
+//! the machine crashes.
 //!
-//! New directories are made under another name and renamed. A file that is replaced for a while is exchanged
-//! with its successor, so that it comes back with its owner, its mode and its times.
+//! A new directory is created under a temporary name and renamed. A foreign file is exchanged with its replacement, so
+//! that `restore` brings it back with its owner, mode and times.
 
 #![allow(clippy::disallowed_methods, reason = "runs in commands, and on threads for blocking work")]
 
@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use rustix::fs::{CWD, FlockOperation, OFlags, RenameFlags, flock, renameat_with};
 use rustix::io::Errno;
 
-/// Whose a directory or file is, and who may use it.
+/// Owner and mode of a directory or file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct FileOwner {
     pub uid: u32,
@@ -23,27 +23,28 @@ pub struct FileOwner {
     pub mode: u32,
 }
 
-/// Keeps other dray processes from the same directory for as long as it is held.
+/// Excludes other dray processes from a directory until it is dropped.
 pub(super) struct Lock {
     _file: File,
 }
 
-/// Whoever waits for another process looks this often.
-const LOOK_AGAIN: Duration = Duration::from_millis(10);
+/// Interval between attempts to get the lock: flock has no timeout. Longer: commands wait longer than necessary.
+const LOCK_POLL_INTERVAL: Duration = Duration::from_millis(10);
 
-/// What has not yet its own name begins so.
-const UNFINISHED: &str = ".dray-unfinished";
+/// Prefix of temporary names.
+const TEMPORARY_PREFIX: &str = ".dray-unfinished";
 
 impl Lock {
-    /// Waits so long for others that change the same directory: whoever can read it can hold this for ever.
-    pub(super) fn of(dir: &Path, patience: Duration) -> io::Result<Self> {
-        let (file, until) = (File::open(dir)?, Instant::now() + patience);
+    /// Waits for the lock. The timeout is necessary: any process that can read the directory can hold the lock for
+    /// ever.
+    pub(super) fn acquire(dir: &Path, timeout: Duration) -> io::Result<Self> {
+        let (file, deadline) = (File::open(dir)?, Instant::now() + timeout);
         loop {
             match flock(&file, FlockOperation::NonBlockingLockExclusive) {
-                Err(Errno::WOULDBLOCK) if Instant::now() < until => std::thread::sleep(LOOK_AGAIN),
+                Err(Errno::WOULDBLOCK) if Instant::now() < deadline => std::thread::sleep(LOCK_POLL_INTERVAL),
                 Err(Errno::WOULDBLOCK) => {
-                    let why = "another process holds a lock on it: what changes it takes no such time";
-                    return Err(io::Error::new(io::ErrorKind::WouldBlock, why));
+                    let message = "timed out: another process holds the lock on it; find and stop that process";
+                    return Err(io::Error::new(io::ErrorKind::WouldBlock, message));
                 }
                 locked => break locked?,
             }
@@ -55,13 +56,13 @@ impl Lock {
 impl FileOwner {
     pub fn of(path: &Path) -> io::Result<Self> {
         let known = fs::symlink_metadata(path)?;
-        // A link lets everybody do everything; what counts is the file that it leads to.
+        // A symbolic link itself has mode 0777; the mode of its target counts.
         let mode = if known.is_symlink() { fs::metadata(path)?.mode() } else { known.mode() };
         Ok(Self { uid: known.uid(), gid: known.gid(), mode: mode & 0o7777 })
     }
 
-    /// Whether a user and a group may list the directory, and get to what is in it.
-    pub fn lets_in(&self, (uid, gid): (u32, u32)) -> bool {
+    /// Whether a user with this group can list the directory and access its entries.
+    pub fn can_read(&self, (uid, gid): (u32, u32)) -> bool {
         let needed = match (self.uid == uid, self.gid == gid) {
             (true, _) => 0o500,
             (false, true) => 0o050,
@@ -70,22 +71,22 @@ impl FileOwner {
         uid == 0 || self.mode & needed == needed
     }
 
-    /// The same where a group may list it, and get to what is in it.
-    pub fn letting_in(self, gid: u32) -> Self {
+    /// The same owner and mode, but a group can list the directory and access its entries.
+    pub fn with_group_access(self, gid: u32) -> Self {
         Self { gid, mode: self.mode & !0o070 | 0o050, ..self }
     }
 
-    /// Makes it so.
-    pub fn give(&self, path: &Path) -> io::Result<()> {
+    /// Sets owner and mode of a directory or file.
+    pub fn apply_to(&self, path: &Path) -> io::Result<()> {
         std::os::unix::fs::lchown(path, Some(self.uid), Some(self.gid))?;
         fs::set_permissions(path, Permissions::from_mode(self.mode))
     }
 }
 
-/// A file's text. None: there is no such file. What is no text is invalid data.
+/// The text of a file. None: the file does not exist. A file that is not regular or not UTF-8 is `InvalidData`.
 pub(super) fn read(path: &Path) -> io::Result<Option<String>> {
-    let invalid = |why| io::Error::new(io::ErrorKind::InvalidData, why);
-    // A pipe that nobody writes into would never be opened.
+    let invalid = |message| io::Error::new(io::ErrorKind::InvalidData, message);
+    // Non-blocking, because opening a pipe without a writer blocks for ever.
     let flags = OFlags::NONBLOCK.bits().cast_signed();
     let mut file = match OpenOptions::new().read(true).custom_flags(flags).open(path) {
         Ok(file) => file,
@@ -93,70 +94,70 @@ pub(super) fn read(path: &Path) -> io::Result<Option<String>> {
         Err(error) => return Err(error),
     };
     if !file.metadata()?.is_file() {
-        return Err(invalid("it is no file"));
+        return Err(invalid("it is not a regular file"));
     }
     let mut content = Vec::new();
     file.read_to_end(&mut content)?;
     String::from_utf8(content).map(Some).map_err(|_| invalid("it is not UTF-8 text"))
 }
 
-/// A directory with files in it, all at once. With an owner it becomes that one's.
-pub(super) fn make_dir(dir: &Path, files: &[(&str, &str)], owner: Option<(u32, u32)>) -> io::Result<()> {
-    let unfinished = beside(dir);
-    fs::create_dir(&unfinished)?;
-    let made = fill_dir(&unfinished, files, owner)
-        .and_then(|()| Ok(renameat_with(CWD, &unfinished, CWD, dir, RenameFlags::NOREPLACE)?));
-    if made.is_err() {
-        let _ = fs::remove_dir_all(&unfinished);
+/// Creates a directory with files atomically, for an owner if given.
+pub(super) fn create_dir(dir: &Path, files: &[(&str, &str)], owner: Option<(u32, u32)>) -> io::Result<()> {
+    let temporary = temporary_path(dir);
+    fs::create_dir(&temporary)?;
+    let created = fill_dir(&temporary, files, owner)
+        .and_then(|()| Ok(renameat_with(CWD, &temporary, CWD, dir, RenameFlags::NOREPLACE)?));
+    if created.is_err() {
+        let _ = fs::remove_dir_all(&temporary);
     }
-    made?;
+    created?;
     sync_parent(dir)
 }
 
-fn fill_dir(unfinished: &Path, files: &[(&str, &str)], owner: Option<(u32, u32)>) -> io::Result<()> {
-    fs::set_permissions(unfinished, Permissions::from_mode(0o755))?;
+fn fill_dir(dir: &Path, files: &[(&str, &str)], owner: Option<(u32, u32)>) -> io::Result<()> {
+    fs::set_permissions(dir, Permissions::from_mode(0o755))?;
     for (name, content) in files {
-        write_new(&unfinished.join(name), content, 0o644)?;
+        write_new(&dir.join(name), content, 0o644)?;
     }
     if let Some((uid, gid)) = owner {
-        std::os::unix::fs::chown(unfinished, Some(uid), Some(gid))?;
+        std::os::unix::fs::chown(dir, Some(uid), Some(gid))?;
     }
-    File::open(unfinished)?.sync_all()
+    File::open(dir)?.sync_all()
 }
 
-/// The opposite: the directory is gone at once.
+/// Removes a directory atomically.
 pub(super) fn remove_dir(dir: &Path) -> io::Result<()> {
-    let unfinished = beside(dir);
-    fs::rename(dir, &unfinished)?;
+    let temporary = temporary_path(dir);
+    fs::rename(dir, &temporary)?;
     sync_parent(dir)?;
-    fs::remove_dir_all(unfinished)
+    fs::remove_dir_all(temporary)
 }
 
-/// A file of our own, written anew or for the first time.
+/// Writes a file of dray atomically; an existing file keeps its owner and mode.
 pub(super) fn write(path: &Path, content: &str) -> io::Result<()> {
     let owner = FileOwner::of(path).ok();
-    let unfinished = beside(path);
-    write_new(&unfinished, content, owner.map_or(0o644, |owner| owner.mode))?;
+    let temporary = temporary_path(path);
+    write_new(&temporary, content, owner.map_or(0o644, |owner| owner.mode))?;
     if let Some(owner) = owner {
-        keep_owner(&unfinished, owner)?;
+        keep_owner(&temporary, owner)?;
     }
-    fs::rename(&unfinished, path)?;
+    fs::rename(&temporary, path)?;
     sync_parent(path)
 }
 
-/// Somebody else's file gets a new content, and is itself kept as `kept`.
-pub(super) fn exchange(path: &Path, kept: &Path, content: &str) -> io::Result<()> {
+/// Replaces a foreign file with a new one, and keeps the original as `backup`.
+pub(super) fn exchange(path: &Path, backup: &Path, content: &str) -> io::Result<()> {
     let owner = FileOwner::of(path)?;
-    let _ = fs::remove_file(kept);
-    write_new(kept, content, owner.mode)?;
-    keep_owner(kept, owner)?;
-    renameat_with(CWD, kept, CWD, path, RenameFlags::EXCHANGE)?;
+    let _ = fs::remove_file(backup);
+    write_new(backup, content, owner.mode)?;
+    keep_owner(backup, owner)?;
+    renameat_with(CWD, backup, CWD, path, RenameFlags::EXCHANGE)?;
     sync_parent(path)
 }
 
-/// The kept file takes its place again.
-pub(super) fn restore(path: &Path, kept: &Path) -> io::Result<()> {
-    fs::rename(kept, path)?;
+/// Renames the backup over the file.
+pub(super) fn restore(path: &Path, backup: &Path) -> io::Result<()> {
+    fs::rename(backup, path)?;
     sync_parent(path)
 }
 
@@ -165,24 +166,24 @@ pub(super) fn remove(path: &Path) -> io::Result<()> {
     sync_parent(path)
 }
 
-/// Removes what a process that was killed has left in a directory.
-pub(super) fn sweep(dir: &Path) -> io::Result<()> {
+/// Removes the temporary files and directories of a process that was killed.
+pub(super) fn remove_unfinished(dir: &Path) -> io::Result<()> {
     for entry in fs::read_dir(dir)?.flatten() {
         let path = entry.path();
-        if entry.file_name().to_string_lossy().starts_with(UNFINISHED) {
+        if entry.file_name().to_string_lossy().starts_with(TEMPORARY_PREFIX) {
             let _ = if path.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
         }
     }
     Ok(())
 }
 
-/// Only who may give files away keeps the owner of one that it replaces.
+/// Sets owner and mode of the file that is replaced. Without the permission to change owners, sets only the mode.
 fn keep_owner(path: &Path, owner: FileOwner) -> io::Result<()> {
-    match owner.give(path) {
+    match owner.apply_to(path) {
         Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
             fs::set_permissions(path, Permissions::from_mode(owner.mode))
         }
-        given => given,
+        applied => applied,
     }
 }
 
@@ -193,9 +194,9 @@ fn write_new(path: &Path, content: &str, mode: u32) -> io::Result<()> {
     file.sync_all()
 }
 
-/// The name under which something is made that is to be `path`.
-fn beside(path: &Path) -> PathBuf {
-    path.with_file_name(format!("{UNFINISHED}-{}", std::process::id()))
+/// A temporary path in the same directory, for a rename to `path`.
+fn temporary_path(path: &Path) -> PathBuf {
+    path.with_file_name(format!("{TEMPORARY_PREFIX}-{}", std::process::id()))
 }
 
 fn sync_parent(path: &Path) -> io::Result<()> {

@@ -1,4 +1,4 @@
-//! All fills that run: who asks for the same joins the same one, and there are never too many.
+//! All running fills: requests for the same key share a fill, and the number of fills is bounded.
 
 use std::collections::HashMap;
 use std::net::IpAddr;
@@ -21,23 +21,23 @@ use crate::role::{CurrentRole, Role};
 use crate::shares::{Share, Shares};
 use crate::source::SourceError;
 use crate::store::{Blob, Store};
-use crate::times::{LONGEST_PAUSE, OBSERVATION_TTL, PAUSE};
+use crate::times::{MAX_RETRY_DELAY, OBSERVATION_TTL, PAUSE};
 use crate::trace;
 
-/// What runs, and what is remembered of what went wrong.
+/// Running fills, and recent failures.
 pub struct Fills {
     running: Mutex<HashMap<FillKey, Arc<Fill>>>,
     distrusted: moka::sync::Cache<ContentSource, ()>,
-    /// What was damaged here, and so may have been read by whoever asked for it anywhere.
-    damaged: moka::sync::Cache<Digest, ()>,
-    /// The disk refused to write lately.
+    /// Blobs that were found corrupt on the disk. Clients may have read their beginning, whatever the repository.
+    corrupt: moka::sync::Cache<Digest, ()>,
+    /// Present if a disk write failed recently.
     pub(super) disk_failed: moka::sync::Cache<(), ()>,
-    /// What lately could not be kept.
+    /// Blobs that could not be cached recently.
     pub(super) no_room: moka::sync::Cache<FillKey, ()>,
     of_registries: Shares<Registry>,
     of_clients: Shares<IpAddr>,
     pub(super) large: Shares<Registry>,
-    proofs: Arc<Semaphore>,
+    verifications: Arc<Semaphore>,
     /// KiB that may wait for the disk or the hash.
     pub(super) waiting_kib: Arc<Semaphore>,
     pub(super) memory: Arc<Memory>,
@@ -47,31 +47,32 @@ pub struct Fills {
     gauge: IntGauge,
 }
 
-/// Which requests share a fill: those for the same bytes of the same registry. Another registry's
-/// bytes are proven only at their end, so nobody waits for them or reads them before.
+/// Requests with an equal key share a fill. The key includes the registry: content of another registry is verified only
+/// at its end, and a reader must not wait for it or see it before.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct FillKey {
     pub digest: Digest,
     pub registry: Registry,
-    /// Which rule it is fetched by: others may have other credentials, and be for other people.
+    /// The index of the rule: other rules may have other credentials, and serve other clients.
     pub rule: usize,
-    /// Where callers come with their own rights: those at one repository are none at another.
+    /// Set if clients are authorized with their own credentials: access to one repository does not imply access to
+    /// another.
     pub repository: Option<Repository>,
 }
 
-/// A blob as it comes from somewhere.
+/// A blob as a registry or repository serves it.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct ContentSource {
     digest: Digest,
     registry: Registry,
-    /// Where each repository has readers of its own. Otherwise repositories share their fills.
+    /// Set if each repository authorizes its own clients. Otherwise repositories share their fills.
     repository: Option<Repository>,
 }
 
 impl ContentSource {
-    pub fn new(place: &RepositoryRef, digest: &Digest) -> Self {
-        let repository = place.rule.asks_who().then(|| place.repository.clone());
-        Self { digest: digest.clone(), registry: place.registry.clone(), repository }
+    pub fn new(repo_ref: &RepositoryRef, digest: &Digest) -> Self {
+        let repository = repo_ref.rule.is_passthrough().then(|| repo_ref.repository.clone());
+        Self { digest: digest.clone(), registry: repo_ref.registry.clone(), repository }
     }
 }
 
@@ -81,187 +82,191 @@ impl FillKey {
         ContentSource { digest, registry, repository }
     }
 
-    pub fn new(place: &RepositoryRef, digest: &Digest) -> Self {
-        let ContentSource { digest, registry, repository } = ContentSource::new(place, digest);
-        Self { digest, registry, rule: place.rule.nth, repository }
+    pub fn new(repo_ref: &RepositoryRef, digest: &Digest) -> Self {
+        let ContentSource { digest, registry, repository } = ContentSource::new(repo_ref, digest);
+        Self { digest, registry, rule: repo_ref.rule.nth, repository }
     }
 }
 
-/// Whether somebody may have read what is damaged.
+/// Whether a client may have read a corrupt blob.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Exposure {
     Never,
     Maybe,
 }
 
-/// Which fill somebody comes to read.
+/// The fill that a request reads.
 enum FillEntry {
     Joined(Arc<Fill>),
-    /// A new one. The earlier one is being given up.
-    Begun {
+    /// A new fill. The earlier one is being abandoned.
+    Started {
         fill: Arc<Fill>,
         earlier: Option<Arc<Fill>>,
-        turn: FillPermit,
+        permit: FillPermit,
     },
 }
 
-/// What a fill has of what all fills share, until it ends.
+/// The shares of common limits that a fill holds until it ends.
 pub(super) struct FillPermit {
     _of_registry: Share<Registry>,
     _of_client: Option<Share<IpAddr>>,
 }
 
-/// Large blobs written at the same time, half of them of one registry alone; more pass through uncached. Each takes two
-/// threads.
+/// Large blobs written at the same time, half of them from one registry; more bypass the cache. Larger: more threads,
+/// two for each blob. Smaller: more blobs bypass the cache under load.
 const MAX_FILLS: usize = 512;
 
-/// Fills of any size that run at the same time, half of them of one registry alone; more are refused. Larger: more
-/// memory and sockets for registries that do not answer. Smaller: fewer blobs at a time.
+/// Fills of any size that run at the same time, half of them from one registry; more are rejected. Larger: more memory
+/// and sockets for registries that do not respond. Smaller: fewer blobs at a time.
 const MAX_RUNNING: usize = 1024;
 
-/// Fills that clients have begun, half of them by one alone: three quarters of all that run, so that one client with one
-/// silent registry can go on with others, and leaves some to other clients.
-const BEGUN_BY_CLIENTS: usize = 1536;
+/// Fills started by clients, half of them (three quarters of [`MAX_RUNNING`]) by one client. One client with one silent
+/// registry can still use others, and leaves some fills to other clients. Larger: one client can use up all fills.
+/// Smaller: one client downloads fewer blobs at a time.
+const MAX_STARTED_BY_CLIENTS: usize = 1536;
 
-/// Connections beyond the first of each blob.
+/// Connections to upstreams beyond the first of each blob, half of them to one registry. Larger: more sockets, and
+/// registries may limit dray. Smaller: large blobs take longer under load.
 const MAX_CONNECTIONS: usize = 128;
 
-/// Files being proven at the same time. Each takes a thread and the disk.
-const MAX_PROOFS: usize = 8;
+/// Cached files verified at the same time. Each takes a thread and the disk. Larger: readers of verified files wait for
+/// threads. Smaller: after a crash, the first request of each blob waits longer.
+const MAX_VERIFICATIONS: usize = 8;
 
 impl Fills {
     pub fn new(store: Arc<Store>, memory: Arc<Memory>, metrics: Arc<Metrics>) -> Self {
         Self {
             running: Mutex::default(),
             distrusted: moka::sync::Cache::builder().max_capacity(100_000).time_to_live(OBSERVATION_TTL).build(),
-            damaged: moka::sync::Cache::builder().max_capacity(100_000).time_to_live(OBSERVATION_TTL).build(),
-            disk_failed: moka::sync::Cache::builder().time_to_live(LONGEST_PAUSE).build(),
+            corrupt: moka::sync::Cache::builder().max_capacity(100_000).time_to_live(OBSERVATION_TTL).build(),
+            disk_failed: moka::sync::Cache::builder().time_to_live(MAX_RETRY_DELAY).build(),
             no_room: moka::sync::Cache::builder().max_capacity(10_000).time_to_live(PAUSE).build(),
             of_registries: Shares::new(MAX_RUNNING),
-            of_clients: Shares::new(BEGUN_BY_CLIENTS),
+            of_clients: Shares::new(MAX_STARTED_BY_CLIENTS),
             large: Shares::new(MAX_FILLS),
-            proofs: Arc::new(Semaphore::new(MAX_PROOFS)),
+            verifications: Arc::new(Semaphore::new(MAX_VERIFICATIONS)),
             waiting_kib: Arc::new(Semaphore::new(MAX_WAITING_KIB)),
             memory,
             connections: Shares::new(MAX_CONNECTIONS),
             store,
-            gauge: metrics.fills.with_label_values(&["running"]),
+            gauge: metrics.downloads.with_label_values(&["running"]),
             metrics,
         }
     }
 
-    /// What runs, the oldest first.
+    /// The running fills, the oldest first.
     pub fn views(&self) -> Vec<FillView> {
         let mut running: Vec<Arc<Fill>> = self.running.lock().values().cloned().collect();
         running.sort_by_key(|fill| fill.started);
         running.iter().map(|fill| fill.view()).collect()
     }
 
-    /// The running fill of a digest.
+    /// The running fill of a key.
     pub fn running(&self, key: &FillKey) -> Option<Arc<Fill>> {
         self.running.lock().get(key).cloned()
     }
 
-    /// Whether this lately came with wrong bytes: a client may hold a bad beginning, which a good end must not complete.
+    /// Whether this content was corrupt recently. A client may hold its beginning, which the end of a good copy must
+    /// not complete.
     pub fn is_distrusted(&self, content: &ContentSource) -> bool {
-        self.damaged.contains_key(&content.digest) || self.distrusted.contains_key(content)
+        self.corrupt.contains_key(&content.digest) || self.distrusted.contains_key(content)
     }
 
-    /// Whether there lately was no room for it.
+    /// Whether there was no room for it recently.
     pub fn has_no_room(&self, key: &FillKey) -> bool {
         self.no_room.contains_key(key)
     }
 
-    /// Remembers that wrong bytes came.
+    /// Remembers that bytes did not match their digest.
     pub fn distrust(&self, content: ContentSource) {
         self.metrics.mismatches.inc();
-        tracing::error!(digest = %content.digest, registry = %content.registry, "the bytes do not match their digest");
+        tracing::error!(digest = %content.digest, registry = %content.registry, "digest mismatch");
         self.distrusted.insert(content, ());
     }
 
-    /// Drops a cached blob that does not match any more.
-    pub(super) fn damaged(&self, digest: &Digest, blob: &Blob, seen: Exposure) {
-        tracing::warn!(%digest, "a cached blob was damaged on disk");
-        self.metrics.damaged.inc();
+    /// Drops a cached blob that no longer matches its digest.
+    pub(super) fn drop_corrupt(&self, digest: &Digest, blob: &Blob, seen: Exposure) {
+        tracing::warn!(%digest, "cached blob corrupt");
+        self.metrics.corrupt_blobs.inc();
         self.store.large.forget(digest, blob);
-        // Who has read its beginning must not get the end of another copy.
+        // A client that has read the beginning must not get the end of another copy.
         if seen == Exposure::Maybe {
-            self.damaged.insert(digest.clone(), ());
+            self.corrupt.insert(digest.clone(), ());
         }
     }
 
-    /// Joins the running fill of a digest, or starts one from these sources, for a reader of this client who begins at
-    /// `from`. A fill in a lower role is promoted to theirs.
+    /// Joins the running fill of a key, or starts one from these sources for a client that reads at `from`. A fill in a
+    /// lower role is promoted to the role of `sources`.
     pub fn join(
         self: &Arc<Self>,
         key: &FillKey,
-        place: &RepositoryRef,
+        repo_ref: &RepositoryRef,
         client: Option<IpAddr>,
         sources: Arc<dyn FillSources>,
         from: u64,
     ) -> Arc<Fill> {
-        let (fill, earlier, turn) = match self.enter(key, place, client, sources.role()) {
+        let (fill, earlier, permit) = match self.enter(key, repo_ref, client, sources.role()) {
             FillEntry::Joined(fill) => return fill,
-            FillEntry::Begun { fill, earlier, turn } => (fill, earlier, turn),
+            FillEntry::Started { fill, earlier, permit } => (fill, earlier, permit),
         };
         let (fills, new) = (self.clone(), fill.clone());
         tokio::spawn(trace::carried(async move {
             let mut span = trace::begin("fill", trace::TraceSpanKind::Internal);
-            let running = RunningFill { fills: &fills, fill: &new, _turn: turn };
-            // What that one leaves behind is gone on with.
+            let running = RunningFill { fills: &fills, fill: &new, _permit: permit };
+            // The partial of the abandoned fill is resumed.
             if let Some(earlier) = earlier {
                 earlier.ended().await;
             }
             span.within(running.fill_from(sources, from)).await;
-            new.tell(&mut span);
+            new.record_in(&mut span);
         }));
         fill
     }
 
-    /// Proves a file on disk by hashing it, while readers follow.
-    pub fn prove(self: &Arc<Self>, key: &FillKey, place: &RepositoryRef, role: Role, blob: Arc<Blob>) -> Arc<Fill> {
-        let (fill, turn) = match self.enter(key, place, None, CurrentRole::new(role)) {
+    /// Verifies a file on disk by hashing it, while readers follow.
+    pub fn prove(self: &Arc<Self>, key: &FillKey, repo_ref: &RepositoryRef, role: Role, blob: Arc<Blob>) -> Arc<Fill> {
+        let (fill, permit) = match self.enter(key, repo_ref, None, CurrentRole::new(role)) {
             FillEntry::Joined(fill) => return fill,
-            FillEntry::Begun { fill, turn, .. } => (fill, turn),
+            FillEntry::Started { fill, permit, .. } => (fill, permit),
         };
         let (fills, new) = (self.clone(), fill.clone());
         tokio::spawn(async move {
-            // Readers of what is proven already need threads as well.
-            let permit = fills.proofs.clone().acquire_owned().await;
+            // The limit leaves threads to the readers of verified files.
+            let slot = fills.verifications.clone().acquire_owned().await;
             let proving = tokio::task::spawn_blocking(move || {
-                let running = RunningFill { fills: &fills, fill: &new, _turn: turn };
+                let running = RunningFill { fills: &fills, fill: &new, _permit: permit };
                 running.prove(&blob);
             });
             let _ = proving.await;
-            drop(permit);
+            drop(slot);
         });
         fill
     }
 
-    fn enter(&self, key: &FillKey, place: &RepositoryRef, client: Option<IpAddr>, role: CurrentRole) -> FillEntry {
+    fn enter(&self, key: &FillKey, repo_ref: &RepositoryRef, client: Option<IpAddr>, role: CurrentRole) -> FillEntry {
         let mut running = self.running.lock();
         let earlier = running.get(key).filter(|fill| fill.progress.borrow().phase() != Phase::Failed).cloned();
         if let Some(fill) = &earlier
-            && fill.audience.welcome()
+            && fill.readers.admit()
         {
-            if place.caller.authorization().is_some() {
-                *fill.newest.lock() = place.caller.clone();
+            if repo_ref.principal.authorization().is_some() {
+                *fill.latest_principal.lock() = repo_ref.principal.clone();
             }
             fill.role.promote(role.get());
             return FillEntry::Joined(fill.clone());
         }
-        let fill = Arc::new(Fill::new(key.clone(), place.clone(), role));
-        let Some(turn) = self.turn(key, client) else {
+        let fill = Arc::new(Fill::new(key.clone(), repo_ref.clone(), role));
+        let Some(permit) = self.permit(key, client) else {
             fill.open(Err(SourceError::Busy));
             return FillEntry::Joined(fill);
         };
         running.insert(key.clone(), fill.clone());
         self.gauge.inc();
-        FillEntry::Begun { fill, earlier, turn }
+        FillEntry::Started { fill, earlier, permit }
     }
 
-    /// Leave to fill another blob of this registry for this client.
-    fn turn(&self, key: &FillKey, client: Option<IpAddr>) -> Option<FillPermit> {
+    /// A permit for another fill of this registry for this client.
+    fn permit(&self, key: &FillKey, client: Option<IpAddr>) -> Option<FillPermit> {
         let of_registry = self.of_registries.take(&key.registry, 1)?;
         let of_client = match client {
             Some(client) => Some(self.of_clients.take(&client, 1)?),
@@ -270,10 +275,10 @@ impl Fills {
         Some(FillPermit { _of_registry: of_registry, _of_client: of_client })
     }
 
-    /// A fill is over.
-    pub(super) fn leave(&self, over: &Fill) {
+    /// Removes a fill that has ended.
+    pub(super) fn remove(&self, over: &Fill) {
         let mut running = self.running.lock();
-        // A failed one may have been replaced by now.
+        // A new fill may have replaced a failed one.
         if running.get(&over.key).is_some_and(|fill| std::ptr::eq(&raw const **fill, over)) {
             running.remove(&over.key);
         }
@@ -299,7 +304,7 @@ mod tests {
 
     const MIB: u64 = 1 << 20;
 
-    /// Gives the first MiB of a long blob to whoever asks for it, and then nothing.
+    /// Sends the first MiB of a long blob to each request at offset 0, and nothing to others.
     #[derive(Default)]
     struct Stalling {
         beginnings: AtomicU32,
@@ -321,7 +326,7 @@ mod tests {
     }
 
     #[tokio::test(flavor = "multi_thread")]
-    async fn who_comes_while_a_fill_is_given_up_goes_on_with_what_it_leaves() {
+    async fn request_during_abandonment_resumes_its_partial() {
         let dir = tempfile::tempdir().unwrap();
         let metrics = Arc::new(Metrics::new());
         let store = Store::open(
@@ -337,22 +342,25 @@ mod tests {
         let registries = Registries::new(&Config::default());
         let (registry, repository): (Registry, Repository) =
             ("docker.io".parse().unwrap(), "library/a".parse().unwrap());
-        let place = RepositoryRef::new(registries.rule(&registry, &repository).clone(), registry, repository);
-        let key = FillKey::new(&place, &Digest::of(b"long"));
+        let repo_ref = RepositoryRef::new(registries.rule(&registry, &repository).clone(), registry, repository);
+        let key = FillKey::new(&repo_ref, &Digest::of(b"long"));
         let sources = Arc::new(Stalling::default());
 
-        let first = fills.join(&key, &place, None, sources.clone(), 0);
+        let first = fills.join(&key, &repo_ref, None, sources.clone(), 0);
         assert!(first.reaches(0).await);
-        let reader = first.audience.sit();
-        assert!(Arc::ptr_eq(&first, &fills.join(&key, &place, None, sources.clone(), 0)), "it is joined");
+        let reader = first.readers.register();
+        assert!(Arc::ptr_eq(&first, &fills.join(&key, &repo_ref, None, sources.clone(), 0)), "requests share the fill");
         drop(reader);
-        assert!(first.audience.close_after(Duration::ZERO));
-        let second = fills.join(&key, &place, None, sources.clone(), 0);
-        assert!(!Arc::ptr_eq(&first, &second), "nobody is let in any more");
+        assert!(first.readers.close_after(Duration::ZERO));
+        let second = fills.join(&key, &repo_ref, None, sources.clone(), 0);
+        assert!(!Arc::ptr_eq(&first, &second), "no reader is admitted any more");
         assert!(second.opened().await.is_ok());
         assert!(first.progress.borrow().is_over());
         assert!(second.reaches(0).await);
-        assert_eq!(sources.beginnings.load(Ordering::Relaxed), 1, "the beginning is kept");
-        assert!(Arc::ptr_eq(&second, &fills.running(&key).unwrap()), "the end of the first one is not its end");
+        assert_eq!(sources.beginnings.load(Ordering::Relaxed), 1, "the partial is reused");
+        assert!(
+            Arc::ptr_eq(&second, &fills.running(&key).unwrap()),
+            "the end of the first fill does not remove the second"
+        );
     }
 }

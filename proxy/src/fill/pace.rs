@@ -1,53 +1,56 @@
-//! Which of several peers is left far behind by the others: it is left where others could be asked.
+//! Detects peers that are far slower than the others, if another source can replace them.
 
 use std::time::Duration;
 
-/// What the connections of one blob have brought, and how long they took for it, each counted for itself.
+/// Throughput of the connections of one blob: their bytes, and the sum of their times.
 #[derive(Default)]
 pub struct Pace {
     bytes: u64,
     time: Duration,
-    left: u32,
+    given_up: u32,
 }
 
-/// How much slower than the others is far behind.
-const FAR: f64 = 4.0;
+/// A connection this many times slower than the others is given up. Larger: slow peers delay blobs for longer. Smaller:
+/// ordinary variation makes connections change peers.
+const SLOW_FACTOR: f64 = 4.0;
 
-/// Before that nobody knows. After each one that was left it takes as much longer: there may be nobody
-/// who is faster.
-const PATIENCE: Duration = Duration::from_millis(500);
-const MAX_PATIENCE: u32 = 20;
+/// Measured time before a connection may be given up. Each connection that was given up adds the same again, up to
+/// [`MAX_TIME_FACTOR`] times: there may be no faster peer. Larger: slow peers delay blobs for longer. Smaller: the
+/// beginning of a connection counts as its speed.
+const MIN_MEASURED_TIME: Duration = Duration::from_millis(500);
+const MAX_TIME_FACTOR: u32 = 20;
 
-/// With the last ranges it does not grow. Packets that are lost are sent again within that time.
-const HURRY: Duration = Duration::from_millis(500);
+/// The same for the last ranges; it does not grow. Larger: the last range of a slow peer delays the blob. Smaller: lost
+/// packets, which are retransmitted within this time, count as slowness.
+const LAST_RANGE_TIME: Duration = Duration::from_millis(500);
 
 impl Pace {
-    /// A connection brought so many bytes, for which it took so long.
+    /// A connection received `bytes` in `time`.
     pub fn brought(&mut self, bytes: u64, time: Duration) {
         self.bytes += bytes;
         self.time += time;
     }
 
-    /// Whether to leave a connection that has brought so many bytes in all, in this time, because the
-    /// others are far faster.
+    /// Whether to give up a connection that received `bytes` in `time`, because the others are far faster.
     pub fn leaves(&self, bytes: u64, time: Duration) -> bool {
-        time >= PATIENCE * (1 + self.left).min(MAX_PATIENCE) && rate(bytes, time) * FAR < self.others(bytes, time)
+        time >= MIN_MEASURED_TIME * (1 + self.given_up).min(MAX_TIME_FACTOR)
+            && rate(bytes, time) * SLOW_FACTOR < self.others(bytes, time)
     }
 
-    /// The same where everything else is on its way, so that whoever is asked instead has nothing else to do: also of
-    /// one that has brought nothing `since`.
+    /// The same if no other range is left to request, so that a replacement has nothing else to do. It includes
+    /// `since`, the time without a byte.
     pub fn leaves_soon(&self, bytes: u64, time: Duration, since: Duration) -> bool {
-        time + since >= HURRY && rate(bytes, time + since) * FAR < self.others(bytes, time)
+        time + since >= LAST_RANGE_TIME && rate(bytes, time + since) * SLOW_FACTOR < self.others(bytes, time)
     }
 
-    /// How fast the others are beside one that has brought so many bytes.
+    /// The throughput of the other connections.
     fn others(&self, bytes: u64, time: Duration) -> f64 {
         rate(self.bytes.saturating_sub(bytes), self.time.saturating_sub(time))
     }
 
-    /// One was left.
+    /// A connection was given up.
     pub fn left(&mut self) {
-        self.left += 1;
+        self.given_up += 1;
     }
 }
 
@@ -63,7 +66,7 @@ mod tests {
     const SECOND: Duration = Duration::from_secs(1);
 
     #[test]
-    fn who_is_far_slower_than_the_others_is_left() {
+    fn far_slower_connection_is_given_up() {
         let mut pace = Pace::default();
         pace.brought(1000, SECOND);
         assert!(!pace.leaves(1000, SECOND), "there are no others");
@@ -72,25 +75,25 @@ mod tests {
         let mut pace = Pace::default();
         pace.brought(1000, SECOND);
         pace.brought(3000, SECOND);
-        assert!(!pace.leaves(1000, SECOND), "slower, but not by far");
+        assert!(!pace.leaves(1000, SECOND), "slower, but not far slower");
         pace.brought(200_000, SECOND);
-        assert!(!pace.leaves(100, SECOND / 4), "nobody knows yet");
+        assert!(!pace.leaves(100, SECOND / 4), "measured for too short a time");
     }
 
     #[test]
-    fn who_is_waited_for_alone_is_left_soon() {
+    fn slow_last_connection_is_given_up_early() {
         let mut pace = Pace::default();
         pace.brought(1_000_000, SECOND / 10);
-        assert!(!pace.leaves_soon(0, Duration::ZERO, SECOND / 4), "it may just have lost a packet");
+        assert!(!pace.leaves_soon(0, Duration::ZERO, SECOND / 4), "it may wait for a retransmission");
         assert!(pace.leaves_soon(0, Duration::ZERO, SECOND / 2));
         pace.brought(1_000_000, SECOND / 10);
         assert!(!pace.leaves_soon(1_000_000, SECOND / 10, SECOND / 5), "it is as fast as the others");
-        assert!(pace.leaves_soon(1_000_000, SECOND / 10, SECOND), "it was");
+        assert!(pace.leaves_soon(1_000_000, SECOND / 10, SECOND), "it was as fast before");
         assert!(!Pace::default().leaves_soon(0, Duration::ZERO, SECOND), "there are no others");
     }
 
     #[test]
-    fn patience_grows_where_leaving_does_not_help() {
+    fn measured_time_grows_with_each_connection_given_up() {
         let mut pace = Pace::default();
         pace.brought(100_000_000, 100 * SECOND);
         let mut times = Vec::new();

@@ -1,5 +1,4 @@
-//! Bytes that pass through without being kept: ranges of blobs that are not here, and whole blobs
-//! for which there is no space.
+//! Streams that bypass the cache: ranges of blobs that are not cached, and whole blobs without space in the cache.
 
 use std::sync::Arc;
 
@@ -12,17 +11,19 @@ use crate::oci::{Digest, digest::DigestVerifier};
 use crate::registries::RepositoryRef;
 use crate::source::{Broken, ServedFrom};
 
-/// A span of a blob straight from its source.
+/// A span of a blob, streamed from its source.
 pub struct PassthroughStream {
     feed: SpanStream,
-    /// For a whole blob: hashes what passes, and holds back the tail until the hash agrees.
+    /// For a whole blob: hashes the stream, and withholds its tail until the digest matches.
     check: Option<DigestCheck>,
 }
 
-/// What a client that does not read makes a part hold, in bytes, and a whole blob, of which the tail is held back. It may
-/// be three times as much (buffers of the connection to the source, measured), of which the budget is aware by its
-/// part of the memory. Larger: fewer ranges that lazy snapshotters have in flight.
+/// Memory, in bytes, of a part of a blob whose client does not read. The connection to the source may buffer three
+/// times as much (measured); the budget is a small enough share of the process memory for that. Larger: lazy
+/// snapshotters can have fewer ranges in flight. Smaller: the memory of the process may exceed its limit.
 pub const PART_BYTES: usize = 256 * 1024;
+
+/// The same for a whole blob, of which the tail is withheld.
 const WHOLE_BYTES: usize = 512 * 1024;
 
 struct DigestCheck {
@@ -33,30 +34,29 @@ struct DigestCheck {
 }
 
 impl PassthroughStream {
-    /// A part of a blob: its reader checks the whole.
+    /// A part of a blob, which is not verified: the client verifies the whole.
     pub fn part(feed: SpanStream) -> Self {
         Self { feed, check: None }
     }
 
-    /// A whole blob, which ends only if it matches its digest.
-    pub fn whole(feed: SpanStream, fills: &Arc<Fills>, digest: &Digest, place: &RepositoryRef) -> Self {
+    /// A whole blob, which completes only if it matches its digest.
+    pub fn whole(feed: SpanStream, fills: &Arc<Fills>, digest: &Digest, repo_ref: &RepositoryRef) -> Self {
         let check = DigestCheck {
             verifier: digest.verifier(),
             tail: BytesMut::new(),
             fills: fills.clone(),
-            content: ContentSource::new(place, digest),
+            content: ContentSource::new(repo_ref, digest),
         };
         Self { feed, check: Some(check) }
     }
 
-    /// Bytes of memory that it takes while its client does not read: buffers of the connection to the source, and the tail
-    /// that is held back.
+    /// Memory, in bytes, that the stream takes while its client does not read.
     pub fn held(&self) -> usize {
-        let most = if self.check.is_some() { WHOLE_BYTES } else { PART_BYTES };
-        usize::try_from(self.feed.left()).unwrap_or(usize::MAX).min(most)
+        let limit = if self.check.is_some() { WHOLE_BYTES } else { PART_BYTES };
+        usize::try_from(self.feed.left()).unwrap_or(usize::MAX).min(limit)
     }
 
-    /// The client does not read: a part is asked for again where it ended.
+    /// The client does not read: closes the connection to the source, and a part is requested again from its position.
     pub fn release(&mut self) {
         if self.check.is_none() {
             self.feed.release();
@@ -77,7 +77,7 @@ impl PassthroughStream {
                         && error.is_not_found()
                         && self.feed.served_from() == ServedFrom::Peer
                     {
-                        // The owner will not let us go on: what it sent proved wrong there.
+                        // The owner refuses to continue: its bytes turned out to be corrupt.
                         check.fills.distrust(check.content.clone());
                     }
                     return Err(Broken(error.to_string()));
@@ -100,7 +100,7 @@ impl PassthroughStream {
                     let Some(check) = self.check.take() else { return Ok(None) };
                     if !check.verifier.verified() {
                         check.fills.distrust(check.content.clone());
-                        return Err(Broken("the bytes do not match their digest".into()));
+                        return Err(Broken("the content does not match its digest".into()));
                     }
                     return Ok(Some(check.tail.freeze()).filter(|tail| !tail.is_empty()));
                 }

@@ -1,15 +1,15 @@
-//! How far a fill is, as its readers see it.
+//! The progress of a fill, as its readers see it.
 
 use super::{HELD_BYTES, ReadMode};
 use crate::oci::{Span, Spans};
 
-/// What of a blob is there, and whether more will come.
+/// Which bytes of a blob are written, and whether more will follow.
 #[derive(Clone, Debug)]
 pub(super) struct Progress {
     written: Spans,
     /// Bytes from the start that were hashed.
     hashed: u64,
-    /// What was written cannot be read back.
+    /// Written bytes cannot be read back from the disk.
     is_unreadable: bool,
     phase: Phase,
 }
@@ -22,8 +22,9 @@ pub(super) enum Phase {
     Failed,
 }
 
-/// How often it is told how much was hashed, in bytes.
-const HASHED_STEP: u64 = 8 * 1024 * 1024;
+/// Bytes of hash progress between two notifications of the plan. Larger: the window of the plan moves late. Smaller:
+/// more wake-ups.
+const HASH_NOTIFY_BYTES: u64 = 8 * 1024 * 1024;
 
 impl Progress {
     pub(super) fn new() -> Self {
@@ -42,7 +43,7 @@ impl Progress {
         self.is_unreadable
     }
 
-    pub(super) fn found_unreadable(&mut self) {
+    pub(super) fn mark_unreadable(&mut self) {
         self.is_unreadable = true;
     }
 
@@ -54,14 +55,14 @@ impl Progress {
         matches!(self.phase, Phase::Verified | Phase::Failed)
     }
 
-    /// How far a reader at `start` may read in a blob of `total` bytes; `start` if not at all. The
-    /// end of the blob may be held until its digest agrees.
-    pub(super) fn readable(&self, start: u64, total: u64, reading: ReadMode) -> u64 {
-        match (self.phase, reading) {
+    /// The end of what a reader at `start` may read in a blob of `total` bytes; `start` if nothing. The tail may be
+    /// withheld until the digest matches.
+    pub(super) fn readable(&self, start: u64, total: u64, mode: ReadMode) -> u64 {
+        match (self.phase, mode) {
             (Phase::Verified, _) => total,
             (_, ReadMode::Verified) => start,
-            (_, ReadMode::Unproven | ReadMode::OfWhatComes) => self.written.run_end(start),
-            (_, ReadMode::Proven) => self.written.run_end(start).min(total.saturating_sub(HELD_BYTES)).max(start),
+            (_, ReadMode::Unverified | ReadMode::UnverifiedUntilStall) => self.written.run_end(start),
+            (_, ReadMode::VerifiedTail) => self.written.run_end(start).min(total.saturating_sub(HELD_BYTES)).max(start),
         }
     }
 
@@ -73,18 +74,18 @@ impl Progress {
         self.written = written;
     }
 
-    pub(super) fn wrote(&mut self, span: Span) {
+    pub(super) fn add_written(&mut self, span: Span) {
         self.written.insert(span);
     }
 
-    /// Whether it moved so far that somebody should know: no reader waits for it, only the plan.
+    /// Whether the plan should be notified. No reader waits for the hash.
     pub(super) fn hashed_to(&mut self, end: u64) -> bool {
         let before = std::mem::replace(&mut self.hashed, end);
-        before / HASHED_STEP != end / HASHED_STEP
+        before / HASH_NOTIFY_BYTES != end / HASH_NOTIFY_BYTES
     }
 
-    /// Takes back what was written: it is wrong.
-    pub(super) fn disown(&mut self) {
+    /// Withdraws what was written, because it does not match the digest.
+    pub(super) fn withdraw(&mut self) {
         self.written = Spans::default();
         self.phase = Phase::Failed;
     }
@@ -95,20 +96,20 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_end_is_held_until_the_digest_agrees() {
+    fn tail_before_verification_is_withheld() {
         let total = 10 * HELD_BYTES;
         let mut progress = Progress::new();
-        progress.wrote(Span { start: 0, end: 5 });
-        progress.wrote(Span { start: 100, end: total });
-        assert_eq!(progress.readable(0, total, ReadMode::Proven), 5);
-        assert_eq!(progress.readable(5, total, ReadMode::Proven), 5, "a gap");
-        assert_eq!(progress.readable(200, total, ReadMode::Proven), total - HELD_BYTES);
-        assert_eq!(progress.readable(total - 1, total, ReadMode::Proven), total - 1);
-        assert_eq!(progress.readable(200, total, ReadMode::Unproven), total);
+        progress.add_written(Span { start: 0, end: 5 });
+        progress.add_written(Span { start: 100, end: total });
+        assert_eq!(progress.readable(0, total, ReadMode::VerifiedTail), 5);
+        assert_eq!(progress.readable(5, total, ReadMode::VerifiedTail), 5, "a gap");
+        assert_eq!(progress.readable(200, total, ReadMode::VerifiedTail), total - HELD_BYTES);
+        assert_eq!(progress.readable(total - 1, total, ReadMode::VerifiedTail), total - 1);
+        assert_eq!(progress.readable(200, total, ReadMode::Unverified), total);
         assert_eq!(progress.readable(200, total, ReadMode::Verified), 200);
         progress.enter(Phase::Verified);
-        assert_eq!(progress.readable(total - 1, total, ReadMode::Proven), total);
-        progress.disown();
-        assert_eq!(progress.readable(0, total, ReadMode::Proven), 0);
+        assert_eq!(progress.readable(total - 1, total, ReadMode::VerifiedTail), total);
+        progress.withdraw();
+        assert_eq!(progress.readable(0, total, ReadMode::VerifiedTail), 0);
     }
 }

@@ -1,4 +1,4 @@
-//! Reads a span of a file that is complete, or that a fill is still writing.
+//! Reads a span of a complete file, or of a file that a fill is still writing.
 
 use std::io::{self, IoSliceMut};
 use std::os::unix::fs::FileExt;
@@ -21,15 +21,15 @@ use crate::times::ALTERNATIVE_TIMEOUT;
 pub struct Reader {
     blob: Arc<Blob>,
     span: Span,
-    /// None: the whole file is there.
+    /// None: the whole file is cached.
     fill: Option<FillReader>,
 }
 
-/// A fill that is read along.
+/// The running fill that writes the file.
 struct FillReader {
     progress: watch::Receiver<Progress>,
-    seat: ReaderSlot,
-    reading: ReadMode,
+    slot: ReaderSlot,
+    mode: ReadMode,
 }
 
 impl Reader {
@@ -40,27 +40,27 @@ impl Reader {
     pub(super) fn of_fill(
         blob: Arc<Blob>,
         progress: watch::Receiver<Progress>,
-        seat: ReaderSlot,
+        slot: ReaderSlot,
         span: Span,
-        reading: ReadMode,
+        mode: ReadMode,
     ) -> Self {
-        Self { blob, span, fill: Some(FillReader { progress, seat, reading }) }
+        Self { blob, span, fill: Some(FillReader { progress, slot, mode }) }
     }
 
-    /// How much is still to be read.
+    /// How many bytes are left to read.
     pub fn left(&self) -> u64 {
         self.span.len()
     }
 
-    /// Whether the next byte is still on its way.
+    /// Whether the next byte has yet to arrive.
     pub fn must_wait(&self) -> bool {
         self.fill.as_ref().is_some_and(|fill| {
             let progress = fill.progress.borrow();
-            !progress.is_over() && progress.readable(self.span.start, self.blob.len, fill.reading) <= self.span.start
+            !progress.is_over() && progress.readable(self.span.start, self.blob.len, fill.mode) <= self.span.start
         })
     }
 
-    /// What may be read of the file now; waits until that is something. None: all was read.
+    /// The span that may be read now; waits until it is not empty. None: everything was read.
     pub async fn ready(&mut self) -> Result<Option<(Arc<Blob>, Span)>, Broken> {
         if self.span.is_empty() {
             return Ok(None);
@@ -69,7 +69,7 @@ impl Reader {
         Ok(Some((self.blob.clone(), Span { start: self.span.start, end })))
     }
 
-    /// So many of the bytes that are ready were read.
+    /// Marks `count` of the ready bytes as read.
     pub fn skip(&mut self, count: u64) {
         self.span.start = self.span.end.min(self.span.start + count);
     }
@@ -81,49 +81,51 @@ impl Reader {
         let read = read(&blob, span.start, len).await.inspect_err(|error| blob.failed(error));
         let bytes = read.map_err(|e| Broken(e.to_string()))?;
         if bytes.is_empty() {
-            return Err(Broken("the file is shorter than it was".into()));
+            return Err(Broken("the cached file was truncated".into()));
         }
         self.skip(bytes.len() as u64);
         Ok(Some(bytes))
     }
 
-    /// The end of what may be read now; waits until that is something.
+    /// The end of what may be read now; waits until that is more than nothing.
     async fn readable(&mut self) -> Result<u64, Broken> {
-        let Some(FillReader { progress, seat, reading }) = &mut self.fill else {
+        let Some(FillReader { progress, slot, mode }) = &mut self.fill else {
             return Ok(self.span.end);
         };
-        let (start, total, reading) = (self.span.start, self.blob.len, *reading);
+        let (start, total, mode) = (self.span.start, self.blob.len, *mode);
         let mut waits = false;
         loop {
             {
                 let progress = progress.borrow_and_update();
-                let readable = progress.readable(start, total, reading);
+                let readable = progress.readable(start, total, mode);
                 if readable > start {
                     if waits {
-                        seat.served();
+                        slot.served();
                     }
                     return Ok(readable.min(self.span.end));
                 }
                 if progress.is_over() {
-                    return Err(Broken("the fill failed".into()));
+                    return Err(Broken("the download failed".into()));
                 }
             }
             if !waits {
-                // It may have come just before: looked at again once it is known who waits.
-                seat.wait_for(start);
+                // The byte may have arrived just before registration, so check again.
+                slot.wait_for(start);
                 waits = true;
                 continue;
             }
             tokio::select! {
-                () = seat.came() => {}
-                () = sleep(ALTERNATIVE_TIMEOUT), if reading == ReadMode::OfWhatComes => return Err(Broken("nothing comes".into())),
-                changed = progress.changed() => changed.map_err(|_| Broken("the fill vanished".into()))?,
+                () = slot.arrived() => {}
+                () = sleep(ALTERNATIVE_TIMEOUT), if mode == ReadMode::UnverifiedUntilStall => {
+                    return Err(Broken("no bytes arrived in time".into()));
+                }
+                changed = progress.changed() => changed.map_err(|_| Broken("the download ended".into()))?,
             }
         }
     }
 }
 
-/// Reads without a thread what the page cache holds, and everything else on a thread that may block.
+/// Reads from the page cache on this thread, and everything else on a thread that may block.
 #[expect(clippy::disallowed_methods, reason = "what may block has a thread for it")]
 async fn read(blob: &Arc<Blob>, offset: u64, len: usize) -> io::Result<Bytes> {
     let mut piece = blob.pieces.piece(len);

@@ -1,4 +1,4 @@
-//! Who reads a fill, and which byte each waits for.
+//! The readers of a fill, and the byte that each waits for.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -13,116 +13,117 @@ use crate::oci::Span;
 /// The readers of one fill.
 #[derive(Default)]
 pub(super) struct Readers {
-    seats: Mutex<ReaderSlots>,
-    /// Somebody waits for another byte than before.
+    slots: Mutex<ReaderSlots>,
+    /// A reader waits for another byte than before.
     pub(super) waiting: Notify,
-    /// Bytes have come. Wakes peer requests, which wait without being readers.
-    pub(super) came: Notify,
+    /// Bytes were written. Wakes peer requests, which wait without being readers.
+    pub(super) written: Notify,
 }
 
 #[derive(Default)]
 struct ReaderSlots {
     next: u64,
     taken: HashMap<u64, ReaderWait>,
-    /// Since when nobody reads any more.
+    /// Since when there are no readers.
     empty_since: Option<Instant>,
-    /// Nobody is let in any more.
+    /// No reader is admitted any more.
     is_closed: bool,
 }
 
-/// What a reader waits for; None: it is being served.
+/// The byte that a reader waits for; None: it is being served.
 struct ReaderWait {
     position: Option<u64>,
-    came: Arc<Notify>,
+    arrived: Arc<Notify>,
 }
 
-/// One reader's place, given up when dropped.
+/// The registration of one reader, removed when dropped.
 pub(super) struct ReaderSlot {
     id: u64,
-    audience: Arc<Readers>,
-    came: Arc<Notify>,
+    readers: Arc<Readers>,
+    arrived: Arc<Notify>,
 }
 
 impl Readers {
-    pub(super) fn sit(self: &Arc<Self>) -> ReaderSlot {
-        let mut seats = self.seats.lock();
-        seats.next += 1;
-        let id = seats.next;
-        let came = Arc::new(Notify::new());
-        seats.taken.insert(id, ReaderWait { position: None, came: came.clone() });
-        seats.empty_since = None;
-        ReaderSlot { id, audience: self.clone(), came }
+    pub(super) fn register(self: &Arc<Self>) -> ReaderSlot {
+        let mut slots = self.slots.lock();
+        slots.next += 1;
+        let id = slots.next;
+        let arrived = Arc::new(Notify::new());
+        slots.taken.insert(id, ReaderWait { position: None, arrived: arrived.clone() });
+        slots.empty_since = None;
+        ReaderSlot { id, readers: self.clone(), arrived }
     }
 
-    /// A source has answered: whoever wants to read comes now.
+    /// A source has responded: the grace period for the first reader begins.
     pub(super) fn begin(&self) {
-        let mut seats = self.seats.lock();
-        if seats.taken.is_empty() {
-            seats.empty_since = Some(Instant::now());
+        let mut slots = self.slots.lock();
+        if slots.taken.is_empty() {
+            slots.empty_since = Some(Instant::now());
         }
     }
 
-    /// Somebody asked, who may read elsewhere what this fill brings into the cluster.
-    pub(super) fn noticed(&self) {
-        let mut seats = self.seats.lock();
-        if let Some(since) = &mut seats.empty_since {
+    /// A peer sent a request that may be redirected: the fill is still needed in the cluster, so the grace period
+    /// begins again.
+    pub(super) fn extend_grace(&self) {
+        let mut slots = self.slots.lock();
+        if let Some(since) = &mut slots.empty_since {
             *since = Instant::now();
         }
     }
 
-    /// Somebody is about to read. False: it is too late for that.
-    pub(super) fn welcome(&self) -> bool {
-        self.noticed();
-        !self.seats.lock().is_closed
+    /// A reader is about to register. False: the fill is being abandoned.
+    pub(super) fn admit(&self) -> bool {
+        self.extend_grace();
+        !self.slots.lock().is_closed
     }
 
-    /// Lets nobody in any more, if nobody has read for so long. Whether that is so.
-    pub(super) fn close_after(&self, patience: Duration) -> bool {
-        let mut seats = self.seats.lock();
-        seats.is_closed |= seats.empty_since.is_some_and(|since| since.elapsed() > patience);
-        seats.is_closed
+    /// Admits no more readers if there was none for `grace`. Returns whether that is so.
+    pub(super) fn close_after(&self, grace: Duration) -> bool {
+        let mut slots = self.slots.lock();
+        slots.is_closed |= slots.empty_since.is_some_and(|since| since.elapsed() > grace);
+        slots.is_closed
     }
 
-    /// These bytes are there: wakes those that wait for one of them, and nobody else.
-    pub(super) fn came(&self, span: Span) {
-        self.came.notify_waiters();
+    /// Wakes only the readers that wait for one of these bytes.
+    pub(super) fn notify_written(&self, span: Span) {
+        self.written.notify_waiters();
         let waits = |waiting: &&ReaderWait| waiting.position.is_some_and(|at| span.contains(at));
-        self.seats.lock().taken.values().filter(waits).for_each(|waiting| waiting.came.notify_one());
+        self.slots.lock().taken.values().filter(waits).for_each(|waiting| waiting.arrived.notify_one());
     }
 
-    /// The bytes that are waited for, first ones first.
+    /// The bytes that readers wait for, in order.
     pub(super) fn wanted(&self) -> Vec<u64> {
-        let mut wanted: Vec<u64> = self.seats.lock().taken.values().filter_map(|waiting| waiting.position).collect();
+        let mut wanted: Vec<u64> = self.slots.lock().taken.values().filter_map(|waiting| waiting.position).collect();
         wanted.sort_unstable();
         wanted.dedup();
         wanted
     }
 
-    /// Whether anybody ever read.
+    /// Whether there was ever a reader.
     pub(super) fn had_readers(&self) -> bool {
-        self.seats.lock().next > 0
+        self.slots.lock().next > 0
     }
 }
 
 impl ReaderSlot {
-    /// The reader can go no further before this byte comes.
+    /// The reader waits for this byte.
     pub(super) fn wait_for(&self, position: u64) {
         self.set(Some(position));
-        self.audience.waiting.notify_one();
+        self.readers.waiting.notify_one();
     }
 
-    /// It came.
+    /// The byte has arrived.
     pub(super) fn served(&self) {
         self.set(None);
     }
 
-    /// Ends when the byte that is waited for has come, or had come before.
-    pub(super) async fn came(&self) {
-        self.came.notified().await;
+    /// Returns when the byte that is waited for has arrived, also if that was before the call.
+    pub(super) async fn arrived(&self) {
+        self.arrived.notified().await;
     }
 
     fn set(&self, position: Option<u64>) {
-        if let Some(waiting) = self.audience.seats.lock().taken.get_mut(&self.id) {
+        if let Some(waiting) = self.readers.slots.lock().taken.get_mut(&self.id) {
             waiting.position = position;
         }
     }
@@ -130,10 +131,10 @@ impl ReaderSlot {
 
 impl Drop for ReaderSlot {
     fn drop(&mut self) {
-        let mut seats = self.audience.seats.lock();
-        seats.taken.remove(&self.id);
-        if seats.taken.is_empty() {
-            seats.empty_since = Some(Instant::now());
+        let mut slots = self.readers.slots.lock();
+        slots.taken.remove(&self.id);
+        if slots.taken.is_empty() {
+            slots.empty_since = Some(Instant::now());
         }
     }
 }
@@ -142,45 +143,45 @@ impl Drop for ReaderSlot {
 mod tests {
     use super::*;
 
-    const PATIENCE: Duration = Duration::from_secs(5);
+    const GRACE_PERIOD: Duration = Duration::from_secs(5);
 
-    async fn pass(seconds: u64) {
+    async fn advance(seconds: u64) {
         tokio::time::advance(Duration::from_secs(seconds)).await;
     }
 
     #[tokio::test(start_paused = true)]
-    async fn knows_who_waits() {
-        let audience = Arc::new(Readers::default());
-        let (first, second) = (audience.sit(), audience.sit());
+    async fn written_bytes_wake_only_their_readers() {
+        let readers = Arc::new(Readers::default());
+        let (first, second) = (readers.register(), readers.register());
         first.wait_for(7);
         second.wait_for(3);
-        assert_eq!(audience.wanted(), [3, 7]);
-        audience.came(Span { start: 4, end: 8 });
-        first.came().await;
-        assert!(futures_util::FutureExt::now_or_never(second.came()).is_none(), "that was not for it");
+        assert_eq!(readers.wanted(), [3, 7]);
+        readers.notify_written(Span { start: 4, end: 8 });
+        first.arrived().await;
+        assert!(futures_util::FutureExt::now_or_never(second.arrived()).is_none(), "another byte was written");
         first.served();
         drop(second);
-        assert!(audience.wanted().is_empty());
+        assert!(readers.wanted().is_empty());
     }
 
     #[tokio::test(start_paused = true)]
-    async fn closes_some_time_after_the_last_one_left() {
-        let audience = Arc::new(Readers::default());
-        pass(60).await;
-        assert!(!audience.close_after(PATIENCE), "nobody has come yet");
-        let (first, second) = (audience.sit(), audience.sit());
+    async fn readers_after_grace_period_are_closed() {
+        let readers = Arc::new(Readers::default());
+        advance(60).await;
+        assert!(!readers.close_after(GRACE_PERIOD), "no source has responded yet");
+        let (first, second) = (readers.register(), readers.register());
         drop(first);
-        pass(60).await;
-        assert!(!audience.close_after(PATIENCE), "one still reads");
+        advance(60).await;
+        assert!(!readers.close_after(GRACE_PERIOD), "one reader is left");
         drop(second);
-        pass(4).await;
-        assert!(!audience.close_after(PATIENCE));
-        assert!(audience.welcome(), "somebody comes");
-        pass(4).await;
-        assert!(!audience.close_after(PATIENCE), "and is waited for");
-        drop(audience.sit());
-        pass(6).await;
-        assert!(audience.close_after(PATIENCE));
-        assert!(!audience.welcome(), "it is over");
+        advance(4).await;
+        assert!(!readers.close_after(GRACE_PERIOD));
+        assert!(readers.admit(), "a request joins");
+        advance(4).await;
+        assert!(!readers.close_after(GRACE_PERIOD), "its reader may register");
+        drop(readers.register());
+        advance(6).await;
+        assert!(readers.close_after(GRACE_PERIOD));
+        assert!(!readers.admit(), "the fill is being abandoned");
     }
 }

@@ -1,4 +1,13 @@
-//! One fill from its first question to the file under its name.
+//! One fill, from its first request to the published file.
+//!
+//! | writing ended with | draft | remembered |
+//! |---|---|---|
+//! | the digest matches | published under its digest; held only for its readers in the client role | |
+//! | mismatch, or sources with different lengths | dropped | the content is distrusted |
+//! | a part, and the owner no longer serves it | dropped | the content is distrusted |
+//! | a part, for other reasons | kept as a partial for a later fill | |
+//! | no space left | dropped | the blob bypasses the cache for [`crate::times::PAUSE`] |
+//! | disk failure | dropped | all blobs bypass the cache for [`crate::times::MAX_RETRY_DELAY`] |
 
 use std::sync::Arc;
 
@@ -8,7 +17,7 @@ use tokio::time::timeout;
 use super::engine::{DownloadEnd, Engine};
 use super::fills::{Exposure, FillPermit};
 use super::progress::Phase;
-use super::range_plan::{LARGEST_RANGE, RangePlan};
+use super::range_plan::{MAX_RANGE_BYTES, RangePlan};
 use super::span_stream::{ConnectionMode, FillSources, SpanStream, VerifiedContent};
 use super::write::{self, WriteOutcome};
 use super::{Fill, Fills, OpenedFill};
@@ -19,20 +28,20 @@ use crate::source::{ServedFrom, SourceError};
 use crate::store::{Blob, Draft, Found, Large, NoSpace, Partial, SMALL_BYTES, SmallKind, SmallObject, Verification};
 use crate::times::{REACH_TIMEOUT, UPSTREAM_TIMEOUT};
 
-/// A fill while it runs; dropping it, also by a panic, takes it off the list and wakes its readers.
+/// A running fill. Dropping it, also by a panic, removes it from the list and wakes its readers.
 pub(super) struct RunningFill<'a> {
     pub(super) fills: &'a Fills,
     pub(super) fill: &'a Fill,
-    pub(super) _turn: FillPermit,
+    pub(super) _permit: FillPermit,
 }
 
 impl RunningFill<'_> {
-    /// Fetches a blob; whoever asks first wants to read from `from`.
+    /// Downloads a blob; the first reader begins at `from`.
     pub(super) async fn fill_from(&self, sources: Arc<dyn FillSources>, from: u64) {
-        // An earlier fill may have ended between our request's look-up and our start. What came from
-        // another registry was not given to that request either.
+        // An earlier fill may have ended between the lookup of the request and this start. A copy from another registry
+        // was not served to that request either.
         let kept = self.fills.store.find(&self.fill.key.digest, SmallKind::Blob).await;
-        let from_here = |found: &Found| found.provenance().is_some_and(|known| self.fill.is_of_same(known));
+        let from_here = |found: &Found| found.provenance().is_some_and(|known| self.fill.is_same_content(known));
         match kept.filter(from_here) {
             Some(Found::Small { object, .. }) => {
                 return self.fill.open(Ok(OpenedFill::Small { object, from: ServedFrom::Memory }));
@@ -44,11 +53,11 @@ impl RunningFill<'_> {
             _ => {}
         }
         let (digest, registry) = (&self.fill.key.digest, &self.fill.key.registry);
-        // What proved wrong may have been put together from a good and a bad source: then all of it
-        // comes from one.
+        // Corrupt content may have been combined from a good and a bad source, so a distrusted blob is downloaded from
+        // one source only.
         let distrusted = self.fills.is_distrusted(&self.fill.key.content());
-        // Another one's beginning is nothing that everybody here may have.
-        let fits = |known: &Provenance| self.fill.is_of_same(known);
+        // A partial of another repository may not be visible to the clients of this one.
+        let fits = |known: &Provenance| self.fill.is_same_content(known);
         let partial = match self.fills.store.large.take_partial(digest, registry, fits) {
             dropped if distrusted => {
                 self.on_disk(|_| drop(dropped)).await;
@@ -63,7 +72,7 @@ impl RunningFill<'_> {
             first_range(sources.clone(), partial.as_ref(), from).await
         };
         let (opened, partial) = match (opened, partial) {
-            // The owner will not let us go on with what we have: it proved wrong there.
+            // The owner refuses to resume: the bytes of the partial turned out to be corrupt.
             (Err(SourceError::NotFound(_)), partial @ Some(_)) if role != Role::Global => {
                 match SpanStream::open(sources.clone(), 0, None).await {
                     Ok(feed) => {
@@ -78,7 +87,7 @@ impl RunningFill<'_> {
         let feed = match opened {
             Ok(feed) => feed,
             Err(error) => {
-                self.keep_again(partial).await;
+                self.restore_partial(partial).await;
                 return self.fill.open(Err(error));
             }
         };
@@ -93,7 +102,7 @@ impl RunningFill<'_> {
         }
     }
 
-    /// Takes a small object whole, and verifies it before anybody sees it.
+    /// Downloads a small object whole, and verifies it before any reader gets it.
     async fn small(&self, mut feed: SpanStream, sources: Arc<dyn FillSources>) -> Result<SmallBlobResult, SourceError> {
         if feed.position() > 0 {
             feed = SpanStream::open(sources.clone(), 0, None).await?;
@@ -104,14 +113,14 @@ impl RunningFill<'_> {
                 return Ok(SmallBlobResult::Larger(Box::new(feed)));
             }
             let of_peer = feed.served_from() == ServedFrom::Peer;
-            match self.small_of(feed).await {
+            match self.read_small(feed).await {
                 Err(SourceError::Malformed(_)) if of_peer && !was_wrong => {
                     was_wrong = true;
                     sources.mismatched();
-                    // Now it is distrusted, and comes from the origin.
+                    // The content is distrusted now, so the next attempt uses the upstream.
                 }
                 Err(SourceError::TimedOut) if of_peer => {
-                    tracing::info!(digest = %self.fill.key.digest, "a peer sends nothing, going on with another");
+                    tracing::info!(digest = %self.fill.key.digest, "peer stalled");
                 }
                 opened => break opened?,
             }
@@ -123,21 +132,21 @@ impl RunningFill<'_> {
         Ok(SmallBlobResult::Small(opened))
     }
 
-    async fn small_of(&self, mut feed: SpanStream) -> Result<OpenedFill, SourceError> {
+    async fn read_small(&self, mut feed: SpanStream) -> Result<OpenedFill, SourceError> {
         let total = usize::try_from(feed.total()).unwrap_or(usize::MAX);
         let _held = self.fills.memory.of_upstreams.wait(&self.fill.key.registry, total).await;
         let mut bytes = bytes::BytesMut::new();
-        // Where a peer sends no more than the beginning there is time to ask somebody else.
-        let patience = if feed.served_from() == ServedFrom::Peer { REACH_TIMEOUT } else { UPSTREAM_TIMEOUT };
-        while let Some(piece) = timeout(patience, feed.next()).await.unwrap_or(Err(SourceError::TimedOut))? {
+        // If a peer stalls after the beginning, there must be time for another source.
+        let read_timeout = if feed.served_from() == ServedFrom::Peer { REACH_TIMEOUT } else { UPSTREAM_TIMEOUT };
+        while let Some(piece) = timeout(read_timeout, feed.next()).await.unwrap_or(Err(SourceError::TimedOut))? {
             bytes.extend_from_slice(&piece);
         }
-        let (bytes, place) = (bytes.freeze(), &self.fill.place);
+        let bytes = bytes.freeze();
         if !self.fill.key.digest.matches(&bytes) {
             self.fills.distrust(self.fill.key.content());
-            return Err(SourceError::Malformed("the bytes do not match their digest".into()));
+            return Err(SourceError::Malformed("the content does not match its digest".into()));
         }
-        let provenance = Arc::new(place.provenance());
+        let provenance = Arc::new(self.fill.repo_ref.provenance());
         let object = SmallObject::new(BLOB_MEDIA_TYPE, provenance, &bytes);
         self.fills.store.small.insert(&self.fill.key.digest, SmallKind::Blob, object.clone()).await;
         Ok(OpenedFill::Small { object, from: feed.served_from() })
@@ -146,29 +155,29 @@ impl RunningFill<'_> {
     async fn large(&self, feed: SpanStream, sources: Arc<dyn FillSources>, partial: Option<Partial>) {
         let (total, from) = (feed.total(), feed.served_from());
         let Some(permit) = self.fills.large.take(&self.fill.key.registry, 1) else {
-            self.keep_again(partial).await;
-            return self.pass(feed, "busy");
+            self.restore_partial(partial).await;
+            return self.bypass_cache(feed, "busy");
         };
         if self.fills.disk_failed.contains_key(&()) {
-            self.keep_again(partial).await;
-            return self.pass(feed, "disk");
+            self.restore_partial(partial).await;
+            return self.bypass_cache(feed, "disk");
         }
-        // Its space was used up lately, half-way: it would be again.
+        // A recent attempt ran out of space, and this one would too.
         if self.fills.has_no_room(&self.fill.key) {
-            self.keep_again(partial).await;
-            return self.pass(feed, "no_space");
+            self.restore_partial(partial).await;
+            return self.bypass_cache(feed, "no_space");
         }
-        // A blob of another length is another blob: its partial is dropped.
+        // A partial of another length belongs to other content, and is dropped.
         let resumed = partial.filter(|partial| partial.draft.blob.len == total);
         let (draft, written) = match resumed {
             Some(Partial { draft, written }) => (draft, written),
             None => match self.draft(total).await {
                 Ok(draft) => (draft, Spans::default()),
-                Err(NoSpace) => return self.pass(feed, "no_space"),
+                Err(NoSpace) => return self.bypass_cache(feed, "no_space"),
             },
         };
         if !written.is_empty() {
-            tracing::info!(digest = %self.fill.key.digest, bytes = written.len(), total, "going on with a partial");
+            tracing::info!(digest = %self.fill.key.digest, bytes = written.len(), total, "download resumed");
             self.fills.metrics.resumed_bytes.inc_by(written.len());
         }
         self.fill.begin(&draft, from, &written);
@@ -183,7 +192,7 @@ impl RunningFill<'_> {
     }
 
     async fn draft(&self, total: u64) -> Result<Draft, NoSpace> {
-        let (large, provenance) = (self.fills.store.large.clone(), self.fill.place.provenance());
+        let (large, provenance) = (self.fills.store.large.clone(), self.fill.repo_ref.provenance());
         tokio::task::spawn_blocking(move || large.draft(total, provenance)).await.unwrap_or(Err(NoSpace))
     }
 
@@ -197,29 +206,29 @@ impl RunningFill<'_> {
             (WriteOutcome::Mismatch, _) | (WriteOutcome::Part(_), DownloadEnd::Disputed) => {
                 sources.mismatched();
                 self.fills.distrust(self.fill.key.content());
-                self.fill.disown();
+                self.fill.withdraw();
                 self.on_disk(|_| drop(draft)).await;
             }
-            // The owner will not let us go on: what we have from it proved wrong there.
+            // The owner refuses to continue: the bytes that it sent turned out to be corrupt.
             (WriteOutcome::Part(spans), DownloadEnd::Broken(SourceError::NotFound(_)))
                 if self.fill.role() != Role::Global && !spans.is_empty() =>
             {
                 self.fills.distrust(self.fill.key.content());
-                self.fill.disown();
+                self.fill.withdraw();
                 self.on_disk(|_| drop(draft)).await;
             }
             (WriteOutcome::Part(spans), ended) => {
                 match ended {
-                    DownloadEnd::Broken(error) => tracing::warn!(%digest, %error, "a fill failed"),
-                    _ => tracing::info!(%digest, bytes = spans.len(), "nobody waits for a blob any more"),
+                    DownloadEnd::Broken(error) => tracing::warn!(%digest, %error, "download failed"),
+                    _ => tracing::info!(%digest, bytes = spans.len(), "download abandoned"),
                 }
                 self.keep(draft, spans).await;
-                // What was released stays readable, so that a resume loses nothing.
+                // Bytes that were already readable stay in the partial, so that a resumed read loses none.
                 self.fill.end(Phase::Failed);
             }
-            // Whoever goes on gets it uncached.
+            // Readers that resume bypass the cache.
             (WriteOutcome::NoSpace, _) => {
-                tracing::warn!(%digest, "the space for a blob is used up before its end");
+                tracing::warn!(%digest, "cache space exhausted during download");
                 self.fills.no_room.insert(self.fill.key.clone(), ());
                 self.fill.end(Phase::Failed);
                 self.on_disk(|_| drop(draft)).await;
@@ -232,7 +241,7 @@ impl RunningFill<'_> {
         }
     }
 
-    async fn keep_again(&self, partial: Option<Partial>) {
+    async fn restore_partial(&self, partial: Option<Partial>) {
         if let Some(Partial { draft, written }) = partial {
             self.keep(draft, written).await;
         }
@@ -243,27 +252,27 @@ impl RunningFill<'_> {
         self.on_disk(move |large| large.keep_partial(&digest, &registry, draft, written)).await;
     }
 
-    /// Does what blocks on the disk, such as freeing the space of a large file.
+    /// Runs work that blocks on the disk, such as freeing the space of a large file.
     async fn on_disk(&self, work: impl FnOnce(&Large) + Send + 'static) {
         let large = self.fills.store.large.clone();
-        // It fails only where the process ends.
+        // It fails only if the process ends.
         let _ = tokio::task::spawn_blocking(move || work(&large)).await;
     }
 
-    /// Leaves it to each reader to fetch for itself.
-    fn pass(&self, feed: SpanStream, reason: &str) {
-        self.fills.metrics.uncached.with_label_values(&[reason]).inc();
-        // Not again and again: then it is tried once more.
+    /// The blob bypasses the cache: each reader downloads it separately.
+    fn bypass_cache(&self, feed: SpanStream, reason: &str) {
+        self.fills.metrics.cache_bypass.with_label_values(&[reason]).inc();
+        // The entry is not renewed, so that caching is tried again when it expires.
         if !self.fills.has_no_room(&self.fill.key) {
             self.fills.no_room.insert(self.fill.key.clone(), ());
         }
-        tracing::warn!(digest = %self.fill.key.digest, total = feed.total(), reason, "passing through uncached");
+        tracing::warn!(digest = %self.fill.key.digest, total = feed.total(), reason, "cache bypassed");
         let (total, from) = (feed.total(), feed.served_from());
         let feed = Some(feed).filter(|feed| feed.position() == 0);
         self.fill.open(Ok(OpenedFill::Uncached { total, from, feed: Arc::new(Mutex::new(feed)) }));
     }
 
-    /// Lets the readers have the tail, then gives the file its name if this node owns the blob.
+    /// Releases the tail to the readers, then publishes the file if this node owns the blob.
     async fn publish(&self, draft: Draft) {
         if self.fill.role() == Role::Client {
             let digest = self.fill.key.digest.clone();
@@ -275,11 +284,11 @@ impl RunningFill<'_> {
         let (large, digest) = (self.fills.store.large.clone(), self.fill.key.digest.clone());
         let published = tokio::task::spawn_blocking(move || large.publish(draft, &digest)).await;
         if let Ok(Err(error)) = published {
-            tracing::warn!(digest = %self.fill.key.digest, %error, "a blob could not be kept");
+            tracing::warn!(digest = %self.fill.key.digest, %error, "blob not cached");
         }
     }
 
-    /// Hashes a file that may have been damaged. Blocks on the disk.
+    /// Hashes a file that may be corrupt. Blocks on the disk.
     pub(super) fn prove(&self, blob: &Arc<Blob>) {
         self.fill.open(Ok(OpenedFill::Growing { blob: blob.clone(), from: ServedFrom::Disk }));
         let digest = &self.fill.key.digest;
@@ -287,15 +296,15 @@ impl RunningFill<'_> {
             self.fills.store.large.prove(digest, blob);
             self.fill.end(Phase::Verified);
         } else {
-            // Nobody can read it any more: now it is known who did.
-            self.fill.disown();
-            let seen = if self.fill.audience.had_readers() { Exposure::Maybe } else { Exposure::Never };
-            self.fills.damaged(digest, blob, seen);
+            // After the withdrawal no new reader gets any byte, so the readers until now are all that exist.
+            self.fill.withdraw();
+            let seen = if self.fill.readers.had_readers() { Exposure::Maybe } else { Exposure::Never };
+            self.fills.drop_corrupt(digest, blob, seen);
         }
     }
 }
 
-/// Asks for the first range that is wanted and missing.
+/// Requests the first range that is both wanted and missing.
 async fn first_range(
     sources: Arc<dyn FillSources>,
     partial: Option<&Partial>,
@@ -306,22 +315,22 @@ async fn first_range(
             let total = partial.draft.blob.len;
             RangePlan::new(total, partial.written.clone()).next(0, &[from], 1).unwrap_or(Span::whole(total))
         }
-        None => Span { start: from, end: from.saturating_add(LARGEST_RANGE) },
+        None => Span { start: from, end: from.saturating_add(MAX_RANGE_BYTES) },
     };
     SpanStream::open_range(sources, first.start, first.end.saturating_sub(first.start)).await
 }
 
-/// What became of a blob that a source said to be small.
+/// The result for a blob that a source stated to be small.
 enum SmallBlobResult {
     Small(OpenedFill),
-    /// It lied, or the next one does.
+    /// This source or the next one states a larger size.
     Larger(Box<SpanStream>),
 }
 
 impl Drop for RunningFill<'_> {
     fn drop(&mut self) {
-        self.fills.leave(self.fill);
-        self.fill.open(Err(SourceError::Unreachable("the fill ended".into())));
+        self.fills.remove(self.fill);
+        self.fill.open(Err(SourceError::Unreachable("the download ended".into())));
         self.fill.progress.send_if_modified(|progress| {
             let unfinished = !progress.is_over();
             if unfinished {

@@ -1,4 +1,4 @@
-//! Reads what is kept again, slowly, to find what the disk has damaged.
+//! Verifies cached blobs again, slowly, to find those that are corrupt on the disk.
 
 use std::io;
 use std::os::unix::fs::FileExt;
@@ -12,25 +12,27 @@ use super::Fills;
 use super::fills::Exposure;
 use crate::oci::Digest;
 use crate::store::Verification;
-use crate::times::{DAY, GRACE};
+use crate::times::{COMPLETION_GRACE, DAY};
 
-/// Read at once; a multiple of what direct reads are aligned to.
-const PIECE: usize = 1024 * 1024;
+/// Bytes of one read; a multiple of [`ALIGNMENT`]. Larger: bursts of disk load at low rates. Smaller: more reads.
+const PIECE_BYTES: usize = 1024 * 1024;
+
+/// Alignment of direct reads, in bytes. Smaller: the disk may reject them.
 const ALIGNMENT: usize = 4096;
 
 impl Fills {
-    /// Hashes every large blob, at most `rate` bytes a second, for as long as it is polled; a pass
-    /// begins at most once a day. What was not believed since the machine went down is proven on the way.
+    /// Hashes every large blob, at most `rate` bytes a second, until dropped; a pass begins at most once a day. Blobs
+    /// that are unverified since a crash are verified by this.
     pub async fn scrub(self: &Arc<Self>, rate: u64) {
         if rate == 0 {
             return;
         }
-        sleep(GRACE).await;
+        sleep(COMPLETION_GRACE).await;
         loop {
             let next_pass = Instant::now() + DAY;
             for digest in self.store.large.digests() {
                 if let Err(error) = self.scrub_one(&digest, rate).await {
-                    tracing::debug!(%digest, %error, "not scrubbed");
+                    tracing::debug!(%digest, %error, "scrub failed");
                 }
             }
             sleep_until(next_pass).await;
@@ -61,8 +63,8 @@ impl Fills {
             sleep_until(begun + Duration::from_secs(1).mul_f64(count as f64 / rate as f64)).await;
         }
         if position != blob.len || !verifier.verified() {
-            self.damaged(digest, &blob, Exposure::Maybe);
-        } else if proof == Verification::Unproven {
+            self.drop_corrupt(digest, &blob, Exposure::Maybe);
+        } else if proof == Verification::Unverified {
             let fills = self.clone();
             let digest = digest.clone();
             spawn_blocking(move || fills.store.large.prove(&digest, &blob)).await.map_err(io::Error::other)?;
@@ -71,12 +73,12 @@ impl Fills {
     }
 }
 
-/// Reads a piece into memory that is aligned as direct reads want it.
+/// Reads a piece into memory that is aligned for direct reads.
 #[expect(clippy::disallowed_methods, reason = "runs on a thread for blocking work")]
 fn read_aligned(file: &std::fs::File, position: u64, use_bytes: impl FnOnce(&[u8])) -> io::Result<usize> {
-    let mut memory = vec![0; PIECE + ALIGNMENT];
+    let mut memory = vec![0; PIECE_BYTES + ALIGNMENT];
     let start = memory.as_ptr().align_offset(ALIGNMENT).min(ALIGNMENT);
-    let piece = &mut memory[start..start + PIECE];
+    let piece = &mut memory[start..start + PIECE_BYTES];
     let count = file.read_at(piece, position)?;
     use_bytes(&piece[..count]);
     Ok(count)

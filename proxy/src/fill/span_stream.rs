@@ -1,4 +1,4 @@
-//! A body that arrives in order, whatever happens to the connections that carry it.
+//! A body that arrives in order, resumed from other connections when one fails.
 
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
@@ -12,41 +12,40 @@ use crate::role::{CurrentRole, Role};
 use crate::source::{Incoming, ServedFrom, SourceError};
 use crate::store::Blob;
 
-/// Where a blob's bytes can be had.
+/// The sources of a blob: peers, upstreams, or both.
 #[async_trait]
 pub trait FillSources: Send + Sync {
-    /// Opens the blob at `from`, up to `end` or to its end. The answer may begin earlier where a
-    /// source does not honour ranges. `failures` counts the sources that broke before: a reason to
-    /// ask another one.
+    /// Opens the blob at `from`, up to `end` or to its end. The body may begin earlier if a source ignores ranges.
+    /// `failures` counts the sources that failed before, as a reason to use another one.
     async fn open(&self, from: u64, end: Option<u64>, failures: u32) -> Result<(Incoming, ServedFrom), SourceError>;
 
-    /// The role in which they are asked. When it rises, what was opened as a follower breaks.
+    /// The role in which requests are sent. When it rises, bodies that were opened as a follower end.
     fn role(&self) -> CurrentRole {
         CurrentRole::new(Role::Global)
     }
 
-    /// By how many connections the bytes come best, in the present role.
+    /// How many connections to use in the present role.
     fn connections(&self) -> ConnectionMode;
 
-    /// Which of these ranges to fetch next, where the order is free.
+    /// The index of the range to request next, if the order is free.
     fn choose(&self, ranges: &[Span]) -> Option<usize> {
         (!ranges.is_empty()).then_some(0)
     }
 
-    /// How many of them have the byte at `at` and could be asked for it now.
+    /// How many sources have the byte at `at` and can be used now.
     fn alternatives(&self, _at: u64) -> usize {
         0
     }
 
-    /// Whether somebody said to have all of this.
+    /// Whether a peer has announced that it has all of this range.
     fn is_elsewhere(&self, _span: Span) -> bool {
         false
     }
 
-    /// What came from them is the blob.
+    /// The bytes of these sources were verified.
     fn matched(&self, _truth: VerifiedContent) {}
 
-    /// What came from them is not: one of them lied.
+    /// The bytes of these sources do not match the digest: at least one of them sent corrupt data.
     fn mismatched(&self) {}
 }
 
@@ -56,14 +55,14 @@ pub enum VerifiedContent {
     File(Arc<Blob>),
 }
 
-/// How a blob is asked for.
+/// How many connections download a blob, and in which order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ConnectionMode {
-    /// In order, by one.
+    /// One connection, in order.
     One,
-    /// By as many as make it faster.
-    Climbing,
-    /// By so many, in the order that [`FillSources::choose`] likes best.
+    /// As many connections as raise the throughput.
+    Adaptive,
+    /// A fixed number of connections, in the order that [`FillSources::choose`] prefers.
     Chosen(usize),
 }
 
@@ -93,18 +92,18 @@ impl VerifiedContent {
 /// The bytes of one span of a blob, in order.
 pub struct SpanStream {
     sources: Arc<dyn FillSources>,
-    /// The role in which they were asked.
+    /// The role in which the requests were sent.
     role: Role,
-    flow: Option<WatchedBody>,
-    /// The source has shown that it understands ranges.
+    body: Option<WatchedBody>,
+    /// The source is known to support ranges.
     is_ranged: bool,
     total: u64,
     position: u64,
     end: u64,
     served_from: ServedFrom,
     breaks: Breaks,
-    /// New bytes that this connection has brought.
-    brought: u64,
+    /// New bytes that the present connection has sent.
+    received: u64,
 }
 
 impl SpanStream {
@@ -115,15 +114,15 @@ impl SpanStream {
         Ok(Self::of(sources, incoming, served_from, from, end))
     }
 
-    /// Opens a whole blob at `from` by asking for the first range only, where that is understood:
-    /// what is left can then be asked for elsewhere, or by several connections.
+    /// Opens a whole blob at `from` by requesting only its first range, if ranges are supported. The rest can then be
+    /// requested from other sources, or by several connections.
     pub(super) async fn open_range(sources: Arc<dyn FillSources>, from: u64, len: u64) -> Result<Self, SourceError> {
         match open(&*sources, from, Some(from.saturating_add(len))).await {
             Ok((incoming, served_from)) => {
                 let (start, total) = (incoming.span.start, incoming.total);
                 Ok(Self::of(sources, incoming, served_from, start, total))
             }
-            // It stumbles over the range, or the blob ends before it: all of it then, in order.
+            // The source rejects the range, or the blob ends before it: requests the whole blob, in order.
             Err(error) if error.is_about_ranges() => Self::open(sources, 0, None).await,
             Err(error) => Err(error),
         }
@@ -131,9 +130,9 @@ impl SpanStream {
 
     fn of(sources: Arc<dyn FillSources>, incoming: Incoming, served_from: ServedFrom, position: u64, end: u64) -> Self {
         let (total, is_ranged) = (incoming.total, incoming.span != Span::whole(incoming.total));
-        let flow = Some(WatchedBody::new(incoming));
+        let body = Some(WatchedBody::new(incoming));
         let (role, breaks) = (sources.role().get(), Breaks::default());
-        Self { sources, role, flow, is_ranged, total, position, end, served_from, breaks, brought: 0 }
+        Self { sources, role, body, is_ranged, total, position, end, served_from, breaks, received: 0 }
     }
 
     /// Length of the whole blob.
@@ -141,63 +140,64 @@ impl SpanStream {
         self.total
     }
 
-    /// Bytes that are still to come.
+    /// Bytes that are still missing.
     pub(super) fn left(&self) -> u64 {
         self.end.saturating_sub(self.position)
     }
 
-    /// Offset of the next byte that comes.
+    /// Offset of the next byte.
     pub fn position(&self) -> u64 {
         self.position
     }
 
-    /// Whether the source begins before the span: it does not honour ranges.
+    /// Whether the source sends bytes before the span, because it ignores ranges.
     pub fn skips(&self) -> bool {
-        self.flow.as_ref().is_some_and(|flow| flow.position() < self.position)
+        self.body.as_ref().is_some_and(|body| body.position() < self.position)
     }
 
     pub fn served_from(&self) -> ServedFrom {
         self.served_from
     }
 
-    /// Closes the connection to the source if another one can go on from here. The client has stopped reading.
+    /// Closes the connection to the source, if the stream can be resumed at its position. The client has stopped
+    /// reading.
     pub(super) fn release(&mut self) {
-        self.flow.take_if(|flow| self.is_ranged && flow.position() == self.position);
+        self.body.take_if(|body| self.is_ranged && body.position() == self.position);
     }
 
-    /// The connection that is open, if it brings only a part of the blob.
+    /// Takes the open connection, if it sends only a part of the blob.
     pub(super) fn take_part(&mut self) -> Option<WatchedBody> {
-        self.flow.take_if(|flow| flow.position() > 0 || flow.end() < self.total)
+        self.body.take_if(|body| body.position() > 0 || body.end() < self.total)
     }
 
     /// The next piece; None at the end of the span.
     pub async fn next(&mut self) -> Result<Option<Bytes>, SourceError> {
         while self.position < self.end {
-            let Some(flow) = &mut self.flow else {
+            let Some(body) = &mut self.body else {
                 self.reopen().await?;
                 continue;
             };
-            if flow.position() == flow.end() {
-                // It brought the part that was asked for.
-                self.flow = None;
+            if body.position() == body.end() {
+                // The requested part is complete.
+                self.body = None;
                 continue;
             }
-            let starts_at = flow.position();
-            match flow.next().await {
+            let starts_at = body.position();
+            match body.next().await {
                 Ok(piece) => {
                     if let Some(piece) = self.cut(piece, starts_at) {
                         self.position += piece.len() as u64;
-                        self.brought += piece.len() as u64;
+                        self.received += piece.len() as u64;
                         return Ok(Some(piece));
                     }
                 }
-                Err(why) => self.lose(&why),
+                Err(error) => self.record_failure(&error),
             }
         }
         Ok(None)
     }
 
-    /// Cuts from a piece what is new: a source without ranges begins again at the start.
+    /// Cuts the new bytes from a piece: a source without ranges begins again at the first byte.
     fn cut(&self, mut piece: Bytes, starts_at: u64) -> Option<Bytes> {
         let known = self.position - starts_at;
         if known >= piece.len() as u64 {
@@ -210,30 +210,30 @@ impl SpanStream {
         Some(piece)
     }
 
-    fn lose(&mut self, why: &str) {
-        tracing::info!(why, position = self.position, total = self.total, "a source broke, going on with another");
-        self.flow = None;
-        self.breaks.broke(std::mem::take(&mut self.brought));
+    fn record_failure(&mut self, error: &str) {
+        tracing::info!(error, position = self.position, total = self.total, "download source failed");
+        self.body = None;
+        self.breaks.broke(std::mem::take(&mut self.received));
         let role = self.sources.role().get();
         if role > self.role {
-            // How owners broke says nothing of the upstream.
+            // Failures of owners are no evidence about the upstream.
             (self.role, self.breaks) = (role, Breaks::default());
         }
     }
 
     async fn reopen(&mut self) -> Result<(), SourceError> {
         if self.breaks.too_many() {
-            return Err(SourceError::Unreachable("every source broke".into()));
+            return Err(SourceError::Unreachable("all sources failed".into()));
         }
         tokio::time::sleep(self.breaks.pause()).await;
         let end = (self.end < self.total).then_some(self.end);
         match self.sources.open(self.position, end, self.breaks.failures).await {
             Ok((incoming, _)) if incoming.total != self.total || incoming.span.start > self.position => {
-                self.lose("another length than before");
+                self.record_failure("length mismatch");
             }
-            Ok((incoming, _)) => self.flow = Some(WatchedBody::new(incoming)),
+            Ok((incoming, _)) => self.body = Some(WatchedBody::new(incoming)),
             Err(error) => {
-                self.lose(error.as_str());
+                self.record_failure(error.as_str());
                 if !error.is_outage() {
                     return Err(error);
                 }
@@ -243,7 +243,7 @@ impl SpanStream {
     }
 }
 
-/// Opens a span, and again if the role has risen meanwhile.
+/// Opens a span, and retries if it fails while the role has risen.
 async fn open(sources: &dyn FillSources, from: u64, end: Option<u64>) -> Result<(Incoming, ServedFrom), SourceError> {
     loop {
         let role = sources.role().get();
@@ -261,12 +261,12 @@ mod tests {
     use futures_util::{StreamExt, stream};
     use parking_lot::Mutex;
 
-    /// What one connection does.
+    /// What one connection of the test does.
     #[derive(Clone, Copy)]
     enum Act {
-        /// Honours the range, sends so many bytes, then breaks.
+        /// Honours the range, sends that number of bytes, then fails.
         Send(usize),
-        /// Begins at 0 whatever was asked.
+        /// Ignores the range and begins at 0.
         FromStart(usize),
         Stall,
         Refuse,
@@ -324,7 +324,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn goes_on_after_every_kind_of_break() {
+    async fn stream_resumes_after_each_kind_of_failure() {
         let whole: Vec<u8> = (0..=255).collect();
         for acts in [
             &[Act::Send(256)][..],
@@ -339,15 +339,15 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn released_source_is_asked_again_where_it_ended() {
+    async fn released_stream_resumes_at_its_position() {
         let body: Vec<u8> = (0..=255).collect();
         let acts = Mutex::new(vec![Act::Send(100), Act::Send(300)]);
         let script = Arc::new(Script { body: body.clone(), acts });
         let mut feed = SpanStream::open(script.clone(), 50, None).await.unwrap();
         let mut read = feed.next().await.unwrap().unwrap().to_vec();
-        assert!(feed.flow.is_some());
+        assert!(feed.body.is_some());
         feed.release();
-        assert!(feed.flow.is_none(), "the connection is closed");
+        assert!(feed.body.is_none(), "the connection is closed");
         while let Some(piece) = feed.next().await.unwrap() {
             read.extend_from_slice(&piece);
         }
@@ -356,13 +356,13 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_byte_a_connection_is_nothing() {
+    async fn one_byte_per_connection_fails() {
         let error = read(&[Act::Send(1); 300], 0, None).await.unwrap_err();
         assert!(matches!(error, SourceError::Unreachable(_)), "{error}");
     }
 
     #[tokio::test(start_paused = true)]
-    async fn gives_up_when_nothing_comes() {
+    async fn stream_without_bytes_fails() {
         let error = read(&[Act::Send(10), Act::Stall, Act::Send(0), Act::Refuse], 0, None).await.unwrap_err();
         assert!(matches!(error, SourceError::Unreachable(_)), "{error}");
         assert_eq!(read(&[Act::Refuse], 0, None).await.unwrap_err(), SourceError::failed(503));

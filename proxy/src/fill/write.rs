@@ -1,4 +1,4 @@
-//! The blocking side of a fill: write in any order, hash in order, tell the readers.
+//! The blocking side of a fill: writes in any order, hashes in order, and notifies the readers.
 
 use std::io;
 use std::os::unix::fs::FileExt;
@@ -15,42 +15,44 @@ use crate::oci::digest::DigestVerifier;
 use crate::oci::{Span, Spans};
 use crate::store::{Blob, Draft, Large};
 
-/// Pieces that wait for the disk, and as many that wait for the hash.
-const QUEUE: usize = 16;
+/// Pieces of one blob that wait for the disk, and as many that wait for the hash. Larger: one blob takes more of
+/// [`MAX_WAITING_KIB`]. Smaller: short pauses of the disk stop the download.
+const QUEUED_PIECES: usize = 16;
 
-/// What came out of order is read back this many bytes at a time.
-const READ_BACK: u64 = 1024 * 1024;
+/// Bytes that are read back at once for the hash, if they were written out of order. Larger: new pieces wait longer
+/// between two reads. Smaller: more reads.
+const READ_BACK_BYTES: u64 = 1024 * 1024;
 
-/// Bytes on their way to the disk, and where they belong.
+/// Bytes to write, and their position in the blob.
 pub(super) struct WritePiece {
     pub(super) position: u64,
     pub(super) bytes: Bytes,
     _memory: OwnedSemaphorePermit,
 }
 
-/// All pieces that wait for the disk or the hash share so many KiB: a disk that hangs must not take the memory. More: it takes
-/// more. Less: disks that pause for a moment hold up all downloads.
+/// KiB that may wait for the disk or the hash, of all blobs together. Larger: a disk that hangs takes more memory.
+/// Smaller: disks that pause for a moment delay all downloads.
 pub(super) const MAX_WAITING_KIB: usize = 128 * 1024;
 
-/// Where the pieces of a blob go.
+/// Sends the pieces of a blob to its writing thread.
 #[derive(Clone)]
 pub(super) struct BlobWriter {
     pieces: mpsc::Sender<WritePiece>,
     waiting_kib: Arc<Semaphore>,
 }
 
-/// Nothing is written any more.
+/// The writing thread has ended.
 #[derive(Debug)]
 pub(super) struct WriterClosed;
 
 impl BlobWriter {
-    /// One, and what receives its pieces. All writers share what may wait.
+    /// A writer, and the receiver of its pieces. All writers share `waiting_kib`.
     pub(super) fn new(waiting_kib: Arc<Semaphore>) -> (Self, mpsc::Receiver<WritePiece>) {
-        let (pieces, received) = mpsc::channel(QUEUE);
+        let (pieces, received) = mpsc::channel(QUEUED_PIECES);
         (Self { pieces, waiting_kib }, received)
     }
 
-    /// Waits until there is memory for bytes that wait, and a place in the queue.
+    /// Waits for memory and for a slot in the queue.
     pub(super) async fn write(&self, position: u64, bytes: Bytes) -> Result<(), WriterClosed> {
         let kib = u32::try_from(bytes.len() / 1024 + 1).unwrap_or(u32::MAX);
         let memory = self.waiting_kib.clone().acquire_many_owned(kib).await.map_err(|_| WriterClosed)?;
@@ -73,26 +75,26 @@ impl WriteOutcome {
         if error.kind() == io::ErrorKind::StorageFull {
             return Self::NoSpace;
         }
-        tracing::error!(%error, "a blob cannot be written");
+        tracing::error!(%error, "blob write failed");
         Self::DiskFailed
     }
 }
 
-/// How a file ended.
+/// How writing a file ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum WriteOutcome {
     Verified,
     Mismatch,
-    /// The pieces ended before the blob did; these are there.
+    /// The pieces ended before the blob did; these spans are written.
     Part(Spans),
-    /// There is no more space for it: what came later takes it, and nothing more can be evicted.
+    /// There is no space left, and nothing more can be evicted.
     NoSpace,
     /// The disk failed.
     DiskFailed,
 }
 
-/// Starts two threads, one that writes what it is sent into the draft, in which some of it may be
-/// already, and one that hashes it: on one thread the time for both would add up.
+/// Starts two threads: one writes pieces into the draft, which may hold some of the blob already, and one hashes them.
+/// On one thread both times would add up.
 pub(super) fn start(
     fill: &Fill,
     large: &Arc<Large>,
@@ -101,11 +103,11 @@ pub(super) fn start(
     waiting_kib: Arc<Semaphore>,
 ) -> (BlobWriter, JoinHandle<WriteOutcome>) {
     let (writer, mut pieces) = BlobWriter::new(waiting_kib);
-    let (large, blob, teller) = (large.clone(), draft.blob.clone(), fill.teller());
+    let (large, blob, publisher) = (large.clone(), draft.blob.clone(), fill.publisher());
     let mut bytes = written.len();
     let hasher = Hasher::new(fill, &draft.blob, written);
     let thread = tokio::task::spawn_blocking(move || {
-        let (to_hash, from_disk) = std_mpsc::sync_channel(QUEUE);
+        let (to_hash, from_disk) = std_mpsc::sync_channel(QUEUED_PIECES);
         let hashing = std::thread::Builder::new().name("hash".into()).spawn(move || hasher.run(&from_disk));
         let hashing = match hashing {
             Ok(hashing) => hashing,
@@ -119,13 +121,13 @@ pub(super) fn start(
                 failure = Some(error);
                 break;
             }
-            teller.wrote(piece.span());
+            publisher.wrote(piece.span());
             if to_hash.send(piece).is_err() {
                 break;
             }
         }
         drop(to_hash);
-        let hashed = hashing.join().unwrap_or_else(|_| Err(io::Error::other("the hash panicked")));
+        let hashed = hashing.join().unwrap_or_else(|_| Err(io::Error::other("the hash thread panicked")));
         match (failure, hashed) {
             (Some(error), _) | (None, Err(error)) => WriteOutcome::failed(&error),
             (None, Ok(written)) => written,
@@ -134,20 +136,20 @@ pub(super) fn start(
     (writer, thread)
 }
 
-/// Hashes a file that is whole, telling its readers as it goes. Whether it matches.
+/// Hashes a complete file and reports its progress to readers. True: the digest matches.
 pub(super) fn hash_file(fill: &Fill, blob: &Arc<Blob>) -> bool {
     let mut hasher = Hasher::new(fill, blob, Spans::default());
     while hasher.hashed < blob.len {
-        let next = Span { start: hasher.hashed, end: blob.len.min(hasher.hashed + READ_BACK) };
+        let next = Span { start: hasher.hashed, end: blob.len.min(hasher.hashed + READ_BACK_BYTES) };
         if hasher.hash_from_file(next).is_err() {
             return false;
         }
-        fill.teller().wrote(next);
+        fill.publisher().wrote(next);
     }
     hasher.verifier.verified()
 }
 
-/// Hashes in order what is written in any.
+/// Hashes in order what is written in any order.
 struct Hasher {
     blob: Arc<Blob>,
     progress: watch::Sender<Progress>,
@@ -155,7 +157,7 @@ struct Hasher {
     /// Bytes from the start that went through the verifier.
     hashed: u64,
     written: Spans,
-    /// What is read back.
+    /// Buffer for bytes that are read back.
     buffer: Vec<u8>,
 }
 
@@ -165,12 +167,12 @@ impl Hasher {
         Self { blob: blob.clone(), progress, verifier, hashed: 0, written, buffer: Vec::new() }
     }
 
-    /// Hashes until there are no more pieces. If it fails, the download learns of it before the next piece comes.
+    /// Hashes until the last piece. If it fails, the download is notified before its next piece.
     fn run(self, pieces: &std_mpsc::Receiver<WritePiece>) -> io::Result<WriteOutcome> {
         let progress = self.progress.clone();
         let hashed = self.hash(pieces);
         if hashed.is_err() {
-            progress.send_modify(Progress::found_unreadable);
+            progress.send_modify(Progress::mark_unreadable);
         }
         hashed
     }
@@ -179,8 +181,8 @@ impl Hasher {
         loop {
             let backlog = self.written.run_end(self.hashed);
             let piece = if backlog > self.hashed {
-                // Between two pieces, some of what waits to be hashed.
-                self.hash_from_file(Span { start: self.hashed, end: backlog.min(self.hashed + READ_BACK) })?;
+                // Between two pieces, hashes a part of the backlog.
+                self.hash_from_file(Span { start: self.hashed, end: backlog.min(self.hashed + READ_BACK_BYTES) })?;
                 match pieces.try_recv() {
                     Ok(piece) => piece,
                     Err(TryRecvError::Empty) => continue,
@@ -235,7 +237,7 @@ mod tests {
     use crate::store::Store;
 
     #[tokio::test]
-    async fn file_that_cannot_be_read_back_ends_the_download() {
+    async fn unreadable_file_ends_the_download() {
         let dir = tempfile::tempdir().unwrap();
         let (disk, free) = (DiskShare::Size(Size(64 << 20)), DiskShare::Percent(0));
         let store = Store::open(dir.path(), disk, free, 1 << 20, &Metrics::new()).await.unwrap();
@@ -245,7 +247,7 @@ mod tests {
         let blob = draft.blob.clone();
         let progress = watch::Sender::new(Progress::new());
         let verifier = Digest::of(b"x").verifier();
-        // It was written, and is not there.
+        // Recorded as written, but missing in the file.
         let written = Spans::from(Span { start: 0, end: 1 << 20 });
         let hasher = Hasher { blob, progress: progress.clone(), verifier, hashed: 0, written, buffer: Vec::new() };
         let (_sender, pieces) = std_mpsc::sync_channel(1);

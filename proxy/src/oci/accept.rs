@@ -1,4 +1,4 @@
-//! The `Accept` value that dray sends to an origin.
+//! The `Accept` value of requests to upstreams.
 
 use std::borrow::Cow;
 use std::sync::LazyLock;
@@ -13,16 +13,17 @@ pub const MANIFEST_TYPES: [&str; 5] = [
     "application/vnd.docker.distribution.manifest.v2+json",
 ];
 
-/// Longest value sent upstream, in bytes; what a client adds beyond it is left out.
+/// Longest value sent upstream, in bytes. Larger: an upstream may refuse the header. Smaller: media types that the
+/// client added are left out sooner.
 const MAX_ACCEPT_BYTES: usize = 2048;
 
-/// The full set, which is all that most clients name.
+/// The full set. Most clients name no other type.
 static FULL_SET: LazyLock<String> = LazyLock::new(|| MANIFEST_TYPES.join(", ") + ", */*");
 
-/// Joins the full set with whatever else the client's `Accept` lines name.
+/// Joins the full set with the other types of the client's `Accept` lines.
 pub fn merge<'a>(client_lines: impl Iterator<Item = &'a str>) -> Cow<'static, str> {
-    let is_usual = |offered: &str| offered.trim() == "*/*" || MANIFEST_TYPES.contains(&offered.trim());
-    let mut others = client_lines.filter(|line| !line.split(',').all(is_usual)).peekable();
+    let is_standard = |offered: &str| offered.trim() == "*/*" || MANIFEST_TYPES.contains(&offered.trim());
+    let mut others = client_lines.filter(|line| !line.split(',').all(is_standard)).peekable();
     if others.peek().is_none() {
         return FULL_SET.as_str().into();
     }
@@ -51,7 +52,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn several_lines_become_one_set() {
+    fn accept_lines_are_merged_into_one_set() {
         let merged = merge(
             ["application/vnd.oci.image.index.v1+json;q=0.9, application/x-new", "application/x-new, */*"].into_iter(),
         );
@@ -64,7 +65,7 @@ mod tests {
     }
 
     #[test]
-    fn a_hostile_client_cannot_grow_the_header() {
+    fn hostile_accept_lines_are_bounded() {
         let long = "a/b,".repeat(5000) + &"x".repeat(9000);
         assert!(merge([long.as_str()].into_iter()).len() < MAX_ACCEPT_BYTES + 16);
     }

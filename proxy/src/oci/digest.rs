@@ -20,16 +20,16 @@ pub enum Algorithm {
     Sha512,
 }
 
-/// Why a text is no digest.
+/// Why a text is not a valid digest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum DigestError {
-    #[error("a digest is written algorithm:hex")]
+    #[error("not a valid digest: expected sha256:<64 hex> or sha512:<128 hex>, in lower case")]
     Malformed,
-    #[error("only sha256 and sha512 digests can be verified")]
+    #[error("not a supported digest algorithm: expected sha256 or sha512")]
     UnknownAlgorithm,
 }
 
-/// A running hash that ends in yes or no.
+/// A running hash with the digest that it is compared to.
 #[derive(Clone)]
 pub struct DigestVerifier {
     hash: Hash,
@@ -93,8 +93,8 @@ impl FromStr for Digest {
             "sha512" => Algorithm::Sha512,
             _ => return Err(DigestError::UnknownAlgorithm),
         };
-        let lower_hex = hex.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b));
-        if hex.len() != algorithm.hex_len() || !lower_hex {
+        let is_lower_hex = hex.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b));
+        if hex.len() != algorithm.hex_len() || !is_lower_hex {
             return Err(DigestError::Malformed);
         }
         Ok(Self { text: text.into(), algorithm })
@@ -133,7 +133,7 @@ impl Algorithm {
     }
 }
 
-// === impl Verifier ===
+// === impl DigestVerifier ===
 
 impl DigestVerifier {
     pub fn update(&mut self, bytes: &[u8]) {
@@ -143,7 +143,7 @@ impl DigestVerifier {
         }
     }
 
-    /// Whether everything seen so far has the expected digest.
+    /// Whether all bytes so far have the expected digest.
     pub fn verified(self) -> bool {
         let actual = match self.hash {
             Hash::Sha256(hash) => to_hex(hash.finalize().as_slice()),
@@ -163,7 +163,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn parses_what_it_can_verify() {
+    fn verifiable_digests_are_parsed() {
         let empty = "sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
         let digest: Digest = empty.parse().unwrap();
         assert!(digest.matches(b""));
@@ -175,21 +175,21 @@ mod tests {
     }
 
     #[test]
-    fn refuses_everything_else() {
+    fn other_digests_are_refused() {
         let upper = format!("sha256:{}", "A".repeat(64));
-        for (text, why) in [
+        for (text, error) in [
             ("sha256:baddigeststring", DigestError::Malformed),
             ("sha256", DigestError::Malformed),
             (upper.as_str(), DigestError::Malformed),
             ("md5:d41d8cd98f00b204e9800998ecf8427e", DigestError::UnknownAlgorithm),
             ("sha256:../../etc/passwd", DigestError::Malformed),
         ] {
-            assert_eq!(text.parse::<Digest>().unwrap_err(), why, "{text}");
+            assert_eq!(text.parse::<Digest>().unwrap_err(), error, "{text}");
         }
     }
 
     #[test]
-    fn sha512_is_verified_too() {
+    fn sha512_digests_are_verified() {
         use sha2::Digest as _;
         let text = format!("sha512:{}", to_hex(&sha2::Sha512::digest(b"abc")));
         assert!(text.parse::<Digest>().unwrap().matches(b"abc"));

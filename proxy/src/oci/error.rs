@@ -1,6 +1,6 @@
 //! The error body of the distribution specification.
 
-/// Codes of the specification that a pull-only registry can answer with.
+/// The codes of the specification that a pull-only registry returns.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ErrorCode {
     BlobUnknown,
@@ -11,7 +11,7 @@ pub enum ErrorCode {
     Unauthorized,
     Denied,
     Unsupported,
-    /// Not in the specification's table; registries use it for their own trouble.
+    /// Not in the specification's table. Registries use it for their own failures.
     Unavailable,
     RangeInvalid,
 }
@@ -46,7 +46,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn is_json_whatever_the_message() {
+    fn error_body_is_json_with_any_message() {
         let body = body(ErrorCode::Denied, "a \"quoted\"\nmessage");
         let value: serde_json::Value = serde_json::from_slice(&body).unwrap();
         assert_eq!(value["errors"][0]["code"], "DENIED");

@@ -1,4 +1,4 @@
-//! Names of images, as people write them.
+//! Image names as users write them.
 
 use std::fmt;
 use std::str::FromStr;
@@ -17,7 +17,7 @@ impl FromStr for ImageName {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let wrong = || format!("{text:?} is no image: write [registry/]repository[:tag][@digest]");
+        let invalid = || format!("{text:?} is not a valid image name: expected [registry/]repository[:tag][@digest]");
         let (name, digest) = text.split_once('@').map_or((text, None), |(name, digest)| (name, Some(digest)));
         let (name, tag) = match name.rsplit_once(':') {
             // A colon before the last slash begins a port.
@@ -25,17 +25,17 @@ impl FromStr for ImageName {
             _ => (name, None),
         };
         let (registry, path) = match name.split_once('/') {
-            Some((first, rest)) if Registry::looks_like(first) => (first.parse().map_err(|_| wrong())?, rest),
+            Some((first, rest)) if Registry::looks_like(first) => (first.parse().map_err(|_| invalid())?, rest),
             _ => (Registry::docker_hub(), name),
         };
         let path =
             if registry.is_docker_hub() && !path.contains('/') { format!("library/{path}") } else { path.into() };
-        // With both, the digest says which one it is.
-        let reference: Reference = digest.or(tag).unwrap_or("latest").parse().map_err(|_| wrong())?;
+        // If both are present, the digest selects the image.
+        let reference: Reference = digest.or(tag).unwrap_or("latest").parse().map_err(|_| invalid())?;
         if digest.is_some() != matches!(reference, Reference::Digest(_)) {
-            return Err(wrong());
+            return Err(invalid());
         }
-        Ok(Self { registry, repository: path.parse().map_err(|_| wrong())?, reference })
+        Ok(Self { registry, repository: path.parse().map_err(|_| invalid())?, reference })
     }
 }
 
@@ -51,7 +51,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_are_what_runtimes_make_of_them() {
+    fn image_names_expand_as_in_runtimes() {
         let digest = crate::oci::Digest::of(b"x");
         for (text, name) in [
             ("alpine", "docker.io/library/alpine:latest".to_owned()),
@@ -64,7 +64,7 @@ mod tests {
             assert_eq!(text.parse::<ImageName>().unwrap().to_string(), name, "{text}");
         }
         for text in ["", "UPPER", "a b", "a@b", "a:", "/a", "a/", "https://a/b"] {
-            assert!(text.parse::<ImageName>().unwrap_err().contains("is no image"), "{text}");
+            assert!(text.parse::<ImageName>().unwrap_err().contains("is not a valid image name"), "{text}");
         }
     }
 }

@@ -1,29 +1,30 @@
-//! Paging of lists: `Link` headers (RFC 8288) and the queries that they carry, which only the upstream understands.
+//! Paging of lists: `Link` headers (RFC 8288) and their queries, which are opaque to dray.
 
 use percent_encoding::{AsciiSet, CONTROLS, utf8_percent_encode};
 
-/// What cannot be written into a header and requested again as it is, such as a space that an upstream left raw.
+/// Characters that are escaped in a header, such as a space that an upstream left raw.
 const UNWRITABLE: &AsciiSet = &CONTROLS.add(b' ').add(b'<').add(b'>').add(b'"');
 
-/// Longest query of a next page that is passed on, in bytes: clients send it in a request line.
-const LONGEST_QUERY: usize = 8 * 1024;
+/// Longest query of a next page that is passed on, in bytes: clients send it in a request line. A longer one ends the
+/// list.
+const MAX_QUERY_BYTES: usize = 8 * 1024;
 
 /// The query of the next page among all `Link` headers of a response.
 ///
-/// Only the query counts: the path is the one that was requested, by the name that the client uses for it.
+/// Only the query counts: the client requests the same path again, with its own name for the repository.
 pub fn next<'a>(values: impl Iterator<Item = &'a [u8]>) -> Option<String> {
-    values.filter_map(|value| std::str::from_utf8(value).ok()).find_map(next_in)
+    values.filter_map(|value| std::str::from_utf8(value).ok()).find_map(next_in_header)
 }
 
 /// One header may hold several links.
-fn next_in(mut value: &str) -> Option<String> {
+fn next_in_header(mut value: &str) -> Option<String> {
     loop {
         let (target, rest) = value[value.find('<')? + 1..].split_once('>')?;
         let end = end_of_parameters(rest);
         if is_next(&rest[..end]) {
             let query = target.split_once('?')?.1.split('#').next()?;
             return Some(utf8_percent_encode(query, UNWRITABLE).to_string())
-                .filter(|query| query.len() <= LONGEST_QUERY);
+                .filter(|query| query.len() <= MAX_QUERY_BYTES);
         }
         value = &rest[end..];
     }
@@ -80,7 +81,7 @@ mod tests {
     }
 
     #[test]
-    fn parameters_of_the_upstream_stay_as_they_are() {
+    fn upstream_parameters_are_unchanged() {
         let of = without_namespace;
         assert_eq!(of("n=2&ns=docker.io&next_page=gAAA%3D%3D"), "n=2&next_page=gAAA%3D%3D");
         assert_eq!(of("continuationToken=a+b%20c&&n%73=x"), "continuationToken=a+b%20c");

@@ -1,4 +1,4 @@
-//! What a manifest says of itself.
+//! Parsing of manifests.
 
 use serde::Deserialize;
 
@@ -6,8 +6,9 @@ use super::{Digest, INDEX_MEDIA_TYPE};
 
 const MANIFEST_MEDIA_TYPE: &str = "application/vnd.oci.image.manifest.v1+json";
 
-/// Longest annotations that describe a referrer, in bytes of JSON.
-const LONGEST_ANNOTATIONS: usize = 4096;
+/// Longest annotations of a referrer, in bytes of JSON. Longer ones are left out, so that a list of referrers stays
+/// small.
+const MAX_ANNOTATION_BYTES: usize = 4096;
 
 #[derive(Deserialize)]
 struct ManifestShape {
@@ -17,11 +18,11 @@ struct ManifestShape {
     config: Option<serde::de::IgnoredAny>,
 }
 
-/// The media type that the bytes themselves tell. What an origin says in its header may differ, and
-/// a kept manifest must not depend on who sent it first.
+/// The media type according to the bytes of the manifest. The header of an upstream may differ, and a cached manifest
+/// must not depend on the upstream that sent it first.
 ///
-/// Only OCI manifests may leave the type out; those are known by their shape (image specification,
-/// manifest.md and image-index.md). None: neither, such as a manifest of Docker's first schema.
+/// Only OCI manifests may omit the type; their shape then decides (image specification, manifest.md and
+/// image-index.md). None: neither, such as a manifest of Docker's first schema.
 pub fn media_type(manifest: &[u8]) -> Option<String> {
     let shape: ManifestShape = serde_json::from_slice(manifest).ok()?;
     let inferred = || match (&shape.manifests, &shape.config) {
@@ -32,7 +33,7 @@ pub fn media_type(manifest: &[u8]) -> Option<String> {
     shape.media_type.clone().filter(|text| is_media_type(text)).or_else(inferred)
 }
 
-/// Whether it says of which version it is, as manifests of Docker's first schema do as well.
+/// Whether it has a `schemaVersion`, as manifests of Docker's first schema do as well.
 pub fn has_version(manifest: &[u8]) -> bool {
     #[derive(Deserialize)]
     struct Versioned {
@@ -42,7 +43,7 @@ pub fn has_version(manifest: &[u8]) -> bool {
     serde_json::from_slice::<Versioned>(manifest).is_ok()
 }
 
-/// Whether a media type is one of the families of manifests.
+/// Whether a media type belongs to a family of manifest types.
 pub fn is_manifest_type(media_type: &str) -> bool {
     const FAMILIES: [&str; 3] =
         ["application/vnd.oci.image.", "application/vnd.oci.artifact.", "application/vnd.docker.distribution."];
@@ -50,18 +51,18 @@ pub fn is_manifest_type(media_type: &str) -> bool {
     FAMILIES.iter().any(|family| media_type.starts_with(family)) && media_type.bytes().all(is_plain)
 }
 
-/// Whether it is a JSON object at all.
+/// Whether it is a JSON object.
 pub fn is_object(manifest: &[u8]) -> bool {
     let is_braced = manifest.trim_ascii_start().starts_with(b"{");
     is_braced && serde_json::from_slice::<serde::de::IgnoredAny>(manifest).is_ok()
 }
 
-/// Whether it names manifests rather than blobs.
+/// Whether it lists manifests rather than blobs.
 pub fn is_index(manifest: &[u8]) -> bool {
     serde_json::from_slice::<ManifestShape>(manifest).is_ok_and(|shape| shape.manifests.is_some())
 }
 
-/// Whether it is one of Docker's first schema.
+/// Whether it is a manifest of Docker's first schema.
 pub fn is_first_schema(manifest: &[u8]) -> bool {
     #[derive(Deserialize)]
     struct First {
@@ -73,7 +74,7 @@ pub fn is_first_schema(manifest: &[u8]) -> bool {
     serde_json::from_slice::<First>(manifest).is_ok_and(|first| first.version == 1)
 }
 
-/// The manifest that an artifact, such as a signature, refers to.
+/// The digest of the manifest that an artifact, such as a signature, refers to.
 pub fn subject(manifest: &[u8]) -> Option<Digest> {
     #[derive(Deserialize)]
     struct Referring {
@@ -109,14 +110,14 @@ pub fn referrer(manifest: &[u8], media_type: &str) -> Option<serde_json::Value> 
     if let Some(artifact_type) = artifact_type {
         descriptor["artifactType"] = artifact_type.into();
     }
-    let is_short = |annotations: &serde_json::Value| annotations.to_string().len() <= LONGEST_ANNOTATIONS;
+    let is_short = |annotations: &serde_json::Value| annotations.to_string().len() <= MAX_ANNOTATION_BYTES;
     if let Some(annotations) = artifact.annotations.filter(is_short) {
         descriptor["annotations"] = annotations;
     }
     Some(descriptor)
 }
 
-/// What a manifest names, with its length in bytes: configuration and layers, or the manifests of an index.
+/// The digests that a manifest lists, with lengths in bytes: configuration and layers, or the manifests of an index.
 pub fn named(manifest: &[u8]) -> Vec<(Digest, Option<u64>)> {
     #[derive(Deserialize)]
     struct Names {
@@ -146,7 +147,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn manifest_names_its_blobs_and_index_its_manifests() {
+    fn manifest_lists_blobs_and_index_lists_manifests() {
         let digest = |text: &str| Digest::of(text.as_bytes());
         let (config, layer) = (digest("config"), digest("layer"));
         let json = serde_json::json!({
@@ -160,7 +161,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_manifest_says_of_no_version() {
+    fn other_documents_have_no_schema_version() {
         assert!(has_version(br#"{"schemaVersion": 1, "fsLayers": []}"#));
         assert!(
             !has_version(br#"{"message": "Back soon"}"#) && !has_version(b"<p>Back soon</p>") && !has_version(b"[]")
@@ -185,13 +186,13 @@ mod tests {
     }
 
     #[test]
-    fn first_schema_is_known_by_version_and_layers() {
+    fn first_schema_has_version_and_layers() {
         assert!(is_first_schema(br#"{"schemaVersion": 1, "fsLayers": []}"#));
         assert!(!is_first_schema(br#"{"schemaVersion": 2, "fsLayers": []}"#) && !is_first_schema(b"{}"));
     }
 
     #[test]
-    fn the_bytes_tell_their_type() {
+    fn media_type_is_read_from_the_bytes() {
         let of = |json: &str| media_type(json.as_bytes());
         assert_eq!(of(r#"{"mediaType": "a/b", "manifests": []}"#).as_deref(), Some("a/b"));
         assert_eq!(of(r#"{"manifests": []}"#).as_deref(), Some(INDEX_MEDIA_TYPE));

@@ -1,8 +1,8 @@
-//! Several ranges in one answer: `multipart/byteranges` (RFC 9110 section 14.6).
+//! Several ranges in one response: `multipart/byteranges` (RFC 9110 section 14.6).
 
 use super::{BLOB_MEDIA_TYPE, Span};
 
-/// What is between the ranges.
+/// The framing of the ranges.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Multipart {
     boundary: String,
@@ -11,8 +11,8 @@ pub struct Multipart {
 }
 
 impl Multipart {
-    /// For these parts of a blob of `total` bytes. The boundary must not be guessed by whoever wrote
-    /// the blob.
+    /// For these parts of a blob of `total` bytes. The author of the blob must not be able to guess the boundary, or
+    /// the blob could contain it.
     pub fn new(boundary: String, total: u64, spans: Vec<Span>) -> Self {
         Self { boundary, total, spans }
     }
@@ -26,20 +26,20 @@ impl Multipart {
         format!("multipart/byteranges; boundary={}", self.boundary)
     }
 
-    /// The value of `Content-Length`: all parts and what is between them.
+    /// The value of `Content-Length`: all parts with their framing.
     pub fn content_length(&self) -> u64 {
         let parts = self.spans.iter().map(|span| self.head(*span).len() as u64 + span.len());
         parts.sum::<u64>() + self.end().len() as u64
     }
 
-    /// What stands before a part.
+    /// The bytes before a part.
     pub fn head(&self, span: Span) -> String {
         let Self { boundary, total, .. } = self;
         let range = span.content_range(*total);
         format!("\r\n--{boundary}\r\nContent-Type: {BLOB_MEDIA_TYPE}\r\nContent-Range: {range}\r\n\r\n")
     }
 
-    /// What stands after the last one.
+    /// The bytes after the last part.
     pub fn end(&self) -> String {
         format!("\r\n--{}--\r\n", self.boundary)
     }
@@ -50,7 +50,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn looks_as_in_the_rfc() {
+    fn framing_follows_the_rfc() {
         let spans = vec![Span { start: 0, end: 2 }, Span { start: 5, end: 6 }];
         let parts = Multipart::new("SEP".into(), 8, spans.clone());
         let bytes = ["xx", "x"];

@@ -7,10 +7,10 @@ use std::sync::Arc;
 
 use super::digest::Digest;
 
-/// A registry as it stands in an image name: `host`, `host:port` or `[ipv6]:port`, lower case.
+/// A registry as in an image name: `host`, `host:port` or `[ipv6]:port`, lower case.
 ///
-/// What means the same is written the same: the names under which Docker Hub is known are `docker.io`, the port of
-/// https is left out, and addresses have one form. Otherwise a rule could be passed by.
+/// Equal registries have equal text, or a rule could be bypassed: the names of Docker Hub become `docker.io`, the port
+/// of https is left out, and addresses have one form.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Registry(Arc<str>);
 
@@ -22,7 +22,7 @@ pub struct Repository(Arc<str>);
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Tag(Arc<str>);
 
-/// What stands after `/manifests/`.
+/// The last part of the path after `/manifests/`.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Reference {
     Tag(Tag),
@@ -32,16 +32,16 @@ pub enum Reference {
 /// A name that breaks the grammar of the specification.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum NameError {
-    #[error("not a registry host")]
+    #[error("not a valid registry: expected HOST or HOST:PORT")]
     Registry,
-    #[error("not a repository name")]
+    #[error("not a valid repository name: expected lower-case components such as library/alpine")]
     Repository,
-    #[error("not a tag")]
+    #[error("not a valid tag: expected up to 128 letters, digits, '_', '.' and '-'")]
     Tag,
 }
 
-/// The port that is meant where none is written.
-const HTTPS: u16 = 443;
+/// The default port.
+const HTTPS_PORT: u16 = 443;
 
 const DOCKER_HUB: &str = "docker.io";
 const DOCKER_HUB_ALIASES: [&str; 3] = ["index.docker.io", "registry-1.docker.io", "registry.hub.docker.com"];
@@ -89,8 +89,8 @@ impl FromStr for Registry {
         if text.len() > 255 || !port_ok {
             return Err(NameError::Registry);
         }
-        let host = one_form(host).ok_or(NameError::Registry)?;
-        match port.filter(|port| *port != HTTPS) {
+        let host = canonical_host(host).ok_or(NameError::Registry)?;
+        match port.filter(|port| *port != HTTPS_PORT) {
             Some(port) => Ok(Self(format!("{host}:{port}").into())),
             None if DOCKER_HUB_ALIASES.contains(&&*host) => Ok(Self::docker_hub()),
             None => Ok(Self(host.into())),
@@ -98,8 +98,8 @@ impl FromStr for Registry {
     }
 }
 
-/// A host as it is written here. An address has many forms, and all of them lead to the same place.
-fn one_form(host: &str) -> Option<Cow<'_, str>> {
+/// The canonical form of a host. An address has many forms, and all of them lead to the same host.
+fn canonical_host(host: &str) -> Option<Cow<'_, str>> {
     let last = host.rsplit('.').next().unwrap_or_default();
     let may_be_address = host.starts_with('[') || last.starts_with(|c: char| c.is_ascii_digit());
     if may_be_address {
@@ -174,7 +174,7 @@ impl Tag {
         &self.0
     }
 
-    /// Whether it is one of a digest: the fall-back of the referrers API, and cosign's tags of signatures
+    /// Whether the tag names a digest: the fallback of the referrers API, and cosign's tags of signatures
     /// (`sha256-<hex>`, `sha256-<hex>.sig`).
     pub fn is_of_digest(&self) -> bool {
         let name = self.0.split('.').next().unwrap_or_default();
@@ -186,10 +186,10 @@ impl FromStr for Tag {
     type Err = NameError;
 
     fn from_str(text: &str) -> Result<Self, NameError> {
-        let word = |b: u8| b.is_ascii_alphanumeric() || b == b'_';
+        let is_word = |b: u8| b.is_ascii_alphanumeric() || b == b'_';
         let bytes = text.as_bytes();
-        let first_ok = bytes.first().is_some_and(|b| word(*b));
-        let rest_ok = bytes.iter().all(|b| word(*b) || *b == b'.' || *b == b'-');
+        let first_ok = bytes.first().is_some_and(|b| is_word(*b));
+        let rest_ok = bytes.iter().all(|b| is_word(*b) || *b == b'.' || *b == b'-');
         if !first_ok || !rest_ok || bytes.len() > 128 {
             return Err(NameError::Tag);
         }
@@ -247,7 +247,7 @@ mod tests {
     }
 
     #[test]
-    fn registries_carry_a_port_or_not() {
+    fn registry_port_is_optional() {
         let registry: Registry = "Reg.Example:5000".parse().unwrap();
         assert_eq!((registry.host(), registry.port()), ("reg.example", Some(5000)));
         let registry: Registry = "[::1]:5000".parse().unwrap();
@@ -256,7 +256,7 @@ mod tests {
     }
 
     #[test]
-    fn what_means_the_same_is_written_the_same() {
+    fn equal_registries_have_equal_text() {
         for (text, one) in [
             ("GHCR.io:443", "ghcr.io"),
             ("ghcr.io:0443", "ghcr.io"),

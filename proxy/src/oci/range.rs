@@ -1,4 +1,4 @@
-//! Byte ranges, as asked by clients (RFC 9110 section 14.1) and as answered by origins (14.4).
+//! Byte ranges of client requests (RFC 9110 section 14.1) and upstream responses (section 14.4).
 
 use std::str::FromStr;
 
@@ -8,7 +8,7 @@ use super::Spans;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RangeSet(Vec<RangeRequest>);
 
-/// A single range, not yet held against a length.
+/// A single range, not yet clipped to a length.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RangeRequest {
     /// `bytes=a-`
@@ -33,18 +33,19 @@ pub struct ContentRange {
     pub total: u64,
 }
 
-/// No byte of the body lies in the range: the answer is 416.
+/// No byte of the body lies in the range: the response has status 416.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Unsatisfiable;
 
-/// More ranges in one header than this are answered with the whole body.
+/// Most ranges in one header. With more, the response is the whole body. Larger: one request causes more reads and
+/// framing.
 const MAX_RANGES: usize = 256;
 
 // === impl RangeSet ===
 
 impl RangeSet {
-    /// Reads a `Range` header. None means: answer with the whole body, which is what a server does
-    /// with units or syntax that it does not serve.
+    /// Parses a `Range` header. None: the response is the whole body, as servers do with units or syntax that they do
+    /// not support.
     pub fn parse(header: &str) -> Option<Self> {
         let (unit, set) = header.trim().split_once('=')?;
         if !unit.trim().eq_ignore_ascii_case("bytes") || set.split(',').count() > MAX_RANGES {
@@ -62,8 +63,8 @@ impl RangeSet {
         self.0.iter().copied()
     }
 
-    /// The parts of a body of `total` bytes, in the order asked for; those that overlap or touch are
-    /// joined (RFC 9110 section 14.2), so that together they are no longer than the body.
+    /// The parts of a body of `total` bytes, in the order of the header. If any overlap or touch, all are joined and
+    /// sorted (RFC 9110 section 14.2), so that together they are not longer than the body.
     pub fn within(&self, total: u64) -> Vec<Span> {
         let spans: Vec<Span> = self.iter().filter_map(|range| range.within(total).ok()).collect();
         let joined: Spans = spans.iter().copied().collect();
@@ -83,7 +84,7 @@ impl RangeRequest {
         }
     }
 
-    /// Whether whoever asks may hold what comes before.
+    /// Whether the client may already hold the bytes before the range.
     pub fn is_resumption(self) -> bool {
         !matches!(self, Self::From(0) | Self::Bounded(0, _))
     }
@@ -155,7 +156,7 @@ mod tests {
     }
 
     #[test]
-    fn the_cases_of_the_conformance_suite() {
+    fn ranges_follow_the_conformance_suite() {
         assert_eq!(span("bytes=500-1499", 3000), Some(Ok((500, 1500))));
         assert_eq!(span("bytes=500-", 3000), Some(Ok((500, 3000))));
         assert_eq!(span("bytes=-500", 3000), Some(Ok((2500, 3000))));
@@ -168,7 +169,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_understood_is_answered_whole() {
+    fn unsupported_ranges_are_ignored() {
         for header in [
             "bytes=",
             "bytes=a-b",
@@ -185,7 +186,7 @@ mod tests {
     }
 
     #[test]
-    fn sets_keep_their_order_unless_they_overlap() {
+    fn ranges_keep_their_order_unless_they_overlap() {
         let of = |header: &str| -> Vec<(u64, u64)> {
             RangeSet::parse(header).unwrap().within(100).iter().map(|span| (span.start, span.end)).collect()
         };

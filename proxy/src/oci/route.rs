@@ -15,21 +15,21 @@ pub enum Route {
     /// `GET /v2/`
     Ping,
     /// Anything below a repository of a registry.
-    Content { registry: Registry, repository: Repository, endpoint: Endpoint, named_by: RegistryFrom },
+    Content { registry: Registry, repository: Repository, endpoint: Endpoint, registry_from: RegistryFrom },
 }
 
-/// What of the repository is asked for.
+/// The requested part of a repository.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Endpoint {
     Manifest(Reference),
     Blob(Digest),
     Tags,
     Referrers(Digest),
-    /// The repositories of a registry. It stands at no repository: [`CATALOG`] is a name for it.
+    /// The repositories of a registry. It has no repository; [`CATALOG`] stands in for its name.
     Catalog,
 }
 
-/// What a list of repositories is filed under.
+/// The repository name under which a list of repositories is cached.
 pub const CATALOG: &str = "catalog";
 
 /// Which part of the request named the registry.
@@ -39,23 +39,23 @@ pub enum RegistryFrom {
     Namespace,
     /// The first component of the path: podman, CRI-O, Docker's URL style.
     Path,
-    /// The `Host` header: a registry's name was pointed at dray.
+    /// The `Host` header: the name of the registry resolves to dray.
     Host,
-    /// Nothing did: Docker's `registry-mirrors`, lazy snapshotters.
+    /// No part: Docker's `registry-mirrors`, lazy snapshotters.
     Default,
 }
 
-/// What the naming rule needs to know of the configuration.
+/// The configuration that the naming rule needs.
 pub trait Names {
-    /// The registry behind a port-less alias.
+    /// The registry of an alias without a port.
     fn alias(&self, component: &str) -> Option<Registry>;
     /// Whether a `Host` is a registry that a rule names, and not dray itself.
     fn host_is_registry(&self, host: &Registry) -> bool;
-    /// The registry that is meant where only one is configured.
+    /// The only configured registry, if there is only one.
     fn only_registry(&self) -> Option<Registry>;
 }
 
-/// A request that no registry could answer.
+/// A request that is not a valid registry request.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RouteError {
     pub status: u16,
@@ -63,7 +63,7 @@ pub struct RouteError {
     pub message: String,
 }
 
-/// Finds the way of a request.
+/// Parses the target of a request.
 ///
 /// `path` is the raw path, `query` the raw query without its question mark, `host` the value of
 /// the `Host` header. The naming rule: `ns` wins; then a first path component that looks like a
@@ -79,12 +79,12 @@ pub fn parse(path: &str, query: Option<&str>, host: Option<&str>, names: &dyn Na
         return catalog(namespace, host, names);
     }
     let (name, endpoint) = split_endpoint(below)?;
-    let (registry, named_by, name) = name_registry(name, namespace, host, names)?;
+    let (registry, registry_from, name) = resolve_registry(name, namespace, host, names)?;
     if name == "v2" || name.starts_with("v2/") {
         return Err(second_v2(&registry));
     }
     let repository = repository(&registry, name)?;
-    Ok(Route::Content { registry, repository, endpoint: endpoint.parse()?, named_by })
+    Ok(Route::Content { registry, repository, endpoint: endpoint.parse()?, registry_from })
 }
 
 /// The value of a query parameter, decoded.
@@ -92,16 +92,16 @@ pub fn query_value<'a>(query: Option<&'a str>, key: &str) -> Option<Cow<'a, str>
     url::form_urlencoded::parse(query?.as_bytes()).find(|(k, _)| k == key).map(|(_, value)| value)
 }
 
-/// Whose repositories: by `ns`, by `Host`, or of the only registry that is configured.
+/// The registry whose repositories are listed: by `ns`, by `Host`, or the only one that is configured.
 fn catalog(namespace: Option<Registry>, host: Option<&str>, names: &dyn Names) -> Result<Route, RouteError> {
     let by_host = || host.and_then(|host| host.parse().ok()).filter(|host| names.host_is_registry(host));
     let named = namespace.map(|registry| (registry, RegistryFrom::Namespace));
     let named = named.or_else(|| Some((by_host()?, RegistryFrom::Host)));
     let named = named.or_else(|| Some((names.only_registry()?, RegistryFrom::Default)));
-    let (registry, named_by) =
-        named.ok_or_else(|| not_found("name the registry whose repositories are meant by ns"))?;
+    let (registry, registry_from) =
+        named.ok_or_else(|| not_found("the request names no registry: add the query parameter ns=REGISTRY"))?;
     let repository = CATALOG.parse().expect("a repository name");
-    Ok(Route::Content { registry, repository, endpoint: Endpoint::Catalog, named_by })
+    Ok(Route::Content { registry, repository, endpoint: Endpoint::Catalog, registry_from })
 }
 
 enum RawEndpoint<'a> {
@@ -116,13 +116,13 @@ fn split_endpoint(below: &str) -> Result<(&str, RawEndpoint<'_>), RouteError> {
     if let Some(name) = below.strip_suffix("/tags/list") {
         return Ok((name, RawEndpoint::Tags));
     }
-    let (rest, last) = below.rsplit_once('/').ok_or_else(|| not_found("no such endpoint"))?;
-    let (name, kind) = rest.rsplit_once('/').ok_or_else(|| not_found("no such endpoint"))?;
+    let (rest, last) = below.rsplit_once('/').ok_or_else(|| not_found("not an endpoint of the registry API"))?;
+    let (name, kind) = rest.rsplit_once('/').ok_or_else(|| not_found("not an endpoint of the registry API"))?;
     match kind {
         "manifests" => Ok((name, RawEndpoint::Manifest(last))),
         "blobs" => Ok((name, RawEndpoint::Blob(last))),
         "referrers" => Ok((name, RawEndpoint::Referrers(last))),
-        _ => Err(not_found("no such endpoint")),
+        _ => Err(not_found("not an endpoint of the registry API")),
     }
 }
 
@@ -136,11 +136,11 @@ fn namespace(query: Option<&str>, names: &dyn Names) -> Result<Option<Registry>,
     value.parse().map(Some).map_err(|_| RouteError {
         status: 400,
         code: ErrorCode::NameInvalid,
-        message: format!("ns={value:?} is no registry: expected host or host:port"),
+        message: format!("ns={value:?} is not a valid registry: expected HOST or HOST:PORT"),
     })
 }
 
-fn name_registry<'a>(
+fn resolve_registry<'a>(
     name: &'a str,
     namespace: Option<Registry>,
     host: Option<&str>,
@@ -152,7 +152,7 @@ fn name_registry<'a>(
         Some((registry, rest))
     });
     match (namespace, prefix) {
-        // BuildKit sends both: they agree, so the prefix is not part of the repository.
+        // BuildKit sends both. If they agree, the prefix is not part of the repository.
         (Some(ns), Some((prefix, rest))) if prefix == ns => Ok((ns, RegistryFrom::Namespace, rest)),
         (Some(ns), _) => Ok((ns, RegistryFrom::Namespace, name)),
         (None, Some((prefix, rest))) => Ok((prefix, RegistryFrom::Path, rest)),
@@ -173,7 +173,9 @@ fn repository(registry: &Registry, name: &str) -> Result<Repository, RouteError>
     name.parse().map_err(|_| RouteError {
         status: 404,
         code: ErrorCode::NameInvalid,
-        message: format!("{name:?} is no repository name"),
+        message: format!(
+            "{name:?} is not a valid repository name: expected lower-case components such as library/alpine"
+        ),
     })
 }
 
@@ -187,17 +189,17 @@ fn outside_api(path: &str) -> RouteError {
     if endpoint.iter().any(|part| path.contains(part)) {
         return not_found(
             "the path does not begin with /v2/: with override_path = true in hosts.toml the mirror's \
-             URL must end in /v2, or better: leave override_path out",
+             URL must end in /v2; preferably remove override_path",
         );
     }
-    not_found("no such endpoint: the registry API begins with /v2/")
+    not_found("not an endpoint of the registry API, whose paths begin with /v2/")
 }
 
 /// A mirror URL with a path but without `override_path = true`.
 fn second_v2(registry: &Registry) -> RouteError {
     not_found(&format!(
-        "the path holds a second v2/ after {registry}: a mirror URL with a path needs \
-         override_path = true in hosts.toml, or better: give the URL without a path"
+        "the path contains a second v2/ after {registry}: a mirror URL with a path needs \
+         override_path = true in hosts.toml, or preferably a URL without a path"
     ))
 }
 
@@ -206,16 +208,16 @@ fn second_v2(registry: &Registry) -> RouteError {
 impl RawEndpoint<'_> {
     fn parse(self) -> Result<Endpoint, RouteError> {
         let digest = |text: &str| {
-            text.parse::<Digest>().map_err(|why| RouteError {
+            text.parse::<Digest>().map_err(|error| RouteError {
                 status: 400,
                 code: ErrorCode::DigestInvalid,
-                message: format!("{text:?}: {why}"),
+                message: format!("{text:?}: {error}"),
             })
         };
         match self {
             Self::Manifest(text) => match text.parse() {
                 Ok(reference) => Ok(Endpoint::Manifest(reference)),
-                // The conformance suite asks for 404 where a reference breaks the grammar.
+                // The conformance suite requires 404 where a reference breaks the grammar.
                 Err(_) => Err(RouteError {
                     status: 404,
                     code: ErrorCode::ManifestUnknown,
@@ -229,7 +231,7 @@ impl RawEndpoint<'_> {
     }
 }
 
-// === impl NamedBy ===
+// === impl RegistryFrom ===
 
 impl RegistryFrom {
     pub fn as_str(self) -> &'static str {
@@ -286,8 +288,8 @@ mod tests {
 
     fn named(path: &str, query: &str, host: &str) -> (String, String, &'static str) {
         match parse(path, Some(query), Some(host), &Fixed).unwrap() {
-            Route::Content { registry, repository, named_by, .. } => {
-                (registry.to_string(), repository.to_string(), named_by.as_str())
+            Route::Content { registry, repository, registry_from, .. } => {
+                (registry.to_string(), repository.to_string(), registry_from.as_str())
             }
             Route::Ping => panic!("a ping"),
         }
@@ -326,7 +328,7 @@ mod tests {
     }
 
     #[test]
-    fn endpoints() {
+    fn endpoints_are_parsed() {
         let digest = Digest::of(b"");
         let of = |path: &str| parse(path, None, None, &Fixed).map(|r| r.as_str());
         assert_eq!(of("/v2/"), Ok("ping"));
@@ -339,7 +341,7 @@ mod tests {
     }
 
     #[test]
-    fn refusals_have_the_status_that_helps_the_client() {
+    fn invalid_requests_have_specified_statuses() {
         for (path, status, code) in [
             ("/v2/a/manifests/.INVALID_MANIFEST_NAME", 404, ErrorCode::ManifestUnknown),
             ("/v2/a/manifests/sha256:baddigeststring", 404, ErrorCode::ManifestUnknown),

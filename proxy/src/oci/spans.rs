@@ -7,7 +7,7 @@ use super::Span;
 pub struct Spans(Vec<Span>);
 
 impl Spans {
-    /// Adds a span, whatever of it is there already.
+    /// Adds a span, which may overlap the others.
     pub fn insert(&mut self, span: Span) {
         if span.is_empty() {
             return;
@@ -24,7 +24,7 @@ impl Spans {
         self.0.drain(first + 1..last);
     }
 
-    /// Takes a span out.
+    /// Removes a span.
     pub fn remove(&mut self, span: Span) {
         if span.is_empty() {
             return;
@@ -56,7 +56,7 @@ impl Spans {
         self.0.iter().copied()
     }
 
-    /// How many bytes there are.
+    /// Number of bytes in the set.
     pub fn len(&self) -> u64 {
         self.0.iter().map(|span| span.len()).sum()
     }
@@ -94,7 +94,7 @@ mod tests {
 
     /// Every operation against a plain list of flags.
     #[test]
-    fn agrees_with_a_list_of_bytes() {
+    fn spans_agree_with_a_list_of_flags() {
         let mut random = fastrand::Rng::with_seed(7);
         for _ in 0..2000 {
             let (mut spans, mut flags) = (Spans::default(), [false; TOTAL]);

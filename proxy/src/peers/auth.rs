@@ -1,4 +1,4 @@
-//! How peers know each other: not at all, by a secret that they share, or by certificates.
+//! Authentication between peers: none, a shared key, or certificates (mTLS).
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -10,25 +10,25 @@ use super::key::{PeerAuthError, Seal, SharedKey};
 use crate::config::PeersConfig as Settings;
 use crate::identity::{Identity, IdentityFiles, TrustedRole};
 
-/// What this process shows its peers, and asks of them.
+/// How this node authenticates to its peers, and they to it.
 pub(super) enum PeerAuth {
     None,
     Key(SharedKey),
     Certificates(Arc<Identity>),
 }
 
-/// Who connects to the peers' port.
+/// Trust in the sender of a request on the peers' port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PeerTrust {
-    /// Anybody: gets what a digest proves and everybody may have.
-    Stranger,
-    /// A dray that has proven it, and whose rules are ours: gets what our own clients get.
-    Member,
+    /// Not authenticated: gets only public content that a digest verifies.
+    Unauthenticated,
+    /// An authenticated peer with the same rule: gets what this node's own clients get.
+    Authenticated,
 }
 
 impl PeerAuth {
     pub(super) fn load(settings: &Settings) -> Result<Self, String> {
-        // The configuration has refused both at once.
+        // The configuration's check has rejected both at once.
         match (&settings.key_file, &settings.mtls) {
             (None, None) => Ok(Self::None),
             (Some(path), _) => SharedKey::load(path).map(Self::Key),
@@ -38,7 +38,7 @@ impl PeerAuth {
                     cert: mtls.cert.clone(),
                     key: mtls.key.clone(),
                     ca: Some(("ca", mtls.ca.clone())),
-                    welcome: TrustedRole::Namesakes,
+                    welcome: TrustedRole::SharedDnsName,
                 };
                 Identity::load(files).map(Self::Certificates)
             }
@@ -53,7 +53,7 @@ impl PeerAuth {
         }
     }
 
-    /// Connects as a peer does.
+    /// Configures the HTTP client for mTLS, where that is used.
     pub(super) fn prepare(&self, client: ClientBuilder) -> Result<ClientBuilder, String> {
         let Self::Certificates(identity) = self else { return Ok(client) };
         let provider = Arc::new(rustls::crypto::ring::default_provider());
@@ -63,7 +63,7 @@ impl PeerAuth {
             .dangerous()
             .with_custom_certificate_verifier(identity.verifier())
             .with_client_cert_resolver(identity.clone());
-        // An authority that is no longer believed ends with the connection.
+        // A resumed session would skip the check against an authority that has been replaced.
         tls.resumption = rustls::client::Resumption::disabled();
         Ok(client.tls_backend_preconfigured(tls))
     }
@@ -72,7 +72,7 @@ impl PeerAuth {
         if matches!(self, Self::Certificates(_)) { "https" } else { "http" }
     }
 
-    /// Proves a question, and gives what its answer is proven with.
+    /// Signs a request with the shared key. The seal verifies its response.
     pub(super) fn sign(&self, to: SocketAddr, method: &Method, path: &str, headers: &mut HeaderMap) -> Option<Seal> {
         match self {
             Self::Key(key) => Some(key.sign(to, method, path, headers)),
@@ -80,7 +80,7 @@ impl PeerAuth {
         }
     }
 
-    /// Makes what a registry is shown safe to be sent to a peer. None: it cannot be.
+    /// Protects a registry credential in transit to a peer. None: without peer authentication it must not be sent.
     pub(super) fn seal(&self, authorization: &HeaderValue) -> Option<HeaderValue> {
         match self {
             Self::None => None,
@@ -97,8 +97,8 @@ impl PeerAuth {
         }
     }
 
-    /// Whether whoever asks is a peer, and what proves the answer; `at` is the address where this node is
-    /// asked. The listener has held certificates against the authority before.
+    /// Authenticates the sender of a request to this node's address `at`, and returns what signs the response. With
+    /// mTLS the listener has verified the certificate before.
     pub(super) fn check(
         &self,
         at: Option<SocketAddr>,
@@ -107,11 +107,11 @@ impl PeerAuth {
         headers: &HeaderMap,
     ) -> Result<(PeerTrust, Option<Seal>), PeerAuthError> {
         match self {
-            Self::None => Ok((PeerTrust::Stranger, None)),
-            Self::Certificates(_) => Ok((PeerTrust::Member, None)),
+            Self::None => Ok((PeerTrust::Unauthenticated, None)),
+            Self::Certificates(_) => Ok((PeerTrust::Authenticated, None)),
             Self::Key(key) => {
                 let seal = key.check(at.ok_or(PeerAuthError::NotSigned)?, method, uri, headers)?;
-                Ok((PeerTrust::Member, Some(seal)))
+                Ok((PeerTrust::Authenticated, Some(seal)))
             }
         }
     }

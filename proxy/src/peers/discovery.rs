@@ -1,4 +1,4 @@
-//! The members' addresses, from the answers of DNS.
+//! The members' addresses, by DNS.
 
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
@@ -10,14 +10,15 @@ use tokio::time::{Instant, sleep_until};
 
 use crate::config::{PeersConfig as Config, Zone};
 use crate::dns;
-use crate::times::{FIRST_PAUSE, LONGEST_PAUSE, RETRY_INTERVAL};
+use crate::times::{FIRST_RETRY_DELAY, MAX_RETRY_DELAY, RETRY_INTERVAL};
 
-/// Large clusters ask less often: their answers are long, and each change concerns fewer digests.
-const MEMBERS_A_SECOND: u32 = 200;
+/// Adds a second to the refresh interval for this many members: responses of large clusters are long, and each change
+/// moves fewer digests. Larger: more load on DNS. Smaller: changes are seen later.
+const MEMBERS_PER_TTL_SECOND: u32 = 200;
 
-/// The names to ask, and what they said last.
+/// The service names, and the addresses that each resolved to last.
 pub(super) struct Discovery {
-    /// For both families at once, and for each alone: of a name that has both, one may be answered and the other not.
+    /// For both address families at once, and for each alone: the lookup of one may fail when the other succeeds.
     both: TokioResolver,
     v4: TokioResolver,
     v6: TokioResolver,
@@ -28,11 +29,11 @@ pub(super) struct Discovery {
 struct Name {
     name: String,
     zone: Zone,
-    /// The last good answers: what DNS cannot say now has not changed.
+    /// The last successful results: they stay while lookups fail.
     v4: Vec<IpAddr>,
     v6: Vec<IpAddr>,
     due: Instant,
-    trouble: Option<String>,
+    last_error: Option<String>,
 }
 
 impl Discovery {
@@ -44,7 +45,7 @@ impl Discovery {
             v4: Vec::new(),
             v6: Vec::new(),
             due: Instant::now(),
-            trouble: None,
+            last_error: None,
         };
         let names = config.service.iter().map(name).collect();
         let v4 = dns::resolver_of(servers, LookupIpStrategy::Ipv4Only)?;
@@ -56,15 +57,14 @@ impl Discovery {
         !self.names.is_empty()
     }
 
-    /// Waits until answers expire, and asks again: everybody that is known then. None: nobody is
-    /// known yet.
+    /// Waits until a result expires, resolves again, and returns all known members. None: none is known yet.
     pub(super) async fn next(&mut self) -> Option<Vec<(Zone, SocketAddr)>> {
         if let Some(due) = self.names.iter().map(|name| name.due).min() {
             sleep_until(due).await;
         }
         let now = Instant::now();
         for name in self.names.iter_mut().filter(|name| name.due <= now) {
-            name.ask(&self.both, &self.v4, &self.v6).await;
+            name.resolve(&self.both, &self.v4, &self.v6).await;
         }
         let mut found: HashMap<SocketAddr, Zone> = HashMap::new();
         for name in &self.names {
@@ -77,39 +77,39 @@ impl Discovery {
 }
 
 impl Name {
-    async fn ask(&mut self, both: &TokioResolver, v4: &TokioResolver, v6: &TokioResolver) {
-        let rest = match both.lookup_ip(self.name.as_str()).await {
-            Ok(answer) => {
-                // As it was answered, with the domain that was searched.
-                let name = answer.query().name().to_string();
-                let (said_v4, said_v6) = answer.iter().partition(IpAddr::is_ipv4);
-                let is_whole =
-                    take(&mut self.v4, said_v4, v4, &name).await & take(&mut self.v6, said_v6, v6, &name).await;
-                self.trouble = self.trouble.take().filter(|_| !is_whole);
-                if !is_whole {
-                    self.complain("one family of its addresses is missing".to_owned());
+    async fn resolve(&mut self, both: &TokioResolver, v4: &TokioResolver, v6: &TokioResolver) {
+        let refresh_in = match both.lookup_ip(self.name.as_str()).await {
+            Ok(lookup) => {
+                // The name as it was resolved, with the search domain.
+                let name = lookup.query().name().to_string();
+                let (found_v4, found_v6) = lookup.iter().partition(IpAddr::is_ipv4);
+                let is_complete = update_family(&mut self.v4, found_v4, v4, &name).await
+                    & update_family(&mut self.v6, found_v6, v6, &name).await;
+                self.last_error = self.last_error.take().filter(|_| !is_complete);
+                if !is_complete {
+                    self.warn_once("the lookup of one address family failed".to_owned());
                 }
-                let lives = answer.valid_until().saturating_duration_since(std::time::Instant::now());
+                let ttl = lookup.valid_until().saturating_duration_since(std::time::Instant::now());
                 let size = Duration::from_secs(1) * u32::try_from(self.len()).unwrap_or(u32::MAX);
-                if is_whole {
-                    lives.max(FIRST_PAUSE + size / MEMBERS_A_SECOND).min(LONGEST_PAUSE)
+                if is_complete {
+                    ttl.max(FIRST_RETRY_DELAY + size / MEMBERS_PER_TTL_SECOND).min(MAX_RETRY_DELAY)
                 } else {
                     RETRY_INTERVAL
                 }
             }
             Err(error) => {
-                self.complain(error.to_string());
+                self.warn_once(error.to_string());
                 RETRY_INTERVAL
             }
         };
-        self.due = Instant::now() + rest.mul_f64(0.75 + fastrand::f64() / 2.0);
+        self.due = Instant::now() + refresh_in.mul_f64(0.75 + fastrand::f64() / 2.0);
     }
 
-    fn complain(&mut self, error: String) {
-        if self.trouble.as_ref() != Some(&error) {
-            let (name, kept) = (&self.name, self.len());
-            tracing::warn!(name, error, kept, "the peers' name cannot be resolved");
-            self.trouble = Some(error);
+    fn warn_once(&mut self, error: String) {
+        if self.last_error.as_ref() != Some(&error) {
+            let (name, addresses_kept) = (&self.name, self.len());
+            tracing::warn!(name, error, addresses_kept, "peer discovery failed");
+            self.last_error = Some(error);
         }
     }
 
@@ -118,23 +118,23 @@ impl Name {
     }
 }
 
-/// Takes over what was said of one family. That there are none any more has to be said of that family alone: an answer for
-/// both has what could be had. False: it was not, and what was known before is kept.
-async fn take(known: &mut Vec<IpAddr>, said: Vec<IpAddr>, alone: &TokioResolver, name: &str) -> bool {
-    if said.is_empty() && !known.is_empty() {
+/// Updates the addresses of one family. A lookup of both families succeeds although one of them fails, so only a lookup
+/// of this family alone can remove all its addresses. False: that failed, and the known addresses stay.
+async fn update_family(known: &mut Vec<IpAddr>, found_now: Vec<IpAddr>, alone: &TokioResolver, name: &str) -> bool {
+    if found_now.is_empty() && !known.is_empty() {
         match alone.lookup_ip(name).await {
-            Ok(answer) => *known = answer.iter().collect(),
+            Ok(lookup) => *known = lookup.iter().collect(),
             Err(error) if error.is_no_records_found() => known.clear(),
             Err(_) => return false,
         }
     } else {
-        *known = said;
+        *known = found_now;
     }
     true
 }
 
-/// Where a host has addresses of both families it would be two members: IPv4 counts where there is
-/// any, unless this process listens on an IPv6 address of its own.
+/// The addresses of one family only, since a host with both would be two members: IPv4 where there is any, unless this
+/// process listens on a specific IPv6 address.
 fn one_family<'a>(v4: &'a [IpAddr], v6: &'a [IpAddr], listen: IpAddr) -> &'a [IpAddr] {
     let is_v6 = listen.is_ipv6() && !listen.is_unspecified() || v4.is_empty();
     if is_v6 { v6 } else { v4 }
@@ -156,29 +156,29 @@ mod tests {
     }
 
     #[test]
-    fn a_host_with_two_families_is_one_member() {
+    fn host_with_two_families_is_one_member() {
         let (v4, v6) = (addresses(&["10.0.0.1"]), addresses(&["fd00::1"]));
         let chosen = |listen: &str, v4| one_family(v4, &v6, listen.parse().unwrap()).to_vec();
         assert_eq!(chosen("0.0.0.0", &v4), v4);
         assert_eq!(chosen("::", &v4), v4);
         assert_eq!(chosen("fd00::1", &v4), v6);
         assert_eq!(chosen("::", &[]), v6);
-        assert_eq!(chosen("0.0.0.0", &[]), v6, "better than nobody");
+        assert_eq!(chosen("0.0.0.0", &[]), v6, "better than no member");
     }
 
-    /// A name server with one address of each family, of which those of IPv4 may fail or go.
+    /// A name server with one address of each family. Lookups of the IPv4 address may fail, or find none.
     async fn server(fails: Arc<AtomicBool>, gone: Arc<AtomicBool>) -> SocketAddr {
         let socket = UdpSocket::bind("127.0.0.1:0").await.unwrap();
         let address = socket.local_addr().unwrap();
         tokio::spawn(async move {
             let mut buffer = [0; 512];
             while let Ok((len, from)) = socket.recv_from(&mut buffer).await {
-                let question = Message::from_vec(&buffer[..len]).unwrap();
-                let query = question.queries[0].clone();
-                let mut answer = question.into_response();
+                let request = Message::from_vec(&buffer[..len]).unwrap();
+                let query = request.queries[0].clone();
+                let mut response = request.into_response();
                 let data = match query.query_type() {
                     RecordType::A if fails.load(Ordering::SeqCst) => {
-                        answer.metadata.response_code = ResponseCode::ServFail;
+                        response.metadata.response_code = ResponseCode::ServFail;
                         None
                     }
                     RecordType::A if gone.load(Ordering::SeqCst) => None,
@@ -186,15 +186,15 @@ mod tests {
                     RecordType::AAAA => Some(RData::AAAA("fd00::1".parse().unwrap())),
                     _ => None,
                 };
-                answer.answers.extend(data.map(|data| Record::from_rdata(query.name().clone(), 0, data)));
-                socket.send_to(&answer.to_vec().unwrap(), from).await.unwrap();
+                response.answers.extend(data.map(|data| Record::from_rdata(query.name().clone(), 0, data)));
+                socket.send_to(&response.to_vec().unwrap(), from).await.unwrap();
             }
         });
         address
     }
 
     #[tokio::test]
-    async fn a_family_that_dns_cannot_say_has_not_changed() {
+    async fn addresses_stay_while_lookups_of_their_family_fail() {
         let [fails, gone] = [(); 2].map(|()| Arc::new(AtomicBool::new(false)));
         let servers = [server(fails.clone(), gone.clone()).await];
         let config = Config { service: vec![(None, "dray.example".to_owned())], ..Config::default() };
@@ -206,9 +206,9 @@ mod tests {
         };
         assert_eq!(members().await, ["10.0.0.1:5052"]);
         fails.store(true, Ordering::SeqCst);
-        assert_eq!(members().await, ["10.0.0.1:5052"], "and not the other family's");
+        assert_eq!(members().await, ["10.0.0.1:5052"], "and not the address of the other family");
         fails.store(false, Ordering::SeqCst);
         gone.store(true, Ordering::SeqCst);
-        assert_eq!(members().await, ["[fd00::1]:5052"], "now it is said that there are none");
+        assert_eq!(members().await, ["[fd00::1]:5052"], "a lookup of IPv4 alone finds no address");
     }
 }

@@ -1,4 +1,4 @@
-//! One range on its way from a peer: counted as in flight, and what came of it told to the view.
+//! One range that is being downloaded from a peer. The view counts it as in flight, and learns its result.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -9,51 +9,60 @@ use xxhash_rust::xxh64::Xxh64;
 
 use super::swarm::{Claim, Contribution, View};
 use crate::oci::Span;
-use crate::source::{Broken, Floor, Speed};
+use crate::source::{Broken, MinRate, Speed};
 
-/// Who has the whole of a blob sends as much in this time at least: with less others are better asked. Who gets
-/// it only now may have an origin that is slow.
-const FLOOR: Floor = Floor { bytes: 256 * 1024, window: Duration::from_secs(10) };
+/// Minimum rate of a peer that has the whole blob; one that relays may have a slow upstream. Higher: loaded peers are
+/// given up. Lower: a crawling peer delays the download for longer.
+const MIN_RATE: MinRate = MinRate { bytes: 256 * 1024, window: Duration::from_secs(10) };
 
-/// Who has the whole and sent nothing for so long when it was given up is as one that sends too little.
-const SILENT: Duration = Duration::from_secs(2);
+/// A peer that has the whole blob, and sent nothing for this long when its download ended, counts as too slow. Longer:
+/// a stalled peer is soon requested again. Shorter: a peer on a congested link is avoided for minutes.
+const STALL_DURATION: Duration = Duration::from_secs(2);
 
-/// A range on its way from a peer.
 pub(super) struct PeerDownload {
     view: Arc<Mutex<View>>,
     contribution: Contribution,
-    /// Where what it promised ends.
-    promised: u64,
+    /// The end of the span that the response announced.
+    announced_end: u64,
     /// When the view's clock started.
     clock: Instant,
     checksum: Xxh64,
     speed: Speed,
-    /// Since when the next piece is waited for.
-    asked: Option<Instant>,
-    crawls: bool,
+    /// Since when the download waits for the next piece.
+    waiting_since: Option<Instant>,
+    is_too_slow: bool,
 }
 
 impl PeerDownload {
-    pub(super) fn new(view: &Arc<Mutex<View>>, contribution: Contribution, promised: Span, clock: Instant) -> Self {
+    pub(super) fn new(view: &Arc<Mutex<View>>, contribution: Contribution, announced: Span, clock: Instant) -> Self {
         view.lock().begin(contribution.peer);
         let (checksum, speed) = (Xxh64::new(0), Speed::default());
         let view = view.clone();
-        Self { view, contribution, promised: promised.end, clock, checksum, speed, asked: None, crawls: false }
+        Self {
+            view,
+            contribution,
+            announced_end: announced.end,
+            clock,
+            checksum,
+            speed,
+            waiting_since: None,
+            is_too_slow: false,
+        }
     }
 
-    /// The next piece is waited for.
-    pub(super) fn asks(&mut self) {
-        self.asked = Some(Instant::now());
+    /// The download waits for the next piece from now on.
+    pub(super) fn start_waiting(&mut self) {
+        self.waiting_since = Some(Instant::now());
     }
 
-    /// It came. An error: others are better asked.
-    pub(super) fn passed(&mut self, piece: &[u8]) -> Result<(), Broken> {
-        let waited = self.asked.take().map_or(Duration::ZERO, |asked| asked.elapsed());
+    /// Records a piece. Error: the peer is below the minimum rate, so another source should continue.
+    pub(super) fn record(&mut self, piece: &[u8]) -> Result<(), Broken> {
+        let waited = self.waiting_since.take().map_or(Duration::ZERO, |since| since.elapsed());
         self.checksum.update(piece);
         self.contribution.span.end += piece.len() as u64;
-        let keeps_up = self.speed.keeps_up(FLOOR, waited, piece.len());
-        self.crawls = !keeps_up && self.contribution.claim == Claim::Verified;
-        if self.crawls { Err(Broken("too slow for a peer that has it".into())) } else { Ok(()) }
+        let keeps_up = self.speed.keeps_up(MIN_RATE, waited, piece.len());
+        self.is_too_slow = !keeps_up && self.contribution.claim == Claim::Verified;
+        if self.is_too_slow { Err(Broken("too slow for a holder of the whole blob".into())) } else { Ok(()) }
     }
 }
 
@@ -62,13 +71,13 @@ impl Drop for PeerDownload {
         let contribution = Contribution { checksum: self.checksum.digest(), ..self.contribution };
         let mut view = self.view.lock();
         view.end(contribution);
-        // It stalled, broke off, or was not needed any more: others come first for a while.
-        let is_silent =
-            contribution.claim == Claim::Verified && self.asked.is_some_and(|since| since.elapsed() >= SILENT);
-        if self.crawls || is_silent {
-            view.crawled(contribution.peer, self.clock.elapsed());
-        } else if contribution.span.end < self.promised {
-            view.left(contribution.peer, self.clock.elapsed());
+        // A download that ended early stalled, broke off or was cancelled: the view prefers other peers for a while.
+        let has_stalled = contribution.claim == Claim::Verified
+            && self.waiting_since.is_some_and(|since| since.elapsed() >= STALL_DURATION);
+        if self.is_too_slow || has_stalled {
+            view.mark_too_slow(contribution.peer, self.clock.elapsed());
+        } else if contribution.span.end < self.announced_end {
+            view.mark_interrupted(contribution.peer, self.clock.elapsed());
         }
     }
 }

@@ -1,4 +1,4 @@
-//! How a question reaches a peer, and whether what comes back is believed.
+//! One request to a peer: signing, retries, detection of frozen peers, and authentication of the response.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -14,51 +14,54 @@ use super::wire::{PeerRefusal, Terms};
 use super::{Peers, Scope, wire};
 use crate::role::Role;
 use crate::source::{Part, SourceError, causes, root_cause};
-use crate::times::{ALTERNATIVE_TIMEOUT, LOOK_TIMEOUT};
+use crate::times::{ALTERNATIVE_TIMEOUT, LOOKUP_TIMEOUT};
 use crate::trace;
 
-const COME_AFTER: usize = 2;
+/// Next owners that are pinged while an owner is silent. Larger: more pings. Smaller: of several frozen owners in a
+/// row, each costs a request its own probe.
+const MAX_SUSPECTED_OWNERS: usize = 2;
 
-/// An owner that has too much to do is asked so often, with pauses of up to as long, twice and three times as long: half a
-/// second altogether for each of three owners is a small part of the time that a client has.
-const BUSY: u32 = 4;
-const BUSY_PAUSE: Duration = Duration::from_millis(200);
+/// Attempts at an overloaded owner, after random pauses of up to one, two and three times [`OVERLOADED_PAUSE`]: about
+/// half a second for each of three owners, a small part of a client's timeout. Larger: clients wait longer. Smaller:
+/// load moves to the next owner, which then is overloaded.
+const MAX_OVERLOADED_TRIES: u32 = 4;
+const OVERLOADED_PAUSE: Duration = Duration::from_millis(200);
 
-/// What a request tells a peer beside the question.
+/// What a request tells the peer besides the query.
 #[derive(Default)]
 pub(super) struct RequestMetadata {
-    /// This node, then the peers for which it asks.
+    /// This node, then the peers for which it sends the request.
     pub(super) peers: Downstream,
     /// What this node has: `dray-have`.
     pub(super) have: Option<HeaderValue>,
-    /// Whether this node could fetch the range from the upstream itself.
+    /// Whether this node could download the range from the upstream itself.
     pub(super) may_depute: bool,
-    /// The media types of a manifest that its client accepts.
+    /// The manifest media types that the client accepts.
     pub(super) accept: Option<HeaderValue>,
 }
 
 impl Peers {
-    /// Asks a question, and counts what came of it.
+    /// Sends a request, and counts its outcome.
     pub(super) async fn get(
         &self,
         method: Method,
         peer: SocketAddr,
-        question: &PeerQuery<'_>,
+        query: &PeerQuery<'_>,
         path: &str,
         part: Part,
-        told: RequestMetadata,
+        metadata: RequestMetadata,
     ) -> Result<Response, SourceError> {
-        if !self.is_well(&peer) {
-            // It was found out since it was chosen.
-            return Err(SourceError::Unreachable("the peer is left alone".into()));
+        if !self.is_available(&peer) {
+            // Another request marked it as down since it was chosen.
+            return Err(SourceError::Unreachable("the peer is down or ejected".into()));
         }
-        let place = question.place;
-        let namespace = url::form_urlencoded::byte_serialize(place.registry.as_str().as_bytes());
-        let path = format!("/v2/{}/{path}?ns={}", place.repository, namespace.collect::<String>());
-        let url = format!("{}://{peer}{path}", self.proof.scheme());
+        let repo_ref = query.repo_ref;
+        let namespace = url::form_urlencoded::byte_serialize(repo_ref.registry.as_str().as_bytes());
+        let path = format!("/v2/{}/{path}?ns={}", repo_ref.repository, namespace.collect::<String>());
+        let url = format!("{}://{peer}{path}", self.auth.scheme());
         let mut request = self.client.request(method, url).header(ACCEPT_ENCODING, "identity");
-        let role = match question.manner {
-            PeerRequestMode::IfKept => {
+        let role = match query.mode {
+            PeerRequestMode::OnlyIfCached => {
                 request = request.header(CACHE_CONTROL, wire::ONLY_IF_CACHED);
                 Role::Global
             }
@@ -66,19 +69,19 @@ impl Peers {
         };
         let terms = Terms {
             role,
-            rule: Some(place.rule.fingerprint().to_owned()),
-            deadline: Some(question.deadline.saturating_duration_since(Instant::now())),
-            peers: told.peers,
-            aim: question.aim,
-            redirects: question.redirects,
-            may_depute: told.may_depute,
+            rule: Some(repo_ref.rule.fingerprint().to_owned()),
+            deadline: Some(query.deadline.saturating_duration_since(Instant::now())),
+            peers: metadata.peers,
+            range_purpose: query.range_purpose,
+            redirects: query.redirects,
+            may_depute: metadata.may_depute,
         };
-        let headers = [(wire::REQUEST, terms.write()), (wire::HAVE, told.have), (ACCEPT, told.accept)];
+        let headers = [(wire::REQUEST, terms.write()), (wire::HAVE, metadata.have), (ACCEPT, metadata.accept)];
         request = request.headers(headers.into_iter().filter_map(|(name, value)| Some((name, value?))).collect());
-        // Only whoever is to ask the registry needs to be shown something.
-        let is_lent = matches!(question.manner, PeerRequestMode::As(_)) && place.caller.may_be_lent();
-        if let Some(authorization) = place.caller.authorization().filter(|_| is_lent)
-            && let Some(sealed) = self.proof.seal(authorization)
+        // Only a peer that is to request from the registry needs a credential.
+        let is_lent = matches!(query.mode, PeerRequestMode::As(_)) && repo_ref.principal.may_be_forwarded();
+        if let Some(authorization) = repo_ref.principal.authorization().filter(|_| is_lent)
+            && let Some(sealed) = self.auth.seal(authorization)
         {
             request = request.header(wire::AUTHORIZATION, sealed);
         }
@@ -86,163 +89,167 @@ impl Peers {
             request = request.header(RANGE, range);
         }
         let mut request = request.build().map_err(|error| SourceError::Malformed(root_cause(&error)))?;
-        let mut span = trace::begin("ask a peer", trace::TraceSpanKind::Client);
+        let mut span = trace::begin("peer request", trace::TraceSpanKind::Client);
         span.write(request.headers_mut());
-        let asked = Instant::now();
-        let answer = self.exchange_patiently(peer, request, question).await;
-        let outcome = match answer.as_ref().map(|response| response.status().as_u16()) {
-            Ok(200 | 206) => "given",
+        let sent_at = Instant::now();
+        let response = self.exchange_with_retries(peer, request, query).await;
+        let outcome = match response.as_ref().map(|response| response.status().as_u16()) {
+            Ok(200 | 206) => "hit",
             Ok(307) => "redirected",
-            Ok(504) => "not_kept",
-            Ok(_) => "refused",
-            Err(SourceError::Busy) => "busy",
-            Err(_) => "failed",
+            Ok(404 | 504) => "miss",
+            Ok(401 | 403) => "denied",
+            Ok(429 | 503) => "overloaded",
+            Ok(_) => "error",
+            Err(SourceError::Busy) => "overloaded",
+            Err(_) => "error",
         };
         span.tell(|| {
             let address = ("server.address", peer.ip().to_string().into());
             vec![address, ("server.port", u64::from(peer.port()).into()), ("dray.outcome", outcome.into())]
         });
-        if let Err(error) = &answer {
+        if let Err(error) = &response {
             span.fail(|| error.to_string());
         }
         let members = self.members.load();
-        let way = [members.zone_of(peer), members.own_zone()];
-        self.metrics.peer_requests.with_label_values(&[way[0], way[1], outcome]).inc();
-        if outcome == "given" {
-            self.metrics.peer_first_byte.with_label_values(&way).observe(asked.elapsed().as_secs_f64());
-            self.latencies.insert(peer, asked.elapsed());
-            self.gives(peer);
+        let zones = [members.zone_of(peer), members.own_zone()];
+        self.metrics.peer_requests.with_label_values(&[zones[0], zones[1], outcome]).inc();
+        if outcome == "hit" {
+            self.metrics.peer_first_byte.with_label_values(&zones).observe(sent_at.elapsed().as_secs_f64());
+            self.latencies.insert(peer, sent_at.elapsed());
+            self.record_success(peer);
         }
-        answer
+        response
     }
 
-    /// Asks an owner that has too much to do again, a little later: if all who ask it went to somebody else, that one
-    /// would have too much to do.
-    async fn exchange_patiently(
+    /// Retries an overloaded owner after a pause: if all its followers went to the next owner, that would be overloaded
+    /// instead.
+    async fn exchange_with_retries(
         &self,
         peer: SocketAddr,
         request: reqwest::Request,
-        question: &PeerQuery<'_>,
+        query: &PeerQuery<'_>,
     ) -> Result<Response, SourceError> {
-        let is_patient = matches!(question.manner, PeerRequestMode::As(_)) && !self.busy.contains_key(&peer);
-        let tries = if is_patient { BUSY } else { 1 };
+        let may_retry = matches!(query.mode, PeerRequestMode::As(_)) && !self.overloaded.contains_key(&peer);
+        let tries = if may_retry { MAX_OVERLOADED_TRIES } else { 1 };
         for nth in 1..tries {
             let Some(again) = request.try_clone() else { break };
-            match self.exchange(peer, again, question).await {
-                Err(SourceError::Busy) => sleep(BUSY_PAUSE.mul_f64(f64::from(nth) * fastrand::f64())).await,
-                answer => return answer,
+            match self.exchange(peer, again, query).await {
+                Err(SourceError::Busy) => sleep(OVERLOADED_PAUSE.mul_f64(f64::from(nth) * fastrand::f64())).await,
+                result => return result,
             }
         }
-        let answer = self.exchange(peer, request, question).await;
-        if is_patient && matches!(answer, Err(SourceError::Busy)) {
-            self.busy.insert(peer, ());
+        let response = self.exchange(peer, request, query).await;
+        if may_retry && matches!(response, Err(SourceError::Busy)) {
+            self.overloaded.insert(peer, ());
         }
-        answer
+        response
     }
 
-    /// Proves a request to be ours, sends it, and believes its answer only if it is proven as well.
+    /// Signs a request, sends it, and accepts only an authenticated response.
     async fn exchange(
         &self,
         peer: SocketAddr,
         mut request: reqwest::Request,
-        question: &PeerQuery<'_>,
+        query: &PeerQuery<'_>,
     ) -> Result<Response, SourceError> {
         let method = request.method().clone();
         let probe = request.try_clone();
         let path = request.url()[url::Position::BeforePath..].to_owned();
-        let seal = self.proof.sign(peer, &method, &path, request.headers_mut());
-        let mut sending = std::pin::pin!(timeout_at(question.deadline, self.client.execute(request)));
-        let answered = tokio::select! {
+        let seal = self.auth.sign(peer, &method, &path, request.headers_mut());
+        let mut sending = std::pin::pin!(timeout_at(query.deadline, self.client.execute(request)));
+        let result = tokio::select! {
             biased;
-            answered = &mut sending => answered,
-            // It waits for its origin, or it is frozen.
-            alive = self.answers_if_asked(peer, question, probe) => {
+            result = &mut sending => result,
+            // A silent peer waits for its upstream, or is frozen: a probe tells which.
+            alive = self.probe_silent_peer(peer, query, probe) => {
                 if !alive {
-                    self.is_down(peer);
-                    return Err(SourceError::Unreachable("the peer is silent".into()));
+                    self.mark_down(peer);
+                    return Err(SourceError::Unreachable("the peer does not respond to a probe".into()));
                 }
                 sending.await
             }
         };
-        match answered {
-            Ok(Ok(response)) => self.believe(peer, response, seal.as_ref()).await,
+        match result {
+            Ok(Ok(response)) => self.authenticate(peer, response, seal.as_ref()).await,
             Ok(Err(error)) => {
-                let why = root_cause(&error);
+                let cause = root_cause(&error);
                 if is_about_certificates(&error) {
-                    self.is_unproven(peer, &why);
+                    self.mark_unauthenticated(peer, &cause);
                 } else {
-                    self.is_down(peer);
+                    self.mark_down(peer);
                 }
-                Err(SourceError::Unreachable(why))
+                Err(SourceError::Unreachable(cause))
             }
-            // Its origin may be slow: that is no reason for everybody to ask the origin.
+            // The peer is not marked as down: its upstream may be slow, and then all peers would request from that.
             Err(_) => Err(SourceError::TimedOut),
         }
     }
 
-    /// Whether a peer that has been silent for a while is there. Who would be asked next is pinged meanwhile: several that
-    /// are frozen cost no more time than one.
-    async fn answers_if_asked(
+    /// Waits, then probes a peer that is still silent. False: it is frozen. The next owners are pinged meanwhile, so
+    /// that several frozen ones cost no more time than one.
+    async fn probe_silent_peer(
         &self,
         peer: SocketAddr,
-        question: &PeerQuery<'_>,
-        owed: Option<reqwest::Request>,
+        query: &PeerQuery<'_>,
+        outstanding: Option<reqwest::Request>,
     ) -> bool {
         sleep(ALTERNATIVE_TIMEOUT).await;
-        if let PeerRequestMode::As(role) = question.manner {
-            let scope = if role == Role::Zone { Scope::OwnZone } else { question.scope };
-            let after = PeerQuery { scope, downstream: Downstream::NONE, ..*question };
-            let next = self.successors(&after, COME_AFTER + 1).into_iter().filter(|next| *next != peer);
-            next.take(COME_AFTER).for_each(|next| self.is_suspect(next));
+        if let PeerRequestMode::As(role) = query.mode {
+            let scope = if role == Role::Zone { Scope::OwnZone } else { query.scope };
+            let after = PeerQuery { scope, downstream: Downstream::NONE, ..*query };
+            let next = self.successors(&after, MAX_SUSPECTED_OWNERS + 1).into_iter().filter(|next| *next != peer);
+            next.take(MAX_SUSPECTED_OWNERS).for_each(|next| self.mark_suspect(next));
         }
-        // Somebody else may have found out meanwhile.
-        self.is_well(&peer) && self.answers(peer, owed).await
+        // Another request may have marked it as down meanwhile.
+        self.is_available(&peer) && self.responds_to_probe(peer, outstanding).await
     }
 
-    /// Takes an answer only from whoever knows the key, if there is one.
-    async fn believe(
+    /// Accepts a response only if it is authenticated, where a key is configured.
+    async fn authenticate(
         &self,
         peer: SocketAddr,
         response: Response,
         seal: Option<&Seal>,
     ) -> Result<Response, SourceError> {
         let status = response.status().as_u16();
-        let proven = seal.is_none_or(|seal| seal.proves(status, response.headers()));
-        // Who has too much to do has no time to look who asks, and signs nothing.
-        if status == 503 && (!proven || PeerRefusal::read(response.headers()) == Some(PeerRefusal::Overloaded)) {
+        let is_authenticated = seal.is_none_or(|seal| seal.verifies(status, response.headers()));
+        // An overloaded peer responds before it authenticates the request, so its 503 may be unsigned.
+        if status == 503
+            && (!is_authenticated || PeerRefusal::read(response.headers()) == Some(PeerRefusal::Overloaded))
+        {
             return Err(SourceError::Busy);
         }
-        if proven && status != 401 {
+        if is_authenticated && status != 401 {
             return Ok(response);
         }
-        let why = match status {
-            401 => said(response).await,
-            _ => "its answer is not signed with our key".to_owned(),
+        let error = match status {
+            401 => error_text(response).await,
+            _ => "its response is not signed with a key of peers.key_file".to_owned(),
         };
-        self.is_unproven(peer, &why);
-        Err(SourceError::NotKept)
+        self.mark_unauthenticated(peer, &error);
+        Err(SourceError::NotCached)
     }
 
-    /// It may be given its key or certificate later than this one: not to be asked for a while.
-    fn is_unproven(&self, peer: SocketAddr, why: &str) {
-        self.metrics.unproven.with_label_values(&["answer"]).inc();
-        tracing::warn!(%peer, why, "a peer does not know this node, or this node does not know it");
-        self.is_down(peer);
-    }
-}
-
-/// What a refusal says, for whoever reads the log.
-async fn said(mut response: Response) -> String {
-    const ENOUGH: usize = 500;
-    let first = timeout(LOOK_TIMEOUT, response.chunk()).await.ok().and_then(Result::ok).flatten().unwrap_or_default();
-    match &*String::from_utf8_lossy(&first[..first.len().min(ENOUGH)]) {
-        "" => "it says nothing more than 401".to_owned(),
-        text => format!("it says: {text}"),
+    /// Marks a peer as down for a while: its key or certificate may be rotated later than that of this node.
+    fn mark_unauthenticated(&self, peer: SocketAddr, error: &str) {
+        self.metrics.peer_auth_failures.with_label_values(&["response"]).inc();
+        tracing::warn!(%peer, error, "peer authentication failed");
+        self.mark_down(peer);
     }
 }
 
-/// Whether one side does not accept the other's certificate, or has none to show.
+/// The body of a 401, for the log.
+async fn error_text(mut response: Response) -> String {
+    const MAX_ERROR_TEXT: usize = 500;
+    let first = timeout(LOOKUP_TIMEOUT, response.chunk()).await.ok().and_then(Result::ok).flatten().unwrap_or_default();
+    match &*String::from_utf8_lossy(&first[..first.len().min(MAX_ERROR_TEXT)]) {
+        "" => "the peer responded 401".to_owned(),
+        text => format!("the peer responded 401: {text}"),
+    }
+}
+
+/// Whether one side rejects the other's certificate, or has none.
 fn is_about_certificates(error: &reqwest::Error) -> bool {
-    let of_tls = causes(error).find_map(|cause| cause.downcast_ref::<rustls::Error>());
-    matches!(of_tls, Some(rustls::Error::InvalidCertificate(_) | rustls::Error::AlertReceived(_)))
+    let tls_error = causes(error).find_map(|cause| cause.downcast_ref::<rustls::Error>());
+    matches!(tls_error, Some(rustls::Error::InvalidCertificate(_) | rustls::Error::AlertReceived(_)))
 }

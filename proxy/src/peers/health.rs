@@ -1,141 +1,171 @@
-//! Which peers are left alone for a while, and why: decisions on any clock, for real nodes and simulated ones.
+//! Health of the peers: pure decisions on any clock, for real and for simulated nodes.
 //!
-//! Who could not be reached is not asked again before it has answered a ping: no pull waits for it twice.
+//! A peer that could not be reached gets no request until it responds to a ping: no pull waits for it twice.
+//!
+//! | state | event | next state |
+//! |---|---|---|
+//! | healthy | slow where no work is needed | suspect: pinged now |
+//! | suspect | ping missed | doubted: pinged again now, because a busy peer may miss one |
+//! | suspect, doubted | ping answered | healthy |
+//! | doubted | ping missed | down |
+//! | any | connection failed, silent when probed, or not authenticated | down: pinged after a pause of 1 to 30 s |
+//! | down | ping missed | down: the next pause is twice as long |
+//! | down | ping answered | healthy: only a successful response resets the pause |
+//! | down | left the members | healthy: if it comes back it is a new peer |
+//!
+//! Ejection is independent of this: a peer that sent corrupt bytes is not used for ten minutes, whatever its pings say.
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::time::Duration;
 
 use super::swarm::Time;
-use crate::times::{FIRST_PAUSE, LONGEST_PAUSE, OBSERVATION_TTL};
+use crate::times::{FIRST_RETRY_DELAY, MAX_RETRY_DELAY, OBSERVATION_TTL};
 
-/// One that relayed wrong bytes so often: it would have found out by itself who sent them.
-const MAX_RELAYED: u32 = 3;
+/// A peer that relayed corrupt bytes this often is ejected: an honest one would have ejected their sender itself.
+/// Larger: a malicious relay lasts longer. Smaller: victims of one malicious holder are ejected.
+const MAX_RELAYED_CORRUPTIONS: u32 = 3;
 
-/// More peers in trouble than anybody has.
-const MAX_PEERS: usize = 100_000;
+/// At this many records the expired ones are purged. Larger: more memory. Smaller: clusters with many failures
+/// purge often.
+const MAX_RECORDS: usize = 100_000;
 
-/// What is known of the peers' health, from asking them. Of most there is nothing to know.
+/// Failures of peers, as this node's requests observed them. A peer without an entry is healthy.
 #[derive(Default)]
 pub struct Health(HashMap<SocketAddr, PeerFailure>);
 
 #[derive(Default)]
 struct PeerFailure {
-    /// It lied: not asked before then.
-    shut_out: Time,
-    /// It could not be reached, and has not answered since.
+    /// It sent corrupt bytes: not used before this time.
+    ejected_until: Time,
+    /// It could not be reached, and has not responded to a ping since.
     is_down: bool,
-    /// A ping was not answered of one that had only taken long.
-    is_doubted: bool,
-    /// How often it was down since it last gave something.
-    strikes: u32,
-    /// When to ask whether it is there.
+    /// It was only slow, and then missed one ping.
+    has_missed_ping: bool,
+    /// How often it was down since its last successful response.
+    consecutive_failures: u32,
+    /// When the next ping is due. None while a ping is on its way.
     ping_at: Option<Time>,
-    relayed_wrong: u32,
-    /// When all of this is forgotten.
-    forgotten: Time,
+    relayed_corruptions: u32,
+    /// When this record expires.
+    expires_at: Time,
 }
 
 impl Health {
-    /// Whether a peer may be asked.
-    pub fn is_well(&self, peer: &SocketAddr, now: Time) -> bool {
-        self.0.get(peer).is_none_or(|trouble| !trouble.is_down && trouble.shut_out <= now)
+    /// Whether a peer is neither down nor ejected.
+    pub fn is_available(&self, peer: &SocketAddr, now: Time) -> bool {
+        self.0.get(peer).is_none_or(|failure| !failure.is_down && failure.ejected_until <= now)
     }
 
-    /// Whether it lied lately.
-    pub fn is_shut_out(&self, peer: &SocketAddr, now: Time) -> bool {
-        self.0.get(peer).is_some_and(|trouble| trouble.shut_out > now)
+    /// Whether a peer is ejected for corrupt bytes.
+    pub fn is_ejected(&self, peer: &SocketAddr, now: Time) -> bool {
+        self.0.get(peer).is_some_and(|failure| failure.ejected_until > now)
     }
 
-    /// It could not be reached, or did not answer a ping.
-    pub fn is_down(&mut self, peer: SocketAddr, now: Time) {
-        let trouble = self.trouble(peer, now, LONGEST_PAUSE + OBSERVATION_TTL);
-        // Several questions that fail at the same time are one failure.
-        if trouble.is_down && trouble.ping_at.is_some() {
+    /// The state for operators.
+    pub fn state(&self, peer: &SocketAddr, now: Time) -> &'static str {
+        match (self.is_ejected(peer, now), self.is_available(peer, now)) {
+            (true, _) => "ejected",
+            (false, false) => "down",
+            (false, true) => "healthy",
+        }
+    }
+
+    /// Marks a peer as down: it could not be reached, or missed its pings.
+    pub fn mark_down(&mut self, peer: SocketAddr, now: Time) {
+        let failure = self.failure(peer, now, MAX_RETRY_DELAY + OBSERVATION_TTL);
+        // Concurrent requests that fail together count as one failure.
+        if failure.is_down && failure.ping_at.is_some() {
             return;
         }
-        let pause = FIRST_PAUSE * 2u32.saturating_pow(trouble.strikes);
-        (trouble.is_down, trouble.is_doubted) = (true, false);
-        trouble.strikes = (trouble.strikes + 1).min(16);
-        trouble.ping_at = Some(now + pause.min(LONGEST_PAUSE));
+        let pause = FIRST_RETRY_DELAY * 2u32.saturating_pow(failure.consecutive_failures);
+        (failure.is_down, failure.has_missed_ping) = (true, false);
+        failure.consecutive_failures = (failure.consecutive_failures + 1).min(16);
+        failure.ping_at = Some(now + pause.min(MAX_RETRY_DELAY));
     }
 
-    /// It did not answer a ping. A busy one may miss one.
-    pub fn is_missed(&mut self, peer: SocketAddr, now: Time) {
-        let trouble = self.trouble(peer, now, OBSERVATION_TTL);
-        if trouble.is_down || trouble.is_doubted {
-            self.is_down(peer, now);
+    /// Records a missed ping. A peer that was not down may miss one, since it may be busy.
+    pub fn record_missed_ping(&mut self, peer: SocketAddr, now: Time) {
+        let failure = self.failure(peer, now, OBSERVATION_TTL);
+        if failure.is_down || failure.has_missed_ping {
+            self.mark_down(peer, now);
         } else {
-            (trouble.is_doubted, trouble.ping_at) = (true, Some(now));
+            (failure.has_missed_ping, failure.ping_at) = (true, Some(now));
         }
     }
 
-    /// It took long for what needs no time: worth a ping.
-    pub fn is_suspect(&mut self, peer: SocketAddr, now: Time) {
-        let trouble = self.trouble(peer, now, OBSERVATION_TTL);
-        if !trouble.is_down && !trouble.is_doubted {
-            trouble.ping_at = Some(now);
+    /// Schedules a ping for a peer that was slow although no work was needed.
+    pub fn mark_suspect(&mut self, peer: SocketAddr, now: Time) {
+        let failure = self.failure(peer, now, OBSERVATION_TTL);
+        if !failure.is_down && !failure.has_missed_ping {
+            failure.ping_at = Some(now);
         }
     }
 
-    /// It answered a ping. How well it answers questions is not known by that.
-    pub fn is_up(&mut self, peer: &SocketAddr) {
-        if let Some(trouble) = self.0.get_mut(peer) {
-            (trouble.is_down, trouble.is_doubted, trouble.ping_at) = (false, false, None);
+    /// Records a ping's response. It proves nothing about other requests, so the pause after the next failure stays.
+    pub fn mark_up(&mut self, peer: &SocketAddr) {
+        if let Some(failure) = self.0.get_mut(peer) {
+            (failure.is_down, failure.has_missed_ping, failure.ping_at) = (false, false, None);
         }
     }
 
-    /// It gave what it was asked for.
-    pub fn gives(&mut self, peer: &SocketAddr) {
-        self.is_up(peer);
-        if let Some(trouble) = self.0.get_mut(peer) {
-            trouble.strikes = 0;
+    /// Records a successful response.
+    pub fn record_success(&mut self, peer: &SocketAddr) {
+        self.mark_up(peer);
+        if let Some(failure) = self.0.get_mut(peer) {
+            failure.consecutive_failures = 0;
         }
     }
 
-    /// When somebody is to be pinged next.
+    /// When the next ping is due.
     pub fn next_ping(&self) -> Option<Time> {
-        self.0.values().filter_map(|trouble| trouble.ping_at).min()
+        self.0.values().filter_map(|failure| failure.ping_at).min()
     }
 
-    /// So many of those to be pinged now. Each has then to be said to be up or missed.
-    pub fn to_ping(&mut self, now: Time, most: usize, is_member: impl Fn(&SocketAddr) -> bool) -> Vec<SocketAddr> {
+    /// Takes up to `limit` peers whose ping is due. The result of each must be recorded: [`Self::mark_up`] or
+    /// [`Self::record_missed_ping`].
+    pub fn take_due_pings(
+        &mut self,
+        now: Time,
+        limit: usize,
+        is_member: impl Fn(&SocketAddr) -> bool,
+    ) -> Vec<SocketAddr> {
         let mut due = Vec::new();
-        for (peer, trouble) in &mut self.0 {
-            if trouble.ping_at.is_some() && !is_member(peer) {
-                // Should it come back it is a new one.
-                (trouble.is_down, trouble.ping_at) = (false, None);
+        for (peer, failure) in &mut self.0 {
+            if failure.ping_at.is_some() && !is_member(peer) {
+                // If it comes back it is a new peer.
+                (failure.is_down, failure.ping_at) = (false, None);
             }
-            if due.len() < most && trouble.ping_at.take_if(|at| *at <= now).is_some() {
+            if due.len() < limit && failure.ping_at.take_if(|at| *at <= now).is_some() {
                 due.push(*peer);
             }
         }
         due
     }
 
-    /// It sent wrong bytes of which it said that they were right.
-    pub fn lies(&mut self, peer: SocketAddr, now: Time) {
-        self.trouble(peer, now, OBSERVATION_TTL).shut_out = now + OBSERVATION_TTL;
+    /// Ejects a peer that sent corrupt bytes which it claimed to have verified.
+    pub fn eject(&mut self, peer: SocketAddr, now: Time) {
+        self.failure(peer, now, OBSERVATION_TTL).ejected_until = now + OBSERVATION_TTL;
     }
 
-    /// It sent wrong bytes that it could not know to be wrong. Whether that is no accident any more.
-    pub fn relayed_wrong(&mut self, peer: SocketAddr, now: Time) -> bool {
-        let trouble = self.trouble(peer, now, OBSERVATION_TTL);
-        trouble.relayed_wrong += 1;
-        trouble.relayed_wrong >= MAX_RELAYED
+    /// Counts corrupt bytes that a peer relayed unverified. True: it has done so too often.
+    pub fn record_relayed_corruption(&mut self, peer: SocketAddr, now: Time) -> bool {
+        let failure = self.failure(peer, now, OBSERVATION_TTL);
+        failure.relayed_corruptions += 1;
+        failure.relayed_corruptions >= MAX_RELAYED_CORRUPTIONS
     }
 
-    /// What is known of a peer's trouble, for so long at least.
-    fn trouble(&mut self, peer: SocketAddr, now: Time, lasts: Duration) -> &mut PeerFailure {
-        if self.0.len() >= MAX_PEERS {
-            self.0.retain(|_, trouble| trouble.is_down || trouble.forgotten > now);
+    /// A peer's failure record, which lasts at least this long from now.
+    fn failure(&mut self, peer: SocketAddr, now: Time, lasts: Duration) -> &mut PeerFailure {
+        if self.0.len() >= MAX_RECORDS {
+            self.0.retain(|_, failure| failure.is_down || failure.expires_at > now);
         }
-        let trouble = self.0.entry(peer).or_default();
-        if trouble.forgotten <= now && !trouble.is_down {
-            *trouble = PeerFailure::default();
+        let failure = self.0.entry(peer).or_default();
+        if failure.expires_at <= now && !failure.is_down {
+            *failure = PeerFailure::default();
         }
-        trouble.forgotten = trouble.forgotten.max(now + lasts);
-        trouble
+        failure.expires_at = failure.expires_at.max(now + lasts);
+        failure
     }
 }
 
@@ -150,66 +180,69 @@ mod tests {
     }
 
     #[test]
-    fn who_relays_wrong_bytes_again_and_again_is_no_victim() {
+    fn relay_of_corrupt_bytes_three_times_is_reported() {
         let mut health = Health::default();
-        assert_eq!([0, 100, 200, 300].map(|now| health.relayed_wrong(PEER, at(now))), [false, false, true, true]);
-        assert!(!health.relayed_wrong(PEER, at(1000)), "it is forgotten");
-        assert!(health.is_well(&PEER, at(1000)), "who decides says so");
+        assert_eq!(
+            [0, 100, 200, 300].map(|now| health.record_relayed_corruption(PEER, at(now))),
+            [false, false, true, true]
+        );
+        assert!(!health.record_relayed_corruption(PEER, at(1000)), "the record has expired");
+        assert!(health.is_available(&PEER, at(1000)), "the caller ejects it");
     }
 
     fn pinged(health: &mut Health, now: u64) -> bool {
-        health.to_ping(at(now), 1, |_| true) == [PEER]
+        health.take_due_pings(at(now), 1, |_| true) == [PEER]
     }
 
     #[test]
-    fn who_cannot_be_reached_is_not_asked_before_it_answers_a_ping() {
+    fn down_peer_is_unavailable_until_it_answers_a_ping() {
         let mut health = Health::default();
-        health.is_down(PEER, at(10));
-        health.is_down(PEER, at(10));
+        health.mark_down(PEER, at(10));
+        health.mark_down(PEER, at(10));
         let mut pings = Vec::new();
         for now in 10..200 {
             if pinged(&mut health, now) {
-                assert!(!health.is_well(&PEER, at(now)));
-                health.is_missed(PEER, at(now));
+                assert!(!health.is_available(&PEER, at(now)));
+                health.record_missed_ping(PEER, at(now));
                 pings.push(now - 10);
             }
         }
         assert_eq!(pings, [1, 3, 7, 15, 31, 61, 91, 121, 151, 181], "twice as late each time, up to half a minute");
-        health.is_up(&PEER);
-        assert!(health.is_well(&PEER, at(200)) && health.next_ping().is_none());
-        health.is_down(PEER, at(201));
-        assert_eq!(health.next_ping(), Some(at(231)), "it answers pings, and nothing else");
-        health.is_up(&PEER);
-        health.gives(&PEER);
-        health.is_down(PEER, at(300));
+        health.mark_up(&PEER);
+        assert!(health.is_available(&PEER, at(200)) && health.next_ping().is_none());
+        health.mark_down(PEER, at(201));
+        assert_eq!(health.next_ping(), Some(at(231)), "it responds to pings, but to nothing else");
+        health.mark_up(&PEER);
+        health.record_success(&PEER);
+        health.mark_down(PEER, at(300));
         assert_eq!(health.next_ping(), Some(at(301)));
-        assert_eq!(health.to_ping(at(302), 1, |_| false), [], "it is no member any more");
-        assert!(health.is_well(&PEER, at(302)) && health.next_ping().is_none());
+        assert_eq!(health.take_due_pings(at(302), 1, |_| false), [], "it is not a member any more");
+        assert!(health.is_available(&PEER, at(302)) && health.next_ping().is_none());
     }
 
     #[test]
-    fn who_is_suspected_is_well_until_it_does_not_answer() {
+    fn suspect_peer_is_available_until_it_misses_two_pings() {
         let mut health = Health::default();
-        health.is_suspect(PEER, at(10));
-        assert!(health.is_well(&PEER, at(10)) && pinged(&mut health, 10) && !pinged(&mut health, 11));
-        health.is_missed(PEER, at(11));
-        assert!(health.is_well(&PEER, at(11)) && pinged(&mut health, 11), "it may be busy");
-        health.is_missed(PEER, at(12));
-        assert!(!health.is_well(&PEER, at(12)) && pinged(&mut health, 13));
-        health.is_up(&PEER);
-        health.is_suspect(PEER, at(20));
+        health.mark_suspect(PEER, at(10));
+        assert!(health.is_available(&PEER, at(10)) && pinged(&mut health, 10) && !pinged(&mut health, 11));
+        health.record_missed_ping(PEER, at(11));
+        assert!(health.is_available(&PEER, at(11)) && pinged(&mut health, 11), "it may be busy");
+        health.record_missed_ping(PEER, at(12));
+        assert!(!health.is_available(&PEER, at(12)) && pinged(&mut health, 13));
+        health.mark_up(&PEER);
+        health.mark_suspect(PEER, at(20));
         assert!(pinged(&mut health, 20));
-        health.is_missed(PEER, at(21));
-        assert!(health.is_well(&PEER, at(21)), "it answered since");
+        health.record_missed_ping(PEER, at(21));
+        assert!(health.is_available(&PEER, at(21)), "it has responded since");
     }
 
     #[test]
-    fn a_liar_is_left_alone_whatever_it_answers() {
+    fn ejected_peer_stays_ejected_whatever_its_pings_say() {
         let mut health = Health::default();
-        health.lies(PEER, at(20));
-        health.is_down(PEER, at(21));
-        health.is_up(&PEER);
-        assert_eq!([26, 619, 620].map(|now| health.is_well(&PEER, at(now))), [false, false, true]);
-        assert_eq!([26, 619, 620].map(|now| health.is_shut_out(&PEER, at(now))), [true, true, false]);
+        health.eject(PEER, at(20));
+        health.mark_down(PEER, at(21));
+        health.mark_up(&PEER);
+        assert_eq!([26, 619, 620].map(|now| health.is_available(&PEER, at(now))), [false, false, true]);
+        assert_eq!([26, 619, 620].map(|now| health.is_ejected(&PEER, at(now))), [true, true, false]);
     }
 }

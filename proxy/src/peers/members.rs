@@ -1,4 +1,4 @@
-//! Who takes part, and in which zone.
+//! The members of the cluster, and their zones.
 
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
@@ -8,57 +8,58 @@ use crate::config::{Zone, Zones};
 use crate::oci::Digest;
 use crate::role::Role;
 
-/// All members at one time.
+/// The members as of one discovery.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Members {
     pub(super) own: SocketAddr,
     zone: Zone,
     zones: HashMap<SocketAddr, Zone>,
     policy: Zones,
-    /// Of all zones, and of this one only.
+    /// The rings of all zones, and of this node's zone only.
     global: Ring,
     local: Ring,
 }
 
-/// How far the question of a zone's owner may go, where the zones are not isolated anyway.
+/// How far a zone owner's request may go, where zones are not isolated anyway.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Scope {
     AllZones,
-    /// To the origin instead of to another zone.
+    /// To the upstream instead of to another zone.
     OwnZone,
 }
 
-/// Whom to ask for a digest, and what they are to be.
+/// The owners that a request for a digest goes to, and in which role.
 #[derive(Debug, PartialEq, Eq)]
 pub struct OwnerRoute {
-    /// What this node is, having been asked as something.
+    /// The role of this node itself.
     pub role: Role,
-    /// Those to follow, best first. Empty: the origin.
-    pub leaders: Vec<SocketAddr>,
-    /// What they are asked as.
-    pub asked_as: Role,
+    /// The owners, best first. Empty: this node requests from the upstream.
+    pub owners: Vec<SocketAddr>,
+    /// The role in which they are requested.
+    pub request_role: Role,
 }
 
 impl Members {
-    /// `zone` is this node's own, if it was told; otherwise it is that of its own address.
+    /// `zone` is this node's configured zone. None: that of its address in `found`.
     pub fn new(found: &[(Zone, SocketAddr)], listen: SocketAddr, zone: Zone, policy: Zones) -> Self {
-        // Of several the same one each time: an address is an identity.
+        // Of several own addresses always the same one, since it is this node's identity in the ring.
         let own = found.iter().map(|(_, member)| *member).filter(|member| is_own(*member, listen)).min();
         let own = own.unwrap_or(listen);
         let mut zones: HashMap<SocketAddr, Zone> = found.iter().map(|(zone, member)| (*member, zone.clone())).collect();
         let zone = zone.or_else(|| zones.get(&own).cloned().flatten());
-        // Others know this process by the address they were given: 0.0.0.0 owns nothing.
+        // Peers cannot know this node as 0.0.0.0, so it owns nothing then.
         if !own.ip().is_unspecified() {
             zones.insert(own, zone.clone());
         }
         let global: Ring = zones.keys().copied().collect();
         let local: Ring = zones.iter().filter(|(_, other)| **other == zone).map(|(member, _)| *member).collect();
-        // In one zone the owner is asked as such: it goes to the origin, whoever it thinks the owner is.
+        // With a single zone, requests go to the owner of all zones at once. It requests from the upstream, even
+        // if its own list names another owner.
         let policy = if local == global { Zones::Ignore } else { policy };
         Self { own, zone, zones, policy, global, local }
     }
 
-    /// Whether the others know this process as a member.
+    /// Whether this node's own address is known, so that it owns digests.
     pub fn has_own(&self) -> bool {
         !self.own.ip().is_unspecified()
     }
@@ -76,37 +77,44 @@ impl Members {
         self.zones.contains_key(&peer)
     }
 
-    /// The zone of a member, by its name.
+    /// The name of a member's zone.
     pub fn zone_of(&self, member: SocketAddr) -> &str {
         self.zones.get(&member).and_then(|zone| zone.as_deref()).unwrap_or(NO_ZONE)
     }
 
-    /// Whether what comes from a member, or goes there, crosses into another zone.
-    pub fn is_far(&self, member: SocketAddr) -> bool {
+    /// Whether traffic to or from a member crosses into another zone.
+    pub fn is_cross_zone(&self, member: SocketAddr) -> bool {
         self.policy != Zones::Ignore && self.zones.get(&member) != Some(&self.zone)
     }
 
-    /// Whether anything may come from a member, whoever names it: isolated zones send each other nothing.
+    /// Whether a member may be a source, also when another peer names it: isolated zones exchange nothing.
     pub fn is_within_reach(&self, member: SocketAddr) -> bool {
-        self.contains(member) && !(self.policy == Zones::Isolate && self.is_far(member))
+        self.contains(member) && !(self.policy == Zones::Isolate && self.is_cross_zone(member))
     }
 
     pub fn own_zone(&self) -> &str {
         self.zone.as_deref().unwrap_or(NO_ZONE)
     }
 
-    /// Whom to ask for a digest by somebody who was asked as `role`; `alive` says who can be asked.
-    pub fn lead(&self, digest: &Digest, role: Role, scope: Scope, alive: impl Fn(&SocketAddr) -> bool) -> OwnerRoute {
+    /// The route to the owners of a digest, for a node that was requested with `role`. `alive` tells which peers are
+    /// usable.
+    pub fn owner_route(
+        &self,
+        digest: &Digest,
+        role: Role,
+        scope: Scope,
+        alive: impl Fn(&SocketAddr) -> bool,
+    ) -> OwnerRoute {
         let before_own = |ring: &Ring| -> Vec<SocketAddr> {
-            let first = ring.owners_of(digest, MAX_LEADERS, |member| *member == self.own || alive(member));
+            let first = ring.owners_of(digest, MAX_OWNERS, |member| *member == self.own || alive(member));
             first.into_iter().take_while(|member| *member != self.own).collect()
         };
         if role == Role::Client && self.policy != Zones::Ignore {
-            let leaders = before_own(&self.local);
-            if !leaders.is_empty() {
-                // Isolated, whoever owns it in its zone goes to the origin.
-                let asked_as = if self.policy == Zones::Isolate { Role::Global } else { Role::Zone };
-                return OwnerRoute { role: Role::Client, leaders, asked_as };
+            let owners = before_own(&self.local);
+            if !owners.is_empty() {
+                // The owner in an isolated zone requests from the upstream.
+                let request_role = if self.policy == Zones::Isolate { Role::Global } else { Role::Zone };
+                return OwnerRoute { role: Role::Client, owners, request_role };
             }
         }
         let ring = match (role, self.policy, scope) {
@@ -114,17 +122,17 @@ impl Members {
             (Role::Client | Role::Zone, Zones::Ignore, Scope::OwnZone) => Some(&self.local),
             (Role::Client | Role::Zone, Zones::Prefer | Zones::Ignore, Scope::AllZones) => Some(&self.global),
         };
-        let leaders = ring.map(before_own).unwrap_or_default();
-        let role = match (leaders.is_empty(), self.policy) {
+        let owners = ring.map(before_own).unwrap_or_default();
+        let role = match (owners.is_empty(), self.policy) {
             (true, _) => Role::Global,
             (false, Zones::Ignore) => Role::Client,
             (false, _) => Role::Zone,
         };
-        OwnerRoute { role, leaders, asked_as: Role::Global }
+        OwnerRoute { role, owners, request_role: Role::Global }
     }
 
-    /// Those who would own a digest if this node did not, best first: they may have fetched it while
-    /// it was away. With isolated zones only those of this zone.
+    /// The members that would own a digest without this node, best first: they may have downloaded it while this node
+    /// was away. With isolated zones, only members of this zone.
     pub fn successors(
         &self,
         digest: &Digest,
@@ -138,20 +146,21 @@ impl Members {
     }
 }
 
-/// Leaders tried before the origin is asked instead.
-const MAX_LEADERS: usize = 3;
+/// Owners that are tried before the upstream. Larger: an outage of several peers delays requests more. Smaller: more
+/// nodes download from the upstream.
+const MAX_OWNERS: usize = 3;
 
-/// The name of no zone, in metrics.
+/// Stands for "no zone" in metrics and reports.
 const NO_ZONE: &str = "-";
 
-/// Whether a member is this process: it listens on that port, and on that address or on all
-/// addresses of which that one is local.
+/// Whether a member's address is this process's own: the same port, and the same address or, where it listens on all, a
+/// local one.
 fn is_own(member: SocketAddr, listen: SocketAddr) -> bool {
     member == listen || (member.port() == listen.port() && listen.ip().is_unspecified() && is_local(member.ip()))
 }
 
-/// Whether the kernel would talk to this address from itself. (Binding to it says less: with
-/// `ip_nonlocal_bind` that always works.)
+/// Whether an address is local: the kernel would connect to it from itself. A test bind proves less, since it always
+/// succeeds with `ip_nonlocal_bind`.
 fn is_local(address: IpAddr) -> bool {
     let any: IpAddr = if address.is_ipv4() { [0; 4].into() } else { [0; 16].into() };
     let source = || {
@@ -167,7 +176,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn this_process_knows_itself() {
+    fn own_address_is_recognized() {
         let own = |member: &str, listen: &str| is_own(member.parse().unwrap(), listen.parse().unwrap());
         assert!(own("127.0.0.1:5052", "127.0.0.1:5052"));
         assert!(own("127.0.0.1:5052", "0.0.0.0:5052"));
@@ -175,7 +184,7 @@ mod tests {
         assert!(!own("192.0.2.1:5052", "0.0.0.0:5052"));
     }
 
-    /// Two zones of four; the view of each node.
+    /// The members as each node of two zones of four sees them.
     fn views(policy: Zones) -> Vec<Members> {
         let found: Vec<(Zone, SocketAddr)> = (1..=8u8)
             .map(|n| (Some(if n <= 4 { "a".into() } else { "b".into() }), SocketAddr::from(([192, 0, 2, n], 5052))))
@@ -183,20 +192,20 @@ mod tests {
         found.iter().map(|(_, own)| Members::new(&found, *own, None, policy)).collect()
     }
 
-    /// The nodes that a question passes from a client of the first, up to the origin.
-    fn way(views: &[Members], from: usize, digest: &Digest) -> Vec<usize> {
-        let (mut at, mut role, mut way) = (from, Role::Client, vec![from]);
+    /// The nodes that a client's request passes from `from` to the upstream.
+    fn path(views: &[Members], from: usize, digest: &Digest) -> Vec<usize> {
+        let (mut at, mut role, mut path) = (from, Role::Client, vec![from]);
         loop {
-            let lead = views[at].lead(digest, role, Scope::AllZones, |_| true);
-            let Some(next) = lead.leaders.first() else { return way };
+            let route = views[at].owner_route(digest, role, Scope::AllZones, |_| true);
+            let Some(next) = route.owners.first() else { return path };
             at = views.iter().position(|view| view.own == *next).unwrap();
-            role = lead.asked_as;
-            way.push(at);
+            role = route.request_role;
+            path.push(at);
         }
     }
 
     #[test]
-    fn isolated_zones_are_out_of_reach_whoever_names_them() {
+    fn isolated_zone_is_not_within_reach() {
         let far = SocketAddr::from(([192, 0, 2, 8], 5052));
         let near = SocketAddr::from(([192, 0, 2, 2], 5052));
         let stranger = SocketAddr::from(([192, 0, 2, 9], 5052));
@@ -211,26 +220,26 @@ mod tests {
     }
 
     #[test]
-    fn a_digest_crosses_a_zone_once() {
+    fn digest_crosses_zones_once() {
         for n in 0..50u8 {
             let digest = Digest::of(&[n]);
-            let ways: Vec<_> = (0..8).map(|from| way(&views(Zones::Prefer), from, &digest)).collect();
+            let paths: Vec<_> = (0..8).map(|from| path(&views(Zones::Prefer), from, &digest)).collect();
             let crossings: std::collections::BTreeSet<_> =
-                ways.iter().flat_map(|way| way.windows(2)).filter(|hop| hop[0] / 4 != hop[1] / 4).collect();
-            assert_eq!(crossings.len(), 1, "{ways:?}");
-            let last: std::collections::BTreeSet<_> = ways.iter().map(|way| way.last().unwrap()).collect();
-            assert_eq!(last.len(), 1, "one asks the origin: {ways:?}");
+                paths.iter().flat_map(|path| path.windows(2)).filter(|hop| hop[0] / 4 != hop[1] / 4).collect();
+            assert_eq!(crossings.len(), 1, "{paths:?}");
+            let last: std::collections::BTreeSet<_> = paths.iter().map(|path| path.last().unwrap()).collect();
+            assert_eq!(last.len(), 1, "one node requests from the upstream: {paths:?}");
         }
     }
 
     #[test]
-    fn isolated_zones_each_ask_the_upstream_and_ignored_ones_do_not_exist() {
+    fn isolated_zones_have_owners_of_their_own() {
         let digest = Digest::of(b"x");
         for from in 0..8 {
-            let isolated = way(&views(Zones::Isolate), from, &digest);
+            let isolated = path(&views(Zones::Isolate), from, &digest);
             assert!(isolated.iter().all(|node| node / 4 == from / 4), "{isolated:?}");
-            assert!(way(&views(Zones::Ignore), from, &digest).len() <= 2);
-            assert!(way(&views(Zones::Prefer), from, &digest).len() <= 3);
+            assert!(path(&views(Zones::Ignore), from, &digest).len() <= 2);
+            assert!(path(&views(Zones::Prefer), from, &digest).len() <= 3);
         }
         let views = views(Zones::Isolate);
         assert!(
@@ -242,21 +251,21 @@ mod tests {
     }
 
     #[test]
-    fn a_scope_of_one_zone_ends_there() {
+    fn route_and_successors_stay_in_the_scope() {
         let digest = Digest::of(b"x");
         for policy in [Zones::Prefer, Zones::Ignore] {
             for view in views(policy) {
-                let lead = view.lead(&digest, Role::Zone, Scope::OwnZone, |_| true);
-                assert!(lead.leaders.iter().all(|leader| view.zone_of(*leader) == view.own_zone()), "{lead:?}");
+                let route = view.owner_route(&digest, Role::Zone, Scope::OwnZone, |_| true);
+                assert!(route.owners.iter().all(|leader| view.zone_of(*leader) == view.own_zone()), "{route:?}");
                 let successors = view.successors(&digest, 8, Scope::OwnZone, |_| true);
                 assert!(successors.iter().all(|peer| view.zone_of(*peer) == view.own_zone()), "{successors:?}");
             }
         }
     }
 
-    /// Whatever each node believes of the members and of who is alive, a question ends.
+    /// A request ends, even if the nodes disagree on the members and on which are alive.
     #[test]
-    fn no_question_travels_in_a_circle() {
+    fn request_never_loops() {
         let mut random = fastrand::Rng::with_seed(7);
         let all: Vec<SocketAddr> = (1..=10u8).map(|n| SocketAddr::from(([192, 0, 2, n], 5052))).collect();
         for round in 0..2000u32 {
@@ -275,11 +284,11 @@ mod tests {
             let (mut at, mut role, mut hops) = (random.usize(0..all.len()), Role::Client, 0);
             loop {
                 let lots = std::cell::RefCell::new(random.fork());
-                let lead = views[at].lead(&digest, role, scope, |_| lots.borrow_mut().bool());
-                let Some(next) = lead.leaders.first() else { break };
-                assert!(lead.asked_as > role, "only upwards");
+                let route = views[at].owner_route(&digest, role, scope, |_| lots.borrow_mut().bool());
+                let Some(next) = route.owners.first() else { break };
+                assert!(route.request_role > role, "only upwards");
                 at = all.iter().position(|member| member == next).unwrap();
-                role = lead.asked_as;
+                role = route.request_role;
                 hops += 1;
                 assert!(hops <= 2);
             }

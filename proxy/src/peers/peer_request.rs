@@ -1,4 +1,4 @@
-//! A peer's question, as the one who is asked sees it.
+//! A peer's request, on the node that serves it.
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -16,37 +16,36 @@ use crate::oci::{Digest, Span, Spans};
 use crate::principal::{self, Principal, PrincipalId};
 use crate::registries::Rule;
 
-/// Who asks, and what it said of itself.
+/// A request of a peer, and what that reported of itself.
 #[derive(Clone, Debug)]
 pub struct PeerRequest {
-    /// None: no member, or one that does not say so. It is answered, but nobody is sent to it.
+    /// The sender's address as a member. None: it is not a member, or does not say so. It is served, but not named to
+    /// others.
     peer: Option<SocketAddr>,
-    /// What it asks of this node.
     pub terms: Terms,
-    circle: Locality,
-    reach: FetchPolicy,
+    locality: Locality,
+    policy: FetchPolicy,
     have: Spans,
     load: u32,
-    /// Whether it has proven who it is, and what proves the answer.
-    standing: PeerTrust,
+    /// Whether the sender is authenticated, and what signs the response.
+    trust: PeerTrust,
     pub seal: Option<Seal>,
-    /// What the registry is shown for its client.
+    /// The registry credential of its client.
     authorization: Option<HeaderValue>,
 }
 
-/// Those who are told of each other, since what passes between them costs the same.
+/// Peers are named only to peers of the same locality, since traffic between these costs the same.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Locality {
     OwnZone,
     OtherZones,
 }
 
-/// A body on its way to a peer, counted for as long as it is held.
+/// A body that is being sent to a peer, counted until it is dropped.
 pub struct PeerBody(Arc<Peers>);
 
 impl PeerRequest {
-    /// Reads a question that came from `from` to `at`, the ends of its connection. An error: it is no
-    /// peer's.
+    /// Reads a request. `from` and `at` are the ends of its connection. Error: its sender fails to authenticate.
     pub fn read(
         request: &Parts,
         from: Option<IpAddr>,
@@ -54,162 +53,163 @@ impl PeerRequest {
         peers: &Peers,
     ) -> Result<Self, PeerAuthError> {
         let headers = &request.headers;
-        let proven = peers.proof.check(at, &request.method, &request.uri, headers);
-        let (standing, seal) = proven.inspect_err(|why| {
-            peers.metrics.unproven.with_label_values(&["question"]).inc();
-            tracing::debug!(?from, why = why.as_str(), "a question that no peer has signed");
+        let checked = peers.auth.check(at, &request.method, &request.uri, headers);
+        let (trust, seal) = checked.inspect_err(|error| {
+            peers.metrics.peer_auth_failures.with_label_values(&["request"]).inc();
+            tracing::debug!(?from, error = error.as_str(), "peer request not authenticated");
         })?;
         let cache_control = headers.get(CACHE_CONTROL).and_then(|value| value.to_str().ok()).unwrap_or_default();
-        let kept = cache_control.split(',').any(|word| word.trim() == wire::ONLY_IF_CACHED);
+        let is_cache_only = cache_control.split(',').any(|directive| directive.trim() == wire::ONLY_IF_CACHED);
         let terms = Terms::read(headers);
         let (load, have) = wire::read_have(headers).unwrap_or_default();
-        // Others are sent to it: it has to be a member, and where it says it is. Who proves to be one is believed: with
-        // several addresses it may call from another one.
+        // Other peers are redirected to this address, so it must be a member's, and the sender's own. An authenticated
+        // peer with several addresses may connect from another one.
         let members = peers.members.load();
-        let is_proven = standing == PeerTrust::Member;
-        let is_true = |peer: &SocketAddr| members.contains(*peer) && (is_proven || Some(peer.ip()) == from);
-        let peer = terms.peers.nearest().filter(is_true);
-        let is_far = peer.is_some_and(|peer| members.is_far(peer));
+        let is_authenticated = trust == PeerTrust::Authenticated;
+        let is_own_address =
+            |peer: &SocketAddr| members.contains(*peer) && (is_authenticated || Some(peer.ip()) == from);
+        let peer = terms.peers.nearest().filter(is_own_address);
+        let is_cross_zone = peer.is_some_and(|peer| members.is_cross_zone(peer));
         Ok(Self {
             peer,
             terms,
-            circle: if is_far { Locality::OtherZones } else { Locality::OwnZone },
-            reach: if kept { FetchPolicy::Kept } else { FetchPolicy::Origin },
+            locality: if is_cross_zone { Locality::OtherZones } else { Locality::OwnZone },
+            policy: if is_cache_only { FetchPolicy::CacheOnly } else { FetchPolicy::Upstream },
             have,
             load,
-            authorization: headers.get(wire::AUTHORIZATION).and_then(|sealed| peers.proof.open(sealed)),
-            standing,
+            authorization: headers.get(wire::AUTHORIZATION).and_then(|sealed| peers.auth.open(sealed)),
+            trust,
             seal,
         })
     }
 
-    /// A member that could fetch the range in this node's stead.
+    /// The member that could be this owner's deputy for the range.
     pub fn deputy(&self) -> Option<SocketAddr> {
         self.peer.filter(|_| self.terms.may_depute && self.terms.rule.is_some())
     }
 
-    /// With whose rights it asks, where a rule wants to know: it has let its client in.
-    pub fn caller(&self) -> Principal {
+    /// The principal of the request, where a rule depends on it: the peer has authorized its client.
+    pub fn principal(&self) -> Principal {
         match &self.authorization {
             Some(authorization) => {
-                let who = PrincipalId::lent(authorization);
+                let id = PrincipalId::lent(authorization);
                 let mut authorization = authorization.clone();
                 authorization.set_sensitive(true);
-                Principal::Holder(Arc::new(principal::VerifiedPrincipal { who, authorization: Some(authorization) }))
+                Principal::Verified(Arc::new(principal::VerifiedPrincipal { id, authorization: Some(authorization) }))
             }
             None => Principal::Anonymous,
         }
     }
 
-    /// By which address it is known as a member.
+    /// The sender's address as a member.
     pub fn member(&self) -> Option<SocketAddr> {
         self.peer
     }
 
-    /// As what it is treated in what a rule is for. Whoever goes by another rule gets what is kept
-    /// and everybody may have: this node would fetch it elsewhere, or with other credentials.
+    /// The trust and the sources of this request under a rule. A peer with another rule gets only public content that
+    /// is cached: this node would download it from another upstream, or with other credentials.
     pub fn within(&self, rule: &Rule) -> (PeerTrust, FetchPolicy) {
         match &self.terms.rule {
-            Some(theirs) if theirs != rule.fingerprint() => (PeerTrust::Stranger, FetchPolicy::Kept),
-            Some(_) => (self.standing, self.reach),
-            None => (PeerTrust::Stranger, self.reach),
+            Some(theirs) if theirs != rule.fingerprint() => (PeerTrust::Unauthenticated, FetchPolicy::CacheOnly),
+            Some(_) => (self.trust, self.policy),
+            None => (PeerTrust::Unauthenticated, self.policy),
         }
     }
 }
 
 impl Peers {
-    /// Whether to answer a question for a range of a blob, the first byte of which `comes` from there, or who
-    /// else could.
-    pub fn direct(&self, visitor: &PeerRequest, digest: &Digest, span: Span, comes: BestSource) -> PeerDecision {
-        let tracker = self.tracker_of(visitor, digest);
-        if visitor.terms.redirects == RedirectPolicy::Refused || visitor.peer.is_none() {
-            return PeerDecision::Answer;
+    /// Decides whether this node serves a range of a blob, or which other holder does. `best_source` is the better
+    /// source of the range's first byte.
+    pub fn direct(&self, request: &PeerRequest, digest: &Digest, span: Span, best_source: BestSource) -> PeerDecision {
+        let tracker = self.tracker_of(request, digest);
+        if request.terms.redirects == RedirectPolicy::Refused || request.peer.is_none() {
+            return PeerDecision::Serve;
         }
         loop {
-            let direction = tracker.lock().direct(visitor.peer, span, comes, self.sending(), self.now());
-            match direction {
-                // Whoever was sent there would come back.
+            let decision = tracker.lock().decide(request.peer, span, best_source, self.sending(), self.now());
+            match decision {
+                // The requester could not use it, and would come back.
                 PeerDecision::Redirect(other) if !self.may_be_named(&other) => tracker.lock().forget(&other),
-                direction => return direction,
+                decision => return decision,
             }
         }
     }
 
-    /// A visitor is answered, or goes where it was sent: it gets this now.
-    pub fn expect(&self, visitor: &PeerRequest, digest: &Digest, span: Span) {
-        if visitor.terms.redirects == RedirectPolicy::Followed {
-            self.tracker_of(visitor, digest).lock().expect(visitor.peer, span, self.now());
+    /// Records that the requester gets this span now, from this node or from the redirect's target.
+    pub fn expect(&self, request: &PeerRequest, digest: &Digest, span: Span) {
+        if request.terms.redirects == RedirectPolicy::Followed {
+            self.tracker_of(request, digest).lock().record_in_flight(request.peer, span, self.now());
         }
     }
 
-    /// A visitor said what it has of a blob.
-    pub fn heard(&self, visitor: &PeerRequest, digest: &Digest) {
-        if let Some(peer) = visitor.peer.filter(|peer| !self.health.lock().is_shut_out(peer, self.now())) {
-            self.tracker_of(visitor, digest).lock().heard(peer, &visitor.have, visitor.load, self.now());
+    /// Records what the requester has of a blob.
+    pub fn heard(&self, request: &PeerRequest, digest: &Digest) {
+        if let Some(peer) = request.peer.filter(|peer| !self.health.lock().is_ejected(peer, self.now())) {
+            self.tracker_of(request, digest).lock().record(peer, &request.have, request.load, self.now());
         }
     }
 
-    /// Whether a visitor said to have all of this.
+    /// Whether a requester has all of this span.
     pub fn is_elsewhere(&self, digest: &Digest, span: Span) -> bool {
-        self.visitors_of(digest).iter().any(|tracker| tracker.lock().is_elsewhere(span))
+        self.trackers_of(digest).iter().any(|tracker| tracker.lock().is_elsewhere(span))
     }
 
-    /// Whether another visitor has the byte at `at`, or gets it from the origin.
-    pub fn another_has(&self, visitor: SocketAddr, digest: &Digest, at: u64) -> bool {
-        self.visitors_of(digest).iter().any(|tracker| tracker.lock().another_has(visitor, at))
+    /// Whether another requester has the byte at `at`, or downloads it from the upstream as a deputy.
+    pub fn another_peer_has(&self, requester: SocketAddr, digest: &Digest, at: u64) -> bool {
+        self.trackers_of(digest).iter().any(|tracker| tracker.lock().another_peer_has(requester, at))
     }
 
-    /// Whether a peer's requests say what it has of a blob.
-    pub(super) fn is_told_by(&self, peer: &SocketAddr, digest: &Digest) -> bool {
+    /// Whether a peer's own requests report what it has of a blob.
+    pub(super) fn reports_have(&self, peer: &SocketAddr, digest: &Digest) -> bool {
         let now = self.now();
-        self.visitors_of(digest).iter().any(|tracker| tracker.lock().is_told_by(peer, now))
+        self.trackers_of(digest).iter().any(|tracker| tracker.lock().reports_have(peer, now))
     }
 
-    /// The visitors who have the byte at `at`, or get it from the origin.
-    pub fn who_visited_has(&self, digest: &Digest, at: u64) -> Vec<Holder> {
-        let found = self.visitors_of(digest).into_iter().flat_map(|tracker| tracker.lock().who_has(at));
+    /// The requesters that have the byte at `at`, or download it from the upstream as deputies.
+    pub fn requesting_holders(&self, digest: &Digest, at: u64) -> Vec<Holder> {
+        let found = self.trackers_of(digest).into_iter().flat_map(|tracker| tracker.lock().holders_of_byte(at));
         found.filter(|holder| self.may_be_named(&holder.peer)).collect()
     }
 
-    /// Whether others could get something from it.
+    /// Whether a peer may be named to others as a holder.
     fn may_be_named(&self, peer: &SocketAddr) -> bool {
-        self.members.load().is_within_reach(*peer) && self.is_well(peer)
+        self.members.load().is_within_reach(*peer) && self.is_available(peer)
     }
 
-    /// A visitor fetches this from the origin in this node's stead.
-    pub fn depute(&self, visitor: &PeerRequest, digest: &Digest, span: Span) {
-        if let Some(peer) = visitor.peer {
-            self.tracker_of(visitor, digest).lock().depute(peer, span);
+    /// Records that the requester is this owner's deputy for a span.
+    pub fn depute(&self, request: &PeerRequest, digest: &Digest, span: Span) {
+        if let Some(peer) = request.peer {
+            self.tracker_of(request, digest).lock().depute(peer, span);
         }
     }
 
-    /// It does not after all.
-    pub fn fail_as_deputy(&self, visitor: &PeerRequest, digest: &Digest, at: u64) {
-        if let Some(peer) = visitor.peer {
-            self.tracker_of(visitor, digest).lock().fail_as_deputy(peer, at);
+    /// Records that the requester failed as a deputy, from `at` on.
+    pub fn fail_as_deputy(&self, request: &PeerRequest, digest: &Digest, at: u64) {
+        if let Some(peer) = request.peer {
+            self.tracker_of(request, digest).lock().fail_as_deputy(peer, at);
         }
     }
 
-    fn tracker_of(&self, visitor: &PeerRequest, digest: &Digest) -> Arc<Mutex<Tracker>> {
+    fn tracker_of(&self, request: &PeerRequest, digest: &Digest) -> Arc<Mutex<Tracker>> {
         let tracker = || Arc::new(Mutex::new(Tracker::new(self.count())));
-        self.trackers.get_with((digest.clone(), visitor.circle), tracker)
+        self.trackers.get_with((digest.clone(), request.locality), tracker)
     }
 
-    fn visitors_of(&self, digest: &Digest) -> Vec<Arc<Mutex<Tracker>>> {
-        let circles = [Locality::OwnZone, Locality::OtherZones].into_iter();
-        circles.filter_map(|circle| self.trackers.get(&(digest.clone(), circle))).collect()
+    fn trackers_of(&self, digest: &Digest) -> Vec<Arc<Mutex<Tracker>>> {
+        let localities = [Locality::OwnZone, Locality::OtherZones].into_iter();
+        localities.filter_map(|locality| self.trackers.get(&(digest.clone(), locality))).collect()
     }
 
-    /// What an answer tells of others, and of this node, which has `have`.
-    pub fn told(&self, visitor: &PeerRequest, digest: &Digest, have: &Spans) -> Vec<(HeaderName, HeaderValue)> {
-        let tracker = self.trackers.get(&(digest.clone(), visitor.circle));
-        let holders = tracker.and_then(|tracker| wire::write_holders(&tracker.lock().holders(visitor.peer)));
+    /// The response headers that name other holders, and report that this node has `have`.
+    pub fn told(&self, request: &PeerRequest, digest: &Digest, have: &Spans) -> Vec<(HeaderName, HeaderValue)> {
+        let tracker = self.trackers.get(&(digest.clone(), request.locality));
+        let holders = tracker.and_then(|tracker| wire::write_holders(&tracker.lock().holders(request.peer)));
         let have = if have.is_empty() { None } else { wire::write_have(self.sending(), have) };
-        let told = [holders.map(|value| (wire::HOLDERS, value)), have.map(|value| (wire::HAVE, value))];
-        told.into_iter().flatten().collect()
+        let headers = [holders.map(|value| (wire::HOLDERS, value)), have.map(|value| (wire::HAVE, value))];
+        headers.into_iter().flatten().collect()
     }
 
-    /// Counts a body that is sent to a peer.
+    /// Counts a body that is being sent to a peer.
     pub fn send(self: &Arc<Self>) -> PeerBody {
         self.sending.fetch_add(1, Ordering::Relaxed);
         PeerBody(self.clone())

@@ -1,4 +1,4 @@
-//! Which peers are there: who is silent is pinged, and left alone until it answers.
+//! Pings peers that are suspected or down. A peer that is down gets no other request until it responds to a ping.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -13,71 +13,73 @@ use super::query::Downstream;
 use super::wire::Terms;
 use super::{CONNECT_TIMEOUT, Peers, wire};
 
-/// Whoever owes an answer and is there says so within this time.
-const ANSWER: Duration = CONNECT_TIMEOUT;
+/// Timeout of the probe that tells a slow peer from a frozen one. Longer: requests wait longer for frozen peers.
+/// Shorter: peers under load are marked as down.
+const PROBE_TIMEOUT: Duration = CONNECT_TIMEOUT;
 
-/// Whoever is there answers a ping within this time: time for one SYN that is sent again.
-const PING: Duration = Duration::from_millis(1200);
+/// Timeout of a ping: enough for one SYN that TCP resends after a second. Shorter: one lost packet counts as a missed
+/// ping.
+const PING_TIMEOUT: Duration = Duration::from_millis(1200);
 
-/// Pinged at the same time.
-const AT_A_TIME: usize = 64;
+/// Concurrent pings. Larger: more sockets when much of the cluster is down. Smaller: recovered peers are found later.
+const MAX_CONCURRENT_PINGS: usize = 64;
 
 impl Peers {
-    /// Pings those who were silent, for as long as it is polled.
+    /// Pings the peers that are due, while it is polled.
     pub async fn look_after(&self) {
         let mut pinged = FuturesUnordered::new();
         loop {
-            let next = self.health.lock().next_ping().filter(|_| pinged.len() < AT_A_TIME);
+            let next = self.health.lock().next_ping().filter(|_| pinged.len() < MAX_CONCURRENT_PINGS);
             tokio::select! {
                 () = sleep_until(self.started + next.unwrap_or_default()), if next.is_some() => {}
-                () = self.troubled.notified() => {}
+                () = self.ping_due.notified() => {}
                 Some(()) = pinged.next() => {}
             }
             let members = self.members.load_full();
-            let room = AT_A_TIME - pinged.len();
-            let due = self.health.lock().to_ping(self.now(), room, |peer| members.contains(*peer));
+            let room = MAX_CONCURRENT_PINGS - pinged.len();
+            let due = self.health.lock().take_due_pings(self.now(), room, |peer| members.contains(*peer));
             pinged.extend(due.into_iter().map(|peer| self.ping(peer)));
         }
     }
 
     async fn ping(&self, peer: SocketAddr) {
-        let url = format!("{}://{peer}/v2/", self.proof.scheme());
-        match timeout(PING, self.client.get(url).send()).await {
-            Ok(Ok(_)) => self.health.lock().is_up(&peer),
-            Ok(Err(_)) | Err(_) => self.health.lock().is_missed(peer, self.now()),
+        let url = format!("{}://{peer}/v2/", self.auth.scheme());
+        match timeout(PING_TIMEOUT, self.client.get(url).send()).await {
+            Ok(Ok(_)) => self.health.lock().mark_up(&peer),
+            Ok(Err(_)) | Err(_) => self.health.lock().record_missed_ping(peer, self.now()),
         }
     }
 
-    /// A peer could not be reached.
-    pub(super) fn is_down(&self, peer: SocketAddr) {
-        self.health.lock().is_down(peer, self.now());
-        self.troubled.notify_one();
+    /// Records that a peer cannot be reached.
+    pub(super) fn mark_down(&self, peer: SocketAddr) {
+        self.health.lock().mark_down(peer, self.now());
+        self.ping_due.notify_one();
     }
 
-    /// A peer took long for what needs no time.
-    pub(super) fn is_suspect(&self, peer: SocketAddr) {
-        self.health.lock().is_suspect(peer, self.now());
-        self.troubled.notify_one();
+    /// Records that a peer was slow for a request that needs no work, and pings it.
+    pub(super) fn mark_suspect(&self, peer: SocketAddr) {
+        self.health.lock().mark_suspect(peer, self.now());
+        self.ping_due.notify_one();
     }
 
-    /// A peer gave what it was asked for.
-    pub(super) fn gives(&self, peer: SocketAddr) {
-        self.health.lock().gives(&peer);
+    /// Records a successful response of a peer.
+    pub(super) fn record_success(&self, peer: SocketAddr) {
+        self.health.lock().record_success(&peer);
     }
 
-    /// Whether a peer that owes an answer says what it has of the same: no origin is needed for that.
-    pub(super) async fn answers(&self, peer: SocketAddr, owed: Option<reqwest::Request>) -> bool {
-        let Some(mut probe) = owed else { return false };
+    /// Whether a peer with an outstanding response reports what it has of the same object, which needs no upstream.
+    pub(super) async fn responds_to_probe(&self, peer: SocketAddr, outstanding: Option<reqwest::Request>) -> bool {
+        let Some(mut probe) = outstanding else { return false };
         *probe.method_mut() = Method::HEAD;
-        ask_nothing(probe.headers_mut());
+        make_probe(probe.headers_mut());
         let path = probe.url()[url::Position::BeforePath..].to_owned();
-        self.proof.sign(peer, &Method::HEAD, &path, probe.headers_mut());
-        matches!(timeout(ANSWER, self.client.execute(probe)).await, Ok(Ok(_)))
+        self.auth.sign(peer, &Method::HEAD, &path, probe.headers_mut());
+        matches!(timeout(PROBE_TIMEOUT, self.client.execute(probe)).await, Ok(Ok(_)))
     }
 }
 
-/// Makes a request one that only finds out whether the peer is there: it is not to be remembered by this.
-fn ask_nothing(headers: &mut HeaderMap) {
+/// Turns a request into a probe, which must not register this node as a holder or a waiting peer.
+fn make_probe(headers: &mut HeaderMap) {
     let terms = Terms { peers: Downstream::NONE, may_depute: false, ..Terms::read(headers) };
     if let Some(terms) = terms.write() {
         headers.insert(wire::REQUEST, terms);
@@ -99,7 +101,7 @@ mod tests {
         ];
         let mut headers: HeaderMap =
             lines.into_iter().map(|(name, text)| (name, HeaderValue::from_static(text))).collect();
-        ask_nothing(&mut headers);
+        make_probe(&mut headers);
         let all: Vec<_> = headers.get_all(wire::REQUEST).iter().collect();
         assert_eq!(all, ["role=zone; rule=4f1c; whole"]);
         assert_eq!(headers[CACHE_CONTROL], "only-if-cached");

@@ -1,4 +1,4 @@
-//! What a peer is asked, and in which manner.
+//! A query to a peer, and how it is to be served.
 
 use std::fmt;
 use std::net::SocketAddr;
@@ -10,27 +10,27 @@ use crate::oci::Digest;
 use crate::registries::RepositoryRef;
 use crate::role::Role;
 
-/// A question to a peer.
+/// A query to a peer, for one digest.
 pub struct PeerQuery<'a> {
-    pub place: &'a RepositoryRef,
+    pub repo_ref: &'a RepositoryRef,
     pub digest: &'a Digest,
-    pub manner: PeerRequestMode,
+    pub mode: PeerRequestMode,
     pub redirects: RedirectPolicy,
-    pub aim: RangePurpose,
-    /// Which peers may be asked, where it is for any of them.
+    pub range_purpose: RangePurpose,
+    /// Which peers may be queried, where any holder will do.
     pub scope: Scope,
     /// The peers for which this one sends the request.
     pub downstream: Downstream,
     pub deadline: Instant,
 }
 
-/// The peers that a request has passed before it reached this one, the nearest first. All of them wait for the response, so
-/// none of them has what it requests. They may well have an older answer.
+/// The peers that a request has passed before it reached this one, the nearest first. All of them wait for the
+/// response, so none of them has what it requests. They may well have an older one.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Downstream([Option<SocketAddr>; MAX_DOWNSTREAM]);
 
-/// From the node of a client by the owners of a tag, then of its digest, each in its zone and then in all: more peers than
-/// any request passes. Fewer: the last owner requests from peers what they lack.
+/// From the node of a client by the owners of a tag, then of its digest, each in its zone and then in all: more peers
+/// than any request passes. Fewer: the last owner requests from peers what they lack.
 const MAX_DOWNSTREAM: usize = 4;
 
 impl Downstream {
@@ -51,7 +51,7 @@ impl Downstream {
         self.0.contains(&Some(*peer))
     }
 
-    /// The same as a request names them that a peer sends for them.
+    /// The list in the request that the peer `own` sends for these.
     #[must_use]
     pub(super) fn behind(self, own: SocketAddr) -> Self {
         let mut peers = std::iter::once(own).chain(self.0.into_iter().flatten());
@@ -69,14 +69,14 @@ impl fmt::Display for Downstream {
 }
 
 impl<'a> PeerQuery<'a> {
-    /// One that the peer is to answer itself.
-    pub fn about(place: &'a RepositoryRef, digest: &'a Digest, manner: PeerRequestMode, deadline: Instant) -> Self {
+    /// A query that the peer serves itself, without a redirect.
+    pub fn about(repo_ref: &'a RepositoryRef, digest: &'a Digest, mode: PeerRequestMode, deadline: Instant) -> Self {
         Self {
-            place,
+            repo_ref,
             digest,
-            manner,
+            mode,
             redirects: RedirectPolicy::Refused,
-            aim: RangePurpose::Whole,
+            range_purpose: RangePurpose::Whole,
             scope: Scope::AllZones,
             downstream: Downstream::NONE,
             deadline,
@@ -84,29 +84,29 @@ impl<'a> PeerQuery<'a> {
     }
 }
 
-/// How a peer is asked.
+/// How far a peer may go to serve a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PeerRequestMode {
-    /// For what it has, or gets now.
-    IfKept,
-    /// To get it, being that.
+    /// Only what it has, or is downloading.
+    OnlyIfCached,
+    /// Download it if necessary, in this role.
     As(Role),
 }
 
-/// Whether a busy peer may name another one instead.
+/// Whether a loaded peer may redirect to another holder.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RedirectPolicy {
     Followed,
-    /// Those that it named could not help, or it was named by another one.
+    /// The requester was redirected to this peer, or its redirects led to no bytes.
     Refused,
 }
 
-/// What a range is asked for.
+/// What a range is requested for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RangePurpose {
-    /// Somebody wants just that.
+    /// A client requested just this range.
     Range,
-    /// All the others follow.
+    /// The whole blob is being downloaded, range by range.
     Whole,
 }
 
@@ -119,7 +119,7 @@ mod tests {
     }
 
     #[test]
-    fn downstream_peers_are_carried_on_the_nearest_first() {
+    fn downstream_peers_are_nearest_first() {
         let received = |sent: Downstream| Downstream::parse(&sent.to_string());
         let first = received(Downstream::NONE.behind(peer(1)));
         let second = received(first.behind(peer(2)));
@@ -130,8 +130,8 @@ mod tests {
     }
 
     #[test]
-    fn text_that_names_no_peer_is_read_as_none() {
-        assert_eq!(Downstream::parse("somebody+192.0.2.1:5052"), Downstream::NONE);
+    fn text_without_a_peer_is_no_downstream() {
+        assert_eq!(Downstream::parse("x+192.0.2.1:5052"), Downstream::NONE);
         assert_eq!(Downstream::parse(""), Downstream::NONE);
     }
 }

@@ -1,4 +1,4 @@
-//! Who owns a digest: rendezvous hashing, a pure function of the members and the digest.
+//! The owner of a digest: rendezvous hashing, a pure function of the members and the digest.
 
 use std::net::SocketAddr;
 
@@ -6,19 +6,18 @@ use xxhash_rust::xxh64::xxh64;
 
 use crate::oci::Digest;
 
-/// Members, and the hash of each one's address. Placement never moves between releases: golden tests
-/// hold it.
+/// The members, each with the hash of its address. Releases must agree on the owners, or each downloads from the
+/// upstream: a golden test fixes them.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Ring(Vec<(u64, SocketAddr)>);
 
 impl Ring {
-    /// The first `count` members in the order in which they own a digest: the owner, then its
-    /// successors.
+    /// The owner of a digest, then its successors: `count` members.
     pub fn owners(&self, digest: &Digest, count: usize) -> Vec<SocketAddr> {
         self.owners_of(digest, count, |_| true)
     }
 
-    /// The same of those members only that count.
+    /// The same among the members for which `counts` holds.
     pub fn owners_of(&self, digest: &Digest, count: usize, counts: impl Fn(&SocketAddr) -> bool) -> Vec<SocketAddr> {
         let key = xxh64(digest.as_str().as_bytes(), 0);
         let mut first: Vec<(u64, SocketAddr)> = Vec::with_capacity(count + 1);
@@ -26,8 +25,8 @@ impl Ring {
             let scored = (splitmix(hash ^ key), *member);
             let is_among = first.len() < count || first.last().is_some_and(|last| scored > *last);
             if is_among && counts(member) {
-                let place = first.partition_point(|better| *better > scored);
-                first.insert(place, scored);
+                let position = first.partition_point(|better| *better > scored);
+                first.insert(position, scored);
                 first.truncate(count);
             }
         }
@@ -77,7 +76,7 @@ mod tests {
     const GOLDEN: [u8; 12] = [3, 1, 2, 1, 1, 4, 1, 5, 2, 4, 2, 2];
 
     #[test]
-    fn load_is_even_and_a_leave_moves_only_its_own() {
+    fn load_is_even_and_leaving_moves_only_own_digests() {
         let all = members(16);
         let (whole, fewer) = (ring(16), ring(15));
         let mut owned = [0usize; 16];
@@ -94,7 +93,7 @@ mod tests {
     }
 
     #[test]
-    fn the_order_of_the_list_does_not_matter() {
+    fn order_of_members_does_not_matter() {
         let backwards: Ring = members(7).into_iter().rev().collect();
         let digest = Digest::of(b"x");
         assert_eq!(backwards.owners(&digest, 7), ring(7).owners(&digest, 7));

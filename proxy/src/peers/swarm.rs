@@ -1,10 +1,11 @@
-//! Who has which bytes of a blob: pure decisions, for real nodes and simulated ones.
+//! Which peers hold which bytes of a blob: pure decisions, for real and for simulated nodes.
 //!
-//! A [`Tracker`] is kept by whoever is asked: it remembers what those who ask have, tells others of
-//! them, and sends a question on once others can answer it as well as itself. A [`View`] is kept by
-//! whoever fetches: it knows what the answers told, and picks for each range the least loaded that is
-//! ahead. Both are hints. Whoever is asked for what it does not have says so, and a digest proves
-//! what came.
+//! - [`Tracker`], on the serving node: remembers what its requesters have, names them to each other, and redirects
+//!   requests that another holder can serve as well.
+//! - [`View`], on the downloading node: knows the holders that responses named, and picks the least loaded one for each
+//!   range.
+//!
+//! Both hold hints only. A peer without the requested bytes responds so, and the digest verifies what comes.
 
 mod tracker;
 mod view;
@@ -17,58 +18,59 @@ pub use self::view::View;
 use super::ring;
 use crate::oci::{Span, Spans};
 
-/// Pieces that a peer's part of a blob may be in: of more only the last word counts.
+/// Spans remembered of one peer's part of a blob; beyond this only its last report counts. Larger: more memory.
+/// Smaller: holders of scattered parts are forgotten.
 const MAX_SPANS: usize = 256;
 
-/// A time in any clock.
+/// A time on any clock.
 pub type Time = Duration;
 
-/// What a peer sent: to be compared once the truth is known.
+/// What a peer sent, to be compared with the verified blob.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Contribution {
     pub peer: SocketAddr,
     pub claim: Claim,
-    /// How long it said that the whole is, in bytes.
+    /// The length of the whole blob that the peer reported.
     pub total: u64,
     pub span: Span,
     /// xxHash64 of the bytes.
     pub checksum: u64,
 }
 
-/// What a peer says of the bytes that it sends.
+/// What a peer claims of the bytes that it sends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Claim {
-    /// It has the whole, and has hashed it.
+    /// It has the whole blob, and has verified its digest.
     Verified,
-    /// They come to it at the moment: it cannot know.
+    /// It is downloading the blob itself: it cannot know whether they are corrupt.
     Relayed,
 }
 
-/// Where a byte had better come from that a node was asked for.
+/// The better source of a byte that was requested from this node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum BestSource {
-    /// From here, or from somebody who is less busy.
-    Here,
-    /// From whoever else has it: this node is slow, or left it to others.
-    Elsewhere,
+    /// This node, or a less loaded holder.
+    ThisNode,
+    /// Any other holder: this node is slow, or has left the range to a deputy.
+    OtherHolder,
 }
 
-/// What to do with a question.
+/// How to respond to a request for a range.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PeerDecision {
-    Answer,
+    Serve,
     Redirect(SocketAddr),
-    /// Whoever asks fetches this part of it from the origin, for all.
+    /// The requester becomes this owner's deputy: it downloads this span from the upstream, for all peers.
     Depute(Span),
 }
 
-/// Whether somebody with these bytes is left far behind by one that has so many: it takes longer than
-/// others to get them, and so to send them. What it asks for it gets, but little is asked of it.
+/// Whether a peer with these bytes has less than half of the requester's `has`: it receives slowly, and so sends
+/// slowly. Its own requests are served, but it is the last choice as a source.
 fn is_slow(have: &Spans, has: u64) -> bool {
     have.len() < has / 2
 }
 
-/// An order of peers that differs from lot to lot.
+/// An order of the peers that differs with each lot, so that equally good ones share the load.
 fn scatter(peer: SocketAddr, lot: u64) -> u64 {
     let port = u64::from(peer.port());
     let address = match peer {

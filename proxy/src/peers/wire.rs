@@ -1,16 +1,17 @@
-//! What peers tell each other beside the registry protocol: headers that either side may leave out.
+//! Headers that peers add to the registry protocol. Either side may leave them out.
 //!
 //! | header | in | value |
 //! |---|---|---|
-//! | `dray-request` | request | what is asked of the peer, and on which terms: [`Terms`] |
-//! | `dray-have` | both | bodies that the sender sends at the moment, and the bytes that it has: `2;0-99+200-299` |
+//! | `dray-request` | request | what the sender wants of the peer, and on which terms: [`Terms`] |
+//! | `dray-have` | both | number of bodies that the sender is sending, and the bytes that it has: `2;0-99+200-299` |
 //! | `dray-holders` | response | other holders, each with its load and bytes: `10.0.0.3:5052;2;0-99+200-299, ...` |
 //! | `dray-refusal` | response 307, 403, 503 | why the peer itself declines: [`PeerRefusal`] |
-//! | `dray-age` | response | for a tag: milliseconds since its upstream was asked |
-//! | `dray-authorization` | request | what the registry is shown, where a client comes with its own rights; sealed by a shared key |
-//! | `dray-auth` | both | the proof that the sender knows the shared key, where there is one |
+//! | `dray-age` | response | for a tag: milliseconds since the upstream last confirmed it |
+//! | `dray-authorization` | request | the client's own registry credential; sealed with the shared key |
+//! | `dray-auth` | both | the sender's signature with the shared key, where there is one |
 //!
-//! `cache-control: only-if-cached` asks for what is there or on its way; 504 says that it is not.
+//! `cache-control: only-if-cached` requests only what the peer has or is downloading; the response is 504 if it is
+//! neither.
 
 use std::fmt::Write;
 use std::net::SocketAddr;
@@ -22,7 +23,7 @@ use super::query::{Downstream, RangePurpose, RedirectPolicy};
 use crate::oci::{Span, Spans};
 use crate::role::Role;
 
-/// What the names of all headers between peers begin with.
+/// The prefix of all headers between peers.
 pub const PREFIX: &str = "dray-";
 
 pub const REQUEST: HeaderName = HeaderName::from_static("dray-request");
@@ -35,7 +36,8 @@ pub const CONTENT_DIGEST: HeaderName = HeaderName::from_static("docker-content-d
 pub const SOURCE: HeaderName = HeaderName::from_static("x-dray-source");
 pub const ONLY_IF_CACHED: &str = "only-if-cached";
 
-/// Told at most: more would make headers that nobody takes.
+/// Spans in one list, and holders in one header. Larger: headers exceed what HTTP servers accept. Smaller: peers know
+/// fewer holders and ranges.
 const MAX_SPANS: usize = 32;
 pub const MAX_HOLDERS: usize = 8;
 
@@ -43,7 +45,7 @@ pub const MAX_HOLDERS: usize = 8;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Holder {
     pub peer: SocketAddr,
-    /// Bodies that it sends at the moment.
+    /// Number of bodies that it is sending.
     pub load: u32,
     pub have: Spans,
 }
@@ -53,39 +55,39 @@ pub fn read<T: std::str::FromStr>(headers: &HeaderMap, name: &HeaderName) -> Opt
     headers.get(name)?.to_str().ok()?.trim().parse().ok()
 }
 
-/// What a request asks of a peer: `role=zone; rule=4f1c; deadline=2500; peers=10.0.0.1:5052+10.0.0.2:5052; whole`. What a
-/// later release adds is ignored.
+/// What a request wants of a peer: `role=zone; rule=4f1c; deadline=2500; peers=10.0.0.1:5052+10.0.0.2:5052; whole`.
+/// What a later release adds is ignored.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Terms {
-    /// `role`: what the peer is to be.
+    /// `role`: in which role the peer is requested.
     pub role: Role,
-    /// `rule`: the fingerprint of the rule by which the sender would fetch it.
+    /// `rule`: the fingerprint of the sender's rule for this repository.
     pub rule: Option<String>,
-    /// `deadline`: milliseconds that are left for the response.
+    /// `deadline`: milliseconds left for the response.
     pub deadline: Option<Duration>,
-    /// `peers`: by which address the members know the sender, then the peers for which it sends the request.
+    /// `peers`: the sender's address as a member, then the peers for which it sends the request.
     pub peers: Downstream,
-    /// `whole`: the range is one of many that make the whole blob.
-    pub aim: RangePurpose,
-    /// `no-redirect`: no other peer could help.
+    /// `whole`: the range is one of many of a download of the whole blob.
+    pub range_purpose: RangePurpose,
+    /// `no-redirect`: the peer must not redirect to another holder.
     pub redirects: RedirectPolicy,
-    /// `deputy`: the sender could fetch the range from the upstream itself.
+    /// `deputy`: the sender could download the range from the upstream itself.
     pub may_depute: bool,
 }
 
-/// Why a peer itself declines, which says nothing of the upstream.
+/// Why a peer itself declines a request. It tells nothing about the upstream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PeerRefusal {
-    /// `overloaded` (503): it has too much to do.
+    /// `overloaded` (503): it has too many requests or downloads.
     Overloaded,
     /// `no-upstream` (403, 503): it cannot reach the upstream, or may not.
     NoUpstream,
-    /// `deputy=0-99` (307): the sender had better fetch this part from the upstream, since no other peer does.
+    /// `deputy=0-99` (307): the sender is to download this span from the upstream, for all peers.
     Deputy(Span),
 }
 
 impl Terms {
-    /// Those of a request; without the header those of a peer that says nothing.
+    /// The terms of a request; without the header the default ones.
     pub fn read(headers: &HeaderMap) -> Self {
         let mut terms = Self::default();
         for (name, value) in parameters(headers, &REQUEST) {
@@ -95,7 +97,7 @@ impl Terms {
                 "rule" => terms.rule = Some(value.to_owned()),
                 "deadline" => terms.deadline = value.parse().ok().map(Duration::from_millis),
                 "peers" => terms.peers = Downstream::parse(value),
-                "whole" => terms.aim = RangePurpose::Whole,
+                "whole" => terms.range_purpose = RangePurpose::Whole,
                 "no-redirect" => terms.redirects = RedirectPolicy::Refused,
                 "deputy" => terms.may_depute = true,
                 _ => {}
@@ -116,7 +118,7 @@ impl Terms {
             let _ = write!(text, "; peers={}", self.peers);
         }
         let flags = [
-            ("whole", self.aim == RangePurpose::Whole),
+            ("whole", self.range_purpose == RangePurpose::Whole),
             ("no-redirect", self.redirects == RedirectPolicy::Refused),
             ("deputy", self.may_depute),
         ];
@@ -134,7 +136,7 @@ impl Default for Terms {
             rule: None,
             deadline: None,
             peers: Downstream::NONE,
-            aim: RangePurpose::Range,
+            range_purpose: RangePurpose::Range,
             redirects: RedirectPolicy::Followed,
             may_depute: false,
         }
@@ -166,7 +168,7 @@ fn parameters<'a>(headers: &'a HeaderMap, name: &HeaderName) -> impl Iterator<It
     text.split(';').map(|part| part.trim().split_once('=').unwrap_or((part.trim(), "")))
 }
 
-/// How many bodies the sender sends, and the bytes that it has. None: it does not say.
+/// The number of bodies that the sender is sending, and the bytes that it has. None: not reported.
 pub fn read_have(headers: &HeaderMap) -> Option<(u32, Spans)> {
     let (load, have) = headers.get(HAVE)?.to_str().ok()?.split_once(';')?;
     Some((load.parse().ok()?, parse_spans(have)?))
@@ -176,7 +178,7 @@ pub fn write_have(load: u32, have: &Spans) -> Option<HeaderValue> {
     HeaderValue::try_from(format!("{load};{}", spans_text(have))).ok()
 }
 
-/// The holders that an answer names; what makes no sense is left out.
+/// The holders that a response names; malformed ones are left out.
 pub fn read_holders(headers: &HeaderMap) -> Vec<Holder> {
     let text = headers.get(HOLDERS).and_then(|value| value.to_str().ok()).unwrap_or_default();
     text.split(',').take(MAX_HOLDERS).filter_map(|holder| parse_holder(holder.trim())).collect()
@@ -226,7 +228,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_written_can_be_read() {
+    fn written_headers_can_be_read() {
         let holders = [
             Holder { peer: "10.0.0.3:5052".parse().unwrap(), load: 2, have: spans(&[(0, 100), (200, 300)]) },
             Holder { peer: "[fd00::1]:5052".parse().unwrap(), load: 0, have: Spans::default() },
@@ -249,14 +251,14 @@ mod tests {
     }
 
     #[test]
-    fn terms_that_are_written_can_be_read() {
+    fn written_terms_can_be_read() {
         let peers = Downstream::parse("10.0.0.1:5052+[fd00::1]:5052");
         let all = Terms {
             role: Role::Zone,
             rule: Some("4f1c".into()),
             deadline: Some(Duration::from_millis(2500)),
             peers,
-            aim: RangePurpose::Whole,
+            range_purpose: RangePurpose::Whole,
             redirects: RedirectPolicy::Refused,
             may_depute: true,
         };
@@ -273,8 +275,8 @@ mod tests {
     }
 
     #[test]
-    fn terms_that_make_no_sense_are_left_out() {
-        for text in ["", "role=client", "role=x; deadline=soon; peers=somebody", ";;=;"] {
+    fn malformed_terms_are_ignored() {
+        for text in ["", "role=client", "role=x; deadline=soon; peers=x", ";;=;"] {
             let headers = HeaderMap::from_iter([(REQUEST, text.parse().unwrap())]);
             assert_eq!(Terms::read(&headers), Terms::default(), "{text}");
         }
@@ -282,7 +284,7 @@ mod tests {
     }
 
     #[test]
-    fn nonsense_is_nothing() {
+    fn malformed_headers_are_ignored() {
         let mut headers = HeaderMap::new();
         for text in ["x", "1.2.3.4;0;0-1", "1.2.3.4:5;x;0-1", "1.2.3.4:5;0;9-1", "1.2.3.4:5;0;0-18446744073709551615"] {
             headers.insert(HOLDERS, text.parse().unwrap());

@@ -1,10 +1,9 @@
-//! Web browsers at the registry port: a page of another origin must neither read what is served here nor make dray send
-//! requests to a registry of its choice.
+//! Web browsers at the registry port. A foreign page must neither read content from dray nor make dray send requests to
+//! a registry of its choice.
 //!
-//! No container client is a browser. A browser says so itself, by headers that pages cannot remove: `Sec-Fetch-Site` (W3C
-//! Fetch Metadata) where it trusts the address, `UpstreamClient`, `Accept-Language` and its `User-Agent` everywhere. Where it does
-//! not send `Sec-Fetch-Site`, a page of another origin is known by `UpstreamClient`, and a page whose name was made to lead here (DNS
-//! rebinding) by its `Host`, which is nobody's here.
+//! Container clients are not browsers. Browsers send headers that pages cannot remove: `Sec-Fetch-Site` (W3C Fetch
+//! Metadata) only to addresses that they trust; `Origin`, `Accept-Language` and `User-Agent` to all. Without
+//! `Sec-Fetch-Site`, the `Origin` reveals a foreign page, and an unknown `Host` reveals DNS rebinding.
 
 use std::collections::HashSet;
 use std::net::IpAddr;
@@ -15,7 +14,7 @@ use http::request::Parts;
 use crate::config::Config;
 use crate::oci::Registry;
 
-/// By which names browsers may find this process.
+/// The host names by which browsers may reach this process.
 pub struct Browsers {
     names: HashSet<String>,
     scheme: ClientScheme,
@@ -24,21 +23,21 @@ pub struct Browsers {
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum ClientScheme {
     Http,
-    /// Browsers hold the name in the address against the certificate: another name does not get here.
+    /// The browser checks the host name against the certificate, which excludes DNS rebinding.
     Https,
 }
 
-/// Why a browser gets nothing.
+/// Why a browser's request is denied.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum BrowserDenied {
-    /// A page of another origin sent the request.
+    /// A foreign page sent the request: its scheme, host or port is another one.
     CrossSite,
     UnknownHost,
 }
 
 const SEC_FETCH_SITE: &str = "sec-fetch-site";
 
-/// Names below these are given by cluster, host or local network, never by the Internet.
+/// The Internet's DNS has no names with these suffixes: a cluster, a host or a local network assigns them.
 const LOCAL_SUFFIXES: [&str; 5] = [".svc", ".cluster.local", ".localhost", ".local", ".internal"];
 
 impl Browsers {
@@ -50,7 +49,7 @@ impl Browsers {
         Self { names: names.map(|name| name.to_ascii_lowercase()).collect(), scheme }
     }
 
-    /// Whether a request may be answered: it is no browser's, or of dray's own origin.
+    /// Allows a request that is not from a browser, or is from a page of dray itself.
     pub(super) fn admit(&self, request: &Parts) -> Result<(), BrowserDenied> {
         let header = |name: &str| request.headers.get(name).map(|value| value.to_str().unwrap_or_default());
         let host = header(HOST.as_str()).or_else(|| request.uri.authority().map(|authority| authority.as_str()));
@@ -66,14 +65,14 @@ impl Browsers {
         if site.is_some_and(|site| !matches!(site, "same-origin" | "none")) || origin.is_some_and(is_other) {
             return Err(BrowserDenied::CrossSite);
         }
-        match self.scheme == ClientScheme::Https || host.is_some_and(|host| self.knows(host)) {
+        match self.scheme == ClientScheme::Https || host.is_some_and(|host| self.is_own_name(host)) {
             true => Ok(()),
             false => Err(BrowserDenied::UnknownHost),
         }
     }
 
-    /// Whether nobody else can make this name lead here. An address is no name at all.
-    fn knows(&self, host: &str) -> bool {
+    /// Whether DNS rebinding is impossible with this name. An address is not looked up at all.
+    fn is_own_name(&self, host: &str) -> bool {
         let Ok(host) = host.to_ascii_lowercase().parse::<Registry>() else { return false };
         let name = host.host().trim_end_matches('.');
         name.trim_matches(['[', ']']).parse::<IpAddr>().is_ok()
@@ -86,9 +85,9 @@ impl Browsers {
 impl BrowserDenied {
     pub(super) fn as_str(self) -> &'static str {
         match self {
-            Self::CrossSite => "a web page of another origin gets nothing here",
+            Self::CrossSite => "requests from pages of other web origins are denied",
             Self::UnknownHost => {
-                "a web browser gets nothing by a name that is not dray's: add the name to access.hosts, or use the address"
+                "this host name is denied to web browsers: add it to access.hosts, or use the IP address"
             }
         }
     }
@@ -110,7 +109,7 @@ mod tests {
     }
 
     #[test]
-    fn container_clients_are_no_browsers() {
+    fn container_client_is_not_a_browser() {
         for host in ["evil.example", "10.0.0.1:5050", "dray.example:5050", "", "a b"] {
             for agent in ["containerd/2.1.0", "skopeo/1.9", "go-containerregistry/v0.20", "Helm/3.19", "oras-go"] {
                 assert_eq!(admit("", host, &[("user-agent", agent), ("accept", "*/*")]), Ok(()), "{host} {agent}");
@@ -119,7 +118,7 @@ mod tests {
     }
 
     #[test]
-    fn page_of_another_origin_gets_nothing() {
+    fn cross_origin_request_is_denied() {
         let of = |headers: &[(&str, &str)]| admit("", "10.0.0.1:5050", headers);
         for site in ["cross-site", "same-site", "anything"] {
             assert_eq!(of(&[("sec-fetch-site", site)]), Err(BrowserDenied::CrossSite), "{site}");
@@ -134,7 +133,7 @@ mod tests {
     }
 
     #[test]
-    fn name_that_others_can_give_gets_nothing() {
+    fn browser_with_unknown_host_is_denied() {
         let config = "[access]\nhosts = [\"dray.corp.example\"]\n[[registry]]\nmatch = \"reg.corp.example\"\n";
         for host in [
             "127.0.0.1:5050",

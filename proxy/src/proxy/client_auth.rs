@@ -1,6 +1,31 @@
-//! Who may have what, as a client sees it: a challenge, a token endpoint, and tokens that are shown with each request
-//! (the distribution specification's token authentication). The secret that a client sends is held against the
-//! registry's own word, and not kept.
+//! Client authentication: a challenge, a token endpoint, and tokens that come with each request (the distribution
+//! specification's token authentication). The registry verifies the client's credential; dray never stores it.
+//!
+//! A request for content, if the rule authorizes clients at the registry:
+//!
+//! | credential shown | registry's response | result |
+//! |---|---|---|
+//! | none, or a token that is not valid for this repository | grants access to anyone | authorized, anonymous |
+//! | none, or a token that is not valid for this repository | anything else | 401 with a challenge |
+//! | token, or Basic | grants access | authorized |
+//! | token, or Basic | 401, 403 | 403 |
+//! | token, or Basic | 404 or another 4xx | the same status; 408 becomes 503 |
+//! | token, or Basic | 429, 5xx or none, but granted access in the last hour | authorized |
+//! | token, or Basic | 429, 5xx or none | 503 |
+//! | Basic, while too many others are verified | not contacted | 503 |
+//!
+//! If the upstream denies or limits the content itself, an anonymous client gets the 401 as well.
+//!
+//! A request for a token:
+//!
+//! | credential shown | registry's response | result |
+//! |---|---|---|
+//! | none, or the rule needs none | not contacted | token for anonymous access |
+//! | password or refresh token | token, or needs none | token, for 5 minutes at most |
+//! | password or refresh token | 400, 401, 403, 404 | 401; if another scope was granted, a token without this scope |
+//! | password or refresh token | 429, 5xx or none, but granted access in the last hour | token for 90 s, cache only |
+//! | password or refresh token | 429, 5xx or none | 503 |
+//! | malformed form | not contacted | 400 |
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -27,56 +52,58 @@ use crate::respond::{PreparedResponse, PresentedToken};
 use crate::secret::Secret;
 use crate::single_flight::SingleFlight;
 use crate::source::SourceError;
-use crate::times::{ALTERNATIVE_TIMEOUT, DEFAULT_TTL, RETRY_INTERVAL, RIGHTS_TTL, STALL_TIMEOUT};
+use crate::times::{ALTERNATIVE_TIMEOUT, AUTHORIZATION_TTL, DEFAULT_TTL, RETRY_INTERVAL, STALL_TIMEOUT};
 use crate::token_issuer::{Right, TokenGrant, TokenIssuer};
 
-/// Makes and reads tokens.
+/// Issues and verifies tokens.
 pub struct ClientAuth {
-    grants: TokenIssuer,
-    /// By which the registry listener is reached.
+    issuer: TokenIssuer,
+    /// URL scheme of the registry listener.
     scheme: &'static str,
     listen: SocketAddr,
-    /// None: whoever can connect may use this process.
+    /// None: no login is required.
     logins: Option<Logins>,
-    /// What registries gave for secrets, never the secrets.
-    shown: moka::sync::Cache<(PrincipalId, String), SecretCheck>,
+    /// What registries returned for credentials, never the credentials.
+    checks: moka::sync::Cache<(PrincipalId, String), SecretCheck>,
     exchanges: SingleFlight<(PrincipalId, String), SecretCheck>,
-    turns: LoginThrottle,
+    throttle: LoginThrottle,
 }
 
-/// What came of a secret at a registry.
+/// The result of a credential's check at a registry.
 #[derive(Clone)]
 struct SecretCheck {
-    caller: Result<Principal, SourceError>,
-    since: Instant,
-    /// For how long a token may say so.
-    until: Instant,
-    /// For how long it is remembered here.
-    life: Duration,
+    principal: Result<Principal, SourceError>,
+    checked_at: Instant,
+    /// The latest expiry of a token that is issued for it.
+    expires_at: Instant,
+    /// How long this result is cached.
+    ttl: Duration,
 }
 
 /// The path of the token endpoint.
-pub(super) const TOKEN: &str = "/token";
+pub(super) const TOKEN_PATH: &str = "/token";
 
-/// By this name dray is the service, before a client has said which registry it wants.
-const SERVICE: &str = "dray";
+/// The `service` of a challenge that is not for a certain registry.
+const DEFAULT_SERVICE: &str = "dray";
 
-/// While the registry is in trouble, a token is good for so long, and it is not asked again for a moment.
-const IN_TROUBLE: Duration = Duration::from_secs(90);
+/// Lifetime of a token that is issued while the registry fails. Larger: a revoked right lasts longer. Smaller: clients
+/// request more tokens during an outage.
+const OUTAGE_TOKEN_TTL: Duration = Duration::from_secs(90);
 
-/// Those of whom a registry wants to know nothing are asked about again after this time.
-const ASKS_NOBODY: Duration = Duration::from_secs(120);
+/// How long "this repository needs no token" is cached. Larger: a registry that starts to need one is noticed later.
+const NO_TOKEN_NEEDED_TTL: Duration = Duration::from_secs(120);
 
-/// All of them together: most have one or two KiB, some 64.
-const MAX_SHOWN_BYTES: u64 = 16 * 1024 * 1024;
+/// Bounds all cached checks: most have one or two KiB, some 64. Smaller: more requests to the registries.
+const MAX_CHECKS_BYTES: u64 = 16 * 1024 * 1024;
 
-/// Repositories that one token is for: a client that copies asks for two. Each takes a KiB or two of the token.
-const MOST_SCOPES: usize = 4;
+/// Repositories of one token: a client that copies requests two. Larger: the token may exceed a header's limit, since
+/// each takes one or two KiB.
+const MAX_SCOPES: usize = 4;
 
-/// Larger than any form of a client, in bytes, and longer than any takes to come.
-const MAX_FORM: usize = 16 * 1024;
+/// A longer token request is rejected, in bytes. Smaller: a long refresh token may not fit.
+const MAX_FORM_BYTES: usize = 16 * 1024;
 
-/// What a client asks a token for.
+/// A parsed token request.
 #[derive(Default)]
 struct TokenRequest {
     service: Option<String>,
@@ -86,267 +113,288 @@ struct TokenRequest {
 
 impl ClientAuth {
     pub fn new(config: &Config, scheme: &'static str, listen: SocketAddr) -> Result<Self, String> {
-        let of_access = config.access.key_file.as_deref().map(|path| KeyFile { key: "access.key_file", path });
-        // Those who believe each other take each other's tokens as well.
+        let of_access =
+            config.access.token_key_file.as_deref().map(|path| KeyFile { key: "access.token_key_file", path });
+        // Peers that share a key also accept each other's tokens.
         let of_peers = config.peers.key_file.as_deref().map(|path| KeyFile { key: "peers.key_file", path });
-        let grants = TokenIssuer::new(of_access.or(of_peers))?;
-        let logins = config.access.logins_file.as_deref().map(|path| Logins::load(path, &grants)).transpose()?;
-        let shown = moka::sync::Cache::builder()
-            .max_capacity(MAX_SHOWN_BYTES)
-            .weigher(|(_, place): &(PrincipalId, String), shown: &SecretCheck| {
-                shown.bytes() + u32::try_from(place.len()).unwrap_or(0)
+        let issuer = TokenIssuer::new(of_access.or(of_peers))?;
+        let logins = config.access.users_file.as_deref().map(|path| Logins::load(path, &issuer)).transpose()?;
+        let checks = moka::sync::Cache::builder()
+            .max_capacity(MAX_CHECKS_BYTES)
+            .weigher(|(_, repository): &(PrincipalId, String), check: &SecretCheck| {
+                check.bytes() + u32::try_from(repository.len()).unwrap_or(0)
             })
             .expire_after(ByLifetime)
             .build();
         Ok(Self {
-            grants,
+            issuer,
             scheme,
             listen,
             logins,
-            shown,
+            checks,
             exchanges: SingleFlight::default(),
-            turns: LoginThrottle::new(),
+            throttle: LoginThrottle::new(),
         })
     }
 
-    /// Reads the logins again. Blocks on the disk.
+    /// Reads the users file again. Blocks on the disk.
     pub fn reload(&self) -> Result<(), String> {
-        self.logins.as_ref().map_or(Ok(()), |logins| logins.reload(&self.grants))
+        self.logins.as_ref().map_or(Ok(()), |logins| logins.reload(&self.issuer))
     }
 
     /// Whether a client has logged in, or need not.
-    pub(super) fn knows(&self, request: &Parts) -> bool {
+    pub(super) fn is_logged_in(&self, request: &Parts) -> bool {
         let Some(logins) = &self.logins else { return true };
-        let shown = authorization(request).and_then(Secret::from_basic);
-        shown.is_some_and(|secret| logins.know(&secret, &self.grants))
+        let credential = authorization(request).and_then(Secret::from_basic);
+        credential.is_some_and(|secret| logins.contains(&secret, &self.issuer))
     }
 
-    /// Asks a client who it is. One that shows a token which is too old has to hear that it is: it would show it again.
-    fn challenge(&self, request: &Parts, wanted: Option<&RepositoryRef>) -> PreparedResponse {
+    /// Requests authentication. For an expired token it says `invalid_token`: the client would send the token again.
+    fn challenge(&self, request: &Parts, repository: Option<&RepositoryRef>) -> PreparedResponse {
         let host = host_of(request).filter(|host| host.parse::<Registry>().is_ok());
         let host = host.map_or_else(|| self.listen.to_string(), str::to_owned);
-        let realm = format!("{}://{host}{TOKEN}", self.scheme);
-        let shown = if bearer(request).is_some() && self.grant(request).is_none() {
+        let realm = format!("{}://{host}{TOKEN_PATH}", self.scheme);
+        let token = if bearer(request).is_some() && self.grant(request).is_none() {
             PresentedToken::Invalid
         } else {
             PresentedToken::None
         };
-        match wanted {
-            Some(place) => {
-                PreparedResponse::challenge(&realm, place.registry.as_str(), Some(place.repository.as_str()), shown)
-            }
-            None => PreparedResponse::challenge(&realm, SERVICE, None, shown),
+        match repository {
+            Some(repo_ref) => PreparedResponse::challenge(
+                &realm,
+                repo_ref.registry.as_str(),
+                Some(repo_ref.repository.as_str()),
+                token,
+            ),
+            None => PreparedResponse::challenge(&realm, DEFAULT_SERVICE, None, token),
         }
     }
 
-    /// With whose rights a request comes to this place.
-    fn grant_for(&self, request: &Parts, place: &RepositoryRef) -> Option<Principal> {
-        let is_for = |right: &Right| right.registry == place.registry && right.repository == place.repository;
-        self.grant(request)?.rights.into_iter().find(is_for).map(|right| right.caller)
+    /// The principal of the request's token for this repository.
+    fn principal_for(&self, request: &Parts, repo_ref: &RepositoryRef) -> Option<Principal> {
+        let is_for = |right: &Right| right.registry == repo_ref.registry && right.repository == repo_ref.repository;
+        self.grant(request)?.rights.into_iter().find(is_for).map(|right| right.principal)
     }
 
-    /// What a request shows. None: nothing that this process has given.
+    /// The grant of the request's token. None: no token, an expired one, or one sealed with another key.
     fn grant(&self, request: &Parts) -> Option<TokenGrant> {
-        self.grants.open(bearer(request)?, SystemTime::now())
+        self.issuer.open(bearer(request)?, SystemTime::now())
     }
 }
 
 impl RegistryProxy {
-    /// `GET /v2/`, by which clients find out whether they are to say who they are.
+    /// `GET /v2/`: clients learn from it whether they must authenticate.
     pub(super) fn ping(&self, request: &Parts) -> PreparedResponse {
-        let knows = self.gate.grant(request).is_some() || authorization(request).and_then(Secret::from_basic).is_some();
-        if self.registries.ask_who() && !knows { self.gate.challenge(request, None) } else { PreparedResponse::ping() }
+        let has_credential =
+            self.client_auth.grant(request).is_some() || authorization(request).and_then(Secret::from_basic).is_some();
+        if self.registries.any_passthrough() && !has_credential {
+            self.client_auth.challenge(request, None)
+        } else {
+            PreparedResponse::ping()
+        }
     }
 
-    /// Lets a client into a place, with the rights that it has at the registry, or says why not. What may still be a guess
-    /// has a turn until it is known.
-    pub(super) async fn let_in(
+    /// Authorizes a client for a repository, with the rights that it has at the registry. A credential that was not
+    /// accepted before holds a login permit until the registry has responded.
+    pub(super) async fn authorize_client(
         &self,
         session: &Session,
-        place: RepositoryRef,
+        repo_ref: RepositoryRef,
         endpoint: &Endpoint,
         accept: &str,
     ) -> Result<(RepositoryRef, Option<LoginPermit>), PreparedResponse> {
         let (request, from) = (session.req_header(), client_of(session));
-        let shown = match self.presented(request, from, &place).await {
-            Ok(shown) => shown,
-            Err(error) => return Err(PreparedResponse::refusal(&not_exchanged(&error))),
+        let presented = match self.presented_principal(request, from, &repo_ref).await {
+            Ok(presented) => presented,
+            Err(error) => return Err(PreparedResponse::refusal(&exchange_error(&error))),
         };
-        let caller = shown.clone().unwrap_or(Principal::Anonymous);
-        let place = RepositoryRef { caller, ..place };
-        let turn = match place.caller.shows_secret() && !self.pull.was_let_in(&place) {
-            true => match self.gate.turns.take(&place.registry, from).await {
-                Ok(turn) => Some(turn),
-                Err(error) => return Err(PreparedResponse::refusal(&not_exchanged(&error))),
+        let principal = presented.clone().unwrap_or(Principal::Anonymous);
+        let repo_ref = RepositoryRef { principal, ..repo_ref };
+        let permit = match repo_ref.principal.has_password() && !self.pull.was_authorized(&repo_ref) {
+            true => match self.client_auth.throttle.acquire(&repo_ref.registry, from).await {
+                Ok(permit) => Some(permit),
+                Err(error) => return Err(PreparedResponse::refusal(&exchange_error(&error))),
             },
             false => None,
         };
-        match self.pull.let_in(&place, endpoint, accept).await {
-            // What is a list's alone is found out by asking for it.
+        match self.pull.authorize(&repo_ref, endpoint, accept).await {
+            // A list's own request is its authorization check, so the permit is held until then.
             Ok(()) => Ok((
-                place,
-                turn.filter(|_| matches!(endpoint, Endpoint::Tags | Endpoint::Referrers(_) | Endpoint::Catalog)),
+                repo_ref,
+                permit.filter(|_| matches!(endpoint, Endpoint::Tags | Endpoint::Referrers(_) | Endpoint::Catalog)),
             )),
-            // A registry may hide from strangers what it has, and limit them before others. And while it is in trouble
-            // those who were let in lately have to say who they are.
-            Err(_) if shown.is_none() => Err(self.gate.challenge(request, Some(&place))),
+            // A registry may hide content from anonymous clients, and limit them first. If it fails, a client that was
+            // authorized before can be recognized only by its credential.
+            Err(_) if presented.is_none() => Err(self.client_auth.challenge(request, Some(&repo_ref))),
             Err(AuthorizationError::Denied) => {
-                turn.into_iter().for_each(LoginPermit::was_wrong);
-                Err(PreparedResponse::refusal(&denied()))
+                permit.into_iter().for_each(LoginPermit::mark_rejected);
+                Err(PreparedResponse::refusal(&access_denied()))
             }
             Err(AuthorizationError::Refused(refusal)) => Err(PreparedResponse::refusal(&refusal)),
         }
     }
 
-    /// What to say of the registry's own refusal to somebody who was let in without having shown anything. It may have
-    /// told strangers that it has something, and give it, or enough of it, only to those whom it knows.
-    pub(super) fn refuse(&self, request: &Parts, place: &RepositoryRef, refusal: &PullError) -> PreparedResponse {
-        let has_shown = self.gate.grant_for(request, place).is_some()
+    /// The response to an upstream's error. An authorized anonymous client gets a challenge: a registry may confirm to
+    /// anonymous clients that content exists, but serve it, or enough of it, to authenticated ones only.
+    pub(super) fn client_error(
+        &self,
+        request: &Parts,
+        repo_ref: &RepositoryRef,
+        refusal: &PullError,
+    ) -> PreparedResponse {
+        let has_credential = self.client_auth.principal_for(request, repo_ref).is_some()
             || authorization(request).and_then(Secret::from_basic).is_some();
         match refusal {
-            PullError::Limited(_) if place.caller == Principal::Anonymous && !has_shown => {
-                self.gate.challenge(request, Some(place))
+            PullError::Limited(_) if repo_ref.principal == Principal::Anonymous && !has_credential => {
+                self.client_auth.challenge(request, Some(repo_ref))
             }
-            refusal if refusal.is_denied() && place.caller == Principal::Anonymous && !has_shown => {
-                self.gate.challenge(request, Some(place))
+            refusal if refusal.is_denied() && repo_ref.principal == Principal::Anonymous && !has_credential => {
+                self.client_auth.challenge(request, Some(repo_ref))
             }
             refusal => PreparedResponse::refusal(refusal),
         }
     }
 
-    /// Whose rights a request shows. None: none.
-    async fn presented(
+    /// The principal of the request's credential. None: it has no valid one for this repository.
+    async fn presented_principal(
         &self,
         request: &Parts,
         from: Option<IpAddr>,
-        place: &RepositoryRef,
+        repo_ref: &RepositoryRef,
     ) -> Result<Option<Principal>, SourceError> {
         if let Some(secret) = authorization(request).and_then(Secret::from_basic) {
-            return self.exchange(place, secret, from, Duration::ZERO).await.caller.map(Some);
+            return self.exchange(repo_ref, secret, from, Duration::ZERO).await.principal.map(Some);
         }
-        Ok(self.gate.grant_for(request, place))
+        Ok(self.client_auth.principal_for(request, repo_ref))
     }
 
-    /// What a secret opens at a place's registry, for as long as possible where it is not known to be good for `least`:
-    /// asked for once for all who show it at the same time. A registry's token is kept as long as it is good, a secret
+    /// Exchanges a credential at the registry; concurrent requests with the same credential share one exchange. A
+    /// cached check is used if it failed, or is valid for `min_remaining`. The registry's token is cached, a password
     /// never.
     async fn exchange(
         &self,
-        place: &RepositoryRef,
+        repo_ref: &RepositoryRef,
         secret: Secret,
         from: Option<IpAddr>,
-        least: Duration,
+        min_remaining: Duration,
     ) -> SecretCheck {
-        let who = self.gate.grants.who(&secret);
-        let key = (who, place.to_string());
-        let known = self.gate.shown.get(&key);
-        if let Some(shown) = &known
-            && (shown.caller.is_err() || shown.left() >= least)
+        let principal_id = self.client_auth.issuer.principal_id(&secret);
+        let key = (principal_id, repo_ref.to_string());
+        let cached = self.client_auth.checks.get(&key);
+        if let Some(check) = &cached
+            && (check.principal.is_err() || check.remaining() >= min_remaining)
         {
-            return shown.clone();
+            return check.clone();
         }
-        let landed = self.gate.exchanges.join(key.clone(), || {
-            let (pull, gate, place) = (self.pull.clone(), self.gate.clone(), place.clone());
+        let exchanging = self.client_auth.exchanges.join(key.clone(), || {
+            let (pull, client_auth, repo_ref) = (self.pull.clone(), self.client_auth.clone(), repo_ref.clone());
             async move {
-                let itself = secret.basic();
-                let known = Principal::Holder(Arc::new(VerifiedPrincipal { who, authorization: None }));
-                let turn = match pull.was_let_in(&RepositoryRef { caller: known, ..place.clone() }) {
+                let basic = secret.basic();
+                let known = Principal::Verified(Arc::new(VerifiedPrincipal { id: principal_id, authorization: None }));
+                let permit = match pull.was_authorized(&RepositoryRef { principal: known, ..repo_ref.clone() }) {
                     true => Ok(None),
-                    false => gate.turns.take(&place.registry, from).await.map(Some),
+                    false => client_auth.throttle.acquire(&repo_ref.registry, from).await.map(Some),
                 };
-                let exchanged = match turn {
-                    Ok(turn) => {
-                        let exchanged = pull.exchange(&place, secret).await;
-                        if let (Some(turn), Err(SourceError::Denied(_))) = (turn, &exchanged) {
-                            turn.was_wrong();
+                let exchanged = match permit {
+                    Ok(permit) => {
+                        let exchanged = pull.exchange(&repo_ref, secret).await;
+                        if let (Some(permit), Err(SourceError::Denied(_))) = (permit, &exchanged) {
+                            permit.mark_rejected();
                         }
                         exchanged
                     }
                     Err(busy) => Err(busy),
                 };
-                let shown = SecretCheck::of(exchanged, who, &place, &pull);
+                let check = SecretCheck::of(exchanged, principal_id, &repo_ref, &pull);
                 let is_secret = |holder: &VerifiedPrincipal| {
-                    let shown = holder.authorization.as_ref().map(|value| value.as_bytes());
-                    shown.is_some() && shown == itself.as_deref().map(str::as_bytes)
+                    let presented = holder.authorization.as_ref().map(|value| value.as_bytes());
+                    presented.is_some() && presented == basic.as_deref().map(str::as_bytes)
                 };
-                if !shown.caller.as_ref().is_ok_and(|caller| caller.holder().is_some_and(is_secret)) {
-                    gate.shown.insert(key, shown.clone());
+                if !check.principal.as_ref().is_ok_and(|principal| principal.holder().is_some_and(is_secret)) {
+                    client_auth.checks.insert(key, check.clone());
                 }
-                shown
+                check
             }
         });
-        let ended = || SecretCheck::new(Err(SourceError::Unreachable("the exchange ended".into())), Duration::ZERO);
-        match known {
-            None => landed.await.unwrap_or_else(ended),
-            // It is good for a while, and better than nothing while the registry is in trouble.
-            Some(known) => match timeout(ALTERNATIVE_TIMEOUT, landed).await {
-                Ok(Some(new)) if !new.is_passing() => new,
-                _ => known,
+        let ended =
+            || SecretCheck::new(Err(SourceError::Unreachable("the exchange was aborted".into())), Duration::ZERO);
+        match cached {
+            None => exchanging.await.unwrap_or_else(ended),
+            // The cached check, valid for less, serves if the registry fails or is slow.
+            Some(cached) => match timeout(ALTERNATIVE_TIMEOUT, exchanging).await {
+                Ok(Some(new)) if !new.is_transient() => new,
+                _ => cached,
             },
         }
     }
 
     /// The token endpoint.
-    pub(super) async fn give_token(&self, session: &mut Session) -> PreparedResponse {
-        let wanted = match timeout(STALL_TIMEOUT, wanted(session)).await.unwrap_or(Err("the form does not come")) {
-            Ok(wanted) => wanted,
-            Err(problem) => return PreparedResponse::no_token(problem),
+    pub(super) async fn issue_token(&self, session: &mut Session) -> PreparedResponse {
+        let request = match timeout(STALL_TIMEOUT, read_token_request(session))
+            .await
+            .unwrap_or(Err("the form was not received in time"))
+        {
+            Ok(request) => request,
+            Err(problem) => return PreparedResponse::malformed_token_request(problem),
         };
         let host = host_of(session.req_header());
-        let places = wanted.scopes.iter().filter_map(|scope| self.place_of(scope, wanted.service.as_deref(), host));
-        let mut grant = TokenGrant { rights: Vec::new(), life: RIGHTS_TTL };
-        for place in places.take(MOST_SCOPES) {
-            let mut caller = Principal::Anonymous;
-            if let Some(secret) = wanted.secret.clone().filter(|_| place.rule.asks_who()) {
-                let shown = self.exchange(&place, secret, client_of(session), DEFAULT_TTL).await;
-                let life = if shown.is_new() { shown.left().max(DEFAULT_TTL) } else { shown.left() };
-                caller = match shown.caller {
-                    Ok(caller) => caller,
-                    // What this secret opens elsewhere is of use without this.
-                    Err(_) if grant.rights.iter().any(|right| right.caller.holder().is_some()) => continue,
+        let repositories =
+            request.scopes.iter().filter_map(|scope| self.repository_of_scope(scope, request.service.as_deref(), host));
+        let mut grant = TokenGrant { rights: Vec::new(), life: AUTHORIZATION_TTL };
+        for repo_ref in repositories.take(MAX_SCOPES) {
+            let mut principal = Principal::Anonymous;
+            if let Some(secret) = request.secret.clone().filter(|_| repo_ref.rule.is_passthrough()) {
+                let check = self.exchange(&repo_ref, secret, client_of(session), DEFAULT_TTL).await;
+                let life = if check.is_new() { check.remaining().max(DEFAULT_TTL) } else { check.remaining() };
+                principal = match check.principal {
+                    Ok(principal) => principal,
+                    // The token is useful for the scopes that were granted.
+                    Err(_) if grant.rights.iter().any(|right| right.principal.holder().is_some()) => continue,
                     Err(SourceError::Denied(_)) => {
-                        return PreparedResponse::wrong_secret("the registry does not take this secret");
+                        return PreparedResponse::credential_rejected("the registry rejected these credentials");
                     }
-                    Err(error) => return PreparedResponse::refusal(&not_exchanged(&error)),
+                    Err(error) => return PreparedResponse::refusal(&exchange_error(&error)),
                 };
                 grant.life = grant.life.min(life);
             }
-            grant.rights.push(Right { registry: place.registry, repository: place.repository, caller });
+            grant.rights.push(Right { registry: repo_ref.registry, repository: repo_ref.repository, principal });
         }
-        // Registries' own tokens may be long: then it is for the first repositories only.
+        // If the registries' own tokens are too long together, the last repositories are left out.
         let sealed = loop {
-            match self.gate.grants.seal(&grant, SystemTime::now()) {
+            match self.client_auth.issuer.seal(&grant, SystemTime::now()) {
                 None if grant.rights.len() > 1 => grant.rights.pop(),
                 sealed => break sealed,
             };
         };
         match sealed {
             Some(token) => PreparedResponse::token(&token, grant.life.as_secs().max(1)),
-            None => PreparedResponse::refusal(&PullError::BadOrigin("the registry's token is too long".into())),
+            None => PreparedResponse::refusal(&PullError::InvalidUpstreamResponse(
+                "the registry's token is too long to be passed on".into(),
+            )),
         }
     }
 
-    /// The place that `repository:<name>:<actions>` means, by the rules of paths.
-    fn place_of(&self, scope: &str, service: Option<&str>, host: Option<&str>) -> Option<RepositoryRef> {
+    /// The repository of a scope `repository:<name>:<actions>`, resolved as in a path.
+    fn repository_of_scope(&self, scope: &str, service: Option<&str>, host: Option<&str>) -> Option<RepositoryRef> {
         let (name, _) = scope.strip_prefix("repository:")?.rsplit_once(':')?;
-        let namespace = service.filter(|service| *service != SERVICE);
+        let namespace = service.filter(|service| *service != DEFAULT_SERVICE);
         let query =
             namespace.map(|ns| url::form_urlencoded::Serializer::new(String::new()).append_pair("ns", ns).finish());
         match route::parse(&format!("/v2/{name}/tags/list"), query.as_deref(), host, &*self.registries).ok()? {
-            Route::Content { registry, repository, .. } => Some(self.pull.place(registry, repository)),
+            Route::Content { registry, repository, .. } => Some(self.pull.repo_ref(registry, repository)),
             Route::Ping => None,
         }
     }
 }
 
-fn denied() -> PullError {
-    PullError::Denied("the registry does not give it to whoever has these rights".into())
+fn access_denied() -> PullError {
+    PullError::Denied("the registry denies access with these credentials".into())
 }
 
-fn not_exchanged(error: &SourceError) -> PullError {
+fn exchange_error(error: &SourceError) -> PullError {
     match error {
-        SourceError::Denied(_) => denied(),
-        error => PullError::Unavailable(format!("whether this may be given cannot be found out now: {error}")),
+        SourceError::Denied(_) => access_denied(),
+        error => PullError::Unavailable(format!("cannot authorize the request at the registry: {error}")),
     }
 }
 
@@ -364,18 +412,18 @@ fn host_of(request: &Parts) -> Option<&str> {
     header.or_else(|| request.uri.authority().map(|authority| authority.as_str()))
 }
 
-/// Reads a question for a token: by GET with Basic, or by POST as OAuth2 has it.
-async fn wanted(session: &mut Session) -> Result<TokenRequest, &'static str> {
+/// Reads a token request: GET with Basic, or POST with a form (OAuth2).
+async fn read_token_request(session: &mut Session) -> Result<TokenRequest, &'static str> {
     let request = session.req_header();
     if request.method == Method::GET {
-        let mut wanted = TokenRequest::of_form(request.uri.query().unwrap_or_default().as_bytes());
-        wanted.secret = authorization(request).and_then(Secret::from_basic);
-        return Ok(wanted);
+        let mut token_request = TokenRequest::of_form(request.uri.query().unwrap_or_default().as_bytes());
+        token_request.secret = authorization(request).and_then(Secret::from_basic);
+        return Ok(token_request);
     }
     let mut form = BytesMut::new();
-    while let Some(piece) = session.read_request_body().await.map_err(|_| "the form ended early")? {
-        if form.len() + piece.len() > MAX_FORM {
-            return Err("the form is too long");
+    while let Some(piece) = session.read_request_body().await.map_err(|_| "the form is incomplete")? {
+        if form.len() + piece.len() > MAX_FORM_BYTES {
+            return Err("the form is longer than 16 KiB");
         }
         form.extend_from_slice(&piece);
     }
@@ -384,72 +432,76 @@ async fn wanted(session: &mut Session) -> Result<TokenRequest, &'static str> {
 
 impl TokenRequest {
     fn of_form(form: &[u8]) -> Self {
-        let mut wanted = Self::default();
+        let mut token_request = Self::default();
         let (mut username, mut password, mut refresh_token) = (None, None, None);
         for (key, value) in url::form_urlencoded::parse(form) {
             match &*key {
-                "service" => wanted.service = Some(value.into_owned()).filter(|service| !service.is_empty()),
-                "scope" => wanted.scopes.extend(value.split_whitespace().map(str::to_owned)),
+                "service" => token_request.service = Some(value.into_owned()).filter(|service| !service.is_empty()),
+                "scope" => token_request.scopes.extend(value.split_whitespace().map(str::to_owned)),
                 "username" => username = Some(value.into_owned()),
                 "password" => password = Some(value.into_owned()),
                 "refresh_token" => refresh_token = Some(value.into_owned()),
                 _ => {}
             }
         }
-        wanted.secret = match (username, password, refresh_token) {
+        token_request.secret = match (username, password, refresh_token) {
             (Some(username), Some(password), _) => Some(Secret::Password { username, password }),
             (_, _, Some(token)) => Some(Secret::Identity(token)),
             _ => None,
         };
-        wanted
+        token_request
     }
 }
 
 impl SecretCheck {
-    fn new(caller: Result<Principal, SourceError>, life: Duration) -> Self {
+    fn new(principal: Result<Principal, SourceError>, ttl: Duration) -> Self {
         let now = Instant::now();
-        Self { caller, since: now, until: now + life, life }
+        Self { principal, checked_at: now, expires_at: now + ttl, ttl }
     }
 
-    /// Whether the registry has just said so: what it grants is good for a minute at least.
+    /// Whether the registry has just responded: what it grants is valid for a minute at least.
     fn is_new(&self) -> bool {
-        self.since.elapsed() < ALTERNATIVE_TIMEOUT
+        self.checked_at.elapsed() < ALTERNATIVE_TIMEOUT
     }
 
-    /// Whether nothing came of it, and something may another time.
-    fn is_passing(&self) -> bool {
-        self.caller.as_ref().is_err_and(SourceError::is_passing_outage)
+    /// Whether the check failed for a reason that may pass.
+    fn is_transient(&self) -> bool {
+        self.principal.as_ref().is_err_and(SourceError::is_transient_outage)
     }
 
-    fn left(&self) -> Duration {
-        self.until.saturating_duration_since(Instant::now())
+    fn remaining(&self) -> Duration {
+        self.expires_at.saturating_duration_since(Instant::now())
     }
 
     fn bytes(&self) -> u32 {
-        let authorization = self.caller.as_ref().ok().and_then(Principal::authorization).map_or(0, HeaderValue::len);
+        let authorization = self.principal.as_ref().ok().and_then(Principal::authorization).map_or(0, HeaderValue::len);
         u32::try_from(size_of::<Self>() + authorization).unwrap_or(u32::MAX)
     }
 
     fn of(
         exchanged: Result<ExchangedSecret, SourceError>,
-        who: PrincipalId,
-        place: &RepositoryRef,
+        principal_id: PrincipalId,
+        repo_ref: &RepositoryRef,
         pull: &Pull,
     ) -> Self {
-        let holder = |authorization| Principal::Holder(Arc::new(VerifiedPrincipal { who, authorization }));
+        let holder =
+            |authorization| Principal::Verified(Arc::new(VerifiedPrincipal { id: principal_id, authorization }));
         match exchanged {
-            Ok(ExchangedSecret { authorization: None, .. }) => Self::new(Ok(Principal::Anonymous), ASKS_NOBODY),
-            Ok(ExchangedSecret { authorization, life }) => Self::new(Ok(holder(authorization)), life.min(RIGHTS_TTL)),
+            Ok(ExchangedSecret { authorization: None, .. }) => Self::new(Ok(Principal::Anonymous), NO_TOKEN_NEEDED_TTL),
+            Ok(ExchangedSecret { authorization, life }) => {
+                Self::new(Ok(holder(authorization)), life.min(AUTHORIZATION_TTL))
+            }
             Err(SourceError::Denied(_)) => {
-                pull.shut_out(&RepositoryRef { caller: holder(None), ..place.clone() });
-                Self::new(Err(SourceError::denied()), place.rule.negative_ttl)
+                pull.revoke_authorization(&RepositoryRef { principal: holder(None), ..repo_ref.clone() });
+                Self::new(Err(SourceError::denied()), repo_ref.rule.negative_ttl)
             }
             Err(error) => {
-                let known = RepositoryRef { caller: holder(None), ..place.clone() };
-                // That too many ask here is no trouble of the registry's.
-                let still = error != SourceError::Busy && error.is_passing_outage() && pull.was_let_in(&known);
-                let shown = Self::new(if still { Ok(known.caller) } else { Err(error) }, IN_TROUBLE);
-                Self { life: RETRY_INTERVAL, ..shown }
+                let known = RepositoryRef { principal: holder(None), ..repo_ref.clone() };
+                // `Busy` is this node's own limit, not an outage of the registry.
+                let was_authorized =
+                    error != SourceError::Busy && error.is_transient_outage() && pull.was_authorized(&known);
+                let check = Self::new(if was_authorized { Ok(known.principal) } else { Err(error) }, OUTAGE_TOKEN_TTL);
+                Self { ttl: RETRY_INTERVAL, ..check }
             }
         }
     }
@@ -457,6 +509,6 @@ impl SecretCheck {
 
 impl Lifetime for SecretCheck {
     fn life(&self) -> Duration {
-        self.life
+        self.ttl
     }
 }

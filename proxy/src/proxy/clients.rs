@@ -1,4 +1,4 @@
-//! Which clients are answered, and how much one address may ask for at once.
+//! Which clients are served, and how many requests one address may send.
 
 use std::collections::HashMap;
 use std::net::IpAddr;
@@ -12,70 +12,70 @@ use crate::config::AccessConfig;
 use crate::connections::client;
 use crate::times::DEFAULT_TTL;
 
-/// What `[access]` says of clients, and what each address asks for at the moment.
+/// The limits of `[access]`, and the current requests of each client.
 pub struct Clients {
     networks: Vec<IpNet>,
-    most_at_once: Option<u32>,
-    most_a_second: Option<u32>,
+    max_concurrent: Option<u32>,
+    max_per_second: Option<u32>,
     running: Arc<RunningRequests>,
     allowances: moka::sync::Cache<IpAddr, Arc<Mutex<RateAllowance>>>,
 }
 
-/// Requests that are being answered, by client. Whoever has none is not in it.
+/// Requests in progress, by client. A client without any has no entry.
 type RunningRequests = Mutex<HashMap<IpAddr, u32>>;
 
-/// Requests that may come at once; as many come back each second as may come in one.
+/// A token bucket: its capacity is refilled within one second.
 struct RateAllowance {
-    left: f64,
-    since: Instant,
+    tokens: f64,
+    refilled_at: Instant,
 }
 
-/// A request's place among those of its client.
+/// Counts a request against its client's limit while it is held.
 pub(super) struct ClientPermit(Option<(Arc<RunningRequests>, IpAddr)>);
 
-/// Why a client is not answered.
+/// Why a client's request is rejected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum ClientDenied {
-    /// It is in none of the networks.
-    Stranger,
-    TooManyAtOnce,
-    TooOften,
+    /// Its address is in none of the networks.
+    NotAllowed,
+    TooManyConcurrent,
+    RateLimited,
 }
 
-/// More addresses than ask within a minute. Those that are forgotten begin anew, with what a second gives anyway.
+/// Bounds the buckets. Smaller: a client that loses its bucket starts with a full one, the requests of one second.
 const MAX_CLIENTS: u64 = 100_000;
 
 impl Clients {
     pub fn new(access: &AccessConfig) -> Self {
         Self {
-            networks: access.clients.clone(),
-            most_at_once: access.requests_at_once.map(|most| u32::from(most.get())),
-            most_a_second: access.requests_per_second.map(|most| u32::from(most.get())),
+            networks: access.allowed_cidrs.clone(),
+            max_concurrent: access.max_concurrent_requests.map(|max| u32::from(max.get())),
+            max_per_second: access.max_requests_per_second.map(|max| u32::from(max.get())),
             running: Arc::default(),
             allowances: moka::sync::Cache::builder().max_capacity(MAX_CLIENTS).time_to_idle(DEFAULT_TTL).build(),
         }
     }
 
-    /// Lets a request in. Without an address nobody is known to be in a network.
+    /// Admits a request. A client without an address is in none of the networks.
     pub(super) fn admit(&self, address: Option<IpAddr>, now: Instant) -> Result<ClientPermit, ClientDenied> {
         let address = address.map(|address| address.to_canonical());
         let is_in = |address: IpAddr| self.networks.iter().any(|network| network.contains(&address));
         if !self.networks.is_empty() && !address.is_some_and(is_in) {
-            return Err(ClientDenied::Stranger);
+            return Err(ClientDenied::NotAllowed);
         }
         let Some(client) = address.map(client) else { return Ok(ClientPermit(None)) };
-        if let Some(most) = self.most_a_second {
-            let full = || Arc::new(Mutex::new(RateAllowance { left: f64::from(most), since: now }));
+        if let Some(max) = self.max_per_second {
+            let full = || Arc::new(Mutex::new(RateAllowance { tokens: f64::from(max), refilled_at: now }));
             let allowance = self.allowances.get_with(client, full);
-            if !allowance.lock().take(most, now) {
-                return Err(ClientDenied::TooOften);
+            if !allowance.lock().take(max, now) {
+                return Err(ClientDenied::RateLimited);
             }
         }
-        let Some(most) = self.most_at_once else { return Ok(ClientPermit(None)) };
+        let Some(max) = self.max_concurrent else { return Ok(ClientPermit(None)) };
         let mut running = self.running.lock();
         let count = running.entry(client).or_default();
-        if *count >= most {
-            return Err(ClientDenied::TooManyAtOnce);
+        if *count >= max {
+            return Err(ClientDenied::TooManyConcurrent);
         }
         *count += 1;
         Ok(ClientPermit(Some((self.running.clone(), client))))
@@ -83,26 +83,26 @@ impl Clients {
 }
 
 impl RateAllowance {
-    /// Takes one request of this second's.
-    fn take(&mut self, most: u32, now: Instant) -> bool {
-        let most = f64::from(most);
-        let back = now.saturating_duration_since(self.since).as_secs_f64() * most;
-        self.left = (self.left + back).min(most);
-        self.since = now;
-        let may = self.left >= 1.0;
-        if may {
-            self.left -= 1.0;
+    /// Takes one request from the bucket.
+    fn take(&mut self, max: u32, now: Instant) -> bool {
+        let max = f64::from(max);
+        let refill = now.saturating_duration_since(self.refilled_at).as_secs_f64() * max;
+        self.tokens = (self.tokens + refill).min(max);
+        self.refilled_at = now;
+        let is_allowed = self.tokens >= 1.0;
+        if is_allowed {
+            self.tokens -= 1.0;
         }
-        may
+        is_allowed
     }
 }
 
 impl ClientDenied {
     pub(super) fn as_str(self) -> &'static str {
         match self {
-            Self::Stranger => "this address is in no network of access.clients",
-            Self::TooManyAtOnce => "more requests of this address at once than access.requests_at_once",
-            Self::TooOften => "more requests of this address a second than access.requests_per_second",
+            Self::NotAllowed => "the client's address is not in access.allowed_cidrs",
+            Self::TooManyConcurrent => "the client's address exceeds access.max_concurrent_requests",
+            Self::RateLimited => "the client's address exceeds access.max_requests_per_second",
         }
     }
 }
@@ -140,8 +140,8 @@ mod tests {
     }
 
     #[test]
-    fn only_those_in_the_networks_are_answered() {
-        let some = clients("clients = [\"10.0.0.0/8\", \"fd00::/8\"]");
+    fn client_outside_allowed_cidrs_is_denied() {
+        let some = clients("allowed_cidrs = [\"10.0.0.0/8\", \"fd00::/8\"]");
         for (address, is_in) in [
             ("10.1.2.3", true),
             ("::ffff:10.1.2.3", true),
@@ -152,33 +152,33 @@ mod tests {
         ] {
             assert_eq!(outcome(&some, ip(address)).is_ok(), is_in, "{address}");
         }
-        assert_eq!(outcome(&some, None), Err(ClientDenied::Stranger));
+        assert_eq!(outcome(&some, None), Err(ClientDenied::NotAllowed));
         assert_eq!(outcome(&clients(""), None), Ok(()));
     }
 
     #[test]
-    fn an_address_has_so_many_requests_at_once() {
-        let few = clients("requests_at_once = 2");
+    fn address_over_max_concurrent_requests_is_denied() {
+        let few = clients("max_concurrent_requests = 2");
         let now = Instant::now();
         let held: Vec<_> = (0..2).map(|_| few.admit(ip("10.0.0.1"), now).unwrap()).collect();
-        assert_eq!(outcome(&few, ip("10.0.0.1")), Err(ClientDenied::TooManyAtOnce));
+        assert_eq!(outcome(&few, ip("10.0.0.1")), Err(ClientDenied::TooManyConcurrent));
         assert_eq!(outcome(&few, ip("10.0.0.2")), Ok(()), "another's");
         drop(held);
         assert_eq!(outcome(&few, ip("10.0.0.1")), Ok(()));
-        assert!(few.running.lock().is_empty(), "whoever asks for nothing costs nothing");
+        assert!(few.running.lock().is_empty(), "a client without requests has no entry");
     }
 
     #[test]
-    fn a_network_of_ipv6_is_one_client() {
-        let few = clients("requests_at_once = 1");
+    fn ipv6_network_counts_as_one_client() {
+        let few = clients("max_concurrent_requests = 1");
         let _held = few.admit(ip("2001:db8::1"), Instant::now()).unwrap();
-        assert_eq!(outcome(&few, ip("2001:db8::2")), Err(ClientDenied::TooManyAtOnce));
+        assert_eq!(outcome(&few, ip("2001:db8::2")), Err(ClientDenied::TooManyConcurrent));
         assert_eq!(outcome(&few, ip("2001:db8:0:1::1")), Ok(()));
     }
 
     #[test]
-    fn an_address_has_so_many_requests_a_second() {
-        let few = clients("requests_per_second = 10");
+    fn address_over_max_requests_per_second_is_denied() {
+        let few = clients("max_requests_per_second = 10");
         let start = Instant::now();
         let at = |millis: u64| {
             let now = start + Duration::from_millis(millis);

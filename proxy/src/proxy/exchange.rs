@@ -1,4 +1,4 @@
-//! One request and what became of it, for metrics, the status, the access log and traces.
+//! One request and its outcome, for metrics, the status, the access log and traces.
 
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -14,35 +14,35 @@ use crate::activity::{Activity, ServedContent};
 use crate::memory::ClientBytes;
 use crate::metrics;
 use crate::oci::{Registry, RegistryFrom, Repository};
-use crate::peers::{PeerBody as Counted, Seal};
+use crate::peers::{PeerBody, Seal};
 use crate::source::Broken;
 use crate::trace;
 
-/// One request and what became of it.
+/// One request and its outcome.
 pub struct Exchange {
     pub(super) id: String,
     pub(super) span: trace::TraceSpan,
     pub(super) started: Instant,
-    /// Counts the request as load for as long as it is answered.
-    pub(super) seat: Option<RequestPermit>,
-    /// And as one of its client's.
-    pub(super) place: Option<ClientPermit>,
-    /// Proves the answer to a peer.
+    /// Counts the request in the listener's load until it ends.
+    pub(super) request_permit: Option<RequestPermit>,
+    /// Counts the request against its client's limit until it ends.
+    pub(super) client_permit: Option<ClientPermit>,
+    /// Authenticates the response to a peer.
     pub(super) seal: Option<Seal>,
-    /// Counts its body as sent to a peer.
-    pub(super) counted: Option<Counted>,
-    /// Its share of the memory for answers that are sent whole.
-    pub(super) held: Option<ClientBytes>,
+    /// Counts the body as being sent to a peer.
+    pub(super) peer_body: Option<PeerBody>,
+    /// Its share of the memory for buffered responses.
+    pub(super) memory: Option<ClientBytes>,
     pub(super) route: &'static str,
     pub(super) content: Option<Content>,
     pub(super) status: u16,
     pub(super) source: &'static str,
     pub(super) sent: u64,
     pub(super) first_byte: Option<Duration>,
-    /// From its first byte to the end of the answer.
-    pub(super) took: Duration,
+    /// From the end of the request's head to the end of the response.
+    pub(super) duration: Duration,
     pub(super) failure: Option<String>,
-    /// Why there is no content, unless that is only who asks.
+    /// Why there is no content. A 401 needs no reason: it is a step of authentication.
     pub(super) reason: Option<String>,
 }
 
@@ -50,47 +50,48 @@ pub(super) struct Content {
     pub(super) registry: Registry,
     pub(super) repository: Repository,
     pub(super) rule: String,
-    pub(super) named_by: RegistryFrom,
+    pub(super) registry_from: RegistryFrom,
 }
 
-/// No reference that is right is longer.
-const MAX_REFERENCE: usize = 200;
+/// The status shows a reference up to this length, in bytes. A valid tag or SHA-256 digest is shorter.
+const MAX_REFERENCE_BYTES: usize = 200;
 
-/// In metrics and logs, where an answer has no content.
+/// In metrics and logs, the source of a response without content.
 pub(super) const NO_SOURCE: &str = "none";
 
-/// Why an answer ended early that nothing else ended.
-pub(super) const LEFT: &str = "the client left";
+/// The cause of a response that ended early, if there is no other.
+pub(super) const CLIENT_DISCONNECTED: &str = "the client disconnected";
 
 impl RegistryProxy {
-    /// Tells everybody who keeps account of requests what became of one.
-    pub(super) fn account(&self, session: &Session, error: Option<&Error>, exchange: &mut Exchange) {
-        exchange.took = exchange.started.elapsed();
+    /// Reports the outcome of a request to metrics, status, access log and trace.
+    pub(super) fn report(&self, session: &Session, error: Option<&Error>, exchange: &mut Exchange) {
+        exchange.duration = exchange.started.elapsed();
         self.count(exchange);
         if self.listener == Listener::Clients {
-            note(&self.activity, session, exchange);
+            record_activity(&self.activity, session, exchange);
         }
-        log(&self.access_log, session, error, exchange);
-        finish(session, error, exchange);
+        log_access(&self.access_log, session, error, exchange);
+        finish_span(session, error, exchange);
     }
 
     pub(super) fn count(&self, exchange: &Exchange) {
-        self.metrics.answered(&metrics::ResponseLabels {
+        self.metrics.count(&metrics::ResponseLabels {
+            receiver: match self.listener {
+                Listener::Clients => metrics::Receiver::Client,
+                Listener::Peers => metrics::Receiver::Peer,
+            },
             route: exchange.route,
             source: exchange.source,
             status: exchange.status,
             sent: exchange.sent,
             first_byte: exchange.first_byte,
-            took: exchange.took,
+            took: exchange.duration,
         });
-        if self.listener == Listener::Clients && !matches!(exchange.source, NO_SOURCE | "origin") {
-            self.metrics.saved_bytes.inc_by(exchange.sent);
-        }
     }
 }
 
-/// Remembers an answer for those who look at the status.
-fn note(activity: &Activity, session: &Session, exchange: &Exchange) {
+/// Adds a response to the recent activity of the status.
+fn record_activity(activity: &Activity, session: &Session, exchange: &Exchange) {
     let Some(content) = &exchange.content else { return };
     let reference = session.req_header().uri.path().rsplit('/').next().unwrap_or_default();
     activity.add(ServedContent {
@@ -100,20 +101,20 @@ fn note(activity: &Activity, session: &Session, exchange: &Exchange) {
             .map_or(0, |now| u64::try_from(now.as_millis()).unwrap_or(u64::MAX)),
         route: exchange.route.into(),
         image: [content.registry.as_str(), "/", content.repository.as_str()].concat(),
-        reference: reference[..reference.floor_char_boundary(MAX_REFERENCE)].to_owned(),
+        reference: reference[..reference.floor_char_boundary(MAX_REFERENCE_BYTES)].to_owned(),
         status: exchange.status,
         source: exchange.source.into(),
         bytes: exchange.sent,
         first_byte_ms: exchange.first_byte.map(|time| Millis(time).number()),
-        total_ms: Millis(exchange.took).number(),
+        total_ms: Millis(exchange.duration).number(),
     });
 }
 
 /// Adds a line to the access log.
-fn log(access_log: &AccessLog, session: &Session, error: Option<&Error>, exchange: &Exchange) {
+fn log_access(access_log: &AccessLog, session: &Session, error: Option<&Error>, exchange: &Exchange) {
     let content = exchange.content.as_ref();
     let request = session.req_header();
-    let left = error.map(|_| LEFT);
+    let left = error.map(|_| CLIENT_DISCONNECTED);
     let trace = exchange.span.trace().map(|trace| format!("{trace:032x}"));
     access_log.add(&Line {
         id: &exchange.id,
@@ -125,20 +126,19 @@ fn log(access_log: &AccessLog, session: &Session, error: Option<&Error>, exchang
         route: exchange.route,
         registry: content.map(|c| c.registry.as_str()),
         repository: content.map(|c| c.repository.as_str()),
-        named_by: content.map(|c| c.named_by.as_str()),
+        registry_from: content.map(|c| c.registry_from.as_str()),
         rule: content.map(|c| c.rule.as_str()),
         status: exchange.status,
         source: exchange.source,
         bytes: exchange.sent,
         first_byte_ms: exchange.first_byte.map(Millis),
-        total_ms: Millis(exchange.took),
-        reason: exchange.reason.as_deref(),
-        failure: exchange.failure.as_deref().or(left),
+        total_ms: Millis(exchange.duration),
+        error: exchange.failure.as_deref().or(left).or(exchange.reason.as_deref()),
     });
 }
 
-/// Tells whoever follows the trace what became of the request.
-fn finish(session: &Session, error: Option<&Error>, exchange: &mut Exchange) {
+/// Completes the request's trace span.
+fn finish_span(session: &Session, error: Option<&Error>, exchange: &mut Exchange) {
     let mut span = std::mem::take(&mut exchange.span);
     let request = session.req_header();
     span.rename(|| format!("{} {}", request.method, exchange.route));
@@ -162,7 +162,7 @@ fn finish(session: &Session, error: Option<&Error>, exchange: &mut Exchange) {
         let status = ("http.response.status_code", u64::from(exchange.status).into());
         texts.chain([status, sent, ("dray.source", exchange.source.into())]).collect()
     });
-    if let Some(failure) = exchange.failure.as_deref().or(error.map(|_| LEFT)) {
+    if let Some(failure) = exchange.failure.as_deref().or(error.map(|_| CLIENT_DISCONNECTED)) {
         span.fail(|| failure.to_owned());
     } else if exchange.status >= 500 {
         span.fail(|| exchange.status.to_string());
@@ -170,14 +170,14 @@ fn finish(session: &Session, error: Option<&Error>, exchange: &mut Exchange) {
 }
 
 impl Exchange {
-    /// Counts bytes that left.
-    pub(super) fn sent(&mut self, count: u64) {
+    /// Counts bytes that were sent.
+    pub(super) fn count_sent(&mut self, count: u64) {
         self.first_byte.get_or_insert_with(|| self.started.elapsed());
         self.sent += count;
     }
 
-    /// Notes why the answer ends early.
-    pub(super) fn broke(&mut self, broken: &Broken) -> Box<Error> {
+    /// Records why the response ends early.
+    pub(super) fn fail(&mut self, broken: &Broken) -> Box<Error> {
         self.failure = Some(broken.to_string());
         Error::explain(ErrorType::WriteError, broken.to_string())
     }
@@ -187,18 +187,18 @@ impl Exchange {
             id: format!("{:016x}", fastrand::u64(..)),
             span: trace::TraceSpan::default(),
             started: Instant::now(),
-            seat: None,
-            place: None,
+            request_permit: None,
+            client_permit: None,
             seal: None,
-            counted: None,
-            held: None,
+            peer_body: None,
+            memory: None,
             route: "other",
             content: None,
             status: 0,
             source: NO_SOURCE,
             sent: 0,
             first_byte: None,
-            took: Duration::ZERO,
+            duration: Duration::ZERO,
             failure: None,
             reason: None,
         }

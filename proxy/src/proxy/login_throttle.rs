@@ -1,5 +1,5 @@
-//! How many secrets a registry is shown at a time: nobody can guess here at a rate that it would not take from one
-//! address, and nobody's guesses keep others waiting.
+//! Limits the credentials that a registry verifies at a time. dray must not help a client to guess faster than the
+//! registry allows one address, and one client's guesses must not delay other clients.
 
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -13,53 +13,62 @@ use crate::shares::{Share, Shares};
 use crate::source::SourceError;
 use crate::times::SERVICE_TIMEOUT;
 
-/// Turns to show registries a secret.
+/// Permits to have a registry verify a credential.
 pub(super) struct LoginThrottle {
-    of_registry: moka::sync::Cache<Registry, Arc<Shares<Option<IpAddr>>>>,
-    of_client: moka::sync::Cache<(Registry, Option<IpAddr>), Arc<Semaphore>>,
+    per_registry: moka::sync::Cache<Registry, Arc<Shares<Option<IpAddr>>>>,
+    per_client: moka::sync::Cache<(Registry, Option<IpAddr>), Arc<Semaphore>>,
 }
 
-/// Held while it is not known whether a secret is right.
+/// Held until the registry has accepted or rejected the credential.
 pub(super) struct LoginPermit {
-    of_client: OwnedSemaphorePermit,
-    _of_registry: Share<Option<IpAddr>>,
+    per_client: OwnedSemaphorePermit,
+    _per_registry: Share<Option<IpAddr>>,
 }
 
-/// Secrets that one registry is shown at a time, and those of one client.
-const OF_REGISTRY: usize = 48;
-const OF_CLIENT: usize = 16;
+/// Credentials in verification at one registry, for all clients and for one. Larger: faster guessing. Smaller: clients
+/// that start together wait for a slow registry.
+const MAX_CHECKS_PER_REGISTRY: usize = 48;
+const MAX_CHECKS_PER_CLIENT: usize = 16;
 
-/// A wrong one holds its client's turn for so long, and nobody else's.
-const WRONG: Duration = Duration::from_secs(1);
+/// A rejected credential keeps its client's permit for this long. Larger: a client with a wrong password waits longer
+/// for its right one. Smaller: faster guessing.
+const REJECTED_HOLD: Duration = Duration::from_secs(1);
 
+/// Bound the registries and clients with a limit. Smaller: one that is evicted starts with all its permits again.
 const MAX_REGISTRIES: u64 = 10_000;
 const MAX_CLIENTS: u64 = 100_000;
 
 impl LoginThrottle {
     pub(super) fn new() -> Self {
-        Self { of_registry: moka::sync::Cache::new(MAX_REGISTRIES), of_client: moka::sync::Cache::new(MAX_CLIENTS) }
+        Self { per_registry: moka::sync::Cache::new(MAX_REGISTRIES), per_client: moka::sync::Cache::new(MAX_CLIENTS) }
     }
 
-    /// Waits until another secret may be shown to a registry.
-    pub(super) async fn take(&self, registry: &Registry, client: Option<IpAddr>) -> Result<LoginPermit, SourceError> {
-        let of_client = self.of_client.get_with((registry.clone(), client), || Arc::new(Semaphore::new(OF_CLIENT)));
-        let of_registry = self.of_registry.get_with_by_ref(registry, || Arc::new(Shares::new(OF_REGISTRY)));
-        let taken = timeout(SERVICE_TIMEOUT, async {
-            // Only those whose own turn it is wait among all.
-            let own = of_client.acquire_owned().await.ok()?;
-            Some(LoginPermit { of_client: own, _of_registry: of_registry.wait(&client, 1).await })
+    /// Waits until the registry may verify another credential.
+    pub(super) async fn acquire(
+        &self,
+        registry: &Registry,
+        client: Option<IpAddr>,
+    ) -> Result<LoginPermit, SourceError> {
+        let per_client =
+            self.per_client.get_with((registry.clone(), client), || Arc::new(Semaphore::new(MAX_CHECKS_PER_CLIENT)));
+        let per_registry =
+            self.per_registry.get_with_by_ref(registry, || Arc::new(Shares::new(MAX_CHECKS_PER_REGISTRY)));
+        let acquired = timeout(SERVICE_TIMEOUT, async {
+            // The client's own permit comes first: a client over its limit must not wait in the registry's queue.
+            let own = per_client.acquire_owned().await.ok()?;
+            Some(LoginPermit { per_client: own, _per_registry: per_registry.wait(&client, 1).await })
         });
-        taken.await.ok().flatten().ok_or(SourceError::Busy)
+        acquired.await.ok().flatten().ok_or(SourceError::Busy)
     }
 }
 
 impl LoginPermit {
-    /// The secret was wrong.
-    pub(super) fn was_wrong(self) {
-        let of_client = self.of_client;
+    /// The registry rejected the credential.
+    pub(super) fn mark_rejected(self) {
+        let per_client = self.per_client;
         tokio::spawn(async move {
-            sleep(WRONG).await;
-            drop(of_client);
+            sleep(REJECTED_HOLD).await;
+            drop(per_client);
         });
     }
 }
@@ -69,36 +78,36 @@ mod tests {
     use super::*;
 
     #[tokio::test(start_paused = true)]
-    async fn who_guesses_waits_and_others_do_not() {
-        let (turns, registry) = (LoginThrottle::new(), "docker.io".parse().unwrap());
+    async fn guessing_client_waits_and_others_do_not() {
+        let (throttle, registry) = (LoginThrottle::new(), "docker.io".parse().unwrap());
         let from = |nth: u8| Some(IpAddr::from([192, 0, 2, nth]));
-        for _ in 0..OF_CLIENT {
-            turns.take(&registry, from(1)).await.ok().unwrap().was_wrong();
+        for _ in 0..MAX_CHECKS_PER_CLIENT {
+            throttle.acquire(&registry, from(1)).await.ok().unwrap().mark_rejected();
         }
-        let asked = tokio::time::Instant::now();
-        drop(turns.take(&registry, from(2)).await.ok().unwrap());
-        assert_eq!(asked.elapsed(), Duration::ZERO, "another client");
-        // Many who guess at once keep nobody else waiting either.
+        let started = tokio::time::Instant::now();
+        drop(throttle.acquire(&registry, from(2)).await.ok().unwrap());
+        assert_eq!(started.elapsed(), Duration::ZERO, "another client");
+        // Many guessing clients do not delay the others either.
         for nth in 3..23 {
-            for _ in 0..OF_CLIENT {
-                turns.take(&registry, from(nth)).await.ok().unwrap().was_wrong();
+            for _ in 0..MAX_CHECKS_PER_CLIENT {
+                throttle.acquire(&registry, from(nth)).await.ok().unwrap().mark_rejected();
             }
         }
-        assert_eq!(asked.elapsed(), Duration::ZERO, "others");
-        drop(turns.take(&registry, from(1)).await.ok().unwrap());
-        assert_eq!(asked.elapsed(), WRONG);
+        assert_eq!(started.elapsed(), Duration::ZERO, "others");
+        drop(throttle.acquire(&registry, from(1)).await.ok().unwrap());
+        assert_eq!(started.elapsed(), REJECTED_HOLD);
     }
 
     #[tokio::test(start_paused = true)]
-    async fn registry_that_says_nothing_for_long_has_turns_for_those_who_come() {
-        let (turns, registry) = (LoginThrottle::new(), "docker.io".parse().unwrap());
+    async fn slow_registry_has_permits_for_new_clients() {
+        let (throttle, registry) = (LoginThrottle::new(), "docker.io".parse().unwrap());
         let from = |nth: u8| Some(IpAddr::from([192, 0, 2, nth]));
         let mut held = Vec::new();
         for nth in 1..=3 {
-            while let Ok(turn) = turns.take(&registry, from(nth)).await {
-                held.push(turn);
+            while let Ok(permit) = throttle.acquire(&registry, from(nth)).await {
+                held.push(permit);
             }
         }
-        assert!(turns.take(&registry, from(4)).await.is_ok(), "{} are held", held.len());
+        assert!(throttle.acquire(&registry, from(4)).await.is_ok(), "{} are held", held.len());
     }
 }

@@ -1,4 +1,4 @@
-//! Who may use this process at all, where clients have to log in: `[access] logins_file`.
+//! The users that may use this process, if clients must log in (`[access] users_file`).
 
 #![allow(clippy::disallowed_methods, reason = "runs at the start, and on threads for blocking work")]
 
@@ -11,40 +11,40 @@ use crate::principal::PrincipalId;
 use crate::secret::Secret;
 use crate::token_issuer::TokenIssuer;
 
-/// The logins of a file, read again when it changes. Only their keyed hashes are kept.
+/// The logins of a file, read again when it changes. Memory holds only their keyed hashes.
 pub(super) struct Logins {
     path: PathBuf,
     known: ArcSwap<HashSet<PrincipalId>>,
 }
 
 impl Logins {
-    pub(super) fn load(path: &Path, grants: &TokenIssuer) -> Result<Self, String> {
-        Ok(Self { path: path.to_owned(), known: ArcSwap::from_pointee(read(path, grants)?) })
+    pub(super) fn load(path: &Path, issuer: &TokenIssuer) -> Result<Self, String> {
+        Ok(Self { path: path.to_owned(), known: ArcSwap::from_pointee(read(path, issuer)?) })
     }
 
-    /// Reads the file again. What cannot be read changes nothing.
-    pub(super) fn reload(&self, grants: &TokenIssuer) -> Result<(), String> {
-        self.known.store(read(&self.path, grants)?.into());
+    /// Reads the file again. After an error the previous logins stay valid.
+    pub(super) fn reload(&self, issuer: &TokenIssuer) -> Result<(), String> {
+        self.known.store(read(&self.path, issuer)?.into());
         Ok(())
     }
 
-    pub(super) fn know(&self, secret: &Secret, grants: &TokenIssuer) -> bool {
-        self.known.load().contains(&grants.who(secret))
+    pub(super) fn contains(&self, secret: &Secret, issuer: &TokenIssuer) -> bool {
+        self.known.load().contains(&issuer.principal_id(secret))
     }
 }
 
-fn read(path: &Path, grants: &TokenIssuer) -> Result<HashSet<PrincipalId>, String> {
-    let wrong = |why: String| format!("access.logins_file = \"{}\": {why}", path.display());
-    let text = std::fs::read_to_string(path).map_err(|error| wrong(error.to_string()))?;
+fn read(path: &Path, issuer: &TokenIssuer) -> Result<HashSet<PrincipalId>, String> {
+    let invalid = |error: String| format!("access.users_file = \"{}\": {error}", path.display());
+    let text = std::fs::read_to_string(path).map_err(|error| invalid(error.to_string()))?;
     let lines = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty() && !line.starts_with('#'));
     let login = |(nth, line): (usize, &str)| match line.split_once(':') {
         Some((username, password)) if !username.is_empty() && !password.is_empty() => {
-            Ok(grants.who(&Secret::Password { username: username.to_owned(), password: password.to_owned() }))
+            Ok(issuer.principal_id(&Secret::Password { username: username.to_owned(), password: password.to_owned() }))
         }
-        _ => Err(wrong(format!("line {}: expected user:password", nth + 1))),
+        _ => Err(invalid(format!("line {}: expected user:password", nth + 1))),
     };
     let known: HashSet<PrincipalId> = lines.map(login).collect::<Result<_, _>>()?;
-    if known.is_empty() { Err(wrong("has no login, so nobody could use this process".into())) } else { Ok(known) }
+    if known.is_empty() { Err(invalid("has no login: add at least one line user:password".into())) } else { Ok(known) }
 }
 
 #[cfg(test)]
@@ -56,20 +56,20 @@ mod tests {
     }
 
     #[test]
-    fn logins_are_lines_and_mistakes_are_named_without_them() {
-        let (file, grants) = (tempfile::NamedTempFile::new().unwrap(), TokenIssuer::new(None).unwrap());
+    fn users_file_error_names_line_without_password() {
+        let (file, issuer) = (tempfile::NamedTempFile::new().unwrap(), TokenIssuer::new(None).unwrap());
         std::fs::write(file.path(), "# nodes\nnode:a:b\n\nci:c\n").unwrap();
-        let logins = Logins::load(file.path(), &grants).unwrap();
-        assert!(logins.know(&login("node", "a:b"), &grants) && logins.know(&login("ci", "c"), &grants));
-        assert!(!logins.know(&login("node", "b"), &grants) && !logins.know(&login("nod", "ea:b"), &grants));
-        for (text, says) in [("node:a\nhush\n", "line 2"), ("# none\n", "no login"), (":hush\n", "line 1")] {
+        let logins = Logins::load(file.path(), &issuer).unwrap();
+        assert!(logins.contains(&login("node", "a:b"), &issuer) && logins.contains(&login("ci", "c"), &issuer));
+        assert!(!logins.contains(&login("node", "b"), &issuer) && !logins.contains(&login("nod", "ea:b"), &issuer));
+        for (text, expected) in [("node:a\nhush\n", "line 2"), ("# none\n", "no login"), (":hush\n", "line 1")] {
             std::fs::write(file.path(), text).unwrap();
-            let message = logins.reload(&grants).unwrap_err();
-            assert!(message.contains(says) && !message.contains("hush"), "{message}");
-            assert!(logins.know(&login("ci", "c"), &grants));
+            let message = logins.reload(&issuer).unwrap_err();
+            assert!(message.contains(expected) && !message.contains("hush"), "{message}");
+            assert!(logins.contains(&login("ci", "c"), &issuer));
         }
         std::fs::write(file.path(), "ci:d\n").unwrap();
-        logins.reload(&grants).unwrap();
-        assert!(!logins.know(&login("ci", "c"), &grants) && logins.know(&login("ci", "d"), &grants));
+        logins.reload(&issuer).unwrap();
+        assert!(!logins.contains(&login("ci", "c"), &issuer) && logins.contains(&login("ci", "d"), &issuer));
     }
 }

@@ -1,14 +1,12 @@
-//! `sendfile(2)`: a file's bytes to a plain HTTP/1.1 client without copying them through this
-//! process. It costs as much as reading and writing large pieces, and no memory for a client that
-//! reads slowly.
+//! `sendfile(2)`: a file's bytes to a plain HTTP/1.1 client without copying them through this process. It costs as much
+//! as reading and writing large pieces, and no memory for a client that reads slowly.
 //!
-//! Pingora neither sends files nor lets go of its socket, so the answer's head goes through it and
-//! the body past it, on a duplicate of the descriptor. Pingora counts the bytes of a body and closes
-//! a connection on which some are missing; it counts none for a HEAD. While the head is written, the
-//! request is therefore said to be one. The connection is then in the state that Pingora thinks it
-//! is in once exactly the announced bytes were sent; if fewer were, the caller must close it.
+//! Pingora neither sends files nor releases its socket: it writes the head, and the body goes around it on a duplicate
+//! of the descriptor. Pingora counts the bytes of a body and closes a connection on which some are missing; for HEAD it
+//! counts none. So the request pretends to be HEAD while the head is written. Pingora's view of the connection is
+//! correct again once exactly the announced bytes are sent. If fewer are sent, the connection must be closed.
 //!
-//! A file that is still growing is sent as far as it is there, again and again.
+//! A file that is still growing is sent piece by piece, up to its current end.
 
 use std::io::{self, IoSliceMut};
 use std::sync::Arc;
@@ -27,24 +25,25 @@ use crate::oci::Span;
 use crate::source::Broken;
 use crate::store::Blob;
 
-/// Below this, the set-up costs more than the copy that it saves.
-pub(super) const WORTHWHILE: u64 = 256 * 1024;
+/// A smaller body, in bytes, is copied: the set-up of `sendfile` would cost more than the copy that it saves.
+pub(super) const MIN_SENDFILE_BYTES: u64 = 256 * 1024;
 
-/// Sent at once: a fast client must not keep a worker to itself.
-const CHUNK: u64 = 2 * 1024 * 1024;
+/// Bytes of one `sendfile` call. Larger: a fast client keeps a worker from other connections for longer. Smaller: more
+/// calls.
+const MAX_CHUNK_BYTES: u64 = 2 * 1024 * 1024;
 
-/// Whether the page cache holds a chunk is asked once for each of these; the kernel reads ahead at
-/// least as much.
-const PROBE: u64 = 128 * 1024;
+/// One byte of each such step is probed in the page cache. The kernel reads ahead at least as much; larger steps could
+/// miss a gap, and block a worker on the disk.
+const CACHE_PROBE_STEP: u64 = 128 * 1024;
 
-/// A body on its way past Pingora.
+/// A body that is sent around Pingora.
 pub(super) struct SendfileBody<'a> {
     socket: Socket,
     reader: &'a mut Reader,
-    taking: SlowClientDetector,
+    detector: SlowClientDetector,
 }
 
-/// Writes the head of an answer whose body goes past Pingora.
+/// Writes the head of a response whose body is sent around Pingora.
 pub(super) async fn write_head(session: &mut Session, head: ResponseHeader) -> pingora::Result<()> {
     let method = session.req_header().method.clone();
     session.req_header_mut().set_method(Method::HEAD);
@@ -55,50 +54,50 @@ pub(super) async fn write_head(session: &mut Session, head: ResponseHeader) -> p
 
 impl<'a> SendfileBody<'a> {
     pub(super) fn new(socket: Socket, reader: &'a mut Reader) -> Self {
-        socket.hold_back();
-        Self { socket, reader, taking: SlowClientDetector::begin() }
+        socket.cork();
+        Self { socket, reader, detector: SlowClientDetector::start() }
     }
 
-    /// Sends some of what is there, or waits until more is; how many bytes the client took. None:
-    /// it has all.
+    /// Sends some of the available bytes, or waits for more. Returns how many the client accepted; None at the end of
+    /// the body.
     pub(super) async fn next(&mut self) -> Result<Option<u64>, Broken> {
         if self.reader.must_wait() {
-            self.socket.push();
+            self.socket.uncork();
             tokio::select! {
                 ready = self.reader.ready() => drop(ready?),
-                () = self.socket.closed() => return Err(Broken("the client left".into())),
+                () = self.socket.closed() => return Err(Broken("the client disconnected".into())),
             }
-            self.socket.hold_back();
-            self.taking = SlowClientDetector::begin();
+            self.socket.cork();
+            self.detector = SlowClientDetector::start();
         }
         let Some((blob, mut span)) = self.reader.ready().await? else {
-            self.socket.push();
+            self.socket.uncork();
             return Ok(None);
         };
-        span.end = span.end.min(span.start + CHUNK);
+        span.end = span.end.min(span.start + MAX_CHUNK_BYTES);
         let sent = self.send(&blob, span).await.inspect_err(|error| blob.failed(error));
         let sent = sent.map_err(|error| Broken(error.to_string()))?;
-        self.taking.took(sent);
+        self.detector.record(sent);
         self.reader.skip(sent);
         Ok(Some(sent))
     }
 
-    /// Sends some of a span.
+    /// Sends the start of a span, as much as the socket accepts.
     async fn send(&self, blob: &Arc<Blob>, span: Span) -> io::Result<u64> {
         loop {
-            let writable = timeout_at(self.taking.until(), self.socket.stream().writable()).await;
+            let writable = timeout_at(self.detector.deadline(), self.socket.stream().writable()).await;
             writable.map_err(|_| io::ErrorKind::TimedOut)??;
             let result = if is_cached(blob, span) {
                 send_chunk(&self.socket, blob, span)
             } else {
-                // The disk may block, so that happens on a thread that may. The client cannot: its
+                // The disk may block, so this runs on a thread for blocking work. The client cannot block it: its
                 // socket is non-blocking.
                 let (socket, blob) = (self.socket.clone(), blob.clone());
                 let sending = tokio::task::spawn_blocking(move || send_chunk(&socket, &blob, span));
                 sending.await.map_err(io::Error::other)?
             };
             match result {
-                // More was promised than the file holds.
+                // The file is shorter than the announced length.
                 Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
                 Ok(count) => return Ok(count as u64),
                 Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
@@ -114,9 +113,10 @@ fn send_chunk(socket: &Socket, blob: &Blob, span: Span) -> io::Result<usize> {
     socket.try_io(Interest::WRITABLE, || Ok(rustix::fs::sendfile(socket, &blob.file, Some(&mut start), count)?))
 }
 
-/// Whether sending this would hardly wait for the disk.
+/// Whether the page cache probably holds the span, so that sending it does not wait for the disk.
 fn is_cached(blob: &Blob, span: Span) -> bool {
-    let probes = (span.start..span.end).step_by(usize::try_from(PROBE).unwrap_or(usize::MAX)).chain([span.end - 1]);
+    let probes =
+        (span.start..span.end).step_by(usize::try_from(CACHE_PROBE_STEP).unwrap_or(usize::MAX)).chain([span.end - 1]);
     let cached = |at| {
         let mut byte = [0];
         preadv2(&blob.file, &mut [IoSliceMut::new(&mut byte)], at, ReadWriteFlags::NOWAIT) != Err(Errno::AGAIN)

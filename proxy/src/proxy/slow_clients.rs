@@ -1,34 +1,35 @@
-//! How slowly a client may take its answer: whoever takes almost nothing would hold the blob and its place for ever.
+//! Minimum rate at which a client must read: one that reads almost nothing would hold the blob and its permits forever.
 
 use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// What a client has taken of late.
+/// How much a client has read in the current window.
 pub(super) struct SlowClientDetector {
     bytes: u64,
     since: Instant,
 }
 
-/// A client that takes less than [`ENOUGH`] bytes in this time, or not what is left, is gone.
-pub(super) const PATIENCE: Duration = Duration::from_secs(300);
+/// A client that reads less than [`MIN_WINDOW_BYTES`] in this time, or not the rest, is disconnected. Larger: stalled
+/// clients hold resources longer. Smaller: slow links are cut off.
+pub(super) const CLIENT_STALL_TIMEOUT: Duration = Duration::from_secs(300);
 
-const ENOUGH: u64 = 256 * 1024;
+const MIN_WINDOW_BYTES: u64 = 256 * 1024;
 
 impl SlowClientDetector {
-    pub(super) fn begin() -> Self {
+    pub(super) fn start() -> Self {
         Self { bytes: 0, since: Instant::now() }
     }
 
     /// When patience ends.
-    pub(super) fn until(&self) -> Instant {
-        self.since + PATIENCE
+    pub(super) fn deadline(&self) -> Instant {
+        self.since + CLIENT_STALL_TIMEOUT
     }
 
-    pub(super) fn took(&mut self, bytes: u64) {
+    pub(super) fn record(&mut self, bytes: u64) {
         self.bytes += bytes;
-        if self.bytes >= ENOUGH {
-            *self = Self::begin();
+        if self.bytes >= MIN_WINDOW_BYTES {
+            *self = Self::start();
         }
     }
 }
@@ -40,14 +41,16 @@ mod tests {
     use super::*;
 
     #[tokio::test(start_paused = true)]
-    async fn a_byte_now_and_then_is_not_enough() {
-        for (bytes, is_enough) in [(1, false), (ENOUGH / 10 - 1, false), (ENOUGH / 4, true), (ENOUGH * 8, true)] {
-            let mut taking = SlowClientDetector::begin();
+    async fn client_below_min_window_bytes_times_out() {
+        for (bytes, is_connected) in
+            [(1, false), (MIN_WINDOW_BYTES / 10 - 1, false), (MIN_WINDOW_BYTES / 4, true), (MIN_WINDOW_BYTES * 8, true)]
+        {
+            let mut detector = SlowClientDetector::start();
             for _ in 0..10 {
-                sleep(PATIENCE / 9).await;
-                taking.took(bytes);
+                sleep(CLIENT_STALL_TIMEOUT / 9).await;
+                detector.record(bytes);
             }
-            assert_eq!(Instant::now() < taking.until(), is_enough, "{bytes} bytes every half minute");
+            assert_eq!(Instant::now() < detector.deadline(), is_connected, "{bytes} bytes every half minute");
         }
     }
 }

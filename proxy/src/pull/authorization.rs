@@ -1,8 +1,24 @@
-//! Who may have what, where a rule leaves that to the registry (`access = "client"`): a caller is let into a
-//! repository when the registry gives it something there, and gets what belongs to that repository.
+//! Decides whether a principal may pull from a repository, for rules that leave this to the upstream registry. If the
+//! registry serves one object of the repository to a principal, the principal may pull all content of it.
 //!
-//! A digest opens nothing by itself. It belongs to a repository if it was fetched from there, or if the registry has shown
-//! that it holds the bytes there (`pull/content_proof.rs`): somebody else may decide what a HEAD of it says.
+//! | cached state | upstream's response | decision | next state |
+//! |---|---|---|---|
+//! | `Authorized`: allowed within `AUTHORIZATION_TTL`, with the same token | no request | allow | unchanged |
+//! | `RecentlyAuthorized`: allowed within an hour, with any token | allowed | allow | `Authorized` |
+//! | | 401, 403 | deny | `Unknown` |
+//! | | another error that is not an outage | return the error | unchanged |
+//! | | outage, or none within `ALTERNATIVE_TIMEOUT` | allow | set by the late response |
+//! | `Unknown` | allowed | allow | `Authorized` |
+//! | | 401, 403 | deny | unchanged |
+//! | | any other error, also an outage | return the error | unchanged |
+//!
+//! - A 401 or 403 ends the states of all tokens of the principal in this repository.
+//! - Lists need no decision: the upstream responds to each client itself.
+//! - A digest alone grants no access. It belongs to a repository if it was fetched from there, or if the registry has
+//!   sent bytes of it from there (`pull/content_proof.rs`). A HEAD is not proof: a third party may control its
+//!   response.
+//! - An object that is cached from another repository of the registry needs a request in each state, also in an outage.
+//! - Denied and missing objects are cached for `negative_ttl`; without a credential, denials for `DEFAULT_TTL`.
 
 use std::hash::{BuildHasher, RandomState};
 use std::sync::Arc;
@@ -19,26 +35,26 @@ use crate::registries::RepositoryRef;
 use crate::single_flight::SingleFlight;
 use crate::source::SourceError;
 use crate::store::{Found, SmallKind};
-use crate::times::{ALTERNATIVE_TIMEOUT, DEFAULT_TTL, HOUR, RIGHTS_TTL, UPSTREAM_TIMEOUT};
+use crate::times::{ALTERNATIVE_TIMEOUT, AUTHORIZATION_TTL, DEFAULT_TTL, HOUR, UPSTREAM_TIMEOUT};
 
-/// What registries have said of callers, and of digests.
+/// What upstream registries decided about principals and digests.
 pub(super) struct AuthorizationCache {
-    /// Since when somebody is let into a repository, with what it shows. The registry may give another token and take
-    /// back the right: with that one it is asked anew.
-    let_in: moka::sync::Cache<(PrincipalId, String, u64), Instant>,
-    /// When that was last so, with whatever.
-    lately: moka::sync::Cache<(PrincipalId, String), ()>,
-    /// When the registry last refused somebody something there.
-    noes: moka::sync::Cache<(PrincipalId, String), Instant>,
-    telling: RandomState,
-    /// What somebody was refused there.
-    refused: moka::sync::Cache<(PrincipalId, String, String), CachedDenial>,
-    belonging: moka::sync::Cache<(String, Digest), ()>,
-    /// What the registry has sent from a repository, whole: it has that, whoever sent what is kept now.
+    /// When the upstream was last requested and allowed it, by principal, repository and hash of the token. A new token
+    /// is checked anew, because the right may have been revoked.
+    authorized: moka::sync::Cache<(PrincipalId, String, u64), Instant>,
+    /// Principals that were authorized within an hour, with any token.
+    recent: moka::sync::Cache<(PrincipalId, String), ()>,
+    /// When the upstream last denied something in a repository to a principal.
+    denials: moka::sync::Cache<(PrincipalId, String), Instant>,
+    hash_key: RandomState,
+    /// Objects that the upstream denied to a principal or did not find.
+    denied_objects: moka::sync::Cache<(PrincipalId, String, String), CachedDenial>,
+    proven: moka::sync::Cache<(String, Digest), ()>,
+    /// Objects that the upstream sent whole from a repository, also if the cached copy came from elsewhere.
     sent: moka::sync::Cache<(String, Digest), ()>,
-    /// What the registry said to have there, and did not send.
-    not_shown: moka::sync::Cache<(String, Digest), ()>,
-    proofs: SingleFlight<(PrincipalId, String, String), Result<(), SourceError>>,
+    /// Objects that the upstream claimed to hold in a repository, but of which it did not send the bytes.
+    unproven: moka::sync::Cache<(String, Digest), ()>,
+    checks: SingleFlight<(PrincipalId, String, String), Result<(), SourceError>>,
 }
 
 #[derive(Clone)]
@@ -47,20 +63,20 @@ struct CachedDenial {
     life: Duration,
 }
 
-/// What is known of a caller in a repository.
+/// The cached decision about a principal in a repository.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum CachedAccess {
-    /// The registry has just said so.
-    LetIn,
-    /// It did, some time ago: enough while it is in trouble.
-    Lately,
-    Nothing,
+    /// The upstream allowed it within `AUTHORIZATION_TTL`.
+    Authorized,
+    /// The upstream allowed it within the last hour: sufficient during an outage.
+    RecentlyAuthorized,
+    Unknown,
 }
 
-/// Why a caller is not let in.
+/// Why a principal is not authorized.
 #[derive(Debug)]
 pub enum AuthorizationError {
-    /// The registry does not give this caller what is asked for, or does not say that it has it.
+    /// The upstream responded with 401 or 403.
     Denied,
     Refused(PullError),
 }
@@ -69,181 +85,196 @@ impl AuthorizationCache {
     pub(super) fn new() -> Self {
         let day = Duration::from_secs(24 * 3600);
         Self {
-            let_in: moka::sync::Cache::builder().max_capacity(100_000).time_to_live(RIGHTS_TTL).build(),
-            lately: moka::sync::Cache::builder().max_capacity(100_000).time_to_live(HOUR).build(),
-            noes: moka::sync::Cache::builder().max_capacity(100_000).time_to_live(RIGHTS_TTL).build(),
-            telling: RandomState::new(),
-            refused: moka::sync::Cache::builder().max_capacity(50_000).expire_after(ByLifetime).build(),
-            belonging: moka::sync::Cache::builder().max_capacity(100_000).time_to_idle(day).build(),
-            not_shown: moka::sync::Cache::builder().max_capacity(100_000).time_to_live(day).build(),
+            authorized: moka::sync::Cache::builder().max_capacity(100_000).time_to_live(AUTHORIZATION_TTL).build(),
+            recent: moka::sync::Cache::builder().max_capacity(100_000).time_to_live(HOUR).build(),
+            denials: moka::sync::Cache::builder().max_capacity(100_000).time_to_live(AUTHORIZATION_TTL).build(),
+            hash_key: RandomState::new(),
+            denied_objects: moka::sync::Cache::builder().max_capacity(50_000).expire_after(ByLifetime).build(),
+            proven: moka::sync::Cache::builder().max_capacity(100_000).time_to_idle(day).build(),
+            unproven: moka::sync::Cache::builder().max_capacity(100_000).time_to_live(day).build(),
             sent: moka::sync::Cache::builder().max_capacity(100_000).time_to_idle(day).build(),
-            proofs: SingleFlight::default(),
+            checks: SingleFlight::default(),
         }
     }
 
-    /// Whether what came from there may be given out at a place. Registries are only believed in what they say of
-    /// their own: one of them could claim to have what another one hides.
-    pub(super) fn belongs(
+    /// Whether an object cached from `registry/repository` belongs to the requested repository. Only content of the
+    /// same registry can: another registry could claim to hold private content.
+    pub(super) fn belongs_to(
         &self,
-        place: &RepositoryRef,
+        repo_ref: &RepositoryRef,
         registry: &Registry,
         repository: &Repository,
         digest: &Digest,
     ) -> bool {
-        place.caller.is_let_in()
-            && *registry == place.registry
-            && (*repository == place.repository || self.belonging.contains_key(&(place.to_string(), digest.clone())))
+        repo_ref.principal.is_authorized()
+            && *registry == repo_ref.registry
+            && (*repository == repo_ref.repository || self.proven.contains_key(&(repo_ref.to_string(), digest.clone())))
     }
 
-    /// The registry has shown that it holds it there.
-    pub(super) fn took(&self, place: &RepositoryRef, digest: &Digest) {
-        self.belonging.insert((place.to_string(), digest.clone()), ());
+    /// The upstream has proven that it holds the digest in this repository.
+    pub(super) fn mark_proven(&self, repo_ref: &RepositoryRef, digest: &Digest) {
+        self.proven.insert((repo_ref.to_string(), digest.clone()), ());
     }
 
-    /// The registry says that it has it there, and does not have its bytes.
-    pub(super) fn failed_to_show(&self, place: &RepositoryRef, digest: &Digest) {
-        self.not_shown.insert((place.to_string(), digest.clone()), ());
+    /// The upstream claims to hold the digest in this repository, but did not prove it.
+    pub(super) fn mark_unproven(&self, repo_ref: &RepositoryRef, digest: &Digest) {
+        self.unproven.insert((repo_ref.to_string(), digest.clone()), ());
     }
 
-    pub(super) fn has_failed_to_show(&self, place: &RepositoryRef, digest: &Digest) -> bool {
-        self.not_shown.contains_key(&(place.to_string(), digest.clone()))
+    pub(super) fn is_unproven(&self, repo_ref: &RepositoryRef, digest: &Digest) -> bool {
+        self.unproven.contains_key(&(repo_ref.to_string(), digest.clone()))
     }
 
-    /// All of it came from there, and matched its digest.
-    pub(super) fn was_sent(&self, place: &RepositoryRef, digest: &Digest) {
-        if place.rule.asks_who() {
-            self.sent.insert((place.to_string(), digest.clone()), ());
+    /// The whole object came from this repository, and matched its digest.
+    pub(super) fn mark_sent(&self, repo_ref: &RepositoryRef, digest: &Digest) {
+        if repo_ref.rule.is_passthrough() {
+            self.sent.insert((repo_ref.to_string(), digest.clone()), ());
         }
     }
 
-    /// Whether it may be given out at a place whatever is known of what is kept.
-    pub(super) fn has_sent(&self, place: &RepositoryRef, digest: &Digest) -> bool {
-        place.rule.asks_who()
-            && place.caller.is_let_in()
-            && self.sent.contains_key(&(place.to_string(), digest.clone()))
+    /// Whether the upstream has sent the whole object from this repository, whatever the cached copy's provenance.
+    pub(super) fn was_sent(&self, repo_ref: &RepositoryRef, digest: &Digest) -> bool {
+        repo_ref.rule.is_passthrough()
+            && repo_ref.principal.is_authorized()
+            && self.sent.contains_key(&(repo_ref.to_string(), digest.clone()))
     }
 
-    fn known(&self, place: &RepositoryRef) -> CachedAccess {
-        let (who, name) = (place.caller.who(), place.to_string());
-        let let_in = self.let_in.get(&(who, name.clone(), self.shown(place)));
-        let no = self.noes.get(&(who, name.clone()));
-        if let_in.is_some_and(|since| no.is_none_or(|no| no < since)) {
-            return CachedAccess::LetIn;
+    fn known(&self, repo_ref: &RepositoryRef) -> CachedAccess {
+        let (principal_id, name) = (repo_ref.principal.principal_id(), repo_ref.to_string());
+        let authorized_at = self.authorized.get(&(principal_id, name.clone(), self.token_hash(repo_ref)));
+        let denied_at = self.denials.get(&(principal_id, name.clone()));
+        if authorized_at.is_some_and(|since| denied_at.is_none_or(|denied_at| denied_at < since)) {
+            return CachedAccess::Authorized;
         }
-        if self.lately.contains_key(&(who, name)) { CachedAccess::Lately } else { CachedAccess::Nothing }
+        if self.recent.contains_key(&(principal_id, name)) {
+            CachedAccess::RecentlyAuthorized
+        } else {
+            CachedAccess::Unknown
+        }
     }
 
-    /// The registry, asked then, gives a caller something.
-    fn let_in(&self, place: &RepositoryRef, asked: Instant) {
-        let (who, name) = (place.caller.who(), place.to_string());
-        let key = (who, name.clone());
-        // It may have said no to something else since.
-        if self.noes.get(&key).is_some_and(|no| no >= asked) {
+    /// The upstream allowed a request that was sent at `requested_at`.
+    fn mark_authorized(&self, repo_ref: &RepositoryRef, requested_at: Instant) {
+        let (principal_id, name) = (repo_ref.principal.principal_id(), repo_ref.to_string());
+        let key = (principal_id, name.clone());
+        // A denial of another request may have come since, and counts.
+        if self.denials.get(&key).is_some_and(|denied_at| denied_at >= requested_at) {
             return;
         }
-        self.let_in.insert((who, name, self.shown(place)), asked);
-        self.lately.insert(key, ());
+        self.authorized.insert((principal_id, name, self.token_hash(repo_ref)), requested_at);
+        self.recent.insert(key, ());
     }
 
-    fn shut_out(&self, place: &RepositoryRef) {
-        let (who, name) = (place.caller.who(), place.to_string());
-        self.let_in.invalidate(&(who, name.clone(), self.shown(place)));
-        self.lately.invalidate(&(who, name.clone()));
-        self.noes.insert((who, name), Instant::now());
+    fn mark_denied(&self, repo_ref: &RepositoryRef) {
+        let (principal_id, name) = (repo_ref.principal.principal_id(), repo_ref.to_string());
+        self.authorized.invalidate(&(principal_id, name.clone(), self.token_hash(repo_ref)));
+        self.recent.invalidate(&(principal_id, name.clone()));
+        self.denials.insert((principal_id, name), Instant::now());
     }
 
-    /// A number for a digest, which nobody outside can tell.
-    pub(super) fn secret_of(&self, digest: &Digest, nth: u32) -> u64 {
-        self.telling.hash_one((digest, nth))
+    /// A number for a digest that only this process can compute.
+    pub(super) fn keyed_hash(&self, digest: &Digest, nth: u32) -> u64 {
+        self.hash_key.hash_one((digest, nth))
     }
 
-    /// Tells apart what a caller shows, and tells nobody what it is.
-    fn shown(&self, place: &RepositoryRef) -> u64 {
-        self.telling.hash_one(place.caller.authorization())
+    /// A keyed hash that distinguishes tokens without revealing them.
+    fn token_hash(&self, repo_ref: &RepositoryRef) -> u64 {
+        self.hash_key.hash_one(repo_ref.principal.authorization())
     }
 }
 
 impl Pull {
-    /// Lets a caller in, or not.
-    pub async fn let_in(
+    /// Decides whether the principal may have what `endpoint` names; see the table above.
+    pub async fn authorize(
         self: &Arc<Self>,
-        place: &RepositoryRef,
+        repo_ref: &RepositoryRef,
         endpoint: &Endpoint,
         accept: &str,
     ) -> Result<(), AuthorizationError> {
-        // These are always the registry's own answers to this caller, and say nothing of the rest.
+        // The upstream responds to each client itself, and allowing a list does not allow a pull.
         if matches!(endpoint, Endpoint::Tags | Endpoint::Referrers(_) | Endpoint::Catalog) {
             return Ok(());
         }
-        let proven = match self.entitlements.known(place) {
-            CachedAccess::LetIn => false,
-            CachedAccess::Lately => match timeout(ALTERNATIVE_TIMEOUT, self.prove(place, endpoint, accept)).await {
-                Ok(Ok(())) => true,
-                Ok(Err(error)) if !error.is_passing_outage() => return Err(refused(endpoint, &error)),
-                Ok(Err(_)) => false,
-                // What it says in the end holds from then on.
-                Err(_) => {
-                    self.slow.insert(place.registry.clone(), ());
-                    false
+        let proven = match self.authorizations.known(repo_ref) {
+            CachedAccess::Authorized => false,
+            CachedAccess::RecentlyAuthorized => {
+                match timeout(ALTERNATIVE_TIMEOUT, self.check_upstream(repo_ref, endpoint, accept)).await {
+                    Ok(Ok(())) => true,
+                    Ok(Err(error)) if !error.is_transient_outage() => {
+                        return Err(authorization_error(endpoint, &error));
+                    }
+                    Ok(Err(_)) => false,
+                    // The check continues; its late result counts for later requests.
+                    Err(_) => {
+                        self.slow_upstreams.insert(repo_ref.registry.clone(), ());
+                        false
+                    }
                 }
-            },
-            CachedAccess::Nothing => match self.prove(place, endpoint, accept).await {
+            }
+            CachedAccess::Unknown => match self.check_upstream(repo_ref, endpoint, accept).await {
                 Ok(()) => true,
-                Err(error) => return Err(refused(endpoint, &error)),
+                Err(error) => return Err(authorization_error(endpoint, &error)),
             },
         };
         match digest_of(endpoint) {
-            Some(digest) if !proven => self.bring_in(place, digest, endpoint, accept).await,
+            Some(digest) if !proven => self.authorize_content(repo_ref, digest, endpoint, accept).await,
             _ => Ok(()),
         }
     }
 
-    /// What belongs to another repository of the same registry may belong to this one as well.
-    pub async fn bring_in(
+    /// Checks whether content cached from another repository of the same registry belongs to this one as well.
+    pub async fn authorize_content(
         self: &Arc<Self>,
-        place: &RepositoryRef,
+        repo_ref: &RepositoryRef,
         digest: &Digest,
         endpoint: &Endpoint,
         accept: &str,
     ) -> Result<(), AuthorizationError> {
-        if self.foreign(place, digest, kind_of(endpoint)).await.is_none() {
+        if self.cached_elsewhere(repo_ref, digest, kind_of(endpoint)).await.is_none() {
             return Ok(());
         }
-        // That this is not there says nothing of the rest.
-        self.prove(place, endpoint, accept).await.map_err(|error| refused(endpoint, &error))
+        // "Not found" leaves the cached state as it is: it says nothing of other objects in this repository.
+        self.check_upstream(repo_ref, endpoint, accept).await.map_err(|error| authorization_error(endpoint, &error))
     }
 
-    /// What is kept of another repository of the same registry, and not known to belong to this one.
-    pub(super) async fn foreign(&self, place: &RepositoryRef, digest: &Digest, kind: SmallKind) -> Option<Found> {
+    /// Content cached from another repository of the same registry, and not known to belong to this one.
+    pub(super) async fn cached_elsewhere(
+        &self,
+        repo_ref: &RepositoryRef,
+        digest: &Digest,
+        kind: SmallKind,
+    ) -> Option<Found> {
         let found = self.store.find(digest, kind).await?;
-        let is_of_same = |from: &Provenance| from.registry == place.registry.as_str() && from.rule == place.rule.name();
-        let may_be_brought = found.provenance().is_some_and(is_of_same);
-        let is_foreign = may_be_brought && !self.may_give(digest, found.provenance(), super::Requester::Client, place);
+        let is_same_registry =
+            |from: &Provenance| from.registry == repo_ref.registry.as_str() && from.rule == repo_ref.rule.name();
+        let may_belong = found.provenance().is_some_and(is_same_registry);
+        let is_foreign = may_belong && !self.may_serve(digest, found.provenance(), super::Requester::Client, repo_ref);
         is_foreign.then_some(found)
     }
 
-    /// Whether somebody was let in lately, so that they can be while the registry is in trouble.
-    pub fn was_let_in(&self, place: &RepositoryRef) -> bool {
-        self.entitlements.known(place) != CachedAccess::Nothing
+    /// Whether the principal was authorized within an hour, which suffices during an outage.
+    pub fn was_authorized(&self, repo_ref: &RepositoryRef) -> bool {
+        self.authorizations.known(repo_ref) != CachedAccess::Unknown
     }
 
-    /// How long something is that is kept here: whatever else the registry sends is something else.
-    async fn kept_length(&self, endpoint: &Endpoint) -> Option<u64> {
+    /// The length of the cached copy: a response of another length is other content.
+    async fn cached_length(&self, endpoint: &Endpoint) -> Option<u64> {
         match self.store.find(digest_of(endpoint)?, kind_of(endpoint)).await? {
             Found::Small { object, .. } => Some(object.bytes.len() as u64),
             Found::Large { blob, .. } => Some(blob.len),
         }
     }
 
-    /// The registry has said that a caller may not: what it said before holds no longer, also while it is in trouble.
-    pub fn shut_out(&self, place: &RepositoryRef) {
-        self.entitlements.shut_out(place);
+    /// The upstream denied a request: earlier decisions end, also during an outage.
+    pub fn revoke_authorization(&self, repo_ref: &RepositoryRef) {
+        self.authorizations.mark_denied(repo_ref);
     }
 
-    /// Asks the registry whether it gives something to a caller, once for all who ask with the same secret.
-    async fn prove(
+    /// Checks at the upstream whether the principal may have an object. Concurrent checks of one principal share a
+    /// request.
+    async fn check_upstream(
         self: &Arc<Self>,
-        place: &RepositoryRef,
+        repo_ref: &RepositoryRef,
         endpoint: &Endpoint,
         accept: &str,
     ) -> Result<(), SourceError> {
@@ -252,41 +283,42 @@ impl Pull {
             Endpoint::Blob(digest) => format!("blobs/{digest}"),
             Endpoint::Tags | Endpoint::Referrers(_) | Endpoint::Catalog => return Err(SourceError::denied()),
         };
-        let key = (place.caller.who(), place.to_string(), path);
-        if let Some(refused) = self.entitlements.refused.get(&key) {
-            return Err(refused.error);
+        let key = (repo_ref.principal.principal_id(), repo_ref.to_string(), path);
+        if let Some(denial) = self.authorizations.denied_objects.get(&key) {
+            return Err(denial.error);
         }
         let under = key.clone();
-        let landed = self.entitlements.proofs.join(key, || {
-            let (pull, place, endpoint, accept) = (self.clone(), place.clone(), endpoint.clone(), accept.to_owned());
+        let result = self.authorizations.checks.join(key, || {
+            let (pull, repo_ref, endpoint, accept) =
+                (self.clone(), repo_ref.clone(), endpoint.clone(), accept.to_owned());
             async move {
-                let asked = Instant::now();
-                let kept = pull.kept_length(&endpoint).await;
-                let given =
-                    pull.upstream.gives(&place, &endpoint, &accept, kept, Instant::now() + UPSTREAM_TIMEOUT).await;
-                let outcome = given.as_ref().map_or_else(SourceError::as_str, |()| "let");
-                pull.metrics.client_checks.with_label_values(&[place.rule.name(), outcome]).inc();
-                if given.is_ok() {
-                    pull.bring_in_proven(&place, &endpoint, &accept).await;
+                let requested_at = Instant::now();
+                let kept = pull.cached_length(&endpoint).await;
+                let check =
+                    pull.upstream.gives(&repo_ref, &endpoint, &accept, kept, Instant::now() + UPSTREAM_TIMEOUT).await;
+                let outcome = check.as_ref().map_or_else(SourceError::as_str, |()| "allow");
+                pull.metrics.client_authorizations.with_label_values(&[repo_ref.rule.name(), outcome]).inc();
+                if check.is_ok() {
+                    pull.prove_content(&repo_ref, &endpoint, &accept).await;
                 }
-                match &given {
-                    Ok(()) => pull.entitlements.let_in(&place, asked),
-                    Err(SourceError::Denied(_)) => pull.shut_out(&place),
+                match &check {
+                    Ok(()) => pull.authorizations.mark_authorized(&repo_ref, requested_at),
+                    Err(SourceError::Denied(_)) => pull.revoke_authorization(&repo_ref),
                     Err(_) => {}
                 }
-                if let Err(error @ (SourceError::Denied(_) | SourceError::NotFound(_))) = &given {
-                    let is_strangers = error.is_denied() && place.caller == Principal::Anonymous;
-                    let life = if is_strangers { DEFAULT_TTL } else { place.rule.negative_ttl };
-                    pull.entitlements.refused.insert(under, CachedDenial { error: error.clone(), life });
+                if let Err(error @ (SourceError::Denied(_) | SourceError::NotFound(_))) = &check {
+                    let is_anonymous = error.is_denied() && repo_ref.principal == Principal::Anonymous;
+                    let life = if is_anonymous { DEFAULT_TTL } else { repo_ref.rule.negative_ttl };
+                    pull.authorizations.denied_objects.insert(under, CachedDenial { error: error.clone(), life });
                 }
-                given
+                check
             }
         });
-        landed.await.unwrap_or_else(fetch_ended)
+        result.await.unwrap_or_else(fetch_ended)
     }
 }
 
-fn refused(endpoint: &Endpoint, error: &SourceError) -> AuthorizationError {
+fn authorization_error(endpoint: &Endpoint, error: &SourceError) -> AuthorizationError {
     let is_blob = matches!(endpoint, Endpoint::Blob(_));
     let missing = if is_blob { ErrorCode::BlobUnknown } else { ErrorCode::ManifestUnknown };
     match error {
@@ -318,32 +350,32 @@ mod tests {
     use crate::config::Config;
     use crate::registries::Registries;
 
-    fn place(authorization: &'static str) -> RepositoryRef {
-        let config = "[[registry]]\nmatch = \"docker.io\"\naccess = \"client\"\n";
+    fn repo_ref(authorization: &'static str) -> RepositoryRef {
+        let config = "[[registry]]\nmatch = \"docker.io\"\nauthorization = \"passthrough\"\n";
         let config = Config::parse(config, "test").unwrap();
         let rule = Registries::new(&config).rule(&"docker.io".parse().unwrap(), &"a/b".parse().unwrap()).clone();
         let authorization = Some(http::HeaderValue::from_static(authorization));
-        let caller = Principal::Holder(Arc::new(crate::principal::VerifiedPrincipal {
-            who: PrincipalId([7; 16]),
+        let principal = Principal::Verified(Arc::new(crate::principal::VerifiedPrincipal {
+            id: PrincipalId([7; 16]),
             authorization,
         }));
-        RepositoryRef { caller, ..RepositoryRef::new(rule, "docker.io".parse().unwrap(), "a/b".parse().unwrap()) }
+        RepositoryRef { principal, ..RepositoryRef::new(rule, "docker.io".parse().unwrap(), "a/b".parse().unwrap()) }
     }
 
     #[test]
-    fn a_right_ends_with_what_showed_it_and_by_any_no() {
-        let (entitlements, first, second) = (AuthorizationCache::new(), place("Bearer 1"), place("Bearer 2"));
-        let known = |place| entitlements.known(place);
-        assert_eq!(known(&first), CachedAccess::Nothing);
-        entitlements.let_in(&first, Instant::now());
-        assert_eq!([known(&first), known(&second)], [CachedAccess::LetIn, CachedAccess::Lately]);
-        entitlements.let_in(&second, Instant::now());
-        let asked = Instant::now();
-        entitlements.shut_out(&second);
-        assert_eq!([known(&first), known(&second)], [CachedAccess::Nothing; 2], "whatever showed it");
-        entitlements.let_in(&second, asked);
-        assert_eq!(known(&second), CachedAccess::Nothing, "it was asked before the no");
-        entitlements.let_in(&second, Instant::now() + Duration::from_millis(1));
-        assert_eq!(known(&second), CachedAccess::LetIn);
+    fn authorization_ends_with_its_token_and_by_any_denial() {
+        let (authorizations, first, second) = (AuthorizationCache::new(), repo_ref("Bearer 1"), repo_ref("Bearer 2"));
+        let known = |repo_ref| authorizations.known(repo_ref);
+        assert_eq!(known(&first), CachedAccess::Unknown);
+        authorizations.mark_authorized(&first, Instant::now());
+        assert_eq!([known(&first), known(&second)], [CachedAccess::Authorized, CachedAccess::RecentlyAuthorized]);
+        authorizations.mark_authorized(&second, Instant::now());
+        let requested_at = Instant::now();
+        authorizations.mark_denied(&second);
+        assert_eq!([known(&first), known(&second)], [CachedAccess::Unknown; 2], "a denial ends it for all tokens");
+        authorizations.mark_authorized(&second, requested_at);
+        assert_eq!(known(&second), CachedAccess::Unknown, "requested before the denial");
+        authorizations.mark_authorized(&second, Instant::now() + Duration::from_millis(1));
+        assert_eq!(known(&second), CachedAccess::Authorized);
     }
 }

@@ -1,4 +1,4 @@
-//! The way of a blob: kept, being filled, or fetched.
+//! Serves a blob: from the cache, from a running fill, or by a new one.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -25,11 +25,11 @@ use crate::upstream::ROUNDS;
 /// A request for a blob, or a part of it.
 #[derive(Clone)]
 pub struct BlobRequest {
-    pub place: RepositoryRef,
+    pub repo_ref: RepositoryRef,
     pub digest: Digest,
     pub range: Option<RangeRequest>,
-    pub named_by: RegistryFrom,
-    pub asking: RequestContext,
+    pub registry_from: RegistryFrom,
+    pub request_context: RequestContext,
 }
 
 /// A blob or a part of it, ready to be sent.
@@ -40,16 +40,16 @@ pub struct BlobResponse {
     pub body: Body,
 }
 
-/// What of a blob an answer holds.
+/// Which bytes of a blob a response holds.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum BlobExtent {
     Whole,
     Part(Span),
-    /// Several, with what is between them.
+    /// Several parts, with the multipart headers between them.
     Parts(Multipart),
 }
 
-/// Where the bytes of an answer come from, piece by piece.
+/// The body of a response.
 pub enum Body {
     /// Whole in memory, or already sent.
     Memory(Option<Bytes>),
@@ -60,7 +60,7 @@ pub enum Body {
 }
 
 /// Why a blob was not fetched.
-pub(super) enum Fetch {
+pub(super) enum BlobError {
     Source(SourceError),
     Refused(PullError),
 }
@@ -68,115 +68,120 @@ pub(super) enum Fetch {
 /// What an outage means for a blob.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum OutageWait {
-    /// The requester can ask elsewhere: refuse soon.
+    /// The requester has another source: refuse soon.
     Refuse,
-    /// A client that sends no `ns` has chosen its mirror for the whole image: a blob refused is a
-    /// pull failed, so an outage is waited out, asking again and again.
+    /// A client that sends no `ns` has no other source for the image, so a refused blob fails its pull. The request is
+    /// repeated until the outage or the client's deadline ends.
     WaitOut,
 }
 
-/// A list on its way: buffers of the upstream's connection, and the copy that is made of it.
+/// Memory that each list body counts as: buffers of the upstream connection, and the copy. Larger: fewer
+/// concurrent lists. Smaller: lists exceed the memory limit.
 const LIST_BYTES: usize = 512 * 1024;
 
 impl Pull {
     /// `GET blobs/<digest>`.
     pub async fn blob(self: &Arc<Self>, request: &BlobRequest) -> Result<BlobResponse, PullError> {
         let (digest, range) = (&request.digest, request.range);
-        let places = self.candidates(request).await;
-        // Bytes that lately proved wrong: whoever holds a beginning must not get an end.
-        let is_distrusted = |place: &RepositoryRef| self.fills.is_distrusted(&ContentSource::new(place, digest));
-        let distrusted = || places.iter().any(is_distrusted);
-        let kept = self.kept_blob(request).await;
-        // Peers hash the whole: they may have any part of what is verified.
-        let is_proven = matches!(kept, Some(Found::Small { .. } | Found::Large { proof: Verification::Verified, .. }));
-        let may_resume = request.asking.asker.is_peer() && is_proven;
+        let repo_refs = self.candidates(request).await;
+        // The blob lately came with corrupt bytes: a client that holds a corrupt beginning must not get a correct end.
+        let is_distrusted = |repo_ref: &RepositoryRef| self.fills.is_distrusted(&ContentSource::new(repo_ref, digest));
+        let distrusted = || repo_refs.iter().any(is_distrusted);
+        let kept = self.cached_blob(request).await;
+        // Peers verify the whole digest themselves: they may resume from a verified blob.
+        let is_verified =
+            matches!(kept, Some(Found::Small { .. } | Found::Large { proof: Verification::Verified, .. }));
+        let may_resume = request.request_context.requester.is_peer() && is_verified;
         if let Some(range) = range
             && !may_resume
             && distrusted()
         {
             if range.is_resumption() {
-                let message = "the bytes that came before did not match this digest: start again".to_owned();
+                let message = "an earlier download of this blob was corrupt: restart it from the first byte".to_owned();
                 return Err(PullError::NotFound { code: ErrorCode::BlobUnknown, message });
             }
-            if request.asking.is_follower() {
-                // It could not go on with what comes by ranges: it gets all in one.
+            if request.request_context.is_follower() {
+                // A peer could not resume with ranges: it gets the whole blob in one response.
                 return Box::pin(self.blob(&BlobRequest { range: None, ..request.clone() })).await;
             }
         }
-        if request.asking.reach == FetchPolicy::Kept {
-            return self.blob_here(request, kept).await;
+        if request.request_context.fetch_policy == FetchPolicy::CacheOnly {
+            return self.blob_from_node(request, kept).await;
         }
-        self.confirm_blob(request, kept.as_ref(), &places).await?;
+        self.confirm_blob(request, kept.as_ref(), &repo_refs).await?;
         match kept {
             Some(Found::Small { object, tier }) => return BlobResponse::of_bytes(&object.bytes, range, tier.into()),
             Some(Found::Large { blob, proof: Verification::Verified }) => return BlobResponse::of_blob(blob, range),
-            Some(Found::Large { blob, proof: Verification::Unproven }) => {
+            Some(Found::Large { blob, proof: Verification::Unverified }) => {
                 let fill = self.verify_kept(request, blob);
-                // Most files are hashed soon: then a damaged one is fetched anew and nobody notices.
-                // Who cannot wait for a large one reads along.
-                let proven = timeout(CONFIRM_TIMEOUT, fill.ended()).await;
-                if proven != Ok(FillOutcome::Failed) {
+                // Most files are hashed within this time, and a corrupt one is downloaded anew before its first byte is
+                // sent. A client of a larger file reads while it is hashed.
+                let outcome = timeout(CONFIRM_TIMEOUT, fill.ended()).await;
+                if outcome != Ok(FillOutcome::Failed) {
                     let followed = timeout(STALL_TIMEOUT - CONFIRM_TIMEOUT, self.follow(&fill, request)).await;
-                    return followed.unwrap_or(Err(Fetch::Source(SourceError::TimedOut))).map_err(Fetch::into_refusal);
+                    return followed
+                        .unwrap_or(Err(BlobError::Source(SourceError::TimedOut)))
+                        .map_err(BlobError::into_pull_error);
                 }
             }
             None => {}
         }
         let mut last = None;
-        let count = places.len();
-        for (nth, place) in places.into_iter().enumerate() {
-            let (patience, limit) = match request.named_by {
-                // Another place may have it, now.
-                _ if nth + 1 < count => (OutageWait::Refuse, request.asking.patience.min(STALL_TIMEOUT)),
-                RegistryFrom::Namespace => (OutageWait::Refuse, request.asking.patience),
+        let count = repo_refs.len();
+        for (nth, repo_ref) in repo_refs.into_iter().enumerate() {
+            let (patience, limit) = match request.registry_from {
+                // Another registry may hold it.
+                _ if nth + 1 < count => (OutageWait::Refuse, request.request_context.patience.min(STALL_TIMEOUT)),
+                RegistryFrom::Namespace => (OutageWait::Refuse, request.request_context.patience),
                 RegistryFrom::Path | RegistryFrom::Host | RegistryFrom::Default => {
-                    (OutageWait::WaitOut, request.asking.patience)
+                    (OutageWait::WaitOut, request.request_context.patience)
                 }
             };
-            let request = BlobRequest { place, ..request.clone() };
+            let request = BlobRequest { repo_ref, ..request.clone() };
             let deadline = Instant::now() + limit;
-            // The fill goes on for whoever comes next.
+            // After a timeout the fill continues for later requests.
             let fetched = timeout_at(deadline, self.fetch_blob(&request, patience, deadline)).await;
-            match fetched.unwrap_or(Err(Fetch::Source(SourceError::TimedOut))) {
-                Ok(answer) => return Ok(answer),
-                Err(Fetch::Refused(refusal)) => return Err(refusal),
-                Err(Fetch::Source(error)) => last = Some(severer(last, error)),
+            match fetched.unwrap_or(Err(BlobError::Source(SourceError::TimedOut))) {
+                Ok(response) => return Ok(response),
+                Err(BlobError::Refused(refusal)) => return Err(refusal),
+                Err(BlobError::Source(error)) => last = Some(more_severe(last, error)),
             }
         }
-        Err(Fetch::Source(last.unwrap_or_else(SourceError::not_found)).into_refusal())
+        Err(BlobError::Source(last.unwrap_or_else(SourceError::not_found)).into_pull_error())
     }
 
-    pub(super) async fn kept_blob(&self, request: &BlobRequest) -> Option<Found> {
+    pub(super) async fn cached_blob(&self, request: &BlobRequest) -> Option<Found> {
         let found = self.store.find(&request.digest, SmallKind::Blob).await?;
-        let (asker, place) = (request.asking.asker, &request.place);
-        self.may_give(&request.digest, found.provenance(), asker, place).then_some(found)
+        let (requester, repo_ref) = (request.request_context.requester, &request.repo_ref);
+        self.may_serve(&request.digest, found.provenance(), requester, repo_ref).then_some(found)
     }
 
-    /// The places that may have a blob. A request that names no registry is first looked for where its repository was
-    /// served from; what came from somewhere with wrong bytes is first looked for elsewhere.
+    /// The repositories to fetch a blob from, in order. If the request names no registry, those that served the
+    /// repository come first. A registry that lately sent corrupt bytes of the blob comes last.
     pub(super) async fn candidates(&self, request: &BlobRequest) -> Vec<RepositoryRef> {
-        let place = &request.place;
-        let homes = match request.named_by {
-            RegistryFrom::Default => self.homes.of(&place.repository).await,
+        let repo_ref = &request.repo_ref;
+        let registries = match request.registry_from {
+            RegistryFrom::Default => self.registry_hints.registries_of(&repo_ref.repository).await,
             RegistryFrom::Namespace | RegistryFrom::Path | RegistryFrom::Host => [].into(),
         };
-        let home = |registry: &Registry| match *registry == place.registry {
-            true => place.clone(),
-            false => self.place(registry.clone(), place.repository.clone()),
+        let in_registry = |registry: &Registry| match *registry == repo_ref.registry {
+            true => repo_ref.clone(),
+            false => self.repo_ref(registry.clone(), repo_ref.repository.clone()),
         };
-        let mut places: Vec<RepositoryRef> = homes.iter().map(home).collect();
-        if !homes.contains(&place.registry) {
-            places.push(place.clone());
+        let mut repo_refs: Vec<RepositoryRef> = registries.iter().map(in_registry).collect();
+        if !registries.contains(&repo_ref.registry) {
+            repo_refs.push(repo_ref.clone());
         }
-        places.retain(|place| self.permit(place, request.asking.asker).is_ok());
-        places.sort_by_key(|place| self.fills.is_distrusted(&ContentSource::new(place, &request.digest)));
-        places
+        repo_refs.retain(|repo_ref| self.permit(repo_ref, request.request_context.requester).is_ok());
+        repo_refs.sort_by_key(|repo_ref| self.fills.is_distrusted(&ContentSource::new(repo_ref, &request.digest)));
+        repo_refs
     }
 
-    /// Whether several registries have served what a request may mean: which of them is to be believed is only known
-    /// when all is here.
+    /// Whether several registries have served the requested repository. Only the verified digest shows which of them
+    /// has sent the right bytes.
     pub(super) fn is_ambiguous(&self, request: &BlobRequest) -> bool {
-        request.named_by == RegistryFrom::Default && self.homes.may_be_anothers(&request.place, &request.digest)
+        request.registry_from == RegistryFrom::Default
+            && self.registry_hints.is_ambiguous(&request.repo_ref, &request.digest)
     }
 
     async fn fetch_blob(
@@ -184,47 +189,56 @@ impl Pull {
         request: &BlobRequest,
         patience: OutageWait,
         deadline: Instant,
-    ) -> Result<BlobResponse, Fetch> {
-        let (place, digest) = (&request.place, &request.digest);
-        if let Some(error) = self.negatives.get(place, NegativeKind::Blob, digest.as_str()) {
+    ) -> Result<BlobResponse, BlobError> {
+        let (repo_ref, digest) = (&request.repo_ref, &request.digest);
+        if let Some(error) = self.negative_cache.get(repo_ref, NegativeKind::Blob, digest.as_str()) {
             return Err(error.into());
         }
-        if let Some(answer) = self.pass_range(request).await? {
-            return Ok(answer);
+        if let Some(response) = self.pass_range(request).await? {
+            return Ok(response);
         }
         let key = self.fill_key(request);
-        // What cannot be kept here somebody else may have room for: the origin is not asked for it again and again.
+        // A peer with room caches the blob itself, instead of this node downloading it for each request.
         let is_unkeepable = || self.fills.has_no_room(&key) && self.fills.running(&key).is_none();
-        if request.asking.asker.is_peer() && is_unkeepable() {
-            return Err(SourceError::NotKept.into());
+        if request.request_context.requester.is_peer() && is_unkeepable() {
+            return Err(SourceError::NotCached.into());
         }
-        let mut answers = 0;
+        let mut error_responses = 0;
         loop {
-            // Each time in the role of the request: the owner may be back.
+            // The role is computed anew each time: the owner may be reachable again.
             let sources = self.sources(request, RangePurpose::Whole);
-            let fill = self.fills.join(&key, place, request.asking.client, sources, first_byte_wanted(request.range));
-            if request.asking.asker.is_peer() && matches!(fill.opened().await, Ok(OpenedFill::Uncached { .. })) {
-                return Err(SourceError::NotKept.into());
+            let fill = self.fills.join(
+                &key,
+                repo_ref,
+                request.request_context.client,
+                sources,
+                first_byte_wanted(request.range),
+            );
+            if request.request_context.requester.is_peer()
+                && matches!(fill.opened().await, Ok(OpenedFill::Uncached { .. }))
+            {
+                return Err(SourceError::NotCached.into());
             }
             let error = match self.follow(&fill, request).await {
-                Err(Fetch::Source(error)) => error,
+                Err(BlobError::Source(error)) => error,
                 other => return other,
             };
-            if fill.refused_another(place).await {
+            if fill.failed_for_another(repo_ref).await {
                 continue;
             }
             if !error.is_outage() {
-                self.negatives.put(place, NegativeKind::Blob, digest.as_str(), &error);
+                self.negative_cache.put(repo_ref, NegativeKind::Blob, digest.as_str(), &error);
             }
-            // A registry that cannot be reached is waited for; one that answers with an error so often means it.
-            let is_answer = match &error {
+            // An unreachable upstream is retried until the deadline, an error response only `ROUNDS` times.
+            let is_error_response = match &error {
                 SourceError::Limited { again } => again.is_none_or(|again| again < STALL_TIMEOUT),
                 SourceError::Interrupted(_) => true,
                 error => error.failed_status().is_some(),
             };
-            answers += u32::from(is_answer);
-            let may_wait =
-                patience == OutageWait::WaitOut && error.is_passing_outage() && (!is_answer || answers < ROUNDS);
+            error_responses += u32::from(is_error_response);
+            let may_wait = patience == OutageWait::WaitOut
+                && error.is_transient_outage()
+                && (!is_error_response || error_responses < ROUNDS);
             if !may_wait || Instant::now() + RETRY_INTERVAL > deadline {
                 return Err(error.into());
             }
@@ -232,39 +246,49 @@ impl Pull {
         }
     }
 
-    /// Serves a range from a fill, or around it where it cannot be kept.
+    /// Serves a range from a fill, or past it if the blob cannot be cached.
     pub(super) async fn follow(
         self: &Arc<Self>,
         fill: &Arc<Fill>,
         request: &BlobRequest,
-    ) -> Result<BlobResponse, Fetch> {
+    ) -> Result<BlobResponse, BlobError> {
         match fill.opened().await? {
-            // What was kept may come from elsewhere than whoever asked for it thinks.
+            // The fill may have been started for another repository: its rule decides as well.
             OpenedFill::Small { object, .. }
-                if !self.may_give(&request.digest, Some(&object.provenance), request.asking.asker, &request.place) =>
+                if !self.may_serve(
+                    &request.digest,
+                    Some(&object.provenance),
+                    request.request_context.requester,
+                    &request.repo_ref,
+                ) =>
             {
-                Err(SourceError::NotKept.into())
+                Err(SourceError::NotCached.into())
             }
             OpenedFill::Small { object, from } => Ok(BlobResponse::of_bytes(&object.bytes, request.range, from)?),
             OpenedFill::Growing { blob, .. }
-                if !self.may_give(&request.digest, blob.provenance.as_ref(), request.asking.asker, &request.place) =>
+                if !self.may_serve(
+                    &request.digest,
+                    blob.provenance.as_ref(),
+                    request.request_context.requester,
+                    &request.repo_ref,
+                ) =>
             {
-                Err(SourceError::NotKept.into())
+                Err(SourceError::NotCached.into())
             }
             OpenedFill::Growing { blob, from } => {
                 let total = blob.len;
                 let span = span_of(request.range, total)?;
-                let manner = match (request.asking.asker, request.asking.reach, span) {
-                    (Requester::Peer(_), FetchPolicy::Kept, Some(_)) => ReadMode::OfWhatComes,
-                    (Requester::Peer(_), FetchPolicy::Origin, Some(_)) => ReadMode::Unproven,
+                let manner = match (request.request_context.requester, request.request_context.fetch_policy, span) {
+                    (Requester::Peer(_), FetchPolicy::CacheOnly, Some(_)) => ReadMode::UnverifiedUntilStall,
+                    (Requester::Peer(_), FetchPolicy::Upstream, Some(_)) => ReadMode::Unverified,
                     (Requester::Client, _, Some(span)) if span.end < total && self.is_ambiguous(request) => {
                         ReadMode::Verified
                     }
-                    _ => ReadMode::Proven,
+                    _ => ReadMode::VerifiedTail,
                 };
                 let from = match (manner, from) {
-                    // A file that is not hashed yet is passed on as somebody else's: nobody vouches for it.
-                    (ReadMode::Unproven | ReadMode::OfWhatComes, ServedFrom::Disk) => ServedFrom::Peer,
+                    // A file that is not verified yet is labelled as a peer's: this node does not vouch for it.
+                    (ReadMode::Unverified | ReadMode::UnverifiedUntilStall, ServedFrom::Disk) => ServedFrom::Peer,
                     (_, from) => from,
                 };
                 let reader = fill.reader(blob, span.unwrap_or(Span::whole(total)), manner);
@@ -274,7 +298,7 @@ impl Pull {
                 let wanted = span_of(request.range, total)?.unwrap_or(Span::whole(total));
                 let whole = wanted == Span::whole(total);
                 if !whole && self.is_ambiguous(request) {
-                    let why = "several registries have served this repository: say which one is meant, by ns";
+                    let why = "several registries have served this repository: add ?ns=REGISTRY to the request";
                     return Err(SourceError::Malformed(why.into()).into());
                 }
                 let opened = whole.then(|| feed.lock().take()).flatten();
@@ -290,12 +314,12 @@ impl Pull {
         }
     }
 
-    /// Sends a feed on as it comes; a whole blob only if it matches in the end.
-    pub(super) fn passing(&self, feed: SpanStream, request: &BlobRequest) -> Result<BlobResponse, Fetch> {
+    /// Passes a stream through as it comes. A whole blob is completed only if its digest matches.
+    pub(super) fn passing(&self, feed: SpanStream, request: &BlobRequest) -> Result<BlobResponse, BlobError> {
         let (total, from) = (feed.total(), feed.served_from());
         let span = span_of(request.range, total)?;
         let passage = if span.is_none_or(|span| span == Span::whole(total)) {
-            PassthroughStream::whole(feed, &self.fills, &request.digest, &request.place)
+            PassthroughStream::whole(feed, &self.fills, &request.digest, &request.repo_ref)
         } else {
             PassthroughStream::part(feed)
         };
@@ -303,39 +327,45 @@ impl Pull {
     }
 
     pub(super) fn fill_key(&self, request: &BlobRequest) -> FillKey {
-        FillKey::new(&request.place, &request.digest)
+        FillKey::new(&request.repo_ref, &request.digest)
     }
 
     /// The role in which this node has to download for this request.
     pub(super) fn role_of(&self, request: &BlobRequest) -> Role {
-        self.role(&request.place, &request.digest, request.asking)
+        self.role(&request.repo_ref, &request.digest, request.request_context)
     }
 
-    /// Hashes a file that may have been damaged, while readers follow.
+    /// Verifies a file that may be corrupt, while readers follow.
     pub(super) fn verify_kept(&self, request: &BlobRequest, blob: Arc<Blob>) -> Arc<Fill> {
-        self.fills.prove(&self.fill_key(request), &request.place, self.role_of(request), blob)
+        self.fills.prove(&self.fill_key(request), &request.repo_ref, self.role_of(request), blob)
     }
 
-    /// What this request's fill is fetched from, in the role in which the request asks this node.
-    pub(super) fn sources(self: &Arc<Self>, request: &BlobRequest, aim: RangePurpose) -> Arc<BlobSources> {
-        Arc::new(BlobSources::new(self, &request.place, self.fill_key(request), self.role_of(request), aim))
+    /// The sources of this request's fill, in the role that the request assigns to this node.
+    pub(super) fn sources(self: &Arc<Self>, request: &BlobRequest, range_purpose: RangePurpose) -> Arc<BlobSources> {
+        Arc::new(BlobSources::new(
+            self,
+            &request.repo_ref,
+            self.fill_key(request),
+            self.role_of(request),
+            range_purpose,
+        ))
     }
 }
 
-/// What is to be said where several places give nothing.
-pub(super) fn severer(known: Option<SourceError>, error: SourceError) -> SourceError {
+/// The error to return when several sources failed.
+pub(super) fn more_severe(known: Option<SourceError>, error: SourceError) -> SourceError {
     match known {
-        Some(known) => known.severer(error),
+        Some(known) => known.more_severe(error),
         None => error,
     }
 }
 
-/// The part of a blob that a range means; None: the whole.
+/// The part of a blob that a range names; None: the whole.
 pub(super) fn span_of(range: Option<RangeRequest>, total: u64) -> Result<Option<Span>, PullError> {
     range.map(|range| range.within(total)).transpose().map_err(|_| PullError::Unsatisfiable { total })
 }
 
-/// Where a fill for this range had best begin; what is near the start is no detour.
+/// Where a fill for this range starts. A range near the beginning starts the fill at the beginning.
 fn first_byte_wanted(range: Option<RangeRequest>) -> u64 {
     match range {
         Some(RangeRequest::From(start) | RangeRequest::Bounded(start, _)) if start > SMALL_BYTES => start,
@@ -344,14 +374,14 @@ fn first_byte_wanted(range: Option<RangeRequest>) -> u64 {
 }
 
 impl BlobRequest {
-    /// The same once some of its time has passed.
+    /// The same request, with less time left.
     pub fn after(&self, waited: Duration) -> Self {
-        Self { asking: self.asking.after(waited), ..self.clone() }
+        Self { request_context: self.request_context.after(waited), ..self.clone() }
     }
 }
 
-impl Fetch {
-    pub(super) fn into_refusal(self) -> PullError {
+impl BlobError {
+    pub(super) fn into_pull_error(self) -> PullError {
         match self {
             Self::Source(error) => PullError::of(&error, ErrorCode::BlobUnknown),
             Self::Refused(refusal) => refusal,
@@ -359,13 +389,13 @@ impl Fetch {
     }
 }
 
-impl From<SourceError> for Fetch {
+impl From<SourceError> for BlobError {
     fn from(error: SourceError) -> Self {
         Self::Source(error)
     }
 }
 
-impl From<PullError> for Fetch {
+impl From<PullError> for BlobError {
     fn from(refusal: PullError) -> Self {
         Self::Refused(refusal)
     }
@@ -387,7 +417,7 @@ impl From<Tier> for ServedFrom {
 }
 
 impl BlobResponse {
-    /// A part of what is in memory.
+    /// A part of an object in memory.
     pub fn of_bytes(bytes: &Bytes, range: Option<RangeRequest>, from: ServedFrom) -> Result<Self, PullError> {
         let total = bytes.len() as u64;
         let span = span_of(range, total)?;
@@ -417,21 +447,21 @@ impl Body {
         }
     }
 
-    /// The client does not read: what can be had again later need not stay open.
+    /// The client does not read: closes a source that can be opened again.
     pub fn release(&mut self) {
         if let Self::Passing(passage) = self {
             passage.release();
         }
     }
 
-    /// Bytes that are held in memory until they are sent, or while their client does not read.
+    /// Bytes in memory until they are sent, also while the client does not read.
     pub fn held(&self) -> usize {
         match self {
             Self::Memory(Some(bytes)) => bytes.len(),
             Self::Passing(passage) => passage.held(),
             Self::List(_) => LIST_BYTES,
-            // The one that is sent, and those that are opened before their turn.
-            Self::Parts(_) => PART_BYTES * (parts::AHEAD + 1),
+            // The part that is sent, and those that are opened ahead.
+            Self::Parts(_) => PART_BYTES * (parts::PARTS_AHEAD + 1),
             Self::Memory(None) | Self::File(_) => 0,
         }
     }

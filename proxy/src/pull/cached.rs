@@ -1,24 +1,25 @@
-//! What a peer may have of a blob without anybody else being asked.
+//! Serves a peer from this node's cache and running fills, without a request to another node or an upstream.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::time::timeout;
 
-use super::blob::{Fetch, span_of};
+use super::blob::{BlobError, span_of};
 use super::{BlobRequest, BlobResponse, Pull, PullError};
 use crate::oci::{RangeRequest, Span, Spans};
 use crate::store::{Found, Verification};
 use crate::times::{ALTERNATIVE_TIMEOUT, REACH_TIMEOUT};
 
-/// What may come here is waited for so long; longer what this node has asked for already; and longest what an
-/// origin is to send, which waits for nobody.
-const MAY_COME: Duration = Duration::from_millis(250);
+/// How long a peer's request waits for bytes that this node has not requested yet. It waits `ALTERNATIVE_TIMEOUT` for
+/// requested bytes, and `REACH_TIMEOUT` for those that this node fetches from the upstream in the owner's stead.
+/// Longer: the peer's next source is tried later. Shorter: more requests fail for bytes that are about to arrive.
+const UNREQUESTED_TIMEOUT: Duration = Duration::from_millis(250);
 
 impl Pull {
-    /// What is kept, or comes now. A running fill is followed only where it is ahead: whoever asks can
-    /// then never wait for itself, through however many others.
-    pub(super) async fn blob_here(
+    /// Serves from the cache or a running fill. A fill is followed only after it has reached the range, so that peers
+    /// never wait for each other in a circle.
+    pub(super) async fn blob_from_node(
         self: &Arc<Self>,
         request: &BlobRequest,
         kept: Option<Found>,
@@ -30,39 +31,39 @@ impl Pull {
             Some(Found::Large { blob, proof: Verification::Verified }) => {
                 return BlobResponse::of_blob(blob, request.range);
             }
-            // It is passed on while it is hashed: nobody else may have it.
-            Some(Found::Large { blob, proof: Verification::Unproven }) => {
+            // It is served while it is hashed: it may be the only copy.
+            Some(Found::Large { blob, proof: Verification::Unverified }) => {
                 self.verify_kept(request, blob);
             }
             None => {}
         }
         let start = match request.range {
             Some(RangeRequest::From(start) | RangeRequest::Bounded(start, _)) => start,
-            Some(RangeRequest::Suffix(_)) => return Err(PullError::NotKept),
+            Some(RangeRequest::Suffix(_)) => return Err(PullError::NotCached),
             None => 0,
         };
         if let Some(fill) = self.fills.running(&self.fill_key(request)) {
             let patience = match fill.is_deputed(start) {
                 true => REACH_TIMEOUT,
-                false if fill.is_asked_for(start) => ALTERNATIVE_TIMEOUT,
-                false => MAY_COME,
+                false if fill.is_requested(start) => ALTERNATIVE_TIMEOUT,
+                false => UNREQUESTED_TIMEOUT,
             };
             if timeout(patience, fill.reaches(start)).await == Ok(true) {
-                return self.follow(&fill, request).await.map_err(Fetch::into_refusal);
+                return self.follow(&fill, request).await.map_err(BlobError::into_pull_error);
             }
         }
-        Err(PullError::NotKept)
+        Err(PullError::NotCached)
     }
 
-    /// The bytes of a blob that this node has, by what a peer may know of it.
+    /// The bytes of a blob on this node, as far as the peer may know of them.
     pub async fn here(&self, request: &BlobRequest) -> Spans {
-        if let Some(Found::Large { blob, proof: Verification::Verified }) = self.kept_blob(request).await {
+        if let Some(Found::Large { blob, proof: Verification::Verified }) = self.cached_blob(request).await {
             return Span::whole(blob.len).into();
         }
         self.fills.running(&self.fill_key(request)).map_or_else(Spans::default, |fill| fill.written())
     }
 
-    /// The range that a request means, as far as that is known before its answer.
+    /// The requested range, as far as it is known before the total length.
     pub fn likely_span(&self, request: &BlobRequest) -> Span {
         span_of(request.range, u64::MAX).ok().flatten().unwrap_or(Span::whole(u64::MAX))
     }

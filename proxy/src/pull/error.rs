@@ -1,32 +1,32 @@
-//! Why a client gets no content.
+//! The errors that a client or peer gets instead of content.
 
 use crate::oci::ErrorCode;
 use crate::source::{SourceError, UpstreamError};
 
-/// A refusal, in words that a client may read.
+/// An error whose text may be shown to clients.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum PullError {
     /// The upstream's own error. `code` stands for a body that has none.
     Upstream { error: UpstreamError, code: ErrorCode },
-    /// dray's own decision that there is no such thing: the client may request it elsewhere.
+    /// dray's own "not found": the client may request it elsewhere.
     NotFound { code: ErrorCode, message: String },
     /// A rule denies it.
     Denied(String),
-    /// Nothing reachable: the client may ask elsewhere or later.
+    /// No source responded: the client may try elsewhere or later.
     Unavailable(String),
-    /// The same, seen from this node: there may be a way from others.
-    NoWay(String),
-    /// This node may not go where the origin is.
-    Guarded(String),
-    /// This node has too much to do, which says nothing of the origin.
+    /// This node cannot reach the upstream; other nodes may.
+    UpstreamUnreachable(String),
+    /// The egress policy of this node blocks the upstream's address.
+    Blocked(String),
+    /// This node is overloaded, which says nothing of the upstream.
     Busy,
-    /// The origin wants to hear of this caller later, perhaps not of another one.
+    /// The upstream's rate limit for this principal is used up; another principal may have pulls left.
     Limited(String),
-    /// The origin's answer cannot be passed on.
-    BadOrigin(String),
-    /// Only what is here was asked for, and it is not.
-    NotKept,
-    /// No byte of the body lies in the range asked for.
+    /// The upstream's response is invalid.
+    InvalidUpstreamResponse(String),
+    /// Only this node's cache was requested, and it does not hold the object.
+    NotCached,
+    /// No byte of the body lies in the requested range.
     Unsatisfiable { total: u64 },
 }
 
@@ -43,16 +43,18 @@ impl PullError {
             SourceError::Failed(error) if error.status >= 400 => {
                 Self::Upstream { error: error.clone(), code: ErrorCode::Unsupported }
             }
-            SourceError::NotKept => Self::NotKept,
-            SourceError::Guarded(_) => Self::Guarded(message),
+            SourceError::NotCached => Self::NotCached,
+            SourceError::Blocked(_) => Self::Blocked(message),
             SourceError::Limited { .. } => Self::Limited(message),
             SourceError::Busy => Self::Busy,
-            SourceError::Unreachable(_) | SourceError::Interrupted(_) => Self::NoWay(message),
-            // It takes its time for everybody: whoever cannot be reached at all does not even take a connection.
+            SourceError::Unreachable(_) | SourceError::Interrupted(_) => Self::UpstreamUnreachable(message),
+            // A timeout is not `UpstreamUnreachable`: the upstream accepted the connection, so it is slow for other nodes as well.
             SourceError::TimedOut => Self::Unavailable(message),
-            // Which program or file it is concerns nobody but the log.
-            SourceError::NoCredentials(_) => Self::NoWay("no credentials can be had for the origin".into()),
-            SourceError::Failed(_) | SourceError::Malformed(_) => Self::BadOrigin(message),
+            // The text names a program or file, which belongs into the log only.
+            SourceError::NoCredentials(_) => {
+                Self::UpstreamUnreachable("no credentials for the upstream are available, see dray's log".into())
+            }
+            SourceError::Failed(_) | SourceError::Malformed(_) => Self::InvalidUpstreamResponse(message),
         }
     }
 
@@ -66,10 +68,11 @@ impl PullError {
     }
 }
 
-/// The status by which a client hears of an upstream's status.
+/// The status that a client gets for an upstream's status.
 ///
-/// 4xx stays as it is, with three exceptions. dray answers challenges itself, so that a 401 without one means 403.
-/// containerd repeats 408 and 429 at once, five times; they become 503 like everything that may pass.
+/// - 401 becomes 403: dray handles challenges itself, and a 401 without a challenge is invalid.
+/// - 408 and 429 become 503: containerd repeats them at once, five times.
+/// - Any other 4xx stays as it is; all other statuses become 503.
 pub fn status_for_client(status: u16) -> u16 {
     match status {
         401 => 403,
@@ -84,7 +87,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn status_of_an_upstream_reaches_the_client() {
+    fn upstream_status_is_mapped_for_clients() {
         for status in [400, 403, 404, 405, 406, 410, 413, 416, 451] {
             assert_eq!(status_for_client(status), status);
         }
@@ -94,12 +97,12 @@ mod tests {
     }
 
     #[test]
-    fn only_an_upstreams_response_is_passed_on() {
+    fn upstream_error_is_passed_through() {
         let of = |error: &SourceError| PullError::of(error, ErrorCode::ManifestUnknown);
         let passed = |error: &SourceError| matches!(of(error), PullError::Upstream { .. });
         let failed = SourceError::failed;
         assert!([SourceError::not_found(), SourceError::denied(), failed(413), failed(500)].iter().all(passed));
-        assert!(!passed(&SourceError::TimedOut) && !passed(&failed(304)) && !passed(&SourceError::NotKept));
+        assert!(!passed(&SourceError::TimedOut) && !passed(&failed(304)) && !passed(&SourceError::NotCached));
         assert!(of(&SourceError::denied()).is_denied() && !of(&failed(406)).is_denied());
     }
 }

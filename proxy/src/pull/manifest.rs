@@ -1,4 +1,4 @@
-//! The way of a manifest: verified before its first byte, by tag or by digest.
+//! Serves a manifest by tag or by digest. It is verified before its first byte is sent.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -8,9 +8,9 @@ use futures_util::future::BoxFuture;
 use tokio::time::{Instant, sleep, timeout};
 
 use super::negative_cache::NegativeKind;
-use super::owners::ask_owners;
-use super::sources::last_scope;
-use super::{Pull, PullError, RequestContext, Requester, fetch_ended, flights, is_personal};
+use super::owners::request_from_owners;
+use super::sources::outage_scope;
+use super::{Pull, PullError, RequestContext, Requester, fetch_ended, flight_keys, is_personal};
 use crate::blocking::parsed;
 use crate::oci::{Digest, ErrorCode, Reference, manifest};
 use crate::peers::{FetchPolicy, PeerQuery, PeerRequestMode, PeerTrust};
@@ -20,13 +20,13 @@ use crate::source::{ServedFrom, SourceError};
 use crate::store::{Found, SmallKind, SmallObject};
 use crate::times::{ALTERNATIVE_TIMEOUT, CONFIRM_TIMEOUT, STALL_TIMEOUT, UPSTREAM_TIMEOUT};
 
-/// A manifest and how it was come by.
+/// A manifest and its source.
 #[derive(Clone)]
 pub struct ManifestResponse {
     pub digest: Digest,
     pub object: SmallObject,
     pub from: ServedFrom,
-    /// For a tag: since when the origin was not asked what it means.
+    /// For a tag: the time since it was last revalidated.
     pub age: Option<Duration>,
 }
 
@@ -36,160 +36,164 @@ impl Pull {
     /// `GET` or `HEAD manifests/<reference>`.
     pub async fn manifest(
         self: &Arc<Self>,
-        place: &RepositoryRef,
+        repo_ref: &RepositoryRef,
         reference: &Reference,
         accept: &str,
-        asking: RequestContext,
+        request_context: RequestContext,
     ) -> Result<ManifestResponse, PullError> {
         let begun = Instant::now();
-        let answer = async {
+        let response = async {
             loop {
-                let answer = match reference {
+                let response = match reference {
                     Reference::Digest(digest) => {
-                        let found = self.manifest_by_digest(place, digest, accept, asking).await;
+                        let found = self.manifest_by_digest(repo_ref, digest, accept, request_context).await;
                         found.map(|(object, from)| ManifestResponse { digest: digest.clone(), object, from, age: None })
                     }
-                    Reference::Tag(tag) => self.manifest_by_tag(place, tag, accept, asking).await,
+                    Reference::Tag(tag) => self.manifest_by_tag(repo_ref, tag, accept, request_context).await,
                 };
-                // The upstream is known to be silent, or a cache in front of it has given up: it may only be slow, and
-                // requests under way will tell. What fails soon is refused soon: podman tries its next mirror then.
-                let is_slow = match &answer {
+                // After a timeout, or a late error of a cache in front of the upstream, the upstream may only be slow:
+                // requests in progress will tell. An early error is returned at once: podman then tries its next
+                // mirror.
+                let is_slow = match &response {
                     Err(SourceError::TimedOut) => true,
-                    // A limit is no slowness: its end is known, and told at once.
+                    // A rate limit is not slowness: the client gets the time of its end at once.
                     Err(SourceError::Limited { .. }) => false,
-                    Err(error) => error.is_passing_outage() && begun.elapsed() > CONFIRM_TIMEOUT,
+                    Err(error) => error.is_transient_outage() && begun.elapsed() > CONFIRM_TIMEOUT,
                     Ok(_) => false,
                 };
-                if !is_slow || !asking.has_no_fallback() {
-                    return answer;
+                if !is_slow || !request_context.has_no_fallback() {
+                    return response;
                 }
                 sleep(ALTERNATIVE_TIMEOUT).await;
             }
         };
-        // The flights go on for whoever comes next.
-        let answer = timeout(asking.patience, answer).await.unwrap_or(Err(SourceError::TimedOut));
-        let answer = answer.map_err(|error| PullError::of(&error, ErrorCode::ManifestUnknown))?;
-        let ManifestResponse { digest, object, .. } = &answer;
-        let is_held = || matches!(reference, Reference::Tag(_)) || self.is_known_at(place, digest, &object.provenance);
-        if asking.asker == Requester::Client && !is_held() {
-            let confirmed = self.confirm_manifest(place, &answer, accept);
-            let left = asking.after(begun.elapsed()).patience;
+        // After a timeout the flights continue for later requests.
+        let response = timeout(request_context.patience, response).await.unwrap_or(Err(SourceError::TimedOut));
+        let response = response.map_err(|error| PullError::of(&error, ErrorCode::ManifestUnknown))?;
+        let ManifestResponse { digest, object, .. } = &response;
+        let is_held =
+            || matches!(reference, Reference::Tag(_)) || self.is_known_at(repo_ref, digest, &object.provenance);
+        if request_context.requester == Requester::Client && !is_held() {
+            let confirmed = self.confirm_manifest(repo_ref, &response, accept);
+            let left = request_context.after(begun.elapsed()).patience;
             if let Ok(Err(error)) = timeout(left.min(CONFIRM_TIMEOUT), confirmed).await {
                 return Err(PullError::of(&error, ErrorCode::ManifestUnknown));
             }
         }
-        self.homes.served(place, digest, &object.bytes, is_held).await;
-        Ok(answer)
+        self.registry_hints.record_manifest(repo_ref, digest, &object.bytes, is_held).await;
+        Ok(response)
     }
 
     pub(super) async fn manifest_by_digest(
         self: &Arc<Self>,
-        place: &RepositoryRef,
+        repo_ref: &RepositoryRef,
         digest: &Digest,
         accept: &str,
-        asking: RequestContext,
+        request_context: RequestContext,
     ) -> FetchedManifest {
-        if let Some(found) = self.kept_manifest(place, digest, asking.asker).await {
+        if let Some(found) = self.cached_manifest(repo_ref, digest, request_context.requester).await {
             return Ok(found);
         }
-        if asking.reach == FetchPolicy::Kept {
-            return Err(SourceError::NotKept);
+        if request_context.fetch_policy == FetchPolicy::CacheOnly {
+            return Err(SourceError::NotCached);
         }
-        if let Some(error) = self.negatives.get(place, NegativeKind::Manifest, digest.as_str()) {
+        if let Some(error) = self.negative_cache.get(repo_ref, NegativeKind::Manifest, digest.as_str()) {
             return Err(error);
         }
-        let role = self.role(place, digest, asking);
-        self.manifest_flight(place, digest, accept, RequestContext { role, ..asking }).await
+        let role = self.role(repo_ref, digest, request_context);
+        self.manifest_flight(repo_ref, digest, accept, RequestContext { role, ..request_context }).await
     }
 
-    /// Fetched once for all who ask for it at the same time.
+    /// Fetches a manifest. Concurrent requests share one flight.
     fn manifest_flight<'a>(
         self: &'a Arc<Self>,
-        place: &'a RepositoryRef,
+        repo_ref: &'a RepositoryRef,
         digest: &'a Digest,
         accept: &'a str,
-        asking: RequestContext,
+        request_context: RequestContext,
     ) -> BoxFuture<'a, FetchedManifest> {
-        let key = |who| (place.to_string(), digest.clone(), asking.role, who);
-        let (shared, own) = flights(place, key);
-        let landed = self.manifest_flights.join_or_own(
+        let key = |principal_id| (repo_ref.to_string(), digest.clone(), request_context.role, principal_id);
+        let (shared, own) = flight_keys(repo_ref, key);
+        let result = self.manifest_flights.join_or_own(
             shared,
             own,
-            |fetched| is_personal(place, fetched),
+            |fetched| is_personal(repo_ref, fetched),
             move || {
-                let (pull, place, digest, accept) = (self.clone(), place.clone(), digest.clone(), accept.to_owned());
+                let (pull, repo_ref, digest, accept) =
+                    (self.clone(), repo_ref.clone(), digest.clone(), accept.to_owned());
                 async move {
-                    let fetched = pull.fetch_manifest(&place, &digest, &accept, asking).await;
+                    let fetched = pull.fetch_manifest(&repo_ref, &digest, &accept, request_context).await;
                     if let Err(error) = &fetched {
-                        pull.negatives.put(&place, NegativeKind::Manifest, digest.as_str(), error);
+                        pull.negative_cache.put(&repo_ref, NegativeKind::Manifest, digest.as_str(), error);
                     }
                     fetched
                 }
             },
         );
-        async move { landed.await.unwrap_or_else(fetch_ended) }.boxed()
+        async move { result.await.unwrap_or_else(fetch_ended) }.boxed()
     }
 
     async fn fetch_manifest(
         self: &Arc<Self>,
-        place: &RepositoryRef,
+        repo_ref: &RepositoryRef,
         digest: &Digest,
         accept: &str,
-        asking: RequestContext,
+        request_context: RequestContext,
     ) -> FetchedManifest {
-        // Another place may have brought it while we waited for our turn. Peers may wait for this as
-        // well, and get what they may have.
-        if let Some(found) = self.kept_manifest(place, digest, Requester::Peer(PeerTrust::Member)).await {
+        // Another flight may have cached it meanwhile. Peers may join this flight, so only what peers may have is used.
+        if let Some(found) = self.cached_manifest(repo_ref, digest, Requester::Peer(PeerTrust::Authenticated)).await {
             return Ok(found);
         }
-        if let Some(object) = self.manifest_of_peers(place, digest, asking).await? {
+        if let Some(object) = self.manifest_of_peers(repo_ref, digest, request_context).await? {
             return Ok((object, ServedFrom::Peer));
         }
-        if asking.role != Role::Global {
-            // It takes the owner's place, as others may ask it to.
-            return self.manifest_flight(place, digest, accept, RequestContext { role: Role::Global, ..asking }).await;
+        if request_context.role != Role::Global {
+            // No owner is reachable: this node acts as the owner, also for peers that turn to it.
+            return self
+                .manifest_flight(repo_ref, digest, accept, RequestContext { role: Role::Global, ..request_context })
+                .await;
         }
         let deadline = Instant::now() + UPSTREAM_TIMEOUT;
         let reference = Reference::Digest(digest.clone());
-        let answer = match self.upstream.manifest(place, &reference, accept, deadline).await {
+        let response = match self.upstream.manifest(repo_ref, &reference, accept, deadline).await {
             Err(error) if error.is_outage() => {
-                let anybodys = self.anybodys_manifest(place, digest).await;
-                return anybodys.map(|object| (object, ServedFrom::Peer)).ok_or(error);
+                let manifest = self.manifest_of_any_peer(repo_ref, digest).await;
+                return manifest.map(|object| (object, ServedFrom::Peer)).ok_or(error);
             }
-            answer => answer?,
+            response => response?,
         };
-        if !digest.matches(&answer.bytes) {
-            return Err(self.mismatched(place, digest));
+        if !digest.matches(&response.bytes) {
+            return Err(self.corrupt_manifest(repo_ref, digest));
         }
-        self.blobs_reachable(place, &answer.bytes).await?;
-        Ok((self.keep_manifest(place, digest, &answer.media_type, answer.bytes).await, ServedFrom::Upstream))
+        self.check_reachability(repo_ref, &response.bytes).await?;
+        Ok((self.cache_manifest(repo_ref, digest, &response.media_type, response.bytes).await, ServedFrom::Upstream))
     }
 
-    /// A manifest that another node has or fetches. None: this node has to fetch it.
+    /// A manifest from a peer that has or fetches it. None: this node has to fetch it.
     async fn manifest_of_peers(
         &self,
-        place: &RepositoryRef,
+        repo_ref: &RepositoryRef,
         digest: &Digest,
-        asking: RequestContext,
+        request_context: RequestContext,
     ) -> Result<Option<SmallObject>, SourceError> {
-        let Some(peers) = self.peers_for(place) else { return Ok(None) };
-        let (scope, downstream) = (self.scope(place), asking.downstream);
-        let question = |manner| {
+        let Some(peers) = self.peers_for(repo_ref) else { return Ok(None) };
+        let (scope, downstream) = (self.scope(repo_ref), request_context.downstream);
+        let query = |manner| {
             let deadline = Instant::now() + UPSTREAM_TIMEOUT;
-            PeerQuery { scope, downstream, ..PeerQuery::about(place, digest, manner, deadline) }
+            PeerQuery { scope, downstream, ..PeerQuery::about(repo_ref, digest, manner, deadline) }
         };
-        let lead = peers.lead(digest, asking.role, scope);
-        if asking.role == Role::Global || lead.leaders.is_empty() {
-            let kept = peers.successors_manifests(&question(PeerRequestMode::IfKept)).await;
-            return Ok(self.keep_one(place, digest, kept).await);
+        let lead = peers.lead(digest, request_context.role, scope);
+        if request_context.role == Role::Global || lead.owners.is_empty() {
+            let kept = peers.successor_manifests(&query(PeerRequestMode::OnlyIfCached)).await;
+            return Ok(self.cache_first_match(repo_ref, digest, kept).await);
         }
-        // The owner itself waits for this node, which resolves its tag: it would have to ask the upstream as well.
-        if lead.leaders.first().is_some_and(|owner| downstream.contains(owner)) {
+        // The owner of the digest waits for this node, which resolves the tag: a request to it would be a circle.
+        if lead.owners.first().is_some_and(|owner| downstream.contains(owner)) {
             return Ok(None);
         }
-        ask_owners(lead, digest, |owner, manner| async move {
-            let sent = peers.manifest(owner, &question(manner)).await?;
-            self.keep_one(place, digest, vec![sent]).await.ok_or_else(|| {
+        request_from_owners(lead, digest, |owner, manner| async move {
+            let sent = peers.manifest(owner, &query(manner)).await?;
+            self.cache_first_match(repo_ref, digest, vec![sent]).await.ok_or_else(|| {
                 peers.lies(owner);
                 SourceError::Malformed("the peer's manifest does not match its digest".into())
             })
@@ -197,67 +201,68 @@ impl Pull {
         .await
     }
 
-    /// A manifest that somebody has, where no origin gives it.
-    async fn anybodys_manifest(&self, place: &RepositoryRef, digest: &Digest) -> Option<SmallObject> {
+    /// A manifest from any peer that has it, if the upstream is down.
+    async fn manifest_of_any_peer(&self, repo_ref: &RepositoryRef, digest: &Digest) -> Option<SmallObject> {
         let deadline = Instant::now() + STALL_TIMEOUT;
-        let question = PeerQuery {
-            scope: last_scope(place),
-            ..PeerQuery::about(place, digest, PeerRequestMode::IfKept, deadline)
+        let query = PeerQuery {
+            scope: outage_scope(repo_ref),
+            ..PeerQuery::about(repo_ref, digest, PeerRequestMode::OnlyIfCached, deadline)
         };
-        let kept = self.peers_for(place)?.anybodys_manifests(&question).await;
-        self.keep_one(place, digest, kept).await
+        let kept = self.peers_for(repo_ref)?.last_resort_manifests(&query).await;
+        self.cache_first_match(repo_ref, digest, kept).await
     }
 
-    /// The first of those that peers sent which is the one that is meant.
-    async fn keep_one(
+    /// Caches the first of the peers' manifests that matches the digest.
+    async fn cache_first_match(
         &self,
-        place: &RepositoryRef,
+        repo_ref: &RepositoryRef,
         digest: &Digest,
         sent: Vec<(String, bytes::Bytes)>,
     ) -> Option<SmallObject> {
         let (stated, bytes) = sent.into_iter().find(|(_, bytes)| digest.matches(bytes))?;
         let media_type = parsed(&bytes, manifest::media_type).await.unwrap_or(stated);
-        Some(self.keep_manifest(place, digest, &media_type, bytes).await)
+        Some(self.cache_manifest(repo_ref, digest, &media_type, bytes).await)
     }
 
-    pub(super) async fn kept_manifest(
+    pub(super) async fn cached_manifest(
         &self,
-        place: &RepositoryRef,
+        repo_ref: &RepositoryRef,
         digest: &Digest,
-        asker: Requester,
+        requester: Requester,
     ) -> Option<(SmallObject, ServedFrom)> {
         match self.store.find(digest, SmallKind::Manifest).await? {
-            Found::Small { object, tier } if self.may_give(digest, Some(&object.provenance), asker, place) => {
+            Found::Small { object, tier } if self.may_serve(digest, Some(&object.provenance), requester, repo_ref) => {
                 Some((object, tier.into()))
             }
             _ => None,
         }
     }
 
-    pub(super) async fn keep_manifest(
+    pub(super) async fn cache_manifest(
         &self,
-        place: &RepositoryRef,
+        repo_ref: &RepositoryRef,
         digest: &Digest,
         media_type: &str,
         bytes: bytes::Bytes,
     ) -> SmallObject {
-        self.entitlements.was_sent(place, digest);
-        self.remember_subject(place, &bytes, media_type).await;
-        // A renewed tag mostly means what it meant before: nothing is written then.
-        if let Some((object, _)) = self.kept_manifest(place, digest, Requester::Peer(PeerTrust::Member)).await
+        self.authorizations.mark_sent(repo_ref, digest);
+        self.remember_subject(repo_ref, &bytes, media_type).await;
+        // A revalidated tag mostly has the same digest: then nothing is written.
+        if let Some((object, _)) =
+            self.cached_manifest(repo_ref, digest, Requester::Peer(PeerTrust::Authenticated)).await
             && *object.media_type == *media_type
         {
             return object;
         }
-        let provenance = Arc::new(place.provenance());
+        let provenance = Arc::new(repo_ref.provenance());
         let object = SmallObject::new(media_type, provenance, &bytes);
         self.store.small.insert(digest, SmallKind::Manifest, object.clone()).await;
         object
     }
 
-    pub(super) fn mismatched(&self, place: &RepositoryRef, digest: &Digest) -> SourceError {
+    pub(super) fn corrupt_manifest(&self, repo_ref: &RepositoryRef, digest: &Digest) -> SourceError {
         self.metrics.mismatches.inc();
-        tracing::error!(%place, %digest, "the origin sent a manifest that does not match its digest");
+        tracing::error!(repository = %repo_ref, %digest, "manifest digest mismatch");
         SourceError::Malformed("the manifest does not match its digest".into())
     }
 }

@@ -1,4 +1,4 @@
-//! Errors believed for seconds, so that a storm of requests is not passed on.
+//! Caches errors of upstreams for seconds, so that a burst of requests does not reach the upstream.
 
 use std::time::Duration;
 
@@ -7,22 +7,25 @@ use crate::oci::Tag;
 use crate::registries::RepositoryRef;
 use crate::source::SourceError;
 
-/// What an origin lately refused, by place and reference. A place has one rule and so one
-/// credential: nobody learns from another's refusal. Callers with rights of their own are refused their own.
+/// Errors of upstreams, by repository and reference. A repository has one rule and so one credential. Errors of
+/// principals with own credentials are not cached: they must not reach other principals.
 pub(super) struct NegativeCache {
     errors: moka::sync::Cache<(String, NegativeKind, String), Negative>,
 }
 
-/// What was asked for: that there is no manifest of a digest says nothing of a blob.
+/// What was requested: a missing manifest says nothing of a blob with the same digest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum NegativeKind {
     Manifest,
     Blob,
 }
 
-/// All of them together, and what each takes beside its texts, in bytes.
+/// Memory of all cached errors, in bytes. More: clients that request random names fill more memory. Less: more repeated
+/// requests reach the upstream.
 const MAX_BYTES: u64 = 16 * 1024 * 1024;
-const OVERHEAD: usize = 200;
+
+/// Memory that each entry takes beside its texts, in bytes.
+const ENTRY_OVERHEAD: usize = 200;
 
 #[derive(Clone)]
 struct Negative {
@@ -35,8 +38,8 @@ impl NegativeCache {
         Self {
             errors: moka::sync::Cache::builder()
                 .max_capacity(MAX_BYTES)
-                .weigher(|(place, _, reference): &(String, NegativeKind, String), negative: &Negative| {
-                    let bytes = place.len() + reference.len() + negative.error.body_len() + OVERHEAD;
+                .weigher(|(repo_ref, _, reference): &(String, NegativeKind, String), negative: &Negative| {
+                    let bytes = repo_ref.len() + reference.len() + negative.error.body_len() + ENTRY_OVERHEAD;
                     u32::try_from(bytes).unwrap_or(u32::MAX)
                 })
                 .expire_after(ByLifetime)
@@ -44,35 +47,35 @@ impl NegativeCache {
         }
     }
 
-    pub(super) fn get(&self, place: &RepositoryRef, endpoint: NegativeKind, reference: &str) -> Option<SourceError> {
-        place.caller.holder().is_none().then_some(())?;
-        self.errors.get(&(place.to_string(), endpoint, reference.to_owned())).map(|negative| negative.error)
+    pub(super) fn get(&self, repo_ref: &RepositoryRef, endpoint: NegativeKind, reference: &str) -> Option<SourceError> {
+        repo_ref.principal.holder().is_none().then_some(())?;
+        self.errors.get(&(repo_ref.to_string(), endpoint, reference.to_owned())).map(|negative| negative.error)
     }
 
-    pub(super) fn put(&self, place: &RepositoryRef, endpoint: NegativeKind, reference: &str, error: &SourceError) {
-        self.put_for(place.rule.negative_ttl, place, endpoint, reference, error);
+    pub(super) fn put(&self, repo_ref: &RepositoryRef, endpoint: NegativeKind, reference: &str, error: &SourceError) {
+        self.put_for(repo_ref.rule.negative_ttl, repo_ref, endpoint, reference, error);
     }
 
-    /// A tag that may be pushed at any moment is not missing for longer than it would be believed.
-    pub(super) fn put_tag(&self, place: &RepositoryRef, tag: &Tag, error: &SourceError) {
-        let life = place.rule.negative_ttl;
-        let life = if error.is_not_found() { life.min(place.rule.lease_of(tag)) } else { life };
-        self.put_for(life, place, NegativeKind::Manifest, tag.as_str(), error);
+    /// A missing tag may be pushed at any moment: its error is cached no longer than the tag's TTL.
+    pub(super) fn put_tag(&self, repo_ref: &RepositoryRef, tag: &Tag, error: &SourceError) {
+        let life = repo_ref.rule.negative_ttl;
+        let life = if error.is_not_found() { life.min(repo_ref.rule.ttl_of(tag)) } else { life };
+        self.put_for(life, repo_ref, NegativeKind::Manifest, tag.as_str(), error);
     }
 
     fn put_for(
         &self,
         life: Duration,
-        place: &RepositoryRef,
+        repo_ref: &RepositoryRef,
         endpoint: NegativeKind,
         reference: &str,
         error: &SourceError,
     ) {
-        if place.caller.holder().is_some() {
+        if repo_ref.principal.holder().is_some() {
             return;
         }
         let negative = Negative { error: error.clone(), life };
-        self.errors.insert((place.to_string(), endpoint, reference.to_owned()), negative);
+        self.errors.insert((repo_ref.to_string(), endpoint, reference.to_owned()), negative);
     }
 }
 

@@ -1,4 +1,4 @@
-//! Several ranges of a blob in one answer, as lazy snapshotters ask for them.
+//! Several ranges of a blob in one response, as lazy snapshotters request them.
 
 use std::sync::Arc;
 
@@ -10,13 +10,14 @@ use crate::oci::{Multipart, RangeRequest, RangeSet, Span};
 use crate::source::Broken;
 use crate::trace;
 
-/// Parts that are opened before their turn.
-pub(super) const AHEAD: usize = 4;
+/// Parts that are opened ahead of the part that is sent. More: more memory for each request. Fewer: each part waits for
+/// its source.
+pub(super) const PARTS_AHEAD: usize = 4;
 
-/// The parts of an answer, one after the other.
+/// The body of a multipart response.
 pub struct Parts {
     multipart: Multipart,
-    answers: BoxStream<'static, Result<BlobResponse, PullError>>,
+    responses: BoxStream<'static, Result<BlobResponse, PullError>>,
     /// The part that is being sent.
     current: Option<BlobResponse>,
     next: usize,
@@ -24,14 +25,14 @@ pub struct Parts {
 }
 
 impl Pull {
-    /// `GET blobs/<digest>` with several ranges. Each is served on its own: kept, from a running
-    /// fill, or from its source.
+    /// `GET blobs/<digest>` with several ranges. Each is served by itself: from the cache, a running fill, or its
+    /// source.
     pub async fn blob_parts(
         self: &Arc<Self>,
         request: &BlobRequest,
         ranges: &RangeSet,
     ) -> Result<BlobResponse, PullError> {
-        // Some answer tells the length, without which no range can be clipped.
+        // The first response brings the total length, without which no range can be clipped.
         let first = match self.blob(&BlobRequest { range: ranges.iter().next(), ..request.clone() }).await {
             Err(PullError::Unsatisfiable { total }) => match ranges.within(total).first() {
                 Some(span) => self.part(request, *span).await?,
@@ -51,14 +52,16 @@ impl Pull {
         let opening = stream::iter(rest).map(move |span| {
             let (pull, request) = (pull.clone(), request.clone());
             async move {
-                // On its own, so that a slow client does not use up its deadline.
+                // In a task of its own, so that a slow client does not use up the part's deadline.
                 let opened = tokio::spawn(trace::carried(async move { pull.part(&request, span).await }));
-                opened.await.unwrap_or_else(|_| Err(PullError::Unavailable("a part was not opened".into())))
+                opened.await.unwrap_or_else(|_| {
+                    Err(PullError::Unavailable("internal error: the task panicked, see dray's log".into()))
+                })
             }
         });
-        let answers = stream::iter(opened.map(Ok)).chain(opening.buffered(AHEAD)).boxed();
+        let responses = stream::iter(opened.map(Ok)).chain(opening.buffered(PARTS_AHEAD)).boxed();
         let extent = BlobExtent::Parts(multipart.clone());
-        let parts = Parts { multipart, answers, current: None, next: 0, ended: false };
+        let parts = Parts { multipart, responses, current: None, next: 0, ended: false };
         Ok(BlobResponse { total, extent, from, body: Body::Parts(Box::new(parts)) })
     }
 
@@ -82,16 +85,16 @@ impl Parts {
             self.ended = true;
             return Ok(end);
         };
-        let answer = match self.answers.next().await {
-            Some(Ok(answer)) => answer,
-            Some(Err(refusal)) => return Err(Broken(format!("a part was refused: {refusal:?}"))),
-            None => return Err(Broken("a part is missing".into())),
+        let response = match self.responses.next().await {
+            Some(Ok(response)) => response,
+            Some(Err(refusal)) => return Err(Broken(format!("a part of the response failed: {refusal:?}"))),
+            None => return Err(Broken("a part of the response is missing".into())),
         };
-        if answer.extent != BlobExtent::Part(span) {
-            return Err(Broken("another part than asked for".into()));
+        if response.extent != BlobExtent::Part(span) {
+            return Err(Broken("the source sent another range than requested".into()));
         }
         self.next += 1;
-        self.current = Some(answer);
+        self.current = Some(response);
         Ok(Some(self.multipart.head(span).into()))
     }
 }

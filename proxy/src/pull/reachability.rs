@@ -1,7 +1,7 @@
-//! Whether the blobs of a repository can be had at all, found out when its manifest is requested.
+//! Checks whether the blobs of a repository can be downloaded, when its manifest is requested.
 //!
-//! podman, CRI-O, buildah and skopeo try another mirror only while they have no manifest. What dray will refuse of the
-//! blobs, such as a redirect to an object store that the egress policy blocks, has to be said with the manifest.
+//! podman, CRI-O, buildah and skopeo try another mirror only until they have a manifest. If dray will not get the
+//! blobs, the manifest request has to fail: for example if the egress policy blocks the object store of the redirects.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,7 +17,7 @@ use crate::registries::RepositoryRef;
 use crate::source::SourceError;
 use crate::times::{DEFAULT_TTL, OBSERVATION_TTL, REACH_TIMEOUT};
 
-/// What is known of repositories: None, if their blobs can be had.
+/// The results by repository. None: its blobs can be downloaded.
 pub(super) struct Reachability(moka::sync::Cache<(Registry, Repository), Verdict>);
 
 #[derive(Clone)]
@@ -30,29 +30,29 @@ impl Reachability {
 }
 
 impl Pull {
-    /// Requests the head of a manifest's first layer, once for a repository. An error: dray will not get its blobs.
-    pub(super) async fn blobs_reachable(
+    /// Sends a HEAD for a manifest's first layer, once for a repository. An error: dray will not get its blobs.
+    pub(super) async fn check_reachability(
         self: &Arc<Self>,
-        place: &RepositoryRef,
+        repo_ref: &RepositoryRef,
         bytes: &Bytes,
     ) -> Result<(), SourceError> {
-        // Where authorization is the upstream's, each client's own request has told.
-        if place.rule.asks_who() {
+        // With upstream authorization, each client's own check has shown it.
+        if repo_ref.rule.is_passthrough() {
             return Ok(());
         }
-        let key = (place.registry.clone(), place.repository.clone());
-        if let Some(Verdict(known)) = self.reachable.0.get(&key) {
+        let key = (repo_ref.registry.clone(), repo_ref.repository.clone());
+        if let Some(Verdict(known)) = self.reachability.0.get(&key) {
             return known.map_or(Ok(()), Err);
         }
         let Some(blob) = parsed(bytes, first_blob).await else { return Ok(()) };
-        let head = self.upstream.blob_head(place, &blob, Instant::now() + REACH_TIMEOUT);
+        let head = self.upstream.blob_head(repo_ref, &blob, Instant::now() + REACH_TIMEOUT);
         let error = timeout(REACH_TIMEOUT, head).await.ok().and_then(Result::err).filter(is_final);
-        self.reachable.0.insert(key, Verdict(error.clone()));
+        self.reachability.0.insert(key, Verdict(error.clone()));
         error.map_or(Ok(()), Err)
     }
 }
 
-/// The first layer, or else the configuration. None: an index, whose manifests tell.
+/// The first layer, or else the configuration. None: an index, whose manifests are checked instead.
 fn first_blob(bytes: &[u8]) -> Option<Digest> {
     if manifest::is_index(bytes) {
         return None;
@@ -62,11 +62,11 @@ fn first_blob(bytes: &[u8]) -> Option<Digest> {
     Some(named.next().unwrap_or(config))
 }
 
-/// Whether a GET would meet the same. Signed URLs are often good for GET only, and answer a HEAD with 403.
+/// Whether a GET would fail in the same way. Signed URLs are often valid for GET only, and respond to a HEAD with 403.
 fn is_final(error: &SourceError) -> bool {
     match error {
-        SourceError::Guarded(_) => true,
-        SourceError::Denied(told) => told.status == 401,
+        SourceError::Blocked(_) => true,
+        SourceError::Denied(error) => error.status == 401,
         _ => false,
     }
 }
@@ -83,7 +83,7 @@ mod tests {
     use crate::source::UpstreamError;
 
     #[test]
-    fn first_layer_is_what_is_requested() {
+    fn first_blob_is_the_first_layer_or_the_config() {
         let [config, layer] = ["config", "layer"].map(|text| Digest::of(text.as_bytes()));
         let of = |json: serde_json::Value| first_blob(json.to_string().as_bytes());
         let (config_json, layer_json) =
@@ -94,8 +94,8 @@ mod tests {
     }
 
     #[test]
-    fn only_what_a_get_meets_as_well_is_final() {
-        assert!(is_final(&SourceError::Guarded("10.0.0.1".into())));
+    fn head_error_is_final_only_if_a_get_fails_too() {
+        assert!(is_final(&SourceError::Blocked("10.0.0.1".into())));
         assert!(is_final(&SourceError::Denied(UpstreamError::of_status(401))));
         for error in [SourceError::denied(), SourceError::not_found(), SourceError::TimedOut, SourceError::failed(405)]
         {

@@ -1,8 +1,9 @@
-//! Where repositories were served from, for blob requests that name no registry.
+//! Which registries have served a repository, for blob requests that name no registry.
 //!
-//! Repositories of different registries may have the same name. Whoever served it first is asked first, so that nobody
-//! takes a name from another by serving something under it later. What only one of several could prove is not passed on
-//! unproven, unless it comes from the first, and nobody else has named it in a manifest.
+//! Repositories of different registries may have the same name. The registry that served it first is requested first,
+//! so that another registry cannot take over a name by serving it later. If several registries have served the name,
+//! bytes are verified before they are sent. The exception is the first registry, if no other has named the blob in a
+//! manifest.
 
 use std::sync::Arc;
 
@@ -18,14 +19,14 @@ use crate::store::{RepositoryRecord, Store};
 pub(super) struct RegistryHints {
     known: moka::sync::Cache<Repository, Arc<[Registry]>>,
     store: Arc<Store>,
-    /// Read, changed and written by one at a time.
+    /// Held while a record is read, changed and written.
     remembering: Mutex<()>,
-    /// Who has named a blob in a manifest of a repository.
+    /// Which registries have named a blob in a manifest of a repository.
     naming: moka::sync::Cache<(Repository, Digest), RepositoryNames>,
-    /// How long the blobs of those manifests are: what replaces a missing `Content-Length`. What has an entry is known
-    /// to be held by the registry in that repository.
+    /// Lengths of the objects that a registry is known to hold in a repository. They replace a missing
+    /// `Content-Length`.
     lengths: moka::sync::Cache<(Registry, Repository, Digest), u64>,
-    /// Manifests that were read for both.
+    /// Manifests whose blobs are in both caches.
     read: moka::sync::Cache<(Registry, Repository, Digest), ReadAs>,
 }
 
@@ -35,28 +36,30 @@ enum RepositoryNames {
     Several,
 }
 
-/// What a manifest was read as.
+/// What is known of a manifest that was served.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum ReadAs {
-    /// dray served it under this name: from a copy that another repository may have brought.
+    /// dray served it under this name, possibly from another repository's copy.
     AsServed,
-    /// The registry holds it there.
+    /// The registry holds it in this repository.
     AsHeld,
 }
 
-/// Of one repository.
-const MOST: usize = 4;
+/// Registries of one repository. More: more upstreams are tried for each miss. Fewer: content of further registries is
+/// only found if the client names the registry.
+const MAX_REGISTRIES: usize = 4;
 
+/// Repositories in memory. More: more memory. Fewer: more lookups read their record from the disk.
 const MAX_REPOSITORIES: u64 = 50_000;
 
-/// Manifests, and blobs that they name, of which something is remembered; a blob takes some 700 bytes. More: a node whose tags
-/// move grows for hours, by 73 MB with 100,000 blobs. Fewer: content that is pulled again after thousands of other images costs
-/// a request for its existence, and a blob without `Content-Length` another one for its length.
+/// Manifests and blobs that are remembered; a blob takes some 700 bytes. More: memory grows for hours while tags move,
+/// by 73 MB with 100,000 blobs. Fewer: content that is pulled again after thousands of other images costs a request for
+/// its existence. A blob without `Content-Length` costs another one for its length.
 const MAX_MANIFESTS: u64 = 5_000;
 const MAX_BLOBS: u64 = 20_000;
 
-/// Blobs of one manifest that are remembered. More: one manifest of 4 MiB pushes out what others name. Fewer: a blob of an
-/// unusually long manifest needs a `Content-Length` of the upstream.
+/// Blobs of one manifest that are remembered. More: one manifest of 4 MiB evicts the blobs of others. Fewer: a blob of
+/// an unusually long manifest needs a `Content-Length` of the upstream.
 const MAX_NAMED: usize = 4_096;
 
 impl RegistryHints {
@@ -71,13 +74,13 @@ impl RegistryHints {
         }
     }
 
-    /// Those of a repository, in the order in which to ask them.
-    pub(super) async fn of(self: &Arc<Self>, repository: &Repository) -> Arc<[Registry]> {
+    /// The registries of a repository, in the order to request them.
+    pub(super) async fn registries_of(self: &Arc<Self>, repository: &Repository) -> Arc<[Registry]> {
         if let Some(known) = self.known.get(repository) {
             return known;
         }
-        let (homes, repository) = (self.clone(), repository.clone());
-        on_thread(move || homes.read(&repository)).await
+        let (registries, repository) = (self.clone(), repository.clone());
+        on_thread(move || registries.read(&repository)).await
     }
 
     /// Blocks on the disk.
@@ -85,40 +88,40 @@ impl RegistryHints {
         self.known.get_with_by_ref(repository, || self.store.records.repository(repository).into())
     }
 
-    /// Whether another registry may be meant. That nobody else is known to have named a blob says nothing for those who
-    /// came later: what the first one has named may be forgotten. Only of a repository that was looked up with [`Self::of`].
-    pub(super) fn may_be_anothers(&self, place: &RepositoryRef, digest: &Digest) -> bool {
-        let Some(homes) = self.known.get(&place.repository) else { return true };
-        let is_first = || homes.first() == Some(&place.registry);
-        let naming = || self.naming.get(&(place.repository.clone(), digest.clone()));
-        homes.len() > 1 && !(is_first() && naming() == Some(RepositoryNames::One(place.registry.clone())))
+    /// Whether the blob may belong to another registry. A later registry never counts as the only one that named a
+    /// blob: the names of the first may be evicted. Call it only after [`Self::of`] of the same repository.
+    pub(super) fn is_ambiguous(&self, repo_ref: &RepositoryRef, digest: &Digest) -> bool {
+        let Some(registries) = self.known.get(&repo_ref.repository) else { return true };
+        let is_first = || registries.first() == Some(&repo_ref.registry);
+        let naming = || self.naming.get(&(repo_ref.repository.clone(), digest.clone()));
+        registries.len() > 1 && !(is_first() && naming() == Some(RepositoryNames::One(repo_ref.registry.clone())))
     }
 
-    /// How long a blob is by a manifest of the same repository. Another repository's manifest may lie about it.
-    pub(super) fn length_of(&self, place: &RepositoryRef, digest: &Digest) -> Option<u64> {
-        self.lengths.get(&(place.registry.clone(), place.repository.clone(), digest.clone()))
+    /// The length of a blob by a manifest of the same repository. Another repository's manifest may state a wrong one.
+    pub(super) fn length_of(&self, repo_ref: &RepositoryRef, digest: &Digest) -> Option<u64> {
+        self.lengths.get(&(repo_ref.registry.clone(), repo_ref.repository.clone(), digest.clone()))
     }
 
-    /// Remembers that the registry holds something in a repository.
-    pub(super) fn holds(&self, place: &RepositoryRef, digest: &Digest, length: u64) {
-        self.lengths.insert((place.registry.clone(), place.repository.clone(), digest.clone()), length);
+    /// Remembers that the registry holds an object in a repository.
+    pub(super) fn record_held(&self, repo_ref: &RepositoryRef, digest: &Digest, length: u64) {
+        self.lengths.insert((repo_ref.registry.clone(), repo_ref.repository.clone(), digest.clone()), length);
     }
 
-    /// A registry has served a manifest of a repository. `is_held` says whether it is known to hold it there: then it holds
-    /// what the manifest names as well.
-    pub(super) async fn served(
+    /// Learns from a manifest that was served. `is_held`: whether the registry is known to hold it in this repository.
+    /// Then it holds the named blobs as well.
+    pub(super) async fn record_manifest(
         self: &Arc<Self>,
-        place: &RepositoryRef,
+        repo_ref: &RepositoryRef,
         digest: &Digest,
         bytes: &Bytes,
         is_held: impl FnOnce() -> bool,
     ) {
-        let key = (place.registry.clone(), place.repository.clone(), digest.clone());
+        let key = (repo_ref.registry.clone(), repo_ref.repository.clone(), digest.clone());
         let before = self.read.get(&key);
         if before == Some(ReadAs::AsHeld) {
-            // What it named stays known for longer than that it is held.
-            if self.length_of(place, digest).is_none() {
-                self.holds(place, digest, bytes.len() as u64);
+            // The entry in `lengths` may be evicted before the one in `read`.
+            if self.length_of(repo_ref, digest).is_none() {
+                self.record_held(repo_ref, digest, bytes.len() as u64);
             }
             return;
         }
@@ -127,30 +130,30 @@ impl RegistryHints {
             return;
         }
         if now == ReadAs::AsHeld {
-            self.holds(place, digest, bytes.len() as u64);
+            self.record_held(repo_ref, digest, bytes.len() as u64);
         }
-        let (homes, place, bytes) = (self.clone(), place.clone(), bytes.clone());
-        // A manifest of some megabytes takes a while.
+        let (registries, repo_ref, bytes) = (self.clone(), repo_ref.clone(), bytes.clone());
+        // A manifest of some megabytes takes long to parse.
         on_thread(move || {
-            homes.learn(&place, &bytes, now);
-            homes.remember(&place);
+            registries.learn(&repo_ref, &bytes, now);
+            registries.remember(&repo_ref);
         })
         .await;
         self.read.insert(key, now);
     }
 
-    fn learn(&self, place: &RepositoryRef, bytes: &[u8], read: ReadAs) {
+    fn learn(&self, repo_ref: &RepositoryRef, bytes: &[u8], read: ReadAs) {
         for (named, length) in manifest::named(bytes).into_iter().take(MAX_NAMED) {
             if let Some(length) = length.filter(|_| read == ReadAs::AsHeld) {
-                self.holds(place, &named, length);
+                self.record_held(repo_ref, &named, length);
             }
-            self.named_by(place, named);
+            self.record_name(repo_ref, named);
         }
     }
 
-    fn named_by(&self, place: &RepositoryRef, blob: Digest) {
-        let registry = &place.registry;
-        let naming = self.naming.entry((place.repository.clone(), blob));
+    fn record_name(&self, repo_ref: &RepositoryRef, blob: Digest) {
+        let registry = &repo_ref.registry;
+        let naming = self.naming.entry((repo_ref.repository.clone(), blob));
         naming.and_upsert_with(|known| match known.map(moka::Entry::into_value) {
             Some(RepositoryNames::One(known)) if known != *registry => RepositoryNames::Several,
             Some(known) => known,
@@ -159,57 +162,57 @@ impl RegistryHints {
     }
 
     /// Blocks on the disk.
-    fn remember(&self, place: &RepositoryRef) {
-        let (registry, repository) = (&place.registry, &place.repository);
-        // Two registries may serve a name at the same time.
+    fn remember(&self, repo_ref: &RepositoryRef) {
+        let (registry, repository) = (&repo_ref.registry, &repo_ref.repository);
+        // Two registries may serve a name at the same time: none must be lost.
         let _turn = self.remembering.lock();
-        let Some(homes) = with(&self.read(repository), registry, repository) else { return };
-        self.store.records.put_repository(&RepositoryRecord::new(repository, &homes));
-        self.known.insert(repository.clone(), homes.into());
+        let Some(registries) = with_registry(&self.read(repository), registry, repository) else { return };
+        self.store.records.put_repository(&RepositoryRecord::new(repository, &registries));
+        self.known.insert(repository.clone(), registries.into());
     }
 }
 
-/// The homes of a repository with one more. None: it is no new one.
-fn with(known: &[Registry], registry: &Registry, repository: &Repository) -> Option<Vec<Registry>> {
-    // Such names without a registry are Docker Hub's, which is also what those mean who name none.
+/// The registries of a repository with one more. None: nothing changes.
+fn with_registry(known: &[Registry], registry: &Registry, repository: &Repository) -> Option<Vec<Registry>> {
+    // `library/` without a registry means Docker Hub, for runtimes as well.
     let is_hubs = repository.as_str().starts_with("library/");
     if known.contains(registry) || (is_hubs && !registry.is_docker_hub()) {
         return None;
     }
-    let mut homes = known.to_vec();
+    let mut registries = known.to_vec();
     if registry.is_docker_hub() {
-        homes.insert(0, registry.clone());
-        homes.truncate(MOST);
+        registries.insert(0, registry.clone());
+        registries.truncate(MAX_REGISTRIES);
     } else {
-        // One too many is only exchanged for the last.
-        homes.truncate(MOST - 1);
-        homes.push(registry.clone());
+        // Beyond the limit a new registry replaces only the last one.
+        registries.truncate(MAX_REGISTRIES - 1);
+        registries.push(registry.clone());
     }
-    Some(homes)
+    Some(registries)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn homes(repository: &str, served: &[&str]) -> Vec<String> {
+    fn registries(repository: &str, served: &[&str]) -> Vec<String> {
         let repository = repository.parse().unwrap();
-        let mut homes = Vec::new();
+        let mut registries = Vec::new();
         for registry in served {
-            homes = with(&homes, &registry.parse().unwrap(), &repository).unwrap_or(homes);
+            registries = with_registry(&registries, &registry.parse().unwrap(), &repository).unwrap_or(registries);
         }
-        homes.iter().map(ToString::to_string).collect()
+        registries.iter().map(ToString::to_string).collect()
     }
 
     #[test]
-    fn who_served_a_name_first_keeps_it() {
-        assert_eq!(homes("team/app", &["ghcr.io", "evil.example", "ghcr.io"]), ["ghcr.io", "evil.example"]);
-        assert_eq!(homes("team/app", &["a.io", "b.io", "c.io", "d.io", "e.io"]), ["a.io", "b.io", "c.io", "e.io"]);
+    fn registry_that_served_a_name_first_stays_first() {
+        assert_eq!(registries("team/app", &["ghcr.io", "evil.example", "ghcr.io"]), ["ghcr.io", "evil.example"]);
+        assert_eq!(registries("team/app", &["a.io", "b.io", "c.io", "d.io", "e.io"]), ["a.io", "b.io", "c.io", "e.io"]);
     }
 
     #[test]
-    fn docker_hub_is_what_such_requests_mean() {
-        assert_eq!(homes("team/app", &["evil.example", "docker.io"]), ["docker.io", "evil.example"]);
-        assert_eq!(homes("library/alpine", &["evil.example", "docker.io", "ghcr.io"]), ["docker.io"]);
+    fn docker_hub_is_first_for_names_without_registry() {
+        assert_eq!(registries("team/app", &["evil.example", "docker.io"]), ["docker.io", "evil.example"]);
+        assert_eq!(registries("library/alpine", &["evil.example", "docker.io", "ghcr.io"]), ["docker.io"]);
     }
 }

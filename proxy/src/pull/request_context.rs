@@ -1,4 +1,4 @@
-//! Who asks, and how far a question may go.
+//! The requester of a pull, and which sources may be used for it.
 
 use std::net::IpAddr;
 use std::time::Duration;
@@ -8,32 +8,33 @@ use crate::peers::{Downstream, FetchPolicy, PeerTrust, RangePurpose};
 use crate::role::Role;
 use crate::times::UPSTREAM_TIMEOUT;
 
-/// Who asks.
+/// The kind of requester.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Requester {
     /// A container runtime.
     Client,
-    /// Another dray, or whoever else found the port.
+    /// A client of the peer port: another dray, or a stranger.
     Peer(PeerTrust),
 }
 
-/// A question's circumstances.
+/// The circumstances of a request.
 #[derive(Clone, Copy, Debug)]
 pub struct RequestContext {
-    pub asker: Requester,
-    /// Whose share of what all clients share it takes. None: nobody's.
+    pub requester: Requester,
+    /// The client whose share of common limits the request takes. None: it takes none.
     pub client: Option<IpAddr>,
-    /// What this node is asked as.
+    /// The role that the requester assigns to this node.
     pub role: Role,
-    pub reach: FetchPolicy,
-    pub aim: RangePurpose,
+    pub fetch_policy: FetchPolicy,
+    pub range_purpose: RangePurpose,
     /// The peers that wait for the response.
     pub downstream: Downstream,
     /// How long the requester waits for a response.
     pub patience: Duration,
 }
 
-/// A client that names the registry by `ns` can go to the upstream itself: it hears within ten seconds.
+/// Time limit of a client that names the registry by `ns`: it can pull from the upstream itself. Longer: clients fall
+/// back after more than ten seconds. Shorter: slow upstreams are bypassed.
 const FALLBACK_TIMEOUT: Duration = Duration::from_millis(9500);
 
 impl Requester {
@@ -43,45 +44,47 @@ impl Requester {
 
     /// Whether it gets what a rule fetches with credentials.
     pub(super) fn is_trusted(self) -> bool {
-        matches!(self, Self::Client | Self::Peer(PeerTrust::Member))
+        matches!(self, Self::Client | Self::Peer(PeerTrust::Authenticated))
     }
 }
 
 impl RequestContext {
-    /// A container runtime asks for anything.
+    /// A container runtime's request, with the widest policy.
     pub const CLIENT: Self = Self {
-        asker: Requester::Client,
+        requester: Requester::Client,
         client: None,
         role: Role::Client,
-        reach: FetchPolicy::Origin,
-        aim: RangePurpose::Range,
+        fetch_policy: FetchPolicy::Upstream,
+        range_purpose: RangePurpose::Range,
         downstream: Downstream::NONE,
         patience: UPSTREAM_TIMEOUT,
     };
 
     /// A client's request. Only one that names the registry by `ns` falls back to the upstream after an error.
-    pub fn of_client(named_by: RegistryFrom) -> Self {
-        let patience = if named_by == RegistryFrom::Namespace { FALLBACK_TIMEOUT } else { UPSTREAM_TIMEOUT };
+    pub fn of_client(registry_from: RegistryFrom) -> Self {
+        let patience = if registry_from == RegistryFrom::Namespace { FALLBACK_TIMEOUT } else { UPSTREAM_TIMEOUT };
         Self { patience, ..Self::CLIENT }
     }
 
-    /// The patience of a peer that waits for this long: it needs some of it to hear of an error.
-    pub fn patience_of_peer(left: Option<Duration>) -> Duration {
+    /// The time limit for a peer that waits this long. A tenth is left for the error response to reach the peer.
+    pub fn peer_time_limit(left: Option<Duration>) -> Duration {
         left.map_or(UPSTREAM_TIMEOUT, |left| UPSTREAM_TIMEOUT.min(left.mul_f64(0.9)))
     }
 
-    /// Whether it is a client that can request it from nowhere else.
+    /// Whether the requester is a client without another source.
     pub(super) fn has_no_fallback(&self) -> bool {
-        self.asker == Requester::Client && self.patience > FALLBACK_TIMEOUT
+        self.requester == Requester::Client && self.patience > FALLBACK_TIMEOUT
     }
 
-    /// The same once some of the time has passed.
+    /// The same context, with less time left.
     pub fn after(self, waited: Duration) -> Self {
         Self { patience: self.patience.saturating_sub(waited), ..self }
     }
 
-    /// Whether a peer fetches the whole, to give it to its clients.
+    /// Whether a peer downloads the whole blob to serve its own clients.
     pub(super) fn is_follower(&self) -> bool {
-        self.asker.is_peer() && self.aim == RangePurpose::Whole && self.reach == FetchPolicy::Origin
+        self.requester.is_peer()
+            && self.range_purpose == RangePurpose::Whole
+            && self.fetch_policy == FetchPolicy::Upstream
     }
 }

@@ -1,4 +1,4 @@
-//! Where a blob is fetched from: whoever has it, its owner among the peers, then the origin.
+//! The sources of a blob, in order: its holders, its owner, then the upstream.
 
 use std::collections::HashSet;
 use std::net::SocketAddr;
@@ -11,7 +11,7 @@ use parking_lot::Mutex;
 use tokio::time::{Instant, timeout};
 use xxhash_rust::xxh64::Xxh64;
 
-use super::owners::ask_owners;
+use super::owners::request_from_owners;
 use super::throughput::Sender;
 use super::{Pull, is_personal};
 use crate::config::CrossZonePeers;
@@ -27,40 +27,44 @@ use crate::times::{CONFIRM_TIMEOUT, STALL_TIMEOUT, UPSTREAM_TIMEOUT};
 /// The sources of one blob.
 pub(super) struct BlobSources {
     pull: Arc<Pull>,
-    place: RepositoryRef,
+    repo_ref: RepositoryRef,
     key: FillKey,
-    /// The role at first, and at the moment.
+    /// The role at the start, and the current role.
     first_role: Role,
     role: CurrentRole,
-    aim: RangePurpose,
-    /// Which peers have some of it.
+    range_purpose: RangePurpose,
+    /// Which peers have parts of it.
     view: Arc<Mutex<View>>,
     begun: Instant,
-    /// Bytes that the origin was asked for.
-    of_upstream: AtomicU64,
+    /// Bytes requested from the upstream.
+    upstream_bytes: AtomicU64,
 }
 
-/// Which peers were asked what they have.
+/// Which peers were queried for holders.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
-pub(super) enum PeersAsked {
-    AtSuccessors,
+pub(super) enum QueryScope {
+    Successors,
     Everywhere,
 }
 
-/// After so many sources in a row that brought nothing the next owner is asked, by all who wait.
-const PASS_OVER: u32 = 3;
+/// Failed sources in a row before the first owner is skipped, by all its followers. More: a failing owner delays pulls
+/// for longer. Fewer: short failures move followers to another owner, which downloads the blob again.
+const MAX_OWNER_FAILURES: u32 = 3;
 
-/// Peers asked for one range before its owner is.
-const ASK_HOLDERS: usize = 3;
+/// Holders that are tried for one range before its owner. More: a range waits longer if holders fail. Fewer: more load
+/// on the owner.
+const MAX_HOLDERS_TRIED: usize = 3;
 
-/// Who only has to look what it has, or gets now, answers within this time.
-const IF_KEPT: Duration = Duration::from_secs(4);
+/// Time limit of a peer that only serves what it has or gets now. Longer: a silent peer delays the range. Shorter:
+/// loaded peers are skipped.
+const HOLDER_TIMEOUT: Duration = Duration::from_secs(4);
 
-/// No owner leaves less of a range, in bytes.
-const SMALLEST_LOAN: u64 = 1024 * 1024;
+/// Smallest part of a range that an owner may lend, in bytes. Larger: loans are refused, and the owner downloads more.
+/// Smaller: one range becomes many requests.
+const MIN_LOAN_BYTES: u64 = 1024 * 1024;
 
-/// Ranges fetched from peers at the same time.
-const IN_FLIGHT: usize = 4;
+/// Ranges requested from peers at the same time. More: more load on each peer. Fewer: one slow peer slows the blob.
+const MAX_PEER_RANGES: usize = 4;
 
 #[async_trait]
 impl FillSources for BlobSources {
@@ -80,11 +84,11 @@ impl FillSources for BlobSources {
         self.role.clone()
     }
 
-    /// How many connections an origin is worth is found out; peers are asked for a few ranges.
+    /// The number of upstream connections is found by measurement; for peers it is fixed.
     fn connections(&self) -> ConnectionMode {
         match self.role.get() {
-            Role::Global => ConnectionMode::Climbing,
-            Role::Client | Role::Zone => ConnectionMode::Chosen(IN_FLIGHT),
+            Role::Global => ConnectionMode::Adaptive,
+            Role::Client | Role::Zone => ConnectionMode::Chosen(MAX_PEER_RANGES),
         }
     }
 
@@ -93,9 +97,9 @@ impl FillSources for BlobSources {
     }
 
     fn alternatives(&self, at: u64) -> usize {
-        // An owner that left a slow peer would go on at the origin.
+        // An owner has no alternatives: without a slow peer it would continue at the upstream.
         let Some(peers) = self.peers().filter(|_| self.role.get() != Role::Global) else { return 0 };
-        let has = self.have().len();
+        let has = self.cached_spans().len();
         self.view.lock().able(at, has, peers.now())
     }
 
@@ -104,18 +108,19 @@ impl FillSources for BlobSources {
     }
 
     fn matched(&self, truth: VerifiedContent) {
-        self.pull.entitlements.was_sent(&self.place, &self.key.digest);
-        // The time of a promoted fill is that of peers as well.
+        self.pull.authorizations.mark_sent(&self.repo_ref, &self.key.digest);
+        // A promoted fill came from peers as well: its time is not the upstream's.
         if let Some((sender, bytes)) = self.sender(truth.total()).filter(|_| !self.was_promoted()) {
-            self.pull.speeds.measured(self.place.rule.name(), sender, bytes, self.begun.elapsed());
+            self.pull.throughput.record(self.repo_ref.rule.name(), sender, bytes, self.begun.elapsed());
         }
         let key = (self.key.digest.clone(), self.key.registry.clone());
-        if let (Some(suspects), Some(peers)) = (self.pull.suspects.remove(&key), &self.pull.peers) {
+        if let (Some(suspects), Some(peers)) = (self.pull.suspect_contributions.remove(&key), &self.pull.peers) {
             let peers = peers.clone();
             tokio::task::spawn_blocking(move || {
-                let wrong = suspects.iter().filter(|contribution| is_wrong(contribution, &truth));
-                let liars: HashSet<_> = wrong.map(|contribution| (contribution.peer, contribution.claim)).collect();
-                liars.into_iter().for_each(|(peer, claim)| peers.sent_wrong(peer, claim));
+                let corrupt = suspects.iter().filter(|contribution| is_corrupt(contribution, &truth));
+                let corrupt_senders: HashSet<_> =
+                    corrupt.map(|contribution| (contribution.peer, contribution.claim)).collect();
+                corrupt_senders.into_iter().for_each(|(peer, claim)| peers.report_corrupt(peer, claim));
             });
         }
     }
@@ -124,18 +129,18 @@ impl FillSources for BlobSources {
         let contributions = self.view.lock().contributions().to_vec();
         if !contributions.is_empty() {
             let key = (self.key.digest.clone(), self.key.registry.clone());
-            self.pull.suspects.insert(key, Arc::new(contributions));
+            self.pull.suspect_contributions.insert(key, Arc::new(contributions));
         }
     }
 }
 
-/// Whom to ask when no origin answers: peers that are slow are better than none.
-pub(super) fn last_scope(place: &RepositoryRef) -> Scope {
-    if place.rule.far_peers == CrossZonePeers::Never { Scope::OwnZone } else { Scope::AllZones }
+/// The peers to request from when the upstream is down: slow peers are better than none.
+pub(super) fn outage_scope(repo_ref: &RepositoryRef) -> Scope {
+    if repo_ref.rule.cross_zone_peers == CrossZonePeers::Never { Scope::OwnZone } else { Scope::AllZones }
 }
 
-/// Whether a peer sent something else than what was verified.
-fn is_wrong(contribution: &Contribution, truth: &VerifiedContent) -> bool {
+/// Whether the bytes of a peer differ from the verified content.
+fn is_corrupt(contribution: &Contribution, truth: &VerifiedContent) -> bool {
     if contribution.total != truth.total() {
         return true;
     }
@@ -154,16 +159,32 @@ fn is_wrong(contribution: &Contribution, truth: &VerifiedContent) -> bool {
 }
 
 impl BlobSources {
-    pub(super) fn new(pull: &Arc<Pull>, place: &RepositoryRef, key: FillKey, role: Role, aim: RangePurpose) -> Self {
+    pub(super) fn new(
+        pull: &Arc<Pull>,
+        repo_ref: &RepositoryRef,
+        key: FillKey,
+        role: Role,
+        range_purpose: RangePurpose,
+    ) -> Self {
         let begun = Instant::now();
         let view = Arc::new(Mutex::new(View::new(pull.peers.as_ref().map_or(1, |peers| peers.count()))));
-        let of_upstream = AtomicU64::new(0);
+        let upstream_bytes = AtomicU64::new(0);
         let (first_role, role) = (role, CurrentRole::new(role));
-        Self { pull: pull.clone(), place: place.clone(), key, first_role, role, aim, view, begun, of_upstream }
+        Self {
+            pull: pull.clone(),
+            repo_ref: repo_ref.clone(),
+            key,
+            first_role,
+            role,
+            range_purpose,
+            view,
+            begun,
+            upstream_bytes,
+        }
     }
 
-    /// Opens a part in this role. None: no owner can be reached, so that this node has to take its place, or it has done so
-    /// meanwhile.
+    /// Opens a part in this role. None: no owner can be reached, so that this node has to act as the owner, or already
+    /// does.
     async fn open_as(
         &self,
         role: Role,
@@ -172,93 +193,93 @@ impl BlobSources {
     ) -> Result<Option<(Incoming, ServedFrom)>, SourceError> {
         if let Some(peers) = self.peers() {
             if role == Role::Global {
-                self.look(peers, PeersAsked::AtSuccessors).await;
-                let visitors = peers.who_visited_has(&self.key.digest, part.start());
+                self.query_holders(peers, QueryScope::Successors).await;
+                let visitors = peers.requesting_holders(&self.key.digest, part.start());
                 visitors.iter().for_each(|holder| self.view.lock().learn(holder));
             }
-            // After a break the owner, which is best placed, is asked before holders.
+            // After a failure the owner comes before other holders: it has or downloads the next bytes.
             if (failures == 0 || role == Role::Global)
-                && let Some(incoming) = timeout(CONFIRM_TIMEOUT, self.ask_holders(peers, part)).await.ok().flatten()
+                && let Some(incoming) = timeout(CONFIRM_TIMEOUT, self.open_at_holders(peers, part)).await.ok().flatten()
             {
                 return Ok(Some((incoming, ServedFrom::Peer)));
             }
-            // When a connection breaks, the owner still has, or downloads, what comes next: asking it again keeps the
-            // followers from the upstream.
-            if let Some(answer) = self.of_owners(peers, role, part, failures).await? {
-                return Ok(Some(answer));
+            // When a connection breaks, the owner still has or downloads the next bytes. A second request to it keeps
+            // followers away from the upstream.
+            if let Some(response) = self.open_at_owners(peers, role, part, failures).await? {
+                return Ok(Some(response));
             }
-            if role != Role::Global && self.aim == RangePurpose::Whole {
+            if role != Role::Global && self.range_purpose == RangePurpose::Whole {
                 return Ok(None);
             }
         }
         if failures > 0 {
-            self.pull.upstream.forget_redirects(&self.place, &self.key.digest).await;
+            self.pull.upstream.forget_redirects(&self.repo_ref, &self.key.digest).await;
         }
-        match self.of_upstream(part, Instant::now() + self.upstream_timeout()).await {
+        match self.open_upstream(part, Instant::now() + self.upstream_timeout()).await {
             Ok(incoming) => Ok(Some((incoming, ServedFrom::Upstream))),
-            Err(error) => match self.last_resort(part, &error).await {
+            Err(error) => match self.open_at_any_peer(part, &error).await {
                 Some(incoming) => Ok(Some((incoming, ServedFrom::Peer))),
                 None => Err(error),
             },
         }
     }
 
-    async fn of_upstream(&self, part: Part, deadline: Instant) -> Result<Incoming, SourceError> {
-        let incoming = self.ask_upstream(part, deadline).await?;
-        self.of_upstream.fetch_add(incoming.span.len(), Ordering::Relaxed);
+    async fn open_upstream(&self, part: Part, deadline: Instant) -> Result<Incoming, SourceError> {
+        let incoming = self.request_upstream(part, deadline).await?;
+        self.upstream_bytes.fetch_add(incoming.span.len(), Ordering::Relaxed);
         Ok(incoming)
     }
 
-    /// The registry is shown what somebody who joined has, which is probably good for longer: what the first caller showed
-    /// may end before the blob does. Who is refused with it leaves the others what they had.
-    async fn ask_upstream(&self, part: Part, deadline: Instant) -> Result<Incoming, SourceError> {
+    /// Uses the credential of the principal that joined the fill last: the first one may expire before the download
+    /// ends. If the upstream denies it, the first credential is used for the rest.
+    async fn request_upstream(&self, part: Part, deadline: Instant) -> Result<Incoming, SourceError> {
         let digest = &self.key.digest;
-        let known = self.pull.homes.length_of(&self.place, digest);
+        let known = self.pull.registry_hints.length_of(&self.repo_ref, digest);
         if let Some(fill) = self.pull.fills.running(&self.key)
-            && let newest = fill.newest_place()
-            && newest.caller != self.place.caller
+            && let newest = fill.newest_repo_ref()
+            && newest.principal != self.repo_ref.principal
         {
-            let answer = self.pull.upstream.blob(&newest, digest, part, known, deadline).await;
-            if !is_personal(&self.place, &answer) {
-                return answer;
+            let response = self.pull.upstream.blob(&newest, digest, part, known, deadline).await;
+            if !is_personal(&self.repo_ref, &response) {
+                return response;
             }
-            fill.forget_newest(&newest.caller);
+            fill.forget_principal(&newest.principal);
         }
-        self.pull.upstream.blob(&self.place, digest, part, known, deadline).await
+        self.pull.upstream.blob(&self.repo_ref, digest, part, known, deadline).await
     }
 
-    /// Who has sent most of it, one of both whose speeds are compared, and how much. What was here before came from
-    /// nobody.
+    /// The sender of more than half of the blob, for the comparison of speeds, and its bytes. Bytes that were cached
+    /// before count for neither.
     fn sender(&self, total: u64) -> Option<(Sender, u64)> {
         let peers = self.pull.peers.as_ref()?;
         let view = self.view.lock();
-        let from_far = view.contributions().iter().filter(|sent| peers.is_far(sent.peer));
-        let far: u64 = from_far.map(|sent| sent.span.len()).sum();
-        let upstream = self.of_upstream.load(Ordering::Relaxed).min(total);
-        if far > total / 2 {
-            Some((Sender::Far, far))
+        let cross_zone = view.contributions().iter().filter(|sent| peers.is_cross_zone(sent.peer));
+        let cross_zone_bytes: u64 = cross_zone.map(|sent| sent.span.len()).sum();
+        let upstream = self.upstream_bytes.load(Ordering::Relaxed).min(total);
+        if cross_zone_bytes > total / 2 {
+            Some((Sender::CrossZone, cross_zone_bytes))
         } else {
             Some((Sender::Upstream, upstream)).filter(|_| upstream > total / 2)
         }
     }
 
-    /// Asks peers what they have. What was just asked, for another range, is not asked again.
-    async fn look(&self, peers: &Peers, looked: PeersAsked) {
-        let key = (self.key.clone(), looked);
+    /// Queries peers for holders. A recent result is reused for other ranges.
+    async fn query_holders(&self, peers: &Peers, scope: QueryScope) {
+        let key = (self.key.clone(), scope);
         let found = match self.pull.holders.get(&key) {
             Some(found) => found,
             None => {
-                let question = self.question(PeerRequestMode::IfKept);
-                let found = Arc::new(match looked {
-                    PeersAsked::AtSuccessors => {
-                        peers.ask_successors(&PeerQuery { scope: self.pull.scope(&self.place), ..question }).await
+                let query = self.query(PeerRequestMode::OnlyIfCached);
+                let found = Arc::new(match scope {
+                    QueryScope::Successors => {
+                        peers.query_successors(&PeerQuery { scope: self.pull.scope(&self.repo_ref), ..query }).await
                     }
-                    PeersAsked::Everywhere => {
-                        peers.ask_around(&PeerQuery { scope: last_scope(&self.place), ..question }).await
+                    QueryScope::Everywhere => {
+                        peers.query_last_resort(&PeerQuery { scope: outage_scope(&self.repo_ref), ..query }).await
                     }
                 });
-                // Peers that had nothing a moment ago may be what an outage is survived by.
-                if looked == PeersAsked::AtSuccessors || !found.is_empty() {
+                // In an outage an empty result is not cached: a peer may get the blob at any moment.
+                if scope == QueryScope::Successors || !found.is_empty() {
                     self.pull.holders.insert(key, found.clone());
                 }
                 found
@@ -267,45 +288,52 @@ impl BlobSources {
         found.iter().for_each(|holder| self.view.lock().learn(holder));
     }
 
-    /// The first of the holders that gives it.
-    async fn ask_holders(&self, peers: &Arc<Peers>, part: Part) -> Option<Incoming> {
-        let has = self.have().len();
-        for _ in 0..ASK_HOLDERS {
+    /// Opens the part at the first holder that serves it.
+    async fn open_at_holders(&self, peers: &Arc<Peers>, part: Part) -> Option<Incoming> {
+        let has = self.cached_spans().len();
+        for _ in 0..MAX_HOLDERS_TRIED {
             let holder = self.view.lock().pick(part.start(), has, peers.now(), fastrand::u64(..))?;
-            match self.ask(peers, holder, PeerRequestMode::IfKept, part).await {
+            match self.request_part(peers, holder, PeerRequestMode::OnlyIfCached, part).await {
                 Ok(incoming) => return Some(incoming),
-                Err(why) => tracing::debug!(%holder, digest = %self.key.digest, ?why, "a holder gives nothing"),
+                Err(error) => {
+                    let digest = &self.key.digest;
+                    tracing::debug!(peer = %holder, role = "holder", %digest, ?error, "peer request failed");
+                }
             }
         }
         None
     }
 
     /// None: this node is the owner, or no owner can be reached.
-    async fn of_owners(
+    async fn open_at_owners(
         &self,
         peers: &Arc<Peers>,
         role: Role,
         part: Part,
         failures: u32,
     ) -> Result<Option<(Incoming, ServedFrom)>, SourceError> {
-        let mut lead = peers.lead(&self.key.digest, role, self.pull.scope(&self.place));
-        // An owner that brings nothing is passed over, as by all its other followers.
-        if failures >= PASS_OVER && !lead.leaders.is_empty() {
-            lead.leaders.remove(0);
+        let mut lead = peers.lead(&self.key.digest, role, self.pull.scope(&self.repo_ref));
+        // After too many failures the first owner is skipped, as by its other followers.
+        if failures >= MAX_OWNER_FAILURES && !lead.owners.is_empty() {
+            lead.owners.remove(0);
         }
-        let given = ask_owners(lead, &self.key.digest, |owner, manner| async move {
-            match self.of_owner(peers, owner, manner, part, failures).await {
-                // The owner has sent some of it, and is about to change its source: `failures` decide when to pass it over.
-                Err(PeerError::Source(error @ SourceError::TimedOut)) if !self.have().is_empty() => Ok(Err(error)),
+        let given = request_from_owners(lead, &self.key.digest, |owner, manner| async move {
+            match self.open_at_owner(peers, owner, manner, part, failures).await {
+                // The owner has sent some bytes and may be changing its source: `failures` decide when to skip it.
+                Err(PeerError::Source(error @ SourceError::TimedOut)) if !self.cached_spans().is_empty() => {
+                    Ok(Err(error))
+                }
                 Err(PeerError::Source(error)) => Err(error),
-                Err(PeerError::NotKept | PeerError::Redirected(_) | PeerError::Deputed(_)) => Err(SourceError::NotKept),
+                Err(PeerError::NotCached | PeerError::Redirected(_) | PeerError::Deputed(_)) => {
+                    Err(SourceError::NotCached)
+                }
                 Ok(given) => Ok(Ok(given)),
             }
         });
         given.await?.transpose()
     }
 
-    async fn of_owner(
+    async fn open_at_owner(
         &self,
         peers: &Arc<Peers>,
         owner: SocketAddr,
@@ -313,22 +341,22 @@ impl BlobSources {
         part: Part,
         failures: u32,
     ) -> Result<(Incoming, ServedFrom), PeerError> {
-        if self.view.lock().crawls(owner, peers.now()) {
-            return Err(PeerError::NotKept);
+        if self.view.lock().is_too_slow(owner, peers.now()) {
+            return Err(PeerError::NotCached);
         }
-        let answer = match failures {
-            0 => self.ask(peers, owner, manner, part).await,
-            _ => self.ask_once(peers, owner, manner, RedirectPolicy::Refused, part).await,
+        let response = match failures {
+            0 => self.request_part(peers, owner, manner, part).await,
+            _ => self.request_once(peers, owner, manner, RedirectPolicy::Refused, part).await,
         };
-        match answer {
-            Err(PeerError::Deputed(span)) => self.in_its_stead(peers, owner, manner, part, span).await,
-            answer => answer.map(|incoming| (incoming, ServedFrom::Peer)),
+        match response {
+            Err(PeerError::Deputed(span)) => self.fetch_as_deputy(peers, owner, manner, part, span).await,
+            response => response.map(|incoming| (incoming, ServedFrom::Peer)),
         }
     }
 
-    /// Fetches from the origin what of a range its owner leaves to this node, and tells it when it is here. Where
-    /// the origin does not give it, the owner has to.
-    async fn in_its_stead(
+    /// Downloads a range from the upstream that its owner lent to this node, and notifies the owner at the end. If the
+    /// upstream fails, the owner has to serve it.
+    async fn fetch_as_deputy(
         &self,
         peers: &Arc<Peers>,
         owner: SocketAddr,
@@ -336,57 +364,65 @@ impl BlobSources {
         part: Part,
         span: Span,
     ) -> Result<(Incoming, ServedFrom), PeerError> {
-        // Smaller parts would make many questions of one.
+        // Smaller loans would make many requests of one.
         let is_part = matches!(part, Part::Span(asked) if asked.start == span.start
-            && (span.end == asked.end || (span.end < asked.end && span.len() >= SMALLEST_LOAN)));
+            && (span.end == asked.end || (span.end < asked.end && span.len() >= MIN_LOAN_BYTES)));
         if let Some(fill) = self.pull.fills.running(&self.key).filter(|_| is_part) {
             fill.depute(span);
             let deadline = Instant::now() + STALL_TIMEOUT;
-            match self.of_upstream(Part::Span(span), deadline).await {
+            match self.open_upstream(Part::Span(span), deadline).await {
                 Ok(incoming) if incoming.span == span => {
-                    let (peers, place, digest) = (peers.clone(), self.place.clone(), self.key.digest.clone());
-                    let told = incoming.followed_by(move || {
+                    let (peers, repo_ref, digest) = (peers.clone(), self.repo_ref.clone(), self.key.digest.clone());
+                    let incoming = incoming.on_complete(move || {
                         tokio::spawn(async move {
-                            let question =
-                                PeerQuery::about(&place, &digest, PeerRequestMode::IfKept, Instant::now() + IF_KEPT);
-                            peers.tell(owner, &question, &span.into()).await;
+                            let query = PeerQuery::about(
+                                &repo_ref,
+                                &digest,
+                                PeerRequestMode::OnlyIfCached,
+                                Instant::now() + HOLDER_TIMEOUT,
+                            );
+                            peers.tell(owner, &query, &span.into()).await;
                         });
                     });
-                    return Ok((told, ServedFrom::Upstream));
+                    return Ok((incoming, ServedFrom::Upstream));
                 }
-                Ok(_) => tracing::info!(digest = %self.key.digest, "the origin gives a deputy no ranges"),
-                Err(error) => tracing::info!(digest = %self.key.digest, %error, "the origin gives a deputy nothing"),
+                Ok(_) => {
+                    let error = "the upstream ignores range requests";
+                    tracing::info!(digest = %self.key.digest, error, "lent range not downloaded");
+                }
+                Err(error) => tracing::info!(digest = %self.key.digest, %error, "lent range not downloaded"),
             }
             fill.fail_as_deputy(span);
         }
-        let insisting = self.ask_once(peers, owner, manner, RedirectPolicy::Refused, part).await;
-        insisting.map(|incoming| (incoming, ServedFrom::Peer))
+        let served = self.request_once(peers, owner, manner, RedirectPolicy::Refused, part).await;
+        served.map(|incoming| (incoming, ServedFrom::Peer))
     }
 
-    /// Asks one peer; if it names another, that one, and if that cannot help or may not be asked, the first again.
-    async fn ask(
+    /// Requests a part from one peer, and follows one redirect. If that fails or is not allowed, the first peer has to
+    /// serve it.
+    async fn request_part(
         &self,
         peers: &Peers,
         peer: SocketAddr,
         manner: PeerRequestMode,
         part: Part,
     ) -> Result<Incoming, PeerError> {
-        let named = match self.ask_once(peers, peer, manner, RedirectPolicy::Followed, part).await {
+        let named = match self.request_once(peers, peer, manner, RedirectPolicy::Followed, part).await {
             Err(PeerError::Redirected(named)) => named,
-            answer => return answer,
+            response => return response,
         };
         if let Some(named) = named
             && let Ok(incoming) =
-                self.ask_once(peers, named, PeerRequestMode::IfKept, RedirectPolicy::Refused, part).await
+                self.request_once(peers, named, PeerRequestMode::OnlyIfCached, RedirectPolicy::Refused, part).await
         {
             return Ok(incoming);
         }
-        self.ask_once(peers, peer, manner, RedirectPolicy::Refused, part).await
+        self.request_once(peers, peer, manner, RedirectPolicy::Refused, part).await
     }
 
-    /// Requests a part from one peer. A request to an owner ends when this node becomes the same: the peer may take this node
-    /// for the owner, and then neither has what the other waits for. Holders have what they are asked for.
-    async fn ask_once(
+    /// Requests a part from one peer. A request to an owner ends when this node becomes the owner: if the peer waits
+    /// for this node at the same time, both wait for ever. Holders serve only what they have.
+    async fn request_once(
         &self,
         peers: &Peers,
         peer: SocketAddr,
@@ -394,9 +430,9 @@ impl BlobSources {
         redirects: RedirectPolicy,
         part: Part,
     ) -> Result<Incoming, PeerError> {
-        let question = PeerQuery { redirects, ..self.question(manner) };
-        let have = self.have();
-        let asked = peers.blob(peer, &question, part, &have, &self.view);
+        let query = PeerQuery { redirects, ..self.query(manner) };
+        let have = self.cached_spans();
+        let asked = peers.blob(peer, &query, part, &have, &self.view);
         let PeerRequestMode::As(owner) = manner else { return asked.await };
         tokio::select! {
             biased;
@@ -405,52 +441,56 @@ impl BlobSources {
         }
     }
 
-    /// Where the origin is out of order, somebody may still have it.
-    async fn last_resort(&self, part: Part, error: &SourceError) -> Option<Incoming> {
+    /// Opens the part at any peer that has it, if the upstream is down.
+    async fn open_at_any_peer(&self, part: Part, error: &SourceError) -> Option<Incoming> {
         let peers = self.peers().filter(|_| error.is_outage() && !error.is_about_ranges())?;
-        self.look(peers, PeersAsked::Everywhere).await;
+        self.query_holders(peers, QueryScope::Everywhere).await;
         self.view.lock().forgive();
-        self.ask_holders(peers, part).await
+        self.open_at_holders(peers, part).await
     }
 
-    /// A source has this long to begin. The first request of a blob stays open for as long as an upstream may take: there
-    /// is nothing to lose by it. Once bytes have come, a connection that does not begin soon is replaced.
+    /// Time limit of a source's first byte. The first request of a blob may take as long as an upstream may: there is
+    /// no better source. Once bytes have come, a connection that does not begin soon is replaced.
     fn first_byte_timeout(&self) -> Duration {
-        let has_begun = self.pull.fills.running(&self.key).is_some_and(|fill| fill.length_now().is_some());
+        let has_begun = self.pull.fills.running(&self.key).is_some_and(|fill| fill.known_length().is_some());
         if has_begun { STALL_TIMEOUT } else { UPSTREAM_TIMEOUT }
     }
 
-    /// The same for the upstream. Of a promoted fill peers have sent the first bytes, which says nothing of the upstream.
+    /// The same for the upstream. In a promoted fill peers have sent the first bytes, which says nothing of the
+    /// upstream.
     fn upstream_timeout(&self) -> Duration {
-        let is_first = self.was_promoted() && self.of_upstream.load(Ordering::Relaxed) == 0;
+        let is_first = self.was_promoted() && self.upstream_bytes.load(Ordering::Relaxed) == 0;
         if is_first { UPSTREAM_TIMEOUT } else { self.first_byte_timeout() }
     }
 
-    /// Whether this node took an owner's place meanwhile.
+    /// Whether this node has become the owner since the start.
     fn was_promoted(&self) -> bool {
         self.role.get() > self.first_role
     }
 
-    /// What this node has of it.
-    fn have(&self) -> Spans {
+    /// The bytes of the blob on this node.
+    fn cached_spans(&self) -> Spans {
         self.pull.fills.running(&self.key).map_or_else(Spans::default, |fill| fill.written())
     }
 
-    fn question(&self, manner: PeerRequestMode) -> PeerQuery<'_> {
-        let deadline =
-            Instant::now() + if manner == PeerRequestMode::IfKept { IF_KEPT } else { self.first_byte_timeout() };
-        PeerQuery { aim: self.aim, ..PeerQuery::about(&self.place, &self.key.digest, manner, deadline) }
+    fn query(&self, manner: PeerRequestMode) -> PeerQuery<'_> {
+        let deadline = Instant::now()
+            + if manner == PeerRequestMode::OnlyIfCached { HOLDER_TIMEOUT } else { self.first_byte_timeout() };
+        PeerQuery {
+            range_purpose: self.range_purpose,
+            ..PeerQuery::about(&self.repo_ref, &self.key.digest, manner, deadline)
+        }
     }
 
-    /// None: peers may not know of it. And what came wrong comes from the
-    /// origin alone, since whoever lied may be among them.
+    /// None: the blob may not be shared with peers, or it lately came corrupt. A corrupt blob is downloaded from the
+    /// upstream alone, because any peer may have sent the wrong bytes.
     fn peers(&self) -> Option<&Arc<Peers>> {
         let distrusted = || self.pull.fills.is_distrusted(&self.key.content());
-        self.pull.peers_for(&self.place).filter(|_| !distrusted())
+        self.pull.peers_for(&self.repo_ref).filter(|_| !distrusted())
     }
 }
 
-/// This node has become the owner: what it requested from owners comes from elsewhere.
+/// This node has become the owner: its requests to owners end.
 fn superseded() -> SourceError {
     SourceError::Unreachable("this node has become the owner".into())
 }

@@ -1,8 +1,7 @@
-//! The way of a tag: a lease while it is young, then the tag's owner among the peers, then the origin.
+//! Resolves a tag: from the cache while it is fresh, then by the tag's owner, then by the upstream.
 //!
-//! Peers that prove who they are ask the tag's owner, so that all of them agree on what it means. What
-//! they say carries its age: of several answers the youngest wins, and a lease ends everywhere at the
-//! same time.
+//! Authenticated peers request the tag's owner, so that all nodes resolve it to the same digest. Each resolution
+//! carries its age: of several the youngest wins, and the TTL ends on all nodes at the same time.
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -13,9 +12,9 @@ use futures_util::future::BoxFuture;
 use tokio::time::{Instant, timeout};
 
 use super::negative_cache::NegativeKind;
-use super::owners::ask_owners;
-use super::sources::last_scope;
-use super::{ManifestResponse, Pull, RequestContext, Requester, fetch_ended, flights, is_personal};
+use super::owners::request_from_owners;
+use super::sources::outage_scope;
+use super::{ManifestResponse, Pull, RequestContext, Requester, fetch_ended, flight_keys, is_personal};
 use crate::oci::{Digest, Reference, Tag};
 use crate::peers::{Downstream, FetchPolicy, PeerQuery, PeerRequestMode, PeerTag, PeerTagResolution, PeerTrust, Peers};
 use crate::registries::RepositoryRef;
@@ -24,183 +23,201 @@ use crate::source::{ServedFrom, SourceError};
 use crate::tags::Resolved;
 use crate::times::{ALTERNATIVE_TIMEOUT, UPSTREAM_TIMEOUT};
 
-/// What a tag means.
+/// What a tag resolves to.
 pub(super) type TagResolution = Result<ManifestResponse, SourceError>;
 
-/// A renewal stays open for this long: clients are served the stale tag meanwhile. Longer: a request that an upstream has
-/// lost keeps the tag stale for longer. Shorter: tags of slower upstreams are never renewed.
-const RENEWAL_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long a revalidation stays open while clients get the stale tag. Longer: a request that an upstream has lost
+/// keeps the tag stale for longer. Shorter: tags of slower upstreams are never revalidated.
+const REVALIDATION_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// An upstream that lately took longer has this long.
-const WHERE_SLOW: Duration = Duration::from_millis(20);
+/// How long a client waits before it gets a stale tag of an upstream that was slow lately. Longer: each pull is
+/// delayed. Shorter: a recovered upstream is noticed later.
+const SLOW_UPSTREAM_TIMEOUT: Duration = Duration::from_millis(20);
 
 impl Pull {
     pub(super) async fn manifest_by_tag(
         self: &Arc<Self>,
-        place: &RepositoryRef,
+        repo_ref: &RepositoryRef,
         tag: &Tag,
         accept: &str,
-        asking: RequestContext,
+        request_context: RequestContext,
     ) -> TagResolution {
         let now = SystemTime::now();
         let mut expired = None;
-        if let Some(lease) = self.tags.lease(place, tag).await
-            && let Some((object, from)) = self.kept_manifest(place, &lease.digest, asking.asker).await
+        if let Some(cached) = self.tags.resolution(repo_ref, tag).await
+            && let Some((object, from)) =
+                self.cached_manifest(repo_ref, &cached.digest, request_context.requester).await
         {
-            let age = Some(lease.age(now));
-            let answer = ManifestResponse { digest: lease.digest.clone(), object, from, age };
-            // Whoever asks for what is kept judges its age.
-            if asking.reach == FetchPolicy::Kept || lease.is_fresh(place, tag, now) {
-                return Ok(answer);
+            let age = Some(cached.age(now));
+            let response = ManifestResponse { digest: cached.digest.clone(), object, from, age };
+            // A requester of cached tags judges their age itself.
+            if request_context.fetch_policy == FetchPolicy::CacheOnly || cached.is_fresh(repo_ref, tag, now) {
+                return Ok(response);
             }
-            if lease.age(now) < place.rule.stale_for {
-                expired = Some(answer);
+            if cached.age(now) < repo_ref.rule.stale_if_error {
+                expired = Some(response);
             }
         }
-        if asking.reach == FetchPolicy::Kept {
-            return Err(SourceError::NotKept);
+        if request_context.fetch_policy == FetchPolicy::CacheOnly {
+            return Err(SourceError::NotCached);
         }
-        let peers = self.peers_for_tags().filter(|_| place.caller.may_be_lent());
-        let role =
-            peers.map_or(Role::Global, |peers| peers.lead(&in_ring(place, tag), asking.role, self.scope(place)).role);
-        let asked = self.ask_for_tag(place, tag, accept, RequestContext { role, ..asking });
+        let peers = self.peers_for_tags().filter(|_| repo_ref.principal.may_be_forwarded());
+        let role = peers.map_or(Role::Global, |peers| {
+            peers.lead(&in_ring(repo_ref, tag), request_context.role, self.scope(repo_ref)).role
+        });
+        let asked = self.resolve_once(repo_ref, tag, accept, RequestContext { role, ..request_context });
         let Some(expired) = expired else {
             return match asked.await {
-                Err(error) if error.is_passing_outage() && self.tags.was_absent(place, tag).await => {
+                Err(error) if error.is_transient_outage() && self.tags.was_absent(repo_ref, tag).await => {
                     Err(SourceError::not_found())
                 }
-                meant => self.count_stale(place, tag, meant, "peer"),
+                resolution => self.count_stale(repo_ref, tag, resolution, "peer"),
             };
         };
-        let patience = if self.slow.contains_key(&place.registry) { WHERE_SLOW } else { ALTERNATIVE_TIMEOUT };
+        let patience = if self.slow_upstreams.contains_key(&repo_ref.registry) {
+            SLOW_UPSTREAM_TIMEOUT
+        } else {
+            ALTERNATIVE_TIMEOUT
+        };
         let asked = tokio::select! {
             biased;
-            // One that is down is asked by whoever looks after it, and one that said "later" is not asked.
-            trouble = self.upstream.trouble_begins(place), if role == Role::Global => {
-                return self.count_stale(place, tag, Ok(stale(expired)), trouble.as_str());
+            // An upstream that is down is probed in the background, and a rate-limited one gets no request.
+            trouble = self.upstream.until_unavailable(repo_ref), if role == Role::Global => {
+                return self.count_stale(repo_ref, tag, Ok(stale(expired)), trouble.as_str());
             }
             asked = timeout(patience, asked) => asked,
         };
         match asked {
-            Ok(Ok(answer)) if answer.from != ServedFrom::Stale || answer.age < expired.age => {
-                self.count_stale(place, tag, Ok(answer), "peer")
+            Ok(Ok(response)) if response.from != ServedFrom::Stale || response.age < expired.age => {
+                self.count_stale(repo_ref, tag, Ok(response), "peer")
             }
-            Ok(Ok(_)) => self.count_stale(place, tag, Ok(stale(expired)), "peer"),
-            Ok(Err(error)) if error.is_outage() => self.count_stale(place, tag, Ok(stale(expired)), error.as_str()),
+            Ok(Ok(_)) => self.count_stale(repo_ref, tag, Ok(stale(expired)), "peer"),
+            Ok(Err(error)) if error.is_outage() => self.count_stale(repo_ref, tag, Ok(stale(expired)), error.as_str()),
             Ok(Err(error)) => Err(error),
-            // The flight goes on and renews the lease for whoever comes next.
+            // The flight continues and revalidates the tag for later requests.
             Err(_) => {
                 if patience == ALTERNATIVE_TIMEOUT {
-                    self.slow.insert(place.registry.clone(), ());
+                    self.slow_upstreams.insert(repo_ref.registry.clone(), ());
                 }
-                self.count_stale(place, tag, Ok(stale(expired)), "slow")
+                self.count_stale(repo_ref, tag, Ok(stale(expired)), "slow")
             }
         }
     }
 
-    fn count_stale(&self, place: &RepositoryRef, tag: &Tag, meant: TagResolution, reason: &str) -> TagResolution {
-        if is_stale(&meant) {
+    fn count_stale(
+        &self,
+        repo_ref: &RepositoryRef,
+        tag: &Tag,
+        resolution: TagResolution,
+        reason: &str,
+    ) -> TagResolution {
+        if is_stale(&resolution) {
             self.metrics.stale.with_label_values(&[reason]).inc();
-            tracing::info!(%place, %tag, reason, "served stale");
+            tracing::info!(repository = %repo_ref, %tag, reason, "stale tag served");
         }
-        meant
+        resolution
     }
 
-    /// Asked once for all who ask at the same time.
-    fn ask_for_tag<'a>(
+    /// Resolves a tag that is not fresh. Concurrent requests share one flight.
+    fn resolve_once<'a>(
         self: &'a Arc<Self>,
-        place: &'a RepositoryRef,
+        repo_ref: &'a RepositoryRef,
         tag: &'a Tag,
         accept: &'a str,
-        asking: RequestContext,
+        request_context: RequestContext,
     ) -> BoxFuture<'a, TagResolution> {
-        if let Some(error) = self.negatives.get(place, NegativeKind::Manifest, tag.as_str()) {
+        if let Some(error) = self.negative_cache.get(repo_ref, NegativeKind::Manifest, tag.as_str()) {
             return std::future::ready(Err(error)).boxed();
         }
-        let key = |who| (place.to_string(), tag.clone(), asking.role, who);
-        let (shared, own) = flights(place, key);
-        let landed = self.tag_flights.join_or_own(
+        let key = |principal_id| (repo_ref.to_string(), tag.clone(), request_context.role, principal_id);
+        let (shared, own) = flight_keys(repo_ref, key);
+        let result = self.tag_flights.join_or_own(
             shared,
             own,
-            // What is left to somebody who can ask nothing is for nobody else.
-            |meant| is_personal(place, meant) || (place.rule.asks_who() && is_stale(meant)),
+            // With upstream authorization a stale tag may result from one principal's missing credential.
+            |resolution| is_personal(repo_ref, resolution) || (repo_ref.rule.is_passthrough() && is_stale(resolution)),
             move || {
-                let (pull, place, tag, accept) = (self.clone(), place.clone(), tag.clone(), accept.to_owned());
+                let (pull, repo_ref, tag, accept) = (self.clone(), repo_ref.clone(), tag.clone(), accept.to_owned());
                 async move {
-                    // Another flight may have landed since this one was wanted.
-                    if let Some(answer) = pull.just_resolved(&place, &tag).await {
-                        return Ok(answer);
+                    // Another flight may have resolved the tag since this request looked it up.
+                    if let Some(response) = pull.just_resolved(&repo_ref, &tag).await {
+                        return Ok(response);
                     }
-                    let meant = pull.find_meaning(&place, &tag, &accept, asking).await;
-                    pull.remember(&place, &tag, &meant, asking.client).await;
-                    meant
+                    let resolution = pull.resolve(&repo_ref, &tag, &accept, request_context).await;
+                    pull.remember(&repo_ref, &tag, &resolution, request_context.client).await;
+                    resolution
                 }
             },
         );
-        async move { landed.await.unwrap_or_else(fetch_ended) }.boxed()
+        async move { result.await.unwrap_or_else(fetch_ended) }.boxed()
     }
 
-    /// What a tag is in memory to mean, if that is fresh.
-    async fn just_resolved(&self, place: &RepositoryRef, tag: &Tag) -> Option<ManifestResponse> {
+    /// The resolution of a tag in memory, if it is fresh.
+    async fn just_resolved(&self, repo_ref: &RepositoryRef, tag: &Tag) -> Option<ManifestResponse> {
         let now = SystemTime::now();
-        let lease = self.tags.in_memory(place, tag).filter(|lease| lease.is_fresh(place, tag, now))?;
-        let (object, from) = self.kept_manifest(place, &lease.digest, Requester::Peer(PeerTrust::Member)).await?;
-        Some(ManifestResponse { age: Some(lease.age(now)), digest: lease.digest, object, from })
+        let cached = self.tags.in_memory(repo_ref, tag).filter(|cached| cached.is_fresh(repo_ref, tag, now))?;
+        let (object, from) =
+            self.cached_manifest(repo_ref, &cached.digest, Requester::Peer(PeerTrust::Authenticated)).await?;
+        Some(ManifestResponse { age: Some(cached.age(now)), digest: cached.digest, object, from })
     }
 
-    async fn remember(&self, place: &RepositoryRef, tag: &Tag, meant: &TagResolution, client: Option<IpAddr>) {
-        match meant {
-            Ok(answer) => {
-                if answer.from != ServedFrom::Stale {
-                    self.slow.invalidate(&place.registry);
+    async fn remember(&self, repo_ref: &RepositoryRef, tag: &Tag, resolution: &TagResolution, client: Option<IpAddr>) {
+        match resolution {
+            Ok(response) => {
+                if response.from != ServedFrom::Stale {
+                    self.slow_upstreams.invalidate(&repo_ref.registry);
                 }
-                let age = answer.age.unwrap_or_default();
+                let age = response.age.unwrap_or_default();
                 let checked_at = SystemTime::now().checked_sub(age).unwrap_or(SystemTime::UNIX_EPOCH);
-                self.tags.renew(Resolved { place, tag, digest: &answer.digest, checked_at, client }).await;
+                self.tags.renew(Resolved { repo_ref, tag, digest: &response.digest, checked_at, client }).await;
             }
             Err(error) => {
-                self.negatives.put_tag(place, tag, error);
+                self.negative_cache.put_tag(repo_ref, tag, error);
                 if error.is_not_found() {
-                    self.tags.forget(place, tag);
+                    self.tags.forget(repo_ref, tag);
                 }
             }
         }
     }
 
-    async fn find_meaning(
+    async fn resolve(
         self: &Arc<Self>,
-        place: &RepositoryRef,
+        repo_ref: &RepositoryRef,
         tag: &Tag,
         accept: &str,
-        asking: RequestContext,
+        request_context: RequestContext,
     ) -> TagResolution {
-        let downstream = asking.downstream;
+        let downstream = request_context.downstream;
         let Some(peers) = self.peers_for_tags() else {
-            return self.revalidate(place, tag, accept, downstream).await;
+            return self.revalidate(repo_ref, tag, accept, downstream).await;
         };
-        if asking.role != Role::Global {
-            return match self.tag_of_owners(peers, place, tag, accept, asking).await? {
-                Some(answer) => Ok(answer),
-                // It takes the owner's place, as others may ask it to.
-                None => self.ask_for_tag(place, tag, accept, RequestContext { role: Role::Global, ..asking }).await,
+        if request_context.role != Role::Global {
+            return match self.tag_of_owners(peers, repo_ref, tag, accept, request_context).await? {
+                Some(response) => Ok(response),
+                // No owner is reachable: this node acts as the owner, also for peers that turn to it.
+                None => {
+                    self.resolve_once(repo_ref, tag, accept, RequestContext { role: Role::Global, ..request_context })
+                        .await
+                }
             };
         }
-        // The upstream knows better than peers what a tag means, and a HEAD is cheap.
-        let in_ring = in_ring(place, tag);
-        let of_anybody = PeerQuery { scope: last_scope(place), ..question(place, &in_ring, PeerRequestMode::IfKept) };
-        match self.revalidate(place, tag, accept, downstream).await {
-            Err(error) if error.is_outage() => match peers.anybodys_tag(&of_anybody, tag, accept).await {
-                Some(answer) => {
-                    let (age, ttl) = (answer.meaning.age, place.rule.lease_of(tag));
-                    match self.take_tag(place, answer).await {
+        // The upstream is the authority for its tags, and a HEAD is cheap: peers are requested only in an outage.
+        let in_ring = in_ring(repo_ref, tag);
+        let of_any_peer =
+            PeerQuery { scope: outage_scope(repo_ref), ..query(repo_ref, &in_ring, PeerRequestMode::OnlyIfCached) };
+        match self.revalidate(repo_ref, tag, accept, downstream).await {
+            Err(error) if error.is_outage() => match peers.last_resort_tag(&of_any_peer, tag, accept).await {
+                Some(response) => {
+                    let (age, ttl) = (response.meaning.age, repo_ref.rule.ttl_of(tag));
+                    match self.cache_tag(repo_ref, response).await {
                         fresh if age < ttl => Ok(fresh),
-                        old if age < place.rule.stale_for => Ok(stale(old)),
+                        old if age < repo_ref.rule.stale_if_error => Ok(stale(old)),
                         _ => Err(error),
                     }
                 }
                 _ => Err(error),
             },
-            meant => meant,
+            resolution => resolution,
         }
     }
 
@@ -208,35 +225,35 @@ impl Pull {
     async fn tag_of_owners(
         &self,
         peers: &Peers,
-        place: &RepositoryRef,
+        repo_ref: &RepositoryRef,
         tag: &Tag,
         accept: &str,
-        asking: RequestContext,
+        request_context: RequestContext,
     ) -> Result<Option<ManifestResponse>, SourceError> {
-        let in_ring = &in_ring(place, tag);
-        let lead = peers.lead(in_ring, asking.role, self.scope(place));
-        ask_owners(lead, format!("{place}:{tag}"), |owner, manner| async move {
-            let question = PeerQuery { downstream: asking.downstream, ..question(place, in_ring, manner) };
-            self.tag_of_owner(peers, owner, &question, tag, accept).await
+        let in_ring = &in_ring(repo_ref, tag);
+        let lead = peers.lead(in_ring, request_context.role, self.scope(repo_ref));
+        request_from_owners(lead, format!("{repo_ref}:{tag}"), |owner, manner| async move {
+            let query = PeerQuery { downstream: request_context.downstream, ..query(repo_ref, in_ring, manner) };
+            self.tag_of_owner(peers, owner, &query, tag, accept).await
         })
         .await
     }
 
-    /// A tag that is renewed mostly means what it meant before: then the manifest is not sent again.
+    /// Resolves a tag at its owner. Mostly the digest has not changed: then the manifest is not sent again.
     async fn tag_of_owner(
         &self,
         peers: &Peers,
         owner: SocketAddr,
-        question: &PeerQuery<'_>,
+        query: &PeerQuery<'_>,
         tag: &Tag,
         accept: &str,
     ) -> Result<ManifestResponse, SourceError> {
-        let place = question.place;
-        if let Some(known) = self.tags.lease(place, tag).await
+        let repo_ref = query.repo_ref;
+        if let Some(known) = self.tags.resolution(repo_ref, tag).await
             && let Some((object, _)) =
-                self.kept_manifest(place, &known.digest, Requester::Peer(PeerTrust::Member)).await
+                self.cached_manifest(repo_ref, &known.digest, Requester::Peer(PeerTrust::Authenticated)).await
         {
-            match peers.tag_meaning(owner, question, tag, accept).await {
+            match peers.tag_resolution(owner, query, tag, accept).await {
                 Ok(PeerTagResolution { digest, age, from }) if digest == known.digest => {
                     return Ok(ManifestResponse { digest, object, from, age: Some(age) });
                 }
@@ -246,74 +263,78 @@ impl Pull {
                 Err(error) => return Err(error),
             }
         }
-        Ok(self.take_tag(place, peers.tag(owner, question, tag, accept).await?).await)
+        Ok(self.cache_tag(repo_ref, peers.tag(owner, query, tag, accept).await?).await)
     }
 
-    async fn take_tag(&self, place: &RepositoryRef, answer: PeerTag) -> ManifestResponse {
-        let PeerTag { meaning: PeerTagResolution { digest, age, from }, media_type, bytes } = answer;
-        let object = self.keep_manifest(place, &digest, &media_type, bytes).await;
+    async fn cache_tag(&self, repo_ref: &RepositoryRef, response: PeerTag) -> ManifestResponse {
+        let PeerTag { meaning: PeerTagResolution { digest, age, from }, media_type, bytes } = response;
+        let object = self.cache_manifest(repo_ref, &digest, &media_type, bytes).await;
         ManifestResponse { digest, object, from, age: Some(age) }
     }
 
-    /// Asks the origin what a tag means. A HEAD is not counted by rate limits; only a digest that
-    /// is not here yet is fetched.
+    /// Resolves a tag at the upstream. Rate limits do not count a HEAD, and a GET follows only if the digest is not
+    /// cached.
     async fn revalidate(
         self: &Arc<Self>,
-        place: &RepositoryRef,
+        repo_ref: &RepositoryRef,
         tag: &Tag,
         accept: &str,
         downstream: Downstream,
     ) -> TagResolution {
-        let is_known = self.tags.lease(place, tag).await.is_some();
-        let deadline = Instant::now() + if is_known { RENEWAL_TIMEOUT } else { UPSTREAM_TIMEOUT };
+        let is_known = self.tags.resolution(repo_ref, tag).await.is_some();
+        let deadline = Instant::now() + if is_known { REVALIDATION_TIMEOUT } else { UPSTREAM_TIMEOUT };
         let reference = Reference::Tag(tag.clone());
-        // A HEAD can spare the body where the manifest may be cached: the tag was resolved before, or peers may have it. A
-        // tag that is new to a single node is requested at once, which takes half the time.
-        let may_be_cached = is_known || self.peers_for_tags().is_some() || place.rule.asks_who();
+        // A HEAD can spare the body where the manifest may be cached: the tag was resolved before, or peers may have
+        // it. A tag that is new to a single node is requested at once, which takes half the time.
+        let may_be_cached = is_known || self.peers_for_tags().is_some() || repo_ref.rule.is_passthrough();
         let head = match may_be_cached {
-            true => self.upstream.manifest_digest(place, &reference, accept, deadline).await?,
+            true => self.upstream.manifest_digest(repo_ref, &reference, accept, deadline).await?,
             false => None,
         };
         if let Some(digest) = head {
-            // Peers may wait for this as well: only what they may have is taken from what is kept.
-            let asking =
-                RequestContext { asker: Requester::Peer(PeerTrust::Member), downstream, ..RequestContext::CLIENT };
-            match self.manifest_by_digest(place, &digest, accept, asking).await {
+            // Peers may join this flight, so only what peers may have is served from the cache.
+            let request_context = RequestContext {
+                requester: Requester::Peer(PeerTrust::Authenticated),
+                downstream,
+                ..RequestContext::CLIENT
+            };
+            match self.manifest_by_digest(repo_ref, &digest, accept, request_context).await {
                 Ok((object, from)) => return Ok(ManifestResponse { digest, object, from, age: Some(Duration::ZERO) }),
                 // The tag may have moved meanwhile, or the HEAD was wrong: the GET of the tag decides.
                 Err(SourceError::NotFound(_) | SourceError::Malformed(_)) => {}
                 Err(error) => return Err(error),
             }
         }
-        // The digest of the bytes is what the tag means. `Docker-Content-Digest` is wrong at many registries, so that
-        // go-containerregistry ignores it for tags as well; where it is right it may be of another algorithm.
-        let answer = self.upstream.manifest(place, &reference, accept, deadline).await?;
-        let digest = answer.claimed.filter(|claimed| claimed.matches(&answer.bytes));
-        let digest = digest.unwrap_or_else(|| Digest::of(&answer.bytes));
-        self.blobs_reachable(place, &answer.bytes).await?;
-        let object = self.keep_manifest(place, &digest, &answer.media_type, answer.bytes).await;
+        // The tag's digest is computed from the bytes. `Docker-Content-Digest` is wrong at many registries, and
+        // go-containerregistry ignores it for tags as well. A header that matches is used: it may be of another
+        // algorithm.
+        let response = self.upstream.manifest(repo_ref, &reference, accept, deadline).await?;
+        let digest = response.claimed.filter(|claimed| claimed.matches(&response.bytes));
+        let digest = digest.unwrap_or_else(|| Digest::of(&response.bytes));
+        self.check_reachability(repo_ref, &response.bytes).await?;
+        let object = self.cache_manifest(repo_ref, &digest, &response.media_type, response.bytes).await;
         Ok(ManifestResponse { digest, object, from: ServedFrom::Upstream, age: Some(Duration::ZERO) })
     }
 
-    /// No digest proves what a tag means: only those are believed who prove who they are.
+    /// Authenticated peers only: no digest proves what a tag resolves to.
     fn peers_for_tags(&self) -> Option<&Arc<Peers>> {
-        self.peers.as_ref().filter(|peers| peers.are_proven())
+        self.peers.as_ref().filter(|peers| peers.are_authenticated())
     }
 }
 
-/// A tag's place in the ring.
-pub(super) fn in_ring(place: &RepositoryRef, tag: &Tag) -> Digest {
-    Digest::of(format!("{place}:{tag}").as_bytes())
+/// The key that selects a tag's owner.
+pub(super) fn in_ring(repo_ref: &RepositoryRef, tag: &Tag) -> Digest {
+    Digest::of(format!("{repo_ref}:{tag}").as_bytes())
 }
 
-fn question<'a>(place: &'a RepositoryRef, in_ring: &'a Digest, manner: PeerRequestMode) -> PeerQuery<'a> {
-    PeerQuery::about(place, in_ring, manner, Instant::now() + UPSTREAM_TIMEOUT)
+fn query<'a>(repo_ref: &'a RepositoryRef, in_ring: &'a Digest, manner: PeerRequestMode) -> PeerQuery<'a> {
+    PeerQuery::about(repo_ref, in_ring, manner, Instant::now() + UPSTREAM_TIMEOUT)
 }
 
-fn is_stale(meant: &TagResolution) -> bool {
-    meant.as_ref().is_ok_and(|answer| answer.from == ServedFrom::Stale)
+fn is_stale(resolution: &TagResolution) -> bool {
+    resolution.as_ref().is_ok_and(|response| response.from == ServedFrom::Stale)
 }
 
-fn stale(answer: ManifestResponse) -> ManifestResponse {
-    ManifestResponse { from: ServedFrom::Stale, ..answer }
+fn stale(response: ManifestResponse) -> ManifestResponse {
+    ManifestResponse { from: ServedFrom::Stale, ..response }
 }

@@ -1,69 +1,79 @@
-//! Whether a registry or the peers of other zones are faster: measured, and only where a rule wants to know.
+//! Measured speeds of upstreams and cross-zone peers, for rules with `cross_zone_peers = "unless-slower"`.
 
 use std::time::Duration;
 
 use crate::times::OBSERVATION_TTL;
 
-/// How fast blobs came, by the name of a rule. Forgotten after a while, so that whoever was slow is tried again.
+/// Measured speeds by the name of a rule. They expire, so that a source that was slow is tried again.
 pub(super) struct ThroughputEstimates {
     upstream: moka::sync::Cache<String, Average>,
-    far: moka::sync::Cache<String, Average>,
+    cross_zone: moka::sync::Cache<String, Average>,
 }
 
-/// Who sent a blob.
+/// The source of a blob.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Sender {
     Upstream,
-    /// Peers, the owner of all zones before all.
-    Far,
+    /// Cross-zone peers, mostly the owner of all zones.
+    CrossZone,
 }
 
-/// Bytes a second, the latest counting most.
+/// Moving average in bytes a second.
 #[derive(Clone, Copy)]
 struct Average {
     rate: f64,
     count: u32,
 }
 
-/// Smaller blobs tell of round trips.
-const LARGE: u64 = 1024 * 1024;
+/// Smallest blob that is measured, in bytes. Larger: fewer measurements. Smaller: the time is mostly latency.
+const MIN_MEASURED_BYTES: u64 = 1024 * 1024;
 
-/// So many blobs have to be measured from either, and the registry has to be so much faster.
-const ENOUGH: u32 = 3;
-const FASTER: f64 = 2.0;
+/// Blobs that have to be measured from each source. More: a faster upstream is used later. Fewer: one outlier decides.
+const MIN_SAMPLES: u32 = 3;
 
-const LATEST: f64 = 0.3;
+/// How many times faster the upstream has to be. Larger: slow peers are used for longer. Smaller: more traffic leaves
+/// the cluster for little.
+const MIN_SPEEDUP: f64 = 2.0;
+
+/// Weight of the latest blob. Larger: one outlier counts more. Smaller: changes are noticed later.
+const LATEST_WEIGHT: f64 = 0.3;
+
+/// Rules whose speeds are in memory. Fewer: further rules are never measured enough.
 const MAX_RULES: u64 = 1000;
 
 impl ThroughputEstimates {
     pub(super) fn new() -> Self {
         let cache = || moka::sync::Cache::builder().max_capacity(MAX_RULES).time_to_live(OBSERVATION_TTL).build();
-        Self { upstream: cache(), far: cache() }
+        Self { upstream: cache(), cross_zone: cache() }
     }
 
-    /// A blob came in this time.
+    /// Records that a blob came in this time.
     #[allow(clippy::cast_precision_loss, reason = "a rate")]
-    pub(super) fn measured(&self, rule: &str, sender: Sender, bytes: u64, time: Duration) {
-        if bytes < LARGE || time.is_zero() {
+    pub(super) fn record(&self, rule: &str, sender: Sender, bytes: u64, time: Duration) {
+        if bytes < MIN_MEASURED_BYTES || time.is_zero() {
             return;
         }
         let rate = bytes as f64 / time.as_secs_f64();
         let cache = match sender {
             Sender::Upstream => &self.upstream,
-            Sender::Far => &self.far,
+            Sender::CrossZone => &self.cross_zone,
         };
         cache.entry_by_ref(rule).and_upsert_with(|known| match known.map(moka::Entry::into_value) {
             Some(Average { rate: before, count }) => {
-                Average { rate: before + (rate - before) * LATEST, count: count.saturating_add(1) }
+                Average { rate: before + (rate - before) * LATEST_WEIGHT, count: count.saturating_add(1) }
             }
             None => Average { rate, count: 1 },
         });
     }
 
-    /// Whether the registry is known to be faster than the peers of other zones.
+    /// Whether the upstream is known to be faster than cross-zone peers.
     pub(super) fn upstream_is_faster(&self, rule: &str) -> bool {
-        let known = |cache: &moka::sync::Cache<String, Average>| cache.get(rule).filter(|known| known.count >= ENOUGH);
-        matches!((known(&self.upstream), known(&self.far)), (Some(upstream), Some(far)) if upstream.rate > far.rate * FASTER)
+        let known =
+            |cache: &moka::sync::Cache<String, Average>| cache.get(rule).filter(|known| known.count >= MIN_SAMPLES);
+        matches!(
+            (known(&self.upstream), known(&self.cross_zone)),
+            (Some(upstream), Some(cross_zone)) if upstream.rate > cross_zone.rate * MIN_SPEEDUP
+        )
     }
 }
 
@@ -72,26 +82,26 @@ mod tests {
     use super::*;
 
     #[test]
-    fn it_takes_some_blobs_to_know_who_is_faster() {
-        let speeds = ThroughputEstimates::new();
-        let measure = |sender, mib: u64| speeds.measured("r", sender, mib << 20, Duration::from_secs(1));
+    fn upstream_is_faster_only_after_several_samples() {
+        let throughput = ThroughputEstimates::new();
+        let measure = |sender, mib: u64| throughput.record("r", sender, mib << 20, Duration::from_secs(1));
         for _ in 0..3 {
-            assert!(!speeds.upstream_is_faster("r"));
+            assert!(!throughput.upstream_is_faster("r"));
             measure(Sender::Upstream, 30);
-            measure(Sender::Far, 10);
+            measure(Sender::CrossZone, 10);
         }
-        assert!(speeds.upstream_is_faster("r") && !speeds.upstream_is_faster("another"));
-        (0..5).for_each(|_| measure(Sender::Far, 20));
-        assert!(!speeds.upstream_is_faster("r"), "half as fast is near enough");
+        assert!(throughput.upstream_is_faster("r") && !throughput.upstream_is_faster("another"));
+        (0..5).for_each(|_| measure(Sender::CrossZone, 20));
+        assert!(!throughput.upstream_is_faster("r"), "the speedup is too small");
     }
 
     #[test]
-    fn small_blobs_tell_nothing() {
-        let speeds = ThroughputEstimates::new();
+    fn small_blobs_are_not_measured() {
+        let throughput = ThroughputEstimates::new();
         for _ in 0..9 {
-            speeds.measured("r", Sender::Upstream, LARGE - 1, Duration::from_millis(1));
-            speeds.measured("r", Sender::Far, LARGE - 1, Duration::from_secs(9));
+            throughput.record("r", Sender::Upstream, MIN_MEASURED_BYTES - 1, Duration::from_millis(1));
+            throughput.record("r", Sender::CrossZone, MIN_MEASURED_BYTES - 1, Duration::from_secs(9));
         }
-        assert!(!speeds.upstream_is_faster("r"));
+        assert!(!throughput.upstream_is_faster("r"));
     }
 }

@@ -1,4 +1,4 @@
-//! What the listeners and the background tasks of one process share.
+//! The components that the listeners and background tasks of a process share.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -30,7 +30,7 @@ use crate::upstream::UpstreamClient;
 pub(super) struct Components {
     pub(super) config: Config,
     pub(super) bound: Bound,
-    /// What the registry listener shows. None: it speaks plain HTTP.
+    /// Certificate of the registry listener. None: plain HTTP.
     pub(super) identity: Option<Arc<Identity>>,
     pub(super) access_log: Arc<AccessLog>,
     pub(super) metrics: Arc<Metrics>,
@@ -38,20 +38,20 @@ pub(super) struct Components {
     pub(super) memory: Arc<Memory>,
     pub(super) pull: Arc<Pull>,
     pub(super) store: Arc<Store>,
-    /// Of clients and of peers: peers, or strangers that find their port, take no room from this node's own clients.
+    /// Separate for clients and peers: load on the peer port takes nothing from this node's own clients.
     pub(super) loads: [Arc<Load>; 2],
     pub(super) readiness: Arc<Readiness>,
     pub(super) clients: Arc<Clients>,
     pub(super) browsers: Arc<Browsers>,
-    pub(super) gate: Arc<ClientAuth>,
+    pub(super) client_auth: Arc<ClientAuth>,
     pub(super) activity: Arc<Activity>,
     pub(super) tracer: Arc<Tracer>,
-    pub(super) visitors: Arc<StatusAuth>,
-    pub(super) keeping: Option<Arc<MirrorReconciler>>,
+    pub(super) status_auth: Arc<StatusAuth>,
+    pub(super) reconciler: Option<Arc<MirrorReconciler>>,
 }
 
 impl Components {
-    /// Opens the cache, and makes the rest. The ports are taken already.
+    /// Opens the cache and creates the components. The ports are already bound.
     pub(super) fn new(
         config: Config,
         bound: Bound,
@@ -64,7 +64,7 @@ impl Components {
         let registries = Arc::new(Registries::new(&config));
         let memory = Arc::new(Memory::of_process());
         let (pull, store) = runtime.block_on(compose(&config, &registries, &memory, &metrics))?;
-        warn_of_strangers(&config);
+        warn_of_unauthenticated_peers(&config);
         let tracer = runtime.block_on(async { telemetry::tracer(&config.tracing) }).map_err(StartError::Config)?;
         Ok(Self {
             bound,
@@ -74,11 +74,11 @@ impl Components {
             readiness: Arc::default(),
             clients: Arc::new(Clients::new(&config.access)),
             browsers: Arc::new(Browsers::new(&config)),
-            gate: gate(&config, bound.registry, &registries)?,
+            client_auth: client_auth(&config, bound.registry, &registries)?,
             activity: Arc::default(),
             tracer: Arc::new(tracer),
-            visitors: Arc::new(visitors(&config)?),
-            keeping: keeping(&config, bound.registry, &metrics)?,
+            status_auth: Arc::new(status_auth(&config)?),
+            reconciler: reconciler(&config, bound.registry, &metrics)?,
             pull,
             store,
             memory,
@@ -89,16 +89,16 @@ impl Components {
     }
 }
 
-/// Reads and makes all that [`run`] would refuse to start without, except for the cache and the ports.
+/// Creates everything that could keep [`run`](super::run) from starting, except for the cache and the ports.
 pub fn check(config: &Config) -> Result<(), StartError> {
     let (metrics, registries) = (Arc::new(Metrics::new()), Registries::new(config));
     identity(&config.tls)?;
     UpstreamClient::new(config, &registries, Arc::new(Memory::new(0)), metrics.clone()).map_err(StartError::Config)?;
     Peers::new(config, metrics.clone()).map_err(StartError::Config)?;
-    gate(config, config.listen, &registries)?;
+    client_auth(config, config.listen, &registries)?;
     telemetry::tracer(&config.tracing).map_err(StartError::Config)?;
-    visitors(config)?;
-    keeping(config, config.listen, &metrics)?;
+    status_auth(config)?;
+    reconciler(config, config.listen, &metrics)?;
     Ok(())
 }
 
@@ -109,7 +109,7 @@ async fn compose(
     metrics: &Arc<Metrics>,
 ) -> Result<(Arc<Pull>, Arc<Store>), StartError> {
     let cache = &config.cache;
-    let store = Store::open(&cache.dir, cache.disk, cache.keep_free, cache.memory.0, metrics)
+    let store = Store::open(&cache.dir, cache.disk, cache.min_free, cache.memory.0, metrics)
         .await
         .map_err(|e| StartError::Failed(e.to_string()))?;
     let store = Arc::new(store);
@@ -122,45 +122,45 @@ async fn compose(
     ))
 }
 
-/// Says what peers that prove nothing cost, and whom they let in.
-fn warn_of_strangers(config: &Config) {
-    if config.peers.listen.is_none() || config.peers.are_proven() {
+/// Warns of what unauthenticated peers cannot share, and which limits their port bypasses.
+fn warn_of_unauthenticated_peers(config: &Config) {
+    if config.peers.listen.is_none() || config.peers.are_authenticated() {
         return;
     }
     tracing::warn!("peers without key_file or mtls: tags and images that need credentials are not shared");
     let (access, tls) = (&config.access, &config.tls);
-    if !access.clients.is_empty() || access.logins_file.is_some() || tls.client_ca.is_some() {
+    if !access.allowed_cidrs.is_empty() || access.users_file.is_some() || tls.client_ca.is_some() {
         tracing::warn!(
-            "access.clients, access.logins_file and tls.client_ca guard the registry port only: without peers.key_file or \
-             peers.mtls whoever reaches the peers' port gets what is public"
+            "access.allowed_cidrs, access.users_file and tls.client_ca guard the registry port only: without \
+             peers.key_file or peers.mtls, every client that reaches the peer port can pull public images"
         );
     }
 }
 
-/// Who gets what only some may have.
-fn gate(config: &Config, listen: SocketAddr, registries: &Registries) -> Result<Arc<ClientAuth>, StartError> {
+/// Also warns if clients would send credentials unencrypted.
+fn client_auth(config: &Config, listen: SocketAddr, registries: &Registries) -> Result<Arc<ClientAuth>, StartError> {
     let scheme = if config.tls.cert.is_some() { "https" } else { "http" };
-    let are_asked = registries.ask_who() || config.access.logins_file.is_some();
-    if are_asked && scheme == "http" && !listen.ip().is_loopback() {
-        tracing::warn!(%listen, "clients will send their secrets here in the clear: set [tls], or listen on loopback");
+    let must_authenticate = registries.any_passthrough() || config.access.users_file.is_some();
+    if must_authenticate && scheme == "http" && !listen.ip().is_loopback() {
+        tracing::warn!(%listen, "clients send credentials unencrypted: set [tls], or listen on loopback");
     }
     ClientAuth::new(config, scheme, listen).map(Arc::new).map_err(StartError::Config)
 }
 
-fn visitors(config: &Config) -> Result<StatusAuth, StartError> {
+fn status_auth(config: &Config) -> Result<StatusAuth, StartError> {
     StatusAuth::new(config.admin_token_file.as_deref()).map_err(StartError::Config)
 }
 
-/// Whom containerd is pointed at while this process is ready. None: nobody asked for that.
+/// Maintains containerd's mirror configuration while this process is ready. None: not configured.
 #[expect(clippy::disallowed_methods, reason = "runs at the start")]
-fn keeping(
+fn reconciler(
     config: &Config,
     listen: SocketAddr,
     metrics: &Metrics,
 ) -> Result<Option<Arc<MirrorReconciler>>, StartError> {
     let Some(hosts_dir) = config.containerd.hosts_dir.clone() else { return Ok(None) };
     if !hosts_dir.is_dir() {
-        let problem = "is no directory: it has to be containerd's config_path, which `dray containerd check` tells";
+        let problem = "is not a directory: use containerd's config_path, which `dray containerd check` prints";
         return Err(StartError::Config(format!("containerd.hosts_dir = \"{}\": {problem}", hosts_dir.display())));
     }
     let scheme = if config.tls.cert.is_some() { "https" } else { "http" };
@@ -169,17 +169,25 @@ fn keeping(
     let mirror = mirror.map_err(|e| StartError::Config(format!("containerd.{e}")))?;
     if let Some(file) = &config.containerd.config_file {
         for finding in diagnosis::of_node(file, &hosts_dir) {
-            tracing::warn!(code = finding.code, remedy = finding.remedy.join(" "), "containerd: {}", finding.what);
+            tracing::warn!(
+                code = finding.code,
+                error = finding.what,
+                remedy = finding.remedy.join(" "),
+                "containerd misconfigured"
+            );
         }
     }
-    let pointed = metrics.containerd_pointed.with_label_values(&[&*hosts_dir.to_string_lossy()]);
-    Ok(Some(Arc::new(MirrorReconciler::new(hosts_dir, Mirrors::one(mirror), move |is_so| pointed.set(is_so.into())))))
+    let is_configured = metrics.containerd_mirror_configured.with_label_values(&[&*hosts_dir.to_string_lossy()]);
+    Ok(Some(Arc::new(MirrorReconciler::new(hosts_dir, Mirrors::one(mirror), move |is_so| {
+        is_configured.set(is_so.into());
+    }))))
 }
 
-/// What the registry listener shows. None: it speaks plain HTTP.
+/// Certificate of the registry listener. None: plain HTTP.
 pub(super) fn identity(tls: &TlsConfig) -> Result<Option<Arc<Identity>>, StartError> {
     let (Some(cert), Some(key)) = (&tls.cert, &tls.key) else { return Ok(None) };
     let ca = tls.client_ca.clone().map(|path| ("client_ca", path));
-    let files = IdentityFiles { table: "tls", cert: cert.clone(), key: key.clone(), ca, welcome: TrustedRole::Anybody };
+    let files =
+        IdentityFiles { table: "tls", cert: cert.clone(), key: key.clone(), ca, welcome: TrustedRole::AnyCertificate };
     Identity::load(files).map(Some).map_err(StartError::Config)
 }

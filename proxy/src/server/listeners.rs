@@ -1,4 +1,4 @@
-//! The listeners: who is served on which port, how many connections each takes, and with which certificate.
+//! The listeners: their handlers, connection limits and certificates.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -14,26 +14,27 @@ use tokio::sync::Semaphore;
 
 use super::StartError;
 use super::components::Components;
-use crate::admin::{Admin, MAX_WATCHING};
+use crate::admin::{Admin, MAX_EVENT_STREAMS};
 use crate::connections::Connections;
 use crate::identity::Identity;
 use crate::proxy::{Listener, RegistryProxy};
 use crate::status::StatusSources;
 
-/// Connections of each listener. A node of a cluster of ten thousand may be asked by all others, by several at a time.
-const MOST_CLIENTS: usize = 16_384;
-const MOST_PEERS: usize = 65_536;
-const MOST_OPERATORS: usize = 1024;
+/// Connections of each listener. A further one takes the place of an idle one, or is closed. In a cluster of ten
+/// thousand nodes, each may open several connections to one peer.
+const MAX_CLIENT_CONNECTIONS: usize = 16_384;
+const MAX_PEER_CONNECTIONS: usize = 65_536;
+const MAX_ADMIN_CONNECTIONS: usize = 1024;
 
-/// What Pingora gathers before it writes to a connection, in bytes: the head of a response and most manifests leave in one
-/// packet. More: more memory for each connection. What it reads is not gathered: heads are read as a whole.
+/// Pingora's buffers of a connection, in bytes. Write: a head and most manifests leave in one packet; larger: more
+/// memory for each connection. Read: not needed, since [`Connections`] reads a head as a whole.
 const BUFFERS: L4BufferSettings = L4BufferSettings { read: Some(0), write: Some(8 * 1024) };
 
-/// A server with all listeners, which does not run yet.
+/// Creates a server with all listeners, without running it.
 pub(super) fn server(components: &Components) -> Result<Server, StartError> {
     let conf = ServerConf {
         threads: std::thread::available_parallelism().map_or(2, usize::from),
-        // Draining is done before pingora hears of the signal.
+        // `Stop` has drained before Pingora receives the signal.
         grace_period_seconds: Some(0),
         graceful_shutdown_timeout_seconds: Some(1),
         ..ServerConf::default()
@@ -44,7 +45,7 @@ pub(super) fn server(components: &Components) -> Result<Server, StartError> {
     if let Some(address) = components.bound.peers {
         server.add_service(service("peers", for_peers(components)?, address));
     }
-    let operators = Connections::new(admin(components), MOST_OPERATORS, components.memory.clone());
+    let operators = Connections::new(admin(components), MAX_ADMIN_CONNECTIONS, components.memory.clone());
     let mut admin = service("admin", operators, components.bound.admin);
     admin.threads = Some(1);
     server.add_service(admin);
@@ -52,7 +53,11 @@ pub(super) fn server(components: &Components) -> Result<Server, StartError> {
 }
 
 fn for_clients(components: &Components) -> Result<Connections<RegistryProxy>, StartError> {
-    let clients = Connections::new(front(components, Listener::Clients), MOST_CLIENTS, components.memory.clone());
+    let clients = Connections::new(
+        registry_proxy(components, Listener::Clients),
+        MAX_CLIENT_CONNECTIONS,
+        components.memory.clone(),
+    );
     let Some(identity) = &components.identity else { return Ok(clients) };
     let mut settings = tls_settings(identity)?;
     settings.enable_h2();
@@ -60,14 +65,15 @@ fn for_clients(components: &Components) -> Result<Connections<RegistryProxy>, St
 }
 
 fn for_peers(components: &Components) -> Result<Connections<RegistryProxy>, StartError> {
-    let peers = Connections::new(front(components, Listener::Peers), MOST_PEERS, components.memory.clone());
+    let peers =
+        Connections::new(registry_proxy(components, Listener::Peers), MAX_PEER_CONNECTIONS, components.memory.clone());
     match components.pull.peers().and_then(|peers| peers.identity()) {
         Some(identity) => Ok(peers.with_tls(tls_settings(identity)?)),
         None => Ok(peers),
     }
 }
 
-fn front(components: &Components, listener: Listener) -> RegistryProxy {
+fn registry_proxy(components: &Components, listener: Listener) -> RegistryProxy {
     let [of_clients, of_peers] = &components.loads;
     RegistryProxy {
         pull: components.pull.clone(),
@@ -78,7 +84,7 @@ fn front(components: &Components, listener: Listener) -> RegistryProxy {
         readiness: components.readiness.clone(),
         clients: components.clients.clone(),
         browsers: components.browsers.clone(),
-        gate: components.gate.clone(),
+        client_auth: components.client_auth.clone(),
         activity: components.activity.clone(),
         tracer: components.tracer.clone(),
         listener,
@@ -97,9 +103,9 @@ fn admin(components: &Components) -> Admin {
     Admin {
         metrics: components.metrics.clone(),
         readiness: components.readiness.clone(),
-        visitors: components.visitors.clone(),
+        status_auth: components.status_auth.clone(),
         sources,
-        watching: Arc::new(Semaphore::new(MAX_WATCHING)),
+        event_streams: Arc::new(Semaphore::new(MAX_EVENT_STREAMS)),
     }
 }
 
@@ -112,11 +118,11 @@ where
     service
 }
 
-/// A listener that shows an identity, and holds others against its authority.
+/// TLS with this identity. If it has a CA, clients need a certificate of it.
 fn tls_settings(identity: &Arc<Identity>) -> Result<TlsSettings, StartError> {
     let mut settings = TlsSettings::intermediate("", "").map_err(|e| StartError::Failed(e.to_string()))?;
     settings.set_cert_resolver(identity.clone());
-    if identity.wants_certificates() {
+    if identity.requires_client_certificates() {
         settings.set_client_cert_verifier(identity.verifier());
     }
     Ok(settings)

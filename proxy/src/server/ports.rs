@@ -1,4 +1,4 @@
-//! The ports: taken before anything starts, handed to Pingora, and waited for until they accept.
+//! The ports: bound before anything starts, handed to Pingora, and probed until they accept.
 
 use std::net::{SocketAddr, TcpStream};
 use std::time::{Duration, Instant};
@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use super::StartError;
 use crate::config::Config;
 
-/// Where a started dray listens.
+/// The addresses on which this process listens.
 #[derive(Debug, Clone, Copy)]
 pub struct Bound {
     pub registry: SocketAddr,
@@ -14,8 +14,8 @@ pub struct Bound {
     pub peers: Option<SocketAddr>,
 }
 
-/// Sockets that hold the ports until pingora listens on them: bound, but not listening, so that
-/// the number behind port 0 is known and a taken port is an error before anything starts.
+/// Sockets that reserve the ports until Pingora listens on them. They are bound but do not listen: port 0 gets its
+/// number, and a port in use is an error before anything starts.
 pub(super) struct Ports {
     pub(super) bound: Bound,
     held: Vec<std::os::fd::OwnedFd>,
@@ -41,7 +41,7 @@ impl Ports {
         Ok(Self { bound, held })
     }
 
-    /// Waits for pingora, which retries for 30 s itself.
+    /// Waits until all listeners accept. Pingora itself retries for 30 s.
     pub(super) fn wait_until_open(self) -> bool {
         let deadline = Instant::now() + Duration::from_secs(35);
         let open = [Some(self.bound.registry), Some(self.bound.admin), self.bound.peers]
@@ -63,7 +63,7 @@ fn hold_port(address: SocketAddr) -> Result<(std::os::fd::OwnedFd, SocketAddr), 
     Ok((socket, bound))
 }
 
-/// Where a listener can be reached from this host.
+/// An address by which this host can reach a listener.
 pub fn reachable(address: SocketAddr) -> SocketAddr {
     match address {
         SocketAddr::V4(v4) if v4.ip().is_unspecified() => SocketAddr::from(([127, 0, 0, 1], v4.port())),

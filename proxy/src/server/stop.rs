@@ -1,4 +1,12 @@
-//! Signals, and how the process stops.
+//! Signals, and how the process stops:
+//!
+//! | state | listeners | next state |
+//! |---|---|---|
+//! | running | open | SIGTERM: draining; SIGINT: stopped |
+//! | draining | open, but not ready, and containerd's mirror configuration is withdrawn | stopped, see below |
+//! | stopped | closed | |
+//!
+//! Draining ends with the last request, but not before [`MIN_DRAIN`]; after [`DRAIN_TIMEOUT`]; or with SIGINT.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,11 +20,13 @@ use crate::containerd::reconciler::MirrorReconciler;
 use crate::proxy::Load;
 use crate::readiness::Readiness;
 
-/// Requests under way get this long after the stop signal.
-const DRAIN: Duration = Duration::from_secs(25);
+/// How long requests in progress may take after the stop signal. Larger: beyond the termination grace period of
+/// Kubernetes (30 s) the process is killed. Smaller: slow downloads are cut off.
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(25);
 
-/// After the stop signal the listeners stay open this long, until nobody is sent here any more.
-const LINGER: Duration = Duration::from_secs(1);
+/// Minimum time that the listeners stay open after the stop signal. Smaller: clients that still use this node get
+/// connection errors.
+const MIN_DRAIN: Duration = Duration::from_secs(1);
 
 pub(super) struct Signals {
     terminate: Signal,
@@ -29,46 +39,47 @@ impl Signals {
     }
 }
 
-/// Who sends one wants the configuration to be read again. Where there is a terminal it means that this is gone.
+/// Without a terminal, SIGHUP comes from an operator that expects a reload. With a terminal, it means that the terminal
+/// has closed.
 pub(super) async fn ignore_hangups() {
     let Ok(mut hangups) = signal(SignalKind::hangup()) else { return };
     while hangups.recv().await.is_some() {
-        tracing::warn!("SIGHUP is ignored: the configuration is read at the start only, restart after a change");
+        tracing::warn!("SIGHUP ignored: restart dray to apply a changed configuration");
     }
 }
 
-/// SIGTERM: stop being ready, let requests end, then stop. SIGINT: stop.
+/// SIGTERM: become not ready, drain, then stop. SIGINT: stop.
 pub(super) struct Stop {
     pub(super) signals: Mutex<Signals>,
     pub(super) readiness: Arc<Readiness>,
     pub(super) loads: [Arc<Load>; 2],
-    pub(super) keeping: Option<Arc<MirrorReconciler>>,
+    pub(super) reconciler: Option<Arc<MirrorReconciler>>,
 }
 
 #[async_trait]
 impl ShutdownSignalWatch for Stop {
     async fn recv(&self) -> ShutdownSignal {
-        // Nobody else waits for them.
+        // The lock is never contended: only this task receives signals.
         let Signals { terminate, interrupt } = &mut *self.signals.lock().await;
         tokio::select! {
             _ = terminate.recv() => {}
             _ = interrupt.recv() => return ShutdownSignal::FastShutdown,
         }
         self.readiness.end();
-        // Before anything else: whoever asks from now on had better ask elsewhere.
-        if let Some(keeping) = self.keeping.clone() {
-            let _ = tokio::task::spawn_blocking(move || keeping.withdraw()).await;
+        // First: containerd must send new requests to the upstream while the listeners are still open.
+        if let Some(reconciler) = self.reconciler.clone() {
+            let _ = tokio::task::spawn_blocking(move || reconciler.withdraw()).await;
         }
         let requests = || self.loads.iter().map(|load| load.current()).sum::<usize>();
         tracing::info!(requests = requests(), "draining");
         let drained = async {
-            tokio::time::sleep(LINGER).await;
+            tokio::time::sleep(MIN_DRAIN).await;
             while requests() > 0 {
                 tokio::time::sleep(Duration::from_millis(50)).await;
             }
         };
         tokio::select! {
-            _ = tokio::time::timeout(DRAIN, drained) => {}
+            _ = tokio::time::timeout(DRAIN_TIMEOUT, drained) => {}
             _ = interrupt.recv() => {}
         }
         ShutdownSignal::GracefulTerminate

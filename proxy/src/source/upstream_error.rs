@@ -1,4 +1,5 @@
-//! An error response as the upstream registry made it: what clients branch on reaches them unchanged.
+//! An error response as the upstream registry sent it: the status and code reach the client unchanged, because clients
+//! branch on them.
 
 use bytes::Bytes;
 use reqwest::Response;
@@ -15,32 +16,33 @@ pub struct UpstreamError {
     body: Option<ErrorBody>,
 }
 
-/// A body as the distribution specification has it: `{"errors": [{"code", "message"}]}`.
+/// An error body of the distribution specification: `{"errors": [{"code", "message"}]}`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct ErrorBody {
     json: Bytes,
-    /// For messages and the log: the first error's code, and what it says.
+    /// Code and message of the first error, for dray's messages and log.
     code: String,
     message: String,
 }
 
-/// Longest body that is passed on, in bytes. A longer one is cut to its first error: errors are cached, and registries
-/// need a few hundred bytes for theirs.
-const LONGEST_BODY: usize = 2048;
+/// Longest error body that is passed on, in bytes; a longer one is cut to its first error. Larger: cached errors take
+/// more memory. Smaller: details are lost; registries need a few hundred bytes.
+const MAX_BODY_BYTES: usize = 2048;
 
-/// Longest code and message of a body that is cut, in characters.
-const LONGEST_TEXT: usize = 256;
+/// Longest code and message of a body that is cut, in characters. Larger: the cut body may exceed [`MAX_BODY_BYTES`].
+const MAX_TEXT_CHARS: usize = 256;
 
-/// Most that is read of an error body, in bytes. A web page may be longer, and is dropped anyway.
-const MAX_READ: usize = 64 * 1024;
+/// Bytes of an error body that are read. Larger: more memory for each failed request. Smaller: long error bodies lose
+/// their code; web pages are dropped in any case.
+const MAX_READ_BYTES: usize = 64 * 1024;
 
 impl SourceError {
-    /// What a response without content says, of an upstream or of a peer that passes on what an upstream said.
+    /// The error of a response without content, from an upstream or from a peer that relays an upstream.
     pub async fn of_response(mut response: Response, deadline: Instant) -> Self {
         let deadline = deadline.min(Instant::now() + ALTERNATIVE_TIMEOUT);
         let mut body = Vec::new();
         while let Ok(Ok(Some(piece))) = timeout_at(deadline, response.chunk()).await
-            && body.len() + piece.len() <= MAX_READ
+            && body.len() + piece.len() <= MAX_READ_BYTES
         {
             body.extend_from_slice(&piece);
         }
@@ -54,17 +56,17 @@ impl SourceError {
 }
 
 impl UpstreamError {
-    /// A response with a body that is not an error body, or none.
+    /// A response without a valid error body.
     pub fn of_status(status: u16) -> Self {
         Self { status, body: None }
     }
 
-    /// A response with this body. One that is not the specification's JSON, such as a web page, is dropped.
+    /// A response with this body, which is dropped if it is not error JSON, such as a web page.
     pub fn new(status: u16, body: &[u8]) -> Self {
         Self { status, body: ErrorBody::parse(body) }
     }
 
-    /// The body to pass on.
+    /// The body to pass on to the client.
     pub fn json(&self) -> Option<&Bytes> {
         self.body.as_ref().map(|body| &body.json)
     }
@@ -74,7 +76,7 @@ impl UpstreamError {
         self.body.as_ref().map(|body| body.code.as_str())
     }
 
-    /// The same under a status that says better what it means here.
+    /// The same error with a status that fits the request of the client better.
     pub fn with_status(self, status: u16) -> Self {
         Self { status, ..self }
     }
@@ -103,9 +105,9 @@ impl ErrorBody {
             message: Option<String>,
         }
         let first = serde_json::from_slice::<ErrorsShape>(body).ok()?.errors.into_iter().next()?;
-        let text = |text: Option<String>| text.unwrap_or_default().chars().take(LONGEST_TEXT).collect::<String>();
+        let text = |text: Option<String>| text.unwrap_or_default().chars().take(MAX_TEXT_CHARS).collect::<String>();
         let (code, message) = (text(first.code), text(first.message));
-        let json = if body.len() <= LONGEST_BODY {
+        let json = if body.len() <= MAX_BODY_BYTES {
             Bytes::copy_from_slice(body)
         } else {
             serde_json::json!({"errors": [{"code": &code, "message": &message}]}).to_string().into()
@@ -119,7 +121,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn error_body_is_kept_as_it_came() {
+    fn error_body_is_passed_on_unchanged() {
         let body = br#"{"errors":[{"code":"TOO_MANY_TAGS_REQUESTED","message":"n is too large","detail":{"n":7}}]}"#;
         let error = UpstreamError::new(413, body);
         assert_eq!(error.json().map(|json| &json[..]), Some(&body[..]));
@@ -142,7 +144,7 @@ mod tests {
         let long = "x".repeat(5000);
         let body = serde_json::json!({"errors": [{"code": "DENIED", "message": long, "detail": long}]}).to_string();
         let error = UpstreamError::new(403, body.as_bytes());
-        assert!(error.json().unwrap().len() < LONGEST_BODY);
+        assert!(error.json().unwrap().len() < MAX_BODY_BYTES);
         assert_eq!(error.code(), Some("DENIED"));
     }
 }

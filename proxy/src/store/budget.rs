@@ -1,4 +1,4 @@
-//! Bytes on disk, counted until the last descriptor closes.
+//! The disk budget. Bytes count until the last descriptor of their file is closed.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -8,13 +8,13 @@ use prometheus::IntGauge;
 /// A limit in bytes, and how much of it is taken.
 pub(super) struct Budget {
     limit: u64,
-    /// What others have left of the limit on their way through the file system.
+    /// The limit, or less if other programs need space on the file system.
     ceiling: AtomicU64,
     used: AtomicU64,
     gauge: IntGauge,
 }
 
-/// A share of a budget, given back when dropped.
+/// Reserved bytes of a budget, returned on drop.
 pub(super) struct Charge {
     bytes: AtomicU64,
     budget: Arc<Budget>,
@@ -30,7 +30,7 @@ impl Budget {
         Arc::new(Self { limit, ceiling: AtomicU64::new(limit), used: AtomicU64::new(0), gauge })
     }
 
-    /// Most that may be taken now.
+    /// Bytes that may be in use now.
     pub(super) fn limit(&self) -> u64 {
         self.ceiling.load(Ordering::Acquire)
     }
@@ -39,37 +39,37 @@ impl Budget {
         self.used.load(Ordering::Acquire)
     }
 
-    /// Yields to others: no more than `bytes`, and never more than the limit.
+    /// Leaves space to other programs: at most `bytes` may be in use, and never more than the configured limit.
     pub(super) fn yield_to(&self, bytes: u64) {
         self.ceiling.store(bytes.min(self.limit), Ordering::Release);
     }
 
-    /// Takes a share if it fits.
+    /// Reserves bytes if they fit.
     pub(super) fn reserve(self: &Arc<Self>, bytes: u64) -> Result<Charge, NoSpace> {
         let limit = self.limit();
         let fits = |used: u64| used.checked_add(bytes).filter(|sum| *sum <= limit);
         match self.used.fetch_update(Ordering::AcqRel, Ordering::Acquire, fits) {
-            Ok(_) => Ok(self.charged(bytes)),
+            Ok(_) => Ok(self.charge(bytes)),
             Err(_) => Err(NoSpace),
         }
     }
 
-    /// Takes a share for what is on disk already, even beyond the limit.
+    /// Charges bytes that are on disk already, even beyond the limit.
     pub(super) fn account(self: &Arc<Self>, bytes: u64) -> Charge {
         self.used.fetch_add(bytes, Ordering::AcqRel);
-        self.charged(bytes)
+        self.charge(bytes)
     }
 
     pub(super) fn free(&self) -> u64 {
         self.limit().saturating_sub(self.used())
     }
 
-    fn charged(self: &Arc<Self>, bytes: u64) -> Charge {
-        self.show();
+    fn charge(self: &Arc<Self>, bytes: u64) -> Charge {
+        self.update_gauge();
         Charge { bytes: bytes.into(), budget: self.clone() }
     }
 
-    fn show(&self) {
+    fn update_gauge(&self) {
         self.gauge.set(i64::try_from(self.used()).unwrap_or(i64::MAX));
     }
 }
@@ -79,7 +79,7 @@ impl Charge {
         self.bytes.load(Ordering::Acquire)
     }
 
-    /// Takes more. Nobody else may grow it at the same time.
+    /// Reserves more bytes for this charge.
     pub(super) fn grow(&self, more: u64) -> Result<(), NoSpace> {
         let mut charge = self.budget.reserve(more)?;
         self.bytes.fetch_add(std::mem::take(charge.bytes.get_mut()), Ordering::AcqRel);
@@ -90,7 +90,7 @@ impl Charge {
 impl Drop for Charge {
     fn drop(&mut self) {
         self.budget.used.fetch_sub(self.bytes(), Ordering::AcqRel);
-        self.budget.show();
+        self.budget.update_gauge();
     }
 }
 
@@ -99,7 +99,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn shares_come_back() {
+    fn dropped_charge_frees_its_bytes() {
         let budget = Budget::new(10, IntGauge::new("x", "x").unwrap());
         let six = budget.reserve(6).unwrap();
         assert_eq!(budget.reserve(5).err(), Some(NoSpace));
@@ -117,7 +117,7 @@ mod tests {
     }
 
     #[test]
-    fn yields_and_comes_back() {
+    fn yielded_limit_can_be_raised_again() {
         let budget = Budget::new(10, IntGauge::new("x", "x").unwrap());
         let _eight = budget.reserve(8).unwrap();
         budget.yield_to(5);

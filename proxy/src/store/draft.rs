@@ -1,4 +1,5 @@
-//! Blobs on their way in: space, a file, and in the end a name, or a place among the partials.
+//! Drafts: blobs that are being written. A draft gets space, a file, and at the end a name or a place among the
+//! partials.
 
 #![allow(clippy::disallowed_methods, reason = "runs at the start, and on threads for blocking work")]
 
@@ -19,61 +20,63 @@ use super::partial::Partial;
 use crate::oci::{Digest, Registry, Span, Spans};
 use crate::provenance::Provenance;
 
-/// A blob being written. Its space is reserved as its bytes come. Unlinked when dropped without being published.
+/// A blob that is being written. Its space is reserved as its bytes arrive. An unpublished draft is unlinked on drop.
 pub struct Draft {
     path: PathBuf,
     pub blob: Arc<Blob>,
 }
 
-/// Space is reserved in steps of so many bytes: fewer steps for a blob, and little for what an upstream announces and does
-/// not send.
-const STEP: u64 = 8 * 1024 * 1024;
+/// Space is reserved in steps of this many bytes. Larger: an upstream that announces more than it sends holds more
+/// space. Smaller: more reservations for each blob.
+const RESERVE_STEP: u64 = 8 * 1024 * 1024;
 
-/// What a blob on its way is still to take: there has to be space for it beside what others announce.
+/// Space that a draft still needs. A new draft must fit beside all promises.
 pub(super) struct Promise {
     bytes: u64,
     charge: Weak<Charge>,
     since: Instant,
 }
 
-/// A blob that has brought fewer bytes a second, once it had time to begin, keeps no space from others, and goes on only
-/// while a client reads it: an upstream that trickles would hold its place for hours.
-pub const LEAST_RATE: u64 = 64 * 1024;
-const BEGINS: Duration = Duration::from_secs(2);
+/// Lowest average rate of a download, in bytes per second. A slower one loses its promised space, and counts as
+/// abandoned without clients even if little is missing: a trickling upstream would hold the space for hours. Larger:
+/// downloads over slow links lose their space. Smaller: trickling upstreams keep it.
+pub const MIN_DOWNLOAD_RATE: u64 = 64 * 1024;
+/// The rate counts from this age of a draft on. Shorter: drafts that have only begun lose their promised space.
+const RATE_GRACE: Duration = Duration::from_secs(2);
 
-/// Partials together take at most this part of the disk.
-const PARTIALS_PART: u64 = 8;
+/// Partials take at most one part in this many of the disk. Larger: fewer downloads can resume. Smaller: more space is
+/// held for blobs that may never be finished.
+const PARTIALS_SHARE: u64 = 8;
 
 impl Large {
-    /// Begins a blob of `len` bytes, for which there is space, or would be if what nobody reads were evicted. Blocks on the
-    /// disk.
+    /// Creates a draft of `len` bytes, if it would fit after eviction of every idle blob. Blocks on the disk.
     pub fn draft(&self, len: u64, provenance: Provenance) -> Result<Draft, NoSpace> {
         let bytes = len.checked_add(FILE_OVERHEAD).filter(|b| *b <= self.budget.limit()).ok_or(NoSpace)?;
         let charge = Arc::new(self.budget.account(0));
         self.promise(bytes, &charge)?;
         self.grow(&charge, FILE_OVERHEAD)?;
         let path = self.fills.join(self.next_draft.fetch_add(1, Ordering::Relaxed).to_string());
-        match self.create(&path, len) {
+        match self.create_file(&path, len) {
             Ok(file) => {
                 let (provenance, pieces) = (Some(provenance), self.pieces.clone());
                 let blob = Blob { file, len, provenance, charge, unreadable: Arc::default(), pieces };
                 Ok(Draft { path, blob: Arc::new(blob) })
             }
             Err(error) => {
-                tracing::warn!(%error, "no file for a blob, it will not be kept");
+                tracing::warn!(%error, "draft file creation failed");
                 let _ = fs::remove_file(&path);
                 Err(NoSpace)
             }
         }
     }
 
-    /// Promises space to a blob, if there is enough beside what other blobs on their way are still to take. Both under one
-    /// lock: blobs that begin at the same time must not be promised the same space.
+    /// Promises space to a draft, if it fits beside all other promises. One lock for check and promise: concurrent
+    /// drafts must not get the same space.
     fn promise(&self, bytes: u64, charge: &Arc<Charge>) -> Result<(), NoSpace> {
         let (now, mut promised) = (Instant::now(), 0);
         let mut promises = self.promises.lock();
         promises.retain(|promise| {
-            let left = promise.left(now);
+            let left = promise.remaining(now);
             promised += left.unwrap_or(0);
             left.is_some()
         });
@@ -84,11 +87,11 @@ impl Large {
         Ok(())
     }
 
-    /// Reserves space for so many bytes of a draft in all, evicting what nobody reads if need be. One at a time for each
-    /// draft. Blocks on the disk.
+    /// Reserves space for `bytes` bytes of a draft in total, evicting idle blobs where needed. Not concurrently for one
+    /// draft: both calls would reserve the same bytes. Blocks on the disk.
     pub fn reserve(&self, blob: &Blob, bytes: u64) -> io::Result<()> {
         let reserved = blob.charge.bytes().saturating_sub(FILE_OVERHEAD);
-        let more = bytes.max(reserved + STEP).min(blob.len).saturating_sub(reserved);
+        let more = bytes.max(reserved + RESERVE_STEP).min(blob.len).saturating_sub(reserved);
         if bytes <= reserved || more == 0 {
             return Ok(());
         }
@@ -109,14 +112,14 @@ impl Large {
     pub fn write(&self, blob: &Blob, bytes: &[u8], position: u64) -> io::Result<()> {
         loop {
             match blob.file.write_all_at(bytes, position) {
-                // Others fill the disk: our budget says there is room, the disk says there is not.
+                // Other programs filled the disk: the budget has room, the file system has none.
                 Err(error) if error.kind() == io::ErrorKind::StorageFull && self.evict_one() => {}
                 written => return written,
             }
         }
     }
 
-    /// Gives an announced draft its name. Blocks on the disk.
+    /// Moves an announced draft to its final path. Blocks on the disk.
     #[allow(clippy::needless_pass_by_value, reason = "a draft is published once")]
     pub fn publish(&self, draft: Draft, digest: &Digest) -> io::Result<()> {
         let sealed = self.sealed.read();
@@ -128,7 +131,7 @@ impl Large {
             .and_then(|()| self.write_record(digest, &draft.blob))
             .and_then(|()| {
                 fs::rename(&draft.path, &path).or_else(|_| {
-                    files::clear_away(&path);
+                    files::remove_foreign(&path);
                     fs::rename(&draft.path, &path)
                 })
             });
@@ -138,20 +141,20 @@ impl Large {
         named
     }
 
-    /// Nothing gets a name after this, so that everything that has one can be written to the disk.
+    /// Ends publication, so that the final flush covers every published blob.
     pub(super) fn seal(&self) {
         *self.sealed.write() = true;
     }
 
-    /// Keeps what there is of a blob for whoever asks next, within bounds. Blocks on the disk.
+    /// Keeps an unfinished blob, within bounds, so that the next download resumes it. Blocks on the disk.
     pub fn keep_partial(&self, digest: &Digest, registry: &Registry, draft: Draft, written: Spans) {
-        let limit = self.budget.limit() / PARTIALS_PART;
-        let dropped = self.partials.lock().keep(digest, registry, Partial { draft, written }, limit, Instant::now());
-        // Closing them frees their space, which may take a while: not under the lock.
+        let limit = self.budget.limit() / PARTIALS_SHARE;
+        let dropped = self.partials.lock().insert(digest, registry, Partial { draft, written }, limit, Instant::now());
+        // Closing a file frees its blocks, which may take a while: not under the lock.
         drop(dropped);
     }
 
-    /// What an earlier attempt to fetch this blob from this registry has left.
+    /// Takes the partial that an earlier download of this blob from this registry left.
     pub fn take_partial(
         &self,
         digest: &Digest,
@@ -161,8 +164,8 @@ impl Large {
         self.partials.lock().take(digest, registry, fits)
     }
 
-    /// A new file of this length without blocks.
-    fn create(&self, path: &Path, len: u64) -> io::Result<File> {
+    /// Creates a sparse file of this length.
+    fn create_file(&self, path: &Path, len: u64) -> io::Result<File> {
         let open = || OpenOptions::new().read(true).write(true).create_new(true).open(path);
         let file = match open() {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
@@ -177,19 +180,20 @@ impl Large {
 }
 
 impl Promise {
-    /// What is still to come at a rate that counts. None: it is over.
-    fn left(&self, now: Instant) -> Option<u64> {
+    /// Bytes that stay promised: none if the download is too slow. `None`: the draft has all its space, or was dropped.
+    fn remaining(&self, now: Instant) -> Option<u64> {
         let (taken, age) = (self.charge.upgrade()?.bytes(), now.duration_since(self.since));
         if taken >= self.bytes {
             return None;
         }
-        let comes = age < BEGINS || taken.saturating_sub(FILE_OVERHEAD) >= LEAST_RATE * age.as_secs();
-        Some(if comes { self.bytes.saturating_sub(taken) } else { 0 })
+        let is_fast_enough =
+            age < RATE_GRACE || taken.saturating_sub(FILE_OVERHEAD) >= MIN_DOWNLOAD_RATE * age.as_secs();
+        Some(if is_fast_enough { self.bytes.saturating_sub(taken) } else { 0 })
     }
 }
 
 impl Draft {
-    /// Copies a span of another file for the same blob. Blocks on the disk.
+    /// Copies a span of another file of the same blob. Blocks on the disk.
     pub fn copy(&self, from: &Blob, span: Span) -> io::Result<()> {
         let (mut read, mut written) = (span.start, span.start);
         while written < span.end {
@@ -205,7 +209,7 @@ impl Draft {
 
 impl Drop for Draft {
     fn drop(&mut self) {
-        // After a rename this name is gone.
+        // After publication this path does not exist.
         let _ = fs::remove_file(&self.path);
     }
 }

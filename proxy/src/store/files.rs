@@ -1,4 +1,4 @@
-//! Large blobs as files: their records, times, and what lies in the directory.
+//! Files of large blobs: their records, their times, and the scan of the directory.
 
 #![allow(clippy::disallowed_methods, reason = "runs at the start, and on threads for blocking work")]
 
@@ -14,17 +14,17 @@ use serde::{Deserialize, Serialize};
 use crate::oci::{Algorithm, Digest};
 use crate::provenance::Provenance;
 
-/// What is known of a blob, in a file beside it.
+/// The record of a blob, in a file beside it.
 #[derive(Serialize, Deserialize)]
 pub(super) struct Record {
     #[serde(flatten)]
     pub(super) provenance: Provenance,
-    /// When its hash agreed last.
+    /// The epoch in which the hash matched last.
     #[serde(default)]
     pub(super) epoch: String,
 }
 
-/// A file that was found.
+/// A blob file that the scan found.
 pub(super) struct FoundFile {
     pub(super) digest: Digest,
     pub(super) len: u64,
@@ -49,7 +49,7 @@ pub(super) fn scan(blobs: &Path) -> io::Result<Vec<FoundFile>> {
                     continue;
                 };
                 if !meta.is_file() {
-                    clear_away(&file.path());
+                    remove_foreign(&file.path());
                     continue;
                 }
                 let modified = meta.modified().unwrap_or(SystemTime::UNIX_EPOCH);
@@ -62,29 +62,29 @@ pub(super) fn scan(blobs: &Path) -> io::Result<Vec<FoundFile>> {
 
 /// Opens a blob of this length, with its record if it has one.
 pub(super) fn open(path: &Path, len: u64) -> io::Result<(File, Option<Record>)> {
-    // Of a pipe, which somebody has put there, nobody waits for the other end.
+    // `NONBLOCK`: opening a named pipe would otherwise wait for a writer.
     let file: File = rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK, Mode::empty())?.into();
     let meta = file.metadata()?;
     if !meta.is_file() {
-        return Err(io::Error::new(io::ErrorKind::InvalidData, "it is no file"));
+        return Err(io::Error::new(io::ErrorKind::InvalidData, "not a regular file"));
     }
     if meta.size() != len {
-        return Err(io::Error::new(io::ErrorKind::InvalidData, "its length changed"));
+        return Err(io::Error::new(io::ErrorKind::InvalidData, "the length of the file changed"));
     }
     let record = fs::read(record_path(path)).ok();
     Ok((file, record.and_then(|json| serde_json::from_slice(&json).ok())))
 }
 
-/// Removes whatever has the name of a blob and is no file.
-pub(super) fn clear_away(path: &Path) {
+/// Removes anything at the path of a blob that is not a regular file.
+pub(super) fn remove_foreign(path: &Path) {
     let Ok(meta) = fs::symlink_metadata(path) else { return };
     if meta.is_file() {
         return;
     }
-    tracing::warn!(path = %path.display(), "something else has the name of a blob, it is removed");
+    tracing::warn!(path = %path.display(), "foreign entry at a blob path");
     let removed = if meta.is_dir() { fs::remove_dir_all(path) } else { fs::remove_file(path) };
     if let Err(error) = removed {
-        tracing::warn!(path = %path.display(), %error, "it cannot be removed");
+        tracing::warn!(path = %path.display(), %error, "foreign entry removal failed");
     }
 }
 
@@ -92,7 +92,7 @@ pub(super) fn record_path(blob: &Path) -> PathBuf {
     blob.with_extension("json")
 }
 
-/// Keeps when a blob was used, for the next start.
+/// Stores the time of use in the times of the file, for the next start.
 pub(super) fn touch(file: &File, now: SystemTime) {
     let since = now.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     let time = rustix::fs::Timespec { tv_sec: i64::try_from(since.as_secs()).unwrap_or_default(), tv_nsec: 0 };
@@ -105,7 +105,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_no_file_is_cleared_away_and_never_waited_for() {
+    fn scan_removes_foreign_entries_without_waiting() {
         let dir = tempfile::tempdir().unwrap();
         let shard = dir.path().join("sha256/ab");
         Algorithm::ALL.iter().for_each(|it| fs::create_dir_all(dir.path().join(it.as_str())).unwrap());

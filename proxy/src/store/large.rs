@@ -1,10 +1,13 @@
-//! Large blobs: one verified file each, least recently used out first.
+//! Large blobs: one verified file each, evicted least recently used first.
 //!
-//! Order of publication: the hash agrees, the blob is announced and its readers get the tail; then its
-//! record and itself get their names. The kernel writes them to the disk when it likes, so as not to
-//! hold up whoever else writes: a crash of the machine begins a new epoch, in which a blob is hashed
-//! before it is believed. Bytes are written once per inode; a file under its final name is never
-//! written again, only unlinked.
+//! Order of publication:
+//! 1. The hash matches.
+//! 2. The blob is announced, and its readers get the tail.
+//! 3. The record, then the blob get their names.
+//!
+//! The kernel flushes both in its own time, so that other writers are not slowed down. A crash of the machine begins a
+//! new epoch, in which each blob is hashed before use. Bytes are written once per inode: a file under its final name is
+//! only unlinked, never written.
 
 #![allow(clippy::disallowed_methods, reason = "runs at the start, and on threads for blocking work")]
 
@@ -44,38 +47,38 @@ pub struct Large {
     pub(super) partials: Mutex<Partials>,
     pub(super) promises: Mutex<Vec<Promise>>,
     pub(super) relayed: Mutex<Relayed>,
-    /// What is to stay while anything else can go.
+    /// Evicted only when no other blob is left.
     pinned: ArcSwap<HashSet<Digest>>,
     evicted: IntCounter,
     pub(super) next_draft: AtomicU64,
-    /// What was proven in another one has to be proven again.
+    /// Blobs verified in another epoch must be hashed again.
     epoch: String,
-    /// Whether nothing gets a name any more. Held while something does.
+    /// Whether publication has ended. Read-locked during each publication.
     pub(super) sealed: RwLock<bool>,
     pub(super) pieces: Arc<PieceMemory>,
 }
 
-/// An open blob, or one that is being written. Its bytes stay readable, and counted, until the
-/// last reader lets go, wherever its name went.
+/// An open blob, or one that is being written. Its bytes stay readable, and counted, until the last reader drops it,
+/// even if it is unlinked.
 pub struct Blob {
     pub file: File,
     pub len: u64,
     /// None: its record was lost.
     pub provenance: Option<Provenance>,
     pub(super) charge: Arc<Charge>,
-    /// The disk could not read it.
+    /// The disk reported an I/O error for this blob.
     pub(super) unreadable: Arc<AtomicBool>,
-    /// The memory that it is read into.
+    /// Memory for the pieces that clients read.
     pub pieces: Arc<PieceMemory>,
 }
 
-/// Whether a file can be believed.
+/// Whether a file may be served without hashing it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verification {
-    /// Its hash agreed, and nothing happened to the machine since.
+    /// Its hash matched in this epoch.
     Verified,
-    /// The machine went down since: hash it before its last byte leaves.
-    Unproven,
+    /// The machine crashed since, or the record is lost: hash it before its last byte is sent.
+    Unverified,
 }
 
 struct BlobEntry {
@@ -83,7 +86,7 @@ struct BlobEntry {
     /// None: its record was not read yet.
     proof: Option<Verification>,
     last_used: SystemTime,
-    /// How often it was used, at different times, since this process found it.
+    /// Uses at least [`DEFAULT_TTL`] apart since this process found the blob.
     uses: u32,
     /// When `last_used` was last written to the file's times.
     touched: SystemTime,
@@ -92,15 +95,16 @@ struct BlobEntry {
     open: Weak<Blob>,
 }
 
-/// Where a blob is, as far as that is known without asking the disk.
+/// Where a blob is, as far as the index tells without disk access.
 pub enum BlobLocation {
     Open(Arc<Blob>, Verification),
+    /// The disk is needed: to open the file, to read its record, or to store its time of use.
     OnDisk,
     Nowhere,
 }
 
 impl BlobEntry {
-    /// What somebody has open.
+    /// The blob, if it is open, its record was read, and the disk can read it.
     fn opened(&self) -> Option<(Arc<Blob>, Verification)> {
         if self.unreadable.load(Ordering::Relaxed) {
             return None;
@@ -108,12 +112,12 @@ impl BlobEntry {
         Some((self.open.upgrade()?, self.proof?))
     }
 
-    /// Whether the file's times are to be renewed.
+    /// Whether `last_used` is to be stored in the times of the file.
     fn is_touch_due(&self, now: SystemTime) -> bool {
         now.duration_since(self.touched).is_ok_and(|age| age > TOUCH_INTERVAL)
     }
 
-    /// The same, once for each time.
+    /// The same, but true only once per [`TOUCH_INTERVAL`].
     fn take_touch(&mut self, now: SystemTime) -> bool {
         let is_due = self.is_touch_due(now);
         if is_due {
@@ -124,7 +128,7 @@ impl BlobEntry {
 }
 
 impl Blob {
-    /// Says that the disk could not read it: it is not found again.
+    /// After an I/O error of the disk, the blob is not found again.
     pub fn failed(&self, error: &io::Error) {
         if error.raw_os_error() == Some(Errno::IO.raw_os_error()) {
             self.unreadable.store(true, Ordering::Relaxed);
@@ -132,18 +136,18 @@ impl Blob {
     }
 }
 
-/// What a file takes beyond its bytes: rounding to blocks, inode, record.
+/// Charged for a file beside its bytes: rounding to blocks, inode, record. Smaller: many small files exceed the budget.
 pub(super) const FILE_OVERHEAD: u64 = 8192;
 
 // === impl Large ===
 
 impl Large {
-    /// Bytes taken, and those that may be.
+    /// Bytes in use, and the limit.
     pub fn usage(&self) -> (u64, u64) {
         (self.budget.used(), self.budget.limit())
     }
 
-    /// How many have a name.
+    /// Number of indexed blobs, without relayed ones.
     pub(super) fn count(&self) -> usize {
         self.index.lock().len()
     }
@@ -183,13 +187,13 @@ impl Large {
             sealed: RwLock::default(),
             pieces: Arc::default(),
         };
-        // The limit may have been lowered since.
+        // The limit may be lower than in the last run.
         large.shrink_to(limit);
         Ok(large)
     }
 
-    /// Marks a blob as used, and gives it if that needs no word of the disk.
-    pub fn look(&self, digest: &Digest) -> BlobLocation {
+    /// Marks an indexed or relayed blob as used. Returns it if that needs no disk access: see `BlobLocation::OnDisk`.
+    pub fn lookup(&self, digest: &Digest) -> BlobLocation {
         let now = SystemTime::now();
         let mut index = self.index.lock();
         let Some(entry) = index.get_mut(digest) else {
@@ -209,7 +213,7 @@ impl Large {
 
     /// Opens a blob and marks it as used. Blocks on the disk.
     pub fn get(&self, digest: &Digest) -> Option<(Arc<Blob>, Verification)> {
-        match self.look(digest) {
+        match self.lookup(digest) {
             BlobLocation::Open(blob, proof) => Some((blob, proof)),
             BlobLocation::Nowhere => None,
             BlobLocation::OnDisk => {
@@ -228,12 +232,12 @@ impl Large {
         self.index.lock().contains_key(digest)
     }
 
-    /// All blobs.
+    /// Digests of all indexed blobs.
     pub fn digests(&self) -> Vec<Digest> {
         self.index.lock().keys().cloned().collect()
     }
 
-    /// Opens a blob as the scrub does, which is no use. Blocks on the disk, and holds no lock while it does.
+    /// Opens a blob for the scrub, without marking it as used. Blocks on the disk, and holds no lock meanwhile.
     pub fn peek(&self, digest: &Digest) -> Option<(Arc<Blob>, Verification)> {
         let (len, charge, unreadable) = {
             let mut index = self.index.lock();
@@ -244,21 +248,21 @@ impl Large {
             (entry.len, entry.charge.clone(), entry.unreadable.clone())
         };
         if unreadable.load(Ordering::Relaxed) {
-            tracing::warn!(%digest, "the disk cannot read a cached blob, it is given up");
-            self.give_up(digest, &charge);
+            tracing::warn!(%digest, "cached blob removed after a disk error");
+            self.remove_entry(digest, &charge);
             return None;
         }
         match files::open(&self.path(digest), len) {
             Ok((file, record)) => {
                 let mut index = self.index.lock();
-                // It may have been evicted meanwhile, or opened by somebody else.
+                // Another task may have evicted or opened it meanwhile.
                 let entry = index.get_mut(digest).filter(|entry| Arc::ptr_eq(&entry.charge, &charge))?;
                 if let Some(opened) = entry.opened() {
                     return Some(opened);
                 }
                 let known = record.as_ref().is_some_and(|record| record.epoch == self.epoch);
                 let proof =
-                    *entry.proof.get_or_insert(if known { Verification::Verified } else { Verification::Unproven });
+                    *entry.proof.get_or_insert(if known { Verification::Verified } else { Verification::Unverified });
                 let blob = Arc::new(Blob {
                     file,
                     len,
@@ -271,18 +275,18 @@ impl Large {
                 Some((blob, proof))
             }
             Err(error) => {
-                tracing::warn!(%digest, %error, "a cached blob cannot be read");
-                // Any other error, such as too many open files, says nothing about the blob.
+                tracing::warn!(%digest, %error, "cached blob open failed");
+                // Other errors, such as too many open files, do not mean that this blob is bad.
                 if matches!(error.kind(), io::ErrorKind::InvalidData | io::ErrorKind::NotFound) {
-                    self.give_up(digest, &charge);
+                    self.remove_entry(digest, &charge);
                 }
                 None
             }
         }
     }
 
-    /// Drops what cannot be read, unless another copy has taken its place.
-    fn give_up(&self, digest: &Digest, charge: &Arc<Charge>) {
+    /// Removes a blob that cannot be read, unless another copy has replaced it.
+    fn remove_entry(&self, digest: &Digest, charge: &Arc<Charge>) {
         let mut index = self.index.lock();
         if index.get(digest).is_some_and(|entry| Arc::ptr_eq(&entry.charge, charge)) {
             index.remove(digest);
@@ -291,8 +295,7 @@ impl Large {
         }
     }
 
-    /// Makes a draft known before it has its name: from now on it is found. Call it only after its
-    /// hash agreed.
+    /// Makes a draft visible before it has its final path. Call only after its hash matched.
     pub fn announce(&self, draft: &Draft, digest: &Digest) {
         let now = SystemTime::now();
         let entry = BlobEntry {
@@ -303,7 +306,7 @@ impl Large {
             touched: now,
             charge: draft.blob.charge.clone(),
             unreadable: draft.blob.unreadable.clone(),
-            // The draft keeps it open until it has its name.
+            // The draft keeps the blob open until its publication.
             open: Arc::downgrade(&draft.blob),
         };
         self.index.lock().insert(digest.clone(), entry);
@@ -317,18 +320,18 @@ impl Large {
         fs::rename(new, files::record_path(&self.path(digest)))
     }
 
-    /// Remembers that an unproven file turned out to be right. Blocks on the disk.
+    /// Records that the bytes of an unproven file match its digest. Blocks on the disk.
     pub fn prove(&self, digest: &Digest, blob: &Blob) {
         if let Some(entry) = self.index.lock().get_mut(digest) {
             entry.proof = Some(Verification::Verified);
         }
         if let Err(error) = self.write_record(digest, blob) {
-            tracing::warn!(%digest, %error, "a proof could not be recorded");
+            tracing::warn!(%digest, %error, "verification record write failed");
         }
     }
 
-    /// Opens a blob's file past the page cache, to see what the disk holds; with it where the file
-    /// system knows no other way.
+    /// Opens a blob's file past the page cache, to read what the disk holds. Falls back to the page cache if the file
+    /// system has no direct I/O.
     pub fn open_direct(&self, digest: &Digest) -> io::Result<File> {
         let (path, flags) = (self.path(digest), OFlags::RDONLY | OFlags::CLOEXEC);
         let open = |flags| rustix::fs::open(&path, flags, Mode::empty());
@@ -336,9 +339,9 @@ impl Large {
         Ok(file.into())
     }
 
-    /// Drops a blob that turned out to be wrong, unless another copy has taken its place.
+    /// Removes a blob that is corrupt or could not be published, unless another copy has replaced it.
     pub fn forget(&self, digest: &Digest, blob: &Blob) {
-        self.give_up(digest, &blob.charge);
+        self.remove_entry(digest, &blob.charge);
     }
 
     /// Whether evicting everything idle would make enough room, in the budget and on the file system.
@@ -350,7 +353,7 @@ impl Large {
         self.budget.free().min(on_disk).saturating_add(freeable) >= bytes
     }
 
-    /// The blobs that nobody reads.
+    /// The indexed blobs without readers.
     pub(super) fn idle(&self) -> Vec<Candidate> {
         let (index, pinned) = (self.index.lock(), self.pinned.load());
         let idle = index.iter().filter(|(_, entry)| entry.open.strong_count() == 0);
@@ -364,12 +367,12 @@ impl Large {
         .collect()
     }
 
-    /// Evicts these only when nothing else is left. Others are not pinned any more.
+    /// Replaces the set of blobs that are evicted only when no other blob is left.
     pub fn pin(&self, digests: HashSet<Digest>) {
         self.pinned.store(digests.into());
     }
 
-    /// Unlinks a blob, unless somebody reads it by now.
+    /// Unlinks a blob, unless it has readers by now.
     pub(super) fn evict(&self, digest: &Digest) -> bool {
         let mut index = self.index.lock();
         if index.get(digest).is_none_or(|entry| entry.open.strong_count() > 0) {
@@ -380,7 +383,7 @@ impl Large {
         self.unlink(digest);
         if let Some(entry) = entry {
             self.evicted.inc_by(entry.len);
-            tracing::debug!(%digest, bytes = entry.len, "evicted");
+            tracing::debug!(%digest, bytes = entry.len, "blob evicted");
         }
         true
     }
@@ -389,7 +392,7 @@ impl Large {
         let path = self.path(digest);
         for path in [files::record_path(&path), path] {
             if let Err(error) = fs::remove_file(&path) {
-                tracing::debug!(path = %path.display(), %error, "already gone");
+                tracing::debug!(path = %path.display(), %error, "blob file removal failed");
             }
         }
     }
@@ -434,7 +437,7 @@ mod tests {
     }
 
     #[test]
-    fn after_a_crash_of_the_machine_nothing_is_believed_unseen() {
+    fn blobs_are_unproven_after_a_machine_crash() {
         let dir = tempfile::tempdir().unwrap();
         let [first, second] = {
             let large = large(dir.path(), 1 << 20);
@@ -444,18 +447,18 @@ mod tests {
         {
             let large = large(dir.path(), 1 << 20);
             let (blob, proof) = large.get(&first).unwrap();
-            assert_eq!(proof, Verification::Unproven);
+            assert_eq!(proof, Verification::Unverified);
             large.prove(&first, &blob);
             assert_eq!(large.get(&first).unwrap().1, Verification::Verified);
         }
-        // What was not proven then is not believed later either.
+        // A blob that was not hashed then stays unproven.
         let large = large(dir.path(), 1 << 20);
         assert_eq!(large.get(&first).unwrap().1, Verification::Verified);
-        assert_eq!(large.get(&second).unwrap().1, Verification::Unproven);
+        assert_eq!(large.get(&second).unwrap().1, Verification::Unverified);
     }
 
     #[test]
-    fn the_least_recently_used_goes_first_but_never_under_a_reader() {
+    fn eviction_is_lru_and_spares_blobs_with_readers() {
         let dir = tempfile::tempdir().unwrap();
         let large = large(dir.path(), 3 * (1000 + FILE_OVERHEAD));
         let [a, b, c] = [b'a', b'b', b'c'].map(|byte| put(&large, &[byte; 1000]));
@@ -472,7 +475,7 @@ mod tests {
     }
 
     #[test]
-    fn a_dropped_draft_leaves_nothing_once_its_last_reader_is_gone() {
+    fn dropped_draft_frees_space_after_its_last_reader() {
         let dir = tempfile::tempdir().unwrap();
         let large = large(dir.path(), 2 * (1000 + FILE_OVERHEAD));
         let draft = large.draft(1000, provenance()).unwrap();
@@ -486,7 +489,7 @@ mod tests {
     }
 
     #[test]
-    fn blobs_that_begin_at_once_are_not_promised_the_same_space() {
+    fn concurrent_drafts_get_distinct_space() {
         let dir = tempfile::tempdir().unwrap();
         let (blob, room) = (1 << 20, 3 << 19);
         let large = large(dir.path(), room);
@@ -505,7 +508,7 @@ mod tests {
     }
 
     #[test]
-    fn a_vanished_directory_is_a_miss_and_is_made_anew() {
+    fn vanished_directory_is_a_miss_and_recreated() {
         let dir = tempfile::tempdir().unwrap();
         let large = large(dir.path(), 1 << 20);
         let digest = put(&large, b"hello");
@@ -516,7 +519,7 @@ mod tests {
     }
 
     #[test]
-    fn a_truncated_file_is_not_served() {
+    fn truncated_file_is_not_served() {
         let dir = tempfile::tempdir().unwrap();
         let large = large(dir.path(), 1 << 20);
         let digest = put(&large, b"hello");

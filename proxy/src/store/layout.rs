@@ -1,7 +1,7 @@
-//! The cache directory: `<dir>/v1/{lock,state,blobs,fills,small,records}`.
+//! The cache directory: `<dir>/v1/{lock,state,blobs,fills,small,records,lists}`.
 //!
-//! The version stands in the path, so that another version of dray neither trips over these files
-//! nor serves them wrongly.
+//! The version is part of the path, so that another version of dray neither fails on these files nor serves them
+//! wrongly.
 
 #![allow(clippy::disallowed_methods, reason = "runs at the start, and on threads for blocking work")]
 
@@ -17,9 +17,9 @@ use crate::oci::Algorithm;
 pub(super) struct Layout {
     root: PathBuf,
     epoch: String,
-    /// Open from the start, so that it is told of every write that failed since.
+    /// Open from the start: `syncfs` on it reports every write error since then.
     directory: File,
-    /// Held for as long as the process lives.
+    /// Held while the process lives.
     _lock: File,
 }
 
@@ -34,14 +34,14 @@ pub enum LayoutError {
     InUse { dir: PathBuf },
 }
 
-/// All of it stands in a directory of this name; another form of it needs another one.
+/// The directory of this layout. An incompatible layout needs another name.
 const LAYOUT: &str = "v1";
 
-/// Locked by the process that uses it.
+/// Locked by the process that uses the directory.
 pub(super) const LOCK: &str = "lock";
 
-/// Whether something in a cache directory is this form of it, or another release's.
-pub(super) fn is_one(name: &OsStr) -> bool {
+/// Whether an entry of a cache directory is this layout, or that of another release.
+pub(super) fn is_layout_dir(name: &OsStr) -> bool {
     let number = name.to_str().and_then(|name| name.strip_prefix('v'));
     number.is_some_and(|number| !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit()))
 }
@@ -50,7 +50,7 @@ impl Layout {
     pub(super) fn open(dir: &Path) -> Result<Self, LayoutError> {
         let unusable = |source| LayoutError::Unusable { dir: dir.to_owned(), source };
         let root = dir.join(LAYOUT);
-        // What is cached may be private: nobody else on the machine has to read it.
+        // Cached content may be private: other users of the machine must not read it.
         fs::DirBuilder::new().recursive(true).mode(0o700).create(&root).map_err(unusable)?;
         fs::set_permissions(&root, fs::Permissions::from_mode(0o700)).map_err(unusable)?;
         let lock = File::create(root.join(LOCK)).map_err(unusable)?;
@@ -62,14 +62,14 @@ impl Layout {
         let state = fs::read_to_string(root.join("state")).unwrap_or_default();
         let directory = File::open(&root).map_err(unusable)?;
         let layout = Self { root, epoch: epoch_after(&state), directory, _lock: lock };
-        // Unfinished fills belong to a process that is gone.
+        // Unfinished drafts belong to a process that has ended.
         let _ = fs::remove_dir_all(layout.fills());
         layout.create_dirs().map_err(unusable)?;
-        // Before anything else changes: were the machine to go down now, nothing may say "clean".
+        // Before any blob changes: after a crash of the machine, the state must not be "clean".
         match layout.write_state(&boot_id(), &layout.epoch) {
-            // Without the file the next start begins an epoch.
+            // Without the file, the next start begins a new epoch.
             Err(error) if error.kind() == io::ErrorKind::StorageFull => {
-                tracing::warn!("the disk is full: cached blobs are hashed again after the next start");
+                tracing::warn!("disk full, cached blobs will be hashed after the next start");
                 fs::remove_file(layout.root.join("state")).or_else(ignore_missing).map_err(unusable)?;
             }
             written => written.map_err(unusable)?,
@@ -87,23 +87,23 @@ impl Layout {
         Ok(())
     }
 
-    /// What was proven in this epoch may be believed. A new one begins when the machine went down
-    /// without warning: files may then hold less than was written to them.
+    /// Blobs verified in this epoch are served without hashing. A crash of the machine begins a new epoch: files may
+    /// then hold less than was written to them.
     pub(super) fn epoch(&self) -> &str {
         &self.epoch
     }
 
-    /// Writes everything to the disk, then says that it is there. Blocks on the disk.
+    /// Flushes everything to the disk, then marks the directory as clean. Blocks on the disk.
     pub(super) fn mark_clean(&self) {
         let written = match rustix::fs::syncfs(&self.directory) {
             Ok(()) => self.write_state(CLEAN, &self.epoch),
             Err(error) => {
-                tracing::warn!(%error, "not everything could be written, it will be hashed again");
+                tracing::warn!(%error, "cache flush failed, cached blobs will be hashed after the next start");
                 self.write_state(CLEAN, &new_epoch())
             }
         };
         if let Err(error) = written {
-            tracing::debug!(%error, "the cache directory is gone");
+            tracing::debug!(%error, "cache state write failed");
         }
     }
 
@@ -143,12 +143,12 @@ fn ignore_missing(error: io::Error) -> io::Result<()> {
 
 const CLEAN: &str = "clean";
 
-/// The kernel's id of this boot: the page cache has survived if it is the same.
+/// The id of this boot. If it is unchanged, the page cache has survived.
 fn boot_id() -> String {
     fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default().trim().to_owned()
 }
 
-/// The old epoch, if the last process stopped in order, or was killed while the kernel lived on.
+/// The old epoch, if the last process stopped cleanly, or was killed while the kernel kept running.
 fn epoch_after(state: &str) -> String {
     match state.split_once(' ') {
         Some((mark, epoch)) if mark == CLEAN || (!mark.is_empty() && mark == boot_id()) => epoch.to_owned(),
@@ -165,7 +165,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn one_process_a_directory() {
+    fn directory_in_use_is_refused() {
         let dir = tempfile::tempdir().unwrap();
         let first = Layout::open(dir.path()).unwrap();
         assert!(matches!(Layout::open(dir.path()), Err(LayoutError::InUse { .. })));
@@ -174,7 +174,7 @@ mod tests {
     }
 
     #[test]
-    fn a_crash_of_the_machine_begins_an_epoch() {
+    fn machine_crash_begins_an_epoch() {
         let dir = tempfile::tempdir().unwrap();
         let epoch = || Layout::open(dir.path()).unwrap().epoch().to_owned();
         let first = epoch();
@@ -188,7 +188,7 @@ mod tests {
     }
 
     #[test]
-    fn an_unusable_directory_is_named() {
+    fn unusable_directory_is_named_in_the_error() {
         let error = Layout::open(Path::new("/proc/nowhere")).err().unwrap().to_string();
         assert!(error.contains("/proc/nowhere") && error.contains("--cache-dir"), "{error}");
     }

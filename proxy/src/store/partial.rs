@@ -1,4 +1,4 @@
-//! Blobs that were begun and left: kept for a while, so that a later pull goes on where they stopped.
+//! Partials: unfinished blobs, kept for a while so that a later pull resumes them.
 
 use std::time::Instant;
 
@@ -7,32 +7,34 @@ use crate::oci::{Digest, Registry, Spans};
 use crate::provenance::Provenance;
 use crate::times::OBSERVATION_TTL;
 
-/// A blob of which some bytes are there. Nothing about them is proven.
+/// A blob with some of its bytes, none of them verified.
 pub struct Partial {
     pub draft: Draft,
-    /// Which bytes are there.
+    /// The bytes that are present.
     pub written: Spans,
 }
 
 /// All partials, oldest first.
 #[derive(Default)]
 pub(super) struct Partials {
-    kept: Vec<PartialEntry>,
+    entries: Vec<PartialEntry>,
 }
 
 struct PartialEntry {
     digest: Digest,
-    /// Bytes of one registry are no help to another: they are proven only at their end.
+    /// Bytes of one registry do not serve another: they are verified only when the blob is whole.
     registry: Registry,
     partial: Partial,
     since: Instant,
 }
 
-const MAX_COUNT: usize = 64;
+/// Partials at a time, each with an open descriptor. Fewer: fewer downloads can resume.
+const MAX_PARTIALS: usize = 64;
 
 impl Partials {
-    /// Keeps a partial; all together take at most `limit` bytes of disk. Gives what had to go.
-    pub(super) fn keep(
+    /// Keeps a partial, replacing one of the same blob and registry. All together take at most `limit` bytes of disk.
+    /// Returns the partials that it drops.
+    pub(super) fn insert(
         &mut self,
         digest: &Digest,
         registry: &Registry,
@@ -40,44 +42,44 @@ impl Partials {
         limit: u64,
         now: Instant,
     ) -> Vec<Partial> {
-        let is_replaced = |kept: &mut PartialEntry| (&kept.digest, &kept.registry) == (digest, registry);
-        let mut dropped: Vec<_> = self.kept.extract_if(.., is_replaced).map(|kept| kept.partial).collect();
+        let is_replaced = |entry: &mut PartialEntry| (&entry.digest, &entry.registry) == (digest, registry);
+        let mut dropped: Vec<_> = self.entries.extract_if(.., is_replaced).map(|entry| entry.partial).collect();
         let (digest, registry) = (digest.clone(), registry.clone());
-        self.kept.push(PartialEntry { digest, registry, partial, since: now });
-        while self.kept.len() > MAX_COUNT || self.bytes() > limit {
-            dropped.push(self.kept.remove(0).partial);
+        self.entries.push(PartialEntry { digest, registry, partial, since: now });
+        while self.entries.len() > MAX_PARTIALS || self.bytes() > limit {
+            dropped.push(self.entries.remove(0).partial);
         }
         dropped
     }
 
-    /// Takes one that `fits`; another one stays for whom it does.
+    /// Takes a partial whose provenance `fits`; others stay.
     pub(super) fn take(
         &mut self,
         digest: &Digest,
         registry: &Registry,
         fits: impl Fn(&Provenance) -> bool,
     ) -> Option<Partial> {
-        let is_it = |kept: &PartialEntry| {
-            let from = kept.partial.draft.blob.provenance.as_ref();
-            (&kept.digest, &kept.registry) == (digest, registry) && from.is_some_and(&fits)
+        let is_match = |entry: &PartialEntry| {
+            let from = entry.partial.draft.blob.provenance.as_ref();
+            (&entry.digest, &entry.registry) == (digest, registry) && from.is_some_and(&fits)
         };
-        let at = self.kept.iter().position(is_it)?;
-        Some(self.kept.remove(at).partial)
+        let at = self.entries.iter().position(is_match)?;
+        Some(self.entries.remove(at).partial)
     }
 
-    /// Takes those that nobody went on with in a while.
-    pub(super) fn take_old(&mut self, now: Instant) -> Vec<Partial> {
-        let old = self.kept.extract_if(.., |kept| now.duration_since(kept.since) >= OBSERVATION_TTL);
-        old.map(|kept| kept.partial).collect()
+    /// Takes the partials that no download resumed within [`OBSERVATION_TTL`].
+    pub(super) fn take_expired(&mut self, now: Instant) -> Vec<Partial> {
+        let old = self.entries.extract_if(.., |entry| now.duration_since(entry.since) >= OBSERVATION_TTL);
+        old.map(|entry| entry.partial).collect()
     }
 
-    /// Takes the oldest.
-    pub(super) fn take_one(&mut self) -> Option<Partial> {
-        (!self.kept.is_empty()).then(|| self.kept.remove(0).partial)
+    /// Takes the oldest partial.
+    pub(super) fn take_oldest(&mut self) -> Option<Partial> {
+        (!self.entries.is_empty()).then(|| self.entries.remove(0).partial)
     }
 
-    /// Disk space that they hold.
+    /// Disk space of all partials.
     pub(super) fn bytes(&self) -> u64 {
-        self.kept.iter().map(|kept| kept.partial.draft.blob.charge.bytes()).sum()
+        self.entries.iter().map(|entry| entry.partial.draft.blob.charge.bytes()).sum()
     }
 }

@@ -1,6 +1,6 @@
-//! Tags and repositories remembered across restarts: tiny files, each written atomically.
+//! Tags and repositories remembered across restarts: small files, each written atomically.
 //!
-//! They are hints with a date: losing one costs a request to the origin.
+//! They are hints with a date: a lost record costs a request to the upstream.
 
 #![allow(clippy::disallowed_methods, reason = "runs at the start, and on threads for blocking work")]
 
@@ -26,13 +26,13 @@ pub struct Records {
 /// A directory of files, one for each key.
 struct Directory {
     path: PathBuf,
-    most: usize,
+    max_files: usize,
     written: AtomicU64,
-    /// Of them when it was thinned out last. None: not yet.
+    /// The value of `written` at the last thinning. None: not thinned yet.
     thinned_at: Mutex<Option<u64>>,
 }
 
-/// What a tag meant, and when that was last known to be true.
+/// What a tag resolved to, and when that was last confirmed.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TagRecord {
     pub registry: String,
@@ -43,12 +43,12 @@ pub struct TagRecord {
     pub checked_at: u64,
 }
 
-/// A list of tags or referrers as it was last seen, for outages. Its body is a small object.
+/// A list of tags or referrers as last seen, for outages. Its body is a small object.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ListRecord {
-    /// What was requested, and with whose rights.
+    /// The request, and the rights that it was made with.
     pub key: String,
-    /// Of the compressed body.
+    /// Digest of the compressed body.
     pub digest: String,
     /// The query of the next page.
     pub next: Option<String>,
@@ -57,7 +57,7 @@ pub struct ListRecord {
     pub checked_at: u64,
 }
 
-/// What stands where a list would, if there is none, and for a tag that is absent.
+/// The record of a list or tag that the upstream does not have.
 #[derive(Serialize, Deserialize)]
 struct AbsenceRecord {
     absent: String,
@@ -71,7 +71,7 @@ struct RecordFile<'a, T> {
     party: &'a Party,
 }
 
-/// Whose record a file is.
+/// The party of a record file.
 #[derive(Default, Deserialize)]
 struct PartyRecord {
     #[serde(default)]
@@ -86,23 +86,23 @@ pub struct ReferrersRecord {
     pub referrers: Vec<serde_json::Value>,
 }
 
-/// The registries that have served a repository: the answer to a blob request that names none.
+/// The registries that have served a repository, for blob requests that name no registry.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RepositoryRecord {
     repository: String,
     registry: String,
-    /// Those who come after the first.
+    /// All but the first.
     #[serde(default)]
     others: Vec<String>,
 }
 
-/// More files than this are thinned out. Lists have a directory of their own: clients choose their
-/// queries, and must not push out what tags mean.
+/// A directory with more files is thinned out. Lists have their own directory: clients choose their queries, and must
+/// not displace what tags resolve to.
 const MAX_RECORDS: usize = 100_000;
 const MAX_LISTS: usize = 10_000;
 
-/// A directory is thinned out after a tenth of its limit was written. More: more files beyond the limit. Less: all of them are
-/// read more often.
+/// A directory is thinned out after each tenth of its limit is written. Larger: all files are read more often. Smaller:
+/// more files beyond the limit.
 const THIN_OUT_SHARE: u64 = 10;
 
 impl RepositoryRecord {
@@ -152,7 +152,7 @@ impl Records {
         self.tags.write(&repository_key(&record.repository), record, &party);
     }
 
-    /// A list as it was last seen. Blocks on the disk.
+    /// A list as last seen. Blocks on the disk.
     pub fn list(&self, key: &str) -> Option<ListRecord> {
         self.lists.read(&list_key(key)).filter(|record: &ListRecord| record.key == key)
     }
@@ -167,7 +167,7 @@ impl Records {
         self.list(key).is_some() || self.is_absent_list(key)
     }
 
-    /// Remembers that there is no such tag, until one is put. Blocks on the disk.
+    /// Remembers that a tag is absent, until it is put. Blocks on the disk.
     pub fn put_absent(&self, registry: &Registry, repository: &Repository, tag: &Tag) {
         let key = absent_key(registry, repository, tag);
         self.lists.write(&key, &AbsenceRecord { absent: key.clone() }, &Party::of(registry));
@@ -180,7 +180,7 @@ impl Records {
             && self.tag(registry, repository, tag).is_none()
     }
 
-    /// Remembers that there is no such list, until one is put. Blocks on the disk.
+    /// Remembers that a list is absent, until it is put. Blocks on the disk.
     pub fn put_absent_list(&self, key: &str, registry: &Registry) {
         self.lists.write(&list_key(key), &AbsenceRecord { absent: key.to_owned() }, &Party::of(registry));
     }
@@ -195,7 +195,7 @@ impl Records {
         self.lists.remove(&list_key(key));
     }
 
-    /// What refers to a manifest. Blocks on the disk.
+    /// The cached referrers of a manifest. Blocks on the disk.
     pub fn referrers(&self, subject: &str) -> Vec<serde_json::Value> {
         let record: Option<ReferrersRecord> = self.lists.read(&referrers_key(subject));
         record.filter(|record| record.subject == subject).map_or_else(Vec::new, |record| record.referrers)
@@ -206,7 +206,7 @@ impl Records {
         self.lists.write(&referrers_key(&record.subject), record, &Party::of(registry));
     }
 
-    /// Removes records beyond the limits, at the start and whenever many were written since. Blocks on the disk.
+    /// Removes records beyond the limits, at the start and after many writes. Blocks on the disk.
     pub fn thin_out(&self) {
         self.tags.thin_out();
         self.lists.thin_out();
@@ -214,20 +214,20 @@ impl Records {
 }
 
 impl Directory {
-    fn new(path: PathBuf, most: usize) -> Self {
-        Self { path, most, written: AtomicU64::new(0), thinned_at: Mutex::new(None) }
+    fn new(path: PathBuf, max_files: usize) -> Self {
+        Self { path, max_files, written: AtomicU64::new(0), thinned_at: Mutex::new(None) }
     }
 
     fn thin_out(&self) {
         let mut thinned_at = self.thinned_at.lock();
         let written = self.written.load(Ordering::Relaxed);
-        if thinned_at.is_some_and(|thinned_at| written - thinned_at < self.most as u64 / THIN_OUT_SHARE) {
+        if thinned_at.is_some_and(|thinned_at| written - thinned_at < self.max_files as u64 / THIN_OUT_SHARE) {
             return;
         }
         *thinned_at = Some(written);
         let Ok(files) = fs::read_dir(&self.path) else { return };
         let paths: Vec<PathBuf> = files.filter_map(|file| Some(file.ok()?.path())).collect();
-        if paths.len() <= self.most {
+        if paths.len() <= self.max_files {
             return;
         }
         let dated = paths.into_iter().filter_map(|path| {
@@ -235,7 +235,7 @@ impl Directory {
             let of_party: PartyRecord = serde_json::from_slice(&fs::read(&path).ok()?).unwrap_or_default();
             Some(Dated { party: of_party.party, written, id: path })
         });
-        for path in surplus(dated.collect(), self.most) {
+        for path in surplus(dated.collect(), self.max_files) {
             let _ = fs::remove_file(path);
         }
     }
@@ -248,7 +248,7 @@ impl Directory {
         let _ = fs::remove_file(self.file(key));
     }
 
-    /// Without fsync: after a crash of the machine an empty or missing record is no record.
+    /// Without fsync: an empty file after a crash of the machine counts as missing.
     fn write<T: Serialize>(&self, key: &str, record: &T, party: &Party) {
         let path = self.file(key);
         let nth = self.written.fetch_add(1, Ordering::Relaxed);
@@ -258,7 +258,7 @@ impl Directory {
             fs::rename(&temporary, &path)
         };
         if let Err(error) = write() {
-            tracing::warn!(%error, "a record could not be written");
+            tracing::warn!(%error, "record write failed");
             let _ = fs::remove_file(&temporary);
         }
     }
@@ -303,7 +303,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn lists_come_back_and_the_oldest_go_first() {
+    fn lists_survive_and_the_oldest_are_removed() {
         let dir = tempfile::tempdir().unwrap();
         let records = Records::new(dir.path().join("records"), dir.path().join("lists"));
         let record = |key: &str| ListRecord {
@@ -333,7 +333,7 @@ mod tests {
     }
 
     #[test]
-    fn records_come_back_and_can_be_lost() {
+    fn records_survive_and_torn_ones_are_ignored() {
         let dir = tempfile::tempdir().unwrap();
         let records = Records::new(dir.path().join("records"), dir.path().join("lists"));
         let (registry, repository, tag) =
@@ -351,7 +351,7 @@ mod tests {
         let homes = [registry.clone(), "quay.io".parse().unwrap()];
         records.put_repository(&RepositoryRecord::new(&repository, &homes));
         assert_eq!(records.repository(&repository), homes);
-        // As earlier releases wrote it.
+        // The format of earlier versions.
         let earlier = serde_json::json!({"repository": "team/app", "registry": "ghcr.io"});
         records.tags.write(&repository_key("team/app"), &earlier, &Party::default());
         assert_eq!(records.repository(&repository), std::slice::from_ref(&registry));

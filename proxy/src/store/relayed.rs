@@ -1,6 +1,6 @@
-//! Blobs that another node owns: verified, but kept only for a while and without a name, for the peers
-//! that fetch them at the same time and for a second pull on this node. The runtime that asked has
-//! written them to this disk once already.
+//! Relayed blobs: verified blobs that another node owns, kept for a while and without a name. They serve peers that
+//! fetch them at the same time, and a second pull on this node. Keeping them longer would waste space: the runtime has
+//! written them to this disk already.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -14,7 +14,7 @@ use crate::oci::Digest;
 /// All relayed blobs.
 #[derive(Default)]
 pub(super) struct Relayed {
-    kept: HashMap<Digest, RelayedEntry>,
+    entries: HashMap<Digest, RelayedEntry>,
 }
 
 struct RelayedEntry {
@@ -22,79 +22,81 @@ struct RelayedEntry {
     last_used: Instant,
 }
 
-/// Together they take at most this part of the disk, however small the last one is.
-const RELAYED_PART: u64 = 8;
+/// Relayed blobs take at most one part in this many of the disk, except that the newest one always fits. Larger: second
+/// pulls miss more often. Smaller: copies take more of the disk.
+const RELAYED_SHARE: u64 = 8;
 
-/// One that nobody has asked for this long is given up.
-const UNUSED: Duration = Duration::from_secs(300);
+/// A relayed blob without requests for this long is dropped. Longer: copies hold space. Shorter: a second pull fetches
+/// them again.
+const IDLE_TTL: Duration = Duration::from_secs(300);
 
-/// Each takes a descriptor.
-const MAX_COUNT: usize = 1024;
+/// Relayed blobs at a time, each with an open descriptor.
+const MAX_RELAYED: usize = 1024;
 
 impl Large {
-    /// Keeps a draft for a while, unless there is another copy. Call it only after its hash agreed. Blocks on the disk.
+    /// Keeps a draft for a while, unless the blob is indexed. Call only after its hash matched. Blocks on the disk.
     #[allow(clippy::needless_pass_by_value, reason = "a draft is kept once")]
     pub fn relay(&self, draft: Draft, digest: &Digest) {
         if self.is_owned(digest) {
             return;
         }
-        let limit = self.budget.limit() / RELAYED_PART;
-        let dropped = self.relayed.lock().keep(digest, draft.blob.clone(), limit, Instant::now());
-        // Closing them frees their space, which may take a while: not under the lock.
+        let limit = self.budget.limit() / RELAYED_SHARE;
+        let dropped = self.relayed.lock().insert(digest, draft.blob.clone(), limit, Instant::now());
+        // Closing a file frees its blocks, which may take a while: not under the lock.
         drop(dropped);
     }
 }
 
 impl Relayed {
-    /// Gives what had to go.
-    fn keep(&mut self, digest: &Digest, blob: Arc<Blob>, limit: u64, now: Instant) -> Vec<Arc<Blob>> {
+    /// Returns the blobs that it drops.
+    fn insert(&mut self, digest: &Digest, blob: Arc<Blob>, limit: u64, now: Instant) -> Vec<Arc<Blob>> {
         let mut dropped: Vec<_> = self
-            .kept
+            .entries
             .insert(digest.clone(), RelayedEntry { blob, last_used: now })
-            .map(|kept| kept.blob)
+            .map(|entry| entry.blob)
             .into_iter()
             .collect();
-        // The last one is wanted now, however large it is.
-        while self.kept.len() > 1 && (self.bytes() > limit || self.kept.len() > MAX_COUNT) {
+        // The newest one is in use now, however large it is.
+        while self.entries.len() > 1 && (self.bytes() > limit || self.entries.len() > MAX_RELAYED) {
             dropped.extend(self.take_oldest(|_| true));
         }
         dropped
     }
 
     pub(super) fn get(&mut self, digest: &Digest, now: Instant) -> Option<Arc<Blob>> {
-        let kept = self.kept.get_mut(digest)?;
-        if kept.blob.unreadable.load(Ordering::Relaxed) {
-            self.kept.remove(digest);
+        let entry = self.entries.get_mut(digest)?;
+        if entry.blob.unreadable.load(Ordering::Relaxed) {
+            self.entries.remove(digest);
             return None;
         }
-        kept.last_used = now;
-        Some(kept.blob.clone())
+        entry.last_used = now;
+        Some(entry.blob.clone())
     }
 
-    /// Takes those that were not asked for in a while.
-    pub(super) fn take_old(&mut self, now: Instant) -> Vec<Arc<Blob>> {
-        let old = self.kept.extract_if(|_, kept| now.duration_since(kept.last_used) >= UNUSED);
-        old.map(|(_, kept)| kept.blob).collect()
+    /// Takes the blobs that were not requested for a while.
+    pub(super) fn take_expired(&mut self, now: Instant) -> Vec<Arc<Blob>> {
+        let old = self.entries.extract_if(|_, entry| now.duration_since(entry.last_used) >= IDLE_TTL);
+        old.map(|(_, entry)| entry.blob).collect()
     }
 
-    /// Takes the one that was not asked for the longest, of those that nobody reads.
-    pub(super) fn take_one(&mut self) -> Option<Arc<Blob>> {
-        self.take_oldest(|kept| Arc::strong_count(&kept.blob) == 1)
+    /// Takes the least recently used blob without readers.
+    pub(super) fn take_idle(&mut self) -> Option<Arc<Blob>> {
+        self.take_oldest(|entry| Arc::strong_count(&entry.blob) == 1)
     }
 
-    /// Disk space that giving them up would free.
+    /// Disk space that dropping the blobs without readers would free.
     pub(super) fn idle_bytes(&self) -> u64 {
-        self.kept.values().filter(|kept| Arc::strong_count(&kept.blob) == 1).map(|kept| kept.blob.len).sum()
+        self.entries.values().filter(|entry| Arc::strong_count(&entry.blob) == 1).map(|entry| entry.blob.len).sum()
     }
 
     fn bytes(&self) -> u64 {
-        self.kept.values().map(|kept| kept.blob.len).sum()
+        self.entries.values().map(|entry| entry.blob.len).sum()
     }
 
-    fn take_oldest(&mut self, counts: impl Fn(&RelayedEntry) -> bool) -> Option<Arc<Blob>> {
-        let candidates = self.kept.iter().filter(|(_, kept)| counts(kept));
-        let oldest = candidates.min_by_key(|(_, kept)| kept.last_used).map(|(digest, _)| digest.clone());
-        self.kept.remove(&oldest?).map(|kept| kept.blob)
+    fn take_oldest(&mut self, is_candidate: impl Fn(&RelayedEntry) -> bool) -> Option<Arc<Blob>> {
+        let candidates = self.entries.iter().filter(|(_, entry)| is_candidate(entry));
+        let oldest = candidates.min_by_key(|(_, entry)| entry.last_used).map(|(digest, _)| digest.clone());
+        self.entries.remove(&oldest?).map(|entry| entry.blob)
     }
 }
 
@@ -126,7 +128,7 @@ mod tests {
     }
 
     #[test]
-    fn a_relayed_blob_is_found_and_has_no_name() {
+    fn relayed_blob_is_found_without_a_name() {
         let dir = tempfile::tempdir().unwrap();
         let digest = {
             let large = large(dir.path(), 1 << 20);
@@ -143,7 +145,7 @@ mod tests {
     }
 
     #[test]
-    fn relayed_blobs_take_a_small_part_of_the_disk_and_go_first() {
+    fn relayed_blobs_are_bounded_and_evicted_first() {
         let dir = tempfile::tempdir().unwrap();
         let large = large(dir.path(), 800_000);
         let [a, b, c] = [b'a', b'b', b'c'].map(|byte| relay(&large, byte, 45_000));
@@ -160,16 +162,16 @@ mod tests {
     }
 
     #[test]
-    fn what_nobody_asks_for_is_given_up() {
+    fn relayed_blob_without_requests_expires() {
         let mut relayed = Relayed::default();
         let dir = tempfile::tempdir().unwrap();
         let large = large(dir.path(), 1 << 20);
         let now = Instant::now();
-        for (byte, used) in [(b'a', now), (b'b', now + UNUSED / 2)] {
+        for (byte, used) in [(b'a', now), (b'b', now + IDLE_TTL / 2)] {
             let blob = large.draft(1000, provenance()).unwrap().blob.clone();
-            relayed.keep(&Digest::of(&[byte]), blob, u64::MAX, used);
+            relayed.insert(&Digest::of(&[byte]), blob, u64::MAX, used);
         }
-        assert_eq!(relayed.take_old(now + UNUSED).len(), 1);
+        assert_eq!(relayed.take_expired(now + IDLE_TTL).len(), 1);
         assert!(relayed.get(&Digest::of(b"a"), now).is_none());
         assert!(relayed.get(&Digest::of(b"b"), now).is_some());
         assert_eq!(relayed.idle_bytes(), 1000);

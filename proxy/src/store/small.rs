@@ -1,7 +1,7 @@
 //! Small objects, whole, in foyer's hybrid cache: memory in front of disk.
 //!
-//! Manifests have an instance of their own, because foyer's disk evicts by block in order of
-//! writing, and a churn of small blobs would sweep them out. Only this room knows foyer.
+//! Manifests have their own instance: foyer's disk evicts blocks in write order, so that a churn of small blobs would
+//! displace them. Only this module uses foyer.
 
 #![allow(clippy::disallowed_methods, reason = "runs at the start, and on threads for blocking work")]
 
@@ -42,7 +42,7 @@ pub enum SmallKind {
     Blob,
 }
 
-/// A verified object and what an answer needs to know of it.
+/// A verified object, and what a response says about it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct SmallObject {
     pub media_type: Arc<str>,
@@ -55,18 +55,18 @@ struct Instance {
     disk_bytes: u64,
     lookups: Lookups,
     memory: IntGauge,
-    /// None once it is closed.
+    /// None: closed, or no disk for small objects.
     writer: RwLock<Option<Arc<SmallWriter>>>,
 }
 
-/// Where objects were found.
+/// Lookups by result.
 struct Lookups {
     memory: IntCounter,
     disk: IntCounter,
-    nowhere: IntCounter,
+    misses: IntCounter,
 }
 
-/// How an instance lies on disk.
+/// Layout of an instance on disk.
 struct InstanceLayout {
     name: &'static str,
     largest_entry: u64,
@@ -77,13 +77,13 @@ struct InstanceLayout {
 
 const PAGE: u64 = 4096;
 
-/// With fewer blocks the engine has nothing to write to while it reclaims.
+/// Smaller: the engine has no block to write to while it reclaims one.
 const MIN_BLOCKS: u64 = 3;
 
 // === impl Small ===
 
 impl Small {
-    /// `spare` bytes of the file system may be taken beside those that are taken already.
+    /// `spare`: bytes of the file system for new files, beside those that exist.
     pub(super) async fn open(
         dir: &Path,
         disk: u64,
@@ -91,7 +91,7 @@ impl Small {
         memory: u64,
         metrics: &Metrics,
     ) -> Result<Self, String> {
-        // An eighth of a disk, at most 1 GiB, is plenty: a manifest has a few KiB.
+        // 1/8 of the disk, at most 1 GiB, is enough: a manifest has a few KiB.
         let share = (disk / 8).min(1 << 30);
         let manifests = InstanceLayout::new("manifests", MAX_MANIFEST_BYTES, 1, share / 4, memory / 2);
         let blobs = InstanceLayout::new("blobs", SMALL_BYTES, 16, share - share / 4, memory / 2);
@@ -99,56 +99,56 @@ impl Small {
         Ok(Self { manifests, blobs: blobs.open(dir, spare - spare / 4, metrics).await? })
     }
 
-    /// Bytes that both instances take on disk, always.
+    /// Bytes that both instances take on disk, in use or not.
     pub fn disk_bytes(&self) -> u64 {
         self.manifests.disk_bytes + self.blobs.disk_bytes
     }
 
     pub async fn get(&self, digest: &Digest, kind: SmallKind) -> Option<(SmallObject, Tier)> {
-        let found = self.look_for(digest, kind).await;
+        let found = self.lookup(digest, kind).await;
         let lookups = &self.of(kind).lookups;
         match found {
             Some((_, Tier::Memory)) => lookups.memory.inc(),
             Some((_, Tier::Disk)) => lookups.disk.inc(),
-            None => lookups.nowhere.inc(),
+            None => lookups.misses.inc(),
         }
         found
     }
 
-    /// Tells how much memory is taken.
+    /// Updates the gauges of memory.
     pub(super) fn measure(&self) {
         for instance in [&self.manifests, &self.blobs] {
             instance.memory.set(i64::try_from(instance.cache.memory().usage()).unwrap_or(i64::MAX));
         }
     }
 
-    async fn look_for(&self, digest: &Digest, kind: SmallKind) -> Option<(SmallObject, Tier)> {
+    async fn lookup(&self, digest: &Digest, kind: SmallKind) -> Option<(SmallObject, Tier)> {
         let cache = &self.of(kind).cache;
         let key = digest.to_string();
         let entry = match cache.get(&key).await {
             Ok(entry) => entry?,
             Err(error) => {
-                tracing::warn!(%digest, %error, "small object unreadable");
+                tracing::warn!(%digest, %error, "small object read failed");
                 return None;
             }
         };
         let object = entry.value().clone();
         if entry.source() != Source::Disk {
-            self.of(kind).used(&key, &object);
+            self.of(kind).note_use(&key, &object);
             return Some((object, Tier::Memory));
         }
-        // What comes from disk is checked before it is believed.
+        // Bytes from disk are hashed before use.
         if !digest.matches(&object.bytes) {
-            tracing::warn!(%digest, "small object damaged on disk");
+            tracing::warn!(%digest, "small object corrupt on disk");
             cache.remove(&key);
             return None;
         }
-        self.of(kind).used(&key, &object);
+        self.of(kind).note_use(&key, &object);
         Some((object, Tier::Disk))
     }
 
-    /// Keeps a verified object: in memory at once, on disk as soon as that takes it. Waits where too
-    /// many wait already.
+    /// Caches a verified object: in memory at once, on disk through the queue. Waits while the queue is full, for
+    /// [`CLOSE_TIMEOUT`](crate::times::FAREWELL) at most.
     pub async fn insert(&self, digest: &Digest, kind: SmallKind, object: SmallObject) {
         let instance = self.of(kind);
         let in_memory = HybridCacheProperties::default().with_location(Location::InMem);
@@ -165,10 +165,10 @@ impl Small {
                 writer.close().await;
             }
             let cache = instance.cache.clone();
-            // A writer that died on a full disk makes close() panic: it must not take us along.
+            // A writer of foyer that died on a full disk makes `close` panic, which must not end this task.
             let closed = tokio::spawn(async move { cache.close().await }).await;
             if !matches!(closed, Ok(Ok(()))) {
-                tracing::warn!("the small-object cache did not close in order");
+                tracing::warn!("small-object cache close failed");
             }
         }
     }
@@ -188,14 +188,14 @@ impl Instance {
         self.writer.read().clone()
     }
 
-    fn used(&self, key: &str, object: &SmallObject) {
+    fn note_use(&self, key: &str, object: &SmallObject) {
         if let Some(writer) = &*self.writer.read() {
-            writer.used(key, object);
+            writer.note_use(key, object);
         }
     }
 }
 
-// === impl Shape ===
+// === impl InstanceLayout ===
 
 impl InstanceLayout {
     fn new(name: &'static str, largest: u64, entries_per_block: u64, share: u64, memory: u64) -> Self {
@@ -215,7 +215,7 @@ impl InstanceLayout {
         let dir = dir.join(self.name);
         let dropped = &metrics.small_dropped;
         let found = |found| metrics.small_lookups.with_label_values(&[self.name, found]);
-        let lookups = Lookups { memory: found("memory"), disk: found("disk"), nowhere: found("nowhere") };
+        let lookups = Lookups { memory: found("memory_hit"), disk: found("disk_hit"), misses: found("miss") };
         let in_memory = metrics.small_memory.with_label_values(&[self.name]);
         let builder = HybridCacheBuilder::new()
             .with_name(self.name)
@@ -230,7 +230,7 @@ impl InstanceLayout {
             .with_io_engine_config(PsyncIoEngineConfig::new())
             .with_recover_mode(RecoverMode::Quiet);
         if let Err(error) = self.allocate(&dir, spare) {
-            tracing::warn!(%error, cache = self.name, "no disk for small objects, they stay in memory");
+            tracing::warn!(%error, cache = self.name, "small-object disk cache disabled");
             let cache = builder.build().await.map_err(|e| e.to_string())?;
             let writer = RwLock::default();
             return Ok(Instance { cache, disk_bytes: 0, lookups, memory: in_memory, writer });
@@ -240,7 +240,7 @@ impl InstanceLayout {
             .build()
             .map_err(|e| e.to_string())?;
         let block_bytes = usize::try_from(self.block_bytes()).unwrap_or(usize::MAX);
-        // An entry that does not fit into the flusher's buffer is dropped without a word.
+        // foyer drops an entry larger than the buffer of the flusher without an error.
         let buffer = block_bytes.max(4 << 20);
         let engine = BlockEngineConfig::new(device)
             .with_block_size(block_bytes)
@@ -251,7 +251,7 @@ impl InstanceLayout {
             .with_recover_concurrency(4);
         let cache = builder.with_engine_config(engine).build().await.map_err(|e| e.to_string())?;
         let disk_bytes = self.blocks * self.block_bytes();
-        // Half of the buffer: the engine keeps it twice, one in flight.
+        // Half of the buffer: the engine has two halves, one of them in flight.
         let writer = SmallWriter::start(
             cache.clone(),
             disk_bytes,
@@ -262,8 +262,8 @@ impl InstanceLayout {
         Ok(Instance { cache, disk_bytes, lookups, memory: in_memory, writer })
     }
 
-    /// foyer's writer dies on a full disk, so its files get their blocks before it sees them.
-    /// There are fewer of them where that leaves too little to others.
+    /// Allocates the blocks of the files before foyer opens them, because foyer's writer dies on a full disk. Creates
+    /// fewer files if `spare` is too small for all.
     fn allocate(&mut self, dir: &Path, mut spare: u64) -> std::io::Result<()> {
         std::fs::create_dir_all(dir)?;
         for block in 0..self.blocks {
@@ -274,7 +274,7 @@ impl InstanceLayout {
                     None if block < MIN_BLOCKS => {
                         return Err(std::io::Error::new(
                             std::io::ErrorKind::StorageFull,
-                            "cache.keep_free leaves no room",
+                            "cache.min_free leaves no room",
                         ));
                     }
                     None => {
@@ -335,7 +335,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn small_objects_leave_others_what_is_theirs() {
+    async fn small_files_take_no_more_than_spare() {
         let dir = tempfile::tempdir().unwrap();
         let open = async |spare| Small::open(dir.path(), 1 << 29, spare, 1 << 22, &Metrics::new()).await.unwrap();
         assert_eq!(open(0).await.disk_bytes(), 0, "in memory only");
@@ -350,7 +350,7 @@ mod tests {
     }
 
     #[test]
-    fn object_of_a_larger_buffer_does_not_keep_the_buffer() {
+    fn object_does_not_hold_its_read_buffer() {
         struct ReadBuffer {
             bytes: Vec<u8>,
             _alive: Arc<()>,
@@ -373,7 +373,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn objects_survive_a_restart_whole() {
+    async fn objects_survive_a_restart() {
         let dir = tempfile::tempdir().unwrap();
         let largest = vec![7; usize::try_from(MAX_MANIFEST_BYTES).unwrap()];
         let small = open(dir.path(), 1 << 28).await;
@@ -393,7 +393,7 @@ mod tests {
         }
     }
 
-    /// A blob of so many bytes, no two alike.
+    /// A distinct blob of `len` bytes.
     fn blob(nth: u64, len: usize) -> Vec<u8> {
         let mut bytes = vec![0; len];
         fastrand::Rng::with_seed(nth).fill(&mut bytes);
@@ -401,7 +401,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn manifests_and_hot_blobs_survive_ten_revolutions_of_churn() {
+    async fn manifests_and_hot_blobs_survive_churn() {
         let dir = tempfile::tempdir().unwrap();
         let small = open(dir.path(), 1 << 29).await;
         let ring = small.blobs.disk_bytes;
@@ -429,7 +429,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_burst_loses_nothing() {
+    async fn burst_of_inserts_loses_nothing() {
         let dir = tempfile::tempdir().unwrap();
         let metrics = Metrics::new();
         let small = Small::open(dir.path(), 1 << 29, u64::MAX, 1 << 22, &metrics).await.unwrap();

@@ -1,6 +1,7 @@
-//! Which records are removed when there are too many of them: the oldest of the clients and registries that have most.
+//! Which records are removed when there are too many: the oldest of the clients and registries that have most.
 //!
-//! Clients choose registries, tags and queries. One that invents many must not push out what others will need in an outage.
+//! Clients choose registries, tags and queries. A client that invents many must not displace what others need in an
+//! outage.
 
 use std::collections::HashMap;
 use std::hash::Hash;
@@ -11,18 +12,17 @@ use serde::{Deserialize, Serialize};
 
 use crate::oci::Registry;
 
-/// Whose share of the records one takes.
+/// The client and the registry that a record counts for.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub(super) struct Party {
-    /// The client that caused the record. None: a peer did, or the record is one of those that clients share, or of an earlier
-    /// release.
+    /// The client that caused the record. None: a peer caused it, clients share it, or an earlier version wrote it.
     pub(super) client: Option<IpAddr>,
     #[serde(default)]
     pub(super) registry: String,
 }
 
 impl Party {
-    /// No client is known.
+    /// The party of a record without a known client.
     pub(super) fn of(registry: &Registry) -> Self {
         Self { client: None, registry: registry.to_string() }
     }
@@ -36,38 +36,38 @@ pub(super) struct Dated<Id> {
     pub(super) id: Id,
 }
 
-/// The records beyond `most`. Each client may have as many as any other, and of those each registry as many as any other.
-/// What no client is known for, such as where repositories were served from, has at least half of all.
-pub(super) fn surplus<Id>(records: Vec<Dated<Id>>, most: usize) -> Vec<Id> {
+/// The records beyond `limit`. All clients have equal shares, and within them all registries. Records without a known
+/// client, such as where repositories were served from, have at least half of all.
+pub(super) fn surplus<Id>(records: Vec<Dated<Id>>, limit: usize) -> Vec<Id> {
     let (of_clients, others): (Vec<_>, Vec<_>) = records.into_iter().partition(|record| record.party.client.is_some());
-    let for_others = (most / 2).max(most.saturating_sub(of_clients.len())).min(others.len());
-    let by_registry = |records, most| thinned(records, most, |record| record.party.registry.clone(), oldest);
+    let for_others = (limit / 2).max(limit.saturating_sub(of_clients.len())).min(others.len());
+    let by_registry = |records, limit| thinned(records, limit, |record| record.party.registry.clone(), oldest);
     let mut surplus = by_registry(others, for_others);
-    surplus.extend(thinned(of_clients, most - for_others, |record| record.party.client, by_registry));
+    surplus.extend(thinned(of_clients, limit - for_others, |record| record.party.client, by_registry));
     surplus
 }
 
-/// What is beyond `most`: of each group that is larger than its share, what `within` picks.
+/// The records beyond `limit`: of each group that is larger than its share, those that `within` picks.
 fn thinned<Id, Key: Eq + Hash>(
     records: Vec<Dated<Id>>,
-    most: usize,
+    limit: usize,
     key: impl Fn(&Dated<Id>) -> Key,
     within: impl Fn(Vec<Dated<Id>>, usize) -> Vec<Id>,
 ) -> Vec<Id> {
-    if records.len() <= most {
+    if records.len() <= limit {
         return Vec::new();
     }
     let groups = grouped(records, key);
-    match fair_level(groups.iter().map(Vec::len), most) {
+    match fair_level(groups.iter().map(Vec::len), limit) {
         // There are more groups than room.
-        0 => oldest(groups.into_iter().flatten().collect(), most),
+        0 => oldest(groups.into_iter().flatten().collect(), limit),
         level => groups.into_iter().flat_map(|group| within(group, level)).collect(),
     }
 }
 
-fn oldest<Id>(mut records: Vec<Dated<Id>>, most: usize) -> Vec<Id> {
+fn oldest<Id>(mut records: Vec<Dated<Id>>, limit: usize) -> Vec<Id> {
     records.sort_by_key(|record| std::cmp::Reverse(record.written));
-    records.into_iter().skip(most).map(|record| record.id).collect()
+    records.into_iter().skip(limit).map(|record| record.id).collect()
 }
 
 fn grouped<Id, Key: Eq + Hash>(records: Vec<Dated<Id>>, key: impl Fn(&Dated<Id>) -> Key) -> Vec<Vec<Dated<Id>>> {
@@ -78,11 +78,11 @@ fn grouped<Id, Key: Eq + Hash>(records: Vec<Dated<Id>>, key: impl Fn(&Dated<Id>)
     groups.into_values().collect()
 }
 
-/// The largest share for each of these counts with which all together are no more than `most`.
-fn fair_level(counts: impl Iterator<Item = usize>, most: usize) -> usize {
+/// The largest share per group with which all groups together have at most `limit`.
+fn fair_level(counts: impl Iterator<Item = usize>, limit: usize) -> usize {
     let mut counts: Vec<usize> = counts.collect();
     counts.sort_unstable();
-    let (mut left, mut parties) = (most, counts.len());
+    let (mut left, mut parties) = (limit, counts.len());
     for count in counts {
         if count > left / parties {
             return left / parties;
@@ -100,15 +100,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn share_is_what_the_smaller_ones_leave() {
-        for (counts, most, level) in [
+    fn small_groups_leave_their_share_to_others() {
+        for (counts, limit, level) in [
             (&[5, 5][..], 10, usize::MAX),
             (&[2, 20][..], 10, 8),
             (&[20, 20, 20][..], 10, 3),
             (&[1, 2, 30, 40][..], 23, 10),
             (&[9][..], 4, 4),
         ] {
-            assert_eq!(fair_level(counts.iter().copied(), most), level, "{counts:?} {most}");
+            assert_eq!(fair_level(counts.iter().copied(), limit), level, "{counts:?} {limit}");
         }
     }
 
@@ -153,7 +153,7 @@ mod tests {
     }
 
     #[test]
-    fn what_no_client_is_known_for_has_half() {
+    fn records_without_a_client_have_half() {
         let homes = (0..80).map(|nth| record(None, "a.io", nth));
         let tags = (1_000..1_200).map(|nth| record(Some(nth), "a.io", nth));
         let removed = surplus(homes.chain(tags).collect(), 100);

@@ -1,25 +1,25 @@
-//! Which lines are logged, as people write it: `info`, or `warn,access=info`.
+//! The log filter, as operators write it: `info`, or `warn,access=info`.
 
 use std::str::FromStr;
 
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::filter::LevelFilter;
 
-/// A filter that is understood.
+/// A valid filter.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Filter(String);
 
-/// Parts that have lines, and may stand without a level.
-const PARTS: [&str; 2] = ["access", "dray"];
+/// Targets that have log lines, and may be named without a level.
+const TARGETS: [&str; 2] = ["access", "dray"];
 
-/// Pingora reports each early close of a client as an error, the TLS verifier each refused certificate: both stand in our
-/// own lines already.
-const QUIET: &str = "pingora_core=off,foyer=error,foyer_storage=error,rustls_platform_verifier=off,\
+/// Pingora logs each early close of a client as an error, and the TLS verifier each rejected certificate. dray logs
+/// both itself.
+const MUTED: &str = "pingora_core=off,foyer=error,foyer_storage=error,rustls_platform_verifier=off,\
                      hickory_resolver=error,hickory_net=error";
 
 impl Filter {
     pub(super) fn directives(&self) -> EnvFilter {
-        EnvFilter::new(format!("{},{QUIET}", self.0))
+        EnvFilter::new(format!("{},{MUTED}", self.0))
     }
 }
 
@@ -33,17 +33,18 @@ impl FromStr for Filter {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        // A lone word that is no level would be a part of which everything is logged, and nothing of all others.
+        // `EnvFilter` takes a lone word that is not a level as a target: it would log all lines of this target, and no
+        // others.
         let is_known = |word: &str| {
             let is_plain = word.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'-'));
-            !is_plain || PARTS.contains(&word) || word.parse::<LevelFilter>().is_ok()
+            !is_plain || TARGETS.contains(&word) || word.parse::<LevelFilter>().is_ok()
         };
         if text.split(',').map(str::trim).all(is_known) && EnvFilter::try_new(text).is_ok() {
             return Ok(Self(text.to_owned()));
         }
         Err(format!(
-            "log filter \"{text}\": write error, warn, info or debug, or PART=LEVEL, where PART is access or dray, such as \
-             \"warn,access=info\""
+            "log filter \"{text}\" is not valid: expected error, warn, info or debug, or TARGET=LEVEL, where TARGET is \
+             access or dray, such as \"warn,access=info\""
         ))
     }
 }
@@ -53,7 +54,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_word_that_is_neither_a_level_nor_a_part_is_refused() {
+    fn unknown_level_or_target_is_refused() {
         for text in [
             "info",
             "WARN",

@@ -1,4 +1,5 @@
-//! Spans for an OpenTelemetry collector: OTLP over HTTP, in batches, by a thread of its own. What it cannot take is lost.
+//! Exports spans to an OpenTelemetry collector: OTLP over HTTP, in batches, from a separate thread. Spans that the
+//! collector does not accept are lost.
 
 use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -25,34 +26,35 @@ pub(super) struct Otlp {
     scope: InstrumentationScope,
 }
 
-/// The library's way to our HTTP client: its own needs threads that block.
+/// The HTTP client of the exporter, on dray's runtime: the exporter's own clients need threads that block.
 struct CollectorClient {
     client: reqwest::Client,
     runtime: Handle,
-    /// Whether the collector took the last batch: each change is logged once.
-    well: AtomicBool,
+    /// Whether the collector accepted the last batch. Only changes are logged.
+    is_healthy: AtomicBool,
 }
 
-/// What is left at the end has this long.
-const LAST: Duration = Duration::from_secs(3);
+/// Timeout for the last batch at shutdown. Longer: a collector that is down delays the end of the process. Shorter: the
+/// last spans are lost.
+const FLUSH_TIMEOUT: Duration = Duration::from_secs(3);
 
 impl Otlp {
     /// Must run inside a tokio runtime. `OTEL_SERVICE_NAME`, `OTEL_RESOURCE_ATTRIBUTES` and
-    /// `OTEL_EXPORTER_OTLP_HEADERS` hold, as the specification has them.
+    /// `OTEL_EXPORTER_OTLP_HEADERS` apply as in the OpenTelemetry specification.
     pub(super) fn new(collector: &Url) -> Result<Self, String> {
-        // A collector is near: proxies are for the way to registries.
+        // A collector is a local service: the proxy settings are for upstream registries.
         let client = reqwest::Client::builder().timeout(STALL_TIMEOUT).no_proxy().redirect(Policy::none()).build();
         let client = client.map_err(|e| root_cause(&e))?;
-        let door = CollectorClient { client, runtime: Handle::current(), well: AtomicBool::new(true) };
+        let http = CollectorClient { client, runtime: Handle::current(), is_healthy: AtomicBool::new(true) };
         let base = collector.as_str().trim_end_matches('/').trim_end_matches("/v1/traces");
         let endpoint = format!("{base}/v1/traces");
-        let exporter = SpanExporter::builder().with_http().with_http_client(door).with_endpoint(endpoint).build();
+        let exporter = SpanExporter::builder().with_http().with_http_client(http).with_endpoint(endpoint).build();
         let mut batches = BatchSpanProcessor::builder(exporter.map_err(|e| e.to_string())?).build();
-        let mut about = Resource::builder().with_attribute(KeyValue::new("service.version", VERSION));
+        let mut resource = Resource::builder().with_attribute(KeyValue::new("service.version", VERSION));
         if std::env::var_os("OTEL_SERVICE_NAME").is_none() {
-            about = about.with_service_name(NAME);
+            resource = resource.with_service_name(NAME);
         }
-        batches.set_resource(&about.build());
+        batches.set_resource(&resource.build());
         Ok(Self { batches, scope: InstrumentationScope::builder(NAME).with_version(VERSION).build() })
     }
 }
@@ -90,8 +92,8 @@ impl Report for Otlp {
     }
 
     fn close(&self) {
-        if let Err(error) = self.batches.shutdown_with_timeout(LAST) {
-            tracing::warn!(%error, "the last traces were not sent");
+        if let Err(error) = self.batches.shutdown_with_timeout(FLUSH_TIMEOUT) {
+            tracing::warn!(%error, "last spans not exported");
         }
     }
 }
@@ -99,7 +101,7 @@ impl Report for Otlp {
 fn attribute(name: &'static str, value: Value) -> KeyValue {
     match value {
         Value::Text(text) => KeyValue::new(name, text),
-        Value::Word(word) => KeyValue::new(name, word),
+        Value::Static(text) => KeyValue::new(name, text),
         Value::Number(number) => KeyValue::new(name, i64::try_from(number).unwrap_or(i64::MAX)),
     }
 }
@@ -109,30 +111,30 @@ impl HttpClient for CollectorClient {
     async fn send_bytes(&self, request: Request<Bytes>) -> Result<Response<Bytes>, HttpError> {
         let (head, body) = request.into_parts();
         let sending = self.client.request(head.method, head.uri.to_string()).headers(head.headers).body(body);
-        // On our runtime: the thread that waits here has none.
-        let answer = self.runtime.spawn(async move {
-            let answer = sending.send().await?;
-            let status = answer.status();
-            Ok::<_, reqwest::Error>((status, answer.bytes().await?))
+        // On dray's runtime: the exporter's thread has none.
+        let response = self.runtime.spawn(async move {
+            let response = sending.send().await?;
+            let status = response.status();
+            Ok::<_, reqwest::Error>((status, response.bytes().await?))
         });
-        let answer = answer.await?.map_err(reqwest::Error::without_url);
-        let trouble = match &answer {
-            Ok((status, _)) => (!status.is_success()).then(|| format!("it answers {status}")),
+        let response = response.await?.map_err(reqwest::Error::without_url);
+        let failure = match &response {
+            Ok((status, _)) => (!status.is_success()).then(|| format!("the collector returned {status}")),
             Err(error) => Some(root_cause(error)),
         };
-        let was_well = self.well.swap(trouble.is_none(), Ordering::Relaxed);
-        match trouble {
-            Some(why) if was_well => tracing::warn!(why, "the collector takes no traces: they are lost"),
-            None if !was_well => tracing::info!("the collector takes traces again"),
+        let was_healthy = self.is_healthy.swap(failure.is_none(), Ordering::Relaxed);
+        match failure {
+            Some(error) if was_healthy => tracing::warn!(error, "trace export failed, spans are lost"),
+            None if !was_healthy => tracing::info!("trace export recovered"),
             _ => {}
         }
-        let (status, body) = answer?;
+        let (status, body) = response?;
         Ok(Response::builder().status(status).body(body)?)
     }
 }
 
 impl fmt::Debug for CollectorClient {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Door").finish_non_exhaustive()
+        f.debug_struct("CollectorClient").finish_non_exhaustive()
     }
 }

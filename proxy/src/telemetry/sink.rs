@@ -1,8 +1,7 @@
-//! All log lines on their way to stderr.
+//! The path of all log lines to stderr.
 //!
-//! They are gathered and written together by a thread of their own: a write for each request would be
-//! the dearest part of a small answer, and who reads the log slowly, or not at all, must not hold up a
-//! request.
+//! One thread writes them together: a write for each request would cost more than the rest of a small response. A
+//! reader of the log that is slow, or has stopped, must not hold up a request.
 
 use std::io::{self, Write};
 use std::sync::Arc;
@@ -10,16 +9,19 @@ use std::time::Duration;
 
 use parking_lot::{Condvar, Mutex};
 
-use crate::times::FAREWELL;
+use crate::times::CLOSE_TIMEOUT;
 
-/// How long a line may wait to be written.
-const WRITTEN_EVERY: Duration = Duration::from_millis(200);
+/// A line is written after this time at the latest. Longer: lines appear late. Shorter: more writes.
+const FLUSH_INTERVAL: Duration = Duration::from_millis(200);
 
-/// Lines together of this size are written at once; beyond the other they are dropped, and counted.
-const FULL: usize = 32 * 1024;
-const MOST: usize = 4 * 1024 * 1024;
+/// Buffered lines of this size are written at once. Larger: fewer writes, of more bytes.
+const FLUSH_BYTES: usize = 32 * 1024;
 
-/// Where lines are gathered.
+/// With more bytes of lines in the buffer, further lines are dropped and counted. Larger: a stopped reader costs more
+/// memory. Smaller: bursts lose lines.
+const MAX_BUFFERED_BYTES: usize = 4 * 1024 * 1024;
+
+/// The buffer of log lines.
 #[derive(Default)]
 pub struct Sink {
     state: Mutex<SinkState>,
@@ -34,7 +36,7 @@ struct SinkState {
     closed: bool,
 }
 
-/// Takes what is to be written soon.
+/// Writes its lines without waiting for others.
 pub(super) struct Urgent(pub(super) Arc<Sink>);
 
 impl Sink {
@@ -48,24 +50,24 @@ impl Sink {
 
     /// Adds a line that may wait for others.
     pub fn gather(&self, line: &[u8]) {
-        if self.add(line) > FULL {
+        if self.add(line) > FLUSH_BYTES {
             self.changed.notify_all();
         }
     }
 
-    /// Writes what has gathered; later lines are lost.
+    /// Writes the buffer. Later lines are lost.
     pub fn close(&self) {
         let mut state = self.state.lock();
         state.closed = true;
         self.changed.notify_all();
         let unwritten = |state: &mut SinkState| state.writing || !state.lines.is_empty();
-        self.changed.wait_while_for(&mut state, unwritten, FAREWELL);
+        self.changed.wait_while_for(&mut state, unwritten, CLOSE_TIMEOUT);
     }
 
-    /// How much has gathered.
+    /// Adds a line, and returns the length of the buffer.
     fn add(&self, line: &[u8]) -> usize {
         let mut state = self.state.lock();
-        if state.lines.len() > MOST {
+        if state.lines.len() > MAX_BUFFERED_BYTES {
             state.dropped += 1;
         } else {
             state.lines.extend_from_slice(line);
@@ -73,22 +75,22 @@ impl Sink {
         state.lines.len()
     }
 
-    /// The lock is never held while something is written.
+    /// The lock is not held during a write, so that requests can add lines.
     fn write_until_closed(&self) {
         let mut spare = Vec::new();
         loop {
             let mut state = self.state.lock();
-            if state.lines.len() <= FULL && !state.closed {
-                self.changed.wait_for(&mut state, WRITTEN_EVERY);
+            if state.lines.len() <= FLUSH_BYTES && !state.closed {
+                self.changed.wait_for(&mut state, FLUSH_INTERVAL);
             }
             let (dropped, closed) = (std::mem::take(&mut state.dropped), state.closed);
             std::mem::swap(&mut state.lines, &mut spare);
             state.writing = true;
             drop(state);
             if dropped > 0 {
-                tracing::warn!(lines = dropped, "the log is read too slowly, lines are missing");
+                tracing::warn!(lines = dropped, "log lines dropped, the reader is too slow");
             }
-            // Nobody is left to be told that the log cannot be written.
+            // If stderr fails, there is no other place to report it.
             let _ = io::stderr().write_all(&spare);
             spare.clear();
             self.state.lock().writing = false;

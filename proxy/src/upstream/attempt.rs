@@ -1,5 +1,4 @@
-//! One question to one upstream: where the blob was last time, with the token that was granted last time, and what
-//! the upstream asks for beyond that.
+//! One request to one upstream: the remembered redirect target and token first, then the response to a challenge.
 
 use ::http::header::WWW_AUTHENTICATE;
 use ::http::{HeaderValue, Method};
@@ -16,112 +15,128 @@ use crate::registries::RepositoryRef;
 use crate::source::SourceError;
 use crate::times::REACH_TIMEOUT;
 
-/// What came of asking where an earlier redirect led.
+/// The result of a request to a remembered redirect target.
 enum KnownRedirect {
-    Answered(Response),
-    /// None is known.
-    Nothing,
-    /// It did not lead there any more.
+    Response(Response),
+    /// No target is remembered.
+    Unknown,
+    /// The remembered target failed.
     Expired,
 }
 
-/// What of authentication a question has used: each way is taken once.
+/// The authentication steps that a request has used. Each is taken at most once.
 #[derive(Default)]
 struct AuthAttempts {
-    /// What was shown last.
-    shown: Option<HeaderValue>,
+    /// The last `Authorization` that was sent.
+    authorization: Option<HeaderValue>,
     challenge: bool,
     other_secret: bool,
-    stranger: bool,
+    redirect_target: bool,
 }
 
 impl UpstreamClient {
-    pub(super) async fn ask_once(
+    pub(super) async fn send_once(
         &self,
-        home: UpstreamRef<'_>,
-        place: &RepositoryRef,
-        question: &UpstreamRequest,
+        upstream_ref: UpstreamRef<'_>,
+        repo_ref: &RepositoryRef,
+        request: &UpstreamRequest,
         deadline: Instant,
     ) -> Result<Response, SourceError> {
-        let url = question.url(home.upstream, place)?;
-        // Held until the registry has told where the blob is now.
-        let mut _turn = None;
-        if question.blob.is_some() {
-            match self.ask_remembered(home, question, &url, deadline).await {
-                KnownRedirect::Answered(response) => return Ok(response),
-                KnownRedirect::Nothing if !self.redirects.is_redirector(&url) => {}
-                KnownRedirect::Nothing | KnownRedirect::Expired => {
-                    _turn = timeout_at(deadline, self.redirects.turn(&url)).await.ok();
-                    if let KnownRedirect::Answered(response) = self.ask_remembered(home, question, &url, deadline).await
+        let url = request.url(upstream_ref.upstream, repo_ref)?;
+        // Held until the upstream's redirect is known: parallel requests then look it up once.
+        let mut _lookup = None;
+        if request.blob.is_some() {
+            match self.send_to_known_redirect(upstream_ref, request, &url, deadline).await {
+                KnownRedirect::Response(response) => return Ok(response),
+                KnownRedirect::Unknown if !self.redirects.is_redirector(&url) => {}
+                KnownRedirect::Unknown | KnownRedirect::Expired => {
+                    _lookup = timeout_at(deadline, self.redirects.lock_lookup(&url)).await.ok();
+                    if let KnownRedirect::Response(response) =
+                        self.send_to_known_redirect(upstream_ref, request, &url, deadline).await
                     {
                         return Ok(response);
                     }
                 }
             }
         }
-        let shown = match &place.caller {
-            Principal::Holder(holder) => match &holder.authorization {
+        let authorization = match &repo_ref.principal {
+            Principal::Verified(holder) => match &holder.authorization {
                 Some(authorization) => Some(authorization.clone()),
-                None => return Err(SourceError::NoCredentials("the caller's could not be exchanged".into())),
+                None => {
+                    return Err(SourceError::NoCredentials(
+                        "the client's credentials could not be exchanged for a token".into(),
+                    ));
+                }
             },
-            Principal::Everyone | Principal::Unknown | Principal::Anonymous => self.known(home, place, deadline).await,
+            Principal::Shared | Principal::Unauthorized | Principal::Anonymous => {
+                self.known_grant(upstream_ref, repo_ref, deadline).await
+            }
         };
-        let (mut target, mut tried) = (url.clone(), AuthAttempts { shown, ..AuthAttempts::default() });
+        let (mut target, mut tried) = (url.clone(), AuthAttempts { authorization, ..AuthAttempts::default() });
         loop {
-            let ask = ReplayableRequest {
-                method: question.method.clone(),
+            let replayable = ReplayableRequest {
+                method: request.method.clone(),
                 url: target.clone(),
-                headers: &question.headers,
-                authorization: tried.shown.clone(),
+                headers: &request.headers,
+                authorization: tried.authorization.clone(),
                 form: None,
             };
-            let (response, answered_by) = self.http.follow(home, ask, deadline).await?;
-            let is_own = answered_by.origin() == url.origin();
-            // A redirect's target says nothing of the registry's limits.
+            let (response, final_url) = self.http.follow(upstream_ref, replayable, deadline).await?;
+            let is_own = final_url.origin() == url.origin();
+            // The headers of a redirect target say nothing about the registry's rate limit.
             if is_own {
-                self.scarcity.heard(place.rule.name(), &home.upstream.base(), response.headers(), Instant::now());
+                self.rate_limits.update(
+                    repo_ref.rule.name(),
+                    &upstream_ref.upstream.base(),
+                    response.headers(),
+                    Instant::now(),
+                );
             }
-            // A login of the upstream's, wherever it stands, where a stranger asks for content.
-            let is_login = question.may_be_page(&response);
+            // A login page is the upstream's denial of an anonymous request, also if it is on another host.
+            let is_login = request.may_be_page(&response);
             let grant = match is_own || is_login {
-                true => self.own_grant(home, place, question, &response, &mut tried, deadline).await?,
-                false => self.strangers_grant(home, place, &response, &answered_by, &mut tried, deadline).await?,
+                true => self.own_grant(upstream_ref, repo_ref, request, &response, &mut tried, deadline).await?,
+                false => {
+                    self.redirect_grant(upstream_ref, repo_ref, &response, &final_url, &mut tried, deadline).await?
+                }
             };
             if let Some(grant) = grant {
-                tried.shown = Some(grant);
-                target = if is_own || is_login { url.clone() } else { answered_by };
+                tried.authorization = Some(grant);
+                target = if is_own || is_login { url.clone() } else { final_url };
                 continue;
             }
             if response.status() == 401 && is_own && tried.challenge {
-                self.tokens.tell_of_refusal(home, place).await;
+                self.tokens.log_denial(upstream_ref, repo_ref).await;
             }
-            if question.blob.is_some() && answered_by != url && target == url && response.status().is_success() {
-                self.redirects.remember(&url, answered_by).await;
+            if request.blob.is_some() && final_url != url && target == url && response.status().is_success() {
+                self.redirects.remember(&url, final_url).await;
             }
             return checked(response, deadline).await;
         }
     }
 
-    /// What to show to the upstream after this response. None: the response stands.
+    /// The `Authorization` to repeat the request with. None: the response is final.
     async fn own_grant(
         &self,
-        home: UpstreamRef<'_>,
-        place: &RepositoryRef,
-        question: &UpstreamRequest,
+        upstream_ref: UpstreamRef<'_>,
+        repo_ref: &RepositoryRef,
+        request: &UpstreamRequest,
         response: &Response,
         tried: &mut AuthAttempts,
         deadline: Instant,
     ) -> Result<Option<HeaderValue>, SourceError> {
         let status = response.status().as_u16();
-        if place.caller.holder().is_some() {
+        if repo_ref.principal.holder().is_some() {
             return Ok(None);
         }
         if status == 403
             && !tried.other_secret
-            && let Some(refused) = tried.shown.clone()
+            && let Some(denied) = tried.authorization.clone()
         {
             tried.other_secret = true;
-            if let Some(other) = self.tokens.instead_of(&refused, &self.http, home, place, deadline).await {
+            if let Some(other) =
+                self.tokens.replacement_for(&denied, &self.http, upstream_ref, repo_ref, deadline).await
+            {
                 return Ok(Some(other));
             }
         }
@@ -130,137 +145,145 @@ impl UpstreamClient {
         }
         let challenge = match challenge(response) {
             Some(challenge) if status == 401 => Some(challenge),
-            // Registries that hide from strangers what they have: `/v2/` tells whether they know anybody.
-            _ if (matches!(status, 401 | 403 | 404) || question.may_be_page(response))
-                && tried.shown.is_none()
-                && place.rule.credentials.is_some() =>
+            // Some registries hide content from anonymous clients. `/v2/` shows whether they support authentication.
+            _ if (matches!(status, 401 | 403 | 404) || request.may_be_page(response))
+                && tried.authorization.is_none()
+                && repo_ref.rule.credentials.is_some() =>
             {
-                self.challenge_of_api(home, place, deadline).await
+                self.api_challenge(upstream_ref, repo_ref, deadline).await
             }
             _ => None,
         };
         let Some(challenge) = challenge else { return Ok(None) };
         tried.challenge = true;
-        self.tokens.answer(&self.http, home, place, challenge, tried.shown.as_ref(), deadline).await
+        self.tokens
+            .grant_for(&self.http, upstream_ref, repo_ref, challenge, tried.authorization.as_ref(), deadline)
+            .await
     }
 
-    /// An anonymous token of another registry to which the upstream has redirected. The rule's credentials never go there.
-    async fn strangers_grant(
+    /// An anonymous token for another registry that the upstream redirected to. The rule's credentials never go there.
+    async fn redirect_grant(
         &self,
-        home: UpstreamRef<'_>,
-        place: &RepositoryRef,
+        upstream_ref: UpstreamRef<'_>,
+        repo_ref: &RepositoryRef,
         response: &Response,
-        answered_by: &Url,
+        final_url: &Url,
         tried: &mut AuthAttempts,
         deadline: Instant,
     ) -> Result<Option<HeaderValue>, SourceError> {
-        if response.status() != 401 || std::mem::replace(&mut tried.stranger, true) {
+        if response.status() != 401 || std::mem::replace(&mut tried.redirect_target, true) {
             return Ok(None);
         }
         match challenge(response) {
-            // The upstream's own token endpoint grants nothing for others, who could be shown what it gives to this host.
-            Some(Challenge::Bearer { realm, .. }) if is_of(&realm, home) => Ok(None),
+            // Not from the upstream's own token endpoint: the redirect target would receive a token for the upstream.
+            Some(Challenge::Bearer { realm, .. }) if is_of(&realm, upstream_ref) => Ok(None),
             Some(challenge @ Challenge::Bearer { .. }) => {
-                self.tokens.anonymous(&self.http, home, place, &challenge, answered_by, deadline).await
+                self.tokens.anonymous(&self.http, upstream_ref, repo_ref, &challenge, final_url, deadline).await
             }
             Some(Challenge::Basic) | None => Ok(None),
         }
     }
 
-    /// What the upstream asks of everybody who wants to use its API. None also where that cannot be found out soon: the
-    /// response that led here stands.
-    async fn challenge_of_api(
+    /// The challenge of `GET /v2/`. None also if the request fails or exceeds `REACH_TIMEOUT`: the earlier response is
+    /// final then.
+    async fn api_challenge(
         &self,
-        home: UpstreamRef<'_>,
-        place: &RepositoryRef,
+        upstream_ref: UpstreamRef<'_>,
+        repo_ref: &RepositoryRef,
         deadline: Instant,
     ) -> Option<Challenge> {
         let deadline = deadline.min(Instant::now() + REACH_TIMEOUT);
-        let ask = async {
-            let question = UpstreamRequest::is_anybody_there();
-            let url = question.url(home.upstream, place)?;
-            let (method, headers) = (Method::GET, &question.headers);
-            let ask = ReplayableRequest { method, url: url.clone(), headers, authorization: None, form: None };
-            let (response, answered_by) = self.http.follow(home, ask, deadline).await?;
+        let lookup = async {
+            let request = UpstreamRequest::ping();
+            let url = request.url(upstream_ref.upstream, repo_ref)?;
+            let (method, headers) = (Method::GET, &request.headers);
+            let replayable = ReplayableRequest { method, url: url.clone(), headers, authorization: None, form: None };
+            let (response, final_url) = self.http.follow(upstream_ref, replayable, deadline).await?;
             if response.status().is_server_error() {
                 return Err(SourceError::failed(response.status().as_u16()));
             }
-            let is_own = answered_by.origin() == url.origin();
+            let is_own = final_url.origin() == url.origin();
             Ok(challenge(&response).filter(|_| response.status() == 401 && is_own))
         };
-        self.tokens.challenge_of_api(home, ask).await
+        self.tokens.api_challenge(upstream_ref, lookup).await
     }
 
-    /// What is shown at once, where an earlier question learned what is asked for.
-    async fn known(&self, home: UpstreamRef<'_>, place: &RepositoryRef, deadline: Instant) -> Option<HeaderValue> {
-        match self.tokens.known(&self.http, home, place, deadline).await {
+    /// The header for the challenge of an earlier request, which saves a 401.
+    async fn known_grant(
+        &self,
+        upstream_ref: UpstreamRef<'_>,
+        repo_ref: &RepositoryRef,
+        deadline: Instant,
+    ) -> Option<HeaderValue> {
+        match self.tokens.known_grant(&self.http, upstream_ref, repo_ref, deadline).await {
             Ok(authorization) => authorization,
             Err(error) => {
-                tracing::debug!(%place, %error, "the remembered challenge leads nowhere, asking anew");
-                self.tokens.forget(home, place).await;
+                tracing::debug!(repository = %repo_ref, %error, "remembered challenge failed");
+                self.tokens.forget(upstream_ref, repo_ref).await;
                 None
             }
         }
     }
 
-    /// What an upstream asks of whoever pulls from a repository. None: nothing.
-    pub(super) async fn ask_for_challenge(
+    /// The challenge for pulls from a repository. None: the upstream sends none.
+    pub(super) async fn discover_challenge(
         &self,
-        home: UpstreamRef<'_>,
-        place: &RepositoryRef,
+        upstream_ref: UpstreamRef<'_>,
+        repo_ref: &RepositoryRef,
         deadline: Instant,
     ) -> Result<Option<Challenge>, SourceError> {
-        let question = UpstreamRequest::new(RequestKind::List, "tags/list".to_owned()).query(Some("n=1"));
-        let (url, headers) = (question.url(home.upstream, place)?, &question.headers);
-        let ask = ReplayableRequest { method: Method::GET, url: url.clone(), headers, authorization: None, form: None };
-        let (response, answered_by) = self.http.follow(home, ask, deadline).await?;
+        let request = UpstreamRequest::new(RequestKind::List, "tags/list".to_owned()).query(Some("n=1"));
+        let (url, headers) = (request.url(upstream_ref.upstream, repo_ref)?, &request.headers);
+        let replayable =
+            ReplayableRequest { method: Method::GET, url: url.clone(), headers, authorization: None, form: None };
+        let (response, final_url) = self.http.follow(upstream_ref, replayable, deadline).await?;
         match response.status().as_u16() {
-            // The target of a redirect must not say where the secret goes.
-            401 if answered_by.origin() != url.origin() => Err(SourceError::denied()),
+            // A redirect target must not choose where the secret is sent.
+            401 if final_url.origin() != url.origin() => Err(SourceError::denied()),
             401 if let Some(challenge) = challenge(&response) => Ok(Some(challenge)),
-            200 if !question.may_be_page(&response) => Ok(None),
-            200 | 401 | 403 | 404 => Ok(self.challenge_of_api(home, place, deadline).await),
+            200 if !request.may_be_page(&response) => Ok(None),
+            200 | 401 | 403 | 404 => Ok(self.api_challenge(upstream_ref, repo_ref, deadline).await),
             429 | 500.. => checked(response, deadline).await.map(|_| None),
             _ => Ok(None),
         }
     }
 
-    /// Asks where an earlier redirect led.
-    async fn ask_remembered(
+    /// Sends a request to the remembered redirect target.
+    async fn send_to_known_redirect(
         &self,
-        home: UpstreamRef<'_>,
-        question: &UpstreamRequest,
+        upstream_ref: UpstreamRef<'_>,
+        request: &UpstreamRequest,
         url: &Url,
         deadline: Instant,
     ) -> KnownRedirect {
-        let Some(target) = self.redirects.target(url).await.filter(|_| question.blob.is_some()) else {
-            return KnownRedirect::Nothing;
+        let Some(target) = self.redirects.target(url).await.filter(|_| request.blob.is_some()) else {
+            return KnownRedirect::Unknown;
         };
-        let ask = ReplayableRequest {
-            method: question.method.clone(),
+        let replayable = ReplayableRequest {
+            method: request.method.clone(),
             url: target.clone(),
-            headers: &question.headers,
+            headers: &request.headers,
             authorization: None,
             form: None,
         };
         let soon = deadline.min(Instant::now() + REACH_TIMEOUT);
-        let answer = match self.http.send(home, &ask, soon).await {
+        let result = match self.http.send(upstream_ref, &replayable, soon).await {
             Ok(response) => checked(response, soon).await,
             Err(error) => Err(error),
         };
-        match answer {
-            Ok(response) => KnownRedirect::Answered(response),
+        match result {
+            Ok(response) => KnownRedirect::Response(response),
             Err(error) => {
-                tracing::debug!(%error, "a remembered redirect no longer works");
-                self.redirects.expired(url, &target).await;
+                tracing::debug!(%error, "remembered redirect failed");
+                self.redirects.forget_expired(url, &target).await;
                 KnownRedirect::Expired
             }
         }
     }
 }
 
-fn is_of(url: &Url, home: UpstreamRef<'_>) -> bool {
-    Url::parse(&home.upstream.base()).is_ok_and(|base| base.origin() == url.origin())
+fn is_of(url: &Url, upstream_ref: UpstreamRef<'_>) -> bool {
+    Url::parse(&upstream_ref.upstream.base()).is_ok_and(|base| base.origin() == url.origin())
 }
 
 fn challenge(response: &Response) -> Option<Challenge> {

@@ -1,5 +1,5 @@
-//! Authorization towards origins: Basic, and Bearer with a token from the realm that the origin
-//! names. Tokens are fetched once for all who need one and renewed before they expire.
+//! Authentication at upstreams: Basic, and Bearer with a token from the challenge's realm. Requests that need the same
+//! token share one request for it, and it is renewed before it expires.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -17,27 +17,28 @@ use crate::lifetimes::{ByLifetime, Lifetime};
 use crate::registries::RepositoryRef;
 use crate::secret::Secret;
 use crate::source::SourceError;
-use crate::times::{DAY, OBSERVATION_TTL, RIGHTS_TTL};
+use crate::times::{AUTHORIZATION_TTL, DAY, OBSERVATION_TTL};
 use crate::trace;
 
 /// Remembered challenges and grants.
 pub(super) struct TokenCache {
-    /// What an upstream asked for, by upstream and repository: saves the 401 next time.
+    /// By upstream and repository: saves the 401 of the next request.
     challenges: moka::future::Cache<(String, String), Challenge>,
-    /// What an upstream asks of everybody (`GET /v2/`), by upstream. None: nothing.
-    of_api: moka::future::Cache<String, Option<Challenge>>,
+    /// Challenges of `GET /v2/`, by upstream. None: it needs no authentication.
+    api_challenges: moka::future::Cache<String, Option<Challenge>>,
     grants: moka::future::Cache<GrantKey, UpstreamGrant>,
     secrets: Secrets,
-    /// Whose secret was read again since it was refused with 403: what it may not have is no reason to read it each time.
-    looked_again: moka::future::Cache<(String, String), ()>,
-    /// Of whose refusal the log has told.
-    told: moka::future::Cache<(String, String), ()>,
+    /// Upstreams whose secret was read again after a 403: a repository that stays forbidden must not cause a read each
+    /// time.
+    reread: moka::future::Cache<(String, String), ()>,
+    /// Upstreams whose denial was logged recently.
+    logged: moka::future::Cache<(String, String), ()>,
 }
 
 #[derive(Clone, PartialEq, Eq, Hash)]
 struct GrantKey {
-    /// Of a registry that the upstream has redirected to: the rule's own grants are never shown there.
-    is_strangers: bool,
+    /// For a registry that the upstream redirected to: the rule's own grants are never sent there.
+    is_redirect_target: bool,
     rule: String,
     upstream: String,
     realm: String,
@@ -45,18 +46,17 @@ struct GrantKey {
     scope: String,
 }
 
-/// What a caller's secret opens.
 pub struct ExchangedSecret {
-    /// What the registry is shown; None: it asks nobody.
+    /// None: the registry needs no authentication.
     pub authorization: Option<HeaderValue>,
-    /// For how long that is good.
+    /// How long the grant is valid.
     pub life: Duration,
 }
 
-/// What stands for a realm where nobody grants tokens.
+/// The realm in the key of a Basic grant.
 const BASIC: &str = "basic";
 
-/// All tokens that are remembered: most have one or two KiB.
+/// Memory for tokens, most of which have 1 to 2 KiB. Smaller: more token requests.
 const MAX_GRANTS_BYTES: u64 = 32 * 1024 * 1024;
 
 fn weight(bytes: usize) -> u32 {
@@ -76,31 +76,31 @@ impl UpstreamGrant {
     }
 }
 
-/// By rule and upstream, for so long.
-fn lately(life: Duration) -> moka::future::Cache<(String, String), ()> {
+/// A set of rules and upstreams, whose entries expire.
+fn expiring_set(life: Duration) -> moka::future::Cache<(String, String), ()> {
     moka::future::Cache::builder().max_capacity(10_000).time_to_live(life).build()
 }
 
 impl TokenCache {
-    pub(super) fn new(outside: ExternalCredentials) -> Self {
+    pub(super) fn new(external: ExternalCredentials) -> Self {
         Self {
             challenges: moka::future::Cache::builder()
                 .max_capacity(10_000)
                 .time_to_live(Duration::from_secs(3600))
                 .build(),
-            of_api: moka::future::Cache::builder().max_capacity(10_000).time_to_live(OBSERVATION_TTL).build(),
+            api_challenges: moka::future::Cache::builder().max_capacity(10_000).time_to_live(OBSERVATION_TTL).build(),
             grants: moka::future::Cache::builder()
                 .max_capacity(MAX_GRANTS_BYTES)
                 .weigher(|key: &GrantKey, grant: &UpstreamGrant| key.bytes() + grant.bytes())
                 .expire_after(ByLifetime)
                 .build(),
-            secrets: Secrets::new(outside),
-            looked_again: lately(Duration::from_secs(60)),
-            told: lately(Duration::from_secs(600)),
+            secrets: Secrets::new(external),
+            reread: expiring_set(Duration::from_secs(60)),
+            logged: expiring_set(Duration::from_secs(600)),
         }
     }
 
-    /// How many tokens each rule has of each upstream.
+    /// The number of tokens by rule and upstream.
     pub(super) fn counts(&self) -> HashMap<(String, String), usize> {
         let mut counts = HashMap::new();
         for (key, grant) in &self.grants {
@@ -111,162 +111,162 @@ impl TokenCache {
         counts
     }
 
-    /// The header to send at once, where an earlier request learned what is asked for.
-    pub(super) async fn known(
+    /// The header for the challenge of an earlier request.
+    pub(super) async fn known_grant(
         &self,
         http: &Arc<UpstreamHttp>,
-        home: UpstreamRef<'_>,
-        place: &RepositoryRef,
+        upstream_ref: UpstreamRef<'_>,
+        repo_ref: &RepositoryRef,
         deadline: Deadline,
     ) -> Result<Option<HeaderValue>, SourceError> {
-        match self.challenges.get(&challenge_key(home, place)).await {
-            Some(challenge) => self.grant(http, home, place, challenge, deadline).await,
+        match self.challenges.get(&challenge_key(upstream_ref, repo_ref)).await {
+            Some(challenge) => self.grant(http, upstream_ref, repo_ref, challenge, deadline).await,
             None => Ok(None),
         }
     }
 
-    /// Forgets what an upstream asked for: it may have changed its mind.
-    pub(super) async fn forget(&self, home: UpstreamRef<'_>, place: &RepositoryRef) {
-        self.challenges.invalidate(&challenge_key(home, place)).await;
+    /// Forgets the challenge for a repository, which the upstream may have changed.
+    pub(super) async fn forget(&self, upstream_ref: UpstreamRef<'_>, repo_ref: &RepositoryRef) {
+        self.challenges.invalidate(&challenge_key(upstream_ref, repo_ref)).await;
     }
 
-    /// Answers a challenge. `rejected` is the header that the origin has just refused.
-    pub(super) async fn answer(
+    /// The header for a challenge. `rejected` is the header that the upstream has just denied.
+    pub(super) async fn grant_for(
         &self,
         http: &Arc<UpstreamHttp>,
-        home: UpstreamRef<'_>,
-        place: &RepositoryRef,
+        upstream_ref: UpstreamRef<'_>,
+        repo_ref: &RepositoryRef,
         challenge: Challenge,
         rejected: Option<&HeaderValue>,
         deadline: Deadline,
     ) -> Result<Option<HeaderValue>, SourceError> {
-        let key = grant_key(home, place, &challenge);
+        let key = grant_key(upstream_ref, repo_ref, &challenge);
         if let Some(known) = self.grants.get(&key).await
             && rejected.is_some()
             && known.header.as_ref() == rejected
         {
             self.grants.invalidate(&key).await;
-            // It may come from a secret that was changed.
-            self.secrets.forget(home, place).await;
+            // The grant may come from a secret that has changed.
+            self.secrets.forget(upstream_ref, repo_ref).await;
         }
-        self.challenges.insert(challenge_key(home, place), challenge.clone()).await;
-        let granted = self.grant(http, home, place, challenge, deadline).await;
+        self.challenges.insert(challenge_key(upstream_ref, repo_ref), challenge.clone()).await;
+        let granted = self.grant(http, upstream_ref, repo_ref, challenge, deadline).await;
         if granted.as_ref().is_err_and(SourceError::is_denied) {
-            self.tell_of_refusal(home, place).await;
+            self.log_denial(upstream_ref, repo_ref).await;
         }
         granted
     }
 
-    /// Who wrote a wrong password finds out by the log.
-    pub(super) async fn tell_of_refusal(&self, home: UpstreamRef<'_>, place: &RepositoryRef) {
-        let (rule, upstream) = (place.rule.name().to_owned(), home.upstream.base());
+    /// Logs a denial of a rule's credentials, which may contain a wrong password, at most every 10 minutes.
+    pub(super) async fn log_denial(&self, upstream_ref: UpstreamRef<'_>, repo_ref: &RepositoryRef) {
+        let (rule, upstream) = (repo_ref.rule.name().to_owned(), upstream_ref.upstream.base());
         let key = (rule.clone(), upstream.clone());
-        if place.rule.credentials.is_some() && !self.told.contains_key(&key) {
-            self.told.insert(key, ()).await;
-            tracing::warn!(
-                rule,
-                upstream,
-                "a registry refuses the credentials of its rule, or what is asked for with them"
-            );
+        if repo_ref.rule.credentials.is_some() && !self.logged.contains_key(&key) {
+            self.logged.insert(key, ()).await;
+            tracing::warn!(rule, upstream, "upstream denied credentials");
         }
     }
 
-    /// What to show instead of a secret that was refused with 403, as some registries do when it has ended (ECR's after
-    /// twelve hours). None: there is nothing else, or that was looked for lately.
-    pub(super) async fn instead_of(
+    /// Replaces a Basic secret that was denied with 403, as some registries do after it expires (ECR: after twelve
+    /// hours). None: its source has no other secret, or was read again recently.
+    pub(super) async fn replacement_for(
         &self,
-        refused: &HeaderValue,
+        denied: &HeaderValue,
         http: &Arc<UpstreamHttp>,
-        home: UpstreamRef<'_>,
-        place: &RepositoryRef,
+        upstream_ref: UpstreamRef<'_>,
+        repo_ref: &RepositoryRef,
         deadline: Deadline,
     ) -> Option<HeaderValue> {
-        if place.rule.credentials.is_none() || !refused.as_bytes().starts_with(b"Basic ") {
+        if repo_ref.rule.credentials.is_none() || !denied.as_bytes().starts_with(b"Basic ") {
             return None;
         }
-        let key = grant_key(home, place, &Challenge::Basic);
-        let shown = self.grants.get(&key).await.and_then(|known| known.header);
-        if shown.as_ref().is_some_and(|shown| shown != refused) {
-            return shown;
+        let key = grant_key(upstream_ref, repo_ref, &Challenge::Basic);
+        let current = self.grants.get(&key).await.and_then(|known| known.header);
+        if current.as_ref().is_some_and(|current| current != denied) {
+            return current;
         }
         let upstream = (key.rule.clone(), key.upstream.clone());
-        if !self.looked_again.contains_key(&upstream) {
-            self.looked_again.insert(upstream, ()).await;
-            self.secrets.look_again(home, place, deadline).await;
+        if !self.reread.contains_key(&upstream) {
+            self.reread.insert(upstream, ()).await;
+            self.secrets.refresh(upstream_ref, repo_ref, deadline).await;
         }
-        // For this repository as well, where another one's question has found another secret.
+        // Also if a request for another repository has already read the new secret.
         self.grants.invalidate(&key).await;
-        let found = self.grant(http, home, place, Challenge::Basic, deadline).await;
-        found.ok().flatten().filter(|found| found != refused)
+        let found = self.grant(http, upstream_ref, repo_ref, Challenge::Basic, deadline).await;
+        found.ok().flatten().filter(|found| found != denied)
     }
 
-    /// What an upstream asks of everybody: `ask` finds out, once for all who need it. An error is not remembered.
-    pub(super) async fn challenge_of_api(
+    /// The challenge of `GET /v2/`. Concurrent requests share one `lookup`, and its errors are not remembered.
+    pub(super) async fn api_challenge(
         &self,
-        home: UpstreamRef<'_>,
-        ask: impl Future<Output = Result<Option<Challenge>, SourceError>>,
+        upstream_ref: UpstreamRef<'_>,
+        lookup: impl Future<Output = Result<Option<Challenge>, SourceError>>,
     ) -> Option<Challenge> {
-        self.of_api.try_get_with(home.upstream.to_string(), ask).await.ok().flatten()
+        self.api_challenges.try_get_with(upstream_ref.upstream.to_string(), lookup).await.ok().flatten()
     }
 
-    /// An anonymous token of a registry to which the upstream has redirected.
+    /// An anonymous token for a registry that the upstream redirected to.
     pub(super) async fn anonymous(
         &self,
         http: &Arc<UpstreamHttp>,
-        home: UpstreamRef<'_>,
-        place: &RepositoryRef,
+        upstream_ref: UpstreamRef<'_>,
+        repo_ref: &RepositoryRef,
         challenge: &Challenge,
-        answered_by: &Url,
+        final_url: &Url,
         deadline: Deadline,
     ) -> Result<Option<HeaderValue>, SourceError> {
         let Challenge::Bearer { realm, service, scope } = challenge else { return Ok(None) };
         let scopes: Vec<String> = match scope.as_deref().map(str::trim).filter(|scope| !scope.is_empty()) {
             Some(scope) => scope.split_whitespace().map(str::to_owned).collect(),
-            None => repository_of(answered_by).map(|name| format!("repository:{name}:{PULL}")).into_iter().collect(),
+            None => repository_of(final_url).map(|name| format!("repository:{name}:{PULL}")).into_iter().collect(),
         };
         let key = GrantKey {
-            is_strangers: true,
-            rule: place.rule.name().to_owned(),
-            upstream: answered_by.origin().ascii_serialization(),
+            is_redirect_target: true,
+            rule: repo_ref.rule.name().to_owned(),
+            upstream: final_url.origin().ascii_serialization(),
             realm: realm.to_string(),
             service: service.clone(),
             scope: scopes.join(" "),
         };
-        let fetch = fetch_token(http, home, challenge, &scopes, None, deadline);
+        let fetch = fetch_token(http, upstream_ref, challenge, &scopes, None, deadline);
         let granted = timeout_at(deadline, self.grants.try_get_with(key, fetch)).await;
         let granted = granted.map_err(|_| SourceError::Busy)?;
         granted.map(|grant| grant.header).map_err(|error| (*error).clone())
     }
 
-    /// What an upstream asked for, if that is known.
-    pub(super) async fn challenge(&self, home: UpstreamRef<'_>, place: &RepositoryRef) -> Option<Challenge> {
-        self.challenges.get(&challenge_key(home, place)).await
+    /// The remembered challenge for a repository.
+    pub(super) async fn challenge(&self, upstream_ref: UpstreamRef<'_>, repo_ref: &RepositoryRef) -> Option<Challenge> {
+        self.challenges.get(&challenge_key(upstream_ref, repo_ref)).await
     }
 
-    /// Remembers what an upstream asks for.
-    pub(super) async fn learn(&self, home: UpstreamRef<'_>, place: &RepositoryRef, challenge: Challenge) {
-        self.challenges.insert(challenge_key(home, place), challenge).await;
+    pub(super) async fn remember_challenge(
+        &self,
+        upstream_ref: UpstreamRef<'_>,
+        repo_ref: &RepositoryRef,
+        challenge: Challenge,
+    ) {
+        self.challenges.insert(challenge_key(upstream_ref, repo_ref), challenge).await;
     }
 
-    /// What a caller's secret opens. Nothing of it is remembered here.
+    /// Exchanges a client's secret for a grant, which is not remembered.
     pub(super) async fn exchange(
         &self,
         http: &UpstreamHttp,
-        home: UpstreamRef<'_>,
-        place: &RepositoryRef,
+        upstream_ref: UpstreamRef<'_>,
+        repo_ref: &RepositoryRef,
         challenge: &Challenge,
         secret: Secret,
         deadline: Deadline,
     ) -> Result<ExchangedSecret, SourceError> {
         let grant = match challenge {
-            // It is the secret itself that is shown, each time.
+            // Each request sends the secret itself.
             Challenge::Basic => {
                 let header = secret.basic().and_then(|value| sensitive(&value)).ok_or_else(SourceError::denied)?;
                 UpstreamGrant { header: Some(header), life: DAY }
             }
             Challenge::Bearer { .. } => {
-                let scopes = scopes(home, place, challenge);
-                fetch_token(http, home, challenge, &scopes, Some(secret), deadline).await?
+                let scopes = scopes(upstream_ref, repo_ref, challenge);
+                fetch_token(http, upstream_ref, challenge, &scopes, Some(secret), deadline).await?
             }
         };
         Ok(ExchangedSecret { authorization: grant.header, life: grant.life })
@@ -275,23 +275,24 @@ impl TokenCache {
     async fn grant(
         &self,
         http: &Arc<UpstreamHttp>,
-        home: UpstreamRef<'_>,
-        place: &RepositoryRef,
+        upstream_ref: UpstreamRef<'_>,
+        repo_ref: &RepositoryRef,
         challenge: Challenge,
         deadline: Deadline,
     ) -> Result<Option<HeaderValue>, SourceError> {
-        let key = grant_key(home, place, &challenge);
-        let (http, place, upstream) = (http.clone(), place.clone(), home.upstream.clone());
-        let (trust, patience, secrets) = (home.trust, home.patience, self.secrets.clone());
-        // A task of its own: the first caller may leave, the others still wait for the token.
+        let key = grant_key(upstream_ref, repo_ref, &challenge);
+        let (http, repo_ref, upstream) = (http.clone(), repo_ref.clone(), upstream_ref.upstream.clone());
+        let (trust, connect_timeout, secrets) =
+            (upstream_ref.trust, upstream_ref.connect_timeout, self.secrets.clone());
+        // A task of its own: if the first client disconnects, the others still wait for the token.
         let fetch = async move {
             let task = tokio::spawn(trace::carried(async move {
-                let home = UpstreamRef { upstream: &upstream, trust, tls: &place.rule.tls, patience };
-                fetch(&http, &secrets, home, &place, &challenge, deadline).await
+                let upstream_ref = UpstreamRef { upstream: &upstream, trust, tls: &repo_ref.rule.tls, connect_timeout };
+                fetch(&http, &secrets, upstream_ref, &repo_ref, &challenge, deadline).await
             }));
             task.await.unwrap_or_else(|e| Err(SourceError::Unreachable(e.to_string())))
         };
-        // Somebody else's fetch may have more time than this one.
+        // The shared fetch may have a later deadline than this request.
         let granted = timeout_at(deadline, self.grants.try_get_with(key, fetch)).await;
         let granted = granted.map_err(|_| SourceError::Busy)?;
         granted.map(|grant| grant.header).map_err(|error| (*error).clone())
@@ -301,51 +302,51 @@ impl TokenCache {
 async fn fetch(
     http: &UpstreamHttp,
     secrets: &Secrets,
-    home: UpstreamRef<'_>,
-    place: &RepositoryRef,
+    upstream_ref: UpstreamRef<'_>,
+    repo_ref: &RepositoryRef,
     challenge: &Challenge,
     deadline: Deadline,
 ) -> Result<UpstreamGrant, SourceError> {
-    let was_known = secrets.is_known(home, place);
-    let found = secrets.of(home, place, deadline).await?;
+    let was_known = secrets.is_known(upstream_ref, repo_ref);
+    let found = secrets.get(upstream_ref, repo_ref, deadline).await?;
     match challenge {
         Challenge::Basic => {
             let header = found.secret.as_ref().and_then(Secret::basic).and_then(|value| sensitive(&value));
             Ok(UpstreamGrant { header, life: found.life })
         }
         Challenge::Bearer { .. } => {
-            let scopes = scopes(home, place, challenge);
-            let granted = match fetch_token(http, home, challenge, &scopes, found.secret, deadline).await {
-                // It may have been changed or revoked since it was read.
+            let scopes = scopes(upstream_ref, repo_ref, challenge);
+            let granted = match fetch_token(http, upstream_ref, challenge, &scopes, found.secret, deadline).await {
+                // The secret may have been changed or revoked since it was read.
                 Err(SourceError::Denied(_)) if was_known => {
-                    secrets.forget(home, place).await;
-                    let found = secrets.of(home, place, deadline).await?;
-                    fetch_token(http, home, challenge, &scopes, found.secret, deadline).await
+                    secrets.forget(upstream_ref, repo_ref).await;
+                    let found = secrets.get(upstream_ref, repo_ref, deadline).await?;
+                    fetch_token(http, upstream_ref, challenge, &scopes, found.secret, deadline).await
                 }
                 granted => granted,
             };
-            // What everybody may have today is looked at again as soon as what somebody may.
-            let longest = if place.rule.asks_who() { RIGHTS_TTL } else { DAY };
+            // If clients are authorized one by one, anonymous access is checked again as often as theirs.
+            let longest = if repo_ref.rule.is_passthrough() { AUTHORIZATION_TTL } else { DAY };
             granted.map(|grant| UpstreamGrant { life: grant.life.min(longest), ..grant })
         }
     }
 }
 
-fn challenge_key(home: UpstreamRef<'_>, place: &RepositoryRef) -> (String, String) {
-    (home.upstream.to_string(), place.to_string())
+fn challenge_key(upstream_ref: UpstreamRef<'_>, repo_ref: &RepositoryRef) -> (String, String) {
+    (upstream_ref.upstream.to_string(), repo_ref.to_string())
 }
 
-fn grant_key(home: UpstreamRef<'_>, place: &RepositoryRef, challenge: &Challenge) -> GrantKey {
+fn grant_key(upstream_ref: UpstreamRef<'_>, repo_ref: &RepositoryRef, challenge: &Challenge) -> GrantKey {
     let (realm, service) = match challenge {
         Challenge::Basic => (BASIC.to_owned(), None),
         Challenge::Bearer { realm, service, .. } => (realm.to_string(), service.clone()),
     };
     let scope = match challenge {
-        Challenge::Basic => place.repository.to_string(),
-        Challenge::Bearer { .. } => scopes(home, place, challenge).join(" "),
+        Challenge::Basic => repo_ref.repository.to_string(),
+        Challenge::Bearer { .. } => scopes(upstream_ref, repo_ref, challenge).join(" "),
     };
-    let (rule, upstream) = (place.rule.name().to_owned(), home.upstream.base());
-    GrantKey { is_strangers: false, rule, upstream, realm, service, scope }
+    let (rule, upstream) = (repo_ref.rule.name().to_owned(), upstream_ref.upstream.base());
+    GrantKey { is_redirect_target: false, rule, upstream, realm, service, scope }
 }
 
 impl Lifetime for UpstreamGrant {

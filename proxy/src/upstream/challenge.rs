@@ -1,13 +1,13 @@
-//! What an origin asks for in `WWW-Authenticate`.
+//! The `WWW-Authenticate` challenges of upstreams.
 
 use percent_encoding::{AsciiSet, percent_decode_str, percent_encode};
 use url::Url;
 
-/// The challenge that dray answers.
+/// A challenge that dray supports.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Challenge {
     Basic,
-    /// A token is to be fetched (the distribution project's token specification).
+    /// A token has to be requested (the distribution project's token specification).
     Bearer {
         realm: Url,
         service: Option<String>,
@@ -15,16 +15,15 @@ pub enum Challenge {
     },
 }
 
-/// What a header line is escaped by before it is parsed, so that each value's bytes can be had again.
+/// Escapes a header line before it is parsed, so that the bytes of each value can be restored.
 const ESCAPED: &AsciiSet = &AsciiSet::EMPTY.add(b'%');
 
-/// Longer ones are not answered, in bytes: each repository's is remembered.
-const LONGEST: usize = 2048;
+/// Largest challenge that is used, in bytes, since one is remembered for each repository. A larger one is ignored.
+const MAX_CHALLENGE_BYTES: usize = 2048;
 
 impl Challenge {
-    /// Picks the strongest challenge that dray can answer from all header lines. One line may hold
-    /// several challenges. Bytes outside ASCII, such as a realm in Latin-1, are percent-encoded in the token endpoint's
-    /// URL, and of a repeated parameter the last one counts, as for Go's clients.
+    /// Picks the strongest supported challenge of all header lines. One line may hold several challenges. As for Go's
+    /// clients, bytes outside ASCII in the realm are percent-encoded, and the last one of repeated parameters counts.
     pub fn pick<'a>(lines: impl Iterator<Item = &'a [u8]>) -> Option<Self> {
         let mut basic = None;
         for line in lines {
@@ -38,7 +37,9 @@ impl Challenge {
                         value.map(|(_, value)| percent_decode_str(&value.to_unescaped()).collect::<Vec<u8>>())
                     };
                     let (realm, service, scope) = (param("realm"), param("service"), param("scope"));
-                    if [&realm, &service, &scope].into_iter().flatten().map(Vec::len).sum::<usize>() > LONGEST {
+                    if [&realm, &service, &scope].into_iter().flatten().map(Vec::len).sum::<usize>()
+                        > MAX_CHALLENGE_BYTES
+                    {
                         continue;
                     }
                     let realm = realm.map(|realm| percent_encode(&realm, &AsciiSet::EMPTY).to_string());
@@ -53,7 +54,7 @@ impl Challenge {
     }
 }
 
-/// UTF-8, or Latin-1, in which header values were once defined.
+/// UTF-8, else Latin-1, the former encoding of header values.
 fn text(bytes: Vec<u8>) -> String {
     String::from_utf8(bytes).unwrap_or_else(|error| error.as_bytes().iter().copied().map(char::from).collect())
 }
@@ -63,7 +64,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn bearer_is_preferred_wherever_it_stands() {
+    fn bearer_is_preferred_in_any_order() {
         let bearer = r#"Bearer realm="https://auth.io/token",service="reg, io",scope="repository:a/b:pull""#;
         for lines in [
             vec![bearer],
@@ -84,19 +85,19 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_answered_is_none() {
+    fn unsupported_challenge_is_none() {
         let pick = |lines: &[&str]| Challenge::pick(lines.iter().map(|line| line.as_bytes()));
         assert_eq!(pick(&["Negotiate", "Digest realm=\"x\""]), None);
         assert_eq!(pick(&["Bearer realm=\"not a url\""]), None);
         assert_eq!(pick(&["Basic"]), Some(Challenge::Basic));
         assert_eq!(pick(&["\u{1}\u{2}, = ,,"]), None);
-        let long = format!("Bearer realm=\"https://auth.io/\",service=\"{}\"", "x".repeat(LONGEST));
+        let long = format!("Bearer realm=\"https://auth.io/\",service=\"{}\"", "x".repeat(MAX_CHALLENGE_BYTES));
         assert_eq!(pick(&[&*long]), None);
         assert_eq!(pick(&[&*long, "Basic"]), Some(Challenge::Basic));
     }
 
     #[test]
-    fn values_keep_their_bytes_and_the_last_one_counts() {
+    fn challenge_keeps_bytes_and_last_parameter() {
         let line = b"Bearer realm=\"https://auth.io/caf\xe9\",service=\"reg\"";
         let Some(Challenge::Bearer { realm, .. }) = Challenge::pick([&line[..]].into_iter()) else {
             panic!("no bearer")

@@ -1,4 +1,4 @@
-//! Reads a rule's secrets when they are needed, so that a rotated one heals by itself.
+//! Reads a rule's secrets when they are needed, so that a rotated one is used without a restart.
 
 #[cfg(feature = "aws")]
 mod aws;
@@ -18,7 +18,7 @@ use std::time::Duration;
 use tokio::sync::Semaphore;
 use tokio::time::timeout;
 
-pub use self::here::are_here;
+pub use self::here::check;
 pub(super) use self::secrets::Secrets;
 use crate::blocking::on_thread;
 use crate::config::{Cloud, Credentials, PasswordSource, host_matches};
@@ -26,50 +26,54 @@ use crate::registries::UpstreamTrust;
 use crate::secret::Secret;
 use crate::times::{DEFAULT_TTL, OBSERVATION_TTL, STALL_TIMEOUT};
 
-/// What a source has, and for how long it need not be asked again.
+/// The result of a source, and for how long it is valid.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct FoundCredentials {
-    /// None: the upstream is asked anonymously.
+    /// None: requests are anonymous.
     pub(super) secret: Option<Secret>,
     pub(super) life: Duration,
 }
 
-/// What sources outside of this process share: clients may name any number of registries and repositories.
+/// Limits for sources outside of this process: clients may name any number of registries and repositories.
 pub(super) struct ExternalCredentials {
-    /// The client of the clouds' token services.
+    /// Client of the clouds' token services.
     http: reqwest::Client,
     programs: Semaphore,
     services: Semaphore,
 }
 
-/// Programs that run at the same time, and as many requests to token services. More: programs take the memory of the machine.
-/// Fewer: pulls from registries with different secrets wait for each other.
-const MAX_OUTSIDE: usize = 8;
+/// Programs that run at the same time, and as many requests to token services. More: programs use more memory. Fewer:
+/// pulls from registries with different secrets wait for each other.
+const MAX_CONCURRENT_SOURCES: usize = 8;
 
 impl ExternalCredentials {
     pub(super) fn new(http: reqwest::Client) -> Self {
-        Self { http, programs: Semaphore::new(MAX_OUTSIDE), services: Semaphore::new(MAX_OUTSIDE) }
+        Self {
+            http,
+            programs: Semaphore::new(MAX_CONCURRENT_SOURCES),
+            services: Semaphore::new(MAX_CONCURRENT_SOURCES),
+        }
     }
 }
 
-/// Why credentials cannot be had. Says which source, never what it holds.
+/// Why credentials are not available. Names the source, never its content.
 #[derive(Debug, Clone, thiserror::Error)]
 pub(super) enum CredentialsError {
     #[error("credentials file {0} cannot be read: {1}")]
     File(String, String),
-    #[error("credentials file {0} is no Docker config.json: {1}")]
+    #[error("credentials file {0} is not a valid Docker config.json: {1}")]
     Docker(String, String),
-    #[error("the variable {0} with the password is not set")]
+    #[error("the environment variable {0} with the password is not set")]
     Variable(String),
-    #[error("the program {0}")]
+    #[error("credential program {0}")]
     Program(String),
-    #[error("{0} is no configuration of credential providers: {1}")]
+    #[error("{0} is not a valid CredentialProviderConfig: {1}")]
     Provider(String, String),
     #[error("{0}: {1}")]
     Cloud(&'static str, String),
 }
 
-/// Whom a secret is for.
+/// The upstream and repository that a secret is for.
 #[derive(Clone, Copy)]
 pub(super) struct CredentialScope<'a> {
     /// `https://host`
@@ -77,9 +81,9 @@ pub(super) struct CredentialScope<'a> {
     /// `host` or `host:port`
     pub(super) authority: &'a str,
     pub(super) trust: UpstreamTrust,
-    /// As it is called there.
+    /// The repository's name at the upstream.
     pub(super) repository: &'a str,
-    /// The registry whose upstream it is, and the repository's name there.
+    /// The registry that the upstream serves, and the repository's name there.
     pub(super) registry: &'a str,
     pub(super) name: &'a str,
 }
@@ -87,10 +91,10 @@ pub(super) struct CredentialScope<'a> {
 /// The secret for an upstream.
 pub(super) async fn find(
     source: &Credentials,
-    whom: CredentialScope<'_>,
-    outside: &ExternalCredentials,
+    scope: CredentialScope<'_>,
+    external: &ExternalCredentials,
 ) -> Result<FoundCredentials, CredentialsError> {
-    let CredentialScope { authority, trust, repository, .. } = whom;
+    let CredentialScope { authority, trust, repository, .. } = scope;
     let lasting = |life| move |secret| FoundCredentials { secret, life };
     match source {
         Credentials::Static { username, password } => {
@@ -106,29 +110,30 @@ pub(super) async fn find(
             let secret = Secret::Password { username: username.clone(), password };
             Ok(FoundCredentials { secret: Some(secret), life: DEFAULT_TTL })
         }
-        Credentials::DockerConfig { file } => match docker::find(file, whom).await? {
+        Credentials::DockerConfig { file } => match docker::find(file, scope).await? {
             docker::DockerEntry::Secret(secret) => Ok(FoundCredentials { secret, life: DEFAULT_TTL }),
             docker::DockerEntry::Helper(name) => {
-                let _turn = outside.programs.acquire().await;
-                helper::ask(&name, authority).await.map(lasting(OBSERVATION_TTL))
+                let _permit = external.programs.acquire().await;
+                helper::get(&name, authority).await.map(lasting(OBSERVATION_TTL))
             }
         },
         Credentials::Helper { name } => {
-            let _turn = outside.programs.acquire().await;
-            helper::ask(name, authority).await.map(lasting(OBSERVATION_TTL))
+            let _permit = external.programs.acquire().await;
+            helper::get(name, authority).await.map(lasting(OBSERVATION_TTL))
         }
         Credentials::Provider { config, bin_dir } => {
-            let _turn = outside.programs.acquire().await;
-            provider::ask(config, bin_dir, authority, repository).await
+            let _permit = external.programs.acquire().await;
+            provider::find(config, bin_dir, authority, repository).await
         }
-        // A token for everything that the machine may do goes where it belongs, or where the operator wrote.
+        // A token for all permissions of the machine goes only to the cloud's own registries and to configured
+        // upstreams.
         Credentials::Cloud(cloud) if trust == UpstreamTrust::Derived && !is_registry_of(*cloud, authority) => {
             Ok(FoundCredentials::nothing())
         }
         Credentials::Cloud(cloud) => {
-            let _turn = outside.services.acquire().await;
-            timeout(STALL_TIMEOUT, cloud_token(*cloud, whom, &outside.http)).await.unwrap_or_else(|_| {
-                Err(CredentialsError::Cloud("the cloud's token service", "no answer in time".into()))
+            let _permit = external.services.acquire().await;
+            timeout(STALL_TIMEOUT, cloud_token(*cloud, scope, &external.http)).await.unwrap_or_else(|_| {
+                Err(CredentialsError::Cloud("the cloud's token service", "no response in time".into()))
             })
         }
     }
@@ -136,13 +141,13 @@ pub(super) async fn find(
 
 async fn cloud_token(
     cloud: Cloud,
-    whom: CredentialScope<'_>,
+    scope: CredentialScope<'_>,
     http: &reqwest::Client,
 ) -> Result<FoundCredentials, CredentialsError> {
     match cloud {
         #[cfg(feature = "aws")]
-        Cloud::Aws => aws::fetch(http, whom.authority).await,
-        Cloud::Azure => azure::fetch(http, whom.base, whom.authority).await,
+        Cloud::Aws => aws::fetch(http, scope.authority).await,
+        Cloud::Azure => azure::fetch(http, scope.base, scope.authority).await,
         Cloud::Gcp => google::fetch(http).await,
     }
 }
@@ -162,8 +167,7 @@ impl FoundCredentials {
     }
 }
 
-/// Of keys such as `*.example.com/team` the one that says most of a repository at an upstream: the longest path,
-/// then a host without stars.
+/// The most specific matching key, such as `*.example.com/team`: the longest path, then a host without stars.
 fn best_key<'a>(keys: impl Iterator<Item = &'a str>, authority: &str, repository: &str) -> Option<&'a str> {
     let matching = keys.filter_map(|key| {
         let (host, path) = parts(key);
@@ -174,7 +178,7 @@ fn best_key<'a>(keys: impl Iterator<Item = &'a str>, authority: &str, repository
     matching.max().map(|(_, key)| key)
 }
 
-/// The host and the path of a key. Those that are URLs of the v1 API have none.
+/// The host and the path of a key. URLs of the v1 and v2 API have no path.
 fn parts(key: &str) -> (&str, &str) {
     let bare = key.trim_start_matches("https://").trim_start_matches("http://");
     let (host, path) = bare.split_once('/').unwrap_or((bare, ""));
@@ -208,11 +212,11 @@ mod tests {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         let base = format!("https://{authority}");
         let (registry, name) = (authority, repository);
-        let whom =
+        let scope =
             CredentialScope { base: &base, authority, trust: UpstreamTrust::Derived, repository, registry, name };
         let tls = tls::config(&[], Vec::new(), None).unwrap();
         let http = reqwest::Client::builder().tls_backend_preconfigured(tls).build().unwrap();
-        runtime.block_on(find(source, whom, &ExternalCredentials::new(http))).map(|found| found.secret)
+        runtime.block_on(find(source, scope, &ExternalCredentials::new(http))).map(|found| found.secret)
     }
 
     fn docker(json: &str, authority: &str) -> Result<Option<Secret>, CredentialsError> {
@@ -223,7 +227,7 @@ mod tests {
     }
 
     #[test]
-    fn the_key_that_says_most_wins() {
+    fn most_specific_key_wins() {
         let keys =
             ["*.corp", "reg.corp", "reg.corp/team", "reg.corp/team/app", "https://index.docker.io/v1/", "*.corp/te"];
         let best = |authority: &str, repository: &str| best_key(keys.into_iter(), authority, repository);
@@ -236,7 +240,7 @@ mod tests {
     }
 
     #[test]
-    fn a_token_of_the_machine_goes_to_its_own_registries_only() {
+    fn cloud_token_goes_only_to_its_own_registries() {
         assert!(["gcr.io", "eu.gcr.io", "europe-docker.pkg.dev"].into_iter().all(google::is_registry));
         assert!(!["gcr.io.evil.example", "notgcr.io", "pkg.dev.example"].into_iter().any(google::is_registry));
         assert!(["team.azurecr.io", "team.azurecr.cn"].into_iter().all(azure::is_registry));
@@ -253,7 +257,7 @@ mod tests {
     }
 
     #[test]
-    fn docker_configs_are_understood() {
+    fn docker_config_is_parsed() {
         let json = format!(
             r#"{{"auths": {{"https://index.docker.io/v1/": {{"auth": "{}"}},
                 "reg.corp:5000": {{"username": "u", "password": "p"}},
@@ -270,7 +274,7 @@ mod tests {
     }
 
     #[test]
-    fn docker_configs_are_read_leniently() {
+    fn docker_config_is_parsed_leniently() {
         let password = |password: &str| Some(Secret::Password { username: "me".into(), password: password.into() });
         let encoded = STANDARD.encode("me:secrets");
         let (first, second) = encoded.split_at(5);
@@ -298,7 +302,7 @@ mod tests {
     }
 
     #[test]
-    fn secret_of_a_registry_is_found_where_a_rule_sends_it() {
+    fn registry_secret_is_found_for_configured_mirror() {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("config.json");
         let entry = |text: &str| serde_json::json!({"auth": STANDARD.encode(text)});
@@ -307,19 +311,27 @@ mod tests {
         let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
         let of = |authority, trust| {
             let (base, repository) = ("https://x", "proxy/team/app");
-            let whom = CredentialScope { base, authority, trust, repository, registry: "quay.io", name: "team/app" };
-            match runtime.block_on(docker::find(&file, whom)).unwrap() {
+            let scope = CredentialScope { base, authority, trust, repository, registry: "quay.io", name: "team/app" };
+            match runtime.block_on(docker::find(&file, scope)).unwrap() {
                 docker::DockerEntry::Secret(Some(Secret::Password { username, .. })) => Some(username),
                 _ => None,
             }
         };
         assert_eq!(of("mirror.corp", UpstreamTrust::Written).as_deref(), Some("quay"));
-        assert_eq!(of("harbor.corp", UpstreamTrust::Written).as_deref(), Some("harbor"), "its own comes first");
-        assert_eq!(of("elsewhere.example", UpstreamTrust::Derived), None, "nothing goes to a host that others chose");
+        assert_eq!(
+            of("harbor.corp", UpstreamTrust::Written).as_deref(),
+            Some("harbor"),
+            "the upstream's own entry comes first"
+        );
+        assert_eq!(
+            of("elsewhere.example", UpstreamTrust::Derived),
+            None,
+            "no secret goes to a host that is not configured"
+        );
     }
 
     #[test]
-    fn mistakes_are_named_without_the_secret() {
+    fn docker_config_error_hides_the_secret() {
         for json in [r#"{"auths": {"a": {"auth": "c2VjcmV0"}}}"#, r#"{"auths": {"a": "secret"}}"#, "{"] {
             let message = docker(json, "a").unwrap_err().to_string();
             assert!(message.contains("config.json") && !message.contains("secret"), "{message}");
@@ -331,7 +343,7 @@ mod tests {
     }
 
     #[test]
-    fn a_password_file_may_end_in_a_newline() {
+    fn password_file_newline_is_trimmed() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("password");
         std::fs::write(&path, "hush\n").unwrap();

@@ -1,9 +1,8 @@
-//! Where dray may connect to when others choose the name: https at public addresses.
+//! Egress policy: where dray may connect if a client or an upstream chooses the host (SSRF protection).
 //!
-//! An upstream written in the configuration is trusted as written. Everything else, which is what
-//! `ns` names, what redirects point at and what token realms say, is checked here: as a literal
-//! before the request, as a resolved address when connecting, so that no second DNS answer can
-//! differ from the one that was checked.
+//! A configured upstream is trusted as written. Hosts of `ns`, redirects and token realms need https and a public
+//! address, or an allowed network. Literal addresses are checked before the request. Resolved addresses are checked
+//! when connecting, so that a second DNS response cannot differ from the checked one.
 
 use std::collections::HashSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -19,45 +18,44 @@ use super::env_proxies::parse_proxy;
 use crate::config::Config;
 use crate::dns;
 
-/// The rules for names that others choose.
 #[derive(Clone)]
 pub(super) struct EgressPolicy {
     resolver: Arc<TokioResolver>,
     allow: Arc<[IpNet]>,
-    /// Hosts of HTTP proxies, which are connected to on behalf of any name.
+    /// Hosts of HTTP proxies: a connection to them serves any name.
     proxies: Arc<HashSet<String>>,
 }
 
 /// Which addresses a connection may reach.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum EgressScope {
-    /// Anything: the upstream is written in the configuration.
+    /// Any address: the upstream is configured.
     Anywhere,
-    /// Public addresses and the networks of `[guard] allow`.
+    /// Public addresses and the networks of `[egress] allow_cidrs`.
     Public,
-    /// Only the networks of `[guard] allow`: without TLS.
+    /// Only the networks of `[egress] allow_cidrs`: for requests without TLS.
     Allowed,
 }
 
-/// Why a URL is not followed.
+/// Why a URL is blocked.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub(super) enum EgressError {
     #[error("{0} is neither http nor https")]
     Scheme(String),
     #[error(
-        "{0} is not a public address, and no network in [guard] allow holds it: name it there, or as an upstream of a [[registry]] rule"
+        "{0} is not a public address, and no network in [egress] allow_cidrs holds it: name it there, or as an upstream of a [[registry]] rule"
     )]
     Address(String),
     #[error("{0} is the configured HTTP proxy")]
     Proxy(String),
 }
 
-/// Why a name has no address.
+/// Why a name could not be resolved.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 enum ResolveError {
     #[error("dns: no such host {0}")]
     NoSuchHost(String),
-    #[error("dns: the name servers do not tell the address of {0}: {1}")]
+    #[error("dns: the name servers did not resolve {0}: {1}")]
     NoResponse(String, String),
 }
 
@@ -66,62 +64,62 @@ impl EgressPolicy {
     pub(super) fn new(config: &Config) -> Result<Self, String> {
         Ok(Self {
             resolver: Arc::new(dns::resolver(&config.dns.servers)?),
-            allow: config.guard.allow.clone().into(),
+            allow: config.egress.allow_cidrs.clone().into(),
             proxies: Arc::new(proxy_hosts(|name| std::env::var(name).ok())),
         })
     }
 
-    /// Whether the name of a URL has any address, as far as the name servers can tell.
+    /// Whether the host of a URL has an address, as far as dray can resolve it.
     pub(super) async fn resolves(&self, url: &Url) -> bool {
         match url.host() {
-            // Inside many networks only the proxy knows public names.
+            // In many networks only the proxy resolves public names.
             Some(Host::Domain(name)) => !self.proxies.is_empty() || self.resolver.lookup_ip(name).await.is_ok(),
             Some(Host::Ipv4(_) | Host::Ipv6(_)) => true,
             None => false,
         }
     }
 
-    /// How a URL that others chose may be reached.
+    /// The scope for a URL whose host is not configured.
     pub(super) async fn check(&self, url: &Url) -> Result<EgressScope, EgressError> {
-        let reach = reach_of(url)?;
-        let refused = || EgressError::Address(url.host_str().unwrap_or_default().to_owned());
-        match url.host().ok_or_else(refused)? {
-            Host::Ipv4(address) if !self.permits(reach, address.into()) => Err(refused()),
-            Host::Ipv6(address) if !self.permits(reach, address.into()) => Err(refused()),
+        let scope = scope_of(url)?;
+        let blocked = || EgressError::Address(url.host_str().unwrap_or_default().to_owned());
+        match url.host().ok_or_else(blocked)? {
+            Host::Ipv4(address) if !self.permits(scope, address.into()) => Err(blocked()),
+            Host::Ipv6(address) if !self.permits(scope, address.into()) => Err(blocked()),
             Host::Domain(name) if self.proxies.contains(name) => Err(EgressError::Proxy(name.to_owned())),
-            // Behind a proxy nobody asks our resolver when connecting. What cannot be resolved
-            // here is left to the proxy: inside many networks only it knows public names.
+            // Connections through a proxy do not use `EgressResolver`, so the name is resolved now. If that fails, the
+            // proxy decides: in many networks only the proxy resolves public names.
             Host::Domain(name) if !self.proxies.is_empty() => match self.resolver.lookup_ip(name).await {
-                Ok(found) if !found.iter().all(|a| self.permits(reach, a)) => Err(refused()),
-                _ => Ok(reach),
+                Ok(found) if !found.iter().all(|a| self.permits(scope, a)) => Err(blocked()),
+                _ => Ok(scope),
             },
-            _ => Ok(reach),
+            _ => Ok(scope),
         }
     }
 
-    /// Why a URL that others chose is refused, where that is known without a resolver.
-    pub(super) fn refuses_literally(&self, url: &Url) -> Result<(), EgressError> {
-        let reach = reach_of(url)?;
+    /// Checks what needs no resolver: the scheme, literal addresses and `localhost`.
+    pub(super) fn check_literal(&self, url: &Url) -> Result<(), EgressError> {
+        let scope = scope_of(url)?;
         let address: IpAddr = match url.host() {
             Some(Host::Ipv4(address)) => address.into(),
             Some(Host::Ipv6(address)) => address.into(),
             Some(Host::Domain("localhost")) => Ipv4Addr::LOCALHOST.into(),
             Some(Host::Domain(_)) | None => return Ok(()),
         };
-        if self.permits(reach, address) {
+        if self.permits(scope, address) {
             return Ok(());
         }
         Err(EgressError::Address(url.host_str().unwrap_or_default().to_owned()))
     }
 
-    /// A resolver for connections of one reach.
-    pub(super) fn resolver(&self, reach: EgressScope) -> Arc<dyn Resolve> {
-        Arc::new(EgressResolver { guard: self.clone(), reach })
+    /// A resolver for connections of one scope.
+    pub(super) fn resolver(&self, scope: EgressScope) -> Arc<dyn Resolve> {
+        Arc::new(EgressResolver { policy: self.clone(), scope })
     }
 
-    fn permits(&self, reach: EgressScope, address: IpAddr) -> bool {
+    fn permits(&self, scope: EgressScope, address: IpAddr) -> bool {
         let allowed = || self.allow.iter().any(|network| network.contains(&address.to_canonical()));
-        match reach {
+        match scope {
             EgressScope::Anywhere => true,
             EgressScope::Public => is_public(address) || allowed(),
             EgressScope::Allowed => allowed(),
@@ -129,7 +127,7 @@ impl EgressPolicy {
     }
 }
 
-fn reach_of(url: &Url) -> Result<EgressScope, EgressError> {
+fn scope_of(url: &Url) -> Result<EgressScope, EgressError> {
     match url.scheme() {
         "https" => Ok(EgressScope::Public),
         "http" => Ok(EgressScope::Allowed),
@@ -138,20 +136,20 @@ fn reach_of(url: &Url) -> Result<EgressScope, EgressError> {
 }
 
 struct EgressResolver {
-    guard: EgressPolicy,
-    reach: EgressScope,
+    policy: EgressPolicy,
+    scope: EgressScope,
 }
 
 impl Resolve for EgressResolver {
     fn resolve(&self, name: Name) -> Resolving {
-        let (guard, reach) = (self.guard.clone(), self.reach);
+        let (policy, scope) = (self.policy.clone(), self.scope);
         Box::pin(async move {
             let found =
-                guard.resolver.lookup_ip(name.as_str()).await.map_err(|error| unresolved(name.as_str(), &error))?;
-            let is_proxy = guard.proxies.contains(name.as_str());
+                policy.resolver.lookup_ip(name.as_str()).await.map_err(|error| unresolved(name.as_str(), &error))?;
+            let is_proxy = policy.proxies.contains(name.as_str());
             let addresses: Vec<SocketAddr> = found
                 .iter()
-                .filter(|address| is_proxy || guard.permits(reach, *address))
+                .filter(|address| is_proxy || policy.permits(scope, *address))
                 .map(|address| SocketAddr::new(address, 0))
                 .collect();
             if addresses.is_empty() {
@@ -169,7 +167,7 @@ fn unresolved(name: &str, error: &NetError) -> ResolveError {
     }
 }
 
-/// The hosts that the environment names as proxies, in either case of the variables.
+/// The hosts of the environment's proxies, in either case of the variables.
 fn proxy_hosts(variable: impl Fn(&str) -> Option<String>) -> HashSet<String> {
     ["HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"]
         .iter()
@@ -205,7 +203,7 @@ fn is_public_v4(address: Ipv4Addr) -> bool {
 
 fn is_public_v6(address: Ipv6Addr) -> bool {
     let s = address.segments();
-    // Addresses that carry an IPv4 address inside lead where that one leads.
+    // An address with an embedded IPv4 address (NAT64, 6to4) leads to the IPv4 address.
     let embedded = match s {
         [0x64, 0xff9b, 0, 0, 0, 0, high, low] | [0x2002, high, low, ..] => {
             Some(Ipv4Addr::from((u32::from(high) << 16) | u32::from(low)))
@@ -226,9 +224,9 @@ fn is_public_v6(address: Ipv6Addr) -> bool {
 mod tests {
     use super::*;
 
-    fn guard(allow: &[&str]) -> EgressPolicy {
+    fn policy(allow: &[&str]) -> EgressPolicy {
         let config = Config {
-            guard: crate::config::EgressConfig { allow: allow.iter().map(|net| net.parse().unwrap()).collect() },
+            egress: crate::config::EgressConfig { allow_cidrs: allow.iter().map(|net| net.parse().unwrap()).collect() },
             ..Config::default()
         };
         EgressPolicy { proxies: Arc::default(), ..EgressPolicy::new(&config).unwrap() }
@@ -273,8 +271,8 @@ mod tests {
 
     #[tokio::test]
     async fn literals_are_checked_before_connecting() {
-        let guard = guard(&["10.0.0.0/8"]);
-        for (url, reach) in [
+        let policy = policy(&["10.0.0.0/8"]);
+        for (url, scope) in [
             ("https://1.1.1.1/", Some(EgressScope::Public)),
             ("https://10.0.0.1/", Some(EgressScope::Public)),
             ("http://10.0.0.1/", Some(EgressScope::Allowed)),
@@ -289,22 +287,22 @@ mod tests {
             ("ftp://1.1.1.1/", None),
             ("file:///etc/passwd", None),
         ] {
-            assert_eq!(guard.check(&Url::parse(url).unwrap()).await.ok(), reach, "{url}");
+            assert_eq!(policy.check(&Url::parse(url).unwrap()).await.ok(), scope, "{url}");
         }
     }
 
     #[tokio::test]
-    async fn literals_are_known_without_a_resolver() {
-        let refused = |allow: &[&str], url: &str| guard(allow).refuses_literally(&Url::parse(url).unwrap()).is_err();
+    async fn literals_are_checked_without_a_resolver() {
+        let blocked = |allow: &[&str], url: &str| policy(allow).check_literal(&Url::parse(url).unwrap()).is_err();
         for url in ["https://10.0.0.5:5000", "https://[fd00::1]", "https://localhost:5000", "https://169.254.169.254"] {
-            assert!(refused(&[], url), "{url}");
+            assert!(blocked(&[], url), "{url}");
         }
-        assert!(!refused(&["10.0.0.0/8"], "https://10.0.0.5:5000") && !refused(&["127.0.0.0/8"], "https://localhost"));
-        assert!(!refused(&[], "https://1.1.1.1") && !refused(&[], "https://registry.corp"));
+        assert!(!blocked(&["10.0.0.0/8"], "https://10.0.0.5:5000") && !blocked(&["127.0.0.0/8"], "https://localhost"));
+        assert!(!blocked(&[], "https://1.1.1.1") && !blocked(&[], "https://registry.corp"));
     }
 
     #[test]
-    fn proxies_are_known_by_their_hosts() {
+    fn proxy_hosts_are_read_from_the_environment() {
         let hosts = proxy_hosts(|name| match name {
             "HTTPS_PROXY" => Some("http://user:secret@proxy.corp:3128".into()),
             "http_proxy" => Some("other.corp:80".into()),

@@ -1,5 +1,5 @@
-//! HTTP proxies of the environment, as Go's clients read it (`golang.org/x/net/http/httpproxy`): container runtimes
-//! beside dray have the same variables.
+//! HTTP proxies of the environment, parsed like Go's clients do (`golang.org/x/net/http/httpproxy`): container runtimes
+//! on the same node use the same variables.
 
 use std::net::IpAddr;
 
@@ -19,9 +19,9 @@ enum NoProxyEntry {
     Everything,
     Network(IpNet),
     Address(IpAddr, Option<u16>),
-    /// A host and all below it.
+    /// A host and its subdomains.
     Domain(String, Option<u16>),
-    /// Only what is below it.
+    /// Only its subdomains.
     Below(String, Option<u16>),
 }
 
@@ -39,7 +39,7 @@ impl EnvProxies {
             let text = value(name).or_else(|| value("ALL_PROXY"))?;
             let url = parse_proxy(&text);
             if url.is_none() {
-                tracing::warn!(name, "the proxy of the environment is not a valid URL and is ignored");
+                tracing::warn!(variable = name, error = "not a valid URL", "proxy variable ignored");
             }
             url
         };
@@ -47,7 +47,7 @@ impl EnvProxies {
         Self { http: proxy("HTTP_PROXY"), https: proxy("HTTPS_PROXY"), except: except_of(&except) }
     }
 
-    /// The proxy for a URL. Loopback is never reached by one.
+    /// The proxy for a URL. Loopback addresses never use one.
     pub(super) fn of(&self, url: &Url) -> Option<Url> {
         let proxy = if url.scheme() == "https" { self.https.as_ref() } else { self.http.as_ref() };
         let port = url.port_or_known_default();
@@ -99,7 +99,7 @@ impl NoProxyEntry {
         if let Ok(address) = host.trim_start_matches('[').trim_end_matches(']').parse() {
             return Some(Self::Address(address, port));
         }
-        // "*.corp" and ".corp" are what is below, "corp" is that name as well.
+        // "*.corp" and ".corp" match subdomains only, "corp" matches itself as well.
         match host.strip_prefix("*.").or_else(|| host.strip_prefix('.')) {
             Some(below) => Some(Self::Below(below.to_owned(), port)),
             None => Some(Self::Domain(host.to_owned(), port)),
@@ -151,7 +151,7 @@ mod tests {
     }
 
     #[test]
-    fn no_proxy_is_read_as_go_reads_it() {
+    fn no_proxy_is_parsed_like_in_go() {
         for (no_proxy, url, is_direct) in [
             ("corp.io", "https://corp.io/", true),
             ("corp.io", "https://reg.corp.io/", true),

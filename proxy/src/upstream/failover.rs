@@ -1,5 +1,5 @@
-//! The way of a question through a rule's upstreams: those that are well first, the next one where one gives
-//! nothing or takes long, and nobody who is not there or said "later".
+//! Failover of a request through a rule's upstreams: healthy ones first, the next one if an upstream fails or is slow.
+//! An upstream that is down or rate limited gets no request.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,7 +11,7 @@ use reqwest::Response;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 use super::UpstreamClient;
-use super::health::{Admission, DownCause, Unanswered, UpstreamHealth};
+use super::health::{Admission, DownCause, FailureEffect, UpstreamHealth};
 use super::http::{ConnectTimeout, UpstreamRef};
 use super::request::{RequestKind, UpstreamRequest};
 use super::retry::{ATTEMPTS, RetryBudget};
@@ -20,271 +20,278 @@ use crate::registries::{RepositoryRef, UpstreamTrust};
 use crate::source::SourceError;
 use crate::times::{ALTERNATIVE_TIMEOUT, REACH_TIMEOUT, STALL_TIMEOUT};
 
-/// Requests that waited for the end of a limit are spread over this time.
-const SPREAD_MILLIS: u64 = 250;
+/// Requests that waited for the end of a rate limit are spread over this time. Longer: clients wait longer. Shorter:
+/// their burst causes the next limit.
+const LIMIT_END_SPREAD_MILLIS: u64 = 250;
 
-/// Where a question goes, and whether another upstream follows.
+/// One step of the failover.
 #[derive(Clone, Copy)]
 struct UpstreamTurn<'a> {
     upstream: &'a Upstream,
     trust: UpstreamTrust,
-    patience: ConnectTimeout,
+    connect_timeout: ConnectTimeout,
     deadline: Instant,
 }
 
-/// What to do after an answer.
 #[derive(PartialEq, Eq)]
 enum AfterResponse {
     Done,
-    /// The upstream limits its requests: when that is over, or not at all.
-    AskAgain,
+    /// The upstream limits its requests: repeat after the limit ends, or give up.
+    Retry,
 }
 
 impl UpstreamClient {
-    /// Asks the upstreams in order until one answers with 200 or 206.
-    pub(super) async fn ask(
+    /// Sends a request to the upstreams in order until one responds with 200 or 206.
+    pub(super) async fn send(
         self: &Arc<Self>,
-        place: &RepositoryRef,
-        question: &UpstreamRequest,
+        repo_ref: &RepositoryRef,
+        request: &UpstreamRequest,
         deadline: Instant,
     ) -> Result<Response, SourceError> {
-        let mut upstreams = place.rule.upstreams(&place.registry);
-        let (now, who) = (Instant::now(), place.caller.who());
+        let mut upstreams = repo_ref.rule.upstreams(&repo_ref.registry);
+        let (now, principal_id) = (Instant::now(), repo_ref.principal.principal_id());
         upstreams.sort_by_cached_key(|(upstream, _)| {
-            self.conditions.of(place, upstream).lock().rank(question.kind, who, now)
+            self.health.of(repo_ref, upstream).lock().rank(request.kind, principal_id, now)
         });
-        // The last one that may be asked has all the time, and so have those that may not be asked yet.
-        let may_be_asked = |(upstream, _): &(Upstream, UpstreamTrust)| {
-            self.conditions.of(place, upstream).lock().admit(question.kind, who, now) == Admission::Ask
+        // The last upstream that admits the request gets the whole deadline, and so do those after it.
+        let is_admitted = |(upstream, _): &(Upstream, UpstreamTrust)| {
+            self.health.of(repo_ref, upstream).lock().admit(request.kind, principal_id, now) == Admission::Allowed
         };
-        let last = upstreams.iter().rposition(may_be_asked).unwrap_or(0);
+        let last = upstreams.iter().rposition(is_admitted).unwrap_or(0);
         let mut turns = upstreams.iter().enumerate().map(|(nth, (upstream, trust))| UpstreamTurn {
             upstream,
             trust: *trust,
-            patience: if nth >= last { ConnectTimeout::LastResort } else { ConnectTimeout::OthersFollow },
+            connect_timeout: if nth >= last { ConnectTimeout::LastResort } else { ConnectTimeout::OthersFollow },
             deadline: if nth >= last { deadline } else { deadline.min(Instant::now() + REACH_TIMEOUT) },
         });
-        let ask = |turn| async move { (turn, self.ask_upstream(turn, place, question).await) };
-        let mut asked = FuturesUnordered::new();
+        let send = |turn| async move { (turn, self.send_to_upstream(turn, repo_ref, request).await) };
+        let mut pending = FuturesUnordered::new();
         let mut waiting: Vec<UpstreamTurn<'_>> = Vec::new();
         let mut worst: Option<SourceError> = None;
-        // A blob is fetched from one upstream at a time: both would send it.
-        let may_hedge = !question.kind.is_blob();
+        // Not for blobs: both upstreams would send the whole blob.
+        let may_hedge = !request.kind.is_blob();
         loop {
-            if asked.is_empty() {
+            if pending.is_empty() {
                 let Some(turn) = turns.next() else { return Err(worst.unwrap_or_else(SourceError::not_found)) };
                 waiting.push(turn);
-                asked.push(ask(turn));
+                pending.push(send(turn));
             }
-            let (by, answer) = tokio::select! {
-                Some(answered) = asked.next() => answered,
+            let (by, result) = tokio::select! {
+                Some(finished) = pending.next() => finished,
                 () = sleep(ALTERNATIVE_TIMEOUT), if may_hedge && turns.len() > 0 => {
                     waiting.extend(turns.next());
-                    asked.extend(waiting.last().copied().map(ask));
+                    pending.extend(waiting.last().copied().map(send));
                     continue;
                 }
             };
-            let place_in_line = waiting.iter().position(|turn| std::ptr::eq(turn.upstream, by.upstream));
-            match answer {
+            let position = waiting.iter().position(|turn| std::ptr::eq(turn.upstream, by.upstream));
+            match result {
                 Ok(response) => {
-                    // Those who were asked earlier and still say nothing.
-                    for turn in &waiting[..place_in_line.unwrap_or(0)] {
-                        self.conditions.of(place, turn.upstream).lock().overtaken(Instant::now());
+                    // Upstreams that got the request earlier and have not responded yet.
+                    for turn in &waiting[..position.unwrap_or(0)] {
+                        self.health.of(repo_ref, turn.upstream).lock().mark_degraded(Instant::now());
                     }
                     return Ok(response);
                 }
                 Err(error) => {
                     worst = Some(match worst {
-                        Some(worst) => worst.severer(error),
+                        Some(worst) => worst.more_severe(error),
                         None => error,
                     });
                 }
             }
-            place_in_line.map(|nth| waiting.remove(nth));
+            position.map(|nth| waiting.remove(nth));
         }
     }
 
-    /// Why a registry that no rule brings an upstream for is not asked, as far as its name tells.
-    pub fn refusal(&self, place: &RepositoryRef) -> Option<SourceError> {
-        let upstreams = place.rule.upstreams(&place.registry);
+    /// Why the egress policy blocks a registry without a configured upstream, as far as its name shows.
+    pub fn refusal(&self, repo_ref: &RepositoryRef) -> Option<SourceError> {
+        let upstreams = repo_ref.rule.upstreams(&repo_ref.registry);
         let mut derived = upstreams.iter().filter(|(_, trust)| *trust == UpstreamTrust::Derived);
-        let refused = derived.find_map(|(upstream, _)| self.http.refuses_literally(upstream).err())?;
-        Some(SourceError::Guarded(refused.to_string()))
+        let refused = derived.find_map(|(upstream, _)| self.http.check_literal(upstream).err())?;
+        Some(SourceError::Blocked(refused.to_string()))
     }
 
-    /// Why nothing would come of a question now, as far as that is known without asking.
-    pub fn trouble(&self, place: &RepositoryRef) -> Option<SourceError> {
+    /// Why a request would fail now, as far as is known without sending one.
+    pub fn trouble(&self, repo_ref: &RepositoryRef) -> Option<SourceError> {
         let now = Instant::now();
         let mut worst = None;
-        for (upstream, _) in place.rule.upstreams(&place.registry) {
-            let known = self.conditions.known(place, &upstream)?;
-            let error = match known.lock().admit(RequestKind::ManifestHead, place.caller.who(), now) {
-                Admission::Ask => return None,
+        for (upstream, _) in repo_ref.rule.upstreams(&repo_ref.registry) {
+            let known = self.health.known(repo_ref, &upstream)?;
+            let error = match known.lock().admit(RequestKind::ManifestHead, repo_ref.principal.principal_id(), now) {
+                Admission::Allowed => return None,
                 Admission::Limited(until) => SourceError::Limited { again: Some(until - now) },
-                Admission::Down(cause) => is_down(cause),
+                Admission::Down(cause) => down_error(cause),
             };
-            worst = Some(worst.map_or(error.clone(), |worst: SourceError| worst.severer(error)));
+            worst = Some(worst.map_or(error.clone(), |worst: SourceError| worst.more_severe(error)));
         }
         worst
     }
 
-    /// Waits until nothing would come of a request to a place's upstreams.
-    pub async fn trouble_begins(&self, place: &RepositoryRef) -> SourceError {
+    /// Waits until a request to the upstreams of this repository would fail.
+    pub async fn until_unavailable(&self, repo_ref: &RepositoryRef) -> SourceError {
         loop {
-            let mut in_trouble = std::pin::pin!(self.in_trouble.notified());
-            in_trouble.as_mut().enable();
-            if let Some(trouble) = self.trouble(place) {
+            let mut became_unavailable = std::pin::pin!(self.became_unavailable.notified());
+            became_unavailable.as_mut().enable();
+            if let Some(trouble) = self.trouble(repo_ref) {
                 return trouble;
             }
-            in_trouble.await;
+            became_unavailable.await;
         }
     }
 
-    /// Asks one upstream, when it is its turn, and remembers what that tells of it.
-    async fn ask_upstream(
+    /// Sends a request to one upstream and records what the result says about its health.
+    async fn send_to_upstream(
         self: &Arc<Self>,
         turn: UpstreamTurn<'_>,
-        place: &RepositoryRef,
-        question: &UpstreamRequest,
+        repo_ref: &RepositoryRef,
+        request: &UpstreamRequest,
     ) -> Result<Response, SourceError> {
-        let condition = self.conditions.of(place, turn.upstream);
+        let health = self.health.of(repo_ref, turn.upstream);
         let mut attempts = 0;
         let limits_end = turn.deadline.min(Instant::now() + STALL_TIMEOUT);
         loop {
             let now = Instant::now();
-            let admission = condition.lock().admit(question.kind, place.caller.who(), now);
+            let admission = health.lock().admit(request.kind, repo_ref.principal.principal_id(), now);
             match admission {
-                Admission::Ask => {}
-                Admission::Down(cause) => return Err(is_down(cause)),
+                Admission::Allowed => {}
+                Admission::Down(cause) => return Err(down_error(cause)),
                 Admission::Limited(until) => {
-                    let after = until + Duration::from_millis(fastrand::u64(..SPREAD_MILLIS));
-                    // Where another follows it is asked instead.
-                    if turn.patience == ConnectTimeout::OthersFollow || after >= limits_end || attempts >= ATTEMPTS {
+                    let after = until + Duration::from_millis(fastrand::u64(..LIMIT_END_SPREAD_MILLIS));
+                    // If another upstream follows, it gets the request instead.
+                    if turn.connect_timeout == ConnectTimeout::OthersFollow
+                        || after >= limits_end
+                        || attempts >= ATTEMPTS
+                    {
                         return Err(SourceError::Limited { again: Some(until - now) });
                     }
                     sleep_until(after).await;
                     continue;
                 }
             }
-            let home = UpstreamRef {
+            let upstream_ref = UpstreamRef {
                 upstream: turn.upstream,
                 trust: turn.trust,
-                tls: &place.rule.tls,
-                patience: turn.patience,
+                tls: &repo_ref.rule.tls,
+                connect_timeout: turn.connect_timeout,
             };
-            let mut asking = std::pin::pin!(self.ask_patiently(home, place, question, turn.deadline, &mut attempts));
-            let answer = match timeout(STALL_TIMEOUT, &mut asking).await {
-                Ok(answer) => answer,
-                // Others need not find out; this request stays open, and its answer is proof of life.
+            let mut attempt =
+                std::pin::pin!(self.send_with_retries(upstream_ref, repo_ref, request, turn.deadline, &mut attempts));
+            let result = match timeout(STALL_TIMEOUT, &mut attempt).await {
+                Ok(result) => result,
+                // Other requests fail fast from now on. This one stays open: its response marks the upstream as up.
                 Err(_) => {
-                    self.found_silent(turn, place, question, now);
-                    asking.await
+                    self.record_timeout(turn, repo_ref, request, now);
+                    attempt.await
                 }
             };
-            let answer = match answer {
-                Ok(response) => question.believe(response, turn.deadline).await,
+            let result = match result {
+                Ok(response) => request.validate(response, turn.deadline).await,
                 error => error,
             };
-            let outcome = answer.as_ref().map_or_else(SourceError::as_str, |_| "ok");
+            let outcome = result.as_ref().map_or_else(SourceError::as_str, |_| "ok");
             self.metrics
                 .upstream_requests
-                .with_label_values(&[place.rule.name(), question.kind.as_str(), outcome])
+                .with_label_values(&[repo_ref.rule.name(), request.kind.as_str(), outcome])
                 .inc();
-            if answer.is_ok() {
-                let first_byte = self.metrics.upstream_first_byte.with_label_values(&[place.rule.name()]);
+            if result.is_ok() {
+                let first_byte = self.metrics.upstream_first_byte.with_label_values(&[repo_ref.rule.name()]);
                 first_byte.observe(now.elapsed().as_secs_f64());
             }
-            if let Err(error) = &answer {
-                let (upstream, kind) = (turn.upstream.base(), question.kind.as_str());
-                tracing::debug!(%place, upstream, kind, %error, "upstream gave nothing");
+            if let Err(error) = &result {
+                let (upstream, kind) = (turn.upstream.base(), request.kind.as_str());
+                tracing::debug!(repository = %repo_ref, upstream, kind, %error, "upstream request failed");
             }
-            if self.learn_from(&answer, &condition, turn, place, question, now) == AfterResponse::AskAgain {
+            if self.record_outcome(&result, &health, turn, repo_ref, request, now) == AfterResponse::Retry {
                 continue;
             }
-            return answer;
+            return result;
         }
     }
 
-    /// What an answer to a request of this time says of the upstream.
-    fn learn_from(
+    /// Records what a result says about the upstream's health.
+    fn record_outcome(
         self: &Arc<Self>,
-        answer: &Result<Response, SourceError>,
-        condition: &Mutex<UpstreamHealth>,
+        result: &Result<Response, SourceError>,
+        health: &Mutex<UpstreamHealth>,
         turn: UpstreamTurn<'_>,
-        place: &RepositoryRef,
-        question: &UpstreamRequest,
-        asked: Instant,
+        repo_ref: &RepositoryRef,
+        request: &UpstreamRequest,
+        sent_at: Instant,
     ) -> AfterResponse {
-        match answer {
-            Err(SourceError::TimedOut) if asked.elapsed() < ALTERNATIVE_TIMEOUT => {}
-            Err(SourceError::TimedOut) => self.found_silent(turn, place, question, asked),
+        match result {
+            Err(SourceError::TimedOut) if sent_at.elapsed() < ALTERNATIVE_TIMEOUT => {}
+            Err(SourceError::TimedOut) => self.record_timeout(turn, repo_ref, request, sent_at),
             Err(error @ SourceError::Unreachable(_)) => {
-                if condition.lock().silent(question.kind, DownCause::Unreachable, asked, Instant::now())
-                    == Unanswered::Found
+                if health.lock().mark_unresponsive(request.kind, DownCause::Unreachable, sent_at, Instant::now())
+                    == FailureEffect::WentDown
                 {
-                    self.look_after(place, turn.upstream, turn.trust, error);
+                    self.probe_until_up(repo_ref, turn.upstream, turn.trust, error);
                 }
             }
             Err(SourceError::Limited { again }) => {
-                let mut condition = condition.lock();
-                condition.answered(Instant::now());
-                condition.limited(question.kind, place.caller.who(), *again, Instant::now());
-                self.in_trouble.notify_waiters();
-                tracing::info!(%place, upstream = turn.upstream.base(), ?again, "the upstream limits its requests");
-                // Where there are too many limits to remember another one, the answer stands.
-                if condition.admit(question.kind, place.caller.who(), Instant::now()) != Admission::Ask {
-                    return AfterResponse::AskAgain;
+                let mut health = health.lock();
+                health.mark_responding(Instant::now());
+                health.mark_limited(request.kind, repo_ref.principal.principal_id(), *again, Instant::now());
+                self.became_unavailable.notify_waiters();
+                let upstream = turn.upstream.base();
+                tracing::info!(repository = %repo_ref, upstream, retry_after = ?again, "upstream rate limited");
+                // If there were too many limits to remember this one, the response is final.
+                if health.admit(request.kind, repo_ref.principal.principal_id(), Instant::now()) != Admission::Allowed {
+                    return AfterResponse::Retry;
                 }
             }
             Ok(_) => {
-                let mut condition = condition.lock();
-                condition.answered(Instant::now());
-                condition.gave(question.kind, place.caller.who());
+                let mut health = health.lock();
+                health.mark_responding(Instant::now());
+                health.clear_limit(request.kind, repo_ref.principal.principal_id());
             }
-            // It was not asked, or its token server was not to be had. Of a connection that breaks nobody knows whose
-            // doing it is: it says nothing of other paths.
+            // The upstream got no request, or its token was not available. A broken connection may be due to a filter
+            // for one path and says nothing about others.
             Err(
                 SourceError::NoCredentials(_)
                 | SourceError::Busy
-                | SourceError::Guarded(_)
+                | SourceError::Blocked(_)
                 | SourceError::Interrupted(_),
             ) => {}
-            Err(_) => condition.lock().answered(Instant::now()),
+            Err(_) => health.lock().mark_responding(Instant::now()),
         }
         AfterResponse::Done
     }
 
-    /// A request was not answered in time.
-    fn found_silent(
+    /// A request got no response in time.
+    fn record_timeout(
         self: &Arc<Self>,
         turn: UpstreamTurn<'_>,
-        place: &RepositoryRef,
-        question: &UpstreamRequest,
-        asked: Instant,
+        repo_ref: &RepositoryRef,
+        request: &UpstreamRequest,
+        sent_at: Instant,
     ) {
-        let condition = self.conditions.of(place, turn.upstream);
-        if condition.lock().silent(question.kind, DownCause::Silent, asked, Instant::now()) == Unanswered::Found {
-            self.look_after(place, turn.upstream, turn.trust, &SourceError::TimedOut);
+        let health = self.health.of(repo_ref, turn.upstream);
+        if health.lock().mark_unresponsive(request.kind, DownCause::Silent, sent_at, Instant::now())
+            == FailureEffect::WentDown
+        {
+            self.probe_until_up(repo_ref, turn.upstream, turn.trust, &SourceError::TimedOut);
         }
     }
 
-    /// Repeats what is likely to pass, within the deadline and the budget.
-    async fn ask_patiently(
+    /// Repeats a request after a transient error, within the deadline and the retry budget.
+    async fn send_with_retries(
         &self,
-        home: UpstreamRef<'_>,
-        place: &RepositoryRef,
-        question: &UpstreamRequest,
+        upstream_ref: UpstreamRef<'_>,
+        repo_ref: &RepositoryRef,
+        request: &UpstreamRequest,
         deadline: Instant,
         attempts: &mut u32,
     ) -> Result<Response, SourceError> {
-        let retries = self.retries.get_with_by_ref(&place.registry, || Arc::new(RetryBudget::new()));
+        let retries = self.retries.get_with_by_ref(&repo_ref.registry, || Arc::new(RetryBudget::new()));
         retries.earn();
         loop {
             *attempts += 1;
-            let asked = Instant::now();
-            match self.ask_once(home, place, question, deadline).await {
-                // What took long to fail will take long again, and the client waits.
-                Err(error) if error.is_passing() && asked.elapsed() < ALTERNATIVE_TIMEOUT => {
+            let sent_at = Instant::now();
+            match self.send_once(upstream_ref, repo_ref, request, deadline).await {
+                // A slow failure is likely to be slow again, while the client waits.
+                Err(error) if error.is_transient() && sent_at.elapsed() < ALTERNATIVE_TIMEOUT => {
                     match retries.pause(*attempts, deadline) {
                         Some(pause) => sleep(pause).await,
                         None => return Err(error),
@@ -296,10 +303,10 @@ impl UpstreamClient {
     }
 }
 
-fn is_down(cause: DownCause) -> SourceError {
+fn down_error(cause: DownCause) -> SourceError {
     match cause {
         DownCause::Unreachable => {
-            SourceError::Unreachable("it has not answered lately, and is asked again all the time".into())
+            SourceError::Unreachable("the upstream is down, and dray probes it until it responds".into())
         }
         DownCause::Silent => SourceError::TimedOut,
     }

@@ -1,5 +1,24 @@
-//! What is known of an upstream from asking it: whether anybody is there, and what it limits. Decisions only; the
-//! clock comes from outside.
+//! The circuit breaker of an upstream. Decisions only: the clock, requests and probes come from outside.
+//!
+//! | state | breaker | requests |
+//! |---|---|---|
+//! | unknown | closed | allowed; the upstream has not responded yet |
+//! | healthy | closed | allowed |
+//! | degraded | closed | allowed, other upstreams come first |
+//! | rate limited | open for one request kind and principal | rejected until the limit ends |
+//! | down | open; probes are the half-open requests | rejected |
+//!
+//! | event | from | to |
+//! |---|---|---|
+//! | response with any status, also to a probe | any | healthy; rate limits stay |
+//! | status 200 or 206 | rate limited | this limit and its backoff end |
+//! | 429, or 503 with `Retry-After` | any | rate limited for `Retry-After`, else 5 s, 10 s ... 60 s |
+//! | no response to a manifest request | all but down | down; unchanged if another response came meanwhile |
+//! | no response to a blob or list request | all but down | degraded for `PAUSE`; unchanged likewise |
+//! | another upstream responded first | any | degraded for `PAUSE` |
+//! | no request for `DEFAULT_TTL`, or no probe possible | down | the state before |
+//!
+//! A connection that breaks during a request changes nothing: a filter may do so for one path.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -13,9 +32,10 @@ use super::request::RequestKind;
 use crate::config::Upstream;
 use crate::principal::PrincipalId;
 use crate::registries::RepositoryRef;
-use crate::times::{DEFAULT_TTL, FIRST_PAUSE, HOUR, OBSERVATION_TTL, PAUSE};
+use crate::times::{DEFAULT_TTL, FIRST_RETRY_DELAY, HOUR, OBSERVATION_TTL, PAUSE};
 
-/// The upstreams that were asked lately, each under the rule by whose credentials it is asked.
+/// Health by rule and upstream, since rules may use different credentials. Entries without use for `OBSERVATION_TTL`
+/// are dropped.
 pub(super) struct UpstreamStates(moka::sync::Cache<HealthKey, Arc<Mutex<UpstreamHealth>>>);
 
 #[derive(Clone, PartialEq, Eq, Hash)]
@@ -24,103 +44,100 @@ struct HealthKey {
     upstream: String,
 }
 
-/// What is known of one upstream.
 #[derive(Default)]
 pub(super) struct UpstreamHealth {
-    /// Nobody is there: it is looked after until somebody is.
+    /// Set while the breaker is open.
     down: Option<DownState>,
-    answered: Option<Instant>,
-    /// Somebody got no answer, or not soon: others are asked first until then.
-    doubted: Option<Instant>,
-    /// Registries count by account: whom one limits says nothing of others.
+    last_response: Option<Instant>,
+    /// Until then other upstreams come first.
+    degraded_until: Option<Instant>,
+    /// By principal too, since registries count requests by account.
     limits: HashMap<(RequestKind, PrincipalId), RateLimited>,
 }
 
 struct DownState {
     cause: DownCause,
-    /// When somebody last wanted something from it.
-    wanted: Instant,
+    /// When a request last needed the upstream.
+    last_needed: Instant,
 }
 
-/// Why an upstream counts as down.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum DownCause {
-    /// It takes requests and does not answer in time: it may be slow.
+    /// It accepts requests but does not respond in time; it may only be slow.
     Silent,
-    /// No connection to it can be had.
+    /// No connection can be opened.
     Unreachable,
 }
 
-/// It said "later" to one kind of questions.
+/// The rate limit of one request kind and principal.
 #[derive(Clone, Copy)]
 struct RateLimited {
     until: Instant,
-    /// How often in a row it did not say how much later.
+    /// Limits without a usable `Retry-After` since the last success.
     strikes: u32,
 }
 
-/// Whether to ask.
+/// Whether a request may be sent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Admission {
-    Ask,
-    /// It asks to be left alone until then.
+    Allowed,
+    /// The rate limit ends then.
     Limited(Instant),
-    /// Nobody is there.
+    /// Its breaker is open.
     Down(DownCause),
 }
 
-/// What a question without an answer means.
+/// The effect of a request without a response.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Unanswered {
-    /// Nobody is there, which was not known before.
-    Found,
-    /// It was known, or others were answered meanwhile.
-    Nothing,
+pub(super) enum FailureEffect {
+    /// The breaker has opened.
+    WentDown,
+    /// It was open already, the upstream has responded since, or it is only degraded.
+    Unchanged,
 }
 
-/// Limits of one upstream; of more each question finds out by itself.
+/// Rate limits that are remembered for one upstream. More: more memory. Fewer: requests of further principals are sent
+/// although the upstream rejects them.
 const MAX_LIMITS: usize = 1_000;
 
+/// Upstreams whose health is remembered. More: more memory. Fewer: requests to a forgotten one find out again.
 const MAX_UPSTREAMS: u64 = 10_000;
 
-/// A limit that comes without a time lasts so long, then twice as long, and so on.
-const FIRST_LIMIT: Duration = Duration::from_secs(5);
+/// Duration of a limit without `Retry-After`; it doubles up to `DEFAULT_TTL`. Longer: clients wait longer than needed.
+/// Shorter: more requests that the upstream rejects.
+const FIRST_LIMIT_DURATION: Duration = Duration::from_secs(5);
 
-/// An upstream as it is shown to people.
+/// The state of an upstream for operators.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct UpstreamView {
-    /// By which rule it is asked.
+    /// The rule that uses it.
     pub rule: String,
     pub upstream: String,
-    /// `well`, `slow`: others are asked first, `limited`: it said "later", `down`: nobody answers, and it is asked
-    /// again all the time.
+    /// A state of the table at the head; `rate_limited` if any limit is active.
     pub state: String,
-    /// Until a limit ends.
-    pub limited_seconds: Option<u64>,
-    /// Pulls that it still allows, as it last said.
+    /// Until its longest rate limit ends.
+    pub rate_limited_seconds: Option<u64>,
+    /// From its last response with rate limit headers.
     pub rate_limit_remaining: Option<i64>,
-    /// That it has granted and that are good for a while.
+    /// Valid tokens that dray holds for it.
     #[serde(default)]
     pub tokens: usize,
 }
 
-/// What others know of an upstream, by rule and name.
+/// Values of an `UpstreamView` that other modules know.
 pub(super) struct KnownHealth {
     pub(super) remaining: Option<i64>,
     pub(super) tokens: usize,
 }
 
 impl UpstreamStates {
-    /// Those that were asked lately, by rule and name.
+    /// All upstreams with recent requests, sorted by rule and URL.
     pub(super) fn views(&self, known: impl Fn(&str, &str) -> KnownHealth) -> Vec<UpstreamView> {
         let now = Instant::now();
-        let view = |(key, condition): (Arc<HealthKey>, Arc<Mutex<UpstreamHealth>>)| {
-            let (has_answered, (state, limited)) = {
-                let condition = condition.lock();
-                (condition.has_answered(), condition.state(now))
-            };
-            // A host that was blocked, or that has never answered, says nothing: clients can invent names.
-            if !has_answered && state == "well" {
+        let view = |(key, health): (Arc<HealthKey>, Arc<Mutex<UpstreamHealth>>)| {
+            let (state, limited) = health.lock().state(now);
+            // A host that was blocked or has never responded is not listed: clients can invent names.
+            if state == "unknown" {
                 return None;
             }
             let known = known(&key.rule, &key.upstream);
@@ -130,7 +147,7 @@ impl UpstreamStates {
                 rule: key.rule.clone(),
                 upstream: key.upstream.clone(),
                 state: state.to_owned(),
-                limited_seconds: limited.map(|limited| limited.as_secs()),
+                rate_limited_seconds: limited.map(|limited| limited.as_secs()),
             })
         };
         let mut views: Vec<UpstreamView> = self.0.iter().filter_map(view).collect();
@@ -142,110 +159,125 @@ impl UpstreamStates {
         Self(moka::sync::Cache::builder().max_capacity(MAX_UPSTREAMS).time_to_idle(OBSERVATION_TTL).build())
     }
 
-    pub(super) fn of(&self, place: &RepositoryRef, upstream: &Upstream) -> Arc<Mutex<UpstreamHealth>> {
-        self.0.get_with(HealthKey::new(place, upstream), Arc::default)
+    pub(super) fn of(&self, repo_ref: &RepositoryRef, upstream: &Upstream) -> Arc<Mutex<UpstreamHealth>> {
+        self.0.get_with(HealthKey::new(repo_ref, upstream), Arc::default)
     }
 
-    /// What is known, if it was ever asked.
-    pub(super) fn known(&self, place: &RepositoryRef, upstream: &Upstream) -> Option<Arc<Mutex<UpstreamHealth>>> {
-        self.0.get(&HealthKey::new(place, upstream))
+    /// None: the upstream got no request recently.
+    pub(super) fn known(&self, repo_ref: &RepositoryRef, upstream: &Upstream) -> Option<Arc<Mutex<UpstreamHealth>>> {
+        self.0.get(&HealthKey::new(repo_ref, upstream))
     }
 }
 
 impl HealthKey {
-    fn new(place: &RepositoryRef, upstream: &Upstream) -> Self {
-        Self { rule: place.rule.name().to_owned(), upstream: upstream.base() }
+    fn new(repo_ref: &RepositoryRef, upstream: &Upstream) -> Self {
+        Self { rule: repo_ref.rule.name().to_owned(), upstream: upstream.base() }
     }
 }
 
 impl UpstreamHealth {
-    /// Whether it has ever said anything.
-    pub(super) fn has_answered(&self) -> bool {
-        self.answered.is_some()
+    pub(super) fn has_responded(&self) -> bool {
+        self.last_response.is_some()
     }
 
-    /// Whether a question may be asked. One that may not still wants it.
-    pub(super) fn admit(&mut self, kind: RequestKind, who: PrincipalId, now: Instant) -> Admission {
+    /// Whether a request may be sent. A rejected request keeps the probes running.
+    pub(super) fn admit(&mut self, kind: RequestKind, principal_id: PrincipalId, now: Instant) -> Admission {
         if let Some(down) = &mut self.down {
-            down.wanted = now;
+            down.last_needed = now;
             return Admission::Down(down.cause);
         }
-        match self.limits.get(&(kind, who)) {
+        match self.limits.get(&(kind, principal_id)) {
             Some(limit) if limit.until > now => Admission::Limited(limit.until),
-            _ => Admission::Ask,
+            _ => Admission::Allowed,
         }
     }
 
-    /// As it is shown, with the time to the end of its longest limit.
+    /// The state for operators, with the time until the longest rate limit ends.
     fn state(&self, now: Instant) -> (&'static str, Option<Duration>) {
         let limited = self.limits.values().filter_map(|limit| limit.until.checked_duration_since(now)).max();
         let limited = limited.filter(|left| !left.is_zero());
-        let is_doubted = self.doubted.is_some_and(|until| until > now);
+        let is_degraded = self.degraded_until.is_some_and(|until| until > now);
         let state = match (&self.down, limited) {
             (Some(_), _) => "down",
-            (None, Some(_)) => "limited",
-            (None, None) if is_doubted => "slow",
-            (None, None) => "well",
+            (None, Some(_)) => "rate_limited",
+            (None, None) if is_degraded => "degraded",
+            (None, None) if self.last_response.is_none() => "unknown",
+            (None, None) => "healthy",
         };
         (state, limited)
     }
 
-    /// In which order upstreams are asked: those first that are likely to answer.
-    pub(super) fn rank(&mut self, kind: RequestKind, who: PrincipalId, now: Instant) -> (Admission, bool) {
-        (self.admit(kind, who, now), self.doubted.is_some_and(|until| until > now))
+    /// The sort key of failover: upstreams that are likely to respond come first.
+    pub(super) fn rank(&mut self, kind: RequestKind, principal_id: PrincipalId, now: Instant) -> (Admission, bool) {
+        (self.admit(kind, principal_id, now), self.degraded_until.is_some_and(|until| until > now))
     }
 
-    /// Somebody is there, whatever was said.
-    pub(super) fn answered(&mut self, now: Instant) {
+    /// The upstream responded, with any status.
+    pub(super) fn mark_responding(&mut self, now: Instant) {
         self.down = None;
-        self.doubted = None;
-        self.answered = Some(now);
+        self.degraded_until = None;
+        self.last_response = Some(now);
     }
 
-    /// It gave what was asked for, so it does not limit that any more.
-    pub(super) fn gave(&mut self, kind: RequestKind, who: PrincipalId) {
-        self.limits.remove(&(kind, who));
+    /// A request succeeded, so its rate limit is over.
+    pub(super) fn clear_limit(&mut self, kind: RequestKind, principal_id: PrincipalId) {
+        self.limits.remove(&(kind, principal_id));
     }
 
-    /// It said "later", and maybe how much.
-    pub(super) fn limited(&mut self, kind: RequestKind, who: PrincipalId, again: Option<Duration>, now: Instant) {
-        let again = again.filter(|again| *again >= FIRST_PAUSE);
-        let strikes = self.limits.get(&(kind, who)).map_or(0, |limit| limit.strikes);
-        let unsaid = (FIRST_LIMIT * (1 << strikes.min(8))).min(DEFAULT_TTL);
-        let until = now + again.map_or(unsaid, |again| again.min(HOUR));
+    /// A `retry_after` below one second counts as missing: a retry at once would meet the same limit.
+    pub(super) fn mark_limited(
+        &mut self,
+        kind: RequestKind,
+        principal_id: PrincipalId,
+        retry_after: Option<Duration>,
+        now: Instant,
+    ) {
+        let retry_after = retry_after.filter(|retry_after| *retry_after >= FIRST_RETRY_DELAY);
+        let strikes = self.limits.get(&(kind, principal_id)).map_or(0, |limit| limit.strikes);
+        let backoff = (FIRST_LIMIT_DURATION * (1 << strikes.min(8))).min(DEFAULT_TTL);
+        let until = now + retry_after.map_or(backoff, |retry_after| retry_after.min(HOUR));
         if self.limits.len() >= MAX_LIMITS {
             self.limits.retain(|_, limit| limit.until > now);
         }
-        if self.limits.len() < MAX_LIMITS || self.limits.contains_key(&(kind, who)) {
-            self.limits.insert((kind, who), RateLimited { until, strikes: strikes + u32::from(again.is_none()) });
+        if self.limits.len() < MAX_LIMITS || self.limits.contains_key(&(kind, principal_id)) {
+            self.limits.insert(
+                (kind, principal_id),
+                RateLimited { until, strikes: strikes + u32::from(retry_after.is_none()) },
+            );
         }
     }
 
-    /// Another upstream has answered, and this one not yet.
-    pub(super) fn overtaken(&mut self, now: Instant) {
-        self.doubted = Some(now + PAUSE);
+    /// Another upstream responded first.
+    pub(super) fn mark_degraded(&mut self, now: Instant) {
+        self.degraded_until = Some(now + PAUSE);
     }
 
-    /// Nothing came back to a question of then.
-    pub(super) fn silent(&mut self, kind: RequestKind, cause: DownCause, asked: Instant, now: Instant) -> Unanswered {
-        if self.answered.is_some_and(|answered| answered >= asked) || self.down.is_some() {
-            return Unanswered::Nothing;
+    /// A request that was sent at `sent` got no response.
+    pub(super) fn mark_unresponsive(
+        &mut self,
+        kind: RequestKind,
+        cause: DownCause,
+        sent: Instant,
+        now: Instant,
+    ) -> FailureEffect {
+        if self.last_response.is_some_and(|at| at >= sent) || self.down.is_some() {
+            return FailureEffect::Unchanged;
         }
-        if !kind.tells_who_is_there() {
-            self.doubted = Some(now + PAUSE);
-            return Unanswered::Nothing;
+        if !kind.silence_means_down() {
+            self.degraded_until = Some(now + PAUSE);
+            return FailureEffect::Unchanged;
         }
-        self.down = Some(DownState { cause, wanted: now });
-        Unanswered::Found
+        self.down = Some(DownState { cause, last_needed: now });
+        FailureEffect::WentDown
     }
 
-    /// Whether somebody still wants something of an upstream that is down.
-    pub(super) fn is_wanted(&self, now: Instant) -> bool {
-        self.down.as_ref().is_some_and(|down| now < down.wanted + DEFAULT_TTL)
+    /// Whether a request has needed a down upstream within `DEFAULT_TTL`; if not, probes stop.
+    pub(super) fn is_needed(&self, now: Instant) -> bool {
+        self.down.as_ref().is_some_and(|down| now < down.last_needed + DEFAULT_TTL)
     }
 
-    /// Nobody looks after it: the next question has to find out.
-    pub(super) fn forget(&mut self) {
+    /// No probe runs: the next request has to find out.
+    pub(super) fn clear_down(&mut self) {
         self.down = None;
     }
 }
@@ -259,119 +291,120 @@ mod tests {
     }
 
     #[test]
-    fn who_is_silent_is_down_until_it_answers() {
-        let (mut condition, start) = (UpstreamHealth::default(), Instant::now());
+    fn silent_upstream_is_down_until_it_responds() {
+        let (mut health, start) = (UpstreamHealth::default(), Instant::now());
         assert_eq!(
-            condition.silent(RequestKind::ManifestHead, DownCause::Silent, start, start + seconds(3)),
-            Unanswered::Found
+            health.mark_unresponsive(RequestKind::ManifestHead, DownCause::Silent, start, start + seconds(3)),
+            FailureEffect::WentDown
         );
         assert_eq!(
-            condition.silent(RequestKind::Manifest, DownCause::Silent, start, start + seconds(4)),
-            Unanswered::Nothing,
-            "it is known"
+            health.mark_unresponsive(RequestKind::Manifest, DownCause::Silent, start, start + seconds(4)),
+            FailureEffect::Unchanged,
+            "it is down already"
         );
         assert_eq!(
-            condition.admit(RequestKind::Blob, PrincipalId::NOBODY, start + seconds(50)),
+            health.admit(RequestKind::Blob, PrincipalId::ANONYMOUS, start + seconds(50)),
             Admission::Down(DownCause::Silent)
         );
-        assert!(condition.is_wanted(start + seconds(109)) && !condition.is_wanted(start + seconds(110)));
-        condition.answered(start + seconds(60));
-        assert_eq!(condition.admit(RequestKind::Blob, PrincipalId::NOBODY, start + seconds(60)), Admission::Ask);
+        assert!(health.is_needed(start + seconds(109)) && !health.is_needed(start + seconds(110)));
+        health.mark_responding(start + seconds(60));
+        assert_eq!(health.admit(RequestKind::Blob, PrincipalId::ANONYMOUS, start + seconds(60)), Admission::Allowed);
         let (before, after) = (start + seconds(59), start + seconds(70));
         assert_eq!(
-            condition.silent(RequestKind::Manifest, DownCause::Silent, before, after),
-            Unanswered::Nothing,
-            "others were answered meanwhile"
+            health.mark_unresponsive(RequestKind::Manifest, DownCause::Silent, before, after),
+            FailureEffect::Unchanged,
+            "another request got a response meanwhile"
         );
     }
 
     #[test]
-    fn blobs_and_lists_only_raise_doubts() {
+    fn silent_blobs_and_lists_only_degrade() {
         for kind in [RequestKind::Blob, RequestKind::BlobHead, RequestKind::List] {
-            let (mut condition, start) = (UpstreamHealth::default(), Instant::now());
-            assert_eq!(condition.silent(kind, DownCause::Silent, start, start), Unanswered::Nothing);
-            assert_eq!(condition.rank(RequestKind::Manifest, PrincipalId::NOBODY, start), (Admission::Ask, true));
+            let (mut health, start) = (UpstreamHealth::default(), Instant::now());
+            assert_eq!(health.mark_unresponsive(kind, DownCause::Silent, start, start), FailureEffect::Unchanged);
+            assert_eq!(health.rank(RequestKind::Manifest, PrincipalId::ANONYMOUS, start), (Admission::Allowed, true));
             assert_eq!(
-                condition.rank(RequestKind::Manifest, PrincipalId::NOBODY, start + PAUSE),
-                (Admission::Ask, false)
+                health.rank(RequestKind::Manifest, PrincipalId::ANONYMOUS, start + PAUSE),
+                (Admission::Allowed, false)
             );
         }
     }
 
     #[test]
-    fn a_limit_is_of_one_kind_and_lasts_as_long_as_it_says() {
-        let (mut condition, start) = (UpstreamHealth::default(), Instant::now());
-        condition.limited(RequestKind::Manifest, PrincipalId::NOBODY, Some(seconds(7)), start);
+    fn rate_limit_covers_one_kind_until_retry_after() {
+        let (mut health, start) = (UpstreamHealth::default(), Instant::now());
+        health.mark_limited(RequestKind::Manifest, PrincipalId::ANONYMOUS, Some(seconds(7)), start);
         assert_eq!(
-            condition.admit(RequestKind::Manifest, PrincipalId::NOBODY, start + seconds(6)),
+            health.admit(RequestKind::Manifest, PrincipalId::ANONYMOUS, start + seconds(6)),
             Admission::Limited(start + seconds(7))
         );
-        assert_eq!(condition.admit(RequestKind::ManifestHead, PrincipalId::NOBODY, start), Admission::Ask);
-        assert_eq!(condition.admit(RequestKind::Manifest, PrincipalId::NOBODY, start + seconds(7)), Admission::Ask);
-        condition.limited(RequestKind::Manifest, PrincipalId::NOBODY, Some(seconds(1_000_000)), start);
+        assert_eq!(health.admit(RequestKind::ManifestHead, PrincipalId::ANONYMOUS, start), Admission::Allowed);
+        assert_eq!(health.admit(RequestKind::Manifest, PrincipalId::ANONYMOUS, start + seconds(7)), Admission::Allowed);
+        health.mark_limited(RequestKind::Manifest, PrincipalId::ANONYMOUS, Some(seconds(1_000_000)), start);
         assert_eq!(
-            condition.admit(RequestKind::Manifest, PrincipalId::NOBODY, start + HOUR),
-            Admission::Ask,
-            "whatever it says"
+            health.admit(RequestKind::Manifest, PrincipalId::ANONYMOUS, start + HOUR),
+            Admission::Allowed,
+            "a limit is at most an hour"
         );
     }
 
     #[test]
-    fn whom_one_limits_says_nothing_of_others() {
-        let (mut condition, start) = (UpstreamHealth::default(), Instant::now());
-        condition.limited(RequestKind::Manifest, PrincipalId::NOBODY, Some(seconds(7)), start);
-        assert_eq!(condition.admit(RequestKind::Manifest, PrincipalId([7; 16]), start), Admission::Ask);
-        let who = |nth: usize| PrincipalId(u128::try_from(nth).unwrap().to_be_bytes());
-        (0..2 * MAX_LIMITS).for_each(|nth| condition.limited(RequestKind::Manifest, who(nth), Some(seconds(7)), start));
-        assert_eq!(condition.limits.len(), MAX_LIMITS);
-        condition.limited(RequestKind::Manifest, PrincipalId([9; 16]), Some(seconds(7)), start + seconds(8));
-        assert_eq!(condition.limits.len(), 1, "those that are over make room");
+    fn rate_limit_covers_one_principal() {
+        let (mut health, start) = (UpstreamHealth::default(), Instant::now());
+        health.mark_limited(RequestKind::Manifest, PrincipalId::ANONYMOUS, Some(seconds(7)), start);
+        assert_eq!(health.admit(RequestKind::Manifest, PrincipalId([7; 16]), start), Admission::Allowed);
+        let principal_id = |nth: usize| PrincipalId(u128::try_from(nth).unwrap().to_be_bytes());
+        (0..2 * MAX_LIMITS)
+            .for_each(|nth| health.mark_limited(RequestKind::Manifest, principal_id(nth), Some(seconds(7)), start));
+        assert_eq!(health.limits.len(), MAX_LIMITS);
+        health.mark_limited(RequestKind::Manifest, PrincipalId([9; 16]), Some(seconds(7)), start + seconds(8));
+        assert_eq!(health.limits.len(), 1, "expired limits make room");
     }
 
     #[test]
-    fn people_are_shown_what_is_wrong() {
-        let (mut condition, now) = (UpstreamHealth::default(), Instant::now());
-        assert_eq!(condition.state(now), ("well", None));
-        condition.overtaken(now);
-        assert_eq!(condition.state(now), ("slow", None));
-        condition.limited(RequestKind::Manifest, PrincipalId::NOBODY, Some(seconds(7)), now);
-        assert_eq!(condition.state(now), ("limited", Some(seconds(7))));
-        condition.silent(RequestKind::Manifest, DownCause::Silent, now, now);
-        assert_eq!(condition.state(now).0, "down");
+    fn state_shows_the_worst_condition() {
+        let (mut health, now) = (UpstreamHealth::default(), Instant::now());
+        assert_eq!(health.state(now), ("unknown", None));
+        health.mark_degraded(now);
+        assert_eq!(health.state(now), ("degraded", None));
+        health.mark_limited(RequestKind::Manifest, PrincipalId::ANONYMOUS, Some(seconds(7)), now);
+        assert_eq!(health.state(now), ("rate_limited", Some(seconds(7))));
+        health.mark_unresponsive(RequestKind::Manifest, DownCause::Silent, now, now);
+        assert_eq!(health.state(now).0, "down");
     }
 
     #[test]
-    fn at_once_is_no_time() {
-        let (mut condition, start) = (UpstreamHealth::default(), Instant::now());
-        condition.limited(RequestKind::Manifest, PrincipalId::NOBODY, Some(Duration::ZERO), start);
+    fn retry_after_below_a_second_is_ignored() {
+        let (mut health, start) = (UpstreamHealth::default(), Instant::now());
+        health.mark_limited(RequestKind::Manifest, PrincipalId::ANONYMOUS, Some(Duration::ZERO), start);
         assert_eq!(
-            condition.admit(RequestKind::Manifest, PrincipalId::NOBODY, start),
-            Admission::Limited(start + FIRST_LIMIT)
+            health.admit(RequestKind::Manifest, PrincipalId::ANONYMOUS, start),
+            Admission::Limited(start + FIRST_LIMIT_DURATION)
         );
-        condition.limited(RequestKind::Manifest, PrincipalId::NOBODY, Some(Duration::from_millis(999)), start);
+        health.mark_limited(RequestKind::Manifest, PrincipalId::ANONYMOUS, Some(Duration::from_millis(999)), start);
         assert_eq!(
-            condition.admit(RequestKind::Manifest, PrincipalId::NOBODY, start),
-            Admission::Limited(start + FIRST_LIMIT * 2)
+            health.admit(RequestKind::Manifest, PrincipalId::ANONYMOUS, start),
+            Admission::Limited(start + FIRST_LIMIT_DURATION * 2)
         );
     }
 
     #[test]
-    fn a_limit_without_a_time_lasts_longer_each_time() {
-        let (mut condition, mut now) = (UpstreamHealth::default(), Instant::now());
+    fn rate_limit_without_retry_after_backs_off() {
+        let (mut health, mut now) = (UpstreamHealth::default(), Instant::now());
         let lasts = [5, 10, 20, 40, 60, 60].map(|lasts| {
-            condition.limited(RequestKind::Manifest, PrincipalId::NOBODY, None, now);
-            let is_limited =
-                condition.admit(RequestKind::Manifest, PrincipalId::NOBODY, now + seconds(lasts - 1)) != Admission::Ask;
+            health.mark_limited(RequestKind::Manifest, PrincipalId::ANONYMOUS, None, now);
+            let is_limited = health.admit(RequestKind::Manifest, PrincipalId::ANONYMOUS, now + seconds(lasts - 1))
+                != Admission::Allowed;
             now += seconds(lasts);
-            is_limited && condition.admit(RequestKind::Manifest, PrincipalId::NOBODY, now) == Admission::Ask
+            is_limited && health.admit(RequestKind::Manifest, PrincipalId::ANONYMOUS, now) == Admission::Allowed
         });
         assert_eq!(lasts, [true; 6]);
-        condition.gave(RequestKind::Manifest, PrincipalId::NOBODY);
-        condition.limited(RequestKind::Manifest, PrincipalId::NOBODY, None, now);
+        health.clear_limit(RequestKind::Manifest, PrincipalId::ANONYMOUS);
+        health.mark_limited(RequestKind::Manifest, PrincipalId::ANONYMOUS, None, now);
         assert_eq!(
-            condition.admit(RequestKind::Manifest, PrincipalId::NOBODY, now + FIRST_LIMIT),
-            Admission::Ask,
-            "from the beginning"
+            health.admit(RequestKind::Manifest, PrincipalId::ANONYMOUS, now + FIRST_LIMIT_DURATION),
+            Admission::Allowed,
+            "the backoff starts again"
         );
     }
 }

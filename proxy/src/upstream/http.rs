@@ -1,4 +1,4 @@
-//! HTTP clients by how far they may reach, and redirects followed by hand.
+//! HTTP clients by egress scope, and redirects followed by hand.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -25,17 +25,18 @@ use crate::trace;
 
 const USER_AGENT: &str = concat!("dray/", env!("CARGO_PKG_VERSION"));
 
-/// As many hops as Go's HTTP client follows, which is what container clients are built on.
+/// The limit of Go's HTTP client, which container clients use. More: redirect loops last longer. Fewer: chains fail
+/// that clients accept without dray.
 const MAX_REDIRECTS: usize = 10;
 
-/// Header lines of a response. The library's own limit is 100, and registries behind several proxies send more.
+/// Header lines of a response. The library's default is 100, and registries behind several proxies send more.
 const MAX_HEADERS: usize = 512;
 
-/// All clients that the rules need.
+/// All HTTP clients that the rules need.
 pub(super) struct UpstreamHttp {
-    guard: EgressPolicy,
+    egress: EgressPolicy,
     identities: Vec<Arc<Identity>>,
-    kept_hosts: RecentHosts,
+    recent_hosts: RecentHosts,
     clients: HashMap<ClientKey, Client>,
     /// For the token services of clouds.
     pub(super) cloud: Client,
@@ -47,17 +48,17 @@ pub(super) struct UpstreamRef<'a> {
     pub(super) upstream: &'a Upstream,
     pub(super) trust: UpstreamTrust,
     pub(super) tls: &'a RuleTls,
-    pub(super) patience: ConnectTimeout,
+    pub(super) connect_timeout: ConnectTimeout,
 }
 
-/// How long to wait for a connection.
+/// How long to wait for a connection, by whether another upstream follows.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) enum ConnectTimeout {
     LastResort,
     OthersFollow,
 }
 
-/// What becomes of a connection after its request.
+/// Whether a connection is kept after its request.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 enum AfterUse {
     Keep,
@@ -66,13 +67,13 @@ enum AfterUse {
 
 #[derive(Clone, PartialEq, Eq, Hash)]
 struct ClientKey {
-    reach: EgressScope,
+    scope: EgressScope,
     tls: RuleTls,
-    patience: ConnectTimeout,
+    connect_timeout: ConnectTimeout,
     after_use: AfterUse,
 }
 
-/// Idle connections of one host. More: more memory. Fewer: parallel ranges connect anew.
+/// Idle connections of one host. More: more memory. Fewer: parallel ranges open new connections.
 const MAX_IDLE_PER_HOST: usize = 16;
 
 /// A request that can be sent again.
@@ -86,9 +87,10 @@ pub(super) struct ReplayableRequest<'a> {
 }
 
 impl UpstreamHttp {
-    /// One client for each reach and each rule's way to prove identities. `extra_ca` is trusted everywhere.
+    /// One client for each egress scope, connect timeout, connection reuse and TLS setting of a rule. `extra_ca` is
+    /// trusted everywhere.
     pub(super) fn new<'a>(
-        guard: EgressPolicy,
+        egress: EgressPolicy,
         rules: impl Iterator<Item = &'a RuleTls>,
         extra_ca: Option<&Path>,
     ) -> Result<Self, String> {
@@ -98,117 +100,122 @@ impl UpstreamHttp {
         for rule in rules.cloned().chain([RuleTls::default()]) {
             let identity = rule.client_cert.as_ref().map(tls::identity).transpose()?;
             identities.extend(identity.clone());
-            // Redirects and token endpoints elsewhere are not shown the certificate.
+            // Redirect targets and token endpoints on other hosts do not get the client certificate.
             for (rule, identity) in [(rule.clone(), identity), (RuleTls { client_cert: None, ..rule }, None)] {
                 if clients.keys().any(|known: &ClientKey| known.tls == rule) {
                     continue;
                 }
                 let roots = rule.ca.as_deref().map_or(Ok(Vec::new()), |ca| tls::certificates("registry.ca", ca))?;
                 let config = tls::config(&extra, roots, identity)?;
-                for reach in [EgressScope::Anywhere, EgressScope::Public, EgressScope::Allowed] {
-                    for patience in [ConnectTimeout::LastResort, ConnectTimeout::OthersFollow] {
+                for scope in [EgressScope::Anywhere, EgressScope::Public, EgressScope::Allowed] {
+                    for connect_timeout in [ConnectTimeout::LastResort, ConnectTimeout::OthersFollow] {
                         for after_use in [AfterUse::Keep, AfterUse::Close] {
-                            let key = ClientKey { reach, tls: rule.clone(), patience, after_use };
-                            let client = key.client(&guard, &proxies, config.clone())?;
+                            let key = ClientKey { scope, tls: rule.clone(), connect_timeout, after_use };
+                            let client = key.client(&egress, &proxies, config.clone())?;
                             clients.insert(key, client);
                         }
                     }
                 }
             }
         }
-        let cloud = cloud_client(&guard, proxies, tls::config(&extra, Vec::new(), None)?)?;
-        Ok(Self { guard, identities, kept_hosts: RecentHosts::default(), clients, cloud })
+        let cloud = cloud_client(&egress, proxies, tls::config(&extra, Vec::new(), None)?)?;
+        Ok(Self { egress, identities, recent_hosts: RecentHosts::default(), clients, cloud })
     }
 
-    /// Reads the certificates again that upstreams are shown.
+    /// Reloads the client certificates.
     pub(super) fn reload(&self) -> Result<(), String> {
         self.identities.iter().try_for_each(|identity| identity.reload())
     }
 
-    /// Why an upstream that is only named by clients is refused, where its name tells.
-    pub(super) fn refuses_literally(&self, upstream: &Upstream) -> Result<(), EgressError> {
-        Url::parse(&upstream.base()).map_or(Ok(()), |url| self.guard.refuses_literally(&url))
+    /// Checks an upstream from a client's request, as far as its name shows.
+    pub(super) fn check_literal(&self, upstream: &Upstream) -> Result<(), EgressError> {
+        Url::parse(&upstream.base()).map_or(Ok(()), |url| self.egress.check_literal(&url))
     }
 
     /// Whether an upstream's name has an address.
     pub(super) async fn resolves(&self, upstream: &Upstream) -> bool {
         match Url::parse(&upstream.base()) {
-            Ok(url) => self.guard.resolves(&url).await,
+            Ok(url) => self.egress.resolves(&url).await,
             Err(_) => false,
         }
     }
 
-    /// Sends a request and follows its redirects until an answer that is none. Returns the answer
-    /// with the URL that gave it.
+    /// Sends a request and follows its redirects. Returns the final response and its URL.
     pub(super) async fn follow(
         &self,
-        home: UpstreamRef<'_>,
-        mut ask: ReplayableRequest<'_>,
+        upstream_ref: UpstreamRef<'_>,
+        mut replayable: ReplayableRequest<'_>,
         deadline: Instant,
     ) -> Result<(Response, Url), SourceError> {
         for _ in 0..=MAX_REDIRECTS {
-            let response = self.send(home, &ask, deadline).await?;
+            let response = self.send(upstream_ref, &replayable, deadline).await?;
             if !is_redirect(&response) {
-                return Ok((response, ask.url));
+                return Ok((response, replayable.url));
             }
-            let target = redirect_target(&ask.url, response.headers())?;
-            if target.origin() != ask.url.origin() {
-                // Signed URLs reject a second authorization, and nobody else may see ours.
-                ask.authorization = None;
+            let target = redirect_target(&replayable.url, response.headers())?;
+            if target.origin() != replayable.url.origin() {
+                // Signed URLs reject a second authorization, and no other host may see dray's.
+                replayable.authorization = None;
             }
-            ask.url = target;
+            replayable.url = target;
         }
         Err(SourceError::Malformed(format!("more than {MAX_REDIRECTS} redirects")))
     }
 
-    /// Sends a request without following anything.
+    /// Sends a request without following redirects.
     pub(super) async fn send(
         &self,
-        home: UpstreamRef<'_>,
-        ask: &ReplayableRequest<'_>,
+        upstream_ref: UpstreamRef<'_>,
+        replayable: &ReplayableRequest<'_>,
         deadline: Instant,
     ) -> Result<Response, SourceError> {
-        let at_home = ask.url.as_str().starts_with(&format!("{}/", home.upstream.base()));
-        let reach = match home.trust {
+        let at_home = replayable.url.as_str().starts_with(&format!("{}/", upstream_ref.upstream.base()));
+        let scope = match upstream_ref.trust {
             UpstreamTrust::Written if at_home => EgressScope::Anywhere,
-            _ => self.guard.check(&ask.url).await.map_err(|refused| SourceError::Guarded(refused.to_string()))?,
+            _ => {
+                self.egress.check(&replayable.url).await.map_err(|blocked| SourceError::Blocked(blocked.to_string()))?
+            }
         };
-        let client_cert = home.tls.client_cert.clone().filter(|_| at_home);
-        let host = ask.url.host_str().unwrap_or_default();
-        let is_kept = || home.trust == UpstreamTrust::Written || self.kept_hosts.keeps(host, Instant::now());
+        let client_cert = upstream_ref.tls.client_cert.clone().filter(|_| at_home);
+        let host = replayable.url.host_str().unwrap_or_default();
+        let is_kept = || upstream_ref.trust == UpstreamTrust::Written || self.recent_hosts.touch(host, Instant::now());
         let after_use = if is_kept() { AfterUse::Keep } else { AfterUse::Close };
-        let tls = RuleTls { client_cert, ..home.tls.clone() };
-        let key = ClientKey { reach, tls, patience: home.patience, after_use };
-        let client = self.clients.get(&key).ok_or_else(|| SourceError::Unreachable("no client".into()))?;
-        let mut request = client.request(ask.method.clone(), ask.url.clone()).headers(ask.headers.clone());
-        if let Some(authorization) = &ask.authorization {
+        let tls = RuleTls { client_cert, ..upstream_ref.tls.clone() };
+        let key = ClientKey { scope, tls, connect_timeout: upstream_ref.connect_timeout, after_use };
+        let client = self
+            .clients
+            .get(&key)
+            .ok_or_else(|| SourceError::Unreachable("no HTTP client for this TLS setting".into()))?;
+        let mut request =
+            client.request(replayable.method.clone(), replayable.url.clone()).headers(replayable.headers.clone());
+        if let Some(authorization) = &replayable.authorization {
             request = request.header(AUTHORIZATION, authorization);
         }
-        if let Some(form) = &ask.form {
+        if let Some(form) = &replayable.form {
             request = request.header(CONTENT_TYPE, "application/x-www-form-urlencoded").body(form.clone());
         }
         let mut request = request.build().map_err(explain)?;
-        let mut span = trace::begin("ask an origin", trace::TraceSpanKind::Client);
+        let mut span = trace::begin("upstream request", trace::TraceSpanKind::Client);
         span.write(request.headers_mut());
-        let answer = match timeout_at(deadline, client.execute(request)).await {
+        let result = match timeout_at(deadline, client.execute(request)).await {
             Err(_) => Err(SourceError::TimedOut),
             Ok(Ok(response)) => {
-                if home.trust == UpstreamTrust::Derived {
-                    self.kept_hosts.answered(host, Instant::now());
+                if upstream_ref.trust == UpstreamTrust::Derived {
+                    self.recent_hosts.record_response(host, Instant::now());
                 }
                 Ok(response)
             }
             Ok(Err(error)) => Err(explain(error)),
         };
-        tell(&mut span, ask, &answer);
-        answer
+        record_span(&mut span, replayable, &result);
+        result
     }
 }
 
 impl ClientKey {
     fn client(
         &self,
-        guard: &EgressPolicy,
+        egress: &EgressPolicy,
         proxies: &Arc<EnvProxies>,
         tls: rustls::ClientConfig,
     ) -> Result<Client, String> {
@@ -216,40 +223,40 @@ impl ClientKey {
         let max_idle = if self.after_use == AfterUse::Keep { MAX_IDLE_PER_HOST } else { 0 };
         Client::builder()
             .user_agent(USER_AGENT)
-            // Same cost as HTTP/2 for a blob, without its windows, and sockets in parallel.
+            // For a blob as cheap as HTTP/2, without flow-control windows, and with parallel sockets.
             .http1_only()
             .http1_max_headers(MAX_HEADERS)
-            // As Go's client reads them: what is wrong with one header is no reason to refuse the body.
+            // As lenient as Go's client: an invalid header must not fail the body.
             .http1_allow_obsolete_multiline_headers_in_responses(true)
             .http1_allow_spaces_after_header_name_in_responses(true)
             .http1_ignore_invalid_headers_in_responses(true)
             .redirect(reqwest::redirect::Policy::none())
-            .connect_timeout(self.patience.connect_timeout())
+            .connect_timeout(self.connect_timeout.duration())
             .pool_idle_timeout(IDLE_TIMEOUT)
             .pool_max_idle_per_host(max_idle)
-            .dns_resolver(guard.resolver(self.reach))
+            .dns_resolver(egress.resolver(self.scope))
             .no_proxy()
             .proxy(Proxy::custom(move |url| proxies.of(url)))
             .tls_backend_preconfigured(tls)
             .build()
-            .map_err(|e| format!("no HTTP client: {}", root_cause(&e)))
+            .map_err(|e| format!("the HTTP client cannot be built: {}", root_cause(&e)))
     }
 }
 
 /// The client of the clouds' token services.
-fn cloud_client(guard: &EgressPolicy, proxies: Arc<EnvProxies>, tls: rustls::ClientConfig) -> Result<Client, String> {
+fn cloud_client(egress: &EgressPolicy, proxies: Arc<EnvProxies>, tls: rustls::ClientConfig) -> Result<Client, String> {
     Client::builder()
         .user_agent(USER_AGENT)
         .http1_only()
         .redirect(reqwest::redirect::Policy::none())
         .timeout(SERVICE_TIMEOUT)
-        .dns_resolver(guard.resolver(EgressScope::Anywhere))
+        .dns_resolver(egress.resolver(EgressScope::Anywhere))
         .no_proxy()
-        // What has no TLS is the metadata service of this very machine, or an agent on it.
+        // Without TLS it is the metadata service of this machine or an agent on it: no proxy.
         .proxy(Proxy::custom(move |url| proxies.of(url).filter(|_| url.scheme() == "https")))
         .tls_backend_preconfigured(tls)
         .build()
-        .map_err(|e| format!("no HTTP client: {}", root_cause(&e)))
+        .map_err(|e| format!("the HTTP client cannot be built: {}", root_cause(&e)))
 }
 
 /// Whether a response is a redirect that names a target.
@@ -257,26 +264,30 @@ pub(super) fn is_redirect(response: &Response) -> bool {
     matches!(response.status().as_u16(), 301 | 302 | 303 | 307 | 308)
 }
 
-/// Where a redirect leads: absolute, relative, or without a scheme. Bytes outside ASCII are percent-encoded, as
-/// registries behind object stores send file names raw.
+/// The target of a redirect: absolute, relative, or without a scheme. Bytes outside ASCII are percent-encoded, since
+/// registries behind object stores send raw file names.
 pub(super) fn redirect_target(from: &Url, headers: &HeaderMap) -> Result<Url, SourceError> {
     let location = headers.get(LOCATION).map(|value| percent_encode(value.as_bytes(), &AsciiSet::EMPTY).to_string());
     let target = location.and_then(|location| from.join(&location).ok());
     target.ok_or_else(|| SourceError::Malformed("a redirect without a usable Location".into()))
 }
 
-/// Never the path: it may be signed.
-fn tell(span: &mut trace::TraceSpan, ask: &ReplayableRequest<'_>, answer: &Result<Response, SourceError>) {
-    span.rename(|| format!("{} {}", ask.method, ask.url.host_str().unwrap_or_default()));
+/// Records no path: it may be signed.
+fn record_span(
+    span: &mut trace::TraceSpan,
+    replayable: &ReplayableRequest<'_>,
+    result: &Result<Response, SourceError>,
+) {
+    span.rename(|| format!("{} {}", replayable.method, replayable.url.host_str().unwrap_or_default()));
     span.tell(|| {
-        let host = ("server.address", ask.url.host_str().unwrap_or_default().to_owned().into());
-        let port = ("server.port", u64::from(ask.url.port_or_known_default().unwrap_or_default()).into());
-        let status = answer.as_ref().ok().map(|response| u64::from(response.status().as_u16()));
-        let method = ("http.request.method", ask.method.to_string().into());
+        let host = ("server.address", replayable.url.host_str().unwrap_or_default().to_owned().into());
+        let port = ("server.port", u64::from(replayable.url.port_or_known_default().unwrap_or_default()).into());
+        let status = result.as_ref().ok().map(|response| u64::from(response.status().as_u16()));
+        let method = ("http.request.method", replayable.method.to_string().into());
         let status = status.map(|status| ("http.response.status_code", status.into()));
         [host, port, method].into_iter().chain(status).collect()
     });
-    match answer {
+    match result {
         Ok(response) if response.status().is_server_error() => span.fail(|| response.status().to_string()),
         Ok(_) => {}
         Err(error) => span.fail(|| error.to_string()),
@@ -284,7 +295,7 @@ fn tell(span: &mut trace::TraceSpan, ask: &ReplayableRequest<'_>, answer: &Resul
 }
 
 impl ConnectTimeout {
-    fn connect_timeout(self) -> Duration {
+    fn duration(self) -> Duration {
         match self {
             Self::LastResort => REACH_TIMEOUT,
             Self::OthersFollow => ALTERNATIVE_TIMEOUT,
@@ -296,9 +307,9 @@ impl ConnectTimeout {
 fn explain(error: reqwest::Error) -> SourceError {
     let error = error.without_url();
     let text = root_cause(&error);
-    // The resolver's refusal comes wrapped in layers of connection errors.
-    if let Some(refused) = causes(&error).find_map(|cause| cause.downcast_ref::<EgressError>()) {
-        return SourceError::Guarded(refused.to_string());
+    // The resolver's error is wrapped in layers of connection errors.
+    if let Some(blocked) = causes(&error).find_map(|cause| cause.downcast_ref::<EgressError>()) {
+        return SourceError::Blocked(blocked.to_string());
     }
     if error.is_timeout() && !error.is_connect() {
         return SourceError::TimedOut;

@@ -1,4 +1,4 @@
-//! Looks after an upstream that is down until somebody answers, so that no client has to find out.
+//! Probes an upstream that is down until it responds, so that no client request has to find out.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,61 +16,67 @@ use crate::registries::{RepositoryRef, UpstreamTrust};
 use crate::source::SourceError;
 use crate::times::{RETRY_INTERVAL, UPSTREAM_TIMEOUT};
 
-/// It is asked again after this long, then twice as long, and so on.
-const FIRST_LOOK: Duration = Duration::from_millis(250);
+/// The first interval between probes; it doubles up to `RETRY_INTERVAL`. Longer: recovery is noticed later. Shorter:
+/// more requests to an upstream that has just failed.
+const FIRST_PROBE_INTERVAL: Duration = Duration::from_millis(250);
 
-/// One that swallows questions is asked anew meanwhile: it may answer those that come later.
-const MOST_LOOKS: usize = 4;
+/// Probes in flight to one upstream. More: a silent upstream holds more connections. Fewer: unanswered probes block a
+/// new one that would succeed.
+const MAX_CONCURRENT_PROBES: usize = 4;
 
 impl UpstreamClient {
-    /// Asks whether anybody is there, token endpoint included, again and again until somebody is.
-    pub(super) fn look_after(
+    /// Probes until the upstream, its token endpoint included, responds or no request has needed it for `DEFAULT_TTL`.
+    pub(super) fn probe_until_up(
         self: &Arc<Self>,
-        place: &RepositoryRef,
+        repo_ref: &RepositoryRef,
         upstream: &Upstream,
         trust: UpstreamTrust,
-        why: &SourceError,
+        error: &SourceError,
     ) {
-        self.in_trouble.notify_waiters();
-        let condition = self.conditions.of(place, upstream);
-        // Hosts that never were there are nobody's outage.
-        let is_known = trust == UpstreamTrust::Written || condition.lock().has_answered();
-        let (origin, place, upstream, why) = (self.clone(), place.clone(), upstream.clone(), why.clone());
+        self.became_unavailable.notify_waiters();
+        let health = self.health.of(repo_ref, upstream);
+        // A host that has never responded is not an outage.
+        let is_known = trust == UpstreamTrust::Written || health.lock().has_responded();
+        let (client, repo_ref, upstream, error) = (self.clone(), repo_ref.clone(), upstream.clone(), error.clone());
         tokio::spawn(async move {
-            // Clients can invent names.
-            let may_exist = is_known || origin.http.resolves(&upstream).await;
-            let watches = if is_known { &origin.watches } else { &origin.of_strangers };
-            let Some(_watch) = may_exist.then(|| watches.clone().try_acquire_owned().ok()).flatten() else {
-                condition.lock().forget();
+            // Clients can invent names: one without an address is not probed.
+            let may_exist = is_known || client.http.resolves(&upstream).await;
+            let probe_permits = if is_known { &client.probe_permits } else { &client.unknown_host_permits };
+            let Some(_permit) = may_exist.then(|| probe_permits.clone().try_acquire_owned().ok()).flatten() else {
+                health.lock().clear_down();
                 return;
             };
-            tracing::warn!(rule = place.rule.name(), upstream = upstream.base(), %why, "an upstream does not answer");
-            let down = is_known.then(|| origin.metrics.upstream_down.with_label_values(&[place.rule.name()]));
+            tracing::warn!(rule = repo_ref.rule.name(), upstream = upstream.base(), %error, "upstream down");
+            let down = is_known.then(|| client.metrics.upstream_down.with_label_values(&[repo_ref.rule.name()]));
             down.iter().for_each(IntGauge::inc);
-            let question = UpstreamRequest::is_anybody_there();
-            let home =
-                UpstreamRef { upstream: &upstream, trust, tls: &place.rule.tls, patience: ConnectTimeout::LastResort };
-            let (mut looks, mut pause) = (FuturesUnordered::new(), FIRST_LOOK);
-            let mut next = Instant::now() + pause;
+            let request = UpstreamRequest::ping();
+            let upstream_ref = UpstreamRef {
+                upstream: &upstream,
+                trust,
+                tls: &repo_ref.rule.tls,
+                connect_timeout: ConnectTimeout::LastResort,
+            };
+            let (mut probes, mut interval) = (FuturesUnordered::new(), FIRST_PROBE_INTERVAL);
+            let mut next = Instant::now() + interval;
             loop {
                 tokio::select! {
-                    Some(answer) = looks.next() => {
-                        if !matches!(answer, Err(SourceError::TimedOut | SourceError::Unreachable(_) | SourceError::Interrupted(_))) {
-                            condition.lock().answered(Instant::now());
-                            tracing::info!(rule = place.rule.name(), upstream = upstream.base(), "an upstream answers again");
+                    Some(result) = probes.next() => {
+                        if !matches!(result, Err(SourceError::TimedOut | SourceError::Unreachable(_) | SourceError::Interrupted(_))) {
+                            health.lock().mark_responding(Instant::now());
+                            tracing::info!(rule = repo_ref.rule.name(), upstream = upstream.base(), "upstream up");
                             break;
                         }
                     }
                     () = sleep_until(next) => {
-                        if !condition.lock().is_wanted(Instant::now()) {
-                            condition.lock().forget();
+                        if !health.lock().is_needed(Instant::now()) {
+                            health.lock().clear_down();
                             break;
                         }
-                        if looks.len() < MOST_LOOKS {
-                            looks.push(origin.ask_once(home, &place, &question, Instant::now() + UPSTREAM_TIMEOUT));
+                        if probes.len() < MAX_CONCURRENT_PROBES {
+                            probes.push(client.send_once(upstream_ref, &repo_ref, &request, Instant::now() + UPSTREAM_TIMEOUT));
                         }
-                        pause = (pause * 2).min(RETRY_INTERVAL);
-                        next = Instant::now() + pause;
+                        interval = (interval * 2).min(RETRY_INTERVAL);
+                        next = Instant::now() + interval;
                     }
                 }
             }

@@ -1,7 +1,7 @@
-//! The hosts that clients name, and those that these redirect to, whose idle connections are kept for the next request.
+//! Hosts of client requests and of their redirects, whose idle connections are kept for the next request.
 //!
-//! Clients can name any number of hosts, and an idle TLS connection costs some 57 KiB and a descriptor. Configured upstreams,
-//! and where they redirect to, are not counted.
+//! Clients can name any number of hosts, and an idle TLS connection costs some 57 KiB and a descriptor. Configured
+//! upstreams and their redirect targets are not counted.
 
 use std::collections::HashMap;
 
@@ -14,18 +14,18 @@ use crate::times::IDLE_TIMEOUT;
 #[derive(Default)]
 pub(super) struct RecentHosts(Mutex<HashMap<String, Instant>>);
 
-/// Hosts at a time. More: invented names cost more memory. Fewer: a cluster that pulls from many registries connects anew
-/// for each request to the others.
+/// Hosts at a time. More: invented names cost more memory. Fewer: if a cluster pulls from many registries, each request
+/// to the others opens a connection.
 const MAX_HOSTS: usize = 128;
 
 impl RecentHosts {
-    /// Whether the connection of a request to this host may be kept.
-    pub(super) fn keeps(&self, host: &str, now: Instant) -> bool {
+    /// Whether the connection of this request may be kept. Extends the host's time if so.
+    pub(super) fn touch(&self, host: &str, now: Instant) -> bool {
         self.0.lock().get_mut(host).map(|requested| *requested = now).is_some()
     }
 
-    /// A host has responded: the connections of its next requests are kept, if there is room.
-    pub(super) fn answered(&self, host: &str, now: Instant) {
+    /// The host has responded: the connections of its next requests are kept, if there is room.
+    pub(super) fn record_response(&self, host: &str, now: Instant) {
         let mut hosts = self.0.lock();
         if hosts.len() >= MAX_HOSTS && !hosts.contains_key(host) {
             hosts.retain(|_, requested| now < *requested + IDLE_TIMEOUT);
@@ -41,19 +41,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn invented_hosts_are_not_kept_beyond_the_bound() {
+    fn invented_hosts_stay_within_the_bound() {
         let (hosts, start) = (RecentHosts::default(), Instant::now());
-        assert!(!hosts.keeps("h0.example", start), "it has never responded");
-        (0..9_000).for_each(|nth| hosts.answered(&format!("h{nth}.example"), start));
-        let kept = (0..9_000).filter(|nth| hosts.keeps(&format!("h{nth}.example"), start)).count();
+        assert!(!hosts.touch("h0.example", start), "it has never responded");
+        (0..9_000).for_each(|nth| hosts.record_response(&format!("h{nth}.example"), start));
+        let kept = (0..9_000).filter(|nth| hosts.touch(&format!("h{nth}.example"), start)).count();
         assert_eq!(kept, MAX_HOSTS);
-        assert!(hosts.keeps("h0.example", start + IDLE_TIMEOUT / 2));
+        assert!(hosts.touch("h0.example", start + IDLE_TIMEOUT / 2));
         let late = |now| {
-            hosts.answered("late.example", now);
-            hosts.keeps("late.example", now)
+            hosts.record_response("late.example", now);
+            hosts.touch("late.example", now)
         };
         assert!(!late(start + IDLE_TIMEOUT / 2));
-        assert!(late(start + IDLE_TIMEOUT), "the idle ones make room");
+        assert!(late(start + IDLE_TIMEOUT), "idle hosts make room");
         assert_eq!(hosts.0.lock().len(), 2);
     }
 }

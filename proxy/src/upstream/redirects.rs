@@ -1,4 +1,4 @@
-//! Where an upstream's redirects led, for as long as the signed URLs live.
+//! Remembered redirect targets of upstreams, for the lifetime of their signed URLs.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -9,11 +9,11 @@ use url::Url;
 use crate::lifetimes::{ByLifetime, Lifetime};
 use crate::times::DEFAULT_TTL;
 
-/// Targets by the URL that redirected.
+/// By the URL that redirected.
 pub(super) struct RedirectCache {
     targets: moka::future::Cache<Url, Target>,
-    /// Who asks for a new target; the others wait for what it finds.
-    turns: moka::sync::Cache<Url, Arc<Mutex<()>>>,
+    /// Held by the request that looks up a new target; the others wait for its result.
+    lookups: moka::sync::Cache<Url, Arc<Mutex<()>>>,
 }
 
 #[derive(Clone)]
@@ -22,24 +22,26 @@ struct Target {
     life: Duration,
 }
 
-/// Longer ones are followed, and asked for anew each time, in bytes: signed URLs have one or two KiB.
-const LONGEST: usize = 8 * 1024;
+/// Largest target URL that is remembered, in bytes: signed URLs have 1 to 2 KiB. A larger one is followed but looked up
+/// each time.
+const MAX_TARGET_BYTES: usize = 8 * 1024;
 
-/// Not reused this shortly before its end: the answer has to begin before that.
-const MARGIN: Duration = Duration::from_secs(15);
+/// A signed URL is not reused this shortly before it expires: the response must start in time. Longer: more lookups.
+/// Shorter: more requests to expired URLs.
+const EXPIRY_MARGIN: Duration = Duration::from_secs(15);
 
 impl RedirectCache {
     pub(super) fn new() -> Self {
         Self {
             targets: moka::future::Cache::builder().max_capacity(10_000).expire_after(ByLifetime).build(),
-            turns: moka::sync::Cache::builder().max_capacity(10_000).time_to_idle(DEFAULT_TTL).build(),
+            lookups: moka::sync::Cache::builder().max_capacity(10_000).time_to_idle(DEFAULT_TTL).build(),
         }
     }
 
-    /// Waits until nobody else asks where this URL leads. A signed URL that expires under several
-    /// connections is so asked for once.
-    pub(super) async fn turn(&self, url: &Url) -> OwnedMutexGuard<()> {
-        self.turns.get_with_by_ref(url, Arc::default).lock_owned().await
+    /// Waits until no other request looks up this URL's target. If a signed URL expires under several connections, it
+    /// is looked up once.
+    pub(super) async fn lock_lookup(&self, url: &Url) -> OwnedMutexGuard<()> {
+        self.lookups.get_with_by_ref(url, Arc::default).lock_owned().await
     }
 
     pub(super) async fn target(&self, url: &Url) -> Option<Url> {
@@ -47,11 +49,11 @@ impl RedirectCache {
     }
 
     pub(super) async fn remember(&self, from: &Url, target: Url) {
-        if target.as_str().len() > LONGEST {
+        if target.as_str().len() > MAX_TARGET_BYTES {
             return;
         }
-        let life = life(&target).saturating_sub(MARGIN);
-        self.turns.get_with_by_ref(from, Arc::default);
+        let life = life(&target).saturating_sub(EXPIRY_MARGIN);
+        self.lookups.get_with_by_ref(from, Arc::default);
         self.targets.insert(from.clone(), Target { url: target, life }).await;
     }
 
@@ -59,21 +61,21 @@ impl RedirectCache {
         self.targets.invalidate(url).await;
     }
 
-    /// Whether it lately led somewhere.
+    /// Whether this URL has redirected recently.
     pub(super) fn is_redirector(&self, url: &Url) -> bool {
-        self.turns.contains_key(url)
+        self.lookups.contains_key(url)
     }
 
-    /// Forgets a target that no longer works, unless a newer one is known.
-    pub(super) async fn expired(&self, url: &Url, target: &Url) {
+    /// Forgets a target that failed, unless a newer one is known.
+    pub(super) async fn forget_expired(&self, url: &Url, target: &Url) {
         if self.target(url).await.as_ref() == Some(target) {
             self.forget(url).await;
         }
     }
 }
 
-/// What the signature says: `X-Amz-Expires` (S3, R2) and `X-Goog-Expires` (GCS), in seconds from
-/// the signing, which has just happened.
+/// The lifetime in the signature: `X-Amz-Expires` (S3, R2) or `X-Goog-Expires` (GCS), in seconds since the signing,
+/// which has just happened.
 fn life(url: &Url) -> Duration {
     let seconds = url.query_pairs().find_map(|(key, value)| {
         let key = key.to_ascii_lowercase();
@@ -93,7 +95,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn signed_urls_say_how_long_they_live() {
+    fn signed_url_sets_its_lifetime() {
         let of = |url: &str| life(&Url::parse(url).unwrap()).as_secs();
         assert_eq!(of("https://s3/x?X-Amz-Expires=1200&X-Amz-Signature=y"), 1200);
         assert_eq!(of("https://gcs/x?x-goog-expires=300"), 300);

@@ -1,4 +1,4 @@
-//! A question to a registry, and what an answer without content means.
+//! A request to a registry, and the error for a response without content.
 
 use std::time::{Duration, SystemTime};
 
@@ -16,7 +16,7 @@ use crate::registries::RepositoryRef;
 use crate::source::{SourceError, root_cause};
 use crate::times::PAUSE;
 
-/// One question, without saying to which registry.
+/// A request that is independent of the upstream.
 #[derive(Clone)]
 pub(super) struct UpstreamRequest {
     pub(super) kind: RequestKind,
@@ -26,11 +26,11 @@ pub(super) struct UpstreamRequest {
     pub(super) headers: HeaderMap,
     /// The blob whose redirect may be remembered.
     pub(super) blob: Option<Digest>,
-    /// The digest that a response has to name, if it names one: only where no body follows that proves it.
+    /// The digest that `Docker-Content-Digest` must have, if the response has this header.
     expects: Option<Digest>,
 }
 
-/// Which part of the API is requested.
+/// The requested part of the API.
 #[derive(Clone)]
 enum Path {
     /// `/v2/`
@@ -41,7 +41,7 @@ enum Path {
     InRepository(String),
 }
 
-/// What is asked for: registries limit some and not others. The names are those of the metrics.
+/// Registries limit some kinds and not others. The names are metric label values.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum RequestKind {
     Manifest,
@@ -69,8 +69,8 @@ impl UpstreamRequest {
         }
     }
 
-    /// What every registry answers at once, if it answers at all.
-    pub(super) fn is_anybody_there() -> Self {
+    /// `GET /v2/`: every registry responds to it quickly, if at all.
+    pub(super) fn ping() -> Self {
         Self { path: Path::Api, ..Self::new(RequestKind::Ping, String::new()) }
     }
 
@@ -93,8 +93,8 @@ impl UpstreamRequest {
         Self { expects: digest.cloned(), ..self }
     }
 
-    /// Refuses a response about something else: another upstream may have what is meant.
-    pub(super) async fn believe(&self, response: Response, deadline: Instant) -> Result<Response, SourceError> {
+    /// Rejects a web page and a response for another digest: another upstream may have the content.
+    pub(super) async fn validate(&self, response: Response, deadline: Instant) -> Result<Response, SourceError> {
         let response = if self.may_be_page(&response) { without_page(response, deadline).await? } else { response };
         let claimed = claimed_digest(&response);
         let is_other =
@@ -107,15 +107,15 @@ impl UpstreamRequest {
         }
     }
 
-    /// Whether a response is labelled as a web page, on which somebody is to log in or that tells of repairs, where the
-    /// API has none. Blobs are proven by their digests.
+    /// Whether a response is labelled as a web page, such as a login or maintenance page. Blobs are verified by their
+    /// digests instead.
     pub(super) fn may_be_page(&self, response: &Response) -> bool {
         !self.kind.is_blob() && self.kind != RequestKind::Ping && is_labelled_page(response)
     }
 
-    pub(super) fn url(&self, upstream: &Upstream, place: &RepositoryRef) -> Result<Url, SourceError> {
-        let repository = place.repository_at(upstream);
-        let queries = [self.query.clone(), upstream.namespace(&place.registry)];
+    pub(super) fn url(&self, upstream: &Upstream, repo_ref: &RepositoryRef) -> Result<Url, SourceError> {
+        let repository = repo_ref.repository_at(upstream);
+        let queries = [self.query.clone(), upstream.namespace(&repo_ref.registry)];
         let query = queries.into_iter().flatten().collect::<Vec<_>>().join("&");
         let query = if query.is_empty() { query } else { format!("?{query}") };
         let text = match &self.path {
@@ -124,7 +124,7 @@ impl UpstreamRequest {
             Path::Catalog => format!("{}/_catalog{query}", upstream.api()),
             Path::Api => format!("{}/", upstream.api()),
         };
-        Url::parse(&text).map_err(|e| SourceError::Malformed(format!("no URL: {e}")))
+        Url::parse(&text).map_err(|e| SourceError::Malformed(format!("\"{text}\" is not a valid URL: {e}")))
     }
 }
 
@@ -144,9 +144,9 @@ impl RequestKind {
         matches!(self, Self::Blob | Self::BlobHead)
     }
 
-    /// Whether silence means that nobody is there. A blob may have been redirected elsewhere, and a list may take
-    /// a registry long.
-    pub(super) fn tells_who_is_there(self) -> bool {
+    /// Whether a missing response means that the upstream is down. A blob request may hang at a redirect target, and a
+    /// list may take long.
+    pub(super) fn silence_means_down(self) -> bool {
         matches!(self, Self::Manifest | Self::ManifestHead | Self::Ping)
     }
 
@@ -158,14 +158,14 @@ impl RequestKind {
     }
 }
 
-/// The same response, unless it is a web page: the label may be wrong, its first byte is not. Without a body, as of HEAD,
-/// only the label tells.
+/// The same response, unless its first byte is that of a web page: the label may be wrong. Without a body, as for HEAD,
+/// the label decides.
 async fn without_page(mut response: Response, deadline: Instant) -> Result<Response, SourceError> {
     let mut begun = Vec::new();
     loop {
         let piece = timeout_at(deadline, response.chunk()).await.map_err(|_| SourceError::TimedOut)?;
         let piece = piece.map_err(|error| SourceError::Unreachable(root_cause(&error.without_url())))?;
-        let page = || SourceError::Malformed("a page for people".into());
+        let page = || SourceError::Malformed("a web page instead of content".into());
         let piece = piece.ok_or_else(page)?;
         let first = piece.iter().copied().find(|byte| !byte.is_ascii_whitespace());
         begun.push(Ok(piece));
@@ -194,14 +194,14 @@ pub(super) fn claimed_digest(response: &Response) -> Option<Digest> {
     response.headers().get(DOCKER_CONTENT_DIGEST)?.to_str().ok()?.parse().ok()
 }
 
-/// Turns a response without content into an error, as the upstream made it. The body's digest decides what a successful
-/// one is worth: labels such as `Content-Encoding` on bytes that were requested as they are decide nothing.
+/// Turns a response without content into an error with the upstream's body. The labels of a successful one, such as
+/// `Content-Encoding`, are ignored: the digest of the body decides.
 pub(super) async fn checked(response: Response, deadline: Instant) -> Result<Response, SourceError> {
     let again = retry_after(response.headers(), SystemTime::now());
     match response.status().as_u16() {
         200 | 206 => Ok(response),
         429 => Err(SourceError::Limited { again }),
-        // Repairs that may take longer or shorter than announced: the upstream is asked again soon.
+        // Maintenance may end earlier than announced, so the limit is `PAUSE` at most.
         503 if again.is_some() => Err(SourceError::Limited { again: again.map(|again| again.min(PAUSE)) }),
         _ => Err(SourceError::of_response(response, deadline).await),
     }
@@ -224,16 +224,16 @@ mod tests {
         HeaderMap::from_iter([(::http::HeaderName::from_static(name), value.parse().unwrap())])
     }
 
-    fn answer(status: u16, name: &'static str, value: &str) -> Response {
+    fn response(status: u16, name: &'static str, value: &str) -> Response {
         Response::from(::http::Response::builder().status(status).header(name, value).body("").unwrap())
     }
 
     async fn error(status: u16, name: &'static str, value: &str) -> SourceError {
-        checked(answer(status, name, value), Instant::now() + PAUSE).await.unwrap_err()
+        checked(response(status, name, value), Instant::now() + PAUSE).await.unwrap_err()
     }
 
     #[tokio::test]
-    async fn retry_after_of_a_503_is_believed_for_ten_seconds() {
+    async fn retry_after_of_503_is_capped() {
         let mut limits = Vec::new();
         for (status, value) in [(503, "3600"), (503, "2"), (429, "3600")] {
             match error(status, "retry-after", value).await {
@@ -242,7 +242,7 @@ mod tests {
             }
         }
         assert_eq!(limits, [Some(10), Some(2), Some(3600)]);
-        assert_eq!(error(503, "x", "").await, SourceError::failed(503), "it says nothing of later");
+        assert_eq!(error(503, "x", "").await, SourceError::failed(503), "without Retry-After it is not a limit");
     }
 
     #[tokio::test]
@@ -252,35 +252,35 @@ mod tests {
             let response = Response::from(::http::Response::builder().status(status).body(body).unwrap());
             let error = checked(response, Instant::now() + PAUSE).await.unwrap_err();
             assert_eq!(error.as_str(), kind);
-            let (SourceError::NotFound(told) | SourceError::Denied(told)) = error else { panic!("{error}") };
-            assert_eq!((told.status, told.code()), (status, Some("NAME_UNKNOWN")));
+            let (SourceError::NotFound(error) | SourceError::Denied(error)) = error else { panic!("{error}") };
+            assert_eq!((error.status, error.code()), (status, Some("NAME_UNKNOWN")));
         }
         assert_eq!(error(413, "x", "").await, SourceError::failed(413));
     }
 
     #[tokio::test]
-    async fn web_page_is_known_by_its_first_byte() {
-        let believe = async |kind, media_type: &str, body: &'static str| {
+    async fn web_page_is_detected_by_first_byte() {
+        let validate = async |kind, media_type: &str, body: &'static str| {
             let response = ::http::Response::builder().header(CONTENT_TYPE, media_type).body(body).unwrap();
             let deadline = Instant::now() + PAUSE;
-            let believed = UpstreamRequest::new(kind, "x".into()).believe(Response::from(response), deadline).await;
-            believed.ok()?.text().await.ok()
+            let validated = UpstreamRequest::new(kind, "x".into()).validate(Response::from(response), deadline).await;
+            validated.ok()?.text().await.ok()
         };
         let (page, json) = (" \n<!doctype html>", " {\"tags\":[]}");
         for media_type in ["text/html", "Text/HTML; charset=utf-8", "application/xhtml+xml"] {
             for kind in [RequestKind::Manifest, RequestKind::List] {
-                assert_eq!(believe(kind, media_type, page).await, None, "{media_type}");
-                assert_eq!(believe(kind, media_type, json).await.as_deref(), Some(json), "{media_type}");
+                assert_eq!(validate(kind, media_type, page).await, None, "{media_type}");
+                assert_eq!(validate(kind, media_type, json).await.as_deref(), Some(json), "{media_type}");
             }
-            assert_eq!(believe(RequestKind::ManifestHead, media_type, "").await, None);
-            assert_eq!(believe(RequestKind::Blob, media_type, page).await.as_deref(), Some(page));
-            assert_eq!(believe(RequestKind::Ping, media_type, page).await.as_deref(), Some(page));
+            assert_eq!(validate(RequestKind::ManifestHead, media_type, "").await, None);
+            assert_eq!(validate(RequestKind::Blob, media_type, page).await.as_deref(), Some(page));
+            assert_eq!(validate(RequestKind::Ping, media_type, page).await.as_deref(), Some(page));
         }
-        assert!(believe(RequestKind::ManifestHead, "text/plain", "").await.is_some());
+        assert!(validate(RequestKind::ManifestHead, "text/plain", "").await.is_some());
     }
 
     #[test]
-    fn later_is_a_number_of_seconds_or_a_date() {
+    fn retry_after_is_seconds_or_a_date() {
         let now = httpdate::parse_http_date("Thu, 26 Nov 2026 12:00:00 GMT").unwrap();
         let later = |value: &str| retry_after(&headers("retry-after", value), now).map(|later| later.as_secs());
         assert_eq!(later("120"), Some(120));

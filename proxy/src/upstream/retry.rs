@@ -1,50 +1,52 @@
-//! When to ask again: after a jittered pause, a few times, and never so often that retries become
-//! the load.
+//! Retries: a few, after jittered pauses, and within a budget, so that retries do not become the load.
 
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// Retries that may be spent. Each request earns a fifth of one.
+/// The retries that may be spent. Each request earns a fifth of a retry.
 pub(super) struct RetryBudget {
     fifths: AtomicI64,
 }
 
-const COST: i64 = 5;
-const MOST: i64 = 50 * COST;
+/// What a retry costs. More: fewer retries per request.
+const RETRY_FIFTHS: i64 = 5;
+/// What can be saved up. More: more retries at the start of an outage.
+const MAX_FIFTHS: i64 = 50 * RETRY_FIFTHS;
 
-/// How often a request that fails is sent at once, or after the limits that the upstream names. More: an upstream in trouble gets
-/// more requests. Fewer: a short failure reaches the client.
+/// Attempts of a request, after short pauses or after the limits that the upstream names. More: an upstream in an
+/// outage gets more requests. Fewer: a short failure reaches the client.
 pub(super) const ATTEMPTS: u32 = 3;
 
-/// Requests to an upstream that one client request causes at most where each of them fails: a client without a fall-back waits for
-/// an outage to end. Not counted are those that each of them may cause elsewhere: hops of redirects, and token requests.
+/// Bound of failing upstream requests per client request: a client without a fallback waits for an outage to end.
+/// Redirect hops and token requests are not counted. More: an outage multiplies the load. Fewer: clients get its
+/// errors.
 const MAX_UPSTREAM_REQUESTS: u32 = 12;
 
-/// How often a client without a fall-back has an upstream asked that answers, with an error or a limit.
+/// Rounds of `ATTEMPTS` for a client without a fallback, if the upstream responds with an error or a limit.
 pub const ROUNDS: u32 = MAX_UPSTREAM_REQUESTS / ATTEMPTS;
 
 impl RetryBudget {
     pub(super) fn new() -> Self {
-        Self { fifths: AtomicI64::new(10 * COST) }
+        Self { fifths: AtomicI64::new(10 * RETRY_FIFTHS) }
     }
 
-    /// Called once a request.
+    /// Called once per request.
     pub(super) fn earn(&self) {
         let _ = self
             .fifths
-            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |fifths| (fifths < MOST).then_some(fifths + 1));
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |fifths| (fifths < MAX_FIFTHS).then_some(fifths + 1));
     }
 
-    /// How long to wait after so many attempts; None: give up.
+    /// The pause after this many attempts. None: give up.
     pub(super) fn pause(&self, attempts: u32, deadline: Instant) -> Option<Duration> {
         let most = 50 << attempts.min(8);
         let pause = Duration::from_millis(fastrand::u64(most / 2..=most));
         if attempts >= ATTEMPTS || Instant::now() + pause >= deadline {
             return None;
         }
-        let spend = |fifths: i64| (fifths >= COST).then_some(fifths - COST);
+        let spend = |fifths: i64| (fifths >= RETRY_FIFTHS).then_some(fifths - RETRY_FIFTHS);
         self.fifths.fetch_update(Ordering::Relaxed, Ordering::Relaxed, spend).ok().map(|_| pause)
     }
 }
@@ -54,7 +56,7 @@ mod tests {
     use super::*;
 
     #[tokio::test(start_paused = true)]
-    async fn retries_are_few_late_and_paid_for() {
+    async fn retries_are_delayed_and_budgeted() {
         let budget = RetryBudget::new();
         let deadline = Instant::now() + Duration::from_secs(10);
         let first = budget.pause(1, deadline).unwrap();

@@ -1,4 +1,4 @@
-//! Which certificates of upstreams are believed, and which one they are shown.
+//! Trusted certificates of upstreams, and dray's client certificate.
 
 #![allow(clippy::disallowed_methods, reason = "runs at the start, and on threads for blocking work")]
 
@@ -16,16 +16,16 @@ use crate::config::ClientCert;
 use crate::identity::{self, Identity, IdentityFiles, TrustedRole, verify_signatures};
 use crate::source::causes;
 
-/// The roots of the system and of the configuration, and certificates that are believed as they are.
+/// The roots of the system and of the configuration, and pinned certificates.
 #[derive(Debug)]
 struct TrustRoots {
     roots: Verifier,
-    /// A `ca` file may hold the very certificate of the server: Docker's recipe for a private registry makes one that is
-    /// its own authority, which no chain of trust allows, and which OpenSSL and Go accept.
+    /// A `ca` file may hold the server's own certificate. Docker's recipe for a private registry makes a certificate
+    /// that is its own authority: chain validation rejects it, OpenSSL and Go accept it.
     pinned: Vec<CertificateDer<'static>>,
 }
 
-/// For one rule: `extra` are roots for everything, `of_rule` those of its `ca`.
+/// For one rule: `extra` are roots for all rules, `of_rule` those of its `ca`.
 pub(super) fn config(
     extra: &[CertificateDer<'static>],
     of_rule: Vec<CertificateDer<'static>>,
@@ -34,7 +34,7 @@ pub(super) fn config(
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let roots = extra.iter().chain(&of_rule).cloned();
     let roots = Verifier::new_with_extra_roots(roots, provider.clone())
-        .map_err(|error| format!("no trusted roots: {error}; is the package ca-certificates installed?"))?;
+        .map_err(|error| format!("no trusted root certificates: {error}; install the package ca-certificates"))?;
     let pinned = extra.iter().cloned().chain(of_rule).collect();
     let builder = ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions();
     let builder = builder.map_err(|error| error.to_string())?;
@@ -45,10 +45,16 @@ pub(super) fn config(
     })
 }
 
-/// What upstreams are shown, read again when it changes.
+/// The client certificate for upstreams.
 pub(super) fn identity(files: &ClientCert) -> Result<Arc<Identity>, String> {
     let ClientCert { cert, key } = files.clone();
-    Identity::load(IdentityFiles { table: "registry.client_cert", cert, key, ca: None, welcome: TrustedRole::Anybody })
+    Identity::load(IdentityFiles {
+        table: "registry.client_cert",
+        cert,
+        key,
+        ca: None,
+        welcome: TrustedRole::AnyCertificate,
+    })
 }
 
 /// Reads a PEM bundle that a key of the configuration names.
@@ -58,22 +64,22 @@ pub(super) fn certificates(key: &str, path: &Path) -> Result<Vec<CertificateDer<
     identity::certificates(&pem).map_err(|error| wrong(&error))
 }
 
-/// What to do about an error of TLS, where that is known.
+/// What to do about a TLS error, if known.
 pub(super) fn advice(error: &(dyn std::error::Error + 'static)) -> Option<&'static str> {
     causes(error).find_map(|cause| match cause.downcast_ref::<Error>()? {
-        // The other one is a certificate that is its own authority.
+        // `Other` is a certificate that is its own authority.
         Error::InvalidCertificate(CertificateError::UnknownIssuer | CertificateError::Other(_)) => {
             Some("name the authority that signed it, or the certificate itself, in `ca` of its [[registry]] rule")
         }
         Error::InvalidCertificate(CertificateError::Expired | CertificateError::ExpiredContext { .. }) => {
-            Some("the upstream's certificate has expired: it has to be renewed there")
+            Some("the upstream's certificate has expired: renew it there")
         }
         Error::AlertReceived(AlertDescription::HandshakeFailure | AlertDescription::ProtocolVersion) => Some(
-            "the upstream and dray have no TLS version, cipher or signature algorithm in common, or the upstream wants a \
-             `client_cert` of its [[registry]] rule",
+            "the upstream and dray have no TLS version, cipher or signature algorithm in common, or the upstream \
+             requires a `client_cert` of its [[registry]] rule",
         ),
         Error::AlertReceived(_) => {
-            Some("the upstream refuses the connection: it may want a `client_cert` of its [[registry]] rule")
+            Some("the upstream rejected the connection: it may require a `client_cert` of its [[registry]] rule")
         }
         _ => None,
     })
@@ -106,8 +112,8 @@ impl TrustRoots {
     }
 }
 
-/// Whether a certificate is not valid at this time. It is looked at before anything else of a certificate, so what is
-/// wrong with a pinned one besides does not hide it.
+/// Whether a certificate is expired or not yet valid. Validation checks the time first, so no other error of a pinned
+/// certificate hides it.
 fn is_about_time(error: &Error) -> bool {
     let Error::InvalidCertificate(error) = error else { return false };
     matches!(

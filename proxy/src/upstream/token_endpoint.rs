@@ -1,4 +1,4 @@
-//! Token endpoints: what a challenge names is exchanged for a token (the distribution project's token specification).
+//! Token endpoints: a challenge is exchanged for a token (the distribution project's token specification).
 
 use std::time::Duration;
 
@@ -17,27 +17,29 @@ use crate::secret::Secret;
 use crate::source::SourceError;
 use crate::times::{DAY, DEFAULT_TTL, STALL_TIMEOUT};
 
-/// The value of an `Authorization` header; None where the upstream is asked anonymously.
+/// The value of an `Authorization` header. None: requests are anonymous.
 #[derive(Clone)]
 pub(super) struct UpstreamGrant {
     pub(super) header: Option<HeaderValue>,
     pub(super) life: Duration,
 }
 
-/// A token's share of its lifetime during which it is used: it is renewed well before its end.
+/// Share of its lifetime in which a token is used. More: a token may expire before the upstream checks it. Less: more
+/// token requests.
 const USED_PERCENT: u32 = 80;
 
-/// Redirects of a token endpoint that are followed, all on its own host.
+/// Redirects of a token endpoint that are followed, all on its own host. More: redirect loops last longer.
 const MAX_TOKEN_REDIRECTS: usize = 10;
 
 pub(super) const PULL: &str = "pull";
 
+/// Largest response of a token endpoint. Larger: more memory. Smaller: large tokens are an error.
 const MAX_TOKEN_BYTES: usize = 64 * 1024;
 
-/// A token for these scopes, by the secret or for everybody.
+/// A token for these scopes; without a secret an anonymous one.
 pub(super) async fn fetch_token(
     http: &UpstreamHttp,
-    home: UpstreamRef<'_>,
+    upstream_ref: UpstreamRef<'_>,
     challenge: &Challenge,
     scopes: &[String],
     secret: Option<Secret>,
@@ -84,23 +86,25 @@ pub(super) async fn fetch_token(
             form: Some(form.finish()),
         }
     };
-    // An identity token can only be posted. A password is sent as GET, which every registry knows;
-    // some endpoints only take a POST.
+    // An identity token can only be sent by POST. A password is sent by GET, which every registry supports, and by POST
+    // if the endpoint requires it.
     match &secret {
         Some(Secret::Bearer(token)) => {
             let header = sensitive(&format!("Bearer {token}")).ok_or_else(SourceError::denied)?;
             Ok(UpstreamGrant { header: Some(header), life: DEFAULT_TTL })
         }
-        Some(secret @ Secret::Identity(_)) => token(http, home, &by_post(secret), deadline).await,
-        Some(secret @ Secret::Password { .. }) => match token(http, home, &by_get, deadline).await {
-            Err(error) if error.failed_status() == Some(405) => token(http, home, &by_post(secret), deadline).await,
+        Some(secret @ Secret::Identity(_)) => token(http, upstream_ref, &by_post(secret), deadline).await,
+        Some(secret @ Secret::Password { .. }) => match token(http, upstream_ref, &by_get, deadline).await {
+            Err(error) if error.failed_status() == Some(405) => {
+                token(http, upstream_ref, &by_post(secret), deadline).await
+            }
             other => other,
         },
-        None => token(http, home, &by_get, deadline).await,
+        None => token(http, upstream_ref, &by_get, deadline).await,
     }
 }
 
-/// A token endpoint's response, as leniently as clients read it: a null is a missing value.
+/// A token endpoint's response, as leniently as clients parse it: a null is a missing value.
 #[derive(Deserialize)]
 struct TokenResponse {
     token: Option<String>,
@@ -114,7 +118,7 @@ impl TokenResponse {
         [self.token, self.access_token].into_iter().flatten().find(|token| !token.is_empty())
     }
 
-    /// In seconds. What is no positive number counts as missing.
+    /// `expires_in` is in seconds. A value that is not a number of at least 1 counts as missing.
     fn life(&self) -> Duration {
         let text = self.expires_in.as_str().and_then(|text| text.trim().parse().ok());
         let seconds = self.expires_in.as_f64().or(text).filter(|seconds: &f64| *seconds >= 1.0);
@@ -124,14 +128,14 @@ impl TokenResponse {
 
 async fn token(
     http: &UpstreamHttp,
-    home: UpstreamRef<'_>,
-    ask: &ReplayableRequest<'_>,
+    upstream_ref: UpstreamRef<'_>,
+    replayable: &ReplayableRequest<'_>,
     deadline: Instant,
 ) -> Result<UpstreamGrant, SourceError> {
-    let response = send_within_host(http, home, ask, deadline).await?;
+    let response = send_within_host(http, upstream_ref, replayable, deadline).await?;
     let response = match checked(response, deadline).await {
         Ok(response) => response,
-        // "Not found" would be taken for the image, and 401 for a question to the client.
+        // A 404 would mean a missing image to the client, and a 401 a request for credentials.
         Err(SourceError::NotFound(error) | SourceError::Denied(error)) => {
             return Err(SourceError::Denied(error.with_status(403)));
         }
@@ -142,26 +146,28 @@ async fn token(
     };
     let malformed = |what: &str| SourceError::Malformed(format!("the token endpoint: {what}"));
     let body = read_limited(response, MAX_TOKEN_BYTES, deadline, None).await?;
-    let answer: TokenResponse = serde_json::from_slice(&body).map_err(|_| malformed("no JSON with a token"))?;
-    let life = answer.life();
-    let token = answer.token().ok_or_else(|| malformed("an empty token"))?;
-    let header = sensitive(&format!("Bearer {token}")).ok_or_else(|| malformed("a token that fits no header"))?;
+    let response: TokenResponse =
+        serde_json::from_slice(&body).map_err(|_| malformed("the response is not JSON with a token"))?;
+    let life = response.life();
+    let token = response.token().ok_or_else(|| malformed("the response has no token"))?;
+    let header =
+        sensitive(&format!("Bearer {token}")).ok_or_else(|| malformed("the token is not a valid header value"))?;
     Ok(UpstreamGrant { header: Some(header), life: life * USED_PERCENT / 100 })
 }
 
-/// Sends a request to a token endpoint and follows its redirects, on the same host only: it carries the secret.
+/// Sends a request to a token endpoint and follows its redirects, only on the same host because it carries the secret.
 async fn send_within_host(
     http: &UpstreamHttp,
-    home: UpstreamRef<'_>,
-    ask: &ReplayableRequest<'_>,
+    upstream_ref: UpstreamRef<'_>,
+    replayable: &ReplayableRequest<'_>,
     deadline: Instant,
 ) -> Result<reqwest::Response, SourceError> {
-    let mut url = ask.url.clone();
+    let mut url = replayable.url.clone();
     for _ in 0..=MAX_TOKEN_REDIRECTS {
-        let (method, headers) = (ask.method.clone(), ask.headers);
-        let (authorization, form) = (ask.authorization.clone(), ask.form.clone());
+        let (method, headers) = (replayable.method.clone(), replayable.headers);
+        let (authorization, form) = (replayable.authorization.clone(), replayable.form.clone());
         let response = http
-            .send(home, &ReplayableRequest { method, url: url.clone(), headers, authorization, form }, deadline)
+            .send(upstream_ref, &ReplayableRequest { method, url: url.clone(), headers, authorization, form }, deadline)
             .await?;
         if !is_redirect(&response) {
             return Ok(response);
@@ -175,15 +181,15 @@ async fn send_within_host(
     Err(SourceError::Malformed("the token endpoint: too many redirects".into()))
 }
 
-/// The challenge's scopes, with the one that pulling from this repository needs. A list may need other rights than a
-/// pull (ACR: `metadata_read`): the same token is used for both.
-pub(super) fn scopes(home: UpstreamRef<'_>, place: &RepositoryRef, challenge: &Challenge) -> Vec<String> {
+/// The challenge's scopes, with pull access to this repository. A list may need other actions than a pull (ACR:
+/// `metadata_read`), and one token serves both.
+pub(super) fn scopes(upstream_ref: UpstreamRef<'_>, repo_ref: &RepositoryRef, challenge: &Challenge) -> Vec<String> {
     let Challenge::Bearer { scope, .. } = challenge else { return Vec::new() };
-    let named = format!("repository:{}:", place.repository_at(home.upstream));
+    let named = format!("repository:{}:", repo_ref.repository_at(upstream_ref.upstream));
     with_pull(&named, scope.as_deref().unwrap_or_default())
 }
 
-/// Adds the right to pull to the scopes of a challenge. `named` is `repository:<name>:`.
+/// Adds the pull action to the scopes of a challenge. `named` is `repository:<name>:`.
 fn with_pull(named: &str, scope: &str) -> Vec<String> {
     let mut scopes: Vec<String> = scope.split_whitespace().map(str::to_owned).collect();
     if scopes.is_empty() {
@@ -199,7 +205,7 @@ fn with_pull(named: &str, scope: &str) -> Vec<String> {
     scopes
 }
 
-/// The repository that a URL of the registry API is about.
+/// The repository in a URL of the registry API.
 pub(super) fn repository_of(url: &Url) -> Option<&str> {
     let below = url.path().strip_prefix("/v2/")?;
     ["/manifests/", "/blobs/", "/tags/", "/referrers/"]
@@ -208,7 +214,7 @@ pub(super) fn repository_of(url: &Url) -> Option<&str> {
         .map(|(name, _)| name)
 }
 
-/// A header that no log shows.
+/// A header value that logs do not show.
 pub(super) fn sensitive(value: &str) -> Option<HeaderValue> {
     let mut header = HeaderValue::from_str(value).ok()?;
     header.set_sensitive(true);
@@ -219,14 +225,14 @@ pub(super) fn sensitive(value: &str) -> Option<HeaderValue> {
 mod tests {
     use super::*;
 
-    fn answer(json: &str) -> (Option<String>, u64) {
-        let answer: TokenResponse = serde_json::from_str(json).unwrap();
-        let life = answer.life().as_secs();
-        (answer.token(), life)
+    fn parse(json: &str) -> (Option<String>, u64) {
+        let response: TokenResponse = serde_json::from_str(json).unwrap();
+        let life = response.life().as_secs();
+        (response.token(), life)
     }
 
     #[test]
-    fn token_response_is_read_leniently() {
+    fn token_response_is_parsed_leniently() {
         for (json, token, life) in [
             (r#"{"token": "t", "expires_in": 300}"#, Some("t"), 300),
             (r#"{"token": null, "access_token": "a"}"#, Some("a"), 60),
@@ -238,12 +244,12 @@ mod tests {
             (r#"{"token": "t", "expires_in": 1e300}"#, Some("t"), 24 * 3600),
             (r#"{"token": null, "access_token": null}"#, None, 60),
         ] {
-            assert_eq!(answer(json), (token.map(str::to_owned), life), "{json}");
+            assert_eq!(parse(json), (token.map(str::to_owned), life), "{json}");
         }
     }
 
     #[test]
-    fn scopes_of_a_challenge_stay_several() {
+    fn challenge_scopes_are_kept() {
         let scopes = |scope: &str| with_pull("repository:a/b:", scope);
         assert_eq!(scopes(""), ["repository:a/b:pull"]);
         assert_eq!(scopes("repository:a/b:metadata_read"), ["repository:a/b:metadata_read,pull"]);

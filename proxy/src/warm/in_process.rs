@@ -1,5 +1,5 @@
-//! The dray that this process is: what `[[prefetch]]` pulls. Each node only fetches the blobs that it owns, so that a
-//! cluster holds an image once, however many nodes have the same configuration.
+//! This process as a source, for `[[prefetch]]` and `[[pin]]`. Each node downloads only the blobs that it owns: a
+//! cluster caches an image once, although all its nodes have the same configuration.
 
 use std::sync::Arc;
 
@@ -7,7 +7,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 
 use super::plan::PlannedBlob;
-use super::source::{BlobStream, Failed, ImageSource, Pieces};
+use super::source::{BlobStream, Chunks, FetchError, ImageSource};
 use crate::oci::{ImageName, RangeRequest, Reference, RegistryFrom, accept};
 use crate::pull::{BlobRequest, Pull, PullError, RequestContext, Requester};
 use crate::registries::RepositoryRef;
@@ -17,58 +17,67 @@ pub struct InProcessSource(pub Arc<Pull>);
 
 #[async_trait]
 impl ImageSource for InProcessSource {
-    async fn manifest(&self, image: &ImageName, reference: &Reference) -> Result<Bytes, Failed> {
-        let place = self.place(image);
-        self.0.permit(&place, Requester::Client).map_err(failed)?;
+    async fn manifest(&self, image: &ImageName, reference: &Reference) -> Result<Bytes, FetchError> {
+        let repository = self.repository(image);
+        self.0.permit(&repository, Requester::Client).map_err(fetch_error)?;
         let accept = accept::merge(std::iter::empty());
-        let answer = self.0.manifest(&place, reference, &accept, RequestContext::CLIENT).await.map_err(failed)?;
-        Ok(answer.object.bytes)
+        let response = self.0.manifest(&repository, reference, &accept, RequestContext::CLIENT).await;
+        Ok(response.map_err(fetch_error)?.object.bytes)
     }
 
-    async fn blob(&self, blob: &PlannedBlob, from: u64) -> Result<BlobStream, Failed> {
+    async fn blob(&self, blob: &PlannedBlob, from: u64) -> Result<BlobStream, FetchError> {
         let request = self.request(blob, (from > 0).then_some(RangeRequest::From(from)));
-        self.0.permit(&request.place, Requester::Client).map_err(failed)?;
-        let answer = self.0.blob(&request).await.map_err(failed)?;
-        Ok(BlobStream { pieces: Pieces::Inside(answer.body), was_kept: is_kept(answer.from) })
+        self.0.permit(&request.repo_ref, Requester::Client).map_err(fetch_error)?;
+        let response = self.0.blob(&request).await.map_err(fetch_error)?;
+        Ok(BlobStream { chunks: Chunks::InProcess(response.body), was_cached: is_cached(response.from) })
     }
 
-    async fn keeps(&self, blob: &PlannedBlob) -> Result<bool, Failed> {
-        let (_, from) = self.0.blob_length(&self.request(blob, None)).await.map_err(failed)?;
-        Ok(is_kept(from))
+    async fn is_cached(&self, blob: &PlannedBlob) -> Result<bool, FetchError> {
+        let (_, from) = self.0.blob_length(&self.request(blob, None)).await.map_err(fetch_error)?;
+        Ok(is_cached(from))
     }
 
-    fn wants(&self, blob: &PlannedBlob) -> bool {
-        self.0.is_owned_here(&self.place(&blob.image), &blob.digest)
+    fn is_responsible_for(&self, blob: &PlannedBlob) -> bool {
+        self.0.is_owner(&self.repository(&blob.image), &blob.digest)
     }
 }
 
 impl InProcessSource {
-    /// Where an image is pulled from.
-    pub fn place(&self, image: &ImageName) -> RepositoryRef {
-        self.0.place(image.registry.clone(), image.repository.clone())
+    /// The repository of an image.
+    pub fn repository(&self, image: &ImageName) -> RepositoryRef {
+        self.0.repo_ref(image.registry.clone(), image.repository.clone())
     }
 
     fn request(&self, blob: &PlannedBlob, range: Option<RangeRequest>) -> BlobRequest {
-        let (place, digest) = (self.place(&blob.image), blob.digest.clone());
-        BlobRequest { place, digest, range, named_by: RegistryFrom::Namespace, asking: RequestContext::CLIENT }
+        let (repo_ref, digest) = (self.repository(&blob.image), blob.digest.clone());
+        BlobRequest {
+            repo_ref,
+            digest,
+            range,
+            registry_from: RegistryFrom::Namespace,
+            request_context: RequestContext::CLIENT,
+        }
     }
 }
 
-fn is_kept(from: ServedFrom) -> bool {
+fn is_cached(from: ServedFrom) -> bool {
     matches!(from, ServedFrom::Memory | ServedFrom::Disk)
 }
 
-fn failed(refusal: PullError) -> Failed {
-    match refusal {
-        PullError::Upstream { error, .. } if error.status >= 500 => Failed::Passing(error.to_string()),
-        PullError::Upstream { error, .. } => Failed::ForGood(error.to_string()),
-        PullError::Busy => Failed::Passing("too many requests at once".into()),
-        PullError::Unavailable(why) | PullError::NoWay(why) | PullError::Limited(why) | PullError::BadOrigin(why) => {
-            Failed::Passing(why)
+fn fetch_error(error: PullError) -> FetchError {
+    match error {
+        PullError::Upstream { error, .. } if error.status >= 500 => FetchError::Temporary(error.to_string()),
+        PullError::Upstream { error, .. } => FetchError::Permanent(error.to_string()),
+        PullError::Busy => FetchError::Temporary("too many concurrent requests".into()),
+        PullError::Unavailable(why)
+        | PullError::UpstreamUnreachable(why)
+        | PullError::Limited(why)
+        | PullError::InvalidUpstreamResponse(why) => FetchError::Temporary(why),
+        PullError::NotFound { message, .. } | PullError::Denied(message) | PullError::Blocked(message) => {
+            FetchError::Permanent(message)
         }
-        PullError::NotFound { message, .. } | PullError::Denied(message) | PullError::Guarded(message) => {
-            Failed::ForGood(message)
+        PullError::NotCached | PullError::Unsatisfiable { .. } => {
+            FetchError::Permanent("the download cannot be resumed".to_owned())
         }
-        PullError::NotKept | PullError::Unsatisfiable { .. } => Failed::ForGood("it cannot be gone on with".to_owned()),
     }
 }

@@ -1,4 +1,4 @@
-//! What an image consists of, for the platforms that are wanted.
+//! The manifests and blobs of an image for the requested platforms.
 
 use std::collections::HashSet;
 
@@ -16,17 +16,17 @@ pub struct PlannedBlob {
     pub size: u64,
 }
 
-/// Everything that is to be fetched for an image.
+/// The blobs to download for an image.
 #[derive(Clone, Debug, Default)]
 pub struct ImagePlan {
-    /// Manifests that have come already.
+    /// Manifests that were downloaded to make the plan.
     pub manifests: usize,
     pub blobs: Vec<PlannedBlob>,
-    /// Layers that the registry does not give out: runtimes have them from elsewhere.
+    /// Layers that the registry does not distribute: runtimes get them elsewhere.
     pub foreign: usize,
 }
 
-/// Which of an image's platforms are wanted.
+/// The requested platforms of an image.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Platforms {
     All,
@@ -51,7 +51,7 @@ struct Descriptor {
     platform: Option<Platform>,
 }
 
-/// As an index and the configuration of an image have it.
+/// The platform in an index or in an image configuration.
 #[derive(Clone, Deserialize)]
 struct Platform {
     os: String,
@@ -59,38 +59,42 @@ struct Platform {
     variant: Option<String>,
 }
 
-/// Beyond these an image is somebody's trick.
+/// Bounds for hostile or broken images: without them, one image could make dray send any number of requests. Images
+/// that exceed a bound cannot be warmed.
 const MAX_DEPTH: u32 = 3;
 const MAX_MANIFESTS: usize = 200;
 const MAX_BLOBS: usize = 5_000;
-const MAX_CONFIG: u64 = 4 << 20;
 
-/// Names of platforms that a message has.
-const MAX_NAMES: usize = 20;
+/// Size of an image configuration. The platform of an image with a larger one is not checked, because the configuration
+/// is read into memory.
+const MAX_CONFIG_BYTES: u64 = 4 << 20;
 
-/// Looks an image up. Its manifests are warm afterwards.
+/// Platforms in an error message; an index may have 200.
+const MAX_LISTED_PLATFORMS: usize = 20;
+
+/// Makes the plan for an image. Its manifests are warm afterwards.
 pub(super) async fn make(
-    door: &dyn ImageSource,
+    source: &dyn ImageSource,
     image: &ImageName,
     platforms: &Platforms,
 ) -> Result<ImagePlan, String> {
-    let mut making = PlanBuilder { door, image, plan: ImagePlan::default(), known: HashSet::new() };
-    let top = making.read(&image.reference).await?;
+    let mut builder = PlanBuilder { source, image, plan: ImagePlan::default(), known: HashSet::new() };
+    let top = builder.read(&image.reference).await?;
     let Some(children) = &top.manifests else {
-        making.has_one_of(&top, platforms).await?;
-        making.take_blobs(&top)?;
-        return Ok(making.plan);
+        builder.check_platform(&top, platforms).await?;
+        builder.add_blobs(&top)?;
+        return Ok(builder.plan);
     };
-    let children = making.without_indexes(children).await?;
-    for child in wanted(&children, platforms)? {
-        let manifest = making.read(&Reference::Digest(digest_of(child)?)).await?;
-        making.take_blobs(&manifest)?;
+    let children = builder.flatten_indexes(children).await?;
+    for child in of_platforms(&children, platforms)? {
+        let manifest = builder.read(&Reference::Digest(digest_of(child)?)).await?;
+        builder.add_blobs(&manifest)?;
     }
-    Ok(making.plan)
+    Ok(builder.plan)
 }
 
 struct PlanBuilder<'a> {
-    door: &'a dyn ImageSource,
+    source: &'a dyn ImageSource,
     image: &'a ImageName,
     plan: ImagePlan,
     known: HashSet<Digest>,
@@ -101,18 +105,18 @@ impl PlanBuilder<'_> {
         if self.plan.manifests == MAX_MANIFESTS {
             return Err(format!("it has more than {MAX_MANIFESTS} manifests"));
         }
-        let bytes = fetch::manifest(self.door, self.image, reference).await?;
+        let bytes = fetch::manifest(self.source, self.image, reference).await?;
         self.plan.manifests += 1;
-        let manifest: Manifest = serde_json::from_slice(&bytes).map_err(|_| not_understood(reference))?;
+        let manifest: Manifest = serde_json::from_slice(&bytes).map_err(|_| unsupported(reference))?;
         match (&manifest.manifests, &manifest.config) {
-            (Some(children), _) if children.is_empty() => Err(format!("the index {reference} has nothing in it")),
-            (None, None) => Err(not_understood(reference)),
+            (Some(children), _) if children.is_empty() => Err(format!("the index {reference} is empty")),
+            (None, None) => Err(unsupported(reference)),
             _ => Ok(manifest),
         }
     }
 
-    /// The images of an index, those of indexes in it as well.
-    async fn without_indexes(&mut self, children: &[Descriptor]) -> Result<Vec<Descriptor>, String> {
+    /// The images of an index and of the indexes in it.
+    async fn flatten_indexes(&mut self, children: &[Descriptor]) -> Result<Vec<Descriptor>, String> {
         let mut level = children.to_vec();
         for _ in 0..MAX_DEPTH {
             let mut next = Vec::new();
@@ -124,35 +128,35 @@ impl PlanBuilder<'_> {
                 }
                 has_indexes = true;
                 let index = self.read(&Reference::Digest(digest_of(&child)?)).await?;
-                next.extend(index.manifests.ok_or_else(|| not_understood(&self.image.reference))?);
+                next.extend(index.manifests.ok_or_else(|| unsupported(&self.image.reference))?);
             }
             if !has_indexes {
                 return Ok(next);
             }
             level = next;
         }
-        Err(format!("its indexes are more than {MAX_DEPTH} deep"))
+        Err(format!("its indexes are nested more than {MAX_DEPTH} deep"))
     }
 
-    /// An image that is no index tells its platform in its configuration.
-    async fn has_one_of(&self, manifest: &Manifest, platforms: &Platforms) -> Result<(), String> {
+    /// Fails if an image without an index is for another platform. Its configuration names the platform.
+    async fn check_platform(&self, manifest: &Manifest, platforms: &Platforms) -> Result<(), String> {
         let (Platforms::These(names), Some(config)) = (platforms, &manifest.config) else { return Ok(()) };
-        // Other artifacts are for no platform.
-        if !is_config(&config.media_type) || config.size > MAX_CONFIG {
+        // Artifacts other than images do not have a platform.
+        if !is_config(&config.media_type) || config.size > MAX_CONFIG_BYTES {
             return Ok(());
         }
         let blob = PlannedBlob { image: self.image.clone(), digest: digest_of(config)?, size: config.size };
-        let bytes = fetch::small_blob(self.door, &blob).await?;
+        let bytes = fetch::small_blob(self.source, &blob).await?;
         let Ok(platform) = serde_json::from_slice::<Platform>(&bytes) else { return Ok(()) };
-        match names.iter().find(|name| !platform.is(name)) {
+        match names.iter().find(|name| !platform.matches(name)) {
             Some(name) if !platform.os.is_empty() => {
-                Err(format!("it has nothing for {name}, only for {}", platform.name()))
+                Err(format!("it has no image for {name}, only for {}", platform.name()))
             }
             _ => Ok(()),
         }
     }
 
-    fn take_blobs(&mut self, manifest: &Manifest) -> Result<(), String> {
+    fn add_blobs(&mut self, manifest: &Manifest) -> Result<(), String> {
         for descriptor in manifest.config.iter().chain(&manifest.layers) {
             if is_foreign(&descriptor.media_type) {
                 self.plan.foreign += 1;
@@ -170,25 +174,25 @@ impl PlanBuilder<'_> {
     }
 }
 
-fn wanted<'a>(children: &'a [Descriptor], platforms: &Platforms) -> Result<Vec<&'a Descriptor>, String> {
+fn of_platforms<'a>(children: &'a [Descriptor], platforms: &Platforms) -> Result<Vec<&'a Descriptor>, String> {
     let Platforms::These(names) = platforms else { return Ok(children.iter().collect()) };
     let mut wanted = Vec::new();
     for name in names {
         let before = wanted.len();
-        wanted.extend(children.iter().filter(|child| child.platform.as_ref().is_some_and(|p| p.is(name))));
+        wanted.extend(children.iter().filter(|child| child.platform.as_ref().is_some_and(|p| p.matches(name))));
         if wanted.len() == before {
-            return Err(format!("it has nothing for {name}, only for {}", list(children)));
+            return Err(format!("it has no image for {name}, only for {}", list(children)));
         }
     }
     Ok(wanted)
 }
 
 fn digest_of(descriptor: &Descriptor) -> Result<Digest, String> {
-    descriptor.digest.parse().map_err(|_| format!("{:?} is no digest", descriptor.digest))
+    descriptor.digest.parse().map_err(|_| format!("{:?} is not a valid digest", descriptor.digest))
 }
 
-fn not_understood(reference: &Reference) -> String {
-    format!("{reference} is neither an image nor an index, or of a kind that is not understood")
+fn unsupported(reference: &Reference) -> String {
+    format!("{reference} is neither an image nor an index of a supported media type")
 }
 
 fn is_index(media_type: &str) -> bool {
@@ -199,13 +203,13 @@ fn is_config(media_type: &str) -> bool {
     matches!(media_type, "application/vnd.oci.image.config.v1+json" | "application/vnd.docker.container.image.v1+json")
 }
 
-/// A layer that comes from elsewhere, not from the registry.
+/// Whether a layer is non-distributable (OCI) or foreign (Docker): registries do not serve it.
 fn is_foreign(media_type: &str) -> bool {
     media_type.contains(".nondistributable.") || media_type.contains(".foreign.")
 }
 
 impl Platforms {
-    /// That of the machine this runs on.
+    /// The platform of the machine that runs this process.
     pub fn of_this_machine() -> Self {
         let architecture = match std::env::consts::ARCH {
             "x86_64" => "amd64",
@@ -223,8 +227,8 @@ impl Platform {
         name.escape_debug().to_string()
     }
 
-    /// Without a variant, all of them are meant.
-    fn is(&self, name: &str) -> bool {
+    /// Whether a name matches; a name without a variant matches every variant.
+    fn matches(&self, name: &str) -> bool {
         let mut parts = name.splitn(3, '/');
         parts.next() == Some(&self.os)
             && parts.next() == Some(&self.architecture)
@@ -232,12 +236,14 @@ impl Platform {
     }
 }
 
-/// Whatever an index says, a terminal shows it as text.
+/// The platforms of an index, for an error message.
 fn list(children: &[Descriptor]) -> String {
     let names: Vec<String> = children.iter().filter_map(|child| child.platform.as_ref().map(Platform::name)).collect();
     match names.len() {
-        0 => "no platform in particular".to_owned(),
-        count if count > MAX_NAMES => format!("{} and {} more", names[..MAX_NAMES].join(", "), count - MAX_NAMES),
+        0 => "unnamed platforms".to_owned(),
+        count if count > MAX_LISTED_PLATFORMS => {
+            format!("{} and {} more", names[..MAX_LISTED_PLATFORMS].join(", "), count - MAX_LISTED_PLATFORMS)
+        }
         _ => names.join(", "),
     }
 }
@@ -247,9 +253,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_platform_without_a_variant_means_all() {
+    fn platform_without_variant_matches_every_variant() {
         let arm = Platform { os: "linux".into(), architecture: "arm".into(), variant: Some("v7".into()) };
-        assert!(arm.is("linux/arm") && arm.is("linux/arm/v7"));
-        assert!(!arm.is("linux/arm/v6") && !arm.is("linux/arm64") && !arm.is("linux") && !arm.is("windows/arm"));
+        assert!(arm.matches("linux/arm") && arm.matches("linux/arm/v7"));
+        assert!(
+            !arm.matches("linux/arm/v6")
+                && !arm.matches("linux/arm64")
+                && !arm.matches("linux")
+                && !arm.matches("windows/arm")
+        );
     }
 }

@@ -1,4 +1,4 @@
-//! Where images are pulled: a dray's registry port, or the dray that this process is.
+//! The two sources to pull images through: the registry port of a dray, or this process.
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -9,46 +9,46 @@ use crate::oci::{ImageName, Reference};
 use crate::pull::Body;
 use crate::source::root_cause;
 
-/// What answers as a registry does.
+/// A source of manifests and blobs.
 #[async_trait]
 pub trait ImageSource: Send + Sync {
-    /// A manifest, not yet verified.
-    async fn manifest(&self, image: &ImageName, reference: &Reference) -> Result<Bytes, Failed>;
-    /// A blob from a byte on.
-    async fn blob(&self, blob: &PlannedBlob, from: u64) -> Result<BlobStream, Failed>;
-    /// Whether a blob is kept, now.
-    async fn keeps(&self, blob: &PlannedBlob) -> Result<bool, Failed>;
-    /// Whether a blob is wanted here: others may be who keeps it.
-    fn wants(&self, blob: &PlannedBlob) -> bool;
+    /// A manifest; the caller verifies its digest.
+    async fn manifest(&self, image: &ImageName, reference: &Reference) -> Result<Bytes, FetchError>;
+    /// A blob, from the byte `from` to its end.
+    async fn blob(&self, blob: &PlannedBlob, from: u64) -> Result<BlobStream, FetchError>;
+    /// Whether the blob is in the cache now.
+    async fn is_cached(&self, blob: &PlannedBlob) -> Result<bool, FetchError>;
+    /// Whether to warm the blob through this source; false if another peer owns the blob.
+    fn is_responsible_for(&self, blob: &PlannedBlob) -> bool;
 }
 
-/// A blob on its way.
+/// A blob that is being received.
 pub struct BlobStream {
-    pub pieces: Pieces,
-    /// Whether it was there before.
-    pub was_kept: bool,
+    pub chunks: Chunks,
+    /// The blob was a cache hit.
+    pub was_cached: bool,
 }
 
-pub enum Pieces {
+pub enum Chunks {
     Http(Box<Response>),
-    Inside(Body),
+    InProcess(Body),
 }
 
-/// Why there is nothing, and whether to try again.
+/// Why a request failed, and whether a retry may help.
 #[derive(Debug)]
-pub enum Failed {
-    Passing(String),
-    ForGood(String),
+pub enum FetchError {
+    Temporary(String),
+    Permanent(String),
 }
 
-impl Pieces {
-    /// The next piece; None at the end.
-    pub async fn next(&mut self) -> Result<Option<Bytes>, Failed> {
+impl Chunks {
+    /// The next chunk; None at the end.
+    pub async fn next(&mut self) -> Result<Option<Bytes>, FetchError> {
         match self {
             Self::Http(response) => {
-                response.chunk().await.map_err(|error| Failed::Passing(root_cause(&error.without_url())))
+                response.chunk().await.map_err(|error| FetchError::Temporary(root_cause(&error.without_url())))
             }
-            Self::Inside(body) => body.next().await.map_err(|broken| Failed::Passing(broken.to_string())),
+            Self::InProcess(body) => body.next().await.map_err(|error| FetchError::Temporary(error.to_string())),
         }
     }
 }

@@ -1,15 +1,15 @@
-//! The images that manifests of Kubernetes name.
+//! The images in Kubernetes manifests.
 
 use serde::Deserialize;
 use serde_yaml_ng::Value;
 
-/// Every value of a key `image` in documents of YAML or JSON, in their order and once: those of a Deployment, or of
-/// all that `helm template` prints; volumes from images among them, and plain lists.
+/// Every value of a key `image` in YAML or JSON documents, in order and without duplicates. Also finds image volumes,
+/// and plain lists of images.
 pub fn images_in(text: &str) -> Result<Vec<String>, String> {
     let mut found = Vec::new();
     for document in serde_yaml_ng::Deserializer::from_str(text) {
         let value = Value::deserialize(document).map_err(|error| error.to_string())?;
-        take_list(&value, &mut found);
+        add_list(&value, &mut found);
         walk(&value, &mut found);
     }
     Ok(found)
@@ -21,16 +21,16 @@ fn walk(value: &Value, found: &mut Vec<String>) {
             for (key, value) in mapping {
                 match key.as_str() {
                     Some("image") => match value {
-                        Value::String(image) => take(image, found),
-                        // A volume that is an image.
+                        Value::String(image) => add(image, found),
+                        // An image volume.
                         Value::Mapping(volume) => match volume.get("reference").and_then(Value::as_str) {
-                            Some(image) => take(image, found),
+                            Some(image) => add(image, found),
                             None => walk(value, found),
                         },
                         _ => walk(value, found),
                     },
                     Some("images") => {
-                        take_list(value, found);
+                        add_list(value, found);
                         walk(value, found);
                     }
                     _ => walk(value, found),
@@ -42,13 +42,13 @@ fn walk(value: &Value, found: &mut Vec<String>) {
     }
 }
 
-fn take_list(value: &Value, found: &mut Vec<String>) {
+fn add_list(value: &Value, found: &mut Vec<String>) {
     let texts = value.as_sequence().into_iter().flatten().filter_map(Value::as_str);
-    texts.for_each(|image| take(image, found));
+    texts.for_each(|image| add(image, found));
 }
 
-/// Charts leave images empty that are not used.
-fn take(image: &str, found: &mut Vec<String>) {
+/// Adds an image. Charts render an unused image as an empty string.
+fn add(image: &str, found: &mut Vec<String>) {
     if !image.is_empty() && !found.iter().any(|known| known == image) {
         found.push(image.to_owned());
     }

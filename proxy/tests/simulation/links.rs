@@ -1,20 +1,20 @@
-//! Links that are shared max-min fair.
+//! Max-min fair shares of links.
 
 use std::cmp::Ordering;
 use std::collections::BinaryHeap;
 
-/// The links that a flow passes. None of them: it does not move.
-pub(crate) type Way = [Option<usize>; 4];
+/// The links that a flow passes. Without any it does not move.
+pub(crate) type LinkPath = [Option<usize>; 4];
 
-/// The rate of each flow, over links of these speeds. The link that gives each of its flows the least fixes
-/// theirs, then the next.
-pub(crate) fn shares(mut left: Vec<f64>, ways: &[Way]) -> Vec<f64> {
+/// The rate of each flow over links with these capacities. The link with the least for each of its flows fixes their
+/// rates first, then the next link.
+pub(crate) fn shares(mut left: Vec<f64>, routes: &[LinkPath]) -> Vec<f64> {
     let mut members: Vec<Vec<usize>> = vec![Vec::new(); left.len()];
-    for (nth, way) in ways.iter().enumerate() {
-        way.iter().flatten().for_each(|link| members[*link].push(nth));
+    for (nth, route) in routes.iter().enumerate() {
+        route.iter().flatten().for_each(|link| members[*link].push(nth));
     }
     let mut open: Vec<usize> = members.iter().map(Vec::len).collect();
-    let mut rates: Vec<Option<f64>> = vec![None; ways.len()];
+    let mut rates: Vec<Option<f64>> = vec![None; routes.len()];
     let used = (0..members.len()).filter(|link| open[*link] > 0);
     let mut heap: BinaryHeap<Least> = used.map(|link| Least(share(left[link], open[link]), link)).collect();
     while let Some(Least(known, link)) = heap.pop() {
@@ -29,7 +29,7 @@ pub(crate) fn shares(mut left: Vec<f64>, ways: &[Way]) -> Vec<f64> {
         for nth in std::mem::take(&mut members[link]) {
             if rates[nth].is_none() {
                 rates[nth] = Some(now);
-                for link in ways[nth].iter().flatten() {
+                for link in routes[nth].iter().flatten() {
                     left[*link] = (left[*link] - now).max(0.0);
                     open[*link] -= 1;
                 }
@@ -44,7 +44,7 @@ fn share(left: f64, open: usize) -> f64 {
     left / open as f64
 }
 
-/// A link by what it gives to each of its flows; the least is the greatest.
+/// A link, ordered by its share for each flow. The smallest share is the greatest, for the heap.
 struct Least(f64, usize);
 
 impl PartialEq for Least {

@@ -1,4 +1,4 @@
-//! Bytes move: over cards and lines between zones that all who send share.
+//! Moves bytes over shared links: network cards, and lines between zones.
 
 use std::time::Duration;
 
@@ -6,15 +6,15 @@ use dray::oci::Span;
 use dray::peers::swarm::{Claim, Contribution, View};
 use dray::role::Role;
 
-use crate::links::{self, Way};
-use crate::network::{CARD, LAYERS, Network, STEP, WatchedBody, float, whole};
+use crate::links::{self, LinkPath};
+use crate::network::{CARD, Flow, LAYERS, Network, STEP, float, whole};
 
-/// Who follows what somebody has gives up when nothing comes for this long.
-const COMES: f64 = 1.0;
+/// Seconds without a byte after which a download from a holder ends.
+const STALL_TIMEOUT: f64 = 1.0;
 
 impl Network {
     /// Bytes that a flow's source has beyond its position.
-    fn available(&self, flow: &WatchedBody) -> f64 {
+    fn available(&self, flow: &Flow) -> f64 {
         match flow.from {
             None => f64::INFINITY,
             Some(peer) => {
@@ -24,21 +24,21 @@ impl Network {
         }
     }
 
-    /// The rate of each flow: what its source sends, it receives, and passes between zones is shared with others. Who
-    /// has little to send leaves the rest of its share to them.
+    /// The rate of each flow. It shares its source's card, its target's card and the line between zones with other
+    /// flows. A source with few bytes left leaves the rest of its share to them.
     pub(crate) fn rates(&self) -> Vec<f64> {
         let (count, zones) = (self.nodes.len(), self.shape.zones);
-        // Outgoing cards, incoming ones, that of the origin, and the lines from each zone to each other.
+        // Links: outgoing cards, incoming cards, the upstream's card, and the lines from each zone to each other.
         let cards = (0..count).chain(0..count).map(|node| self.card(node)).chain([self.shape.upstream]);
         let mut links: Vec<f64> = cards.chain(std::iter::repeat_n(zones.between, zones.count * zones.count)).collect();
         let line = |from: usize, to: usize| {
             let (from, to) = (self.nodes[from].zone, self.nodes[to].zone);
             (from != to).then_some(2 * count + 1 + from * zones.count + to)
         };
-        let mut way = |flow: &WatchedBody| -> Way {
+        let mut links_of = |flow: &Flow| -> LinkPath {
             let available = self.available(flow);
             if flow.starts > self.now || available < 1.0 {
-                return Way::default();
+                return LinkPath::default();
             }
             let little = (available < CARD * STEP).then(|| {
                 links.push(available / STEP);
@@ -47,8 +47,8 @@ impl Network {
             let line = flow.from.and_then(|from| line(from, flow.to));
             [Some(flow.from.unwrap_or(2 * count)), Some(count + flow.to), line, little]
         };
-        let ways: Vec<Way> = self.flows.iter().map(&mut way).collect();
-        links::shares(links, &ways)
+        let routes: Vec<LinkPath> = self.flows.iter().map(&mut links_of).collect();
+        links::shares(links, &routes)
     }
 
     /// Moves all flows by one step.
@@ -89,7 +89,7 @@ impl Network {
                         }
                     }
                 }
-            } else if flow.gives_up && until - flow.idle_since > COMES {
+            } else if flow.gives_up && until - flow.idle_since > STALL_TIMEOUT {
                 over.push(nth);
             }
             let is_over = over.last() == Some(&nth);
@@ -111,8 +111,8 @@ impl Network {
         }
     }
 
-    /// A flow has come to its end, or broke off.
-    pub(crate) fn end(&mut self, flow: &WatchedBody) {
+    /// Records that a flow is complete, or broke off.
+    pub(crate) fn end(&mut self, flow: &Flow) {
         let broke = float(flow.span.end) - flow.position >= 1.0;
         let now = self.clock();
         let peer = flow.from.map(|peer| {
@@ -128,7 +128,7 @@ impl Network {
             let span = Span { start: flow.span.start, end: reached };
             fetch.view.end(Contribution { peer, claim, total, span, checksum: 0 });
             if broke {
-                fetch.view.left(peer, now);
+                fetch.view.mark_interrupted(peer, now);
             }
         }
         if broke && let Some(plan) = &mut fetch.plan {
@@ -140,7 +140,7 @@ impl Network {
             fetch.view = View::new(count);
         }
         if let Some(owner) = flow.lent_by.filter(|owner| !self.nodes[*owner].is_dead) {
-            self.hear(flow.to, owner, flow.layer);
+            self.report(flow.to, owner, flow.layer);
         }
     }
 }

@@ -1,4 +1,4 @@
-//! The nodes, what each fetches, and what is on its way between them.
+//! The nodes, their downloads, and the flows between them.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -15,36 +15,36 @@ use dray::role::Role;
 
 use crate::{Outcome, Shape, Slow};
 
-/// Bytes a second of 10 Gbit/s.
+/// Bytes a second of a 10 Gbit/s card.
 pub(crate) const CARD: f64 = 1.25e9;
 pub(crate) const STEP: f64 = 0.002;
 
 const MB: u64 = 1_000_000;
 pub(crate) const LAYERS: [u64; 5] = [1500 * MB, 800 * MB, 400 * MB, 200 * MB, 100 * MB];
 
-/// What containerd pulls at a time.
-const AT_A_TIME: usize = 3;
-/// An origin gets more connections while they help; a reader that waits may have one more.
-pub(crate) const MOST_LANES: usize = 8;
-/// Those who may have what a node owns from now on; as in `peers/ask.rs`.
-const SUCCESSORS: usize = 2;
+/// Layers that containerd pulls at a time.
+const MAX_LAYERS: usize = 3;
+/// Connections to the upstream at most. More are opened while they help, and one more for a waiting reader.
+pub(crate) const MAX_CONNECTIONS: usize = 8;
+/// Successors that a new owner queries, as in `peers/requests.rs`.
+const MAX_SUCCESSORS: usize = 2;
 
-/// One layer on one node.
+/// The download of one layer on one node.
 pub(crate) struct Fetch {
     pub(crate) plan: Option<RangePlan>,
-    /// None: not begun.
+    /// None: it has not begun.
     pub(crate) role: Option<Role>,
     pub(crate) have: Spans,
     pub(crate) view: View,
-    /// Those of its own zone, and those of others.
+    /// For requesters of its own zone, and of other zones.
     pub(crate) trackers: [Tracker; 2],
     pub(crate) pace: Pace,
-    /// Of an owner: how many connections to the origin are worth it.
-    pub(crate) climb: Option<ConnectionScaler>,
+    /// An owner only: the number of connections to the upstream.
+    pub(crate) scaler: Option<ConnectionScaler>,
     pub(crate) lanes: usize,
-    /// It could fetch more at a time than there is to fetch.
+    /// Fewer ranges are left than it could download at a time.
     pub(crate) idles: bool,
-    /// Its question is held by the owner until then.
+    /// The owner holds its request until this time.
     pub(crate) waits_until: f64,
     pub(crate) done: bool,
 }
@@ -58,7 +58,7 @@ impl Fetch {
             view: View::new(members),
             trackers: std::array::from_fn(|_| Tracker::new(members)),
             pace: Pace::default(),
-            climb: None,
+            scaler: None,
             lanes: 0,
             idles: false,
             waits_until: 0.0,
@@ -72,29 +72,29 @@ pub(crate) struct Node {
     pub(crate) zone: usize,
     pub(crate) fetches: Vec<Fetch>,
     pub(crate) health: Health,
-    /// Whom it asks for each layer, until it learns that somebody is down.
-    leads: [[Option<Arc<OwnerRoute>>; 2]; LAYERS.len()],
+    /// The routes of each layer as a client and as a zone's owner, until a peer is found dead.
+    routes: [[Option<Arc<OwnerRoute>>; 2]; LAYERS.len()],
     pub(crate) is_dead: bool,
     pub(crate) sending: u32,
     pub(crate) sent: f64,
     finished: Option<f64>,
 }
 
-/// Bytes on their way from somebody to somebody.
-pub(crate) struct WatchedBody {
-    /// None: the origin.
+/// A range that is being sent from one node, or the upstream, to another node.
+pub(crate) struct Flow {
+    /// None: the upstream.
     pub(crate) from: Option<usize>,
     pub(crate) to: usize,
     pub(crate) layer: usize,
     pub(crate) span: Span,
     pub(crate) position: f64,
     pub(crate) starts: f64,
-    /// Since when nothing came, for who may give up.
+    /// When its last byte came.
     pub(crate) idle_since: f64,
-    /// For how long it has brought something.
+    /// Seconds in which it delivered bytes.
     pub(crate) counted: f64,
     pub(crate) gives_up: bool,
-    /// The owner in whose stead it is fetched.
+    /// The owner whose deputy downloads it.
     pub(crate) lent_by: Option<usize>,
 }
 
@@ -102,16 +102,16 @@ pub(crate) struct Network {
     pub(crate) shape: Shape,
     members: Vec<(Zone, SocketAddr)>,
     pub(crate) nodes: Vec<Node>,
-    /// Of all zones: those whom the ring names first.
+    /// The owner of each layer, over all zones.
     owners: Vec<usize>,
-    pub(crate) flows: Vec<WatchedBody>,
-    /// Which of them go to each node.
+    pub(crate) flows: Vec<Flow>,
+    /// The flows to each node.
     pub(crate) flows_to: Vec<Vec<usize>>,
     pub(crate) from_upstream: f64,
-    /// What went from one zone to another.
+    /// Bytes that were sent across zones.
     pub(crate) crossed: f64,
     pub(crate) now: f64,
-    /// Where clocks begin that count from a moment.
+    /// Start of the virtual clock, where an `Instant` is needed.
     started: tokio::time::Instant,
     pub(crate) random: fastrand::Rng,
 }
@@ -152,7 +152,7 @@ impl Network {
             zone: zone(node),
             fetches: LAYERS.iter().map(|_| Fetch::new(shape.nodes)).collect(),
             health: Health::default(),
-            leads: Default::default(),
+            routes: Default::default(),
             is_dead: false,
             sending: 0,
             sent: 0.0,
@@ -176,13 +176,13 @@ impl Network {
 
     fn is_slow(&self, node: usize) -> bool {
         match self.shape.slow {
-            Slow::Nobody => false,
+            Slow::None => false,
             Slow::OneIn(many) => node.is_multiple_of(many) && !self.owners.contains(&node),
             Slow::Owners => self.owners.contains(&node),
         }
     }
 
-    /// Who is killed in the middle of it: the first owner, and some of the others.
+    /// Whether a node is to be killed: the first owner, and one in `many` of all nodes.
     fn is_doomed(&self, node: usize) -> bool {
         self.shape.killed.is_some_and(|(many, _)| node == self.owners[0] || node % many == 1)
     }
@@ -195,8 +195,8 @@ impl Network {
         Duration::from_secs_f64(self.now)
     }
 
-    /// Whether what goes from one to the other crosses into another zone.
-    pub(crate) fn is_far(&self, node: usize, other: usize) -> bool {
+    /// Whether traffic between two nodes crosses into another zone.
+    pub(crate) fn is_cross_zone(&self, node: usize, other: usize) -> bool {
         self.shape.zones.policy != Zones::Ignore && self.nodes[node].zone != self.nodes[other].zone
     }
 
@@ -212,7 +212,7 @@ impl Network {
             self.advance(&rates);
             self.now += STEP;
             self.kill();
-            self.climb();
+            self.scale_connections();
         }
         let image = float(LAYERS.iter().sum());
         let healthy = (0..self.nodes.len()).filter(|node| counts(&self, *node));
@@ -223,20 +223,20 @@ impl Network {
         Outcome { finished, upstream: self.from_upstream / image, busiest, crossed: self.crossed / image }
     }
 
-    /// Starts the layers that a node pulls now, and as many ranges of each as it may.
+    /// Starts the layers that a node pulls now, and as many of their ranges as it may download at a time.
     fn begin(&mut self, node: usize) {
         if self.nodes[node].is_dead {
             return;
         }
         let mut pulling = 0;
         for layer in 0..LAYERS.len() {
-            if pulling < AT_A_TIME && !self.nodes[node].fetches[layer].done {
+            if pulling < MAX_LAYERS && !self.nodes[node].fetches[layer].done {
                 pulling += 1;
                 self.open(node, layer, Role::Client);
             }
             let fetch = &self.nodes[node].fetches[layer];
             if fetch.plan.is_some() && !fetch.done && fetch.waits_until <= self.now {
-                self.ask_for_more(node, layer);
+                self.download_more(node, layer);
             }
         }
         if pulling == 0 && self.nodes[node].finished.is_none() {
@@ -251,85 +251,86 @@ impl Network {
         }
     }
 
-    /// Whom a node asks that fetches a layer as `role`: the real decision, by what it knows of the others.
-    pub(crate) fn lead(&mut self, node: usize, layer: usize, role: Role) -> Arc<OwnerRoute> {
+    /// The route of a node that downloads a layer in `role`: the product's decision, with this node's knowledge.
+    pub(crate) fn owner_route(&mut self, node: usize, layer: usize, role: Role) -> Arc<OwnerRoute> {
         if role == Role::Global {
-            return Arc::new(OwnerRoute { role, leaders: Vec::new(), asked_as: role });
+            return Arc::new(OwnerRoute { role, owners: Vec::new(), request_role: role });
         }
         let nth = usize::from(role == Role::Zone);
-        if self.nodes[node].leads[layer][nth].is_none() {
+        if self.nodes[node].routes[layer][nth].is_none() {
             let members = self.members_of(node);
             let (health, now) = (&self.nodes[node].health, self.clock());
-            let lead = |layer, role| {
-                let lead =
-                    members.lead(&digest(layer), role, Scope::AllZones, |peer: &SocketAddr| health.is_well(peer, now));
-                Some(Arc::new(lead))
+            let route = |layer, role| {
+                let route = members.owner_route(&digest(layer), role, Scope::AllZones, |peer: &SocketAddr| {
+                    health.is_available(peer, now)
+                });
+                Some(Arc::new(route))
             };
-            let leads = std::array::from_fn(|layer| [lead(layer, Role::Client), lead(layer, Role::Zone)]);
-            self.nodes[node].leads = leads;
+            let routes = std::array::from_fn(|layer| [route(layer, Role::Client), route(layer, Role::Zone)]);
+            self.nodes[node].routes = routes;
         }
-        self.nodes[node].leads[layer][nth].clone().expect("it was just found")
+        self.nodes[node].routes[layer][nth].clone().expect("it was just found")
     }
 
     fn members_of(&self, node: usize) -> Members {
         Members::new(&self.members, self.nodes[node].address, None, self.shape.zones.policy)
     }
 
-    /// A node found out that another is not there.
+    /// Records on a node that a peer is dead.
     pub(crate) fn found_dead(&mut self, node: usize, layer: usize, peer: usize) {
         let (now, dead) = (self.clock(), self.nodes[peer].address);
-        self.nodes[node].health.is_down(dead, now);
-        self.nodes[node].fetches[layer].view.broke(dead, now);
-        self.nodes[node].leads = Default::default();
+        self.nodes[node].health.mark_down(dead, now);
+        self.nodes[node].fetches[layer].view.mark_failed(dead, now);
+        self.nodes[node].routes = Default::default();
     }
 
-    /// Begins to fetch, or goes on as more than it was.
-    pub(crate) fn open(&mut self, node: usize, layer: usize, asked_as: Role) {
+    /// Starts a download, or continues it in a higher role.
+    pub(crate) fn open(&mut self, node: usize, layer: usize, request_role: Role) {
         let known = self.nodes[node].fetches[layer].role;
-        if self.nodes[node].fetches[layer].done || known >= Some(asked_as) {
+        if self.nodes[node].fetches[layer].done || known >= Some(request_role) {
             return;
         }
-        let role = self.lead(node, layer, asked_as).role.max(asked_as);
+        let role = self.owner_route(node, layer, request_role).role.max(request_role);
         let fetch = &mut self.nodes[node].fetches[layer];
         fetch.role = Some(role);
         let plan = fetch.plan.get_or_insert_with(|| RangePlan::new(LAYERS[layer], Spans::default()));
-        if role == Role::Global && fetch.climb.is_none() {
-            fetch.climb = Some(ConnectionScaler::new(MOST_LANES));
+        if role == Role::Global && fetch.scaler.is_none() {
+            fetch.scaler = Some(ConnectionScaler::new(MAX_CONNECTIONS));
             if known.is_some() {
-                plan.may_lend();
-                self.ask_successors(node, layer);
+                plan.enable_lending();
+                self.query_successors(node, layer);
                 return;
             }
-            // It lends once the origin has answered it.
-            self.ask_for_more(node, layer);
-            self.nodes[node].fetches[layer].plan.as_mut().expect("it has begun").may_lend();
+            // It lends ranges only after the upstream has responded to its own request.
+            self.download_more(node, layer);
+            self.nodes[node].fetches[layer].plan.as_mut().expect("it has begun").enable_lending();
         }
     }
 
-    /// An owner that takes another's place asks before it fetches.
-    fn ask_successors(&mut self, node: usize, layer: usize) {
+    /// Queries the successors: an owner that takes another's place does so before it downloads.
+    fn query_successors(&mut self, node: usize, layer: usize) {
         let (health, now) = (&self.nodes[node].health, self.clock());
-        let alive = |peer: &SocketAddr| health.is_well(peer, now);
-        let found = self.members_of(node).successors(&digest(layer), SUCCESSORS, Scope::AllZones, alive);
+        let alive = |peer: &SocketAddr| health.is_available(peer, now);
+        let found = self.members_of(node).successors(&digest(layer), MAX_SUCCESSORS, Scope::AllZones, alive);
         for peer in found.into_iter().map(index) {
             match self.nodes[peer].is_dead {
                 true => self.found_dead(node, layer, peer),
-                false => self.tell(node, peer, layer),
+                false => self.learn_holders(node, peer, layer),
             }
         }
     }
 
-    /// Owners think over how many connections to have.
-    fn climb(&mut self) {
+    /// Owners adapt their number of connections to the upstream.
+    fn scale_connections(&mut self) {
         let now = self.started + self.clock();
         for fetch in self.nodes.iter_mut().flat_map(|node| &mut node.fetches) {
-            if let Some(climb) = &mut fetch.climb {
-                climb.observe(now, fetch.have.len(), fetch.lanes);
+            if let Some(scaler) = &mut fetch.scaler {
+                scaler.observe(now, fetch.have.len(), fetch.lanes);
             }
         }
     }
 
-    /// Kills those whose time has come: what they send and get breaks off.
+    /// Kills the doomed nodes when it is time: all their flows break off.
     fn kill(&mut self) {
         let Some((_, when)) = self.shape.killed else { return };
         if self.now < when || self.nodes[self.owners[0]].is_dead {
@@ -338,7 +339,7 @@ impl Network {
         (0..self.nodes.len()).filter(|node| self.is_doomed(*node)).collect::<Vec<_>>().into_iter().for_each(|node| {
             self.nodes[node].is_dead = true;
         });
-        let dead = |network: &Self, flow: &WatchedBody| {
+        let dead = |network: &Self, flow: &Flow| {
             network.nodes[flow.to].is_dead || flow.from.is_some_and(|from| network.nodes[from].is_dead)
         };
         let over: Vec<_> = (0..self.flows.len()).filter(|nth| dead(self, &self.flows[*nth])).collect();

@@ -1,4 +1,4 @@
-//! The registry port in a real browser: nothing of it runs, and no page of another origin has anything of it.
+//! The registry port in a real browser: no content runs, and pages of other origins read nothing.
 
 use std::process::Command;
 
@@ -10,27 +10,27 @@ use dray_tests::tool;
 use dray_tests::upstream::{Content, Response, TestUpstream};
 
 #[tokio::test(flavor = "multi_thread")]
-async fn pages_of_others_read_run_and_send_nothing() {
+async fn foreign_page_cannot_read_run_or_send() {
     let image = Image::new(1, &[1_000]);
     let content = Content::new(&[("a/app", "1", &image)]);
     let script = r#"{"schemaVersion": 2, "x": "<script>document.title='ran';parent.postMessage('ran','*')</script>"}"#;
-    let upstream = TestUpstream::answering(move |request| match request.path.contains("/page/") {
+    let upstream = TestUpstream::with_handler(move |request| match request.path.contains("/page/") {
         true => Response::new(200, script).with("content-type", "image/svg+xml"),
-        false => content.answer(request),
+        false => content.respond(request),
     })
     .await;
     let attacker =
-        TestUpstream::answering(|_| Response::new(200, "<html></html>").with("content-type", "text/html")).await;
+        TestUpstream::with_handler(|_| Response::new(200, "<html></html>").with("content-type", "text/html")).await;
     let others = format!("[[registry]]\nmatch = \"sent.example\"\nupstreams = [\"{}\"]\n", upstream.url());
     let dray = Start::new(rule("reg.example", &upstream.url()) + &others).run();
     let (private, page) = ("/v2/reg.example/a/app/manifests/1", "/v2/reg.example/page/x/manifests/1");
     let served = get(&dray.url(page), &[]).await;
     assert_eq!((served.status, served.header("content-type")), (200, Some("application/octet-stream")));
     for path in [private, page, "/v2/", "/v2/reg.example/a/app/tags/list", "/nothing"] {
-        let answer = get(&dray.url(path), &[]).await;
-        assert_eq!(answer.header("x-content-type-options"), Some("nosniff"), "{path}");
-        assert_eq!(answer.header("content-security-policy"), Some("sandbox; default-src 'none'"), "{path}");
-        assert_eq!(answer.header("content-disposition"), Some("attachment"), "{path}");
+        let response = get(&dray.url(path), &[]).await;
+        assert_eq!(response.header("x-content-type-options"), Some("nosniff"), "{path}");
+        assert_eq!(response.header("content-security-policy"), Some("sandbox; default-src 'none'"), "{path}");
+        assert_eq!(response.header("content-disposition"), Some("attachment"), "{path}");
     }
     run(Command::new("python3")
         .env("PYTHONPATH", tool("python"))
@@ -39,6 +39,6 @@ async fn pages_of_others_read_run_and_send_nothing() {
     assert_eq!(
         upstream.count("GET", "/from/") + upstream.count("HEAD", "/from/"),
         0,
-        "a page made dray send a request"
+        "a page caused an upstream request"
     );
 }

@@ -1,4 +1,4 @@
-//! The command line, as scripts and people use it.
+//! The command line, as people and scripts use it.
 
 use std::process::Command;
 
@@ -13,29 +13,29 @@ fn check(text: &str) -> (i32, String) {
     let file = dir.path().join("dray.toml");
     std::fs::write(&file, text).unwrap();
     let output = output(Command::new(binary()).arg("check-config").arg(&file));
-    let said = String::from_utf8_lossy(&output.stderr).into_owned();
-    (output.status.code().unwrap(), said)
+    let printed = String::from_utf8_lossy(&output.stderr).into_owned();
+    (output.status.code().unwrap(), printed)
 }
 
 #[test]
-fn check_config_says_what_is_wrong() {
+fn check_config_names_what_is_wrong() {
     assert_eq!(check("").0, 0);
     assert_eq!(check(include_str!("../../../config/dray.toml")).0, 0);
-    let (code, said) = check("[cache]\nsize = \"20GiB\"");
+    let (code, printed) = check("[cache]\nsize = \"20GiB\"");
     assert_eq!(code, 2);
     for part in ["dray.toml", "line 2", "size"] {
-        assert!(said.contains(part), "{said}");
+        assert!(printed.contains(part), "{printed}");
     }
 }
 
-/// What is refused at the start can be found out before.
+/// Errors of the start can be found before it.
 #[test]
-fn check_config_here_looks_at_what_the_file_names() {
+fn check_config_with_files_reads_what_they_name() {
     let dir = tempfile::tempdir().unwrap();
     let (file, key) = (dir.path().join("dray.toml"), dir.path().join("key"));
-    let check = |text: &str, here: &[&str]| {
+    let check = |text: &str, flags: &[&str]| {
         std::fs::write(&file, text).unwrap();
-        let output = output(Command::new(binary()).arg("check-config").args(here).arg(&file));
+        let output = output(Command::new(binary()).arg("check-config").args(flags).arg(&file));
         (output.status.code().unwrap(), String::from_utf8_lossy(&output.stderr).into_owned())
     };
     let peers = |member: &str| {
@@ -44,7 +44,7 @@ fn check_config_here_looks_at_what_the_file_names() {
     };
     for (text, want) in [
         ("[tls]\ncert = \"/nowhere.crt\"\nkey = \"/nowhere.key\"\n".to_owned(), "/nowhere.crt"),
-        ("[access]\nlogins_file = \"/nowhere\"\n".to_owned(), "/nowhere"),
+        ("[access]\nusers_file = \"/nowhere\"\n".to_owned(), "/nowhere"),
         ("[containerd]\nhosts_dir = \"/nowhere\"\n".to_owned(), "containerd.hosts_dir"),
         ("[tls]\nca = \"/nowhere.pem\"\n".to_owned(), "tls.ca = \"/nowhere.pem\""),
         (
@@ -55,39 +55,39 @@ fn check_config_here_looks_at_what_the_file_names() {
         (peers("127.0.0.1:5052"), "key"),
     ] {
         assert_eq!(check(&text, &[]).0, 0, "{text}");
-        let (code, said) = check(&text, &["--here"]);
+        let (code, printed) = check(&text, &["--check-files"]);
         assert_eq!(code, 2, "{text}");
-        assert!(said.contains(want) && said.contains("dray.toml"), "{said}");
+        assert!(printed.contains(want) && printed.contains("dray.toml"), "{printed}");
     }
     std::fs::write(&key, "sixteen characters or more").unwrap();
-    assert_eq!(check(&peers("127.0.0.1:5052"), &["--here"]), (0, String::new()));
-    let (code, said) = check(&peers("192.0.2.1:5052"), &["--here"]);
-    assert!(code == 2 && said.contains("peers.static"), "{said}");
+    assert_eq!(check(&peers("127.0.0.1:5052"), &["--check-files"]), (0, String::new()));
+    let (code, printed) = check(&peers("192.0.2.1:5052"), &["--check-files"]);
+    assert!(code == 2 && printed.contains("peers.static"), "{printed}");
 }
 
-/// A key may come by a variable, which is known where dray is to run.
+/// A key may be set by a variable of the environment in which dray will run.
 #[test]
-fn check_config_tells_what_the_start_would_refuse() {
+fn check_config_reports_what_the_start_rejects() {
     let dir = tempfile::tempdir().unwrap();
     let (file, key) = (dir.path().join("dray.toml"), dir.path().join("key"));
-    let rule = "[[registry]]\nmatch = \"reg.corp\"\naccess = \"client\"\n";
+    let rule = "[[registry]]\nmatch = \"reg.corp\"\nauthorization = \"passthrough\"\n";
     std::fs::write(&file, format!("{rule}[peers]\nlisten = \"127.0.0.1:5052\"\nservice = \"dray.svc\"\n")).unwrap();
     std::fs::write(&key, "sixteen characters or more").unwrap();
-    let why = "dray.toml:3: registry.access";
+    let error = "dray.toml:3: registry.authorization";
     let anywhere = output(Command::new(binary()).arg("check-config").arg(&file));
-    let said = String::from_utf8_lossy(&anywhere.stdout);
-    assert!(anywhere.status.success() && said.contains("note: ") && said.contains(why), "{said}");
-    let mut here = Command::new(binary());
-    here.args(["check-config", "--here"]).arg(&file);
-    for refused in [output(&mut here), output(Command::new(binary()).arg("--config").arg(&file))] {
-        let said = String::from_utf8_lossy(&refused.stderr);
-        assert!(refused.status.code() == Some(2) && said.contains(why), "{said}");
+    let printed = String::from_utf8_lossy(&anywhere.stdout);
+    assert!(anywhere.status.success() && printed.contains("note: ") && printed.contains(error), "{printed}");
+    let mut check_files = Command::new(binary());
+    check_files.args(["check-config", "--check-files"]).arg(&file);
+    for refused in [output(&mut check_files), output(Command::new(binary()).arg("--config").arg(&file))] {
+        let printed = String::from_utf8_lossy(&refused.stderr);
+        assert!(refused.status.code() == Some(2) && printed.contains(error), "{printed}");
     }
-    assert!(output(here.env("DRAY_PEERS_KEY_FILE", &key)).status.success());
+    assert!(output(check_files.env("DRAY_PEERS_KEY_FILE", &key)).status.success());
 }
 
 #[test]
-fn every_example_is_valid() {
+fn every_example_config_is_valid() {
     let examples = std::fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/../config")).unwrap();
     let mut count = 0;
     for example in examples {
@@ -103,24 +103,27 @@ fn every_example_is_valid() {
 }
 
 #[test]
-fn a_wrong_configuration_opens_no_port() {
+fn invalid_configuration_opens_no_port() {
     for (config, code, want) in [
         ("[cache]\ndisk = \"20GB\"\n", 2, "GiB"),
         ("[[registry]]\nmatch = \"a.io\"\nca = \"/nowhere.pem\"\n", 2, "/nowhere.pem"),
         ("[tls]\ncert = \"/nowhere.crt\"\nkey = \"/nowhere.key\"\n", 2, "/nowhere.crt"),
     ] {
         let output = output(&mut Start::new(config).command());
-        let said = String::from_utf8_lossy(&output.stderr);
-        assert_eq!(output.status.code(), Some(code), "{said}");
-        assert!(said.contains(want), "{said}");
+        let printed = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(code), "{printed}");
+        assert!(printed.contains(want), "{printed}");
         assert!(output.stdout.is_empty());
     }
     let wrong_log = output(Start::new("").command().env("DRAY_LOG", "warning"));
     assert_eq!(wrong_log.status.code(), Some(2));
     assert!(String::from_utf8_lossy(&wrong_log.stderr).contains("warn,access=info"));
     let alone = output(Command::new(binary()).args(["--zone", "a"]));
-    let said = String::from_utf8_lossy(&alone.stderr);
-    assert!(alone.status.code() == Some(2) && said.contains("--zone") && said.contains("--peers-service"), "{said}");
+    let printed = String::from_utf8_lossy(&alone.stderr);
+    assert!(
+        alone.status.code() == Some(2) && printed.contains("--zone") && printed.contains("--peers-service"),
+        "{printed}"
+    );
     let wrong_port = output(Command::new(binary()).args(["--listen", "5050"]));
     assert_eq!(wrong_port.status.code(), Some(2));
     assert!(String::from_utf8_lossy(&wrong_port.stderr).contains("write IP:PORT"));
@@ -129,9 +132,9 @@ fn a_wrong_configuration_opens_no_port() {
     assert!(String::from_utf8_lossy(&wrong_flag.stderr).contains("GiB"));
 }
 
-/// Who guards the registry port may think that it guards the other one as well.
+/// Protection of the registry port does not protect the peer port.
 #[tokio::test(flavor = "multi_thread")]
-async fn peers_that_prove_nothing_are_told_at_the_start() {
+async fn unauthenticated_peers_are_logged_at_the_start() {
     let dir = tempfile::tempdir().unwrap();
     let key = dir.path().join("key");
     std::fs::write(&key, "sixteen characters or more").unwrap();
@@ -139,8 +142,8 @@ async fn peers_that_prove_nothing_are_told_at_the_start() {
         let address = format!("127.0.0.1:{}", free_port());
         format!("[peers]\nlisten = \"{address}\"\nstatic = [\"{address}\"]\n")
     };
-    let clients = "[access]\nclients = [\"127.0.0.0/8\"]\n";
-    for (nth, (config, says)) in [
+    let clients = "[access]\nallowed_cidrs = [\"127.0.0.0/8\"]\n";
+    for (nth, (config, expected)) in [
         (peers(), &["peers without key_file or mtls"][..]),
         (clients.to_owned() + &peers(), &["peers without key_file or mtls", "guard the registry port only"]),
         (clients.to_owned() + &peers() + &format!("key_file = \"{}\"\n", key.display()), &[]),
@@ -152,20 +155,20 @@ async fn peers_that_prove_nothing_are_told_at_the_start() {
         let mut dray = Start::new(config).env("DRAY_LOG", "warn").log_to(&log).run();
         dray.process().kill();
         let text = std::fs::read_to_string(&log).unwrap();
-        assert_eq!(text.lines().filter(|line| line.contains("WARN")).count(), says.len(), "{text}");
-        assert!(says.iter().all(|says| text.contains(says)), "{text}");
+        assert_eq!(text.lines().filter(|line| line.contains("WARN")).count(), expected.len(), "{text}");
+        assert!(expected.iter().all(|expected| text.contains(expected)), "{text}");
     }
 }
 
-/// A dray that is told to read its configuration again is not one that is told to go.
+/// SIGHUP usually reloads a configuration: it must not stop dray.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_hangup_ends_nothing() {
+async fn sighup_does_not_stop_dray() {
     let dir = tempfile::tempdir().unwrap();
     let log = dir.path().join("log");
     let mut dray = Start::new("").env("DRAY_LOG", "warn").log_to(&log).run();
     dray.process().signal(Signal::HUP);
-    eventually("it says so", async || {
-        std::fs::read_to_string(&log).unwrap().contains("SIGHUP is ignored").then_some(())
+    eventually("the signal is logged", async || {
+        std::fs::read_to_string(&log).unwrap().contains("SIGHUP ignored").then_some(())
     })
     .await;
     assert_eq!(dray.get("/v2/").await.status, 200);
@@ -195,23 +198,26 @@ async fn variables_and_flags_override_the_file() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_taken_port_or_directory_is_named() {
+async fn occupied_port_or_directory_is_named() {
     let first = Start::new("").run();
     let second = Start::new("");
     let dir = output(&mut second.clone().cache(first.start().cache_dir()).command());
-    let said = String::from_utf8_lossy(&dir.stderr);
+    let printed = String::from_utf8_lossy(&dir.stderr);
     assert_eq!(dir.status.code(), Some(1));
-    assert!(said.contains("in use by another dray") && said.contains("--cache-dir"), "{said}");
+    assert!(printed.contains("in use by another dray") && printed.contains("--cache-dir"), "{printed}");
     let mut command = Command::new(binary());
     command.args(["--admin", "127.0.0.1:0", "--listen", &first.registry.to_string(), "--cache-dir"]);
     let port = output(command.arg(second.cache_dir()));
-    let said = String::from_utf8_lossy(&port.stderr);
-    assert_eq!(port.status.code(), Some(1), "{said}");
-    assert!(said.contains(&first.registry.to_string()) && said.contains("choose another address or port"), "{said}");
+    let printed = String::from_utf8_lossy(&port.stderr);
+    assert_eq!(port.status.code(), Some(1), "{printed}");
+    assert!(
+        printed.contains(&first.registry.to_string()) && printed.contains("choose another address or port"),
+        "{printed}"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn probes_and_metrics() {
+async fn probes_and_metrics_are_served() {
     let dray = Start::new("").run();
     for (path, status) in [("/livez", 200), ("/readyz", 200), ("/metrics", 200), ("/", 200), ("/none", 404)] {
         assert_eq!(get(&format!("http://{}{path}", dray.admin), &[]).await.status, status, "{path}");
@@ -223,13 +229,13 @@ async fn probes_and_metrics() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn one_line_a_request_in_json() {
+async fn each_request_is_logged_as_one_json_line() {
     let start = Start::new("").env("DRAY_LOG", "info").env("DRAY_LOG_FORMAT", "json");
     let log = start.dir().join("log");
     let mut dray = start.log_to(&log).run();
-    let answer = dray.get("/v2/library/app/manifests/x?ns=localhost").await;
-    assert_eq!(answer.status, 403);
-    // Written once the answer is out.
+    let response = dray.get("/v2/library/app/manifests/x?ns=localhost").await;
+    assert_eq!(response.status, 403);
+    // The line is written after the response.
     let text = eventually("the request is logged", async || {
         std::fs::read_to_string(&log).ok().filter(|text| text.contains("\"access\"") && text.ends_with('\n'))
     })
@@ -239,20 +245,20 @@ async fn one_line_a_request_in_json() {
     let requests: Vec<_> = lines.iter().filter(|line| line["target"] == "access").collect();
     assert_eq!(requests.len(), 1);
     let line = requests[0];
-    assert_eq!(line["id"], answer.header("x-request-id").unwrap());
+    assert_eq!(line["id"], response.header("x-request-id").unwrap());
     assert_eq!((&line["route"], &line["rule"], &line["status"]), (&"manifest".into(), &"*".into(), &403.into()));
     assert_eq!((&line["registry"], &line["source"]), (&"localhost".into(), &"none".into()));
     assert!(line["first_byte_ms"].is_number() && line["bytes"].is_number());
 }
 
-/// What is printed can be redirected into a file: it is that file, and a parser of its kind reads it.
+/// The output can be redirected into a file: it is that file, and a parser of its format reads it.
 #[test]
-fn runtime_prints_the_file_and_says_where_it_goes() {
+fn runtime_config_is_printed_with_its_destination() {
     let document = |name: &str| {
-        let output = output(Command::new(binary()).args(["runtime", name]));
+        let output = output(Command::new(binary()).args(["runtime-config", name]));
         assert!(output.status.success(), "{name}");
-        let said = String::from_utf8_lossy(&output.stderr).into_owned();
-        assert!(said.lines().all(|line| line.starts_with("# ")) && said.len() > 20, "{said}");
+        let printed = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(printed.lines().all(|line| line.starts_with("# ")) && printed.len() > 20, "{printed}");
         String::from_utf8(output.stdout).unwrap()
     };
     let mirror = "http://127.0.0.1:5050";
@@ -275,12 +281,14 @@ fn runtime_prints_the_file_and_says_where_it_goes() {
     let gke = yaml("gke");
     assert_eq!(gke["registryHosts"][0]["server"], "docker.io");
     assert_eq!(gke["registryHosts"][0]["hosts"][0]["host"], mirror);
-    // The cluster's patch is what containerd understands, and the mount is where it looks.
+    // containerd understands the cluster's patch, and the mount is at the patched path.
     let kind = yaml("kind");
     let patch: toml::Table = kind["containerdConfigPatches"][0].as_str().unwrap().parse().unwrap();
     let path = &patch["plugins"]["io.containerd.grpc.v1.cri"]["registry"]["config_path"];
     assert_eq!(kind["nodes"][0]["extraMounts"][0]["containerPath"].as_str(), path.as_str());
-    for arguments in [&["runtime", "dockr"][..], &["runtime", "docker", "--registry", "ghcr.io"], &["runtime"]] {
+    for arguments in
+        [&["runtime-config", "dockr"][..], &["runtime-config", "docker", "--registry", "ghcr.io"], &["runtime-config"]]
+    {
         assert_eq!(output(Command::new(binary()).args(arguments)).status.code(), Some(2));
     }
 }

@@ -14,7 +14,7 @@ use dray_tests::registry::Registry;
 use dray_tests::tool;
 use dray_tests::upstream::{Fault, TestUpstream};
 
-/// Two registries and a dray that knows both.
+/// Two registries and a dray with a rule for each.
 struct Rig {
     hub: Registry,
     quay: Registry,
@@ -38,15 +38,15 @@ impl Rig {
         self.quay.stop();
     }
 
-    /// A registries.conf that sends both registries here, as dray writes it.
+    /// A registries.conf with dray as the mirror of both registries, as dray prints it.
     fn registries_conf(&self, dir: &Path) -> PathBuf {
         self.file_of(&["podman", "--registry", "docker.io", "--registry", "quay.io"], dir)
     }
 
-    /// What `dray runtime` writes.
+    /// Writes the output of `dray runtime-config` to a file.
     fn file_of(&self, arguments: &[&str], dir: &Path) -> PathBuf {
         let mut command = Command::new(binary());
-        command.arg("runtime").args(arguments).args(["--mirror", &self.dray.url("")]);
+        command.arg("runtime-config").args(arguments).args(["--mirror", &self.dray.url("")]);
         let file = dir.join(arguments[0]);
         std::fs::write(&file, run(&mut command)).expect("written");
         file
@@ -62,16 +62,16 @@ async fn containerd_pulls(version: Version) {
         containerd.pull(image).unwrap_or_else(|e| panic!("{image}: {e}\n{}", containerd.log()));
     }
     if version == Version::V2 {
-        // Layers came in parts, several at a time.
+        // Layers are requested in ranges, several at a time.
         let mut parts = 0;
-        for source in ["origin", "disk", "memory"] {
+        for source in ["upstream", "disk", "memory"] {
             let name = format!("dray_requests_total{{route=\"blob\",source=\"{source}\",status=\"206\"}}");
             parts += rig.dray.metric(&name).await;
         }
         assert!(parts > 8, "{parts} ranges");
     }
     rig.switch_registries_off();
-    // A node that has nothing yet.
+    // A node without any image.
     let fresh = Containerd::start(version).await;
     fresh.use_mirror(&rig.dray);
     for image in images {
@@ -82,17 +82,17 @@ async fn containerd_pulls(version: Version) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn containerd_1_pulls_twice_the_second_time_without_registries() {
+async fn containerd_1_pulls_with_registries_off() {
     containerd_pulls(Version::V1).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn containerd_2_with_parallel_layer_fetch_pulls_twice() {
+async fn containerd_2_parallel_fetch_pulls_with_registries_off() {
     containerd_pulls(Version::V2).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn skopeo_by_mirror_and_by_url() {
+async fn skopeo_pulls_by_mirror_and_by_url() {
     let mut rig = Rig::new().await;
     let dir = tempfile::tempdir().unwrap();
     let conf = rig.registries_conf(dir.path());
@@ -109,7 +109,7 @@ async fn skopeo_by_mirror_and_by_url() {
         }
         rig.switch_registries_off();
     }
-    // Docker's URL style, and a registry without its library/.
+    // Docker's URL style, and images without `library/`.
     for name in ["docker.io/library/app:1", "docker.io/app:1", "library/app:1", "app:1"] {
         let image = format!("docker://{}/{name}", rig.dray.registry);
         let shown = run(Command::new("skopeo").args(["inspect", "--raw", "--tls-verify=false", &image]));
@@ -118,7 +118,7 @@ async fn skopeo_by_mirror_and_by_url() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn buildah_by_mirror() {
+async fn buildah_pulls_by_mirror() {
     let mut rig = Rig::new().await;
     let dir = tempfile::tempdir().unwrap();
     let conf = rig.registries_conf(dir.path());
@@ -136,7 +136,7 @@ async fn buildah_by_mirror() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn podman_by_mirror() {
+async fn podman_pulls_by_mirror() {
     let mut rig = Rig::new().await;
     let dir = tempfile::tempdir().unwrap();
     let conf = rig.registries_conf(dir.path());
@@ -150,7 +150,7 @@ async fn podman_by_mirror() {
     }
 }
 
-/// A daemon with children of its own, which end with it.
+/// A daemon whose child processes end with it.
 fn daemon(program: &Path) -> Command {
     let mut command = Command::new("unshare");
     command.args(["--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]).arg(program);
@@ -158,7 +158,7 @@ fn daemon(program: &Path) -> Command {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn docker_by_mirror() {
+async fn docker_pulls_by_mirror() {
     let mut rig = Rig::new().await;
     let dir = tempfile::tempdir().unwrap();
     let config = rig.file_of(&["docker"], dir.path());
@@ -170,7 +170,7 @@ async fn docker_by_mirror() {
     command.args(["--pidfile", &path("pid"), "--host", &host, "--storage-driver", "vfs"]);
     let _daemon = Process::spawn(command.args(["--bridge", "none", "--iptables=false"]).stderr(log));
     let docker = |arguments: &[&str]| output(Command::new("docker").args(["--host", &host]).args(arguments));
-    eventually("dockerd answers", async || docker(&["version"]).status.success().then_some(())).await;
+    eventually("dockerd responds", async || docker(&["version"]).status.success().then_some(())).await;
     for _ in ["first", "off"] {
         let pulled = docker(&["pull", "library/app:1"]);
         assert!(pulled.status.success(), "{pulled:?}\n{}", std::fs::read_to_string(path("log")).unwrap());
@@ -180,7 +180,7 @@ async fn docker_by_mirror() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn buildkit_by_mirror() {
+async fn buildkit_pulls_by_mirror() {
     let mut rig = Rig::new().await;
     let dir = tempfile::tempdir().unwrap();
     let config = rig.file_of(&["buildkit", "--registry", "docker.io", "--registry", "quay.io"], dir.path());
@@ -196,7 +196,7 @@ async fn buildkit_by_mirror() {
         let _daemon = Process::spawn(command.stderr(log));
         let buildctl =
             |arguments: &[&str]| output(Command::new(tool("buildctl")).args(["--addr", &address]).args(arguments));
-        eventually("buildkitd answers", async || buildctl(&["debug", "workers"]).status.success().then_some(())).await;
+        eventually("buildkitd responds", async || buildctl(&["debug", "workers"]).status.success().then_some(())).await;
         let local = [format!("context={}", path("")), format!("dockerfile={}", path(""))];
         let to = format!("type=tar,dest={}", path(&format!("{round}.tar")));
         let built = buildctl(&[
@@ -218,7 +218,7 @@ async fn buildkit_by_mirror() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn crane_checks_every_byte() {
+async fn crane_validates_every_byte() {
     let mut rig = Rig::new().await;
     for _ in 0..2 {
         for name in ["docker.io/library/app:1", "quay.io/team/app:1"] {
@@ -229,15 +229,15 @@ async fn crane_checks_every_byte() {
     }
 }
 
-/// A client that was fed a wrong beginning must not be given a right end: it would keep the
-/// mixture. It is sent away until it starts again.
+/// A client that has a corrupt start must not get a correct end: it would keep the mixture. It gets errors until it
+/// starts again.
 #[tokio::test(flavor = "multi_thread")]
-async fn after_wrong_bytes_the_next_pull_by_containerd_succeeds() {
+async fn containerd_pull_after_corrupt_bytes_succeeds() {
     let image = Image::new(7, &[2_000_000]);
-    let lie = Arc::new(AtomicBool::new(true));
-    let lying = lie.clone();
+    let is_corrupt = Arc::new(AtomicBool::new(true));
+    let corrupts = is_corrupt.clone();
     let upstream = TestUpstream::start(&[("library/app", "1", &image)], move |request, response| {
-        if request.is_blob() && response.body.len() > 1_000_000 && lying.load(Ordering::SeqCst) {
+        if request.is_blob() && response.body.len() > 1_000_000 && corrupts.load(Ordering::SeqCst) {
             return response.flipped(1000).fault(Fault::GateAfter(1_500_000));
         }
         response
@@ -249,7 +249,7 @@ async fn after_wrong_bytes_the_next_pull_by_containerd_succeeds() {
     let pull = std::thread::scope(|scope| {
         let pull = scope.spawn(|| containerd.pull("docker.io/library/app:1"));
         while containerd.ingested() < 1_000_000 {
-            assert!(!pull.is_finished(), "it is pulled");
+            assert!(!pull.is_finished(), "the pull ended too early");
             std::thread::sleep(std::time::Duration::from_millis(5));
         }
         upstream.open_gate();
@@ -257,8 +257,8 @@ async fn after_wrong_bytes_the_next_pull_by_containerd_succeeds() {
     });
     let error = pull.unwrap_err();
     assert_eq!(dray.metric("dray_digest_mismatches_total").await, 1, "{error}");
-    lie.store(false, Ordering::SeqCst);
-    // What the failed pull left goes with its lease.
+    is_corrupt.store(false, Ordering::SeqCst);
+    // Partial content of the failed pull is removed with its lease.
     containerd.collect_garbage();
     containerd.pull("docker.io/library/app:1").unwrap_or_else(|e| panic!("{e}"));
 }

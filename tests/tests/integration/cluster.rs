@@ -1,13 +1,13 @@
-//! A cluster of real processes on shaped links, and what becomes of pulls when parts of it fail.
+//! A cluster of real processes on links of limited speed, and pulls while parts of it fail.
 
 use std::fs;
 
-use dray_tests::cluster::{Cluster, Shape, unavailable};
+use dray_tests::cluster::{Cluster, Topology, unavailable};
 use dray_tests::image::{digest, noise};
 
 const MIB: usize = 1024 * 1024;
 
-/// Blobs that the origin has, and their digests.
+/// The upstream's blobs and their digests.
 struct Blobs {
     dir: tempfile::TempDir,
     digests: Vec<String>,
@@ -16,12 +16,12 @@ struct Blobs {
 
 fn blobs(sizes: &[usize]) -> Blobs {
     let dir = tempfile::Builder::new().prefix("dray-cluster").tempdir_in("/var/tmp").unwrap();
-    let place = dir.path().join("www/v2/library/app/blobs");
-    fs::create_dir_all(&place).unwrap();
+    let blobs_dir = dir.path().join("www/v2/library/app/blobs");
+    fs::create_dir_all(&blobs_dir).unwrap();
     let put = |(seed, size): (usize, &usize)| {
         let bytes = noise(seed as u64, *size);
         let digest = digest(&bytes);
-        fs::write(place.join(&digest), bytes).unwrap();
+        fs::write(blobs_dir.join(&digest), bytes).unwrap();
         digest
     };
     let digests = sizes.iter().enumerate().map(put).collect();
@@ -32,11 +32,11 @@ fn path(digest: &str) -> String {
     format!("/v2/library/app/blobs/{digest}?ns=docker.io")
 }
 
-fn fast() -> Shape {
-    Shape { node: 2000, upstream: 2000, between_zones: 2000, ..Shape::default() }
+fn fast() -> Topology {
+    Topology { node: 2000, upstream: 2000, between_zones: 2000, ..Topology::default() }
 }
 
-/// Pulls a blob on these nodes at once, and checks what came.
+/// Pulls a blob on these nodes at the same time, and verifies each body.
 fn pull_everywhere(cluster: &Cluster, nodes: &[usize], digest: &str) {
     let pulled: Vec<_> = std::thread::scope(|scope| {
         let pulls: Vec<_> = nodes.iter().map(|node| scope.spawn(|| cluster.pull(*node, &path(digest)))).collect();
@@ -48,65 +48,66 @@ fn pull_everywhere(cluster: &Cluster, nodes: &[usize], digest: &str) {
 }
 
 #[test]
-fn a_thousand_addresses_are_more_than_a_datagram_holds() {
-    if let Some(why) = unavailable() {
-        return eprintln!("skipped: {why}");
+fn service_with_a_thousand_addresses_is_resolved() {
+    if let Some(reason) = unavailable() {
+        return eprintln!("skipped: {reason}");
     }
     let Blobs { dir, .. } = blobs(&[]);
-    // It starts once every node knows all of them.
-    let cluster = Cluster::start(Shape { zones: vec![2], strangers: 1000, ..fast() }, dir);
-    assert_eq!(cluster.everybody().iter().map(|node| cluster.metric(*node, "dray_peers")).min(), Some(1002));
+    // `start` returns once every node lists all members.
+    let cluster = Cluster::start(Topology { zones: vec![2], unreachable_members: 1000, ..fast() }, dir);
+    assert_eq!(cluster.all_nodes().iter().map(|node| cluster.metric(*node, "dray_peers")).min(), Some(1002));
 }
 
 #[test]
-fn eight_nodes_share_what_left_the_upstream_once() {
-    if let Some(why) = unavailable() {
-        return eprintln!("skipped: {why}");
+fn eight_nodes_download_each_blob_once() {
+    if let Some(reason) = unavailable() {
+        return eprintln!("skipped: {reason}");
     }
     let Blobs { dir, digests, bytes } = blobs(&[40 * MIB + 77, 3 * MIB, 100_000]);
     let cluster = Cluster::start(fast(), dir);
-    let everybody = cluster.everybody();
+    let all_nodes = cluster.all_nodes();
     for digest in &digests {
-        pull_everywhere(&cluster, &everybody, digest);
+        pull_everywhere(&cluster, &all_nodes, digest);
     }
-    assert_eq!(cluster.upstream_bytes(), bytes, "each byte once");
+    assert_eq!(cluster.upstream_bytes(), bytes, "each byte is downloaded once");
     cluster.wait_until_idle();
-    let most = everybody.iter().map(|node| cluster.sent(*node)).max().unwrap();
-    assert!(most < bytes * 5, "nobody serves all the others: {most} of {bytes}");
+    let most = all_nodes.iter().map(|node| cluster.sent(*node)).max().unwrap();
+    assert!(most < bytes * 5, "no node serves all others: {most} of {bytes}");
 }
 
 #[test]
-fn an_owner_leaves_ranges_to_those_who_ask_for_them() {
-    if let Some(why) = unavailable() {
-        return eprintln!("skipped: {why}");
+fn owner_lends_ranges_to_requesting_peers() {
+    if let Some(reason) = unavailable() {
+        return eprintln!("skipped: {reason}");
     }
     for (what, slow) in [("all are equal", None), ("one is ten times slower", Some((0, 40)))] {
         let Blobs { dir, digests, bytes } = blobs(&[80 * MIB]);
-        let cluster = Cluster::start(Shape { zones: vec![4], slow, upstream: 100, ..Shape::default() }, dir);
-        let everybody = cluster.everybody();
-        pull_everywhere(&cluster, &everybody, &digests[0]);
-        let fetched = |node: &usize| cluster.metric(*node, "dray_origin_bytes_total{rule=\"docker.io\"}");
-        let deputies = everybody.iter().filter(|node| fetched(node) > 0).count();
-        assert!(deputies > 1, "{what}: {deputies} fetch from the origin");
-        assert_eq!(cluster.upstream_bytes(), bytes, "{what}: each byte once");
+        let cluster = Cluster::start(Topology { zones: vec![4], slow, upstream: 100, ..Topology::default() }, dir);
+        let all_nodes = cluster.all_nodes();
+        pull_everywhere(&cluster, &all_nodes, &digests[0]);
+        let fetched = |node: &usize| cluster.metric(*node, "dray_upstream_bytes_total{rule=\"docker.io\"}");
+        let downloaders = all_nodes.iter().filter(|node| fetched(node) > 0).count();
+        assert!(downloaders > 1, "{what}: {downloaders} nodes download from the upstream");
+        assert_eq!(cluster.upstream_bytes(), bytes, "{what}: each byte is downloaded once");
     }
 }
 
-/// A registry that is fast next to a link between zones that is not.
+/// An upstream that is faster than the link between the zones.
 #[test]
-fn a_rule_may_prefer_a_registry_to_a_far_zone() {
-    if let Some(why) = unavailable() {
-        return eprintln!("skipped: {why}");
+fn rule_may_prefer_upstream_to_cross_zone_peers() {
+    if let Some(reason) = unavailable() {
+        return eprintln!("skipped: {reason}");
     }
-    for (rule, percent) in [("far_peers = \"never\"", 0..=0), ("far_peers = \"unless-slower\"", 0..=25), ("", 70..=100)]
+    for (rule, percent) in
+        [("cross_zone_peers = \"never\"", 0..=0), ("cross_zone_peers = \"unless-slower\"", 0..=25), ("", 70..=100)]
     {
         let Blobs { dir, digests, .. } = blobs(&[2 * MIB; 60]);
-        let shape = Shape { zones: vec![2, 2], between_zones: 60, apart: true, rule, ..fast() };
-        let cluster = Cluster::start(shape, dir);
+        let topology = Topology { zones: vec![2, 2], between_zones: 60, upstream_per_zone: true, rule, ..fast() };
+        let cluster = Cluster::start(topology, dir);
         let names = ["{from_zone=\"z0\",to_zone=\"z1\"}", "{from_zone=\"z1\",to_zone=\"z0\"}"];
-        let of_node = |node: usize| names.map(|way| cluster.metric(node, &format!("dray_peer_bytes_total{way}")));
-        let crossed = || cluster.everybody().into_iter().flat_map(of_node).sum::<u64>();
-        // Each node has to have met some blobs of either kind before it knows what is faster.
+        let of_node = |node: usize| names.map(|zones| cluster.metric(node, &format!("dray_peer_bytes_total{zones}")));
+        let crossed = || cluster.all_nodes().into_iter().flat_map(of_node).sum::<u64>();
+        // Each node must have downloaded blobs from both sources before it knows which one is faster.
         let (first, then) = digests.split_at(40);
         first.iter().for_each(|digest| pull_everywhere(&cluster, &[0, 1, 2, 3], digest));
         let before = crossed();
@@ -117,29 +118,29 @@ fn a_rule_may_prefer_a_registry_to_a_far_zone() {
 }
 
 #[test]
-fn a_blob_crosses_into_a_zone_once_or_never() {
-    if let Some(why) = unavailable() {
-        return eprintln!("skipped: {why}");
+fn blob_crosses_into_a_zone_once_or_never() {
+    if let Some(reason) = unavailable() {
+        return eprintln!("skipped: {reason}");
     }
     for (peers, crossings, fetches) in
         [("zones = \"prefer\"", Some(1), 1), ("zones = \"isolate\"", Some(0), 2), ("zones = \"ignore\"", None, 1)]
     {
         let Blobs { dir, digests, bytes } = blobs(&[96 * MIB, 3 * MIB]);
-        let shape = Shape { zones: vec![3, 3], peers, ..fast() };
-        let cluster = Cluster::start(shape, dir);
-        let everybody = cluster.everybody();
+        let topology = Topology { zones: vec![3, 3], peers, ..fast() };
+        let cluster = Cluster::start(topology, dir);
+        let all_nodes = cluster.all_nodes();
         for digest in &digests {
-            pull_everywhere(&cluster, &everybody, digest);
+            pull_everywhere(&cluster, &all_nodes, digest);
         }
         let crossed = |what: &str, more: &str| {
             let of = |(from, to)| format!("{what}{{from_zone=\"{from}\"{more},to_zone=\"{to}\"}}");
             let names = [("z0", "z1"), ("z1", "z0")].map(of);
-            let nodes = everybody.iter().flat_map(|node| names.iter().map(move |name| (node, name)));
+            let nodes = all_nodes.iter().flat_map(|node| names.iter().map(move |name| (node, name)));
             nodes.map(|(node, name)| cluster.metric(*node, name)).sum::<u64>()
         };
         if let Some(crossings) = crossings {
             assert_eq!(crossed("dray_peer_bytes_total", ""), crossings * bytes, "{peers}");
-            let given = crossed("dray_peer_requests_total", ",outcome=\"given\"");
+            let given = crossed("dray_peer_requests_total", ",outcome=\"hit\"");
             assert_eq!(given > 0, crossings > 0, "{peers}");
             assert_eq!(crossed("dray_peer_first_byte_seconds_count", ""), given, "{peers}");
         }
@@ -148,30 +149,30 @@ fn a_blob_crosses_into_a_zone_once_or_never() {
 }
 
 #[test]
-fn what_any_node_has_is_found_when_the_upstream_is_gone() {
-    if let Some(why) = unavailable() {
-        return eprintln!("skipped: {why}");
+fn blob_on_any_node_is_found_while_upstream_is_down() {
+    if let Some(reason) = unavailable() {
+        return eprintln!("skipped: {reason}");
     }
     let Blobs { dir, digests, .. } = blobs(&[20 * MIB, 5 * MIB, 4 * MIB]);
-    let mut cluster = Cluster::start(Shape { zones: vec![5], ..fast() }, dir);
+    let mut cluster = Cluster::start(Topology { zones: vec![5], ..fast() }, dir);
     for (nth, digest) in digests.iter().enumerate() {
         pull_everywhere(&cluster, &[nth], digest);
     }
     cluster.wait_until_idle();
     cluster.stop_upstream();
-    let everybody = cluster.everybody();
+    let all_nodes = cluster.all_nodes();
     for digest in &digests {
-        pull_everywhere(&cluster, &everybody, digest);
+        pull_everywhere(&cluster, &all_nodes, digest);
     }
 }
 
 #[test]
-fn restarts_and_a_new_node_do_not_send_anybody_back_to_the_upstream() {
-    if let Some(why) = unavailable() {
-        return eprintln!("skipped: {why}");
+fn restarts_and_a_new_node_cause_no_new_downloads() {
+    if let Some(reason) = unavailable() {
+        return eprintln!("skipped: {reason}");
     }
     let Blobs { dir, digests, bytes } = blobs(&[2 * MIB; 12]);
-    let mut cluster = Cluster::start_without(Shape { zones: vec![5], ..fast() }, dir, &[4]);
+    let mut cluster = Cluster::start_without(Topology { zones: vec![5], ..fast() }, dir, &[4]);
     let first: Vec<usize> = (0..4).collect();
     for digest in &digests {
         pull_everywhere(&cluster, &first, digest);
@@ -188,16 +189,16 @@ fn restarts_and_a_new_node_do_not_send_anybody_back_to_the_upstream() {
     cluster.join(4);
     cluster.wait_until_formed();
     digests.iter().for_each(|digest| pull_everywhere(&cluster, &[4], digest));
-    assert_eq!(cluster.upstream_bytes(), bytes, "nothing was fetched again");
+    assert_eq!(cluster.upstream_bytes(), bytes, "nothing is downloaded again");
 }
 
 #[test]
-fn killed_and_cut_off_nodes_fail_nobody_else() {
-    if let Some(why) = unavailable() {
-        return eprintln!("skipped: {why}");
+fn killed_and_cut_off_nodes_fail_no_other_pull() {
+    if let Some(reason) = unavailable() {
+        return eprintln!("skipped: {reason}");
     }
     let Blobs { dir, digests, bytes } = blobs(&[6 * MIB, 96 * MIB, 6 * MIB, 6 * MIB, 96 * MIB, 6 * MIB]);
-    let cluster = Cluster::start(Shape { zones: vec![6], node: 400, upstream: 400, ..Shape::default() }, dir);
+    let cluster = Cluster::start(Topology { zones: vec![6], node: 400, upstream: 400, ..Topology::default() }, dir);
     for (nth, digest) in digests.iter().enumerate() {
         let victim = nth % 6;
         let living: Vec<usize> = (0..6).filter(|node| *node != victim).collect();
@@ -207,15 +208,15 @@ fn killed_and_cut_off_nodes_fail_nobody_else() {
             if nth % 2 == 0 {
                 cluster.freeze(victim);
             } else {
-                cluster.cut(victim);
+                cluster.disconnect(victim);
             }
             pulls.join().unwrap();
         });
-        cluster.heal(victim);
+        cluster.reconnect(victim);
         cluster.kill(victim);
         cluster.launch(victim);
         pull_everywhere(&cluster, &[victim], digest);
     }
     let share = cluster.upstream_bytes() * 10 / bytes;
-    assert!(share <= 13, "{share} tenths of what there is");
+    assert!(share <= 13, "{share} tenths of all blobs");
 }

@@ -1,8 +1,8 @@
-//! The pull and discovery cases of the OCI distribution conformance suites, old and new, against a real
-//! registry behind dray. The suites themselves are Go programs that cannot be had as modules.
+//! The pull and discovery cases of the OCI distribution conformance suites, old and new, against a real registry behind
+//! dray. The suites themselves are Go programs that cannot be installed as modules.
 
 use dray_tests::dray::{Dray, Start};
-use dray_tests::http::{Answer, head, send};
+use dray_tests::http::{ClientResponse, head, send};
 use dray_tests::image::{INDEX, Image, digest, noise};
 use dray_tests::registry::Registry;
 use dray_tests::upstream::{Response, TestUpstream};
@@ -21,22 +21,22 @@ async fn rig() -> (Registry, Dray, Image) {
     (registry, dray, image)
 }
 
-async fn head_of(dray: &Dray, path: &str) -> Answer {
+async fn head_of(dray: &Dray, path: &str) -> ClientResponse {
     head(&dray.url(path)).await
 }
 
-fn assert_oci_error(answer: &Answer, status: u16) {
-    assert_eq!(answer.status, status);
-    let json: serde_json::Value = serde_json::from_slice(&answer.body).unwrap();
+fn assert_oci_error(response: &ClientResponse, status: u16) {
+    assert_eq!(response.status, status);
+    let json: serde_json::Value = serde_json::from_slice(&response.body).unwrap();
     for error in json["errors"].as_array().unwrap() {
         assert!(error["code"].as_str().unwrap().bytes().all(|b| b.is_ascii_uppercase() || b == b'_'));
-        // Optional, and an upstream's error comes as the upstream made it.
+        // Optional, and an error of the upstream is passed on unchanged.
         assert!(error["message"].is_string() || error["message"].is_null());
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn pull() {
+async fn conformance_pull_cases_pass() {
     let (_registry, dray, image) = rig().await;
     assert_eq!(dray.get("/v2/").await.status, 200);
     let unknown = digest(b"nothing");
@@ -47,8 +47,8 @@ async fn pull() {
         assert_eq!((described.status, described.body.len()), (200, 0));
         assert_eq!(described.header("content-length"), Some(bytes.len().to_string().as_str()));
         assert_eq!(described.header("docker-content-digest"), Some(digest.as_str()));
-        let answer = dray.get(&path).await;
-        assert_eq!((answer.status, &answer.body), (200, bytes));
+        let response = dray.get(&path).await;
+        assert_eq!((response.status, &response.body), (200, bytes));
     }
     assert_eq!(head_of(&dray, &format!("{REPO}/blobs/{unknown}")).await.status, 404);
     assert_oci_error(&dray.get(&format!("{REPO}/blobs/{unknown}")).await, 404);
@@ -57,12 +57,12 @@ async fn pull() {
     for reference in references {
         let path = format!("{REPO}/manifests/{reference}");
         let described = head_of(&dray, &path).await;
-        let answer = dray.get(&path).await;
-        assert_eq!((described.status, described.body.len(), answer.status), (200, 0, 200));
+        let response = dray.get(&path).await;
+        assert_eq!((described.status, described.body.len(), response.status), (200, 0, 200));
         for name in ["content-length", "content-type", "docker-content-digest"] {
-            assert_eq!(described.header(name), answer.header(name), "{reference}: {name}");
+            assert_eq!(described.header(name), response.header(name), "{reference}: {name}");
         }
-        assert_eq!(answer.header("docker-content-digest"), Some(digest(&answer.body).as_str()));
+        assert_eq!(response.header("docker-content-digest"), Some(digest(&response.body).as_str()));
     }
     for reference in [unknown.as_str(), "no-such-tag", ".INVALID_MANIFEST_NAME", "sha256:baddigeststring"] {
         let path = format!("{REPO}/manifests/{reference}");
@@ -71,11 +71,11 @@ async fn pull() {
     }
 }
 
-/// Debian's registry does not page tags, so this one does.
+/// Debian's registry does not page tags, so this upstream does.
 async fn paging_registry() -> TestUpstream {
-    TestUpstream::answering(|request| {
+    TestUpstream::with_handler(|request| {
         let (path, query) = request.path.split_once('?').unwrap_or((&request.path, ""));
-        assert!(!query.contains("ns="), "the origin knows no ns: {query}");
+        assert!(!query.contains("ns="), "ns is not sent upstream: {query}");
         if path != "/v2/conformance/app/tags/list" {
             return Response::new(404, r#"{"errors":[{"code":"NAME_UNKNOWN"}]}"#);
         }
@@ -83,23 +83,23 @@ async fn paging_registry() -> TestUpstream {
         let after: Vec<&str> = TAGS.into_iter().filter(|tag| param("last").is_none_or(|last| *tag > last)).collect();
         let count = param("n").map_or(after.len(), |n| n.parse().unwrap()).min(after.len());
         let page = serde_json::json!({"name": "conformance/app", "tags": after[..count]});
-        let answer = Response::new(200, page.to_string()).with("content-type", "application/json");
+        let response = Response::new(200, page.to_string()).with("content-type", "application/json");
         match after[..count].last().filter(|_| count < after.len()) {
-            Some(last) => answer.with("link", format!("<{path}?last={last}&n={count}>; rel=\"next\"")),
-            None => answer,
+            Some(last) => response.with("link", format!("<{path}?last={last}&n={count}>; rel=\"next\"")),
+            None => response,
         }
     })
     .await
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn tag_listing() {
+async fn conformance_tag_listing_cases_pass() {
     let upstream = paging_registry().await;
     let dray = Start::with_upstream("docker.io", &upstream.url()).run();
     let list = async |query: &str| -> Vec<String> {
-        let answer = dray.get(&format!("{REPO}/tags/list{query}")).await;
-        assert_eq!(answer.status, 200, "{query}");
-        tags(&answer)
+        let response = dray.get(&format!("{REPO}/tags/list{query}")).await;
+        assert_eq!(response.status, 200, "{query}");
+        tags(&response)
     };
     assert_eq!(list("").await, TAGS);
     assert_eq!(list("?n=2").await, TAGS[..2]);
@@ -110,7 +110,7 @@ async fn tag_listing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_next_page_leads_back_here_and_keeps_the_namespace() {
+async fn next_page_link_leads_to_dray_and_keeps_namespace() {
     let upstream = paging_registry().await;
     let dray = Start::with_upstream("docker.io", &upstream.url()).run();
     for first in [format!("{REPO}/tags/list?n=3"), "/v2/conformance/app/tags/list?n=3&ns=docker.io".to_owned()] {
@@ -125,26 +125,26 @@ async fn the_next_page_leads_back_here_and_keeps_the_namespace() {
     }
 }
 
-fn tags(answer: &Answer) -> Vec<String> {
-    let json: serde_json::Value = serde_json::from_slice(&answer.body).unwrap();
+fn tags(response: &ClientResponse) -> Vec<String> {
+    let json: serde_json::Value = serde_json::from_slice(&response.body).unwrap();
     json["tags"].as_array().unwrap().iter().map(|tag| tag.as_str().unwrap().to_owned()).collect()
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn referrers_of_nothing_are_an_empty_index() {
+async fn referrers_of_unknown_digest_are_an_empty_index() {
     let empty = format!(r#"{{"schemaVersion":2,"mediaType":"{INDEX}","manifests":[]}}"#);
     let upstream =
-        TestUpstream::answering(move |_| Response::new(200, empty.clone()).with("content-type", INDEX)).await;
+        TestUpstream::with_handler(move |_| Response::new(200, empty.clone()).with("content-type", INDEX)).await;
     let dray = Start::with_upstream("docker.io", &upstream.url()).run();
-    let answer = dray.get(&format!("{REPO}/referrers/{}", digest(b"nothing"))).await;
-    assert_eq!((answer.status, answer.header("content-type")), (200, Some(INDEX)));
-    let json: serde_json::Value = serde_json::from_slice(&answer.body).unwrap();
+    let response = dray.get(&format!("{REPO}/referrers/{}", digest(b"nothing"))).await;
+    assert_eq!((response.status, response.header("content-type")), (200, Some(INDEX)));
+    let json: serde_json::Value = serde_json::from_slice(&response.body).unwrap();
     assert_eq!((&json["schemaVersion"], json["manifests"].as_array().unwrap().len()), (&2.into(), 0));
 }
 
-/// The new suite asks for content by sha512 as well.
+/// The new suite also requests content by sha512.
 #[tokio::test(flavor = "multi_thread")]
-async fn sha512_content_is_verified_and_kept() {
+async fn sha512_content_is_verified_and_cached() {
     let (small, large) = (noise(1, 1000), noise(2, 1_000_000));
     let manifest =
         br#"{"schemaVersion":2,"mediaType":"application/vnd.oci.image.index.v1+json","manifests":[]}"#.to_vec();
@@ -155,7 +155,7 @@ async fn sha512_content_is_verified_and_kept() {
     let wrong = name(b"something else");
     let held = [small.clone(), large.clone(), manifest.clone()].map(|bytes| (name(&bytes), bytes));
     let lie = wrong.clone();
-    let upstream = TestUpstream::answering(move |request| {
+    let upstream = TestUpstream::with_handler(move |request| {
         let wanted = request.path.rsplit('/').next().unwrap_or_default();
         if wanted == "by-sha512" {
             let (digest, bytes) = &held[2];
@@ -171,17 +171,17 @@ async fn sha512_content_is_verified_and_kept() {
     let dray = Start::with_upstream("docker.io", &upstream.url()).run();
     for _ in 0..2 {
         for bytes in [&small, &large] {
-            let answer = dray.get(&format!("{REPO}/blobs/{}", name(bytes))).await;
-            assert!(answer.status == 200 && answer.body[..] == bytes[..]);
+            let response = dray.get(&format!("{REPO}/blobs/{}", name(bytes))).await;
+            assert!(response.status == 200 && response.body[..] == bytes[..]);
         }
-        let answer = dray.get(&format!("{REPO}/manifests/{}", name(&manifest))).await;
-        assert_eq!((answer.status, &answer.body[..]), (200, &manifest[..]));
+        let response = dray.get(&format!("{REPO}/manifests/{}", name(&manifest))).await;
+        assert_eq!((response.status, &response.body[..]), (200, &manifest[..]));
     }
-    assert_eq!(upstream.requests().len(), 3, "fetched once");
-    // A tag has the digest that its registry names, if it is right.
+    assert_eq!(upstream.requests().len(), 3, "downloaded once");
+    // The digest of a tag is the one that the registry names, if it matches the bytes.
     for method in [Method::HEAD, Method::GET] {
-        let answer = send(method, &dray.url(&format!("{REPO}/manifests/by-sha512")), &[]).await;
-        assert_eq!(answer.header("docker-content-digest"), Some(name(&manifest).as_str()));
+        let response = send(method, &dray.url(&format!("{REPO}/manifests/by-sha512")), &[]).await;
+        assert_eq!(response.header("docker-content-digest"), Some(name(&manifest).as_str()));
     }
     assert_eq!(dray.get(&format!("{REPO}/blobs/{wrong}")).await.status, 502);
 }

@@ -1,4 +1,4 @@
-//! Connections whose clients are slow, long-winded or in the wrong place, on each listener.
+//! Connections of slow, oversized or misdirected clients, on each listener.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -18,11 +18,11 @@ fn listeners(dray: &Dray) -> [SocketAddr; 2] {
     [dray.registry, dray.admin]
 }
 
-/// Sends one piece after the other until the connection is closed, and gives what came back.
-async fn answer(to: SocketAddr, first: &[u8], then: &[u8], apart: Duration) -> String {
+/// Sends a piece repeatedly until the connection is closed. Returns everything that was received.
+async fn response_until_closed(to: SocketAddr, first: &[u8], then: &[u8], apart: Duration) -> String {
     let mut stream = TcpStream::connect(to).await.unwrap();
     stream.write_all(first).await.unwrap();
-    let (mut answers, mut requests) = stream.split();
+    let (mut responses, mut requests) = stream.split();
     let sending = async {
         while requests.write_all(then).await.is_ok() {
             sleep(apart).await;
@@ -31,8 +31,8 @@ async fn answer(to: SocketAddr, first: &[u8], then: &[u8], apart: Duration) -> S
     };
     let mut text = Vec::new();
     let reading = async {
-        // Whatever was said before a reset counts.
-        let _ = answers.read_to_end(&mut text).await;
+        // Everything received before a reset counts.
+        let _ = responses.read_to_end(&mut text).await;
     };
     let ended = async {
         tokio::select! {
@@ -40,59 +40,61 @@ async fn answer(to: SocketAddr, first: &[u8], then: &[u8], apart: Duration) -> S
             () = reading => {}
         }
     };
-    timeout(Duration::from_secs(50), ended).await.expect("the connection ends, though there is always a byte to read");
+    timeout(Duration::from_secs(50), ended).await.expect("the connection ends while bytes still arrive");
     String::from_utf8_lossy(&text).into_owned()
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_head_that_trickles_is_not_waited_for() {
+async fn trickling_head_gets_408() {
     let dray = dray();
-    let heads = listeners(&dray).map(|to| answer(to, b"GET / HTTP/1.1\r\nX: ", b"x", Duration::from_millis(200)));
+    let heads = listeners(&dray)
+        .map(|to| response_until_closed(to, b"GET / HTTP/1.1\r\nX: ", b"x", Duration::from_millis(200)));
     for text in futures_util::future::join_all(heads).await {
         assert!(text.starts_with("HTTP/1.1 408 "), "{text:?}");
     }
 }
 
-/// The answer is there at once; what comes of the request after it is not waited for.
+/// The response arrives at once; the rest of the request body is not waited for.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_body_that_nobody_wants_is_not_waited_for() {
+async fn unwanted_body_is_not_waited_for() {
     let dray = dray();
-    let asking = listeners(&dray).map(|to| {
+    let responses = listeners(&dray).map(|to| {
         let request = b"GET /v2/ HTTP/1.1\r\nHost: dray\r\nContent-Length: 1000000\r\n\r\n";
-        answer(to, request, b"x", Duration::from_millis(200))
+        response_until_closed(to, request, b"x", Duration::from_millis(200))
     });
-    for text in futures_util::future::join_all(asking).await {
+    for text in futures_util::future::join_all(responses).await {
         assert!(text.starts_with("HTTP/1.1 "), "{text:?}");
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_head_has_a_greatest_length() {
+async fn oversized_head_gets_431() {
     let dray = dray();
     let line = format!("X: {}\r\n", "x".repeat(8000));
     for to in listeners(&dray) {
-        let text = answer(to, b"GET /v2/ HTTP/1.1\r\nHost: dray\r\n", line.as_bytes(), Duration::ZERO).await;
+        let text =
+            response_until_closed(to, b"GET /v2/ HTTP/1.1\r\nHost: dray\r\n", line.as_bytes(), Duration::ZERO).await;
         assert!(text.starts_with("HTTP/1.1 431 "), "{text:?}");
     }
 }
 
-/// Runtimes try TLS first where they are not told, and take plain HTTP from the answer.
+/// Runtimes without a configured scheme try TLS first, and switch to plain HTTP because of this response.
 #[tokio::test(flavor = "multi_thread")]
-async fn who_speaks_tls_to_a_plain_port_is_told_at_once() {
+async fn tls_on_a_plain_port_gets_400_at_once() {
     let dray = dray();
     for to in listeners(&dray) {
         let mut stream = TcpStream::connect(to).await.unwrap();
         stream.write_all(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03").await.unwrap();
         let mut first = [0; 13];
-        // Far below what a head that is only slow gets.
+        // Far below the timeout of a slow head.
         timeout(Duration::from_secs(8), stream.read_exact(&mut first)).await.expect("at once").unwrap();
         assert_eq!(&first, b"HTTP/1.1 400 ");
     }
 }
 
-/// Clients of HTTP/1.0 take the end of the connection for the end of the answer.
+/// HTTP/1.0 clients take the end of the connection for the end of the response.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_client_of_http_1_0_gets_one_answer() {
+async fn http_1_0_client_gets_one_response() {
     let dray = dray();
     for to in listeners(&dray) {
         let mut stream = TcpStream::connect(to).await.unwrap();
@@ -105,7 +107,7 @@ async fn a_client_of_http_1_0_gets_one_answer() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_connection_takes_one_request_after_the_other_in_any_pieces() {
+async fn connection_accepts_requests_in_any_pieces() {
     let dray = dray();
     let request = b"\r\nGET /v2/ HTTP/1.1\r\nHost: dray\r\n\r\n";
     let mut stream = TcpStream::connect(dray.registry).await.unwrap();
@@ -125,9 +127,9 @@ async fn a_connection_takes_one_request_after_the_other_in_any_pieces() {
     }
 }
 
-/// A handshake that does not come holds its place for no longer than a head that does not come.
+/// A missing TLS handshake holds a connection no longer than a missing head.
 #[tokio::test(flavor = "multi_thread")]
-async fn silent_handshake_is_closed_and_others_go_on() {
+async fn silent_tls_handshake_is_closed_without_delaying_others() {
     let dir = tempfile::tempdir().unwrap();
     let authority = Authority::new(dir.path());
     let files = authority.files(&["localhost"]);
@@ -135,7 +137,7 @@ async fn silent_handshake_is_closed_and_others_go_on() {
     let dray = Start::new(tls).run();
     let mut silent = TcpStream::connect(dray.registry).await.unwrap();
     let mut half = TcpStream::connect(dray.registry).await.unwrap();
-    // The head of a record that announces a ClientHello.
+    // The head of a TLS record that announces a ClientHello.
     half.write_all(&[22, 3, 1, 2, 0]).await.unwrap();
     let url = format!("https://localhost:{}/v2/", dray.registry.port());
     let mut curl = std::process::Command::new("curl");

@@ -1,4 +1,5 @@
-//! containerd is pointed at dray and back: by hand, by a serving dray, and by processes that are killed half-way.
+//! Mirror configuration of containerd: written and removed by hand, by a serving dray, and by processes that are killed
+//! half-way.
 
 use std::collections::BTreeMap;
 use std::os::unix::process::ExitStatusExt;
@@ -14,7 +15,7 @@ use rustix::process::Signal;
 
 const FOREIGN: &str = "server = \"https://x\"\n\n[host.\"https://a\"]\n";
 
-/// Every file of a directory and what is in it; directories end with a slash.
+/// Every file of a directory and its content. Directories end with a slash.
 fn tree(dir: &Path) -> BTreeMap<PathBuf, String> {
     let mut found = BTreeMap::new();
     let mut pending = vec![dir.to_owned()];
@@ -33,14 +34,14 @@ fn tree(dir: &Path) -> BTreeMap<PathBuf, String> {
     found
 }
 
-/// What containerd sees: the hosts.toml of each directory that it may look into.
+/// The files that containerd reads: the hosts.toml of each directory that is not hidden.
 fn seen(dir: &Path) -> BTreeMap<PathBuf, Option<String>> {
     let dirs = std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path());
     let dirs = dirs.filter(|path| !path.file_name().unwrap().to_str().unwrap().starts_with('.'));
     dirs.map(|path| (path.clone(), std::fs::read_to_string(path.join("hosts.toml")).ok())).collect()
 }
 
-fn fill(dir: &Path) {
+fn write_foreign_hosts(dir: &Path) {
     for (name, text) in [("docker.io", FOREIGN), ("quay.io", "")] {
         std::fs::create_dir(dir.join(name)).unwrap();
         std::fs::write(dir.join(name).join("hosts.toml"), text).unwrap();
@@ -49,15 +50,15 @@ fn fill(dir: &Path) {
 
 fn install(dir: &Path) -> Vec<String> {
     let dir = dir.to_str().unwrap();
-    let words = ["containerd", "install", "--extend", "--mirror", "http://127.0.0.1:5050", "--hosts-dir", dir];
-    words.map(str::to_owned).to_vec()
+    let arguments = ["containerd", "install", "--extend", "--mirror", "http://127.0.0.1:5050", "--hosts-dir", dir];
+    arguments.map(str::to_owned).to_vec()
 }
 
 fn uninstall(dir: &Path) -> Vec<String> {
     ["containerd", "uninstall", "--hosts-dir", dir.to_str().unwrap()].map(str::to_owned).to_vec()
 }
 
-/// Everything that changes a file system.
+/// System calls that change a file system.
 const WRITES: [&str; 14] = [
     "openat",
     "write",
@@ -75,7 +76,7 @@ const WRITES: [&str; 14] = [
     "rmdir",
 ];
 
-/// Whether the process was killed at the `nth` call of that name.
+/// Kills the process at the `nth` call of this name. False: the process ended before.
 fn killed_at(arguments: &[String], call: &str, nth: u32) -> bool {
     let mut command = Command::new("strace");
     command.args(["-f", "-o", "/dev/null", "-e", &format!("trace={call}")]);
@@ -85,8 +86,8 @@ fn killed_at(arguments: &[String], call: &str, nth: u32) -> bool {
     !ended.success()
 }
 
-/// Kills a command at each of its calls; after each the files are the old ones or the new ones, one by one, and
-/// the same command finishes.
+/// Kills a command at each of its calls. After each kill every file is either the old or the new one, and the same
+/// command completes.
 fn crash_at_every_write(prepare: impl Fn(&Path), command: impl Fn(&Path) -> Vec<String>) {
     let after = tempfile::tempdir().unwrap();
     prepare(after.path());
@@ -120,19 +121,19 @@ fn crash_at_every_write(prepare: impl Fn(&Path), command: impl Fn(&Path) -> Vec<
 }
 
 #[test]
-fn install_is_whole_wherever_it_is_killed() {
-    crash_at_every_write(fill, install);
+fn install_killed_at_any_call_leaves_whole_files() {
+    crash_at_every_write(write_foreign_hosts, install);
 }
 
 #[test]
-fn uninstall_is_whole_wherever_it_is_killed() {
+fn uninstall_killed_at_any_call_leaves_whole_files() {
     let prepare = |dir: &Path| {
-        fill(dir);
+        write_foreign_hosts(dir);
         run(Command::new(binary()).args(install(dir)));
     };
     crash_at_every_write(prepare, uninstall);
     let dir = tempfile::tempdir().unwrap();
-    fill(dir.path());
+    write_foreign_hosts(dir.path());
     let before = tree(dir.path());
     run(Command::new(binary()).args(install(dir.path())));
     run(Command::new(binary()).args(uninstall(dir.path())));
@@ -145,40 +146,40 @@ fn check(containerd: &Containerd) -> (Output, String) {
     let mut command = Command::new(binary());
     command.env("PATH", std::env::join_paths(path).unwrap());
     let output = output(command.args(["containerd", "check", "--config"]).arg(containerd.config()));
-    let said = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
-    (output, said)
+    let printed = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+    (output, printed)
 }
 
-async fn check_proves_it(version: Version) {
+async fn check_detects_mirror(version: Version) {
     let mut dray = Start::new("").run();
     let containerd = Containerd::start(version).await;
-    let (output, said) = check(&containerd);
-    assert_eq!(output.status.code(), Some(1), "{said}");
-    assert!(said.contains("wrong no-mirror"), "{said}");
+    let (output, printed) = check(&containerd);
+    assert_eq!(output.status.code(), Some(1), "{printed}");
+    assert!(printed.contains("wrong no-mirror"), "{printed}");
     containerd.use_mirror(&dray);
-    let (output, said) = check(&containerd);
-    assert!(output.status.success() && said.contains("ok    pull"), "{said}\n{}", containerd.log());
-    assert_eq!(dray.metric("dray_origin_requests_total").await, 0);
+    let (output, printed) = check(&containerd);
+    assert!(output.status.success() && printed.contains("ok    pull"), "{printed}\n{}", containerd.log());
+    assert_eq!(dray.metric("dray_upstream_requests_total").await, 0);
     dray.process().kill();
-    let (output, said) = check(&containerd);
-    assert_eq!(output.status.code(), Some(1), "{said}");
-    assert!(said.contains("does not answer"), "{said}");
+    let (output, printed) = check(&containerd);
+    assert_eq!(output.status.code(), Some(1), "{printed}");
+    assert!(printed.contains("does not respond"), "{printed}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn check_pulls_through_the_cri_plugin_of_containerd_1() {
-    check_proves_it(Version::V1).await;
+async fn check_of_containerd_1_pulls_through_the_cri_plugin() {
+    check_detects_mirror(Version::V1).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn check_pulls_through_the_cri_plugin_of_containerd_2() {
-    check_proves_it(Version::V2).await;
+async fn check_of_containerd_2_pulls_through_the_cri_plugin() {
+    check_detects_mirror(Version::V2).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_serving_dray_points_containerd_here_and_takes_it_back() {
+async fn serving_dray_configures_mirror_and_reverts_it() {
     let dir = tempfile::tempdir().unwrap();
-    fill(dir.path());
+    write_foreign_hosts(dir.path());
     std::fs::create_dir(dir.path().join("_default")).unwrap();
     std::fs::write(dir.path().join("_default/hosts.toml"), FOREIGN).unwrap();
     let before = tree(dir.path());
@@ -186,55 +187,58 @@ async fn a_serving_dray_points_containerd_here_and_takes_it_back() {
     let mut dray = start.run();
     let file = dir.path().join("_default/hosts.toml");
     let url = format!("[host.\"http://{}\"]", dray.registry);
-    let points_here = async || std::fs::read_to_string(&file).ok().filter(|text| text.contains(&url)).map(drop);
-    eventually("containerd is pointed here", points_here).await;
-    // Somebody, such as k3s, writes the file anew.
+    let is_configured = async || std::fs::read_to_string(&file).ok().filter(|text| text.contains(&url)).map(drop);
+    eventually("the mirror is configured", is_configured).await;
+    // Another program, such as k3s, rewrites the file.
     std::fs::write(&file, FOREIGN).unwrap();
-    eventually("it is pointed here again", points_here).await;
+    eventually("the mirror is configured again", is_configured).await;
     dray.process().signal(Signal::TERM);
     dray.process().wait();
     assert_eq!(tree(dir.path()), before);
-    // One that was killed could not take it back: the next one goes on, and does.
+    // A killed process cannot revert the file: the next process takes over and reverts it at its end.
     let mut dray = dray.start().clone().run();
     let url = format!("[host.\"http://{}\"]", dray.registry);
-    let points_here = async || std::fs::read_to_string(&file).ok().filter(|text| text.contains(&url)).map(drop);
-    eventually("containerd is pointed here", points_here).await;
+    let is_configured = async || std::fs::read_to_string(&file).ok().filter(|text| text.contains(&url)).map(drop);
+    eventually("the mirror is configured", is_configured).await;
     dray.process().kill();
     assert!(std::fs::read_to_string(&file).unwrap().contains(&url));
     let mut dray = dray.start().clone().run();
     let url = format!("[host.\"http://{}\"]", dray.registry);
-    let points_here = async || std::fs::read_to_string(&file).ok().filter(|text| text.contains(&url)).map(drop);
-    eventually("containerd is pointed at the new one", points_here).await;
+    let is_configured = async || std::fs::read_to_string(&file).ok().filter(|text| text.contains(&url)).map(drop);
+    eventually("the mirror of the new process is configured", is_configured).await;
     dray.process().signal(Signal::TERM);
     dray.process().wait();
     assert_eq!(tree(dir.path()), before);
 }
 
 #[test]
-fn a_hosts_dir_that_is_not_there_is_an_error() {
+fn missing_hosts_dir_fails_the_start() {
     let output = output(&mut Start::new("[containerd]\nhosts_dir = \"/nowhere\"\n").command());
-    let said = String::from_utf8_lossy(&output.stderr);
-    assert_eq!(output.status.code(), Some(2), "{said}");
-    assert!(said.contains("containerd.hosts_dir") && said.contains("config_path"), "{said}");
+    let printed = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(2), "{printed}");
+    assert!(printed.contains("containerd.hosts_dir") && printed.contains("config_path"), "{printed}");
 }
 
 #[test]
-fn config_toml_is_patched_and_restored() {
+fn config_toml_patched_by_install_is_restored() {
     let dir = tempfile::tempdir().unwrap();
     let (config, hosts) = (dir.path().join("config.toml"), dir.path().join("certs.d"));
     let text = "# mine\nversion = 2\n[plugins.\"io.containerd.grpc.v1.cri\"]\n  sandbox_image = \"p:1\" # keep\n";
     std::fs::write(&config, text).unwrap();
-    let containerd = |words: &[&str]| {
+    let containerd = |arguments: &[&str]| {
         let mut command = Command::new(binary());
-        command.args(["containerd"]).args(words).args(["--containerd-version", "1.7", "--config"]).arg(&config);
+        command.args(["containerd"]).args(arguments).args(["--containerd-version", "1.7", "--config"]).arg(&config);
         output(&mut command)
     };
     let hosts_dir = hosts.to_str().unwrap();
     let mirror = ["--mirror", "http://127.0.0.1:5050"];
-    // Without a config_path there is nothing to write to, and it says what to do.
-    let refused = containerd(&["install", mirror[0], mirror[1]]);
-    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
-    assert!(refused.status.code() == Some(1) && said.contains("config_path = \"/etc/containerd/certs.d\""), "{said}");
+    // Without a config_path containerd reads no hosts directory, and the error names the fix.
+    let failed = containerd(&["install", mirror[0], mirror[1]]);
+    let printed = String::from_utf8_lossy(&failed.stderr).into_owned();
+    assert!(
+        failed.status.code() == Some(1) && printed.contains("config_path = \"/etc/containerd/certs.d\""),
+        "{printed}"
+    );
     let done = containerd(&["install", "--patch-config", "--hosts-dir", hosts_dir, mirror[0], mirror[1]]);
     assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
     let patched = std::fs::read_to_string(&config).unwrap();
@@ -246,54 +250,54 @@ fn config_toml_is_patched_and_restored() {
     assert_eq!(std::fs::read_dir(&hosts).unwrap().count(), 0);
 }
 
-/// What would make pulls fail, or do nothing, is refused or said; what is said twice counts once.
+/// Arguments that would make pulls fail, or have no effect, are errors. Duplicate arguments count once.
 #[test]
-fn odd_words_are_refused_or_count_once() {
+fn invalid_arguments_fail_and_duplicates_count_once() {
     let dir = tempfile::tempdir().unwrap();
     let hosts = dir.path().join("certs.d");
     std::fs::create_dir(&hosts).unwrap();
-    let containerd = |words: &[&str]| {
+    let containerd = |arguments: &[&str]| {
         let mut command = Command::new(binary());
-        let got = output(command.args(["containerd"]).args(words).arg("--hosts-dir").arg(&hosts));
-        let said = String::from_utf8_lossy(&got.stdout).into_owned() + &String::from_utf8_lossy(&got.stderr);
-        (got.status.code(), said)
+        let got = output(command.args(["containerd"]).args(arguments).arg("--hosts-dir").arg(&hosts));
+        let printed = String::from_utf8_lossy(&got.stdout).into_owned() + &String::from_utf8_lossy(&got.stderr);
+        (got.status.code(), printed)
     };
     let url = "http://127.0.0.1:5050";
     let install = |more: &[&str]| containerd(&[&["install", "--mirror", url], more].concat());
     let text = dir.path().join("no.pem");
     std::fs::write(&text, "no certificate").unwrap();
-    for (more, code, wants) in [
+    for (more, code, expected) in [
         (&["--ca", "/nowhere.pem"][..], 2, "--ca /nowhere.pem"),
-        (&["--ca", text.to_str().unwrap()], 2, "no certificate in PEM"),
+        (&["--ca", text.to_str().unwrap()], 2, "does not contain a certificate in PEM"),
         (&["--registry", "localhost:5000"], 1, "on this machine"),
-        (&["--registry", "reg:5000:6"], 1, "no registry host"),
+        (&["--registry", "reg:5000:6"], 1, "not a valid registry host"),
     ] {
-        let (status, said) = install(more);
-        assert!(status == Some(code) && said.contains(wants), "{more:?}: {status:?} {said}");
+        let (status, printed) = install(more);
+        assert!(status == Some(code) && printed.contains(expected), "{more:?}: {status:?} {printed}");
     }
     assert_eq!(std::fs::read_dir(&hosts).unwrap().count(), 0);
     std::os::unix::fs::symlink("/nowhere", hosts.join("_default")).unwrap();
-    let (status, said) = install(&[]);
-    assert!(status == Some(1) && said.contains("leads nowhere"), "{said}");
+    let (status, printed) = install(&[]);
+    assert!(status == Some(1) && printed.contains("does not exist: remove the link"), "{printed}");
     std::fs::remove_file(hosts.join("_default")).unwrap();
-    let (status, said) = install(&["--registry", "index.docker.io", "--registry", "Docker.IO", "--mirror", url]);
-    assert_eq!(status, Some(0), "{said}");
+    let (status, printed) = install(&["--registry", "index.docker.io", "--registry", "Docker.IO", "--mirror", url]);
+    assert_eq!(status, Some(0), "{printed}");
     let files = tree(&hosts);
     let file = &files[Path::new("docker.io/hosts.toml")];
     assert_eq!((files.len(), file.matches("[host.").count()), (3, 1), "{files:?}");
-    // Nobody answers there, but that it is used is understood.
+    // No mirror responds on that port, but the check still detects the configuration.
     let config = dir.path().join("config.toml");
     let path =
         format!("version = 2\n[plugins.'io.containerd.grpc.v1.cri'.registry]\nconfig_path = '{}'\n", hosts.display());
     std::fs::write(&config, path).unwrap();
-    let (_, said) =
-        containerd(&["check", "--no-pull", "--containerd-version", "1.7", "--config", config.to_str().unwrap()]);
-    assert!(said.contains("for docker.io only") && !said.contains("no mirror is used"), "{said}");
+    let (_, printed) =
+        containerd(&["check", "--skip-pull", "--containerd-version", "1.7", "--config", config.to_str().unwrap()]);
+    assert!(printed.contains("for docker.io only") && !printed.contains("no mirror is used"), "{printed}");
 }
 
-/// `_default` in the first directory of a list hides what the others have.
+/// containerd uses the first directory of a list that has a match: `_default` there hides the other directories.
 #[test]
-fn directories_that_would_be_hidden_are_named() {
+fn install_hiding_other_hosts_directories_names_them() {
     let dir = tempfile::tempdir().unwrap();
     let [first, second] = ["certs.d", "docker"].map(|name| dir.path().join(name));
     std::fs::create_dir(&first).unwrap();
@@ -308,26 +312,26 @@ fn directories_that_would_be_hidden_are_named() {
     for more in [&[][..], &["--patch-config"]] {
         let mut command = Command::new(binary());
         command.args(["containerd", "install", "--mirror", "http://127.0.0.1:5050", "--containerd-version", "1.7"]);
-        let refused = output(command.args(more).arg("--config").arg(&config));
-        let said = String::from_utf8_lossy(&refused.stderr);
-        assert!(refused.status.code() == Some(1) && said.contains("docker/registry.corp"), "{more:?}: {said}");
+        let failed = output(command.args(more).arg("--config").arg(&config));
+        let printed = String::from_utf8_lossy(&failed.stderr);
+        assert!(failed.status.code() == Some(1) && printed.contains("docker/registry.corp"), "{more:?}: {printed}");
     }
     assert_eq!(std::fs::read_to_string(&config).unwrap(), text);
     assert_eq!(std::fs::read_dir(&first).unwrap().count(), 0);
 }
 
-/// A node that was restarted has the lines of before, and nobody may be there yet.
+/// After a restart the node still has the old mirror configuration, while dray may not run yet.
 #[tokio::test(flavor = "multi_thread")]
-async fn what_stands_there_of_before_goes_while_the_mirror_is_silent() {
+async fn leftover_configuration_of_a_dead_mirror_is_removed() {
     let dir = tempfile::tempdir().unwrap();
     let mirror = format!("http://127.0.0.1:{}", dray_tests::process::free_port());
     run(Command::new(binary()).args(["containerd", "install", "--mirror", &mirror, "--hosts-dir"]).arg(dir.path()));
     let file = dir.path().join("_default/hosts.toml");
     assert!(file.exists());
     let mut keep = Command::new(binary());
-    keep.args(["containerd", "keep", "--mirror", &mirror, "--hosts-dir"]).arg(dir.path());
+    keep.args(["containerd", "sync", "--mirror", &mirror, "--hosts-dir"]).arg(dir.path());
     let mut keep = dray_tests::process::Process::spawn(&mut keep);
-    eventually("it is taken back", async || (!file.exists()).then_some(())).await;
+    eventually("the mirror is removed", async || (!file.exists()).then_some(())).await;
     keep.signal(Signal::TERM);
     keep.wait();
     assert!(!file.exists());

@@ -1,4 +1,4 @@
-//! Blobs that come in ranges, by several connections, after breaks, or in spite of their origin.
+//! Blob downloads by ranges, by several connections, after failures, and from faulty upstreams.
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -14,7 +14,7 @@ use dray_tests::upstream::{Fault, Request, Response, TestUpstream};
 const MIB: usize = 1024 * 1024;
 const SIZE: usize = 50 * MIB + 4321;
 
-/// One blob for all tests.
+/// One blob for all tests of this module.
 fn blob() -> &'static (String, Bytes) {
     static BLOB: OnceLock<(String, Bytes)> = OnceLock::new();
     BLOB.get_or_init(|| {
@@ -27,7 +27,7 @@ fn path() -> String {
     format!("/v2/library/app/blobs/{}?ns=docker.io", blob().0)
 }
 
-/// What an honest origin answers.
+/// The response of a correct upstream.
 fn honest(request: &Request) -> Response {
     let bytes = &blob().1;
     let Some(start) = request.range_start() else { return Response::new(200, bytes.clone()) };
@@ -38,19 +38,20 @@ fn honest(request: &Request) -> Response {
 
 async fn rig(handler: impl Fn(usize, &Request) -> Response + Send + Sync + 'static) -> (TestUpstream, Dray) {
     let count = AtomicUsize::new(0);
-    let upstream = TestUpstream::answering(move |request| handler(count.fetch_add(1, Ordering::SeqCst), request)).await;
+    let upstream =
+        TestUpstream::with_handler(move |request| handler(count.fetch_add(1, Ordering::SeqCst), request)).await;
     let dray = Start::with_upstream("docker.io", &upstream.url()).run();
     (upstream, dray)
 }
 
 async fn assert_right(dray: &Dray) {
-    let answer = dray.get(&path()).await;
-    assert_eq!((answer.status, answer.complete), (200, true));
-    assert!(answer.body == blob().1, "wrong bytes");
+    let response = dray.get(&path()).await;
+    assert_eq!((response.status, response.complete), (200, true));
+    assert!(response.body == blob().1, "wrong bytes");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_upstream_that_limits_each_connection_gets_several_and_sends_each_byte_once() {
+async fn upstream_limiting_each_connection_gets_several() {
     let dir = tempfile::tempdir().unwrap();
     put_blob(dir.path(), "library/app", &blob().0, &blob().1);
     let nginx = Nginx::start(dir.path(), &["limit_rate 15m; sendfile_max_chunk 128k;"]).await;
@@ -66,14 +67,14 @@ async fn an_upstream_that_limits_each_connection_gets_several_and_sends_each_byt
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_upstream_without_ranges_is_asked_once() {
+async fn upstream_without_ranges_is_requested_once() {
     let (upstream, dray) = rig(|_, _| Response::new(200, blob().1.clone())).await;
     assert_right(&dray).await;
     assert_eq!((upstream.requests().len(), upstream.sent()), (1, SIZE as u64));
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_upstream_that_botches_ranges_falls_back_to_one_stream() {
+async fn upstream_with_broken_ranges_falls_back_to_one_stream() {
     type Botch = fn(usize, &Request) -> Response;
     let botches: [(&str, Botch); 5] = [
         ("another start", |_, request| match request.range_start() {
@@ -105,18 +106,18 @@ async fn an_upstream_that_botches_ranges_falls_back_to_one_stream() {
     ];
     for (name, botch) in botches {
         let (upstream, dray) = rig(botch).await;
-        let answer = dray.get(&path()).await;
+        let response = dray.get(&path()).await;
         assert!(
-            answer.complete && answer.body == blob().1,
+            response.complete && response.body == blob().1,
             "{name}: {} {:?}",
-            answer.status,
+            response.status,
             upstream.requests().len()
         );
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn one_answer_without_range_does_not_fetch_everything_again() {
+async fn response_without_range_keeps_downloaded_bytes() {
     let (upstream, dray) = rig(|nth, request| match nth {
         2 => Response::new(200, blob().1.clone()).fault(Fault::CutAfter(MIB)),
         _ => honest(request),
@@ -127,25 +128,25 @@ async fn one_answer_without_range_does_not_fetch_everything_again() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_replica_that_has_lost_it_spoils_nothing() {
+async fn replica_without_the_blob_corrupts_nothing() {
     let (_upstream, dray) = rig(|nth, request| match nth {
         1 => Response::new(404, ""),
         _ => honest(request),
     })
     .await;
     let first = dray.get(&path()).await;
-    dray.fills_end().await;
+    dray.wait_for_fills().await;
     if !first.complete {
         let from = first.body.len();
         let rest = dray.get_range(&path(), &format!("bytes={from}-")).await;
-        assert_eq!((rest.status, rest.complete), (206, true), "what came before is right");
+        assert_eq!((rest.status, rest.complete), (206, true), "the received bytes are right");
         assert!([&first.body[..], &rest.body[..]].concat() == blob().1[..]);
     }
     assert_eq!(dray.metric("dray_digest_mismatches_total").await, 0);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn who_limits_connections_is_not_hammered() {
+async fn upstream_limiting_connections_is_not_retried_at_once() {
     let open = Arc::new(AtomicUsize::new(0));
     let counted = open.clone();
     let (upstream, dray) = rig(move |_, request| {
@@ -157,7 +158,7 @@ async fn who_limits_connections_is_not_hammered() {
     .await;
     let url = dray.url(&path());
     let first = tokio::spawn(async move { dray_tests::http::get(&url, &[]).await });
-    dray.fill_begins().await;
+    dray.wait_for_fill_start().await;
     let url = dray.url(&path());
     let second = tokio::spawn(async move { dray_tests::http::get(&url, &[("range", "bytes=40000000-")]).await });
     tokio::time::sleep(Duration::from_secs(4)).await;
@@ -169,28 +170,28 @@ async fn who_limits_connections_is_not_hammered() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_signed_url_that_expires_is_refreshed_once_for_all() {
+async fn signed_url_expired_is_refreshed_once_for_all() {
     let fresh = Arc::new(AtomicUsize::new(0));
     let (signed, served) = (fresh.clone(), AtomicUsize::new(0));
-    // The third answer of the store is the last one that the first signature gets.
-    let store = TestUpstream::answering(move |request| {
+    // The first signature is valid for two responses of the store.
+    let store = TestUpstream::with_handler(move |request| {
         let expired = request.path.contains("signature=1") && served.fetch_add(1, Ordering::SeqCst) >= 2;
         if expired { Response::new(403, "expired") } else { honest(request) }
     })
     .await;
     let location = format!("{}/blob?signature=", store.url());
-    let registry = TestUpstream::answering(move |_| {
+    let registry = TestUpstream::with_handler(move |_| {
         let nth = signed.fetch_add(1, Ordering::SeqCst) + 1;
         Response::new(307, "").with("location", format!("{location}{nth}"))
     })
     .await;
-    let dray = Start::new(rule("docker.io", &registry.url()) + "\n[guard]\nallow = [\"127.0.0.0/8\"]\n").run();
+    let dray = Start::new(rule("docker.io", &registry.url()) + "\n[egress]\nallow_cidrs = [\"127.0.0.0/8\"]\n").run();
     assert_right(&dray).await;
     assert_eq!(fresh.load(Ordering::SeqCst), 2);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_an_upstream_sent_before_it_failed_is_not_fetched_again() {
+async fn bytes_received_before_a_failure_are_not_requested_again() {
     let healthy = Arc::new(AtomicBool::new(false));
     let well = healthy.clone();
     let (upstream, dray) = rig(move |nth, request| match nth {
@@ -199,10 +200,10 @@ async fn what_an_upstream_sent_before_it_failed_is_not_fetched_again() {
         _ => Response::new(503, ""),
     })
     .await;
-    let answer = dray.get(&path()).await;
-    assert!(!answer.complete && blob().1.starts_with(&answer.body), "cut short, and right so far");
-    assert!(answer.body.len() > 11 * MIB);
-    dray.fills_end().await;
+    let response = dray.get(&path()).await;
+    assert!(!response.complete && blob().1.starts_with(&response.body), "cut short, but no wrong byte");
+    assert!(response.body.len() > 11 * MIB);
+    dray.wait_for_fills().await;
     healthy.store(true, Ordering::SeqCst);
     assert_right(&dray).await;
     assert!(upstream.sent() < (SIZE + MIB) as u64, "{} sent of {SIZE}", upstream.sent());
@@ -210,17 +211,17 @@ async fn what_an_upstream_sent_before_it_failed_is_not_fetched_again() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_proved_wrong_is_fetched_anew_by_one_stream() {
+async fn corrupt_blob_is_downloaded_anew_by_one_stream() {
     let (upstream, dray) = rig(|nth, request| match nth {
         0 => honest(request).flipped(5 * MIB),
         _ => honest(request),
     })
     .await;
-    let answer = dray.get(&path()).await;
-    assert!(!answer.complete, "a wrong byte");
-    dray.fills_end().await;
+    let response = dray.get(&path()).await;
+    assert!(!response.complete, "a wrong byte is not sent whole");
+    dray.wait_for_fills().await;
     let resumed = dray.get_range(&path(), "bytes=1000000-").await;
-    assert_eq!(resumed.status, 404, "a good end must not complete a bad beginning");
+    assert_eq!(resumed.status, 404, "a correct end must not complete a corrupt start");
     let before = upstream.requests().len();
     assert_right(&dray).await;
     let after = upstream.requests().split_off(before);
@@ -228,35 +229,39 @@ async fn what_proved_wrong_is_fetched_anew_by_one_stream() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn who_resumes_far_into_a_cold_blob_does_not_wait_for_its_beginning() {
+async fn range_far_into_a_cold_blob_does_not_wait_for_its_start() {
     let start = 40 * MIB;
     let (upstream, dray) = rig(move |_, request| {
-        let answer = honest(request);
-        if request.range_start().is_none_or(|from| from < start) { answer.fault(Fault::GateAfter(0)) } else { answer }
+        let response = honest(request);
+        if request.range_start().is_none_or(|from| from < start) {
+            response.fault(Fault::GateAfter(0))
+        } else {
+            response
+        }
     })
     .await;
-    let answer = dray.get_range(&path(), &format!("bytes={start}-{}", SIZE - 100_000)).await;
-    assert_eq!((answer.status, answer.complete), (206, true));
-    assert!(answer.body == blob().1[start..=SIZE - 100_000], "wrong bytes");
+    let response = dray.get_range(&path(), &format!("bytes={start}-{}", SIZE - 100_000)).await;
+    assert_eq!((response.status, response.complete), (206, true));
+    assert!(response.body == blob().1[start..=SIZE - 100_000], "wrong bytes");
     upstream.open_gate();
     assert_right(&dray).await;
-    assert_eq!(upstream.sent(), SIZE as u64, "each byte once");
+    assert_eq!(upstream.sent(), SIZE as u64, "each byte is downloaded once");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_fill_that_nobody_wants_any_more_stops_and_is_gone_on_with() {
+async fn abandoned_fill_stops_or_finishes_as_configured() {
     for (abandoned, goes_on) in [("keep", false), ("finish", true)] {
-        let upstream = TestUpstream::answering(|request| honest(request).fault(Fault::SlowUntilGate(300_000))).await;
-        let config = rule("docker.io", &upstream.url()) + &format!("abandoned = \"{abandoned}\"\n");
+        let upstream = TestUpstream::with_handler(|request| honest(request).fault(Fault::SlowUntilGate(300_000))).await;
+        let config = rule("docker.io", &upstream.url()) + &format!("on_client_abort = \"{abandoned}\"\n");
         let dray = Start::new(config).run();
         drop(dray_tests::http::client().get(dray.url(&path())).send().await.unwrap());
         if goes_on {
             tokio::time::sleep(Duration::from_secs(7)).await;
             upstream.open_gate();
-            dray.fills_end().await;
+            dray.wait_for_fills().await;
             assert_eq!(dray.get(&path()).await.source(), "disk");
         } else {
-            dray.fills_end().await;
+            dray.wait_for_fills().await;
             let sent = upstream.sent();
             assert!(sent < 20 * MIB as u64, "{sent}");
             upstream.open_gate();

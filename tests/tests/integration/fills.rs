@@ -1,4 +1,4 @@
-//! One fill, many readers: slow, stalled, gone.
+//! One download with many readers: slow, stalled, disconnected.
 
 use std::time::Duration;
 
@@ -27,8 +27,8 @@ fn path(image: &Image) -> String {
     format!("/v2/library/app/blobs/{}?ns=docker.io", image.layer().0)
 }
 
-/// A connection that has asked for the blob and read nothing yet.
-async fn ask(dray: &Dray, image: &Image) -> TcpStream {
+/// A connection that has sent a request for the blob and read nothing.
+async fn request_blob(dray: &Dray, image: &Image) -> TcpStream {
     let mut stream = TcpStream::connect(dray.registry).await.unwrap();
     let request = format!("GET {} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n", path(image));
     stream.write_all(request.as_bytes()).await.unwrap();
@@ -36,7 +36,7 @@ async fn ask(dray: &Dray, image: &Image) -> TcpStream {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_hundred_clients_and_one_fetch() {
+async fn hundred_clients_share_one_download() {
     let (upstream, dray, image) = rig(Fault::GateAfter(1000)).await;
     let url = dray.url(&path(&image));
     let mut pulls = JoinSet::new();
@@ -49,70 +49,70 @@ async fn a_hundred_clients_and_one_fetch() {
             if skip > 0 {
                 request = request.header("range", format!("bytes={skip}-"));
             }
-            let answer = request.send().await.unwrap();
-            (skip, answer.headers()["x-dray-source"].clone(), answer.bytes().await.unwrap())
+            let response = request.send().await.unwrap();
+            (skip, response.headers()["x-dray-source"].clone(), response.bytes().await.unwrap())
         });
     }
-    eventually("the origin is asked", async || (upstream.count("GET", "/blobs/") > 0).then_some(())).await;
+    eventually("the upstream is requested", async || (upstream.count("GET", "/blobs/") > 0).then_some(())).await;
     upstream.open_gate();
     let bytes = image.layer().1;
     while let Some(pulled) = pulls.join_next().await {
         let (skip, source, body) = pulled.unwrap();
         assert!(body == bytes.slice(skip..), "wrong bytes");
-        assert!(source == "origin" || source == "disk");
+        assert!(source == "upstream" || source == "disk");
     }
     assert_eq!(upstream.count("GET", "/blobs/"), 1);
     assert_eq!(upstream.sent(), bytes.len() as u64);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn readers_that_leave_stall_or_crawl_disturb_nobody() {
+async fn closed_stalled_or_slow_readers_disturb_no_other() {
     let (upstream, dray, image) = rig(Fault::GateAfter(2_000_000)).await;
-    let leaver = ask(&dray, &image).await;
-    let staller = ask(&dray, &image).await;
-    let mut crawler = ask(&dray, &image).await;
+    let closed = request_blob(&dray, &image).await;
+    let stalled = request_blob(&dray, &image).await;
+    let mut slow = request_blob(&dray, &image).await;
     let crawl = tokio::spawn(async move {
         let mut byte = [0];
         let mut count = 0u64;
-        while count < 20_000 && crawler.read(&mut byte).await.is_ok_and(|n| n == 1) {
+        while count < 20_000 && slow.read(&mut byte).await.is_ok_and(|n| n == 1) {
             count += 1;
         }
-        (count, crawler)
+        (count, slow)
     });
-    dray.fill_begins().await;
-    drop(leaver);
+    dray.wait_for_fill_start().await;
+    drop(closed);
     upstream.open_gate();
-    let answer = dray.get(&path(&image)).await;
-    assert!(answer.complete && answer.body == image.layer().1);
+    let response = dray.get(&path(&image)).await;
+    assert!(response.complete && response.body == image.layer().1);
     let (count, _still_open) = crawl.await.unwrap();
     assert_eq!(count, 20_000);
-    drop(staller);
+    drop(stalled);
     assert_eq!(upstream.count("GET", "/blobs/"), 1);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_fill_whose_only_reader_left_still_ends() {
+async fn fill_whose_only_reader_left_still_finishes() {
     let (upstream, dray, image) = rig(Fault::GateAfter(2_000_000)).await;
-    let mut only = ask(&dray, &image).await;
+    let mut only = request_blob(&dray, &image).await;
     let mut some = vec![0; 100_000];
     only.read_exact(&mut some).await.unwrap();
     drop(only);
     upstream.open_gate();
-    dray.fills_end().await;
+    dray.wait_for_fills().await;
     drop(upstream);
-    let answer = dray.get(&path(&image)).await;
-    assert_eq!((answer.status, answer.source()), (200, "disk"));
-    assert!(answer.body == image.layer().1);
+    let response = dray.get(&path(&image)).await;
+    assert_eq!((response.status, response.source()), (200, "disk"));
+    assert!(response.body == image.layer().1);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn readers_follow_while_the_blob_grows() {
+async fn readers_follow_a_growing_fill() {
     let (upstream, dray, image) = rig(Fault::GateAfter(2_000_000)).await;
-    let mut reader = ask(&dray, &image).await;
-    // More than a million bytes arrive although the origin holds back the rest.
+    let mut reader = request_blob(&dray, &image).await;
+    // More than a million bytes arrive while the upstream holds back the rest.
     let mut first = vec![0; 1_000_000];
     tokio::time::timeout(Duration::from_secs(20), reader.read_exact(&mut first)).await.unwrap().unwrap();
-    assert_eq!(dray.metric("dray_fills{state=\"running\"}").await, 1);
+    assert_eq!(dray.metric("dray_downloads_in_progress{state=\"running\"}").await, 1);
     upstream.open_gate();
     let mut rest = Vec::new();
     reader.read_to_end(&mut rest).await.unwrap();
@@ -122,16 +122,16 @@ async fn readers_follow_while_the_blob_grows() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn pulls_under_way_end_before_a_stopping_dray_does() {
+async fn draining_dray_finishes_running_pulls() {
     let (upstream, mut dray, image) = rig(Fault::GateAfter(2_000_000)).await;
-    let mut reader = ask(&dray, &image).await;
+    let mut reader = request_blob(&dray, &image).await;
     let mut head = [0; 1000];
     reader.read_exact(&mut head).await.unwrap();
     dray.process().signal(rustix::process::Signal::TERM);
     let readyz = format!("http://{}/readyz", dray.admin);
-    eventually("it is no longer ready", async || {
-        let answer = client().get(&readyz).send().await;
-        answer.map_or(true, |answer| answer.status() == 503).then_some(())
+    eventually("the node is not ready", async || {
+        let response = client().get(&readyz).send().await;
+        response.map_or(true, |response| response.status() == 503).then_some(())
     })
     .await;
     upstream.open_gate();
@@ -143,9 +143,9 @@ async fn pulls_under_way_end_before_a_stopping_dray_does() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_registry_that_never_ends_takes_no_more_than_its_share() {
+async fn endless_upstream_takes_only_its_share_of_fills() {
     let image = Image::new(1, &[SIZE]);
-    let stuck = TestUpstream::answering(|_| {
+    let stuck = TestUpstream::with_handler(|_| {
         dray_tests::upstream::Response::new(200, vec![0; 200_000]).fault(Fault::StallAfter(1000))
     })
     .await;
@@ -156,7 +156,7 @@ async fn a_registry_that_never_ends_takes_no_more_than_its_share() {
     for n in 0..600_u32 {
         let digest = dray_tests::image::digest(&n.to_le_bytes());
         let url = dray.url(&format!("/v2/a/b/blobs/{digest}?ns=stuck.example"));
-        waiting.spawn(async move { client().get(url).send().await.map(|answer| answer.status().as_u16()) });
+        waiting.spawn(async move { client().get(url).send().await.map(|response| response.status().as_u16()) });
     }
     let mut refused = 0;
     while refused < 88 {
@@ -164,7 +164,7 @@ async fn a_registry_that_never_ends_takes_no_more_than_its_share() {
         assert_eq!(status, 503);
         refused += 1;
     }
-    assert!(dray.metric("dray_fills{state=\"running\"}").await <= 512);
-    let answer = dray.get(&path(&image)).await;
-    assert!(answer.complete && answer.body == image.layer().1);
+    assert!(dray.metric("dray_downloads_in_progress{state=\"running\"}").await <= 512);
+    let response = dray.get(&path(&image)).await;
+    assert!(response.complete && response.body == image.layer().1);
 }

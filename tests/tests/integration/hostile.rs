@@ -1,5 +1,5 @@
-//! Clients that mean no good: what is malformed is refused, nothing is reached that no rule allows, and dray stays as
-//! it was.
+//! Hostile clients: malformed requests fail, no address is reached that no rule allows, and dray's memory stays as it
+//! was.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -13,10 +13,10 @@ use futures_util::StreamExt;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 
-/// Sends bytes and gives the status of what comes back. None: the connection was closed without a word.
-async fn status(dray: &Dray, request: &[u8]) -> Option<u16> {
+/// Sends bytes and returns the status of the response. None: the connection was closed without a response.
+async fn send_raw(dray: &Dray, request: &[u8]) -> Option<u16> {
     let mut stream = TcpStream::connect(&dray.registry).await.unwrap();
-    // It may be closed before all is sent.
+    // dray may close the connection before all bytes are sent.
     let _ = stream.write_all(request).await;
     let _ = stream.shutdown().await;
     let mut head = Vec::new();
@@ -29,7 +29,7 @@ async fn status(dray: &Dray, request: &[u8]) -> Option<u16> {
             }
         }
     };
-    tokio::time::timeout(Duration::from_secs(30), reading).await.expect("an answer, or an end");
+    tokio::time::timeout(Duration::from_secs(30), reading).await.expect("a response, or the end of the connection");
     String::from_utf8_lossy(&head).split_whitespace().nth(1)?.parse().ok()
 }
 
@@ -40,23 +40,23 @@ fn memory(dray: &Dray) -> u64 {
     line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() * 1024
 }
 
-/// Counts who connects.
-async fn trap() -> (u16, Arc<AtomicUsize>) {
+/// A listener that counts connections.
+async fn connection_counter() -> (u16, Arc<AtomicUsize>) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let (port, caught) = (listener.local_addr().unwrap().port(), Arc::new(AtomicUsize::new(0)));
-    let counted = caught.clone();
+    let (port, connections) = (listener.local_addr().unwrap().port(), Arc::new(AtomicUsize::new(0)));
+    let counted = connections.clone();
     tokio::spawn(async move {
         while listener.accept().await.is_ok() {
             counted.fetch_add(1, Ordering::SeqCst);
         }
     });
-    (port, caught)
+    (port, connections)
 }
 
-/// Every way to write an address that clients must not lead dray to.
+/// Every spelling of an address that clients must not make dray connect to.
 #[tokio::test(flavor = "multi_thread")]
-async fn no_name_leads_to_a_private_address() {
-    let (port, caught) = trap().await;
+async fn private_address_in_any_spelling_is_never_connected() {
+    let (port, connections) = connection_counter().await;
     let names = [("rebind.test", "127.0.0.1"), ("metadata.test", "169.254.169.254"), ("inside.test", "10.0.0.1")];
     let dns = Dns::start(&names).await;
     dns.set("six.test", &["::1"]);
@@ -131,29 +131,30 @@ async fn no_name_leads_to_a_private_address() {
                 format!("/v2/a/referrers/{digest}?ns={encoded}"),
             ] {
                 let request = format!("GET {path} HTTP/1.1\r\nHost: dray\r\n\r\n");
-                let answered = status(&dray, request.as_bytes()).await;
-                // Not 503 either: that is what is said of a registry that could have been asked.
-                assert!(answered.is_none_or(|status| (400..500).contains(&status)), "{path}: {answered:?}");
+                let status = send_raw(&dray, request.as_bytes()).await;
+                // Not 503: that status would mean that dray tried to reach the registry.
+                assert!(status.is_none_or(|status| (400..500).contains(&status)), "{path}: {status:?}");
             }
-            // What is no registry in a path or a Host means Docker Hub, which has no address here.
+            // In a path or a Host, a text that is not a registry means Docker Hub, which cannot be resolved in this
+            // test.
             for request in [
                 format!("GET /v2/{host}{port}/a/manifests/1 HTTP/1.1\r\nHost: dray\r\n\r\n"),
                 format!("GET /v2/a/manifests/1 HTTP/1.1\r\nHost: {host}{port}\r\n\r\n"),
             ] {
-                let answered = status(&dray, request.as_bytes()).await;
+                let status = send_raw(&dray, request.as_bytes()).await;
                 let is_right = |status| status == 503 || (400..500).contains(&status);
-                assert!(answered.is_none_or(is_right), "{request}: {answered:?}");
+                assert!(status.is_none_or(is_right), "{request}: {status:?}");
             }
         }
     }
-    assert_eq!(caught.load(Ordering::SeqCst), 0, "somebody was connected to");
+    assert_eq!(connections.load(Ordering::SeqCst), 0, "dray connected to a private address");
 }
 
 fn url_encode(text: &str) -> String {
     text.bytes().map(|byte| format!("%{byte:02X}")).collect()
 }
 
-/// One request, spoilt in some places.
+/// One valid request with random changes.
 fn mutated(random: &mut fastrand::Rng, digest: &str) -> Vec<u8> {
     let methods = ["GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "CONNECT", "PRI", "get", ""];
     let paths = [
@@ -235,22 +236,22 @@ async fn ten_thousand_malformed_requests_leave_no_trace() {
     let image = Image::new(1, &[300_000, 1000]);
     let upstream = TestUpstream::start(&[("library/app", "1", &image)], |_, response| response).await;
     let config = format!(
-        "[access]\nunlisted = \"deny\"\n[[registry]]\nmatch = \"docker.io\"\nupstreams = [\"{}\"]\n",
+        "[access]\nunlisted_registries = \"deny\"\n[[registry]]\nmatch = \"docker.io\"\nupstreams = [\"{}\"]\n",
         upstream.url()
     );
     let dray = Start::new(config).env("DRAY_LOG", "warn").run();
     let mut random = fastrand::Rng::with_seed(20_261_126);
     let send = async |random: &mut fastrand::Rng, count: usize| {
         let requests: Vec<_> = (0..count).map(|_| mutated(random, &image.layers[0])).collect();
-        let answers =
-            futures_util::stream::iter(&requests).map(async |request| (request, status(&dray, request).await));
-        let answers: Vec<_> = answers.buffer_unordered(16).collect().await;
-        for (request, answer) in answers {
+        let responses =
+            futures_util::stream::iter(&requests).map(async |request| (request, send_raw(&dray, request).await));
+        let responses: Vec<_> = responses.buffer_unordered(16).collect().await;
+        for (request, response) in responses {
             let text = String::from_utf8_lossy(&request[..request.len().min(300)]).into_owned();
-            assert!(answer.is_none_or(|status| status < 500), "{answer:?} to {text:?}");
+            assert!(response.is_none_or(|status| status < 500), "{response:?} to {text:?}");
         }
     };
-    // Threads, pools and caches have their size.
+    // Threads, pools and caches have reached their size.
     send(&mut random, 1000).await;
     let before = memory(&dray);
     send(&mut random, 10_000).await;
@@ -258,19 +259,19 @@ async fn ten_thousand_malformed_requests_leave_no_trace() {
     assert!(grown <= 16 << 20, "{} KiB more", grown / 1024);
     let whole = dray.get(&format!("/v2/library/app/blobs/{}?ns=docker.io", image.layers[0])).await;
     assert_eq!(whole.status, 200, "{}", whole.text());
-    assert!(whole.body == image.blobs[&image.layers[0]], "it is as it was");
+    assert!(whole.body == image.blobs[&image.layers[0]], "the cached blob is unchanged");
 }
 
-/// A registry of somebody who wants this node's memory: each answer leaves something behind.
+/// A hostile registry that aims at dray's memory: each response leaves data behind.
 #[tokio::test(flavor = "multi_thread")]
-async fn what_a_registry_says_beside_its_content_is_not_kept_at_any_length() {
+async fn oversized_upstream_headers_are_not_kept_in_memory() {
     let huge = "x".repeat(300_000);
-    let asks = AtomicUsize::new(0);
-    let registry = TestUpstream::answering(move |request| {
-        let nth = asks.fetch_add(1, Ordering::SeqCst);
+    let count = AtomicUsize::new(0);
+    let registry = TestUpstream::with_handler(move |request| {
+        let nth = count.fetch_add(1, Ordering::SeqCst);
         let digits: String = request.path.chars().filter(char::is_ascii_digit).collect();
         match nth % 2 {
-            // Neither JSON nor a type that anybody has.
+            // Neither JSON nor a media type that a client accepts.
             0 => dray_tests::upstream::Response::new(200, digits).with("content-type", format!("a/{huge}")),
             _ => dray_tests::upstream::Response::new(401, "")
                 .with("www-authenticate", format!("Bearer realm=\"http://127.0.0.1:1/\",service=\"{huge}\"")),
@@ -278,12 +279,12 @@ async fn what_a_registry_says_beside_its_content_is_not_kept_at_any_length() {
     })
     .await;
     let dray = Start::with_upstream("reg.test", &registry.url()).run();
-    let ask = async |nth: usize| dray.get(&format!("/v2/r{nth}/manifests/v{nth}?ns=reg.test")).await.status;
+    let status_of = async |nth: usize| dray.get(&format!("/v2/r{nth}/manifests/v{nth}?ns=reg.test")).await.status;
     for nth in 0..20 {
-        assert!(matches!(ask(nth).await, 403 | 502), "neither is an answer");
+        assert!(matches!(status_of(nth).await, 403 | 502), "neither response is usable");
     }
     let before = memory(&dray);
-    futures_util::stream::iter(20..620).map(ask).buffer_unordered(8).collect::<Vec<_>>().await;
+    futures_util::stream::iter(20..620).map(status_of).buffer_unordered(8).collect::<Vec<_>>().await;
     let grown = memory(&dray).saturating_sub(before);
     assert!(grown < 32 << 20, "{grown} bytes");
 }

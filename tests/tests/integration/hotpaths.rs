@@ -1,9 +1,9 @@
-//! Hot paths cost no more instructions than they did: counted by callgrind, which no noise disturbs.
+//! Hot paths stay within their number of instructions, counted by callgrind independently of the machine's load.
 
-use dray_tests::callgrind::of_hot_path;
+use dray_tests::callgrind::instructions_per_pass;
 
-/// Instructions of one pass at most: what was counted last, and half as much more for what the
-/// compiler inlines one day and not the next. Who makes one much cheaper writes a lower bound here; who makes one dearer says why.
+/// Bounds of the instructions of one pass: the last count plus half of it, since inlining changes between compilers.
+/// Lower a bound when a path gets much cheaper; explain a higher one in the commit.
 const BOUNDS: [(&str, u64); 9] = [
     ("route", 10_000),
     ("range", 8_000),
@@ -17,12 +17,12 @@ const BOUNDS: [(&str, u64); 9] = [
 ];
 
 #[test]
-fn hot_paths_stay_cheap() {
+fn hot_paths_stay_within_instruction_bounds() {
     let mut wrong = Vec::new();
     for (path, bound) in BOUNDS {
-        // Beside so many, what the start of a process costs is little, on a busy machine as well.
+        // With this many passes the start of a process is negligible, even on a busy machine.
         let passes = u32::try_from(200_000_000 / bound).expect("a number of passes").max(20_000);
-        let one = of_hot_path(path, passes);
+        let one = instructions_per_pass(path, passes);
         if one > bound {
             wrong.push(format!("{path}: {one}, more than {bound}"));
         }

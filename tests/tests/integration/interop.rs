@@ -1,18 +1,18 @@
-//! Whatever a registry does that container clients tolerate, they tolerate through dray: the same bytes, status class and
-//! error code as by a direct request. One scripted upstream for each behaviour, requested by `ns` and by path.
+//! What container clients tolerate of a registry, they tolerate through dray: the same bytes, status class and error
+//! code as by a direct request. One scripted upstream for each behaviour, requested by `ns` and by path.
 
 mod bodies;
 mod clients;
+mod credentials;
 mod errors;
 mod lists;
-mod logins;
 mod outage;
-mod parents;
+mod parent_caches;
 mod slow;
 mod tls;
 
 use dray_tests::dray::{Dray, Start, rule};
-use dray_tests::http::{Answer, get};
+use dray_tests::http::{ClientResponse, get};
 use dray_tests::image::Image;
 use dray_tests::upstream::{Content, Request, Response, TestUpstream};
 
@@ -38,23 +38,23 @@ impl Form {
     }
 }
 
-/// The same path at the upstream itself.
-async fn directly(upstream: &TestUpstream, below: &str) -> Answer {
+/// The same path, requested from the upstream itself.
+async fn directly(upstream: &TestUpstream, below: &str) -> ClientResponse {
     get(&format!("{}/v2/a/app/{below}", upstream.url()), &[]).await
 }
 
-/// A dray whose tags are asked for anew each time.
+/// A dray that resolves tags on each request.
 fn dray_of(upstream: &TestUpstream) -> Dray {
     Start::new(rule(REGISTRY, &upstream.url()) + "tag_ttl = \"0s\"\nnegative_ttl = \"0s\"\n").run()
 }
 
-/// An upstream with one image as `a/app:1`, whose responses are spoiled.
+/// An upstream with one image as `a/app:1`; `spoil` changes its responses.
 async fn upstream_of(
     image: &Image,
     spoil: impl Fn(&Request, Response) -> Response + Send + Sync + 'static,
 ) -> TestUpstream {
     let content = Content::new(&[("a/app", "1", image)]);
-    TestUpstream::answering(move |request| spoil(request, content.answer(request))).await
+    TestUpstream::with_handler(move |request| spoil(request, content.respond(request))).await
 }
 
 /// Pulls the image as a client does: tag, manifests, blobs.

@@ -1,4 +1,5 @@
-//! One slow, hostile or unlucky party hurts nobody else: while it is at it, everybody else is served, and cached.
+//! One slow, hostile or faulty party does not affect others: meanwhile all other clients are served, from the cache as
+//! well.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -13,7 +14,7 @@ use futures_util::future::join_all;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpSocket, TcpStream};
 
-/// Hosts other than the one of the tests' own clients.
+/// Source addresses other than that of the tests' own clients.
 const ATTACKERS: [[u8; 4]; 2] = [[127, 0, 0, 2], [127, 0, 0, 3]];
 
 async fn connect(from: [u8; 4], to: SocketAddr) -> std::io::Result<TcpStream> {
@@ -22,33 +23,33 @@ async fn connect(from: [u8; 4], to: SocketAddr) -> std::io::Result<TcpStream> {
     socket.connect(to).await
 }
 
-/// Connects from each attacker so often, and sends this.
+/// Opens this number of connections from each attacker and sends this text.
 async fn flood(to: SocketAddr, each: usize, sent: impl Fn(usize) -> String) -> Vec<TcpStream> {
     let mut open = Vec::new();
     for nth in 0..each * ATTACKERS.len() {
         let Ok(mut stream) = connect(ATTACKERS[nth % ATTACKERS.len()], to).await else { continue };
-        // It may be closed at once.
+        // dray may close the connection at once.
         let _ = stream.write_all(sent(nth).as_bytes()).await;
         open.push(stream);
     }
     open
 }
 
-/// A registry that serves an image, beside any number of others.
+/// A correct registry that serves an image.
 async fn honest(image: &Image) -> (TestUpstream, String) {
     let content = Content::new(&[("a/app", "1", image)]);
-    let origin = TestUpstream::answering(move |request| content.answer(request)).await;
-    let rule = rule("honest.example", &origin.url());
-    (origin, rule)
+    let upstream = TestUpstream::with_handler(move |request| content.respond(request)).await;
+    let rule = rule("honest.example", &upstream.url());
+    (upstream, rule)
 }
 
-/// Pulls the image, and again from the cache.
+/// Pulls the image, then again from the cache.
 async fn pull_and_find_cached(dray: &Dray, image: &Image) {
     let path = |below: &str| format!("/v2/a/app/{below}?ns=honest.example");
     assert_eq!(dray.get(&path("manifests/1")).await.body, image.index());
     for (digest, bytes) in &image.blobs {
-        let answer = dray.get(&path(&format!("blobs/{digest}"))).await;
-        assert!(answer.status == 200 && answer.complete && answer.body == *bytes, "{}", answer.status);
+        let response = dray.get(&path(&format!("blobs/{digest}"))).await;
+        assert!(response.status == 200 && response.complete && response.body == *bytes, "{}", response.status);
         eventually("it is cached", async || {
             let again = dray.get(&path(&format!("blobs/{digest}"))).await;
             ["memory", "disk"].contains(&again.source()).then_some(())
@@ -61,12 +62,12 @@ fn digest(nth: usize) -> String {
     format!("sha256:{nth:064x}")
 }
 
-/// Requests of two hosts for more blobs than are fetched at a time, of registries that take them and say nothing.
+/// Two hosts request more blobs than dray downloads at a time, from registries that never respond.
 #[tokio::test(flavor = "multi_thread")]
-async fn silent_registries_leave_room_for_others() {
+async fn silent_upstreams_leave_room_for_others() {
     let image = Image::new(1, &[400_000, 1_000]);
     let (_upstream, honest_rule) = honest(&image).await;
-    let silent = TestUpstream::answering(|_| Response::new(200, "").fault(Fault::Silent)).await;
+    let silent = TestUpstream::with_handler(|_| Response::new(200, "").fault(Fault::Silent)).await;
     let rules = (0..4).map(|nth| rule(&format!("silent{nth}.example"), &silent.url())).collect::<String>();
     let dray = Start::new(honest_rule + &rules).run();
     let request = |nth: usize| {
@@ -74,19 +75,19 @@ async fn silent_registries_leave_room_for_others() {
         format!("GET /v2/silent{registry}.example/a/app/blobs/{digest} HTTP/1.1\r\nHost: x\r\n\r\n")
     };
     let waiting = flood(dray.registry, 700, request).await;
-    eventually("they are at it", async || (silent.requests().len() > 300).then_some(())).await;
+    eventually("the attack is running", async || (silent.requests().len() > 300).then_some(())).await;
     pull_and_find_cached(&dray, &image).await;
     drop(waiting);
     pull_and_find_cached(&dray, &Image::new(1, &[400_000, 1_000])).await;
 }
 
-/// Blobs that come at a trickle, and that nobody waits for any more.
+/// Blobs that trickle, without a reader.
 #[tokio::test(flavor = "multi_thread")]
-async fn trickling_registries_do_not_end_caching() {
+async fn trickling_upstreams_do_not_end_caching() {
     let image = Image::new(1, &[400_000, 2_000_000]);
-    let (origin, honest_rule) = honest(&image).await;
+    let (upstream, honest_rule) = honest(&image).await;
     let large = noise(1, 31 << 20);
-    let trickling = TestUpstream::answering(move |request| match request.is_blob() {
+    let trickling = TestUpstream::with_handler(move |request| match request.is_blob() {
         true => Response::new(200, large.clone()).fault(Fault::SlowUntilGate(2_500)),
         false => Response::new(404, ""),
     })
@@ -95,17 +96,19 @@ async fn trickling_registries_do_not_end_caching() {
     let request =
         |nth: usize| format!("GET /v2/trickling.example/a/app/blobs/{} HTTP/1.1\r\nHost: x\r\n\r\n", digest(nth));
     drop(flood(dray.registry, 150, request).await);
-    eventually("they are at it", async || (trickling.requests().len() > 100).then_some(())).await;
+    eventually("the attack is running", async || (trickling.requests().len() > 100).then_some(())).await;
     pull_and_find_cached(&dray, &image).await;
     for digest in image.blobs.keys() {
-        assert_eq!(origin.count("GET", digest), 1, "it was not fetched for each");
+        assert_eq!(upstream.count("GET", digest), 1, "{digest} was downloaded more than once");
     }
-    // What comes at such a rate is given up, though little is left of it.
-    eventually("they are given up", async || (dray.metric("dray_fills{state=\"running\"}").await == 0).then_some(()))
-        .await;
+    // A download at this rate is aborted, even if little is left of it.
+    eventually("the downloads are aborted", async || {
+        (dray.metric("dray_downloads_in_progress{state=\"running\"}").await == 0).then_some(())
+    })
+    .await;
 }
 
-/// Connections that idle, and heads of which only a half comes.
+/// Idle connections, and incomplete heads.
 #[tokio::test(flavor = "multi_thread")]
 async fn connections_of_two_hosts_leave_room_for_others() {
     let image = Image::new(1, &[1_000]);
@@ -123,26 +126,26 @@ async fn connections_of_two_hosts_leave_room_for_others() {
         }
         assert_eq!(dray.get("/v2/").await.status, 200);
         let peer = get(&format!("http://127.0.0.1:{port}/v2/"), &[]).await;
-        assert_ne!(peer.status, 503, "the peers' port");
+        assert_ne!(peer.status, 503, "the peer port");
         drop((idle, halves));
     }
     pull_and_find_cached(&dray, &image).await;
 }
 
-/// An upstream behind a filter that resets connections for some paths.
+/// An upstream behind a filter that resets the connection for some paths.
 #[tokio::test(flavor = "multi_thread")]
-async fn one_odd_name_does_not_take_its_registry_down() {
+async fn path_resetting_connections_does_not_mark_upstream_down() {
     let image = Image::new(1, &[400_000]);
     let content = Content::new(&[("a/app", "1", &image)]);
-    let upstream = TestUpstream::answering(move |request| match request.path.contains("/odd/") {
+    let upstream = TestUpstream::with_handler(move |request| match request.path.contains("/odd/") {
         true => Response::new(200, "x").fault(Fault::ResetAfter(0)),
-        false => content.answer(request),
+        false => content.respond(request),
     })
     .await;
     let reset = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let filter = reset.local_addr().unwrap();
     let behind = upstream.address;
-    // Resets the connection where it reads the odd name, before anything is answered.
+    // Resets the connection when it reads such a path, before any response.
     tokio::spawn(async move {
         while let Ok((mut client, _)) = reset.accept().await {
             tokio::spawn(async move {
@@ -157,11 +160,11 @@ async fn one_odd_name_does_not_take_its_registry_down() {
                     if server.write_all(&head[..count]).await.is_err() {
                         return;
                     }
-                    let mut answer = vec![0; 1 << 20];
+                    let mut response = vec![0; 1 << 20];
                     loop {
-                        match tokio::time::timeout(Duration::from_millis(200), server.read(&mut answer)).await {
+                        match tokio::time::timeout(Duration::from_millis(200), server.read(&mut response)).await {
                             Ok(Ok(count)) if count > 0 => {
-                                if client.write_all(&answer[..count]).await.is_err() {
+                                if client.write_all(&response[..count]).await.is_err() {
                                     return;
                                 }
                             }
@@ -181,19 +184,19 @@ async fn one_odd_name_does_not_take_its_registry_down() {
         });
         assert!(join_all(odd).await.into_iter().all(|status| status == 503));
         let metrics = get(&format!("http://{}/metrics", dray.admin), &[]).await.text();
-        let down = metrics.lines().filter(|line| line.starts_with("dray_origin_down{") && !line.ends_with(" 0"));
+        let down = metrics.lines().filter(|line| line.starts_with("dray_upstream_down{") && !line.ends_with(" 0"));
         assert_eq!(down.count(), 0, "{metrics}");
         assert_eq!(dray.get("/v2/a/app/manifests/1?ns=honest.example").await.status, 200);
     }
     pull_and_find_cached(&dray, &image).await;
 }
 
-/// Lengths that never come reserve nothing, and evict nothing.
+/// An announced length reserves no disk space, and evicts nothing.
 #[tokio::test(flavor = "multi_thread")]
 async fn announced_length_evicts_nothing() {
     let image = Image::new(1, &[12_000_000, 9_000_000]);
     let (_upstream, honest_rule) = honest(&image).await;
-    let lying = TestUpstream::answering(|request| match request.is_blob() {
+    let lying = TestUpstream::with_handler(|request| match request.is_blob() {
         true => {
             Response::new(200, noise(1, 100_000)).with("content-length", 90_000_000).fault(Fault::StallAfter(100_000))
         }
@@ -205,7 +208,7 @@ async fn announced_length_evicts_nothing() {
     let taken = dray.metric("dray_cache_bytes{tier=\"large\"}").await;
     let request = |nth: usize| format!("GET /v2/lying.example/a/app/blobs/{} HTTP/1.1\r\nHost: x\r\n\r\n", digest(nth));
     let waiting = flood(dray.registry, 3, request).await;
-    eventually("they are at it", async || (lying.requests().len() >= 6).then_some(())).await;
+    eventually("the attack is running", async || (lying.requests().len() >= 6).then_some(())).await;
     tokio::time::sleep(Duration::from_secs(1)).await;
     assert_eq!(dray.metric("dray_evicted_bytes_total").await, 0);
     let reserved = dray.metric("dray_cache_bytes{tier=\"large\"}").await - taken;
@@ -214,13 +217,13 @@ async fn announced_length_evicts_nothing() {
     drop(waiting);
 }
 
-/// A disk that hangs holds up what has to be read from it, and nothing else.
+/// A hanging disk delays only requests that read from it.
 #[tokio::test(flavor = "multi_thread")]
-async fn hanging_disk_holds_up_only_what_reads_it() {
+async fn hanging_disk_delays_only_requests_that_read_it() {
     let [served, hanging] = [1, 2].map(|seed| Image::new(seed, &[400_000, 700_000]));
     let content = Content::new(&[("a/app", "1", &served), ("b/app", "1", &hanging)]);
-    let origin = TestUpstream::answering(move |request| content.answer(request)).await;
-    let dray = Start::new(rule("honest.example", &origin.url())).run();
+    let upstream = TestUpstream::with_handler(move |request| content.respond(request)).await;
+    let dray = Start::new(rule("honest.example", &upstream.url())).run();
     let path = |repository: &str, below: &str| format!("/v2/{repository}/{below}?ns=honest.example");
     for (repository, image) in [("a/app", &served), ("b/app", &hanging)] {
         assert_eq!(dray.get(&path(repository, "manifests/1")).await.status, 200);
@@ -228,8 +231,8 @@ async fn hanging_disk_holds_up_only_what_reads_it() {
             assert_eq!(dray.get(&path(repository, &format!("blobs/{digest}"))).await.status, 200);
         }
     }
-    dray.fills_end().await;
-    // What is in memory is forgotten, and one image read again.
+    dray.wait_for_fills().await;
+    // The restart clears the memory; then one image is read again.
     let dray = dray.restart();
     assert_eq!(dray.get(&path("a/app", "manifests/1")).await.status, 200);
     let held = HeldDisk::hold(&dray.start().cache_dir().join("v1"));
@@ -251,10 +254,10 @@ async fn hanging_disk_holds_up_only_what_reads_it() {
             assert_eq!(get(&format!("http://{}{path}", dray.admin), &[]).await.status, 200, "{path}");
         }
     }
-    assert!(waiting.iter().all(|request| !request.is_finished()), "they wait for the disk");
+    assert!(waiting.iter().all(|request| !request.is_finished()), "the requests wait for the disk");
     drop(held);
     for request in waiting {
-        let answer = request.await.unwrap();
-        assert!(answer.status == 200 && answer.complete, "{}: {}", answer.status, answer.text());
+        let response = request.await.unwrap();
+        assert!(response.status == 200 && response.complete, "{}: {}", response.status, response.text());
     }
 }

@@ -1,4 +1,4 @@
-//! The chart and the manifests made from it fit together, and Kubernetes takes them.
+//! The chart and the manifests rendered from it are consistent, and Kubernetes accepts them.
 
 use std::collections::BTreeSet;
 use std::path::PathBuf;
@@ -9,28 +9,34 @@ use dray_tests::dray::binary;
 use dray_tests::process::{output, run};
 use dray_tests::tool;
 
-/// The three latest that the schemas know.
+/// The three latest versions with schemas.
 const KUBERNETES: [&str; 3] = ["1.35", "1.36", "1.37"];
 
-/// Values that differ from each other in all that a template asks about.
+/// Values that cover every branch of the templates.
 fn matrix() -> Vec<Vec<String>> {
     let sets = [
         "",
-        "reach.by=hostPort,networkPolicy.enabled=true",
-        "containerd.enabled=false,serviceAccountName=dray,metrics.tokenSecret=dray-admin",
+        "exposure.type=hostPort,networkPolicy.enabled=true",
+        "containerd.enabled=false,serviceAccount.name=dray,metrics.tokenSecret=dray-admin",
         "containerd.configFile=/etc/containerd/config.toml,peers.keySecret=peers",
-        "metrics.enabled=true,metrics.serviceMonitor.enabled=true,metrics.prometheusRule.enabled=true,\
-         metrics.dashboard.enabled=true,env[0].name=HTTPS_PROXY,env[0].value=http://proxy:3128",
+        "metrics.enabled=true,serviceMonitor.enabled=true,prometheusRule.enabled=true,\
+         grafanaDashboard.enabled=true,extraEnv[0].name=HTTPS_PROXY,extraEnv[0].value=http://proxy:3128",
         "zones.by=nodes,zones.names={a,b-1},zones.policy=isolate",
         "zones.by=podLabel,zones.names={a,b}",
         "mode=deployment",
-        "mode=deployment,reach.by=clusterIP,reach.clusterIP=10.96.0.50,image.pullSecrets={robot}",
+        "mode=deployment,exposure.type=clusterIP,exposure.clusterIP=10.96.0.50,imagePullSecrets[0].name=robot",
         "mode=deployment,cache.volume.storage=200Gi,cache.volume.storageClassName=fast,cache.disk=190GiB",
-        "mode=deployment,reach.by=clusterIP,reach.clusterIP=fd00::5,reach.ipv6=true,containerd.nodeSelector.pool=a,\
+        "mode=deployment,exposure.type=clusterIP,exposure.clusterIP=fd00::5,exposure.ipv6=true,containerd.nodeSelector.pool=a,\
          podDisruptionBudget.minAvailable=2",
-        "criticalPodsQuota=true,seLinuxOptions.type=spc_t,cache.keepAfterUninstall=true,secrets[0].name=hub.corp,\
+        "criticalPodsQuota=true,podSecurityContext.seLinuxOptions.type=spc_t,cache.keepAfterUninstall=true,secrets[0].name=hub.corp,\
          secrets[0].mountPath=/etc/dray/secrets/hub",
         "mode=deployment,containerd.enabled=false,networkPolicy.enabled=true,metrics.enabled=true",
+        "nameOverride=mirror,fullnameOverride=cache,commonLabels.team=a,serviceAccount.create=true,\
+         serviceAccount.annotations.role=a,securityContext.runAsUser=1000,updateStrategy.type=OnDelete,\
+         extraVolumes[0].name=tmp,extraVolumes[0].emptyDir.medium=Memory,extraVolumeMounts[0].name=tmp,\
+         extraVolumeMounts[0].mountPath=/tmp",
+        "mode=deployment,affinity.nodeAffinity.preferredDuringSchedulingIgnoredDuringExecution=null,zones.by=nodes,\
+         zones.names={a}",
         "mode=deployment,zones.by=nodes,zones.names={a,b},secrets[0].name=hub,secrets[0].mountPath=/etc/dray/secrets/hub",
     ];
     let mut matrix: Vec<Vec<String>> = sets.iter().map(|set| vec!["--set".to_owned(), (*set).to_owned()]).collect();
@@ -40,7 +46,7 @@ fn matrix() -> Vec<Vec<String>> {
     matrix
 }
 
-/// Values for the distributions that need others.
+/// The values files for distributions.
 fn values_files() -> Vec<PathBuf> {
     let listed = std::fs::read_dir(k8s_dir().join("values")).unwrap();
     listed.map(|entry| entry.unwrap().path()).collect()
@@ -65,8 +71,8 @@ fn containers(pod: &Value) -> Vec<&Value> {
     lists.into_iter().filter_map(Value::as_sequence).flatten().collect()
 }
 
-/// Everything that one part says of another is so.
-fn fits_together(documents: &[Value]) {
+/// Every reference between the documents is right.
+fn assert_consistent(documents: &[Value]) {
     for workload in ["DaemonSet", "Deployment"].into_iter().flat_map(|kind| of_kind(documents, kind)) {
         let labels = &workload["spec"]["template"]["metadata"]["labels"];
         assert!(selects(&workload["spec"]["selector"]["matchLabels"], labels));
@@ -74,7 +80,7 @@ fn fits_together(documents: &[Value]) {
     let pods = pods(documents);
     for service in of_kind(documents, "Service") {
         let selector = &service["spec"]["selector"];
-        // Kubernetes puts this label on pods itself.
+        // Kubernetes itself adds this label to pods.
         let mut own = selector.as_mapping().unwrap().clone();
         own.remove("topology.kubernetes.io/zone");
         let selector = Value::Mapping(own);
@@ -109,26 +115,23 @@ fn fits_together(documents: &[Value]) {
                         .all(|one| ["CHOWN", "DAC_OVERRIDE", "FOWNER"].contains(one))
                 );
                 let arguments = texts(&container["args"]);
-                assert!(
-                    ["hand-over", "uninstall"].iter().any(|only| arguments.contains(only)),
-                    "{arguments:?} as root"
-                );
+                assert!(["prepare", "uninstall"].iter().any(|only| arguments.contains(only)), "{arguments:?} as root");
             }
             for mount in container["volumeMounts"].as_sequence().into_iter().flatten() {
                 mounted.insert(mount["name"].as_str().unwrap());
             }
-            understands(&texts(&container["args"]));
+            assert_flags_exist(&texts(&container["args"]));
         }
-        assert_eq!(volumes, mounted, "every volume is mounted, and nothing else");
+        assert_eq!(volumes, mounted, "every volume is mounted, and every mount is a volume");
     }
-    // Nobody gets a right on the cluster.
+    // No document grants rights in the cluster.
     let kinds: BTreeSet<_> = documents.iter().map(|document| document["kind"].as_str().unwrap()).collect();
-    assert!(kinds.iter().all(|kind| !kind.contains("Role") && *kind != "ServiceAccount"), "{kinds:?}");
-    configures(documents);
+    assert!(kinds.iter().all(|kind| !kind.contains("Role")), "{kinds:?}");
+    assert_config_valid(documents);
 }
 
-/// dray has every command and flag that a container is started with.
-fn understands(arguments: &[&str]) {
+/// dray has every command and flag of a container's arguments.
+fn assert_flags_exist(arguments: &[&str]) {
     let commands: Vec<_> = arguments.iter().take_while(|argument| !argument.starts_with("--")).collect();
     let help = output(Command::new(binary()).args(commands).arg("--help"));
     assert!(help.status.success(), "{arguments:?}");
@@ -139,8 +142,8 @@ fn understands(arguments: &[&str]) {
     }
 }
 
-/// dray understands its file, and it names Services that are there.
-fn configures(documents: &[Value]) {
+/// dray accepts its file, and the file names existing Services.
+fn assert_config_valid(documents: &[Value]) {
     let config = of_kind(documents, "ConfigMap")[0]["data"]["dray.toml"].as_str().unwrap();
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("dray.toml");
@@ -160,20 +163,20 @@ fn configures(documents: &[Value]) {
 }
 
 #[test]
-fn every_combination_fits_together() {
+fn every_values_combination_is_consistent() {
     for arguments in matrix() {
         let documents = documents(&rendered(&arguments));
         assert!(documents.len() >= 3, "{arguments:?}");
-        fits_together(&documents);
+        assert_consistent(&documents);
     }
 }
 
 #[test]
-fn kubernetes_takes_every_combination() {
+fn kubernetes_accepts_every_values_combination() {
     let dir = tempfile::tempdir().unwrap();
     let mut files = Vec::new();
     for (nth, arguments) in matrix().iter().enumerate() {
-        // What is no part of Kubernetes has no schema there.
+        // Custom resources have no schema.
         let known = documents(&rendered(arguments)).into_iter().filter(|document| document["kind"] != "ServiceMonitor");
         for (part, document) in known.enumerate() {
             let file = dir.path().join(format!("{nth}-{part}.yaml"));
@@ -186,7 +189,7 @@ fn kubernetes_takes_every_combination() {
         let mut command = Command::new("python3");
         command.env("PYTHONPATH", &python).args(["-m", "kubernetes_validate", "--strict", "--quiet", "-k", version]);
         run(command.args(&files));
-        // The schemas are really asked.
+        // The validator really uses the schemas.
         let wrong = dir.path().join("wrong.yaml");
         std::fs::write(&wrong, "apiVersion: apps/v1\nkind: DaemonSet\nmetadata: {name: a}\nspec: {bogus: 1}\n")
             .unwrap();
@@ -197,7 +200,7 @@ fn kubernetes_takes_every_combination() {
 }
 
 #[test]
-fn helm_finds_nothing_to_say() {
+fn helm_lint_reports_nothing() {
     let linted = run(Command::new(tool("helm"))
         .args(["lint", "--strict", "--kube-version", "1.37.0"])
         .arg(k8s_dir().join("dray")));
@@ -205,8 +208,8 @@ fn helm_finds_nothing_to_say() {
 }
 
 #[test]
-fn wrong_values_are_explained() {
-    for (set, wants) in [
+fn invalid_values_are_explained() {
+    for (set, expected) in [
         ("mode=statefulset", "mode"),
         ("containerd.hostsDir=certs.d", "/containerd/hostsDir"),
         ("containerd.hostsDir=/a:/b", "/containerd/hostsDir"),
@@ -214,62 +217,67 @@ fn wrong_values_are_explained() {
         ("cache.disk=20GB", "/cache/disk"),
         ("cache.disk=999%", "/cache/disk"),
         ("cache.hostPath=/", "/cache/hostPath"),
-        ("reach.port=0", "/reach/port"),
+        ("exposure.port=0", "/exposure/port"),
         ("cache.volume.storage=10GiB", "/cache/volume/storage"),
         ("cache.volume.storage=10Gi", "mode: deployment"),
-        ("reach.by=nodePort", "mode: deployment"),
-        ("mode=deployment,reach.by=hostNetwork", "mode: daemonset"),
-        ("mode=deployment,reach.by=clusterIP", "reach.clusterIP"),
-        ("reach.mirror=http://a/v2", "/reach/mirror"),
+        ("exposure.type=nodePort", "mode: deployment"),
+        ("mode=deployment,exposure.type=hostNetwork", "mode: daemonset"),
+        ("mode=deployment,exposure.type=clusterIP", "exposure.clusterIP"),
+        ("exposure.mirror=http://a/v2", "/exposure/mirror"),
         ("zones.by=nodes", "zones.names"),
-        ("metrics.serviceMonitor.enabled=true", "metrics.enabled"),
-        ("metrics.prometheusRule.enabled=true", "metrics.enabled"),
-        ("metrics.dashboard.enabled=true", "metrics.enabled"),
-        ("env[0].value=x", "/env/0"),
+        ("serviceMonitor.enabled=true", "metrics.enabled"),
+        ("prometheusRule.enabled=true", "metrics.enabled"),
+        ("grafanaDashboard.enabled=true", "metrics.enabled"),
+        ("extraEnv[0].value=x", "/extraEnv/0"),
         ("peers.port=5051", "a port of its own"),
         ("mode=deployment,peers.port=5050", "a port of its own"),
-        ("config=[cache]\ndisk = \"1GiB\"", "written by the chart"),
-        ("config=  [[registry]]\n\n[ peers ]", "written by the chart"),
-        ("config=# rules\nlisten = \"0.0.0.0:5050\"", "stands in no table"),
+        ("extraConfig=[cache]\ndisk = \"1GiB\"", "written by the chart"),
+        ("extraConfig=  [[registry]]\n\n[ peers ]", "written by the chart"),
+        ("extraConfig=# rules\nlisten = \"0.0.0.0:5050\"", "outside of a table"),
         ("podDisruptionBudget.minAvailabel=1", "/podDisruptionBudget"),
-        ("seLinuxOptions.typ=spc_t", "/seLinuxOptions"),
+        ("podSecurityContext.seLinuxOptions.typ=spc_t", "/podSecurityContext/seLinuxOptions"),
         (
             "zones.by=podLabel,zones.names={a-very-long-name-for-a-zone-that-nobody-needs-at-all-but-has}",
             "63 characters",
         ),
         ("containerd.hostsDir=/", "/containerd/hostsDir"),
-        ("reach.ipv6=true,reach.by=hostPort", "reach.mirror"),
-        ("mode=deployment,reach.ipv6=true", "reach.mirror"),
+        ("exposure.ipv6=true,exposure.type=hostPort", "exposure.mirror"),
+        ("mode=deployment,exposure.ipv6=true", "exposure.mirror"),
         ("bogus=1", "bogus"),
+        ("reach.by=hostPort", "exposure.type"),
+        ("config=[[registry]]", "extraConfig"),
+        ("metrics.dashboard.enabled=true", "grafanaDashboard"),
+        ("image.pullSecrets={a}", "imagePullSecrets"),
+        ("cache.keepFree=5%", "cache.minFree"),
     ] {
         let error = render(&["--set", set]).unwrap_err();
-        assert!(error.contains(wants), "{set}: {error}");
+        assert!(error.contains(expected), "{set}: {error}");
     }
 }
 
 #[test]
-fn the_plain_manifests_are_those_of_the_chart() {
+fn plain_manifests_match_the_chart() {
     let dir = tempfile::tempdir().unwrap();
     run(Command::new(k8s_dir().join("render.sh")).arg(tool("helm")).arg(dir.path()));
     for name in ["daemonset.yaml", "deployment.yaml"] {
         let kept = std::fs::read_to_string(k8s_dir().join(name)).unwrap();
         let made = std::fs::read_to_string(dir.path().join(name)).unwrap();
         assert!(kept == made, "k8s/{name} is old: make manifests");
-        fits_together(&documents(&kept));
+        assert_consistent(&documents(&kept));
     }
 }
 
-/// A variable in the image would override the file of whoever runs it.
+/// A variable in the image would override the configuration file of its user.
 #[test]
-fn the_image_sets_no_variables_of_drays_own() {
+fn image_sets_no_dray_variables() {
     let file = std::fs::read_to_string(k8s_dir().join("Containerfile")).unwrap();
     let variables: Vec<_> = file.lines().filter_map(|line| line.strip_prefix("ENV ")).collect();
     assert_eq!(variables, ["XDG_CACHE_HOME=/var/cache"]);
 }
 
-/// What people copy from the page is valid, and dray understands its part of it.
+/// The examples of the README are valid, and dray accepts its parts.
 #[test]
-fn the_examples_of_the_page_are_valid() {
+fn readme_examples_are_valid() {
     let page = std::fs::read_to_string(k8s_dir().join("README.md")).unwrap();
     let blocks = |language: &str| {
         let parts = page.split("```").skip(1).step_by(2);
@@ -282,16 +290,16 @@ fn the_examples_of_the_page_are_valid() {
         text.parse::<toml::Table>().unwrap();
     }
     let sidecar = yaml.iter().find_map(|block| block.get("spec")?.get("initContainers")?.get(0)).unwrap();
-    understands(&texts(&sidecar["args"]));
-    // Values for the chart are values of the chart.
+    assert_flags_exist(&texts(&sidecar["args"]));
+    // The example values are values of the chart.
     let values = yaml.iter().find(|block| block.get("secrets").is_some()).unwrap();
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("values.yaml");
     std::fs::write(&file, serde_yaml_ng::to_string(values).unwrap()).unwrap();
-    fits_together(&documents(&render(&["--values", file.to_str().unwrap()]).unwrap()));
-    // Each row's command names a runtime that there is.
-    for name in page.split("`dray runtime ").skip(1).map(|rest| rest.split(['`', ' ']).next().unwrap()) {
-        assert!(output(Command::new(binary()).args(["runtime", name])).status.success(), "{name}");
+    assert_consistent(&documents(&render(&["--values", file.to_str().unwrap()]).unwrap()));
+    // Each command in the table names an existing runtime.
+    for name in page.split("`dray runtime-config ").skip(1).map(|rest| rest.split(['`', ' ']).next().unwrap()) {
+        assert!(output(Command::new(binary()).args(["runtime-config", name])).status.success(), "{name}");
     }
     for file in page.split("](values/").skip(1).map(|rest| rest.split(')').next().unwrap()) {
         assert!(k8s_dir().join("values").join(file).exists(), "{file}");

@@ -1,4 +1,4 @@
-//! The chart on a real cluster: installed, upgraded, rolled back and removed.
+//! The chart on a real cluster: installed, upgraded, rolled back and uninstalled.
 
 use std::path::Path;
 
@@ -8,7 +8,7 @@ use dray_tests::eventually;
 use dray_tests::kubernetes::Kubernetes;
 use dray_tests::node::tree;
 
-/// Values for this cluster, in a file of it.
+/// Writes values for this cluster to a file.
 fn values(cluster: &Kubernetes, more: &str) -> String {
     let file = cluster.path(&format!("values-{}.yaml", fastrand::u32(..)));
     let dir = cluster.path("");
@@ -16,27 +16,27 @@ fn values(cluster: &Kubernetes, more: &str) -> String {
         "image: {{ repository: 127.0.0.1:5000/dray, tag: test }}\n\
          containerd: {{ hostsDir: {dir}certs.d, configFile: {dir}containerd.toml, cleanupSeconds: 15 }}\n\
          cache: {{ hostPath: {dir}cache, disk: 1GiB }}\n\
-         config: |\n  [[registry]]\n  match = \"docker.io\"\n  upstreams = [\"http://192.0.2.2:5000\"]\n{more}",
+         extraConfig: |\n  [[registry]]\n  match = \"docker.io\"\n  upstreams = [\"http://192.0.2.2:5000\"]\n{more}",
         dir = dir.display(),
     );
     std::fs::write(&file, text).unwrap();
     file.to_str().unwrap().to_owned()
 }
 
-fn is_pointed_at(hosts_dir: &Path, mirror: &str) -> bool {
+fn has_mirror(hosts_dir: &Path, mirror: &str) -> bool {
     let file = std::fs::read_to_string(hosts_dir.join("_default/hosts.toml"));
     file.is_ok_and(|text| text.contains(&format!("[host.\"{mirror}\"]")))
 }
 
-/// A pod of a new image of Docker Hub, which nobody but dray can reach.
-fn pull_something_new(cluster: &Kubernetes) {
+/// Runs a pod with a new image of Docker Hub, which only dray can reach.
+fn pull_new_image(cluster: &Kubernetes) {
     let name = format!("app-{}", fastrand::u32(..));
     cluster.push(&format!("library/{name}:1"));
     cluster.run_pod(&name, &format!("docker.io/library/{name}:1"));
 }
 
-/// The pod of k8s/README.md that has a dray beside its builder; the builder does nothing here.
-fn run_the_runners_example(cluster: &Kubernetes) {
+/// Runs the CI example of k8s/README.md, which has a dray beside its builder. The builder does nothing in this test.
+fn run_ci_runner_example(cluster: &Kubernetes) {
     let page = std::fs::read_to_string(k8s_dir().join("README.md")).unwrap();
     let example = page.split("## CI runners").nth(1).unwrap().split("```").nth(1).unwrap();
     let example = example.strip_prefix("yaml").unwrap();
@@ -61,7 +61,7 @@ fn run_the_runners_example(cluster: &Kubernetes) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_cluster_is_pointed_here_by_one_command_and_left_as_it_was() {
+async fn cluster_is_configured_by_helm_and_left_as_it_was() {
     let cluster = Kubernetes::start();
     let hosts_dir = cluster.hosts_dir();
     std::fs::create_dir(hosts_dir.join("example.com")).unwrap();
@@ -70,37 +70,37 @@ async fn a_cluster_is_pointed_here_by_one_command_and_left_as_it_was() {
     let chart = k8s_dir().join("dray");
     let chart = chart.to_str().unwrap();
 
-    // A dray on each node; first as the commit before installs it, then by this one, back, and forth again.
+    // A dray on each node: installed from the previous commit's chart, upgraded to this one, and rolled back.
     let file = values(&cluster, "");
     let first = previous_chart().unwrap_or_else(|| chart.into());
     cluster.helm(&["install", "dray", first.to_str().unwrap(), "--create-namespace", "--values", &file, "--wait"]);
-    let pointed = async || is_pointed_at(&hosts_dir, "http://127.0.0.1:5050").then_some(());
+    let is_configured = async || has_mirror(&hosts_dir, "http://127.0.0.1:5050").then_some(());
     let rolled_out = || {
         let status =
             cluster.kubectl(&["rollout", "status", "daemonset/dray", "--namespace", "dray", "--timeout", "90s"]);
         assert!(status.status.success(), "{status:?}\n{}", cluster.events());
     };
     rolled_out();
-    eventually("the node is pointed at the dray on it", pointed).await;
-    pull_something_new(&cluster);
+    eventually("the dray on the node is configured as mirror", is_configured).await;
+    pull_new_image(&cluster);
     for change in [&["upgrade", "dray", chart, "--values", &file, "--wait"][..], &["rollback", "dray", "1", "--wait"]] {
         cluster.helm(change);
-        // Meanwhile as well: the registry is asked where dray is not.
+        // During the rollout too, pulls succeed: while dray is down, containerd uses the registry.
         rolled_out();
-        eventually("the node is pointed at the dray on it", pointed).await;
-        pull_something_new(&cluster);
+        eventually("the dray on the node is configured as mirror", is_configured).await;
+        pull_new_image(&cluster);
     }
     cluster.helm(&["uninstall", "dray", "--wait", "--timeout", "3m"]);
     assert_eq!(tree(&hosts_dir), before, "{}", cluster.events());
 
-    run_the_runners_example(&cluster);
+    run_ci_runner_example(&cluster);
 
-    // Some for all nodes, which reach them by a port of the node.
+    // Shared drays for all nodes, reached by a node port.
     let file = values(&cluster, "mode: deployment\nreplicas: 2\n");
     cluster.helm(&["install", "dray", chart, "--values", &file, "--wait"]);
-    let pointed = async || is_pointed_at(&hosts_dir, "http://127.0.0.1:30050").then_some(());
-    eventually("the node is pointed at the drays of the cluster", pointed).await;
-    pull_something_new(&cluster);
+    let is_configured = async || has_mirror(&hosts_dir, "http://127.0.0.1:30050").then_some(());
+    eventually("the drays of the cluster are configured as mirror", is_configured).await;
+    pull_new_image(&cluster);
     cluster.helm(&["uninstall", "dray", "--wait", "--timeout", "3m"]);
     assert_eq!(tree(&hosts_dir), before, "{}", cluster.events());
 }

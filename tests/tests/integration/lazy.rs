@@ -1,8 +1,8 @@
-//! Lazy snapshotters: what stargz-snapshotter, soci-snapshotter and nydusd send to a mirror. None of
-//! their released versions says which registry it means.
+//! Lazy snapshotters: requests of stargz-snapshotter, soci-snapshotter and nydusd to a mirror. None of their released
+//! versions names the registry.
 
 use dray_tests::dray::{Dray, Start};
-use dray_tests::http::{Answer, get, head};
+use dray_tests::http::{ClientResponse, get, head};
 use dray_tests::image::Image;
 use dray_tests::upstream::{Request, TestUpstream};
 
@@ -17,16 +17,16 @@ fn url(dray: &Dray, image: &Image) -> String {
     dray.url(&format!("/v2/library/app/blobs/{}", image.layer().0))
 }
 
-async fn read(url: &str, range: &str) -> Answer {
+async fn read(url: &str, range: &str) -> ClientResponse {
     get(url, &[("range", range), ("accept-encoding", "identity")]).await
 }
 
-/// The parts of a multipart answer: Content-Range and bytes.
-fn parts(answer: &Answer) -> Vec<(String, Vec<u8>)> {
-    let media_type = answer.header("content-type").unwrap();
-    let boundary = media_type.strip_prefix("multipart/byteranges; boundary=").expect("a multipart answer");
+/// The parts of a multipart response: Content-Range and bytes.
+fn parts(response: &ClientResponse) -> Vec<(String, Vec<u8>)> {
+    let media_type = response.header("content-type").unwrap();
+    let boundary = media_type.strip_prefix("multipart/byteranges; boundary=").expect("a multipart response");
     let find = |bytes: &[u8], what: &str| bytes.windows(what.len()).position(|window| window == what.as_bytes());
-    let (open, mut rest, mut found) = (format!("\r\n--{boundary}\r\n"), &answer.body[..], Vec::new());
+    let (open, mut rest, mut found) = (format!("\r\n--{boundary}\r\n"), &response.body[..], Vec::new());
     while rest.starts_with(open.as_bytes()) {
         rest = &rest[open.len()..];
         let end_of_head = find(rest, "\r\n\r\n").expect("a head");
@@ -41,8 +41,8 @@ fn parts(answer: &Answer) -> Vec<(String, Vec<u8>)> {
     found
 }
 
-/// A probe of two bytes for redirects, HEAD for the size, chunks of some 50,000 bytes, several in one
-/// request, and the probe again each minute.
+/// A probe of two bytes for redirects, HEAD for the size, chunks of about 50,000 bytes, several in one request, and the
+/// probe again each minute.
 #[tokio::test(flavor = "multi_thread")]
 async fn stargz_reads_chunks_by_several_ranges() {
     let (upstream, dray, image) = rig().await;
@@ -56,27 +56,27 @@ async fn stargz_reads_chunks_by_several_ranges() {
     let range: Vec<String> = chunks.iter().map(|(start, end)| format!("{start}-{}", end - 1)).collect();
     let range = format!("bytes={}", range.join(","));
     for state in ["cold", "warm"] {
-        let answer = read(&url, &range).await;
-        assert_eq!((answer.status, answer.complete), (206, true), "{state}");
-        assert_eq!(answer.header("content-length"), Some(&*answer.body.len().to_string()));
-        assert_eq!((answer.header("content-range"), answer.header("accept-ranges")), (None, Some("bytes")));
-        let parts = parts(&answer);
+        let response = read(&url, &range).await;
+        assert_eq!((response.status, response.complete), (206, true), "{state}");
+        assert_eq!(response.header("content-length"), Some(&*response.body.len().to_string()));
+        assert_eq!((response.header("content-range"), response.header("accept-ranges")), (None, Some("bytes")));
+        let parts = parts(&response);
         assert_eq!(parts.len(), chunks.len(), "{state}");
         for ((range, body), (start, end)) in parts.iter().zip(chunks) {
             assert_eq!(*range, format!("bytes {start}-{}/{total}", end - 1));
             assert!(body[..] == bytes[start..end], "{state}: wrong bytes of {range}");
         }
         if state == "cold" {
-            assert_eq!(upstream.sent(), 150_004, "nothing but what was asked for");
+            assert_eq!(upstream.sent(), 150_004, "only the requested ranges");
             assert!(dray.get(&format!("/v2/library/app/blobs/{}", image.layer().0)).await.complete);
-            dray.fills_end().await;
+            dray.wait_for_fills().await;
         }
     }
     assert_eq!(read(&url, "bytes=0-1").await.body[..], bytes[..2]);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn sets_that_mean_one_range_or_none() {
+async fn range_set_meaning_one_range_or_none_is_reduced() {
     let (_upstream, dray, image) = rig().await;
     let (url, bytes) = (url(&dray, &image), image.layer().1);
     let total = bytes.len();
@@ -84,26 +84,26 @@ async fn sets_that_mean_one_range_or_none() {
         for (range, start, end) in
             [("bytes=0-99,100-199", 0, 200), ("bytes=50-59,99000000-", 50, 60), ("bytes=99000000-,50-59", 50, 60)]
         {
-            let answer = read(&url, range).await;
-            assert_eq!(answer.status, 206, "{state}: {range}: {}", answer.text());
-            assert_eq!(answer.header("content-range"), Some(&*format!("bytes {start}-{}/{total}", end - 1)));
-            assert!(answer.body[..] == bytes[start..end]);
+            let response = read(&url, range).await;
+            assert_eq!(response.status, 206, "{state}: {range}: {}", response.text());
+            assert_eq!(response.header("content-range"), Some(&*format!("bytes {start}-{}/{total}", end - 1)));
+            assert!(response.body[..] == bytes[start..end]);
         }
-        let answer = read(&url, "bytes=99000000-,5-2").await;
-        assert_eq!((answer.status, answer.header("content-range")), (416, Some(&*format!("bytes */{total}"))));
-        // Asking for the same bytes over and over brings them once.
+        let response = read(&url, "bytes=99000000-,5-2").await;
+        assert_eq!((response.status, response.header("content-range")), (416, Some(&*format!("bytes */{total}"))));
+        // A repeated range is sent once.
         let again = format!("bytes=0-{}", ",0-".repeat(200));
         assert_eq!(read(&url, &again).await.body.len(), total);
-        dray.fills_end().await;
+        dray.wait_for_fills().await;
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn many_ranges_of_nothing_are_one_question() {
+async fn many_unsatisfiable_ranges_cause_few_requests() {
     let (upstream, dray, image) = rig().await;
     let ranges = (0..200).map(|nth| format!("{}-", 900_000_000 + nth)).collect::<Vec<_>>().join(",");
-    let answer = read(&url(&dray, &image), &format!("bytes={ranges}")).await;
-    assert_eq!(answer.status, 416);
+    let response = read(&url(&dray, &image), &format!("bytes={ranges}")).await;
+    assert_eq!(response.status, 416);
     assert!(upstream.requests().len() <= 4, "{}", upstream.requests().len());
 }
 
@@ -118,15 +118,15 @@ async fn soci_reads_spans_on_many_connections() {
         let (url, bytes) = (url.clone(), bytes.clone());
         tokio::spawn(async move {
             let (start, end) = (nth * span, ((nth + 1) * span).min(total));
-            let answer = read(&url, &format!("bytes={start}-{}", end - 1)).await;
-            assert_eq!((answer.status, answer.header("accept-ranges")), (206, Some("bytes")));
-            assert!(answer.body[..] == bytes[start..end], "wrong bytes of span {nth}");
+            let response = read(&url, &format!("bytes={start}-{}", end - 1)).await;
+            assert_eq!((response.status, response.header("accept-ranges")), (206, Some("bytes")));
+            assert!(response.body[..] == bytes[start..end], "wrong bytes of span {nth}");
         })
     });
     for read in reads.collect::<Vec<_>>() {
         read.await.unwrap();
     }
-    dray.fills_end().await;
+    dray.wait_for_fills().await;
     assert!(upstream.sent() <= 2 * total as u64, "{} bytes of {total}", upstream.sent());
     drop(upstream);
     assert_eq!(read(&url, "bytes=0-1048575").await.source(), "disk");
@@ -143,17 +143,17 @@ async fn nydusd_reads_single_ranges_and_streams() {
         (size.header("content-length"), size.header("accept-ranges")),
         (Some(&*total.to_string()), Some("bytes"))
     );
-    let answer = read(&url, "bytes=5000000-5262143").await;
-    assert!(answer.status == 206 && answer.body[..] == bytes[5_000_000..5_262_144]);
+    let response = read(&url, "bytes=5000000-5262143").await;
+    assert!(response.status == 206 && response.body[..] == bytes[5_000_000..5_262_144]);
     assert_eq!(upstream.requests().iter().filter(|request| request.method == "GET").count(), 1, "one round trip");
-    let answer = read(&url, "bytes=11000000-").await;
-    assert!(answer.status == 206 && answer.complete && answer.body[..] == bytes[11_000_000..]);
+    let response = read(&url, "bytes=11000000-").await;
+    assert!(response.status == 206 && response.complete && response.body[..] == bytes[11_000_000..]);
     let starts: Vec<_> = upstream.requests().iter().filter_map(Request::range_start).collect();
-    assert_eq!(starts[1], 11_000_000, "what is waited for comes first");
+    assert_eq!(starts[1], 11_000_000, "the requested range is downloaded first");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_reader_that_closes_early_disturbs_nobody() {
+async fn reader_that_closes_early_disturbs_no_other() {
     let (_upstream, dray, image) = rig().await;
     let url = url(&dray, &image);
     for range in ["bytes=0-", "bytes=1000-2000,5000000-6000000", "bytes=2000000-9000000"] {

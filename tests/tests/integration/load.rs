@@ -1,4 +1,4 @@
-//! The k6 scripts work against real images: what has to hold holds, hot and cold. And a log that nobody reads.
+//! The k6 scripts meet their thresholds against real images, warm and cold. And a log without a reader.
 
 use std::process::{Command, Stdio};
 
@@ -9,25 +9,25 @@ use dray_tests::registry::Registry;
 use dray_tests::tool;
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_pull_script_passes_its_thresholds() {
+async fn pull_script_meets_its_thresholds() {
     let registry = Registry::open().await;
     for nth in 0..3 {
         registry.push("team/app", &nth.to_string(), &Image::new(nth, &[1_000_000, 10_000])).await;
     }
     let dray = Start::new(rule("quay.io", &registry.url())).run();
     let script = concat!(env!("CARGO_MANIFEST_DIR"), "/../loadtest/pull.js");
-    let said = run(Command::new(tool("k6"))
+    let printed = run(Command::new(tool("k6"))
         .args(["run", "--quiet", "--no-usage-report", "--env"])
         .arg(format!("BASE={}", dray.url("")))
         .args(["--env", "IMAGES=quay.io/team/app:0,quay.io/team/app:1,quay.io/team/app:2"])
         .args(["--env", "VUS=5", "--env", "ITERATIONS=30", script]));
-    assert!(said.contains("pulled_bytes"), "{said}");
+    assert!(printed.contains("pulled_bytes"), "{printed}");
     assert!(dray.metric("dray_requests_total{route=\"blob\",source=\"disk\",status=\"200\"}").await > 0);
 }
 
-/// Each scenario for a moment, by the one command.
+/// Each scenario for a few seconds, by its one command.
 #[test]
-fn every_scenario_passes_and_tells_of_it() {
+fn every_scenario_passes_and_reports() {
     let scripts = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../loadtest");
     let names = std::fs::read_dir(&scripts)
         .unwrap()
@@ -45,27 +45,27 @@ fn every_scenario_passes_and_tells_of_it() {
         if name == "origin-down" {
             command.env("DURATION", "9");
         }
-        let said = run(&mut command);
-        assert!(said.contains("passed") && !said.contains("FAILED"), "{name}: {said}");
+        let printed = run(&mut command);
+        assert!(printed.contains("passed") && !printed.contains("FAILED"), "{name}: {printed}");
         let json: serde_json::Value =
             serde_json::from_slice(&std::fs::read(out.with_extension("json")).unwrap()).unwrap();
         assert_eq!(json["metrics"]["checks"]["values"]["fails"], 0, "{name}");
         let html = std::fs::read_to_string(out.with_extension("html")).unwrap();
-        assert!(html.contains("passed") && html.contains("What had to hold"), "{name}");
+        assert!(html.contains("passed") && html.contains("Thresholds and checks"), "{name}");
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_log_that_nobody_reads_holds_up_nobody() {
+async fn unread_log_does_not_block_requests() {
     let start = Start::new("").env("DRAY_LOG", "debug");
     let mut process = Process::spawn(start.command().stderr(Stdio::piped()));
     let line = process.line("listening ");
     let address = line.split(' ').find_map(|field| field.strip_prefix("registry=")).unwrap();
     let (client, long) = (dray_tests::http::client(), "x".repeat(200));
-    // Far more than a pipe takes.
+    // Far more log lines than a pipe buffers.
     for nth in 0..2000 {
         let url = format!("http://{address}/v2/{long}/manifests/{nth}?ns=localhost");
-        let answer = tokio::time::timeout(std::time::Duration::from_secs(10), client.get(url).send()).await;
-        assert_eq!(answer.expect("answered all the same").unwrap().status(), 403, "request {nth}");
+        let response = tokio::time::timeout(std::time::Duration::from_secs(10), client.get(url).send()).await;
+        assert_eq!(response.expect("a response in time").unwrap().status(), 403, "request {nth}");
     }
 }

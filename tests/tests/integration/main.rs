@@ -2,8 +2,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
-mod access;
-mod auth;
+mod authorization;
 mod browsers;
 mod cache;
 mod cli;
@@ -12,10 +11,11 @@ mod cluster;
 mod conformance;
 mod connections;
 mod containerd;
+mod containerd_config;
+mod credentials;
 mod engine;
 mod faults;
 mod fills;
-mod homes;
 mod hostile;
 mod hotpaths;
 mod interop;
@@ -27,20 +27,20 @@ mod load;
 mod monitoring;
 mod node;
 mod outage;
+mod peer_auth;
+mod peer_fallback;
 mod peers;
-mod proof;
 mod public;
 mod ranges;
+mod registry_hints;
 mod retries;
 mod routing;
-mod secrets;
 mod sendfile;
-mod shapes;
-mod silence;
 mod soak;
+mod stalled_peers;
 mod status;
 mod tags;
 mod tracing;
 mod upgrade;
+mod upstream_auth;
 mod warm;
-mod ways;

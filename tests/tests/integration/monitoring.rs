@@ -1,4 +1,4 @@
-//! Metrics, and what is made of them: the table, the alerts, the dashboard.
+//! Metrics and their users: the table, the alerts, the dashboard.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -19,25 +19,25 @@ fn text(path: &str) -> String {
     std::fs::read_to_string(project().join(path)).unwrap()
 }
 
-/// What is between backticks in a cell.
+/// The texts between backticks in a cell.
 fn names(cell: &str) -> BTreeSet<String> {
     cell.split('`').skip(1).step_by(2).map(str::to_owned).collect()
 }
 
-/// Names with their types and labels.
+/// The documented names with their types and labels.
 fn documented() -> BTreeMap<String, (String, BTreeSet<String>)> {
-    let table = text("METRICS.md");
+    let table = text("docs/operations/monitoring.md");
     let rows = table.lines().filter(|line| line.starts_with("| `dray_"));
     rows.map(|row| {
         let cells: Vec<&str> = row.split('|').map(str::trim).collect();
         let name = names(cells[1]).pop_first().unwrap();
-        assert!(!cells[4].is_empty(), "{name} says what it is");
+        assert!(!cells[4].is_empty(), "{name} has a description");
         (name, (cells[2].to_owned(), names(cells[3])))
     })
     .collect()
 }
 
-/// Every `dray_...` in a text, histograms by their own name.
+/// Every `dray_...` in a text; histograms without their suffix.
 fn used(text: &str) -> BTreeSet<String> {
     let is_name = |c: char| c.is_ascii_lowercase() || c == '_';
     let found =
@@ -46,7 +46,7 @@ fn used(text: &str) -> BTreeSet<String> {
 }
 
 #[test]
-fn the_table_has_every_metric_and_no_other() {
+fn metrics_table_lists_exactly_the_metrics_of_the_code() {
     let in_code: BTreeSet<String> =
         text("proxy/src/metrics.rs").lines().filter(|line| line.contains("= \"dray_")).flat_map(used).collect();
     let in_table: BTreeSet<String> = documented().into_keys().collect();
@@ -55,28 +55,28 @@ fn the_table_has_every_metric_and_no_other() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn metrics_are_what_the_table_says() {
+async fn metrics_have_type_and_labels_of_the_table() {
     let image = Image::new(1, &[500_000]);
     let upstream = TestUpstream::start(&[("library/app", "1", &image)], |_, r| {
         r.with("ratelimit-limit", "100;w=1").with("ratelimit-remaining", "9;w=1")
     })
     .await;
-    let gone = TestUpstream::answering(|_| Response::new(429, "")).await;
+    let gone = TestUpstream::with_handler(|_| Response::new(429, "")).await;
     let port = free_port();
     let peers = format!("[peers]\nlisten = \"127.0.0.1:{port}\"\nstatic = [\"127.0.0.1:{port}\"]\n");
-    let asks = format!("{}access = \"client\"\n", rule("asks.example", &gone.url()));
+    let passthrough = format!("{}authorization = \"passthrough\"\n", rule("passthrough.example", &gone.url()));
     let key = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(key.path(), "0123456789abcdef").unwrap();
     let peers = format!("{peers}key_file = \"{}\"\n", key.path().display());
-    let dray = Start::new(rule("docker.io", &upstream.url()) + &asks + &peers).run();
+    let dray = Start::new(rule("docker.io", &upstream.url()) + &passthrough + &peers).run();
     let (layer, bytes) = image.layer();
     for path in ["manifests/1".to_owned(), format!("blobs/{layer}"), format!("blobs/{layer}"), "tags/list".to_owned()] {
         dray.get(&format!("/v2/library/app/{path}?ns=docker.io")).await;
-        dray.fills_end().await;
+        dray.wait_for_fills().await;
     }
-    dray.get("/v2/a/manifests/1?ns=asks.example").await;
+    dray.get("/v2/a/manifests/1?ns=passthrough.example").await;
     get(&format!("http://127.0.0.1:{port}/v2/"), &[]).await;
-    assert_eq!(dray.metric("dray_saved_bytes_total").await, bytes.len() as u64);
+    assert_eq!(dray.metric("dray_client_bytes_total{source=\"disk\"}").await, bytes.len() as u64);
     let scraped = get(&format!("http://{}/metrics", dray.admin), &[]).await.text();
     let documented = documented();
     let mut seen = BTreeSet::new();
@@ -94,9 +94,9 @@ async fn metrics_are_what_the_table_says() {
         }
     }
     for name in [
-        "dray_origin_first_byte_seconds",
-        "dray_origin_body_seconds_total",
-        "dray_client_checks_total",
+        "dray_upstream_first_byte_seconds",
+        "dray_upstream_body_seconds_total",
+        "dray_client_authorizations_total",
         "dray_request_seconds",
     ] {
         assert!(seen.contains(name), "{name}\n{scraped}");
@@ -104,14 +104,26 @@ async fn metrics_are_what_the_table_says() {
 }
 
 #[test]
-fn alerts_fire_when_they_should() {
+fn alerts_fire_as_their_tests_say() {
     let directory = project().join("k8s/monitoring");
     run(Command::new("promtool").current_dir(&directory).args(["check", "rules", "../dray/monitoring/alerts.yaml"]));
     run(Command::new("promtool").current_dir(&directory).args(["test", "rules", "alerts.test.yaml"]));
 }
 
 #[test]
-fn alerts_and_dashboard_ask_for_what_there_is() {
+fn alert_links_to_a_section_of_the_runbooks() {
+    let alerts = text("k8s/dray/monitoring/alerts.yaml");
+    let links: Vec<&str> = alerts.lines().filter_map(|line| line.trim().strip_prefix("runbook_url: ")).collect();
+    assert_eq!(links.len(), alerts.matches("- alert: ").count(), "every alert has one");
+    for link in links {
+        let (file, anchor) = link.split_once('#').unwrap();
+        let has = |line: &str| line.strip_prefix("## ").is_some_and(|title| title.to_lowercase() == anchor);
+        assert!(text(file).lines().any(has), "{link}");
+    }
+}
+
+#[test]
+fn alerts_and_dashboard_use_existing_metrics() {
     let dashboard: Value = serde_json::from_str(&text("k8s/dray/monitoring/dashboard.json")).unwrap();
     let panels = dashboard["panels"].as_array().unwrap();
     let targets = panels.iter().flat_map(|panel| panel["targets"].as_array().unwrap());
@@ -119,7 +131,7 @@ fn alerts_and_dashboard_ask_for_what_there_is() {
     assert!(expressions.len() > 30);
     let documented = documented();
     let mut all = expressions.join("\n");
-    // Prometheus itself says whether it understands them.
+    // Prometheus itself parses the expressions.
     let mut rules = "groups:\n- name: dashboard\n  rules:\n".to_owned();
     for (nth, expression) in expressions.iter().enumerate() {
         let plain = expression.replace("$__rate_interval", "5m").replace("$job", ".*").replace("$instance", ".*");
@@ -130,7 +142,7 @@ fn alerts_and_dashboard_ask_for_what_there_is() {
     run(Command::new("promtool").args(["check", "rules", "--lint=none"]).arg(file.path()));
     all += &text("k8s/dray/monitoring/alerts.yaml");
     for name in used(&all) {
-        assert!(documented.contains_key(&name), "{name} is in no table");
+        assert!(documented.contains_key(&name), "{name} is not in the table");
     }
     let shown = used(&all);
     for name in documented.keys().filter(|name| *name != "dray_small_dropped_total") {

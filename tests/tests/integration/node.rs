@@ -1,4 +1,4 @@
-//! The image, and pods of the chart run as a node runs them.
+//! The image, and the chart's pods, run as a node runs them.
 
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
@@ -14,14 +14,14 @@ use dray_tests::process::{Process, free_port, output};
 use dray_tests::registry::Registry;
 use rustix::process::Signal;
 
-/// Containerd's hosts directories that the chart is told by its values files.
+/// containerd's hosts directories in the chart's values files.
 const HOSTS_DIRS: [&str; 3] =
     ["/etc/containerd/certs.d", "/var/lib/rancher/k3s/agent/etc/containerd/certs.d", "/etc/cri/conf.d/hosts"];
 
 const FOREIGN: &str = "server = \"https://x\"\n\n[host.\"https://a\"]\n";
 
 #[test]
-fn the_image_is_small_and_runs_as_nobody() {
+fn image_is_small_and_runs_as_non_root() {
     let (config, size) = node::image();
     assert!(size <= 20_000_000, "{size} bytes");
     assert_eq!(config["config"]["User"], "65532:65532");
@@ -31,13 +31,13 @@ fn the_image_is_small_and_runs_as_nobody() {
     let pod: Value = serde_yaml_ng::from_str("{spec: {}}").unwrap();
     let container: Value =
         serde_yaml_ng::from_str("{args: [--version], securityContext: {runAsUser: 65532, runAsGroup: 65532}}").unwrap();
-    let said = output(&mut node.command(&[], &pod, &container));
-    assert!(said.stdout.starts_with(b"dray 0."), "{said:?}");
+    let version = output(&mut node.command(&[], &pod, &container));
+    assert!(version.stdout.starts_with(b"dray 0."), "{version:?}");
 }
 
-/// Each crate in the version that was built, under a licence.
+/// Each crate in its built version, with a licence.
 #[test]
-fn the_image_tells_what_it_is_made_of() {
+fn image_contains_its_bill_of_materials() {
     let text = std::fs::read(Node::new().in_image("/usr/share/sbom/dray.cdx.json")).unwrap();
     let bom: serde_json::Value = serde_json::from_slice(&text).unwrap();
     assert_eq!((&bom["bomFormat"], &bom["metadata"]["component"]["name"]), (&"CycloneDX".into(), &"dray".into()));
@@ -53,7 +53,7 @@ fn the_image_tells_what_it_is_made_of() {
     }
     assert!(
         !String::from_utf8(text).unwrap().contains(&std::env::temp_dir().display().to_string()),
-        "no paths of ours"
+        "the image contains no build paths"
     );
 }
 
@@ -108,18 +108,18 @@ fn names_mirror(file: &Path, port: u16) -> bool {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_daemonset_points_containerd_at_itself_and_leaves_the_node_as_it_was() {
+async fn daemonset_configures_mirror_and_restores_the_node() {
     let hub = Registry::open().await;
     hub.push("library/app", "1", &Image::new(1, &[3_000_000, 1_000])).await;
     for (nth, hosts_dir) in HOSTS_DIRS.into_iter().enumerate() {
         let cluster = Cluster::new(hosts_dir, "daemonset", &rule("docker.io", &hub.url()));
         let dir = cluster.node.path(hosts_dir);
         std::fs::create_dir_all(&dir).unwrap();
-        // On one of them somebody has a default already.
+        // One node already has a `_default` directory.
         if nth == 1 {
             std::fs::create_dir(dir.join("_default")).unwrap();
             std::fs::write(dir.join("_default/hosts.toml"), FOREIGN).unwrap();
-            // And one of a registry that only root may look into, as k3s makes them.
+            // And the directory of a registry that only root can read, as k3s creates it.
             std::fs::create_dir(dir.join("ghcr.io")).unwrap();
             std::fs::write(dir.join("ghcr.io/hosts.toml"), FOREIGN).unwrap();
             std::fs::set_permissions(dir.join("ghcr.io"), PermissionsExt::from_mode(0o700)).unwrap();
@@ -128,33 +128,33 @@ async fn the_daemonset_points_containerd_at_itself_and_leaves_the_node_as_it_was
         let file = dir.join("_default/hosts.toml");
         let mut dray = cluster.start("dray");
         let port = cluster.registry;
-        eventually("containerd is pointed here", async || names_mirror(&file, port).then_some(())).await;
+        eventually("the mirror is configured", async || names_mirror(&file, port).then_some(())).await;
         if nth == 0 {
             let containerd = Containerd::start(Version::V2).await;
             std::fs::remove_dir(containerd.hosts_dir()).unwrap();
             std::os::unix::fs::symlink(&dir, containerd.hosts_dir()).unwrap();
             containerd.pull("docker.io/library/app:1").unwrap_or_else(|e| panic!("{e}\n{}", containerd.log()));
         }
-        // Killed, it takes nothing back; the next one goes on.
+        // A killed dray does not revert the file; the next one takes over.
         dray.kill();
         assert!(names_mirror(&file, port));
         let mut dray = cluster.start("dray");
-        eventually("it listens again", async || std::net::TcpStream::connect(("127.0.0.1", port)).ok()).await;
+        eventually("dray listens again", async || std::net::TcpStream::connect(("127.0.0.1", port)).ok()).await;
         if nth == 2 {
             dray.kill();
         } else {
             dray.signal(Signal::TERM);
             dray.wait();
-            assert!(!names_mirror(&file, port), "nobody is sent here any more");
+            assert!(!names_mirror(&file, port), "the mirror is removed");
         }
-        // What helm runs on every node after it has removed the rest.
+        // The cleanup that helm runs on every node after the removal.
         let _cleanup = cluster.start("dray-cleanup");
-        eventually("the node is as it was", async || (tree(&dir) == before).then_some(())).await;
+        eventually("the node is restored", async || (tree(&dir) == before).then_some(())).await;
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_deployments_nodes_are_pointed_at_it_while_it_answers() {
+async fn deployment_mirror_is_configured_while_it_responds() {
     let cluster = Cluster::new("/etc/containerd/certs.d", "deployment", "");
     let dir = cluster.node.path("/etc/containerd/certs.d");
     std::fs::create_dir_all(&dir).unwrap();
@@ -167,14 +167,14 @@ async fn a_deployments_nodes_are_pointed_at_it_while_it_answers() {
     shared.args(["--listen", &format!("127.0.0.1:{port}"), "--admin", "127.0.0.1:0", "--cache-dir"]);
     shared.arg(start.cache_dir()).env("DRAY_LOG", "error").stdout(std::process::Stdio::null());
     let mut dray = Process::spawn(&mut shared);
-    eventually("the nodes are pointed at it", async || names_mirror(&file, port).then_some(())).await;
+    eventually("the mirror is configured", async || names_mirror(&file, port).then_some(())).await;
     dray.kill();
-    eventually("nobody is sent to a dead one", async || (!names_mirror(&file, port)).then_some(())).await;
+    eventually("the dead mirror is removed", async || (!names_mirror(&file, port)).then_some(())).await;
     let _dray = Process::spawn(&mut shared);
-    eventually("the nodes are pointed at it again", async || names_mirror(&file, port).then_some(())).await;
+    eventually("the mirror is configured again", async || names_mirror(&file, port).then_some(())).await;
     keeper.signal(Signal::TERM);
     keeper.wait();
     assert!(!names_mirror(&file, port));
     let _cleanup = cluster.start("dray-cleanup");
-    eventually("the node is as it was", async || (tree(&dir) == before).then_some(())).await;
+    eventually("the node is restored", async || (tree(&dir) == before).then_some(())).await;
 }

@@ -1,4 +1,4 @@
-//! Several drays: each object leaves its origin once.
+//! Several drays: each object is downloaded from its upstream once.
 
 use dray_tests::dray::{Dray, Start, rule};
 use dray_tests::http::{get, send};
@@ -23,23 +23,23 @@ fn paths(image: &Image) -> Vec<String> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn three_nodes_and_one_fetch_of_each_object() {
+async fn three_nodes_download_each_object_once() {
     let image = Image::new(1, &[2_000_000, 700_000, 1000]);
     let upstream = TestUpstream::start(&[("library/app", "1", &image)], |_, r| r).await;
     let nodes = cluster(3, &rule("docker.io", &upstream.url()));
-    let mut peer_answers = 0;
+    let mut from_peers = 0;
     for path in paths(&image) {
-        let answers = futures_util::future::join_all(nodes.iter().map(|node| node.get(&path))).await;
-        for answer in &answers {
-            assert_eq!((answer.status, answer.complete), (200, true), "{path}");
-            assert!(answer.body == answers[0].body);
-            peer_answers += usize::from(answer.source() == "peer");
+        let responses = futures_util::future::join_all(nodes.iter().map(|node| node.get(&path))).await;
+        for response in &responses {
+            assert_eq!((response.status, response.complete), (200, true), "{path}");
+            assert!(response.body == responses[0].body);
+            from_peers += usize::from(response.source() == "peer");
         }
         let object = path.split('?').next().unwrap();
         assert_eq!(upstream.count("GET", object), 1, "{path}");
     }
     let objects = paths(&image).len();
-    assert_eq!(peer_answers, 2 * objects, "every node but the owner got it from the owner");
+    assert_eq!(from_peers, 2 * objects, "every node but the owner gets it from the owner");
     let received: u64 = futures_util::future::join_all(
         nodes.iter().map(|node| node.metric("dray_peer_bytes_total{from_zone=\"-\",to_zone=\"-\"}")),
     )
@@ -51,15 +51,15 @@ async fn three_nodes_and_one_fetch_of_each_object() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_blob_stays_on_the_disk_of_its_owner() {
+async fn blob_stays_on_the_disk_of_its_owner() {
     let image = Image::new(1, &[2_000_000, 3_000_000, 1_500_000]);
     let upstream = TestUpstream::start(&[("library/app", "1", &image)], |_, r| r).await;
     let nodes = cluster(3, &rule("docker.io", &upstream.url()));
     let large: Vec<&String> = image.blobs.iter().filter(|(_, bytes)| bytes.len() > 300_000).map(|(d, _)| d).collect();
     let files = |digest: &str| {
         let name = digest.trim_start_matches("sha256:");
-        let place = |node: &Dray| node.start().cache_dir().join(format!("v1/blobs/sha256/{}/{name}", &name[..2]));
-        nodes.iter().filter(|node| place(node).exists()).count()
+        let file = |node: &Dray| node.start().cache_dir().join(format!("v1/blobs/sha256/{}/{name}", &name[..2]));
+        nodes.iter().filter(|node| file(node).exists()).count()
     };
     for digest in large {
         let path = format!("/v2/library/app/blobs/{digest}?ns=docker.io");
@@ -68,23 +68,23 @@ async fn a_blob_stays_on_the_disk_of_its_owner() {
                 assert_eq!(node.get(&path).await.status, 200);
             }
         }
-        dray_tests::eventually("it has its name", async || (files(digest) == 1).then_some(())).await;
+        dray_tests::eventually("the blob is published", async || (files(digest) == 1).then_some(())).await;
         let sources = futures_util::future::join_all(nodes.iter().map(|node| node.get(&path))).await;
-        assert!(sources.iter().all(|answer| answer.source() == "disk"), "the others have it for a while");
+        assert!(sources.iter().all(|response| response.source() == "disk"), "the other nodes keep it for a while");
         assert_eq!(upstream.count("GET", digest), 1);
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_dead_owner_costs_nothing_but_its_share() {
+async fn dead_owner_is_replaced_by_the_next() {
     let image = Image::new(1, &[2_000_000, 700_000, 1000]);
     let upstream = TestUpstream::start(&[("library/app", "1", &image)], |_, r| r).await;
     let mut nodes = cluster(3, &rule("docker.io", &upstream.url()));
     nodes[0].process().kill();
     for path in paths(&image) {
         for node in &nodes[1..] {
-            let answer = node.get(&path).await;
-            assert_eq!((answer.status, answer.complete), (200, true), "{path}");
+            let response = node.get(&path).await;
+            assert_eq!((response.status, response.complete), (200, true), "{path}");
         }
         let object = path.split('?').next().unwrap();
         assert_eq!(upstream.count("GET", object), 1, "the next owner fetches for all: {path}");
@@ -92,7 +92,7 @@ async fn a_dead_owner_costs_nothing_but_its_share() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_peer_port_gives_only_what_a_digest_proves() {
+async fn peer_port_serves_only_what_a_digest_verifies() {
     let image = Image::new(1, &[1000]);
     let upstream = TestUpstream::start(&[("library/app", "1", &image)], |_, r| r).await;
     let rules = format!(
@@ -118,7 +118,7 @@ async fn the_peer_port_gives_only_what_a_digest_proves() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_name_is_enough_to_form_a_cluster() {
+async fn service_name_forms_a_cluster() {
     use dray_tests::dns::Dns;
     let image = Image::new(1, &[2_000_000, 700_000, 1000]);
     let upstream = TestUpstream::start(&[("library/app", "1", &image)], |_, r| r).await;
@@ -135,8 +135,10 @@ async fn a_name_is_enough_to_form_a_cluster() {
     };
     let nodes: Vec<Dray> = addresses.iter().map(start).collect();
     for node in &nodes {
-        dray_tests::eventually("they know each other", async || (node.metric("dray_peers").await == 3).then_some(()))
-            .await;
+        dray_tests::eventually("the nodes list each other", async || {
+            (node.metric("dray_peers").await == 3).then_some(())
+        })
+        .await;
     }
     for path in paths(&image) {
         for node in &nodes {
@@ -148,10 +150,10 @@ async fn a_name_is_enough_to_form_a_cluster() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_came_with_credentials_is_not_shared_under_another_name() {
+async fn private_blob_is_not_shared_under_another_registry() {
     let image = Image::new(1, &[2_000_000, 1000]);
     let private = TestUpstream::start(&[("library/app", "1", &image)], |_, r| r).await;
-    let public = TestUpstream::answering(|_| dray_tests::upstream::Response::new(404, "")).await;
+    let public = TestUpstream::with_handler(|_| dray_tests::upstream::Response::new(404, "")).await;
     let rules = format!(
         "{}[[registry]]\nmatch = \"private.io\"\nupstreams = [\"{}\"]\ncredentials = {{ username = \"u\", password_env = \"HOME\" }}\n",
         rule("docker.io", &public.url()),
@@ -162,17 +164,17 @@ async fn what_came_with_credentials_is_not_shared_under_another_name() {
     for path in paths(&image) {
         let kept = nodes[0].get(&path.replace("docker.io", "private.io")).await;
         assert_eq!(kept.status, 200);
-        nodes[0].fills_end().await;
+        nodes[0].wait_for_fills().await;
         assert_eq!(nodes[0].get(&path).await.status, 404, "the other registry does not have it: {path}");
         assert_eq!(get(&format!("http://{peer}{path}"), &[]).await.status, 404, "{path}");
         let without = path.split('?').next().unwrap();
-        assert_ne!(get(&format!("http://{peer}{without}"), &[]).await.status, 200, "nor where it was learned: {path}");
+        assert_ne!(get(&format!("http://{peer}{without}"), &[]).await.status, 200, "nor without a namespace: {path}");
     }
 }
 
-/// Two of four: whoever comes next may be frozen as well.
+/// Two of four nodes are frozen, so the next owner may be frozen as well.
 #[tokio::test(flavor = "multi_thread")]
-async fn frozen_nodes_cost_a_moment_once() {
+async fn frozen_peers_are_waited_for_once() {
     let images: Vec<Image> = (0..4).map(|seed| Image::new(seed, &[2_000_000, 700_000, 1000])).collect();
     let tags: Vec<String> = (0..4).map(|seed| seed.to_string()).collect();
     let content: Vec<_> = images.iter().zip(&tags).map(|(image, tag)| ("library/app", tag.as_str(), image)).collect();
@@ -183,43 +185,43 @@ async fn frozen_nodes_cost_a_moment_once() {
     let pull = async |image: &Image| {
         for path in paths(image) {
             for node in &*living {
-                let answer = node.get(&path).await;
-                assert_eq!((answer.status, answer.complete), (200, true), "{path}: {}", answer.text());
+                let response = node.get(&path).await;
+                assert_eq!((response.status, response.complete), (200, true), "{path}: {}", response.text());
             }
         }
     };
-    let in_vain = async || {
-        let name = "dray_peer_requests_total{from_zone=\"-\",outcome=\"failed\",to_zone=\"-\"}";
+    let failures = async || {
+        let name = "dray_peer_requests_total{from_zone=\"-\",outcome=\"error\",to_zone=\"-\"}";
         (living[0].metric(name).await, living[1].metric(name).await)
     };
     pull(&images[0]).await;
     pull(&images[1]).await;
-    let found_out = in_vain().await;
-    assert!(found_out.0 + found_out.1 > 0, "somebody was asked");
+    let detected = failures().await;
+    assert!(detected.0 + detected.1 > 0, "a frozen peer was requested");
     pull(&images[2]).await;
     pull(&images[3]).await;
-    assert_eq!(in_vain().await, found_out, "who is silent is not asked again");
+    assert_eq!(failures().await, detected, "a silent peer is not requested again");
     frozen.iter_mut().for_each(|node| node.process().signal(rustix::process::Signal::CONT));
     for node in living {
-        dray_tests::eventually("it is known that they are back", async || {
+        dray_tests::eventually("the peers are healthy again", async || {
             let status = get(&format!("http://{}/api/v1/status", node.admin), &[]).await.text();
             let status: serde_json::Value = serde_json::from_str(&status).expect("JSON");
-            status["peers"].as_array()?.iter().all(|member| member["is_well"] == true).then_some(())
+            status["peers"].as_array()?.iter().all(|member| member["state"] == "healthy").then_some(())
         })
         .await;
     }
 }
 
-/// Whatever owns the blob, the one that hardly sends it or the other.
+/// Whichever peer owns the blob, the slow one or the other.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_member_that_hardly_sends_what_it_has_is_passed_over() {
+async fn peer_sending_slowly_is_skipped() {
     let images: Vec<Image> = (0..4).map(|seed| Image::new(seed, &[1_000_000])).collect();
     let tags: Vec<String> = (0..4).map(|seed| seed.to_string()).collect();
     let content: Vec<_> = images.iter().zip(&tags).map(|(image, tag)| ("library/app", tag.as_str(), image)).collect();
     let upstream = TestUpstream::start(&content, |_, r| r).await;
     let all = std::sync::Arc::new(dray_tests::upstream::Content::new(&content));
-    let slow = TestUpstream::answering(move |request| {
-        let response = all.answer(request);
+    let slow = TestUpstream::with_handler(move |request| {
+        let response = all.respond(request);
         if request.method == "GET" && request.is_blob() {
             return response.fault(dray_tests::upstream::Fault::SlowUntilGate(3000));
         }
@@ -232,17 +234,17 @@ async fn a_member_that_hardly_sends_what_it_has_is_passed_over() {
     let node = Start::new(format!("{}\n{peers}", rule("docker.io", &upstream.url()))).run();
     let pulls = images.iter().map(async |image| {
         let (digest, bytes) = image.layer();
-        let answer = node.get(&format!("/v2/library/app/blobs/{digest}?ns=docker.io")).await;
-        assert_eq!((answer.status, answer.complete), (200, true));
-        assert!(answer.body == bytes);
+        let response = node.get(&format!("/v2/library/app/blobs/{digest}?ns=docker.io")).await;
+        assert_eq!((response.status, response.complete), (200, true));
+        assert!(response.body == bytes);
     });
     futures_util::future::join_all(pulls).await;
-    assert!(slow.count("GET", "/blobs/") > 0, "it was believed to be as good as another");
+    assert!(slow.count("GET", "/blobs/") > 0, "the slow peer was requested");
 }
 
-/// A HEAD, or the end of a blob whose length nobody has said yet.
+/// A HEAD request, or a range at the end of a blob of unknown length.
 #[tokio::test(flavor = "multi_thread")]
-async fn how_long_a_blob_is_the_upstream_is_asked_once() {
+async fn blob_length_is_requested_upstream_once() {
     let image = Image::new(1, &[1_000_000]);
     let (digest, bytes) = image.layer();
     let upstream = TestUpstream::start(&[("library/app", "1", &image)], |_, r| r).await;
@@ -257,15 +259,15 @@ async fn how_long_a_blob_is_the_upstream_is_asked_once() {
     assert_eq!(upstream.count("HEAD", digest), 1);
 }
 
-/// The owner knows that a beginning was wrong; who follows it must not complete it either.
+/// The owner knows that the start was corrupt. A node that follows it must not complete it either.
 #[tokio::test(flavor = "multi_thread")]
-async fn wrong_bytes_of_an_owner_are_not_completed_by_a_follower() {
+async fn corrupt_blob_of_an_owner_is_not_completed_by_a_peer() {
     let image = Image::new(1, &[2_000_000]);
     let (layer, bytes) = image.layer();
-    let lie = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(true));
-    let lying = lie.clone();
+    let is_corrupt = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(true));
+    let corrupts = is_corrupt.clone();
     let upstream = TestUpstream::start(&[("library/app", "1", &image)], move |request, mut response| {
-        if request.is_blob() && lying.load(std::sync::atomic::Ordering::SeqCst) {
+        if request.is_blob() && corrupts.load(std::sync::atomic::Ordering::SeqCst) {
             response = response.flipped(0);
         }
         response
@@ -274,11 +276,11 @@ async fn wrong_bytes_of_an_owner_are_not_completed_by_a_follower() {
     let nodes = cluster(2, &rule("docker.io", &upstream.url()));
     let path = format!("/v2/library/app/blobs/{layer}?ns=docker.io");
     let first = futures_util::future::join_all(nodes.iter().map(|node| node.get(&path))).await;
-    lie.store(false, std::sync::atomic::Ordering::SeqCst);
-    for (node, answer) in nodes.iter().zip(first) {
-        assert!(!answer.complete);
-        let resume = node.get_range(&path, &format!("bytes={}-", answer.body.len())).await;
-        assert!(resume.status == 404 || answer.body.is_empty(), "{} after {}", resume.status, answer.body.len());
+    is_corrupt.store(false, std::sync::atomic::Ordering::SeqCst);
+    for (node, response) in nodes.iter().zip(first) {
+        assert!(!response.complete);
+        let resume = node.get_range(&path, &format!("bytes={}-", response.body.len())).await;
+        assert!(resume.status == 404 || response.body.is_empty(), "{} after {}", resume.status, response.body.len());
     }
     for node in &nodes {
         let again = node.get(&path).await;
@@ -287,21 +289,21 @@ async fn wrong_bytes_of_an_owner_are_not_completed_by_a_follower() {
 }
 
 #[test]
-fn a_list_without_this_node_is_refused() {
+fn static_list_without_this_node_fails_the_start() {
     use dray_tests::process::output;
     let start = Start::new("[peers]\nlisten = \"0.0.0.0:5052\"\nstatic = [\"192.0.2.1:5052\"]\n");
     let refused = output(&mut start.command());
-    let said = String::from_utf8_lossy(&refused.stderr);
-    assert_eq!(refused.status.code(), Some(2), "{said}");
-    assert!(said.contains("peers.static"), "{said}");
+    let error = String::from_utf8_lossy(&refused.stderr);
+    assert_eq!(refused.status.code(), Some(2), "{error}");
+    assert!(error.contains("peers.static"), "{error}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn nodes_that_disagree_never_wait_for_each_other() {
+async fn nodes_with_different_member_lists_do_not_deadlock() {
     let image = Image::new(1, &[2_000_000, 700_000, 1000]);
     let upstream = TestUpstream::start(&[("library/app", "1", &image)], |_, r| r).await;
     let ports = [free_port(), free_port()];
-    // Each knows itself by another address than the other does, so each may take the other for the owner.
+    // Each node lists itself and the other under different addresses, so each may select the other as owner.
     let start = |own: usize| {
         let members = format!("\"127.0.0.1:{}\", \"127.0.0.2:{}\"", ports[own], ports[1 - own]);
         let peers = format!("[peers]\nlisten = \"0.0.0.0:{}\"\nstatic = [{members}]\n", ports[own]);
@@ -309,22 +311,22 @@ async fn nodes_that_disagree_never_wait_for_each_other() {
     };
     let nodes = [start(0), start(1)];
     for path in paths(&image) {
-        for answer in futures_util::future::join_all(nodes.iter().map(|node| node.get(&path))).await {
-            assert_eq!((answer.status, answer.complete), (200, true), "{path}");
+        for response in futures_util::future::join_all(nodes.iter().map(|node| node.get(&path))).await {
+            assert_eq!((response.status, response.complete), (200, true), "{path}");
         }
     }
 }
 
-/// A member that is no dray and lies about everything.
+/// A peer that is not a dray and sends corrupt blobs.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_lying_owner_is_found_out_and_left_alone() {
+async fn owner_sending_corrupt_blobs_is_ejected() {
     let images: Vec<Image> = (0..12).map(|seed| Image::new(seed, &[1_000_000])).collect();
     let tags: Vec<String> = (0..12).map(|seed| seed.to_string()).collect();
     let content: Vec<_> = images.iter().zip(&tags).map(|(image, tag)| ("library/app", tag.as_str(), image)).collect();
     let upstream = TestUpstream::start(&content, |_, r| r).await;
-    let lies = std::sync::Arc::new(dray_tests::upstream::Content::new(&content));
-    let liar = TestUpstream::answering(move |request| {
-        let mut response = lies.answer(request);
+    let peer_content = std::sync::Arc::new(dray_tests::upstream::Content::new(&content));
+    let corrupt_peer = TestUpstream::with_handler(move |request| {
+        let mut response = peer_content.respond(request);
         if request.is_blob() && response.body.len() > 1000 {
             response = response.flipped(500);
         }
@@ -332,33 +334,35 @@ async fn a_lying_owner_is_found_out_and_left_alone() {
     })
     .await;
     let port = free_port();
-    let peers =
-        format!("[peers]\nlisten = \"127.0.0.1:{port}\"\nstatic = [\"127.0.0.1:{port}\", \"{}\"]\n", liar.address);
+    let peers = format!(
+        "[peers]\nlisten = \"127.0.0.1:{port}\"\nstatic = [\"127.0.0.1:{port}\", \"{}\"]\n",
+        corrupt_peer.address
+    );
     let node = Start::new(format!("{}\n{peers}", rule("docker.io", &upstream.url()))).run();
-    let mut lied = 0;
+    let mut corrupt_blobs = 0;
     for image in &images {
         let (digest, bytes) = image.layer();
         let path = format!("/v2/library/app/blobs/{digest}?ns=docker.io");
         let first = node.get(&path).await;
         if !first.complete {
-            lied += 1;
+            corrupt_blobs += 1;
             let again = node.get(&path).await;
-            assert!(again.complete && again.body == bytes, "the origin has it: {}", again.status);
-            assert_eq!(again.source(), "origin");
-            dray_tests::eventually("the liar is found out", async || {
-                (node.metric("dray_peers_shut_out_total").await == 1).then_some(())
+            assert!(again.complete && again.body == bytes, "the upstream serves it: {}", again.status);
+            assert_eq!(again.source(), "upstream");
+            dray_tests::eventually("the corrupt peer is ejected", async || {
+                (node.metric("dray_peer_ejections_total").await == 1).then_some(())
             })
             .await;
         } else {
             assert!(first.body == bytes);
         }
-        node.fills_end().await;
+        node.wait_for_fills().await;
     }
-    assert_eq!(lied, 1, "it is believed once");
+    assert_eq!(corrupt_blobs, 1, "the peer is used once");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_came_wrong_once_is_not_wrong_for_everybody() {
+async fn blob_corrupt_once_is_served_right_to_others() {
     for size in [40_000_000, 100_000] {
         let image = Image::new(1, &[size]);
         let (digest, bytes) = image.layer();
@@ -377,19 +381,19 @@ async fn what_came_wrong_once_is_not_wrong_for_everybody() {
         let nodes = cluster(3, &rule("docker.io", &upstream.url()));
         let path = format!("/v2/library/app/blobs/{digest}?ns=docker.io");
         let first = nodes[0].get(&path).await;
-        assert!(!first.complete || first.status != 200 || first.body == *bytes, "wrong bytes do not pass");
-        // Nodes that never saw a wrong byte get the right ones, and so does the first, from its start.
+        assert!(!first.complete || first.status != 200 || first.body == *bytes, "wrong bytes are not sent whole");
+        // Nodes that received no wrong byte get the right ones, and so does the first node, from the start.
         for node in [&nodes[1], &nodes[2], &nodes[0]] {
-            let answer = node.get(&path).await;
-            assert_eq!((answer.status, answer.complete), (200, true), "{size}");
-            assert!(answer.body == *bytes);
+            let response = node.get(&path).await;
+            assert_eq!((response.status, response.complete), (200, true), "{size}");
+            assert!(response.body == *bytes);
         }
     }
 }
 
-/// Who follows an owner waits as long as that one does, and does not go to the origin itself.
+/// A node that follows an owner waits as long as the owner does, and sends no upstream request itself.
 #[tokio::test(flavor = "multi_thread")]
-async fn an_upstream_that_stalls_is_not_asked_by_everybody() {
+async fn stalled_upstream_is_not_requested_by_every_node() {
     let image = Image::new(1, &[20_000_000]);
     let (layer, bytes) = image.layer();
     let stalls = std::sync::atomic::AtomicU32::new(2);
@@ -404,12 +408,11 @@ async fn an_upstream_that_stalls_is_not_asked_by_everybody() {
     .await;
     let nodes = cluster(5, &rule("docker.io", &upstream.url()));
     let path = format!("/v2/library/app/blobs/{layer}?ns=docker.io");
-    for answer in futures_util::future::join_all(nodes.iter().map(|node| node.get(&path))).await {
-        assert_eq!((answer.status, answer.complete), (200, true));
-        assert!(answer.body == bytes);
+    for response in futures_util::future::join_all(nodes.iter().map(|node| node.get(&path))).await {
+        assert_eq!((response.status, response.complete), (200, true));
+        assert!(response.body == bytes);
     }
-    // How many ranges the blob is requested in depends on how fast each node is. What must not be: that every node
-    // requests the same byte.
+    // The number of ranges depends on the speed of each node. But not every node may request the same byte.
     let ranges: Vec<_> = (upstream.requests().iter().filter(|request| request.is_blob()))
         .map(|request| request.range().expect("a range, since the blob is a large one"))
         .collect();

@@ -1,4 +1,4 @@
-//! Without any rule: registries are found by name, over TLS, and only where the guard lets them be.
+//! Without any rule: registries are found by name, over TLS, and only within the egress policy.
 
 use dray_tests::containerd::{Containerd, Version};
 use dray_tests::dns::Dns;
@@ -9,10 +9,10 @@ use dray_tests::tls::Authority;
 use dray_tests::upstream::{Content, TestUpstream};
 use std::process::Command;
 
-/// A configuration without rules: test name server, test CA, loopback allowed or not.
+/// A configuration without rules: the test's name server and CA, with loopback allowed or not.
 fn config(dns: &Dns, authority: &Authority, allow: &str) -> String {
     format!(
-        "[dns]\nservers = [\"{}\"]\n[tls]\nca = \"{}\"\n[guard]\nallow = [{allow}]\n",
+        "[dns]\nservers = [\"{}\"]\n[tls]\nca = \"{}\"\n[egress]\nallow_cidrs = [{allow}]\n",
         dns.address,
         authority.ca_file.display()
     )
@@ -29,7 +29,7 @@ async fn tls_registry(authority: &Authority, name: &str) -> Registry {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn containerd_pulls_from_registries_that_no_rule_names() {
+async fn containerd_pulls_from_unlisted_registries() {
     let dir = tempfile::tempdir().unwrap();
     let authority = Authority::new(dir.path());
     let names = ["one.example", "two.example"];
@@ -54,13 +54,13 @@ async fn containerd_pulls_from_registries_that_no_rule_names() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn private_addresses_are_out_of_reach_however_they_are_named() {
+async fn private_address_of_unlisted_registry_is_blocked() {
     let dir = tempfile::tempdir().unwrap();
     let authority = Authority::new(dir.path());
     let image = Image::new(1, &[1000]);
     let content = Content::new(&[("team/app", "1", &image)]);
-    let inside = TestUpstream::answering_tls(authority.acceptor(&["inside.example", "127.0.0.1"]), move |request| {
-        content.answer(request)
+    let inside = TestUpstream::with_handler_tls(authority.acceptor(&["inside.example", "127.0.0.1"]), move |request| {
+        content.respond(request)
     })
     .await;
     let port = inside.address.port();
@@ -78,8 +78,8 @@ async fn private_addresses_are_out_of_reach_however_they_are_named() {
         format!("127.1:{port}"),
         "169.254.169.254".to_owned(),
     ] {
-        let answer = dray.get(&format!("/v2/team/app/manifests/1?ns={}", host.replace(':', "%3A"))).await;
-        assert!(matches!(answer.status, 400 | 403), "{host}: {} {}", answer.status, answer.text());
+        let response = dray.get(&format!("/v2/team/app/manifests/1?ns={}", host.replace(':', "%3A"))).await;
+        assert!(matches!(response.status, 400 | 403), "{host}: {} {}", response.status, response.text());
     }
     assert_eq!(inside.requests().len(), 0);
     // The same with the network allowed.
@@ -90,14 +90,14 @@ async fn private_addresses_are_out_of_reach_however_they_are_named() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_untrusted_certificate_is_refused() {
+async fn untrusted_certificate_is_rejected() {
     let dir = tempfile::tempdir().unwrap();
     let authority = Authority::new(dir.path());
     let dns = Dns::start(&[("one.example", "127.0.0.1")]).await;
     let image = Image::new(1, &[1000]);
     let content = Content::new(&[("team/app", "1", &image)]);
     let other =
-        TestUpstream::answering_tls(authority.acceptor(&["other.example"]), move |request| content.answer(request))
+        TestUpstream::with_handler_tls(authority.acceptor(&["other.example"]), move |request| content.respond(request))
             .await;
     let dray = Start::new(config(&dns, &authority, "\"127.0.0.0/8\"")).run();
     let path = format!("/v2/team/app/manifests/1?ns=one.example%3A{}", other.address.port());
@@ -106,13 +106,14 @@ async fn an_untrusted_certificate_is_refused() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_rule_has_a_ca_of_its_own() {
+async fn rule_ca_is_used_for_its_upstream() {
     let dir = tempfile::tempdir().unwrap();
     let authority = Authority::new(dir.path());
     let image = Image::new(1, &[500_000]);
     let content = Content::new(&[("team/app", "1", &image)]);
     let upstream =
-        TestUpstream::answering_tls(authority.acceptor(&["127.0.0.1"]), move |request| content.answer(request)).await;
+        TestUpstream::with_handler_tls(authority.acceptor(&["127.0.0.1"]), move |request| content.respond(request))
+            .await;
     let rule = format!("[[registry]]\nmatch = \"reg.corp\"\nupstreams = [\"https://{}\"]\n", upstream.address);
     let with_ca = format!("{rule}ca = \"{}\"\n", authority.ca_file.display());
     let path = "/v2/team/app/manifests/1?ns=reg.corp";
@@ -121,13 +122,13 @@ async fn a_rule_has_a_ca_of_its_own() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_proxy_of_the_environment_is_used() {
+async fn proxy_of_the_environment_is_used() {
     let image = Image::new(1, &[500_000]);
     let content = Content::new(&[("team/app", "1", &image)]);
-    // A forward proxy sees whole URLs.
-    let proxy = TestUpstream::answering(move |request| {
+    // A forward proxy receives whole URLs.
+    let proxy = TestUpstream::with_handler(move |request| {
         let path = request.path.strip_prefix("http://reg.corp").unwrap_or("/").to_owned();
-        content.answer(&dray_tests::upstream::Request { path, ..request.clone() })
+        content.respond(&dray_tests::upstream::Request { path, ..request.clone() })
     })
     .await;
     let rule = "[[registry]]\nmatch = \"reg.corp\"\nupstreams = [\"http://reg.corp\"]\n[[registry]]\nmatch = \"direct.corp\"\nupstreams = [\"http://127.0.0.1:1\"]";
@@ -141,7 +142,7 @@ async fn a_proxy_of_the_environment_is_used() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_registry_port_speaks_tls_and_knows_its_clients() {
+async fn registry_port_with_tls_verifies_client_certificates() {
     let dir = tempfile::tempdir().unwrap();
     let authority = Authority::new(dir.path());
     let server = authority.files(&["dray.example"]);

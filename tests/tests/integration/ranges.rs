@@ -1,11 +1,11 @@
-//! Ranges on hits, on running fills and on misses.
+//! Ranges on cache hits, on running downloads and on misses.
 
 use dray_tests::dray::Start;
 use dray_tests::http::get;
 use dray_tests::image::Image;
 use dray_tests::upstream::TestUpstream;
 
-/// The cases of the conformance suite, on a blob of any size: what is asked, and what comes.
+/// The cases of the conformance suite for a blob of any size: the range, and the expected bytes.
 fn cases(total: usize) -> Vec<(String, Option<(usize, usize)>)> {
     vec![
         ("bytes=500-1499".into(), Some((500, 1500))),
@@ -22,7 +22,7 @@ fn cases(total: usize) -> Vec<(String, Option<(usize, usize)>)> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_right_bytes_small_and_large_cold_and_warm() {
+async fn ranges_of_any_blob_cold_and_warm_are_exact() {
     let image = Image::new(1, &[2_000_000, 3000]);
     for layer in &image.layers {
         let bytes = &image.blobs[layer];
@@ -31,19 +31,19 @@ async fn the_right_bytes_small_and_large_cold_and_warm() {
             let dray = Start::with_upstream("docker.io", &upstream.url()).run();
             let path = format!("/v2/library/app/blobs/{layer}?ns=docker.io");
             for state in ["cold", "warm"] {
-                let answer = dray.get_range(&path, &range).await;
+                let response = dray.get_range(&path, &range).await;
                 let case = format!("{range} of {} bytes, {state}", bytes.len());
                 match want {
                     Some((start, end)) => {
-                        assert_eq!(answer.status, 206, "{case}: {}", answer.text());
-                        assert!(answer.body == bytes.slice(start..end), "{case}: wrong bytes");
+                        assert_eq!(response.status, 206, "{case}: {}", response.text());
+                        assert!(response.body == bytes.slice(start..end), "{case}: wrong bytes");
                         let content_range = format!("bytes {start}-{}/{}", end - 1, bytes.len());
-                        assert_eq!(answer.header("content-range"), Some(content_range.as_str()), "{case}");
+                        assert_eq!(response.header("content-range"), Some(content_range.as_str()), "{case}");
                     }
                     None => {
-                        assert_eq!(answer.status, 416, "{case}");
+                        assert_eq!(response.status, 416, "{case}");
                         let content_range = format!("bytes */{}", bytes.len());
-                        assert_eq!(answer.header("content-range"), Some(content_range.as_str()), "{case}");
+                        assert_eq!(response.header("content-range"), Some(content_range.as_str()), "{case}");
                     }
                 }
                 let whole = dray.get(&path).await;
@@ -55,37 +55,37 @@ async fn the_right_bytes_small_and_large_cold_and_warm() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_small_read_of_a_large_blob_does_not_fetch_it() {
+async fn small_range_of_large_blob_does_not_download_it() {
     let image = Image::new(1, &[12_000_000]);
     let upstream = TestUpstream::start(&[("library/app", "1", &image)], |_, r| r).await;
     let dray = Start::with_upstream("docker.io", &upstream.url()).run();
     let (layer, bytes) = image.layer();
     let path = format!("/v2/library/app/blobs/{layer}?ns=docker.io");
     for start in [5_000_000, 1_000_000, 11_000_000] {
-        let answer = dray.get_range(&path, &format!("bytes={start}-{}", start + 49_999)).await;
-        assert_eq!((answer.status, answer.source()), (206, "origin"));
-        assert!(answer.body == bytes.slice(start..start + 50_000));
+        let response = dray.get_range(&path, &format!("bytes={start}-{}", start + 49_999)).await;
+        assert_eq!((response.status, response.source()), (206, "upstream"));
+        assert!(response.body == bytes.slice(start..start + 50_000));
     }
-    assert_eq!(upstream.sent(), 150_000, "nothing but what was asked for");
-    // A good share: now the whole is worth having.
-    let answer = dray.get_range(&path, "bytes=0-999999").await;
-    assert!(answer.body == bytes.slice(..1_000_000));
+    assert_eq!(upstream.sent(), 150_000, "only the requested ranges");
+    // A good share of the blob: now a full download is worthwhile.
+    let response = dray.get_range(&path, "bytes=0-999999").await;
+    assert!(response.body == bytes.slice(..1_000_000));
     let whole = dray.get(&path).await;
     assert!(whole.body == *bytes);
-    dray.fills_end().await;
+    dray.wait_for_fills().await;
     drop(upstream);
     assert_eq!(dray.get(&path).await.source(), "disk");
 }
 
-/// containerd 2.1.0 to 2.1.2 ask for manifests like this, and parallel layer fetch does.
+/// containerd 2.1.0 to 2.1.2 request manifests by range, and so does parallel layer fetch.
 #[tokio::test(flavor = "multi_thread")]
-async fn manifests_know_ranges_too() {
+async fn manifest_ranges_are_served() {
     let image = Image::new(1, &[1000]);
     let upstream = TestUpstream::start(&[("library/app", "1", &image)], |_, r| r).await;
     let dray = Start::with_upstream("docker.io", &upstream.url()).run();
     let url = dray.url("/v2/library/app/manifests/1?ns=docker.io");
-    let answer = get(&url, &[("range", "bytes=0-")]).await;
-    assert_eq!((answer.status, &answer.body), (206, image.index()));
-    let answer = get(&url, &[("range", "bytes=10-19")]).await;
-    assert_eq!((answer.status, &answer.body[..]), (206, &image.index()[10..20]));
+    let response = get(&url, &[("range", "bytes=0-")]).await;
+    assert_eq!((response.status, &response.body), (206, image.index()));
+    let response = get(&url, &[("range", "bytes=10-19")]).await;
+    assert_eq!((response.status, &response.body[..]), (206, &image.index()[10..20]));
 }

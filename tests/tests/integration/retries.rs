@@ -1,4 +1,4 @@
-//! How many upstream requests one client request can cause.
+//! How far one client request is multiplied into upstream requests.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -10,19 +10,19 @@ use dray_tests::upstream::{Content, Fault, Request, Response, TestUpstream};
 use futures_util::stream::{self, StreamExt};
 use tokio::time::timeout;
 
-/// The most requests to an upstream that one client request causes where each of them fails, hops of redirects and token requests
-/// aside (`origin/retry.rs`).
-const MOST: usize = 12;
+/// Upper bound of upstream requests for one client request if each of them fails, without redirect hops and token
+/// requests (`upstream/retry.rs`). Larger: a failing registry gets a multiple of the load.
+const MAX_UPSTREAM_REQUESTS: usize = 12;
 
-/// As long as a client without a fall-back waits.
-const PATIENCE: Duration = Duration::from_secs(70);
+/// How long a client without a fall-back waits. Longer: more retries would be allowed than clients cause.
+const CLIENT_TIMEOUT: Duration = Duration::from_secs(70);
 
-/// Requests at the same time, each with an upstream and a dray of its own.
-const AT_A_TIME: usize = 24;
+/// Cases at the same time, each with its own upstream and dray. More: slower cases on a small machine.
+const MAX_CONCURRENT_CASES: usize = 24;
 
 type Spoil = fn(&Request, Response, &str, usize) -> Response;
 
-/// Ways to fail each request. The text is the upstream's own URL, the number how many requests came before.
+/// Failures of every request. The text is the upstream's own URL, the number counts the requests before.
 const FAILURES: [(&str, Spoil); 18] = [
     ("500", |_, _, _, _| Response::new(500, "")),
     ("503", |_, _, _, _| Response::new(503, "")),
@@ -53,21 +53,21 @@ const FAILURES: [(&str, Spoil); 18] = [
     ("other bytes", |_, response, _, _| Response { body: vec![b'x'; response.body.len()].into(), ..response }),
 ];
 
-/// One client request by `prefix` and `query`, and what it causes.
+/// One client request by `prefix` and `query`, whether it was served, and the number of upstream requests.
 async fn cause(failure: &str, spoil: Spoil, image: &Image, path: &str, form: [&str; 2]) -> (String, bool, usize) {
     let content = Content::new(&[("a/app", "1", image)]);
     let own = Arc::new(OnceLock::new());
     let (url, count) = (own.clone(), AtomicUsize::new(0));
-    let upstream = TestUpstream::answering(move |request| {
+    let upstream = TestUpstream::with_handler(move |request| {
         let nth = count.fetch_add(1, Ordering::Relaxed);
-        spoil(request, content.answer(request), url.get().map_or("", String::as_str), nth)
+        spoil(request, content.respond(request), url.get().map_or("", String::as_str), nth)
     })
     .await;
     own.set(upstream.url()).unwrap();
     let dray = Start::new(rule("reg.example", &upstream.url())).run();
     let [prefix, query] = form;
-    let answer = timeout(PATIENCE, dray.get(&format!("{prefix}{path}{query}"))).await;
-    let is_served = answer.is_ok_and(|answer| answer.status == 200 && answer.complete);
+    let response = timeout(CLIENT_TIMEOUT, dray.get(&format!("{prefix}{path}{query}"))).await;
+    let is_served = response.is_ok_and(|response| response.status == 200 && response.complete);
     (
         format!("{failure}: GET {prefix}{path:.20}{query}"),
         is_served,
@@ -76,7 +76,7 @@ async fn cause(failure: &str, spoil: Spoil, image: &Image, path: &str, form: [&s
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn upstream_requests_of_one_client_request_are_bounded() {
+async fn upstream_requests_per_client_request_are_bounded() {
     let image = Image::new(1, &[300_000]);
     let paths = [
         "manifests/1".to_owned(),
@@ -91,10 +91,10 @@ async fn upstream_requests_of_one_client_request_are_bounded() {
             cases.extend(forms.map(|form| cause(failure, spoil, &image, path, form)));
         }
     }
-    let caused: Vec<_> = stream::iter(cases).buffer_unordered(AT_A_TIME).collect().await;
-    let over: Vec<_> = caused.iter().filter(|(_, _, count)| *count > MOST).collect();
+    let caused: Vec<_> = stream::iter(cases).buffer_unordered(MAX_CONCURRENT_CASES).collect().await;
+    let over: Vec<_> = caused.iter().filter(|(_, _, count)| *count > MAX_UPSTREAM_REQUESTS).collect();
     let served: Vec<_> = caused.iter().filter(|(_, is_served, _)| *is_served).collect();
     assert!(served.is_empty(), "{served:#?}");
-    assert!(over.is_empty(), "more than {MOST} upstream requests: {over:#?}");
+    assert!(over.is_empty(), "more than {MAX_UPSTREAM_REQUESTS} upstream requests: {over:#?}");
     assert!(caused.iter().all(|(_, _, count)| *count > 0));
 }

@@ -1,4 +1,4 @@
-//! Every URL form, every endpoint, and what a registry client may be told.
+//! Every URL form, every endpoint, and the errors of a registry.
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
@@ -32,9 +32,9 @@ async fn every_url_form_reaches_its_registry() {
         "/v2/library/app/manifests/1",
         "/v2/app/manifests/1",
     ] {
-        let answer = dray.get(path).await;
-        assert_eq!((answer.status, &answer.body), (200, hub.index()), "{path}");
-        assert_eq!(answer.header("oci-namespace"), Some("docker.io"));
+        let response = dray.get(path).await;
+        assert_eq!((response.status, &response.body), (200, hub.index()), "{path}");
+        assert_eq!(response.header("oci-namespace"), Some("docker.io"));
     }
     for path in [
         "/v2/team/app/manifests/1?ns=reg.corp%3A5000",
@@ -44,19 +44,19 @@ async fn every_url_form_reaches_its_registry() {
         "/v2/reg.corp%3A5000/team/app/manifests/1",
         "/v2/quay.io/app/manifests/1",
     ] {
-        let answer = dray.get(path).await;
-        assert_eq!((answer.status, &answer.body), (200, corp.index()), "{path}");
+        let response = dray.get(path).await;
+        assert_eq!((response.status, &response.body), (200, corp.index()), "{path}");
     }
     let by_host = get(&dray.url("/v2/team/app/manifests/1"), &[("host", "quay.io")]).await;
     assert_eq!((by_host.status, by_host.header("oci-namespace")), (200, Some("quay.io")));
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_manifest_comes_with_everything_a_client_needs() {
+async fn manifest_response_has_the_headers_clients_need() {
     let image = Image::new(1, &[1000]);
     let upstream = TestUpstream::start(&[("library/app", "1", &image)], |request, response| {
         match response.headers.iter().any(|(name, value)| name == "content-type" && value == INDEX) {
-            // Parameters would become part of the type in go-containerregistry.
+            // go-containerregistry would take parameters for a part of the type.
             true => response.with("content-type", format!("{INDEX}; charset=utf-8")).with("x-path", &request.path),
             false => response,
         }
@@ -64,16 +64,16 @@ async fn a_manifest_comes_with_everything_a_client_needs() {
     .await;
     let dray = Start::with_upstream("docker.io", &upstream.url()).run();
     let accept = [("accept", "application/x-one"), ("accept", "application/x-two, */*"), ("accept-encoding", "gzip")];
-    let answer = get(&dray.url("/v2/library/app/manifests/1?ns=docker.io"), &accept).await;
-    assert_eq!(answer.header("content-type"), Some(INDEX));
-    assert_eq!(answer.header("docker-content-digest"), Some(image.digest.as_str()));
-    assert_eq!(answer.header("content-length"), Some(image.index().len().to_string().as_str()));
-    assert_eq!(answer.header("transfer-encoding"), None);
-    assert_eq!(answer.header("content-encoding"), None);
-    assert_eq!(answer.header("accept-ranges"), Some("bytes"));
-    assert_eq!(answer.header("docker-distribution-api-version"), Some("registry/2.0"));
-    assert_eq!(answer.source(), "origin");
-    assert!(answer.header("x-request-id").is_some());
+    let response = get(&dray.url("/v2/library/app/manifests/1?ns=docker.io"), &accept).await;
+    assert_eq!(response.header("content-type"), Some(INDEX));
+    assert_eq!(response.header("docker-content-digest"), Some(image.digest.as_str()));
+    assert_eq!(response.header("content-length"), Some(image.index().len().to_string().as_str()));
+    assert_eq!(response.header("transfer-encoding"), None);
+    assert_eq!(response.header("content-encoding"), None);
+    assert_eq!(response.header("accept-ranges"), Some("bytes"));
+    assert_eq!(response.header("docker-distribution-api-version"), Some("registry/2.0"));
+    assert_eq!(response.source(), "upstream");
+    assert!(response.header("x-request-id").is_some());
     for request in upstream.requests() {
         let accepted = request.header("accept").unwrap();
         for wanted in ["application/x-one", "application/x-two", INDEX, "manifest.list.v2+json", "manifest.v2+json"] {
@@ -89,7 +89,7 @@ async fn a_manifest_comes_with_everything_a_client_needs() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn head_of_a_blob_has_its_length() {
+async fn head_of_a_blob_returns_its_length() {
     let image = Image::new(1, &[1_000_000]);
     let (layer, bytes) = image.layer();
     let upstream = TestUpstream::start(&[("library/app", "1", &image)], |_, r| r).await;
@@ -97,21 +97,21 @@ async fn head_of_a_blob_has_its_length() {
     let path = format!("/v2/library/app/blobs/{layer}?ns=docker.io");
     let length = bytes.len().to_string();
     let cold = head(&dray.url(&path)).await;
-    assert_eq!((cold.status, cold.header("content-length"), cold.source()), (200, Some(length.as_str()), "origin"));
+    assert_eq!((cold.status, cold.header("content-length"), cold.source()), (200, Some(length.as_str()), "upstream"));
     assert_eq!(upstream.count("GET", layer), 0);
     dray.get(&path).await;
-    dray.fills_end().await;
+    dray.wait_for_fills().await;
     let warm = head(&dray.url(&path)).await;
     assert_eq!((warm.status, warm.header("content-length"), warm.source()), (200, Some(length.as_str()), "disk"));
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn refusals_follow_the_specification() {
+async fn errors_follow_the_oci_specification() {
     let image = Image::new(1, &[1000]);
     let registry = Registry::open().await;
     registry.push("library/app", "1", &image).await;
     let dray = Start::with_upstream("docker.io", &registry.url()).run();
-    let unknown = digest(b"nobody has this");
+    let unknown = digest(b"missing");
     for (path, status, code) in [
         ("/v2/".to_owned(), 200, ""),
         ("/v2/library/app/manifests/none".to_owned(), 404, "MANIFEST_UNKNOWN"),
@@ -124,55 +124,56 @@ async fn refusals_follow_the_specification() {
         ("/v2/_catalog".to_owned(), 200, ""),
         ("/".to_owned(), 404, "UNSUPPORTED"),
     ] {
-        let answer = dray.get(&path).await;
-        assert_eq!((answer.status, answer.code().as_str()), (status, code), "{path}");
+        let response = dray.get(&path).await;
+        assert_eq!((response.status, response.code().as_str()), (status, code), "{path}");
     }
     let head = head(&dray.url(&format!("/v2/library/app/blobs/{unknown}"))).await;
     assert_eq!((head.status, head.body.len()), (404, 0));
     for method in [Method::PUT, Method::POST, Method::PATCH, Method::DELETE] {
-        let answer = send(method, &dray.url("/v2/library/app/manifests/1"), &[]).await;
-        assert_eq!((answer.status, answer.code().as_str()), (405, "UNSUPPORTED"));
-        assert_eq!(answer.header("allow"), Some("GET, HEAD"));
+        let response = send(method, &dray.url("/v2/library/app/manifests/1"), &[]).await;
+        assert_eq!((response.status, response.code().as_str()), (405, "UNSUPPORTED"));
+        assert_eq!(response.header("allow"), Some("GET, HEAD"));
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn referrers_are_passed_on() {
     let empty = format!(r#"{{"schemaVersion":2,"mediaType":"{INDEX}","manifests":[]}}"#);
-    let upstream = TestUpstream::answering(move |request| {
+    let upstream = TestUpstream::with_handler(move |request| {
         if request.path.contains("/referrers/") && !request.path.contains("old") {
             let filtered = request.path.contains("artifactType=a/b");
-            let answer = Response::new(200, empty.clone()).with("content-type", INDEX);
-            return if filtered { answer.with("oci-filters-applied", "artifactType") } else { answer };
+            let response = Response::new(200, empty.clone()).with("content-type", INDEX);
+            return if filtered { response.with("oci-filters-applied", "artifactType") } else { response };
         }
         Response::new(404, "404 page not found")
     })
     .await;
     let dray = Start::with_upstream("docker.io", &upstream.url()).run();
     let subject = digest(b"subject");
-    let answer = dray.get(&format!("/v2/library/app/referrers/{subject}?ns=docker.io&artifactType=a/b")).await;
-    assert_eq!((answer.status, answer.header("content-type")), (200, Some(INDEX)));
-    assert_eq!(answer.header("oci-filters-applied"), Some("artifactType"));
+    let response = dray.get(&format!("/v2/library/app/referrers/{subject}?ns=docker.io&artifactType=a/b")).await;
+    assert_eq!((response.status, response.header("content-type")), (200, Some(INDEX)));
+    assert_eq!(response.header("oci-filters-applied"), Some("artifactType"));
     assert!(upstream.requests().iter().all(|request| !request.path.contains("ns=")));
-    // An old registry: the client then looks for the tag schema.
+    // An old registry without the API: the client then looks for the tag schema.
     assert_eq!(dray.get(&format!("/v2/library/old/referrers/{subject}?ns=docker.io")).await.status, 404);
     assert_eq!(dray.get("/v2/library/app/referrers/sha256:bad").await.status, 400);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_blob_without_namespace_is_found_where_its_repository_was() {
+async fn blob_without_namespace_is_found_by_its_repository() {
     let image = Image::new(1, &[400_000, 1000]);
     let upstream = TestUpstream::start(&[("team/app", "1", &image)], |_, r| r).await;
-    let hub = TestUpstream::answering(|_| Response::new(404, "")).await;
+    let hub = TestUpstream::with_handler(|_| Response::new(404, "")).await;
     let start = Start::new([rule("ghcr.io", &upstream.url()), rule("docker.io", &hub.url())].concat());
     let dray = start.run();
     let (layer, bytes) = image.layer();
-    assert_eq!(dray.get(&format!("/v2/team/app/blobs/{layer}")).await.status, 404, "nobody said where");
+    assert_eq!(dray.get(&format!("/v2/team/app/blobs/{layer}")).await.status, 404, "the registry is unknown");
     assert_eq!(dray.get("/v2/team/app/manifests/1?ns=ghcr.io").await.status, 200);
     let found = dray.get(&format!("/v2/team/app/blobs/{layer}")).await;
     assert_eq!((found.status, &found.body), (200, bytes));
-    dray.fills_end().await;
-    // Of another repository the upstream is asked, whatever is cached. Where it was is remembered by a restart.
+    dray.wait_for_fills().await;
+    // For another repository the upstream decides, whatever is cached. The registry of a repository is remembered
+    // across a restart.
     assert_eq!(dray.get(&format!("/v2/other/name/blobs/{layer}")).await.status, 404);
     let small = &image.layers[1];
     let dray = dray.kill_and_restart();
@@ -191,9 +192,9 @@ async fn override_path_mistakes_are_explained() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn upstreams_in_order_and_rewritten() {
+async fn upstreams_are_tried_in_order_and_rewritten() {
     let image = Image::new(1, &[400_000]);
-    let mirror = TestUpstream::answering(|_| Response::new(404, "")).await;
+    let mirror = TestUpstream::with_handler(|_| Response::new(404, "")).await;
     let harbor = TestUpstream::start(&[("proxy/team/app", "1", &image)], |_, r| r).await;
     let config = format!(
         "[[registry]]\nmatch = \"ghcr.io\"\nupstreams = [\"{}\", \"{}/proxy/{{repo}}\"]\n\
@@ -205,7 +206,7 @@ async fn upstreams_in_order_and_rewritten() {
     let (layer, bytes) = image.layer();
     assert_eq!(dray.get("/v2/team/app/manifests/1?ns=ghcr.io").await.status, 200);
     assert_eq!(&dray.get(&format!("/v2/team/app/blobs/{layer}?ns=ghcr.io")).await.body, bytes);
-    assert!(mirror.count("GET", "/v2/team/app/manifests/1") > 0, "asked first");
+    assert!(mirror.count("GET", "/v2/team/app/manifests/1") > 0, "the first upstream is requested first");
     for host in ["a.evil.example", "a.evil.example:443", "A.evil.example:0443"] {
         let denied = dray.get(&format!("/v2/team/app/manifests/1?ns={host}")).await;
         assert_eq!((denied.status, denied.code().as_str()), (403, "DENIED"), "{host}");
@@ -213,12 +214,12 @@ async fn upstreams_in_order_and_rewritten() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn clients_may_have_to_log_in() {
+async fn clients_without_a_login_are_denied() {
     let image = Image::new(1, &[1000]);
     let upstream = TestUpstream::start(&[("library/app", "1", &image)], |_, r| r).await;
     let file = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(file.path(), "node:hush\n").unwrap();
-    let access = format!("[access]\nlogins_file = \"{}\"\n", file.path().display());
+    let access = format!("[access]\nusers_file = \"{}\"\n", file.path().display());
     let dray = Start::new(rule("docker.io", &upstream.url()) + &access).run();
     let path = dray.url("/v2/library/app/manifests/1?ns=docker.io");
     let basic = |login: &str| format!("Basic {}", STANDARD.encode(login));
@@ -232,7 +233,8 @@ async fn clients_may_have_to_log_in() {
     assert_eq!(upstream.requests().iter().filter(|request| request.header("authorization").is_some()).count(), 0);
 }
 
-/// An image whose project has moved: from its new place first, from the old one what is only there.
+/// An image whose project has moved: the new location is requested first, then the old one for content that is only
+/// there.
 #[tokio::test(flavor = "multi_thread")]
 async fn moved_images_are_found_by_their_old_names() {
     let (old, new) = (Registry::open().await, Registry::open().await);
@@ -250,11 +252,11 @@ async fn moved_images_are_found_by_their_old_names() {
         upstreams("kf/{rest}")
     );
     let dray = Start::new(config).run();
-    let by_rule = async |rule: &str| dray.metric(&format!("dray_origin_bytes_total{{rule=\"{rule}\"}}")).await;
+    let by_rule = async |rule: &str| dray.metric(&format!("dray_upstream_bytes_total{{rule=\"{rule}\"}}")).await;
     let get = async |path: &str| dray.get(&format!("/v2/{path}?ns=docker.io")).await;
     for (tag, image) in [("1", &both), ("0", &only_old)] {
         assert_eq!(get(&format!("kubeflow/operator/manifests/{tag}")).await.body, image.index());
-        // A fresh one knows no tag.
+        // A dray without this tag, so the digest decides.
         let digest = get(&format!("kubeflow/operator/manifests/{}", image.digest)).await;
         assert_eq!(digest.body, image.index());
         for layer in &image.layers {
@@ -265,15 +267,15 @@ async fn moved_images_are_found_by_their_old_names() {
     assert_eq!(get("kubeflow/other/manifests/1").await.body, other.index());
     assert!(by_rule("docker.io/kubeflow/*").await > 0);
     assert_eq!(get("kubeflow/none/manifests/1").await.status, 404);
-    assert_eq!(get("library/alpine/manifests/1").await.status, 403, "the next rule");
+    assert_eq!(get("library/alpine/manifests/1").await.status, 403, "the next rule denies it");
 }
 
-/// Whoever says that it has something else is passed by.
+/// An upstream that names another digest is skipped.
 #[tokio::test(flavor = "multi_thread")]
-async fn the_upstream_with_the_right_digest_is_believed() {
+async fn upstream_with_the_right_digest_is_used() {
     let [wrong, right] = [Image::new(1, &[300_000]), Image::new(2, &[300_000])];
     let (other, other_blob) = (wrong.index().clone(), wrong.layers[0].clone());
-    let lying = TestUpstream::answering(move |request| {
+    let lying = TestUpstream::with_handler(move |request| {
         let claims = if request.is_blob() { other_blob.clone() } else { digest(&other) };
         Response::new(200, other.clone()).with("docker-content-digest", claims)
     })
@@ -292,42 +294,44 @@ async fn the_upstream_with_the_right_digest_is_believed() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn clients_may_be_those_of_some_networks_and_ask_so_much() {
-    let elsewhere = Start::new("[access]\nclients = [\"192.0.2.0/24\"]").run();
-    let refused = elsewhere.get("/v2/").await;
+async fn client_networks_and_concurrency_are_limited() {
+    let other_network = Start::new("[access]\nallowed_cidrs = [\"192.0.2.0/24\"]").run();
+    let refused = other_network.get("/v2/").await;
     assert_eq!(refused.status, 403);
-    assert!(refused.text().contains("access.clients"), "{}", refused.text());
+    assert!(refused.text().contains("access.allowed_cidrs"), "{}", refused.text());
 
-    // A blob that does not end until the gate opens holds its client's only place.
+    // A download that does not end until the gate opens uses the client's only request slot.
     let image = Image::new(1, &[2_000_000]);
     let upstream = TestUpstream::start(&[("library/app", "1", &image)], |request, response| {
         if request.is_blob() { response.fault(Fault::GateAfter(1_000_000)) } else { response }
     })
     .await;
-    let one =
-        format!("[access]\nclients = [\"127.0.0.0/8\"]\nrequests_at_once = 1\n{}", rule("docker.io", &upstream.url()));
+    let one = format!(
+        "[access]\nallowed_cidrs = [\"127.0.0.0/8\"]\nmax_concurrent_requests = 1\n{}",
+        rule("docker.io", &upstream.url())
+    );
     let dray = Start::new(one).run();
     let blob = dray.url(&format!("/v2/library/app/blobs/{}?ns=docker.io", image.layers[0]));
     let held = client().get(&blob).send().await.unwrap();
     assert_eq!(held.status(), 200);
     let more = dray.get("/v2/").await;
     assert_eq!((more.status, more.header("retry-after")), (503, None));
-    assert!(more.text().contains("requests_at_once"), "{}", more.text());
+    assert!(more.text().contains("max_concurrent_requests"), "{}", more.text());
     upstream.open_gate();
     assert!(held.bytes().await.unwrap() == image.blobs[&image.layers[0]]);
-    eventually("its place is free", async || (dray.get("/v2/").await.status == 200).then_some(())).await;
+    eventually("the slot is free", async || (dray.get("/v2/").await.status == 200).then_some(())).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_tls_client_on_the_plain_port_is_refused_at_once() {
+async fn tls_client_on_the_plain_port_is_closed_at_once() {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     let dray = Start::new("").run();
     let mut stream = tokio::net::TcpStream::connect(dray.registry).await.unwrap();
     let mut hello = vec![0x16, 3, 1, 2, 0, 1, 0, 1, 0xfc, 3, 3];
     hello.extend(noise(1, 512));
     stream.write_all(&hello).await.unwrap();
-    let mut answer = Vec::new();
-    let ended = tokio::time::timeout(std::time::Duration::from_secs(5), stream.read_to_end(&mut answer)).await;
+    let mut response = Vec::new();
+    let ended = tokio::time::timeout(std::time::Duration::from_secs(5), stream.read_to_end(&mut response)).await;
     assert!(ended.is_ok(), "the connection stayed open");
-    assert_ne!(answer.first(), Some(&0x16), "no TLS");
+    assert_ne!(response.first(), Some(&0x16), "the response is not TLS");
 }

@@ -1,4 +1,4 @@
-//! Warm blobs leave by sendfile, on connections that go on, whatever the client does.
+//! Cached blobs are sent by sendfile, and connections are reused, whatever the client does.
 
 use std::fs;
 use std::process::Command;
@@ -12,13 +12,13 @@ use dray_tests::upstream::{Content, Fault, TestUpstream};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
-/// A dray that holds a blob of so many bytes, and nobody to ask.
+/// A dray with one cached blob of this size, whose upstream is down.
 async fn warm(size: usize) -> (Dray, Image) {
     let image = Image::new(1, &[size]);
     let upstream = TestUpstream::start(&[("library/app", "1", &image)], |_, r| r).await;
     let dray = Start::with_upstream("docker.io", &upstream.url()).run();
     assert!(dray.get(&path(&image)).await.complete);
-    dray.fills_end().await;
+    dray.wait_for_fills().await;
     (dray, image)
 }
 
@@ -26,16 +26,16 @@ fn path(image: &Image) -> String {
     format!("/v2/library/app/blobs/{}?ns=docker.io", image.layer().0)
 }
 
-async fn ask(stream: &mut TcpStream, method: &str, image: &Image, more: &str) {
+async fn send_request(stream: &mut TcpStream, method: &str, image: &Image, more: &str) {
     let request = format!("{method} {} HTTP/1.1\r\nhost: x\r\n{more}\r\n", path(image));
     stream.write_all(request.as_bytes()).await.unwrap();
 }
 
-/// An answer's head, and the length that it announces.
+/// A response's head, and its Content-Length.
 async fn head(stream: &mut TcpStream) -> (String, usize) {
     let mut head = Vec::new();
     while !head.ends_with(b"\r\n\r\n") {
-        head.push(stream.read_u8().await.expect("the connection goes on"));
+        head.push(stream.read_u8().await.expect("the connection stays open"));
     }
     let head = String::from_utf8(head).unwrap().to_ascii_lowercase();
     let length = head.lines().find_map(|line| line.strip_prefix("content-length: ")?.parse().ok()).unwrap();
@@ -43,15 +43,15 @@ async fn head(stream: &mut TcpStream) -> (String, usize) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn one_connection_for_many_answers() {
+async fn one_connection_serves_many_responses() {
     let (dray, image) = warm(3_000_000).await;
     let bytes = image.layer().1;
     let mut stream = TcpStream::connect(dray.registry).await.unwrap();
     for nth in 0..10 {
-        ask(&mut stream, "HEAD", &image, "").await;
+        send_request(&mut stream, "HEAD", &image, "").await;
         assert_eq!(head(&mut stream).await.1, bytes.len());
         let start = nth * 100_000;
-        ask(&mut stream, "GET", &image, &format!("range: bytes={start}-\r\n")).await;
+        send_request(&mut stream, "GET", &image, &format!("range: bytes={start}-\r\n")).await;
         let (text, length) = head(&mut stream).await;
         assert!(text.starts_with("http/1.1 206") && text.contains("connection: keep-alive"), "{text}");
         let mut body = vec![0; length];
@@ -59,27 +59,27 @@ async fn one_connection_for_many_answers() {
         assert!(body == bytes[start..], "wrong bytes");
     }
     let counted = "dray_requests_total{route=\"blob\",source=\"disk\",status=\"206\"}";
-    eventually("all are counted", async || (dray.metric(counted).await == 10).then_some(())).await;
+    eventually("all responses are counted", async || (dray.metric(counted).await == 10).then_some(())).await;
     let sent: usize = (0..10).map(|nth| bytes.len() - nth * 100_000).sum();
-    assert_eq!(dray.metric("dray_sent_bytes_total{source=\"disk\"}").await, sent as u64);
+    assert_eq!(dray.metric("dray_client_bytes_total{source=\"disk\"}").await, sent as u64);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn stalled_clients_hold_no_thread() {
     let (dray, image) = warm(3_000_000).await;
     let mut stalled = Vec::new();
-    // More than there are workers and blocking threads together.
+    // More than all workers and blocking threads.
     for _ in 0..600 {
         let mut stream = TcpStream::connect(dray.registry).await.unwrap();
-        ask(&mut stream, "GET", &image, "").await;
+        send_request(&mut stream, "GET", &image, "").await;
         stalled.push(stream);
     }
     for stream in &mut stalled {
         head(stream).await;
     }
-    let answer = tokio::time::timeout(Duration::from_secs(20), dray.get(&path(&image))).await.unwrap();
-    assert!(answer.complete && answer.body == image.layer().1);
-    // And who wakes up gets the rest.
+    let response = tokio::time::timeout(Duration::from_secs(20), dray.get(&path(&image))).await.unwrap();
+    assert!(response.complete && response.body == image.layer().1);
+    // A client that resumes reading gets the rest.
     let mut last = stalled.pop().unwrap();
     let mut body = vec![0; image.layer().1.len()];
     last.read_exact(&mut body).await.unwrap();
@@ -87,10 +87,10 @@ async fn stalled_clients_hold_no_thread() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_file_that_shrank_closes_the_connection_short() {
+async fn shrunk_file_closes_the_connection_early() {
     let (dray, image) = warm(40_000_000).await;
     let mut stream = TcpStream::connect(dray.registry).await.unwrap();
-    ask(&mut stream, "GET", &image, "").await;
+    send_request(&mut stream, "GET", &image, "").await;
     let (_, length) = head(&mut stream).await;
     let hex = image.layer().0.strip_prefix("sha256:").unwrap();
     let file = dray.start().cache_dir().join("v1/blobs/sha256").join(&hex[..2]).join(hex);
@@ -98,12 +98,12 @@ async fn a_file_that_shrank_closes_the_connection_short() {
     let mut body = Vec::new();
     let ended = tokio::time::timeout(Duration::from_secs(20), stream.read_to_end(&mut body)).await;
     assert!(ended.is_ok() && body.len() < length, "the connection closes");
-    let answer = dray.get(&path(&image)).await;
-    assert!(answer.status != 200 || answer.body == image.layer().1, "{}", answer.status);
+    let response = dray.get(&path(&image)).await;
+    assert!(response.status != 200 || response.body == image.layer().1, "{}", response.status);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_client_that_leaves_while_it_waits_is_noticed() {
+async fn client_disconnecting_while_it_waits_is_noticed() {
     let dir = tempfile::tempdir().unwrap();
     let authority = Authority::new(dir.path());
     let files = authority.files(&["localhost"]);
@@ -111,7 +111,7 @@ async fn a_client_that_leaves_while_it_waits_is_noticed() {
     let image = Image::new(1, &[3_000_000]);
     let content = Content::new(&[("library/app", "1", &image)]);
     let upstream =
-        TestUpstream::answering(move |request| content.answer(request).fault(Fault::GateAfter(1_000_000))).await;
+        TestUpstream::with_handler(move |request| content.respond(request).fault(Fault::GateAfter(1_000_000))).await;
     for (name, config, version) in [("plain", "", "--http1.1"), ("tls", &tls, "--http1.1"), ("h2", &tls, "--http2")] {
         let log = dir.path().join(name);
         let dray = Start::new(config.to_owned() + &rule("docker.io", &upstream.url()))
@@ -124,13 +124,17 @@ async fn a_client_that_leaves_while_it_waits_is_noticed() {
             .args(["-s", "-4", "-k", "--noproxy", "*", "-o", "/dev/null", version, &url])
             .spawn()
             .unwrap();
-        dray.fill_begins().await;
+        dray.wait_for_fill_start().await;
         curl.kill().unwrap();
         curl.wait().unwrap();
-        eventually("the log says so", async || {
-            fs::read_to_string(&log).unwrap().contains("the client left").then_some(())
+        eventually("the disconnect is logged", async || {
+            fs::read_to_string(&log).unwrap().contains("the client disconnected").then_some(())
         })
         .await;
-        assert_eq!(dray.metric("dray_fills{state=\"running\"}").await, 1, "{name}: the fill goes on");
+        assert_eq!(
+            dray.metric("dray_downloads_in_progress{state=\"running\"}").await,
+            1,
+            "{name}: the download continues"
+        );
     }
 }

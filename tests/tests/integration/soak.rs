@@ -1,5 +1,5 @@
-//! Faults over and over under a mixed load: no wrong body ever leaves whole, and afterwards nothing
-//! fails that the origin could have served. `make soak` runs many more rounds.
+//! Repeated faults under a mixed load: no corrupt body is ever sent whole, and afterwards every object can be pulled.
+//! `make soak` runs many more rounds.
 
 mod growth;
 
@@ -16,12 +16,12 @@ use dray_tests::mount::Mount;
 use dray_tests::upstream::TestUpstream;
 use tokio::task::JoinSet;
 
-/// How often, or for how many seconds, in CI and in `make soak`.
+/// The number of rounds or seconds, in CI and in `make soak`.
 fn rounds(few: usize, many: usize) -> usize {
     std::env::var("DRAY_SOAK").map_or(few, |times| many * times.parse::<usize>().expect("DRAY_SOAK is a number"))
 }
 
-/// What is asked for: paths and the right bytes.
+/// The requested paths and their correct bytes.
 type Objects = Arc<Vec<(String, Bytes)>>;
 
 /// Blobs of many sizes, more than the cache holds, and their manifests.
@@ -37,11 +37,11 @@ async fn rig() -> (TestUpstream, Objects) {
             image.manifests.iter().map(|(digest, (_, bytes))| (format!("manifests/{digest}"), bytes.clone()));
         objects.extend(blobs.chain(manifests));
     }
-    let named = |(path, bytes)| (format!("/v2/library/app/{path}?ns=docker.io"), bytes);
-    (upstream, Arc::new(objects.into_iter().map(named).collect()))
+    let with_path = |(path, bytes)| (format!("/v2/library/app/{path}?ns=docker.io"), bytes);
+    (upstream, Arc::new(objects.into_iter().map(with_path).collect()))
 }
 
-/// Clients that read this and that, whole or in part, until told to stop. Panics on wrong bytes.
+/// Clients that read random objects, whole or in part, until stopped. They panic on wrong bytes.
 struct Load {
     stop: Arc<AtomicBool>,
     clients: JoinSet<()>,
@@ -64,16 +64,16 @@ impl Load {
                     if start > 0 {
                         request = request.header("range", format!("bytes={start}-"));
                     }
-                    let Ok(answer) = request.send().await else { continue };
-                    if !answer.status().is_success() {
+                    let Ok(response) = request.send().await else { continue };
+                    if !response.status().is_success() {
                         continue;
                     }
                     if random.u8(0..10) == 0 {
-                        // Some leave early.
+                        // Some disconnect early.
                         continue;
                     }
-                    if let Ok(body) = answer.bytes().await {
-                        assert!(body == bytes.slice(start..), "wrong bytes left whole: {path} from {start}");
+                    if let Ok(body) = response.bytes().await {
+                        assert!(body == bytes.slice(start..), "wrong bytes sent whole: {path} from {start}");
                         complete.fetch_add(1, Ordering::Relaxed);
                     }
                 }
@@ -82,7 +82,7 @@ impl Load {
         Self { stop, clients, complete }
     }
 
-    /// Ends it; how many answers came whole.
+    /// Stops the clients. Returns the number of complete responses.
     async fn end(mut self) -> u64 {
         self.stop.store(true, Ordering::Relaxed);
         while let Some(client) = self.clients.join_next().await {
@@ -92,12 +92,12 @@ impl Load {
     }
 }
 
-/// The origin is there, so everything can be had.
+/// The upstream is available, so every object can be pulled.
 async fn assert_all_right(dray: &Dray, objects: &Objects, round: usize) {
     for (path, bytes) in objects.iter() {
-        let answer = dray.get(path).await;
-        assert_eq!((answer.status, answer.complete), (200, true), "round {round}: {path}: {}", answer.text());
-        assert!(answer.body == bytes, "round {round}: wrong bytes of {path}");
+        let response = dray.get(path).await;
+        assert_eq!((response.status, response.complete), (200, true), "round {round}: {path}: {}", response.text());
+        assert!(response.body == bytes, "round {round}: wrong bytes of {path}");
     }
 }
 
@@ -108,8 +108,8 @@ fn published(cache: &Path) -> Vec<PathBuf> {
     files.map(|file| file.path()).filter(|path| path.extension().is_none()).collect()
 }
 
-/// As after a power loss: some files hold zeros, or a flipped bit, and the kernel has another boot id.
-fn damage(cache: &Path, random: &mut fastrand::Rng) {
+/// As after a power loss: some files hold zeros or a flipped bit, and the kernel has another boot ID.
+fn corrupt(cache: &Path, random: &mut fastrand::Rng) {
     use std::os::unix::fs::FileExt;
     for path in published(cache) {
         if random.u8(0..3) > 0 {
@@ -135,7 +135,7 @@ fn damage(cache: &Path, random: &mut fastrand::Rng) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn killed_at_random_moments() {
+async fn cache_killed_at_random_moments_stays_correct() {
     let (upstream, objects) = rig().await;
     let mut random = fastrand::Rng::with_seed(11);
     let mut dray = Start::with_upstream("docker.io", &upstream.url()).disk("96MiB").run();
@@ -147,7 +147,7 @@ async fn killed_at_random_moments() {
         complete += load.end().await;
         let start = dray.start().clone();
         if round % 3 == 2 {
-            damage(start.cache_dir(), &mut random);
+            corrupt(start.cache_dir(), &mut random);
         }
         dray = start.run();
         if round % 5 == 4 {
@@ -155,11 +155,11 @@ async fn killed_at_random_moments() {
         }
     }
     assert_all_right(&dray, &objects, usize::MAX).await;
-    assert!(complete > 100, "{complete} answers came whole");
+    assert!(complete > 100, "{complete} complete responses");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn others_fill_the_disk() {
+async fn pulls_succeed_while_others_fill_the_disk() {
     let (upstream, objects) = rig().await;
     let disk = Mount::tmpfs("200m");
     let dray = Start::with_upstream("docker.io", &upstream.url()).disk("90%").cache(disk.path().join("cache")).run();
@@ -167,7 +167,7 @@ async fn others_fill_the_disk() {
     for round in 0..rounds(3, 20) {
         let load = Load::start(&dray, &objects, round as u64);
         tokio::time::sleep(Duration::from_millis(300)).await;
-        // Until nothing is left, whatever dray gives up meanwhile.
+        // Fills the disk completely, even while dray evicts.
         let (piece, mut file) = (vec![1; 1 << 20], std::fs::File::create(&others).unwrap());
         let filling = tokio::task::spawn_blocking(move || {
             use std::io::Write;

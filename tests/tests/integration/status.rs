@@ -1,4 +1,4 @@
-//! What people see: the status as JSON, on a page and at a terminal, and who is shown it.
+//! The status for people: as JSON, on a page and in a terminal, and the access control of it.
 
 use std::process::Command;
 
@@ -10,24 +10,24 @@ use dray_tests::upstream::{Response, TestUpstream};
 use serde_json::Value;
 
 async fn json(dray: &Dray, path: &str) -> Value {
-    let answer = get(&format!("http://{}{path}", dray.admin), &[]).await;
-    assert_eq!(answer.status, 200, "{}", answer.text());
-    serde_json::from_slice(&answer.body).unwrap()
+    let response = get(&format!("http://{}{path}", dray.admin), &[]).await;
+    assert_eq!(response.status, 200, "{}", response.text());
+    serde_json::from_slice(&response.body).unwrap()
 }
 
 fn command(dray: &Dray, arguments: &[&str]) -> (Option<i32>, String, String) {
     let mut command = Command::new(binary());
-    let said = output(command.args(arguments).args(["--admin", &dray.admin.to_string()]));
+    let output = output(command.args(arguments).args(["--admin", &dray.admin.to_string()]));
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-    (said.status.code(), text(&said.stdout), text(&said.stderr))
+    (output.status.code(), text(&output.stdout), text(&output.stderr))
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_status_tells_what_was_done_and_from_where() {
+async fn status_shows_requests_and_their_sources() {
     let image = Image::new(1, &[2_000_000]);
     let hub =
         TestUpstream::start(&[("library/app", "1", &image)], |_, r| r.with("ratelimit-remaining", "76;w=21600")).await;
-    let gone = TestUpstream::answering(|_| Response::new(503, "")).await;
+    let gone = TestUpstream::with_handler(|_| Response::new(503, "")).await;
     let dir = tempfile::tempdir().unwrap();
     let password = dir.path().join("password");
     std::fs::write(&password, "hush-hush").unwrap();
@@ -44,27 +44,28 @@ async fn the_status_tells_what_was_done_and_from_where() {
     for path in [tag, &blob] {
         assert_eq!(dray.get(path).await.status, 200);
     }
-    dray.fills_end().await;
+    dray.wait_for_fills().await;
     let again = dray.get(&blob).await;
     assert_eq!(dray.get("/v2/a/manifests/1?ns=gone.example").await.status, 503);
-    let status = dray_tests::eventually("the last answer is noted", async || {
+    let status = dray_tests::eventually("the last response is listed", async || {
         let status = json(&dray, "/api/v1/status").await;
         (status["recent"].as_array().unwrap().len() == 4).then_some(status)
     })
     .await;
     assert!(!status.to_string().contains("hush"));
-    for (source, requests) in [("origin", 2), ("disk", 1), ("none", 1)] {
+    for (source, requests) in [("upstream", 2), ("disk", 1), ("none", 1)] {
         assert_eq!(status["sources"][source]["requests"], requests, "{status}");
     }
     let recent = &status["recent"][1];
     assert_eq!(recent["id"], again.header("x-request-id").unwrap());
     assert_eq!((&recent["image"], &recent["reference"]), (&"docker.io/library/app".into(), &layer.into()));
     assert_eq!((recent["source"].as_str(), recent["bytes"].as_u64()), (Some("disk"), Some(again.body.len() as u64)));
-    assert_eq!(status["traffic"]["saved_bytes"].as_u64().unwrap(), again.body.len() as u64);
+    let traffic = |key: &str| status["traffic"][key].as_u64().unwrap();
+    assert_eq!(traffic("sent_bytes") - traffic("upstream_bytes"), again.body.len() as u64, "saved by the cache");
     assert_eq!(status["images"][0]["image"], "docker.io/library/app");
     assert!(status["cache"]["blobs_bytes"].as_u64().unwrap() >= again.body.len() as u64);
-    let hub_row = status["origins"].as_array().unwrap().iter().find(|row| row["rule"] == "docker.io").unwrap();
-    assert_eq!((&hub_row["state"], &hub_row["rate_limit_remaining"]), (&"well".into(), &76.into()));
+    let hub_row = status["upstreams"].as_array().unwrap().iter().find(|row| row["rule"] == "docker.io").unwrap();
+    assert_eq!((&hub_row["state"], &hub_row["rate_limit_remaining"]), (&"healthy".into(), &76.into()));
 
     let (code, shown, _) = command(&dray, &["status"]);
     assert!(code == Some(0) && shown.contains("docker.io/library/app") && !shown.contains('\x1b'), "{shown}");
@@ -73,16 +74,18 @@ async fn the_status_tells_what_was_done_and_from_where() {
 
     let (code, shown, _) = command(&dray, &["explain", "app:1"]);
     assert_eq!(code, Some(0));
-    for says in ["docker.io/library/app:1", "the user robot", &hub.url(), &image.digest, "served from memory"] {
-        assert!(shown.contains(says), "{says}: {shown}");
+    for expected in ["docker.io/library/app:1", "the user robot", &hub.url(), &image.digest, "served from memory"] {
+        assert!(shown.contains(expected), "{expected}: {shown}");
     }
     let (_, shown, _) =
-        command(&dray, &["explain", &format!("gone.example/a@{}", dray_tests::image::digest(b"not here"))]);
-    assert!(shown.contains("the registry is asked") && shown.contains("gone.example/a@sha256"), "{shown}");
+        command(&dray, &["explain", &format!("gone.example/a@{}", dray_tests::image::digest(b"missing"))]);
+    assert!(shown.contains("requested from the upstream") && shown.contains("gone.example/a@sha256"), "{shown}");
     for (image, host) in [("10.0.0.5:5000/app", "10.0.0.5"), ("localhost:5000/app", "localhost")] {
         let (_, shown, _) = command(&dray, &["explain", image]);
-        for says in ["refused with 403", &format!("{host} is not a public address"), "[guard] allow", "upstream"] {
-            assert!(shown.contains(says), "{says}: {shown}");
+        for expected in
+            ["refused with 403", &format!("{host} is not a public address"), "[egress] allow_cidrs", "upstream"]
+        {
+            assert!(shown.contains(expected), "{expected}: {shown}");
         }
     }
     let (code, _, error) = command(&dray, &["explain", "UPPER:x y"]);
@@ -90,7 +93,7 @@ async fn the_status_tells_what_was_done_and_from_where() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_fill_is_seen_while_it_runs() {
+async fn fill_is_shown_while_it_runs() {
     use dray_tests::upstream::Fault;
     let image = Image::new(1, &[3_000_000]);
     let upstream = TestUpstream::start(&[("library/app", "1", &image)], |request, response| match request.is_blob() {
@@ -102,9 +105,9 @@ async fn a_fill_is_seen_while_it_runs() {
     let (layer, bytes) = image.layer();
     let url = dray.url(&format!("/v2/library/app/blobs/{layer}?ns=docker.io"));
     let pulling = tokio::spawn(async move { client().get(url).send().await.unwrap().bytes().await.unwrap().len() });
-    let fill = dray_tests::eventually("it is being fetched", async || {
+    let fill = dray_tests::eventually("the download is listed", async || {
         let status = json(&dray, "/api/v1/status").await;
-        status["fills"].get(0).filter(|fill| fill["written_bytes"].as_u64() >= Some(500_000)).cloned()
+        status["downloads"].get(0).filter(|fill| fill["written_bytes"].as_u64() >= Some(500_000)).cloned()
     })
     .await;
     assert_eq!(
@@ -113,20 +116,20 @@ async fn a_fill_is_seen_while_it_runs() {
     );
     upstream.open_gate();
     assert_eq!(pulling.await.unwrap(), bytes.len());
-    dray.fills_end().await;
-    assert_eq!(json(&dray, "/api/v1/status").await["fills"], Value::Array(Vec::new()));
+    dray.wait_for_fills().await;
+    assert_eq!(json(&dray, "/api/v1/status").await["downloads"], Value::Array(Vec::new()));
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_status_is_for_the_machine_or_for_those_with_the_token() {
+async fn status_needs_a_local_host_name_or_the_token() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("token");
     std::fs::write(&file, "0123456789abcdef\n").unwrap();
     let shown = ["/", "/api/v1/status", "/api/v1/events", "/api/v1/explain?image=a"];
-    let near = Start::new("").run();
+    let local = Start::new("").run();
     for path in shown {
-        // A page of somebody else's, whose name was made to lead here.
-        let rebound = get(&format!("http://{}{path}", near.admin), &[("host", "evil.example")]).await;
+        // A page of another origin, whose host name resolves to this address (DNS rebinding).
+        let rebound = get(&format!("http://{}{path}", local.admin), &[("host", "evil.example")]).await;
         assert_eq!(rebound.status, 403, "{path}");
     }
     let guarded = Start::new(format!("admin_token_file = \"{}\"\n", file.display())).run();
@@ -140,7 +143,7 @@ async fn the_status_is_for_the_machine_or_for_those_with_the_token() {
     }
     assert_eq!(get(&url("/"), &[("authorization", "Bearer 0123456789abcdef")]).await.status, 200);
     for open in ["/livez", "/readyz", "/metrics"] {
-        assert_eq!(get(&url(open), &[]).await.status, 200, "probes know no token");
+        assert_eq!(get(&url(open), &[]).await.status, 200, "probes need no token");
     }
     let (code, _, error) = command(&guarded, &["status"]);
     assert!(code == Some(1) && error.contains("--token-file"), "{error}");
@@ -149,17 +152,20 @@ async fn the_status_is_for_the_machine_or_for_those_with_the_token() {
     let wrong = dir.path().join("wrong");
     std::fs::write(&wrong, "0123456789abcdeg\n").unwrap();
     let (code, _, error) = command(&guarded, &["status", "--token-file", wrong.to_str().unwrap()]);
-    assert!(code == Some(1) && error.contains("wrong is not the one in its admin_token_file"), "{error}");
-    let registry = output(Command::new(binary()).args(["status", "--admin", &near.registry.to_string()]));
-    let said = String::from_utf8_lossy(&registry.stderr);
-    assert!(registry.status.code() == Some(1) && said.contains("registry port") && said.contains("5051"), "{said}");
-    let nobody = output(Command::new(binary()).args(["status", "--admin", &format!("127.0.0.1:{}", free_port())]));
-    assert!(nobody.status.code() == Some(1) && String::from_utf8_lossy(&nobody.stderr).contains("is dray running"));
+    assert!(code == Some(1) && error.contains("wrong is not the one in dray's admin_token_file"), "{error}");
+    let registry = output(Command::new(binary()).args(["status", "--admin", &local.registry.to_string()]));
+    let error = String::from_utf8_lossy(&registry.stderr);
+    assert!(registry.status.code() == Some(1) && error.contains("registry port") && error.contains("5051"), "{error}");
+    let unreachable = output(Command::new(binary()).args(["status", "--admin", &format!("127.0.0.1:{}", free_port())]));
+    assert!(
+        unreachable.status.code() == Some(1)
+            && String::from_utf8_lossy(&unreachable.stderr).contains("is dray running")
+    );
 }
 
-/// In Chromium, with a thousand peers. `DRAY_SCREENSHOTS=DIR` keeps what it looked like.
+/// In Chromium, with a thousand peers. `DRAY_SCREENSHOTS=DIR` keeps the screenshots.
 #[tokio::test(flavor = "multi_thread")]
-async fn the_page_is_readable_by_day_by_night_and_on_a_phone() {
+async fn status_page_is_readable_in_light_dark_and_on_a_phone() {
     let image = Image::new(1, &[2_000_000]);
     let upstream = TestUpstream::start(&[("library/app", "1", &image)], |_, r| r).await;
     let port = free_port();
@@ -175,12 +181,12 @@ async fn the_page_is_readable_by_day_by_night_and_on_a_phone() {
     let kept = std::env::var_os("DRAY_SCREENSHOTS");
     let dir = tempfile::tempdir().unwrap();
     let shots = kept.as_deref().map_or(dir.path(), std::path::Path::new);
-    let looks = dray_tests::page::look(dray.admin, shots);
-    assert_eq!(looks.len(), 3);
-    assert_ne!(looks[0]["background"], looks[1]["background"], "night is darker");
-    for look in &looks {
-        let text = look["text"].as_str().unwrap();
+    let captures = dray_tests::page::capture(dray.admin, shots);
+    assert_eq!(captures.len(), 3);
+    assert_ne!(captures[0]["background"], captures[1]["background"], "the dark variant has another background");
+    for capture in &captures {
+        let text = capture["text"].as_str().unwrap();
         assert!(text.contains("docker.io/library/app") && text.contains("1000 nodes in 1 zone"), "{text}");
-        assert_eq!(look["peers"], 20, "the rest when asked for");
+        assert_eq!(capture["peers"], 20, "the rest on demand");
     }
 }

@@ -1,4 +1,4 @@
-//! Traces: from a client through peers to an origin, and to a collector.
+//! Traces: from a client through peers to an upstream, and to a collector.
 
 use std::collections::HashMap;
 
@@ -16,13 +16,13 @@ use prost::Message;
 const TRACE: &str = "4bf92f3577b34da6a3ce929d0e0e4736";
 const CLIENT: &str = "00f067aa0ba902b7";
 
-/// A collector; it answers whatever it is sent as one that has taken it.
+/// A collector that accepts every batch.
 async fn collector() -> TestUpstream {
-    TestUpstream::answering(|_| Response::new(200, "").with("content-type", "application/x-protobuf")).await
+    TestUpstream::with_handler(|_| Response::new(200, "").with("content-type", "application/x-protobuf")).await
 }
 
-/// What it was told, by each span's id.
-fn told(collector: &TestUpstream) -> HashMap<String, Span> {
+/// The received spans by ID.
+fn received_spans(collector: &TestUpstream) -> HashMap<String, Span> {
     let mut spans = HashMap::new();
     for request in collector.requests() {
         assert_eq!((&*request.method, &*request.path), ("POST", "/v1/traces"));
@@ -53,8 +53,8 @@ fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// The names of a span and of those that it is a part of, as far as the collector was told.
-fn way(spans: &HashMap<String, Span>, id: &str) -> (Vec<String>, String) {
+/// The names of a span and its ancestors, as far as the collector received them, and the ID of the next parent.
+fn span_path(spans: &HashMap<String, Span>, id: &str) -> (Vec<String>, String) {
     let (mut names, mut at) = (Vec::new(), id.to_owned());
     while let Some(span) = spans.get(&at) {
         assert_eq!(hex(&span.trace_id), TRACE);
@@ -65,7 +65,7 @@ fn way(spans: &HashMap<String, Span>, id: &str) -> (Vec<String>, String) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_trace_goes_from_a_client_through_peers_to_the_upstream() {
+async fn trace_spans_client_peers_and_upstream() {
     let image = Image::new(1, &[300_000; 24]);
     let upstream = TestUpstream::start(&[("library/app", "1", &image)], |_, r| r).await;
     let collector = collector().await;
@@ -78,35 +78,36 @@ async fn a_trace_goes_from_a_client_through_peers_to_the_upstream() {
         );
         Start::new(format!("{}\n{more}", rule("docker.io", &upstream.url()))).env("OTEL_BSP_SCHEDULE_DELAY", "50").run()
     });
-    // Of so many each node owns some.
+    // With this many blobs each node owns some.
     for digest in image.blobs.keys() {
         let url = format!("http://{}/v2/library/app/blobs/{digest}?ns=docker.io", nodes[0].registry);
-        let answer = get(&url, &[("traceparent", &format!("00-{TRACE}-{CLIENT}-01")), ("tracestate", "a=1")]).await;
-        assert_eq!((answer.status, answer.complete), (200, true));
+        let response = get(&url, &[("traceparent", &format!("00-{TRACE}-{CLIENT}-01")), ("tracestate", "a=1")]).await;
+        assert_eq!((response.status, response.complete), (200, true));
         let untraced = format!("http://{}/v2/library/app/blobs/{digest}?ns=docker.io", nodes[1].registry);
         assert_eq!(get(&untraced, &[]).await.status, 200);
     }
-    let asked: Vec<_> = upstream.requests().into_iter().filter(|request| request.is_blob()).collect();
-    assert_eq!(asked.len(), image.blobs.len(), "once each");
-    let parents = asked.iter().map(|request| {
+    let blob_requests: Vec<_> = upstream.requests().into_iter().filter(|request| request.is_blob()).collect();
+    assert_eq!(blob_requests.len(), image.blobs.len(), "once each");
+    let parents = blob_requests.iter().map(|request| {
         assert_eq!(request.header("tracestate"), Some("a=1"));
         let parts: Vec<&str> = request.header("traceparent").unwrap().split('-').collect();
         assert_eq!((parts[0], parts[1], parts[3]), ("00", TRACE, "01"));
         parts[2].to_owned()
     });
     let parents: Vec<String> = parents.collect();
-    let answered = |spans: &HashMap<String, Span>| {
+    let are_complete = |spans: &HashMap<String, Span>| {
         let of_client = |span: &&Span| hex(&span.parent_span_id) == CLIENT;
         spans.values().filter(of_client).count() == image.blobs.len()
-            && parents.iter().all(|id| way(spans, id).1 == CLIENT)
+            && parents.iter().all(|id| span_path(spans, id).1 == CLIENT)
     };
-    let spans = eventually("the collector was told", async || Some(told(&collector)).filter(answered)).await;
-    let ways: Vec<Vec<String>> = parents.iter().map(|id| way(&spans, id).0).collect();
-    let by_itself = ["GET 127.0.0.1", "fill", "GET blob"];
-    let by_its_peer = ["GET 127.0.0.1", "fill", "GET blob", "ask a peer", "fill", "GET blob"];
-    assert!(ways.iter().all(|way| *way == by_itself || *way == by_its_peer), "{ways:?}");
-    assert!(ways.iter().any(|way| *way == by_itself) && ways.iter().any(|way| *way == by_its_peer));
-    assert!(spans.values().all(|span| hex(&span.trace_id) == TRACE), "nothing begins where the share is 0");
+    let spans =
+        eventually("the collector has all spans", async || Some(received_spans(&collector)).filter(are_complete)).await;
+    let paths: Vec<Vec<String>> = parents.iter().map(|id| span_path(&spans, id).0).collect();
+    let direct = ["GET 127.0.0.1", "fill", "GET blob"];
+    let through_peer = ["GET 127.0.0.1", "fill", "GET blob", "peer request", "fill", "GET blob"];
+    assert!(paths.iter().all(|path| *path == direct || *path == through_peer), "{paths:?}");
+    assert!(paths.iter().any(|path| *path == direct) && paths.iter().any(|path| *path == through_peer));
+    assert!(spans.values().all(|span| hex(&span.trace_id) == TRACE), "a sample share of 0 starts no trace");
     let request = spans.values().find(|span| hex(&span.parent_span_id) == CLIENT).unwrap();
     assert_eq!(attribute(request, "http.response.status_code"), "200");
     assert_eq!(attribute(request, "dray.repository"), "library/app");
@@ -115,7 +116,7 @@ async fn a_trace_goes_from_a_client_through_peers_to_the_upstream() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn without_a_collector_a_trace_is_passed_on_as_it_came() {
+async fn trace_without_collector_is_passed_on_unchanged() {
     let image = Image::new(1, &[1000]);
     let upstream = TestUpstream::start(&[("library/app", "1", &image)], |_, r| r).await;
     let dir = tempfile::tempdir().unwrap();
@@ -140,7 +141,7 @@ async fn without_a_collector_a_trace_is_passed_on_as_it_came() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_dead_collector_costs_its_traces_and_one_line() {
+async fn dead_collector_loses_traces_and_logs_once() {
     let image = Image::new(1, &[1000]);
     let upstream = TestUpstream::start(&[("library/app", "1", &image)], |_, r| r).await;
     let dir = tempfile::tempdir().unwrap();
@@ -148,13 +149,13 @@ async fn a_dead_collector_costs_its_traces_and_one_line() {
     let tracing = format!("[tracing]\notlp = \"http://127.0.0.1:{}\"\n", free_port());
     let start = Start::new(format!("{}\n{tracing}", rule("docker.io", &upstream.url())));
     let node = start.env("OTEL_BSP_SCHEDULE_DELAY", "20").env("DRAY_LOG", "info").log_to(&log).run();
-    let lost = || std::fs::read_to_string(&log).unwrap().matches("the collector takes no traces").count();
+    let lost = || std::fs::read_to_string(&log).unwrap().matches("trace export failed").count();
     for _ in 0..3 {
         for digest in image.blobs.keys() {
             let path = format!("/v2/library/app/blobs/{digest}?ns=docker.io");
             assert_eq!(node.get(&path).await.status, 200);
         }
-        eventually("it is said", async || (lost() == 1).then_some(())).await;
+        eventually("the failure is logged", async || (lost() == 1).then_some(())).await;
     }
     assert_eq!(lost(), 1);
 }

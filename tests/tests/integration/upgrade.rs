@@ -1,11 +1,11 @@
-//! A running cluster goes to this release and back, one node after the other, and nobody notices.
+//! A running cluster is upgraded to this commit and rolled back, node by node, without a failed pull.
 
 use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
-use dray_tests::dray::{Dray, Start, binary, previous, rule};
+use dray_tests::dray::{Dray, Start, binary, previous_program, rule};
 use dray_tests::http::client;
 use dray_tests::image::Image;
 use dray_tests::process::free_port;
@@ -14,16 +14,16 @@ use rustix::process::Signal;
 
 const NODES: usize = 3;
 
-/// Where the nodes are now: each start takes another port.
+/// Current addresses of the nodes: each start uses another port.
 type Addresses = Arc<Mutex<Vec<SocketAddr>>>;
 
-/// What is pulled, and what it is.
+/// The pulled paths and their bytes.
 struct Work {
     paths: Vec<(String, Vec<u8>)>,
 }
 
 impl Work {
-    fn of(images: &[Image]) -> Self {
+    fn new(images: &[Image]) -> Self {
         let mut paths = Vec::new();
         for (nth, image) in images.iter().enumerate() {
             let blobs = image.blobs.iter().map(|(digest, bytes)| (format!("blobs/{digest}"), bytes));
@@ -36,30 +36,31 @@ impl Work {
         Self { paths }
     }
 
-    /// All of it from one node, which has it then.
+    /// Pulls everything from one node, which has it afterwards.
     async fn pull_all(&self, node: &Dray) -> Result<(), String> {
         for (path, wanted) in &self.paths {
-            let answer = node.get(path).await;
-            if answer.status != 200 || answer.body != *wanted {
-                return Err(format!("{path}: {}, {} bytes", answer.status, answer.body.len()));
+            let response = node.get(path).await;
+            if response.status != 200 || response.body != *wanted {
+                return Err(format!("{path}: {}, {} bytes", response.status, response.body.len()));
             }
         }
         Ok(())
     }
 
-    /// Asks one node after the other, as a runtime asks its hosts. Err: none had it, or it was not that.
+    /// Sends a request to one node after the other, as a runtime tries its hosts. Err: no node responded, or the body
+    /// was wrong.
     async fn pull(&self, addresses: &Addresses) -> Result<(), String> {
         let (path, wanted) = &self.paths[fastrand::usize(..self.paths.len())];
         let first = fastrand::usize(..NODES);
-        let mut said = Vec::new();
+        let mut errors = Vec::new();
         for nth in 0..NODES {
             let address = addresses.lock().unwrap()[(first + nth) % NODES];
-            let asked = client().get(format!("http://{address}{path}")).send().await;
-            let response = match asked {
+            let sent = client().get(format!("http://{address}{path}")).send().await;
+            let response = match sent {
                 Ok(response) => response,
-                // It has just stopped, before it answered: the next one.
+                // The node stopped before it responded: the next one is tried.
                 Err(error) => {
-                    said.push(format!("{address}: {error:?}"));
+                    errors.push(format!("{address}: {error:?}"));
                     continue;
                 }
             };
@@ -70,13 +71,13 @@ impl Work {
                 false => Err(format!("{path}: {status}, {} bytes", body.len())),
             };
         }
-        Err(format!("{path}: no node answers: {said:?}"))
+        Err(format!("{path}: no node responds: {errors:?}"))
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_cluster_is_upgraded_and_rolled_back_under_load() {
-    let Some(previous) = previous() else {
+async fn cluster_is_upgraded_and_rolled_back_under_load() {
+    let Some(previous) = previous_program() else {
         println!("skipped: there is no earlier commit");
         return;
     };
@@ -93,11 +94,13 @@ async fn a_cluster_is_upgraded_and_rolled_back_under_load() {
         let key = key.path().display();
         format!("{rule}[peers]\nlisten = \"127.0.0.1:{port}\"\nstatic = [{members}]\nkey_file = \"{key}\"\n")
     };
-    let mut nodes: Vec<Dray> = ports.iter().map(|port| Start::new(config(port)).by(&previous).run()).collect();
+    let mut nodes: Vec<Dray> =
+        ports.iter().map(|port| Start::new(config(port)).with_program(&previous).run()).collect();
     let addresses: Addresses = Arc::new(Mutex::new(nodes.iter().map(|node| node.registry).collect()));
     let (work, done, pulled) =
-        (Arc::new(Work::of(&images)), Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
-    // All is here when the first one goes: what a node begins for its own clients while it goes is fetched once more.
+        (Arc::new(Work::new(&images)), Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
+    // Every node is warm before the first one stops: a draining node downloads for its own clients only, so a blob
+    // would be downloaded again.
     for node in &nodes {
         work.pull_all(node).await.unwrap();
     }
@@ -116,12 +119,12 @@ async fn a_cluster_is_upgraded_and_rolled_back_under_load() {
     for program in [binary(), previous] {
         for nth in 0..NODES {
             let before = pulled.load(Ordering::SeqCst);
-            let node = replaced(nodes.remove(nth), &program);
+            let node = replace_program(nodes.remove(nth), &program);
             work.pull_all(&node).await.unwrap();
             addresses.lock().unwrap()[nth] = node.registry;
             nodes.insert(nth, node);
-            // Mixed as they are now, they serve for a while.
-            dray_tests::eventually("pulls go on", async || {
+            // The mixed cluster serves for a while.
+            dray_tests::eventually("pulls continue", async || {
                 let is_over = clients.iter().any(tokio::task::JoinHandle::is_finished);
                 (is_over || pulled.load(Ordering::SeqCst) > before + 100).then_some(())
             })
@@ -132,7 +135,7 @@ async fn a_cluster_is_upgraded_and_rolled_back_under_load() {
     for client in clients {
         client.await.unwrap().unwrap();
     }
-    // What they had they have kept: every blob came once.
+    // No node lost its cache: every blob was downloaded once.
     for image in &images {
         for digest in image.blobs.keys() {
             assert_eq!(upstream.count("GET", digest), 1, "{digest}");
@@ -140,9 +143,9 @@ async fn a_cluster_is_upgraded_and_rolled_back_under_load() {
     }
 }
 
-/// Stops a node and starts another program on its configuration and its cache.
-fn replaced(mut node: Dray, program: &Path) -> Dray {
+/// Stops a node and starts another program with its configuration and cache.
+fn replace_program(mut node: Dray, program: &Path) -> Dray {
     node.process().signal(Signal::TERM);
     node.process().wait();
-    node.start().clone().by(program).run()
+    node.start().clone().with_program(program).run()
 }

@@ -1,4 +1,4 @@
-//! The steps of what a command does, each whole or not at all.
+//! The changes of a command. Each is atomic.
 
 #![allow(clippy::disallowed_methods, reason = "runs in commands, and on threads for blocking work")]
 
@@ -7,11 +7,11 @@ use std::path::{Path, PathBuf};
 
 use similar::TextDiff;
 
-use super::HOSTS;
-use super::marker::{MARKER, Marker};
+use super::HOSTS_FILE;
+use super::marker::{MARKER_FILE, Marker};
 use crate::containerd::tree::{self, FileOwner};
 
-/// One step of what a command does or would do.
+/// One change that a command made or planned.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Change {
     pub path: PathBuf,
@@ -22,87 +22,87 @@ pub struct Change {
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Action {
-    /// A new directory with a hosts.toml.
-    MakeDir,
-    /// A file where none was, or one of dray's own again.
+    /// Create a directory with a hosts.toml.
+    CreateDir,
+    /// Write a new file, or replace one that dray wrote.
     Write,
-    /// dray's lines go into somebody's file, which is kept beside it.
+    /// Insert dray's block into a foreign file, and keep its original as `backup`.
     Extend {
-        kept: PathBuf,
+        backup: PathBuf,
     },
-    /// The kept file takes its place again.
+    /// Rename the backup over the file.
     Restore {
-        kept: PathBuf,
+        backup: PathBuf,
     },
-    /// dray's lines go out of a file that was edited since.
-    TakeOut {
-        kept: Option<PathBuf>,
+    /// Remove dray's block from a file that was edited after `install`.
+    StripBlock {
+        backup: Option<PathBuf>,
     },
     Remove,
     RemoveDir,
-    /// What an earlier process that was stopped half-way left.
+    /// Remove a leftover of a process that was killed.
     Discard,
-    /// A directory goes to the user that dray runs as.
-    HandOver {
+    /// Give a directory to the user that dray runs as.
+    ChangeOwner {
         to: (u32, u32),
-        known: Option<Marker>,
+        marker: Option<Marker>,
     },
-    /// The hosts directory lets that user's group in.
-    LetIn {
+    /// Let the group of that user read the hosts directory.
+    AllowGroup {
         gid: u32,
         before: FileOwner,
     },
-    /// The hosts directory lets in whom it let in before.
-    Close(FileOwner),
-    /// A directory goes back to whose it was.
-    GiveBack(FileOwner),
+    /// Revert `AllowGroup`.
+    RestoreAccess(FileOwner),
+    /// Revert `ChangeOwner`.
+    RestoreOwner(FileOwner),
 }
 
 impl Change {
-    pub(super) fn carry_out(&self) -> io::Result<()> {
+    pub(super) fn apply(&self) -> io::Result<()> {
         let path = &self.path;
         match &self.action {
-            Action::MakeDir => {
-                let marker = Marker { before: None, handed_over: false };
-                tree::make_dir(path, &[(HOSTS, &self.after), (MARKER, &marker.to_text())], None)
+            Action::CreateDir => {
+                let marker = Marker { before: None, is_prepared: false };
+                tree::create_dir(path, &[(HOSTS_FILE, &self.after), (MARKER_FILE, &marker.to_text())], None)
             }
             Action::Write => tree::write(path, &self.after),
-            Action::Extend { kept } => tree::exchange(path, kept, &self.after),
-            Action::Restore { kept } => tree::restore(path, kept),
-            Action::TakeOut { kept } => {
+            Action::Extend { backup } => tree::exchange(path, backup, &self.after),
+            Action::Restore { backup } => tree::restore(path, backup),
+            Action::StripBlock { backup } => {
                 tree::write(path, &self.after)?;
-                kept.as_ref().map_or(Ok(()), |kept| tree::remove(kept))
+                backup.as_ref().map_or(Ok(()), |backup| tree::remove(backup))
             }
             Action::Remove | Action::Discard => tree::remove(path),
             Action::RemoveDir => tree::remove_dir(path),
-            Action::HandOver { to, known } => hand_over(path, *to, *known),
-            Action::LetIn { gid, before } => {
-                let marker = Marker { before: Some(*before), handed_over: true };
-                tree::write(&path.join(MARKER), &marker.to_text())?;
-                before.letting_in(*gid).give(path)
+            Action::ChangeOwner { to, marker } => change_owner(path, *to, *marker),
+            Action::AllowGroup { gid, before } => {
+                let marker = Marker { before: Some(*before), is_prepared: true };
+                tree::write(&path.join(MARKER_FILE), &marker.to_text())?;
+                before.with_group_access(*gid).apply_to(path)
             }
-            Action::Close(before) => {
+            Action::RestoreAccess(before) => {
                 let now = FileOwner::of(path)?;
-                // Somebody may have decided otherwise since.
-                if now == before.letting_in(now.gid) {
-                    before.give(path)?;
+                // An operator may have changed the permissions after `prepare`: they stay.
+                if now == before.with_group_access(now.gid) {
+                    before.apply_to(path)?;
                 }
-                tree::remove(&path.join(MARKER))
+                tree::remove(&path.join(MARKER_FILE))
             }
-            Action::GiveBack(owner) => {
-                owner.give(path)?;
-                tree::remove(&path.join(MARKER))
+            Action::RestoreOwner(owner) => {
+                owner.apply_to(path)?;
+                tree::remove(&path.join(MARKER_FILE))
             }
         }
     }
 
-    /// What becomes of the file, line by line.
+    /// The change of the file as a unified diff.
     pub fn diff(&self) -> String {
         if self.before == self.after {
             return String::new();
         }
         let name = self.path.display().to_string();
-        let name = if self.action == Action::MakeDir { format!("{name}/{HOSTS}") } else { name };
+        let name = if self.action == Action::CreateDir { format!("{name}/{HOSTS_FILE}") } else { name };
         let diff = TextDiff::from_lines(&self.before, &self.after);
         diff.unified_diff().header(&name, &name).to_string()
     }
@@ -112,36 +112,35 @@ impl std::fmt::Display for Change {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let path = self.path.display();
         match &self.action {
-            Action::MakeDir => write!(f, "{path}: a new directory, with {HOSTS}"),
+            Action::CreateDir => write!(f, "{path}: directory created, with {HOSTS_FILE}"),
             Action::Write => write!(f, "{path}: written"),
-            Action::Extend { kept } => write!(f, "{path}: dray comes first; the file as it was is {}", kept.display()),
-            Action::Restore { .. } => write!(f, "{path}: as it was before"),
-            Action::TakeOut { .. } => write!(f, "{path}: dray's lines are out; the rest, edited since, stays"),
-            Action::Remove | Action::RemoveDir => write!(f, "{path}: removed"),
-            Action::Discard => write!(f, "{path}: removed, a leftover"),
-            Action::HandOver { to, .. } => write!(f, "{path}: belongs to {}:{} now", to.0, to.1),
-            Action::LetIn { gid, .. } => write!(f, "{path}: lets group {gid} in"),
-            Action::Close(before) => {
-                write!(f, "{path}: belongs to {}:{} again, mode {:04o}", before.uid, before.gid, before.mode)
+            Action::Extend { backup } => {
+                write!(f, "{path}: dray is the first host; the original file is {}", backup.display())
             }
-            Action::GiveBack(owner) => {
-                write!(f, "{path}: belongs to {}:{} again, mode {:04o}", owner.uid, owner.gid, owner.mode)
+            Action::Restore { .. } => write!(f, "{path}: restored"),
+            Action::StripBlock { .. } => write!(f, "{path}: dray's lines removed; the rest was edited and stays"),
+            Action::Remove | Action::RemoveDir => write!(f, "{path}: removed"),
+            Action::Discard => write!(f, "{path}: removed, a leftover of an interrupted install"),
+            Action::ChangeOwner { to, .. } => write!(f, "{path}: owner changed to {}:{}", to.0, to.1),
+            Action::AllowGroup { gid, .. } => write!(f, "{path}: group {gid} can read it"),
+            Action::RestoreAccess(owner) | Action::RestoreOwner(owner) => {
+                write!(f, "{path}: owner restored to {}:{}, mode {:04o}", owner.uid, owner.gid, owner.mode)
             }
         }
     }
 }
 
-fn hand_over(path: &Path, to: (u32, u32), known: Option<Marker>) -> io::Result<()> {
+fn change_owner(path: &Path, to: (u32, u32), marker: Option<Marker>) -> io::Result<()> {
     if path.is_symlink() {
-        let why = "a symbolic link: whoever owns what it leads to would change; make it a directory";
-        return Err(io::Error::new(io::ErrorKind::InvalidInput, why));
+        let message = "it is a symbolic link, and the owner of its target would change: replace it with a directory";
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, message));
     }
     if !path.exists() {
-        let marker = Marker { before: None, handed_over: true };
-        return tree::make_dir(path, &[(MARKER, &marker.to_text())], Some(to));
+        let marker = Marker { before: None, is_prepared: true };
+        return tree::create_dir(path, &[(MARKER_FILE, &marker.to_text())], Some(to));
     }
     let owner = FileOwner::of(path)?;
-    let before = known.map_or(Some(owner), |known| known.before);
-    tree::write(&path.join(MARKER), &Marker { before, handed_over: true }.to_text())?;
-    FileOwner { uid: to.0, gid: to.1, mode: owner.mode | 0o700 }.give(path)
+    let before = marker.map_or(Some(owner), |marker| marker.before);
+    tree::write(&path.join(MARKER_FILE), &Marker { before, is_prepared: true }.to_text())?;
+    FileOwner { uid: to.0, gid: to.1, mode: owner.mode | 0o700 }.apply_to(path)
 }

@@ -1,25 +1,27 @@
-//! What stands in dray's file in a directory: whose it was.
+//! The marker file of a directory that dray created or prepared: its previous owner.
+//!
+//! Its text is `made` or `was UID GID MODE`, followed by ` handed-over` after `prepare`.
 
 use std::path::Path;
 
-use super::{HostsError, readable};
+use super::{HostsError, read_if_text};
 use crate::containerd::tree::FileOwner;
 
-/// Its name.
-pub(super) const MARKER: &str = ".dray";
+/// The name of the marker file.
+pub(super) const MARKER_FILE: &str = ".dray";
 
-/// What dray knows of a directory that it made or was handed: stands in a file in it.
+/// The content of the marker file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Marker {
-    /// Whose it was before. None: dray made it.
+    /// The previous owner. None: dray created the directory.
     pub(super) before: Option<FileOwner>,
-    /// It belongs to the user that dray runs as until it is given back.
-    pub(super) handed_over: bool,
+    /// The directory belongs to the user that dray runs as until `uninstall`.
+    pub(super) is_prepared: bool,
 }
 
 impl Marker {
     pub(super) fn of(dir: &Path) -> Result<Option<Self>, HostsError> {
-        Ok(readable(&dir.join(MARKER))?.and_then(|text| Self::parse(&text)))
+        Ok(read_if_text(&dir.join(MARKER_FILE))?.and_then(|text| Self::parse(&text)))
     }
 
     fn parse(text: &str) -> Option<Self> {
@@ -29,13 +31,13 @@ impl Marker {
             "was" => Some(read_owner(&mut words)?),
             _ => return None,
         };
-        Some(Self { before, handed_over: words.next() == Some("handed-over") })
+        Some(Self { before, is_prepared: words.next() == Some("handed-over") })
     }
 
     pub(super) fn to_text(self) -> String {
         let of = |owner: FileOwner| format!("{} {} {:04o}", owner.uid, owner.gid, owner.mode);
         let before = self.before.map_or_else(|| "made".to_owned(), |owner| format!("was {}", of(owner)));
-        format!("{before}{}\n", if self.handed_over { " handed-over" } else { "" })
+        format!("{before}{}\n", if self.is_prepared { " handed-over" } else { "" })
     }
 }
 

@@ -1,27 +1,27 @@
-//! What a person ought to know of what was not done.
+//! Remarks on changes that were not made.
 
 use std::path::PathBuf;
 
 use crate::containerd::hosts_toml::{self, UnsupportedFile};
 
-/// What a person ought to know.
+/// A directory or file that was not changed, and why.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Remark {
-    /// It hides `_default`, and was not to be extended.
+    /// The directory hides `_default`, and `install` was not to extend it.
     Shadows(PathBuf),
-    /// It is of a registry on this machine, which no mirror reaches.
+    /// The directory is for a registry on this machine, for which containerd does not use a mirror.
     Local(PathBuf),
-    Unfit(PathBuf, UnsupportedFile),
-    /// dray's lines in it were edited by hand, and stay.
+    Unsupported(PathBuf, UnsupportedFile),
+    /// dray's block in the file was edited.
     Edited(PathBuf),
 }
 
 impl Remark {
-    /// Whether something was not done that was asked for.
+    /// Whether the command did less than requested.
     pub fn is_failure(&self) -> bool {
         match self {
-            Self::Shadows(_) | Self::Local(_) | Self::Unfit(_, UnsupportedFile::AlreadyThere(_)) => false,
-            Self::Unfit(..) | Self::Edited(_) => true,
+            Self::Shadows(_) | Self::Local(_) | Self::Unsupported(_, UnsupportedFile::AlreadyThere(_)) => false,
+            Self::Unsupported(..) | Self::Edited(_) => true,
         }
     }
 }
@@ -33,15 +33,15 @@ impl std::fmt::Display for Remark {
                 let registry = hosts_toml::registry_of(dir).unwrap_or_default();
                 write!(
                     f,
-                    "{} hides _default: {registry} is not pulled through dray. With --extend dray comes first there as well",
+                    "{} hides _default: {registry} is not pulled through dray. To change that, run install with --extend",
                     dir.display()
                 )
             }
-            Self::Local(dir) => write!(f, "{}: left alone, a registry on this machine", dir.display()),
-            Self::Unfit(path, unfit) => write!(f, "{}: left alone: {unfit}", path.display()),
+            Self::Local(dir) => write!(f, "{}: not changed: the registry is on this machine", dir.display()),
+            Self::Unsupported(path, error) => write!(f, "{}: not changed: {error}", path.display()),
             Self::Edited(path) => write!(
                 f,
-                "{}: left alone: dray's lines in it were edited by hand. Take them out yourself, from \"# dray> begin\" to \"# dray> end\"",
+                "{}: not changed: dray's lines in it were edited. Remove them by hand, from \"# dray> begin\" to \"# dray> end\"",
                 path.display()
             ),
         }

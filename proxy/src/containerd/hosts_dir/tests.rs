@@ -36,21 +36,21 @@ fn put(root: &Path, path: &str, content: &str) {
 }
 
 fn hosts_of(root: &Path, dir: &str) -> Vec<String> {
-    hosts_toml::hosts(&fs::read_to_string(root.join(dir).join(HOSTS)).unwrap())
+    hosts_toml::hosts(&fs::read_to_string(root.join(dir).join(HOSTS_FILE)).unwrap())
 }
 
 #[test]
-fn who_may_not_write_is_told_what_helps() {
+fn permission_error_has_prepare_command_as_remedy() {
     let hosts = HostsDir::new("/etc/containerd/certs.d");
-    let failed = |kind: io::ErrorKind| HostsError::Io("/etc/containerd/certs.d/_default".into(), kind.into());
-    let remedy = hosts.remedy(&failed(io::ErrorKind::PermissionDenied), (998, 997)).unwrap();
-    assert!(remedy.ends_with("dray hand-over --to 998:997 --hosts-dir /etc/containerd/certs.d"), "{remedy}");
-    assert_eq!(hosts.remedy(&failed(io::ErrorKind::NotADirectory), (998, 997)), None);
-    assert_eq!(hosts.remedy(&failed(io::ErrorKind::PermissionDenied), (0, 0)), None);
+    let error = |kind: io::ErrorKind| HostsError::Io("/etc/containerd/certs.d/_default".into(), kind.into());
+    let remedy = hosts.remedy(&error(io::ErrorKind::PermissionDenied), (998, 997)).unwrap();
+    assert!(remedy.ends_with("dray containerd prepare --to 998:997 --hosts-dir /etc/containerd/certs.d"), "{remedy}");
+    assert_eq!(hosts.remedy(&error(io::ErrorKind::NotADirectory), (998, 997)), None);
+    assert_eq!(hosts.remedy(&error(io::ErrorKind::PermissionDenied), (0, 0)), None);
 }
 
 #[test]
-fn installs_once_and_leaves_nothing_behind() {
+fn install_is_idempotent_and_uninstall_removes_everything() {
     let dir = tempfile::tempdir().unwrap();
     let before = tree(dir.path());
     let hosts = HostsDir::new(dir.path());
@@ -59,17 +59,17 @@ fn installs_once_and_leaves_nothing_behind() {
     assert_eq!(tree(dir.path()), before);
     let done = hosts.install(&ours(), &MirroredRegistries::Default, Mode::Apply).unwrap();
     assert_eq!(done.changes, planned.changes);
-    assert_eq!(hosts_of(dir.path(), DEFAULT), ["http://127.0.0.1:5050"]);
+    assert_eq!(hosts_of(dir.path(), DEFAULT_DIR), ["http://127.0.0.1:5050"]);
     assert!(hosts.install(&ours(), &MirroredRegistries::Default, Mode::Apply).unwrap().changes.is_empty());
     hosts.install(&mirrors("http://127.0.0.1:6060"), &MirroredRegistries::Default, Mode::Apply).unwrap();
-    assert_eq!(hosts_of(dir.path(), DEFAULT), ["http://127.0.0.1:6060"]);
+    assert_eq!(hosts_of(dir.path(), DEFAULT_DIR), ["http://127.0.0.1:6060"]);
     hosts.uninstall(Mode::Apply).unwrap();
     assert_eq!(tree(dir.path()), before);
     assert!(hosts.uninstall(Mode::Apply).unwrap().changes.is_empty());
 }
 
 #[test]
-fn what_was_there_stays_and_comes_back_byte_for_byte() {
+fn foreign_files_are_kept_and_restored_byte_for_byte() {
     let dir = tempfile::tempdir().unwrap();
     put(dir.path(), "_default/hosts.toml", FOREIGN);
     put(dir.path(), "docker.io/hosts.toml", "");
@@ -79,7 +79,7 @@ fn what_was_there_stays_and_comes_back_byte_for_byte() {
     put(dir.path(), "broken.io/hosts.toml", "server = ");
     put(dir.path(), ".hidden/hosts.toml", "server = ");
     FileOwner { mode: 0o640, ..FileOwner::of(dir.path()).unwrap() }
-        .give(&dir.path().join("_default/hosts.toml"))
+        .apply_to(&dir.path().join("_default/hosts.toml"))
         .unwrap();
     let before = tree(dir.path());
     let hosts = HostsDir::new(dir.path());
@@ -89,7 +89,7 @@ fn what_was_there_stays_and_comes_back_byte_for_byte() {
     let done = hosts.install(&ours(), &MirroredRegistries::Every, Mode::Apply).unwrap();
     assert_eq!(done.remarks.len(), 2, "{:?}", done.remarks);
     assert_eq!(done.remarks.iter().filter(|remark| remark.is_failure()).count(), 1);
-    assert_eq!(hosts_of(dir.path(), DEFAULT), ["http://127.0.0.1:5050", "https://a"]);
+    assert_eq!(hosts_of(dir.path(), DEFAULT_DIR), ["http://127.0.0.1:5050", "https://a"]);
     for name in ["docker.io", "quay.io", "reg.corp_5000_"] {
         assert_eq!(hosts_of(dir.path(), name), ["http://127.0.0.1:5050"], "{name}");
     }
@@ -102,7 +102,7 @@ fn what_was_there_stays_and_comes_back_byte_for_byte() {
 }
 
 #[test]
-fn what_a_person_changed_since_is_kept() {
+fn edits_after_install_survive_uninstall() {
     let dir = tempfile::tempdir().unwrap();
     let hosts = HostsDir::new(dir.path());
     put(dir.path(), "_default/hosts.toml", FOREIGN);
@@ -111,12 +111,12 @@ fn what_a_person_changed_since_is_kept() {
         .unwrap();
     hosts.install(&ours(), &MirroredRegistries::Default, Mode::Apply).unwrap();
     let append = |name: &str, more: &str| {
-        let path = dir.path().join(name).join(HOSTS);
+        let path = dir.path().join(name).join(HOSTS_FILE);
         fs::write(&path, fs::read_to_string(&path).unwrap() + more).unwrap();
     };
     append("_default", "# a note\n");
     append("docker.io", "[host.\"https://b\"]\n");
-    let path = dir.path().join("reg.corp:5000").join(HOSTS);
+    let path = dir.path().join("reg.corp:5000").join(HOSTS_FILE);
     fs::write(&path, fs::read_to_string(&path).unwrap().replace("1s", "2s")).unwrap();
     let done = hosts.uninstall(Mode::Apply).unwrap();
     let left: Vec<_> = tree(dir.path()).into_iter().filter(|(_, (content, _))| content != "/").collect();
@@ -128,32 +128,32 @@ fn what_a_person_changed_since_is_kept() {
 }
 
 #[test]
-fn a_directory_is_handed_over_and_given_back() {
+fn prepare_changes_owner_and_uninstall_restores_it() {
     if !rustix::process::geteuid().is_root() {
         return; // Only root gives files away.
     }
     let dir = tempfile::tempdir().unwrap();
     let hosts = HostsDir::new(dir.path());
-    let default = dir.path().join(DEFAULT);
+    let default = dir.path().join(DEFAULT_DIR);
     for foreign in [false, true] {
         if foreign {
             put(dir.path(), "_default/hosts.toml", FOREIGN);
-            FileOwner { uid: 7, gid: 8, mode: 0o750 }.give(&default).unwrap();
+            FileOwner { uid: 7, gid: 8, mode: 0o750 }.apply_to(&default).unwrap();
         }
-        // Nobody else gets there.
+        // Only root can read the hosts directory.
         let root = FileOwner { mode: 0o700, ..FileOwner::of(dir.path()).unwrap() };
-        root.give(dir.path()).unwrap();
+        root.apply_to(dir.path()).unwrap();
         let before = tree(dir.path());
-        hosts.hand_over((65532, 65532), Mode::Apply).unwrap();
+        hosts.prepare((65532, 65532), Mode::Apply).unwrap();
         assert_eq!(FileOwner::of(dir.path()).unwrap(), FileOwner { gid: 65532, mode: 0o750, ..root });
-        assert!(hosts.hand_over((65532, 65532), Mode::Apply).unwrap().changes.is_empty());
+        assert!(hosts.prepare((65532, 65532), Mode::Apply).unwrap().changes.is_empty());
         assert_eq!(FileOwner::of(&default).unwrap().uid, 65532);
-        // A reader stays a reader where the group has no right to write.
+        // The group of dray can read the hosts directory, but not write into it.
         hosts.install(&ours(), &MirroredRegistries::Default, Mode::Apply).unwrap();
-        assert_eq!(hosts_of(dir.path(), DEFAULT)[0], "http://127.0.0.1:5050");
+        assert_eq!(hosts_of(dir.path(), DEFAULT_DIR)[0], "http://127.0.0.1:5050");
         hosts.withdraw().unwrap();
-        assert_eq!(FileOwner::of(&default).unwrap().uid, 65532, "until it is given back");
-        hosts.hand_over((1000, 1000), Mode::Apply).unwrap();
+        assert_eq!(FileOwner::of(&default).unwrap().uid, 65532, "until uninstall");
+        hosts.prepare((1000, 1000), Mode::Apply).unwrap();
         hosts.install(&ours(), &MirroredRegistries::Default, Mode::Apply).unwrap();
         hosts.uninstall(Mode::Apply).unwrap();
         assert_eq!(tree(dir.path()), before);
@@ -162,36 +162,36 @@ fn a_directory_is_handed_over_and_given_back() {
 }
 
 #[test]
-fn a_directory_of_some_group_is_not_opened_to_another() {
+fn prepare_does_not_replace_group_with_access() {
     if !rustix::process::geteuid().is_root() {
         return; // Only root gives files away.
     }
     let dir = tempfile::tempdir().unwrap();
     let of_group = FileOwner { uid: 0, gid: 8, mode: 0o750 };
-    of_group.give(dir.path()).unwrap();
-    let refused = HostsDir::new(dir.path()).hand_over((65532, 65532), Mode::Apply).unwrap_err().to_string();
-    assert!(refused.contains("chmod o+rx"), "{refused}");
+    of_group.apply_to(dir.path()).unwrap();
+    let error = HostsDir::new(dir.path()).prepare((65532, 65532), Mode::Apply).unwrap_err().to_string();
+    assert!(error.contains("chmod o+rx"), "{error}");
     assert_eq!(FileOwner::of(dir.path()).unwrap(), of_group);
-    FileOwner { mode: 0o755, ..of_group }.give(dir.path()).unwrap();
-    assert_eq!(HostsDir::new(dir.path()).hand_over((65532, 65532), Mode::Apply).unwrap().changes.len(), 1);
+    FileOwner { mode: 0o755, ..of_group }.apply_to(dir.path()).unwrap();
+    assert_eq!(HostsDir::new(dir.path()).prepare((65532, 65532), Mode::Apply).unwrap().changes.len(), 1);
 }
 
-/// Whoever can read the directory can hold its lock.
+/// Any process that can read the directory can hold its lock.
 #[test]
-fn a_lock_that_is_held_keeps_nobody_from_taking_it_back() {
+fn withdraw_works_while_lock_is_held() {
     let dir = tempfile::tempdir().unwrap();
     let hosts = HostsDir::new(dir.path());
     hosts.install(&ours(), &MirroredRegistries::Default, Mode::Apply).unwrap();
     let held = std::fs::File::open(dir.path()).unwrap();
     held.lock().unwrap();
-    let refused = hosts.install(&ours(), &MirroredRegistries::Default, Mode::Apply).unwrap_err().to_string();
-    assert!(refused.contains("holds a lock"), "{refused}");
+    let error = hosts.install(&ours(), &MirroredRegistries::Default, Mode::Apply).unwrap_err().to_string();
+    assert!(error.contains("holds the lock"), "{error}");
     hosts.withdraw().unwrap();
-    assert!(!dir.path().join(DEFAULT).exists());
+    assert!(!dir.path().join(DEFAULT_DIR).exists());
 }
 
 #[test]
-fn two_at_once_wait_for_each_other() {
+fn concurrent_installs_wait_for_the_lock() {
     let dir = tempfile::tempdir().unwrap();
     put(dir.path(), "docker.io/hosts.toml", FOREIGN);
     let before = tree(dir.path());
@@ -217,7 +217,7 @@ fn two_at_once_wait_for_each_other() {
 }
 
 #[test]
-fn mistakes_are_explained() {
+fn invalid_directory_or_registry_error_has_a_hint() {
     let error =
         HostsDir::new("/nowhere").install(&ours(), &MirroredRegistries::Default, Mode::Apply).unwrap_err().to_string();
     assert!(error.contains("config_path"), "{error}");
@@ -225,26 +225,26 @@ fn mistakes_are_explained() {
     for name in ["", "../x", "a/b", "reg.corp:port", "-x"] {
         let wanted = MirroredRegistries::Named(vec![name.into()]);
         let error = HostsDir::new(dir.path()).install(&ours(), &wanted, Mode::Apply).unwrap_err().to_string();
-        assert!(error.contains("registry host such as"), "{error}");
+        assert!(error.contains("not a valid registry host"), "{error}");
     }
     assert!(HostsDir::new("/nowhere").uninstall(Mode::Apply).unwrap().changes.is_empty());
 }
 
 #[test]
-fn what_is_no_text_of_ours_is_not_waited_for_and_not_taken_back() {
+fn pipes_and_binary_files_are_not_read_or_removed() {
     use std::os::unix::fs::FileTypeExt;
     let dir = tempfile::tempdir().unwrap();
     let hosts = HostsDir::new(dir.path());
-    let default = dir.path().join(DEFAULT);
+    let default = dir.path().join(DEFAULT_DIR);
     fs::create_dir(&default).unwrap();
     let pipe = |name: &str| {
         let path = default.join(name);
         rustix::fs::mknodat(rustix::fs::CWD, &path, rustix::fs::FileType::Fifo, 0o600.into(), 0).unwrap();
         path
     };
-    let (file, marker) = (pipe(HOSTS), pipe(MARKER));
-    let refused = hosts.install(&ours(), &MirroredRegistries::Default, Mode::Apply).unwrap_err().to_string();
-    assert!(refused.contains("no file") && refused.contains(HOSTS), "{refused}");
+    let (file, marker) = (pipe(HOSTS_FILE), pipe(MARKER_FILE));
+    let error = hosts.install(&ours(), &MirroredRegistries::Default, Mode::Apply).unwrap_err().to_string();
+    assert!(error.contains("not a regular file") && error.contains(HOSTS_FILE), "{error}");
     assert!(hosts.uninstall(Mode::Apply).unwrap().changes.is_empty());
     assert!([&file, &marker].into_iter().all(|path| fs::metadata(path).unwrap().file_type().is_fifo()));
     fs::remove_file(&file).unwrap();
@@ -253,22 +253,22 @@ fn what_is_no_text_of_ours_is_not_waited_for_and_not_taken_back() {
     assert!(hosts.uninstall(Mode::Apply).unwrap().changes.is_empty());
 }
 
-/// Everybody may write into a link; nobody but its owner into what takes its place.
+/// A symbolic link has mode 0777; the file that replaces it must not.
 #[test]
-fn a_link_opens_nothing_to_everybody() {
+fn link_is_replaced_by_file_with_mode_of_its_target() {
     let dir = tempfile::tempdir().unwrap();
     let hosts = HostsDir::new(dir.path());
     put(dir.path(), "elsewhere/mine.toml", FOREIGN);
-    fs::create_dir(dir.path().join(DEFAULT)).unwrap();
-    let file = dir.path().join(DEFAULT).join(HOSTS);
+    fs::create_dir(dir.path().join(DEFAULT_DIR)).unwrap();
+    let file = dir.path().join(DEFAULT_DIR).join(HOSTS_FILE);
     std::os::unix::fs::symlink(dir.path().join("elsewhere/mine.toml"), &file).unwrap();
     hosts.install(&ours(), &MirroredRegistries::Default, Mode::Apply).unwrap();
     assert_eq!(FileOwner::of(&file).unwrap().mode, 0o644);
     assert!(!file.is_symlink());
     hosts.uninstall(Mode::Apply).unwrap();
     assert!(file.is_symlink() && fs::read_to_string(&file).unwrap() == FOREIGN);
-    fs::remove_dir_all(dir.path().join(DEFAULT)).unwrap();
-    std::os::unix::fs::symlink(dir.path().join("elsewhere"), dir.path().join(DEFAULT)).unwrap();
-    let refused = hosts.hand_over((65532, 65532), Mode::Apply).unwrap_err().to_string();
-    assert!(refused.contains("symbolic link"), "{refused}");
+    fs::remove_dir_all(dir.path().join(DEFAULT_DIR)).unwrap();
+    std::os::unix::fs::symlink(dir.path().join("elsewhere"), dir.path().join(DEFAULT_DIR)).unwrap();
+    let error = hosts.prepare((65532, 65532), Mode::Apply).unwrap_err().to_string();
+    assert!(error.contains("symbolic link"), "{error}");
 }

@@ -1,4 +1,4 @@
-//! One connection's range: what it brings, and when it is better left.
+//! Downloads one range by one connection, and gives up a peer that is far slower than the others.
 
 use std::pin::pin;
 use std::sync::atomic::Ordering;
@@ -16,7 +16,7 @@ use crate::shares::Share;
 use crate::source::{ServedFrom, SourceError};
 use crate::times::TICK;
 
-/// One connection's range.
+/// One connection and its range.
 pub(super) struct Lane<'a> {
     pub(super) sources: &'a dyn FillSources,
     pub(super) span: Span,
@@ -24,10 +24,10 @@ pub(super) struct Lane<'a> {
     pub(super) failures: u32,
     pub(super) writer: BlobWriter,
     pub(super) meter: &'a Meter,
-    pub(super) _leave: Option<Share<Registry>>,
+    pub(super) _permit: Option<Share<Registry>>,
 }
 
-/// What became of a range: its first missing byte, and why the rest did not come.
+/// The result of a range: its first missing byte, and why the rest is missing.
 pub(super) struct RangeResult {
     pub(super) span: Span,
     pub(super) begun: Instant,
@@ -36,21 +36,21 @@ pub(super) struct RangeResult {
 }
 
 pub(super) enum RangeLoss {
-    /// The connection broke.
+    /// The connection failed.
     Broke(String),
-    /// Only its beginning was to be fetched.
+    /// The source sent only the beginning of the range: an owner may lend only that.
     Beginning,
-    /// This node has become the owner meanwhile, and waits for no other one.
+    /// This node was promoted to owner meanwhile, and waits for no other owner.
     Superseded,
-    /// It says that the blob has another length than another source said.
+    /// The source states another length for the blob than an earlier source.
     OtherLength,
-    /// The others are far faster.
+    /// The other peers are far faster.
     LeftBehind,
-    /// The source gives nothing.
+    /// The source sent an error.
     Refused(SourceError),
-    /// It does not understand ranges.
+    /// The source does not support ranges.
     NoRanges,
-    /// The disk takes no more.
+    /// The writer is closed, because the disk failed.
     Unwritable,
 }
 
@@ -59,15 +59,15 @@ impl Lane<'_> {
         let (begun, mut position) = (Instant::now(), self.span.start);
         let current = self.sources.role();
         let role = current.get();
-        let lost = match self.bring(opened, &mut position).await.err() {
+        let lost = match self.fetch(opened, &mut position).await.err() {
             Some(RangeLoss::Broke(_) | RangeLoss::Refused(_)) if current.get() > role => Some(RangeLoss::Superseded),
             lost => lost,
         };
         RangeResult { span: self.span, begun, position, lost }
     }
 
-    async fn bring(&self, opened: Option<(WatchedBody, ServedFrom)>, position: &mut u64) -> Result<(), RangeLoss> {
-        let (mut flow, from) = match opened {
+    async fn fetch(&self, opened: Option<(WatchedBody, ServedFrom)>, position: &mut u64) -> Result<(), RangeLoss> {
+        let (mut body, from) = match opened {
             Some(opened) => opened,
             None => match self.sources.open(self.span.start, Some(self.span.end), self.failures).await {
                 Ok((incoming, _)) if incoming.total != self.total => return Err(RangeLoss::OtherLength),
@@ -79,14 +79,14 @@ impl Lane<'_> {
         };
         let mut busy = None;
         let mut waited = Duration::ZERO;
-        let end = flow.end().min(self.span.end);
+        let end = body.end().min(self.span.end);
         while *position < end {
-            let asked = Instant::now();
+            let requested_at = Instant::now();
             let mut bytes = match from {
-                ServedFrom::Peer => self.gather_soon(&mut flow, *position, waited).await?,
-                _ => flow.gather().await.map_err(RangeLoss::Broke)?,
+                ServedFrom::Peer => self.gather_or_give_up(&mut body, *position, waited).await?,
+                _ => body.gather().await.map_err(RangeLoss::Broke)?,
             };
-            let took = asked.elapsed();
+            let took = requested_at.elapsed();
             let with_upstream = from == ServedFrom::Upstream;
             busy.get_or_insert_with(|| {
                 let with_upstream = with_upstream.then(|| Busy::new(&self.meter.busy_with_upstream));
@@ -100,42 +100,48 @@ impl Lane<'_> {
                 self.meter.of_upstream.fetch_add(len, Ordering::Relaxed);
             }
             *position += len;
-            // An origin is not asked twice for the same.
+            // Only peers are given up: the upstream gets no second request for the same range.
             if from == ServedFrom::Peer && *position < end {
                 waited += took;
                 self.meter.pace.lock().brought(len, took);
                 let is_behind = self.meter.pace.lock().leaves(*position - self.span.start, waited);
-                if is_behind || self.is_waited_for(*position, waited, Duration::ZERO) {
-                    self.leave(*position)?;
+                if is_behind || self.is_last_and_slow(*position, waited, Duration::ZERO) {
+                    self.give_up(*position)?;
                 }
             }
         }
         if end < self.span.end { Err(RangeLoss::Beginning) } else { Ok(()) }
     }
 
-    /// What comes next from a peer, unless all the others are done and it does not come soon.
-    async fn gather_soon(&self, flow: &mut WatchedBody, position: u64, waited: Duration) -> Result<Bytes, RangeLoss> {
-        let asked = Instant::now();
-        let mut gathering = pin!(flow.gather());
+    /// The next bytes from a peer. Fails if no other range is left to request and the peer is far too slow.
+    async fn gather_or_give_up(
+        &self,
+        body: &mut WatchedBody,
+        position: u64,
+        waited: Duration,
+    ) -> Result<Bytes, RangeLoss> {
+        let requested_at = Instant::now();
+        let mut gathering = pin!(body.gather());
         loop {
             tokio::select! {
                 biased;
                 bytes = &mut gathering => return bytes.map_err(RangeLoss::Broke),
-                () = sleep(TICK) => if self.is_waited_for(position, waited, asked.elapsed()) {
-                    self.leave(position)?;
+                () = sleep(TICK) => if self.is_last_and_slow(position, waited, requested_at.elapsed()) {
+                    self.give_up(position)?;
                 },
             }
         }
     }
 
-    /// Whether nothing else is to be fetched, and the others were far faster.
-    fn is_waited_for(&self, position: u64, waited: Duration, since: Duration) -> bool {
+    /// Whether nothing else is left to request, and the others were far faster.
+    fn is_last_and_slow(&self, position: u64, waited: Duration, since: Duration) -> bool {
         let brought = position - self.span.start;
-        self.meter.idles.load(Ordering::Relaxed) && self.meter.pace.lock().leaves_soon(brought, waited, since)
+        self.meter.has_idle_capacity.load(Ordering::Relaxed)
+            && self.meter.pace.lock().leaves_soon(brought, waited, since)
     }
 
-    /// Leaves a peer that is behind, where others have the same.
-    fn leave(&self, position: u64) -> Result<(), RangeLoss> {
+    /// Gives up a slow peer, if another one has the same bytes.
+    fn give_up(&self, position: u64) -> Result<(), RangeLoss> {
         if self.sources.alternatives(position) > 1 {
             self.meter.pace.lock().left();
             return Err(RangeLoss::LeftBehind);
@@ -143,25 +149,24 @@ impl Lane<'_> {
         Ok(())
     }
 
-    /// Whether this is the range that was asked for, or its beginning where an owner leaves only that to this
-    /// node.
+    /// Whether `span` is the requested range, or its beginning: an owner may send only that.
     fn is_beginning(&self, span: Span) -> bool {
         span.start == self.span.start && !span.is_empty() && span.end <= self.span.end
     }
 }
 
 impl RangeLoss {
-    /// For the log.
-    pub(super) fn why(&self) -> &str {
+    /// The cause, for the log.
+    pub(super) fn cause(&self) -> &str {
         match self {
-            Self::Broke(why) => why,
-            Self::Beginning => "only a part",
-            Self::Superseded => "this node is the owner now",
-            Self::OtherLength => "another length",
-            Self::LeftBehind => "left behind by the others",
+            Self::Broke(cause) => cause,
+            Self::Beginning => "partial range",
+            Self::Superseded => "promoted to owner",
+            Self::OtherLength => "length mismatch",
+            Self::LeftBehind => "far slower than other peers",
             Self::Refused(error) => error.as_str(),
-            Self::NoRanges => "no ranges",
-            Self::Unwritable => "unwritable",
+            Self::NoRanges => "ranges unsupported",
+            Self::Unwritable => "cache not writable",
         }
     }
 }

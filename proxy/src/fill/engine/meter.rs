@@ -1,4 +1,4 @@
-//! What all connections of a blob bring together.
+//! Throughput of all connections of a blob together.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
@@ -6,22 +6,23 @@ use parking_lot::Mutex;
 
 use crate::fill::pace::Pace;
 
-/// What all connections of a blob have brought.
+/// Counters that all connections of a blob share.
 #[derive(Default)]
 pub(super) struct Meter {
     pub(super) bytes: AtomicU64,
-    /// Connections that are bringing bytes now.
+    /// Connections that have sent a byte and are not done.
     pub(super) busy: AtomicUsize,
-    /// The same of those to the origin.
+    /// Bytes from the upstream.
     pub(super) of_upstream: AtomicU64,
+    /// The busy connections among those to the upstream.
     pub(super) busy_with_upstream: AtomicUsize,
-    /// Of those that come from peers.
+    /// Throughput of the connections to peers.
     pub(super) pace: Mutex<Pace>,
-    /// More could be fetched at a time than there is to fetch.
-    pub(super) idles: AtomicBool,
+    /// More connections are allowed than there are ranges left to request.
+    pub(super) has_idle_capacity: AtomicBool,
 }
 
-/// Counts a connection as busy for as long as it is held.
+/// Counts a connection as busy until dropped.
 pub(super) struct Busy<'a>(&'a AtomicUsize);
 
 impl<'a> Busy<'a> {

@@ -1,4 +1,4 @@
-//! Any interleaving of sources, faults and readers ends in the right bytes or a clean refusal.
+//! Any order of faults and readers ends with the right bytes or a clean error.
 
 use std::sync::atomic::AtomicU32;
 
@@ -21,14 +21,14 @@ use crate::source::{Broken, Incoming, ServedFrom};
 
 const MIB: usize = 1024 * 1024;
 
-/// An origin whose every answer is drawn by lot.
+/// An upstream whose every response is random.
 struct RandomUpstream {
     body: Bytes,
     random: Mutex<fastrand::Rng>,
-    /// Of a hundred answers so many go wrong.
+    /// Faults in a hundred responses.
     faults: u8,
-    /// How a limited origin divides itself.
-    pace: Duration,
+    /// Delay before each piece of a connection.
+    delay: Duration,
     opened: AtomicU32,
     whole: AtomicU32,
 }
@@ -36,18 +36,25 @@ struct RandomUpstream {
 impl RandomUpstream {
     fn new(body: &Bytes, seed: u64, faults: u8) -> Arc<Self> {
         let random = Mutex::new(fastrand::Rng::with_seed(seed));
-        let pace = Duration::from_millis(25);
-        Arc::new(Self { body: body.clone(), random, faults, pace, opened: AtomicU32::new(0), whole: AtomicU32::new(0) })
+        let delay = Duration::from_millis(25);
+        Arc::new(Self {
+            body: body.clone(),
+            random,
+            faults,
+            delay,
+            opened: AtomicU32::new(0),
+            whole: AtomicU32::new(0),
+        })
     }
 
-    /// Sends a span in pieces of 1 MiB, so many of them and then `end`.
+    /// Sends a span in pieces of 1 MiB: the first `pieces` of them, and then `end`.
     fn send(&self, span: Span, total: u64, pieces: usize, end: Option<Result<Bytes, Broken>>) -> Incoming {
         let part = self.body.slice(usize::try_from(span.start).unwrap()..usize::try_from(span.end).unwrap());
         let cut: Vec<_> = (0..part.len()).step_by(MIB).map(|at| part.slice(at..part.len().min(at + MIB))).collect();
         let stalls = end.is_none() && pieces < cut.len();
-        let pace = self.pace;
+        let delay = self.delay;
         let sent = stream::iter(cut.into_iter().take(pieces)).then(move |piece| async move {
-            tokio::time::sleep(pace).await;
+            tokio::time::sleep(delay).await;
             Ok(piece)
         });
         let rest = stream::iter(end);
@@ -93,7 +100,7 @@ impl FillSources for RandomUpstream {
     }
 
     fn connections(&self) -> ConnectionMode {
-        ConnectionMode::Climbing
+        ConnectionMode::Adaptive
     }
 }
 
@@ -107,11 +114,11 @@ fn fill(digest: &Digest) -> Arc<Fill> {
     let registries = Registries::new(&Config::default());
     let (registry, repository) = ("docker.io".parse().unwrap(), "library/a".parse().unwrap());
     let rule = registries.rule(&registry, &"library/a".parse().unwrap()).clone();
-    let place = crate::registries::RepositoryRef::new(rule, registry, repository);
-    Arc::new(Fill::new(FillKey::new(&place, digest), place, CurrentRole::new(Role::Global)))
+    let repo_ref = crate::registries::RepositoryRef::new(rule, registry, repository);
+    Arc::new(Fill::new(FillKey::new(&repo_ref, digest), repo_ref, CurrentRole::new(Role::Global)))
 }
 
-/// Runs the engine against a disk that only checks what it is given, and hashes with a delay.
+/// Runs the engine with a disk that checks the bytes and hashes with a delay.
 async fn run(
     sources: Arc<dyn FillSources>,
     body: &Bytes,
@@ -133,7 +140,7 @@ async fn run(
             assert_eq!(there.gap(span.start, span.end), Some(span), "written twice");
             there.insert(span);
             watched.progress.send_modify(|progress| {
-                progress.wrote(span);
+                progress.add_written(span);
                 progress.hashed_to(there.run_end(0));
             });
         }
@@ -155,7 +162,7 @@ async fn run(
 }
 
 #[tokio::test(start_paused = true)]
-async fn any_interleaving_of_faults_ends_right_or_refused() {
+async fn any_order_of_faults_ends_complete_or_with_an_error() {
     let body = body(70);
     let digest = Digest::of(b"unused");
     let (mut complete, mut broken) = (0, 0);
@@ -163,12 +170,12 @@ async fn any_interleaving_of_faults_ends_right_or_refused() {
         let fill = fill(&digest);
         let faults = [0, 5, 20, 60][usize::try_from(seed % 4).unwrap()];
         let sources = RandomUpstream::new(&body, seed, faults);
-        // Readers that wait here and there, and leave.
+        // Readers that wait for various bytes.
         let _readers: Vec<_> = (0..seed % 5)
             .map(|nth| {
-                let seat = fill.audience.sit();
-                seat.wait_for((seed * 7 + nth * 13) % 70 * MIB as u64);
-                seat
+                let slot = fill.readers.register();
+                slot.wait_for((seed * 7 + nth * 13) % 70 * MIB as u64);
+                slot
             })
             .collect();
         let (ended, there) = run(sources.clone(), &body, &fill, 0, Spans::default()).await;
@@ -185,14 +192,14 @@ async fn any_interleaving_of_faults_ends_right_or_refused() {
                 assert!(faults > 0, "seed {seed}");
                 broken += 1;
             }
-            DownloadEnd::Abandoned => panic!("seed {seed}: somebody reads"),
+            DownloadEnd::Abandoned => panic!("seed {seed}: a reader is left"),
         }
     }
     assert!(complete > 100 && broken > 0, "{complete} complete, {broken} broken");
 }
 
 #[tokio::test(start_paused = true)]
-async fn goes_on_with_what_is_there_and_fetches_the_rest_once() {
+async fn download_resumes_and_requests_only_the_rest() {
     let body = body(70);
     let fill = fill(&Digest::of(b"unused"));
     let mut written = Spans::from(Span { start: 0, end: 20 * MIB as u64 });
@@ -205,19 +212,19 @@ async fn goes_on_with_what_is_there_and_fetches_the_rest_once() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn stops_when_everybody_left() {
+async fn download_without_readers_is_abandoned() {
     let body = body(70);
     let fill = fill(&Digest::of(b"unused"));
-    drop(fill.audience.sit());
+    drop(fill.readers.register());
     let mut slow = RandomUpstream::new(&body, 1, 0);
-    Arc::get_mut(&mut slow).unwrap().pace = Duration::from_secs(2);
+    Arc::get_mut(&mut slow).unwrap().delay = Duration::from_secs(2);
     let (ended, there) = run(slow, &body, &fill, 0, Spans::default()).await;
     assert!(matches!(ended, DownloadEnd::Abandoned), "{ended:?}");
     assert!(!there.is_empty() && there.len() < 40 * MIB as u64);
 }
 
 #[tokio::test(start_paused = true)]
-async fn each_connection_limited_means_several() {
+async fn per_connection_limit_opens_several_connections() {
     let body = body(200);
     let fill = fill(&Digest::of(b"unused"));
     let begun = Instant::now();
@@ -227,7 +234,7 @@ async fn each_connection_limited_means_several() {
     assert!(begun.elapsed() < Duration::from_millis(2500), "{:?}", begun.elapsed());
 }
 
-/// Gives one connection at a time, and counts the rest.
+/// Accepts one connection, and counts the others.
 struct SingleConnectionUpstream {
     inner: Arc<RandomUpstream>,
     open: AtomicU32,
@@ -245,37 +252,37 @@ impl FillSources for SingleConnectionUpstream {
     }
 
     fn connections(&self) -> ConnectionMode {
-        ConnectionMode::Climbing
+        ConnectionMode::Adaptive
     }
 }
 
 #[tokio::test(start_paused = true)]
-async fn who_refuses_further_connections_is_not_hammered() {
+async fn refused_connections_are_not_retried_at_once() {
     let body = body(70);
     let fill = fill(&Digest::of(b"unused"));
-    let reader = fill.audience.sit();
+    let reader = fill.readers.register();
     reader.wait_for(60 * MIB as u64);
     let mut slow = RandomUpstream::new(&body, 1, 0);
-    Arc::get_mut(&mut slow).unwrap().pace = Duration::from_secs(1);
-    let jealous =
+    Arc::get_mut(&mut slow).unwrap().delay = Duration::from_secs(1);
+    let limited =
         Arc::new(SingleConnectionUpstream { inner: slow, open: AtomicU32::new(0), refused: AtomicU32::new(0) });
-    let (ended, _) = run(jealous.clone(), &body, &fill, 0, Spans::default()).await;
-    // The first range takes 16 s; then nothing is given any more.
+    let (ended, _) = run(limited.clone(), &body, &fill, 0, Spans::default()).await;
+    // The first range takes 16 s; after that every request is rejected.
     assert!(matches!(ended, DownloadEnd::Broken(_)), "{ended:?}");
-    assert!(jealous.refused.load(Ordering::Relaxed) < 12, "{}", jealous.refused.load(Ordering::Relaxed));
+    assert!(limited.refused.load(Ordering::Relaxed) < 12, "{}", limited.refused.load(Ordering::Relaxed));
 }
 
-/// Peers of which every fifth sends a MiB in two seconds, the others in no time.
+/// Every fifth connection sends a MiB in two seconds, the others at once.
 struct UnevenPeers {
     fast: Arc<RandomUpstream>,
     slow: Arc<RandomUpstream>,
-    asked: AtomicU32,
+    requests: AtomicU32,
 }
 
 #[async_trait]
 impl FillSources for UnevenPeers {
     async fn open(&self, from: u64, end: Option<u64>, _: u32) -> Result<(Incoming, ServedFrom), SourceError> {
-        let nth = self.asked.fetch_add(1, Ordering::Relaxed);
+        let nth = self.requests.fetch_add(1, Ordering::Relaxed);
         let source = if nth % 5 == 4 { &self.slow } else { &self.fast };
         let (incoming, _) = source.open(from, end, 0).await?;
         Ok((incoming, ServedFrom::Peer))
@@ -291,12 +298,12 @@ impl FillSources for UnevenPeers {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_peer_that_is_far_slower_than_the_others_is_left() {
+async fn far_slower_peer_is_given_up() {
     let body = body(200);
     let fill = fill(&Digest::of(b"unused"));
     let mut slow = RandomUpstream::new(&body, 1, 0);
-    Arc::get_mut(&mut slow).unwrap().pace = Duration::from_secs(2);
-    let uneven = Arc::new(UnevenPeers { fast: RandomUpstream::new(&body, 2, 0), slow, asked: AtomicU32::new(0) });
+    Arc::get_mut(&mut slow).unwrap().delay = Duration::from_secs(2);
+    let uneven = Arc::new(UnevenPeers { fast: RandomUpstream::new(&body, 2, 0), slow, requests: AtomicU32::new(0) });
     let begun = Instant::now();
     let (ended, _) = run(uneven, &body, &fill, 0, Spans::default()).await;
     assert!(matches!(ended, DownloadEnd::Complete), "{ended:?}");
@@ -306,21 +313,21 @@ async fn a_peer_that_is_far_slower_than_the_others_is_left() {
 
 /// Also if it sends nothing at all, which is a break only after ten seconds.
 #[tokio::test(start_paused = true)]
-async fn a_peer_that_alone_is_waited_for_is_left_at_once() {
+async fn slow_peer_of_the_last_range_is_given_up_at_once() {
     let body = body(70);
     let fill = fill(&Digest::of(b"unused"));
     let mut silent = RandomUpstream::new(&body, 1, 0);
-    Arc::get_mut(&mut silent).unwrap().pace = Duration::from_secs(100);
+    Arc::get_mut(&mut silent).unwrap().delay = Duration::from_secs(100);
     let uneven =
-        Arc::new(UnevenPeers { fast: RandomUpstream::new(&body, 2, 0), slow: silent, asked: AtomicU32::new(0) });
+        Arc::new(UnevenPeers { fast: RandomUpstream::new(&body, 2, 0), slow: silent, requests: AtomicU32::new(0) });
     let begun = Instant::now();
     let (ended, _) = run(uneven, &body, &fill, 0, Spans::default()).await;
     assert!(matches!(ended, DownloadEnd::Complete), "{ended:?}");
     assert!(begun.elapsed() < Duration::from_secs(6), "{:?}", begun.elapsed());
 }
 
-/// As a follower it has the first MiB of each range from an owner that then sends nothing; as the owner it has all from the
-/// upstream.
+/// As a follower it gets the first MiB of each range from an owner that then stalls. As the owner it gets everything
+/// from the upstream.
 struct StallingOwner {
     upstream: Arc<RandomUpstream>,
     role: CurrentRole,
@@ -342,7 +349,7 @@ impl FillSources for StallingOwner {
     }
 
     fn connections(&self) -> ConnectionMode {
-        if self.role.get() == Role::Global { ConnectionMode::Climbing } else { ConnectionMode::Chosen(4) }
+        if self.role.get() == Role::Global { ConnectionMode::Adaptive } else { ConnectionMode::Chosen(4) }
     }
 }
 

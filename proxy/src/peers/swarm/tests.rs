@@ -16,81 +16,81 @@ fn at(millis: u64) -> Time {
     Duration::from_millis(millis)
 }
 
-/// A question, and where whoever asks goes.
-fn direct(
+/// Decides on a request, and records that the requester follows the decision.
+fn decide(
     tracker: &mut Tracker,
-    asker: Option<SocketAddr>,
+    requester: Option<SocketAddr>,
     span: Span,
-    comes: BestSource,
+    best_source: BestSource,
     sending: u32,
     now: Time,
 ) -> PeerDecision {
-    let direction = tracker.direct(asker, span, comes, sending, now);
-    tracker.expect(asker, span, now);
-    direction
+    let decision = tracker.decide(requester, span, best_source, sending, now);
+    tracker.record_in_flight(requester, span, now);
+    decision
 }
 
 #[test]
-fn a_busy_node_sends_on_to_whoever_gets_the_bytes_now() {
+fn loaded_node_redirects_to_a_peer_that_gets_the_range() {
     let mut tracker = Tracker::new(1);
     for n in 1..=3 {
-        tracker.heard(peer(n), &Spans::default(), 0, at(0));
+        tracker.record(peer(n), &Spans::default(), 0, at(0));
     }
     assert_eq!(
-        direct(&mut tracker, Some(peer(1)), mib(0, 16), BestSource::Here, 1, at(0)),
-        PeerDecision::Answer,
-        "few"
+        decide(&mut tracker, Some(peer(1)), mib(0, 16), BestSource::ThisNode, 1, at(0)),
+        PeerDecision::Serve,
+        "a low load"
     );
     assert_eq!(
-        direct(&mut tracker, Some(peer(2)), mib(0, 16), BestSource::Here, 6, at(0)),
+        decide(&mut tracker, Some(peer(2)), mib(0, 16), BestSource::ThisNode, 6, at(0)),
         PeerDecision::Redirect(peer(1))
     );
-    tracker.heard(peer(1), &Spans::default(), 6, at(0));
+    tracker.record(peer(1), &Spans::default(), 6, at(0));
     assert_eq!(
-        direct(&mut tracker, Some(peer(3)), mib(0, 16), BestSource::Here, 6, at(0)),
+        decide(&mut tracker, Some(peer(3)), mib(0, 16), BestSource::ThisNode, 6, at(0)),
         PeerDecision::Redirect(peer(2)),
-        "sent on itself"
+        "which was redirected itself"
     );
     assert_eq!(
-        direct(&mut tracker, None, mib(0, 16), BestSource::Here, 0, at(0)),
-        PeerDecision::Answer,
-        "no busier than the others"
+        decide(&mut tracker, None, mib(0, 16), BestSource::ThisNode, 0, at(0)),
+        PeerDecision::Serve,
+        "not more loaded than the others"
     );
     assert_eq!(
-        direct(&mut tracker, Some(peer(2)), mib(16, 32), BestSource::Here, 9, at(0)),
-        PeerDecision::Answer,
-        "nobody else has that"
+        decide(&mut tracker, Some(peer(2)), mib(16, 32), BestSource::ThisNode, 9, at(0)),
+        PeerDecision::Serve,
+        "no other peer has that"
     );
     assert_eq!(
-        direct(&mut tracker, Some(peer(1)), mib(0, 16), BestSource::Here, 9, at(0)),
-        PeerDecision::Answer,
+        decide(&mut tracker, Some(peer(1)), mib(0, 16), BestSource::ThisNode, 9, at(0)),
+        PeerDecision::Serve,
         "all others wait for it"
     );
     assert_eq!(
-        direct(&mut tracker, Some(peer(3)), mib(0, 16), BestSource::Here, 9, at(0)),
+        decide(&mut tracker, Some(peer(3)), mib(0, 16), BestSource::ThisNode, 9, at(0)),
         PeerDecision::Redirect(peer(2)),
-        "nor to itself"
+        "not to itself"
     );
     assert_eq!(
-        direct(&mut tracker, Some(peer(2)), mib(0, 16), BestSource::Here, 9, at(20_000)),
-        PeerDecision::Answer,
+        decide(&mut tracker, Some(peer(2)), mib(0, 16), BestSource::ThisNode, 9, at(20_000)),
+        PeerDecision::Serve,
         "it never came"
     );
-    assert!(tracker.holders(None).is_empty(), "nobody has said that it has any");
+    assert!(tracker.holders(None).is_empty(), "no peer has reported any bytes");
 }
 
 #[test]
-fn a_thousand_who_ask_at_once_are_a_tree_and_no_chain() {
+fn thousand_simultaneous_requesters_form_a_tree() {
     let mut tracker = Tracker::new(1000);
-    // Through how many each range comes to each, and how much each sends.
+    // The hops of each range to each peer, and the bodies that each peer sends.
     let mut hops = std::collections::HashMap::new();
     let mut sent = std::collections::HashMap::<_, u32>::new();
     let mut sending = 0;
     for n in 0..1000 {
         for nth in 0..4 {
             let span = mib(nth * 16, (nth + 1) * 16);
-            tracker.heard(peer(n), &Spans::default(), 0, at(0));
-            let from = match direct(&mut tracker, Some(peer(n)), span, BestSource::Here, sending, at(0)) {
+            tracker.record(peer(n), &Spans::default(), 0, at(0));
+            let from = match decide(&mut tracker, Some(peer(n)), span, BestSource::ThisNode, sending, at(0)) {
                 PeerDecision::Redirect(from) => {
                     *sent.entry(from).or_default() += 1;
                     hops[&(from, nth)]
@@ -108,54 +108,54 @@ fn a_thousand_who_ask_at_once_are_a_tree_and_no_chain() {
 }
 
 #[test]
-fn nobody_is_sent_to_those_who_wait_for_it() {
+fn peer_is_not_redirected_to_its_followers() {
     let mut tracker = Tracker::new(1);
-    (1..=3).for_each(|n| tracker.heard(peer(n), &Spans::default(), 0, at(0)));
-    // The first gets the beginning only, in this node's stead; the second follows it, for all.
-    assert_eq!(tracker.direct(Some(peer(1)), mib(0, 16), BestSource::Here, 9, at(0)), PeerDecision::Answer);
-    tracker.expect(Some(peer(1)), mib(0, 2), at(0));
+    (1..=3).for_each(|n| tracker.record(peer(n), &Spans::default(), 0, at(0)));
+    // The first peer is a deputy for the beginning only; the second peer gets the whole range from the first.
+    assert_eq!(tracker.decide(Some(peer(1)), mib(0, 16), BestSource::ThisNode, 9, at(0)), PeerDecision::Serve);
+    tracker.record_in_flight(Some(peer(1)), mib(0, 2), at(0));
     assert_eq!(
-        direct(&mut tracker, Some(peer(2)), mib(0, 16), BestSource::Here, 9, at(0)),
+        decide(&mut tracker, Some(peer(2)), mib(0, 16), BestSource::ThisNode, 9, at(0)),
         PeerDecision::Redirect(peer(1))
     );
     assert_eq!(
-        direct(&mut tracker, Some(peer(1)), mib(2, 16), BestSource::Here, 9, at(0)),
-        PeerDecision::Answer,
+        decide(&mut tracker, Some(peer(1)), mib(2, 16), BestSource::ThisNode, 9, at(0)),
+        PeerDecision::Serve,
         "the second waits for that as well"
     );
     assert_eq!(
-        direct(&mut tracker, Some(peer(3)), mib(2, 16), BestSource::Here, 9, at(0)),
+        decide(&mut tracker, Some(peer(3)), mib(2, 16), BestSource::ThisNode, 9, at(0)),
         PeerDecision::Redirect(peer(1))
     );
     assert_eq!(
-        direct(&mut tracker, Some(peer(1)), mib(2, 16), BestSource::Here, 9, at(0)),
-        PeerDecision::Answer,
+        decide(&mut tracker, Some(peer(1)), mib(2, 16), BestSource::ThisNode, 9, at(0)),
+        PeerDecision::Serve,
         "again"
     );
-    tracker.heard(peer(2), &mib(0, 16).into(), 0, at(0));
+    tracker.record(peer(2), &mib(0, 16).into(), 0, at(0));
     assert_eq!(
-        direct(&mut tracker, Some(peer(1)), mib(2, 16), BestSource::Here, 9, at(0)),
+        decide(&mut tracker, Some(peer(1)), mib(2, 16), BestSource::ThisNode, 9, at(0)),
         PeerDecision::Redirect(peer(2))
     );
 }
 
 #[test]
-fn holders_are_told_of_least_loaded_first_and_bounded() {
+fn named_holders_are_bounded_and_least_loaded_first() {
     let mut tracker = Tracker::new(1);
     for n in 0..3000 {
-        tracker.heard(peer(n), &mib(0, 16).into(), 3000 - u32::from(n), at(n.into()));
+        tracker.record(peer(n), &mib(0, 16).into(), 3000 - u32::from(n), at(n.into()));
     }
     assert_eq!(tracker.peers.len(), 512);
-    let told: Vec<_> = tracker.holders(Some(peer(2999))).into_iter().map(|holder| holder.peer).collect();
-    assert_eq!(told, (2991..2999).rev().map(peer).collect::<Vec<_>>());
+    let named: Vec<_> = tracker.holders(Some(peer(2999))).into_iter().map(|holder| holder.peer).collect();
+    assert_eq!(named, (2991..2999).rev().map(peer).collect::<Vec<_>>());
 }
 
 #[test]
-fn what_a_peer_says_is_bounded() {
+fn reported_spans_are_bounded() {
     let (mut tracker, mut view) = (Tracker::new(1), View::new(1));
     for nth in 0..10_000 {
         let have: Spans = Span { start: nth * 10, end: nth * 10 + 1 }.into();
-        tracker.heard(peer(1), &have, 0, at(0));
+        tracker.record(peer(1), &have, 0, at(0));
         view.learn(&Holder { peer: peer(1), load: 0, have });
     }
     assert!(tracker.peers[&peer(1)].have.iter().count() <= MAX_SPANS);
@@ -163,36 +163,37 @@ fn what_a_peer_says_is_bounded() {
 }
 
 #[test]
-fn a_large_cluster_is_remembered_better() {
-    let bounds = [1, 2_000, 5_000, 10_000, 1_000_000].map(|size| (Tracker::new(size).most, View::new(size).most));
+fn bounds_grow_with_the_cluster() {
+    let bounds =
+        [1, 2_000, 5_000, 10_000, 1_000_000].map(|size| (Tracker::new(size).max_peers, View::new(size).max_holders));
     assert_eq!(bounds, [(512, 32), (512, 32), (1250, 32), (2048, 64), (2048, 64)]);
 }
 
 #[test]
-fn equals_are_told_of_in_turn() {
+fn equally_loaded_holders_are_named_in_turn() {
     let mut tracker = Tracker::new(1);
-    (0..32).for_each(|n| tracker.heard(peer(n), &mib(0, 16).into(), 0, at(0)));
-    let told = (0..100).flat_map(|_| tracker.holders(None)).map(|holder| holder.peer);
-    assert_eq!(told.collect::<std::collections::BTreeSet<_>>().len(), 32);
+    (0..32).for_each(|n| tracker.record(peer(n), &mib(0, 16).into(), 0, at(0)));
+    let named = (0..100).flat_map(|_| tracker.holders(None)).map(|holder| holder.peer);
+    assert_eq!(named.collect::<std::collections::BTreeSet<_>>().len(), 32);
 }
 
 #[test]
-fn the_slow_end_up_as_leaves() {
+fn peer_that_is_behind_is_the_last_choice() {
     let mut tracker = Tracker::new(1);
-    tracker.heard(peer(1), &mib(0, 64).into(), 9, at(0));
-    tracker.heard(peer(2), &mib(0, 16).into(), 0, at(0));
-    tracker.heard(peer(3), &mib(0, 64).into(), 5, at(0));
+    tracker.record(peer(1), &mib(0, 64).into(), 9, at(0));
+    tracker.record(peer(2), &mib(0, 16).into(), 0, at(0));
+    tracker.record(peer(3), &mib(0, 64).into(), 5, at(0));
     assert_eq!(
-        direct(&mut tracker, Some(peer(1)), mib(0, 16), BestSource::Here, 9, at(0)),
+        decide(&mut tracker, Some(peer(1)), mib(0, 16), BestSource::ThisNode, 9, at(0)),
         PeerDecision::Redirect(peer(3))
     );
     assert_eq!(
-        direct(&mut tracker, None, mib(0, 16), BestSource::Here, 9, at(0)),
+        decide(&mut tracker, None, mib(0, 16), BestSource::ThisNode, 9, at(0)),
         PeerDecision::Redirect(peer(2)),
-        "good enough for a new one"
+        "good enough for a new requester"
     );
-    let told: Vec<_> = tracker.holders(Some(peer(1))).into_iter().map(|holder| holder.peer).collect();
-    assert_eq!(told, [peer(3), peer(2)]);
+    let named: Vec<_> = tracker.holders(Some(peer(1))).into_iter().map(|holder| holder.peer).collect();
+    assert_eq!(named, [peer(3), peer(2)]);
     let mut view = View::new(1);
     tracker.holders(Some(peer(1))).iter().for_each(|holder| view.learn(holder));
     assert_eq!(view.pick(0, 64 * MIB, at(0), 1), Some(peer(3)));
@@ -200,27 +201,27 @@ fn the_slow_end_up_as_leaves() {
 }
 
 #[test]
-fn who_gets_it_slowly_is_asked_last_by_those_who_have_less() {
+fn peer_with_a_low_rate_is_the_last_choice() {
     let mut tracker = Tracker::new(1);
     for n in 1..=10 {
-        tracker.heard(peer(n), &Spans::default(), 0, at(0));
+        tracker.record(peer(n), &Spans::default(), 0, at(0));
         let reached = if n == 1 { 4 } else { 64 };
-        tracker.heard(peer(n), &mib(0, reached).into(), if n == 1 { 0 } else { 5 }, at(500));
+        tracker.record(peer(n), &mib(0, reached).into(), if n == 1 { 0 } else { 5 }, at(500));
     }
     assert!(matches!(
-        direct(&mut tracker, None, mib(0, 16), BestSource::Here, 9, at(500)),
+        decide(&mut tracker, None, mib(0, 16), BestSource::ThisNode, 9, at(500)),
         PeerDecision::Redirect(to) if to != peer(1)
     ));
     assert!(tracker.holders(None).iter().all(|holder| holder.peer != peer(1)));
     assert_eq!(
-        direct(&mut tracker, None, mib(0, 16), BestSource::Here, 4, at(500)),
-        PeerDecision::Answer,
-        "rather from here than from the slow one"
+        decide(&mut tracker, None, mib(0, 16), BestSource::ThisNode, 4, at(500)),
+        PeerDecision::Serve,
+        "rather from this node than from the slow peer"
     );
 }
 
 #[test]
-fn the_least_loaded_that_is_ahead_is_picked() {
+fn least_loaded_holder_of_the_byte_is_picked() {
     let mut view = View::new(1);
     let holder = |n, load, have: Span| Holder { peer: peer(n), load, have: have.into() };
     view.learn(&holder(1, 3, mib(0, 64)));
@@ -232,40 +233,40 @@ fn the_least_loaded_that_is_ahead_is_picked() {
     assert_eq!(view.pick(0, 0, at(0), 1), Some(peer(1)));
     view.end(Contribution { peer: peer(2), claim: Claim::Verified, total: 64 << 20, span: mib(0, 16), checksum: 1 });
     assert_eq!(view.contributions().len(), 1);
-    view.refused(peer(1), at(0));
+    view.mark_refused(peer(1), at(0));
     assert_eq!(view.pick(40 * MIB, 0, at(100), 1), None);
     assert_eq!(view.pick(40 * MIB, 0, at(300), 1), Some(peer(1)));
-    view.broke(peer(1), at(300));
-    assert_eq!(view.pick(40 * MIB, 0, at(60_000), 1), None, "until it says again what it has");
+    view.mark_failed(peer(1), at(300));
+    assert_eq!(view.pick(40 * MIB, 0, at(60_000), 1), None, "until it reports again what it has");
 }
 
 #[test]
-fn who_hardly_sends_is_left_alone_unless_there_is_nobody_else() {
+fn peer_that_was_too_slow_is_not_picked_until_forgiven() {
     let mut view = View::new(1);
     view.learn(&Holder { peer: peer(1), load: 0, have: mib(0, 64).into() });
-    view.crawled(peer(1), at(0));
-    view.left(peer(1), at(0));
-    assert!(view.crawls(peer(1), at(299_999)) && !view.crawls(peer(1), at(300_000)));
+    view.mark_too_slow(peer(1), at(0));
+    view.mark_interrupted(peer(1), at(0));
+    assert!(view.is_too_slow(peer(1), at(299_999)) && !view.is_too_slow(peer(1), at(300_000)));
     assert_eq!(view.pick(0, 0, at(60_000), 1), None, "whatever else it did");
     view.forgive();
     assert_eq!(view.pick(0, 0, at(60_000), 1), Some(peer(1)));
 }
 
 #[test]
-fn what_is_rare_is_fetched_first() {
+fn rarest_range_is_chosen_first() {
     let mut view = View::new(1);
     let ranges = [mib(0, 16), mib(16, 32), mib(32, 48), mib(48, 64)];
     assert_eq!(view.choose(&[], 0), None);
-    assert_eq!(view.choose(&ranges, 5), Some(0), "in order where nobody has any");
+    assert_eq!(view.choose(&ranges, 5), Some(0), "in order where no peer has any");
     view.learn(&Holder { peer: peer(1), load: 0, have: mib(32, 40).into() });
-    assert_eq!(view.choose(&ranges, 5), Some(2), "on its way to somebody");
+    assert_eq!(view.choose(&ranges, 5), Some(2), "a peer is downloading it");
     view.learn(&Holder { peer: peer(1), load: 0, have: mib(0, 32).into() });
     view.learn(&Holder { peer: peer(2), load: 0, have: mib(0, 16).into() });
-    assert_eq!(view.choose(&ranges, 5), Some(1), "one has it, two have the other");
+    assert_eq!(view.choose(&ranges, 5), Some(1), "one peer has it, two have the first");
 }
 
 #[test]
-fn equals_share_the_work() {
+fn equally_loaded_holders_share_the_load() {
     let mut view = View::new(1);
     (0..4).for_each(|n| view.learn(&Holder { peer: peer(n), load: 0, have: mib(0, 16).into() }));
     let picked: std::collections::BTreeSet<_> = (0..100).filter_map(|lot| view.pick(0, 0, at(0), lot)).collect();

@@ -1,4 +1,4 @@
-//! What whoever fetches knows of those who have it.
+//! What a downloading node knows of the holders of a blob.
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
@@ -10,10 +10,10 @@ use crate::oci::{Span, Spans};
 use crate::peers::ring;
 use crate::peers::wire::Holder;
 
-/// One fetching node's knowledge of who has a blob.
+/// The holders of one blob, as one downloading node knows them.
 pub struct View {
     pub(super) peers: HashMap<SocketAddr, KnownHolder>,
-    pub(super) most: usize,
+    pub(super) max_holders: usize,
     contributions: Vec<Contribution>,
 }
 
@@ -21,48 +21,56 @@ pub struct View {
 pub(super) struct KnownHolder {
     pub(super) have: Spans,
     load: u32,
-    /// Ranges that this node fetches from it.
+    /// Number of ranges that this node is downloading from it.
     in_flight: u32,
+    /// It did not have a range, or failed: not picked before this time.
     not_before: Time,
-    /// It is far too slow: the next owner is better asked.
-    crawls_until: Time,
+    /// It was far too slow: not picked before this time, not even as the owner.
+    too_slow_until: Time,
 }
 
-/// Peers that are known of one blob, one of so many members: in a large cluster each hears of few.
-const KNOWN: RangeInclusive<usize> = 32..=64;
-const OF_KNOWN: usize = 156;
+/// Holders known of one blob: a fixed fraction of the members, within these bounds. Larger: more memory and longer
+/// choices. Smaller: in a large cluster, downloads crowd on few holders.
+const MAX_KNOWN_HOLDERS: RangeInclusive<usize> = 32..=64;
+const MEMBERS_PER_KNOWN_HOLDER: usize = 156;
 
-/// Ranges of which is known who sent them.
+/// Ranges whose sender is remembered. Larger: more memory. Smaller: in a very large corrupt blob the peer at fault goes
+/// undetected.
 const MAX_CONTRIBUTIONS: usize = 4096;
 
-/// A peer that could not help is not asked again for this long.
-const REFUSED: Duration = Duration::from_millis(250);
+/// How long a peer that did not have a range is not picked. Longer: new holders are used late. Shorter: useless
+/// requests.
+const REFUSED_PAUSE: Duration = Duration::from_millis(250);
 
-/// A peer that broke, for this long.
-const BROKE: Duration = Duration::from_secs(5);
+/// How long a peer that failed is not picked. Longer: a lost connection costs a good holder. Shorter: more failed
+/// requests.
+const FAILED_PAUSE: Duration = Duration::from_secs(5);
 
-/// One that has it whole and hardly sends it, for this long.
-const CRAWLED: Duration = Duration::from_secs(300);
+/// How long a peer that has the whole blob, but hardly sends it, is not used for this blob. Longer: it stays unused
+/// after it recovers. Shorter: the download stalls on it repeatedly.
+const TOO_SLOW_PAUSE: Duration = Duration::from_secs(300);
 
-/// Of so many ranges one is asked for before anybody gets it.
-const EAGER: u64 = 4;
+/// One in this many choices prefers a range that no peer has. Larger: all nodes wait for the same few ranges. Smaller:
+/// more ranges come from the owner instead of from peers.
+const UNHELD_FIRST_INTERVAL: u64 = 4;
 
 impl KnownHolder {
     fn is_able(&self, at: u64, now: Time) -> bool {
-        now >= self.not_before && now >= self.crawls_until && self.have.run_end(at) > at
+        now >= self.not_before && now >= self.too_slow_until && self.have.run_end(at) > at
     }
 }
 
 impl View {
-    /// In a cluster of so many.
+    /// The view in a cluster of `members` peers.
     pub fn new(members: usize) -> Self {
-        let most = (members / OF_KNOWN).clamp(*KNOWN.start(), *KNOWN.end());
-        Self { peers: HashMap::new(), most, contributions: Vec::new() }
+        let max_holders =
+            (members / MEMBERS_PER_KNOWN_HOLDER).clamp(*MAX_KNOWN_HOLDERS.start(), *MAX_KNOWN_HOLDERS.end());
+        Self { peers: HashMap::new(), max_holders, contributions: Vec::new() }
     }
 
-    /// Somebody has these bytes.
+    /// Records what a holder has.
     pub fn learn(&mut self, holder: &Holder) {
-        if self.peers.len() >= self.most && !self.peers.contains_key(&holder.peer) {
+        if self.peers.len() >= self.max_holders && !self.peers.contains_key(&holder.peer) {
             let idle = |(_, known): &(&SocketAddr, &KnownHolder)| known.in_flight == 0;
             let least = self.peers.iter().filter(idle).min_by_key(|(peer, known)| (known.have.len(), **peer));
             let Some(least) = least.map(|(peer, _)| *peer) else { return };
@@ -70,15 +78,15 @@ impl View {
         }
         let known = self.peers.entry(holder.peer).or_default();
         known.load = holder.load;
-        // Nobody loses bytes: an older word adds nothing, and takes nothing away.
+        // A peer loses no bytes while it downloads, so an older report that comes late changes nothing.
         holder.have.iter().for_each(|span| known.have.insert(span));
         if known.have.iter().count() > MAX_SPANS {
             known.have = holder.have.clone();
         }
     }
 
-    /// The least loaded that has the byte at `at`, the slow last, for a node that `has` so many; of equals the
-    /// one that `lot` falls on.
+    /// The least loaded holder of the byte at `at`, slow ones last, for a node that has `has` bytes. `lot` decides
+    /// among equals.
     pub fn pick(&self, at: u64, has: u64, now: Time, lot: u64) -> Option<SocketAddr> {
         let able = self.peers.iter().filter(|(_, known)| known.is_able(at, now));
         let rank = |(peer, known): &(&SocketAddr, &KnownHolder)| {
@@ -87,25 +95,29 @@ impl View {
         able.min_by_key(rank).map(|(peer, _)| *peer)
     }
 
-    /// How many could be asked for the byte at `at` by a node that `has` so many, the slow left out.
+    /// How many holders can serve the byte at `at` to a node that has `has` bytes, without slow ones.
     pub fn able(&self, at: u64, has: u64, now: Time) -> usize {
         self.peers.values().filter(|known| known.is_able(at, now) && !is_slow(&known.have, has)).count()
     }
 
-    /// Which range to fetch next: one that somebody has whole, the rarest first, so that what this node
-    /// has differs from what others have; otherwise one that somebody is getting; otherwise the first. Now and
-    /// then the first that nobody has comes before those that somebody is getting, maybe slowly: else all would
-    /// wait for the same few, and nobody would bring others.
+    /// The range to download next, in this order:
+    ///
+    /// 1. a range that a peer has whole, the rarest first, so that this node has what others lack;
+    /// 2. the first range that a peer is downloading;
+    /// 3. the first range that no peer has.
+    ///
+    /// One in `UNHELD_FIRST_INTERVAL` choices swaps 2 and 3: otherwise all nodes wait for the same few ranges, which
+    /// may come slowly, and no node brings others.
     pub fn choose(&self, ranges: &[Span], lot: u64) -> Option<usize> {
-        let (getting, nobody) = if lot.is_multiple_of(EAGER) { (2, 1) } else { (1, 2) };
+        let (in_flight, unheld) = if lot.is_multiple_of(UNHELD_FIRST_INTERVAL) { (2, 1) } else { (1, 2) };
         let rarity = |span: &Span| {
             let ends = self.peers.values().map(|known| known.have.run_end(span.start));
             let (whole, some) = ends.fold((0u32, 0u32), |(whole, some), end| {
                 (whole + u32::from(end >= span.end), some + u32::from(end > span.start))
             });
             match (whole, some) {
-                (0, 0) => (nobody, 0),
-                (0, _) => (getting, 0),
+                (0, 0) => (unheld, 0),
+                (0, _) => (in_flight, 0),
                 _ => (0, whole),
             }
         };
@@ -117,17 +129,17 @@ impl View {
         rated.min().map(|(_, nth)| nth)
     }
 
-    /// Asks a peer for a range.
+    /// Records that a download from a peer begins.
     pub fn begin(&mut self, peer: SocketAddr) {
         self.peers.entry(peer).or_default().in_flight += 1;
     }
 
-    /// The range came, or as much of it as did.
+    /// Records the end of a download, and what it brought.
     pub fn end(&mut self, contribution: Contribution) {
         if let Some(known) = self.peers.get_mut(&contribution.peer) {
             known.in_flight = known.in_flight.saturating_sub(1);
         }
-        // What it said of the length is one as well.
+        // The length that a peer reported is a contribution even without bytes: it may be wrong.
         let is_new = || self.contributions.iter().all(|known| known.peer != contribution.peer);
         let counts = !contribution.span.is_empty() || is_new();
         if counts && self.contributions.len() < MAX_CONTRIBUTIONS {
@@ -135,40 +147,40 @@ impl View {
         }
     }
 
-    /// Who sent what so far.
+    /// What each peer has sent so far.
     pub fn contributions(&self) -> &[Contribution] {
         &self.contributions
     }
 
-    /// It could not help just now.
-    pub fn refused(&mut self, peer: SocketAddr, now: Time) {
-        self.peers.entry(peer).or_default().not_before = now + REFUSED;
+    /// Records that a peer does not have a range.
+    pub fn mark_refused(&mut self, peer: SocketAddr, now: Time) {
+        self.peers.entry(peer).or_default().not_before = now + REFUSED_PAUSE;
     }
 
-    /// It broke off, or was left: others come first for a while.
-    pub fn left(&mut self, peer: SocketAddr, now: Time) {
-        self.peers.entry(peer).or_default().not_before = now + BROKE;
+    /// Records that a download ended early: other peers come first for a while.
+    pub fn mark_interrupted(&mut self, peer: SocketAddr, now: Time) {
+        self.peers.entry(peer).or_default().not_before = now + FAILED_PAUSE;
     }
 
-    /// It hardly sent what it has: others are asked, also where it is the owner.
-    pub fn crawled(&mut self, peer: SocketAddr, now: Time) {
-        self.peers.entry(peer).or_default().crawls_until = now + CRAWLED;
+    /// Records that a peer hardly sends what it has: it is not used for a while, not even as the owner.
+    pub fn mark_too_slow(&mut self, peer: SocketAddr, now: Time) {
+        self.peers.entry(peer).or_default().too_slow_until = now + TOO_SLOW_PAUSE;
     }
 
-    /// Nobody else has it: better slowly than not at all.
+    /// Allows the peers that were too slow again, where no other source is left.
     pub fn forgive(&mut self) {
-        self.peers.values_mut().for_each(|known| known.crawls_until = Time::ZERO);
+        self.peers.values_mut().for_each(|known| known.too_slow_until = Time::ZERO);
     }
 
-    /// Whether it is left alone for that.
-    pub fn crawls(&self, peer: SocketAddr, now: Time) -> bool {
-        self.peers.get(&peer).is_some_and(|known| now < known.crawls_until)
+    /// Whether a peer was too slow a short time ago.
+    pub fn is_too_slow(&self, peer: SocketAddr, now: Time) -> bool {
+        self.peers.get(&peer).is_some_and(|known| now < known.too_slow_until)
     }
 
-    /// It is not there, or gives nothing.
-    pub fn broke(&mut self, peer: SocketAddr, now: Time) {
+    /// Records that a peer failed: what it has is forgotten until it reports again.
+    pub fn mark_failed(&mut self, peer: SocketAddr, now: Time) {
         let known = self.peers.entry(peer).or_default();
-        known.not_before = now + BROKE;
+        known.not_before = now + FAILED_PAUSE;
         known.have = Spans::default();
     }
 }

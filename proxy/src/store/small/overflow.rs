@@ -1,5 +1,4 @@
-//! foyer's two overflow counters, out of all that it counts: it drops what its queues cannot take
-//! without telling whoever inserts.
+//! foyer's two overflow counters, out of all its metrics: foyer drops what its queues cannot take without an error.
 
 use std::borrow::Cow;
 

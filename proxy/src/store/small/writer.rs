@@ -11,30 +11,32 @@ use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
 use super::{PAGE, SmallObject};
-use crate::times::FAREWELL;
+use crate::times::CLOSE_TIMEOUT;
 
-/// Objects that wait to be written; whoever inserts more waits as well.
-const QUEUE: usize = 32;
+/// Objects that wait to be written. When the queue is full, inserts wait. Larger: more memory with a slow disk.
+/// Smaller: bursts wait for the disk.
+const QUEUE_LENGTH: usize = 32;
 
-/// Where an object that is used is written again: when this part of the ring was written since.
-/// foyer gives up what was written first, used or not.
-const FAR_BEHIND: u64 = 4;
+/// An object in use is written again once one part in this many of the ring was written since. foyer evicts in write
+/// order, used or not. Larger: more is written again. Smaller: objects in use are evicted before they are written
+/// again.
+const REWRITE_SHARE: u64 = 4;
 
-/// Positions that are remembered; each takes some 350 bytes. More: a node whose content moves grows for hours. Fewer: of a large
-/// cache more of what is used is written again than has to be.
+/// Positions that are remembered, at some 350 bytes each. Larger: the memory of a node with changing content grows for
+/// hours. Smaller: a large cache writes objects in use again more often than needed.
 const MAX_POSITIONS: u64 = 100_000;
 
-/// The way to one cache's disk.
+/// Writes the objects of one cache to its disk.
 pub(super) struct SmallWriter {
     queue: mpsc::Sender<(String, SmallObject)>,
-    /// What is used and has to be written again: before what is new, which only queues up.
-    again: mpsc::Sender<(String, SmallObject)>,
+    /// Objects in use that must be written again. They precede new objects, which only queue up.
+    rewrites: mpsc::Sender<(String, SmallObject)>,
     task: JoinHandle<()>,
     ring: Arc<RingPositions>,
     dropped: IntCounter,
 }
 
-/// Where on the ring each object was written last.
+/// Where on the ring each object was last written.
 struct RingPositions {
     bytes: u64,
     written: AtomicU64,
@@ -42,11 +44,11 @@ struct RingPositions {
 }
 
 impl SmallWriter {
-    /// For a cache of `bytes` on disk, which takes `batch` bytes at once. What waits in vain is
-    /// counted as `dropped`.
+    /// For a cache of `bytes` on disk, which takes `batch` bytes at once. Objects that wait in vain are counted as
+    /// `dropped`.
     pub(super) fn start(cache: HybridCache<String, SmallObject>, bytes: u64, batch: u64, dropped: IntCounter) -> Self {
-        let (queue, mut waiting) = mpsc::channel::<(String, SmallObject)>(QUEUE);
-        let (again, mut used) = mpsc::channel::<(String, SmallObject)>(QUEUE);
+        let (queue, mut waiting) = mpsc::channel::<(String, SmallObject)>(QUEUE_LENGTH);
+        let (rewrites, mut used) = mpsc::channel::<(String, SmallObject)>(QUEUE_LENGTH);
         let ring = Arc::new(RingPositions::new(bytes));
         let writing = ring.clone();
         let task = tokio::spawn(async move {
@@ -64,53 +66,53 @@ impl SmallWriter {
                     taken = 0;
                 }
                 taken += size;
-                writing.wrote(&key, size);
+                writing.note_write(&key, size);
                 cache.insert(key, object);
             }
             cache.storage().wait().await;
         });
-        Self { queue, again, task, ring, dropped }
+        Self { queue, rewrites, task, ring, dropped }
     }
 
     pub(super) async fn write(&self, key: String, object: SmallObject) {
-        // A disk that hangs must not hold up who has the object in memory.
-        if timeout(FAREWELL, self.queue.send((key, object))).await.is_err() {
+        // A hanging disk must not hold up a request that has the object in memory.
+        if timeout(CLOSE_TIMEOUT, self.queue.send((key, object))).await.is_err() {
             self.dropped.inc();
         }
     }
 
-    /// An object was used: it is written again before the ring comes round to it.
-    pub(super) fn used(&self, key: &str, object: &SmallObject) {
-        if self.ring.is_far_behind(key) && self.again.try_send((key.to_owned(), object.clone())).is_ok() {
+    /// An object in use is written again before the ring overwrites it.
+    pub(super) fn note_use(&self, key: &str, object: &SmallObject) {
+        if self.ring.is_rewrite_due(key) && self.rewrites.try_send((key.to_owned(), object.clone())).is_ok() {
             self.ring.positions.insert(key.to_owned(), self.ring.written.load(Ordering::Relaxed));
         }
     }
 
-    /// Writes what waits.
+    /// Writes the queued objects.
     pub(super) async fn close(self) {
-        drop((self.queue, self.again));
+        drop((self.queue, self.rewrites));
         let _ = self.task.await;
     }
 }
 
 impl RingPositions {
-    /// Remembers the positions of what the disk can hold, and of what was written last: the others count as far behind.
+    /// Remembers as many positions as the disk holds objects, the latest ones. All others count as due for a rewrite.
     fn new(bytes: u64) -> Self {
         let most = (bytes / PAGE).min(MAX_POSITIONS);
         let positions = moka::sync::Cache::builder().max_capacity(most).eviction_policy(EvictionPolicy::lru()).build();
         Self { bytes, written: AtomicU64::new(0), positions }
     }
 
-    fn wrote(&self, key: &str, size: u64) {
+    fn note_write(&self, key: &str, size: u64) {
         let position = self.written.fetch_add(size, Ordering::Relaxed);
         self.positions.insert(key.to_owned(), position);
     }
 
-    fn is_far_behind(&self, key: &str) -> bool {
+    fn is_rewrite_due(&self, key: &str) -> bool {
         let written = self.written.load(Ordering::Relaxed);
-        // What an earlier process wrote lies behind all that this one wrote.
+        // Objects of an earlier process precede all that this one wrote.
         let position = self.positions.get(key).unwrap_or(0);
-        written - position.min(written) > self.bytes / FAR_BEHIND
+        written - position.min(written) > self.bytes / REWRITE_SHARE
     }
 }
 
@@ -121,10 +123,10 @@ mod tests {
     #[test]
     fn positions_are_bounded_by_what_the_disk_holds() {
         let ring = RingPositions::new(64 * PAGE);
-        (0..1_000).for_each(|nth| ring.wrote(&nth.to_string(), PAGE));
+        (0..1_000).for_each(|nth| ring.note_write(&nth.to_string(), PAGE));
         ring.positions.run_pending_tasks();
         assert!(ring.positions.entry_count() <= 64, "{}", ring.positions.entry_count());
-        assert!(!ring.is_far_behind("999"));
-        assert!(ring.is_far_behind("980") && ring.is_far_behind("0"));
+        assert!(!ring.is_rewrite_due("999"));
+        assert!(ring.is_rewrite_due("980") && ring.is_rewrite_due("0"));
     }
 }

@@ -1,8 +1,8 @@
-//! Authorization tokens of Amazon's ECR, for the identity that the pod or machine has.
+//! Authorization tokens of Amazon's ECR, for the identity of the pod or machine.
 //!
-//! The identity is looked for where Amazon's own libraries look: keys of the environment or of a profile, a web identity (IRSA),
-//! Pod Identity or ECS, the instance's role. The first that is configured is used; if it fails, its error is the result. Of a
-//! profile only keys are read: one that names a role is refused where `AWS_PROFILE` selects it.
+//! The sources of Amazon's libraries are tried in order: keys of the environment or of a profile, a web identity
+//! (IRSA), Pod Identity or ECS, the instance's role. The first configured one is used; if it fails, its error is the
+//! result. Only the keys of a profile are supported: if `AWS_PROFILE` selects one with a role, this is an error.
 
 use std::collections::HashMap;
 use std::ffi::OsString;
@@ -20,14 +20,14 @@ use reqsign_core::{Context, FileRead, HttpSend, ProvideCredentialDyn, SignReques
 use reqwest::{Client, RequestBuilder};
 use serde::Deserialize;
 
-use super::cloud::{cut, read_json, read_some};
+use super::cloud::{read_bounded, read_json, truncated};
 use super::{CredentialsError, FoundCredentials, read_file};
 use crate::blocking::on_thread;
 use crate::oci::Digest;
 use crate::secret::Secret;
 use crate::source::root_cause;
 
-/// Where Amazon's registries are: `<account>.dkr.ecr.<region>.<one of these>`.
+/// Amazon's registries are `<account>.dkr.ecr.<region>` with one of these suffixes.
 const SUFFIXES: [&str; 4] = [".amazonaws.com", ".amazonaws.com.cn", ".on.aws", ".on.amazonwebservices.com.cn"];
 
 /// The operation of ECR's API, version 2015-09-21: <https://docs.aws.amazon.com/AmazonECR/latest/APIReference/>.
@@ -50,7 +50,7 @@ struct EcrToken {
     expires_at: f64,
 }
 
-/// A token, and half of its life: it is renewed well before its end.
+/// A token, cached for half of its lifetime so that it is renewed well before it expires.
 pub(super) async fn fetch(client: &Client, authority: &str) -> Result<FoundCredentials, CredentialsError> {
     let failed = |why: String| CredentialsError::Cloud("Amazon's ECR", why);
     let environment = Environment::read();
@@ -73,7 +73,7 @@ impl Environment {
         Self::of(std::env::vars_os().filter_map(text))
     }
 
-    /// Variables without a value are as if they were not there: manifests often set them so.
+    /// An empty variable counts as unset: manifests often contain some.
     fn of(variables: impl Iterator<Item = (String, String)>) -> Self {
         Self(variables.filter(|(_, value)| !value.trim().is_empty()).collect())
     }
@@ -82,13 +82,13 @@ impl Environment {
         self.0.get(name).map(String::as_str)
     }
 
-    /// The region of a registry, or the one that the process runs in.
+    /// The region of a registry, else that of the process.
     fn region<'a>(&'a self, of_registry: Option<&'a str>) -> Result<&'a str, String> {
         let region = of_registry.or_else(|| self.get("AWS_REGION")).or_else(|| self.get("AWS_DEFAULT_REGION"));
-        region.ok_or_else(|| "the registry's name has no region: set AWS_REGION".to_owned())
+        region.ok_or_else(|| "the registry's name contains no region: set AWS_REGION".to_owned())
     }
 
-    /// Where a service's API is, if not at its usual place: what Amazon's SDKs call service-specific endpoints.
+    /// The endpoint of a service, if it is overridden (service-specific endpoints of Amazon's SDKs).
     fn endpoint(&self, service: &str) -> Option<&str> {
         let endpoint = self.get(&format!("AWS_ENDPOINT_URL_{service}")).or_else(|| self.get("AWS_ENDPOINT_URL"));
         endpoint.map(|url| url.trim_end_matches('/'))
@@ -138,7 +138,7 @@ async fn credential(context: &Context, region: &str) -> Result<Credential, Strin
             return Ok(credential);
         }
     }
-    // Another identity than the selected one would be used without a word.
+    // Without this error, another identity than the selected one would be used.
     if let Some(profile) = context.env_var("AWS_PROFILE") {
         return Err(format!("AWS_PROFILE: the profile {profile} has no aws_access_key_id and aws_secret_access_key"));
     }
@@ -149,7 +149,7 @@ async fn credential(context: &Context, region: &str) -> Result<Credential, Strin
             return Ok(credential);
         }
     }
-    Err("no identity: no keys, web identity, container credentials or instance role".to_owned())
+    Err("no identity is configured: no keys, web identity, container credentials or instance role".to_owned())
 }
 
 /// `GetAuthorizationToken`, signed by AWS Signature Version 4.
@@ -172,13 +172,13 @@ async fn signed_request(
     reqwest::Request::try_from(Request::from_parts(parts, body)).map_err(|error| error.without_url().to_string())
 }
 
-/// The library's errors say what was attempted; what they come from says why it failed.
+/// The library's error names the attempt, its root cause the reason.
 fn explain(error: &reqsign_core::Error) -> String {
     let (attempt, cause) = (error.to_string(), root_cause(error));
-    cut(&if cause == attempt { attempt } else { format!("{attempt}: {cause}") })
+    truncated(&if cause == attempt { attempt } else { format!("{attempt}: {cause}") })
 }
 
-/// Files as the library reads them, on a thread that may block.
+/// Reads files for the library, on a thread that may block.
 #[derive(Debug)]
 struct ProfileFiles;
 
@@ -194,7 +194,7 @@ impl FileRead for ProfileFiles {
 #[derive(Debug)]
 struct SignerHttp {
     client: Client,
-    /// Where the Security Token Service is, if not at its usual place.
+    /// The endpoint of the Security Token Service, if it is overridden.
     sts: Option<String>,
 }
 
@@ -209,19 +209,20 @@ impl HttpSend for SignerHttp {
         let request = reqwest::Request::try_from(request).map_err(failed)?;
         let response = self.client.execute(request).await.map_err(failed)?;
         let (status, headers) = (response.status(), response.headers().clone());
-        let mut whole = Response::new(read_some(response).await.map_err(failed)?);
+        let mut whole = Response::new(read_bounded(response).await.map_err(failed)?);
         *whole.status_mut() = status;
         *whole.headers_mut() = headers;
         Ok(whole)
     }
 }
 
-/// Whether a host is one of Amazon's private registries: others must not be sent a token.
+/// Whether a host is one of Amazon's private registries. Any other host gets a token only if it is a configured
+/// upstream.
 pub(super) fn is_registry(authority: &str) -> bool {
     region(authority).is_some()
 }
 
-/// `123456789012.dkr.ecr.eu-west-1.amazonaws.com` and its kin with `dkr-ecr` or `-fips`.
+/// The region of `123456789012.dkr.ecr.eu-west-1.amazonaws.com`, also with `dkr-ecr` or `-fips`.
 fn region(authority: &str) -> Option<&str> {
     let (account, rest) = authority.split_once('.')?;
     let is_account = account.len() == 12 && account.bytes().all(|b| b.is_ascii_digit());
@@ -237,7 +238,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_registrys_name_tells_its_region() {
+    fn registry_name_contains_its_region() {
         for (host, region_of) in [
             ("123456789012.dkr.ecr.eu-west-1.amazonaws.com", "eu-west-1"),
             ("123456789012.dkr.ecr.cn-north-1.amazonaws.com.cn", "cn-north-1"),
@@ -262,7 +263,7 @@ mod tests {
     }
 
     #[test]
-    fn api_of_a_region_is_found() {
+    fn ecr_endpoint_is_chosen_by_region() {
         for (variables, region, api) in [
             (&[][..], "eu-west-1", "https://api.ecr.eu-west-1.amazonaws.com"),
             (&[], "cn-north-1", "https://api.ecr.cn-north-1.amazonaws.com.cn"),
@@ -277,7 +278,7 @@ mod tests {
     }
 
     #[test]
-    fn region_is_that_of_the_registry_or_of_the_process() {
+    fn registry_region_precedes_process_region() {
         let process = environment(&[("AWS_REGION", "eu-west-1"), ("AWS_DEFAULT_REGION", "eu-west-2")]);
         assert_eq!(process.region(Some("us-east-1")), Ok("us-east-1"));
         assert_eq!(process.region(None), Ok("eu-west-1"));

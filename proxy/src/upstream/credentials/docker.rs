@@ -1,5 +1,5 @@
-//! Docker's `config.json`, also as a Secret of the type `kubernetes.io/dockerconfigjson` holds it, and the older
-//! `.dockercfg`. Read as leniently as its owners read it.
+//! Docker's `config.json`, also from a Secret of the type `kubernetes.io/dockerconfigjson`, and the older `.dockercfg`.
+//! Parsed as leniently as Docker and the kubelet do.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -14,11 +14,11 @@ use crate::blocking::on_thread;
 use crate::registries::UpstreamTrust;
 use crate::secret::Secret;
 
-/// What a file says of an upstream.
+/// The entry of a file for an upstream.
 pub(super) enum DockerEntry {
-    /// None: nothing.
+    /// None: the file has no entry.
     Secret(Option<Secret>),
-    /// A credential helper knows.
+    /// The name of a credential helper.
     Helper(String),
 }
 
@@ -33,15 +33,15 @@ struct DockerConfig {
     creds_store: String,
 }
 
-/// A null is a missing value, as Go reads it.
+/// A null is a missing value, as in Go.
 fn or_null<'de, D: Deserializer<'de>, T: Deserialize<'de> + Default>(deserializer: D) -> Result<T, D::Error> {
     Option::deserialize(deserializer).map(Option::unwrap_or_default)
 }
 
-/// Each is read when it is needed: a mistake in one is no reason to refuse the others.
+/// Each entry is parsed when it is needed, so that a mistake in one does not affect the others.
 type Entries = HashMap<String, serde_json::Value>;
 
-/// As Docker and the kubelet read it: a null is a missing value, and keys that are not listed are ignored.
+/// As Docker and the kubelet parse it: a null is a missing value, and unknown keys are ignored.
 #[derive(Deserialize, Default)]
 struct DockerAuth {
     auth: Option<String>,
@@ -59,38 +59,38 @@ const LENIENT: GeneralPurpose = GeneralPurpose::new(
         .with_decode_allow_trailing_bits(true),
 );
 
-/// The entry that says most of a repository at an upstream, or else of the registry whose upstream it is. A helper
-/// comes before what stands in the file, as for Docker itself; the store of all others after it.
-pub(super) async fn find(file: &Path, whom: CredentialScope<'_>) -> Result<DockerEntry, CredentialsError> {
+/// The most specific entry for a repository at the upstream, else for the registry that it serves. As for Docker, a
+/// helper comes before the entries of the file, and the store after them.
+pub(super) async fn find(file: &Path, scope: CredentialScope<'_>) -> Result<DockerEntry, CredentialsError> {
     let path = file.to_owned();
     let mut config = on_thread(move || read(&path)).await?;
-    let helper = key_for(&config.cred_helpers, whom);
+    let helper = key_for(&config.cred_helpers, scope);
     if let Some(name) = helper.and_then(|key| config.cred_helpers.remove(&key)) {
         return Ok(DockerEntry::Helper(name));
     }
-    let key = key_for(&config.auths, whom);
+    let key = key_for(&config.auths, scope);
     let entry = key.and_then(|key| config.auths.remove(&key).map(|entry| (key, entry)));
     let secret = match entry {
         Some((key, entry)) => {
             let problem = |problem: &str| wrong(file, format!("auths[\"{key}\"]: {problem}"));
             let entry: DockerAuth =
-                serde_json::from_value(entry).map_err(|_| problem("is not an entry of Docker's"))?;
+                serde_json::from_value(entry).map_err(|_| problem("is not a valid Docker auth entry"))?;
             entry.secret().map_err(problem)?
         }
         None => None,
     };
     match secret {
-        // Docker leaves an empty entry beside what the store has.
+        // Docker leaves an empty entry for a secret in the store.
         None if !config.creds_store.is_empty() => Ok(DockerEntry::Helper(config.creds_store)),
         secret => Ok(DockerEntry::Secret(secret)),
     }
 }
 
-fn key_for<T>(entries: &HashMap<String, T>, whom: CredentialScope<'_>) -> Option<String> {
+fn key_for<T>(entries: &HashMap<String, T>, scope: CredentialScope<'_>) -> Option<String> {
     let best = |authority, repository| best_key(entries.keys().map(String::as_str), authority, repository);
-    let of_upstream = best(whom.authority, whom.repository);
-    // Secrets of images are keyed by the registry's name, wherever a rule of the operator fetches it from.
-    let of_registry = || best(whom.registry, whom.name).filter(|_| whom.trust == UpstreamTrust::Written);
+    let of_upstream = best(scope.authority, scope.repository);
+    // Pull secrets are keyed by the registry's name, also if a rule uses another upstream.
+    let of_registry = || best(scope.registry, scope.name).filter(|_| scope.trust == UpstreamTrust::Written);
     of_upstream.or_else(of_registry).map(str::to_owned)
 }
 
@@ -107,7 +107,7 @@ fn read(file: &Path) -> Result<DockerConfig, CredentialsError> {
         |error: serde_json::Error| wrong(file, format!("line {}, column {}", error.line(), error.column()));
     let json: serde_json::Map<String, serde_json::Value> = serde_json::from_str(&text).map_err(unreadable)?;
     let is_config = ["auths", "credHelpers", "credsStore"].iter().any(|key| json.contains_key(*key));
-    // The older form, `.dockercfg` and kubernetes.io/dockercfg, is the entries alone.
+    // The older form, `.dockercfg` and kubernetes.io/dockercfg, consists of the entries alone.
     if !is_config && !json.is_empty() && json.values().all(serde_json::Value::is_object) {
         let auths = json.into_iter().collect();
         return Ok(DockerConfig { auths, cred_helpers: HashMap::new(), creds_store: String::new() });

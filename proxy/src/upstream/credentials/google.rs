@@ -1,4 +1,4 @@
-//! Tokens of Google's metadata server, for the service account of the machine or pod.
+//! Tokens from Google's metadata server, for the service account of the machine or pod.
 
 use std::time::Duration;
 
@@ -15,15 +15,15 @@ struct MetadataToken {
     expires_in: u64,
 }
 
-/// As Google's own libraries call it.
+/// The variable of Google's libraries.
 const HOST_VARIABLE: &str = "GCE_METADATA_HOST";
 const HOST: &str = "metadata.google.internal";
 const PATH: &str = "/computeMetadata/v1/instance/service-accounts/default/token";
 
-/// The user name that takes an access token for a password.
+/// The user name for an access token as the password.
 const USERNAME: &str = "oauth2accesstoken";
 
-/// A token, and half of its life: it is renewed well before its end.
+/// A token, cached for half of its lifetime so that it is renewed well before it expires.
 pub(super) async fn fetch(client: &Client) -> Result<FoundCredentials, CredentialsError> {
     let failed = |why: String| CredentialsError::Cloud("Google", why);
     let host = std::env::var(HOST_VARIABLE).unwrap_or_else(|_| HOST.to_owned());
@@ -33,7 +33,7 @@ pub(super) async fn fetch(client: &Client) -> Result<FoundCredentials, Credentia
     Ok(FoundCredentials { secret: Some(secret), life: Duration::from_secs(token.expires_in) / 2 })
 }
 
-/// Whether a host is one of Google's registries: others must not be sent a token.
+/// Whether a host is one of Google's registries. Any other host gets a token only if it is a configured upstream.
 pub(super) fn is_registry(authority: &str) -> bool {
     authority == "gcr.io" || authority.ends_with(".gcr.io") || authority.ends_with(".pkg.dev")
 }

@@ -1,4 +1,5 @@
-//! Whether this machine has what credentials name. No program is run, nobody is asked for a secret.
+//! Checks that the files, variables and programs of credentials exist on this machine. Runs no program and requests no
+//! secret.
 
 #![allow(clippy::disallowed_methods, reason = "runs at the start, and on threads for blocking work")]
 
@@ -9,8 +10,8 @@ use rustix::fs::{Access, access};
 use super::{CredentialsError, docker, helper, provider, read_file};
 use crate::config::{Credentials, PasswordSource};
 
-/// An error says what is missing.
-pub fn are_here(source: &Credentials) -> Result<(), String> {
+/// The error names what is missing.
+pub fn check(source: &Credentials) -> Result<(), String> {
     find(source).map_err(|error| error.to_string())
 }
 
@@ -25,7 +26,7 @@ fn find(source: &Credentials) -> Result<(), CredentialsError> {
         Credentials::Helper { name } => is_in_path(name),
         Credentials::Provider { config, bin_dir } => provider::programs(config)?.iter().try_for_each(|name| {
             let program = bin_dir.join(name);
-            is_program(&program).then_some(()).ok_or_else(|| missing(&program, "is not there, or cannot be run"))
+            is_program(&program).then_some(()).ok_or_else(|| missing(&program, "does not exist or is not executable"))
         }),
         Credentials::Cloud(_) => Ok(()),
     }
@@ -35,7 +36,7 @@ fn is_in_path(name: &str) -> Result<(), CredentialsError> {
     let program = helper::program(name);
     let path = std::env::var_os("PATH").unwrap_or_default();
     let is_found = std::env::split_paths(&path).any(|dir| is_program(&dir.join(&program)));
-    is_found.then_some(()).ok_or_else(|| missing(&program, "is in no directory of PATH"))
+    is_found.then_some(()).ok_or_else(|| missing(&program, "is not in a directory of PATH"))
 }
 
 fn is_program(path: &Path) -> bool {
@@ -53,7 +54,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_missing_is_named() {
+    fn missing_source_is_named() {
         let dir = tempfile::tempdir().unwrap();
         let write = |name: &str, text: &str| {
             let path = dir.path().join(name);
@@ -82,7 +83,7 @@ mod tests {
             ),
             (provider("plugin"), "plugin"),
         ] {
-            let problem = are_here(&missing).unwrap_err();
+            let problem = check(&missing).unwrap_err();
             assert!(problem.contains(want), "{problem}");
         }
         let plugin = write("plugin", "#!/bin/false\n");
@@ -94,7 +95,7 @@ mod tests {
             Credentials::DockerConfig { file },
             provider("plugin"),
         ] {
-            assert_eq!(are_here(&there), Ok(()));
+            assert_eq!(check(&there), Ok(()));
         }
     }
 }

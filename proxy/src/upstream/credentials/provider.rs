@@ -1,4 +1,4 @@
-//! The kubelet's credential provider plugins, unchanged: the same configuration, the same programs.
+//! The kubelet's credential provider plugins: the same configuration, the same programs.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -54,8 +54,8 @@ struct Login {
     password: String,
 }
 
-/// What the plugins have for a repository of an upstream.
-pub(super) async fn ask(
+/// The secret of the plugins for a repository of an upstream.
+pub(super) async fn find(
     file: &Path,
     bin_dir: &Path,
     authority: &str,
@@ -69,11 +69,11 @@ pub(super) async fn ask(
             continue;
         }
         if provider.token_attributes.is_some() {
-            let problem = format!("{}: tokenAttributes belong to a pod, and dray asks for none", provider.name);
+            let problem = format!("{}: tokenAttributes need a token of a pod, which dray does not have", provider.name);
             return Err(wrong(file, problem));
         }
-        // The kubelet asks all that match.
-        match provider.ask(bin_dir, authority, repository).await {
+        // The kubelet runs all plugins that match.
+        match provider.run(bin_dir, authority, repository).await {
             Ok(found) if found.secret.is_some() => return Ok(found),
             Ok(none) => nothing = FoundCredentials { life: nothing.life.min(none.life), ..none },
             Err(error) => failed = failed.or(Some(error)),
@@ -88,11 +88,11 @@ pub(super) fn programs(file: &Path) -> Result<Vec<String>, CredentialsError> {
 }
 
 fn read(file: &Path) -> Result<ProviderConfig, CredentialsError> {
-    // JSON is YAML as well.
+    // JSON is valid YAML.
     let config: ProviderConfig =
         serde_yaml_ng::from_str(&read_file(file)?).map_err(|error| wrong(file, error.to_string()))?;
     if config.kind != "CredentialProviderConfig" {
-        return Err(wrong(file, format!("its kind is {}, not CredentialProviderConfig", config.kind)));
+        return Err(wrong(file, format!("kind is {}, not CredentialProviderConfig", config.kind)));
     }
     Ok(config)
 }
@@ -102,7 +102,7 @@ fn wrong(file: &Path, problem: String) -> CredentialsError {
 }
 
 impl Provider {
-    async fn ask(
+    async fn run(
         &self,
         bin_dir: &Path,
         authority: &str,
@@ -110,31 +110,31 @@ impl Provider {
     ) -> Result<FoundCredentials, CredentialsError> {
         let failed = |why: &str| CredentialsError::Program(format!("{}: {why}", self.name));
         if self.name.is_empty() || self.name.contains('/') {
-            return Err(failed("a name is that of a program in bin_dir"));
+            return Err(failed("the name must be that of a program in bin_dir"));
         }
         let program = bin_dir.join(&self.name);
         let mut command = Command::new(&program);
         command.args(&self.args).envs(self.env.iter().map(|variable| (&variable.name, &variable.value)));
-        let question = json!({
+        let request = json!({
             "kind": "CredentialProviderRequest",
             "apiVersion": self.api_version,
             "image": format!("{authority}/{repository}"),
         });
-        let said = program::ask(command, &program, question.to_string().as_bytes()).await;
-        let said = said.map_err(CredentialsError::Program)?;
-        if !said.status.success() {
-            return Err(failed(&said.status.to_string()));
+        let output = program::run(command, &program, request.to_string().as_bytes()).await;
+        let output = output.map_err(CredentialsError::Program)?;
+        if !output.status.success() {
+            return Err(failed(&output.status.to_string()));
         }
-        let answer: ProviderResponse =
-            serde_json::from_slice(&said.output).map_err(|_| failed("its answer is not understood"))?;
-        if answer.kind != "CredentialProviderResponse" {
-            return Err(failed("its answer is no CredentialProviderResponse"));
+        let response: ProviderResponse = serde_json::from_slice(&output.stdout)
+            .map_err(|_| failed("its response is not a valid CredentialProviderResponse"))?;
+        if response.kind != "CredentialProviderResponse" {
+            return Err(failed("the kind of its response is not CredentialProviderResponse"));
         }
-        let life = answer.cache_duration.as_ref().or(self.default_cache_duration.as_ref());
+        let life = response.cache_duration.as_ref().or(self.default_cache_duration.as_ref());
         let life = life.map_or(Ok(Duration::ZERO), |text| humantime::parse_duration(text));
-        let life = life.map_err(|_| failed("its cacheDuration is no duration"))?;
-        let key = best_key(answer.auth.keys().map(String::as_str), authority, repository).map(str::to_owned);
-        let login = key.and_then(|key| answer.auth.into_iter().find(|(known, _)| *known == key));
+        let life = life.map_err(|_| failed("its cacheDuration is not a valid duration"))?;
+        let key = best_key(response.auth.keys().map(String::as_str), authority, repository).map(str::to_owned);
+        let login = key.and_then(|key| response.auth.into_iter().find(|(known, _)| *known == key));
         let secret = login.map(|(_, login)| Secret::Password { username: login.username, password: login.password });
         Ok(FoundCredentials { secret, life })
     }

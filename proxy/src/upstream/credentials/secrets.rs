@@ -1,4 +1,4 @@
-//! Secrets that were found, for as long as their sources say, and for a moment that one could not be had.
+//! Caches secrets for the lifetime of their source, and failures for `RETRY_INTERVAL`.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,58 +16,60 @@ use crate::upstream::http::UpstreamRef;
 #[derive(Clone)]
 pub(in crate::upstream) struct Secrets {
     known: moka::future::Cache<SecretKey, SecretLookup>,
-    /// Which were asked for anew a moment ago.
-    renewed: moka::future::Cache<SecretKey, ()>,
-    outside: Arc<ExternalCredentials>,
+    /// Secrets that were dropped within the last `RETRY_INTERVAL`.
+    recently_dropped: moka::future::Cache<SecretKey, ()>,
+    external: Arc<ExternalCredentials>,
 }
 
 #[derive(Clone, PartialEq, Eq, Hash)]
 struct SecretKey {
     rule: String,
     upstream: String,
-    /// Where the source may have another secret for each.
+    /// Set if the source may have a different secret for each repository.
     repository: Option<(String, String)>,
 }
 
 #[derive(Clone)]
 struct SecretLookup(Result<FoundCredentials, CredentialsError>);
 
-/// Whatever a source promises.
-const MAX_LIFE: Duration = Duration::from_secs(12 * 3600);
+/// Bounds the lifetime that a source states. Longer: a revoked secret is used longer. Shorter: sources are used more
+/// often.
+const MAX_SECRET_TTL: Duration = Duration::from_secs(12 * 3600);
 
 impl Secrets {
-    pub(in crate::upstream) fn new(outside: ExternalCredentials) -> Self {
+    pub(in crate::upstream) fn new(external: ExternalCredentials) -> Self {
         Self {
             known: moka::future::Cache::builder().max_capacity(10_000).expire_after(ByLifetime).build(),
-            renewed: moka::future::Cache::builder().max_capacity(10_000).time_to_live(RETRY_INTERVAL).build(),
-            outside: Arc::new(outside),
+            recently_dropped: moka::future::Cache::builder().max_capacity(10_000).time_to_live(RETRY_INTERVAL).build(),
+            external: Arc::new(external),
         }
     }
 
-    pub(in crate::upstream) fn is_known(&self, home: UpstreamRef<'_>, place: &RepositoryRef) -> bool {
-        self.known.contains_key(&SecretKey::new(home, place))
+    pub(in crate::upstream) fn is_known(&self, upstream_ref: UpstreamRef<'_>, repo_ref: &RepositoryRef) -> bool {
+        self.known.contains_key(&SecretKey::new(upstream_ref, repo_ref))
     }
 
-    /// It may have ended, or may not have what was asked for: one that its source does not give anew is kept.
-    pub(in crate::upstream) async fn look_again(
+    /// Reads again a secret that may have expired. If its source fails, the old one is kept.
+    pub(in crate::upstream) async fn refresh(
         &self,
-        home: UpstreamRef<'_>,
-        place: &RepositoryRef,
+        upstream_ref: UpstreamRef<'_>,
+        repo_ref: &RepositoryRef,
         deadline: Instant,
     ) {
-        let key = SecretKey::new(home, place);
+        let key = SecretKey::new(upstream_ref, repo_ref);
         let before = self.known.get(&key).await;
-        self.forget(home, place).await;
-        if let (Err(_), Some(before)) = (self.of(home, place, deadline).await, before) {
+        self.forget(upstream_ref, repo_ref).await;
+        if let (Err(_), Some(before)) = (self.get(upstream_ref, repo_ref, deadline).await, before) {
             self.known.insert(key, before).await;
         }
     }
 
-    /// It was refused, and may have been changed since it was read.
-    pub(in crate::upstream) async fn forget(&self, home: UpstreamRef<'_>, place: &RepositoryRef) {
-        let key = SecretKey::new(home, place);
-        // Docker's configuration may name a program.
-        let is_of_file = match &place.rule.credentials {
+    /// Drops a denied secret, which may have changed since it was read. Programs and services run at most once per
+    /// `RETRY_INTERVAL`.
+    pub(in crate::upstream) async fn forget(&self, upstream_ref: UpstreamRef<'_>, repo_ref: &RepositoryRef) {
+        let key = SecretKey::new(upstream_ref, repo_ref);
+        // Docker's configuration may name a program, whose secrets have another lifetime.
+        let is_of_file = match &repo_ref.rule.credentials {
             Some(Credentials::Static { .. }) => true,
             Some(Credentials::DockerConfig { .. }) => {
                 let of_file =
@@ -77,60 +79,64 @@ impl Secrets {
             _ => false,
         };
         if !is_of_file {
-            if self.renewed.contains_key(&key) {
+            if self.recently_dropped.contains_key(&key) {
                 return;
             }
-            self.renewed.insert(key.clone(), ()).await;
+            self.recently_dropped.insert(key.clone(), ()).await;
         }
         self.known.invalidate(&key).await;
     }
 
-    /// The secret for an upstream: asked for once by all who need it at the same time.
-    pub(in crate::upstream) async fn of(
+    /// The secret for an upstream. Concurrent requests share one lookup.
+    pub(in crate::upstream) async fn get(
         &self,
-        home: UpstreamRef<'_>,
-        place: &RepositoryRef,
+        upstream_ref: UpstreamRef<'_>,
+        repo_ref: &RepositoryRef,
         deadline: Instant,
     ) -> Result<FoundCredentials, SourceError> {
-        let Some(source) = place.rule.credentials.clone() else {
-            return Ok(FoundCredentials { secret: None, life: MAX_LIFE });
+        let Some(source) = repo_ref.rule.credentials.clone() else {
+            return Ok(FoundCredentials { secret: None, life: MAX_SECRET_TTL });
         };
-        let (key, known, upstream, trust) =
-            (SecretKey::new(home, place), self.known.clone(), home.upstream.clone(), home.trust);
-        let outside = self.outside.clone();
-        let (place, repository) = (place.clone(), place.repository_at(home.upstream));
-        // A task of its own: a source that takes longer than this question has time answers the next one.
-        let asked = tokio::spawn(async move {
-            let ask = async {
+        let (key, known, upstream, trust) = (
+            SecretKey::new(upstream_ref, repo_ref),
+            self.known.clone(),
+            upstream_ref.upstream.clone(),
+            upstream_ref.trust,
+        );
+        let external = self.external.clone();
+        let (repo_ref, repository) = (repo_ref.clone(), repo_ref.repository_at(upstream_ref.upstream));
+        // A task of its own: if the source is slower than the deadline, the next request gets its result.
+        let task = tokio::spawn(async move {
+            let lookup = async {
                 let base = upstream.base();
-                let (registry, name) = (place.registry.as_str(), place.repository.as_str());
+                let (registry, name) = (repo_ref.registry.as_str(), repo_ref.repository.as_str());
                 let authority = &upstream.authority;
-                let whom = CredentialScope { base: &base, authority, trust, repository: &repository, registry, name };
-                let found = find(&source, whom, &outside).await;
+                let scope = CredentialScope { base: &base, authority, trust, repository: &repository, registry, name };
+                let found = find(&source, scope, &external).await;
                 if let Err(error) = &found {
-                    tracing::error!(rule = place.rule.name(), %error, "no credentials");
+                    tracing::error!(rule = repo_ref.rule.name(), %error, "credentials unavailable");
                 }
                 SecretLookup(found)
             };
-            known.get_with(key, ask).await
+            known.get_with(key, lookup).await
         });
-        let late = || SourceError::NoCredentials("their source takes too long".into());
-        let answer = timeout_at(deadline, asked).await.map_err(|_| late())?;
-        let SecretLookup(found) = answer.map_err(|error| SourceError::NoCredentials(error.to_string()))?;
+        let late = || SourceError::NoCredentials("their source did not respond in time".into());
+        let result = timeout_at(deadline, task).await.map_err(|_| late())?;
+        let SecretLookup(found) = result.map_err(|error| SourceError::NoCredentials(error.to_string()))?;
         found.map_err(|error| SourceError::NoCredentials(error.to_string()))
     }
 }
 
 impl SecretKey {
-    fn new(home: UpstreamRef<'_>, place: &RepositoryRef) -> Self {
-        let by_repository = place.rule.credentials.as_ref().is_some_and(Credentials::may_differ_by_repository);
-        let repository = by_repository.then(|| (place.to_string(), place.repository_at(home.upstream)));
-        Self { rule: place.rule.name().to_owned(), upstream: home.upstream.base(), repository }
+    fn new(upstream_ref: UpstreamRef<'_>, repo_ref: &RepositoryRef) -> Self {
+        let by_repository = repo_ref.rule.credentials.as_ref().is_some_and(Credentials::may_differ_by_repository);
+        let repository = by_repository.then(|| (repo_ref.to_string(), repo_ref.repository_at(upstream_ref.upstream)));
+        Self { rule: repo_ref.rule.name().to_owned(), upstream: upstream_ref.upstream.base(), repository }
     }
 }
 
 impl Lifetime for SecretLookup {
     fn life(&self) -> Duration {
-        self.0.as_ref().map_or(RETRY_INTERVAL, |found| found.life.min(MAX_LIFE))
+        self.0.as_ref().map_or(RETRY_INTERVAL, |found| found.life.min(MAX_SECRET_TTL))
     }
 }

@@ -1,4 +1,4 @@
-//! After the manifest, no refusal: what the digest proves needs no other proof.
+//! Bytes that match the digest need no other proof: after the manifest, no quirk of a response fails a pull.
 
 use dray_tests::http::head;
 use dray_tests::image::Image;
@@ -6,7 +6,7 @@ use dray_tests::upstream::{Content, Request, Response, TestUpstream};
 
 use super::{FORMS, dray_of, pull, upstream_of};
 
-/// Pulls through a fresh dray by each form, from an upstream that is spoiled in one way.
+/// Pulls through a new dray by each form, from an upstream with one quirk.
 async fn tolerates(name: &str, spoil: impl Fn(&Request, Response) -> Response + Send + Sync + Clone + 'static) {
     let image = Image::new(7, &[1_000, 300_000, 3_000_000]);
     for form in FORMS {
@@ -14,23 +14,23 @@ async fn tolerates(name: &str, spoil: impl Fn(&Request, Response) -> Response + 
         let upstream = upstream_of(&image, spoil.clone()).await;
         let dray = dray_of(&upstream);
         pull(&dray, form, &image).await;
-        // Known tags are asked for by HEAD.
+        // A known tag is resolved by HEAD.
         pull(&dray, form, &image).await;
     }
 }
 
 fn whole(request: &Request, response: Response, content: &Content) -> Response {
-    let mut asked = request.clone();
-    asked.headers.remove("range");
-    if request.is_blob() { content.answer(&asked) } else { response }
+    let mut without_range = request.clone();
+    without_range.headers.remove("range");
+    if request.is_blob() { content.respond(&without_range) } else { response }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn blob_without_length_or_ranges_is_passed_on_and_cached() {
+async fn blob_without_length_or_ranges_is_cached() {
     let image = Image::new(3, &[1_000, 300_000, 3_000_000]);
     for form in FORMS {
         let content = Content::new(&[("a/app", "1", &image)]);
-        // As Harbor up to 2.15 sends what it misses itself; its HEAD has no length either.
+        // As Harbor up to 2.15 streams content that it is still downloading; its HEAD has no length either.
         let upstream = upstream_of(&image, move |request, response| {
             let is_large = |response: &Response| response.body.len() > 2048;
             let response = whole(request, response, &content);
@@ -39,7 +39,7 @@ async fn blob_without_length_or_ranges_is_passed_on_and_cached() {
         .await;
         let dray = dray_of(&upstream);
         pull(&dray, form, &image).await;
-        dray.fills_end().await;
+        dray.wait_for_fills().await;
         let (layer, bytes) = image.layer();
         let again = dray.get(&form.path(&format!("blobs/{layer}"))).await;
         assert!(again.body == bytes && ["memory", "disk"].contains(&again.source()), "{}", again.source());
@@ -49,7 +49,7 @@ async fn blob_without_length_or_ranges_is_passed_on_and_cached() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn blob_that_no_manifest_has_named_needs_no_length() {
+async fn blob_not_named_by_a_manifest_needs_no_length() {
     let image = Image::new(3, &[1_000, 300_000, 3_000_000]);
     for form in FORMS {
         let content = Content::new(&[("a/app", "1", &image)]);
@@ -61,17 +61,17 @@ async fn blob_that_no_manifest_has_named_needs_no_length() {
         let dray = dray_of(&upstream);
         for (digest, bytes) in &image.blobs {
             let path = form.path(&format!("blobs/{digest}"));
-            let answer = dray.get(&path).await;
-            assert_eq!((answer.status, answer.complete), (200, true), "{form:?}: {} bytes", bytes.len());
-            assert!(answer.body == *bytes);
-            dray.fills_end().await;
+            let response = dray.get(&path).await;
+            assert_eq!((response.status, response.complete), (200, true), "{form:?}: {} bytes", bytes.len());
+            assert!(response.body == *bytes);
+            dray.wait_for_fills().await;
             assert!(["memory", "disk"].contains(&dray.get(&path).await.source()));
         }
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn labels_that_contradict_the_bytes_are_ignored() {
+async fn headers_that_contradict_the_bytes_are_ignored() {
     let other = dray_tests::image::digest(b"other");
     tolerates("another digest", move |_, response| response.with("docker-content-digest", &other)).await;
     tolerates("an invalid digest", |_, response| response.with("docker-content-digest", "\"x\"")).await;
@@ -103,7 +103,7 @@ async fn labels_that_contradict_the_bytes_are_ignored() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn head_of_a_manifest_is_only_a_hint() {
+async fn manifest_head_is_only_a_hint() {
     for status in [403, 404, 405, 400, 500, 501] {
         tolerates(&format!("HEAD {status}"), move |request, response| match request.method.as_str() {
             "HEAD" if request.path.contains("/manifests/") => Response::new(status, ""),
@@ -116,7 +116,7 @@ async fn head_of_a_manifest_is_only_a_hint() {
         _ => response,
     })
     .await;
-    // The digest that it names is gone by the time it is fetched.
+    // The digest in the HEAD response no longer exists when it is requested.
     let gone = dray_tests::image::digest(b"gone");
     tolerates("HEAD with a digest that is gone", move |request, response| match request.method.as_str() {
         "HEAD" if request.path.contains("/manifests/1") => response.with("docker-content-digest", &gone),
@@ -126,7 +126,7 @@ async fn head_of_a_manifest_is_only_a_hint() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn redirects_are_followed_as_gos_client_does() {
+async fn redirects_are_followed_as_by_the_go_client() {
     for (name, location) in [
         ("relative to the path", "../blobs/DIGEST?hop=9"),
         ("relative to the host", "/v2/a/app/blobs/DIGEST?hop=9"),
@@ -138,10 +138,10 @@ async fn redirects_are_followed_as_gos_client_does() {
         let content = Content::new(&[("a/app", "1", &image)]);
         for form in FORMS {
             let (content, location) = (content.clone(), location.to_owned());
-            let upstream = TestUpstream::answering(move |request| {
+            let upstream = TestUpstream::with_handler(move |request| {
                 let Some((path, query)) = request.path.split_once('?').filter(|_| request.is_blob()) else {
                     if !request.is_blob() {
-                        return content.answer(request);
+                        return content.respond(request);
                     }
                     let digest = request.path.rsplit('/').next().unwrap_or_default();
                     let host = request.header("host").unwrap_or_default();
@@ -153,7 +153,7 @@ async fn redirects_are_followed_as_gos_client_does() {
                 if hop < 8 {
                     return Response::new(302, "").with("location", format!("{path}?hop={}", hop + 1));
                 }
-                content.answer(request)
+                content.respond(request)
             })
             .await;
             eprintln!("{name} by {form:?}");

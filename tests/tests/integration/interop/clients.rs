@@ -15,7 +15,7 @@ use super::{REGISTRY, dray_of, upstream_of};
 
 type Quirk = fn(&Request, Response) -> Response;
 
-/// What registries do. Each by itself leaves the image what it is.
+/// Quirks of registries. None of them alone changes the image.
 const QUIRKS: [(&str, Quirk); 10] = [
     ("none", |_, response| response),
     ("blobs in chunks", |request, response| match request.is_blob() && request.method == "GET" {
@@ -53,7 +53,7 @@ const QUIRKS: [(&str, Quirk); 10] = [
     }),
 ];
 
-/// The digest of what a client pulls. None: it fails.
+/// The manifest that a client pulls. None: the pull fails.
 fn skopeo(reference: &str, dir: &Path) -> Option<Vec<u8>> {
     let target = dir.join("image");
     let _ = std::fs::remove_dir_all(&target);
@@ -73,7 +73,7 @@ fn crane(reference: &str, dir: &Path) -> Option<Vec<u8>> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_clients_pull_directly_they_pull_by_path() {
+async fn client_pulls_by_path_what_it_pulls_directly() {
     let dir = tempfile::tempdir().unwrap();
     let mut pulled = [0, 0];
     for (quirk, spoil) in QUIRKS {
@@ -98,7 +98,7 @@ async fn what_clients_pull_directly_they_pull_by_path() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn containerd_needs_no_fallback_for_any_quirk() {
+async fn containerd_with_any_upstream_quirk_needs_no_fallback() {
     let mut upstreams = Vec::new();
     for (nth, (_, spoil)) in QUIRKS.into_iter().enumerate() {
         upstreams.push(upstream_of(&Image::new(nth as u64, &[1_000, 300_000]), spoil).await);
@@ -109,7 +109,7 @@ async fn containerd_needs_no_fallback_for_any_quirk() {
         let containerd = Containerd::start(version).await;
         containerd.use_mirror(&dray);
         for (nth, (quirk, _)) in QUIRKS.iter().enumerate() {
-            // The registry itself does not exist: what containerd has comes from dray.
+            // The registry itself does not exist, so the image comes from dray.
             containerd.pull(&format!("q{nth}.example/a/app:1")).unwrap_or_else(|e| panic!("{quirk}: {e}"));
         }
     }
@@ -117,13 +117,13 @@ async fn containerd_needs_no_fallback_for_any_quirk() {
 
 /// Every page of a list, by a client that follows links.
 #[tokio::test(flavor = "multi_thread")]
-async fn crane_lists_all_tags_of_an_upstream_with_opaque_pages() {
+async fn crane_with_opaque_pages_lists_all_tags() {
     let image = Image::new(1, &[1_000]);
     let content = Content::new(&[("a/app", "1", &image)]);
-    let upstream = TestUpstream::answering(move |request| {
+    let upstream = TestUpstream::with_handler(move |request| {
         let Some((path, query)) = request.path.split_once("/tags/list").filter(|_| request.path.contains("/tags/list"))
         else {
-            return content.answer(request);
+            return content.respond(request);
         };
         let at: usize =
             query.split("next_page=t%2F").nth(1).and_then(|rest| rest.split('&').next()?.parse().ok()).unwrap_or(0);

@@ -1,15 +1,15 @@
-//! Opaque stays opaque: queries and paging of lists are the upstream's.
+//! Queries and paging tokens of lists are opaque and belong to the upstream.
 
 use dray_tests::upstream::{Request, Response, TestUpstream};
 use serde_json::json;
 
 use super::{FORMS, dray_of};
 
-/// Pages whose next one is named by an opaque token, each in another way.
+/// Pages with an opaque token for the next page, in the given parameter.
 fn page(request: &Request, parameter: &str) -> Response {
     let query = request.path.split_once('?').map_or("", |(_, query)| query);
     let at = query.split('&').find_map(|pair| pair.strip_prefix(&format!("{parameter}="))).unwrap_or("0");
-    // What is passed back is exactly what was given: upstreams sign their tokens.
+    // The token must come back byte for byte: upstreams sign their tokens.
     let at: u32 = match at {
         "0" => 0,
         token => token
@@ -28,18 +28,18 @@ fn page(request: &Request, parameter: &str) -> Response {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn every_kind_of_paging_ends_with_all_pages() {
+async fn list_with_any_paging_style_returns_all_pages() {
     for parameter in ["last", "next_page", "nextToken", "continuationToken", "cursor[after]"] {
-        let upstream = TestUpstream::answering(move |request| page(request, parameter)).await;
+        let upstream = TestUpstream::with_handler(move |request| page(request, parameter)).await;
         let dray = dray_of(&upstream);
         for form in FORMS {
             let (mut path, mut tags) = (form.path("tags/list?n=1"), Vec::new());
             loop {
-                let answer = dray.get(&path).await;
-                assert_eq!(answer.status, 200, "{parameter} {form:?} {path}: {}", answer.text());
-                let list: serde_json::Value = serde_json::from_slice(&answer.body).unwrap();
+                let response = dray.get(&path).await;
+                assert_eq!(response.status, 200, "{parameter} {form:?} {path}: {}", response.text());
+                let list: serde_json::Value = serde_json::from_slice(&response.body).unwrap();
                 tags.push(list["tags"][0].as_str().unwrap().to_owned());
-                let Some(link) = answer.header("link") else { break };
+                let Some(link) = response.header("link") else { break };
                 path = link.trim_start_matches('<').split('>').next().unwrap().to_owned();
             }
             assert_eq!(tags, ["v0", "v1", "v2", "v3"], "{parameter} {form:?}");
@@ -48,13 +48,13 @@ async fn every_kind_of_paging_ends_with_all_pages() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn unknown_parameters_reach_the_upstream_as_they_are() {
-    let upstream = TestUpstream::answering(|_| Response::new(200, r#"{"name":"a/app","tags":[]}"#)).await;
+async fn list_with_unknown_parameters_passes_them_unchanged() {
+    let upstream = TestUpstream::with_handler(|_| Response::new(200, r#"{"name":"a/app","tags":[]}"#)).await;
     let dray = dray_of(&upstream);
     for form in FORMS {
         dray.get(&form.path("tags/list?n=2&pageToken=a+b%2Fc&orderby=timedesc")).await;
-        let asked = upstream.requests().pop().unwrap();
-        assert_eq!(asked.path, "/v2/a/app/tags/list?n=2&pageToken=a+b%2Fc&orderby=timedesc");
+        let request = upstream.requests().pop().unwrap();
+        assert_eq!(request.path, "/v2/a/app/tags/list?n=2&pageToken=a+b%2Fc&orderby=timedesc");
     }
 }
 
@@ -65,20 +65,20 @@ async fn list_of_nine_megabytes_is_passed_on() {
     let list = json!({"name": "a/app", "tags": tags}).to_string();
     assert!(list.len() > 9_000_000);
     let body = list.clone();
-    let upstream = TestUpstream::answering(move |_| Response::new(200, body.clone()).chunked()).await;
+    let upstream = TestUpstream::with_handler(move |_| Response::new(200, body.clone()).chunked()).await;
     let dray = dray_of(&upstream);
     for form in FORMS {
         let lists = (0..16).map(|_| async { dray.get(&form.path("tags/list")).await });
-        for answer in futures_util::future::join_all(lists).await {
-            assert_eq!((answer.status, answer.complete), (200, true));
-            assert!(answer.body == list, "{} bytes", answer.body.len());
+        for response in futures_util::future::join_all(lists).await {
+            assert_eq!((response.status, response.complete), (200, true));
+            assert!(response.body == list, "{} bytes", response.body.len());
         }
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn catalog_is_passed_on_for_a_named_registry() {
-    let upstream = TestUpstream::answering(|request| match request.path.starts_with("/v2/_catalog") {
+async fn catalog_of_a_named_registry_is_passed_on() {
+    let upstream = TestUpstream::with_handler(|request| match request.path.starts_with("/v2/_catalog") {
         true => Response::new(200, r#"{"repositories":["a/app"]}"#)
             .with("link", "</v2/_catalog?n=1&last=a%2Fapp>; rel=\"next\""),
         false => Response::new(404, ""),
@@ -86,9 +86,9 @@ async fn catalog_is_passed_on_for_a_named_registry() {
     .await;
     let dray = dray_of(&upstream);
     for path in ["/v2/_catalog?n=1&ns=reg.example", "/v2/_catalog?n=1"] {
-        let answer = dray.get(path).await;
-        assert_eq!((answer.status, answer.text().as_str()), (200, r#"{"repositories":["a/app"]}"#), "{path}");
-        let link = answer.header("link").unwrap();
+        let response = dray.get(path).await;
+        assert_eq!((response.status, response.text().as_str()), (200, r#"{"repositories":["a/app"]}"#), "{path}");
+        let link = response.header("link").unwrap();
         assert!(link.starts_with("</v2/_catalog?n=1&last=a%2Fapp"), "{link}");
     }
     assert_eq!(upstream.requests()[0].path, "/v2/_catalog?n=1");

@@ -1,4 +1,4 @@
-//! An outage loses nothing that was seen before: lists, referrers, and that a tag is not there.
+//! In an outage, dray serves lists, referrers and "not found" responses from before.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -12,14 +12,14 @@ use serde_json::json;
 use super::{FORMS, REGISTRY, dray_of};
 
 #[tokio::test(flavor = "multi_thread")]
-async fn lists_that_were_seen_are_served_while_the_upstream_is_off() {
+async fn list_seen_before_is_served_while_upstream_is_down() {
     let subject = digest(b"image");
     let referrers = json!({"schemaVersion": 2, "manifests": [{"digest": digest(b"signature"), "size": 9}]}).to_string();
     let fallback = format!("manifests/{}", subject.replace(':', "-"));
     let without_api = format!("referrers/{}", digest(b"of a registry without the API"));
     let old = without_api.clone();
     let body = referrers.clone();
-    let upstream = TestUpstream::answering(move |request| match request.path.contains("/referrers/") {
+    let upstream = TestUpstream::with_handler(move |request| match request.path.contains("/referrers/") {
         true if request.path.contains(&old) => Response::new(404, "404 page not found"),
         true => Response::new(200, body.clone()).with("oci-filters-applied", "artifactType"),
         false if request.path.contains("/tags/list") => Response::new(200, r#"{"name":"a/app","tags":["1"]}"#)
@@ -37,9 +37,9 @@ async fn lists_that_were_seen_are_served_while_the_upstream_is_off() {
     drop(upstream);
     let dray = dray.kill_and_restart();
     for form in FORMS {
-        let tags = eventually("a list is served", async || {
-            let answer = dray.get(&form.path("tags/list?n=1")).await;
-            (answer.status == 200).then_some(answer)
+        let tags = eventually("the list is served", async || {
+            let response = dray.get(&form.path("tags/list?n=1")).await;
+            (response.status == 200).then_some(response)
         })
         .await;
         assert_eq!((tags.text().as_str(), tags.source()), (r#"{"name":"a/app","tags":["1"]}"#, "stale"));
@@ -48,8 +48,12 @@ async fn lists_that_were_seen_are_served_while_the_upstream_is_off() {
         assert_eq!((kept.status, kept.text()), (200, referrers.clone()));
         assert_eq!(kept.header("oci-filters-applied"), Some("artifactType"));
         let absent = dray.get(&form.path(&without_api)).await;
-        assert_eq!((absent.status, absent.code().as_str()), (404, "UNSUPPORTED"), "look for the fall-back tag");
-        // What was not there is not there; what was never asked for is not known.
+        assert_eq!(
+            (absent.status, absent.code().as_str()),
+            (404, "UNSUPPORTED"),
+            "the client then looks for the fall-back tag"
+        );
+        // A known "not found" is repeated; a tag that was never requested is unknown.
         assert_eq!(dray.get(&form.path(&fallback)).await.status, 404);
         assert_eq!(dray.get(&form.path("manifests/never")).await.status, 503);
         assert_eq!(dray.get(&form.path("tags/list?n=2")).await.status, 503);
@@ -57,7 +61,7 @@ async fn lists_that_were_seen_are_served_while_the_upstream_is_off() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn referrers_are_put_together_from_cached_artifacts() {
+async fn referrers_in_an_outage_come_from_cached_artifacts() {
     let subject = digest(b"image");
     let artifact = json!({
         "schemaVersion": 2, "mediaType": MANIFEST, "artifactType": "application/vnd.dev.cosign.artifact.sig.v1+json",
@@ -66,7 +70,7 @@ async fn referrers_are_put_together_from_cached_artifacts() {
     })
     .to_string();
     let (bytes, artifact_digest) = (artifact.clone(), digest(artifact.as_bytes()));
-    let upstream = TestUpstream::answering(move |request| match request.path.contains("/manifests/") {
+    let upstream = TestUpstream::with_handler(move |request| match request.path.contains("/manifests/") {
         true => Response::new(200, bytes.clone()).with("content-type", MANIFEST),
         false => Response::new(404, ""),
     })
@@ -75,9 +79,9 @@ async fn referrers_are_put_together_from_cached_artifacts() {
     let form = FORMS[0];
     assert_eq!(dray.get(&form.path(&format!("manifests/{artifact_digest}"))).await.status, 200);
     drop(upstream);
-    let list = eventually("it is put together", async || {
-        let answer = dray.get(&form.path(&format!("referrers/{subject}"))).await;
-        (answer.status == 200).then_some(answer)
+    let list = eventually("the list is built", async || {
+        let response = dray.get(&form.path(&format!("referrers/{subject}"))).await;
+        (response.status == 200).then_some(response)
     })
     .await;
     let list: serde_json::Value = serde_json::from_slice(&list.body).unwrap();
@@ -100,7 +104,7 @@ async fn missing_referrers_api_stays_missing_in_an_outage() {
     })
     .to_string();
     let bytes = artifact.clone();
-    let upstream = TestUpstream::answering(move |request| match request.path.contains("/manifests/") {
+    let upstream = TestUpstream::with_handler(move |request| match request.path.contains("/manifests/") {
         true => Response::new(200, bytes.clone()).with("content-type", MANIFEST),
         false => Response::new(404, "404 page not found"),
     })
@@ -111,17 +115,17 @@ async fn missing_referrers_api_stays_missing_in_an_outage() {
     assert_eq!(dray.get(&form.path(&format!("referrers/{subject}"))).await.status, 404);
     assert_eq!(dray.get(&fallback).await.status, 200);
     drop(upstream);
-    let answer = dray.get(&form.path(&format!("referrers/{subject}"))).await;
-    assert_eq!((answer.status, answer.code().as_str()), (404, "UNSUPPORTED"));
+    let response = dray.get(&form.path(&format!("referrers/{subject}"))).await;
+    assert_eq!((response.status, response.code().as_str()), (404, "UNSUPPORTED"));
     assert_eq!(dray.get(&fallback).await.status, 200);
 }
 
-/// Clients list what they watch again and again.
+/// Clients request the lists that they watch repeatedly.
 #[tokio::test(flavor = "multi_thread")]
-async fn list_that_is_requested_often_is_kept_as_it_was_last_seen() {
+async fn list_requested_often_keeps_its_latest_copy() {
     let pushed = Arc::new(AtomicUsize::new(0));
     let now = pushed.clone();
-    let upstream = TestUpstream::answering(move |_| {
+    let upstream = TestUpstream::with_handler(move |_| {
         let tags: Vec<usize> = (0..=now.load(Ordering::SeqCst)).collect();
         Response::new(200, json!({"tags": tags}).to_string())
     })
@@ -134,19 +138,19 @@ async fn list_that_is_requested_often_is_kept_as_it_was_last_seen() {
     pushed.store(7, Ordering::SeqCst);
     let last = dray.get(&path).await.text();
     drop(upstream);
-    eventually("the last one is served", async || {
-        let answer = dray.get(&path).await;
-        (answer.source() == "stale" && answer.text() == last).then_some(())
+    eventually("the latest copy is served", async || {
+        let response = dray.get(&path).await;
+        (response.source() == "stale" && response.text() == last).then_some(())
     })
     .await;
 }
 
-/// One that takes long with lists must not leave clients with what they saw first for ever.
+/// A slow upstream must not leave clients with the first copy forever.
 #[tokio::test(flavor = "multi_thread")]
-async fn list_of_a_slow_upstream_is_served_stale_and_renewed() {
+async fn list_of_slow_upstream_is_served_stale_and_renewed() {
     let (seen, lists) = (Arc::new(AtomicUsize::new(0)), [r#"{"tags":["1"]}"#, r#"{"tags":["1","2"]}"#]);
     let nth = seen.clone();
-    let upstream = TestUpstream::answering(move |_| match nth.fetch_add(1, Ordering::SeqCst) {
+    let upstream = TestUpstream::with_handler(move |_| match nth.fetch_add(1, Ordering::SeqCst) {
         0 => Response::new(200, lists[0]),
         _ => Response::new(200, lists[1]).fault(Fault::LateUntilGate),
     })
@@ -166,13 +170,13 @@ async fn list_of_a_slow_upstream_is_served_stale_and_renewed() {
     assert_eq!(dray.get(&path).await.text(), lists[1]);
 }
 
-/// What is not there any more is not served because it was.
+/// A list that was denied or removed since is not served from the copy.
 #[tokio::test(flavor = "multi_thread")]
-async fn list_that_is_denied_is_gone_for_outages_too() {
+async fn list_denied_since_is_not_served_in_an_outage() {
     for status in [403, 404] {
         let seen = Arc::new(AtomicUsize::new(0));
         let nth = seen.clone();
-        let upstream = TestUpstream::answering(move |_| match nth.fetch_add(1, Ordering::SeqCst) {
+        let upstream = TestUpstream::with_handler(move |_| match nth.fetch_add(1, Ordering::SeqCst) {
             0 => Response::new(200, r#"{"tags":["1"]}"#),
             1 => Response::new(status, ""),
             _ => Response::new(503, ""),
@@ -183,19 +187,19 @@ async fn list_that_is_denied_is_gone_for_outages_too() {
         assert_eq!(dray.get(&path).await.status, 200);
         assert_eq!(dray.get(&path).await.status, status);
         let off = eventually("the copy is gone", async || {
-            let answer = dray.get(&path).await;
-            (answer.status != 200).then_some(answer)
+            let response = dray.get(&path).await;
+            (response.status != 200).then_some(response)
         })
         .await;
         assert_eq!(off.status, 503);
     }
 }
 
-/// The end of a slow response must not bring back what was denied meanwhile.
+/// The end of a slow response must not restore a list that was denied meanwhile.
 #[tokio::test(flavor = "multi_thread")]
-async fn list_that_ends_after_it_was_denied_is_not_kept() {
+async fn list_that_ends_after_denial_is_not_cached() {
     let seen = AtomicUsize::new(0);
-    let upstream = TestUpstream::answering(move |_| match seen.fetch_add(1, Ordering::SeqCst) {
+    let upstream = TestUpstream::with_handler(move |_| match seen.fetch_add(1, Ordering::SeqCst) {
         0 => Response::new(200, r#"{"tags":["1"]}"#).fault(Fault::GateAfter(3)),
         1 => Response::new(403, ""),
         _ => Response::new(503, ""),
@@ -204,7 +208,7 @@ async fn list_that_ends_after_it_was_denied_is_not_kept() {
     let dray = dray_of(&upstream);
     let path = FORMS[1].path("tags/list");
     let denied = async {
-        eventually("the first request is there", async || (upstream.requests().len() == 1).then_some(())).await;
+        eventually("the first request arrives", async || (upstream.requests().len() == 1).then_some(())).await;
         let denied = dray.get(&path).await;
         upstream.open_gate();
         denied

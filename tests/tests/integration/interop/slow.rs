@@ -1,4 +1,4 @@
-//! Patience belongs to the request: a slow upstream is asked once, and its answer serves the next client.
+//! Timeouts apply to client requests: a slow upstream is requested once, and its response serves the next client.
 
 use dray_tests::eventually;
 use dray_tests::image::Image;
@@ -6,9 +6,9 @@ use dray_tests::upstream::{Content, Fault, Request, TestUpstream};
 
 use super::{Form, dray_of, upstream_of};
 
-/// The clients' own fall-back is after ten seconds; the upstream begins when the gate opens, after that.
+/// Clients with a fall-back get an error after ten seconds. The upstream starts later, when the gate opens.
 #[tokio::test(flavor = "multi_thread")]
-async fn slow_upstream_is_asked_once_and_answers_everybody() {
+async fn slow_upstream_is_requested_once_for_all_clients() {
     let image = Image::new(1, &[400_000]);
     let upstream = upstream_of(&image, |_, response| response.fault(Fault::LateUntilGate)).await;
     let dray = dray_of(&upstream);
@@ -24,7 +24,7 @@ async fn slow_upstream_is_asked_once_and_answers_everybody() {
             assert_eq!(refused.status, 503, "{}", refused.text());
             assert!(refused.header("retry-after").is_none());
         }
-        // Clients with a fall-back have heard; those without still wait.
+        // Clients with a fall-back have their error; clients without one still wait.
         upstream.open_gate();
     };
     let by_path = async {
@@ -41,35 +41,35 @@ async fn slow_upstream_is_asked_once_and_answers_everybody() {
         assert_eq!(upstream.count("GET", below), 1, "{below} was requested more than once");
     }
     let kept = eventually("it is cached", async || {
-        let answer = dray.get(&Form::Namespace.path(&blob)).await;
-        ["memory", "disk"].contains(&answer.source()).then_some(answer)
+        let response = dray.get(&Form::Namespace.path(&blob)).await;
+        ["memory", "disk"].contains(&response.source()).then_some(response)
     })
     .await;
     assert!(kept.body == bytes);
     assert_eq!(dray.get(&Form::Namespace.path(&manifest)).await.source(), "memory");
 }
 
-/// An upstream that starts from the beginning whatever range is requested cannot be gone on with elsewhere: its pause is
-/// waited out, of a small blob and of a large one.
+/// An upstream that ignores ranges cannot be resumed on another connection. So dray waits for a paused response, of a
+/// small and of a large blob.
 #[tokio::test(flavor = "multi_thread")]
-async fn pause_of_an_upstream_without_ranges_is_waited_out() {
+async fn paused_upstream_without_ranges_is_waited_for() {
     let image = Image::new(1, &[200_000, 3_000_000]);
     let content = Content::new(&[("a/app", "1", &image)]);
-    let upstream = TestUpstream::answering(move |request| {
+    let upstream = TestUpstream::with_handler(move |request| {
         let whole = Request { headers: Default::default(), ..request.clone() };
-        let response = content.answer(&whole);
+        let response = content.respond(&whole);
         if response.body.len() > 100_000 { response.fault(Fault::GateAfter(100_000)) } else { response }
     })
     .await;
     let dray = dray_of(&upstream);
     let pulls = image.blobs.iter().map(async |(digest, bytes)| {
-        let answer = dray_get(&dray, Form::Path.path(&format!("blobs/{digest}"))).await;
-        assert!(answer.status == 200 && answer.complete && answer.body == *bytes);
+        let response = dray_get(&dray, Form::Path.path(&format!("blobs/{digest}"))).await;
+        assert!(response.status == 200 && response.complete && response.body == *bytes);
     });
     let opened = async {
         let all = image.blobs.len();
         eventually("all are requested", async || (upstream.count("GET", "/blobs/") >= all).then_some(())).await;
-        // Longer than a connection that can be replaced may pause.
+        // Longer than a resumable connection may pause.
         tokio::time::sleep(std::time::Duration::from_secs(12)).await;
         upstream.open_gate();
     };
@@ -79,6 +79,6 @@ async fn pause_of_an_upstream_without_ranges_is_waited_out() {
     }
 }
 
-async fn dray_get(dray: &dray_tests::dray::Dray, path: String) -> dray_tests::http::Answer {
+async fn dray_get(dray: &dray_tests::dray::Dray, path: String) -> dray_tests::http::ClientResponse {
     dray.get(&path).await
 }

@@ -1,4 +1,5 @@
-//! Ordinary operation for a long time: tags move, layers come and go. Memory, descriptors, threads and disk do not grow.
+//! Ordinary operation for a long time: tags move, layers are added and evicted. Memory, descriptors, threads and disk
+//! do not grow.
 
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -14,28 +15,28 @@ use tokio::task::JoinSet;
 
 use super::rounds;
 
-/// What one process uses at a time.
+/// Resources of one process at one time.
 #[derive(Clone, Copy, Debug)]
 struct Usage {
     at: Duration,
-    judged: [u64; JUDGED.len()],
+    measured: [u64; GROWTH_BOUNDS.len()],
     disk: u64,
 }
 
-/// What is judged, and by how much it may grow over the time that is judged.
-const JUDGED: [(&str, u64); 3] = [("resident bytes", 24 << 20), ("descriptors", 48), ("threads", 12)];
+/// The measured resources, and how much each can grow over the measured time.
+const GROWTH_BOUNDS: [(&str, u64); 3] = [("resident bytes", 24 << 20), ("descriptors", 48), ("threads", 12)];
 
-/// The cache may take this much of the disk, in bytes.
-const DISK: u64 = 160 << 20;
+/// Disk limit of each cache, in bytes.
+const CACHE_DISK: u64 = 160 << 20;
 
-/// Repositories whose tags move.
+/// Number of repositories with moving tags.
 const REPOSITORIES: usize = 8;
 
-/// A tag moves after this time.
-const MOVES_EVERY: Duration = Duration::from_millis(250);
+/// Time between two moves. Shorter: more new content, and more evictions.
+const TAG_MOVE_INTERVAL: Duration = Duration::from_millis(250);
 
-/// A registry whose tags move, with the latest image of each repository.
-struct Moving {
+/// A registry with moving tags and the latest image of each repository.
+struct MovingTags {
     upstream: TestUpstream,
     images: Arc<Mutex<Vec<(Image, Content)>>>,
 }
@@ -50,16 +51,16 @@ fn name(repository: usize) -> String {
     format!("team/app{repository}")
 }
 
-impl Moving {
+impl MovingTags {
     async fn start() -> Self {
         let images: Vec<_> = (0..REPOSITORIES).map(|nth| image(nth, nth as u64)).collect();
         let images = Arc::new(Mutex::new(images));
         let served = images.clone();
-        let upstream = TestUpstream::answering(move |request| {
+        let upstream = TestUpstream::with_handler(move |request| {
             let nth = request.path.strip_prefix("/v2/team/app").and_then(|rest| rest.get(..1)?.parse::<usize>().ok());
             match nth {
                 Some(_) if request.path.contains("/tags/list") => Response::new(200, r#"{"name":"x","tags":["1"]}"#),
-                Some(nth) => served.lock().unwrap()[nth].1.answer(request),
+                Some(nth) => served.lock().unwrap()[nth].1.respond(request),
                 None => Response::new(200, "{}"),
             }
         })
@@ -67,14 +68,14 @@ impl Moving {
         Self { upstream, images }
     }
 
-    fn moves(&self, generation: u64) {
+    fn move_tag(&self, generation: u64) {
         let nth = usize::try_from(generation).unwrap() % REPOSITORIES;
         let new = image(nth, generation + REPOSITORIES as u64);
         self.images.lock().unwrap()[nth] = new;
     }
 }
 
-/// Pulls as nodes do, with some that leave early, some tags that are not there, and lists.
+/// Pulls as nodes do: some clients disconnect early, some tags do not exist, and some requests are lists.
 async fn pull(
     base: String,
     images: Arc<Mutex<Vec<(Image, Content)>>>,
@@ -93,8 +94,8 @@ async fn pull(
             _ => format!("blobs/{}", blobs[random.usize(0..blobs.len())]),
         };
         let url = format!("{base}/v2/{}/{below}?ns=moving.example", name(nth));
-        let Ok(answer) = client.get(url).send().await else { continue };
-        if random.u8(0..8) > 0 && answer.bytes().await.is_ok() {
+        let Ok(response) = client.get(url).send().await else { continue };
+        if random.u8(0..8) > 0 && response.bytes().await.is_ok() {
             done.fetch_add(1, Ordering::Relaxed);
         }
         tokio::time::sleep(Duration::from_millis(4)).await;
@@ -109,8 +110,8 @@ fn usage(dray: &Dray, begun: Instant) -> Usage {
         line.split_ascii_whitespace().nth(1).unwrap().parse::<u64>().unwrap()
     };
     let descriptors = std::fs::read_dir(format!("{proc}/fd")).unwrap().count() as u64;
-    let judged = [field("VmRSS:") * 1024, descriptors, field("Threads:")];
-    Usage { at: begun.elapsed(), judged, disk: disk(dray.start().cache_dir()) }
+    let measured = [field("VmRSS:") * 1024, descriptors, field("Threads:")];
+    Usage { at: begun.elapsed(), measured, disk: disk(dray.start().cache_dir()) }
 }
 
 /// Bytes of all files below a directory.
@@ -124,8 +125,8 @@ fn disk(dir: &Path) -> u64 {
     sizes.sum()
 }
 
-/// The median of the slopes between samples of the first and the second half, in units a second (Theil and Sen): single
-/// peaks say nothing.
+/// The median of the slopes between samples of the first and the second half, in units a second (Theil and Sen). Single
+/// peaks do not change it.
 fn slope(samples: &[(f64, f64)]) -> f64 {
     let (first, second) = samples.split_at(samples.len() / 2);
     let pairs = first.iter().zip(second);
@@ -135,7 +136,7 @@ fn slope(samples: &[(f64, f64)]) -> f64 {
 }
 
 #[test]
-fn slope_is_that_of_most_samples() {
+fn slope_ignores_single_peaks() {
     let flat: Vec<_> = (0..20).map(|nth| (f64::from(nth), if nth == 7 { 1e9 } else { 5.0 })).collect();
     assert_eq!(slope(&flat), 0.0);
     let rising: Vec<_> = (0..20).map(|nth| (f64::from(nth), 3.0 * f64::from(nth))).collect();
@@ -143,9 +144,9 @@ fn slope_is_that_of_most_samples() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn ordinary_operation_does_not_grow() {
+async fn resources_in_ordinary_operation_do_not_grow() {
     let seconds = rounds(45, 1200) as u64;
-    let moving = Moving::start().await;
+    let moving = MovingTags::start().await;
     let dir = tempfile::tempdir().unwrap();
     let key = dir.path().join("peers.key");
     std::fs::write(&key, "0123456789abcdef-peers").unwrap();
@@ -156,7 +157,7 @@ async fn ordinary_operation_does_not_grow() {
         let rule = format!("[[registry]]\nmatch = \"moving.example\"\nupstreams = [\"{url}\"]\ntag_ttl = \"1s\"\n");
         let peers =
             format!("[peers]\nlisten = \"127.0.0.1:{port}\"\nstatic = [{members}]\nkey_file = \"{}\"\n", key.display());
-        Start::new(rule + &peers).disk(&format!("{}MiB", DISK >> 20)).run()
+        Start::new(rule + &peers).disk(&format!("{}MiB", CACHE_DISK >> 20)).run()
     });
     let (stop, done) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
     let mut clients = JoinSet::new();
@@ -169,8 +170,8 @@ async fn ordinary_operation_does_not_grow() {
     let (begun, mut samples) = (Instant::now(), [Vec::new(), Vec::new()]);
     let mut generation = 0;
     while begun.elapsed() < Duration::from_secs(seconds) {
-        tokio::time::sleep(MOVES_EVERY).await;
-        moving.moves(generation);
+        tokio::time::sleep(TAG_MOVE_INTERVAL).await;
+        moving.move_tag(generation);
         generation += 1;
         if generation % 4 == 0 {
             nodes.iter().zip(&mut samples).for_each(|(node, samples)| samples.push(usage(node, begun)));
@@ -180,15 +181,15 @@ async fn ordinary_operation_does_not_grow() {
     while clients.join_next().await.is_some() {}
     assert!(done.load(Ordering::Relaxed) > seconds * 50, "{} requests in {seconds} s", done.load(Ordering::Relaxed));
     for samples in &samples {
-        // Caches fill and pools grow at first.
-        let judged = &samples[samples.len() / 3..];
+        // At first, caches fill and pools grow.
+        let measured = &samples[samples.len() / 3..];
         let disk = samples.iter().map(|usage| usage.disk).max().unwrap_or_default();
-        println!("bytes on disk: {disk} at most of {DISK}");
-        assert!(disk <= DISK, "{disk} bytes on disk");
-        let lasted = (judged[judged.len() - 1].at - judged[0].at).as_secs_f64();
-        for (nth, (what, bound)) in JUDGED.into_iter().enumerate() {
+        println!("bytes on disk: {disk} at most of {CACHE_DISK}");
+        assert!(disk <= CACHE_DISK, "{disk} bytes on disk");
+        let lasted = (measured[measured.len() - 1].at - measured[0].at).as_secs_f64();
+        for (nth, (what, bound)) in GROWTH_BOUNDS.into_iter().enumerate() {
             let values: Vec<_> =
-                judged.iter().map(|usage| (usage.at.as_secs_f64(), usage.judged[nth] as f64)).collect();
+                measured.iter().map(|usage| (usage.at.as_secs_f64(), usage.measured[nth] as f64)).collect();
             let grown = slope(&values) * lasted;
             println!(
                 "{what}: {} at first, {} at the end, {grown:.0} grown in {lasted:.0} s",

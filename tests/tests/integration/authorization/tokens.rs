@@ -1,4 +1,4 @@
-//! The tokens that clients are given.
+//! The tokens that dray issues to clients.
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
@@ -8,19 +8,19 @@ use dray_tests::upstream::{Content, Request, Response, TestUpstream};
 use serde_json::{Value, json};
 
 use super::tenants::*;
-use dray_tests::http::{Answer, client};
+use dray_tests::http::{ClientResponse, client};
 use dray_tests::image::Image;
 
-/// Some clients go on with one for a whole pull, and take it to be good for a minute at least.
+/// Some clients use one token for a whole pull, and assume that it is valid for at least a minute.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_token_is_good_for_a_minute_whatever_the_registry_gives_and_however_late_it_is_asked_for() {
+async fn issued_token_is_valid_for_a_minute_at_least() {
     let image = Image::new(1, &[1000]);
     let content = Content::new(&[("a/app", "1", &image)]);
-    let upstream = TestUpstream::answering(move |request: &Request| match request.header("authorization") {
+    let upstream = TestUpstream::with_handler(move |request: &Request| match request.header("authorization") {
         Some(_) if request.path.starts_with("/token") => {
             Response::new(200, json!({"token": "short-lived", "expires_in": 10}).to_string())
         }
-        Some("Bearer short-lived") => content.answer(request),
+        Some("Bearer short-lived") => content.respond(request),
         _ => {
             let host = request.header("host").unwrap_or_default();
             let challenge = format!("Bearer realm=\"http://{host}/token\",service=\"s\"");
@@ -28,8 +28,10 @@ async fn a_token_is_good_for_a_minute_whatever_the_registry_gives_and_however_la
         }
     })
     .await;
-    let rule =
-        format!("[[registry]]\nmatch = \"reg.example\"\nupstreams = [\"{}\"]\naccess = \"client\"\n", upstream.url());
+    let rule = format!(
+        "[[registry]]\nmatch = \"reg.example\"\nupstreams = [\"{}\"]\nauthorization = \"passthrough\"\n",
+        upstream.url()
+    );
     let dray = Start::new(rule).run();
     let parameters = challenge(&dray.get(TAG).await);
     let url = |(_, realm): &(String, String), rest: &[(String, String)]| {
@@ -38,56 +40,66 @@ async fn a_token_is_good_for_a_minute_whatever_the_registry_gives_and_however_la
     let url = url(&parameters[0], &parameters[1..]);
     for nth in 1..=3 {
         let before = upstream.count("GET", "/token");
-        let answer = client().get(url.clone()).basic_auth("alice", Some("for-a")).send().await.unwrap();
-        let answer: Value = serde_json::from_slice(&answer.bytes().await.unwrap()).unwrap();
-        assert!(answer["expires_in"].as_u64().unwrap() >= 60, "{nth}: {answer}");
-        assert_eq!(upstream.count("GET", "/token") - before, 1, "{nth}: what is left of an earlier one is too little");
-        let shown = format!("Bearer {}", answer["token"].as_str().unwrap());
-        assert_eq!(get_as(&dray, TAG, &shown).await.status, 200);
+        let response = client().get(url.clone()).basic_auth("alice", Some("for-a")).send().await.unwrap();
+        let response: Value = serde_json::from_slice(&response.bytes().await.unwrap()).unwrap();
+        assert!(response["expires_in"].as_u64().unwrap() >= 60, "{nth}: {response}");
+        assert_eq!(
+            upstream.count("GET", "/token") - before,
+            1,
+            "{nth}: the remaining time of an earlier token is too short"
+        );
+        let bearer = format!("Bearer {}", response["token"].as_str().unwrap());
+        assert_eq!(get_as(&dray, TAG, &bearer).await.status, 200);
     }
 }
 
-/// A client that copies asks once for where it reads and where it writes.
+/// A client that copies requests one token for its source and its target.
 #[tokio::test(flavor = "multi_thread")]
-async fn token_for_several_repositories_is_good_for_each() {
-    for wants in [Wants::Tokens, Wants::Basic] {
-        let tenants = Tenants::new(wants).await;
+async fn token_for_several_repositories_is_valid_for_each() {
+    for scheme in [AuthScheme::Tokens, AuthScheme::Basic] {
+        let tenants = Tenants::new(scheme).await;
         let dray = Start::new(tenants.rule()).run();
         let basic = format!("Basic {}", STANDARD.encode(BOB));
         for scopes in [
             "scope=repository:b/both:pull,push&scope=repository:b/app:pull",
             "scope=repository:b/app:pull%20repository:b/both:pull",
         ] {
-            let answer = get_as(&dray, &format!("/token?service=reg.example&{scopes}"), &basic).await;
-            assert_eq!(answer.status, 200, "{wants:?}: {}", answer.text());
-            let token = serde_json::from_slice::<Value>(&answer.body).unwrap()["token"].as_str().unwrap().to_owned();
+            let response = get_as(&dray, &format!("/token?service=reg.example&{scopes}"), &basic).await;
+            assert_eq!(response.status, 200, "{scheme:?}: {}", response.text());
+            let token = serde_json::from_slice::<Value>(&response.body).unwrap()["token"].as_str().unwrap().to_owned();
             for (repository, status) in [("b/app", 200), ("b/both", 200), ("a/app", 401)] {
                 let path = format!("/v2/{repository}/manifests/1?ns=reg.example");
-                assert_eq!(get_as(&dray, &path, &format!("Bearer {token}")).await.status, status, "{wants:?} {path}");
+                assert_eq!(get_as(&dray, &path, &format!("Bearer {token}")).await.status, status, "{scheme:?} {path}");
             }
         }
     }
 }
 
-/// Or it would go on showing it.
+/// Without this error, the client would keep using the token.
 #[tokio::test(flavor = "multi_thread")]
-async fn who_shows_a_token_that_is_none_is_told_so() {
-    let tenants = Tenants::new(Wants::Tokens).await;
+async fn invalid_token_is_reported_in_the_challenge() {
+    let tenants = Tenants::new(AuthScheme::Tokens).await;
     let dray = Start::new(tenants.rule()).run();
-    let error = |answer: &Answer| challenge(answer).into_iter().find(|(key, _)| key == "error").map(|(_, value)| value);
-    assert_eq!(error(&dray.get(TAG).await), None, "nothing was shown");
+    let error = |response: &ClientResponse| {
+        challenge(response).into_iter().find(|(key, _)| key == "error").map(|(_, value)| value)
+    };
+    assert_eq!(error(&dray.get(TAG).await), None, "no token was presented");
     assert_eq!(error(&get_as(&dray, TAG, "Bearer forged").await).as_deref(), Some("invalid_token"));
     let bobs = token(&dray.get(&TAG.replace("/a/", "/b/")).await, Some(BOB)).await.unwrap();
-    assert_eq!(error(&get_as(&dray, TAG, &format!("Bearer {bobs}")).await), None, "it is one, for something else");
+    assert_eq!(
+        error(&get_as(&dray, TAG, &format!("Bearer {bobs}")).await),
+        None,
+        "the token is valid, but for another repository"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn tokens_are_taken_by_those_who_share_a_key() {
-    let tenants = Tenants::new(Wants::Tokens).await;
+async fn token_is_accepted_by_nodes_that_share_a_key() {
+    let tenants = Tenants::new(AuthScheme::Tokens).await;
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("grants.key");
     std::fs::write(&file, "0123456789abcdef-shared").unwrap();
-    let shared = format!("{}[access]\nkey_file = \"{}\"\n", tenants.rule(), file.display());
+    let shared = format!("{}[access]\ntoken_key_file = \"{}\"\n", tenants.rule(), file.display());
     let as_peers = || {
         let port = free_port();
         let peers = format!("listen = \"127.0.0.1:{port}\"\nstatic = [\"127.0.0.1:{port}\"]");

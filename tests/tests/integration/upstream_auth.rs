@@ -1,4 +1,4 @@
-//! Origins that ask who is there: Basic, Bearer, and everything that goes wrong with either.
+//! Upstreams that require authentication: Basic, Bearer, and every failure of either.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -9,7 +9,7 @@ use dray_tests::dray::{Dray, Start};
 use dray_tests::http::get;
 use dray_tests::image::Image;
 use dray_tests::registry::{Registry, htpasswd};
-use dray_tests::tokens::Tokens;
+use dray_tests::tokens::TokenServer;
 use dray_tests::upstream::{Content, Request, Response, TestUpstream};
 use serde_json::json;
 
@@ -34,13 +34,17 @@ async fn assert_pulls(dray: &Dray, image: &Image) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_real_registry_with_a_password() {
+async fn real_registry_with_a_password_is_pulled_from() {
     let dir = tempfile::tempdir().unwrap();
     let registry = Registry::with(&htpasswd(dir.path(), "robot", "s3cret:x")).await;
     registry.push("team/app", "1", &image()).await;
     let anonymous = Start::new(config(&registry.url(), "")).run();
     let refused = anonymous.get(MANIFEST).await;
-    assert_eq!((refused.status, refused.header("www-authenticate")), (403, None), "the origin's challenge stays here");
+    assert_eq!(
+        (refused.status, refused.header("www-authenticate")),
+        (403, None),
+        "the upstream's challenge is not passed on"
+    );
 
     let file = dir.path().join("password");
     std::fs::write(&file, "s3cret:x\n").unwrap();
@@ -62,21 +66,21 @@ async fn a_real_registry_with_a_password() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_real_registry_with_tokens() {
+async fn real_registry_with_tokens_is_pulled_from() {
     let dir = tempfile::tempdir().unwrap();
-    let tokens = Tokens::start(dir.path(), None).await;
+    let tokens = TokenServer::start(dir.path(), None).await;
     let registry = Registry::with(tokens.settings()).await;
     registry.push("team/app", "1", &image()).await;
-    // The realm is another port than the upstream, so it has to be allowed.
-    let guard = "\n[guard]\nallow = [\"127.0.0.0/8\"]";
+    // The realm is on another port than the upstream, so the egress policy must allow it.
+    let guard = "\n[egress]\nallow_cidrs = [\"127.0.0.0/8\"]";
     let dray = Start::new(config(&registry.url(), guard)).run();
     assert_pulls(&dray, &image()).await;
     assert_pulls(&dray, &image()).await;
-    assert_eq!(tokens.upstream.requests().len(), 1, "one token for all of it");
+    assert_eq!(tokens.upstream.requests().len(), 1, "one token for the whole pull");
     let status = get(&format!("http://{}/api/v1/status", dray.admin), &[]).await.text();
     assert!(status.contains("\"tokens\":1"), "{status}");
 
-    let tokens = Tokens::start(dir.path(), Some(("robot", "hush"))).await;
+    let tokens = TokenServer::start(dir.path(), Some(("robot", "hush"))).await;
     let registry = Registry::with(tokens.settings()).await;
     registry.push("team/app", "1", &image()).await;
     let anonymous = Start::new(config(&registry.url(), guard)).run();
@@ -85,7 +89,7 @@ async fn a_real_registry_with_tokens() {
     assert_pulls(&Start::new(config(&registry.url(), &credentials)).env("P", "hush").run(), &image()).await;
 }
 
-/// An origin with a token endpoint on the same host and port, both scripted.
+/// A scripted upstream with a token endpoint on the same host and port.
 async fn scripted(
     challenge: impl Fn(&str) -> String + Send + Sync + 'static,
     token: impl Fn(usize, &Request) -> Response + Send + Sync + 'static,
@@ -93,13 +97,13 @@ async fn scripted(
 ) -> TestUpstream {
     let image = image();
     let content = Content::new(&[("team/app", "1", &image)]);
-    let asked = AtomicUsize::new(0);
-    TestUpstream::answering(move |request| {
+    let token_requests = AtomicUsize::new(0);
+    TestUpstream::with_handler(move |request| {
         if request.path.starts_with("/token") {
-            return token(asked.fetch_add(1, Ordering::SeqCst), request);
+            return token(token_requests.fetch_add(1, Ordering::SeqCst), request);
         }
         if request.header("authorization").is_some_and(&accepts) {
-            return content.answer(request);
+            return content.respond(request);
         }
         let host = request.header("host").unwrap_or_default();
         Response::new(401, "").with("www-authenticate", challenge(&format!("http://{host}/token")))
@@ -116,25 +120,25 @@ fn granted(token: &str, expires_in: u64) -> Response {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn several_challenges_in_one_header() {
-    let origin = scripted(
+async fn several_challenges_in_one_header_are_parsed() {
+    let upstream = scripted(
         |realm| format!("Negotiate, Basic realm=\"x\", {}", bearer(realm)),
         |_, _| granted("t", 300),
         |a| a == "Bearer t",
     )
     .await;
-    assert_pulls(&Start::new(config(&origin.url(), "")).run(), &image()).await;
-    let asked = origin.requests().into_iter().find(|r| r.path.starts_with("/token")).unwrap();
+    assert_pulls(&Start::new(config(&upstream.url(), "")).run(), &image()).await;
+    let token_request = upstream.requests().into_iter().find(|r| r.path.starts_with("/token")).unwrap();
     assert!(
-        asked.path.contains("service=s") && asked.path.contains("scope=repository%3Ateam%2Fapp%3Apull"),
+        token_request.path.contains("service=s") && token_request.path.contains("scope=repository%3Ateam%2Fapp%3Apull"),
         "{}",
-        asked.path
+        token_request.path
     );
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_token_endpoint_that_only_takes_posts() {
-    let origin = scripted(
+async fn token_endpoint_that_only_takes_post_is_used() {
+    let upstream = scripted(
         bearer,
         |_, request| match request.method.as_str() {
             "POST" => {
@@ -148,12 +152,12 @@ async fn a_token_endpoint_that_only_takes_posts() {
     )
     .await;
     let credentials = "credentials = { username = \"robot\", password_env = \"P\" }";
-    assert_pulls(&Start::new(config(&origin.url(), credentials)).env("P", "hush").run(), &image()).await;
+    assert_pulls(&Start::new(config(&upstream.url(), credentials)).env("P", "hush").run(), &image()).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_identity_token_is_posted() {
-    let origin = scripted(
+async fn identity_token_is_exchanged_by_post() {
+    let upstream = scripted(
         bearer,
         |_, request| {
             let form = String::from_utf8(request.body.clone()).unwrap();
@@ -165,69 +169,70 @@ async fn an_identity_token_is_posted() {
     .await;
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("config.json");
-    std::fs::write(&file, json!({"auths": {origin.address.to_string(): {"identitytoken": "id"}}}).to_string()).unwrap();
+    std::fs::write(&file, json!({"auths": {upstream.address.to_string(): {"identitytoken": "id"}}}).to_string())
+        .unwrap();
     let credentials = format!("credentials = {{ file = \"{}\" }}", file.display());
-    assert_pulls(&Start::new(config(&origin.url(), &credentials)).run(), &image()).await;
+    assert_pulls(&Start::new(config(&upstream.url(), &credentials)).run(), &image()).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_revoked_token_is_replaced() {
+async fn revoked_token_is_replaced() {
     let valid = Arc::new(AtomicUsize::new(0));
     let (now, checked) = (valid.clone(), valid.clone());
-    let origin = scripted(
+    let upstream = scripted(
         bearer,
         move |_, _| granted(&format!("t{}", now.load(Ordering::SeqCst)), 300),
         move |a| a == format!("Bearer t{}", checked.load(Ordering::SeqCst)),
     )
     .await;
     let ttl = "tag_ttl = \"0s\"";
-    let dray = Start::new(config(&origin.url(), ttl)).run();
+    let dray = Start::new(config(&upstream.url(), ttl)).run();
     assert_pulls(&dray, &image()).await;
     valid.fetch_add(1, Ordering::SeqCst);
-    let answer = dray.get(MANIFEST).await;
-    assert_eq!((answer.status, answer.source()), (200, "memory"), "revalidated with a new token");
+    let response = dray.get(MANIFEST).await;
+    assert_eq!((response.status, response.source()), (200, "memory"), "revalidated with a new token");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn endless_challenges_end_as_denied() {
-    let origin = scripted(bearer, |_, _| granted("never good enough", 300), |_| false).await;
-    let dray = Start::new(config(&origin.url(), "")).run();
+    let upstream = scripted(bearer, |_, _| granted("never good enough", 300), |_| false).await;
+    let dray = Start::new(config(&upstream.url(), "")).run();
     assert_eq!(dray.get(MANIFEST).await.status, 403);
-    assert!(origin.requests().len() < 8, "{}", origin.requests().len());
+    assert!(upstream.requests().len() < 8, "{}", upstream.requests().len());
     for token in [Response::new(200, "no json"), Response::new(200, "{}"), Response::new(500, "")] {
-        let origin = scripted(bearer, move |_, _| token.clone(), |_| false).await;
-        let status = Start::new(config(&origin.url(), "")).run().get(MANIFEST).await.status;
+        let upstream = scripted(bearer, move |_, _| token.clone(), |_| false).await;
+        let status = Start::new(config(&upstream.url(), "")).run().get(MANIFEST).await.status;
         assert!(matches!(status, 502 | 503), "{status}");
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn credentials_go_nowhere_else() {
-    // The realm and the redirect both lead to a stranger.
-    let stranger = TestUpstream::answering(|_| Response::new(200, "{\"token\":\"x\"}")).await;
-    let target = stranger.url();
+async fn credentials_are_sent_to_their_upstream_only() {
+    // Both the realm and the redirect lead to another host.
+    let other_host = TestUpstream::with_handler(|_| Response::new(200, "{\"token\":\"x\"}")).await;
+    let target = other_host.url();
     let realm = scripted(move |_| bearer(&format!("{target}/token")), |_, _| Response::new(500, ""), |_| false).await;
     let credentials = "credentials = { username = \"robot\", password_env = \"P\" }";
     let dray = Start::new(config(&realm.url(), credentials)).env("P", "hush").run();
     assert_eq!(dray.get(MANIFEST).await.status, 403);
-    assert_eq!(stranger.requests().len(), 0, "http to a private address that nobody allowed");
+    assert_eq!(other_host.requests().len(), 0, "the egress policy blocks a private address");
 
     let image = image();
     let content = Content::new(&[("team/app", "1", &image)]);
     let cdn_content = content.clone();
-    let cdn = TestUpstream::answering(move |request| cdn_content.answer(request)).await;
+    let cdn = TestUpstream::with_handler(move |request| cdn_content.respond(request)).await;
     let cdn_url = cdn.url();
-    let registry = TestUpstream::answering(move |request| {
+    let registry = TestUpstream::with_handler(move |request| {
         if request.header("authorization").is_none() {
             return Response::new(401, "").with("www-authenticate", "Basic realm=\"x\"");
         }
         match request.is_blob() {
             true => Response::new(307, "").with("location", format!("{cdn_url}{}", request.path)),
-            false => content.answer(request),
+            false => content.respond(request),
         }
     })
     .await;
-    let allowed = format!("{credentials}\n[guard]\nallow = [\"127.0.0.0/8\"]");
+    let allowed = format!("{credentials}\n[egress]\nallow_cidrs = [\"127.0.0.0/8\"]");
     let dray = Start::new(config(&registry.url(), &allowed)).env("P", "hush").run();
     assert_pulls(&dray, &image).await;
     assert!(cdn.requests().iter().all(|request| request.header("authorization").is_none()));
@@ -235,7 +240,7 @@ async fn credentials_go_nowhere_else() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn no_secret_in_logs_or_metrics() {
+async fn secrets_do_not_appear_in_logs_or_metrics() {
     let dir = tempfile::tempdir().unwrap();
     let registry = Registry::with(&htpasswd(dir.path(), "robot", "s3cret")).await;
     registry.push("team/app", "1", &image()).await;
@@ -247,7 +252,7 @@ async fn no_secret_in_logs_or_metrics() {
     let metrics = dray_tests::http::get(&format!("http://{}/metrics", dray.admin), &[]).await.text();
     dray.process().kill();
     let log = std::fs::read_to_string(log).unwrap();
-    assert!(log.len() > 1000, "something was logged");
+    assert!(log.len() > 1000, "the log is not empty");
     for secret in ["s3cret", &STANDARD.encode("robot:s3cret")] {
         assert!(!log.contains(secret) && !metrics.contains(secret), "{secret} leaked");
     }

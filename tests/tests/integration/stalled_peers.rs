@@ -1,4 +1,4 @@
-//! Members that answer and then send nothing, or that have too much to do: they cost a moment, and no pull.
+//! Peers that send nothing after the head, or are overloaded: each costs a short delay, and no pull fails.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -8,7 +8,7 @@ use dray_tests::image::Image;
 use dray_tests::process::free_port;
 use dray_tests::upstream::{Content, Fault, Request, Response, TestUpstream};
 
-/// Images of one layer each, and the registry that has them.
+/// Images of one layer each, and their upstream.
 struct Rig {
     images: Vec<Image>,
     content: Arc<Content>,
@@ -16,7 +16,7 @@ struct Rig {
 }
 
 impl Rig {
-    async fn of(sizes: &[usize]) -> Self {
+    async fn new(sizes: &[usize]) -> Self {
         let images: Vec<Image> = sizes.iter().zip(0..).map(|(size, seed)| Image::new(seed, &[*size])).collect();
         let tags: Vec<String> = (0..images.len()).map(|nth| nth.to_string()).collect();
         let named: Vec<_> = images.iter().zip(&tags).map(|(image, tag)| ("library/app", tag.as_str(), image)).collect();
@@ -24,13 +24,13 @@ impl Rig {
         Self { images, content, upstream }
     }
 
-    /// A member that has all of it, and spoils what it is asked for.
-    async fn member(&self, spoil: impl Fn(&Request, Response) -> Response + Send + Sync + 'static) -> TestUpstream {
+    /// A peer with all content; `spoil` changes its responses.
+    async fn peer(&self, spoil: impl Fn(&Request, Response) -> Response + Send + Sync + 'static) -> TestUpstream {
         let content = self.content.clone();
-        TestUpstream::answering(move |request| spoil(request, content.answer(request))).await
+        TestUpstream::with_handler(move |request| spoil(request, content.respond(request))).await
     }
 
-    /// A dray beside it. `peers` has a place for its own port and one for the member.
+    /// A dray with this `[peers]` configuration. `peers` receives the dray's own peer port.
     fn node(&self, peers: impl Fn(u16) -> String) -> Dray {
         let port = free_port();
         let peers = format!("[peers]\nlisten = \"127.0.0.1:{port}\"\n{}\n", peers(port));
@@ -40,27 +40,27 @@ impl Rig {
     async fn pull_all(&self, node: &Dray) {
         let pulls = self.images.iter().map(async |image| {
             let (digest, bytes) = image.layer();
-            let answer = node.get(&format!("/v2/library/app/blobs/{digest}?ns=docker.io")).await;
-            assert_eq!((answer.status, answer.complete), (200, true), "a blob of {} bytes", bytes.len());
-            assert!(answer.body == bytes);
+            let response = node.get(&format!("/v2/library/app/blobs/{digest}?ns=docker.io")).await;
+            assert_eq!((response.status, response.complete), (200, true), "a blob of {} bytes", bytes.len());
+            assert!(response.body == bytes);
         });
         futures_util::future::join_all(pulls).await;
     }
 }
 
-/// As behind a link that loses large packets, or from a disk that hangs. Whatever zones mean.
+/// As behind a link that drops large packets, or with a disk that hangs. In one zone, and in one of two zones.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_member_that_sends_heads_only_is_passed_over() {
+async fn peer_sending_heads_only_is_skipped() {
     let sizes = [100_000, 1_000_000].repeat(6);
     for zoned in [false, true] {
-        let rig = Rig::of(&sizes).await;
+        let rig = Rig::new(&sizes).await;
         let silent = rig
-            .member(|request, response| match request.method.as_str() {
+            .peer(|request, response| match request.method.as_str() {
                 "GET" if request.is_blob() => response.fault(Fault::StallAfter(0)),
                 _ => response,
             })
             .await;
-        // In its own zone it asks nobody else; whoever is in the other one is not there at all.
+        // With zones, only the silent peer is in the node's zone; the peer of the other zone is down.
         let node = rig.node(|port| match zoned {
             false => format!("static = [\"127.0.0.1:{port}\", \"{}\"]", silent.address),
             true => format!(
@@ -69,60 +69,64 @@ async fn a_member_that_sends_heads_only_is_passed_over() {
             ),
         });
         rig.pull_all(&node).await;
-        assert!(silent.count("GET", "/blobs/") > 0, "it was believed to be as good as another");
+        assert!(silent.count("GET", "/blobs/") > 0, "the silent peer was requested");
     }
 }
 
-/// The same with manifests, of which nobody has the half.
+/// The same with manifests, which cannot be resumed from a part.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_manifest_of_which_only_the_head_comes_is_asked_for_elsewhere() {
-    let rig = Rig::of(&[1000; 8]).await;
+async fn manifest_with_head_only_is_requested_elsewhere() {
+    let rig = Rig::new(&[1000; 8]).await;
     let silent = rig
-        .member(|request, response| match request.is_blob() {
+        .peer(|request, response| match request.is_blob() {
             false => response.fault(Fault::StallAfter(0)),
             true => response,
         })
         .await;
     let node = rig.node(|port| format!("static = [\"127.0.0.1:{port}\", \"{}\"]", silent.address));
     let pulls = rig.images.iter().map(async |image| {
-        let answer = node.get(&format!("/v2/library/app/manifests/{}?ns=docker.io", image.digest)).await;
-        assert_eq!((answer.status, answer.complete), (200, true));
-        assert!(answer.body == image.manifests[&image.digest].1);
+        let response = node.get(&format!("/v2/library/app/manifests/{}?ns=docker.io", image.digest)).await;
+        assert_eq!((response.status, response.complete), (200, true));
+        assert!(response.body == image.manifests[&image.digest].1);
     });
     futures_util::future::join_all(pulls).await;
-    assert!(silent.count("GET", "/manifests/") > 0, "it was believed to be as good as another");
+    assert!(silent.count("GET", "/manifests/") > 0, "the silent peer was requested");
 }
 
-/// If all who ask it went to the origin, that one would have as much to do.
+/// If all peers of an overloaded owner went to the upstream, the upstream would be overloaded instead.
 #[tokio::test(flavor = "multi_thread")]
-async fn an_owner_with_too_much_to_do_is_asked_again() {
-    let rig = Rig::of(&[100_000; 6]).await;
+async fn overloaded_owner_is_requested_again() {
+    let rig = Rig::new(&[100_000; 6]).await;
     let refusals = AtomicU32::new(3);
     let busy = rig
-        .member(move |request, response| {
+        .peer(move |request, response| {
             let less = |left: u32| left.checked_sub(1);
-            let asked = request.method == "GET" && request.is_blob();
-            match asked && refusals.fetch_update(Ordering::SeqCst, Ordering::SeqCst, less).is_ok() {
+            let is_blob_get = request.method == "GET" && request.is_blob();
+            match is_blob_get && refusals.fetch_update(Ordering::SeqCst, Ordering::SeqCst, less).is_ok() {
                 true => Response::new(503, "").with("dray-refusal", "overloaded"),
                 false => response,
             }
         })
         .await;
     let node = rig.node(|port| format!("static = [\"127.0.0.1:{port}\", \"{}\"]", busy.address));
-    let mut of_busy = 0;
+    let mut from_busy = 0;
     for image in &rig.images {
         let (digest, _) = image.layer();
-        let answer = node.get(&format!("/v2/library/app/blobs/{digest}?ns=docker.io")).await;
-        assert_eq!((answer.status, answer.complete), (200, true));
-        of_busy += usize::from(answer.source() == "peer");
+        let response = node.get(&format!("/v2/library/app/blobs/{digest}?ns=docker.io")).await;
+        assert_eq!((response.status, response.complete), (200, true));
+        from_busy += usize::from(response.source() == "peer");
     }
-    assert!(of_busy > 0, "it owns none of six");
-    assert_eq!(rig.upstream.count("GET", "/blobs/"), rig.images.len() - of_busy, "what it owns comes from it");
+    assert!(from_busy > 0, "the peer owns none of six blobs");
+    assert_eq!(
+        rig.upstream.count("GET", "/blobs/"),
+        rig.images.len() - from_busy,
+        "each blob of the owner comes from the owner"
+    );
 }
 
-/// Somebody else may have room; the origin is not asked for it again by each question.
+/// Another peer may have space. The owner does not request the upstream again for each peer request.
 #[tokio::test(flavor = "multi_thread")]
-async fn an_owner_without_room_says_so_without_asking_the_upstream_again() {
+async fn owner_without_space_does_not_repeat_upstream_requests() {
     let image = Image::new(1, &[100_000_000]);
     let upstream = TestUpstream::start(&[("library/app", "1", &image)], |_, r| r).await;
     let port = free_port();
@@ -130,13 +134,8 @@ async fn an_owner_without_room_says_so_without_asking_the_upstream_again() {
     let node = Start::new(format!("{}\n{peers}", rule("docker.io", &upstream.url()))).disk("64MiB").run();
     let url = format!("http://127.0.0.1:{port}/v2/library/app/blobs/{}?ns=docker.io", image.layer().0);
     for _ in 0..5 {
-        let asked = dray_tests::http::get(&url, &[("dray-request", "role=global; whole")]).await;
-        assert_eq!(
-            asked.status,
-            504,
-            "what cannot be kept is somebody else's: {}",
-            String::from_utf8_lossy(&asked.body)
-        );
+        let response = dray_tests::http::get(&url, &[("dray-request", "role=global; whole")]).await;
+        assert_eq!(response.status, 504, "an owner without space refuses: {}", String::from_utf8_lossy(&response.body));
     }
     assert_eq!(upstream.count("GET", "/blobs/"), 1);
     drop(node);

@@ -7,7 +7,7 @@ use dray_tests::registry::Registry;
 
 use super::{FORMS, REGISTRY, pull, upstream_of};
 
-/// One rule for everything.
+/// A dray with one rule for every registry.
 fn child_of(upstreams: &[&str]) -> Dray {
     let upstreams: Vec<String> = upstreams.iter().map(|upstream| format!("\"{upstream}\"")).collect();
     let upstreams = upstreams.join(", ");
@@ -15,7 +15,7 @@ fn child_of(upstreams: &[&str]) -> Dray {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn three_drays_request_each_blob_once() {
+async fn blob_through_parent_dray_is_requested_once() {
     for naming in ["/{registry}/{repo}", "?ns={registry}"] {
         let image = Image::new(9, &[1_000, 300_000, 5_000_000]);
         let upstream = upstream_of(&image, |_, response| response).await;
@@ -35,7 +35,7 @@ async fn three_drays_request_each_blob_once() {
             assert_eq!(
                 (missing.status, missing.code().as_str()),
                 (404, "NAME_UNKNOWN"),
-                "the registry's own, through both"
+                "the registry's own error, through both caches"
             );
             let referrers = child.get(&FORMS[0].path(&format!("referrers/{}", digest(b"x")))).await;
             assert_eq!(referrers.status, 404);
@@ -46,7 +46,7 @@ async fn three_drays_request_each_blob_once() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn registry_serves_while_its_parent_is_down() {
+async fn registry_with_parent_down_still_serves() {
     let image = Image::new(10, &[400_000]);
     let upstream = upstream_of(&image, |_, response| response).await;
     let child = child_of(&["http://127.0.0.1:1/{registry}/{repo}", &upstream.url()]);
@@ -56,7 +56,7 @@ async fn registry_serves_while_its_parent_is_down() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn docker_registry_is_a_parent_too() {
+async fn docker_registry_works_as_a_parent() {
     let image = Image::new(11, &[1_000, 400_000]);
     let upstream = Registry::open().await;
     upstream.push("a/app", "1", &image).await;

@@ -1,4 +1,4 @@
-//! Authentication belongs to the host that answered.
+//! Authentication applies to the host that sent the challenge.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -17,7 +17,7 @@ fn basic() -> String {
     format!("Basic {}", STANDARD.encode(ROBOT))
 }
 
-/// With the robot's credentials, and tags that are asked for anew each time.
+/// A dray with the robot's credentials that resolves tags on each request.
 fn with_credentials(upstream: &TestUpstream) -> Dray {
     let credentials = "credentials = { username = \"robot\", password_env = \"DRAY_TEST_PASSWORD\" }\n";
     Start::new(rule(REGISTRY, &upstream.url()) + "tag_ttl = \"0s\"\nnegative_ttl = \"0s\"\n" + credentials)
@@ -25,21 +25,25 @@ fn with_credentials(upstream: &TestUpstream) -> Dray {
         .run()
 }
 
-/// What a registry says to requests without a login.
+/// Response of a registry to a request without a login.
 #[derive(Clone, Copy, Debug)]
-enum ToStrangers {
+enum AnonymousResponse {
     NotFound,
     Forbidden,
     BareUnauthorized,
     LoginPage,
 }
 
-const TO_STRANGERS: [ToStrangers; 4] =
-    [ToStrangers::NotFound, ToStrangers::Forbidden, ToStrangers::BareUnauthorized, ToStrangers::LoginPage];
+const ANONYMOUS_RESPONSES: [AnonymousResponse; 4] = [
+    AnonymousResponse::NotFound,
+    AnonymousResponse::Forbidden,
+    AnonymousResponse::BareUnauthorized,
+    AnonymousResponse::LoginPage,
+];
 
-fn hides(to_strangers: ToStrangers, content: &Content, request: &Request) -> Response {
+fn respond_hiding_content(anonymous_response: AnonymousResponse, content: &Content, request: &Request) -> Response {
     if request.header("authorization") == Some(&*basic()) {
-        return content.answer(request);
+        return content.respond(request);
     }
     if request.path == "/v2/" {
         return Response::new(401, "").with("www-authenticate", "Basic realm=\"packages\"");
@@ -47,46 +51,53 @@ fn hides(to_strangers: ToStrangers, content: &Content, request: &Request) -> Res
     if request.path == "/login" {
         return Response::new(200, "<html>Sign in</html>").with("content-type", "text/html");
     }
-    match to_strangers {
-        ToStrangers::LoginPage => Response::new(302, "").with("location", "/login"),
-        ToStrangers::NotFound => Response::new(404, r#"{"errors":[{"code":"MANIFEST_UNKNOWN"}]}"#),
-        ToStrangers::Forbidden => Response::new(403, ""),
-        ToStrangers::BareUnauthorized => Response::new(401, ""),
+    match anonymous_response {
+        AnonymousResponse::LoginPage => Response::new(302, "").with("location", "/login"),
+        AnonymousResponse::NotFound => Response::new(404, r#"{"errors":[{"code":"MANIFEST_UNKNOWN"}]}"#),
+        AnonymousResponse::Forbidden => Response::new(403, ""),
+        AnonymousResponse::BareUnauthorized => Response::new(401, ""),
     }
 }
 
 /// As GitHub Packages and Artifactory do: the challenge is only at `/v2/`.
 #[tokio::test(flavor = "multi_thread")]
-async fn credentials_are_used_where_strangers_are_told_nothing() {
-    for to_strangers in TO_STRANGERS {
+async fn rule_credentials_reach_upstream_that_hides_content() {
+    for anonymous_response in ANONYMOUS_RESPONSES {
         let image = Image::new(1, &[300_000]);
         let content = Content::new(&[("a/app", "1", &image)]);
-        let upstream = TestUpstream::answering(move |request| hides(to_strangers, &content, request)).await;
+        let upstream =
+            TestUpstream::with_handler(move |request| respond_hiding_content(anonymous_response, &content, request))
+                .await;
         for form in FORMS {
             let before = upstream.count("GET", "/v2/");
             pull(&with_credentials(&upstream), form, &image).await;
             assert!(upstream.count("GET", "/v2/") > before);
-            let asked = upstream.requests().iter().filter(|request| request.path == "/v2/").count();
-            assert!(asked <= 2, "{to_strangers:?}: asked {asked} times who wants a login");
+            let challenge_requests = upstream.requests().iter().filter(|request| request.path == "/v2/").count();
+            assert!(
+                challenge_requests <= 2,
+                "{anonymous_response:?}: {challenge_requests} requests to /v2/ for a challenge"
+            );
         }
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn clients_own_credentials_are_used_there_as_well() {
-    for to_strangers in TO_STRANGERS {
+async fn client_credentials_reach_upstream_that_hides_content() {
+    for anonymous_response in ANONYMOUS_RESPONSES {
         let image = Image::new(1, &[300_000]);
         let content = Content::new(&[("a/app", "1", &image)]);
-        let upstream = TestUpstream::answering(move |request| hides(to_strangers, &content, request)).await;
-        let dray = Start::new(rule(REGISTRY, &upstream.url()) + "access = \"client\"\n").run();
+        let upstream =
+            TestUpstream::with_handler(move |request| respond_hiding_content(anonymous_response, &content, request))
+                .await;
+        let dray = Start::new(rule(REGISTRY, &upstream.url()) + "authorization = \"passthrough\"\n").run();
         for form in FORMS {
             let (layer, bytes) = image.layer();
             for (below, wanted) in [("manifests/1".to_owned(), image.index()), (format!("blobs/{layer}"), bytes)] {
                 let url = dray.url(&form.path(&below));
-                let stranger = dray_tests::http::get(&url, &[]).await;
-                assert_eq!(stranger.status, 401, "{to_strangers:?}");
+                let anonymous = dray_tests::http::get(&url, &[]).await;
+                assert_eq!(anonymous.status, 401, "{anonymous_response:?}");
                 let given = dray_tests::http::get(&url, &[("authorization", &basic())]).await;
-                assert_eq!(given.status, 200, "{to_strangers:?} {form:?} {below}: {}", given.text());
+                assert_eq!(given.status, 200, "{anonymous_response:?} {form:?} {below}: {}", given.text());
                 assert!(given.body == *wanted);
             }
         }
@@ -95,10 +106,10 @@ async fn clients_own_credentials_are_used_there_as_well() {
 
 /// As lscr.io leads to ghcr.io, or a company's name to Artifact Registry.
 #[tokio::test(flavor = "multi_thread")]
-async fn redirect_to_a_registry_that_challenges_gets_an_anonymous_token() {
+async fn redirect_to_challenging_registry_gets_anonymous_token() {
     let image = Image::new(1, &[300_000]);
     let content = Content::new(&[("a/app", "1", &image)]);
-    let target = TestUpstream::answering(move |request| {
+    let target = TestUpstream::with_handler(move |request| {
         if let Some((_, query)) = request.path.split_once("/token?") {
             let is_right = query.contains("scope=repository%3Aa%2Fapp%3Apull") && query.contains("service=target");
             return match request.header("authorization") {
@@ -110,7 +121,7 @@ async fn redirect_to_a_registry_that_challenges_gets_an_anonymous_token() {
         }
         let realm = format!("http://{}/token", request.header("host").unwrap_or_default());
         match request.header("authorization") {
-            Some("Bearer anonymous") => content.answer(request),
+            Some("Bearer anonymous") => content.respond(request),
             _ => Response::new(401, "").with(
                 "www-authenticate",
                 format!("Bearer realm=\"{realm}\",service=\"target\",scope=\"repository:a/app:pull\""),
@@ -119,17 +130,17 @@ async fn redirect_to_a_registry_that_challenges_gets_an_anonymous_token() {
     })
     .await;
     let location = target.url();
-    let front = TestUpstream::answering(move |request| match request.path.as_str() {
+    let front = TestUpstream::with_handler(move |request| match request.path.as_str() {
         "/v2/" => Response::new(200, "{}"),
         path => Response::new(307, "").with("location", format!("{location}{path}")),
     })
     .await;
-    let guard = "[guard]\nallow = [\"127.0.0.0/8\"]\n";
+    let guard = "[egress]\nallow_cidrs = [\"127.0.0.0/8\"]\n";
     for form in FORMS {
         let dray = Start::new(rule(REGISTRY, &front.url()) + "tag_ttl = \"0s\"\n" + guard).run();
         pull(&dray, form, &image).await;
     }
-    // The rule's own credentials never go there.
+    // The rule's own credentials are not sent to the redirect's target.
     let credentials = "credentials = { username = \"robot\", password_env = \"DRAY_TEST_PASSWORD\" }\n";
     let dray = Start::new(rule(REGISTRY, &front.url()) + credentials + guard).env("DRAY_TEST_PASSWORD", "s3cret").run();
     pull(&dray, Form::Path, &image).await;
@@ -142,13 +153,13 @@ async fn redirect_to_a_registry_that_challenges_gets_an_anonymous_token() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn token_endpoint_is_followed_on_its_own_host_only() {
+async fn token_endpoint_redirect_stays_on_its_own_host() {
     let image = Image::new(1, &[1_000]);
     let content = Content::new(&[("a/app", "1", &image)]);
-    let elsewhere = TestUpstream::answering(|_| Response::new(200, r#"{"token": "stolen"}"#)).await;
+    let elsewhere = TestUpstream::with_handler(|_| Response::new(200, r#"{"token": "stolen"}"#)).await;
     let (away, leaves) = (elsewhere.url(), Arc::new(AtomicUsize::new(0)));
     let leaving = leaves.clone();
-    let upstream = TestUpstream::answering(move |request| {
+    let upstream = TestUpstream::with_handler(move |request| {
         if request.path.starts_with("/token") {
             let location = if leaving.load(Ordering::SeqCst) == 0 { "/v2/auth?scope=x" } else { &away };
             return Response::new(302, "").with("location", location);
@@ -158,7 +169,7 @@ async fn token_endpoint_is_followed_on_its_own_host_only() {
         }
         let realm = format!("http://{}/token", request.header("host").unwrap_or_default());
         match request.header("authorization") {
-            Some("Bearer t") => content.answer(request),
+            Some("Bearer t") => content.respond(request),
             // Two scopes, in Latin-1.
             _ => Response::new(401, "").with(
                 "www-authenticate",
@@ -170,8 +181,8 @@ async fn token_endpoint_is_followed_on_its_own_host_only() {
     for form in FORMS {
         pull(&with_credentials(&upstream), form, &image).await;
     }
-    let asked = upstream.requests().into_iter().find(|request| request.path.starts_with("/token")).unwrap();
-    assert_eq!(asked.path.matches("scope=").count(), 2, "several scopes stay several: {}", asked.path);
+    let token_request = upstream.requests().into_iter().find(|request| request.path.starts_with("/token")).unwrap();
+    assert_eq!(token_request.path.matches("scope=").count(), 2, "several scopes stay several: {}", token_request.path);
     leaves.store(1, Ordering::SeqCst);
     assert!(with_credentials(&upstream).get(&Form::Path.path("manifests/1")).await.status >= 400);
     assert!(elsewhere.requests().is_empty(), "a secret went to another host");
