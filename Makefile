@@ -12,7 +12,7 @@ BIN := $(BUILT)/$(PROFILE)/dray
 # Their program ends when a task blocks its worker (proxy/src/worker_watch.rs).
 check test soak: export DRAY_WATCH_WORKERS := 1
 
-.PHONY: run build check test lint bench soak image manifests setup tools fuzz fmt
+.PHONY: run build check test lint bench soak image manifests reference docs setup tools fuzz fmt
 
 run: $(BIN) ## Build dray and start it with its built-in defaults
 	$(BIN)
@@ -63,6 +63,13 @@ clippy: build-setup
 
 image: setup ## A container image in target/image/oci, to be pushed by: skopeo copy oci:target/image/oci docker://...
 	k8s/image.sh target/image
+
+reference: build-setup ## The pages of docs/reference, from the configuration, the chart and --help
+	cargo build --profile $(PROFILE) --workspace --all-targets
+	DRAY_WRITE_REFERENCE=1 cargo test --profile $(PROFILE) --package dray-tests --test integration reference::
+
+docs: build-setup ## The book, in target/book
+	tests/book.sh
 
 manifests: tools ## The plain manifests, from the chart
 	k8s/render.sh $(TOOLS)/helm

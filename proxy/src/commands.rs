@@ -27,6 +27,14 @@ pub(crate) enum Failure {
     Failed(String),
 }
 
+impl Failure {
+    fn message(&self) -> &str {
+        match self {
+            Self::Usage(message) | Self::Failed(message) => message,
+        }
+    }
+}
+
 impl From<ConfigError> for Failure {
     fn from(error: ConfigError) -> Self {
         Self::Usage(error.to_string())
@@ -37,7 +45,7 @@ impl From<ConfigError> for Failure {
 pub(crate) fn check_config(file: &Path) -> Result<(), Failure> {
     let text = SourceText::read(file)?;
     let config = text.parse()?;
-    print(&format!("{}: ok", file.display()));
+    print(&format!("{}: ok, hash {}", file.display(), config.hash()));
     // A note, not an error: a flag or variable of `serve` may set the missing key.
     if let Err(conflict) = config.check_together() {
         print(&format!("note: {}", text.locate(conflict)));
@@ -55,7 +63,11 @@ pub(crate) fn check_config_files(file: &Path) -> Result<(), Failure> {
             located(text.as_ref(), KeyConflict::of_rule(rule.span().start, "registry.credentials", problem))
         })?;
     }
-    print(&format!("{}: ok, including the files and credentials that it names", file.display()));
+    print(&format!(
+        "{}: ok, including the files and credentials that it names, hash {}",
+        file.display(),
+        config.hash()
+    ));
     Ok(())
 }
 

@@ -110,6 +110,8 @@ metrics! {
         "Addresses that DNS or the configuration names as members, this one included.";
     pub config: IntGaugeVec ["hash"] = "dray_config_info",
         "Always 1; nodes whose configuration differs have another hash, addresses and zones left out.";
+    pub config_reload_failed: IntGauge [] = "dray_config_reload_failed",
+        "Whether the configuration file was rejected when it last changed; the previous configuration stays in use.";
     pub build: IntGaugeVec ["version"] = "dray_build_info",
         "Always 1; the version is a label.";
 }

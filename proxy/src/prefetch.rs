@@ -1,6 +1,6 @@
 //! `[[prefetch]]`: images that are refreshed by a schedule. `[[pin]]`: images that are evicted last.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -48,6 +48,10 @@ pub async fn keep_warm(pull: Arc<Pull>, prefetch: Prefetch) {
 
 /// Keeps pinned images cached, and passes their blobs to the store, until it is dropped.
 pub async fn keep_pinned(pull: Arc<Pull>, pins: Vec<Pin>) {
+    if pins.is_empty() {
+        // A previous configuration may have had some.
+        return pull.pin(HashSet::new());
+    }
     let source = InProcessSource(pull.clone());
     sleep(PIN_START_DELAY).await;
     // An image whose lookup fails stays pinned with its previous blobs.

@@ -43,7 +43,7 @@ use self::reachability::Reachability;
 use self::registry_hints::RegistryHints;
 pub use self::request_context::{RequestContext, Requester};
 use self::throughput::ThroughputEstimates;
-use crate::config::CrossZonePeers;
+use crate::config::{Config, CrossZonePeers};
 use crate::confirmed_at::ConfirmedAt;
 use crate::fill::{FillKey, FillView, Fills};
 use crate::memory::Memory;
@@ -54,7 +54,7 @@ use crate::peers::wire::Holder;
 use crate::peers::{Peers, Scope};
 use crate::principal::PrincipalId;
 use crate::provenance::Provenance;
-use crate::registries::{Registries, RepositoryRef};
+use crate::registries::{Registries, RepositoryRef, Rules};
 use crate::role::Role;
 use crate::secret::Secret;
 use crate::single_flight::SingleFlight;
@@ -63,7 +63,7 @@ use crate::store::Store;
 use crate::tags::Tags;
 use crate::times::{DEFAULT_TTL, HOUR, OBSERVATION_TTL, STALL_TIMEOUT, UPSTREAM_TIMEOUT};
 pub use crate::upstream::{ExchangedSecret, ListKind};
-use crate::upstream::{UpstreamClient, UpstreamView};
+use crate::upstream::{UpstreamClient, UpstreamSession, UpstreamView};
 
 /// How long a slow upstream counts as slow, unless it responds earlier. Longer: stale tags are served for longer.
 /// Shorter: more requests wait the full `ALTERNATIVE_TIMEOUT`.
@@ -174,7 +174,7 @@ impl Pull {
 
     /// A repository with its rule. Where the rule leaves authorization to the upstream, no principal is set yet.
     pub fn repo_ref(&self, registry: Registry, repository: Repository) -> RepositoryRef {
-        let rule = self.registries.rule(&registry, &repository).clone();
+        let rule = self.registries.rule(&registry, &repository);
         RepositoryRef::new(rule, registry, repository)
     }
 
@@ -229,11 +229,11 @@ impl Pull {
             Some((registry, repository)) => {
                 let rule = self.registries.rule(&registry, &repository);
                 let is_known =
-                    requester == Requester::Client || (requester.is_trusted() && Arc::ptr_eq(rule, &repo_ref.rule));
+                    requester == Requester::Client || (requester.is_trusted() && rule.id == repo_ref.rule.id);
                 // Rules may route repositories of one registry to different upstreams. Rights at one are not rights at
                 // another.
                 let belongs = !rule.is_passthrough()
-                    || (Arc::ptr_eq(rule, &repo_ref.rule)
+                    || (rule.id == repo_ref.rule.id
                         && self.authorizations.belongs_to(repo_ref, &registry, &repository, digest));
                 !rule.deny && belongs && (is_known || !rule.is_private())
             }
@@ -301,6 +301,23 @@ impl Pull {
         self.upstream.upstreams()
     }
 
+    /// What a changed configuration needs before it can apply. Must run inside a tokio runtime.
+    pub(crate) fn reloaded(&self, config: &Config) -> Result<ReloadedRules, String> {
+        let (now, rules) = (self.registries.rules(), self.registries.reloaded(config));
+        let is_changed = !rules.are_same(&now);
+        let session = is_changed.then(|| self.upstream.reloaded(&config.egress, &now, &rules)).transpose()?;
+        Ok(ReloadedRules { rules, session })
+    }
+
+    /// Applies other rules to new requests. Requests in progress end under their own.
+    pub(crate) fn store(&self, reloaded: ReloadedRules) {
+        // First: requests under the new rules need the clients of the new session.
+        if let Some(session) = reloaded.session {
+            self.upstream.store(session);
+        }
+        self.registries.store(reloaded.rules);
+    }
+
     /// Reloads certificates and keys that were replaced on disk. Blocks on the disk.
     pub fn reload(&self) -> [Result<(), String>; 2] {
         [self.upstream.reload(), self.peers.as_ref().map_or(Ok(()), |peers| peers.reload())]
@@ -309,6 +326,13 @@ impl Pull {
     pub fn peers(&self) -> Option<&Arc<Peers>> {
         self.peers.as_ref()
     }
+}
+
+/// The rules of a changed configuration, ready to be applied.
+pub(crate) struct ReloadedRules {
+    rules: Rules,
+    /// None: no rule has changed.
+    session: Option<UpstreamSession>,
 }
 
 /// Content that needs credentials is shared only with authenticated peers.

@@ -7,29 +7,40 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use arc_swap::ArcSwap;
 use regex::Regex;
 use xxhash_rust::xxh64::xxh64;
 
 use crate::config::{
-    self, Authorization, ClientCert, Config, Credentials, CrossZonePeers, OnClientAbort, RulePattern, Scheme, Upstream,
+    self, Authorization, ClientCert, Config, Credentials, CrossZonePeers, OnClientAbort, RuleConfig, RulePattern,
+    Scheme, Upstream,
 };
 use crate::oci::route::Names;
 use crate::oci::{Registry, Repository, Tag};
 use crate::principal::Principal;
 use crate::provenance::Provenance;
 
-/// The rules of a configuration, ready for look-ups.
+/// The rules of the current configuration, ready for look-ups. A reload replaces them; requests in progress keep theirs.
 pub struct Registries {
-    /// In order; the last one matches everything.
-    rules: Vec<Arc<Rule>>,
-    aliases: HashMap<String, Registry>,
+    rules: ArcSwap<Rules>,
     listen: SocketAddr,
+}
+
+/// The rules of one configuration.
+pub struct Rules {
+    /// In order; the last one matches everything.
+    list: Vec<Arc<Rule>>,
+    aliases: HashMap<String, Registry>,
+    /// The next rule that is created gets this [`Rule::id`].
+    next_id: u64,
 }
 
 /// One `[[registry]]` table, or the implicit last rule.
 pub struct Rule {
-    /// Its position among the rules.
-    pub nth: usize,
+    /// Differs between two rules of a process, also of two configurations. A rule that a reload does not change keeps it.
+    pub id: u64,
+    /// As configured, to find out whether a reload changes it.
+    config: RuleConfig,
     pattern: RulePattern,
     upstreams: Vec<Upstream>,
     pub credentials: Option<Credentials>,
@@ -74,36 +85,34 @@ pub enum UpstreamTrust {
 
 impl Registries {
     pub fn new(config: &Config) -> Self {
-        let implicit = config::RuleConfig::implicit(config.access.unlisted_registries);
-        let mut aliases = HashMap::new();
-        let written = config.registry.iter().map(|spanned| spanned.get_ref());
-        for rule in written.clone() {
-            for alias in &rule.alias {
-                if let Ok(registry) = rule.pattern.host.as_str().parse() {
-                    aliases.insert(alias.clone(), registry);
-                }
-            }
-        }
-        let rules = written.chain([&implicit]).enumerate();
-        let rules = rules.map(|(nth, rule)| Arc::new(Rule::new(nth, rule, &config.egress))).collect();
-        Self { rules, aliases, listen: config.listen }
+        let nothing = Rules { list: Vec::new(), aliases: HashMap::new(), next_id: 0 };
+        Self { rules: ArcSwap::from_pointee(nothing.followed_by(config)), listen: config.listen }
+    }
+
+    /// The rules after a reload. [`Self::store`] applies them.
+    pub fn reloaded(&self, config: &Config) -> Rules {
+        self.rules.load().followed_by(config)
+    }
+
+    /// New requests use these rules.
+    pub fn store(&self, rules: Rules) {
+        self.rules.store(Arc::new(rules));
     }
 
     /// The first rule that matches.
-    pub fn rule(&self, registry: &Registry, repository: &Repository) -> &Arc<Rule> {
-        self.rules
-            .iter()
-            .find(|rule| rule.pattern.matches(registry, repository))
-            .expect("the implicit last rule matches every registry")
+    pub fn rule(&self, registry: &Registry, repository: &Repository) -> Arc<Rule> {
+        let rules = self.rules.load();
+        let first = rules.list.iter().find(|rule| rule.pattern.matches(registry, repository));
+        first.expect("the implicit last rule matches every registry").clone()
     }
 
-    pub fn rules(&self) -> &[Arc<Rule>] {
-        &self.rules
+    pub fn rules(&self) -> Arc<Rules> {
+        self.rules.load_full()
     }
 
     /// Whether any rule leaves authorization to the upstream.
     pub fn any_passthrough(&self) -> bool {
-        self.rules.iter().any(|rule| rule.is_passthrough())
+        self.rules.load().list.iter().any(|rule| rule.is_passthrough())
     }
 
     /// Whether a `Host` names this process instead of a registry.
@@ -124,6 +133,12 @@ impl RepositoryRef {
     /// The repository's name at an upstream.
     pub fn repository_at(&self, upstream: &Upstream) -> String {
         self.rule.repository_at(upstream, &self.registry, &self.repository)
+    }
+
+    /// For caches and shared lookups. A rule that a reload has changed has another key, so that it neither uses nor joins
+    /// results that came by its predecessor.
+    pub fn rule_key(&self) -> String {
+        format!("{} {self}", self.rule.id)
     }
 
     /// Whether an object came from this repository.
@@ -156,13 +171,13 @@ impl fmt::Display for RepositoryRef {
 
 impl Names for Registries {
     fn alias(&self, component: &str) -> Option<Registry> {
-        self.aliases.get(component).cloned()
+        self.rules.load().aliases.get(component).cloned()
     }
 
     fn host_is_registry(&self, host: &Registry) -> bool {
         // A rule with `deny` matches all ports, but must not turn this process's own address into a registry.
         let named = |rule: &Arc<Rule>| !rule.pattern.host.is_any() && rule.pattern.host.names(host);
-        self.rules.iter().any(named) && !self.is_own_address(host)
+        self.rules.load().list.iter().any(named) && !self.is_own_address(host)
     }
 
     fn only_registry(&self) -> Option<Registry> {
@@ -173,17 +188,55 @@ impl Names for Registries {
 impl Registries {
     /// The registry that the rules name, if all name the same one.
     fn only_named(&self) -> Option<Registry> {
-        let named = self.rules.iter().filter(|rule| !rule.pattern.host.is_any());
+        let rules = self.rules.load();
+        let named = rules.list.iter().filter(|rule| !rule.pattern.host.is_any());
         let mut names = named.map(|rule| rule.pattern.host.as_str().parse().ok());
         let first: Registry = names.next()??;
         names.all(|name| name.as_ref() == Some(&first)).then_some(first)
     }
 }
 
+impl Rules {
+    /// The rules of a configuration. A rule that is configured as before keeps its ID.
+    fn followed_by(&self, config: &Config) -> Self {
+        let implicit = RuleConfig::implicit(config.access.unlisted_registries);
+        let written = config.registry.iter().map(|spanned| spanned.get_ref());
+        let mut aliases = HashMap::new();
+        for rule in written.clone() {
+            for alias in &rule.alias {
+                if let Ok(registry) = rule.pattern.host.as_str().parse() {
+                    aliases.insert(alias.clone(), registry);
+                }
+            }
+        }
+        let mut next_id = self.next_id;
+        let rule = |rule: &RuleConfig| {
+            let fingerprint = fingerprint(rule, &config.egress);
+            let same = |known: &&Arc<Rule>| known.config == *rule && known.fingerprint == fingerprint;
+            self.list.iter().find(same).cloned().unwrap_or_else(|| {
+                next_id += 1;
+                Arc::new(Rule::new(next_id, rule, fingerprint))
+            })
+        };
+        let list = written.chain([&implicit]).map(rule).collect();
+        Self { list, aliases, next_id }
+    }
+
+    pub fn iter(&self) -> impl Iterator<Item = &Arc<Rule>> {
+        self.list.iter()
+    }
+
+    /// Whether both have the same rules in the same order.
+    pub fn are_same(&self, other: &Self) -> bool {
+        self.list.len() == other.list.len() && self.list.iter().zip(&other.list).all(|(one, two)| one.id == two.id)
+    }
+}
+
 impl Rule {
-    fn new(nth: usize, rule: &config::RuleConfig, egress: &config::EgressConfig) -> Self {
+    fn new(id: u64, rule: &RuleConfig, fingerprint: String) -> Self {
         Self {
-            nth,
+            id,
+            config: rule.clone(),
             pattern: rule.pattern.clone(),
             upstreams: rule.upstreams.clone(),
             credentials: rule.credentials.clone(),
@@ -198,7 +251,7 @@ impl Rule {
             authorization: rule.authorization,
             // Invalid patterns were rejected with the configuration.
             immutable_tags: rule.immutable_tags.iter().filter_map(|p| config::whole_tag(p).ok()).collect(),
-            fingerprint: fingerprint(rule, egress),
+            fingerprint,
         }
     }
 
@@ -248,7 +301,7 @@ impl Rule {
 
 /// A hash of the settings that decide the sources of content, its authorization and its TTL. It contains neither
 /// secrets nor paths, which may differ between nodes.
-fn fingerprint(rule: &config::RuleConfig, egress: &config::EgressConfig) -> String {
+fn fingerprint(rule: &RuleConfig, egress: &config::EgressConfig) -> String {
     let upstreams: Vec<_> = rule.upstreams.iter().map(Upstream::to_string).collect();
     let credentials = match &rule.credentials {
         None => "none".to_owned(),
@@ -256,7 +309,7 @@ fn fingerprint(rule: &config::RuleConfig, egress: &config::EgressConfig) -> Stri
         Some(Credentials::Static { username, .. }) => format!("of {username}"),
         Some(Credentials::Helper { name }) => format!("of the helper {name}"),
         Some(Credentials::Provider { .. }) => "of the kubelet's plugins".to_owned(),
-        Some(Credentials::Cloud(cloud)) => format!("of the cloud {cloud:?}"),
+        Some(Credentials::Cloud(cloud)) => format!("of the cloud {}", cloud.as_str()),
     };
     let mut text = format!(
         "{} {upstreams:?} {credentials:?} {} {:?} {:?} {:?}",
@@ -273,8 +326,8 @@ fn fingerprint(rule: &config::RuleConfig, egress: &config::EgressConfig) -> Stri
     if rule.client_cert.is_some() {
         text += " client_cert";
     }
-    if rule.authorization != Authorization::Shared {
-        text += &format!(" {:?}", rule.authorization);
+    if rule.authorization == Authorization::Passthrough {
+        text += " passthrough";
     }
     format!("{:016x}", xxh64(text.as_bytes(), 0))
 }
@@ -285,7 +338,7 @@ mod tests {
 
     #[test]
     fn fingerprint_covers_the_deciding_settings() {
-        let of = |text: &str| registries(text).rules()[0].fingerprint().to_owned();
+        let of = |text: &str| registries(text).rules().list[0].fingerprint().to_owned();
         let plain = of("[[registry]]\nmatch = \"a.io\"");
         assert_eq!(plain, "23f3ed28e87080c2", "nodes of two releases would not share private content, nor tags");
         let at = |path: &str| format!("[[registry]]\nmatch = \"a.io\"\nupstreams = [\"https://b.io/{path}\"]");
@@ -338,7 +391,26 @@ mod tests {
         assert!(registries.rule(&"quay.io".parse().unwrap(), &any()).deny);
         let hub = Registry::docker_hub();
         assert_eq!(registries.rule(&"mcr.microsoft.com".parse().unwrap(), &any()).name(), "*");
-        assert_eq!(registries.rules()[2].upstreams(&hub)[0].0.base(), "https://registry-1.docker.io");
+        assert_eq!(registries.rules().list[2].upstreams(&hub)[0].0.base(), "https://registry-1.docker.io");
+    }
+
+    #[test]
+    fn reloaded_rule_keeps_its_id_unless_it_changes() {
+        let config = |text: &str| Config::parse(text, "test").unwrap();
+        let (one, two) = ("[[registry]]\nmatch = \"a.io\"\n", "[[registry]]\nmatch = \"b.io\"\n");
+        let registries = registries(&format!("{one}{two}"));
+        let ids = |rules: &Rules| rules.list.iter().map(|rule| rule.id).collect::<Vec<_>>();
+        let before = ids(&registries.rules());
+        let reordered = registries.reloaded(&config(&format!("{two}{one}")));
+        assert_eq!(ids(&reordered), [before[1], before[0], before[2]]);
+        assert!(!reordered.are_same(&registries.rules()));
+        assert!(registries.reloaded(&config(&format!("{one}{two}# a comment"))).are_same(&registries.rules()));
+        let changed = registries.reloaded(&config(&format!("{one}deny = true\n{two}")));
+        assert!(!before.contains(&ids(&changed)[0]) && ids(&changed)[1..] == before[1..]);
+        let wider = registries.reloaded(&config(&format!("{one}{two}[egress]\nallow_cidrs = [\"10.0.0.0/8\"]")));
+        assert!(ids(&wider).iter().all(|id| !before.contains(id)), "other addresses may be reached");
+        registries.store(changed);
+        assert!(registries.rule(&"a.io".parse().unwrap(), &any()).deny);
     }
 
     #[test]
@@ -366,7 +438,7 @@ mod tests {
             "[[registry]]\nmatch = \"a.io\"\nimmutable_tags = ['v\\d+|x']\n\
              tags = [{ match = 'latest|edge', ttl = \"0s\" }, { match = '.*-rc', ttl = \"1h\" }]",
         );
-        let rule = &registries.rules()[0];
+        let rule = registries.rules().list[0].clone();
         let ttl = |tag: &str| rule.ttl_of(&tag.parse().unwrap());
         assert_eq!([ttl("v12"), ttl("x")], [Duration::MAX; 2]);
         assert_eq!([ttl("v12-rc"), ttl("edge"), ttl("ax")].map(|ttl| ttl.as_secs()), [3600, 0, 60]);

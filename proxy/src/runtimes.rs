@@ -153,7 +153,7 @@ impl Runtime {
             ],
             Self::Crio => &[
                 "Save it as /etc/containers/registries.conf.d/50-dray.conf, then: systemctl reload crio",
-                "On OpenShift, install the file with a MachineConfig: see k8s/README.md.",
+                "On OpenShift, install the file with a MachineConfig: see docs/kubernetes/distributions.md.",
             ],
             Self::Kind => &[
                 "Pass it to: kind create cluster --config FILE",

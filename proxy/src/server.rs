@@ -4,6 +4,7 @@ mod background;
 mod components;
 mod listeners;
 mod ports;
+mod reload;
 mod stop;
 
 use std::io::IsTerminal;
@@ -19,10 +20,12 @@ use self::components::Components;
 pub use self::components::check;
 use self::ports::Ports;
 pub use self::ports::{Bound, reachable};
+pub use self::reload::ConfigSource;
 use self::stop::{Signals, Stop};
 use crate::access_log::AccessLog;
 use crate::config::Config;
 use crate::store::Store;
+use crate::worker_watch::watched;
 
 /// Why dray does not start.
 #[derive(Debug, thiserror::Error)]
@@ -34,26 +37,26 @@ pub enum StartError {
     Failed(String),
 }
 
-/// Runs until a signal stops it. `started` is called once every listener accepts.
+/// Runs until a signal stops it. `source` is read again for a reload. `started` is called once every listener accepts.
 pub fn run(
     mut config: Config,
+    source: Arc<dyn ConfigSource>,
     access_log: AccessLog,
     started: impl FnOnce(Bound) + Send + 'static,
 ) -> Result<(), StartError> {
     raise_descriptor_limit();
     // An unusable certificate is reported before any port is bound.
     let identity = components::identity(&config.tls)?;
+    let as_read = Arc::new(config.clone());
     let ports = Ports::reserve(&mut config)?;
     let runtime = runtime().map_err(|e| StartError::Failed(format!("cannot start the background threads: {e}")))?;
     // Installed before the store opens: from now on a signal stops the process in order.
     let signals = runtime.block_on(async { Signals::watch() }).map_err(|e| StartError::Failed(e.to_string()))?;
-    if !std::io::stderr().is_terminal() {
-        runtime.spawn(stop::ignore_hangups());
-    }
     let components = Arc::new(Components::new(config, ports.bound, identity, access_log, &runtime)?);
     let server = listeners::server(&components)?;
     runtime.spawn(background::announce(components.clone(), ports, started));
     background::spawn(&runtime, &components);
+    runtime.spawn(watched(reload::run(components.clone(), as_read, source, std::io::stderr().is_terminal())));
     let stop = Stop {
         signals: Mutex::new(signals),
         readiness: components.readiness.clone(),

@@ -8,9 +8,11 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Instant;
 
+use arc_swap::ArcSwap;
 use serde::{Deserialize, Serialize};
 
 use crate::activity::{Activity, Demand, ServedContent, Traffic};
+use crate::config::Config;
 use crate::fill::FillView;
 use crate::metrics::Metrics;
 use crate::peers::PeerView;
@@ -22,6 +24,7 @@ pub struct StatusSources {
     pub pull: Arc<Pull>,
     pub activity: Arc<Activity>,
     pub metrics: Arc<Metrics>,
+    pub config: Arc<ArcSwap<Config>>,
     pub registry: SocketAddr,
     pub peers: Option<SocketAddr>,
     pub started: Instant,
@@ -31,6 +34,8 @@ pub struct StatusSources {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Status {
     pub version: String,
+    /// Of the running configuration, as `dray check-config` prints it and `dray_config_info` exports it.
+    pub config_hash: String,
     pub uptime_seconds: u64,
     /// The address of the registry listener.
     pub registry: SocketAddr,
@@ -77,6 +82,7 @@ impl StatusSources {
         let (blobs_bytes, blobs_limit, small_bytes) = self.pull.disk_usage();
         Status {
             version: env!("CARGO_PKG_VERSION").to_owned(),
+            config_hash: self.config.load().hash(),
             uptime_seconds: self.started.elapsed().as_secs(),
             registry: self.registry,
             peers_listen: self.peers,

@@ -199,7 +199,7 @@ mod tests {
         let tags = Tags::new(Arc::new(store));
         let registries = Registries::new(&Config::parse("", "test").unwrap());
         let registry: crate::oci::Registry = "docker.io".parse().unwrap();
-        let rule = registries.rule(&registry, &"library/a".parse().unwrap()).clone();
+        let rule = registries.rule(&registry, &"library/a".parse().unwrap());
         let repo_ref = RepositoryRef::new(rule, registry, "library/a".parse().unwrap());
         let (tag, now): (Tag, _) = ("1".parse().unwrap(), SystemTime::now());
         let [old, new] = [b"a", b"b"].map(|bytes| Digest::of(bytes));

@@ -37,6 +37,8 @@ pub struct TokenGrant {
 pub struct Right {
     pub registry: Registry,
     pub repository: Repository,
+    /// Fingerprint of the rule: another rule may have other upstreams, which must not get this principal's credential.
+    pub rule: String,
     pub principal: Principal,
 }
 
@@ -51,11 +53,12 @@ struct Sealed {
 struct SealedRight {
     registry: String,
     repository: String,
+    rule: String,
     who: Option<[u8; 16]>,
     authorization: Option<String>,
 }
 
-const SEAL_CONTEXT: &[u8] = b"dray grant 2";
+const SEAL_CONTEXT: &[u8] = b"dray grant 3";
 
 /// Longest token that is issued or opened, in characters. Longer: clients send longer headers than servers accept.
 /// Shorter: registries with long tokens are unusable.
@@ -119,6 +122,7 @@ impl Right {
         Some(SealedRight {
             registry: self.registry.to_string(),
             repository: self.repository.to_string(),
+            rule: self.rule.clone(),
             who: self.principal.holder().map(|holder| holder.id.0),
             authorization: authorization.map(|value| value.to_str().map(str::to_owned)).transpose().ok()?,
         })
@@ -130,7 +134,8 @@ impl Right {
             Some(id) => Principal::Verified(Arc::new(VerifiedPrincipal { id: PrincipalId(id), authorization })),
             None => Principal::Anonymous,
         };
-        Some(Self { registry: sealed.registry.parse().ok()?, repository: sealed.repository.parse().ok()?, principal })
+        let (registry, repository) = (sealed.registry.parse().ok()?, sealed.repository.parse().ok()?);
+        Some(Self { registry, repository, rule: sealed.rule, principal })
     }
 }
 
@@ -148,7 +153,7 @@ mod tests {
         let holder = VerifiedPrincipal { id: PrincipalId([7; 16]), authorization: sensitive("Bearer hush") };
         let right = |repository: &str, principal| {
             let (registry, repository) = ("reg.corp:5000".parse().unwrap(), repository.parse().unwrap());
-            Right { registry, repository, principal }
+            Right { registry, repository, rule: "f".into(), principal }
         };
         let rights =
             vec![right("team/app", Principal::Verified(Arc::new(holder))), right("open/base", Principal::Anonymous)];

@@ -23,6 +23,7 @@ use std::sync::Arc;
 
 use ::http::HeaderValue;
 use ::http::header::{CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE, LINK, RANGE};
+use arc_swap::ArcSwap;
 use bytes::{Bytes, BytesMut};
 use futures_util::stream::BoxStream;
 use futures_util::{StreamExt, TryStreamExt};
@@ -44,19 +45,19 @@ use self::request::{RequestKind, UpstreamRequest, claimed_digest};
 pub use self::retry::ROUNDS;
 use self::retry::RetryBudget;
 use crate::blocking::parsed;
-use crate::config::Config;
+use crate::config::{Config, EgressConfig};
 use crate::memory::{Memory, UpstreamBytes};
 use crate::metrics::Metrics;
 use crate::oci::{Digest, ErrorCode, MAX_MANIFEST_BYTES, Reference, Registry, error, link, manifest};
-use crate::registries::{Registries, RepositoryRef};
+use crate::registries::{Registries, RepositoryRef, Rules};
 use crate::shares::Shares;
 use crate::source::{Broken, Incoming, Part, SourceError, UpstreamError, root_cause};
 
 /// Sends requests to all upstream registries.
 pub struct UpstreamClient {
-    http: Arc<UpstreamHttp>,
-    tokens: TokenCache,
-    redirects: RedirectCache,
+    session: ArcSwap<UpstreamSession>,
+    /// Roots of all upstreams, and the name servers: a reload does not change them.
+    config: Config,
     /// By registry, so that a failing registry does not spend the retries that others have earned.
     retries: moka::sync::Cache<Registry, Arc<RetryBudget>>,
     health: UpstreamStates,
@@ -69,6 +70,13 @@ pub struct UpstreamClient {
     memory: Arc<Memory>,
     lists: Shares<Registry>,
     metrics: Arc<Metrics>,
+}
+
+/// The HTTP clients of the current rules, and what upstreams granted to them. A reload that changes a rule replaces it.
+pub(crate) struct UpstreamSession {
+    http: Arc<UpstreamHttp>,
+    tokens: TokenCache,
+    redirects: RedirectCache,
 }
 
 /// A manifest as the upstream sent it. Its digest is not yet verified.
@@ -125,14 +133,15 @@ impl UpstreamClient {
         memory: Arc<Memory>,
         metrics: Arc<Metrics>,
     ) -> Result<Self, String> {
-        let egress = EgressPolicy::new(config)?;
-        let http =
-            UpstreamHttp::new(egress, registries.rules().iter().map(|rule| &rule.tls), config.tls.ca.as_deref())?;
-        let external = ExternalCredentials::new(http.cloud.clone());
+        let rules = registries.rules();
+        let http = UpstreamHttp::new(
+            EgressPolicy::new(config)?,
+            rules.iter().map(|rule| &rule.tls),
+            config.tls.ca.as_deref(),
+        )?;
         Ok(Self {
-            http: Arc::new(http),
-            tokens: TokenCache::new(external),
-            redirects: RedirectCache::new(),
+            session: ArcSwap::from_pointee(UpstreamSession::new(Arc::new(http))),
+            config: config.clone(),
             retries: moka::sync::Cache::new(MAX_RETRY_BUDGETS),
             health: UpstreamStates::new(),
             became_unavailable: Notify::new(),
@@ -352,12 +361,30 @@ impl UpstreamClient {
 
     /// Reloads the client certificates for upstreams. Blocks on the disk.
     pub fn reload(&self) -> Result<(), String> {
-        self.http.reload()
+        self.session().http.reload()
+    }
+
+    /// The session for other rules. Requests in progress may still need the clients of the current ones. Must run inside
+    /// a tokio runtime. [`Self::store`] applies it.
+    pub(crate) fn reloaded(&self, egress: &EgressConfig, now: &Rules, next: &Rules) -> Result<UpstreamSession, String> {
+        let config = Config { egress: egress.clone(), ..self.config.clone() };
+        let settings = now.iter().chain(next.iter()).map(|rule| &rule.tls);
+        let http = UpstreamHttp::new(EgressPolicy::new(&config)?, settings, config.tls.ca.as_deref())?;
+        Ok(UpstreamSession::new(Arc::new(http)))
+    }
+
+    /// New requests use this session.
+    pub(crate) fn store(&self, session: UpstreamSession) {
+        self.session.store(Arc::new(session));
+    }
+
+    fn session(&self) -> Arc<UpstreamSession> {
+        self.session.load_full()
     }
 
     /// The upstreams with recent requests.
     pub fn upstreams(&self) -> Vec<UpstreamView> {
-        let tokens = self.tokens.counts();
+        let tokens = self.session().tokens.counts();
         self.health.views(|rule, upstream| KnownHealth {
             remaining: self.rate_limits.remaining(rule, upstream),
             tokens: tokens.get(&(rule.to_owned(), upstream.to_owned())).copied().unwrap_or(0),
@@ -377,13 +404,20 @@ impl UpstreamClient {
         let request = UpstreamRequest::new(RequestKind::Blob, format!("blobs/{digest}"));
         for (upstream, _) in repo_ref.rule.upstreams(&repo_ref.registry) {
             if let Ok(url) = request.url(&upstream, repo_ref) {
-                self.redirects.forget(&url).await;
+                self.session().redirects.forget(&url).await;
             }
         }
     }
 
     fn count_bytes(&self, repo_ref: &RepositoryRef, bytes: usize) {
         self.metrics.upstream_bytes.with_label_values(&[repo_ref.rule.name()]).inc_by(bytes as u64);
+    }
+}
+
+impl UpstreamSession {
+    fn new(http: Arc<UpstreamHttp>) -> Self {
+        let external = ExternalCredentials::new(http.cloud.clone());
+        Self { http, tokens: TokenCache::new(external), redirects: RedirectCache::new() }
     }
 }
 

@@ -48,12 +48,9 @@ impl Node {
         append(format!("mkdir -p {root_text}; mount --bind {image} {root_text}"));
         // Mount points that do not exist are created, as the kubelet does.
         for mount in container["volumeMounts"].as_sequence().into_iter().flatten() {
-            let (source, is_file) = self.source(documents, pod, mount);
+            let source = self.source(documents, pod, mount);
             let at = format!("{root_text}{}", mount["mountPath"].as_str().expect("a path"));
-            match is_file {
-                true => append(format!("mkdir -p $(dirname {at}); touch {at}")),
-                false => append(format!("mkdir -p {at}")),
-            }
+            append(format!("mkdir -p {at}"));
             append(format!("mount --bind {} {at}", source.display()));
             if mount["readOnly"] == true {
                 append(format!("mount -o remount,bind,ro {at}"));
@@ -86,24 +83,27 @@ impl Node {
         command
     }
 
-    /// The source of a mount, and whether it is a file.
-    fn source(&self, documents: &[Value], pod: &Value, mount: &Value) -> (PathBuf, bool) {
+    /// The source of a mount: a directory.
+    fn source(&self, documents: &[Value], pod: &Value, mount: &Value) -> PathBuf {
         let volumes = pod["spec"]["volumes"].as_sequence().into_iter().flatten();
         let volume = volumes.into_iter().find(|volume| volume["name"] == mount["name"]).expect("a volume");
         if let Some(path) = volume["hostPath"]["path"].as_str() {
             let path = self.path(path);
             std::fs::create_dir_all(&path).expect("DirectoryOrCreate");
-            return (path, false);
+            return path;
         }
-        let key = mount["subPath"].as_str().expect("a ConfigMap's key");
         let name = &volume["configMap"]["name"];
         let map = of_kind(documents, "ConfigMap")
             .into_iter()
             .find(|map| map["metadata"]["name"] == *name)
             .expect("a ConfigMap");
-        let file = self.dir.path().join(key);
-        std::fs::write(&file, map["data"][key].as_str().expect("a text")).expect("written");
-        (file, true)
+        let dir = self.dir.path().join("config-map");
+        std::fs::create_dir_all(&dir).expect("a directory");
+        for (key, text) in map["data"].as_mapping().expect("keys") {
+            let file = dir.join(key.as_str().expect("a file's name"));
+            std::fs::write(file, text.as_str().expect("a text")).expect("written");
+        }
+        dir
     }
 }
 

@@ -104,6 +104,15 @@ app.kubernetes.io/component: proxy
 {{- end -}}
 
 {{- define "dray.config" -}}
+{{- include "dray.ownConfig" . }}
+{{- with .Values.extraConfig }}
+
+{{ . | trim }}
+{{- end }}
+{{- end -}}
+
+{{/* The tables that the chart writes: a change of these needs a restart. dray reloads extraConfig itself. */}}
+{{- define "dray.ownConfig" -}}
 {{- include "dray.validate" . -}}
 {{- $by := include "dray.exposure" . -}}
 {{- $loopback := eq $by "hostNetwork" -}}
@@ -143,10 +152,6 @@ mirror = {{ include "dray.mirror" . | quote }}
 {{- with .Values.containerd.configFile }}
 config_file = {{ . | quote }}
 {{- end }}
-{{- end }}
-{{- with .Values.extraConfig }}
-
-{{ . | trim }}
 {{- end }}
 {{- end -}}
 

@@ -3,16 +3,17 @@
 use std::ffi::OsStr;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use clap::{Args, FromArgMatches};
 use dray::access_log::AccessLog;
 use dray::config::{self, Config, DiskShare, MIN_DISK, Size, SourceText};
-use dray::server::{self, Bound, StartError};
+use dray::server::{self, Bound, ConfigSource, StartError};
 use dray::telemetry::{self, Filter, LogFormat};
 
 use super::{Failure, install_tls, located, print};
 
-#[derive(Args)]
+#[derive(Args, Clone)]
 pub(crate) struct Serve {
     /// The configuration file; without one, the built-in defaults apply
     #[arg(long, env = "DRAY_CONFIG", value_name = "FILE")]
@@ -61,7 +62,8 @@ impl Serve {
         install_tls()?;
         let scheme = if config.tls.cert.is_some() { "https" } else { "http" };
         let access_log = AccessLog::new(self.log_format, sink.clone());
-        let ended = server::run(config, access_log, move |bound| announce(bound, scheme));
+        let source = Arc::new(self.clone());
+        let ended = server::run(config, source, access_log, move |bound| announce(bound, scheme));
         sink.close();
         ended.map_err(|error| match error {
             StartError::Config(message) => Failure::Usage(match text {
@@ -116,6 +118,17 @@ impl Serve {
             config.cache.memory = memory;
         }
         Ok((config, text))
+    }
+}
+
+impl ConfigSource for Serve {
+    fn text(&self) -> Option<Result<String, String>> {
+        let file = self.config.as_deref()?;
+        Some(SourceText::read(file).map(|text| text.as_str().to_owned()).map_err(|error| error.to_string()))
+    }
+
+    fn load(&self) -> Result<Config, String> {
+        self.config().map(|(config, _)| config).map_err(|failure| failure.message().to_owned())
     }
 }
 

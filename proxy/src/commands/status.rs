@@ -47,9 +47,10 @@ impl StatusCommand {
 fn text(status: &Status, paint: Paint) -> String {
     let traffic = status.traffic;
     let mut text = format!(
-        "{} {}, up {}, clients at {}{}\n",
+        "{} {}, configuration {}, up {}, clients at {}{}\n",
         paint.bold("dray"),
         status.version,
+        status.config_hash,
         seconds(status.uptime_seconds),
         status.registry,
         status.peers_listen.map(|at| format!(", peers at {at}")).unwrap_or_default(),

@@ -32,6 +32,17 @@ pub enum Cloud {
     Gcp,
 }
 
+impl Cloud {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            #[cfg(feature = "aws")]
+            Self::Aws => "aws",
+            Self::Azure => "azure",
+            Self::Gcp => "gcp",
+        }
+    }
+}
+
 /// The source of a password.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum PasswordSource {

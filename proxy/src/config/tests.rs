@@ -10,7 +10,7 @@ fn uncommented(sample: &str) -> String {
 }
 
 #[test]
-fn the_sample_file_shows_every_default() {
+fn sample_shows_every_default() {
     let sample = include_str!("../../../config/dray.toml");
     assert_eq!(Config::parse(sample, "config/dray.toml").unwrap(), Config::default());
     // Optional keys stand there as comments: uncommented, the file must still be understood.
@@ -21,7 +21,7 @@ fn the_sample_file_shows_every_default() {
 }
 
 #[test]
-fn a_bogus_key_in_any_table_is_an_error() {
+fn unknown_key_in_any_table_is_an_error() {
     let sample = include_str!("../../../config/dray.toml");
     let uncommented = uncommented(sample);
     let tables = uncommented.lines().filter(|l| l.starts_with('[')).count();
@@ -45,7 +45,7 @@ fn a_bogus_key_in_any_table_is_an_error() {
 }
 
 #[test]
-fn errors_name_file_line_and_key() {
+fn error_names_file_line_and_key() {
     for (text, wants) in [
         ("[cache]\ndisk = \"20GB\"", &["dray.toml", "line 2", "disk", "GiB"][..]),
         ("[cache]\nmemory = 5", &["line 2", "memory"]),
@@ -144,7 +144,7 @@ fn errors_name_file_line_and_key() {
 }
 
 #[test]
-fn what_only_the_start_can_know_is_told_with_its_line() {
+fn start_error_is_located() {
     let peers = "[[registry]]\nmatch = \"reg.corp\"\nauthorization = \"passthrough\"\n[peers]\nlisten = \"0.0.0.0:1\"\nservice = \"a.b\"\n";
     let text = SourceText::new(peers, "dray.toml");
     let mut config = text.parse().unwrap();
@@ -158,7 +158,7 @@ fn what_only_the_start_can_know_is_told_with_its_line() {
 }
 
 #[test]
-fn nodes_of_one_cluster_have_the_same_hash() {
+fn hash_is_equal_on_nodes_of_a_cluster() {
     let hash = |text: &str| Config::parse(text, "x").unwrap().hash();
     let one =
         hash("listen = \"10.0.0.1:5050\"\n[peers]\nlisten = \"10.0.0.1:1\"\nservice = { a = \"x\" }\nzone = \"a\"");
@@ -172,7 +172,7 @@ fn nodes_of_one_cluster_have_the_same_hash() {
 }
 
 #[test]
-fn a_private_registry_takes_two_keys() {
+fn private_registry_needs_two_keys() {
     let text = "[[registry]]\nmatch = \"reg.corp\"\nupstreams = [\"http://10.0.0.1:5000\"]";
     let config = Config::parse(text, "x").unwrap();
     assert_eq!(config.registry.len(), 1);

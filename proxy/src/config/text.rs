@@ -40,6 +40,10 @@ impl SourceText {
         Self { file: file.to_owned(), text: text.to_owned() }
     }
 
+    pub fn as_str(&self) -> &str {
+        &self.text
+    }
+
     pub fn file(&self) -> &str {
         &self.file
     }

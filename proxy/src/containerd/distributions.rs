@@ -25,7 +25,7 @@ pub const DEFAULT: Distribution = Distribution {
     note: None,
 };
 
-/// Sources of the paths: k8s/README.md.
+/// Sources of the paths: docs/kubernetes/distributions.md.
 pub const ALL: [Distribution; 6] = [
     Distribution {
         name: "k3s",

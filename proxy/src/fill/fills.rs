@@ -53,8 +53,8 @@ pub struct Fills {
 pub struct FillKey {
     pub digest: Digest,
     pub registry: Registry,
-    /// The index of the rule: other rules may have other credentials, and serve other clients.
-    pub rule: usize,
+    /// The ID of the rule: other rules may have other credentials, and serve other clients.
+    pub rule: u64,
     /// Set if clients are authorized with their own credentials: access to one repository does not imply access to
     /// another.
     pub repository: Option<Repository>,
@@ -84,7 +84,7 @@ impl FillKey {
 
     pub fn new(repo_ref: &RepositoryRef, digest: &Digest) -> Self {
         let ContentSource { digest, registry, repository } = ContentSource::new(repo_ref, digest);
-        Self { digest, registry, rule: repo_ref.rule.nth, repository }
+        Self { digest, registry, rule: repo_ref.rule.id, repository }
     }
 }
 
@@ -342,7 +342,7 @@ mod tests {
         let registries = Registries::new(&Config::default());
         let (registry, repository): (Registry, Repository) =
             ("docker.io".parse().unwrap(), "library/a".parse().unwrap());
-        let repo_ref = RepositoryRef::new(registries.rule(&registry, &repository).clone(), registry, repository);
+        let repo_ref = RepositoryRef::new(registries.rule(&registry, &repository), registry, repository);
         let key = FillKey::new(&repo_ref, &Digest::of(b"long"));
         let sources = Arc::new(Stalling::default());
 

@@ -7,7 +7,9 @@
 
 use std::collections::HashSet;
 use std::net::IpAddr;
+use std::sync::Arc;
 
+use arc_swap::ArcSwap;
 use http::header::{ACCEPT_LANGUAGE, HOST, ORIGIN, USER_AGENT};
 use http::request::Parts;
 
@@ -16,7 +18,7 @@ use crate::oci::Registry;
 
 /// The host names by which browsers may reach this process.
 pub struct Browsers {
-    names: HashSet<String>,
+    names: ArcSwap<HashSet<String>>,
     scheme: ClientScheme,
 }
 
@@ -42,11 +44,13 @@ const LOCAL_SUFFIXES: [&str; 5] = [".svc", ".cluster.local", ".localhost", ".loc
 
 impl Browsers {
     pub fn new(config: &Config) -> Self {
-        let mirror = config.containerd.mirror.as_ref().and_then(|mirror| mirror.host().parse::<Registry>().ok());
-        let mirror = mirror.map(|mirror| mirror.host().to_owned());
-        let names = mirror.into_iter().chain(config.access.hosts.iter().cloned());
         let scheme = if config.tls.cert.is_some() { ClientScheme::Https } else { ClientScheme::Http };
-        Self { names: names.map(|name| name.to_ascii_lowercase()).collect(), scheme }
+        Self { names: ArcSwap::from_pointee(names(config)), scheme }
+    }
+
+    /// New requests may use the names of another configuration.
+    pub fn reload(&self, config: &Config) {
+        self.names.store(Arc::new(names(config)));
     }
 
     /// Allows a request that is not from a browser, or is from a page of dray itself.
@@ -78,8 +82,16 @@ impl Browsers {
         name.trim_matches(['[', ']']).parse::<IpAddr>().is_ok()
             || !name.contains('.')
             || LOCAL_SUFFIXES.iter().any(|suffix| name.ends_with(suffix))
-            || self.names.contains(name)
+            || self.names.load().contains(name)
     }
+}
+
+/// The names of `[access] hosts`, and that of the mirror.
+fn names(config: &Config) -> HashSet<String> {
+    let mirror = config.containerd.mirror.as_ref().and_then(|mirror| mirror.host().parse::<Registry>().ok());
+    let mirror = mirror.map(|mirror| mirror.host().to_owned());
+    let names = mirror.into_iter().chain(config.access.hosts.iter().cloned());
+    names.map(|name| name.to_ascii_lowercase()).collect()
 }
 
 impl BrowserDenied {

@@ -31,6 +31,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
+use arc_swap::ArcSwapOption;
 use bytes::BytesMut;
 use http::header::{AUTHORIZATION, HOST};
 use http::{HeaderValue, Method, request::Parts};
@@ -40,7 +41,7 @@ use tokio::time::timeout;
 use super::login_throttle::{LoginPermit, LoginThrottle};
 use super::logins::Logins;
 use super::{RegistryProxy, client_of};
-use crate::config::Config;
+use crate::config::{AccessConfig, Config};
 use crate::key_file::KeyFile;
 use crate::lifetimes::{ByLifetime, Lifetime};
 use crate::oci::route;
@@ -62,7 +63,7 @@ pub struct ClientAuth {
     scheme: &'static str,
     listen: SocketAddr,
     /// None: no login is required.
-    logins: Option<Logins>,
+    logins: ArcSwapOption<Logins>,
     /// What registries returned for credentials, never the credentials.
     checks: moka::sync::Cache<(PrincipalId, String), SecretCheck>,
     exchanges: SingleFlight<(PrincipalId, String), SecretCheck>,
@@ -118,7 +119,7 @@ impl ClientAuth {
         // Peers that share a key also accept each other's tokens.
         let of_peers = config.peers.key_file.as_deref().map(|path| KeyFile { key: "peers.key_file", path });
         let issuer = TokenIssuer::new(of_access.or(of_peers))?;
-        let logins = config.access.users_file.as_deref().map(|path| Logins::load(path, &issuer)).transpose()?;
+        let logins = load_logins(&config.access, &issuer)?;
         let checks = moka::sync::Cache::builder()
             .max_capacity(MAX_CHECKS_BYTES)
             .weigher(|(_, repository): &(PrincipalId, String), check: &SecretCheck| {
@@ -130,7 +131,7 @@ impl ClientAuth {
             issuer,
             scheme,
             listen,
-            logins,
+            logins: ArcSwapOption::from(logins),
             checks,
             exchanges: SingleFlight::default(),
             throttle: LoginThrottle::new(),
@@ -139,12 +140,23 @@ impl ClientAuth {
 
     /// Reads the users file again. Blocks on the disk.
     pub fn reload(&self) -> Result<(), String> {
-        self.logins.as_ref().map_or(Ok(()), |logins| logins.reload(&self.issuer))
+        self.logins.load().as_ref().map_or(Ok(()), |logins| logins.reload(&self.issuer))
+    }
+
+    /// The users of another configuration. [`Self::store`] applies them. Blocks on the disk.
+    pub fn reloaded(&self, access: &AccessConfig) -> Result<Option<Arc<Logins>>, String> {
+        load_logins(access, &self.issuer)
+    }
+
+    /// New requests are checked against these users.
+    pub fn store(&self, logins: Option<Arc<Logins>>) {
+        self.logins.store(logins);
     }
 
     /// Whether a client has logged in, or need not.
     pub(super) fn is_logged_in(&self, request: &Parts) -> bool {
-        let Some(logins) = &self.logins else { return true };
+        let logins = self.logins.load();
+        let Some(logins) = logins.as_ref() else { return true };
         let credential = authorization(request).and_then(Secret::from_basic);
         credential.is_some_and(|secret| logins.contains(&secret, &self.issuer))
     }
@@ -172,7 +184,11 @@ impl ClientAuth {
 
     /// The principal of the request's token for this repository.
     fn principal_for(&self, request: &Parts, repo_ref: &RepositoryRef) -> Option<Principal> {
-        let is_for = |right: &Right| right.registry == repo_ref.registry && right.repository == repo_ref.repository;
+        let is_for = |right: &Right| {
+            right.registry == repo_ref.registry
+                && right.repository == repo_ref.repository
+                && right.rule == repo_ref.rule.fingerprint()
+        };
         self.grant(request)?.rights.into_iter().find(is_for).map(|right| right.principal)
     }
 
@@ -279,7 +295,7 @@ impl RegistryProxy {
         min_remaining: Duration,
     ) -> SecretCheck {
         let principal_id = self.client_auth.issuer.principal_id(&secret);
-        let key = (principal_id, repo_ref.to_string());
+        let key = (principal_id, repo_ref.rule_key());
         let cached = self.client_auth.checks.get(&key);
         if let Some(check) = &cached
             && (check.principal.is_err() || check.remaining() >= min_remaining)
@@ -357,7 +373,8 @@ impl RegistryProxy {
                 };
                 grant.life = grant.life.min(life);
             }
-            grant.rights.push(Right { registry: repo_ref.registry, repository: repo_ref.repository, principal });
+            let rule = repo_ref.rule.fingerprint().to_owned();
+            grant.rights.push(Right { registry: repo_ref.registry, repository: repo_ref.repository, rule, principal });
         }
         // If the registries' own tokens are too long together, the last repositories are left out.
         let sealed = loop {
@@ -385,6 +402,10 @@ impl RegistryProxy {
             Route::Ping => None,
         }
     }
+}
+
+fn load_logins(access: &AccessConfig, issuer: &TokenIssuer) -> Result<Option<Arc<Logins>>, String> {
+    access.users_file.as_deref().map(|path| Logins::load(path, issuer).map(Arc::new)).transpose()
 }
 
 fn access_denied() -> PullError {

@@ -5,6 +5,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Instant;
 
+use arc_swap::ArcSwap;
 use ipnet::IpNet;
 use parking_lot::Mutex;
 
@@ -14,11 +15,16 @@ use crate::times::DEFAULT_TTL;
 
 /// The limits of `[access]`, and the current requests of each client.
 pub struct Clients {
+    limits: ArcSwap<ClientLimits>,
+    running: Arc<RunningRequests>,
+    allowances: moka::sync::Cache<IpAddr, Arc<Mutex<RateAllowance>>>,
+}
+
+/// The limits of a configuration.
+struct ClientLimits {
     networks: Vec<IpNet>,
     max_concurrent: Option<u32>,
     max_per_second: Option<u32>,
-    running: Arc<RunningRequests>,
-    allowances: moka::sync::Cache<IpAddr, Arc<Mutex<RateAllowance>>>,
 }
 
 /// Requests in progress, by client. A client without any has no entry.
@@ -48,30 +54,34 @@ const MAX_CLIENTS: u64 = 100_000;
 impl Clients {
     pub fn new(access: &AccessConfig) -> Self {
         Self {
-            networks: access.allowed_cidrs.clone(),
-            max_concurrent: access.max_concurrent_requests.map(|max| u32::from(max.get())),
-            max_per_second: access.max_requests_per_second.map(|max| u32::from(max.get())),
+            limits: ArcSwap::from_pointee(ClientLimits::new(access)),
             running: Arc::default(),
             allowances: moka::sync::Cache::builder().max_capacity(MAX_CLIENTS).time_to_idle(DEFAULT_TTL).build(),
         }
     }
 
+    /// New requests are admitted by the limits of another configuration.
+    pub fn reload(&self, access: &AccessConfig) {
+        self.limits.store(Arc::new(ClientLimits::new(access)));
+    }
+
     /// Admits a request. A client without an address is in none of the networks.
     pub(super) fn admit(&self, address: Option<IpAddr>, now: Instant) -> Result<ClientPermit, ClientDenied> {
+        let limits = self.limits.load();
         let address = address.map(|address| address.to_canonical());
-        let is_in = |address: IpAddr| self.networks.iter().any(|network| network.contains(&address));
-        if !self.networks.is_empty() && !address.is_some_and(is_in) {
+        let is_in = |address: IpAddr| limits.networks.iter().any(|network| network.contains(&address));
+        if !limits.networks.is_empty() && !address.is_some_and(is_in) {
             return Err(ClientDenied::NotAllowed);
         }
         let Some(client) = address.map(client) else { return Ok(ClientPermit(None)) };
-        if let Some(max) = self.max_per_second {
+        if let Some(max) = limits.max_per_second {
             let full = || Arc::new(Mutex::new(RateAllowance { tokens: f64::from(max), refilled_at: now }));
             let allowance = self.allowances.get_with(client, full);
             if !allowance.lock().take(max, now) {
                 return Err(ClientDenied::RateLimited);
             }
         }
-        let Some(max) = self.max_concurrent else { return Ok(ClientPermit(None)) };
+        let Some(max) = limits.max_concurrent else { return Ok(ClientPermit(None)) };
         let mut running = self.running.lock();
         let count = running.entry(client).or_default();
         if *count >= max {
@@ -79,6 +89,16 @@ impl Clients {
         }
         *count += 1;
         Ok(ClientPermit(Some((self.running.clone(), client))))
+    }
+}
+
+impl ClientLimits {
+    fn new(access: &AccessConfig) -> Self {
+        Self {
+            networks: access.allowed_cidrs.clone(),
+            max_concurrent: access.max_concurrent_requests.map(|max| u32::from(max.get())),
+            max_per_second: access.max_requests_per_second.map(|max| u32::from(max.get())),
+        }
     }
 }
 

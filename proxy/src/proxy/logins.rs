@@ -12,7 +12,7 @@ use crate::secret::Secret;
 use crate::token_issuer::TokenIssuer;
 
 /// The logins of a file, read again when it changes. Memory holds only their keyed hashes.
-pub(super) struct Logins {
+pub struct Logins {
     path: PathBuf,
     known: ArcSwap<HashSet<PrincipalId>>,
 }

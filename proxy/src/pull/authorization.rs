@@ -108,27 +108,27 @@ impl AuthorizationCache {
     ) -> bool {
         repo_ref.principal.is_authorized()
             && *registry == repo_ref.registry
-            && (*repository == repo_ref.repository || self.proven.contains_key(&(repo_ref.to_string(), digest.clone())))
+            && (*repository == repo_ref.repository || self.proven.contains_key(&(repo_ref.rule_key(), digest.clone())))
     }
 
     /// The upstream has proven that it holds the digest in this repository.
     pub(super) fn mark_proven(&self, repo_ref: &RepositoryRef, digest: &Digest) {
-        self.proven.insert((repo_ref.to_string(), digest.clone()), ());
+        self.proven.insert((repo_ref.rule_key(), digest.clone()), ());
     }
 
     /// The upstream claims to hold the digest in this repository, but did not prove it.
     pub(super) fn mark_unproven(&self, repo_ref: &RepositoryRef, digest: &Digest) {
-        self.unproven.insert((repo_ref.to_string(), digest.clone()), ());
+        self.unproven.insert((repo_ref.rule_key(), digest.clone()), ());
     }
 
     pub(super) fn is_unproven(&self, repo_ref: &RepositoryRef, digest: &Digest) -> bool {
-        self.unproven.contains_key(&(repo_ref.to_string(), digest.clone()))
+        self.unproven.contains_key(&(repo_ref.rule_key(), digest.clone()))
     }
 
     /// The whole object came from this repository, and matched its digest.
     pub(super) fn mark_sent(&self, repo_ref: &RepositoryRef, digest: &Digest) {
         if repo_ref.rule.is_passthrough() {
-            self.sent.insert((repo_ref.to_string(), digest.clone()), ());
+            self.sent.insert((repo_ref.rule_key(), digest.clone()), ());
         }
     }
 
@@ -136,11 +136,11 @@ impl AuthorizationCache {
     pub(super) fn was_sent(&self, repo_ref: &RepositoryRef, digest: &Digest) -> bool {
         repo_ref.rule.is_passthrough()
             && repo_ref.principal.is_authorized()
-            && self.sent.contains_key(&(repo_ref.to_string(), digest.clone()))
+            && self.sent.contains_key(&(repo_ref.rule_key(), digest.clone()))
     }
 
     fn known(&self, repo_ref: &RepositoryRef) -> CachedAccess {
-        let (principal_id, name) = (repo_ref.principal.principal_id(), repo_ref.to_string());
+        let (principal_id, name) = (repo_ref.principal.principal_id(), repo_ref.rule_key());
         let authorized_at = self.authorized.get(&(principal_id, name.clone(), self.token_hash(repo_ref)));
         let denied_at = self.denials.get(&(principal_id, name.clone()));
         if authorized_at.is_some_and(|since| denied_at.is_none_or(|denied_at| denied_at < since)) {
@@ -155,7 +155,7 @@ impl AuthorizationCache {
 
     /// The upstream allowed a request that was sent at `requested_at`.
     fn mark_authorized(&self, repo_ref: &RepositoryRef, requested_at: Instant) {
-        let (principal_id, name) = (repo_ref.principal.principal_id(), repo_ref.to_string());
+        let (principal_id, name) = (repo_ref.principal.principal_id(), repo_ref.rule_key());
         let key = (principal_id, name.clone());
         // A denial of another request may have come since, and counts.
         if self.denials.get(&key).is_some_and(|denied_at| denied_at >= requested_at) {
@@ -166,7 +166,7 @@ impl AuthorizationCache {
     }
 
     fn mark_denied(&self, repo_ref: &RepositoryRef) {
-        let (principal_id, name) = (repo_ref.principal.principal_id(), repo_ref.to_string());
+        let (principal_id, name) = (repo_ref.principal.principal_id(), repo_ref.rule_key());
         self.authorized.invalidate(&(principal_id, name.clone(), self.token_hash(repo_ref)));
         self.recent.invalidate(&(principal_id, name.clone()));
         self.denials.insert((principal_id, name), Instant::now());
@@ -283,7 +283,7 @@ impl Pull {
             Endpoint::Blob(digest) => format!("blobs/{digest}"),
             Endpoint::Tags | Endpoint::Referrers(_) | Endpoint::Catalog => return Err(SourceError::denied()),
         };
-        let key = (repo_ref.principal.principal_id(), repo_ref.to_string(), path);
+        let key = (repo_ref.principal.principal_id(), repo_ref.rule_key(), path);
         if let Some(denial) = self.authorizations.denied_objects.get(&key) {
             return Err(denial.error);
         }

@@ -73,7 +73,7 @@ impl Pull {
         if self.upstream.trouble(repo_ref).is_some() {
             return Ok(());
         }
-        let result = self.confirmations.join((repo_ref.to_string(), digest.clone()), || {
+        let result = self.confirmations.join((repo_ref.rule_key(), digest.clone()), || {
             let (pull, repo_ref, digest, accept) = (self.clone(), repo_ref.clone(), digest.clone(), accept.to_owned());
             let bytes = bytes.clone();
             async move {

@@ -90,7 +90,7 @@ impl Pull {
             return Ok((length, ServedFrom::Upstream));
         }
         let role = self.role(repo_ref, digest, request.request_context);
-        let key = |principal_id| (repo_ref.to_string(), digest.clone(), role, principal_id);
+        let key = |principal_id| (repo_ref.rule_key(), digest.clone(), role, principal_id);
         let (shared, own) = flight_keys(repo_ref, key);
         let result = self.length_flights.join_or_own(
             shared,

@@ -112,7 +112,7 @@ impl Pull {
         accept: &'a str,
         request_context: RequestContext,
     ) -> BoxFuture<'a, FetchedManifest> {
-        let key = |principal_id| (repo_ref.to_string(), digest.clone(), request_context.role, principal_id);
+        let key = |principal_id| (repo_ref.rule_key(), digest.clone(), request_context.role, principal_id);
         let (shared, own) = flight_keys(repo_ref, key);
         let result = self.manifest_flights.join_or_own(
             shared,

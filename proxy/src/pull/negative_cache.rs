@@ -49,7 +49,7 @@ impl NegativeCache {
 
     pub(super) fn get(&self, repo_ref: &RepositoryRef, endpoint: NegativeKind, reference: &str) -> Option<SourceError> {
         repo_ref.principal.holder().is_none().then_some(())?;
-        self.errors.get(&(repo_ref.to_string(), endpoint, reference.to_owned())).map(|negative| negative.error)
+        self.errors.get(&(repo_ref.rule_key(), endpoint, reference.to_owned())).map(|negative| negative.error)
     }
 
     pub(super) fn put(&self, repo_ref: &RepositoryRef, endpoint: NegativeKind, reference: &str, error: &SourceError) {
@@ -75,7 +75,7 @@ impl NegativeCache {
             return;
         }
         let negative = Negative { error: error.clone(), life };
-        self.errors.insert((repo_ref.to_string(), endpoint, reference.to_owned()), negative);
+        self.errors.insert((repo_ref.rule_key(), endpoint, reference.to_owned()), negative);
     }
 }
 

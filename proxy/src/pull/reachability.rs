@@ -12,13 +12,13 @@ use tokio::time::{Instant, timeout};
 use super::Pull;
 use crate::blocking::parsed;
 use crate::lifetimes::{ByLifetime, Lifetime};
-use crate::oci::{Digest, Registry, Repository, manifest};
+use crate::oci::{Digest, manifest};
 use crate::registries::RepositoryRef;
 use crate::source::SourceError;
 use crate::times::{DEFAULT_TTL, OBSERVATION_TTL, REACH_TIMEOUT};
 
-/// The results by repository. None: its blobs can be downloaded.
-pub(super) struct Reachability(moka::sync::Cache<(Registry, Repository), Verdict>);
+/// The results by [`RepositoryRef::rule_key`]. None: its blobs can be downloaded.
+pub(super) struct Reachability(moka::sync::Cache<String, Verdict>);
 
 #[derive(Clone)]
 struct Verdict(Option<SourceError>);
@@ -40,7 +40,7 @@ impl Pull {
         if repo_ref.rule.is_passthrough() {
             return Ok(());
         }
-        let key = (repo_ref.registry.clone(), repo_ref.repository.clone());
+        let key = repo_ref.rule_key();
         if let Some(Verdict(known)) = self.reachability.0.get(&key) {
             return known.map_or(Ok(()), Err);
         }

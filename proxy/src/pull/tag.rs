@@ -129,7 +129,7 @@ impl Pull {
         if let Some(error) = self.negative_cache.get(repo_ref, NegativeKind::Manifest, tag.as_str()) {
             return std::future::ready(Err(error)).boxed();
         }
-        let key = |principal_id| (repo_ref.to_string(), tag.clone(), request_context.role, principal_id);
+        let key = |principal_id| (repo_ref.rule_key(), tag.clone(), request_context.role, principal_id);
         let (shared, own) = flight_keys(repo_ref, key);
         let result = self.tag_flights.join_or_own(
             shared,

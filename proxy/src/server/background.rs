@@ -3,32 +3,36 @@
 use std::sync::Arc;
 
 use tokio::runtime::Runtime;
-use tokio::task::JoinHandle;
+use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::timeout;
 
 use super::components::Components;
 use super::ports::{Bound, Ports};
-use crate::config::DiskShare;
+use crate::config::Config;
 use crate::prefetch;
-use crate::store::{HOUSEKEEPING_INTERVAL, Store};
+use crate::pull::Pull;
+use crate::store::HOUSEKEEPING_INTERVAL;
 use crate::times::{COMPLETION_GRACE, RELOAD_INTERVAL};
 use crate::worker_watch::watched;
 
 /// Starts the tasks that do not wait for the listeners.
 pub(super) fn spawn(runtime: &Runtime, components: &Arc<Components>) {
-    let (config, pull) = (&components.config, &components.pull);
-    let following = pull.clone();
+    let following = components.pull.clone();
     runtime.spawn(watched(async move { following.follow_peers().await }));
     runtime.spawn(watched(reload_secrets(components.clone())));
+    runtime.spawn(watched(run_housekeeping(components.clone())));
+}
+
+/// Starts the tasks of a configuration, which a reload replaces.
+pub(super) fn spawn_configured(config: &Config, pull: &Arc<Pull>) -> JoinSet<()> {
+    let mut tasks = JoinSet::new();
     let (scrubbing, rate) = (pull.clone(), config.cache.scrub_rate.0);
-    runtime.spawn(watched(async move { scrubbing.scrub(rate).await }));
+    tasks.spawn(watched(async move { scrubbing.scrub(rate).await }));
     for prefetch in config.prefetch.clone() {
-        runtime.spawn(watched(prefetch::keep_warm(pull.clone(), prefetch)));
+        tasks.spawn(watched(prefetch::keep_warm(pull.clone(), prefetch)));
     }
-    if !config.pin.is_empty() {
-        runtime.spawn(watched(prefetch::keep_pinned(pull.clone(), config.pin.clone())));
-    }
-    runtime.spawn(watched(run_housekeeping(components.store.clone(), config.cache.min_free)));
+    tasks.spawn(watched(prefetch::keep_pinned(pull.clone(), config.pin.clone())));
+    tasks
 }
 
 /// Marks the process ready, once every listener accepts and the peers are known, or after a timeout without them.
@@ -49,13 +53,15 @@ pub(super) async fn announce(components: Arc<Components>, ports: Ports, started:
 }
 
 /// Runs the store's housekeeping: eviction, free space, old records.
-async fn run_housekeeping(store: Arc<Store>, min_free: DiskShare) {
+async fn run_housekeeping(components: Arc<Components>) {
+    let store = &components.store;
     let mut thinning = None::<JoinHandle<()>>;
     let mut tick = tokio::time::interval(HOUSEKEEPING_INTERVAL);
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         tick.tick().await;
         let (large, records) = (store.large.clone(), store.clone());
+        let min_free = components.config.load().cache.min_free;
         let _ = tokio::task::spawn_blocking(move || large.run_housekeeping(min_free)).await;
         // Not awaited: it may read all records, while eviction must keep the disk from filling.
         if thinning.as_ref().is_none_or(JoinHandle::is_finished) {

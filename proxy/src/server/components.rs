@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 
+use arc_swap::ArcSwap;
 use tokio::runtime::Runtime;
 
 use super::StartError;
@@ -28,7 +29,8 @@ use crate::trace::Tracer;
 use crate::upstream::UpstreamClient;
 
 pub(super) struct Components {
-    pub(super) config: Config,
+    /// The running configuration: a reload replaces it.
+    pub(super) config: Arc<ArcSwap<Config>>,
     pub(super) bound: Bound,
     /// Certificate of the registry listener. None: plain HTTP.
     pub(super) identity: Option<Arc<Identity>>,
@@ -84,7 +86,7 @@ impl Components {
             memory,
             registries,
             metrics,
-            config,
+            config: Arc::new(ArcSwap::from_pointee(config)),
         })
     }
 }

@@ -96,6 +96,7 @@ fn admin(components: &Components) -> Admin {
         pull: components.pull.clone(),
         activity: components.activity.clone(),
         metrics: components.metrics.clone(),
+        config: components.config.clone(),
         registry: components.bound.registry,
         peers: components.bound.peers,
         started: Instant::now(),

@@ -39,15 +39,6 @@ impl Signals {
     }
 }
 
-/// Without a terminal, SIGHUP comes from an operator that expects a reload. With a terminal, it means that the terminal
-/// has closed.
-pub(super) async fn ignore_hangups() {
-    let Ok(mut hangups) = signal(SignalKind::hangup()) else { return };
-    while hangups.recv().await.is_some() {
-        tracing::warn!("SIGHUP ignored: restart dray to apply a changed configuration");
-    }
-}
-
 /// SIGTERM: become not ready, drain, then stop. SIGINT: stop.
 pub(super) struct Stop {
     pub(super) signals: Mutex<Signals>,

@@ -74,6 +74,7 @@ impl UpstreamClient {
         secret: Secret,
         deadline: Instant,
     ) -> Result<ExchangedSecret, SourceError> {
+        let session = self.session();
         let Some((upstream, trust)) = repo_ref.rule.upstreams(&repo_ref.registry).into_iter().next() else {
             return Err(SourceError::denied());
         };
@@ -83,19 +84,19 @@ impl UpstreamClient {
             tls: &repo_ref.rule.tls,
             connect_timeout: ConnectTimeout::LastResort,
         };
-        let challenge = match self.tokens.challenge(upstream_ref, repo_ref).await {
+        let challenge = match session.tokens.challenge(upstream_ref, repo_ref).await {
             Some(challenge) => Some(challenge),
             None => {
                 let discovered = self.discover_challenge(upstream_ref, repo_ref, deadline).await?;
                 if let Some(challenge) = &discovered {
-                    self.tokens.remember_challenge(upstream_ref, repo_ref, challenge.clone()).await;
+                    session.tokens.remember_challenge(upstream_ref, repo_ref, challenge.clone()).await;
                 }
                 discovered
             }
         };
         match challenge {
             Some(challenge) => {
-                self.tokens.exchange(&self.http, upstream_ref, repo_ref, &challenge, secret, deadline).await
+                session.tokens.exchange(&session.http, upstream_ref, repo_ref, &challenge, secret, deadline).await
             }
             // The registry needs no authentication.
             None => Ok(ExchangedSecret { authorization: None, life: crate::times::DAY }),

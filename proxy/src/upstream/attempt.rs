@@ -42,15 +42,16 @@ impl UpstreamClient {
         request: &UpstreamRequest,
         deadline: Instant,
     ) -> Result<Response, SourceError> {
+        let session = self.session();
         let url = request.url(upstream_ref.upstream, repo_ref)?;
         // Held until the upstream's redirect is known: parallel requests then look it up once.
         let mut _lookup = None;
         if request.blob.is_some() {
             match self.send_to_known_redirect(upstream_ref, request, &url, deadline).await {
                 KnownRedirect::Response(response) => return Ok(response),
-                KnownRedirect::Unknown if !self.redirects.is_redirector(&url) => {}
+                KnownRedirect::Unknown if !session.redirects.is_redirector(&url) => {}
                 KnownRedirect::Unknown | KnownRedirect::Expired => {
-                    _lookup = timeout_at(deadline, self.redirects.lock_lookup(&url)).await.ok();
+                    _lookup = timeout_at(deadline, session.redirects.lock_lookup(&url)).await.ok();
                     if let KnownRedirect::Response(response) =
                         self.send_to_known_redirect(upstream_ref, request, &url, deadline).await
                     {
@@ -81,7 +82,7 @@ impl UpstreamClient {
                 authorization: tried.authorization.clone(),
                 form: None,
             };
-            let (response, final_url) = self.http.follow(upstream_ref, replayable, deadline).await?;
+            let (response, final_url) = session.http.follow(upstream_ref, replayable, deadline).await?;
             let is_own = final_url.origin() == url.origin();
             // The headers of a redirect target say nothing about the registry's rate limit.
             if is_own {
@@ -106,10 +107,10 @@ impl UpstreamClient {
                 continue;
             }
             if response.status() == 401 && is_own && tried.challenge {
-                self.tokens.log_denial(upstream_ref, repo_ref).await;
+                session.tokens.log_denial(upstream_ref, repo_ref).await;
             }
             if request.blob.is_some() && final_url != url && target == url && response.status().is_success() {
-                self.redirects.remember(&url, final_url).await;
+                session.redirects.remember(&url, final_url).await;
             }
             return checked(response, deadline).await;
         }
@@ -125,6 +126,7 @@ impl UpstreamClient {
         tried: &mut AuthAttempts,
         deadline: Instant,
     ) -> Result<Option<HeaderValue>, SourceError> {
+        let session = self.session();
         let status = response.status().as_u16();
         if repo_ref.principal.holder().is_some() {
             return Ok(None);
@@ -135,7 +137,7 @@ impl UpstreamClient {
         {
             tried.other_secret = true;
             if let Some(other) =
-                self.tokens.replacement_for(&denied, &self.http, upstream_ref, repo_ref, deadline).await
+                session.tokens.replacement_for(&denied, &session.http, upstream_ref, repo_ref, deadline).await
             {
                 return Ok(Some(other));
             }
@@ -156,8 +158,9 @@ impl UpstreamClient {
         };
         let Some(challenge) = challenge else { return Ok(None) };
         tried.challenge = true;
-        self.tokens
-            .grant_for(&self.http, upstream_ref, repo_ref, challenge, tried.authorization.as_ref(), deadline)
+        session
+            .tokens
+            .grant_for(&session.http, upstream_ref, repo_ref, challenge, tried.authorization.as_ref(), deadline)
             .await
     }
 
@@ -171,6 +174,7 @@ impl UpstreamClient {
         tried: &mut AuthAttempts,
         deadline: Instant,
     ) -> Result<Option<HeaderValue>, SourceError> {
+        let session = self.session();
         if response.status() != 401 || std::mem::replace(&mut tried.redirect_target, true) {
             return Ok(None);
         }
@@ -178,7 +182,7 @@ impl UpstreamClient {
             // Not from the upstream's own token endpoint: the redirect target would receive a token for the upstream.
             Some(Challenge::Bearer { realm, .. }) if is_of(&realm, upstream_ref) => Ok(None),
             Some(challenge @ Challenge::Bearer { .. }) => {
-                self.tokens.anonymous(&self.http, upstream_ref, repo_ref, &challenge, final_url, deadline).await
+                session.tokens.anonymous(&session.http, upstream_ref, repo_ref, &challenge, final_url, deadline).await
             }
             Some(Challenge::Basic) | None => Ok(None),
         }
@@ -192,20 +196,21 @@ impl UpstreamClient {
         repo_ref: &RepositoryRef,
         deadline: Instant,
     ) -> Option<Challenge> {
+        let session = self.session();
         let deadline = deadline.min(Instant::now() + REACH_TIMEOUT);
         let lookup = async {
             let request = UpstreamRequest::ping();
             let url = request.url(upstream_ref.upstream, repo_ref)?;
             let (method, headers) = (Method::GET, &request.headers);
             let replayable = ReplayableRequest { method, url: url.clone(), headers, authorization: None, form: None };
-            let (response, final_url) = self.http.follow(upstream_ref, replayable, deadline).await?;
+            let (response, final_url) = session.http.follow(upstream_ref, replayable, deadline).await?;
             if response.status().is_server_error() {
                 return Err(SourceError::failed(response.status().as_u16()));
             }
             let is_own = final_url.origin() == url.origin();
             Ok(challenge(&response).filter(|_| response.status() == 401 && is_own))
         };
-        self.tokens.api_challenge(upstream_ref, lookup).await
+        session.tokens.api_challenge(upstream_ref, lookup).await
     }
 
     /// The header for the challenge of an earlier request, which saves a 401.
@@ -215,11 +220,12 @@ impl UpstreamClient {
         repo_ref: &RepositoryRef,
         deadline: Instant,
     ) -> Option<HeaderValue> {
-        match self.tokens.known_grant(&self.http, upstream_ref, repo_ref, deadline).await {
+        let session = self.session();
+        match session.tokens.known_grant(&session.http, upstream_ref, repo_ref, deadline).await {
             Ok(authorization) => authorization,
             Err(error) => {
                 tracing::debug!(repository = %repo_ref, %error, "remembered challenge failed");
-                self.tokens.forget(upstream_ref, repo_ref).await;
+                session.tokens.forget(upstream_ref, repo_ref).await;
                 None
             }
         }
@@ -232,11 +238,12 @@ impl UpstreamClient {
         repo_ref: &RepositoryRef,
         deadline: Instant,
     ) -> Result<Option<Challenge>, SourceError> {
+        let session = self.session();
         let request = UpstreamRequest::new(RequestKind::List, "tags/list".to_owned()).query(Some("n=1"));
         let (url, headers) = (request.url(upstream_ref.upstream, repo_ref)?, &request.headers);
         let replayable =
             ReplayableRequest { method: Method::GET, url: url.clone(), headers, authorization: None, form: None };
-        let (response, final_url) = self.http.follow(upstream_ref, replayable, deadline).await?;
+        let (response, final_url) = session.http.follow(upstream_ref, replayable, deadline).await?;
         match response.status().as_u16() {
             // A redirect target must not choose where the secret is sent.
             401 if final_url.origin() != url.origin() => Err(SourceError::denied()),
@@ -256,7 +263,8 @@ impl UpstreamClient {
         url: &Url,
         deadline: Instant,
     ) -> KnownRedirect {
-        let Some(target) = self.redirects.target(url).await.filter(|_| request.blob.is_some()) else {
+        let session = self.session();
+        let Some(target) = session.redirects.target(url).await.filter(|_| request.blob.is_some()) else {
             return KnownRedirect::Unknown;
         };
         let replayable = ReplayableRequest {
@@ -267,7 +275,7 @@ impl UpstreamClient {
             form: None,
         };
         let soon = deadline.min(Instant::now() + REACH_TIMEOUT);
-        let result = match self.http.send(upstream_ref, &replayable, soon).await {
+        let result = match session.http.send(upstream_ref, &replayable, soon).await {
             Ok(response) => checked(response, soon).await,
             Err(error) => Err(error),
         };
@@ -275,7 +283,7 @@ impl UpstreamClient {
             Ok(response) => KnownRedirect::Response(response),
             Err(error) => {
                 tracing::debug!(%error, "remembered redirect failed");
-                self.redirects.forget_expired(url, &target).await;
+                session.redirects.forget_expired(url, &target).await;
                 KnownRedirect::Expired
             }
         }

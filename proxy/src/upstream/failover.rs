@@ -106,9 +106,10 @@ impl UpstreamClient {
 
     /// Why the egress policy blocks a registry without a configured upstream, as far as its name shows.
     pub fn refusal(&self, repo_ref: &RepositoryRef) -> Option<SourceError> {
+        let session = self.session();
         let upstreams = repo_ref.rule.upstreams(&repo_ref.registry);
         let mut derived = upstreams.iter().filter(|(_, trust)| *trust == UpstreamTrust::Derived);
-        let refused = derived.find_map(|(upstream, _)| self.http.check_literal(upstream).err())?;
+        let refused = derived.find_map(|(upstream, _)| session.http.check_literal(upstream).err())?;
         Some(SourceError::Blocked(refused.to_string()))
     }
 

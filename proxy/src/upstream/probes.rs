@@ -40,7 +40,7 @@ impl UpstreamClient {
         let (client, repo_ref, upstream, error) = (self.clone(), repo_ref.clone(), upstream.clone(), error.clone());
         tokio::spawn(async move {
             // Clients can invent names: one without an address is not probed.
-            let may_exist = is_known || client.http.resolves(&upstream).await;
+            let may_exist = is_known || client.session().http.resolves(&upstream).await;
             let probe_permits = if is_known { &client.probe_permits } else { &client.unknown_host_permits };
             let Some(_permit) = may_exist.then(|| probe_permits.clone().try_acquire_owned().ok()).flatten() else {
                 health.lock().clear_down();

@@ -189,9 +189,9 @@ async fn registry_falsely_claiming_a_blob_does_not_authorize() {
         if is_manifest { response.with("content-type", "application/vnd.oci.image.manifest.v1+json") } else { response }
     })
     .await;
-    for access in ["shared", "client"] {
+    for authorization in ["shared", "passthrough"] {
         let lying = format!(
-            "[[registry]]\nmatch = \"claimant.example\"\nupstreams = [\"{}\"]\naccess = \"{access}\"\n",
+            "[[registry]]\nmatch = \"claimant.example\"\nupstreams = [\"{}\"]\nauthorization = \"{authorization}\"\n",
             claimant.url()
         );
         let dray = Start::new(tenants.rule() + &lying).run();
@@ -199,9 +199,9 @@ async fn registry_falsely_claiming_a_blob_does_not_authorize() {
         assert_eq!(pull_as(&dray, &blob, ALICE).await.body, bytes);
         dray.wait_for_fills().await;
         let stolen = dray.get(&blob.replace("reg.example", "claimant.example")).await;
-        assert!(!stolen.complete || stolen.body != bytes, "{access}: {}", stolen.status);
+        assert!(!stolen.complete || stolen.body != bytes, "{authorization}: {}", stolen.status);
         let by_range = dray.get_range(&blob.replace("reg.example", "claimant.example"), "bytes=0-99").await;
-        assert_ne!(by_range.body, bytes[..100], "{access}");
+        assert_ne!(by_range.body, bytes[..100], "{authorization}");
         assert_eq!(pull_as(&dray, &blob, ALICE).await.body, bytes, "alice's blob is unchanged");
     }
 }

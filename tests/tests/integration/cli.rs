@@ -1,11 +1,11 @@
 //! The command line, as people and scripts use it.
 
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use dray_tests::dray::{Start, binary};
 use dray_tests::eventually;
 use dray_tests::http::get;
-use dray_tests::process::{free_port, output};
+use dray_tests::process::{Process, free_port, output};
 use rustix::process::Signal;
 
 fn check(text: &str) -> (i32, String) {
@@ -50,7 +50,7 @@ fn check_config_with_files_reads_what_they_name() {
         (
             "[[registry]]\nmatch = \"a.io\"\ncredentials = { username = \"u\", password_env = \"DRAY_UNSET\" }\n"
                 .to_owned(),
-            "dray.toml:3: registry.credentials: the variable DRAY_UNSET",
+            "dray.toml:3: registry.credentials: the environment variable DRAY_UNSET",
         ),
         (peers("127.0.0.1:5052"), "key"),
     ] {
@@ -126,7 +126,7 @@ fn invalid_configuration_opens_no_port() {
     );
     let wrong_port = output(Command::new(binary()).args(["--listen", "5050"]));
     assert_eq!(wrong_port.status.code(), Some(2));
-    assert!(String::from_utf8_lossy(&wrong_port.stderr).contains("write IP:PORT"));
+    assert!(String::from_utf8_lossy(&wrong_port.stderr).contains("expected IP:PORT"));
     let wrong_flag = output(Command::new(binary()).args(["--cache-disk", "20GB"]));
     assert_eq!(wrong_flag.status.code(), Some(2));
     assert!(String::from_utf8_lossy(&wrong_flag.stderr).contains("GiB"));
@@ -160,18 +160,20 @@ async fn unauthenticated_peers_are_logged_at_the_start() {
     }
 }
 
-/// SIGHUP usually reloads a configuration: it must not stop dray.
 #[tokio::test(flavor = "multi_thread")]
-async fn sighup_does_not_stop_dray() {
+async fn sighup_without_a_file_is_reported() {
     let dir = tempfile::tempdir().unwrap();
     let log = dir.path().join("log");
-    let mut dray = Start::new("").env("DRAY_LOG", "warn").log_to(&log).run();
-    dray.process().signal(Signal::HUP);
-    eventually("the signal is logged", async || {
-        std::fs::read_to_string(&log).unwrap().contains("SIGHUP ignored").then_some(())
-    })
-    .await;
-    assert_eq!(dray.get("/v2/").await.status, 200);
+    let mut command = Command::new(binary());
+    command.args(["--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0", "--cache-disk", "64MiB", "--log", "warn"]);
+    command.arg("--cache-dir").arg(dir.path().join("cache")).stdout(Stdio::piped());
+    let mut dray = Process::spawn(command.stderr(std::fs::File::create(&log).unwrap()));
+    dray.line("listening ");
+    dray.signal(Signal::HUP);
+    let logged = || std::fs::read_to_string(&log).unwrap();
+    eventually("the signal is logged", async || logged().contains("without a configuration file").then_some(())).await;
+    dray.signal(Signal::TERM);
+    assert!(dray.wait().success(), "it ran until the stop signal");
 }
 
 #[tokio::test(flavor = "multi_thread")]

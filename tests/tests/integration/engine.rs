@@ -250,12 +250,12 @@ async fn range_far_into_a_cold_blob_does_not_wait_for_its_start() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn abandoned_fill_stops_or_finishes_as_configured() {
-    for (abandoned, goes_on) in [("keep", false), ("finish", true)] {
+    for (on_client_abort, completes) in [("stop", false), ("finish", true)] {
         let upstream = TestUpstream::with_handler(|request| honest(request).fault(Fault::SlowUntilGate(300_000))).await;
-        let config = rule("docker.io", &upstream.url()) + &format!("on_client_abort = \"{abandoned}\"\n");
+        let config = rule("docker.io", &upstream.url()) + &format!("on_client_abort = \"{on_client_abort}\"\n");
         let dray = Start::new(config).run();
         drop(dray_tests::http::client().get(dray.url(&path())).send().await.unwrap());
-        if goes_on {
+        if completes {
             tokio::time::sleep(Duration::from_secs(7)).await;
             upstream.open_gate();
             dray.wait_for_fills().await;

@@ -275,33 +275,51 @@ fn image_sets_no_dray_variables() {
     assert_eq!(variables, ["XDG_CACHE_HOME=/var/cache"]);
 }
 
-/// The examples of the README are valid, and dray accepts its parts.
+/// A page of docs/kubernetes.
+fn page(name: &str) -> String {
+    std::fs::read_to_string(k8s_dir().join("../docs/kubernetes").join(name)).unwrap()
+}
+
+/// The code blocks of a page that are in a language.
+fn blocks(page: &str, language: &str) -> Vec<String> {
+    let parts = page.split("```").skip(1).step_by(2);
+    parts.filter_map(|block| block.strip_prefix(&format!("{language}\n")).map(str::to_owned)).collect()
+}
+
+/// The examples of the documentation are valid, and dray accepts its parts.
 #[test]
-fn readme_examples_are_valid() {
-    let page = std::fs::read_to_string(k8s_dir().join("README.md")).unwrap();
-    let blocks = |language: &str| {
-        let parts = page.split("```").skip(1).step_by(2);
-        let texts = parts.filter_map(|block| block.strip_prefix(&format!("{language}\n")).map(str::to_owned));
-        texts.collect::<Vec<_>>()
-    };
-    let yaml: Vec<Value> = blocks("yaml").iter().map(|text| serde_yaml_ng::from_str(text).unwrap()).collect();
-    assert_eq!((yaml.len(), blocks("toml").len()), (3, 1));
-    for text in blocks("toml") {
-        text.parse::<toml::Table>().unwrap();
+fn documented_examples_are_valid() {
+    for (name, examples) in [("distributions.md", (1, 3)), ("chart.md", (7, 0)), ("ci-runners.md", (1, 0))] {
+        let (yaml, tables) = (blocks(&page(name), "yaml"), blocks(&page(name), "toml"));
+        assert_eq!((yaml.len(), tables.len()), examples, "{name}");
+        for text in yaml {
+            serde_yaml_ng::from_str::<Value>(&text).unwrap();
+        }
+        for text in tables {
+            text.parse::<toml::Table>().unwrap();
+        }
     }
-    let sidecar = yaml.iter().find_map(|block| block.get("spec")?.get("initContainers")?.get(0)).unwrap();
-    assert_flags_exist(&texts(&sidecar["args"]));
-    // The example values are values of the chart.
-    let values = yaml.iter().find(|block| block.get("secrets").is_some()).unwrap();
+    let pod: Value = serde_yaml_ng::from_str(&blocks(&page("ci-runners.md"), "yaml")[0]).unwrap();
+    assert_flags_exist(&texts(&pod["spec"]["initContainers"][0]["args"]));
+    // The examples of the chart's page are values of the chart.
     let dir = tempfile::tempdir().unwrap();
-    let file = dir.path().join("values.yaml");
-    std::fs::write(&file, serde_yaml_ng::to_string(values).unwrap()).unwrap();
-    assert_consistent(&documents(&render(&["--values", file.to_str().unwrap()]).unwrap()));
-    // Each command in the table names an existing runtime.
-    for name in page.split("`dray runtime-config ").skip(1).map(|rest| rest.split(['`', ' ']).next().unwrap()) {
-        assert!(output(Command::new(binary()).args(["runtime-config", name])).status.success(), "{name}");
+    for (nth, text) in blocks(&page("chart.md"), "yaml").iter().enumerate() {
+        let file = dir.path().join(format!("{nth}.yaml"));
+        std::fs::write(&file, text).unwrap();
+        assert_consistent(&documents(&render(&["--values", file.to_str().unwrap()]).unwrap()));
     }
-    for file in page.split("](values/").skip(1).map(|rest| rest.split(')').next().unwrap()) {
-        assert!(k8s_dir().join("values").join(file).exists(), "{file}");
+    // Each command names an existing runtime.
+    for name in ["distributions.md", "chart.md", "ci-runners.md", "../runtimes.md"] {
+        for rest in page(name).split("dray runtime-config ").skip(1) {
+            let runtime: String = rest.chars().take_while(char::is_ascii_alphanumeric).collect();
+            let is_known = || output(Command::new(binary()).args(["runtime-config", &runtime])).status.success();
+            assert!(runtime == "NAME" || is_known(), "{name}: {runtime}");
+        }
     }
+    // Each values file is linked, and each link is a file.
+    let distributions = page("distributions.md");
+    let links = distributions.split("](../../k8s/values/").skip(1).map(|rest| rest.split(')').next().unwrap());
+    let linked: BTreeSet<PathBuf> = links.map(|file| k8s_dir().join("values").join(file)).collect();
+    let files: BTreeSet<PathBuf> = values_files().into_iter().collect();
+    assert_eq!(linked, files);
 }

@@ -35,10 +35,11 @@ fn pull_new_image(cluster: &Kubernetes) {
     cluster.run_pod(&name, &format!("docker.io/library/{name}:1"));
 }
 
-/// Runs the CI example of k8s/README.md, which has a dray beside its builder. The builder does nothing in this test.
+/// Runs the example of docs/kubernetes/ci-runners.md, which has a dray beside its builder. The builder does nothing in
+/// this test.
 fn run_ci_runner_example(cluster: &Kubernetes) {
-    let page = std::fs::read_to_string(k8s_dir().join("README.md")).unwrap();
-    let example = page.split("## CI runners").nth(1).unwrap().split("```").nth(1).unwrap();
+    let page = std::fs::read_to_string(k8s_dir().join("../docs/kubernetes/ci-runners.md")).unwrap();
+    let example = page.split("## A dray beside the builder").nth(1).unwrap().split("```").nth(1).unwrap();
     let example = example.strip_prefix("yaml").unwrap();
     let example = example.replace("registry.corp/dray:0.1.0", "127.0.0.1:5000/dray:test");
     let mut pod: Value =
@@ -96,7 +97,7 @@ async fn cluster_is_configured_by_helm_and_left_as_it_was() {
     run_ci_runner_example(&cluster);
 
     // Shared drays for all nodes, reached by a node port.
-    let file = values(&cluster, "mode: deployment\nreplicas: 2\n");
+    let file = values(&cluster, "mode: deployment\nreplicaCount: 2\n");
     cluster.helm(&["install", "dray", chart, "--values", &file, "--wait"]);
     let is_configured = async || has_mirror(&hosts_dir, "http://127.0.0.1:30050").then_some(());
     eventually("the drays of the cluster are configured as mirror", is_configured).await;

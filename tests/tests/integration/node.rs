@@ -70,11 +70,11 @@ impl Cluster {
         let values = serde_yaml_ng::to_string(&serde_json::json!({
             "mode": mode,
             "containerd": { "hostsDir": hosts_dir },
-            "reach": { "port": ports[0], "mirror": format!("http://127.0.0.1:{}", ports[0]) },
+            "exposure": { "port": ports[0], "mirror": format!("http://127.0.0.1:{}", ports[0]) },
             "metrics": { "port": ports[1] },
             "peers": { "port": ports[2] },
             "cache": { "disk": "1GiB" },
-            "config": config,
+            "extraConfig": config,
         }));
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("values.yaml");

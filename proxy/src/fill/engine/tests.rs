@@ -113,7 +113,7 @@ fn body(mib: usize) -> Bytes {
 fn fill(digest: &Digest) -> Arc<Fill> {
     let registries = Registries::new(&Config::default());
     let (registry, repository) = ("docker.io".parse().unwrap(), "library/a".parse().unwrap());
-    let rule = registries.rule(&registry, &"library/a".parse().unwrap()).clone();
+    let rule = registries.rule(&registry, &"library/a".parse().unwrap());
     let repo_ref = crate::registries::RepositoryRef::new(rule, registry, repository);
     Arc::new(Fill::new(FillKey::new(&repo_ref, digest), repo_ref, CurrentRole::new(Role::Global)))
 }

@@ -1,0 +1,205 @@
+//! Applies a changed configuration file without a restart: on SIGHUP, and when its text changes.
+//!
+//! | file | result |
+//! |---|---|
+//! | valid | new requests use it; requests in progress end under the previous one |
+//! | valid, changes keys that need a restart | the same, but these keys keep their values, and a warning lists them |
+//! | invalid or unreadable | nothing changes; error log with line and key, `dray_config_reload_failed` is 1 |
+
+use std::sync::Arc;
+
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::task::{JoinSet, spawn_blocking};
+use tokio::time::sleep;
+
+use super::background;
+use super::components::{Components, check};
+use crate::config::{AccessConfig, CacheConfig, Config};
+use crate::times::RELOAD_INTERVAL;
+
+/// Reads the configuration: the file, overridden by flags and variables. Also returns the file's text, by which a change is
+/// found.
+pub trait ConfigSource: Send + Sync + 'static {
+    /// None: there is no file, so there is nothing to reload.
+    fn text(&self) -> Option<Result<String, String>>;
+    /// An error names file, line and key.
+    fn load(&self) -> Result<Config, String>;
+}
+
+/// Whether two configurations differ in a key.
+type Differs = fn(&Config, &Config) -> bool;
+
+/// The keys that take effect at the start only.
+const RESTART_KEYS: [(&str, Differs); 12] = [
+    ("listen", |a, b| a.listen != b.listen),
+    ("admin", |a, b| a.admin != b.admin),
+    ("admin_token_file", |a, b| a.admin_token_file != b.admin_token_file),
+    ("cache.dir", |a, b| a.cache.dir != b.cache.dir),
+    ("cache.disk", |a, b| a.cache.disk != b.cache.disk),
+    ("cache.memory", |a, b| a.cache.memory != b.cache.memory),
+    ("access.token_key_file", |a, b| a.access.token_key_file != b.access.token_key_file),
+    ("dns", |a, b| a.dns != b.dns),
+    ("tls", |a, b| a.tls != b.tls),
+    ("peers", |a, b| a.peers != b.peers),
+    ("containerd", |a, b| a.containerd != b.containerd),
+    ("tracing", |a, b| a.tracing != b.tracing),
+];
+
+/// Reloads for as long as it is polled. `started` is the configuration of the start as it was read: the running one has the
+/// ports that port 0 stood for.
+pub(super) async fn run(
+    components: Arc<Components>,
+    started: Arc<Config>,
+    source: Arc<dyn ConfigSource>,
+    is_terminal: bool,
+) {
+    let mut tasks = background::spawn_configured(&components.config.load(), &components.pull);
+    // With a terminal, SIGHUP means that the terminal has closed.
+    let mut hangups = (!is_terminal).then(|| signal(SignalKind::hangup()).ok()).flatten();
+    let mut applied = read(&source).await.and_then(Result::ok);
+    let mut rejected = None;
+    loop {
+        let is_requested = tokio::select! {
+            () = async { match &mut hangups { Some(hangups) => drop(hangups.recv().await), None => std::future::pending().await } } => true,
+            () = sleep(RELOAD_INTERVAL) => false,
+        };
+        let text = match read(&source).await {
+            Some(text) => text,
+            None if is_requested => {
+                tracing::warn!("reload skipped: dray runs without a configuration file");
+                continue;
+            }
+            None => continue,
+        };
+        let is_known = text.as_ref().ok() == applied.as_ref() || Some(&text) == rejected.as_ref();
+        if is_known && !is_requested {
+            continue;
+        }
+        let result = match &text {
+            Ok(_) => reload(&components, started.clone(), source.clone(), &mut tasks).await,
+            Err(error) => Err(error.clone()),
+        };
+        components.metrics.config_reload_failed.set(result.is_err().into());
+        match result {
+            Ok(()) => (applied, rejected) = (text.ok(), None),
+            Err(error) => {
+                tracing::error!(error, "configuration reload failed, the previous configuration stays in use");
+                rejected = Some(text);
+            }
+        }
+    }
+}
+
+async fn read(source: &Arc<dyn ConfigSource>) -> Option<Result<String, String>> {
+    let source = source.clone();
+    spawn_blocking(move || source.text()).await.ok().flatten()
+}
+
+/// Everything that can fail happens before anything is applied.
+async fn reload(
+    components: &Arc<Components>,
+    started: Arc<Config>,
+    source: Arc<dyn ConfigSource>,
+    tasks: &mut JoinSet<()>,
+) -> Result<(), String> {
+    let (all, loading) = (components.clone(), source);
+    let checked = spawn_blocking(move || {
+        let next = loading.load()?;
+        check(&next).map_err(|error| error.to_string())?;
+        let running = all.config.load_full();
+        let (next, restart) = without_restart(&running, &started, next);
+        let (rules, logins) = (all.pull.reloaded(&next)?, all.client_auth.reloaded(&next.access)?);
+        Ok::<_, String>((next, restart, rules, logins))
+    });
+    let (next, restart, rules, logins) = checked.await.map_err(|error| error.to_string())??;
+    let running = components.config.load_full();
+    components.client_auth.store(logins);
+    components.clients.reload(&next.access);
+    components.browsers.reload(&next);
+    components.pull.store(rules);
+    components.config.store(Arc::new(next.clone()));
+    if (&next.prefetch, &next.pin, next.cache.scrub_rate) != (&running.prefetch, &running.pin, running.cache.scrub_rate)
+    {
+        *tasks = background::spawn_configured(&next, &components.pull);
+    }
+    components.metrics.config.reset();
+    components.metrics.config.with_label_values(&[&next.hash()]).set(1);
+    tracing::info!(hash = next.hash(), "configuration reloaded");
+    if !restart.is_empty() {
+        tracing::warn!(keys = restart.join(", "), "changed keys need a restart");
+    }
+    Ok(())
+}
+
+/// A configuration in which the keys that need a restart have their running values, and which of these differ from the start.
+fn without_restart(running: &Config, started: &Config, next: Config) -> (Config, Vec<&'static str>) {
+    let differ = RESTART_KEYS.into_iter().filter(|(_, differs)| differs(started, &next)).map(|(key, _)| key).collect();
+    let kept = running.clone();
+    // Written out, so that a new key has to be decided on.
+    let applied = Config {
+        version: next.version,
+        listen: kept.listen,
+        admin: kept.admin,
+        admin_token_file: kept.admin_token_file,
+        cache: CacheConfig {
+            dir: kept.cache.dir,
+            disk: kept.cache.disk,
+            memory: kept.cache.memory,
+            min_free: next.cache.min_free,
+            scrub_rate: next.cache.scrub_rate,
+        },
+        access: AccessConfig { token_key_file: kept.access.token_key_file, ..next.access },
+        egress: next.egress,
+        dns: kept.dns,
+        tls: kept.tls,
+        registry: next.registry,
+        prefetch: next.prefetch,
+        pin: next.pin,
+        peers: kept.peers,
+        containerd: kept.containerd,
+        tracing: kept.tracing,
+    };
+    (applied, differ)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config(text: &str) -> Config {
+        Config::parse(text, "test").unwrap()
+    }
+
+    #[test]
+    fn reload_keeps_and_lists_keys_that_need_a_restart() {
+        let running = config("listen = \"127.0.0.1:1\"\n[cache]\ndisk = \"1GiB\"");
+        let next = config(
+            "listen = \"127.0.0.1:2\"\n[cache]\ndisk = \"2GiB\"\nmin_free = \"7%\"\n[dns]\nservers = [\"10.0.0.1:53\"]\n\
+             [[registry]]\nmatch = \"a.io\"",
+        );
+        let (applied, restart) = without_restart(&running, &running, next.clone());
+        assert_eq!(restart, ["listen", "cache.disk", "dns"]);
+        assert_eq!(
+            (applied.listen, applied.cache.disk, &applied.dns),
+            (running.listen, running.cache.disk, &running.dns)
+        );
+        assert_eq!((applied.cache.min_free, applied.registry.len()), (next.cache.min_free, 1));
+        assert_eq!(without_restart(&running, &running, applied.clone()), (applied, vec![]));
+    }
+
+    #[test]
+    fn every_key_that_is_not_applied_is_listed() {
+        let sample = include_str!("../../../config/dray.toml").replace("#: ", "");
+        let (running, next) = (Config::default(), config(&sample));
+        let (applied, restart) = without_restart(&running, &running, next.clone());
+        // A key that is neither applied nor listed would still differ without a word.
+        for (key, differs) in RESTART_KEYS {
+            assert!(!differs(&running, &applied), "{key} is applied");
+            assert_eq!(restart.contains(&key), differs(&running, &next), "{key}");
+        }
+        let listed = |key: &str| RESTART_KEYS.iter().any(|(known, _)| *known == key);
+        for (key, kept) in [("tls", applied.tls == next.tls), ("peers", applied.peers == next.peers)] {
+            assert!(!kept && listed(key) && restart.contains(&key), "{key}");
+        }
+    }
+}
