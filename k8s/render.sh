@@ -11,6 +11,9 @@ for mode in daemonset deployment; do
 # \`kubectl delete\`: pods that end take containerd's configuration back themselves, and
 # \`dray containerd uninstall\` does so on a node where one was killed.
 #
+# Peers do not authenticate each other in these manifests: keep port 5052 inside the cluster, or use Helm, which generates a
+# key.
+#
 # Build the image with \`make image\`, push it to where your nodes can pull it, and set it below.
 #
 #   kubectl apply -f k8s/$mode.yaml
@@ -20,7 +23,7 @@ metadata:
   name: dray
 ---
 HEAD
-        "$helm" template dray "$chart" --namespace dray --kube-version 1.34.0 --no-hooks --set mode=$mode |
+        "$helm" template dray "$chart" --namespace dray --kube-version 1.34.0 --no-hooks --set mode=$mode,peers.generateKey=false |
             grep -v -e '^# Source' -e 'helm.sh/chart' -e 'managed-by: Helm' | sed -e '1{/^---$/d}' -e 's/ *$//'
     } >"$out/$mode.yaml"
 done

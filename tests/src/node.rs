@@ -92,14 +92,24 @@ impl Node {
             std::fs::create_dir_all(&path).expect("DirectoryOrCreate");
             return path;
         }
+        if let Some(name) = volume["secret"]["secretName"].as_str() {
+            let secrets = of_kind(documents, "Secret");
+            let secret = secrets.into_iter().find(|secret| secret["metadata"]["name"] == name).expect("a Secret");
+            return self.write_keys(name, &secret["stringData"]);
+        }
         let name = &volume["configMap"]["name"];
         let map = of_kind(documents, "ConfigMap")
             .into_iter()
             .find(|map| map["metadata"]["name"] == *name)
             .expect("a ConfigMap");
-        let dir = self.dir.path().join("config-map");
+        self.write_keys("config-map", &map["data"])
+    }
+
+    /// A directory with a file for each key.
+    fn write_keys(&self, name: &str, keys: &Value) -> PathBuf {
+        let dir = self.dir.path().join(name);
         std::fs::create_dir_all(&dir).expect("a directory");
-        for (key, text) in map["data"].as_mapping().expect("keys") {
+        for (key, text) in keys.as_mapping().expect("keys") {
             let file = dir.join(key.as_str().expect("a file's name"));
             std::fs::write(file, text.as_str().expect("a text")).expect("written");
         }

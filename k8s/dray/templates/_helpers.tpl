@@ -93,6 +93,12 @@ app.kubernetes.io/component: proxy
 {{ include "dray.fullname" . }}-peers
 {{- end -}}
 
+{{/* The Secret with the peers' key; empty: peers do not authenticate each other. */}}
+{{- define "dray.peersKeySecret" -}}
+{{- $generated := ternary (printf "%s-peers-key" (include "dray.fullname" .)) "" .Values.peers.generateKey -}}
+{{- .Values.peers.keySecret | default $generated -}}
+{{- end -}}
+
 {{- define "dray.domain" -}}
 {{ .Release.Namespace }}.svc.{{ .Values.peers.clusterDomain }}
 {{- end -}}
@@ -141,7 +147,7 @@ service = "{{ include "dray.peersService" . }}.{{ include "dray.domain" . }}"
 service = { {{ join ", " $services }} }
 zones = {{ .Values.zones.policy | quote }}
 {{- end }}
-{{- if .Values.peers.keySecret }}
+{{- if include "dray.peersKeySecret" . }}
 key_file = "/etc/dray/peers/peers.key"
 {{- end }}
 {{- if and .Values.containerd.enabled (eq .Values.mode "daemonset") }}

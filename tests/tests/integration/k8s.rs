@@ -19,6 +19,7 @@ fn matrix() -> Vec<Vec<String>> {
         "exposure.type=hostPort,networkPolicy.enabled=true",
         "containerd.enabled=false,serviceAccount.name=dray,metrics.tokenSecret=dray-admin",
         "containerd.configFile=/etc/containerd/config.toml,peers.keySecret=peers",
+        "peers.generateKey=false",
         "metrics.enabled=true,serviceMonitor.enabled=true,prometheusRule.enabled=true,\
          grafanaDashboard.enabled=true,extraEnv[0].name=HTTPS_PROXY,extraEnv[0].value=http://proxy:3128",
         "zones.by=nodes,zones.names={a,b-1},zones.policy=isolate",
