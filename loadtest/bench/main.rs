@@ -14,6 +14,7 @@ mod mirror;
 mod node;
 mod outage;
 mod private;
+mod reload;
 mod rig;
 mod seen;
 mod small;
@@ -42,12 +43,15 @@ async fn main() {
     if runs("private") {
         private::hits().await;
     }
+    if runs("reload") {
+        reload::under_load().await;
+    }
     if runs("seen") {
         seen::by_log_and_metrics().await;
         seen::by_people().await;
     }
     let needs_no_rig = |name: &String| {
-        matches!(name.as_str(), "attack" | "mirror" | "outage" | "private" | "seen")
+        matches!(name.as_str(), "attack" | "mirror" | "outage" | "private" | "reload" | "seen")
             || cluster::PARTS.contains(&name.as_str())
     };
     if !wanted.is_empty() && wanted.iter().all(needs_no_rig) {

@@ -93,7 +93,7 @@ impl Target {
     }
 
     /// The p99 latency in seconds, counted from the time when each request was due.
-    fn p99(&self, rate: f64) -> f64 {
+    pub(crate) fn p99(&self, rate: f64) -> f64 {
         let begun = Instant::now();
         let mut latencies = self.drive(|nth| begun + Duration::from_secs_f64(f64::from(nth) / rate));
         latencies.sort_by(f64::total_cmp);

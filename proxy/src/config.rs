@@ -148,7 +148,7 @@ pub struct TlsConfig {
 /// The version of the keys below. Removing a key, or changing its meaning, increments it.
 const VERSION: u64 = 1;
 
-/// Smaller, and the preallocated files for small objects leave no room for blobs.
+/// The smallest cache. Smaller: the preallocated files for small objects leave no room for blobs.
 pub const MIN_DISK: Size = Size(64 << 20);
 
 /// An error in a configuration, and its place.
@@ -221,7 +221,7 @@ impl Config {
             Some(rule) if self.peers.listen.is_some() && !self.peers.are_authenticated() => {
                 let problem = format!(
                     "\"passthrough\" of \"{}\" with peers needs peers.key_file (or --peers-key-file, DRAY_PEERS_KEY_FILE) or \
-                     peers.mtls: without, every client that reaches the peer port would be taken for a peer",
+                     peers.mtls: otherwise every client of the peer port could act as a peer",
                     rule.get_ref().pattern
                 );
                 Err(KeyConflict::of_rule(rule.span().start, "registry.authorization", problem))
@@ -262,7 +262,8 @@ impl Config {
             }
             rule.check().map_err(|(key, problem)| KeyConflict::of_rule(start, key, problem))?;
             if rule.authorization == Authorization::Passthrough && self.access.users_file.is_some() {
-                let problem = "a request has one Authorization: that of access.users_file, or the registry's own";
+                let problem =
+                    "\"passthrough\" cannot be combined with access.users_file: a client sends only one credential";
                 return Err(KeyConflict::of_rule(start, "registry.authorization", problem));
             }
             for alias in &rule.alias {

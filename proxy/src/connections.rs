@@ -36,11 +36,14 @@ use crate::worker_watch::watched;
 /// Accepts connections, and passes their requests to an application.
 pub struct Connections<A> {
     app: Arc<A>,
+    /// By client address, without a fixed limit: a load balancer opens all its connections from one address.
     slots: Shares<Option<IpAddr>>,
     idle: Arc<Idle>,
     /// Budget for heads while they are read.
     memory: Arc<Memory>,
     tls: Option<Acceptor>,
+    /// Header lines of a rejection for lack of slots or memory.
+    refusal: &'static str,
 }
 
 /// One connection of HTTP/2.
@@ -86,7 +89,12 @@ impl<A> Connections<A> {
     /// At most `most` connections at a time, and no more than there is memory for.
     pub fn new(app: A, most: usize, memory: Arc<Memory>) -> Self {
         let slots = Shares::new(most.min(memory.connections));
-        Self { app: Arc::new(app), slots, idle: Arc::default(), memory, tls: None }
+        Self { app: Arc::new(app), slots, idle: Arc::default(), memory, tls: None, refusal: "" }
+    }
+
+    /// For peers, which would take a 503 without this header for the status of the upstream.
+    pub fn for_peers(self) -> Self {
+        Self { refusal: "Dray-Refusal: overloaded\r\n", ..self }
     }
 
     /// The same behind TLS. A connection takes its slot before its handshake: Pingora's own listeners do not count
@@ -113,7 +121,7 @@ impl<A> Connections<A> {
     }
 
     /// A slot for a new connection. If none is free, an idle connection is closed: one of the same client, or the
-    /// oldest if the client has no slot.
+    /// oldest if the client has no slot. A client with slots never costs another client a connection.
     async fn acquire_slot(&self, client: Option<IpAddr>) -> Option<Share<Option<IpAddr>>> {
         if let Some(slot) = self.slots.take(&client, 1) {
             return Some(slot);
@@ -154,7 +162,7 @@ impl<A: HttpServerApp + Send + Sync + 'static> Connections<A> {
         let from = from.map(|from| client(from.to_canonical()));
         let Some(_slot) = self.acquire_slot(from).await else {
             if self.tls.is_none() {
-                reject(stream, &HeadError::TooMany).await;
+                reject(stream, &HeadError::TooMany, self.refusal).await;
             }
             return;
         };
@@ -184,7 +192,7 @@ impl<A: HttpServerApp + Send + Sync + 'static> Connections<A> {
             };
             let head = match head {
                 Ok(head) => head,
-                Err(error) => return reject(stream, &error).await,
+                Err(error) => return reject(stream, &error, self.refusal).await,
             };
             let mut session = ServerSession::new_http1(stream);
             if let Some(settings) = settings {
@@ -296,7 +304,7 @@ pub fn client(address: IpAddr) -> IpAddr {
 }
 
 /// Sends the reason as a status, then closes the connection.
-async fn reject(mut stream: Stream, error: &HeadError) {
+async fn reject(mut stream: Stream, error: &HeadError, refusal: &str) {
     let status = match error {
         HeadError::Closed => return,
         HeadError::NotHttp => "400 Bad Request",
@@ -305,8 +313,7 @@ async fn reject(mut stream: Stream, error: &HeadError) {
         HeadError::TooMany => "503 Service Unavailable",
     };
     tracing::debug!(status, "connection closed before a complete request");
-    // Without the header, a peer would take the status for that of the upstream.
-    let refusal = if *error == HeadError::TooMany { "Dray-Refusal: overloaded\r\n" } else { "" };
+    let refusal = if *error == HeadError::TooMany { refusal } else { "" };
     let response = format!("HTTP/1.1 {status}\r\n{refusal}Connection: close\r\nContent-Length: 0\r\n\r\n");
     let farewell = async {
         stream.write_all(response.as_bytes()).await?;

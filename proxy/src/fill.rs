@@ -259,8 +259,8 @@ impl Fill {
     }
 
     /// Whether a peer that requests the byte at `at` should be redirected to another holder.
-    pub fn is_better_elsewhere(&self, at: u64) -> bool {
-        self.plan.lock().is_better_elsewhere(at)
+    pub fn is_deferred_to_peers(&self, at: u64) -> bool {
+        self.plan.lock().is_deferred_to_peers(at)
     }
 
     /// This node downloads a range as the owner's deputy.
@@ -334,7 +334,8 @@ impl Fill {
             let bytes = self.written().iter().map(|span| span.len()).sum::<u64>();
             vec![
                 ("dray.digest", self.key.digest.to_string().into()),
-                ("dray.image", self.repo_ref.to_string().into()),
+                ("dray.registry", self.repo_ref.registry.to_string().into()),
+                ("dray.repository", self.repo_ref.repository.to_string().into()),
                 ("dray.role", self.role().as_str().into()),
                 ("dray.bytes", bytes.into()),
             ]

@@ -61,7 +61,7 @@ metrics! {
     pub upstream_down: IntGaugeVec ["rule"] = "dray_upstream_down",
         "Upstreams that are down, and are probed until they respond.";
     pub client_authorizations: IntCounterVec ["rule", "outcome"] = "dray_client_authorizations_total",
-        "Requests to upstream registries whether a client may pull something, by outcome.";
+        "Authorization checks of clients at upstream registries, by outcome.";
     pub upstream_rate_limit: IntGaugeVec ["rule", "upstream"] = "dray_upstream_rate_limit",
         "Pulls that an upstream allows in its window, by its last response.";
     pub upstream_rate_limit_remaining: IntGaugeVec ["rule", "upstream"] = "dray_upstream_rate_limit_remaining",
@@ -72,8 +72,8 @@ metrics! {
         "Requests to peers, by outcome.";
     pub peer_first_byte: HistogramVec ["from_zone", "to_zone"] = "dray_peer_first_byte_seconds",
         "Time to the first byte of a peer's response with content.";
-    pub downloads: IntGaugeVec ["state"] = "dray_downloads_in_progress",
-        "Blobs that are being downloaded, or verified on disk.";
+    pub downloads: IntGauge [] = "dray_downloads_in_progress",
+        "Blobs that are being downloaded.";
     pub evicted_bytes: IntCounter [] = "dray_evicted_bytes_total",
         "Bytes of blobs evicted from disk.";
     pub resumed_bytes: IntCounter [] = "dray_resumed_bytes_total",
@@ -107,7 +107,7 @@ metrics! {
     pub cache_bypass: IntCounterVec ["reason"] = "dray_cache_bypass_total",
         "Blobs that were proxied without being cached, by reason.";
     pub peers: IntGauge [] = "dray_peers",
-        "Addresses that DNS or the configuration names as members, this one included.";
+        "Addresses that DNS or the configuration lists as peers, this node included.";
     pub config: IntGaugeVec ["hash"] = "dray_config_info",
         "Always 1; nodes whose configuration differs have another hash, addresses and zones left out.";
     pub config_reload_failed: IntGauge [] = "dray_config_reload_failed",

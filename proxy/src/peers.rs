@@ -101,8 +101,8 @@ pub enum FetchPolicy {
     CacheOnly,
 }
 
-/// Longer than one second, after which TCP resends a lost SYN: a congested link is not a dead peer. Longer: a dead peer
-/// delays each request more. Shorter: one lost packet marks a peer as down.
+/// Timeout for a connection to a peer: more than the second after which TCP resends a lost SYN. Larger: a dead peer delays
+/// each request more. Smaller: one lost packet marks a peer as down.
 const CONNECT_TIMEOUT: Duration = Duration::from_millis(1500);
 
 /// Upper bound for the peers tracked over all blobs together, each with up to a KiB. Larger: more memory. Smaller:
@@ -188,7 +188,7 @@ impl Peers {
     }
 
     /// Waits until the members are known.
-    pub async fn formed(&self) {
+    pub async fn wait_until_known(&self) {
         // Waiting only fails when the sender is dropped, and `self` owns it.
         let _ = self.formed.subscribe().wait_for(|formed| *formed).await;
     }
@@ -235,7 +235,7 @@ impl Peers {
     }
 
     /// The route to the owners of a digest, for a request that reached this node with `role`.
-    pub fn lead(&self, digest: &Digest, role: Role, scope: Scope) -> OwnerRoute {
+    pub fn owner_route(&self, digest: &Digest, role: Role, scope: Scope) -> OwnerRoute {
         self.members.load().owner_route(digest, role, scope, |peer| self.is_available(peer))
     }
 
@@ -277,12 +277,12 @@ impl Peers {
             Claim::Relayed if !self.health.lock().record_relayed_corruption(peer, self.now()) => {
                 tracing::info!(%peer, "peer relayed corrupt bytes");
             }
-            Claim::Relayed | Claim::Verified => self.lies(peer),
+            Claim::Relayed | Claim::Verified => self.eject(peer),
         }
     }
 
     /// Ejects a peer that sent corrupt bytes as verified, and no longer names it as a holder to others.
-    pub fn lies(&self, peer: SocketAddr) {
+    pub fn eject(&self, peer: SocketAddr) {
         tracing::warn!(%peer, reason = "corrupt", "peer ejected");
         self.metrics.peer_ejections.inc();
         self.health.lock().eject(peer, self.now());

@@ -36,8 +36,8 @@ impl PrincipalId {
     pub const ANONYMOUS: Self = Self([0; 16]);
 
     /// Of a principal that a peer has authorized and requests for. It never equals the ID of a client of this node.
-    pub fn lent(authorization: &HeaderValue) -> Self {
-        let input = [b"dray lent\0", authorization.as_bytes()].concat();
+    pub fn forwarded(authorization: &HeaderValue) -> Self {
+        let input = [b"dray forwarded\0", authorization.as_bytes()].concat();
         let mut id = [0; 16];
         id.copy_from_slice(&digest(&SHA256, &input).as_ref()[..16]);
         Self(id)

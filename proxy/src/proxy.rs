@@ -3,6 +3,7 @@
 mod answer;
 mod browsers;
 mod client_auth;
+mod client_policy;
 mod clients;
 mod exchange;
 mod load;
@@ -17,6 +18,7 @@ use std::sync::Arc;
 use std::task::Poll;
 use std::time::{Duration, Instant};
 
+use arc_swap::ArcSwap;
 use async_trait::async_trait;
 use futures_util::poll;
 use http::header::{ACCEPT, HOST, RANGE};
@@ -31,6 +33,7 @@ use tokio::time::timeout;
 use self::answer::send;
 pub use self::browsers::Browsers;
 pub use self::client_auth::ClientAuth;
+pub use self::client_policy::ClientPolicy;
 pub use self::clients::Clients;
 use self::clients::{ClientDenied, ClientPermit};
 pub use self::exchange::Exchange;
@@ -51,7 +54,7 @@ use crate::peers::{FetchPolicy, PeerAuthError, PeerRequest, PeerTrust, wire};
 use crate::probe_image;
 use crate::pull::{BlobRequest, ListKind, ManifestResponse, Pull, PullError, RequestContext, Requester};
 use crate::readiness::Readiness;
-use crate::registries::{self, Registries, Rule};
+use crate::registries::{self, Rule, Rules};
 use crate::respond::PreparedResponse;
 use crate::times::CLOSE_TIMEOUT;
 use crate::trace::{self, Tracer};
@@ -59,7 +62,7 @@ use crate::trace::{self, Tracer};
 /// Handles the requests of one listener.
 pub struct RegistryProxy {
     pub pull: Arc<Pull>,
-    pub registries: Arc<Registries>,
+    pub policy: Arc<ArcSwap<ClientPolicy>>,
     pub metrics: Arc<Metrics>,
     pub access_log: Arc<AccessLog>,
     pub load: Arc<Load>,
@@ -149,7 +152,6 @@ impl RegistryProxy {
                     return Err(Error::explain(ErrorType::ConnectionClosed, CLIENT_DISCONNECTED).into_down());
                 };
                 exchange.span = span;
-                let response = if self.listener == Listener::Clients { response.for_clients() } else { response };
                 match self.load.reserve(response.body.held(), client) {
                     Ok(memory) => {
                         exchange.memory = memory;
@@ -160,47 +162,52 @@ impl RegistryProxy {
             }
             None => PreparedResponse::refusal(&PullError::Busy),
         };
+        let response = if self.listener == Listener::Clients { response.for_clients() } else { response };
         send(session, exchange, response).await
     }
 }
 
 impl RegistryProxy {
     async fn handle(&self, session: &mut Session, exchange: &mut Exchange) -> PreparedResponse {
-        match self.admit_client(session) {
+        let policy = self.policy.load_full();
+        match self.admit_client(&policy, session) {
             Ok(permit) => exchange.client_permit = permit,
             Err(denied @ ClientDenied::NotAllowed) => {
                 return PreparedResponse::refusal(&PullError::Denied(denied.as_str().into()));
             }
             Err(denied) => return PreparedResponse::refusal(&PullError::Unavailable(denied.as_str().into())),
         }
-        if let Err(denied) = self.browsers.admit(session.req_header()) {
+        if let Err(denied) = self.browsers.admit(&policy.browser_names, session.req_header()) {
             return PreparedResponse::refusal(&PullError::Denied(denied.as_str().into()));
         }
-        if self.is_token_request(session.req_header()) {
+        if self.is_token_request(&policy, session.req_header()) {
             exchange.route = "token";
-            return self.issue_token(session).await;
+            return self.issue_token(&policy, session).await;
         }
         let request = session.req_header();
-        let route = match self.route(request) {
+        let route = match self.route(&policy.rules, request) {
             Ok(route) => route,
             Err(response) => return *response,
         };
         exchange.route = route.as_str();
         let is_probe = matches!(&route, Route::Content { registry, .. } if probe_image::is_registry(registry));
-        if self.listener == Listener::Clients && !is_probe && !self.client_auth.is_logged_in(request) {
+        if self.listener == Listener::Clients
+            && !is_probe
+            && !self.client_auth.is_logged_in(policy.logins.as_deref(), request)
+        {
             return PreparedResponse::credential_rejected(
                 "this cache requires a login: use an account of access.users_file",
             );
         }
         let Route::Content { registry, repository, endpoint, registry_from } = route else {
-            return self.ping(request);
+            return self.ping(&policy, request);
         };
         if probe_image::is_registry(&registry) && self.listener == Listener::Clients {
             let range = text(request, &RANGE).and_then(RangeSet::parse).as_ref().and_then(RangeSet::single);
             return probe_image::answer(&endpoint, range.filter(|_| request.method != Method::HEAD))
                 .of_registry(&registry);
         }
-        let repo_ref = self.pull.repo_ref(registry.clone(), repository.clone());
+        let repo_ref = policy.rules.repo_ref(registry.clone(), repository.clone());
         let rule = repo_ref.rule.name().to_owned();
         exchange.content = Some(Content { registry: registry.clone(), repository, rule, registry_from });
         let peer_request = match self.peer_request(session) {
@@ -246,13 +253,13 @@ impl RegistryProxy {
     }
 
     /// Resolves a request to a registry, repository and endpoint.
-    fn route(&self, request: &Parts) -> Result<Route, Box<PreparedResponse>> {
+    fn route(&self, rules: &Rules, request: &Parts) -> Result<Route, Box<PreparedResponse>> {
         if !matches!(request.method, Method::GET | Method::HEAD) {
             return Err(Box::new(PreparedResponse::read_only()));
         }
         let (path, query) = (request.uri.path(), request.uri.query());
         let host = text(request, &HOST).or_else(|| request.uri.authority().map(|a| a.as_str()));
-        route::parse(path, query, host, &*self.registries).map_err(|error| {
+        route::parse(path, query, host, rules).map_err(|error| {
             if error.message.contains("override_path") {
                 tracing::warn!(path, error = error.message, "client mirror configuration invalid");
             }
@@ -278,7 +285,7 @@ impl RegistryProxy {
             return Ok((self.authorize_peer(peer_request, repo_ref, endpoint, accept, request_context).await, None));
         }
         let authorization = self.authorize_client(session, repo_ref, endpoint, accept);
-        match timeout(request_context.patience, authorization).await {
+        match timeout(request_context.time_limit, authorization).await {
             Ok(authorized) => authorized,
             Err(_) => {
                 let message = "authorization timed out: the registry did not respond in time";
@@ -329,10 +336,10 @@ impl RegistryProxy {
                         length.map(|(length, from)| PreparedResponse::blob_length(length, from, &request.digest));
                     match (peer_request, self.pull.peers()) {
                         (Some(peer_request), Some(peers)) => {
-                            peers.heard(&peer_request, &request.digest);
+                            peers.record_report(&peer_request, &request.digest);
                             let here = self.pull.here(&request).await;
                             response.map(|response| {
-                                response.with_headers(peers.told(&peer_request, &request.digest, &here))
+                                response.with_headers(peers.response_headers(&peer_request, &request.digest, &here))
                             })
                         }
                         _ => response,
@@ -372,11 +379,11 @@ impl RegistryProxy {
     }
 
     /// Whether this is a request to the token endpoint, which exists only if a rule authorizes clients at the registry.
-    fn is_token_request(&self, request: &Parts) -> bool {
+    fn is_token_request(&self, policy: &ClientPolicy, request: &Parts) -> bool {
         self.listener == Listener::Clients
             && request.uri.path() == client_auth::TOKEN_PATH
             && matches!(request.method, Method::GET | Method::POST)
-            && self.registries.any_passthrough()
+            && policy.rules.any_passthrough()
     }
 
     /// The peer has authorized its client. This node checks only that the digest belongs to the repository.
@@ -393,34 +400,34 @@ impl RegistryProxy {
             (endpoint, request_context.fetch_policy)
             && let Err(error) = self.pull.authorize_content(&repo_ref, digest, endpoint, accept).await
         {
-            tracing::debug!(repository = %repo_ref, %digest, ?error, "digest not proven for repository");
+            tracing::debug!(registry = %repo_ref.registry, repository = %repo_ref.repository, %digest, ?error, "content proof failed");
         }
         repo_ref
     }
 
     /// Applies the limits of `[access]` to a client. Peers authenticate by key or certificate instead.
-    fn admit_client(&self, session: &Session) -> Result<Option<ClientPermit>, ClientDenied> {
+    fn admit_client(&self, policy: &ClientPolicy, session: &Session) -> Result<Option<ClientPermit>, ClientDenied> {
         if self.listener == Listener::Peers {
             return Ok(None);
         }
-        self.clients.admit(address_of(session), Instant::now()).map(Some)
+        self.clients.admit(&policy.limits, address_of(session), Instant::now()).map(Some)
     }
 
     /// The terms under which this node serves a peer's request.
     fn peer_context(&self, peer_request: &PeerRequest, rule: &Rule, endpoint: &Endpoint) -> RequestContext {
-        let (standing, fetch_policy) = peer_request.within(rule);
+        let (trust, fetch_policy) = peer_request.within(rule);
         // While draining, this node starts no download for a peer: it would be cut off. Tag lookups are short.
         let is_tag = matches!(endpoint, Endpoint::Manifest(Reference::Tag(_)));
         let fetch_policy = if self.readiness.has_ended() && !is_tag { FetchPolicy::CacheOnly } else { fetch_policy };
-        let patience = RequestContext::peer_time_limit(peer_request.terms.deadline);
+        let time_limit = RequestContext::peer_time_limit(peer_request.terms.deadline);
         RequestContext {
-            requester: Requester::Peer(standing),
+            requester: Requester::Peer(trust),
             client: None,
             role: peer_request.terms.role,
             fetch_policy,
             range_purpose: peer_request.terms.range_purpose,
             downstream: peer_request.terms.peers,
-            patience,
+            time_limit,
         }
     }
 
@@ -462,7 +469,7 @@ impl RegistryProxy {
                 }
             }
         };
-        Ok(response.with_headers(peers.told(peer_request, digest, &self.pull.here(request).await)))
+        Ok(response.with_headers(peers.response_headers(peer_request, digest, &self.pull.here(request).await)))
     }
 
     async fn list(

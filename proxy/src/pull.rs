@@ -63,7 +63,7 @@ use crate::store::Store;
 use crate::tags::Tags;
 use crate::times::{DEFAULT_TTL, HOUR, OBSERVATION_TTL, STALL_TIMEOUT, UPSTREAM_TIMEOUT};
 pub use crate::upstream::{ExchangedSecret, ListKind};
-use crate::upstream::{UpstreamClient, UpstreamSession, UpstreamView};
+use crate::upstream::{ReloadedSessions, UpstreamClient, UpstreamView};
 
 /// How long a slow upstream counts as slow, unless it responds earlier. Longer: stale tags are served for longer.
 /// Shorter: more requests wait the full `ALTERNATIVE_TIMEOUT`.
@@ -93,7 +93,7 @@ pub struct Pull {
     /// Checks whether repositories hold manifests that were cached from other repositories.
     confirmations: SingleFlight<(String, Digest), Result<(), SourceError>>,
     /// Lengths of blobs that are not cached on this node.
-    lengths: moka::sync::Cache<(Registry, Repository, Digest), u64>,
+    lengths: moka::sync::Cache<(String, Digest), u64>,
     length_flights: SingleFlight<(String, Digest, Role, Option<PrincipalId>), length::Length>,
     registry_hints: Arc<RegistryHints>,
     /// Number of list copies written within the last hour, by repository.
@@ -156,14 +156,14 @@ impl Pull {
     /// Discovers and probes the peers for as long as it is polled.
     pub async fn follow_peers(&self) {
         if let Some(peers) = &self.peers {
-            tokio::join!(peers.follow_services(), peers.look_after());
+            tokio::join!(peers.follow_services(), peers.run_pings());
         }
     }
 
     /// Waits until the peers are known.
-    pub async fn peers_known(&self) {
+    pub async fn wait_for_peers(&self) {
         if let Some(peers) = &self.peers {
-            peers.formed().await;
+            peers.wait_until_known().await;
         }
     }
 
@@ -227,7 +227,10 @@ impl Pull {
         }
         match provenance.and_then(from) {
             Some((registry, repository)) => {
-                let rule = self.registries.rule(&registry, &repository);
+                // A request in progress judges its own repository by the rule that it began with.
+                let is_own = registry == repo_ref.registry && repository == repo_ref.repository;
+                let current = || self.registries.rule(&registry, &repository);
+                let rule = if is_own { repo_ref.rule.clone() } else { current() };
                 let is_known =
                     requester == Requester::Client || (requester.is_trusted() && rule.id == repo_ref.rule.id);
                 // Rules may route repositories of one registry to different upstreams. Rights at one are not rights at
@@ -255,7 +258,7 @@ impl Pull {
     /// as the owner. It also does so if peers may not get the repository or the principal's credential.
     fn role(&self, repo_ref: &RepositoryRef, digest: &Digest, request_context: RequestContext) -> Role {
         let peers = self.peers_for(repo_ref).filter(|_| repo_ref.principal.may_be_forwarded());
-        peers.map_or(Role::Global, |peers| peers.lead(digest, request_context.role, self.scope(repo_ref)).role)
+        peers.map_or(Role::Global, |peers| peers.owner_route(digest, request_context.role, self.scope(repo_ref)).role)
     }
 
     /// Whether this node owns a digest: it downloads and caches it for all nodes.
@@ -303,19 +306,17 @@ impl Pull {
 
     /// What a changed configuration needs before it can apply. Must run inside a tokio runtime.
     pub(crate) fn reloaded(&self, config: &Config) -> Result<ReloadedRules, String> {
-        let (now, rules) = (self.registries.rules(), self.registries.reloaded(config));
-        let is_changed = !rules.are_same(&now);
-        let session = is_changed.then(|| self.upstream.reloaded(&config.egress, &now, &rules)).transpose()?;
-        Ok(ReloadedRules { rules, session })
+        let rules = self.registries.reloaded(config);
+        let sessions = self.upstream.reloaded(&config.egress, &rules)?;
+        Ok(ReloadedRules { rules, sessions })
     }
 
-    /// Applies other rules to new requests. Requests in progress end under their own.
-    pub(crate) fn store(&self, reloaded: ReloadedRules) {
-        // First: requests under the new rules need the clients of the new session.
-        if let Some(session) = reloaded.session {
-            self.upstream.store(session);
-        }
-        self.registries.store(reloaded.rules);
+    /// Applies other rules to new requests, and returns them. Requests in progress end under their own.
+    pub(crate) fn store(&self, reloaded: ReloadedRules) -> Arc<Rules> {
+        // First: requests under the new rules need their sessions.
+        self.upstream.store(reloaded.sessions);
+        self.registries.store(reloaded.rules.clone());
+        reloaded.rules
     }
 
     /// Reloads certificates and keys that were replaced on disk. Blocks on the disk.
@@ -330,9 +331,8 @@ impl Pull {
 
 /// The rules of a changed configuration, ready to be applied.
 pub(crate) struct ReloadedRules {
-    rules: Rules,
-    /// None: no rule has changed.
-    session: Option<UpstreamSession>,
+    rules: Arc<Rules>,
+    sessions: ReloadedSessions,
 }
 
 /// Content that needs credentials is shared only with authenticated peers.

@@ -23,7 +23,6 @@ use crate::provenance::Provenance;
 /// The rules of the current configuration, ready for look-ups. A reload replaces them; requests in progress keep theirs.
 pub struct Registries {
     rules: ArcSwap<Rules>,
-    listen: SocketAddr,
 }
 
 /// The rules of one configuration.
@@ -31,6 +30,7 @@ pub struct Rules {
     /// In order; the last one matches everything.
     list: Vec<Arc<Rule>>,
     aliases: HashMap<String, Registry>,
+    listen: SocketAddr,
     /// The next rule that is created gets this [`Rule::id`].
     next_id: u64,
 }
@@ -78,32 +78,30 @@ pub struct RepositoryRef {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum UpstreamTrust {
     /// Written in the configuration: trusted as written.
-    Written,
+    Configured,
     /// Derived from a client's or an upstream's input: only https to public addresses.
     Derived,
 }
 
 impl Registries {
     pub fn new(config: &Config) -> Self {
-        let nothing = Rules { list: Vec::new(), aliases: HashMap::new(), next_id: 0 };
-        Self { rules: ArcSwap::from_pointee(nothing.followed_by(config)), listen: config.listen }
+        let nothing = Rules { list: Vec::new(), aliases: HashMap::new(), listen: config.listen, next_id: 0 };
+        Self { rules: ArcSwap::from_pointee(nothing.followed_by(config)) }
     }
 
     /// The rules after a reload. [`Self::store`] applies them.
-    pub fn reloaded(&self, config: &Config) -> Rules {
-        self.rules.load().followed_by(config)
+    pub fn reloaded(&self, config: &Config) -> Arc<Rules> {
+        Arc::new(self.rules.load().followed_by(config))
     }
 
-    /// New requests use these rules.
-    pub fn store(&self, rules: Rules) {
-        self.rules.store(Arc::new(rules));
+    /// New look-ups use these rules.
+    pub fn store(&self, rules: Arc<Rules>) {
+        self.rules.store(rules);
     }
 
     /// The first rule that matches.
     pub fn rule(&self, registry: &Registry, repository: &Repository) -> Arc<Rule> {
-        let rules = self.rules.load();
-        let first = rules.list.iter().find(|rule| rule.pattern.matches(registry, repository));
-        first.expect("the implicit last rule matches every registry").clone()
+        self.rules.load().rule(registry, repository).clone()
     }
 
     pub fn rules(&self) -> Arc<Rules> {
@@ -112,14 +110,12 @@ impl Registries {
 
     /// Whether any rule leaves authorization to the upstream.
     pub fn any_passthrough(&self) -> bool {
-        self.rules.load().list.iter().any(|rule| rule.is_passthrough())
+        self.rules.load().any_passthrough()
     }
 
-    /// Whether a `Host` names this process instead of a registry.
-    fn is_own_address(&self, host: &Registry) -> bool {
-        let literal = host.host().trim_matches(['[', ']']).parse::<IpAddr>().is_ok();
-        let same_port = host.port().unwrap_or(80) == self.listen.port();
-        host.as_str() == self.listen.to_string() || (same_port && (literal || host.host() == "localhost"))
+    /// Whether no reload has changed or removed a rule.
+    pub fn is_current(&self, rule: &Rule) -> bool {
+        self.rules.load().iter().any(|current| current.id == rule.id)
     }
 }
 
@@ -169,27 +165,20 @@ impl fmt::Display for RepositoryRef {
     }
 }
 
-impl Names for Registries {
+impl Names for Rules {
     fn alias(&self, component: &str) -> Option<Registry> {
-        self.rules.load().aliases.get(component).cloned()
+        self.aliases.get(component).cloned()
     }
 
     fn host_is_registry(&self, host: &Registry) -> bool {
         // A rule with `deny` matches all ports, but must not turn this process's own address into a registry.
         let named = |rule: &Arc<Rule>| !rule.pattern.host.is_any() && rule.pattern.host.names(host);
-        self.rules.load().list.iter().any(named) && !self.is_own_address(host)
+        self.list.iter().any(named) && !self.is_own_address(host)
     }
 
-    fn only_registry(&self) -> Option<Registry> {
-        self.only_named()
-    }
-}
-
-impl Registries {
     /// The registry that the rules name, if all name the same one.
-    fn only_named(&self) -> Option<Registry> {
-        let rules = self.rules.load();
-        let named = rules.list.iter().filter(|rule| !rule.pattern.host.is_any());
+    fn only_registry(&self) -> Option<Registry> {
+        let named = self.list.iter().filter(|rule| !rule.pattern.host.is_any());
         let mut names = named.map(|rule| rule.pattern.host.as_str().parse().ok());
         let first: Registry = names.next()??;
         names.all(|name| name.as_ref() == Some(&first)).then_some(first)
@@ -219,16 +208,34 @@ impl Rules {
             })
         };
         let list = written.chain([&implicit]).map(rule).collect();
-        Self { list, aliases, next_id }
+        Self { list, aliases, listen: self.listen, next_id }
+    }
+
+    /// The first rule that matches.
+    pub fn rule(&self, registry: &Registry, repository: &Repository) -> &Arc<Rule> {
+        let first = self.list.iter().find(|rule| rule.pattern.matches(registry, repository));
+        first.expect("the implicit last rule matches every registry")
+    }
+
+    /// A repository with its rule.
+    pub fn repo_ref(&self, registry: Registry, repository: Repository) -> RepositoryRef {
+        RepositoryRef::new(self.rule(&registry, &repository).clone(), registry, repository)
+    }
+
+    /// Whether any rule leaves authorization to the upstream.
+    pub fn any_passthrough(&self) -> bool {
+        self.list.iter().any(|rule| rule.is_passthrough())
+    }
+
+    /// Whether a `Host` names this process instead of a registry.
+    fn is_own_address(&self, host: &Registry) -> bool {
+        let literal = host.host().trim_matches(['[', ']']).parse::<IpAddr>().is_ok();
+        let same_port = host.port().unwrap_or(80) == self.listen.port();
+        host.as_str() == self.listen.to_string() || (same_port && (literal || host.host() == "localhost"))
     }
 
     pub fn iter(&self) -> impl Iterator<Item = &Arc<Rule>> {
         self.list.iter()
-    }
-
-    /// Whether both have the same rules in the same order.
-    pub fn are_same(&self, other: &Self) -> bool {
-        self.list.len() == other.list.len() && self.list.iter().zip(&other.list).all(|(one, two)| one.id == two.id)
     }
 }
 
@@ -271,7 +278,7 @@ impl Rule {
             let authority = if registry.is_docker_hub() { "registry-1.docker.io" } else { registry.as_str() };
             return vec![(Upstream::new(Scheme::Https, authority), UpstreamTrust::Derived)];
         }
-        self.upstreams.iter().map(|upstream| (upstream.clone(), UpstreamTrust::Written)).collect()
+        self.upstreams.iter().map(|upstream| (upstream.clone(), UpstreamTrust::Configured)).collect()
     }
 
     /// A repository's name at an upstream.
@@ -371,7 +378,7 @@ mod tests {
         let rule = |repository: &str| registries.rule(&Registry::docker_hub(), &repository.parse().unwrap());
         assert_eq!(rule("kubeflow/spark-operator").name(), "docker.io/kubeflow/*");
         assert!(rule("library/alpine").deny);
-        assert!(registries.host_is_registry(&Registry::docker_hub()));
+        assert!(registries.rules().host_is_registry(&Registry::docker_hub()));
     }
 
     fn registries(text: &str) -> Registries {
@@ -387,7 +394,7 @@ mod tests {
         let ghcr: Registry = "ghcr.io".parse().unwrap();
         let upstreams = registries.rule(&ghcr, &any()).upstreams(&ghcr);
         assert_eq!(upstreams.len(), 2);
-        assert!(upstreams.iter().all(|(_, trust)| *trust == UpstreamTrust::Written));
+        assert!(upstreams.iter().all(|(_, trust)| *trust == UpstreamTrust::Configured));
         assert!(registries.rule(&"quay.io".parse().unwrap(), &any()).deny);
         let hub = Registry::docker_hub();
         assert_eq!(registries.rule(&"mcr.microsoft.com".parse().unwrap(), &any()).name(), "*");
@@ -403,13 +410,14 @@ mod tests {
         let before = ids(&registries.rules());
         let reordered = registries.reloaded(&config(&format!("{two}{one}")));
         assert_eq!(ids(&reordered), [before[1], before[0], before[2]]);
-        assert!(!reordered.are_same(&registries.rules()));
-        assert!(registries.reloaded(&config(&format!("{one}{two}# a comment"))).are_same(&registries.rules()));
+        assert_eq!(ids(&registries.reloaded(&config(&format!("{one}{two}# a comment")))), before);
         let changed = registries.reloaded(&config(&format!("{one}deny = true\n{two}")));
         assert!(!before.contains(&ids(&changed)[0]) && ids(&changed)[1..] == before[1..]);
         let wider = registries.reloaded(&config(&format!("{one}{two}[egress]\nallow_cidrs = [\"10.0.0.0/8\"]")));
         assert!(ids(&wider).iter().all(|id| !before.contains(id)), "other addresses may be reached");
+        let old = registries.rule(&"a.io".parse().unwrap(), &any());
         registries.store(changed);
+        assert!(!registries.is_current(&old));
         assert!(registries.rule(&"a.io".parse().unwrap(), &any()).deny);
     }
 
@@ -424,12 +432,12 @@ mod tests {
         let registries = registries(
             "listen = \"0.0.0.0:5050\"\n[[registry]]\nmatch = \"*.io\"\n[[registry]]\nmatch = \"localhost:5050\"\nalias = [\"me\"]",
         );
-        let is = |host: &str| registries.host_is_registry(&host.parse().unwrap());
+        let is = |host: &str| registries.rules().host_is_registry(&host.parse().unwrap());
         assert!(is("quay.io"));
         assert!(!is("gcr.example"));
         assert!(!is("localhost:5050"), "our own address");
         assert!(!is("10.0.0.1:5050"), "our own address");
-        assert_eq!(registries.alias("me").unwrap().as_str(), "localhost:5050");
+        assert_eq!(registries.rules().alias("me").unwrap().as_str(), "localhost:5050");
     }
 
     #[test]

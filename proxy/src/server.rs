@@ -51,12 +51,13 @@ pub fn run(
     let ports = Ports::reserve(&mut config)?;
     let runtime = runtime().map_err(|e| StartError::Failed(format!("cannot start the background threads: {e}")))?;
     // Installed before the store opens: from now on a signal stops the process in order.
-    let signals = runtime.block_on(async { Signals::watch() }).map_err(|e| StartError::Failed(e.to_string()))?;
+    let watch = || Ok::<_, std::io::Error>((Signals::watch()?, stop::hangups(std::io::stderr().is_terminal())?));
+    let (signals, hangups) = runtime.block_on(async { watch() }).map_err(|e| StartError::Failed(e.to_string()))?;
     let components = Arc::new(Components::new(config, ports.bound, identity, access_log, &runtime)?);
     let server = listeners::server(&components)?;
     runtime.spawn(background::announce(components.clone(), ports, started));
     background::spawn(&runtime, &components);
-    runtime.spawn(watched(reload::run(components.clone(), as_read, source, std::io::stderr().is_terminal())));
+    runtime.spawn(watched(reload::run(components.clone(), as_read, source, hangups)));
     let stop = Stop {
         signals: Mutex::new(signals),
         readiness: components.readiness.clone(),
@@ -65,6 +66,7 @@ pub fn run(
     };
     server.run(RunArgs { shutdown_signal: Box::new(stop) });
     if let Some(reconciler) = &components.reconciler {
+        // SIGINT skips draining, and with it the first withdrawal; a repeated one changes nothing.
         reconciler.withdraw();
     }
     components.tracer.close();

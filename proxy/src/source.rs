@@ -140,7 +140,7 @@ impl Incoming {
 
 impl Speed {
     /// Counts a piece. False: the window has passed with fewer bytes than `floor` demands.
-    pub fn keeps_up(&mut self, floor: MinRate, waited: Duration, len: usize) -> bool {
+    pub fn meets_minimum(&mut self, floor: MinRate, waited: Duration, len: usize) -> bool {
         self.waited += waited;
         self.bytes += len as u64;
         if self.waited < floor.window {
@@ -362,9 +362,9 @@ mod tests {
     fn trickle_is_below_the_floor() {
         let (second, floor) = (Duration::from_secs(1), MinRate { bytes: 64 * 1024, window: Duration::from_secs(30) });
         let mut speed = Speed::default();
-        assert!((0..29).all(|_| speed.keeps_up(floor, second, 1)));
-        assert!(!speed.keeps_up(floor, second, 1));
-        assert!((0..100).all(|_| speed.keeps_up(floor, second, 4096)));
+        assert!((0..29).all(|_| speed.meets_minimum(floor, second, 1)));
+        assert!(!speed.meets_minimum(floor, second, 1));
+        assert!((0..100).all(|_| speed.meets_minimum(floor, second, 4096)));
     }
 
     #[test]

@@ -38,7 +38,7 @@ pub struct Status {
     pub config_hash: String,
     pub uptime_seconds: u64,
     /// The address of the registry listener.
-    pub registry: SocketAddr,
+    pub registry_listen: SocketAddr,
     /// The address of the peer listener; null: this process has no peers.
     pub peers_listen: Option<SocketAddr>,
     pub cache: CacheUsage,
@@ -48,8 +48,8 @@ pub struct Status {
     pub downloads: Vec<FillView>,
     pub peers: Vec<PeerView>,
     pub upstreams: Vec<UpstreamView>,
-    pub recent: Vec<ServedContent>,
-    pub images: Vec<Demand>,
+    pub recent_requests: Vec<ServedContent>,
+    pub top_images: Vec<Demand>,
 }
 
 /// Bytes on disk.
@@ -58,7 +58,7 @@ pub struct CacheUsage {
     /// Size of the large blobs.
     pub blobs_bytes: u64,
     /// Current limit for the large blobs.
-    pub blobs_limit: u64,
+    pub blobs_limit_bytes: u64,
     /// Reserved for small objects.
     pub small_bytes: u64,
     pub evicted_bytes: u64,
@@ -84,11 +84,11 @@ impl StatusSources {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             config_hash: self.config.load().hash(),
             uptime_seconds: self.started.elapsed().as_secs(),
-            registry: self.registry,
+            registry_listen: self.registry,
             peers_listen: self.peers,
             cache: CacheUsage {
                 blobs_bytes,
-                blobs_limit,
+                blobs_limit_bytes: blobs_limit,
                 small_bytes,
                 evicted_bytes: self.metrics.evicted_bytes.get(),
             },
@@ -100,8 +100,8 @@ impl StatusSources {
             downloads: self.pull.download_views(),
             peers: self.pull.peers().map(|peers| peers.views()).unwrap_or_default(),
             upstreams: self.pull.upstream_views(),
-            recent: self.activity.recent(),
-            images: self.activity.images(),
+            recent_requests: self.activity.recent(),
+            top_images: self.activity.images(),
             sources,
         }
     }

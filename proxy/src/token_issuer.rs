@@ -54,7 +54,7 @@ struct SealedRight {
     registry: String,
     repository: String,
     rule: String,
-    who: Option<[u8; 16]>,
+    principal_id: Option<[u8; 16]>,
     authorization: Option<String>,
 }
 
@@ -79,7 +79,7 @@ impl TokenIssuer {
         };
         let sealing =
             Sealing::new(&secret, SEAL_CONTEXT).ok_or_else(|| "cannot derive the key of client tokens".to_owned())?;
-        let id_key = hmac::Key::new(HMAC_SHA256, &[b"dray telling 1", &secret[..]].concat());
+        let id_key = hmac::Key::new(HMAC_SHA256, &[b"dray principal 1", &secret[..]].concat());
         Ok(Self { sealing, id_key })
     }
 
@@ -123,14 +123,14 @@ impl Right {
             registry: self.registry.to_string(),
             repository: self.repository.to_string(),
             rule: self.rule.clone(),
-            who: self.principal.holder().map(|holder| holder.id.0),
+            principal_id: self.principal.holder().map(|holder| holder.id.0),
             authorization: authorization.map(|value| value.to_str().map(str::to_owned)).transpose().ok()?,
         })
     }
 
     fn opened(sealed: SealedRight) -> Option<Self> {
         let authorization = sealed.authorization.and_then(|text| sensitive(&text));
-        let principal = match sealed.who {
+        let principal = match sealed.principal_id {
             Some(id) => Principal::Verified(Arc::new(VerifiedPrincipal { id: PrincipalId(id), authorization })),
             None => Principal::Anonymous,
         };

@@ -19,7 +19,8 @@ mod retry;
 mod tls;
 mod token_endpoint;
 
-use std::sync::Arc;
+use std::collections::HashMap;
+use std::sync::{Arc, Weak};
 
 use ::http::HeaderValue;
 use ::http::header::{CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE, LINK, RANGE};
@@ -49,18 +50,22 @@ use crate::config::{Config, EgressConfig};
 use crate::memory::{Memory, UpstreamBytes};
 use crate::metrics::Metrics;
 use crate::oci::{Digest, ErrorCode, MAX_MANIFEST_BYTES, Reference, Registry, error, link, manifest};
-use crate::registries::{Registries, RepositoryRef, Rules};
+use crate::registries::{Registries, RepositoryRef, Rule, Rules};
 use crate::shares::Shares;
 use crate::source::{Broken, Incoming, Part, SourceError, UpstreamError, root_cause};
+use crate::times::OBSERVATION_TTL;
 
 /// Sends requests to all upstream registries.
 pub struct UpstreamClient {
-    session: ArcSwap<UpstreamSession>,
+    registries: Arc<Registries>,
+    sessions: ArcSwap<Sessions>,
     /// Roots of all upstreams, and the name servers: a reload does not change them.
     config: Config,
     /// By registry, so that a failing registry does not spend the retries that others have earned.
     retries: moka::sync::Cache<Registry, Arc<RetryBudget>>,
     health: UpstreamStates,
+    /// Hosts that the egress policy blocked recently, by rule and URL, with the reason.
+    blocked: moka::sync::Cache<(String, String), String>,
     /// Notified when an upstream goes down or limits its requests.
     became_unavailable: Notify,
     rate_limits: RateLimits,
@@ -72,8 +77,12 @@ pub struct UpstreamClient {
     metrics: Arc<Metrics>,
 }
 
-/// The HTTP clients of the current rules, and what upstreams granted to them. A reload that changes a rule replaces it.
-pub(crate) struct UpstreamSession {
+/// The session of each rule, by its ID. A request that began before a reload keeps the session of its rule, so that nothing
+/// that was granted to the credentials of one rule serves another one.
+type Sessions = HashMap<u64, (Weak<Rule>, Arc<UpstreamSession>)>;
+
+/// HTTP clients of rules that came with the same configuration, and what upstreams granted to these rules.
+struct UpstreamSession {
     http: Arc<UpstreamHttp>,
     tokens: TokenCache,
     redirects: RedirectCache,
@@ -118,6 +127,10 @@ const MAX_PROBED_UPSTREAMS: usize = 256;
 /// permits of known upstreams.
 const MAX_PROBED_UNKNOWN_HOSTS: usize = 64;
 
+/// Blocked hosts that are listed. More: clients that invent hosts fill the status page. Fewer: a host that an operator
+/// looks for may be missing.
+const MAX_BLOCKED_HOSTS: u64 = 100;
+
 /// Lists that are streamed at the same time: a list has no size limit. More: more connections. Fewer: clients wait for
 /// each other's lists.
 const MAX_LISTS: usize = 256;
@@ -129,7 +142,7 @@ impl UpstreamClient {
     /// Must run inside a tokio runtime, which drives DNS.
     pub fn new(
         config: &Config,
-        registries: &Registries,
+        registries: &Arc<Registries>,
         memory: Arc<Memory>,
         metrics: Arc<Metrics>,
     ) -> Result<Self, String> {
@@ -140,10 +153,12 @@ impl UpstreamClient {
             config.tls.ca.as_deref(),
         )?;
         Ok(Self {
-            session: ArcSwap::from_pointee(UpstreamSession::new(Arc::new(http))),
+            registries: registries.clone(),
+            sessions: ArcSwap::from_pointee(sessions_of(rules.iter(), &Arc::new(UpstreamSession::new(http)))),
             config: config.clone(),
             retries: moka::sync::Cache::new(MAX_RETRY_BUDGETS),
             health: UpstreamStates::new(),
+            blocked: moka::sync::Cache::builder().max_capacity(MAX_BLOCKED_HOSTS).time_to_live(OBSERVATION_TTL).build(),
             became_unavailable: Notify::new(),
             rate_limits: RateLimits::new(metrics.clone()),
             probe_permits: Arc::new(Semaphore::new(MAX_PROBED_UPSTREAMS)),
@@ -268,14 +283,18 @@ impl UpstreamClient {
         match self.blob_head(repo_ref, digest, deadline).await {
             Ok(length) => match length.or(known) {
                 Some(length) => return Ok(length),
-                None => tracing::debug!(repository = %repo_ref, %digest, "HEAD response without length"),
+                None => {
+                    tracing::debug!(registry = %repo_ref.registry, repository = %repo_ref.repository, %digest, "HEAD response without length");
+                }
             },
             Err(error @ (SourceError::Unreachable(_) | SourceError::Interrupted(_) | SourceError::TimedOut)) => {
                 return Err(error);
             }
             Err(error @ SourceError::NotFound(_)) => return Err(error),
             // Signed URLs are often valid for GET only.
-            Err(error) => tracing::debug!(repository = %repo_ref, %digest, %error, "HEAD request failed"),
+            Err(error) => {
+                tracing::debug!(registry = %repo_ref.registry, repository = %repo_ref.repository, %digest, %error, "HEAD request failed");
+            }
         }
         Ok(self.blob(repo_ref, digest, Part::From(0), known, deadline).await?.total)
     }
@@ -361,34 +380,63 @@ impl UpstreamClient {
 
     /// Reloads the client certificates for upstreams. Blocks on the disk.
     pub fn reload(&self) -> Result<(), String> {
-        self.session().http.reload()
+        self.distinct_sessions().iter().try_for_each(|session| session.http.reload())
     }
 
-    /// The session for other rules. Requests in progress may still need the clients of the current ones. Must run inside
-    /// a tokio runtime. [`Self::store`] applies it.
-    pub(crate) fn reloaded(&self, egress: &EgressConfig, now: &Rules, next: &Rules) -> Result<UpstreamSession, String> {
-        let config = Config { egress: egress.clone(), ..self.config.clone() };
-        let settings = now.iter().chain(next.iter()).map(|rule| &rule.tls);
-        let http = UpstreamHttp::new(EgressPolicy::new(&config)?, settings, config.tls.ca.as_deref())?;
-        Ok(UpstreamSession::new(Arc::new(http)))
+    /// The sessions for other rules: new rules get one of their own, rules in use keep theirs. Must run inside a tokio
+    /// runtime. [`Self::store`] applies them.
+    pub(crate) fn reloaded(&self, egress: &EgressConfig, next: &Rules) -> Result<ReloadedSessions, String> {
+        let current = self.sessions.load();
+        let new: Vec<_> = next.iter().filter(|rule| !current.contains_key(&rule.id)).collect();
+        let mut sessions = Sessions::clone(&current);
+        sessions.retain(|_, (rule, _)| rule.strong_count() > 0);
+        if !new.is_empty() {
+            let config = Config { egress: egress.clone(), ..self.config.clone() };
+            let settings = new.iter().map(|rule| &rule.tls);
+            let http = UpstreamHttp::new(EgressPolicy::new(&config)?, settings, config.tls.ca.as_deref())?;
+            sessions.extend(sessions_of(new.into_iter(), &Arc::new(UpstreamSession::new(http))));
+        }
+        Ok(ReloadedSessions(sessions))
     }
 
-    /// New requests use this session.
-    pub(crate) fn store(&self, session: UpstreamSession) {
-        self.session.store(Arc::new(session));
+    /// New requests use these sessions.
+    pub(crate) fn store(&self, sessions: ReloadedSessions) {
+        self.sessions.store(Arc::new(sessions.0));
     }
 
-    fn session(&self) -> Arc<UpstreamSession> {
-        self.session.load_full()
+    fn session(&self, repo_ref: &RepositoryRef) -> Arc<UpstreamSession> {
+        let sessions = self.sessions.load();
+        let (_, session) = sessions.get(&repo_ref.rule.id).expect("a rule in use has a session");
+        session.clone()
+    }
+
+    fn distinct_sessions(&self) -> Vec<Arc<UpstreamSession>> {
+        let mut distinct: Vec<Arc<UpstreamSession>> = Vec::new();
+        for (_, session) in self.sessions.load().values() {
+            if !distinct.iter().any(|known| Arc::ptr_eq(known, session)) {
+                distinct.push(session.clone());
+            }
+        }
+        distinct
     }
 
     /// The upstreams with recent requests.
     pub fn upstreams(&self) -> Vec<UpstreamView> {
-        let tokens = self.session().tokens.counts();
-        self.health.views(|rule, upstream| KnownHealth {
+        let mut tokens = HashMap::new();
+        for session in self.distinct_sessions() {
+            tokens.extend(session.tokens.counts());
+        }
+        let rules = self.registries.rules();
+        let is_current = |id: u64| rules.iter().any(|rule| rule.id == id);
+        let mut views = self.health.views(is_current, |rule, upstream| KnownHealth {
             remaining: self.rate_limits.remaining(rule, upstream),
             tokens: tokens.get(&(rule.to_owned(), upstream.to_owned())).copied().unwrap_or(0),
-        })
+        });
+        views.extend(self.blocked.iter().map(|(key, error)| {
+            let (rule, upstream) = &*key;
+            UpstreamView::blocked(rule, upstream, &error)
+        }));
+        views
     }
 
     /// Whether few pulls remain of an upstream's rate limit, so that background work should wait.
@@ -404,7 +452,7 @@ impl UpstreamClient {
         let request = UpstreamRequest::new(RequestKind::Blob, format!("blobs/{digest}"));
         for (upstream, _) in repo_ref.rule.upstreams(&repo_ref.registry) {
             if let Ok(url) = request.url(&upstream, repo_ref) {
-                self.session().redirects.forget(&url).await;
+                self.session(repo_ref).redirects.forget(&url).await;
             }
         }
     }
@@ -414,10 +462,17 @@ impl UpstreamClient {
     }
 }
 
+/// The sessions of a changed configuration, ready to be applied.
+pub(crate) struct ReloadedSessions(Sessions);
+
+fn sessions_of<'a>(rules: impl Iterator<Item = &'a Arc<Rule>>, session: &Arc<UpstreamSession>) -> Sessions {
+    rules.map(|rule| (rule.id, (Arc::downgrade(rule), session.clone()))).collect()
+}
+
 impl UpstreamSession {
-    fn new(http: Arc<UpstreamHttp>) -> Self {
+    fn new(http: UpstreamHttp) -> Self {
         let external = ExternalCredentials::new(http.cloud.clone());
-        Self { http, tokens: TokenCache::new(external), redirects: RedirectCache::new() }
+        Self { http: Arc::new(http), tokens: TokenCache::new(external), redirects: RedirectCache::new() }
     }
 }
 

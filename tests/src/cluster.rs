@@ -332,7 +332,7 @@ impl Cluster {
     /// Waits until no node downloads anything.
     pub fn wait_until_idle(&self) {
         for node in self.running() {
-            until("fills end", || self.metric(node, "dray_downloads_in_progress{state=\"running\"}") == 0);
+            until("fills end", || self.metric(node, "dray_downloads_in_progress") == 0);
         }
     }
 

@@ -173,18 +173,14 @@ impl Dray {
 
     /// Waits until every running download is published or aborted.
     pub async fn wait_for_fills(&self) {
-        eventually("no download runs", async || {
-            (self.metric("dray_downloads_in_progress{state=\"running\"}").await == 0).then_some(())
-        })
-        .await;
+        eventually("no download runs", async || (self.metric("dray_downloads_in_progress").await == 0).then_some(()))
+            .await;
     }
 
     /// Waits until a download runs.
     pub async fn wait_for_fill_start(&self) {
-        eventually("a download runs", async || {
-            (self.metric("dray_downloads_in_progress{state=\"running\"}").await > 0).then_some(())
-        })
-        .await;
+        eventually("a download runs", async || (self.metric("dray_downloads_in_progress").await > 0).then_some(()))
+            .await;
     }
 
     /// The process id.

@@ -513,7 +513,7 @@ fn report(outcome: &Changes, mode: Mode) -> Result<(), Failure> {
     }
     outcome.remarks.iter().for_each(|remark| print(&remark.to_string()));
     if outcome.remarks.iter().any(|remark| remark.is_failure()) {
-        return Err(Failure::Failed("not every change was made: see above".into()));
+        return Err(Failure::Failed("some changes failed: the lines above name them".into()));
     }
     Ok(())
 }

@@ -41,7 +41,7 @@ fn text(explained: &Explanation, paint: Paint) -> String {
     line("authorization", &explained.authorization);
     line("credentials", &explained.credentials);
     for (nth, upstream) in explained.upstreams.iter().enumerate() {
-        let state = upstream.state.as_deref().map_or("not used recently", |state| state);
+        let state = upstream.state.as_deref().map_or("unknown", |state| state);
         let text = format!("{}/{} ({}, {state})", upstream.url, upstream.repository, upstream.trust);
         line(if nth == 0 { "upstreams" } else { "" }, &text);
     }
@@ -51,8 +51,12 @@ fn text(explained: &Explanation, paint: Paint) -> String {
         None => line("owner", "none: this node downloads it from upstream"),
     }
     if let Some(tag) = &explained.tag {
-        let fresh = tag.fresh_seconds.map_or("for ever".to_owned(), |left| format!("for {}", seconds(left)));
-        line("tag", &format!("{}, confirmed {} ago, fresh {fresh}", tag.digest, seconds(tag.age_seconds)));
+        let ttl = match tag.ttl_seconds {
+            None => "no TTL".to_owned(),
+            Some(ttl) if ttl <= tag.age_seconds => format!("TTL {} (stale)", seconds(ttl)),
+            Some(ttl) => format!("TTL {}", seconds(ttl)),
+        };
+        line("tag", &format!("{}, revalidated {} ago, {ttl}", tag.digest, seconds(tag.age_seconds)));
     }
     line("cached", explained.cached.as_deref().unwrap_or("no"));
     line("now", &explained.now);

@@ -44,7 +44,10 @@ impl AdminApi {
             request = request.bearer_auth(token.trim());
         }
         let response = request.send().await.map_err(|error| {
-            failed(&format!("{}; is dray running, and is this its admin port?", dray::source::root_cause(&error)))
+            failed(&format!(
+                "cannot connect: {}; start dray, or pass its admin address with --admin",
+                dray::source::root_cause(&error)
+            ))
         })?;
         if response.headers().contains_key("docker-distribution-api-version") {
             return Err(failed(REGISTRY_PORT));
@@ -61,7 +64,7 @@ impl AdminApi {
                 Some(file) => format!("the token in {} is not the one in dray's admin_token_file", file.display()),
                 None => "this dray requires its admin token: pass --token-file".to_owned(),
             })),
-            404 => Err(failed("this dray is older than this program and does not have a status API")),
+            404 => Err(failed("404: this is not the admin port of dray, or of an older version")),
             _ => Err(failed(text.trim())),
         }
     }

@@ -52,6 +52,9 @@ pub(crate) struct Serve {
     log_format: LogFormat,
 }
 
+/// A larger configuration file is not reloaded, in bytes.
+const MAX_CONFIG_BYTES: u64 = 4 * 1024 * 1024;
+
 /// The port for peers if only the name of their service is configured.
 const PEERS_PORT: u16 = 5052;
 
@@ -62,7 +65,8 @@ impl Serve {
         install_tls()?;
         let scheme = if config.tls.cert.is_some() { "https" } else { "http" };
         let access_log = AccessLog::new(self.log_format, sink.clone());
-        let source = Arc::new(self.clone());
+        let text_at_start = text.as_ref().map(|text| text.as_str().to_owned());
+        let source = Arc::new(ServeSource { serve: self.clone(), text_at_start });
         let ended = server::run(config, source, access_log, move |bound| announce(bound, scheme));
         sink.close();
         ended.map_err(|error| match error {
@@ -84,7 +88,10 @@ impl Serve {
 
     /// The configuration: the file, overridden by flags and variables; and the file's text.
     pub(crate) fn config(&self) -> Result<(Config, Option<SourceText>), Failure> {
-        let text = self.config.as_deref().map(SourceText::read).transpose()?;
+        self.config_of(self.config.as_deref().map(SourceText::read).transpose()?)
+    }
+
+    fn config_of(&self, text: Option<SourceText>) -> Result<(Config, Option<SourceText>), Failure> {
         let mut config = text.as_ref().map_or_else(|| Ok(Config::default()), SourceText::parse)?;
         if let Some(listen) = self.listen {
             config.listen = listen;
@@ -121,14 +128,35 @@ impl Serve {
     }
 }
 
-impl ConfigSource for Serve {
-    fn text(&self) -> Option<Result<String, String>> {
-        let file = self.config.as_deref()?;
-        Some(SourceText::read(file).map(|text| text.as_str().to_owned()).map_err(|error| error.to_string()))
+/// The file that `serve` reads, and its flags and variables.
+struct ServeSource {
+    serve: Serve,
+    text_at_start: Option<String>,
+}
+
+impl ConfigSource for ServeSource {
+    fn text_at_start(&self) -> Option<String> {
+        self.text_at_start.clone()
     }
 
-    fn load(&self) -> Result<Config, String> {
-        self.config().map(|(config, _)| config).map_err(|failure| failure.message().to_owned())
+    #[expect(clippy::disallowed_methods, reason = "runs on threads for blocking work")]
+    fn text(&self) -> Option<Result<String, String>> {
+        let file = self.serve.config.as_deref()?;
+        let failed = |error: String| format!("{}: {error}", file.display());
+        // A pipe would block, and a huge file would be read again and again.
+        let text = match std::fs::metadata(file) {
+            Err(error) => Err(failed(error.to_string())),
+            Ok(found) if !found.is_file() => Err(failed("is not a regular file".into())),
+            Ok(found) if found.len() > MAX_CONFIG_BYTES => Err(failed("has more than 4 MiB".into())),
+            Ok(_) => SourceText::read(file).map(|text| text.as_str().to_owned()).map_err(|error| error.to_string()),
+        };
+        Some(text)
+    }
+
+    fn parse(&self, text: &str) -> Result<Config, String> {
+        let file = self.serve.config.as_deref().map_or_else(String::new, |file| file.display().to_string());
+        let config = self.serve.config_of(Some(SourceText::new(text, &file)));
+        config.map(|(config, _)| config).map_err(|failure| failure.message().to_owned())
     }
 }
 

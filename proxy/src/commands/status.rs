@@ -2,6 +2,7 @@
 
 use clap::Args;
 use dray::status::Status;
+use dray::upstream::UpstreamView;
 
 use super::operator::AdminApi;
 use super::table::{Paint, Table, bytes, seconds};
@@ -52,15 +53,16 @@ fn text(status: &Status, paint: Paint) -> String {
         status.version,
         status.config_hash,
         seconds(status.uptime_seconds),
-        status.registry,
+        status.registry_listen,
         status.peers_listen.map(|at| format!(", peers at {at}")).unwrap_or_default(),
     );
     text += &format!(
-        "sent {}, of which {} did not come from an upstream; disk {} of {}, and {} for small objects\n",
-        bytes(traffic.sent_bytes),
-        paint.good(&bytes(traffic.sent_bytes.saturating_sub(traffic.upstream_bytes))),
+        "sent {} to clients; received {} from upstreams and {} from peers; disk {} of {}, and {} for small objects\n",
+        paint.good(&bytes(traffic.sent_bytes)),
+        bytes(traffic.upstream_bytes),
+        bytes(traffic.peer_bytes),
         bytes(status.cache.blobs_bytes),
-        bytes(status.cache.blobs_limit),
+        bytes(status.cache.blobs_limit_bytes),
         bytes(status.cache.small_bytes),
     );
     let tables =
@@ -90,11 +92,15 @@ fn sources(status: &Status) -> Table {
 
 /// Downloads in progress.
 fn fills(status: &Status) -> Table {
-    let mut fills = Table::new(&["downloading", "blob", ">bytes", ">of", ">done", "as"]);
+    let mut fills = Table::new(&["downloading", "blob", ">bytes", ">of", ">done", "role"]);
     for fill in status.downloads.iter().take(MAX_ROWS) {
         let done = fill.total_bytes.map(|total| format!("{} %", 100 * fill.written_bytes / total.max(1)));
         let total = fill.total_bytes.map(bytes);
-        let role = if fill.role == "global" { "owner" } else { "follower" };
+        let role = match fill.role.as_str() {
+            "global" => "owner",
+            "zone" => "zone owner",
+            _ => "follower",
+        };
         fills.row(&[
             &fill.image,
             &short(&fill.digest),
@@ -113,14 +119,23 @@ fn upstreams(status: &Status, paint: Paint) -> Table {
     let mut by_state: Vec<_> = status.upstreams.iter().collect();
     by_state.sort_by_key(|upstream| upstream.state == "healthy");
     for upstream in by_state.into_iter().take(MAX_ROWS) {
-        let more = upstream.rate_limited_seconds.map(|left| format!(", {} more", seconds(left))).unwrap_or_default();
-        let state = format!("{}{more}", upstream.state);
+        let state = format!("{}{}", upstream.state, detail(upstream));
         let state = if upstream.state == "healthy" { paint.good(&state) } else { paint.bad(&state) };
         let left = upstream.rate_limit_remaining.map(|left| left.to_string());
         let tokens = upstream.tokens.to_string();
         upstreams.row(&[&upstream.upstream, &upstream.rule, &state, left.as_deref().unwrap_or("-"), &tokens]);
     }
     upstreams
+}
+
+/// What an operator asks next: since when, why, and when dray tries again.
+fn detail(upstream: &UpstreamView) -> String {
+    let since = upstream.since_seconds.map(|since| format!(" for {}", seconds(since)));
+    let limit = upstream.rate_limited_seconds.map(|left| format!(" for another {}", seconds(left)));
+    let error = upstream.last_error.as_ref().filter(|_| matches!(&*upstream.state, "down" | "blocked"));
+    let error = error.map(|error| format!(": {error}"));
+    let probe = upstream.next_probe_seconds.map(|next| format!("; next probe in {next:.0} s"));
+    [since, limit, error, probe].into_iter().flatten().collect()
 }
 
 /// The peers; unhealthy ones come first.
@@ -141,7 +156,7 @@ fn peers(status: &Status, paint: Paint) -> Table {
 /// The most recent responses.
 fn recent(status: &Status, paint: Paint) -> Table {
     let mut recent = Table::new(&["recent requests", "of", ">status", "from", ">bytes", ">first byte", ">took"]);
-    for response in status.recent.iter().take(MAX_ROWS) {
+    for response in status.recent_requests.iter().take(MAX_ROWS) {
         let code = response.status.to_string();
         let code = if response.status < 400 { code } else { paint.bad(&code) };
         let first_byte = response.first_byte_ms.map(|ms| format!("{ms:.1} ms"));

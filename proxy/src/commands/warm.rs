@@ -129,7 +129,7 @@ impl Warm {
         }
         if images.is_empty() {
             let problem =
-                invalid.first().map_or("no image: pass image names, or a --file that has some", String::as_str);
+                invalid.first().map_or("no images given: pass image names, or --file with a list", String::as_str);
             return Err(Failure::Usage(problem.to_owned()));
         }
         Ok((images, invalid))

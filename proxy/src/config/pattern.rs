@@ -141,7 +141,7 @@ impl std::str::FromStr for HostPattern {
         match as_host {
             // The port of https is left out, as in the registry names of requests.
             Ok(_) if text.strip_prefix(AND_BELOW).unwrap_or(text).contains("**") => Err(format!(
-                "match \"{text}\": two stars stand at the beginning only, as in \"**.example.com\", which is example.com and \
+                "match \"{text}\": two stars are valid at the beginning only, as in \"**.example.com\", which is example.com and \
                  all below it"
             )),
             Ok(host) if text.contains('*') && host.port().is_none() => {
@@ -152,8 +152,8 @@ impl std::str::FromStr for HostPattern {
             // Folds the aliases of Docker Hub, as requests do.
             Ok(_) => text.parse::<Registry>().map(|r| Self::written(r.to_string())).map_err(|e| e.to_string()),
             Err(_) => Err(format!(
-                "match \"{text}\" is no host: write \"ghcr.io\", \"*.example.com\", \"**.example.com\", \"host:port\" or \"*\" \
-                 (a rule with deny = true and no port is for all ports)"
+                "match \"{text}\" is not a valid host: expected \"ghcr.io\", \"*.example.com\", \"**.example.com\", \"host:port\" or \
+                 \"*\" (a rule with deny = true and no port is for all ports)"
             )),
         }
     }

@@ -41,7 +41,10 @@ impl PeersConfig {
     pub(super) fn check(&self) -> Result<(), KeyConflict> {
         let has_members = !self.members.is_empty() || !self.service.is_empty();
         if has_members && self.listen.is_none() {
-            return Err(KeyConflict::new("peers.listen", "is needed, so that the peers can connect to this process"));
+            return Err(KeyConflict::new(
+                "peers.listen",
+                "is required with peers.service or peers.static: peers connect to it",
+            ));
         }
         let useless = [
             ("peers.key_file", "(or --peers-key-file, DRAY_PEERS_KEY_FILE) ", self.key_file.is_some()),
@@ -52,16 +55,15 @@ impl PeersConfig {
         let set = useless.into_iter().find(|(_, _, is_set)| *is_set && self.listen.is_none());
         if let Some((key, or, _)) = set {
             let problem =
-                "is of no use without peers.listen (or --peers-service, DRAY_PEERS_SERVICE): there are no peers";
+                "has no effect without peers.listen (or --peers-service, DRAY_PEERS_SERVICE): there are no peers";
             return Err(KeyConflict::new(key, format!("{or}{problem}")));
         }
         if self.key_file.is_some() && self.mtls.is_some() {
-            return Err(KeyConflict::new("peers.key_file", "is not needed beside mtls: choose one of them"));
+            return Err(KeyConflict::new("peers.key_file", "cannot be combined with mtls: choose one of them"));
         }
         let mut zones = self.members.iter().map(|(zone, _)| zone).chain(self.service.iter().map(|(zone, _)| zone));
         if self.zone.is_some() && has_members && !zones.any(Option::is_some) {
-            let problem =
-                "is of no use while the others have none: write service = { a = \"...\" } or static = { a = [...] }";
+            let problem = "has no effect, because service and static have no zones: write service = { a = \"...\" } or static = { a = [...] }";
             return Err(KeyConflict::new("peers.zone", problem));
         }
         Ok(())

@@ -41,7 +41,7 @@ pub struct RuleConfig {
     #[serde(default, deserialize_with = "units::regexes")]
     pub immutable_tags: Vec<String>,
     /// How long after its last confirmation a tag is served stale while the upstream fails.
-    #[serde(default = "default_stale_for")]
+    #[serde(default = "default_stale_if_error")]
     pub stale_if_error: ConfigDuration,
     /// How long "not found" is cached.
     #[serde(default = "default_negative_ttl")]
@@ -118,7 +118,7 @@ impl RuleConfig {
             tag_ttl: default_tag_ttl(),
             tags: Vec::new(),
             immutable_tags: Vec::new(),
-            stale_if_error: default_stale_for(),
+            stale_if_error: default_stale_if_error(),
             negative_ttl: default_negative_ttl(),
             on_client_abort: OnClientAbort::Stop,
             cross_zone_peers: CrossZonePeers::Always,
@@ -128,7 +128,7 @@ impl RuleConfig {
     /// The first key that is wrong by itself, and the problem.
     pub(super) fn check(&self) -> Result<(), (&'static str, String)> {
         if self.deny && self.client_cert.is_some() {
-            return Err(("registry.client_cert", "a denied registry is shown no certificate".to_owned()));
+            return Err(("registry.client_cert", "has no effect with deny = true: remove it".to_owned()));
         }
         if self.deny && (!self.upstreams.is_empty() || self.credentials.is_some()) {
             return Err(("registry.deny", "a denied registry has no upstreams and no credentials".to_owned()));
@@ -142,16 +142,15 @@ impl RuleConfig {
         let one_secret = self.credentials.as_ref().is_some_and(Credentials::is_one_secret);
         if one_secret && self.upstreams.is_empty() && self.pattern.host.is_glob() {
             let problem = format!(
-                "a username for every host that \"{}\" matches would send the password to hosts that others choose: \
-                 name the upstreams, or use credentials = {{ file = ... }}",
+                "\"{}\" matches hosts that a client chooses, and each would get the password: set upstreams, or \
+                 credentials = {{ file = ... }}",
                 self.pattern
             );
             return Err(("registry.credentials", problem));
         }
         if self.client_cert.is_some() && self.upstreams.is_empty() && self.pattern.host.is_glob() {
             let problem = format!(
-                "one certificate for every host that \"{}\" matches would be shown to hosts that others choose: name the \
-                 upstreams",
+                "\"{}\" matches hosts that a client chooses, and each would get the certificate: set upstreams",
                 self.pattern
             );
             return Err(("registry.client_cert", problem));
@@ -164,11 +163,11 @@ impl RuleConfig {
         if self.credentials.is_some() {
             return Err((
                 "registry.credentials",
-                "have no effect with authorization = \"passthrough\": clients bring their own",
+                "have no effect with authorization = \"passthrough\": each client has its own",
             ));
         }
         if self.upstreams.len() > 1 {
-            let problem = "authorization = \"passthrough\" takes one: the rights of a client are those at one registry";
+            let problem = "authorization = \"passthrough\" supports exactly one upstream: the rights of a client are those at one registry";
             return Err(("registry.upstreams", problem));
         }
         Ok(())
@@ -185,7 +184,7 @@ impl RuleConfig {
             ));
         }
         if self.pattern.host.is_glob() {
-            return Err(format!("\"{alias}\" cannot be the name of the many hosts of \"{}\"", self.pattern));
+            return Err(format!("\"{alias}\" needs a rule for one host, and \"{}\" matches several", self.pattern));
         }
         Ok(())
     }
@@ -195,7 +194,7 @@ fn default_tag_ttl() -> ConfigDuration {
     ConfigDuration::seconds(60)
 }
 
-fn default_stale_for() -> ConfigDuration {
+fn default_stale_if_error() -> ConfigDuration {
     ConfigDuration::seconds(30 * 24 * 3600)
 }
 

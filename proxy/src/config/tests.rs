@@ -79,13 +79,13 @@ fn error_names_file_line_and_key() {
         ("[[registry]]\nmatch = \"a.io\"\ncredentials = { username = \"u\" }", &["line 3", "password"]),
         (
             "[[registry]]\nmatch = \"*.io\"\nclient_cert = { cert = \"c\", key = \"k\" }",
-            &["dray.toml:3", "registry.client_cert", "name the upstreams"],
+            &["dray.toml:3", "registry.client_cert", "set upstreams"],
         ),
         ("[[registry]]\nmatch = \"a.io\"\nclient_cert = { cert = \"c\" }", &["line 3", "key"]),
-        ("[[registry]]\nmatch = \"a.io\"\naccess = \"public\"", &["line 3", "shared", "client"]),
+        ("[[registry]]\nmatch = \"a.io\"\nauthorization = \"public\"", &["line 3", "shared", "passthrough"]),
         (
             "[[registry]]\nmatch = \"a.io\"\nauthorization = \"passthrough\"\ncredentials = { helper = \"x\" }",
-            &["dray.toml:4", "registry.credentials", "their own"],
+            &["dray.toml:4", "registry.credentials", "its own"],
         ),
         (
             "[[registry]]\nmatch = \"a.io\"\nauthorization = \"passthrough\"\nupstreams = [\"https://a\", \"https://b\"]",
@@ -122,7 +122,7 @@ fn error_names_file_line_and_key() {
         ("[tracing]\nsample = 0.5", &["dray.toml:2", "tracing.sample", "tracing.otlp"]),
         ("[tracing]\nsample = 2.0", &["line 2", "from 0.0 to 1.0"]),
         ("[tracing]\notlp = \"http://c:4317\"", &["line 2", "gRPC", "4318"]),
-        ("[tracing]\notlp = \"localhost:4318\"", &["line 2", "http://host:4318"]),
+        ("[tracing]\notlp = \"localhost:4318\"", &["line 2", "http://HOST:4318"]),
         (
             "[peers]\nkey_file = \"k\"",
             &["dray.toml:2", "peers.key_file", "--peers-key-file", "peers.listen", "--peers-service"],

@@ -36,7 +36,7 @@ impl SourceText {
     }
 
     /// `file` is only for messages.
-    pub(super) fn new(text: &str, file: &str) -> Self {
+    pub fn new(text: &str, file: &str) -> Self {
         Self { file: file.to_owned(), text: text.to_owned() }
     }
 

@@ -31,15 +31,17 @@ impl Tracing {
 fn collector<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Url>, D::Error> {
     let text = String::deserialize(deserializer)?;
     if cfg!(not(feature = "otlp")) {
-        return Err(D::Error::custom("this dray was built without the feature otlp: it sends no traces"));
+        return Err(D::Error::custom("this dray was built without the feature otlp: it exports no traces"));
     }
     let url = Url::parse(&text).ok().filter(|url| matches!(url.scheme(), "http" | "https") && url.has_host());
     if url.as_ref().is_some_and(|url| url.port() == Some(4317)) {
-        return Err(D::Error::custom("otlp: port 4317 is a collector's for gRPC; the one for HTTP is 4318 by default"));
+        return Err(D::Error::custom(
+            "otlp: port 4317 is OTLP over gRPC, which dray does not support: use the HTTP port, 4318 by default",
+        ));
     }
     let plain = url.filter(|url| url.query().is_none() && url.fragment().is_none() && url.username().is_empty());
-    let how = "write it as http://host:4318 of an OpenTelemetry collector (OTLP over HTTP)";
-    plain.map(Some).ok_or_else(|| D::Error::custom(format!("otlp = \"{text}\": {how}")))
+    let how = "is not a valid URL: expected http://HOST:4318 of an OpenTelemetry collector (OTLP over HTTP)";
+    plain.map(Some).ok_or_else(|| D::Error::custom(format!("otlp = \"{text}\" {how}")))
 }
 
 fn share<'de, D: Deserializer<'de>>(deserializer: D) -> Result<f64, D::Error> {

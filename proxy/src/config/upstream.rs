@@ -75,17 +75,15 @@ impl Upstream {
         let holds = |placeholder: &str| template.matches(placeholder).count();
         let places = holds("{repo}") + holds("{rest}");
         if holds("{rest}") > 0 && !matching.has_rest() {
-            return Err(format!(
-                "\"{self}\": {{rest}} is what a star at the end of match stands for, and \"{matching}\" has none"
-            ));
+            return Err(format!("\"{self}\": {{rest}} needs a match that ends in a star, and \"{matching}\" does not"));
         }
         // A single repository may have any name at the upstream.
         if places == 1 || (places == 0 && matching.is_of_one_repository()) {
             return Ok(());
         }
         Err(format!(
-            "\"{self}\": the path is the repository there and must hold {{repo}} once, such as \"{}/{template}/{{repo}}\"; \
-             where it is the path of the API, it ends in /v2",
+            "\"{self}\": the path must contain {{repo}} once, such as \"{}/{template}/{{repo}}\", or end in /v2 as the root of the \
+             API",
             self.base()
         ))
     }
@@ -158,8 +156,8 @@ impl std::str::FromStr for Upstream {
             let example = template.replace("{repo}", "a").replace("{rest}", "a").replace(REGISTRY, "a");
             if example.parse::<Repository>().is_err() {
                 return Err(format!(
-                    "upstream \"{text}\": the path is the repository there, with {{repo}} for the one that is asked for, \
-                     such as \"https://{authority}/team/{{repo}}\"; where it is the path of the API, it ends in /v2"
+                    "upstream \"{text}\": the path must be a repository, with {{repo}} for the requested one, such as \
+                     \"https://{authority}/team/{{repo}}\", or end in /v2 as the root of the API"
                 ));
             }
         }

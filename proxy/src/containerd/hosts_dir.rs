@@ -112,7 +112,8 @@ impl HostsDir {
         Self { root: root.into() }
     }
 
-    /// The command that gives the user the permission to write that was missing; None for other errors.
+    /// The command that gives the user the missing write permission. None: for root, which has all permissions, and for other
+    /// errors.
     pub fn remedy(&self, error: &HostsError, (uid, gid): (u32, u32)) -> Option<String> {
         let HostsError::Io(_, error) = error else { return None };
         let is_denied = error.kind() == io::ErrorKind::PermissionDenied && uid != 0;

@@ -78,7 +78,7 @@ impl MirrorReconciler {
         if let Ok(changes) = result
             && is_first
         {
-            changes.remarks.iter().for_each(|remark| tracing::warn!("{remark}"));
+            changes.remarks.iter().for_each(|remark| tracing::warn!(%remark, "mirror configuration needs attention"));
         }
     }
 
@@ -105,7 +105,9 @@ impl MirrorReconciler {
 
     fn log(&self, result: &Result<Changes, HostsError>) {
         match result {
-            Ok(changes) => changes.changes.iter().for_each(|change| tracing::info!("{change}")),
+            Ok(changes) => {
+                changes.changes.iter().for_each(|change| tracing::info!(%change, "mirror configuration changed"));
+            }
             Err(error) => {
                 let ids = (geteuid().as_raw(), getegid().as_raw());
                 let remedy = self.hosts.remedy(error, ids);
@@ -130,7 +132,7 @@ pub async fn sync(hosts_dir: PathBuf, mirror: Mirror, ca: Option<PathBuf>) -> st
             }
             response => {
                 failed_probes += 1;
-                tracing::debug!(mirror = url, ?response, failed_probes, "mirror probe failed");
+                tracing::debug!(mirror = url, error = ?response, failed_probes, "mirror probe failed");
                 if failed_probes >= MAX_FAILED_PROBES {
                     reconciler.pause();
                 }

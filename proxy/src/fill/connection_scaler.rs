@@ -7,7 +7,7 @@
 //! | try | faster | try, with twice the connections |
 //! | rest | [`PAUSE`] has passed | try, with twice the connections |
 //! | start, try, rest | twice the connections would exceed the maximum | rest |
-//! | any | the upstream refuses a connection | start, with at max the connections that it accepted |
+//! | any | the upstream refuses a connection | start, with at most the connections that it accepted |
 
 use std::time::Duration;
 

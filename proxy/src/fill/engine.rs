@@ -142,7 +142,7 @@ impl Engine<'_> {
             }
             let now = Instant::now();
             let may_open = state.ranges_supported && now >= state.resume_at;
-            self.fill.plan.lock().collect(self.fill.clock(), |span| sources.is_elsewhere(span));
+            self.fill.plan.lock().collect(self.fill.clock(), |span| sources.is_at_a_peer(span));
             while may_open
                 && let Some((span, permit)) =
                     self.next_range(lanes.len(), &mut width, &state.refusals, progress.borrow_and_update().hashed())
@@ -399,7 +399,7 @@ fn log_break(error: &str, position: u64, total: u64) {
 }
 
 fn unwritable() -> SourceError {
-    SourceError::Unreachable("the cache cannot be written; check the disk".into())
+    SourceError::Unreachable("the cache of this node cannot be written: check its disk".into())
 }
 
 #[cfg(test)]

@@ -33,7 +33,7 @@ pub struct Fills {
     /// Present if a disk write failed recently.
     pub(super) disk_failed: moka::sync::Cache<(), ()>,
     /// Blobs that could not be cached recently.
-    pub(super) no_room: moka::sync::Cache<FillKey, ()>,
+    pub(super) no_space: moka::sync::Cache<FillKey, ()>,
     of_registries: Shares<Registry>,
     of_clients: Shares<IpAddr>,
     pub(super) large: Shares<Registry>,
@@ -140,7 +140,7 @@ impl Fills {
             distrusted: moka::sync::Cache::builder().max_capacity(100_000).time_to_live(OBSERVATION_TTL).build(),
             corrupt: moka::sync::Cache::builder().max_capacity(100_000).time_to_live(OBSERVATION_TTL).build(),
             disk_failed: moka::sync::Cache::builder().time_to_live(MAX_RETRY_DELAY).build(),
-            no_room: moka::sync::Cache::builder().max_capacity(10_000).time_to_live(PAUSE).build(),
+            no_space: moka::sync::Cache::builder().max_capacity(10_000).time_to_live(PAUSE).build(),
             of_registries: Shares::new(MAX_RUNNING),
             of_clients: Shares::new(MAX_STARTED_BY_CLIENTS),
             large: Shares::new(MAX_FILLS),
@@ -149,7 +149,7 @@ impl Fills {
             memory,
             connections: Shares::new(MAX_CONNECTIONS),
             store,
-            gauge: metrics.downloads.with_label_values(&["running"]),
+            gauge: metrics.downloads.clone(),
             metrics,
         }
     }
@@ -173,8 +173,8 @@ impl Fills {
     }
 
     /// Whether there was no room for it recently.
-    pub fn has_no_room(&self, key: &FillKey) -> bool {
-        self.no_room.contains_key(key)
+    pub fn has_no_space(&self, key: &FillKey) -> bool {
+        self.no_space.contains_key(key)
     }
 
     /// Remembers that bytes did not match their digest.
@@ -211,7 +211,7 @@ impl Fills {
         };
         let (fills, new) = (self.clone(), fill.clone());
         tokio::spawn(trace::carried(async move {
-            let mut span = trace::begin("fill", trace::TraceSpanKind::Internal);
+            let mut span = trace::begin("download", trace::TraceSpanKind::Internal);
             let running = RunningFill { fills: &fills, fill: &new, _permit: permit };
             // The partial of the abandoned fill is resumed.
             if let Some(earlier) = earlier {

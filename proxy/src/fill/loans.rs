@@ -91,7 +91,7 @@ impl Loans {
             }
             Some(_) => (MAX_LOANS_PER_DEPUTY, u64::MAX),
         };
-        let max_loans = if self.stands_back() { MAX_LOANS_OF_SLOW_OWNER } else { MAX_LOANS };
+        let max_loans = if self.defers_to_deputies() { MAX_LOANS_OF_SLOW_OWNER } else { MAX_LOANS };
         let may =
             self.enabled && self.failed < MAX_FAILED_LOANS && self.open.len() < max_loans && open_to_peer < max_to_peer;
         if may { largest } else { 0 }
@@ -144,7 +144,7 @@ impl Loans {
     }
 
     /// Whether this node should download nothing that its deputies could: they have open loans, and are far faster.
-    pub(super) fn stands_back(&self) -> bool {
+    pub(super) fn defers_to_deputies(&self) -> bool {
         !self.open.is_empty() && self.is_slow()
     }
 
@@ -275,14 +275,14 @@ mod tests {
         loans.lend(span(0), peer(1), Duration::ZERO);
         loans.lend(span(1), peer(2), Duration::ZERO);
         loans.brought(10, Duration::from_secs(10));
-        assert!(!loans.stands_back(), "the rate of the deputies is unknown");
+        assert!(!loans.defers_to_deputies(), "the rate of the deputies is unknown");
         loans.due(Duration::from_secs(2), |lent| lent == span(0));
-        assert!(loans.stands_back(), "five bytes a second against one");
+        assert!(loans.defers_to_deputies(), "five bytes a second against one");
         loans.brought(30, Duration::from_secs(10));
-        assert!(!loans.stands_back());
+        assert!(!loans.defers_to_deputies());
         loans.brought(0, Duration::from_secs(60));
         loans.due(Duration::from_secs(2), |lent| lent == span(1));
-        assert!(!loans.stands_back(), "no loans are open");
+        assert!(!loans.defers_to_deputies(), "no loans are open");
     }
 
     #[test]

@@ -103,7 +103,7 @@ impl RangePlan {
     /// gaps that were lent before.
     fn gap_without_reader(&self) -> Option<Span> {
         let first = self.gap(0)?;
-        if !self.lent.stands_back() {
+        if !self.lent.defers_to_deputies() {
             return Some(first);
         }
         let gaps = self.returned.iter().filter_map(|known| {
@@ -169,7 +169,7 @@ impl RangePlan {
     }
 
     /// Whether the byte at `at` is lent to a deputy.
-    pub fn is_lent(&self, at: u64) -> bool {
+    pub fn is_forwarded(&self, at: u64) -> bool {
         self.lent.covers(at)
     }
 
@@ -189,8 +189,8 @@ impl RangePlan {
     }
 
     /// Whether a peer that requests the byte at `at` should be redirected to another holder.
-    pub fn is_better_elsewhere(&self, at: u64) -> bool {
-        self.is_lent(at) || self.lent.is_slow()
+    pub fn is_deferred_to_peers(&self, at: u64) -> bool {
+        self.is_forwarded(at) || self.lent.is_slow()
     }
 
     /// The upstream sent this node `bytes` in `time`, added up over its connections.
@@ -238,7 +238,7 @@ mod tests {
         assert_eq!(mib(plan.next(0, &[], 4)), Some((0, 16)));
         assert_eq!(plan.lend(range(8, 24), to, Duration::ZERO), Lent::No, "already requested");
         assert_eq!(plan.lend(range(16, 32), to, Duration::ZERO), Lent::Yes(range(16, 18)), "a small first loan");
-        assert!(plan.is_lent(16 * MIB));
+        assert!(plan.is_forwarded(16 * MIB));
         assert_eq!(plan.lend(range(64, 80), to, Duration::ZERO), Lent::Later, "one loan at a time");
         assert_eq!(plan.lend(range(16, 32), to, Duration::ZERO), Lent::No, "already lent");
         assert_eq!(

@@ -156,14 +156,14 @@ impl RunningFill<'_> {
         let (total, from) = (feed.total(), feed.served_from());
         let Some(permit) = self.fills.large.take(&self.fill.key.registry, 1) else {
             self.restore_partial(partial).await;
-            return self.bypass_cache(feed, "busy");
+            return self.bypass_cache(feed, "overloaded");
         };
         if self.fills.disk_failed.contains_key(&()) {
             self.restore_partial(partial).await;
             return self.bypass_cache(feed, "disk");
         }
         // A recent attempt ran out of space, and this one would too.
-        if self.fills.has_no_room(&self.fill.key) {
+        if self.fills.has_no_space(&self.fill.key) {
             self.restore_partial(partial).await;
             return self.bypass_cache(feed, "no_space");
         }
@@ -229,7 +229,7 @@ impl RunningFill<'_> {
             // Readers that resume bypass the cache.
             (WriteOutcome::NoSpace, _) => {
                 tracing::warn!(%digest, "cache space exhausted during download");
-                self.fills.no_room.insert(self.fill.key.clone(), ());
+                self.fills.no_space.insert(self.fill.key.clone(), ());
                 self.fill.end(Phase::Failed);
                 self.on_disk(|_| drop(draft)).await;
             }
@@ -263,8 +263,8 @@ impl RunningFill<'_> {
     fn bypass_cache(&self, feed: SpanStream, reason: &str) {
         self.fills.metrics.cache_bypass.with_label_values(&[reason]).inc();
         // The entry is not renewed, so that caching is tried again when it expires.
-        if !self.fills.has_no_room(&self.fill.key) {
-            self.fills.no_room.insert(self.fill.key.clone(), ());
+        if !self.fills.has_no_space(&self.fill.key) {
+            self.fills.no_space.insert(self.fill.key.clone(), ());
         }
         tracing::warn!(digest = %self.fill.key.digest, total = feed.total(), reason, "cache bypassed");
         let (total, from) = (feed.total(), feed.served_from());

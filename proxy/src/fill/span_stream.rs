@@ -38,7 +38,7 @@ pub trait FillSources: Send + Sync {
     }
 
     /// Whether a peer has announced that it has all of this range.
-    fn is_elsewhere(&self, _span: Span) -> bool {
+    fn is_at_a_peer(&self, _span: Span) -> bool {
         false
     }
 

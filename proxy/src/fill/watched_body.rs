@@ -97,7 +97,7 @@ impl WatchedBody {
         let stall_timeout = self.incoming.stall_timeout;
         let slowest = MinRate { bytes: MIN_WINDOW_BYTES, window: stall_timeout * WINDOW_STALLS };
         match timeout(stall_timeout, self.incoming.next()).await {
-            Ok(Some(Ok(piece))) if self.speed.keeps_up(slowest, requested_at.elapsed(), piece.len()) => {
+            Ok(Some(Ok(piece))) if self.speed.meets_minimum(slowest, requested_at.elapsed(), piece.len()) => {
                 self.received += piece.len() as u64;
                 Ok(piece)
             }

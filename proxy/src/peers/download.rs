@@ -60,8 +60,8 @@ impl PeerDownload {
         let waited = self.waiting_since.take().map_or(Duration::ZERO, |since| since.elapsed());
         self.checksum.update(piece);
         self.contribution.span.end += piece.len() as u64;
-        let keeps_up = self.speed.keeps_up(MIN_RATE, waited, piece.len());
-        self.is_too_slow = !keeps_up && self.contribution.claim == Claim::Verified;
+        let meets_minimum = self.speed.meets_minimum(MIN_RATE, waited, piece.len());
+        self.is_too_slow = !meets_minimum && self.contribution.claim == Claim::Verified;
         if self.is_too_slow { Err(Broken("too slow for a holder of the whole blob".into())) } else { Ok(()) }
     }
 }

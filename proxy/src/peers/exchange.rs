@@ -79,8 +79,8 @@ impl Peers {
         let headers = [(wire::REQUEST, terms.write()), (wire::HAVE, metadata.have), (ACCEPT, metadata.accept)];
         request = request.headers(headers.into_iter().filter_map(|(name, value)| Some((name, value?))).collect());
         // Only a peer that is to request from the registry needs a credential.
-        let is_lent = matches!(query.mode, PeerRequestMode::As(_)) && repo_ref.principal.may_be_forwarded();
-        if let Some(authorization) = repo_ref.principal.authorization().filter(|_| is_lent)
+        let is_forwarded = matches!(query.mode, PeerRequestMode::As(_)) && repo_ref.principal.may_be_forwarded();
+        if let Some(authorization) = repo_ref.principal.authorization().filter(|_| is_forwarded)
             && let Some(sealed) = self.auth.seal(authorization)
         {
             request = request.header(wire::AUTHORIZATION, sealed);
@@ -185,7 +185,7 @@ impl Peers {
         }
     }
 
-    /// Waits, then probes a peer that is still silent. False: it is frozen. The next owners are pinged meanwhile, so
+    /// Waits, then probes a peer that is still silent. False: it is frozen, or was marked as down meanwhile. The next owners are pinged meanwhile, so
     /// that several frozen ones cost no more time than one.
     async fn probe_silent_peer(
         &self,

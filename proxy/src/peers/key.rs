@@ -169,7 +169,7 @@ impl PeerAuthError {
                 "the request is not signed, but this node requires a shared key: set peers.key_file on the sender"
             }
             Self::WrongKey => {
-                "the request is signed with a key that is not in this node's peers.key_file, or for another address"
+                "the signature is not valid: the keys in peers.key_file differ, or the request was signed for another address"
             }
             Self::OtherTime => "the request was signed more than a minute from this node's time: compare the clocks",
         }
@@ -178,13 +178,13 @@ impl PeerAuthError {
 
 fn request_text(time: u64, to: SocketAddr, method: &Method, path: &str, headers: &HeaderMap) -> String {
     let (address, port) = (to.ip().to_canonical(), to.port());
-    let mut text = format!("dray question\n{time}\n{address} {port}\n{method}\n{path}\n");
+    let mut text = format!("dray request\n{time}\n{address} {port}\n{method}\n{path}\n");
     write_headers(&mut text, headers, &[RANGE, CACHE_CONTROL]);
     text
 }
 
 fn response_text(request: &HeaderValue, status: u16, headers: &HeaderMap) -> String {
-    let mut text = format!("dray answer\n{}\n{status}\n", request.to_str().unwrap_or_default());
+    let mut text = format!("dray response\n{}\n{status}\n", request.to_str().unwrap_or_default());
     let more = [CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, LOCATION, AGE, wire::CONTENT_DIGEST, wire::SOURCE];
     write_headers(&mut text, headers, &more);
     text
@@ -298,10 +298,10 @@ mod tests {
     #[test]
     fn signed_text_is_the_same_in_all_releases() {
         let request = request_text(1, server(), &Method::GET, PATH, &request_headers());
-        assert_eq!(request, format!("dray question\n1\n192.0.2.1 5052\nGET\n{PATH}\ndray-request:role=global\n"));
+        assert_eq!(request, format!("dray request\n1\n192.0.2.1 5052\nGET\n{PATH}\ndray-request:role=global\n"));
         let headers = HeaderMap::from_iter([(wire::CONTENT_DIGEST, "sha256:x".parse().unwrap())]);
         let response = response_text(&"1 00".parse().unwrap(), 200, &headers);
-        assert_eq!(response, "dray answer\n1 00\n200\ndocker-content-digest:sha256:x\n");
+        assert_eq!(response, "dray response\n1 00\n200\ndocker-content-digest:sha256:x\n");
     }
 
     #[test]

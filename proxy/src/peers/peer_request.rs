@@ -56,7 +56,11 @@ impl PeerRequest {
         let checked = peers.auth.check(at, &request.method, &request.uri, headers);
         let (trust, seal) = checked.inspect_err(|error| {
             peers.metrics.peer_auth_failures.with_label_values(&["request"]).inc();
-            tracing::debug!(?from, error = error.as_str(), "peer request not authenticated");
+            tracing::debug!(
+                peer = at.map(tracing::field::display),
+                error = error.as_str(),
+                "peer request not authenticated"
+            );
         })?;
         let cache_control = headers.get(CACHE_CONTROL).and_then(|value| value.to_str().ok()).unwrap_or_default();
         let is_cache_only = cache_control.split(',').any(|directive| directive.trim() == wire::ONLY_IF_CACHED);
@@ -92,7 +96,7 @@ impl PeerRequest {
     pub fn principal(&self) -> Principal {
         match &self.authorization {
             Some(authorization) => {
-                let id = PrincipalId::lent(authorization);
+                let id = PrincipalId::forwarded(authorization);
                 let mut authorization = authorization.clone();
                 authorization.set_sensitive(true);
                 Principal::Verified(Arc::new(principal::VerifiedPrincipal { id, authorization: Some(authorization) }))
@@ -143,15 +147,15 @@ impl Peers {
     }
 
     /// Records what the requester has of a blob.
-    pub fn heard(&self, request: &PeerRequest, digest: &Digest) {
+    pub fn record_report(&self, request: &PeerRequest, digest: &Digest) {
         if let Some(peer) = request.peer.filter(|peer| !self.health.lock().is_ejected(peer, self.now())) {
             self.tracker_of(request, digest).lock().record(peer, &request.have, request.load, self.now());
         }
     }
 
     /// Whether a requester has all of this span.
-    pub fn is_elsewhere(&self, digest: &Digest, span: Span) -> bool {
-        self.trackers_of(digest).iter().any(|tracker| tracker.lock().is_elsewhere(span))
+    pub fn is_at_a_peer(&self, digest: &Digest, span: Span) -> bool {
+        self.trackers_of(digest).iter().any(|tracker| tracker.lock().is_at_a_peer(span))
     }
 
     /// Whether another requester has the byte at `at`, or downloads it from the upstream as a deputy.
@@ -201,7 +205,12 @@ impl Peers {
     }
 
     /// The response headers that name other holders, and report that this node has `have`.
-    pub fn told(&self, request: &PeerRequest, digest: &Digest, have: &Spans) -> Vec<(HeaderName, HeaderValue)> {
+    pub fn response_headers(
+        &self,
+        request: &PeerRequest,
+        digest: &Digest,
+        have: &Spans,
+    ) -> Vec<(HeaderName, HeaderValue)> {
         let tracker = self.trackers.get(&(digest.clone(), request.locality));
         let holders = tracker.and_then(|tracker| wire::write_holders(&tracker.lock().holders(request.peer)));
         let have = if have.is_empty() { None } else { wire::write_have(self.sending(), have) };

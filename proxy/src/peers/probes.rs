@@ -26,7 +26,7 @@ const MAX_CONCURRENT_PINGS: usize = 64;
 
 impl Peers {
     /// Pings the peers that are due, while it is polled.
-    pub async fn look_after(&self) {
+    pub async fn run_pings(&self) {
         let mut pinged = FuturesUnordered::new();
         loop {
             let next = self.health.lock().next_ping().filter(|_| pinged.len() < MAX_CONCURRENT_PINGS);
@@ -67,7 +67,7 @@ impl Peers {
         self.health.lock().record_success(&peer);
     }
 
-    /// Whether a peer with an outstanding response reports what it has of the same object, which needs no upstream.
+    /// Whether a peer with an outstanding response responds to a request that needs no upstream.
     pub(super) async fn responds_to_probe(&self, peer: SocketAddr, outstanding: Option<reqwest::Request>) -> bool {
         let Some(mut probe) = outstanding else { return false };
         *probe.method_mut() = Method::HEAD;
@@ -78,10 +78,11 @@ impl Peers {
     }
 }
 
-/// Turns a request into a probe, which must not register this node as a holder or a waiting peer.
+/// Turns a request into a probe, which must not register this node as a holder or a waiting peer, nor report it as idle.
 fn make_probe(headers: &mut HeaderMap) {
     let terms = Terms { peers: Downstream::NONE, may_depute: false, ..Terms::read(headers) };
     if let Some(terms) = terms.write() {
+        // Replaces the header: of two, the peer reads the first, which names this node.
         headers.insert(wire::REQUEST, terms);
     }
     [wire::HAVE, RANGE].iter().for_each(|name| drop(headers.remove(name)));

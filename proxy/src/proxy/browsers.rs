@@ -7,9 +7,7 @@
 
 use std::collections::HashSet;
 use std::net::IpAddr;
-use std::sync::Arc;
 
-use arc_swap::ArcSwap;
 use http::header::{ACCEPT_LANGUAGE, HOST, ORIGIN, USER_AGENT};
 use http::request::Parts;
 
@@ -18,7 +16,6 @@ use crate::oci::Registry;
 
 /// The host names by which browsers may reach this process.
 pub struct Browsers {
-    names: ArcSwap<HashSet<String>>,
     scheme: ClientScheme,
 }
 
@@ -45,16 +42,11 @@ const LOCAL_SUFFIXES: [&str; 5] = [".svc", ".cluster.local", ".localhost", ".loc
 impl Browsers {
     pub fn new(config: &Config) -> Self {
         let scheme = if config.tls.cert.is_some() { ClientScheme::Https } else { ClientScheme::Http };
-        Self { names: ArcSwap::from_pointee(names(config)), scheme }
-    }
-
-    /// New requests may use the names of another configuration.
-    pub fn reload(&self, config: &Config) {
-        self.names.store(Arc::new(names(config)));
+        Self { scheme }
     }
 
     /// Allows a request that is not from a browser, or is from a page of dray itself.
-    pub(super) fn admit(&self, request: &Parts) -> Result<(), BrowserDenied> {
+    pub(super) fn admit(&self, names: &HashSet<String>, request: &Parts) -> Result<(), BrowserDenied> {
         let header = |name: &str| request.headers.get(name).map(|value| value.to_str().unwrap_or_default());
         let host = header(HOST.as_str()).or_else(|| request.uri.authority().map(|authority| authority.as_str()));
         let (site, origin) = (header(SEC_FETCH_SITE), header(ORIGIN.as_str()));
@@ -69,25 +61,25 @@ impl Browsers {
         if site.is_some_and(|site| !matches!(site, "same-origin" | "none")) || origin.is_some_and(is_other) {
             return Err(BrowserDenied::CrossSite);
         }
-        match self.scheme == ClientScheme::Https || host.is_some_and(|host| self.is_own_name(host)) {
+        match self.scheme == ClientScheme::Https || host.is_some_and(|host| is_own_name(names, host)) {
             true => Ok(()),
             false => Err(BrowserDenied::UnknownHost),
         }
     }
+}
 
-    /// Whether DNS rebinding is impossible with this name. An address is not looked up at all.
-    fn is_own_name(&self, host: &str) -> bool {
-        let Ok(host) = host.to_ascii_lowercase().parse::<Registry>() else { return false };
-        let name = host.host().trim_end_matches('.');
-        name.trim_matches(['[', ']']).parse::<IpAddr>().is_ok()
-            || !name.contains('.')
-            || LOCAL_SUFFIXES.iter().any(|suffix| name.ends_with(suffix))
-            || self.names.load().contains(name)
-    }
+/// Whether DNS rebinding is impossible with this name. An address is not looked up at all.
+fn is_own_name(names: &HashSet<String>, host: &str) -> bool {
+    let Ok(host) = host.to_ascii_lowercase().parse::<Registry>() else { return false };
+    let name = host.host().trim_end_matches('.');
+    name.trim_matches(['[', ']']).parse::<IpAddr>().is_ok()
+        || !name.contains('.')
+        || LOCAL_SUFFIXES.iter().any(|suffix| name.ends_with(suffix))
+        || names.contains(name)
 }
 
 /// The names of `[access] hosts`, and that of the mirror.
-fn names(config: &Config) -> HashSet<String> {
+pub(super) fn names(config: &Config) -> HashSet<String> {
     let mirror = config.containerd.mirror.as_ref().and_then(|mirror| mirror.host().parse::<Registry>().ok());
     let mirror = mirror.map(|mirror| mirror.host().to_owned());
     let names = mirror.into_iter().chain(config.access.hosts.iter().cloned());
@@ -112,12 +104,13 @@ mod tests {
     const CHROMIUM: (&str, &str) = ("user-agent", "Mozilla/5.0 (X11; Linux x86_64) HeadlessChrome/130.0");
 
     fn admit(config: &str, host: &str, headers: &[(&str, &str)]) -> Result<(), BrowserDenied> {
-        let browsers = Browsers::new(&Config::parse(config, "test").unwrap());
+        let config = Config::parse(config, "test").unwrap();
+        let browsers = Browsers::new(&config);
         let mut request = http::Request::get("/v2/").header("host", host);
         for (name, value) in headers {
             request = request.header(*name, *value);
         }
-        browsers.admit(&request.body(()).unwrap().into_parts().0)
+        browsers.admit(&names(&config), &request.body(()).unwrap().into_parts().0)
     }
 
     #[test]

@@ -31,13 +31,13 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
-use arc_swap::ArcSwapOption;
 use bytes::BytesMut;
 use http::header::{AUTHORIZATION, HOST};
 use http::{HeaderValue, Method, request::Parts};
 use pingora::protocols::http::ServerSession as Session;
 use tokio::time::timeout;
 
+use super::client_policy::ClientPolicy;
 use super::login_throttle::{LoginPermit, LoginThrottle};
 use super::logins::Logins;
 use super::{RegistryProxy, client_of};
@@ -48,7 +48,7 @@ use crate::oci::route;
 use crate::oci::{Endpoint, Registry, Route};
 use crate::principal::{Principal, PrincipalId, VerifiedPrincipal};
 use crate::pull::{AuthorizationError, ExchangedSecret, Pull, PullError};
-use crate::registries::RepositoryRef;
+use crate::registries::{RepositoryRef, Rules};
 use crate::respond::{PreparedResponse, PresentedToken};
 use crate::secret::Secret;
 use crate::single_flight::SingleFlight;
@@ -62,8 +62,6 @@ pub struct ClientAuth {
     /// URL scheme of the registry listener.
     scheme: &'static str,
     listen: SocketAddr,
-    /// None: no login is required.
-    logins: ArcSwapOption<Logins>,
     /// What registries returned for credentials, never the credentials.
     checks: moka::sync::Cache<(PrincipalId, String), SecretCheck>,
     exchanges: SingleFlight<(PrincipalId, String), SecretCheck>,
@@ -119,7 +117,6 @@ impl ClientAuth {
         // Peers that share a key also accept each other's tokens.
         let of_peers = config.peers.key_file.as_deref().map(|path| KeyFile { key: "peers.key_file", path });
         let issuer = TokenIssuer::new(of_access.or(of_peers))?;
-        let logins = load_logins(&config.access, &issuer)?;
         let checks = moka::sync::Cache::builder()
             .max_capacity(MAX_CHECKS_BYTES)
             .weigher(|(_, repository): &(PrincipalId, String), check: &SecretCheck| {
@@ -127,36 +124,22 @@ impl ClientAuth {
             })
             .expire_after(ByLifetime)
             .build();
-        Ok(Self {
-            issuer,
-            scheme,
-            listen,
-            logins: ArcSwapOption::from(logins),
-            checks,
-            exchanges: SingleFlight::default(),
-            throttle: LoginThrottle::new(),
-        })
+        Ok(Self { issuer, scheme, listen, checks, exchanges: SingleFlight::default(), throttle: LoginThrottle::new() })
     }
 
     /// Reads the users file again. Blocks on the disk.
-    pub fn reload(&self) -> Result<(), String> {
-        self.logins.load().as_ref().map_or(Ok(()), |logins| logins.reload(&self.issuer))
+    pub fn reload(&self, policy: &ClientPolicy) -> Result<(), String> {
+        policy.logins.as_ref().map_or(Ok(()), |logins| logins.reload(&self.issuer))
     }
 
-    /// The users of another configuration. [`Self::store`] applies them. Blocks on the disk.
-    pub fn reloaded(&self, access: &AccessConfig) -> Result<Option<Arc<Logins>>, String> {
-        load_logins(access, &self.issuer)
-    }
-
-    /// New requests are checked against these users.
-    pub fn store(&self, logins: Option<Arc<Logins>>) {
-        self.logins.store(logins);
+    /// The users of a configuration. Blocks on the disk.
+    pub fn load_logins(&self, access: &AccessConfig) -> Result<Option<Arc<Logins>>, String> {
+        access.users_file.as_deref().map(|path| Logins::load(path, &self.issuer).map(Arc::new)).transpose()
     }
 
     /// Whether a client has logged in, or need not.
-    pub(super) fn is_logged_in(&self, request: &Parts) -> bool {
-        let logins = self.logins.load();
-        let Some(logins) = logins.as_ref() else { return true };
+    pub(super) fn is_logged_in(&self, logins: Option<&Logins>, request: &Parts) -> bool {
+        let Some(logins) = logins else { return true };
         let credential = authorization(request).and_then(Secret::from_basic);
         credential.is_some_and(|secret| logins.contains(&secret, &self.issuer))
     }
@@ -200,10 +183,10 @@ impl ClientAuth {
 
 impl RegistryProxy {
     /// `GET /v2/`: clients learn from it whether they must authenticate.
-    pub(super) fn ping(&self, request: &Parts) -> PreparedResponse {
+    pub(super) fn ping(&self, policy: &ClientPolicy, request: &Parts) -> PreparedResponse {
         let has_credential =
             self.client_auth.grant(request).is_some() || authorization(request).and_then(Secret::from_basic).is_some();
-        if self.registries.any_passthrough() && !has_credential {
+        if policy.rules.any_passthrough() && !has_credential {
             self.client_auth.challenge(request, None)
         } else {
             PreparedResponse::ping()
@@ -345,17 +328,19 @@ impl RegistryProxy {
     }
 
     /// The token endpoint.
-    pub(super) async fn issue_token(&self, session: &mut Session) -> PreparedResponse {
+    pub(super) async fn issue_token(&self, policy: &ClientPolicy, session: &mut Session) -> PreparedResponse {
         let request = match timeout(STALL_TIMEOUT, read_token_request(session))
             .await
-            .unwrap_or(Err("the form was not received in time"))
+            .unwrap_or(Err("the token request timed out"))
         {
             Ok(request) => request,
             Err(problem) => return PreparedResponse::malformed_token_request(problem),
         };
         let host = host_of(session.req_header());
-        let repositories =
-            request.scopes.iter().filter_map(|scope| self.repository_of_scope(scope, request.service.as_deref(), host));
+        let repositories = request
+            .scopes
+            .iter()
+            .filter_map(|scope| repository_of_scope(&policy.rules, scope, request.service.as_deref(), host));
         let mut grant = TokenGrant { rights: Vec::new(), life: AUTHORIZATION_TTL };
         for repo_ref in repositories.take(MAX_SCOPES) {
             let mut principal = Principal::Anonymous;
@@ -390,22 +375,17 @@ impl RegistryProxy {
             )),
         }
     }
-
-    /// The repository of a scope `repository:<name>:<actions>`, resolved as in a path.
-    fn repository_of_scope(&self, scope: &str, service: Option<&str>, host: Option<&str>) -> Option<RepositoryRef> {
-        let (name, _) = scope.strip_prefix("repository:")?.rsplit_once(':')?;
-        let namespace = service.filter(|service| *service != DEFAULT_SERVICE);
-        let query =
-            namespace.map(|ns| url::form_urlencoded::Serializer::new(String::new()).append_pair("ns", ns).finish());
-        match route::parse(&format!("/v2/{name}/tags/list"), query.as_deref(), host, &*self.registries).ok()? {
-            Route::Content { registry, repository, .. } => Some(self.pull.repo_ref(registry, repository)),
-            Route::Ping => None,
-        }
-    }
 }
 
-fn load_logins(access: &AccessConfig, issuer: &TokenIssuer) -> Result<Option<Arc<Logins>>, String> {
-    access.users_file.as_deref().map(|path| Logins::load(path, issuer).map(Arc::new)).transpose()
+/// The repository of a scope `repository:<name>:<actions>`, resolved as in a path.
+fn repository_of_scope(rules: &Rules, scope: &str, service: Option<&str>, host: Option<&str>) -> Option<RepositoryRef> {
+    let (name, _) = scope.strip_prefix("repository:")?.rsplit_once(':')?;
+    let namespace = service.filter(|service| *service != DEFAULT_SERVICE);
+    let query = namespace.map(|ns| url::form_urlencoded::Serializer::new(String::new()).append_pair("ns", ns).finish());
+    match route::parse(&format!("/v2/{name}/tags/list"), query.as_deref(), host, rules).ok()? {
+        Route::Content { registry, repository, .. } => Some(rules.repo_ref(registry, repository)),
+        Route::Ping => None,
+    }
 }
 
 fn access_denied() -> PullError {
@@ -442,9 +422,9 @@ async fn read_token_request(session: &mut Session) -> Result<TokenRequest, &'sta
         return Ok(token_request);
     }
     let mut form = BytesMut::new();
-    while let Some(piece) = session.read_request_body().await.map_err(|_| "the form is incomplete")? {
+    while let Some(piece) = session.read_request_body().await.map_err(|_| "the token request is incomplete")? {
         if form.len() + piece.len() > MAX_FORM_BYTES {
-            return Err("the form is longer than 16 KiB");
+            return Err("the token request exceeds 16 KiB");
         }
         form.extend_from_slice(&piece);
     }

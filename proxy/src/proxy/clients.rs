@@ -5,7 +5,6 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Instant;
 
-use arc_swap::ArcSwap;
 use ipnet::IpNet;
 use parking_lot::Mutex;
 
@@ -13,15 +12,14 @@ use crate::config::AccessConfig;
 use crate::connections::client;
 use crate::times::DEFAULT_TTL;
 
-/// The limits of `[access]`, and the current requests of each client.
+/// The current requests of each client.
 pub struct Clients {
-    limits: ArcSwap<ClientLimits>,
     running: Arc<RunningRequests>,
     allowances: moka::sync::Cache<IpAddr, Arc<Mutex<RateAllowance>>>,
 }
 
 /// The limits of a configuration.
-struct ClientLimits {
+pub(super) struct ClientLimits {
     networks: Vec<IpNet>,
     max_concurrent: Option<u32>,
     max_per_second: Option<u32>,
@@ -51,23 +49,27 @@ pub(super) enum ClientDenied {
 /// Bounds the buckets. Smaller: a client that loses its bucket starts with a full one, the requests of one second.
 const MAX_CLIENTS: u64 = 100_000;
 
+impl Default for Clients {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
 impl Clients {
-    pub fn new(access: &AccessConfig) -> Self {
+    pub fn new() -> Self {
         Self {
-            limits: ArcSwap::from_pointee(ClientLimits::new(access)),
             running: Arc::default(),
             allowances: moka::sync::Cache::builder().max_capacity(MAX_CLIENTS).time_to_idle(DEFAULT_TTL).build(),
         }
     }
 
-    /// New requests are admitted by the limits of another configuration.
-    pub fn reload(&self, access: &AccessConfig) {
-        self.limits.store(Arc::new(ClientLimits::new(access)));
-    }
-
     /// Admits a request. A client without an address is in none of the networks.
-    pub(super) fn admit(&self, address: Option<IpAddr>, now: Instant) -> Result<ClientPermit, ClientDenied> {
-        let limits = self.limits.load();
+    pub(super) fn admit(
+        &self,
+        limits: &ClientLimits,
+        address: Option<IpAddr>,
+        now: Instant,
+    ) -> Result<ClientPermit, ClientDenied> {
         let address = address.map(|address| address.to_canonical());
         let is_in = |address: IpAddr| limits.networks.iter().any(|network| network.contains(&address));
         if !limits.networks.is_empty() && !address.is_some_and(is_in) {
@@ -93,7 +95,7 @@ impl Clients {
 }
 
 impl ClientLimits {
-    fn new(access: &AccessConfig) -> Self {
+    pub(super) fn new(access: &AccessConfig) -> Self {
         Self {
             networks: access.allowed_cidrs.clone(),
             max_concurrent: access.max_concurrent_requests.map(|max| u32::from(max.get())),
@@ -147,15 +149,25 @@ mod tests {
     use super::*;
     use crate::config::Config;
 
-    fn clients(access: &str) -> Clients {
-        Clients::new(&Config::parse(&format!("[access]\n{access}"), "test").unwrap().access)
+    /// Clients with the limits of a configuration.
+    struct Limited(Clients, ClientLimits);
+
+    impl Limited {
+        fn admit(&self, address: Option<IpAddr>, now: Instant) -> Result<ClientPermit, ClientDenied> {
+            self.0.admit(&self.1, address, now)
+        }
+    }
+
+    fn clients(access: &str) -> Limited {
+        let config = Config::parse(&format!("[access]\n{access}"), "test").unwrap();
+        Limited(Clients::new(), ClientLimits::new(&config.access))
     }
 
     fn ip(text: &str) -> Option<IpAddr> {
         Some(text.parse().unwrap())
     }
 
-    fn outcome(clients: &Clients, address: Option<IpAddr>) -> Result<(), ClientDenied> {
+    fn outcome(clients: &Limited, address: Option<IpAddr>) -> Result<(), ClientDenied> {
         clients.admit(address, Instant::now()).map(drop)
     }
 
@@ -185,7 +197,7 @@ mod tests {
         assert_eq!(outcome(&few, ip("10.0.0.2")), Ok(()), "another's");
         drop(held);
         assert_eq!(outcome(&few, ip("10.0.0.1")), Ok(()));
-        assert!(few.running.lock().is_empty(), "a client without requests has no entry");
+        assert!(few.0.running.lock().is_empty(), "a client without requests has no entry");
     }
 
     #[test]

@@ -21,7 +21,7 @@ impl SlowClientDetector {
         Self { bytes: 0, since: Instant::now() }
     }
 
-    /// When patience ends.
+    /// When the client is disconnected if it has not read enough.
     pub(super) fn deadline(&self) -> Instant {
         self.since + CLIENT_STALL_TIMEOUT
     }

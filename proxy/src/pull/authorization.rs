@@ -112,16 +112,16 @@ impl AuthorizationCache {
     }
 
     /// The upstream has proven that it holds the digest in this repository.
-    pub(super) fn mark_proven(&self, repo_ref: &RepositoryRef, digest: &Digest) {
+    pub(super) fn record_proof(&self, repo_ref: &RepositoryRef, digest: &Digest) {
         self.proven.insert((repo_ref.rule_key(), digest.clone()), ());
     }
 
     /// The upstream claims to hold the digest in this repository, but did not prove it.
-    pub(super) fn mark_unproven(&self, repo_ref: &RepositoryRef, digest: &Digest) {
+    pub(super) fn record_failed_proof(&self, repo_ref: &RepositoryRef, digest: &Digest) {
         self.unproven.insert((repo_ref.rule_key(), digest.clone()), ());
     }
 
-    pub(super) fn is_unproven(&self, repo_ref: &RepositoryRef, digest: &Digest) -> bool {
+    pub(super) fn has_failed_proof(&self, repo_ref: &RepositoryRef, digest: &Digest) -> bool {
         self.unproven.contains_key(&(repo_ref.rule_key(), digest.clone()))
     }
 
@@ -230,7 +230,7 @@ impl Pull {
         endpoint: &Endpoint,
         accept: &str,
     ) -> Result<(), AuthorizationError> {
-        if self.cached_elsewhere(repo_ref, digest, kind_of(endpoint)).await.is_none() {
+        if self.cached_from_other_repository(repo_ref, digest, kind_of(endpoint)).await.is_none() {
             return Ok(());
         }
         // "Not found" leaves the cached state as it is: it says nothing of other objects in this repository.
@@ -238,7 +238,7 @@ impl Pull {
     }
 
     /// Content cached from another repository of the same registry, and not known to belong to this one.
-    pub(super) async fn cached_elsewhere(
+    pub(super) async fn cached_from_other_repository(
         &self,
         repo_ref: &RepositoryRef,
         digest: &Digest,
@@ -294,9 +294,15 @@ impl Pull {
             async move {
                 let requested_at = Instant::now();
                 let kept = pull.cached_length(&endpoint).await;
-                let check =
-                    pull.upstream.gives(&repo_ref, &endpoint, &accept, kept, Instant::now() + UPSTREAM_TIMEOUT).await;
-                let outcome = check.as_ref().map_or_else(SourceError::as_str, |()| "allow");
+                let check = pull
+                    .upstream
+                    .check_access(&repo_ref, &endpoint, &accept, kept, Instant::now() + UPSTREAM_TIMEOUT)
+                    .await;
+                let outcome = match &check {
+                    Ok(()) => "allow",
+                    Err(SourceError::Denied(_)) => "deny",
+                    Err(error) => error.as_str(),
+                };
                 pull.metrics.client_authorizations.with_label_values(&[repo_ref.rule.name(), outcome]).inc();
                 if check.is_ok() {
                     pull.prove_content(&repo_ref, &endpoint, &accept).await;

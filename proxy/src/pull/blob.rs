@@ -113,7 +113,7 @@ impl Pull {
             Some(Found::Small { object, tier }) => return BlobResponse::of_bytes(&object.bytes, range, tier.into()),
             Some(Found::Large { blob, proof: Verification::Verified }) => return BlobResponse::of_blob(blob, range),
             Some(Found::Large { blob, proof: Verification::Unverified }) => {
-                let fill = self.verify_kept(request, blob);
+                let fill = self.verify_cached(request, blob);
                 // Most files are hashed within this time, and a corrupt one is downloaded anew before its first byte is
                 // sent. A client of a larger file reads while it is hashed.
                 let outcome = timeout(CONFIRM_TIMEOUT, fill.ended()).await;
@@ -129,18 +129,18 @@ impl Pull {
         let mut last = None;
         let count = repo_refs.len();
         for (nth, repo_ref) in repo_refs.into_iter().enumerate() {
-            let (patience, limit) = match request.registry_from {
+            let (time_limit, limit) = match request.registry_from {
                 // Another registry may hold it.
-                _ if nth + 1 < count => (OutageWait::Refuse, request.request_context.patience.min(STALL_TIMEOUT)),
-                RegistryFrom::Namespace => (OutageWait::Refuse, request.request_context.patience),
+                _ if nth + 1 < count => (OutageWait::Refuse, request.request_context.time_limit.min(STALL_TIMEOUT)),
+                RegistryFrom::Namespace => (OutageWait::Refuse, request.request_context.time_limit),
                 RegistryFrom::Path | RegistryFrom::Host | RegistryFrom::Default => {
-                    (OutageWait::WaitOut, request.request_context.patience)
+                    (OutageWait::WaitOut, request.request_context.time_limit)
                 }
             };
             let request = BlobRequest { repo_ref, ..request.clone() };
             let deadline = Instant::now() + limit;
             // After a timeout the fill continues for later requests.
-            let fetched = timeout_at(deadline, self.fetch_blob(&request, patience, deadline)).await;
+            let fetched = timeout_at(deadline, self.fetch_blob(&request, time_limit, deadline)).await;
             match fetched.unwrap_or(Err(BlobError::Source(SourceError::TimedOut))) {
                 Ok(response) => return Ok(response),
                 Err(BlobError::Refused(refusal)) => return Err(refusal),
@@ -187,7 +187,7 @@ impl Pull {
     async fn fetch_blob(
         self: &Arc<Self>,
         request: &BlobRequest,
-        patience: OutageWait,
+        time_limit: OutageWait,
         deadline: Instant,
     ) -> Result<BlobResponse, BlobError> {
         let (repo_ref, digest) = (&request.repo_ref, &request.digest);
@@ -199,8 +199,8 @@ impl Pull {
         }
         let key = self.fill_key(request);
         // A peer with room caches the blob itself, instead of this node downloading it for each request.
-        let is_unkeepable = || self.fills.has_no_room(&key) && self.fills.running(&key).is_none();
-        if request.request_context.requester.is_peer() && is_unkeepable() {
+        let is_uncacheable = || self.fills.has_no_space(&key) && self.fills.running(&key).is_none();
+        if request.request_context.requester.is_peer() && is_uncacheable() {
             return Err(SourceError::NotCached.into());
         }
         let mut error_responses = 0;
@@ -236,7 +236,7 @@ impl Pull {
                 error => error.failed_status().is_some(),
             };
             error_responses += u32::from(is_error_response);
-            let may_wait = patience == OutageWait::WaitOut
+            let may_wait = time_limit == OutageWait::WaitOut
                 && error.is_transient_outage()
                 && (!is_error_response || error_responses < ROUNDS);
             if !may_wait || Instant::now() + RETRY_INTERVAL > deadline {
@@ -278,7 +278,7 @@ impl Pull {
             OpenedFill::Growing { blob, from } => {
                 let total = blob.len;
                 let span = span_of(request.range, total)?;
-                let manner = match (request.request_context.requester, request.request_context.fetch_policy, span) {
+                let mode = match (request.request_context.requester, request.request_context.fetch_policy, span) {
                     (Requester::Peer(_), FetchPolicy::CacheOnly, Some(_)) => ReadMode::UnverifiedUntilStall,
                     (Requester::Peer(_), FetchPolicy::Upstream, Some(_)) => ReadMode::Unverified,
                     (Requester::Client, _, Some(span)) if span.end < total && self.is_ambiguous(request) => {
@@ -286,12 +286,12 @@ impl Pull {
                     }
                     _ => ReadMode::VerifiedTail,
                 };
-                let from = match (manner, from) {
+                let from = match (mode, from) {
                     // A file that is not verified yet is labelled as a peer's: this node does not vouch for it.
                     (ReadMode::Unverified | ReadMode::UnverifiedUntilStall, ServedFrom::Disk) => ServedFrom::Peer,
                     (_, from) => from,
                 };
-                let reader = fill.reader(blob, span.unwrap_or(Span::whole(total)), manner);
+                let reader = fill.reader(blob, span.unwrap_or(Span::whole(total)), mode);
                 Ok(BlobResponse { total, extent: span.into(), from, body: Body::File(reader) })
             }
             OpenedFill::Uncached { total, feed, .. } => {
@@ -336,7 +336,7 @@ impl Pull {
     }
 
     /// Verifies a file that may be corrupt, while readers follow.
-    pub(super) fn verify_kept(&self, request: &BlobRequest, blob: Arc<Blob>) -> Arc<Fill> {
+    pub(super) fn verify_cached(&self, request: &BlobRequest, blob: Arc<Blob>) -> Arc<Fill> {
         self.fills.prove(&self.fill_key(request), &request.repo_ref, self.role_of(request), blob)
     }
 

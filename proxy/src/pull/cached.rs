@@ -33,7 +33,7 @@ impl Pull {
             }
             // It is served while it is hashed: it may be the only copy.
             Some(Found::Large { blob, proof: Verification::Unverified }) => {
-                self.verify_kept(request, blob);
+                self.verify_cached(request, blob);
             }
             None => {}
         }
@@ -43,12 +43,12 @@ impl Pull {
             None => 0,
         };
         if let Some(fill) = self.fills.running(&self.fill_key(request)) {
-            let patience = match fill.is_deputed(start) {
+            let time_limit = match fill.is_deputed(start) {
                 true => REACH_TIMEOUT,
                 false if fill.is_requested(start) => ALTERNATIVE_TIMEOUT,
                 false => UNREQUESTED_TIMEOUT,
             };
-            if timeout(patience, fill.reaches(start)).await == Ok(true) {
+            if timeout(time_limit, fill.reaches(start)).await == Ok(true) {
                 return self.follow(&fill, request).await.map_err(BlobError::into_pull_error);
             }
         }

@@ -36,8 +36,8 @@ impl Pull {
     /// Adds an object that is cached from another repository to this one, if the registry proves that it holds it.
     pub(super) async fn prove_content(self: &Arc<Self>, repo_ref: &RepositoryRef, endpoint: &Endpoint, accept: &str) {
         let Some(digest) = digest_of(endpoint) else { return };
-        let Some(found) = self.cached_elsewhere(repo_ref, digest, kind_of(endpoint)).await else { return };
-        if self.authorizations.is_unproven(repo_ref, digest) {
+        let Some(found) = self.cached_from_other_repository(repo_ref, digest, kind_of(endpoint)).await else { return };
+        if self.authorizations.has_failed_proof(repo_ref, digest) {
             return;
         }
         let deadline = Instant::now() + UPSTREAM_TIMEOUT;
@@ -51,16 +51,16 @@ impl Pull {
             Found::Large { blob, .. } => self.samples_match(repo_ref, digest, blob, deadline).await,
         };
         match shown {
-            Ok(true) => self.authorizations.mark_proven(repo_ref, digest),
+            Ok(true) => self.authorizations.record_proof(repo_ref, digest),
             Ok(false) => {
-                tracing::warn!(repository = %repo_ref, %digest, "content proof failed, upstream bytes differ");
-                self.authorizations.mark_unproven(repo_ref, digest);
+                tracing::warn!(registry = %repo_ref.registry, repository = %repo_ref.repository, %digest, "content proof failed, upstream bytes differ");
+                self.authorizations.record_failed_proof(repo_ref, digest);
             }
             // A local limit, the credentials or the rate limit failed the check: nothing is known of the content.
             Err(SourceError::Busy | SourceError::NoCredentials(_) | SourceError::Limited { .. }) => {}
             Err(error) => {
-                tracing::debug!(repository = %repo_ref, %digest, %error, "content proof failed");
-                self.authorizations.mark_unproven(repo_ref, digest);
+                tracing::debug!(registry = %repo_ref.registry, repository = %repo_ref.repository, %digest, %error, "content proof failed");
+                self.authorizations.record_failed_proof(repo_ref, digest);
             }
         }
     }
@@ -108,7 +108,7 @@ impl Pull {
             }
             let sent = read(incoming, span.len(), deadline).await?;
             let blob = blob.clone();
-            let kept = tokio::task::spawn_blocking(move || read_kept(&blob, span)).await;
+            let kept = tokio::task::spawn_blocking(move || read_cached(&blob, span)).await;
             if !matches!(kept, Ok(Ok(kept)) if kept == sent) {
                 return Ok(false);
             }
@@ -141,7 +141,7 @@ async fn read(mut incoming: Incoming, length: u64, deadline: Instant) -> Result<
 
 /// Blocks on the disk.
 #[expect(clippy::disallowed_methods, reason = "runs on a thread for blocking work")]
-fn read_kept(blob: &Blob, span: Span) -> std::io::Result<Vec<u8>> {
+fn read_cached(blob: &Blob, span: Span) -> std::io::Result<Vec<u8>> {
     use std::os::unix::fs::FileExt;
     let mut bytes = vec![0; usize::try_from(span.len()).unwrap_or(0)];
     blob.file.read_exact_at(&mut bytes, span.start)?;

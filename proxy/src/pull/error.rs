@@ -50,7 +50,7 @@ impl PullError {
             SourceError::Unreachable(_) | SourceError::Interrupted(_) => Self::UpstreamUnreachable(message),
             // A timeout is not `UpstreamUnreachable`: the upstream accepted the connection, so it is slow for other nodes as well.
             SourceError::TimedOut => Self::Unavailable(message),
-            // The text names a program or file, which belongs into the log only.
+            // The text names a program or file, which belongs only in the log.
             SourceError::NoCredentials(_) => {
                 Self::UpstreamUnreachable("no credentials for the upstream are available, see dray's log".into())
             }

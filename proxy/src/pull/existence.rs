@@ -48,7 +48,7 @@ impl Pull {
         let error = match known {
             Some(error) => error,
             None if self.upstream.trouble(repo_ref).is_some() => return Ok(()),
-            None => match timeout(request.request_context.patience, self.find_length(request)).await {
+            None => match timeout(request.request_context.time_limit, self.find_length(request)).await {
                 Ok(Err(error)) => {
                     self.negative_cache.put(repo_ref, NegativeKind::Blob, digest, &error);
                     error

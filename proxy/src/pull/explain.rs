@@ -42,7 +42,7 @@ pub struct Explanation {
 pub struct ExplainedUpstream {
     pub url: String,
     pub repository: String,
-    /// `written` in the configuration, or `derived` from the name: then only https to public addresses.
+    /// `configured`, or `derived` from the name: then only https to public addresses.
     pub trust: String,
     /// As in the status; null: no recent request.
     pub state: Option<String>,
@@ -61,7 +61,7 @@ pub struct ExplainedTag {
     /// Since it was last revalidated.
     pub age_seconds: u64,
     /// Its TTL; null: it never expires.
-    pub fresh_seconds: Option<u64>,
+    pub ttl_seconds: Option<u64>,
 }
 
 /// Whether the manifest is cached, and fresh.
@@ -107,7 +107,7 @@ impl Pull {
             (Reference::Tag(tag), Some(cached)) => Some(ExplainedTag {
                 digest: cached.digest.to_string(),
                 age_seconds: cached.age(now).as_secs(),
-                fresh_seconds: fresh_seconds(&repo_ref, tag),
+                ttl_seconds: ttl_seconds(&repo_ref, tag),
             }),
             _ => None,
         };
@@ -131,7 +131,7 @@ impl Pull {
         let ImageName { registry, repository, reference } = image.parse()?;
         // The first component may be an alias of a registry.
         let alias = repository.as_str().split_once('/').filter(|_| registry.is_docker_hub());
-        let aliased = alias.and_then(|(first, rest)| Some((self.registries.alias(first)?, rest.parse().ok()?)));
+        let aliased = alias.and_then(|(first, rest)| Some((self.registries.rules().alias(first)?, rest.parse().ok()?)));
         let (registry, repository) = aliased.unwrap_or((registry, repository));
         Ok((self.repo_ref(registry, repository), reference))
     }
@@ -144,7 +144,7 @@ impl Pull {
                 |view: &&crate::upstream::UpstreamView| view.rule == repo_ref.rule.name() && view.upstream == url;
             ExplainedUpstream {
                 repository: repo_ref.repository_at(&upstream),
-                trust: if trust == UpstreamTrust::Written { "written" } else { "derived" }.to_owned(),
+                trust: if trust == UpstreamTrust::Configured { "configured" } else { "derived" }.to_owned(),
                 state: known.iter().find(is_this).map(|view| view.state.clone()),
                 url,
             }
@@ -188,16 +188,17 @@ impl Pull {
             (CachedManifest::Expired(from), None) => {
                 format!("tag revalidated ({source}), then served from {}", from.as_str())
             }
-            (CachedManifest::Nothing, Some(trouble)) => {
+            (CachedManifest::Nothing, Some(trouble)) if owner.is_some() => {
                 format!("served if a peer has it, else refused with 503: {trouble}")
             }
+            (CachedManifest::Nothing, Some(trouble)) => format!("refused with 503: {trouble}"),
             (CachedManifest::Nothing, None) => source,
         };
         format!("{condition}{outcome}")
     }
 }
 
-fn fresh_seconds(repo_ref: &RepositoryRef, tag: &Tag) -> Option<u64> {
+fn ttl_seconds(repo_ref: &RepositoryRef, tag: &Tag) -> Option<u64> {
     let ttl = repo_ref.rule.ttl_of(tag);
     (ttl != std::time::Duration::MAX).then_some(ttl.as_secs())
 }

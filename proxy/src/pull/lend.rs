@@ -24,7 +24,7 @@ impl Pull {
     /// Whether this node or another source is better for the byte at `at`.
     fn best_source(&self, request: &BlobRequest, at: u64) -> BestSource {
         match self.owner_fill(request) {
-            Some(fill) if fill.is_better_elsewhere(at) => BestSource::OtherHolder,
+            Some(fill) if fill.is_deferred_to_peers(at) => BestSource::OtherHolder,
             _ => BestSource::ThisNode,
         }
     }
@@ -40,10 +40,10 @@ impl Pull {
     }
 
     /// Decides about a peer's request for a range: serve, redirect or lend it. If no more may be lent now and no peer
-    /// has the range, the request waits up to [`LEND_TIMEOUT`] for one of both.
+    /// has the range, the request waits up to [`LEND_TIMEOUT`] for either.
     pub async fn direct(&self, peer_request: &PeerRequest, request: &BlobRequest, peers: &Peers) -> PeerDecision {
         let (digest, span) = (&request.digest, self.likely_span(request));
-        peers.heard(peer_request, digest);
+        peers.record_report(peer_request, digest);
         if peer_request.terms.redirects == RedirectPolicy::Refused
             && request.request_context.fetch_policy == FetchPolicy::Upstream
             && let Some(member) = peer_request.member()

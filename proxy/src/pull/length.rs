@@ -21,7 +21,7 @@ pub(super) type Length = Result<(u64, ServedFrom), SourceError>;
 impl Pull {
     /// `HEAD blobs/<digest>`: the blob's length, and where the blob would come from.
     pub async fn blob_length(self: &Arc<Self>, request: &BlobRequest) -> Result<(u64, ServedFrom), PullError> {
-        let length = timeout(request.request_context.patience, self.find_length(request)).await;
+        let length = timeout(request.request_context.time_limit, self.find_length(request)).await;
         length.unwrap_or(Err(SourceError::TimedOut)).map_err(|error| BlobError::Source(error).into_pull_error())
     }
 
@@ -64,7 +64,7 @@ impl Pull {
             let length = self.length_from_sources(&elsewhere);
             // A cached length is served in time, whatever the upstream does.
             let limit = if cached.is_some() {
-                CONFIRM_TIMEOUT.min(request.request_context.patience / 2)
+                CONFIRM_TIMEOUT.min(request.request_context.time_limit / 2)
             } else {
                 UPSTREAM_TIMEOUT
             };
@@ -83,7 +83,7 @@ impl Pull {
     /// The length of a blob that is not cached, from its owner or the upstream. Concurrent requests share one lookup.
     pub(super) async fn length_from_sources(self: &Arc<Self>, request: &BlobRequest) -> Length {
         let (repo_ref, digest) = (&request.repo_ref, &request.digest);
-        let lengths_key = (repo_ref.registry.clone(), repo_ref.repository.clone(), digest.clone());
+        let lengths_key = (repo_ref.rule_key(), digest.clone());
         // With upstream authorization a length also shows a right, so one principal's length is not served to others.
         if let Some(length) = self.lengths.get(&lengths_key).filter(|_| !repo_ref.rule.is_passthrough()) {
             // Only the length is cached: the blob itself would come from the upstream.
@@ -129,11 +129,11 @@ impl Pull {
         role: Role,
     ) -> Result<Option<u64>, SourceError> {
         let Some(peers) = self.peers_for(repo_ref).filter(|_| role != Role::Global) else { return Ok(None) };
-        let lead = peers.lead(digest, role, self.scope(repo_ref));
-        request_from_owners(lead, digest, |owner, manner| async move {
+        let lead = peers.owner_route(digest, role, self.scope(repo_ref));
+        request_from_owners(lead, digest, |owner, mode| async move {
             // Half the time, so that the next owner has some if this one hangs.
             let deadline = Instant::now() + UPSTREAM_TIMEOUT / 2;
-            peers.blob_length(owner, &PeerQuery::about(repo_ref, digest, manner, deadline)).await
+            peers.blob_length(owner, &PeerQuery::about(repo_ref, digest, mode, deadline)).await
         })
         .await
     }

@@ -95,13 +95,13 @@ impl Pull {
         let key = key(repo_ref, list, query);
         let requested = Instant::now();
         let mut asked = self.request_list(repo_ref, list, query, &key, request_context.client, requested);
-        let response = match timeout(CONFIRM_TIMEOUT.min(request_context.patience), &mut asked).await {
+        let response = match timeout(CONFIRM_TIMEOUT.min(request_context.time_limit), &mut asked).await {
             Ok(response) => response,
             // Only a copy of a whole list: an absence, or a list built from artifacts, is for outages only.
             Err(_) => match self.copied_list(repo_ref, list, &key).await.map(|kept| self.stale(repo_ref, kept)) {
                 Some(kept) => return Ok(kept),
                 None => {
-                    let left = request_context.patience.saturating_sub(CONFIRM_TIMEOUT);
+                    let left = request_context.time_limit.saturating_sub(CONFIRM_TIMEOUT);
                     timeout(left, asked).await.unwrap_or(Ok(Err(SourceError::TimedOut)))
                 }
             },
@@ -244,7 +244,7 @@ impl Pull {
 
     fn stale(&self, repo_ref: &RepositoryRef, copy: ListResponse) -> ListResponse {
         self.metrics.stale.with_label_values(&["list"]).inc();
-        tracing::info!(repository = %repo_ref, "stale list served");
+        tracing::info!(registry = %repo_ref.registry, repository = %repo_ref.repository, "stale list served");
         copy
     }
 
@@ -337,7 +337,7 @@ impl ListBody {
         let asked = Instant::now();
         let next = timeout(UPSTREAM_TIMEOUT, self.pieces.next()).await;
         let len = next.as_ref().ok().and_then(|next| next.as_ref()?.as_ref().ok()).map_or(0, Bytes::len);
-        if !self.speed.keeps_up(MIN_LIST_RATE, asked.elapsed(), len) {
+        if !self.speed.meets_minimum(MIN_LIST_RATE, asked.elapsed(), len) {
             return Err(Broken("the upstream sends the list too slowly".into()));
         }
         match next
@@ -398,7 +398,7 @@ fn is_outage(error: &SourceError) -> bool {
     error.is_transient_outage() || matches!(error, SourceError::Malformed(_))
 }
 
-/// The key of a list's record: the request, the rule and the principal.
+/// The key of a list's record: the request, the settings of its rule and the principal.
 fn key(repo_ref: &RepositoryRef, list: &ListKind, query: Option<&str>) -> String {
     let what = match list {
         ListKind::Tags => format!("{repo_ref}/tags"),
@@ -406,11 +406,11 @@ fn key(repo_ref: &RepositoryRef, list: &ListKind, query: Option<&str>) -> String
         ListKind::Catalog => format!("{}/_catalog", repo_ref.registry),
     };
     let principal_id = repo_ref.principal.holder().map_or(0, |holder| u128::from_be_bytes(holder.id.0));
-    format!("{what}?{} {} {principal_id:032x}", query.unwrap_or_default(), repo_ref.rule.name())
+    format!("{what}?{} {} {principal_id:032x}", query.unwrap_or_default(), repo_ref.rule.fingerprint())
 }
 
 fn subject_key(repo_ref: &RepositoryRef, subject: &Digest) -> String {
-    format!("{repo_ref}@{subject} {}", repo_ref.rule.name())
+    format!("{repo_ref}@{subject} {}", repo_ref.rule.fingerprint())
 }
 
 fn wanted_type(query: Option<&str>) -> Option<String> {

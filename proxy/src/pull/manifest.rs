@@ -68,14 +68,14 @@ impl Pull {
             }
         };
         // After a timeout the flights continue for later requests.
-        let response = timeout(request_context.patience, response).await.unwrap_or(Err(SourceError::TimedOut));
+        let response = timeout(request_context.time_limit, response).await.unwrap_or(Err(SourceError::TimedOut));
         let response = response.map_err(|error| PullError::of(&error, ErrorCode::ManifestUnknown))?;
         let ManifestResponse { digest, object, .. } = &response;
         let is_held =
             || matches!(reference, Reference::Tag(_)) || self.is_known_at(repo_ref, digest, &object.provenance);
         if request_context.requester == Requester::Client && !is_held() {
             let confirmed = self.confirm_manifest(repo_ref, &response, accept);
-            let left = request_context.after(begun.elapsed()).patience;
+            let left = request_context.after(begun.elapsed()).time_limit;
             if let Ok(Err(error)) = timeout(left.min(CONFIRM_TIMEOUT), confirmed).await {
                 return Err(PullError::of(&error, ErrorCode::ManifestUnknown));
             }
@@ -178,11 +178,11 @@ impl Pull {
     ) -> Result<Option<SmallObject>, SourceError> {
         let Some(peers) = self.peers_for(repo_ref) else { return Ok(None) };
         let (scope, downstream) = (self.scope(repo_ref), request_context.downstream);
-        let query = |manner| {
+        let query = |mode| {
             let deadline = Instant::now() + UPSTREAM_TIMEOUT;
-            PeerQuery { scope, downstream, ..PeerQuery::about(repo_ref, digest, manner, deadline) }
+            PeerQuery { scope, downstream, ..PeerQuery::about(repo_ref, digest, mode, deadline) }
         };
-        let lead = peers.lead(digest, request_context.role, scope);
+        let lead = peers.owner_route(digest, request_context.role, scope);
         if request_context.role == Role::Global || lead.owners.is_empty() {
             let kept = peers.successor_manifests(&query(PeerRequestMode::OnlyIfCached)).await;
             return Ok(self.cache_first_match(repo_ref, digest, kept).await);
@@ -191,10 +191,10 @@ impl Pull {
         if lead.owners.first().is_some_and(|owner| downstream.contains(owner)) {
             return Ok(None);
         }
-        request_from_owners(lead, digest, |owner, manner| async move {
-            let sent = peers.manifest(owner, &query(manner)).await?;
+        request_from_owners(lead, digest, |owner, mode| async move {
+            let sent = peers.manifest(owner, &query(mode)).await?;
             self.cache_first_match(repo_ref, digest, vec![sent]).await.ok_or_else(|| {
-                peers.lies(owner);
+                peers.eject(owner);
                 SourceError::Malformed("the peer's manifest does not match its digest".into())
             })
         })
@@ -262,7 +262,7 @@ impl Pull {
 
     pub(super) fn corrupt_manifest(&self, repo_ref: &RepositoryRef, digest: &Digest) -> SourceError {
         self.metrics.mismatches.inc();
-        tracing::error!(repository = %repo_ref, %digest, "manifest digest mismatch");
+        tracing::error!(registry = %repo_ref.registry, repository = %repo_ref.repository, %digest, "manifest digest mismatch");
         SourceError::Malformed("the manifest does not match its digest".into())
     }
 }

@@ -72,9 +72,9 @@ mod tests {
         let owners = (0..3).map(|nth| SocketAddr::from(([192, 0, 2, nth], 5052))).collect();
         let lead = OwnerRoute { role: Role::Client, owners, request_role: Role::Global };
         let asked = std::cell::Cell::new(0);
-        let given = request_from_owners(lead, "a digest", |owner, manner| {
+        let given = request_from_owners(lead, "a digest", |owner, mode| {
             let nth = asked.replace(asked.get() + 1);
-            assert_eq!((owner.ip().to_string(), manner), (format!("192.0.2.{nth}"), PeerRequestMode::As(Role::Global)));
+            assert_eq!((owner.ip().to_string(), mode), (format!("192.0.2.{nth}"), PeerRequestMode::As(Role::Global)));
             std::future::ready(responses[nth].clone())
         });
         (given.now_or_never().expect("nothing waits"), asked.get())

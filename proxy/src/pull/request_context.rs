@@ -30,7 +30,7 @@ pub struct RequestContext {
     /// The peers that wait for the response.
     pub downstream: Downstream,
     /// How long the requester waits for a response.
-    pub patience: Duration,
+    pub time_limit: Duration,
 }
 
 /// Time limit of a client that names the registry by `ns`: it can pull from the upstream itself. Longer: clients fall
@@ -57,13 +57,13 @@ impl RequestContext {
         fetch_policy: FetchPolicy::Upstream,
         range_purpose: RangePurpose::Range,
         downstream: Downstream::NONE,
-        patience: UPSTREAM_TIMEOUT,
+        time_limit: UPSTREAM_TIMEOUT,
     };
 
     /// A client's request. Only one that names the registry by `ns` falls back to the upstream after an error.
     pub fn of_client(registry_from: RegistryFrom) -> Self {
-        let patience = if registry_from == RegistryFrom::Namespace { FALLBACK_TIMEOUT } else { UPSTREAM_TIMEOUT };
-        Self { patience, ..Self::CLIENT }
+        let time_limit = if registry_from == RegistryFrom::Namespace { FALLBACK_TIMEOUT } else { UPSTREAM_TIMEOUT };
+        Self { time_limit, ..Self::CLIENT }
     }
 
     /// The time limit for a peer that waits this long. A tenth is left for the error response to reach the peer.
@@ -73,12 +73,12 @@ impl RequestContext {
 
     /// Whether the requester is a client without another source.
     pub(super) fn has_no_fallback(&self) -> bool {
-        self.requester == Requester::Client && self.patience > FALLBACK_TIMEOUT
+        self.requester == Requester::Client && self.time_limit > FALLBACK_TIMEOUT
     }
 
     /// The same context, with less time left.
     pub fn after(self, waited: Duration) -> Self {
-        Self { patience: self.patience.saturating_sub(waited), ..self }
+        Self { time_limit: self.time_limit.saturating_sub(waited), ..self }
     }
 
     /// Whether a peer downloads the whole blob to serve its own clients.

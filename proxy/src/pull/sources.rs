@@ -103,8 +103,8 @@ impl FillSources for BlobSources {
         self.view.lock().able(at, has, peers.now())
     }
 
-    fn is_elsewhere(&self, span: Span) -> bool {
-        self.peers().is_some_and(|peers| peers.is_elsewhere(&self.key.digest, span))
+    fn is_at_a_peer(&self, span: Span) -> bool {
+        self.peers().is_some_and(|peers| peers.is_at_a_peer(&self.key.digest, span))
     }
 
     fn matched(&self, truth: VerifiedContent) {
@@ -312,13 +312,13 @@ impl BlobSources {
         part: Part,
         failures: u32,
     ) -> Result<Option<(Incoming, ServedFrom)>, SourceError> {
-        let mut lead = peers.lead(&self.key.digest, role, self.pull.scope(&self.repo_ref));
+        let mut lead = peers.owner_route(&self.key.digest, role, self.pull.scope(&self.repo_ref));
         // After too many failures the first owner is skipped, as by its other followers.
         if failures >= MAX_OWNER_FAILURES && !lead.owners.is_empty() {
             lead.owners.remove(0);
         }
-        let given = request_from_owners(lead, &self.key.digest, |owner, manner| async move {
-            match self.open_at_owner(peers, owner, manner, part, failures).await {
+        let given = request_from_owners(lead, &self.key.digest, |owner, mode| async move {
+            match self.open_at_owner(peers, owner, mode, part, failures).await {
                 // The owner has sent some bytes and may be changing its source: `failures` decide when to skip it.
                 Err(PeerError::Source(error @ SourceError::TimedOut)) if !self.cached_spans().is_empty() => {
                     Ok(Err(error))
@@ -337,7 +337,7 @@ impl BlobSources {
         &self,
         peers: &Arc<Peers>,
         owner: SocketAddr,
-        manner: PeerRequestMode,
+        mode: PeerRequestMode,
         part: Part,
         failures: u32,
     ) -> Result<(Incoming, ServedFrom), PeerError> {
@@ -345,11 +345,11 @@ impl BlobSources {
             return Err(PeerError::NotCached);
         }
         let response = match failures {
-            0 => self.request_part(peers, owner, manner, part).await,
-            _ => self.request_once(peers, owner, manner, RedirectPolicy::Refused, part).await,
+            0 => self.request_part(peers, owner, mode, part).await,
+            _ => self.request_once(peers, owner, mode, RedirectPolicy::Refused, part).await,
         };
         match response {
-            Err(PeerError::Deputed(span)) => self.fetch_as_deputy(peers, owner, manner, part, span).await,
+            Err(PeerError::Deputed(span)) => self.fetch_as_deputy(peers, owner, mode, part, span).await,
             response => response.map(|incoming| (incoming, ServedFrom::Peer)),
         }
     }
@@ -360,7 +360,7 @@ impl BlobSources {
         &self,
         peers: &Arc<Peers>,
         owner: SocketAddr,
-        manner: PeerRequestMode,
+        mode: PeerRequestMode,
         part: Part,
         span: Span,
     ) -> Result<(Incoming, ServedFrom), PeerError> {
@@ -394,7 +394,7 @@ impl BlobSources {
             }
             fill.fail_as_deputy(span);
         }
-        let served = self.request_once(peers, owner, manner, RedirectPolicy::Refused, part).await;
+        let served = self.request_once(peers, owner, mode, RedirectPolicy::Refused, part).await;
         served.map(|incoming| (incoming, ServedFrom::Peer))
     }
 
@@ -404,10 +404,10 @@ impl BlobSources {
         &self,
         peers: &Peers,
         peer: SocketAddr,
-        manner: PeerRequestMode,
+        mode: PeerRequestMode,
         part: Part,
     ) -> Result<Incoming, PeerError> {
-        let named = match self.request_once(peers, peer, manner, RedirectPolicy::Followed, part).await {
+        let named = match self.request_once(peers, peer, mode, RedirectPolicy::Followed, part).await {
             Err(PeerError::Redirected(named)) => named,
             response => return response,
         };
@@ -417,7 +417,7 @@ impl BlobSources {
         {
             return Ok(incoming);
         }
-        self.request_once(peers, peer, manner, RedirectPolicy::Refused, part).await
+        self.request_once(peers, peer, mode, RedirectPolicy::Refused, part).await
     }
 
     /// Requests a part from one peer. A request to an owner ends when this node becomes the owner: if the peer waits
@@ -426,14 +426,14 @@ impl BlobSources {
         &self,
         peers: &Peers,
         peer: SocketAddr,
-        manner: PeerRequestMode,
+        mode: PeerRequestMode,
         redirects: RedirectPolicy,
         part: Part,
     ) -> Result<Incoming, PeerError> {
-        let query = PeerQuery { redirects, ..self.query(manner) };
+        let query = PeerQuery { redirects, ..self.query(mode) };
         let have = self.cached_spans();
         let asked = peers.blob(peer, &query, part, &have, &self.view);
-        let PeerRequestMode::As(owner) = manner else { return asked.await };
+        let PeerRequestMode::As(owner) = mode else { return asked.await };
         tokio::select! {
             biased;
             () = self.role.clone().reaches(owner) => Err(superseded().into()),
@@ -473,12 +473,12 @@ impl BlobSources {
         self.pull.fills.running(&self.key).map_or_else(Spans::default, |fill| fill.written())
     }
 
-    fn query(&self, manner: PeerRequestMode) -> PeerQuery<'_> {
+    fn query(&self, mode: PeerRequestMode) -> PeerQuery<'_> {
         let deadline = Instant::now()
-            + if manner == PeerRequestMode::OnlyIfCached { HOLDER_TIMEOUT } else { self.first_byte_timeout() };
+            + if mode == PeerRequestMode::OnlyIfCached { HOLDER_TIMEOUT } else { self.first_byte_timeout() };
         PeerQuery {
             range_purpose: self.range_purpose,
-            ..PeerQuery::about(&self.repo_ref, &self.key.digest, manner, deadline)
+            ..PeerQuery::about(&self.repo_ref, &self.key.digest, mode, deadline)
         }
     }
 

@@ -63,7 +63,7 @@ impl Pull {
         }
         let peers = self.peers_for_tags().filter(|_| repo_ref.principal.may_be_forwarded());
         let role = peers.map_or(Role::Global, |peers| {
-            peers.lead(&in_ring(repo_ref, tag), request_context.role, self.scope(repo_ref)).role
+            peers.owner_route(&in_ring(repo_ref, tag), request_context.role, self.scope(repo_ref)).role
         });
         let asked = self.resolve_once(repo_ref, tag, accept, RequestContext { role, ..request_context });
         let Some(expired) = expired else {
@@ -74,7 +74,7 @@ impl Pull {
                 resolution => self.count_stale(repo_ref, tag, resolution, "peer"),
             };
         };
-        let patience = if self.slow_upstreams.contains_key(&repo_ref.registry) {
+        let time_limit = if self.slow_upstreams.contains_key(&repo_ref.registry) {
             SLOW_UPSTREAM_TIMEOUT
         } else {
             ALTERNATIVE_TIMEOUT
@@ -85,7 +85,7 @@ impl Pull {
             trouble = self.upstream.until_unavailable(repo_ref), if role == Role::Global => {
                 return self.count_stale(repo_ref, tag, Ok(stale(expired)), trouble.as_str());
             }
-            asked = timeout(patience, asked) => asked,
+            asked = timeout(time_limit, asked) => asked,
         };
         match asked {
             Ok(Ok(response)) if response.from != ServedFrom::Stale || response.age < expired.age => {
@@ -96,7 +96,7 @@ impl Pull {
             Ok(Err(error)) => Err(error),
             // The flight continues and revalidates the tag for later requests.
             Err(_) => {
-                if patience == ALTERNATIVE_TIMEOUT {
+                if time_limit == ALTERNATIVE_TIMEOUT {
                     self.slow_upstreams.insert(repo_ref.registry.clone(), ());
                 }
                 self.count_stale(repo_ref, tag, Ok(stale(expired)), "slow")
@@ -113,7 +113,7 @@ impl Pull {
     ) -> TagResolution {
         if is_stale(&resolution) {
             self.metrics.stale.with_label_values(&[reason]).inc();
-            tracing::info!(repository = %repo_ref, %tag, reason, "stale tag served");
+            tracing::info!(registry = %repo_ref.registry, repository = %repo_ref.repository, %tag, reason, "stale tag served");
         }
         resolution
     }
@@ -162,6 +162,10 @@ impl Pull {
     }
 
     async fn remember(&self, repo_ref: &RepositoryRef, tag: &Tag, resolution: &TagResolution, client: Option<IpAddr>) {
+        // After a reload that changes the rule, its upstream no longer decides what tags resolve to.
+        if !self.registries.is_current(&repo_ref.rule) {
+            return;
+        }
         match resolution {
             Ok(response) => {
                 if response.from != ServedFrom::Stale {
@@ -231,9 +235,9 @@ impl Pull {
         request_context: RequestContext,
     ) -> Result<Option<ManifestResponse>, SourceError> {
         let in_ring = &in_ring(repo_ref, tag);
-        let lead = peers.lead(in_ring, request_context.role, self.scope(repo_ref));
-        request_from_owners(lead, format!("{repo_ref}:{tag}"), |owner, manner| async move {
-            let query = PeerQuery { downstream: request_context.downstream, ..query(repo_ref, in_ring, manner) };
+        let lead = peers.owner_route(in_ring, request_context.role, self.scope(repo_ref));
+        request_from_owners(lead, format!("{repo_ref}:{tag}"), |owner, mode| async move {
+            let query = PeerQuery { downstream: request_context.downstream, ..query(repo_ref, in_ring, mode) };
             self.tag_of_owner(peers, owner, &query, tag, accept).await
         })
         .await
@@ -327,8 +331,8 @@ pub(super) fn in_ring(repo_ref: &RepositoryRef, tag: &Tag) -> Digest {
     Digest::of(format!("{repo_ref}:{tag}").as_bytes())
 }
 
-fn query<'a>(repo_ref: &'a RepositoryRef, in_ring: &'a Digest, manner: PeerRequestMode) -> PeerQuery<'a> {
-    PeerQuery::about(repo_ref, in_ring, manner, Instant::now() + UPSTREAM_TIMEOUT)
+fn query<'a>(repo_ref: &'a RepositoryRef, in_ring: &'a Digest, mode: PeerRequestMode) -> PeerQuery<'a> {
+    PeerQuery::about(repo_ref, in_ring, mode, Instant::now() + UPSTREAM_TIMEOUT)
 }
 
 fn is_stale(resolution: &TagResolution) -> bool {

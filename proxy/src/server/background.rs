@@ -1,5 +1,6 @@
 //! Background tasks that run as long as the process.
 
+use std::future::Future;
 use std::sync::Arc;
 
 use tokio::runtime::Runtime;
@@ -23,15 +24,55 @@ pub(super) fn spawn(runtime: &Runtime, components: &Arc<Components>) {
     runtime.spawn(watched(run_housekeeping(components.clone())));
 }
 
-/// Starts the tasks of a configuration, which a reload replaces.
-pub(super) fn spawn_configured(config: &Config, pull: &Arc<Pull>) -> JoinSet<()> {
+/// The tasks of a configuration. A reload replaces those whose settings have changed.
+pub(super) struct ConfiguredTasks {
+    scrub: JoinSet<()>,
+    prefetch: JoinSet<()>,
+    pins: JoinSet<()>,
+}
+
+impl ConfiguredTasks {
+    pub(super) fn spawn(config: &Config, pull: &Arc<Pull>) -> Self {
+        Self { scrub: scrub(config, pull), prefetch: prefetches(config, pull), pins: pins(config, pull) }
+    }
+
+    /// The previous tasks end before the new ones start, so that they do not undo what these do.
+    pub(super) async fn follow(&mut self, running: &Config, next: &Config, pull: &Arc<Pull>) {
+        if next.cache.scrub_rate != running.cache.scrub_rate {
+            self.scrub.shutdown().await;
+            self.scrub = scrub(next, pull);
+        }
+        if next.prefetch != running.prefetch {
+            self.prefetch.shutdown().await;
+            self.prefetch = prefetches(next, pull);
+        }
+        if next.pin != running.pin {
+            self.pins.shutdown().await;
+            self.pins = pins(next, pull);
+        }
+    }
+}
+
+fn scrub(config: &Config, pull: &Arc<Pull>) -> JoinSet<()> {
+    let (pull, rate) = (pull.clone(), config.cache.scrub_rate.0);
+    one(async move { pull.scrub(rate).await })
+}
+
+fn prefetches(config: &Config, pull: &Arc<Pull>) -> JoinSet<()> {
     let mut tasks = JoinSet::new();
-    let (scrubbing, rate) = (pull.clone(), config.cache.scrub_rate.0);
-    tasks.spawn(watched(async move { scrubbing.scrub(rate).await }));
     for prefetch in config.prefetch.clone() {
         tasks.spawn(watched(prefetch::keep_warm(pull.clone(), prefetch)));
     }
-    tasks.spawn(watched(prefetch::keep_pinned(pull.clone(), config.pin.clone())));
+    tasks
+}
+
+fn pins(config: &Config, pull: &Arc<Pull>) -> JoinSet<()> {
+    one(prefetch::keep_pinned(pull.clone(), config.pin.clone()))
+}
+
+fn one(task: impl Future<Output = ()> + Send + 'static) -> JoinSet<()> {
+    let mut tasks = JoinSet::new();
+    tasks.spawn(watched(task));
     tasks
 }
 
@@ -42,7 +83,7 @@ pub(super) async fn announce(components: Arc<Components>, ports: Ports, started:
         return;
     }
     // Without its peers this node would download everything from the upstreams.
-    if timeout(COMPLETION_GRACE, components.pull.peers_known()).await.is_err() {
+    if timeout(COMPLETION_GRACE, components.pull.wait_for_peers()).await.is_err() {
         tracing::warn!("peers not known yet: starting without them");
     }
     components.readiness.begin();
@@ -80,7 +121,13 @@ async fn reload_secrets(components: Arc<Components>) {
         let reloaded = tokio::task::spawn_blocking(move || {
             let own = components.identity.as_ref().and_then(|identity| identity.reload().err());
             let [upstreams, peers] = components.pull.reload().map(Result::err);
-            [own, upstreams, peers, components.client_auth.reload().err(), components.status_auth.reload().err()]
+            [
+                own,
+                upstreams,
+                peers,
+                components.client_auth.reload(&components.policy.load()).err(),
+                components.status_auth.reload().err(),
+            ]
         });
         let Ok(errors) = reloaded.await else { continue };
         for (new, old) in errors.iter().zip(&reported) {

@@ -19,7 +19,7 @@ use crate::identity::{Identity, IdentityFiles, TrustedRole};
 use crate::memory::Memory;
 use crate::metrics::Metrics;
 use crate::peers::Peers;
-use crate::proxy::{Browsers, ClientAuth, Clients, Load};
+use crate::proxy::{Browsers, ClientAuth, ClientPolicy, Clients, Load};
 use crate::pull::Pull;
 use crate::readiness::Readiness;
 use crate::registries::Registries;
@@ -36,7 +36,8 @@ pub(super) struct Components {
     pub(super) identity: Option<Arc<Identity>>,
     pub(super) access_log: Arc<AccessLog>,
     pub(super) metrics: Arc<Metrics>,
-    pub(super) registries: Arc<Registries>,
+    /// What clients may do by the running configuration: a reload replaces it.
+    pub(super) policy: Arc<ArcSwap<ClientPolicy>>,
     pub(super) memory: Arc<Memory>,
     pub(super) pull: Arc<Pull>,
     pub(super) store: Arc<Store>,
@@ -67,6 +68,8 @@ impl Components {
         let memory = Arc::new(Memory::of_process());
         let (pull, store) = runtime.block_on(compose(&config, &registries, &memory, &metrics))?;
         warn_of_unauthenticated_peers(&config);
+        let client_auth = client_auth(&config, bound.registry, &registries)?;
+        let logins = client_auth.load_logins(&config.access).map_err(StartError::Config)?;
         let tracer = runtime.block_on(async { telemetry::tracer(&config.tracing) }).map_err(StartError::Config)?;
         Ok(Self {
             bound,
@@ -74,9 +77,10 @@ impl Components {
             access_log: Arc::new(access_log),
             loads: [(); 2].map(|()| Arc::new(Load::new(memory.clone()))),
             readiness: Arc::default(),
-            clients: Arc::new(Clients::new(&config.access)),
+            policy: Arc::new(ArcSwap::from_pointee(ClientPolicy::new(&config, registries.rules(), logins))),
+            clients: Arc::default(),
             browsers: Arc::new(Browsers::new(&config)),
-            client_auth: client_auth(&config, bound.registry, &registries)?,
+            client_auth,
             activity: Arc::default(),
             tracer: Arc::new(tracer),
             status_auth: Arc::new(status_auth(&config)?),
@@ -84,7 +88,6 @@ impl Components {
             pull,
             store,
             memory,
-            registries,
             metrics,
             config: Arc::new(ArcSwap::from_pointee(config)),
         })
@@ -93,11 +96,11 @@ impl Components {
 
 /// Creates everything that could keep [`run`](super::run) from starting, except for the cache and the ports.
 pub fn check(config: &Config) -> Result<(), StartError> {
-    let (metrics, registries) = (Arc::new(Metrics::new()), Registries::new(config));
+    let (metrics, registries) = (Arc::new(Metrics::new()), Arc::new(Registries::new(config)));
     identity(&config.tls)?;
     UpstreamClient::new(config, &registries, Arc::new(Memory::new(0)), metrics.clone()).map_err(StartError::Config)?;
     Peers::new(config, metrics.clone()).map_err(StartError::Config)?;
-    client_auth(config, config.listen, &registries)?;
+    client_auth(config, config.listen, &registries)?.load_logins(&config.access).map_err(StartError::Config)?;
     telemetry::tracer(&config.tracing).map_err(StartError::Config)?;
     status_auth(config)?;
     reconciler(config, config.listen, &metrics)?;

@@ -66,7 +66,8 @@ fn for_clients(components: &Components) -> Result<Connections<RegistryProxy>, St
 
 fn for_peers(components: &Components) -> Result<Connections<RegistryProxy>, StartError> {
     let peers =
-        Connections::new(registry_proxy(components, Listener::Peers), MAX_PEER_CONNECTIONS, components.memory.clone());
+        Connections::new(registry_proxy(components, Listener::Peers), MAX_PEER_CONNECTIONS, components.memory.clone())
+            .for_peers();
     match components.pull.peers().and_then(|peers| peers.identity()) {
         Some(identity) => Ok(peers.with_tls(tls_settings(identity)?)),
         None => Ok(peers),
@@ -77,7 +78,7 @@ fn registry_proxy(components: &Components, listener: Listener) -> RegistryProxy 
     let [of_clients, of_peers] = &components.loads;
     RegistryProxy {
         pull: components.pull.clone(),
-        registries: components.registries.clone(),
+        policy: components.policy.clone(),
         metrics: components.metrics.clone(),
         access_log: components.access_log.clone(),
         load: if listener == Listener::Clients { of_clients.clone() } else { of_peers.clone() },

@@ -1,4 +1,4 @@
-//! Applies a changed configuration file without a restart: on SIGHUP, and when its text changes.
+//! Applies a changed configuration file without a restart: on SIGHUP, and when its text has changed and settled.
 //!
 //! | file | result |
 //! |---|---|
@@ -7,23 +7,26 @@
 //! | invalid or unreadable | nothing changes; error log with line and key, `dray_config_reload_failed` is 1 |
 
 use std::sync::Arc;
+use std::time::Duration;
 
-use tokio::signal::unix::{SignalKind, signal};
-use tokio::task::{JoinSet, spawn_blocking};
+use tokio::signal::unix::Signal;
+use tokio::task::spawn_blocking;
 use tokio::time::sleep;
 
-use super::background;
+use super::background::ConfiguredTasks;
 use super::components::{Components, check};
 use crate::config::{AccessConfig, CacheConfig, Config};
+use crate::proxy::ClientPolicy;
 use crate::times::RELOAD_INTERVAL;
 
-/// Reads the configuration: the file, overridden by flags and variables. Also returns the file's text, by which a change is
-/// found.
+/// The configuration file of the process, and the flags and variables that override it.
 pub trait ConfigSource: Send + Sync + 'static {
-    /// None: there is no file, so there is nothing to reload.
+    /// The current text of the file. None: there is no file, so there is nothing to reload.
     fn text(&self) -> Option<Result<String, String>>;
-    /// An error names file, line and key.
-    fn load(&self) -> Result<Config, String>;
+    /// The text that the process started with.
+    fn text_at_start(&self) -> Option<String>;
+    /// The configuration of a text. An error names file, line and key.
+    fn parse(&self, text: &str) -> Result<Config, String>;
 }
 
 /// Whether two configurations differ in a key.
@@ -45,23 +48,27 @@ const RESTART_KEYS: [(&str, Differs); 12] = [
     ("tracing", |a, b| a.tracing != b.tracing),
 ];
 
+/// How long after a changed text was read it must still be the same. Shorter: a file that a program writes in place is
+/// applied half-written. A signal needs no second read.
+const SETTLE_TIME: Duration = Duration::from_secs(1);
+
 /// Reloads for as long as it is polled. `started` is the configuration of the start as it was read: the running one has the
 /// ports that port 0 stood for.
 pub(super) async fn run(
     components: Arc<Components>,
     started: Arc<Config>,
     source: Arc<dyn ConfigSource>,
-    is_terminal: bool,
+    mut hangups: Option<Signal>,
 ) {
-    let mut tasks = background::spawn_configured(&components.config.load(), &components.pull);
-    // With a terminal, SIGHUP means that the terminal has closed.
-    let mut hangups = (!is_terminal).then(|| signal(SignalKind::hangup()).ok()).flatten();
-    let mut applied = read(&source).await.and_then(Result::ok);
-    let mut rejected = None;
+    let mut tasks = ConfiguredTasks::spawn(&components.config.load(), &components.pull);
+    let mut applied = source.text_at_start();
+    // A changed text that was read once, and the error that was last logged.
+    let (mut unsettled, mut reported) = (None, None);
     loop {
+        let pause = if unsettled.is_some() { SETTLE_TIME } else { RELOAD_INTERVAL };
         let is_requested = tokio::select! {
             () = async { match &mut hangups { Some(hangups) => drop(hangups.recv().await), None => std::future::pending().await } } => true,
-            () = sleep(RELOAD_INTERVAL) => false,
+            () = sleep(pause) => false,
         };
         let text = match read(&source).await {
             Some(text) => text,
@@ -71,24 +78,38 @@ pub(super) async fn run(
             }
             None => continue,
         };
-        let is_known = text.as_ref().ok() == applied.as_ref() || Some(&text) == rejected.as_ref();
-        if is_known && !is_requested {
-            continue;
+        if !is_requested {
+            if text.as_ref().ok() == applied.as_ref() {
+                // A rejected text was taken back.
+                components.metrics.config_reload_failed.set(0);
+                (unsettled, reported) = (None, None);
+                continue;
+            }
+            if unsettled.replace(text.clone()).is_none_or(|earlier| earlier != text) {
+                continue;
+            }
         }
-        let result = match &text {
-            Ok(_) => reload(&components, started.clone(), source.clone(), &mut tasks).await,
-            Err(error) => Err(error.clone()),
+        unsettled = None;
+        let result = match text {
+            Ok(text) if text.trim().is_empty() && !is_requested => Err(EMPTY.to_owned()),
+            Ok(text) => reload(&components, started.clone(), source.clone(), &text, &mut tasks).await.map(|()| text),
+            Err(error) => Err(error),
         };
         components.metrics.config_reload_failed.set(result.is_err().into());
         match result {
-            Ok(()) => (applied, rejected) = (text.ok(), None),
-            Err(error) => {
+            Ok(text) => (applied, reported) = (Some(text), None),
+            // Tried again each time: a file that the text names may appear later.
+            Err(error) if is_requested || reported.as_ref() != Some(&error) => {
                 tracing::error!(error, "configuration reload failed, the previous configuration stays in use");
-                rejected = Some(text);
+                reported = Some(error);
             }
+            Err(_) => {}
         }
     }
 }
+
+/// Most often, such a file is being written, or its disk is full.
+const EMPTY: &str = "the file is empty: SIGHUP applies it nevertheless";
 
 async fn read(source: &Arc<dyn ConfigSource>) -> Option<Result<String, String>> {
     let source = source.clone();
@@ -100,28 +121,24 @@ async fn reload(
     components: &Arc<Components>,
     started: Arc<Config>,
     source: Arc<dyn ConfigSource>,
-    tasks: &mut JoinSet<()>,
+    text: &str,
+    tasks: &mut ConfiguredTasks,
 ) -> Result<(), String> {
-    let (all, loading) = (components.clone(), source);
+    let (all, text) = (components.clone(), text.to_owned());
     let checked = spawn_blocking(move || {
-        let next = loading.load()?;
+        let next = source.parse(&text)?;
         check(&next).map_err(|error| error.to_string())?;
-        let running = all.config.load_full();
-        let (next, restart) = without_restart(&running, &started, next);
-        let (rules, logins) = (all.pull.reloaded(&next)?, all.client_auth.reloaded(&next.access)?);
+        let (next, restart) = without_restart(&all.config.load(), &started, next);
+        // The keys that keep their values may contradict the new ones.
+        next.check_together().map_err(|conflict| conflict.to_string())?;
+        let (rules, logins) = (all.pull.reloaded(&next)?, all.client_auth.load_logins(&next.access)?);
         Ok::<_, String>((next, restart, rules, logins))
     });
     let (next, restart, rules, logins) = checked.await.map_err(|error| error.to_string())??;
-    let running = components.config.load_full();
-    components.client_auth.store(logins);
-    components.clients.reload(&next.access);
-    components.browsers.reload(&next);
-    components.pull.store(rules);
-    components.config.store(Arc::new(next.clone()));
-    if (&next.prefetch, &next.pin, next.cache.scrub_rate) != (&running.prefetch, &running.pin, running.cache.scrub_rate)
-    {
-        *tasks = background::spawn_configured(&next, &components.pull);
-    }
+    let rules = components.pull.store(rules);
+    components.policy.store(Arc::new(ClientPolicy::new(&next, rules, logins)));
+    let running = components.config.swap(Arc::new(next.clone()));
+    tasks.follow(&running, &next, &components.pull).await;
     components.metrics.config.reset();
     components.metrics.config.with_label_values(&[&next.hash()]).set(1);
     tracing::info!(hash = next.hash(), "configuration reloaded");

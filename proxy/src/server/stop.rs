@@ -33,6 +33,12 @@ pub(super) struct Signals {
     interrupt: Signal,
 }
 
+/// SIGHUP, from before the store opens: its default action would end the process. None: with a terminal, where it means
+/// that the terminal has closed.
+pub(super) fn hangups(is_terminal: bool) -> std::io::Result<Option<Signal>> {
+    (!is_terminal).then(|| signal(SignalKind::hangup())).transpose()
+}
+
 impl Signals {
     pub(super) fn watch() -> std::io::Result<Self> {
         Ok(Self { terminate: signal(SignalKind::terminate())?, interrupt: signal(SignalKind::interrupt())? })
@@ -57,7 +63,7 @@ impl ShutdownSignalWatch for Stop {
             _ = interrupt.recv() => return ShutdownSignal::FastShutdown,
         }
         self.readiness.end();
-        // First: containerd must send new requests to the upstream while the listeners are still open.
+        // Before draining: containerd must send new requests to the upstream while the listeners are still open.
         if let Some(reconciler) = self.reconciler.clone() {
             let _ = tokio::task::spawn_blocking(move || reconciler.withdraw()).await;
         }

@@ -38,7 +38,7 @@ pub(super) struct Promise {
 }
 
 /// Lowest average rate of a download, in bytes per second. A slower one loses its promised space, and counts as
-/// abandoned without clients even if little is missing: a trickling upstream would hold the space for hours. Larger:
+/// abandoned once it has no clients, even if little is missing: a trickling upstream would hold the space for hours. Larger:
 /// downloads over slow links lose their space. Smaller: trickling upstreams keep it.
 pub const MIN_DOWNLOAD_RATE: u64 = 64 * 1024;
 /// The rate counts from this age of a draft on. Shorter: drafts that have only begun lose their promised space.

@@ -77,7 +77,7 @@ struct InstanceLayout {
 
 const PAGE: u64 = 4096;
 
-/// Smaller: the engine has no block to write to while it reclaims one.
+/// Blocks of an instance on disk at least. Smaller: the engine has no block to write to while it reclaims one.
 const MIN_BLOCKS: u64 = 3;
 
 // === impl Small ===
@@ -148,7 +148,7 @@ impl Small {
     }
 
     /// Caches a verified object: in memory at once, on disk through the queue. Waits while the queue is full, for
-    /// [`CLOSE_TIMEOUT`](crate::times::FAREWELL) at most.
+    /// [`CLOSE_TIMEOUT`](crate::times::CLOSE_TIMEOUT) at most.
     pub async fn insert(&self, digest: &Digest, kind: SmallKind, object: SmallObject) {
         let instance = self.of(kind);
         let in_memory = HybridCacheProperties::default().with_location(Location::InMem);

@@ -20,7 +20,7 @@ use crate::source::SourceError;
 
 impl UpstreamClient {
     /// Checks that the upstream serves an endpoint to the principal of `repo_ref`. `kept` is the length of dray's copy.
-    pub async fn gives(
+    pub async fn check_access(
         self: &Arc<Self>,
         repo_ref: &RepositoryRef,
         endpoint: &Endpoint,
@@ -74,7 +74,7 @@ impl UpstreamClient {
         secret: Secret,
         deadline: Instant,
     ) -> Result<ExchangedSecret, SourceError> {
-        let session = self.session();
+        let session = self.session(repo_ref);
         let Some((upstream, trust)) = repo_ref.rule.upstreams(&repo_ref.registry).into_iter().next() else {
             return Err(SourceError::denied());
         };

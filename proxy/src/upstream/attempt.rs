@@ -6,10 +6,10 @@ use reqwest::Response;
 use tokio::time::{Instant, timeout_at};
 use url::Url;
 
-use super::UpstreamClient;
 use super::challenge::Challenge;
 use super::http::{ReplayableRequest, UpstreamRef};
 use super::request::{RequestKind, UpstreamRequest, checked};
+use super::{UpstreamClient, UpstreamSession};
 use crate::principal::Principal;
 use crate::registries::RepositoryRef;
 use crate::source::SourceError;
@@ -42,18 +42,18 @@ impl UpstreamClient {
         request: &UpstreamRequest,
         deadline: Instant,
     ) -> Result<Response, SourceError> {
-        let session = self.session();
+        let session = self.session(repo_ref);
         let url = request.url(upstream_ref.upstream, repo_ref)?;
         // Held until the upstream's redirect is known: parallel requests then look it up once.
         let mut _lookup = None;
         if request.blob.is_some() {
-            match self.send_to_known_redirect(upstream_ref, request, &url, deadline).await {
+            match self.send_to_known_redirect(&session, upstream_ref, request, &url, deadline).await {
                 KnownRedirect::Response(response) => return Ok(response),
                 KnownRedirect::Unknown if !session.redirects.is_redirector(&url) => {}
                 KnownRedirect::Unknown | KnownRedirect::Expired => {
                     _lookup = timeout_at(deadline, session.redirects.lock_lookup(&url)).await.ok();
                     if let KnownRedirect::Response(response) =
-                        self.send_to_known_redirect(upstream_ref, request, &url, deadline).await
+                        self.send_to_known_redirect(&session, upstream_ref, request, &url, deadline).await
                     {
                         return Ok(response);
                     }
@@ -126,7 +126,7 @@ impl UpstreamClient {
         tried: &mut AuthAttempts,
         deadline: Instant,
     ) -> Result<Option<HeaderValue>, SourceError> {
-        let session = self.session();
+        let session = self.session(repo_ref);
         let status = response.status().as_u16();
         if repo_ref.principal.holder().is_some() {
             return Ok(None);
@@ -174,7 +174,7 @@ impl UpstreamClient {
         tried: &mut AuthAttempts,
         deadline: Instant,
     ) -> Result<Option<HeaderValue>, SourceError> {
-        let session = self.session();
+        let session = self.session(repo_ref);
         if response.status() != 401 || std::mem::replace(&mut tried.redirect_target, true) {
             return Ok(None);
         }
@@ -196,7 +196,7 @@ impl UpstreamClient {
         repo_ref: &RepositoryRef,
         deadline: Instant,
     ) -> Option<Challenge> {
-        let session = self.session();
+        let session = self.session(repo_ref);
         let deadline = deadline.min(Instant::now() + REACH_TIMEOUT);
         let lookup = async {
             let request = UpstreamRequest::ping();
@@ -220,11 +220,11 @@ impl UpstreamClient {
         repo_ref: &RepositoryRef,
         deadline: Instant,
     ) -> Option<HeaderValue> {
-        let session = self.session();
+        let session = self.session(repo_ref);
         match session.tokens.known_grant(&session.http, upstream_ref, repo_ref, deadline).await {
             Ok(authorization) => authorization,
             Err(error) => {
-                tracing::debug!(repository = %repo_ref, %error, "remembered challenge failed");
+                tracing::debug!(registry = %repo_ref.registry, repository = %repo_ref.repository, %error, "remembered challenge failed");
                 session.tokens.forget(upstream_ref, repo_ref).await;
                 None
             }
@@ -238,7 +238,7 @@ impl UpstreamClient {
         repo_ref: &RepositoryRef,
         deadline: Instant,
     ) -> Result<Option<Challenge>, SourceError> {
-        let session = self.session();
+        let session = self.session(repo_ref);
         let request = UpstreamRequest::new(RequestKind::List, "tags/list".to_owned()).query(Some("n=1"));
         let (url, headers) = (request.url(upstream_ref.upstream, repo_ref)?, &request.headers);
         let replayable =
@@ -258,12 +258,12 @@ impl UpstreamClient {
     /// Sends a request to the remembered redirect target.
     async fn send_to_known_redirect(
         &self,
+        session: &UpstreamSession,
         upstream_ref: UpstreamRef<'_>,
         request: &UpstreamRequest,
         url: &Url,
         deadline: Instant,
     ) -> KnownRedirect {
-        let session = self.session();
         let Some(target) = session.redirects.target(url).await.filter(|_| request.blob.is_some()) else {
             return KnownRedirect::Unknown;
         };

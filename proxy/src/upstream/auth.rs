@@ -167,7 +167,7 @@ impl TokenCache {
         }
     }
 
-    /// Replaces a Basic secret that was denied with 403, as some registries do after it expires (ECR: after twelve
+    /// Replaces a Basic secret that a registry denied with 403, as some do once it has expired (ECR: after twelve
     /// hours). None: its source has no other secret, or was read again recently.
     pub(super) async fn replacement_for(
         &self,

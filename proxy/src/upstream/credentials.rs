@@ -34,10 +34,12 @@ pub(super) struct FoundCredentials {
     pub(super) life: Duration,
 }
 
-/// Limits for sources outside of this process: clients may name any number of registries and repositories.
+/// What sources outside of this process share. They are limited, because clients may name any number of registries. One for
+/// each session: programs that still run for old rules do not delay those of the new rules.
 pub(super) struct ExternalCredentials {
     /// Client of the clouds' token services.
     http: reqwest::Client,
+    /// Separate permits: programs that hang hold theirs for `STALL_TIMEOUT`, and must not delay token services.
     programs: Semaphore,
     services: Semaphore,
 }
@@ -317,9 +319,9 @@ mod tests {
                 _ => None,
             }
         };
-        assert_eq!(of("mirror.corp", UpstreamTrust::Written).as_deref(), Some("quay"));
+        assert_eq!(of("mirror.corp", UpstreamTrust::Configured).as_deref(), Some("quay"));
         assert_eq!(
-            of("harbor.corp", UpstreamTrust::Written).as_deref(),
+            of("harbor.corp", UpstreamTrust::Configured).as_deref(),
             Some("harbor"),
             "the upstream's own entry comes first"
         );

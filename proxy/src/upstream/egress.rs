@@ -43,7 +43,7 @@ pub(super) enum EgressError {
     #[error("{0} is neither http nor https")]
     Scheme(String),
     #[error(
-        "{0} is not a public address, and no network in [egress] allow_cidrs holds it: name it there, or as an upstream of a [[registry]] rule"
+        "{0} is not a public address: add its network to [egress] allow_cidrs, or the host as an upstream of a [[registry]] rule"
     )]
     Address(String),
     #[error("{0} is the configured HTTP proxy")]

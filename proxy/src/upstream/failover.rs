@@ -106,7 +106,7 @@ impl UpstreamClient {
 
     /// Why the egress policy blocks a registry without a configured upstream, as far as its name shows.
     pub fn refusal(&self, repo_ref: &RepositoryRef) -> Option<SourceError> {
-        let session = self.session();
+        let session = self.session(repo_ref);
         let upstreams = repo_ref.rule.upstreams(&repo_ref.registry);
         let mut derived = upstreams.iter().filter(|(_, trust)| *trust == UpstreamTrust::Derived);
         let refused = derived.find_map(|(upstream, _)| session.http.check_literal(upstream).err())?;
@@ -119,10 +119,11 @@ impl UpstreamClient {
         let mut worst = None;
         for (upstream, _) in repo_ref.rule.upstreams(&repo_ref.registry) {
             let known = self.health.known(repo_ref, &upstream)?;
-            let error = match known.lock().admit(RequestKind::ManifestHead, repo_ref.principal.principal_id(), now) {
+            let mut health = known.lock();
+            let error = match health.admit(RequestKind::ManifestHead, repo_ref.principal.principal_id(), now) {
                 Admission::Allowed => return None,
                 Admission::Limited(until) => SourceError::Limited { again: Some(until - now) },
-                Admission::Down(cause) => down_error(cause),
+                Admission::Down(cause) => down_error(cause, &upstream, &health),
             };
             worst = Some(worst.map_or(error.clone(), |worst: SourceError| worst.more_severe(error)));
         }
@@ -156,7 +157,7 @@ impl UpstreamClient {
             let admission = health.lock().admit(request.kind, repo_ref.principal.principal_id(), now);
             match admission {
                 Admission::Allowed => {}
-                Admission::Down(cause) => return Err(down_error(cause)),
+                Admission::Down(cause) => return Err(down_error(cause, turn.upstream, &health.lock())),
                 Admission::Limited(until) => {
                     let after = until + Duration::from_millis(fastrand::u64(..LIMIT_END_SPREAD_MILLIS));
                     // If another upstream follows, it gets the request instead.
@@ -201,7 +202,7 @@ impl UpstreamClient {
             }
             if let Err(error) = &result {
                 let (upstream, kind) = (turn.upstream.base(), request.kind.as_str());
-                tracing::debug!(repository = %repo_ref, upstream, kind, %error, "upstream request failed");
+                tracing::debug!(registry = %repo_ref.registry, repository = %repo_ref.repository, upstream, kind, %error, "upstream request failed");
             }
             if self.record_outcome(&result, &health, turn, repo_ref, request, now) == AfterResponse::Retry {
                 continue;
@@ -233,10 +234,10 @@ impl UpstreamClient {
             Err(SourceError::Limited { again }) => {
                 let mut health = health.lock();
                 health.mark_responding(Instant::now());
-                health.mark_limited(request.kind, repo_ref.principal.principal_id(), *again, Instant::now());
+                health.mark_rate_limited(request.kind, repo_ref.principal.principal_id(), *again, Instant::now());
                 self.became_unavailable.notify_waiters();
                 let upstream = turn.upstream.base();
-                tracing::info!(repository = %repo_ref, upstream, retry_after = ?again, "upstream rate limited");
+                tracing::info!(registry = %repo_ref.registry, repository = %repo_ref.repository, upstream, retry_after_seconds = again.map(|again| again.as_secs()), "upstream rate limited");
                 // If there were too many limits to remember this one, the response is final.
                 if health.admit(request.kind, repo_ref.principal.principal_id(), Instant::now()) != Admission::Allowed {
                     return AfterResponse::Retry;
@@ -249,13 +250,13 @@ impl UpstreamClient {
             }
             // The upstream got no request, or its token was not available. A broken connection may be due to a filter
             // for one path and says nothing about others.
-            Err(
-                SourceError::NoCredentials(_)
-                | SourceError::Busy
-                | SourceError::Blocked(_)
-                | SourceError::Interrupted(_),
-            ) => {}
-            Err(_) => health.lock().mark_responding(Instant::now()),
+            Err(SourceError::NoCredentials(_) | SourceError::Busy | SourceError::Interrupted(_)) => {}
+            Err(SourceError::Blocked(error)) => {
+                self.blocked.insert((repo_ref.rule.name().to_owned(), turn.upstream.base()), error.clone());
+            }
+            Err(_) => {
+                health.lock().mark_responding(Instant::now());
+            }
         }
         AfterResponse::Done
     }
@@ -304,11 +305,9 @@ impl UpstreamClient {
     }
 }
 
-fn down_error(cause: DownCause) -> SourceError {
+fn down_error(cause: DownCause, upstream: &Upstream, health: &UpstreamHealth) -> SourceError {
     match cause {
-        DownCause::Unreachable => {
-            SourceError::Unreachable("the upstream is down, and dray probes it until it responds".into())
-        }
+        DownCause::Unreachable => SourceError::Unreachable(health.describe_down(&upstream.base(), Instant::now())),
         DownCause::Silent => SourceError::TimedOut,
     }
 }

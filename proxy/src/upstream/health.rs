@@ -2,7 +2,7 @@
 //!
 //! | state | breaker | requests |
 //! |---|---|---|
-//! | unknown | closed | allowed; the upstream has not responded yet |
+//! | unknown | closed | allowed; no response yet, or none for `OBSERVATION_TTL` |
 //! | healthy | closed | allowed |
 //! | degraded | closed | allowed, other upstreams come first |
 //! | rate limited | open for one request kind and principal | rejected until the limit ends |
@@ -16,7 +16,7 @@
 //! | no response to a manifest request | all but down | down; unchanged if another response came meanwhile |
 //! | no response to a blob or list request | all but down | degraded for `PAUSE`; unchanged likewise |
 //! | another upstream responded first | any | degraded for `PAUSE` |
-//! | no request for `DEFAULT_TTL`, or no probe possible | down | the state before |
+//! | a day without a request (60 s for a host that never responded), or no probe possible | down | unknown |
 //!
 //! A connection that breaks during a request changes nothing: a filter may do so for one path.
 
@@ -40,6 +40,8 @@ pub(super) struct UpstreamStates(moka::sync::Cache<HealthKey, Arc<Mutex<Upstream
 
 #[derive(Clone, PartialEq, Eq, Hash)]
 struct HealthKey {
+    /// A rule that a reload has changed may have other credentials or roots: it starts anew.
+    rule_id: u64,
     rule: String,
     upstream: String,
 }
@@ -49,6 +51,10 @@ pub(super) struct UpstreamHealth {
     /// Set while the breaker is open.
     down: Option<DownState>,
     last_response: Option<Instant>,
+    /// When it responded for the first time, or again after it was down.
+    up_since: Option<Instant>,
+    /// Why it last went down, and when.
+    last_error: Option<(String, Instant)>,
     /// Until then other upstreams come first.
     degraded_until: Option<Instant>,
     /// By principal too, since registries count requests by account.
@@ -57,8 +63,10 @@ pub(super) struct UpstreamHealth {
 
 struct DownState {
     cause: DownCause,
+    since: Instant,
     /// When a request last needed the upstream.
     last_needed: Instant,
+    next_probe: Option<Instant>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -113,10 +121,18 @@ pub struct UpstreamView {
     /// The rule that uses it.
     pub rule: String,
     pub upstream: String,
-    /// A state of the table at the head; `rate_limited` if any limit is active.
+    /// A state of the table at the head; `rate_limited` if any limit is active; `blocked` by the egress policy.
     pub state: String,
+    /// How long it has been in the state, if that is `healthy` or `down`.
+    pub since_seconds: Option<u64>,
     /// Until its longest rate limit ends.
     pub rate_limited_seconds: Option<u64>,
+    /// Until the next probe, if it is down.
+    pub next_probe_seconds: Option<f64>,
+    /// Why it last went down, or why the host is blocked.
+    pub last_error: Option<String>,
+    /// How long ago that was.
+    pub last_error_seconds: Option<u64>,
     /// From its last response with rate limit headers.
     pub rate_limit_remaining: Option<i64>,
     /// Valid tokens that dray holds for it.
@@ -130,14 +146,37 @@ pub(super) struct KnownHealth {
     pub(super) tokens: usize,
 }
 
+impl UpstreamView {
+    /// A host that the egress policy blocks.
+    pub(super) fn blocked(rule: &str, upstream: &str, error: &str) -> Self {
+        Self {
+            rule: rule.to_owned(),
+            upstream: upstream.to_owned(),
+            state: "blocked".to_owned(),
+            since_seconds: None,
+            rate_limited_seconds: None,
+            next_probe_seconds: None,
+            last_error: Some(error.to_owned()),
+            last_error_seconds: None,
+            rate_limit_remaining: None,
+            tokens: 0,
+        }
+    }
+}
+
 impl UpstreamStates {
     /// All upstreams with recent requests, sorted by rule and URL.
-    pub(super) fn views(&self, known: impl Fn(&str, &str) -> KnownHealth) -> Vec<UpstreamView> {
+    pub(super) fn views(
+        &self,
+        is_current: impl Fn(u64) -> bool,
+        known: impl Fn(&str, &str) -> KnownHealth,
+    ) -> Vec<UpstreamView> {
         let now = Instant::now();
         let view = |(key, health): (Arc<HealthKey>, Arc<Mutex<UpstreamHealth>>)| {
-            let (state, limited) = health.lock().state(now);
+            let health = health.lock();
+            let (state, limited) = health.state(now);
             // A host that was blocked or has never responded is not listed: clients can invent names.
-            if state == "unknown" {
+            if state == "unknown" || !is_current(key.rule_id) {
                 return None;
             }
             let known = known(&key.rule, &key.upstream);
@@ -147,7 +186,14 @@ impl UpstreamStates {
                 rule: key.rule.clone(),
                 upstream: key.upstream.clone(),
                 state: state.to_owned(),
+                since_seconds: health.since(state).map(|since| now.saturating_duration_since(since).as_secs()),
                 rate_limited_seconds: limited.map(|limited| limited.as_secs()),
+                next_probe_seconds: health.next_probe().map(|at| at.saturating_duration_since(now).as_secs_f64()),
+                last_error: health.last_error.as_ref().map(|(error, _)| error.clone()),
+                last_error_seconds: health
+                    .last_error
+                    .as_ref()
+                    .map(|(_, at)| now.saturating_duration_since(*at).as_secs()),
             })
         };
         let mut views: Vec<UpstreamView> = self.0.iter().filter_map(view).collect();
@@ -171,7 +217,7 @@ impl UpstreamStates {
 
 impl HealthKey {
     fn new(repo_ref: &RepositoryRef, upstream: &Upstream) -> Self {
-        Self { rule: repo_ref.rule.name().to_owned(), upstream: upstream.base() }
+        Self { rule_id: repo_ref.rule.id, rule: repo_ref.rule.name().to_owned(), upstream: upstream.base() }
     }
 }
 
@@ -201,10 +247,41 @@ impl UpstreamHealth {
             (Some(_), _) => "down",
             (None, Some(_)) => "rate_limited",
             (None, None) if is_degraded => "degraded",
-            (None, None) if self.last_response.is_none() => "unknown",
+            (None, None) if self.last_response.is_none_or(|at| at + OBSERVATION_TTL <= now) => "unknown",
             (None, None) => "healthy",
         };
         (state, limited)
+    }
+
+    fn since(&self, state: &str) -> Option<Instant> {
+        match state {
+            "down" => self.down.as_ref().map(|down| down.since),
+            "healthy" => self.up_since,
+            _ => None,
+        }
+    }
+
+    fn next_probe(&self) -> Option<Instant> {
+        self.down.as_ref()?.next_probe
+    }
+
+    /// For clients and operators: since when, why, and when dray tries again.
+    pub(super) fn describe_down(&self, upstream: &str, now: Instant) -> String {
+        let Some(down) = &self.down else { return format!("{upstream} is down") };
+        let since = now.saturating_duration_since(down.since).as_secs();
+        let error = self.last_error.as_ref().map_or(String::new(), |(error, _)| format!(" ({error})"));
+        let probe = down.next_probe.map_or(0, |at| at.saturating_duration_since(now).as_secs() + 1);
+        format!("{upstream} has been down for {since} s{error}; next probe in {probe} s")
+    }
+
+    /// The breaker has opened, and the upstream is probed.
+    pub(super) fn record_probe(&mut self, error: Option<String>, next: Instant, now: Instant) {
+        if let Some(error) = error {
+            self.last_error = Some((error, now));
+        }
+        if let Some(down) = &mut self.down {
+            down.next_probe = Some(next);
+        }
     }
 
     /// The sort key of failover: upstreams that are likely to respond come first.
@@ -212,11 +289,15 @@ impl UpstreamHealth {
         (self.admit(kind, principal_id, now), self.degraded_until.is_some_and(|until| until > now))
     }
 
-    /// The upstream responded, with any status.
-    pub(super) fn mark_responding(&mut self, now: Instant) {
-        self.down = None;
+    /// The upstream responded, with any status. Returns how long it was down.
+    pub(super) fn mark_responding(&mut self, now: Instant) -> Option<Duration> {
+        let down = self.down.take();
+        if down.is_some() || self.last_response.is_none() {
+            self.up_since = Some(now);
+        }
         self.degraded_until = None;
         self.last_response = Some(now);
+        down.map(|down| now.saturating_duration_since(down.since))
     }
 
     /// A request succeeded, so its rate limit is over.
@@ -225,7 +306,7 @@ impl UpstreamHealth {
     }
 
     /// A `retry_after` below one second counts as missing: a retry at once would meet the same limit.
-    pub(super) fn mark_limited(
+    pub(super) fn mark_rate_limited(
         &mut self,
         kind: RequestKind,
         principal_id: PrincipalId,
@@ -267,18 +348,18 @@ impl UpstreamHealth {
             self.degraded_until = Some(now + PAUSE);
             return FailureEffect::Unchanged;
         }
-        self.down = Some(DownState { cause, last_needed: now });
+        self.down = Some(DownState { cause, since: now, last_needed: now, next_probe: None });
         FailureEffect::WentDown
     }
 
-    /// Whether a request has needed a down upstream within `DEFAULT_TTL`; if not, probes stop.
-    pub(super) fn is_needed(&self, now: Instant) -> bool {
-        self.down.as_ref().is_some_and(|down| now < down.last_needed + DEFAULT_TTL)
+    /// Whether the upstream is down and a request has needed it within this time.
+    pub(super) fn is_needed_within(&self, time: Duration, now: Instant) -> bool {
+        self.down.as_ref().is_some_and(|down| now < down.last_needed + time)
     }
 
-    /// No probe runs: the next request has to find out.
+    /// No probe runs: the next request has to find out. Nothing is known until then.
     pub(super) fn clear_down(&mut self) {
-        self.down = None;
+        (self.down, self.last_response, self.up_since) = (None, None, None);
     }
 }
 
@@ -306,7 +387,8 @@ mod tests {
             health.admit(RequestKind::Blob, PrincipalId::ANONYMOUS, start + seconds(50)),
             Admission::Down(DownCause::Silent)
         );
-        assert!(health.is_needed(start + seconds(109)) && !health.is_needed(start + seconds(110)));
+        let needed = |now: u64| health.is_needed_within(seconds(60), start + seconds(now));
+        assert!(needed(109) && !needed(110), "a rejected request needs it as well");
         health.mark_responding(start + seconds(60));
         assert_eq!(health.admit(RequestKind::Blob, PrincipalId::ANONYMOUS, start + seconds(60)), Admission::Allowed);
         let (before, after) = (start + seconds(59), start + seconds(70));
@@ -333,14 +415,14 @@ mod tests {
     #[test]
     fn rate_limit_covers_one_kind_until_retry_after() {
         let (mut health, start) = (UpstreamHealth::default(), Instant::now());
-        health.mark_limited(RequestKind::Manifest, PrincipalId::ANONYMOUS, Some(seconds(7)), start);
+        health.mark_rate_limited(RequestKind::Manifest, PrincipalId::ANONYMOUS, Some(seconds(7)), start);
         assert_eq!(
             health.admit(RequestKind::Manifest, PrincipalId::ANONYMOUS, start + seconds(6)),
             Admission::Limited(start + seconds(7))
         );
         assert_eq!(health.admit(RequestKind::ManifestHead, PrincipalId::ANONYMOUS, start), Admission::Allowed);
         assert_eq!(health.admit(RequestKind::Manifest, PrincipalId::ANONYMOUS, start + seconds(7)), Admission::Allowed);
-        health.mark_limited(RequestKind::Manifest, PrincipalId::ANONYMOUS, Some(seconds(1_000_000)), start);
+        health.mark_rate_limited(RequestKind::Manifest, PrincipalId::ANONYMOUS, Some(seconds(1_000_000)), start);
         assert_eq!(
             health.admit(RequestKind::Manifest, PrincipalId::ANONYMOUS, start + HOUR),
             Admission::Allowed,
@@ -351,14 +433,34 @@ mod tests {
     #[test]
     fn rate_limit_covers_one_principal() {
         let (mut health, start) = (UpstreamHealth::default(), Instant::now());
-        health.mark_limited(RequestKind::Manifest, PrincipalId::ANONYMOUS, Some(seconds(7)), start);
+        health.mark_rate_limited(RequestKind::Manifest, PrincipalId::ANONYMOUS, Some(seconds(7)), start);
         assert_eq!(health.admit(RequestKind::Manifest, PrincipalId([7; 16]), start), Admission::Allowed);
         let principal_id = |nth: usize| PrincipalId(u128::try_from(nth).unwrap().to_be_bytes());
-        (0..2 * MAX_LIMITS)
-            .for_each(|nth| health.mark_limited(RequestKind::Manifest, principal_id(nth), Some(seconds(7)), start));
+        (0..2 * MAX_LIMITS).for_each(|nth| {
+            health.mark_rate_limited(RequestKind::Manifest, principal_id(nth), Some(seconds(7)), start);
+        });
         assert_eq!(health.limits.len(), MAX_LIMITS);
-        health.mark_limited(RequestKind::Manifest, PrincipalId([9; 16]), Some(seconds(7)), start + seconds(8));
+        health.mark_rate_limited(RequestKind::Manifest, PrincipalId([9; 16]), Some(seconds(7)), start + seconds(8));
         assert_eq!(health.limits.len(), 1, "expired limits make room");
+    }
+
+    #[test]
+    fn down_lasts_until_a_response_and_an_idle_upstream_is_unknown() {
+        let (mut health, start) = (UpstreamHealth::default(), Instant::now());
+        let at = |minutes: u64| start + seconds(60 * minutes);
+        assert_eq!(health.mark_responding(start), None);
+        assert_eq!((health.state(at(9)).0, health.since("healthy")), ("healthy", Some(start)));
+        assert_eq!(health.state(at(10)).0, "unknown", "no response for ten minutes");
+        health.mark_unresponsive(RequestKind::Manifest, DownCause::Unreachable, at(11), at(11));
+        health.record_probe(Some("no route".into()), at(12), at(11));
+        assert_eq!((health.state(at(500)).0, health.since("down")), ("down", Some(at(11))));
+        assert_eq!(health.next_probe(), Some(at(12)));
+        assert_eq!(health.mark_responding(at(500)), Some(seconds(60 * 489)));
+        assert_eq!((health.state(at(501)).0, health.since("healthy")), ("healthy", Some(at(500))));
+        assert_eq!(health.last_error, Some(("no route".into(), at(11))), "still known after the recovery");
+        health.mark_unresponsive(RequestKind::Manifest, DownCause::Silent, at(502), at(502));
+        health.clear_down();
+        assert_eq!(health.state(at(502)).0, "unknown", "no probe has shown that it responds");
     }
 
     #[test]
@@ -367,7 +469,7 @@ mod tests {
         assert_eq!(health.state(now), ("unknown", None));
         health.mark_degraded(now);
         assert_eq!(health.state(now), ("degraded", None));
-        health.mark_limited(RequestKind::Manifest, PrincipalId::ANONYMOUS, Some(seconds(7)), now);
+        health.mark_rate_limited(RequestKind::Manifest, PrincipalId::ANONYMOUS, Some(seconds(7)), now);
         assert_eq!(health.state(now), ("rate_limited", Some(seconds(7))));
         health.mark_unresponsive(RequestKind::Manifest, DownCause::Silent, now, now);
         assert_eq!(health.state(now).0, "down");
@@ -376,12 +478,17 @@ mod tests {
     #[test]
     fn retry_after_below_a_second_is_ignored() {
         let (mut health, start) = (UpstreamHealth::default(), Instant::now());
-        health.mark_limited(RequestKind::Manifest, PrincipalId::ANONYMOUS, Some(Duration::ZERO), start);
+        health.mark_rate_limited(RequestKind::Manifest, PrincipalId::ANONYMOUS, Some(Duration::ZERO), start);
         assert_eq!(
             health.admit(RequestKind::Manifest, PrincipalId::ANONYMOUS, start),
             Admission::Limited(start + FIRST_LIMIT_DURATION)
         );
-        health.mark_limited(RequestKind::Manifest, PrincipalId::ANONYMOUS, Some(Duration::from_millis(999)), start);
+        health.mark_rate_limited(
+            RequestKind::Manifest,
+            PrincipalId::ANONYMOUS,
+            Some(Duration::from_millis(999)),
+            start,
+        );
         assert_eq!(
             health.admit(RequestKind::Manifest, PrincipalId::ANONYMOUS, start),
             Admission::Limited(start + FIRST_LIMIT_DURATION * 2)
@@ -392,7 +499,7 @@ mod tests {
     fn rate_limit_without_retry_after_backs_off() {
         let (mut health, mut now) = (UpstreamHealth::default(), Instant::now());
         let lasts = [5, 10, 20, 40, 60, 60].map(|lasts| {
-            health.mark_limited(RequestKind::Manifest, PrincipalId::ANONYMOUS, None, now);
+            health.mark_rate_limited(RequestKind::Manifest, PrincipalId::ANONYMOUS, None, now);
             let is_limited = health.admit(RequestKind::Manifest, PrincipalId::ANONYMOUS, now + seconds(lasts - 1))
                 != Admission::Allowed;
             now += seconds(lasts);
@@ -400,7 +507,7 @@ mod tests {
         });
         assert_eq!(lasts, [true; 6]);
         health.clear_limit(RequestKind::Manifest, PrincipalId::ANONYMOUS);
-        health.mark_limited(RequestKind::Manifest, PrincipalId::ANONYMOUS, None, now);
+        health.mark_rate_limited(RequestKind::Manifest, PrincipalId::ANONYMOUS, None, now);
         assert_eq!(
             health.admit(RequestKind::Manifest, PrincipalId::ANONYMOUS, now + FIRST_LIMIT_DURATION),
             Admission::Allowed,

@@ -171,14 +171,15 @@ impl UpstreamHttp {
     ) -> Result<Response, SourceError> {
         let at_home = replayable.url.as_str().starts_with(&format!("{}/", upstream_ref.upstream.base()));
         let scope = match upstream_ref.trust {
-            UpstreamTrust::Written if at_home => EgressScope::Anywhere,
+            UpstreamTrust::Configured if at_home => EgressScope::Anywhere,
             _ => {
                 self.egress.check(&replayable.url).await.map_err(|blocked| SourceError::Blocked(blocked.to_string()))?
             }
         };
         let client_cert = upstream_ref.tls.client_cert.clone().filter(|_| at_home);
         let host = replayable.url.host_str().unwrap_or_default();
-        let is_kept = || upstream_ref.trust == UpstreamTrust::Written || self.recent_hosts.touch(host, Instant::now());
+        let is_kept =
+            || upstream_ref.trust == UpstreamTrust::Configured || self.recent_hosts.touch(host, Instant::now());
         let after_use = if is_kept() { AfterUse::Keep } else { AfterUse::Close };
         let tls = RuleTls { client_cert, ..upstream_ref.tls.clone() };
         let key = ClientKey { scope, tls, connect_timeout: upstream_ref.connect_timeout, after_use };

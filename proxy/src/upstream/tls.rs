@@ -69,7 +69,7 @@ pub(super) fn advice(error: &(dyn std::error::Error + 'static)) -> Option<&'stat
     causes(error).find_map(|cause| match cause.downcast_ref::<Error>()? {
         // `Other` is a certificate that is its own authority.
         Error::InvalidCertificate(CertificateError::UnknownIssuer | CertificateError::Other(_)) => {
-            Some("name the authority that signed it, or the certificate itself, in `ca` of its [[registry]] rule")
+            Some("set `ca` of its [[registry]] rule to the authority that signed it, or to the certificate itself")
         }
         Error::InvalidCertificate(CertificateError::Expired | CertificateError::ExpiredContext { .. }) => {
             Some("the upstream's certificate has expired: renew it there")

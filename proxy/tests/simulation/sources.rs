@@ -51,7 +51,7 @@ impl Network {
             let (lot, now) = (self.random.u64(..), self.clock());
             let fetch = &mut self.nodes[node].fetches[layer];
             let Some(plan) = &mut fetch.plan else { return };
-            plan.collect(now, |span| fetch.trackers.iter().any(|tracker| tracker.is_elsewhere(span)));
+            plan.collect(now, |span| fetch.trackers.iter().any(|tracker| tracker.is_at_a_peer(span)));
             let read = fetch.have.run_end(0);
             let mut wanted = vec![read];
             wanted.extend(&waiting);
@@ -176,7 +176,7 @@ impl Network {
         let locality = usize::from(self.is_cross_zone(node, peer));
         let fetch = &mut self.nodes[peer].fetches[layer];
         let owns = fetch.role == Some(Role::Global);
-        let is_better = fetch.plan.as_ref().is_some_and(|plan| owns && plan.is_better_elsewhere(span.start));
+        let is_better = fetch.plan.as_ref().is_some_and(|plan| owns && plan.is_deferred_to_peers(span.start));
         let best_source = if is_better { BestSource::OtherHolder } else { BestSource::ThisNode };
         let decision = fetch.trackers[locality].decide(Some(requester), span, best_source, sending, now);
         let no_peer_has = !fetch.trackers.iter().any(|tracker| tracker.another_peer_has(requester, span.start));

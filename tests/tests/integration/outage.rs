@@ -309,9 +309,38 @@ async fn upstream_off_is_detected_once_and_serves_stale() {
         assert_eq!(missing.status, 503, "{}", missing.text());
     }
     assert_eq!(dray.metric(unreachable).await, failures, "no client request reaches the upstream");
+    let row = upstream_row(&dray, "docker.io").await;
+    assert_eq!(row["state"], "down", "{row}");
+    assert!(row["last_error"].as_str().unwrap().contains("Connection refused"), "{row}");
+    assert!(row["since_seconds"].as_u64().is_some() && row["last_error_seconds"].as_u64().is_some(), "{row}");
+    assert!(row["next_probe_seconds"].as_f64().is_some_and(|next| next <= 10.0), "{row}");
     hub.start().await;
     eventually("the upstream is used again", async || (!is_stale(&dray).await).then_some(())).await;
     assert_eq!(dray.metric(down).await, 0);
+    let row = upstream_row(&dray, "docker.io").await;
+    assert_eq!(row["state"], "healthy", "{row}");
+    assert!(
+        row["since_seconds"].as_u64().is_some_and(|since| since < 60) && row["next_probe_seconds"].is_null(),
+        "{row}"
+    );
+    assert!(row["last_error"].is_string(), "the last error is still shown: {row}");
+}
+
+/// The upstream of a rule in the status.
+async fn upstream_row(dray: &Dray, rule: &str) -> serde_json::Value {
+    let status = dray_tests::http::get(&format!("http://{}/api/v1/status", dray.admin), &[]).await.text();
+    let status: serde_json::Value = serde_json::from_str(&status).unwrap();
+    let rows = status["upstreams"].as_array().unwrap();
+    rows.iter().find(|row| row["rule"] == rule).unwrap_or_else(|| panic!("{rule}: {rows:?}")).clone()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn host_blocked_by_the_egress_policy_is_listed_as_blocked() {
+    let dray = Start::new("").run();
+    assert_eq!(dray.get("/v2/a/b/manifests/1?ns=10.1.2.3").await.status, 403);
+    let row = upstream_row(&dray, "*").await;
+    assert_eq!((&row["state"], &row["upstream"]), (&"blocked".into(), &"https://10.1.2.3".into()), "{row}");
+    assert!(row["last_error"].as_str().unwrap().contains("allow_cidrs"), "{row}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -158,6 +158,145 @@ fn command_line_reference_is_current() {
     assert_current("cli.md", &page);
 }
 
+/// Level and text of every event in a source file. Debug events are not part of the contract.
+fn events(code: &str) -> Vec<(String, String)> {
+    let mut found = Vec::new();
+    for (at, _) in code.match_indices("tracing::") {
+        let rest = &code[at + "tracing::".len()..];
+        let Some(level) = ["error", "warn", "info"].into_iter().find(|level| rest.starts_with(&format!("{level}!(")))
+        else {
+            continue;
+        };
+        // The text is the last literal inside the parentheses of the macro.
+        let (mut depth, mut literals, mut literal) = (0, Vec::new(), None::<usize>);
+        for (place, c) in rest.char_indices().skip(level.len() + 1) {
+            match (c, literal) {
+                ('"', Some(start)) if !rest[..place].ends_with('\\') => {
+                    literals.push(&rest[start..place]);
+                    literal = None;
+                }
+                ('"', None) => literal = Some(place + 1),
+                ('(', None) => depth += 1,
+                (')', None) => depth -= 1,
+                _ => {}
+            }
+            if depth == 0 {
+                break;
+            }
+        }
+        let text: Vec<&str> = literals.pop().unwrap().split("\\\n").map(str::trim_start).collect();
+        found.push((level.to_owned(), text.concat()));
+    }
+    found
+}
+
+#[test]
+fn log_events_are_documented_with_their_level() {
+    let mut logged = Vec::new();
+    let mut folders = vec![project().join("proxy/src")];
+    while let Some(folder) = folders.pop() {
+        for entry in std::fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                folders.push(path);
+            } else {
+                logged.extend(events(&std::fs::read_to_string(path).unwrap_or_default()));
+            }
+        }
+    }
+    assert!(logged.len() > 60, "{} events", logged.len());
+    let page = text("docs/operations/troubleshooting.md");
+    let section = page.split("## Log events").nth(1).unwrap().split("\n## ").next().unwrap();
+    let rows: Vec<Vec<&str>> =
+        section.lines().map(|line| line.split(" | ").collect()).filter(|row: &Vec<_>| row.len() > 2).collect();
+    let documented = |level: &str, event: &str| {
+        // A long text is documented by its beginning.
+        rows.iter()
+            .any(|row| row[1] == level && row[0].split('`').skip(1).step_by(2).any(|text| event.starts_with(text)))
+    };
+    for (level, event) in &logged {
+        assert!(documented(level, event), "{level} event \"{event}\" is not in docs/operations/troubleshooting.md");
+    }
+    for row in rows.iter().filter(|row| ["error", "warn", "info"].contains(&row[1])) {
+        for text in row[0].split('`').skip(1).step_by(2) {
+            assert!(logged.iter().any(|(_, event)| event.starts_with(text)), "no code logs \"{text}\"");
+        }
+    }
+}
+
+/// Every figure of the README was measured: it is in the results.
+#[test]
+fn readme_figures_are_in_the_results() {
+    let (readme, results) = (text("README.md"), text("loadtest/RESULTS.md"));
+    let figures = readme.split("## Figures").nth(1).unwrap().split("\n## ").next().unwrap();
+    let rows = figures.lines().filter(|line| line.starts_with("| ")).skip(1);
+    let mut count = 0;
+    for row in rows {
+        for cell in row.split('|').skip(2).take(2) {
+            let numbers = cell.split(|c: char| !c.is_ascii_digit() && !matches!(c, '.' | ','));
+            for number in
+                numbers.map(|number| number.trim_matches(['.', ','])).filter(|number| number.contains(['.', ',']))
+            {
+                // The version of a program, in parentheses.
+                let is_version = row.contains(&format!("({number})"));
+                assert!(is_version || results.contains(number), "{number} of \"{row}\" is not in loadtest/RESULTS.md");
+                count += 1;
+            }
+        }
+    }
+    assert!(count > 10, "{count} figures");
+}
+
+/// The sentences of a page, without code, tables and headings.
+fn sentences(page: &str) -> Vec<String> {
+    let mut prose = String::new();
+    for (nth, block) in page.split("```").enumerate() {
+        if nth % 2 == 0 {
+            for line in block.lines() {
+                let line = line.trim();
+                let is_item = line.starts_with("- ")
+                    || line.starts_with("> ")
+                    || line.split_once(". ").is_some_and(|(number, _)| number.parse::<u32>().is_ok());
+                match line.starts_with(['#', '|', '<', '[']) || line.is_empty() {
+                    true => prose += ". ",
+                    false if is_item => prose += &format!(". {line}"),
+                    false => prose += &format!(" {line}"),
+                }
+            }
+        }
+    }
+    prose.split(". ").flat_map(|part| part.split("? ")).map(str::to_owned).collect()
+}
+
+#[test]
+fn sentences_are_short() {
+    let mut pages: Vec<PathBuf> = vec![project().join("README.md")];
+    let mut folders = vec![project().join("docs")];
+    while let Some(folder) = folders.pop() {
+        for entry in std::fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            match path.is_dir() {
+                true => folders.push(path),
+                false => pages.push(path),
+            }
+        }
+    }
+    let (mut all, mut long) = (0, 0);
+    for page in
+        pages.iter().filter(|page| !page.to_str().unwrap().contains("reference/") && !page.ends_with("SUMMARY.md"))
+    {
+        let is_strict = page.ends_with("README.md") || page.to_str().unwrap().contains("quickstart");
+        for sentence in sentences(&std::fs::read_to_string(page).unwrap()) {
+            let words = sentence.split_whitespace().count();
+            all += 1;
+            long += usize::from(words > 30);
+            assert!(!is_strict || words <= 35, "{}: {words} words: {sentence}", page.display());
+        }
+    }
+    assert!(all > 500 && long * 20 <= all, "{long} of {all} sentences have more than 30 words");
+    assert!(text("README.md").lines().count() <= 150, "the README fits on three screens");
+}
+
 /// Every relative link of the documentation leads to a file, and to a heading in it.
 #[test]
 fn links_lead_to_pages_and_headings() {

@@ -55,7 +55,7 @@ async fn repository_hint_is_not_taken_by_a_later_registry() {
     assert_eq!((response.status, response.complete), (206, true));
     assert!(response.body == rig.image.layer().1[..1000]);
     assert!(rig.right.count("GET", "/blobs/") > 0);
-    assert_eq!(rig.dray.metric("dray_downloads_in_progress{state=\"running\"}").await, 0, "a range was enough");
+    assert_eq!(rig.dray.metric("dray_downloads_in_progress").await, 0, "a range was enough");
     assert_eq!(rig.corrupt.count("GET", rig.image.layer().0), 0);
 }
 

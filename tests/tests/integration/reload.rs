@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use dray_tests::dray::{Dray, Start, rule};
 use dray_tests::eventually;
 use dray_tests::image::Image;
-use dray_tests::upstream::{Fault, TestUpstream};
+use dray_tests::upstream::{Fault, Request, Response, TestUpstream};
 use rustix::process::Signal;
 
 struct Rig {
@@ -146,6 +146,71 @@ async fn invalid_file_changes_nothing_and_is_reported() {
     rig.write(&format!("{}tag_ttl = \"2m\"\n", rig.rule()));
     rig.logged("configuration reloaded").await;
     assert_eq!(rig.dray.metric("dray_config_reload_failed").await, 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn text_that_was_taken_back_ends_the_failure() {
+    let mut rig = rig().await;
+    std::fs::write(rig.file(), "").unwrap();
+    let line = rig.logged("the file is empty").await;
+    assert!(line.contains("configuration reload failed"), "{line}");
+    assert_eq!(rig.dray.metric("dray_config_reload_failed").await, 1);
+    rig.blob_status(200).await;
+    std::fs::write(rig.file(), rig.rule()).unwrap();
+    eventually("the failure ends", async || (rig.dray.metric("dray_config_reload_failed").await == 0).then_some(()))
+        .await;
+    // A signal asks for it.
+    rig.write("");
+    rig.logged("configuration reloaded").await;
+}
+
+/// A download that goes on after a reload uses the credentials of its own rule, and the new rule gets nothing from them.
+#[tokio::test(flavor = "multi_thread")]
+async fn credentials_of_the_previous_rule_do_not_serve_the_next_one() {
+    let image = Image::new(1, &[3_000_000]);
+    let private = |request: &Request, response: Response| {
+        let is_allowed = request.header("authorization").is_some_and(|value| value.starts_with("Basic "));
+        match (is_allowed, request.is_blob() && request.range_start().is_none_or(|start| start == 0)) {
+            (false, _) => Response::new(401, "").with("www-authenticate", "Basic realm=\"private\""),
+            (true, true) => response.fault(Fault::GateAfter(500_000)),
+            (true, false) => response,
+        }
+    };
+    let upstream = TestUpstream::start(&[("library/app", "1", &image), ("library/late", "1", &image)], private).await;
+    let rule = rule("docker.io", &upstream.url());
+    let with_credentials = format!("{rule}credentials = {{ username = \"robot\", password_env = \"PASSWORD\" }}\n");
+    let start = Start::new(with_credentials).env("PASSWORD", "hush").env("DRAY_LOG", "info");
+    let log = start.dir().join("log");
+    let mut dray = start.log_to(&log).run();
+    let url = dray.url(&format!("/v2/library/app/blobs/{}?ns=docker.io", image.layer().0));
+    let pull = tokio::spawn(async move { dray_tests::http::get(&url, &[]).await });
+    dray.wait_for_fill_start().await;
+    std::fs::write(dray.start().dir().join("dray.toml"), rule).unwrap();
+    dray.process().signal(Signal::HUP);
+    let denied = async || {
+        let status = dray.get(LATE).await.status;
+        (status == 401 || status == 403).then_some(())
+    };
+    eventually("the new rule has no credentials", denied).await;
+    upstream.open_gate();
+    let pulled = pull.await.unwrap();
+    assert!(pulled.complete && pulled.body == image.layer().1, "{}", pulled.status);
+    for path in [LATE, "/v2/library/app/tags/list?ns=docker.io"] {
+        let status = dray.get(path).await.status;
+        assert!(status == 401 || status == 403, "{path}: {status}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn changed_rule_does_not_inherit_an_outage() {
+    let mut rig = rig().await;
+    rig.write(&rule("docker.io", "http://127.0.0.1:1"));
+    eventually("the new upstream is down", async || (rig.dray.get(LATE).await.status == 503).then_some(())).await;
+    let working = rig.rule();
+    rig.write(&working);
+    eventually("the working upstream is used", async || (rig.dray.get(LATE).await.status == 200).then_some(())).await;
+    let down = "dray_upstream_down{rule=\"docker.io\"}";
+    eventually("the removed upstream is not probed", async || (rig.dray.metric(down).await == 0).then_some(())).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -131,10 +131,6 @@ async fn client_disconnecting_while_it_waits_is_noticed() {
             fs::read_to_string(&log).unwrap().contains("the client disconnected").then_some(())
         })
         .await;
-        assert_eq!(
-            dray.metric("dray_downloads_in_progress{state=\"running\"}").await,
-            1,
-            "{name}: the download continues"
-        );
+        assert_eq!(dray.metric("dray_downloads_in_progress").await, 1, "{name}: the download continues");
     }
 }

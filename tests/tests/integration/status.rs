@@ -49,14 +49,14 @@ async fn status_shows_requests_and_their_sources() {
     assert_eq!(dray.get("/v2/a/manifests/1?ns=gone.example").await.status, 503);
     let status = dray_tests::eventually("the last response is listed", async || {
         let status = json(&dray, "/api/v1/status").await;
-        (status["recent"].as_array().unwrap().len() == 4).then_some(status)
+        (status["recent_requests"].as_array().unwrap().len() == 4).then_some(status)
     })
     .await;
     assert!(!status.to_string().contains("hush"));
     for (source, requests) in [("upstream", 2), ("disk", 1), ("none", 1)] {
         assert_eq!(status["sources"][source]["requests"], requests, "{status}");
     }
-    let recent = &status["recent"][1];
+    let recent = &status["recent_requests"][1];
     assert_eq!(recent["id"], again.header("x-request-id").unwrap());
     assert_eq!((&recent["image"], &recent["reference"]), (&"docker.io/library/app".into(), &layer.into()));
     assert_eq!((recent["source"].as_str(), recent["bytes"].as_u64()), (Some("disk"), Some(again.body.len() as u64)));
@@ -64,7 +64,7 @@ async fn status_shows_requests_and_their_sources() {
     // The body of the 503 counts as well.
     let (saved, blob) = (traffic("sent_bytes") - traffic("upstream_bytes"), again.body.len() as u64);
     assert!((blob..blob + 1000).contains(&saved), "{saved} saved, {blob} from the cache");
-    assert_eq!(status["images"][0]["image"], "docker.io/library/app");
+    assert_eq!(status["top_images"][0]["image"], "docker.io/library/app");
     assert!(status["cache"]["blobs_bytes"].as_u64().unwrap() >= again.body.len() as u64);
     let hub_row = status["upstreams"].as_array().unwrap().iter().find(|row| row["rule"] == "docker.io").unwrap();
     assert_eq!((&hub_row["state"], &hub_row["rate_limit_remaining"]), (&"healthy".into(), &76.into()));
@@ -72,7 +72,7 @@ async fn status_shows_requests_and_their_sources() {
     let (code, shown, _) = command(&dray, &["status"]);
     assert!(code == Some(0) && shown.contains("docker.io/library/app") && !shown.contains('\x1b'), "{shown}");
     let (code, shown, _) = command(&dray, &["status", "--json"]);
-    assert!(code == Some(0) && serde_json::from_str::<Value>(&shown).unwrap()["recent"].is_array());
+    assert!(code == Some(0) && serde_json::from_str::<Value>(&shown).unwrap()["recent_requests"].is_array());
 
     let (code, shown, _) = command(&dray, &["explain", "app:1"]);
     assert_eq!(code, Some(0));
@@ -161,7 +161,7 @@ async fn status_needs_a_local_host_name_or_the_token() {
     let unreachable = output(Command::new(binary()).args(["status", "--admin", &format!("127.0.0.1:{}", free_port())]));
     assert!(
         unreachable.status.code() == Some(1)
-            && String::from_utf8_lossy(&unreachable.stderr).contains("is dray running")
+            && String::from_utf8_lossy(&unreachable.stderr).contains("start dray, or pass its admin address")
     );
 }
 

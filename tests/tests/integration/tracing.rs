@@ -103,8 +103,8 @@ async fn trace_spans_client_peers_and_upstream() {
     let spans =
         eventually("the collector has all spans", async || Some(received_spans(&collector)).filter(are_complete)).await;
     let paths: Vec<Vec<String>> = parents.iter().map(|id| span_path(&spans, id).0).collect();
-    let direct = ["GET 127.0.0.1", "fill", "GET blob"];
-    let through_peer = ["GET 127.0.0.1", "fill", "GET blob", "peer request", "fill", "GET blob"];
+    let direct = ["GET 127.0.0.1", "download", "GET blob"];
+    let through_peer = ["GET 127.0.0.1", "download", "GET blob", "peer request", "download", "GET blob"];
     assert!(paths.iter().all(|path| *path == direct || *path == through_peer), "{paths:?}");
     assert!(paths.iter().any(|path| *path == direct) && paths.iter().any(|path| *path == through_peer));
     assert!(spans.values().all(|span| hex(&span.trace_id) == TRACE), "a sample share of 0 starts no trace");

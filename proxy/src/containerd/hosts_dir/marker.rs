@@ -1,6 +1,6 @@
 //! The marker file of a directory that dray created or prepared: its previous owner.
 //!
-//! Its text is `made` or `was UID GID MODE`, followed by ` handed-over` after `prepare`.
+//! Its text is `created` or `owner UID GID MODE`, followed by ` prepared` after `prepare`.
 
 use std::path::Path;
 
@@ -27,17 +27,17 @@ impl Marker {
     fn parse(text: &str) -> Option<Self> {
         let mut words = text.split_whitespace();
         let before = match words.next()? {
-            "made" => None,
-            "was" => Some(read_owner(&mut words)?),
+            "created" => None,
+            "owner" => Some(read_owner(&mut words)?),
             _ => return None,
         };
-        Some(Self { before, is_prepared: words.next() == Some("handed-over") })
+        Some(Self { before, is_prepared: words.next() == Some("prepared") })
     }
 
     pub(super) fn to_text(self) -> String {
         let of = |owner: FileOwner| format!("{} {} {:04o}", owner.uid, owner.gid, owner.mode);
-        let before = self.before.map_or_else(|| "made".to_owned(), |owner| format!("was {}", of(owner)));
-        format!("{before}{}\n", if self.is_prepared { " handed-over" } else { "" })
+        let before = self.before.map_or_else(|| "created".to_owned(), |owner| format!("owner {}", of(owner)));
+        format!("{before}{}\n", if self.is_prepared { " prepared" } else { "" })
     }
 }
 

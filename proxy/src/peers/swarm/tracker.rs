@@ -57,8 +57,8 @@ impl RangeInFlight {
     }
 }
 
-/// Peers tracked for one blob: a fixed fraction of the members, within these bounds. Larger: in a cluster of a thousand
-/// the same few peers are named for too long. Smaller: in a larger cluster requesters are redirected to busier holders.
+/// Peers tracked for one blob: a fixed fraction of the members, within these bounds. Larger: more memory for
+/// each blob. Smaller: in a larger cluster requesters are redirected to busier holders.
 const MAX_TRACKED_PEERS: RangeInclusive<usize> = 512..=2048;
 const MEMBERS_PER_TRACKED_PEER: usize = 4;
 
@@ -186,7 +186,7 @@ impl Tracker {
     }
 
     /// Whether a requester has all of this span.
-    pub fn is_elsewhere(&self, span: Span) -> bool {
+    pub fn is_at_a_peer(&self, span: Span) -> bool {
         self.peers.values().any(|tracked| tracked.have.run_end(span.start) >= span.end)
     }
 

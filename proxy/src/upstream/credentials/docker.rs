@@ -90,7 +90,7 @@ fn key_for<T>(entries: &HashMap<String, T>, scope: CredentialScope<'_>) -> Optio
     let best = |authority, repository| best_key(entries.keys().map(String::as_str), authority, repository);
     let of_upstream = best(scope.authority, scope.repository);
     // Pull secrets are keyed by the registry's name, also if a rule uses another upstream.
-    let of_registry = || best(scope.registry, scope.name).filter(|_| scope.trust == UpstreamTrust::Written);
+    let of_registry = || best(scope.registry, scope.name).filter(|_| scope.trust == UpstreamTrust::Configured);
     of_upstream.or_else(of_registry).map(str::to_owned)
 }
 

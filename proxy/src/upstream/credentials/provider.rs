@@ -72,7 +72,7 @@ pub(super) async fn find(
             let problem = format!("{}: tokenAttributes need a token of a pod, which dray does not have", provider.name);
             return Err(wrong(file, problem));
         }
-        // The kubelet runs all plugins that match.
+        // If a plugin fails or has no secret, the next one that matches runs.
         match provider.run(bin_dir, authority, repository).await {
             Ok(found) if found.secret.is_some() => return Ok(found),
             Ok(none) => nothing = FoundCredentials { life: nothing.life.min(none.life), ..none },

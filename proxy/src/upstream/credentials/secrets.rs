@@ -1,4 +1,4 @@
-//! Caches secrets for the lifetime of their source, and failures for `RETRY_INTERVAL`.
+//! Caches secrets for the lifetime that their source states, and failures for `RETRY_INTERVAL`.
 
 use std::sync::Arc;
 use std::time::Duration;
