@@ -380,7 +380,8 @@ impl UpstreamClient {
 
     /// Reloads the client certificates for upstreams. Blocks on the disk.
     pub fn reload(&self) -> Result<(), String> {
-        self.distinct_sessions().iter().try_for_each(|session| session.http.reload())
+        let errors: Vec<String> = self.distinct_sessions().iter().flat_map(|session| session.http.reload()).collect();
+        if errors.is_empty() { Ok(()) } else { Err(errors.join("; ")) }
     }
 
     /// The sessions for other rules: new rules get one of their own, rules in use keep theirs. Must run inside a tokio
@@ -412,7 +413,8 @@ impl UpstreamClient {
 
     fn distinct_sessions(&self) -> Vec<Arc<UpstreamSession>> {
         let mut distinct: Vec<Arc<UpstreamSession>> = Vec::new();
-        for (_, session) in self.sessions.load().values() {
+        // A session without a rule in use is kept until the next reload.
+        for (_, session) in self.sessions.load().values().filter(|(rule, _)| rule.strong_count() > 0) {
             if !distinct.iter().any(|known| Arc::ptr_eq(known, session)) {
                 distinct.push(session.clone());
             }

@@ -163,7 +163,7 @@ impl Pull {
 
     async fn remember(&self, repo_ref: &RepositoryRef, tag: &Tag, resolution: &TagResolution, client: Option<IpAddr>) {
         // After a reload that changes the rule, its upstream no longer decides what tags resolve to.
-        if !self.registries.is_current(&repo_ref.rule) {
+        if self.registries.rule(&repo_ref.registry, &repo_ref.repository).id != repo_ref.rule.id {
             return;
         }
         match resolution {

@@ -64,6 +64,8 @@ pub(super) async fn run(
     let mut applied = source.text_at_start();
     // A changed text that was read once, and the error that was last logged.
     let (mut unsettled, mut reported) = (None, None);
+    // The text of the last failure.
+    let mut rejected: Option<Result<String, String>> = None;
     loop {
         let pause = if unsettled.is_some() { SETTLE_TIME } else { RELOAD_INTERVAL };
         let is_requested = tokio::select! {
@@ -80,9 +82,12 @@ pub(super) async fn run(
         };
         if !is_requested {
             if text.as_ref().ok() == applied.as_ref() {
-                // A rejected text was taken back.
-                components.metrics.config_reload_failed.set(0);
-                (unsettled, reported) = (None, None);
+                unsettled = None;
+                if rejected.take_if(|text| text.as_ref().ok() != applied.as_ref()).is_some() {
+                    // A rejected text was taken back.
+                    components.metrics.config_reload_failed.set(0);
+                    reported = None;
+                }
                 continue;
             }
             if unsettled.replace(text.clone()).is_none_or(|earlier| earlier != text) {
@@ -90,6 +95,7 @@ pub(super) async fn run(
             }
         }
         unsettled = None;
+        let read = text.clone();
         let result = match text {
             Ok(text) if text.trim().is_empty() && !is_requested => Err(EMPTY.to_owned()),
             Ok(text) => reload(&components, started.clone(), source.clone(), &text, &mut tasks).await.map(|()| text),
@@ -97,13 +103,13 @@ pub(super) async fn run(
         };
         components.metrics.config_reload_failed.set(result.is_err().into());
         match result {
-            Ok(text) => (applied, reported) = (Some(text), None),
+            Ok(text) => (applied, reported, rejected) = (Some(text), None, None),
             // Tried again each time: a file that the text names may appear later.
             Err(error) if is_requested || reported.as_ref() != Some(&error) => {
                 tracing::error!(error, "configuration reload failed, the previous configuration stays in use");
-                reported = Some(error);
+                (reported, rejected) = (Some(error), Some(read));
             }
-            Err(_) => {}
+            Err(_) => rejected = Some(read),
         }
     }
 }

@@ -357,9 +357,16 @@ impl UpstreamHealth {
         self.down.as_ref().is_some_and(|down| now < down.last_needed + time)
     }
 
+    pub(super) fn is_down(&self) -> bool {
+        self.down.is_some()
+    }
+
     /// No probe runs: the next request has to find out. Nothing is known until then.
     pub(super) fn clear_down(&mut self) {
-        (self.down, self.last_response, self.up_since) = (None, None, None);
+        // Another request may have found out meanwhile that it responds.
+        if self.down.take().is_some() {
+            (self.last_response, self.up_since) = (None, None);
+        }
     }
 }
 

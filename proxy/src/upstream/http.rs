@@ -122,9 +122,10 @@ impl UpstreamHttp {
         Ok(Self { egress, identities, recent_hosts: RecentHosts::default(), clients, cloud })
     }
 
-    /// Reloads the client certificates.
-    pub(super) fn reload(&self) -> Result<(), String> {
-        self.identities.iter().try_for_each(|identity| identity.reload())
+    /// Reloads all client certificates, and returns the errors: one that a changed rule no longer names must not keep others
+    /// from being renewed.
+    pub(super) fn reload(&self) -> Vec<String> {
+        self.identities.iter().filter_map(|identity| identity.reload().err()).collect()
     }
 
     /// Checks an upstream from a client's request, as far as its name shows.

@@ -14,7 +14,7 @@ use super::request::UpstreamRequest;
 use crate::config::Upstream;
 use crate::registries::{RepositoryRef, UpstreamTrust};
 use crate::source::SourceError;
-use crate::times::{DAY, DEFAULT_TTL, RETRY_INTERVAL, UPSTREAM_TIMEOUT};
+use crate::times::{DAY, DEFAULT_TTL, HOUR, RETRY_INTERVAL, UPSTREAM_TIMEOUT};
 
 /// The first interval between probes; it doubles up to `RETRY_INTERVAL`. Longer: recovery is noticed later. Shorter:
 /// more requests to an upstream that has just failed.
@@ -25,8 +25,8 @@ const FIRST_PROBE_INTERVAL: Duration = Duration::from_millis(250);
 const MAX_CONCURRENT_PROBES: usize = 4;
 
 impl UpstreamClient {
-    /// Probes until the upstream, its token endpoint included, responds, or no request has needed it for a day. A host that
-    /// has never responded, which a client may have invented, is given up after `DEFAULT_TTL`.
+    /// Probes until the upstream, its token endpoint included, responds, or no request has needed it for a while: a day for a
+    /// configured upstream, an hour for a host that a client named, a minute for one that has never responded.
     pub(super) fn probe_until_up(
         self: &Arc<Self>,
         repo_ref: &RepositoryRef,
@@ -41,11 +41,22 @@ impl UpstreamClient {
         let (client, repo_ref, upstream, error) = (self.clone(), repo_ref.clone(), upstream.clone(), error.clone());
         tokio::spawn(async move {
             // Clients can invent names: one without an address is not probed.
+            // A request that began before a reload has no say about the upstreams of now.
+            if !client.registries.is_current(&repo_ref.rule) {
+                health.lock().clear_down();
+                return;
+            }
             let may_exist = is_known || client.session(&repo_ref).http.resolves(&upstream).await;
             let probe_permits = if is_known { &client.probe_permits } else { &client.unknown_host_permits };
             let Some(_permit) = may_exist.then(|| probe_permits.clone().try_acquire_owned().ok()).flatten() else {
                 health.lock().clear_down();
                 return;
+            };
+            // A host that a client named, and that responds once, must not hold a permit for a day.
+            let lasts = match (trust, is_known) {
+                (UpstreamTrust::Configured, _) => DAY,
+                (UpstreamTrust::Derived, true) => HOUR,
+                (UpstreamTrust::Derived, false) => DEFAULT_TTL,
             };
             let (rule, base) = (repo_ref.rule.name().to_owned(), upstream.base());
             tracing::warn!(rule, upstream = base, %error, "upstream down");
@@ -76,8 +87,13 @@ impl UpstreamClient {
                         // Keeps the entry of a down upstream: without use it would be dropped, and the state with it.
                         let health = client.health.of(&repo_ref, &upstream);
                         let mut health = health.lock();
+                        if !health.is_down() {
+                            // Another request got a response.
+                            tracing::info!(rule, upstream = base, down_seconds = begun.elapsed().as_secs(), "upstream up");
+                            break;
+                        }
                         let is_current = client.registries.is_current(&repo_ref.rule);
-                        if !is_current || !health.is_needed_within(if is_known { DAY } else { DEFAULT_TTL }, now) {
+                        if !is_current || !health.is_needed_within(lasts, now) {
                             health.clear_down();
                             break;
                         }

@@ -343,7 +343,7 @@ async fn azure_registry_exchanges_pod_and_machine_tokens() {
             if is_right { Response::new(200, json!({"access_token": "entra", "expires_in": 3600}).to_string()) } else { Response::new(400, "") }
         })
         .await;
-        let front = reqwest::Client::builder().no_proxy().build().unwrap();
+        let front = dray_tests::http::client();
         let registry = TestUpstream::with_handler(move |request| {
             if request.path == "/oauth2/exchange" {
                 return Response::new(200, json!({"refresh_token": "refresh"}).to_string());
