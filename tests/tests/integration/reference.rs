@@ -190,19 +190,26 @@ fn events(code: &str) -> Vec<(String, String)> {
     found
 }
 
-#[test]
-fn log_events_are_documented_with_their_level() {
-    let mut logged = Vec::new();
-    let mut folders = vec![project().join("proxy/src")];
+/// The files of a folder of the project, with those of its subfolders.
+fn files_below(folder: &str) -> Vec<PathBuf> {
+    let (mut files, mut folders) = (Vec::new(), vec![project().join(folder)]);
     while let Some(folder) = folders.pop() {
         for entry in std::fs::read_dir(folder).unwrap() {
             let path = entry.unwrap().path();
-            if path.is_dir() {
-                folders.push(path);
-            } else {
-                logged.extend(events(&std::fs::read_to_string(path).unwrap_or_default()));
+            match path.is_dir() {
+                true => folders.push(path),
+                false => files.push(path),
             }
         }
+    }
+    files
+}
+
+#[test]
+fn log_events_are_documented_with_their_level() {
+    let mut logged = Vec::new();
+    for path in files_below("proxy/src") {
+        logged.extend(events(&std::fs::read_to_string(path).unwrap_or_default()));
     }
     assert!(logged.len() > 60, "{} events", logged.len());
     let page = text("docs/operations/troubleshooting.md");
@@ -271,16 +278,7 @@ fn sentences(page: &str) -> Vec<String> {
 #[test]
 fn sentences_are_short() {
     let mut pages: Vec<PathBuf> = vec![project().join("README.md")];
-    let mut folders = vec![project().join("docs")];
-    while let Some(folder) = folders.pop() {
-        for entry in std::fs::read_dir(folder).unwrap() {
-            let path = entry.unwrap().path();
-            match path.is_dir() {
-                true => folders.push(path),
-                false => pages.push(path),
-            }
-        }
-    }
+    pages.extend(files_below("docs"));
     let (mut all, mut long) = (0, 0);
     for page in
         pages.iter().filter(|page| !page.to_str().unwrap().contains("reference/") && !page.ends_with("SUMMARY.md"))
@@ -302,17 +300,7 @@ fn sentences_are_short() {
 fn links_lead_to_pages_and_headings() {
     let mut pages =
         vec![project().join("README.md"), project().join("ARCHITECTURE.md"), project().join("CONTRIBUTING.md")];
-    let mut folders = vec![project().join("docs")];
-    while let Some(folder) = folders.pop() {
-        for entry in std::fs::read_dir(folder).unwrap() {
-            let path = entry.unwrap().path();
-            if path.is_dir() {
-                folders.push(path);
-            } else if path.extension().is_some_and(|extension| extension == "md") {
-                pages.push(path);
-            }
-        }
-    }
+    pages.extend(files_below("docs").into_iter().filter(|path| path.extension().is_some_and(|e| e == "md")));
     let mut links = 0;
     for page in &pages {
         let text = std::fs::read_to_string(page).unwrap();
