@@ -52,7 +52,7 @@ use crate::oci::{Endpoint, RangeSet, Reference, RegistryFrom, Route, accept, lin
 use crate::peers::swarm::PeerDecision;
 use crate::peers::{FetchPolicy, PeerAuthError, PeerRequest, PeerTrust, wire};
 use crate::probe_image;
-use crate::pull::{BlobRequest, ListKind, ManifestResponse, Pull, PullError, RequestContext, Requester};
+use crate::pull::{BlobRequest, ListKind, ManifestResponse, Pull, PullError, RequestContext, Requester, check_rule};
 use crate::readiness::Readiness;
 use crate::registries::{self, Rule, Rules};
 use crate::respond::PreparedResponse;
@@ -229,7 +229,7 @@ impl RegistryProxy {
             Err(response) => return response.of_registry(&registry),
         };
         let request_context = request_context.after(started.elapsed());
-        if let Err(refusal) = self.pull.permit(&repo_ref, request_context.requester) {
+        if let Err(refusal) = check_rule(&repo_ref, request_context.requester) {
             // A peer's own rules may be newer or older. A 504 says nothing about the upstream, unlike a 403.
             let refusal = if request_context.requester.is_peer() { PullError::NotCached } else { refusal };
             return PreparedResponse::refusal(&refusal);
@@ -240,7 +240,7 @@ impl RegistryProxy {
         if result.as_ref().is_err_and(PullError::is_denied) && repo_ref.principal.holder().is_some() {
             // A client that is denied a list may still be allowed to pull.
             if !is_list {
-                self.pull.revoke_authorization(&repo_ref);
+                self.pull.authorizer.revoke_authorization(&repo_ref);
             }
             permit.into_iter().for_each(LoginPermit::mark_rejected);
         }
@@ -319,7 +319,7 @@ impl RegistryProxy {
                 Err(PullError::Denied("lists are not served to peers".into()))
             }
             Endpoint::Manifest(reference) => {
-                let found = self.pull.manifest(repo_ref, &reference, accept, request_context).await;
+                let found = self.pull.manifests.manifest(repo_ref, &reference, accept, request_context).await;
                 // A HEAD request describes the whole manifest.
                 found.map(|found| {
                     let response = PreparedResponse::manifest(&found, range.filter(|_| !head_only));
@@ -331,13 +331,13 @@ impl RegistryProxy {
             Endpoint::Blob(digest) => {
                 let request = BlobRequest { repo_ref: repo_ref.clone(), digest, range, registry_from, request_context };
                 if head_only {
-                    let length = self.pull.blob_length(&request).await;
+                    let length = self.pull.blobs.length(&request).await;
                     let response =
                         length.map(|(length, from)| PreparedResponse::blob_length(length, from, &request.digest));
                     match (peer_request, self.pull.peers()) {
                         (Some(peer_request), Some(peers)) => {
                             peers.record_report(&peer_request, &request.digest);
-                            let here = self.pull.here(&request).await;
+                            let here = self.pull.blobs.here(&request).await;
                             response.map(|response| {
                                 response.with_headers(peers.response_headers(&peer_request, &request.digest, &here))
                             })
@@ -348,8 +348,8 @@ impl RegistryProxy {
                     self.blob_for_peer(&peer_request, &request, exchange).await
                 } else {
                     let found = match ranges.filter(|_| range.is_none()) {
-                        Some(ranges) => self.pull.blob_parts(&request, &ranges).await,
-                        None => self.pull.blob(&request).await,
+                        Some(ranges) => self.pull.blobs.parts(&request, &ranges).await,
+                        None => self.pull.blobs.blob(&request).await,
                     };
                     found.map(|found| PreparedResponse::blob(found, &request.digest))
                 }
@@ -398,7 +398,7 @@ impl RegistryProxy {
         let repo_ref = registries::RepositoryRef { principal: peer_request.principal(), ..repo_ref };
         if let (Endpoint::Manifest(Reference::Digest(digest)) | Endpoint::Blob(digest), FetchPolicy::Upstream) =
             (endpoint, request_context.fetch_policy)
-            && let Err(error) = self.pull.authorize_content(&repo_ref, digest, endpoint, accept).await
+            && let Err(error) = self.pull.authorizer.authorize_content(&repo_ref, digest, endpoint, accept).await
         {
             tracing::debug!(registry = %repo_ref.registry, repository = %repo_ref.repository, %digest, ?error, "content proof failed");
         }
@@ -456,20 +456,20 @@ impl RegistryProxy {
     ) -> Result<PreparedResponse, PullError> {
         let Some(peers) = self.pull.peers() else { return Err(PullError::NotCached) };
         let (digest, started) = (&request.digest, Instant::now());
-        let decision = self.pull.direct(peer_request, request, peers).await;
+        let decision = self.pull.blobs.direct(peer_request, request, peers).await;
         let request = &request.after(started.elapsed());
         let response = match decision {
             PeerDecision::Redirect(peer) => PreparedResponse::redirect(peer),
             PeerDecision::Depute(span) => PreparedResponse::delegate(span),
             PeerDecision::Serve => {
                 exchange.peer_body = Some(peers.send());
-                match self.pull.blob(request).await {
+                match self.pull.blobs.blob(request).await {
                     Ok(found) => PreparedResponse::blob(found, digest),
                     Err(refusal) => PreparedResponse::refusal(&refusal),
                 }
             }
         };
-        Ok(response.with_headers(peers.response_headers(peer_request, digest, &self.pull.here(request).await)))
+        Ok(response.with_headers(peers.response_headers(peer_request, digest, &self.pull.blobs.here(request).await)))
     }
 
     async fn list(
@@ -481,7 +481,7 @@ impl RegistryProxy {
         request_context: RequestContext,
     ) -> Result<PreparedResponse, PullError> {
         let passed = query.map(link::without_namespace).filter(|query| !query.is_empty());
-        let found = self.pull.list(repo_ref, list, passed.as_deref(), request_context).await?;
+        let found = self.pull.lists.list(repo_ref, list, passed.as_deref(), request_context).await?;
         Ok(PreparedResponse::list(found, path, query_value(query, "ns").as_deref()))
     }
 }

@@ -104,6 +104,11 @@ impl Registries {
         self.rules.load().rule(registry, repository).clone()
     }
 
+    /// A repository with its rule. Where the rule leaves authorization to the upstream, no principal is set yet.
+    pub fn repo_ref(&self, registry: Registry, repository: Repository) -> RepositoryRef {
+        self.rules.load().repo_ref(registry, repository)
+    }
+
     pub fn rules(&self) -> Arc<Rules> {
         self.rules.load_full()
     }

@@ -97,7 +97,7 @@ impl StatusSources {
                 upstream_bytes: Metrics::sum(&self.metrics.upstream_bytes),
                 peer_bytes: Metrics::sum(&self.metrics.peer_bytes),
             },
-            downloads: self.pull.download_views(),
+            downloads: self.pull.blobs.downloads(),
             peers: self.pull.peers().map(|peers| peers.views()).unwrap_or_default(),
             upstreams: self.pull.upstream_views(),
             recent_requests: self.activity.recent(),

@@ -95,3 +95,6 @@ pub const TOUCH_INTERVAL: Duration = Duration::from_secs(3600);
 pub const HOUR: Duration = Duration::from_secs(3600);
 
 pub const DAY: Duration = Duration::from_secs(24 * 3600);
+
+/// The source of the time of day, for ages that outlive a process.
+pub type WallClock = fn() -> std::time::SystemTime;

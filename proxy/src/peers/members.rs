@@ -29,7 +29,7 @@ pub enum Scope {
 }
 
 /// The owners that a request for a digest goes to, and in which role.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct OwnerRoute {
     /// The role of this node itself.
     pub role: Role,
@@ -37,6 +37,13 @@ pub struct OwnerRoute {
     pub owners: Vec<SocketAddr>,
     /// The role in which they are requested.
     pub request_role: Role,
+}
+
+impl OwnerRoute {
+    /// The route of a node that requests from the upstream.
+    pub fn none() -> Self {
+        Self { role: Role::Global, owners: Vec::new(), request_role: Role::Global }
+    }
 }
 
 impl Members {

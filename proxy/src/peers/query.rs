@@ -37,7 +37,7 @@ impl Downstream {
     pub const NONE: Self = Self([None; MAX_DOWNSTREAM]);
 
     /// Peers that are separated by `+`.
-    pub(super) fn parse(text: &str) -> Self {
+    pub(crate) fn parse(text: &str) -> Self {
         let mut peers = text.split('+').map_while(|peer| peer.parse().ok()).fuse();
         Self(std::array::from_fn(|_| peers.next()))
     }

@@ -47,7 +47,7 @@ use crate::lifetimes::{ByLifetime, Lifetime};
 use crate::oci::route;
 use crate::oci::{Endpoint, Registry, Route};
 use crate::principal::{Principal, PrincipalId, VerifiedPrincipal};
-use crate::pull::{AuthorizationError, ExchangedSecret, Pull, PullError};
+use crate::pull::{AuthorizationError, Authorizer, ExchangedSecret, PullError};
 use crate::registries::{RepositoryRef, Rules};
 use crate::respond::{PreparedResponse, PresentedToken};
 use crate::secret::Secret;
@@ -209,14 +209,14 @@ impl RegistryProxy {
         };
         let principal = presented.clone().unwrap_or(Principal::Anonymous);
         let repo_ref = RepositoryRef { principal, ..repo_ref };
-        let permit = match repo_ref.principal.has_password() && !self.pull.was_authorized(&repo_ref) {
+        let permit = match repo_ref.principal.has_password() && !self.pull.authorizer.was_authorized(&repo_ref) {
             true => match self.client_auth.throttle.acquire(&repo_ref.registry, from).await {
                 Ok(permit) => Some(permit),
                 Err(error) => return Err(PreparedResponse::refusal(&exchange_error(&error))),
             },
             false => None,
         };
-        match self.pull.authorize(&repo_ref, endpoint, accept).await {
+        match self.pull.authorizer.authorize(&repo_ref, endpoint, accept).await {
             // A list's own request is its authorization check, so the permit is held until then.
             Ok(()) => Ok((
                 repo_ref,
@@ -286,17 +286,18 @@ impl RegistryProxy {
             return check.clone();
         }
         let exchanging = self.client_auth.exchanges.join(key.clone(), || {
-            let (pull, client_auth, repo_ref) = (self.pull.clone(), self.client_auth.clone(), repo_ref.clone());
+            let (authorizer, client_auth, repo_ref) =
+                (self.pull.authorizer.clone(), self.client_auth.clone(), repo_ref.clone());
             async move {
                 let basic = secret.basic();
                 let known = Principal::Verified(Arc::new(VerifiedPrincipal { id: principal_id, authorization: None }));
-                let permit = match pull.was_authorized(&RepositoryRef { principal: known, ..repo_ref.clone() }) {
+                let permit = match authorizer.was_authorized(&RepositoryRef { principal: known, ..repo_ref.clone() }) {
                     true => Ok(None),
                     false => client_auth.throttle.acquire(&repo_ref.registry, from).await.map(Some),
                 };
                 let exchanged = match permit {
                     Ok(permit) => {
-                        let exchanged = pull.exchange(&repo_ref, secret).await;
+                        let exchanged = authorizer.exchange(&repo_ref, secret).await;
                         if let (Some(permit), Err(SourceError::Denied(_))) = (permit, &exchanged) {
                             permit.mark_rejected();
                         }
@@ -304,7 +305,7 @@ impl RegistryProxy {
                     }
                     Err(busy) => Err(busy),
                 };
-                let check = SecretCheck::of(exchanged, principal_id, &repo_ref, &pull);
+                let check = SecretCheck::of(exchanged, principal_id, &repo_ref, &authorizer);
                 let is_secret = |holder: &VerifiedPrincipal| {
                     let presented = holder.authorization.as_ref().map(|value| value.as_bytes());
                     presented.is_some() && presented == basic.as_deref().map(str::as_bytes)
@@ -483,7 +484,7 @@ impl SecretCheck {
         exchanged: Result<ExchangedSecret, SourceError>,
         principal_id: PrincipalId,
         repo_ref: &RepositoryRef,
-        pull: &Pull,
+        authorizer: &Authorizer,
     ) -> Self {
         let holder =
             |authorization| Principal::Verified(Arc::new(VerifiedPrincipal { id: principal_id, authorization }));
@@ -493,14 +494,14 @@ impl SecretCheck {
                 Self::new(Ok(holder(authorization)), life.min(AUTHORIZATION_TTL))
             }
             Err(SourceError::Denied(_)) => {
-                pull.revoke_authorization(&RepositoryRef { principal: holder(None), ..repo_ref.clone() });
+                authorizer.revoke_authorization(&RepositoryRef { principal: holder(None), ..repo_ref.clone() });
                 Self::new(Err(SourceError::denied()), repo_ref.rule.negative_ttl)
             }
             Err(error) => {
                 let known = RepositoryRef { principal: holder(None), ..repo_ref.clone() };
                 // `Busy` is this node's own limit, not an outage of the registry.
                 let was_authorized =
-                    error != SourceError::Busy && error.is_transient_outage() && pull.was_authorized(&known);
+                    error != SourceError::Busy && error.is_transient_outage() && authorizer.was_authorized(&known);
                 let check = Self::new(if was_authorized { Ok(known.principal) } else { Err(error) }, OUTAGE_TOKEN_TTL);
                 Self { ttl: RETRY_INTERVAL, ..check }
             }

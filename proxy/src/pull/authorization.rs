@@ -15,62 +15,41 @@
 //! - A 401 or 403 ends the states of all tokens of the principal in this repository.
 //! - Lists need no decision: the upstream responds to each client itself.
 //! - A digest alone grants no access. It belongs to a repository if it was fetched from there, or if the registry has
-//!   sent bytes of it from there (`pull/content_proof.rs`). A HEAD is not proof: a third party may control its
+//!   sent bytes of it from there (`pull/authorization/content_proof.rs`). A HEAD is not proof: a third party may control its
 //!   response.
 //! - An object that is cached from another repository of the registry needs a request in each state, also in an outage.
 //! - Denied and missing objects are cached for `negative_ttl`; without a credential, denials for `DEFAULT_TTL`.
 
-use std::hash::{BuildHasher, RandomState};
+mod cache;
+mod content_proof;
+
 use std::sync::Arc;
-use std::time::Duration;
 
 use tokio::time::{Instant, timeout};
 
-use super::{Pull, PullError, fetch_ended};
-use crate::lifetimes::{ByLifetime, Lifetime};
-use crate::oci::{Digest, Endpoint, ErrorCode, Reference, Registry, Repository};
-use crate::principal::{Principal, PrincipalId};
-use crate::provenance::Provenance;
+pub(super) use self::cache::AuthorizationCache;
+use self::cache::CachedAccess;
+use super::cached_content::CachedContent;
+use super::slow_upstreams::SlowUpstreams;
+use super::{PullError, fetch_ended};
+use crate::metrics::Metrics;
+use crate::oci::{Digest, Endpoint, ErrorCode, Reference};
 use crate::registries::RepositoryRef;
+use crate::secret::Secret;
 use crate::single_flight::SingleFlight;
 use crate::source::SourceError;
-use crate::store::{Found, SmallKind};
-use crate::times::{ALTERNATIVE_TIMEOUT, AUTHORIZATION_TTL, DEFAULT_TTL, HOUR, UPSTREAM_TIMEOUT};
+use crate::store::SmallKind;
+use crate::times::{ALTERNATIVE_TIMEOUT, UPSTREAM_TIMEOUT};
+use crate::upstream::{ExchangedSecret, UpstreamClient};
 
-/// What upstream registries decided about principals and digests.
-pub(super) struct AuthorizationCache {
-    /// When the upstream was last requested and allowed it, by principal, repository and hash of the token. A new token
-    /// is checked anew, because the right may have been revoked.
-    authorized: moka::sync::Cache<(PrincipalId, String, u64), Instant>,
-    /// Principals that were authorized within an hour, with any token.
-    recent: moka::sync::Cache<(PrincipalId, String), ()>,
-    /// When the upstream last denied something in a repository to a principal.
-    denials: moka::sync::Cache<(PrincipalId, String), Instant>,
-    hash_key: RandomState,
-    /// Objects that the upstream denied to a principal or did not find.
-    denied_objects: moka::sync::Cache<(PrincipalId, String, String), CachedDenial>,
-    proven: moka::sync::Cache<(String, Digest), ()>,
-    /// Objects that the upstream sent whole from a repository, also if the cached copy came from elsewhere.
-    sent: moka::sync::Cache<(String, Digest), ()>,
-    /// Objects that the upstream claimed to hold in a repository, but of which it did not send the bytes.
-    unproven: moka::sync::Cache<(String, Digest), ()>,
-    checks: SingleFlight<(PrincipalId, String, String), Result<(), SourceError>>,
-}
-
-#[derive(Clone)]
-struct CachedDenial {
-    error: SourceError,
-    life: Duration,
-}
-
-/// The cached decision about a principal in a repository.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum CachedAccess {
-    /// The upstream allowed it within `AUTHORIZATION_TTL`.
-    Authorized,
-    /// The upstream allowed it within the last hour: sufficient during an outage.
-    RecentlyAuthorized,
-    Unknown,
+/// Authorizes principals before the pull policy runs.
+pub struct Authorizer {
+    cache: Arc<AuthorizationCache>,
+    checks: SingleFlight<cache::ObjectKey, Result<(), SourceError>>,
+    content: Arc<CachedContent>,
+    upstream: Arc<UpstreamClient>,
+    slow_upstreams: SlowUpstreams,
+    metrics: Arc<Metrics>,
 }
 
 /// Why a principal is not authorized.
@@ -81,109 +60,26 @@ pub enum AuthorizationError {
     Refused(PullError),
 }
 
-impl AuthorizationCache {
-    pub(super) fn new() -> Self {
-        let day = Duration::from_secs(24 * 3600);
-        Self {
-            authorized: moka::sync::Cache::builder().max_capacity(100_000).time_to_live(AUTHORIZATION_TTL).build(),
-            recent: moka::sync::Cache::builder().max_capacity(100_000).time_to_live(HOUR).build(),
-            denials: moka::sync::Cache::builder().max_capacity(100_000).time_to_live(AUTHORIZATION_TTL).build(),
-            hash_key: RandomState::new(),
-            denied_objects: moka::sync::Cache::builder().max_capacity(50_000).expire_after(ByLifetime).build(),
-            proven: moka::sync::Cache::builder().max_capacity(100_000).time_to_idle(day).build(),
-            unproven: moka::sync::Cache::builder().max_capacity(100_000).time_to_live(day).build(),
-            sent: moka::sync::Cache::builder().max_capacity(100_000).time_to_idle(day).build(),
-            checks: SingleFlight::default(),
-        }
-    }
-
-    /// Whether an object cached from `registry/repository` belongs to the requested repository. Only content of the
-    /// same registry can: another registry could claim to hold private content.
-    pub(super) fn belongs_to(
-        &self,
-        repo_ref: &RepositoryRef,
-        registry: &Registry,
-        repository: &Repository,
-        digest: &Digest,
-    ) -> bool {
-        repo_ref.principal.is_authorized()
-            && *registry == repo_ref.registry
-            && (*repository == repo_ref.repository || self.proven.contains_key(&(repo_ref.rule_key(), digest.clone())))
-    }
-
-    /// The upstream has proven that it holds the digest in this repository.
-    pub(super) fn record_proof(&self, repo_ref: &RepositoryRef, digest: &Digest) {
-        self.proven.insert((repo_ref.rule_key(), digest.clone()), ());
-    }
-
-    /// The upstream claims to hold the digest in this repository, but did not prove it.
-    pub(super) fn record_failed_proof(&self, repo_ref: &RepositoryRef, digest: &Digest) {
-        self.unproven.insert((repo_ref.rule_key(), digest.clone()), ());
-    }
-
-    pub(super) fn has_failed_proof(&self, repo_ref: &RepositoryRef, digest: &Digest) -> bool {
-        self.unproven.contains_key(&(repo_ref.rule_key(), digest.clone()))
-    }
-
-    /// The whole object came from this repository, and matched its digest.
-    pub(super) fn mark_sent(&self, repo_ref: &RepositoryRef, digest: &Digest) {
-        if repo_ref.rule.is_passthrough() {
-            self.sent.insert((repo_ref.rule_key(), digest.clone()), ());
-        }
-    }
-
-    /// Whether the upstream has sent the whole object from this repository, whatever the cached copy's provenance.
-    pub(super) fn was_sent(&self, repo_ref: &RepositoryRef, digest: &Digest) -> bool {
-        repo_ref.rule.is_passthrough()
-            && repo_ref.principal.is_authorized()
-            && self.sent.contains_key(&(repo_ref.rule_key(), digest.clone()))
-    }
-
-    fn known(&self, repo_ref: &RepositoryRef) -> CachedAccess {
-        let (principal_id, name) = (repo_ref.principal.principal_id(), repo_ref.rule_key());
-        let authorized_at = self.authorized.get(&(principal_id, name.clone(), self.token_hash(repo_ref)));
-        let denied_at = self.denials.get(&(principal_id, name.clone()));
-        if authorized_at.is_some_and(|since| denied_at.is_none_or(|denied_at| denied_at < since)) {
-            return CachedAccess::Authorized;
-        }
-        if self.recent.contains_key(&(principal_id, name)) {
-            CachedAccess::RecentlyAuthorized
-        } else {
-            CachedAccess::Unknown
-        }
-    }
-
-    /// The upstream allowed a request that was sent at `requested_at`.
-    fn mark_authorized(&self, repo_ref: &RepositoryRef, requested_at: Instant) {
-        let (principal_id, name) = (repo_ref.principal.principal_id(), repo_ref.rule_key());
-        let key = (principal_id, name.clone());
-        // A denial of another request may have come since, and counts.
-        if self.denials.get(&key).is_some_and(|denied_at| denied_at >= requested_at) {
-            return;
-        }
-        self.authorized.insert((principal_id, name, self.token_hash(repo_ref)), requested_at);
-        self.recent.insert(key, ());
-    }
-
-    fn mark_denied(&self, repo_ref: &RepositoryRef) {
-        let (principal_id, name) = (repo_ref.principal.principal_id(), repo_ref.rule_key());
-        self.authorized.invalidate(&(principal_id, name.clone(), self.token_hash(repo_ref)));
-        self.recent.invalidate(&(principal_id, name.clone()));
-        self.denials.insert((principal_id, name), Instant::now());
-    }
-
-    /// A number for a digest that only this process can compute.
-    pub(super) fn keyed_hash(&self, digest: &Digest, nth: u32) -> u64 {
-        self.hash_key.hash_one((digest, nth))
-    }
-
-    /// A keyed hash that distinguishes tokens without revealing them.
-    fn token_hash(&self, repo_ref: &RepositoryRef) -> u64 {
-        self.hash_key.hash_one(repo_ref.principal.authorization())
-    }
+/// What shows that a principal may pull from a repository.
+#[derive(Debug, PartialEq, Eq)]
+enum Grounds {
+    /// The upstream has just served this object to it.
+    Response,
+    /// An earlier decision.
+    Cache,
 }
 
-impl Pull {
+impl Authorizer {
+    pub(super) fn new(
+        cache: Arc<AuthorizationCache>,
+        content: Arc<CachedContent>,
+        upstream: Arc<UpstreamClient>,
+        slow_upstreams: SlowUpstreams,
+        metrics: Arc<Metrics>,
+    ) -> Self {
+        Self { cache, checks: SingleFlight::default(), content, upstream, slow_upstreams, metrics }
+    }
+
     /// Decides whether the principal may have what `endpoint` names; see the table above.
     pub async fn authorize(
         self: &Arc<Self>,
@@ -195,29 +91,24 @@ impl Pull {
         if matches!(endpoint, Endpoint::Tags | Endpoint::Referrers(_) | Endpoint::Catalog) {
             return Ok(());
         }
-        let proven = match self.authorizations.known(repo_ref) {
-            CachedAccess::Authorized => false,
+        let known = self.cache.known(repo_ref);
+        let check = match known {
+            CachedAccess::Authorized => None,
             CachedAccess::RecentlyAuthorized => {
-                match timeout(ALTERNATIVE_TIMEOUT, self.check_upstream(repo_ref, endpoint, accept)).await {
-                    Ok(Ok(())) => true,
-                    Ok(Err(error)) if !error.is_transient_outage() => {
-                        return Err(authorization_error(endpoint, &error));
-                    }
-                    Ok(Err(_)) => false,
-                    // The check continues; its late result counts for later requests.
-                    Err(_) => {
-                        self.slow_upstreams.insert(repo_ref.registry.clone(), ());
-                        false
-                    }
+                // After the timeout the check continues; its late result counts for later requests.
+                let check = timeout(ALTERNATIVE_TIMEOUT, self.check_upstream(repo_ref, endpoint, accept)).await.ok();
+                if check.is_none() {
+                    self.slow_upstreams.mark_slow(&repo_ref.registry);
                 }
+                check
             }
-            CachedAccess::Unknown => match self.check_upstream(repo_ref, endpoint, accept).await {
-                Ok(()) => true,
-                Err(error) => return Err(authorization_error(endpoint, &error)),
-            },
+            CachedAccess::Unknown => Some(self.check_upstream(repo_ref, endpoint, accept).await),
         };
+        let grounds = decide(known, check).map_err(|error| authorization_error(endpoint, &error))?;
         match digest_of(endpoint) {
-            Some(digest) if !proven => self.authorize_content(repo_ref, digest, endpoint, accept).await,
+            Some(digest) if grounds == Grounds::Cache => {
+                self.authorize_content(repo_ref, digest, endpoint, accept).await
+            }
             _ => Ok(()),
         }
     }
@@ -230,44 +121,21 @@ impl Pull {
         endpoint: &Endpoint,
         accept: &str,
     ) -> Result<(), AuthorizationError> {
-        if self.cached_from_other_repository(repo_ref, digest, kind_of(endpoint)).await.is_none() {
+        if self.content.of_other_repository(repo_ref, digest, kind_of(endpoint)).await.is_none() {
             return Ok(());
         }
         // "Not found" leaves the cached state as it is: it says nothing of other objects in this repository.
         self.check_upstream(repo_ref, endpoint, accept).await.map_err(|error| authorization_error(endpoint, &error))
     }
 
-    /// Content cached from another repository of the same registry, and not known to belong to this one.
-    pub(super) async fn cached_from_other_repository(
-        &self,
-        repo_ref: &RepositoryRef,
-        digest: &Digest,
-        kind: SmallKind,
-    ) -> Option<Found> {
-        let found = self.store.find(digest, kind).await?;
-        let is_same_registry =
-            |from: &Provenance| from.registry == repo_ref.registry.as_str() && from.rule == repo_ref.rule.name();
-        let may_belong = found.provenance().is_some_and(is_same_registry);
-        let is_foreign = may_belong && !self.may_serve(digest, found.provenance(), super::Requester::Client, repo_ref);
-        is_foreign.then_some(found)
-    }
-
     /// Whether the principal was authorized within an hour, which suffices during an outage.
     pub fn was_authorized(&self, repo_ref: &RepositoryRef) -> bool {
-        self.authorizations.known(repo_ref) != CachedAccess::Unknown
-    }
-
-    /// The length of the cached copy: a response of another length is other content.
-    async fn cached_length(&self, endpoint: &Endpoint) -> Option<u64> {
-        match self.store.find(digest_of(endpoint)?, kind_of(endpoint)).await? {
-            Found::Small { object, .. } => Some(object.bytes.len() as u64),
-            Found::Large { blob, .. } => Some(blob.len),
-        }
+        self.cache.known(repo_ref) != CachedAccess::Unknown
     }
 
     /// The upstream denied a request: earlier decisions end, also during an outage.
     pub fn revoke_authorization(&self, repo_ref: &RepositoryRef) {
-        self.authorizations.mark_denied(repo_ref);
+        self.cache.mark_denied(repo_ref);
     }
 
     /// Checks at the upstream whether the principal may have an object. Concurrent checks of one principal share a
@@ -284,43 +152,69 @@ impl Pull {
             Endpoint::Tags | Endpoint::Referrers(_) | Endpoint::Catalog => return Err(SourceError::denied()),
         };
         let key = (repo_ref.principal.principal_id(), repo_ref.rule_key(), path);
-        if let Some(denial) = self.authorizations.denied_objects.get(&key) {
-            return Err(denial.error);
+        if let Some(error) = self.cache.denied_object(&key) {
+            return Err(error);
         }
-        let under = key.clone();
-        let result = self.authorizations.checks.join(key, || {
-            let (pull, repo_ref, endpoint, accept) =
+        let result = self.checks.join(key.clone(), || {
+            let (authorizer, repo_ref, endpoint, accept) =
                 (self.clone(), repo_ref.clone(), endpoint.clone(), accept.to_owned());
             async move {
                 let requested_at = Instant::now();
-                let kept = pull.cached_length(&endpoint).await;
-                let check = pull
-                    .upstream
-                    .check_access(&repo_ref, &endpoint, &accept, kept, Instant::now() + UPSTREAM_TIMEOUT)
-                    .await;
-                let outcome = match &check {
-                    Ok(()) => "allow",
-                    Err(SourceError::Denied(_)) => "deny",
-                    Err(error) => error.as_str(),
-                };
-                pull.metrics.client_authorizations.with_label_values(&[repo_ref.rule.name(), outcome]).inc();
-                if check.is_ok() {
-                    pull.prove_content(&repo_ref, &endpoint, &accept).await;
-                }
+                let check = authorizer.request_upstream(&repo_ref, &endpoint, &accept).await;
                 match &check {
-                    Ok(()) => pull.authorizations.mark_authorized(&repo_ref, requested_at),
-                    Err(SourceError::Denied(_)) => pull.revoke_authorization(&repo_ref),
+                    Ok(()) => authorizer.cache.mark_authorized(&repo_ref, requested_at),
+                    Err(SourceError::Denied(_)) => authorizer.cache.mark_denied(&repo_ref),
                     Err(_) => {}
                 }
                 if let Err(error @ (SourceError::Denied(_) | SourceError::NotFound(_))) = &check {
-                    let is_anonymous = error.is_denied() && repo_ref.principal == Principal::Anonymous;
-                    let life = if is_anonymous { DEFAULT_TTL } else { repo_ref.rule.negative_ttl };
-                    pull.authorizations.denied_objects.insert(under, CachedDenial { error: error.clone(), life });
+                    authorizer.cache.deny_object(key, &repo_ref, error);
                 }
                 check
             }
         });
         result.await.unwrap_or_else(fetch_ended)
+    }
+
+    async fn request_upstream(
+        &self,
+        repo_ref: &RepositoryRef,
+        endpoint: &Endpoint,
+        accept: &str,
+    ) -> Result<(), SourceError> {
+        // A response of another length is other content.
+        let cached_length = self.content.length_of(endpoint).await;
+        let deadline = Instant::now() + UPSTREAM_TIMEOUT;
+        let check = self.upstream.check_access(repo_ref, endpoint, accept, cached_length, deadline).await;
+        let outcome = match &check {
+            Ok(()) => "allow",
+            Err(SourceError::Denied(_)) => "deny",
+            Err(error) => error.as_str(),
+        };
+        self.metrics.client_authorizations.with_label_values(&[repo_ref.rule.name(), outcome]).inc();
+        if check.is_ok() {
+            self.prove_content(repo_ref, endpoint, accept).await;
+        }
+        check
+    }
+
+    /// What the repository's registry returns for a credential.
+    pub async fn exchange(&self, repo_ref: &RepositoryRef, secret: Secret) -> Result<ExchangedSecret, SourceError> {
+        // No request to an upstream that is down. A rate limit may not apply to this credential, so it is tried.
+        match self.upstream.trouble(repo_ref) {
+            Some(trouble) if !matches!(trouble, SourceError::Limited { .. }) => Err(trouble),
+            _ => self.upstream.exchange(repo_ref, secret, Instant::now() + UPSTREAM_TIMEOUT).await,
+        }
+    }
+}
+
+/// The table above. `check` is the upstream's response; None: it was not requested, or has not responded in time.
+fn decide(known: CachedAccess, check: Option<Result<(), SourceError>>) -> Result<Grounds, SourceError> {
+    match (known, check) {
+        (_, Some(Ok(()))) => Ok(Grounds::Response),
+        (CachedAccess::Authorized, _) | (CachedAccess::RecentlyAuthorized, None) => Ok(Grounds::Cache),
+        (CachedAccess::RecentlyAuthorized, Some(Err(error))) if error.is_transient_outage() => Ok(Grounds::Cache),
+        (_, Some(Err(error))) => Err(error),
+        (CachedAccess::Unknown, None) => Err(SourceError::TimedOut),
     }
 }
 
@@ -344,44 +238,30 @@ pub(super) fn digest_of(endpoint: &Endpoint) -> Option<&Digest> {
     }
 }
 
-impl Lifetime for CachedDenial {
-    fn life(&self) -> Duration {
-        self.life
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::Config;
-    use crate::registries::Registries;
-
-    fn repo_ref(authorization: &'static str) -> RepositoryRef {
-        let config = "[[registry]]\nmatch = \"docker.io\"\nauthorization = \"passthrough\"\n";
-        let config = Config::parse(config, "test").unwrap();
-        let rule = Registries::new(&config).rule(&"docker.io".parse().unwrap(), &"a/b".parse().unwrap()).clone();
-        let authorization = Some(http::HeaderValue::from_static(authorization));
-        let principal = Principal::Verified(Arc::new(crate::principal::VerifiedPrincipal {
-            id: PrincipalId([7; 16]),
-            authorization,
-        }));
-        RepositoryRef { principal, ..RepositoryRef::new(rule, "docker.io".parse().unwrap(), "a/b".parse().unwrap()) }
-    }
 
     #[test]
-    fn authorization_ends_with_its_token_and_by_any_denial() {
-        let (authorizations, first, second) = (AuthorizationCache::new(), repo_ref("Bearer 1"), repo_ref("Bearer 2"));
-        let known = |repo_ref| authorizations.known(repo_ref);
-        assert_eq!(known(&first), CachedAccess::Unknown);
-        authorizations.mark_authorized(&first, Instant::now());
-        assert_eq!([known(&first), known(&second)], [CachedAccess::Authorized, CachedAccess::RecentlyAuthorized]);
-        authorizations.mark_authorized(&second, Instant::now());
-        let requested_at = Instant::now();
-        authorizations.mark_denied(&second);
-        assert_eq!([known(&first), known(&second)], [CachedAccess::Unknown; 2], "a denial ends it for all tokens");
-        authorizations.mark_authorized(&second, requested_at);
-        assert_eq!(known(&second), CachedAccess::Unknown, "requested before the denial");
-        authorizations.mark_authorized(&second, Instant::now() + Duration::from_millis(1));
-        assert_eq!(known(&second), CachedAccess::Authorized);
+    fn decision_follows_from_cached_state_and_response() {
+        use CachedAccess::{Authorized, RecentlyAuthorized, Unknown};
+        let (denied, missing, down) = (SourceError::denied(), SourceError::not_found(), SourceError::TimedOut);
+        let response = |result: Result<(), &SourceError>| Some(result.map_err(Clone::clone));
+        let cases = [
+            (Authorized, None, Ok(Grounds::Cache)),
+            (RecentlyAuthorized, response(Ok(())), Ok(Grounds::Response)),
+            (RecentlyAuthorized, response(Err(&denied)), Err(&denied)),
+            (RecentlyAuthorized, response(Err(&missing)), Err(&missing)),
+            (RecentlyAuthorized, response(Err(&down)), Ok(Grounds::Cache)),
+            (RecentlyAuthorized, None, Ok(Grounds::Cache)),
+            (Unknown, response(Ok(())), Ok(Grounds::Response)),
+            (Unknown, response(Err(&denied)), Err(&denied)),
+            (Unknown, response(Err(&down)), Err(&down)),
+            (Unknown, None, Err(&SourceError::TimedOut)),
+        ];
+        for (known, check, want) in cases {
+            let text = format!("{known:?} {check:?}");
+            assert_eq!(decide(known, check), want.map_err(Clone::clone), "{text}");
+        }
     }
 }

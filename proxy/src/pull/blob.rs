@@ -1,26 +1,49 @@
 //! Serves a blob: from the cache, from a running fill, or by a new one.
 
+mod cached;
+mod lend;
+mod length;
+mod parts;
+mod range;
+mod response;
+mod sources;
+
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::Bytes;
 use tokio::time::{Instant, timeout, timeout_at};
 
-use super::negative_cache::NegativeKind;
-use super::parts::{self, Parts};
-use super::sources::BlobSources;
-use super::{ListBody, Pull, PullError, RequestContext, Requester};
+use self::length::LengthLookup;
+use self::range::RequestedRanges;
+use self::response::span_of;
+pub use self::response::{BlobExtent, BlobResponse, Body};
+use self::sources::BlobSources;
+pub(super) use self::sources::SourceContext;
+use super::cached_content::CachedContent;
+use super::negative_cache::{NegativeCache, NegativeKind};
+use super::{PullError, RequestContext, Requester, check_rule};
 use crate::fill::{
-    ContentSource, Fill, FillKey, FillOutcome, OpenedFill, PART_BYTES, PassthroughStream, ReadMode, Reader, SpanStream,
+    ContentSource, Fill, FillKey, FillOutcome, FillView, Fills, OpenedFill, PassthroughStream, ReadMode, SpanStream,
 };
-use crate::oci::{Digest, ErrorCode, Multipart, RangeRequest, Registry, RegistryFrom, Span};
+use crate::oci::{Digest, ErrorCode, RangeRequest, Registry, RegistryFrom, Span};
 use crate::peers::{FetchPolicy, RangePurpose};
-use crate::registries::RepositoryRef;
+use crate::registries::{Registries, RepositoryRef};
 use crate::role::Role;
-use crate::source::{Broken, ServedFrom, SourceError};
-use crate::store::{Blob, Found, SMALL_BYTES, SmallKind, Tier, Verification};
+use crate::source::{ServedFrom, SourceError};
+use crate::store::{Blob, Found, SMALL_BYTES, Verification};
 use crate::times::{CONFIRM_TIMEOUT, RETRY_INTERVAL, STALL_TIMEOUT};
 use crate::upstream::ROUNDS;
+
+/// Serves blobs.
+pub struct BlobService {
+    registries: Arc<Registries>,
+    content: Arc<CachedContent>,
+    negative_cache: Arc<NegativeCache>,
+    context: Arc<SourceContext>,
+    lengths: Arc<LengthLookup>,
+    /// Bytes requested in bounded ranges.
+    requested_ranges: RequestedRanges,
+}
 
 /// A request for a blob, or a part of it.
 #[derive(Clone)]
@@ -30,33 +53,6 @@ pub struct BlobRequest {
     pub range: Option<RangeRequest>,
     pub registry_from: RegistryFrom,
     pub request_context: RequestContext,
-}
-
-/// A blob or a part of it, ready to be sent.
-pub struct BlobResponse {
-    pub total: u64,
-    pub extent: BlobExtent,
-    pub from: ServedFrom,
-    pub body: Body,
-}
-
-/// Which bytes of a blob a response holds.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum BlobExtent {
-    Whole,
-    Part(Span),
-    /// Several parts, with the multipart headers between them.
-    Parts(Multipart),
-}
-
-/// The body of a response.
-pub enum Body {
-    /// Whole in memory, or already sent.
-    Memory(Option<Bytes>),
-    File(Reader),
-    Passing(Box<PassthroughStream>),
-    List(Box<ListBody>),
-    Parts(Box<Parts>),
 }
 
 /// Why a blob was not fetched.
@@ -75,19 +71,26 @@ enum OutageWait {
     WaitOut,
 }
 
-/// Memory that each list body counts as: buffers of the upstream connection, and the copy. Larger: fewer
-/// concurrent lists. Smaller: lists exceed the memory limit.
-const LIST_BYTES: usize = 512 * 1024;
+impl BlobService {
+    pub(super) fn new(
+        registries: Arc<Registries>,
+        content: Arc<CachedContent>,
+        negative_cache: Arc<NegativeCache>,
+        context: Arc<SourceContext>,
+    ) -> Self {
+        let lengths = Arc::new(LengthLookup::new(context.clone()));
+        Self { registries, content, negative_cache, context, lengths, requested_ranges: RequestedRanges::new() }
+    }
 
-impl Pull {
     /// `GET blobs/<digest>`.
     pub async fn blob(self: &Arc<Self>, request: &BlobRequest) -> Result<BlobResponse, PullError> {
         let (digest, range) = (&request.digest, request.range);
         let repo_refs = self.candidates(request).await;
         // The blob lately came with corrupt bytes: a client that holds a corrupt beginning must not get a correct end.
-        let is_distrusted = |repo_ref: &RepositoryRef| self.fills.is_distrusted(&ContentSource::new(repo_ref, digest));
+        let is_distrusted =
+            |repo_ref: &RepositoryRef| self.fills().is_distrusted(&ContentSource::new(repo_ref, digest));
         let distrusted = || repo_refs.iter().any(is_distrusted);
-        let kept = self.cached_blob(request).await;
+        let kept = self.content.blob(request).await;
         // Peers verify the whole digest themselves: they may resume from a verified blob.
         let is_verified =
             matches!(kept, Some(Found::Small { .. } | Found::Large { proof: Verification::Verified, .. }));
@@ -108,7 +111,7 @@ impl Pull {
         if request.request_context.fetch_policy == FetchPolicy::CacheOnly {
             return self.blob_from_node(request, kept).await;
         }
-        self.confirm_blob(request, kept.as_ref(), &repo_refs).await?;
+        self.confirm(request, kept.as_ref(), &repo_refs).await?;
         match kept {
             Some(Found::Small { object, tier }) => return BlobResponse::of_bytes(&object.bytes, range, tier.into()),
             Some(Found::Large { blob, proof: Verification::Verified }) => return BlobResponse::of_blob(blob, range),
@@ -150,38 +153,82 @@ impl Pull {
         Err(BlobError::Source(last.unwrap_or_else(SourceError::not_found)).into_pull_error())
     }
 
-    pub(super) async fn cached_blob(&self, request: &BlobRequest) -> Option<Found> {
-        let found = self.store.find(&request.digest, SmallKind::Blob).await?;
-        let (requester, repo_ref) = (request.request_context.requester, &request.repo_ref);
-        self.may_serve(&request.digest, found.provenance(), requester, repo_ref).then_some(found)
+    fn fills(&self) -> &Arc<Fills> {
+        &self.context.fills
+    }
+
+    /// The downloads in progress.
+    pub fn downloads(&self) -> Vec<FillView> {
+        self.fills().views()
+    }
+
+    /// Verifies cached blobs again, at most `rate` bytes a second, for as long as it is polled.
+    pub async fn scrub(&self, rate: u64) {
+        self.fills().scrub(rate).await;
+    }
+
+    /// Whether this node owns a digest: it downloads and caches it for all nodes.
+    pub fn is_owner(&self, repo_ref: &RepositoryRef, digest: &Digest) -> bool {
+        self.context.routing.role(repo_ref, digest, RequestContext::CLIENT) == Role::Global
+    }
+
+    /// Checks whether a repository holds a blob that is cached from another one, by one upstream request; see
+    /// [`RegistryHints::is_known_at`](super::registry_hints::RegistryHints::is_known_at). If the manifest came through
+    /// dray, its blobs need no request: it names them.
+    async fn confirm(
+        &self,
+        request: &BlobRequest,
+        kept: Option<&Found>,
+        repo_refs: &[RepositoryRef],
+    ) -> Result<(), PullError> {
+        let from = kept.and_then(Found::provenance).filter(|_| request.request_context.requester == Requester::Client);
+        let Some(from) = from else { return Ok(()) };
+        let hints = &self.context.registry_hints;
+        if repo_refs.iter().any(|repo_ref| hints.is_known_at(repo_ref, &request.digest, from)) {
+            return Ok(());
+        }
+        let (repo_ref, digest) = (&request.repo_ref, request.digest.as_str());
+        let known = self.negative_cache.get(repo_ref, NegativeKind::Blob, digest);
+        let error = match known {
+            Some(error) => error,
+            None if self.context.upstream.trouble(repo_ref).is_some() => return Ok(()),
+            None => match timeout(request.request_context.time_limit, self.find_length(request)).await {
+                Ok(Err(error)) => {
+                    self.negative_cache.put(repo_ref, NegativeKind::Blob, digest, &error);
+                    error
+                }
+                Ok(Ok(_)) | Err(_) => return Ok(()),
+            },
+        };
+        if error.is_outage() { Ok(()) } else { Err(BlobError::Source(error).into_pull_error()) }
     }
 
     /// The repositories to fetch a blob from, in order. If the request names no registry, those that served the
     /// repository come first. A registry that lately sent corrupt bytes of the blob comes last.
-    pub(super) async fn candidates(&self, request: &BlobRequest) -> Vec<RepositoryRef> {
+    async fn candidates(&self, request: &BlobRequest) -> Vec<RepositoryRef> {
         let repo_ref = &request.repo_ref;
         let registries = match request.registry_from {
-            RegistryFrom::Default => self.registry_hints.registries_of(&repo_ref.repository).await,
+            RegistryFrom::Default => self.context.registry_hints.registries_of(&repo_ref.repository).await,
             RegistryFrom::Namespace | RegistryFrom::Path | RegistryFrom::Host => [].into(),
         };
         let in_registry = |registry: &Registry| match *registry == repo_ref.registry {
             true => repo_ref.clone(),
-            false => self.repo_ref(registry.clone(), repo_ref.repository.clone()),
+            false => self.registries.repo_ref(registry.clone(), repo_ref.repository.clone()),
         };
         let mut repo_refs: Vec<RepositoryRef> = registries.iter().map(in_registry).collect();
         if !registries.contains(&repo_ref.registry) {
             repo_refs.push(repo_ref.clone());
         }
-        repo_refs.retain(|repo_ref| self.permit(repo_ref, request.request_context.requester).is_ok());
-        repo_refs.sort_by_key(|repo_ref| self.fills.is_distrusted(&ContentSource::new(repo_ref, &request.digest)));
+        repo_refs.retain(|repo_ref| check_rule(repo_ref, request.request_context.requester).is_ok());
+        repo_refs.sort_by_key(|repo_ref| self.fills().is_distrusted(&ContentSource::new(repo_ref, &request.digest)));
         repo_refs
     }
 
     /// Whether several registries have served the requested repository. Only the verified digest shows which of them
     /// has sent the right bytes.
-    pub(super) fn is_ambiguous(&self, request: &BlobRequest) -> bool {
+    fn is_ambiguous(&self, request: &BlobRequest) -> bool {
         request.registry_from == RegistryFrom::Default
-            && self.registry_hints.is_ambiguous(&request.repo_ref, &request.digest)
+            && self.context.registry_hints.is_ambiguous(&request.repo_ref, &request.digest)
     }
 
     async fn fetch_blob(
@@ -199,7 +246,7 @@ impl Pull {
         }
         let key = self.fill_key(request);
         // A peer with room caches the blob itself, instead of this node downloading it for each request.
-        let is_uncacheable = || self.fills.has_no_space(&key) && self.fills.running(&key).is_none();
+        let is_uncacheable = || self.fills().has_no_space(&key) && self.fills().running(&key).is_none();
         if request.request_context.requester.is_peer() && is_uncacheable() {
             return Err(SourceError::NotCached.into());
         }
@@ -207,7 +254,7 @@ impl Pull {
         loop {
             // The role is computed anew each time: the owner may be reachable again.
             let sources = self.sources(request, RangePurpose::Whole);
-            let fill = self.fills.join(
+            let fill = self.fills().join(
                 &key,
                 repo_ref,
                 request.request_context.client,
@@ -229,16 +276,8 @@ impl Pull {
             if !error.is_outage() {
                 self.negative_cache.put(repo_ref, NegativeKind::Blob, digest.as_str(), &error);
             }
-            // An unreachable upstream is retried until the deadline, an error response only `ROUNDS` times.
-            let is_error_response = match &error {
-                SourceError::Limited { again } => again.is_none_or(|again| again < STALL_TIMEOUT),
-                SourceError::Interrupted(_) => true,
-                error => error.failed_status().is_some(),
-            };
-            error_responses += u32::from(is_error_response);
-            let may_wait = time_limit == OutageWait::WaitOut
-                && error.is_transient_outage()
-                && (!is_error_response || error_responses < ROUNDS);
+            error_responses += u32::from(is_error_response(&error));
+            let may_wait = time_limit == OutageWait::WaitOut && may_repeat(&error, error_responses);
             if !may_wait || Instant::now() + RETRY_INTERVAL > deadline {
                 return Err(error.into());
             }
@@ -247,15 +286,11 @@ impl Pull {
     }
 
     /// Serves a range from a fill, or past it if the blob cannot be cached.
-    pub(super) async fn follow(
-        self: &Arc<Self>,
-        fill: &Arc<Fill>,
-        request: &BlobRequest,
-    ) -> Result<BlobResponse, BlobError> {
+    async fn follow(&self, fill: &Arc<Fill>, request: &BlobRequest) -> Result<BlobResponse, BlobError> {
         match fill.opened().await? {
             // The fill may have been started for another repository: its rule decides as well.
             OpenedFill::Small { object, .. }
-                if !self.may_serve(
+                if !self.content.policy.allows(
                     &request.digest,
                     Some(&object.provenance),
                     request.request_context.requester,
@@ -266,7 +301,7 @@ impl Pull {
             }
             OpenedFill::Small { object, from } => Ok(BlobResponse::of_bytes(&object.bytes, request.range, from)?),
             OpenedFill::Growing { blob, .. }
-                if !self.may_serve(
+                if !self.content.policy.allows(
                     &request.digest,
                     blob.provenance.as_ref(),
                     request.request_context.requester,
@@ -315,35 +350,35 @@ impl Pull {
     }
 
     /// Passes a stream through as it comes. A whole blob is completed only if its digest matches.
-    pub(super) fn passing(&self, feed: SpanStream, request: &BlobRequest) -> Result<BlobResponse, BlobError> {
+    fn passing(&self, feed: SpanStream, request: &BlobRequest) -> Result<BlobResponse, BlobError> {
         let (total, from) = (feed.total(), feed.served_from());
         let span = span_of(request.range, total)?;
         let passage = if span.is_none_or(|span| span == Span::whole(total)) {
-            PassthroughStream::whole(feed, &self.fills, &request.digest, &request.repo_ref)
+            PassthroughStream::whole(feed, self.fills(), &request.digest, &request.repo_ref)
         } else {
             PassthroughStream::part(feed)
         };
         Ok(BlobResponse { total, extent: span.into(), from, body: Body::Passing(Box::new(passage)) })
     }
 
-    pub(super) fn fill_key(&self, request: &BlobRequest) -> FillKey {
+    fn fill_key(&self, request: &BlobRequest) -> FillKey {
         FillKey::new(&request.repo_ref, &request.digest)
     }
 
     /// The role in which this node has to download for this request.
-    pub(super) fn role_of(&self, request: &BlobRequest) -> Role {
-        self.role(&request.repo_ref, &request.digest, request.request_context)
+    fn role_of(&self, request: &BlobRequest) -> Role {
+        self.context.routing.role(&request.repo_ref, &request.digest, request.request_context)
     }
 
     /// Verifies a file that may be corrupt, while readers follow.
-    pub(super) fn verify_cached(&self, request: &BlobRequest, blob: Arc<Blob>) -> Arc<Fill> {
-        self.fills.prove(&self.fill_key(request), &request.repo_ref, self.role_of(request), blob)
+    fn verify_cached(&self, request: &BlobRequest, blob: Arc<Blob>) -> Arc<Fill> {
+        self.fills().prove(&self.fill_key(request), &request.repo_ref, self.role_of(request), blob)
     }
 
     /// The sources of this request's fill, in the role that the request assigns to this node.
-    pub(super) fn sources(self: &Arc<Self>, request: &BlobRequest, range_purpose: RangePurpose) -> Arc<BlobSources> {
+    fn sources(&self, request: &BlobRequest, range_purpose: RangePurpose) -> Arc<BlobSources> {
         Arc::new(BlobSources::new(
-            self,
+            &self.context,
             &request.repo_ref,
             self.fill_key(request),
             self.role_of(request),
@@ -360,17 +395,27 @@ pub(super) fn more_severe(known: Option<SourceError>, error: SourceError) -> Sou
     }
 }
 
-/// The part of a blob that a range names; None: the whole.
-pub(super) fn span_of(range: Option<RangeRequest>, total: u64) -> Result<Option<Span>, PullError> {
-    range.map(|range| range.within(total)).transpose().map_err(|_| PullError::Unsatisfiable { total })
-}
-
 /// Where a fill for this range starts. A range near the beginning starts the fill at the beginning.
 fn first_byte_wanted(range: Option<RangeRequest>) -> u64 {
     match range {
         Some(RangeRequest::From(start) | RangeRequest::Bounded(start, _)) if start > SMALL_BYTES => start,
         _ => 0,
     }
+}
+
+/// Whether the upstream has responded with an error, as opposed to no response.
+fn is_error_response(error: &SourceError) -> bool {
+    match error {
+        SourceError::Limited { again } => again.is_none_or(|again| again < STALL_TIMEOUT),
+        SourceError::Interrupted(_) => true,
+        error => error.failed_status().is_some(),
+    }
+}
+
+/// Whether a failed download may be repeated: an unreachable upstream until the deadline, an error response only
+/// [`ROUNDS`] times.
+fn may_repeat(error: &SourceError, error_responses: u32) -> bool {
+    error.is_transient_outage() && (!is_error_response(error) || error_responses < ROUNDS)
 }
 
 impl BlobRequest {
@@ -401,68 +446,24 @@ impl From<PullError> for BlobError {
     }
 }
 
-impl From<Option<Span>> for BlobExtent {
-    fn from(span: Option<Span>) -> Self {
-        span.map_or(Self::Whole, Self::Part)
-    }
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-impl From<Tier> for ServedFrom {
-    fn from(tier: Tier) -> Self {
-        match tier {
-            Tier::Memory => Self::Memory,
-            Tier::Disk => Self::Disk,
-        }
-    }
-}
-
-impl BlobResponse {
-    /// A part of an object in memory.
-    pub fn of_bytes(bytes: &Bytes, range: Option<RangeRequest>, from: ServedFrom) -> Result<Self, PullError> {
-        let total = bytes.len() as u64;
-        let span = span_of(range, total)?;
-        let Span { start, end } = span.unwrap_or(Span::whole(total));
-        // Both lie within the bytes, so they fit.
-        let part = bytes.slice(usize::try_from(start).unwrap_or(0)..usize::try_from(end).unwrap_or(0));
-        Ok(Self { total, extent: span.into(), from, body: Body::Memory(Some(part)) })
-    }
-
-    pub(super) fn of_blob(blob: Arc<Blob>, range: Option<RangeRequest>) -> Result<Self, PullError> {
-        let total = blob.len;
-        let span = span_of(range, total)?;
-        let reader = Reader::of_blob(blob, span.unwrap_or(Span::whole(total)));
-        Ok(Self { total, extent: span.into(), from: ServedFrom::Disk, body: Body::File(reader) })
-    }
-}
-
-impl Body {
-    /// The next piece; None at the end.
-    pub async fn next(&mut self) -> Result<Option<Bytes>, Broken> {
-        match self {
-            Self::Memory(bytes) => Ok(bytes.take().filter(|bytes| !bytes.is_empty())),
-            Self::File(reader) => reader.next().await,
-            Self::Passing(passage) => passage.next().await,
-            Self::List(list) => list.next().await,
-            Self::Parts(parts) => parts.next().await,
-        }
-    }
-
-    /// The client does not read: closes a source that can be opened again.
-    pub fn release(&mut self) {
-        if let Self::Passing(passage) = self {
-            passage.release();
-        }
-    }
-
-    /// Bytes in memory until they are sent, also while the client does not read.
-    pub fn held(&self) -> usize {
-        match self {
-            Self::Memory(Some(bytes)) => bytes.len(),
-            Self::Passing(passage) => passage.held(),
-            Self::List(_) => LIST_BYTES,
-            // The part that is sent, and those that are opened ahead.
-            Self::Parts(_) => PART_BYTES * (parts::PARTS_AHEAD + 1),
-            Self::Memory(None) | Self::File(_) => 0,
+    #[test]
+    fn download_is_repeated_while_the_outage_may_end() {
+        let soon = SourceError::Limited { again: Some(Duration::from_secs(1)) };
+        let cases = [
+            (SourceError::TimedOut, [true, true]),
+            (SourceError::Unreachable("refused".into()), [true, true]),
+            (SourceError::failed(503), [true, false]),
+            (SourceError::Interrupted("reset".into()), [true, false]),
+            (soon, [true, false]),
+            (SourceError::not_found(), [false, false]),
+            (SourceError::denied(), [false, false]),
+        ];
+        for (error, want) in cases {
+            assert_eq!([1, ROUNDS].map(|responses| may_repeat(&error, responses)), want, "{error}");
         }
     }
 }

@@ -6,12 +6,16 @@ use std::time::SystemTime;
 
 use serde::{Deserialize, Serialize};
 
-use super::{Pull, Requester};
+use super::Requester;
+use super::cached_content::CachedContent;
+use super::peer_routing::{PeerRouting, tag_key};
 use crate::config::Credentials;
 use crate::oci::route::Names;
 use crate::oci::{ImageName, Reference, Tag};
-use crate::registries::{RepositoryRef, UpstreamTrust};
+use crate::registries::{Registries, RepositoryRef, UpstreamTrust};
 use crate::source::ServedFrom;
+use crate::tags::Tags;
+use crate::upstream::UpstreamClient;
 
 /// How dray would serve an image.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -72,9 +76,17 @@ enum CachedManifest {
     Nothing,
 }
 
-impl Pull {
-    /// Explains a name such as `alpine`, `ghcr.io/team/app:1` or `reg.corp:5000/app@sha256:...`.
-    pub async fn explain(self: &Arc<Self>, image: &str) -> Result<Explanation, String> {
+/// Collects explanations from the parts that would serve a pull.
+pub(super) struct Explainer {
+    pub(super) registries: Arc<Registries>,
+    pub(super) tags: Arc<Tags>,
+    pub(super) content: Arc<CachedContent>,
+    pub(super) routing: Arc<PeerRouting>,
+    pub(super) upstream: Arc<UpstreamClient>,
+}
+
+impl Explainer {
+    pub(super) async fn explain(&self, image: &str) -> Result<Explanation, String> {
         let (repo_ref, reference) = self.parse(image)?;
         let rule = &repo_ref.rule;
         let cached = match &reference {
@@ -88,7 +100,7 @@ impl Pull {
         // The operator may see everything, whatever the rule's authorization.
         let seen = RepositoryRef { principal: crate::principal::Principal::Anonymous, ..repo_ref.clone() };
         let kept = match &digest {
-            Some(digest) => self.cached_manifest(&seen, digest, Requester::Client).await.map(|(_, from)| from),
+            Some(digest) => self.content.manifest(&seen, digest, Requester::Client).await.map(|(_, from)| from),
             None => None,
         };
         let now = SystemTime::now();
@@ -133,7 +145,7 @@ impl Pull {
         let alias = repository.as_str().split_once('/').filter(|_| registry.is_docker_hub());
         let aliased = alias.and_then(|(first, rest)| Some((self.registries.rules().alias(first)?, rest.parse().ok()?)));
         let (registry, repository) = aliased.unwrap_or((registry, repository));
-        Ok((self.repo_ref(registry, repository), reference))
+        Ok((self.registries.repo_ref(registry, repository), reference))
     }
 
     fn upstreams_of(&self, repo_ref: &RepositoryRef) -> Vec<ExplainedUpstream> {
@@ -153,17 +165,17 @@ impl Pull {
     }
 
     fn owner_of(&self, repo_ref: &RepositoryRef, reference: &Reference) -> Option<ExplainedOwner> {
-        let peers = self.peers_for(repo_ref)?;
+        let peers = self.routing.peers_for(repo_ref)?;
         let in_ring = match reference {
             Reference::Digest(digest) => digest.clone(),
             Reference::Tag(tag) => {
                 if !peers.are_authenticated() {
                     return None;
                 }
-                super::tag::in_ring(repo_ref, tag)
+                tag_key(repo_ref, tag)
             }
         };
-        Some(peers.owner(&in_ring, self.scope(repo_ref))).map(|(address, zone, is_this_node)| ExplainedOwner {
+        Some(peers.owner(&in_ring, self.routing.scope(repo_ref))).map(|(address, zone, is_this_node)| ExplainedOwner {
             address,
             zone,
             is_this_node,

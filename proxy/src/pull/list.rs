@@ -4,31 +4,39 @@
 //! fails. If no copy of a referrers response exists, it is built from the cached artifacts that name the manifest as
 //! their subject.
 
-use std::io::{Read, Write};
+mod copies;
+
 use std::net::IpAddr;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
-use flate2::Compression;
-use flate2::read::DeflateDecoder;
-use flate2::write::DeflateEncoder;
 use futures_util::StreamExt;
 use futures_util::stream::BoxStream;
 use http::HeaderValue;
 use tokio::sync::oneshot;
 use tokio::time::{Instant, timeout};
 
-use super::{Body, Pull, PullError, RequestContext, fetch_ended};
-use crate::blocking::parsed;
-use crate::oci::{Digest, ErrorCode, INDEX_MEDIA_TYPE, manifest};
+use self::copies::{Copying, ListCopies, ListCopy};
+use super::referrers::{ARTIFACT_TYPE, CachedReferrers, Referrers};
+use super::{Authorizer, Body, PullError, RequestContext, fetch_ended};
+use crate::metrics::Metrics;
+use crate::oci::{ErrorCode, INDEX_MEDIA_TYPE};
 use crate::registries::RepositoryRef;
 use crate::source::{Broken, MinRate, ServedFrom, SourceError, Speed};
-use crate::store::{Found, ListRecord, ReferrersRecord, SMALL_BYTES, SmallKind, SmallObject};
+use crate::store::{ListRecord, Store};
 use crate::times::{CONFIRM_TIMEOUT, UPSTREAM_TIMEOUT};
 use crate::trace;
-use crate::upstream::{ListKind, UpstreamList};
+use crate::upstream::{ListKind, UpstreamClient, UpstreamList};
+
+/// Serves the lists of repositories and registries.
+pub struct ListService {
+    upstream: Arc<UpstreamClient>,
+    authorizer: Arc<Authorizer>,
+    referrers: Arc<Referrers>,
+    copies: Arc<ListCopies>,
+    metrics: Arc<Metrics>,
+}
 
 /// A list, ready to be sent.
 pub struct ListResponse {
@@ -53,37 +61,21 @@ pub struct ListBody {
     copy: Option<Copying>,
 }
 
-struct Copying {
-    pull: Arc<Pull>,
-    repo_ref: RepositoryRef,
-    client: Option<IpAddr>,
-    requested: Instant,
-    record: ListRecord,
-    encoder: DeflateEncoder<Vec<u8>>,
-}
-
 /// Slowest upstream whose list is passed through. Higher: lists of slow upstreams fail. Lower: stalled lists hold their
 /// connections and request permits for longer.
 const MIN_LIST_RATE: MinRate = MinRate { bytes: 64 * 1024, window: Duration::from_secs(180) };
 
-/// Largest compressed copy, in bytes: what fits into the small-object tier with its header. Larger: it is not stored.
-/// Smaller: longer lists fail during an outage.
-const MAX_COPY: u64 = SMALL_BYTES - 4096;
+impl ListService {
+    pub(super) fn new(
+        store: Arc<Store>,
+        upstream: Arc<UpstreamClient>,
+        authorizer: Arc<Authorizer>,
+        referrers: Arc<Referrers>,
+        metrics: Arc<Metrics>,
+    ) -> Self {
+        Self { upstream, authorizer, referrers, copies: Arc::new(ListCopies::new(store)), metrics }
+    }
 
-/// Largest list of which a copy is made, in bytes. Larger: more memory while a copy is served. Smaller: longer lists
-/// fail during an outage.
-const MAX_UNPACKED: u64 = 16 * 1024 * 1024;
-
-/// New copies of one repository's lists in an hour. More: clients with random queries push out useful records. Fewer:
-/// lists with unusual queries fail during an outage.
-const MAX_COPIES: u32 = 64;
-
-/// Artifacts of one manifest that are remembered. More: larger records. Fewer: incomplete referrers during an outage.
-const MAX_REFERRERS: usize = 100;
-
-const ARTIFACT_TYPE: &str = "artifactType";
-
-impl Pull {
     /// `GET tags/list`, `referrers/<digest>` or `_catalog`.
     pub async fn list(
         self: &Arc<Self>,
@@ -98,7 +90,7 @@ impl Pull {
         let response = match timeout(CONFIRM_TIMEOUT.min(request_context.time_limit), &mut asked).await {
             Ok(response) => response,
             // Only a copy of a whole list: an absence, or a list built from artifacts, is for outages only.
-            Err(_) => match self.copied_list(repo_ref, list, &key).await.map(|kept| self.stale(repo_ref, kept)) {
+            Err(_) => match self.copied_list(repo_ref, list, &key).await {
                 Some(kept) => return Ok(kept),
                 None => {
                     let left = request_context.time_limit.saturating_sub(CONFIRM_TIMEOUT);
@@ -114,9 +106,8 @@ impl Pull {
                 seen.unwrap_or_else(|| Err(PullError::of(&error, missing(list))))
             }
             Err(error) => {
-                // After "not found" or "denied" the copy must not be served any more.
                 if error.is_not_found() || error.is_denied() {
-                    self.remember_absence(repo_ref, list, key, &error, requested);
+                    self.end_copy(repo_ref, list, key, &error, requested);
                 }
                 Err(PullError::of(&error, missing(list)))
             }
@@ -135,14 +126,14 @@ impl Pull {
         requested: Instant,
     ) -> oneshot::Receiver<Result<UpstreamList, SourceError>> {
         let (sender, asked) = oneshot::channel();
-        let (pull, repo_ref, list, key) = (self.clone(), repo_ref.clone(), list.clone(), key.to_owned());
+        let (service, repo_ref, list, key) = (self.clone(), repo_ref.clone(), list.clone(), key.to_owned());
         let query = query.map(str::to_owned);
         tokio::spawn(trace::carried(async move {
             let deadline = requested + UPSTREAM_TIMEOUT;
-            let response = pull.upstream.list(&repo_ref, &list, query.as_deref(), deadline).await;
+            let response = service.upstream.list(&repo_ref, &list, query.as_deref(), deadline).await;
             if let Err(Ok(response)) = sender.send(response) {
                 // The body is read only for the copy, within the time that a client would wait.
-                let response = pull.pass_through(&repo_ref, &list, key, response, client, requested);
+                let response = service.pass_through(&repo_ref, &list, key, response, client, requested);
                 let Body::List(mut body) = response.body else { return };
                 let copied = async { while body.is_copied() && matches!(body.next().await, Ok(Some(_))) {} };
                 let _ = timeout(UPSTREAM_TIMEOUT, copied).await;
@@ -168,8 +159,7 @@ impl Pull {
             filters_applied: filters_applied.clone(),
             checked_at: SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs(),
         };
-        let encoder = DeflateEncoder::new(Vec::new(), Compression::fast());
-        let copy = Copying { pull: self.clone(), repo_ref: repo_ref.clone(), client, requested, record, encoder };
+        let copy = Copying::new(&self.copies, repo_ref, client, requested, record);
         let copy = Some(copy).filter(|_| encoding.is_none());
         ListResponse {
             media_type: media_type(list),
@@ -183,42 +173,19 @@ impl Pull {
         }
     }
 
-    fn remember_absence(
-        self: &Arc<Self>,
+    /// After "not found" or "denied" the copy must not be served any more.
+    fn end_copy(
+        &self,
         repo_ref: &RepositoryRef,
         list: &ListKind,
         key: String,
         error: &SourceError,
         requested: Instant,
     ) {
-        let has_no_api = error.is_not_found() && matches!(list, ListKind::Referrers(_));
-        let (pull, repo_ref) = (self.clone(), repo_ref.clone());
-        tokio::task::spawn_blocking(move || {
-            let records = &pull.store.records;
-            // A late copy of an older response must not replace this error.
-            pull.list_times.record(key.clone(), requested, || {
-                match has_no_api && (records.is_known_list(&key) || pull.may_copy(&repo_ref)) {
-                    true => records.put_absent_list(&key, &repo_ref.registry),
-                    false => records.forget_list(&key),
-                }
-            });
-        });
-    }
-
-    /// Limits the new copies of a repository's lists, because clients choose the queries.
-    fn may_copy(&self, repo_ref: &RepositoryRef) -> bool {
-        let written = self.list_copies.get_with(repo_ref.to_string(), Arc::default);
-        written.fetch_add(1, Ordering::Relaxed) < MAX_COPIES
-    }
-
-    /// Whether the upstream had no referrers API for this manifest. The client then requests the fallback tag, which is
-    /// complete, while the cached artifacts may not be.
-    async fn was_absent(&self, list: &ListKind, key: &str) -> bool {
-        if !matches!(list, ListKind::Referrers(_)) {
-            return false;
+        match list {
+            ListKind::Referrers(_) if error.is_not_found() => self.copies.record_absence(repo_ref, key, requested),
+            _ => self.copies.remove(key, requested),
         }
-        let (store, key) = (self.store.clone(), key.to_owned());
-        tokio::task::spawn_blocking(move || store.records.is_absent_list(&key)).await.unwrap_or(false)
     }
 
     /// The copy of a list, or the list built from cached artifacts. None: neither exists.
@@ -230,100 +197,45 @@ impl Pull {
         key: &str,
     ) -> Option<Result<ListResponse, PullError>> {
         if let Some(kept) = self.copied_list(repo_ref, list, key).await {
-            return Some(Ok(self.stale(repo_ref, kept)));
+            return Some(Ok(kept));
         }
-        if repo_ref.rule.is_passthrough() && !self.was_authorized(repo_ref) {
+        if !self.may_list(repo_ref) {
             return None;
         }
-        if self.was_absent(list, key).await {
+        let ListKind::Referrers(digest) = list else { return None };
+        // The client then requests the fallback tag, which is complete, while the cached artifacts may not be.
+        if self.copies.was_absent(key).await {
             return Some(Err(PullError::of(&SourceError::not_found(), missing(list))));
         }
-        let made = self.referrers_of_cached(repo_ref, list, query).await?;
-        Some(Ok(self.stale(repo_ref, made)))
+        let CachedReferrers { index, is_filtered } = self.referrers.of(repo_ref, digest, query).await?;
+        let filters_applied = is_filtered.then(|| ARTIFACT_TYPE.to_owned());
+        Some(Ok(self.stale(repo_ref, list, ListCopy { next: None, filters_applied, age: None, bytes: index })))
     }
 
-    fn stale(&self, repo_ref: &RepositoryRef, copy: ListResponse) -> ListResponse {
+    /// The right to list ends with the right to pull.
+    fn may_list(&self, repo_ref: &RepositoryRef) -> bool {
+        !repo_ref.rule.is_passthrough() || self.authorizer.was_authorized(repo_ref)
+    }
+
+    fn stale(&self, repo_ref: &RepositoryRef, list: &ListKind, copy: ListCopy) -> ListResponse {
         self.metrics.stale.with_label_values(&["list"]).inc();
         tracing::info!(registry = %repo_ref.registry, repository = %repo_ref.repository, "stale list served");
-        copy
+        let ListCopy { next, filters_applied, age, bytes } = copy;
+        ListResponse {
+            media_type: media_type(list),
+            next,
+            filters_applied,
+            encoding: None,
+            length: Some(bytes.len() as u64),
+            from: ServedFrom::Stale,
+            age,
+            body: Body::Memory(Some(bytes)),
+        }
     }
 
     async fn copied_list(&self, repo_ref: &RepositoryRef, list: &ListKind, key: &str) -> Option<ListResponse> {
-        // The right to list ends with the right to pull.
-        if repo_ref.rule.is_passthrough() && !self.was_authorized(repo_ref) {
-            return None;
-        }
-        let (store, key) = (self.store.clone(), key.to_owned());
-        let record = tokio::task::spawn_blocking(move || store.records.list(&key)).await.ok()??;
-        let age = SystemTime::now().duration_since(UNIX_EPOCH + Duration::from_secs(record.checked_at)).ok()?;
-        if age >= repo_ref.rule.stale_if_error {
-            return None;
-        }
-        let Found::Small { object, .. } = self.store.find(&record.digest.parse().ok()?, SmallKind::Blob).await? else {
-            return None;
-        };
-        let _turn = self.unpacking.acquire().await.ok()?;
-        let bytes = tokio::task::spawn_blocking(move || unpack(&object.bytes)).await.ok()??;
-        Some(ListResponse {
-            media_type: media_type(list),
-            next: record.next,
-            filters_applied: record.filters_applied,
-            encoding: None,
-            length: Some(bytes.len() as u64),
-            from: ServedFrom::Stale,
-            age: Some(age),
-            body: Body::Memory(Some(bytes)),
-        })
-    }
-
-    /// A referrers response built from cached artifacts. None: no artifact of the manifest is known.
-    async fn referrers_of_cached(
-        &self,
-        repo_ref: &RepositoryRef,
-        list: &ListKind,
-        query: Option<&str>,
-    ) -> Option<ListResponse> {
-        let ListKind::Referrers(digest) = list else { return None };
-        let (store, subject) = (self.store.clone(), subject_key(repo_ref, digest));
-        let known = tokio::task::spawn_blocking(move || store.records.referrers(&subject)).await.ok()?;
-        if known.is_empty() {
-            return None;
-        }
-        let wanted = wanted_type(query);
-        let is_wanted = |artifact: &serde_json::Value| {
-            wanted.as_deref().is_none_or(|wanted| artifact[ARTIFACT_TYPE].as_str() == Some(wanted))
-        };
-        let manifests: Vec<_> = known.into_iter().filter(is_wanted).collect();
-        let index = serde_json::json!({"schemaVersion": 2, "mediaType": INDEX_MEDIA_TYPE, "manifests": manifests});
-        let bytes = Bytes::from(index.to_string());
-        Some(ListResponse {
-            media_type: INDEX_MEDIA_TYPE,
-            next: None,
-            filters_applied: wanted.map(|_| ARTIFACT_TYPE.to_owned()),
-            encoding: None,
-            length: Some(bytes.len() as u64),
-            from: ServedFrom::Stale,
-            age: None,
-            body: Body::Memory(Some(bytes)),
-        })
-    }
-
-    /// Remembers which manifest an artifact refers to, if any.
-    pub(super) async fn remember_subject(&self, repo_ref: &RepositoryRef, bytes: &Bytes, media_type: &str) {
-        let media_type = media_type.to_owned();
-        let refers = move |bytes: &[u8]| Some((manifest::subject(bytes)?, manifest::referrer(bytes, &media_type)?));
-        let Some((subject, artifact)) = parsed(bytes, refers).await else { return };
-        let (store, subject, turn) = (self.store.clone(), subject_key(repo_ref, &subject), self.referrers_lock.clone());
-        let registry = repo_ref.registry.clone();
-        tokio::task::spawn_blocking(move || {
-            // Two artifacts of one manifest may come at the same time: none must be lost.
-            let _turn = turn.lock();
-            let mut referrers = store.records.referrers(&subject);
-            if !referrers.contains(&artifact) && referrers.len() < MAX_REFERRERS {
-                referrers.push(artifact);
-                store.records.put_referrers(&ReferrersRecord { subject, referrers }, &registry);
-            }
-        });
+        let copy = if self.may_list(repo_ref) { self.copies.get(repo_ref, key).await? } else { return None };
+        Some(self.stale(repo_ref, list, copy))
     }
 }
 
@@ -360,39 +272,6 @@ impl ListBody {
     }
 }
 
-impl Copying {
-    /// False: the list is too long for a copy.
-    fn add(&mut self, piece: &[u8]) -> bool {
-        self.encoder.write_all(piece).is_ok()
-            && self.encoder.get_ref().len() as u64 <= MAX_COPY
-            && self.encoder.total_in() <= MAX_UNPACKED
-    }
-
-    /// Stores the copy of a complete list.
-    fn keep(self) {
-        let Self { pull, repo_ref, client, requested, mut record, encoder } = self;
-        let Ok(packed) = encoder.finish() else { return };
-        let digest = Digest::of(&packed);
-        record.digest = digest.to_string();
-        tokio::spawn(async move {
-            let (keeper, key) = (pull.clone(), record.key.clone());
-            let is_known = tokio::task::spawn_blocking(move || keeper.store.records.is_known_list(&key)).await;
-            if !is_known.unwrap_or(false) && !pull.may_copy(&repo_ref) {
-                return;
-            }
-            let object = SmallObject::new("application/octet-stream", Arc::new(repo_ref.provenance()), &packed);
-            // Most lists have not changed since the last copy.
-            if pull.store.find(&digest, SmallKind::Blob).await.is_none() {
-                pull.store.small.insert(&digest, SmallKind::Blob, object).await;
-            }
-            tokio::task::spawn_blocking(move || {
-                let write = || pull.store.records.put_list(&record, &repo_ref.registry, client);
-                pull.list_times.record(record.key.clone(), requested, write);
-            });
-        });
-    }
-}
-
 /// Whether an error says nothing of the list itself, so that a copy may be served.
 fn is_outage(error: &SourceError) -> bool {
     error.is_transient_outage() || matches!(error, SourceError::Malformed(_))
@@ -407,15 +286,6 @@ fn key(repo_ref: &RepositoryRef, list: &ListKind, query: Option<&str>) -> String
     };
     let principal_id = repo_ref.principal.holder().map_or(0, |holder| u128::from_be_bytes(holder.id.0));
     format!("{what}?{} {} {principal_id:032x}", query.unwrap_or_default(), repo_ref.rule.fingerprint())
-}
-
-fn subject_key(repo_ref: &RepositoryRef, subject: &Digest) -> String {
-    format!("{repo_ref}@{subject} {}", repo_ref.rule.fingerprint())
-}
-
-fn wanted_type(query: Option<&str>) -> Option<String> {
-    let mut pairs = url::form_urlencoded::parse(query?.as_bytes());
-    pairs.find(|(key, _)| key == ARTIFACT_TYPE).map(|(_, value)| value.into_owned())
 }
 
 fn media_type(list: &ListKind) -> &'static str {
@@ -434,12 +304,6 @@ fn missing(list: &ListKind) -> ErrorCode {
     }
 }
 
-fn unpack(packed: &[u8]) -> Option<Bytes> {
-    let mut bytes = Vec::new();
-    DeflateDecoder::new(packed).take(MAX_UNPACKED).read_to_end(&mut bytes).ok()?;
-    Some(bytes.into())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -452,11 +316,5 @@ mod tests {
         for error in [SourceError::not_found(), SourceError::denied(), SourceError::failed(413)] {
             assert!(!is_outage(&error), "{error}");
         }
-    }
-
-    #[test]
-    fn artifact_type_is_parsed_from_the_query() {
-        assert_eq!(wanted_type(Some("n=1&artifactType=a%2Fb")).as_deref(), Some("a/b"));
-        assert_eq!((wanted_type(Some("n=1")), wanted_type(None)), (None, None));
     }
 }

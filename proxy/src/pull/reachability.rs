@@ -9,17 +9,18 @@ use std::time::Duration;
 use bytes::Bytes;
 use tokio::time::{Instant, timeout};
 
-use super::Pull;
 use crate::blocking::parsed;
 use crate::lifetimes::{ByLifetime, Lifetime};
 use crate::oci::{Digest, manifest};
 use crate::registries::RepositoryRef;
 use crate::source::SourceError;
 use crate::times::{DEFAULT_TTL, OBSERVATION_TTL, REACH_TIMEOUT};
+use crate::upstream::UpstreamClient;
 
-/// The results by [`RepositoryRef::rule_key`]. None: its blobs can be downloaded.
+/// The results by [`RepositoryRef::rule_key`].
 pub(super) struct Reachability(moka::sync::Cache<String, Verdict>);
 
+/// None: its blobs can be downloaded.
 #[derive(Clone)]
 struct Verdict(Option<SourceError>);
 
@@ -27,12 +28,11 @@ impl Reachability {
     pub(super) fn new() -> Self {
         Self(moka::sync::Cache::builder().max_capacity(50_000).expire_after(ByLifetime).build())
     }
-}
 
-impl Pull {
     /// Sends a HEAD for a manifest's first layer, once for a repository. An error: dray will not get its blobs.
-    pub(super) async fn check_reachability(
-        self: &Arc<Self>,
+    pub(super) async fn check(
+        &self,
+        upstream: &Arc<UpstreamClient>,
         repo_ref: &RepositoryRef,
         bytes: &Bytes,
     ) -> Result<(), SourceError> {
@@ -41,13 +41,13 @@ impl Pull {
             return Ok(());
         }
         let key = repo_ref.rule_key();
-        if let Some(Verdict(known)) = self.reachability.0.get(&key) {
+        if let Some(Verdict(known)) = self.0.get(&key) {
             return known.map_or(Ok(()), Err);
         }
         let Some(blob) = parsed(bytes, first_blob).await else { return Ok(()) };
-        let head = self.upstream.blob_head(repo_ref, &blob, Instant::now() + REACH_TIMEOUT);
+        let head = upstream.blob_head(repo_ref, &blob, Instant::now() + REACH_TIMEOUT);
         let error = timeout(REACH_TIMEOUT, head).await.ok().and_then(Result::err).filter(is_final);
-        self.reachability.0.insert(key, Verdict(error.clone()));
+        self.0.insert(key, Verdict(error.clone()));
         error.map_or(Ok(()), Err)
     }
 }

@@ -12,6 +12,7 @@ use parking_lot::Mutex;
 
 use crate::blocking::on_thread;
 use crate::oci::{Digest, Registry, Repository, manifest};
+use crate::provenance::Provenance;
 use crate::registries::RepositoryRef;
 use crate::store::{RepositoryRecord, Store};
 
@@ -100,6 +101,21 @@ impl RegistryHints {
     /// The length of a blob by a manifest of the same repository. Another repository's manifest may state a wrong one.
     pub(super) fn length_of(&self, repo_ref: &RepositoryRef, digest: &Digest) -> Option<u64> {
         self.lengths.get(&(repo_ref.registry.clone(), repo_ref.repository.clone(), digest.clone()))
+    }
+
+    /// Whether a repository is known to hold an object that was cached from `from`: it came from there, a manifest that
+    /// was served from there names it, or a HEAD confirmed it. With upstream authorization, that check has confirmed it
+    /// before.
+    ///
+    /// A digest names the same bytes in each repository, but clients rely on the "404" of a direct pull:
+    ///
+    /// - A tool that pushes skips blobs that exist. A false "200" makes its push fail (`MANIFEST_BLOB_UNKNOWN`).
+    /// - A tool that copies expects "404" for a missing object.
+    ///
+    /// So the first response from another repository's copy is confirmed by one HEAD. In an outage the copy is served
+    /// without.
+    pub(super) fn is_known_at(&self, repo_ref: &RepositoryRef, digest: &Digest, from: &Provenance) -> bool {
+        repo_ref.rule.is_passthrough() || repo_ref.is_source_of(from) || self.length_of(repo_ref, digest).is_some()
     }
 
     /// Remembers that the registry holds an object in a repository.

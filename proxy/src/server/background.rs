@@ -55,7 +55,7 @@ impl ConfiguredTasks {
 
 fn scrub(config: &Config, pull: &Arc<Pull>) -> JoinSet<()> {
     let (pull, rate) = (pull.clone(), config.cache.scrub_rate.0);
-    one(async move { pull.scrub(rate).await })
+    one(async move { pull.blobs.scrub(rate).await })
 }
 
 fn prefetches(config: &Config, pull: &Arc<Pull>) -> JoinSet<()> {

@@ -9,7 +9,7 @@ use bytes::Bytes;
 use super::plan::PlannedBlob;
 use super::source::{BlobStream, Chunks, FetchError, ImageSource};
 use crate::oci::{ImageName, RangeRequest, Reference, RegistryFrom, accept};
-use crate::pull::{BlobRequest, Pull, PullError, RequestContext, Requester};
+use crate::pull::{BlobRequest, Pull, PullError, RequestContext, Requester, check_rule};
 use crate::registries::RepositoryRef;
 use crate::source::ServedFrom;
 
@@ -19,33 +19,33 @@ pub struct InProcessSource(pub Arc<Pull>);
 impl ImageSource for InProcessSource {
     async fn manifest(&self, image: &ImageName, reference: &Reference) -> Result<Bytes, FetchError> {
         let repository = self.repository(image);
-        self.0.permit(&repository, Requester::Client).map_err(fetch_error)?;
+        check_rule(&repository, Requester::Client).map_err(fetch_error)?;
         let accept = accept::merge(std::iter::empty());
-        let response = self.0.manifest(&repository, reference, &accept, RequestContext::CLIENT).await;
+        let response = self.0.manifests.manifest(&repository, reference, &accept, RequestContext::CLIENT).await;
         Ok(response.map_err(fetch_error)?.object.bytes)
     }
 
     async fn blob(&self, blob: &PlannedBlob, from: u64) -> Result<BlobStream, FetchError> {
         let request = self.request(blob, (from > 0).then_some(RangeRequest::From(from)));
-        self.0.permit(&request.repo_ref, Requester::Client).map_err(fetch_error)?;
-        let response = self.0.blob(&request).await.map_err(fetch_error)?;
+        check_rule(&request.repo_ref, Requester::Client).map_err(fetch_error)?;
+        let response = self.0.blobs.blob(&request).await.map_err(fetch_error)?;
         Ok(BlobStream { chunks: Chunks::InProcess(response.body), was_cached: is_cached(response.from) })
     }
 
     async fn is_cached(&self, blob: &PlannedBlob) -> Result<bool, FetchError> {
-        let (_, from) = self.0.blob_length(&self.request(blob, None)).await.map_err(fetch_error)?;
+        let (_, from) = self.0.blobs.length(&self.request(blob, None)).await.map_err(fetch_error)?;
         Ok(is_cached(from))
     }
 
     fn is_responsible_for(&self, blob: &PlannedBlob) -> bool {
-        self.0.is_owner(&self.repository(&blob.image), &blob.digest)
+        self.0.blobs.is_owner(&self.repository(&blob.image), &blob.digest)
     }
 }
 
 impl InProcessSource {
     /// The repository of an image.
     pub fn repository(&self, image: &ImageName) -> RepositoryRef {
-        self.0.repo_ref(image.registry.clone(), image.repository.clone())
+        self.0.registries().repo_ref(image.registry.clone(), image.repository.clone())
     }
 
     fn request(&self, blob: &PlannedBlob, range: Option<RangeRequest>) -> BlobRequest {

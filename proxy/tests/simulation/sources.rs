@@ -1,19 +1,19 @@
-//! Requests between nodes and their results, as in `pull/sources.rs`, `pull/lend.rs` and `peers/peer_request.rs`.
+//! Requests between nodes and their results, as in `pull/blob/sources.rs`, `pull/blob/lend.rs` and `peers/peer_request.rs`.
 
 use dray::fill::{ConnectionScaler, Lent};
 use dray::oci::Span;
 use dray::peers::swarm::{BestSource, PeerDecision};
 use dray::peers::wire::Holder;
+use dray::pull::{
+    Decision, HolderStep, MAX_HOLDERS_TRIED, MAX_PEER_RANGES, Source as Step, SourceSearch, WithoutOwner,
+};
 use dray::role::Role;
+use dray::source::SourceError;
 
 use crate::network::{CARD, Flow, MAX_CONNECTIONS, Network, float, index, whole};
 
 const ROUND_TRIP: f64 = 0.0005;
 
-/// Ranges that a follower downloads at a time, as in `pull/sources.rs`.
-const IN_FLIGHT: usize = 4;
-/// Holders that are tried before an owner, as in `pull/sources.rs`.
-const MAX_HOLDERS_TRIED: usize = 3;
 /// Seconds that a peer waits for a byte in flight to it before it responds that it has nothing.
 const BYTE_WAIT: f64 = 0.25;
 /// Seconds after which an owner checks again whether it may lend a range to a waiting peer.
@@ -56,7 +56,7 @@ impl Network {
             let mut wanted = vec![read];
             wanted.extend(&waiting);
             let is_urgent = plan.waited_for(&wanted).is_some() && fetch.lanes < MAX_CONNECTIONS;
-            let most = fetch.scaler.as_ref().map_or(IN_FLIGHT, ConnectionScaler::lanes);
+            let most = fetch.scaler.as_ref().map_or(MAX_PEER_RANGES, ConnectionScaler::lanes);
             if fetch.lanes >= most && !is_urgent {
                 return;
             }
@@ -109,11 +109,61 @@ impl Network {
         of_it.map(|flow| whole(flow.position)).filter(|at| have.run_end(*at) == *at).take(64).collect()
     }
 
-    /// The source of a range. None: the owner holds the request.
+    /// The source of a range, by the product's own search. None: the owner holds the request.
     fn find_source(&mut self, node: usize, layer: usize, span: Span) -> Option<Source> {
         let mut round_trips = 0.0;
         let role = self.nodes[node].fetches[layer].role.expect("it has begun");
-        if role == Role::Global {
+        let route = (*self.owner_route(node, layer, role)).clone();
+        let mut search = SourceSearch::new(role, route, HolderStep::First, WithoutOwner::ActAsOwner);
+        let mut decision = search.first();
+        let of_upstream = |round_trips| Source { from: None, given: span, round_trips, gives_up: false, lent_by: None };
+        loop {
+            let step = match decision {
+                Decision::Request(step) => step,
+                // All owners before this node are dead.
+                Decision::ActAsOwner => {
+                    self.open(node, layer, Role::Global);
+                    return Some(of_upstream(round_trips + 1.0));
+                }
+                Decision::Fail(error) => unreachable!("the upstream always responds: {error}"),
+            };
+            let error = match step {
+                Step::Holders => match self.find_holder(node, layer, span, &mut round_trips) {
+                    Some(from) => {
+                        let source = of_upstream(round_trips);
+                        return Some(Source { from: Some(from), gives_up: true, ..source });
+                    }
+                    None => SourceError::NotCached,
+                },
+                Step::Owner { peer, .. } if self.nodes[index(peer)].is_dead => {
+                    round_trips += 1.0;
+                    self.found_dead(node, layer, index(peer));
+                    SourceError::TimedOut
+                }
+                Step::Owner { peer, role } => {
+                    let owner = index(peer);
+                    let response = self.request(node, owner, layer, span, Some(role), &mut round_trips);
+                    let source = of_upstream(round_trips);
+                    return match response {
+                        PeerResponse::From(from) => {
+                            Some(Source { from: Some(from), gives_up: from != owner, ..source })
+                        }
+                        PeerResponse::Fetch(lent) => Some(Source { given: lent, lent_by: Some(owner), ..source }),
+                        PeerResponse::Miss => Some(Source { from: Some(owner), gives_up: true, ..source }),
+                        PeerResponse::Wait => None,
+                    };
+                }
+                Step::Upstream | Step::AnyPeer => {
+                    self.open(node, layer, Role::Global);
+                    return Some(of_upstream(round_trips + 1.0));
+                }
+            };
+            decision = search.after(step, error);
+        }
+    }
+
+    fn find_holder(&mut self, node: usize, layer: usize, span: Span, round_trips: &mut f64) -> Option<usize> {
+        if self.nodes[node].fetches[layer].role == Some(Role::Global) {
             let fetch = &mut self.nodes[node].fetches[layer];
             let requesters = fetch.trackers.iter().flat_map(|tracker| tracker.holders_of_byte(span.start));
             requesters.collect::<Vec<_>>().iter().for_each(|holder| fetch.view.learn(holder));
@@ -121,34 +171,12 @@ impl Network {
         for _ in 0..MAX_HOLDERS_TRIED {
             let (now, lot) = (self.clock(), self.random.u64(..));
             let has = self.nodes[node].fetches[layer].have.len();
-            let Some(holder) = self.nodes[node].fetches[layer].view.pick(span.start, has, now, lot) else { break };
-            if let PeerResponse::From(from) = self.request(node, index(holder), layer, span, None, &mut round_trips) {
-                return Some(Source { from: Some(from), given: span, round_trips, gives_up: true, lent_by: None });
+            let holder = self.nodes[node].fetches[layer].view.pick(span.start, has, now, lot)?;
+            if let PeerResponse::From(from) = self.request(node, index(holder), layer, span, None, round_trips) {
+                return Some(from);
             }
         }
-        loop {
-            let route = self.owner_route(node, layer, role);
-            let Some(leader) = route.owners.first().map(|leader| index(*leader)) else { break };
-            if self.nodes[leader].is_dead {
-                round_trips += 1.0;
-                self.found_dead(node, layer, leader);
-                continue;
-            }
-            let source = Source { from: None, given: span, round_trips, gives_up: false, lent_by: None };
-            let response = self.request(node, leader, layer, span, Some(route.request_role), &mut round_trips);
-            return match response {
-                PeerResponse::From(from) => {
-                    Some(Source { from: Some(from), round_trips, gives_up: from != leader, ..source })
-                }
-                PeerResponse::Fetch(lent) => Some(Source { given: lent, round_trips, lent_by: Some(leader), ..source }),
-                PeerResponse::Miss => Some(Source { from: Some(leader), round_trips, gives_up: true, ..source }),
-                PeerResponse::Wait => None,
-            };
-        }
-        // All owners before this node are dead.
-        self.open(node, layer, Role::Global);
-        round_trips += 1.0;
-        Some(Source { from: None, given: span, round_trips, gives_up: false, lent_by: None })
+        None
     }
 
     /// Sends a request to one peer: as an owner in `request_role`, or as a holder. A redirect is followed; if its target

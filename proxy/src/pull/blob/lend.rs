@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::{BlobRequest, Pull};
+use super::{BlobRequest, BlobService};
 use crate::fill::{Fill, Lent};
 use crate::oci::Span;
 use crate::peers::swarm::{BestSource, PeerDecision};
@@ -20,7 +20,7 @@ const LEND_TIMEOUT: Duration = Duration::from_secs(6);
 /// How often a held request is checked. Longer: freed loans are used later. Shorter: more CPU for each held request.
 const LEND_POLL_INTERVAL: Duration = Duration::from_millis(50);
 
-impl Pull {
+impl BlobService {
     /// Whether this node or another source is better for the byte at `at`.
     fn best_source(&self, request: &BlobRequest, at: u64) -> BestSource {
         match self.owner_fill(request) {
@@ -83,6 +83,6 @@ impl Pull {
     /// The fill that this node runs as the owner.
     fn owner_fill(&self, request: &BlobRequest) -> Option<Arc<Fill>> {
         let is_owner_fill = |fill: &Arc<Fill>| fill.role() == Role::Global && self.role_of(request) == Role::Global;
-        self.fills.running(&self.fill_key(request)).filter(is_owner_fill)
+        self.fills().running(&self.fill_key(request)).filter(is_owner_fill)
     }
 }

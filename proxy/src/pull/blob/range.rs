@@ -3,14 +3,13 @@
 //! A lazy snapshotter reads 50 KB of a 5 GB blob, which must not download 5 GB. Once a good part of the blob was
 //! requested, dray downloads and caches the whole.
 
-use std::sync::Arc;
-
-use super::blob::{BlobError, span_of};
-use super::{BlobRequest, BlobResponse, Pull, PullError};
+use super::{BlobError, BlobRequest, BlobResponse, BlobService, span_of};
 use crate::fill::SpanStream;
-use crate::oci::{RangeRequest, Span};
+use crate::oci::{Digest, RangeRequest, Span};
 use crate::peers::RangePurpose;
+use crate::pull::PullError;
 use crate::role::Role;
+use crate::times::OBSERVATION_TTL;
 
 /// A blob is downloaded whole once this many bytes, or one in this many bytes of it, were requested. Larger: more
 /// ranges are passed through and requested again. Smaller: more is downloaded than clients need.
@@ -21,31 +20,36 @@ const FILL_AFTER_SHARE: u64 = 20;
 /// Smaller: more bytes are downloaded twice.
 const MAX_FILL_DISTANCE: u64 = 16 * 1024 * 1024;
 
+/// The bytes that were requested in bounded ranges, by blob.
+pub(super) struct RequestedRanges(moka::sync::Cache<Digest, RequestedBytes>);
+
 /// How much of a blob was requested in bounded ranges.
 #[derive(Clone, Copy, Default)]
-pub(super) struct RequestedRanges {
+struct RequestedBytes {
     bytes: u64,
     /// Known after the first response.
     total: Option<u64>,
 }
 
-impl Pull {
+/// Blobs whose ranges are counted. Fewer: a blob that is read slowly is never downloaded whole.
+const MAX_BLOBS: u64 = 50_000;
+
+impl BlobService {
     /// Passes a bounded range through. None: it is not a bounded range, or a fill serves it.
-    pub(super) async fn pass_range(self: &Arc<Self>, request: &BlobRequest) -> Result<Option<BlobResponse>, BlobError> {
+    pub(super) async fn pass_range(&self, request: &BlobRequest) -> Result<Option<BlobResponse>, BlobError> {
         if request.request_context.range_purpose == RangePurpose::Whole || self.is_ambiguous(request) {
             return Ok(None);
         }
         let Some(span) = self.bounded(request).await? else { return Ok(None) };
         let (key, role) = (self.fill_key(request), self.role_of(request));
         // A fill in a lower role would have to be promoted, and then download the whole from elsewhere.
-        if let Some(fill) = self.fills.running(&key)
+        if let Some(fill) = self.fills().running(&key)
             && fill.role() >= role
             && fill.is_near(span.start, MAX_FILL_DISTANCE)
         {
             return Ok(None);
         }
-        let asked = self.requested_ranges.get(&request.digest).unwrap_or_default().with_bytes(span.len());
-        self.requested_ranges.insert(request.digest.clone(), asked);
+        let asked = self.requested_ranges.add(&request.digest, span.len());
         if asked.warrants_fill() {
             // An owner's fill downloads first what readers wait for. In another role a far range is passed through, so
             // that it does not wait for all bytes before it.
@@ -53,14 +57,14 @@ impl Pull {
                 return Ok(None);
             }
             let sources = self.sources(request, RangePurpose::Whole);
-            self.fills.join(&key, &request.repo_ref, request.request_context.client, sources, 0);
+            self.fills().join(&key, &request.repo_ref, request.request_context.client, sources, 0);
         }
         let feed = match SpanStream::open(self.sources(request, RangePurpose::Range), span.start, Some(span.end)).await
         {
             Ok(feed) => feed,
             // Beyond the end: a 416 names the total length.
             Err(error) if error.failed_status() == Some(416) => {
-                let (total, _) = self.length_from_sources(request).await?;
+                let (total, _) = self.lengths.of_sources(request).await?;
                 return Err(PullError::Unsatisfiable { total }.into());
             }
             Err(error) => return Err(error.into()),
@@ -69,17 +73,17 @@ impl Pull {
             // The source ignores ranges and sends the whole blob, which is better cached.
             return Ok(None);
         }
-        self.requested_ranges.insert(request.digest.clone(), RequestedRanges { total: Some(feed.total()), ..asked });
+        self.requested_ranges.0.insert(request.digest.clone(), RequestedBytes { total: Some(feed.total()), ..asked });
         self.passing(feed, request).map(Some)
     }
 
-    async fn bounded(self: &Arc<Self>, request: &BlobRequest) -> Result<Option<Span>, BlobError> {
+    async fn bounded(&self, request: &BlobRequest) -> Result<Option<Span>, BlobError> {
         match request.range {
             Some(RangeRequest::Bounded(start, last)) if start <= last => {
                 Ok(Some(Span { start, end: last.saturating_add(1) }))
             }
             Some(RangeRequest::Suffix(_)) => {
-                let (total, _) = self.length_from_sources(request).await?;
+                let (total, _) = self.lengths.of_sources(request).await?;
                 Ok(span_of(request.range, total)?)
             }
             _ => Ok(None),
@@ -88,11 +92,37 @@ impl Pull {
 }
 
 impl RequestedRanges {
+    pub(super) fn new() -> Self {
+        Self(moka::sync::Cache::builder().max_capacity(MAX_BLOBS).time_to_idle(OBSERVATION_TTL).build())
+    }
+
+    fn add(&self, digest: &Digest, bytes: u64) -> RequestedBytes {
+        let requested = self.0.get(digest).unwrap_or_default().with_bytes(bytes);
+        self.0.insert(digest.clone(), requested);
+        requested
+    }
+}
+
+impl RequestedBytes {
     fn with_bytes(self, bytes: u64) -> Self {
         Self { bytes: self.bytes.saturating_add(bytes), ..self }
     }
 
     fn warrants_fill(self) -> bool {
         self.bytes >= FILL_AFTER_BYTES || self.total.is_some_and(|total| self.bytes >= total / FILL_AFTER_SHARE)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn blob_is_downloaded_whole_once_a_good_part_was_requested() {
+        let requested = |bytes, total| RequestedBytes { bytes, total }.warrants_fill();
+        let (large, small) = (Some(5 << 30), Some(20_000));
+        assert!(!requested(FILL_AFTER_BYTES - 1, large) && requested(FILL_AFTER_BYTES, large));
+        assert!(!requested(999, small) && requested(1000, small));
+        assert!(!requested(1000, None), "the length is not known yet");
     }
 }

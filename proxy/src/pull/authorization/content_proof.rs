@@ -17,8 +17,7 @@ use std::sync::Arc;
 
 use tokio::time::{Instant, timeout_at};
 
-use super::Pull;
-use super::authorization::{digest_of, kind_of};
+use super::{Authorizer, digest_of, kind_of};
 use crate::oci::{Digest, Endpoint, Reference, Span};
 use crate::registries::RepositoryRef;
 use crate::source::{Incoming, Part, SourceError};
@@ -32,12 +31,12 @@ const SAMPLES: usize = 3;
 /// Length of a sample, in bytes. Longer: more traffic. Shorter: easier to guess; 4 KiB fit into three packets.
 const SAMPLE_BYTES: u64 = 4096;
 
-impl Pull {
+impl Authorizer {
     /// Adds an object that is cached from another repository to this one, if the registry proves that it holds it.
-    pub(super) async fn prove_content(self: &Arc<Self>, repo_ref: &RepositoryRef, endpoint: &Endpoint, accept: &str) {
+    pub(super) async fn prove_content(&self, repo_ref: &RepositoryRef, endpoint: &Endpoint, accept: &str) {
         let Some(digest) = digest_of(endpoint) else { return };
-        let Some(found) = self.cached_from_other_repository(repo_ref, digest, kind_of(endpoint)).await else { return };
-        if self.authorizations.has_failed_proof(repo_ref, digest) {
+        let Some(found) = self.content.of_other_repository(repo_ref, digest, kind_of(endpoint)).await else { return };
+        if self.cache.has_failed_proof(repo_ref, digest) {
             return;
         }
         let deadline = Instant::now() + UPSTREAM_TIMEOUT;
@@ -51,22 +50,22 @@ impl Pull {
             Found::Large { blob, .. } => self.samples_match(repo_ref, digest, blob, deadline).await,
         };
         match shown {
-            Ok(true) => self.authorizations.record_proof(repo_ref, digest),
+            Ok(true) => self.cache.record_proof(repo_ref, digest),
             Ok(false) => {
                 tracing::warn!(registry = %repo_ref.registry, repository = %repo_ref.repository, %digest, "content proof failed, upstream bytes differ");
-                self.authorizations.record_failed_proof(repo_ref, digest);
+                self.cache.record_failed_proof(repo_ref, digest);
             }
             // A local limit, the credentials or the rate limit failed the check: nothing is known of the content.
             Err(SourceError::Busy | SourceError::NoCredentials(_) | SourceError::Limited { .. }) => {}
             Err(error) => {
                 tracing::debug!(registry = %repo_ref.registry, repository = %repo_ref.repository, %digest, %error, "content proof failed");
-                self.authorizations.record_failed_proof(repo_ref, digest);
+                self.cache.record_failed_proof(repo_ref, digest);
             }
         }
     }
 
     async fn manifest_matches(
-        self: &Arc<Self>,
+        &self,
         repo_ref: &RepositoryRef,
         digest: &Digest,
         accept: &str,
@@ -78,7 +77,7 @@ impl Pull {
     }
 
     async fn small_blob_matches(
-        self: &Arc<Self>,
+        &self,
         repo_ref: &RepositoryRef,
         digest: &Digest,
         total: u64,
@@ -89,7 +88,7 @@ impl Pull {
     }
 
     async fn samples_match(
-        self: &Arc<Self>,
+        &self,
         repo_ref: &RepositoryRef,
         digest: &Digest,
         blob: Arc<Blob>,
@@ -99,7 +98,7 @@ impl Pull {
         // The same for each repository and attempt: a server cannot repeat attempts until the samples fit its bytes.
         let pick_start = |range: Range<u64>| {
             nth += 1;
-            range.start + self.authorizations.keyed_hash(digest, nth) % (range.end - range.start)
+            range.start + self.cache.keyed_hash(digest, nth) % (range.end - range.start)
         };
         for span in sample_spans(blob.len, pick_start) {
             let incoming = self.upstream.blob(repo_ref, digest, Part::Span(span), Some(blob.len), deadline).await?;

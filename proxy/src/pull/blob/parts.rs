@@ -5,8 +5,9 @@ use std::sync::Arc;
 use bytes::Bytes;
 use futures_util::stream::{self, BoxStream, StreamExt};
 
-use super::{BlobExtent, BlobRequest, BlobResponse, Body, Pull, PullError};
+use super::{BlobExtent, BlobRequest, BlobResponse, BlobService, Body};
 use crate::oci::{Multipart, RangeRequest, RangeSet, Span};
+use crate::pull::PullError;
 use crate::source::Broken;
 use crate::trace;
 
@@ -24,14 +25,10 @@ pub struct Parts {
     ended: bool,
 }
 
-impl Pull {
+impl BlobService {
     /// `GET blobs/<digest>` with several ranges. Each is served by itself: from the cache, a running fill, or its
     /// source.
-    pub async fn blob_parts(
-        self: &Arc<Self>,
-        request: &BlobRequest,
-        ranges: &RangeSet,
-    ) -> Result<BlobResponse, PullError> {
+    pub async fn parts(self: &Arc<Self>, request: &BlobRequest, ranges: &RangeSet) -> Result<BlobResponse, PullError> {
         // The first response brings the total length, without which no range can be clipped.
         let first = match self.blob(&BlobRequest { range: ranges.iter().next(), ..request.clone() }).await {
             Err(PullError::Unsatisfiable { total }) => match ranges.within(total).first() {
@@ -48,12 +45,12 @@ impl Pull {
         let multipart = Multipart::new(format!("{:032x}", fastrand::u128(..)), total, spans.clone());
         let opened = Some(first).filter(|first| first.extent == BlobExtent::Part(spans[0]));
         let rest = if opened.is_some() { spans[1..].to_vec() } else { spans };
-        let (pull, request) = (self.clone(), request.clone());
+        let (blobs, request) = (self.clone(), request.clone());
         let opening = stream::iter(rest).map(move |span| {
-            let (pull, request) = (pull.clone(), request.clone());
+            let (blobs, request) = (blobs.clone(), request.clone());
             async move {
                 // In a task of its own, so that a slow client does not use up the part's deadline.
-                let opened = tokio::spawn(trace::carried(async move { pull.part(&request, span).await }));
+                let opened = tokio::spawn(trace::carried(async move { blobs.part(&request, span).await }));
                 opened.await.unwrap_or_else(|_| {
                     Err(PullError::Unavailable("internal error: the task panicked, see dray's log".into()))
                 })

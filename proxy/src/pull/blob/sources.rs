@@ -1,6 +1,7 @@
 //! The sources of a blob, in order: its holders, its owner, then the upstream.
 
 use std::collections::HashSet;
+use std::fmt;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -11,22 +12,42 @@ use parking_lot::Mutex;
 use tokio::time::{Instant, timeout};
 use xxhash_rust::xxh64::Xxh64;
 
-use super::owners::request_from_owners;
-use super::throughput::Sender;
-use super::{Pull, is_personal};
-use crate::config::CrossZonePeers;
-use crate::fill::{ConnectionMode, FillKey, FillSources, VerifiedContent};
-use crate::oci::{Span, Spans};
+use crate::fill::{ConnectionMode, FillKey, FillSources, Fills, VerifiedContent};
+use crate::oci::{Digest, Registry, Span, Spans};
 use crate::peers::swarm::{Contribution, View};
-use crate::peers::{PeerError, PeerQuery, PeerRequestMode, Peers, RangePurpose, RedirectPolicy, Scope};
+use crate::peers::wire::Holder;
+use crate::peers::{PeerError, PeerQuery, PeerRequestMode, Peers, RangePurpose, RedirectPolicy};
+use crate::pull::authorization::AuthorizationCache;
+use crate::pull::is_personal;
+use crate::pull::peer_routing::{PeerRouting, outage_scope};
+use crate::pull::registry_hints::RegistryHints;
+use crate::pull::source_search::{
+    HolderStep, MAX_HOLDERS_TRIED, MAX_PEER_RANGES, ObjectSource, SearchProgress, Source, SourceSearch, WithoutOwner,
+    search,
+};
+use crate::pull::throughput::Sender;
 use crate::registries::RepositoryRef;
 use crate::role::{CurrentRole, Role};
 use crate::source::{Incoming, Part, ServedFrom, SourceError};
-use crate::times::{CONFIRM_TIMEOUT, STALL_TIMEOUT, UPSTREAM_TIMEOUT};
+use crate::times::{CONFIRM_TIMEOUT, OBSERVATION_TTL, STALL_TIMEOUT, UPSTREAM_TIMEOUT};
+use crate::upstream::UpstreamClient;
+
+/// What the sources of all blobs share.
+pub(in crate::pull) struct SourceContext {
+    pub(in crate::pull) fills: Arc<Fills>,
+    pub(in crate::pull) routing: Arc<PeerRouting>,
+    pub(in crate::pull) upstream: Arc<UpstreamClient>,
+    pub(in crate::pull) authorizations: Arc<AuthorizationCache>,
+    pub(in crate::pull) registry_hints: Arc<RegistryHints>,
+    /// The holders of blobs as peers last reported them.
+    holders: moka::sync::Cache<(FillKey, QueryScope), Arc<Vec<Holder>>>,
+    /// What each peer sent of a corrupt blob, until a verified copy shows which peer was wrong.
+    suspect_contributions: moka::sync::Cache<(Digest, Registry), Arc<Vec<Contribution>>>,
+}
 
 /// The sources of one blob.
 pub(super) struct BlobSources {
-    pull: Arc<Pull>,
+    context: Arc<SourceContext>,
     repo_ref: RepositoryRef,
     key: FillKey,
     /// The role at the start, and the current role.
@@ -42,7 +63,7 @@ pub(super) struct BlobSources {
 
 /// Which peers were queried for holders.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
-pub(super) enum QueryScope {
+enum QueryScope {
     Successors,
     Everywhere,
 }
@@ -51,26 +72,26 @@ pub(super) enum QueryScope {
 /// for longer. Fewer: short failures move followers to another owner, which downloads the blob again.
 const MAX_OWNER_FAILURES: u32 = 3;
 
-/// Holders that are tried for one range before its owner. More: a range waits longer if holders fail. Fewer: more load
-/// on the owner.
-const MAX_HOLDERS_TRIED: usize = 3;
-
 /// Time limit of a peer that only serves what it has or gets now. Longer: a silent peer delays the range. Shorter:
 /// loaded peers are skipped.
 const HOLDER_TIMEOUT: Duration = Duration::from_secs(4);
+
+/// Blobs whose holders are in memory. Fewer: peers are queried more often.
+const MAX_BLOBS_WITH_HOLDERS: u64 = 10_000;
+
+/// Corrupt blobs whose senders are in memory. Fewer: the sender of a corrupt blob is found out later.
+const MAX_SUSPECT_BLOBS: u64 = 100;
 
 /// Smallest part of a range that an owner may lend, in bytes. Larger: loans are refused, and the owner downloads more.
 /// Smaller: one range becomes many requests.
 const MIN_LOAN_BYTES: u64 = 1024 * 1024;
 
-/// Ranges requested from peers at the same time. More: more load on each peer. Fewer: one slow peer slows the blob.
-const MAX_PEER_RANGES: usize = 4;
-
 #[async_trait]
 impl FillSources for BlobSources {
     async fn open(&self, from: u64, end: Option<u64>, failures: u32) -> Result<(Incoming, ServedFrom), SourceError> {
         let role = self.role.get();
-        if let Some(opened) = self.open_as(role, Part::new(from, end), failures).await? {
+        let sources = PartSources { sources: self, role, part: Part::new(from, end), failures };
+        if let Some(opened) = search(self.search(role, failures), &sources).await? {
             return Ok(opened);
         }
         // Other nodes may turn to this one as well: all of them share its fill, which downloads from the upstream.
@@ -108,13 +129,15 @@ impl FillSources for BlobSources {
     }
 
     fn matched(&self, truth: VerifiedContent) {
-        self.pull.authorizations.mark_sent(&self.repo_ref, &self.key.digest);
+        self.context.authorizations.mark_sent(&self.repo_ref, &self.key.digest);
         // A promoted fill came from peers as well: its time is not the upstream's.
         if let Some((sender, bytes)) = self.sender(truth.total()).filter(|_| !self.was_promoted()) {
-            self.pull.throughput.record(self.repo_ref.rule.name(), sender, bytes, self.begun.elapsed());
+            self.context.routing.throughput.record(self.repo_ref.rule.name(), sender, bytes, self.begun.elapsed());
         }
         let key = (self.key.digest.clone(), self.key.registry.clone());
-        if let (Some(suspects), Some(peers)) = (self.pull.suspect_contributions.remove(&key), &self.pull.peers) {
+        if let (Some(suspects), Some(peers)) =
+            (self.context.suspect_contributions.remove(&key), self.context.routing.peers())
+        {
             let peers = peers.clone();
             tokio::task::spawn_blocking(move || {
                 let corrupt = suspects.iter().filter(|contribution| is_corrupt(contribution, &truth));
@@ -129,14 +152,9 @@ impl FillSources for BlobSources {
         let contributions = self.view.lock().contributions().to_vec();
         if !contributions.is_empty() {
             let key = (self.key.digest.clone(), self.key.registry.clone());
-            self.pull.suspect_contributions.insert(key, Arc::new(contributions));
+            self.context.suspect_contributions.insert(key, Arc::new(contributions));
         }
     }
-}
-
-/// The peers to request from when the upstream is down: slow peers are better than none.
-pub(super) fn outage_scope(repo_ref: &RepositoryRef) -> Scope {
-    if repo_ref.rule.cross_zone_peers == CrossZonePeers::Never { Scope::OwnZone } else { Scope::AllZones }
 }
 
 /// Whether the bytes of a peer differ from the verified content.
@@ -160,18 +178,18 @@ fn is_corrupt(contribution: &Contribution, truth: &VerifiedContent) -> bool {
 
 impl BlobSources {
     pub(super) fn new(
-        pull: &Arc<Pull>,
+        context: &Arc<SourceContext>,
         repo_ref: &RepositoryRef,
         key: FillKey,
         role: Role,
         range_purpose: RangePurpose,
     ) -> Self {
         let begun = Instant::now();
-        let view = Arc::new(Mutex::new(View::new(pull.peers.as_ref().map_or(1, |peers| peers.count()))));
+        let view = Arc::new(Mutex::new(View::new(context.routing.peers().map_or(1, |peers| peers.count()))));
         let upstream_bytes = AtomicU64::new(0);
         let (first_role, role) = (role, CurrentRole::new(role));
         Self {
-            pull: pull.clone(),
+            context: context.clone(),
             repo_ref: repo_ref.clone(),
             key,
             first_role,
@@ -183,45 +201,25 @@ impl BlobSources {
         }
     }
 
-    /// Opens a part in this role. None: no owner can be reached, so that this node has to act as the owner, or already
-    /// does.
-    async fn open_as(
-        &self,
-        role: Role,
-        part: Part,
-        failures: u32,
-    ) -> Result<Option<(Incoming, ServedFrom)>, SourceError> {
-        if let Some(peers) = self.peers() {
-            if role == Role::Global {
-                self.query_holders(peers, QueryScope::Successors).await;
-                let visitors = peers.requesting_holders(&self.key.digest, part.start());
-                visitors.iter().for_each(|holder| self.view.lock().learn(holder));
-            }
-            // After a failure the owner comes before other holders: it has or downloads the next bytes.
-            if (failures == 0 || role == Role::Global)
-                && let Some(incoming) = timeout(CONFIRM_TIMEOUT, self.open_at_holders(peers, part)).await.ok().flatten()
-            {
-                return Ok(Some((incoming, ServedFrom::Peer)));
-            }
-            // When a connection breaks, the owner still has or downloads the next bytes. A second request to it keeps
-            // followers away from the upstream.
-            if let Some(response) = self.open_at_owners(peers, role, part, failures).await? {
-                return Ok(Some(response));
-            }
-            if role != Role::Global && self.range_purpose == RangePurpose::Whole {
-                return Ok(None);
-            }
-        }
-        if failures > 0 {
-            self.pull.upstream.forget_redirects(&self.repo_ref, &self.key.digest).await;
-        }
-        match self.open_upstream(part, Instant::now() + self.upstream_timeout()).await {
-            Ok(incoming) => Ok(Some((incoming, ServedFrom::Upstream))),
-            Err(error) => match self.open_at_any_peer(part, &error).await {
-                Some(incoming) => Ok(Some((incoming, ServedFrom::Peer))),
-                None => Err(error),
-            },
-        }
+    /// The search for a source of a part in this role, after `failures` sources in a row have failed.
+    fn search(&self, role: Role, failures: u32) -> SourceSearch {
+        let Some(peers) = self.peers() else { return SourceSearch::upstream_only() };
+        let route = peers.owner_route(&self.key.digest, role, self.context.routing.scope(&self.repo_ref));
+        // After a failure the owner comes before other holders: it has or downloads the next bytes.
+        let holders = match failures == 0 || role == Role::Global {
+            true => HolderStep::First,
+            false => HolderStep::Skipped,
+        };
+        let without_owner = match self.range_purpose {
+            RangePurpose::Whole => WithoutOwner::ActAsOwner,
+            RangePurpose::Range => WithoutOwner::RequestUpstream,
+        };
+        let progress = match self.cached_spans().is_empty() {
+            true => SearchProgress::NotBegun,
+            false => SearchProgress::Begun,
+        };
+        let search = SourceSearch::new(role, route, holders, without_owner).with_progress(progress);
+        if failures >= MAX_OWNER_FAILURES { search.without_first_owner() } else { search }
     }
 
     async fn open_upstream(&self, part: Part, deadline: Instant) -> Result<Incoming, SourceError> {
@@ -234,24 +232,24 @@ impl BlobSources {
     /// ends. If the upstream denies it, the first credential is used for the rest.
     async fn request_upstream(&self, part: Part, deadline: Instant) -> Result<Incoming, SourceError> {
         let digest = &self.key.digest;
-        let known = self.pull.registry_hints.length_of(&self.repo_ref, digest);
-        if let Some(fill) = self.pull.fills.running(&self.key)
+        let known = self.context.registry_hints.length_of(&self.repo_ref, digest);
+        if let Some(fill) = self.context.fills.running(&self.key)
             && let newest = fill.newest_repo_ref()
             && newest.principal != self.repo_ref.principal
         {
-            let response = self.pull.upstream.blob(&newest, digest, part, known, deadline).await;
+            let response = self.context.upstream.blob(&newest, digest, part, known, deadline).await;
             if !is_personal(&self.repo_ref, &response) {
                 return response;
             }
             fill.forget_principal(&newest.principal);
         }
-        self.pull.upstream.blob(&self.repo_ref, digest, part, known, deadline).await
+        self.context.upstream.blob(&self.repo_ref, digest, part, known, deadline).await
     }
 
     /// The sender of more than half of the blob, for the comparison of speeds, and its bytes. Bytes that were cached
     /// before count for neither.
     fn sender(&self, total: u64) -> Option<(Sender, u64)> {
-        let peers = self.pull.peers.as_ref()?;
+        let peers = self.context.routing.peers()?;
         let view = self.view.lock();
         let cross_zone = view.contributions().iter().filter(|sent| peers.is_cross_zone(sent.peer));
         let cross_zone_bytes: u64 = cross_zone.map(|sent| sent.span.len()).sum();
@@ -266,13 +264,15 @@ impl BlobSources {
     /// Queries peers for holders. A recent result is reused for other ranges.
     async fn query_holders(&self, peers: &Peers, scope: QueryScope) {
         let key = (self.key.clone(), scope);
-        let found = match self.pull.holders.get(&key) {
+        let found = match self.context.holders.get(&key) {
             Some(found) => found,
             None => {
                 let query = self.query(PeerRequestMode::OnlyIfCached);
                 let found = Arc::new(match scope {
                     QueryScope::Successors => {
-                        peers.query_successors(&PeerQuery { scope: self.pull.scope(&self.repo_ref), ..query }).await
+                        peers
+                            .query_successors(&PeerQuery { scope: self.context.routing.scope(&self.repo_ref), ..query })
+                            .await
                     }
                     QueryScope::Everywhere => {
                         peers.query_last_resort(&PeerQuery { scope: outage_scope(&self.repo_ref), ..query }).await
@@ -280,7 +280,7 @@ impl BlobSources {
                 });
                 // In an outage an empty result is not cached: a peer may get the blob at any moment.
                 if scope == QueryScope::Successors || !found.is_empty() {
-                    self.pull.holders.insert(key, found.clone());
+                    self.context.holders.insert(key, found.clone());
                 }
                 found
             }
@@ -302,35 +302,6 @@ impl BlobSources {
             }
         }
         None
-    }
-
-    /// None: this node is the owner, or no owner can be reached.
-    async fn open_at_owners(
-        &self,
-        peers: &Arc<Peers>,
-        role: Role,
-        part: Part,
-        failures: u32,
-    ) -> Result<Option<(Incoming, ServedFrom)>, SourceError> {
-        let mut lead = peers.owner_route(&self.key.digest, role, self.pull.scope(&self.repo_ref));
-        // After too many failures the first owner is skipped, as by its other followers.
-        if failures >= MAX_OWNER_FAILURES && !lead.owners.is_empty() {
-            lead.owners.remove(0);
-        }
-        let given = request_from_owners(lead, &self.key.digest, |owner, mode| async move {
-            match self.open_at_owner(peers, owner, mode, part, failures).await {
-                // The owner has sent some bytes and may be changing its source: `failures` decide when to skip it.
-                Err(PeerError::Source(error @ SourceError::TimedOut)) if !self.cached_spans().is_empty() => {
-                    Ok(Err(error))
-                }
-                Err(PeerError::Source(error)) => Err(error),
-                Err(PeerError::NotCached | PeerError::Redirected(_) | PeerError::Deputed(_)) => {
-                    Err(SourceError::NotCached)
-                }
-                Ok(given) => Ok(Ok(given)),
-            }
-        });
-        given.await?.transpose()
     }
 
     async fn open_at_owner(
@@ -367,7 +338,7 @@ impl BlobSources {
         // Smaller loans would make many requests of one.
         let is_part = matches!(part, Part::Span(asked) if asked.start == span.start
             && (span.end == asked.end || (span.end < asked.end && span.len() >= MIN_LOAN_BYTES)));
-        if let Some(fill) = self.pull.fills.running(&self.key).filter(|_| is_part) {
+        if let Some(fill) = self.context.fills.running(&self.key).filter(|_| is_part) {
             fill.depute(span);
             let deadline = Instant::now() + STALL_TIMEOUT;
             match self.open_upstream(Part::Span(span), deadline).await {
@@ -441,9 +412,8 @@ impl BlobSources {
         }
     }
 
-    /// Opens the part at any peer that has it, if the upstream is down.
-    async fn open_at_any_peer(&self, part: Part, error: &SourceError) -> Option<Incoming> {
-        let peers = self.peers().filter(|_| error.is_outage() && !error.is_about_ranges())?;
+    /// Opens the part at any peer that has it.
+    async fn open_at_any_peer(&self, peers: &Arc<Peers>, part: Part) -> Option<Incoming> {
         self.query_holders(peers, QueryScope::Everywhere).await;
         self.view.lock().forgive();
         self.open_at_holders(peers, part).await
@@ -452,7 +422,7 @@ impl BlobSources {
     /// Time limit of a source's first byte. The first request of a blob may take as long as an upstream may: there is
     /// no better source. Once bytes have come, a connection that does not begin soon is replaced.
     fn first_byte_timeout(&self) -> Duration {
-        let has_begun = self.pull.fills.running(&self.key).is_some_and(|fill| fill.known_length().is_some());
+        let has_begun = self.context.fills.running(&self.key).is_some_and(|fill| fill.known_length().is_some());
         if has_begun { STALL_TIMEOUT } else { UPSTREAM_TIMEOUT }
     }
 
@@ -470,7 +440,7 @@ impl BlobSources {
 
     /// The bytes of the blob on this node.
     fn cached_spans(&self) -> Spans {
-        self.pull.fills.running(&self.key).map_or_else(Spans::default, |fill| fill.written())
+        self.context.fills.running(&self.key).map_or_else(Spans::default, |fill| fill.written())
     }
 
     fn query(&self, mode: PeerRequestMode) -> PeerQuery<'_> {
@@ -485,8 +455,77 @@ impl BlobSources {
     /// None: the blob may not be shared with peers, or it lately came corrupt. A corrupt blob is downloaded from the
     /// upstream alone, because any peer may have sent the wrong bytes.
     fn peers(&self) -> Option<&Arc<Peers>> {
-        let distrusted = || self.pull.fills.is_distrusted(&self.key.content());
-        self.pull.peers_for(&self.repo_ref).filter(|_| !distrusted())
+        let distrusted = || self.context.fills.is_distrusted(&self.key.content());
+        self.context.routing.peers_for(&self.repo_ref).filter(|_| !distrusted())
+    }
+}
+
+/// The sources of one part of a blob.
+struct PartSources<'a> {
+    sources: &'a BlobSources,
+    role: Role,
+    part: Part,
+    failures: u32,
+}
+
+#[async_trait]
+impl ObjectSource for PartSources<'_> {
+    type Object = (Incoming, ServedFrom);
+
+    async fn request(&self, source: Source) -> Result<Self::Object, SourceError> {
+        let Self { sources, role, part, failures } = self;
+        match (source, sources.peers()) {
+            (Source::Upstream, _) => {
+                if *failures > 0 {
+                    sources.context.upstream.forget_redirects(&sources.repo_ref, &sources.key.digest).await;
+                }
+                let incoming = sources.open_upstream(*part, Instant::now() + sources.upstream_timeout()).await?;
+                Ok((incoming, ServedFrom::Upstream))
+            }
+            (Source::Holders, Some(peers)) => {
+                if *role == Role::Global {
+                    sources.query_holders(peers, QueryScope::Successors).await;
+                    let requesters = peers.requesting_holders(&sources.key.digest, part.start());
+                    requesters.iter().for_each(|holder| sources.view.lock().learn(holder));
+                }
+                let incoming = timeout(CONFIRM_TIMEOUT, sources.open_at_holders(peers, *part)).await.ok().flatten();
+                Ok((incoming.ok_or(SourceError::NotCached)?, ServedFrom::Peer))
+            }
+            // When a connection breaks, the owner still has or downloads the next bytes. A second request to it keeps
+            // followers away from the upstream.
+            (Source::Owner { peer, role }, Some(peers)) => {
+                let mode = PeerRequestMode::As(role);
+                sources.open_at_owner(peers, peer, mode, *part, *failures).await.map_err(|error| match error {
+                    PeerError::Source(error) => error,
+                    PeerError::NotCached | PeerError::Redirected(_) | PeerError::Deputed(_) => SourceError::NotCached,
+                })
+            }
+            (Source::AnyPeer, Some(peers)) => {
+                let incoming = sources.open_at_any_peer(peers, *part).await.ok_or(SourceError::NotCached)?;
+                Ok((incoming, ServedFrom::Peer))
+            }
+            (Source::Holders | Source::Owner { .. } | Source::AnyPeer, None) => Err(SourceError::NotCached),
+        }
+    }
+
+    fn name(&self) -> impl fmt::Display + Send {
+        &self.sources.key.digest
+    }
+}
+
+impl SourceContext {
+    pub(in crate::pull) fn new(
+        fills: Arc<Fills>,
+        routing: Arc<PeerRouting>,
+        upstream: Arc<UpstreamClient>,
+        authorizations: Arc<AuthorizationCache>,
+        registry_hints: Arc<RegistryHints>,
+    ) -> Self {
+        let holders =
+            moka::sync::Cache::builder().max_capacity(MAX_BLOBS_WITH_HOLDERS).time_to_live(STALL_TIMEOUT).build();
+        let suspect_contributions =
+            moka::sync::Cache::builder().max_capacity(MAX_SUSPECT_BLOBS).time_to_live(OBSERVATION_TTL).build();
+        Self { fills, routing, upstream, authorizations, registry_hints, holders, suspect_contributions }
     }
 }
 

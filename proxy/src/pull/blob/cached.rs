@@ -1,13 +1,12 @@
 //! Serves a peer from this node's cache and running fills, without a request to another node or an upstream.
 
-use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::time::timeout;
 
-use super::blob::{BlobError, span_of};
-use super::{BlobRequest, BlobResponse, Pull, PullError};
+use super::{BlobError, BlobRequest, BlobResponse, BlobService, span_of};
 use crate::oci::{RangeRequest, Span, Spans};
+use crate::pull::PullError;
 use crate::store::{Found, Verification};
 use crate::times::{ALTERNATIVE_TIMEOUT, REACH_TIMEOUT};
 
@@ -16,11 +15,11 @@ use crate::times::{ALTERNATIVE_TIMEOUT, REACH_TIMEOUT};
 /// Longer: the peer's next source is tried later. Shorter: more requests fail for bytes that are about to arrive.
 const UNREQUESTED_TIMEOUT: Duration = Duration::from_millis(250);
 
-impl Pull {
+impl BlobService {
     /// Serves from the cache or a running fill. A fill is followed only after it has reached the range, so that peers
     /// never wait for each other in a circle.
     pub(super) async fn blob_from_node(
-        self: &Arc<Self>,
+        &self,
         request: &BlobRequest,
         kept: Option<Found>,
     ) -> Result<BlobResponse, PullError> {
@@ -42,7 +41,7 @@ impl Pull {
             Some(RangeRequest::Suffix(_)) => return Err(PullError::NotCached),
             None => 0,
         };
-        if let Some(fill) = self.fills.running(&self.fill_key(request)) {
+        if let Some(fill) = self.fills().running(&self.fill_key(request)) {
             let time_limit = match fill.is_deputed(start) {
                 true => REACH_TIMEOUT,
                 false if fill.is_requested(start) => ALTERNATIVE_TIMEOUT,
@@ -57,10 +56,10 @@ impl Pull {
 
     /// The bytes of a blob on this node, as far as the peer may know of them.
     pub async fn here(&self, request: &BlobRequest) -> Spans {
-        if let Some(Found::Large { blob, proof: Verification::Verified }) = self.cached_blob(request).await {
+        if let Some(Found::Large { blob, proof: Verification::Verified }) = self.content.blob(request).await {
             return Span::whole(blob.len).into();
         }
-        self.fills.running(&self.fill_key(request)).map_or_else(Spans::default, |fill| fill.written())
+        self.fills().running(&self.fill_key(request)).map_or_else(Spans::default, |fill| fill.written())
     }
 
     /// The requested range, as far as it is known before the total length.
