@@ -9,6 +9,7 @@ mod attack;
 mod cluster;
 mod cold;
 mod disk;
+mod limits;
 mod load;
 mod mirror;
 mod node;
@@ -31,6 +32,9 @@ async fn main() {
     for part in cluster::PARTS.into_iter().filter(|part| runs(part)) {
         cluster::part(part);
     }
+    if runs("limits") {
+        limits::upstream().await;
+    }
     if runs("mirror") {
         mirror::dead().await;
     }
@@ -51,7 +55,7 @@ async fn main() {
         seen::by_people().await;
     }
     let needs_no_rig = |name: &String| {
-        matches!(name.as_str(), "attack" | "mirror" | "outage" | "private" | "reload" | "seen")
+        matches!(name.as_str(), "attack" | "limits" | "mirror" | "outage" | "private" | "reload" | "seen")
             || cluster::PARTS.contains(&name.as_str())
     };
     if !wanted.is_empty() && wanted.iter().all(needs_no_rig) {

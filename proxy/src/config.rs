@@ -39,7 +39,7 @@ pub use rule::{Authorization, ClientCert, CrossZonePeers, OnClientAbort, RuleCon
 pub use rule_pattern::RulePattern;
 pub use text::{KeyConflict, SourceText};
 pub use tracing::Tracing;
-pub use units::{ConfigDuration, DiskShare, Size, whole_tag};
+pub use units::{ByteRate, ConfigDuration, DiskShare, Size, whole_tag};
 pub use upstream::{Scheme, Upstream};
 pub use zones::service_name;
 
@@ -61,6 +61,7 @@ pub struct Config {
     pub cache: CacheConfig,
     pub access: AccessConfig,
     pub egress: EgressConfig,
+    pub limits: LimitsConfig,
     pub dns: DnsConfig,
     pub tls: TlsConfig,
     /// Rules in order; the first match wins.
@@ -123,6 +124,16 @@ pub struct EgressConfig {
     /// Networks, beside the public Internet, that requests to hosts outside of this file may reach.
     #[serde(deserialize_with = "addresses::networks")]
     pub allow_cidrs: Vec<IpNet>,
+}
+
+/// Bandwidth limits of this process. None: unlimited.
+#[derive(Debug, Clone, PartialEq, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct LimitsConfig {
+    /// From all upstreams.
+    pub upstream: Option<ByteRate>,
+    /// To all peers.
+    pub peer_upload: Option<ByteRate>,
 }
 
 #[derive(Debug, Clone, PartialEq, Default, Deserialize)]
@@ -287,6 +298,7 @@ impl Default for Config {
             cache: CacheConfig::default(),
             access: AccessConfig::default(),
             egress: EgressConfig::default(),
+            limits: LimitsConfig::default(),
             dns: DnsConfig::default(),
             tls: TlsConfig::default(),
             registry: Vec::new(),

@@ -46,6 +46,7 @@ pub use self::range_plan::{Lent, RangePlan};
 pub use self::reader::Reader;
 use self::readers::Readers;
 pub use self::span_stream::{ConnectionMode, FillSources, SpanStream, VerifiedContent};
+use crate::bandwidth::CurrentPriority;
 use crate::oci::{Span, Spans};
 use crate::principal::Principal;
 use crate::provenance::Provenance;
@@ -76,6 +77,8 @@ pub struct Fill {
     plan: Mutex<RangePlan>,
     /// The role in which it sends requests to its sources.
     role: CurrentRole,
+    /// The most urgent request that has joined.
+    priority: CurrentPriority,
     /// Ranges that this node downloads as the owner's deputy; their bytes need not be written yet.
     deputy_ranges: Mutex<Spans>,
     started: Instant,
@@ -145,7 +148,7 @@ impl Fill {
         }
     }
 
-    fn new(key: FillKey, repo_ref: RepositoryRef, role: CurrentRole) -> Self {
+    fn new(key: FillKey, repo_ref: RepositoryRef, role: CurrentRole, priority: CurrentPriority) -> Self {
         let progress = watch::Sender::new(Progress::new());
         Self {
             key,
@@ -156,6 +159,7 @@ impl Fill {
             readers: Arc::default(),
             plan: Mutex::default(),
             role,
+            priority,
             deputy_ranges: Mutex::default(),
             started: Instant::now(),
         }

@@ -7,6 +7,7 @@
 pub mod access_log;
 pub mod activity;
 pub mod admin;
+pub mod bandwidth;
 pub mod blocking;
 pub mod config;
 pub mod confirmed_at;

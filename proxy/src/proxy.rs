@@ -45,6 +45,7 @@ use self::slow_clients::CLIENT_STALL_TIMEOUT;
 use self::socket::SocketDescriptor;
 use crate::access_log::AccessLog;
 use crate::activity::Activity;
+use crate::bandwidth::{CurrentPriority, PRIORITY, Priority, RateLimiter, Throttle};
 use crate::connections::{self, keep_alive_seconds};
 use crate::metrics::Metrics;
 use crate::oci::route::{self, query_value};
@@ -72,6 +73,8 @@ pub struct RegistryProxy {
     pub activity: Arc<Activity>,
     pub tracer: Arc<Tracer>,
     pub readiness: Arc<Readiness>,
+    /// The limit of what this process sends to peers.
+    pub peer_upload: Arc<RateLimiter>,
     pub listener: Listener,
 }
 
@@ -217,9 +220,16 @@ impl RegistryProxy {
         exchange.seal = peer_request.as_ref().and_then(|peer_request| peer_request.seal.clone());
         let request_context = match &peer_request {
             Some(peer_request) => self.peer_context(peer_request, &repo_ref.rule, &endpoint),
-            None => RequestContext::of_client(registry_from),
+            None => {
+                let priority = text(request, &PRIORITY).map_or(Priority::Client, Priority::of_client);
+                RequestContext { priority, ..RequestContext::of_client(registry_from) }
+            }
         };
         let request_context = RequestContext { client: self.share_key(session), ..request_context };
+        if self.listener == Listener::Peers {
+            exchange.throttle =
+                Throttle::new([self.peer_upload.clone()], CurrentPriority::new(request_context.priority));
+        }
         let started = Instant::now();
         let accept = accept::merge(request.headers.get_all(ACCEPT).iter().filter_map(|value| value.to_str().ok()));
         let authorized =
@@ -426,6 +436,7 @@ impl RegistryProxy {
             role: peer_request.terms.role,
             fetch_policy,
             range_purpose: peer_request.terms.range_purpose,
+            priority: peer_request.terms.priority.min(Priority::Peer),
             downstream: peer_request.terms.peers,
             time_limit,
         }

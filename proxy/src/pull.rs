@@ -55,7 +55,7 @@ pub use self::source_search::{
     Decision, HolderStep, MAX_HOLDERS_TRIED, MAX_PEER_RANGES, Source, SourceSearch, WithoutOwner,
 };
 use self::tag::TagService;
-use crate::config::Config;
+use crate::config::{ByteRate, Config};
 use crate::fill::Fills;
 use crate::memory::Memory;
 use crate::metrics::Metrics;
@@ -213,13 +213,13 @@ impl Pull {
     pub(crate) fn reloaded(&self, config: &Config) -> Result<ReloadedRules, String> {
         let rules = self.registries.reloaded(config);
         let sessions = self.upstream.reloaded(&config.egress, &rules)?;
-        Ok(ReloadedRules { rules, sessions })
+        Ok(ReloadedRules { rules, sessions, upstream_limit: config.limits.upstream })
     }
 
     /// Applies other rules to new requests, and returns them. Requests in progress end under their own.
     pub(crate) fn store(&self, reloaded: ReloadedRules) -> Arc<Rules> {
         // First: requests under the new rules need their sessions.
-        self.upstream.store(reloaded.sessions);
+        self.upstream.store(reloaded.sessions, reloaded.upstream_limit);
         self.registries.store(reloaded.rules.clone());
         reloaded.rules
     }
@@ -234,6 +234,7 @@ impl Pull {
 pub(crate) struct ReloadedRules {
     rules: Arc<Rules>,
     sessions: ReloadedSessions,
+    upstream_limit: Option<ByteRate>,
 }
 
 /// Whether a result is about the rights or the rate limit of one principal: another principal may get more.

@@ -11,12 +11,13 @@ use arc_swap::ArcSwap;
 use regex::Regex;
 use xxhash_rust::xxh64::xxh64;
 
+use crate::bandwidth::RateLimiter;
 use crate::config::{
-    self, Authorization, ClientCert, Config, Credentials, CrossZonePeers, OnClientAbort, RuleConfig, RulePattern,
-    Scheme, Upstream,
+    self, Authorization, ByteRate, ClientCert, Config, Credentials, CrossZonePeers, OnClientAbort, RuleConfig,
+    RulePattern, Scheme, Upstream,
 };
 use crate::oci::route::Names;
-use crate::oci::{Registry, Repository, Tag};
+use crate::oci::{ImageName, Registry, Repository, Tag};
 use crate::principal::Principal;
 use crate::provenance::Provenance;
 
@@ -52,6 +53,8 @@ pub struct Rule {
     pub negative_ttl: Duration,
     pub on_client_abort: OnClientAbort,
     pub cross_zone_peers: CrossZonePeers,
+    /// The limit of this rule's downloads from upstreams.
+    pub limiter: Arc<RateLimiter>,
     authorization: Authorization,
     immutable_tags: Vec<Regex>,
     fingerprint: String,
@@ -227,6 +230,15 @@ impl Rules {
         RepositoryRef::new(self.rule(&registry, &repository).clone(), registry, repository)
     }
 
+    /// The repository of an image name, whose first component may be an alias of a registry.
+    pub fn of_image(&self, image: &ImageName) -> RepositoryRef {
+        let (registry, repository) = (image.registry.clone(), image.repository.clone());
+        let first = repository.as_str().split_once('/').filter(|_| registry.is_docker_hub());
+        let aliased = first.and_then(|(first, rest)| Some((self.alias(first)?, rest.parse().ok()?)));
+        let (registry, repository) = aliased.unwrap_or((registry, repository));
+        self.repo_ref(registry, repository)
+    }
+
     /// Whether any rule leaves authorization to the upstream.
     pub fn any_passthrough(&self) -> bool {
         self.list.iter().any(|rule| rule.is_passthrough())
@@ -260,6 +272,7 @@ impl Rule {
             negative_ttl: rule.negative_ttl.0,
             on_client_abort: rule.on_client_abort,
             cross_zone_peers: rule.cross_zone_peers,
+            limiter: Arc::new(RateLimiter::new(rule.upstream_rate.map(ByteRate::bytes_per_second))),
             authorization: rule.authorization,
             // Invalid patterns were rejected with the configuration.
             immutable_tags: rule.immutable_tags.iter().filter_map(|p| config::whole_tag(p).ok()).collect(),

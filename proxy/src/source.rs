@@ -11,6 +11,7 @@ use http::header::{CONTENT_LENGTH, CONTENT_RANGE};
 use http::{HeaderMap, HeaderValue};
 
 pub use self::upstream_error::UpstreamError;
+use crate::bandwidth::{CurrentPriority, Throttle};
 use crate::oci::{ContentRange, RangeRequest, Span};
 use crate::times::{STALL_TIMEOUT, UPSTREAM_TIMEOUT};
 
@@ -22,6 +23,7 @@ pub struct Incoming {
     pub span: Span,
     /// Read timeout for the next piece.
     pub stall_timeout: Duration,
+    throttle: Option<Throttle>,
     body: BoxStream<'static, Result<Bytes, Broken>>,
 }
 
@@ -106,13 +108,23 @@ impl Incoming {
         total: u64,
         body: impl futures_util::Stream<Item = Result<Bytes, Broken>> + Send + 'static,
     ) -> Self {
-        Self { total, span, stall_timeout: STALL_TIMEOUT, body: body.boxed() }
+        Self { total, span, stall_timeout: STALL_TIMEOUT, throttle: None, body: body.boxed() }
     }
 
     /// A body that cannot be resumed from another connection: its source would begin again at the first byte, so a
     /// longer pause is tolerated.
     pub fn not_resumable(self) -> Self {
         Self { stall_timeout: UPSTREAM_TIMEOUT, ..self }
+    }
+
+    /// The same body under bandwidth limits.
+    pub fn throttled(self, throttle: Option<Throttle>) -> Self {
+        Self { throttle, ..self }
+    }
+
+    /// Whose download it is, for bandwidth limits.
+    pub fn for_priority(self, priority: CurrentPriority) -> Self {
+        Self { throttle: self.throttle.map(|throttle| throttle.with_priority(priority)), ..self }
     }
 
     /// Calls `done` when the last byte has arrived.
@@ -132,9 +144,20 @@ impl Incoming {
         Self { body: self.body.take_until(event).boxed(), ..self }
     }
 
+    /// Waits for the bandwidth limits. A reader that skips it is counted, but does not wait.
+    pub async fn ready(&mut self) {
+        if let Some(throttle) = &mut self.throttle {
+            throttle.ready().await;
+        }
+    }
+
     /// The next piece; None at the end of the body.
     pub async fn next(&mut self) -> Option<Result<Bytes, Broken>> {
-        self.body.next().await
+        let piece = self.body.next().await;
+        if let (Some(throttle), Some(Ok(bytes))) = (&mut self.throttle, &piece) {
+            throttle.count(bytes.len() as u64);
+        }
+        piece
     }
 }
 

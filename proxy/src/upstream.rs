@@ -16,15 +16,15 @@ mod recent_hosts;
 mod redirects;
 mod request;
 mod retry;
+mod sessions;
 mod tls;
 mod token_endpoint;
 
 use std::collections::HashMap;
-use std::sync::{Arc, Weak};
+use std::sync::Arc;
 
 use ::http::HeaderValue;
 use ::http::header::{CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE, LINK, RANGE};
-use arc_swap::ArcSwap;
 use bytes::{Bytes, BytesMut};
 use futures_util::stream::BoxStream;
 use futures_util::{StreamExt, TryStreamExt};
@@ -33,24 +33,22 @@ use tokio::sync::{Notify, Semaphore};
 use tokio::time::{Instant, timeout_at};
 
 pub use self::auth::ExchangedSecret;
-use self::auth::TokenCache;
-use self::credentials::ExternalCredentials;
 pub use self::credentials::check as check_credentials;
-use self::egress::EgressPolicy;
 pub use self::health::UpstreamView;
 use self::health::{KnownHealth, UpstreamStates};
-use self::http::UpstreamHttp;
 use self::rate_limits::RateLimits;
-use self::redirects::RedirectCache;
 use self::request::{RequestKind, UpstreamRequest, claimed_digest};
 pub use self::retry::ROUNDS;
 use self::retry::RetryBudget;
+pub(crate) use self::sessions::ReloadedSessions;
+use self::sessions::{Sessions, UpstreamSession};
+use crate::bandwidth::{CurrentPriority, Priority, RateLimiter, Throttle};
 use crate::blocking::parsed;
-use crate::config::{Config, EgressConfig};
+use crate::config::{ByteRate, Config, EgressConfig};
 use crate::memory::{Memory, UpstreamBytes};
 use crate::metrics::Metrics;
 use crate::oci::{Digest, ErrorCode, MAX_MANIFEST_BYTES, Reference, Registry, error, link, manifest};
-use crate::registries::{Registries, RepositoryRef, Rule, Rules};
+use crate::registries::{Registries, RepositoryRef, Rules};
 use crate::shares::Shares;
 use crate::source::{Broken, Incoming, Part, SourceError, UpstreamError, root_cause};
 use crate::times::OBSERVATION_TTL;
@@ -58,9 +56,9 @@ use crate::times::OBSERVATION_TTL;
 /// Sends requests to all upstream registries.
 pub struct UpstreamClient {
     registries: Arc<Registries>,
-    sessions: ArcSwap<Sessions>,
-    /// Roots of all upstreams, and the name servers: a reload does not change them.
-    config: Config,
+    sessions: Sessions,
+    /// The limit of all upstreams together.
+    limiter: Arc<RateLimiter>,
     /// By registry, so that a failing registry does not spend the retries that others have earned.
     retries: moka::sync::Cache<Registry, Arc<RetryBudget>>,
     health: UpstreamStates,
@@ -75,17 +73,6 @@ pub struct UpstreamClient {
     memory: Arc<Memory>,
     lists: Shares<Registry>,
     metrics: Arc<Metrics>,
-}
-
-/// The session of each rule, by its ID. A request that began before a reload keeps the session of its rule, so that nothing
-/// that was granted to the credentials of one rule serves another one.
-type Sessions = HashMap<u64, (Weak<Rule>, Arc<UpstreamSession>)>;
-
-/// HTTP clients of rules that came with the same configuration, and what upstreams granted to these rules.
-struct UpstreamSession {
-    http: Arc<UpstreamHttp>,
-    tokens: TokenCache,
-    redirects: RedirectCache,
 }
 
 /// A manifest as the upstream sent it. Its digest is not yet verified.
@@ -146,16 +133,10 @@ impl UpstreamClient {
         memory: Arc<Memory>,
         metrics: Arc<Metrics>,
     ) -> Result<Self, String> {
-        let rules = registries.rules();
-        let http = UpstreamHttp::new(
-            EgressPolicy::new(config)?,
-            rules.iter().map(|rule| &rule.tls),
-            config.tls.ca.as_deref(),
-        )?;
         Ok(Self {
             registries: registries.clone(),
-            sessions: ArcSwap::from_pointee(sessions_of(rules.iter(), &Arc::new(UpstreamSession::new(http)))),
-            config: config.clone(),
+            sessions: Sessions::new(config, &registries.rules())?,
+            limiter: Arc::new(RateLimiter::new(config.limits.upstream.map(ByteRate::bytes_per_second))),
             retries: moka::sync::Cache::new(MAX_RETRY_BUDGETS),
             health: UpstreamStates::new(),
             blocked: moka::sync::Cache::builder().max_capacity(MAX_BLOCKED_HOSTS).time_to_live(OBSERVATION_TTL).build(),
@@ -249,7 +230,7 @@ impl UpstreamClient {
                 last = Instant::now();
             })
             .map_err(|error| Broken(root_cause(&error.without_url())));
-        let incoming = Incoming::new(span, total, body);
+        let incoming = Incoming::new(span, total, body).throttled(self.throttle(repo_ref));
         Ok(if understands_ranges { incoming } else { incoming.not_resumable() })
     }
 
@@ -261,9 +242,8 @@ impl UpstreamClient {
         response: Response,
         deadline: Instant,
     ) -> Result<u64, SourceError> {
-        let counter = self.metrics.upstream_bytes.with_label_values(&[repo_ref.rule.name()]);
         let counting = response.bytes_stream().try_fold(0, |length, piece| {
-            counter.inc_by(piece.len() as u64);
+            self.count_bytes(repo_ref, piece.len());
             std::future::ready(Ok(length + piece.len() as u64))
         });
         match timeout_at(deadline, counting).await {
@@ -351,12 +331,12 @@ impl UpstreamClient {
         let encoding = response.headers().get(CONTENT_ENCODING).filter(|encoding| *encoding != "identity").cloned();
         let next = link::next(response.headers().get_all(LINK).iter().map(HeaderValue::as_bytes));
         let length = header_u64(&response, CONTENT_LENGTH.as_str());
-        let counter = self.metrics.upstream_bytes.with_label_values(&[repo_ref.rule.name()]);
+        let (client, counted) = (self.clone(), repo_ref.clone());
         let body = response
             .bytes_stream()
             .inspect_ok(move |piece| {
                 let _ = &permit;
-                counter.inc_by(piece.len() as u64);
+                client.count_bytes(&counted, piece.len());
             })
             .map_err(|error| Broken(root_cause(&error.without_url())));
         Ok(UpstreamList { next, filters_applied, encoding, length, body: body.boxed() })
@@ -380,52 +360,34 @@ impl UpstreamClient {
 
     /// Reloads the client certificates for upstreams. Blocks on the disk.
     pub fn reload(&self) -> Result<(), String> {
-        let errors: Vec<String> = self.distinct_sessions().iter().flat_map(|session| session.http.reload()).collect();
-        if errors.is_empty() { Ok(()) } else { Err(errors.join("; ")) }
+        self.sessions.reload_certificates()
     }
 
-    /// The sessions for other rules: new rules get one of their own, rules in use keep theirs. Must run inside a tokio
-    /// runtime. [`Self::store`] applies them.
+    /// What other rules need before they can apply. Must run inside a tokio runtime. [`Self::store`] applies it.
     pub(crate) fn reloaded(&self, egress: &EgressConfig, next: &Rules) -> Result<ReloadedSessions, String> {
-        let current = self.sessions.load();
-        let new: Vec<_> = next.iter().filter(|rule| !current.contains_key(&rule.id)).collect();
-        let mut sessions = Sessions::clone(&current);
-        sessions.retain(|_, (rule, _)| rule.strong_count() > 0);
-        if !new.is_empty() {
-            let config = Config { egress: egress.clone(), ..self.config.clone() };
-            let settings = new.iter().map(|rule| &rule.tls);
-            let http = UpstreamHttp::new(EgressPolicy::new(&config)?, settings, config.tls.ca.as_deref())?;
-            sessions.extend(sessions_of(new.into_iter(), &Arc::new(UpstreamSession::new(http))));
-        }
-        Ok(ReloadedSessions(sessions))
+        self.sessions.reloaded(egress, next)
     }
 
-    /// New requests use these sessions.
-    pub(crate) fn store(&self, sessions: ReloadedSessions) {
-        self.sessions.store(Arc::new(sessions.0));
+    /// New requests use these sessions, all downloads this limit.
+    pub(crate) fn store(&self, sessions: ReloadedSessions, limit: Option<ByteRate>) {
+        self.sessions.store(sessions);
+        self.limiter.set_rate(limit.map(ByteRate::bytes_per_second));
     }
 
     fn session(&self, repo_ref: &RepositoryRef) -> Arc<UpstreamSession> {
-        let sessions = self.sessions.load();
-        let (_, session) = sessions.get(&repo_ref.rule.id).expect("a rule in use has a session");
-        session.clone()
+        self.sessions.of(repo_ref)
     }
 
-    fn distinct_sessions(&self) -> Vec<Arc<UpstreamSession>> {
-        let mut distinct: Vec<Arc<UpstreamSession>> = Vec::new();
-        // A session without a rule in use is kept until the next reload.
-        for (_, session) in self.sessions.load().values().filter(|(rule, _)| rule.strong_count() > 0) {
-            if !distinct.iter().any(|known| Arc::ptr_eq(known, session)) {
-                distinct.push(session.clone());
-            }
-        }
-        distinct
+    /// The bandwidth limits of a download. None: there is none.
+    fn throttle(&self, repo_ref: &RepositoryRef) -> Option<Throttle> {
+        let limiters = [&repo_ref.rule.limiter, &self.limiter];
+        Throttle::new(limiters.into_iter().cloned(), CurrentPriority::new(Priority::Client))
     }
 
     /// The upstreams with recent requests.
     pub fn upstreams(&self) -> Vec<UpstreamView> {
         let mut tokens = HashMap::new();
-        for session in self.distinct_sessions() {
+        for session in self.sessions.distinct() {
             tokens.extend(session.tokens.counts());
         }
         let rules = self.registries.rules();
@@ -459,22 +421,12 @@ impl UpstreamClient {
         }
     }
 
+    /// Counts bytes that waited for no bandwidth limit.
     fn count_bytes(&self, repo_ref: &RepositoryRef, bytes: usize) {
+        if let Some(mut throttle) = self.throttle(repo_ref) {
+            throttle.count(bytes as u64);
+        }
         self.metrics.upstream_bytes.with_label_values(&[repo_ref.rule.name()]).inc_by(bytes as u64);
-    }
-}
-
-/// The sessions of a changed configuration, ready to be applied.
-pub(crate) struct ReloadedSessions(Sessions);
-
-fn sessions_of<'a>(rules: impl Iterator<Item = &'a Arc<Rule>>, session: &Arc<UpstreamSession>) -> Sessions {
-    rules.map(|rule| (rule.id, (Arc::downgrade(rule), session.clone()))).collect()
-}
-
-impl UpstreamSession {
-    fn new(http: UpstreamHttp) -> Self {
-        let external = ExternalCredentials::new(http.cloud.clone());
-        Self { http: Arc::new(http), tokens: TokenCache::new(external), redirects: RedirectCache::new() }
     }
 }
 

@@ -7,7 +7,7 @@ use std::path::Path;
 
 const LEVELS: [&[&str]; 11] = [
     &["times", "worker_watch"],
-    &["blocking", "key_file", "confirmed_at", "metrics", "oci", "readiness", "shares", "trace"],
+    &["bandwidth", "blocking", "key_file", "confirmed_at", "metrics", "oci", "readiness", "shares", "trace"],
     &[
         "activity",
         "principal",

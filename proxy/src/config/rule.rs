@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use serde::Deserialize;
 
-use super::{ConfigDuration, Credentials, RulePattern, UnlistedRegistries, Upstream, lists, units};
+use super::{ByteRate, ConfigDuration, Credentials, RulePattern, UnlistedRegistries, Upstream, lists, units};
 use crate::oci::Registry;
 
 /// The settings of the registries that a pattern matches.
@@ -50,6 +50,9 @@ pub struct RuleConfig {
     pub on_client_abort: OnClientAbort,
     #[serde(default)]
     pub cross_zone_peers: CrossZonePeers,
+    /// Bytes per second from this rule's upstreams. None: no limit of its own.
+    #[serde(default)]
+    pub upstream_rate: Option<ByteRate>,
 }
 
 /// A certificate and its key, as files.
@@ -122,6 +125,7 @@ impl RuleConfig {
             negative_ttl: default_negative_ttl(),
             on_client_abort: OnClientAbort::Stop,
             cross_zone_peers: CrossZonePeers::Always,
+            upstream_rate: None,
         }
     }
 
@@ -132,6 +136,9 @@ impl RuleConfig {
         }
         if self.deny && (!self.upstreams.is_empty() || self.credentials.is_some()) {
             return Err(("registry.deny", "a denied registry has no upstreams and no credentials".to_owned()));
+        }
+        if self.deny && self.upstream_rate.is_some() {
+            return Err(("registry.upstream_rate", "has no effect with deny = true: remove it".to_owned()));
         }
         for upstream in &self.upstreams {
             upstream.check(&self.pattern).map_err(|problem| ("registry.upstreams", problem))?;

@@ -19,6 +19,13 @@ pub enum DiskShare {
     Percent(u8),
 }
 
+/// A number of bytes a second: `"200MiB/s"`. At least [`MIN_RATE`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ByteRate(Size);
+
+/// The smallest rate. Smaller: peers and clients take their connections for stalled.
+const MIN_RATE: Size = Size(64 << 10);
+
 /// A duration with its unit: `"90s"`, `"5m"`, `"1h 30m"`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ConfigDuration(pub Duration);
@@ -57,6 +64,41 @@ impl fmt::Display for Size {
             .find(|(_, shift)| self.0 >> shift > 0 && self.0.trailing_zeros() >= *shift)
             .unwrap_or(&UNITS[4]);
         write!(f, "{}{unit}", self.0 >> shift)
+    }
+}
+
+// === impl ByteRate ===
+
+impl ByteRate {
+    pub fn bytes_per_second(self) -> u64 {
+        self.0.0
+    }
+}
+
+impl std::str::FromStr for ByteRate {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let size = text.strip_suffix("/s").and_then(|size| size.trim_end().parse::<Size>().ok());
+        let size = size.ok_or_else(|| {
+            format!("\"{text}\" is not a valid rate: expected a size per second, such as \"200MiB/s\"")
+        })?;
+        if size < MIN_RATE {
+            return Err(format!("\"{text}\" is too small: at least {MIN_RATE}/s is needed"));
+        }
+        Ok(Self(size))
+    }
+}
+
+impl<'de> Deserialize<'de> for ByteRate {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_str(UnitText(RATE))?.parse().map_err(D::Error::custom)
+    }
+}
+
+impl fmt::Display for ByteRate {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/s", self.0)
     }
 }
 
@@ -126,6 +168,7 @@ impl<'de> Deserialize<'de> for ConfigDuration {
 /// A text with a number and a unit. For a plain number the error says what to write.
 struct UnitText(fn(i64) -> String);
 
+const RATE: fn(i64) -> String = |_| "a rate such as \"200MiB/s\"".to_owned();
 const SIZE: fn(i64) -> String = |_| "a size such as \"20GiB\"".to_owned();
 const DURATION: fn(i64) -> String = |number| format!("\"{number}s\"");
 
@@ -193,5 +236,17 @@ mod tests {
         assert_eq!(Size(20 << 30).to_string(), "20GiB");
         assert_eq!(Size((1 << 20) + 1).to_string(), "1048577B");
         assert_eq!(Size(0).to_string(), "0B");
+    }
+
+    #[test]
+    fn rates() {
+        for (text, rate) in [("200MiB/s", 200 << 20), ("64 KiB/s", 64 << 10), ("1GiB /s", 1 << 30)] {
+            assert_eq!(text.parse::<ByteRate>().unwrap().bytes_per_second(), rate, "{text}");
+        }
+        for (text, problem) in [("200MiB", "not a valid rate"), ("1B/s", "at least 64KiB/s"), ("200Mbit/s", "such as")]
+        {
+            assert!(text.parse::<ByteRate>().unwrap_err().contains(problem), "{text}");
+        }
+        assert_eq!("200MiB/s".parse::<ByteRate>().unwrap().to_string(), "200MiB/s");
     }
 }

@@ -13,6 +13,7 @@ use super::run::RunningFill;
 use super::span_stream::FillSources;
 use super::write::MAX_WAITING_KIB;
 use super::{Fill, FillView};
+use crate::bandwidth::{CurrentPriority, Priority};
 use crate::memory::Memory;
 use crate::metrics::Metrics;
 use crate::oci::{Digest, Registry, Repository};
@@ -205,7 +206,7 @@ impl Fills {
         sources: Arc<dyn FillSources>,
         from: u64,
     ) -> Arc<Fill> {
-        let (fill, earlier, permit) = match self.enter(key, repo_ref, client, sources.role()) {
+        let (fill, earlier, permit) = match self.enter(key, repo_ref, client, sources.role(), sources.priority()) {
             FillEntry::Joined(fill) => return fill,
             FillEntry::Started { fill, earlier, permit } => (fill, earlier, permit),
         };
@@ -225,10 +226,11 @@ impl Fills {
 
     /// Verifies a file on disk by hashing it, while readers follow.
     pub fn prove(self: &Arc<Self>, key: &FillKey, repo_ref: &RepositoryRef, role: Role, blob: Arc<Blob>) -> Arc<Fill> {
-        let (fill, permit) = match self.enter(key, repo_ref, None, CurrentRole::new(role)) {
-            FillEntry::Joined(fill) => return fill,
-            FillEntry::Started { fill, permit, .. } => (fill, permit),
-        };
+        let (fill, permit) =
+            match self.enter(key, repo_ref, None, CurrentRole::new(role), CurrentPriority::new(Priority::Background)) {
+                FillEntry::Joined(fill) => return fill,
+                FillEntry::Started { fill, permit, .. } => (fill, permit),
+            };
         let (fills, new) = (self.clone(), fill.clone());
         tokio::spawn(async move {
             // The limit leaves threads to the readers of verified files.
@@ -243,7 +245,14 @@ impl Fills {
         fill
     }
 
-    fn enter(&self, key: &FillKey, repo_ref: &RepositoryRef, client: Option<IpAddr>, role: CurrentRole) -> FillEntry {
+    fn enter(
+        &self,
+        key: &FillKey,
+        repo_ref: &RepositoryRef,
+        client: Option<IpAddr>,
+        role: CurrentRole,
+        priority: CurrentPriority,
+    ) -> FillEntry {
         let mut running = self.running.lock();
         let earlier = running.get(key).filter(|fill| fill.progress.borrow().phase() != Phase::Failed).cloned();
         if let Some(fill) = &earlier
@@ -253,9 +262,10 @@ impl Fills {
                 *fill.latest_principal.lock() = repo_ref.principal.clone();
             }
             fill.role.promote(role.get());
+            fill.priority.raise(priority.get());
             return FillEntry::Joined(fill.clone());
         }
-        let fill = Arc::new(Fill::new(key.clone(), repo_ref.clone(), role));
+        let fill = Arc::new(Fill::new(key.clone(), repo_ref.clone(), role, priority));
         let Some(permit) = self.permit(key, client) else {
             fill.open(Err(SourceError::Busy));
             return FillEntry::Joined(fill);

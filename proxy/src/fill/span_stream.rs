@@ -7,6 +7,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 
 use super::watched_body::{Breaks, WatchedBody};
+use crate::bandwidth::{CurrentPriority, Priority};
 use crate::oci::Span;
 use crate::role::{CurrentRole, Role};
 use crate::source::{Incoming, ServedFrom, SourceError};
@@ -22,6 +23,11 @@ pub trait FillSources: Send + Sync {
     /// The role in which requests are sent. When it rises, bodies that were opened as a follower end.
     fn role(&self) -> CurrentRole {
         CurrentRole::new(Role::Global)
+    }
+
+    /// What waits for the bytes. It rises when a more urgent request joins.
+    fn priority(&self) -> CurrentPriority {
+        CurrentPriority::new(Priority::Client)
     }
 
     /// How many connections to use in the present role.

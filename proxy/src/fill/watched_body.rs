@@ -93,6 +93,8 @@ impl WatchedBody {
         if let Some(broken) = self.broken.take() {
             return Err(broken);
         }
+        // Not within the timeout: a bandwidth limit says nothing of the source.
+        self.incoming.ready().await;
         let requested_at = Instant::now();
         let stall_timeout = self.incoming.stall_timeout;
         let slowest = MinRate { bytes: MIN_WINDOW_BYTES, window: stall_timeout * WINDOW_STALLS };

@@ -73,6 +73,7 @@ impl Peers {
             deadline: Some(query.deadline.saturating_duration_since(Instant::now())),
             peers: metadata.peers,
             range_purpose: query.range_purpose,
+            priority: query.priority,
             redirects: query.redirects,
             may_depute: metadata.may_depute,
         };

@@ -6,6 +6,7 @@ use std::net::SocketAddr;
 use tokio::time::Instant;
 
 use super::Scope;
+use crate::bandwidth::Priority;
 use crate::oci::Digest;
 use crate::registries::RepositoryRef;
 use crate::role::Role;
@@ -17,6 +18,7 @@ pub struct PeerQuery<'a> {
     pub mode: PeerRequestMode,
     pub redirects: RedirectPolicy,
     pub range_purpose: RangePurpose,
+    pub priority: Priority,
     /// Which peers may be queried, where any holder will do.
     pub scope: Scope,
     /// The peers for which this one sends the request.
@@ -77,6 +79,7 @@ impl<'a> PeerQuery<'a> {
             mode,
             redirects: RedirectPolicy::Refused,
             range_purpose: RangePurpose::Whole,
+            priority: Priority::Peer,
             scope: Scope::AllZones,
             downstream: Downstream::NONE,
             deadline,

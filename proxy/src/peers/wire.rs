@@ -20,6 +20,7 @@ use std::time::Duration;
 use http::{HeaderMap, HeaderName, HeaderValue};
 
 use super::query::{Downstream, RangePurpose, RedirectPolicy};
+use crate::bandwidth::Priority;
 use crate::oci::{Span, Spans};
 use crate::role::Role;
 
@@ -69,6 +70,8 @@ pub struct Terms {
     pub peers: Downstream,
     /// `whole`: the range is one of many of a download of the whole blob.
     pub range_purpose: RangePurpose,
+    /// `background`: no client waits for the response.
+    pub priority: Priority,
     /// `no-redirect`: the peer must not redirect to another holder.
     pub redirects: RedirectPolicy,
     /// `deputy`: the sender could download the range from the upstream itself.
@@ -98,6 +101,7 @@ impl Terms {
                 "deadline" => terms.deadline = value.parse().ok().map(Duration::from_millis),
                 "peers" => terms.peers = Downstream::parse(value),
                 "whole" => terms.range_purpose = RangePurpose::Whole,
+                "background" => terms.priority = Priority::Background,
                 "no-redirect" => terms.redirects = RedirectPolicy::Refused,
                 "deputy" => terms.may_depute = true,
                 _ => {}
@@ -119,6 +123,7 @@ impl Terms {
         }
         let flags = [
             ("whole", self.range_purpose == RangePurpose::Whole),
+            ("background", self.priority == Priority::Background),
             ("no-redirect", self.redirects == RedirectPolicy::Refused),
             ("deputy", self.may_depute),
         ];
@@ -137,6 +142,7 @@ impl Default for Terms {
             deadline: None,
             peers: Downstream::NONE,
             range_purpose: RangePurpose::Range,
+            priority: Priority::Peer,
             redirects: RedirectPolicy::Followed,
             may_depute: false,
         }
@@ -259,11 +265,11 @@ mod tests {
             deadline: Some(Duration::from_millis(2500)),
             peers,
             range_purpose: RangePurpose::Whole,
+            priority: Priority::Background,
             redirects: RedirectPolicy::Refused,
             may_depute: true,
         };
-        let text =
-            "role=zone; rule=4f1c; deadline=2500; peers=10.0.0.1:5052+[fd00::1]:5052; whole; no-redirect; deputy";
+        let text = "role=zone; rule=4f1c; deadline=2500; peers=10.0.0.1:5052+[fd00::1]:5052; whole; background; no-redirect; deputy";
         for (terms, text) in [(all, text), (Terms::default(), "role=global")] {
             assert_eq!(terms.write().unwrap(), text);
             let later = format!("{text}; added=by a later release; flag");

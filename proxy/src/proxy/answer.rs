@@ -12,6 +12,7 @@ use super::exchange::{CLIENT_DISCONNECTED, Exchange, NO_SOURCE};
 use super::sendfile::{self, SendfileBody};
 use super::slow_clients::CLIENT_STALL_TIMEOUT;
 use super::socket::{self, Socket};
+use crate::bandwidth::RESERVED_BYTES;
 use crate::pull::Body;
 use crate::respond::PreparedResponse;
 use crate::source::Broken;
@@ -46,8 +47,11 @@ pub(super) async fn send(
         && let Some(socket) = Socket::of_plain(session)
     {
         bounded(sendfile::write_head(session, head)).await?;
-        let mut sending = SendfileBody::new(socket, reader);
-        while let Some(sent) = sending.next().await.map_err(|broken| exchange.fail(&broken))? {
+        let max_chunk = if exchange.throttle.is_some() { RESERVED_BYTES } else { sendfile::MAX_CHUNK_BYTES };
+        let mut sending = SendfileBody::new(socket, reader, max_chunk);
+        loop {
+            sending.excuse(exchange.ready().await);
+            let Some(sent) = sending.next().await.map_err(|broken| exchange.fail(&broken))? else { break };
             exchange.count_sent(sent);
         }
         return Ok(());
@@ -59,6 +63,7 @@ pub(super) async fn send(
     bounded(session.write_response_header(Box::new(head))).await?;
     let client = if matches!(response.body, Body::Memory(_)) { None } else { Socket::of(session) };
     loop {
+        exchange.ready().await;
         let next = tokio::select! {
             biased;
             next = response.body.next() => next,

@@ -11,6 +11,7 @@ use super::load::RequestPermit;
 use super::{Listener, RegistryProxy};
 use crate::access_log::{AccessLog, Line, Millis};
 use crate::activity::{Activity, ServedContent};
+use crate::bandwidth::Throttle;
 use crate::memory::ClientBytes;
 use crate::metrics;
 use crate::oci::{Registry, RegistryFrom, Repository};
@@ -29,6 +30,8 @@ pub struct Exchange {
     pub(super) client_permit: Option<ClientPermit>,
     /// Authenticates the response to a peer.
     pub(super) seal: Option<Seal>,
+    /// The bandwidth limit of the body.
+    pub(super) throttle: Option<Throttle>,
     /// Counts the body as being sent to a peer.
     pub(super) peer_body: Option<PeerBody>,
     /// Its share of the memory for buffered responses.
@@ -170,8 +173,19 @@ fn finish_span(session: &Session, error: Option<&Error>, exchange: &mut Exchange
 }
 
 impl Exchange {
+    /// Waits for the bandwidth limit. Returns the time that this took.
+    pub(super) async fn ready(&mut self) -> Duration {
+        let Some(throttle) = &mut self.throttle else { return Duration::ZERO };
+        let began = Instant::now();
+        throttle.ready().await;
+        began.elapsed()
+    }
+
     /// Counts bytes that were sent.
     pub(super) fn count_sent(&mut self, count: u64) {
+        if let Some(throttle) = &mut self.throttle {
+            throttle.count(count);
+        }
         self.first_byte.get_or_insert_with(|| self.started.elapsed());
         self.sent += count;
     }
@@ -190,6 +204,7 @@ impl Exchange {
             request_permit: None,
             client_permit: None,
             seal: None,
+            throttle: None,
             peer_body: None,
             memory: None,
             route: "other",

@@ -10,6 +10,7 @@
 
 use std::io::{self, IoSliceMut};
 use std::sync::Arc;
+use std::time::Duration;
 
 use http::Method;
 use pingora::http::ResponseHeader;
@@ -30,7 +31,7 @@ pub(super) const MIN_SENDFILE_BYTES: u64 = 256 * 1024;
 
 /// Bytes of one `sendfile` call. Larger: a fast client keeps a worker from other connections for longer. Smaller: more
 /// calls.
-const MAX_CHUNK_BYTES: u64 = 2 * 1024 * 1024;
+pub(super) const MAX_CHUNK_BYTES: u64 = 2 * 1024 * 1024;
 
 /// One byte of each such step is probed in the page cache. The kernel reads ahead at least as much; larger steps could
 /// miss a gap, and block a worker on the disk.
@@ -41,6 +42,8 @@ pub(super) struct SendfileBody<'a> {
     socket: Socket,
     reader: &'a mut Reader,
     detector: SlowClientDetector,
+    /// Bytes of one call.
+    max_chunk: u64,
 }
 
 /// Writes the head of a response whose body is sent around Pingora.
@@ -53,9 +56,14 @@ pub(super) async fn write_head(session: &mut Session, head: ResponseHeader) -> p
 }
 
 impl<'a> SendfileBody<'a> {
-    pub(super) fn new(socket: Socket, reader: &'a mut Reader) -> Self {
+    pub(super) fn new(socket: Socket, reader: &'a mut Reader, max_chunk: u64) -> Self {
         socket.cork();
-        Self { socket, reader, detector: SlowClientDetector::start() }
+        Self { socket, reader, detector: SlowClientDetector::start(), max_chunk }
+    }
+
+    /// The client is not slow for this time: dray did not send.
+    pub(super) fn excuse(&mut self, time: Duration) {
+        self.detector.excuse(time);
     }
 
     /// Sends some of the available bytes, or waits for more. Returns how many the client accepted; None at the end of
@@ -74,7 +82,7 @@ impl<'a> SendfileBody<'a> {
             self.socket.uncork();
             return Ok(None);
         };
-        span.end = span.end.min(span.start + MAX_CHUNK_BYTES);
+        span.end = span.end.min(span.start + self.max_chunk);
         let sent = self.send(&blob, span).await.inspect_err(|error| blob.failed(error));
         let sent = sent.map_err(|error| Broken(error.to_string()))?;
         self.detector.record(sent);

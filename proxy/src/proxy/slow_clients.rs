@@ -26,6 +26,11 @@ impl SlowClientDetector {
         self.since + CLIENT_STALL_TIMEOUT
     }
 
+    /// Moves the window by a time in which nothing was to be read.
+    pub(super) fn excuse(&mut self, time: Duration) {
+        self.since += time;
+    }
+
     pub(super) fn record(&mut self, bytes: u64) {
         self.bytes += bytes;
         if self.bytes >= MIN_WINDOW_BYTES {

@@ -383,6 +383,7 @@ impl BlobService {
             self.fill_key(request),
             self.role_of(request),
             range_purpose,
+            request.request_context.priority,
         ))
     }
 }

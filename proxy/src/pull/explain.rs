@@ -10,7 +10,6 @@ use super::Requester;
 use super::cached_content::CachedContent;
 use super::peer_routing::{PeerRouting, tag_key};
 use crate::config::Credentials;
-use crate::oci::route::Names;
 use crate::oci::{ImageName, Reference, Tag};
 use crate::registries::{Registries, RepositoryRef, UpstreamTrust};
 use crate::source::ServedFrom;
@@ -87,7 +86,8 @@ pub(super) struct Explainer {
 
 impl Explainer {
     pub(super) async fn explain(&self, image: &str) -> Result<Explanation, String> {
-        let (repo_ref, reference) = self.parse(image)?;
+        let image: ImageName = image.parse()?;
+        let (repo_ref, reference) = (self.registries.rules().of_image(&image), image.reference);
         let rule = &repo_ref.rule;
         let cached = match &reference {
             Reference::Tag(tag) => self.tags.resolution(&repo_ref, tag).await,
@@ -137,15 +137,6 @@ impl Explainer {
             tag,
             cached: kept.map(|from| from.as_str().to_owned()),
         })
-    }
-
-    fn parse(&self, image: &str) -> Result<(RepositoryRef, Reference), String> {
-        let ImageName { registry, repository, reference } = image.parse()?;
-        // The first component may be an alias of a registry.
-        let alias = repository.as_str().split_once('/').filter(|_| registry.is_docker_hub());
-        let aliased = alias.and_then(|(first, rest)| Some((self.registries.rules().alias(first)?, rest.parse().ok()?)));
-        let (registry, repository) = aliased.unwrap_or((registry, repository));
-        Ok((self.registries.repo_ref(registry, repository), reference))
     }
 
     fn upstreams_of(&self, repo_ref: &RepositoryRef) -> Vec<ExplainedUpstream> {

@@ -3,6 +3,7 @@
 use std::net::IpAddr;
 use std::time::Duration;
 
+use crate::bandwidth::Priority;
 use crate::oci::RegistryFrom;
 use crate::peers::{Downstream, FetchPolicy, PeerTrust, RangePurpose};
 use crate::role::Role;
@@ -27,6 +28,7 @@ pub struct RequestContext {
     pub role: Role,
     pub fetch_policy: FetchPolicy,
     pub range_purpose: RangePurpose,
+    pub priority: Priority,
     /// The peers that wait for the response.
     pub downstream: Downstream,
     /// How long the requester waits for a response.
@@ -56,9 +58,13 @@ impl RequestContext {
         role: Role::Client,
         fetch_policy: FetchPolicy::Upstream,
         range_purpose: RangePurpose::Range,
+        priority: Priority::Client,
         downstream: Downstream::NONE,
         time_limit: UPSTREAM_TIMEOUT,
     };
+
+    /// A prefetch of this process: nothing waits for the bytes.
+    pub const PREFETCH: Self = Self { priority: Priority::Background, ..Self::CLIENT };
 
     /// A client's request. Only one that names the registry by `ns` falls back to the upstream after an error.
     pub fn of_client(registry_from: RegistryFrom) -> Self {

@@ -11,7 +11,8 @@ use super::ports::{Bound, reachable};
 use crate::access_log::AccessLog;
 use crate::activity::Activity;
 use crate::admin::StatusAuth;
-use crate::config::{Config, Mirror, TlsConfig};
+use crate::bandwidth::RateLimiter;
+use crate::config::{ByteRate, Config, Mirror, TlsConfig};
 use crate::containerd::diagnosis;
 use crate::containerd::hosts_toml::Mirrors;
 use crate::containerd::reconciler::MirrorReconciler;
@@ -39,6 +40,8 @@ pub(super) struct Components {
     /// What clients may do by the running configuration: a reload replaces it.
     pub(super) policy: Arc<ArcSwap<ClientPolicy>>,
     pub(super) memory: Arc<Memory>,
+    /// The limit of what this process sends to peers.
+    pub(super) peer_upload: Arc<RateLimiter>,
     pub(super) pull: Arc<Pull>,
     pub(super) store: Arc<Store>,
     /// Separate for clients and peers: load on the peer port takes nothing from this node's own clients.
@@ -79,6 +82,7 @@ impl Components {
             readiness: Arc::default(),
             policy: Arc::new(ArcSwap::from_pointee(ClientPolicy::new(&config, registries.rules(), logins))),
             clients: Arc::default(),
+            peer_upload: Arc::new(RateLimiter::new(config.limits.peer_upload.map(ByteRate::bytes_per_second))),
             browsers: Arc::new(Browsers::new(&config)),
             client_auth,
             activity: Arc::default(),

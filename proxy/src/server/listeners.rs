@@ -83,6 +83,7 @@ fn registry_proxy(components: &Components, listener: Listener) -> RegistryProxy 
         access_log: components.access_log.clone(),
         load: if listener == Listener::Clients { of_clients.clone() } else { of_peers.clone() },
         readiness: components.readiness.clone(),
+        peer_upload: components.peer_upload.clone(),
         clients: components.clients.clone(),
         browsers: components.browsers.clone(),
         client_auth: components.client_auth.clone(),

@@ -15,7 +15,7 @@ use tokio::time::sleep;
 
 use super::background::ConfiguredTasks;
 use super::components::{Components, check};
-use crate::config::{AccessConfig, CacheConfig, Config};
+use crate::config::{AccessConfig, ByteRate, CacheConfig, Config};
 use crate::proxy::ClientPolicy;
 use crate::times::RELOAD_INTERVAL;
 
@@ -142,6 +142,7 @@ async fn reload(
     });
     let (next, restart, rules, logins) = checked.await.map_err(|error| error.to_string())??;
     let rules = components.pull.store(rules);
+    components.peer_upload.set_rate(next.limits.peer_upload.map(ByteRate::bytes_per_second));
     components.policy.store(Arc::new(ClientPolicy::new(&next, rules, logins)));
     let running = components.config.swap(Arc::new(next.clone()));
     tasks.follow(&running, &next, &components.pull).await;
@@ -173,6 +174,7 @@ fn without_restart(running: &Config, started: &Config, next: Config) -> (Config,
         },
         access: AccessConfig { token_key_file: kept.access.token_key_file, ..next.access },
         egress: next.egress,
+        limits: next.limits,
         dns: kept.dns,
         tls: kept.tls,
         registry: next.registry,

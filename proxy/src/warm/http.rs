@@ -11,6 +11,7 @@ use url::Url;
 use super::fetch::{self, READ_TIMEOUT};
 use super::plan::PlannedBlob;
 use super::source::{BlobStream, Chunks, FetchError, ImageSource};
+use crate::bandwidth::{BACKGROUND, PRIORITY};
 use crate::oci::{ImageName, MAX_MANIFEST_BYTES, Reference, accept};
 use crate::source::root_cause;
 
@@ -39,6 +40,8 @@ impl HttpSource {
             .map_err(|error| root_cause(&error))?;
         let mut headers = HeaderMap::new();
         headers.extend(authorization.map(|value| (AUTHORIZATION, value)));
+        // No client waits for what is warmed.
+        headers.insert(PRIORITY, HeaderValue::from_static(BACKGROUND));
         Ok(Self { client, base: base.trim_end_matches('/').to_owned(), headers })
     }
 

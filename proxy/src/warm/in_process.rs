@@ -21,7 +21,7 @@ impl ImageSource for InProcessSource {
         let repository = self.repository(image);
         check_rule(&repository, Requester::Client).map_err(fetch_error)?;
         let accept = accept::merge(std::iter::empty());
-        let response = self.0.manifests.manifest(&repository, reference, &accept, RequestContext::CLIENT).await;
+        let response = self.0.manifests.manifest(&repository, reference, &accept, RequestContext::PREFETCH).await;
         Ok(response.map_err(fetch_error)?.object.bytes)
     }
 
@@ -55,7 +55,7 @@ impl InProcessSource {
             digest,
             range,
             registry_from: RegistryFrom::Namespace,
-            request_context: RequestContext::CLIENT,
+            request_context: RequestContext::PREFETCH,
         }
     }
 }

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
 mod authorization;
+mod bandwidth;
 mod browsers;
 mod cache;
 mod cli;

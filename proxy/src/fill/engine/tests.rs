@@ -13,6 +13,7 @@ use super::super::range_plan::RangePlan;
 use super::super::write::WritePiece;
 use super::super::{ConnectionMode, FillKey};
 use super::*;
+use crate::bandwidth::{CurrentPriority, Priority};
 use crate::config::Config;
 use crate::oci::{Digest, Spans};
 use crate::registries::Registries;
@@ -115,7 +116,8 @@ fn fill(digest: &Digest) -> Arc<Fill> {
     let (registry, repository) = ("docker.io".parse().unwrap(), "library/a".parse().unwrap());
     let rule = registries.rule(&registry, &"library/a".parse().unwrap());
     let repo_ref = crate::registries::RepositoryRef::new(rule, registry, repository);
-    Arc::new(Fill::new(FillKey::new(&repo_ref, digest), repo_ref, CurrentRole::new(Role::Global)))
+    let (role, priority) = (CurrentRole::new(Role::Global), CurrentPriority::new(Priority::Client));
+    Arc::new(Fill::new(FillKey::new(&repo_ref, digest), repo_ref, role, priority))
 }
 
 /// Runs the engine with a disk that checks the bytes and hashes with a delay.

@@ -12,6 +12,7 @@ use parking_lot::Mutex;
 use tokio::time::{Instant, timeout};
 use xxhash_rust::xxh64::Xxh64;
 
+use crate::bandwidth::{CurrentPriority, Priority};
 use crate::fill::{ConnectionMode, FillKey, FillSources, Fills, VerifiedContent};
 use crate::oci::{Digest, Registry, Span, Spans};
 use crate::peers::swarm::{Contribution, View};
@@ -54,6 +55,7 @@ pub(super) struct BlobSources {
     first_role: Role,
     role: CurrentRole,
     range_purpose: RangePurpose,
+    priority: CurrentPriority,
     /// Which peers have parts of it.
     view: Arc<Mutex<View>>,
     begun: Instant,
@@ -103,6 +105,10 @@ impl FillSources for BlobSources {
 
     fn role(&self) -> CurrentRole {
         self.role.clone()
+    }
+
+    fn priority(&self) -> CurrentPriority {
+        self.priority.clone()
     }
 
     /// The number of upstream connections is found by measurement; for peers it is fixed.
@@ -183,6 +189,7 @@ impl BlobSources {
         key: FillKey,
         role: Role,
         range_purpose: RangePurpose,
+        priority: Priority,
     ) -> Self {
         let begun = Instant::now();
         let view = Arc::new(Mutex::new(View::new(context.routing.peers().map_or(1, |peers| peers.count()))));
@@ -195,6 +202,7 @@ impl BlobSources {
             first_role,
             role,
             range_purpose,
+            priority: CurrentPriority::new(priority),
             view,
             begun,
             upstream_bytes,
@@ -225,7 +233,7 @@ impl BlobSources {
     async fn open_upstream(&self, part: Part, deadline: Instant) -> Result<Incoming, SourceError> {
         let incoming = self.request_upstream(part, deadline).await?;
         self.upstream_bytes.fetch_add(incoming.span.len(), Ordering::Relaxed);
-        Ok(incoming)
+        Ok(incoming.for_priority(self.priority.clone()))
     }
 
     /// Uses the credential of the principal that joined the fill last: the first one may expire before the download
@@ -448,6 +456,7 @@ impl BlobSources {
             + if mode == PeerRequestMode::OnlyIfCached { HOLDER_TIMEOUT } else { self.first_byte_timeout() };
         PeerQuery {
             range_purpose: self.range_purpose,
+            priority: self.priority.get(),
             ..PeerQuery::about(&self.repo_ref, &self.key.digest, mode, deadline)
         }
     }

@@ -1,0 +1,98 @@
+//! The session of each rule: its HTTP client, and what upstreams granted to it.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Weak};
+
+use arc_swap::ArcSwap;
+
+use super::auth::TokenCache;
+use super::credentials::ExternalCredentials;
+use super::egress::EgressPolicy;
+use super::http::UpstreamHttp;
+use super::redirects::RedirectCache;
+use crate::config::{Config, EgressConfig};
+use crate::registries::{RepositoryRef, Rule, Rules};
+
+/// HTTP clients of rules that came with the same configuration, and what upstreams granted to these rules.
+pub(super) struct UpstreamSession {
+    pub(super) http: Arc<UpstreamHttp>,
+    pub(super) tokens: TokenCache,
+    pub(super) redirects: RedirectCache,
+}
+
+/// The sessions of all rules. A request that began before a reload keeps the session of its rule, so that nothing that
+/// was granted to the credentials of one rule serves another one.
+pub(super) struct Sessions {
+    by_rule: ArcSwap<ByRule>,
+    /// Roots of all upstreams, and the name servers: a reload does not change them.
+    config: Config,
+}
+
+/// By the ID of the rule.
+type ByRule = HashMap<u64, (Weak<Rule>, Arc<UpstreamSession>)>;
+
+/// The sessions of a changed configuration, ready to be applied.
+pub(crate) struct ReloadedSessions(ByRule);
+
+impl Sessions {
+    /// Must run inside a tokio runtime, which drives DNS.
+    pub(super) fn new(config: &Config, rules: &Rules) -> Result<Self, String> {
+        let session = session(config, rules.iter())?;
+        Ok(Self { by_rule: ArcSwap::from_pointee(by_rule(rules.iter(), &session)), config: config.clone() })
+    }
+
+    pub(super) fn of(&self, repo_ref: &RepositoryRef) -> Arc<UpstreamSession> {
+        let sessions = self.by_rule.load();
+        let (_, session) = sessions.get(&repo_ref.rule.id).expect("a rule in use has a session");
+        session.clone()
+    }
+
+    /// Each session of a rule in use, once. A session without one is kept until the next reload.
+    pub(super) fn distinct(&self) -> Vec<Arc<UpstreamSession>> {
+        let mut distinct: Vec<Arc<UpstreamSession>> = Vec::new();
+        for (_, session) in self.by_rule.load().values().filter(|(rule, _)| rule.strong_count() > 0) {
+            if !distinct.iter().any(|known| Arc::ptr_eq(known, session)) {
+                distinct.push(session.clone());
+            }
+        }
+        distinct
+    }
+
+    /// The sessions for other rules: new rules get one of their own, rules in use keep theirs. Must run inside a tokio
+    /// runtime. [`Self::store`] applies them.
+    pub(super) fn reloaded(&self, egress: &EgressConfig, next: &Rules) -> Result<ReloadedSessions, String> {
+        let current = self.by_rule.load();
+        let new: Vec<_> = next.iter().filter(|rule| !current.contains_key(&rule.id)).collect();
+        let mut sessions = ByRule::clone(&current);
+        sessions.retain(|_, (rule, _)| rule.strong_count() > 0);
+        if !new.is_empty() {
+            let config = Config { egress: egress.clone(), ..self.config.clone() };
+            let session = session(&config, new.iter().copied())?;
+            sessions.extend(by_rule(new.into_iter(), &session));
+        }
+        Ok(ReloadedSessions(sessions))
+    }
+
+    /// New requests use these sessions.
+    pub(super) fn store(&self, sessions: ReloadedSessions) {
+        self.by_rule.store(Arc::new(sessions.0));
+    }
+
+    /// Reloads the client certificates for upstreams. Blocks on the disk.
+    pub(super) fn reload_certificates(&self) -> Result<(), String> {
+        let errors: Vec<String> = self.distinct().iter().flat_map(|session| session.http.reload()).collect();
+        if errors.is_empty() { Ok(()) } else { Err(errors.join("; ")) }
+    }
+}
+
+fn session<'a>(config: &Config, rules: impl Iterator<Item = &'a Arc<Rule>>) -> Result<Arc<UpstreamSession>, String> {
+    let settings = rules.map(|rule| &rule.tls);
+    let http = UpstreamHttp::new(EgressPolicy::new(config)?, settings, config.tls.ca.as_deref())?;
+    let external = ExternalCredentials::new(http.cloud.clone());
+    let (tokens, redirects) = (TokenCache::new(external), RedirectCache::new());
+    Ok(Arc::new(UpstreamSession { http: Arc::new(http), tokens, redirects }))
+}
+
+fn by_rule<'a>(rules: impl Iterator<Item = &'a Arc<Rule>>, session: &Arc<UpstreamSession>) -> ByRule {
+    rules.map(|rule| (rule.id, (Arc::downgrade(rule), session.clone()))).collect()
+}
