@@ -89,7 +89,7 @@ pub(crate) async fn by_people() {
     dray.get("/v2/library/app/manifests/1?ns=docker.io").await;
     updates(&dray).await;
     let dir = tempfile::tempdir().unwrap();
-    let captures = page::capture(dray.admin, dir.path());
+    let captures = page::capture(dray.admin, dir.path(), None);
     let of = |key: &str| median(&captures.iter().map(|capture| capture[key].as_f64().unwrap()).collect::<Vec<_>>());
     let bytes = client().get(format!("http://{}/", dray.admin)).send().await.unwrap().bytes().await.unwrap().len();
     row(

@@ -7,7 +7,11 @@
 //! | `/api/v1/status` | the status as JSON | the same |
 //! | `/api/v1/events` | the status every two seconds, as server-sent events | the same |
 //! | `/api/v1/explain?image=` | how a pull of the image would be served | the same |
+//! | `/api/v1/cluster` | all nodes at a glance | the same |
+//! | `/api/v1/cache` | the large blobs that are cached | the same |
+//! | POST `/api/v1/cache/purge`, `/api/v1/cache/revalidate` | removes content, ends the TTL of a tag | the same |
 
+mod cache_api;
 mod status_auth;
 
 use std::sync::Arc;
@@ -75,6 +79,13 @@ impl HttpServerApp for Admin {
                     Err(denied) => StatusResponse::denied(denied),
                 }
             }
+            "/api/v1/cache/purge" | "/api/v1/cache/revalidate" => {
+                match (&session.req_header().method, self.status_auth.authorize(&session)) {
+                    (&http::Method::POST, Ok(())) => return self.change_cache(session).await,
+                    (_, Ok(())) => StatusResponse::text(405, "method not allowed: use POST\n"),
+                    (_, Err(denied)) => StatusResponse::denied(denied),
+                }
+            }
             _ => self.respond(&session).await,
         };
         let head_only = session.req_header().method == http::Method::HEAD;
@@ -110,6 +121,11 @@ impl Admin {
                 ..StatusResponse::new(200, "text/html; charset=utf-8", PAGE)
             },
             "/api/v1/status" => StatusResponse::json(200, &self.sources.status()),
+            "/api/v1/cache" => self.list_cache(request.uri.query()).await,
+            "/api/v1/cluster" => match self.sources.cluster().await {
+                Ok(cluster) => StatusResponse::json(200, &cluster),
+                Err(problem) => StatusResponse::text(409, format!("{problem}\n")),
+            },
             "/api/v1/explain" => match query_value(request.uri.query(), "image") {
                 Some(image) => match self.sources.pull.explain(&image).await {
                     Ok(explanation) => StatusResponse::json(200, &explanation),
@@ -119,7 +135,8 @@ impl Admin {
             },
             _ => StatusResponse::text(
                 404,
-                "not found; use /, /api/v1/status, /api/v1/events, /api/v1/explain?image=, /metrics, /livez, /readyz\n",
+                "not found; use /, /api/v1/status, /api/v1/events, /api/v1/explain?image=, /api/v1/cluster, /api/v1/cache, \
+                 /metrics, /livez, /readyz\n",
             ),
         }
     }

@@ -1,5 +1,7 @@
 //! The commands of the command line, and what they share.
 
+pub(crate) mod cache;
+mod cluster;
 pub(crate) mod containerd;
 pub(crate) mod explain;
 mod operator;

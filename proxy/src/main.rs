@@ -9,6 +9,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 use self::commands::Failure;
+use self::commands::cache::CacheCommand;
 use self::commands::containerd::ContainerdCommand;
 use self::commands::explain::Explain;
 use self::commands::runtime::RuntimeConfig;
@@ -61,6 +62,9 @@ enum Command {
     Status(StatusCommand),
     /// Show how a running dray routes an image, and what it would do with a request now
     Explain(Explain),
+    /// List what a running dray has cached, purge content, or end the TTL of a tag
+    #[command(subcommand)]
+    Cache(CacheCommand),
 }
 
 fn main() -> ExitCode {
@@ -74,6 +78,7 @@ fn main() -> ExitCode {
         Command::Warm(warm) => warm.run(),
         Command::Status(status) => status.run(),
         Command::Explain(explain) => explain.run(),
+        Command::Cache(command) => command.run(),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

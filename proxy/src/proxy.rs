@@ -9,6 +9,7 @@ mod exchange;
 mod load;
 mod login_throttle;
 mod logins;
+mod peer_operations;
 mod sendfile;
 mod slow_clients;
 mod socket;
@@ -51,12 +52,13 @@ use crate::metrics::Metrics;
 use crate::oci::route::{self, query_value};
 use crate::oci::{Endpoint, RangeSet, Reference, RegistryFrom, Route, accept, link};
 use crate::peers::swarm::PeerDecision;
-use crate::peers::{FetchPolicy, PeerAuthError, PeerRequest, PeerTrust, wire};
+use crate::peers::{FetchPolicy, PEER_OPERATIONS, PeerAuthError, PeerRequest, PeerTrust, wire};
 use crate::probe_image;
 use crate::pull::{BlobRequest, ListKind, ManifestResponse, Pull, PullError, RequestContext, Requester, check_rule};
 use crate::readiness::Readiness;
 use crate::registries::{self, Rule, Rules};
 use crate::respond::PreparedResponse;
+use crate::status::StatusSources;
 use crate::times::CLOSE_TIMEOUT;
 use crate::trace::{self, Tracer};
 
@@ -75,6 +77,7 @@ pub struct RegistryProxy {
     pub readiness: Arc<Readiness>,
     /// The limit of what this process sends to peers.
     pub peer_upload: Arc<RateLimiter>,
+    pub status: Arc<StatusSources>,
     pub listener: Listener,
 }
 
@@ -182,6 +185,10 @@ impl RegistryProxy {
         }
         if let Err(denied) = self.browsers.admit(&policy.browser_names, session.req_header()) {
             return PreparedResponse::refusal(&PullError::Denied(denied.as_str().into()));
+        }
+        if self.listener == Listener::Peers && session.req_header().uri.path().starts_with(PEER_OPERATIONS) {
+            exchange.route = "operation";
+            return self.peer_operation(session, exchange).await;
         }
         if self.is_token_request(&policy, session.req_header()) {
             exchange.route = "token";

@@ -9,6 +9,7 @@
 
 mod authorization;
 mod blob;
+mod cache_admin;
 mod cached_content;
 mod error;
 mod explain;
@@ -35,6 +36,7 @@ use self::authorization::AuthorizationCache;
 pub use self::authorization::{AuthorizationError, Authorizer};
 use self::blob::SourceContext;
 pub use self::blob::{BlobExtent, BlobRequest, BlobResponse, BlobService, Body};
+pub use self::cache_admin::{CacheAdmin, CacheList, CacheOrder, ListedBlob, PurgeTarget, Purged};
 use self::cached_content::CachedContent;
 pub use self::error::{PullError, status_for_client};
 use self::explain::Explainer;
@@ -76,6 +78,7 @@ pub struct Pull {
     pub manifests: Arc<ManifestService>,
     pub blobs: Arc<BlobService>,
     pub lists: Arc<ListService>,
+    pub cache_admin: CacheAdmin,
     explainer: Explainer,
     registries: Arc<Registries>,
     store: Arc<Store>,
@@ -130,8 +133,9 @@ impl Pull {
             clock: SystemTime::now,
             flights: SingleFlight::default(),
         });
+        let fills = Arc::new(Fills::new(store.clone(), memory, metrics.clone()));
         let context = Arc::new(SourceContext::new(
-            Arc::new(Fills::new(store.clone(), memory, metrics.clone())),
+            fills.clone(),
             routing.clone(),
             upstream.clone(),
             authorizations,
@@ -147,6 +151,7 @@ impl Pull {
             )),
             blobs: Arc::new(BlobService::new(registries.clone(), content.clone(), negative_cache, context)),
             lists: Arc::new(ListService::new(store.clone(), upstream.clone(), authorizer.clone(), referrers, metrics)),
+            cache_admin: CacheAdmin::new(registries.clone(), store.clone(), tags.clone(), fills),
             explainer: Explainer {
                 registries: registries.clone(),
                 tags,

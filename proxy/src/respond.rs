@@ -10,6 +10,7 @@ use http::header::{
 };
 use http::{HeaderName, HeaderValue, StatusCode};
 use pingora::http::ResponseHeader;
+use serde::Serialize;
 
 use crate::oci::route::RouteError;
 use crate::oci::{BLOB_MEDIA_TYPE, Digest, ErrorCode, RangeRequest, Registry, Span, error, link, manifest};
@@ -51,6 +52,13 @@ pub struct PreparedResponse {
 }
 
 impl PreparedResponse {
+    /// The result of an operation for a peer. Its digest is signed with the head.
+    pub fn operation(result: &impl Serialize) -> Self {
+        let json = serde_json::to_vec(result).unwrap_or_default();
+        let digest = Digest::of(&json);
+        Self::with_bytes(StatusCode::OK, "application/json", json.into()).header(CONTENT_DIGEST, digest.as_str())
+    }
+
     /// `GET /v2/`
     pub fn ping() -> Self {
         Self::with_bytes(StatusCode::OK, "application/json", Bytes::from_static(b"{}"))
@@ -136,6 +144,16 @@ impl PreparedResponse {
     /// 400: a malformed token request.
     pub fn malformed_token_request(message: &str) -> Self {
         Self::error(StatusCode::BAD_REQUEST, ErrorCode::Unsupported, message)
+    }
+
+    /// 400: a peer's operation lacks something.
+    pub fn malformed_operation(problem: &str) -> Self {
+        Self::error(StatusCode::BAD_REQUEST, ErrorCode::Unsupported, problem)
+    }
+
+    /// 404: a later release may know it.
+    pub fn unknown_operation() -> Self {
+        Self::error(StatusCode::NOT_FOUND, ErrorCode::Unsupported, "this release does not know the operation")
     }
 
     /// 401: a request on the peer port that is not authenticated.

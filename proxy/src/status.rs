@@ -2,6 +2,8 @@
 //!
 //! Fields are only added: existing ones keep their meaning. None contains a secret.
 
+mod cluster;
+
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -11,6 +13,7 @@ use std::time::Instant;
 use arc_swap::ArcSwap;
 use serde::{Deserialize, Serialize};
 
+pub use self::cluster::{ClusterStatus, NodeSummary};
 use crate::activity::{Activity, Demand, ServedContent, Traffic};
 use crate::config::Config;
 use crate::fill::FillView;

@@ -8,11 +8,13 @@ mod budget;
 mod draft;
 mod evict;
 mod files;
+mod inventory;
 mod large;
 mod layout;
 pub mod ownership;
 mod partial;
 mod piece_memory;
+mod purges;
 mod records;
 mod relayed;
 mod small;
@@ -20,16 +22,18 @@ mod thinning;
 
 use std::path::Path;
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use prometheus::IntGauge;
 
 use crate::config::DiskShare;
 use crate::metrics::Metrics;
-use crate::oci::Digest;
+use crate::oci::{Digest, Registry};
 use crate::provenance::Provenance;
 pub use budget::NoSpace;
 pub use draft::{Draft, MIN_DOWNLOAD_RATE};
 pub use evict::HOUSEKEEPING_INTERVAL;
+pub use inventory::StoredBlob;
 use large::BlobLocation;
 pub use large::{Blob, Large, Verification};
 pub use layout::LayoutError;
@@ -135,6 +139,18 @@ impl Store {
                 found.map(|(blob, proof)| Found::Large { blob, proof })
             }
         }
+    }
+
+    /// Removes everything that was cached from a registry. Returns the digests and sizes of its large blobs, and how many
+    /// records of tags and lists are gone. Blocks on the disk.
+    pub fn purge_registry(&self, registry: &Registry) -> (Vec<u64>, usize) {
+        let is_of = |blob: &StoredBlob| blob.provenance.as_ref().is_some_and(|from| from.registry == registry.as_str());
+        let blobs = self.large.inventory().into_iter().filter(is_of);
+        let sizes = blobs.filter_map(|blob| self.large.purge(&blob.digest)).collect();
+        if let Err(error) = self.small.purges.record(registry, SystemTime::now()) {
+            tracing::warn!(%registry, %error, "purge record write failed");
+        }
+        (sizes, self.records.purge(registry))
     }
 
     /// Updates the gauges of the cache.

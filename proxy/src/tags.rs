@@ -9,7 +9,7 @@ use moka::ops::compute::Op;
 
 use crate::blocking::on_thread;
 use crate::confirmed_at::ConfirmedAt;
-use crate::oci::{Digest, Tag};
+use crate::oci::{Digest, Registry, Tag};
 use crate::registries::RepositoryRef;
 use crate::store::{Store, TagRecord};
 use crate::times::{DEFAULT_TTL, TOUCH_INTERVAL};
@@ -38,6 +38,8 @@ pub struct CachedTag {
     checked_at: SystemTime,
     /// The time in the record on disk.
     recorded_at: SystemTime,
+    /// An operator has ended its TTL. A restart forgets it.
+    has_expired: bool,
 }
 
 /// Tag resolutions in memory. More: more memory. Fewer: more look-ups read their record from the disk.
@@ -71,7 +73,8 @@ impl Tags {
         let read = move || store.records.tag(&repo_ref.registry, &repo_ref.repository, &tag);
         let record = on_thread(read).await?;
         let checked_at = UNIX_EPOCH.checked_add(Duration::from_secs(record.checked_at))?;
-        let cached = CachedTag { digest: record.digest.parse().ok()?, checked_at, recorded_at: checked_at };
+        let digest = record.digest.parse().ok()?;
+        let cached = CachedTag { digest, checked_at, recorded_at: checked_at, has_expired: false };
         // Another request may have resolved it meanwhile: its entry stays.
         Some(self.resolutions.entry(key).or_insert(cached).into_value())
     }
@@ -92,7 +95,8 @@ impl Tags {
                 .filter(|known| known.is_recorded(digest, checked_at, write_interval))
                 .map(|known| known.recorded_at);
             must_record = recorded_at.is_none();
-            Op::Put(CachedTag { digest: digest.clone(), checked_at, recorded_at: recorded_at.unwrap_or(checked_at) })
+            let recorded_at = recorded_at.unwrap_or(checked_at);
+            Op::Put(CachedTag { digest: digest.clone(), checked_at, recorded_at, has_expired: false })
         };
         // Compared and replaced in one step: two requests may renew a tag at the same time.
         self.resolutions.entry((repo_ref.to_string(), tag.clone())).and_compute_with(renewed);
@@ -104,6 +108,33 @@ impl Tags {
         tokio::task::spawn_blocking(move || {
             recorded.record(key, checked_at, || store.records.put_tag(&record, client));
         });
+    }
+
+    /// Removes a tag, whatever the upstream says.
+    pub async fn purge(&self, repo_ref: &RepositoryRef, tag: &Tag) {
+        self.resolutions.invalidate(&(repo_ref.to_string(), tag.clone()));
+        let (store, repo_ref, tag) = (self.store.clone(), repo_ref.clone(), tag.clone());
+        on_thread(move || store.records.forget_tag(&repo_ref.registry, &repo_ref.repository, &tag)).await;
+    }
+
+    /// Removes the tags of a registry from memory. Its records are removed by the store.
+    pub fn purge_registry(&self, registry: &Registry) {
+        let prefix = format!("{registry}/");
+        let keys = self.resolutions.iter().map(|(key, _)| key).filter(|key| key.0.starts_with(&prefix));
+        keys.for_each(|key| self.resolutions.invalidate(&*key));
+    }
+
+    /// The TTL of a tag ends now, also if it is immutable. It can still be served stale. False: the tag is not cached.
+    pub async fn expire(&self, repo_ref: &RepositoryRef, tag: &Tag) -> bool {
+        if self.resolution(repo_ref, tag).await.is_none() {
+            return false;
+        }
+        let key = (repo_ref.to_string(), tag.clone());
+        self.resolutions.entry(key).and_compute_with(|known| match known.map(Entry::into_value) {
+            Some(known) => Op::Put(CachedTag { has_expired: true, ..known }),
+            None => Op::Nop,
+        });
+        true
     }
 
     /// Removes a tag that the upstream has just not found. For tags named after a digest the absence is recorded:
@@ -167,7 +198,7 @@ impl CachedTag {
 
     /// Whether the tag may be used without a request to its owner or upstream.
     pub fn is_fresh(&self, repo_ref: &RepositoryRef, tag: &Tag, now: SystemTime) -> bool {
-        self.age(now) < repo_ref.rule.ttl_of(tag)
+        !self.has_expired && self.age(now) < repo_ref.rule.ttl_of(tag)
     }
 }
 
@@ -182,7 +213,7 @@ mod tests {
     fn unchanged_renewal_is_written_once_per_interval() {
         let (hour, at) = (Duration::from_secs(3600), |minutes: u64| UNIX_EPOCH + Duration::from_secs(minutes * 60));
         let [old, new] = [b"a", b"b"].map(|bytes| Digest::of(bytes));
-        let cached = CachedTag { digest: old.clone(), checked_at: at(30), recorded_at: at(10) };
+        let cached = CachedTag { digest: old.clone(), checked_at: at(30), recorded_at: at(10), has_expired: false };
         let table = [(&old, 31, true), (&old, 69, true), (&old, 70, false), (&new, 31, false), (&old, 9, false)];
         for (digest, minutes, recorded) in table {
             assert_eq!(cached.is_recorded(digest, at(minutes), hour), recorded, "{digest} at {minutes}");

@@ -1,5 +1,5 @@
-"""Opens the status page in Chromium, as people do: python3 page.py URL DIRECTORY. Screenshots go to the directory;
-an assertion fails if the page lacks something."""
+"""Opens the status page in Chromium, as people do: python3 page.py URL DIRECTORY [NODES]. Screenshots go to the
+directory; an assertion fails if the page lacks something. With NODES the page is asked for all nodes of the cluster."""
 
 import json
 import sys
@@ -43,6 +43,11 @@ with sync_playwright() as playwright:
             more.focus()
             page.keyboard.press("Enter")
             page.locator("#peers tbody tr").nth(rows).wait_for()
+        if len(sys.argv) > 3:
+            page.locator("#ask").click()
+            page.locator("#nodes tbody tr").nth(int(sys.argv[3]) - 1).wait_for()
+            assert page.evaluate("document.documentElement.scrollWidth") <= width, name
+            page.locator("#cluster").screenshot(path=f"{shots}/cluster-{name}.png")
         assert not errors, errors
         print(json.dumps({"look": name, "background": back, "peers": rows, "loaded_ms": loaded, "shown_ms": shown, "text": page.inner_text("main")}))
     browser.close()

@@ -1,11 +1,13 @@
-//! A client of dray's admin API, for `dray status` and `dray explain`.
+//! A client of dray's admin API, for `dray status`, `dray explain` and `dray cache`.
 
 #![allow(clippy::disallowed_methods, reason = "a command has its thread for itself")]
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::Args;
 use dray::times::STALL_TIMEOUT;
+use http::header::CONTENT_TYPE;
 use serde::de::DeserializeOwned;
 use url::{Host, Url};
 
@@ -28,45 +30,82 @@ pub(crate) struct AdminApi {
     token_file: Option<PathBuf>,
 }
 
+/// For changes on all nodes. Longer than dray waits for any of them.
+const POST_TIMEOUT: Duration = Duration::from_secs(120);
+
 const REGISTRY_PORT: &str =
     "this looks like dray's registry port; pass the admin address with --admin (default: 127.0.0.1:5051)";
 
 impl AdminApi {
     /// The JSON of a path, as text and parsed.
     pub(crate) async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<(String, T), Failure> {
-        let failed = |what: &str| Failure::Failed(format!("{}: {what}", self.admin));
-        let client = reqwest::Client::builder().no_proxy().timeout(STALL_TIMEOUT).build();
-        let client = client.map_err(|error| failed(&dray::source::root_cause(&error)))?;
-        let mut request = client.get(format!("{}{path}", self.admin));
+        let response = self.send(self.client(STALL_TIMEOUT)?.get(format!("{}{path}", self.admin))).await?;
+        let text = response.text().await.map_err(|error| self.failed(&dray::source::root_cause(&error)))?;
+        let parsed = serde_json::from_str(&text);
+        Ok((text, parsed.map_err(|error| self.failed(&format!("the response is not valid: {error}")))?))
+    }
+
+    /// Sends a change, and passes each line of JSON of the response on as soon as it arrives.
+    pub(crate) async fn post<T: DeserializeOwned>(
+        &self,
+        path: &str,
+        body: &serde_json::Value,
+        mut on_line: impl FnMut(T),
+    ) -> Result<(), Failure> {
+        let request = self.client(POST_TIMEOUT)?.post(format!("{}{path}", self.admin));
+        let request = request.header(CONTENT_TYPE, "application/json").body(body.to_string());
+        let (mut response, mut rest) = (self.send(request).await?, Vec::new());
+        loop {
+            let piece = response.chunk().await.map_err(|error| self.failed(&dray::source::root_cause(&error)))?;
+            let Some(piece) = piece else { break };
+            rest.extend_from_slice(&piece);
+            while let Some(end) = rest.iter().position(|byte| *byte == b'\n') {
+                let line: Vec<u8> = rest.drain(..=end).collect();
+                let parsed = serde_json::from_slice(&line);
+                on_line(parsed.map_err(|error| self.failed(&format!("the response is not valid: {error}")))?);
+            }
+        }
+        if rest.is_empty() { Ok(()) } else { Err(self.failed("the response ended early")) }
+    }
+
+    fn client(&self, time_limit: Duration) -> Result<reqwest::Client, Failure> {
+        let client = reqwest::Client::builder().no_proxy().timeout(time_limit).build();
+        client.map_err(|error| self.failed(&dray::source::root_cause(&error)))
+    }
+
+    async fn send(&self, mut request: reqwest::RequestBuilder) -> Result<reqwest::Response, Failure> {
         if let Some(file) = &self.token_file {
             let token = std::fs::read_to_string(file)
                 .map_err(|error| Failure::Usage(format!("--token-file {}: {error}", file.display())))?;
             request = request.bearer_auth(token.trim());
         }
         let response = request.send().await.map_err(|error| {
-            failed(&format!(
+            self.failed(&format!(
                 "cannot connect: {}; start dray, or pass its admin address with --admin",
                 dray::source::root_cause(&error)
             ))
         })?;
         if response.headers().contains_key("docker-distribution-api-version") {
-            return Err(failed(REGISTRY_PORT));
+            return Err(self.failed(REGISTRY_PORT));
         }
-        let status = response.status();
-        let text = response.text().await.map_err(|error| failed(&dray::source::root_cause(&error)))?;
-        match status.as_u16() {
-            200 => {
-                let parsed = serde_json::from_str(&text);
-                Ok((text, parsed.map_err(|error| failed(&format!("the response is not valid: {error}")))?))
-            }
-            400 => Err(Failure::Usage(text.trim().to_owned())),
-            401 => Err(failed(&match &self.token_file {
+        let status = response.status().as_u16();
+        if status == 200 {
+            return Ok(response);
+        }
+        let text = response.text().await.map_err(|error| self.failed(&dray::source::root_cause(&error)))?;
+        Err(match status {
+            400 => Failure::Usage(text.trim().to_owned()),
+            401 => self.failed(&match &self.token_file {
                 Some(file) => format!("the token in {} is not the one in dray's admin_token_file", file.display()),
                 None => "this dray requires its admin token: pass --token-file".to_owned(),
-            })),
-            404 => Err(failed("404: this is not the admin port of dray, or of an older version")),
-            _ => Err(failed(text.trim())),
-        }
+            }),
+            404 | 405 => self.failed(&format!("{status}: this is not the admin port of dray, or of an older version")),
+            _ => self.failed(text.trim()),
+        })
+    }
+
+    fn failed(&self, what: &str) -> Failure {
+        Failure::Failed(format!("{}: {what}", self.admin))
     }
 }
 

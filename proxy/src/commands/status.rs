@@ -1,9 +1,10 @@
 //! `dray status`: the status page as text.
 
 use clap::Args;
-use dray::status::Status;
+use dray::status::{ClusterStatus, Status};
 use dray::upstream::UpstreamView;
 
+use super::cluster::cluster_text;
 use super::operator::AdminApi;
 use super::table::{Paint, Table, bytes, seconds};
 use super::{Failure, block_on, print};
@@ -17,6 +18,9 @@ pub(crate) struct StatusCommand {
     /// Print the JSON of /api/v1/status
     #[arg(long)]
     json: bool,
+    /// Show all nodes of the cluster at a glance; peers need peers.key_file or peers.mtls
+    #[arg(long)]
+    cluster: bool,
     /// Repeat every two seconds until interrupted
     #[arg(long)]
     watch: bool,
@@ -29,12 +33,12 @@ impl StatusCommand {
     pub(crate) fn run(self) -> Result<(), Failure> {
         block_on(async {
             loop {
-                let (json, status) = self.admin.get::<Status>("/api/v1/status").await?;
+                let (json, shown) = self.fetch(Paint::of_stdout()).await?;
                 match (self.json, self.watch) {
                     (true, _) => print(&json),
-                    (false, false) => print(&text(&status, Paint::of_stdout())),
+                    (false, false) => print(&shown),
                     // Clears the screen first.
-                    (false, true) => print(&format!("\x1b[2J\x1b[H{}", text(&status, Paint::of_stdout()))),
+                    (false, true) => print(&format!("\x1b[2J\x1b[H{shown}")),
                 }
                 if !self.watch {
                     return Ok(());
@@ -42,6 +46,18 @@ impl StatusCommand {
                 tokio::time::sleep(RETRY_INTERVAL).await;
             }
         })?
+    }
+}
+
+impl StatusCommand {
+    /// The JSON, and the same as text.
+    async fn fetch(&self, paint: Paint) -> Result<(String, String), Failure> {
+        if self.cluster {
+            let (json, cluster) = self.admin.get::<ClusterStatus>("/api/v1/cluster").await?;
+            return Ok((json, cluster_text(&cluster, paint)));
+        }
+        let (json, status) = self.admin.get::<Status>("/api/v1/status").await?;
+        Ok((json, text(&status, paint)))
     }
 }
 

@@ -162,6 +162,11 @@ impl Fills {
         running.iter().map(|fill| fill.view()).collect()
     }
 
+    /// How many of the running fills have such a key.
+    pub fn count(&self, is_counted: impl Fn(&FillKey) -> bool) -> u64 {
+        self.running.lock().keys().filter(|key| is_counted(key)).count() as u64
+    }
+
     /// The running fill of a key.
     pub fn running(&self, key: &FillKey) -> Option<Arc<Fill>> {
         self.running.lock().get(key).cloned()

@@ -105,6 +105,10 @@ impl PeerRequest {
         }
     }
 
+    pub fn is_authenticated(&self) -> bool {
+        self.trust == PeerTrust::Authenticated
+    }
+
     /// The sender's address as a member.
     pub fn member(&self) -> Option<SocketAddr> {
         self.peer

@@ -2,6 +2,7 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::Instant;
 
 use arc_swap::ArcSwap;
 use tokio::runtime::Runtime;
@@ -33,6 +34,7 @@ pub(super) struct Components {
     /// The running configuration: a reload replaces it.
     pub(super) config: Arc<ArcSwap<Config>>,
     pub(super) bound: Bound,
+    pub(super) started: Instant,
     /// Certificate of the registry listener. None: plain HTTP.
     pub(super) identity: Option<Arc<Identity>>,
     pub(super) access_log: Arc<AccessLog>,
@@ -76,6 +78,7 @@ impl Components {
         let tracer = runtime.block_on(async { telemetry::tracer(&config.tracing) }).map_err(StartError::Config)?;
         Ok(Self {
             bound,
+            started: Instant::now(),
             identity,
             access_log: Arc::new(access_log),
             loads: [(); 2].map(|()| Arc::new(Load::new(memory.clone()))),
@@ -108,6 +111,33 @@ pub fn check(config: &Config) -> Result<(), StartError> {
     telemetry::tracer(&config.tracing).map_err(StartError::Config)?;
     status_auth(config)?;
     reconciler(config, config.listen, &metrics)?;
+    Ok(())
+}
+
+/// The same for a reload: only what differs from the start. Its rules, logins and sessions are checked by creating them.
+pub(super) fn check_changed(started: &Config, next: &Config) -> Result<(), StartError> {
+    let metrics = Arc::new(Metrics::new());
+    if next.tls != started.tls || next.dns != started.dns {
+        identity(&next.tls)?;
+        let registries = Arc::new(Registries::new(next));
+        UpstreamClient::new(next, &registries, Arc::new(Memory::new(0)), metrics.clone())
+            .map_err(StartError::Config)?;
+    }
+    if next.peers != started.peers {
+        Peers::new(next, metrics.clone()).map_err(StartError::Config)?;
+    }
+    if next.access.token_key_file != started.access.token_key_file {
+        client_auth(next, next.listen, &Registries::new(next))?;
+    }
+    if next.tracing != started.tracing {
+        telemetry::tracer(&next.tracing).map_err(StartError::Config)?;
+    }
+    if next.admin_token_file != started.admin_token_file {
+        status_auth(next)?;
+    }
+    if next.containerd != started.containerd {
+        reconciler(next, next.listen, &metrics)?;
+    }
     Ok(())
 }
 

@@ -2,7 +2,6 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::Instant;
 
 use pingora::apps::ServerApp;
 use pingora::listeners::tls::TlsSettings;
@@ -74,6 +73,19 @@ fn for_peers(components: &Components) -> Result<Connections<RegistryProxy>, Star
     }
 }
 
+/// What the status page and the peers' summaries are collected from.
+fn status_sources(components: &Components) -> StatusSources {
+    StatusSources {
+        pull: components.pull.clone(),
+        activity: components.activity.clone(),
+        metrics: components.metrics.clone(),
+        config: components.config.clone(),
+        registry: components.bound.registry,
+        peers: components.bound.peers,
+        started: components.started,
+    }
+}
+
 fn registry_proxy(components: &Components, listener: Listener) -> RegistryProxy {
     let [of_clients, of_peers] = &components.loads;
     RegistryProxy {
@@ -84,6 +96,7 @@ fn registry_proxy(components: &Components, listener: Listener) -> RegistryProxy 
         load: if listener == Listener::Clients { of_clients.clone() } else { of_peers.clone() },
         readiness: components.readiness.clone(),
         peer_upload: components.peer_upload.clone(),
+        status: Arc::new(status_sources(components)),
         clients: components.clients.clone(),
         browsers: components.browsers.clone(),
         client_auth: components.client_auth.clone(),
@@ -94,20 +107,11 @@ fn registry_proxy(components: &Components, listener: Listener) -> RegistryProxy 
 }
 
 fn admin(components: &Components) -> Admin {
-    let sources = StatusSources {
-        pull: components.pull.clone(),
-        activity: components.activity.clone(),
-        metrics: components.metrics.clone(),
-        config: components.config.clone(),
-        registry: components.bound.registry,
-        peers: components.bound.peers,
-        started: Instant::now(),
-    };
     Admin {
         metrics: components.metrics.clone(),
         readiness: components.readiness.clone(),
         status_auth: components.status_auth.clone(),
-        sources,
+        sources: status_sources(components),
         event_streams: Arc::new(Semaphore::new(MAX_EVENT_STREAMS)),
     }
 }

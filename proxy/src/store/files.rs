@@ -75,6 +75,12 @@ pub(super) fn open(path: &Path, len: u64) -> io::Result<(File, Option<Record>)> 
     Ok((file, record.and_then(|json| serde_json::from_slice(&json).ok())))
 }
 
+/// The record of a blob, if it has one.
+pub(super) fn provenance(path: &Path) -> Option<Provenance> {
+    let record: Record = serde_json::from_slice(&fs::read(record_path(path)).ok()?).ok()?;
+    Some(record.provenance)
+}
+
 /// Removes anything at the path of a blob that is not a regular file.
 pub(super) fn remove_foreign(path: &Path) {
     let Ok(meta) = fs::symlink_metadata(path) else { return };

@@ -285,6 +285,30 @@ impl Large {
         }
     }
 
+    /// Each blob with its size and its last use.
+    pub(super) fn entries(&self) -> Vec<(Digest, u64, SystemTime)> {
+        self.index.lock().iter().map(|(digest, entry)| (digest.clone(), entry.len, entry.last_used)).collect()
+    }
+
+    pub(super) fn is_pinned(&self, digest: &Digest) -> bool {
+        self.pinned.load().contains(digest)
+    }
+
+    /// Removes a blob with everything that a later download could continue from. Its readers end with the file that they
+    /// hold open. Returns its size; None: it is not cached. Blocks on the disk.
+    pub fn purge(&self, digest: &Digest) -> Option<u64> {
+        let removed = self.index.lock().remove(digest).map(|entry| entry.len);
+        if removed.is_some() {
+            self.unlink(digest);
+        }
+        let relayed = self.relayed.lock().take(digest);
+        let partials = self.partials.lock().take_all(digest);
+        let relayed_bytes = relayed.as_ref().map(|blob| blob.len);
+        // Closing the files may take a while: not under the locks.
+        drop((relayed, partials));
+        removed.or(relayed_bytes)
+    }
+
     /// Removes a blob that cannot be read, unless another copy has replaced it.
     fn remove_entry(&self, digest: &Digest, charge: &Arc<Charge>) {
         let mut index = self.index.lock();
@@ -403,127 +427,4 @@ impl Large {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::path::Path;
-
-    use super::super::budget::NoSpace;
-    use super::*;
-
-    fn provenance() -> Provenance {
-        Provenance { rule: "*".into(), registry: "docker.io".into(), repository: "library/a".into() }
-    }
-
-    fn large(dir: &Path, limit: u64) -> Large {
-        Large::open(&Layout::open(dir).unwrap(), limit, &Metrics::new()).unwrap()
-    }
-
-    fn put(large: &Large, bytes: &[u8]) -> Digest {
-        let digest = Digest::of(bytes);
-        let draft = large.draft(bytes.len() as u64, provenance()).unwrap();
-        large.reserve(&draft.blob, bytes.len() as u64).and_then(|()| large.write(&draft.blob, bytes, 0)).unwrap();
-        large.announce(&draft, &digest);
-        assert!(large.get(&digest).is_some(), "found before it has its name");
-        large.publish(draft, &digest).unwrap();
-        digest
-    }
-
-    #[test]
-    fn blobs_survive_a_restart_with_their_provenance() {
-        let dir = tempfile::tempdir().unwrap();
-        let digest = put(&large(dir.path(), 1 << 20), b"hello");
-        let (blob, proof) = large(dir.path(), 1 << 20).get(&digest).unwrap();
-        assert_eq!((blob.len, proof), (5, Verification::Verified));
-        assert_eq!(blob.provenance, Some(provenance()));
-    }
-
-    #[test]
-    fn blobs_are_unproven_after_a_machine_crash() {
-        let dir = tempfile::tempdir().unwrap();
-        let [first, second] = {
-            let large = large(dir.path(), 1 << 20);
-            [b"hello", b"world"].map(|bytes| put(&large, bytes))
-        };
-        fs::write(dir.path().join("v1/state"), "another-boot 0").unwrap();
-        {
-            let large = large(dir.path(), 1 << 20);
-            let (blob, proof) = large.get(&first).unwrap();
-            assert_eq!(proof, Verification::Unverified);
-            large.prove(&first, &blob);
-            assert_eq!(large.get(&first).unwrap().1, Verification::Verified);
-        }
-        // A blob that was not hashed then stays unproven.
-        let large = large(dir.path(), 1 << 20);
-        assert_eq!(large.get(&first).unwrap().1, Verification::Verified);
-        assert_eq!(large.get(&second).unwrap().1, Verification::Unverified);
-    }
-
-    #[test]
-    fn eviction_is_lru_and_spares_blobs_with_readers() {
-        let dir = tempfile::tempdir().unwrap();
-        let large = large(dir.path(), 3 * (1000 + FILE_OVERHEAD));
-        let [a, b, c] = [b'a', b'b', b'c'].map(|byte| put(&large, &[byte; 1000]));
-        let reader = large.get(&a).unwrap();
-        large.get(&b).unwrap();
-        let d = put(&large, &[b'd'; 1000]);
-        assert!(large.get(&c).is_none(), "least recently used");
-        assert!(large.get(&a).is_some() && large.get(&b).is_some() && large.get(&d).is_some());
-        let readers = [&b, &d].map(|digest| large.get(digest).unwrap());
-        assert_eq!(large.draft(1000, provenance()).err(), Some(NoSpace), "everything is being read");
-        drop((reader, readers));
-        assert!(large.draft(1000, provenance()).is_ok());
-        assert_eq!(large.draft(u64::MAX, provenance()).err(), Some(NoSpace));
-    }
-
-    #[test]
-    fn dropped_draft_frees_space_after_its_last_reader() {
-        let dir = tempfile::tempdir().unwrap();
-        let large = large(dir.path(), 2 * (1000 + FILE_OVERHEAD));
-        let draft = large.draft(1000, provenance()).unwrap();
-        large.reserve(&draft.blob, 1000).unwrap();
-        let reader = draft.blob.clone();
-        drop(draft);
-        assert_eq!(fs::read_dir(dir.path().join("v1/fills")).unwrap().count(), 0);
-        assert!(large.draft(2000, provenance()).is_err(), "still open, still counted");
-        drop(reader);
-        assert!(large.draft(2000, provenance()).is_ok());
-    }
-
-    #[test]
-    fn concurrent_drafts_get_distinct_space() {
-        let dir = tempfile::tempdir().unwrap();
-        let (blob, room) = (1 << 20, 3 << 19);
-        let large = large(dir.path(), room);
-        for round in 0..100 {
-            let begun = std::sync::Barrier::new(16);
-            let drafts: Vec<_> = std::thread::scope(|scope| {
-                let draft = || {
-                    begun.wait();
-                    large.draft(blob, provenance()).ok()
-                };
-                let threads: Vec<_> = (0..16).map(|_| scope.spawn(draft)).collect();
-                threads.into_iter().filter_map(|thread| thread.join().unwrap()).collect()
-            });
-            assert_eq!(drafts.len() as u64, room / blob, "round {round}");
-        }
-    }
-
-    #[test]
-    fn vanished_directory_is_a_miss_and_recreated() {
-        let dir = tempfile::tempdir().unwrap();
-        let large = large(dir.path(), 1 << 20);
-        let digest = put(&large, b"hello");
-        fs::remove_dir_all(dir.path().join("v1")).unwrap();
-        assert!(large.get(&digest).is_none());
-        let digest = put(&large, b"hello");
-        assert!(large.get(&digest).is_some());
-    }
-
-    #[test]
-    fn truncated_file_is_not_served() {
-        let dir = tempfile::tempdir().unwrap();
-        let large = large(dir.path(), 1 << 20);
-        let digest = put(&large, b"hello");
-        File::options().write(true).open(large.path(&digest)).unwrap().set_len(2).unwrap();
-        assert!(large.get(&digest).is_none());
-    }
-}
+mod tests;

@@ -67,6 +67,11 @@ impl Partials {
         Some(self.entries.remove(at).partial)
     }
 
+    /// Takes the partials of a blob, of whichever registry.
+    pub(super) fn take_all(&mut self, digest: &Digest) -> Vec<Partial> {
+        self.entries.extract_if(.., |entry| entry.digest == *digest).map(|entry| entry.partial).collect()
+    }
+
     /// Takes the partials that no download resumed within [`OBSERVATION_TTL`].
     pub(super) fn take_expired(&mut self, now: Instant) -> Vec<Partial> {
         let old = self.entries.extract_if(.., |entry| now.duration_since(entry.since) >= OBSERVATION_TTL);

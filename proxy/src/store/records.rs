@@ -206,6 +206,11 @@ impl Records {
         self.lists.write(&referrers_key(&record.subject), record, &Party::of(registry));
     }
 
+    /// Removes all records of a registry, and returns how many. Blocks on the disk.
+    pub fn purge(&self, registry: &Registry) -> usize {
+        self.tags.purge(registry) + self.lists.purge(registry)
+    }
+
     /// Removes records beyond the limits, at the start and after many writes. Blocks on the disk.
     pub fn thin_out(&self) {
         self.tags.thin_out();
@@ -238,6 +243,16 @@ impl Directory {
         for path in surplus(dated.collect(), self.max_files) {
             let _ = fs::remove_file(path);
         }
+    }
+
+    fn purge(&self, registry: &Registry) -> usize {
+        let Ok(files) = fs::read_dir(&self.path) else { return 0 };
+        let is_of = |path: &PathBuf| {
+            let record: Option<PartyRecord> = fs::read(path).ok().and_then(|json| serde_json::from_slice(&json).ok());
+            record.is_some_and(|record| record.party.registry == registry.as_str())
+        };
+        let purged = files.filter_map(|file| Some(file.ok()?.path())).filter(is_of);
+        purged.filter(|path| fs::remove_file(path).is_ok()).count()
     }
 
     fn read<T: DeserializeOwned>(&self, key: &str) -> Option<T> {

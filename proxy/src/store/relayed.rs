@@ -73,6 +73,10 @@ impl Relayed {
         Some(entry.blob.clone())
     }
 
+    pub(super) fn take(&mut self, digest: &Digest) -> Option<Arc<Blob>> {
+        self.entries.remove(digest).map(|entry| entry.blob)
+    }
+
     /// Takes the blobs that were not requested for a while.
     pub(super) fn take_expired(&mut self, now: Instant) -> Vec<Arc<Blob>> {
         let old = self.entries.extract_if(|_, entry| now.duration_since(entry.last_used) >= IDLE_TTL);

@@ -12,6 +12,7 @@ use std::fs::OpenOptions;
 use std::io::{Read, Write};
 use std::path::Path;
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use bytes::Bytes;
 use foyer::{
@@ -21,9 +22,11 @@ use foyer::{
 use parking_lot::RwLock;
 use prometheus::{IntCounter, IntGauge};
 use rustix::fs::FallocateFlags;
+use serde::Deserialize;
 
 use self::overflow::Overflow;
 use self::writer::SmallWriter;
+use super::purges::{RegistryPurges, seconds_since_epoch};
 use super::{SMALL_BYTES, Tier};
 use crate::metrics::Metrics;
 use crate::oci::{Digest, MAX_MANIFEST_BYTES};
@@ -33,6 +36,7 @@ use crate::provenance::Provenance;
 pub struct Small {
     manifests: Instance,
     blobs: Instance,
+    pub(super) purges: Arc<RegistryPurges>,
 }
 
 /// Which instance an object belongs to.
@@ -47,6 +51,8 @@ pub enum SmallKind {
 pub struct SmallObject {
     pub media_type: Arc<str>,
     pub provenance: Arc<Provenance>,
+    /// Seconds since 1970.
+    pub cached_at: u64,
     pub bytes: Bytes,
 }
 
@@ -96,7 +102,8 @@ impl Small {
         let manifests = InstanceLayout::new("manifests", MAX_MANIFEST_BYTES, 1, share / 4, memory / 2);
         let blobs = InstanceLayout::new("blobs", SMALL_BYTES, 16, share - share / 4, memory / 2);
         let manifests = manifests.open(dir, spare / 4, metrics).await?;
-        Ok(Self { manifests, blobs: blobs.open(dir, spare - spare / 4, metrics).await? })
+        let blobs = blobs.open(dir, spare - spare / 4, metrics).await?;
+        Ok(Self { manifests, blobs, purges: Arc::new(RegistryPurges::load(dir)) })
     }
 
     /// Bytes that both instances take on disk, in use or not.
@@ -122,7 +129,17 @@ impl Small {
         }
     }
 
+    /// A cached object, unless its registry was purged since.
     async fn lookup(&self, digest: &Digest, kind: SmallKind) -> Option<(SmallObject, Tier)> {
+        let found = self.stored(digest, kind).await?;
+        if self.purges.covers(&found.0) {
+            self.of(kind).cache.remove(&digest.to_string());
+            return None;
+        }
+        Some(found)
+    }
+
+    async fn stored(&self, digest: &Digest, kind: SmallKind) -> Option<(SmallObject, Tier)> {
         let cache = &self.of(kind).cache;
         let key = digest.to_string();
         let entry = match cache.get(&key).await {
@@ -156,6 +173,21 @@ impl Small {
         if let Some(writer) = instance.writer() {
             writer.write(digest.to_string(), object).await;
         }
+    }
+
+    /// Removes an object of this digest of either kind. Returns the sizes of what was found.
+    pub async fn purge(&self, digest: &Digest) -> Vec<u64> {
+        let mut sizes = Vec::new();
+        for kind in [SmallKind::Manifest, SmallKind::Blob] {
+            let Some((object, _)) = self.lookup(digest, kind).await else { continue };
+            sizes.push(object.bytes.len() as u64);
+            let (instance, key) = (self.of(kind), digest.to_string());
+            instance.cache.remove(&key);
+            if let Some(writer) = instance.writer() {
+                writer.remove(key).await;
+            }
+        }
+        sizes
     }
 
     pub(super) async fn close(&self) {
@@ -299,14 +331,20 @@ impl SmallObject {
     /// Copies the bytes into memory of their own. A slice of a connection's read buffer keeps the whole buffer (142 KiB
     /// on average, measured) for as long as the object is cached, which the weigher does not see.
     pub fn new(media_type: &str, provenance: Arc<Provenance>, bytes: &[u8]) -> Self {
-        Self { media_type: media_type.into(), provenance, bytes: Bytes::copy_from_slice(bytes) }
+        let cached_at = seconds_since_epoch(SystemTime::now());
+        Self { media_type: media_type.into(), provenance, cached_at, bytes: Bytes::copy_from_slice(bytes) }
     }
 }
+
+/// Releases before the third element wrote the first two.
+#[derive(Deserialize)]
+struct Head(String, Provenance, #[serde(default)] u64);
 
 /// A JSON head with its length in front, then the bytes.
 impl Code for SmallObject {
     fn encode(&self, writer: &mut impl Write) -> foyer::Result<()> {
-        let head = serde_json::to_vec(&(&*self.media_type, &*self.provenance)).map_err(std::io::Error::from);
+        let head =
+            serde_json::to_vec(&(&*self.media_type, &*self.provenance, self.cached_at)).map_err(std::io::Error::from);
         let head = head.map_err(foyer::Error::io_error)?;
         let head_len = u32::try_from(head.len()).unwrap_or(u32::MAX);
         writer.write_all(&head_len.to_le_bytes()).map_err(foyer::Error::io_error)?;
@@ -319,10 +357,10 @@ impl Code for SmallObject {
         reader.read_exact(&mut len).map_err(foyer::Error::io_error)?;
         let mut head = Vec::new();
         reader.take(u64::from(u32::from_le_bytes(len))).read_to_end(&mut head).map_err(foyer::Error::io_error)?;
-        let (media_type, provenance): (String, Provenance) =
+        let Head(media_type, provenance, cached_at) =
             serde_json::from_slice(&head).map_err(std::io::Error::from).map_err(foyer::Error::io_error)?;
         let bytes = Bytes::decode(reader)?;
-        Ok(Self { media_type: media_type.into(), provenance: Arc::new(provenance), bytes })
+        Ok(Self { media_type: media_type.into(), provenance: Arc::new(provenance), cached_at, bytes })
     }
 
     fn estimated_size(&self) -> usize {

@@ -6,6 +6,7 @@ mod authorization;
 mod bandwidth;
 mod browsers;
 mod cache;
+mod cache_admin;
 mod cli;
 mod clients;
 mod cluster;

@@ -183,7 +183,7 @@ async fn status_page_is_readable_in_light_dark_and_on_a_phone() {
     let kept = std::env::var_os("DRAY_SCREENSHOTS");
     let dir = tempfile::tempdir().unwrap();
     let shots = kept.as_deref().map_or(dir.path(), std::path::Path::new);
-    let captures = dray_tests::page::capture(dray.admin, shots);
+    let captures = dray_tests::page::capture(dray.admin, shots, None);
     assert_eq!(captures.len(), 3);
     assert_ne!(captures[0]["background"], captures[1]["background"], "the dark variant has another background");
     for capture in &captures {
