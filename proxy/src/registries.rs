@@ -207,10 +207,13 @@ impl Rules {
             }
         }
         let mut next_id = self.next_id;
+        let mut known: HashMap<&str, Vec<&Arc<Rule>>> = HashMap::new();
+        self.list.iter().for_each(|rule| known.entry(rule.name()).or_default().push(rule));
         let rule = |rule: &RuleConfig| {
             let fingerprint = fingerprint(rule, &config.egress);
-            let same = |known: &&Arc<Rule>| known.config == *rule && known.fingerprint == fingerprint;
-            self.list.iter().find(same).cloned().unwrap_or_else(|| {
+            let of_name = known.get(rule.pattern.as_str()).into_iter().flatten();
+            let same = |known: &&&Arc<Rule>| known.config == *rule && known.fingerprint == fingerprint;
+            of_name.copied().find(|known| same(&known)).cloned().unwrap_or_else(|| {
                 next_id += 1;
                 Arc::new(Rule::new(next_id, rule, fingerprint))
             })

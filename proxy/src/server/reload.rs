@@ -6,18 +6,19 @@
 //! | valid, changes keys that need a restart | the same, but these keys keep their values, and a warning lists them |
 //! | invalid or unreadable | nothing changes; error log with line and key, `dray_config_reload_failed` is 1 |
 
+mod file_watch;
+
 use std::sync::Arc;
-use std::time::Duration;
 
 use tokio::signal::unix::Signal;
 use tokio::task::spawn_blocking;
 use tokio::time::sleep;
 
+use self::file_watch::{Action, FailureNews, FileWatch, Trigger};
 use super::background::ConfiguredTasks;
-use super::components::{Components, check};
+use super::components::{Components, check_changed};
 use crate::config::{AccessConfig, ByteRate, CacheConfig, Config};
 use crate::proxy::ClientPolicy;
-use crate::times::RELOAD_INTERVAL;
 
 /// The configuration file of the process, and the flags and variables that override it.
 pub trait ConfigSource: Send + Sync + 'static {
@@ -48,10 +49,6 @@ const RESTART_KEYS: [(&str, Differs); 12] = [
     ("tracing", |a, b| a.tracing != b.tracing),
 ];
 
-/// How long after a changed text was read it must still be the same. Shorter: a file that a program writes in place is
-/// applied half-written. A signal needs no second read.
-const SETTLE_TIME: Duration = Duration::from_secs(1);
-
 /// Reloads for as long as it is polled. `started` is the configuration of the start as it was read: the running one has the
 /// ports that port 0 stood for.
 pub(super) async fn run(
@@ -61,56 +58,47 @@ pub(super) async fn run(
     mut hangups: Option<Signal>,
 ) {
     let mut tasks = ConfiguredTasks::spawn(&components.config.load(), &components.pull);
-    let mut applied = source.text_at_start();
-    // A changed text that was read once, and the error that was last logged.
-    let (mut unsettled, mut reported) = (None, None);
-    // The text of the last failure.
-    let mut rejected: Option<Result<String, String>> = None;
+    let mut watch = FileWatch::new(source.text_at_start());
     loop {
-        let pause = if unsettled.is_some() { SETTLE_TIME } else { RELOAD_INTERVAL };
-        let is_requested = tokio::select! {
-            () = async { match &mut hangups { Some(hangups) => drop(hangups.recv().await), None => std::future::pending().await } } => true,
-            () = sleep(pause) => false,
+        let trigger = tokio::select! {
+            () = hangup(&mut hangups) => Trigger::Signal,
+            () = sleep(watch.pause()) => Trigger::Timer,
         };
-        let text = match read(&source).await {
-            Some(text) => text,
-            None if is_requested => {
+        let Some(text) = read(&source).await else {
+            if trigger == Trigger::Signal {
                 tracing::warn!("reload skipped: dray runs without a configuration file");
-                continue;
             }
-            None => continue,
+            continue;
         };
-        if !is_requested {
-            if text.as_ref().ok() == applied.as_ref() {
-                unsettled = None;
-                if rejected.take_if(|text| text.as_ref().ok() != applied.as_ref()).is_some() {
-                    // A rejected text was taken back.
-                    components.metrics.config_reload_failed.set(0);
-                    reported = None;
-                }
+        match watch.observe(&text, trigger) {
+            Action::Wait => continue,
+            Action::EndFailure => {
+                components.metrics.config_reload_failed.set(0);
                 continue;
             }
-            if unsettled.replace(text.clone()).is_none_or(|earlier| earlier != text) {
-                continue;
-            }
+            Action::Apply => {}
         }
-        unsettled = None;
-        let read = text.clone();
-        let result = match text {
-            Ok(text) if text.trim().is_empty() && !is_requested => Err(EMPTY.to_owned()),
-            Ok(text) => reload(&components, started.clone(), source.clone(), &text, &mut tasks).await.map(|()| text),
-            Err(error) => Err(error),
+        let result = match &text {
+            Ok(text) if text.trim().is_empty() && trigger == Trigger::Timer => Err(EMPTY.to_owned()),
+            Ok(text) => reload(&components, started.clone(), source.clone(), text, &mut tasks).await.map(|()| text),
+            Err(error) => Err(error.clone()),
         };
         components.metrics.config_reload_failed.set(result.is_err().into());
         match result {
-            Ok(text) => (applied, reported, rejected) = (Some(text), None, None),
-            // Tried again each time: a file that the text names may appear later.
-            Err(error) if is_requested || reported.as_ref() != Some(&error) => {
-                tracing::error!(error, "configuration reload failed, the previous configuration stays in use");
-                (reported, rejected) = (Some(error), Some(read));
+            Ok(applied) => watch.record_success(applied.clone()),
+            Err(error) => {
+                if watch.record_failure(text, &error, trigger) == FailureNews::New {
+                    tracing::error!(error, "configuration reload failed, the previous configuration stays in use");
+                }
             }
-            Err(_) => rejected = Some(read),
         }
+    }
+}
+
+async fn hangup(hangups: &mut Option<Signal>) {
+    match hangups {
+        Some(hangups) => drop(hangups.recv().await),
+        None => std::future::pending().await,
     }
 }
 
@@ -133,22 +121,23 @@ async fn reload(
     let (all, text) = (components.clone(), text.to_owned());
     let checked = spawn_blocking(move || {
         let next = source.parse(&text)?;
-        check(&next).map_err(|error| error.to_string())?;
+        check_changed(&started, &next).map_err(|error| error.to_string())?;
         let (next, restart) = without_restart(&all.config.load(), &started, next);
         // The keys that keep their values may contradict the new ones.
         next.check_together().map_err(|conflict| conflict.to_string())?;
         let (rules, logins) = (all.pull.reloaded(&next)?, all.client_auth.load_logins(&next.access)?);
-        Ok::<_, String>((next, restart, rules, logins))
+        let hash = next.hash();
+        Ok::<_, String>((next, hash, restart, rules, logins))
     });
-    let (next, restart, rules, logins) = checked.await.map_err(|error| error.to_string())??;
+    let (next, hash, restart, rules, logins) = checked.await.map_err(|error| error.to_string())??;
     let rules = components.pull.store(rules);
     components.peer_upload.set_rate(next.limits.peer_upload.map(ByteRate::bytes_per_second));
     components.policy.store(Arc::new(ClientPolicy::new(&next, rules, logins)));
     let running = components.config.swap(Arc::new(next.clone()));
     tasks.follow(&running, &next, &components.pull).await;
     components.metrics.config.reset();
-    components.metrics.config.with_label_values(&[&next.hash()]).set(1);
-    tracing::info!(hash = next.hash(), "configuration reloaded");
+    components.metrics.config.with_label_values(&[&hash]).set(1);
+    tracing::info!(hash, "configuration reloaded");
     if !restart.is_empty() {
         tracing::warn!(keys = restart.join(", "), "changed keys need a restart");
     }

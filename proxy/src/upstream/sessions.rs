@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Weak};
 
 use arc_swap::ArcSwap;
+use parking_lot::Mutex;
 
 use super::auth::TokenCache;
 use super::credentials::ExternalCredentials;
@@ -11,7 +12,7 @@ use super::egress::EgressPolicy;
 use super::http::UpstreamHttp;
 use super::redirects::RedirectCache;
 use crate::config::{Config, EgressConfig};
-use crate::registries::{RepositoryRef, Rule, Rules};
+use crate::registries::{RepositoryRef, Rule, RuleTls, Rules};
 
 /// HTTP clients of rules that came with the same configuration, and what upstreams granted to these rules.
 pub(super) struct UpstreamSession {
@@ -26,19 +27,25 @@ pub(super) struct Sessions {
     by_rule: ArcSwap<ByRule>,
     /// Roots of all upstreams, and the name servers: a reload does not change them.
     config: Config,
+    /// The latest HTTP clients, and the egress settings that they have.
+    latest: Mutex<(EgressConfig, Arc<UpstreamHttp>)>,
 }
 
 /// By the ID of the rule.
 type ByRule = HashMap<u64, (Weak<Rule>, Arc<UpstreamSession>)>;
 
 /// The sessions of a changed configuration, ready to be applied.
-pub(crate) struct ReloadedSessions(ByRule);
+pub(crate) struct ReloadedSessions {
+    by_rule: ByRule,
+    latest: (EgressConfig, Arc<UpstreamHttp>),
+}
 
 impl Sessions {
     /// Must run inside a tokio runtime, which drives DNS.
     pub(super) fn new(config: &Config, rules: &Rules) -> Result<Self, String> {
-        let session = session(config, rules.iter())?;
-        Ok(Self { by_rule: ArcSwap::from_pointee(by_rule(rules.iter(), &session)), config: config.clone() })
+        let http = http(config, rules.iter())?;
+        let by_rule = ArcSwap::from_pointee(by_rule(rules.iter(), &session(http.clone())));
+        Ok(Self { by_rule, config: config.clone(), latest: Mutex::new((config.egress.clone(), http)) })
     }
 
     pub(super) fn of(&self, repo_ref: &RepositoryRef) -> Arc<UpstreamSession> {
@@ -65,32 +72,44 @@ impl Sessions {
         let new: Vec<_> = next.iter().filter(|rule| !current.contains_key(&rule.id)).collect();
         let mut sessions = ByRule::clone(&current);
         sessions.retain(|_, (rule, _)| rule.strong_count() > 0);
+        let mut latest = self.latest.lock().clone();
         if !new.is_empty() {
-            let config = Config { egress: egress.clone(), ..self.config.clone() };
-            let session = session(&config, new.iter().copied())?;
-            sessions.extend(by_rule(new.into_iter(), &session));
+            // Clients are expensive to create. Those of rules with own certificates read the files again.
+            let can_share = latest.0 == *egress && new.iter().all(|rule| rule.tls == RuleTls::default());
+            if !can_share {
+                let config = Config { egress: egress.clone(), ..self.config.clone() };
+                latest = (egress.clone(), http(&config, new.iter().copied())?);
+            }
+            sessions.extend(by_rule(new.into_iter(), &session(latest.1.clone())));
         }
-        Ok(ReloadedSessions(sessions))
+        Ok(ReloadedSessions { by_rule: sessions, latest })
     }
 
     /// New requests use these sessions.
     pub(super) fn store(&self, sessions: ReloadedSessions) {
-        self.by_rule.store(Arc::new(sessions.0));
+        self.by_rule.store(Arc::new(sessions.by_rule));
+        *self.latest.lock() = sessions.latest;
     }
 
     /// Reloads the client certificates for upstreams. Blocks on the disk.
     pub(super) fn reload_certificates(&self) -> Result<(), String> {
-        let errors: Vec<String> = self.distinct().iter().flat_map(|session| session.http.reload()).collect();
+        let mut clients: Vec<_> = self.distinct().iter().map(|session| session.http.clone()).collect();
+        // Sessions share clients.
+        clients.sort_by_key(|http| Arc::as_ptr(http).addr());
+        clients.dedup_by(|a, b| Arc::ptr_eq(a, b));
+        let errors: Vec<String> = clients.iter().flat_map(|http| http.reload()).collect();
         if errors.is_empty() { Ok(()) } else { Err(errors.join("; ")) }
     }
 }
 
-fn session<'a>(config: &Config, rules: impl Iterator<Item = &'a Arc<Rule>>) -> Result<Arc<UpstreamSession>, String> {
+fn http<'a>(config: &Config, rules: impl Iterator<Item = &'a Arc<Rule>>) -> Result<Arc<UpstreamHttp>, String> {
     let settings = rules.map(|rule| &rule.tls);
-    let http = UpstreamHttp::new(EgressPolicy::new(config)?, settings, config.tls.ca.as_deref())?;
+    UpstreamHttp::new(EgressPolicy::new(config)?, settings, config.tls.ca.as_deref()).map(Arc::new)
+}
+
+fn session(http: Arc<UpstreamHttp>) -> Arc<UpstreamSession> {
     let external = ExternalCredentials::new(http.cloud.clone());
-    let (tokens, redirects) = (TokenCache::new(external), RedirectCache::new());
-    Ok(Arc::new(UpstreamSession { http: Arc::new(http), tokens, redirects }))
+    Arc::new(UpstreamSession { http, tokens: TokenCache::new(external), redirects: RedirectCache::new() })
 }
 
 fn by_rule<'a>(rules: impl Iterator<Item = &'a Arc<Rule>>, session: &Arc<UpstreamSession>) -> ByRule {
