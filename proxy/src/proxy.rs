@@ -417,7 +417,7 @@ impl RegistryProxy {
             (endpoint, request_context.fetch_policy)
             && let Err(error) = self.pull.authorizer.authorize_content(&repo_ref, digest, endpoint, accept).await
         {
-            tracing::debug!(registry = %repo_ref.registry, repository = %repo_ref.repository, %digest, ?error, "content proof failed");
+            tracing::debug!(registry = %repo_ref.registry, repository = %repo_ref.repository, %digest, %error, "content proof failed");
         }
         repo_ref
     }

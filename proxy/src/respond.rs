@@ -68,6 +68,7 @@ impl PreparedResponse {
         match refusal {
             PullError::Upstream { error, code } => Self::upstream_error(error, *code),
             PullError::NotFound { code, message } => Self::error(StatusCode::NOT_FOUND, *code, message),
+            PullError::BadRequest(message) => Self::error(StatusCode::BAD_REQUEST, ErrorCode::Unsupported, message),
             PullError::Denied(message) => Self::error(StatusCode::FORBIDDEN, ErrorCode::Denied, message),
             // Never 408 or 429: containerd retries those at once. No Retry-After: podman would wait instead of
             // falling back.
@@ -81,24 +82,17 @@ impl PreparedResponse {
             }
             PullError::Blocked(message) => Self::error(StatusCode::FORBIDDEN, ErrorCode::Denied, message)
                 .with_peer_refusal(wire::PeerRefusal::NoUpstream),
-            PullError::Busy => Self::error(
-                StatusCode::SERVICE_UNAVAILABLE,
-                ErrorCode::Unavailable,
-                "this node is overloaded: too many concurrent requests",
-            )
-            .with_peer_refusal(wire::PeerRefusal::Overloaded),
+            PullError::Busy => Self::error(StatusCode::SERVICE_UNAVAILABLE, ErrorCode::Unavailable, &refusal.message())
+                .with_peer_refusal(wire::PeerRefusal::Overloaded),
             PullError::InvalidUpstreamResponse(message) => {
                 Self::error(StatusCode::BAD_GATEWAY, ErrorCode::Unavailable, message)
             }
             // The status for an unfulfilled `only-if-cached` (RFC 9111, section 5.2.1.7).
-            PullError::NotCached => Self::error(
-                StatusCode::GATEWAY_TIMEOUT,
-                ErrorCode::Unavailable,
-                "not cached on this node (only-if-cached)",
-            ),
+            PullError::NotCached => {
+                Self::error(StatusCode::GATEWAY_TIMEOUT, ErrorCode::Unavailable, &refusal.message())
+            }
             PullError::Unsatisfiable { total } => {
-                let message = format!("the range is not satisfiable: the content has {total} bytes");
-                Self::error(StatusCode::RANGE_NOT_SATISFIABLE, ErrorCode::RangeInvalid, &message)
+                Self::error(StatusCode::RANGE_NOT_SATISFIABLE, ErrorCode::RangeInvalid, &refusal.message())
                     .header(CONTENT_RANGE, &format!("bytes */{total}"))
             }
         }

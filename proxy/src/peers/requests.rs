@@ -39,15 +39,18 @@ pub struct PeerTag {
 }
 
 /// Why a request to a peer brings no bytes.
-#[derive(Debug)]
+#[derive(Debug, thiserror::Error)]
 pub enum PeerError {
-    /// The peer does not have it.
+    #[error("the peer does not have it")]
     NotCached,
     /// Another holder is less loaded. None: that holder is down, or must not be used by this node.
+    #[error("redirected to another holder")]
     Redirected(Option<SocketAddr>),
     /// This node is to download this span from the upstream, as the owner's deputy.
+    #[error("lent to this node")]
     Deputed(Span),
     /// The peer, or its source, fails.
+    #[error(transparent)]
     Source(SourceError),
 }
 

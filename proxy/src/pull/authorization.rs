@@ -53,10 +53,12 @@ pub struct Authorizer {
 }
 
 /// Why a principal is not authorized.
-#[derive(Debug)]
+#[derive(Debug, thiserror::Error)]
 pub enum AuthorizationError {
     /// The upstream responded with 401 or 403.
+    #[error("the upstream denied it")]
     Denied,
+    #[error("{0}")]
     Refused(PullError),
 }
 

@@ -334,7 +334,7 @@ impl BlobService {
                 let whole = wanted == Span::whole(total);
                 if !whole && self.is_ambiguous(request) {
                     let why = "several registries have served this repository: add ?ns=REGISTRY to the request";
-                    return Err(SourceError::Malformed(why.into()).into());
+                    return Err(PullError::BadRequest(why).into());
                 }
                 let opened = whole.then(|| feed.lock().take()).flatten();
                 let feed = match opened {

@@ -1,5 +1,8 @@
 //! The errors that a client or peer gets instead of content.
 
+use std::borrow::Cow;
+use std::fmt;
+
 use crate::oci::ErrorCode;
 use crate::source::{SourceError, UpstreamError};
 
@@ -10,6 +13,8 @@ pub enum PullError {
     Upstream { error: UpstreamError, code: ErrorCode },
     /// dray's own "not found": the client may request it elsewhere.
     NotFound { code: ErrorCode, message: String },
+    /// The client has to change its request.
+    BadRequest(&'static str),
     /// A rule denies it.
     Denied(String),
     /// No source responded: the client may try elsewhere or later.
@@ -58,6 +63,26 @@ impl PullError {
         }
     }
 
+    /// What a client is told.
+    pub fn message(&self) -> Cow<'_, str> {
+        match self {
+            Self::Upstream { error, .. } => error.to_string().into(),
+            Self::NotFound { message, .. }
+            | Self::Denied(message)
+            | Self::Unavailable(message)
+            | Self::UpstreamUnreachable(message)
+            | Self::Blocked(message)
+            | Self::Limited(message)
+            | Self::InvalidUpstreamResponse(message) => message.into(),
+            Self::BadRequest(message) => (*message).into(),
+            Self::Busy => "this node is overloaded: too many concurrent requests".into(),
+            Self::NotCached => "not cached on this node (only-if-cached)".into(),
+            Self::Unsatisfiable { total } => {
+                format!("the range is not satisfiable: the content has {total} bytes").into()
+            }
+        }
+    }
+
     /// Whether it is about the rights of the client, by a rule or by the upstream.
     pub fn is_denied(&self) -> bool {
         match self {
@@ -65,6 +90,12 @@ impl PullError {
             Self::Upstream { error, .. } => matches!(error.status, 401 | 403),
             _ => false,
         }
+    }
+}
+
+impl fmt::Display for PullError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message())
     }
 }
 

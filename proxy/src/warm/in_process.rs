@@ -73,6 +73,7 @@ fn fetch_error(error: PullError) -> FetchError {
         | PullError::UpstreamUnreachable(why)
         | PullError::Limited(why)
         | PullError::InvalidUpstreamResponse(why) => FetchError::Temporary(why),
+        PullError::BadRequest(message) => FetchError::Permanent(message.to_owned()),
         PullError::NotFound { message, .. } | PullError::Denied(message) | PullError::Blocked(message) => {
             FetchError::Permanent(message)
         }

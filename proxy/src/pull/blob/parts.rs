@@ -84,7 +84,7 @@ impl Parts {
         };
         let response = match self.responses.next().await {
             Some(Ok(response)) => response,
-            Some(Err(refusal)) => return Err(Broken(format!("a part of the response failed: {refusal:?}"))),
+            Some(Err(refusal)) => return Err(Broken(format!("a part of the response failed: {refusal}"))),
             None => return Err(Broken("a part of the response is missing".into())),
         };
         if response.extent != BlobExtent::Part(span) {

@@ -305,7 +305,7 @@ impl BlobSources {
                 Ok(incoming) => return Some(incoming),
                 Err(error) => {
                     let digest = &self.key.digest;
-                    tracing::debug!(peer = %holder, role = "holder", %digest, ?error, "peer request failed");
+                    tracing::debug!(peer = %holder, role = "holder", %digest, %error, "peer request failed");
                 }
             }
         }
