@@ -37,7 +37,7 @@ pub use self::auth::PeerTrust;
 use self::discovery::Discovery;
 use self::health::Health;
 pub use self::key::{PeerAuthError, Seal};
-use self::members::Members;
+use self::members::{FoundMember, Members};
 pub use self::members::{OwnerRoute, Scope};
 pub use self::operations::{NodeResult, PEER_OPERATIONS};
 use self::peer_request::Locality;
@@ -45,7 +45,7 @@ pub use self::peer_request::{PeerBody, PeerRequest};
 pub use self::query::{Downstream, PeerQuery, PeerRequestMode, RangePurpose, RedirectPolicy};
 pub use self::requests::{PeerError, PeerTag, PeerTagResolution};
 use self::swarm::{Claim, Time, Tracker};
-use crate::config::{Config, PeersConfig as Settings, Zone};
+use crate::config::{Config, PeersConfig as Settings};
 use crate::identity::Identity;
 use crate::metrics::Metrics;
 use crate::oci::Digest;
@@ -107,6 +107,11 @@ pub enum FetchPolicy {
 /// each request more. Smaller: one lost packet marks a peer as down.
 const CONNECT_TIMEOUT: Duration = Duration::from_millis(1500);
 
+/// The members of `peers.static`.
+fn listed(settings: &Settings) -> Vec<FoundMember> {
+    settings.members.iter().cloned().map(FoundMember::from).collect()
+}
+
 /// Upper bound for the peers tracked over all blobs together, each with up to a KiB. Larger: more memory. Smaller:
 /// trackers of blobs in use are evicted, and this node sends bodies that other holders could send.
 const MAX_TRACKED: u64 = 256 * 1024;
@@ -117,7 +122,7 @@ impl Peers {
         let settings = config.peers.clone();
         let Some(listen) = settings.listen else { return Ok(None) };
         let discovery = Discovery::new(&settings, &config.dns.servers, listen)?;
-        let members = Members::new(&settings.members, listen, settings.zone.clone(), settings.zones);
+        let members = Members::new(&listed(&settings), listen, settings.zone.clone(), settings.zones);
         if !discovery.is_needed() && settings.members.is_empty() {
             return Err(
                 "peers.listen is set, but no members are configured: set peers.service or peers.static".to_owned()
@@ -176,7 +181,7 @@ impl Peers {
         let mut known = Vec::new();
         while discovery.is_needed() {
             if let Some(mut found) = discovery.next().await {
-                found.extend(self.settings.members.iter().cloned());
+                found.extend(listed(&self.settings));
                 found.sort_unstable();
                 // `Members::new` finds this host with some system calls for each member, so an unchanged list skips it.
                 // But until this host is found its address may still appear.
@@ -195,7 +200,7 @@ impl Peers {
         let _ = self.formed.subscribe().wait_for(|formed| *formed).await;
     }
 
-    fn update_members(&self, found: &[(Zone, SocketAddr)]) {
+    fn update_members(&self, found: &[FoundMember]) {
         let members = Members::new(found, self.listen, self.settings.zone.clone(), self.settings.zones);
         if **self.members.load() != members {
             tracing::info!(members = members.len(), own = %members.own, zone = members.own_zone(), "peers changed");

@@ -33,10 +33,10 @@ app.kubernetes.io/component: proxy
 {{- include "dray.renamed" . -}}
 {{- $by := .Values.exposure.type | default (ternary "hostNetwork" "nodePort" (eq .Values.mode "daemonset")) -}}
 {{- if and (eq .Values.mode "daemonset") (not (has $by (list "hostNetwork" "hostPort"))) -}}
-{{- fail (printf "exposure.type: %s is for mode: deployment; a daemonset has hostNetwork or hostPort" $by) -}}
+{{- fail (printf "exposure.type: %s is for mode: deployment or statefulset; a daemonset has hostNetwork or hostPort" $by) -}}
 {{- end -}}
-{{- if and (eq .Values.mode "deployment") (not (has $by (list "nodePort" "clusterIP"))) -}}
-{{- fail (printf "exposure.type: %s is for mode: daemonset; a deployment has nodePort or clusterIP" $by) -}}
+{{- if and (ne .Values.mode "daemonset") (not (has $by (list "nodePort" "clusterIP"))) -}}
+{{- fail (printf "exposure.type: %s is for mode: daemonset; a %s has nodePort or clusterIP" $by .Values.mode) -}}
 {{- end -}}
 {{- if and (eq $by "clusterIP") (not .Values.exposure.clusterIP) (not .Values.exposure.mirror) -}}
 {{- fail "exposure.clusterIP: a free address of the cluster's Service range is needed, since nodes cannot resolve names" -}}
@@ -99,6 +99,15 @@ app.kubernetes.io/component: proxy
 {{- .Values.peers.keySecret | default $generated -}}
 {{- end -}}
 
+{{/* The pods of a StatefulSet are known by their names, which SRV records of the port list. */}}
+{{- define "dray.srv" -}}
+{{- if eq .Values.mode "statefulset" }}_peers._tcp.{{ end -}}
+{{- end -}}
+
+{{- define "dray.workload" -}}
+{{- get (dict "daemonset" "ds" "deployment" "deploy" "statefulset" "sts") .Values.mode -}}
+{{- end -}}
+
 {{- define "dray.domain" -}}
 {{ .Release.Namespace }}.svc.{{ .Values.peers.clusterDomain }}
 {{- end -}}
@@ -138,11 +147,11 @@ memory = {{ .Values.cache.memory | quote }}
 [peers]
 listen = "{{ $all }}:{{ .Values.peers.port }}"
 {{- if eq .Values.zones.by "none" }}
-service = "{{ include "dray.peersService" . }}.{{ include "dray.domain" . }}"
+service = "{{ include "dray.srv" . }}{{ include "dray.peersService" . }}.{{ include "dray.domain" . }}"
 {{- else }}
 {{- $services := list }}
 {{- range .Values.zones.names }}
-{{- $services = append $services (printf "%s = \"%s-%s.%s\"" (quote .) (include "dray.peersService" $) . (include "dray.domain" $)) }}
+{{- $services = append $services (printf "%s = \"%s%s-%s.%s\"" (quote .) (include "dray.srv" $) (include "dray.peersService" $) . (include "dray.domain" $)) }}
 {{- end }}
 service = { {{ join ", " $services }} }
 zones = {{ .Values.zones.policy | quote }}

@@ -1,5 +1,7 @@
 //! The members' addresses, by DNS.
 
+mod srv;
+
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
@@ -8,6 +10,8 @@ use hickory_resolver::TokioResolver;
 use hickory_resolver::config::LookupIpStrategy;
 use tokio::time::{Instant, sleep_until};
 
+use self::srv::{Resolved, Targets};
+use super::members::FoundMember;
 use crate::config::{PeersConfig as Config, Zone};
 use crate::dns;
 use crate::times::{FIRST_RETRY_DELAY, MAX_RETRY_DELAY, RETRY_INTERVAL};
@@ -32,6 +36,8 @@ struct Name {
     /// The last successful results: they stay while lookups fail.
     v4: Vec<IpAddr>,
     v6: Vec<IpAddr>,
+    /// For a name of SRV records instead, which begins with an underscore (RFC 2782).
+    targets: Targets,
     due: Instant,
     last_error: Option<String>,
 }
@@ -44,6 +50,7 @@ impl Discovery {
             zone: zone.clone(),
             v4: Vec::new(),
             v6: Vec::new(),
+            targets: Targets::default(),
             due: Instant::now(),
             last_error: None,
         };
@@ -58,21 +65,30 @@ impl Discovery {
     }
 
     /// Waits until a result expires, resolves again, and returns all known members. None: none is known yet.
-    pub(super) async fn next(&mut self) -> Option<Vec<(Zone, SocketAddr)>> {
+    pub(super) async fn next(&mut self) -> Option<Vec<FoundMember>> {
         if let Some(due) = self.names.iter().map(|name| name.due).min() {
             sleep_until(due).await;
         }
         let now = Instant::now();
         for name in self.names.iter_mut().filter(|name| name.due <= now) {
-            name.resolve(&self.both, &self.v4, &self.v6).await;
-        }
-        let mut found: HashMap<SocketAddr, Zone> = HashMap::new();
-        for name in &self.names {
-            for address in one_family(&name.v4, &name.v6, self.listen.ip()) {
-                found.insert(SocketAddr::new(*address, self.listen.port()), name.zone.clone());
+            if name.is_srv() {
+                name.resolve_srv(&self.both).await;
+            } else {
+                name.resolve(&self.both, &self.v4, &self.v6).await;
             }
         }
-        (!found.is_empty()).then(|| found.into_iter().map(|(member, zone)| (zone, member)).collect())
+        let mut found: HashMap<SocketAddr, FoundMember> = HashMap::new();
+        for name in &self.names {
+            for ip in one_family(&name.v4, &name.v6, self.listen.ip()) {
+                let address = SocketAddr::new(*ip, self.listen.port());
+                found.insert(address, FoundMember { zone: name.zone.clone(), address, name: None });
+            }
+            for (address, target) in name.targets.members(self.listen.ip()) {
+                let target = Some(target.to_owned());
+                found.insert(address, FoundMember { zone: name.zone.clone(), address, name: target });
+            }
+        }
+        (!found.is_empty()).then(|| found.into_values().collect())
     }
 }
 
@@ -89,13 +105,7 @@ impl Name {
                 if !is_complete {
                     self.warn_once("the lookup of one address family failed".to_owned());
                 }
-                let ttl = lookup.valid_until().saturating_duration_since(std::time::Instant::now());
-                let size = Duration::from_secs(1) * u32::try_from(self.len()).unwrap_or(u32::MAX);
-                if is_complete {
-                    ttl.max(FIRST_RETRY_DELAY + size / MEMBERS_PER_TTL_SECOND).min(MAX_RETRY_DELAY)
-                } else {
-                    RETRY_INTERVAL
-                }
+                if is_complete { self.refresh_interval(lookup.valid_until()) } else { RETRY_INTERVAL }
             }
             Err(error) => {
                 self.warn_once(error.to_string());
@@ -103,6 +113,30 @@ impl Name {
             }
         };
         self.due = Instant::now() + refresh_in.mul_f64(0.75 + fastrand::f64() / 2.0);
+    }
+
+    fn is_srv(&self) -> bool {
+        self.name.starts_with('_')
+    }
+
+    async fn resolve_srv(&mut self, resolver: &TokioResolver) {
+        let refresh_in = match self.targets.resolve(&self.name, resolver).await {
+            Ok(Resolved { valid_until, error: None }) => {
+                self.last_error = None;
+                self.refresh_interval(valid_until)
+            }
+            Ok(Resolved { error: Some(error), .. }) | Err(error) => {
+                self.warn_once(error);
+                RETRY_INTERVAL
+            }
+        };
+        self.due = Instant::now() + refresh_in.mul_f64(0.75 + fastrand::f64() / 2.0);
+    }
+
+    fn refresh_interval(&self, valid_until: std::time::Instant) -> Duration {
+        let ttl = valid_until.saturating_duration_since(std::time::Instant::now());
+        let size = Duration::from_secs(1) * u32::try_from(self.len()).unwrap_or(u32::MAX);
+        ttl.max(FIRST_RETRY_DELAY + size / MEMBERS_PER_TTL_SECOND).min(MAX_RETRY_DELAY)
     }
 
     fn warn_once(&mut self, error: String) {
@@ -114,7 +148,7 @@ impl Name {
     }
 
     fn len(&self) -> usize {
-        self.v4.len() + self.v6.len()
+        self.v4.len() + self.v6.len() + self.targets.len()
     }
 }
 
@@ -202,7 +236,7 @@ mod tests {
         let mut members = async || {
             discovery.names[0].due = Instant::now();
             let found = discovery.next().await.unwrap_or_default();
-            found.into_iter().map(|(_, member)| member.to_string()).collect::<Vec<_>>()
+            found.into_iter().map(|found| found.address.to_string()).collect::<Vec<_>>()
         };
         assert_eq!(members().await, ["10.0.0.1:5052"]);
         fails.store(true, Ordering::SeqCst);

@@ -28,6 +28,15 @@ pub enum Scope {
     OwnZone,
 }
 
+/// A member as the configuration or DNS lists it.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct FoundMember {
+    pub zone: Zone,
+    pub address: SocketAddr,
+    /// Its identity in the ring. None: its address.
+    pub name: Option<String>,
+}
+
 /// The owners that a request for a digest goes to, and in which role.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct OwnerRoute {
@@ -46,20 +55,30 @@ impl OwnerRoute {
     }
 }
 
+impl From<(Zone, SocketAddr)> for FoundMember {
+    fn from((zone, address): (Zone, SocketAddr)) -> Self {
+        Self { zone, address, name: None }
+    }
+}
+
 impl Members {
     /// `zone` is this node's configured zone. None: that of its address in `found`.
-    pub fn new(found: &[(Zone, SocketAddr)], listen: SocketAddr, zone: Zone, policy: Zones) -> Self {
+    pub fn new(found: &[FoundMember], listen: SocketAddr, zone: Zone, policy: Zones) -> Self {
         // Of several own addresses always the same one, since it is this node's identity in the ring.
-        let own = found.iter().map(|(_, member)| *member).filter(|member| is_own(*member, listen)).min();
+        let own = found.iter().map(|member| member.address).filter(|member| is_own(*member, listen)).min();
         let own = own.unwrap_or(listen);
-        let mut zones: HashMap<SocketAddr, Zone> = found.iter().map(|(zone, member)| (*member, zone.clone())).collect();
+        let mut zones: HashMap<SocketAddr, Zone> =
+            found.iter().map(|member| (member.address, member.zone.clone())).collect();
         let zone = zone.or_else(|| zones.get(&own).cloned().flatten());
         // Peers cannot know this node as 0.0.0.0, so it owns nothing then.
         if !own.ip().is_unspecified() {
             zones.insert(own, zone.clone());
         }
-        let global: Ring = zones.keys().copied().collect();
-        let local: Ring = zones.iter().filter(|(_, other)| **other == zone).map(|(member, _)| *member).collect();
+        let names: HashMap<SocketAddr, &str> =
+            found.iter().filter_map(|member| Some((member.address, member.name.as_deref()?))).collect();
+        let named = |member: &SocketAddr| (*member, names.get(member).copied());
+        let global = Ring::of_named(zones.keys().map(named));
+        let local = Ring::of_named(zones.iter().filter(|(_, other)| **other == zone).map(|(member, _)| named(member)));
         // With a single zone, requests go to the owner of all zones at once. It requests from the upstream, even
         // if its own list names another owner.
         let policy = if local == global { Zones::Ignore } else { policy };
@@ -193,10 +212,11 @@ mod tests {
 
     /// The members as each node of two zones of four sees them.
     fn views(policy: Zones) -> Vec<Members> {
-        let found: Vec<(Zone, SocketAddr)> = (1..=8u8)
+        let found: Vec<FoundMember> = (1..=8u8)
             .map(|n| (Some(if n <= 4 { "a".into() } else { "b".into() }), SocketAddr::from(([192, 0, 2, n], 5052))))
+            .map(FoundMember::from)
             .collect();
-        found.iter().map(|(_, own)| Members::new(&found, *own, None, policy)).collect()
+        found.iter().map(|own| Members::new(&found, own.address, None, policy)).collect()
     }
 
     /// The nodes that a client's request passes from `from` to the upstream.
@@ -282,7 +302,8 @@ mod tests {
                 .map(|own| {
                     let known = all.iter().filter(|_| random.u8(0..3) > 0).collect::<Vec<_>>();
                     let zone = |random: &mut fastrand::Rng| Some(["a", "b", "c"][random.usize(0..3)].into());
-                    let found: Vec<_> = known.iter().map(|member| (zone(&mut random), **member)).collect();
+                    let found: Vec<FoundMember> =
+                        known.iter().map(|member| (zone(&mut random), **member).into()).collect();
                     Members::new(&found, *own, zone(&mut random), policies[random.usize(0..3)])
                 })
                 .collect();

@@ -34,13 +34,23 @@ impl Ring {
     }
 }
 
+impl Ring {
+    /// Members with their names. A member with a name keeps its digests when its address changes.
+    pub fn of_named<'a>(members: impl IntoIterator<Item = (SocketAddr, Option<&'a str>)>) -> Self {
+        let mut members: Vec<_> = members.into_iter().collect();
+        members.sort_unstable();
+        members.dedup_by_key(|(member, _)| *member);
+        let hash = |(member, name): &(SocketAddr, Option<&str>)| match name {
+            Some(name) => xxh64(name.as_bytes(), 0),
+            None => xxh64(member.to_string().as_bytes(), 0),
+        };
+        Self(members.iter().map(|member| (hash(member), member.0)).collect())
+    }
+}
+
 impl FromIterator<SocketAddr> for Ring {
     fn from_iter<I: IntoIterator<Item = SocketAddr>>(members: I) -> Self {
-        let mut members: Vec<SocketAddr> = members.into_iter().collect();
-        members.sort_unstable();
-        members.dedup();
-        let hash = |member: &SocketAddr| xxh64(member.to_string().as_bytes(), 0);
-        Self(members.iter().map(|member| (hash(member), *member)).collect())
+        Self::of_named(members.into_iter().map(|member| (member, None)))
     }
 }
 
@@ -54,6 +64,23 @@ pub(super) fn splitmix(mut x: u64) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn named_member_keeps_its_digests_at_another_address() {
+        let names: Vec<String> = (0..3).map(|nth| format!("dray-{nth}.dray-peers.dray.svc.cluster.local")).collect();
+        let at = |nth: usize, ip: u8| (SocketAddr::from(([10, 0, 0, ip], 5052)), Some(names[nth].as_str()));
+        let (before, after) =
+            (Ring::of_named([at(0, 1), at(1, 2), at(2, 3)]), Ring::of_named([at(0, 9), at(1, 2), at(2, 3)]));
+        let owners = |ring: &Ring| -> Vec<u8> {
+            let owner = |nth: u8| ring.owners(&Digest::of(&[nth]), 1)[0].ip().to_string();
+            (0..100).map(|nth| owner(nth).rsplit('.').next().unwrap().parse().unwrap()).collect()
+        };
+        let (before, after) = (owners(&before), owners(&after));
+        assert!(before.iter().zip(&after).all(|(old, new)| old == new || (*old, *new) == (1, 9)));
+        assert!(after.iter().filter(|ip| **ip == 9).count() > 10);
+        // Releases must agree on the owners.
+        assert_eq!(before[..8], [0; 8]);
+    }
 
     fn ring(count: u8) -> Ring {
         members(count).into_iter().collect()

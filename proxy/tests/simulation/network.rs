@@ -4,11 +4,11 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use dray::config::{Zone, Zones};
+use dray::config::Zones;
 use dray::fill::{ConnectionScaler, Pace, RangePlan};
 use dray::oci::{Digest, Span, Spans};
 use dray::peers::health::Health;
-use dray::peers::members::{Members, OwnerRoute, Scope};
+use dray::peers::members::{FoundMember, Members, OwnerRoute, Scope};
 use dray::peers::ring::Ring;
 use dray::peers::swarm::{Tracker, View};
 use dray::role::Role;
@@ -100,7 +100,7 @@ pub(crate) struct Flow {
 
 pub(crate) struct Network {
     pub(crate) shape: Shape,
-    members: Vec<(Zone, SocketAddr)>,
+    members: Vec<FoundMember>,
     pub(crate) nodes: Vec<Node>,
     /// The owner of each layer, over all zones.
     owners: Vec<usize>,
@@ -144,8 +144,8 @@ impl Network {
     pub(crate) fn new(shape: Shape) -> Self {
         let zone = |node: usize| node % shape.zones.count;
         let name = |node: usize| (shape.zones.count > 1).then(|| Arc::from(zone(node).to_string()));
-        let members: Vec<(Zone, SocketAddr)> = (0..shape.nodes).map(|node| (name(node), address(node))).collect();
-        let ring: Ring = members.iter().map(|(_, member)| *member).collect();
+        let members: Vec<FoundMember> = (0..shape.nodes).map(|node| (name(node), address(node)).into()).collect();
+        let ring: Ring = members.iter().map(|member| member.address).collect();
         let owners = (0..LAYERS.len()).map(|layer| index(ring.owners(&digest(layer), 1)[0])).collect();
         let node = |node| Node {
             address: address(node),

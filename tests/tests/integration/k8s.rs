@@ -31,6 +31,9 @@ fn matrix() -> Vec<Vec<String>> {
          podDisruptionBudget.minAvailable=2",
         "criticalPodsQuota=true,podSecurityContext.seLinuxOptions.type=spc_t,cache.keepAfterUninstall=true,secrets[0].name=hub.corp,\
          secrets[0].mountPath=/etc/dray/secrets/hub",
+        "mode=statefulset,cache.volume.storage=200Gi,cache.disk=190GiB",
+        "mode=statefulset,cache.volume.storage=200Gi,cache.volume.storageClassName=fast,cache.disk=190GiB,zones.by=nodes,\
+         zones.names={a,b},podDisruptionBudget.minAvailable=2,networkPolicy.enabled=true",
         "mode=deployment,containerd.enabled=false,networkPolicy.enabled=true,metrics.enabled=true",
         "nameOverride=mirror,fullnameOverride=cache,commonLabels.team=a,serviceAccount.create=true,\
          serviceAccount.annotations.role=a,securityContext.runAsUser=1000,updateStrategy.type=OnDelete,\
@@ -59,7 +62,7 @@ fn rendered(arguments: &[String]) -> String {
 }
 
 fn pods(documents: &[Value]) -> Vec<&Value> {
-    let kinds = ["DaemonSet", "Deployment", "Job"].into_iter();
+    let kinds = ["DaemonSet", "Deployment", "StatefulSet", "Job"].into_iter();
     kinds.flat_map(|kind| of_kind(documents, kind)).map(|workload| &workload["spec"]["template"]).collect()
 }
 
@@ -74,7 +77,7 @@ fn containers(pod: &Value) -> Vec<&Value> {
 
 /// Every reference between the documents is right.
 fn assert_consistent(documents: &[Value]) {
-    for workload in ["DaemonSet", "Deployment"].into_iter().flat_map(|kind| of_kind(documents, kind)) {
+    for workload in ["DaemonSet", "Deployment", "StatefulSet"].into_iter().flat_map(|kind| of_kind(documents, kind)) {
         let labels = &workload["spec"]["template"]["metadata"]["labels"];
         assert!(selects(&workload["spec"]["selector"]["matchLabels"], labels));
     }
@@ -96,12 +99,11 @@ fn assert_consistent(documents: &[Value]) {
     for pod in pods {
         let spec = &pod["spec"];
         assert_eq!(spec["automountServiceAccountToken"], false);
-        let volumes: BTreeSet<_> = spec["volumes"]
-            .as_sequence()
-            .into_iter()
-            .flatten()
-            .map(|volume| volume["name"].as_str().unwrap())
-            .collect();
+        let claims = of_kind(documents, "StatefulSet").into_iter().filter(|set| set["spec"]["template"] == *pod);
+        let claims = claims.filter_map(|set| set["spec"]["volumeClaimTemplates"].as_sequence()).flatten();
+        let claims = claims.map(|claim| claim["metadata"]["name"].as_str().unwrap());
+        let volumes = spec["volumes"].as_sequence().into_iter().flatten();
+        let volumes: BTreeSet<_> = volumes.map(|volume| volume["name"].as_str().unwrap()).chain(claims).collect();
         let mut mounted = BTreeSet::new();
         for container in containers(pod) {
             let security = &container["securityContext"];
@@ -211,7 +213,8 @@ fn helm_lint_reports_nothing() {
 #[test]
 fn invalid_values_are_explained() {
     for (set, expected) in [
-        ("mode=statefulset", "mode"),
+        ("mode=replicaset", "mode"),
+        ("mode=statefulset", "cache.volume.storage"),
         ("containerd.hostsDir=certs.d", "/containerd/hostsDir"),
         ("containerd.hostsDir=/a:/b", "/containerd/hostsDir"),
         ("containerd.hostDir=/a", "hostDir"),
@@ -220,8 +223,8 @@ fn invalid_values_are_explained() {
         ("cache.hostPath=/", "/cache/hostPath"),
         ("exposure.port=0", "/exposure/port"),
         ("cache.volume.storage=10GiB", "/cache/volume/storage"),
-        ("cache.volume.storage=10Gi", "mode: deployment"),
-        ("exposure.type=nodePort", "mode: deployment"),
+        ("cache.volume.storage=10Gi", "mode: deployment or statefulset"),
+        ("exposure.type=nodePort", "mode: deployment or statefulset"),
         ("mode=deployment,exposure.type=hostNetwork", "mode: daemonset"),
         ("mode=deployment,exposure.type=clusterIP", "exposure.clusterIP"),
         ("exposure.mirror=http://a/v2", "/exposure/mirror"),

@@ -42,6 +42,7 @@ mod routing;
 mod sendfile;
 mod soak;
 mod stalled_peers;
+mod stateful;
 mod status;
 mod tags;
 mod tracing;
