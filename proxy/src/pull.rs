@@ -9,10 +9,12 @@
 
 mod authorization;
 mod blob;
+mod body;
 mod cache_admin;
 mod cached_content;
 mod error;
 mod explain;
+mod flights;
 mod list;
 mod manifest;
 mod negative_cache;
@@ -34,8 +36,10 @@ use std::time::SystemTime;
 
 use self::authorization::AuthorizationCache;
 pub use self::authorization::{AuthorizationError, Authorizer};
-use self::blob::SourceContext;
-pub use self::blob::{BlobExtent, BlobRequest, BlobResponse, BlobService, Body};
+use self::blob::BlobContext;
+pub use self::blob::{BlobExtent, BlobRequest, BlobResponse, BlobService};
+pub use self::blob::{MAX_HOLDERS_TRIED, MAX_PEER_RANGES};
+pub use self::body::Body;
 pub use self::cache_admin::{CacheAdmin, CacheList, CacheOrder, ListedBlob, PurgeTarget, Purged};
 use self::cached_content::CachedContent;
 pub use self::error::{PullError, status_for_client};
@@ -53,9 +57,7 @@ pub use self::request_context::{RequestContext, Requester};
 pub use self::rule_check::check_rule;
 use self::serve_policy::ServePolicy;
 use self::slow_upstreams::SlowUpstreams;
-pub use self::source_search::{
-    Decision, HolderStep, MAX_HOLDERS_TRIED, MAX_PEER_RANGES, Source, SourceSearch, WithoutOwner,
-};
+pub use self::source_search::{Decision, HolderStep, SearchProgress, Source, SourceSearch, WithoutOwner};
 use self::tag::TagService;
 use crate::config::{ByteRate, Config};
 use crate::fill::Fills;
@@ -63,10 +65,8 @@ use crate::memory::Memory;
 use crate::metrics::Metrics;
 use crate::oci::Digest;
 use crate::peers::Peers;
-use crate::principal::PrincipalId;
 use crate::registries::{Registries, RepositoryRef, Rules};
 use crate::single_flight::SingleFlight;
-use crate::source::SourceError;
 use crate::store::Store;
 use crate::tags::Tags;
 pub use crate::upstream::{ExchangedSecret, ListKind};
@@ -78,7 +78,7 @@ pub struct Pull {
     pub manifests: Arc<ManifestService>,
     pub blobs: Arc<BlobService>,
     pub lists: Arc<ListService>,
-    pub cache_admin: CacheAdmin,
+    pub cache_admin: Arc<CacheAdmin>,
     explainer: Explainer,
     registries: Arc<Registries>,
     store: Arc<Store>,
@@ -98,13 +98,14 @@ impl Pull {
         let (upstream, routing) = (Arc::new(upstream), Arc::new(PeerRouting::new(peers)));
         let (negative_cache, slow_upstreams) = (Arc::new(NegativeCache::new()), SlowUpstreams::new());
         let authorizations = Arc::new(AuthorizationCache::new());
-        let policy = ServePolicy::new(registries.clone(), authorizations.clone());
-        let content = Arc::new(CachedContent::new(store.clone(), policy));
+        let policy = Arc::new(ServePolicy::new(registries.clone(), authorizations.clone()));
+        let content = Arc::new(CachedContent::new(store.clone(), policy.clone()));
         let (referrers, tags) = (Arc::new(Referrers::new(store.clone())), Arc::new(Tags::new(store.clone())));
         let registry_hints = Arc::new(RegistryHints::new(store.clone()));
         let authorizer = Arc::new(Authorizer::new(
             authorizations.clone(),
-            content.clone(),
+            store.clone(),
+            policy,
             upstream.clone(),
             slow_upstreams.clone(),
             metrics.clone(),
@@ -134,7 +135,7 @@ impl Pull {
             flights: SingleFlight::default(),
         });
         let fills = Arc::new(Fills::new(store.clone(), memory, metrics.clone()));
-        let context = Arc::new(SourceContext::new(
+        let context = Arc::new(BlobContext::new(
             fills.clone(),
             routing.clone(),
             upstream.clone(),
@@ -151,7 +152,7 @@ impl Pull {
             )),
             blobs: Arc::new(BlobService::new(registries.clone(), content.clone(), negative_cache, context)),
             lists: Arc::new(ListService::new(store.clone(), upstream.clone(), authorizer.clone(), referrers, metrics)),
-            cache_admin: CacheAdmin::new(registries.clone(), store.clone(), tags.clone(), fills),
+            cache_admin: Arc::new(CacheAdmin::new(registries.clone(), store.clone(), tags.clone(), fills)),
             explainer: Explainer {
                 registries: registries.clone(),
                 tags,
@@ -240,30 +241,4 @@ pub(crate) struct ReloadedRules {
     rules: Arc<Rules>,
     sessions: ReloadedSessions,
     upstream_limit: Option<ByteRate>,
-}
-
-/// Whether a result is about the rights or the rate limit of one principal: another principal may get more.
-fn is_personal<T>(repo_ref: &RepositoryRef, result: &Result<T, SourceError>) -> bool {
-    let is_about_principal = |error: &SourceError| {
-        matches!(
-            error,
-            SourceError::NotFound(_)
-                | SourceError::Denied(_)
-                | SourceError::Limited { .. }
-                | SourceError::NoCredentials(_)
-        )
-    };
-    repo_ref.rule.is_passthrough() && result.as_ref().err().is_some_and(is_about_principal)
-}
-
-/// The key of the flight that all principals share, and the key of the principal's own flight. A principal without a
-/// credential for the upstream uses only its own: its failure must not reach others.
-fn flight_keys<K>(repo_ref: &RepositoryRef, key: impl Fn(Option<PrincipalId>) -> K) -> (K, K) {
-    let own = Some(repo_ref.principal.principal_id());
-    (key(own.filter(|_| repo_ref.principal.lacks_authorization())), key(own))
-}
-
-/// The result of a flight that panicked.
-fn fetch_ended<T>() -> Result<T, SourceError> {
-    Err(SourceError::Unreachable("internal error: the task panicked, see dray's log".into()))
 }

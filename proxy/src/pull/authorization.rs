@@ -29,16 +29,18 @@ use tokio::time::{Instant, timeout};
 
 pub(super) use self::cache::AuthorizationCache;
 use self::cache::CachedAccess;
-use super::cached_content::CachedContent;
+use super::flights::fetch_ended;
+use super::serve_policy::ServePolicy;
 use super::slow_upstreams::SlowUpstreams;
-use super::{PullError, fetch_ended};
+use super::{PullError, Requester};
 use crate::metrics::Metrics;
 use crate::oci::{Digest, Endpoint, ErrorCode, Reference};
+use crate::provenance::Provenance;
 use crate::registries::RepositoryRef;
 use crate::secret::Secret;
 use crate::single_flight::SingleFlight;
 use crate::source::SourceError;
-use crate::store::SmallKind;
+use crate::store::{Found, SmallKind, Store};
 use crate::times::{ALTERNATIVE_TIMEOUT, UPSTREAM_TIMEOUT};
 use crate::upstream::{ExchangedSecret, UpstreamClient};
 
@@ -46,7 +48,8 @@ use crate::upstream::{ExchangedSecret, UpstreamClient};
 pub struct Authorizer {
     cache: Arc<AuthorizationCache>,
     checks: SingleFlight<cache::ObjectKey, Result<(), SourceError>>,
-    content: Arc<CachedContent>,
+    store: Arc<Store>,
+    policy: Arc<ServePolicy>,
     upstream: Arc<UpstreamClient>,
     slow_upstreams: SlowUpstreams,
     metrics: Arc<Metrics>,
@@ -74,12 +77,13 @@ enum Grounds {
 impl Authorizer {
     pub(super) fn new(
         cache: Arc<AuthorizationCache>,
-        content: Arc<CachedContent>,
+        store: Arc<Store>,
+        policy: Arc<ServePolicy>,
         upstream: Arc<UpstreamClient>,
         slow_upstreams: SlowUpstreams,
         metrics: Arc<Metrics>,
     ) -> Self {
-        Self { cache, checks: SingleFlight::default(), content, upstream, slow_upstreams, metrics }
+        Self { cache, checks: SingleFlight::default(), store, policy, upstream, slow_upstreams, metrics }
     }
 
     /// Decides whether the principal may have what `endpoint` names; see the table above.
@@ -123,7 +127,7 @@ impl Authorizer {
         endpoint: &Endpoint,
         accept: &str,
     ) -> Result<(), AuthorizationError> {
-        if self.content.of_other_repository(repo_ref, digest, kind_of(endpoint)).await.is_none() {
+        if self.of_other_repository(repo_ref, digest, kind_of(endpoint)).await.is_none() {
             return Ok(());
         }
         // "Not found" leaves the cached state as it is: it says nothing of other objects in this repository.
@@ -184,7 +188,7 @@ impl Authorizer {
         accept: &str,
     ) -> Result<(), SourceError> {
         // A response of another length is other content.
-        let cached_length = self.content.length_of(endpoint).await;
+        let cached_length = self.length_of(endpoint).await;
         let deadline = Instant::now() + UPSTREAM_TIMEOUT;
         let check = self.upstream.check_access(repo_ref, endpoint, accept, cached_length, deadline).await;
         let outcome = match &check {
@@ -197,6 +201,24 @@ impl Authorizer {
             self.prove_content(repo_ref, endpoint, accept).await;
         }
         check
+    }
+
+    /// Content cached from another repository of the same registry, and not known to belong to this one.
+    async fn of_other_repository(&self, repo_ref: &RepositoryRef, digest: &Digest, kind: SmallKind) -> Option<Found> {
+        let found = self.store.find(digest, kind).await?;
+        let is_same_registry =
+            |from: &Provenance| from.registry == repo_ref.registry.as_str() && from.rule == repo_ref.rule.name();
+        let may_belong = found.provenance().is_some_and(is_same_registry);
+        let is_foreign = may_belong && !self.policy.allows(digest, found.provenance(), Requester::Client, repo_ref);
+        is_foreign.then_some(found)
+    }
+
+    /// The length of the cached object that `endpoint` names, also if the principal may not have it.
+    async fn length_of(&self, endpoint: &Endpoint) -> Option<u64> {
+        match self.store.find(digest_of(endpoint)?, kind_of(endpoint)).await? {
+            Found::Small { object, .. } => Some(object.bytes.len() as u64),
+            Found::Large { blob, .. } => Some(blob.len),
+        }
     }
 
     /// What the repository's registry returns for a credential.
@@ -213,7 +235,7 @@ impl Authorizer {
 fn decide(known: CachedAccess, check: Option<Result<(), SourceError>>) -> Result<Grounds, SourceError> {
     match (known, check) {
         (_, Some(Ok(()))) => Ok(Grounds::Response),
-        (CachedAccess::Authorized, _) | (CachedAccess::RecentlyAuthorized, None) => Ok(Grounds::Cache),
+        (CachedAccess::Authorized | CachedAccess::RecentlyAuthorized, None) => Ok(Grounds::Cache),
         (CachedAccess::RecentlyAuthorized, Some(Err(error))) if error.is_transient_outage() => Ok(Grounds::Cache),
         (_, Some(Err(error))) => Err(error),
         (CachedAccess::Unknown, None) => Err(SourceError::TimedOut),
@@ -251,6 +273,7 @@ mod tests {
         let response = |result: Result<(), &SourceError>| Some(result.map_err(Clone::clone));
         let cases = [
             (Authorized, None, Ok(Grounds::Cache)),
+            (Authorized, response(Err(&denied)), Err(&denied)),
             (RecentlyAuthorized, response(Ok(())), Ok(Grounds::Response)),
             (RecentlyAuthorized, response(Err(&denied)), Err(&denied)),
             (RecentlyAuthorized, response(Err(&missing)), Err(&missing)),

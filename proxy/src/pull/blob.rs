@@ -14,14 +14,16 @@ use std::time::Duration;
 use tokio::time::{Instant, timeout, timeout_at};
 
 use self::length::LengthLookup;
+pub(super) use self::parts::{PARTS_AHEAD, Parts};
 use self::range::RequestedRanges;
 use self::response::span_of;
-pub use self::response::{BlobExtent, BlobResponse, Body};
+pub use self::response::{BlobExtent, BlobResponse};
+pub(super) use self::sources::BlobContext;
 use self::sources::BlobSources;
-pub(super) use self::sources::SourceContext;
+pub use self::sources::{MAX_HOLDERS_TRIED, MAX_PEER_RANGES};
 use super::cached_content::CachedContent;
 use super::negative_cache::{NegativeCache, NegativeKind};
-use super::{PullError, RequestContext, Requester, check_rule};
+use super::{Body, PullError, RequestContext, Requester, check_rule};
 use crate::fill::{
     ContentSource, Fill, FillKey, FillOutcome, FillView, Fills, OpenedFill, PassthroughStream, ReadMode, SpanStream,
 };
@@ -39,7 +41,7 @@ pub struct BlobService {
     registries: Arc<Registries>,
     content: Arc<CachedContent>,
     negative_cache: Arc<NegativeCache>,
-    context: Arc<SourceContext>,
+    context: Arc<BlobContext>,
     lengths: Arc<LengthLookup>,
     /// Bytes requested in bounded ranges.
     requested_ranges: RequestedRanges,
@@ -76,7 +78,7 @@ impl BlobService {
         registries: Arc<Registries>,
         content: Arc<CachedContent>,
         negative_cache: Arc<NegativeCache>,
-        context: Arc<SourceContext>,
+        context: Arc<BlobContext>,
     ) -> Self {
         let lengths = Arc::new(LengthLookup::new(context.clone()));
         Self { registries, content, negative_cache, context, lengths, requested_ranges: RequestedRanges::new() }
@@ -132,7 +134,7 @@ impl BlobService {
         let mut last = None;
         let count = repo_refs.len();
         for (nth, repo_ref) in repo_refs.into_iter().enumerate() {
-            let (time_limit, limit) = match request.registry_from {
+            let (wait, limit) = match request.registry_from {
                 // Another registry may hold it.
                 _ if nth + 1 < count => (OutageWait::Refuse, request.request_context.time_limit.min(STALL_TIMEOUT)),
                 RegistryFrom::Namespace => (OutageWait::Refuse, request.request_context.time_limit),
@@ -143,7 +145,7 @@ impl BlobService {
             let request = BlobRequest { repo_ref, ..request.clone() };
             let deadline = Instant::now() + limit;
             // After a timeout the fill continues for later requests.
-            let fetched = timeout_at(deadline, self.fetch_blob(&request, time_limit, deadline)).await;
+            let fetched = timeout_at(deadline, self.fetch_blob(&request, wait, deadline)).await;
             match fetched.unwrap_or(Err(BlobError::Source(SourceError::TimedOut))) {
                 Ok(response) => return Ok(response),
                 Err(BlobError::Refused(refusal)) => return Err(refusal),
@@ -234,7 +236,7 @@ impl BlobService {
     async fn fetch_blob(
         self: &Arc<Self>,
         request: &BlobRequest,
-        time_limit: OutageWait,
+        wait: OutageWait,
         deadline: Instant,
     ) -> Result<BlobResponse, BlobError> {
         let (repo_ref, digest) = (&request.repo_ref, &request.digest);
@@ -277,7 +279,7 @@ impl BlobService {
                 self.negative_cache.put(repo_ref, NegativeKind::Blob, digest.as_str(), &error);
             }
             error_responses += u32::from(is_error_response(&error));
-            let may_wait = time_limit == OutageWait::WaitOut && may_repeat(&error, error_responses);
+            let may_wait = wait == OutageWait::WaitOut && may_repeat(&error, error_responses);
             if !may_wait || Instant::now() + RETRY_INTERVAL > deadline {
                 return Err(error.into());
             }
@@ -313,14 +315,7 @@ impl BlobService {
             OpenedFill::Growing { blob, from } => {
                 let total = blob.len;
                 let span = span_of(request.range, total)?;
-                let mode = match (request.request_context.requester, request.request_context.fetch_policy, span) {
-                    (Requester::Peer(_), FetchPolicy::CacheOnly, Some(_)) => ReadMode::UnverifiedUntilStall,
-                    (Requester::Peer(_), FetchPolicy::Upstream, Some(_)) => ReadMode::Unverified,
-                    (Requester::Client, _, Some(span)) if span.end < total && self.is_ambiguous(request) => {
-                        ReadMode::Verified
-                    }
-                    _ => ReadMode::VerifiedTail,
-                };
+                let mode = read_mode(&request.request_context, span, total, || self.is_ambiguous(request));
                 let from = match (mode, from) {
                     // A file that is not verified yet is labelled as a peer's: this node does not vouch for it.
                     (ReadMode::Unverified | ReadMode::UnverifiedUntilStall, ServedFrom::Disk) => ServedFrom::Peer,
@@ -404,6 +399,22 @@ fn first_byte_wanted(range: Option<RangeRequest>) -> u64 {
     }
 }
 
+/// How a growing blob is read. Only a peer, which verifies the whole blob itself, gets all bytes of a range before the
+/// digest matches.
+fn read_mode(
+    request_context: &RequestContext,
+    span: Option<Span>,
+    total: u64,
+    is_ambiguous: impl FnOnce() -> bool,
+) -> ReadMode {
+    match (request_context.requester, request_context.fetch_policy, span) {
+        (Requester::Peer(_), FetchPolicy::CacheOnly, Some(_)) => ReadMode::UnverifiedUntilStall,
+        (Requester::Peer(_), FetchPolicy::Upstream, Some(_)) => ReadMode::Unverified,
+        (Requester::Client, _, Some(span)) if span.end < total && is_ambiguous() => ReadMode::Verified,
+        _ => ReadMode::VerifiedTail,
+    }
+}
+
 /// Whether the upstream has responded with an error, as opposed to no response.
 fn is_error_response(error: &SourceError) -> bool {
     match error {
@@ -450,6 +461,29 @@ impl From<PullError> for BlobError {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::peers::PeerTrust;
+
+    #[test]
+    fn client_gets_the_end_of_a_blob_only_verified() {
+        let (client, peer) = (Requester::Client, Requester::Peer(PeerTrust::Authenticated));
+        let (range, tail) = (Some(Span { start: 0, end: 50 }), Some(Span { start: 50, end: 100 }));
+        let mode = |requester, fetch_policy, span, is_ambiguous| {
+            let context = RequestContext { requester, fetch_policy, ..RequestContext::CLIENT };
+            read_mode(&context, span, 100, || is_ambiguous)
+        };
+        let cases = [
+            (client, FetchPolicy::Upstream, None, false, ReadMode::VerifiedTail),
+            (client, FetchPolicy::Upstream, range, false, ReadMode::VerifiedTail),
+            (client, FetchPolicy::Upstream, range, true, ReadMode::Verified),
+            (client, FetchPolicy::Upstream, tail, true, ReadMode::VerifiedTail),
+            (peer, FetchPolicy::Upstream, None, false, ReadMode::VerifiedTail),
+            (peer, FetchPolicy::Upstream, range, true, ReadMode::Unverified),
+            (peer, FetchPolicy::CacheOnly, range, true, ReadMode::UnverifiedUntilStall),
+        ];
+        for (requester, policy, span, is_ambiguous, want) in cases {
+            assert_eq!(mode(requester, policy, span, is_ambiguous), want, "{requester:?} {policy:?} {span:?}");
+        }
+    }
 
     #[test]
     fn download_is_repeated_while_the_outage_may_end() {

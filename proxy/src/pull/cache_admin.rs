@@ -98,6 +98,19 @@ impl PurgeTarget {
     }
 }
 
+impl Purged {
+    /// What two parts of a purge have removed.
+    #[must_use]
+    pub fn and(self, other: Self) -> Self {
+        Self {
+            records: self.records + other.records,
+            objects: self.objects + other.objects,
+            bytes: self.bytes + other.bytes,
+            downloads: self.downloads + other.downloads,
+        }
+    }
+}
+
 impl fmt::Display for PurgeTarget {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -120,16 +133,36 @@ impl CacheAdmin {
         listed(stored, registry.as_ref(), order, limit, SystemTime::now())
     }
 
-    /// Removes content from this node.
-    pub async fn purge(&self, target: &PurgeTarget) -> Purged {
-        let purged = match target {
-            PurgeTarget::Image(image) => self.purge_image(image).await,
-            PurgeTarget::Digest(digest) => self.purge_digests(&HashSet::from([digest.clone()])).await,
-            PurgeTarget::Registry(registry) => self.purge_registry(registry).await,
+    /// Removes content from this node, and `more` of an image, which other nodes know to belong to it. It goes on to its
+    /// end, also if the caller does not wait. An error is text for operators.
+    pub async fn purge(self: &Arc<Self>, target: PurgeTarget, more: HashSet<Digest>) -> Result<Purged, String> {
+        let admin = self.clone();
+        let purging = tokio::spawn(async move {
+            let purged = match &target {
+                PurgeTarget::Image(image) => admin.purge_image(image, more).await,
+                PurgeTarget::Digest(digest) => admin.purge_digests(&HashSet::from([digest.clone()])).await,
+                PurgeTarget::Registry(registry) => admin.purge_registry(registry).await?,
+            };
+            let Purged { records, objects, bytes, downloads } = purged;
+            tracing::info!(%target, records, objects, bytes, downloads, "cache purged");
+            Ok(purged)
+        });
+        purging.await.unwrap_or_else(|error| Err(error.to_string()))
+    }
+
+    /// The digests that belong to an image, as far as this node knows.
+    pub async fn names(&self, image: &ImageName) -> HashSet<Digest> {
+        let root = match &image.reference {
+            Reference::Digest(digest) => Some(digest.clone()),
+            Reference::Tag(tag) => {
+                let repo_ref = self.registries.rules().of_image(image);
+                self.tags.resolution(&repo_ref, tag).await.map(|known| known.digest)
+            }
         };
-        let Purged { records, objects, bytes, downloads } = purged;
-        tracing::info!(%target, records, objects, bytes, downloads, "cache purged");
-        purged
+        match root {
+            Some(root) => self.named_by(root).await,
+            None => HashSet::new(),
+        }
     }
 
     /// The TTL of a tag ends now: the next request revalidates it. False: the tag is not cached.
@@ -139,18 +172,21 @@ impl CacheAdmin {
         self.tags.expire(&repo_ref, tag).await
     }
 
-    async fn purge_image(&self, image: &ImageName) -> Purged {
+    async fn purge_image(&self, image: &ImageName, more: HashSet<Digest>) -> Purged {
+        let mut digests = self.names(image).await;
+        digests.extend(more);
+        let purged = self.purge_digests(&digests).await;
+        let Reference::Tag(tag) = &image.reference else { return purged };
         let repo_ref = self.registries.rules().of_image(image);
-        let (root, records) = match &image.reference {
-            Reference::Digest(digest) => (digest.clone(), 0),
-            Reference::Tag(tag) => {
-                let Some(known) = self.tags.resolution(&repo_ref, tag).await else { return Purged::default() };
-                self.tags.purge(&repo_ref, tag).await;
-                (known.digest, 1)
-            }
+        // Last, so that the purge can be repeated by name: also while downloads will cache something again.
+        let is_known = if purged.downloads > 0 {
+            self.tags.expire(&repo_ref, tag).await
+        } else {
+            let known = self.tags.resolution(&repo_ref, tag).await;
+            self.tags.purge(&repo_ref, tag).await;
+            known.is_some()
         };
-        let purged = self.purge_digests(&self.named_by(root).await).await;
-        Purged { records, ..purged }
+        Purged { records: u64::from(is_known), ..purged }
     }
 
     /// A manifest, and all that it and its manifests name.
@@ -183,16 +219,19 @@ impl CacheAdmin {
         purged
     }
 
-    async fn purge_registry(&self, registry: &Registry) -> Purged {
+    async fn purge_registry(&self, registry: &Registry) -> Result<Purged, String> {
         let (store, of) = (self.store.clone(), registry.clone());
-        let (sizes, records) = on_thread(move || store.purge_registry(&of)).await;
+        let purged = on_thread(move || store.purge_registry(&of)).await;
         self.tags.purge_registry(registry);
-        Purged {
+        let (sizes, records) = purged.map_err(|error| {
+            format!("purged, but objects up to 256 KiB come back after a restart: the time of the purge cannot be written: {error}")
+        })?;
+        Ok(Purged {
             records: records as u64,
             objects: sizes.len() as u64,
             bytes: sizes.iter().sum(),
             downloads: self.fills.count(|key| key.registry == *registry),
-        }
+        })
     }
 }
 

@@ -4,23 +4,21 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
-use super::authorization::{digest_of, kind_of};
 use super::serve_policy::ServePolicy;
 use super::{BlobRequest, Requester};
-use crate::oci::{Digest, Endpoint};
+use crate::oci::Digest;
 use crate::peers::PeerTrust;
-use crate::provenance::Provenance;
 use crate::registries::RepositoryRef;
 use crate::source::ServedFrom;
 use crate::store::{Found, SmallKind, SmallObject, Store};
 
 pub(super) struct CachedContent {
     store: Arc<Store>,
-    pub(super) policy: ServePolicy,
+    pub(super) policy: Arc<ServePolicy>,
 }
 
 impl CachedContent {
-    pub(super) fn new(store: Arc<Store>, policy: ServePolicy) -> Self {
+    pub(super) fn new(store: Arc<Store>, policy: Arc<ServePolicy>) -> Self {
         Self { store, policy }
     }
 
@@ -72,28 +70,5 @@ impl CachedContent {
         let object = SmallObject::new(media_type, Arc::new(repo_ref.provenance()), bytes);
         self.store.small.insert(digest, SmallKind::Manifest, object.clone()).await;
         object
-    }
-
-    /// Content cached from another repository of the same registry, and not known to belong to this one.
-    pub(super) async fn of_other_repository(
-        &self,
-        repo_ref: &RepositoryRef,
-        digest: &Digest,
-        kind: SmallKind,
-    ) -> Option<Found> {
-        let found = self.store.find(digest, kind).await?;
-        let is_same_registry =
-            |from: &Provenance| from.registry == repo_ref.registry.as_str() && from.rule == repo_ref.rule.name();
-        let may_belong = found.provenance().is_some_and(is_same_registry);
-        let is_foreign = may_belong && !self.policy.allows(digest, found.provenance(), Requester::Client, repo_ref);
-        is_foreign.then_some(found)
-    }
-
-    /// The length of the cached object that `endpoint` names, also if this principal may not have it.
-    pub(super) async fn length_of(&self, endpoint: &Endpoint) -> Option<u64> {
-        match self.store.find(digest_of(endpoint)?, kind_of(endpoint)).await? {
-            Found::Small { object, .. } => Some(object.bytes.len() as u64),
-            Found::Large { blob, .. } => Some(blob.len),
-        }
     }
 }

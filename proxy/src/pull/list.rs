@@ -18,8 +18,9 @@ use tokio::sync::oneshot;
 use tokio::time::{Instant, timeout};
 
 use self::copies::{Copying, ListCopies, ListCopy};
+use super::flights::fetch_ended;
 use super::referrers::{ARTIFACT_TYPE, CachedReferrers, Referrers};
-use super::{Authorizer, Body, PullError, RequestContext, fetch_ended};
+use super::{Authorizer, Body, PullError, RequestContext};
 use crate::metrics::Metrics;
 use crate::oci::{ErrorCode, INDEX_MEDIA_TYPE};
 use crate::registries::RepositoryRef;

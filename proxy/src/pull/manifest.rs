@@ -8,10 +8,11 @@ use std::time::Duration;
 use tokio::time::{Instant, sleep, timeout};
 
 pub(super) use self::fetch::ManifestFetcher;
+use super::flights::fetch_ended;
 use super::negative_cache::{NegativeCache, NegativeKind};
 use super::registry_hints::RegistryHints;
 use super::tag::TagService;
-use super::{PullError, RequestContext, Requester, fetch_ended};
+use super::{PullError, RequestContext, Requester};
 use crate::oci::{Digest, ErrorCode, Reference};
 use crate::registries::RepositoryRef;
 use crate::single_flight::SingleFlight;

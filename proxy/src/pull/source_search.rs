@@ -6,8 +6,8 @@
 //! | holders | the object is requested from peers that have it before others | owners |
 //! | owners, best first | this node is not the owner | [`SourceSearch::after`] an owner's error |
 //! | act as the owner | no owner could be reached | the caller starts the search of an owner |
-//! | upstream | this node is the owner, or need not act as the owner | any peer, if the upstream is down |
-//! | any peer | the upstream is down | the upstream's error |
+//! | upstream | this node is the owner, or need not act as the owner | any peer, after an outage; else the upstream's error |
+//! | any peer | the upstream is out of service, by [`SourceError::is_outage`] | the upstream's error |
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -31,7 +31,7 @@ pub struct SourceSearch {
     without_owner: WithoutOwner,
     /// Errors of the upstream that owners have returned.
     upstream_failures: u32,
-    progress: SearchProgress,
+    extent: SearchExtent,
     /// Why the upstream could not be used.
     upstream_error: Option<SourceError>,
 }
@@ -76,6 +76,14 @@ pub enum WithoutOwner {
     RequestUpstream,
 }
 
+/// How much of an object is requested.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum SearchExtent {
+    Whole,
+    /// An error may be about the range alone: then the upstream is in service.
+    Range,
+}
+
 /// Whether bytes of the object have come before.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SearchProgress {
@@ -83,13 +91,6 @@ pub enum SearchProgress {
     /// An owner that is silent may be changing its own source: the caller repeats the search.
     Begun,
 }
-
-/// Holders that are tried for one range before its owner. More: a range waits longer if holders fail. Fewer: more load
-/// on the owner.
-pub const MAX_HOLDERS_TRIED: usize = 3;
-
-/// Ranges requested from peers at the same time. More: more load on each peer. Fewer: one slow peer slows the blob.
-pub const MAX_PEER_RANGES: usize = 4;
 
 impl SourceSearch {
     /// A search without peers.
@@ -110,7 +111,7 @@ impl SourceSearch {
             request_role: route.request_role,
             without_owner,
             upstream_failures: 0,
-            progress: SearchProgress::NotBegun,
+            extent: SearchExtent::Whole,
             upstream_error: None,
         }
     }
@@ -131,9 +132,10 @@ impl SourceSearch {
         self
     }
 
+    /// A range of a blob is requested.
     #[must_use]
-    pub fn with_progress(self, progress: SearchProgress) -> Self {
-        Self { progress, ..self }
+    pub fn of_range(self) -> Self {
+        Self { extent: SearchExtent::Range, ..self }
     }
 
     /// The first decision.
@@ -144,20 +146,23 @@ impl SourceSearch {
         }
     }
 
-    /// The decision after a source has failed.
-    pub fn after(&mut self, source: Source, error: SourceError) -> Decision {
+    /// The decision after a source has failed. `progress` is that of this moment.
+    pub fn after(&mut self, source: Source, error: SourceError, progress: SearchProgress) -> Decision {
         match source {
             Source::Holders => self.next_owner(),
-            Source::Owner { .. } if self.is_final(&error) => Decision::Fail(error),
+            Source::Owner { .. } if self.is_final(&error, progress) => Decision::Fail(error),
             Source::Owner { .. } => self.next_owner(),
-            // An error about the range says that the upstream is reachable.
-            Source::Upstream if self.has_peers && error.is_outage() && !error.is_about_ranges() => {
+            Source::Upstream if self.has_peers && self.is_outage(&error) => {
                 self.upstream_error = Some(error);
                 Decision::Request(Source::AnyPeer)
             }
             Source::Upstream => Decision::Fail(error),
             Source::AnyPeer => Decision::Fail(self.upstream_error.take().unwrap_or(error)),
         }
+    }
+
+    fn is_outage(&self, error: &SourceError) -> bool {
+        error.is_outage() && !(self.extent == SearchExtent::Range && error.is_about_ranges())
     }
 
     /// After a silent owner its successor is requested, so that not every node goes to the upstream.
@@ -170,7 +175,7 @@ impl SourceSearch {
     }
 
     /// Whether another owner would return an owner's error as well.
-    fn is_final(&mut self, error: &SourceError) -> bool {
+    fn is_final(&mut self, error: &SourceError, progress: SearchProgress) -> bool {
         match error {
             SourceError::NotFound(_) | SourceError::Denied(_) => true,
             // A 4xx depends on the request, not on the node that sends it.
@@ -180,10 +185,33 @@ impl SourceSearch {
                 self.upstream_failures += 1;
                 self.upstream_failures > 1
             }
-            SourceError::TimedOut => self.progress == SearchProgress::Begun,
+            SourceError::TimedOut => progress == SearchProgress::Begun,
             _ => false,
         }
     }
+}
+
+/// Why a source brought nothing.
+#[derive(Debug)]
+pub(super) enum SourceFailure {
+    /// Another source may have it.
+    Next(SourceError),
+    /// No source may be used instead: the content itself is the problem.
+    Final(SourceError),
+}
+
+impl From<SourceError> for SourceFailure {
+    fn from(error: SourceError) -> Self {
+        Self::Next(error)
+    }
+}
+
+/// How a search ended.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum SearchResult<T> {
+    Found(T),
+    /// No owner can be reached: this node has to act as the owner.
+    ActAsOwner,
 }
 
 /// Requests one object from sources.
@@ -191,39 +219,48 @@ impl SourceSearch {
 pub(super) trait ObjectSource: Sync {
     type Object: Send;
 
-    async fn request(&self, source: Source) -> Result<Self::Object, SourceError>;
+    async fn request(&self, source: Source) -> Result<Self::Object, SourceFailure>;
+
+    /// Whether bytes of the object have come.
+    fn progress(&self) -> SearchProgress {
+        SearchProgress::NotBegun
+    }
 
     /// The object, for the log.
     fn name(&self) -> impl fmt::Display + Send;
 }
 
-/// Requests an object from one source after another. None: this node has to act as the owner.
+/// Requests an object from one source after another.
 pub(super) async fn search<S: ObjectSource>(
     mut state: SourceSearch,
     sources: &S,
-) -> Result<Option<S::Object>, SourceError> {
+) -> Result<SearchResult<S::Object>, SourceError> {
     let mut decision = state.first();
     loop {
         let source = match decision {
             Decision::Request(source) => source,
-            Decision::ActAsOwner => return Ok(None),
+            Decision::ActAsOwner => return Ok(SearchResult::ActAsOwner),
             Decision::Fail(error) => return Err(error),
         };
         let error = match sources.request(source).await {
-            Ok(object) => return Ok(Some(object)),
-            Err(error) => error,
+            Ok(object) => return Ok(SearchResult::Found(object)),
+            Err(SourceFailure::Final(error)) => return Err(error),
+            Err(SourceFailure::Next(error)) => error,
         };
         if let Source::Owner { peer, .. } = source
             && error != SourceError::NotCached
         {
             tracing::info!(%peer, role = "owner", object = %sources.name(), %error, "peer request failed");
         }
-        decision = state.after(source, error);
+        decision = state.after(source, error, sources.progress());
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use futures_util::FutureExt;
+    use parking_lot::Mutex;
+
     use super::*;
 
     fn owner(nth: u8) -> SocketAddr {
@@ -239,21 +276,47 @@ mod tests {
         SourceSearch::new(Role::Client, route(3), HolderStep::Skipped, WithoutOwner::ActAsOwner)
     }
 
-    /// What a search requests, in short, and how it ends, if the sources fail with these errors in turn.
-    fn run(mut state: SourceSearch, errors: Vec<SourceError>) -> (String, Decision) {
-        let (mut requests, mut decision) = (Vec::new(), state.first());
-        let mut errors = errors.into_iter();
-        loop {
-            let Decision::Request(source) = decision else { break (requests.join(" "), decision) };
-            requests.push(match source {
+    /// Fails with these errors in turn, then has the object.
+    struct Script {
+        errors: Mutex<VecDeque<SourceFailure>>,
+        requests: Mutex<Vec<String>>,
+        progress: SearchProgress,
+    }
+
+    #[async_trait]
+    impl ObjectSource for Script {
+        type Object = ();
+
+        async fn request(&self, source: Source) -> Result<(), SourceFailure> {
+            self.requests.lock().push(match source {
                 Source::Holders => "holders".to_owned(),
                 Source::Owner { peer, .. } => format!("owner{}", peer.ip().to_string().trim_start_matches("192.0.2.")),
                 Source::Upstream => "upstream".to_owned(),
                 Source::AnyPeer => "any".to_owned(),
             });
-            let Some(error) = errors.next() else { break (requests.join(" "), Decision::Request(source)) };
-            decision = state.after(source, error);
+            self.errors.lock().pop_front().map_or(Ok(()), Err)
         }
+
+        fn progress(&self) -> SearchProgress {
+            self.progress
+        }
+
+        fn name(&self) -> impl fmt::Display + Send {
+            "an object"
+        }
+    }
+
+    type Outcome = Result<SearchResult<()>, SourceError>;
+
+    /// What a search requests, in short, and how it ends, if the sources fail with these errors in turn.
+    fn run(state: SourceSearch, errors: Vec<SourceError>) -> (String, Outcome) {
+        run_with(state, errors.into_iter().map(SourceFailure::Next).collect(), SearchProgress::NotBegun)
+    }
+
+    fn run_with(state: SourceSearch, errors: Vec<SourceFailure>, progress: SearchProgress) -> (String, Outcome) {
+        let script = Script { errors: Mutex::new(errors.into()), requests: Mutex::default(), progress };
+        let outcome = search(state, &script).now_or_never().expect("nothing waits");
+        (script.requests.into_inner().join(" "), outcome)
     }
 
     #[test]
@@ -273,47 +336,64 @@ mod tests {
         for (state, errors, want) in cases {
             assert_eq!(run(state, errors).0, want);
         }
-        assert_eq!(run(follower(), vec![miss(); 3]).1, Decision::ActAsOwner);
+        assert_eq!(run(follower(), vec![miss(); 3]).1, Ok(SearchResult::ActAsOwner));
     }
 
     #[test]
     fn owners_are_tried_until_an_upstream_error() {
         let (down, failed) = (|| SourceError::TimedOut, SourceError::failed);
         let cases = [
-            (vec![down(), SourceError::Busy, down()], "owner0 owner1 owner2", Decision::ActAsOwner),
-            (vec![SourceError::not_found()], "owner0", Decision::Fail(SourceError::not_found())),
-            (vec![down(), SourceError::denied()], "owner0 owner1", Decision::Fail(SourceError::denied())),
-            (vec![failed(413)], "owner0", Decision::Fail(failed(413))),
-            (vec![failed(500), failed(503)], "owner0 owner1", Decision::Fail(failed(503))),
-            (vec![failed(500), down(), failed(503)], "owner0 owner1 owner2", Decision::Fail(failed(503))),
+            (vec![down(), SourceError::Busy, down()], "owner0 owner1 owner2", Ok(SearchResult::ActAsOwner)),
+            (vec![SourceError::not_found()], "owner0", Err(SourceError::not_found())),
+            (vec![down(), SourceError::denied()], "owner0 owner1", Err(SourceError::denied())),
+            (vec![failed(413)], "owner0", Err(failed(413))),
+            (vec![failed(500), failed(503)], "owner0 owner1", Err(failed(503))),
+            (vec![failed(500), down(), failed(503)], "owner0 owner1 owner2", Err(failed(503))),
         ];
         for (errors, requests, end) in cases {
             assert_eq!(run(follower(), errors), (requests.to_owned(), end));
         }
-        let begun = follower().with_progress(SearchProgress::Begun);
-        assert_eq!(run(begun, vec![down()]), ("owner0".to_owned(), Decision::Fail(down())));
+        let begun = run_with(follower(), vec![SourceFailure::Next(down())], SearchProgress::Begun);
+        assert_eq!(begun, ("owner0".to_owned(), Err(down())));
     }
 
     #[test]
-    fn any_peer_is_requested_only_if_the_upstream_is_down() {
+    fn any_peer_is_requested_only_in_an_outage_of_the_upstream() {
         let global = || SourceSearch::new(Role::Global, route(0), HolderStep::Skipped, WithoutOwner::ActAsOwner);
-        let down = || SourceError::TimedOut;
+        let [down, page] = [SourceError::TimedOut, SourceError::Malformed("a web page".into())];
         let cases = [
-            (global(), vec![down(), SourceError::NotCached], "upstream any", down()),
-            (global(), vec![SourceError::not_found()], "upstream", SourceError::not_found()),
-            (global(), vec![SourceError::failed(416)], "upstream", SourceError::failed(416)),
-            (SourceSearch::upstream_only(), vec![down()], "upstream", down()),
+            (global(), down.clone(), "upstream any"),
+            (global().of_range(), down.clone(), "upstream any"),
+            // The upstream serves a login page, or refuses what it serves otherwise.
+            (global(), page.clone(), "upstream any"),
+            (global(), SourceError::failed(400), "upstream any"),
+            (global(), SourceError::failed(501), "upstream any"),
+            // The same may be about the range alone.
+            (global().of_range(), page, "upstream"),
+            (global().of_range(), SourceError::failed(416), "upstream"),
+            (global(), SourceError::not_found(), "upstream"),
+            (global(), SourceError::denied(), "upstream"),
+            (SourceSearch::upstream_only(), down, "upstream"),
         ];
-        for (state, errors, requests, error) in cases {
-            assert_eq!(run(state, errors), (requests.to_owned(), Decision::Fail(error)));
+        for (state, error, requests) in cases {
+            let errors = vec![error.clone(), SourceError::NotCached];
+            assert_eq!(run(state, errors), (requests.to_owned(), Err(error)));
         }
+    }
+
+    #[test]
+    fn final_failure_of_the_upstream_ends_the_search() {
+        let global = SourceSearch::new(Role::Global, route(0), HolderStep::Skipped, WithoutOwner::ActAsOwner);
+        let blocked = || SourceError::Blocked("10.0.0.1".into());
+        let outcome = run_with(global, vec![SourceFailure::Final(blocked())], SearchProgress::NotBegun);
+        assert_eq!(outcome, ("upstream".to_owned(), Err(blocked())));
     }
 
     #[test]
     fn owner_that_waits_for_this_node_is_not_requested() {
         let behind = |peer: SocketAddr| Downstream::parse(&peer.to_string());
         let requests = |peer| run(follower().for_downstream(&behind(peer)), vec![]);
-        assert_eq!(requests(owner(0)), (String::new(), Decision::ActAsOwner));
+        assert_eq!(requests(owner(0)), (String::new(), Ok(SearchResult::ActAsOwner)));
         assert_eq!(requests(owner(7)).0, "owner0");
     }
 }

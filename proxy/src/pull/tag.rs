@@ -14,12 +14,15 @@ use futures_util::future::BoxFuture;
 use tokio::time::{Instant, timeout};
 
 use super::cached_content::CachedContent;
+use super::flights::{fetch_ended, flight_keys, is_personal};
 use super::manifest::ManifestFetcher;
 use super::negative_cache::{NegativeCache, NegativeKind};
 use super::peer_routing::{PeerRouting, outage_scope, tag_key};
 use super::slow_upstreams::SlowUpstreams;
-use super::source_search::{HolderStep, ObjectSource, Source, SourceSearch, WithoutOwner, search};
-use super::{ManifestResponse, RequestContext, Requester, fetch_ended, flight_keys, is_personal};
+use super::source_search::{
+    HolderStep, ObjectSource, SearchResult, Source, SourceFailure, SourceSearch, WithoutOwner, search,
+};
+use super::{ManifestResponse, RequestContext, Requester};
 use crate::metrics::Metrics;
 use crate::oci::{Digest, Reference, Tag};
 use crate::peers::{FetchPolicy, PeerQuery, PeerRequestMode, PeerTag, PeerTagResolution, PeerTrust, Peers};
@@ -215,9 +218,9 @@ impl TagService {
         let key = tag_key(repo_ref, tag);
         let sources = TagSources { service: self, repo_ref, tag, key, accept, request_context };
         match search(sources.search(), &sources).await? {
-            Some(response) => Ok(response),
+            SearchResult::Found(response) => Ok(response),
             // Peers may turn to this node: all of them share its flight.
-            None => {
+            SearchResult::ActAsOwner => {
                 self.resolve_once(repo_ref, tag, accept, RequestContext { role: Role::Global, ..request_context }).await
             }
         }
@@ -238,13 +241,14 @@ struct TagSources<'a> {
 impl ObjectSource for TagSources<'_> {
     type Object = ManifestResponse;
 
-    async fn request(&self, source: Source) -> TagResolution {
-        match (source, self.service.routing.peers_for_tags()) {
+    async fn request(&self, source: Source) -> Result<ManifestResponse, SourceFailure> {
+        let resolution = match (source, self.service.routing.peers_for_tags()) {
             (Source::Upstream, _) => self.revalidate().await,
             (Source::Owner { peer, role }, Some(peers)) => self.of_owner(peers, peer, role).await,
             (Source::AnyPeer, Some(peers)) => self.of_any_peer(peers).await,
             (Source::Holders | Source::Owner { .. } | Source::AnyPeer, _) => Err(SourceError::NotCached),
-        }
+        };
+        Ok(resolution?)
     }
 
     fn name(&self) -> impl fmt::Display + Send {

@@ -5,7 +5,8 @@ use dray::oci::Span;
 use dray::peers::swarm::{BestSource, PeerDecision};
 use dray::peers::wire::Holder;
 use dray::pull::{
-    Decision, HolderStep, MAX_HOLDERS_TRIED, MAX_PEER_RANGES, Source as Step, SourceSearch, WithoutOwner,
+    Decision, HolderStep, MAX_HOLDERS_TRIED, MAX_PEER_RANGES, SearchProgress, Source as Step, SourceSearch,
+    WithoutOwner,
 };
 use dray::role::Role;
 use dray::source::SourceError;
@@ -158,7 +159,7 @@ impl Network {
                     return Some(of_upstream(round_trips + 1.0));
                 }
             };
-            decision = search.after(step, error);
+            decision = search.after(step, error, SearchProgress::NotBegun);
         }
     }
 

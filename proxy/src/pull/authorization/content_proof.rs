@@ -35,7 +35,7 @@ impl Authorizer {
     /// Adds an object that is cached from another repository to this one, if the registry proves that it holds it.
     pub(super) async fn prove_content(&self, repo_ref: &RepositoryRef, endpoint: &Endpoint, accept: &str) {
         let Some(digest) = digest_of(endpoint) else { return };
-        let Some(found) = self.content.of_other_repository(repo_ref, digest, kind_of(endpoint)).await else { return };
+        let Some(found) = self.of_other_repository(repo_ref, digest, kind_of(endpoint)).await else { return };
         if self.cache.has_failed_proof(repo_ref, digest) {
             return;
         }

@@ -6,13 +6,16 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use tokio::time::{Instant, timeout};
 
-use super::{BlobError, BlobRequest, BlobService, SourceContext, more_severe};
+use super::{BlobContext, BlobError, BlobRequest, BlobService, more_severe};
 use crate::oci::Digest;
 use crate::peers::{FetchPolicy, PeerQuery, PeerRequestMode};
 use crate::principal::PrincipalId;
+use crate::pull::PullError;
+use crate::pull::flights::{fetch_ended, flight_keys, is_personal};
 use crate::pull::peer_routing::outage_scope;
-use crate::pull::source_search::{HolderStep, ObjectSource, Source, SourceSearch, WithoutOwner, search};
-use crate::pull::{PullError, fetch_ended, flight_keys, is_personal};
+use crate::pull::source_search::{
+    HolderStep, ObjectSource, SearchResult, Source, SourceFailure, SourceSearch, WithoutOwner, search,
+};
 use crate::registries::RepositoryRef;
 use crate::role::Role;
 use crate::single_flight::SingleFlight;
@@ -22,7 +25,7 @@ use crate::times::{CONFIRM_TIMEOUT, DEFAULT_TTL, STALL_TIMEOUT, UPSTREAM_TIMEOUT
 
 /// Looks up lengths of blobs that are not cached on this node.
 pub(super) struct LengthLookup {
-    context: Arc<SourceContext>,
+    context: Arc<BlobContext>,
     cached: moka::sync::Cache<(String, Digest), u64>,
     // The principal is None where all clients share a flight, and set where an earlier response was about rights.
     flights: SingleFlight<(String, Digest, Role, Option<PrincipalId>), Length>,
@@ -100,7 +103,7 @@ impl BlobService {
 }
 
 impl LengthLookup {
-    pub(super) fn new(context: Arc<SourceContext>) -> Self {
+    pub(super) fn new(context: Arc<BlobContext>) -> Self {
         let cached = moka::sync::Cache::builder().max_capacity(MAX_LENGTHS).time_to_live(DEFAULT_TTL).build();
         Self { context, cached, flights: SingleFlight::default() }
     }
@@ -125,8 +128,10 @@ impl LengthLookup {
                 let (lookup, repo_ref, digest) = (self.clone(), repo_ref.clone(), digest.clone());
                 async move {
                     let sources = LengthSources { lookup: &lookup, repo_ref: &repo_ref, digest: &digest };
-                    // Each node may request a length from the upstream, so the search always ends with a result.
-                    search(sources.search(role), &sources).await?.ok_or(SourceError::NotCached)
+                    match search(sources.search(role), &sources).await? {
+                        SearchResult::Found(length) => Ok(length),
+                        SearchResult::ActAsOwner => unreachable!("each node may request a length from the upstream"),
+                    }
                 }
             },
         );
@@ -154,7 +159,7 @@ impl LengthSources<'_> {
 impl ObjectSource for LengthSources<'_> {
     type Object = (u64, ServedFrom);
 
-    async fn request(&self, source: Source) -> Length {
+    async fn request(&self, source: Source) -> Result<Self::Object, SourceFailure> {
         let Self { lookup, repo_ref, digest } = self;
         let query = |mode, time| PeerQuery::about(repo_ref, digest, mode, Instant::now() + time);
         match (source, lookup.context.routing.peers_for(repo_ref)) {
@@ -176,7 +181,7 @@ impl ObjectSource for LengthSources<'_> {
                 let length = peers.last_resort_length(&query).await.ok_or(SourceError::NotCached)?;
                 Ok((length, ServedFrom::Peer))
             }
-            (Source::Holders | Source::Owner { .. } | Source::AnyPeer, _) => Err(SourceError::NotCached),
+            (Source::Holders | Source::Owner { .. } | Source::AnyPeer, _) => Err(SourceError::NotCached.into()),
         }
     }
 

@@ -5,15 +5,15 @@ use std::sync::Arc;
 use bytes::Bytes;
 use futures_util::stream::{self, BoxStream, StreamExt};
 
-use super::{BlobExtent, BlobRequest, BlobResponse, BlobService, Body};
+use super::{BlobExtent, BlobRequest, BlobResponse, BlobService};
 use crate::oci::{Multipart, RangeRequest, RangeSet, Span};
-use crate::pull::PullError;
+use crate::pull::{Body, PullError};
 use crate::source::Broken;
 use crate::trace;
 
 /// Parts that are opened ahead of the part that is sent. More: more memory for each request. Fewer: each part waits for
 /// its source.
-pub(super) const PARTS_AHEAD: usize = 4;
+pub(in crate::pull) const PARTS_AHEAD: usize = 4;
 
 /// The body of a multipart response.
 pub struct Parts {

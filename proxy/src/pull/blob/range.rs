@@ -3,6 +3,8 @@
 //! A lazy snapshotter reads 50 KB of a 5 GB blob, which must not download 5 GB. Once a good part of the blob was
 //! requested, dray downloads and caches the whole.
 
+use moka::Entry;
+
 use super::{BlobError, BlobRequest, BlobResponse, BlobService, span_of};
 use crate::fill::SpanStream;
 use crate::oci::{Digest, RangeRequest, Span};
@@ -73,7 +75,7 @@ impl BlobService {
             // The source ignores ranges and sends the whole blob, which is better cached.
             return Ok(None);
         }
-        self.requested_ranges.0.insert(request.digest.clone(), RequestedBytes { total: Some(feed.total()), ..asked });
+        self.requested_ranges.set_total(&request.digest, feed.total());
         self.passing(feed, request).map(Some)
     }
 
@@ -97,9 +99,18 @@ impl RequestedRanges {
     }
 
     fn add(&self, digest: &Digest, bytes: u64) -> RequestedBytes {
-        let requested = self.0.get(digest).unwrap_or_default().with_bytes(bytes);
-        self.0.insert(digest.clone(), requested);
-        requested
+        let counted = self
+            .0
+            .entry_by_ref(digest)
+            .and_upsert_with(|known| known.map(Entry::into_value).unwrap_or_default().with_bytes(bytes));
+        counted.into_value()
+    }
+
+    fn set_total(&self, digest: &Digest, total: u64) {
+        self.0.entry_by_ref(digest).and_upsert_with(|known| {
+            let known = known.map(Entry::into_value).unwrap_or_default();
+            RequestedBytes { total: Some(total), ..known }
+        });
     }
 }
 
@@ -116,6 +127,16 @@ impl RequestedBytes {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn parallel_ranges_are_all_counted() {
+        let (ranges, digest) = (RequestedRanges::new(), Digest::of(b"x"));
+        assert_eq!(ranges.add(&digest, 10).bytes, 10);
+        let second = ranges.add(&digest, 5);
+        ranges.set_total(&digest, 100);
+        let third = ranges.add(&digest, 1);
+        assert_eq!((second.bytes, third.bytes, third.total), (15, 16, Some(100)));
+    }
 
     #[test]
     fn blob_is_downloaded_whole_once_a_good_part_was_requested() {

@@ -1,14 +1,13 @@
-//! A response with a blob or a part of it, and its body.
+//! A response with a blob or a part of it.
 
 use std::sync::Arc;
 
 use bytes::Bytes;
 
-use super::parts::{self, Parts};
-use crate::fill::{PART_BYTES, PassthroughStream, Reader};
+use crate::fill::Reader;
 use crate::oci::{Multipart, RangeRequest, Span};
-use crate::pull::{ListBody, PullError};
-use crate::source::{Broken, ServedFrom};
+use crate::pull::{Body, PullError};
+use crate::source::ServedFrom;
 use crate::store::{Blob, Tier};
 
 /// A blob or a part of it, ready to be sent.
@@ -27,20 +26,6 @@ pub enum BlobExtent {
     /// Several parts, with the multipart headers between them.
     Parts(Multipart),
 }
-
-/// The body of a response.
-pub enum Body {
-    /// Whole in memory, or already sent.
-    Memory(Option<Bytes>),
-    File(Reader),
-    Passing(Box<PassthroughStream>),
-    List(Box<ListBody>),
-    Parts(Box<Parts>),
-}
-
-/// Memory that each list body counts as: buffers of the upstream connection, and the copy. Larger: fewer
-/// concurrent lists. Smaller: lists exceed the memory limit.
-const LIST_BYTES: usize = 512 * 1024;
 
 /// The part of a blob that a range names; None: the whole.
 pub(in crate::pull) fn span_of(range: Option<RangeRequest>, total: u64) -> Result<Option<Span>, PullError> {
@@ -78,37 +63,5 @@ impl BlobResponse {
         let span = span_of(range, total)?;
         let reader = Reader::of_blob(blob, span.unwrap_or(Span::whole(total)));
         Ok(Self { total, extent: span.into(), from: ServedFrom::Disk, body: Body::File(reader) })
-    }
-}
-
-impl Body {
-    /// The next piece; None at the end.
-    pub async fn next(&mut self) -> Result<Option<Bytes>, Broken> {
-        match self {
-            Self::Memory(bytes) => Ok(bytes.take().filter(|bytes| !bytes.is_empty())),
-            Self::File(reader) => reader.next().await,
-            Self::Passing(passage) => passage.next().await,
-            Self::List(list) => list.next().await,
-            Self::Parts(parts) => parts.next().await,
-        }
-    }
-
-    /// The client does not read: closes a source that can be opened again.
-    pub fn release(&mut self) {
-        if let Self::Passing(passage) = self {
-            passage.release();
-        }
-    }
-
-    /// Bytes in memory until they are sent, also while the client does not read.
-    pub fn held(&self) -> usize {
-        match self {
-            Self::Memory(Some(bytes)) => bytes.len(),
-            Self::Passing(passage) => passage.held(),
-            Self::List(_) => LIST_BYTES,
-            // The part that is sent, and those that are opened ahead.
-            Self::Parts(_) => PART_BYTES * (parts::PARTS_AHEAD + 1),
-            Self::Memory(None) | Self::File(_) => 0,
-        }
     }
 }

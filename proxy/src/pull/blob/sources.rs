@@ -17,14 +17,13 @@ use crate::fill::{ConnectionMode, FillKey, FillSources, Fills, VerifiedContent};
 use crate::oci::{Digest, Registry, Span, Spans};
 use crate::peers::swarm::{Contribution, View};
 use crate::peers::wire::Holder;
-use crate::peers::{PeerError, PeerQuery, PeerRequestMode, Peers, RangePurpose, RedirectPolicy};
+use crate::peers::{OwnerRoute, PeerError, PeerQuery, PeerRequestMode, Peers, RangePurpose, RedirectPolicy};
 use crate::pull::authorization::AuthorizationCache;
-use crate::pull::is_personal;
+use crate::pull::flights::is_personal;
 use crate::pull::peer_routing::{PeerRouting, outage_scope};
 use crate::pull::registry_hints::RegistryHints;
 use crate::pull::source_search::{
-    HolderStep, MAX_HOLDERS_TRIED, MAX_PEER_RANGES, ObjectSource, SearchProgress, Source, SourceSearch, WithoutOwner,
-    search,
+    HolderStep, ObjectSource, SearchProgress, SearchResult, Source, SourceFailure, SourceSearch, WithoutOwner, search,
 };
 use crate::pull::throughput::Sender;
 use crate::registries::RepositoryRef;
@@ -34,7 +33,7 @@ use crate::times::{CONFIRM_TIMEOUT, OBSERVATION_TTL, STALL_TIMEOUT, UPSTREAM_TIM
 use crate::upstream::UpstreamClient;
 
 /// What the sources of all blobs share.
-pub(in crate::pull) struct SourceContext {
+pub(in crate::pull) struct BlobContext {
     pub(in crate::pull) fills: Arc<Fills>,
     pub(in crate::pull) routing: Arc<PeerRouting>,
     pub(in crate::pull) upstream: Arc<UpstreamClient>,
@@ -48,7 +47,7 @@ pub(in crate::pull) struct SourceContext {
 
 /// The sources of one blob.
 pub(super) struct BlobSources {
-    context: Arc<SourceContext>,
+    context: Arc<BlobContext>,
     repo_ref: RepositoryRef,
     key: FillKey,
     /// The role at the start, and the current role.
@@ -74,6 +73,13 @@ enum QueryScope {
 /// for longer. Fewer: short failures move followers to another owner, which downloads the blob again.
 const MAX_OWNER_FAILURES: u32 = 3;
 
+/// Holders that are tried for one range before its owner. More: a range waits longer if holders fail. Fewer: more load
+/// on the owner.
+pub const MAX_HOLDERS_TRIED: usize = 3;
+
+/// Ranges requested from peers at the same time. More: more load on each peer. Fewer: one slow peer slows the blob.
+pub const MAX_PEER_RANGES: usize = 4;
+
 /// Time limit of a peer that only serves what it has or gets now. Longer: a silent peer delays the range. Shorter:
 /// loaded peers are skipped.
 const HOLDER_TIMEOUT: Duration = Duration::from_secs(4);
@@ -92,8 +98,8 @@ const MIN_LOAN_BYTES: u64 = 1024 * 1024;
 impl FillSources for BlobSources {
     async fn open(&self, from: u64, end: Option<u64>, failures: u32) -> Result<(Incoming, ServedFrom), SourceError> {
         let role = self.role.get();
-        let sources = PartSources { sources: self, role, part: Part::new(from, end), failures };
-        if let Some(opened) = search(self.search(role, failures), &sources).await? {
+        let sources = PartSources { sources: self, peers: self.peers(), role, part: Part::new(from, end), failures };
+        if let SearchResult::Found(opened) = search(sources.search(), &sources).await? {
             return Ok(opened);
         }
         // Other nodes may turn to this one as well: all of them share its fill, which downloads from the upstream.
@@ -184,7 +190,7 @@ fn is_corrupt(contribution: &Contribution, truth: &VerifiedContent) -> bool {
 
 impl BlobSources {
     pub(super) fn new(
-        context: &Arc<SourceContext>,
+        context: &Arc<BlobContext>,
         repo_ref: &RepositoryRef,
         key: FillKey,
         role: Role,
@@ -207,27 +213,6 @@ impl BlobSources {
             begun,
             upstream_bytes,
         }
-    }
-
-    /// The search for a source of a part in this role, after `failures` sources in a row have failed.
-    fn search(&self, role: Role, failures: u32) -> SourceSearch {
-        let Some(peers) = self.peers() else { return SourceSearch::upstream_only() };
-        let route = peers.owner_route(&self.key.digest, role, self.context.routing.scope(&self.repo_ref));
-        // After a failure the owner comes before other holders: it has or downloads the next bytes.
-        let holders = match failures == 0 || role == Role::Global {
-            true => HolderStep::First,
-            false => HolderStep::Skipped,
-        };
-        let without_owner = match self.range_purpose {
-            RangePurpose::Whole => WithoutOwner::ActAsOwner,
-            RangePurpose::Range => WithoutOwner::RequestUpstream,
-        };
-        let progress = match self.cached_spans().is_empty() {
-            true => SearchProgress::NotBegun,
-            false => SearchProgress::Begun,
-        };
-        let search = SourceSearch::new(role, route, holders, without_owner).with_progress(progress);
-        if failures >= MAX_OWNER_FAILURES { search.without_first_owner() } else { search }
     }
 
     async fn open_upstream(&self, part: Part, deadline: Instant) -> Result<Incoming, SourceError> {
@@ -472,18 +457,43 @@ impl BlobSources {
 /// The sources of one part of a blob.
 struct PartSources<'a> {
     sources: &'a BlobSources,
+    peers: Option<&'a Arc<Peers>>,
     role: Role,
     part: Part,
     failures: u32,
+}
+
+impl PartSources<'_> {
+    fn search(&self) -> SourceSearch {
+        let Some(peers) = self.peers else { return SourceSearch::upstream_only().of_range() };
+        let scope = self.sources.context.routing.scope(&self.sources.repo_ref);
+        let route = peers.owner_route(&self.sources.key.digest, self.role, scope);
+        part_search(route, self.role, self.sources.range_purpose, self.failures)
+    }
+}
+
+/// The search for a source of a part in this role, after `failures` sources in a row have failed.
+fn part_search(route: OwnerRoute, role: Role, range_purpose: RangePurpose, failures: u32) -> SourceSearch {
+    // After a failure the owner comes before other holders: it has or downloads the next bytes.
+    let holders = match failures == 0 || role == Role::Global {
+        true => HolderStep::First,
+        false => HolderStep::Skipped,
+    };
+    let without_owner = match range_purpose {
+        RangePurpose::Whole => WithoutOwner::ActAsOwner,
+        RangePurpose::Range => WithoutOwner::RequestUpstream,
+    };
+    let search = SourceSearch::new(role, route, holders, without_owner).of_range();
+    if failures >= MAX_OWNER_FAILURES { search.without_first_owner() } else { search }
 }
 
 #[async_trait]
 impl ObjectSource for PartSources<'_> {
     type Object = (Incoming, ServedFrom);
 
-    async fn request(&self, source: Source) -> Result<Self::Object, SourceError> {
-        let Self { sources, role, part, failures } = self;
-        match (source, sources.peers()) {
+    async fn request(&self, source: Source) -> Result<Self::Object, SourceFailure> {
+        let Self { sources, role, part, failures, peers } = self;
+        match (source, *peers) {
             (Source::Upstream, _) => {
                 if *failures > 0 {
                     sources.context.upstream.forget_redirects(&sources.repo_ref, &sources.key.digest).await;
@@ -505,15 +515,25 @@ impl ObjectSource for PartSources<'_> {
             (Source::Owner { peer, role }, Some(peers)) => {
                 let mode = PeerRequestMode::As(role);
                 sources.open_at_owner(peers, peer, mode, *part, *failures).await.map_err(|error| match error {
-                    PeerError::Source(error) => error,
-                    PeerError::NotCached | PeerError::Redirected(_) | PeerError::Deputed(_) => SourceError::NotCached,
+                    PeerError::Source(error) => error.into(),
+                    PeerError::NotCached | PeerError::Redirected(_) | PeerError::Deputed(_) => {
+                        SourceError::NotCached.into()
+                    }
                 })
             }
             (Source::AnyPeer, Some(peers)) => {
                 let incoming = sources.open_at_any_peer(peers, *part).await.ok_or(SourceError::NotCached)?;
                 Ok((incoming, ServedFrom::Peer))
             }
-            (Source::Holders | Source::Owner { .. } | Source::AnyPeer, None) => Err(SourceError::NotCached),
+            (Source::Holders | Source::Owner { .. } | Source::AnyPeer, None) => Err(SourceError::NotCached.into()),
+        }
+    }
+
+    /// An owner that is silent after some bytes may be changing its source: `failures` decide when to skip it.
+    fn progress(&self) -> SearchProgress {
+        match self.sources.cached_spans().is_empty() {
+            true => SearchProgress::NotBegun,
+            false => SearchProgress::Begun,
         }
     }
 
@@ -522,7 +542,7 @@ impl ObjectSource for PartSources<'_> {
     }
 }
 
-impl SourceContext {
+impl BlobContext {
     pub(in crate::pull) fn new(
         fills: Arc<Fills>,
         routing: Arc<PeerRouting>,
@@ -541,4 +561,38 @@ impl SourceContext {
 /// This node has become the owner: its requests to owners end.
 fn superseded() -> SourceError {
     SourceError::Unreachable("this node has become the owner".into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::pull::source_search::Decision;
+
+    #[test]
+    fn failures_decide_what_is_requested_first() {
+        let owner = |nth: u8| SocketAddr::from(([192, 0, 2, nth], 5052));
+        let route = || OwnerRoute { role: Role::Client, owners: vec![owner(1), owner(2)], request_role: Role::Global };
+        let first = |role, purpose, failures| part_search(route(), role, purpose, failures).first();
+        let at = |nth| Decision::Request(Source::Owner { peer: owner(nth), role: Role::Global });
+        let holders = || Decision::Request(Source::Holders);
+        for purpose in [RangePurpose::Whole, RangePurpose::Range] {
+            let of_client = [0, 1, MAX_OWNER_FAILURES].map(|failures| first(Role::Client, purpose, failures));
+            assert_eq!(of_client, [holders(), at(1), at(2)]);
+            assert_eq!(first(Role::Global, purpose, 1), holders());
+        }
+    }
+
+    #[test]
+    fn node_without_an_owner_acts_as_one_only_for_whole_blobs() {
+        let nothing = || OwnerRoute { role: Role::Client, owners: Vec::new(), request_role: Role::Global };
+        let after_holders = |role, purpose| {
+            let mut search = part_search(nothing(), role, purpose, 0);
+            search.first();
+            search.after(Source::Holders, SourceError::NotCached, SearchProgress::NotBegun)
+        };
+        let upstream = || Decision::Request(Source::Upstream);
+        assert_eq!(after_holders(Role::Client, RangePurpose::Whole), Decision::ActAsOwner);
+        assert_eq!(after_holders(Role::Client, RangePurpose::Range), upstream());
+        assert_eq!(after_holders(Role::Global, RangePurpose::Whole), upstream());
+    }
 }

@@ -15,14 +15,17 @@ use crate::metrics::Metrics;
 use crate::oci::{Digest, Reference, manifest};
 use crate::peers::{FetchPolicy, PeerQuery, PeerRequestMode, Peers};
 use crate::principal::PrincipalId;
+use crate::pull::RequestContext;
 use crate::pull::authorization::AuthorizationCache;
 use crate::pull::cached_content::CachedContent;
+use crate::pull::flights::{fetch_ended, flight_keys, is_personal};
 use crate::pull::negative_cache::{NegativeCache, NegativeKind};
 use crate::pull::peer_routing::{PeerRouting, outage_scope};
 use crate::pull::reachability::Reachability;
 use crate::pull::referrers::Referrers;
-use crate::pull::source_search::{HolderStep, ObjectSource, Source, SourceSearch, WithoutOwner, search};
-use crate::pull::{RequestContext, fetch_ended, flight_keys, is_personal};
+use crate::pull::source_search::{
+    HolderStep, ObjectSource, SearchResult, Source, SourceFailure, SourceSearch, WithoutOwner, search,
+};
 use crate::registries::RepositoryRef;
 use crate::role::Role;
 use crate::single_flight::SingleFlight;
@@ -119,9 +122,9 @@ impl ManifestFetcher {
         }
         let sources = ManifestSources { fetcher: self, repo_ref, digest, accept, request_context };
         match search(sources.search(), &sources).await? {
-            Some(found) => Ok(found),
+            SearchResult::Found(found) => Ok(found),
             // Peers may turn to this node: all of them share its flight.
-            None => {
+            SearchResult::ActAsOwner => {
                 self.fetch_once(repo_ref, digest, accept, RequestContext { role: Role::Global, ..request_context })
                     .await
             }
@@ -177,7 +180,7 @@ impl ManifestSources<'_> {
         }
     }
 
-    async fn of_upstream(&self) -> Result<SmallObject, SourceError> {
+    async fn of_upstream(&self) -> Result<SmallObject, SourceFailure> {
         let Self { fetcher, repo_ref, digest, accept, .. } = self;
         let reference = Reference::Digest((*digest).clone());
         let response =
@@ -185,9 +188,13 @@ impl ManifestSources<'_> {
         if !digest.matches(&response.bytes) {
             fetcher.metrics.mismatches.inc();
             tracing::error!(registry = %repo_ref.registry, repository = %repo_ref.repository, %digest, "manifest digest mismatch");
-            return Err(SourceError::Malformed("the manifest does not match its digest".into()));
+            // A peer would hide from the operator what the upstream serves.
+            let error = SourceError::Malformed("the manifest does not match its digest".into());
+            return Err(SourceFailure::Final(error));
         }
-        fetcher.reachability.check(&fetcher.upstream, repo_ref, &response.bytes).await?;
+        // A copy of a peer would not help: this node cannot download the blobs.
+        let reachable = fetcher.reachability.check(&fetcher.upstream, repo_ref, &response.bytes).await;
+        reachable.map_err(SourceFailure::Final)?;
         Ok(fetcher.cache(repo_ref, digest, &response.media_type, response.bytes).await)
     }
 }
@@ -196,7 +203,7 @@ impl ManifestSources<'_> {
 impl ObjectSource for ManifestSources<'_> {
     type Object = (SmallObject, ServedFrom);
 
-    async fn request(&self, source: Source) -> FetchedManifest {
+    async fn request(&self, source: Source) -> Result<Self::Object, SourceFailure> {
         let Self { fetcher, repo_ref, digest, .. } = self;
         let peers = || self.peers().ok_or(SourceError::NotCached);
         let object = match source {
