@@ -97,8 +97,9 @@ impl Registries {
         Arc::new(self.rules.load().followed_by(config))
     }
 
-    /// New look-ups use these rules.
+    /// New look-ups use these rules. Downloads in progress follow the changed limits of their rules.
     pub fn store(&self, rules: Arc<Rules>) {
+        rules.iter().for_each(|rule| rule.limiter.set_rate(rule.upstream_rate()));
         self.rules.store(rules);
     }
 
@@ -215,7 +216,9 @@ impl Rules {
             let same = |known: &&&Arc<Rule>| known.config == *rule && known.fingerprint == fingerprint;
             of_name.copied().find(|known| same(&known)).cloned().unwrap_or_else(|| {
                 next_id += 1;
-                Arc::new(Rule::new(next_id, rule, fingerprint))
+                let predecessor = known.get(rule.pattern.as_str()).and_then(|rules| rules.first());
+                let limiter = predecessor.map(|rule| rule.limiter.clone());
+                Arc::new(Rule::new(next_id, rule, fingerprint, limiter))
             })
         };
         let list = written.chain([&implicit]).map(rule).collect();
@@ -260,7 +263,8 @@ impl Rules {
 }
 
 impl Rule {
-    fn new(id: u64, rule: &RuleConfig, fingerprint: String) -> Self {
+    fn new(id: u64, rule: &RuleConfig, fingerprint: String, limiter: Option<Arc<RateLimiter>>) -> Self {
+        let own_limiter = || Arc::new(RateLimiter::new(rule.upstream_rate.map(ByteRate::bytes_per_second)));
         Self {
             id,
             config: rule.clone(),
@@ -275,12 +279,17 @@ impl Rule {
             negative_ttl: rule.negative_ttl.0,
             on_client_abort: rule.on_client_abort,
             cross_zone_peers: rule.cross_zone_peers,
-            limiter: Arc::new(RateLimiter::new(rule.upstream_rate.map(ByteRate::bytes_per_second))),
+            limiter: limiter.unwrap_or_else(own_limiter),
             authorization: rule.authorization,
             // Invalid patterns were rejected with the configuration.
             immutable_tags: rule.immutable_tags.iter().filter_map(|p| config::whole_tag(p).ok()).collect(),
             fingerprint,
         }
+    }
+
+    /// Bytes a second from its upstreams. None: no limit of its own.
+    fn upstream_rate(&self) -> Option<u64> {
+        self.config.upstream_rate.map(ByteRate::bytes_per_second)
     }
 
     /// Equal on nodes that would fetch the same content in the same way.

@@ -102,6 +102,9 @@ pub enum SourceError {
     Malformed(String),
 }
 
+/// A blob of this size does not wait for bandwidth limits: that of a small object.
+const UNTHROTTLED_BYTES: u64 = 256 * 1024;
+
 impl Incoming {
     pub fn new(
         span: Span,
@@ -144,9 +147,12 @@ impl Incoming {
         Self { body: self.body.take_until(event).boxed(), ..self }
     }
 
-    /// Waits for the bandwidth limits. A reader that skips it is counted, but does not wait.
+    /// Waits for the bandwidth limits. A reader that skips it is counted, but does not wait. Nor does a small blob: the
+    /// pull of an image waits for it, and its timeouts are short.
     pub async fn ready(&mut self) {
-        if let Some(throttle) = &mut self.throttle {
+        if let Some(throttle) = &mut self.throttle
+            && self.total > UNTHROTTLED_BYTES
+        {
             throttle.ready().await;
         }
     }

@@ -26,7 +26,7 @@ use std::sync::Arc;
 use ::http::HeaderValue;
 use ::http::header::{CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE, LINK, RANGE};
 use bytes::{Bytes, BytesMut};
-use futures_util::stream::BoxStream;
+use futures_util::stream::{self, BoxStream, Stream};
 use futures_util::{StreamExt, TryStreamExt};
 use reqwest::Response;
 use tokio::sync::{Notify, Semaphore};
@@ -242,10 +242,9 @@ impl UpstreamClient {
         response: Response,
         deadline: Instant,
     ) -> Result<u64, SourceError> {
-        let counting = response.bytes_stream().try_fold(0, |length, piece| {
-            self.count_bytes(repo_ref, piece.len());
-            std::future::ready(Ok(length + piece.len() as u64))
-        });
+        let counting = self
+            .throttled(repo_ref, response.bytes_stream())
+            .try_fold(0, |length, piece| std::future::ready(Ok(length + piece.len() as u64)));
         match timeout_at(deadline, counting).await {
             Ok(length) => length.map_err(|error| SourceError::Interrupted(root_cause(&error.without_url()))),
             Err(_) => Err(SourceError::Unreachable("the upstream does not state the length of the blob".into())),
@@ -331,12 +330,10 @@ impl UpstreamClient {
         let encoding = response.headers().get(CONTENT_ENCODING).filter(|encoding| *encoding != "identity").cloned();
         let next = link::next(response.headers().get_all(LINK).iter().map(HeaderValue::as_bytes));
         let length = header_u64(&response, CONTENT_LENGTH.as_str());
-        let (client, counted) = (self.clone(), repo_ref.clone());
-        let body = response
-            .bytes_stream()
-            .inspect_ok(move |piece| {
+        let body = self
+            .throttled(repo_ref, response.bytes_stream())
+            .inspect_ok(move |_| {
                 let _ = &permit;
-                client.count_bytes(&counted, piece.len());
             })
             .map_err(|error| Broken(root_cause(&error.without_url())));
         Ok(UpstreamList { next, filters_applied, encoding, length, body: body.boxed() })
@@ -419,6 +416,32 @@ impl UpstreamClient {
                 self.session(repo_ref).redirects.forget(&url).await;
             }
         }
+    }
+
+    /// A body that is not a blob, counted and under the bandwidth limits.
+    fn throttled<E, S>(
+        &self,
+        repo_ref: &RepositoryRef,
+        body: S,
+    ) -> impl Stream<Item = Result<Bytes, E>> + Send + use<E, S>
+    where
+        S: Stream<Item = Result<Bytes, E>> + Send + 'static,
+    {
+        let counter = self.metrics.upstream_bytes.with_label_values(&[repo_ref.rule.name()]);
+        stream::unfold((Box::pin(body), self.throttle(repo_ref)), move |(mut body, mut throttle)| {
+            let counter = counter.clone();
+            async move {
+                if let Some(throttle) = &mut throttle {
+                    throttle.ready().await;
+                }
+                let piece = body.next().await?;
+                if let Ok(bytes) = &piece {
+                    counter.inc_by(bytes.len() as u64);
+                    throttle.iter_mut().for_each(|throttle| throttle.count(bytes.len() as u64));
+                }
+                Some((piece, (body, throttle)))
+            }
+        })
     }
 
     /// Counts bytes that waited for no bandwidth limit.

@@ -50,7 +50,12 @@ pub(super) async fn send(
         let max_chunk = if exchange.throttle.is_some() { RESERVED_BYTES } else { sendfile::MAX_CHUNK_BYTES };
         let mut sending = SendfileBody::new(socket, reader, max_chunk);
         loop {
-            sending.excuse(exchange.ready().await);
+            let waited = tokio::select! {
+                biased;
+                waited = exchange.ready() => waited,
+                () = sending.closed() => return Err(exchange.fail(&Broken(CLIENT_DISCONNECTED.into()))),
+            };
+            sending.excuse(waited);
             let Some(sent) = sending.next().await.map_err(|broken| exchange.fail(&broken))? else { break };
             exchange.count_sent(sent);
         }
@@ -62,11 +67,18 @@ pub(super) async fn send(
     }
     bounded(session.write_response_header(Box::new(head))).await?;
     let client = if matches!(response.body, Body::Memory(_)) { None } else { Socket::of(session) };
+    // Manifests and errors are counted, but do not wait for a bandwidth limit.
+    let is_limited = !matches!(response.body, Body::Memory(_));
     loop {
-        exchange.ready().await;
+        let next = async {
+            if is_limited {
+                exchange.ready().await;
+            }
+            response.body.next().await
+        };
         let next = tokio::select! {
             biased;
-            next = response.body.next() => next,
+            next = next => next,
             () = disconnected(session, client.as_ref()) => Err(Broken(CLIENT_DISCONNECTED.into())),
         };
         let Some(piece) = next.map_err(|broken| exchange.fail(&broken))? else { break };

@@ -61,6 +61,11 @@ impl<'a> SendfileBody<'a> {
         Self { socket, reader, detector: SlowClientDetector::start(), max_chunk }
     }
 
+    /// Ends when the client has disconnected.
+    pub(super) async fn closed(&self) {
+        self.socket.closed().await;
+    }
+
     /// The client is not slow for this time: dray did not send.
     pub(super) fn excuse(&mut self, time: Duration) {
         self.detector.excuse(time);

@@ -74,8 +74,10 @@ impl Sessions {
         sessions.retain(|_, (rule, _)| rule.strong_count() > 0);
         let mut latest = self.latest.lock().clone();
         if !new.is_empty() {
-            // Clients are expensive to create. Those of rules with own certificates read the files again.
-            let can_share = latest.0 == *egress && new.iter().all(|rule| rule.tls == RuleTls::default());
+            // Clients are expensive to create. Those with certificates in files read these again.
+            let can_share = latest.0 == *egress
+                && self.config.tls.ca.is_none()
+                && new.iter().all(|rule| rule.tls == RuleTls::default());
             if !can_share {
                 let config = Config { egress: egress.clone(), ..self.config.clone() };
                 latest = (egress.clone(), http(&config, new.iter().copied())?);
