@@ -18,6 +18,7 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use bytes::Bytes;
+use http::HeaderMap;
 use pingora::apps::{HttpPersistentSettings, HttpServerApp, ReusedHttpStream};
 use pingora::http::ResponseHeader;
 use pingora::protocols::http::ServerSession;
@@ -30,7 +31,7 @@ use crate::connections::keep_alive_seconds;
 use crate::metrics::Metrics;
 use crate::oci::route::query_value;
 use crate::readiness::Readiness;
-use crate::status::StatusSources;
+use crate::status::{ClusterStatus, StatusSources};
 use crate::times::RETRY_INTERVAL;
 
 /// Handles the requests of the admin listener.
@@ -41,6 +42,8 @@ pub struct Admin {
     pub sources: StatusSources,
     /// Limits concurrent event streams.
     pub event_streams: Arc<Semaphore>,
+    /// Limits requests that read all records or ask all nodes.
+    pub inquiries: Arc<Semaphore>,
 }
 
 /// A response with its whole body.
@@ -53,6 +56,10 @@ struct StatusResponse {
 
 /// Concurrent event streams. More get a 503: each serializes the whole status every two seconds.
 pub const MAX_EVENT_STREAMS: usize = 32;
+
+/// Concurrent requests that read all records of the cache or ask all nodes. More: a page that repeats them loads the
+/// whole cluster.
+pub const MAX_INQUIRIES: usize = 4;
 
 const PAGE: &str = include_str!("admin/page.html");
 
@@ -115,14 +122,23 @@ impl Admin {
         if let Err(denied) = self.status_auth.authorize(session) {
             return StatusResponse::denied(denied);
         }
+        if request.uri.path().starts_with("/api/") && is_from_other_site(&request.headers) {
+            return StatusResponse::text(403, "pages of other sites may not use the API\n");
+        }
         match request.uri.path() {
             "/" => StatusResponse {
                 extra_header: Some(("content-security-policy", PAGE_POLICY)),
                 ..StatusResponse::new(200, "text/html; charset=utf-8", PAGE)
             },
             "/api/v1/status" => StatusResponse::json(200, &self.sources.status()),
-            "/api/v1/cache" => self.list_cache(request.uri.query()).await,
-            "/api/v1/cluster" => match self.sources.cluster().await {
+            "/api/v1/cache" | "/api/v1/cluster" if self.inquiries.available_permits() == 0 => {
+                StatusResponse::text(503, "too many such requests at the same time on this node\n")
+            }
+            "/api/v1/cache" => {
+                let _permit = self.inquiries.acquire().await;
+                self.list_cache(request.uri.query()).await
+            }
+            "/api/v1/cluster" => match self.cluster().await {
                 Ok(cluster) => StatusResponse::json(200, &cluster),
                 Err(problem) => StatusResponse::text(409, format!("{problem}\n")),
             },
@@ -139,6 +155,11 @@ impl Admin {
                  /metrics, /livez, /readyz\n",
             ),
         }
+    }
+
+    async fn cluster(&self) -> Result<ClusterStatus, &'static str> {
+        let _permit = self.inquiries.acquire().await;
+        self.sources.cluster().await
     }
 
     /// Sends the status every two seconds until the client disconnects or this process ends.
@@ -164,6 +185,11 @@ impl Admin {
         session.write_response_body(Bytes::new(), true).await.ok()?;
         None
     }
+}
+
+/// Whether a browser sends the request for a page of another site (Fetch Metadata).
+fn is_from_other_site(headers: &HeaderMap) -> bool {
+    headers.get("sec-fetch-site").is_some_and(|site| !matches!(site.as_bytes(), b"same-origin" | b"none"))
 }
 
 impl StatusResponse {

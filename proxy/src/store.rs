@@ -20,6 +20,7 @@ mod relayed;
 mod small;
 mod thinning;
 
+use std::io;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -141,16 +142,17 @@ impl Store {
         }
     }
 
-    /// Removes everything that was cached from a registry. Returns the digests and sizes of its large blobs, and how many
-    /// records of tags and lists are gone. Blocks on the disk.
-    pub fn purge_registry(&self, registry: &Registry) -> (Vec<u64>, usize) {
-        let is_of = |blob: &StoredBlob| blob.provenance.as_ref().is_some_and(|from| from.registry == registry.as_str());
-        let blobs = self.large.inventory().into_iter().filter(is_of);
-        let sizes = blobs.filter_map(|blob| self.large.purge(&blob.digest)).collect();
-        if let Err(error) = self.small.purges.record(registry, SystemTime::now()) {
-            tracing::warn!(%registry, %error, "purge record write failed");
-        }
-        (sizes, self.records.purge(registry))
+    /// Removes everything that was cached from a registry. Returns the sizes of its large blobs, and how many records of
+    /// tags and lists are gone. Blocks on the disk.
+    pub fn purge_registry(&self, registry: &Registry) -> io::Result<(Vec<u64>, usize)> {
+        // First: what is cached from now on stays.
+        let recorded = self.small.purges.record(registry, SystemTime::now());
+        let is_of = |from: &Provenance| from.registry == registry.as_str();
+        let named = self.large.inventory().into_iter().filter(|blob| blob.provenance.as_ref().is_some_and(is_of));
+        let mut sizes: Vec<u64> = named.filter_map(|blob| self.large.purge(&blob.digest)).collect();
+        sizes.extend(self.large.purge_unnamed(is_of));
+        let records = self.records.purge(registry);
+        recorded.map(|()| (sizes, records))
     }
 
     /// Updates the gauges of the cache.

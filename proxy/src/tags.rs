@@ -38,8 +38,8 @@ pub struct CachedTag {
     checked_at: SystemTime,
     /// The time in the record on disk.
     recorded_at: SystemTime,
-    /// An operator has ended its TTL. A restart forgets it.
-    has_expired: bool,
+    /// When an operator has ended its TTL: what was checked before is not fresh. A restart forgets it.
+    expired_at: Option<SystemTime>,
 }
 
 /// Tag resolutions in memory. More: more memory. Fewer: more look-ups read their record from the disk.
@@ -74,7 +74,7 @@ impl Tags {
         let record = on_thread(read).await?;
         let checked_at = UNIX_EPOCH.checked_add(Duration::from_secs(record.checked_at))?;
         let digest = record.digest.parse().ok()?;
-        let cached = CachedTag { digest, checked_at, recorded_at: checked_at, has_expired: false };
+        let cached = CachedTag { digest, checked_at, recorded_at: checked_at, expired_at: None };
         // Another request may have resolved it meanwhile: its entry stays.
         Some(self.resolutions.entry(key).or_insert(cached).into_value())
     }
@@ -91,12 +91,13 @@ impl Tags {
             if known.as_ref().is_some_and(|known| known.checked_at > checked_at) {
                 return Op::Nop;
             }
+            let expired_at = known.as_ref().and_then(|known| known.expired_at);
             let recorded_at = known
                 .filter(|known| known.is_recorded(digest, checked_at, write_interval))
                 .map(|known| known.recorded_at);
             must_record = recorded_at.is_none();
             let recorded_at = recorded_at.unwrap_or(checked_at);
-            Op::Put(CachedTag { digest: digest.clone(), checked_at, recorded_at, has_expired: false })
+            Op::Put(CachedTag { digest: digest.clone(), checked_at, recorded_at, expired_at })
         };
         // Compared and replaced in one step: two requests may renew a tag at the same time.
         self.resolutions.entry((repo_ref.to_string(), tag.clone())).and_compute_with(renewed);
@@ -112,9 +113,9 @@ impl Tags {
 
     /// Removes a tag, whatever the upstream says.
     pub async fn purge(&self, repo_ref: &RepositoryRef, tag: &Tag) {
-        self.resolutions.invalidate(&(repo_ref.to_string(), tag.clone()));
-        let (store, repo_ref, tag) = (self.store.clone(), repo_ref.clone(), tag.clone());
-        on_thread(move || store.records.forget_tag(&repo_ref.registry, &repo_ref.repository, &tag)).await;
+        let (removal, key) = (self.removal(repo_ref, tag), (repo_ref.to_string(), tag.clone()));
+        let recorded = self.recorded.clone();
+        on_thread(move || recorded.record(key, removal.at, || removal.run())).await;
     }
 
     /// Removes the tags of a registry from memory. Its records are removed by the store.
@@ -131,7 +132,7 @@ impl Tags {
         }
         let key = (repo_ref.to_string(), tag.clone());
         self.resolutions.entry(key).and_compute_with(|known| match known.map(Entry::into_value) {
-            Some(known) => Op::Put(CachedTag { has_expired: true, ..known }),
+            Some(known) => Op::Put(CachedTag { expired_at: Some(SystemTime::now()), ..known }),
             None => Op::Nop,
         });
         true
@@ -141,24 +142,31 @@ impl Tags {
     /// whether an image has a signature must be known in an outage as well. Other tags are not recorded: clients can
     /// invent any.
     pub fn forget(&self, repo_ref: &RepositoryRef, tag: &Tag) {
-        let forgotten_at = SystemTime::now();
-        let key = (repo_ref.to_string(), tag.clone());
-        self.resolutions.invalidate(&key);
-        let (store, recorded) = (self.store.clone(), self.recorded.clone());
-        let (resolutions, repo_ref, tag) = (self.resolutions.clone(), repo_ref.clone(), tag.clone());
+        let (removal, key) = (self.removal(repo_ref, tag), (repo_ref.to_string(), tag.clone()));
+        let (recorded, store) = (self.recorded.clone(), self.store.clone());
+        let removed_at = removal.at;
+        // With upstream authorization, "not found" may be about one principal's rights.
+        let is_absent = tag.is_of_digest() && !repo_ref.rule.is_passthrough();
+        let (repo_ref, tag) = (repo_ref.clone(), tag.clone());
         let forget = move || {
-            store.records.forget_tag(&repo_ref.registry, &repo_ref.repository, &tag);
-            // Another request may have read the record just before, or resolved the tag since.
-            resolutions.entry((repo_ref.to_string(), tag.clone())).and_compute_with(|known| match known {
-                Some(known) if known.value().checked_at <= forgotten_at => Op::Remove,
-                _ => Op::Nop,
-            });
-            // With upstream authorization, "not found" may be about one principal's rights.
-            if tag.is_of_digest() && !repo_ref.rule.is_passthrough() {
+            removal.run();
+            if is_absent {
                 store.records.put_absent(&repo_ref.registry, &repo_ref.repository, &tag);
             }
         };
-        tokio::task::spawn_blocking(move || recorded.record(key, forgotten_at, forget));
+        tokio::task::spawn_blocking(move || recorded.record(key, removed_at, forget));
+    }
+
+    /// Removes a tag from memory, and prepares the removal of its record.
+    fn removal(&self, repo_ref: &RepositoryRef, tag: &Tag) -> TagRemoval {
+        self.resolutions.invalidate(&(repo_ref.to_string(), tag.clone()));
+        TagRemoval {
+            at: SystemTime::now(),
+            resolutions: self.resolutions.clone(),
+            store: self.store.clone(),
+            repo_ref: repo_ref.clone(),
+            tag: tag.clone(),
+        }
     }
 
     /// Whether the upstream did not find the tag when it was last requested.
@@ -169,6 +177,28 @@ impl Tags {
         let (store, repo_ref, tag) = (self.store.clone(), repo_ref.clone(), tag.clone());
         let known = move || store.records.is_absent(&repo_ref.registry, &repo_ref.repository, &tag);
         tokio::task::spawn_blocking(known).await.unwrap_or(false)
+    }
+}
+
+/// The removal of a tag's record.
+struct TagRemoval {
+    at: SystemTime,
+    resolutions: moka::sync::Cache<(String, Tag), CachedTag>,
+    store: Arc<Store>,
+    repo_ref: RepositoryRef,
+    tag: Tag,
+}
+
+impl TagRemoval {
+    /// Blocks on the disk.
+    fn run(&self) {
+        let Self { at, resolutions, store, repo_ref, tag } = self;
+        store.records.forget_tag(&repo_ref.registry, &repo_ref.repository, tag);
+        // Another request may have read the record just before, or resolved the tag since.
+        resolutions.entry((repo_ref.to_string(), tag.clone())).and_compute_with(|known| match known {
+            Some(known) if known.value().checked_at <= *at => Op::Remove,
+            _ => Op::Nop,
+        });
     }
 }
 
@@ -198,7 +228,7 @@ impl CachedTag {
 
     /// Whether the tag may be used without a request to its owner or upstream.
     pub fn is_fresh(&self, repo_ref: &RepositoryRef, tag: &Tag, now: SystemTime) -> bool {
-        !self.has_expired && self.age(now) < repo_ref.rule.ttl_of(tag)
+        self.expired_at.is_none_or(|at| self.checked_at > at) && self.age(now) < repo_ref.rule.ttl_of(tag)
     }
 }
 
@@ -213,7 +243,7 @@ mod tests {
     fn unchanged_renewal_is_written_once_per_interval() {
         let (hour, at) = (Duration::from_secs(3600), |minutes: u64| UNIX_EPOCH + Duration::from_secs(minutes * 60));
         let [old, new] = [b"a", b"b"].map(|bytes| Digest::of(bytes));
-        let cached = CachedTag { digest: old.clone(), checked_at: at(30), recorded_at: at(10), has_expired: false };
+        let cached = CachedTag { digest: old.clone(), checked_at: at(30), recorded_at: at(10), expired_at: None };
         let table = [(&old, 31, true), (&old, 69, true), (&old, 70, false), (&new, 31, false), (&old, 9, false)];
         for (digest, minutes, recorded) in table {
             assert_eq!(cached.is_recorded(digest, at(minutes), hour), recorded, "{digest} at {minutes}");

@@ -3,6 +3,9 @@
 //! A change is a POST with a JSON body: a page of another site cannot send one, because a browser first asks dray
 //! whether it may. The response has a line of JSON for each node, as soon as that node is done: [`NodeResult`].
 
+use std::collections::{BTreeMap, HashSet};
+use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
@@ -13,14 +16,15 @@ use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
 use pingora::apps::ReusedHttpStream;
 use pingora::http::ResponseHeader;
 use pingora::protocols::http::ServerSession;
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use tokio::time::timeout;
 
 use super::{Admin, StatusResponse};
-use crate::oci::ImageName;
 use crate::oci::route::query_value;
+use crate::oci::{Digest, ImageName};
 use crate::peers::{NodeResult, PEER_OPERATIONS, Peers};
-use crate::pull::{CacheOrder, PurgeTarget};
+use crate::pull::{CacheOrder, Pull, PurgeTarget, Purged};
 use crate::times::{DEFAULT_TTL, RETRY_INTERVAL, STALL_TIMEOUT};
 
 /// `POST /api/v1/cache/purge`: exactly one of `image`, `digest` and `registry`.
@@ -51,6 +55,9 @@ const MAX_BODY_BYTES: usize = 16 * 1024;
 /// How long another node may take. Longer: a node that hangs delays the answer. Shorter: a purge of a registry with many
 /// blobs counts as not done.
 const OPERATION_TIMEOUT: Duration = DEFAULT_TTL;
+
+/// Digests in one request. More: the path exceeds what HTTP servers accept. Fewer: more requests for each node.
+const MAX_DIGESTS: usize = 64;
 
 /// Blobs of a list without `limit`, and the most that can be asked for.
 const DEFAULT_LISTED: usize = 100;
@@ -99,7 +106,7 @@ impl Admin {
         if path.ends_with("/revalidate") {
             let request: RevalidateRequest = serde_json::from_slice(body).map_err(|e| malformed(e.to_string()))?;
             let image: ImageName = request.image.parse().map_err(malformed)?;
-            let own = async move { NodeResult::of_this_node(pull.cache_admin.revalidate(&image).await) };
+            let own = async move { NodeResult::new(None, Ok(pull.cache_admin.revalidate(&image).await)) };
             // The owner of the tag resolves it for the others, so its TTL has to end as well.
             return Ok(results(own, peers(), format!("{PEER_OPERATIONS}revalidate?image={}", encoded(&request.image))));
         }
@@ -116,27 +123,68 @@ impl Admin {
                            peers.mtls, or purge each node";
             return Err(StatusResponse::text(409, format!("{problem}\n")));
         }
-        let own = async move { NodeResult::of_this_node(pull.cache_admin.purge(&target).await) };
         let path = format!("{PEER_OPERATIONS}purge?{key}={}", encoded(&value));
-        Ok(results(own, others.filter(|_| request.cluster), path))
+        match (others.filter(|_| request.cluster), target) {
+            // Which layers an image has is known only to nodes that have its manifest.
+            (Some(peers), PurgeTarget::Image(image)) => {
+                Ok(stream::once(purge_image_everywhere(pull, peers, image, path)).flatten().boxed())
+            }
+            (others, target) => {
+                let own = async move { NodeResult::new(None, pull.cache_admin.purge(target, HashSet::new()).await) };
+                Ok(results(own, others, path))
+            }
+        }
     }
 }
 
-/// The result of this node, then those of the others as they come.
+/// Purges an image with all digests that any node knows of it.
+async fn purge_image_everywhere(pull: Arc<Pull>, peers: Arc<Peers>, image: ImageName, path: String) -> Lines {
+    let names = format!("{PEER_OPERATIONS}names?image={}", encoded(&image.to_string()));
+    let of_others = peers.request_all(Method::GET, names, OPERATION_TIMEOUT);
+    let mut digests = pull.cache_admin.names(&image).await;
+    let of_others: Vec<NodeResult<Vec<String>>> = of_others.collect().await;
+    let names = of_others.iter().filter_map(|node| node.result.as_ref()).flatten();
+    digests.extend(names.filter_map(|digest| digest.parse().ok()));
+    let mut purged: BTreeMap<Option<SocketAddr>, NodeResult<Purged>> = BTreeMap::new();
+    let digests: Vec<Digest> = digests.into_iter().collect();
+    // Also without a digest: a node may know the tag alone.
+    for some in digests.chunks(MAX_DIGESTS).chain(digests.is_empty().then_some(&[][..])) {
+        let list: Vec<&str> = some.iter().map(Digest::as_str).collect();
+        let path = format!("{path}&digests={}", encoded(&list.join("+")));
+        let own = pull.cache_admin.purge(PurgeTarget::Image(image.clone()), some.iter().cloned().collect()).await;
+        let others = peers.request_all(Method::POST, path, OPERATION_TIMEOUT).collect::<Vec<_>>().await;
+        for next in std::iter::once(NodeResult::new(None, own)).chain(others) {
+            let sum = match purged.remove(&next.node) {
+                Some(NodeResult { result: Some(before), .. }) => {
+                    NodeResult { result: next.result.map(|next| before.and(next)), ..next }
+                }
+                Some(failed) => failed,
+                None => next,
+            };
+            purged.insert(sum.node, sum);
+        }
+    }
+    stream::iter(purged.into_values()).map(|result| line(&result)).boxed()
+}
+
+fn line<T: Serialize>(result: &NodeResult<T>) -> String {
+    serde_json::to_string(result).unwrap_or_default() + "\n"
+}
+
+/// The results of this node and of the others, as they come.
 fn results<T>(
     own: impl Future<Output = NodeResult<T>> + Send + 'static,
-    peers: Option<std::sync::Arc<Peers>>,
+    peers: Option<Arc<Peers>>,
     path: String,
 ) -> Lines
 where
-    T: Serialize + serde::de::DeserializeOwned + Send + 'static,
+    T: Serialize + DeserializeOwned + Send + 'static,
 {
     let others = match peers {
         Some(peers) => peers.request_all(Method::POST, path, OPERATION_TIMEOUT).boxed(),
         None => stream::empty().boxed(),
     };
-    let all = stream::once(own).chain(others);
-    all.map(|result| serde_json::to_string(&result).unwrap_or_default() + "\n").boxed()
+    stream::select(stream::once(own), others).map(|result| line(&result)).boxed()
 }
 
 fn encoded(value: &str) -> String {

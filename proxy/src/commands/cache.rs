@@ -8,7 +8,7 @@ use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
 use serde_json::json;
 
 use super::operator::AdminApi;
-use super::table::{Paint, Table, bytes, seconds};
+use super::table::{Paint, Table, bytes, printable, seconds};
 use super::{Failure, block_on, print};
 
 #[derive(Subcommand)]
@@ -20,7 +20,9 @@ pub(crate) enum CacheCommand {
     /// Layers that other images share are removed as well; the next pull downloads them again. A download in progress
     /// is not stopped, and caches its blob again.
     Purge(Purge),
-    /// End the TTL of a tag on all nodes, so that the next pull asks the registry what it resolves to
+    /// End the TTL of a tag, so that the next pull asks the registry what it resolves to
+    ///
+    /// On this node, and on all others if peers authenticate each other.
     Revalidate(Revalidate),
 }
 
@@ -115,8 +117,7 @@ impl Purge {
     fn run(self) -> Result<(), Failure> {
         let (key, value) = match (self.content, self.registry) {
             (_, Some(registry)) => ("registry", registry),
-            (Some(content), None) if content.contains('/') || !content.contains(':') => ("image", content),
-            (Some(content), None) if content.parse::<dray::oci::Digest>().is_ok() => ("digest", content),
+            (Some(content), None) if is_digest(&content) => ("digest", content),
             (content, None) => ("image", content.unwrap_or_default()),
         };
         let body = json!({ key: value, "cluster": self.cluster });
@@ -131,17 +132,21 @@ impl Purge {
         }))??;
         match unreached {
             0 => Ok(()),
-            1 => Err(Failure::Failed(
-                "1 node was not reached and may still have it: repeat the command later".to_owned(),
-            )),
-            _ => Err(Failure::Failed(format!(
-                "{unreached} nodes were not reached and may still have it: repeat the command later"
-            ))),
+            1 => Err(Failure::Failed("1 node may still have it: repeat the command later".to_owned())),
+            _ => Err(Failure::Failed(format!("{unreached} nodes may still have it: repeat the command later"))),
         }
     }
 }
 
+/// Also a mistyped digest, which would otherwise be the tag of an image `sha256`.
+fn is_digest(content: &str) -> bool {
+    ["sha256:", "sha512:"].iter().any(|algorithm| content.starts_with(algorithm))
+}
+
 fn summary(purged: &Purged) -> String {
+    if *purged == Purged::default() {
+        return "nothing of it was cached".to_owned();
+    }
     let mut text = format!(
         "purged {} objects, {}, and {} records of tags and lists",
         purged.objects,
@@ -183,5 +188,5 @@ fn node<T>(result: &NodeResult<T>) -> String {
 }
 
 fn failure<T>(result: &NodeResult<T>) -> String {
-    format!("not reached: {}", result.error.as_deref().unwrap_or("no result"))
+    format!("failed: {}", printable(result.error.as_deref().unwrap_or("no result")))
 }

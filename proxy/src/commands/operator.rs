@@ -30,7 +30,7 @@ pub(crate) struct AdminApi {
     token_file: Option<PathBuf>,
 }
 
-/// For changes on all nodes. Longer than dray waits for any of them.
+/// Without a line of the response for this long, a change has failed. Longer than dray waits for one node.
 const POST_TIMEOUT: Duration = Duration::from_secs(120);
 
 const REGISTRY_PORT: &str =
@@ -39,7 +39,9 @@ const REGISTRY_PORT: &str =
 impl AdminApi {
     /// The JSON of a path, as text and parsed.
     pub(crate) async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<(String, T), Failure> {
-        let response = self.send(self.client(STALL_TIMEOUT)?.get(format!("{}{path}", self.admin))).await?;
+        let response = self
+            .send(self.client(|client| client.timeout(STALL_TIMEOUT))?.get(format!("{}{path}", self.admin)))
+            .await?;
         let text = response.text().await.map_err(|error| self.failed(&dray::source::root_cause(&error)))?;
         let parsed = serde_json::from_str(&text);
         Ok((text, parsed.map_err(|error| self.failed(&format!("the response is not valid: {error}")))?))
@@ -52,7 +54,7 @@ impl AdminApi {
         body: &serde_json::Value,
         mut on_line: impl FnMut(T),
     ) -> Result<(), Failure> {
-        let request = self.client(POST_TIMEOUT)?.post(format!("{}{path}", self.admin));
+        let request = self.client(|client| client.read_timeout(POST_TIMEOUT))?.post(format!("{}{path}", self.admin));
         let request = request.header(CONTENT_TYPE, "application/json").body(body.to_string());
         let (mut response, mut rest) = (self.send(request).await?, Vec::new());
         loop {
@@ -68,8 +70,11 @@ impl AdminApi {
         if rest.is_empty() { Ok(()) } else { Err(self.failed("the response ended early")) }
     }
 
-    fn client(&self, time_limit: Duration) -> Result<reqwest::Client, Failure> {
-        let client = reqwest::Client::builder().no_proxy().timeout(time_limit).build();
+    fn client(
+        &self,
+        with_timeout: impl FnOnce(reqwest::ClientBuilder) -> reqwest::ClientBuilder,
+    ) -> Result<reqwest::Client, Failure> {
+        let client = with_timeout(reqwest::Client::builder().no_proxy()).build();
         client.map_err(|error| self.failed(&dray::source::root_cause(&error)))
     }
 

@@ -48,7 +48,7 @@ impl Table {
     }
 
     pub(crate) fn row(&mut self, cells: &[&str]) {
-        self.rows.push(cells.iter().map(|cell| (*cell).to_owned()).collect());
+        self.rows.push(cells.iter().map(|cell| printable(cell)).collect());
     }
 
     pub(crate) fn is_empty(&self) -> bool {
@@ -70,6 +70,17 @@ impl Table {
         };
         self.rows.iter().enumerate().map(line).collect::<Vec<_>>().join("\n")
     }
+}
+
+/// A text from elsewhere must not control the terminal. Colours of [`Paint`] stay.
+pub(crate) fn printable(text: &str) -> String {
+    let is_colour = |rest: &str| ["[1m", "[2m", "[31m", "[32m", "[0m"].iter().any(|code| rest.starts_with(code));
+    let kept = text.char_indices().map(|(at, c)| match c {
+        '\x1b' if is_colour(&text[at + 1..]) => c,
+        c if c.is_control() => '?',
+        c => c,
+    });
+    kept.collect()
 }
 
 /// The width of a text without its colour codes.
@@ -122,6 +133,12 @@ mod tests {
         let lines = table.lines(Paint(false));
         assert_eq!(lines, "  a          number  b\n  long one        5  \x1b[31mx\x1b[0m\n  s         1234567  y");
         assert_eq!(visible(&paint.bold("é")), 1);
+    }
+
+    #[test]
+    fn text_from_elsewhere_does_not_control_the_terminal() {
+        assert_eq!(printable("a\x1b]0;title\x07\x1b[2J\nb"), "a?]0;title??[2J?b");
+        assert_eq!(printable(&Paint(true).bad("x")), "\x1b[31mx\x1b[0m");
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! What operators do on all nodes at once: authenticated requests to every other member, also to those that are down.
 //!
-//! `POST /peers/v1/purge?image=|digest=|registry=`, `POST /peers/v1/revalidate?image=` and `GET /peers/v1/summary`, each
+//! `GET /peers/v1/names?image=`, `POST /peers/v1/purge?image=|digest=|registry=[&digests=]`, `POST /peers/v1/revalidate?image=` and `GET /peers/v1/summary`, each
 //! with a JSON response whose digest is signed with its head.
 
 use std::net::SocketAddr;
@@ -24,8 +24,8 @@ pub const PEER_OPERATIONS: &str = "/peers/v1/";
 /// Requests at the same time. More: a burst of connections in a large cluster. Fewer: all nodes together take longer.
 const MAX_CONCURRENT: usize = 64;
 
-/// Longest response, in bytes. A summary of a node has a few KiB.
-const MAX_RESPONSE_BYTES: usize = 64 * 1024;
+/// Longest response, in bytes. A summary of a node has a KiB; the names of an image with thousands of layers have more.
+const MAX_RESPONSE_BYTES: usize = 1024 * 1024;
 
 /// What an operation did on one node.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -38,16 +38,13 @@ pub struct NodeResult<T> {
 }
 
 impl<T> NodeResult<T> {
-    pub fn of_this_node(result: T) -> Self {
-        Self { node: None, result: Some(result), error: None }
-    }
-
-    fn of_peer(peer: SocketAddr, result: Result<T, String>) -> Self {
+    /// `node`: None: this node.
+    pub fn new(node: Option<SocketAddr>, result: Result<T, String>) -> Self {
         let (result, error) = match result {
             Ok(result) => (Some(result), None),
             Err(error) => (None, Some(error)),
         };
-        Self { node: Some(peer), result, error }
+        Self { node, result, error }
     }
 }
 
@@ -66,7 +63,7 @@ impl Peers {
             let (peers, method, path) = (peers.clone(), method.clone(), path.clone());
             async move {
                 let result = timeout(time_limit, peers.request_operation(peer, method, &path)).await;
-                NodeResult::of_peer(peer, result.unwrap_or_else(|_| Err("no response in time".to_owned())))
+                NodeResult::new(Some(peer), result.unwrap_or_else(|_| Err("no response in time".to_owned())))
             }
         });
         requests.buffer_unordered(MAX_CONCURRENT)

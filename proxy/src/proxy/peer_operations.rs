@@ -1,12 +1,14 @@
 //! Operations that operators start on another node: purge, revalidation, and the summary of this node.
 
+use std::collections::HashSet;
+
 use http::Method;
 use pingora::protocols::http::ServerSession as Session;
 
 use super::RegistryProxy;
 use super::exchange::Exchange;
-use crate::oci::ImageName;
 use crate::oci::route::query_value;
+use crate::oci::{Digest, ImageName};
 use crate::peers::PEER_OPERATIONS;
 use crate::pull::{PullError, PurgeTarget};
 use crate::respond::PreparedResponse;
@@ -28,7 +30,17 @@ impl RegistryProxy {
         let operation = request.uri.path().strip_prefix(PEER_OPERATIONS).unwrap_or_default();
         match (&request.method, operation) {
             (&Method::POST, "purge") => match target(request.uri.query()) {
-                Ok(target) => PreparedResponse::operation(&self.pull.cache_admin.purge(&target).await),
+                Ok((target, more)) => match self.pull.cache_admin.purge(target, more).await {
+                    Ok(purged) => PreparedResponse::operation(&purged),
+                    Err(problem) => PreparedResponse::refusal(&PullError::Unavailable(problem)),
+                },
+                Err(problem) => PreparedResponse::malformed_operation(&problem),
+            },
+            (&Method::GET, "names") => match image(request.uri.query()) {
+                Ok(image) => {
+                    let names = self.pull.cache_admin.names(&image).await;
+                    PreparedResponse::operation(&names.iter().map(Digest::as_str).collect::<Vec<_>>())
+                }
                 Err(problem) => PreparedResponse::malformed_operation(&problem),
             },
             (&Method::POST, "revalidate") => match image(request.uri.query()) {
@@ -41,10 +53,13 @@ impl RegistryProxy {
     }
 }
 
-fn target(query: Option<&str>) -> Result<PurgeTarget, String> {
+/// What to purge, and further digests of an image, which other nodes know.
+fn target(query: Option<&str>) -> Result<(PurgeTarget, HashSet<Digest>), String> {
     let given = ["image", "digest", "registry"].into_iter().find_map(|key| Some((key, query_value(query, key)?)));
     let (key, value) = given.ok_or("expected ?image=, ?digest= or ?registry=")?;
-    PurgeTarget::parse(key, &value)
+    let more = query_value(query, "digests").unwrap_or_default();
+    let more = more.split('+').filter(|digest| !digest.is_empty()).map(str::parse).collect::<Result<_, _>>();
+    Ok((PurgeTarget::parse(key, &value)?, more.map_err(|_| "digests has one that is not valid")?))
 }
 
 fn image(query: Option<&str>) -> Result<ImageName, String> {
@@ -57,9 +72,13 @@ mod tests {
 
     #[test]
     fn operation_names_one_target() {
-        assert!(matches!(target(Some("registry=ghcr.io")), Ok(PurgeTarget::Registry(_))));
-        assert!(matches!(target(Some("image=ghcr.io%2Fa%2Fb%3A1")), Ok(PurgeTarget::Image(_))));
-        for query in [None, Some(""), Some("registry=a/b"), Some("digest=x"), Some("all=1")] {
+        assert!(matches!(target(Some("registry=ghcr.io")), Ok((PurgeTarget::Registry(_), _))));
+        assert!(matches!(target(Some("image=ghcr.io%2Fa%2Fb%3A1")), Ok((PurgeTarget::Image(_), _))));
+        let digest = Digest::of(b"x");
+        let (_, more) = target(Some(&format!("image=a&digests={digest}%2B{digest}"))).unwrap();
+        assert_eq!(more, HashSet::from([digest]));
+        for query in [None, Some(""), Some("image=a&digests=x"), Some("registry=a/b"), Some("digest=x"), Some("all=1")]
+        {
             assert!(target(query).is_err(), "{query:?}");
         }
         assert!(image(Some("image=alpine")).is_ok() && image(Some("image=")).is_err());

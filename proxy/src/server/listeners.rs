@@ -13,7 +13,7 @@ use tokio::sync::Semaphore;
 
 use super::StartError;
 use super::components::Components;
-use crate::admin::{Admin, MAX_EVENT_STREAMS};
+use crate::admin::{Admin, MAX_EVENT_STREAMS, MAX_INQUIRIES};
 use crate::connections::Connections;
 use crate::identity::Identity;
 use crate::proxy::{Listener, RegistryProxy};
@@ -113,6 +113,7 @@ fn admin(components: &Components) -> Admin {
         status_auth: components.status_auth.clone(),
         sources: status_sources(components),
         event_streams: Arc::new(Semaphore::new(MAX_EVENT_STREAMS)),
+        inquiries: Arc::new(Semaphore::new(MAX_INQUIRIES)),
     }
 }
 

@@ -129,7 +129,7 @@ impl StatusSources {
 impl ClusterStatus {
     fn of(own: NodeSummary, mut others: Vec<NodeResult<NodeSummary>>) -> Self {
         others.sort_by_key(|other| other.node);
-        let nodes: Vec<_> = std::iter::once(NodeResult::of_this_node(own)).chain(others).collect();
+        let nodes: Vec<_> = std::iter::once(NodeResult::new(None, Ok(own))).chain(others).collect();
         let reached = || nodes.iter().filter_map(|node| node.result.as_ref());
         let sum = |of: fn(&NodeSummary) -> u64| reached().map(of).sum::<u64>();
         let traffic = Totals {

@@ -137,6 +137,9 @@ impl Large {
             });
         if named.is_err() {
             self.forget(digest, &draft.blob);
+        } else if !self.is_announced(digest, &draft.blob) {
+            // It was purged or evicted before it had its name.
+            self.unlink(digest);
         }
         named
     }

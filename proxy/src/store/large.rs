@@ -294,6 +294,15 @@ impl Large {
         self.pinned.load().contains(digest)
     }
 
+    /// Removes what has no name and came from such a provenance: relayed copies and partials. Returns their sizes.
+    pub(super) fn purge_unnamed(&self, is_purged: impl Fn(&Provenance) -> bool) -> Vec<u64> {
+        let is_of = |blob: &Blob| blob.provenance.as_ref().is_some_and(&is_purged);
+        let relayed = self.relayed.lock().take_all(is_of);
+        let partials = self.partials.lock().take_where(is_of);
+        // Closing the files may take a while: not under the locks.
+        relayed.iter().map(|blob| blob.len).chain(partials.iter().map(|partial| partial.draft.blob.len)).collect()
+    }
+
     /// Removes a blob with everything that a later download could continue from. Its readers end with the file that they
     /// hold open. Returns its size; None: it is not cached. Blocks on the disk.
     pub fn purge(&self, digest: &Digest) -> Option<u64> {
@@ -412,7 +421,12 @@ impl Large {
         true
     }
 
-    fn unlink(&self, digest: &Digest) {
+    /// Whether the index has this copy of a blob.
+    pub(super) fn is_announced(&self, digest: &Digest, blob: &Blob) -> bool {
+        self.index.lock().get(digest).is_some_and(|entry| Arc::ptr_eq(&entry.charge, &blob.charge))
+    }
+
+    pub(super) fn unlink(&self, digest: &Digest) {
         let path = self.path(digest);
         for path in [files::record_path(&path), path] {
             if let Err(error) = fs::remove_file(&path) {

@@ -3,6 +3,7 @@
 use std::time::Instant;
 
 use super::draft::Draft;
+use super::large::Blob;
 use crate::oci::{Digest, Registry, Spans};
 use crate::provenance::Provenance;
 use crate::times::OBSERVATION_TTL;
@@ -70,6 +71,10 @@ impl Partials {
     /// Takes the partials of a blob, of whichever registry.
     pub(super) fn take_all(&mut self, digest: &Digest) -> Vec<Partial> {
         self.entries.extract_if(.., |entry| entry.digest == *digest).map(|entry| entry.partial).collect()
+    }
+
+    pub(super) fn take_where(&mut self, is_taken: impl Fn(&Blob) -> bool) -> Vec<Partial> {
+        self.entries.extract_if(.., |entry| is_taken(&entry.partial.draft.blob)).map(|entry| entry.partial).collect()
     }
 
     /// Takes the partials that no download resumed within [`OBSERVATION_TTL`].

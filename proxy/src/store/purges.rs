@@ -35,11 +35,12 @@ impl RegistryPurges {
         let _writing = self.writing.lock();
         let mut at = HashMap::clone(&self.at.load());
         at.insert(registry.to_string(), seconds_since_epoch(now));
-        let new = self.file.with_extension("new");
-        fs::write(&new, serde_json::to_vec(&at)?)?;
-        fs::rename(new, &self.file)?;
+        let json = serde_json::to_vec(&at)?;
+        // Applies to this process even if the disk is full.
         self.at.store(at.into());
-        Ok(())
+        let new = self.file.with_extension("new");
+        fs::write(&new, json)?;
+        fs::rename(new, &self.file)
     }
 
     /// Whether an object was cached before the last purge of its registry, or in the same second.

@@ -77,6 +77,10 @@ impl Relayed {
         self.entries.remove(digest).map(|entry| entry.blob)
     }
 
+    pub(super) fn take_all(&mut self, is_taken: impl Fn(&Blob) -> bool) -> Vec<Arc<Blob>> {
+        self.entries.extract_if(|_, entry| is_taken(&entry.blob)).map(|(_, entry)| entry.blob).collect()
+    }
+
     /// Takes the blobs that were not requested for a while.
     pub(super) fn take_expired(&mut self, now: Instant) -> Vec<Arc<Blob>> {
         let old = self.entries.extract_if(|_, entry| now.duration_since(entry.last_used) >= IDLE_TTL);

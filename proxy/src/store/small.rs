@@ -131,7 +131,7 @@ impl Small {
 
     /// A cached object, unless its registry was purged since.
     async fn lookup(&self, digest: &Digest, kind: SmallKind) -> Option<(SmallObject, Tier)> {
-        let found = self.stored(digest, kind).await?;
+        let found = self.stored(digest, kind).await.filter(|(object, _)| !object.is_tombstone())?;
         if self.purges.covers(&found.0) {
             self.of(kind).cache.remove(&digest.to_string());
             return None;
@@ -155,7 +155,7 @@ impl Small {
             return Some((object, Tier::Memory));
         }
         // Bytes from disk are hashed before use.
-        if !digest.matches(&object.bytes) {
+        if !object.is_tombstone() && !digest.matches(&object.bytes) {
             tracing::warn!(%digest, "small object corrupt on disk");
             cache.remove(&key);
             return None;
@@ -176,16 +176,18 @@ impl Small {
     }
 
     /// Removes an object of this digest of either kind. Returns the sizes of what was found.
+    ///
+    /// A later entry of the same key replaces it: foyer finds what it has only removed from its index again at the next
+    /// start.
     pub async fn purge(&self, digest: &Digest) -> Vec<u64> {
         let mut sizes = Vec::new();
         for kind in [SmallKind::Manifest, SmallKind::Blob] {
-            let Some((object, _)) = self.lookup(digest, kind).await else { continue };
-            sizes.push(object.bytes.len() as u64);
-            let (instance, key) = (self.of(kind), digest.to_string());
-            instance.cache.remove(&key);
-            if let Some(writer) = instance.writer() {
-                writer.remove(key).await;
+            let found = self.lookup(digest, kind).await;
+            let waits = self.of(kind).writer().is_some_and(|writer| writer.is_busy());
+            if found.is_some() || waits {
+                self.insert(digest, kind, SmallObject::tombstone()).await;
             }
+            sizes.extend(found.map(|(object, _)| object.bytes.len() as u64));
         }
         sizes
     }
@@ -333,6 +335,20 @@ impl SmallObject {
     pub fn new(media_type: &str, provenance: Arc<Provenance>, bytes: &[u8]) -> Self {
         let cached_at = seconds_since_epoch(SystemTime::now());
         Self { media_type: media_type.into(), provenance, cached_at, bytes: Bytes::copy_from_slice(bytes) }
+    }
+}
+
+/// The media type of an entry that stands for a purged object.
+const TOMBSTONE: &str = "dray/purged";
+
+impl SmallObject {
+    fn tombstone() -> Self {
+        let provenance = Provenance { rule: String::new(), registry: String::new(), repository: String::new() };
+        Self::new(TOMBSTONE, Arc::new(provenance), &[])
+    }
+
+    fn is_tombstone(&self) -> bool {
+        self.bytes.is_empty() && *self.media_type == *TOMBSTONE
     }
 }
 

@@ -28,8 +28,7 @@ const MAX_POSITIONS: u64 = 100_000;
 
 /// Writes the objects of one cache to its disk.
 pub(super) struct SmallWriter {
-    /// No object: the key is removed, after what was queued before.
-    queue: mpsc::Sender<(String, Option<SmallObject>)>,
+    queue: mpsc::Sender<(String, SmallObject)>,
     /// Objects in use that must be written again. They precede new objects, which only queue up.
     rewrites: mpsc::Sender<(String, SmallObject)>,
     task: JoinHandle<()>,
@@ -48,7 +47,7 @@ impl SmallWriter {
     /// For a cache of `bytes` on disk, which takes `batch` bytes at once. Objects that wait in vain are counted as
     /// `dropped`.
     pub(super) fn start(cache: HybridCache<String, SmallObject>, bytes: u64, batch: u64, dropped: IntCounter) -> Self {
-        let (queue, mut waiting) = mpsc::channel::<(String, Option<SmallObject>)>(QUEUE_LENGTH);
+        let (queue, mut waiting) = mpsc::channel::<(String, SmallObject)>(QUEUE_LENGTH);
         let (rewrites, mut used) = mpsc::channel::<(String, SmallObject)>(QUEUE_LENGTH);
         let ring = Arc::new(RingPositions::new(bytes));
         let writing = ring.clone();
@@ -57,14 +56,10 @@ impl SmallWriter {
             loop {
                 let next = tokio::select! {
                     biased;
-                    Some((key, used)) = used.recv() => Some((key, Some(used))),
+                    Some(used) = used.recv() => Some(used),
                     new = waiting.recv() => new,
                 };
                 let Some((key, object)) = next else { break };
-                let Some(object) = object else {
-                    cache.remove(&key);
-                    continue;
-                };
                 let size = object.bytes.len() as u64;
                 if taken + size > batch {
                     cache.storage().wait().await;
@@ -81,17 +76,14 @@ impl SmallWriter {
 
     pub(super) async fn write(&self, key: String, object: SmallObject) {
         // A hanging disk must not hold up a request that has the object in memory.
-        if timeout(CLOSE_TIMEOUT, self.queue.send((key, Some(object)))).await.is_err() {
+        if timeout(CLOSE_TIMEOUT, self.queue.send((key, object))).await.is_err() {
             self.dropped.inc();
         }
     }
 
-    /// Removes what is written, and what waits to be written.
-    pub(super) async fn remove(&self, key: String) {
-        // If the queue is full, the object stays on disk until the ring overwrites it.
-        if timeout(CLOSE_TIMEOUT, self.queue.send((key, None))).await.is_err() {
-            self.dropped.inc();
-        }
+    /// Whether objects wait to be written.
+    pub(super) fn is_busy(&self) -> bool {
+        self.queue.capacity() < QUEUE_LENGTH || self.rewrites.capacity() < QUEUE_LENGTH
     }
 
     /// An object in use is written again before the ring overwrites it.
