@@ -83,6 +83,9 @@ impl Discovery {
                 let address = SocketAddr::new(*ip, self.listen.port());
                 found.insert(address, FoundMember { zone: name.zone.clone(), address, name: None });
             }
+        }
+        // A member that both kinds of names list has its name.
+        for name in &self.names {
             for (address, target) in name.targets.members(self.listen.ip()) {
                 let target = Some(target.to_owned());
                 found.insert(address, FoundMember { zone: name.zone.clone(), address, name: target });

@@ -158,10 +158,14 @@ fn assert_config_valid(documents: &[Value]) {
         Some(zones) => zones.values().map(|name| name.as_str().unwrap().to_owned()).collect(),
         None => [service.as_str().unwrap().to_owned()].into(),
     };
+    // Pods of a StatefulSet are known by their names.
+    let srv = if of_kind(documents, "StatefulSet").is_empty() { "" } else { "_peers._tcp." };
     let services =
         of_kind(documents, "Service").into_iter().map(|service| service["metadata"]["name"].as_str().unwrap());
-    let headless: BTreeSet<_> =
-        services.filter(|name| name.contains("-peers")).map(|name| format!("{name}.dray.svc.cluster.local")).collect();
+    let headless: BTreeSet<_> = services
+        .filter(|name| name.contains("-peers"))
+        .map(|name| format!("{srv}{name}.dray.svc.cluster.local"))
+        .collect();
     assert_eq!(named, headless);
 }
 
@@ -215,6 +219,7 @@ fn invalid_values_are_explained() {
     for (set, expected) in [
         ("mode=replicaset", "mode"),
         ("mode=statefulset", "cache.volume.storage"),
+        ("mode=statefulset,cache.volume.storage=1Gi,zones.by=podLabel,zones.names={a}", "zones.by"),
         ("containerd.hostsDir=certs.d", "/containerd/hostsDir"),
         ("containerd.hostsDir=/a:/b", "/containerd/hostsDir"),
         ("containerd.hostDir=/a", "hostDir"),
