@@ -20,6 +20,22 @@ pub async fn on_thread<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'sta
     }
 }
 
+/// Runs work that nothing waits for on a thread of the lowest priority, inside the runtime. An error: it panicked.
+///
+/// The priority of a thread can be lowered but not raised again, so the thread is not one of the pool.
+pub async fn in_background<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, String> {
+    let (sender, done) = tokio::sync::oneshot::channel();
+    let runtime = tokio::runtime::Handle::current();
+    let thread = std::thread::Builder::new().name("background".to_owned()).spawn(move || {
+        // On Linux this is about the calling thread only. If it is not allowed, the work takes its normal share.
+        let _ = rustix::process::setpriority_process(None, 19);
+        let _inside = runtime.enter();
+        let _ = sender.send(work());
+    });
+    thread.map_err(|error| error.to_string())?;
+    done.await.map_err(|_| "the work panicked, see dray's log".to_owned())
+}
+
 /// Parses a document, on the worker if it is short.
 pub async fn parsed<T: Send + 'static>(bytes: &Bytes, parse: impl FnOnce(&[u8]) -> T + Send + 'static) -> T {
     if bytes.len() <= MAX_INLINE_BYTES {

@@ -17,6 +17,7 @@ use tokio::time::sleep;
 use self::file_watch::{Action, FailureNews, FileWatch, Trigger};
 use super::background::ConfiguredTasks;
 use super::components::{Components, check_changed};
+use crate::blocking::in_background;
 use crate::config::{AccessConfig, ByteRate, CacheConfig, Config};
 use crate::proxy::ClientPolicy;
 
@@ -119,7 +120,8 @@ async fn reload(
     tasks: &mut ConfiguredTasks,
 ) -> Result<(), String> {
     let (all, text) = (components.clone(), text.to_owned());
-    let checked = spawn_blocking(move || {
+    // A reload of many rules takes a while, and must not slow the requests of clients.
+    let checked = in_background(move || {
         let next = source.parse(&text)?;
         check_changed(&started, &next).map_err(|error| error.to_string())?;
         let (next, restart) = without_restart(&all.config.load(), &started, next);
@@ -129,7 +131,7 @@ async fn reload(
         let hash = next.hash();
         Ok::<_, String>((next, hash, restart, rules, logins))
     });
-    let (next, hash, restart, rules, logins) = checked.await.map_err(|error| error.to_string())??;
+    let (next, hash, restart, rules, logins) = checked.await??;
     let rules = components.pull.store(rules);
     components.peer_upload.set_rate(next.limits.peer_upload.map(ByteRate::bytes_per_second));
     components.policy.store(Arc::new(ClientPolicy::new(&next, rules, logins)));

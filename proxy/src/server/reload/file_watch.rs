@@ -7,6 +7,7 @@
 //! | changed | the same again | apply it |
 //! | changed | another text | changed |
 //! | changed, failed | the applied text | settled: a failure is over |
+//! | failed with the applied text, after SIGHUP | the same | apply it |
 //! | any | anything, on SIGHUP | apply it |
 //!
 //! A text that failed is tried again each time: a file that it names may appear later.
@@ -73,10 +74,11 @@ impl FileWatch {
         let changed = self.changed.take();
         match trigger {
             Trigger::Signal => Action::Apply,
-            Trigger::Timer if is_applied => {
-                let failed = self.failure.take_if(|failure| failure.text.as_ref().ok() != self.applied.as_ref());
-                if failed.is_some() { Action::EndFailure } else { Action::Wait }
-            }
+            Trigger::Timer if is_applied => match self.failure.take_if(|failure| failure.text != *text) {
+                Some(_) => Action::EndFailure,
+                None if self.failure.is_some() => Action::Apply,
+                None => Action::Wait,
+            },
             Trigger::Timer if changed.as_ref() == Some(text) => Action::Apply,
             Trigger::Timer => {
                 self.changed = Some(text.clone());
@@ -142,10 +144,12 @@ mod tests {
     }
 
     #[test]
-    fn failure_of_the_applied_text_lasts() {
+    fn failure_of_the_applied_text_is_tried_again() {
         // SIGHUP, while a file that the running text names is missing.
         let mut watch = FileWatch::new(Some("a".to_owned()));
         watch.record_failure(text("a"), "no such file", Trigger::Signal);
+        assert_eq!(watch.observe(&text("a"), Trigger::Timer), Action::Apply);
+        watch.record_success("a".to_owned());
         assert_eq!(watch.observe(&text("a"), Trigger::Timer), Action::Wait);
     }
 }
