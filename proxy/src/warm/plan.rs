@@ -176,6 +176,10 @@ impl PlanBuilder<'_> {
 
 fn of_platforms<'a>(children: &'a [Descriptor], platforms: &Platforms) -> Result<Vec<&'a Descriptor>, String> {
     let Platforms::These(names) = platforms else { return Ok(children.iter().collect()) };
+    // An index of artifacts, such as the files of a model, does not name platforms.
+    if children.iter().all(|child| child.platform.is_none()) {
+        return Ok(children.iter().collect());
+    }
     let mut wanted = Vec::new();
     for name in names {
         let before = wanted.len();
@@ -251,6 +255,20 @@ fn list(children: &[Descriptor]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn index_without_platforms_is_wanted_whole() {
+        let children = |json: &str| serde_json::from_str::<Vec<Descriptor>>(json).unwrap();
+        let artifacts =
+            children(r#"[{"mediaType": "a", "digest": "d", "size": 1}, {"mediaType": "a", "digest": "e", "size": 1}]"#);
+        let linux = Platforms::These(vec!["linux/amd64".into()]);
+        assert_eq!(of_platforms(&artifacts, &linux).unwrap().len(), 2);
+        let mixed = children(
+            r#"[{"mediaType": "a", "digest": "d", "size": 1, "platform": {"os": "linux", "architecture": "amd64"}},
+                {"mediaType": "a", "digest": "e", "size": 1}]"#,
+        );
+        assert_eq!(of_platforms(&mixed, &linux).unwrap().len(), 1);
+    }
 
     #[test]
     fn platform_without_variant_matches_every_variant() {
