@@ -50,7 +50,6 @@ use self::manifest::ManifestFetcher;
 pub use self::manifest::{ManifestResponse, ManifestService};
 use self::negative_cache::NegativeCache;
 use self::peer_routing::PeerRouting;
-use self::reachability::Reachability;
 use self::referrers::Referrers;
 use self::registry_hints::RegistryHints;
 pub use self::request_context::{RequestContext, Requester};
@@ -110,17 +109,15 @@ impl Pull {
             slow_upstreams.clone(),
             metrics.clone(),
         ));
-        let fetcher = Arc::new(ManifestFetcher {
-            content: content.clone(),
-            routing: routing.clone(),
-            upstream: upstream.clone(),
-            authorizations: authorizations.clone(),
-            negative_cache: negative_cache.clone(),
-            reachability: Reachability::new(),
-            referrers: referrers.clone(),
-            metrics: metrics.clone(),
-            flights: SingleFlight::default(),
-        });
+        let fetcher = Arc::new(ManifestFetcher::new(
+            content.clone(),
+            routing.clone(),
+            upstream.clone(),
+            authorizations.clone(),
+            negative_cache.clone(),
+            referrers.clone(),
+            metrics.clone(),
+        ));
         let tag_service = Arc::new(TagService {
             tags: tags.clone(),
             registries: registries.clone(),

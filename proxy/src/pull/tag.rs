@@ -339,10 +339,9 @@ impl TagSources<'_> {
         // go-containerregistry ignores it for tags as well. A header that matches is used: it may be of another
         // algorithm.
         let response = service.upstream.manifest(repo_ref, &reference, accept, deadline).await?;
-        let digest = response.claimed.filter(|claimed| claimed.matches(&response.bytes));
+        let digest = response.claimed.clone().filter(|claimed| claimed.matches(&response.bytes));
         let digest = digest.unwrap_or_else(|| Digest::of(&response.bytes));
-        service.manifests.reachability.check(&service.upstream, repo_ref, &response.bytes).await?;
-        let object = service.manifests.cache(repo_ref, &digest, &response.media_type, response.bytes).await;
+        let object = service.manifests.accept(repo_ref, &digest, response).await?;
         Ok(ManifestResponse { digest, object, from: ServedFrom::Upstream, age: Some(Duration::ZERO) })
     }
 }

@@ -32,19 +32,19 @@ use crate::single_flight::SingleFlight;
 use crate::source::{ServedFrom, SourceError};
 use crate::store::SmallObject;
 use crate::times::{STALL_TIMEOUT, UPSTREAM_TIMEOUT};
-use crate::upstream::UpstreamClient;
+use crate::upstream::{UpstreamClient, UpstreamManifest};
 
 pub(in crate::pull) struct ManifestFetcher {
-    pub(in crate::pull) content: Arc<CachedContent>,
-    pub(in crate::pull) routing: Arc<PeerRouting>,
-    pub(in crate::pull) upstream: Arc<UpstreamClient>,
-    pub(in crate::pull) authorizations: Arc<AuthorizationCache>,
-    pub(in crate::pull) negative_cache: Arc<NegativeCache>,
-    pub(in crate::pull) reachability: Reachability,
-    pub(in crate::pull) referrers: Arc<Referrers>,
-    pub(in crate::pull) metrics: Arc<Metrics>,
+    content: Arc<CachedContent>,
+    routing: Arc<PeerRouting>,
+    upstream: Arc<UpstreamClient>,
+    authorizations: Arc<AuthorizationCache>,
+    negative_cache: Arc<NegativeCache>,
+    reachability: Reachability,
+    referrers: Arc<Referrers>,
+    metrics: Arc<Metrics>,
     // The principal is None where all clients share a flight, and set where an earlier response was about rights.
-    pub(in crate::pull) flights: SingleFlight<(String, Digest, Role, Option<PrincipalId>), FetchedManifest>,
+    flights: SingleFlight<(String, Digest, Role, Option<PrincipalId>), FetchedManifest>,
 }
 
 pub(in crate::pull) type FetchedManifest = Result<(SmallObject, ServedFrom), SourceError>;
@@ -59,6 +59,19 @@ struct ManifestSources<'a> {
 }
 
 impl ManifestFetcher {
+    pub(in crate::pull) fn new(
+        content: Arc<CachedContent>,
+        routing: Arc<PeerRouting>,
+        upstream: Arc<UpstreamClient>,
+        authorizations: Arc<AuthorizationCache>,
+        negative_cache: Arc<NegativeCache>,
+        referrers: Arc<Referrers>,
+        metrics: Arc<Metrics>,
+    ) -> Self {
+        let (reachability, flights) = (Reachability::new(), SingleFlight::default());
+        Self { content, routing, upstream, authorizations, negative_cache, reachability, referrers, metrics, flights }
+    }
+
     /// A manifest that is cached, or that another node or the upstream has.
     pub(in crate::pull) async fn manifest(
         self: &Arc<Self>,
@@ -131,6 +144,17 @@ impl ManifestFetcher {
         }
     }
 
+    /// Caches what the upstream sent, if its blobs can be downloaded too.
+    pub(in crate::pull) async fn accept(
+        &self,
+        repo_ref: &RepositoryRef,
+        digest: &Digest,
+        response: UpstreamManifest,
+    ) -> Result<SmallObject, SourceError> {
+        self.reachability.check(&self.upstream, repo_ref, &response.bytes).await?;
+        Ok(self.cache(repo_ref, digest, &response.media_type, response.bytes).await)
+    }
+
     pub(in crate::pull) async fn cache(
         &self,
         repo_ref: &RepositoryRef,
@@ -193,9 +217,7 @@ impl ManifestSources<'_> {
             return Err(SourceFailure::Final(error));
         }
         // A copy of a peer would not help: this node cannot download the blobs.
-        let reachable = fetcher.reachability.check(&fetcher.upstream, repo_ref, &response.bytes).await;
-        reachable.map_err(SourceFailure::Final)?;
-        Ok(fetcher.cache(repo_ref, digest, &response.media_type, response.bytes).await)
+        fetcher.accept(repo_ref, digest, response).await.map_err(SourceFailure::Final)
     }
 }
 
