@@ -2,6 +2,7 @@
 directory; an assertion fails if the page lacks something. With NODES the page is asked for all nodes of the cluster."""
 
 import json
+import re
 import sys
 
 from playwright.sync_api import expect, sync_playwright
@@ -25,6 +26,9 @@ with sync_playwright() as playwright:
         shown = page.evaluate("performance.now()")
         loaded = page.evaluate("performance.getEntriesByType('navigation')[0].loadEventEnd")
         page.locator("#recent tbody tr").first.wait_for()
+        if len(sys.argv) > 3:
+            # Two events make a line of the rate.
+            expect(page.locator("#rate path")).to_have_attribute("d", re.compile("L"))
         # The page loads everything from its own origin, and is small.
         assert all(request.startswith(url) for request in requests), requests
         assert len(page.content()) < 400_000
@@ -34,7 +38,7 @@ with sync_playwright() as playwright:
         headings = page.evaluate("[...document.querySelectorAll('h1, h2')].map((e) => e.textContent)")
         assert headings[0] == "dray" and "Recent responses" in headings, headings
         back = page.evaluate("getComputedStyle(document.body).backgroundColor")
-        page.screenshot(path=f"{shots}/{name}.png", full_page=True)
+        page.screenshot(path=f"{shots}/{name}.png")
         # Names of images are shown as text, even if they contain HTML.
         assert page.evaluate("document.querySelectorAll('main script, main img, main iframe').length") == 0
         rows = page.evaluate("document.querySelectorAll('#peers tbody tr').length")

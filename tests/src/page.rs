@@ -7,7 +7,7 @@ use std::process::Command;
 use serde_json::Value;
 
 /// Opens the page in Chromium three times: light, dark, and on a phone. Returns what Chromium measured; screenshots go
-/// to a directory. If `nodes` is set, the page is asked for all nodes of the cluster until it shows so many.
+/// to a directory. If `nodes` is set, the page is asked for all nodes of the cluster until it shows that number.
 pub fn capture(admin: SocketAddr, shots: &Path, nodes: Option<usize>) -> Vec<Value> {
     let captures = crate::process::run(
         Command::new("python3")

@@ -273,8 +273,17 @@ async fn status_page_shows_the_cluster_on_demand() {
     drop(nodes.pop());
     let kept = std::env::var_os("DRAY_SCREENSHOTS");
     let dir = tempfile::tempdir().unwrap();
+    let (url, paths): (String, Vec<String>) =
+        (nodes[0].url(""), image.blobs.keys().map(|digest| format!("/v2/library/app/blobs/{digest}{NS}")).collect());
+    let traffic = tokio::spawn(async move {
+        for path in paths.iter().cycle() {
+            get(&format!("{url}{path}"), &[]).await;
+            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        }
+    });
     let captures =
         dray_tests::page::capture(nodes[0].admin, kept.as_deref().map_or(dir.path(), std::path::Path::new), Some(3));
+    traffic.abort();
     assert_eq!(captures.len(), 3);
     for capture in &captures {
         let text = capture["text"].as_str().unwrap();

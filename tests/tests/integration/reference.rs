@@ -205,6 +205,10 @@ fn files_below(folder: &str) -> Vec<PathBuf> {
     files
 }
 
+fn pages_below(folder: &str) -> Vec<PathBuf> {
+    files_below(folder).into_iter().filter(|path| path.extension().is_some_and(|extension| extension == "md")).collect()
+}
+
 #[test]
 fn log_events_are_documented_with_their_level() {
     let mut logged = Vec::new();
@@ -278,7 +282,7 @@ fn sentences(page: &str) -> Vec<String> {
 #[test]
 fn sentences_are_short() {
     let mut pages: Vec<PathBuf> = vec![project().join("README.md")];
-    pages.extend(files_below("docs"));
+    pages.extend(pages_below("docs"));
     let (mut all, mut long) = (0, 0);
     for page in
         pages.iter().filter(|page| !page.to_str().unwrap().contains("reference/") && !page.ends_with("SUMMARY.md"))
@@ -300,7 +304,7 @@ fn sentences_are_short() {
 fn links_lead_to_pages_and_headings() {
     let mut pages =
         vec![project().join("README.md"), project().join("ARCHITECTURE.md"), project().join("CONTRIBUTING.md")];
-    pages.extend(files_below("docs").into_iter().filter(|path| path.extension().is_some_and(|e| e == "md")));
+    pages.extend(pages_below("docs"));
     let mut links = 0;
     for page in &pages {
         let text = std::fs::read_to_string(page).unwrap();
