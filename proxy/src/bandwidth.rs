@@ -81,7 +81,7 @@ struct Limit {
 /// Bytes to reserve at a time. Larger: connections take turns less often. Smaller: more wake-ups.
 pub const RESERVED_BYTES: u64 = 64 * 1024;
 
-/// Of so many turns one goes to the connection that waits longest. Larger: downloads for peers get so little beside
+/// One turn in this number goes to the connection that waits longest. Larger: downloads for peers get so little beside
 /// those of clients that the peers take them for stalled. Smaller: a prefetch slows the pulls of clients.
 const FAIR_TURN: u32 = 8;
 

@@ -10,7 +10,7 @@ use hickory_resolver::TokioResolver;
 use hickory_resolver::config::LookupIpStrategy;
 use tokio::time::{Instant, sleep_until};
 
-use self::srv::{Resolved, Targets};
+use self::srv::{SrvLookup, Targets};
 use super::members::FoundMember;
 use crate::config::{PeersConfig as Config, Zone};
 use crate::dns;
@@ -124,11 +124,11 @@ impl Name {
 
     async fn resolve_srv(&mut self, resolver: &TokioResolver) {
         let refresh_in = match self.targets.resolve(&self.name, resolver).await {
-            Ok(Resolved { valid_until, error: None }) => {
+            Ok(SrvLookup { valid_until, error: None }) => {
                 self.last_error = None;
                 self.refresh_interval(valid_until)
             }
-            Ok(Resolved { error: Some(error), .. }) | Err(error) => {
+            Ok(SrvLookup { error: Some(error), .. }) | Err(error) => {
                 self.warn_once(error);
                 RETRY_INTERVAL
             }

@@ -63,7 +63,7 @@ impl PullError {
         }
     }
 
-    /// What a client is told.
+    /// The message of the response to a client.
     pub fn message(&self) -> Cow<'_, str> {
         match self {
             Self::Upstream { error, .. } => error.to_string().into(),

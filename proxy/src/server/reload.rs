@@ -14,7 +14,7 @@ use tokio::signal::unix::Signal;
 use tokio::task::spawn_blocking;
 use tokio::time::sleep;
 
-use self::file_watch::{Action, FailureNews, FileWatch, Trigger};
+use self::file_watch::{FailureNews, FileWatch, Trigger, WatchAction};
 use super::background::ConfiguredTasks;
 use super::components::{Components, check_changed};
 use crate::blocking::in_background;
@@ -72,12 +72,12 @@ pub(super) async fn run(
             continue;
         };
         match watch.observe(&text, trigger) {
-            Action::Wait => continue,
-            Action::EndFailure => {
+            WatchAction::Wait => continue,
+            WatchAction::EndFailure => {
                 components.metrics.config_reload_failed.set(0);
                 continue;
             }
-            Action::Apply => {}
+            WatchAction::Apply => {}
         }
         let result = match &text {
             Ok(text) if text.trim().is_empty() && trigger == Trigger::Timer => Err(EMPTY.to_owned()),

@@ -354,7 +354,7 @@ impl SmallObject {
 
 /// Releases before the third element wrote the first two.
 #[derive(Deserialize)]
-struct Head(String, Provenance, #[serde(default)] u64);
+struct ObjectHead(String, Provenance, #[serde(default)] u64);
 
 /// A JSON head with its length in front, then the bytes.
 impl Code for SmallObject {
@@ -373,7 +373,7 @@ impl Code for SmallObject {
         reader.read_exact(&mut len).map_err(foyer::Error::io_error)?;
         let mut head = Vec::new();
         reader.take(u64::from(u32::from_le_bytes(len))).read_to_end(&mut head).map_err(foyer::Error::io_error)?;
-        let Head(media_type, provenance, cached_at) =
+        let ObjectHead(media_type, provenance, cached_at) =
             serde_json::from_slice(&head).map_err(std::io::Error::from).map_err(foyer::Error::io_error)?;
         let bytes = Bytes::decode(reader)?;
         Ok(Self { media_type: media_type.into(), provenance: Arc::new(provenance), cached_at, bytes })

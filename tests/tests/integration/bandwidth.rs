@@ -1,4 +1,4 @@
-//! Bandwidth limits between real processes. The rates themselves are measured by `make bench PARTS=limits`; here a
+//! Bandwidth limits between real processes. `make bench PARTS=limits` measures the rates. These tests show that a
 //! download under a limit takes no less than its time, and the order of downloads is by priority.
 
 use std::time::{Duration, Instant};

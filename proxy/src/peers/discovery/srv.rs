@@ -13,17 +13,17 @@ use super::one_family;
 
 /// The targets that the records named last, without a trailing dot and in lower case.
 #[derive(Default)]
-pub(super) struct Targets(BTreeMap<Target, Vec<IpAddr>>);
+pub(super) struct Targets(BTreeMap<SrvTarget, Vec<IpAddr>>);
 
 /// A target, whose addresses of the last successful lookup stay while lookups fail.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord)]
-struct Target {
+struct SrvTarget {
     name: String,
     port: u16,
 }
 
 /// The outcome of a lookup.
-pub(super) struct Resolved {
+pub(super) struct SrvLookup {
     pub(super) valid_until: Instant,
     /// The first target whose addresses could not be looked up.
     pub(super) error: Option<String>,
@@ -34,7 +34,7 @@ const MAX_LOOKUPS: usize = 16;
 
 impl Targets {
     /// Looks up the records, then the addresses of each target.
-    pub(super) async fn resolve(&mut self, name: &str, resolver: &TokioResolver) -> Result<Resolved, String> {
+    pub(super) async fn resolve(&mut self, name: &str, resolver: &TokioResolver) -> Result<SrvLookup, String> {
         let lookup = resolver.srv_lookup(name).await.map_err(|error| error.to_string())?;
         let mut targets = Vec::new();
         for record in lookup.answers() {
@@ -44,11 +44,11 @@ impl Targets {
         }
         let lookups = stream::iter(targets).map(|(target, port)| async move {
             let name = target.to_utf8().trim_end_matches('.').to_ascii_lowercase();
-            (Target { name, port }, resolver.lookup_ip(target).await)
+            (SrvTarget { name, port }, resolver.lookup_ip(target).await)
         });
         let found: Vec<_> = lookups.buffer_unordered(MAX_LOOKUPS).collect().await;
         let mut known = std::mem::take(&mut self.0);
-        let mut resolved = Resolved { valid_until: lookup.valid_until(), error: None };
+        let mut resolved = SrvLookup { valid_until: lookup.valid_until(), error: None };
         for (target, found) in found {
             let before = known.remove(&target).unwrap_or_default();
             let addresses = match found {

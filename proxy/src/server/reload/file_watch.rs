@@ -21,13 +21,13 @@ pub(super) struct FileWatch {
     applied: Option<String>,
     /// Read once, and not applied.
     changed: Option<FileText>,
-    failure: Option<Failure>,
+    failure: Option<FailedText>,
 }
 
 /// The text of the file, or why it cannot be read.
 pub(super) type FileText = Result<String, String>;
 
-struct Failure {
+struct FailedText {
     text: FileText,
     error: String,
 }
@@ -40,7 +40,7 @@ pub(super) enum Trigger {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Action {
+pub(super) enum WatchAction {
     Wait,
     Apply,
     /// A text that failed was replaced by the applied one.
@@ -69,20 +69,20 @@ impl FileWatch {
     }
 
     /// The file was read.
-    pub(super) fn observe(&mut self, text: &FileText, trigger: Trigger) -> Action {
+    pub(super) fn observe(&mut self, text: &FileText, trigger: Trigger) -> WatchAction {
         let is_applied = text.as_ref().ok() == self.applied.as_ref();
         let changed = self.changed.take();
         match trigger {
-            Trigger::Signal => Action::Apply,
+            Trigger::Signal => WatchAction::Apply,
             Trigger::Timer if is_applied => match self.failure.take_if(|failure| failure.text != *text) {
-                Some(_) => Action::EndFailure,
-                None if self.failure.is_some() => Action::Apply,
-                None => Action::Wait,
+                Some(_) => WatchAction::EndFailure,
+                None if self.failure.is_some() => WatchAction::Apply,
+                None => WatchAction::Wait,
             },
-            Trigger::Timer if changed.as_ref() == Some(text) => Action::Apply,
+            Trigger::Timer if changed.as_ref() == Some(text) => WatchAction::Apply,
             Trigger::Timer => {
                 self.changed = Some(text.clone());
-                Action::Wait
+                WatchAction::Wait
             }
         }
     }
@@ -93,7 +93,7 @@ impl FileWatch {
 
     pub(super) fn record_failure(&mut self, text: FileText, error: &str, trigger: Trigger) -> FailureNews {
         let is_known = self.failure.as_ref().is_some_and(|failure| failure.error == error);
-        self.failure = Some(Failure { text, error: error.to_owned() });
+        self.failure = Some(FailedText { text, error: error.to_owned() });
         if is_known && trigger == Trigger::Timer { FailureNews::Repeated } else { FailureNews::New }
     }
 }
@@ -110,15 +110,15 @@ mod tests {
     fn changed_text_is_applied_once_it_has_settled() {
         let mut watch = FileWatch::new(Some("a".to_owned()));
         let cases = [
-            (text("a"), Trigger::Timer, Action::Wait, RELOAD_INTERVAL),
-            (text("b"), Trigger::Timer, Action::Wait, SETTLE_TIME),
-            (text("bc"), Trigger::Timer, Action::Wait, SETTLE_TIME),
-            (text("bc"), Trigger::Timer, Action::Apply, RELOAD_INTERVAL),
-            (text("d"), Trigger::Timer, Action::Wait, SETTLE_TIME),
-            (text("a"), Trigger::Timer, Action::Wait, RELOAD_INTERVAL),
-            (text("d"), Trigger::Signal, Action::Apply, RELOAD_INTERVAL),
-            (Err("gone".to_owned()), Trigger::Timer, Action::Wait, SETTLE_TIME),
-            (Err("gone".to_owned()), Trigger::Timer, Action::Apply, RELOAD_INTERVAL),
+            (text("a"), Trigger::Timer, WatchAction::Wait, RELOAD_INTERVAL),
+            (text("b"), Trigger::Timer, WatchAction::Wait, SETTLE_TIME),
+            (text("bc"), Trigger::Timer, WatchAction::Wait, SETTLE_TIME),
+            (text("bc"), Trigger::Timer, WatchAction::Apply, RELOAD_INTERVAL),
+            (text("d"), Trigger::Timer, WatchAction::Wait, SETTLE_TIME),
+            (text("a"), Trigger::Timer, WatchAction::Wait, RELOAD_INTERVAL),
+            (text("d"), Trigger::Signal, WatchAction::Apply, RELOAD_INTERVAL),
+            (Err("gone".to_owned()), Trigger::Timer, WatchAction::Wait, SETTLE_TIME),
+            (Err("gone".to_owned()), Trigger::Timer, WatchAction::Apply, RELOAD_INTERVAL),
         ];
         for (read, trigger, action, pause) in cases {
             assert_eq!((watch.observe(&read, trigger), watch.pause()), (action, pause), "{read:?} {trigger:?}");
@@ -136,11 +136,11 @@ mod tests {
             fail("other", Trigger::Timer),
         ];
         assert_eq!(news, [FailureNews::New, FailureNews::Repeated, FailureNews::New, FailureNews::New]);
-        assert_eq!(watch.observe(&text("a"), Trigger::Timer), Action::EndFailure);
-        assert_eq!(watch.observe(&text("a"), Trigger::Timer), Action::Wait);
+        assert_eq!(watch.observe(&text("a"), Trigger::Timer), WatchAction::EndFailure);
+        assert_eq!(watch.observe(&text("a"), Trigger::Timer), WatchAction::Wait);
         watch.record_failure(text("b"), "wrong", Trigger::Timer);
         watch.record_success("b".to_owned());
-        assert_eq!(watch.observe(&text("b"), Trigger::Timer), Action::Wait);
+        assert_eq!(watch.observe(&text("b"), Trigger::Timer), WatchAction::Wait);
     }
 
     #[test]
@@ -148,8 +148,8 @@ mod tests {
         // SIGHUP, while a file that the running text names is missing.
         let mut watch = FileWatch::new(Some("a".to_owned()));
         watch.record_failure(text("a"), "no such file", Trigger::Signal);
-        assert_eq!(watch.observe(&text("a"), Trigger::Timer), Action::Apply);
+        assert_eq!(watch.observe(&text("a"), Trigger::Timer), WatchAction::Apply);
         watch.record_success("a".to_owned());
-        assert_eq!(watch.observe(&text("a"), Trigger::Timer), Action::Wait);
+        assert_eq!(watch.observe(&text("a"), Trigger::Timer), WatchAction::Wait);
     }
 }
