@@ -12,7 +12,7 @@ BIN := $(BUILT)/$(PROFILE)/dray
 # Their program ends when a task blocks its worker (proxy/src/worker_watch.rs).
 check test soak: export DRAY_WATCH_WORKERS := 1
 
-.PHONY: run build check test lint bench soak image manifests reference docs screenshots setup tools fuzz fmt
+.PHONY: run build check test lint bench soak image manifests reference docs pictures setup tools fuzz fmt
 
 run: $(BIN) ## Build dray and start it with its built-in defaults
 	$(BIN)
@@ -71,7 +71,8 @@ reference: build-setup ## The pages of docs/reference, from the configuration, t
 docs: build-setup ## The book, in target/book
 	tests/book.sh
 
-screenshots: ## The pictures of the status page in docs/images, by Chromium
+pictures: ## The pictures of docs/images; those of the status page by Chromium
+	python3 tests/pull_path.py > docs/images/pull-path.svg
 	DRAY_SCREENSHOTS=$(CURDIR)/docs/images $(MAKE) test TESTS=cache_admin::status_page
 
 manifests: tools ## The plain manifests, from the chart

@@ -5,6 +5,7 @@ pub mod chart;
 pub mod cluster;
 pub mod containerd;
 pub mod dns;
+pub mod documents;
 pub mod dray;
 pub mod held_disk;
 pub mod http;

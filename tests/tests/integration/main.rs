@@ -16,6 +16,7 @@ mod connections;
 mod containerd;
 mod containerd_config;
 mod credentials;
+mod documents;
 mod engine;
 mod faults;
 mod fills;

@@ -1,23 +1,15 @@
 //! Metrics and their users: the table, the alerts, the dashboard.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use dray_tests::documents::{project, text};
 use dray_tests::dray::{Start, rule};
 use dray_tests::http::get;
 use dray_tests::image::Image;
 use dray_tests::process::{free_port, run};
 use dray_tests::upstream::{Response, TestUpstream};
 use serde_json::Value;
-
-fn project() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().to_owned()
-}
-
-fn text(path: &str) -> String {
-    std::fs::read_to_string(project().join(path)).unwrap()
-}
 
 /// The texts between backticks in a cell.
 fn names(cell: &str) -> BTreeSet<String> {
