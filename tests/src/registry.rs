@@ -44,6 +44,11 @@ impl Registry {
         format!("http://127.0.0.1:{}", self.port)
     }
 
+    /// The folder of its content.
+    pub fn storage(&self) -> std::path::PathBuf {
+        self.dir.path().join("storage")
+    }
+
     /// Stops the registry.
     pub fn stop(&mut self) {
         self.process = None;

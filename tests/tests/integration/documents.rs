@@ -279,3 +279,13 @@ fn documented_commands_exist() {
     }
     assert!(of_ours > 100 && targets > 10, "{of_ours} commands of dray, {targets} targets");
 }
+
+#[test]
+fn page_about_tests_names_every_module() {
+    let (page, modules) = (text("docs/design/testing.md"), text("tests/tests/integration/main.rs"));
+    let names: Vec<&str> = modules.lines().filter_map(|line| line.strip_prefix("mod ")?.strip_suffix(';')).collect();
+    assert!(names.len() > 40, "{names:?}");
+    for name in names {
+        assert!(page.contains(&format!("`{name}`")), "{name} is in no group of docs/design/testing.md");
+    }
+}

@@ -35,6 +35,7 @@ mod peer_auth;
 mod peer_fallback;
 mod peers;
 mod public;
+mod quickstart_host;
 mod ranges;
 mod reference;
 mod registry_hints;

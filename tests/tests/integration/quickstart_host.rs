@@ -1,0 +1,105 @@
+//! The commands of the README and of docs/quickstart-host.md, as written, from the installation to the removal, with a real
+//! containerd.
+
+use std::process::Command;
+
+use dray_tests::cluster::unavailable;
+use dray_tests::documents::{blocks, project, text};
+use dray_tests::dray::binary;
+use dray_tests::image::Image;
+use dray_tests::process::output;
+use dray_tests::registry::Registry;
+use dray_tests::tls::Authority;
+
+/// A block of a page: a name, the heading above, and its place below the heading.
+type Step = (&'static str, &'static str, usize);
+
+const STEPS: [Step; 7] = [
+    ("install", "## Install", 0),
+    ("verify", "## Verify", 0),
+    ("containerd", "### containerd (nerdctl, Kubernetes)", 0),
+    ("patch-config", "### containerd (nerdctl, Kubernetes)", 1),
+    ("configure", "## Configuration", 0),
+    ("bypass", "## Emergency bypass", 0),
+    ("remove", "## Remove", 0),
+];
+
+/// The order of an operator, with what has to be true between the steps.
+const RUN: &str = r#"
+step install
+step verify
+if step containerd; then echo "check must fail: config_path is not set"; exit 1; fi
+step patch-config
+dray containerd check
+pull one
+dray status | grep "library/alpine" | grep -c "disk\|memory\|upstream"
+kill "$(cat /run/registry.pid)"
+pull two
+echo "pulled without the registry"
+step configure
+curl --retry 5 --retry-connrefused -sSf http://127.0.0.1:5051/readyz
+grep -q 'disk = "50GiB"' /etc/dray/dray.toml
+pull three
+step bypass
+[ ! -e /etc/containerd/certs.d/_default/hosts.toml ]
+if pull four; then echo "the pull must go to the registry, which is off"; exit 1; fi
+step remove
+cmp /etc/containerd/config.toml "$HOST/config.toml"
+for gone in /usr/local/bin/dray /var/cache/dray /etc/dray /etc/systemd/system/dray.service; do [ ! -e $gone ]; done
+if id dray 2>/dev/null; then exit 1; fi
+echo "removed"
+"#;
+
+/// Runs blocks of a page in the order of a script, on a host of its own. Returns what they printed.
+async fn run_as_written(page: &str, steps: &[Step], script: &str) -> String {
+    let dir = tempfile::tempdir().unwrap();
+    let (host, folder) = (dir.path().join("host"), dir.path().join("steps"));
+    std::fs::create_dir(&host).unwrap();
+    std::fs::create_dir(&folder).unwrap();
+    let page = text(page);
+    for (name, heading, nth) in steps {
+        let below =
+            page.split_once(&format!("{heading}\n")).unwrap_or_else(|| panic!("{heading} is not in the page")).1;
+        std::fs::write(folder.join(name), blocks(below, "sh").swap_remove(*nth)).unwrap();
+    }
+    std::fs::write(folder.join("run"), script).unwrap();
+    let registry = Registry::open().await;
+    registry.push("library/alpine", "latest", &Image::new(1, &[300_000, 2_000])).await;
+    let authority = Authority::new(dir.path());
+    let files = authority.files(&["registry-1.docker.io", "docker.io"]);
+    let mut command = Command::new("unshare");
+    command.args(["--mount", "--net", "--pid", "--fork", "--kill-child", "--mount-proc", "sh"]);
+    command.arg(project().join("tests/tests/integration/quickstart_host.sh"));
+    command.env("HOST", &host).env("STEPS", &folder).env("STORAGE", registry.storage());
+    command.env("CA", &authority.ca_file).env("CERT", &files.cert).env("KEY", &files.key);
+    command.env("DRAY", binary()).env("PROJECT", project());
+    let done = output(&mut command);
+    let printed = String::from_utf8_lossy(&done.stdout).into_owned();
+    assert!(done.status.success(), "{printed}\n{}", String::from_utf8_lossy(&done.stderr));
+    printed
+}
+
+/// The sources of the responses, as curl printed them.
+fn sources(printed: &str) -> Vec<String> {
+    let lines = printed.lines().map(str::to_lowercase);
+    lines.filter_map(|line| Some(line.strip_prefix("x-dray-source: ")?.trim_end().to_owned())).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn quick_start_on_one_host_works_as_written() {
+    if let Some(reason) = unavailable() {
+        return eprintln!("skipped: {reason}");
+    }
+    let printed = run_as_written("docs/quickstart-host.md", &STEPS, RUN).await;
+    assert_eq!(sources(&printed), ["upstream", "memory"]);
+    assert!(printed.contains("pulled without the registry") && printed.ends_with("removed\n"), "{printed}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn commands_of_the_readme_work_as_written() {
+    if let Some(reason) = unavailable() {
+        return eprintln!("skipped: {reason}");
+    }
+    let printed = run_as_written("README.md", &[("host", "## Quick start on one host", 0)], "step host\n").await;
+    assert_eq!(sources(&printed), ["upstream"]);
+}
