@@ -34,6 +34,11 @@ async fn pull(dray: &Dray, image: &Image) -> ClientResponse {
     dray.get(&blob_path(image)).await
 }
 
+/// The range by which a client resumes. A reset may have taken all bytes that were on the way.
+fn rest_after(response: &ClientResponse) -> String {
+    format!("bytes={}-", response.body.len().max(1))
+}
+
 /// The client must not notice the fault.
 fn assert_right(response: &ClientResponse, image: &Image) {
     assert_eq!((response.status, response.complete), (200, true));
@@ -129,7 +134,7 @@ async fn corrupt_start_is_never_completed_by_a_right_end() {
     assert!(!first.complete);
     assert_right(&pull(&dray, &image).await, &image);
     // The blob is cached and verified now, but a client that resumes may have the corrupt start.
-    let resume = get(&dray.url(&blob_path(&image)), &[("range", &format!("bytes={}-", first.body.len()))]).await;
+    let resume = get(&dray.url(&blob_path(&image)), &[("range", &rest_after(&first))]).await;
     assert_eq!(resume.status, 404);
 }
 
@@ -146,8 +151,8 @@ async fn corrupt_start_without_namespace_is_not_completed() {
     assert_eq!(dray.get("/v2/team/app/manifests/1?ns=ghcr.io").await.status, 200);
     let path = format!("/v2/team/app/blobs/{}", image.layer().0);
     let first = dray.get(&path).await;
-    assert!(!first.complete && !first.body.is_empty());
-    assert_eq!(dray.get_range(&path, &format!("bytes={}-", first.body.len())).await.status, 404);
+    assert!(!first.complete);
+    assert_eq!(dray.get_range(&path, &rest_after(&first)).await.status, 404);
 }
 
 #[tokio::test(flavor = "multi_thread")]
