@@ -171,12 +171,7 @@ impl Admin {
             return None;
         };
         session.set_keepalive(None);
-        session.set_write_timeout(Some(RETRY_INTERVAL * 5));
-        let mut head = ResponseHeader::build(200, Some(3)).ok()?;
-        head.insert_header("content-type", "text/event-stream").ok()?;
-        head.insert_header("cache-control", "no-store").ok()?;
-        head.insert_header("transfer-encoding", "chunked").ok()?;
-        session.write_response_header(Box::new(head)).await.ok()?;
+        begin_stream(&mut session, "text/event-stream").await?;
         while !self.readiness.has_ended() {
             let event = format!("data: {}\n\n", serde_json::to_string(&self.sources.status()).ok()?);
             session.write_response_body(event.into(), false).await.ok()?;
@@ -185,6 +180,16 @@ impl Admin {
         session.write_response_body(Bytes::new(), true).await.ok()?;
         None
     }
+}
+
+/// Sends the head of a response without a known length. None: the client is gone.
+async fn begin_stream(session: &mut ServerSession, content_type: &str) -> Option<()> {
+    session.set_write_timeout(Some(RETRY_INTERVAL * 5));
+    let mut head = ResponseHeader::build(200, Some(3)).ok()?;
+    head.insert_header("content-type", content_type).ok()?;
+    head.insert_header("cache-control", "no-store").ok()?;
+    head.insert_header("transfer-encoding", "chunked").ok()?;
+    session.write_response_header(Box::new(head)).await.ok()
 }
 
 /// Whether a browser sends the request for a page of another site (Fetch Metadata).

@@ -14,18 +14,17 @@ use http::Method;
 use http::header::CONTENT_TYPE;
 use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
 use pingora::apps::ReusedHttpStream;
-use pingora::http::ResponseHeader;
 use pingora::protocols::http::ServerSession;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use tokio::time::timeout;
 
-use super::{Admin, StatusResponse};
+use super::{Admin, StatusResponse, begin_stream};
 use crate::oci::route::query_value;
 use crate::oci::{Digest, ImageName};
 use crate::peers::{NodeResult, PEER_OPERATIONS, Peers};
 use crate::pull::{CacheOrder, Pull, PurgeTarget, Purged};
-use crate::times::{DEFAULT_TTL, RETRY_INTERVAL, STALL_TIMEOUT};
+use crate::times::{DEFAULT_TTL, STALL_TIMEOUT};
 
 /// `POST /api/v1/cache/purge`: exactly one of `image`, `digest` and `registry`.
 #[derive(Deserialize)]
@@ -208,12 +207,7 @@ async fn body(session: &mut ServerSession) -> Result<BytesMut, StatusResponse> {
 }
 
 async fn send_lines(mut session: ServerSession, mut lines: Lines) -> Option<ReusedHttpStream> {
-    session.set_write_timeout(Some(RETRY_INTERVAL * 5));
-    let mut head = ResponseHeader::build(200, Some(3)).ok()?;
-    head.insert_header("content-type", "application/x-ndjson").ok()?;
-    head.insert_header("cache-control", "no-store").ok()?;
-    head.insert_header("transfer-encoding", "chunked").ok()?;
-    session.write_response_header(Box::new(head)).await.ok()?;
+    begin_stream(&mut session, "application/x-ndjson").await?;
     while let Some(line) = lines.next().await {
         session.write_response_body(line.into(), false).await.ok()?;
     }
