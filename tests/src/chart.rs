@@ -10,7 +10,7 @@ use crate::process::output;
 
 /// The directory of the chart, the manifests and the monitoring rules.
 pub fn k8s_dir() -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR")).parent().expect("the workspace").join("k8s")
+    crate::project().join("k8s")
 }
 
 /// Renders the chart with these arguments, hooks included. Err: helm's error output.

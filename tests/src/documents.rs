@@ -1,11 +1,8 @@
 //! The files of the project's documentation.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
-/// The folder of the project.
-pub fn project() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the workspace").to_owned()
-}
+use crate::project;
 
 /// A file of the project.
 pub fn text(path: &str) -> String {

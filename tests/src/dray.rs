@@ -221,8 +221,7 @@ pub fn previous_chart() -> Option<PathBuf> {
 }
 
 fn previous_file(name: &str) -> Option<PathBuf> {
-    let root = PathBuf::from(env!("CARGO_MANIFEST_DIR"));
-    let path = root.parent().expect("the workspace").join("target/previous").join(name);
+    let path = crate::project().join("target/previous").join(name);
     path.exists().then_some(path)
 }
 

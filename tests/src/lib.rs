@@ -21,7 +21,7 @@ pub mod tls;
 pub mod tokens;
 pub mod upstream;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// Waits for an effect of another process. Panics after 30 s.
 pub async fn eventually<T>(what: &str, probe: impl AsyncFnMut() -> Option<T>) -> T {
@@ -53,10 +53,14 @@ pub fn build_dir() -> PathBuf {
     profile.expect("cargo's layout").to_owned()
 }
 
+/// The folder of the project.
+pub fn project() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the workspace").to_owned()
+}
+
 /// A Go tool built by `make tools`.
 pub fn tool(name: &str) -> PathBuf {
-    let root = PathBuf::from(env!("CARGO_MANIFEST_DIR"));
-    let path = root.parent().expect("the workspace").join("target/tools").join(name);
+    let path = project().join("target/tools").join(name);
     assert!(path.exists(), "{} is missing: run `make tools`", path.display());
     path
 }

@@ -168,7 +168,7 @@ pub fn image() -> (Json, u64) {
 
 /// The OCI layout of the tested image.
 pub(crate) fn image_directory() -> PathBuf {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the workspace").join("target/tests/image/oci");
+    let root = crate::project().join("target/tests/image/oci");
     assert!(root.exists(), "{} is missing: run `make test`", root.display());
     root
 }

@@ -3,9 +3,10 @@
 use std::collections::BTreeMap;
 use std::process::Command;
 
-use dray_tests::documents::{blocks, files_below, pages_below, project, text};
+use dray_tests::documents::{blocks, files_below, pages_below, text};
 use dray_tests::dray::binary;
 use dray_tests::process::{output, run};
+use dray_tests::project;
 
 /// Level and text of every event in a source file. Debug events are not part of the contract.
 fn events(code: &str) -> Vec<(String, String)> {
@@ -257,8 +258,9 @@ fn documented_commands_exist() {
                 let is_name =
                     |word: &String| word.chars().all(|c| c.is_ascii_lowercase() || c == '-') && !word.starts_with('-');
                 let names: Vec<String> = arguments.iter().take_while(|word| is_name(word)).take(2).cloned().collect();
-                let text = (0..=names.len()).rev().find_map(|count| help(&names[..count]));
-                let text = text.filter(|_| names.is_empty() || help(&names[..1]).is_some());
+                // The longest name that is a command; the words after it are its arguments.
+                let shortest = usize::from(!names.is_empty());
+                let text = (shortest..=names.len()).rev().find_map(|count| help(&names[..count]));
                 let text = text.unwrap_or_else(|| panic!("{shown}: dray has no such command"));
                 for flag in arguments.iter().filter(|word| word.starts_with("--") && word.len() > 2) {
                     let flag = flag.split('=').next().unwrap();

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use dray_tests::chart::{Value, k8s_dir};
+use dray_tests::documents::{blocks, text};
 use dray_tests::dray::previous_chart;
 use dray_tests::eventually;
 use dray_tests::kubernetes::Kubernetes;
@@ -38,9 +39,8 @@ fn pull_new_image(cluster: &Kubernetes) {
 /// Runs the example of docs/kubernetes/ci-runners.md, which has a dray beside its builder. The builder does nothing in
 /// this test.
 fn run_ci_runner_example(cluster: &Kubernetes) {
-    let page = std::fs::read_to_string(k8s_dir().join("../docs/kubernetes/ci-runners.md")).unwrap();
-    let example = page.split("## A dray beside the builder").nth(1).unwrap().split("```").nth(1).unwrap();
-    let example = example.strip_prefix("yaml").unwrap();
+    let page = text("docs/kubernetes/ci-runners.md");
+    let example = blocks(page.split("## A dray beside the builder").nth(1).unwrap(), "yaml").swap_remove(0);
     let example = example.replace("registry.corp/dray:0.1.0", "127.0.0.1:5000/dray:test");
     let mut pod: Value =
         serde_yaml_ng::from_str(&example.replace("moby/buildkit:rootless", "127.0.0.1:5000/pause:1")).unwrap();

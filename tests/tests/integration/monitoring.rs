@@ -3,11 +3,12 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::process::Command;
 
-use dray_tests::documents::{project, text};
+use dray_tests::documents::text;
 use dray_tests::dray::{Start, rule};
 use dray_tests::http::get;
 use dray_tests::image::Image;
 use dray_tests::process::{free_port, run};
+use dray_tests::project;
 use dray_tests::upstream::{Response, TestUpstream};
 use serde_json::Value;
 

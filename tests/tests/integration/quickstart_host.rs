@@ -4,10 +4,11 @@
 use std::process::Command;
 
 use dray_tests::cluster::unavailable;
-use dray_tests::documents::{blocks, project, text};
+use dray_tests::documents::{blocks, text};
 use dray_tests::dray::binary;
 use dray_tests::image::Image;
 use dray_tests::process::output;
+use dray_tests::project;
 use dray_tests::registry::Registry;
 use dray_tests::tls::Authority;
 

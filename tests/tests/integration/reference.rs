@@ -3,9 +3,10 @@
 
 use std::process::Command;
 
-use dray_tests::documents::{project, text};
+use dray_tests::documents::text;
 use dray_tests::dray::binary;
 use dray_tests::process::output;
+use dray_tests::project;
 
 /// Holds a generated page against the one in the book, or writes it.
 fn assert_current(page: &str, generated: &str) {
