@@ -138,6 +138,9 @@ impl Cluster {
                 let address = Ipv4Addr::new(10, 77, zone_byte, nth_byte);
                 let speed = topology.slow.filter(|(slow, _)| *slow == nth).map_or(topology.node, |(_, speed)| speed);
                 host(&name, &format!("n{nth}"), zone, address, speed);
+                if topology.upstream_per_zone && zone > 0 {
+                    use_upstream_card(&format!("{name}n{nth}"), zone);
+                }
                 nodes.push(Node { zone, address, process: Mutex::default(), known: false });
             }
         }
@@ -352,20 +355,14 @@ impl Cluster {
         let zones: Vec<String> =
             (0..self.topology.zones.len()).map(|zone| format!("z{zone} = \"z{zone}.dray\"")).collect();
         let service = if zones.len() == 1 { "\"z0.dray\"".to_owned() } else { format!("{{ {} }}", zones.join(", ")) };
-        let upstream = self.upstream_of(self.nodes[node].zone);
         let text = format!(
-            "[dns]\nservers = [\"{DNS}:53\"]\n[[registry]]\nmatch = \"docker.io\"\nupstreams = [\"http://{upstream}\"]\n{}\n\
+            "[dns]\nservers = [\"{DNS}:53\"]\n[[registry]]\nmatch = \"docker.io\"\nupstreams = [\"http://{UPSTREAM}\"]\n{}\n\
              [peers]\nlisten = \"0.0.0.0:5052\"\nservice = {service}\n{}\n",
             self.topology.rule, self.topology.peers
         );
         let path = self.dir.path().join(format!("node{node}.toml"));
         fs::write(&path, text).expect("the configuration is written");
         path
-    }
-
-    /// Address of the upstream for nodes of a zone.
-    fn upstream_of(&self, zone: usize) -> Ipv4Addr {
-        if self.topology.upstream_per_zone { upstream_in(zone) } else { UPSTREAM }
     }
 
     /// Writes the known nodes to the name server's hosts file and reloads it.
@@ -445,6 +442,12 @@ fn add_upstream_card(name: &str, zone: usize, mbit: u32) {
     within(&upstream, &["ip", "address", "add", &format!("{}/32", upstream_in(zone)), "dev", &card]);
     let route = format!("10.77.{zone}.0/24");
     within(&upstream, &["ip", "route", "add", &route, "dev", &card, "src", &upstream_in(zone).to_string()]);
+}
+
+/// Requests of this host to the upstream arrive by its interface in the zone. The address is the same in all zones: peers
+/// share downloads only if their rules are equal.
+fn use_upstream_card(host: &str, zone: usize) {
+    within(host, &["ip", "route", "add", &UPSTREAM.to_string(), "via", &upstream_in(zone).to_string()]);
 }
 
 /// A virtual cable of this speed in each direction.
