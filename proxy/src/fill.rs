@@ -365,6 +365,10 @@ impl ProgressPublisher {
         });
         self.readers.notify_written(span);
     }
+
+    fn written(&self) -> Spans {
+        self.progress.borrow().written().clone()
+    }
 }
 
 impl OpenedFill {

@@ -63,6 +63,7 @@ pub fn run(
         readiness: components.readiness.clone(),
         loads: components.loads.clone(),
         reconciler: components.reconciler.clone(),
+        store: components.store.clone(),
     };
     server.run(RunArgs { shutdown_signal: Box::new(stop) });
     if let Some(reconciler) = &components.reconciler {

@@ -6,6 +6,7 @@
 
 mod budget;
 mod draft;
+mod draft_record;
 mod evict;
 mod files;
 mod inventory;
@@ -33,6 +34,7 @@ use crate::oci::{Digest, Registry};
 use crate::provenance::Provenance;
 pub use budget::NoSpace;
 pub use draft::{Draft, MIN_DOWNLOAD_RATE};
+pub use draft_record::DraftRecorder;
 pub use evict::HOUSEKEEPING_INTERVAL;
 pub use inventory::StoredBlob;
 use large::BlobLocation;
@@ -161,10 +163,14 @@ impl Store {
         self.blobs.set(i64::try_from(self.large.count()).unwrap_or(i64::MAX));
     }
 
-    /// Flushes, and marks the directory as clean. Blocks on the disk.
+    /// Ends publication, so that the final flush covers every published blob. Drafts stay for the next process.
+    pub fn seal(&self) {
+        self.large.seal();
+    }
+
+    /// Flushes, and marks the directory as clean. Call after [`Self::seal`]. Blocks on the disk.
     pub async fn close(&self) {
         self.small.close().await;
-        self.large.seal();
         self.layout.mark_clean();
     }
 }

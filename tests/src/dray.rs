@@ -203,6 +203,13 @@ impl Dray {
         self.start.clone().run()
     }
 
+    /// Stops with SIGINT, which does not wait for requests, and starts again.
+    pub fn interrupt_and_restart(mut self) -> Self {
+        self.process.signal(Signal::INT);
+        self.process.wait();
+        self.start.clone().run()
+    }
+
     /// Kills with SIGKILL and starts again.
     pub fn kill_and_restart(mut self) -> Self {
         self.process.kill();

@@ -105,6 +105,7 @@ pub(super) fn start(
     let (writer, mut pieces) = BlobWriter::new(waiting_kib);
     let (large, blob, publisher) = (large.clone(), draft.blob.clone(), fill.publisher());
     let mut bytes = written.len();
+    let mut recorder = large.recorder(draft, &fill.key.digest);
     let hasher = Hasher::new(fill, &draft.blob, written);
     let thread = tokio::task::spawn_blocking(move || {
         let (to_hash, from_disk) = std_mpsc::sync_channel(QUEUED_PIECES);
@@ -122,6 +123,9 @@ pub(super) fn start(
                 break;
             }
             publisher.wrote(piece.span());
+            if let Some(recorder) = &mut recorder {
+                recorder.wrote(piece.span().len(), || publisher.written());
+            }
             if to_hash.send(piece).is_err() {
                 break;
             }

@@ -6,7 +6,8 @@
 //! | draining | open, but not ready, and containerd's mirror configuration is withdrawn | stopped, see below |
 //! | stopped | closed | |
 //!
-//! Draining ends with the last request, but not before [`MIN_DRAIN`]; after [`DRAIN_TIMEOUT`]; or with SIGINT.
+//! Draining ends with the last request, but not before [`MIN_DRAIN`]; after [`DRAIN_TIMEOUT`]; or with SIGINT. Unfinished
+//! downloads stay on the disk for the next process.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -19,6 +20,7 @@ use tokio::sync::Mutex;
 use crate::containerd::reconciler::MirrorReconciler;
 use crate::proxy::Load;
 use crate::readiness::Readiness;
+use crate::store::Store;
 
 /// How long requests in progress may take after the stop signal. Larger: beyond the termination grace period of
 /// Kubernetes (30 s) the process is killed. Smaller: slow downloads are cut off.
@@ -51,11 +53,23 @@ pub(super) struct Stop {
     pub(super) readiness: Arc<Readiness>,
     pub(super) loads: [Arc<Load>; 2],
     pub(super) reconciler: Option<Arc<MirrorReconciler>>,
+    pub(super) store: Arc<Store>,
 }
 
 #[async_trait]
 impl ShutdownSignalWatch for Stop {
     async fn recv(&self) -> ShutdownSignal {
+        let signal = self.stopped().await;
+        let store = self.store.clone();
+        // Before the listeners' threads end: they would drop the downloads, which would remove their files.
+        let _ = tokio::task::spawn_blocking(move || store.seal()).await;
+        signal
+    }
+}
+
+impl Stop {
+    /// Waits for a signal, and drains.
+    async fn stopped(&self) -> ShutdownSignal {
         // The lock is never contended: only this task receives signals.
         let Signals { terminate, interrupt } = &mut *self.signals.lock().await;
         tokio::select! {

@@ -11,18 +11,22 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
+use parking_lot::RwLock;
 use rustix::fs::copy_file_range;
 
 use super::budget::{Charge, NoSpace};
+use super::draft_record::{self, DraftRecorder};
 use super::files;
 use super::large::{Blob, FILE_OVERHEAD, Large};
 use super::partial::Partial;
 use crate::oci::{Digest, Registry, Span, Spans};
 use crate::provenance::Provenance;
 
-/// A blob that is being written. Its space is reserved as its bytes arrive. An unpublished draft is unlinked on drop.
+/// A blob that is being written. Its space is reserved as its bytes arrive. An unpublished draft is unlinked on drop,
+/// unless the cache is closed: then the next process finds it.
 pub struct Draft {
     path: PathBuf,
+    is_closed: Arc<RwLock<bool>>,
     pub blob: Arc<Blob>,
 }
 
@@ -44,7 +48,7 @@ pub const MIN_DOWNLOAD_RATE: u64 = 64 * 1024;
 /// The rate counts from this age of a draft on. Shorter: drafts that have only begun lose their promised space.
 const RATE_GRACE: Duration = Duration::from_secs(2);
 
-/// Partials take at most one part in this many of the disk. Larger: fewer downloads can resume. Smaller: more space is
+/// Partials take at most one part in this many of the disk, except that the newest one always fits. Larger: fewer downloads can resume. Smaller: more space is
 /// held for blobs that may never be finished.
 const PARTIALS_SHARE: u64 = 8;
 
@@ -60,7 +64,7 @@ impl Large {
             Ok(file) => {
                 let (provenance, pieces) = (Some(provenance), self.pieces.clone());
                 let blob = Blob { file, len, provenance, charge, unreadable: Arc::default(), pieces };
-                Ok(Draft { path, blob: Arc::new(blob) })
+                Ok(self.draft_at(path, blob))
             }
             Err(error) => {
                 tracing::warn!(%error, "draft file creation failed");
@@ -144,13 +148,15 @@ impl Large {
         named
     }
 
-    /// Ends publication, so that the final flush covers every published blob.
     pub(super) fn seal(&self) {
         *self.sealed.write() = true;
     }
 
     /// Keeps an unfinished blob, within bounds, so that the next download resumes it. Blocks on the disk.
     pub fn keep_partial(&self, digest: &Digest, registry: &Registry, draft: Draft, written: Spans) {
+        if let Some(mut recorder) = self.recorder(&draft, digest) {
+            recorder.record(&written);
+        }
         let limit = self.budget.limit() / PARTIALS_SHARE;
         let dropped = self.partials.lock().insert(digest, registry, Partial { draft, written }, limit, Instant::now());
         // Closing a file frees its blocks, which may take a while: not under the lock.
@@ -165,6 +171,36 @@ impl Large {
         fits: impl Fn(&Provenance) -> bool,
     ) -> Option<Partial> {
         self.partials.lock().take(digest, registry, fits)
+    }
+
+    fn draft_at(&self, path: PathBuf, blob: Blob) -> Draft {
+        Draft { path, is_closed: self.sealed.clone(), blob: Arc::new(blob) }
+    }
+
+    /// What records the bytes of a draft for the next process.
+    pub fn recorder(&self, draft: &Draft, digest: &Digest) -> Option<DraftRecorder> {
+        let provenance = draft.blob.provenance.clone()?;
+        Some(DraftRecorder::new(&draft.path, digest, provenance, draft.blob.len, &self.epoch))
+    }
+
+    /// Keeps the drafts of an earlier process as partials. Blocks on the disk.
+    pub(super) fn restore_drafts(&self) -> io::Result<()> {
+        for found in draft_record::restore(&self.fills, &self.epoch)? {
+            self.next_draft.fetch_max(found.number.saturating_add(1), Ordering::Relaxed);
+            let charge = Arc::new(self.budget.account(found.allocated.max(found.written.len()) + FILE_OVERHEAD));
+            let blob = Blob {
+                file: found.file,
+                len: found.len,
+                provenance: Some(found.provenance),
+                charge,
+                unreadable: Arc::default(),
+                pieces: self.pieces.clone(),
+            };
+            let draft = self.draft_at(found.path, blob);
+            tracing::info!(digest = %found.digest, bytes = found.written.len(), total = found.len, "partial download kept");
+            self.keep_partial(&found.digest, &found.registry, draft, found.written);
+        }
+        Ok(())
     }
 
     /// Creates a sparse file of this length.
@@ -212,7 +248,12 @@ impl Draft {
 
 impl Drop for Draft {
     fn drop(&mut self) {
-        // After publication this path does not exist.
-        let _ = fs::remove_file(&self.path);
+        if *self.is_closed.read() {
+            return;
+        }
+        // After publication the first path does not exist. Without it the record counts for nothing.
+        for path in [&self.path, &draft_record::record_path(&self.path)] {
+            let _ = fs::remove_file(path);
+        }
     }
 }

@@ -52,9 +52,10 @@ pub struct Large {
     evicted: IntCounter,
     pub(super) next_draft: AtomicU64,
     /// Blobs verified in another epoch must be hashed again.
-    epoch: String,
-    /// Whether publication has ended. Read-locked during each publication.
-    pub(super) sealed: RwLock<bool>,
+    pub(super) epoch: String,
+    /// Whether the cache is closed: nothing is published, and drafts stay for the next process. Read-locked during each
+    /// publication.
+    pub(super) sealed: Arc<RwLock<bool>>,
     pub(super) pieces: Arc<PieceMemory>,
 }
 
@@ -184,9 +185,10 @@ impl Large {
             evicted: metrics.evicted_bytes.clone(),
             next_draft: AtomicU64::new(0),
             epoch: layout.epoch().to_owned(),
-            sealed: RwLock::default(),
+            sealed: Arc::default(),
             pieces: Arc::default(),
         };
+        large.restore_drafts()?;
         // The limit may be lower than in the last run.
         large.shrink_to(limit);
         Ok(large)

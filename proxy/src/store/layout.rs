@@ -62,8 +62,6 @@ impl Layout {
         let state = fs::read_to_string(root.join("state")).unwrap_or_default();
         let directory = File::open(&root).map_err(unusable)?;
         let layout = Self { root, epoch: epoch_after(&state), directory, _lock: lock };
-        // Unfinished drafts belong to a process that has ended.
-        let _ = fs::remove_dir_all(layout.fills());
         layout.create_dirs().map_err(unusable)?;
         // Before any blob changes: after a crash of the machine, the state must not be "clean".
         match layout.write_state(&boot_id(), &layout.epoch) {

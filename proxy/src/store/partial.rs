@@ -1,4 +1,4 @@
-//! Partials: unfinished blobs, kept for a while so that a later pull resumes them.
+//! Partials: unfinished blobs, kept for a while so that a later pull resumes them, also after a restart.
 
 use std::time::Instant;
 
@@ -33,8 +33,9 @@ struct PartialEntry {
 const MAX_PARTIALS: usize = 64;
 
 impl Partials {
-    /// Keeps a partial, replacing one of the same blob and registry. All together take at most `limit` bytes of disk.
-    /// Returns the partials that it drops.
+    /// Keeps a partial, replacing one of the same blob and registry. All together take at most `limit` bytes of disk,
+    /// except that the newest one always fits: the download of a very large blob must not begin again. Returns the
+    /// partials that it drops.
     pub(super) fn insert(
         &mut self,
         digest: &Digest,
@@ -47,7 +48,7 @@ impl Partials {
         let mut dropped: Vec<_> = self.entries.extract_if(.., is_replaced).map(|entry| entry.partial).collect();
         let (digest, registry) = (digest.clone(), registry.clone());
         self.entries.push(PartialEntry { digest, registry, partial, since: now });
-        while self.entries.len() > MAX_PARTIALS || self.bytes() > limit {
+        while self.entries.len() > 1 && (self.entries.len() > MAX_PARTIALS || self.bytes() > limit) {
             dropped.push(self.entries.remove(0).partial);
         }
         dropped

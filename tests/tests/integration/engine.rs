@@ -1,5 +1,7 @@
 //! Blob downloads by ranges, by several connections, after failures, and from faulty upstreams.
 
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
@@ -7,6 +9,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use dray_tests::dray::{Dray, Start, rule};
 use dray_tests::eventually;
+use dray_tests::http::{client, get};
 use dray_tests::image::{digest, noise};
 use dray_tests::nginx::{Nginx, put_blob};
 use dray_tests::upstream::{Fault, Request, Response, TestUpstream};
@@ -210,6 +213,57 @@ async fn bytes_received_before_a_failure_are_not_requested_again() {
     assert!(dray.metric("dray_resumed_bytes_total").await > 11 * MIB as u64);
 }
 
+/// A dray that was ended by `restart` when it had downloaded more than 36 MiB of the blob.
+async fn restarted_during_download(restart: impl FnOnce(Dray) -> Dray) -> (TestUpstream, Dray) {
+    let (upstream, dray) = rig(|_, request| {
+        let response = honest(request);
+        let ends_late = request.range_start().is_some_and(|start| start + response.body.len() > 42 * MIB);
+        if ends_late { response.fault(Fault::GateAfter(0)) } else { response }
+    })
+    .await;
+    tokio::spawn(client().get(dray.url(&path())).send());
+    let written = async || {
+        let status = get(&format!("http://{}/api/v1/status", dray.admin), &[]).await;
+        let status: serde_json::Value = serde_json::from_slice(&status.body).unwrap();
+        status["downloads"][0]["written_bytes"].as_u64()
+    };
+    eventually("most of it is written", async || written().await.filter(|bytes| *bytes > 36 * MIB as u64)).await;
+    let dray = restart(dray);
+    upstream.open_gate();
+    (upstream, dray)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn unfinished_download_survives_a_kill() {
+    assert_resumed(Dray::kill_and_restart).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn unfinished_download_survives_an_orderly_restart() {
+    assert_resumed(Dray::interrupt_and_restart).await;
+}
+
+async fn assert_resumed(restart: impl FnOnce(Dray) -> Dray) {
+    let (_upstream, dray) = restarted_during_download(restart).await;
+    assert_right(&dray).await;
+    let resumed = dray.metric("dray_resumed_bytes_total").await;
+    assert!(resumed >= 32 * MIB as u64, "{resumed} bytes were kept");
+    let received = dray.metric("dray_upstream_bytes_total{rule=\"docker.io\"}").await;
+    assert_eq!(received, SIZE as u64 - resumed, "only the rest is requested");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn corrupt_rest_of_a_killed_process_is_found() {
+    let (_upstream, dray) = restarted_during_download(Dray::kill_and_restart).await;
+    let drafts = fs::read_dir(dray.start().cache_dir().join("v1/fills")).unwrap().map(|file| file.unwrap().path());
+    let draft = { drafts }.find(|path| path.extension().is_none()).expect("the draft of the killed process");
+    File::options().write(true).open(draft).unwrap().write_all_at(b"wrong", 7).unwrap();
+    let response = dray.get(&path()).await;
+    assert!(!response.complete, "a wrong byte is not sent whole");
+    dray.wait_for_fills().await;
+    assert_right(&dray).await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn corrupt_blob_is_downloaded_anew_by_one_stream() {
     let (upstream, dray) = rig(|nth, request| match nth {
@@ -254,7 +308,7 @@ async fn abandoned_fill_stops_or_finishes_as_configured() {
         let upstream = TestUpstream::with_handler(|request| honest(request).fault(Fault::SlowUntilGate(300_000))).await;
         let config = rule("docker.io", &upstream.url()) + &format!("on_client_abort = \"{on_client_abort}\"\n");
         let dray = Start::new(config).run();
-        drop(dray_tests::http::client().get(dray.url(&path())).send().await.unwrap());
+        drop(client().get(dray.url(&path())).send().await.unwrap());
         if completes {
             tokio::time::sleep(Duration::from_secs(7)).await;
             upstream.open_gate();

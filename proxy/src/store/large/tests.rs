@@ -2,6 +2,7 @@ use std::path::Path;
 
 use super::super::budget::NoSpace;
 use super::*;
+use crate::oci::Span;
 
 fn provenance() -> Provenance {
     Provenance { rule: "*".into(), registry: "docker.io".into(), repository: "library/a".into() }
@@ -119,4 +120,50 @@ fn truncated_file_is_not_served() {
     let digest = put(&large, b"hello");
     File::options().write(true).open(large.path(&digest)).unwrap().set_len(2).unwrap();
     assert!(large.get(&digest).is_none());
+}
+
+/// A partial of `digest` with its first `bytes` bytes.
+fn keep(large: &Large, digest: &Digest, bytes: u64) {
+    let draft = large.draft(1000, provenance()).unwrap();
+    large.reserve(&draft.blob, bytes).and_then(|()| large.write(&draft.blob, &vec![7; 1000], 0)).unwrap();
+    large.keep_partial(digest, &"docker.io".parse().unwrap(), draft, Span { start: 0, end: bytes }.into());
+}
+
+fn take(large: &Large, digest: &Digest) -> Option<u64> {
+    let partial = large.take_partial(digest, &"docker.io".parse().unwrap(), |known| *known == provenance());
+    partial.map(|partial| partial.written.len())
+}
+
+#[test]
+fn partials_survive_a_kill_and_an_orderly_end() {
+    let dir = tempfile::tempdir().unwrap();
+    let [killed, closed, crashed] = [b"killed_", b"closed_", b"crashed"].map(|name| Digest::of(name));
+    let first = large(dir.path(), 1 << 20);
+    keep(&first, &killed, 600);
+    // A killed process drops nothing, but its lock ends.
+    std::mem::forget(first);
+    fs::remove_file(dir.path().join("v1/lock")).unwrap();
+    let second = large(dir.path(), 1 << 20);
+    assert!(second.usage().0 >= 600, "its space is counted");
+    assert_eq!(take(&second, &killed), Some(600));
+    keep(&second, &closed, 500);
+    second.seal();
+    drop(second);
+    let third = large(dir.path(), 1 << 20);
+    assert_eq!((take(&third, &killed), take(&third, &closed)), (None, Some(500)));
+    keep(&third, &crashed, 400);
+    third.seal();
+    drop(third);
+    fs::write(dir.path().join("v1/state"), "another-boot 0").unwrap();
+    assert_eq!(take(&large(dir.path(), 1 << 20), &crashed), None, "the machine crashed");
+}
+
+#[test]
+fn newest_partial_fits_however_large_it_is() {
+    let dir = tempfile::tempdir().unwrap();
+    let large = large(dir.path(), 3 * (1000 + FILE_OVERHEAD));
+    let [first, second] = [b"a", b"b"].map(|name| Digest::of(name));
+    keep(&large, &first, 900);
+    keep(&large, &second, 900);
+    assert_eq!((take(&large, &first), take(&large, &second)), (None, Some(900)));
 }
