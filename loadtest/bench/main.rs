@@ -12,6 +12,7 @@ mod disk;
 mod limits;
 mod load;
 mod mirror;
+mod model;
 mod node;
 mod outage;
 mod private;
@@ -38,6 +39,12 @@ async fn main() {
     if runs("mirror") {
         mirror::dead().await;
     }
+    if runs("model") {
+        model::shared().await;
+    }
+    if runs("model-killed") {
+        model::resumed().await;
+    }
     if runs("attack") {
         attack::all().await;
     }
@@ -55,8 +62,10 @@ async fn main() {
         seen::by_people().await;
     }
     let needs_no_rig = |name: &String| {
-        matches!(name.as_str(), "attack" | "limits" | "mirror" | "outage" | "private" | "reload" | "seen")
-            || cluster::PARTS.contains(&name.as_str())
+        matches!(
+            name.as_str(),
+            "attack" | "limits" | "mirror" | "model" | "model-killed" | "outage" | "private" | "reload" | "seen"
+        ) || cluster::PARTS.contains(&name.as_str())
     };
     if !wanted.is_empty() && wanted.iter().all(needs_no_rig) {
         return;

@@ -52,6 +52,15 @@ pub enum Lent {
     No,
 }
 
+/// The range to request first of a blob of `total` bytes, of which some are `written`: where the first reader waits, or
+/// the next missing bytes, however far they are from what will be hashed first. The last byte if nothing is missing: the
+/// source confirms the blob.
+pub(super) fn first_range(total: u64, written: &Spans, from: u64) -> Span {
+    let last = Span { start: total.saturating_sub(1), end: total };
+    let gap = written.gap(from, total).or_else(|| written.gap(0, total)).unwrap_or(last);
+    Span { start: gap.start, end: gap.end.min(gap.start.saturating_add(MAX_RANGE_BYTES)) }
+}
+
 impl RangePlan {
     pub fn new(total: u64, written: Spans) -> Self {
         Self { total, taken: written, lent: Loans::default(), returned: Vec::new() }
@@ -227,6 +236,21 @@ impl RangePlan {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn first_range_of_a_partial_is_its_next_gap() {
+        let (total, mib) = (1 << 30, |n: u64| n << 20);
+        let written: Spans =
+            [Span { start: 0, end: mib(500) }, Span { start: mib(510), end: mib(900) }].into_iter().collect();
+        let first =
+            |written: &Spans, from| (first_range(total, written, from).start, first_range(total, written, from).end);
+        assert_eq!(first(&Spans::default(), 7), (7, 7 + MAX_RANGE_BYTES));
+        assert_eq!(first(&written, 0), (mib(500), mib(510)), "far from the first byte, and the gap is small");
+        assert_eq!(first(&written, mib(505)), (mib(505), mib(510)));
+        assert_eq!(first(&written, mib(600)), (mib(900), mib(900) + MAX_RANGE_BYTES));
+        assert_eq!(first(&Span { start: mib(100), end: total }.into(), mib(600)), (0, MAX_RANGE_BYTES));
+        assert_eq!(first(&Span::whole(total).into(), 0), (total - 1, total));
+    }
 
     const MIB: u64 = 1024 * 1024;
 

@@ -17,7 +17,7 @@ use tokio::time::timeout;
 use super::engine::{DownloadEnd, Engine};
 use super::fills::{Exposure, FillPermit};
 use super::progress::Phase;
-use super::range_plan::{MAX_RANGE_BYTES, RangePlan};
+use super::range_plan::{self, MAX_RANGE_BYTES};
 use super::span_stream::{ConnectionMode, FillSources, SpanStream, VerifiedContent};
 use super::write::{self, WriteOutcome};
 use super::{Fill, Fills, OpenedFill};
@@ -311,10 +311,7 @@ async fn first_range(
     from: u64,
 ) -> Result<SpanStream, SourceError> {
     let first = match partial {
-        Some(partial) => {
-            let total = partial.draft.blob.len;
-            RangePlan::new(total, partial.written.clone()).next(0, &[from], 1).unwrap_or(Span::whole(total))
-        }
+        Some(partial) => range_plan::first_range(partial.draft.blob.len, &partial.written, from),
         None => Span { start: from, end: from.saturating_add(MAX_RANGE_BYTES) },
     };
     SpanStream::open_range(sources, first.start, first.end.saturating_sub(first.start)).await
