@@ -6,13 +6,15 @@ TOOLS := target/tools
 HOST := $(shell rustc -vV | sed -n 's/^host: //p')
 export CARGO_BUILD_TARGET := $(HOST)
 export CARGO_ENCODED_RUSTFLAGS := $(shell k8s/flags.sh)
+# What `dray --version` tells.
+export DRAY_COMMIT := $(shell git rev-parse --short=12 HEAD 2>/dev/null)
 BUILT := target/$(HOST)
 BIN := $(BUILT)/$(PROFILE)/dray
 
 # Their program ends when a task blocks its worker (proxy/src/worker_watch.rs).
 check test soak: export DRAY_WATCH_WORKERS := 1
 
-.PHONY: run build check test lint bench soak image manifests reference docs pictures setup tools fuzz fmt
+.PHONY: run build check test lint bench soak image manifests reference docs pictures setup tools fuzz fmt release publish
 
 run: $(BIN) ## Build dray and start it with its built-in defaults
 	$(BIN)
@@ -63,6 +65,13 @@ clippy: build-setup
 
 image: setup ## A container image in target/image/oci, to be pushed by: skopeo copy oci:target/image/oci docker://...
 	k8s/image.sh target/image
+
+release: tools ## Everything of a release, for two architectures, in target/release-VERSION: make release VERSION=0.1.0
+	@tests/setup.sh release
+	release/make.sh $(VERSION) target/release-$(VERSION)
+
+publish: ## Push image and chart of a release: make publish VERSION=0.1.0 REGISTRY=registry.corp/team
+	release/publish.sh target/release-$(VERSION) $(VERSION) $(REGISTRY)
 
 reference: build-setup ## The pages of docs/reference, from the configuration, the chart and --help
 	cargo build --profile $(PROFILE) --workspace --all-targets

@@ -13,7 +13,7 @@ target=${3:-$(rustc -vV | sed -n 's/^host: //p')}
 
 program=${PROGRAM:-target/$target/$profile/dray}
 if [ -z "${PROGRAM:-}" ]; then
-    flags=$(k8s/flags.sh)
+    flags=$(k8s/flags.sh "$target")
     CARGO_ENCODED_RUSTFLAGS=$flags cargo build --profile "$profile" --locked --package dray --target "$target"
 fi
 
@@ -30,11 +30,13 @@ k8s/sbom.sh "$out/dray.cdx.json" "$target"
 cp "$out/dray.cdx.json" "$context/"
 version=$(sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -n 1)
 mkdir "$context/cache"
+describe="--annotation org.opencontainers.image.title=dray --annotation org.opencontainers.image.version=$version
+    --annotation org.opencontainers.image.licenses=Apache-2.0 --annotation org.opencontainers.image.revision=${DRAY_COMMIT:-unknown}"
 store="--storage-driver vfs --root $context/storage --runroot $context/run"
 rm -rf "$out/oci"
 # shellcheck disable=SC2086 # a list of words
 buildah $store build --quiet --isolation chroot --timestamp "${SOURCE_DATE_EPOCH:-0}" --arch "$architecture" \
-    --file k8s/Containerfile --tag "dray:$version" "$context" >/dev/null
+    $describe --file k8s/Containerfile --tag "dray:$version" "$context" >/dev/null
 # shellcheck disable=SC2086
 buildah $store push --quiet "dray:$version" "oci:$out/oci:$version"
 echo "$out/oci:$version"

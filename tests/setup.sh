@@ -1,5 +1,5 @@
 #!/bin/sh
-# Installs the system packages that building ("build") or testing (no argument) needs, or says
+# Installs the system packages that building ("build"), a release ("release") or testing (no argument) needs, or says
 # which are missing where it may not install.
 set -eu
 
@@ -7,9 +7,16 @@ set -eu
 build="cc:gcc cmake:cmake make:make update-ca-certificates:ca-certificates"
 all="$build curl:curl openssl:openssl docker-registry:docker-registry htpasswd:apache2-utils skopeo:skopeo \
 buildah:buildah podman:podman dockerd:docker.io containerd:containerd nginx:nginx-light dnsmasq:dnsmasq-base ip:iproute2 tc:iproute2 unshare:util-linux mount:mount valgrind:valgrind \
-g++:g++ go:golang-go strace:strace pip3:python3-pip etcd:etcd-server chromium:chromium promtool:prometheus iptables:iptables ptp:containernetworking-plugins"
+g++:g++ go:golang-go strace:strace pip3:python3-pip etcd:etcd-server chromium:chromium promtool:prometheus iptables:iptables ptp:containernetworking-plugins \
+rpm:rpm systemd-analyze:systemd"
+release="$build skopeo:skopeo buildah:buildah python3:python3 aarch64-linux-gnu-gcc:gcc-aarch64-linux-gnu \
+aarch64-linux-gnu-g++:g++-aarch64-linux-gnu qemu-aarch64-static:qemu-user-static"
 
-[ "${1:-}" = build ] && wanted=$build || wanted=$all
+case ${1:-} in
+build) wanted=$build ;;
+release) wanted=$release ;;
+*) wanted=$all ;;
+esac
 missing=""
 for pair in $wanted; do
     PATH=$PATH:/usr/sbin:/sbin:/usr/lib/cni command -v "${pair%%:*}" >/dev/null 2>&1 || missing="$missing ${pair##*:}"

@@ -23,8 +23,9 @@ if [ "$(printf '%s\n%s\n' "$wanted" "$present" | sort -V | head -n 1)" != "$want
     export PATH GOTOOLCHAIN=local
 fi
 
-# A validator of manifests with the schemas of Kubernetes; a server that emulates AWS; a driver for browsers.
-python="kubernetes-validate==1.37.0 moto==5.2.5 flask==3.1.3 flask-cors==6.0.5 playwright==1.65.2"
+# A validator of manifests with the schemas of Kubernetes; a server that emulates AWS; a driver for browsers; a validator of CI
+# configurations.
+python="kubernetes-validate==1.37.0 moto==5.2.5 flask==3.1.3 flask-cors==6.0.5 playwright==1.65.2 check-jsonschema==0.39.0"
 stamp="$out/.python.$(echo "$python" | cksum | tr ' ' -)"
 if [ ! -e "$stamp" ]; then
     echo "installing $python"

@@ -2,8 +2,10 @@
 
 pub(crate) mod cache;
 mod cluster;
+pub(crate) mod completions;
 pub(crate) mod containerd;
 pub(crate) mod explain;
+pub(crate) mod man;
 mod operator;
 mod prepare;
 pub(crate) mod runtime;

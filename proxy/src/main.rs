@@ -5,13 +5,16 @@ mod commands;
 use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::LazyLock;
 
 use clap::{Parser, Subcommand};
 
 use self::commands::Failure;
 use self::commands::cache::CacheCommand;
+use self::commands::completions::Completions;
 use self::commands::containerd::ContainerdCommand;
 use self::commands::explain::Explain;
+use self::commands::man::Man;
 use self::commands::runtime::RuntimeConfig;
 use self::commands::serve::Serve;
 use self::commands::status::StatusCommand;
@@ -26,7 +29,7 @@ static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 /// registry once, verifies it by digest, and serves it from its cache. Without a command, dray runs
 /// `serve`; the options of `serve` are not valid before another command.
 #[derive(Parser)]
-#[command(version, args_conflicts_with_subcommands = true)]
+#[command(version, long_version = LONG_VERSION.as_str(), args_conflicts_with_subcommands = true)]
 struct Cli {
     #[command(subcommand)]
     command: Option<Command>,
@@ -65,7 +68,24 @@ enum Command {
     /// List what a running dray has cached, purge content, or end the TTL of a tag
     #[command(subcommand)]
     Cache(CacheCommand),
+    /// Print the completions of a shell
+    Completions(Completions),
+    /// Write the manual pages of dray and its commands into a directory
+    Man(Man),
 }
+
+/// What `--version` prints: also how this program was built.
+static LONG_VERSION: LazyLock<String> = LazyLock::new(|| {
+    let features = [("aws", cfg!(feature = "aws")), ("otlp", cfg!(feature = "otlp"))];
+    let features: Vec<&str> = features.iter().filter(|(_, is_built)| *is_built).map(|(name, _)| *name).collect();
+    format!(
+        "{}\ncommit: {}\narchitecture: {}\nfeatures: {}",
+        env!("CARGO_PKG_VERSION"),
+        option_env!("DRAY_COMMIT").unwrap_or("unknown"),
+        std::env::consts::ARCH,
+        if features.is_empty() { "none".to_owned() } else { features.join(", ") }
+    )
+});
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
@@ -79,6 +99,8 @@ fn main() -> ExitCode {
         Command::Status(status) => status.run(),
         Command::Explain(explain) => explain.run(),
         Command::Cache(command) => command.run(),
+        Command::Completions(completions) => completions.run(),
+        Command::Man(man) => man.run(),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

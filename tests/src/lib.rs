@@ -8,6 +8,7 @@ pub mod dns;
 pub mod documents;
 pub mod dray;
 pub mod held_disk;
+pub mod host;
 pub mod http;
 pub mod image;
 pub mod kubernetes;

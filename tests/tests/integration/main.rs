@@ -4,6 +4,7 @@
 
 mod artifacts;
 mod authorization;
+mod automation;
 mod bandwidth;
 mod browsers;
 mod cache;
@@ -31,6 +32,7 @@ mod load;
 mod monitoring;
 mod node;
 mod outage;
+mod packages;
 mod peer_auth;
 mod peer_fallback;
 mod peers;

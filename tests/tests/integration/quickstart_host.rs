@@ -1,16 +1,9 @@
 //! The commands of the README and of docs/quickstart-host.md, as written, from the installation to the removal, with a real
 //! containerd.
 
-use std::process::Command;
-
 use dray_tests::cluster::unavailable;
 use dray_tests::documents::{blocks, text};
-use dray_tests::dray::binary;
-use dray_tests::image::Image;
-use dray_tests::process::output;
-use dray_tests::project;
-use dray_tests::registry::Registry;
-use dray_tests::tls::Authority;
+use dray_tests::host::run_on_host;
 
 /// A block of a page: a name, the heading above, and its place below the heading.
 type Step = (&'static str, &'static str, usize);
@@ -53,31 +46,15 @@ echo "removed"
 
 /// Runs blocks of a page in the order of a script, on a host of its own. Returns what they printed.
 async fn run_as_written(page: &str, steps: &[Step], script: &str) -> String {
-    let dir = tempfile::tempdir().unwrap();
-    let (host, folder) = (dir.path().join("host"), dir.path().join("steps"));
-    std::fs::create_dir(&host).unwrap();
-    std::fs::create_dir(&folder).unwrap();
+    let folder = tempfile::tempdir().unwrap();
     let page = text(page);
     for (name, heading, nth) in steps {
         let below =
             page.split_once(&format!("{heading}\n")).unwrap_or_else(|| panic!("{heading} is not in the page")).1;
-        std::fs::write(folder.join(name), blocks(below, "sh").swap_remove(*nth)).unwrap();
+        std::fs::write(folder.path().join(name), blocks(below, "sh").swap_remove(*nth)).unwrap();
     }
-    std::fs::write(folder.join("run"), script).unwrap();
-    let registry = Registry::open().await;
-    registry.push("library/alpine", "latest", &Image::new(1, &[300_000, 2_000])).await;
-    let authority = Authority::new(dir.path());
-    let files = authority.files(&["registry-1.docker.io", "docker.io"]);
-    let mut command = Command::new("unshare");
-    command.args(["--mount", "--net", "--pid", "--fork", "--kill-child", "--mount-proc", "sh"]);
-    command.arg(project().join("tests/tests/integration/quickstart_host.sh"));
-    command.env("HOST", &host).env("STEPS", &folder).env("STORAGE", registry.storage());
-    command.env("CA", &authority.ca_file).env("CERT", &files.cert).env("KEY", &files.key);
-    command.env("DRAY", binary()).env("PROJECT", project());
-    let done = output(&mut command);
-    let printed = String::from_utf8_lossy(&done.stdout).into_owned();
-    assert!(done.status.success(), "{printed}\n{}", String::from_utf8_lossy(&done.stderr));
-    printed
+    std::fs::write(folder.path().join("run"), script).unwrap();
+    run_on_host(folder.path()).await
 }
 
 /// The sources of the responses, as curl printed them.

@@ -1,15 +1,16 @@
 #!/bin/sh
-# A host of its own for the commands of the README and of docs/quickstart-host.md: its own network, processes, /etc and /usr/local.
-# In the network is a registry that has the name of Docker Hub, and nothing else. The variables come from the test.
+# A host of its own for the commands of operators: its own network, processes, /etc, /usr and /var. In the network is a
+# registry that has the name of Docker Hub, and nothing else. The variables come from host.rs.
 set -eu
 mount -t tmpfs tmpfs "$HOST"
-for folder in etc usr/local; do
-    name=$(basename $folder)
-    mkdir "$HOST/$name" "$HOST/$name.work"
-    mount -t overlay overlay -o "lowerdir=/$folder,upperdir=$HOST/$name,workdir=$HOST/$name.work" "/$folder"
+for folder in etc usr var; do
+    mkdir "$HOST/$folder" "$HOST/$folder.work"
+    mount -t overlay overlay -o "lowerdir=/$folder,upperdir=$HOST/$folder,workdir=$HOST/$folder.work" "/$folder"
 done
 mount -t tmpfs -o mode=755 tmpfs /var/cache
 mount -t tmpfs -o mode=755 tmpfs /run
+# Scripts of packages look for it.
+mkdir -p /run/systemd/system
 rm -rf /etc/containerd /etc/dray /etc/systemd/system
 mkdir -p /etc/containerd /etc/systemd/system /usr/local/bin "$HOST/bin" "$HOST/source"
 
@@ -42,6 +43,7 @@ cat > "$HOST/bin/systemctl" <<'END'
 #!/bin/sh
 # Runs a service by the command line of its unit.
 set -eu
+unit() { find /etc/systemd/system /usr/lib/systemd/system -name "$1.service" 2>/dev/null | head -n 1; }
 stop() {
     [ -e "/run/$1.pid" ] || return 0
     pid=$(cat "/run/$1.pid")
@@ -53,7 +55,7 @@ start() {
     case $1 in
         containerd) set -- containerd containerd --root "$HOST/containerd" --log-level error ;;
         dray)
-            files=/etc/systemd/system/dray.service
+            files=$(unit dray)
             [ ! -d $files.d ] || files="$files $(echo $files.d/*.conf)"
             environment=$(sed -n 's/^Environment=//p' $files | sed 's|%C|/var/cache|')
             command=$(sed -n 's/^ExecStart=//p' $files)
@@ -69,15 +71,19 @@ start() {
 }
 case $1 in
     daemon-reload) ;;
-    enable | disable) [ "$2" = --now ] && [ -e "/etc/systemd/system/$3.service" ]
+    enable | disable) [ "$2" = --now ] && [ -n "$(unit "$3")" ]
         if [ "$1" = enable ]; then start "$3"; else stop "$3"; fi ;;
     restart) stop "$2" && start "$2" ;;
+    try-restart) [ ! -e "/run/$2.pid" ] || { stop "$2" && start "$2"; } ;;
+    preset) ;;
     reload) kill -HUP "$(cat "/run/$2.pid")" ;;
     start | stop) "$1" "$2" ;;
     *) exit 1 ;;
 esac
 END
 chmod +x "$HOST"/bin/*
+# Scripts of RPM packages have a PATH of their own.
+cp "$HOST/bin/systemctl" /usr/bin/systemctl
 export HOST HOME="$HOST" PATH="$HOST/bin:$PATH"
 ln -s "$PROJECT/config" "$HOST/source/config"
 cd "$HOST/source"
