@@ -14,7 +14,7 @@ BIN := $(BUILT)/$(PROFILE)/dray
 # Their program ends when a task blocks its worker (proxy/src/worker_watch.rs).
 check test soak: export DRAY_WATCH_WORKERS := 1
 
-.PHONY: run build check test lint bench soak image manifests reference docs pictures setup tools fuzz fmt release publish
+.PHONY: run build check test lint bench soak image manifests reference docs pictures setup tools fuzz fmt release publish check-arm64
 
 run: $(BIN) ## Build dray and start it with its built-in defaults
 	$(BIN)
@@ -69,6 +69,15 @@ image: setup ## A container image in target/image/oci, to be pushed by: skopeo c
 release: tools ## Everything of a release, for two architectures, in target/release-VERSION: make release VERSION=0.1.0
 	@tests/setup.sh release
 	release/make.sh $(VERSION) target/release-$(VERSION)
+
+ARM64 := aarch64-unknown-linux-gnu
+check-arm64: export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER := aarch64-linux-gnu-gcc
+check-arm64: export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER := qemu-aarch64-static
+check-arm64: export CARGO_ENCODED_RUSTFLAGS := $(shell k8s/flags.sh aarch64-unknown-linux-gnu)
+check-arm64: ## The unit tests of digests, store and wire formats for arm64, under qemu-user
+	@tests/setup.sh release
+	rustup target add $(ARM64)
+	cargo test --profile $(PROFILE) --package dray --lib --target $(ARM64) -- oci:: store:: wire:: principal:: sealing::
 
 publish: ## Push image and chart of a release: make publish VERSION=0.1.0 REGISTRY=registry.corp/team
 	release/publish.sh target/release-$(VERSION) $(VERSION) $(REGISTRY)

@@ -15,6 +15,7 @@ pub mod kubernetes;
 pub mod mount;
 pub mod nginx;
 pub mod node;
+pub mod packages;
 pub mod page;
 pub mod process;
 pub mod registry;

@@ -8,6 +8,7 @@ use dray_tests::cluster::unavailable;
 use dray_tests::dray::binary;
 use dray_tests::host::run_on_host;
 use dray_tests::http::get;
+use dray_tests::packages::make_packages;
 use dray_tests::process::{output, run};
 use dray_tests::registry::Registry;
 use dray_tests::{project, tool};
@@ -55,12 +56,6 @@ gone /usr/bin/dray /run/dray.pid /etc/containerd/certs.d/_default/hosts.toml
 echo "rpm: done"
 "#;
 
-/// Makes the archive and the packages of the program under test.
-fn make(version: &str, out: &Path) {
-    let script = project().join("release/packages.sh");
-    run(Command::new(script).arg(binary()).args(["amd64", version]).arg(out).env("SOURCE_DATE_EPOCH", "1700000000"));
-}
-
 fn files(dir: &Path) -> Vec<PathBuf> {
     let mut files: Vec<_> = fs::read_dir(dir).unwrap().map(|file| file.unwrap().path()).collect();
     files.sort();
@@ -73,8 +68,8 @@ async fn packages_are_installed_upgraded_and_removed() {
         return eprintln!("skipped: {reason}");
     }
     let dir = tempfile::tempdir().unwrap();
-    make("0.1.0", dir.path());
-    make("0.1.1", dir.path());
+    make_packages("0.1.0", dir.path());
+    make_packages("0.1.1", dir.path());
     fs::write(dir.path().join("run"), RUN).unwrap();
     let printed = run_on_host(dir.path()).await;
     assert_eq!(printed.matches("# edited\n").count(), 3, "{printed}");
@@ -84,8 +79,8 @@ async fn packages_are_installed_upgraded_and_removed() {
 #[test]
 fn same_sources_make_the_same_packages() {
     let [first, second] = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
-    make("0.1.0", first.path());
-    make("0.1.0", second.path());
+    make_packages("0.1.0", first.path());
+    make_packages("0.1.0", second.path());
     let names = ["deb", "rpm", "tar.gz"].map(|kind| first.path().join(format!("dray-0.1.0-linux-amd64.{kind}")));
     assert_eq!(files(first.path()), names);
     for (first, second) in files(first.path()).iter().zip(files(second.path())) {

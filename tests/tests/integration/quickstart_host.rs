@@ -4,12 +4,13 @@
 use dray_tests::cluster::unavailable;
 use dray_tests::documents::{blocks, text};
 use dray_tests::host::run_on_host;
+use dray_tests::packages::make_packages;
 
 /// A block of a page: a name, the heading above, and its place below the heading.
 type Step = (&'static str, &'static str, usize);
 
 const STEPS: [Step; 7] = [
-    ("install", "## Install", 0),
+    ("install", "## Install from source", 0),
     ("verify", "## Verify", 0),
     ("containerd", "### containerd (nerdctl, Kubernetes)", 0),
     ("patch-config", "### containerd (nerdctl, Kubernetes)", 1),
@@ -47,6 +48,7 @@ echo "removed"
 /// Runs blocks of a page in the order of a script, on a host of its own. Returns what they printed.
 async fn run_as_written(page: &str, steps: &[Step], script: &str) -> String {
     let folder = tempfile::tempdir().unwrap();
+    make_packages("0.1.0", folder.path());
     let page = text(page);
     for (name, heading, nth) in steps {
         let below =
@@ -78,6 +80,8 @@ async fn commands_of_the_readme_work_as_written() {
     if let Some(reason) = unavailable() {
         return eprintln!("skipped: {reason}");
     }
-    let printed = run_as_written("README.md", &[("host", "## Quick start on one host", 0)], "step host\n").await;
-    assert_eq!(sources(&printed), ["upstream"]);
+    let heading = "## Quick start on one host";
+    let script = "cp \"$STEPS\"/*.deb .\nstep package\ndpkg --purge dray\nstep host\n";
+    let printed = run_as_written("README.md", &[("package", heading, 0), ("host", heading, 1)], script).await;
+    assert_eq!(sources(&printed), ["upstream", "upstream"]);
 }
