@@ -12,8 +12,7 @@ use crate::telemetry::{LogFormat, Sink};
 
 /// The destination and format of the lines.
 pub struct AccessLog {
-    /// None: the access log is off.
-    format: Option<LogFormat>,
+    format: LogFormat,
     sink: Arc<Sink>,
 }
 
@@ -65,15 +64,16 @@ struct Event<'a> {
 }
 
 impl AccessLog {
-    /// Writes in this format, unless the log's filter turns the target `access` off.
     pub fn new(format: LogFormat, sink: Arc<Sink>) -> Self {
-        let wanted = tracing::enabled!(target: "access", tracing::Level::INFO);
-        Self { format: wanted.then_some(format), sink }
+        Self { format, sink }
     }
 
+    /// Writes a line, unless the log's filter turns the target `access` off.
     pub fn add(&self, line: &Line<'_>) {
-        let Some(format) = self.format else { return };
-        let text = match format {
+        if !tracing::enabled!(target: "access", tracing::Level::INFO) {
+            return;
+        }
+        let text = match self.format {
             LogFormat::Text => as_text(SystemTime::now(), line),
             LogFormat::Json => as_json(SystemTime::now(), line),
         };

@@ -18,9 +18,9 @@ use std::future::Future;
 use std::io::Write;
 use std::path::Path;
 
-use dray::config::{ConfigError, KeyConflict, SourceText};
+use dray::config::{ConfigError, KeyConflict, LogFilter, SourceText};
 use dray::server;
-use dray::telemetry::{self, Filter, LogFormat};
+use dray::telemetry::{self, LogFormat};
 use dray::upstream::check_credentials;
 
 use self::serve::Serve;
@@ -107,7 +107,7 @@ fn block_on<T>(future: impl Future<Output = T>) -> Result<T, Failure> {
 
 /// For commands that run until a signal.
 fn log_to_stderr() -> Result<(), Failure> {
-    telemetry::init(&Filter::default(), LogFormat::Text).map(drop).map_err(Failure::Usage)
+    telemetry::init(&LogFilter::default(), LogFormat::Text).map(drop).map_err(Failure::Usage)
 }
 
 /// Must run before a library installs another TLS provider: the first one wins.

@@ -7,6 +7,7 @@ mod addresses;
 mod containerd;
 mod credentials;
 mod lists;
+mod log;
 mod pattern;
 mod peers;
 mod prefetch;
@@ -32,6 +33,7 @@ use toml::Spanned;
 pub use addresses::address;
 pub use containerd::{ContainerdConfig, Mirror, WrongMirror};
 pub use credentials::{Cloud, Credentials, PasswordSource};
+pub use log::{LogConfig, LogFilter};
 pub use pattern::{HostPattern, host_matches};
 pub use peers::{Mtls, PeersConfig, Zone, Zones};
 pub use prefetch::{Pin, Prefetch, Schedule, platform};
@@ -74,6 +76,7 @@ pub struct Config {
     pub peers: PeersConfig,
     pub containerd: ContainerdConfig,
     pub tracing: Tracing,
+    pub log: LogConfig,
 }
 
 #[derive(Debug, Clone, PartialEq, Deserialize)]
@@ -307,6 +310,7 @@ impl Default for Config {
             peers: PeersConfig::default(),
             containerd: ContainerdConfig::default(),
             tracing: Tracing::default(),
+            log: LogConfig::default(),
         }
     }
 }

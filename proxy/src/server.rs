@@ -25,6 +25,7 @@ use self::stop::{Signals, Stop};
 use crate::access_log::AccessLog;
 use crate::config::Config;
 use crate::store::Store;
+use crate::telemetry::Log;
 use crate::worker_watch::watched;
 
 /// Why dray does not start.
@@ -42,6 +43,7 @@ pub fn run(
     mut config: Config,
     source: Arc<dyn ConfigSource>,
     access_log: AccessLog,
+    log: Arc<Log>,
     started: impl FnOnce(Bound) + Send + 'static,
 ) -> Result<(), StartError> {
     raise_descriptor_limit();
@@ -53,7 +55,7 @@ pub fn run(
     // Installed before the store opens: from now on a signal stops the process in order.
     let watch = || Ok::<_, std::io::Error>((Signals::watch()?, stop::hangups(std::io::stderr().is_terminal())?));
     let (signals, hangups) = runtime.block_on(async { watch() }).map_err(|e| StartError::Failed(e.to_string()))?;
-    let components = Arc::new(Components::new(config, ports.bound, identity, access_log, &runtime)?);
+    let components = Arc::new(Components::new(config, ports.bound, identity, access_log, log, &runtime)?);
     let server = listeners::server(&components)?;
     runtime.spawn(background::announce(components.clone(), ports, started));
     background::spawn(&runtime, &components);

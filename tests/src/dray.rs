@@ -123,7 +123,10 @@ impl Start {
             .arg(&self.cache)
             .args(["--cache-disk", &self.disk, "--cache-memory", "16MiB"])
             .stdout(Stdio::piped());
-        if std::env::var_os("DRAY_LOG").is_none() {
+        if self.config.contains("[log]") {
+            // The variable overrides the file.
+            command.env_remove("DRAY_LOG");
+        } else if std::env::var_os("DRAY_LOG").is_none() {
             command.env("DRAY_LOG", "error");
         }
         command.envs(self.env.iter().map(|(key, value)| (key, value)));

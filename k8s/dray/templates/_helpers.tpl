@@ -120,6 +120,9 @@ app.kubernetes.io/component: proxy
 
 {{- define "dray.config" -}}
 {{- include "dray.ownConfig" . }}
+
+[log]
+filter = {{ .Values.log.filter | quote }}
 {{- with .Values.extraConfig }}
 
 {{ . | trim }}

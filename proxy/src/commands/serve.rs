@@ -7,9 +7,9 @@ use std::sync::Arc;
 
 use clap::{Args, FromArgMatches};
 use dray::access_log::AccessLog;
-use dray::config::{self, Config, DiskShare, MIN_DISK, Size, SourceText};
+use dray::config::{self, Config, DiskShare, LogFilter, MIN_DISK, Size, SourceText};
 use dray::server::{self, Bound, ConfigSource, StartError};
-use dray::telemetry::{self, Filter, LogFormat};
+use dray::telemetry::{self, LogFormat};
 
 use super::{Failure, install_tls, located, print};
 
@@ -44,9 +44,9 @@ pub(crate) struct Serve {
     /// cannot be combined with client certificates (`[peers] mtls`)
     #[arg(long, env = "DRAY_PEERS_KEY_FILE", value_name = "FILE")]
     peers_key_file: Option<PathBuf>,
-    /// The log level: error, warn, info or debug; also by part, such as "warn,access=info"
-    #[arg(long, env = "DRAY_LOG", default_value = "info", value_name = "FILTER")]
-    log: Filter,
+    /// The log level: error, warn, info (the default) or debug; also by part, such as "warn,access=info"
+    #[arg(long, env = "DRAY_LOG", value_name = "FILTER")]
+    log: Option<LogFilter>,
     /// The format of log lines
     #[arg(long, env = "DRAY_LOG_FORMAT", default_value = "text", value_name = "FORMAT")]
     log_format: LogFormat,
@@ -61,14 +61,14 @@ const PEERS_PORT: u16 = 5052;
 impl Serve {
     pub(crate) fn run(self) -> Result<(), Failure> {
         let (config, text) = self.config()?;
-        let sink = telemetry::init(&self.log, self.log_format).map_err(Failure::Usage)?;
+        let log = Arc::new(telemetry::init(&config.log.filter, self.log_format).map_err(Failure::Usage)?);
         install_tls()?;
         let scheme = if config.tls.cert.is_some() { "https" } else { "http" };
-        let access_log = AccessLog::new(self.log_format, sink.clone());
+        let access_log = AccessLog::new(self.log_format, log.sink.clone());
         let text_at_start = text.as_ref().map(|text| text.as_str().to_owned());
         let source = Arc::new(ServeSource { serve: self.clone(), text_at_start });
-        let ended = server::run(config, source, access_log, move |bound| announce(bound, scheme));
-        sink.close();
+        let ended = server::run(config, source, access_log, log.clone(), move |bound| announce(bound, scheme));
+        log.sink.close();
         ended.map_err(|error| match error {
             StartError::Config(message) => Failure::Usage(match text {
                 Some(text) => format!("{}: {message}", text.file()),
@@ -123,6 +123,9 @@ impl Serve {
         }
         if let Some(memory) = self.cache_memory {
             config.cache.memory = memory;
+        }
+        if let Some(filter) = &self.log {
+            config.log.filter.clone_from(filter);
         }
         Ok((config, text))
     }

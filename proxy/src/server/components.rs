@@ -26,7 +26,7 @@ use crate::pull::Pull;
 use crate::readiness::Readiness;
 use crate::registries::Registries;
 use crate::store::Store;
-use crate::telemetry;
+use crate::telemetry::{self, Log};
 use crate::trace::Tracer;
 use crate::upstream::UpstreamClient;
 
@@ -38,6 +38,7 @@ pub(super) struct Components {
     /// Certificate of the registry listener. None: plain HTTP.
     pub(super) identity: Option<Arc<Identity>>,
     pub(super) access_log: Arc<AccessLog>,
+    pub(super) log: Arc<Log>,
     pub(super) metrics: Arc<Metrics>,
     /// What clients may do by the running configuration: a reload replaces it.
     pub(super) policy: Arc<ArcSwap<ClientPolicy>>,
@@ -65,6 +66,7 @@ impl Components {
         bound: Bound,
         identity: Option<Arc<Identity>>,
         access_log: AccessLog,
+        log: Arc<Log>,
         runtime: &Runtime,
     ) -> Result<Self, StartError> {
         let metrics = Arc::new(Metrics::new());
@@ -81,6 +83,7 @@ impl Components {
             started: Instant::now(),
             identity,
             access_log: Arc::new(access_log),
+            log,
             loads: [(); 2].map(|()| Arc::new(Load::new(memory.clone()))),
             readiness: Arc::default(),
             policy: Arc::new(ArcSwap::from_pointee(ClientPolicy::new(&config, registries.rules(), logins))),

@@ -135,6 +135,7 @@ async fn reload(
     let rules = components.pull.store(rules);
     components.peer_upload.set_rate(next.limits.peer_upload.map(ByteRate::bytes_per_second));
     components.policy.store(Arc::new(ClientPolicy::new(&next, rules, logins)));
+    components.log.set_filter(&next.log.filter);
     let running = components.config.swap(Arc::new(next.clone()));
     tasks.follow(&running, &next, &components.pull).await;
     components.metrics.config.reset();
@@ -174,6 +175,7 @@ fn without_restart(running: &Config, started: &Config, next: Config) -> (Config,
         peers: kept.peers,
         containerd: kept.containerd,
         tracing: kept.tracing,
+        log: next.log,
     };
     (applied, differ)
 }

@@ -96,6 +96,29 @@ async fn reloaded_rule_that_denies_denies_cached_content() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn reloaded_log_filter_decides_what_is_logged() {
+    let start = Start::new("[log]\nfilter = \"warn,dray=info\"\n");
+    let (log, file) = (start.dir().join("log"), start.dir().join("dray.toml"));
+    let mut dray = start.log_to(&log).run();
+    let logged = || std::fs::read_to_string(&log).unwrap();
+    assert_eq!(dray.get("/v2/?before").await.status, 200);
+    for (filter, path) in [("warn,dray=info,access=info", "/v2/?during"), ("warn,dray=info", "/v2/?after")] {
+        let reloads = logged().matches("configuration reloaded").count();
+        std::fs::write(&file, format!("[log]\nfilter = \"{filter}\"\n")).unwrap();
+        dray.process().signal(Signal::HUP);
+        eventually("the file is applied", async || {
+            (logged().matches("configuration reloaded").count() > reloads).then_some(())
+        })
+        .await;
+        eventually("a request is answered", async || (dray.get(path).await.status == 200).then_some(())).await;
+    }
+    dray.process().signal(Signal::TERM);
+    dray.process().wait();
+    let access: Vec<_> = logged().lines().filter(|line| line.contains("/v2/")).map(str::to_owned).collect();
+    assert!(access.len() == 1 && access[0].contains("/v2/"), "{access:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn reloaded_access_and_upstream_apply_to_new_requests() {
     let mut rig = rig().await;
     rig.write(&format!("{}[access]\nallowed_cidrs = [\"10.0.0.0/8\"]\n", rig.rule()));

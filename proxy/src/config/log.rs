@@ -1,35 +1,38 @@
-//! The log filter, as operators write it: `info`, or `warn,access=info`.
+//! `[log]`: which events are logged.
 
 use std::str::FromStr;
 
+use serde::Deserialize;
+use serde::de::{Deserializer, Error};
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::filter::LevelFilter;
 
-/// A valid filter.
+#[derive(Debug, Clone, PartialEq, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct LogConfig {
+    pub filter: LogFilter,
+}
+
+/// A valid filter, as operators write it: `info`, or `warn,access=info`.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Filter(String);
+pub struct LogFilter(String);
 
 /// Targets that have log lines, and may be named without a level.
 const TARGETS: [&str; 2] = ["access", "dray"];
 
-/// Pingora logs each early close of a client as an error, and the TLS verifier each rejected certificate. dray logs
-/// both itself.
-const MUTED: &str = "pingora_core=off,foyer=error,foyer_storage=error,rustls_platform_verifier=off,\
-                     hickory_resolver=error,hickory_net=error";
-
-impl Filter {
-    pub(super) fn directives(&self) -> EnvFilter {
-        EnvFilter::new(format!("{},{MUTED}", self.0))
+impl LogFilter {
+    pub fn as_str(&self) -> &str {
+        &self.0
     }
 }
 
-impl Default for Filter {
+impl Default for LogFilter {
     fn default() -> Self {
         Self("info".to_owned())
     }
 }
 
-impl FromStr for Filter {
+impl FromStr for LogFilter {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
@@ -46,6 +49,12 @@ impl FromStr for Filter {
             "log filter \"{text}\" is not valid: expected error, warn, info or debug, or TARGET=LEVEL, where TARGET is \
              access or dray, such as \"warn,access=info\""
         ))
+    }
+}
+
+impl<'de> Deserialize<'de> for LogFilter {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        String::deserialize(deserializer)?.parse().map_err(D::Error::custom)
     }
 }
 
@@ -66,10 +75,10 @@ mod tests {
             "dray",
             "",
         ] {
-            assert_eq!(text.parse::<Filter>(), Ok(Filter(text.to_owned())), "{text}");
+            assert_eq!(text.parse::<LogFilter>(), Ok(LogFilter(text.to_owned())), "{text}");
         }
         for text in ["warning", "debgu", "info,acess", "dray=debgu", "access = debgu"] {
-            let problem = text.parse::<Filter>().unwrap_err();
+            let problem = text.parse::<LogFilter>().unwrap_err();
             assert!(problem.contains(text) && problem.contains("warn,access=info"), "{problem}");
         }
     }
