@@ -66,8 +66,9 @@ clippy: build-setup
 image: setup ## A container image in target/image/oci, to be pushed by: skopeo copy oci:target/image/oci docker://...
 	k8s/image.sh target/image
 
-release: tools ## Everything of a release, for two architectures, in target/release-VERSION: make release VERSION=0.1.0
-	@tests/setup.sh release
+release: ## Everything of a release, for two architectures, in target/release-VERSION: make release VERSION=0.1.0
+	@tests/stage.sh packages tests/setup.sh release
+	@tests/stage.sh "Go tools" tests/tools.sh $(TOOLS) helm minisign nfpm
 	release/make.sh $(VERSION) target/release-$(VERSION)
 
 ARM64 := aarch64-unknown-linux-gnu

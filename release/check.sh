@@ -13,9 +13,12 @@ mkdir -p "$work/www/v2/library/app/blobs"
 head -c 4194304 /dev/urandom >"$work/blob"
 digest=sha256:$(sha256sum <"$work/blob" | cut -d " " -f 1)
 mv "$work/blob" "$work/www/v2/library/app/blobs/$digest"
-python3 -m http.server --bind 127.0.0.1 --directory "$work/www" 0 >"$work/registry.log" 2>&1 &
+python3 -u -m http.server --bind 127.0.0.1 --directory "$work/www" 0 >"$work/registry.log" 2>&1 &
 registry=$!
-until port=$(sed -n 's/.* port \([0-9]*\) .*/\1/p' "$work/registry.log") && [ -n "$port" ]; do sleep 0.1; done
+until port=$(sed -n 's/.* port \([0-9]*\) .*/\1/p' "$work/registry.log") && [ -n "$port" ]; do
+    kill -0 $registry || { cat "$work/registry.log" >&2 && exit 1; }
+    sleep 0.1
+done
 printf '[[registry]]\nmatch = "docker.io"\nupstreams = ["http://127.0.0.1:%s"]\n' "$port" >"$work/dray.toml"
 
 for architecture in amd64 arm64; do

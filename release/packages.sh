@@ -33,8 +33,9 @@ release/archive.sh "$work" "$name" "$out/$name.tar.gz"
 # The packages put the program where distributions do, and have a configuration file from the start.
 sed -e '1,/^\[Unit\]/{/^#/d}' -e 's#/usr/local/bin/dray#/usr/bin/dray#' -e 's/^#Environment=DRAY_CONFIG/Environment=DRAY_CONFIG/' \
     config/dray.service >"$files/packaged.service"
+cp release/dray.toml "$files/packaged.toml"
 gzip -9 -n "$files"/man/*.1
-chmod -R go=rX "$files"
+chmod -R u=rwX,go=rX "$files"
 export NAME=dray VERSION="$version" ARCHITECTURE="$architecture" FILES="$files"
 nfpm=$(realpath "${NFPM:-target/tools/nfpm}")
 mtime=$(date --utc --date "@$SOURCE_DATE_EPOCH" +%Y-%m-%dT%H:%M:%SZ)

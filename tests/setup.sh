@@ -9,7 +9,7 @@ all="$build curl:curl openssl:openssl docker-registry:docker-registry htpasswd:a
 buildah:buildah podman:podman dockerd:docker.io containerd:containerd nginx:nginx-light dnsmasq:dnsmasq-base ip:iproute2 tc:iproute2 unshare:util-linux mount:mount valgrind:valgrind \
 g++:g++ go:golang-go strace:strace pip3:python3-pip etcd:etcd-server chromium:chromium promtool:prometheus iptables:iptables ptp:containernetworking-plugins \
 rpm:rpm systemd-analyze:systemd"
-release="$build skopeo:skopeo buildah:buildah python3:python3 aarch64-linux-gnu-gcc:gcc-aarch64-linux-gnu \
+release="$build git:git curl:curl go:golang-go skopeo:skopeo buildah:buildah python3:python3 aarch64-linux-gnu-gcc:gcc-aarch64-linux-gnu \
 aarch64-linux-gnu-g++:g++-aarch64-linux-gnu qemu-aarch64-static:qemu-user-static"
 
 case ${1:-} in

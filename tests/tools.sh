@@ -1,8 +1,9 @@
 #!/bin/sh
-# Builds the tools of the tests into a directory. Each Go tool has its own go.mod under tests/tools/, so that their
-# dependency versions do not mix.
+# Builds the tools of the tests, or some of them, into a directory: tests/tools.sh OUT [TOOL...]. Each Go tool has its own
+# go.mod under tests/tools/, so that their dependency versions do not mix.
 set -eu
 out=$(mkdir -p "$1" && cd "$1" && pwd)
+shift
 cd "$(dirname "$0")/tools"
 
 # Debian's Go may be too old for the tools. Any Go can download a newer one as a module.
@@ -27,7 +28,7 @@ fi
 # configurations.
 python="kubernetes-validate==1.37.0 moto==5.2.5 flask==3.1.3 flask-cors==6.0.5 playwright==1.65.2 check-jsonschema==0.39.0"
 stamp="$out/.python.$(echo "$python" | cksum | tr ' ' -)"
-if [ ! -e "$stamp" ]; then
+if [ $# = 0 ] && [ ! -e "$stamp" ]; then
     echo "installing $python"
     rm -rf "$out/python" "$out"/.python.*
     # shellcheck disable=SC2086 # a list of words
@@ -41,7 +42,8 @@ flags() {
         tool | head -n 1
 }
 
-for tool in *; do
+[ $# -gt 0 ] || set -- *
+for tool in "$@"; do
     # Rebuilt only when its go.mod changes.
     stamp="$out/.$tool.$(cksum <"$tool/go.mod" | tr ' ' -)"
     [ -e "$stamp" ] && continue

@@ -174,3 +174,10 @@ impl Store {
         self.layout.mark_clean();
     }
 }
+
+impl Drop for Store {
+    /// Also after a start that fails, drafts stay for the next process.
+    fn drop(&mut self) {
+        self.seal();
+    }
+}

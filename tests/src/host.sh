@@ -69,12 +69,16 @@ start() {
     "$@" >> "/run/$name.log" 2>&1 &
     echo $! > "/run/$name.pid"
 }
+[ "$1" != --quiet ] || shift
+now=
+[ "${2:-}" != --now ] || { now=yes && set -- "$1" "$3"; }
+[ $# -lt 2 ] || set -- "$1" "${2%.service}"
 case $1 in
     daemon-reload) ;;
-    enable | disable) [ "$2" = --now ] && [ -n "$(unit "$3")" ]
-        if [ "$1" = enable ]; then start "$3"; else stop "$3"; fi ;;
+    enable) [ -n "$(unit "$2")" ] && [ -z "$now" ] || start "$2" ;;
+    disable) [ -z "$now" ] || stop "$2" ;;
+    is-active) [ -e "/run/$2.pid" ] ;;
     restart) stop "$2" && start "$2" ;;
-    try-restart) [ ! -e "/run/$2.pid" ] || { stop "$2" && start "$2"; } ;;
     preset) ;;
     reload) kill -HUP "$(cat "/run/$2.pid")" ;;
     start | stop) "$1" "$2" ;;
@@ -82,8 +86,10 @@ case $1 in
 esac
 END
 chmod +x "$HOST"/bin/*
-# Scripts of RPM packages have a PATH of their own.
+# Scripts of RPM packages have a PATH of their own. This host has no policy about services.
 cp "$HOST/bin/systemctl" /usr/bin/systemctl
+printf '#!/bin/sh\nexec systemctl "$@"\n' > /usr/bin/deb-systemd-invoke
+chmod +x /usr/bin/deb-systemd-invoke
 export HOST HOME="$HOST" PATH="$HOST/bin:$PATH"
 ln -s "$PROJECT/config" "$HOST/source/config"
 cd "$HOST/source"

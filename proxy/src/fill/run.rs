@@ -207,7 +207,7 @@ impl RunningFill<'_> {
                 sources.mismatched();
                 self.fills.distrust(self.fill.key.content());
                 self.fill.withdraw();
-                self.on_disk(|_| drop(draft)).await;
+                self.on_disk(|_| draft.discard()).await;
             }
             // The owner refuses to continue: the bytes that it sent turned out to be corrupt.
             (WriteOutcome::Part(spans), DownloadEnd::Broken(SourceError::NotFound(_)))
@@ -215,7 +215,7 @@ impl RunningFill<'_> {
             {
                 self.fills.distrust(self.fill.key.content());
                 self.fill.withdraw();
-                self.on_disk(|_| drop(draft)).await;
+                self.on_disk(|_| draft.discard()).await;
             }
             (WriteOutcome::Part(spans), ended) => {
                 match ended {

@@ -15,7 +15,7 @@ use parking_lot::RwLock;
 use rustix::fs::copy_file_range;
 
 use super::budget::{Charge, NoSpace};
-use super::draft_record::{self, DraftRecorder};
+use super::draft_record::{self, DraftRecord, DraftRecorder};
 use super::files;
 use super::large::{Blob, FILE_OVERHEAD, Large};
 use super::partial::Partial;
@@ -48,8 +48,8 @@ pub const MIN_DOWNLOAD_RATE: u64 = 64 * 1024;
 /// The rate counts from this age of a draft on. Shorter: drafts that have only begun lose their promised space.
 const RATE_GRACE: Duration = Duration::from_secs(2);
 
-/// Partials take at most one part in this many of the disk, except that the newest one always fits. Larger: fewer downloads can resume. Smaller: more space is
-/// held for blobs that may never be finished.
+/// Partials take at most one part in this many of the disk, except that the newest and the largest one always fit.
+/// Larger: fewer downloads can resume. Smaller: more space is held for blobs that may never be finished.
 const PARTIALS_SHARE: u64 = 8;
 
 impl Large {
@@ -180,7 +180,8 @@ impl Large {
     /// What records the bytes of a draft for the next process.
     pub fn recorder(&self, draft: &Draft, digest: &Digest) -> Option<DraftRecorder> {
         let provenance = draft.blob.provenance.clone()?;
-        Some(DraftRecorder::new(&draft.path, digest, provenance, draft.blob.len, &self.epoch))
+        let record = DraftRecord::new(digest, provenance, draft.blob.len, &self.epoch);
+        Some(DraftRecorder::new(&draft.path, record, self.sealed.clone()))
     }
 
     /// Keeps the drafts of an earlier process as partials. Blocks on the disk.
@@ -188,6 +189,9 @@ impl Large {
         for found in draft_record::restore(&self.fills, &self.epoch)? {
             self.next_draft.fetch_max(found.number.saturating_add(1), Ordering::Relaxed);
             let charge = Arc::new(self.budget.account(found.allocated.max(found.written.len()) + FILE_OVERHEAD));
+            let bytes = found.len.saturating_add(FILE_OVERHEAD);
+            let fits = bytes <= self.budget.limit();
+            self.promises.lock().push(Promise { bytes, charge: Arc::downgrade(&charge), since: Instant::now() });
             let blob = Blob {
                 file: found.file,
                 len: found.len,
@@ -197,6 +201,10 @@ impl Large {
                 pieces: self.pieces.clone(),
             };
             let draft = self.draft_at(found.path, blob);
+            if !fits {
+                // The limit is lower than in the last run.
+                continue;
+            }
             tracing::info!(digest = %found.digest, bytes = found.written.len(), total = found.len, "partial download kept");
             self.keep_partial(&found.digest, &found.registry, draft, found.written);
         }
@@ -232,6 +240,18 @@ impl Promise {
 }
 
 impl Draft {
+    /// Removes the draft, also if the cache is closed: its bytes are wrong, or must not be kept.
+    pub fn discard(self) {
+        self.unlink();
+    }
+
+    fn unlink(&self) {
+        // After publication the first path does not exist. Without it the record counts for nothing.
+        for path in [&self.path, &draft_record::record_path(&self.path)] {
+            let _ = fs::remove_file(path);
+        }
+    }
+
     /// Copies a span of another file of the same blob. Blocks on the disk.
     pub fn copy(&self, from: &Blob, span: Span) -> io::Result<()> {
         let (mut read, mut written) = (span.start, span.start);
@@ -248,12 +268,8 @@ impl Draft {
 
 impl Drop for Draft {
     fn drop(&mut self) {
-        if *self.is_closed.read() {
-            return;
-        }
-        // After publication the first path does not exist. Without it the record counts for nothing.
-        for path in [&self.path, &draft_record::record_path(&self.path)] {
-            let _ = fs::remove_file(path);
+        if !*self.is_closed.read() {
+            self.unlink();
         }
     }
 }

@@ -8,11 +8,13 @@
 use std::collections::HashSet;
 use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions};
-use std::io;
+use std::io::{self, Read};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::SystemTime;
 
+use parking_lot::RwLock;
 use rustix::fs::OFlags;
 use serde::{Deserialize, Serialize};
 
@@ -24,9 +26,12 @@ use crate::provenance::Provenance;
 /// small files are written.
 const RECORD_STEP: u64 = 32 * 1024 * 1024;
 
+/// Largest record that is read, in bytes.
+const MAX_RECORD_BYTES: u64 = 1024 * 1024;
+
 /// The record of a draft, in a file beside it.
 #[derive(Debug, PartialEq, Serialize, Deserialize)]
-struct DraftRecord {
+pub(super) struct DraftRecord {
     digest: String,
     #[serde(flatten)]
     provenance: Provenance,
@@ -42,6 +47,7 @@ pub struct DraftRecorder {
     path: PathBuf,
     record: DraftRecord,
     unrecorded: u64,
+    is_closed: Arc<RwLock<bool>>,
 }
 
 /// A draft that an earlier process has left.
@@ -58,12 +64,25 @@ pub(super) struct FoundDraft {
     pub(super) allocated: u64,
 }
 
-impl DraftRecorder {
-    /// For the draft at `draft`.
-    pub(super) fn new(draft: &Path, digest: &Digest, provenance: Provenance, length: u64, epoch: &str) -> Self {
+impl DraftRecord {
+    /// Of a draft without bytes.
+    pub(super) fn new(digest: &Digest, provenance: Provenance, length: u64, epoch: &str) -> Self {
         let (digest, epoch) = (digest.to_string(), epoch.to_owned());
-        let record = DraftRecord { digest, provenance, length, written: Vec::new(), epoch };
-        Self { path: record_path(draft), record, unrecorded: 0 }
+        Self { digest, provenance, length, written: Vec::new(), epoch }
+    }
+
+    /// The written bytes, if they fit a file of this length.
+    fn written_of(&self, file_length: u64) -> Option<Spans> {
+        let is_valid = |(start, end): &(u64, u64)| start < end && *end <= self.length;
+        let fits = file_length == self.length && !self.written.is_empty() && self.written.iter().all(is_valid);
+        fits.then(|| self.written.iter().map(|(start, end)| Span { start: *start, end: *end }).collect())
+    }
+}
+
+impl DraftRecorder {
+    /// For the draft at `draft`. Once the cache `is_closed`, nothing is recorded: the final flush may have passed.
+    pub(super) fn new(draft: &Path, record: DraftRecord, is_closed: Arc<RwLock<bool>>) -> Self {
+        Self { path: record_path(draft), record, unrecorded: 0, is_closed }
     }
 
     /// Counts bytes that are written, and records everything that is once they are enough. Blocks on the disk.
@@ -77,6 +96,10 @@ impl DraftRecorder {
     /// Records these bytes as written. Blocks on the disk.
     pub fn record(&mut self, written: &Spans) {
         self.unrecorded = 0;
+        let is_closed = self.is_closed.read();
+        if *is_closed {
+            return;
+        }
         self.record.written = written.iter().map(|span| (span.start, span.end)).collect();
         let new = self.path.with_extension("new");
         let json = serde_json::to_vec(&self.record).map_err(io::Error::from);
@@ -111,18 +134,16 @@ pub(super) fn restore(dir: &Path, epoch: &str) -> io::Result<Vec<FoundDraft>> {
 
 /// The draft at `path`, if its record is of this epoch and fits its file.
 fn read(path: &Path, epoch: &str) -> Option<(SystemTime, FoundDraft)> {
-    let record: DraftRecord = serde_json::from_slice(&fs::read(record_path(path)).ok()?).ok()?;
-    let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK;
-    let file = OpenOptions::new().read(true).write(true).custom_flags(flags.bits().cast_signed()).open(path).ok()?;
-    let meta = file.metadata().ok()?;
-    let written: Spans = record.written.iter().map(|(start, end)| Span { start: *start, end: *end }).collect();
-    let fits = record.epoch == epoch && meta.is_file() && meta.len() == record.length;
-    if !fits || written.is_empty() || written.iter().any(|span| span.end > record.length) {
-        return None;
-    }
+    let name = path.file_name()?.to_str()?;
+    let number = name.parse().ok().filter(|number: &u64| *number < u64::MAX && number.to_string() == name)?;
+    let mut json = Vec::new();
+    open(&record_path(path))?.0.take(MAX_RECORD_BYTES).read_to_end(&mut json).ok()?;
+    let record: DraftRecord = serde_json::from_slice(&json).ok()?;
+    let (file, meta) = open(path)?;
+    let written = record.written_of(meta.len()).filter(|_| record.epoch == epoch)?;
     let found = FoundDraft {
         path: path.to_owned(),
-        number: path.file_name()?.to_str()?.parse().ok()?,
+        number,
         digest: record.digest.parse().ok()?,
         registry: record.provenance.registry.parse().ok()?,
         provenance: record.provenance,
@@ -132,6 +153,14 @@ fn read(path: &Path, epoch: &str) -> Option<(SystemTime, FoundDraft)> {
         allocated: meta.blocks() * 512,
     };
     Some((meta.modified().unwrap_or(SystemTime::UNIX_EPOCH), found))
+}
+
+/// A regular file. Whatever else is there could block, or have no end.
+fn open(path: &Path) -> Option<(File, fs::Metadata)> {
+    let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK;
+    let file = OpenOptions::new().read(true).write(true).custom_flags(flags.bits().cast_signed()).open(path).ok()?;
+    let meta = file.metadata().ok().filter(fs::Metadata::is_file)?;
+    Some((file, meta))
 }
 
 #[cfg(test)]
@@ -146,7 +175,8 @@ mod tests {
     fn put(dir: &Path, name: &str, change: impl FnOnce(&mut DraftRecord)) {
         let draft = dir.join(name);
         File::create(&draft).unwrap().set_len(100).unwrap();
-        let mut recorder = DraftRecorder::new(&draft, &Digest::of(name.as_bytes()), provenance(), 100, "now");
+        let record = DraftRecord::new(&Digest::of(name.as_bytes()), provenance(), 100, "now");
+        let mut recorder = DraftRecorder::new(&draft, record, Arc::default());
         change(&mut recorder.record);
         recorder.record(&Span { start: 0, end: 50 }.into());
     }
@@ -159,6 +189,12 @@ mod tests {
         put(dir.path(), "3", |record| record.length = 101);
         put(dir.path(), "4", |record| record.digest = "sha256:short".into());
         put(dir.path(), "named", |_| {});
+        put(dir.path(), "007", |_| {});
+        put(dir.path(), "18446744073709551615", |_| {});
+        let mode = rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR;
+        let pipe = dir.path().join("11.draft");
+        rustix::fs::mknodat(rustix::fs::CWD, &pipe, rustix::fs::FileType::Fifo, mode, 0).unwrap();
+        std::os::unix::fs::symlink("/dev/zero", dir.path().join("12.draft")).unwrap();
         put(dir.path(), "5", |_| {});
         fs::remove_file(dir.path().join("5")).unwrap();
         put(dir.path(), "6", |_| {});
@@ -180,7 +216,9 @@ mod tests {
     fn record_follows_every_step_of_written_bytes() {
         let dir = tempfile::tempdir().unwrap();
         let draft = dir.path().join("1");
-        let mut recorder = DraftRecorder::new(&draft, &Digest::of(b"a"), provenance(), 3 * RECORD_STEP, "now");
+        let record = DraftRecord::new(&Digest::of(b"a"), provenance(), 3 * RECORD_STEP, "now");
+        let is_closed: Arc<RwLock<bool>> = Arc::default();
+        let mut recorder = DraftRecorder::new(&draft, record, is_closed.clone());
         let recorded = || fs::read(record_path(&draft)).ok().map(|json| serde_json::from_slice::<DraftRecord>(&json));
         let until = |end| move || Span { start: 0, end }.into();
         recorder.wrote(RECORD_STEP - 1, until(RECORD_STEP - 1));
@@ -188,5 +226,26 @@ mod tests {
         recorder.wrote(1, until(RECORD_STEP));
         recorder.wrote(1, until(RECORD_STEP + 1));
         assert_eq!(recorded().unwrap().unwrap().written, [(0, RECORD_STEP)]);
+        *is_closed.write() = true;
+        recorder.record(&until(2 * RECORD_STEP)());
+        assert_eq!(recorded().unwrap().unwrap().written, [(0, RECORD_STEP)], "the cache is closed");
+    }
+
+    #[test]
+    fn spans_of_a_record_must_fit_its_file() {
+        let cases: [(&[(u64, u64)], bool); 6] = [
+            (&[(0, 100)], true),
+            (&[(0, 10), (20, 30)], true),
+            (&[], false),
+            (&[(50, 50)], false),
+            (&[(100, 50)], false),
+            (&[(0, 10), (90, 101)], false),
+        ];
+        for (written, fits) in cases {
+            let mut record = DraftRecord::new(&Digest::of(b"a"), provenance(), 100, "now");
+            record.written = written.to_vec();
+            assert_eq!(record.written_of(100).is_some(), fits, "{written:?}");
+            assert_eq!(record.written_of(99), None);
+        }
     }
 }

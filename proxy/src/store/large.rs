@@ -301,8 +301,11 @@ impl Large {
         let is_of = |blob: &Blob| blob.provenance.as_ref().is_some_and(&is_purged);
         let relayed = self.relayed.lock().take_all(is_of);
         let partials = self.partials.lock().take_where(is_of);
+        let sizes =
+            relayed.iter().map(|blob| blob.len).chain(partials.iter().map(|partial| partial.draft.blob.len)).collect();
         // Closing the files may take a while: not under the locks.
-        relayed.iter().map(|blob| blob.len).chain(partials.iter().map(|partial| partial.draft.blob.len)).collect()
+        partials.into_iter().for_each(|partial| partial.draft.discard());
+        sizes
     }
 
     /// Removes a blob with everything that a later download could continue from. Its readers end with the file that they
@@ -316,7 +319,8 @@ impl Large {
         let partials = self.partials.lock().take_all(digest);
         let relayed_bytes = relayed.as_ref().map(|blob| blob.len);
         // Closing the files may take a while: not under the locks.
-        drop((relayed, partials));
+        drop(relayed);
+        partials.into_iter().for_each(|partial| partial.draft.discard());
         removed.or(relayed_bytes)
     }
 

@@ -34,8 +34,8 @@ const MAX_PARTIALS: usize = 64;
 
 impl Partials {
     /// Keeps a partial, replacing one of the same blob and registry. All together take at most `limit` bytes of disk,
-    /// except that the newest one always fits: the download of a very large blob must not begin again. Returns the
-    /// partials that it drops.
+    /// except that the newest and the largest one always fit: the download of a very large blob must not begin again.
+    /// Returns the partials that it drops.
     pub(super) fn insert(
         &mut self,
         digest: &Digest,
@@ -48,8 +48,11 @@ impl Partials {
         let mut dropped: Vec<_> = self.entries.extract_if(.., is_replaced).map(|entry| entry.partial).collect();
         let (digest, registry) = (digest.clone(), registry.clone());
         self.entries.push(PartialEntry { digest, registry, partial, since: now });
-        while self.entries.len() > 1 && (self.entries.len() > MAX_PARTIALS || self.bytes() > limit) {
-            dropped.push(self.entries.remove(0).partial);
+        while self.entries.len() > MAX_PARTIALS || self.bytes() > limit {
+            let newest = self.entries.len().saturating_sub(1);
+            let largest = (0..self.entries.len()).max_by_key(|nth| self.entries[*nth].bytes());
+            let Some(victim) = (0..newest).find(|nth| Some(*nth) != largest) else { break };
+            dropped.push(self.entries.remove(victim).partial);
         }
         dropped
     }
@@ -91,6 +94,12 @@ impl Partials {
 
     /// Disk space of all partials.
     pub(super) fn bytes(&self) -> u64 {
-        self.entries.iter().map(|entry| entry.partial.draft.blob.charge.bytes()).sum()
+        self.entries.iter().map(PartialEntry::bytes).sum()
+    }
+}
+
+impl PartialEntry {
+    fn bytes(&self) -> u64 {
+        self.partial.draft.blob.charge.bytes()
     }
 }

@@ -36,6 +36,8 @@ ready
 tail -n 1 /etc/dray/dray.toml
 dpkg --remove dray
 gone /usr/bin/dray /run/dray.pid /etc/containerd/certs.d/_default/hosts.toml
+dpkg --install "$STEPS"/dray-0.1.1-linux-amd64.deb
+ready
 tail -n 1 /etc/dray/dray.toml
 dpkg --purge dray
 gone /etc/dray /var/cache/dray

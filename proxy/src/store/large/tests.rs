@@ -124,8 +124,8 @@ fn truncated_file_is_not_served() {
 
 /// A partial of `digest` with its first `bytes` bytes.
 fn keep(large: &Large, digest: &Digest, bytes: u64) {
-    let draft = large.draft(1000, provenance()).unwrap();
-    large.reserve(&draft.blob, bytes).and_then(|()| large.write(&draft.blob, &vec![7; 1000], 0)).unwrap();
+    let (draft, content) = (large.draft(bytes + 10, provenance()).unwrap(), vec![7; usize::try_from(bytes).unwrap()]);
+    large.reserve(&draft.blob, bytes).and_then(|()| large.write(&draft.blob, &content, 0)).unwrap();
     large.keep_partial(digest, &"docker.io".parse().unwrap(), draft, Span { start: 0, end: bytes }.into());
 }
 
@@ -159,11 +159,39 @@ fn partials_survive_a_kill_and_an_orderly_end() {
 }
 
 #[test]
-fn newest_partial_fits_however_large_it_is() {
+fn newest_and_largest_partial_fit_however_large_they_are() {
     let dir = tempfile::tempdir().unwrap();
-    let large = large(dir.path(), 3 * (1000 + FILE_OVERHEAD));
-    let [first, second] = [b"a", b"b"].map(|name| Digest::of(name));
-    keep(&large, &first, 900);
-    keep(&large, &second, 900);
-    assert_eq!((take(&large, &first), take(&large, &second)), (None, Some(900)));
+    let large = large(dir.path(), 4 * (1000 + FILE_OVERHEAD));
+    let [largest, second, newest] = [b"a", b"b", b"c"].map(|name| Digest::of(name));
+    keep(&large, &largest, 900);
+    keep(&large, &second, 600);
+    keep(&large, &newest, 500);
+    assert_eq!([&largest, &second, &newest].map(|digest| take(&large, digest)), [Some(900), None, Some(500)]);
+}
+
+#[test]
+fn partial_that_no_longer_fits_is_removed_at_the_start() {
+    let dir = tempfile::tempdir().unwrap();
+    let digest = Digest::of(b"a");
+    {
+        let large = large(dir.path(), 1 << 20);
+        keep(&large, &digest, 500);
+        large.seal();
+    }
+    let smaller = large(dir.path(), 400 + FILE_OVERHEAD);
+    assert_eq!((take(&smaller, &digest), smaller.usage().0), (None, 0));
+    assert_eq!(fs::read_dir(dir.path().join("v1/fills")).unwrap().count(), 0);
+}
+
+#[test]
+fn purged_partial_does_not_come_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let digest = Digest::of(b"a");
+    {
+        let large = large(dir.path(), 1 << 20);
+        keep(&large, &digest, 500);
+        large.seal();
+        large.purge(&digest);
+    }
+    assert_eq!(take(&large(dir.path(), 1 << 20), &digest), None);
 }
