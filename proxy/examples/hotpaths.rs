@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use dray::access_log::{AccessLog, Line, Millis};
 use dray::activity::{Activity, ServedContent};
-use dray::config::{Config, DiskShare, Size};
+use dray::config::{Config, DiskShare, LogFilter, Size};
 use dray::metrics::{Metrics, ResponseLabels};
 use dray::oci::{Digest, RangeSet, Span, Spans, route};
 use dray::peers::ring::Ring;
@@ -24,7 +24,7 @@ use dray::registries::Registries;
 use dray::respond::PreparedResponse;
 use dray::source::ServedFrom;
 use dray::store::{SmallKind, SmallObject, Store};
-use dray::telemetry::{self, Filter, LogFormat};
+use dray::telemetry::{self, LogFormat};
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -134,7 +134,7 @@ fn count_responses(count: u32) {
 
 /// A response, for the access log.
 fn log(count: u32) {
-    let sink = telemetry::init(&Filter::default(), LogFormat::Text).unwrap();
+    let sink = telemetry::init(&LogFilter::default(), LogFormat::Text).unwrap().sink;
     let access_log = AccessLog::new(LogFormat::Text, sink.clone());
     let path = format!("/v2/library/alpine/manifests/{}", Digest::of(b"x"));
     for _ in 0..count {
