@@ -1,10 +1,9 @@
 //! `dray completions SHELL`.
 
-use clap::{Args, CommandFactory};
+use clap::{Args, Command};
 use clap_complete::Shell;
 
 use super::Failure;
-use crate::Cli;
 
 #[derive(Args)]
 pub(crate) struct Completions {
@@ -13,9 +12,10 @@ pub(crate) struct Completions {
 }
 
 impl Completions {
-    pub(crate) fn run(&self) -> Result<(), Failure> {
+    /// `program`: the whole command line.
+    pub(crate) fn run(&self, mut program: Command) -> Result<(), Failure> {
         let mut script = Vec::new();
-        clap_complete::generate(self.shell, &mut Cli::command(), "dray", &mut script);
+        clap_complete::generate(self.shell, &mut program, "dray", &mut script);
         super::print(String::from_utf8_lossy(&script).trim_end());
         Ok(())
     }

@@ -2,10 +2,9 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, CommandFactory};
+use clap::{Args, Command};
 
 use super::Failure;
-use crate::Cli;
 
 #[derive(Args)]
 pub(crate) struct Man {
@@ -14,8 +13,9 @@ pub(crate) struct Man {
 }
 
 impl Man {
-    pub(crate) fn run(&self) -> Result<(), Failure> {
+    /// `program`: the whole command line.
+    pub(crate) fn run(&self, program: Command) -> Result<(), Failure> {
         let failed = |error| Failure::Failed(format!("{}: {error}", self.dir.display()));
-        clap_mangen::generate_to(Cli::command(), &self.dir).map_err(failed)
+        clap_mangen::generate_to(program, &self.dir).map_err(failed)
     }
 }
