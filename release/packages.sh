@@ -36,7 +36,7 @@ sed -e '1,/^\[Unit\]/{/^#/d}' -e 's#/usr/local/bin/dray#/usr/bin/dray#' -e 's/^#
 cp release/dray.toml "$files/packaged.toml"
 gzip -9 -n "$files"/man/*.1
 chmod -R u=rwX,go=rX "$files"
-export NAME=dray VERSION="$version" ARCHITECTURE="$architecture" FILES="$files"
+export VERSION="$version" ARCHITECTURE="$architecture"
 nfpm=$(realpath "${NFPM:-target/tools/nfpm}")
 mtime=$(date --utc --date "@$SOURCE_DATE_EPOCH" +%Y-%m-%dT%H:%M:%SZ)
 # Its fields for paths and times take no variables.
