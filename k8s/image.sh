@@ -1,30 +1,23 @@
 #!/bin/sh
 # Builds the image into an OCI directory, for this machine's architecture or another that a cross linker is
-# installed for: k8s/image.sh OUT [PROFILE] [TARGET]
+# installed for: k8s/image.sh OUT [TARGET]
 #
 # PROGRAM  one that is built already with the flags of k8s/flags.sh; otherwise it is built
 #
 # The same sources, Rust and C library give the same bytes: no times, no paths, no build ids.
 set -eu
 out=$(mkdir -p "$1" && cd "$1" && pwd)
-profile=${2:-release}
 cd "$(dirname "$0")/.."
-target=${3:-$(rustc -vV | sed -n 's/^host: //p')}
-
-program=${PROGRAM:-target/$target/$profile/dray}
-if [ -z "${PROGRAM:-}" ]; then
-    flags=$(k8s/flags.sh "$target")
-    CARGO_ENCODED_RUSTFLAGS=$flags cargo build --profile "$profile" --locked --package dray --target "$target"
-fi
+target=${2:-$(rustc -vV | sed -n 's/^host: //p')}
+program=$(realpath "${PROGRAM:-$(release/build.sh "$target")}")
 
 context=$(mktemp -d)
 trap 'rm -rf "$context"' EXIT
 case $target in
-aarch64*) strip=aarch64-linux-gnu-strip architecture=arm64 ;;
-*) strip=strip architecture=amd64 ;;
+aarch64*) architecture=arm64 ;;
+*) architecture=amd64 ;;
 esac
-[ "$target" != "$(rustc -vV | sed -n 's/^host: //p')" ] || strip=strip
-"$strip" --remove-section=.note.gnu.build-id -o "$context/dray" "$program"
+cp "$program" "$context/dray"
 cp -L /etc/ssl/certs/ca-certificates.crt "$context/ca-certificates.crt"
 k8s/sbom.sh "$out/dray.cdx.json" "$target"
 cp "$out/dray.cdx.json" "$context/"

@@ -29,7 +29,7 @@ for pair in amd64:x86_64 arm64:aarch64; do
     architecture=${pair%:*} target=${pair#*:}-unknown-linux-gnu
     program=$(release/build.sh "$target")
     release/packages.sh "$program" "$architecture" "$version" "$out"
-    PROGRAM=$program k8s/image.sh "$work/$architecture" release "$target" >/dev/null
+    PROGRAM=$program k8s/image.sh "$work/$architecture" "$target" >/dev/null
 done
 release/index.sh "$work/image" "$version" "$work/amd64/oci" "$work/arm64/oci"
 release/archive.sh "$work/image" . "$out/dray-$version-image.tar"
