@@ -88,6 +88,9 @@ pub(crate) struct Check {
     /// containerd's socket. Without it: the socket in containerd's configuration
     #[arg(long, value_name = "PATH")]
     socket: Option<PathBuf>,
+    /// Do not read containerd's configuration: check the hosts directory and the mirrors in it alone
+    #[arg(long, requires = "hosts_dir", conflicts_with = "config")]
+    skip_config: bool,
     /// Do not pull an image through containerd
     #[arg(long)]
     skip_pull: bool,
@@ -378,19 +381,7 @@ impl Check {
 
     /// The findings, the distribution, and the mirrors in its hosts directory.
     fn diagnose(&self) -> Result<(Diagnosis, Distribution, Vec<NamedMirror>), Failure> {
-        let found = match self.location.load()? {
-            Ok(found) => found,
-            Err(error) => return Ok((Diagnosis::unreadable(&error), distributions::DEFAULT, Vec::new())),
-        };
-        let mut diagnosis = found.diagnose(self.location.hosts_dir.as_deref());
-        let version_from = if found.is_guess {
-            "a guess from its configuration; set it with --containerd-version"
-        } else {
-            "as it reports"
-        };
-        let what = format!("{} of containerd {} ({version_from})", found.config.display(), found.version);
-        diagnosis.findings.insert(0, good("config", what));
-        let distribution = found.distribution.unwrap_or(distributions::DEFAULT);
+        let (mut diagnosis, distribution) = self.diagnose_config()?;
         let mut mirrors = Vec::new();
         if let Some(dir) = diagnosis.hosts_dir.clone() {
             let urls = diagnosis.inspect_hosts_dir(&dir).map_err(failed)?;
@@ -403,6 +394,26 @@ impl Check {
             }
         }
         Ok((diagnosis, distribution, mirrors))
+    }
+
+    fn diagnose_config(&self) -> Result<(Diagnosis, Distribution), Failure> {
+        let hosts_dir = self.location.hosts_dir.as_deref();
+        if let (true, Some(dir)) = (self.skip_config, hosts_dir) {
+            return Ok((Diagnosis::without_config(dir), distributions::DEFAULT));
+        }
+        let found = match self.location.load()? {
+            Ok(found) => found,
+            Err(error) => return Ok((Diagnosis::unreadable(&error), distributions::DEFAULT)),
+        };
+        let mut diagnosis = found.diagnose(hosts_dir);
+        let version_from = if found.is_guess {
+            "a guess from its configuration; set it with --containerd-version"
+        } else {
+            "as it reports"
+        };
+        let what = format!("{} of containerd {} ({version_from})", found.config.display(), found.version);
+        diagnosis.findings.insert(0, good("config", what));
+        Ok((diagnosis, found.distribution.unwrap_or(distributions::DEFAULT)))
     }
 }
 

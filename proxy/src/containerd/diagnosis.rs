@@ -64,6 +64,12 @@ impl Diagnosis {
         Self { findings: vec![wrong("unreadable", what, Vec::new())], hosts_dir: None, socket: None }
     }
 
+    /// The diagnosis of a hosts directory, if the configuration is not known.
+    pub fn without_config(dir: &Path) -> Self {
+        let what = "not read: whether containerd uses the hosts directory is not known".to_owned();
+        Self { findings: vec![note("config", what)], hosts_dir: Some(dir.to_owned()), socket: None }
+    }
+
     /// The diagnosis of a configuration. A remedy sets the directory `wanted` in the file `main`.
     pub fn of(files: &[File], version: Version, main: &Path, wanted: &str) -> Self {
         let daemon = Daemon::read(files, version);

@@ -336,3 +336,34 @@ async fn leftover_configuration_of_a_dead_mirror_is_removed() {
     keep.wait();
     assert!(!file.exists());
 }
+
+/// As the chart's `helm test` does without `containerd.configFile`.
+#[tokio::test(flavor = "multi_thread")]
+async fn check_without_a_configuration_requests_the_mirror_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    let check = |more: &[&str]| {
+        let mut command = Command::new(binary());
+        let done = output(command.args(["containerd", "check", "--skip-config", "--skip-pull"]).args(more));
+        (done.status.code(), [done.stdout, done.stderr].map(|text| String::from_utf8(text).unwrap()).concat())
+    };
+    let hosts_dir = ["--hosts-dir", dir.path().to_str().unwrap()];
+    let dray = Start::new(String::new()).run();
+    let dead = format!("http://127.0.0.1:{}", dray_tests::process::free_port());
+    for (mirror, code, expected) in [
+        (None, 1, "wrong no-mirror: "),
+        (Some(dead.as_str()), 1, "does not respond"),
+        (Some(dray.url("").as_str()), 0, "is a dray"),
+    ] {
+        if let Some(mirror) = mirror {
+            run(Command::new(binary()).args(["containerd", "install", "--mirror", mirror]).args(hosts_dir));
+        }
+        let (status, printed) = check(&hosts_dir);
+        assert!(status == Some(code) && printed.contains(expected), "{mirror:?}: {status:?} {printed}");
+        assert!(printed.starts_with("note  config: not read"), "{printed}");
+    }
+    // Which hosts directory? And a configuration that is not read is not needed.
+    let (status, printed) = check(&[]);
+    assert!(status == Some(2) && printed.contains("--hosts-dir"), "{printed}");
+    let (status, printed) = check(&[hosts_dir[0], hosts_dir[1], "--config", "/nowhere"]);
+    assert!(status == Some(2) && printed.contains("cannot be used with"), "{printed}");
+}
