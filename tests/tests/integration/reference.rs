@@ -3,20 +3,21 @@
 
 use std::process::Command;
 
+use dray_tests::chart::Value;
 use dray_tests::documents::text;
 use dray_tests::dray::binary;
 use dray_tests::process::output;
 use dray_tests::project;
 
-/// Holds a generated page against the one in the book, or writes it.
+/// Holds a generated page against the file of the project, or writes it.
 fn assert_current(page: &str, generated: &str) {
-    let path = project().join("docs/reference").join(page);
+    let path = project().join(page);
     if std::env::var_os("DRAY_WRITE_REFERENCE").is_some() {
         std::fs::create_dir_all(path.parent().unwrap()).unwrap();
         std::fs::write(&path, generated).unwrap();
     }
     let current = std::fs::read_to_string(&path).unwrap_or_default();
-    assert!(current == generated, "docs/reference/{page} is stale: make reference");
+    assert!(current == generated, "{page} is stale: make reference");
 }
 
 /// A key, its default as written, and the comment before it.
@@ -93,14 +94,30 @@ fn configuration_reference_is_current() {
         }
     }
     assert!(keys > 50, "{keys} keys");
-    assert_current("configuration.md", &page);
+    assert_current("docs/reference/configuration.md", &page);
 }
 
-#[test]
-fn chart_values_reference_is_current() {
+/// What a comment of the chart's values says. A line `name: text` explains one of a value's words; indented lines continue
+/// the line above.
+fn sentences(comment: &[String]) -> Vec<String> {
+    let mut found = Vec::<String>::new();
+    for line in comment {
+        let word = line.split_once(": ").filter(|(word, _)| word.chars().all(char::is_alphanumeric));
+        match (word, found.last_mut()) {
+            (Some((word, text)), _) => found.push(format!("- `{word}`: {text}")),
+            (None, Some(last)) if line.starts_with(' ') || !last.starts_with("- ") => {
+                *last += &format!(" {}", line.trim())
+            }
+            (None, _) => found.push(line.trim().to_owned()),
+        }
+    }
+    found
+}
+
+/// The values of the chart. Those without a default begin a table.
+fn chart_values() -> Vec<Entry> {
     let values = text("k8s/dray/values.yaml");
-    let mut page = "# Chart values\n\nGenerated from `k8s/dray/values.yaml`.\n".to_owned();
-    let (mut path, mut comment, mut keys) = (Vec::<String>::new(), Vec::<String>::new(), 0);
+    let (mut path, mut comment, mut found) = (Vec::<String>::new(), Vec::<String>::new(), Vec::new());
     for line in values.lines().skip(1) {
         let depth = (line.len() - line.trim_start().len()) / 2;
         let line = line.trim_start();
@@ -109,22 +126,57 @@ fn chart_values_reference_is_current() {
         } else if let Some((key, value)) = line.split_once(':') {
             path.truncate(depth);
             path.push(key.to_owned());
-            let comment = std::mem::take(&mut comment);
-            let entry = Entry { key: path.join("."), default: Some(value.trim().to_owned()), comment };
-            if value.is_empty() {
-                let about = markdown(&entry.comment);
-                let space = if about.is_empty() { "" } else { "\n" };
-                page += &format!("\n## `{}`\n{space}{about}", entry.key);
-            } else {
-                page += &section(&entry, "");
-                keys += 1;
-            }
+            let comment = sentences(&std::mem::take(&mut comment));
+            let default = (!value.is_empty()).then(|| value.trim().to_owned());
+            found.push(Entry { key: path.join("."), default, comment });
         } else {
             comment.clear();
         }
     }
-    assert!(keys > 50, "{keys} values");
-    assert_current("chart-values.md", &page);
+    assert!(found.len() > 60, "{} values", found.len());
+    found
+}
+
+#[test]
+fn chart_values_reference_is_current() {
+    let mut page = "# Chart values\n\nGenerated from `k8s/dray/values.yaml`.\n".to_owned();
+    for entry in chart_values() {
+        if entry.default.is_some() {
+            page += &section(&entry, "");
+        } else {
+            let about = markdown(&entry.comment);
+            let space = if about.is_empty() { "" } else { "\n" };
+            page += &format!("\n## `{}`\n{space}{about}", entry.key);
+        }
+    }
+    assert_current("docs/reference/chart-values.md", &page);
+}
+
+/// Registries of charts show this page.
+#[test]
+fn readme_of_the_chart_is_current() {
+    let chart: Value = serde_yaml_ng::from_str(&text("k8s/dray/Chart.yaml")).unwrap();
+    let mut page = format!(
+        "# dray\n\n{}.\n\nThe pods use directories and, by default, the network of their nodes: where pod security is enforced, the namespace \
+         needs\nthe label `pod-security.kubernetes.io/enforce=privileged`.\n\n\
+         ```sh\nhelm install dray oci://REGISTRY/charts/dray --namespace dray --create-namespace --set image.repository=REGISTRY/dray\n\
+         helm test dray --namespace dray\n```\n\n\
+         `helm uninstall` restores the containerd of each node.\n\n## Values\n\n| Value | Default | Meaning |\n|---|---|---|\n",
+        chart["description"].as_str().unwrap()
+    );
+    let mut about_table = String::new();
+    for entry in chart_values() {
+        let about: Vec<_> = entry.comment.iter().map(|line| line.trim_start_matches("- ")).collect();
+        let about = about.join(" ").replace('|', "\\|");
+        match entry.default {
+            None => about_table = about,
+            Some(default) => {
+                let about = [std::mem::take(&mut about_table), about].join(" ");
+                page += &format!("| `{}` | `{default}` | {} |\n", entry.key, about.trim());
+            }
+        }
+    }
+    assert_current("k8s/dray/README.md", &page);
 }
 
 /// The help of a command and of all commands below it.
@@ -148,5 +200,5 @@ fn command_line_reference_is_current() {
     let mut page = "# Command line\n\nGenerated from `dray --help`.\n".to_owned();
     help(&[], &mut page);
     assert!(page.matches("\n## ").count() > 8, "{page}");
-    assert_current("cli.md", &page);
+    assert_current("docs/reference/cli.md", &page);
 }
