@@ -44,8 +44,8 @@ flags() {
 
 [ $# -gt 0 ] || set -- *
 for tool in "$@"; do
-    # Rebuilt only when its go.mod changes.
-    stamp="$out/.$tool.$(cksum <"$tool/go.mod" | tr ' ' -)"
+    # Rebuilt only when its go.mod or a source of its own changes.
+    stamp="$out/.$tool.$(find "$tool" -name go.mod -o -name '*.go' | sort | xargs cat | cksum | tr ' ' -)"
     [ -e "$stamp" ] && continue
     echo "building $tool"
     packages=$(cd "$tool" && go list -f '{{if eq .Name "main"}}{{.ImportPath}}{{end}}' tool)
