@@ -1,8 +1,11 @@
 //! The files of the project's documentation.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use crate::project;
+
+/// A code block of a page that a test runs: its name, the heading above, and its place below the heading.
+pub type Step = (&'static str, &'static str, usize);
 
 /// A file of the project.
 pub fn text(path: &str) -> String {
@@ -50,4 +53,14 @@ pub fn blocks(page: &str, language: &str) -> Vec<String> {
         }
     }
     found
+}
+
+/// Writes shell blocks of a page into files that have the names of the steps.
+pub fn write_steps(page: &str, steps: &[Step], folder: &Path) {
+    let page = text(page);
+    for (name, heading, nth) in steps {
+        let below =
+            page.split_once(&format!("{heading}\n")).unwrap_or_else(|| panic!("{heading} is not in the page")).1;
+        std::fs::write(folder.join(name), blocks(below, "sh").swap_remove(*nth)).expect("written");
+    }
 }

@@ -167,7 +167,7 @@ pub fn image() -> (Json, u64) {
 }
 
 /// The OCI layout of the tested image.
-pub(crate) fn image_directory() -> PathBuf {
+pub fn image_directory() -> PathBuf {
     let root = crate::project().join("target/tests/image/oci");
     assert!(root.exists(), "{} is missing: run `make test`", root.display());
     root

@@ -38,6 +38,7 @@ mod peer_fallback;
 mod peers;
 mod public;
 mod quickstart_host;
+mod quickstart_kubernetes;
 mod ranges;
 mod reference;
 mod registry_hints;

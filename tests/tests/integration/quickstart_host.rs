@@ -2,12 +2,9 @@
 //! containerd.
 
 use dray_tests::cluster::unavailable;
-use dray_tests::documents::{blocks, text};
+use dray_tests::documents::{Step, write_steps};
 use dray_tests::host::run_on_host;
 use dray_tests::packages::make_packages;
-
-/// A block of a page: a name, the heading above, and its place below the heading.
-type Step = (&'static str, &'static str, usize);
 
 const STEPS: [Step; 7] = [
     ("install", "## Install from source", 0),
@@ -49,12 +46,7 @@ echo "removed"
 async fn run_as_written(page: &str, steps: &[Step], script: &str) -> String {
     let folder = tempfile::tempdir().unwrap();
     make_packages("0.1.0", folder.path());
-    let page = text(page);
-    for (name, heading, nth) in steps {
-        let below =
-            page.split_once(&format!("{heading}\n")).unwrap_or_else(|| panic!("{heading} is not in the page")).1;
-        std::fs::write(folder.path().join(name), blocks(below, "sh").swap_remove(*nth)).unwrap();
-    }
+    write_steps(page, steps, folder.path());
     std::fs::write(folder.path().join("run"), script).unwrap();
     run_on_host(folder.path()).await
 }
