@@ -106,7 +106,8 @@ fn sentences(comment: &[String]) -> Vec<String> {
         match (word, found.last_mut()) {
             (Some((word, text)), _) => found.push(format!("- `{word}`: {text}")),
             (None, Some(last)) if line.starts_with(' ') || !last.starts_with("- ") => {
-                *last += &format!(" {}", line.trim())
+                last.push(' ');
+                last.push_str(line.trim());
             }
             (None, _) => found.push(line.trim().to_owned()),
         }
